@@ -1,0 +1,1 @@
+"""The EXL2 format: layout, bit packing, reading, writing, verifying."""

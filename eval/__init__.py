@@ -1,0 +1,1 @@
+"""What it cost: perplexity, KL divergence, agreement, reports."""

@@ -1,0 +1,1 @@
+"""What the model tells us: calibration text, streaming passes, statistics, error curves."""

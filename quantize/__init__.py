@@ -1,0 +1,1 @@
+"""What we decide and do: bit allocation, the rounding pass, the pipeline that joins the stages."""
