@@ -1,0 +1,74 @@
+"""What a written model takes over from the original: files beside the weights, and unquantized tensors."""
+
+from __future__ import annotations
+
+import shutil
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...errors import BpwiseError
+from ..checkpoint import confined_file
+
+__all__ = ["copy_side_files", "require_float16_range"]
+
+_SIDE_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+
+_FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_FLOAT16_MAX = 65504.0
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy tokenizer, generation and licence files: names from a fixed list, links replaced by content.
+
+    Args:
+        source: Model directory to copy from.
+        target: Existing directory to copy into.
+
+    Raises:
+        CheckpointError: A file of that name leads outside the model directory.
+    """
+    for path in sorted(source.iterdir()):
+        if any(fnmatchcase(path.name, pattern) for pattern in _SIDE_FILES) and not path.is_dir():
+            shutil.copyfile(confined_file(source, path.name), target / path.name)
+
+
+def require_float16_range(name: str, tensor: Tensor, error: type[BpwiseError]) -> None:
+    """Check that a tensor can be loaded as float16, as EXL2 readers load everything unquantized.
+
+    Args:
+        name: Full name of the tensor.
+        tensor: Of any shape and dtype.
+        error: What to raise.
+
+    Raises:
+        BpwiseError: As the type given by ``error``: the dtype is not float16, bfloat16 or float32, or a value
+            is NaN or of a magnitude beyond 65504.
+    """
+    if tensor.dtype not in _FLOAT_DTYPES:
+        raise error(f"{name}: stored as {tensor.dtype}, expected float16, bfloat16 or float32.")
+    if not tensor.numel():
+        return
+    low, high = (float(end) for end in tensor.aminmax())
+    if not max(-low, high) <= _FLOAT16_MAX:
+        raise error(
+            f"{name}: values range from {low} to {high}, expected at most {_FLOAT16_MAX} in magnitude. "
+            "Readers load this tensor as float16; the model cannot be stored as EXL2 without changing it."
+        )

@@ -1,0 +1,104 @@
+"""config.json on its way into an EXL2 directory and out of it.
+
+EXL2 readers look for older keys than current Transformers writes; here they are added, the newer ones left in
+place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+from ...errors import UnsupportedModelError
+
+__all__ = ["dense_config", "exl2_config"]
+
+# ExLlamaV2 0.3.2 (config.py) refuses `type` and `rope_type` together; it looks for llama3 under the newer key
+# only and for these under the older one only.
+_TYPES_UNDER_OLD_KEY = ("linear", "su", "longrope", "yarn", "mrope")
+
+
+def exl2_config(
+    config: Mapping[str, Any], quantization: Mapping[str, Any], *, tied_embeddings: bool
+) -> dict[str, Any]:
+    """Return the config.json of a quantized model.
+
+    Args:
+        config: The original model's config.
+        quantization: Entries of ``quantization_config`` (version, bits, head_bits, calibration); the method
+            is added.
+        tied_embeddings: Whether the original model's head is its embedding.
+
+    Returns:
+        A new config with one architecture, top-level ``rope_theta``, ``rope_scaling`` as EXL2 readers expect
+        it, and ``quantization_config``.
+
+    Raises:
+        UnsupportedModelError: The config names no architecture, by which readers choose the model's code.
+    """
+    result = deepcopy(dict(config))
+    names = result.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise UnsupportedModelError(
+            f"config.json: architectures is {names!r}, expected a list with one name. Add the model class's "
+            "name."
+        )
+    result["architectures"] = names[:1]
+    _add_rope_keys(result)
+    nested = result.get("text_config")
+    if isinstance(nested, dict):
+        _add_rope_keys(nested)
+    _set_common_keys(result, tied_embeddings)
+    result["quantization_config"] = {"quant_method": "exl2", **deepcopy(dict(quantization))}
+    return result
+
+
+def dense_config(config: Mapping[str, Any], *, tied_embeddings: bool) -> dict[str, Any]:
+    """Return the config of the dense float16 model that an EXL2 model decodes to.
+
+    Args:
+        config: config.json of the EXL2 model.
+        tied_embeddings: Whether the decoded model's head is its embedding. A quantized head no longer is,
+            whatever the file says.
+    """
+    result = deepcopy(dict(config))
+    result.pop("quantization_config", None)
+    _set_common_keys(result, tied_embeddings)
+    return result
+
+
+def _set_common_keys(config: dict[str, Any], tied_embeddings: bool) -> None:
+    config.pop("dtype", None)
+    config["torch_dtype"] = "float16"
+    config["tie_word_embeddings"] = tied_embeddings
+    nested = config.get("text_config")
+    if isinstance(nested, dict) and "tie_word_embeddings" in nested:
+        nested["tie_word_embeddings"] = tied_embeddings
+
+
+def _add_rope_keys(config: dict[str, Any]) -> None:
+    parameters = config.get("rope_parameters")
+    scaling = config.get("rope_scaling")
+    sources = [s for s in (parameters, scaling) if isinstance(s, dict)]
+    if isinstance(parameters, dict) and isinstance(parameters.get("full_attention"), dict):
+        # One set per layer type: readers know the local layers' base themselves.
+        sources, parameters = [parameters["full_attention"]], None
+    if "rope_theta" not in config:
+        bases = [source["rope_theta"] for source in sources if "rope_theta" in source]
+        if bases:
+            config["rope_theta"] = bases[0]
+    if not isinstance(scaling, dict):
+        scaling = parameters
+    if not isinstance(scaling, dict):
+        return
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default" and "mrope_section" in scaling:
+        kind = "mrope"
+    legacy = {key: value for key, value in scaling.items() if key not in ("rope_theta", "rope_type", "type")}
+    if kind == "default":
+        config.pop("rope_scaling", None)
+        return
+    config["rope_scaling"] = {"type" if kind in _TYPES_UNDER_OLD_KEY else "rope_type": kind, **legacy}
+    if kind in ("su", "longrope") and "original_max_position_embeddings" in legacy:
+        config.setdefault("original_max_position_embeddings", legacy["original_max_position_embeddings"])

@@ -1,0 +1,216 @@
+"""Atomic writing: a file or a directory is there completely, or not at all.
+
+Everything is built under a hidden temporary name next to its target, flushed to the disk and renamed into
+place. A run that is killed leaves at most a ``.NAME.partial-...`` behind, which nothing loads.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, cast
+
+from ..errors import BpwiseError, NumericalError, WorkDirectoryError
+
+__all__ = [
+    "atomic_directory",
+    "atomic_file",
+    "file_sha256",
+    "read_json",
+    "write_json",
+]
+
+_DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_READ_BYTES = 1 << 20
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write; on success it replaces ``path`` in one step.
+
+    Missing parent directories are made. An existing file is replaced, and stays untouched if the body raises.
+
+    Args:
+        path: The file to make.
+
+    Yields:
+        A hidden sibling of ``path`` that does not exist yet; the body must create it and close it.
+
+    Raises:
+        WorkDirectoryError: ``path`` is a directory, the disk is full, or the place cannot be written.
+    """
+    path = Path(path)
+    temporary = _sibling(path)
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise WorkDirectoryError(
+                f"{path}: in the way, got a directory, expected a file. Choose another path."
+            )
+    try:
+        with _explained(path, only=_DISK_FULL):
+            yield temporary
+        assert temporary.is_file(), f"{path}: the body wrote nothing"
+        with _explained(path):
+            _sync(temporary)
+            temporary.replace(path)
+            _sync(path.parent)
+    except BaseException:  # Ctrl-C too: whatever ends the body, no partial file stays behind.
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield a temporary directory to fill; on success it becomes ``path`` in one step.
+
+    Missing parent directories are made. A symbolic link is followed, so the result stands where it points.
+
+    Args:
+        path: The directory to make: it must not exist, or be an empty directory.
+
+    Yields:
+        An existing, empty, hidden sibling of ``path``.
+
+    Raises:
+        WorkDirectoryError: ``path`` is a file or a directory with something in it (looked at before and after
+            the body), the disk is full, or the place cannot be written.
+    """
+    path = Path(path)
+    _refuse_occupied(path)
+    with _explained(path):
+        target = path.resolve()
+        temporary = _sibling(target)
+        temporary.mkdir(parents=True)
+    try:
+        with _explained(path, only=_DISK_FULL):
+            yield temporary
+        _refuse_occupied(path)
+        with _explained(path):
+            _sync_tree(temporary)
+            temporary.replace(target)
+            _sync(target.parent)
+    except BaseException:  # Ctrl-C too: whatever ends the body, no partial directory stays behind.
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as JSON, atomically: indented by 1, keys in their order, a newline at the end.
+
+    Args:
+        path: The file to make or replace.
+        value: Anything that ``json`` can write.
+
+    Raises:
+        NumericalError: ``value`` holds a NaN or an infinity, which JSON has no name for.
+        WorkDirectoryError: The file cannot be written.
+    """
+    try:
+        text = json.dumps(value, indent=1, allow_nan=False)
+    except ValueError as cause:
+        raise NumericalError(
+            f"{path}: not written, expected finite numbers only ({cause}). The computation before it went "
+            "wrong."
+        ) from cause
+    with atomic_file(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, error: type[BpwiseError]) -> dict[str, Any]:
+    """Read a JSON file whose top level is an object.
+
+    NaN and Infinity are accepted: published ``config.json`` files hold them.
+
+    Args:
+        path: The file.
+        error: What to raise.
+
+    Raises:
+        BpwiseError: As the type given by ``error``: the file is missing, unreadable, not JSON or not an
+            object.
+    """
+    try:
+        value = json.loads(Path(path).read_bytes().decode("utf-8"))
+    except OSError as cause:
+        raise error(
+            f"{path}: cannot be read ({cause.strerror}). Check that it exists and is readable."
+        ) from cause
+    except (ValueError, RecursionError) as cause:
+        raise error(
+            f"{path}: not valid JSON ({cause}). The file is damaged: make or get it again."
+        ) from cause
+    if not isinstance(value, dict):
+        raise error(f"{path}: wrong JSON, got {type(value).__name__} at the top level, expected an object.")
+    return cast("dict[str, Any]", value)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's whole content, as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while chunk := file.read(_READ_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _explained(path: Path, only: frozenset[int] | None = None) -> Iterator[None]:
+    # Turns an OSError (those in ``only``, or all) into one that names the target, not the temporary file.
+    try:
+        yield
+    except OSError as cause:
+        if only is not None and cause.errno not in only:
+            raise
+        if cause.errno in _DISK_FULL:
+            raise WorkDirectoryError(
+                f"{path}: not written, the disk is full ({cause.strerror}). Free some space there, or "
+                "choose a path on another disk, and run again."
+            ) from cause
+        raise WorkDirectoryError(
+            f"{path}: cannot be written ({cause.strerror}). Choose a path that you may write to."
+        ) from cause
+
+
+def _sibling(path: Path) -> Path:
+    # The process id tells people whose it is; the random part keeps threads and recycled ids apart.
+    return path.parent / f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def _refuse_occupied(path: Path) -> None:
+    with _explained(path):
+        if path.is_dir():
+            if any(path.iterdir()):
+                raise WorkDirectoryError(
+                    f"{path}: in the way, got a directory with files in it, expected none or an empty one. "
+                    "Remove it, or choose another path."
+                )
+        elif path.exists():
+            raise WorkDirectoryError(
+                f"{path}: in the way, got a file, expected no such path. Choose another path."
+            )
+
+
+def _sync_tree(directory: Path) -> None:
+    for entry in directory.rglob("*"):
+        if not entry.is_symlink():
+            _sync(entry)
+    _sync(directory)
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # Windows cannot open a directory, and needs no such flush.
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,138 @@
+"""Where a model's files come from, the disk or the Hugging Face Hub, and which files belong to it."""
+
+from __future__ import annotations
+
+import errno
+import re
+from pathlib import Path
+
+from ..errors import CheckpointError, WorkDirectoryError
+
+__all__ = ["confined_file", "resolve_model"]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*")
+_SHARED_BLOB = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
+
+
+def resolve_model(model: str) -> Path:
+    """Return the local directory of a model, downloading it from the Hugging Face Hub if need be.
+
+    Args:
+        model: An existing directory, or a Hub id such as ``org/name``. A directory wins over a Hub id.
+
+    Raises:
+        CheckpointError: Neither a directory nor a Hub id; or the Hub has no such model, guards it, or is out
+            of reach while the model is not in the local cache.
+        WorkDirectoryError: The disk of the Hub's cache is full.
+    """
+    path = Path(model)
+    if model and path.is_dir():
+        return path
+    if (model and path.exists()) or not _HUB_ID.fullmatch(model):
+        got = "a file" if model and path.exists() else "nothing there"
+        raise CheckpointError(
+            f"{model or '(empty)'}: no model, got {got}, expected a directory, or a Hugging Face Hub id "
+            "such as org/name. Check the path."
+        )
+    return _download(model)
+
+
+def _download(model: str) -> Path:
+    # Imported here: a local model needs neither the import time nor the network stack.
+    from huggingface_hub import snapshot_download  # noqa: PLC0415
+    from huggingface_hub.errors import (  # noqa: PLC0415
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    # The base classes of HfHubHTTPError name the HTTP client that the installed version uses (requests,
+    # httpx, ...): through them connection errors are caught without importing a client that may not be there.
+    failures: tuple[type[Exception], ...] = (
+        OSError,
+        *(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)),
+    )
+    where = f"{model}: no such directory, and as a Hugging Face Hub id"
+    try:
+        return Path(snapshot_download(model, allow_patterns=list(_HUB_FILES)))
+    except GatedRepoError as cause:
+        raise CheckpointError(
+            f"{where} it is gated. Accept its terms at https://huggingface.co/{model}, then run `hf auth "
+            "login`."
+        ) from cause
+    except (RepositoryNotFoundError, HFValidationError) as cause:
+        raise CheckpointError(
+            f"{where} it was not found. Check the spelling; for a private model run `hf auth login` first."
+        ) from cause
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError) as cause:
+        raise CheckpointError(
+            f"{where} it is not in the local cache and the Hub cannot be reached. Check the network, unset "
+            "HF_HUB_OFFLINE if it is set, or give a local directory."
+        ) from cause
+    except failures as cause:
+        if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
+            raise WorkDirectoryError(
+                f"{model}: not downloaded, the disk of the Hub's cache is full. Free some space, or set "
+                "HF_HOME to a directory on another disk."
+            ) from cause
+        raise CheckpointError(
+            f"{where} it could not be downloaded ({type(cause).__name__}: {cause}). Try again, or give a "
+            "local directory."
+        ) from cause
+
+
+def confined_file(directory: Path, name: str) -> Path:
+    """Return ``directory / name`` after checking that it is a regular file that belongs to the directory.
+
+    A symbolic link must end inside the directory or, in the layout of the Hub's cache
+    (``models--*/snapshots/REVISION``), inside the ``blobs`` folder of the same ``models--*`` directory or
+    be an entry of the cache's shared ``blobs``.
+    Use it for every file whose name or content came from the model, above all before copying one.
+
+    Args:
+        directory: The model directory.
+        name: Relative name with forward slashes.
+
+    Raises:
+        CheckpointError: The file is missing, no regular file, or lies outside.
+    """
+    relative = Path(name)
+    if relative.is_absolute() or ".." in relative.parts or relative.drive or "\\" in name or "\0" in name:
+        raise CheckpointError(
+            f"{directory}: unsafe file name, got {name!r}, expected one inside the directory. "
+            "Do not use this model unless you trust its source."
+        )
+    path = directory / relative
+    try:
+        root, target = directory.resolve(), path.resolve()
+        regular = target.is_file()
+    except (OSError, RuntimeError) as cause:  # RuntimeError: a loop of links, before Python 3.13.
+        raise CheckpointError(f"{path}: cannot be followed ({cause}). Get the model again.") from cause
+    if not target.is_relative_to(root) and not _in_hub_store(root, target):
+        raise CheckpointError(
+            f"{path}: leads outside the model directory, got {target}, expected a file in {root}. "
+            "Replace the link by the file itself if you trust it."
+        )
+    if not regular:
+        raise CheckpointError(
+            f"{path}: missing, or not a regular file. The checkpoint is incomplete: get it again."
+        )
+    return path
+
+
+def _in_hub_store(root: Path, target: Path) -> bool:
+    # A cache holds models--*/snapshots/REVISION/NAME -> models--*/blobs/HASH, which may in turn be a link
+    # into a store that all models share: blobs/HA/HASH, next to the models--* directories.
+    for parent in root.parents:
+        if parent.name.startswith("models--") and root.is_relative_to(parent / "snapshots"):
+            if target.is_relative_to(parent / "blobs"):
+                return True
+            shared = parent.parent / "blobs"
+            return target.is_relative_to(shared) and bool(
+                _SHARED_BLOB.fullmatch(target.relative_to(shared).as_posix())
+            )
+    return False

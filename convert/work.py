@@ -1,0 +1,69 @@
+"""Work directories: a stage keeps every finished piece on disk, so that a run that was cut off goes on from there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .files import write_json
+from .safetensors_file import load_tensors, save_tensors
+
+__all__ = ["StageDirectory"]
+
+
+class StageDirectory:
+    """The finished pieces of one stage of one run.
+
+    The directory's name ends in a digest of everything that the pieces depend on (model, calibration, options), so
+    pieces of different runs never mix, and the same run finds its own again. Pieces are complete files only.
+
+    Attributes:
+        path: The directory, ``WORK/STAGE-DIGEST``.
+    """
+
+    def __init__(self, work: Path, stage: str, identity: Mapping[str, Any]) -> None:
+        """Open or make the directory.
+
+        Args:
+            work: The run's work directory.
+            stage: Name of the stage.
+            identity: Plain JSON: all that the pieces depend on. Kept in ``identity.json`` for people.
+
+        Raises:
+            WorkDirectoryError: The directory cannot be made.
+        """
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+        self.path = work / f"{stage}-{digest}"
+        if not (self.path / "identity.json").exists():
+            write_json(self.path / "identity.json", dict(identity))
+
+    def has(self, piece: str) -> bool:
+        """Whether a piece is finished."""
+        return self._file(piece).exists()
+
+    def save(
+        self, piece: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    ) -> None:
+        """Keep a piece: it is there completely or not at all."""
+        save_tensors(self._file(piece), tensors, metadata)
+
+    def load(self, piece: str) -> dict[str, Tensor]:
+        """Return the tensors of a finished piece."""
+        return load_tensors(self._file(piece))
+
+    def discard(self, piece: str) -> None:
+        """Let a piece go that no later step needs."""
+        self._file(piece).unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Delete the directory with everything in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _file(self, piece: str) -> Path:
+        return self.path / f"{piece}.safetensors"

@@ -1,0 +1,292 @@
+"""Calibration and evaluation rows: token ids of equal length, and where each row came from."""
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..convert.safetensors_file import load_metadata, load_tensors, save_tensors
+from ..errors import CalibrationError, ConfigError, ShapeError
+from .builtin_text import TextUse, builtin_texts
+from .rows import read_pool
+from .text import TextSource, read_texts
+from .tokenizer import Tokenizer, chat_renderer, leading_ids, ordinary_ids
+
+__all__ = ["CalibrationConfig", "CalibrationSet", "build_calibration"]
+
+_FORMAT = "bpwise-calibration"
+_FORMAT_VERSION = "1"
+
+# ExLlamaV2's standard calibration set has about this share of rows of random tokens. They reach embedding
+# rows and channels that its text leaves unused; more of them would pull the statistics away from real text.
+_ROWS_PER_RANDOM_ROW = 16
+# With fewer rows than this every one is needed for text.
+_MIN_ROWS_FOR_RANDOM = 8
+
+_RANDOM_ORIGIN = "random token ids"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationConfig:
+    """Which text to take, and how much.
+
+    Attributes:
+        source: Text file, directory of such files, or Hub data set ``name[:config][:split]``; None for the
+            text that comes with Python, which works offline.
+        column: Column of a data set that holds the text; None looks for ``text``, then ``content``.
+        chat_template: Render columns of chat turns with the tokenizer's chat template.
+        rows: Number of rows.
+        row_tokens: Length of each row in tokens, BOS included.
+        seed: Chooses the places that rows are taken from, and random tokens.
+    """
+
+    source: str | None = None
+    column: str | None = None
+    chat_template: bool = False
+    rows: int = 32
+    row_tokens: int = 1024
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            ConfigError: A number is out of range, or a column is named for the built-in text.
+        """
+        if self.rows < 1:
+            raise ConfigError(f"rows must be at least 1, got {self.rows}")
+        if self.row_tokens < 2:
+            raise ConfigError(f"row_tokens must be at least 2, got {self.row_tokens}")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
+        if self.source is None and (self.column is not None or self.chat_template):
+            raise ConfigError("column and chat_template need a source: the built-in text has no columns")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class CalibrationSet:
+    """Rows of token ids to run a model on.
+
+    Attributes:
+        tokens: Token ids, shape (rows, row_tokens), int64, on the CPU.
+        origins: For each row where its text begins, ``<kind>: <document>``, or only ``<kind>`` if that is one
+            document.
+        description: What the text is and how rows were taken from it, for reports.
+        adds_bos: Whether each row begins with a BOS token.
+    """
+
+    tokens: Tensor
+    origins: tuple[str, ...]
+    description: str
+    adds_bos: bool
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            ShapeError: `tokens` is not a matrix with one row per origin.
+            CalibrationError: `tokens` is empty, not int64, or holds negative ids.
+        """
+        if self.tokens.ndim != 2 or len(self.tokens) != len(self.origins):
+            raise ShapeError(
+                "calibration set", "tokens", got=tuple(self.tokens.shape), expected=(len(self.origins), -1)
+            )
+        if self.tokens.dtype != torch.int64 or self.tokens.numel() == 0 or int(self.tokens.min()) < 0:
+            raise CalibrationError(
+                f"calibration set: got {self.tokens.numel()} tokens of {self.tokens.dtype}, expected at "
+                "least one, int64 and not negative. Build the set anew."
+            )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits that change with any token or origin."""
+        digest = hashlib.sha256(json.dumps([list(self.tokens.shape), list(self.origins)]).encode())
+        digest.update(self.tokens.contiguous().numpy().astype("<i8", copy=False).tobytes())
+        return digest.hexdigest()[:32]
+
+    @property
+    def rows_per_kind(self) -> dict[str, int]:
+        """Number of rows whose text begins in each kind of origin, most frequent first."""
+        return dict(Counter(origin.split(": ", 1)[0] for origin in self.origins).most_common())
+
+    def save(self, path: Path) -> None:
+        """Write the set as a safetensors file, atomically.
+
+        Args:
+            path: File to write or replace.
+
+        Raises:
+            WorkDirectoryError: The file cannot be written.
+        """
+        metadata = {
+            "format": _FORMAT,
+            "version": _FORMAT_VERSION,
+            "origins": json.dumps(self.origins),
+            "description": self.description,
+            "adds_bos": json.dumps(self.adds_bos),
+            "fingerprint": self.fingerprint,
+        }
+        save_tensors(path, {"tokens": self.tokens.contiguous()}, metadata)
+
+    @classmethod
+    def load(cls, path: Path) -> "CalibrationSet":
+        """Read a set that `save` wrote.
+
+        Args:
+            path: File to read.
+
+        Returns:
+            The set, equal in every attribute to the saved one.
+
+        Raises:
+            CalibrationError: The file is missing, damaged, of another kind or of another version.
+        """
+        metadata = load_metadata(path, CalibrationError)
+        kind, version = metadata.get("format"), metadata.get("version")
+        if (kind, version) != (_FORMAT, _FORMAT_VERSION):
+            raise CalibrationError(
+                f"{path}: not a calibration set of this version, got format {kind} version {version}, "
+                f"expected {_FORMAT} version {_FORMAT_VERSION}. Build the set anew."
+            )
+        tensors = load_tensors(path, CalibrationError)
+        try:
+            loaded = cls(
+                tokens=tensors["tokens"],
+                origins=tuple(map(str, json.loads(metadata["origins"]))),
+                description=metadata["description"],
+                adds_bos=json.loads(metadata["adds_bos"]) is True,
+            )
+        except (KeyError, TypeError, ValueError, ShapeError) as error:
+            raise CalibrationError(
+                f"{path}: damaged calibration set ({error}). Build the set anew."
+            ) from error
+        if loaded.fingerprint != metadata.get("fingerprint"):
+            raise CalibrationError(
+                f"{path}: the contents were changed, got fingerprint {loaded.fingerprint}, expected "
+                f"{metadata.get('fingerprint')}. Build the set anew."
+            )
+        return loaded
+
+
+def build_calibration(
+    tokenizer: Tokenizer,
+    config: CalibrationConfig,
+    *,
+    vocab_size: int,
+    part: TextUse = "calibration",
+) -> CalibrationSet:
+    """Take rows of tokens from text.
+
+    Documents are tokenized without special tokens and joined by the EOS token (by a newline if there is
+    none). Rows are windows of them that do not overlap, spread evenly over all kinds of text at random
+    places; documents may end within a row. Rows begin with BOS exactly if the tokenizer puts it before a text
+    by itself. Of the built-in calibration text every 16th row is random ordinary tokens instead.
+
+    For evaluation on the user's text rows are consecutive from its start (stride = window) and documents are
+    joined by a blank line, as perplexity tools do. The user sees to it that it is not the calibration text;
+    the two parts of the built-in text never overlap.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        config: Which text, how much of it, and the seed that alone decides everything random.
+        vocab_size: Rows of the model's token embedding; ids are below it.
+        part: What the rows are for.
+
+    Returns:
+        The rows, `config.rows` by `config.row_tokens`.
+
+    Raises:
+        CalibrationError: The text cannot be read, there is too little of it, the tokenizer has no chat
+            template though one is asked for, or its ids do not fit the model.
+    """
+    bos = leading_ids(tokenizer)
+    source, in_order = _open_source(tokenizer, config, part)
+    n_random = _n_random_rows(config, part)
+    n_text = config.rows - n_random
+    body_tokens = config.row_tokens - len(bos)
+    generator = torch.Generator().manual_seed(config.seed)
+
+    pool = read_pool(source, tokenizer, rows=n_text, body_tokens=body_tokens, in_order=in_order)
+    if len(pool.tokens) < n_text * body_tokens:
+        raise CalibrationError(
+            f"{source.description}: too little text, got {len(pool.tokens)} tokens, expected at least "
+            f"{n_text * body_tokens} for {n_text} rows of {config.row_tokens}. Lower rows or row_tokens, "
+            "or add text."
+        )
+    starts = (
+        [row * body_tokens for row in range(n_text)]
+        if in_order
+        else _spread_starts(len(pool.tokens), n_text, body_tokens, generator)
+    )
+    rows = [bos + pool.tokens[start : start + body_tokens] for start in starts]
+    origins = [pool.origin_at(start) for start in starts]
+    if in_order:
+        origins = [f"{origin}: window {number}" for number, origin in enumerate(origins)]
+    if n_random:
+        allowed = torch.tensor(_checked_ordinary_ids(tokenizer, vocab_size))
+        drawn = torch.randint(len(allowed), (n_random, body_tokens), generator=generator)
+        rows += [bos + ids for ids in allowed[drawn].tolist()]
+        origins += [_RANDOM_ORIGIN] * n_random
+    tokens = torch.tensor(rows, dtype=torch.int64)
+    if int(tokens.max()) >= vocab_size:
+        raise CalibrationError(
+            f"tokenizer: its ids do not fit the model, got id {int(tokens.max())}, expected ids below the "
+            f"vocabulary size {vocab_size}. Use the tokenizer that belongs to the model."
+        )
+    description = _describe(source, config, n_random=n_random, in_order=in_order, has_bos=bool(bos))
+    return CalibrationSet(tokens=tokens, origins=tuple(origins), description=description, adds_bos=bool(bos))
+
+
+def _open_source(tokenizer: Tokenizer, config: CalibrationConfig, part: TextUse) -> tuple[TextSource, bool]:
+    """Return the text, and whether its rows are taken in order."""
+    if config.source is None:
+        return builtin_texts(part, order=config.seed), False
+    render_chat = chat_renderer(tokenizer) if config.chat_template else None
+    source = read_texts(config.source, column=config.column, render_chat=render_chat)
+    return source, part == "evaluation"
+
+
+def _n_random_rows(config: CalibrationConfig, part: TextUse) -> int:
+    if part != "calibration" or config.source is not None or config.rows < _MIN_ROWS_FOR_RANDOM:
+        return 0
+    return max(1, config.rows // _ROWS_PER_RANDOM_ROW)
+
+
+def _checked_ordinary_ids(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
+    allowed = ordinary_ids(tokenizer, vocab_size)
+    if not allowed:
+        raise CalibrationError(
+            f"tokenizer: no ordinary token has an id below the vocabulary size {vocab_size}, expected some. "
+            "Use the tokenizer that belongs to the model."
+        )
+    return allowed
+
+
+def _spread_starts(n_tokens: int, rows: int, body_tokens: int, generator: torch.Generator) -> list[int]:
+    """Return ascending starts of windows that do not overlap, one at random in each of `rows` shares."""
+    slots = n_tokens // body_tokens
+    spare_tokens = n_tokens - slots * body_tokens
+    phase = int(torch.randint(spare_tokens + 1, (), generator=generator))
+    starts = []
+    for row in range(rows):
+        low, high = row * slots // rows, (row + 1) * slots // rows
+        slot = low + int(torch.randint(high - low, (), generator=generator))
+        starts.append(phase + slot * body_tokens)
+    return starts
+
+
+def _describe(
+    source: TextSource, config: CalibrationConfig, *, n_random: int, in_order: bool, has_bos: bool
+) -> str:
+    how = "consecutive from its start" if in_order else f"at random places (seed {config.seed})"
+    random = f", and {n_random} rows of random token ids" if n_random else ""
+    begin = "beginning with BOS" if has_bos else "without BOS"
+    return (
+        f"{source.description}: {config.rows - n_random} rows {how}{random}, "
+        f"each of {config.row_tokens} tokens {begin}"
+    )

@@ -1,0 +1,93 @@
+"""Error curves: what every row group of a linear would cost at every bit width."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..rounding.feedback import errors_by_group
+from ..rounding.hessian import inverse_factor
+
+__all__ = ["ErrorCurve", "group_rows", "measure_curves"]
+
+_BATCH_WEIGHTS = 1 << 26
+"""Weights that are rounded together, over widths and linears: bounds the memory of a batch to 256 MiB."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ErrorCurve:
+    """Predicted damage of one linear.
+
+    Attributes:
+        damage_nats: Damage of each row group at each width, nats per token, float32, shape (groups, widths). A
+            linear's damage is the sum over its groups, at the width each has.
+        order: Input feature of each row, most active first, int64, shape (K,). Groups are cut in this order.
+        fisher: Mean over tokens of (dL/dy)^2 of each output, float32, shape (out,), nats^2 per squared unit of y.
+        input_power: Mean over tokens of x^2 of each input feature, float32, shape (K,).
+        damping: Damping of the Gram matrix that the factorisation took, relative to the mean of its diagonal;
+            infinite where none helped and the rounding went without feedback.
+    """
+
+    damage_nats: Tensor
+    order: Tensor
+    fisher: Tensor
+    input_power: Tensor
+    damping: float
+
+
+def group_rows(in_features: int, group_size: int) -> list[int]:
+    """Return the rows of each group: ``group_size`` each, the last one shorter if need be."""
+    full, rest = divmod(in_features, group_size)
+    return [group_size] * full + ([rest] if rest else [])
+
+
+def measure_curves(
+    weights: Sequence[Tensor],
+    gram: Tensor,
+    fishers: Sequence[Tensor],
+    *,
+    widths: Sequence[int],
+    group_size: int,
+    damping: float,
+) -> list[ErrorCurve]:
+    """Measure the linears that share one input. A pure function of its arguments.
+
+    The damage of an error dW is estimated as ``0.5 * sum_n F_n (dW^T H dW)_nn``, the second-order KL divergence
+    between the original and the damaged model with a diagonal Fisher information F of the linear's outputs.
+
+    Args:
+        weights: Each linear's weight, float32, shape (K, out): the transpose of a Hugging Face weight.
+        gram: H, mean of x x^T over tokens, float32, shape (K, K).
+        fishers: F of each linear, float32, shape (out,).
+        widths: Bit widths to try.
+        group_size: Rows of a group.
+        damping: First damping to try, relative to the mean of H's diagonal.
+
+    Returns:
+        One curve per linear.
+    """
+    power = gram.diagonal().clone()
+    order = power.argsort(descending=True, stable=True)
+    factor = inverse_factor(gram[order][:, order], damping)
+    rows = group_rows(gram.shape[0], group_size)
+    curves = []
+    for weight, fisher in zip(weights, fishers, strict=True):
+        ordered = weight[order]
+        batch = max(1, _BATCH_WEIGHTS // ordered.numel())
+        damages = [
+            errors_by_group(ordered, factor.upper, rows, widths[first : first + batch], fisher)
+            for first in range(0, len(widths), batch)
+        ]
+        curves.append(
+            ErrorCurve(
+                damage_nats=0.5 * torch.cat(damages, dim=1),
+                order=order,
+                fisher=fisher,
+                input_power=power,
+                damping=factor.damping,
+            )
+        )
+    return curves

@@ -1,0 +1,138 @@
+"""The measurement: every linear's error curve and where it came from, in one file. Needs no torch to read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from ..errors import FormatError
+
+__all__ = ["MEASUREMENT_VERSION", "MeasuredLinear", "Measurement"]
+
+MEASUREMENT_VERSION = "1"
+"""Raised when the file's content changes meaning; older files are refused."""
+
+_FIELDS = ("damage_nats", "order", "fisher", "input_power")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MeasuredLinear:
+    """One linear's curve, as ``bpwise.measure.curves.ErrorCurve``, in NumPy.
+
+    Attributes:
+        name: Full name, for example ``model.layers.0.self_attn.q_proj``.
+        damage_nats: float32, shape (groups, widths), nats per token.
+        order: Input feature of each row, int32, shape (K,).
+        fisher: float32, shape (out,).
+        input_power: float32, shape (K,).
+        damping: Relative damping used; infinite where error feedback was given up.
+    """
+
+    name: str
+    damage_nats: NDArray[np.float32]
+    order: NDArray[np.int32]
+    fisher: NDArray[np.float32]
+    input_power: NDArray[np.float32]
+    damping: float
+
+    @property
+    def in_features(self) -> int:
+        """K, the number of input features."""
+        return len(self.order)
+
+    @property
+    def out_features(self) -> int:
+        """Number of outputs, padding excluded."""
+        return len(self.fisher)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Measurement:
+    """Everything that allocation needs, for any bitrate.
+
+    Attributes:
+        linears: Decoder linears in model order.
+        head: The output head.
+        widths: Bit widths of the curves' columns.
+        group_size: Rows of a group.
+        provenance: Model and calibration fingerprints, calibration description, options, version: plain JSON.
+    """
+
+    linears: tuple[MeasuredLinear, ...]
+    head: MeasuredLinear
+    widths: tuple[int, ...]
+    group_size: int
+    provenance: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over curves and provenance, 32 hexadecimal digits."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()[:32]
+
+    def to_bytes(self) -> bytes:
+        """Return the file's content: a safetensors image with the provenance in its metadata."""
+        tensors = {
+            f"{linear.name}.{field}": np.ascontiguousarray(getattr(linear, field))
+            for linear in (*self.linears, self.head)
+            for field in _FIELDS
+        }
+        header = {
+            "linears": [linear.name for linear in self.linears],
+            "head": self.head.name,
+            "widths": self.widths,
+            "group_size": self.group_size,
+            # JSON knows no infinity: a damping of null means that feedback was given up.
+            "damping": {
+                linear.name: linear.damping if np.isfinite(linear.damping) else None
+                for linear in (*self.linears, self.head)
+            },
+            "provenance": self.provenance,
+        }
+        metadata = {"bpwise_measurement": MEASUREMENT_VERSION, "header": json.dumps(header)}
+        image: bytes = save(tensors, metadata=metadata)
+        return image
+
+    @classmethod
+    def load(cls, path: Path) -> Measurement:
+        """Read a measurement file.
+
+        Raises:
+            FormatError: It is not a measurement, is damaged, or has another version.
+        """
+        try:
+            with safe_open(path, framework="numpy") as file:
+                metadata = file.metadata() or {}
+                version = metadata.get("bpwise_measurement")
+                if version != MEASUREMENT_VERSION:
+                    raise FormatError(
+                        f"{path}: not a measurement of version {MEASUREMENT_VERSION} (found {version!r}). "
+                        "Measure the model again."
+                    )
+                header = json.loads(metadata["header"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise FormatError(f"{path}: cannot be read as a measurement ({error}). Measure again.") from error
+
+        def linear(name: str) -> MeasuredLinear:
+            damping = header["damping"][name]
+            return MeasuredLinear(
+                name=name,
+                damping=float("inf") if damping is None else damping,
+                **{field: tensors[f"{name}.{field}"] for field in _FIELDS},
+            )
+
+        return cls(
+            linears=tuple(linear(name) for name in header["linears"]),
+            head=linear(header["head"]),
+            widths=tuple(header["widths"]),
+            group_size=header["group_size"],
+            provenance=header["provenance"],
+        )

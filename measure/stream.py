@@ -1,0 +1,236 @@
+"""Running a model with one decoder block's weights in memory at a time.
+
+Transformers builds the model on the meta device, and its own forward prepares what blocks are given (masks, rotary
+embeddings, positions): in the skeleton every block is replaced by a recorder. One run of the skeleton records each
+block's arguments; the blocks are then run one after another over all rows; a last run of the skeleton, into which the
+final hidden states are injected, applies whatever the model does after its blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..convert.checkpoint import TensorSource
+from ..errors import CheckpointError, NumericalError, UnsupportedModelError
+from .families import HEAD, Family, family_of
+
+__all__ = ["StreamedModel", "check_finite", "micro_batches"]
+
+_MICRO_BATCH_TOKENS = 2048
+"""Tokens that go through a block together: enough to keep a processor busy, few enough to stay small in memory."""
+
+_META = torch.device("meta")
+
+
+def micro_batches(rows: int, row_tokens: int) -> list[slice]:
+    """Cut rows into micro-batches of about 2048 tokens, at least one row each."""
+    size = max(1, _MICRO_BATCH_TOKENS // row_tokens)
+    return [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
+
+
+def check_finite(tensor: Tensor, where: str) -> None:
+    """Raise if a tensor holds NaN or infinity.
+
+    Raises:
+        NumericalError: It does; ``where`` begins the message.
+    """
+    if not bool(torch.isfinite(tensor).all()):
+        raise NumericalError(
+            f"{where}: NaN or infinity in the activations. Check that the original model runs in this dtype."
+        )
+
+
+class _EndOfEmbedding(Exception):
+    """Stops the skeleton's forward once every block's arguments are recorded."""
+
+
+class _Recorder(nn.Module):
+    """Stands in for one decoder block in the skeleton."""
+
+    def __init__(self, owner: StreamedModel, index: int) -> None:
+        super().__init__()
+        self._record = owner._record
+        self._index = index
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self._record(self._index, hidden_states, args, kwargs)
+
+
+class StreamedModel:
+    """A causal language model whose weights are read when they are needed and let go afterwards.
+
+    Attributes:
+        family: How its blocks are cut into linears.
+        device: Where blocks run.
+        dtype: Floating dtype of weights and activations while running.
+    """
+
+    def __init__(self, source: TensorSource, *, device: torch.device, dtype: torch.dtype) -> None:
+        """Build the skeleton; reads no weights.
+
+        Args:
+            source: Where configuration and tensors come from.
+            device: Where blocks run.
+            dtype: Floating dtype of weights and activations.
+
+        Raises:
+            UnsupportedModelError: Neither bpwise nor Transformers knows the model type.
+        """
+        self._source = source
+        self.family: Family = family_of(source.config)
+        self.device = device
+        self.dtype = dtype
+        self._model = _build_skeleton(source.config, dtype, device)
+        parent = self._model.get_submodule(self.family.blocks)
+        self._blocks: list[nn.Module] = list(parent)
+        for index in range(len(self._blocks)):
+            parent[index] = _Recorder(self, index)
+        self._calls: dict[tuple[int, ...], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self._embedded: Tensor | None = None
+        self._injected: Tensor | None = None
+
+    @property
+    def block_count(self) -> int:
+        """Number of decoder blocks."""
+        return len(self._blocks)
+
+    def block_name(self, index: int) -> str:
+        """Return a block's full name, for messages and tensor names."""
+        return f"{self.family.blocks}.{index}"
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Return the hidden states that enter the first block, and record what blocks are called with.
+
+        Args:
+            tokens: Token ids, int64, shape (rows, tokens), on any device.
+
+        Returns:
+            Shape (rows, tokens, hidden size), on the CPU.
+        """
+        embedding = self._model.get_input_embeddings()
+        parts = []
+        with torch.no_grad(), self._loaded(embedding, self._name_of(embedding)):
+            for batch in micro_batches(*tokens.shape):
+                try:
+                    self._model(input_ids=tokens[batch].to(self.device), use_cache=False)
+                except _EndOfEmbedding:
+                    assert self._embedded is not None
+                    parts.append(self._embedded.cpu())
+        self._embedded = None
+        return torch.cat(parts)
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """Hold one block's weights on the device; they go when the context ends."""
+        with self._loaded(self._blocks[index], self.block_name(index)) as module:
+            yield module
+
+    def run_block(self, index: int, hidden: Tensor) -> Tensor:
+        """Run one loaded block.
+
+        Args:
+            index: Which block; it must be held by ``block``.
+            hidden: One micro-batch of hidden states, shape (rows, tokens, hidden size), on the device. ``embed`` must
+                have seen a micro-batch of the same rows and tokens.
+
+        Returns:
+            The block's output, same shape.
+        """
+        args, kwargs = self._calls[tuple(hidden.shape[:2])][index]
+        output = self._blocks[index](hidden, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    @contextmanager
+    def tail(self) -> Iterator[nn.Linear]:
+        """Hold everything outside the blocks (final norm, head) on the device; yields the head."""
+        head = self._model.get_submodule(HEAD)
+        with self._loaded(self._model, "", skip=self._name_of(self._model.get_input_embeddings())):
+            yield head
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Apply what the model does after its blocks. ``tail`` must be held.
+
+        Args:
+            hidden: Output of the last block, shape (rows, tokens, hidden size), on the device.
+
+        Returns:
+            Shape (rows, tokens, vocabulary).
+        """
+        self._injected = hidden
+        try:
+            logits: Tensor = self._model(inputs_embeds=hidden.detach(), use_cache=False).logits
+        finally:
+            self._injected = None
+        return logits
+
+    def _record(self, index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        if self._injected is not None:
+            return self._injected
+        calls = self._calls.setdefault(tuple(hidden.shape[:2]), [((), {})] * self.block_count)
+        calls[index] = (args, kwargs)
+        if index == self.block_count - 1:
+            self._embedded = hidden
+            raise _EndOfEmbedding
+        return hidden
+
+    def _name_of(self, module: nn.Module) -> str:
+        return next(name for name, candidate in self._model.named_modules() if candidate is module)
+
+    @contextmanager
+    def _loaded(self, module: nn.Module, name: str, skip: str | None = None) -> Iterator[nn.Module]:
+        empty = dict(module.named_parameters(remove_duplicate=False))
+        for inner in empty:
+            full = f"{name}.{inner}" if name else inner
+            if skip is None or not full.startswith(f"{skip}."):
+                _set_parameter(module, inner, self._read(full, empty[inner].shape))
+        try:
+            yield module
+        finally:
+            for inner, parameter in empty.items():
+                _set_parameter(module, inner, parameter)
+
+    def _read(self, name: str, shape: torch.Size) -> nn.Parameter:
+        if name == f"{HEAD}.weight" and self._source.tied_embeddings:
+            name = f"{self._name_of(self._model.get_input_embeddings())}.weight"
+        tensor = self._source.tensor(name)
+        if tensor.shape != shape:
+            raise CheckpointError(
+                f"{self._source.directory}: {name} has shape {tuple(tensor.shape)}, "
+                f"expected {tuple(shape)} from config.json. The files do not belong together."
+            )
+        return nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False)
+
+
+def _build_skeleton(config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> nn.Module:
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415 - seconds to import, and only needed here
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: PLC0415
+
+    plain = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
+    model_type = plain["model_type"]
+    if model_type not in CONFIG_MAPPING:
+        raise UnsupportedModelError(
+            f"config.json: this version of Transformers does not know model_type {model_type!r}. Upgrade it."
+        )
+    parsed = CONFIG_MAPPING[model_type].from_dict(plain)
+    with _META:
+        model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, attn_implementation="sdpa")
+    model.eval()
+    # Buffers that no checkpoint holds (rotary frequencies) are computed by the model's own initialisation, in
+    # float32 whatever the dtype of the weights: rounding them ruins long contexts.
+    for module in model.modules():
+        names = module._non_persistent_buffers_set
+        for name in names:
+            setattr(module, name, torch.empty_like(getattr(module, name), device=device))
+        if names:
+            model._init_weights(module)
+    return model
+
+
+def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    path, _, leaf = name.rpartition(".")
+    module.get_submodule(path).register_parameter(leaf, parameter)

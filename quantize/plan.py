@@ -1,0 +1,273 @@
+"""The plan: how many bits every row group of every linear gets. Made from a measurement alone, in a second."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..convert.exl2.layout import RowGroup, linear_bits, padded_columns
+from ..convert.files import read_json, write_json
+from ..errors import BudgetError, ConfigError, FormatError
+from ..measure.measurement import MeasuredLinear, Measurement
+from .allocate import allocate
+
+__all__ = ["HEAD_BITS", "PLAN_VERSION", "LinearPlan", "Plan", "bpw_range", "make_plan"]
+
+PLAN_VERSION = 1
+HEAD_BITS = (2, 3, 4, 5, 6, 8, 16)
+"""Widths that the output head can be asked to have; 16 leaves it unquantized."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearPlan:
+    """Bits of one linear.
+
+    Attributes:
+        name: Full name.
+        in_features: K.
+        out_features: Outputs, padding excluded.
+        group_rows: Rows of each group, in the measured row order.
+        group_bits: Width of each group, in the same order.
+        damage_nats: Predicted damage, nats per token.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    group_rows: tuple[int, ...]
+    group_bits: tuple[int, ...]
+    damage_nats: float
+
+    @property
+    def stored_order(self) -> tuple[int, ...]:
+        """Indices of the groups in the order in which EXL2 stores them: widths never increasing, else as measured."""
+        return tuple(sorted(range(len(self.group_bits)), key=lambda g: -self.group_bits[g]))
+
+    @property
+    def stored_groups(self) -> tuple[RowGroup, ...]:
+        """The groups as EXL2 stores them."""
+        return tuple(RowGroup(self.group_bits[g], self.group_rows[g]) for g in self.stored_order)
+
+    @property
+    def stored_bits(self) -> int:
+        """Stored size in bits, overheads and padding included."""
+        return linear_bits(self.out_features, self.stored_groups)
+
+    @property
+    def weights(self) -> int:
+        """Number of weights, padding excluded."""
+        return self.in_features * self.out_features
+
+    @property
+    def bpw(self) -> float:
+        """Bits per weight, overheads included."""
+        return self.stored_bits / self.weights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Bits of a whole model.
+
+    Attributes:
+        linears: Decoder linears in model order.
+        head: The head's plan, or None if it stays at 16 bits.
+        target_bpw: What was asked of the decoder.
+        head_bits: What was asked of the head, 2 to 8 or 16.
+        lower_bound_nats: No allocation within the budget has a smaller predicted decoder damage.
+        measurement: Fingerprint of the measurement behind the plan.
+    """
+
+    linears: tuple[LinearPlan, ...]
+    head: LinearPlan | None
+    target_bpw: float
+    head_bits: int
+    lower_bound_nats: float
+    measurement: str
+
+    @property
+    def bpw(self) -> float:
+        """Decoder bits per weight: all ``q_*`` bits over the decoder's weights, as ExLlamaV2 counts."""
+        return sum(p.stored_bits for p in self.linears) / sum(p.weights for p in self.linears)
+
+    @property
+    def decoder_damage_nats(self) -> float:
+        """Predicted damage of the decoder, nats per token."""
+        return sum(p.damage_nats for p in self.linears)
+
+    @property
+    def damage_nats(self) -> float:
+        """Predicted damage of the whole model, nats per token."""
+        return self.decoder_damage_nats + (self.head.damage_nats if self.head else 0.0)
+
+    def weights_per_width(self) -> dict[int, float]:
+        """Return the share of the decoder's weights at each width, widest first."""
+        counts: Counter[int] = Counter()
+        for linear in self.linears:
+            for bits, rows in zip(linear.group_bits, linear.group_rows, strict=True):
+                counts[bits] += rows * linear.out_features
+        total = sum(counts.values())
+        return {bits: counts[bits] / total for bits in sorted(counts, reverse=True)}
+
+    def save(self, path: Path) -> None:
+        """Write the plan as JSON."""
+        entries = [_to_dict(p) for p in self.linears]
+        write_json(
+            path,
+            {
+                "bpwise_plan": PLAN_VERSION,
+                "target_bpw": self.target_bpw,
+                "bpw": self.bpw,
+                "head_bits": self.head_bits,
+                "predicted_damage_nats": self.damage_nats,
+                "lower_bound_nats": self.lower_bound_nats,
+                "measurement": self.measurement,
+                "linears": entries,
+                "head": _to_dict(self.head) if self.head else None,
+            },
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Read a plan.
+
+        Raises:
+            FormatError: It is not a plan of this version.
+        """
+        raw = read_json(path, FormatError)
+        if raw.get("bpwise_plan") != PLAN_VERSION:
+            raise FormatError(
+                f"{path}: not a plan of version {PLAN_VERSION}. Make it again with `bpwise plan`."
+            )
+        try:
+            return cls(
+                linears=tuple(_from_dict(entry) for entry in raw["linears"]),
+                head=_from_dict(raw["head"]) if raw["head"] else None,
+                target_bpw=raw["target_bpw"],
+                head_bits=raw["head_bits"],
+                lower_bound_nats=raw["lower_bound_nats"],
+                measurement=raw["measurement"],
+            )
+        except (KeyError, TypeError) as error:
+            raise FormatError(
+                f"{path}: the plan is damaged ({error}). Make it again with `bpwise plan`."
+            ) from error
+
+
+def make_plan(measurement: Measurement, *, bpw: float, head_bits: int) -> Plan:
+    """Allocate bits to every row group of the decoder.
+
+    Args:
+        measurement: The measured curves.
+        bpw: Decoder bits per weight, overheads included; met from below, never exceeded.
+        head_bits: Width of the output head: 2, 3, 4, 5, 6, 8, or 16 for unquantized.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ConfigError: ``head_bits`` is not one of these.
+        BudgetError: No plan has this size; the message gives the range that there is.
+    """
+    if head_bits not in HEAD_BITS:
+        raise ConfigError(f"head bits must be one of {HEAD_BITS}, got {head_bits}.")
+    rows = [_group_rows(linear, measurement) for linear in measurement.linears]
+    weights = sum(linear.in_features * linear.out_features for linear in measurement.linears)
+    lowest, highest = bpw_range(measurement)
+    if not lowest <= bpw <= highest:
+        raise BudgetError(
+            f"{bpw:g} bits per weight cannot be reached: this model at groups of {measurement.group_size} rows can have "
+            f"from {lowest:.4f} to {highest:.4f}. Ask for a size in this range."
+        )
+    overhead = sum(
+        linear_bits(linear.out_features, [RowGroup(0, n) for n in counts])
+        for linear, counts in zip(measurement.linears, rows, strict=True)
+    )
+    columns = np.concatenate(
+        [
+            np.asarray(counts, dtype=np.int64) * padded_columns(linear.out_features)
+            for linear, counts in zip(measurement.linears, rows, strict=True)
+        ]
+    )
+    solved = allocate(
+        np.concatenate([linear.damage_nats for linear in measurement.linears]).astype(np.float64),
+        columns[:, None] * np.asarray(measurement.widths, dtype=np.int64),
+        int(bpw * weights) - overhead,
+    )
+    plans = []
+    first = 0
+    for linear, counts in zip(measurement.linears, rows, strict=True):
+        plans.append(
+            _linear_plan(linear, counts, solved.choice[first : first + len(counts)], measurement.widths)
+        )
+        first += len(counts)
+    head = None
+    if head_bits != 16:
+        counts = _group_rows(measurement.head, measurement)
+        choice = np.full(len(counts), measurement.widths.index(head_bits))
+        head = _linear_plan(measurement.head, counts, choice, measurement.widths)
+    return Plan(
+        linears=tuple(plans),
+        head=head,
+        target_bpw=bpw,
+        head_bits=head_bits,
+        lower_bound_nats=solved.lower_bound,
+        measurement=measurement.fingerprint,
+    )
+
+
+def bpw_range(measurement: Measurement) -> tuple[float, float]:
+    """Return the smallest and the largest decoder bits per weight that a plan can have."""
+    weights = sum(linear.in_features * linear.out_features for linear in measurement.linears)
+    ends = []
+    for bits in (min(measurement.widths), max(measurement.widths)):
+        stored = sum(
+            linear_bits(linear.out_features, [RowGroup(bits, n) for n in _group_rows(linear, measurement)])
+            for linear in measurement.linears
+        )
+        ends.append(stored / weights)
+    return ends[0], ends[1]
+
+
+def _group_rows(linear: MeasuredLinear, measurement: Measurement) -> list[int]:
+    size = measurement.group_size
+    return [min(size, linear.in_features - first) for first in range(0, linear.in_features, size)]
+
+
+def _linear_plan(
+    linear: MeasuredLinear, rows: list[int], choice: np.ndarray[Any, Any], widths: tuple[int, ...]
+) -> LinearPlan:
+    return LinearPlan(
+        name=linear.name,
+        in_features=linear.in_features,
+        out_features=linear.out_features,
+        group_rows=tuple(rows),
+        group_bits=tuple(widths[option] for option in choice),
+        damage_nats=float(linear.damage_nats[np.arange(len(choice)), choice].sum(dtype=np.float64)),
+    )
+
+
+def _to_dict(plan: LinearPlan) -> dict[str, Any]:
+    return {
+        "name": plan.name,
+        "in_features": plan.in_features,
+        "out_features": plan.out_features,
+        "bpw": plan.bpw,
+        "damage_nats": plan.damage_nats,
+        "group_rows": list(plan.group_rows),
+        "group_bits": list(plan.group_bits),
+    }
+
+
+def _from_dict(entry: dict[str, Any]) -> LinearPlan:
+    return LinearPlan(
+        name=entry["name"],
+        in_features=entry["in_features"],
+        out_features=entry["out_features"],
+        group_rows=tuple(entry["group_rows"]),
+        group_bits=tuple(entry["group_bits"]),
+        damage_nats=entry["damage_nats"],
+    )

@@ -1,0 +1,241 @@
+"""The rounding pass: blocks are quantized one after another, each on the inputs that the quantized ones before it make.
+
+Two streams of hidden states run through the model side by side, the original's and the quantized one's. In every stage
+of a block the weight is first moved to where it best reproduces the *original's* output from the *quantized* inputs,
+so that the drift of the earlier stages is cancelled and not accumulated, and then rounded with error feedback.
+
+Legend, per stage: X original inputs, Y quantized inputs (tokens, K); W weight (K, out); H = mean y y^T. With T the
+original's output and S what Y makes of the unrounded weight, ``argmin ||Y V - T||^2 + ridge ||V - W||^2`` is
+``V = W + (H + ridge)^-1 mean y^T (t - s)``. Source: the first step of Qronos (Zhang et al., arXiv 2505.11695),
+with the residual stream's own drift included where a stage's output joins it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..convert.checkpoint import Checkpoint
+from ..convert.exl2.layout import RowGroup
+from ..convert.exl2.linear import QuantizedLinear
+from ..convert.work import StageDirectory
+from ..errors import ConfigError, NumericalError
+from ..measure.calibration import CalibrationSet
+from ..measure.families import BLOCK_OUTPUT, HEAD, Stage
+from ..measure.measurement import MeasuredLinear, Measurement
+from ..measure.run import resolve_device
+from ..measure.stream import StreamedModel, check_finite, micro_batches
+from ..progress import Progress, silent
+from ..rounding.feedback import round_linear
+from ..rounding.hessian import inverse_factor
+from .plan import LinearPlan, Plan
+
+__all__ = ["RoundConfig", "RoundedModel", "round_model"]
+
+_TAIL_TOKENS = 4096
+"""Positions that pass through the final norm at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundConfig:
+    """Options of the rounding stage.
+
+    Attributes:
+        damping: What is added to the diagonal of every Gram matrix, relative to its mean, dimensionless.
+        device: ``cpu``, ``cuda``, ``cuda:N``, ``mps``, or ``auto`` for the best at hand.
+    """
+
+    damping: float = 0.02
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ConfigError: One of them makes no sense.
+        """
+        if not 0 < self.damping < 1:
+            raise ConfigError(f"damping must lie between 0 and 1, got {self.damping}.")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RoundedModel:
+    """The quantized linears of a model, on disk until they are asked for.
+
+    Attributes:
+        names: Full names of the linears, in model order, the head last.
+        pieces: Where they are kept.
+    """
+
+    names: tuple[str, ...]
+    pieces: StageDirectory
+
+    def linear(self, name: str) -> QuantizedLinear:
+        """Return one quantized linear."""
+        return _unpack(self.pieces.load(name))
+
+    def damping(self, name: str) -> float:
+        """Return the relative damping that the linear's rounding took; infinite if it went without feedback."""
+        return float(self.pieces.load(name)["damping"])
+
+
+def round_model(
+    checkpoint: Checkpoint,
+    calibration: CalibrationSet,
+    measurement: Measurement,
+    plan: Plan,
+    config: RoundConfig,
+    work: Path,
+    progress: Progress = silent,
+) -> RoundedModel:
+    """Quantize every linear as the plan says.
+
+    Args:
+        checkpoint: The original model.
+        calibration: Token ids, shape (rows, tokens).
+        measurement: Gives each linear's row order and output weights.
+        plan: Gives each row group's width.
+        config: Options.
+        work: Work directory; finished blocks in it are not done again.
+        progress: Wraps the blocks.
+
+    Returns:
+        The quantized linears.
+
+    Raises:
+        NumericalError: NaN or infinity in activations.
+    """
+    device = resolve_device(config.device)
+    identity = {
+        "model": checkpoint.fingerprint,
+        "calibration": calibration.fingerprint,
+        "measurement": plan.measurement,
+        "bits": [[p.name, *p.group_bits] for p in (*plan.linears, *([plan.head] if plan.head else []))],
+        "damping": config.damping,
+        "device": device.type,
+    }
+    pieces = StageDirectory(work, "rounded", identity)
+    model = StreamedModel(checkpoint, device=device, dtype=torch.float32)
+    run = _Rounding(model, calibration.tokens, measurement, plan, config, pieces)
+    run.blocks(progress)
+    names = [p.name for p in plan.linears]
+    if plan.head is not None:
+        run.head(plan.head)
+        names.append(plan.head.name)
+    return RoundedModel(tuple(names), pieces)
+
+
+class _StageReached(Exception):
+    """Ends a block's forward at the stage that is being rounded."""
+
+
+class _Rounding:
+    """One run of the rounding stage."""
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        tokens: Tensor,
+        measurement: Measurement,
+        plan: Plan,
+        config: RoundConfig,
+        pieces: StageDirectory,
+    ) -> None:
+        self.model = model
+        self.tokens = tokens
+        self.plans = {p.name: p for p in plan.linears}
+        self.measured = {linear.name: linear for linear in (*measurement.linears, measurement.head)}
+        self.config = config
+        self.pieces = pieces
+        self.batches = micro_batches(*tokens.shape)
+
+    def blocks(self, progress: Progress) -> None:
+        """Round all decoder blocks, in order."""
+        embedded = self.model.embed(self.tokens)
+        original, quantized = embedded, embedded.clone()
+        for index in progress(range(self.model.block_count), "quantize: round"):
+            if self.pieces.has(f"state-{index}"):
+                continue
+            if index and self.pieces.has(f"state-{index - 1}"):
+                state = self.pieces.load(f"state-{index - 1}")
+                original, quantized = state["original"], state["quantized"]
+            original, quantized = self._round_block(index, original, quantized)
+            self.pieces.save(f"state-{index}", {"original": original, "quantized": quantized})
+            self.pieces.discard(f"state-{index - 2}")
+
+    def _round_block(self, index: int, original: Tensor, quantized: Tensor) -> tuple[Tensor, Tensor]:
+        where = self.model.block_name(index)
+        with torch.no_grad(), self.model.block(index) as block:
+            targets, original = self._run_original(index, block, original)
+            for number, stage in enumerate(self.model.family.stages):
+                gram, drift = self._compare(index, block, stage, quantized, targets.pop(number))
+                for inner, name in zip(
+                    stage.linears, self.model.family.linear_names(index, stage), strict=True
+                ):
+                    self._round_linear(block.get_submodule(inner), self.plans[name], gram, drift)
+            output = torch.empty_like(quantized)
+            for batch in self.batches:
+                output[batch] = self._run(index, quantized, batch).cpu()
+            check_finite(output, f"{where}, quantized")
+        return original, output
+
+    def _run(self, index: int, hidden: Tensor, batch: slice) -> Tensor:
+        return self.model.run_block(index, hidden[batch].to(self.model.device))
+
+    def _run_original(self, index: int, block: nn.Module, hidden: Tensor) -> tuple[dict[int, Tensor], Tensor]:
+        # What every stage should see or make: its original input, or the original sum where it joins the stream.
+        kept: dict[int, list[Tensor]] = {}
+        outputs = []
+        stages = self.model.family.stages
+        for batch in self.batches:
+            with _taps(block, [_watched(stage) for stage in stages]) as taps:
+                output = self._run(index, hidden, batch)
+            outputs.append(output.cpu())
+            for number, stage in enumerate(stages):
+                value = output if stage.joins == BLOCK_OUTPUT else taps[_watched(stage)]
+                kept.setdefault(number, []).append(value.cpu())
+        check_finite(outputs[-1], self.model.block_name(index))
+        return {number: torch.cat(parts) for number, parts in kept.items()}, torch.cat(outputs)
+
+    def _compare(
+        self, index: int, block: nn.Module, stage: Stage, hidden: Tensor, target: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Run the quantized stream up to a stage.
+
+        Returns:
+            The mean of y y^T, shape (K, K), and the mean of y^T (target - current): for a stage that joins the
+            stream, of the sums, shape (K, hidden); else of the inputs, shape (K, K).
+        """
+        width = block.get_submodule(stage.linears[0]).in_features
+        gram = torch.zeros(width, width, device=self.model.device)
+        drift = torch.zeros(
+            width, width if stage.joins is None else target.shape[-1], device=self.model.device
+        )
+        for batch in self.batches:
+            output = None
+            with _taps(block, [stage.linears[0], _watched(stage)], stop_at=_watched(stage)) as taps:
+                try:
+                    output = self._run(index, hidden, batch)
+                except _StageReached:
+                    pass
+            inputs = taps[stage.linears[0]].flatten(0, -2)
+            current = output if stage.joins == BLOCK_OUTPUT else taps[_watched(stage)]
+            assert current is not None
+            missing = target[batch].to(self.model.device) - current
+            gram.addmm_(inputs.T, inputs)
+            drift.addmm_(inputs.T, missing.flatten(0, -2))
+        tokens = self.tokens.numel()
+        return gram / tokens, drift / tokens
+
+    def _round_linear(self, module: nn.Module, plan: LinearPlan, gram: Tensor, drift: Tensor) -> None:
+        weight = module.weight.detach().T.float()
+        if drift.shape[1] == gram.shape[1] and module.out_features != drift.shape[1] or False:
+            drift = drift @ weight
+        linear = self._rounded(plan, weight, gram, drift, module.bias)
+        module.weight.copy_(linear.dequantize().to(module.weight))

@@ -1,0 +1,173 @@
+"""Rounding with error feedback (GPTQ) onto the EXL2 grid.
+
+Legend: W is the weight as EXL2 stores it, shape (K, columns), rows being input features; H = mean x x^T, shape (K, K);
+H^-1 = U^T U with U upper triangular. Row k is rounded after the errors of the rows before it have been fed back
+into it. With e_k = (w_k - q_k) / U_kk the feedback is w_k -= sum_{j<k} U_jk e_j, and the sum of e^2 over all rows is
+exactly tr(dW^T H dW): every e^2 is that weight's share of the layer's output error.
+Source: Frantar et al., GPTQ (arXiv 2210.17323), section 3.3, with its Cholesky form read from left to right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..convert.exl2.layout import RowGroup
+from ..convert.exl2.linear import QuantizedLinear
+from .grid import GroupGrid, search_grid
+
+__all__ = ["Segment", "errors_by_group", "round_linear"]
+
+_CHUNK_COLUMNS = 8192
+"""Columns that go through the row loop together: wide enough to hide call overhead, small enough for the cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Neighbouring columns of a batch that belong to one linear at one width.
+
+    Attributes:
+        columns: Number of columns.
+        bits: Width of their codes.
+    """
+
+    columns: int
+    bits: int
+
+
+def round_linear(
+    weight: Tensor,
+    upper: Tensor,
+    groups: Sequence[RowGroup],
+    order: Tensor,
+    column_weights: Tensor,
+    bias: Tensor | None = None,
+) -> tuple[QuantizedLinear, Tensor]:
+    """Round one linear, group by group in stored order.
+
+    Args:
+        weight: The weight to represent, float32, shape (K, out): the transpose of a Hugging Face weight.
+        upper: U for the *stored* row order, float32, shape (K, K).
+        groups: Row groups in stored order.
+        order: Input feature of each stored row, int64, shape (K,).
+        column_weights: Share of each output in the end loss, float32, shape (out,).
+        bias: Carried over, float16, shape (out,), or None.
+
+    Returns:
+        The quantized linear, and each group's sum of e^2 per column (its part of tr(dW^T H dW) in the units
+        of H), float32, shape (groups, out).
+    """
+    work = weight[order].contiguous()
+    codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
+    ceilings, scale_codes, errors = [], [], []
+    first = 0
+    for group in groups:
+        rows = slice(first, first + group.rows)
+        grids = _round_group(work, codes, upper, rows, [Segment(work.shape[1], group.bits)], column_weights)
+        ceilings.append(grids[0].ceiling)
+        scale_codes.append(grids[0].codes)
+        errors.append(work[rows].square().sum(dim=0))
+        first += group.rows
+    linear = QuantizedLinear(
+        groups=tuple(groups),
+        codes=codes,
+        scale_codes=torch.stack(scale_codes),
+        ceilings=torch.stack(ceilings),
+        order=order,
+        bias=bias,
+    )
+    return linear, torch.stack(errors)
+
+
+def errors_by_group(
+    weight: Tensor,
+    upper: Tensor,
+    group_rows: Sequence[int],
+    widths: Sequence[int],
+    column_weights: Tensor,
+) -> Tensor:
+    """Round one linear once at every width and say where the error falls.
+
+    Args:
+        weight: float32, shape (K, out), rows in the order of ``upper``.
+        upper: U, float32, shape (K, K).
+        group_rows: Rows of each group, summing to K.
+        widths: Bit widths to try.
+        column_weights: Weight of each output's squared error, float32, shape (out,).
+
+    Returns:
+        ``sum_n column_weights_n * sum_{k in group} e_kn^2``, float32, shape (groups, widths).
+    """
+    columns = weight.shape[1]
+    work = weight.repeat(1, len(widths))
+    segments = [Segment(columns, bits) for bits in widths]
+    weights = column_weights.repeat(len(widths))
+    damages = []
+    first = 0
+    for count in group_rows:
+        rows = slice(first, first + count)
+        _round_group(work, None, upper, rows, segments, weights)
+        damages.append((work[rows].square().sum(dim=0) * weights).view(len(widths), columns).sum(dim=1))
+        first += count
+    return torch.stack(damages)
+
+
+def _round_group(
+    work: Tensor,
+    codes: Tensor | None,
+    upper: Tensor,
+    rows: slice,
+    segments: Sequence[Segment],
+    column_weights: Tensor,
+) -> list[GroupGrid]:
+    # Rounds `work[rows]`. Before: rows above hold their errors e. After: `work[rows]` holds e too, `codes[rows]` codes.
+    group = work[rows]
+    if rows.start:
+        group.addmm_(upper[: rows.start, rows].T, work[: rows.start], alpha=-1)
+    block = upper[rows, rows]
+    row_weights = block.diagonal().square().reciprocal()
+    grids = []
+    first = 0
+    for segment in segments:
+        columns = slice(first, first + segment.columns)
+        grids.append(
+            search_grid(group[:, columns].contiguous(), row_weights, column_weights[columns], segment.bits)
+        )
+        first += segment.columns
+    scales = torch.cat([grid.scales for grid in grids])
+    halves = torch.cat(
+        [torch.full((s.columns,), 1 << (s.bits - 1), dtype=scales.dtype) for s in segments]
+    ).to(scales.device)
+    for first in range(0, work.shape[1], _CHUNK_COLUMNS):
+        columns = slice(first, first + _CHUNK_COLUMNS)
+        _round_rows(
+            group[:, columns],
+            None if codes is None else codes[rows, columns],
+            block,
+            scales[columns],
+            halves[columns],
+        )
+    return grids
+
+
+def _round_rows(target: Tensor, codes: Tensor | None, block: Tensor, scales: Tensor, halves: Tensor) -> None:
+    # The recurrence inside one group: row i minus the feedback of rows 0..i-1, rounded, replaced by its error.
+    inverse = torch.where(scales > 0, 1 / scales, 0)
+    lowest, highest = -halves, halves - 1
+    feedback = block.T.contiguous()
+    diagonal = block.diagonal().tolist()
+    errors = torch.empty(target.shape, dtype=target.dtype, device=target.device)
+    for i, pivot in enumerate(diagonal):
+        row = target[i]
+        if i:
+            row = torch.addmv(row, errors[:i].T, feedback[i, :i], alpha=-1)
+        rounded = torch.mul(row, inverse).round_()
+        torch.clamp(rounded, lowest, highest, out=rounded)
+        if codes is not None:
+            codes[i] = rounded + halves
+        torch.addcmul(row, rounded, scales, value=-1, out=errors[i])
+        errors[i].div_(pivot)
+    target.copy_(errors)

@@ -1,0 +1,58 @@
+"""The factor of a Gram matrix's inverse that error feedback needs, safely damped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["InverseFactor", "inverse_factor"]
+
+_DAMPING_STEPS = (1.0, 10.0, 50.0)
+"""Damping is raised by these factors, in turn, while the factorisation fails."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class InverseFactor:
+    """Upper triangular U with ``(H + damping * mean(diag H) * I)^-1 = U^T U``.
+
+    Attributes:
+        upper: U, float32, shape (K, K).
+        damping: Damping that was used, relative to the mean of H's diagonal. Infinite if no damping helped: U is
+            then diagonal, so that rounding goes without feedback.
+    """
+
+    upper: Tensor
+    damping: float
+
+
+def inverse_factor(gram: Tensor, damping: float) -> InverseFactor:
+    """Factor the inverse of a damped Gram matrix; raise the damping as far as needed.
+
+    With P the reversal of rows and columns, ``P H P = L L^T`` gives ``H = R R^T`` with ``R = P L P`` upper
+    triangular, hence ``U = R^-1``: one Cholesky and one triangular inverse, the explicit inverse is never formed. Float64
+    throughout, because massive activations make condition numbers of 1e6 and more.
+
+    Args:
+        gram: Mean of x x^T over tokens, float32 or float64, shape (K, K), symmetric, finite.
+        damping: First damping to try, relative to the mean of the diagonal, dimensionless.
+
+    Returns:
+        The factor and the damping that it took. Inputs that are always zero have a damped diagonal like any other.
+    """
+    diagonal = gram.diagonal().double()
+    mean = float(diagonal.mean())
+    if mean <= 0:  # The input is zero on every token: nothing can be fed back.
+        return InverseFactor(torch.eye(gram.shape[0], device=gram.device), float("inf"))
+    for step in _DAMPING_STEPS:
+        flipped = gram.double().flip(0, 1)
+        flipped.diagonal().add_(damping * step * mean)
+        lower, failed = torch.linalg.cholesky_ex(flipped)
+        del flipped
+        if int(failed) == 0:
+            identity = torch.eye(gram.shape[0], dtype=torch.float64, device=gram.device)
+            upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            if bool(torch.isfinite(upper).all()):
+                return InverseFactor(upper.float(), damping * step)
+    return InverseFactor((diagonal + damping * mean).rsqrt().float().diag(), float("inf"))

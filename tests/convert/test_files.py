@@ -1,0 +1,274 @@
+import errno
+import hashlib
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bpwise.convert.files import atomic_directory, atomic_file, file_sha256, read_json, write_json
+from bpwise.convert.safetensors_file import load_metadata, load_tensors, save_tensors
+from bpwise.errors import ConfigError, FormatError, NumericalError, WorkDirectoryError
+from safetensors.torch import load_file, save_file
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+class TestAtomicFile:
+    def test_replaces_the_old_content_only_at_the_end(self, tmp_path: Path) -> None:
+        path = tmp_path / "deep" / "plan.json"
+        path.parent.mkdir()
+        path.write_text("old")
+        with atomic_file(path) as temporary:
+            temporary.write_text("new")
+            assert temporary.parent == path.parent
+            assert temporary.name.startswith(f".plan.json.partial-{os.getpid()}")
+            assert path.read_text() == "old"
+        assert path.read_text() == "new"
+        assert names(path.parent) == ["plan.json"]
+
+    def test_makes_missing_parents(self, tmp_path: Path) -> None:
+        with atomic_file(tmp_path / "a" / "b" / "c") as temporary:
+            temporary.write_text("x")
+        assert (tmp_path / "a" / "b" / "c").read_text() == "x"
+
+    @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt], ids=["bug", "ctrl-c"])
+    def test_keeps_the_old_file_if_the_body_raises(self, tmp_path: Path, error: type[BaseException]) -> None:
+        path = tmp_path / "x"
+        path.write_text("old")
+        with pytest.raises(error), atomic_file(path) as temporary:
+            temporary.write_text("half")
+            raise error
+        assert path.read_text() == "old"
+        assert names(tmp_path) == ["x"]
+
+    def test_refuses_a_directory_in_the_way(self, tmp_path: Path) -> None:
+        with pytest.raises(WorkDirectoryError, match="in the way"), atomic_file(tmp_path):
+            pytest.fail("the body must not run")
+
+    def test_refuses_a_parent_that_is_a_file(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        with (
+            pytest.raises(WorkDirectoryError, match="cannot be written"),
+            atomic_file(tmp_path / "file" / "x"),
+        ):
+            pytest.fail("the body must not run")
+
+    @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs /dev/full")
+    def test_names_the_target_when_the_disk_is_full(self, tmp_path: Path) -> None:
+        path = tmp_path / "x"
+        with pytest.raises(WorkDirectoryError) as caught, atomic_file(path) as temporary:
+            temporary.symlink_to("/dev/full")
+            temporary.write_text("data")
+        assert str(caught.value).startswith(f"{path}: not written, the disk is full")
+        assert "Free some space" in str(caught.value)
+        assert names(tmp_path) == []
+
+    def test_a_disk_that_fills_up_during_the_flush_is_no_success(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(descriptor: int) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(WorkDirectoryError, match="disk is full"):
+            write_json(tmp_path / "x", {})
+        assert names(tmp_path) == []
+
+    def test_other_errors_of_the_body_stay_what_they_are(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError), atomic_file(tmp_path / "x"):
+            (tmp_path / "missing").read_text()
+
+    def test_flushes_file_and_directory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        kinds = []
+        monkeypatch.setattr(os, "fsync", lambda fd: kinds.append(stat.S_ISDIR(os.fstat(fd).st_mode)))
+        write_json(tmp_path / "x", {})
+        assert kinds == [False, True]
+
+
+class TestAtomicDirectory:
+    @pytest.mark.parametrize("existing", [False, True], ids=["new", "empty"])
+    def test_appears_complete(self, tmp_path: Path, existing: bool) -> None:
+        path = tmp_path / "out"
+        if existing:
+            path.mkdir()
+        with atomic_directory(path) as temporary:
+            assert temporary.name.startswith(f".out.partial-{os.getpid()}")
+            (temporary / "sub").mkdir()
+            (temporary / "sub" / "x").write_text("1")
+            assert not (path / "sub").exists()
+        assert (path / "sub" / "x").read_text() == "1"
+        assert names(tmp_path) == ["out"]
+
+    @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt], ids=["bug", "ctrl-c"])
+    def test_leaves_nothing_if_the_body_raises(self, tmp_path: Path, error: type[BaseException]) -> None:
+        with pytest.raises(error), atomic_directory(tmp_path / "out") as temporary:
+            (temporary / "x").write_text("half")
+            raise error
+        assert names(tmp_path) == []
+
+    @pytest.mark.parametrize("kind", ["file", "directory"])
+    @pytest.mark.parametrize("late", [False, True], ids=["before", "during"])
+    def test_refuses_what_is_in_the_way(self, tmp_path: Path, kind: str, late: bool) -> None:
+        path = tmp_path / "out"
+
+        def occupy() -> None:
+            if kind == "file":
+                path.write_text("theirs")
+            else:
+                path.mkdir()
+                (path / "theirs").write_text("theirs")
+
+        if not late:
+            occupy()
+        with pytest.raises(WorkDirectoryError, match="in the way"), atomic_directory(path) as temporary:
+            assert late, "the body must not run"
+            (temporary / "x").write_text("ours")
+            occupy()
+        assert (path if kind == "file" else path / "theirs").read_text() == "theirs"
+        assert names(tmp_path) == ["out"]
+
+    def test_follows_a_link_to_an_empty_directory(self, tmp_path: Path) -> None:
+        (tmp_path / "disk").mkdir()
+        (tmp_path / "out").symlink_to("disk")
+        with atomic_directory(tmp_path / "out") as temporary:
+            (temporary / "x").write_text("1")
+        assert (tmp_path / "out").is_symlink()
+        assert (tmp_path / "disk" / "x").read_text() == "1"
+
+    def test_flushes_every_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        flushed = set()
+        monkeypatch.setattr(os, "fsync", lambda fd: flushed.add(os.fstat(fd).st_ino))
+        with atomic_directory(tmp_path / "out") as temporary:
+            (temporary / "sub").mkdir()
+            (temporary / "sub" / "x").write_text("1")
+            (temporary / "y").write_text("2")
+        paths = [tmp_path, *(tmp_path).rglob("*")]
+        assert flushed == {path.stat().st_ino for path in paths}
+
+
+class TestJson:
+    def test_round_trip_and_layout(self, tmp_path: Path) -> None:
+        value = {"b": [1.5, None], "a": "é \ud800"}
+        write_json(tmp_path / "x.json", value)
+        text = (tmp_path / "x.json").read_text()
+        assert text == '{\n "b": [\n  1.5,\n  null\n ],\n "a": "\\u00e9 \\ud800"\n}\n'
+        assert read_json(tmp_path / "x.json", FormatError) == value
+
+    @pytest.mark.parametrize("number", [float("nan"), float("-inf")], ids=["nan", "-inf"])
+    def test_refuses_what_is_not_finite(self, tmp_path: Path, number: float) -> None:
+        with pytest.raises(NumericalError, match="finite"):
+            write_json(tmp_path / "x.json", {"a": [number]})
+        assert names(tmp_path) == []
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (None, "cannot be read"),
+            (b"{", "not valid JSON"),
+            (b"\xff\xfe", "not valid JSON"),
+            (b"[" * 200_000, "not valid JSON"),
+            (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"),
+            (b"[1]", "got list"),
+        ],
+        ids=["missing", "cut", "not-utf8", "too-deep", "huge-number", "no-object"],
+    )
+    def test_says_what_is_wrong_with_a_file(
+        self, tmp_path: Path, content: bytes | None, message: str
+    ) -> None:
+        path = tmp_path / "x.json"
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(ConfigError, match=message) as caught:
+            read_json(path, ConfigError)
+        assert str(caught.value).startswith(f"{path}: ")
+
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int16, torch.uint8]
+
+
+class TestTensors:
+    @pytest.mark.parametrize("dtype", [*DTYPES, torch.bool], ids=str)
+    @pytest.mark.parametrize("shape", [(), (0, 3), (1,), (5, 7)], ids=str)
+    def test_agrees_with_the_reference_library(
+        self, tmp_path: Path, dtype: torch.dtype, shape: tuple[int, ...]
+    ) -> None:
+        tensors = {"x": (torch.randn(shape) * 3).to(dtype), "odd": torch.tensor([1, 2, 3], dtype=torch.int8)}
+        save_tensors(tmp_path / "ours", tensors, {"k": "v"})
+        save_file(tensors, tmp_path / "theirs", metadata={"k": "v"})
+        for loaded in (
+            load_file(tmp_path / "ours"),
+            load_tensors(tmp_path / "ours"),
+            load_tensors(tmp_path / "theirs"),
+        ):
+            assert loaded.keys() == tensors.keys()
+            for name, tensor in tensors.items():
+                assert loaded[name].dtype == tensor.dtype
+                assert loaded[name].shape == tensor.shape
+                assert torch.equal(loaded[name], tensor)
+        assert load_metadata(tmp_path / "ours") == load_metadata(tmp_path / "theirs") == {"k": "v"}
+
+    def test_views_and_shared_memory_are_written_out(self, tmp_path: Path) -> None:
+        base = torch.arange(12.0).reshape(3, 4)
+        save_tensors(tmp_path / "x", {"t": base.T, "row": base[1], "same": base, "every-other": base[:, ::2]})
+        loaded = load_tensors(tmp_path / "x")
+        assert torch.equal(loaded["t"], base.T)
+        assert torch.equal(loaded["row"], base[1])
+        assert torch.equal(loaded["same"], base)
+        assert torch.equal(loaded["every-other"], base[:, ::2])
+        assert load_metadata(tmp_path / "x") == {}
+
+    def test_order_of_the_mapping_does_not_matter(self, tmp_path: Path) -> None:
+        a, b = torch.ones(3), torch.zeros(2, dtype=torch.int8)
+        save_tensors(tmp_path / "1", {"a": a, "b": b})
+        save_tensors(tmp_path / "2", {"b": b, "a": a})
+        assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+
+    def test_permissions_follow_the_umask(self, tmp_path: Path) -> None:
+        (tmp_path / "plain").write_text("")
+        save_tensors(tmp_path / "x", {"a": torch.ones(1)})
+        assert (tmp_path / "x").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+    def test_loaded_tensors_outlive_the_file(self, tmp_path: Path) -> None:
+        path = tmp_path / "x"
+        save_tensors(path, {"a": torch.ones(1000)})
+        loaded = load_tensors(path)["a"]
+        path.write_bytes(b"")
+        assert loaded.sum() == 1000
+
+    def test_a_full_disk_is_reported(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(file: Any, *_: object) -> None:
+            file.write(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr("bpwise.convert.files.write_tensors", full)
+        with pytest.raises(WorkDirectoryError, match="disk is full"):
+            save_tensors(tmp_path / "x.safetensors", {"a": torch.ones(3)})
+        assert names(tmp_path) == []
+
+    def test_damage_is_a_format_error(self, tmp_path: Path) -> None:
+        path = tmp_path / "x"
+        save_tensors(path, {"a": torch.ones(100)})
+        path.write_bytes(path.read_bytes()[:-1])
+        with pytest.raises(FormatError, match="truncated"):
+            load_tensors(path)
+        with pytest.raises(ConfigError, match="cannot be read"):
+            load_metadata(tmp_path / "missing", ConfigError)
+
+    def test_known_bytes(self, tmp_path: Path) -> None:
+        save_tensors(tmp_path / "x", {"a": torch.tensor([1, 258], dtype=torch.int16)})
+        header = json.dumps(
+            {"a": {"dtype": "I16", "shape": [2], "data_offsets": [0, 4]}}, separators=(",", ":")
+        )
+        padded = header.encode().ljust(56)
+        assert (tmp_path / "x").read_bytes() == b"\x38" + bytes(7) + padded + b"\x01\x00\x02\x01"
+
+
+def test_file_sha256(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 8193  # longer than two reads
+    (tmp_path / "x").write_bytes(content)
+    assert file_sha256(tmp_path / "x") == hashlib.sha256(content).hexdigest()
