@@ -176,9 +176,7 @@ class Checkpoint:
     @property
     def parameter_count(self) -> int:
         """Number of stored floating-point values; a tied head that is not stored does not count again."""
-        return sum(
-            math.prod(entry.shape) for _, entry in self._places.values() if entry.dtype.is_floating_point
-        )
+        return sum(math.prod(entry.shape) for _, entry in self._places.values() if entry.dtype.is_floating_point)
 
     @cached_property
     def tied_embeddings(self) -> bool:
@@ -194,9 +192,7 @@ class Checkpoint:
         embedding = next((name for name in _EMBEDDINGS if name in self._names), None)
         if not flag or embedding is None:
             return bool(flag)
-        return self.shape(_HEAD) == self.shape(embedding) and torch.equal(
-            self.tensor(_HEAD), self.tensor(embedding)
-        )
+        return self.shape(_HEAD) == self.shape(embedding) and torch.equal(self.tensor(_HEAD), self.tensor(embedding))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -308,9 +304,7 @@ def _check_config(config: dict[str, Any], path: Path) -> None:
             )
     flag = config.get("tie_word_embeddings")
     if flag is not None and not isinstance(flag, bool):
-        raise CheckpointError(
-            f"{path}: wrong tie_word_embeddings, got {flag!r}, expected true or false. Correct it."
-        )
+        raise CheckpointError(f"{path}: wrong tie_word_embeddings, got {flag!r}, expected true or false. Correct it.")
 
 
 def _single_weight_file(directory: Path) -> str:
@@ -329,23 +323,18 @@ def _single_weight_file(directory: Path) -> str:
             f"{directory}: pickled weights can run code, got {pickles[0]!r}, expected safetensors. Convert "
             "the model with Transformers' save_pretrained(safe_serialization=True)."
         )
-    raise CheckpointError(
-        f"{directory}: no weights, got no safetensors file, expected {_WEIGHTS} or {_INDEX}."
-    )
+    raise CheckpointError(f"{directory}: no weights, got no safetensors file, expected {_WEIGHTS} or {_INDEX}.")
 
 
 def _read_index(directory: Path) -> dict[str, str]:
     path = confined_file(directory, _INDEX)
     weight_map = read_json(path, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(
-            f"{path}: no weight_map, expected an object of tensor names and files. Get it again."
-        )
+        raise CheckpointError(f"{path}: no weight_map, expected an object of tensor names and files. Get it again.")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not shard.endswith(".safetensors"):
             raise CheckpointError(
-                f"{path}: wrong file for tensor {name!r}, got {shard!r}, expected a .safetensors file. Get "
-                "it again."
+                f"{path}: wrong file for tensor {name!r}, got {shard!r}, expected a .safetensors file. Get it again."
             )
     return weight_map
 
@@ -363,8 +352,7 @@ def _check_shards(directory: Path, headers: dict[str, SafetensorsHeader], weight
     for name, shard in weight_map.items():
         if name not in holder:
             raise CheckpointError(
-                f"{directory / shard}: tensor {name!r} is missing, expected it from {_INDEX}. Get the model "
-                "again."
+                f"{directory / shard}: tensor {name!r} is missing, expected it from {_INDEX}. Get the model again."
             )
         if holder[name] != shard:
             raise CheckpointError(

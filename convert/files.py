@@ -51,9 +51,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
-            raise WorkDirectoryError(
-                f"{path}: in the way, got a directory, expected a file. Choose another path."
-            )
+            raise WorkDirectoryError(f"{path}: in the way, got a directory, expected a file. Choose another path.")
     try:
         with _explained(path, only=_DISK_FULL):
             yield temporary
@@ -118,8 +116,7 @@ def write_json(path: Path, value: Any) -> None:
         text = json.dumps(value, indent=1, allow_nan=False)
     except ValueError as cause:
         raise NumericalError(
-            f"{path}: not written, expected finite numbers only ({cause}). The computation before it went "
-            "wrong."
+            f"{path}: not written, expected finite numbers only ({cause}). The computation before it went wrong."
         ) from cause
     with atomic_file(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
@@ -141,13 +138,9 @@ def read_json(path: Path, error: type[BpwiseError]) -> dict[str, Any]:
     try:
         value = json.loads(Path(path).read_bytes().decode("utf-8"))
     except OSError as cause:
-        raise error(
-            f"{path}: cannot be read ({cause.strerror}). Check that it exists and is readable."
-        ) from cause
+        raise error(f"{path}: cannot be read ({cause.strerror}). Check that it exists and is readable.") from cause
     except (ValueError, RecursionError) as cause:
-        raise error(
-            f"{path}: not valid JSON ({cause}). The file is damaged: make or get it again."
-        ) from cause
+        raise error(f"{path}: not valid JSON ({cause}). The file is damaged: make or get it again.") from cause
     if not isinstance(value, dict):
         raise error(f"{path}: wrong JSON, got {type(value).__name__} at the top level, expected an object.")
     return cast("dict[str, Any]", value)
@@ -194,9 +187,7 @@ def _refuse_occupied(path: Path) -> None:
                     "Remove it, or choose another path."
                 )
         elif path.exists():
-            raise WorkDirectoryError(
-                f"{path}: in the way, got a file, expected no such path. Choose another path."
-            )
+            raise WorkDirectoryError(f"{path}: in the way, got a file, expected no such path. Choose another path.")
 
 
 def _sync_tree(directory: Path) -> None:

@@ -61,8 +61,7 @@ def _download(model: str) -> Path:
         return Path(snapshot_download(model, allow_patterns=list(_HUB_FILES)))
     except GatedRepoError as cause:
         raise CheckpointError(
-            f"{where} it is gated. Accept its terms at https://huggingface.co/{model}, then run `hf auth "
-            "login`."
+            f"{where} it is gated. Accept its terms at https://huggingface.co/{model}, then run `hf auth login`."
         ) from cause
     except (RepositoryNotFoundError, HFValidationError) as cause:
         raise CheckpointError(
@@ -118,9 +117,7 @@ def confined_file(directory: Path, name: str) -> Path:
             "Replace the link by the file itself if you trust it."
         )
     if not regular:
-        raise CheckpointError(
-            f"{path}: missing, or not a regular file. The checkpoint is incomplete: get it again."
-        )
+        raise CheckpointError(f"{path}: missing, or not a regular file. The checkpoint is incomplete: get it again.")
     return path
 
 
@@ -132,7 +129,5 @@ def _in_hub_store(root: Path, target: Path) -> bool:
             if target.is_relative_to(parent / "blobs"):
                 return True
             shared = parent.parent / "blobs"
-            return target.is_relative_to(shared) and bool(
-                _SHARED_BLOB.fullmatch(target.relative_to(shared).as_posix())
-            )
+            return target.is_relative_to(shared) and bool(_SHARED_BLOB.fullmatch(target.relative_to(shared).as_posix()))
     return False

@@ -123,8 +123,7 @@ def read_header(path: Path, error: type[BpwiseError]) -> SafetensorsHeader:
             prefix = file.read(_LENGTH_BYTES)
             if len(prefix) < _LENGTH_BYTES:
                 raise error(
-                    f"{path}: truncated, got {file_bytes} bytes, expected at least {_LENGTH_BYTES}. Get the "
-                    "file again."
+                    f"{path}: truncated, got {file_bytes} bytes, expected at least {_LENGTH_BYTES}. Get the file again."
                 )
             (header_bytes,) = struct.unpack("<Q", prefix)
             if header_bytes > _MAX_HEADER_BYTES:
@@ -139,20 +138,15 @@ def read_header(path: Path, error: type[BpwiseError]) -> SafetensorsHeader:
                 )
             raw = file.read(header_bytes)
     except OSError as cause:
-        raise error(
-            f"{path}: cannot be read ({cause.strerror}). Check that it exists and is readable."
-        ) from cause
+        raise error(f"{path}: cannot be read ({cause.strerror}). Check that it exists and is readable.") from cause
     fields = _parse(raw, path, error)
     metadata = _checked_metadata(fields.pop("__metadata__", None), path, error)
     data_offset = _LENGTH_BYTES + header_bytes
     entries = {
-        name: _checked_entry(value, data_offset, f"{path}: tensor {name!r}", error)
-        for name, value in fields.items()
+        name: _checked_entry(value, data_offset, f"{path}: tensor {name!r}", error) for name, value in fields.items()
     }
     _check_coverage(entries, data_offset, file_bytes, path, error)
-    return SafetensorsHeader(
-        entries, metadata, data_offset, file_bytes, hashlib.sha256(prefix + raw).hexdigest()
-    )
+    return SafetensorsHeader(entries, metadata, data_offset, file_bytes, hashlib.sha256(prefix + raw).hexdigest())
 
 
 def read_entry(path: Path, entry: HeaderEntry, error: type[BpwiseError]) -> Tensor:
@@ -176,9 +170,7 @@ def read_entry(path: Path, entry: HeaderEntry, error: type[BpwiseError]) -> Tens
             file.seek(entry.offset_bytes)
             got = file.readinto(data.numpy().data)
     except OSError as cause:
-        raise error(
-            f"{path}: cannot be read ({cause.strerror}). Check that it exists and is readable."
-        ) from cause
+        raise error(f"{path}: cannot be read ({cause.strerror}). Check that it exists and is readable.") from cause
     if got != entry.size_bytes:
         raise error(
             f"{path}: changed while in use, got {got} bytes at {entry.offset_bytes}, expected "
@@ -217,9 +209,7 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mappi
         file.write(flat.view(torch.uint8).numpy().data)
 
 
-def save_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors as one safetensors file, atomically.
 
     Equal tensors and metadata give equal bytes, whatever the order of the mapping.
@@ -268,21 +258,15 @@ def _parse(raw: bytes, path: Path, error: type[BpwiseError]) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            raise error(
-                f"{path}: the header names a tensor or a field twice. Get the file again from its source."
-            )
+            raise error(f"{path}: the header names a tensor or a field twice. Get the file again from its source.")
         return result
 
     try:
         fields = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as cause:
-        raise error(
-            f"{path}: the header is not valid JSON ({cause}). The file is damaged: get it again."
-        ) from cause
+        raise error(f"{path}: the header is not valid JSON ({cause}). The file is damaged: get it again.") from cause
     if not isinstance(fields, dict):
-        raise error(
-            f"{path}: wrong header, got a JSON {type(fields).__name__}, expected an object. Get it again."
-        )
+        raise error(f"{path}: wrong header, got a JSON {type(fields).__name__}, expected an object. Get it again.")
     return cast("dict[str, Any]", fields)
 
 
@@ -290,17 +274,13 @@ def _checked_metadata(value: Any, path: Path, error: type[BpwiseError]) -> dict[
     if value is None:
         return {}
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-        raise error(
-            f"{path}: wrong __metadata__ in the header, expected an object of strings. Get the file again."
-        )
+        raise error(f"{path}: wrong __metadata__ in the header, expected an object of strings. Get the file again.")
     return cast("dict[str, str]", value)
 
 
 def _checked_entry(value: Any, data_offset: int, where: str, error: type[BpwiseError]) -> HeaderEntry:
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        raise error(
-            f"{where}: wrong header entry, expected dtype, shape and data_offsets. Get the file again."
-        )
+        raise error(f"{where}: wrong header entry, expected dtype, shape and data_offsets. Get the file again.")
     shape, offsets = value["shape"], value["data_offsets"]
     dtype = _DTYPES.get(value["dtype"]) if isinstance(value["dtype"], str) else None
     if dtype is None:
@@ -347,6 +327,5 @@ def _check_coverage(
             )
     if position != file_bytes:
         raise error(
-            f"{path}: wrong size, got {file_bytes} bytes, expected {position} from the header. Get the file "
-            "again."
+            f"{path}: wrong size, got {file_bytes} bytes, expected {position} from the header. Get the file again."
         )

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from .files import write_json
 from .safetensors_file import load_tensors, save_tensors
 
-__all__ = ["StageDirectory"]
+__all__ = ["StageDirectory", "discard_stages"]
 
 
 class StageDirectory:
@@ -47,9 +48,7 @@ class StageDirectory:
         """Whether a piece is finished."""
         return self._file(piece).exists()
 
-    def save(
-        self, piece: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-    ) -> None:
+    def save(self, piece: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
         """Keep a piece: it is there completely or not at all."""
         save_tensors(self._file(piece), tensors, metadata)
 
@@ -61,9 +60,19 @@ class StageDirectory:
         """Let a piece go that no later step needs."""
         self._file(piece).unlink(missing_ok=True)
 
-    def remove(self) -> None:
-        """Delete the directory with everything in it."""
-        shutil.rmtree(self.path, ignore_errors=True)
-
     def _file(self, piece: str) -> Path:
         return self.path / f"{piece}.safetensors"
+
+
+def discard_stages(work: Path) -> None:
+    """Delete all stage directories of a run that is complete; files beside them (measurement, plan) stay.
+
+    The work directory itself goes if nothing is left in it.
+    """
+    if not work.is_dir():
+        return
+    for path in work.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        work.rmdir()

@@ -33,7 +33,7 @@ _PREVIEW_CHARACTERS = 200
     "--row-tokens", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens per row."
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Chooses the places.")
-def main(  # noqa: PLR0917 - one parameter per option
+def main(
     model: Path,
     output: Path,
     source: str | None,

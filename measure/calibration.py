@@ -162,9 +162,7 @@ class CalibrationSet:
                 adds_bos=json.loads(metadata["adds_bos"]) is True,
             )
         except (KeyError, TypeError, ValueError, ShapeError) as error:
-            raise CalibrationError(
-                f"{path}: damaged calibration set ({error}). Build the set anew."
-            ) from error
+            raise CalibrationError(f"{path}: damaged calibration set ({error}). Build the set anew.") from error
         if loaded.fingerprint != metadata.get("fingerprint"):
             raise CalibrationError(
                 f"{path}: the contents were changed, got fingerprint {loaded.fingerprint}, expected "
@@ -280,13 +278,10 @@ def _spread_starts(n_tokens: int, rows: int, body_tokens: int, generator: torch.
     return starts
 
 
-def _describe(
-    source: TextSource, config: CalibrationConfig, *, n_random: int, in_order: bool, has_bos: bool
-) -> str:
+def _describe(source: TextSource, config: CalibrationConfig, *, n_random: int, in_order: bool, has_bos: bool) -> str:
     how = "consecutive from its start" if in_order else f"at random places (seed {config.seed})"
     random = f", and {n_random} rows of random token ids" if n_random else ""
     begin = "beginning with BOS" if has_bos else "without BOS"
     return (
-        f"{source.description}: {config.rows - n_random} rows {how}{random}, "
-        f"each of {config.row_tokens} tokens {begin}"
+        f"{source.description}: {config.rows - n_random} rows {how}{random}, each of {config.row_tokens} tokens {begin}"
     )

@@ -11,10 +11,25 @@ from torch import Tensor
 from ..rounding.feedback import errors_by_group
 from ..rounding.hessian import inverse_factor
 
-__all__ = ["ErrorCurve", "group_rows", "measure_curves"]
+__all__ = ["BATCH_WEIGHTS", "CurveOptions", "ErrorCurve", "group_rows", "measure_curves"]
 
-_BATCH_WEIGHTS = 1 << 26
+BATCH_WEIGHTS = 1 << 26
 """Weights that are rounded together, over widths and linears: bounds the memory of a batch to 256 MiB."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CurveOptions:
+    """What curves are measured over.
+
+    Attributes:
+        widths: Bit widths to try.
+        group_size: Rows of a group.
+        damping: First damping to try, relative to the mean of the Gram matrix's diagonal.
+    """
+
+    widths: tuple[int, ...]
+    group_size: int
+    damping: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -49,9 +64,7 @@ def measure_curves(
     gram: Tensor,
     fishers: Sequence[Tensor],
     *,
-    widths: Sequence[int],
-    group_size: int,
-    damping: float,
+    options: CurveOptions,
 ) -> list[ErrorCurve]:
     """Measure the linears that share one input. A pure function of its arguments.
 
@@ -62,24 +75,22 @@ def measure_curves(
         weights: Each linear's weight, float32, shape (K, out): the transpose of a Hugging Face weight.
         gram: H, mean of x x^T over tokens, float32, shape (K, K).
         fishers: F of each linear, float32, shape (out,).
-        widths: Bit widths to try.
-        group_size: Rows of a group.
-        damping: First damping to try, relative to the mean of H's diagonal.
+        options: Widths, group size, damping.
 
     Returns:
         One curve per linear.
     """
     power = gram.diagonal().clone()
     order = power.argsort(descending=True, stable=True)
-    factor = inverse_factor(gram[order][:, order], damping)
-    rows = group_rows(gram.shape[0], group_size)
+    factor = inverse_factor(gram[order][:, order], options.damping)
+    rows = group_rows(gram.shape[0], options.group_size)
     curves = []
     for weight, fisher in zip(weights, fishers, strict=True):
         ordered = weight[order]
-        batch = max(1, _BATCH_WEIGHTS // ordered.numel())
+        batch = max(1, BATCH_WEIGHTS // ordered.numel())
         damages = [
-            errors_by_group(ordered, factor.upper, rows, widths[first : first + batch], fisher)
-            for first in range(0, len(widths), batch)
+            errors_by_group(ordered, factor.upper, rows, options.widths[first : first + batch], fisher)
+            for first in range(0, len(options.widths), batch)
         ]
         curves.append(
             ErrorCurve(

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from ..convert.files import atomic_file
 from ..errors import FormatError
 
 __all__ = ["MEASUREMENT_VERSION", "MeasuredLinear", "Measurement"]
@@ -99,6 +100,11 @@ class Measurement:
         metadata = {"bpwise_measurement": MEASUREMENT_VERSION, "header": json.dumps(header)}
         image: bytes = save(tensors, metadata=metadata)
         return image
+
+    def save(self, path: Path) -> None:
+        """Write the measurement, atomically; an existing file is replaced."""
+        with atomic_file(path) as temporary:
+            temporary.write_bytes(self.to_bytes())
 
     @classmethod
     def load(cls, path: Path) -> Measurement:

@@ -56,9 +56,7 @@ class _TokenReader:
         self._leading = leading_ids(tokenizer)
         self._eos = tokenizer.eos_token_id
         self._separator: list[int] = (
-            [self._eos]
-            if self._eos is not None
-            else list(tokenizer("\n", add_special_tokens=False)["input_ids"])
+            [self._eos] if self._eos is not None else list(tokenizer("\n", add_special_tokens=False)["input_ids"])
         )
 
     def read(self, documents: Iterable[Document], chunk_characters: int) -> Iterator[tuple[str, list[int]]]:
@@ -114,9 +112,7 @@ class _PartTokens:
         return min(len(self.tokens), n_tokens)
 
 
-def read_pool(
-    source: TextSource, tokenizer: Tokenizer, *, rows: int, body_tokens: int, in_order: bool
-) -> TokenPool:
+def read_pool(source: TextSource, tokenizer: Tokenizer, *, rows: int, body_tokens: int, in_order: bool) -> TokenPool:
     """Tokenize as much of a source as rows are to be drawn from, with equal shares for its parts.
 
     Args:

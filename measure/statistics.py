@@ -56,7 +56,7 @@ def collect(block: nn.Module, stages: Sequence[Stage]) -> Iterator[list[StageSta
     """
     statistics, handles = [], []
     for stage in stages:
-        first = block.get_submodule(stage.linears[0])
+        first: Any = block.get_submodule(stage.linears[0])
         width = first.in_features
         stage_sums = StageStatistics(torch.zeros(width, width, device=first.weight.device))
         statistics.append(stage_sums)
@@ -103,9 +103,7 @@ def tapped_inputs(block: nn.Module, names: Sequence[str]) -> Iterator[dict[str, 
 
         return hook
 
-    handles = [
-        block.get_submodule(name).register_forward_pre_hook(tap(name), with_kwargs=True) for name in names
-    ]
+    handles = [block.get_submodule(name).register_forward_pre_hook(tap(name), with_kwargs=True) for name in names]
     try:
         yield taps
     finally:

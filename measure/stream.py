@@ -85,7 +85,7 @@ class StreamedModel:
         self.family: Family = family_of(source.config)
         self.device = device
         self.dtype = dtype
-        self._model = _build_skeleton(source.config, dtype, device)
+        self._model: Any = _build_skeleton(source.config, dtype, device)
         parent = self._model.get_submodule(self.family.blocks)
         self._blocks: list[nn.Module] = list(parent)
         for index in range(len(self._blocks)):
@@ -125,7 +125,7 @@ class StreamedModel:
         return torch.cat(parts)
 
     @contextmanager
-    def block(self, index: int) -> Iterator[nn.Module]:
+    def block(self, index: int) -> Iterator[Any]:
         """Hold one block's weights on the device; they go when the context ends."""
         with self._loaded(self._blocks[index], self.block_name(index)) as module:
             yield module
@@ -143,10 +143,11 @@ class StreamedModel:
         """
         args, kwargs = self._calls[tuple(hidden.shape[:2])][index]
         output = self._blocks[index](hidden, *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        states: Tensor = output[0] if isinstance(output, tuple) else output
+        return states
 
     @contextmanager
-    def tail(self) -> Iterator[nn.Linear]:
+    def tail(self) -> Iterator[Any]:
         """Hold everything outside the blocks (final norm, head) on the device; yields the head."""
         head = self._model.get_submodule(HEAD)
         with self._loaded(self._model, "", skip=self._name_of(self._model.get_input_embeddings())):
@@ -179,15 +180,16 @@ class StreamedModel:
         return hidden
 
     def _name_of(self, module: nn.Module) -> str:
-        return next(name for name, candidate in self._model.named_modules() if candidate is module)
+        names: Iterator[str] = (name for name, candidate in self._model.named_modules() if candidate is module)
+        return next(names)
 
     @contextmanager
     def _loaded(self, module: nn.Module, name: str, skip: str | None = None) -> Iterator[nn.Module]:
         empty = dict(module.named_parameters(remove_duplicate=False))
-        for inner in empty:
+        for inner, parameter in empty.items():
             full = f"{name}.{inner}" if name else inner
             if skip is None or not full.startswith(f"{skip}."):
-                _set_parameter(module, inner, self._read(full, empty[inner].shape))
+                _set_parameter(module, inner, self._read(full, parameter.shape))
         try:
             yield module
         finally:
@@ -206,7 +208,7 @@ class StreamedModel:
         return nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False)
 
 
-def _build_skeleton(config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> nn.Module:
+def _build_skeleton(config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
     from transformers import AutoModelForCausalLM  # noqa: PLC0415 - seconds to import, and only needed here
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: PLC0415
 

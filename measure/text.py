@@ -89,9 +89,7 @@ class TextSource:
             yield from part.documents()
 
 
-def read_texts(
-    source: str | Path, *, column: str | None = None, render_chat: ChatRenderer | None = None
-) -> TextSource:
+def read_texts(source: str | Path, *, column: str | None = None, render_chat: ChatRenderer | None = None) -> TextSource:
     """Open a text file, a directory of them, or a data set of the Hugging Face Hub.
 
     A ``.txt`` file is one document; in ``.jsonl``, ``.parquet`` and ``.arrow`` files each row is one. A
@@ -146,18 +144,14 @@ def _directory_source(directory: Path, rows_to_documents: _RowReader) -> TextSou
             f"{directory}: no text files in this directory, expected at least one of type "
             f"{', '.join(TEXT_SUFFIXES)}. Put text there, or name another source."
         )
-    parts = tuple(
-        _file_part(path, path.relative_to(directory).as_posix(), rows_to_documents) for path in files
-    )
+    parts = tuple(_file_part(path, path.relative_to(directory).as_posix(), rows_to_documents) for path in files)
     return TextSource(f"{directory.resolve().name} ({len(files)} text file{'s' * (len(files) > 1)})", parts)
 
 
 def _file_part(path: Path, name: str, rows_to_documents: _RowReader) -> TextPart:
     if path.suffix == ".txt":
         return TextPart(name, partial(_text_file_document, path, name))
-    rows = (
-        partial(_json_rows, path) if path.suffix == ".jsonl" else partial(_table_rows, path.suffix[1:], path)
-    )
+    rows = partial(_json_rows, path) if path.suffix == ".jsonl" else partial(_table_rows, path.suffix[1:], path)
     return TextPart(name, partial(rows_to_documents, name, rows))
 
 
@@ -165,9 +159,7 @@ def _text_file_document(path: Path, name: str) -> Iterator[Document]:
     try:
         text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no text
     except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(
-            f"{path}: cannot be read as UTF-8 text ({error}). Convert the file to UTF-8."
-        ) from error
+        raise CalibrationError(f"{path}: cannot be read as UTF-8 text ({error}). Convert the file to UTF-8.") from error
     if not text.strip():
         raise _empty(str(path))
     yield Document(name, text)
@@ -180,9 +172,7 @@ def _json_rows(path: Path) -> _Rows:
                 if line.strip():
                     yield f"line {number}", _json_object(line, f"{path}, line {number}")
     except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(
-            f"{path}: cannot be read as UTF-8 text ({error}). Convert the file to UTF-8."
-        ) from error
+        raise CalibrationError(f"{path}: cannot be read as UTF-8 text ({error}). Convert the file to UTF-8.") from error
 
 
 def _json_object(line: str, where: str) -> Mapping[str, Any]:
@@ -194,8 +184,7 @@ def _json_object(line: str, where: str) -> Mapping[str, Any]:
         ) from error
     if not isinstance(row, dict):
         raise CalibrationError(
-            f"{where}: got a JSON {type(row).__name__}, expected one object per line. Wrap it as "
-            '{"text": ...}.'
+            f'{where}: got a JSON {type(row).__name__}, expected one object per line. Wrap it as {{"text": ...}}.'
         )
     return row
 
@@ -206,9 +195,7 @@ def _table_rows(builder: str, path: Path) -> _Rows:
     try:
         with _quiet_progress_bars():
             # Streaming reads the file where it lies, without a copy in the cache. The path is a glob pattern.
-            table = datasets.load_dataset(
-                builder, data_files=glob_escape(str(path)), split="train", streaming=True
-            )
+            table = datasets.load_dataset(builder, data_files=glob_escape(str(path)), split="train", streaming=True)
         for number, row in enumerate(table):
             yield f"row {number}", row
     except _data_errors() as error:
@@ -308,13 +295,11 @@ def _cell_text(value: object, where: str, render_chat: ChatRenderer | None) -> s
     if isinstance(value, list) and value and all(isinstance(turn, Mapping) for turn in value):
         if render_chat is None:
             raise CalibrationError(
-                f"{where}: holds chat turns, expected text. Turn the chat template on, or name another "
-                "column."
+                f"{where}: holds chat turns, expected text. Turn the chat template on, or name another column."
             )
         return render_chat(value)
     raise CalibrationError(
-        f"{where}: got {type(value).__name__}, expected text (or chat turns: a list of objects). "
-        "Name another column."
+        f"{where}: got {type(value).__name__}, expected text (or chat turns: a list of objects). Name another column."
     )
 
 

@@ -62,9 +62,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     from transformers import AutoTokenizer  # noqa: PLC0415 - takes seconds to import
 
     try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False
-        )
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exceptions for a damaged tokenizer.json
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CalibrationError(

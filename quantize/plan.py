@@ -103,6 +103,11 @@ class Plan:
         """Predicted damage of the whole model, nats per token."""
         return self.decoder_damage_nats + (self.head.damage_nats if self.head else 0.0)
 
+    @property
+    def gap(self) -> float:
+        """How far the predicted decoder damage may be above the best possible, as a fraction of it."""
+        return self.decoder_damage_nats / self.lower_bound_nats - 1 if self.lower_bound_nats > 0 else 0.0
+
     def weights_per_width(self) -> dict[int, float]:
         """Return the share of the decoder's weights at each width, widest first."""
         counts: Counter[int] = Counter()
@@ -139,9 +144,7 @@ class Plan:
         """
         raw = read_json(path, FormatError)
         if raw.get("bpwise_plan") != PLAN_VERSION:
-            raise FormatError(
-                f"{path}: not a plan of version {PLAN_VERSION}. Make it again with `bpwise plan`."
-            )
+            raise FormatError(f"{path}: not a plan of version {PLAN_VERSION}. Make it again with `bpwise plan`.")
         try:
             return cls(
                 linears=tuple(_from_dict(entry) for entry in raw["linears"]),
@@ -152,9 +155,7 @@ class Plan:
                 measurement=raw["measurement"],
             )
         except (KeyError, TypeError) as error:
-            raise FormatError(
-                f"{path}: the plan is damaged ({error}). Make it again with `bpwise plan`."
-            ) from error
+            raise FormatError(f"{path}: the plan is damaged ({error}). Make it again with `bpwise plan`.") from error
 
 
 def make_plan(measurement: Measurement, *, bpw: float, head_bits: int) -> Plan:
@@ -179,8 +180,8 @@ def make_plan(measurement: Measurement, *, bpw: float, head_bits: int) -> Plan:
     lowest, highest = bpw_range(measurement)
     if not lowest <= bpw <= highest:
         raise BudgetError(
-            f"{bpw:g} bits per weight cannot be reached: this model at groups of {measurement.group_size} rows can have "
-            f"from {lowest:.4f} to {highest:.4f}. Ask for a size in this range."
+            f"{bpw:g} bits per weight cannot be reached: this model at groups of {measurement.group_size} rows "
+            f"can have from {lowest:.4f} to {highest:.4f}. Ask for a size in this range."
         )
     overhead = sum(
         linear_bits(linear.out_features, [RowGroup(0, n) for n in counts])
@@ -200,9 +201,7 @@ def make_plan(measurement: Measurement, *, bpw: float, head_bits: int) -> Plan:
     plans = []
     first = 0
     for linear, counts in zip(measurement.linears, rows, strict=True):
-        plans.append(
-            _linear_plan(linear, counts, solved.choice[first : first + len(counts)], measurement.widths)
-        )
+        plans.append(_linear_plan(linear, counts, solved.choice[first : first + len(counts)], measurement.widths))
         first += len(counts)
     head = None
     if head_bits != 16:

@@ -12,8 +12,9 @@ with the residual stream's own drift included where a stage's output joins it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,12 @@ from ..convert.checkpoint import Checkpoint
 from ..convert.exl2.layout import RowGroup
 from ..convert.exl2.linear import QuantizedLinear
 from ..convert.work import StageDirectory
-from ..errors import ConfigError, NumericalError
+from ..errors import ConfigError
 from ..measure.calibration import CalibrationSet
-from ..measure.families import BLOCK_OUTPUT, HEAD, Stage
+from ..measure.families import BLOCK_OUTPUT, Stage
 from ..measure.measurement import MeasuredLinear, Measurement
 from ..measure.run import resolve_device
+from ..measure.statistics import tapped_inputs
 from ..measure.stream import StreamedModel, check_finite, micro_batches
 from ..progress import Progress, silent
 from ..rounding.feedback import round_linear
@@ -175,10 +177,9 @@ class _Rounding:
             targets, original = self._run_original(index, block, original)
             for number, stage in enumerate(self.model.family.stages):
                 gram, drift = self._compare(index, block, stage, quantized, targets.pop(number))
-                for inner, name in zip(
-                    stage.linears, self.model.family.linear_names(index, stage), strict=True
-                ):
-                    self._round_linear(block.get_submodule(inner), self.plans[name], gram, drift)
+                names = self.model.family.linear_names(index, stage)
+                for inner, name in zip(stage.linears, names, strict=True):
+                    self._round_linear(name, block.get_submodule(inner), gram, drift, stage.joins is not None)
             output = torch.empty_like(quantized)
             for batch in self.batches:
                 output[batch] = self._run(index, quantized, batch).cpu()
@@ -188,7 +189,7 @@ class _Rounding:
     def _run(self, index: int, hidden: Tensor, batch: slice) -> Tensor:
         return self.model.run_block(index, hidden[batch].to(self.model.device))
 
-    def _run_original(self, index: int, block: nn.Module, hidden: Tensor) -> tuple[dict[int, Tensor], Tensor]:
+    def _run_original(self, index: int, block: Any, hidden: Tensor) -> tuple[dict[int, Tensor], Tensor]:
         # What every stage should see or make: its original input, or the original sum where it joins the stream.
         kept: dict[int, list[Tensor]] = {}
         outputs = []
@@ -198,44 +199,120 @@ class _Rounding:
                 output = self._run(index, hidden, batch)
             outputs.append(output.cpu())
             for number, stage in enumerate(stages):
-                value = output if stage.joins == BLOCK_OUTPUT else taps[_watched(stage)]
-                kept.setdefault(number, []).append(value.cpu())
+                watched = _watched(stage)
+                kept.setdefault(number, []).append((output if watched is None else taps[watched]).cpu())
         check_finite(outputs[-1], self.model.block_name(index))
         return {number: torch.cat(parts) for number, parts in kept.items()}, torch.cat(outputs)
 
-    def _compare(
-        self, index: int, block: nn.Module, stage: Stage, hidden: Tensor, target: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _compare(self, index: int, block: Any, stage: Stage, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Run the quantized stream up to a stage.
 
         Returns:
             The mean of y y^T, shape (K, K), and the mean of y^T (target - current): for a stage that joins the
             stream, of the sums, shape (K, hidden); else of the inputs, shape (K, K).
         """
+        watched = _watched(stage)
         width = block.get_submodule(stage.linears[0]).in_features
         gram = torch.zeros(width, width, device=self.model.device)
-        drift = torch.zeros(
-            width, width if stage.joins is None else target.shape[-1], device=self.model.device
-        )
+        drift = torch.zeros(width, width if stage.joins is None else target.shape[-1], device=self.model.device)
         for batch in self.batches:
-            output = None
-            with _taps(block, [stage.linears[0], _watched(stage)], stop_at=_watched(stage)) as taps:
-                try:
-                    output = self._run(index, hidden, batch)
-                except _StageReached:
-                    pass
+            with _taps(block, [stage.linears[0], watched], stop_at=watched) as taps, suppress(_StageReached):
+                output = self._run(index, hidden, batch)
             inputs = taps[stage.linears[0]].flatten(0, -2)
-            current = output if stage.joins == BLOCK_OUTPUT else taps[_watched(stage)]
-            assert current is not None
-            missing = target[batch].to(self.model.device) - current
+            missing = target[batch].to(self.model.device) - (output if watched is None else taps[watched])
             gram.addmm_(inputs.T, inputs)
             drift.addmm_(inputs.T, missing.flatten(0, -2))
         tokens = self.tokens.numel()
         return gram / tokens, drift / tokens
 
-    def _round_linear(self, module: nn.Module, plan: LinearPlan, gram: Tensor, drift: Tensor) -> None:
+    def _round_linear(self, name: str, module: Any, gram: Tensor, drift: Tensor, joins: bool) -> None:
         weight = module.weight.detach().T.float()
-        if drift.shape[1] == gram.shape[1] and module.out_features != drift.shape[1] or False:
-            drift = drift @ weight
-        linear = self._rounded(plan, weight, gram, drift, module.bias)
+        correction = drift if joins else drift @ weight
+        linear = self._rounded(self.plans[name], weight, gram, correction)
         module.weight.copy_(linear.dequantize().to(module.weight))
+
+    def head(self, plan: LinearPlan) -> None:
+        """Round the output head on what the quantized decoder gives it."""
+        if self.pieces.has(plan.name):
+            return
+        state = self.pieces.load(f"state-{self.model.block_count - 1}")
+        with torch.no_grad(), self.model.tail() as head:
+            gram = torch.zeros(head.in_features, head.in_features, device=self.model.device)
+            drift = torch.zeros_like(gram)
+            original, quantized = (state[key].flatten(0, 1) for key in ("original", "quantized"))
+            for first in range(0, len(original), _TAIL_TOKENS):
+                positions = slice(first, first + _TAIL_TOKENS)
+                wanted, inputs = (self._head_input(head, hidden[None, positions]) for hidden in (original, quantized))
+                gram.addmm_(inputs.T, inputs)
+                drift.addmm_(inputs.T, wanted - inputs)
+            tokens = len(original)
+            weight = head.weight.detach().T.float()
+            self._rounded(plan, weight, gram / tokens, drift / tokens @ weight)
+
+    def _head_input(self, head: nn.Linear, hidden: Tensor) -> Tensor:
+        with _taps(head, [""], stop_at="") as taps, suppress(_StageReached):
+            self.model.logits(hidden.to(self.model.device))
+        return taps[""].flatten(0, -2)
+
+    def _rounded(self, plan: LinearPlan, weight: Tensor, gram: Tensor, correction: Tensor) -> QuantizedLinear:
+        measured = self.measured[plan.name]
+        base = inverse_factor(gram, self.config.damping)
+        target = weight + base.upper.T @ (base.upper @ correction)
+        order = _stored_order(plan, measured).to(weight.device)
+        factor = inverse_factor(gram[order][:, order], self.config.damping)
+        fisher = torch.from_numpy(measured.fisher).to(weight.device)
+        linear, _ = round_linear(target, factor.upper, plan.stored_groups, order, fisher)
+        linear.validate(plan.name)
+        self.pieces.save(plan.name, _pack(linear, factor.damping))
+        return linear
+
+
+def _stored_order(plan: LinearPlan, measured: MeasuredLinear) -> Tensor:
+    # The measured row order, its groups rearranged by width.
+    starts = [0, *itertools.accumulate(plan.group_rows)]
+    order = torch.from_numpy(measured.order).long()
+    return torch.cat([order[starts[g] : starts[g] + plan.group_rows[g]] for g in plan.stored_order])
+
+
+def _watched(stage: Stage) -> str | None:
+    # The submodule whose input shows what the stage reads or, where it joins the residual stream, makes.
+    if stage.joins is None:
+        return stage.linears[0]
+    return None if stage.joins == BLOCK_OUTPUT else stage.joins
+
+
+@contextmanager
+def _taps(module: nn.Module, names: Sequence[str | None], stop_at: str | None = None) -> Iterator[dict[str, Tensor]]:
+    """Keep the latest inputs of submodules; end the forward once ``stop_at`` has been reached."""
+
+    def stop(*_: object) -> None:
+        raise _StageReached
+
+    with tapped_inputs(module, [name for name in dict.fromkeys(names) if name is not None]) as taps:
+        handle = None if stop_at is None else module.get_submodule(stop_at).register_forward_pre_hook(stop)
+        try:
+            yield taps
+        finally:
+            if handle is not None:
+                handle.remove()
+
+
+def _pack(linear: QuantizedLinear, damping: float) -> dict[str, Tensor]:
+    return {
+        "groups": torch.tensor([[group.bits, group.rows] for group in linear.groups]),
+        "codes": linear.codes,
+        "scale_codes": linear.scale_codes,
+        "ceilings": linear.ceilings,
+        "order": linear.order,
+        "damping": torch.tensor(damping),
+    }
+
+
+def _unpack(tensors: dict[str, Tensor]) -> QuantizedLinear:
+    return QuantizedLinear(
+        groups=tuple(RowGroup(bits, rows) for bits, rows in tensors["groups"].tolist()),
+        codes=tensors["codes"],
+        scale_codes=tensors["scale_codes"],
+        ceilings=tensors["ceilings"],
+        order=tensors["order"],
+    )

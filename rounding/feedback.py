@@ -44,7 +44,6 @@ def round_linear(
     groups: Sequence[RowGroup],
     order: Tensor,
     column_weights: Tensor,
-    bias: Tensor | None = None,
 ) -> tuple[QuantizedLinear, Tensor]:
     """Round one linear, group by group in stored order.
 
@@ -54,11 +53,10 @@ def round_linear(
         groups: Row groups in stored order.
         order: Input feature of each stored row, int64, shape (K,).
         column_weights: Share of each output in the end loss, float32, shape (out,).
-        bias: Carried over, float16, shape (out,), or None.
 
     Returns:
-        The quantized linear, and each group's sum of e^2 per column (its part of tr(dW^T H dW) in the units
-        of H), float32, shape (groups, out).
+        The quantized linear, without bias, and each group's sum of e^2 per column (its part of tr(dW^T H dW) in
+        the units of H), float32, shape (groups, out).
     """
     work = weight[order].contiguous()
     codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
@@ -77,7 +75,6 @@ def round_linear(
         scale_codes=torch.stack(scale_codes),
         ceilings=torch.stack(ceilings),
         order=order,
-        bias=bias,
     )
     return linear, torch.stack(errors)
 
@@ -133,14 +130,12 @@ def _round_group(
     first = 0
     for segment in segments:
         columns = slice(first, first + segment.columns)
-        grids.append(
-            search_grid(group[:, columns].contiguous(), row_weights, column_weights[columns], segment.bits)
-        )
+        grids.append(search_grid(group[:, columns].contiguous(), row_weights, column_weights[columns], segment.bits))
         first += segment.columns
     scales = torch.cat([grid.scales for grid in grids])
-    halves = torch.cat(
-        [torch.full((s.columns,), 1 << (s.bits - 1), dtype=scales.dtype) for s in segments]
-    ).to(scales.device)
+    halves = torch.cat([torch.full((s.columns,), 1 << (s.bits - 1), dtype=scales.dtype) for s in segments]).to(
+        scales.device
+    )
     for first in range(0, work.shape[1], _CHUNK_COLUMNS):
         columns = slice(first, first + _CHUNK_COLUMNS)
         _round_rows(

@@ -74,9 +74,7 @@ def search_grid(target: Tensor, row_weights: Tensor, column_weights: Tensor, bit
     unclipped = target.abs().amax(dim=0) / (half - 0.5)
     low, high = _SCALE_RANGE[bits]
     step = math.log(high / low) / (_TRIAL_SCALES - 1)
-    factors = torch.tensor(
-        [low * math.exp(step * trial) for trial in range(_TRIAL_SCALES)], device=target.device
-    )
+    factors = torch.tensor([low * math.exp(step * trial) for trial in range(_TRIAL_SCALES)], device=target.device)
     trials = factors[:, None] * unclipped
     errors = torch.stack([_errors(target, scale, row_weights, half) for scale in trials])
     wanted = _at_least_error(trials, errors)

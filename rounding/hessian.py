@@ -31,8 +31,8 @@ def inverse_factor(gram: Tensor, damping: float) -> InverseFactor:
     """Factor the inverse of a damped Gram matrix; raise the damping as far as needed.
 
     With P the reversal of rows and columns, ``P H P = L L^T`` gives ``H = R R^T`` with ``R = P L P`` upper
-    triangular, hence ``U = R^-1``: one Cholesky and one triangular inverse, the explicit inverse is never formed. Float64
-    throughout, because massive activations make condition numbers of 1e6 and more.
+    triangular, hence ``U = R^-1``: one Cholesky and one triangular inverse, the explicit inverse is never formed.
+    Float64 throughout, because massive activations make condition numbers of 1e6 and more.
 
     Args:
         gram: Mean of x x^T over tokens, float32 or float64, shape (K, K), symmetric, finite.

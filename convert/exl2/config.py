@@ -19,9 +19,7 @@ __all__ = ["dense_config", "exl2_config"]
 _TYPES_UNDER_OLD_KEY = ("linear", "su", "longrope", "yarn", "mrope")
 
 
-def exl2_config(
-    config: Mapping[str, Any], quantization: Mapping[str, Any], *, tied_embeddings: bool
-) -> dict[str, Any]:
+def exl2_config(config: Mapping[str, Any], quantization: Mapping[str, Any], *, tied_embeddings: bool) -> dict[str, Any]:
     """Return the config.json of a quantized model.
 
     Args:
@@ -41,8 +39,7 @@ def exl2_config(
     names = result.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise UnsupportedModelError(
-            f"config.json: architectures is {names!r}, expected a list with one name. Add the model class's "
-            "name."
+            f"config.json: architectures is {names!r}, expected a list with one name. Add the model class's name."
         )
     result["architectures"] = names[:1]
     _add_rope_keys(result)

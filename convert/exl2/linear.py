@@ -92,16 +92,12 @@ class QuantizedLinear:
             if largest >= 1 << group.bits:
                 raise FormatError(f"{name}: code {largest} does not fit in a {group.bits}-bit group.")
             if scale * (1 << (group.bits - 1)) >= 65520:
-                raise FormatError(
-                    f"{name}: scale {scale} in a {group.bits}-bit group exceeds what fp16 can hold."
-                )
+                raise FormatError(f"{name}: scale {scale} in a {group.bits}-bit group exceeds what fp16 can hold.")
             first += group.rows
 
     def _validate_shapes(self, name: str) -> None:
         if self.codes.ndim != 2 or 0 in self.codes.shape:
-            raise FormatError(
-                f"{name}: codes have shape {tuple(self.codes.shape)}, expected a matrix (K, out)."
-            )
+            raise FormatError(f"{name}: codes have shape {tuple(self.codes.shape)}, expected a matrix (K, out).")
         rows, columns = self.in_features, self.out_features
         count = len(self.groups)
         expected: dict[str, tuple[Tensor, tuple[int, ...], torch.dtype]] = {
@@ -133,9 +129,7 @@ class QuantizedLinear:
                 )
         total = sum(g.rows for g in self.groups)
         if total != self.in_features or total > MAX_ROWS:
-            raise FormatError(
-                f"{name}: groups hold {total} rows, expected {self.in_features} and at most {MAX_ROWS}."
-            )
+            raise FormatError(f"{name}: groups hold {total} rows, expected {self.in_features} and at most {MAX_ROWS}.")
 
     def dequantize(self) -> Tensor:
         """Return the dense weight as a Hugging Face linear holds it: float16, shape (out, K).

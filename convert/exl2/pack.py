@@ -102,9 +102,7 @@ def pack_scale_codes(codes: Tensor) -> Tensor:
     _require_matrix("pack_scale_codes", codes, torch.uint8)
     groups, columns = codes.shape
     if columns % _SCALES_PER_WORD:
-        raise FormatError(
-            f"pack_scale_codes: got {columns} columns, expected a multiple of {_SCALES_PER_WORD}."
-        )
+        raise FormatError(f"pack_scale_codes: got {columns} columns, expected a multiple of {_SCALES_PER_WORD}.")
     if codes.numel() and int(codes.max()) >= 1 << _SCALE_BITS:
         raise FormatError(f"pack_scale_codes: a code is {int(codes.max())}, expected at most 15.")
     by_word = codes.reshape(groups, columns // _SCALES_PER_WORD, _SCALES_PER_WORD)

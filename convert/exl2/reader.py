@@ -57,9 +57,7 @@ class Exl2Model:
             name: (file, entry) for file, header in files.items() for name, entry in header.entries.items()
         }
         self._files = files
-        self._linears = tuple(
-            sorted(name.removesuffix(_MARK) for name in self._places if name.endswith(_MARK))
-        )
+        self._linears = tuple(sorted(name.removesuffix(_MARK) for name in self._places if name.endswith(_MARK)))
         quantized = set(self._linears)
         hidden = {f"{linear}.{suffix}" for linear in quantized for suffix in _HIDDEN_SUFFIXES}
         # If both forms of a linear are stored, readers take the quantized one.
@@ -91,8 +89,7 @@ class Exl2Model:
                 holder[name] = file
         if not any(name.endswith(_MARK) for name in holder):
             raise FormatError(
-                f"{directory}: no EXL2 model, got {len(holder)} tensors and none named *{_MARK}. Check the "
-                "path."
+                f"{directory}: no EXL2 model, got {len(holder)} tensors and none named *{_MARK}. Check the path."
             )
         return cls(directory, config, files)
 
@@ -188,9 +185,7 @@ class Exl2Model:
             ShapeError: A tensor does not have the shape that the config or the other tensors demand.
         """
         if name not in self._linears:
-            raise CheckpointError(
-                f"{self._directory}: no quantized linear {name!r}, got {len(self._linears)} others."
-            )
+            raise CheckpointError(f"{self._directory}: no quantized linear {name!r}, got {len(self._linears)} others.")
         parts = [f"{name}.{suffix}" for suffix in (*QUANTIZED_SUFFIXES, "bias")]
         tensors = {part: self._read(part) for part in parts if part in self._places}
         return linear_from_tensors(name, tensors, self._out_features(name))
@@ -203,9 +198,7 @@ class Exl2Model:
 
     def _require(self, name: str) -> tuple[str, HeaderEntry]:
         if name not in self._names:
-            raise CheckpointError(
-                f"{self._directory}: tensor {name!r} is missing, got {len(self._names)} others."
-            )
+            raise CheckpointError(f"{self._directory}: tensor {name!r} is missing, got {len(self._names)} others.")
         linear, _, part = name.rpartition(".")
         if part == "weight" and linear in self._linears:
             return self._entry(f"{linear}{_MARK}")

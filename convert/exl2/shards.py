@@ -147,9 +147,7 @@ class ShardWriter:
         for name, tensor in sorted(self._deferred.items(), key=lambda item: -item[1].element_size()):
             self._append(name, tensor)
         self._deferred = {}
-        header = json.dumps(
-            {"__metadata__": {"format": "pt"}, **self._entries}, separators=(",", ":")
-        ).encode()
+        header = json.dumps({"__metadata__": {"format": "pt"}, **self._entries}, separators=(",", ":")).encode()
         assert len(header) <= self._header_bytes, "the room kept for a safetensors header was too small"
         self._file.seek(0)
         self._file.write(self._header_bytes.to_bytes(8, "little") + header.ljust(self._header_bytes))

@@ -100,9 +100,7 @@ def linear_from_tensors(name: str, tensors: Mapping[str, Tensor], out_features: 
     _require_shape(name, "q_invperm", invperm, (sum(group.rows for group in groups),))
     rows = int(invperm.shape[0])
     if rows > MAX_ROWS or not torch.equal(invperm.sort().values, torch.arange(rows, dtype=torch.int32)):
-        raise FormatError(
-            f"{name}.q_invperm: not a permutation of 0 to {rows - 1} (at most {MAX_ROWS} rows)."
-        )
+        raise FormatError(f"{name}.q_invperm: not a permutation of 0 to {rows - 1} (at most {MAX_ROWS} rows).")
 
     codes = torch.empty((rows, out_features), dtype=torch.uint8)
     first_row = first_word = 0
@@ -151,16 +149,12 @@ def _groups(name: str, table: Tensor, total_words: int) -> tuple[RowGroup, ...]:
     if any(bits not in WIDTHS for bits in widths):
         raise FormatError(f"{key}: bit widths {sorted(set(widths))}, expected only {WIDTHS}.")
     if offsets[0] != 0 or any(a >= b for a, b in pairwise(offsets)):
-        raise FormatError(
-            f"{key}: word offsets must start at 0 and increase up to {total_words}, got {offsets}."
-        )
+        raise FormatError(f"{key}: word offsets must start at 0 and increase up to {total_words}, got {offsets}.")
     groups = []
     for index, bits in enumerate(widths):
         rows, rest = divmod((offsets[index + 1] - offsets[index]) * 32, bits)
         if rest or rows % 16 or (rows % 32 and bits != 2):
             words = offsets[index + 1] - offsets[index]
-            raise FormatError(
-                f"{key}: group {index} has {words} words of {bits}-bit rows, not whole 32-row blocks."
-            )
+            raise FormatError(f"{key}: group {index} has {words} words of {bits}-bit rows, not whole 32-row blocks.")
         groups.append(RowGroup(bits, rows))
     return tuple(groups)

@@ -120,9 +120,7 @@ def check_rules(config: Mapping[str, Any], quantized: Set[str], names: Set[str])
     """
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1:
-        raise FormatError(
-            f"config.json: architectures is {architectures!r}, expected a list with exactly one name."
-        )
+        raise FormatError(f"config.json: architectures is {architectures!r}, expected a list with exactly one name.")
     scaling = config.get("rope_scaling")
     if isinstance(scaling, dict) and "type" in scaling and "rope_type" in scaling:
         raise FormatError("config.json: rope_scaling holds both type and rope_type, expected one of them.")
@@ -132,16 +130,13 @@ def check_rules(config: Mapping[str, Any], quantized: Set[str], names: Set[str])
         block, _, last = linear.rpartition(".")
         rows = config_features(linear, config)[0]
         if last == "down_proj" and rows is not None and rows % 32:
-            raise FormatError(
-                f"{linear}: {rows} input features, expected a multiple of 32 in a quantized MLP."
-            )
+            raise FormatError(f"{linear}: {rows} input features, expected a multiple of 32 in a quantized MLP.")
         for members in _BLOCKS:
             dense = [f"{block}.{member}" for member in members if last in members]
             dense = [member for member in dense if f"{member}.weight" in names and member not in quantized]
             if dense:
                 raise FormatError(
-                    f"{linear}: quantized, but {', '.join(dense)} not. Readers need all of a block "
-                    "quantized or none."
+                    f"{linear}: quantized, but {', '.join(dense)} not. Readers need all of a block quantized or none."
                 )
 
 
@@ -166,8 +161,7 @@ def _manifest(model: Exl2Model) -> Mapping[str, Mapping[str, str]] | None:
     manifest = stored.get("manifest")
     if stored.get("manifest_version") != MANIFEST_VERSION:
         raise FormatError(
-            f"{MANIFEST_FILE}: manifest_version is {stored.get('manifest_version')!r}, expected "
-            f"{MANIFEST_VERSION}."
+            f"{MANIFEST_FILE}: manifest_version is {stored.get('manifest_version')!r}, expected {MANIFEST_VERSION}."
         )
     if not isinstance(manifest, dict) or not all(
         isinstance(manifest.get(part), dict) for part in ("linears", "tensors")

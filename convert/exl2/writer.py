@@ -140,6 +140,4 @@ def _check_replacement(source: TensorSource, name: str, linear: QuantizedLinear)
     weight = f"{name}.weight"
     expected = source.shape(weight) if weight in source.names else (columns or 0, rows or 0)
     if (linear.out_features, linear.in_features) != expected:
-        raise ShapeError(
-            name, "quantized weight", got=(linear.out_features, linear.in_features), expected=expected
-        )
+        raise ShapeError(name, "quantized weight", got=(linear.out_features, linear.in_features), expected=expected)

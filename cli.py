@@ -1,0 +1,267 @@
+"""The command line: one command a stage. Commands parse, call the library and print; no maths, no state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from .errors import BpwiseError
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .measure.calibration import CalibrationSet
+    from .measure.run import MeasureConfig
+
+__all__ = ["cli", "main"]
+
+_MIB = 1 << 20
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+_FILE = click.Path(dir_okay=False, path_type=Path)
+_EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_DIRECTORY = click.Path(file_okay=False, path_type=Path)
+_EXISTING_DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
+_HEAD_BITS = click.Choice(["2", "3", "4", "5", "6", "8", "16"])
+
+
+class _Group(click.Group):
+    """Turns the errors that a user can cause into one sentence and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BpwiseError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(__version__, prog_name="bpwise")
+def cli() -> None:
+    """Measure how much each bit matters to a language model, then quantize it to exactly the size you ask for."""
+
+
+def main() -> None:
+    """Entry point of the ``bpwise`` command."""
+    cli()
+
+
+def _progress_bar(items: Sequence[Any], stage: str) -> Iterable[Any]:
+    from tqdm import tqdm
+
+    return tqdm(items, desc=stage, unit="block", dynamic_ncols=True)
+
+
+def _calibration_options(command: _Command) -> _Command:
+    for option in reversed(
+        (
+            click.option(
+                "-c",
+                "--calibration",
+                help="Calibration text: .txt/.jsonl/.parquet/.arrow file or directory, Hub data set "
+                "NAME[:CONFIG][:SPLIT], or a saved calibration set (.safetensors).  [default: Python's own text]",
+            ),
+            click.option("--column", help="Column of the data set that holds the text."),
+            click.option("--chat-template", is_flag=True, help="Render chat turns with the model's chat template."),
+            click.option("-r", "--rows", type=click.IntRange(1), default=32, help="Calibration rows."),
+            click.option("-l", "--row-tokens", type=click.IntRange(2), default=1024, help="Tokens in each row."),
+            click.option("--seed", type=int, default=0, help="Seed of rows and of sampled targets."),
+            click.option("--group-size", type=int, default=64, help="Input features that share a width and a scale."),
+            click.option("--damping", type=float, default=0.02, help="Damping of the Gram matrices, relative."),
+            click.option("--device", default="auto", help="cpu, cuda, cuda:N, mps or auto."),
+            click.option("--work-dir", type=_DIRECTORY, help="Where finished blocks are kept.  [default: OUTPUT.work]"),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def _measure_config(options: dict[str, Any]) -> tuple[MeasureConfig, CalibrationSet | None]:
+    from .measure.calibration import CalibrationConfig, CalibrationSet
+    from .measure.run import MeasureConfig
+
+    source = options["calibration"]
+    saved = CalibrationSet.load(Path(source)) if source and source.endswith(".safetensors") else None
+    calibration = CalibrationConfig(
+        source=None if saved else source,
+        column=options["column"],
+        chat_template=options["chat_template"],
+        rows=options["rows"],
+        row_tokens=options["row_tokens"],
+        seed=options["seed"],
+    )
+    config = MeasureConfig(
+        calibration=calibration,
+        group_size=options["group_size"],
+        damping=options["damping"],
+        seed=options["seed"],
+        device=options["device"],
+    )
+    return config, saved
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("output", type=_DIRECTORY)
+@click.option("-b", "--bpw", type=float, required=True, help="Bits per weight of the decoder, overheads included.")
+@click.option("-hb", "--head-bits", type=_HEAD_BITS, default="6", help="Bits of the output head; 16: unquantized.")
+@click.option("-m", "--measurement", type=_EXISTING_FILE, help="A measurement of this model: do not measure again.")
+@click.option("-ss", "--shard-size", type=click.IntRange(1), default=8192, help="Largest output file, MiB.")
+@click.option("--eval-text", help="Text to evaluate on, as --calibration.  [default: Python's text, another part]")
+@click.option("--eval-rows", type=click.IntRange(1), default=16, help="Rows to evaluate on.")
+@click.option("--eval-row-tokens", type=click.IntRange(2), default=1024, help="Tokens in each of them.")
+@click.option("--no-eval", is_flag=True, help="Leave the comparison with the original out.")
+@click.option("--dry-run", is_flag=True, help="Print size, bpw range and expected memory; write nothing.")
+@_calibration_options
+def quantize(model: str, output: Path, **options: Any) -> None:
+    """Quantize MODEL (a directory or a Hub id) to the EXL2 directory OUTPUT, and compare the two.
+
+    The same command run again goes on where it was cut off.
+    """
+    from .eval.comparison import EvalConfig
+    from .quantize.pipeline import QuantizeConfig, quantize_model
+
+    measure_config, saved = _measure_config(options)
+    evaluate = EvalConfig(
+        text=options["eval_text"],
+        rows=options["eval_rows"],
+        row_tokens=options["eval_row_tokens"],
+        device=options["device"],
+    )
+    config = QuantizeConfig(
+        bpw=options["bpw"],
+        head_bits=int(options["head_bits"]),
+        measure=measure_config,
+        evaluate=None if options["no_eval"] else evaluate,
+        shard_bytes=options["shard_size"] * _MIB,
+    )
+    if options["dry_run"]:
+        _print_forecast(model, config.bpw, config.head_bits, measure_config)
+        return
+    result = quantize_model(
+        model,
+        output,
+        config,
+        measurement=options["measurement"],
+        calibration=saved,
+        work=options["work_dir"],
+        progress=_progress_bar,
+    )
+    for line in result.summary_lines():
+        click.echo(line)
+
+
+def _print_forecast(model: str, bpw: float, head_bits: int, config: MeasureConfig) -> None:
+    from .convert.checkpoint import open_model
+    from .quantize.forecast import forecast_run
+
+    forecast = forecast_run(open_model(model), bpw=bpw, head_bits=head_bits, config=config)
+    click.echo(f"original      {forecast.original_bytes / _MIB:10.1f} MiB")
+    click.echo(f"quantized     {forecast.output_bytes / _MIB:10.1f} MiB at {bpw:g} bpw, head {head_bits} bits")
+    click.echo(f"possible bpw  {forecast.lowest_bpw:10.4f} to {forecast.highest_bpw:.4f}")
+    click.echo(f"memory        {forecast.memory_bytes / _MIB:10.0f} MiB at most, roughly")
+    click.echo(f"work on disk  {forecast.disk_bytes / _MIB:10.0f} MiB at most, roughly")
+
+
+@cli.command()
+@click.argument("model")
+@click.option("-o", "--output", type=_FILE, required=True, help="The measurement file to write (.safetensors).")
+@_calibration_options
+def measure(model: str, output: Path, **options: Any) -> None:
+    """Measure MODEL (a directory or a Hub id) once, for any bitrate."""
+    from .measure.run import measure_to_file
+
+    config, saved = _measure_config(options)
+    measurement = measure_to_file(
+        model, output, config, work=options["work_dir"], calibration=saved, progress=_progress_bar
+    )
+    click.echo(f"{len(measurement.linears)} linears measured -> {output}")
+
+
+@cli.command()
+@click.argument("measurement", type=_EXISTING_FILE)
+@click.option("-b", "--bpw", type=float, required=True, help="Bits per weight of the decoder, overheads included.")
+@click.option("-hb", "--head-bits", type=_HEAD_BITS, default="6", help="Bits of the output head; 16: unquantized.")
+@click.option("-o", "--output", type=_FILE, help="Where to save the plan.  [default: plan-BPW.json beside MEASUREMENT]")
+def plan(measurement: Path, bpw: float, head_bits: str, output: Path | None) -> None:
+    """Choose the bits of every row group for a bitrate, from MEASUREMENT alone; print and save the plan."""
+    from .measure.measurement import Measurement
+    from .quantize.plan import make_plan
+
+    made = make_plan(Measurement.load(measurement), bpw=bpw, head_bits=int(head_bits))
+    output = output or measurement.with_name(f"plan-{bpw:g}.json")
+    made.save(output)
+    click.echo(f"{'linear':44} {'bpw':>7} {'damage, nats/token':>19}")
+    for linear in (*made.linears, *([made.head] if made.head else [])):
+        click.echo(f"{linear.name:44} {linear.bpw:7.3f} {linear.damage_nats:19.3e}")
+    shares = ", ".join(f"{bits} bits {100 * share:.1f} %" for bits, share in made.weights_per_width().items())
+    click.echo(f"decoder weights: {shares}")
+    click.echo(
+        f"decoder {made.bpw:.4f} bpw, head {head_bits} bits, predicted damage {made.damage_nats:.6f} nats/token "
+        f"({100 * made.gap:.3f} % above what is possible at most) -> {output}"
+    )
+
+
+@cli.command()
+@click.argument("model", type=_EXISTING_DIRECTORY)
+def verify(model: Path) -> None:
+    """Read every tensor of the EXL2 directory MODEL back and compare it with what was meant."""
+    from .convert.exl2.verify import verify_model
+
+    found = verify_model(model)
+    click.echo(
+        f"{model}: {found.linears} quantized linears and {found.tensors} other tensors "
+        + ("decode to what was meant." if found.had_manifest else "follow the format (no manifest to compare with).")
+    )
+    click.echo(f"decoder {found.decoder_bpw:.4f} bpw, head {found.head_bpw:.4f} bpw, {found.file_bytes / _MIB:.1f} MiB")
+
+
+@cli.command(name="eval")
+@click.argument("original")
+@click.argument("quantized", type=_EXISTING_DIRECTORY)
+@click.option("--text", help="Text to evaluate on: file, directory or Hub data set.  [default: Python's own text]")
+@click.option("--column", help="Column of the data set that holds the text.")
+@click.option("-r", "--rows", type=click.IntRange(1), default=16, help="Rows, each a window of its own.")
+@click.option("-l", "--row-tokens", type=click.IntRange(2), default=1024, help="Tokens in each row.")
+@click.option("--seed", type=int, default=0, help="Chooses the places that rows of Python's own text are taken from.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", help="Arithmetic.")
+@click.option("--device", default="auto", help="cpu, cuda, cuda:N, mps or auto.")
+@click.option("-o", "--output", type=_DIRECTORY, help="Where report.json and report.md go.  [default: QUANTIZED]")
+def evaluate(original: str, quantized: Path, output: Path | None, **options: Any) -> None:
+    """Compare QUANTIZED with ORIGINAL: perplexity, KL divergence, top-1 agreement."""
+    from .eval.comparison import EvalConfig
+    from .eval.comparison import evaluate as compare
+    from .eval.report import summary_lines, write_report
+
+    comparison = compare(original, quantized, EvalConfig(**options), _progress_bar)
+    write_report(comparison, output or quantized)
+    for line in summary_lines(comparison):
+        click.echo(line)
+
+
+@cli.command()
+@click.argument("path", type=click.Path(exists=True, path_type=Path))
+def inspect(path: Path) -> None:
+    """Show what is in PATH: an EXL2 or checkpoint directory, a measurement, a calibration set or a plan."""
+    from .quantize.inspect import inspect_path
+
+    found = inspect_path(path)
+    click.echo(f"{path}: {found.kind}")
+    for fact in found.facts:
+        click.echo(f"  {fact}")
+    widths = [max(map(len, column)) for column in zip(found.header, *found.rows, strict=True)]
+    for row in (found.header, *found.rows):
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+@cli.command()
+@click.argument("model", type=_EXISTING_DIRECTORY)
+@click.argument("output", type=_DIRECTORY)
+def dequantize(model: Path, output: Path) -> None:
+    """Turn the EXL2 directory MODEL back into a plain float16 checkpoint OUTPUT that Transformers loads anywhere."""
+    from .convert.exl2.dense import dequantize_model
+
+    dequantize_model(model, output)
+    click.echo(f"dense float16 checkpoint -> {output}")

@@ -1,0 +1,491 @@
+"""The original and a quantized model on the same held-out tokens, streamed block by block."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..convert.checkpoint import Checkpoint, TensorSource, resolve_model
+from ..convert.exl2.reader import Exl2Model, is_exl2
+from ..errors import CalibrationError, CheckpointError, ConfigError, NumericalError
+from ..measure.calibration import CalibrationConfig, CalibrationSet, build_calibration
+from ..measure.run import resolve_device
+from ..measure.stream import StreamedModel, micro_batches
+from ..measure.tokenizer import Tokenizer, load_tokenizer
+from ..progress import Progress, silent
+from .divergence import Summary, TokenStatistics, token_statistics
+
+__all__ = [
+    "Comparison",
+    "EvalConfig",
+    "ModelSummary",
+    "OriginalRun",
+    "compare_models",
+    "compare_with",
+    "evaluate",
+    "evaluate_each",
+    "evaluation_rows",
+    "open_any",
+    "run_original",
+]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_TAIL_TOKENS = 256
+"""Positions whose logits are held at once, of each model: 128 MiB in float32 for a vocabulary of 128k."""
+
+_FLOOR_TOKENS = 512
+"""Length of the text that the floor is measured on: float64 on a CPU is slow, and the floor needs no precision."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalConfig:
+    """Options of the evaluation stage.
+
+    Attributes:
+        text: Text file, directory of such files, or Hub data set ``name[:config][:split]``; None for the evaluation
+            part of the text that comes with Python.
+        column: Column of a data set that holds the text.
+        rows: Number of rows.
+        row_tokens: Length of each row in tokens, BOS included; it is also the stride.
+        seed: Chooses the places that rows of the built-in text are taken from.
+        dtype: What both models run in: ``float32``, ``bfloat16`` or ``float16``.
+        device: ``cpu``, ``cuda``, ``cuda:N``, ``mps``, or ``auto`` for the best at hand.
+    """
+
+    text: str | None = None
+    column: str | None = None
+    rows: int = 16
+    row_tokens: int = 1024
+    seed: int = 0
+    dtype: str = "float32"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ConfigError: One of them makes no sense.
+        """
+        if self.dtype not in _DTYPES:
+            raise ConfigError(f"dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}.")
+        self.calibration_config()
+
+    def calibration_config(self) -> CalibrationConfig:
+        """Return what ``build_calibration`` needs to know.
+
+        Raises:
+            ConfigError: A number is out of range, or a column is named without a text.
+        """
+        return CalibrationConfig(
+            source=self.text, column=self.column, rows=self.rows, row_tokens=self.row_tokens, seed=self.seed
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSummary:
+    """What a report says of a model.
+
+    Attributes:
+        name: Name of its directory, or its Hub id.
+        fingerprint: Tells models apart.
+        stored_bytes: Size of its weights on disk; None if they are not on disk.
+        bits_per_parameter: Those bytes in bits over the parameters *of the original*, embeddings and all overheads
+            included; None if they are not on disk.
+    """
+
+    name: str
+    fingerprint: str
+    stored_bytes: int | None
+    bits_per_parameter: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """What quantization cost, and how that was measured.
+
+    Attributes:
+        original: The original.
+        quantized: The quantized model.
+        summary: Perplexities, KL divergence, agreement; see there.
+        floor_nats: KL divergence that arithmetic alone causes, mean per token; see ``floor_definition``.
+        floor_tokens: Length of the text that the floor was measured on.
+        text: What the text is and how rows were taken from it.
+        text_fingerprint: Identifies the token ids.
+        rows: Number of rows.
+        row_tokens: Length of each row in tokens (the window).
+        stride: Tokens from the start of a row to that of the next; equal to the window: no row sees another.
+        adds_bos: Whether each row begins with BOS.
+        dtype: What both models ran in.
+        device: What they ran on.
+        seconds: Wall time, both models and the floor.
+    """
+
+    original: ModelSummary
+    quantized: ModelSummary
+    summary: Summary
+    floor_nats: float
+    floor_tokens: int
+    text: str
+    text_fingerprint: str
+    rows: int
+    row_tokens: int
+    stride: int
+    adds_bos: bool
+    dtype: str
+    device: str
+    seconds: float
+
+    @property
+    def predicted_tokens(self) -> int:
+        """Tokens that everything is averaged over: all but the first of each row."""
+        return self.rows * (self.row_tokens - 1)
+
+    @property
+    def within_floor(self) -> bool:
+        """Whether the mean KL divergence is no larger than the floor."""
+        return self.summary.kl_nats.value <= self.floor_nats
+
+    @property
+    def floor_definition(self) -> str:
+        """How the floor is defined, in words."""
+        return (
+            f"mean KL divergence of the original in {self.dtype} on {self.device} from the original in float64 on the "
+            f"CPU, over the first {self.floor_tokens} tokens of the first row"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it, derived values too, in types that JSON has."""
+        derived = {"predicted_tokens": self.predicted_tokens, "within_floor": self.within_floor}
+        return {**asdict(self), **derived, "floor_definition": self.floor_definition}
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class OriginalRun:
+    """The original's side of comparisons, to be used for any number of quantized models.
+
+    Attributes:
+        source: The original.
+        rows: The text.
+        config: How it was run.
+        model: The original, streamed.
+        hidden: Output of its last block, shape (rows, tokens, hidden size), evaluation dtype, on the CPU.
+        floor_nats: See ``Comparison``.
+        floor_tokens: See ``Comparison``.
+        seconds: Wall time that it took.
+    """
+
+    source: TensorSource
+    rows: CalibrationSet
+    config: EvalConfig
+    model: StreamedModel
+    hidden: Tensor
+    floor_nats: float
+    floor_tokens: int
+    seconds: float
+
+
+def open_any(model: str | Path) -> TensorSource:
+    """Open an EXL2 model or an unquantized checkpoint.
+
+    Args:
+        model: A local directory (``Path`` or ``str``) or a Hugging Face Hub id (``str`` only).
+
+    Raises:
+        CheckpointError: It cannot be found, or its files are missing, unsafe or inconsistent.
+        FormatError: It is an EXL2 model that breaks the format's rules.
+    """
+    directory = resolve_model(model) if isinstance(model, str) else model
+    return Exl2Model.open(directory) if is_exl2(directory) else Checkpoint.open(directory)
+
+
+def evaluation_rows(tokenizer: Tokenizer, config: EvalConfig, *, vocab_size: int) -> CalibrationSet:
+    """Take rows to evaluate on; of the built-in text, from the part that is never calibrated on.
+
+    Args:
+        tokenizer: The original's.
+        config: Which text, and how much of it.
+        vocab_size: Rows of the models' token embeddings.
+
+    Raises:
+        CalibrationError: The text cannot be read, there is too little of it, or the tokenizer does not fit the model.
+    """
+    return build_calibration(tokenizer, config.calibration_config(), vocab_size=vocab_size, part="evaluation")
+
+
+def evaluate(
+    original: str | Path, quantized: str | Path, config: EvalConfig, progress: Progress = silent
+) -> Comparison:
+    """Compare a quantized model with its original on held-out text.
+
+    Args:
+        original: Directory or Hub id of the original, whose tokenizer makes the token ids for both.
+        quantized: Directory or Hub id of the quantized model.
+        config: Options.
+        progress: Wraps the blocks of each pass.
+
+    Raises:
+        BpwiseError: As ``open_any``, ``evaluation_rows`` and ``compare_models``.
+    """
+    return next(evaluate_each(original, [quantized], config, progress))
+
+
+def evaluate_each(
+    original: str | Path, quantized: Sequence[str | Path], config: EvalConfig, progress: Progress = silent
+) -> Iterator[Comparison]:
+    """Compare several quantized models with their original, which runs only once.
+
+    All models are opened and checked before the first of them runs.
+
+    Args:
+        original: Directory or Hub id of the original, whose tokenizer makes the token ids for all.
+        quantized: Directories or Hub ids of the quantized models.
+        config: Options.
+        progress: Wraps the blocks of each pass.
+
+    Yields:
+        One comparison for each quantized model, in their order.
+
+    Raises:
+        BpwiseError: As ``open_any``, ``evaluation_rows`` and ``compare_models``.
+    """
+    source = open_any(original)
+    others = [open_any(model) for model in quantized]
+    for other in others:
+        _check_vocabularies(source, other)
+    rows = evaluation_rows(load_tokenizer(source.directory), config, vocab_size=_vocab_size(source))
+    run = run_original(source, rows, config, progress)
+    for other in others:
+        yield compare_with(run, other, progress)
+
+
+def compare_models(
+    original: TensorSource,
+    quantized: TensorSource,
+    rows: CalibrationSet,
+    config: EvalConfig,
+    progress: Progress = silent,
+) -> Comparison:
+    """Compare two models on the same tokens.
+
+    Each row is run on its own, from its first token. The logits at a position are compared with those of the other
+    model there (KL divergence, most likely token) and with the token that follows (perplexity), so the last position
+    of each row is left out of all of them. In memory are the hidden states of both models, one block's weights, and
+    at the end both heads and the logits of at most 256 positions.
+
+    Args:
+        original: The model that was quantized.
+        quantized: What became of it, or any other model with the same vocabulary.
+        rows: The text; ``config.text``, ``rows``, ``row_tokens`` and ``seed`` are not read here.
+        config: Dtype and device.
+        progress: Wraps the blocks of each pass, and the rows of the last.
+
+    Raises:
+        CheckpointError: The vocabularies differ in size.
+        CalibrationError: A token id of the rows is outside the vocabulary.
+        ConfigError: The device is not there, or rows have one token only or are longer than the models' context.
+        NumericalError: NaN or infinity in hidden states or logits; the message names the model and the block.
+        UnsupportedModelError: A model's family is unknown.
+    """
+    _check_vocabularies(original, quantized)
+    return compare_with(run_original(original, rows, config, progress), quantized, progress)
+
+
+def run_original(
+    original: TensorSource, rows: CalibrationSet, config: EvalConfig, progress: Progress = silent
+) -> OriginalRun:
+    """Do the original's side of ``compare_models``, floor included.
+
+    Args:
+        original: The model that was quantized.
+        rows: The text.
+        config: Dtype and device.
+        progress: Wraps the blocks of each pass.
+
+    Raises:
+        BpwiseError: As ``compare_models``.
+    """
+    start = time.monotonic()
+    _check_rows(original, rows)
+    model = StreamedModel(original, device=resolve_device(config.device), dtype=_DTYPES[config.dtype])
+    hidden = _last_hidden(model, rows.tokens, "original model", progress)
+    floor_tokens = min(rows.tokens.shape[1], _FLOOR_TOKENS)
+    floor_nats = _floor_nats(original, model, hidden[:1, :floor_tokens], rows.tokens[:1, :floor_tokens], progress)
+    return OriginalRun(
+        source=original,
+        rows=rows,
+        config=config,
+        model=model,
+        hidden=hidden,
+        floor_nats=floor_nats,
+        floor_tokens=floor_tokens,
+        seconds=time.monotonic() - start,
+    )
+
+
+def compare_with(run: OriginalRun, quantized: TensorSource, progress: Progress = silent) -> Comparison:
+    """Do the quantized model's side of ``compare_models``.
+
+    Args:
+        run: The original's side.
+        quantized: The quantized model.
+        progress: Wraps the blocks, and at the end the rows.
+
+    Raises:
+        BpwiseError: As ``compare_models``.
+    """
+    start = time.monotonic()
+    _check_vocabularies(run.source, quantized)
+    _check_rows(quantized, run.rows)
+    model = StreamedModel(quantized, device=run.model.device, dtype=run.model.dtype)
+    hidden = _last_hidden(model, run.rows.tokens, "quantized model", progress)
+    statistics = _statistics(run, model, hidden, progress)
+    rows, row_tokens = run.rows.tokens.shape
+    parameters = sum(math.prod(run.source.shape(name)) for name in run.source.names)
+    return Comparison(
+        original=_summary_of(run.source, parameters),
+        quantized=_summary_of(quantized, parameters),
+        summary=statistics.summary(rows),
+        floor_nats=run.floor_nats,
+        floor_tokens=run.floor_tokens,
+        text=run.rows.description,
+        text_fingerprint=run.rows.fingerprint,
+        rows=rows,
+        row_tokens=row_tokens,
+        stride=row_tokens,
+        adds_bos=run.rows.adds_bos,
+        dtype=run.config.dtype,
+        device=_device_name(run.model.device),
+        seconds=run.seconds + time.monotonic() - start,
+    )
+
+
+def _vocab_size(source: TensorSource) -> int:
+    size = source.config.get("vocab_size")
+    if not isinstance(size, int):
+        raise CheckpointError(f"{source.directory}: vocab_size in config.json is {size!r}, expected a number.")
+    return size
+
+
+def _check_vocabularies(original: TensorSource, quantized: TensorSource) -> None:
+    got, expected = _vocab_size(quantized), _vocab_size(original)
+    if got != expected:
+        raise CheckpointError(
+            f"{quantized.directory}: the vocabulary has {got} tokens, expected {expected} as in {original.directory}. "
+            "Only models with the same vocabulary can be compared: name the original that was quantized."
+        )
+
+
+def _check_rows(source: TensorSource, rows: CalibrationSet) -> None:
+    largest, vocab_size = int(rows.tokens.max()), _vocab_size(source)
+    if largest >= vocab_size:
+        raise CalibrationError(
+            f"evaluation text: got token id {largest}, expected ids below the vocabulary size {vocab_size}. "
+            "Build the rows with this model's tokenizer."
+        )
+    row_tokens, context = rows.tokens.shape[1], source.config.get("max_position_embeddings")
+    if row_tokens < 2:
+        raise ConfigError("evaluation text: rows of 1 token, expected at least 2: the first is never predicted.")
+    if isinstance(context, int) and row_tokens > context:
+        raise ConfigError(
+            f"evaluation text: rows of {row_tokens} tokens, but {source.directory} has positions for {context}. "
+            "Lower row_tokens."
+        )
+
+
+def _last_hidden(model: StreamedModel, tokens: Tensor, role: str, progress: Progress) -> Tensor:
+    """Return the last block's output, shape (rows, tokens, hidden size), on the CPU."""
+    hidden = model.embed(tokens)
+    _check_finite(hidden, f"{role}, embedding", model.dtype)
+    for index in progress(range(model.block_count), f"evaluate: {role}"):
+        with torch.no_grad(), model.block(index):
+            for batch in micro_batches(*tokens.shape):
+                hidden[batch] = model.run_block(index, hidden[batch].to(model.device)).cpu()
+        _check_finite(hidden, f"{role}, {model.block_name(index)}", model.dtype)
+    return hidden
+
+
+def _statistics(run: OriginalRun, model: StreamedModel, hidden: Tensor, progress: Progress) -> TokenStatistics:
+    tokens = run.rows.tokens
+    parts = []
+    with torch.no_grad(), run.model.tail(), model.tail():
+        for row in progress(range(len(tokens)), "evaluate: logits"):
+            for positions in _slices(tokens.shape[1] - 1):
+                original = _logits(run.model, run.hidden[row, positions], "original model")
+                quantized = _logits(model, hidden[row, positions], "quantized model")
+                targets = tokens[row, 1:][positions].to(model.device)
+                parts.append(TokenStatistics.joined([token_statistics(original, quantized, targets)]))
+    return TokenStatistics.joined(parts)
+
+
+def _floor_nats(
+    source: TensorSource, model: StreamedModel, hidden: Tensor, tokens: Tensor, progress: Progress
+) -> float:
+    """Return the mean KL divergence of one row in the evaluation dtype from the same row in float64 on the CPU."""
+    exact = StreamedModel(source, device=torch.device("cpu"), dtype=torch.float64)
+    exact_hidden = _last_hidden(exact, tokens, "original model in float64", progress)
+    slices = _slices(tokens.shape[1] - 1)
+    # One head at a time: in float64 it is as large as both heads of the comparison. Rounding the logits to float32
+    # does not show: its effect on the divergence is quadratic.
+    with torch.no_grad(), exact.tail():
+        references = [_logits(exact, exact_hidden[0, s], "original model in float64").float() for s in slices]
+    parts = []
+    with torch.no_grad(), model.tail():
+        for positions, reference in zip(slices, references, strict=True):
+            logits = _logits(model, hidden[0, positions], "original model").cpu()
+            parts.append(token_statistics(reference, logits, tokens[0, 1:][positions]))
+    return float(TokenStatistics.joined(parts).kl_nats.double().mean())
+
+
+def _slices(positions: int) -> list[slice]:
+    return [slice(first, min(first + _TAIL_TOKENS, positions)) for first in range(0, positions, _TAIL_TOKENS)]
+
+
+def _logits(model: StreamedModel, hidden: Tensor, role: str) -> Tensor:
+    logits = model.logits(hidden[None].to(model.device))[0]
+    _check_finite(logits, f"{role}, output head", model.dtype)
+    return logits
+
+
+def _check_finite(tensor: Tensor, where: str, dtype: torch.dtype) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        advice = (
+            "Evaluate in bfloat16 or float32, which reach further."
+            if dtype == torch.float16
+            else "The model's weights are broken: quantize, or get it, again."
+        )
+        raise NumericalError(f"{where}: NaN or infinity when run in {str(dtype).removeprefix('torch.')}. {advice}")
+
+
+def _summary_of(source: TensorSource, parameters: int) -> ModelSummary:
+    stored_bytes: int | None = None
+    if isinstance(source, Exl2Model):
+        stored_bytes = source.file_bytes
+    elif isinstance(source, Checkpoint):
+        stored_bytes = source.total_bytes
+    return ModelSummary(
+        name=_model_name(source.directory),
+        fingerprint=source.fingerprint,
+        stored_bytes=stored_bytes,
+        bits_per_parameter=None if stored_bytes is None else stored_bytes * 8 / parameters,
+    )
+
+
+def _model_name(directory: Path) -> str:
+    # A snapshot in the Hub's cache lies in models--OWNER--NAME/snapshots/REVISION.
+    resolved = directory.resolve()
+    repository = resolved.parent.parent.name
+    if resolved.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/")
+    return resolved.name
+
+
+def _device_name(device: torch.device) -> str:
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)

@@ -1,0 +1,177 @@
+"""The passes of the measuring stage: forward, head, backward with the curves of each block."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..convert.work import StageDirectory
+from ..progress import Progress
+from .curves import CurveOptions, ErrorCurve, measure_curves
+from .families import HEAD
+from .measurement import MeasuredLinear
+from .statistics import StageStatistics, collect, tapped_inputs
+from .stream import StreamedModel, check_finite, micro_batches
+
+__all__ = ["MeasuringPasses"]
+
+_TAIL_TOKENS = 256
+"""Positions whose logits are held at once: 128 MiB for a vocabulary of 128k."""
+
+
+class MeasuringPasses:
+    """One run of the measuring stage: what its passes share. Every finished block is kept in ``pieces``."""
+
+    def __init__(
+        self, model: StreamedModel, tokens: Tensor, options: CurveOptions, seed: int, pieces: StageDirectory
+    ) -> None:
+        """Prepare a run.
+
+        Args:
+            model: The model to measure.
+            tokens: Calibration rows, int64, shape (rows, tokens).
+            options: Widths, group size, damping.
+            seed: Seed of the targets that the model samples.
+            pieces: Where finished blocks are kept.
+        """
+        self.model = model
+        self.tokens = tokens
+        self.options = options
+        self.seed = seed
+        self.pieces = pieces
+        self.batches = micro_batches(*tokens.shape)
+
+    def forward(self, progress: Progress) -> None:
+        """Keep the input of every block on disk, and the output of the last."""
+        last = self.model.block_count
+        embedded = self.model.embed(self.tokens)
+        if not self.pieces.has("head") and not self.pieces.has("input-0"):
+            self.pieces.save("input-0", {"hidden": embedded})
+        hidden: Tensor | None = embedded
+        for index in progress(range(last), "measure: forward"):
+            if self.pieces.has("head") or self.pieces.has(f"input-{index + 1}"):
+                hidden = None
+                continue
+            if hidden is None:
+                hidden = self.pieces.load(f"input-{index}")["hidden"]
+            hidden = self._forward_block(index, hidden)
+            self.pieces.save(f"input-{index + 1}", {"hidden": hidden})
+
+    def _forward_block(self, index: int, hidden: Tensor) -> Tensor:
+        output = torch.empty_like(hidden)
+        with torch.no_grad(), self.model.block(index):
+            for batch in self.batches:
+                output[batch] = self.model.run_block(index, hidden[batch].to(self.model.device)).cpu()
+        check_finite(output, self.model.block_name(index))
+        return output
+
+    def head(self) -> None:
+        """Sample targets, keep the gradient at the last block's output, measure the head."""
+        if self.pieces.has("head"):
+            return
+        last = self.model.block_count
+        hidden = self.pieces.load(f"input-{last}")["hidden"]
+        rng = torch.Generator(self.model.device).manual_seed(self.seed)
+        gradient = torch.empty_like(hidden)
+        with self.model.tail() as head, tapped_inputs(head, [""]) as taps:
+            sums = StageStatistics(torch.zeros(head.in_features, head.in_features, device=self.model.device))
+            sums.fisher[HEAD] = torch.zeros(head.out_features, device=self.model.device)
+            flat, flat_gradient = hidden.flatten(0, 1), gradient.view(-1, hidden.shape[-1])
+            for first in range(0, flat.shape[0], _TAIL_TOKENS):
+                part = flat[None, first : first + _TAIL_TOKENS].to(self.model.device).requires_grad_()
+                logits = self.model.logits(part)
+                sums.add_input(taps[""])
+                probabilities = logits.detach()[0].softmax(dim=-1)
+                # Of a sampled one-hot target t, E (p - t)^2 = p (1 - p) exactly: no need to sample for the head.
+                sums.fisher[HEAD] += (probabilities * (1 - probabilities)).sum(dim=0)
+                targets = torch.multinomial(probabilities, 1, generator=rng)
+                probabilities.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=logits.dtype))
+                logits.backward(probabilities[None])
+                assert part.grad is not None
+                flat_gradient[first : first + _TAIL_TOKENS] = part.grad[0].cpu()
+            check_finite(gradient, "output head, gradient")
+            curves = self._curves({HEAD: head}, sums)
+        self.pieces.save("gradient", {"gradient": gradient, "block": torch.tensor(last)})
+        self.pieces.save("head", _pack(curves))
+        self.pieces.discard(f"input-{last}")
+
+    def backward(self, progress: Progress) -> None:
+        """Go back through the blocks: statistics, then curves, block by block."""
+        stages = self.model.family.stages
+        gradient: Tensor | None = None
+        for index in progress(range(self.model.block_count - 1, -1, -1), "measure: backward, curves"):
+            if self.pieces.has(f"curves-{index}"):
+                continue
+            if gradient is None:
+                gradient = self._resumed_gradient(index)
+            hidden = self.pieces.load(f"input-{index}")["hidden"]
+            with self.model.block(index) as block:
+                with collect(block, stages) as statistics:
+                    gradient = self._backward_block(index, hidden, gradient)
+                curves: dict[str, ErrorCurve] = {}
+                for stage, sums in zip(stages, statistics, strict=True):
+                    names = self.model.family.linear_names(index, stage)
+                    modules = [block.get_submodule(inner) for inner in stage.linears]
+                    sums.fisher = {n: sums.fisher[inner] for n, inner in zip(names, stage.linears, strict=True)}
+                    curves |= self._curves(dict(zip(names, modules, strict=True)), sums)
+            # The gradient first: a run cut off between the two repeats this block from an unchanged input.
+            self.pieces.save(f"gradient-{index}", {"gradient": gradient})
+            self.pieces.save(f"curves-{index}", _pack(curves))
+            self.pieces.discard(f"gradient-{index + 1}")
+            self.pieces.discard(f"input-{index}")
+
+    def _resumed_gradient(self, index: int) -> Tensor:
+        piece = "gradient" if index == self.model.block_count - 1 else f"gradient-{index + 1}"
+        return self.pieces.load(piece)["gradient"]
+
+    def _backward_block(self, index: int, hidden: Tensor, gradient: Tensor) -> Tensor:
+        before = torch.empty_like(gradient)
+        for batch in self.batches:
+            inputs = hidden[batch].to(self.model.device).requires_grad_()
+            self.model.run_block(index, inputs).backward(gradient[batch].to(self.model.device))
+            assert inputs.grad is not None
+            before[batch] = inputs.grad.cpu()
+        check_finite(before, f"{self.model.block_name(index)}, gradient")
+        return before
+
+    def _curves(self, linears: dict[str, Any], sums: StageStatistics) -> dict[str, ErrorCurve]:
+        curves = measure_curves(
+            [module.weight.detach().float().T for module in linears.values()],
+            sums.gram / sums.tokens,
+            [sums.fisher[name] / sums.tokens for name in linears],
+            options=self.options,
+        )
+        return dict(zip(linears, curves, strict=True))
+
+    def finished(self, piece: str) -> list[MeasuredLinear]:
+        """Return the measured linears of a finished piece, in the order of computation."""
+        return _unpack(self.pieces.load(piece))
+
+
+def _pack(curves: dict[str, ErrorCurve]) -> dict[str, Tensor]:
+    packed: dict[str, Tensor] = {}
+    for position, (name, curve) in enumerate(curves.items()):
+        for key, value in asdict(curve).items():
+            packed[f"{position}|{name}|{key}"] = torch.as_tensor(value).cpu()
+    return packed
+
+
+def _unpack(tensors: dict[str, Tensor]) -> list[MeasuredLinear]:
+    linears: dict[tuple[int, str], dict[str, Any]] = {}
+    for key, tensor in tensors.items():
+        position, name, field_name = key.split("|")
+        linears.setdefault((int(position), name), {})[field_name] = tensor
+    return [
+        MeasuredLinear(
+            name=name,
+            damage_nats=fields["damage_nats"].numpy(),
+            order=fields["order"].int().numpy(),
+            fisher=fields["fisher"].numpy(),
+            input_power=fields["input_power"].numpy(),
+            damping=float(fields["damping"]),
+        )
+        for (_, name), fields in sorted(linears.items())
+    ]

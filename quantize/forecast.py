@@ -1,0 +1,113 @@
+"""What a run will take, from the shapes alone: size, possible bitrates, memory. Reads no weights, writes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..convert.checkpoint import Checkpoint
+from ..convert.exl2.layout import RowGroup, linear_bits
+from ..measure.curves import BATCH_WEIGHTS, group_rows
+from ..measure.families import HEAD, family_of
+from ..measure.run import MeasureConfig
+
+__all__ = ["Forecast", "forecast_run"]
+
+_FLOAT32_BYTES = 4
+_FLOAT64_BYTES = 8
+
+_RUNTIME_BYTES = 600 << 20
+"""Resident memory of Python, PyTorch and Transformers before any weight is read, measured on Linux."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """What a run will take.
+
+    Attributes:
+        decoder_weights: Weights in the decoder's linears.
+        original_bytes: Size of the original tensors.
+        output_bytes: Size of the quantized tensors at the asked bitrates.
+        lowest_bpw: Smallest decoder bits per weight possible.
+        highest_bpw: Largest decoder bits per weight possible.
+        memory_bytes: Expected peak of resident memory, a rough upper estimate.
+        disk_bytes: Expected peak of the work directory.
+    """
+
+    decoder_weights: int
+    original_bytes: int
+    output_bytes: int
+    lowest_bpw: float
+    highest_bpw: float
+    memory_bytes: int
+    disk_bytes: int
+
+
+def forecast_run(checkpoint: Checkpoint, *, bpw: float, head_bits: int, config: MeasureConfig) -> Forecast:
+    """Forecast a run of the whole pipeline.
+
+    Args:
+        checkpoint: The original model.
+        bpw: Decoder bits per weight.
+        head_bits: Head bits, 16 for unquantized.
+        config: Gives group size and the number of calibration tokens.
+
+    Raises:
+        UnsupportedModelError: The family is unknown.
+        CheckpointError: A tensor that the family should have is missing.
+    """
+    family = family_of(checkpoint.config)
+    blocks = int(checkpoint.config["num_hidden_layers"])
+    block: dict[str, tuple[int, int]] = {}
+    for stage in family.stages:
+        for name in stage.linears:
+            columns, rows = checkpoint.shape(f"{family.blocks}.0.{name}.weight")
+            block[name] = columns, rows
+    weights = blocks * sum(rows * columns for columns, rows in block.values())
+    lowest, highest = (
+        blocks
+        * sum(
+            linear_bits(columns, [RowGroup(bits, n) for n in group_rows(rows, config.group_size)])
+            for columns, rows in block.values()
+        )
+        / weights
+        for bits in (2, 8)
+    )
+    embedding = next(checkpoint.shape(name) for name in checkpoint.names if name.endswith("embed_tokens.weight"))
+    vocabulary, hidden = embedding
+    stored_head = 0 if checkpoint.tied_embeddings else checkpoint.info(f"{HEAD}.weight").size_bytes
+    head_bytes = (
+        stored_head
+        if head_bits == 16
+        else linear_bits(vocabulary, [RowGroup(head_bits, n) for n in group_rows(hidden, config.group_size)]) // 8
+    )
+    linear_bytes = sum(
+        checkpoint.info(f"{family.blocks}.{index}.{name}.weight").size_bytes
+        for index in range(blocks)
+        for name in block
+    )
+    other = checkpoint.total_bytes - linear_bytes - stored_head
+    tokens = config.calibration.rows * config.calibration.row_tokens
+    state = tokens * hidden * _FLOAT32_BYTES
+    return Forecast(
+        decoder_weights=weights,
+        original_bytes=checkpoint.total_bytes,
+        output_bytes=other + head_bytes + int(bpw * weights) // 8,
+        lowest_bpw=lowest,
+        highest_bpw=highest,
+        memory_bytes=_RUNTIME_BYTES + _memory(list(block.values()), vocabulary, hidden, state),
+        # Inputs of all blocks while measuring; then a byte per weight and two states while rounding.
+        disk_bytes=max((blocks + 1) * state, weights + vocabulary * hidden + 4 * state),
+    )
+
+
+def _memory(block: list[tuple[int, int]], vocabulary: int, hidden: int, state: int) -> int:
+    largest_input = max(rows for _, rows in block)
+    weights = sum(rows * columns for columns, rows in block) * _FLOAT32_BYTES
+    grams = sum({rows: rows * rows for _, rows in block}.values()) * 2 * _FLOAT32_BYTES
+    factor = 3 * largest_input**2 * _FLOAT64_BYTES
+    curves = 3 * max(BATCH_WEIGHTS, *(rows * columns for columns, rows in block)) * _FLOAT32_BYTES
+    # Rounding a block keeps six states: both streams before and after, and what the stages should see.
+    decoder = weights + grams + max(factor, curves) + 6 * state
+    # The head: its weight in the stored and the rounding dtype and once more in stored row order, beside the codes.
+    head = vocabulary * hidden * (3 * _FLOAT32_BYTES + 1) + 2 * state
+    return max(decoder, head)

@@ -1,0 +1,167 @@
+"""What is in a file or directory that bpwise reads or writes, as a table of facts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..convert.checkpoint import Checkpoint
+from ..convert.exl2.reader import Exl2Model, is_exl2
+from ..errors import FormatError
+from ..measure.calibration import CalibrationSet
+from ..measure.measurement import Measurement
+from .plan import LinearPlan, Plan
+
+__all__ = ["Inspection", "inspect_path"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspection:
+    """A description.
+
+    Attributes:
+        kind: What the thing is.
+        facts: Lines about the whole.
+        header: Names of the table's columns.
+        rows: One row a linear or tensor, as text.
+    """
+
+    kind: str
+    facts: tuple[str, ...]
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def inspect_path(path: Path) -> Inspection:
+    """Describe an EXL2 directory, a checkpoint directory, a measurement, a calibration set or a plan.
+
+    Raises:
+        BpwiseError: It is none of these, or damaged.
+    """
+    if path.is_dir():
+        return _exl2(path) if is_exl2(path) else _checkpoint(path)
+    if path.suffix == ".json":
+        return _plan(path)
+    if path.suffix == ".safetensors":
+        try:
+            return _measurement(path)
+        except FormatError:
+            return _calibration(path)
+    raise FormatError(
+        f"{path}: cannot be inspected, expected a model directory, a .safetensors measurement or calibration set, "
+        "or a plan.json."
+    )
+
+
+def _widths(bits: Sequence[int], rows: Sequence[int]) -> str:
+    counts: Counter[int] = Counter()
+    for width, count in zip(bits, rows, strict=True):
+        counts[width] += count
+    total = sum(rows)
+    return " ".join(f"{width}:{100 * counts[width] / total:.0f}%" for width in sorted(counts, reverse=True))
+
+
+def _exl2(path: Path) -> Inspection:
+    model = Exl2Model.open(path)
+    rows = []
+    bits = weights = 0
+    for name in model.linears:
+        linear = model.linear(name)
+        size = linear.in_features * linear.out_features
+        if name != "lm_head":
+            bits += linear.stored_bits
+            weights += size
+        rows.append(
+            (
+                name,
+                f"{linear.in_features} x {linear.out_features}",
+                f"{linear.stored_bits / size:.3f}",
+                _widths([g.bits for g in linear.groups], [g.rows for g in linear.groups]),
+            )
+        )
+    settings = model.stored_config.get("quantization_config") or {}
+    return Inspection(
+        kind="EXL2 model",
+        facts=(
+            f"{len(model.linears)} quantized linears, decoder {bits / max(weights, 1):.4f} bits per weight",
+            f"made with: {settings}",
+            f"{model.file_bytes / 2**20:.1f} MiB of tensors",
+        ),
+        header=("linear", "in x out", "bpw", "share of rows at each width"),
+        rows=tuple(rows),
+    )
+
+
+def _checkpoint(path: Path) -> Inspection:
+    checkpoint = Checkpoint.open(path)
+    rows = []
+    for name in sorted(checkpoint.names):
+        info = checkpoint.info(name)
+        rows.append((name, " x ".join(map(str, info.shape)), str(info.dtype).removeprefix("torch."), info.file.name))
+    return Inspection(
+        kind="checkpoint",
+        facts=(
+            f"model_type {checkpoint.config.get('model_type')}, "
+            f"{checkpoint.parameter_count / 1e6:.1f} million stored parameters, "
+            f"{checkpoint.total_bytes / 2**20:.1f} MiB",
+            f"tied embeddings: {'yes' if checkpoint.tied_embeddings else 'no'}",
+            f"fingerprint {checkpoint.fingerprint}",
+        ),
+        header=("tensor", "shape", "dtype", "file"),
+        rows=tuple(rows),
+    )
+
+
+def _measurement(path: Path) -> Inspection:
+    measurement = Measurement.load(path)
+    rows = [
+        (
+            linear.name,
+            f"{linear.in_features} x {linear.out_features}",
+            *(f"{damage:.2e}" for damage in linear.damage_nats.sum(axis=0)),
+        )
+        for linear in (*measurement.linears, measurement.head)
+    ]
+    return Inspection(
+        kind="measurement",
+        facts=tuple(f"{key}: {value}" for key, value in measurement.provenance.items()),
+        header=("linear, damage in nats/token", "in x out", *(f"{bits} bits" for bits in measurement.widths)),
+        rows=tuple(rows),
+    )
+
+
+def _calibration(path: Path) -> Inspection:
+    rows = CalibrationSet.load(path)
+    count, length = rows.tokens.shape
+    return Inspection(
+        kind="calibration set",
+        facts=(rows.description, f"{count} rows of {length} tokens", f"fingerprint {rows.fingerprint}"),
+        header=("kind of text", "rows"),
+        rows=tuple((kind, str(number)) for kind, number in rows.rows_per_kind.items()),
+    )
+
+
+def _plan(path: Path) -> Inspection:
+    plan = Plan.load(path)
+
+    def row(linear: LinearPlan) -> tuple[str, ...]:
+        return (
+            linear.name,
+            f"{linear.in_features} x {linear.out_features}",
+            f"{linear.bpw:.3f}",
+            f"{linear.damage_nats:.2e}",
+            _widths(linear.group_bits, linear.group_rows),
+        )
+
+    return Inspection(
+        kind="plan",
+        facts=(
+            f"decoder {plan.bpw:.4f} bits per weight (asked {plan.target_bpw:g}), head {plan.head_bits} bits",
+            f"predicted damage {plan.damage_nats:.6f} nats/token, of it {plan.decoder_damage_nats:.6f} in the decoder "
+            f"(no plan of this size can go below {plan.lower_bound_nats:.6f})",
+        ),
+        header=("linear", "in x out", "bpw", "damage", "share of rows at each width"),
+        rows=tuple(row(p) for p in (*plan.linears, *([plan.head] if plan.head else []))),
+    )

@@ -1,0 +1,307 @@
+"""The whole line: measure, allocate, round, write, verify, evaluate. Every stage goes on where it was cut off."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from ..convert.checkpoint import Checkpoint, open_model
+from ..convert.exl2.shards import DEFAULT_SHARD_BYTES
+from ..convert.exl2.verify import MANIFEST_FILE, Verification, verify_model
+from ..convert.exl2.writer import write_model
+from ..convert.files import read_json
+from ..convert.work import discard_stages
+from ..errors import ConfigError, FormatError, WorkDirectoryError
+from ..eval.comparison import Comparison, EvalConfig, compare_models, evaluation_rows, open_any
+from ..eval.report import summary_lines, write_report
+from ..measure.calibration import CalibrationSet
+from ..measure.measurement import Measurement
+from ..measure.run import MeasureConfig, calibration_rows, measure_model, measurement_provenance
+from ..measure.tokenizer import load_tokenizer
+from ..progress import Progress, silent
+from ..version import __version__
+from .plan import HEAD_BITS, Plan, make_plan
+from .rounding import RoundConfig, RoundedModel, round_model
+from .stages import StageClock, StageCost
+
+__all__ = ["QuantizeConfig", "QuantizeResult", "quantize_model", "report_details"]
+
+_MEASUREMENT = "measurement.safetensors"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeConfig:
+    """Options of the whole line.
+
+    Attributes:
+        bpw: Decoder bits per weight, all overheads counted; met from below, never exceeded.
+        head_bits: Bits of the output head: 2, 3, 4, 5, 6, 8, or 16 for unquantized.
+        measure: Options of the measuring stage; its calibration rows, damping and device serve rounding too.
+        evaluate: Options of the evaluation, or None to leave it out.
+        shard_bytes: Largest output file, in bytes.
+    """
+
+    bpw: float
+    head_bits: int = 6
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+    evaluate: EvalConfig | None = field(default_factory=EvalConfig)
+    shard_bytes: int = DEFAULT_SHARD_BYTES
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ConfigError: One of them makes no sense.
+        """
+        if not 2 <= self.bpw <= 9:
+            raise ConfigError(f"bpw must lie between 2 and 9, got {self.bpw}.")
+        if self.head_bits not in HEAD_BITS:
+            raise ConfigError(f"head_bits must be one of {HEAD_BITS}, got {self.head_bits}.")
+        if self.shard_bytes <= 0:
+            raise ConfigError(f"shard_bytes must be positive, got {self.shard_bytes}.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeResult:
+    """What a run made.
+
+    Attributes:
+        output: The EXL2 directory.
+        plan: The bits of every linear, with the predicted damage.
+        verification: What was read back from the written files.
+        original_bytes: Size of the original tensors.
+        comparison: Original against quantized, or None if evaluation was left out.
+        costs: Time and memory of every stage that ran.
+        fallbacks: Linears whose Gram matrix could not be factored as asked, with the damping that it took (infinite:
+            rounded without error feedback).
+        measurement: The measurement file, which serves any other bitrate.
+    """
+
+    output: Path
+    plan: Plan
+    verification: Verification
+    original_bytes: int
+    comparison: Comparison | None
+    costs: tuple[StageCost, ...]
+    fallbacks: Mapping[str, float]
+    measurement: Path
+
+    def summary_lines(self) -> list[str]:
+        """Return the result as lines for a terminal."""
+        plan, verified = self.plan, self.verification
+        lines = [
+            f"size        {verified.file_bytes / 2**20:.1f} MiB, {verified.file_bytes / self.original_bytes:.1%} of the"
+            f" original; decoder {verified.decoder_bpw:.4f} bpw (asked {plan.target_bpw:g}), "
+            f"head {verified.head_bpw:.4f} bpw",
+            f"predicted   {plan.damage_nats:.6f} nats/token, at most {100 * plan.gap:.3f} % above the best possible",
+            *([] if self.comparison is None else summary_lines(self.comparison)),
+        ]
+        for name, damping in self.fallbacks.items():
+            lines.append(f"fallback    {name}: damping raised to {damping:g}")
+        for cost in self.costs:
+            lines.append(f"stage       {cost.stage:18} {cost.seconds:8.1f} s  {cost.peak_bytes / 2**20:7.0f} MiB")
+        lines.append(f"measurement {self.measurement} serves any other bitrate")
+        report = "" if self.comparison is None else " (with report.md, report.json)"
+        lines.append(f"output      {self.output}{report}")
+        return lines
+
+
+def quantize_model(
+    model: str | Path,
+    output: Path,
+    config: QuantizeConfig,
+    *,
+    measurement: Path | None = None,
+    calibration: CalibrationSet | None = None,
+    work: Path | None = None,
+    progress: Progress = silent,
+) -> QuantizeResult:
+    """Quantize a model to EXL2 and compare the result with the original.
+
+    Args:
+        model: A local directory or a hub id.
+        output: Directory to make. It must not exist, or be the finished output of this very run.
+        config: Options.
+        measurement: A measurement of this model; None measures first, and keeps the measurement in the work
+            directory.
+        calibration: Rows to use instead of those that ``config.measure.calibration`` describes.
+        work: Work directory; default ``OUTPUT.work``.
+        progress: Shows how far the stages are.
+
+    Returns:
+        What was made.
+
+    Raises:
+        BpwiseError: Whatever is wrong with the model, the options, the text or the disk.
+    """
+    checkpoint = open_model(model)
+    work = work or output.with_name(f"{output.name}.work")
+    clock = StageClock()
+    with clock.stage("calibration text"):
+        rows = calibration or calibration_rows(checkpoint, config.measure.calibration)
+        rows.save(work / "calibration.safetensors")
+    with clock.stage("measure"):
+        measured = _measurement(checkpoint, rows, config, measurement, work, progress)
+    with clock.stage("plan"):
+        plan = make_plan(measured, bpw=config.bpw, head_bits=config.head_bits)
+        plan.save(work / "plan.json")
+    run = _identity(checkpoint, rows, plan, config)
+    fallbacks: dict[str, float] = {}
+    if _finished(output, run):
+        verification = verify_model(output)
+    else:
+        with clock.stage("round"):
+            rounding = RoundConfig(damping=config.measure.damping, device=config.measure.device)
+            rounded = round_model(checkpoint, rows, measured, plan, rounding, work, progress)
+            fallbacks = _fallbacks(rounded, rounding.damping)
+        with clock.stage("write and verify"):
+            verification = _write(checkpoint, rounded, output, plan, rows, config, run)
+    comparison = None
+    if config.evaluate is not None:
+        with clock.stage("evaluate"):
+            comparison = _evaluate(checkpoint, output, rows, config.evaluate, progress)
+    result = QuantizeResult(
+        output=output,
+        plan=plan,
+        verification=verification,
+        original_bytes=checkpoint.total_bytes,
+        comparison=comparison,
+        costs=tuple(clock.costs),
+        fallbacks=fallbacks,
+        measurement=measurement or work / _MEASUREMENT,
+    )
+    if comparison is not None:
+        write_report(comparison, output, details=report_details(result))
+    discard_stages(work)
+    return result
+
+
+def report_details(result: QuantizeResult) -> dict[str, dict[str, str | float]]:
+    """Return what a report should say of the run beside the comparison: section -> entry -> value."""
+    plan, verified = result.plan, result.verification
+    return {
+        "Size": {
+            "decoder bits per weight": round(verified.decoder_bpw, 4),
+            "asked": plan.target_bpw,
+            "head bits per weight": round(verified.head_bpw, 4),
+            "quantized files, bytes": verified.file_bytes,
+            "original tensors, bytes": result.original_bytes,
+            "quantized / original": round(verified.file_bytes / result.original_bytes, 4),
+        },
+        "Plan": {
+            "predicted damage, nats/token": plan.damage_nats,
+            "of it in the decoder": plan.decoder_damage_nats,
+            "least possible decoder damage at this size": plan.lower_bound_nats,
+            **{
+                f"decoder weights at {bits} bits, %": round(100 * share, 2)
+                for bits, share in plan.weights_per_width().items()
+            },
+            **{f"damping of {name}": damping for name, damping in result.fallbacks.items()},
+        },
+        "Stages (seconds, peak MiB)": {
+            cost.stage: f"{cost.seconds:.1f} s, {cost.peak_bytes / 2**20:.0f} MiB" for cost in result.costs
+        },
+    }
+
+
+def _measurement(
+    checkpoint: Checkpoint,
+    rows: CalibrationSet,
+    config: QuantizeConfig,
+    given: Path | None,
+    work: Path,
+    progress: Progress,
+) -> Measurement:
+    if given is not None:
+        measurement = Measurement.load(given)
+        if measurement.provenance.get("model") != checkpoint.fingerprint:
+            raise FormatError(
+                f"{given}: the measurement belongs to another model than {checkpoint.directory}. Measure this one."
+            )
+        return measurement
+    kept = work / _MEASUREMENT
+    if kept.exists():
+        measurement = Measurement.load(kept)
+        if measurement.provenance == measurement_provenance(checkpoint, rows, config.measure):
+            return measurement
+    measurement = measure_model(checkpoint, rows, config.measure, work, progress)
+    measurement.save(kept)
+    return measurement
+
+
+def _identity(checkpoint: Checkpoint, rows: CalibrationSet, plan: Plan, config: QuantizeConfig) -> str:
+    # What the written bytes depend on.
+    parts = [
+        __version__,
+        checkpoint.fingerprint,
+        rows.fingerprint,
+        plan.measurement,
+        plan.target_bpw,
+        plan.head_bits,
+        config.measure.damping,
+        config.shard_bytes,
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _finished(output: Path, run: str) -> bool:
+    """Whether ``output`` is already what this run writes; refuse anything else that is in the way."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return False
+    manifest = output / MANIFEST_FILE
+    if manifest.is_file() and read_json(manifest, FormatError).get("provenance", {}).get("run") == run:
+        return True
+    raise WorkDirectoryError(
+        f"{output}: exists already and is not the output of this run. Choose another or delete it."
+    )
+
+
+def _fallbacks(rounded: RoundedModel, damping: float) -> dict[str, float]:
+    used = {name: rounded.damping(name) for name in rounded.names}
+    return {name: value for name, value in used.items() if value > 1.001 * damping}
+
+
+def _write(
+    checkpoint: Checkpoint,
+    rounded: RoundedModel,
+    output: Path,
+    plan: Plan,
+    rows: CalibrationSet,
+    config: QuantizeConfig,
+    run: str,
+) -> Verification:
+    row_count, row_tokens = rows.tokens.shape
+    return write_model(
+        checkpoint,
+        {name: partial(rounded.linear, name) for name in rounded.names},
+        output,
+        quantization={
+            "version": __version__,
+            "bits": plan.target_bpw,
+            "head_bits": plan.head_bits,
+            "calibration": {"rows": row_count, "length": row_tokens, "dataset": rows.description},
+        },
+        provenance={
+            "bpwise": __version__,
+            "run": run,
+            "model": checkpoint.fingerprint,
+            "calibration": rows.fingerprint,
+            "measurement": plan.measurement,
+            "bpw": plan.bpw,
+            "head_bits": plan.head_bits,
+            "predicted_damage_nats": plan.damage_nats,
+        },
+        shard_bytes=config.shard_bytes,
+    )
+
+
+def _evaluate(
+    checkpoint: Checkpoint, output: Path, calibration: CalibrationSet, config: EvalConfig, progress: Progress
+) -> Comparison:
+    tokenizer = load_tokenizer(checkpoint.directory)
+    rows = evaluation_rows(tokenizer, config, vocab_size=int(checkpoint.config["vocab_size"]))
+    return compare_models(checkpoint, open_any(output), rows, config, progress)

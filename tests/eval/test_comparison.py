@@ -1,0 +1,339 @@
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bpwise.convert.checkpoint import Checkpoint
+from bpwise.convert.exl2.dense import dequantize_model
+from bpwise.convert.exl2.layout import RowGroup
+from bpwise.convert.exl2.linear import QuantizedLinear
+from bpwise.convert.exl2.reader import Exl2Model
+from bpwise.convert.exl2.writer import write_model
+from bpwise.errors import CalibrationError, CheckpointError, ConfigError, NumericalError
+from bpwise.eval import comparison as comparison_module
+from bpwise.eval.comparison import (
+    Comparison,
+    EvalConfig,
+    compare_models,
+    compare_with,
+    evaluate,
+    evaluate_each,
+    evaluation_rows,
+    open_any,
+    run_original,
+)
+from bpwise.measure.calibration import CalibrationSet
+from bpwise.measure.tokenizer import load_tokenizer
+from transformers import AutoModelForCausalLM
+
+MakeModel = Callable[..., Path]
+LINEARS = (
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
+
+
+def config(**changes: Any) -> EvalConfig:
+    return EvalConfig(**{"rows": 3, "row_tokens": 40, "device": "cpu", **changes})
+
+
+def rows_of(rows: int = 3, row_tokens: int = 40, *, largest: int = 250) -> CalibrationSet:
+    tokens = torch.randint(largest + 1, (rows, row_tokens), generator=torch.Generator().manual_seed(5))
+    tokens[0, 0] = largest
+    return CalibrationSet(tokens=tokens, origins=("random",) * rows, description="random ids", adds_bos=False)
+
+
+def log_probabilities(directory: Path, tokens: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
+    """What Transformers itself predicts for all but the first token of each row, in float64 from the logits on."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    with torch.no_grad():
+        logits = model(tokens).logits[:, :-1].double().numpy()
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+def check_against_transformers(got: Comparison, original: Path, quantized: Path, tokens: torch.Tensor) -> None:
+    log_p = log_probabilities(original, tokens, torch.float64)
+    log_q = log_probabilities(quantized, tokens, torch.float64)
+    kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+    targets = tokens[:, 1:, None].numpy()
+    nll = {
+        name: -np.take_along_axis(log, targets, axis=-1) for name, log in (("original", log_p), ("quantized", log_q))
+    }
+    # Two layers in float32 change a log-probability by some 1e-6, so averages by no more than 1e-5 of themselves.
+    assert got.summary.kl_nats.value == pytest.approx(kl.mean(), rel=1e-4)
+    assert got.summary.kl_max_nats == pytest.approx(kl.max(), rel=1e-4)
+    assert got.summary.kl_p99_nats == pytest.approx(np.quantile(kl, 0.99), rel=1e-4)
+    for name, values in nll.items():
+        assert getattr(got.summary, f"{name}_perplexity").value == pytest.approx(math.exp(values.mean()), rel=1e-5)
+    agreement = (log_p.argmax(axis=-1) == log_q.argmax(axis=-1)).mean()
+    assert got.summary.top1_agreement.value == pytest.approx(agreement)
+
+
+class _InMemory:
+    """A checkpoint without its disk: only what ``TensorSource`` asks for."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def __getattr__(self, name: str) -> Any:
+        assert name in ("directory", "config", "fingerprint", "names", "tied_embeddings", "shape", "tensor"), name
+        return getattr(self._checkpoint, name)
+
+
+class TestCompareModels:
+    @pytest.mark.parametrize("tail_tokens", [256, 7], ids=["one-slice", "several-slices"])
+    def test_agrees_with_transformers(
+        self, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, tail_tokens: int
+    ) -> None:
+        monkeypatch.setattr(comparison_module, "_TAIL_TOKENS", tail_tokens)
+        original, quantized = make_model("original"), make_model("quantized", noise=0.02)
+        rows = rows_of()
+        got = compare_models(open_any(original), open_any(quantized), rows, config())
+        check_against_transformers(got, original, quantized, rows.tokens)
+        assert 0.001 < got.summary.kl_nats.value < 1
+        assert 0 <= got.floor_nats < 1e-9
+        assert not got.within_floor
+
+    def test_describes_how(self, make_model: MakeModel) -> None:
+        original, quantized = make_model("original"), make_model("quantized", noise=0.02)
+        rows = rows_of()
+        source = open_any(original)
+        got = compare_models(source, open_any(quantized), rows, config(rows=99, text="unread"))
+        assert (got.text, got.text_fingerprint) == ("random ids", rows.fingerprint)
+        assert (got.rows, got.row_tokens, got.stride, got.predicted_tokens) == (3, 40, 40, 117)
+        assert (got.dtype, got.device, got.adds_bos) == ("float32", "cpu", False)
+        assert (got.original.name, got.quantized.name) == ("original", "quantized")
+        assert got.original.fingerprint == source.fingerprint != got.quantized.fingerprint
+        assert got.original.stored_bytes == source.total_bytes
+        assert got.original.bits_per_parameter == pytest.approx(32)
+        assert got.seconds > 0
+        assert "float64 on the CPU, over the first 40 tokens" in got.floor_definition
+        json.dumps(got.to_dict(), allow_nan=False)
+
+    def test_same_model(self, make_model: MakeModel) -> None:
+        source = open_any(make_model("original"))
+        got = compare_models(source, _InMemory(source), rows_of(), config())
+        # The same arithmetic on the same numbers: nothing to round differently.
+        assert got.summary.kl_nats.value == 0
+        assert got.summary.top1_agreement.value == 1
+        assert got.summary.perplexity_ratio.value == 1
+        assert got.summary.perplexity_difference.value == 0
+        assert got.within_floor
+        assert got.quantized.stored_bytes is None
+        assert got.quantized.bits_per_parameter is None
+
+    def test_tied_embeddings(self, make_model: MakeModel) -> None:
+        original = make_model("original", tie_word_embeddings=True)
+        quantized = make_model("quantized", tie_word_embeddings=True, noise=0.02)
+        rows = rows_of()
+        got = compare_models(open_any(original), open_any(quantized), rows, config())
+        check_against_transformers(got, original, quantized, rows.tokens)
+
+    def test_floor_in_bfloat16(self, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(comparison_module, "_FLOOR_TOKENS", 20)
+        original = make_model("original")
+        rows = rows_of()
+        source = open_any(original)
+        got = compare_models(source, source, rows, config(dtype="bfloat16"))
+        first = rows.tokens[:1, :20]
+        exact = log_probabilities(original, first, torch.float64)
+        rounded = log_probabilities(original, first, torch.bfloat16)
+        expected = (np.exp(exact) * (exact - rounded)).sum(axis=-1).mean()
+        assert got.floor_tokens == 20
+        assert got.dtype == "bfloat16"
+        # Where products are summed in another order, roundings to 8 bits fall differently: same size, other digits.
+        assert got.floor_nats == pytest.approx(expected, rel=0.5)
+        assert got.floor_nats > 1e-6
+        assert got.within_floor
+
+    def test_one_row_has_no_standard_errors(self, make_model: MakeModel) -> None:
+        source = open_any(make_model("original"))
+        got = compare_models(source, source, rows_of(1, 2), config())
+        assert got.predicted_tokens == 1
+        assert got.summary.kl_nats.standard_error is None
+        json.dumps(got.to_dict(), allow_nan=False)
+
+    def test_original_runs_once_for_many(self, make_model: MakeModel) -> None:
+        original = open_any(make_model("original"))
+        others = [open_any(make_model(f"noise-{noise}", noise=noise)) for noise in (0.01, 0.02)]
+        run = run_original(original, rows_of(), config())
+        for other in others:
+            again = compare_models(original, other, rows_of(), config())
+            assert replace(compare_with(run, other), seconds=0) == replace(again, seconds=0)
+
+    def test_progress_sees_every_pass(self, make_model: MakeModel) -> None:
+        seen: dict[str, int] = {}
+
+        def count(items: Any, stage: str) -> Any:
+            seen[stage] = len(items)
+            return items
+
+        source = open_any(make_model("original"))
+        compare_models(source, source, rows_of(), config(), count)
+        assert seen == {
+            "evaluate: original model": 2,
+            "evaluate: original model in float64": 2,
+            "evaluate: quantized model": 2,
+            "evaluate: logits": 3,
+        }
+
+
+def _scale(name: str, factor: float) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(parameters: dict[str, torch.Tensor]) -> None:
+        parameters[name] *= factor
+
+    return change
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("role", ["original", "quantized"])
+    @pytest.mark.parametrize(
+        ("weight", "place"),
+        [("model.layers.1.mlp.down_proj.weight", r"model\.layers\.1"), ("lm_head.weight", "output head")],
+        ids=["block", "head"],
+    )
+    def test_overflow_names_model_and_place(self, make_model: MakeModel, role: str, weight: str, place: str) -> None:
+        # Weights of up to 3e38 are finite, but a sum of two products with them is not.
+        good, bad = make_model("good"), make_model("bad", change=_scale(weight, 3e38))
+        first, second = (bad, good) if role == "original" else (good, bad)
+        with pytest.raises(NumericalError, match=f"{role} model, {place}: .* in float32. The model's weights"):
+            compare_models(open_any(first), open_any(second), rows_of(), config())
+
+    def test_overflow_of_float16(self, make_model: MakeModel) -> None:
+        source = open_any(make_model("large", change=_scale("model.layers.0.mlp.down_proj.weight", 1e5)))
+        with pytest.raises(NumericalError, match=r"model\.layers\.0: .* in float16. Evaluate in bfloat16 or float32"):
+            compare_models(source, source, rows_of(), config(dtype="float16"))
+        assert compare_models(source, source, rows_of(), config()).summary.kl_nats.value == 0
+
+    def test_vocabularies_differ(self, make_model: MakeModel) -> None:
+        original, quantized = make_model("original"), make_model("quantized", vocab_size=300)
+        with pytest.raises(CheckpointError, match="300 tokens, expected 264"):
+            compare_models(open_any(original), open_any(quantized), rows_of(), config())
+        with pytest.raises(CheckpointError, match="300 tokens, expected 264"):
+            evaluate(original, quantized, config())
+
+    def test_no_vocabulary_size(self, make_model: MakeModel) -> None:
+        path = make_model("original")
+        settings = json.loads((path / "config.json").read_text())
+        del settings["vocab_size"]
+        (path / "config.json").write_text(json.dumps(settings))
+        with pytest.raises(CheckpointError, match="vocab_size"):
+            compare_models(open_any(path), open_any(path), rows_of(), config())
+
+    @pytest.mark.parametrize(
+        ("rows", "error", "message"),
+        [
+            (rows_of(largest=264), CalibrationError, "got token id 264, expected ids below"),
+            (rows_of(3, 1), ConfigError, "rows of 1 token"),
+            (rows_of(1, 129), ConfigError, "rows of 129 tokens, but .* has positions for 128"),
+        ],
+        ids=["token-id", "one-token", "too-long"],
+    )
+    def test_rows(self, make_model: MakeModel, rows: CalibrationSet, error: type[Exception], message: str) -> None:
+        source = open_any(make_model("original"))
+        with pytest.raises(error, match=message):
+            compare_models(source, source, rows, config())
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [({"dtype": "float64"}, "dtype must be one of"), ({"rows": 0}, "rows"), ({"column": "text"}, "source")],
+        ids=["dtype", "rows", "column"],
+    )
+    def test_config(self, changes: dict[str, Any], message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
+            EvalConfig(**changes)
+
+    def test_device(self, make_model: MakeModel) -> None:
+        source = open_any(make_model("original"))
+        with pytest.raises(ConfigError, match="abacus"):
+            compare_models(source, source, rows_of(), config(device="abacus"))
+
+
+class TestEvaluate:
+    @pytest.fixture
+    def text(self, tmp_path: Path) -> Path:
+        path = tmp_path / "text.txt"
+        path.write_text(" ".join(str(number) for number in range(200)))
+        return path
+
+    def test_own_text(self, make_model: MakeModel, text: Path) -> None:
+        original, quantized = make_model("original"), make_model("quantized", noise=0.02)
+        got = evaluate(str(original), quantized, config(text=str(text)))
+        encoded = load_tokenizer(original)(text.read_text(), add_special_tokens=False)["input_ids"]
+        # 40 tokens a row, the first of them BOS (id 256).
+        tokens = torch.tensor([[256, *encoded[row * 39 : row * 39 + 39]] for row in range(3)])
+        assert got.adds_bos
+        assert "text.txt" in got.text
+        check_against_transformers(got, original, quantized, tokens)
+
+    def test_built_in_text_is_the_evaluation_part(self, make_model: MakeModel) -> None:
+        original = make_model("original")
+        rows = evaluation_rows(load_tokenizer(original), config(), vocab_size=264)
+        got = evaluate(original, original, config())
+        assert "evaluation part" in got.text
+        assert got.text_fingerprint == rows.fingerprint
+
+    def test_several(self, make_model: MakeModel, text: Path) -> None:
+        original, near, far = make_model("o"), make_model("near", noise=0.005), make_model("far", noise=0.05)
+        got = list(evaluate_each(original, [near, far], config(text=str(text))))
+        assert [each.quantized.name for each in got] == ["near", "far"]
+        assert got[0].summary.kl_nats.value < got[1].summary.kl_nats.value
+        assert replace(got[1], seconds=0) == replace(evaluate(original, far, config(text=str(text))), seconds=0)
+
+    def test_missing_model_is_found_before_anything_runs(self, make_model: MakeModel, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match="absent"):
+            evaluate(make_model("original"), tmp_path / "absent", config(text="unread"))
+
+    def test_exl2_model(self, make_model: MakeModel, tmp_path: Path, text: Path) -> None:
+        # The dense copy is float16 throughout, so what is not quantized must be so from the start.
+        original, exl2, dense = make_model("original", change=_round), tmp_path / "exl2", tmp_path / "dense"
+        calibration = {"rows": 1, "length": 8, "dataset": "none"}
+        write_model(
+            open_any(original),
+            {
+                name: (lambda name=name: _random_linear(open_any(original).shape(f"{name}.weight")))
+                for name in [f"model.layers.{i}.{linear}" for i in range(2) for linear in LINEARS] + ["lm_head"]
+            },
+            exl2,
+            quantization={"version": "0.3.2", "bits": 4.0, "head_bits": 4, "calibration": calibration},
+            provenance={},
+        )
+        dequantize_model(exl2, dense)
+        assert isinstance(open_any(exl2), Exl2Model)
+        assert isinstance(open_any(str(original)), Checkpoint)
+        got = evaluate(original, exl2, config(text=str(text)))
+        same = evaluate(original, dense, config(text=str(text)))
+        assert got.summary == same.summary
+        assert got.quantized.stored_bytes == sum(path.stat().st_size for path in exl2.glob("*.safetensors"))
+
+
+def _round(parameters: dict[str, torch.Tensor]) -> None:
+    for parameter in parameters.values():
+        parameter.copy_(parameter.half())
+
+
+def _random_linear(shape: tuple[int, ...]) -> QuantizedLinear:
+    out_features, rows = shape
+    rng = torch.Generator().manual_seed(1)
+    return QuantizedLinear(
+        groups=(RowGroup(4, rows),),
+        codes=torch.randint(0, 16, (rows, out_features), generator=rng, dtype=torch.uint8),
+        scale_codes=torch.randint(0, 16, (1, out_features), generator=rng, dtype=torch.uint8),
+        ceilings=torch.full((1,), 0.1).half(),
+        order=torch.randperm(rows, generator=rng),
+    )
+
+
+def test_name_of_a_hub_snapshot(make_model: MakeModel, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--some-org--some-model" / "snapshots" / "0123abcd"
+    snapshot.parent.mkdir(parents=True)
+    make_model("original").rename(snapshot)
+    source = open_any(snapshot)
+    got = compare_models(source, source, rows_of(), config())
+    assert got.original.name == "some-org/some-model"
