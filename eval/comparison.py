@@ -14,13 +14,14 @@ from torch import Tensor
 
 from ..convert.checkpoint import Checkpoint, TensorSource, resolve_model
 from ..convert.exl2.reader import Exl2Model, is_exl2
-from ..errors import CalibrationError, CheckpointError, ConfigError, NumericalError
+from ..errors import CalibrationError, CheckpointError, ConfigError
 from ..measure.calibration import CalibrationConfig, CalibrationSet, build_calibration
 from ..measure.run import resolve_device
-from ..measure.stream import StreamedModel, micro_batches
+from ..measure.stream import StreamedModel
 from ..measure.tokenizer import Tokenizer, load_tokenizer
 from ..progress import Progress, silent
-from .divergence import Summary, TokenStatistics, token_statistics
+from .divergence import Summary
+from .passes import last_hidden, mean_floor_nats, paired_statistics
 
 __all__ = [
     "Comparison",
@@ -37,9 +38,6 @@ __all__ = [
 ]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-_TAIL_TOKENS = 256
-"""Positions whose logits are held at once, of each model: 128 MiB in float32 for a vocabulary of 128k."""
 
 _FLOOR_TOKENS = 512
 """Length of the text that the floor is measured on: float64 on a CPU is slow, and the floor needs no precision."""
@@ -315,9 +313,9 @@ def run_original(
     start = time.monotonic()
     _check_rows(original, rows)
     model = StreamedModel(original, device=resolve_device(config.device), dtype=_DTYPES[config.dtype])
-    hidden = _last_hidden(model, rows.tokens, "original model", progress)
+    hidden = last_hidden(model, rows.tokens, "original model", progress)
     floor_tokens = min(rows.tokens.shape[1], _FLOOR_TOKENS)
-    floor_nats = _floor_nats(original, model, hidden[:1, :floor_tokens], rows.tokens[:1, :floor_tokens], progress)
+    floor_nats = mean_floor_nats(original, model, hidden[:1, :floor_tokens], rows.tokens[:1, :floor_tokens], progress)
     return OriginalRun(
         source=original,
         rows=rows,
@@ -345,8 +343,8 @@ def compare_with(run: OriginalRun, quantized: TensorSource, progress: Progress =
     _check_vocabularies(run.source, quantized)
     _check_rows(quantized, run.rows)
     model = StreamedModel(quantized, device=run.model.device, dtype=run.model.dtype)
-    hidden = _last_hidden(model, run.rows.tokens, "quantized model", progress)
-    statistics = _statistics(run, model, hidden, progress)
+    hidden = last_hidden(model, run.rows.tokens, "quantized model", progress)
+    statistics = paired_statistics(run.model, model, run.hidden, hidden, run.rows.tokens, progress)
     rows, row_tokens = run.rows.tokens.shape
     parameters = sum(math.prod(run.source.shape(name)) for name in run.source.names)
     return Comparison(
@@ -398,70 +396,6 @@ def _check_rows(source: TensorSource, rows: CalibrationSet) -> None:
             f"evaluation text: rows of {row_tokens} tokens, but {source.directory} has positions for {context}. "
             "Lower row_tokens."
         )
-
-
-def _last_hidden(model: StreamedModel, tokens: Tensor, role: str, progress: Progress) -> Tensor:
-    """Return the last block's output, shape (rows, tokens, hidden size), on the CPU."""
-    hidden = model.embed(tokens)
-    _check_finite(hidden, f"{role}, embedding", model.dtype)
-    for index in progress(range(model.block_count), f"evaluate: {role}"):
-        with torch.no_grad(), model.block(index):
-            for batch in micro_batches(*tokens.shape):
-                hidden[batch] = model.run_block(index, hidden[batch].to(model.device)).cpu()
-        _check_finite(hidden, f"{role}, {model.block_name(index)}", model.dtype)
-    return hidden
-
-
-def _statistics(run: OriginalRun, model: StreamedModel, hidden: Tensor, progress: Progress) -> TokenStatistics:
-    tokens = run.rows.tokens
-    parts = []
-    with torch.no_grad(), run.model.tail(), model.tail():
-        for row in progress(range(len(tokens)), "evaluate: logits"):
-            for positions in _slices(tokens.shape[1] - 1):
-                original = _logits(run.model, run.hidden[row, positions], "original model")
-                quantized = _logits(model, hidden[row, positions], "quantized model")
-                targets = tokens[row, 1:][positions].to(model.device)
-                parts.append(TokenStatistics.joined([token_statistics(original, quantized, targets)]))
-    return TokenStatistics.joined(parts)
-
-
-def _floor_nats(
-    source: TensorSource, model: StreamedModel, hidden: Tensor, tokens: Tensor, progress: Progress
-) -> float:
-    """Return the mean KL divergence of one row in the evaluation dtype from the same row in float64 on the CPU."""
-    exact = StreamedModel(source, device=torch.device("cpu"), dtype=torch.float64)
-    exact_hidden = _last_hidden(exact, tokens, "original model in float64", progress)
-    slices = _slices(tokens.shape[1] - 1)
-    # One head at a time: in float64 it is as large as both heads of the comparison. Rounding the logits to float32
-    # does not show: its effect on the divergence is quadratic.
-    with torch.no_grad(), exact.tail():
-        references = [_logits(exact, exact_hidden[0, s], "original model in float64").float() for s in slices]
-    parts = []
-    with torch.no_grad(), model.tail():
-        for positions, reference in zip(slices, references, strict=True):
-            logits = _logits(model, hidden[0, positions], "original model").cpu()
-            parts.append(token_statistics(reference, logits, tokens[0, 1:][positions]))
-    return float(TokenStatistics.joined(parts).kl_nats.double().mean())
-
-
-def _slices(positions: int) -> list[slice]:
-    return [slice(first, min(first + _TAIL_TOKENS, positions)) for first in range(0, positions, _TAIL_TOKENS)]
-
-
-def _logits(model: StreamedModel, hidden: Tensor, role: str) -> Tensor:
-    logits = model.logits(hidden[None].to(model.device))[0]
-    _check_finite(logits, f"{role}, output head", model.dtype)
-    return logits
-
-
-def _check_finite(tensor: Tensor, where: str, dtype: torch.dtype) -> None:
-    if not bool(torch.isfinite(tensor).all()):
-        advice = (
-            "Evaluate in bfloat16 or float32, which reach further."
-            if dtype == torch.float16
-            else "The model's weights are broken: quantize, or get it, again."
-        )
-        raise NumericalError(f"{where}: NaN or infinity when run in {str(dtype).removeprefix('torch.')}. {advice}")
 
 
 def _summary_of(source: TensorSource, parameters: int) -> ModelSummary:

@@ -240,5 +240,5 @@ def _estimate(estimate: Estimate, decimals: int, sign: str = "") -> str:
     if error is None:
         return f"{value:{sign}.{decimals}f}"
     if error > 0:
-        decimals = max(decimals, min(6, 1 - math.floor(math.log10(error))))
+        decimals = max(decimals, min(decimals + 3, 1 - math.floor(math.log10(error))))
     return f"{value:{sign}.{decimals}f} ± {error:.{decimals}f}"

@@ -18,9 +18,10 @@ from ..errors import FormatError
 
 __all__ = ["MEASUREMENT_VERSION", "MeasuredLinear", "Measurement"]
 
-MEASUREMENT_VERSION = "1"
+MEASUREMENT_VERSION = 1
 """Raised when the file's content changes meaning; older files are refused."""
 
+_HEADER = "bpwise_measurement"
 _FIELDS = ("damage_nats", "order", "fisher", "input_power")
 
 
@@ -86,6 +87,7 @@ class Measurement:
             for field in _FIELDS
         }
         header = {
+            "version": MEASUREMENT_VERSION,
             "linears": [linear.name for linear in self.linears],
             "head": self.head.name,
             "widths": self.widths,
@@ -97,8 +99,8 @@ class Measurement:
             },
             "provenance": self.provenance,
         }
-        metadata = {"bpwise_measurement": MEASUREMENT_VERSION, "header": json.dumps(header)}
-        image: bytes = save(tensors, metadata=metadata)
+        # One entry only: safetensors writes several in an order that differs from run to run.
+        image: bytes = save(tensors, metadata={_HEADER: json.dumps(header)})
         return image
 
     def save(self, path: Path) -> None:
@@ -115,14 +117,12 @@ class Measurement:
         """
         try:
             with safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
-                version = metadata.get("bpwise_measurement")
-                if version != MEASUREMENT_VERSION:
+                header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+                if header.get("version") != MEASUREMENT_VERSION:
                     raise FormatError(
-                        f"{path}: not a measurement of version {MEASUREMENT_VERSION} (found {version!r}). "
+                        f"{path}: not a measurement of version {MEASUREMENT_VERSION}, got {header.get('version')}. "
                         "Measure the model again."
                     )
-                header = json.loads(metadata["header"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise FormatError(f"{path}: cannot be read as a measurement ({error}). Measure again.") from error

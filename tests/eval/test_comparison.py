@@ -16,6 +16,7 @@ from bpwise.convert.exl2.reader import Exl2Model
 from bpwise.convert.exl2.writer import write_model
 from bpwise.errors import CalibrationError, CheckpointError, ConfigError, NumericalError
 from bpwise.eval import comparison as comparison_module
+from bpwise.eval import passes as passes_module
 from bpwise.eval.comparison import (
     Comparison,
     EvalConfig,
@@ -91,7 +92,7 @@ class TestCompareModels:
     def test_agrees_with_transformers(
         self, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, tail_tokens: int
     ) -> None:
-        monkeypatch.setattr(comparison_module, "_TAIL_TOKENS", tail_tokens)
+        monkeypatch.setattr(passes_module, "_TAIL_TOKENS", tail_tokens)
         original, quantized = make_model("original"), make_model("quantized", noise=0.02)
         rows = rows_of()
         got = compare_models(open_any(original), open_any(quantized), rows, config())

@@ -1,0 +1,132 @@
+"""Passes of streamed models over rows: hidden states first, then the logits of two models side by side."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..convert.checkpoint import TensorSource
+from ..errors import NumericalError
+from ..measure.stream import StreamedModel, micro_batches
+from ..progress import Progress
+from .divergence import TokenStatistics, token_statistics
+
+__all__ = ["last_hidden", "mean_floor_nats", "paired_statistics"]
+
+_TAIL_TOKENS = 256
+"""Positions whose logits are held at once, of each model: 128 MiB in float32 for a vocabulary of 128k."""
+
+
+def last_hidden(model: StreamedModel, tokens: Tensor, role: str, progress: Progress) -> Tensor:
+    """Run all blocks of a model, one after another.
+
+    Args:
+        model: The model.
+        tokens: Token ids, int64, shape (rows, tokens).
+        role: What the model is, for messages.
+        progress: Wraps the blocks.
+
+    Returns:
+        Output of the last block, shape (rows, tokens, hidden size), in the model's dtype, on the CPU.
+
+    Raises:
+        NumericalError: NaN or infinity; the message names the role and the block.
+    """
+    hidden = model.embed(tokens)
+    _check_finite(hidden, f"{role}, embedding", model.dtype)
+    for index in progress(range(model.block_count), f"evaluate: {role}"):
+        with torch.no_grad(), model.block(index):
+            for batch in micro_batches(*tokens.shape):
+                hidden[batch] = model.run_block(index, hidden[batch].to(model.device)).cpu()
+        _check_finite(hidden, f"{role}, {model.block_name(index)}", model.dtype)
+    return hidden
+
+
+def paired_statistics(
+    original: StreamedModel,
+    quantized: StreamedModel,
+    original_hidden: Tensor,
+    quantized_hidden: Tensor,
+    tokens: Tensor,
+    progress: Progress,
+) -> TokenStatistics:
+    """Compare what two models predict, at all positions but the last of each row.
+
+    Args:
+        original: The original.
+        quantized: The quantized model, on the same device.
+        original_hidden: What ``last_hidden`` made of the original, shape (rows, tokens, hidden size).
+        quantized_hidden: The same of the quantized model.
+        tokens: Token ids, int64, shape (rows, tokens), at least two a row.
+        progress: Wraps the rows.
+
+    Returns:
+        Statistics of rows * (tokens - 1) predictions, row after row, on the CPU.
+
+    Raises:
+        NumericalError: NaN or infinity in logits; the message names the model.
+    """
+    parts = []
+    with torch.no_grad(), original.tail(), quantized.tail():
+        for row in progress(range(len(tokens)), "evaluate: logits"):
+            for positions in _slices(tokens.shape[1] - 1):
+                first = _logits(original, original_hidden[row, positions], "original model")
+                second = _logits(quantized, quantized_hidden[row, positions], "quantized model")
+                targets = tokens[row, 1:][positions].to(second.device)
+                parts.append(TokenStatistics.joined([token_statistics(first, second, targets)]))
+    return TokenStatistics.joined(parts)
+
+
+def mean_floor_nats(
+    source: TensorSource, model: StreamedModel, hidden: Tensor, tokens: Tensor, progress: Progress
+) -> float:
+    """Measure what arithmetic alone does: the original as it is evaluated, against itself in float64 on the CPU.
+
+    Transformers computes norms and rotary embeddings in float32 whatever the dtype; they stay so.
+
+    Args:
+        source: The original.
+        model: The original as it is evaluated.
+        hidden: What ``last_hidden`` made of it, shape (1, tokens, hidden size).
+        tokens: Token ids, int64, shape (1, tokens), at least two.
+        progress: Wraps the blocks.
+
+    Returns:
+        Mean KL divergence in nats per token.
+
+    Raises:
+        NumericalError: NaN or infinity in hidden states or logits.
+    """
+    exact = StreamedModel(source, device=torch.device("cpu"), dtype=torch.float64)
+    exact_hidden = last_hidden(exact, tokens, "original model in float64", progress)
+    slices = _slices(tokens.shape[1] - 1)
+    # One head at a time: in float64 it is as large as both heads of the comparison. Rounding the logits to float32
+    # does not show: its effect on the divergence is quadratic.
+    with torch.no_grad(), exact.tail():
+        references = [_logits(exact, exact_hidden[0, s], "original model in float64").float() for s in slices]
+    parts = []
+    with torch.no_grad(), model.tail():
+        for positions, reference in zip(slices, references, strict=True):
+            logits = _logits(model, hidden[0, positions], "original model").cpu()
+            parts.append(token_statistics(reference, logits, tokens[0, 1:][positions]))
+    return float(TokenStatistics.joined(parts).kl_nats.double().mean())
+
+
+def _slices(positions: int) -> list[slice]:
+    return [slice(first, min(first + _TAIL_TOKENS, positions)) for first in range(0, positions, _TAIL_TOKENS)]
+
+
+def _logits(model: StreamedModel, hidden: Tensor, role: str) -> Tensor:
+    logits = model.logits(hidden[None].to(model.device))[0]
+    _check_finite(logits, f"{role}, output head", model.dtype)
+    return logits
+
+
+def _check_finite(tensor: Tensor, where: str, dtype: torch.dtype) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        advice = (
+            "Evaluate in bfloat16 or float32, which reach further."
+            if dtype == torch.float16
+            else "The model's weights are broken: quantize, or get it, again."
+        )
+        raise NumericalError(f"{where}: NaN or infinity when run in {str(dtype).removeprefix('torch.')}. {advice}")
