@@ -3,11 +3,55 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL := models/SmolLM2-135M-Instruct
+DEMO := models/SmolLM2-135M-Instruct-8.0bpw-8hb-exl2
+ROOMS := convert rounding measure quantize eval
 
-.PHONY: demo test test-slow test-gpu check format bench clean
+.PHONY: demo test test-slow test-gpu check format bench bench-memory clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,demo]'
 	touch $@
+
+$(MODEL)/config.json: | $(VENV)/installed
+	$(BIN)/python examples/get_smollm2.py $(MODEL)
+
+# Quantize a real model to 8.0 bits per weight with an 8-bit head, and print the comparison with the original.
+demo: $(VENV)/installed $(MODEL)/config.json
+	rm -rf $(DEMO) $(DEMO).work
+	$(BIN)/bpwise quantize $(MODEL) $(DEMO) --bpw 8.0 --head-bits 8 --rows 16
+	@echo
+	@cat $(DEMO)/report.md
+
+test: $(VENV)/installed
+	$(BIN)/pytest -q
+
+test-slow: $(VENV)/installed
+	$(BIN)/pytest -q -m slow
+
+# With ExLlamaV2 itself as the judge, where it is installed: pip install exllamav2
+test-gpu: $(VENV)/installed
+	$(BIN)/pytest -q -m gpu
+
+# mypy needs the package under its name; the repository's folder may have any.
+check: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	mkdir -p $(VENV)/typing && ln -sfn "$(CURDIR)" $(VENV)/typing/bpwise
+	MYPYPATH=$(VENV)/typing $(BIN)/mypy -m bpwise -m bpwise.cli $(ROOMS:%=-p bpwise.%)
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Hours on two cores; finished rows are kept in build/quality and not done again.
+bench: $(VENV)/installed
+	$(BIN)/python examples/get_smollm2.py --off-grid $(MODEL)-off-grid
+	$(BIN)/python benchmarks/quality.py $(MODEL)-off-grid --work-dir build/quality
+
+bench-memory: $(VENV)/installed
+	$(BIN)/python benchmarks/memory.py
+
+clean:
+	rm -rf $(VENV) build models

@@ -51,7 +51,8 @@ def main() -> None:
 def _progress_bar(items: Sequence[Any], stage: str) -> Iterable[Any]:
     from tqdm import tqdm
 
-    return tqdm(items, desc=stage, unit="block", dynamic_ncols=True)
+    bar: Iterable[Any] = tqdm(items, desc=stage, unit="block", dynamic_ncols=True)
+    return bar
 
 
 def _calibration_options(command: _Command) -> _Command:
@@ -190,12 +191,15 @@ def plan(measurement: Path, bpw: float, head_bits: str, output: Path | None) -> 
     from .measure.measurement import Measurement
     from .quantize.plan import make_plan
 
-    made = make_plan(Measurement.load(measurement), bpw=bpw, head_bits=int(head_bits))
+    measured = Measurement.load(measurement)
+    made = make_plan(measured, bpw=bpw, head_bits=int(head_bits))
     output = output or measurement.with_name(f"plan-{bpw:g}.json")
     made.save(output)
     click.echo(f"{'linear':44} {'bpw':>7} {'damage, nats/token':>19}")
     for linear in (*made.linears, *([made.head] if made.head else [])):
         click.echo(f"{linear.name:44} {linear.bpw:7.3f} {linear.damage_nats:19.3e}")
+    for name, damping in measured.raised_damping.items():
+        click.echo(f"fallback: {name} was measured with damping {damping:g}", err=True)
     shares = ", ".join(f"{bits} bits {100 * share:.1f} %" for bits, share in made.weights_per_width().items())
     click.echo(f"decoder weights: {shares}")
     click.echo(

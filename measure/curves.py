@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..rounding.feedback import errors_by_group
 from ..rounding.hessian import inverse_factor
+from ..rounding.parallel import run_all
 
 __all__ = ["BATCH_WEIGHTS", "CurveOptions", "ErrorCurve", "group_rows", "measure_curves"]
 
-BATCH_WEIGHTS = 1 << 26
-"""Weights that are rounded together, over widths and linears: bounds the memory of a batch to 256 MiB."""
+BATCH_WEIGHTS = 1 << 24
+"""Weights that one task rounds together, over several widths: bounds a task's memory, but for wider linears."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,21 +86,27 @@ def measure_curves(
     order = power.argsort(descending=True, stable=True)
     factor = inverse_factor(gram[order][:, order], options.damping)
     rows = group_rows(gram.shape[0], options.group_size)
-    curves = []
-    for weight, fisher in zip(weights, fishers, strict=True):
-        ordered = weight[order]
-        batch = max(1, BATCH_WEIGHTS // ordered.numel())
-        damages = [
-            errors_by_group(ordered, factor.upper, rows, options.widths[first : first + batch], fisher)
-            for first in range(0, len(options.widths), batch)
-        ]
-        curves.append(
-            ErrorCurve(
-                damage_nats=0.5 * torch.cat(damages, dim=1),
-                order=order,
-                fisher=fisher,
-                input_power=power,
-                damping=factor.damping,
-            )
+    tasks, owners = [], []
+    for owner, (weight, fisher) in enumerate(zip(weights, fishers, strict=True)):
+        batch = max(1, BATCH_WEIGHTS // weight.numel())
+        for first in range(0, len(options.widths), batch):
+            widths = options.widths[first : first + batch]
+            tasks.append(partial(_damage, weight, order, factor.upper, rows, widths, fisher))
+            owners.append(owner)
+    damages = run_all(tasks, gram.device)
+    return [
+        ErrorCurve(
+            damage_nats=torch.cat([part for part, o in zip(damages, owners, strict=True) if o == owner], dim=1),
+            order=order,
+            fisher=fisher,
+            input_power=power,
+            damping=factor.damping,
         )
-    return curves
+        for owner, fisher in enumerate(fishers)
+    ]
+
+
+def _damage(
+    weight: Tensor, order: Tensor, upper: Tensor, rows: Sequence[int], widths: Sequence[int], fisher: Tensor
+) -> Tensor:
+    return 0.5 * errors_by_group(weight[order], upper, rows, widths, fisher)

@@ -75,6 +75,16 @@ class Measurement:
     provenance: dict[str, Any]
 
     @property
+    def raised_damping(self) -> dict[str, float]:
+        """Linears whose Gram matrix needed more damping than asked, with what it took; infinite: no feedback at all.
+
+        Their curves were measured so, hence they look costlier and the allocation gives them wider formats.
+        """
+        asked = float(self.provenance["damping"])
+        linears = (*self.linears, self.head)
+        return {linear.name: linear.damping for linear in linears if linear.damping > 1.001 * asked}
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 over curves and provenance, 32 hexadecimal digits."""
         return hashlib.sha256(self.to_bytes()).hexdigest()[:32]

@@ -87,7 +87,7 @@ class MeasuringPasses:
                 probabilities = logits.detach()[0].softmax(dim=-1)
                 # Of a sampled one-hot target t, E (p - t)^2 = p (1 - p) exactly: no need to sample for the head.
                 sums.fisher[HEAD] += (probabilities * (1 - probabilities)).sum(dim=0)
-                targets = torch.multinomial(probabilities, 1, generator=rng)
+                targets = _sample(probabilities, rng)
                 probabilities.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=logits.dtype))
                 logits.backward(probabilities[None])
                 assert part.grad is not None
@@ -149,6 +149,13 @@ class MeasuringPasses:
     def finished(self, piece: str) -> list[MeasuredLinear]:
         """Return the measured linears of a finished piece, in the order of computation."""
         return _unpack(self.pieces.load(piece))
+
+
+def _sample(probabilities: Tensor, rng: torch.Generator) -> Tensor:
+    # One index a row by inverting the cumulative distribution: many times faster than torch.multinomial on a CPU.
+    cumulative = probabilities.cumsum(dim=-1)
+    draws = torch.rand(len(cumulative), 1, generator=rng, device=cumulative.device) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, draws).clamp_(max=cumulative.shape[-1] - 1)
 
 
 def _pack(curves: dict[str, ErrorCurve]) -> dict[str, Tensor]:

@@ -125,7 +125,7 @@ def measure_model(
     provenance = measurement_provenance(checkpoint, calibration, config)
     pieces = StageDirectory(work, "measure", provenance)
     model = StreamedModel(checkpoint, device=device, dtype=torch.float32)
-    _check_widths(model, checkpoint)
+    _check_layout(model, checkpoint)
     options = CurveOptions(widths=WIDTHS, group_size=config.group_size, damping=config.damping)
     run = MeasuringPasses(model, calibration.tokens, options, config.seed, pieces)
     run.forward(progress)
@@ -140,7 +140,7 @@ def measure_model(
     )
 
 
-def _check_widths(model: StreamedModel, checkpoint: Checkpoint) -> None:
+def _check_layout(model: StreamedModel, checkpoint: Checkpoint) -> None:
     names = [
         name
         for index in range(model.block_count)
@@ -154,6 +154,11 @@ def _check_widths(model: StreamedModel, checkpoint: Checkpoint) -> None:
                 f"{name}: {rows} input features, expected a multiple of {ROW_MULTIPLE} up to {MAX_ROWS}: "
                 "EXL2 cannot hold this linear."
             )
+    if checkpoint.config.get("mlp_bias"):
+        raise UnsupportedModelError(
+            "config.json: mlp_bias is true. EXL2 readers do not reorder these biases along with the rows of down_proj, "
+            "so such a model cannot be quantized."
+        )
 
 
 def calibration_rows(checkpoint: Checkpoint, config: CalibrationConfig) -> CalibrationSet:

@@ -13,9 +13,11 @@ with the residual stream's own drift included where a stage's output joins it.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,8 @@ from ..measure.statistics import tapped_inputs
 from ..measure.stream import StreamedModel, check_finite, micro_batches
 from ..progress import Progress, silent
 from ..rounding.feedback import round_linear
-from ..rounding.hessian import inverse_factor
+from ..rounding.hessian import damped_solve, inverse_factor
+from ..rounding.parallel import run_all
 from .plan import LinearPlan, Plan
 
 __all__ = ["RoundConfig", "RoundedModel", "round_model"]
@@ -50,10 +53,14 @@ class RoundConfig:
 
     Attributes:
         damping: What is added to the diagonal of every Gram matrix, relative to its mean, dimensionless.
+        drift_damping: The same for the correction of drift; infinite for none. Judged on held-out text: with 4096
+            calibration tokens of SmolLM2-135M at 4 bits, 0.02 overfits (KL 0.137 against 0.108 without correction)
+            where 0.5 gains (0.099).
         device: ``cpu``, ``cuda``, ``cuda:N``, ``mps``, or ``auto`` for the best at hand.
     """
 
     damping: float = 0.02
+    drift_damping: float = 0.5
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -64,6 +71,8 @@ class RoundConfig:
         """
         if not 0 < self.damping < 1:
             raise ConfigError(f"damping must lie between 0 and 1, got {self.damping}.")
+        if not self.drift_damping > 0:
+            raise ConfigError(f"drift_damping must be positive, got {self.drift_damping}.")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,6 +129,8 @@ def round_model(
         "measurement": plan.measurement,
         "bits": [[p.name, *p.group_bits] for p in (*plan.linears, *([plan.head] if plan.head else []))],
         "damping": config.damping,
+        # JSON knows no infinity.
+        "drift_damping": str(config.drift_damping),
         "device": device.type,
     }
     pieces = StageDirectory(work, "rounded", identity)
@@ -160,31 +171,34 @@ class _Rounding:
     def blocks(self, progress: Progress) -> None:
         """Round all decoder blocks, in order."""
         embedded = self.model.embed(self.tokens)
-        original, quantized = embedded, embedded.clone()
+        state = {"original": embedded, "quantized": embedded}
+        finished = max((i for i in range(self.model.block_count) if self.pieces.has(f"state-{i}")), default=-1)
+        if finished >= 0:
+            state = self.pieces.load(f"state-{finished}")
         for index in progress(range(self.model.block_count), "quantize: round"):
-            if self.pieces.has(f"state-{index}"):
+            if index <= finished:
                 continue
-            if index and self.pieces.has(f"state-{index - 1}"):
-                state = self.pieces.load(f"state-{index - 1}")
-                original, quantized = state["original"], state["quantized"]
-            original, quantized = self._round_block(index, original, quantized)
-            self.pieces.save(f"state-{index}", {"original": original, "quantized": quantized})
-            self.pieces.discard(f"state-{index - 2}")
+            state = self._round_block(index, **state)
+            self.pieces.save(f"state-{index}", state)
+            self.pieces.discard(f"state-{index - 1}")
 
-    def _round_block(self, index: int, original: Tensor, quantized: Tensor) -> tuple[Tensor, Tensor]:
+    def _round_block(self, index: int, original: Tensor, quantized: Tensor) -> dict[str, Tensor]:
         where = self.model.block_name(index)
         with torch.no_grad(), self.model.block(index) as block:
             targets, original = self._run_original(index, block, original)
             for number, stage in enumerate(self.model.family.stages):
                 gram, drift = self._compare(index, block, stage, quantized, targets.pop(number))
                 names = self.model.family.linear_names(index, stage)
-                for inner, name in zip(stage.linears, names, strict=True):
-                    self._round_linear(name, block.get_submodule(inner), gram, drift, stage.joins is not None)
+                tasks = [
+                    partial(self._round_linear, name, block.get_submodule(inner), gram, drift, stage.joins is not None)
+                    for inner, name in zip(stage.linears, names, strict=True)
+                ]
+                run_all(tasks, self.model.device)
             output = torch.empty_like(quantized)
             for batch in self.batches:
                 output[batch] = self._run(index, quantized, batch).cpu()
             check_finite(output, f"{where}, quantized")
-        return original, output
+        return {"original": original, "quantized": output}
 
     def _run(self, index: int, hidden: Tensor, batch: slice) -> Tensor:
         return self.model.run_block(index, hidden[batch].to(self.model.device))
@@ -201,8 +215,9 @@ class _Rounding:
             for number, stage in enumerate(stages):
                 watched = _watched(stage)
                 kept.setdefault(number, []).append((output if watched is None else taps[watched]).cpu())
-        check_finite(outputs[-1], self.model.block_name(index))
-        return {number: torch.cat(parts) for number, parts in kept.items()}, torch.cat(outputs)
+        output = torch.cat(outputs)
+        check_finite(output, self.model.block_name(index))
+        return {number: torch.cat(parts) for number, parts in kept.items()}, output
 
     def _compare(self, index: int, block: Any, stage: Stage, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Run the quantized stream up to a stage.
@@ -256,8 +271,9 @@ class _Rounding:
 
     def _rounded(self, plan: LinearPlan, weight: Tensor, gram: Tensor, correction: Tensor) -> QuantizedLinear:
         measured = self.measured[plan.name]
-        base = inverse_factor(gram, self.config.damping)
-        target = weight + base.upper.T @ (base.upper @ correction)
+        target = weight
+        if math.isfinite(self.config.drift_damping):
+            target = weight + damped_solve(gram, correction, self.config.drift_damping)
         order = _stored_order(plan, measured).to(weight.device)
         factor = inverse_factor(gram[order][:, order], self.config.damping)
         fisher = torch.from_numpy(measured.fisher).to(weight.device)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["InverseFactor", "inverse_factor"]
+__all__ = ["InverseFactor", "damped_solve", "inverse_factor"]
 
 _DAMPING_STEPS = (1.0, 10.0, 50.0)
 """Damping is raised by these factors, in turn, while the factorisation fails."""
@@ -56,3 +56,22 @@ def inverse_factor(gram: Tensor, damping: float) -> InverseFactor:
             if bool(torch.isfinite(upper).all()):
                 return InverseFactor(upper.float(), damping * step)
     return InverseFactor((diagonal + damping * mean).rsqrt().float().diag(), float("inf"))
+
+
+def damped_solve(gram: Tensor, target: Tensor, damping: float) -> Tensor:
+    """Solve ``(H + damping * mean(diag H) * I) V = T``.
+
+    Args:
+        gram: H, mean of x x^T over tokens, float32 or float64, shape (K, K), positive semidefinite.
+        target: T, shape (K, columns).
+        damping: Relative to the mean of H's diagonal, dimensionless.
+
+    Returns:
+        V, float32, shape (K, columns); zero where H is zero altogether or cannot be factored even so.
+    """
+    damped = gram.to(torch.float64, copy=True)
+    damped.diagonal().add_(damping * gram.diagonal().double().mean())
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if int(failed):
+        return torch.zeros_like(target, dtype=torch.float32)
+    return torch.cholesky_solve(target.double(), lower).float()

@@ -1,0 +1,193 @@
+"""What to compare with: plans of uniform widths, rounding to nearest, and a model seen with other weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from bpwise.convert.checkpoint import TensorSource
+from bpwise.convert.exl2.layout import WIDTHS, RowGroup, linear_bits, padded_columns
+from bpwise.errors import BudgetError
+from bpwise.measure.curves import group_rows
+from bpwise.measure.measurement import MeasuredLinear, Measurement
+from bpwise.quantize.plan import LinearPlan, Plan
+from bpwise.rounding.feedback import round_linear
+from torch import Tensor
+
+__all__ = ["ReplacedWeights", "Widths", "budget_bits", "plan_of", "round_to_nearest", "spend", "uniform_plan"]
+
+
+@dataclass(slots=True)
+class Widths:
+    """Row groups of one linear while its widths are being chosen.
+
+    Attributes:
+        linear: The linear.
+        rows: Rows of each group, in the order in which the groups are cut.
+        bits: Width of each group.
+    """
+
+    linear: MeasuredLinear
+    rows: list[int]
+    bits: list[int]
+
+    @property
+    def stored_bits(self) -> int:
+        """Stored size in bits, overheads included."""
+        return linear_bits(self.linear.out_features, map(RowGroup, self.bits, self.rows))
+
+
+def budget_bits(measurement: Measurement, bpw: float) -> int:
+    """Return the bits that all linears of the decoder may take together, overheads included."""
+    return int(bpw * sum(linear.in_features * linear.out_features for linear in measurement.linears))
+
+
+def uniform_plan(measurement: Measurement, bpw: float) -> Plan:
+    """Give every linear the same share of rows at each of two neighbouring widths, the wider rows first.
+
+    Args:
+        measurement: Gives the linears, and the rows of a group.
+        bpw: Decoder bits per weight, overheads included; met from below.
+
+    Returns:
+        The plan, less than one row group's widening below the target.
+
+    Raises:
+        BudgetError: Not even the smallest width fits.
+    """
+    budget = budget_bits(measurement, bpw)
+    for bits in WIDTHS:
+        plan = [_uniform(linear, measurement.group_size, bits) for linear in measurement.linears]
+        if sum(widths.stored_bits for widths in plan) <= budget:
+            spend(plan, budget)
+            return plan_of(measurement, plan, bpw)
+    raise BudgetError(f"{bpw:g} bits per weight: too few for uniform widths on this model. Ask for more.")
+
+
+def spend(plan: Sequence[Widths], budget: int) -> None:
+    """Widen row groups in place by one width each, as far as the budget goes.
+
+    The narrowest groups come first, and among equals the first groups of all linears, so that the share of widened
+    rows grows evenly over the model.
+
+    Args:
+        plan: The groups of all linears.
+        budget: Bits that all of them may take, overheads included.
+    """
+    left = budget - sum(widths.stored_bits for widths in plan)
+    candidates = sorted(
+        (bits, (group + 1) / len(widths.bits), index, group)
+        for index, widths in enumerate(plan)
+        for group, bits in enumerate(widths.bits)
+        if bits != WIDTHS[0]
+    )
+    for bits, _, index, group in candidates:
+        wider = WIDTHS[WIDTHS.index(bits) - 1]
+        widths = plan[index]
+        cost = widths.rows[group] * padded_columns(widths.linear.out_features) * (wider - bits)
+        if cost <= left:
+            widths.bits[group] = wider
+            left -= cost
+
+
+def plan_of(measurement: Measurement, plan: Sequence[Widths], bpw: float) -> Plan:
+    """Return chosen widths as a plan without predictions, the head at 16 bits."""
+    linears = tuple(
+        LinearPlan(
+            name=widths.linear.name,
+            in_features=widths.linear.in_features,
+            out_features=widths.linear.out_features,
+            group_rows=tuple(widths.rows),
+            group_bits=tuple(widths.bits),
+            damage_nats=math.nan,
+        )
+        for widths in plan
+    )
+    return Plan(
+        linears=linears,
+        head=None,
+        target_bpw=bpw,
+        head_bits=16,
+        lower_bound_nats=math.nan,
+        measurement=measurement.fingerprint,
+    )
+
+
+def round_to_nearest(weight: Tensor, plan: LinearPlan, device: torch.device) -> Tensor:
+    """Round a weight on the searched grid, in natural row order, no error fed back and nothing weighted.
+
+    Args:
+        weight: Shape (out, in), any floating dtype.
+        plan: Its row groups.
+        device: Where to compute.
+
+    Returns:
+        The decoded weight, float16, shape (out, in), on the CPU.
+    """
+    rows = weight.shape[1]
+    linear, _ = round_linear(
+        weight.to(device, torch.float32).T,
+        torch.eye(rows, device=device),
+        plan.stored_groups,
+        torch.arange(rows, device=device),
+        torch.ones(weight.shape[0], device=device),
+    )
+    linear.validate(plan.name)
+    return linear.dequantize().cpu()
+
+
+class ReplacedWeights:
+    """A model seen with other weights in some of its linears: a ``TensorSource`` that writes nothing to disk."""
+
+    def __init__(self, source: TensorSource, weights: Mapping[str, Callable[[], Tensor]]) -> None:
+        """Hold what to read.
+
+        Args:
+            source: The model.
+            weights: For each replaced linear a function that returns its weight, shape (out, in).
+        """
+        self._source = source
+        self._weights = {f"{name}.weight": read for name, read in weights.items()}
+
+    @property
+    def directory(self) -> Path:
+        """The model's directory."""
+        return self._source.directory
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The model's ``config.json``."""
+        return self._source.config
+
+    @property
+    def fingerprint(self) -> str:
+        """The model's fingerprint, marked."""
+        return f"{self._source.fingerprint}, weights replaced"
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Full names of all tensors."""
+        return self._source.names
+
+    @property
+    def tied_embeddings(self) -> bool:
+        """Whether the output head is the token embedding."""
+        return self._source.tied_embeddings
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the sizes of a tensor's dimensions."""
+        return self._source.shape(name)
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor, replaced or not, on the CPU."""
+        read = self._weights.get(name)
+        return self._source.tensor(name) if read is None else read()
+
+
+def _uniform(linear: MeasuredLinear, group_size: int, bits: int) -> Widths:
+    rows = group_rows(linear.in_features, group_size)
+    return Widths(linear, rows, [bits] * len(rows))

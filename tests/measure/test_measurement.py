@@ -1,0 +1,194 @@
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bpwise.errors import BpwiseError, FormatError
+from bpwise.measure.measurement import MeasuredLinear, Measurement
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+WIDTHS = (8, 6, 5, 4, 3, 2)
+
+
+def linear(name: str, rows: int, columns: int, *, damping: float = 0.02, seed: int = 0) -> MeasuredLinear:
+    rng = np.random.default_rng(seed)
+    return MeasuredLinear(
+        name=name,
+        damage_nats=rng.random((-(-rows // 64), len(WIDTHS)), dtype=np.float32),
+        order=rng.permutation(rows).astype(np.int32),
+        fisher=rng.random(columns, dtype=np.float32),
+        input_power=rng.random(rows, dtype=np.float32),
+        damping=damping,
+    )
+
+
+def measurement(**changes: object) -> Measurement:
+    settings = {
+        "linears": (linear("b.1", 96, 5), linear("a.0", 64, 40, damping=float("inf"), seed=1)),
+        "head": linear("lm_head", 64, 33, seed=2),
+        "widths": WIDTHS,
+        "group_size": 64,
+        "provenance": {"model": "abc", "rows": 3, "text": "ünï", "nested": {"x": [1, None]}},
+    }
+    return Measurement(**{**settings, **changes})
+
+
+def assert_same(one: MeasuredLinear, other: MeasuredLinear) -> None:
+    assert one.name == other.name
+    assert one.damping == other.damping
+    for field in ("damage_nats", "order", "fisher", "input_power"):
+        a, b = getattr(one, field), getattr(other, field)
+        assert a.dtype == b.dtype
+        assert np.array_equal(a, b)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    made = measurement()
+    made.save(tmp_path / "new" / "m.safetensors")
+    read = Measurement.load(tmp_path / "new" / "m.safetensors")
+    assert [x.name for x in read.linears] == ["b.1", "a.0"]  # model order, not the alphabet's
+    for one, other in zip((*made.linears, made.head), (*read.linears, read.head), strict=True):
+        assert_same(one, other)
+    assert read.widths == WIDTHS
+    assert read.group_size == 64
+    assert read.provenance == made.provenance
+    assert read.fingerprint == made.fingerprint
+    assert read.to_bytes() == made.to_bytes() == (tmp_path / "new" / "m.safetensors").read_bytes()
+    assert (read.linears[0].in_features, read.linears[0].out_features) == (96, 5)
+
+
+def test_any_safetensors_reader_can_open_it(tmp_path: Path) -> None:
+    made = measurement()
+    made.save(tmp_path / "m.safetensors")
+    with safe_open(tmp_path / "m.safetensors", framework="numpy") as file:
+        assert np.array_equal(file.get_tensor("lm_head.fisher"), made.head.fisher)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"group_size": 32},
+        {"provenance": {"model": "abd"}},
+        {"head": linear("lm_head", 64, 33, seed=3)},
+        {"linears": (linear("b.1", 96, 5), linear("a.0", 64, 40, damping=0.2, seed=1))},
+    ],
+    ids=["group-size", "provenance", "curves", "damping"],
+)
+def test_fingerprint_sees(changes: dict[str, object]) -> None:
+    assert measurement(**changes).fingerprint != measurement().fingerprint
+
+
+def test_saving_replaces_an_older_file(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    measurement().save(path)
+    newer = replace(measurement(), group_size=32)
+    newer.save(path)
+    assert Measurement.load(path).group_size == 32
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def damage_header(path: Path) -> None:
+    image = bytearray(path.read_bytes())
+    image[12] ^= 0xFF
+    path.write_bytes(image)
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def cut_to_nothing(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def write_text(path: Path) -> None:
+    path.write_text("not a measurement")
+
+
+def write_weights(path: Path) -> None:
+    save_file({"weight": np.zeros(3, np.float32)}, path)
+
+
+def other_version(path: Path) -> None:
+    _rewrite(path, bpwise_measurement="999")
+
+
+def broken_json(path: Path) -> None:
+    _rewrite(path, header="{")
+
+
+def empty_header(path: Path) -> None:
+    _rewrite(path, header="{}")
+
+
+def drop_a_tensor(path: Path) -> None:
+    _rewrite(path, without="b.1.order")
+
+
+def _rewrite(path: Path, without: str | None = None, **metadata: str) -> None:
+    with safe_open(path, framework="numpy") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys() if name != without}  # noqa: SIM118 - no mapping
+        before = file.metadata()
+    save_file(tensors, path, metadata={**before, **metadata})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_header,
+        cut_off,
+        cut_to_nothing,
+        write_text,
+        write_weights,
+        other_version,
+        broken_json,
+        empty_header,
+        drop_a_tensor,
+        Path.unlink,
+    ],
+    ids=lambda function: function.__name__,
+)
+def test_refuses_other_files(tmp_path: Path, damage: object) -> None:
+    path = tmp_path / "m.safetensors"
+    measurement().save(path)
+    damage(path)
+    with pytest.raises(FormatError, match=r"m\.safetensors.*[Mm]easure") as caught:
+        Measurement.load(path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_refuses_a_directory(tmp_path: Path) -> None:
+    with pytest.raises(BpwiseError, match=str(tmp_path)):
+        Measurement.load(tmp_path)
+
+
+def test_provenance_of_a_measurement_is_plain_json(tmp_path: Path) -> None:
+    made = measurement()
+    made.save(tmp_path / "m.safetensors")
+    with safe_open(tmp_path / "m.safetensors", framework="numpy") as file:
+        header = json.loads(file.metadata()["header"], parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert header["provenance"] == made.provenance
+
+
+@pytest.mark.parametrize("module", ["bpwise", "bpwise.cli", "bpwise.measure.measurement", "bpwise.quantize.plan"])
+def test_no_torch_needed(module: str) -> None:
+    code = f"import sys, {module}; print(*sorted({{'torch', 'transformers', 'datasets'}} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == ""
+
+
+def test_planning_works_without_torch(tmp_path: Path) -> None:
+    measurement().save(tmp_path / "m.safetensors")
+    code = """
+import sys
+from pathlib import Path
+sys.modules["torch"] = None  # importing it fails
+from bpwise.measure.measurement import Measurement
+from bpwise.quantize.plan import make_plan
+make_plan(Measurement.load(Path(sys.argv[1])), bpw=9.5, head_bits=6)
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "m.safetensors")], check=True)

@@ -1,0 +1,400 @@
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bpwise.convert.checkpoint import Checkpoint
+from bpwise.convert.exl2.layout import RowGroup
+from bpwise.convert.work import StageDirectory
+from bpwise.errors import ConfigError, NumericalError, UnsupportedModelError
+from bpwise.measure import passes
+from bpwise.measure.calibration import CalibrationSet
+from bpwise.measure.measurement import MeasuredLinear, Measurement
+from bpwise.measure.run import MeasureConfig, measure_model, measure_to_file, resolve_device
+from bpwise.measure.stream import StreamedModel
+from bpwise.rounding.feedback import round_linear
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,  # groups of 64 rows leave a short one
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES, tie_word_embeddings=False),
+    "qwen2-tied": Qwen2Config(**SIZES, tie_word_embeddings=True),
+}
+CONFIG = MeasureConfig(device="cpu")
+INNER = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+
+
+def save_model(directory: Path, config: PreTrainedConfig, change: Callable[[nn.Module], None] | None = None) -> Path:
+    model = AutoModelForCausalLM.from_config(config)
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=rng) * 0.2
+            parameter.copy_(1 + noise if "norm" in name else noise)
+        if change is not None:
+            change(model)
+    model.save_pretrained(directory)
+    return directory
+
+
+def rows(count: int = 12) -> CalibrationSet:
+    ids = torch.randint(0, SIZES["vocab_size"], (count, 32), generator=torch.Generator().manual_seed(1))
+    return CalibrationSet(tokens=ids, origins=("random",) * count, description="random ids", adds_bos=False)
+
+
+def measure(directory: Path, work: Path, progress: Any = None, **settings: Any) -> Measurement:
+    config = MeasureConfig(**{"device": "cpu", **settings})
+    extra = () if progress is None else (progress,)
+    return measure_model(Checkpoint.open(directory), rows(), config, work, *extra)
+
+
+@dataclass
+class Expected:
+    gram: dict[str, Tensor]
+    fisher: dict[str, Tensor]
+
+
+def by_plain_backward(directory: Path, targets: Tensor) -> Expected:
+    """Means over tokens of x x^T and (dL/dy)^2 of every linear, by hooks on the whole model in float64.
+
+    L is the sum over all positions of the negative log-likelihood of ``targets``. The head's Fisher is its exact
+    expectation p (1 - p) over the model's own predictions.
+    """
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64, attn_implementation="eager")
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+
+            def keep(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
+                inputs[name] = args[0].detach().flatten(0, 1)
+                output.retain_grad()
+                outputs[name] = output
+
+            module.register_forward_hook(keep)
+    logits = model(input_ids=rows().tokens, use_cache=False).logits.flatten(0, 1)
+    nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
+    probabilities = logits.detach().softmax(dim=-1)
+    tokens = len(logits)
+    fisher = {name: output.grad.flatten(0, 1).square().sum(dim=0) / tokens for name, output in outputs.items()}
+    fisher["lm_head"] = (probabilities * (1 - probabilities)).sum(dim=0) / tokens
+    return Expected(gram={name: x.T @ x / tokens for name, x in inputs.items()}, fisher=fisher)
+
+
+@dataclass
+class Run:
+    directory: Path
+    measurement: Measurement
+    grams: list[Tensor]
+    expected: Expected
+
+    def linear(self, name: str) -> MeasuredLinear:
+        return next(x for x in (*self.measurement.linears, self.measurement.head) if x.name == name)
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """One measurement in small micro-batches, with the Gram matrices and the sampled targets that it made."""
+    place = tmp_path_factory.mktemp("run")
+    directory = save_model(place / "model", CONFIGS[request.param])
+    grams: list[Tensor] = []
+    targets: list[Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+        curves, sample = passes.measure_curves, passes._sample
+
+        def spied_curves(weights: Sequence[Tensor], gram: Tensor, *args: Any, **kwargs: Any) -> Any:
+            grams.append(gram.clone())
+            return curves(weights, gram, *args, **kwargs)
+
+        def spied_sample(*args: Any) -> Tensor:
+            targets.append(sample(*args))
+            return targets[-1]
+
+        patch.setattr(passes, "measure_curves", spied_curves)
+        patch.setattr(passes, "_sample", spied_sample)
+        patch.setattr("bpwise.measure.stream._MICRO_BATCH_TOKENS", 5 * 32)  # 5 + 5 + 2 rows
+        measurement = measure(directory, place / "work")
+    assert len(targets) > 1  # 384 positions go through the head in more than one part
+    yield Run(directory, measurement, grams, by_plain_backward(directory, torch.cat(targets).flatten()))
+
+
+def block_names(layer: int) -> list[str]:
+    return [f"model.layers.{layer}.{inner}" for inner in INNER]
+
+
+def test_every_linear_in_model_order(run: Run) -> None:
+    assert [x.name for x in run.measurement.linears] == block_names(0) + block_names(1)
+    assert run.measurement.head.name == "lm_head"
+    assert run.measurement.widths == (8, 6, 5, 4, 3, 2)
+
+
+def test_gram_matrices(run: Run) -> None:
+    # The order in which the passes reach the stages: the head, then the blocks from the last to the first.
+    stages = ["lm_head"]
+    stages += [f"model.layers.{n}.{INNER[k]}" for n in (1, 0) for k in (0, 3, 4, 6)]
+    for name, gram in zip(stages, run.grams, strict=True):
+        expected = run.expected.gram[name]
+        # Float32 sums over 384 tokens behind two blocks in float32.
+        assert float((gram - expected).abs().max()) < 1e-5 * float(expected.abs().max()), name
+
+
+def test_fisher(run: Run) -> None:
+    assert len(run.measurement.linears) == 14
+    for linear in (*run.measurement.linears, run.measurement.head):
+        got, expected = torch.from_numpy(linear.fisher).double(), run.expected.fisher[linear.name]
+        # Gradients in float32 through up to two blocks.
+        assert float((got - expected).abs().max()) < 1e-4 * float(expected.max()), linear.name
+
+
+def test_rows_in_order_of_input_power(run: Run) -> None:
+    for linear in (*run.measurement.linears, run.measurement.head):
+        power = run.expected.gram[linear.name].diagonal().numpy()
+        assert np.allclose(linear.input_power, power, rtol=1e-4)
+        assert sorted(linear.order.tolist()) == list(range(linear.in_features))
+        assert bool((np.diff(linear.input_power[linear.order]) <= 0).all()), linear.name
+
+
+@pytest.mark.parametrize("bits", [8, 5, 4, 2])
+@pytest.mark.parametrize(
+    "name",
+    ["model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj", "model.layers.0.mlp.gate_proj", "lm_head"],
+)
+def test_damage_is_the_second_order_divergence(run: Run, name: str, bits: int) -> None:
+    linear = run.linear(name)
+    source = Checkpoint.open(run.directory)
+    stored = f"{name}.weight" if f"{name}.weight" in source.names else "model.embed_tokens.weight"
+    weight = source.tensor(stored).float()
+    gram, fisher = run.expected.gram[name], run.expected.fisher[name]
+    damped = gram + 0.02 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    order = torch.from_numpy(linear.order).long()
+    upper = torch.linalg.cholesky(torch.linalg.inv(damped[order][:, order]), upper=True).float()
+    groups = [RowGroup(bits, 64), *([RowGroup(bits, 32)] if len(gram) == 96 else [])]
+    rounded, _ = round_linear(weight.T.contiguous(), upper, groups, order, fisher.float())
+    delta = rounded.dequantize().double() - weight.double()
+    expected = 0.5 * float((fisher * torch.einsum("ni,ij,nj->n", delta, damped, delta)).sum())
+    got = float(linear.damage_nats[:, linear.damage_nats.shape[1] - 1 - (2, 3, 4, 5, 6, 8).index(bits)].sum())
+    # float16 rounding of the decoded weight (up to 1 % at 8 bits), and weights near the middle between two codes that
+    # fall to the other side with a Gram matrix from another arithmetic.
+    assert got == pytest.approx(expected, rel=0.02)
+
+
+def test_damage_grows_as_bits_shrink(run: Run) -> None:
+    for linear in (*run.measurement.linears, run.measurement.head):
+        assert linear.damage_nats.shape == (-(-linear.in_features // 64), 6)
+        assert bool((np.diff(linear.damage_nats.sum(axis=0)) > 0).all()), linear.name
+
+
+def test_damping_is_recorded(run: Run) -> None:
+    for linear in (*run.measurement.linears, run.measurement.head):
+        assert linear.damping == pytest.approx(0.02)
+
+
+def test_sampling_follows_the_probabilities() -> None:
+    probabilities = torch.tensor([0.0, 0.5, 0.25, 0.0, 0.2, 0.05, 0.0])
+    rng = torch.Generator().manual_seed(0)
+    draws = passes._sample(probabilities.expand(40000, -1), rng)
+    assert draws.shape == (40000, 1)
+    frequencies = torch.bincount(draws.flatten(), minlength=7) / 40000
+    assert bool((frequencies[probabilities == 0] == 0).all())
+    # Standard error at most sqrt(0.25 / 40000) = 0.0025: five of them.
+    assert float((frequencies - probabilities).abs().max()) < 0.0125
+
+
+def test_rows_are_sampled_independently() -> None:
+    # Each row from its own distribution, here one that leaves no choice.
+    expected = torch.tensor([[2], [0], [1], [2]])
+    probabilities = torch.zeros(4, 3).scatter_(1, expected, 1.0)
+    assert torch.equal(passes._sample(probabilities, torch.Generator().manual_seed(0)), expected)
+
+
+class Killed(Exception):
+    pass
+
+
+def three_layers(tmp_path: Path) -> Path:
+    return save_model(tmp_path / "model", LlamaConfig(**{**SIZES, "num_hidden_layers": 3}))
+
+
+def killing(stage: str, after: int) -> Callable[[Sequence[Any], str], Iterable[Any]]:
+    """Progress that lets ``after`` blocks of a stage pass."""
+
+    def progress(items: Sequence[Any], name: str) -> Iterator[Any]:
+        for number, item in enumerate(items):
+            if name == stage and number == after:
+                raise Killed
+            yield item
+
+    return progress
+
+
+@contextmanager
+def watched_blocks() -> Iterator[list[int]]:
+    """The blocks whose weights are loaded, in order."""
+    loaded: list[int] = []
+    original = StreamedModel.block
+    with pytest.MonkeyPatch.context() as patch:
+
+        def block(self: StreamedModel, index: int) -> Any:
+            loaded.append(index)
+            return original(self, index)
+
+        patch.setattr(StreamedModel, "block", block)
+        yield loaded
+
+
+@pytest.mark.parametrize(
+    ("stage", "after", "remaining"),
+    [
+        ("measure: forward", 0, [0, 1, 2, 2, 1, 0]),
+        ("measure: forward", 2, [2, 2, 1, 0]),
+        ("measure: backward, curves", 0, [2, 1, 0]),
+        ("measure: backward, curves", 1, [1, 0]),
+        ("measure: backward, curves", 2, [0]),
+    ],
+    ids=["at-once", "forward", "after-the-head", "backward", "last-block"],
+)
+def test_goes_on_where_it_was_cut_off(tmp_path: Path, stage: str, after: int, remaining: list[int]) -> None:
+    directory = three_layers(tmp_path)
+    whole = measure(directory, tmp_path / "whole").to_bytes()
+    with pytest.raises(Killed):
+        measure(directory, tmp_path / "work", killing(stage, after))
+    with watched_blocks() as loaded:
+        resumed = measure(directory, tmp_path / "work")
+    assert loaded == remaining
+    assert resumed.to_bytes() == whole
+
+
+def test_a_finished_run_is_only_read_again(tmp_path: Path) -> None:
+    directory = three_layers(tmp_path)
+    first = measure(directory, tmp_path / "work").to_bytes()
+    with watched_blocks() as loaded:
+        assert measure(directory, tmp_path / "work").to_bytes() == first
+    assert loaded == []
+
+
+def test_a_cut_after_any_piece_does_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The finest grain: the run dies right after a piece is on disk, before anything else happens.
+    directory = save_model(tmp_path / "model", CONFIGS["llama"])
+    save = StageDirectory.save
+    saved: list[str] = []
+    die_after = 10**9
+
+    def counting(self: StageDirectory, piece: str, *args: Any) -> None:
+        save(self, piece, *args)
+        saved.append(piece)
+        if len(saved) == die_after:
+            raise Killed
+
+    monkeypatch.setattr(StageDirectory, "save", counting)
+    whole = measure(directory, tmp_path / "whole").to_bytes()
+    pieces = list(saved)
+    assert len(pieces) >= 7  # the inputs of two blocks and the head, three gradients, three curves
+    for number, piece in enumerate(pieces, start=1):
+        saved.clear()
+        die_after = number
+        work = tmp_path / f"work-{number}"
+        with pytest.raises(Killed):
+            measure(directory, work)
+        die_after = 10**9
+        assert measure(directory, work).to_bytes() == whole, f"cut after {piece}"
+
+
+def test_other_options_do_not_take_over_pieces(tmp_path: Path) -> None:
+    directory = save_model(tmp_path / "model", CONFIGS["llama"])
+    first = measure(directory, tmp_path / "work", seed=0)
+    other = measure(directory, tmp_path / "work", seed=1)
+    assert not np.array_equal(first.linears[0].fisher, other.linears[0].fisher)
+    assert other.to_bytes() == measure(directory, tmp_path / "alone", seed=1).to_bytes()
+
+
+def test_measurement_does_not_depend_on_the_global_generator(tmp_path: Path) -> None:
+    directory = save_model(tmp_path / "model", CONFIGS["llama"])
+    torch.manual_seed(1)
+    first = measure(directory, tmp_path / "a").to_bytes()
+    torch.manual_seed(2)
+    state = torch.random.get_rng_state()
+    assert measure(directory, tmp_path / "b").to_bytes() == first
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_infinity_names_the_block(tmp_path: Path, layer: int) -> None:
+    def overflow(model: Any) -> None:
+        model.model.layers[layer].mlp.down_proj.weight.mul_(1e38)
+
+    directory = save_model(tmp_path / "model", CONFIGS["llama"], overflow)
+    with pytest.raises(NumericalError, match=rf"^model\.layers\.{layer}: NaN or infinity"):
+        measure(directory, tmp_path / "work")
+
+
+def test_input_width_that_the_format_cannot_hold(tmp_path: Path) -> None:
+    directory = save_model(tmp_path / "model", LlamaConfig(**{**SIZES, "intermediate_size": 80}))
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.mlp\.down_proj: 80 input features.*multiple of 32"):
+        measure(directory, tmp_path / "work")
+
+
+def test_dead_inputs_are_measured(tmp_path: Path) -> None:
+    def kill(model: Any) -> None:
+        model.model.layers[0].mlp.up_proj.weight[:40] = 0  # so 40 inputs of down_proj are always zero
+
+    directory = save_model(tmp_path / "model", CONFIGS["llama"], kill)
+    measured = measure(directory, tmp_path / "work")
+    down = next(x for x in measured.linears if x.name == "model.layers.0.mlp.down_proj")
+    assert set(down.order[-40:].tolist()) == set(range(40))
+    assert all(np.isfinite(x.damage_nats).all() for x in measured.linears)
+
+
+def test_to_file(tmp_path: Path) -> None:
+    directory = save_model(tmp_path / "model", CONFIGS["llama"])
+    output = tmp_path / "new" / "m.safetensors"
+    made = measure_to_file(directory, output, CONFIG, calibration=rows())
+    assert Measurement.load(output).to_bytes() == made.to_bytes()
+    assert made.to_bytes() == measure(directory, tmp_path / "work").to_bytes()
+    assert [path.name for path in output.parent.iterdir()] == ["m.safetensors"]  # nothing of the work is left
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"group_size": 48}, "group_size must be a positive multiple of 32, got 48"),
+        ({"group_size": 0}, "group_size must be a positive multiple of 32, got 0"),
+        ({"damping": 0.0}, "damping must lie between 0 and 1, got 0.0"),
+        ({"damping": 1.0}, "damping must lie between 0 and 1, got 1.0"),
+    ],
+    ids=lambda value: "-".join(map(str, *value.items())) if isinstance(value, dict) else "",
+)
+def test_config_rejects(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        MeasureConfig(**settings)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "cuda:99", "cpu:x"])
+def test_device_that_is_not_there(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"device '{name}' cannot be used here"):
+        resolve_device(name)
+
+
+def test_devices_that_are_there() -> None:
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device("auto").type in ("cpu", "cuda", "mps")
