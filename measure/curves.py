@@ -13,10 +13,10 @@ from ..rounding.feedback import errors_by_group
 from ..rounding.hessian import inverse_factor
 from ..rounding.parallel import run_all
 
-__all__ = ["BATCH_WEIGHTS", "CurveOptions", "ErrorCurve", "group_rows", "measure_curves"]
+__all__ = ["TASK_WEIGHTS", "CurveOptions", "ErrorCurve", "group_rows", "measure_curves"]
 
-BATCH_WEIGHTS = 1 << 24
-"""Weights that one task rounds together, over several widths: bounds a task's memory, but for wider linears."""
+TASK_WEIGHTS = 1 << 24
+"""Weights that one task rounds together, all widths counted: bounds its memory to 64 MiB a copy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,17 +86,17 @@ def measure_curves(
     order = power.argsort(descending=True, stable=True)
     factor = inverse_factor(gram[order][:, order], options.damping)
     rows = group_rows(gram.shape[0], options.group_size)
+    slice_columns = max(1, TASK_WEIGHTS // (len(order) * len(options.widths)))
     tasks, owners = [], []
     for owner, (weight, fisher) in enumerate(zip(weights, fishers, strict=True)):
-        batch = max(1, BATCH_WEIGHTS // weight.numel())
-        for first in range(0, len(options.widths), batch):
-            widths = options.widths[first : first + batch]
-            tasks.append(partial(_damage, weight, order, factor.upper, rows, widths, fisher))
+        # Columns do not depend on each other, but for the ceiling that they share; slices have one each.
+        for part, weights_of in zip(weight.split(slice_columns, dim=1), fisher.split(slice_columns), strict=True):
+            tasks.append(partial(_damage, part, order, factor.upper, rows, options.widths, weights_of))
             owners.append(owner)
     damages = run_all(tasks, gram.device)
     return [
         ErrorCurve(
-            damage_nats=torch.cat([part for part, o in zip(damages, owners, strict=True) if o == owner], dim=1),
+            damage_nats=torch.stack([d for d, o in zip(damages, owners, strict=True) if o == owner]).sum(dim=0),
             order=order,
             fisher=fisher,
             input_power=power,

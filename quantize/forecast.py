@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from ..convert.checkpoint import Checkpoint
 from ..convert.exl2.layout import RowGroup, linear_bits
-from ..measure.curves import BATCH_WEIGHTS, group_rows
+from ..measure.curves import TASK_WEIGHTS, group_rows
 from ..measure.families import HEAD, family_of
 from ..measure.run import MeasureConfig
+from ..rounding.parallel import cores
 
 __all__ = ["Forecast", "forecast_run"]
 
@@ -105,7 +106,7 @@ def _memory(block: list[tuple[int, int]], vocabulary: int, hidden: int, state: i
     weights = sum(rows * columns for columns, rows in block) * _FLOAT32_BYTES
     grams = sum({rows: rows * rows for _, rows in block}.values()) * 2 * _FLOAT32_BYTES
     factor = 3 * largest_input**2 * _FLOAT64_BYTES
-    curves = 3 * max(BATCH_WEIGHTS, *(rows * columns for columns, rows in block)) * _FLOAT32_BYTES
+    curves = 4 * cores() * min(TASK_WEIGHTS, 6 * max(rows * columns for columns, rows in block)) * _FLOAT32_BYTES
     # Rounding a block keeps six states: both streams before and after, and what the stages should see.
     decoder = weights + grams + max(factor, curves) + 6 * state
     # The head: its weight in the stored and the rounding dtype and once more in stored row order, beside the codes.

@@ -30,7 +30,7 @@ from ..convert.exl2.linear import QuantizedLinear
 from ..convert.work import StageDirectory
 from ..errors import ConfigError
 from ..measure.calibration import CalibrationSet
-from ..measure.families import BLOCK_OUTPUT, Stage
+from ..measure.families import BLOCK_OUTPUT, HEAD, Stage
 from ..measure.measurement import MeasuredLinear, Measurement
 from ..measure.run import resolve_device
 from ..measure.statistics import tapped_inputs
@@ -127,7 +127,7 @@ def round_model(
         "model": checkpoint.fingerprint,
         "calibration": calibration.fingerprint,
         "measurement": plan.measurement,
-        "bits": [[p.name, *p.group_bits] for p in (*plan.linears, *([plan.head] if plan.head else []))],
+        "groups": [[p.name, p.group_bits, p.group_rows] for p in (*plan.linears, *([plan.head] if plan.head else []))],
         "damping": config.damping,
         # JSON knows no infinity.
         "drift_damping": str(config.drift_damping),
@@ -139,8 +139,8 @@ def round_model(
     run.blocks(progress)
     names = [p.name for p in plan.linears]
     if plan.head is not None:
-        run.head(plan.head)
-        names.append(plan.head.name)
+        run.head()
+        names.append(HEAD)
     return RoundedModel(tuple(names), pieces)
 
 
@@ -162,7 +162,7 @@ class _Rounding:
     ) -> None:
         self.model = model
         self.tokens = tokens
-        self.plans = {p.name: p for p in plan.linears}
+        self.plans = {p.name: p for p in (*plan.linears, *([plan.head] if plan.head else []))}
         self.measured = {linear.name: linear for linear in (*measurement.linears, measurement.head)}
         self.config = config
         self.pieces = pieces
@@ -188,9 +188,10 @@ class _Rounding:
             targets, original = self._run_original(index, block, original)
             for number, stage in enumerate(self.model.family.stages):
                 gram, drift = self._compare(index, block, stage, quantized, targets.pop(number))
+                shift = self._solved(gram, drift)
                 names = self.model.family.linear_names(index, stage)
                 tasks = [
-                    partial(self._round_linear, name, block.get_submodule(inner), gram, drift, stage.joins is not None)
+                    partial(self._round_linear, name, block.get_submodule(inner), gram, shift, stage.joins is not None)
                     for inner, name in zip(stage.linears, names, strict=True)
                 ]
                 run_all(tasks, self.model.device)
@@ -240,15 +241,22 @@ class _Rounding:
         tokens = self.tokens.numel()
         return gram / tokens, drift / tokens
 
-    def _round_linear(self, name: str, module: Any, gram: Tensor, drift: Tensor, joins: bool) -> None:
-        weight = module.weight.detach().T.float()
-        correction = drift if joins else drift @ weight
-        linear = self._rounded(self.plans[name], weight, gram, correction)
+    def _solved(self, gram: Tensor, drift: Tensor) -> Tensor | None:
+        if math.isinf(self.config.drift_damping):
+            return None
+        return damped_solve(gram, drift, self.config.drift_damping)
+
+    def _round_linear(self, name: str, module: Any, gram: Tensor, shift: Tensor | None, joins: bool) -> None:
+        # `shift` moves the weight: itself where the stage joins the residual stream, else times the weight.
+        target = module.weight.detach().T.float()
+        if shift is not None:
+            target = target + shift if joins else torch.addmm(target, shift, target)
+        linear = self._rounded(self.plans[name], target, gram)
         module.weight.copy_(linear.dequantize().to(module.weight))
 
-    def head(self, plan: LinearPlan) -> None:
+    def head(self) -> None:
         """Round the output head on what the quantized decoder gives it."""
-        if self.pieces.has(plan.name):
+        if self.pieces.has(HEAD):
             return
         state = self.pieces.load(f"state-{self.model.block_count - 1}")
         with torch.no_grad(), self.model.tail() as head:
@@ -261,22 +269,20 @@ class _Rounding:
                 gram.addmm_(inputs.T, inputs)
                 drift.addmm_(inputs.T, wanted - inputs)
             tokens = len(original)
-            weight = head.weight.detach().T.float()
-            self._rounded(plan, weight, gram / tokens, drift / tokens @ weight)
+            gram, drift = gram / tokens, drift / tokens
+            task = partial(self._round_linear, HEAD, head, gram, self._solved(gram, drift), False)
+            run_all([task], self.model.device)
 
     def _head_input(self, head: nn.Linear, hidden: Tensor) -> Tensor:
         with _taps(head, [""], stop_at="") as taps, suppress(_StageReached):
             self.model.logits(hidden.to(self.model.device))
         return taps[""].flatten(0, -2)
 
-    def _rounded(self, plan: LinearPlan, weight: Tensor, gram: Tensor, correction: Tensor) -> QuantizedLinear:
+    def _rounded(self, plan: LinearPlan, target: Tensor, gram: Tensor) -> QuantizedLinear:
         measured = self.measured[plan.name]
-        target = weight
-        if math.isfinite(self.config.drift_damping):
-            target = weight + damped_solve(gram, correction, self.config.drift_damping)
-        order = _stored_order(plan, measured).to(weight.device)
+        order = _stored_order(plan, measured).to(target.device)
         factor = inverse_factor(gram[order][:, order], self.config.damping)
-        fisher = torch.from_numpy(measured.fisher).to(weight.device)
+        fisher = torch.from_numpy(measured.fisher).to(target.device)
         linear, _ = round_linear(target, factor.upper, plan.stored_groups, order, fisher)
         linear.validate(plan.name)
         self.pieces.save(plan.name, _pack(linear, factor.damping))

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["run_all"]
+__all__ = ["cores", "run_all"]
 
 _Result = TypeVar("_Result")
 
@@ -30,11 +30,12 @@ def run_all(tasks: Sequence[Callable[[], _Result]], device: torch.device) -> lis
     """
     if device.type != "cpu":
         return [task() for task in tasks]
-    with ThreadPoolExecutor(_cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ThreadPoolExecutor(cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return list(pool.map(lambda task: task(), tasks))
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Return the number of processor cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):  # respects containers and `taskset`; not on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

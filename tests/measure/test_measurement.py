@@ -1,8 +1,11 @@
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -114,26 +117,42 @@ def write_weights(path: Path) -> None:
 
 
 def other_version(path: Path) -> None:
-    _rewrite(path, bpwise_measurement="999")
+    _rewrite(path, lambda header: {**header, "version": 999})
 
 
-def broken_json(path: Path) -> None:
-    _rewrite(path, header="{")
+def no_version(path: Path) -> None:
+    _rewrite(path, lambda header: {key: value for key, value in header.items() if key != "version"})
 
 
-def empty_header(path: Path) -> None:
-    _rewrite(path, header="{}")
+def only_a_version(path: Path) -> None:
+    _rewrite(path, lambda header: {"version": header["version"]})
+
+
+def header_of_another_type(path: Path) -> None:
+    _rewrite(path, lambda _: [1, 2])
 
 
 def drop_a_tensor(path: Path) -> None:
-    _rewrite(path, without="b.1.order")
+    _rewrite(path, lambda header: header, without="b.1.order")
 
 
-def _rewrite(path: Path, without: str | None = None, **metadata: str) -> None:
+def broken_json(path: Path) -> None:
+    tensors, key, _ = read_file(path)
+    save_file(tensors, path, metadata={key: "{"})
+
+
+def read_file(path: Path) -> tuple[dict[str, np.ndarray], str, dict[str, Any]]:
+    """Tensors, and the one metadata entry: its key and the JSON in it."""
     with safe_open(path, framework="numpy") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys() if name != without}  # noqa: SIM118 - no mapping
-        before = file.metadata()
-    save_file(tensors, path, metadata={**before, **metadata})
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        ((key, text),) = file.metadata().items()
+    return tensors, key, json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def _rewrite(path: Path, change: Callable[[dict[str, Any]], Any], without: str | None = None) -> None:
+    tensors, key, header = read_file(path)
+    tensors.pop(without or "", None)
+    save_file(tensors, path, metadata={key: json.dumps(change(header))})
 
 
 @pytest.mark.parametrize(
@@ -145,8 +164,10 @@ def _rewrite(path: Path, without: str | None = None, **metadata: str) -> None:
         write_text,
         write_weights,
         other_version,
+        no_version,
+        only_a_version,
+        header_of_another_type,
         broken_json,
-        empty_header,
         drop_a_tensor,
         Path.unlink,
     ],
@@ -166,12 +187,46 @@ def test_refuses_a_directory(tmp_path: Path) -> None:
         Measurement.load(tmp_path)
 
 
-def test_provenance_of_a_measurement_is_plain_json(tmp_path: Path) -> None:
+def test_header_is_plain_json(tmp_path: Path) -> None:
     made = measurement()
     made.save(tmp_path / "m.safetensors")
-    with safe_open(tmp_path / "m.safetensors", framework="numpy") as file:
-        header = json.loads(file.metadata()["header"], parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    _, _, header = read_file(tmp_path / "m.safetensors")  # fails on Infinity, which one damping is
     assert header["provenance"] == made.provenance
+
+
+def test_bytes_do_not_differ_from_process_to_process(tmp_path: Path) -> None:
+    # Hash seeds differ between processes; what is written must not.
+    measurement().save(tmp_path / "m.safetensors")
+    code = """
+import sys
+from pathlib import Path
+from bpwise.measure.measurement import Measurement
+print(Measurement.load(Path(sys.argv[1])).fingerprint)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "m.safetensors")]
+    seen = {
+        subprocess.run(
+            command, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for seed in ("1", "2", "3")
+    }
+    assert seen == {measurement().fingerprint}
+
+
+@pytest.mark.parametrize(
+    ("dampings", "expected"),
+    [
+        ((0.02, 0.02), {}),
+        ((0.2, 0.02), {"b.1": 0.2}),
+        ((0.02, float("inf")), {"a.0": float("inf")}),
+        ((float(np.float32(0.02)), 0.02), {}),
+    ],
+    ids=["as-asked", "raised", "given-up", "stored-in-float32"],
+)
+def test_raised_damping(dampings: tuple[float, float], expected: dict[str, float]) -> None:
+    linears = (linear("b.1", 96, 5, damping=dampings[0]), linear("a.0", 64, 40, damping=dampings[1]))
+    made = measurement(linears=linears, provenance={"damping": 0.02})
+    assert made.raised_damping == expected
 
 
 @pytest.mark.parametrize("module", ["bpwise", "bpwise.cli", "bpwise.measure.measurement", "bpwise.quantize.plan"])

@@ -232,8 +232,19 @@ class Killed(Exception):
     pass
 
 
-def three_layers(tmp_path: Path) -> Path:
-    return save_model(tmp_path / "model", LlamaConfig(**{**SIZES, "num_hidden_layers": 3}))
+@dataclass
+class Whole:
+    directory: Path
+    image: bytes
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """A small model of three blocks, and what measuring it without a break gives."""
+    place = tmp_path_factory.mktemp("whole")
+    small = {**SIZES, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
+    directory = save_model(place / "model", LlamaConfig(**small))
+    return Whole(directory, measure(directory, place / "work").to_bytes())
 
 
 def killing(stage: str, after: int) -> Callable[[Sequence[Any], str], Iterable[Any]]:
@@ -274,50 +285,45 @@ def watched_blocks() -> Iterator[list[int]]:
     ],
     ids=["at-once", "forward", "after-the-head", "backward", "last-block"],
 )
-def test_goes_on_where_it_was_cut_off(tmp_path: Path, stage: str, after: int, remaining: list[int]) -> None:
-    directory = three_layers(tmp_path)
-    whole = measure(directory, tmp_path / "whole").to_bytes()
+def test_goes_on_where_it_was_cut_off(
+    whole: Whole, tmp_path: Path, stage: str, after: int, remaining: list[int]
+) -> None:
     with pytest.raises(Killed):
-        measure(directory, tmp_path / "work", killing(stage, after))
+        measure(whole.directory, tmp_path / "work", killing(stage, after))
     with watched_blocks() as loaded:
-        resumed = measure(directory, tmp_path / "work")
+        resumed = measure(whole.directory, tmp_path / "work")
     assert loaded == remaining
-    assert resumed.to_bytes() == whole
+    assert resumed.to_bytes() == whole.image
 
 
-def test_a_finished_run_is_only_read_again(tmp_path: Path) -> None:
-    directory = three_layers(tmp_path)
-    first = measure(directory, tmp_path / "work").to_bytes()
+def test_a_finished_run_is_only_read_again(whole: Whole, tmp_path: Path) -> None:
+    measure(whole.directory, tmp_path / "work")
     with watched_blocks() as loaded:
-        assert measure(directory, tmp_path / "work").to_bytes() == first
+        assert measure(whole.directory, tmp_path / "work").to_bytes() == whole.image
     assert loaded == []
 
 
-def test_a_cut_after_any_piece_does_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The finest grain: the run dies right after a piece is on disk, before anything else happens.
-    directory = save_model(tmp_path / "model", CONFIGS["llama"])
+def test_a_cut_after_every_piece_does_not_show(whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The finest grain: every run dies right after the first piece that was never there before, and before anything else
+    # happens. (What belongs to one block is kept in two pieces: a cut between them repeats the first.)
     save = StageDirectory.save
     saved: list[str] = []
-    die_after = 10**9
 
-    def counting(self: StageDirectory, piece: str, *args: Any) -> None:
+    def save_and_die(self: StageDirectory, piece: str, *args: Any) -> None:
         save(self, piece, *args)
-        saved.append(piece)
-        if len(saved) == die_after:
+        if piece not in saved:
+            saved.append(piece)
             raise Killed
 
-    monkeypatch.setattr(StageDirectory, "save", counting)
-    whole = measure(directory, tmp_path / "whole").to_bytes()
-    pieces = list(saved)
-    assert len(pieces) >= 7  # the inputs of two blocks and the head, three gradients, three curves
-    for number, piece in enumerate(pieces, start=1):
-        saved.clear()
-        die_after = number
-        work = tmp_path / f"work-{number}"
-        with pytest.raises(Killed):
-            measure(directory, work)
-        die_after = 10**9
-        assert measure(directory, work).to_bytes() == whole, f"cut after {piece}"
+    monkeypatch.setattr(StageDirectory, "save", save_and_die)
+    for _ in range(30):
+        try:
+            resumed = measure(whole.directory, tmp_path / "work")
+            break
+        except Killed:
+            continue
+    assert resumed.to_bytes() == whole.image
+    assert len(saved) >= 10  # inputs and gradients of the three blocks, and curves, at the least
 
 
 def test_other_options_do_not_take_over_pieces(tmp_path: Path) -> None:
@@ -351,6 +357,13 @@ def test_infinity_names_the_block(tmp_path: Path, layer: int) -> None:
 def test_input_width_that_the_format_cannot_hold(tmp_path: Path) -> None:
     directory = save_model(tmp_path / "model", LlamaConfig(**{**SIZES, "intermediate_size": 80}))
     with pytest.raises(UnsupportedModelError, match=r"layers\.0\.mlp\.down_proj: 80 input features.*multiple of 32"):
+        measure(directory, tmp_path / "work")
+
+
+def test_biases_that_the_readers_would_misplace(tmp_path: Path) -> None:
+    # Format document, section 6: readers do not reorder the biases of gate and up along with the rows of down_proj.
+    directory = save_model(tmp_path / "model", LlamaConfig(**SIZES, mlp_bias=True))
+    with pytest.raises(UnsupportedModelError, match="mlp_bias"):
         measure(directory, tmp_path / "work")
 
 
