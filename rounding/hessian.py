@@ -12,6 +12,9 @@ __all__ = ["InverseFactor", "damped_solve", "inverse_factor"]
 _DAMPING_STEPS = (1.0, 10.0, 50.0)
 """Damping is raised by these factors, in turn, while the factorisation fails."""
 
+_SMALLEST_BLOCK = 256
+"""Triangular matrices up to this size are inverted directly."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class InverseFactor:
@@ -32,7 +35,8 @@ def inverse_factor(gram: Tensor, damping: float) -> InverseFactor:
 
     With P the reversal of rows and columns, ``P H P = L L^T`` gives ``H = R R^T`` with ``R = P L P`` upper
     triangular, hence ``U = R^-1``: one Cholesky and one triangular inverse, the explicit inverse is never formed.
-    Float64 throughout, because massive activations make condition numbers of 1e6 and more.
+    The Cholesky runs in float64, because massive activations make condition numbers of 1e6 and more; R has only their
+    root, and float32 is enough for its inverse.
 
     Args:
         gram: Mean of x x^T over tokens, float32 or float64, shape (K, K), symmetric, finite.
@@ -51,11 +55,27 @@ def inverse_factor(gram: Tensor, damping: float) -> InverseFactor:
         lower, failed = torch.linalg.cholesky_ex(flipped)
         del flipped
         if int(failed) == 0:
-            identity = torch.eye(gram.shape[0], dtype=torch.float64, device=gram.device)
-            upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            upper = lower.flip(0, 1).float()
+            del lower
+            _invert_upper_(upper)
             if bool(torch.isfinite(upper).all()):
-                return InverseFactor(upper.float(), damping * step)
+                return InverseFactor(upper, damping * step)
     return InverseFactor((diagonal + damping * mean).rsqrt().float().diag(), float("inf"))
+
+
+def _invert_upper_(matrix: Tensor) -> None:
+    # Inverts an upper triangular matrix in place: [[A, B], [0, D]]^-1 = [[A^-1, -A^-1 B D^-1], [0, D^-1]]. Nearly all
+    # of the work is in matrix products, and a third of what solving for the identity takes is never done.
+    size = matrix.shape[0]
+    if size <= _SMALLEST_BLOCK:
+        identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+        matrix.copy_(torch.linalg.solve_triangular(matrix, identity, upper=True))
+        return
+    half = size // 2
+    first, corner, second = matrix[:half, :half], matrix[:half, half:], matrix[half:, half:]
+    _invert_upper_(first)
+    _invert_upper_(second)
+    corner.copy_((first @ corner @ second).neg_())
 
 
 def damped_solve(gram: Tensor, target: Tensor, damping: float) -> Tensor:

@@ -378,6 +378,18 @@ def test_dead_inputs_are_measured(tmp_path: Path) -> None:
     assert all(np.isfinite(x.damage_nats).all() for x in measured.linears)
 
 
+def test_input_that_is_always_zero_costs_nothing(tmp_path: Path) -> None:
+    def kill(model: Any) -> None:
+        model.model.layers[0].mlp.up_proj.weight.zero_()
+
+    directory = save_model(tmp_path / "model", CONFIGS["llama"], kill)
+    measured = measure(directory, tmp_path / "work")
+    down = next(x for x in measured.linears if x.name == "model.layers.0.mlp.down_proj")
+    assert down.damping == float("inf")
+    # dW^T H dW with H = 0: bits must not go to where no error can show.
+    assert not down.damage_nats.any()
+
+
 def test_to_file(tmp_path: Path) -> None:
     directory = save_model(tmp_path / "model", CONFIGS["llama"])
     output = tmp_path / "new" / "m.safetensors"
