@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from bpwise.convert.checkpoint import TensorSource
-from bpwise.convert.exl2.layout import WIDTHS, RowGroup, linear_bits, padded_columns
+from bpwise.convert.exl2.layout import WIDTHS, RowGroup, group_rows, linear_bits, padded_columns
 from bpwise.errors import BudgetError
-from bpwise.measure.curves import group_rows
 from bpwise.measure.measurement import MeasuredLinear, Measurement
 from bpwise.quantize.plan import LinearPlan, Plan
 from bpwise.rounding.feedback import round_linear

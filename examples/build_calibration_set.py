@@ -23,15 +23,11 @@ _PREVIEW_CHARACTERS = 200
 @click.command()
 @click.argument("model", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("output", type=click.Path(dir_okay=False, path_type=Path))
-@click.option(
-    "--source", help="Text file, directory, or Hub data set NAME[:CONFIG][:SPLIT]; default: built in."
-)
+@click.option("--source", help="Text file, directory, or Hub data set NAME[:CONFIG][:SPLIT]; default: built in.")
 @click.option("--column", help="Column of a data set that holds the text.")
 @click.option("--chat-template", is_flag=True, help="Render chat turns with the model's chat template.")
 @click.option("--rows", type=click.IntRange(min=1), default=32, show_default=True, help="Number of rows.")
-@click.option(
-    "--row-tokens", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens per row."
-)
+@click.option("--row-tokens", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens per row.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Chooses the places.")
 def main(
     model: Path,

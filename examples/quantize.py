@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import click
-
 import bpwise
+import click
 
 
 @click.command()

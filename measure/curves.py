@@ -9,11 +9,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..convert.exl2.layout import group_rows
 from ..rounding.feedback import errors_by_group
 from ..rounding.hessian import inverse_factor
 from ..rounding.parallel import run_all
 
-__all__ = ["TASK_WEIGHTS", "CurveOptions", "ErrorCurve", "group_rows", "measure_curves"]
+__all__ = ["TASK_WEIGHTS", "CurveOptions", "ErrorCurve", "measure_curves"]
 
 TASK_WEIGHTS = 1 << 24
 """Weights that one task rounds together, all widths counted: bounds its memory to 64 MiB a copy."""
@@ -53,12 +54,6 @@ class ErrorCurve:
     fisher: Tensor
     input_power: Tensor
     damping: float
-
-
-def group_rows(in_features: int, group_size: int) -> list[int]:
-    """Return the rows of each group: ``group_size`` each, the last one shorter if need be."""
-    full, rest = divmod(in_features, group_size)
-    return [group_size] * full + ([rest] if rest else [])
 
 
 def measure_curves(

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..convert.checkpoint import Checkpoint
-from ..convert.exl2.layout import RowGroup, linear_bits
-from ..measure.curves import TASK_WEIGHTS, group_rows
+from ..convert.exl2.layout import RowGroup, group_rows, linear_bits
+from ..measure.curves import TASK_WEIGHTS
 from ..measure.families import HEAD, family_of
 from ..measure.run import MeasureConfig
 from ..rounding.parallel import cores
+from .plan import check_bpw, possible_bpw
 
 __all__ = ["Forecast", "forecast_run"]
 
@@ -54,6 +55,7 @@ def forecast_run(checkpoint: Checkpoint, *, bpw: float, head_bits: int, config: 
 
     Raises:
         UnsupportedModelError: The family is unknown.
+        BudgetError: No plan has this size.
         CheckpointError: A tensor that the family should have is missing.
     """
     family = family_of(checkpoint.config)
@@ -64,15 +66,8 @@ def forecast_run(checkpoint: Checkpoint, *, bpw: float, head_bits: int, config: 
             columns, rows = checkpoint.shape(f"{family.blocks}.0.{name}.weight")
             block[name] = columns, rows
     weights = blocks * sum(rows * columns for columns, rows in block.values())
-    lowest, highest = (
-        blocks
-        * sum(
-            linear_bits(columns, [RowGroup(bits, n) for n in group_rows(rows, config.group_size)])
-            for columns, rows in block.values()
-        )
-        / weights
-        for bits in (2, 8)
-    )
+    lowest, highest = possible_bpw([(rows, columns) for columns, rows in block.values()], config.group_size)
+    check_bpw(bpw, (lowest, highest), config.group_size)
     embedding = next(checkpoint.shape(name) for name in checkpoint.names if name.endswith("embed_tokens.weight"))
     vocabulary, hidden = embedding
     stored_head = 0 if checkpoint.tied_embeddings else checkpoint.info(f"{HEAD}.weight").size_bytes

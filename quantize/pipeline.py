@@ -61,6 +61,9 @@ class QuantizeConfig:
             raise ConfigError(f"bpw must lie between 2 and 9, got {self.bpw}.")
         if self.head_bits not in HEAD_BITS:
             raise ConfigError(f"head_bits must be one of {HEAD_BITS}, got {self.head_bits}.")
+        text = self.measure.calibration.source
+        if self.evaluate is not None and text is not None and text == self.evaluate.text:
+            raise ConfigError(f"{text}: cannot be calibration and evaluation text at once. Evaluate on other text.")
         if self.shard_bytes <= 0:
             raise ConfigError(f"shard_bytes must be positive, got {self.shard_bytes}.")
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..convert.exl2.layout import RowGroup, linear_bits, padded_columns
+from ..convert.exl2.layout import WIDTHS, RowGroup, group_rows, linear_bits, padded_columns
 from ..convert.files import read_json, write_json
 from ..errors import BudgetError, ConfigError, FormatError
 from ..measure.measurement import MeasuredLinear, Measurement
 from .allocate import allocate
 
-__all__ = ["HEAD_BITS", "PLAN_VERSION", "LinearPlan", "Plan", "bpw_range", "make_plan"]
+__all__ = ["HEAD_BITS", "PLAN_VERSION", "LinearPlan", "Plan", "bpw_range", "check_bpw", "make_plan", "possible_bpw"]
 
 PLAN_VERSION = 1
 HEAD_BITS = (2, 3, 4, 5, 6, 8, 16)
@@ -175,14 +176,9 @@ def make_plan(measurement: Measurement, *, bpw: float, head_bits: int) -> Plan:
     """
     if head_bits not in HEAD_BITS:
         raise ConfigError(f"head bits must be one of {HEAD_BITS}, got {head_bits}.")
-    rows = [_group_rows(linear, measurement) for linear in measurement.linears]
+    rows = [group_rows(linear.in_features, measurement.group_size) for linear in measurement.linears]
     weights = sum(linear.in_features * linear.out_features for linear in measurement.linears)
-    lowest, highest = bpw_range(measurement)
-    if not lowest <= bpw <= highest:
-        raise BudgetError(
-            f"{bpw:g} bits per weight cannot be reached: this model at groups of {measurement.group_size} rows "
-            f"can have from {lowest:.4f} to {highest:.4f}. Ask for a size in this range."
-        )
+    check_bpw(bpw, bpw_range(measurement), measurement.group_size)
     overhead = sum(
         linear_bits(linear.out_features, [RowGroup(0, n) for n in counts])
         for linear, counts in zip(measurement.linears, rows, strict=True)
@@ -205,7 +201,7 @@ def make_plan(measurement: Measurement, *, bpw: float, head_bits: int) -> Plan:
         first += len(counts)
     head = None
     if head_bits != 16:
-        counts = _group_rows(measurement.head, measurement)
+        counts = group_rows(measurement.head.in_features, measurement.group_size)
         choice = np.full(len(counts), measurement.widths.index(head_bits))
         head = _linear_plan(measurement.head, counts, choice, measurement.widths)
     return Plan(
@@ -219,21 +215,38 @@ def make_plan(measurement: Measurement, *, bpw: float, head_bits: int) -> Plan:
 
 
 def bpw_range(measurement: Measurement) -> tuple[float, float]:
-    """Return the smallest and the largest decoder bits per weight that a plan can have."""
-    weights = sum(linear.in_features * linear.out_features for linear in measurement.linears)
-    ends = []
-    for bits in (min(measurement.widths), max(measurement.widths)):
-        stored = sum(
-            linear_bits(linear.out_features, [RowGroup(bits, n) for n in _group_rows(linear, measurement)])
-            for linear in measurement.linears
+    """Return the smallest and the largest decoder bits per weight that a plan from a measurement can have."""
+    shapes = [(linear.in_features, linear.out_features) for linear in measurement.linears]
+    return possible_bpw(shapes, measurement.group_size)
+
+
+def possible_bpw(shapes: Sequence[tuple[int, int]], group_size: int) -> tuple[float, float]:
+    """Return the smallest and the largest decoder bits per weight of linears of these shapes.
+
+    Args:
+        shapes: Input and output features of every decoder linear.
+        group_size: Rows of a group.
+    """
+    weights = sum(rows * columns for rows, columns in shapes)
+    lowest, highest = (
+        sum(linear_bits(columns, [RowGroup(bits, n) for n in group_rows(rows, group_size)]) for rows, columns in shapes)
+        for bits in (min(WIDTHS), max(WIDTHS))
+    )
+    return lowest / weights, highest / weights
+
+
+def check_bpw(bpw: float, possible: tuple[float, float], group_size: int) -> None:
+    """Refuse a bitrate that no plan can have.
+
+    Raises:
+        BudgetError: It lies outside; the message gives the range.
+    """
+    lowest, highest = possible
+    if not lowest <= bpw <= highest:
+        raise BudgetError(
+            f"{bpw:g} bits per weight cannot be reached: this model at groups of {group_size} rows can have from "
+            f"{lowest:.4f} to {highest:.4f}. Ask for a size in this range."
         )
-        ends.append(stored / weights)
-    return ends[0], ends[1]
-
-
-def _group_rows(linear: MeasuredLinear, measurement: Measurement) -> list[int]:
-    size = measurement.group_size
-    return [min(size, linear.in_features - first) for first in range(0, linear.in_features, size)]
 
 
 def _linear_plan(

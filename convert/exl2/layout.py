@@ -16,6 +16,7 @@ __all__ = [
     "ROW_MULTIPLE",
     "WIDTHS",
     "RowGroup",
+    "group_rows",
     "linear_bits",
     "padded_columns",
 ]
@@ -59,3 +60,9 @@ def linear_bits(out_features: int, groups: Iterable[RowGroup]) -> int:
     """
     columns = padded_columns(out_features)
     return sum(g.rows * columns * g.bits + 48 + 4 * columns + 32 * g.rows for g in groups)
+
+
+def group_rows(in_features: int, group_size: int) -> list[int]:
+    """Return the rows of each group: ``group_size`` each, the last one shorter if need be."""
+    full, rest = divmod(in_features, group_size)
+    return [group_size] * full + ([rest] if rest else [])

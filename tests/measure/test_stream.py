@@ -168,11 +168,7 @@ def test_rotary_frequencies_stay_in_float32(llama: Path) -> None:
 def real_parameters() -> dict[int, int]:
     """Elements of every parameter that is alive and holds data, by identity."""
     gc.collect()
-    return {
-        id(thing): thing.numel()
-        for thing in gc.get_objects()
-        if type(thing) is nn.Parameter and not thing.is_meta
-    }
+    return {id(thing): thing.numel() for thing in gc.get_objects() if type(thing) is nn.Parameter and not thing.is_meta}
 
 
 @contextmanager

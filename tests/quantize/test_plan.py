@@ -1,6 +1,7 @@
 import json
 import re
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -134,7 +135,7 @@ def test_stored_order_never_increases() -> None:
         assert [(p.group_bits[g], p.group_rows[g]) for g in p.stored_order] == [
             (group.bits, group.rows) for group in p.stored_groups
         ]
-        for a, b in zip(p.stored_order, p.stored_order[1:], strict=False):
+        for a, b in pairwise(p.stored_order):
             assert p.group_bits[a] > p.group_bits[b] or a < b  # equal widths stay in measured order
 
 

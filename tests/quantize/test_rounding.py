@@ -1,5 +1,6 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def test_divergence_falls_with_bits(measured: Measured, tmp_path: Path) -> None:
     for bpw, head_bits in ((3.0, 3), (4.0, 4), (6.0, 6), (8.0, 8)):
         rounded = measured.round(measured.plan(bpw, head_bits), tmp_path)
         divergences.append(mean_divergence(original, measured.dense(rounded), held_out))
-    ratios = [b / a for a, b in zip(divergences, divergences[1:], strict=False)]
+    ratios = [b / a for a, b in pairwise(divergences)]
     # Noise falls by a factor of four per bit in theory; half of that is asked for.
     assert ratios[0] < 0.5
     assert ratios[1] < 0.25
@@ -159,9 +160,7 @@ def test_drift_is_corrected(measured: Measured, tmp_path: Path) -> None:
     assert with_correction[-1] < 0.95 * without[-1]
 
 
-def test_no_drift_means_plain_rounding(
-    measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_drift_means_plain_rounding(measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = measured.plan(3.0, 16)
     ignored = measured.round(plan, tmp_path / "a", RoundConfig(device="cpu", drift_damping=float("inf")))
     compare = rounding._Rounding._compare

@@ -66,9 +66,7 @@ def test_singular_gram_needs_no_more_than_was_asked() -> None:
     assert bool(torch.isfinite(factor.upper).all())
 
 
-@pytest.mark.parametrize(
-    ("eigenvalue", "expected"), [(-0.1, 0.2), (-0.5, 1.0)], ids=["ten-times", "fifty-times"]
-)
+@pytest.mark.parametrize(("eigenvalue", "expected"), [(-0.1, 0.2), (-0.5, 1.0)], ids=["ten-times", "fifty-times"])
 def test_indefinite_gram_raises_the_damping(eigenvalue: float, expected: float) -> None:
     # Orthogonal basis, all eigenvalues 1 but one; the mean of the diagonal is close to 1.
     rng = torch.Generator().manual_seed(0)

@@ -1,0 +1,511 @@
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bpwise import cli as cli_module
+from bpwise.cli import cli
+from bpwise.convert.work import StageDirectory
+from bpwise.measure.measurement import Measurement
+from bpwise.quantize import pipeline
+from bpwise.quantize.plan import Plan, bpw_range
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+TEXT = ("--rows", "8", "--row-tokens", "32", "--group-size", "32", "--device", "cpu")
+EVALUATION = ("--eval-rows", "2", "--eval-row-tokens", "32")
+PARTS = ("q_weight", "q_scale", "q_scale_max", "q_groups", "q_invperm")
+
+
+def bpwise(*arguments: object) -> Result:
+    result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception  # a bug: it keeps its traceback
+    return result
+
+
+def succeed(*arguments: object) -> str:
+    result = bpwise(*arguments)
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+def refused(*arguments: object) -> str:
+    """Run a command that must fail as a user's mistake does: exit code 1, one sentence."""
+    result = bpwise(*arguments)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    message = result.stderr.splitlines()[-1]
+    assert message.startswith("Error: ")
+    assert "Traceback" not in result.stderr
+    return message
+
+
+def quantize(model: Path, out: Path, bpw: float = 4.5, *options: object) -> str:
+    return succeed("quantize", model, out, "--bpw", bpw, *TEXT, *EVALUATION, *options)
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    """Everything but the reports, which say how long it took."""
+    return {p.name: p.read_bytes() for p in directory.iterdir() if not p.name.startswith("report.")}
+
+
+def comparison(directory: Path) -> dict[str, Any]:
+    """What the report in a directory says of the original and the quantized model."""
+    report: dict[str, Any] = json.loads((directory / "report.json").read_text())
+    return report["comparison"]
+
+
+def decoder_bpw(directory: Path) -> float:
+    """Counted from the bytes of the stored tensors and the original's sizes."""
+    bits = 0
+    for name, tensor in load_file(directory / "output.safetensors").items():
+        linear, _, part = name.rpartition(".")
+        if part in PARTS and linear != "lm_head":
+            bits += 8 * tensor.numel() * tensor.element_size()
+    return bits / (2 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 96))  # two layers: q, k, v, o; gate, up, down
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An output that no test may change, its work directory beside it."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    quantize(tiny_model, out)
+    return out
+
+
+@pytest.fixture
+def out(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    shutil.copytree(finished.parent, tmp_path / "copy")
+    return tmp_path / "copy" / "out"
+
+
+def forbid_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_again(*_: Any, **__: Any) -> None:
+        pytest.fail("was done again")
+
+    for name in ("measure_model", "round_model", "write_model"):
+        monkeypatch.setattr(pipeline, name, not_again)
+
+
+class TestQuantize:
+    def test_what_is_written(self, finished: Path, tiny_model: Path) -> None:
+        names = {path.name for path in finished.iterdir()}
+        assert {"config.json", "output.safetensors", "tokenizer.json", "report.json", "report.md"} <= names
+        config = json.loads((finished / "config.json").read_text())
+        original = json.loads((tiny_model / "config.json").read_text())
+        assert config["hidden_size"] == original["hidden_size"]
+        quantization = config["quantization_config"]
+        assert quantization["quant_method"] == "exl2"
+        assert (quantization["bits"], quantization["head_bits"]) == (4.5, 6)
+        assert (quantization["calibration"]["rows"], quantization["calibration"]["length"]) == (8, 32)
+        assert comparison(finished)["predicted_tokens"] == 2 * 31
+
+    def test_size_is_met_from_below(self, finished: Path) -> None:
+        # The smallest group has 32 rows of 32 of the 61440 weights: 0.017 bits per weight for a bit more.
+        assert 4.5 - 0.02 < decoder_bpw(finished) <= 4.5
+
+    def test_summary_tells_the_size(self, tiny_model: Path, out: Path) -> None:
+        printed = quantize(tiny_model, out)
+        assert f"decoder {decoder_bpw(out):.4f} bpw (asked 4.5)" in printed
+        assert str(out) in printed
+
+    def test_work_is_cleared_but_for_what_serves_again(self, finished: Path) -> None:
+        work = finished.with_name("out.work")
+        assert {path.name for path in work.iterdir()} == {
+            "calibration.safetensors",
+            "measurement.safetensors",
+            "plan.json",
+        }
+        assert (
+            Plan.load(work / "plan.json").measurement == Measurement.load(work / "measurement.safetensors").fingerprint
+        )
+
+    def test_prediction_has_the_right_size(self, finished: Path) -> None:
+        # Second order, Fisher and Gram independent: within a factor of five of what is measured on other text.
+        predicted = Plan.load(finished.with_name("out.work") / "plan.json").damage_nats
+        measured = comparison(finished)["summary"]["kl_nats"]["value"]
+        assert predicted / 5 < measured < predicted * 5
+
+    def test_same_command_again(self, tiny_model: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        before, time = content(out), (out / "output.safetensors").stat().st_mtime_ns
+        forbid_work(monkeypatch)
+        printed = quantize(tiny_model, out)
+        assert content(out) == before
+        assert (out / "output.safetensors").stat().st_mtime_ns == time
+        assert "KL" in printed
+
+    def test_only_the_output_is_left(self, tiny_model: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        # Moved away and its work directory deleted: measured again, but not rounded again.
+        shutil.rmtree(out.with_name("out.work"))
+        before = content(out)
+        monkeypatch.setattr(pipeline, "round_model", lambda *_: pytest.fail("was done again"))
+        quantize(tiny_model, out)
+        assert content(out) == before
+
+    @pytest.mark.parametrize(
+        "options",
+        [("--bpw", "5"), ("--head-bits", "8"), ("--seed", "1"), ("--damping", "0.1"), ("--shard-size", "1")],
+        ids="".join,
+    )
+    def test_other_options_over_the_same_output(self, tiny_model: Path, out: Path, options: tuple[str, str]) -> None:
+        before = content(out)
+        message = refused("quantize", tiny_model, out, "--bpw", "4.5", *TEXT, "--no-eval", *options)
+        assert f"{out}: exists already" in message
+        assert content(out) == before
+
+    def test_other_directory_in_the_way(self, tiny_model: Path, tmp_path: Path) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.txt").write_text("the only copy")
+        message = refused("quantize", tiny_model, tmp_path / "out", "--bpw", "4.5", *TEXT, "--no-eval")
+        assert "exists already" in message
+        assert (tmp_path / "out" / "thesis.txt").read_text() == "the only copy"
+
+    def test_occupied_output_is_noticed_before_the_long_work(
+        self, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # Hours of measuring must not end with "exists already".
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.txt").write_text("the only copy")
+        forbid_work(monkeypatch)
+        refused("quantize", tiny_model, tmp_path / "out", "--bpw", "4.5", *TEXT, "--no-eval")
+
+    def test_impossible_size_is_noticed_before_the_long_work(
+        self, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        forbid_work(monkeypatch)
+        message = refused("quantize", tiny_model, tmp_path / "out", "--bpw", "2.01", *TEXT, "--no-eval")
+        assert "from" in message
+
+    def test_empty_directory_is_fine(self, tiny_model: Path, finished: Path, tmp_path: Path) -> None:
+        (tmp_path / "out").mkdir()
+        quantize(tiny_model, tmp_path / "out")
+        assert content(tmp_path / "out") == content(finished)
+
+    def test_same_seed_same_bytes_anywhere(
+        self, tiny_model: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shutil.copytree(tiny_model, tmp_path / "elsewhere" / "model")
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        torch.manual_seed(12345)
+        quantize(Path("model"), Path("q"), 4.5, "--work-dir", tmp_path / "scratch")
+        assert content(Path("q")) == content(finished)
+
+    def test_other_seed_other_bytes(self, tiny_model: Path, finished: Path, tmp_path: Path) -> None:
+        quantize(tiny_model, tmp_path / "out", 4.5, "--seed", 1, "--no-eval")
+        assert content(tmp_path / "out")["output.safetensors"] != content(finished)["output.safetensors"]
+
+    def test_no_eval(self, tiny_model: Path, tmp_path: Path) -> None:
+        printed = quantize(tiny_model, tmp_path / "out", 4.5, "--no-eval")
+        assert not list((tmp_path / "out").glob("report.*"))
+        assert "KL" not in printed
+
+    def test_shards(self, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cli_module, "_MIB", 20000)
+        quantize(tiny_model, tmp_path / "out", 4.5, "--no-eval", "--shard-size", 1)
+        files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+        assert len(files) > 2
+        assert files[0] == f"output-00001-of-{len(files):05d}.safetensors"
+        assert "decode to what was meant" in succeed("verify", tmp_path / "out")
+
+    def test_biases_and_tied_embeddings(self, save_model: Any, tmp_path: Path) -> None:
+        model = save_model(tmp_path / "model", kind=Qwen2Config, tie_word_embeddings=True)
+        quantize(model, tmp_path / "out", 6.0, "--no-eval", "--head-bits", 8)
+        stored = load_file(tmp_path / "out" / "output.safetensors")
+        original = load_file(model / "model.safetensors")
+        name = "model.layers.1.self_attn.k_proj.bias"
+        assert torch.equal(stored[name], original[name].half())
+        assert "lm_head.q_weight" in stored  # beside the embedding
+        assert torch.equal(stored["model.embed_tokens.weight"], original["model.embed_tokens.weight"])
+
+
+class TestInterrupted:
+    @pytest.mark.parametrize(
+        ("stage", "after"),
+        [("measure: backward, curves", 1), ("quantize: round", 1), ("evaluate: logits", 0)],
+        ids=["measuring", "rounding", "evaluating"],
+    )
+    def test_goes_on_and_gives_the_same(
+        self,
+        tiny_model: Path,
+        finished: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        stage: str,
+        after: int,
+    ) -> None:
+        def progress(items: Sequence[Any], name: str) -> Iterable[Any]:
+            for number, item in enumerate(items):
+                if name == stage and number == after:
+                    raise KeyboardInterrupt
+                yield item
+
+        arguments = ("quantize", tiny_model, tmp_path / "out", "--bpw", 4.5, *TEXT, *EVALUATION)
+        with monkeypatch.context() as patch:
+            patch.setattr(cli_module, "_progress_bar", progress)
+            result = bpwise(*arguments)
+        assert result.exit_code == 1
+        assert "Aborted" in result.stderr
+        # Complete or not there: only once it is written and verified.
+        assert (tmp_path / "out").exists() == stage.startswith("evaluate")
+        succeed(*arguments)
+        assert content(tmp_path / "out") == content(finished)
+        assert {path.name for path in tmp_path.iterdir()} == {"out", "out.work"}
+
+    def test_cut_after_any_piece_of_rounding(
+        self, tiny_model: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        measurement = finished.with_name("out.work") / "measurement.safetensors"
+        arguments = ("quantize", tiny_model, tmp_path / "out", "--bpw", 4.5, *TEXT, "--no-eval", "-m", measurement)
+        save = StageDirectory.save
+        saved: list[str] = []
+
+        def save_and_die(self: StageDirectory, piece: str, *rest: Any) -> None:
+            save(self, piece, *rest)
+            if piece not in saved:
+                saved.append(piece)
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(StageDirectory, "save", save_and_die)
+        for _ in range(40):
+            if bpwise(*arguments).exit_code == 0:
+                break
+        assert len(saved) >= 2 * 7 + 1  # linears of two blocks, the head, and what the blocks leave behind
+        assert content(tmp_path / "out") == content(finished)
+
+    def test_failed_write_leaves_nothing_loadable(
+        self, tiny_model: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def interrupt(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr("bpwise.convert.exl2.writer.copy_side_files", interrupt)
+            result = bpwise("quantize", tiny_model, tmp_path / "out", "--bpw", 4.5, *TEXT, "--no-eval")
+        assert result.exit_code == 1
+        assert {path.name for path in tmp_path.iterdir()} == {"out.work"}
+        quantize(tiny_model, tmp_path / "out")
+        assert content(tmp_path / "out") == content(finished)
+
+
+class TestDryRun:
+    def test_writes_nothing_and_tells_the_sizes(self, tiny_model: Path, finished: Path, tmp_path: Path) -> None:
+        printed = succeed("quantize", tiny_model, tmp_path / "out", "--bpw", 4.5, *TEXT, "--dry-run")
+        assert list(tmp_path.iterdir()) == []
+        lines = {line[:14].strip(): line[14:].split() for line in printed.splitlines()}
+        lowest, highest = bpw_range(Measurement.load(finished.with_name("out.work") / "measurement.safetensors"))
+        assert lines["possible bpw"][0] == f"{lowest:.4f}"
+        assert lines["possible bpw"][2] == f"{highest:.4f}"
+        original = sum(t.numel() * t.element_size() for t in load_file(tiny_model / "model.safetensors").values())
+        written = sum(t.numel() * t.element_size() for t in load_file(finished / "output.safetensors").values())
+        assert float(lines["original"][0]) == pytest.approx(original / 2**20, abs=0.051)  # printed with one decimal
+        assert float(lines["quantized"][0]) == pytest.approx(written / 2**20, abs=0.051)
+
+    def test_existing_output_stays(self, tiny_model: Path, out: Path) -> None:
+        before = content(out)
+        succeed("quantize", tiny_model, out, "--bpw", 5, *TEXT, "--dry-run")
+        assert content(out) == before
+
+
+class TestStageByStage:
+    def test_all_commands_in_turn(self, tiny_model: Path, finished: Path, tmp_path: Path) -> None:
+        measurement, plan = tmp_path / "m.safetensors", tmp_path / "plan.json"
+        assert "14 linears measured" in succeed("measure", tiny_model, "-o", measurement, *TEXT)
+        kept = finished.with_name("out.work") / "measurement.safetensors"
+        assert measurement.read_bytes() == kept.read_bytes()
+
+        printed = succeed("plan", measurement, "--bpw", 4.5, "-o", plan)
+        made = Plan.load(plan)
+        assert f"decoder {made.bpw:.4f} bpw" in printed
+        assert all(p.name in printed for p in made.linears)
+
+        out = tmp_path / "out"
+        quantize(tiny_model, out, 4.5, "-m", measurement)
+        assert content(out) == content(finished)
+        assert made.bpw == pytest.approx(decoder_bpw(out))
+
+        assert "15 quantized linears" in succeed("verify", out)
+
+        dense = tmp_path / "dense"
+        succeed("dequantize", out, dense)
+        succeed("eval", tiny_model, out, "-r", 2, "-l", 32, "-o", tmp_path / "a", "--device", "cpu")
+        succeed("eval", tiny_model, dense, "-r", 2, "-l", 32, "-o", tmp_path / "b", "--device", "cpu")
+        one, other = comparison(tmp_path / "a"), comparison(tmp_path / "b")
+        # The same weights by way of codes and by way of a plain checkpoint, which has embedding and norms in float16.
+        for key in ("kl_nats", "quantized_perplexity"):
+            assert one["summary"][key]["value"] == pytest.approx(other["summary"][key]["value"], rel=0.01)
+        assert one["summary"]["kl_nats"]["value"] > one["floor_nats"]
+        # And the evaluation that quantize made of itself.
+        assert comparison(finished)["summary"] == one["summary"]
+
+        # Transformers loads the dense model, and it is near the original.
+        ids = torch.arange(200).view(4, 50)
+        with torch.no_grad():
+            logits, original = (
+                AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(input_ids=ids).logits
+                for path in (dense, tiny_model)
+            )
+        divergence = torch.nn.functional.kl_div(
+            logits.log_softmax(-1), original.log_softmax(-1), log_target=True, reduction="none"
+        )
+        assert float(divergence.sum(dim=-1).mean()) < 1
+
+    def test_plan_goes_beside_the_measurement(self, out: Path) -> None:
+        work = out.with_name("out.work")
+        succeed("plan", work / "measurement.safetensors", "--bpw", 5.25)
+        assert Plan.load(work / "plan-5.25.json").target_bpw == 5.25
+
+    def test_one_measurement_serves_other_sizes(
+        self, tiny_model: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(pipeline, "measure_model", lambda *_: pytest.fail("was done again"))
+        measurement = finished.with_name("out.work") / "measurement.safetensors"
+        quantize(tiny_model, tmp_path / "out", 6.0, "-m", measurement, "--head-bits", 16, "--no-eval")
+        assert 6.0 - 0.02 < decoder_bpw(tmp_path / "out") <= 6.0
+        stored = load_file(tmp_path / "out" / "output.safetensors")
+        assert stored["lm_head.weight"].dtype == torch.float16
+
+    def test_saved_calibration_rows(self, tiny_model: Path, finished: Path, tmp_path: Path) -> None:
+        saved = finished.with_name("out.work") / "calibration.safetensors"
+        succeed("quantize", tiny_model, tmp_path / "out", "--bpw", 4.5, "--group-size", 32, "-c", saved, "--no-eval")
+        assert content(tmp_path / "out") == content(finished)
+
+    @pytest.mark.parametrize(
+        ("what", "expected"),
+        [
+            ("out", ["EXL2 model", "15 quantized linears", "model.layers.1.mlp.down_proj", "lm_head"]),
+            ("model", ["checkpoint", "model_type llama", "model.layers.1.mlp.down_proj.weight", "96"]),
+            ("measurement.safetensors", ["measurement", "8 bits", "model.layers.1.mlp.down_proj", "lm_head"]),
+            ("calibration.safetensors", ["calibration set", "8 rows of 32 tokens", "prose"]),
+            ("plan.json", ["plan", "asked 4.5", "model.layers.1.mlp.down_proj", "lm_head"]),
+        ],
+    )
+    def test_inspect(self, tiny_model: Path, finished: Path, what: str, expected: list[str]) -> None:
+        path = {"out": finished, "model": tiny_model}.get(what, finished.with_name("out.work") / what)
+        printed = succeed("inspect", path)
+        assert printed.startswith(f"{path}: {expected[0]}")
+        for word in expected:
+            assert word in printed
+
+    @pytest.mark.parametrize("name", ["words.txt", "words.json", "words.safetensors"])
+    def test_inspect_refuses_the_rest(self, tmp_path: Path, name: str) -> None:
+        (tmp_path / name).write_text("{}")
+        assert name in refused("inspect", tmp_path / name)
+
+
+class TestRefusals:
+    def test_measurement_of_another_model(self, save_model: Any, finished: Path, tmp_path: Path) -> None:
+        other = save_model(tmp_path / "other", seed=1)
+        measurement = finished.with_name("out.work") / "measurement.safetensors"
+        message = refused("quantize", other, tmp_path / "out", "--bpw", 4.5, *TEXT, "-m", measurement)
+        assert "belongs to another model" in message
+        assert not (tmp_path / "out").exists()
+
+    def test_measurement_that_is_none(self, tiny_model: Path, tmp_path: Path) -> None:
+        (tmp_path / "m.safetensors").write_bytes(b"nonsense")
+        message = refused("quantize", tiny_model, tmp_path / "out", "-b", 4.5, *TEXT, "-m", tmp_path / "m.safetensors")
+        assert "m.safetensors" in message
+
+    @pytest.mark.parametrize("bpw", ["1.5", "9.5", "nan"])
+    def test_size_that_makes_no_sense(self, tiny_model: Path, tmp_path: Path, bpw: str) -> None:
+        assert "bpw" in refused("quantize", tiny_model, tmp_path / "out", "--bpw", bpw, *TEXT)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_size_out_of_range_names_the_range(self, finished: Path, tmp_path: Path) -> None:
+        measurement = finished.with_name("out.work") / "measurement.safetensors"
+        message = refused("plan", measurement, "--bpw", 2, "-o", tmp_path / "plan.json")
+        assert "2 bits per weight cannot be reached" in message
+        assert not (tmp_path / "plan.json").exists()
+
+    def test_no_model_there(self, tmp_path: Path) -> None:
+        (tmp_path / "empty").mkdir()
+        assert "config.json" in refused("quantize", tmp_path / "empty", tmp_path / "out", "--bpw", 4.5)
+
+    def test_quantized_model_as_input(self, finished: Path, tmp_path: Path) -> None:
+        assert "already quantized" in refused("quantize", finished, tmp_path / "out", "--bpw", 4.5, *TEXT)
+
+    def test_unsupported_architecture(self, tiny_model: Path, tmp_path: Path) -> None:
+        shutil.copytree(tiny_model, tmp_path / "model")
+        config = json.loads((tmp_path / "model" / "config.json").read_text())
+        (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
+        message = refused("quantize", tmp_path / "model", tmp_path / "out", "--bpw", 4.5, *TEXT)
+        assert "model_type 'mamba' is not supported" in message
+
+    @pytest.mark.parametrize(
+        "part",
+        [
+            "model.layers.0.self_attn.q_proj.q_weight",
+            "model.layers.1.mlp.down_proj.q_scale",
+            "model.layers.1.mlp.up_proj.q_scale_max",
+            "model.layers.0.mlp.gate_proj.q_groups",
+            "model.layers.0.self_attn.k_proj.q_invperm",
+            "model.norm.weight",
+            "model.embed_tokens.weight",
+        ],
+    )
+    def test_verify_finds_a_flipped_bit(self, out: Path, part: str) -> None:
+        path = out / "output.safetensors"
+        image = bytearray(path.read_bytes())
+        header_bytes = int.from_bytes(image[:8], "little")
+        first, _ = json.loads(image[8 : 8 + header_bytes])[part]["data_offsets"]
+        image[8 + header_bytes + first] ^= 1
+        path.write_bytes(image)
+        # Either it breaks a rule of the format, or it decodes to something else than was meant.
+        message = refused("verify", out)
+        assert part.rpartition(".q_")[0] in message or part in message
+
+    def test_verify_finds_a_cut_file(self, out: Path) -> None:
+        path = out / "output.safetensors"
+        path.write_bytes(path.read_bytes()[:-1])
+        assert "output.safetensors" in refused("verify", out)
+
+    def test_verify_needs_no_manifest(self, out: Path) -> None:
+        (out / "bpwise.json").unlink()
+        assert "no manifest" in succeed("verify", out)
+
+    def test_dequantize_into_something(self, finished: Path, tmp_path: Path) -> None:
+        (tmp_path / "thesis.txt").write_text("the only copy")
+        assert "in the way" in refused("dequantize", finished, tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("quantize",),
+        ("quantize", "model", "out"),
+        ("quantize", "model", "out", "--bpw", "four"),
+        ("quantize", "model", "out", "--bpw", "4", "--head-bits", "7"),
+        ("quantize", "model", "out", "--bpw", "4", "--rows", "0"),
+        ("quantize", "model", "out", "--bpw", "4", "--row-tokens", "1"),
+        ("quantize", "model", "out", "--bpw", "4", "-m", "nowhere.safetensors"),
+        ("quantize", "model", "out", "--bpw", "4", "--nonsense"),
+        ("measure", "model"),
+        ("plan", "nowhere.safetensors", "--bpw", "4"),
+        ("verify", "nowhere"),
+        ("dequantize", "nowhere", "out"),
+        ("inspect", "nowhere"),
+        ("eval", "model", "nowhere"),
+        ("eval", "model"),
+        ("nonsense",),
+    ],
+    ids=" ".join,
+)
+def test_usage_errors(arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = bpwise(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "Usage: " in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in sorted(cli.commands))], ids=" ".join)
+def test_help(command: tuple[str, ...]) -> None:
+    printed = succeed(*command, "--help")
+    assert "Usage: " in printed
