@@ -49,6 +49,12 @@ def quantize(model: Path, out: Path, bpw: float = 4.5, *options: object) -> str:
     return succeed("quantize", model, out, "--bpw", bpw, *TEXT, *EVALUATION, *options)
 
 
+def reused(finished: Path) -> tuple[object, ...]:
+    """Options that take over what an earlier run measured, where a test is about later stages."""
+    work = finished.with_name("out.work")
+    return "-m", work / "measurement.safetensors", "-c", work / "calibration.safetensors"
+
+
 def content(directory: Path) -> dict[str, bytes]:
     """Everything but the reports, which say how long it took."""
     return {p.name: p.read_bytes() for p in directory.iterdir() if not p.name.startswith("report.")}
@@ -184,7 +190,7 @@ class TestQuantize:
 
     def test_empty_directory_is_fine(self, tiny_model: Path, finished: Path, tmp_path: Path) -> None:
         (tmp_path / "out").mkdir()
-        quantize(tiny_model, tmp_path / "out")
+        quantize(tiny_model, tmp_path / "out", 4.5, "--no-eval", *reused(finished))
         assert content(tmp_path / "out") == content(finished)
 
     def test_same_seed_same_bytes_anywhere(
@@ -200,14 +206,14 @@ class TestQuantize:
         quantize(tiny_model, tmp_path / "out", 4.5, "--seed", 1, "--no-eval")
         assert content(tmp_path / "out")["output.safetensors"] != content(finished)["output.safetensors"]
 
-    def test_no_eval(self, tiny_model: Path, tmp_path: Path) -> None:
-        printed = quantize(tiny_model, tmp_path / "out", 4.5, "--no-eval")
+    def test_no_eval(self, tiny_model: Path, finished: Path, tmp_path: Path) -> None:
+        printed = quantize(tiny_model, tmp_path / "out", 4.5, "--no-eval", *reused(finished))
         assert not list((tmp_path / "out").glob("report.*"))
         assert "KL" not in printed
 
-    def test_shards(self, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_shards(self, tiny_model: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(cli_module, "_MIB", 20000)
-        quantize(tiny_model, tmp_path / "out", 4.5, "--no-eval", "--shard-size", 1)
+        quantize(tiny_model, tmp_path / "out", 4.5, "--no-eval", "--shard-size", 1, *reused(finished))
         files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
         assert len(files) > 2
         assert files[0] == f"output-00001-of-{len(files):05d}.safetensors"
@@ -260,8 +266,7 @@ class TestInterrupted:
     def test_cut_after_any_piece_of_rounding(
         self, tiny_model: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        measurement = finished.with_name("out.work") / "measurement.safetensors"
-        arguments = ("quantize", tiny_model, tmp_path / "out", "--bpw", 4.5, *TEXT, "--no-eval", "-m", measurement)
+        arguments = ("quantize", tiny_model, tmp_path / "out", "--bpw", 4.5, *TEXT, "--no-eval", *reused(finished))
         save = StageDirectory.save
         saved: list[str] = []
 
@@ -284,12 +289,13 @@ class TestInterrupted:
         def interrupt(*_: Any) -> None:
             raise KeyboardInterrupt
 
+        arguments = ("quantize", tiny_model, tmp_path / "out", "--bpw", 4.5, *TEXT, "--no-eval", *reused(finished))
         with monkeypatch.context() as patch:
             patch.setattr("bpwise.convert.exl2.writer.copy_side_files", interrupt)
-            result = bpwise("quantize", tiny_model, tmp_path / "out", "--bpw", 4.5, *TEXT, "--no-eval")
+            result = bpwise(*arguments)
         assert result.exit_code == 1
         assert {path.name for path in tmp_path.iterdir()} == {"out.work"}
-        quantize(tiny_model, tmp_path / "out")
+        succeed(*arguments)
         assert content(tmp_path / "out") == content(finished)
 
 

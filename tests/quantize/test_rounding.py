@@ -224,7 +224,7 @@ def test_goes_on_where_it_was_cut_off(
         assert_equal_linears(resumed.linear(name), deep_whole.linear(name))
 
 
-@pytest.mark.parametrize("after", [0, 1, 5, 10, 20, 7 * LAYERS], ids=lambda n: f"{n}-linears-done")
+@pytest.mark.parametrize("after", [1, 10, 7 * LAYERS], ids=lambda n: f"{n}-linears-done")
 def test_goes_on_inside_a_block(
     deep: Measured, deep_whole: RoundedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:

@@ -3,6 +3,7 @@ import torch
 from bpwise.convert.exl2.layout import RowGroup
 from bpwise.convert.exl2.linear import QuantizedLinear
 from bpwise.rounding.feedback import errors_by_group, round_linear
+from bpwise.rounding.grid import search_grid
 from bpwise.rounding.hessian import inverse_factor
 from torch import Tensor
 
@@ -155,6 +156,21 @@ def test_uncorrelated_inputs_are_rounded_to_nearest() -> None:
     scales, halves = reader_scales(linear), reader_halves(linear)
     expected = (weight.double() / scales).round().clamp(-halves, halves - 1) + halves
     assert torch.equal(linear.codes.double(), expected)
+
+
+def test_scales_fit_the_rows_that_matter() -> None:
+    # Uncorrelated inputs, four of them strong: with 3 bits it pays to serve those and to clip the others.
+    rng = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 16, generator=rng)
+    power = torch.full((64,), 0.01)
+    power[::16] = 1.0
+    weight[::16] *= 0.5
+    upper = inverse_factor(power.diag(), DAMPING).upper
+    _, errors = round_linear(weight, upper, [RowGroup(3, 64)], torch.arange(64), torch.ones(16))
+    indifferent = search_grid(weight, torch.ones(64), torch.ones(16), 3).scales
+    rounded = (weight / indifferent).round().clamp(-4, 3) * indifferent
+    damped = power + DAMPING * power.mean()
+    assert float(errors.sum()) < 0.8 * float(((rounded - weight).square() * damped[:, None]).sum())
 
 
 @pytest.mark.parametrize("what", ["weight", "column", "row"])

@@ -70,7 +70,7 @@ def assert_representable(grid: GroupGrid, columns: int) -> None:
 # What the search may lose against brute force, averaged over seeds. Few bits: codes 13 % apart hardly matter near a
 # flat optimum. Many bits: the optimum is a narrow one next to clipping, which 10 trial scales and 8 units miss by some
 # percent here; it is less where more than these 24 columns average it out.
-_ALLOWANCE = {2: 1.02, 3: 1.03, 4: 1.04, 5: 1.07, 6: 1.10, 8: 1.13}
+_ALLOWANCE = {2: 1.02, 3: 1.03, 4: 1.04, 5: 1.07, 6: 1.13, 8: 1.16}
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
