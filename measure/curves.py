@@ -89,6 +89,8 @@ def measure_curves(
             tasks.append(partial(_damage, part, order, factor.upper, rows, options.widths, weights_of))
             owners.append(owner)
     damages = run_all(tasks, gram.device)
+    if not bool(power.any()):  # The input is zero on every token, and so is whatever an error makes of it.
+        damages = [torch.zeros_like(damage) for damage in damages]
     return [
         ErrorCurve(
             damage_nats=torch.stack([d for d, o in zip(damages, owners, strict=True) if o == owner]).sum(dim=0),

@@ -16,12 +16,14 @@ from safetensors.numpy import save
 from ..convert.files import atomic_file
 from ..errors import FormatError
 
-__all__ = ["MEASUREMENT_VERSION", "MeasuredLinear", "Measurement"]
+__all__ = ["HEADER_KEY", "MEASUREMENT_VERSION", "MeasuredLinear", "Measurement"]
 
 MEASUREMENT_VERSION = 1
 """Raised when the file's content changes meaning; older files are refused."""
 
-_HEADER = "bpwise_measurement"
+HEADER_KEY = "bpwise_measurement"
+"""Metadata entry that tells measurements from other safetensors files."""
+
 _FIELDS = ("damage_nats", "order", "fisher", "input_power")
 
 
@@ -110,7 +112,7 @@ class Measurement:
             "provenance": self.provenance,
         }
         # One entry only: safetensors writes several in an order that differs from run to run.
-        image: bytes = save(tensors, metadata={_HEADER: json.dumps(header)})
+        image: bytes = save(tensors, metadata={HEADER_KEY: json.dumps(header)})
         return image
 
     def save(self, path: Path) -> None:
@@ -127,16 +129,21 @@ class Measurement:
         """
         try:
             with safe_open(path, framework="numpy") as file:
-                header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
-                if header.get("version") != MEASUREMENT_VERSION:
-                    raise FormatError(
-                        f"{path}: not a measurement of version {MEASUREMENT_VERSION}, got {header.get('version')}. "
-                        "Measure the model again."
-                    )
+                header = json.loads((file.metadata() or {})[HEADER_KEY])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise FormatError(f"{path}: cannot be read as a measurement ({error}). Measure again.") from error
+            if header["version"] != MEASUREMENT_VERSION:
+                raise FormatError(
+                    f"{path}: measurement of version {header['version']}, expected {MEASUREMENT_VERSION}. "
+                    "Measure the model again."
+                )
+            return cls._parsed(header, tensors)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise FormatError(
+                f"{path}: cannot be read as a measurement ({error!r}). Measure the model again."
+            ) from error
 
+    @classmethod
+    def _parsed(cls, header: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Measurement:
         def linear(name: str) -> MeasuredLinear:
             damping = header["damping"][name]
             return MeasuredLinear(
@@ -150,5 +157,5 @@ class Measurement:
             head=linear(header["head"]),
             widths=tuple(header["widths"]),
             group_size=header["group_size"],
-            provenance=header["provenance"],
+            provenance=dict(header["provenance"]),
         )

@@ -155,7 +155,7 @@ def _sample(probabilities: Tensor, rng: torch.Generator) -> Tensor:
     # One index a row by inverting the cumulative distribution: many times faster than torch.multinomial on a CPU.
     cumulative = probabilities.cumsum(dim=-1)
     draws = torch.rand(len(cumulative), 1, generator=rng, device=cumulative.device) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, draws).clamp_(max=cumulative.shape[-1] - 1)
+    return torch.searchsorted(cumulative, draws, right=True).clamp_(max=cumulative.shape[-1] - 1)
 
 
 def _pack(curves: dict[str, ErrorCurve]) -> dict[str, Tensor]:

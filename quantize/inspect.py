@@ -9,9 +9,10 @@ from pathlib import Path
 
 from ..convert.checkpoint import Checkpoint
 from ..convert.exl2.reader import Exl2Model, is_exl2
+from ..convert.safetensors_file import load_metadata
 from ..errors import FormatError
 from ..measure.calibration import CalibrationSet
-from ..measure.measurement import Measurement
+from ..measure.measurement import HEADER_KEY, Measurement
 from .plan import LinearPlan, Plan
 
 __all__ = ["Inspection", "inspect_path"]
@@ -45,10 +46,7 @@ def inspect_path(path: Path) -> Inspection:
     if path.suffix == ".json":
         return _plan(path)
     if path.suffix == ".safetensors":
-        try:
-            return _measurement(path)
-        except FormatError:
-            return _calibration(path)
+        return _measurement(path) if HEADER_KEY in load_metadata(path) else _calibration(path)
     raise FormatError(
         f"{path}: cannot be inspected, expected a model directory, a .safetensors measurement or calibration set, "
         "or a plan.json."

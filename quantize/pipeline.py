@@ -24,6 +24,7 @@ from ..measure.run import MeasureConfig, calibration_rows, measure_model, measur
 from ..measure.tokenizer import load_tokenizer
 from ..progress import Progress, silent
 from ..version import __version__
+from .forecast import forecast_run
 from .plan import HEAD_BITS, Plan, make_plan
 from .rounding import RoundConfig, RoundedModel, round_model
 from .stages import StageClock, StageCost
@@ -142,6 +143,8 @@ def quantize_model(
         BpwiseError: Whatever is wrong with the model, the options, the text or the disk.
     """
     checkpoint = open_model(model)
+    forecast_run(checkpoint, bpw=config.bpw, head_bits=config.head_bits, config=config.measure)  # refuses a wrong size
+    _finished(output, model=checkpoint.fingerprint)
     work = work or output.with_name(f"{output.name}.work")
     clock = StageClock()
     with clock.stage("calibration text"):
@@ -154,7 +157,7 @@ def quantize_model(
         plan.save(work / "plan.json")
     run = _identity(checkpoint, rows, plan, config)
     fallbacks: dict[str, float] = {}
-    if _finished(output, run):
+    if _finished(output, run=run):
         verification = verify_model(output)
     else:
         with clock.stage("round"):
@@ -251,13 +254,15 @@ def _identity(checkpoint: Checkpoint, rows: CalibrationSet, plan: Plan, config: 
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def _finished(output: Path, run: str) -> bool:
-    """Whether ``output`` is already what this run writes; refuse anything else that is in the way."""
+def _finished(output: Path, **expected: str) -> bool:
+    """Whether ``output`` is there with these entries in its provenance; refuse anything else that is in the way."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
     manifest = output / MANIFEST_FILE
-    if manifest.is_file() and read_json(manifest, FormatError).get("provenance", {}).get("run") == run:
-        return True
+    if manifest.is_file():
+        provenance = read_json(manifest, FormatError).get("provenance", {})
+        if all(provenance.get(key) == value for key, value in expected.items()):
+            return True
     raise WorkDirectoryError(
         f"{output}: exists already and is not the output of this run. Choose another or delete it."
     )

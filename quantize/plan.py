@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -192,7 +193,8 @@ def make_plan(measurement: Measurement, *, bpw: float, head_bits: int) -> Plan:
     solved = allocate(
         np.concatenate([linear.damage_nats for linear in measurement.linears]).astype(np.float64),
         columns[:, None] * np.asarray(measurement.widths, dtype=np.int64),
-        int(bpw * weights) - overhead,
+        # The product may fall just short of the whole number of bits that it stands for.
+        int(bpw * weights + 1e-3) - overhead,
     )
     plans = []
     first = 0
@@ -245,7 +247,8 @@ def check_bpw(bpw: float, possible: tuple[float, float], group_size: int) -> Non
     if not lowest <= bpw <= highest:
         raise BudgetError(
             f"{bpw:g} bits per weight cannot be reached: this model at groups of {group_size} rows can have from "
-            f"{lowest:.4f} to {highest:.4f}. Ask for a size in this range."
+            f"{math.ceil(lowest * 1e4) / 1e4:.4f} to {math.floor(highest * 1e4) / 1e4:.4f}. "
+            "Ask for a size in this range."
         )
 
 

@@ -134,6 +134,6 @@ def _interpolate(errors: Tensor, scales: Tensor, lowest: Tensor, step: float) ->
     table = errors.expand(*scales.shape[:-2], *errors.shape) if scales.dim() > 2 else errors
     value = torch.gather(table, -2, index).mul_(1 - fraction)
     value.add_(torch.gather(table, -2, index + 1).mul_(fraction))
-    above = (position - last).clamp(min=0)
+    above = (position - last).clamp(min=0, max=100)  # of a column of zeros it would be infinite
     below_table = (-position).clamp(min=0)
     return value.mul_((2 * step * above).exp()).mul_((1 + below_table).square())

@@ -30,8 +30,11 @@ def run_all(tasks: Sequence[Callable[[], _Result]], device: torch.device) -> lis
     """
     if device.type != "cpu":
         return [task() for task in tasks]
-    with ThreadPoolExecutor(cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return list(pool.map(lambda task: task(), tasks))
+    try:
+        with ThreadPoolExecutor(cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(lambda task: task(), tasks))
+    finally:
+        torch.set_num_threads(torch.get_num_threads())  # threads started later take what was set last
 
 
 def cores() -> int:

@@ -22,9 +22,7 @@ from torch import Tensor
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def make(
-    directory: Path, tensors: dict[str, Tensor] | None = None, config: dict[str, Any] | None = None
-) -> Path:
+def make(directory: Path, tensors: dict[str, Tensor] | None = None, config: dict[str, Any] | None = None) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config or {"model_type": "llama"}))
     save_file(tensors or {EMBED: torch.ones(4, 2), "b": torch.zeros(3)}, directory / "model.safetensors")
@@ -150,9 +148,7 @@ class TestReading:
         with pytest.raises(CheckpointError, match=message):
             checkpoint.tensor("bad")
 
-    @pytest.mark.parametrize(
-        "dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float64, torch.complex64], ids=str
-    )
+    @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float64, torch.complex64], ids=str)
     def test_unsupported_dtypes_are_refused_when_asked_for(self, tmp_path: Path, dtype: torch.dtype) -> None:
         checkpoint = Checkpoint.open(make(tmp_path, {"x": torch.ones(2).to(dtype), "ok": torch.ones(1)}))
         assert checkpoint.tensor("ok").item() == 1
@@ -313,24 +309,18 @@ class TestRefusedDirectories:
             pytest.param(two_unindexed, "got 2 safetensors files", id="two-unindexed"),
             pytest.param(no_tensors, "files without tensors", id="no-tensors"),
             pytest.param(fifo, "not a regular file", id="fifo"),
-            pytest.param(
-                link("model.safetensors", "../outside/model.safetensors"), "leads outside", id="link"
-            ),
+            pytest.param(link("model.safetensors", "../outside/model.safetensors"), "leads outside", id="link"),
             pytest.param(link("config.json", "../outside/config.json"), "leads outside", id="config-link"),
             pytest.param(link("config.json", "/etc/hostname"), "leads outside", id="absolute-link"),
             pytest.param(link("model.safetensors", "gone"), "missing", id="dangling-link"),
-            pytest.param(
-                link("model.safetensors", "model.safetensors"), "cannot be followed|missing", id="link-loop"
-            ),
+            pytest.param(link("model.safetensors", "model.safetensors"), "cannot be followed|missing", id="link-loop"),
             pytest.param(indexed({"x": "../outside/model.safetensors"}), "unsafe file name", id="dot-dot"),
             pytest.param(indexed({"x": "/etc/a.safetensors"}), "unsafe file name", id="absolute"),
             pytest.param(indexed({"x": "..\\a.safetensors"}), "unsafe file name", id="backslash"),
             pytest.param(indexed({"x": "a\0.safetensors"}), "unsafe file name", id="nul"),
             pytest.param(indexed({"x": "a" * 300 + ".safetensors"}), "cannot be followed|missing", id="long"),
             pytest.param(indexed({"x": "c.safetensors"}), r"c\.safetensors: missing", id="missing-shard"),
-            pytest.param(
-                indexed({"x": "pytorch_model.bin"}), "expected a .safetensors file", id="pickle-shard"
-            ),
+            pytest.param(indexed({"x": "pytorch_model.bin"}), "expected a .safetensors file", id="pickle-shard"),
             pytest.param(indexed({"x": 1}), "expected a .safetensors file", id="number-shard"),
             pytest.param(indexed(["x"]), "no weight_map", id="map-is-a-list"),
             pytest.param(indexed({}), "no weight_map", id="map-is-empty"),
@@ -339,9 +329,7 @@ class TestRefusedDirectories:
                 r"b\.safetensors: tensor 'z' is missing",
                 id="missing-tensor",
             ),
-            pytest.param(
-                indexed({"x": "b.safetensors", "y": "a.safetensors"}), "wrong file for tensor", id="swapped"
-            ),
+            pytest.param(indexed({"x": "b.safetensors", "y": "a.safetensors"}), "wrong file for tensor", id="swapped"),
             pytest.param(duplicate, r"'x' is stored twice, got a\.safetensors and b", id="duplicate"),
         ],
     )
@@ -417,9 +405,7 @@ class TestRefusedHeaders:
             pytest.param(b"\1\0\0", "truncated, got 3 bytes", id="no-length"),
             pytest.param(raw_safetensors(b"{}", length=2**63), "header too large", id="length-2^63"),
             pytest.param(raw_safetensors(b"{}", length=100_000_001), "header too large", id="100MB"),
-            pytest.param(
-                raw_safetensors(b"{}", length=3), "expected a header of 3 bytes", id="longer-than-file"
-            ),
+            pytest.param(raw_safetensors(b"{}", length=3), "expected a header of 3 bytes", id="longer-than-file"),
             pytest.param(raw_safetensors(b"{,}"), "not valid JSON", id="garbage"),
             pytest.param(raw_safetensors(b"\xff{}"), "not valid JSON", id="not-utf8"),
             pytest.param(raw_safetensors(b"[" * 100_000), "not valid JSON", id="deep"),
@@ -427,33 +413,15 @@ class TestRefusedHeaders:
             pytest.param(raw_safetensors({"__metadata__": {"a": 1}}), "__metadata__", id="metadata"),
             pytest.param(raw_safetensors({"a": 1}), "wrong header entry", id="entry-number"),
             pytest.param(raw_safetensors({"a": {"dtype": "U8"}}), "wrong header entry", id="entry-fields"),
-            pytest.param(
-                raw_safetensors({"a": entry(0, 1, dtype="F4")}, b"1"), "unknown dtype, got 'F4'", id="dtype"
-            ),
-            pytest.param(
-                raw_safetensors({"a": entry(0, 1) | {"dtype": []}}, b"1"), "unknown dtype", id="dtype-list"
-            ),
-            pytest.param(
-                raw_safetensors({"a": entry(0, 1, [-1])}, b"1"), "impossible shape", id="negative-size"
-            ),
-            pytest.param(
-                raw_safetensors({"a": entry(0, 1, [True])}, b"1"), "impossible shape", id="bool-size"
-            ),
-            pytest.param(
-                raw_safetensors({"a": entry(0, 1, [1.0])}, b"1"), "impossible shape", id="float-size"
-            ),
-            pytest.param(
-                raw_safetensors({"a": entry(0, 1, [1] * 65)}, b"1"), "impossible shape", id="65-dims"
-            ),
-            pytest.param(
-                raw_safetensors({"a": entry(0, 0, [0, 2**62, 4])}), "impossible shape", id="overflow"
-            ),
-            pytest.param(
-                raw_safetensors({"a": entry(0, 1, [2])}, b"1"), "wrong data size", id="shape-too-large"
-            ),
-            pytest.param(
-                raw_safetensors({"a": entry(-1, 0, [1])}, b"1"), "data_offsets", id="negative-offset"
-            ),
+            pytest.param(raw_safetensors({"a": entry(0, 1, dtype="F4")}, b"1"), "unknown dtype, got 'F4'", id="dtype"),
+            pytest.param(raw_safetensors({"a": entry(0, 1) | {"dtype": []}}, b"1"), "unknown dtype", id="dtype-list"),
+            pytest.param(raw_safetensors({"a": entry(0, 1, [-1])}, b"1"), "impossible shape", id="negative-size"),
+            pytest.param(raw_safetensors({"a": entry(0, 1, [True])}, b"1"), "impossible shape", id="bool-size"),
+            pytest.param(raw_safetensors({"a": entry(0, 1, [1.0])}, b"1"), "impossible shape", id="float-size"),
+            pytest.param(raw_safetensors({"a": entry(0, 1, [1] * 65)}, b"1"), "impossible shape", id="65-dims"),
+            pytest.param(raw_safetensors({"a": entry(0, 0, [0, 2**62, 4])}), "impossible shape", id="overflow"),
+            pytest.param(raw_safetensors({"a": entry(0, 1, [2])}, b"1"), "wrong data size", id="shape-too-large"),
+            pytest.param(raw_safetensors({"a": entry(-1, 0, [1])}, b"1"), "data_offsets", id="negative-offset"),
             pytest.param(raw_safetensors({"a": entry(2, 1, [0])}, b"12"), "data_offsets", id="reversed"),
             pytest.param(
                 raw_safetensors({"a": entry(0, 1) | {"data_offsets": [0, 1, 2]}}, b"1"),
@@ -566,9 +534,7 @@ class TestHub:
             pytest.param(hub_errors.HFValidationError("bad"), "it was not found", id="bad-id"),
             pytest.param(hub_errors.OfflineModeIsEnabled("off"), "HF_HUB_OFFLINE", id="offline"),
             pytest.param(hub_errors.LocalEntryNotFoundError("none"), "cannot be reached", id="not-cached"),
-            pytest.param(
-                http_error(hub_errors.HfHubHTTPError, 500), "could not be downloaded", id="http-500"
-            ),
+            pytest.param(http_error(hub_errors.HfHubHTTPError, 500), "could not be downloaded", id="http-500"),
             pytest.param(connect_error(), "could not be downloaded", id="connection"),
             pytest.param(ConnectionResetError("reset"), "could not be downloaded", id="reset"),
         ],

@@ -177,9 +177,7 @@ class TestJson:
         ],
         ids=["missing", "cut", "not-utf8", "too-deep", "huge-number", "no-object"],
     )
-    def test_says_what_is_wrong_with_a_file(
-        self, tmp_path: Path, content: bytes | None, message: str
-    ) -> None:
+    def test_says_what_is_wrong_with_a_file(self, tmp_path: Path, content: bytes | None, message: str) -> None:
         path = tmp_path / "x.json"
         if content is not None:
             path.write_bytes(content)
@@ -261,9 +259,7 @@ class TestTensors:
 
     def test_known_bytes(self, tmp_path: Path) -> None:
         save_tensors(tmp_path / "x", {"a": torch.tensor([1, 258], dtype=torch.int16)})
-        header = json.dumps(
-            {"a": {"dtype": "I16", "shape": [2], "data_offsets": [0, 4]}}, separators=(",", ":")
-        )
+        header = json.dumps({"a": {"dtype": "I16", "shape": [2], "data_offsets": [0, 4]}}, separators=(",", ":"))
         padded = header.encode().ljust(56)
         assert (tmp_path / "x").read_bytes() == b"\x38" + bytes(7) + padded + b"\x01\x00\x02\x01"
 

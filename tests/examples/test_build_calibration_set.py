@@ -24,9 +24,7 @@ def main() -> click.Command:
 def model(tmp_path: Path) -> Path:
     directory = tmp_path / "model"
     words = ["<unk>", *(f"w{number}" for number in range(50))]
-    backend = Tokenizer(
-        models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>")
-    )
+    backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>").save_pretrained(directory)
     (directory / "config.json").write_text(json.dumps({"vocab_size": len(words)}))

@@ -31,9 +31,7 @@ def byte_tokenizer(*, adds_bos: bool = True, eos: bool = True) -> PreTrainedToke
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<bos>", "<eos>", "<reserved>"])
     if adds_bos:
-        backend.post_processor = processors.TemplateProcessing(
-            single="<bos> $A", special_tokens=[("<bos>", BOS)]
-        )
+        backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
     names = {"bos_token": "<bos>", **({"eos_token": "<eos>"} if eos else {})}
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
 
@@ -42,9 +40,7 @@ def text_ids(text: str) -> list[int]:
     return byte_tokenizer()(text, add_special_tokens=False)["input_ids"]
 
 
-def build(
-    source=None, *, tokenizer=None, part="calibration", vocab_size=VOCAB_SIZE, **config
-) -> CalibrationSet:
+def build(source=None, *, tokenizer=None, part="calibration", vocab_size=VOCAB_SIZE, **config) -> CalibrationSet:
     settings = CalibrationConfig(source=None if source is None else str(source), **config)
     return build_calibration(tokenizer or byte_tokenizer(), settings, vocab_size=vocab_size, part=part)
 
@@ -102,9 +98,7 @@ class TestBuiltin:
     @pytest.mark.parametrize(("rows", "n_random"), [(7, 0), (8, 1), (32, 2)])
     def test_number_of_random_rows(self, rows: int, n_random: int) -> None:
         origins = build(rows=rows, row_tokens=16).origins
-        assert [origin == "random token ids" for origin in origins] == [False] * (rows - n_random) + [
-            True
-        ] * n_random
+        assert [origin == "random token ids" for origin in origins] == [False] * (rows - n_random) + [True] * n_random
 
     def test_random_rows_reach_ordinary_tokens_only(self) -> None:
         tokens = build(rows=8, row_tokens=4096).tokens
@@ -118,9 +112,7 @@ class TestBuiltin:
         assert ordinary_ids(tokenizer, 10**6) == list(range(256))
 
     def test_evaluation_has_no_random_rows_and_other_documents(self) -> None:
-        calibration, evaluation = (
-            build(rows=16, row_tokens=64, part=p) for p in ("calibration", "evaluation")
-        )
+        calibration, evaluation = (build(rows=16, row_tokens=64, part=p) for p in ("calibration", "evaluation"))
         assert "random token ids" not in evaluation.rows_per_kind
         assert not set(calibration.origins) & set(evaluation.origins)
         assert "evaluation part" in evaluation.description
@@ -165,9 +157,7 @@ class TestUserText:
         assert evaluation.tokens[:, 1:].flatten().tolist() == text[:600]
         assert evaluation.origins[3] == "numbers.txt: window 3"
         assert "consecutive from its start" in evaluation.description
-        assert torch.equal(
-            evaluation.tokens, build(numbered, rows=10, row_tokens=61, part="evaluation", seed=9).tokens
-        )
+        assert torch.equal(evaluation.tokens, build(numbered, rows=10, row_tokens=61, part="evaluation", seed=9).tokens)
 
     def test_evaluation_documents_are_joined_by_blank_lines(self, tmp_path: Path) -> None:
         lines = ["alpha", "", "gamma"]
@@ -219,9 +209,7 @@ class TestUserText:
     @pytest.mark.parametrize("part", ["calibration", "evaluation"])
     def test_too_little_text(self, tmp_path: Path, part: str) -> None:
         (tmp_path / "a.txt").write_text("x" * 98)
-        message = (
-            r"a\.txt: too little text, got 9[89] tokens, expected at least 120 for 2 rows of 61\. Lower rows"
-        )
+        message = r"a\.txt: too little text, got 9[89] tokens, expected at least 120 for 2 rows of 61\. Lower rows"
         with pytest.raises(CalibrationError, match=message):
             build(tmp_path / "a.txt", rows=2, row_tokens=61, part=part)
 
@@ -277,9 +265,7 @@ class TestChat:
 
 class TestPool:
     def source(self, *texts: str) -> TextSource:
-        return TextSource(
-            "s", (TextPart("p", lambda: (Document(f"p: {i}", t) for i, t in enumerate(texts))),)
-        )
+        return TextSource("s", (TextPart("p", lambda: (Document(f"p: {i}", t) for i, t in enumerate(texts))),))
 
     @pytest.mark.parametrize("in_order", [True, False])
     def test_reads_no_more_than_needed(self, in_order: bool) -> None:
@@ -295,16 +281,12 @@ class TestPool:
         assert 200 <= len(pool.tokens) <= 800
         assert len(read) < 30
 
-    def test_long_documents_are_tokenized_in_pieces_without_loss(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_long_documents_are_tokenized_in_pieces_without_loss(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(rows_module, "_MIN_CHUNK_CHARACTERS", 50)
         monkeypatch.setattr(rows_module, "_MAX_CHUNK_CHARACTERS", 50)
         text = "\n".join(str(number) * (number % 30) for number in range(100))
         for in_order, end in ((True, []), (False, [EOS])):
-            pool = read_pool(
-                self.source(text), byte_tokenizer(), rows=1, body_tokens=10**6, in_order=in_order
-            )
+            pool = read_pool(self.source(text), byte_tokenizer(), rows=1, body_tokens=10**6, in_order=in_order)
             assert pool.tokens == text_ids(text) + end
             assert pool.starts == [0]
 

@@ -129,9 +129,7 @@ def test_directory_without_text(tmp_path: Path) -> None:
         read_texts(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "name", ["nothing.txt", "./nothing", "a/b/c", "/nothing/here", "~/x"], ids=lambda name: name
-)
+@pytest.mark.parametrize("name", ["nothing.txt", "./nothing", "a/b/c", "/nothing/here", "~/x"], ids=lambda name: name)
 def test_missing_path(name: str) -> None:
     with pytest.raises(CalibrationError, match="no such file or directory"):
         read_texts(name)
@@ -144,9 +142,7 @@ def test_a_path_object_is_never_a_hub_data_set() -> None:
 
 def test_unknown_suffix_lists_the_known(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(
-        CalibrationError, match=r"'\.csv', expected one of \.txt, \.jsonl, \.parquet, \.arrow"
-    ):
+    with pytest.raises(CalibrationError, match=r"'\.csv', expected one of \.txt, \.jsonl, \.parquet, \.arrow"):
         read_texts(tmp_path / "a.csv")
 
 
@@ -266,25 +262,18 @@ class TestBuiltin:
         assert not {text for text in paragraphs[0] & paragraphs[1] if len(text) >= 80}
 
     @pytest.mark.parametrize("use", ["calibration", "evaluation"])
-    def test_holds_enough_of_both_kinds(
-        self, builtin: list[list[Document]], use: builtin_text.TextUse
-    ) -> None:
+    def test_holds_enough_of_both_kinds(self, builtin: list[list[Document]], use: builtin_text.TextUse) -> None:
         source = builtin_texts(use)
         assert [part.name for part in source.parts] == ["prose", "code"]
         for part in source.parts:
             documents = builtin[use == "evaluation"]
             # 32 rows of 1024 tokens, half of each kind, at 5 characters per token.
-            assert (
-                sum(len(document.text) for document in documents if document.kind == part.name)
-                > 16 * 1024 * 5
-            )
+            assert sum(len(document.text) for document in documents if document.kind == part.name) > 16 * 1024 * 5
         assert source.description.endswith(f"documentation and standard library sources, {use} part")
 
     def test_order_is_fixed_by_its_number(self) -> None:
         def names(order: int) -> list[str]:
-            return [
-                document.origin for document in builtin_texts("calibration", order=order).parts[1].documents()
-            ]
+            return [document.origin for document in builtin_texts("calibration", order=order).parts[1].documents()]
 
         assert names(0) == names(0)
         assert names(0) != names(1)
@@ -321,9 +310,7 @@ class TestBuiltin:
         with pytest.raises(CalibrationError, match="without the sources of its standard library"):
             builtin_texts("calibration")
 
-    def test_unreadable_and_broken_files_are_left_out(
-        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    ) -> None:
+    def test_unreadable_and_broken_files_are_left_out(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         names = [f"module{number}.py" for number in range(20)]
         for name in names:
             (tmp_path / name).write_bytes(b"# \xff\n" * 200)

@@ -87,9 +87,7 @@ def random_linear(
 ) -> QuantizedLinear:
     rng = torch.Generator().manual_seed(seed)
     rows = sum(n for _, n in groups)
-    codes = [
-        torch.randint(0, 1 << bits, (n, out_features), generator=rng, dtype=torch.uint8) for bits, n in groups
-    ]
+    codes = [torch.randint(0, 1 << bits, (n, out_features), generator=rng, dtype=torch.uint8) for bits, n in groups]
     shape = (len(groups), out_features)
     # Ceilings from 1e-4 to 1e-1: most of them divide into subnormal steps, which is where readers round.
     ceilings = (10 ** (torch.rand(len(groups), generator=rng) * 3 - 4)).half()

@@ -141,9 +141,7 @@ def test_tensors_are_aligned_and_in_model_order(write: Write) -> None:
     (length,) = struct.unpack("<Q", raw[:8])
     header = json.loads(raw[8 : 8 + length])
     assert length % 8 == 0
-    assert all(
-        entry["data_offsets"][0] % 4 == 0 for name, entry in header.items() if entry.get("dtype") == "I32"
-    )
+    assert all(entry["data_offsets"][0] % 4 == 0 for name, entry in header.items() if entry.get("dtype") == "I32")
     place = {name: entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
     names = ["model.embed_tokens.weight", f"{KEYS}.q_weight", f"{KEYS.replace('0', '1')}.q_weight"]
     names += ["model.norm.weight", "lm_head.q_weight"]
@@ -161,9 +159,7 @@ def test_shards(write: Write, tmp_path: Path) -> None:
     files = sorted(out.glob("*.safetensors"))
     assert len(files) > 2 and not list(out.glob("*.partial"))
     count = len(files)
-    assert [path.name for path in files] == [
-        f"output-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)
-    ]
+    assert [path.name for path in files] == [f"output-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     assert max(path.stat().st_size for path in files) <= 40_000
     assert result.file_bytes == sum(path.stat().st_size for path in files)
     for path in files:
@@ -290,9 +286,7 @@ def test_failure_leaves_nothing_behind(
     assert {path.name for path in tmp_path.iterdir()} == before
 
 
-def test_wrong_bytes_never_get_into_place(
-    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_bytes_never_get_into_place(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from bpwise.convert.exl2 import writer
 
     packed = writer.linear_tensors
@@ -330,9 +324,7 @@ def test_verifier_sees_missing_and_unexpected_tensors(write: Write) -> None:
         tensors["other.weight"] = tensors.pop("model.norm.weight")
 
     _rewrite(out, rename)
-    with pytest.raises(
-        VerificationError, match=r"1 missing: model\.norm\.weight; 1 unexpected: other\.weight"
-    ):
+    with pytest.raises(VerificationError, match=r"1 missing: model\.norm\.weight; 1 unexpected: other\.weight"):
         verify_model(out)
 
 
