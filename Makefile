@@ -20,7 +20,7 @@ $(MODEL)/config.json: | $(VENV)/installed
 # Quantize a real model to 8.0 bits per weight with an 8-bit head, and print the comparison with the original.
 demo: $(VENV)/installed $(MODEL)/config.json
 	rm -rf $(DEMO) $(DEMO).work
-	$(BIN)/bpwise quantize $(MODEL) $(DEMO) --bpw 8.0 --head-bits 8 --rows 16
+	$(BIN)/bpwise quantize $(MODEL) $(DEMO) --bpw 8.0 --head-bits 8 --rows 8
 	@echo
 	@cat $(DEMO)/report.md
 

@@ -246,11 +246,7 @@ class _Rounding:
         return damped_solve(gram, drift, self.config.drift_damping)
 
     def _round_linear(self, name: str, module: Any, gram: Tensor, shift: Tensor | None, joins: bool) -> None:
-        # `shift` moves the weight: itself where the stage joins the residual stream, else times the weight.
-        target = module.weight.detach().T.float()
-        if shift is not None:
-            target = target + shift if joins else torch.addmm(target, shift, target)
-        linear = self._rounded(self.plans[name], target, gram)
+        linear = self._rounded(self.plans[name], _shifted(module.weight, shift, joins), gram)
         module.weight.copy_(linear.dequantize().to(module.weight))
 
     def head(self) -> None:
@@ -269,8 +265,8 @@ class _Rounding:
                 drift.addmm_(inputs.T, wanted - inputs)
             tokens = len(original)
             gram, drift = gram / tokens, drift / tokens
-            task = partial(self._round_linear, HEAD, head, gram, self._solved(gram, drift), False)
-            run_all([task], self.model.device)
+            target = _shifted(head.weight, self._solved(gram, drift), False)
+        run_all([partial(self._rounded, self.plans[HEAD], target, gram)], self.model.device)
 
     def _head_input(self, head: nn.Linear, hidden: Tensor) -> Tensor:
         with _taps(head, [""], stop_at="") as taps, suppress(_StageReached):
@@ -286,6 +282,14 @@ class _Rounding:
         linear.validate(plan.name)
         self.pieces.save(plan.name, _pack(linear, factor.damping))
         return linear
+
+
+def _shifted(weight: Tensor, shift: Tensor | None, joins: bool) -> Tensor:
+    # The weight [inputs, outputs], moved by `shift`: itself where the stage joins the stream, else times the weight.
+    plain = weight.detach().T.float()
+    if shift is None:
+        return plain
+    return plain + shift if joins else torch.addmm(plain, shift, plain)
 
 
 def _stored_order(plan: LinearPlan, measured: MeasuredLinear) -> Tensor:
