@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -9,8 +9,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 MakeModel = Callable[..., Path]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small gain nothing from threads, which wait for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
-def make_model(tmp_path: Path) -> MakeModel:
+def make_model(tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast) -> MakeModel:
     """Saves a random two-layer Llama with a byte-level tokenizer beside it."""
 
     def build(
@@ -42,12 +51,13 @@ def make_model(tmp_path: Path) -> MakeModel:
             if change is not None:
                 change(dict(model.named_parameters()))
         model.save_pretrained(tmp_path / name)
-        byte_tokenizer().save_pretrained(tmp_path / name)
+        byte_tokenizer.save_pretrained(tmp_path / name)
         return tmp_path / name
 
     return build
 
 
+@pytest.fixture(scope="session")
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte, after a BOS token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

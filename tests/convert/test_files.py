@@ -243,7 +243,7 @@ class TestTensors:
             file.write(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr("bpwise.convert.files.write_tensors", full)
+        monkeypatch.setattr("bpwise.convert.safetensors_file.write_tensors", full)
         with pytest.raises(WorkDirectoryError, match="disk is full"):
             save_tensors(tmp_path / "x.safetensors", {"a": torch.ones(3)})
         assert names(tmp_path) == []

@@ -1,26 +1,16 @@
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 SaveModel = Callable[..., Path]
 
 
-@pytest.fixture(scope="package", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from threads, which wait for each other on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
-def save_model() -> SaveModel:
+def save_model(byte_tokenizer: PreTrainedTokenizerFast) -> SaveModel:
     """Saves a random two-layer model with a byte-level tokenizer beside it."""
 
     def save(
@@ -50,7 +40,7 @@ def save_model() -> SaveModel:
             if change is not None:
                 change(model)
         model.save_pretrained(directory)
-        _byte_tokenizer().save_pretrained(directory)
+        byte_tokenizer.save_pretrained(directory)
         return directory
 
     return save
@@ -60,13 +50,3 @@ def save_model() -> SaveModel:
 def tiny_model(save_model: SaveModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that no test may change."""
     return save_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
-def _byte_tokenizer() -> PreTrainedTokenizerFast:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<bos>", "<eos>"])
-    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 256)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>")
