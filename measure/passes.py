@@ -94,7 +94,7 @@ class MeasuringPasses:
                 flat_gradient[first : first + _TAIL_TOKENS] = part.grad[0].cpu()
             check_finite(gradient, "output head, gradient")
             curves = self._curves({HEAD: head}, sums)
-        self.pieces.save("gradient", {"gradient": gradient, "block": torch.tensor(last)})
+        self.pieces.save(f"gradient-{last}", {"gradient": gradient})
         self.pieces.save("head", _pack(curves))
         self.pieces.discard(f"input-{last}")
 
@@ -106,7 +106,7 @@ class MeasuringPasses:
             if self.pieces.has(f"curves-{index}"):
                 continue
             if gradient is None:
-                gradient = self._resumed_gradient(index)
+                gradient = self.pieces.load(f"gradient-{index + 1}")["gradient"]
             hidden = self.pieces.load(f"input-{index}")["hidden"]
             with self.model.block(index) as block:
                 with collect(block, stages) as statistics:
@@ -122,10 +122,6 @@ class MeasuringPasses:
             self.pieces.save(f"curves-{index}", _pack(curves))
             self.pieces.discard(f"gradient-{index + 1}")
             self.pieces.discard(f"input-{index}")
-
-    def _resumed_gradient(self, index: int) -> Tensor:
-        piece = "gradient" if index == self.model.block_count - 1 else f"gradient-{index + 1}"
-        return self.pieces.load(piece)["gradient"]
 
     def _backward_block(self, index: int, hidden: Tensor, gradient: Tensor) -> Tensor:
         before = torch.empty_like(gradient)
