@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from .errors import BpwiseError
 from .version import __version__
@@ -69,7 +70,7 @@ def _calibration_options(command: _Command) -> _Command:
             click.option("-r", "--rows", type=click.IntRange(1), default=32, help="Calibration rows."),
             click.option("-l", "--row-tokens", type=click.IntRange(2), default=1024, help="Tokens in each row."),
             click.option("--seed", type=int, default=0, help="Seed of rows and of sampled targets."),
-            click.option("--group-size", type=int, default=64, help="Input features that share a width and a scale."),
+            click.option("--group-size", type=int, default=32, help="Input features that share a width and a scale."),
             click.option("--damping", type=float, default=0.02, help="Damping of the Gram matrices, relative."),
             click.option("--device", default="auto", help="cpu, cuda, cuda:N, mps or auto."),
             click.option("--work-dir", type=_DIRECTORY, help="Where finished blocks are kept.  [default: OUTPUT.work]"),
@@ -108,7 +109,12 @@ def _measure_config(options: dict[str, Any]) -> tuple[MeasureConfig, Calibration
 @click.argument("output", type=_DIRECTORY)
 @click.option("-b", "--bpw", type=float, required=True, help="Bits per weight of the decoder, overheads included.")
 @click.option("-hb", "--head-bits", type=_HEAD_BITS, default="6", help="Bits of the output head; 16: unquantized.")
-@click.option("-m", "--measurement", type=_EXISTING_FILE, help="A measurement of this model: do not measure again.")
+@click.option(
+    "-m",
+    "--measurement",
+    type=_EXISTING_FILE,
+    help="A measurement of this model, with its calibration rows: do not measure again.",
+)
 @click.option("-ss", "--shard-size", type=click.IntRange(1), default=8192, help="Largest output file, MiB.")
 @click.option("--eval-text", help="Text to evaluate on, as --calibration.  [default: Python's text, another part]")
 @click.option("--eval-rows", type=click.IntRange(1), default=16, help="Rows to evaluate on.")
@@ -138,6 +144,8 @@ def quantize(model: str, output: Path, **options: Any) -> None:
         evaluate=None if options["no_eval"] else evaluate,
         shard_bytes=options["shard_size"] * _MIB,
     )
+    if options["measurement"]:
+        _refuse_beside_measurement()
     if options["dry_run"]:
         _print_forecast(model, config.bpw, config.head_bits, measure_config)
         return
@@ -152,6 +160,16 @@ def quantize(model: str, output: Path, **options: Any) -> None:
     )
     for line in result.summary_lines():
         click.echo(line)
+
+
+def _refuse_beside_measurement() -> None:
+    context = click.get_current_context()
+    for name in ("calibration", "column", "chat_template", "rows", "row_tokens", "seed", "group_size"):
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(
+                f"--{name.replace('_', '-')} cannot go with --measurement, which brings its own calibration rows and "
+                "group size. Leave one of the two out."
+            )
 
 
 def _print_forecast(model: str, bpw: float, head_bits: int, config: MeasureConfig) -> None:

@@ -17,7 +17,7 @@ from bpwise.quantize.plan import LinearPlan, Plan
 from bpwise.rounding.feedback import round_linear
 from torch import Tensor
 
-__all__ = ["ReplacedWeights", "Widths", "budget_bits", "plan_of", "round_to_nearest", "spend", "uniform_plan"]
+__all__ = ["ReplacedWeights", "Widths", "round_to_nearest", "uniform_plan"]
 
 
 @dataclass(slots=True)
@@ -40,34 +40,35 @@ class Widths:
         return linear_bits(self.linear.out_features, map(RowGroup, self.bits, self.rows))
 
 
-def budget_bits(measurement: Measurement, bpw: float) -> int:
+def _budget_bits(measurement: Measurement, bpw: float) -> int:
     """Return the bits that all linears of the decoder may take together, overheads included."""
     return int(bpw * sum(linear.in_features * linear.out_features for linear in measurement.linears))
 
 
-def uniform_plan(measurement: Measurement, bpw: float) -> Plan:
+def uniform_plan(measurement: Measurement, bpw: float, head_bits: int) -> Plan:
     """Give every linear the same share of rows at each of two neighbouring widths, the wider rows first.
 
     Args:
         measurement: Gives the linears, and the rows of a group.
         bpw: Decoder bits per weight, overheads included; met from below.
+        head_bits: Width of the head.
 
     Returns:
-        The plan, less than one row group's widening below the target.
+        The plan, without predictions, less than one row group's widening below the target.
 
     Raises:
         BudgetError: Not even the smallest width fits.
     """
-    budget = budget_bits(measurement, bpw)
+    budget = _budget_bits(measurement, bpw)
     for bits in WIDTHS:
         plan = [_uniform(linear, measurement.group_size, bits) for linear in measurement.linears]
         if sum(widths.stored_bits for widths in plan) <= budget:
-            spend(plan, budget)
-            return plan_of(measurement, plan, bpw)
+            _spend(plan, budget)
+            return _plan_of(measurement, plan, bpw, head_bits)
     raise BudgetError(f"{bpw:g} bits per weight: too few for uniform widths on this model. Ask for more.")
 
 
-def spend(plan: Sequence[Widths], budget: int) -> None:
+def _spend(plan: Sequence[Widths], budget: int) -> None:
     """Widen row groups in place by one width each, as far as the budget goes.
 
     The narrowest groups come first, and among equals the first groups of all linears, so that the share of widened
@@ -93,26 +94,26 @@ def spend(plan: Sequence[Widths], budget: int) -> None:
             left -= cost
 
 
-def plan_of(measurement: Measurement, plan: Sequence[Widths], bpw: float) -> Plan:
-    """Return chosen widths as a plan without predictions, the head at 16 bits."""
-    linears = tuple(
-        LinearPlan(
-            name=widths.linear.name,
-            in_features=widths.linear.in_features,
-            out_features=widths.linear.out_features,
-            group_rows=tuple(widths.rows),
-            group_bits=tuple(widths.bits),
-            damage_nats=math.nan,
-        )
-        for widths in plan
-    )
+def _plan_of(measurement: Measurement, chosen: Sequence[Widths], bpw: float, head_bits: int) -> Plan:
+    *linears, head = map(_linear_plan, [*chosen, _uniform(measurement.head, measurement.group_size, head_bits)])
     return Plan(
-        linears=linears,
-        head=None,
+        linears=tuple(linears),
+        head=head,
         target_bpw=bpw,
-        head_bits=16,
+        head_bits=head_bits,
         lower_bound_nats=math.nan,
         measurement=measurement.fingerprint,
+    )
+
+
+def _linear_plan(widths: Widths) -> LinearPlan:
+    return LinearPlan(
+        name=widths.linear.name,
+        in_features=widths.linear.in_features,
+        out_features=widths.linear.out_features,
+        group_rows=tuple(widths.rows),
+        group_bits=tuple(widths.bits),
+        damage_nats=math.nan,
     )
 
 

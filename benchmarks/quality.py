@@ -1,19 +1,13 @@
-"""How much of a model's quality four ways of quantizing it to the same size keep.
+"""What each decision of bpwise is worth, and how it compares with ExLlamaV2's own converter.
 
     python benchmarks/quality.py MODEL
-    python benchmarks/quality.py MODEL --bpw 4,3 --methods gptq,bpwise --rows 16
+    python benchmarks/quality.py MODEL --bpw 4,3 --variants bpwise,no-drift --rows 16
+    python benchmarks/quality.py MODEL --exllamav2 build/exl/exllamav2
 
-On the same calibration tokens, at the same decoder bits per weight with all overheads counted, the output head left
-at 16 bits:
-
-rtn     round to nearest: widths uniform over the model, grid searched, no error feedback, natural row order.
-gptq    the same widths with error feedback and rows ordered by activity, blocks on quantized inputs.
-mixes   fixed mixes of widths for each attention and MLP, chosen by the error of its output as ExLlamaV2 does
-        (see block_mixes.py), then rounded as gptq.
-bpwise  widths of row groups by predicted damage to the end loss, drift corrected while rounding: the defaults.
-
-Mean KL divergence from the original on held-out text, and perplexity. Finished results are kept in the work
-directory, and a run that was cut off goes on; delete ``results.jsonl`` in it after a change of the code.
+Every variant gets the same calibration tokens and the same bits: decoder bits per weight with all overheads counted,
+and a head of 8 bits at 8 bpw and above, of 6 bits below. Reported is the mean KL divergence from the original on
+held-out text. Measurements and finished results stay in the work directory, and a run that was cut off goes on; delete
+the directory after a change of the code.
 """
 
 from __future__ import annotations
@@ -22,21 +16,26 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
+import exllamav2_peer
+import numpy as np
+import torch
 from baselines import ReplacedWeights, round_to_nearest, uniform_plan
-from block_mixes import mixed_plan, score_mixes
-from bpwise.convert.checkpoint import Checkpoint, open_model
+from bpwise.convert.checkpoint import Checkpoint, TensorSource, open_model
+from bpwise.convert.exl2.reader import Exl2Model
+from bpwise.convert.exl2.verify import verify_model
 from bpwise.convert.files import atomic_file
 from bpwise.errors import BpwiseError
 from bpwise.eval.comparison import EvalConfig, OriginalRun, compare_with, evaluation_rows, run_original
 from bpwise.measure.calibration import CalibrationConfig, CalibrationSet
-from bpwise.measure.measurement import Measurement
+from bpwise.measure.measurement import MeasuredLinear, Measurement
 from bpwise.measure.run import (
     MeasureConfig,
     calibration_rows,
@@ -44,43 +43,102 @@ from bpwise.measure.run import (
     measurement_provenance,
     resolve_device,
 )
+from bpwise.measure.statistics import WeightedGram
 from bpwise.measure.tokenizer import load_tokenizer
 from bpwise.quantize.plan import Plan, make_plan
 from bpwise.quantize.rounding import RoundConfig, round_model
 from torch import Tensor
 from tqdm import tqdm
 
-__all__ = ["METHODS", "Result", "main", "make_plans", "tables"]
+__all__ = ["PEER", "VARIANTS", "Benchmark", "Result", "Variant", "main", "table"]
 
-METHODS = {
-    "rtn": "round to nearest",
-    "gptq": "GPTQ, uniform widths",
-    "mixes": "GPTQ, fixed mixes",
-    "bpwise": "bpwise",
-}
+PEER = "exllamav2"
 OURS = "bpwise"
+
+MakePlan = Callable[[Measurement, float, int], Plan]
+
+
+@contextmanager
+def _tokens_alike() -> Iterator[None]:
+    """Have every token count the same in Gram matrices."""
+    weighted = WeightedGram.add
+
+    def add(self: WeightedGram, inputs: Tensor, weights: Tensor) -> None:
+        weighted(self, inputs, torch.ones_like(weights))
+
+    WeightedGram.add = add  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        WeightedGram.add = weighted  # type: ignore[method-assign]
+
+
+def _best_plan(measurement: Measurement, bpw: float, head_bits: int) -> Plan:
+    return make_plan(measurement, bpw=bpw, head_bits=head_bits)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """One way of quantizing.
+
+    Attributes:
+        title: What differs from bpwise's defaults.
+        group_size: Rows of a group.
+        tokens_alike: Whether every calibration token counts the same.
+        plan: Chooses the widths.
+        rounding: Changes to the rounding stage's options.
+        feedback: Whether errors are fed back, and blocks rounded on quantized inputs.
+    """
+
+    title: str
+    group_size: int = MeasureConfig().group_size
+    tokens_alike: bool = False
+    plan: MakePlan = _best_plan
+    rounding: Mapping[str, Any] = field(default_factory=dict)
+    feedback: bool = True
+
+    @property
+    def measurement(self) -> str:
+        """Name of the measurement that it needs: variants share what they can."""
+        return f"{'alike' if self.tokens_alike else 'weighted'}-{self.group_size}"
+
+
+VARIANTS = {
+    PEER: Variant(title="ExLlamaV2 0.3.2, its own converter"),
+    "rtn": Variant(title="uniform widths, rounded to nearest", plan=uniform_plan, feedback=False),
+    "uniform": Variant(title="uniform widths", plan=uniform_plan),
+    "alike": Variant(title="all tokens count alike", tokens_alike=True),
+    "no-drift": Variant(title="drift not corrected", rounding={"drift_damping": math.inf}),
+    "group-64": Variant(title="groups of 64", group_size=64),
+    "group-128": Variant(title="groups of 128", group_size=128),
+    OURS: Variant(title="bpwise"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """One method at one size.
+    """One variant at one size.
 
     Attributes:
-        method: Key of ``METHODS``.
+        variant: Key of ``VARIANTS``.
         target_bpw: What was asked.
-        bpw: Decoder bits per weight that the plan has, overheads included.
+        bpw: Decoder bits per weight that it has, overheads included.
+        head_bpw: The head's.
         kl_nats: Mean KL divergence from the original, nats per token.
         kl_standard_error: Its standard error; None with a single row.
+        predicted_nats: What the plan said; None where nothing was predicted.
         perplexity: The quantized model's.
         original_perplexity: The original's on the same tokens.
-        seconds: Wall time of rounding and evaluating.
+        seconds: Wall time of rounding, measurement not included.
     """
 
-    method: str
+    variant: str
     target_bpw: float
     bpw: float
+    head_bpw: float
     kl_nats: float
     kl_standard_error: float | None
+    predicted_nats: float | None
     perplexity: float
     original_perplexity: float
     seconds: float
@@ -88,95 +146,148 @@ class Result:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Benchmark:
-    """What all methods share.
+    """What all variants share.
 
     Attributes:
+        model: Directory or Hub id of the original.
         checkpoint: The original.
         calibration: Rows to measure and round with.
         evaluation: Held-out rows.
-        measurement: The measurement.
-        config: How it was made.
+        config: How to measure.
         eval_config: How models are evaluated.
+        package: Where ExLlamaV2 is, if it takes part.
         work: Work directory.
     """
 
+    model: str
     checkpoint: Checkpoint
     calibration: CalibrationSet
     evaluation: CalibrationSet
-    measurement: Measurement
     config: MeasureConfig
     eval_config: EvalConfig
+    package: Path | None
     work: Path
 
     @property
     def identity(self) -> dict[str, Any]:
-        """All that results depend on, as plain JSON."""
-        return {"measurement": self.measurement.fingerprint, "evaluation": self.evaluation.fingerprint}
+        """All that results depend on beside the code, as plain JSON."""
+        provenance = measurement_provenance(self.checkpoint, self.calibration, self.config)
+        return {"measured": provenance, "evaluation": self.evaluation.fingerprint}
 
 
-def prepare(model: str, config: MeasureConfig, eval_config: EvalConfig, work: Path) -> Benchmark:
-    """Open the model, take rows, and measure unless the work directory holds this measurement."""
+def prepare(
+    model: str, config: MeasureConfig, eval_config: EvalConfig, work: Path, package: Path | None = None
+) -> Benchmark:
+    """Open the model and take the rows."""
     checkpoint = open_model(model)
-    calibration = calibration_rows(checkpoint, config.calibration)
     vocab_size = int(checkpoint.config["vocab_size"])
-    kept = work / "measurement.safetensors"
-    measurement = Measurement.load(kept) if kept.exists() else None
-    if measurement is None or measurement.provenance != measurement_provenance(checkpoint, calibration, config):
-        measurement = measure_to_file(
-            model, kept, config, work=work / "measure", calibration=calibration, progress=progress_bar
-        )
     return Benchmark(
+        model=model,
         checkpoint=checkpoint,
-        calibration=calibration,
+        calibration=calibration_rows(checkpoint, config.calibration),
         evaluation=evaluation_rows(load_tokenizer(checkpoint.directory), eval_config, vocab_size=vocab_size),
-        measurement=measurement,
         config=config,
         eval_config=eval_config,
+        package=package,
         work=work,
     )
 
 
-def make_plans(benchmark: Benchmark, method: str, targets: Sequence[float], score_rows: int) -> dict[float, Plan]:
-    """Return a method's plan for every target, in decoder bits per weight."""
-    measurement = benchmark.measurement
-    make: Callable[[float], Plan]
-    if method == OURS:
-        make = partial(_our_plan, measurement)
-    elif method == "mixes":
-        parts = score_mixes(
-            benchmark.checkpoint,
-            benchmark.calibration,
-            measurement,
-            benchmark.work,
-            score_rows=score_rows,
-            damping=benchmark.config.damping,
-            device=resolve_device(benchmark.config.device),
+def measured(benchmark: Benchmark, variant: Variant) -> Measurement:
+    """Return the measurement that a variant needs, made now unless the work directory holds it."""
+    config = replace(benchmark.config, group_size=variant.group_size)
+    kept = benchmark.work / f"measurement-{variant.measurement}.safetensors"
+    if kept.exists():
+        measurement = Measurement.load(kept)
+        if measurement.provenance == measurement_provenance(benchmark.checkpoint, benchmark.calibration, config):
+            return measurement
+    alike: AbstractContextManager[None] = _tokens_alike() if variant.tokens_alike else nullcontext()
+    start = time.monotonic()
+    with alike:
+        measurement = measure_to_file(
+            benchmark.model,
+            kept,
+            config,
+            work=benchmark.work / f"measure-{variant.measurement}",
+            calibration=benchmark.calibration,
             progress=progress_bar,
         )
-        make = partial(mixed_plan, measurement, parts)
+    if variant.tokens_alike:
+        measurement = replace(
+            measurement, linears=tuple(map(_alike, measurement.linears)), head=_alike(measurement.head)
+        )
+        measurement.save(kept)
+    click.echo(f"measurement {variant.measurement}: {(time.monotonic() - start) / 60:.1f} minutes", err=True)
+    return measurement
+
+
+def _alike(linear: MeasuredLinear) -> MeasuredLinear:
+    return replace(linear, token_weights=np.ones_like(linear.token_weights))
+
+
+def head_bits_at(bpw: float) -> int:
+    """Return the width of the head that goes with a decoder's bits per weight."""
+    return 8 if bpw >= 8 else 6
+
+
+def run_variant(benchmark: Benchmark, original: OriginalRun, key: str, bpw: float) -> Result:
+    """Quantize one variant to one size, and evaluate it."""
+    work = benchmark.work / f"{key}-{bpw:g}"
+    variant = VARIANTS[key]
+    predicted = None
+    quantized: TensorSource
+    if key == PEER:
+        start = time.monotonic()
+        _convert(benchmark, bpw, work)
+        seconds = time.monotonic() - start
+        written = verify_model(work)
+        quantized, sizes = Exl2Model.open(work), (written.decoder_bpw, written.head_bpw)
     else:
-        make = partial(uniform_plan, measurement)
-    return {target: make(target) for target in targets}
+        measurement = measured(benchmark, variant)
+        plan = variant.plan(measurement, bpw, head_bits_at(bpw))
+        start = time.monotonic()
+        quantized = _round(benchmark, variant, measurement, plan, work)
+        seconds = time.monotonic() - start
+        assert plan.head is not None
+        sizes = plan.bpw, plan.head.bpw
+        predicted = None if math.isnan(plan.damage_nats) else plan.damage_nats
+    summary = compare_with(original, quantized, progress_bar).summary
+    shutil.rmtree(work, ignore_errors=True)
+    return Result(
+        variant=key,
+        target_bpw=bpw,
+        bpw=sizes[0],
+        head_bpw=sizes[1],
+        kl_nats=summary.kl_nats.value,
+        kl_standard_error=summary.kl_nats.standard_error,
+        predicted_nats=predicted,
+        perplexity=summary.quantized_perplexity.value,
+        original_perplexity=summary.original_perplexity.value,
+        seconds=seconds,
+    )
 
 
-def _our_plan(measurement: Measurement, bpw: float) -> Plan:
-    return make_plan(measurement, bpw=bpw, head_bits=16)
+def _convert(benchmark: Benchmark, bpw: float, out: Path) -> None:
+    assert benchmark.package is not None, "the command line checks this"
+    if not out.exists():
+        config = exllamav2_peer.PeerConfig(package=benchmark.package, bpw=bpw, head_bits=head_bits_at(bpw))
+        exllamav2_peer.convert(benchmark.model, out, config, benchmark.calibration, benchmark.work / PEER)
 
 
-def quantize(benchmark: Benchmark, method: str, plan: Plan, work: Path) -> ReplacedWeights:
-    """Round the decoder by a method; the weights are in ``work``, or made when they are read."""
+def _round(benchmark: Benchmark, variant: Variant, measurement: Measurement, plan: Plan, work: Path) -> ReplacedWeights:
     checkpoint = benchmark.checkpoint
     device = resolve_device(benchmark.config.device)
-    if method == "rtn":
+    linears = {p.name: p for p in (*plan.linears, *([plan.head] if plan.head else []))}
+    if not variant.feedback:
 
-        def nearest(name: str, index: int) -> Tensor:
-            return round_to_nearest(checkpoint.tensor(f"{name}.weight"), plan.linears[index], device)
+        def nearest(name: str) -> Tensor:
+            tied = name == measurement.head.name and checkpoint.tied_embeddings
+            stored = "model.embed_tokens" if tied else name
+            return round_to_nearest(checkpoint.tensor(f"{stored}.weight"), linears[name], device)
 
-        return ReplacedWeights(checkpoint, {p.name: partial(nearest, p.name, i) for i, p in enumerate(plan.linears)})
-    config = RoundConfig(damping=benchmark.config.damping, device=benchmark.config.device)
-    if method != OURS:
-        config = RoundConfig(damping=config.damping, device=config.device, drift_damping=math.inf)
-    rounded = round_model(checkpoint, benchmark.calibration, benchmark.measurement, plan, config, work, progress_bar)
+        return ReplacedWeights(checkpoint, {name: partial(nearest, name) for name in linears})
+    config = RoundConfig(damping=benchmark.config.damping, device=benchmark.config.device, **variant.rounding)
+    rounded = round_model(checkpoint, benchmark.calibration, measurement, plan, config, work, progress_bar)
 
     def read(name: str) -> Tensor:
         return rounded.linear(name).dequantize()
@@ -184,32 +295,14 @@ def quantize(benchmark: Benchmark, method: str, plan: Plan, work: Path) -> Repla
     return ReplacedWeights(checkpoint, {name: partial(read, name) for name in rounded.names})
 
 
-def run_method(benchmark: Benchmark, original: OriginalRun, method: str, plan: Plan) -> Result:
-    """Round and evaluate one plan."""
-    start = time.monotonic()
-    work = benchmark.work / f"{method}-{plan.target_bpw:g}"
-    summary = compare_with(original, quantize(benchmark, method, plan, work), progress_bar).summary
-    shutil.rmtree(work, ignore_errors=True)
-    return Result(
-        method=method,
-        target_bpw=plan.target_bpw,
-        bpw=plan.bpw,
-        kl_nats=summary.kl_nats.value,
-        kl_standard_error=summary.kl_nats.standard_error,
-        perplexity=summary.quantized_perplexity.value,
-        original_perplexity=summary.original_perplexity.value,
-        seconds=time.monotonic() - start,
-    )
-
-
 def load_results(path: Path, identity: Mapping[str, Any]) -> dict[tuple[str, float], Result]:
-    """Read the finished results of runs with the same rows and measurement, by method and target."""
+    """Read the finished results of runs with the same rows and options, by variant and target."""
     found = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         entry = json.loads(line)
         if entry.pop("identity") == identity:
             result = Result(**entry)
-            found[result.method, result.target_bpw] = result
+            found[result.variant, result.target_bpw] = result
     return found
 
 
@@ -220,22 +313,21 @@ def append_result(path: Path, identity: Mapping[str, Any], result: Result) -> No
         temporary.write_text(before + json.dumps({"identity": identity, **asdict(result)}) + "\n")
 
 
-def tables(results: Mapping[tuple[str, float], Result], methods: Sequence[str], targets: Sequence[float]) -> str:
-    """Return mean KL divergence and perplexity as two Markdown tables, a row for each target."""
-    others = [method for method in methods if method != OURS]
-    compare = OURS in methods and bool(others)
-    titles = [METHODS[method] for method in methods]
-    lines = [_row("KL, nats/token", *titles, *(["ratio to best other"] if compare else []))]
-    lines.append(_row(*["---"] * (len(titles) + 1 + compare)))
-    for target in targets:
-        cells = [_divergence(results[method, target]) for method in methods]
-        if compare:
-            best = min(results[method, target].kl_nats for method in others)
-            cells.append(f"{results[OURS, target].kl_nats / best:.2f}")
-        lines.append(_row(f"{target:g} bpw", *cells))
-    lines += ["", _row("perplexity", *titles), _row(*["---"] * (len(titles) + 1))]
-    for target in targets:
-        lines.append(_row(f"{target:g} bpw", *[f"{results[method, target].perplexity:.3f}" for method in methods]))
+def table(results: Mapping[tuple[str, float], Result], variants: Sequence[str], targets: Sequence[float]) -> str:
+    """Return mean KL divergences as a Markdown table, a row for each variant, a column for each size."""
+    lines = [_row("KL, nats/token", *[f"{target:g} bpw" for target in targets], "minutes to round")]
+    lines.append(_row(*["---"] * (len(targets) + 2)))
+    for variant in variants:
+        own = [results[variant, target] for target in targets]
+        minutes = sum(result.seconds for result in own) / len(own) / 60
+        lines.append(_row(VARIANTS[variant].title, *map(_divergence, own), f"{minutes:.1f}"))
+    if OURS in variants:
+        ours = [results[OURS, target] for target in targets]
+        predicted = [f"{result.predicted_nats:.4g}" for result in ours if result.predicted_nats is not None]
+        lines.append(_row("bpwise, as predicted by the plan", *predicted, ""))
+        if PEER in variants:
+            ratios = [one.kl_nats / results[PEER, one.target_bpw].kl_nats for one in ours]
+            lines.append(_row("bpwise / ExLlamaV2", *[f"{ratio:.2f}" for ratio in ratios], ""))
     return "\n".join(lines)
 
 
@@ -261,83 +353,82 @@ def _numbers(_context: click.Context, _parameter: click.Parameter, value: str) -
         raise click.BadParameter(f"expected numbers separated by commas, got {value!r}") from error
 
 
-def _methods(_context: click.Context, _parameter: click.Parameter, value: str) -> list[str]:
-    asked = value.split(",")
-    unknown = [method for method in asked if method not in METHODS]
+def _variants(_context: click.Context, _parameter: click.Parameter, value: str | None) -> list[str] | None:
+    asked = None if value is None else value.split(",")
+    unknown = [variant for variant in asked or [] if variant not in VARIANTS]
     if unknown:
-        raise click.BadParameter(f"unknown {', '.join(unknown)}, expected some of {', '.join(METHODS)}")
+        raise click.BadParameter(f"unknown {', '.join(unknown)}, expected some of {', '.join(VARIANTS)}")
     return asked
 
 
 @click.command(context_settings={"show_default": True})
 @click.argument("model")
 @click.option("--bpw", "targets", default="8,6,4,3,2.5", callback=_numbers, help="Decoder bits per weight.")
-@click.option("--methods", default=",".join(METHODS), callback=_methods, help="Which methods to compare.")
+@click.option("--variants", callback=_variants, help="Which variants to compare.  [default: all]")
+@click.option(
+    "--exllamav2",
+    "package",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="The unpacked folder 'exllamav2', to have its own converter take part (see exllamav2_peer.py).",
+)
 @click.option("--rows", type=click.IntRange(1), default=32, help="Calibration rows.")
 @click.option("--row-tokens", type=click.IntRange(2), default=1024, help="Tokens in each row.")
 @click.option("--eval-rows", type=click.IntRange(1), default=16, help="Held-out rows to evaluate on.")
 @click.option("--eval-row-tokens", type=click.IntRange(2), default=1024, help="Tokens in each of them.")
-@click.option(
-    "--score-rows", type=click.IntRange(1), default=4, help="Calibration rows that fixed mixes are scored on."
-)
 @click.option("--seed", type=click.IntRange(0), default=0, help="Chooses rows and sampled targets.")
 @click.option("--device", default="auto", help="cpu, cuda, cuda:N, mps or auto.")
 @click.option(
     "--work-dir",
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("build/quality"),
-    help="Keeps the measurement and finished results.",
+    help="Keeps measurements and finished results.",
 )
 def main(
     model: str,
     targets: list[float],
-    methods: list[str],
+    variants: list[str] | None,
+    package: Path | None,
     rows: int,
     row_tokens: int,
     eval_rows: int,
     eval_row_tokens: int,
-    score_rows: int,
     seed: int,
     device: str,
     work_dir: Path,
 ) -> None:
     """Compare ways of quantizing MODEL, a directory or a Hub id, at equal sizes."""
+    variants = variants or [key for key in VARIANTS if key != PEER or package is not None]
+    if PEER in variants and package is None:
+        raise click.UsageError("the variant exllamav2 needs --exllamav2. Name its folder or leave the variant out.")
     try:
         calibration = CalibrationConfig(rows=rows, row_tokens=row_tokens, seed=seed)
         config = MeasureConfig(calibration=calibration, seed=seed, device=device)
         eval_config = EvalConfig(rows=eval_rows, row_tokens=eval_row_tokens, seed=seed, device=device)
-        benchmark = prepare(model, config, eval_config, work_dir)
-        results = compare_all(benchmark, methods, targets, score_rows)
+        benchmark = prepare(model, config, eval_config, work_dir, package)
+        results = compare_all(benchmark, variants, targets)
     except BpwiseError as error:
         raise click.ClickException(str(error)) from error
-    click.echo(tables(results, methods, targets))
-    original = results[methods[0], targets[0]].original_perplexity
+    click.echo(table(results, variants, targets))
+    original = results[variants[0], targets[0]].original_perplexity
     click.echo(f"\nOriginal perplexity {original:.3f}. Calibrated on {benchmark.calibration.description}.")
     click.echo(f"Evaluated on {benchmark.evaluation.description}.")
 
 
 def compare_all(
-    benchmark: Benchmark, methods: Sequence[str], targets: Sequence[float], score_rows: int
+    benchmark: Benchmark, variants: Sequence[str], targets: Sequence[float]
 ) -> dict[tuple[str, float], Result]:
-    """Return the results of all methods at all targets; those that are finished are read, not made again."""
+    """Return the results of all variants at all targets; those that are finished are read, not made again."""
     path = benchmark.work / "results.jsonl"
-    identity = benchmark.identity | {"score_rows": score_rows}
-    results = load_results(path, identity)
-    missing = {method: [t for t in targets if (method, t) not in results] for method in methods}
-    # All plans first: a target that cannot be reached should show before hours of rounding.
-    plans = {method: make_plans(benchmark, method, asked, score_rows) for method, asked in missing.items() if asked}
-    if not plans:
+    results = load_results(path, benchmark.identity)
+    missing = [(key, bpw) for bpw in targets for key in variants if (key, bpw) not in results]
+    if not missing:
         return results
     original = run_original(benchmark.checkpoint, benchmark.evaluation, benchmark.eval_config, progress_bar)
-    for target in targets:
-        for method in methods:
-            plan = plans.get(method, {}).get(target)
-            if plan is None:
-                continue
-            result = run_method(benchmark, original, method, plan)
-            append_result(path, identity, result)
-            results[method, target] = result
-            click.echo(f"{METHODS[method]} at {result.bpw:.4f} bpw: KL {_divergence(result)}", err=True)
+    for key, bpw in missing:
+        result = run_variant(benchmark, original, key, bpw)
+        append_result(path, benchmark.identity, result)
+        results[key, bpw] = result
+        click.echo(f"{VARIANTS[key].title} at {result.bpw:.4f} bpw: KL {_divergence(result)}", err=True)
     return results
 
 

@@ -44,7 +44,7 @@ class ErrorCurve:
             linear's damage is the sum over its groups, at the width each has.
         order: Input feature of each row, most active first, int64, shape (K,). Groups are cut in this order.
         fisher: Mean over tokens of (dL/dy)^2 of each output, float32, shape (out,), nats^2 per squared unit of y.
-        input_power: Mean over tokens of x^2 of each input feature, float32, shape (K,).
+        input_power: Weighted mean over tokens of x^2 of each input feature, float32, shape (K,).
         damping: Damping of the Gram matrix that the factorisation took, relative to the mean of its diagonal;
             infinite where none helped and the rounding went without feedback.
     """
@@ -66,11 +66,12 @@ def measure_curves(
     """Measure the linears that share one input. A pure function of its arguments.
 
     The damage of an error dW is estimated as ``0.5 * sum_n F_n (dW^T H dW)_nn``, the second-order KL divergence
-    between the original and the damaged model with a diagonal Fisher information F of the linear's outputs.
+    between the original and the damaged model with a diagonal Fisher information F of the linear's outputs and a
+    weight of each token in H (see ``statistics``).
 
     Args:
         weights: Each linear's weight, float32, shape (K, out): the transpose of a Hugging Face weight.
-        gram: H, mean of x x^T over tokens, float32, shape (K, K).
+        gram: H, weighted mean of x x^T over tokens, float32, shape (K, K).
         fishers: F of each linear, float32, shape (out,).
         options: Widths, group size, damping.
 

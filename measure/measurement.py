@@ -18,13 +18,15 @@ from ..errors import FormatError
 
 __all__ = ["HEADER_KEY", "MEASUREMENT_VERSION", "MeasuredLinear", "Measurement"]
 
-MEASUREMENT_VERSION = 1
+MEASUREMENT_VERSION = 2
 """Raised when the file's content changes meaning; older files are refused."""
 
 HEADER_KEY = "bpwise_measurement"
 """Metadata entry that tells measurements from other safetensors files."""
 
 _FIELDS = ("damage_nats", "order", "fisher", "input_power")
+_WEIGHTS = "token_weights"
+_TOKENS = "calibration_tokens"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -37,6 +39,8 @@ class MeasuredLinear:
         order: Input feature of each row, int32, shape (K,).
         fisher: float32, shape (out,).
         input_power: float32, shape (K,).
+        token_weights: float16, shape (rows, tokens): what each calibration token counts in the Gram matrix, mean 1.
+            Linears that read the same input have the same.
         damping: Relative damping used; infinite where error feedback was given up.
     """
 
@@ -45,6 +49,7 @@ class MeasuredLinear:
     order: NDArray[np.int32]
     fisher: NDArray[np.float32]
     input_power: NDArray[np.float32]
+    token_weights: NDArray[np.float16]
     damping: float
 
     @property
@@ -60,11 +65,12 @@ class MeasuredLinear:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Measurement:
-    """Everything that allocation needs, for any bitrate.
+    """Everything that allocation and rounding need, for any bitrate.
 
     Attributes:
         linears: Decoder linears in model order.
         head: The output head.
+        tokens: The calibration rows, int32, shape (rows, tokens). Rounding works on the same ones.
         widths: Bit widths of the curves' columns.
         group_size: Rows of a group.
         provenance: Model and calibration fingerprints, calibration description, options, version: plain JSON.
@@ -72,6 +78,7 @@ class Measurement:
 
     linears: tuple[MeasuredLinear, ...]
     head: MeasuredLinear
+    tokens: NDArray[np.int32]
     widths: tuple[int, ...]
     group_size: int
     provenance: dict[str, Any]
@@ -98,10 +105,20 @@ class Measurement:
             for linear in (*self.linears, self.head)
             for field in _FIELDS
         }
+        tensors[_TOKENS] = np.ascontiguousarray(self.tokens)
+        shared: dict[bytes, str] = {}
+        owners = {
+            linear.name: shared.setdefault(linear.token_weights.tobytes(), linear.name)
+            for linear in (*self.linears, self.head)
+        }
+        for linear in (*self.linears, self.head):
+            if owners[linear.name] == linear.name:
+                tensors[f"{linear.name}.{_WEIGHTS}"] = np.ascontiguousarray(linear.token_weights)
         header = {
             "version": MEASUREMENT_VERSION,
             "linears": [linear.name for linear in self.linears],
             "head": self.head.name,
+            "token_weights": owners,
             "widths": self.widths,
             "group_size": self.group_size,
             # JSON knows no infinity: a damping of null means that feedback was given up.
@@ -144,10 +161,13 @@ class Measurement:
 
     @classmethod
     def _parsed(cls, header: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Measurement:
+        weights = {owner: tensors[f"{owner}.{_WEIGHTS}"] for owner in set(header["token_weights"].values())}
+
         def linear(name: str) -> MeasuredLinear:
             damping = header["damping"][name]
             return MeasuredLinear(
                 name=name,
+                token_weights=weights[header["token_weights"][name]],
                 damping=float("inf") if damping is None else damping,
                 **{field: tensors[f"{name}.{field}"] for field in _FIELDS},
             )
@@ -155,6 +175,7 @@ class Measurement:
         return cls(
             linears=tuple(linear(name) for name in header["linears"]),
             head=linear(header["head"]),
+            tokens=tensors[_TOKENS],
             widths=tuple(header["widths"]),
             group_size=header["group_size"],
             provenance=dict(header["provenance"]),

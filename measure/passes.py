@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -20,6 +21,9 @@ __all__ = ["MeasuringPasses"]
 
 _TAIL_TOKENS = 256
 """Positions whose logits are held at once: 128 MiB for a vocabulary of 128k."""
+
+_LARGEST_WEIGHT = 65504.0
+"""Token weights are kept in float16."""
 
 
 class MeasuringPasses:
@@ -77,16 +81,16 @@ class MeasuringPasses:
         rng = torch.Generator(self.model.device).manual_seed(self.seed)
         gradient = torch.empty_like(hidden)
         with self.model.tail() as head, tapped_inputs(head, [""]) as taps:
-            sums = StageStatistics(torch.zeros(head.in_features, head.in_features, device=self.model.device))
-            sums.fisher[HEAD] = torch.zeros(head.out_features, device=self.model.device)
+            sums = StageStatistics(head.in_features, self.model.device)
             flat, flat_gradient = hidden.flatten(0, 1), gradient.view(-1, hidden.shape[-1])
             for first in range(0, flat.shape[0], _TAIL_TOKENS):
                 part = flat[None, first : first + _TAIL_TOKENS].to(self.model.device).requires_grad_()
                 logits = self.model.logits(part)
-                sums.add_input(taps[""])
+                sums.see_inputs(taps[""])
                 probabilities = logits.detach()[0].softmax(dim=-1)
                 # Of a sampled one-hot target t, E (p - t)^2 = p (1 - p) exactly: no need to sample for the head.
-                sums.fisher[HEAD] += (probabilities * (1 - probabilities)).sum(dim=0)
+                sums.see_squares(HEAD, probabilities * (1 - probabilities))
+                sums.end_batch()
                 targets = _sample(probabilities, rng)
                 probabilities.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=logits.dtype))
                 logits.backward(probabilities[None])
@@ -95,7 +99,7 @@ class MeasuringPasses:
             check_finite(gradient, "output head, gradient")
             curves = self._curves({HEAD: head}, sums)
         self.pieces.save(f"gradient-{last}", {"gradient": gradient})
-        self.pieces.save("head", _pack(curves))
+        self.pieces.save("head", self._pack(curves, [sums.scaled_weights()]))
         self.pieces.discard(f"input-{last}")
 
     def backward(self, progress: Progress) -> None:
@@ -110,7 +114,7 @@ class MeasuringPasses:
             hidden = self.pieces.load(f"input-{index}")["hidden"]
             with self.model.block(index) as block:
                 with collect(block, stages) as statistics:
-                    gradient = self._backward_block(index, hidden, gradient)
+                    gradient = self._backward_block(index, hidden, gradient, statistics)
                 curves: dict[str, ErrorCurve] = {}
                 for stage, sums in zip(stages, statistics, strict=True):
                     names = self.model.family.linear_names(index, stage)
@@ -119,28 +123,44 @@ class MeasuringPasses:
                     curves |= self._curves(dict(zip(names, modules, strict=True)), sums)
             # The gradient first: a run cut off between the two repeats this block from an unchanged input.
             self.pieces.save(f"gradient-{index}", {"gradient": gradient})
-            self.pieces.save(f"curves-{index}", _pack(curves))
+            weights = [
+                sums.scaled_weights() for stage, sums in zip(stages, statistics, strict=True) for _ in stage.linears
+            ]
+            self.pieces.save(f"curves-{index}", self._pack(curves, weights))
             self.pieces.discard(f"gradient-{index + 1}")
             self.pieces.discard(f"input-{index}")
 
-    def _backward_block(self, index: int, hidden: Tensor, gradient: Tensor) -> Tensor:
+    def _backward_block(
+        self, index: int, hidden: Tensor, gradient: Tensor, statistics: Sequence[StageStatistics]
+    ) -> Tensor:
         before = torch.empty_like(gradient)
         for batch in self.batches:
             inputs = hidden[batch].to(self.model.device).requires_grad_()
             self.model.run_block(index, inputs).backward(gradient[batch].to(self.model.device))
             assert inputs.grad is not None
             before[batch] = inputs.grad.cpu()
+            for sums in statistics:
+                sums.end_batch()
         check_finite(before, f"{self.model.block_name(index)}, gradient")
         return before
 
     def _curves(self, linears: dict[str, Any], sums: StageStatistics) -> dict[str, ErrorCurve]:
         curves = measure_curves(
             [module.weight.detach().float().T for module in linears.values()],
-            sums.gram / sums.tokens,
+            sums.gram.mean(),
             [sums.fisher[name] / sums.tokens for name in linears],
             options=self.options,
         )
         return dict(zip(linears, curves, strict=True))
+
+    def _pack(self, curves: dict[str, ErrorCurve], weights: Sequence[Tensor]) -> dict[str, Tensor]:
+        packed: dict[str, Tensor] = {}
+        for position, ((name, curve), token_weights) in enumerate(zip(curves.items(), weights, strict=True)):
+            for key, value in asdict(curve).items():
+                packed[f"{position}|{name}|{key}"] = torch.as_tensor(value).cpu()
+            kept = token_weights.clamp(max=_LARGEST_WEIGHT).half()
+            packed[f"{position}|{name}|token_weights"] = kept.view(self.tokens.shape)
+        return packed
 
     def finished(self, piece: str) -> list[MeasuredLinear]:
         """Return the measured linears of a finished piece, in the order of computation."""
@@ -152,14 +172,6 @@ def _sample(probabilities: Tensor, rng: torch.Generator) -> Tensor:
     cumulative = probabilities.cumsum(dim=-1)
     draws = torch.rand(len(cumulative), 1, generator=rng, device=cumulative.device) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, draws, right=True).clamp_(max=cumulative.shape[-1] - 1)
-
-
-def _pack(curves: dict[str, ErrorCurve]) -> dict[str, Tensor]:
-    packed: dict[str, Tensor] = {}
-    for position, (name, curve) in enumerate(curves.items()):
-        for key, value in asdict(curve).items():
-            packed[f"{position}|{name}|{key}"] = torch.as_tensor(value).cpu()
-    return packed
 
 
 def _unpack(tensors: dict[str, Tensor]) -> list[MeasuredLinear]:
@@ -174,6 +186,7 @@ def _unpack(tensors: dict[str, Tensor]) -> list[MeasuredLinear]:
             order=fields["order"].int().numpy(),
             fisher=fields["fisher"].numpy(),
             input_power=fields["input_power"].numpy(),
+            token_weights=fields["token_weights"].numpy(),
             damping=float(fields["damping"]),
         )
         for (_, name), fields in sorted(linears.items())

@@ -26,6 +26,7 @@ __all__ = [
     "calibration_rows",
     "measure_model",
     "measure_to_file",
+    "measured_rows",
     "measurement_provenance",
     "resolve_device",
 ]
@@ -44,7 +45,7 @@ class MeasureConfig:
     """
 
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
-    group_size: int = 64
+    group_size: int = 32
     damping: float = 0.02
     seed: int = 0
     device: str = "auto"
@@ -89,6 +90,8 @@ def measurement_provenance(
         "model": checkpoint.fingerprint,
         "calibration": calibration.fingerprint,
         "calibration_text": calibration.description,
+        "calibration_origins": list(calibration.origins),
+        "calibration_adds_bos": calibration.adds_bos,
         "rows": rows,
         "row_tokens": row_tokens,
         "group_size": config.group_size,
@@ -134,6 +137,7 @@ def measure_model(
     return Measurement(
         linears=tuple(linear for index in range(model.block_count) for linear in run.finished(f"curves-{index}")),
         head=run.finished("head")[0],
+        tokens=calibration.tokens.int().numpy(),
         widths=WIDTHS,
         group_size=config.group_size,
         provenance=provenance,
@@ -169,6 +173,16 @@ def calibration_rows(checkpoint: Checkpoint, config: CalibrationConfig) -> Calib
     """
     tokenizer = load_tokenizer(checkpoint.directory)
     return build_calibration(tokenizer, config, vocab_size=int(checkpoint.config["vocab_size"]))
+
+
+def measured_rows(measurement: Measurement) -> CalibrationSet:
+    """Return the calibration rows that a measurement was made with."""
+    return CalibrationSet(
+        tokens=torch.from_numpy(measurement.tokens).long(),
+        origins=tuple(measurement.provenance["calibration_origins"]),
+        description=measurement.provenance["calibration_text"],
+        adds_bos=measurement.provenance["calibration_adds_bos"],
+    )
 
 
 def measure_to_file(

@@ -1,10 +1,17 @@
-"""Second moments that say how an error in a linear's weight will hurt: Gram matrices and the diagonal Fisher."""
+"""Second moments that say how an error in a linear's weight will hurt: weighted Gram matrices, the diagonal Fisher.
+
+The damage of an error dW is the mean over tokens of ``0.5 * sum_n (g_n dy_n)^2`` with g = dL/dy and dy = x dW. It is
+taken apart as ``F_n * w``: a Fisher weight of each output and a weight of each token, ``w = sum_n g_n^2`` scaled to
+mean 1, so that the input's second moment becomes ``H = mean w x x^T``. Without w, tokens that hardly matter dominate
+H wherever their activations are large, and the first token, which attention uses as a sink, does not count enough.
+Source: the nearest Kronecker product, Van Loan and Pitsianis (1993), one step from the identity; GuidedQuant (Kim et
+al., arXiv 2505.07004) weights by groups of outputs.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,35 +19,99 @@ from torch import Tensor, nn
 
 from .families import Stage
 
-__all__ = ["StageStatistics", "collect", "tapped_inputs"]
+__all__ = ["StageStatistics", "WeightedGram", "collect", "tapped_inputs"]
+
+_GRAM_BLOCK = 256
+"""Columns of a Gram matrix that are summed together; only blocks on and above the diagonal are."""
 
 
-@dataclass(slots=True, eq=False)
+class WeightedGram:
+    """The weighted mean of x x^T over tokens that arrive in micro-batches."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        """Start from nothing.
+
+        Args:
+            width: Length K of x.
+            device: Where the sums are kept.
+        """
+        self._upper = torch.zeros(width, width, device=device)
+        self._weight = 0.0
+
+    def add(self, inputs: Tensor, weights: Tensor) -> None:
+        """Add tokens.
+
+        Args:
+            inputs: x, float32, shape (tokens, K).
+            weights: Their weights, not negative, shape (tokens,).
+        """
+        scaled = inputs * weights.sqrt()[:, None]
+        for first in range(0, scaled.shape[1], _GRAM_BLOCK):
+            block = scaled[:, first : first + _GRAM_BLOCK]
+            self._upper[first : first + _GRAM_BLOCK, first:].addmm_(block.T, scaled[:, first:])
+        self._weight += float(weights.sum())
+
+    def mean(self) -> Tensor:
+        """Return sum w x x^T / sum w, float32, shape (K, K); zero if all weights are. Ends the summing."""
+        upper, self._upper = self._upper, torch.empty(0)
+        for first in range(0, len(upper), _GRAM_BLOCK):
+            last = first + _GRAM_BLOCK
+            upper[last:, first:last] = upper[first:last, last:].T
+        return upper.div_(self._weight) if self._weight > 0 else upper.zero_()
+
+
 class StageStatistics:
-    """Sums over tokens for one stage; divide by the number of tokens for means.
+    """Sums over tokens for one stage.
 
     Attributes:
-        gram: Sum of x x^T over tokens, x being the stage's common input, float32, shape (K, K).
+        gram: Weighted mean of x x^T, x being the stage's common input.
         fisher: Per linear, the sum over tokens of (dL/dy)^2, float32, shape (out,). L is the sum, over all
             positions, of the negative log-likelihood of a token that the model itself sampled, in nats.
-        tokens: Number of tokens summed.
+        token_weights: Per micro-batch, the weight of each token, float32, shape (rows * tokens,), on the CPU: the sum
+            of (dL/dy)^2 over all outputs of all linears, not scaled.
     """
 
-    gram: Tensor
-    fisher: dict[str, Tensor] = field(default_factory=dict)
-    tokens: int = 0
+    def __init__(self, width: int, device: torch.device) -> None:
+        """Start from nothing; ``width`` is the length of the stage's input."""
+        self.gram = WeightedGram(width, device)
+        self.fisher: dict[str, Tensor] = {}
+        self.token_weights: list[Tensor] = []
+        self._inputs: Tensor | None = None
+        self._weights: Tensor | None = None
 
-    def add_input(self, inputs: Tensor) -> None:
-        """Add the inputs of a micro-batch, shape (rows, tokens, K)."""
-        flat = inputs.detach().flatten(0, -2).float()
-        self.gram.addmm_(flat.T, flat)
-        self.tokens += flat.shape[0]
+    def see_inputs(self, inputs: Tensor) -> None:
+        """Take the inputs of a micro-batch, shape (rows, tokens, K)."""
+        self._inputs = inputs.detach().flatten(0, -2).float()
 
-    def add_gradient(self, linear: str, gradient: Tensor) -> None:
-        """Add the gradients of one linear's outputs, shape (rows, tokens, out)."""
-        squares = gradient.detach().flatten(0, -2).float().square().sum(dim=0)
-        previous = self.fisher.get(linear)
-        self.fisher[linear] = squares if previous is None else previous + squares
+    def see_gradient(self, linear: str, gradient: Tensor) -> None:
+        """Take the gradients of one linear's outputs over the same micro-batch, shape (rows, tokens, out)."""
+        squares = gradient.detach().flatten(0, -2).float().square()
+        self.see_squares(linear, squares)
+
+    def see_squares(self, linear: str, squares: Tensor) -> None:
+        """Take the squared gradients of one linear's outputs, or their expectation, shape (rows * tokens, out)."""
+        outputs, tokens = squares.sum(dim=0), squares.sum(dim=1)
+        self.fisher[linear] = self.fisher[linear] + outputs if linear in self.fisher else outputs
+        self._weights = tokens if self._weights is None else self._weights + tokens
+
+    def end_batch(self) -> None:
+        """Add up the micro-batch: all its inputs and gradients have been seen."""
+        assert self._inputs is not None
+        assert self._weights is not None
+        self.gram.add(self._inputs, self._weights)
+        self.token_weights.append(self._weights.cpu())
+        self._inputs = self._weights = None
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens summed."""
+        return sum(len(weights) for weights in self.token_weights)
+
+    def scaled_weights(self) -> Tensor:
+        """Return all token weights at mean 1, float32, shape (tokens summed,); all 1 where no gradient arrives."""
+        weights = torch.cat(self.token_weights)
+        mean = weights.mean()
+        return weights / mean if mean > 0 else torch.ones_like(weights)
 
 
 @contextmanager
@@ -52,17 +123,16 @@ def collect(block: nn.Module, stages: Sequence[Stage]) -> Iterator[list[StageSta
         stages: Its stages.
 
     Yields:
-        One ``StageStatistics`` a stage, filled as micro-batches pass.
+        One ``StageStatistics`` a stage; the caller ends each micro-batch after its backward pass.
     """
     statistics, handles = [], []
     for stage in stages:
         first: Any = block.get_submodule(stage.linears[0])
-        width = first.in_features
-        stage_sums = StageStatistics(torch.zeros(width, width, device=first.weight.device))
-        statistics.append(stage_sums)
-        handles.append(first.register_forward_pre_hook(_input_hook(stage_sums)))
+        sums = StageStatistics(first.in_features, first.weight.device)
+        statistics.append(sums)
+        handles.append(first.register_forward_pre_hook(_input_hook(sums)))
         for name in stage.linears:
-            handles.append(block.get_submodule(name).register_forward_hook(_output_hook(stage_sums, name)))
+            handles.append(block.get_submodule(name).register_forward_hook(_output_hook(sums, name)))
     try:
         yield statistics
     finally:
@@ -72,14 +142,14 @@ def collect(block: nn.Module, stages: Sequence[Stage]) -> Iterator[list[StageSta
 
 def _input_hook(sums: StageStatistics) -> Any:
     def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        sums.add_input(args[0])
+        sums.see_inputs(args[0])
 
     return hook
 
 
 def _output_hook(sums: StageStatistics, name: str) -> Any:
     def hook(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
-        output.register_hook(lambda gradient: sums.add_gradient(name, gradient))
+        output.register_hook(lambda gradient: sums.see_gradient(name, gradient))
 
     return hook
 

@@ -90,20 +90,22 @@ def forecast_run(checkpoint: Checkpoint, *, bpw: float, head_bits: int, config: 
         output_bytes=other + head_bytes + int(bpw * weights) // 8,
         lowest_bpw=lowest,
         highest_bpw=highest,
-        memory_bytes=_RUNTIME_BYTES + _memory(list(block.values()), vocabulary, hidden, state),
+        memory_bytes=_RUNTIME_BYTES + _memory(list(block.values()), vocabulary, hidden, tokens),
         # Inputs of all blocks while measuring; then a byte per weight and two states while rounding.
         disk_bytes=max((blocks + 1) * state, weights + vocabulary * hidden + 4 * state),
     )
 
 
-def _memory(block: list[tuple[int, int]], vocabulary: int, hidden: int, state: int) -> int:
+def _memory(block: list[tuple[int, int]], vocabulary: int, hidden: int, tokens: int) -> int:
+    state = tokens * hidden * _FLOAT32_BYTES
     largest_input = max(rows for _, rows in block)
     weights = sum(rows * columns for columns, rows in block) * _FLOAT32_BYTES
     grams = sum({rows: rows * rows for _, rows in block}.values()) * 2 * _FLOAT32_BYTES
     factor = 3 * largest_input**2 * _FLOAT64_BYTES
     curves = 4 * cores() * min(TASK_WEIGHTS, 6 * max(rows * columns for columns, rows in block)) * _FLOAT32_BYTES
-    # Rounding a block keeps six states: both streams before and after, and what the stages should see.
-    decoder = weights + grams + max(factor, curves) + 6 * state
+    # Rounding a block keeps the original's states before and after, the quantized one before, what the stages should
+    # see and make (four), and in every waiting forward pass the stream and the widest stage's inputs.
+    decoder = weights + grams + max(factor, curves) + 8 * state + tokens * largest_input * _FLOAT32_BYTES
     # The head: its weight in the stored and the rounding dtype and once more in stored row order, beside the codes.
     head = vocabulary * hidden * (3 * _FLOAT32_BYTES + 1) + 2 * state
     return max(decoder, head)

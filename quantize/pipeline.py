@@ -20,7 +20,13 @@ from ..eval.comparison import Comparison, EvalConfig, compare_models, evaluation
 from ..eval.report import summary_lines, write_report
 from ..measure.calibration import CalibrationSet
 from ..measure.measurement import Measurement
-from ..measure.run import MeasureConfig, calibration_rows, measure_model, measurement_provenance
+from ..measure.run import (
+    MeasureConfig,
+    calibration_rows,
+    measure_model,
+    measured_rows,
+    measurement_provenance,
+)
 from ..measure.tokenizer import load_tokenizer
 from ..progress import Progress, silent
 from ..version import __version__
@@ -131,8 +137,8 @@ def quantize_model(
         output: Directory to make. It must not exist, or be the finished output of this very run.
         config: Options.
         measurement: A measurement of this model; None measures first, and keeps the measurement in the work
-            directory.
-        calibration: Rows to use instead of those that ``config.measure.calibration`` describes.
+            directory. It brings its calibration rows along.
+        calibration: Rows to use instead of those that ``config.measure.calibration`` describes; not with a measurement.
         work: Work directory; default ``OUTPUT.work``.
         progress: Shows how far the stages are.
 
@@ -147,11 +153,15 @@ def quantize_model(
     _finished(output, model=checkpoint.fingerprint)
     work = work or output.with_name(f"{output.name}.work")
     clock = StageClock()
-    with clock.stage("calibration text"):
-        rows = calibration or calibration_rows(checkpoint, config.measure.calibration)
-        rows.save(work / "calibration.safetensors")
-    with clock.stage("measure"):
-        measured = _measurement(checkpoint, rows, config, measurement, work, progress)
+    if measurement is None:
+        with clock.stage("calibration text"):
+            rows = calibration or calibration_rows(checkpoint, config.measure.calibration)
+        with clock.stage("measure"):
+            measured = _measured(checkpoint, rows, config, work, progress)
+    else:
+        measured = _load_measurement(measurement, checkpoint)
+        rows = measured_rows(measured)
+    rows.save(work / "calibration.safetensors")
     with clock.stage("plan"):
         plan = make_plan(measured, bpw=config.bpw, head_bits=config.head_bits)
         plan.save(work / "plan.json")
@@ -214,21 +224,18 @@ def report_details(result: QuantizeResult) -> dict[str, dict[str, str | float]]:
     }
 
 
-def _measurement(
-    checkpoint: Checkpoint,
-    rows: CalibrationSet,
-    config: QuantizeConfig,
-    given: Path | None,
-    work: Path,
-    progress: Progress,
+def _load_measurement(path: Path, checkpoint: Checkpoint) -> Measurement:
+    measurement = Measurement.load(path)
+    if measurement.provenance.get("model") != checkpoint.fingerprint:
+        raise FormatError(
+            f"{path}: the measurement belongs to another model than {checkpoint.directory}. Measure this one."
+        )
+    return measurement
+
+
+def _measured(
+    checkpoint: Checkpoint, rows: CalibrationSet, config: QuantizeConfig, work: Path, progress: Progress
 ) -> Measurement:
-    if given is not None:
-        measurement = Measurement.load(given)
-        if measurement.provenance.get("model") != checkpoint.fingerprint:
-            raise FormatError(
-                f"{given}: the measurement belongs to another model than {checkpoint.directory}. Measure this one."
-            )
-        return measurement
     kept = work / _MEASUREMENT
     if kept.exists():
         measurement = Measurement.load(kept)

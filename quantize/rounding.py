@@ -4,8 +4,9 @@ Two streams of hidden states run through the model side by side, the original's 
 of a block the weight is first moved to where it best reproduces the *original's* output from the *quantized* inputs,
 so that the drift of the earlier stages is cancelled and not accumulated, and then rounded with error feedback.
 
-Legend, per stage: X original inputs, Y quantized inputs (tokens, K); W weight (K, out); H = mean y y^T. With T the
-original's output and S what Y makes of the unrounded weight, ``argmin ||Y V - T||^2 + ridge ||V - W||^2`` is
+Legend, per stage: X original inputs, Y quantized inputs (tokens, K); W weight (K, out); H = mean y y^T, weighted, as
+every mean here, by what each token counts in the end loss (see ``measure.statistics``). With T the original's output
+and S what Y makes of the unrounded weight, ``argmin ||Y V - T||^2 + ridge ||V - W||^2`` is
 ``V = W + (H + ridge)^-1 mean y^T (t - s)``. Source: the first step of Qronos (Zhang et al., arXiv 2505.11695),
 with the residual stream's own drift included where a stage's output joins it.
 """
@@ -14,8 +15,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,13 +32,14 @@ from ..measure.calibration import CalibrationSet
 from ..measure.families import BLOCK_OUTPUT, HEAD, Stage
 from ..measure.measurement import MeasuredLinear, Measurement
 from ..measure.run import resolve_device
-from ..measure.statistics import tapped_inputs
+from ..measure.statistics import WeightedGram, tapped_inputs
 from ..measure.stream import StreamedModel, check_finite, micro_batches
 from ..progress import Progress, silent
 from ..rounding.feedback import round_linear
 from ..rounding.hessian import damped_solve, inverse_factor
 from ..rounding.parallel import run_all
 from .plan import LinearPlan, Plan
+from .stepped import SteppedForwards
 
 __all__ = ["RoundConfig", "RoundedModel", "round_model"]
 
@@ -143,10 +143,6 @@ def round_model(
     return RoundedModel(tuple(names), pieces)
 
 
-class _StageReached(Exception):
-    """Ends a block's forward at the stage that is being rounded."""
-
-
 class _Rounding:
     """One run of the rounding stage."""
 
@@ -182,68 +178,60 @@ class _Rounding:
             self.pieces.discard(f"state-{index - 1}")
 
     def _round_block(self, index: int, original: Tensor, quantized: Tensor) -> dict[str, Tensor]:
-        where = self.model.block_name(index)
+        family = self.model.family
         with torch.no_grad(), self.model.block(index) as block:
             targets, original = self._run_original(index, block, original)
-            for number, stage in enumerate(self.model.family.stages):
-                gram, drift = self._compare(index, block, stage, quantized, targets.pop(number))
-                shift = self._solved(gram, drift)
-                names = self.model.family.linear_names(index, stage)
-                tasks = [
-                    partial(self._round_linear, name, block.get_submodule(inner), gram, shift, stage.joins is not None)
-                    for inner, name in zip(stage.linears, names, strict=True)
-                ]
-                run_all(tasks, self.model.device)
-            output = torch.empty_like(quantized)
-            for batch in self.batches:
-                output[batch] = self._run(index, quantized, batch).cpu()
-            check_finite(output, f"{where}, quantized")
+            runs = [partial(self._run, index, quantized, batch) for batch in self.batches]
+            joins = [stage.joins for stage in family.stages if stage.joins]
+            with SteppedForwards(block, [stage.linears[0] for stage in family.stages], joins, runs) as forwards:
+                stream = ""
+                for number, stage in enumerate(family.stages):
+                    names = family.linear_names(index, stage)
+                    modules = [block.get_submodule(inner) for inner in stage.linears]
+                    weights = self._token_weights(names[0])
+                    sums = _StageSums(modules[0], stage, self.model.device)
+                    for position, batch in enumerate(self.batches):
+                        seen = forwards.advance(position)
+                        base = seen[stream] if stream else self._on_device(quantized[batch])
+                        sums.add(seen[stage.linears[0]], targets[number][batch], base, weights[batch])
+                    del targets[number]
+                    gram, shift = sums.solved(self.config.drift_damping)
+                    tasks = [
+                        partial(self._round_linear, name, module, gram, shift, stage.joins is not None)
+                        for name, module in zip(names, modules, strict=True)
+                    ]
+                    run_all(tasks, self.model.device)
+                    stream = stage.joins or stream
+                output = torch.empty_like(quantized)
+                for position, batch in enumerate(self.batches):
+                    output[batch] = forwards.finish(position).cpu()
+            check_finite(output, f"{self.model.block_name(index)}, quantized")
         return {"original": original, "quantized": output}
 
+    def _on_device(self, hidden: Tensor) -> Tensor:
+        return hidden.to(self.model.device)
+
+    def _token_weights(self, linear: str) -> Tensor:
+        return self._on_device(torch.from_numpy(self.measured[linear].token_weights)).float()
+
     def _run(self, index: int, hidden: Tensor, batch: slice) -> Tensor:
-        return self.model.run_block(index, hidden[batch].to(self.model.device))
+        return self.model.run_block(index, self._on_device(hidden[batch]))
 
     def _run_original(self, index: int, block: Any, hidden: Tensor) -> tuple[dict[int, Tensor], Tensor]:
         # What every stage should see or make: its original input, or the original sum where it joins the stream.
         kept: dict[int, list[Tensor]] = {}
         outputs = []
         stages = self.model.family.stages
+        watched = [stage.linears[0] if stage.joins is None else stage.joins for stage in stages]
         for batch in self.batches:
-            with _taps(block, [_watched(stage) for stage in stages]) as taps:
+            with tapped_inputs(block, [name for name in watched if name != BLOCK_OUTPUT]) as taps:
                 output = self._run(index, hidden, batch)
             outputs.append(output.cpu())
-            for number, stage in enumerate(stages):
-                watched = _watched(stage)
-                kept.setdefault(number, []).append((output if watched is None else taps[watched]).cpu())
+            for number, name in enumerate(watched):
+                kept.setdefault(number, []).append(output.cpu() if name == BLOCK_OUTPUT else taps[name].cpu())
         output = torch.cat(outputs)
         check_finite(output, self.model.block_name(index))
         return {number: torch.cat(parts) for number, parts in kept.items()}, output
-
-    def _compare(self, index: int, block: Any, stage: Stage, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Run the quantized stream up to a stage.
-
-        Returns:
-            The mean of y y^T, shape (K, K), and the mean of y^T (target - current): for a stage that joins the
-            stream, of the sums, shape (K, hidden); else of the inputs, shape (K, K).
-        """
-        watched = _watched(stage)
-        width = block.get_submodule(stage.linears[0]).in_features
-        gram = torch.zeros(width, width, device=self.model.device)
-        drift = torch.zeros(width, width if stage.joins is None else target.shape[-1], device=self.model.device)
-        for batch in self.batches:
-            with _taps(block, [stage.linears[0], watched], stop_at=watched) as taps, suppress(_StageReached):
-                output = self._run(index, hidden, batch)
-            inputs = taps[stage.linears[0]].flatten(0, -2)
-            missing = target[batch].to(self.model.device) - (output if watched is None else taps[watched])
-            gram.addmm_(inputs.T, inputs)
-            drift.addmm_(inputs.T, missing.flatten(0, -2))
-        tokens = self.tokens.numel()
-        return gram / tokens, drift / tokens
-
-    def _solved(self, gram: Tensor, drift: Tensor) -> Tensor | None:
-        if math.isinf(self.config.drift_damping):
-            return None
-        return damped_solve(gram, drift, self.config.drift_damping)
 
     def _round_linear(self, name: str, module: Any, gram: Tensor, shift: Tensor | None, joins: bool) -> None:
         linear = self._rounded(self.plans[name], _shifted(module.weight, shift, joins), gram)
@@ -255,22 +243,20 @@ class _Rounding:
             return
         state = self.pieces.load(f"state-{self.model.block_count - 1}")
         with torch.no_grad(), self.model.tail() as head:
-            gram = torch.zeros(head.in_features, head.in_features, device=self.model.device)
-            drift = torch.zeros_like(gram)
+            sums = _StageSums(head, Stage((HEAD,)), self.model.device)
+            weights = self._token_weights(HEAD).flatten()
             original, quantized = (state[key].flatten(0, 1) for key in ("original", "quantized"))
             for first in range(0, len(original), _TAIL_TOKENS):
-                positions = slice(first, first + _TAIL_TOKENS)
-                wanted, inputs = (self._head_input(head, hidden[None, positions]) for hidden in (original, quantized))
-                gram.addmm_(inputs.T, inputs)
-                drift.addmm_(inputs.T, wanted - inputs)
-            tokens = len(original)
-            gram, drift = gram / tokens, drift / tokens
-            target = _shifted(head.weight, self._solved(gram, drift), False)
+                part = slice(first, first + _TAIL_TOKENS)
+                wanted, inputs = (self._head_input(head, hidden[None, part]) for hidden in (original, quantized))
+                sums.add(inputs, wanted, inputs, weights[part])
+            gram, shift = sums.solved(self.config.drift_damping)
+            target = _shifted(head.weight, shift, False)
         run_all([partial(self._rounded, self.plans[HEAD], target, gram)], self.model.device)
 
     def _head_input(self, head: nn.Linear, hidden: Tensor) -> Tensor:
-        with _taps(head, [""], stop_at="") as taps, suppress(_StageReached):
-            self.model.logits(hidden.to(self.model.device))
+        with tapped_inputs(head, [""]) as taps:
+            self.model.logits(self._on_device(hidden))
         return taps[""].flatten(0, -2)
 
     def _rounded(self, plan: LinearPlan, target: Tensor, gram: Tensor) -> QuantizedLinear:
@@ -282,6 +268,45 @@ class _Rounding:
         linear.validate(plan.name)
         self.pieces.save(plan.name, _pack(linear, factor.damping))
         return linear
+
+
+class _StageSums:
+    """What one stage's rounding is computed from, summed over micro-batches of the quantized stream."""
+
+    def __init__(self, module: Any, stage: Stage, device: torch.device) -> None:
+        self._module = module
+        self._joins = stage.joins is not None
+        self._gram = WeightedGram(module.in_features, device)
+        columns = module.out_features if self._joins else module.in_features
+        self._missing = torch.zeros(module.in_features, columns, device=device)
+        self._weight = 0.0
+
+    def add(self, inputs: Tensor, target: Tensor, stream: Tensor, weights: Tensor) -> None:
+        """Add tokens.
+
+        Args:
+            inputs: y, the stage's inputs in the quantized stream, shape (..., K).
+            target: The original's input of the stage or, where it joins the residual stream, its sum there.
+            stream: What the stage's output is added to, if it joins the residual stream.
+            weights: Weight of each token.
+        """
+        flat, weights = inputs.flatten(0, -2), weights.flatten()
+        current = stream + self._linear(inputs) if self._joins else inputs
+        missing = (target.to(flat.device) - current).flatten(0, -2)
+        self._gram.add(flat, weights)
+        self._missing.addmm_((flat * weights[:, None]).T, missing)
+        self._weight += float(weights.sum())
+
+    def _linear(self, inputs: Tensor) -> Tensor:
+        # Not by calling the module: its hooks belong to the forward passes.
+        return nn.functional.linear(inputs, self._module.weight, self._module.bias)
+
+    def solved(self, drift_damping: float) -> tuple[Tensor, Tensor | None]:
+        """Return H, and the shift of the weight that cancels drift, (K, out) for a joining stage, else (K, K)."""
+        gram = self._gram.mean()
+        if math.isinf(drift_damping) or self._weight == 0:
+            return gram, None
+        return gram, damped_solve(gram, self._missing / self._weight, drift_damping)
 
 
 def _shifted(weight: Tensor, shift: Tensor | None, joins: bool) -> Tensor:
@@ -297,29 +322,6 @@ def _stored_order(plan: LinearPlan, measured: MeasuredLinear) -> Tensor:
     starts = [0, *itertools.accumulate(plan.group_rows)]
     order = torch.from_numpy(measured.order).long()
     return torch.cat([order[starts[g] : starts[g] + plan.group_rows[g]] for g in plan.stored_order])
-
-
-def _watched(stage: Stage) -> str | None:
-    # The submodule whose input shows what the stage reads or, where it joins the residual stream, makes.
-    if stage.joins is None:
-        return stage.linears[0]
-    return None if stage.joins == BLOCK_OUTPUT else stage.joins
-
-
-@contextmanager
-def _taps(module: nn.Module, names: Sequence[str | None], stop_at: str | None = None) -> Iterator[dict[str, Tensor]]:
-    """Keep the latest inputs of submodules; end the forward once ``stop_at`` has been reached."""
-
-    def stop(*_: object) -> None:
-        raise _StageReached
-
-    with tapped_inputs(module, [name for name in dict.fromkeys(names) if name is not None]) as taps:
-        handle = None if stop_at is None else module.get_submodule(stop_at).register_forward_pre_hook(stop)
-        try:
-            yield taps
-        finally:
-            if handle is not None:
-                handle.remove()
 
 
 def _pack(linear: QuantizedLinear, damping: float) -> dict[str, Tensor]:

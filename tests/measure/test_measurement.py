@@ -25,6 +25,8 @@ def linear(name: str, rows: int, columns: int, *, damping: float = 0.02, seed: i
         order=rng.permutation(rows).astype(np.int32),
         fisher=rng.random(columns, dtype=np.float32),
         input_power=rng.random(rows, dtype=np.float32),
+        # The head alone has weights of its own.
+        token_weights=np.random.default_rng(name == "lm_head").random((3, 8)).astype(np.float16),
         damping=damping,
     )
 
@@ -33,6 +35,7 @@ def measurement(**changes: object) -> Measurement:
     settings = {
         "linears": (linear("b.1", 96, 5), linear("a.0", 64, 40, damping=float("inf"), seed=1)),
         "head": linear("lm_head", 64, 33, seed=2),
+        "tokens": np.arange(24, dtype=np.int32).reshape(3, 8),
         "widths": WIDTHS,
         "group_size": 64,
         "provenance": {"model": "abc", "rows": 3, "text": "ünï", "nested": {"x": [1, None]}},
@@ -43,7 +46,7 @@ def measurement(**changes: object) -> Measurement:
 def assert_same(one: MeasuredLinear, other: MeasuredLinear) -> None:
     assert one.name == other.name
     assert one.damping == other.damping
-    for field in ("damage_nats", "order", "fisher", "input_power"):
+    for field in ("damage_nats", "order", "fisher", "input_power", "token_weights"):
         a, b = getattr(one, field), getattr(other, field)
         assert a.dtype == b.dtype
         assert np.array_equal(a, b)
@@ -58,6 +61,7 @@ def test_round_trip(tmp_path: Path) -> None:
         assert_same(one, other)
     assert read.widths == WIDTHS
     assert read.group_size == 64
+    assert np.array_equal(read.tokens, made.tokens)
     assert read.provenance == made.provenance
     assert read.fingerprint == made.fingerprint
     assert read.to_bytes() == made.to_bytes() == (tmp_path / "new" / "m.safetensors").read_bytes()

@@ -14,7 +14,7 @@ from bpwise.errors import ConfigError, NumericalError, UnsupportedModelError
 from bpwise.measure import passes
 from bpwise.measure.calibration import CalibrationSet
 from bpwise.measure.measurement import MeasuredLinear, Measurement
-from bpwise.measure.run import MeasureConfig, measure_model, measure_to_file, resolve_device
+from bpwise.measure.run import MeasureConfig, measure_model, measure_to_file, measured_rows, resolve_device
 from bpwise.measure.stream import StreamedModel
 from bpwise.rounding.feedback import round_linear
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ CONFIGS = {
     "llama": LlamaConfig(**SIZES, tie_word_embeddings=False),
     "qwen2-tied": Qwen2Config(**SIZES, tie_word_embeddings=True),
 }
-CONFIG = MeasureConfig(device="cpu")
+CONFIG = MeasureConfig(device="cpu", group_size=64)
 INNER = (
     "self_attn.q_proj",
     "self_attn.k_proj",
@@ -64,7 +64,7 @@ def rows(count: int = 12) -> CalibrationSet:
 
 
 def measure(directory: Path, work: Path, progress: Any = None, **settings: Any) -> Measurement:
-    config = MeasureConfig(**{"device": "cpu", **settings})
+    config = MeasureConfig(**{"device": "cpu", "group_size": 64, **settings})
     extra = () if progress is None else (progress,)
     return measure_model(Checkpoint.open(directory), rows(), config, work, *extra)
 
@@ -73,13 +73,15 @@ def measure(directory: Path, work: Path, progress: Any = None, **settings: Any) 
 class Expected:
     gram: dict[str, Tensor]
     fisher: dict[str, Tensor]
+    token_weights: dict[str, Tensor]
 
 
 def by_plain_backward(directory: Path, targets: Tensor) -> Expected:
-    """Means over tokens of x x^T and (dL/dy)^2 of every linear, by hooks on the whole model in float64.
+    """Means over tokens of w x x^T and (dL/dy)^2 of every linear, by hooks on the whole model in float64.
 
-    L is the sum over all positions of the negative log-likelihood of ``targets``. The head's Fisher is its exact
-    expectation p (1 - p) over the model's own predictions.
+    w, the weight of a token, is the sum of (dL/dy)^2 over all linears that read x, scaled to mean 1. L is the sum over
+    all positions of the negative log-likelihood of ``targets``. The head's Fisher is its exact expectation p (1 - p)
+    over the model's own predictions.
     """
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64, attn_implementation="eager")
     inputs: dict[str, Tensor] = {}
@@ -97,9 +99,18 @@ def by_plain_backward(directory: Path, targets: Tensor) -> Expected:
     nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
     probabilities = logits.detach().softmax(dim=-1)
     tokens = len(logits)
-    fisher = {name: output.grad.flatten(0, 1).square().sum(dim=0) / tokens for name, output in outputs.items()}
-    fisher["lm_head"] = (probabilities * (1 - probabilities)).sum(dim=0) / tokens
-    return Expected(gram={name: x.T @ x / tokens for name, x in inputs.items()}, fisher=fisher)
+    squares = {name: output.grad.flatten(0, 1).square() for name, output in outputs.items()}
+    squares["lm_head"] = probabilities * (1 - probabilities)
+    weights: dict[str, Tensor] = {}
+    for name in squares:
+        shared = [other for other in squares if torch.equal(inputs[other], inputs[name])]
+        total = sum(squares[other].sum(dim=1) for other in shared)
+        weights[name] = total / total.mean()
+    return Expected(
+        gram={name: (weights[name] * x.T) @ x / tokens for name, x in inputs.items()},
+        fisher={name: square.sum(dim=0) / tokens for name, square in squares.items()},
+        token_weights=weights,
+    )
 
 
 @dataclass
@@ -155,8 +166,23 @@ def test_gram_matrices(run: Run) -> None:
     stages += [f"model.layers.{n}.{INNER[k]}" for n in (1, 0) for k in (0, 3, 4, 6)]
     for name, gram in zip(stages, run.grams, strict=True):
         expected = run.expected.gram[name]
-        # Float32 sums over 384 tokens behind two blocks in float32.
-        assert float((gram - expected).abs().max()) < 1e-5 * float(expected.abs().max()), name
+        # Weights are gradients in float32 through up to two blocks.
+        assert float((gram - expected).abs().max()) < 1e-4 * float(expected.abs().max()), name
+
+
+def test_token_weights(run: Run) -> None:
+    for linear in (*run.measurement.linears, run.measurement.head):
+        expected = run.expected.token_weights[linear.name]
+        assert linear.token_weights.shape == (12, 32)
+        got = torch.from_numpy(linear.token_weights).double().flatten()
+        # Kept in float16.
+        assert float(((got - expected).abs() / expected.clamp(min=1e-3)).max()) < 2e-3, linear.name
+
+
+def test_measurement_brings_its_rows(run: Run) -> None:
+    again = measured_rows(run.measurement)
+    assert again.fingerprint == rows().fingerprint
+    assert again.description == "random ids"
 
 
 def test_fisher(run: Run) -> None:

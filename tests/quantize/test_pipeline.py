@@ -46,13 +46,13 @@ def refused(*arguments: object) -> str:
 
 
 def quantize(model: Path, out: Path, bpw: float = 4.5, *options: object) -> str:
-    return succeed("quantize", model, out, "--bpw", bpw, *TEXT, *EVALUATION, *options)
+    text = ("--device", "cpu") if "-m" in options else TEXT  # a measurement brings its rows and groups along
+    return succeed("quantize", model, out, "--bpw", bpw, *text, *EVALUATION, *options)
 
 
 def reused(finished: Path) -> tuple[object, ...]:
     """Options that take over what an earlier run measured, where a test is about later stages."""
-    work = finished.with_name("out.work")
-    return "-m", work / "measurement.safetensors", "-c", work / "calibration.safetensors"
+    return "--device", "cpu", "-m", finished.with_name("out.work") / "measurement.safetensors"
 
 
 def content(directory: Path) -> dict[str, bytes]:
@@ -266,7 +266,17 @@ class TestInterrupted:
     def test_cut_after_any_piece_of_rounding(
         self, tiny_model: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        arguments = ("quantize", tiny_model, tmp_path / "out", "--bpw", 4.5, *TEXT, "--no-eval", *reused(finished))
+        arguments = (
+            "quantize",
+            tiny_model,
+            tmp_path / "out",
+            "--bpw",
+            4.5,
+            "--device",
+            "cpu",
+            "--no-eval",
+            *reused(finished),
+        )
         save = StageDirectory.save
         saved: list[str] = []
 
@@ -289,7 +299,17 @@ class TestInterrupted:
         def interrupt(*_: Any) -> None:
             raise KeyboardInterrupt
 
-        arguments = ("quantize", tiny_model, tmp_path / "out", "--bpw", 4.5, *TEXT, "--no-eval", *reused(finished))
+        arguments = (
+            "quantize",
+            tiny_model,
+            tmp_path / "out",
+            "--bpw",
+            4.5,
+            "--device",
+            "cpu",
+            "--no-eval",
+            *reused(finished),
+        )
         with monkeypatch.context() as patch:
             patch.setattr("bpwise.convert.exl2.writer.copy_side_files", interrupt)
             result = bpwise(*arguments)
@@ -376,6 +396,15 @@ class TestStageByStage:
         stored = load_file(tmp_path / "out" / "output.safetensors")
         assert stored["lm_head.weight"].dtype == torch.float16
 
+    @pytest.mark.parametrize("option", [("--rows", 4), ("--group-size", 64), ("-c", "text.txt"), ("--seed", 1)])
+    def test_calibration_options_beside_a_measurement(
+        self, tiny_model: Path, finished: Path, tmp_path: Path, option: tuple[object, ...]
+    ) -> None:
+        result = bpwise("quantize", tiny_model, tmp_path / "out", "--bpw", 4.5, *reused(finished), *option)
+        assert result.exit_code == 2
+        assert "cannot go with --measurement" in result.stderr
+        assert not (tmp_path / "out").exists()
+
     def test_saved_calibration_rows(self, tiny_model: Path, finished: Path, tmp_path: Path) -> None:
         saved = finished.with_name("out.work") / "calibration.safetensors"
         succeed("quantize", tiny_model, tmp_path / "out", "--bpw", 4.5, "--group-size", 32, "-c", saved, "--no-eval")
@@ -408,13 +437,15 @@ class TestRefusals:
     def test_measurement_of_another_model(self, save_model: Any, finished: Path, tmp_path: Path) -> None:
         other = save_model(tmp_path / "other", seed=1)
         measurement = finished.with_name("out.work") / "measurement.safetensors"
-        message = refused("quantize", other, tmp_path / "out", "--bpw", 4.5, *TEXT, "-m", measurement)
+        message = refused("quantize", other, tmp_path / "out", "--bpw", 4.5, "--device", "cpu", "-m", measurement)
         assert "belongs to another model" in message
         assert not (tmp_path / "out").exists()
 
     def test_measurement_that_is_none(self, tiny_model: Path, tmp_path: Path) -> None:
         (tmp_path / "m.safetensors").write_bytes(b"nonsense")
-        message = refused("quantize", tiny_model, tmp_path / "out", "-b", 4.5, *TEXT, "-m", tmp_path / "m.safetensors")
+        message = refused(
+            "quantize", tiny_model, tmp_path / "out", "-b", 4.5, "--device", "cpu", "-m", tmp_path / "m.safetensors"
+        )
         assert "m.safetensors" in message
 
     @pytest.mark.parametrize("bpw", ["1.5", "9.5", "nan"])

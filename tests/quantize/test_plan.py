@@ -27,6 +27,7 @@ def linear(name: str, rows: int, columns: int, rng: np.random.Generator, size: i
         order=rng.permutation(rows).astype(np.int32),
         fisher=rng.random(columns, dtype=np.float32),
         input_power=rng.random(rows, dtype=np.float32),
+        token_weights=np.ones((1, 4), dtype=np.float16),
         damping=0.02,
     )
 
@@ -39,6 +40,7 @@ def measurement(
     return Measurement(
         linears=tuple(linear(f"l.{i}", *shape, rng, group_size) for i, shape in enumerate(shapes)),
         head=linear("lm_head", 64, head, rng, group_size),
+        tokens=np.zeros((1, 4), dtype=np.int32),
         widths=WIDTHS,
         group_size=group_size,
         provenance={"model": "x"},

@@ -1,0 +1,141 @@
+"""Forward passes that stop at given places inside a module, and go on when told to.
+
+Rounding needs the inputs of one stage of a block from *all* micro-batches before it can set the stage's weights, and
+only then can the forward pass go on. Each micro-batch's forward runs in a thread of its own that waits at the stops, so
+nothing is computed twice and only what the forward itself still needs is kept. One thread runs at a time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["SteppedForwards"]
+
+
+class _Abandoned(BaseException):
+    """Ends the forward of a thread whose result is not wanted any more."""
+
+
+class _Forward:
+    """One forward and its thread."""
+
+    def __init__(self, run: Callable[[], Tensor]) -> None:
+        self.taps: dict[str, Tensor] = {}
+        self.output: Tensor | None = None
+        self.error: BaseException | None = None
+        self._run = run
+        self._may_go = threading.Semaphore(0)
+        self._has_stopped = threading.Semaphore(0)
+        self._abandoned = False
+        self._thread = threading.Thread(target=self._work, daemon=True)
+
+    def advance(self) -> None:
+        """Run up to the next stop, or to the end."""
+        if not self._thread.is_alive():
+            self._thread.start()
+        self._may_go.release()
+        self._has_stopped.acquire()
+        if self.error is not None:
+            raise self.error
+
+    def stop(self) -> None:
+        """Wait, inside the thread, until told to go on."""
+        self._has_stopped.release()
+        self._may_go.acquire()
+        if self._abandoned:
+            raise _Abandoned
+
+    def abandon(self) -> None:
+        """End the thread, wherever it is."""
+        if self._thread.is_alive():
+            self._abandoned = True
+            self._may_go.release()
+            self._thread.join()
+
+    def _work(self) -> None:
+        self._may_go.acquire()
+        try:
+            with torch.no_grad():
+                self.output = self._run()
+        except _Abandoned:
+            pass
+        except BaseException as error:
+            self.error = error
+        finally:
+            self._has_stopped.release()
+
+
+class SteppedForwards:
+    """Forward passes of one module over several micro-batches, stop by stop."""
+
+    def __init__(
+        self, module: nn.Module, stops: Sequence[str], taps: Sequence[str], runs: Sequence[Callable[[], Tensor]]
+    ) -> None:
+        """Prepare the passes; nothing runs yet.
+
+        Args:
+            module: What ``runs`` call; its submodules are watched while the context lasts.
+            stops: Submodules before which every pass stops, in the order in which the module calls them.
+            taps: Further submodules whose input is kept, without a stop.
+            runs: One forward for each micro-batch.
+        """
+        self._forwards = [_Forward(run) for run in runs]
+        self._current = self._forwards[0]
+        self._module = module
+        self._stops = tuple(stops)
+        self._taps = tuple(taps)
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> SteppedForwards:
+        """Start watching."""
+        for name in {*self._stops, *self._taps}:
+            hook = self._hook(name, stops=name in self._stops)
+            module = self._module.get_submodule(name)
+            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End passes that are still under way, and stop watching."""
+        for forward in self._forwards:
+            forward.abandon()
+        for handle in self._handles:
+            handle.remove()
+
+    def advance(self, number: int) -> Mapping[str, Tensor]:
+        """Run one pass up to its next stop.
+
+        Args:
+            number: Index of the micro-batch.
+
+        Returns:
+            The inputs seen so far, by name of the submodule. Whatever the pass raises is raised here.
+        """
+        self._current = self._forwards[number]
+        self._current.advance()
+        return self._current.taps
+
+    def finish(self, number: int) -> Tensor:
+        """Run one pass from its last stop to its end; returns its output."""
+        self.advance(number)
+        output = self._forwards[number].output
+        assert output is not None, "the module did not stop as often as said"
+        self._forwards[number].taps.clear()
+        return output
+
+    def _hook(self, name: str, *, stops: bool) -> Any:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+            forward = self._current
+            forward.taps[name] = args[0] if args else kwargs["hidden_states"]
+            if stops:
+                forward.stop()
+                del forward.taps[name]
+
+        return hook
