@@ -6,7 +6,7 @@ MODEL := models/SmolLM2-135M-Instruct
 DEMO := models/SmolLM2-135M-Instruct-8.0bpw-8hb-exl2
 ROOMS := convert rounding measure quantize eval
 
-.PHONY: demo test test-slow test-gpu check format bench bench-memory clean
+.PHONY: demo test test-slow test-gpu check format bench-quality bench-memory clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -45,10 +45,12 @@ format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Hours on two cores; finished rows are kept in build/quality and not done again.
-bench: $(VENV)/installed
-	$(BIN)/python examples/get_smollm2.py --off-grid $(MODEL)-off-grid
-	$(BIN)/python benchmarks/quality.py $(MODEL)-off-grid --work-dir build/quality
+# Half a day on two cores; finished results are kept in build/quality and not done again.
+bench-quality: $(VENV)/installed
+	test -e $(MODEL)-off-grid/config.json || $(BIN)/python examples/get_smollm2.py --off-grid $(MODEL)-off-grid
+	test -e build/exl || { $(BIN)/pip download --quiet --no-deps --dest build exllamav2==0.3.2 && \
+		$(BIN)/python -m zipfile --extract build/exllamav2-0.3.2-py3-none-any.whl build/exl; }
+	$(BIN)/python benchmarks/quality.py $(MODEL)-off-grid --exllamav2 build/exl/exllamav2 --work-dir build/quality
 
 bench-memory: $(VENV)/installed
 	$(BIN)/python benchmarks/memory.py

@@ -108,7 +108,7 @@ VARIANTS = {
     "rtn": Variant(title="uniform widths, rounded to nearest", plan=uniform_plan, feedback=False),
     "uniform": Variant(title="uniform widths", plan=uniform_plan),
     "alike": Variant(title="all tokens count alike", tokens_alike=True),
-    "no-drift": Variant(title="drift not corrected", rounding={"drift_damping": math.inf}),
+    "no-drift": Variant(title="drift not corrected", rounding={"correct_drift": False}),
     "group-64": Variant(title="groups of 64", group_size=64),
     "group-128": Variant(title="groups of 128", group_size=128),
     OURS: Variant(title="bpwise"),

@@ -26,7 +26,11 @@ _GRAM_BLOCK = 256
 
 
 class WeightedGram:
-    """The weighted mean of x x^T over tokens that arrive in micro-batches."""
+    """The weighted mean of x x^T over tokens that arrive in micro-batches.
+
+    Attributes:
+        weight: Sum of the weights so far.
+    """
 
     def __init__(self, width: int, device: torch.device) -> None:
         """Start from nothing.
@@ -36,7 +40,7 @@ class WeightedGram:
             device: Where the sums are kept.
         """
         self._upper = torch.zeros(width, width, device=device)
-        self._weight = 0.0
+        self.weight = 0.0
 
     def add(self, inputs: Tensor, weights: Tensor) -> None:
         """Add tokens.
@@ -49,7 +53,7 @@ class WeightedGram:
         for first in range(0, scaled.shape[1], _GRAM_BLOCK):
             block = scaled[:, first : first + _GRAM_BLOCK]
             self._upper[first : first + _GRAM_BLOCK, first:].addmm_(block.T, scaled[:, first:])
-        self._weight += float(weights.sum())
+        self.weight += float(weights.sum())
 
     def mean(self) -> Tensor:
         """Return sum w x x^T / sum w, float32, shape (K, K); zero if all weights are. Ends the summing."""
@@ -57,7 +61,7 @@ class WeightedGram:
         for first in range(0, len(upper), _GRAM_BLOCK):
             last = first + _GRAM_BLOCK
             upper[last:, first:last] = upper[first:last, last:].T
-        return upper.div_(self._weight) if self._weight > 0 else upper.zero_()
+        return upper.div_(self.weight) if self.weight > 0 else upper.zero_()
 
 
 class StageStatistics:

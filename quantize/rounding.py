@@ -14,7 +14,6 @@ with the residual stream's own drift included where a stage's output joins it.
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,8 +42,11 @@ from .stepped import SteppedForwards
 
 __all__ = ["RoundConfig", "RoundedModel", "round_model"]
 
-_TAIL_TOKENS = 4096
-"""Positions that pass through the final norm at once."""
+_RIDGES = (0.2, 0.6, 2.0, 6.0)
+"""Ridges of the drift correction to choose from, relative to the mean of H's diagonal. With a few thousand calibration
+tokens 2 is best on held-out text, with tens of thousands 0.5; 0.02, which suits rounding, overfits either."""
+
+_TINY = 1e-30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,13 +55,12 @@ class RoundConfig:
 
     Attributes:
         damping: What is added to the diagonal of every Gram matrix, relative to its mean, dimensionless.
-        drift_damping: The same for the correction of drift; infinite for none. It needs far more than rounding does:
-            with a few thousand calibration tokens, 0.02 overfits and is worse than no correction on held-out text.
+        correct_drift: Whether weights are moved toward the original's outputs before they are rounded.
         device: ``cpu``, ``cuda``, ``cuda:N``, ``mps``, or ``auto`` for the best at hand.
     """
 
     damping: float = 0.02
-    drift_damping: float = 0.5
+    correct_drift: bool = True
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -70,8 +71,6 @@ class RoundConfig:
         """
         if not 0 < self.damping < 1:
             raise ConfigError(f"damping must lie between 0 and 1, got {self.damping}.")
-        if not self.drift_damping > 0:
-            raise ConfigError(f"drift_damping must be positive, got {self.drift_damping}.")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,8 +127,7 @@ def round_model(
         "measurement": plan.measurement,
         "groups": [[p.name, p.group_bits, p.group_rows] for p in (*plan.linears, *([plan.head] if plan.head else []))],
         "damping": config.damping,
-        # JSON knows no infinity.
-        "drift_damping": str(config.drift_damping),
+        "correct_drift": config.correct_drift,
         "device": device.type,
     }
     pieces = StageDirectory(work, "rounded", identity)
@@ -141,6 +139,14 @@ def round_model(
         run.head()
         names.append(HEAD)
     return RoundedModel(tuple(names), pieces)
+
+
+class _HeadReached(Exception):
+    """Ends a forward pass before the head's large product."""
+
+    def __init__(self, inputs: Tensor) -> None:
+        super().__init__()
+        self.inputs = inputs
 
 
 class _Rounding:
@@ -193,9 +199,9 @@ class _Rounding:
                     for position, batch in enumerate(self.batches):
                         seen = forwards.advance(position)
                         base = seen[stream] if stream else self._on_device(quantized[batch])
-                        sums.add(seen[stage.linears[0]], targets[number][batch], base, weights[batch])
+                        sums.add(batch.start, seen[stage.linears[0]], targets[number][batch], base, weights[batch])
                     del targets[number]
-                    gram, shift = sums.solved(self.config.drift_damping)
+                    gram, shift = sums.solved(correct_drift=self.config.correct_drift)
                     tasks = [
                         partial(self._round_linear, name, module, gram, shift, stage.joins is not None)
                         for name, module in zip(names, modules, strict=True)
@@ -244,20 +250,26 @@ class _Rounding:
         state = self.pieces.load(f"state-{self.model.block_count - 1}")
         with torch.no_grad(), self.model.tail() as head:
             sums = _StageSums(head, Stage((HEAD,)), self.model.device)
-            weights = self._token_weights(HEAD).flatten()
-            original, quantized = (state[key].flatten(0, 1) for key in ("original", "quantized"))
-            for first in range(0, len(original), _TAIL_TOKENS):
-                part = slice(first, first + _TAIL_TOKENS)
-                wanted, inputs = (self._head_input(head, hidden[None, part]) for hidden in (original, quantized))
-                sums.add(inputs, wanted, inputs, weights[part])
-            gram, shift = sums.solved(self.config.drift_damping)
+            weights = self._token_weights(HEAD)
+            for batch in self.batches:
+                wanted, inputs = (self._head_input(head, state[key][batch]) for key in ("original", "quantized"))
+                sums.add(batch.start, inputs, wanted, inputs, weights[batch])
+            gram, shift = sums.solved(correct_drift=self.config.correct_drift)
             target = _shifted(head.weight, shift, False)
         run_all([partial(self._rounded, self.plans[HEAD], target, gram)], self.model.device)
 
     def _head_input(self, head: nn.Linear, hidden: Tensor) -> Tensor:
-        with tapped_inputs(head, [""]) as taps:
+        def stop(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            raise _HeadReached(args[0])
+
+        handle = head.register_forward_pre_hook(stop)
+        try:
             self.model.logits(self._on_device(hidden))
-        return taps[""].flatten(0, -2)
+        except _HeadReached as reached:
+            return reached.inputs
+        finally:
+            handle.remove()
+        raise AssertionError("the model calls its head")
 
     def _rounded(self, plan: LinearPlan, target: Tensor, gram: Tensor) -> QuantizedLinear:
         measured = self.measured[plan.name]
@@ -271,42 +283,71 @@ class _Rounding:
 
 
 class _StageSums:
-    """What one stage's rounding is computed from, summed over micro-batches of the quantized stream."""
+    """What one stage's rounding is computed from, summed over micro-batches of the quantized stream.
+
+    Every second row goes to the second of two halves, so that what is fitted on one can be judged on the other.
+    """
 
     def __init__(self, module: Any, stage: Stage, device: torch.device) -> None:
         self._module = module
         self._joins = stage.joins is not None
-        self._gram = WeightedGram(module.in_features, device)
         columns = module.out_features if self._joins else module.in_features
-        self._missing = torch.zeros(module.in_features, columns, device=device)
-        self._weight = 0.0
+        self._halves = [_Half(module.in_features, columns, device) for _ in range(2)]
 
-    def add(self, inputs: Tensor, target: Tensor, stream: Tensor, weights: Tensor) -> None:
-        """Add tokens.
+    def add(self, first_row: int, inputs: Tensor, target: Tensor, stream: Tensor, weights: Tensor) -> None:
+        """Add a micro-batch.
 
         Args:
-            inputs: y, the stage's inputs in the quantized stream, shape (..., K).
+            first_row: Index of its first row among all calibration rows.
+            inputs: y, the stage's inputs in the quantized stream, shape (rows, tokens, K).
             target: The original's input of the stage or, where it joins the residual stream, its sum there.
             stream: What the stage's output is added to, if it joins the residual stream.
-            weights: Weight of each token.
+            weights: Weight of each token, shape (rows, tokens).
         """
-        flat, weights = inputs.flatten(0, -2), weights.flatten()
         current = stream + self._linear(inputs) if self._joins else inputs
-        missing = (target.to(flat.device) - current).flatten(0, -2)
-        self._gram.add(flat, weights)
-        self._missing.addmm_((flat * weights[:, None]).T, missing)
-        self._weight += float(weights.sum())
+        missing = target.to(inputs.device) - current
+        for parity, half in enumerate(self._halves):
+            rows = slice((parity - first_row) % 2, None, 2)
+            half.add(*(part[rows].flatten(0, 1) for part in (inputs, missing)), weights[rows].flatten())
 
     def _linear(self, inputs: Tensor) -> Tensor:
         # Not by calling the module: its hooks belong to the forward passes.
         return nn.functional.linear(inputs, self._module.weight, self._module.bias)
 
-    def solved(self, drift_damping: float) -> tuple[Tensor, Tensor | None]:
-        """Return H, and the shift of the weight that cancels drift, (K, out) for a joining stage, else (K, K)."""
-        gram = self._gram.mean()
-        if math.isinf(drift_damping) or self._weight == 0:
+    def solved(self, *, correct_drift: bool) -> tuple[Tensor, Tensor | None]:
+        """Return H, and the shift of the weight that cancels drift, (K, out) for a joining stage, else (K, K).
+
+        The ridge is the one whose fit on one half leaves least drift on the other; there is no shift where none of them
+        leaves less than there was.
+        """
+        weights = [half.gram.weight for half in self._halves]
+        grams = [half.gram.mean() for half in self._halves]
+        shares = [weight / max(sum(weights), _TINY) for weight in weights]
+        missing = [half.missing / max(half.gram.weight, _TINY) for half in self._halves]
+        gram, drift = (shares[0] * first + shares[1] * second for first, second in (grams, missing))
+        if not correct_drift or min(weights) <= 0:
             return gram, None
-        return gram, damped_solve(gram, self._missing / self._weight, drift_damping)
+        left = [_drift_left(damped_solve(grams[0], missing[0], ridge), grams[1], missing[1]) for ridge in _RIDGES]
+        if min(left) >= 0:
+            return gram, None
+        return gram, damped_solve(gram, drift, _RIDGES[left.index(min(left))])
+
+
+class _Half:
+    """Sums over half of the micro-batches."""
+
+    def __init__(self, width: int, columns: int, device: torch.device) -> None:
+        self.gram = WeightedGram(width, device)
+        self.missing = torch.zeros(width, columns, device=device)
+
+    def add(self, inputs: Tensor, missing: Tensor, weights: Tensor) -> None:
+        self.gram.add(inputs, weights)
+        self.missing.addmm_((inputs * weights[:, None]).T, missing)
+
+
+def _drift_left(shift: Tensor, gram: Tensor, missing: Tensor) -> float:
+    # Mean of |y V - m|^2 - |m|^2 over tokens of which only mean y y^T and mean y^T m are known; negative if V helps.
+    return float(((gram @ shift - 2 * missing) * shift).sum())
 
 
 def _shifted(weight: Tensor, shift: Tensor | None, joins: bool) -> Tensor:
