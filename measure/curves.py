@@ -14,10 +14,11 @@ from ..rounding.feedback import errors_by_group
 from ..rounding.hessian import inverse_factor
 from ..rounding.parallel import run_all
 
-__all__ = ["TASK_WEIGHTS", "CurveOptions", "ErrorCurve", "measure_curves"]
+__all__ = ["SAMPLED_COLUMNS", "CurveOptions", "ErrorCurve", "measure_curves"]
 
-TASK_WEIGHTS = 1 << 24
-"""Weights that one task rounds together, all widths counted: bounds its memory to 64 MiB a copy."""
+SAMPLED_COLUMNS = 512
+"""Outputs of a linear that its curve is measured on. They change a row group's damage by 2 to 4 %, at all its widths
+alike, which the allocation hardly feels; and large linears take no longer than small ones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,9 +66,9 @@ def measure_curves(
 ) -> list[ErrorCurve]:
     """Measure the linears that share one input. A pure function of its arguments.
 
-    The damage of an error dW is estimated as ``0.5 * sum_n F_n (dW^T H dW)_nn``, the second-order KL divergence
-    between the original and the damaged model with a diagonal Fisher information F of the linear's outputs and a
-    weight of each token in H (see ``statistics``).
+    The damage of an error dW is estimated as ``0.5 * sum_n F_n (dW^T H dW)_nn``, the second-order KL divergence between
+    the original and the damaged model with a diagonal Fisher information F of the linear's outputs and a weight of each
+    token in H (see ``statistics``). The sum runs over a sample of the outputs that stands for all.
 
     Args:
         weights: Each linear's weight, float32, shape (K, out): the transpose of a Hugging Face weight.
@@ -82,29 +83,38 @@ def measure_curves(
     order = power.argsort(descending=True, stable=True)
     factor = inverse_factor(gram[order][:, order], options.damping)
     rows = group_rows(gram.shape[0], options.group_size)
-    slice_columns = max(1, TASK_WEIGHTS // (len(order) * len(options.widths)))
-    tasks, owners = [], []
-    for owner, (weight, fisher) in enumerate(zip(weights, fishers, strict=True)):
-        # Columns do not depend on each other, but for the ceiling that they share; slices have one each.
-        for part, weights_of in zip(weight.split(slice_columns, dim=1), fisher.split(slice_columns), strict=True):
-            tasks.append(partial(_damage, part, order, factor.upper, rows, options.widths, weights_of))
-            owners.append(owner)
+    tasks = [
+        partial(_damage, weight, order, factor.upper, rows, options.widths, fisher)
+        for weight, fisher in zip(weights, fishers, strict=True)
+    ]
     damages = run_all(tasks, gram.device)
     if not bool(power.any()):  # The input is zero on every token, and so is whatever an error makes of it.
         damages = [torch.zeros_like(damage) for damage in damages]
     return [
         ErrorCurve(
-            damage_nats=torch.stack([d for d, o in zip(damages, owners, strict=True) if o == owner]).sum(dim=0),
+            damage_nats=damage,
             order=order,
             fisher=fisher,
             input_power=power,
             damping=factor.damping,
         )
-        for owner, fisher in enumerate(fishers)
+        for damage, fisher in zip(damages, fishers, strict=True)
     ]
 
 
 def _damage(
     weight: Tensor, order: Tensor, upper: Tensor, rows: Sequence[int], widths: Sequence[int], fisher: Tensor
 ) -> Tensor:
-    return 0.5 * errors_by_group(weight[order], upper, rows, widths, fisher)
+    columns, shares = _sampled_columns(fisher)
+    return 0.5 * errors_by_group(weight[order[:, None], columns], upper, rows, widths, shares)
+
+
+def _sampled_columns(fisher: Tensor) -> tuple[Tensor, Tensor]:
+    # The sum of the Fisher weights is cut into equal shares, and each is given to the output in whose part of the
+    # cumulative sum its middle lies: systematic sampling with probability proportional to size.
+    if len(fisher) <= SAMPLED_COLUMNS or not bool(fisher.any()):
+        return torch.arange(len(fisher), device=fisher.device), fisher
+    cumulative = fisher.double().cumsum(dim=0)
+    middles = (torch.arange(SAMPLED_COLUMNS, device=fisher.device) + 0.5) * (cumulative[-1] / SAMPLED_COLUMNS)
+    columns, counts = torch.searchsorted(cumulative, middles).unique_consecutive(return_counts=True)
+    return columns, (counts * (cumulative[-1] / SAMPLED_COLUMNS)).float()

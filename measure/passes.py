@@ -89,7 +89,7 @@ class MeasuringPasses:
                 sums.see_inputs(taps[""])
                 probabilities = logits.detach()[0].softmax(dim=-1)
                 # Of a sampled one-hot target t, E (p - t)^2 = p (1 - p) exactly: no need to sample for the head.
-                sums.see_squares(HEAD, probabilities * (1 - probabilities))
+                sums.see_squares(HEAD, probabilities - probabilities.square())
                 sums.end_batch()
                 targets = _sample(probabilities, rng)
                 probabilities.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=logits.dtype))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..convert.checkpoint import Checkpoint
 from ..convert.exl2.layout import RowGroup, group_rows, linear_bits
-from ..measure.curves import TASK_WEIGHTS
+from ..measure.curves import SAMPLED_COLUMNS
 from ..measure.families import HEAD, family_of
 from ..measure.run import MeasureConfig
 from ..rounding.parallel import cores
@@ -102,7 +102,7 @@ def _memory(block: list[tuple[int, int]], vocabulary: int, hidden: int, tokens: 
     weights = sum(rows * columns for columns, rows in block) * _FLOAT32_BYTES
     grams = sum({rows: rows * rows for _, rows in block}.values()) * 2 * _FLOAT32_BYTES
     factor = 3 * largest_input**2 * _FLOAT64_BYTES
-    curves = 4 * cores() * min(TASK_WEIGHTS, 6 * max(rows * columns for columns, rows in block)) * _FLOAT32_BYTES
+    curves = 4 * cores() * 6 * largest_input * SAMPLED_COLUMNS * _FLOAT32_BYTES
     # Rounding a block keeps the original's states before and after, the quantized one before, what the stages should
     # see and make (four), and in every waiting forward pass the stream and the widest stage's inputs.
     decoder = weights + grams + max(factor, curves) + 8 * state + tokens * largest_input * _FLOAT32_BYTES

@@ -10,32 +10,18 @@ Source: Frantar et al., GPTQ (arXiv 2210.17323), section 3.3, with its Cholesky 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..convert.exl2.layout import RowGroup
 from ..convert.exl2.linear import QuantizedLinear
-from .grid import GroupGrid, search_grid
+from .grid import GroupGrid, search_grids
 
-__all__ = ["Segment", "errors_by_group", "round_linear"]
+__all__ = ["errors_by_group", "round_linear"]
 
 _CHUNK_COLUMNS = 8192
 """Columns that go through the row loop together: wide enough to hide call overhead, small enough for the cache."""
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Neighbouring columns of a batch that belong to one linear at one width.
-
-    Attributes:
-        columns: Number of columns.
-        bits: Width of their codes.
-    """
-
-    columns: int
-    bits: int
 
 
 def round_linear(
@@ -64,9 +50,9 @@ def round_linear(
     first = 0
     for group in groups:
         rows = slice(first, first + group.rows)
-        grids = _round_group(work, codes, upper, rows, [Segment(work.shape[1], group.bits)], column_weights)
-        ceilings.append(grids[0].ceiling)
-        scale_codes.append(grids[0].codes)
+        (grid,) = _round_group(work, codes, upper, rows, [group.bits], column_weights)
+        ceilings.append(grid.ceiling)
+        scale_codes.append(grid.codes)
         errors.append(work[rows].square().sum(dim=0))
         first += group.rows
     linear = QuantizedLinear(
@@ -100,42 +86,31 @@ def errors_by_group(
     """
     columns = weight.shape[1]
     work = weight.repeat(1, len(widths))
-    segments = [Segment(columns, bits) for bits in widths]
-    weights = column_weights.repeat(len(widths))
     damages = []
     first = 0
     for count in group_rows:
         rows = slice(first, first + count)
-        _round_group(work, None, upper, rows, segments, weights)
-        damages.append((work[rows].square().sum(dim=0) * weights).view(len(widths), columns).sum(dim=1))
+        _round_group(work, None, upper, rows, widths, column_weights)
+        damages.append(work[rows].square().sum(dim=0).view(len(widths), columns) @ column_weights)
         first += count
     return torch.stack(damages)
 
 
 def _round_group(
-    work: Tensor,
-    codes: Tensor | None,
-    upper: Tensor,
-    rows: slice,
-    segments: Sequence[Segment],
-    column_weights: Tensor,
+    work: Tensor, codes: Tensor | None, upper: Tensor, rows: slice, widths: Sequence[int], column_weights: Tensor
 ) -> list[GroupGrid]:
-    # Rounds `work[rows]`. Before: rows above hold their errors e. After: `work[rows]` holds e too, `codes[rows]` codes.
+    # Rounds `work[rows]`, whose columns are the linear's, once for every width, side by side.
+    # Before: rows above hold their errors e. After: `work[rows]` holds e too, `codes[rows]` codes.
     group = work[rows]
     if rows.start:
         group.addmm_(upper[: rows.start, rows].T, work[: rows.start], alpha=-1)
     block = upper[rows, rows]
     row_weights = block.diagonal().square().reciprocal()
-    grids = []
-    first = 0
-    for segment in segments:
-        columns = slice(first, first + segment.columns)
-        grids.append(search_grid(group[:, columns].contiguous(), row_weights, column_weights[columns], segment.bits))
-        first += segment.columns
+    targets = group.unflatten(1, (len(widths), -1)).transpose(0, 1).contiguous()
+    grids = search_grids(targets, row_weights, column_weights, widths)
     scales = torch.cat([grid.scales for grid in grids])
-    halves = torch.cat([torch.full((s.columns,), 1 << (s.bits - 1), dtype=scales.dtype) for s in segments]).to(
-        scales.device
-    )
+    halves = torch.tensor([1 << (bits - 1) for bits in widths], dtype=scales.dtype, device=scales.device)
+    halves = halves.repeat_interleave(targets.shape[2])
     for first in range(0, work.shape[1], _CHUNK_COLUMNS):
         columns = slice(first, first + _CHUNK_COLUMNS)
         _round_rows(

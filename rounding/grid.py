@@ -8,6 +8,7 @@ the unit is coarse where it is subnormal, so the search runs against the scales 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +16,10 @@ from torch import Tensor
 
 from ..convert.exl2.linear import effective_scale
 
-__all__ = ["GroupGrid", "search_grid"]
+__all__ = ["GroupGrid", "search_grid", "search_grids"]
 
-_CHUNK_COLUMNS = 4096
-"""Columns searched at a time: a group of 64 rows then stays in the processor's second-level cache."""
+_CHUNK_ELEMENTS = 1 << 18
+"""Trial errors computed at a time: few enough to stay in the processor's second-level cache."""
 
 _SCALE_RANGE = {
     2: (0.42, 1.50),
@@ -69,38 +70,50 @@ def search_grid(target: Tensor, row_weights: Tensor, column_weights: Tensor, bit
     Returns:
         The grid. An all-zero group gets the smallest scales.
     """
-    half = 1 << (bits - 1)
+    return search_grids(target[None], row_weights, column_weights, [bits])[0]
+
+
+def search_grids(
+    targets: Tensor, row_weights: Tensor, column_weights: Tensor, widths: Sequence[int]
+) -> list[GroupGrid]:
+    """Do ``search_grid`` for several targets of one shape at once, each at a width of its own.
+
+    Args:
+        targets: float32, shape (targets, rows, columns).
+        row_weights: As above, common to all.
+        column_weights: As above, common to all.
+        widths: Width of each target's codes.
+
+    Returns:
+        One grid for each target.
+    """
+    # Dimensions: trials or units first, then targets (S), then columns (N).
+    device = targets.device
+    half = torch.tensor([1 << (bits - 1) for bits in widths], device=device)[:, None]  # (S, 1)
     # Codes run from -half to half - 1; half - 0.5 lets the larger side clip by half a step at most.
-    unclipped = target.abs().amax(dim=0) / (half - 0.5)
-    low, high = _SCALE_RANGE[bits]
-    step = math.log(high / low) / (_TRIAL_SCALES - 1)
-    factors = torch.tensor([low * math.exp(step * trial) for trial in range(_TRIAL_SCALES)], device=target.device)
-    trials = factors[:, None] * unclipped
-    errors = torch.stack([_errors(target, scale, row_weights, half) for scale in trials])
+    unclipped = targets.abs().amax(dim=1) / (half - 0.5)
+    logs = torch.tensor([[math.log(end) for end in _SCALE_RANGE[bits]] for bits in widths], device=device)
+    step = (logs[:, 1:] - logs[:, :1]) / (_TRIAL_SCALES - 1)  # (S, 1)
+    factors = (logs[:, :1] + step * torch.arange(_TRIAL_SCALES, device=device)[:, None, None]).exp()
+    trials = factors * unclipped
+    errors = _errors(targets, trials, row_weights, half)
     wanted = _at_least_error(trials, errors)
 
-    units = (wanted.max() / 256 * torch.tensor(_UNIT_FACTORS, device=target.device)).clamp(
-        _SMALLEST_UNIT, _LARGEST_UNIT
-    )
-    units = units.half().float()
+    factors = torch.tensor(_UNIT_FACTORS, device=device)[:, None]
+    units = (wanted.amax(dim=1) / 256 * factors).clamp(_SMALLEST_UNIT, _LARGEST_UNIT).half().float()
     # Error of the two codes around the wanted scale, read off the table of trial errors.
-    lower = ((wanted / units[:, None]).sqrt() - 1).floor().clamp(0, 15)
+    lower = ((wanted / units[:, :, None]).sqrt() - 1).floor().clamp(0, 15)
     candidates = torch.stack([lower, (lower + 1).clamp(max=15)])
-    scales = units[:, None] * (candidates + 1).square()
-    costs = _interpolate(errors, scales, trials[0], step).amin(dim=0)
-    best_unit = units[(costs @ column_weights).argmin()]
+    scales = units[:, :, None] * (candidates + 1).square()
+    costs = _interpolate(errors, scales.flatten(0, 1), trials[0], step).view(scales.shape).amin(dim=0)
+    best_unit = units.gather(0, (costs @ column_weights).argmin(dim=0, keepdim=True))[0]
 
-    nearest = ((wanted / best_unit).sqrt() - 1).round()
+    nearest = ((wanted / best_unit[:, None]).sqrt() - 1).round()
     codes = torch.stack([(nearest + shift).clamp(0, 15) for shift in (-1, 0, 1)])
-    ceiling = (best_unit * 256).half()
-    scales = effective_scale(ceiling.expand(3), codes).float()
-    exact = torch.stack([_errors(target, scale, row_weights, half) for scale in scales])
-    chosen = _at_least_error(codes, exact)
-    return GroupGrid(
-        ceiling=ceiling,
-        codes=chosen.to(torch.uint8),
-        scales=effective_scale(ceiling, chosen).float(),
-    )
+    ceilings = (best_unit * 256).half()
+    chosen = _at_least_error(codes, _errors(targets, effective_scale(ceilings, codes).float(), row_weights, half))
+    scales = effective_scale(ceilings, chosen).float()
+    return [GroupGrid(*parts) for parts in zip(ceilings, chosen.to(torch.uint8), scales, strict=True)]
 
 
 def _at_least_error(values: Tensor, errors: Tensor) -> Tensor:
@@ -108,21 +121,23 @@ def _at_least_error(values: Tensor, errors: Tensor) -> Tensor:
     return torch.where(errors == errors.amin(dim=0), values, 0).amax(dim=0)
 
 
-def _errors(target: Tensor, scales: Tensor, row_weights: Tensor, half: int) -> Tensor:
-    # Weighted squared rounding error of every column, shape (columns,).
+def _errors(targets: Tensor, scales: Tensor, row_weights: Tensor, half: Tensor) -> Tensor:
+    # Weighted squared rounding error of every column at every scale: scales and result are (trials, S, N).
     inverse = torch.where(scales > 0, 1 / scales, 0)
     errors = torch.empty_like(scales)
-    for first in range(0, target.shape[1], _CHUNK_COLUMNS):
-        columns = slice(first, first + _CHUNK_COLUMNS)
-        part = target[:, columns]
-        rounded = (part * inverse[columns]).round_().clamp_(-half, half - 1)
-        rounded.mul_(scales[columns]).sub_(part).square_()
-        torch.mv(rounded.T, row_weights, out=errors[columns])
+    lowest, highest = -half[:, None].float(), half[:, None].float() - 1
+    columns_at_once = max(1, _CHUNK_ELEMENTS // (scales.shape[0] * targets.shape[0] * targets.shape[1]))
+    for first in range(0, targets.shape[2], columns_at_once):
+        columns = slice(first, first + columns_at_once)
+        part = targets[:, :, columns]
+        rounded = (part * inverse[:, :, None, columns]).round_().clamp_(lowest, highest)
+        rounded.mul_(scales[:, :, None, columns]).sub_(part).square_()
+        errors[:, :, columns] = row_weights @ rounded
     return errors
 
 
-def _interpolate(errors: Tensor, scales: Tensor, lowest: Tensor, step: float) -> Tensor:
-    # errors: (trials, columns) at log-spaced scales from `lowest`; read linearly at `scales` (..., columns).
+def _interpolate(errors: Tensor, scales: Tensor, lowest: Tensor, step: Tensor) -> Tensor:
+    # errors: (trials, S, N) at log-spaced scales from `lowest`; read linearly at `scales` (any, S, N).
     # Above the table nothing is clipped any more and the error grows with the square of the scale. Below it clipping
     # takes over, and a steep growth with the distance keeps such scales from being chosen.
     last = errors.shape[0] - 1
@@ -131,9 +146,8 @@ def _interpolate(errors: Tensor, scales: Tensor, lowest: Tensor, step: float) ->
     below = inside.floor().clamp(max=last - 1)
     fraction = inside - below
     index = below.long()
-    table = errors.expand(*scales.shape[:-2], *errors.shape) if scales.dim() > 2 else errors
-    value = torch.gather(table, -2, index).mul_(1 - fraction)
-    value.add_(torch.gather(table, -2, index + 1).mul_(fraction))
+    value = torch.gather(errors, 0, index).mul_(1 - fraction)
+    value.add_(torch.gather(errors, 0, index + 1).mul_(fraction))
     above = (position - last).clamp(min=0, max=100)  # of a column of zeros it would be infinite
     below_table = (-position).clamp(min=0)
     return value.mul_((2 * step * above).exp()).mul_((1 + below_table).square())

@@ -214,7 +214,7 @@ def test_chunks_of_columns_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     groups = [RowGroup(4, 32), RowGroup(3, 32)]
     whole, _ = problem.round(groups)
     monkeypatch.setattr("bpwise.rounding.feedback._CHUNK_COLUMNS", 7)
-    monkeypatch.setattr("bpwise.rounding.grid._CHUNK_COLUMNS", 6)
+    monkeypatch.setattr("bpwise.rounding.grid._CHUNK_ELEMENTS", 8 * 32 * 6)  # six columns at eight trial scales
     parts, _ = problem.round(groups)
     assert torch.equal(parts.scale_codes, whole.scale_codes)
     # Kernels for fewer columns may sum in another order: as above, a tie at most.
