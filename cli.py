@@ -15,6 +15,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .measure.calibration import CalibrationSet
     from .measure.run import MeasureConfig
+    from .quantize.plan import HeadBits
 
 __all__ = ["cli", "main"]
 
@@ -25,7 +26,13 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 _EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _DIRECTORY = click.Path(file_okay=False, path_type=Path)
 _EXISTING_DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
-_HEAD_BITS = click.Choice(["2", "3", "4", "5", "6", "8", "16"])
+_HEAD_BITS_OPTION = click.option(
+    "-hb",
+    "--head-bits",
+    type=click.Choice(["2", "3", "4", "5", "6", "8", "16", "auto"]),
+    default="6",
+    help="Bits of the output head; 16: unquantized; auto: as many as pay, out of --bpw for decoder and head together.",
+)
 
 
 class _Group(click.Group):
@@ -108,7 +115,7 @@ def _measure_config(options: dict[str, Any]) -> tuple[MeasureConfig, Calibration
 @click.argument("model")
 @click.argument("output", type=_DIRECTORY)
 @click.option("-b", "--bpw", type=float, required=True, help="Bits per weight of the decoder, overheads included.")
-@click.option("-hb", "--head-bits", type=_HEAD_BITS, default="6", help="Bits of the output head; 16: unquantized.")
+@_HEAD_BITS_OPTION
 @click.option(
     "-m",
     "--measurement",
@@ -139,7 +146,7 @@ def quantize(model: str, output: Path, **options: Any) -> None:
     )
     config = QuantizeConfig(
         bpw=options["bpw"],
-        head_bits=int(options["head_bits"]),
+        head_bits=_head_bits(options["head_bits"]),
         measure=measure_config,
         evaluate=None if options["no_eval"] else evaluate,
         shard_bytes=options["shard_size"] * _MIB,
@@ -172,13 +179,17 @@ def _refuse_beside_measurement() -> None:
             )
 
 
-def _print_forecast(model: str, bpw: float, head_bits: int, config: MeasureConfig) -> None:
+def _head_bits(option: str) -> HeadBits:
+    return "auto" if option == "auto" else int(option)
+
+
+def _print_forecast(model: str, bpw: float, head_bits: HeadBits, config: MeasureConfig) -> None:
     from .convert.checkpoint import open_model
     from .quantize.forecast import forecast_run
 
     forecast = forecast_run(open_model(model), bpw=bpw, head_bits=head_bits, config=config)
     click.echo(f"original      {forecast.original_bytes / _MIB:10.1f} MiB")
-    click.echo(f"quantized     {forecast.output_bytes / _MIB:10.1f} MiB at {bpw:g} bpw, head {head_bits} bits")
+    click.echo(f"quantized     {forecast.output_bytes / _MIB:10.1f} MiB at {bpw:g} bpw, head bits {head_bits}")
     click.echo(f"possible bpw  {forecast.lowest_bpw:10.4f} to {forecast.highest_bpw:.4f}")
     click.echo(f"memory        {forecast.memory_bytes / _MIB:10.0f} MiB at most, roughly")
     click.echo(f"work on disk  {forecast.disk_bytes / _MIB:10.0f} MiB at most, roughly")
@@ -202,7 +213,7 @@ def measure(model: str, output: Path, **options: Any) -> None:
 @cli.command()
 @click.argument("measurement", type=_EXISTING_FILE)
 @click.option("-b", "--bpw", type=float, required=True, help="Bits per weight of the decoder, overheads included.")
-@click.option("-hb", "--head-bits", type=_HEAD_BITS, default="6", help="Bits of the output head; 16: unquantized.")
+@_HEAD_BITS_OPTION
 @click.option("-o", "--output", type=_FILE, help="Where to save the plan.  [default: plan-BPW.json beside MEASUREMENT]")
 def plan(measurement: Path, bpw: float, head_bits: str, output: Path | None) -> None:
     """Choose the bits of every row group for a bitrate, from MEASUREMENT alone; print and save the plan."""
@@ -210,7 +221,7 @@ def plan(measurement: Path, bpw: float, head_bits: str, output: Path | None) -> 
     from .quantize.plan import make_plan
 
     measured = Measurement.load(measurement)
-    made = make_plan(measured, bpw=bpw, head_bits=int(head_bits))
+    made = make_plan(measured, bpw=bpw, head_bits=_head_bits(head_bits))
     output = output or measurement.with_name(f"plan-{bpw:g}.json")
     made.save(output)
     click.echo(f"{'linear':44} {'bpw':>7} {'damage, nats/token':>19}")
@@ -220,8 +231,9 @@ def plan(measurement: Path, bpw: float, head_bits: str, output: Path | None) -> 
         click.echo(f"fallback: {name} was measured with damping {damping:g}", err=True)
     shares = ", ".join(f"{bits} bits {100 * share:.1f} %" for bits, share in made.weights_per_width().items())
     click.echo(f"decoder weights: {shares}")
+    head_bpw = made.head.bpw if made.head else 16
     click.echo(
-        f"decoder {made.bpw:.4f} bpw, head {head_bits} bits, predicted damage {made.damage_nats:.6f} nats/token "
+        f"decoder {made.bpw:.4f} bpw, head {head_bpw:.4f} bpw, predicted damage {made.damage_nats:.6f} nats/token "
         f"({100 * made.gap:.3f} % above what is possible at most) -> {output}"
     )
 

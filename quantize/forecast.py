@@ -10,7 +10,7 @@ from ..measure.curves import SAMPLED_COLUMNS
 from ..measure.families import HEAD, family_of
 from ..measure.run import MeasureConfig
 from ..rounding.parallel import cores
-from .plan import check_bpw, possible_bpw
+from .plan import AUTO, HeadBits, check_bpw, possible_bpw
 
 __all__ = ["Forecast", "forecast_run"]
 
@@ -44,13 +44,13 @@ class Forecast:
     disk_bytes: int
 
 
-def forecast_run(checkpoint: Checkpoint, *, bpw: float, head_bits: int, config: MeasureConfig) -> Forecast:
+def forecast_run(checkpoint: Checkpoint, *, bpw: float, head_bits: HeadBits, config: MeasureConfig) -> Forecast:
     """Forecast a run of the whole pipeline.
 
     Args:
         checkpoint: The original model.
-        bpw: Decoder bits per weight.
-        head_bits: Head bits, 16 for unquantized.
+        bpw: Decoder bits per weight; with ``auto`` head bits those of decoder and head together.
+        head_bits: Head bits, 16 for unquantized, or ``auto``.
         config: Gives group size and the number of calibration tokens.
 
     Raises:
@@ -65,17 +65,21 @@ def forecast_run(checkpoint: Checkpoint, *, bpw: float, head_bits: int, config: 
         for name in stage.linears:
             columns, rows = checkpoint.shape(f"{family.blocks}.0.{name}.weight")
             block[name] = columns, rows
-    weights = blocks * sum(rows * columns for columns, rows in block.values())
-    lowest, highest = possible_bpw([(rows, columns) for columns, rows in block.values()], config.group_size)
-    check_bpw(bpw, (lowest, highest), config.group_size)
     embedding = next(checkpoint.shape(name) for name in checkpoint.names if name.endswith("embed_tokens.weight"))
     vocabulary, hidden = embedding
+    weights = blocks * sum(rows * columns for columns, rows in block.values())
+    budgeted = [(rows, columns) for columns, rows in block.values()] * blocks
+    if head_bits == AUTO:
+        budgeted.append((hidden, vocabulary))
+    lowest, highest = possible_bpw(budgeted, config.group_size)
+    check_bpw(bpw, (lowest, highest), config.group_size)
+    quantized_bytes = int(bpw * sum(rows * columns for rows, columns in budgeted)) // 8
     stored_head = 0 if checkpoint.tied_embeddings else checkpoint.info(f"{HEAD}.weight").size_bytes
-    head_bytes = (
-        stored_head
-        if head_bits == 16
-        else linear_bits(vocabulary, [RowGroup(head_bits, n) for n in group_rows(hidden, config.group_size)]) // 8
-    )
+    if head_bits == 16:
+        quantized_bytes += stored_head
+    elif isinstance(head_bits, int):
+        groups = [RowGroup(head_bits, n) for n in group_rows(hidden, config.group_size)]
+        quantized_bytes += linear_bits(vocabulary, groups) // 8
     linear_bytes = sum(
         checkpoint.info(f"{family.blocks}.{index}.{name}.weight").size_bytes
         for index in range(blocks)
@@ -87,7 +91,7 @@ def forecast_run(checkpoint: Checkpoint, *, bpw: float, head_bits: int, config: 
     return Forecast(
         decoder_weights=weights,
         original_bytes=checkpoint.total_bytes,
-        output_bytes=other + head_bytes + int(bpw * weights) // 8,
+        output_bytes=other + quantized_bytes,
         lowest_bpw=lowest,
         highest_bpw=highest,
         memory_bytes=_RUNTIME_BYTES + _memory(list(block.values()), vocabulary, hidden, tokens),

@@ -124,7 +124,7 @@ def _measurement(path: Path) -> Inspection:
     ]
     return Inspection(
         kind="measurement",
-        facts=tuple(f"{key}: {value}" for key, value in measurement.provenance.items()),
+        facts=tuple(f"{key}: {value}" for key, value in measurement.provenance.items() if not isinstance(value, list)),
         header=("linear, damage in nats/token", "in x out", *(f"{bits} bits" for bits in measurement.widths)),
         rows=tuple(rows),
     )
@@ -156,7 +156,8 @@ def _plan(path: Path) -> Inspection:
     return Inspection(
         kind="plan",
         facts=(
-            f"decoder {plan.bpw:.4f} bits per weight (asked {plan.target_bpw:g}), head {plan.head_bits} bits",
+            f"decoder {plan.bpw:.4f} bits per weight, head {plan.head.bpw if plan.head else 16:.4f} "
+            f"(asked {plan.target_bpw:g}, head {plan.head_bits})",
             f"predicted damage {plan.damage_nats:.6f} nats/token, of it {plan.decoder_damage_nats:.6f} in the decoder "
             f"(no plan of this size can go below {plan.lower_bound_nats:.6f})",
         ),

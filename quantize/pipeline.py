@@ -31,7 +31,7 @@ from ..measure.tokenizer import load_tokenizer
 from ..progress import Progress, silent
 from ..version import __version__
 from .forecast import forecast_run
-from .plan import HEAD_BITS, Plan, make_plan
+from .plan import HeadBits, Plan, check_head_bits, make_plan
 from .rounding import RoundConfig, RoundedModel, round_model
 from .stages import StageClock, StageCost
 
@@ -46,14 +46,14 @@ class QuantizeConfig:
 
     Attributes:
         bpw: Decoder bits per weight, all overheads counted; met from below, never exceeded.
-        head_bits: Bits of the output head: 2, 3, 4, 5, 6, 8, or 16 for unquantized.
+        head_bits: Bits of the output head: 2, 3, 4, 5, 6, 8, 16 for unquantized, or ``auto``: see ``make_plan``.
         measure: Options of the measuring stage; its calibration rows, damping and device serve rounding too.
         evaluate: Options of the evaluation, or None to leave it out.
         shard_bytes: Largest output file, in bytes.
     """
 
     bpw: float
-    head_bits: int = 6
+    head_bits: HeadBits = 6
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     evaluate: EvalConfig | None = field(default_factory=EvalConfig)
     shard_bytes: int = DEFAULT_SHARD_BYTES
@@ -66,8 +66,7 @@ class QuantizeConfig:
         """
         if not 2 <= self.bpw <= 9:
             raise ConfigError(f"bpw must lie between 2 and 9, got {self.bpw}.")
-        if self.head_bits not in HEAD_BITS:
-            raise ConfigError(f"head_bits must be one of {HEAD_BITS}, got {self.head_bits}.")
+        check_head_bits(self.head_bits)
         text = self.measure.calibration.source
         if self.evaluate is not None and text is not None and text == self.evaluate.text:
             raise ConfigError(f"{text}: cannot be calibration and evaluation text at once. Evaluate on other text.")
@@ -211,7 +210,7 @@ def report_details(result: QuantizeResult) -> dict[str, dict[str, str | float]]:
         "Plan": {
             "predicted damage, nats/token": plan.damage_nats,
             "of it in the decoder": plan.decoder_damage_nats,
-            "least possible decoder damage at this size": plan.lower_bound_nats,
+            "least possible damage at this size": plan.lower_bound_nats,
             **{
                 f"decoder weights at {bits} bits, %": round(100 * share, 2)
                 for bits, share in plan.weights_per_width().items()
@@ -297,7 +296,7 @@ def _write(
         quantization={
             "version": __version__,
             "bits": plan.target_bpw,
-            "head_bits": plan.head_bits,
+            "head_bits": plan.head_code_bits,
             "calibration": {"rows": row_count, "length": row_tokens, "dataset": rows.description},
         },
         provenance={

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,11 +17,27 @@ from ..errors import BudgetError, ConfigError, FormatError
 from ..measure.measurement import MeasuredLinear, Measurement
 from .allocate import allocate
 
-__all__ = ["HEAD_BITS", "PLAN_VERSION", "LinearPlan", "Plan", "bpw_range", "check_bpw", "make_plan", "possible_bpw"]
+__all__ = [
+    "AUTO",
+    "HEAD_BITS",
+    "PLAN_VERSION",
+    "HeadBits",
+    "LinearPlan",
+    "Plan",
+    "bpw_range",
+    "check_bpw",
+    "make_plan",
+    "possible_bpw",
+]
 
 PLAN_VERSION = 1
 HEAD_BITS = (2, 3, 4, 5, 6, 8, 16)
-"""Widths that the output head can be asked to have; 16 leaves it unquantized."""
+"""Bits that the output head can be asked to have; 16 leaves it unquantized."""
+
+AUTO = "auto"
+"""Head bits that leave the choice to the plan: the head then shares the decoder's budget."""
+
+HeadBits = int | Literal["auto"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,16 +93,16 @@ class Plan:
     Attributes:
         linears: Decoder linears in model order.
         head: The head's plan, or None if it stays at 16 bits.
-        target_bpw: What was asked of the decoder.
-        head_bits: What was asked of the head, 2 to 8 or 16.
-        lower_bound_nats: No allocation within the budget has a smaller predicted decoder damage.
+        target_bpw: What was asked of the decoder, or with ``AUTO`` of decoder and head together.
+        head_bits: What was asked of the head: one of ``HEAD_BITS``, or ``AUTO``.
+        lower_bound_nats: No allocation within the budgets has a smaller predicted damage.
         measurement: Fingerprint of the measurement behind the plan.
     """
 
     linears: tuple[LinearPlan, ...]
     head: LinearPlan | None
     target_bpw: float
-    head_bits: int
+    head_bits: HeadBits
     lower_bound_nats: float
     measurement: str
 
@@ -107,8 +123,17 @@ class Plan:
 
     @property
     def gap(self) -> float:
-        """How far the predicted decoder damage may be above the best possible, as a fraction of it."""
-        return self.decoder_damage_nats / self.lower_bound_nats - 1 if self.lower_bound_nats > 0 else 0.0
+        """How far the predicted damage may be above the best possible, as a fraction of it."""
+        return self.damage_nats / self.lower_bound_nats - 1 if self.lower_bound_nats > 0 else 0.0
+
+    @property
+    def head_code_bits(self) -> int:
+        """Width of the head's codes as front ends show it: the mean over its weights, rounded; 16 if unquantized."""
+        if self.head is None:
+            return 16
+        rows = self.head.group_rows
+        code_bits = sum(bits * count for bits, count in zip(self.head.group_bits, rows, strict=True))
+        return round(code_bits / sum(rows))
 
     def weights_per_width(self) -> dict[int, float]:
         """Return the share of the decoder's weights at each width, widest first."""
@@ -160,13 +185,15 @@ class Plan:
             raise FormatError(f"{path}: the plan is damaged ({error}). Make it again with `bpwise plan`.") from error
 
 
-def make_plan(measurement: Measurement, *, bpw: float, head_bits: int) -> Plan:
-    """Allocate bits to every row group of the decoder.
+def make_plan(measurement: Measurement, *, bpw: float, head_bits: HeadBits) -> Plan:
+    """Allocate bits to every row group of the decoder and of the head.
 
     Args:
         measurement: The measured curves.
-        bpw: Decoder bits per weight, overheads included; met from below, never exceeded.
-        head_bits: Width of the output head: 2, 3, 4, 5, 6, 8, or 16 for unquantized.
+        bpw: Decoder bits per weight, overheads included; met from below, never exceeded. With ``AUTO`` those of decoder
+            and head together.
+        head_bits: Bits of the output head: 2, 3, 4, 5, 6 or 8, as large as if all its codes had that width, though its
+            groups may have others; 16 for unquantized; ``AUTO`` to let it share the decoder's budget.
 
     Returns:
         The plan.
@@ -175,58 +202,84 @@ def make_plan(measurement: Measurement, *, bpw: float, head_bits: int) -> Plan:
         ConfigError: ``head_bits`` is not one of these.
         BudgetError: No plan has this size; the message gives the range that there is.
     """
-    if head_bits not in HEAD_BITS:
-        raise ConfigError(f"head bits must be one of {HEAD_BITS}, got {head_bits}.")
-    rows = [group_rows(linear.in_features, measurement.group_size) for linear in measurement.linears]
-    weights = sum(linear.in_features * linear.out_features for linear in measurement.linears)
-    check_bpw(bpw, bpw_range(measurement), measurement.group_size)
-    overhead = sum(
-        linear_bits(linear.out_features, [RowGroup(0, n) for n in counts])
-        for linear, counts in zip(measurement.linears, rows, strict=True)
-    )
-    columns = np.concatenate(
-        [
-            np.asarray(counts, dtype=np.int64) * padded_columns(linear.out_features)
-            for linear, counts in zip(measurement.linears, rows, strict=True)
-        ]
-    )
-    solved = allocate(
-        np.concatenate([linear.damage_nats for linear in measurement.linears]).astype(np.float64),
-        columns[:, None] * np.asarray(measurement.widths, dtype=np.int64),
-        # The product may fall just short of the whole number of bits that it stands for.
-        int(bpw * weights + 1e-3) - overhead,
-    )
-    plans = []
-    first = 0
-    for linear, counts in zip(measurement.linears, rows, strict=True):
-        plans.append(_linear_plan(linear, counts, solved.choice[first : first + len(counts)], measurement.widths))
-        first += len(counts)
-    head = None
-    if head_bits != 16:
-        counts = group_rows(measurement.head.in_features, measurement.group_size)
-        choice = np.full(len(counts), measurement.widths.index(head_bits))
-        head = _linear_plan(measurement.head, counts, choice, measurement.widths)
+    check_head_bits(head_bits)
+    head = measurement.head
+    budgeted = (*measurement.linears, head) if head_bits == AUTO else measurement.linears
+    check_bpw(bpw, bpw_range(measurement, head_bits), measurement.group_size)
+    weights = sum(linear.in_features * linear.out_features for linear in budgeted)
+    # The product may fall just short of the whole number of bits that it stands for.
+    plans, lower_bound = _allocated(budgeted, measurement, int(bpw * weights + 1e-3))
+    if head_bits not in (AUTO, 16):
+        assert isinstance(head_bits, int)
+        rows = group_rows(head.in_features, measurement.group_size)
+        size = linear_bits(head.out_features, [RowGroup(head_bits, n) for n in rows])
+        head_plans, head_bound = _allocated([head], measurement, size)
+        plans, lower_bound = [*plans, *head_plans], lower_bound + head_bound
+    count = len(measurement.linears)
     return Plan(
-        linears=tuple(plans),
-        head=head,
+        linears=tuple(plans[:count]),
+        head=plans[count] if len(plans) > count else None,
         target_bpw=bpw,
         head_bits=head_bits,
-        lower_bound_nats=solved.lower_bound,
+        lower_bound_nats=lower_bound,
         measurement=measurement.fingerprint,
     )
 
 
-def bpw_range(measurement: Measurement) -> tuple[float, float]:
-    """Return the smallest and the largest decoder bits per weight that a plan from a measurement can have."""
-    shapes = [(linear.in_features, linear.out_features) for linear in measurement.linears]
-    return possible_bpw(shapes, measurement.group_size)
+def check_head_bits(head_bits: HeadBits) -> None:
+    """Refuse head bits that there are not.
+
+    Raises:
+        ConfigError: The message lists those that there are.
+    """
+    if head_bits != AUTO and head_bits not in HEAD_BITS:
+        raise ConfigError(f"head bits must be one of {HEAD_BITS} or {AUTO!r}, got {head_bits!r}.")
+
+
+def _allocated(
+    linears: Sequence[MeasuredLinear], measurement: Measurement, budget_bits: int
+) -> tuple[list[LinearPlan], float]:
+    # The linears' plans within a common budget, overheads included, and a lower bound of their damage.
+    rows = [group_rows(linear.in_features, measurement.group_size) for linear in linears]
+    overhead = sum(
+        linear_bits(linear.out_features, [RowGroup(0, n) for n in counts])
+        for linear, counts in zip(linears, rows, strict=True)
+    )
+    columns = np.concatenate(
+        [
+            np.asarray(counts, dtype=np.int64) * padded_columns(linear.out_features)
+            for linear, counts in zip(linears, rows, strict=True)
+        ]
+    )
+    solved = allocate(
+        np.concatenate([linear.damage_nats for linear in linears]).astype(np.float64),
+        columns[:, None] * np.asarray(measurement.widths, dtype=np.int64),
+        budget_bits - overhead,
+    )
+    plans = []
+    first = 0
+    for linear, counts in zip(linears, rows, strict=True):
+        plans.append(_linear_plan(linear, counts, solved.choice[first : first + len(counts)], measurement.widths))
+        first += len(counts)
+    return plans, solved.lower_bound
+
+
+def bpw_range(measurement: Measurement, head_bits: HeadBits = 16) -> tuple[float, float]:
+    """Return the smallest and the largest bits per weight that a plan from a measurement can have.
+
+    Args:
+        measurement: The measurement.
+        head_bits: With ``AUTO`` the head counts too, otherwise only the decoder.
+    """
+    linears = (*measurement.linears, *([measurement.head] if head_bits == AUTO else []))
+    return possible_bpw([(linear.in_features, linear.out_features) for linear in linears], measurement.group_size)
 
 
 def possible_bpw(shapes: Sequence[tuple[int, int]], group_size: int) -> tuple[float, float]:
-    """Return the smallest and the largest decoder bits per weight of linears of these shapes.
+    """Return the smallest and the largest bits per weight of linears of these shapes.
 
     Args:
-        shapes: Input and output features of every decoder linear.
+        shapes: Input and output features of every linear.
         group_size: Rows of a group.
     """
     weights = sum(rows * columns for rows, columns in shapes)

@@ -308,7 +308,7 @@ class _StageSums:
         missing = target.to(inputs.device) - current
         for parity, half in enumerate(self._halves):
             rows = slice((parity - first_row) % 2, None, 2)
-            half.add(*(part[rows].flatten(0, 1) for part in (inputs, missing)), weights[rows].flatten())
+            half.add(inputs[rows].flatten(0, 1), missing[rows].flatten(0, 1), weights[rows].flatten())
 
     def _linear(self, inputs: Tensor) -> Tensor:
         # Not by calling the module: its hooks belong to the forward passes.

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bpwise.convert.exl2.layout import RowGroup
+from bpwise.convert.exl2.layout import RowGroup, padded_columns
 from bpwise.convert.exl2.linear import QuantizedLinear
 from bpwise.convert.exl2.store import linear_tensors
 from bpwise.errors import BudgetError, ConfigError, FormatError
@@ -101,11 +101,12 @@ def test_damage_is_looked_up_in_the_curves() -> None:
         expected = sum(float(curve.damage_nats[g, WIDTHS.index(bits)]) for g, bits in enumerate(p.group_bits))
         assert p.damage_nats == pytest.approx(expected)
         total += expected
-    head = sum(float(row[WIDTHS.index(5)]) for row in measured.head.damage_nats)
+    assert plan.head is not None
+    head = sum(float(measured.head.damage_nats[g, WIDTHS.index(b)]) for g, b in enumerate(plan.head.group_bits))
     assert plan.decoder_damage_nats == pytest.approx(total)
     assert plan.damage_nats == pytest.approx(total + head)
-    assert plan.lower_bound_nats <= total
-    assert plan.gap == pytest.approx(total / plan.lower_bound_nats - 1)
+    assert plan.lower_bound_nats <= total + head
+    assert plan.gap == pytest.approx((total + head) / plan.lower_bound_nats - 1)
 
 
 def test_costly_groups_get_more_bits() -> None:
@@ -200,11 +201,38 @@ def test_range_in_the_message_can_be_had(seed: int) -> None:
 
 @pytest.mark.parametrize("head_bits", [2, 3, 4, 5, 6, 8])
 def test_head_bits(head_bits: int) -> None:
-    plan = make_plan(measurement(), bpw=4.0, head_bits=head_bits)
+    measured = measurement(head=96)
+    measured = replace(measured, head=linear("lm_head", 640, 96, np.random.default_rng(5), 64))
+    plan = make_plan(measured, bpw=4.0, head_bits=head_bits)
     assert plan.head is not None
-    assert set(plan.head.group_bits) == {head_bits}
-    assert plan.head_bits == head_bits
-    assert plan.linears == make_plan(measurement(), bpw=4.0, head_bits=16).linears  # the decoder's budget is its own
+    uniform = replace(plan.head, group_bits=(head_bits,) * 10)
+    assert plan.head.stored_bits <= uniform.stored_bits
+    column = WIDTHS.index(head_bits)
+    # The same size as with one width for all, and no more damage; its groups differ a thousandfold in weight.
+    assert plan.head.damage_nats <= measured.head.damage_nats[:, column].sum() * (1 + 1e-6)
+    assert (set(plan.head.group_bits) == {head_bits}) == (head_bits in (2, 8))
+    assert plan.head_bits == plan.head_code_bits == head_bits
+    assert plan.linears == make_plan(measured, bpw=4.0, head_bits=16).linears  # the decoder's budget is its own
+
+
+def test_head_in_the_common_budget() -> None:
+    measured = measurement()
+    plan = make_plan(measured, bpw=4.0, head_bits="auto")
+    assert plan.head is not None
+    everything = [*plan.linears, plan.head]
+    weights = sum(p.weights for p in everything)
+    bits = sum(p.stored_bits for p in everything)
+    step = max(max(p.group_rows) * padded_columns(p.out_features) * 2 for p in everything)
+    assert 0 <= 4.0 * weights - bits < step
+    # No fixed width of the head of any size gives a better model for the same bits.
+    for head_bits in (2, 3, 4, 5, 6, 8):
+        fixed = make_plan(measured, bpw=4.0, head_bits=head_bits)
+        assert fixed.head is not None
+        left = 4.0 * weights - fixed.head.stored_bits
+        decoder_bpw = left / sum(p.weights for p in fixed.linears)
+        other = make_plan(measured, bpw=decoder_bpw, head_bits=head_bits)
+        assert plan.damage_nats <= other.damage_nats * (1 + plan.gap)
+    assert plan.gap < 0.05
 
 
 def test_unquantized_head() -> None:
