@@ -287,7 +287,7 @@ def _round(benchmark: Benchmark, variant: Variant, measurement: Measurement, pla
 
         return ReplacedWeights(checkpoint, {name: partial(nearest, name) for name in linears})
     config = RoundConfig(damping=benchmark.config.damping, device=benchmark.config.device, **variant.rounding)
-    rounded = round_model(checkpoint, benchmark.calibration, measurement, plan, config, work, progress_bar)
+    rounded = round_model(checkpoint, measurement, plan, config, work, progress_bar)
 
     def read(name: str) -> Tensor:
         return rounded.linear(name).dequantize()

@@ -32,7 +32,7 @@ from ..progress import Progress, silent
 from ..version import __version__
 from .forecast import forecast_run
 from .plan import HeadBits, Plan, check_head_bits, make_plan
-from .rounding import RoundConfig, RoundedModel, round_model
+from .rounding import Drift, RoundConfig, RoundedModel, round_model
 from .stages import StageClock, StageCost
 
 __all__ = ["QuantizeConfig", "QuantizeResult", "quantize_model", "report_details"]
@@ -87,6 +87,7 @@ class QuantizeResult:
         costs: Time and memory of every stage that ran.
         fallbacks: Linears whose Gram matrix could not be factored as asked, with the damping that it took (infinite:
             rounded without error feedback).
+        drift: How far the hidden states after each block are from the original's; empty if nothing was rounded now.
         measurement: The measurement file, which serves any other bitrate.
     """
 
@@ -97,6 +98,7 @@ class QuantizeResult:
     comparison: Comparison | None
     costs: tuple[StageCost, ...]
     fallbacks: Mapping[str, float]
+    drift: tuple[Drift, ...]
     measurement: Path
 
     def summary_lines(self) -> list[str]:
@@ -166,13 +168,14 @@ def quantize_model(
         plan.save(work / "plan.json")
     run = _identity(checkpoint, rows, plan, config)
     fallbacks: dict[str, float] = {}
+    drift: list[Drift] = []
     if _finished(output, run=run):
         verification = verify_model(output)
     else:
         with clock.stage("round"):
             rounding = RoundConfig(damping=config.measure.damping, device=config.measure.device)
-            rounded = round_model(checkpoint, rows, measured, plan, rounding, work, progress)
-            fallbacks = _fallbacks(rounded, rounding.damping)
+            rounded = round_model(checkpoint, measured, plan, rounding, work, progress)
+            fallbacks, drift = _fallbacks(rounded, rounding.damping), rounded.drift()
         with clock.stage("write and verify"):
             verification = _write(checkpoint, rounded, output, plan, rows, config, run)
     comparison = None
@@ -187,6 +190,7 @@ def quantize_model(
         comparison=comparison,
         costs=tuple(clock.costs),
         fallbacks=fallbacks,
+        drift=tuple(drift),
         measurement=measurement or work / _MEASUREMENT,
     )
     if comparison is not None:
@@ -198,6 +202,10 @@ def quantize_model(
 def report_details(result: QuantizeResult) -> dict[str, dict[str, str | float]]:
     """Return what a report should say of the run beside the comparison: section -> entry -> value."""
     plan, verified = result.plan, result.verification
+    drift: dict[str, str | float] = {
+        f"block {index}": f"{drift.first_token:.2%}, {drift.other_tokens:.2%}"
+        for index, drift in enumerate(result.drift)
+    }
     return {
         "Size": {
             "decoder bits per weight": round(verified.decoder_bpw, 4),
@@ -220,6 +228,7 @@ def report_details(result: QuantizeResult) -> dict[str, dict[str, str | float]]:
         "Stages (seconds, peak MiB)": {
             cost.stage: f"{cost.seconds:.1f} s, {cost.peak_bytes / 2**20:.0f} MiB" for cost in result.costs
         },
+        **({"Drift of the hidden states (first token, other tokens; relative)": drift} if drift else {}),
     }
 
 

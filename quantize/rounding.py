@@ -27,7 +27,6 @@ from ..convert.exl2.layout import RowGroup
 from ..convert.exl2.linear import QuantizedLinear
 from ..convert.work import StageDirectory
 from ..errors import ConfigError
-from ..measure.calibration import CalibrationSet
 from ..measure.families import BLOCK_OUTPUT, HEAD, Stage
 from ..measure.measurement import MeasuredLinear, Measurement
 from ..measure.run import resolve_device
@@ -40,7 +39,7 @@ from ..rounding.parallel import run_all
 from .plan import LinearPlan, Plan
 from .stepped import SteppedForwards
 
-__all__ = ["RoundConfig", "RoundedModel", "round_model"]
+__all__ = ["Drift", "RoundConfig", "RoundedModel", "round_model"]
 
 _RIDGES = (0.2, 0.6, 2.0, 6.0)
 """Ridges of the drift correction to choose from, relative to the mean of H's diagonal. With a few thousand calibration
@@ -79,10 +78,12 @@ class RoundedModel:
 
     Attributes:
         names: Full names of the linears, in model order, the head last.
+        blocks: Number of decoder blocks.
         pieces: Where they are kept.
     """
 
     names: tuple[str, ...]
+    blocks: int
     pieces: StageDirectory
 
     def linear(self, name: str) -> QuantizedLinear:
@@ -93,10 +94,27 @@ class RoundedModel:
         """Return the relative damping that the linear's rounding took; infinite if it went without feedback."""
         return float(self.pieces.load(name)["damping"])
 
+    def drift(self) -> list[Drift]:
+        """Return how far the hidden states after every block are from the original's, over the calibration rows."""
+        kept = (self.pieces.load(f"drift-{index}")["drift"].tolist() for index in range(self.blocks))
+        return [Drift(first_token=first, other_tokens=others) for first, others in kept]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drift:
+    """Distance of hidden states from the original's, relative to their norm, as root mean squares over tokens.
+
+    Attributes:
+        first_token: Of the first token of every row, whose activations are by far the largest in many models.
+        other_tokens: Of all others.
+    """
+
+    first_token: float
+    other_tokens: float
+
 
 def round_model(
     checkpoint: Checkpoint,
-    calibration: CalibrationSet,
     measurement: Measurement,
     plan: Plan,
     config: RoundConfig,
@@ -107,8 +125,7 @@ def round_model(
 
     Args:
         checkpoint: The original model.
-        calibration: Token ids, shape (rows, tokens).
-        measurement: Gives each linear's row order and output weights.
+        measurement: Gives the calibration rows, and each linear's row order, output and token weights.
         plan: Gives each row group's width.
         config: Options.
         work: Work directory; finished blocks in it are not done again.
@@ -123,7 +140,6 @@ def round_model(
     device = resolve_device(config.device)
     identity = {
         "model": checkpoint.fingerprint,
-        "calibration": calibration.fingerprint,
         "measurement": plan.measurement,
         "groups": [[p.name, p.group_bits, p.group_rows] for p in (*plan.linears, *([plan.head] if plan.head else []))],
         "damping": config.damping,
@@ -132,13 +148,13 @@ def round_model(
     }
     pieces = StageDirectory(work, "rounded", identity)
     model = StreamedModel(checkpoint, device=device, dtype=torch.float32)
-    run = _Rounding(model, calibration.tokens, measurement, plan, config, pieces)
+    run = _Rounding(model, measurement, plan, config, pieces)
     run.blocks(progress)
     names = [p.name for p in plan.linears]
     if plan.head is not None:
         run.head()
         names.append(HEAD)
-    return RoundedModel(tuple(names), pieces)
+    return RoundedModel(tuple(names), model.block_count, pieces)
 
 
 class _HeadReached(Exception):
@@ -155,19 +171,18 @@ class _Rounding:
     def __init__(
         self,
         model: StreamedModel,
-        tokens: Tensor,
         measurement: Measurement,
         plan: Plan,
         config: RoundConfig,
         pieces: StageDirectory,
     ) -> None:
         self.model = model
-        self.tokens = tokens
+        self.tokens = torch.from_numpy(measurement.tokens).long()
         self.plans = {p.name: p for p in (*plan.linears, *([plan.head] if plan.head else []))}
         self.measured = {linear.name: linear for linear in (*measurement.linears, measurement.head)}
         self.config = config
         self.pieces = pieces
-        self.batches = micro_batches(*tokens.shape)
+        self.batches = micro_batches(*self.tokens.shape)
 
     def blocks(self, progress: Progress) -> None:
         """Round all decoder blocks, in order."""
@@ -180,6 +195,7 @@ class _Rounding:
             if index <= finished:
                 continue
             state = self._round_block(index, **state)
+            self.pieces.save(f"drift-{index}", {"drift": _drift(**state)})
             self.pieces.save(f"state-{index}", state)
             self.pieces.discard(f"state-{index - 1}")
 
@@ -343,6 +359,13 @@ class _Half:
     def add(self, inputs: Tensor, missing: Tensor, weights: Tensor) -> None:
         self.gram.add(inputs, weights)
         self.missing.addmm_((inputs * weights[:, None]).T, missing)
+
+
+def _drift(original: Tensor, quantized: Tensor) -> Tensor:
+    # Of first and of other tokens, shape (2,).
+    errors, sizes = (x.square().sum(dim=-1) for x in (quantized - original, original))
+    parts = [(errors[:, :1], sizes[:, :1]), (errors[:, 1:], sizes[:, 1:])]
+    return torch.stack([error.sum() / size.sum().clamp(min=_TINY) for error, size in parts]).sqrt()
 
 
 def _drift_left(shift: Tensor, gram: Tensor, missing: Tensor) -> float:

@@ -44,7 +44,7 @@ class Measured:
     def round(self, plan: Plan, work: Path, config: RoundConfig = CONFIG, progress: Any = None) -> RoundedModel:
         extra = () if progress is None else (progress,)
         checkpoint = Checkpoint.open(self.directory)
-        return round_model(checkpoint, calibration(), self.measurement, plan, config, work, *extra)
+        return round_model(checkpoint, self.measurement, plan, config, work, *extra)
 
     def dense(self, rounded: RoundedModel | None = None) -> Any:
         """The model as Transformers runs it, with its weights replaced by the decoded ones."""
@@ -158,6 +158,23 @@ def test_drift_is_corrected(measured: Measured, tmp_path: Path) -> None:
     assert len(without) == 2
     assert all(a < b for a, b in zip(with_correction, without, strict=True))
     assert with_correction[-1] < 0.95 * without[-1]
+
+
+def test_drift_is_reported(measured: Measured, tmp_path: Path) -> None:
+    rounded = measured.round(measured.plan(3.0), tmp_path)
+    ids = calibration().tokens
+    states: list[list[Tensor]] = [[], []]
+    for kept, model in zip(states, (measured.dense(), measured.dense(rounded)), strict=True):
+        for layer in model.model.layers:
+            layer.register_forward_hook(lambda _m, _a, output, kept=kept: kept.append(output))
+        with torch.no_grad():
+            model(input_ids=ids)
+    assert len(rounded.drift()) == len(states[0]) == 2
+    for drift, original, quantized in zip(rounded.drift(), *states, strict=True):
+        for got, tokens in ((drift.first_token, slice(1)), (drift.other_tokens, slice(1, None))):
+            error = (quantized - original)[:, tokens]
+            # The dense model has weights in the float16 that readers decode to, as the rounding pass has.
+            assert got == pytest.approx(float(error.norm() / original[:, tokens].norm()), rel=1e-3)
 
 
 def test_no_drift_means_plain_rounding(measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
