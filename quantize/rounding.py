@@ -2,13 +2,8 @@
 
 Two streams of hidden states run through the model side by side, the original's and the quantized one's. In every stage
 of a block the weight is first moved to where it best reproduces the *original's* output from the *quantized* inputs,
-so that the drift of the earlier stages is cancelled and not accumulated, and then rounded with error feedback.
-
-Legend, per stage: X original inputs, Y quantized inputs (tokens, K); W weight (K, out); H = mean y y^T, weighted, as
-every mean here, by what each token counts in the end loss (see ``measure.statistics``). With T the original's output
-and S what Y makes of the unrounded weight, ``argmin ||Y V - T||^2 + ridge ||V - W||^2`` is
-``V = W + (H + ridge)^-1 mean y^T (t - s)``. Source: the first step of Qronos (Zhang et al., arXiv 2505.11695),
-with the residual stream's own drift included where a stage's output joins it.
+so that the drift of the earlier stages is cancelled and not accumulated (``drift``), and then rounded with error
+feedback.
 """
 
 from __future__ import annotations
@@ -30,20 +25,17 @@ from ..errors import ConfigError
 from ..measure.families import BLOCK_OUTPUT, HEAD, Stage
 from ..measure.measurement import MeasuredLinear, Measurement
 from ..measure.run import resolve_device
-from ..measure.statistics import WeightedGram, tapped_inputs
+from ..measure.statistics import tapped_inputs
 from ..measure.stream import StreamedModel, check_finite, micro_batches
 from ..progress import Progress, silent
 from ..rounding.feedback import round_linear
-from ..rounding.hessian import damped_solve, inverse_factor
+from ..rounding.hessian import inverse_factor
 from ..rounding.parallel import run_all
+from .drift import StageSums
 from .plan import LinearPlan, Plan
 from .stepped import SteppedForwards
 
 __all__ = ["Drift", "RoundConfig", "RoundedModel", "round_model"]
-
-_RIDGES = (0.2, 0.6, 2.0, 6.0)
-"""Ridges of the drift correction to choose from, relative to the mean of H's diagonal. With a few thousand calibration
-tokens 2 is best on held-out text, with tens of thousands 0.5; 0.02, which suits rounding, overfits either."""
 
 _TINY = 1e-30
 
@@ -211,7 +203,7 @@ class _Rounding:
                     names = family.linear_names(index, stage)
                     modules = [block.get_submodule(inner) for inner in stage.linears]
                     weights = self._token_weights(names[0])
-                    sums = _StageSums(modules[0], stage, self.model.device)
+                    sums = StageSums(modules[0], stage, self.model.device)
                     for position, batch in enumerate(self.batches):
                         seen = forwards.advance(position)
                         base = seen[stream] if stream else self._on_device(quantized[batch])
@@ -265,7 +257,7 @@ class _Rounding:
             return
         state = self.pieces.load(f"state-{self.model.block_count - 1}")
         with torch.no_grad(), self.model.tail() as head:
-            sums = _StageSums(head, Stage((HEAD,)), self.model.device)
+            sums = StageSums(head, Stage((HEAD,)), self.model.device)
             weights = self._token_weights(HEAD)
             for batch in self.batches:
                 wanted, inputs = (self._head_input(head, state[key][batch]) for key in ("original", "quantized"))
@@ -298,79 +290,11 @@ class _Rounding:
         return linear
 
 
-class _StageSums:
-    """What one stage's rounding is computed from, summed over micro-batches of the quantized stream.
-
-    Every second row goes to the second of two halves, so that what is fitted on one can be judged on the other.
-    """
-
-    def __init__(self, module: Any, stage: Stage, device: torch.device) -> None:
-        self._module = module
-        self._joins = stage.joins is not None
-        columns = module.out_features if self._joins else module.in_features
-        self._halves = [_Half(module.in_features, columns, device) for _ in range(2)]
-
-    def add(self, first_row: int, inputs: Tensor, target: Tensor, stream: Tensor, weights: Tensor) -> None:
-        """Add a micro-batch.
-
-        Args:
-            first_row: Index of its first row among all calibration rows.
-            inputs: y, the stage's inputs in the quantized stream, shape (rows, tokens, K).
-            target: The original's input of the stage or, where it joins the residual stream, its sum there.
-            stream: What the stage's output is added to, if it joins the residual stream.
-            weights: Weight of each token, shape (rows, tokens).
-        """
-        current = stream + self._linear(inputs) if self._joins else inputs
-        missing = target.to(inputs.device) - current
-        for parity, half in enumerate(self._halves):
-            rows = slice((parity - first_row) % 2, None, 2)
-            half.add(inputs[rows].flatten(0, 1), missing[rows].flatten(0, 1), weights[rows].flatten())
-
-    def _linear(self, inputs: Tensor) -> Tensor:
-        # Not by calling the module: its hooks belong to the forward passes.
-        return nn.functional.linear(inputs, self._module.weight, self._module.bias)
-
-    def solved(self, *, correct_drift: bool) -> tuple[Tensor, Tensor | None]:
-        """Return H, and the shift of the weight that cancels drift, (K, out) for a joining stage, else (K, K).
-
-        The ridge is the one whose fit on one half leaves least drift on the other; there is no shift where none of them
-        leaves less than there was.
-        """
-        weights = [half.gram.weight for half in self._halves]
-        grams = [half.gram.mean() for half in self._halves]
-        shares = [weight / max(sum(weights), _TINY) for weight in weights]
-        missing = [half.missing / max(half.gram.weight, _TINY) for half in self._halves]
-        gram, drift = (shares[0] * first + shares[1] * second for first, second in (grams, missing))
-        if not correct_drift or min(weights) <= 0:
-            return gram, None
-        left = [_drift_left(damped_solve(grams[0], missing[0], ridge), grams[1], missing[1]) for ridge in _RIDGES]
-        if min(left) >= 0:
-            return gram, None
-        return gram, damped_solve(gram, drift, _RIDGES[left.index(min(left))])
-
-
-class _Half:
-    """Sums over half of the micro-batches."""
-
-    def __init__(self, width: int, columns: int, device: torch.device) -> None:
-        self.gram = WeightedGram(width, device)
-        self.missing = torch.zeros(width, columns, device=device)
-
-    def add(self, inputs: Tensor, missing: Tensor, weights: Tensor) -> None:
-        self.gram.add(inputs, weights)
-        self.missing.addmm_((inputs * weights[:, None]).T, missing)
-
-
 def _drift(original: Tensor, quantized: Tensor) -> Tensor:
     # Of first and of other tokens, shape (2,).
     errors, sizes = (x.square().sum(dim=-1) for x in (quantized - original, original))
     parts = [(errors[:, :1], sizes[:, :1]), (errors[:, 1:], sizes[:, 1:])]
     return torch.stack([error.sum() / size.sum().clamp(min=_TINY) for error, size in parts]).sqrt()
-
-
-def _drift_left(shift: Tensor, gram: Tensor, missing: Tensor) -> float:
-    # Mean of |y V - m|^2 - |m|^2 over tokens of which only mean y y^T and mean y^T m are known; negative if V helps.
-    return float(((gram @ shift - 2 * missing) * shift).sum())
 
 
 def _shifted(weight: Tensor, shift: Tensor | None, joins: bool) -> Tensor:

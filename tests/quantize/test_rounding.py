@@ -13,7 +13,7 @@ from bpwise.measure.calibration import CalibrationSet
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig, measure_model
 from bpwise.measure.stream import StreamedModel
-from bpwise.quantize import rounding
+from bpwise.quantize import drift, rounding
 from bpwise.quantize.plan import Plan, make_plan
 from bpwise.quantize.rounding import RoundConfig, RoundedModel, round_model
 from torch import Tensor
@@ -170,8 +170,8 @@ def test_drift_is_reported(measured: Measured, tmp_path: Path) -> None:
         with torch.no_grad():
             model(input_ids=ids)
     assert len(rounded.drift()) == len(states[0]) == 2
-    for drift, original, quantized in zip(rounded.drift(), *states, strict=True):
-        for got, tokens in ((drift.first_token, slice(1)), (drift.other_tokens, slice(1, None))):
+    for found, original, quantized in zip(rounded.drift(), *states, strict=True):
+        for got, tokens in ((found.first_token, slice(1)), (found.other_tokens, slice(1, None))):
             error = (quantized - original)[:, tokens]
             # The dense model has weights in the float16 that readers decode to, as the rounding pass has.
             assert got == pytest.approx(float(error.norm() / original[:, tokens].norm()), rel=1e-3)
@@ -180,7 +180,7 @@ def test_drift_is_reported(measured: Measured, tmp_path: Path) -> None:
 def test_no_drift_means_plain_rounding(measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = measured.plan(3.0, 16)
     ignored = measured.round(plan, tmp_path / "a", RoundConfig(device="cpu", correct_drift=False))
-    monkeypatch.setattr(rounding, "damped_solve", lambda _gram, target, _ridge: torch.zeros_like(target))
+    monkeypatch.setattr(drift, "damped_solve", lambda _gram, target, _ridge: torch.zeros_like(target))
     zeroed = measured.round(plan, tmp_path / "b")
     for name in ignored.names:
         assert_equal_linears(zeroed.linear(name), ignored.linear(name))
