@@ -197,28 +197,24 @@ def measured(benchmark: Benchmark, variant: Variant) -> Measurement:
     """Return the measurement that a variant needs, made now unless the work directory holds it."""
     config = replace(benchmark.config, group_size=variant.group_size)
     kept = benchmark.work / f"measurement-{variant.measurement}.safetensors"
-    if kept.exists():
-        measurement = Measurement.load(kept)
-        if measurement.provenance == measurement_provenance(benchmark.checkpoint, benchmark.calibration, config):
-            return measurement
-    alike: AbstractContextManager[None] = _tokens_alike() if variant.tokens_alike else nullcontext()
-    start = time.monotonic()
-    with alike:
-        measurement = measure_to_file(
-            benchmark.model,
-            kept,
-            config,
-            work=benchmark.work / f"measure-{variant.measurement}",
-            calibration=benchmark.calibration,
-            progress=progress_bar,
-        )
-    if variant.tokens_alike:
-        measurement = replace(
-            measurement, linears=tuple(map(_alike, measurement.linears)), head=_alike(measurement.head)
-        )
-        measurement.save(kept)
-    click.echo(f"measurement {variant.measurement}: {(time.monotonic() - start) / 60:.1f} minutes", err=True)
-    return measurement
+    measurement = Measurement.load(kept) if kept.exists() else None
+    provenance = measurement_provenance(benchmark.checkpoint, benchmark.calibration, config)
+    if measurement is None or measurement.provenance != provenance:
+        alike: AbstractContextManager[None] = _tokens_alike() if variant.tokens_alike else nullcontext()
+        start = time.monotonic()
+        with alike:
+            measurement = measure_to_file(
+                benchmark.model,
+                kept,
+                config,
+                work=benchmark.work / f"measure-{variant.measurement}",
+                calibration=benchmark.calibration,
+                progress=progress_bar,
+            )
+        click.echo(f"measurement {variant.measurement}: {(time.monotonic() - start) / 60:.1f} minutes", err=True)
+    if not variant.tokens_alike:
+        return measurement
+    return replace(measurement, linears=tuple(map(_alike, measurement.linears)), head=_alike(measurement.head))
 
 
 def _alike(linear: MeasuredLinear) -> MeasuredLinear:

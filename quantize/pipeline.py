@@ -150,7 +150,8 @@ def quantize_model(
         BpwiseError: Whatever is wrong with the model, the options, the text or the disk.
     """
     checkpoint = open_model(model)
-    forecast_run(checkpoint, bpw=config.bpw, head_bits=config.head_bits, config=config.measure)  # refuses a wrong size
+    if measurement is None:  # a given one has a group size of its own, which the plan checks at once
+        forecast_run(checkpoint, bpw=config.bpw, head_bits=config.head_bits, config=config.measure)
     _finished(output, model=checkpoint.fingerprint)
     work = work or output.with_name(f"{output.name}.work")
     clock = StageClock()

@@ -55,6 +55,11 @@ def reused(finished: Path) -> tuple[object, ...]:
     return "--device", "cpu", "-m", finished.with_name("out.work") / "measurement.safetensors"
 
 
+def rounding_only(model: Path, out: Path, finished: Path) -> tuple[object, ...]:
+    """A command that does no more than round and write what an earlier run measured."""
+    return ("quantize", model, out, "--bpw", 4.5, "--no-eval", *reused(finished))
+
+
 def content(directory: Path) -> dict[str, bytes]:
     """Everything but the reports, which say how long it took."""
     return {p.name: p.read_bytes() for p in directory.iterdir() if not p.name.startswith("report.")}
@@ -266,17 +271,7 @@ class TestInterrupted:
     def test_cut_after_any_piece_of_rounding(
         self, tiny_model: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        arguments = (
-            "quantize",
-            tiny_model,
-            tmp_path / "out",
-            "--bpw",
-            4.5,
-            "--device",
-            "cpu",
-            "--no-eval",
-            *reused(finished),
-        )
+        arguments = rounding_only(tiny_model, tmp_path / "out", finished)
         save = StageDirectory.save
         saved: list[str] = []
 
@@ -299,17 +294,7 @@ class TestInterrupted:
         def interrupt(*_: Any) -> None:
             raise KeyboardInterrupt
 
-        arguments = (
-            "quantize",
-            tiny_model,
-            tmp_path / "out",
-            "--bpw",
-            4.5,
-            "--device",
-            "cpu",
-            "--no-eval",
-            *reused(finished),
-        )
+        arguments = rounding_only(tiny_model, tmp_path / "out", finished)
         with monkeypatch.context() as patch:
             patch.setattr("bpwise.convert.exl2.writer.copy_side_files", interrupt)
             result = bpwise(*arguments)
@@ -395,6 +380,13 @@ class TestStageByStage:
         assert 6.0 - 0.02 < decoder_bpw(tmp_path / "out") <= 6.0
         stored = load_file(tmp_path / "out" / "output.safetensors")
         assert stored["lm_head.weight"].dtype == torch.float16
+
+    def test_a_measurement_has_its_own_range_of_sizes(self, tiny_model: Path, tmp_path: Path) -> None:
+        measurement = tmp_path / "m.safetensors"
+        succeed("measure", tiny_model, "-o", measurement, *TEXT, "--group-size", 64)
+        lowest, _ = bpw_range(Measurement.load(measurement))  # below that of the default groups of 32
+        quantize(tiny_model, tmp_path / "out", lowest + 0.001, "-m", measurement, "--no-eval")
+        assert decoder_bpw(tmp_path / "out") == pytest.approx(lowest, abs=0.002)
 
     @pytest.mark.parametrize("option", [("--rows", 4), ("--group-size", 64), ("-c", "text.txt"), ("--seed", 1)])
     def test_calibration_options_beside_a_measurement(
