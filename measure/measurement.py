@@ -18,13 +18,13 @@ from ..errors import FormatError
 
 __all__ = ["HEADER_KEY", "MEASUREMENT_VERSION", "MeasuredLinear", "Measurement"]
 
-MEASUREMENT_VERSION = 2
+MEASUREMENT_VERSION = 3
 """Raised when the file's content changes meaning; older files are refused."""
 
 HEADER_KEY = "bpwise_measurement"
 """Metadata entry that tells measurements from other safetensors files."""
 
-_FIELDS = ("damage_nats", "order", "fisher", "input_power")
+_FIELDS = ("damage_nats", "order", "fisher", "input_power", "coupling")
 _WEIGHTS = "token_weights"
 _TOKENS = "calibration_tokens"
 
@@ -39,6 +39,8 @@ class MeasuredLinear:
         order: Input feature of each row, int32, shape (K,).
         fisher: float32, shape (out,).
         input_power: float32, shape (K,).
+        coupling: float16, shape (out, rank), rank 0 for the head: how outputs act together on the loss, as
+            ``bpwise.measure.sketch.FisherSketch.coupling``.
         token_weights: float16, shape (rows, tokens): what each calibration token counts in the Gram matrix, mean 1.
             Linears that read the same input have the same.
         damping: Relative damping used; infinite where error feedback was given up.
@@ -49,6 +51,7 @@ class MeasuredLinear:
     order: NDArray[np.int32]
     fisher: NDArray[np.float32]
     input_power: NDArray[np.float32]
+    coupling: NDArray[np.float16]
     token_weights: NDArray[np.float16]
     damping: float
 

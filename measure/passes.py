@@ -22,6 +22,9 @@ __all__ = ["MeasuringPasses"]
 _TAIL_TOKENS = 256
 """Positions whose logits are held at once: 128 MiB for a vocabulary of 128k."""
 
+_CACHED_TOKENS = 16
+"""Positions whose probabilities are worked on together, so that they stay in a processor's cache."""
+
 _LARGEST_WEIGHT = 65504.0
 """Token weights are kept in float16."""
 
@@ -87,19 +90,17 @@ class MeasuringPasses:
                 part = flat[None, first : first + _TAIL_TOKENS].to(self.model.device).requires_grad_()
                 logits = self.model.logits(part)
                 sums.see_inputs(taps[""])
-                probabilities = logits.detach()[0].softmax(dim=-1)
-                # Of a sampled one-hot target t, E (p - t)^2 = p (1 - p) exactly: no need to sample for the head.
-                sums.see_squares(HEAD, probabilities - probabilities.square())
+                error, outputs, weights = _sampled_error(logits.detach()[0], rng)
+                sums.see_sums(HEAD, outputs, weights)
                 sums.end_batch()
-                targets = _sample(probabilities, rng)
-                probabilities.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=logits.dtype))
-                logits.backward(probabilities[None])
+                logits.backward(error[None])
                 assert part.grad is not None
                 flat_gradient[first : first + _TAIL_TOKENS] = part.grad[0].cpu()
             check_finite(gradient, "output head, gradient")
             curves = self._curves({HEAD: head}, sums)
         self.pieces.save(f"gradient-{last}", {"gradient": gradient})
-        self.pieces.save("head", self._pack(curves, [sums.scaled_weights()]))
+        none = torch.empty(head.out_features, 0)  # its outputs are rounded each for itself
+        self.pieces.save("head", self._pack(curves, [sums.scaled_weights()], {HEAD: none}))
         self.pieces.discard(f"input-{last}")
 
     def backward(self, progress: Progress) -> None:
@@ -116,17 +117,20 @@ class MeasuringPasses:
                 with collect(block, stages) as statistics:
                     gradient = self._backward_block(index, hidden, gradient, statistics)
                 curves: dict[str, ErrorCurve] = {}
+                couplings: dict[str, Tensor] = {}
                 for stage, sums in zip(stages, statistics, strict=True):
                     names = self.model.family.linear_names(index, stage)
                     modules = [block.get_submodule(inner) for inner in stage.linears]
                     sums.fisher = {n: sums.fisher[inner] for n, inner in zip(names, stage.linears, strict=True)}
                     curves |= self._curves(dict(zip(names, modules, strict=True)), sums)
+                    for name, inner in zip(names, stage.linears, strict=True):
+                        couplings[name] = sums.couplings[inner].coupling(sums.fisher[name])
             # The gradient first: a run cut off between the two repeats this block from an unchanged input.
             self.pieces.save(f"gradient-{index}", {"gradient": gradient})
             weights = [
                 sums.scaled_weights() for stage, sums in zip(stages, statistics, strict=True) for _ in stage.linears
             ]
-            self.pieces.save(f"curves-{index}", self._pack(curves, weights))
+            self.pieces.save(f"curves-{index}", self._pack(curves, weights, couplings))
             self.pieces.discard(f"gradient-{index + 1}")
             self.pieces.discard(f"input-{index}")
 
@@ -153,11 +157,14 @@ class MeasuringPasses:
         )
         return dict(zip(linears, curves, strict=True))
 
-    def _pack(self, curves: dict[str, ErrorCurve], weights: Sequence[Tensor]) -> dict[str, Tensor]:
+    def _pack(
+        self, curves: dict[str, ErrorCurve], weights: Sequence[Tensor], couplings: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         packed: dict[str, Tensor] = {}
         for position, ((name, curve), token_weights) in enumerate(zip(curves.items(), weights, strict=True)):
             for key, value in asdict(curve).items():
                 packed[f"{position}|{name}|{key}"] = torch.as_tensor(value).cpu()
+            packed[f"{position}|{name}|coupling"] = couplings[name].half().cpu()
             kept = token_weights.clamp(max=_LARGEST_WEIGHT).half()
             packed[f"{position}|{name}|token_weights"] = kept.view(self.tokens.shape)
         return packed
@@ -165,6 +172,22 @@ class MeasuringPasses:
     def finished(self, piece: str) -> list[MeasuredLinear]:
         """Return the measured linears of a finished piece, in the order of computation."""
         return _unpack(self.pieces.load(piece))
+
+
+def _sampled_error(logits: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    # The gradient p - t for a target t sampled from p, shape (tokens, vocabulary), and the sums over tokens and over the
+    # vocabulary of its mean square. Of a one-hot target that is p (1 - p) exactly: no need to sample for the head.
+    error = torch.empty_like(logits)
+    outputs = torch.zeros(logits.shape[1], device=logits.device)
+    weights = []
+    for part, probabilities in zip(logits.split(_CACHED_TOKENS), error.split(_CACHED_TOKENS), strict=True):
+        torch.softmax(part, dim=-1, out=probabilities)
+        squares = probabilities - probabilities.square()
+        outputs += squares.sum(dim=0)
+        weights.append(squares.sum(dim=1))
+        targets = _sample(probabilities, rng)
+        probabilities.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=logits.dtype))
+    return error, outputs, torch.cat(weights)
 
 
 def _sample(probabilities: Tensor, rng: torch.Generator) -> Tensor:
@@ -186,6 +209,7 @@ def _unpack(tensors: dict[str, Tensor]) -> list[MeasuredLinear]:
             order=fields["order"].int().numpy(),
             fisher=fields["fisher"].numpy(),
             input_power=fields["input_power"].numpy(),
+            coupling=fields["coupling"].numpy(),
             token_weights=fields["token_weights"].numpy(),
             damping=float(fields["damping"]),
         )

@@ -5,7 +5,7 @@ taken apart as ``F_n * w``: a Fisher weight of each output and a weight of each 
 mean 1, so that the input's second moment becomes ``H = mean w x x^T``. Without w, tokens that hardly matter dominate
 H wherever their activations are large, and the first token, which attention uses as a sink, does not count enough.
 Source: the nearest Kronecker product, Van Loan and Pitsianis (1993), one step from the identity; GuidedQuant (Kim et
-al., arXiv 2505.07004) weights by groups of outputs.
+al., arXiv 2505.07004) weights by groups of outputs. How outputs act together is kept at low rank (``sketch``).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .families import Stage
+from .sketch import FisherSketch
 
 __all__ = ["StageStatistics", "WeightedGram", "collect", "tapped_inputs"]
 
@@ -71,6 +72,7 @@ class StageStatistics:
         gram: Weighted mean of x x^T, x being the stage's common input.
         fisher: Per linear, the sum over tokens of (dL/dy)^2, float32, shape (out,). L is the sum, over all
             positions, of the negative log-likelihood of a token that the model itself sampled, in nats.
+        couplings: Per linear whose gradients were seen, the sketch of the Fisher matrix of its outputs.
         token_weights: Per micro-batch, the weight of each token, float32, shape (rows * tokens,), on the CPU: the sum
             of (dL/dy)^2 over all outputs of all linears, not scaled.
     """
@@ -79,6 +81,7 @@ class StageStatistics:
         """Start from nothing; ``width`` is the length of the stage's input."""
         self.gram = WeightedGram(width, device)
         self.fisher: dict[str, Tensor] = {}
+        self.couplings: dict[str, FisherSketch] = {}
         self.token_weights: list[Tensor] = []
         self._inputs: Tensor | None = None
         self._weights: Tensor | None = None
@@ -89,12 +92,21 @@ class StageStatistics:
 
     def see_gradient(self, linear: str, gradient: Tensor) -> None:
         """Take the gradients of one linear's outputs over the same micro-batch, shape (rows, tokens, out)."""
-        squares = gradient.detach().flatten(0, -2).float().square()
-        self.see_squares(linear, squares)
+        flat = gradient.detach().flatten(0, -2).float()
+        if linear not in self.couplings:
+            self.couplings[linear] = FisherSketch(flat.shape[1], flat.device)
+        self.couplings[linear].add(flat)
+        squares = flat.square()
+        self.see_sums(linear, squares.sum(dim=0), squares.sum(dim=1))
 
-    def see_squares(self, linear: str, squares: Tensor) -> None:
-        """Take the squared gradients of one linear's outputs, or their expectation, shape (rows * tokens, out)."""
-        outputs, tokens = squares.sum(dim=0), squares.sum(dim=1)
+    def see_sums(self, linear: str, outputs: Tensor, tokens: Tensor) -> None:
+        """Take the squared gradients of one linear's outputs, or their expectation, over the same micro-batch.
+
+        Args:
+            linear: Its name.
+            outputs: Their sum over tokens, shape (out,).
+            tokens: Their sum over outputs, shape (rows * tokens,).
+        """
         self.fisher[linear] = self.fisher[linear] + outputs if linear in self.fisher else outputs
         self._weights = tokens if self._weights is None else self._weights + tokens
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..measure.families import Stage
 from ..measure.statistics import WeightedGram
@@ -57,15 +57,14 @@ class StageSums:
             stream: What the stage's output is added to, if it joins the residual stream.
             weights: Weight of each token, shape (rows, tokens).
         """
-        current = stream + self._linear(inputs) if self._joins else inputs
-        missing = target.to(inputs.device) - current
+        if not self._joins:
+            stream = inputs
+        elif self._module.bias is not None:
+            stream = stream + self._module.bias
+        missing = target.to(inputs.device) - stream
         for parity, half in enumerate(self._halves):
             rows = slice((parity - first_row) % 2, None, 2)
             half.add(inputs[rows].flatten(0, 1), missing[rows].flatten(0, 1), weights[rows].flatten())
-
-    def _linear(self, inputs: Tensor) -> Tensor:
-        # Not by calling the module: its hooks belong to the forward passes.
-        return nn.functional.linear(inputs, self._module.weight, self._module.bias)
 
     def solved(self, *, correct_drift: bool) -> tuple[Tensor, Tensor | None]:
         """Return H, and the shift of the weight that cancels drift, (K, out) for a joining stage, else (K, K).
@@ -77,6 +76,8 @@ class StageSums:
         grams = [half.gram.mean() for half in self._halves]
         shares = [weight / max(sum(weights), _TINY) for weight in weights]
         missing = [half.missing / max(half.gram.weight, _TINY) for half in self._halves]
+        if self._joins:  # what the unrounded weight makes of y is not missing: mean y^T (y W) = H W
+            missing = [part - gram @ self._module.weight.T for part, gram in zip(missing, grams, strict=True)]
         gram, drift = (shares[0] * first + shares[1] * second for first, second in (grams, missing))
         if not correct_drift or min(weights) <= 0:
             return gram, None

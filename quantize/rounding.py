@@ -28,6 +28,7 @@ from ..measure.run import resolve_device
 from ..measure.statistics import tapped_inputs
 from ..measure.stream import StreamedModel, check_finite, micro_batches
 from ..progress import Progress, silent
+from ..rounding.coupling import OutputFeedback
 from ..rounding.feedback import round_linear
 from ..rounding.hessian import inverse_factor
 from ..rounding.parallel import run_all
@@ -47,11 +48,13 @@ class RoundConfig:
     Attributes:
         damping: What is added to the diagonal of every Gram matrix, relative to its mean, dimensionless.
         correct_drift: Whether weights are moved toward the original's outputs before they are rounded.
+        couple_outputs: Whether outputs answer to each other's errors.
         device: ``cpu``, ``cuda``, ``cuda:N``, ``mps``, or ``auto`` for the best at hand.
     """
 
     damping: float = 0.02
     correct_drift: bool = True
+    couple_outputs: bool = True
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -136,6 +139,7 @@ def round_model(
         "groups": [[p.name, p.group_bits, p.group_rows] for p in (*plan.linears, *([plan.head] if plan.head else []))],
         "damping": config.damping,
         "correct_drift": config.correct_drift,
+        "couple_outputs": config.couple_outputs,
         "device": device.type,
     }
     pieces = StageDirectory(work, "rounded", identity)
@@ -284,7 +288,8 @@ class _Rounding:
         order = _stored_order(plan, measured).to(target.device)
         factor = inverse_factor(gram[order][:, order], self.config.damping)
         fisher = torch.from_numpy(measured.fisher).to(target.device)
-        linear, _ = round_linear(target, factor.upper, plan.stored_groups, order, fisher)
+        outputs = OutputFeedback.of(fisher, torch.from_numpy(measured.coupling)) if self.config.couple_outputs else None
+        linear, _ = round_linear(target, factor.upper, plan.stored_groups, order, fisher, outputs)
         linear.validate(plan.name)
         self.pieces.save(plan.name, _pack(linear, factor.damping))
         return linear

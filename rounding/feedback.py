@@ -5,6 +5,9 @@ H^-1 = U^T U with U upper triangular. Row k is rounded after the errors of the r
 into it. With e_k = (w_k - q_k) / U_kk the feedback is w_k -= sum_{j<k} U_jk e_j, and the sum of e^2 over all rows is
 exactly tr(dW^T H dW): every e^2 is that weight's share of the layer's output error.
 Source: Frantar et al., GPTQ (arXiv 2210.17323), section 3.3, with its Cholesky form read from left to right.
+
+Feedback between outputs (``coupling``) goes on inside each row group: given the group's targets, which hold the feedback
+of all earlier rows, set after set of columns answers to what the sets before it missed in these rows.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from ..convert.exl2.layout import RowGroup
 from ..convert.exl2.linear import QuantizedLinear
+from .coupling import OutputFeedback
 from .grid import GroupGrid, search_grids
 
 __all__ = ["errors_by_group", "round_linear"]
@@ -30,6 +34,7 @@ def round_linear(
     groups: Sequence[RowGroup],
     order: Tensor,
     column_weights: Tensor,
+    outputs: OutputFeedback | None = None,
 ) -> tuple[QuantizedLinear, Tensor]:
     """Round one linear, group by group in stored order.
 
@@ -39,30 +44,33 @@ def round_linear(
         groups: Row groups in stored order.
         order: Input feature of each stored row, int64, shape (K,).
         column_weights: Share of each output in the end loss, float32, shape (out,).
+        outputs: How outputs answer to each other's errors; None rounds each for itself.
 
     Returns:
         The quantized linear, without bias, and each group's sum of e^2 per column (its part of tr(dW^T H dW) in
         the units of H), float32, shape (groups, out).
     """
-    work = weight[order].contiguous()
+    columns = torch.arange(weight.shape[1], device=weight.device) if outputs is None else outputs.order
+    work = weight[order[:, None], columns]
     codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
     ceilings, scale_codes, errors = [], [], []
     first = 0
     for group in groups:
         rows = slice(first, first + group.rows)
-        (grid,) = _round_group(work, codes, upper, rows, [group.bits], column_weights)
+        (grid,) = _round_group(work, codes, upper, rows, [group.bits], column_weights[columns], outputs)
         ceilings.append(grid.ceiling)
         scale_codes.append(grid.codes)
         errors.append(work[rows].square().sum(dim=0))
         first += group.rows
+    back = columns.argsort()
     linear = QuantizedLinear(
         groups=tuple(groups),
-        codes=codes,
-        scale_codes=torch.stack(scale_codes),
+        codes=codes[:, back],
+        scale_codes=torch.stack(scale_codes)[:, back],
         ceilings=torch.stack(ceilings),
         order=order,
     )
-    return linear, torch.stack(errors)
+    return linear, torch.stack(errors)[:, back]
 
 
 def errors_by_group(
@@ -97,7 +105,13 @@ def errors_by_group(
 
 
 def _round_group(
-    work: Tensor, codes: Tensor | None, upper: Tensor, rows: slice, widths: Sequence[int], column_weights: Tensor
+    work: Tensor,
+    codes: Tensor | None,
+    upper: Tensor,
+    rows: slice,
+    widths: Sequence[int],
+    column_weights: Tensor,
+    outputs: OutputFeedback | None = None,
 ) -> list[GroupGrid]:
     # Rounds `work[rows]`, whose columns are the linear's, once for every width, side by side.
     # Before: rows above hold their errors e. After: `work[rows]` holds e too, `codes[rows]` codes.
@@ -111,6 +125,10 @@ def _round_group(
     scales = torch.cat([grid.scales for grid in grids])
     halves = torch.tensor([1 << (bits - 1) for bits in widths], dtype=scales.dtype, device=scales.device)
     halves = halves.repeat_interleave(targets.shape[2])
+    if outputs is not None:
+        assert codes is not None
+        _round_sets(group, codes[rows], block, scales, halves, outputs)
+        return grids
     for first in range(0, work.shape[1], _CHUNK_COLUMNS):
         columns = slice(first, first + _CHUNK_COLUMNS)
         _round_rows(
@@ -123,21 +141,35 @@ def _round_group(
     return grids
 
 
+def _round_sets(
+    target: Tensor, codes: Tensor, block: Tensor, scales: Tensor, halves: Tensor, outputs: OutputFeedback
+) -> None:
+    # One group, set after set of its columns; replaces `target` by the errors e, as `_round_rows` does.
+    missed = torch.empty_like(target)
+    seen = torch.zeros(len(target), outputs.factor.shape[1], device=target.device)
+    for columns, answer in zip(outputs.sets, outputs.answers, strict=True):
+        moved = torch.addmm(target[:, columns], seen, answer)
+        _round_rows(moved, codes[:, columns], block, scales[columns], halves[columns])
+        chosen = (codes[:, columns] - halves[columns]) * scales[columns]
+        missed[:, columns] = target[:, columns] - chosen
+        seen.addmm_(missed[:, columns], outputs.factor[columns])
+    # Row k of what was missed is U_kk e_k + sum_{j<k} U_jk e_j.
+    target.copy_(torch.linalg.solve_triangular(block.T, missed, upper=False))
+
+
 def _round_rows(target: Tensor, codes: Tensor | None, block: Tensor, scales: Tensor, halves: Tensor) -> None:
     # The recurrence inside one group: row i minus the feedback of rows 0..i-1, rounded, replaced by its error.
-    inverse = torch.where(scales > 0, 1 / scales, 0)
+    # In steps of each column's scale, and with errors e_j U_jj, few operations are left for every row.
+    pivots = block.diagonal()[:, None]
+    feedback = (block / pivots).T.contiguous()
+    steps = target / scales
+    rounded, errors = torch.empty_like(steps), torch.empty_like(steps)
     lowest, highest = -halves, halves - 1
-    feedback = block.T.contiguous()
-    diagonal = block.diagonal().tolist()
-    errors = torch.empty(target.shape, dtype=target.dtype, device=target.device)
-    for i, pivot in enumerate(diagonal):
-        row = target[i]
-        if i:
-            row = torch.addmv(row, errors[:i].T, feedback[i, :i], alpha=-1)
-        rounded = torch.mul(row, inverse).round_()
-        torch.clamp(rounded, lowest, highest, out=rounded)
-        if codes is not None:
-            codes[i] = rounded + halves
-        torch.addcmul(row, rounded, scales, value=-1, out=errors[i])
-        errors[i].div_(pivot)
-    target.copy_(errors)
+    for i, row in enumerate(steps.unbind()):
+        moved = torch.addmv(row, errors[:i].T, feedback[i, :i], alpha=-1) if i else row
+        nearest = torch.round(moved, out=rounded[i])
+        torch.clamp(nearest, lowest, highest, out=nearest)
+        torch.sub(moved, nearest, out=errors[i])
+    if codes is not None:
+        codes.copy_(rounded + halves)
+    torch.mul(errors, scales / pivots, out=target)

@@ -25,6 +25,7 @@ def linear(name: str, rows: int, columns: int, *, damping: float = 0.02, seed: i
         order=rng.permutation(rows).astype(np.int32),
         fisher=rng.random(columns, dtype=np.float32),
         input_power=rng.random(rows, dtype=np.float32),
+        coupling=rng.random((columns, 0 if name == "lm_head" else 3)).astype(np.float16),
         # The head alone has weights of its own.
         token_weights=np.random.default_rng(name == "lm_head").random((3, 8)).astype(np.float16),
         damping=damping,
@@ -46,7 +47,7 @@ def measurement(**changes: object) -> Measurement:
 def assert_same(one: MeasuredLinear, other: MeasuredLinear) -> None:
     assert one.name == other.name
     assert one.damping == other.damping
-    for field in ("damage_nats", "order", "fisher", "input_power", "token_weights"):
+    for field in ("damage_nats", "order", "fisher", "input_power", "coupling", "token_weights"):
         a, b = getattr(one, field), getattr(other, field)
         assert a.dtype == b.dtype
         assert np.array_equal(a, b)

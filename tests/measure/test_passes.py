@@ -15,6 +15,7 @@ from bpwise.measure import passes
 from bpwise.measure.calibration import CalibrationSet
 from bpwise.measure.measurement import MeasuredLinear, Measurement
 from bpwise.measure.run import MeasureConfig, measure_model, measure_to_file, measured_rows, resolve_device
+from bpwise.measure.sketch import COUPLING_RANK
 from bpwise.measure.stream import StreamedModel
 from bpwise.rounding.feedback import round_linear
 from torch import Tensor, nn
@@ -74,6 +75,7 @@ class Expected:
     gram: dict[str, Tensor]
     fisher: dict[str, Tensor]
     token_weights: dict[str, Tensor]
+    fisher_matrix: dict[str, Tensor]
 
 
 def by_plain_backward(directory: Path, targets: Tensor) -> Expected:
@@ -110,6 +112,9 @@ def by_plain_backward(directory: Path, targets: Tensor) -> Expected:
         gram={name: (weights[name] * x.T) @ x / tokens for name, x in inputs.items()},
         fisher={name: square.sum(dim=0) / tokens for name, square in squares.items()},
         token_weights=weights,
+        fisher_matrix={
+            name: output.grad.flatten(0, 1).T @ output.grad.flatten(0, 1) / tokens for name, output in outputs.items()
+        },
     )
 
 
@@ -177,6 +182,20 @@ def test_token_weights(run: Run) -> None:
         got = torch.from_numpy(linear.token_weights).double().flatten()
         # Kept in float16.
         assert float(((got - expected).abs() / expected.clamp(min=1e-3)).max()) < 2e-3, linear.name
+
+
+def test_coupling(run: Run) -> None:
+    few_outputs = [linear for linear in run.measurement.linears if linear.out_features <= 64]
+    assert len(few_outputs) == 10  # of them the sketch sees all directions
+    for linear in few_outputs:
+        matrix = run.expected.fisher_matrix[linear.name]
+        values, vectors = torch.linalg.eigh(matrix)
+        leading = vectors[:, -COUPLING_RANK:] * values[-COUPLING_RANK:]
+        expected = leading @ vectors[:, -COUPLING_RANK:].T
+        factor = torch.from_numpy(linear.coupling).double() * torch.from_numpy(linear.fisher).double().sqrt()[:, None]
+        # Float16, of a matrix of float32 gradients.
+        assert float((factor @ factor.T - expected).abs().max()) < 5e-3 * float(matrix.diagonal().max()), linear.name
+    assert run.measurement.head.coupling.shape == (SIZES["vocab_size"], 0)
 
 
 def test_measurement_brings_its_rows(run: Run) -> None:

@@ -27,6 +27,7 @@ def linear(name: str, rows: int, columns: int, rng: np.random.Generator, size: i
         order=rng.permutation(rows).astype(np.int32),
         fisher=rng.random(columns, dtype=np.float32),
         input_power=rng.random(rows, dtype=np.float32),
+        coupling=np.zeros((columns, 0), dtype=np.float16),
         token_weights=np.ones((1, 4), dtype=np.float16),
         damping=0.02,
     )
