@@ -78,7 +78,11 @@ def _calibration_options(command: _Command) -> _Command:
             click.option("-l", "--row-tokens", type=click.IntRange(2), default=1024, help="Tokens in each row."),
             click.option("--seed", type=int, default=0, help="Seed of rows and of sampled targets."),
             click.option("--group-size", type=int, default=32, help="Input features that share a width and a scale."),
-            click.option("--damping", type=float, default=0.02, help="Damping of the Gram matrices, relative."),
+            click.option(
+                "--damping",
+                type=float,
+                help="Damping of the Gram matrices, relative.  [default: chosen for each stage on held-out rows]",
+            ),
             click.option("--device", default="auto", help="cpu, cuda, cuda:N, mps or auto."),
             click.option("--work-dir", type=_DIRECTORY, help="Where finished blocks are kept.  [default: OUTPUT.work]"),
         )
@@ -227,8 +231,8 @@ def plan(measurement: Path, bpw: float, head_bits: str, output: Path | None) -> 
     click.echo(f"{'linear':44} {'bpw':>7} {'damage, nats/token':>19}")
     for linear in (*made.linears, *([made.head] if made.head else [])):
         click.echo(f"{linear.name:44} {linear.bpw:7.3f} {linear.damage_nats:19.3e}")
-    for name, damping in measured.raised_damping.items():
-        click.echo(f"fallback: {name} was measured with damping {damping:g}", err=True)
+    for name in measured.without_feedback:
+        click.echo(f"fallback: {name} was measured without error feedback", err=True)
     shares = ", ".join(f"{bits} bits {100 * share:.1f} %" for bits, share in made.weights_per_width().items())
     click.echo(f"decoder weights: {shares}")
     head_bpw = made.head.bpw if made.head else 16

@@ -14,26 +14,11 @@ from ..rounding.feedback import errors_by_group
 from ..rounding.hessian import inverse_factor
 from ..rounding.parallel import run_all
 
-__all__ = ["SAMPLED_COLUMNS", "CurveOptions", "ErrorCurve", "measure_curves"]
+__all__ = ["SAMPLED_COLUMNS", "ErrorCurve", "measure_curves", "sampled_columns"]
 
 SAMPLED_COLUMNS = 512
 """Outputs of a linear that its curve is measured on. They change a row group's damage by 2 to 4 %, at all its widths
 alike, which the allocation hardly feels; and large linears take no longer than small ones."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CurveOptions:
-    """What curves are measured over.
-
-    Attributes:
-        widths: Bit widths to try.
-        group_size: Rows of a group.
-        damping: First damping to try, relative to the mean of the Gram matrix's diagonal.
-    """
-
-    widths: tuple[int, ...]
-    group_size: int
-    damping: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -62,7 +47,10 @@ def measure_curves(
     gram: Tensor,
     fishers: Sequence[Tensor],
     *,
-    options: CurveOptions,
+    widths: Sequence[int],
+    group_size: int,
+    damping: float,
+    inflation: float = 1.0,
 ) -> list[ErrorCurve]:
     """Measure the linears that share one input. A pure function of its arguments.
 
@@ -74,17 +62,20 @@ def measure_curves(
         weights: Each linear's weight, float32, shape (K, out): the transpose of a Hugging Face weight.
         gram: H, weighted mean of x x^T over tokens, float32, shape (K, K).
         fishers: F of each linear, float32, shape (out,).
-        options: Widths, group size, damping.
+        widths: Bit widths to try.
+        group_size: Rows of a group.
+        damping: First damping to try, relative to the mean of H's diagonal.
+        inflation: Damage on other tokens than those of H, relative to that on H (see ``heldout``).
 
     Returns:
         One curve per linear.
     """
     power = gram.diagonal().clone()
     order = power.argsort(descending=True, stable=True)
-    factor = inverse_factor(gram[order][:, order], options.damping)
-    rows = group_rows(gram.shape[0], options.group_size)
+    factor = inverse_factor(gram[order][:, order], damping)
+    rows = group_rows(gram.shape[0], group_size)
     tasks = [
-        partial(_damage, weight, order, factor.upper, rows, options.widths, fisher)
+        partial(_damage, weight, order, factor.upper, rows, widths, fisher)
         for weight, fisher in zip(weights, fishers, strict=True)
     ]
     damages = run_all(tasks, gram.device)
@@ -92,7 +83,7 @@ def measure_curves(
         damages = [torch.zeros_like(damage) for damage in damages]
     return [
         ErrorCurve(
-            damage_nats=damage,
+            damage_nats=inflation * damage,
             order=order,
             fisher=fisher,
             input_power=power,
@@ -105,16 +96,26 @@ def measure_curves(
 def _damage(
     weight: Tensor, order: Tensor, upper: Tensor, rows: Sequence[int], widths: Sequence[int], fisher: Tensor
 ) -> Tensor:
-    columns, shares = _sampled_columns(fisher)
+    columns, shares = sampled_columns(fisher, SAMPLED_COLUMNS)
     return 0.5 * errors_by_group(weight[order[:, None], columns], upper, rows, widths, shares)
 
 
-def _sampled_columns(fisher: Tensor) -> tuple[Tensor, Tensor]:
-    # The sum of the Fisher weights is cut into equal shares, and each is given to the output in whose part of the
-    # cumulative sum its middle lies: systematic sampling with probability proportional to size.
-    if len(fisher) <= SAMPLED_COLUMNS or not bool(fisher.any()):
+def sampled_columns(fisher: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Choose outputs that stand for all of a linear's.
+
+    The sum of the Fisher weights is cut into equal shares, and each is given to the output in whose part of the
+    cumulative sum its middle lies: systematic sampling with probability proportional to size.
+
+    Args:
+        fisher: Fisher weight of each output, float32, shape (out,).
+        count: How many; with no more outputs than that, all are taken.
+
+    Returns:
+        Indices, int64, and the Fisher weight that each stands for.
+    """
+    if len(fisher) <= count or not bool(fisher.any()):
         return torch.arange(len(fisher), device=fisher.device), fisher
     cumulative = fisher.double().cumsum(dim=0)
-    middles = (torch.arange(SAMPLED_COLUMNS, device=fisher.device) + 0.5) * (cumulative[-1] / SAMPLED_COLUMNS)
+    middles = (torch.arange(count, device=fisher.device) + 0.5) * (cumulative[-1] / count)
     columns, counts = torch.searchsorted(cumulative, middles).unique_consecutive(return_counts=True)
-    return columns, (counts * (cumulative[-1] / SAMPLED_COLUMNS)).float()
+    return columns, (counts * (cumulative[-1] / count)).float()

@@ -43,7 +43,7 @@ class MeasuredLinear:
             ``bpwise.measure.sketch.FisherSketch.coupling``.
         token_weights: float16, shape (rows, tokens): what each calibration token counts in the Gram matrix, mean 1.
             Linears that read the same input have the same.
-        damping: Relative damping used; infinite where error feedback was given up.
+        damping: Relative damping of the Gram matrix, for rounding too; infinite where error feedback was given up.
     """
 
     name: str
@@ -87,14 +87,12 @@ class Measurement:
     provenance: dict[str, Any]
 
     @property
-    def raised_damping(self) -> dict[str, float]:
-        """Linears whose Gram matrix needed more damping than asked, with what it took; infinite: no feedback at all.
+    def without_feedback(self) -> tuple[str, ...]:
+        """Linears whose Gram matrix could not be factored, however damped: they are rounded without error feedback.
 
         Their curves were measured so, hence they look costlier and the allocation gives them wider formats.
         """
-        asked = float(self.provenance["damping"])
-        linears = (*self.linears, self.head)
-        return {linear.name: linear.damping for linear in linears if linear.damping > 1.001 * asked}
+        return tuple(linear.name for linear in (*self.linears, self.head) if linear.damping == float("inf"))
 
     @property
     def fingerprint(self) -> str:

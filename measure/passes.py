@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..convert.work import StageDirectory
 from ..progress import Progress
-from .curves import CurveOptions, ErrorCurve, measure_curves
+from .curves import ErrorCurve, measure_curves
 from .families import HEAD
+from .heldout import DAMPINGS, judge_halves
 from .measurement import MeasuredLinear
 from .statistics import StageStatistics, collect, tapped_inputs
 from .stream import StreamedModel, check_finite, micro_batches
@@ -33,22 +34,34 @@ class MeasuringPasses:
     """One run of the measuring stage: what its passes share. Every finished block is kept in ``pieces``."""
 
     def __init__(
-        self, model: StreamedModel, tokens: Tensor, options: CurveOptions, seed: int, pieces: StageDirectory
+        self,
+        model: StreamedModel,
+        tokens: Tensor,
+        pieces: StageDirectory,
+        *,
+        widths: Sequence[int],
+        group_size: int,
+        damping: float | None,
+        seed: int,
     ) -> None:
         """Prepare a run.
 
         Args:
             model: The model to measure.
             tokens: Calibration rows, int64, shape (rows, tokens).
-            options: Widths, group size, damping.
-            seed: Seed of the targets that the model samples.
             pieces: Where finished blocks are kept.
+            widths: Bit widths of the curves.
+            group_size: Rows of a group.
+            damping: Damping of the Gram matrices, or None to choose it for each stage on held-out rows.
+            seed: Seed of the targets that the model samples.
         """
         self.model = model
         self.tokens = tokens
-        self.options = options
-        self.seed = seed
         self.pieces = pieces
+        self.widths = widths
+        self.group_size = group_size
+        self.dampings = DAMPINGS if damping is None else (damping,)
+        self.seed = seed
         self.batches = micro_batches(*tokens.shape)
 
     def forward(self, progress: Progress) -> None:
@@ -92,7 +105,7 @@ class MeasuringPasses:
                 sums.see_inputs(taps[""])
                 error, outputs, weights = _sampled_error(logits.detach()[0], rng)
                 sums.see_sums(HEAD, outputs, weights)
-                sums.end_batch()
+                sums.end_batch(first // self.tokens.shape[1])
                 logits.backward(error[None])
                 assert part.grad is not None
                 flat_gradient[first : first + _TAIL_TOKENS] = part.grad[0].cpu()
@@ -144,16 +157,25 @@ class MeasuringPasses:
             assert inputs.grad is not None
             before[batch] = inputs.grad.cpu()
             for sums in statistics:
-                sums.end_batch()
+                sums.end_batch(batch.start)
         check_finite(before, f"{self.model.block_name(index)}, gradient")
         return before
 
     def _curves(self, linears: dict[str, Any], sums: StageStatistics) -> dict[str, ErrorCurve]:
+        weights = [module.weight.detach().float().T for module in linears.values()]
+        fishers = [sums.fisher[name] / sums.tokens for name in linears]
+        totals = [half.weight for half in sums.halves]
+        halves = [half.mean() for half in sums.halves]
+        judged = judge_halves(weights, halves, fishers, group_size=self.group_size, dampings=self.dampings)
+        gram = sum(total * half for total, half in zip(totals, halves, strict=True)) / max(sum(totals), 1e-30)
         curves = measure_curves(
-            [module.weight.detach().float().T for module in linears.values()],
-            sums.gram.mean(),
-            [sums.fisher[name] / sums.tokens for name in linears],
-            options=self.options,
+            weights,
+            gram,
+            fishers,
+            widths=self.widths,
+            group_size=self.group_size,
+            damping=judged.damping,
+            inflation=judged.inflation,
         )
         return dict(zip(linears, curves, strict=True))
 
@@ -175,8 +197,8 @@ class MeasuringPasses:
 
 
 def _sampled_error(logits: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    # The gradient p - t for a target t sampled from p, shape (tokens, vocabulary), and the sums over tokens and over the
-    # vocabulary of its mean square. Of a one-hot target that is p (1 - p) exactly: no need to sample for the head.
+    # The gradient p - t for a target t sampled from p, shape (tokens, vocabulary), and the sums over tokens and over
+    # the vocabulary of its mean square. Of a one-hot target that is p (1 - p): no need to sample for the head.
     error = torch.empty_like(logits)
     outputs = torch.zeros(logits.shape[1], device=logits.device)
     weights = []

@@ -15,7 +15,6 @@ from ..errors import ConfigError, UnsupportedModelError
 from ..progress import Progress, silent
 from ..version import __version__
 from .calibration import CalibrationConfig, CalibrationSet, build_calibration
-from .curves import CurveOptions
 from .measurement import Measurement
 from .passes import MeasuringPasses
 from .stream import StreamedModel
@@ -39,14 +38,15 @@ class MeasureConfig:
     Attributes:
         calibration: Which text, and how much of it.
         group_size: Rows that share a bit width and a scale; a multiple of 32.
-        damping: What is added to the diagonal of every Gram matrix, relative to its mean, dimensionless.
+        damping: What is added to the diagonal of every Gram matrix, relative to its mean, dimensionless; None chooses
+            for each stage what serves rows best that were held out.
         seed: Seed of the tokens that the model samples for the Fisher information.
         device: ``cpu``, ``cuda``, ``cuda:N``, ``mps``, or ``auto`` for the best at hand.
     """
 
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     group_size: int = 32
-    damping: float = 0.02
+    damping: float | None = None
     seed: int = 0
     device: str = "auto"
 
@@ -58,7 +58,7 @@ class MeasureConfig:
         """
         if self.group_size < ROW_MULTIPLE or self.group_size % ROW_MULTIPLE:
             raise ConfigError(f"group_size must be a positive multiple of {ROW_MULTIPLE}, got {self.group_size}.")
-        if not 0 < self.damping < 1:
+        if self.damping is not None and not 0 < self.damping < 1:
             raise ConfigError(f"damping must lie between 0 and 1, got {self.damping}.")
 
 
@@ -129,8 +129,15 @@ def measure_model(
     pieces = StageDirectory(work, "measure", provenance)
     model = StreamedModel(checkpoint, device=device, dtype=torch.float32)
     _check_layout(model, checkpoint)
-    options = CurveOptions(widths=WIDTHS, group_size=config.group_size, damping=config.damping)
-    run = MeasuringPasses(model, calibration.tokens, options, config.seed, pieces)
+    run = MeasuringPasses(
+        model,
+        calibration.tokens,
+        pieces,
+        widths=WIDTHS,
+        group_size=config.group_size,
+        damping=config.damping,
+        seed=config.seed,
+    )
     run.forward(progress)
     run.head()
     run.backward(progress)

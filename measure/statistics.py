@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .families import Stage
 from .sketch import FisherSketch
 
-__all__ = ["StageStatistics", "WeightedGram", "collect", "tapped_inputs"]
+__all__ = ["StageStatistics", "WeightedGram", "collect", "tapped_inputs", "thinned"]
 
 _GRAM_BLOCK = 256
 """Columns of a Gram matrix that are summed together; only blocks on and above the diagonal are."""
@@ -65,11 +65,30 @@ class WeightedGram:
         return upper.div_(self.weight) if self.weight > 0 else upper.zero_()
 
 
+def thinned(weights: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Choose the tokens that weighted sums are taken over: a third to a half of them weigh so little that few do.
+
+    A token below the mean weight stays with a probability of its weight over the mean, and then weighs the mean:
+    expectations are those of all tokens.
+
+    Args:
+        weights: Not negative, shape (tokens,).
+        rng: On the CPU, whatever the device of the weights.
+
+    Returns:
+        Indices of the chosen tokens, int64, and their weights. All of them where all weigh the same.
+    """
+    mean = weights.mean() if len(weights) else weights.new_zeros(())
+    draws = torch.rand(len(weights), generator=rng).to(weights.device)
+    kept = (weights > draws * mean).nonzero()[:, 0]
+    return kept, weights[kept].clamp(min=mean)
+
+
 class StageStatistics:
     """Sums over tokens for one stage.
 
     Attributes:
-        gram: Weighted mean of x x^T, x being the stage's common input.
+        halves: Weighted mean of x x^T, x being the stage's common input, over every even row and every odd one.
         fisher: Per linear, the sum over tokens of (dL/dy)^2, float32, shape (out,). L is the sum, over all
             positions, of the negative log-likelihood of a token that the model itself sampled, in nats.
         couplings: Per linear whose gradients were seen, the sketch of the Fisher matrix of its outputs.
@@ -79,16 +98,17 @@ class StageStatistics:
 
     def __init__(self, width: int, device: torch.device) -> None:
         """Start from nothing; ``width`` is the length of the stage's input."""
-        self.gram = WeightedGram(width, device)
+        self.halves = [WeightedGram(width, device) for _ in range(2)]
         self.fisher: dict[str, Tensor] = {}
         self.couplings: dict[str, FisherSketch] = {}
         self.token_weights: list[Tensor] = []
+        self._rng = torch.Generator().manual_seed(0)
         self._inputs: Tensor | None = None
         self._weights: Tensor | None = None
 
     def see_inputs(self, inputs: Tensor) -> None:
         """Take the inputs of a micro-batch, shape (rows, tokens, K)."""
-        self._inputs = inputs.detach().flatten(0, -2).float()
+        self._inputs = inputs.detach().float()
 
     def see_gradient(self, linear: str, gradient: Tensor) -> None:
         """Take the gradients of one linear's outputs over the same micro-batch, shape (rows, tokens, out)."""
@@ -110,11 +130,19 @@ class StageStatistics:
         self.fisher[linear] = self.fisher[linear] + outputs if linear in self.fisher else outputs
         self._weights = tokens if self._weights is None else self._weights + tokens
 
-    def end_batch(self) -> None:
-        """Add up the micro-batch: all its inputs and gradients have been seen."""
+    def end_batch(self, first_row: int) -> None:
+        """Add up the micro-batch: all its inputs and gradients have been seen.
+
+        Args:
+            first_row: Index of its first row among all calibration rows.
+        """
         assert self._inputs is not None
         assert self._weights is not None
-        self.gram.add(self._inputs, self._weights)
+        weights = self._weights.view(self._inputs.shape[:2])
+        for parity, half in enumerate(self.halves):
+            rows = slice((parity - first_row) % 2, None, 2)
+            kept, given = thinned(weights[rows].flatten(), self._rng)
+            half.add(self._inputs[rows].flatten(0, 1)[kept], given)
         self.token_weights.append(self._weights.cpu())
         self._inputs = self._weights = None
 

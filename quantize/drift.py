@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..measure.families import Stage
-from ..measure.statistics import WeightedGram
+from ..measure.statistics import WeightedGram, thinned
 from ..rounding.hessian import damped_solve
 
 __all__ = ["StageSums"]
@@ -93,10 +93,13 @@ class _Half:
     def __init__(self, width: int, columns: int, device: torch.device) -> None:
         self.gram = WeightedGram(width, device)
         self.missing = torch.zeros(width, columns, device=device)
+        self._rng = torch.Generator().manual_seed(0)
 
     def add(self, inputs: Tensor, missing: Tensor, weights: Tensor) -> None:
+        kept, weights = thinned(weights, self._rng)
+        inputs = inputs[kept]
         self.gram.add(inputs, weights)
-        self.missing.addmm_((inputs * weights[:, None]).T, missing)
+        self.missing.addmm_((inputs * weights[:, None]).T, missing[kept])
 
 
 def _drift_left(shift: Tensor, gram: Tensor, missing: Tensor) -> float:

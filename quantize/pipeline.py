@@ -47,7 +47,7 @@ class QuantizeConfig:
     Attributes:
         bpw: Decoder bits per weight, all overheads counted; met from below, never exceeded.
         head_bits: Bits of the output head: 2, 3, 4, 5, 6, 8, 16 for unquantized, or ``auto``: see ``make_plan``.
-        measure: Options of the measuring stage; its calibration rows, damping and device serve rounding too.
+        measure: Options of the measuring stage; its calibration rows and device serve rounding too.
         evaluate: Options of the evaluation, or None to leave it out.
         shard_bytes: Largest output file, in bytes.
     """
@@ -85,8 +85,8 @@ class QuantizeResult:
         original_bytes: Size of the original tensors.
         comparison: Original against quantized, or None if evaluation was left out.
         costs: Time and memory of every stage that ran.
-        fallbacks: Linears whose Gram matrix could not be factored as asked, with the damping that it took (infinite:
-            rounded without error feedback).
+        fallbacks: Linears whose Gram matrix could not be factored with the measured damping, and the damping that it
+            took (infinite: rounded without error feedback).
         drift: How far the hidden states after each block are from the original's; empty if nothing was rounded now.
         measurement: The measurement file, which serves any other bitrate.
     """
@@ -174,9 +174,9 @@ def quantize_model(
         verification = verify_model(output)
     else:
         with clock.stage("round"):
-            rounding = RoundConfig(damping=config.measure.damping, device=config.measure.device)
+            rounding = RoundConfig(device=config.measure.device)
             rounded = round_model(checkpoint, measured, plan, rounding, work, progress)
-            fallbacks, drift = _fallbacks(rounded, rounding.damping), rounded.drift()
+            fallbacks, drift = _fallbacks(rounded, measured), rounded.drift()
         with clock.stage("write and verify"):
             verification = _write(checkpoint, rounded, output, plan, rows, config, run)
     comparison = None
@@ -264,7 +264,6 @@ def _identity(checkpoint: Checkpoint, rows: CalibrationSet, plan: Plan, config: 
         plan.measurement,
         plan.target_bpw,
         plan.head_bits,
-        config.measure.damping,
         config.shard_bytes,
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
@@ -284,9 +283,9 @@ def _finished(output: Path, **expected: str) -> bool:
     )
 
 
-def _fallbacks(rounded: RoundedModel, damping: float) -> dict[str, float]:
-    used = {name: rounded.damping(name) for name in rounded.names}
-    return {name: value for name, value in used.items() if value > 1.001 * damping}
+def _fallbacks(rounded: RoundedModel, measurement: Measurement) -> dict[str, float]:
+    used = {x.name: (rounded.damping(x.name), x.damping) for x in measurement.linears}
+    return {name: taken for name, (taken, asked) in used.items() if taken == float("inf") or taken > 1.001 * asked}
 
 
 def _write(

@@ -21,8 +21,8 @@ from ..convert.checkpoint import Checkpoint
 from ..convert.exl2.layout import RowGroup
 from ..convert.exl2.linear import QuantizedLinear
 from ..convert.work import StageDirectory
-from ..errors import ConfigError
 from ..measure.families import BLOCK_OUTPUT, HEAD, Stage
+from ..measure.heldout import DAMPINGS
 from ..measure.measurement import MeasuredLinear, Measurement
 from ..measure.run import resolve_device
 from ..measure.statistics import tapped_inputs
@@ -46,25 +46,14 @@ class RoundConfig:
     """Options of the rounding stage.
 
     Attributes:
-        damping: What is added to the diagonal of every Gram matrix, relative to its mean, dimensionless.
         correct_drift: Whether weights are moved toward the original's outputs before they are rounded.
         couple_outputs: Whether outputs answer to each other's errors.
         device: ``cpu``, ``cuda``, ``cuda:N``, ``mps``, or ``auto`` for the best at hand.
     """
 
-    damping: float = 0.02
     correct_drift: bool = True
     couple_outputs: bool = True
     device: str = "auto"
-
-    def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            ConfigError: One of them makes no sense.
-        """
-        if not 0 < self.damping < 1:
-            raise ConfigError(f"damping must lie between 0 and 1, got {self.damping}.")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -137,7 +126,6 @@ def round_model(
         "model": checkpoint.fingerprint,
         "measurement": plan.measurement,
         "groups": [[p.name, p.group_bits, p.group_rows] for p in (*plan.linears, *([plan.head] if plan.head else []))],
-        "damping": config.damping,
         "correct_drift": config.correct_drift,
         "couple_outputs": config.couple_outputs,
         "device": device.type,
@@ -286,7 +274,7 @@ class _Rounding:
     def _rounded(self, plan: LinearPlan, target: Tensor, gram: Tensor) -> QuantizedLinear:
         measured = self.measured[plan.name]
         order = _stored_order(plan, measured).to(target.device)
-        factor = inverse_factor(gram[order][:, order], self.config.damping)
+        factor = inverse_factor(gram[order][:, order], min(measured.damping, DAMPINGS[-1]))
         fisher = torch.from_numpy(measured.fisher).to(target.device)
         outputs = OutputFeedback.of(fisher, torch.from_numpy(measured.coupling)) if self.config.couple_outputs else None
         linear, _ = round_linear(target, factor.upper, plan.stored_groups, order, fisher, outputs)

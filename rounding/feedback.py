@@ -6,8 +6,8 @@ into it. With e_k = (w_k - q_k) / U_kk the feedback is w_k -= sum_{j<k} U_jk e_j
 exactly tr(dW^T H dW): every e^2 is that weight's share of the layer's output error.
 Source: Frantar et al., GPTQ (arXiv 2210.17323), section 3.3, with its Cholesky form read from left to right.
 
-Feedback between outputs (``coupling``) goes on inside each row group: given the group's targets, which hold the feedback
-of all earlier rows, set after set of columns answers to what the sets before it missed in these rows.
+Feedback between outputs (``coupling``) goes on inside each row group: given the group's targets, which hold the
+feedback of all earlier rows, set after set of columns answers to what the sets before it missed in these rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..convert.exl2.layout import RowGroup
 from ..convert.exl2.linear import QuantizedLinear
-from .coupling import OutputFeedback
+from .coupling import OutputFeedback, round_in_sets
 from .grid import GroupGrid, search_grids
 
 __all__ = ["errors_by_group", "round_linear"]
@@ -50,27 +50,25 @@ def round_linear(
         The quantized linear, without bias, and each group's sum of e^2 per column (its part of tr(dW^T H dW) in
         the units of H), float32, shape (groups, out).
     """
-    columns = torch.arange(weight.shape[1], device=weight.device) if outputs is None else outputs.order
-    work = weight[order[:, None], columns]
+    work = weight[order].contiguous()
     codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
     ceilings, scale_codes, errors = [], [], []
     first = 0
     for group in groups:
         rows = slice(first, first + group.rows)
-        (grid,) = _round_group(work, codes, upper, rows, [group.bits], column_weights[columns], outputs)
+        (grid,) = _round_group(work, codes, upper, rows, [group.bits], column_weights, outputs)
         ceilings.append(grid.ceiling)
         scale_codes.append(grid.codes)
         errors.append(work[rows].square().sum(dim=0))
         first += group.rows
-    back = columns.argsort()
     linear = QuantizedLinear(
         groups=tuple(groups),
-        codes=codes[:, back],
-        scale_codes=torch.stack(scale_codes)[:, back],
+        codes=codes,
+        scale_codes=torch.stack(scale_codes),
         ceilings=torch.stack(ceilings),
         order=order,
     )
-    return linear, torch.stack(errors)[:, back]
+    return linear, torch.stack(errors)
 
 
 def errors_by_group(
@@ -123,12 +121,12 @@ def _round_group(
     targets = group.unflatten(1, (len(widths), -1)).transpose(0, 1).contiguous()
     grids = search_grids(targets, row_weights, column_weights, widths)
     scales = torch.cat([grid.scales for grid in grids])
-    halves = torch.tensor([1 << (bits - 1) for bits in widths], dtype=scales.dtype, device=scales.device)
-    halves = halves.repeat_interleave(targets.shape[2])
     if outputs is not None:
         assert codes is not None
-        _round_sets(group, codes[rows], block, scales, halves, outputs)
+        _round_coupled(group, codes[rows], block, scales, 1 << (widths[0] - 1), outputs)
         return grids
+    halves = torch.tensor([1 << (bits - 1) for bits in widths], dtype=scales.dtype, device=scales.device)
+    halves = halves.repeat_interleave(targets.shape[2])
     for first in range(0, work.shape[1], _CHUNK_COLUMNS):
         columns = slice(first, first + _CHUNK_COLUMNS)
         _round_rows(
@@ -139,22 +137,6 @@ def _round_group(
             halves[columns],
         )
     return grids
-
-
-def _round_sets(
-    target: Tensor, codes: Tensor, block: Tensor, scales: Tensor, halves: Tensor, outputs: OutputFeedback
-) -> None:
-    # One group, set after set of its columns; replaces `target` by the errors e, as `_round_rows` does.
-    missed = torch.empty_like(target)
-    seen = torch.zeros(len(target), outputs.factor.shape[1], device=target.device)
-    for columns, answer in zip(outputs.sets, outputs.answers, strict=True):
-        moved = torch.addmm(target[:, columns], seen, answer)
-        _round_rows(moved, codes[:, columns], block, scales[columns], halves[columns])
-        chosen = (codes[:, columns] - halves[columns]) * scales[columns]
-        missed[:, columns] = target[:, columns] - chosen
-        seen.addmm_(missed[:, columns], outputs.factor[columns])
-    # Row k of what was missed is U_kk e_k + sum_{j<k} U_jk e_j.
-    target.copy_(torch.linalg.solve_triangular(block.T, missed, upper=False))
 
 
 def _round_rows(target: Tensor, codes: Tensor | None, block: Tensor, scales: Tensor, halves: Tensor) -> None:
@@ -173,3 +155,14 @@ def _round_rows(target: Tensor, codes: Tensor | None, block: Tensor, scales: Ten
     if codes is not None:
         codes.copy_(rounded + halves)
     torch.mul(errors, scales / pivots, out=target)
+
+
+def _round_coupled(
+    target: Tensor, codes: Tensor, block: Tensor, scales: Tensor, half: int, outputs: OutputFeedback
+) -> None:
+    # As `_round_rows`, with outputs that answer to each other.
+    feedback = (block / block.diagonal()[:, None]).triu(1).T
+    chosen = round_in_sets(target / scales, feedback, half, scales, outputs)
+    codes.copy_(chosen + half)
+    # What row k missed is U_kk e_k + sum_{j<k} U_jk e_j.
+    target.copy_(torch.linalg.solve_triangular(block.T, target - chosen * scales, upper=False))

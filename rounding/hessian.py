@@ -84,7 +84,8 @@ def damped_solve(gram: Tensor, target: Tensor, damping: float) -> Tensor:
     Args:
         gram: H, mean of x x^T over tokens, float32, shape (K, K), positive semidefinite.
         target: T, float32, shape (K, columns).
-        damping: At least 0.1 or so, for float32 to be enough: the condition number is at most K / damping. Relative to the mean of H's diagonal, dimensionless.
+        damping: Relative to the mean of H's diagonal, dimensionless. At least 0.1 or so, for float32 to be enough: the
+            condition number is at most K / damping.
 
     Returns:
         V, float32, shape (K, columns); zero where H is zero altogether or cannot be factored even so.

@@ -218,20 +218,8 @@ print(Measurement.load(Path(sys.argv[1])).fingerprint)
     assert seen == {measurement().fingerprint}
 
 
-@pytest.mark.parametrize(
-    ("dampings", "expected"),
-    [
-        ((0.02, 0.02), {}),
-        ((0.2, 0.02), {"b.1": 0.2}),
-        ((0.02, float("inf")), {"a.0": float("inf")}),
-        ((float(np.float32(0.02)), 0.02), {}),
-    ],
-    ids=["as-asked", "raised", "given-up", "stored-in-float32"],
-)
-def test_raised_damping(dampings: tuple[float, float], expected: dict[str, float]) -> None:
-    linears = (linear("b.1", 96, 5, damping=dampings[0]), linear("a.0", 64, 40, damping=dampings[1]))
-    made = measurement(linears=linears, provenance={"damping": 0.02})
-    assert made.raised_damping == expected
+def test_without_feedback() -> None:
+    assert measurement().without_feedback == ("a.0",)
 
 
 @pytest.mark.parametrize("module", ["bpwise", "bpwise.cli", "bpwise.measure.measurement", "bpwise.quantize.plan"])

@@ -13,6 +13,7 @@ from bpwise.convert.work import StageDirectory
 from bpwise.errors import ConfigError, NumericalError, UnsupportedModelError
 from bpwise.measure import passes
 from bpwise.measure.calibration import CalibrationSet
+from bpwise.measure.heldout import DAMPINGS, HeldOut
 from bpwise.measure.measurement import MeasuredLinear, Measurement
 from bpwise.measure.run import MeasureConfig, measure_model, measure_to_file, measured_rows, resolve_device
 from bpwise.measure.sketch import COUPLING_RANK
@@ -150,6 +151,8 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         patch.setattr(passes, "measure_curves", spied_curves)
         patch.setattr(passes, "_sample", spied_sample)
         patch.setattr("bpwise.measure.stream._MICRO_BATCH_TOKENS", 5 * 32)  # 5 + 5 + 2 rows
+        patch.setattr(passes, "judge_halves", lambda *_args, **_options: HeldOut(0.02, 1.0))
+        patch.setattr("bpwise.measure.statistics.thinned", lambda weights, _rng: (slice(None), weights))
         measurement = measure(directory, place / "work")
     assert len(targets) > 1  # 384 positions go through the head in more than one part
     yield Run(directory, measurement, grams, by_plain_backward(directory, torch.cat(targets).flatten()))
@@ -253,6 +256,24 @@ def test_damage_grows_as_bits_shrink(run: Run) -> None:
 def test_damping_is_recorded(run: Run) -> None:
     for linear in (*run.measurement.linears, run.measurement.head):
         assert linear.damping == pytest.approx(0.02)
+
+
+def test_damping_is_chosen_for_each_stage(tmp_path: Path) -> None:
+    directory = save_model(tmp_path / "model", CONFIGS["llama"])
+    measured = measure(directory, tmp_path / "work")
+    assert all(min(abs(linear.damping - choice) for choice in DAMPINGS) < 1e-6 for linear in measured.linears)
+    fixed = measure(directory, tmp_path / "fixed", damping=0.05)
+    assert all(linear.damping == pytest.approx(0.05) for linear in (*fixed.linears, fixed.head))
+
+
+def test_damage_is_that_on_held_out_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = save_model(tmp_path / "model", CONFIGS["llama"])
+    made = []
+    for inflation in (1.0, 2.5):
+        monkeypatch.setattr(passes, "judge_halves", lambda *_args, held=inflation, **_options: HeldOut(0.02, held))
+        made.append(measure(directory, tmp_path / f"work-{inflation}"))
+    for plain, inflated in zip(made[0].linears, made[1].linears, strict=True):
+        assert np.allclose(2.5 * plain.damage_nats, inflated.damage_nats)
 
 
 def test_sampling_follows_the_probabilities() -> None:

@@ -1,8 +1,9 @@
+import numpy as np
 import pytest
 import torch
 from bpwise.measure import statistics
-from bpwise.measure.curves import SAMPLED_COLUMNS, CurveOptions, measure_curves
-from bpwise.measure.statistics import StageStatistics, WeightedGram
+from bpwise.measure.curves import SAMPLED_COLUMNS, measure_curves
+from bpwise.measure.statistics import StageStatistics, WeightedGram, thinned
 
 CPU = torch.device("cpu")
 
@@ -34,7 +35,7 @@ def test_token_weights_are_scaled_to_mean_one() -> None:
         sums.see_inputs(torch.ones(1, 2, 2))
         sums.see_gradient("a", torch.full((1, 2, 3), scale))
         sums.see_gradient("b", torch.zeros(1, 2, 1))
-        sums.end_batch()
+        sums.end_batch(0)
     # Squared gradients of 3 and 12 a token, twice each.
     assert sums.scaled_weights().tolist() == pytest.approx([0.4, 0.4, 1.6, 1.6])
     assert sums.fisher["a"].tolist() == pytest.approx([10.0] * 3)
@@ -45,7 +46,7 @@ def test_no_gradient_at_all_weighs_tokens_alike() -> None:
     sums = StageStatistics(2, CPU)
     sums.see_inputs(torch.ones(1, 3, 2))
     sums.see_gradient("a", torch.zeros(1, 3, 4))
-    sums.end_batch()
+    sums.end_batch(0)
     assert sums.scaled_weights().tolist() == [1.0, 1.0, 1.0]
 
 
@@ -55,10 +56,39 @@ def test_a_sample_of_the_outputs_stands_for_all(monkeypatch: pytest.MonkeyPatch)
     weight = torch.randn(64, 4 * SAMPLED_COLUMNS, generator=rng)
     # Over four orders of magnitude, as real ones are: a few outputs carry most of the damage.
     fisher = 10 ** (4 * torch.rand(4 * SAMPLED_COLUMNS, generator=rng))
-    options = CurveOptions(widths=(8, 4, 2), group_size=32, damping=0.02)
-    sampled = measure_curves([weight], x.T @ x / 200, [fisher], options=options)[0].damage_nats
+    options = {"widths": (8, 4, 2), "group_size": 32, "damping": 0.02}
+    sampled = measure_curves([weight], x.T @ x / 200, [fisher], **options)[0].damage_nats
     monkeypatch.setattr("bpwise.measure.curves.SAMPLED_COLUMNS", 1 << 20)
-    whole = measure_curves([weight], x.T @ x / 200, [fisher], options=options)[0].damage_nats
+    whole = measure_curves([weight], x.T @ x / 200, [fisher], **options)[0].damage_nats
     assert sampled.shape == whole.shape == (2, 3)
     # Columns of equal statistics, 512 of them: a spread of some 30 % of their errors averages out to 1.5 %.
     assert float((sampled / whole - 1).abs().max()) < 0.06
+
+
+def test_thinned_sums_are_those_of_all_tokens_on_average() -> None:
+    rng = torch.Generator().manual_seed(0)
+    # Weights over three orders of magnitude: half of the tokens hold 6 % of their sum.
+    weights = 10 ** (3 * torch.rand(400, generator=rng))
+    values = torch.randn(400, generator=rng)
+    draws = []
+    for _ in range(2000):
+        kept, given = thinned(weights, rng)
+        assert bool((given >= weights.mean()).all())
+        draws.append(float((given * values[kept]).sum()))
+    mean, error = np.mean(draws), np.std(draws) / len(draws) ** 0.5
+    assert abs(mean - float((weights * values).sum())) < 4 * error
+    assert 80 < len(kept) < 180
+
+
+def test_thinning_keeps_the_heaviest_as_they_are() -> None:
+    weights = torch.tensor([1.0, 2.0, 100.0, 3.0, 50.0])
+    kept, given = thinned(weights, torch.Generator().manual_seed(0))
+    heavy = {int(index): float(weight) for index, weight in zip(kept, given, strict=True) if index in (2, 4)}
+    assert heavy == {2: 100.0, 4: 50.0}
+
+
+@pytest.mark.parametrize(("weights", "kept"), [(torch.full((50,), 0.3), 50), (torch.zeros(50), 0)])
+def test_thinning_leaves_equal_weights_alone(weights: torch.Tensor, kept: int) -> None:
+    indices, given = thinned(weights, torch.Generator().manual_seed(0))
+    assert indices.tolist() == list(range(kept))
+    assert torch.equal(given, weights[:kept])

@@ -15,7 +15,6 @@ GROUPS = [RowGroup(4, 32), RowGroup(2, 32)]
 @pytest.fixture(autouse=True)
 def small_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coupling_module, "_SETS", 4)
-    monkeypatch.setattr(coupling_module, "_SMALLEST_SET", 3)
 
 
 class Problem:
@@ -102,12 +101,18 @@ def by_definition(problem: Problem, linear: QuantizedLinear) -> Tensor:
     return codes
 
 
-@pytest.mark.parametrize("columns", [12, 14])
+@pytest.mark.parametrize("columns", [12, 14, 3])
 def test_agrees_with_the_definition(columns: int) -> None:
     problem = Problem(columns)
     linear, _ = problem.round(coupled=True)
     assert torch.equal(linear.codes, by_definition(problem, linear))
     assert not torch.equal(linear.codes, problem.round(coupled=False)[0].codes)
+
+
+def test_one_output_has_no_other_to_answer_to() -> None:
+    problem = Problem(1)
+    (together, _), (alone, _) = (problem.round(coupled=coupled) for coupled in (True, False))
+    assert torch.equal(together.codes, alone.codes)
 
 
 def test_lowers_the_damage_of_coupled_outputs() -> None:
@@ -141,7 +146,6 @@ def test_result_follows_the_format() -> None:
     [
         pytest.param(torch.ones(12), torch.zeros(12, 0), id="no-directions"),
         pytest.param(torch.zeros(12), torch.zeros(12, 2), id="no-gradient"),
-        pytest.param(torch.ones(5), torch.ones(5, 1), id="one-set"),
     ],
 )
 def test_nothing_to_answer_to(fisher: Tensor, coupling: Tensor) -> None:
