@@ -34,6 +34,7 @@ from bpwise.convert.exl2.verify import verify_model
 from bpwise.convert.files import atomic_file
 from bpwise.errors import BpwiseError
 from bpwise.eval.comparison import EvalConfig, OriginalRun, compare_with, evaluation_rows, run_original
+from bpwise.measure import statistics
 from bpwise.measure.calibration import CalibrationConfig, CalibrationSet
 from bpwise.measure.measurement import MeasuredLinear, Measurement
 from bpwise.measure.run import (
@@ -43,7 +44,6 @@ from bpwise.measure.run import (
     measurement_provenance,
     resolve_device,
 )
-from bpwise.measure.statistics import WeightedGram
 from bpwise.measure.tokenizer import load_tokenizer
 from bpwise.quantize.plan import Plan, make_plan
 from bpwise.quantize.rounding import RoundConfig, round_model
@@ -61,16 +61,12 @@ MakePlan = Callable[[Measurement, float, int], Plan]
 @contextmanager
 def _tokens_alike() -> Iterator[None]:
     """Have every token count the same in Gram matrices."""
-    weighted = WeightedGram.add
-
-    def add(self: WeightedGram, inputs: Tensor, weights: Tensor) -> None:
-        weighted(self, inputs, torch.ones_like(weights))
-
-    WeightedGram.add = add  # type: ignore[method-assign]
+    thinned = statistics.thinned
+    statistics.thinned = lambda weights, _rng: (torch.arange(len(weights)), torch.ones_like(weights))
     try:
         yield
     finally:
-        WeightedGram.add = weighted  # type: ignore[method-assign]
+        statistics.thinned = thinned
 
 
 def _best_plan(measurement: Measurement, bpw: float, head_bits: int) -> Plan:
@@ -84,6 +80,7 @@ class Variant:
     Attributes:
         title: What differs from bpwise's defaults.
         group_size: Rows of a group.
+        damping: Damping of every Gram matrix; None chooses it on held-out rows.
         tokens_alike: Whether every calibration token counts the same.
         plan: Chooses the widths.
         rounding: Changes to the rounding stage's options.
@@ -92,6 +89,7 @@ class Variant:
 
     title: str
     group_size: int = MeasureConfig().group_size
+    damping: float | None = None
     tokens_alike: bool = False
     plan: MakePlan = _best_plan
     rounding: Mapping[str, Any] = field(default_factory=dict)
@@ -100,7 +98,8 @@ class Variant:
     @property
     def measurement(self) -> str:
         """Name of the measurement that it needs: variants share what they can."""
-        return f"{'alike' if self.tokens_alike else 'weighted'}-{self.group_size}"
+        damping = "" if self.damping is None else f"-{self.damping:g}"
+        return f"{'alike' if self.tokens_alike else 'weighted'}-{self.group_size}{damping}"
 
 
 VARIANTS = {
@@ -108,6 +107,8 @@ VARIANTS = {
     "rtn": Variant(title="uniform widths, rounded to nearest", plan=uniform_plan, feedback=False),
     "uniform": Variant(title="uniform widths", plan=uniform_plan),
     "alike": Variant(title="all tokens count alike", tokens_alike=True),
+    "damping": Variant(title="damping of 2 % everywhere", damping=0.02),
+    "one-sided": Variant(title="outputs do not answer to each other", rounding={"couple_outputs": False}),
     "no-drift": Variant(title="drift not corrected", rounding={"correct_drift": False}),
     "group-64": Variant(title="groups of 64", group_size=64),
     "group-128": Variant(title="groups of 128", group_size=128),
@@ -195,7 +196,7 @@ def prepare(
 
 def measured(benchmark: Benchmark, variant: Variant) -> Measurement:
     """Return the measurement that a variant needs, made now unless the work directory holds it."""
-    config = replace(benchmark.config, group_size=variant.group_size)
+    config = replace(benchmark.config, group_size=variant.group_size, damping=variant.damping)
     kept = benchmark.work / f"measurement-{variant.measurement}.safetensors"
     measurement = Measurement.load(kept) if kept.exists() else None
     provenance = measurement_provenance(benchmark.checkpoint, benchmark.calibration, config)
@@ -282,7 +283,7 @@ def _round(benchmark: Benchmark, variant: Variant, measurement: Measurement, pla
             return round_to_nearest(checkpoint.tensor(f"{stored}.weight"), linears[name], device)
 
         return ReplacedWeights(checkpoint, {name: partial(nearest, name) for name in linears})
-    config = RoundConfig(damping=benchmark.config.damping, device=benchmark.config.device, **variant.rounding)
+    config = RoundConfig(device=benchmark.config.device, **variant.rounding)
     rounded = round_model(checkpoint, measurement, plan, config, work, progress_bar)
 
     def read(name: str) -> Tensor:

@@ -26,6 +26,9 @@ _TAIL_TOKENS = 256
 _CACHED_TOKENS = 16
 """Positions whose probabilities are worked on together, so that they stay in a processor's cache."""
 
+_TINY = 1e-30
+"""Keeps sums that are zero from being divided by."""
+
 _LARGEST_WEIGHT = 65504.0
 """Token weights are kept in float16."""
 
@@ -167,7 +170,7 @@ class MeasuringPasses:
         totals = [half.weight for half in sums.halves]
         halves = [half.mean() for half in sums.halves]
         judged = judge_halves(weights, halves, fishers, group_size=self.group_size, dampings=self.dampings)
-        gram = sum(total * half for total, half in zip(totals, halves, strict=True)) / max(sum(totals), 1e-30)
+        gram = (totals[0] * halves[0] + totals[1] * halves[1]) / max(sum(totals), _TINY)
         curves = measure_curves(
             weights,
             gram,

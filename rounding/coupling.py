@@ -66,7 +66,9 @@ class OutputFeedback:
 def in_sets(values: Tensor) -> Tensor:
     """Deal the last dimension out to the sets: (..., out) becomes (sets, ..., columns), padded with zeros."""
     padding = -values.shape[-1] % _SETS
-    return nn.functional.pad(values, (0, padding)).unflatten(-1, (-1, _SETS)).movedim(-1, 0)
+    padded: Tensor = nn.functional.pad(values, (0, padding))
+    dealt: Tensor = padded.unflatten(-1, (-1, _SETS))
+    return dealt.movedim(-1, 0)
 
 
 def round_in_sets(targets: Tensor, feedback: Tensor, half: int, scales: Tensor, outputs: OutputFeedback) -> Tensor:
