@@ -61,6 +61,7 @@ def forecast_run(checkpoint: Checkpoint, *, bpw: float, head_bits: HeadBits, con
     family = family_of(checkpoint.config)
     blocks = int(checkpoint.config["num_hidden_layers"])
     block: dict[str, tuple[int, int]] = {}
+    inputs = [checkpoint.shape(f"{family.blocks}.0.{stage.linears[0]}.weight")[1] for stage in family.stages]
     for stage in family.stages:
         for name in stage.linears:
             columns, rows = checkpoint.shape(f"{family.blocks}.0.{name}.weight")
@@ -94,17 +95,17 @@ def forecast_run(checkpoint: Checkpoint, *, bpw: float, head_bits: HeadBits, con
         output_bytes=other + quantized_bytes,
         lowest_bpw=lowest,
         highest_bpw=highest,
-        memory_bytes=_RUNTIME_BYTES + _memory(list(block.values()), vocabulary, hidden, tokens),
+        memory_bytes=_RUNTIME_BYTES + _memory(list(block.values()), inputs, vocabulary, hidden, tokens),
         # Inputs of all blocks while measuring; then a byte per weight and two states while rounding.
         disk_bytes=max((blocks + 1) * state, weights + vocabulary * hidden + 4 * state),
     )
 
 
-def _memory(block: list[tuple[int, int]], vocabulary: int, hidden: int, tokens: int) -> int:
+def _memory(block: list[tuple[int, int]], inputs: list[int], vocabulary: int, hidden: int, tokens: int) -> int:
     state = tokens * hidden * _FLOAT32_BYTES
-    largest_input = max(rows for _, rows in block)
+    largest_input = max(inputs)
     weights = sum(rows * columns for columns, rows in block) * _FLOAT32_BYTES
-    grams = sum({rows: rows * rows for _, rows in block}.values()) * 2 * _FLOAT32_BYTES
+    grams = sum(rows * rows for rows in inputs) * 2 * _FLOAT32_BYTES  # of each half of the calibration rows
     factor = 3 * largest_input**2 * _FLOAT64_BYTES
     curves = 4 * cores() * 6 * largest_input * SAMPLED_COLUMNS * _FLOAT32_BYTES
     # Rounding a block keeps the original's states before and after, the quantized one before, what the stages should
