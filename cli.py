@@ -157,6 +157,7 @@ def quantize(model: str, output: Path, **options: Any) -> None:
     )
     if options["measurement"]:
         _refuse_beside_measurement()
+        measure_config = _config_of(options["measurement"])
     if options["dry_run"]:
         _print_forecast(model, config.bpw, config.head_bits, measure_config)
         return
@@ -175,12 +176,24 @@ def quantize(model: str, output: Path, **options: Any) -> None:
 
 def _refuse_beside_measurement() -> None:
     context = click.get_current_context()
-    for name in ("calibration", "column", "chat_template", "rows", "row_tokens", "seed", "group_size"):
+    for name in ("calibration", "column", "chat_template", "rows", "row_tokens", "seed", "group_size", "damping"):
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise click.UsageError(
-                f"--{name.replace('_', '-')} cannot go with --measurement, which brings its own calibration rows and "
-                "group size. Leave one of the two out."
+                f"--{name.replace('_', '-')} cannot go with --measurement, which brings its own calibration rows, "
+                "group size and damping. Leave one of the two out."
             )
+
+
+def _config_of(measurement: Path) -> MeasureConfig:
+    # What a forecast needs to know of how the measurement was made.
+    from .measure.calibration import CalibrationConfig
+    from .measure.measurement import Measurement
+    from .measure.run import MeasureConfig
+
+    measured = Measurement.load(measurement)
+    rows, row_tokens = measured.tokens.shape
+    calibration = CalibrationConfig(rows=rows, row_tokens=row_tokens)
+    return MeasureConfig(calibration=calibration, group_size=measured.group_size)
 
 
 def _head_bits(option: str) -> HeadBits:

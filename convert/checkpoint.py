@@ -232,20 +232,6 @@ class Checkpoint:
         """
         return self._place(name)[1].shape
 
-    def expect_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        """Check a tensor's shape without loading it.
-
-        Raises:
-            CheckpointError: The tensor is missing or has another shape.
-        """
-        shard, entry = self._place(name)
-        if entry.shape != tuple(shape):
-            raise CheckpointError(
-                f"{self._directory / shard}: tensor {name!r} has the wrong shape, got {entry.shape}, "
-                f"expected {tuple(shape)}. config.json and the weights do not belong together: get the "
-                "model again."
-            )
-
     def tensor(self, name: str) -> Tensor:
         """Load one tensor and check its values.
 

@@ -7,7 +7,6 @@ place. A run that is killed leaves at most a ``.NAME.partial-...`` behind, which
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import secrets
@@ -22,13 +21,11 @@ from ..errors import BpwiseError, NumericalError, WorkDirectoryError
 __all__ = [
     "atomic_directory",
     "atomic_file",
-    "file_sha256",
     "read_json",
     "write_json",
 ]
 
 _DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-_READ_BYTES = 1 << 20
 
 
 @contextmanager
@@ -144,15 +141,6 @@ def read_json(path: Path, error: type[BpwiseError]) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise error(f"{path}: wrong JSON, got {type(value).__name__} at the top level, expected an object.")
     return cast("dict[str, Any]", value)
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's whole content, as 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while chunk := file.read(_READ_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 @contextmanager

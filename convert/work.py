@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from torch import Tensor
 
+from ..errors import WorkDirectoryError
 from .files import write_json
 from .safetensors_file import load_tensors, save_tensors
 
-__all__ = ["StageDirectory", "discard_stages"]
+__all__ = ["StageDirectory", "claimed", "discard_stages"]
 
 
 class StageDirectory:
@@ -64,15 +66,38 @@ class StageDirectory:
         return self.path / f"{piece}.safetensors"
 
 
-def discard_stages(work: Path) -> None:
-    """Delete all stage directories of a run that is complete; files beside them (measurement, plan) stay.
+@contextmanager
+def claimed(work: Path) -> Iterator[None]:
+    """Keep a work directory to one run; it goes afterwards if nothing is left in it.
 
-    The work directory itself goes if nothing is left in it.
+    The operating system lets go of the claim when the process ends, however it does.
+
+    Raises:
+        WorkDirectoryError: Another run works there, or the directory cannot be made.
     """
-    if not work.is_dir():
-        return
+    lock = FileLock(work / ".lock", timeout=0)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise WorkDirectoryError(
+            f"{work}: another run is at work there. Wait until it has ended, or name another --work-dir."
+        ) from error
+    except OSError as error:
+        raise WorkDirectoryError(
+            f"{work}: cannot be used as a work directory ({error.strerror}). Name another --work-dir."
+        ) from error
+    try:
+        yield
+    finally:
+        (work / ".lock").unlink(missing_ok=True)
+        lock.release()
+        with suppress(OSError):
+            work.rmdir()
+
+
+def discard_stages(work: Path) -> None:
+    """Delete all stage directories of a run that is complete; files beside them (measurement, plan) stay."""
     for path in work.iterdir():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
-    with suppress(OSError):
-        work.rmdir()

@@ -10,7 +10,7 @@ import torch
 
 from ..convert.checkpoint import Checkpoint, open_model
 from ..convert.exl2.layout import MAX_ROWS, ROW_MULTIPLE, WIDTHS
-from ..convert.work import StageDirectory, discard_stages
+from ..convert.work import StageDirectory, claimed, discard_stages
 from ..errors import ConfigError, UnsupportedModelError
 from ..progress import Progress, silent
 from ..version import __version__
@@ -220,7 +220,8 @@ def measure_to_file(
     checkpoint = open_model(model)
     work = work or output.with_name(f"{output.name}.work")
     rows = calibration or calibration_rows(checkpoint, config.calibration)
-    measurement = measure_model(checkpoint, rows, config, work, progress)
-    measurement.save(output)
-    discard_stages(work)
+    with claimed(work):
+        measurement = measure_model(checkpoint, rows, config, work, progress)
+        measurement.save(output)
+        discard_stages(work)
     return measurement

@@ -14,7 +14,7 @@ from ..convert.exl2.shards import DEFAULT_SHARD_BYTES
 from ..convert.exl2.verify import MANIFEST_FILE, Verification, verify_model
 from ..convert.exl2.writer import write_model
 from ..convert.files import read_json
-from ..convert.work import discard_stages
+from ..convert.work import claimed, discard_stages
 from ..errors import ConfigError, FormatError, WorkDirectoryError
 from ..eval.comparison import Comparison, EvalConfig, compare_models, evaluation_rows, open_any
 from ..eval.report import summary_lines, write_report
@@ -154,6 +154,21 @@ def quantize_model(
         forecast_run(checkpoint, bpw=config.bpw, head_bits=config.head_bits, config=config.measure)
     _finished(output, model=checkpoint.fingerprint)
     work = work or output.with_name(f"{output.name}.work")
+    with claimed(work):
+        result = _quantize(checkpoint, output, config, measurement, calibration, work, progress)
+        discard_stages(work)
+    return result
+
+
+def _quantize(
+    checkpoint: Checkpoint,
+    output: Path,
+    config: QuantizeConfig,
+    measurement: Path | None,
+    calibration: CalibrationSet | None,
+    work: Path,
+    progress: Progress,
+) -> QuantizeResult:
     clock = StageClock()
     if measurement is None:
         with clock.stage("calibration text"):
@@ -196,7 +211,6 @@ def quantize_model(
     )
     if comparison is not None:
         write_report(comparison, output, details=report_details(result))
-    discard_stages(work)
     return result
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..convert.exl2.linear import effective_scale
 
-__all__ = ["GroupGrid", "search_grid", "search_grids"]
+__all__ = ["GroupGrid", "search_grids"]
 
 _CHUNK_ELEMENTS = 1 << 18
 """Trial errors computed at a time: few enough to stay in the processor's second-level cache."""
@@ -57,35 +57,21 @@ class GroupGrid:
     scales: Tensor
 
 
-def search_grid(target: Tensor, row_weights: Tensor, column_weights: Tensor, bits: int) -> GroupGrid:
-    """Choose ceiling and scale codes that minimise the weighted squared rounding error of one row group.
-
-    Args:
-        target: Weights to represent, float32, shape (rows, columns).
-        row_weights: Cost of a squared error in each row, float32, shape (rows,); 1 / U_kk^2 under error feedback.
-        column_weights: Cost of a squared error in each column, float32, shape (columns,). Only weighs columns
-            against each other in the choice of their common ceiling.
-        bits: Width of the codes, 2 to 8.
-
-    Returns:
-        The grid. An all-zero group gets the smallest scales.
-    """
-    return search_grids(target[None], row_weights, column_weights, [bits])[0]
-
-
 def search_grids(
     targets: Tensor, row_weights: Tensor, column_weights: Tensor, widths: Sequence[int]
 ) -> list[GroupGrid]:
-    """Do ``search_grid`` for several targets of one shape at once, each at a width of its own.
+    """Choose ceiling and scale codes that minimise the weighted squared rounding error of row groups.
 
     Args:
-        targets: float32, shape (targets, rows, columns).
-        row_weights: As above, common to all.
-        column_weights: As above, common to all.
-        widths: Width of each target's codes.
+        targets: Weights to represent, groups of one shape, float32, shape (targets, rows, columns).
+        row_weights: Cost of a squared error in each row, float32, shape (rows,), common to all targets; 1 / U_kk^2
+            under error feedback.
+        column_weights: Cost of a squared error in each column, float32, shape (columns,), common to all. Only weighs
+            columns against each other in the choice of their common ceiling.
+        widths: Width of each target's codes, 2 to 8 bits.
 
     Returns:
-        One grid for each target.
+        One grid for each target. An all-zero group gets the smallest scales.
     """
     # Dimensions: trials or units first, then targets (S), then columns (N).
     device = targets.device

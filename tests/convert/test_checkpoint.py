@@ -131,13 +131,6 @@ class TestReading:
             with pytest.raises(CheckpointError, match=r"tensor 'model\.norm' is missing"):
                 ask("model.norm")
 
-    def test_expect_shape(self, tmp_path: Path) -> None:
-        checkpoint = Checkpoint.open(make(tmp_path))
-        checkpoint.expect_shape("b", (3,))
-        message = r"model\.safetensors: tensor 'b' has the wrong shape, got \(3,\), expected \(4,\)"
-        with pytest.raises(CheckpointError, match=message):
-            checkpoint.expect_shape("b", (4,))
-
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=["nan", "inf", "-inf"])
     def test_values_that_are_not_finite(self, tmp_path: Path, dtype: torch.dtype, value: float) -> None:

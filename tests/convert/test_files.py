@@ -1,5 +1,4 @@
 import errno
-import hashlib
 import json
 import os
 import stat
@@ -8,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from bpwise.convert.files import atomic_directory, atomic_file, file_sha256, read_json, write_json
+from bpwise.convert.files import atomic_directory, atomic_file, read_json, write_json
 from bpwise.convert.safetensors_file import load_metadata, load_tensors, save_tensors
 from bpwise.errors import ConfigError, FormatError, NumericalError, WorkDirectoryError
 from safetensors.torch import load_file, save_file
@@ -262,9 +261,3 @@ class TestTensors:
         header = json.dumps({"a": {"dtype": "I16", "shape": [2], "data_offsets": [0, 4]}}, separators=(",", ":"))
         padded = header.encode().ljust(56)
         assert (tmp_path / "x").read_bytes() == b"\x38" + bytes(7) + padded + b"\x01\x00\x02\x01"
-
-
-def test_file_sha256(tmp_path: Path) -> None:
-    content = bytes(range(256)) * 8193  # longer than two reads
-    (tmp_path / "x").write_bytes(content)
-    assert file_sha256(tmp_path / "x") == hashlib.sha256(content).hexdigest()

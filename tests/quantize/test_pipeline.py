@@ -388,7 +388,9 @@ class TestStageByStage:
         quantize(tiny_model, tmp_path / "out", lowest + 0.001, "-m", measurement, "--no-eval")
         assert decoder_bpw(tmp_path / "out") == pytest.approx(lowest, abs=0.002)
 
-    @pytest.mark.parametrize("option", [("--rows", 4), ("--group-size", 64), ("-c", "text.txt"), ("--seed", 1)])
+    @pytest.mark.parametrize(
+        "option", [("--rows", 4), ("--group-size", 64), ("-c", "text.txt"), ("--seed", 1), ("--damping", 0.1)]
+    )
     def test_calibration_options_beside_a_measurement(
         self, tiny_model: Path, finished: Path, tmp_path: Path, option: tuple[object, ...]
     ) -> None:
@@ -396,6 +398,15 @@ class TestStageByStage:
         assert result.exit_code == 2
         assert "cannot go with --measurement" in result.stderr
         assert not (tmp_path / "out").exists()
+
+    def test_a_dry_run_knows_how_the_measurement_was_made(self, tiny_model: Path, tmp_path: Path) -> None:
+        measurement = tmp_path / "m.safetensors"
+        succeed("measure", tiny_model, "-o", measurement, *TEXT, "--group-size", 64)
+        lowest, _ = bpw_range(Measurement.load(measurement))  # below that of the default groups of 32
+        printed = succeed(
+            "quantize", tiny_model, tmp_path / "out", "--bpw", lowest + 0.01, "-m", measurement, "--dry-run"
+        )
+        assert f"{lowest:10.4f} to" in printed
 
     def test_saved_calibration_rows(self, tiny_model: Path, finished: Path, tmp_path: Path) -> None:
         saved = finished.with_name("out.work") / "calibration.safetensors"

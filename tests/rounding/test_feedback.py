@@ -3,7 +3,7 @@ import torch
 from bpwise.convert.exl2.layout import RowGroup
 from bpwise.convert.exl2.linear import QuantizedLinear
 from bpwise.rounding.feedback import errors_by_group, round_linear
-from bpwise.rounding.grid import search_grid
+from bpwise.rounding.grid import search_grids
 from bpwise.rounding.hessian import inverse_factor
 from torch import Tensor
 
@@ -167,7 +167,7 @@ def test_scales_fit_the_rows_that_matter() -> None:
     weight[::16] *= 0.5
     upper = inverse_factor(power.diag(), DAMPING).upper
     _, errors = round_linear(weight, upper, [RowGroup(3, 64)], torch.arange(64), torch.ones(16))
-    indifferent = search_grid(weight, torch.ones(64), torch.ones(16), 3).scales
+    indifferent = search_grids(weight[None], torch.ones(64), torch.ones(16), [3])[0].scales
     rounded = (weight / indifferent).round().clamp(-4, 3) * indifferent
     damped = power + DAMPING * power.mean()
     assert float(errors.sum()) < 0.8 * float(((rounded - weight).square() * damped[:, None]).sum())

@@ -2,10 +2,16 @@ import math
 
 import pytest
 import torch
-from bpwise.rounding.grid import GroupGrid, search_grid
+from bpwise.rounding.grid import GroupGrid, search_grids
 from torch import Tensor
 
 WIDTHS = [2, 3, 4, 5, 6, 8]
+
+
+def search_grid(target: Tensor, row_weights: Tensor, column_weights: Tensor, bits: int) -> GroupGrid:
+    """The search for one group."""
+    (grid,) = search_grids(target[None], row_weights, column_weights, [bits])
+    return grid
 
 
 def column_errors(target: Tensor, scales: Tensor, row_weights: Tensor, bits: int) -> Tensor:
