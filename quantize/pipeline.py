@@ -298,7 +298,8 @@ def _finished(output: Path, **expected: str) -> bool:
 
 
 def _fallbacks(rounded: RoundedModel, measurement: Measurement) -> dict[str, float]:
-    used = {x.name: (rounded.damping(x.name), x.damping) for x in measurement.linears}
+    linears = [x for x in (*measurement.linears, measurement.head) if x.name in rounded.names]
+    used = {x.name: (rounded.damping(x.name), x.damping) for x in linears}
     return {name: taken for name, (taken, asked) in used.items() if taken == float("inf") or taken > 1.001 * asked}
 
 

@@ -9,6 +9,7 @@ feedback.
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -274,7 +275,9 @@ class _Rounding:
     def _rounded(self, plan: LinearPlan, target: Tensor, gram: Tensor) -> QuantizedLinear:
         measured = self.measured[plan.name]
         order = _stored_order(plan, measured).to(target.device)
-        factor = inverse_factor(gram[order][:, order], min(measured.damping, DAMPINGS[-1]))
+        factor = inverse_factor(
+            gram[order][:, order], measured.damping if math.isfinite(measured.damping) else DAMPINGS[-1]
+        )
         fisher = torch.from_numpy(measured.fisher).to(target.device)
         outputs = OutputFeedback.of(fisher, torch.from_numpy(measured.coupling)) if self.config.couple_outputs else None
         linear, _ = round_linear(target, factor.upper, plan.stored_groups, order, fisher, outputs)
