@@ -17,7 +17,8 @@ from torch import Tensor, nn
 __all__ = ["OutputFeedback", "round_in_sets"]
 
 _SETS = 16
-"""Sets of outputs that a linear is rounded in. Inside a set nothing is taken back: more gain a little and take longer."""
+"""Sets of outputs that a linear is rounded in. Inside a set nothing is taken back: more gain a
+little and take longer."""
 
 _DAMPING = 0.1
 """Added to D, relative to the mean of G's diagonal."""
