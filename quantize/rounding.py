@@ -275,9 +275,8 @@ class _Rounding:
     def _rounded(self, plan: LinearPlan, target: Tensor, gram: Tensor) -> QuantizedLinear:
         measured = self.measured[plan.name]
         order = _stored_order(plan, measured).to(target.device)
-        factor = inverse_factor(
-            gram[order][:, order], measured.damping if math.isfinite(measured.damping) else DAMPINGS[-1]
-        )
+        damping = measured.damping if math.isfinite(measured.damping) else DAMPINGS[-1]
+        factor = inverse_factor(gram[order][:, order], damping)
         fisher = torch.from_numpy(measured.fisher).to(target.device)
         outputs = OutputFeedback.of(fisher, torch.from_numpy(measured.coupling)) if self.config.couple_outputs else None
         linear, _ = round_linear(target, factor.upper, plan.stored_groups, order, fisher, outputs)

@@ -125,7 +125,7 @@ def test_uniform_plans_have_two_neighbouring_widths_in_equal_shares(baselines: M
 
 def test_targets_out_of_reach_are_named(quality: ModuleType, model: Path, tmp_path: Path) -> None:
     options = ["--bpw", "1.5", "--rows", "2", "--row-tokens", "32", "--variants", "uniform", "--eval-row-tokens", "64"]
-    result = CliRunner().invoke(quality.main, [str(model), *options])
+    result = CliRunner().invoke(quality.main, [str(model), *options, "--work-dir", str(tmp_path)])
     assert result.exit_code == 1
     assert "1.5 bits per weight" in result.output
 
