@@ -1,0 +1,1 @@
+"""The GGUF format of llama.cpp: ggml's tensor types, files, and importance matrices."""
