@@ -13,6 +13,7 @@ from ..convert.exl2.layout import group_rows
 from ..rounding.feedback import errors_by_group
 from ..rounding.hessian import inverse_factor
 from ..rounding.parallel import run_all
+from .sampling import systematic_sample
 
 __all__ = ["SAMPLED_COLUMNS", "ErrorCurve", "measure_curves"]
 
@@ -96,16 +97,5 @@ def measure_curves(
 def _damage(
     weight: Tensor, order: Tensor, upper: Tensor, rows: Sequence[int], widths: Sequence[int], fisher: Tensor
 ) -> Tensor:
-    columns, shares = _sampled_columns(fisher)
+    columns, shares = systematic_sample(fisher, SAMPLED_COLUMNS)
     return 0.5 * errors_by_group(weight[order[:, None], columns], upper, rows, widths, shares)
-
-
-def _sampled_columns(fisher: Tensor) -> tuple[Tensor, Tensor]:
-    # The sum of the Fisher weights is cut into equal shares, and each is given to the output in whose part of the
-    # cumulative sum its middle lies: systematic sampling with probability proportional to size.
-    if len(fisher) <= SAMPLED_COLUMNS or not bool(fisher.any()):
-        return torch.arange(len(fisher), device=fisher.device), fisher
-    cumulative = fisher.double().cumsum(dim=0)
-    middles = (torch.arange(SAMPLED_COLUMNS, device=fisher.device) + 0.5) * (cumulative[-1] / SAMPLED_COLUMNS)
-    columns, counts = torch.searchsorted(cumulative, middles).unique_consecutive(return_counts=True)
-    return columns, (counts * (cumulative[-1] / SAMPLED_COLUMNS)).float()

@@ -16,15 +16,16 @@ from safetensors.numpy import save
 from ..convert.files import atomic_file
 from ..errors import FormatError
 
-__all__ = ["HEADER_KEY", "MEASUREMENT_VERSION", "MeasuredLinear", "Measurement"]
+__all__ = ["HEADER_KEY", "MEASUREMENT_VERSION", "MeasuredLinear", "MeasuredTable", "Measurement"]
 
-MEASUREMENT_VERSION = 3
+MEASUREMENT_VERSION = 4
 """Raised when the file's content changes meaning; older files are refused."""
 
 HEADER_KEY = "bpwise_measurement"
 """Metadata entry that tells measurements from other safetensors files."""
 
-_FIELDS = ("damage_nats", "order", "fisher", "input_power", "coupling")
+_FIELDS = ("damage_nats", "order", "fisher", "input_power", "coupling", "type_damage_nats")
+_TABLE_FIELDS = ("importance", "type_damage_nats")
 _WEIGHTS = "token_weights"
 _TOKENS = "calibration_tokens"
 
@@ -43,6 +44,8 @@ class MeasuredLinear:
             ``bpwise.measure.sketch.FisherSketch.coupling``.
         token_weights: float16, shape (rows, tokens): what each calibration token counts in the Gram matrix, mean 1.
             Linears that read the same input have the same.
+        type_damage_nats: Damage in each of the measurement's ``types``, nats per token, float32, shape (types,);
+            infinite where the type does not fit the row length.
         damping: Relative damping of the Gram matrix, for rounding too; infinite where error feedback was given up.
     """
 
@@ -53,6 +56,7 @@ class MeasuredLinear:
     input_power: NDArray[np.float32]
     coupling: NDArray[np.float16]
     token_weights: NDArray[np.float16]
+    type_damage_nats: NDArray[np.float32]
     damping: float
 
     @property
@@ -67,22 +71,50 @@ class MeasuredLinear:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MeasuredTable:
+    """What the table of token embeddings would cost, as the input of the first block.
+
+    Attributes:
+        name: Full name, for example ``model.embed_tokens``.
+        tokens: Number of its rows.
+        importance: Mean over tokens of (dL/dh)^2 of each element of an embedding h, float32, shape (hidden size,).
+        type_damage_nats: As ``MeasuredLinear.type_damage_nats``.
+        tied: Whether it is the output head too. What its errors cost there is measured as the head's.
+    """
+
+    name: str
+    tokens: int
+    importance: NDArray[np.float32]
+    type_damage_nats: NDArray[np.float32]
+    tied: bool
+
+    @property
+    def hidden_size(self) -> int:
+        """Length of an embedding."""
+        return len(self.importance)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Measurement:
     """Everything that allocation and rounding need, for any bitrate.
 
     Attributes:
         linears: Decoder linears in model order.
         head: The output head.
+        embedding: The token embeddings.
         tokens: The calibration rows, int32, shape (rows, tokens). Rounding works on the same ones.
         widths: Bit widths of the curves' columns.
+        types: Names of the ggml types whose damage was measured; none where ggml's library was not installed.
         group_size: Rows of a group.
         provenance: Model and calibration fingerprints, calibration description, options, version: plain JSON.
     """
 
     linears: tuple[MeasuredLinear, ...]
     head: MeasuredLinear
+    embedding: MeasuredTable
     tokens: NDArray[np.int32]
     widths: tuple[int, ...]
+    types: tuple[str, ...]
     group_size: int
     provenance: dict[str, Any]
 
@@ -106,6 +138,8 @@ class Measurement:
             for linear in (*self.linears, self.head)
             for field in _FIELDS
         }
+        for field in _TABLE_FIELDS:
+            tensors[f"{self.embedding.name}.{field}"] = np.ascontiguousarray(getattr(self.embedding, field))
         tensors[_TOKENS] = np.ascontiguousarray(self.tokens)
         shared: dict[bytes, str] = {}
         owners = {
@@ -119,8 +153,14 @@ class Measurement:
             "version": MEASUREMENT_VERSION,
             "linears": [linear.name for linear in self.linears],
             "head": self.head.name,
+            "embedding": {
+                "name": self.embedding.name,
+                "tokens": self.embedding.tokens,
+                "tied": self.embedding.tied,
+            },
             "token_weights": owners,
             "widths": self.widths,
+            "types": self.types,
             "group_size": self.group_size,
             # JSON knows no infinity: a damping of null means that feedback was given up.
             "damping": {
@@ -173,11 +213,14 @@ class Measurement:
                 **{field: tensors[f"{name}.{field}"] for field in _FIELDS},
             )
 
+        table = header["embedding"]
         return cls(
             linears=tuple(linear(name) for name in header["linears"]),
             head=linear(header["head"]),
+            embedding=MeasuredTable(**table, **{field: tensors[f"{table['name']}.{field}"] for field in _TABLE_FIELDS}),
             tokens=tensors[_TOKENS],
             widths=tuple(header["widths"]),
+            types=tuple(header["types"]),
             group_size=header["group_size"],
             provenance=dict(header["provenance"]),
         )

@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..convert.gguf.ggml import GgmlType
 from ..convert.work import StageDirectory
 from ..progress import Progress
 from .curves import ErrorCurve, measure_curves
 from .families import HEAD
 from .heldout import DAMPINGS, judge_halves
-from .measurement import MeasuredLinear
+from .measurement import MeasuredLinear, MeasuredTable
+from .sampling import systematic_sample
 from .statistics import StageStatistics, collect, tapped_inputs
 from .stream import StreamedModel, check_finite, micro_batches
+from .types import SAMPLED_ROWS, measure_plain_types, measure_types
 
 __all__ = ["MeasuringPasses"]
 
@@ -43,6 +46,7 @@ class MeasuringPasses:
         pieces: StageDirectory,
         *,
         widths: Sequence[int],
+        kinds: Sequence[GgmlType],
         group_size: int,
         damping: float | None,
         seed: int,
@@ -54,6 +58,7 @@ class MeasuringPasses:
             tokens: Calibration rows, int64, shape (rows, tokens).
             pieces: Where finished blocks are kept.
             widths: Bit widths of the curves.
+            kinds: ggml's types to measure.
             group_size: Rows of a group.
             damping: Damping of the Gram matrices, or None to choose it for each stage on held-out rows.
             seed: Seed of the targets that the model samples.
@@ -62,6 +67,7 @@ class MeasuringPasses:
         self.tokens = tokens
         self.pieces = pieces
         self.widths = widths
+        self.kinds = kinds
         self.group_size = group_size
         self.dampings = DAMPINGS if damping is None else (damping,)
         self.seed = seed
@@ -113,10 +119,10 @@ class MeasuringPasses:
                 assert part.grad is not None
                 flat_gradient[first : first + _TAIL_TOKENS] = part.grad[0].cpu()
             check_finite(gradient, "output head, gradient")
-            curves = self._curves({HEAD: head}, sums)
+            curves, types = self._curves({HEAD: head}, sums)
         self.pieces.save(f"gradient-{last}", {"gradient": gradient})
         none = torch.empty(head.out_features, 0)  # its outputs are rounded each for itself
-        self.pieces.save("head", self._pack(curves, [sums.scaled_weights()], {HEAD: none}))
+        self.pieces.save("head", self._pack(curves, types, [sums.scaled_weights()], {HEAD: none}))
         self.pieces.discard(f"input-{last}")
 
     def backward(self, progress: Progress) -> None:
@@ -133,12 +139,15 @@ class MeasuringPasses:
                 with collect(block, stages) as statistics:
                     gradient = self._backward_block(index, hidden, gradient, statistics)
                 curves: dict[str, ErrorCurve] = {}
+                types: dict[str, Tensor] = {}
                 couplings: dict[str, Tensor] = {}
                 for stage, sums in zip(stages, statistics, strict=True):
                     names = self.model.family.linear_names(index, stage)
                     modules = [block.get_submodule(inner) for inner in stage.linears]
                     sums.fisher = {n: sums.fisher[inner] for n, inner in zip(names, stage.linears, strict=True)}
-                    curves |= self._curves(dict(zip(names, modules, strict=True)), sums)
+                    stage_curves, stage_types = self._curves(dict(zip(names, modules, strict=True)), sums)
+                    curves |= stage_curves
+                    types |= stage_types
                     for name, inner in zip(names, stage.linears, strict=True):
                         couplings[name] = sums.couplings[inner].coupling(sums.fisher[name])
             # The gradient first: a run cut off between the two repeats this block from an unchanged input.
@@ -146,7 +155,7 @@ class MeasuringPasses:
             weights = [
                 sums.scaled_weights() for stage, sums in zip(stages, statistics, strict=True) for _ in stage.linears
             ]
-            self.pieces.save(f"curves-{index}", self._pack(curves, weights, couplings))
+            self.pieces.save(f"curves-{index}", self._pack(curves, types, weights, couplings))
             self.pieces.discard(f"gradient-{index + 1}")
             self.pieces.discard(f"input-{index}")
 
@@ -164,7 +173,10 @@ class MeasuringPasses:
         check_finite(before, f"{self.model.block_name(index)}, gradient")
         return before
 
-    def _curves(self, linears: dict[str, Any], sums: StageStatistics) -> dict[str, ErrorCurve]:
+    def _curves(
+        self, linears: dict[str, Any], sums: StageStatistics
+    ) -> tuple[dict[str, ErrorCurve], dict[str, Tensor]]:
+        # Damage of every row group at every width, and of every linear in every one of ggml's types.
         weights = [module.weight.detach().float().T for module in linears.values()]
         fishers = [sums.fisher[name] / sums.tokens for name in linears]
         totals = [half.weight for half in sums.halves]
@@ -180,15 +192,52 @@ class MeasuringPasses:
             damping=judged.damping,
             inflation=judged.inflation,
         )
-        return dict(zip(linears, curves, strict=True))
+        if HEAD in linears and self.model.tied:
+            (weight,), (fisher,) = weights, fishers
+            types = [measure_plain_types(weight, gram, fisher, self.kinds, inflation=judged.inflation)]
+        else:
+            types = measure_types(
+                weights, gram, fishers, self.kinds, damping=judged.damping, inflation=judged.inflation
+            )
+        return dict(zip(linears, curves, strict=True)), dict(zip(linears, types, strict=True))
+
+    def embedding(self) -> None:
+        """Measure the token embeddings; the backward pass has ended."""
+        if self.pieces.has("embedding"):
+            return
+        squares = self.pieces.load("gradient-0")["gradient"].flatten(0, 1).square()
+        fisher = squares.mean(dim=0)
+        # As in a Gram matrix, a token counts what its gradients say.
+        weights = squares.sum(dim=1) / max(float(squares.sum()), _TINY)
+        uses = torch.zeros(self.model.vocabulary).index_add_(0, self.tokens.flatten(), weights)
+        rows, shares = systematic_sample(uses, SAMPLED_ROWS)
+        table = self.model.embeddings(rows).float().T
+        damage = measure_plain_types(table, fisher.diag(), shares, self.kinds)
+        self.pieces.save("embedding", {"importance": fisher, "type_damage_nats": damage})
+
+    def measured_embedding(self) -> MeasuredTable:
+        """Return the measured token embeddings."""
+        piece = self.pieces.load("embedding")
+        return MeasuredTable(
+            name=self.model.embedding_name,
+            tokens=self.model.vocabulary,
+            importance=piece["importance"].numpy(),
+            type_damage_nats=piece["type_damage_nats"].numpy(),
+            tied=self.model.tied,
+        )
 
     def _pack(
-        self, curves: dict[str, ErrorCurve], weights: Sequence[Tensor], couplings: dict[str, Tensor]
+        self,
+        curves: dict[str, ErrorCurve],
+        types: dict[str, Tensor],
+        weights: Sequence[Tensor],
+        couplings: dict[str, Tensor],
     ) -> dict[str, Tensor]:
         packed: dict[str, Tensor] = {}
         for position, ((name, curve), token_weights) in enumerate(zip(curves.items(), weights, strict=True)):
             for key, value in asdict(curve).items():
                 packed[f"{position}|{name}|{key}"] = torch.as_tensor(value).cpu()
+            packed[f"{position}|{name}|type_damage_nats"] = types[name]
             packed[f"{position}|{name}|coupling"] = couplings[name].half().cpu()
             kept = token_weights.clamp(max=_LARGEST_WEIGHT).half()
             packed[f"{position}|{name}|token_weights"] = kept.view(self.tokens.shape)
@@ -236,6 +285,7 @@ def _unpack(tensors: dict[str, Tensor]) -> list[MeasuredLinear]:
             input_power=fields["input_power"].numpy(),
             coupling=fields["coupling"].numpy(),
             token_weights=fields["token_weights"].numpy(),
+            type_damage_nats=fields["type_damage_nats"].numpy(),
             damping=float(fields["damping"]),
         )
         for (_, name), fields in sorted(linears.items())

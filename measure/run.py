@@ -19,6 +19,7 @@ from .measurement import Measurement
 from .passes import MeasuringPasses
 from .stream import StreamedModel
 from .tokenizer import load_tokenizer
+from .types import measured_types
 
 __all__ = [
     "MeasureConfig",
@@ -98,6 +99,7 @@ def measurement_provenance(
         "damping": config.damping,
         "seed": config.seed,
         "device": resolve_device(config.device).type,
+        "types": [kind.name for kind in measured_types()],
     }
 
 
@@ -129,11 +131,13 @@ def measure_model(
     pieces = StageDirectory(work, "measure", provenance)
     model = StreamedModel(checkpoint, device=device, dtype=torch.float32)
     _check_layout(model, checkpoint)
+    kinds = measured_types()
     run = MeasuringPasses(
         model,
         calibration.tokens,
         pieces,
         widths=WIDTHS,
+        kinds=kinds,
         group_size=config.group_size,
         damping=config.damping,
         seed=config.seed,
@@ -141,11 +145,14 @@ def measure_model(
     run.forward(progress)
     run.head()
     run.backward(progress)
+    run.embedding()
     return Measurement(
         linears=tuple(linear for index in range(model.block_count) for linear in run.finished(f"curves-{index}")),
         head=run.finished("head")[0],
+        embedding=run.measured_embedding(),
         tokens=calibration.tokens.int().numpy(),
         widths=WIDTHS,
+        types=tuple(kind.name for kind in kinds),
         group_size=config.group_size,
         provenance=provenance,
     )

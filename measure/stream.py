@@ -100,6 +100,25 @@ class StreamedModel:
         """Number of decoder blocks."""
         return len(self._blocks)
 
+    @property
+    def embedding_name(self) -> str:
+        """Full name of the module that holds the token embeddings."""
+        return self._name_of(self._model.get_input_embeddings())
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the token embeddings."""
+        return int(self._model.get_input_embeddings().weight.shape[0])
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output head is the table of token embeddings."""
+        return self._source.tied_embeddings
+
+    def embeddings(self, tokens: Tensor) -> Tensor:
+        """Return the embeddings of some tokens as they are stored, shape (tokens, hidden size), on the device."""
+        return self._source.tensor(f"{self.embedding_name}.weight")[tokens].to(self.device, self.dtype)
+
     def block_name(self, index: int) -> str:
         """Return a block's full name, for messages and tensor names."""
         return f"{self.family.blocks}.{index}"
@@ -151,7 +170,7 @@ class StreamedModel:
     def tail(self) -> Iterator[Any]:
         """Hold everything outside the blocks (final norm, head) on the device; yields the head."""
         head = self._model.get_submodule(HEAD)
-        with self._loaded(self._model, "", skip=self._name_of(self._model.get_input_embeddings())):
+        with self._loaded(self._model, "", skip=self.embedding_name):
             yield head
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -199,7 +218,7 @@ class StreamedModel:
 
     def _read(self, name: str, shape: torch.Size) -> nn.Parameter:
         if name == f"{HEAD}.weight" and self._source.tied_embeddings:
-            name = f"{self._name_of(self._model.get_input_embeddings())}.weight"
+            name = f"{self.embedding_name}.weight"
         tensor = self._source.tensor(name)
         if tensor.shape != shape:
             raise CheckpointError(

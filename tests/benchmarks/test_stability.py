@@ -6,10 +6,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bpwise.measure.measurement import MeasuredLinear, Measurement
+from bpwise.measure.measurement import MeasuredLinear, MeasuredTable, Measurement
 from click.testing import CliRunner
 
 WIDTHS = (8, 6, 5, 4, 3, 2)
+
+EMBEDDING = MeasuredTable(
+    name="embed",
+    tokens=100,
+    importance=np.ones(64, dtype=np.float32),
+    type_damage_nats=np.zeros(0, dtype=np.float32),
+    tied=False,
+)
 
 
 @pytest.fixture
@@ -28,6 +36,7 @@ def linear(name: str, damage: float) -> MeasuredLinear:
         input_power=np.ones(128, dtype=np.float32),
         coupling=np.zeros((64, 0), dtype=np.float16),
         token_weights=np.ones((1, 4), dtype=np.float16),
+        type_damage_nats=np.zeros(0, dtype=np.float32),
         damping=0.02,
     )
 
@@ -36,8 +45,10 @@ def measurement(first: float, second: float) -> Measurement:
     return Measurement(
         linears=(linear("a", first), linear("b", second)),
         head=linear("lm_head", 1.0),
+        embedding=EMBEDDING,
         tokens=np.zeros((1, 4), dtype=np.int32),
         widths=WIDTHS,
+        types=(),
         group_size=32,
         provenance={"first": first},
     )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bpwise.errors import BpwiseError, FormatError
-from bpwise.measure.measurement import MeasuredLinear, Measurement
+from bpwise.measure.measurement import MeasuredLinear, MeasuredTable, Measurement
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -28,7 +28,19 @@ def linear(name: str, rows: int, columns: int, *, damping: float = 0.02, seed: i
         coupling=rng.random((columns, 0 if name == "lm_head" else 3)).astype(np.float16),
         # The head alone has weights of its own.
         token_weights=np.random.default_rng(name == "lm_head").random((3, 8)).astype(np.float16),
+        # A type that does not fit has an infinite damage.
+        type_damage_nats=np.array([rng.random(), np.inf], dtype=np.float32),
         damping=damping,
+    )
+
+
+def table(*, tied: bool = True) -> MeasuredTable:
+    return MeasuredTable(
+        name="model.embed",
+        tokens=33,
+        importance=np.linspace(0, 1, 64, dtype=np.float32),
+        type_damage_nats=np.array([0.5, np.inf], dtype=np.float32),
+        tied=tied,
     )
 
 
@@ -36,8 +48,10 @@ def measurement(**changes: object) -> Measurement:
     settings = {
         "linears": (linear("b.1", 96, 5), linear("a.0", 64, 40, damping=float("inf"), seed=1)),
         "head": linear("lm_head", 64, 33, seed=2),
+        "embedding": table(),
         "tokens": np.arange(24, dtype=np.int32).reshape(3, 8),
         "widths": WIDTHS,
+        "types": ("Q8_0", "Q4_K"),
         "group_size": 64,
         "provenance": {"model": "abc", "rows": 3, "text": "ünï", "nested": {"x": [1, None]}},
     }
@@ -47,7 +61,7 @@ def measurement(**changes: object) -> Measurement:
 def assert_same(one: MeasuredLinear, other: MeasuredLinear) -> None:
     assert one.name == other.name
     assert one.damping == other.damping
-    for field in ("damage_nats", "order", "fisher", "input_power", "coupling", "token_weights"):
+    for field in ("damage_nats", "order", "fisher", "input_power", "coupling", "token_weights", "type_damage_nats"):
         a, b = getattr(one, field), getattr(other, field)
         assert a.dtype == b.dtype
         assert np.array_equal(a, b)
@@ -60,6 +74,11 @@ def test_round_trip(tmp_path: Path) -> None:
     assert [x.name for x in read.linears] == ["b.1", "a.0"]  # model order, not the alphabet's
     for one, other in zip((*made.linears, made.head), (*read.linears, read.head), strict=True):
         assert_same(one, other)
+    assert (read.embedding.name, read.embedding.tokens, read.embedding.tied) == ("model.embed", 33, True)
+    assert read.embedding.hidden_size == 64
+    assert np.array_equal(read.embedding.importance, made.embedding.importance)
+    assert np.array_equal(read.embedding.type_damage_nats, made.embedding.type_damage_nats)
+    assert read.types == ("Q8_0", "Q4_K")
     assert read.widths == WIDTHS
     assert read.group_size == 64
     assert np.array_equal(read.tokens, made.tokens)
@@ -82,9 +101,10 @@ def test_any_safetensors_reader_can_open_it(tmp_path: Path) -> None:
         {"group_size": 32},
         {"provenance": {"model": "abd"}},
         {"head": linear("lm_head", 64, 33, seed=3)},
+        {"embedding": table(tied=False)},
         {"linears": (linear("b.1", 96, 5), linear("a.0", 64, 40, damping=0.2, seed=1))},
     ],
-    ids=["group-size", "provenance", "curves", "damping"],
+    ids=["group-size", "provenance", "curves", "embedding", "damping"],
 )
 def test_fingerprint_sees(changes: dict[str, object]) -> None:
     assert measurement(**changes).fingerprint != measurement().fingerprint

@@ -11,10 +11,17 @@ from bpwise.convert.exl2.layout import RowGroup, padded_columns
 from bpwise.convert.exl2.linear import QuantizedLinear
 from bpwise.convert.exl2.store import linear_tensors
 from bpwise.errors import BudgetError, ConfigError, FormatError
-from bpwise.measure.measurement import MeasuredLinear, Measurement
+from bpwise.measure.measurement import MeasuredLinear, MeasuredTable, Measurement
 from bpwise.quantize.plan import LinearPlan, Plan, bpw_range, make_plan
 
 WIDTHS = (8, 6, 5, 4, 3, 2)
+EMBEDDING = MeasuredTable(
+    name="embed",
+    tokens=100,
+    importance=np.ones(64, dtype=np.float32),
+    type_damage_nats=np.zeros(0, dtype=np.float32),
+    tied=False,
+)
 
 
 def linear(name: str, rows: int, columns: int, rng: np.random.Generator, size: int) -> MeasuredLinear:
@@ -29,6 +36,7 @@ def linear(name: str, rows: int, columns: int, rng: np.random.Generator, size: i
         input_power=rng.random(rows, dtype=np.float32),
         coupling=np.zeros((columns, 0), dtype=np.float16),
         token_weights=np.ones((1, 4), dtype=np.float16),
+        type_damage_nats=np.zeros(0, dtype=np.float32),
         damping=0.02,
     )
 
@@ -41,8 +49,10 @@ def measurement(
     return Measurement(
         linears=tuple(linear(f"l.{i}", *shape, rng, group_size) for i, shape in enumerate(shapes)),
         head=linear("lm_head", 64, head, rng, group_size),
+        embedding=EMBEDDING,
         tokens=np.zeros((1, 4), dtype=np.int32),
         widths=WIDTHS,
+        types=(),
         group_size=group_size,
         provenance={"model": "x"},
     )
