@@ -32,7 +32,11 @@ _CHUNKS_PER_THREAD = 4
 """More chunks than threads, because the search for scales takes longer on some rows than on others."""
 
 _LARGEST_WEIGHT = 65504.0
-"""The largest float16. Blocks hold float16 scales, and ggml ends the process where its sums overflow to NaN."""
+"""The largest float16: blocks hold float16 scales."""
+
+_LARGEST_PRODUCT = 1e14
+"""Limit of weight times importance. ggml squares sums over 256 of them times codes up to 127 in float32, and ends
+the process where that overflows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,19 +171,19 @@ def encode(weights: Tensor, kind: GgmlType, importance: Tensor | None = None, *,
         )
     rows, row_weights = weights.shape
     row_bytes = kind.row_bytes(row_weights)
-    _check_weights(where, weights, kind)
+    largest = _largest_weight(where, weights, kind)
     if kind.name in _FLOATS:
         stored = weights.to(_FLOATS[kind.name]).contiguous()
         return stored.view(torch.uint8).numpy().reshape(rows, row_bytes).copy()
     if importance is not None:
-        _check_importance(where, importance, row_weights)
+        _check_importance(where, importance, row_weights, largest)
         importance = importance.contiguous()
     elif kind.needs_importance:
         raise ConfigError(
             f"{where}: no importances, which this type cannot do without. Measure the model, or give an imatrix file."
         )
     result = np.empty((rows, row_bytes), dtype=np.uint8)
-    if not rows:
+    if not result.size:
         return result
     library = _library()
     weights = weights.contiguous()
@@ -236,9 +240,10 @@ def decode(data: Bytes, kind: GgmlType, *, threads: int = 1) -> Tensor:
     return result
 
 
-def _check_weights(where: str, weights: Tensor, kind: GgmlType) -> None:
+def _largest_weight(where: str, weights: Tensor, kind: GgmlType) -> float:
+    """Return the largest absolute weight, having made sure that the type can hold it."""
     if not weights.numel():
-        return
+        return 0.0
     low, high = (float(edge) for edge in weights.aminmax())
     largest = max(-low, high)
     if not (np.isfinite(low) and np.isfinite(high)):
@@ -250,9 +255,10 @@ def _check_weights(where: str, weights: Tensor, kind: GgmlType) -> None:
             f"{where}: a weight is {largest:g}, expected at most {_LARGEST_WEIGHT:g}, float16's largest. "
             "Store this tensor as BF16."
         )
+    return largest
 
 
-def _check_importance(where: str, importance: Tensor, row_weights: int) -> None:
+def _check_importance(where: str, importance: Tensor, row_weights: int, largest_weight: float) -> None:
     if tuple(importance.shape) != (row_weights,):
         raise ShapeError(where, "importances", got=tuple(importance.shape), expected=(row_weights,))
     if importance.dtype != torch.float32 or importance.device.type != "cpu":
@@ -260,6 +266,11 @@ def _check_importance(where: str, importance: Tensor, row_weights: int) -> None:
     if not bool(torch.isfinite(importance).all()) or bool((importance < 0).any()):
         raise NumericalError(
             f"{where}: importances are NaN, infinite or negative, expected mean squares. Measure again."
+        )
+    if importance.numel() and float(importance.max()) * largest_weight > _LARGEST_PRODUCT:
+        raise NumericalError(
+            f"{where}: importance {float(importance.max()):g} at weights up to {largest_weight:g} overflows ggml's sums, "
+            f"expected a product of at most {_LARGEST_PRODUCT:g}. Divide the importances by their mean."
         )
 
 
