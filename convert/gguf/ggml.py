@@ -269,7 +269,7 @@ def _check_importance(where: str, importance: Tensor, row_weights: int, largest_
         )
     if importance.numel() and float(importance.max()) * largest_weight > _LARGEST_PRODUCT:
         raise NumericalError(
-            f"{where}: importance {float(importance.max()):g} at weights up to {largest_weight:g} overflows ggml's sums, "
+            f"{where}: importance {float(importance.max()):g} at weights up to {largest_weight:g} overflows ggml, "
             f"expected a product of at most {_LARGEST_PRODUCT:g}. Divide the importances by their mean."
         )
 
