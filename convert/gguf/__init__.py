@@ -1,1 +1,1 @@
-"""The GGUF format of llama.cpp: ggml's tensor types, files, and importance matrices."""
+"""GGUF, the file format of llama.cpp: ggml's types and kernels, reading, writing, turning back into a checkpoint."""

@@ -1,9 +1,8 @@
-"""Ggml's tensor types, and ggml's own kernels to encode and decode them.
+"""Ggml's own kernels, which encode and decode the rows of a tensor.
 
-The table of types is plain data and needs nothing. The kernels come from the shared library in the PyPI package
+They are in the shared library in the PyPI package
 ``libggml-python``, called through ctypes, which lets go of the GIL: a tensor's rows are independent of each other
-(every row starts with a new block), so they are split over threads and the bytes do not depend on how. Source of
-the numbers: ggml's ``ggml.h`` and ``ggml-common.h``.
+(every row starts with a new block), so they are split over threads and the bytes do not depend on how.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import ctypes
 import importlib.util
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -22,8 +20,9 @@ import torch
 from torch import Tensor
 
 from ...errors import BpwiseError, ConfigError, FormatError, NumericalError, ShapeError
+from .types import TYPES, GgmlType, ggml_type
 
-__all__ = ["TYPES", "Bytes", "GgmlType", "decode", "encode", "ggml_type", "kernels_available", "type_by_id"]
+__all__ = ["TYPES", "Bytes", "GgmlType", "decode", "encode", "ggml_type", "kernels_available"]
 
 Bytes = npt.NDArray[np.uint8]
 """Encoded rows, shape (rows, row_bytes)."""
@@ -32,108 +31,14 @@ _CHUNKS_PER_THREAD = 4
 """More chunks than threads, because the search for scales takes longer on some rows than on others."""
 
 _LARGEST_WEIGHT = 65504.0
-"""The largest float16. Blocks hold float16 scales, and ggml ends the process where its sums overflow to NaN."""
+"""The largest float16: blocks hold float16 scales."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GgmlType:
-    """How ggml stores the weights of a row.
-
-    Attributes:
-        name: ggml's name, in capitals but for the K, as llama-quantize prints it: ``Q4_K``.
-        id: Number of the type in GGUF files.
-        block_weights: Weights in a block; a row is a whole number of blocks.
-        block_bytes: Bytes of a block, scales included.
-        needs_importance: Whether ggml's encoder cannot work without importances.
-    """
-
-    name: str
-    id: int
-    block_weights: int
-    block_bytes: int
-    needs_importance: bool = False
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits per weight, scales included."""
-        return 8 * self.block_bytes / self.block_weights
-
-    @property
-    def quantized(self) -> bool:
-        """Whether weights are stored in blocks with scales, and not as floating-point numbers."""
-        return self.block_weights > 1
-
-    def fits(self, row_weights: int) -> bool:
-        """Return whether a row of that many weights is a whole number of blocks."""
-        return row_weights % self.block_weights == 0
-
-    def row_bytes(self, row_weights: int) -> int:
-        """Return the bytes of a row of that many weights.
-
-        Raises:
-            ShapeError: The row is not a whole number of blocks.
-        """
-        if not self.fits(row_weights):
-            expected = (row_weights // self.block_weights * self.block_weights,)
-            raise ShapeError(self.name, "a row, to be whole blocks,", got=(row_weights,), expected=expected)
-        return row_weights // self.block_weights * self.block_bytes
+_LARGEST_PRODUCT = 1e14
+"""Limit of weight times importance. ggml squares sums over 256 of them times codes up to 127 in float32, and ends
+the process where that overflows."""
 
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-_NEEDY = ("IQ2_XXS", "IQ2_XS", "IQ1_S")
-
-TYPES: dict[str, GgmlType] = {
-    name: GgmlType(name=name, id=number, block_weights=weights, block_bytes=size, needs_importance=name in _NEEDY)
-    for name, number, weights, size in [
-        ("F32", 0, 1, 4),
-        ("F16", 1, 1, 2),
-        ("BF16", 30, 1, 2),
-        ("Q8_0", 8, 32, 34),
-        ("Q6_K", 14, 256, 210),
-        ("Q5_1", 7, 32, 24),
-        ("Q5_K", 13, 256, 176),
-        ("Q5_0", 6, 32, 22),
-        ("Q4_1", 3, 32, 20),
-        ("Q4_K", 12, 256, 144),
-        ("Q4_0", 2, 32, 18),
-        ("IQ4_NL", 20, 32, 18),
-        ("IQ4_XS", 23, 256, 136),
-        ("MXFP4", 39, 32, 17),
-        ("Q3_K", 11, 256, 110),
-        ("IQ3_S", 21, 256, 110),
-        ("IQ3_XXS", 18, 256, 98),
-        ("Q2_K", 10, 256, 84),
-        ("IQ2_S", 22, 256, 82),
-        ("IQ2_XS", 17, 256, 74),
-        ("IQ2_XXS", 16, 256, 66),
-        ("TQ2_0", 35, 256, 66),
-        ("IQ1_M", 29, 256, 56),
-        ("TQ1_0", 34, 256, 54),
-        ("IQ1_S", 19, 256, 50),
-    ]
-}
-"""Every type that ``encode`` can make, by name, the largest first.
-
-Q1_0, Q2_0 and NVFP4 are left out: they are young, made for models trained on them, and few released readers know them.
-"""
-
-
-def ggml_type(name: str) -> GgmlType:
-    """Return the type of that name; upper and lower case are the same.
-
-    Raises:
-        ConfigError: There is no such type.
-    """
-    try:
-        return TYPES[name.upper()]
-    except KeyError:
-        raise ConfigError(f"ggml type: unknown name, got {name!r}, expected one of {', '.join(TYPES)}.") from None
-
-
-def type_by_id(number: int) -> GgmlType | None:
-    """Return the type with that number in GGUF files, or None if it is not in ``TYPES``."""
-    return next((kind for kind in TYPES.values() if kind.id == number), None)
 
 
 def kernels_available() -> bool:
@@ -167,19 +72,19 @@ def encode(weights: Tensor, kind: GgmlType, importance: Tensor | None = None, *,
         )
     rows, row_weights = weights.shape
     row_bytes = kind.row_bytes(row_weights)
-    _check_weights(where, weights, kind)
+    largest = _largest_weight(where, weights, kind)
     if kind.name in _FLOATS:
         stored = weights.to(_FLOATS[kind.name]).contiguous()
         return stored.view(torch.uint8).numpy().reshape(rows, row_bytes).copy()
     if importance is not None:
-        _check_importance(where, importance, row_weights)
+        _check_importance(where, importance, row_weights, largest)
         importance = importance.contiguous()
     elif kind.needs_importance:
         raise ConfigError(
             f"{where}: no importances, which this type cannot do without. Measure the model, or give an imatrix file."
         )
     result = np.empty((rows, row_bytes), dtype=np.uint8)
-    if not rows:
+    if not result.size:
         return result
     library = _library()
     weights = weights.contiguous()
@@ -236,9 +141,10 @@ def decode(data: Bytes, kind: GgmlType, *, threads: int = 1) -> Tensor:
     return result
 
 
-def _check_weights(where: str, weights: Tensor, kind: GgmlType) -> None:
+def _largest_weight(where: str, weights: Tensor, kind: GgmlType) -> float:
+    """Return the largest absolute weight, having made sure that the type can hold it."""
     if not weights.numel():
-        return
+        return 0.0
     low, high = (float(edge) for edge in weights.aminmax())
     largest = max(-low, high)
     if not (np.isfinite(low) and np.isfinite(high)):
@@ -250,9 +156,10 @@ def _check_weights(where: str, weights: Tensor, kind: GgmlType) -> None:
             f"{where}: a weight is {largest:g}, expected at most {_LARGEST_WEIGHT:g}, float16's largest. "
             "Store this tensor as BF16."
         )
+    return largest
 
 
-def _check_importance(where: str, importance: Tensor, row_weights: int) -> None:
+def _check_importance(where: str, importance: Tensor, row_weights: int, largest_weight: float) -> None:
     if tuple(importance.shape) != (row_weights,):
         raise ShapeError(where, "importances", got=tuple(importance.shape), expected=(row_weights,))
     if importance.dtype != torch.float32 or importance.device.type != "cpu":
@@ -260,6 +167,11 @@ def _check_importance(where: str, importance: Tensor, row_weights: int) -> None:
     if not bool(torch.isfinite(importance).all()) or bool((importance < 0).any()):
         raise NumericalError(
             f"{where}: importances are NaN, infinite or negative, expected mean squares. Measure again."
+        )
+    if importance.numel() and float(importance.max()) * largest_weight > _LARGEST_PRODUCT:
+        raise NumericalError(
+            f"{where}: importance {float(importance.max()):g} at weights up to {largest_weight:g} overflows ggml, "
+            f"expected a product of at most {_LARGEST_PRODUCT:g}. Divide the importances by their mean."
         )
 
 
