@@ -102,6 +102,7 @@ class Measurement:
         linears: Decoder linears in model order.
         head: The output head.
         embedding: The token embeddings.
+        other_weights: Number of weights outside of linears, head and embeddings: norms and biases.
         tokens: The calibration rows, int32, shape (rows, tokens). Rounding works on the same ones.
         widths: Bit widths of the curves' columns.
         types: Names of the ggml types whose damage was measured; none where ggml's library was not installed.
@@ -112,6 +113,7 @@ class Measurement:
     linears: tuple[MeasuredLinear, ...]
     head: MeasuredLinear
     embedding: MeasuredTable
+    other_weights: int
     tokens: NDArray[np.int32]
     widths: tuple[int, ...]
     types: tuple[str, ...]
@@ -158,6 +160,7 @@ class Measurement:
                 "tokens": self.embedding.tokens,
                 "tied": self.embedding.tied,
             },
+            "other_weights": self.other_weights,
             "token_weights": owners,
             "widths": self.widths,
             "types": self.types,
@@ -218,6 +221,7 @@ class Measurement:
             linears=tuple(linear(name) for name in header["linears"]),
             head=linear(header["head"]),
             embedding=MeasuredTable(**table, **{field: tensors[f"{table['name']}.{field}"] for field in _TABLE_FIELDS}),
+            other_weights=header["other_weights"],
             tokens=tensors[_TOKENS],
             widths=tuple(header["widths"]),
             types=tuple(header["types"]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from ..errors import ConfigError, UnsupportedModelError
 from ..progress import Progress, silent
 from ..version import __version__
 from .calibration import CalibrationConfig, CalibrationSet, build_calibration
+from .families import HEAD
 from .measurement import Measurement
 from .passes import MeasuringPasses
 from .stream import StreamedModel
@@ -146,16 +149,24 @@ def measure_model(
     run.head()
     run.backward(progress)
     run.embedding()
+    linears = tuple(linear for index in range(model.block_count) for linear in run.finished(f"curves-{index}"))
+    head, embedding = run.finished("head")[0], run.measured_embedding()
     return Measurement(
-        linears=tuple(linear for index in range(model.block_count) for linear in run.finished(f"curves-{index}")),
-        head=run.finished("head")[0],
-        embedding=run.measured_embedding(),
+        linears=linears,
+        head=head,
+        embedding=embedding,
+        other_weights=_other_weights(checkpoint, [*(linear.name for linear in linears), HEAD, embedding.name]),
         tokens=calibration.tokens.int().numpy(),
         widths=WIDTHS,
         types=tuple(kind.name for kind in kinds),
         group_size=config.group_size,
         provenance=provenance,
     )
+
+
+def _other_weights(checkpoint: Checkpoint, quantized: Sequence[str]) -> int:
+    matrices = {f"{name}.weight" for name in quantized}
+    return sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names if name not in matrices)
 
 
 def _check_layout(model: StreamedModel, checkpoint: Checkpoint) -> None:

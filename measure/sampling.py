@@ -19,8 +19,8 @@ def systematic_sample(weights: Tensor, count: int) -> tuple[Tensor, Tensor]:
         count: Number of shares; no more items than these are chosen.
 
     Returns:
-        Indices of the chosen items, int64, and the shares that each got, float32. All items with their own weights where
-        there are no more than ``count``, or all weigh nothing.
+        Indices of the chosen items, int64, and the shares that each got, float32. All items with their own weights
+        where there are no more than ``count``, or all weigh nothing.
     """
     if len(weights) <= count or not bool(weights.any()):
         return torch.arange(len(weights), device=weights.device), weights

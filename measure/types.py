@@ -100,8 +100,5 @@ def _damages(
 ) -> Tensor:
     rows, shares = systematic_sample(row_weights, SAMPLED_ROWS)
     sampled = weight[:, rows].contiguous()
-    damages = [
-        0.5 * float(rounded(sampled, kind) @ shares) if kind.fits(len(weight)) else math.inf for kind in kinds
-    ]
+    damages = [0.5 * float(rounded(sampled, kind) @ shares) if kind.fits(len(weight)) else math.inf for kind in kinds]
     return torch.tensor(damages)
-

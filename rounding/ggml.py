@@ -7,9 +7,9 @@ itself; the others keep ggml's codes. So every type that ggml can encode is serv
 
 Legend: W is the transpose of a Hugging Face weight, shape (K, out); H = mean x x^T, shape (K, K); H^-1 = U^T U with U
 upper triangular. With S a block of rows, T its target, that is W_S less the feedback of the blocks before, and Q what
-became of it, the block's error E solves ``U_SS^T E = T - Q``, a later block takes over ``U_S,later^T E``, and the sum of
-E^2 over all blocks is exactly tr(dW^T H dW). Source: GPTQ (arXiv 2210.17323), with blocks in the place of single rows
-where codes stand for several weights.
+became of it, the block's error E solves ``U_SS^T E = T - Q``, a later block takes over ``U_S,later^T E``, and the sum
+of E^2 over all blocks is exactly tr(dW^T H dW). Source: GPTQ (arXiv 2210.17323), with blocks in the place of single
+rows where codes stand for several weights.
 """
 
 from __future__ import annotations

@@ -46,6 +46,7 @@ def measurement(first: float, second: float) -> Measurement:
         linears=(linear("a", first), linear("b", second)),
         head=linear("lm_head", 1.0),
         embedding=EMBEDDING,
+        other_weights=0,
         tokens=np.zeros((1, 4), dtype=np.int32),
         widths=WIDTHS,
         types=(),

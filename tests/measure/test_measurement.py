@@ -49,6 +49,7 @@ def measurement(**changes: object) -> Measurement:
         "linears": (linear("b.1", 96, 5), linear("a.0", 64, 40, damping=float("inf"), seed=1)),
         "head": linear("lm_head", 64, 33, seed=2),
         "embedding": table(),
+        "other_weights": 12,
         "tokens": np.arange(24, dtype=np.int32).reshape(3, 8),
         "widths": WIDTHS,
         "types": ("Q8_0", "Q4_K"),
@@ -78,6 +79,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert read.embedding.hidden_size == 64
     assert np.array_equal(read.embedding.importance, made.embedding.importance)
     assert np.array_equal(read.embedding.type_damage_nats, made.embedding.type_damage_nats)
+    assert read.other_weights == 12
     assert read.types == ("Q8_0", "Q4_K")
     assert read.widths == WIDTHS
     assert read.group_size == 64

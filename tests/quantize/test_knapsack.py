@@ -61,7 +61,7 @@ def test_a_model_of_hundreds_of_tensors_is_solved_to_the_end() -> None:
     bits = np.array([8.5, 6.5625, 6.0, 5.5, 5.0, 4.5, 4.25, 3.4375, 2.625])
     weights = rng.choice([576 * 576, 576 * 192, 576 * 1536], 210)
     sizes = [(weight * bits / 8).astype(np.int64) for weight in weights]
-    damages = [10 ** rng.uniform(-4, -2) * 4.0 ** -bits * rng.uniform(0.8, 1.2, len(bits)) for _ in weights]
+    damages = [10 ** rng.uniform(-4, -2) * 4.0**-bits * rng.uniform(0.8, 1.2, len(bits)) for _ in weights]
     found = choose(damages, sizes, int(sum(weights) * 4.6 / 8))
     assert found.lower_bound == found.damage
     assert taken(found, sizes) <= sum(weights) * 4.6 / 8

@@ -50,6 +50,7 @@ def measurement(
         linears=tuple(linear(f"l.{i}", *shape, rng, group_size) for i, shape in enumerate(shapes)),
         head=linear("lm_head", 64, head, rng, group_size),
         embedding=EMBEDDING,
+        other_weights=0,
         tokens=np.zeros((1, 4), dtype=np.int32),
         widths=WIDTHS,
         types=(),
