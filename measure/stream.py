@@ -123,18 +123,21 @@ class StreamedModel:
         """Return a block's full name, for messages and tensor names."""
         return f"{self.family.blocks}.{index}"
 
-    def embed(self, tokens: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor, table: Tensor | None = None) -> Tensor:
         """Return the hidden states that enter the first block, and record what blocks are called with.
 
         Args:
             tokens: Token ids, int64, shape (rows, tokens), on any device.
+            table: Token embeddings to take in the place of the model's own, shape (vocabulary, hidden size).
 
         Returns:
             Shape (rows, tokens, hidden size), on the CPU.
         """
         embedding = self._model.get_input_embeddings()
         parts = []
-        with torch.no_grad(), self._loaded(embedding, self._name_of(embedding)):
+        with torch.no_grad(), self._loaded(embedding, self.embedding_name):
+            if table is not None:
+                embedding.weight = nn.Parameter(table.to(self.device, self.dtype), requires_grad=False)
             for batch in micro_batches(*tokens.shape):
                 try:
                     self._model(input_ids=tokens[batch].to(self.device), use_cache=False)

@@ -20,25 +20,18 @@ from ..eval.comparison import Comparison, EvalConfig, compare_models, evaluation
 from ..eval.report import summary_lines, write_report
 from ..measure.calibration import CalibrationSet
 from ..measure.measurement import Measurement
-from ..measure.run import (
-    MeasureConfig,
-    calibration_rows,
-    measure_model,
-    measured_rows,
-    measurement_provenance,
-)
+from ..measure.run import MeasureConfig
 from ..measure.tokenizer import load_tokenizer
 from ..progress import Progress, silent
 from ..version import __version__
 from .forecast import forecast_run
+from .obtain import MEASUREMENT_FILE, obtain_measurement
 from .plan import HeadBits, Plan, check_head_bits, make_plan
-from .rounding import Drift, RoundConfig, RoundedModel, round_model
+from .rounding import RoundConfig, RoundedModel, round_model
+from .rounding_pass import Drift
 from .stages import StageClock, StageCost
 
 __all__ = ["QuantizeConfig", "QuantizeResult", "quantize_model", "report_details"]
-
-_MEASUREMENT = "measurement.safetensors"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeConfig:
@@ -170,15 +163,9 @@ def _quantize(
     progress: Progress,
 ) -> QuantizeResult:
     clock = StageClock()
-    if measurement is None:
-        with clock.stage("calibration text"):
-            rows = calibration or calibration_rows(checkpoint, config.measure.calibration)
-        with clock.stage("measure"):
-            measured = _measured(checkpoint, rows, config, work, progress)
-    else:
-        measured = _load_measurement(measurement, checkpoint)
-        rows = measured_rows(measured)
-    rows.save(work / "calibration.safetensors")
+    measured, rows = obtain_measurement(
+        checkpoint, config.measure, work, clock, progress, given=measurement, calibration=calibration
+    )
     with clock.stage("plan"):
         plan = make_plan(measured, bpw=config.bpw, head_bits=config.head_bits)
         plan.save(work / "plan.json")
@@ -207,7 +194,7 @@ def _quantize(
         costs=tuple(clock.costs),
         fallbacks=fallbacks,
         drift=tuple(drift),
-        measurement=measurement or work / _MEASUREMENT,
+        measurement=measurement or work / MEASUREMENT_FILE,
     )
     if comparison is not None:
         write_report(comparison, output, details=report_details(result))
@@ -245,28 +232,6 @@ def report_details(result: QuantizeResult) -> dict[str, dict[str, str | float]]:
         },
         **({"Drift of the hidden states (first token, other tokens; relative)": drift} if drift else {}),
     }
-
-
-def _load_measurement(path: Path, checkpoint: Checkpoint) -> Measurement:
-    measurement = Measurement.load(path)
-    if measurement.provenance.get("model") != checkpoint.fingerprint:
-        raise FormatError(
-            f"{path}: the measurement belongs to another model than {checkpoint.directory}. Measure this one."
-        )
-    return measurement
-
-
-def _measured(
-    checkpoint: Checkpoint, rows: CalibrationSet, config: QuantizeConfig, work: Path, progress: Progress
-) -> Measurement:
-    kept = work / _MEASUREMENT
-    if kept.exists():
-        measurement = Measurement.load(kept)
-        if measurement.provenance == measurement_provenance(checkpoint, rows, config.measure):
-            return measurement
-    measurement = measure_model(checkpoint, rows, config.measure, work, progress)
-    measurement.save(kept)
-    return measurement
 
 
 def _identity(checkpoint: Checkpoint, rows: CalibrationSet, plan: Plan, config: QuantizeConfig) -> str:

@@ -1,0 +1,83 @@
+"""The measurement that a run works from: one that was given, one that an earlier run left behind, or a new one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..convert.checkpoint import Checkpoint
+from ..errors import FormatError
+from ..measure.calibration import CalibrationSet
+from ..measure.measurement import Measurement
+from ..measure.run import (
+    MeasureConfig,
+    calibration_rows,
+    measure_model,
+    measured_rows,
+    measurement_provenance,
+)
+from ..progress import Progress
+from .stages import StageClock
+
+__all__ = ["MEASUREMENT_FILE", "obtain_measurement"]
+
+MEASUREMENT_FILE = "measurement.safetensors"
+"""Where a run keeps its measurement in the work directory."""
+
+
+def obtain_measurement(
+    checkpoint: Checkpoint,
+    config: MeasureConfig,
+    work: Path,
+    clock: StageClock,
+    progress: Progress,
+    *,
+    given: Path | None,
+    calibration: CalibrationSet | None,
+) -> tuple[Measurement, CalibrationSet]:
+    """Return a model's measurement and its calibration rows, which are saved in the work directory.
+
+    Args:
+        checkpoint: The model.
+        config: How to measure, where there is no measurement yet.
+        work: Work directory; a new measurement is kept in it.
+        clock: Takes the time of what is done.
+        progress: Wraps the blocks of each pass.
+        given: A measurement of this model; None looks into the work directory, or measures.
+        calibration: Rows to use instead of those that ``config.calibration`` describes; not with ``given``.
+
+    Raises:
+        BpwiseError: As ``Measurement.load``, ``calibration_rows`` and ``measure_model``; or the measurement belongs to
+            another model.
+    """
+    if given is not None:
+        measured = _load(given, checkpoint)
+        rows = measured_rows(measured)
+    else:
+        with clock.stage("calibration text"):
+            rows = calibration or calibration_rows(checkpoint, config.calibration)
+        with clock.stage("measure"):
+            measured = _measured(checkpoint, rows, config, work, progress)
+    rows.save(work / "calibration.safetensors")
+    return measured, rows
+
+
+def _load(path: Path, checkpoint: Checkpoint) -> Measurement:
+    measurement = Measurement.load(path)
+    if measurement.provenance.get("model") != checkpoint.fingerprint:
+        raise FormatError(
+            f"{path}: the measurement belongs to another model than {checkpoint.directory}. Measure this one."
+        )
+    return measurement
+
+
+def _measured(
+    checkpoint: Checkpoint, rows: CalibrationSet, config: MeasureConfig, work: Path, progress: Progress
+) -> Measurement:
+    kept = work / MEASUREMENT_FILE
+    if kept.exists():
+        measurement = Measurement.load(kept)
+        if measurement.provenance == measurement_provenance(checkpoint, rows, config):
+            return measurement
+    measurement = measure_model(checkpoint, rows, config, work, progress)
+    measurement.save(kept)
+    return measurement

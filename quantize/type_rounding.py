@@ -1,0 +1,142 @@
+"""Rounding to ggml's types: every linear as its plan says, through the rounding pass, and the token embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..convert.checkpoint import Checkpoint
+from ..convert.gguf.ggml import Bytes, decode, encode
+from ..convert.gguf.types import GgmlType
+from ..convert.work import StageDirectory
+from ..measure.measurement import MeasuredLinear, Measurement
+from ..measure.run import resolve_device
+from ..measure.stream import StreamedModel
+from ..progress import Progress, silent
+from ..rounding.ggml import round_to_type
+from ..rounding.hessian import inverse_factor
+from ..rounding.parallel import cores
+from .rounding_pass import Drift, RoundingPass, kept_drift, rounding_damping
+from .type_plan import TypePlan
+
+__all__ = ["RoundedTypes", "round_types", "table_importance"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RoundedTypes:
+    """The encoded tensors of a model, on disk until they are asked for.
+
+    Attributes:
+        names: Full names of the linears, and of the token embeddings, without ``.weight``.
+        blocks: Number of decoder blocks.
+        pieces: Where they are kept.
+    """
+
+    names: tuple[str, ...]
+    blocks: int
+    pieces: StageDirectory
+
+    def data(self, name: str) -> Bytes:
+        """Return the encoded rows of a tensor, in the order of the original's: uint8, shape (rows, row_bytes)."""
+        data: Bytes = self.pieces.load(name)["data"].numpy()
+        return data
+
+    def damping(self, name: str) -> float | None:
+        """Return the relative damping that a linear's rounding took; None for what is rounded without feedback."""
+        piece = self.pieces.load(name)
+        return float(piece["damping"]) if "damping" in piece else None
+
+    def drift(self) -> list[Drift]:
+        """Return how far the hidden states after every block are from the original's, over the calibration rows."""
+        return kept_drift(self.pieces, self.blocks)
+
+
+def round_types(
+    checkpoint: Checkpoint,
+    measurement: Measurement,
+    plan: TypePlan,
+    work: Path,
+    *,
+    device: str = "auto",
+    progress: Progress = silent,
+) -> RoundedTypes:
+    """Quantize every tensor as the plan says: the token embeddings first, then block after block, the head last.
+
+    Args:
+        checkpoint: The original model.
+        measurement: Gives the calibration rows, and what is known of each linear.
+        plan: Gives each tensor's type.
+        work: Work directory; finished blocks in it are not done again.
+        device: ``cpu``, ``cuda``, ``cuda:N``, ``mps``, or ``auto`` for the best at hand. ggml's encoder itself always
+            runs on the CPU.
+        progress: Wraps the blocks.
+
+    Returns:
+        The encoded tensors.
+
+    Raises:
+        NumericalError: NaN or infinity in weights or activations.
+    """
+    place = resolve_device(device)
+    identity = {
+        "model": checkpoint.fingerprint,
+        "measurement": plan.measurement,
+        "types": {tensor.name: tensor.type for tensor in plan.tensors},
+        "device": place.type,
+    }
+    pieces = StageDirectory(work, "rounded", identity)
+    model = StreamedModel(checkpoint, device=place, dtype=torch.float32)
+    run = RoundingPass(model, measurement, _TypeRounder(plan.kinds), pieces, correct_drift=True)
+    table = _rounded_table(checkpoint, measurement, plan, pieces)
+    run.blocks(progress, table)
+    if not measurement.embedding.tied:
+        run.head()
+    return RoundedTypes(tuple(plan.kinds), model.block_count, pieces)
+
+
+def table_importance(measurement: Measurement) -> Tensor:
+    """Return what squared errors in each column of the token embeddings cost, float32, shape (hidden size,).
+
+    A table that is the output head too costs there what its inputs weigh, summed over its rows, and as embeddings what
+    the gradients say, summed over the rows that each token reads.
+    """
+    table, head = measurement.embedding, measurement.head
+    importance = torch.from_numpy(table.importance)
+    if table.tied:
+        importance = importance + float(head.fisher.sum()) * torch.from_numpy(head.input_power)
+    return importance
+
+
+def _rounded_table(
+    checkpoint: Checkpoint, measurement: Measurement, plan: TypePlan, pieces: StageDirectory
+) -> Tensor:
+    # Its rows are rounded each for itself: see ``bpwise.measure.types``.
+    name = measurement.embedding.name
+    kind = plan.kinds[name]
+    if not pieces.has(name):
+        weight = checkpoint.tensor(f"{name}.weight").float()
+        importance = table_importance(measurement) if kind.quantized else None
+        pieces.save(name, {"data": torch.from_numpy(encode(weight, kind, importance, threads=cores()))})
+    return decode(pieces.load(name)["data"].numpy(), kind, threads=cores())
+
+
+class _TypeRounder:
+    """Rounds single linears to ggml's types."""
+
+    def __init__(self, kinds: Mapping[str, GgmlType]) -> None:
+        self._kinds = kinds
+
+    def round(self, measured: MeasuredLinear, target: Tensor, gram: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """See ``Rounder``."""
+        kind = self._kinds[measured.name]
+        if not kind.quantized:
+            data = encode(target.T.contiguous().cpu(), kind)
+            return {"data": torch.from_numpy(data)}, decode(data, kind).to(target.device)
+        factor = inverse_factor(gram, rounding_damping(measured))
+        rounded = round_to_type(target, factor.upper, kind)
+        kept = {"data": torch.from_numpy(rounded.data), "damping": torch.tensor(factor.damping)}
+        return kept, rounded.weight
