@@ -61,9 +61,7 @@ class GgufModel:
         header = read_gguf_header(Path(path))
         rope = header.tensors.get(ROPE_FREQS)
         if rope is not None and rope.type.name != "F32":
-            raise FormatError(
-                f"{path}: {ROPE_FREQS} is of type {rope.type.name}, expected F32. Convert the model again."
-            )
+            raise FormatError(f"{path}: {ROPE_FREQS} is of type {rope.type.name}, expected F32. Convert the model again.")
         config = config_from_metadata(header, read_values(header.path, rope).numpy() if rope else None)
         _check_tensors(header, tensor_shapes(architecture_of(header.metadata["general.architecture"]), config))
         return cls(header, config)
