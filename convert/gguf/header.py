@@ -37,7 +37,19 @@ _MAX_ALIGNMENT = 1 << 20
 _MIN_ENTRY_BYTES = 8 + 4 + 1
 _MIN_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8
 
-_SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
+_SCALARS = {
+    0: "<u1",
+    1: "<i1",
+    2: "<u2",
+    3: "<i2",
+    4: "<u4",
+    5: "<i4",
+    6: "<f4",
+    7: "?",
+    10: "<u8",
+    11: "<i8",
+    12: "<f8",
+}
 _STRING, _ARRAY = 8, 9
 
 
@@ -174,7 +186,9 @@ def read_gguf_header(path: Path) -> GgufHeader:
             file_bytes = path.stat().st_size
             return _Reader(path, file, file_bytes).header()
     except OSError as cause:
-        raise FormatError(f"{path}: cannot be read ({cause.strerror}). Check that it exists and is readable.") from cause
+        raise FormatError(
+            f"{path}: cannot be read ({cause.strerror}). Check that it exists and is readable."
+        ) from cause
 
 
 class _Reader:
@@ -228,7 +242,9 @@ class _Reader:
                 raise self._error(f"tensor {name!r} is there twice")
             size = math.prod(shape) // kind.block_weights * kind.block_bytes
             if offset != expected:
-                raise self._error(f"tensor {name!r} lies at offset {offset}, expected {expected}, after the one before it")
+                raise self._error(
+                    f"tensor {name!r} lies at offset {offset}, expected {expected}, after the one before it"
+                )
             if data_offset + offset + size > self._file_bytes:
                 raise self._error(
                     f"tensor {name!r} ends at byte {data_offset + offset + size}, but the file has {self._file_bytes}"
@@ -248,7 +264,9 @@ class _Reader:
         number = self._number("<I", name)
         offset = self._number("<Q", name)
         if number not in GGML_TYPES:
-            raise self._error(f"tensor {name!r} is of type {number}, which is not known. Update bpwise, or convert again")
+            raise self._error(
+                f"tensor {name!r} is of type {number}, which is not known. Update bpwise, or convert again"
+            )
         kind = GGML_TYPES[number]
         # No type has less than one bit a weight, so this bounds the product before anything is made of it.
         if min(inner_first) < 1 or math.prod(inner_first) > 8 * self._file_bytes:
