@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -13,7 +14,9 @@ from .errors import BpwiseError
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .eval.comparison import EvalConfig
     from .measure.calibration import CalibrationSet
+    from .measure.measurement import Measurement
     from .measure.run import MeasureConfig
     from .quantize.plan import HeadBits
 
@@ -27,6 +30,31 @@ _EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _DIRECTORY = click.Path(file_okay=False, path_type=Path)
 _EXISTING_DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
 _EXISTING_PATH = click.Path(exists=True, path_type=Path)
+
+
+class _Size(click.ParamType):
+    """A number of bytes, with a unit or without."""
+
+    name = "size"
+    _UNITS: ClassVar = {
+        "": 1,
+        "b": 1,
+        "kb": 10**3,
+        "mb": 10**6,
+        "gb": 10**9,
+        "kib": 1 << 10,
+        "mib": 1 << 20,
+        "gib": 1 << 30,
+    }
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([a-z]*)", str(value).lower())
+        if match is None or match[2] not in self._UNITS:
+            self.fail(f"{value!r} is no size, expected for example 5GB, 700MiB or a number of bytes.", param, ctx)
+        return int(float(match[1]) * self._UNITS[match[2]])
+
+
+_SIZE = _Size()
 _HEAD_BITS_OPTION = click.option(
     "-hb",
     "--head-bits",
@@ -118,49 +146,79 @@ def _measure_config(options: dict[str, Any]) -> tuple[MeasureConfig, Calibration
 
 @cli.command()
 @click.argument("model")
-@click.argument("output", type=_DIRECTORY)
-@click.option("-b", "--bpw", type=float, required=True, help="Bits per weight of the decoder, overheads included.")
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    "output_format",
+    type=click.Choice(["exl2", "gguf"]),
+    help="[default: gguf if OUTPUT ends so, else exl2]",
+)
+@click.option(
+    "-b", "--bpw", type=float, help="Bits per weight: EXL2, of the decoder with overheads; GGUF, of all tensors."
+)
 @_HEAD_BITS_OPTION
+@click.option("--max-size", type=_SIZE, help="GGUF: largest size of the file, as 5GB or 700MiB, instead of --bpw.")
+@click.option(
+    "--type", "mixture", help="GGUF: one of llama.cpp's fixed mixtures, as Q4_K_M, exactly as llama-quantize makes it."
+)
+@click.option("--imatrix", type=_EXISTING_FILE, help="GGUF, with --type: an importance matrix.")
+@click.option("--override", multiple=True, metavar="PATTERN=TYPE", help="GGUF: a type that tensors must have.")
+@click.option(
+    "--llama-cpp", type=_EXISTING_DIRECTORY, help="GGUF: llama.cpp or its converter.  [default: as `make` installs it]"
+)
 @click.option(
     "-m",
     "--measurement",
     type=_EXISTING_FILE,
     help="A measurement of this model, with its calibration rows: do not measure again.",
 )
-@click.option("-ss", "--shard-size", type=click.IntRange(1), default=8192, help="Largest output file, MiB.")
+@click.option("-ss", "--shard-size", type=click.IntRange(1), default=8192, help="EXL2: largest output file, MiB.")
 @click.option("--eval-text", help="Text to evaluate on, as --calibration.  [default: Python's text, another part]")
 @click.option("--eval-rows", type=click.IntRange(1), default=16, help="Rows to evaluate on.")
 @click.option("--eval-row-tokens", type=click.IntRange(2), default=1024, help="Tokens in each of them.")
 @click.option("--no-eval", is_flag=True, help="Leave the comparison with the original out.")
-@click.option("--dry-run", is_flag=True, help="Print size, bpw range and expected memory; write nothing.")
+@click.option("--dry-run", is_flag=True, help="EXL2: print size, bpw range and expected memory; write nothing.")
 @_calibration_options
-def quantize(model: str, output: Path, **options: Any) -> None:
-    """Quantize MODEL (a directory or a Hub id) to the EXL2 directory OUTPUT, and compare the two.
+def quantize(model: str, output: Path, output_format: str | None, **options: Any) -> None:
+    """Quantize MODEL (a directory or a Hub id) to OUTPUT, an EXL2 directory or a GGUF file, and compare the two.
 
     The same command run again goes on where it was cut off.
     """
     from .eval.comparison import EvalConfig
-    from .quantize.pipeline import QuantizeConfig, quantize_model
 
-    measure_config, saved = _measure_config(options)
+    if options["measurement"]:
+        _refuse_beside(
+            "--measurement",
+            ("calibration", "column", "chat_template", "rows", "row_tokens", "seed", "group_size", "damping"),
+            "which brings its own calibration rows, group size and damping",
+        )
     evaluate = EvalConfig(
         text=options["eval_text"],
         rows=options["eval_rows"],
         row_tokens=options["eval_row_tokens"],
         device=options["device"],
     )
+    run = _quantize_to_gguf if (output_format or output.suffix[1:]) == "gguf" else _quantize_to_exl2
+    run(model, output, None if options["no_eval"] else evaluate, options)
+
+
+def _quantize_to_exl2(model: str, output: Path, evaluate: EvalConfig | None, options: dict[str, Any]) -> None:
+    from .quantize.pipeline import QuantizeConfig, quantize_model
+
+    _refuse_beside("an EXL2 output", ("max_size", "mixture", "imatrix", "override", "llama_cpp"), "they are for GGUF")
+    if options["bpw"] is None:
+        raise click.UsageError("an EXL2 output needs --bpw.")
+    measure_config, saved = _measure_config(options)
     config = QuantizeConfig(
         bpw=options["bpw"],
         head_bits=_head_bits(options["head_bits"]),
         measure=measure_config,
-        evaluate=None if options["no_eval"] else evaluate,
+        evaluate=evaluate,
         shard_bytes=options["shard_size"] * _MIB,
     )
-    if options["measurement"]:
-        _refuse_beside_measurement()
-        measure_config = _config_of(options["measurement"])
     if options["dry_run"]:
-        _print_forecast(model, config.bpw, config.head_bits, measure_config)
+        known = _config_of(options["measurement"]) if options["measurement"] else measure_config
+        _print_forecast(model, config.bpw, config.head_bits, known)
         return
     result = quantize_model(
         model,
@@ -175,14 +233,72 @@ def quantize(model: str, output: Path, **options: Any) -> None:
         click.echo(line)
 
 
-def _refuse_beside_measurement() -> None:
+def _quantize_to_gguf(model: str, output: Path, evaluate: EvalConfig | None, options: dict[str, Any]) -> None:
+    from .quantize.gguf_pipeline import GgufConfig, quantize_to_gguf
+    from .quantize.type_plan import Override
+
+    _refuse_beside("a GGUF output", ("head_bits", "shard_size", "dry_run"), "they are for EXL2")
+    if sum(options[target] is not None for target in ("bpw", "max_size", "mixture")) != 1:
+        raise click.UsageError("a GGUF output needs one of --bpw, --max-size and --type.")
+    if options["mixture"]:
+        _convert_to_mixture(model, output, evaluate, options)
+        return
+    if options["imatrix"]:
+        raise click.UsageError(
+            "--imatrix goes with --type; with --bpw and --max-size the measurement says what matters."
+        )
+    measure_config, saved = _measure_config(options)
+    config = GgufConfig(
+        bpw=options["bpw"],
+        max_bytes=options["max_size"],
+        overrides=tuple(map(Override.parse, options["override"])),
+        llama_cpp=options["llama_cpp"],
+        measure=measure_config,
+        evaluate=evaluate,
+    )
+    result = quantize_to_gguf(
+        model,
+        output,
+        config,
+        measurement=options["measurement"],
+        calibration=saved,
+        work=options["work_dir"],
+        progress=_progress_bar,
+    )
+    for line in result.summary_lines():
+        click.echo(line)
+
+
+def _convert_to_mixture(model: str, output: Path, evaluate: EvalConfig | None, options: dict[str, Any]) -> None:
+    from .eval.comparison import evaluate as compare
+    from .eval.report import summary_lines, write_report
+    from .quantize.gguf_pipeline import convert_to_mixture
+
+    _refuse_beside("--type", ("measurement", "override"), "llama.cpp's mixtures know neither")
+    written, warnings = convert_to_mixture(
+        model,
+        output,
+        options["mixture"],
+        imatrix=options["imatrix"],
+        llama_cpp=options["llama_cpp"],
+        progress=_progress_bar,
+    )
+    for warning in warnings:
+        click.echo(f"warning     {warning}", err=True)
+    click.echo(f"size        {written.file_bytes / _MIB:.1f} MiB; {written.bpw:.4f} bpw over all tensors -> {output}")
+    if evaluate is not None:
+        comparison = compare(model, output, evaluate, _progress_bar)
+        write_report(comparison, output.parent, prefix=f"{output.stem}.")
+        for line in summary_lines(comparison):
+            click.echo(line)
+
+
+def _refuse_beside(what: str, others: Sequence[str], why: str) -> None:
     context = click.get_current_context()
-    for name in ("calibration", "column", "chat_template", "rows", "row_tokens", "seed", "group_size", "damping"):
+    flags = {parameter.name: parameter.opts[-1] for parameter in context.command.params}
+    for name in others:
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            raise click.UsageError(
-                f"--{name.replace('_', '-')} cannot go with --measurement, which brings its own calibration rows, "
-                "group size and damping. Leave one of the two out."
-            )
+            raise click.UsageError(f"{flags[name]} cannot go with {what}: {why}. Leave one of the two out.")
 
 
 def _config_of(measurement: Path) -> MeasureConfig:
@@ -230,23 +346,46 @@ def measure(model: str, output: Path, **options: Any) -> None:
 
 @cli.command()
 @click.argument("measurement", type=_EXISTING_FILE)
-@click.option("-b", "--bpw", type=float, required=True, help="Bits per weight of the decoder, overheads included.")
+@click.option("--format", "output_format", type=click.Choice(["exl2", "gguf"]), default="exl2", help="Kind of output.")
+@click.option(
+    "-b",
+    "--bpw",
+    type=float,
+    required=True,
+    help="Bits per weight: EXL2, of the decoder with overheads; GGUF, of all tensors.",
+)
 @_HEAD_BITS_OPTION
+@click.option("--override", multiple=True, metavar="PATTERN=TYPE", help="GGUF: a type that tensors must have.")
 @click.option("-o", "--output", type=_FILE, help="Where to save the plan.  [default: plan-BPW.json beside MEASUREMENT]")
-def plan(measurement: Path, bpw: float, head_bits: str, output: Path | None) -> None:
-    """Choose the bits of every row group for a bitrate, from MEASUREMENT alone; print and save the plan."""
+def plan(
+    measurement: Path, output_format: str, bpw: float, head_bits: str, override: tuple[str, ...], output: Path | None
+) -> None:
+    """Choose the bits of every row group, or the type of every tensor, for a size; print and save the plan.
+
+    It is made from MEASUREMENT alone.
+    """
     from .measure.measurement import Measurement
-    from .quantize.plan import make_plan
 
     measured = Measurement.load(measurement)
-    made = make_plan(measured, bpw=bpw, head_bits=_head_bits(head_bits))
     output = output or measurement.with_name(f"plan-{bpw:g}.json")
+    if output_format == "gguf":
+        _refuse_beside("--format gguf", ("head_bits",), "the head is a tensor like any other")
+        _plan_types(measured, bpw, override, output)
+    else:
+        _refuse_beside("--format exl2", ("override",), "it is for GGUF")
+        _plan_widths(measured, bpw, _head_bits(head_bits), output)
+    for name in measured.without_feedback:
+        click.echo(f"fallback: {name} was measured without error feedback", err=True)
+
+
+def _plan_widths(measured: Measurement, bpw: float, head_bits: HeadBits, output: Path) -> None:
+    from .quantize.plan import make_plan
+
+    made = make_plan(measured, bpw=bpw, head_bits=head_bits)
     made.save(output)
     click.echo(f"{'linear':44} {'bpw':>7} {'damage, nats/token':>19}")
     for linear in (*made.linears, *([made.head] if made.head else [])):
         click.echo(f"{linear.name:44} {linear.bpw:7.3f} {linear.damage_nats:19.3e}")
-    for name in measured.without_feedback:
-        click.echo(f"fallback: {name} was measured without error feedback", err=True)
     shares = ", ".join(f"{bits} bits {100 * share:.1f} %" for bits, share in made.weights_per_width().items())
     click.echo(f"decoder weights: {shares}")
     head_bpw = made.head.bpw if made.head else 16
@@ -254,6 +393,36 @@ def plan(measurement: Path, bpw: float, head_bits: str, output: Path | None) -> 
         f"decoder {made.bpw:.4f} bpw, head {head_bpw:.4f} bpw, predicted damage {made.damage_nats:.6f} nats/token "
         f"({100 * made.gap:.3f} % above what is possible at most) -> {output}"
     )
+
+
+def _plan_types(measured: Measurement, bpw: float, override: Sequence[str], output: Path) -> None:
+    from .quantize.type_plan import Override, make_type_plan
+
+    made = make_type_plan(measured, bpw=bpw, overrides=tuple(map(Override.parse, override)))
+    made.save(output)
+    click.echo(f"{'tensor':44} {'type':>8} {'bpw':>7} {'damage, nats/token':>19}")
+    for tensor in made.tensors:
+        click.echo(f"{tensor.name:44} {tensor.type:>8} {tensor.kind.bits_per_weight:7.3f} {tensor.damage_nats:19.3e}")
+    shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in made.weights_per_type().items())
+    click.echo(f"weights: {shares}")
+    click.echo(
+        f"{made.bpw:.4f} bpw, {made.stored_bytes / _MIB:.1f} MiB, predicted damage {made.damage_nats:.6f} nats/token "
+        f"({100 * made.gap:.3f} % above what is possible at most) -> {output}"
+    )
+
+
+@cli.command()
+@click.argument("measurement", type=_EXISTING_FILE)
+@click.option("-o", "--output", type=_FILE, required=True, help="The file to write; the old format if it ends in .dat.")
+def imatrix(measurement: Path, output: Path) -> None:
+    """Write what MEASUREMENT says of the inputs as an importance matrix for llama.cpp."""
+    from .convert.gguf.imatrix import write_imatrix
+    from .measure.measurement import Measurement
+    from .quantize.gguf_pipeline import importance_of
+
+    matrix = importance_of(Measurement.load(measurement))
+    write_imatrix(output, matrix, legacy=output.suffix == ".dat")
+    click.echo(f"{len(matrix.sums)} tensors -> {output}")
 
 
 @cli.command()

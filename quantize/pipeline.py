@@ -33,6 +33,7 @@ from .stages import StageClock, StageCost
 
 __all__ = ["QuantizeConfig", "QuantizeResult", "quantize_model", "report_details"]
 
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeConfig:
     """Options of the whole line.

@@ -193,7 +193,8 @@ def make_type_plan(
 
     Args:
         measurement: The measured damages.
-        bpw: Bits per weight over all tensors of the file; met from below, never exceeded.
+        bpw: Bits per weight over all tensors of the file; met from below, never exceeded. Where it is more than all
+            tensors can take they get their largest types.
         tensor_bytes: The same as a number of bytes; one of the two is given.
         overrides: Types that tensors must have; of several that match, the last.
 
@@ -201,7 +202,7 @@ def make_type_plan(
         The plan of least predicted damage.
 
     Raises:
-        BudgetError: No plan has this size; the message gives the range that there is.
+        BudgetError: No plan is that small; the message gives the range that there is.
         ConfigError: The measurement knows no types, or an override matches nothing or does not fit.
     """
     assert (bpw is None) != (tensor_bytes is None), "one target"
@@ -259,7 +260,7 @@ def _all_weights(candidates: Sequence[_Tensor], measurement: Measurement) -> int
 
 def _check_target(target_bytes: int, candidates: Sequence[_Tensor], measurement: Measurement) -> None:
     least, most = _size_range(candidates, measurement)
-    if not least <= target_bytes <= most:
+    if target_bytes < least:
         per_byte = 8 / _all_weights(candidates, measurement)
         raise BudgetError(
             f"{target_bytes} bytes of tensors ({target_bytes * per_byte:.4f} bits per weight) cannot be reached: this "

@@ -111,9 +111,7 @@ def table_importance(measurement: Measurement) -> Tensor:
     return importance
 
 
-def _rounded_table(
-    checkpoint: Checkpoint, measurement: Measurement, plan: TypePlan, pieces: StageDirectory
-) -> Tensor:
+def _rounded_table(checkpoint: Checkpoint, measurement: Measurement, plan: TypePlan, pieces: StageDirectory) -> Tensor:
     # Its rows are rounded each for itself: see ``bpwise.measure.types``.
     name = measurement.embedding.name
     kind = plan.kinds[name]

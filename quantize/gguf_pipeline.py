@@ -1,0 +1,396 @@
+"""The whole line for GGUF: measure, choose types, convert, round, write, verify, evaluate."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ..convert.checkpoint import Checkpoint, open_model
+from ..convert.gguf.assign import dominant_file_type, mixture_types
+from ..convert.gguf.base import make_base
+from ..convert.gguf.check import check_base
+from ..convert.gguf.ggml import Bytes
+from ..convert.gguf.header import GgufHeader, read_gguf_header
+from ..convert.gguf.imatrix import ImportanceMatrix, imatrix_metadata, read_imatrix
+from ..convert.gguf.mixtures import mixture
+from ..convert.gguf.names import architecture_of, gguf_name, row_order
+from ..convert.gguf.reader import GgufModel
+from ..convert.gguf.writer import GgufVerification, planned_bytes, write_gguf
+from ..convert.work import claimed, discard_stages
+from ..errors import BudgetError, ConfigError, WorkDirectoryError
+from ..eval.comparison import Comparison, EvalConfig, compare_models, evaluation_rows
+from ..eval.report import summary_lines, write_report
+from ..measure.calibration import CalibrationSet
+from ..measure.measurement import Measurement
+from ..measure.run import MeasureConfig
+from ..measure.tokenizer import load_tokenizer
+from ..progress import Progress, silent
+from ..rounding.parallel import cores
+from ..version import __version__
+from .obtain import MEASUREMENT_FILE, obtain_measurement
+from .rounding_pass import Drift
+from .stages import StageClock, StageCost
+from .type_plan import Override, TypePlan, make_type_plan
+from .type_rounding import RoundedTypes, round_types, table_importance
+
+__all__ = ["GgufConfig", "GgufResult", "convert_to_mixture", "importance_of", "quantize_to_gguf"]
+
+_BASE = "base.gguf"
+_RUN_KEY = "bpwise.run"
+_ALIGNMENT_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufConfig:
+    """Options of the whole line.
+
+    Attributes:
+        bpw: Bits per weight over all tensors of the file; met from below, never exceeded.
+        max_bytes: Largest size of the whole file; exactly one of the two is given.
+        overrides: Types that tensors must have.
+        llama_cpp: A llama.cpp checkout, or a directory with its converter; None for the usual place.
+        measure: Options of the measuring stage; its calibration rows and device serve rounding too.
+        evaluate: Options of the evaluation, or None to leave it out.
+    """
+
+    bpw: float | None = None
+    max_bytes: int | None = None
+    overrides: tuple[Override, ...] = ()
+    llama_cpp: Path | None = None
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+    evaluate: EvalConfig | None = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ConfigError: One of them makes no sense.
+        """
+        if (self.bpw is None) == (self.max_bytes is None):
+            raise ConfigError("a GGUF file needs one target: bits per weight or a largest size.")
+        if self.bpw is not None and not 1 <= self.bpw <= 16:
+            raise ConfigError(f"bpw must lie between 1 and 16, got {self.bpw}.")
+        text = self.measure.calibration.source
+        if self.evaluate is not None and text is not None and text == self.evaluate.text:
+            raise ConfigError(f"{text}: cannot be calibration and evaluation text at once. Evaluate on other text.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufResult:
+    """What a run made.
+
+    Attributes:
+        output: The GGUF file.
+        plan: The type of every tensor, with the predicted damage.
+        verification: What was read back from the written file; None if an earlier run had written it.
+        file_bytes: Size of the file.
+        original_bytes: Size of the original tensors.
+        comparison: Original against quantized, or None if evaluation was left out.
+        costs: Time and memory of every stage that ran.
+        warnings: What llama.cpp's converter left out.
+        drift: How far the hidden states after each block are from the original's; empty if nothing was rounded now.
+        measurement: The measurement file, which serves any other size and format.
+    """
+
+    output: Path
+    plan: TypePlan
+    verification: GgufVerification | None
+    file_bytes: int
+    original_bytes: int
+    comparison: Comparison | None
+    costs: tuple[StageCost, ...]
+    warnings: tuple[str, ...]
+    drift: tuple[Drift, ...]
+    measurement: Path
+
+    def summary_lines(self) -> list[str]:
+        """Return the result as lines for a terminal."""
+        plan = self.plan
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in plan.weights_per_type().items())
+        lines = [
+            f"size        {self.file_bytes / 2**20:.1f} MiB, {self.file_bytes / self.original_bytes:.1%} of the original;"
+            f" {plan.bpw:.4f} bpw over all tensors",
+            f"types       {shares}",
+            f"predicted   {plan.damage_nats:.6f} nats/token, at most {100 * plan.gap:.3f} % above the best possible",
+            *([] if self.comparison is None else summary_lines(self.comparison)),
+            *(f"warning     {warning}" for warning in self.warnings),
+        ]
+        for cost in self.costs:
+            lines.append(f"stage       {cost.stage:18} {cost.seconds:8.1f} s  {cost.peak_bytes / 2**20:7.0f} MiB")
+        lines.append(f"measurement {self.measurement} serves any other size, and EXL2")
+        lines.append(f"output      {self.output}")
+        return lines
+
+
+def quantize_to_gguf(
+    model: str | Path,
+    output: Path,
+    config: GgufConfig,
+    *,
+    measurement: Path | None = None,
+    calibration: CalibrationSet | None = None,
+    work: Path | None = None,
+    progress: Progress = silent,
+) -> GgufResult:
+    """Quantize a model to a GGUF file for llama.cpp and compare the result with the original.
+
+    Args:
+        model: A local directory or a hub id.
+        output: File to make. It must not exist, or be the finished output of this very run.
+        config: Options.
+        measurement: A measurement of this model; None measures first, and keeps the measurement in the work
+            directory. It brings its calibration rows along.
+        calibration: Rows to use instead of those that ``config.measure.calibration`` describes; not with a measurement.
+        work: Work directory; default ``OUTPUT.work``.
+        progress: Shows how far the stages are.
+
+    Returns:
+        What was made.
+
+    Raises:
+        BpwiseError: Whatever is wrong with the model, the options, the text or the disk; or ggml's library or
+            llama.cpp's converter is not installed.
+    """
+    checkpoint = open_model(model)
+    _refuse_others(output)
+    work = work or output.with_name(f"{output.name}.work")
+    with claimed(work):
+        result = _quantize(checkpoint, output, config, measurement, calibration, work, progress)
+        discard_stages(work)
+        (work / _BASE).unlink(missing_ok=True)
+    return result
+
+
+def convert_to_mixture(
+    model: str | Path,
+    output: Path,
+    name: str,
+    *,
+    imatrix: Path | None = None,
+    base: Path | None = None,
+    llama_cpp: Path | None = None,
+    progress: Progress = silent,
+) -> tuple[GgufVerification, tuple[str, ...]]:
+    """Quantize a model with one of llama.cpp's fixed mixtures: byte for byte what llama-quantize makes.
+
+    Args:
+        model: A local directory or a hub id.
+        output: File to make; it must not exist.
+        name: The mixture, such as ``Q4_K_M``.
+        imatrix: An importance matrix in either of llama.cpp's formats.
+        base: The model as an unquantized GGUF file; None converts it.
+        llama_cpp: As in ``GgufConfig``.
+        progress: Shows how far the writing is.
+
+    Returns:
+        What was read back, and what llama.cpp's converter left out.
+
+    Raises:
+        BpwiseError: As ``quantize_to_gguf``.
+    """
+    chosen = mixture(name)
+    if output.exists():
+        raise WorkDirectoryError(f"{output}: exists already. Choose another name or delete it.")
+    matrix = None if imatrix is None else read_imatrix(imatrix)
+    made = output.with_name(f"{output.name}.base") if base is None else base
+    warnings: tuple[str, ...] = ()
+    try:
+        if base is None:
+            warnings = _converted(open_model(model), made, llama_cpp)
+        header = read_gguf_header(made)
+        notes = {} if matrix is None else imatrix_metadata(matrix, str(imatrix))
+        verification = write_gguf(
+            made,
+            output,
+            mixture_types(chosen, header, importance=matrix is not None),
+            file_type=chosen.file_type,
+            importance=None if matrix is None else matrix.mean_squares,
+            metadata=notes,
+            threads=cores(),
+            progress=progress,
+        )
+    finally:
+        if base is None:
+            made.unlink(missing_ok=True)
+    return verification, warnings
+
+
+def importance_of(measurement: Measurement) -> ImportanceMatrix:
+    """Return the importances that a measurement implies: weighted mean squares of every linear's inputs.
+
+    Tokens count as the end loss says (see ``bpwise.measure.statistics``), where llama.cpp's own tool counts all alike.
+    """
+    table = measurement.embedding
+    heads = () if table.tied else (measurement.head,)
+    means = {_gguf_name(x.name): torch.from_numpy(x.input_power) for x in (*measurement.linears, *heads)}
+    means[_gguf_name(table.name)] = table_importance(measurement)
+    rows, row_tokens = measurement.tokens.shape
+    return ImportanceMatrix.from_means(
+        means,
+        rows * row_tokens,
+        datasets=(measurement.provenance["calibration_text"],),
+        chunks=rows,
+        chunk_tokens=row_tokens,
+    )
+
+
+def _quantize(
+    checkpoint: Checkpoint,
+    output: Path,
+    config: GgufConfig,
+    measurement: Path | None,
+    calibration: CalibrationSet | None,
+    work: Path,
+    progress: Progress,
+) -> GgufResult:
+    clock = StageClock()
+    base = work / _BASE
+    # The converter first: should it not know the model, nothing has been measured in vain.
+    with clock.stage("convert"):
+        warnings = _converted(checkpoint, base, config.llama_cpp)
+    header = read_gguf_header(base)
+    measured, rows = obtain_measurement(
+        checkpoint, config.measure, work, clock, progress, given=measurement, calibration=calibration
+    )
+    with clock.stage("plan"):
+        plan = _planned(measured, header, config)
+        plan.save(work / "plan.json")
+    run = _identity(checkpoint, rows, plan, config)
+    verification = None
+    drift: list[Drift] = []
+    if not output.exists():
+        with clock.stage("round"):
+            rounded = round_types(checkpoint, measured, plan, work, device=config.measure.device, progress=progress)
+            drift = rounded.drift()
+        with clock.stage("write and verify"):
+            verification = _write(base, header, rounded, output, plan, {_RUN_KEY: run, "bpwise.version": __version__})
+    elif read_gguf_header(output).metadata.get(_RUN_KEY) != run:
+        raise WorkDirectoryError(
+            f"{output}: exists already and is not the output of this run. Choose another name or delete it."
+        )
+    comparison = None
+    if config.evaluate is not None:
+        with clock.stage("evaluate"):
+            comparison = _evaluate(checkpoint, output, config.evaluate, progress)
+    result = GgufResult(
+        output=output,
+        plan=plan,
+        verification=verification,
+        file_bytes=output.stat().st_size,
+        original_bytes=checkpoint.total_bytes,
+        comparison=comparison,
+        costs=tuple(clock.costs),
+        warnings=warnings,
+        drift=tuple(drift),
+        measurement=measurement or work / MEASUREMENT_FILE,
+    )
+    if comparison is not None:
+        write_report(comparison, output.parent, details=_report_details(result), prefix=f"{output.stem}.")
+    return result
+
+
+def _refuse_others(output: Path) -> None:
+    # What is there may be this run's own; whether it is shows when the plan is known.
+    if output.exists() and (output.is_dir() or _RUN_KEY not in read_gguf_header(output).metadata):
+        raise WorkDirectoryError(
+            f"{output}: exists already and is not the output of this run. Choose another name or delete it."
+        )
+
+
+def _converted(checkpoint: Checkpoint, base: Path, llama_cpp: Path | None) -> tuple[str, ...]:
+    if not base.exists():
+        make_base(checkpoint, base, llama_cpp=llama_cpp)
+    return tuple(check_base(base, checkpoint))
+
+
+def _planned(measurement: Measurement, header: GgufHeader, config: GgufConfig) -> TypePlan:
+    if config.bpw is not None:
+        return make_type_plan(measurement, bpw=config.bpw, overrides=config.overrides)
+    assert config.max_bytes is not None
+    tensors = sum(tensor.size_bytes for tensor in header.tensors.values())
+    overhead = planned_bytes(header, {}, file_type=0, metadata={_RUN_KEY: "0" * 32, "bpwise.version": __version__})
+    room = config.max_bytes - (overhead - tensors) - _ALIGNMENT_BYTES * len(header.tensors)
+    if room <= 0:
+        raise BudgetError(
+            f"a file of {config.max_bytes} bytes has no room for tensors: metadata and vocabulary take "
+            f"{config.max_bytes - room}. Ask for a larger file."
+        )
+    return make_type_plan(measurement, tensor_bytes=room, overrides=config.overrides)
+
+
+def _identity(checkpoint: Checkpoint, rows: CalibrationSet, plan: TypePlan, config: GgufConfig) -> str:
+    # What the written bytes depend on.
+    types = [(tensor.name, tensor.type) for tensor in plan.tensors]
+    parts = [__version__, checkpoint.fingerprint, rows.fingerprint, plan.measurement, types, str(config.llama_cpp)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _write(
+    base: Path,
+    header: GgufHeader,
+    rounded: RoundedTypes,
+    output: Path,
+    plan: TypePlan,
+    metadata: Mapping[str, str],
+) -> GgufVerification:
+    model = GgufModel.open(base)
+    architecture = architecture_of(header.metadata["general.architecture"])
+
+    def in_file_order(name: str) -> Bytes:
+        order = row_order(f"{name}.weight", architecture, model.config)
+        data = rounded.data(name)
+        return data if order is None else data[order.numpy()]
+
+    types = {_gguf_name(name): kind for name, kind in plan.kinds.items()}
+    return write_gguf(
+        base,
+        output,
+        types,
+        file_type=dominant_file_type(types, header),
+        encoded={_gguf_name(name): partial(in_file_order, name) for name in rounded.names},
+        metadata=metadata,
+        threads=cores(),
+    )
+
+
+def _gguf_name(module: str) -> str:
+    name = gguf_name(f"{module}.weight")
+    assert name is not None, f"{module} is a linear of a known family"
+    return name
+
+
+def _evaluate(checkpoint: Checkpoint, output: Path, config: EvalConfig, progress: Progress) -> Comparison:
+    tokenizer = load_tokenizer(checkpoint.directory)
+    rows = evaluation_rows(tokenizer, config, vocab_size=int(checkpoint.config["vocab_size"]))
+    return compare_models(checkpoint, GgufModel.open(output), rows, config, progress)
+
+
+def _report_details(result: GgufResult) -> dict[str, dict[str, str | float]]:
+    plan = result.plan
+    drift: dict[str, str | float] = {
+        f"block {index}": f"{drift.first_token:.2%}, {drift.other_tokens:.2%}"
+        for index, drift in enumerate(result.drift)
+    }
+    return {
+        "Size": {
+            "bits per weight, all tensors": round(plan.bpw, 4),
+            "file, bytes": result.file_bytes,
+            "original tensors, bytes": result.original_bytes,
+            "quantized / original": round(result.file_bytes / result.original_bytes, 4),
+        },
+        "Plan": {
+            "predicted damage, nats/token": plan.damage_nats,
+            "least possible damage at this size": plan.lower_bound_nats,
+            **{f"weights in {name}, %": round(100 * share, 2) for name, share in plan.weights_per_type().items()},
+        },
+        "Stages (seconds, peak MiB)": {
+            cost.stage: f"{cost.seconds:.1f} s, {cost.peak_bytes / 2**20:.0f} MiB" for cost in result.costs
+        },
+        **({"Drift of the hidden states (first token, other tokens; relative)": drift} if drift else {}),
+    }
