@@ -192,7 +192,7 @@ class _Benchmark:
             file_bytes=model.file_bytes,
             bpw=bits / model.parameter_count,
             kl_nats=summary.kl_nats.value,
-            kl_error=summary.kl_nats.error,
+            kl_error=summary.kl_nats.standard_error or 0.0,
             perplexity=summary.quantized_perplexity.value,
             predicted_nats=predicted,
             seconds=seconds,
