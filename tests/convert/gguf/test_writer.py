@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bpwise.convert.gguf import writer
+from bpwise.convert.gguf.assign import mixture_types
+from bpwise.convert.gguf.emit import entry
+from bpwise.convert.gguf.ggml import decode, encode
+from bpwise.convert.gguf.header import read_gguf_header
+from bpwise.convert.gguf.imatrix import ImportanceMatrix, imatrix_metadata
+from bpwise.convert.gguf.mixtures import mixture
+from bpwise.convert.gguf.types import TYPES, GgmlType
+from bpwise.convert.gguf.writer import planned_bytes, write_gguf
+from bpwise.errors import ConfigError, FormatError, NumericalError, ShapeError, VerificationError
+
+if importlib.util.find_spec("libggml") is None:
+    pytest.skip("needs ggml's library, in the extra bpwise[gguf]", allow_module_level=True)
+
+# SHA-256 of llama-quantize's own files; make_golden.py tells how they were made.
+GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text())["files"]
+DTYPES = {"small": "BF16", "narrow": "F32", "small-experts": "F16"}
+
+CASES = [
+    pytest.param(
+        model,
+        name,
+        id=f"{model}-{name}",
+        # ggml makes these types' tables when they are first asked for, which takes it many seconds.
+        marks=[pytest.mark.slow] if name.startswith(("IQ1", "IQ2")) or name == "IQ3_XXS" else [],
+    )
+    for model, files in GOLDEN.items()
+    for name in files
+]
+
+MakeGguf = Callable[..., Path]
+
+
+@pytest.mark.parametrize(("model", "name"), CASES)
+def test_writes_llama_quantizes_own_file(
+    model: str,
+    name: str,
+    make_gguf: MakeGguf,
+    make_importance: Callable[[str], ImportanceMatrix],
+    tmp_path: Path,
+) -> None:
+    base, chosen, matrix = make_gguf(model, dtype=DTYPES[model]), mixture(name), make_importance(model)
+    header = read_gguf_header(base)
+    types = mixture_types(chosen, header, importance=matrix.sums)
+    metadata = imatrix_metadata(matrix, "imatrix.gguf")
+    result = write_gguf(
+        base,
+        tmp_path / "out.gguf",
+        types,
+        file_type=chosen.file_type,
+        importance=matrix.mean_squares,
+        metadata=metadata,
+        threads=2,
+    )
+    assert hashlib.sha256((tmp_path / "out.gguf").read_bytes()).hexdigest() == GOLDEN[model][name]
+    assert result.file_bytes == planned_bytes(header, types, file_type=chosen.file_type, metadata=metadata)
+    assert result.file_bytes == (tmp_path / "out.gguf").stat().st_size
+    assert result.tensors == len(header.tensors)
+
+
+def types_of(base: Path, kind: GgmlType) -> dict[str, GgmlType]:
+    return {name: kind for name, tensor in read_gguf_header(base).tensors.items() if len(tensor.shape) > 1}
+
+
+def test_takes_finished_bytes(make_gguf: MakeGguf, tmp_path: Path) -> None:
+    base, kind = make_gguf("small"), TYPES["Q8_0"]
+    weights = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)) * 0.05
+    plain = write_gguf(base, tmp_path / "plain.gguf", types_of(base, kind), file_type=7)
+    tensor = read_gguf_header(tmp_path / "plain.gguf").tensors["blk.1.attn_q.weight"]
+    raw = (tmp_path / "plain.gguf").read_bytes()[tensor.offset_bytes :][: tensor.size_bytes]
+    mine = np.frombuffer(raw, dtype=np.uint8).reshape(256, -1).copy()
+    mine[:, 5] += 1
+    ready = {"blk.1.attn_q.weight": lambda: mine}
+    result = write_gguf(base, tmp_path / "ours.gguf", types_of(base, kind), file_type=7, encoded=ready)
+    assert (tmp_path / "ours.gguf").read_bytes()[tensor.offset_bytes :][: tensor.size_bytes] == mine.tobytes()
+    assert result.errors["blk.1.attn_q.weight"] > plain.errors["blk.1.attn_q.weight"]
+    assert result.errors["blk.0.attn_q.weight"] == plain.errors["blk.0.attn_q.weight"]
+    # Bytes of another matrix are no rounding of this one.
+    other = {"blk.1.attn_q.weight": lambda: encode(weights, kind)}
+    with pytest.raises(VerificationError, match=r"blk\.1\.attn_q\.weight: at Q8_0 it decodes to something else"):
+        write_gguf(base, tmp_path / "bad.gguf", types_of(base, kind), file_type=7, encoded=other)
+    with pytest.raises(ShapeError, match="finished data"):
+        bad = {"blk.1.attn_q.weight": lambda: mine[:, :-34]}
+        write_gguf(base, tmp_path / "bad.gguf", types_of(base, kind), file_type=7, encoded=bad)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours.gguf", "plain.gguf", "small.gguf"]
+
+
+def test_errors_are_those_of_the_decoded_weights(make_gguf: MakeGguf, tmp_path: Path) -> None:
+    base = make_gguf("small")
+    result = write_gguf(base, tmp_path / "out.gguf", types_of(base, TYPES["Q4_0"]), file_type=2)
+    name = "blk.0.ffn_up.weight"
+    tensors = [(path, read_gguf_header(path).tensors[name]) for path in (base, tmp_path / "out.gguf")]
+    before, after = (
+        decode(
+            np.frombuffer(path.read_bytes(), dtype=np.uint8)[t.offset_bytes :][: t.size_bytes].reshape(256, -1), t.type
+        )
+        for path, t in tensors
+    )
+    expected = float(((after - before).double() ** 2).sum() / (before.double() ** 2).sum())
+    assert result.errors[name] == pytest.approx(expected, rel=1e-9)
+    assert result.quantized == len(result.errors) == 15
+    assert 4.5 <= result.bpw < 4.6
+
+
+def test_small_slabs_give_the_same_file(make_gguf: MakeGguf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = make_gguf("small-experts", dtype="F16")
+    types = types_of(base, TYPES["Q4_K"])
+    write_gguf(base, tmp_path / "a.gguf", types, file_type=15)
+    monkeypatch.setattr(writer, "_SLAB_WEIGHTS", 256 * 30)
+    monkeypatch.setattr(writer, "_COPIED_BYTES", 1000)
+    write_gguf(base, tmp_path / "b.gguf", types, file_type=15, threads=3)
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
+def test_metadata(make_gguf: MakeGguf, tmp_path: Path) -> None:
+    base = make_gguf("small")
+    extra: dict[str, Any] = {"general.name": "new", "x.b": True, "x.f": 0.5, "x.l": ["a", "é"], "x.u": 2**32 - 1}
+    write_gguf(base, tmp_path / "out.gguf", {}, file_type=3, metadata=extra)
+    before, after = read_gguf_header(base), read_gguf_header(tmp_path / "out.gguf")
+    assert {key: after.metadata[key] for key in extra} == extra
+    assert after.metadata["general.file_type"] == 3
+    assert after.metadata["general.quantization_version"] == 2
+    kept = [key for key in before.entries if key not in ("general.file_type", "general.name")]
+    assert list(after.entries)[: len(kept)] == kept
+    assert all(after.entries[key] == before.entries[key] for key in kept)
+    with pytest.raises(FormatError, match="cannot store -1"):
+        entry(-1)
+
+
+@pytest.mark.parametrize(
+    ("types", "error", "message"),
+    [
+        ({"nothing.weight": "Q8_0"}, ConfigError, "no tensor 'nothing.weight'"),
+        ({"blk.0.attn_q.weight": "Q4_K"}, ShapeError, "blocks of Q4_K"),
+        ({"blk.0.attn_q.weight": "IQ2_XS"}, ShapeError, "blocks of IQ2_XS"),
+    ],
+    ids=["unknown", "width", "width-iq"],
+)
+def test_refuses_types(
+    types: dict[str, str], error: type[Exception], message: str, make_gguf: MakeGguf, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        chosen = {name: TYPES[kind] for name, kind in types.items()}
+        write_gguf(make_gguf("narrow"), tmp_path / "out.gguf", chosen, file_type=0)
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_refuses_a_quantized_base(make_gguf: MakeGguf, tmp_path: Path) -> None:
+    base = make_gguf("small")
+    write_gguf(base, tmp_path / "a.gguf", types_of(base, TYPES["Q8_0"]), file_type=7)
+    with pytest.raises(FormatError, match="already quantized, got Q8_0"):
+        write_gguf(tmp_path / "a.gguf", tmp_path / "b.gguf", types_of(base, TYPES["Q4_0"]), file_type=2)
+    # But what stays as it is may be copied.
+    write_gguf(tmp_path / "a.gguf", tmp_path / "c.gguf", types_of(base, TYPES["Q8_0"]), file_type=7)
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "c.gguf").read_bytes()
+
+
+def test_refuses_importances_of_another_width(make_gguf: MakeGguf, tmp_path: Path) -> None:
+    base = make_gguf("small")
+    with pytest.raises(ShapeError, match="importances"):
+        write_gguf(
+            base,
+            tmp_path / "out.gguf",
+            {"blk.0.attn_q.weight": TYPES["Q8_0"]},
+            file_type=7,
+            importance=lambda _: torch.ones(255),
+        )
+
+
+def test_names_the_tensor_that_cannot_be_encoded(make_gguf: MakeGguf, tmp_path: Path) -> None:
+    base = make_gguf("small")
+    header = read_gguf_header(base)
+    with base.open("r+b") as file:
+        file.seek(header.tensors["blk.1.attn_v.weight"].offset_bytes)
+        file.write(np.array([np.nan], dtype=np.float32).tobytes())
+    with pytest.raises(NumericalError, match=r"blk\.1\.attn_v\.weight: encode to Q8_0"):
+        write_gguf(base, tmp_path / "out.gguf", types_of(base, TYPES["Q8_0"]), file_type=7)
+    with pytest.raises(ConfigError, match=r"blk\.0\.attn_q\.weight: .* no importances"):
+        write_gguf(base, tmp_path / "out.gguf", {"blk.0.attn_q.weight": TYPES["IQ2_XS"]}, file_type=7)
+    assert [path.name for path in tmp_path.iterdir()] == ["small.gguf"]
+
+
+def test_a_disk_that_changes_bytes_is_noticed(
+    make_gguf: MakeGguf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_gguf("small")
+    real = writer._verify
+
+    def spoil(path: Path, *rest: Any) -> Any:
+        with path.open("r+b") as file:
+            file.seek(-40, 2)
+            file.write(b"\xff")
+        return real(path, *rest)
+
+    monkeypatch.setattr(writer, "_verify", spoil)
+    with pytest.raises(VerificationError, match="reads back otherwise"):
+        write_gguf(base, tmp_path / "out.gguf", types_of(base, TYPES["Q8_0"]), file_type=7)
+    assert [path.name for path in tmp_path.iterdir()] == ["small.gguf"]
