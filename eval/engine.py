@@ -159,7 +159,8 @@ def _weights_of(base: GgufModel) -> str:
             "Convert the original with --outtype f32."
         )
     # Vectors are float32 in any base: it is the matrices that tell bases apart.
-    return Counter(kind.name for name, kind in types.items() if len(base.shape(name)) > 1).most_common(1)[0][0]
+    (kind, _), *_ = Counter(kind.name for name, kind in types.items() if len(base.shape(name)) > 1).most_common(1)
+    return {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[kind]
 
 
 def _check_sizes(first: EngineModel, second: EngineModel, vocab_size: int) -> None:
