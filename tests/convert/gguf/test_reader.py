@@ -2,8 +2,10 @@
 
 import json
 import pickle
+import random
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +189,11 @@ class TestRefusals:
             ({"general.architecture": "gpt2"}, UnsupportedModelError, "expected one of llama, qwen2, qwen3"),
             ({"llama.expert_count": 8}, UnsupportedModelError, "mixture of experts"),
             ({"llama.rope.dimension_count": 8}, UnsupportedModelError, "a part of each head"),
-            ({"llama.attention.head_count_kv": [2, 1]}, UnsupportedModelError, "blocks that differ"),
+            (
+                {"llama.attention.head_count_kv": [2, 1]},
+                UnsupportedModelError,
+                "a list for llama.attention.head_count_kv",
+            ),
             ({"llama.attention.sliding_window": 128}, UnsupportedModelError, "sliding-window"),
             ({"llama.rope.scaling.type": "longrope"}, UnsupportedModelError, "'longrope'"),
             ({"split.count": 2}, UnsupportedModelError, "gguf-split"),
@@ -220,6 +226,17 @@ class TestRefusals:
         with pytest.raises(FormatError, match=message):
             GgufModel.open(rewrite("gradient", tensors=tensors))
 
+    @pytest.mark.parametrize("name", ["llama", "llama3", "yarn"])
+    def test_any_byte_of_the_header_may_be_wrong(self, converted: Any, tmp_path: Path, name: str) -> None:
+        whole, path = converted[name].file.read_bytes(), tmp_path / "x.gguf"
+        size = GgufModel.open(converted[name].file).header.data_offset_bytes
+        rng = random.Random(0)
+        # Sampled over the tokens, which are most of it.
+        for position in (*range(1000), *rng.sample(range(1000, size), 300)):
+            path.write_bytes(whole[:position] + bytes([rng.randrange(256)]) + whole[position + 1 :])
+            with suppress(BpwiseError):  # anything else fails the test
+                GgufModel.open(path)
+
     def test_unknown_tensor(self, converted: Any) -> None:
         with pytest.raises(CheckpointError, match="'absent' is missing"):
             GgufModel.open(converted["llama"].file).tensor("absent")
@@ -238,7 +255,7 @@ class TestRefusals:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        with pytest.raises(FormatError, match=r"v\.weight is a vector of type Q8_0"):
+        with pytest.raises(FormatError, match=r"'v\.weight' is a vector of type Q8_0"):
             verify_gguf(tmp_path / "v.gguf")
 
 
