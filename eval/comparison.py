@@ -163,8 +163,8 @@ class Comparison:
     def floor_definition(self) -> str:
         """How the floor is defined, in words."""
         return (
-            f"mean KL divergence of the original in {self.dtype} on {self.device} by {self.engine} from the original "
-            f"in float64 on the CPU, over the first {self.floor_tokens} tokens of the first row"
+            f"mean KL divergence of the original in {self.dtype} on {self.device} from the original in float64 on the "
+            f"CPU, over the first {self.floor_tokens} tokens of the first row"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -408,7 +408,8 @@ def _check_vocabularies(original: TensorSource, quantized: TensorSource) -> None
     if got != expected:
         raise CheckpointError(
             f"{model_name(quantized)}: the vocabulary has {got} tokens, expected {expected} as in "
-            f"{model_name(original)}. Only models with the same vocabulary can be compared: name the original that was quantized."
+            f"{model_name(original)}. Only models with the same vocabulary can be compared: name the original that was "
+            "quantized."
         )
 
 

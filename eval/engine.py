@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..convert.checkpoint import TensorSource
 from ..convert.gguf.reader import GgufModel
@@ -38,6 +39,7 @@ from .passes import exact_logits
 __all__ = ["compare_in_engine", "evaluate_in_engine"]
 
 _FLOOR_TOKENS = 512
+"""Length of the text that the floor is measured on, as in ``comparison``."""
 
 _SAME_MODEL_NATS = 0.01
 """Largest floor of a base that is believed to be the original: float16 weights cost some 1e-5, 8-bit ones 1e-3."""
@@ -109,27 +111,19 @@ def compare_in_engine(
     floor_tokens = min(row_tokens, _FLOOR_TOKENS)
     exact = exact_logits(original, rows.tokens[:1, :floor_tokens], progress)
     threads = torch.get_num_threads()
-    parts: list[TokenStatistics] = []
-    floors: list[TokenStatistics] = []
     with (
         library.model(base.path, row_tokens=row_tokens, threads=threads) as first,
         library.model(quantized.path, row_tokens=row_tokens, threads=threads) as second,
     ):
         _check_sizes(first, second, vocab_size_of(original))
-        for row in progress(range(count), "evaluate: llama.cpp"):
-            position = 0
-            tokens = rows.tokens[row]
-            for ours, theirs in zip(first.logits(tokens), second.logits(tokens), strict=True):
-                targets = tokens[position + 1 : position + 1 + len(ours)]  # one fewer at the end of the row
-                if len(targets):
-                    parts.append(token_statistics(ours[: len(targets)], theirs[: len(targets)], targets))
-                reference = exact[position : position + len(ours)] if row == 0 else exact[:0]
-                if len(reference):
-                    known = len(reference)
-                    floors.append(token_statistics(reference, ours[:known], targets[:known]))
-                position += len(ours)
-            if row == 0:
-                floor_nats = _floor_of(floors, base, original)
+        floor_nats = _floor_nats(first, exact, rows.tokens[0])
+        if floor_nats > _SAME_MODEL_NATS:
+            raise CheckpointError(
+                f"{base.path}: run by llama.cpp it is {floor_nats:.3g} nats per token away from "
+                f"{model_name(original)}, expected less than {_SAME_MODEL_NATS}: it is no conversion of that model, or "
+                "lost something of it (rope scaling). Convert the original again."
+            )
+        parts = [_row(first, second, rows.tokens[row]) for row in progress(range(count), "evaluate: llama.cpp")]
     parameters = sum(math.prod(original.shape(name)) for name in original.names)
     return Comparison(
         original=summarize_model(original, parameters),
@@ -159,7 +153,8 @@ def _weights_of(base: GgufModel) -> str:
             "Convert the original with --outtype f32."
         )
     # Vectors are float32 in any base: it is the matrices that tell bases apart.
-    return Counter(kind.name for name, kind in types.items() if len(base.shape(name)) > 1).most_common(1)[0][0]
+    (kind, _), *_ = Counter(kind.name for name, kind in types.items() if len(base.shape(name)) > 1).most_common(1)
+    return {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[kind]
 
 
 def _check_sizes(first: EngineModel, second: EngineModel, vocab_size: int) -> None:
@@ -171,12 +166,16 @@ def _check_sizes(first: EngineModel, second: EngineModel, vocab_size: int) -> No
             )
 
 
-def _floor_of(floors: list[TokenStatistics], base: GgufModel, original: TensorSource) -> float:
-    floor = float(TokenStatistics.joined(floors).kl_nats.double().mean())
-    if floor > _SAME_MODEL_NATS:
-        raise CheckpointError(
-            f"{base.path}: run by llama.cpp it is {floor:.3g} nats per token away from {model_name(original)}, "
-            f"expected less than {_SAME_MODEL_NATS}: it is no conversion of that model, or lost something of it "
-            "(rope scaling). Convert the original again."
-        )
-    return floor
+def _row(first: EngineModel, second: EngineModel, tokens: Tensor) -> TokenStatistics:
+    parts, position = [], 0
+    for ours, theirs in zip(first.logits(tokens), second.logits(tokens), strict=True):
+        targets = tokens[position + 1 : position + 1 + len(ours)]  # one fewer at the end of the row, so maybe none
+        if len(targets):
+            parts.append(token_statistics(ours[: len(targets)], theirs[: len(targets)], targets))
+        position += len(ours)
+    return TokenStatistics.joined(parts)
+
+
+def _floor_nats(base: EngineModel, exact: Tensor, tokens: Tensor) -> float:
+    got = torch.cat(list(base.logits(tokens[: len(exact)])))
+    return float(token_statistics(exact, got, tokens[1 : len(exact) + 1]).kl_nats.double().mean())

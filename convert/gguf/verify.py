@@ -56,8 +56,8 @@ def verify_gguf(path: Path) -> GgufVerification:
     for tensor in header.tensors.values():
         if len(tensor.shape) == 1 and tensor.type.quantized:
             raise FormatError(
-                f"{path}: {tensor.name} is a vector of type {tensor.type.name}, expected F32: llama.cpp computes with "
-                "such vectors directly. Quantize again."
+                f"{path}: {tensor.name!r} is a vector of type {tensor.type.name}, expected F32: llama.cpp computes "
+                "with such vectors directly. Quantize again."
             )
         read_values(header.path, tensor)
         counts[tensor.type.name] = counts.get(tensor.type.name, 0) + 1
