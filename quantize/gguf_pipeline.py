@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -54,6 +54,8 @@ class GgufConfig:
         bpw: Bits per weight over all tensors of the file; met from below, never exceeded.
         max_bytes: Largest size of the whole file; exactly one of the two is given.
         overrides: Types that tensors must have.
+        feedback: Whether linears are rounded with error feedback, block after block on what the quantized blocks before
+            give them; otherwise by ggml alone, as llama-quantize does, in seconds. The plan is the same.
         llama_cpp: A llama.cpp checkout, or a directory with its converter; None for the usual place.
         measure: Options of the measuring stage; its calibration rows and device serve rounding too.
         evaluate: Options of the evaluation, or None to leave it out.
@@ -62,6 +64,7 @@ class GgufConfig:
     bpw: float | None = None
     max_bytes: int | None = None
     overrides: tuple[Override, ...] = ()
+    feedback: bool = True
     llama_cpp: Path | None = None
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     evaluate: EvalConfig | None = field(default_factory=EvalConfig)
@@ -114,10 +117,11 @@ class GgufResult:
         plan = self.plan
         shares = ", ".join(f"{name} {share:.1%}" for name, share in plan.weights_per_type().items())
         lines = [
-            f"size        {self.file_bytes / 2**20:.1f} MiB, {self.file_bytes / self.original_bytes:.1%} of the original;"
-            f" {plan.bpw:.4f} bpw over all tensors",
+            f"size        {self.file_bytes / 2**20:.1f} MiB, {self.file_bytes / self.original_bytes:.1%} of the"
+            f" original; {plan.bpw:.4f} bpw over all tensors",
             f"types       {shares}",
-            f"predicted   {plan.damage_nats:.6f} nats/token, at most {100 * plan.gap:.3f} % above the best possible",
+            f"predicted   {plan.damage_nats:.6f} nats/token with feedback, at most {100 * plan.gap:.3f} % above the"
+            " best possible",
             *([] if self.comparison is None else summary_lines(self.comparison)),
             *(f"warning     {warning}" for warning in self.warnings),
         ]
@@ -208,7 +212,7 @@ def convert_to_mixture(
         verification = write_gguf(
             made,
             output,
-            mixture_types(chosen, header, importance=matrix is not None),
+            mixture_types(chosen, header, importance=None if matrix is None else matrix.sums.keys()),
             file_type=chosen.file_type,
             importance=None if matrix is None else matrix.mean_squares,
             metadata=notes,
@@ -265,11 +269,23 @@ def _quantize(
     verification = None
     drift: list[Drift] = []
     if not output.exists():
-        with clock.stage("round"):
-            rounded = round_types(checkpoint, measured, plan, work, device=config.measure.device, progress=progress)
-            drift = rounded.drift()
+        encoded: dict[str, Callable[[], Bytes]] = {}
+        if config.feedback:
+            with clock.stage("round"):
+                rounded = round_types(checkpoint, measured, plan, work, device=config.measure.device, progress=progress)
+                encoded, drift = _in_file_order(rounded, base), rounded.drift()
         with clock.stage("write and verify"):
-            verification = _write(base, header, rounded, output, plan, {_RUN_KEY: run, "bpwise.version": __version__})
+            types = {_gguf_name(name): kind for name, kind in plan.kinds.items()}
+            verification = write_gguf(
+                base,
+                output,
+                types,
+                file_type=dominant_file_type(types, header),
+                encoded=encoded,
+                importance=importance_of(measured).mean_squares,
+                metadata={_RUN_KEY: run, "bpwise.version": __version__},
+                threads=cores(),
+            )
     elif read_gguf_header(output).metadata.get(_RUN_KEY) != run:
         raise WorkDirectoryError(
             f"{output}: exists already and is not the output of this run. Choose another name or delete it."
@@ -327,36 +343,29 @@ def _planned(measurement: Measurement, header: GgufHeader, config: GgufConfig) -
 def _identity(checkpoint: Checkpoint, rows: CalibrationSet, plan: TypePlan, config: GgufConfig) -> str:
     # What the written bytes depend on.
     types = [(tensor.name, tensor.type) for tensor in plan.tensors]
-    parts = [__version__, checkpoint.fingerprint, rows.fingerprint, plan.measurement, types, str(config.llama_cpp)]
+    parts = [
+        __version__,
+        checkpoint.fingerprint,
+        rows.fingerprint,
+        plan.measurement,
+        types,
+        config.feedback,
+        str(config.llama_cpp),
+    ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def _write(
-    base: Path,
-    header: GgufHeader,
-    rounded: RoundedTypes,
-    output: Path,
-    plan: TypePlan,
-    metadata: Mapping[str, str],
-) -> GgufVerification:
+def _in_file_order(rounded: RoundedTypes, base: Path) -> dict[str, Callable[[], Bytes]]:
+    # What makes each tensor's bytes, by its name in the file, with the file's order of rows.
     model = GgufModel.open(base)
-    architecture = architecture_of(header.metadata["general.architecture"])
+    architecture = architecture_of(model.header.metadata["general.architecture"])
 
-    def in_file_order(name: str) -> Bytes:
+    def data(name: str) -> Bytes:
         order = row_order(f"{name}.weight", architecture, model.config)
-        data = rounded.data(name)
-        return data if order is None else data[order.numpy()]
+        rows = rounded.data(name)
+        return rows if order is None else rows[order.numpy()]
 
-    types = {_gguf_name(name): kind for name, kind in plan.kinds.items()}
-    return write_gguf(
-        base,
-        output,
-        types,
-        file_type=dominant_file_type(types, header),
-        encoded={_gguf_name(name): partial(in_file_order, name) for name in rounded.names},
-        metadata=metadata,
-        threads=cores(),
-    )
+    return {_gguf_name(name): partial(data, name) for name in rounded.names}
 
 
 def _gguf_name(module: str) -> str:

@@ -1,0 +1,206 @@
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bpwise.cli import cli
+from bpwise.convert.checkpoint import Checkpoint
+from bpwise.convert.gguf.header import read_gguf_header
+from bpwise.convert.gguf.imatrix import read_imatrix
+from bpwise.convert.gguf.reader import GgufModel
+from bpwise.errors import BudgetError, ConfigError, WorkDirectoryError
+from bpwise.eval.comparison import EvalConfig, compare_models
+from bpwise.measure.calibration import CalibrationSet
+from bpwise.measure.measurement import Measurement
+from bpwise.quantize.gguf_pipeline import GgufConfig, GgufResult, convert_to_mixture, importance_of, quantize_to_gguf
+from bpwise.quantize.type_plan import Override
+from click.testing import CliRunner
+
+pytest.importorskip("libggml", reason="ggml's library is not installed: pip install 'bpwise[gguf]'")
+pytest.importorskip("gguf", reason="the gguf package is not installed: pip install 'bpwise[gguf]'")
+
+FAMILIES = ["llama3", "mistral", "qwen2", "qwen3"]
+
+
+def rows(count: int = 12) -> CalibrationSet:
+    ids = torch.randint(0, 320, (count, 32), generator=torch.Generator().manual_seed(1))
+    return CalibrationSet(tokens=ids, origins=("random",) * count, description="random ids", adds_bos=False)
+
+
+def quantize(directory: Path, output: Path, **settings: Any) -> GgufResult:
+    given = {key: settings.pop(key) for key in ("measurement", "work") if key in settings}
+    if "max_bytes" not in settings:
+        settings.setdefault("bpw", 5.5)
+    config = GgufConfig(**{"evaluate": None, **settings})
+    return quantize_to_gguf(directory, output, config, calibration=None if "measurement" in given else rows(), **given)
+
+
+def kl(directory: Path, file: Path) -> float:
+    found = compare_models(Checkpoint.open(directory), GgufModel.open(file), rows(4), EvalConfig(device="cpu"))
+    return found.summary.kl_nats.value
+
+
+@pytest.fixture(scope="module")
+def made(converted: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, GgufResult]:
+    folder = tmp_path_factory.mktemp("made")
+    return {name: quantize(converted[name].directory, folder / f"{name}.gguf") for name in FAMILIES}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_file_is_what_was_planned(name: str, made: dict[str, GgufResult], converted: Any) -> None:
+    result = made[name]
+    model = GgufModel.open(result.output)
+    assert {f"{tensor.name}.weight": tensor.type for tensor in result.plan.tensors} == {
+        full: model.stored(full).type.name for full in model.names if model.stored(full).type.quantized
+    }
+    assert 5.4 < result.plan.bpw <= 5.5
+    factors = 0 if name != "llama3" else model.header.tensors["rope_freqs.weight"].size_bytes  # of the file, no weights
+    assert sum(tensor.size_bytes for tensor in model.header.tensors.values()) == result.plan.stored_bytes + factors
+    assert not (result.output.with_name(f"{name}.gguf.work") / "base.gguf").exists()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_costs_about_what_was_predicted_and_less_than_llama_quantize(
+    name: str, made: dict[str, GgufResult], converted: Any, tmp_path: Path
+) -> None:
+    directory = converted[name].directory
+    ours = kl(directory, made[name].output)
+    convert_to_mixture(directory, tmp_path / "theirs.gguf", "Q5_0")  # 5.5 bits and more, and none of it measured
+    assert (tmp_path / "theirs.gguf").stat().st_size >= made[name].file_bytes - 4096
+    assert ours < 0.9 * kl(directory, tmp_path / "theirs.gguf")
+    assert 0.3 < made[name].plan.damage_nats / ours < 3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_llama_cpp_loads_it_and_sees_the_same_weights(name: str, made: dict[str, GgufResult], converted: Any) -> None:
+    pytest.importorskip("xllamacpp", reason="the engine is not installed: pip install 'bpwise[gguf]'")
+    from bpwise.eval.engine import compare_in_engine
+    from bpwise.eval.llamacpp import load_library
+
+    source, base = Checkpoint.open(converted[name].directory), GgufModel.open(converted[name].file)
+    file = GgufModel.open(made[name].output)
+    engine = compare_in_engine(source, base, file, rows(4), load_library()).summary.kl_nats.value
+    # llama.cpp rounds activations to 8 bits as well, which adds to it; rows in a wrong order would make it nats.
+    assert engine == pytest.approx(kl(converted[name].directory, made[name].output), rel=0.5)
+
+
+def test_the_same_run_again_changes_nothing(made: dict[str, GgufResult], converted: Any) -> None:
+    output = made["mistral"].output
+    before = output.stat()
+    again = quantize(converted["mistral"].directory, output)
+    assert again.verification is None
+    assert output.stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_refuses_what_is_in_the_way(made: dict[str, GgufResult], converted: Any, tmp_path: Path) -> None:
+    output = tmp_path / "x.gguf"
+    shutil.copyfile(converted["mistral"].file, output)
+    with pytest.raises(WorkDirectoryError, match="not the output of this run"):
+        quantize(converted["mistral"].directory, output)
+    shutil.copyfile(made["mistral"].output, output)
+    with pytest.raises(WorkDirectoryError, match="not the output of this run"):
+        quantize(converted["mistral"].directory, output, bpw=6.0, measurement=made["mistral"].measurement)
+    with pytest.raises(WorkDirectoryError, match="exists already"):
+        convert_to_mixture(converted["mistral"].directory, output, "Q8_0")
+
+
+def test_a_largest_size_holds_for_the_whole_file(made: dict[str, GgufResult], converted: Any, tmp_path: Path) -> None:
+    name, size = "qwen3", made["qwen3"].file_bytes + 20_000
+    result = quantize(
+        converted[name].directory, tmp_path / "x.gguf", max_bytes=size, measurement=made[name].measurement
+    )
+    assert size - 12_000 < result.file_bytes == (tmp_path / "x.gguf").stat().st_size <= size
+    with pytest.raises(BudgetError):
+        quantize(converted[name].directory, tmp_path / "y.gguf", max_bytes=9_000, measurement=made[name].measurement)
+    assert not (tmp_path / "y.gguf").exists()
+
+
+def test_without_feedback_ggml_rounds_alone(made: dict[str, GgufResult], converted: Any, tmp_path: Path) -> None:
+    name = "mistral"
+    directory, measurement = converted[name].directory, made[name].measurement
+    result = quantize(directory, tmp_path / "x.gguf", measurement=measurement, feedback=False)
+    assert result.plan == made[name].plan
+    assert result.drift == ()
+    assert kl(directory, made[name].output) < 0.8 * kl(directory, result.output)
+
+
+def test_overrides_and_report(made: dict[str, GgufResult], converted: Any, tmp_path: Path) -> None:
+    name = "mistral"
+    result = quantize(
+        converted[name].directory,
+        tmp_path / "x.gguf",
+        bpw=6.5,
+        measurement=made[name].measurement,
+        overrides=(Override.parse("blk.0.attn_v=F16"),),
+    )
+    assert read_gguf_header(result.output).tensors["blk.0.attn_v.weight"].type.name == "F16"
+    lines = "\n".join(result.summary_lines())
+    assert "bpw over all tensors" in lines
+    assert "predicted" in lines
+
+
+def test_importances_are_those_of_the_measurement(made: dict[str, GgufResult]) -> None:
+    measured = Measurement.load(made["llama3"].measurement)
+    matrix = importance_of(measured)
+    power = matrix.mean_squares("blk.1.ffn_down.weight")
+    assert power is not None
+    linear = next(x for x in measured.linears if x.name == "model.layers.1.mlp.down_proj")
+    assert np.allclose(power.numpy(), linear.input_power, rtol=1e-6)
+    assert "output.weight" not in matrix.sums  # tied
+    assert len(matrix.sums) == 2 * 7 + 1
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"bpw": 4.5, "max_bytes": 1 << 20}, {"bpw": 0.5}], ids=["no-target", "two", "too-small"]
+)
+def test_refuses_other_targets(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        GgufConfig(**settings)
+
+
+class TestCommandLine:
+    def test_a_mixture(self, converted: Any, tmp_path: Path) -> None:
+        command = [
+            "quantize",
+            str(converted["qwen2"].directory),
+            str(tmp_path / "x.gguf"),
+            "--type",
+            "q8_0",
+            "--no-eval",
+        ]
+        run = CliRunner().invoke(cli, command, catch_exceptions=False)
+        assert run.exit_code == 0, run.output
+        assert "bpw over all tensors" in run.output
+        assert read_gguf_header(tmp_path / "x.gguf").metadata["general.file_type"] == 7
+        assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
+
+    def test_plan_and_imatrix(self, made: dict[str, GgufResult], tmp_path: Path) -> None:
+        measurement = str(made["mistral"].measurement)
+        command = ["plan", measurement, "--format", "gguf", "-b", "6", "-o", str(tmp_path / "p.json")]
+        run = CliRunner().invoke(cli, command, catch_exceptions=False)
+        assert run.exit_code == 0, run.output
+        assert "model.layers.1.mlp.down_proj" in run.output
+        for name in ("i.gguf", "i.dat"):
+            run = CliRunner().invoke(cli, ["imatrix", measurement, "-o", str(tmp_path / name)], catch_exceptions=False)
+            assert run.exit_code == 0, run.output
+        new, old = (read_imatrix(tmp_path / name) for name in ("i.gguf", "i.dat"))
+        assert new.sums.keys() == old.sums.keys()
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            ["x.gguf"],
+            ["x.gguf", "--bpw", "4", "--type", "Q8_0"],
+            ["x.gguf", "--bpw", "4", "--head-bits", "8"],
+            ["x.gguf", "--bpw", "4", "--imatrix", __file__],
+            ["x.gguf", "--type", "Q8_0", "--override", "*=Q8_0"],
+            ["x", "--bpw", "4", "--type", "Q8_0"],
+            ["x", "--bpw", "4", "--no-feedback"],
+            ["x"],
+            ["x.gguf", "--max-size", "much"],
+        ],
+    )
+    def test_refuses_options_that_do_not_go_together(self, options: list[str]) -> None:
+        assert CliRunner().invoke(cli, ["quantize", "no-model", *options]).exit_code == 2
