@@ -26,6 +26,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 _EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _DIRECTORY = click.Path(file_okay=False, path_type=Path)
 _EXISTING_DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
+_EXISTING_PATH = click.Path(exists=True, path_type=Path)
 _HEAD_BITS_OPTION = click.option(
     "-hb",
     "--head-bits",
@@ -256,11 +257,14 @@ def plan(measurement: Path, bpw: float, head_bits: str, output: Path | None) -> 
 
 
 @cli.command()
-@click.argument("model", type=_EXISTING_DIRECTORY)
+@click.argument("model", type=_EXISTING_PATH)
 def verify(model: Path) -> None:
-    """Read every tensor of the EXL2 directory MODEL back and compare it with what was meant."""
+    """Read every tensor of MODEL (an EXL2 directory or a GGUF file) back and compare it with what was meant."""
     from .convert.exl2.verify import verify_model
 
+    if model.is_file():
+        _verify_gguf(model)
+        return
     found = verify_model(model)
     click.echo(
         f"{model}: {found.linears} quantized linears and {found.tensors} other tensors "
@@ -269,9 +273,20 @@ def verify(model: Path) -> None:
     click.echo(f"decoder {found.decoder_bpw:.4f} bpw, head {found.head_bpw:.4f} bpw, {found.file_bytes / _MIB:.1f} MiB")
 
 
+def _verify_gguf(model: Path) -> None:
+    from .convert.gguf.verify import verify_gguf
+
+    found = verify_gguf(model)
+    types = ", ".join(f"{count} {name}" for name, count in found.tensors_by_type.items())
+    click.echo(f"{model}: {sum(found.tensors_by_type.values())} tensors decode to finite values ({types}).")
+    if not found.known_architecture:
+        click.echo(f"architecture {found.architecture!r} is not known: names and shapes were not checked", err=True)
+    click.echo(f"{found.bpw:.4f} bpw over all tensors, {found.file_bytes / _MIB:.1f} MiB")
+
+
 @cli.command(name="eval")
 @click.argument("original")
-@click.argument("quantized", type=_EXISTING_DIRECTORY)
+@click.argument("quantized", type=_EXISTING_PATH)
 @click.option("--text", help="Text to evaluate on: file, directory or Hub data set.  [default: Python's own text]")
 @click.option("--column", help="Column of the data set that holds the text.")
 @click.option("-r", "--rows", type=click.IntRange(1), default=16, help="Rows, each a window of its own.")
@@ -279,15 +294,52 @@ def verify(model: Path) -> None:
 @click.option("--seed", type=int, default=0, help="Chooses the places that rows of Python's own text are taken from.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", help="Arithmetic.")
 @click.option("--device", default="auto", help="cpu, cuda, cuda:N, mps or auto.")
-@click.option("-o", "--output", type=_DIRECTORY, help="Where report.json and report.md go.  [default: QUANTIZED]")
-def evaluate(original: str, quantized: Path, output: Path | None, **options: Any) -> None:
-    """Compare QUANTIZED with ORIGINAL: perplexity, KL divergence, top-1 agreement."""
+@click.option(
+    "--engine",
+    type=click.Choice(["transformers", "llama.cpp"]),
+    default="transformers",
+    help="What runs both models; llama.cpp: a GGUF file and --base, on the CPU, whatever --dtype and --device.",
+)
+@click.option("--base", type=_EXISTING_FILE, help="ORIGINAL as an unquantized GGUF file, for --engine llama.cpp.")
+@click.option(
+    "--llama-cpp", type=_EXISTING_DIRECTORY, help="A built llama.cpp to run.  [default: the one in xllamacpp's wheel]"
+)
+@click.option(
+    "-o", "--output", type=_DIRECTORY, help="Where report.json and report.md go.  [default: in, or beside, QUANTIZED]"
+)
+def evaluate(
+    original: str,
+    quantized: Path,
+    output: Path | None,
+    engine: str,
+    base: Path | None,
+    llama_cpp: Path | None,
+    **options: Any,
+) -> None:
+    """Compare QUANTIZED (a directory or a GGUF file) with ORIGINAL: perplexity, KL divergence, top-1 agreement.
+
+    Reports of a GGUF file MODEL.gguf are named MODEL.report.json and MODEL.report.md, of another engine
+    MODEL.llama.cpp.report.json and so on.
+    """
     from .eval.comparison import EvalConfig
     from .eval.comparison import evaluate as compare
     from .eval.report import summary_lines, write_report
 
-    comparison = compare(original, quantized, EvalConfig(**options), _progress_bar)
-    write_report(comparison, output or quantized)
+    config = EvalConfig(**options)
+    prefix = f"{quantized.stem}." if quantized.is_file() else ""
+    if engine == "llama.cpp":
+        from .eval.engine import evaluate_in_engine
+
+        if base is None:
+            raise click.UsageError("--engine llama.cpp needs --base: the original as an unquantized GGUF file.")
+        comparison = evaluate_in_engine(original, quantized, config, _progress_bar, base=base, llama_cpp=llama_cpp)
+        prefix += "llama.cpp."
+    elif base or llama_cpp:
+        raise click.UsageError("--base and --llama-cpp belong to --engine llama.cpp.")
+    else:
+        comparison = compare(original, quantized, config, _progress_bar)
+    folder = output or (quantized.parent if quantized.is_file() else quantized)
+    write_report(comparison, folder, prefix=prefix)
     for line in summary_lines(comparison):
         click.echo(line)
 
@@ -295,7 +347,7 @@ def evaluate(original: str, quantized: Path, output: Path | None, **options: Any
 @cli.command()
 @click.argument("path", type=click.Path(exists=True, path_type=Path))
 def inspect(path: Path) -> None:
-    """Show what is in PATH: an EXL2 or checkpoint directory, a measurement, a calibration set or a plan."""
+    """Show what is in PATH: an EXL2 or checkpoint directory, a GGUF file, a measurement, calibration set or plan."""
     from .quantize.inspect import inspect_path
 
     found = inspect_path(path)
@@ -308,11 +360,25 @@ def inspect(path: Path) -> None:
 
 
 @cli.command()
-@click.argument("model", type=_EXISTING_DIRECTORY)
+@click.argument("model", type=_EXISTING_PATH)
 @click.argument("output", type=_DIRECTORY)
-def dequantize(model: Path, output: Path) -> None:
-    """Turn the EXL2 directory MODEL back into a plain float16 checkpoint OUTPUT that Transformers loads anywhere."""
-    from .convert.exl2.dense import dequantize_model
+@click.option(
+    "--original", type=_EXISTING_DIRECTORY, help="Where to copy the tokenizer from: a GGUF file cannot give it back."
+)
+def dequantize(model: Path, output: Path, original: Path | None) -> None:
+    """Turn MODEL (an EXL2 directory or a GGUF file) back into a plain float16 checkpoint OUTPUT.
 
-    dequantize_model(model, output)
+    Transformers loads it anywhere.
+    """
+    from .convert.exl2.dense import dequantize_model
+    from .convert.gguf.dense import dequantize_gguf
+
+    if model.is_file():
+        dequantize_gguf(model, output, original=original)
+        if original is None:
+            click.echo("no tokenizer was written: name the original model's directory with --original", err=True)
+    elif original is not None:
+        raise click.UsageError("--original is for GGUF files; an EXL2 directory has its tokenizer.")
+    else:
+        dequantize_model(model, output)
     click.echo(f"dense float16 checkpoint -> {output}")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..convert.checkpoint import Checkpoint, TensorSource, resolve_model
 from ..convert.exl2.reader import Exl2Model, is_exl2
+from ..convert.gguf.reader import GgufModel
 from ..errors import CalibrationError, CheckpointError, ConfigError
 from ..measure.calibration import CalibrationConfig, CalibrationSet, build_calibration
 from ..measure.run import resolve_device
@@ -28,13 +29,18 @@ __all__ = [
     "EvalConfig",
     "ModelSummary",
     "OriginalRun",
+    "check_rows",
     "compare_models",
     "compare_with",
     "evaluate",
     "evaluate_each",
     "evaluation_rows",
+    "model_name",
     "open_any",
+    "open_pair",
     "run_original",
+    "summarize_model",
+    "vocab_size_of",
 ]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -94,7 +100,7 @@ class ModelSummary:
     Attributes:
         name: Name of its directory, or its Hub id.
         fingerprint: Tells models apart.
-        stored_bytes: Size of its weights on disk; None if they are not on disk.
+        stored_bytes: Size of its weights on disk, of a GGUF file all of it; None if they are not on disk.
         bits_per_parameter: Those bytes in bits over the parameters *of the original*, embeddings and all overheads
             included; None if they are not on disk.
     """
@@ -124,6 +130,7 @@ class Comparison:
         dtype: What both models ran in.
         device: What they ran on.
         seconds: Wall time, both models and the floor.
+        engine: What ran both models.
     """
 
     original: ModelSummary
@@ -140,6 +147,7 @@ class Comparison:
     dtype: str
     device: str
     seconds: float
+    engine: str = "Transformers"
 
     @property
     def predicted_tokens(self) -> int:
@@ -191,17 +199,38 @@ class OriginalRun:
 
 
 def open_any(model: str | Path) -> TensorSource:
-    """Open an EXL2 model or an unquantized checkpoint.
+    """Open an EXL2 model, a GGUF file or an unquantized checkpoint.
 
     Args:
-        model: A local directory (``Path`` or ``str``) or a Hugging Face Hub id (``str`` only).
+        model: A local directory or GGUF file (``Path`` or ``str``) or a Hugging Face Hub id (``str`` only).
 
     Raises:
         CheckpointError: It cannot be found, or its files are missing, unsafe or inconsistent.
-        FormatError: It is an EXL2 model that breaks the format's rules.
+        FormatError: It is an EXL2 or GGUF model that breaks the format's rules.
+        UnsupportedModelError: It is a GGUF file of an architecture that is unknown.
     """
+    if Path(model).is_file():
+        return GgufModel.open(Path(model))
     directory = resolve_model(model) if isinstance(model, str) else model
     return Exl2Model.open(directory) if is_exl2(directory) else Checkpoint.open(directory)
+
+
+def open_pair(original: str | Path, quantized: Sequence[str | Path]) -> tuple[TensorSource, list[TensorSource]]:
+    """Open an original and what was made of it, and check that they can be compared.
+
+    Args:
+        original: Directory or Hub id of the original.
+        quantized: Directories, GGUF files or Hub ids of the quantized models.
+
+    Raises:
+        BpwiseError: As ``open_any``.
+        CheckpointError: The vocabularies differ in size.
+    """
+    source = open_any(original)
+    others = [open_any(model) for model in quantized]
+    for other in others:
+        _check_vocabularies(source, other)
+    return source, others
 
 
 def evaluation_rows(tokenizer: Tokenizer, config: EvalConfig, *, vocab_size: int) -> CalibrationSet:
@@ -254,11 +283,8 @@ def evaluate_each(
     Raises:
         BpwiseError: As ``open_any``, ``evaluation_rows`` and ``compare_models``.
     """
-    source = open_any(original)
-    others = [open_any(model) for model in quantized]
-    for other in others:
-        _check_vocabularies(source, other)
-    rows = evaluation_rows(load_tokenizer(source.directory), config, vocab_size=_vocab_size(source))
+    source, others = open_pair(original, quantized)
+    rows = evaluation_rows(load_tokenizer(source.directory), config, vocab_size=vocab_size_of(source))
     run = run_original(source, rows, config, progress)
     for other in others:
         yield compare_with(run, other, progress)
@@ -311,7 +337,7 @@ def run_original(
         BpwiseError: As ``compare_models``.
     """
     start = time.monotonic()
-    _check_rows(original, rows)
+    check_rows(original, rows)
     model = StreamedModel(original, device=resolve_device(config.device), dtype=_DTYPES[config.dtype])
     hidden = last_hidden(model, rows.tokens, "original model", progress)
     floor_tokens = min(rows.tokens.shape[1], _FLOOR_TOKENS)
@@ -341,15 +367,15 @@ def compare_with(run: OriginalRun, quantized: TensorSource, progress: Progress =
     """
     start = time.monotonic()
     _check_vocabularies(run.source, quantized)
-    _check_rows(quantized, run.rows)
+    check_rows(quantized, run.rows)
     model = StreamedModel(quantized, device=run.model.device, dtype=run.model.dtype)
     hidden = last_hidden(model, run.rows.tokens, "quantized model", progress)
     statistics = paired_statistics(run.model, model, run.hidden, hidden, run.rows.tokens, progress)
     rows, row_tokens = run.rows.tokens.shape
     parameters = sum(math.prod(run.source.shape(name)) for name in run.source.names)
     return Comparison(
-        original=_summary_of(run.source, parameters),
-        quantized=_summary_of(quantized, parameters),
+        original=summarize_model(run.source, parameters),
+        quantized=summarize_model(quantized, parameters),
         summary=statistics.summary(rows),
         floor_nats=run.floor_nats,
         floor_tokens=run.floor_tokens,
@@ -365,7 +391,12 @@ def compare_with(run: OriginalRun, quantized: TensorSource, progress: Progress =
     )
 
 
-def _vocab_size(source: TensorSource) -> int:
+def vocab_size_of(source: TensorSource) -> int:
+    """Return the number of rows of a model's token embedding.
+
+    Raises:
+        CheckpointError: config.json does not say.
+    """
     size = source.config.get("vocab_size")
     if not isinstance(size, int):
         raise CheckpointError(f"{source.directory}: vocab_size in config.json is {size!r}, expected a number.")
@@ -373,16 +404,23 @@ def _vocab_size(source: TensorSource) -> int:
 
 
 def _check_vocabularies(original: TensorSource, quantized: TensorSource) -> None:
-    got, expected = _vocab_size(quantized), _vocab_size(original)
+    got, expected = vocab_size_of(quantized), vocab_size_of(original)
     if got != expected:
         raise CheckpointError(
-            f"{quantized.directory}: the vocabulary has {got} tokens, expected {expected} as in {original.directory}. "
-            "Only models with the same vocabulary can be compared: name the original that was quantized."
+            f"{model_name(quantized)}: the vocabulary has {got} tokens, expected {expected} as in "
+            f"{model_name(original)}. Only models with the same vocabulary can be compared: name the original that was "
+            "quantized."
         )
 
 
-def _check_rows(source: TensorSource, rows: CalibrationSet) -> None:
-    largest, vocab_size = int(rows.tokens.max()), _vocab_size(source)
+def check_rows(source: TensorSource, rows: CalibrationSet) -> None:
+    """Check that a model can be run on rows.
+
+    Raises:
+        CalibrationError: A token id is outside the vocabulary.
+        ConfigError: Rows have one token only or are longer than the model's context.
+    """
+    largest, vocab_size = int(rows.tokens.max()), vocab_size_of(source)
     if largest >= vocab_size:
         raise CalibrationError(
             f"evaluation text: got token id {largest}, expected ids below the vocabulary size {vocab_size}. "
@@ -393,28 +431,37 @@ def _check_rows(source: TensorSource, rows: CalibrationSet) -> None:
         raise ConfigError("evaluation text: rows of 1 token, expected at least 2: the first is never predicted.")
     if isinstance(context, int) and row_tokens > context:
         raise ConfigError(
-            f"evaluation text: rows of {row_tokens} tokens, but {source.directory} has positions for {context}. "
+            f"evaluation text: rows of {row_tokens} tokens, but {model_name(source)} has positions for {context}. "
             "Lower row_tokens."
         )
 
 
-def _summary_of(source: TensorSource, parameters: int) -> ModelSummary:
+def summarize_model(source: TensorSource, parameters: int) -> ModelSummary:
+    """Return what a report says of a model.
+
+    Args:
+        source: The model.
+        parameters: Number of parameters of the original.
+    """
     stored_bytes: int | None = None
-    if isinstance(source, Exl2Model):
+    if isinstance(source, (Exl2Model, GgufModel)):
         stored_bytes = source.file_bytes
     elif isinstance(source, Checkpoint):
         stored_bytes = source.total_bytes
     return ModelSummary(
-        name=_model_name(source.directory),
+        name=model_name(source),
         fingerprint=source.fingerprint,
         stored_bytes=stored_bytes,
         bits_per_parameter=None if stored_bytes is None else stored_bytes * 8 / parameters,
     )
 
 
-def _model_name(directory: Path) -> str:
+def model_name(source: TensorSource) -> str:
+    """Return the name of a model's file or directory, or its Hub id."""
+    if isinstance(source, GgufModel):
+        return source.path.name
     # A snapshot in the Hub's cache lies in models--OWNER--NAME/snapshots/REVISION.
-    resolved = directory.resolve()
+    resolved = source.directory.resolve()
     repository = resolved.parent.parent.name
     if resolved.parent.name == "snapshots" and repository.startswith("models--"):
         return repository.removeprefix("models--").replace("--", "/")

@@ -11,7 +11,7 @@ from ..measure.stream import StreamedModel, micro_batches
 from ..progress import Progress
 from .divergence import TokenStatistics, token_statistics
 
-__all__ = ["last_hidden", "mean_floor_nats", "paired_statistics"]
+__all__ = ["exact_logits", "last_hidden", "mean_floor_nats", "paired_statistics"]
 
 _TAIL_TOKENS = 256
 """Positions whose logits are held at once, of each model: 128 MiB in float32 for a vocabulary of 128k."""
@@ -97,19 +97,37 @@ def mean_floor_nats(
     Raises:
         NumericalError: NaN or infinity in hidden states or logits.
     """
-    exact = StreamedModel(source, device=torch.device("cpu"), dtype=torch.float64)
-    exact_hidden = last_hidden(exact, tokens, "original model in float64", progress)
     slices = _slices(tokens.shape[1] - 1)
-    # One head at a time: in float64 it is as large as both heads of the comparison. Rounding the logits to float32
-    # does not show: its effect on the divergence is quadratic.
-    with torch.no_grad(), exact.tail():
-        references = [_logits(exact, exact_hidden[0, s], "original model in float64").float() for s in slices]
+    references = exact_logits(source, tokens, progress).split([s.stop - s.start for s in slices])
     parts = []
     with torch.no_grad(), model.tail():
         for positions, reference in zip(slices, references, strict=True):
             logits = _logits(model, hidden[0, positions], "original model").cpu()
             parts.append(token_statistics(reference, logits, tokens[0, 1:][positions]))
     return float(TokenStatistics.joined(parts).kl_nats.double().mean())
+
+
+def exact_logits(source: TensorSource, tokens: Tensor, progress: Progress) -> Tensor:
+    """Return what a model predicts in float64 on the CPU, at all positions but the last.
+
+    Args:
+        source: The model.
+        tokens: Token ids, int64, shape (1, tokens), at least two.
+        progress: Wraps the blocks.
+
+    Returns:
+        Logits, float32, shape (tokens - 1, vocabulary). Rounding them so does not show in a KL divergence: its effect
+        is quadratic.
+
+    Raises:
+        NumericalError: NaN or infinity in hidden states or logits.
+    """
+    role = "original model in float64"
+    exact = StreamedModel(source, device=torch.device("cpu"), dtype=torch.float64)
+    hidden = last_hidden(exact, tokens, role, progress)
+    # The head is held here and let go before another one is: in float64 it is as large as both of a comparison.
+    with torch.no_grad(), exact.tail():
+        return torch.cat([_logits(exact, hidden[0, s], role).float() for s in _slices(tokens.shape[1] - 1)])
 
 
 def _slices(positions: int) -> list[slice]:

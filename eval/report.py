@@ -33,13 +33,16 @@ Details = Mapping[str, Mapping[str, str | float]]
 """More sections of a report: titles, and for each the rows of its table."""
 
 
-def write_report(comparison: Comparison, directory: Path, details: Details | None = None) -> tuple[Path, Path]:
+def write_report(
+    comparison: Comparison, directory: Path, details: Details | None = None, *, prefix: str = ""
+) -> tuple[Path, Path]:
     """Write ``report.json`` and ``report.md`` into a directory, each atomically.
 
     Args:
         comparison: What was measured.
-        directory: Made if it is missing; reports in it are replaced.
+        directory: Made if it is missing; reports of the same names in it are replaced.
         details: More sections, after the comparison in their order: a title, and rows of names and values.
+        prefix: Put before both names, to tell reports of models apart that lie in one directory.
 
     Returns:
         The paths of the JSON file and of the Markdown file.
@@ -55,7 +58,7 @@ def write_report(comparison: Comparison, directory: Path, details: Details | Non
         "comparison": comparison.to_dict(),
         "details": {title: dict(section) for title, section in (details or {}).items()},
     }
-    json_path, markdown_path = Path(directory) / JSON_NAME, Path(directory) / MARKDOWN_NAME
+    json_path, markdown_path = (Path(directory) / f"{prefix}{name}" for name in (JSON_NAME, MARKDOWN_NAME))
     write_json(json_path, content)
     with atomic_file(markdown_path) as temporary:
         temporary.write_text(markdown_report(comparison, details), encoding="utf-8")
@@ -188,6 +191,7 @@ def _method_table(comparison: Comparison) -> str:
         ),
         ("BOS", "each row begins with it" if comparison.adds_bos else "none, as the tokenizer adds none"),
         ("predicted tokens", f"{comparison.predicted_tokens}: all but the first of each row"),
+        ("run by", comparison.engine),
         ("dtype and device", f"{comparison.dtype} on {comparison.device}"),
         ("floor", f"{_nats(comparison.floor_nats)} nats per token: {comparison.floor_definition}"),
         ("original", f"{comparison.original.name}, fingerprint {comparison.original.fingerprint}"),

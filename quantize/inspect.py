@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from ..convert.checkpoint import Checkpoint
 from ..convert.exl2.reader import Exl2Model, is_exl2
+from ..convert.gguf.header import is_gguf, read_gguf_header
 from ..convert.safetensors_file import load_metadata
 from ..errors import FormatError
 from ..measure.calibration import CalibrationSet
@@ -16,6 +21,9 @@ from ..measure.measurement import HEADER_KEY, Measurement
 from .plan import LinearPlan, Plan
 
 __all__ = ["Inspection", "inspect_path"]
+
+_SHOWN_VALUES = 8
+_SHOWN_CHARACTERS = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,20 +44,22 @@ class Inspection:
 
 
 def inspect_path(path: Path) -> Inspection:
-    """Describe an EXL2 directory, a checkpoint directory, a measurement, a calibration set or a plan.
+    """Describe an EXL2 directory, a checkpoint directory, a GGUF file, a measurement, a calibration set or a plan.
 
     Raises:
         BpwiseError: It is none of these, or damaged.
     """
     if path.is_dir():
         return _exl2(path) if is_exl2(path) else _checkpoint(path)
+    if is_gguf(path):
+        return _gguf(path)
     if path.suffix == ".json":
         return _plan(path)
     if path.suffix == ".safetensors":
         return _measurement(path) if HEADER_KEY in load_metadata(path) else _calibration(path)
     raise FormatError(
-        f"{path}: cannot be inspected, expected a model directory, a .safetensors measurement or calibration set, "
-        "or a plan.json."
+        f"{path}: cannot be inspected, expected a model directory, a GGUF file, a .safetensors measurement or "
+        "calibration set, or a plan.json."
     )
 
 
@@ -110,6 +120,46 @@ def _checkpoint(path: Path) -> Inspection:
         header=("tensor", "shape", "dtype", "file"),
         rows=tuple(rows),
     )
+
+
+def _gguf(path: Path) -> Inspection:
+    header = read_gguf_header(path)
+    tensors = header.tensors.values()
+    weights = sum(math.prod(tensor.shape) for tensor in tensors)
+    bits = 8 * sum(tensor.size_bytes for tensor in tensors)
+    counts = Counter(tensor.type.name for tensor in tensors)
+    return Inspection(
+        kind=f"GGUF file, version {header.version}",
+        facts=(
+            f"{len(tensors)} tensors, {weights / 1e6:.1f} million weights, {header.file_bytes / 2**20:.1f} MiB",
+            f"bits per weight: {bits / max(weights, 1):.4f}, with metadata "
+            f"{8 * header.file_bytes / max(weights, 1):.4f}",
+            f"types: {', '.join(f'{count} {name}' for name, count in counts.most_common())}",
+            *(f"{_printable(key)}: {_metadata_value(value)}" for key, value in header.metadata.items()),
+        ),
+        header=("tensor", "shape", "type", "bpw"),
+        rows=tuple(
+            (
+                _printable(tensor.name),
+                " x ".join(map(str, tensor.shape)),
+                tensor.type.name,
+                f"{tensor.type.bits_per_weight:.4g}",
+            )
+            for tensor in tensors
+        ),
+    )
+
+
+def _metadata_value(value: Any) -> str:
+    if isinstance(value, (list, np.ndarray)):
+        return f"{len(value)} values" if len(value) > _SHOWN_VALUES else _printable(", ".join(map(str, value)))
+    text = str(value)
+    return _printable(text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}...")
+
+
+def _printable(text: str) -> str:
+    # Metadata comes from strangers: control characters would reach the terminal.
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
 
 def _measurement(path: Path) -> Inspection:

@@ -1,10 +1,17 @@
-from collections.abc import Callable, Iterator
+import io
+import json
+import os
+import pydoc
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 MakeModel = Callable[..., Path]
 
@@ -67,3 +74,137 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     backend.add_special_tokens(["<bos>", "<eos>"])
     backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 256)])
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>")
+
+
+def llama_cpp_dir() -> Path:
+    """Where llama.cpp's converter is; skips the test if it, or what it imports, is missing."""
+    directory = Path(sys.prefix) / "share" / "bpwise" / "llama.cpp"
+    if not (directory / "convert_hf_to_gguf.py").is_file():
+        pytest.skip(f"llama.cpp's converter is not in {directory}")
+    pytest.importorskip("sentencepiece", reason="llama.cpp's converter needs sentencepiece")
+    return directory
+
+
+def convert_to_gguf(pairs: Sequence[tuple[Path, Path]], *, outtype: str = "f32") -> None:
+    """Run llama.cpp's converter on model directories, all in one process: it takes seconds to start."""
+    directory = llama_cpp_dir()
+    code = """
+import json, runpy, sys
+pairs, outtype = json.loads(sys.argv[1]), sys.argv[2]
+for source, target in pairs:
+    sys.argv = ["convert", source, "--outfile", target, "--outtype", outtype]
+    runpy.run_path("convert_hf_to_gguf.py", run_name="__main__")
+"""
+    arguments = json.dumps([(str(source), str(target)) for source, target in pairs])
+    # The converter has packages of its own, some with names that others have: a process and a path of its own.
+    run = subprocess.run(
+        [sys.executable, "-c", code, arguments, outtype],
+        cwd=directory,
+        env={**os.environ, "PYTHONPATH": str(directory)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+_GGUF_SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+_LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+# For the models that run on long rows, where attention is all of the time.
+_TWO_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
+
+GGUF_MODELS: dict[str, tuple[str, dict[str, object]]] = {
+    "llama": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "gradient": (
+        "llama",
+        {
+            **_TWO_HEADS,
+            "max_position_embeddings": 1048576,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 3580165449.0},
+        },
+    ),
+    "llama3": (
+        "llama",
+        {
+            **_TWO_HEADS,
+            "max_position_embeddings": 131072,
+            "tie_word_embeddings": True,
+            "rope_parameters": {**_LLAMA3, "factor": 32.0, "original_max_position_embeddings": 8192},
+        },
+    ),
+    "llama3-other": (
+        "llama",
+        {"rope_parameters": {**_LLAMA3, "factor": 8.0, "original_max_position_embeddings": 1024}},
+    ),
+    "linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}),
+    "yarn": (
+        "qwen2",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 1024,
+            }
+        },
+    ),
+    "mistral": ("mistral", {"head_dim": 32, "sliding_window": None}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {"head_dim": 32}),
+}
+"""Small random models that llama.cpp's converter converts: model types, and what differs from ``_GGUF_SIZES``."""
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A checkpoint, and the GGUF file that llama.cpp's converter made of it in float32."""
+
+    directory: Path
+    file: Path
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Converted]:
+    """All of ``GGUF_MODELS``, saved and converted."""
+    llama_cpp_dir()
+    folder = tmp_path_factory.mktemp("converted")
+    models = {name: Converted(folder / name, folder / f"{name}.gguf") for name in GGUF_MODELS}
+    tokenizer = _sentencepiece_model(_GGUF_SIZES["vocab_size"])
+    for name, (model_type, changes) in GGUF_MODELS.items():
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**_GGUF_SIZES, **changes}))
+        rng = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=rng) * 0.2 + (1.0 if "norm" in key else 0.0))
+        model.save_pretrained(models[name].directory)
+        (models[name].directory / "tokenizer.model").write_bytes(tokenizer)
+    convert_to_gguf([(model.directory, model.file) for model in models.values()])
+    return models
+
+
+def _sentencepiece_model(vocab_size: int) -> bytes:
+    import sentencepiece
+
+    target = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(pydoc.__doc__.splitlines()),
+        model_writer=target,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    return target.getvalue()

@@ -65,7 +65,7 @@ class _Builder:
         if blocks > len(tensors):
             raise self._error(f"block_count is {blocks}, but the file has {len(tensors)} tensors")
         context = self._size("context_length")
-        theta = self._float("rope.freq_base", 10000.0)
+        theta = self._float("rope.freq_base", 10000.0, least=1.001)
         config: dict[str, Any] = {
             "architectures": [architecture.model_class],
             "model_type": architecture.model_type,
@@ -78,7 +78,7 @@ class _Builder:
             "head_dim": head_dim,
             "hidden_act": "silu",
             "max_position_embeddings": context,
-            "rms_norm_eps": self._float("attention.layer_norm_rms_epsilon"),
+            "rms_norm_eps": self._float("attention.layer_norm_rms_epsilon", least=0),
             "rope_theta": theta,
             "rope_scaling": self._scaling(rope_freqs, theta, head_dim, context),
             "tie_word_embeddings": "output.weight" not in tensors,
@@ -95,7 +95,7 @@ class _Builder:
         return config
 
     def _refuse_variants(self) -> None:
-        if self._header.metadata.get("split.count", 0) not in (0, 1):
+        if self._single("split.count", 0) not in (0, 1):
             raise self._unsupported("one of several parts of a model: join them with `llama-gguf-split --merge`")
         if self._get("expert_count", 0):
             raise self._unsupported("a mixture of experts")
@@ -118,9 +118,7 @@ class _Builder:
     ) -> dict[str, Any] | None:
         kind = self._get("rope.scaling.type", "linear")  # what llama.cpp assumes
         # llama.cpp takes a factor of 0 for 1, and knows an older key.
-        factor = self._float("rope.scaling.factor", self._float("rope.scale_linear", 0.0)) or 1.0
-        if factor <= 0:
-            raise self._error(f"rope.scaling.factor is {factor}, expected a positive number")
+        factor = self._float("rope.scaling.factor", self._float("rope.scale_linear", 0.0, least=0), least=0) or 1.0
         if kind == "none" or (kind == "linear" and factor == 1):
             return None if rope_freqs is None else self._explicit(rope_freqs, theta, head_dim, context)
         if rope_freqs is not None:
@@ -135,15 +133,15 @@ class _Builder:
         if self._float("rope.scaling.yarn_ext_factor", 1.0) != 1:
             raise self._unsupported("yarn with an extrapolation factor")
         # llama.cpp multiplies its own default by the file's factor; Transformers' key replaces the default.
-        attention = _yarn_attention(factor, 1.0) * self._float("rope.scaling.attn_factor", 1.0)
-        attention /= _yarn_attention(factor, self._float("rope.scaling.yarn_log_multiplier", 0.0))
+        attention = _yarn_attention(factor, 1.0) * self._float("rope.scaling.attn_factor", 1.0, least=0)
+        attention /= _yarn_attention(factor, self._float("rope.scaling.yarn_log_multiplier", 0.0, least=0))
         return {
             "rope_type": "yarn",
             "factor": factor,
             "original_max_position_embeddings": self._size("rope.scaling.original_context_length", context),
             "attention_factor": attention,
-            "beta_fast": self._float("rope.scaling.yarn_beta_fast", 32.0),
-            "beta_slow": self._float("rope.scaling.yarn_beta_slow", 1.0),
+            "beta_fast": self._float("rope.scaling.yarn_beta_fast", 32.0, least=1e-3),
+            "beta_slow": self._float("rope.scaling.yarn_beta_slow", 1.0, least=1e-3),
         }
 
     def _explicit(
@@ -176,20 +174,25 @@ class _Builder:
         }
 
     def _get(self, key: str, default: Any = None) -> Any:
-        return self._header.metadata.get(f"{self._name}.{key}", default)
+        return self._single(f"{self._name}.{key}", default)
+
+    def _single(self, key: str, default: Any) -> Any:
+        value = self._header.metadata.get(key, default)
+        if isinstance(value, (list, np.ndarray)):
+            raise self._unsupported(f"a list for {key}, one value a block")
+        return value
 
     def _size(self, key: str, default: int | None = None) -> int:
         value = self._get(key, default)
-        if isinstance(value, np.ndarray):
-            raise self._unsupported(f"blocks that differ in {key}")
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < _MAX_SIZE:
             raise self._error(f"metadata {self._name}.{key} is {_shown(value)}, expected a positive whole number")
         return value
 
-    def _float(self, key: str, default: float | None = None) -> float:
+    def _float(self, key: str, default: float | None = None, *, least: float = -math.inf) -> float:
         value = self._get(key, default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-            raise self._error(f"metadata {self._name}.{key} is {_shown(value)}, expected a number")
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or value < least:
+            raise self._error(f"metadata {self._name}.{key} is {_shown(value)}, expected a number from {least:g} on")
         # Without the digits that float32 does not have: 1e-05 and not 9.999999747378752e-06.
         return _plain_float(value)
 

@@ -82,9 +82,7 @@ _ARCHITECTURES = {
         optional_mlp_biases=True,
     ),
     "qwen2": Architecture(model_type="qwen2", model_class="Qwen2ForCausalLM", biased=True),
-    "qwen3": Architecture(
-        model_type="qwen3", model_class="Qwen3ForCausalLM", head_norms=True, optional_biases=True
-    ),
+    "qwen3": Architecture(model_type="qwen3", model_class="Qwen3ForCausalLM", head_norms=True, optional_biases=True),
 }
 
 

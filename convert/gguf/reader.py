@@ -19,7 +19,15 @@ from .names import ROPE_FREQS, architecture_of, hf_name, row_order, tensor_shape
 
 __all__ = ["GgufModel", "is_gguf", "read_values"]
 
-_DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DENSE = {
+    **_FLOATS,
+    "F64": torch.float64,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
 
 _PIECE_WEIGHTS = 1 << 20
 """Weights decoded at once: decoding in NumPy takes some ten times the result's memory."""
@@ -61,7 +69,9 @@ class GgufModel:
         header = read_gguf_header(Path(path))
         rope = header.tensors.get(ROPE_FREQS)
         if rope is not None and rope.type.name != "F32":
-            raise FormatError(f"{path}: {ROPE_FREQS} is of type {rope.type.name}, expected F32. Convert the model again.")
+            raise FormatError(
+                f"{path}: {ROPE_FREQS} is of type {rope.type.name}, expected F32. Convert the model again."
+            )
         config = config_from_metadata(header, read_values(header.path, rope).numpy() if rope else None)
         _check_tensors(header, tensor_shapes(architecture_of(header.metadata["general.architecture"]), config))
         return cls(header, config)
@@ -173,7 +183,7 @@ def read_values(path: Path, tensor: GgufTensor) -> Tensor:
         tensor: Where it lies.
 
     Returns:
-        As in ``GgufModel.tensor``, but with the file's order of rows.
+        As in ``GgufModel.tensor``, but with the file's order of rows; float64 and integers as they are stored.
 
     Raises:
         FormatError: The file cannot be read, is shorter than it was, the type cannot be decoded, or a value is NaN or
@@ -196,8 +206,8 @@ def read_values(path: Path, tensor: GgufTensor) -> Tensor:
     if not all(map(torch.isfinite, values.aminmax())):
         bad = int((~torch.isfinite(values)).sum())
         raise FormatError(
-            f"{path}: tensor {tensor.name!r} holds NaN or infinite values, got {bad} of {values.numel()}, expected none. "
-            "The file is damaged: get or make it again."
+            f"{path}: tensor {tensor.name!r} holds NaN or infinite values, got {bad} of {values.numel()}, expected "
+            "none. The file is damaged: get or make it again."
         )
     return values.view(tensor.shape)
 
@@ -244,6 +254,8 @@ def _check_tensors(header: GgufHeader, shapes: dict[str, tuple[int, ...]]) -> No
                 f"{header.path}: tensor {name!r} does not belong to architecture "
                 f"{header.metadata['general.architecture']!r} with this metadata. Convert the model again."
             )
+        if info.type.name not in _FLOATS and not info.type.quantized:
+            raise FormatError(f"{header.path}: tensor {name!r} is of type {info.type.name}, expected floating point.")
         if info.shape != shapes[ours]:
             raise FormatError(
                 f"{header.path}: tensor {name!r} has shape {info.shape}, expected {shapes[ours]} from the metadata. "
