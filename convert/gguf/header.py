@@ -157,12 +157,13 @@ class _Reader:
             key = self._string("a metadata key")
             if key in metadata:
                 raise self._error(f"metadata key {key!r} is there twice")
-            self._copy = bytearray()
+            self._taken()
             metadata[key] = self._value(self._number("<I", key), key)
-            entries[key] = bytes(self._copy)
+            entries[key] = self._taken()
         alignment = self._alignment(metadata)
         infos = [self._tensor_info() for _ in range(tensor_count)]
         header_bytes = self._position
+        self._taken()
         data_offset = -(-header_bytes // alignment) * alignment
         return GgufHeader(
             path=self._path,
@@ -266,8 +267,14 @@ class _Reader:
         if len(data) < count:
             raise self._error(f"ends at byte {self._limit}, in the middle of {what!r}")
         self._position += count
-        self._digest.update(data)
         self._copy += data
+        return data
+
+    def _taken(self) -> bytes:
+        """Return the bytes read since the last call; hashed here, as a vocabulary is a million small pieces."""
+        data = bytes(self._copy)
+        self._digest.update(data)
+        self._copy.clear()
         return data
 
     def _error(self, what: str) -> FormatError:

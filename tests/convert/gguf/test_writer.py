@@ -109,7 +109,8 @@ def test_errors_are_those_of_the_decoded_weights(make_gguf: MakeGguf, tmp_path: 
         for path, t in tensors
     )
     expected = float(((after - before).double() ** 2).sum() / (before.double() ** 2).sum())
-    assert result.errors[name] == pytest.approx(expected, rel=1e-9)
+    # Float32 sums of 256 squares: about 1e-7 relative.
+    assert result.errors[name] == pytest.approx(expected, rel=1e-5)
     assert result.quantized == len(result.errors) == 15
     assert 4.5 <= result.bpw < 4.6
 
