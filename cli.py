@@ -158,6 +158,8 @@ def _measure_config(options: dict[str, Any]) -> tuple[MeasureConfig, Calibration
 )
 @_HEAD_BITS_OPTION
 @click.option("--max-size", type=_SIZE, help="GGUF: largest size of the file, as 5GB or 700MiB, instead of --bpw.")
+@click.option("--vram", type=_SIZE, help="GGUF: memory of a GPU to fit into, cache of --context included.")
+@click.option("--context", type=click.IntRange(1), help="GGUF, with --vram: tokens of context.  [default: the model's]")
 @click.option(
     "--type", "mixture", help="GGUF: one of llama.cpp's fixed mixtures, as Q4_K_M, exactly as llama-quantize makes it."
 )
@@ -211,7 +213,9 @@ def _quantize_to_exl2(model: str, output: Path, evaluate: EvalConfig | None, opt
     from .quantize.pipeline import QuantizeConfig, quantize_model
 
     _refuse_beside(
-        "an EXL2 output", ("max_size", "mixture", "imatrix", "override", "no_feedback", "llama_cpp"), "it is for GGUF"
+        "an EXL2 output",
+        ("max_size", "vram", "context", "mixture", "imatrix", "override", "no_feedback", "llama_cpp"),
+        "it is for GGUF",
     )
     if options["bpw"] is None:
         raise click.UsageError("an EXL2 output needs --bpw.")
@@ -245,8 +249,10 @@ def _quantize_to_gguf(model: str, output: Path, evaluate: EvalConfig | None, opt
     from .quantize.type_plan import Override
 
     _refuse_beside("a GGUF output", ("head_bits", "shard_size", "dry_run"), "it is for EXL2")
-    if sum(options[target] is not None for target in ("bpw", "max_size", "mixture")) != 1:
-        raise click.UsageError("a GGUF output needs one of --bpw, --max-size and --type.")
+    if sum(options[target] is not None for target in ("bpw", "max_size", "vram", "mixture")) != 1:
+        raise click.UsageError("a GGUF output needs one of --bpw, --max-size, --vram and --type.")
+    if options["context"] and not options["vram"]:
+        raise click.UsageError("--context goes with --vram.")
     if options["mixture"]:
         _convert_to_mixture(model, output, evaluate, options)
         return
@@ -258,6 +264,8 @@ def _quantize_to_gguf(model: str, output: Path, evaluate: EvalConfig | None, opt
     config = GgufConfig(
         bpw=options["bpw"],
         max_bytes=options["max_size"],
+        vram_bytes=options["vram"],
+        context_tokens=options["context"],
         overrides=tuple(map(Override.parse, options["override"])),
         feedback=not options["no_feedback"],
         llama_cpp=options["llama_cpp"],

@@ -38,6 +38,7 @@ from .rounding_pass import Drift
 from .stages import StageClock, StageCost
 from .type_plan import Override, TypePlan, make_type_plan
 from .type_rounding import RoundedTypes, round_types, table_importance
+from .vram import room_for_weights
 
 __all__ = ["GgufConfig", "GgufResult", "convert_to_mixture", "importance_of", "quantize_to_gguf"]
 
@@ -52,7 +53,9 @@ class GgufConfig:
 
     Attributes:
         bpw: Bits per weight over all tensors of the file; met from below, never exceeded.
-        max_bytes: Largest size of the whole file; exactly one of the two is given.
+        max_bytes: Largest size of the whole file.
+        vram_bytes: Memory of a GPU that file, cache and runtime should fit into; exactly one of the three is given.
+        context_tokens: Length of the context whose cache should fit too; None for the model's own.
         overrides: Types that tensors must have.
         feedback: Whether linears are rounded with error feedback, block after block on what the quantized blocks before
             give them; otherwise by ggml alone, as llama-quantize does, in seconds. The plan is the same.
@@ -63,6 +66,8 @@ class GgufConfig:
 
     bpw: float | None = None
     max_bytes: int | None = None
+    vram_bytes: int | None = None
+    context_tokens: int | None = None
     overrides: tuple[Override, ...] = ()
     feedback: bool = True
     llama_cpp: Path | None = None
@@ -75,8 +80,8 @@ class GgufConfig:
         Raises:
             ConfigError: One of them makes no sense.
         """
-        if (self.bpw is None) == (self.max_bytes is None):
-            raise ConfigError("a GGUF file needs one target: bits per weight or a largest size.")
+        if sum(target is not None for target in (self.bpw, self.max_bytes, self.vram_bytes)) != 1:
+            raise ConfigError("a GGUF file needs one target: bits per weight, a largest size, or the memory of a GPU.")
         if self.bpw is not None and not 1 <= self.bpw <= 16:
             raise ConfigError(f"bpw must lie between 1 and 16, got {self.bpw}.")
         text = self.measure.calibration.source
@@ -263,7 +268,7 @@ def _quantize(
         checkpoint, config.measure, work, clock, progress, given=measurement, calibration=calibration
     )
     with clock.stage("plan"):
-        plan = _planned(measured, header, config)
+        plan = _planned(measured, header, checkpoint, config)
         plan.save(work / "plan.json")
     run = _identity(checkpoint, rows, plan, config)
     verification = None
@@ -325,17 +330,21 @@ def _converted(checkpoint: Checkpoint, base: Path, llama_cpp: Path | None) -> tu
     return tuple(check_base(base, checkpoint))
 
 
-def _planned(measurement: Measurement, header: GgufHeader, config: GgufConfig) -> TypePlan:
+def _planned(measurement: Measurement, header: GgufHeader, checkpoint: Checkpoint, config: GgufConfig) -> TypePlan:
     if config.bpw is not None:
         return make_type_plan(measurement, bpw=config.bpw, overrides=config.overrides)
-    assert config.max_bytes is not None
+    max_bytes = config.max_bytes
+    if config.vram_bytes is not None:
+        context = config.context_tokens or int(checkpoint.config["max_position_embeddings"])
+        max_bytes = room_for_weights(config.vram_bytes, checkpoint.config, context)
+    assert max_bytes is not None
     tensors = sum(tensor.size_bytes for tensor in header.tensors.values())
     overhead = planned_bytes(header, {}, file_type=0, metadata={_RUN_KEY: "0" * 32, "bpwise.version": __version__})
-    room = config.max_bytes - (overhead - tensors) - _ALIGNMENT_BYTES * len(header.tensors)
+    room = max_bytes - (overhead - tensors) - _ALIGNMENT_BYTES * len(header.tensors)
     if room <= 0:
         raise BudgetError(
-            f"a file of {config.max_bytes} bytes has no room for tensors: metadata and vocabulary take "
-            f"{config.max_bytes - room}. Ask for a larger file."
+            f"a file of {max_bytes} bytes has no room for tensors: metadata and vocabulary take {max_bytes - room}. "
+            "Ask for a larger file."
         )
     return make_type_plan(measurement, tensor_bytes=room, overrides=config.overrides)
 

@@ -16,6 +16,7 @@ from bpwise.measure.calibration import CalibrationSet
 from bpwise.measure.measurement import Measurement
 from bpwise.quantize.gguf_pipeline import GgufConfig, GgufResult, convert_to_mixture, importance_of, quantize_to_gguf
 from bpwise.quantize.type_plan import Override
+from bpwise.quantize.vram import room_for_weights
 from click.testing import CliRunner
 
 pytest.importorskip("libggml", reason="ggml's library is not installed: pip install 'bpwise[gguf]'")
@@ -31,7 +32,7 @@ def rows(count: int = 12) -> CalibrationSet:
 
 def quantize(directory: Path, output: Path, **settings: Any) -> GgufResult:
     given = {key: settings.pop(key) for key in ("measurement", "work") if key in settings}
-    if "max_bytes" not in settings:
+    if not {"max_bytes", "vram_bytes"} & settings.keys():
         settings.setdefault("bpw", 5.5)
     config = GgufConfig(**{"evaluate": None, **settings})
     return quantize_to_gguf(directory, output, config, calibration=None if "measurement" in given else rows(), **given)
@@ -117,6 +118,17 @@ def test_a_largest_size_holds_for_the_whole_file(made: dict[str, GgufResult], co
     assert not (tmp_path / "y.gguf").exists()
 
 
+def test_a_gpu_that_the_cache_fits_into_too(made: dict[str, GgufResult], converted: Any, tmp_path: Path) -> None:
+    name = "qwen3"
+    taken = (1 << 30) - room_for_weights(1 << 30, Checkpoint.open(converted[name].directory).config, 64)
+    settings = {"measurement": made[name].measurement, "feedback": False, "context_tokens": 64}
+    size = made[name].file_bytes + 20_000
+    result = quantize(converted[name].directory, tmp_path / "x.gguf", vram_bytes=taken + size, **settings)
+    assert size - 12_000 < result.file_bytes <= size
+    with pytest.raises(BudgetError, match="shorter context"):
+        quantize(converted[name].directory, tmp_path / "y.gguf", vram_bytes=1 << 20, **settings)
+
+
 def test_without_feedback_ggml_rounds_alone(made: dict[str, GgufResult], converted: Any, tmp_path: Path) -> None:
     name = "mistral"
     directory, measurement = converted[name].directory, made[name].measurement
@@ -200,6 +212,8 @@ class TestCommandLine:
             ["x", "--bpw", "4", "--no-feedback"],
             ["x"],
             ["x.gguf", "--max-size", "much"],
+            ["x.gguf", "--bpw", "4", "--context", "100"],
+            ["x.gguf", "--vram", "8GB", "--max-size", "5GB"],
         ],
     )
     def test_refuses_options_that_do_not_go_together(self, options: list[str]) -> None:
