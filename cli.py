@@ -32,7 +32,7 @@ _EXISTING_DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
 _EXISTING_PATH = click.Path(exists=True, path_type=Path)
 
 
-class _Size(click.ParamType):
+class _Size(click.ParamType[int]):
     """A number of bytes, with a unit or without."""
 
     name = "size"

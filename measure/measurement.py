@@ -220,7 +220,12 @@ class Measurement:
         return cls(
             linears=tuple(linear(name) for name in header["linears"]),
             head=linear(header["head"]),
-            embedding=MeasuredTable(**table, **{field: tensors[f"{table['name']}.{field}"] for field in _TABLE_FIELDS}),
+            embedding=MeasuredTable(
+                name=table["name"],
+                tokens=table["tokens"],
+                tied=table["tied"],
+                **{field: tensors[f"{table['name']}.{field}"] for field in _TABLE_FIELDS},
+            ),
             other_weights=header["other_weights"],
             tokens=tensors[_TOKENS],
             widths=tuple(header["widths"]),

@@ -52,4 +52,4 @@ def room_for_weights(vram_bytes: int, config: Mapping[str, Any], context_tokens:
             f"{cache_bytes(config, context_tokens)}, batches and runtime {batch + _RUNTIME_BYTES}. Ask for a shorter "
             "context."
         )
-    return vram_bytes - taken
+    return int(vram_bytes - taken)
