@@ -120,7 +120,7 @@ def _calibration_options(command: _Command) -> _Command:
     return command
 
 
-def _measure_config(options: dict[str, Any]) -> tuple[MeasureConfig, CalibrationSet | None]:
+def _measure_config(options: dict[str, Any], *, types: bool) -> tuple[MeasureConfig, CalibrationSet | None]:
     from .measure.calibration import CalibrationConfig, CalibrationSet
     from .measure.run import MeasureConfig
 
@@ -139,6 +139,7 @@ def _measure_config(options: dict[str, Any]) -> tuple[MeasureConfig, Calibration
         group_size=options["group_size"],
         damping=options["damping"],
         seed=options["seed"],
+        types=types,
         device=options["device"],
     )
     return config, saved
@@ -219,7 +220,7 @@ def _quantize_to_exl2(model: str, output: Path, evaluate: EvalConfig | None, opt
     )
     if options["bpw"] is None:
         raise click.UsageError("an EXL2 output needs --bpw.")
-    measure_config, saved = _measure_config(options)
+    measure_config, saved = _measure_config(options, types=False)
     config = QuantizeConfig(
         bpw=options["bpw"],
         head_bits=_head_bits(options["head_bits"]),
@@ -260,7 +261,7 @@ def _quantize_to_gguf(model: str, output: Path, evaluate: EvalConfig | None, opt
         raise click.UsageError(
             "--imatrix goes with --type; with --bpw and --max-size the measurement says what matters."
         )
-    measure_config, saved = _measure_config(options)
+    measure_config, saved = _measure_config(options, types=True)
     config = GgufConfig(
         bpw=options["bpw"],
         max_bytes=options["max_size"],
@@ -350,10 +351,10 @@ def _print_forecast(model: str, bpw: float, head_bits: HeadBits, config: Measure
 @click.option("-o", "--output", type=_FILE, required=True, help="The measurement file to write (.safetensors).")
 @_calibration_options
 def measure(model: str, output: Path, **options: Any) -> None:
-    """Measure MODEL (a directory or a Hub id) once, for any bitrate."""
+    """Measure MODEL (a directory or a Hub id) once, for any bitrate; for GGUF too where its extra is installed."""
     from .measure.run import measure_to_file
 
-    config, saved = _measure_config(options)
+    config, saved = _measure_config(options, types=True)
     measurement = measure_to_file(
         model, output, config, work=options["work_dir"], calibration=saved, progress=_progress_bar
     )

@@ -76,7 +76,9 @@ def _measured(
     kept = work / MEASUREMENT_FILE
     if kept.exists():
         measurement = Measurement.load(kept)
-        if measurement.provenance == measurement_provenance(checkpoint, rows, config):
+        wanted = measurement_provenance(checkpoint, rows, config)
+        # Types that are not asked for do no harm.
+        if wanted == {**measurement.provenance, "types": wanted["types"] and list(measurement.types)}:
             return measurement
     measurement = measure_model(checkpoint, rows, config, work, progress)
     measurement.save(kept)

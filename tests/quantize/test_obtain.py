@@ -1,0 +1,38 @@
+from pathlib import Path
+
+import pytest
+import torch
+from bpwise.convert.checkpoint import Checkpoint
+from bpwise.measure.calibration import CalibrationSet
+from bpwise.measure.run import MeasureConfig
+from bpwise.progress import silent
+from bpwise.quantize import obtain
+from bpwise.quantize.obtain import MEASUREMENT_FILE, obtain_measurement
+from bpwise.quantize.stages import StageClock
+
+
+def rows() -> CalibrationSet:
+    ids = torch.randint(0, 264, (4, 16), generator=torch.Generator().manual_seed(1))
+    return CalibrationSet(tokens=ids, origins=("random",) * 4, description="random ids", adds_bos=False)
+
+
+def get(model: Path, work: Path, **settings: bool) -> tuple[str, ...]:
+    config = MeasureConfig(device="cpu", **settings)
+    measured, kept = obtain_measurement(
+        Checkpoint.open(model), config, work, StageClock(), silent, given=None, calibration=rows()
+    )
+    assert kept.fingerprint == rows().fingerprint
+    return measured.types
+
+
+def test_what_knows_more_is_taken_and_what_knows_less_is_not(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("libggml", reason="ggml's library is not installed: pip install 'bpwise[gguf]'")
+    assert get(tiny_model, tmp_path, types=False) == ()
+    first = (tmp_path / MEASUREMENT_FILE).read_bytes()
+    assert "Q4_0" in get(tiny_model, tmp_path, types=True)
+    assert (tmp_path / MEASUREMENT_FILE).read_bytes() != first
+    monkeypatch.setattr(obtain, "measure_model", lambda *_: pytest.fail("was done again"))
+    assert "Q4_0" in get(tiny_model, tmp_path, types=False)
+    assert "Q4_0" in get(tiny_model, tmp_path, types=True)
