@@ -342,7 +342,9 @@ class TestStageByStage:
 
         out = tmp_path / "out"
         quantize(tiny_model, out, 4.5, "-m", measurement)
-        assert content(out) == content(finished)
+        # The manifest names the measurement behind the model, and this one holds more.
+        ours, before = ({k: v for k, v in content(x).items() if k != "bpwise.json"} for x in (out, finished))
+        assert ours == before
         assert made.bpw == pytest.approx(decoder_bpw(out))
 
         assert "15 quantized linears" in succeed("verify", out)
