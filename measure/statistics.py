@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .families import Stage
 from .sketch import FisherSketch
 
-__all__ = ["StageStatistics", "WeightedGram", "collect", "tapped_inputs", "thinned"]
+__all__ = ["StageStatistics", "WeightedGram", "collect", "rows_of_half", "tapped_inputs", "thinned"]
 
 _GRAM_BLOCK = 256
 """Columns of a Gram matrix that are summed together; only blocks on and above the diagonal are."""
@@ -84,6 +84,16 @@ def thinned(weights: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     return kept, weights[kept].clamp(min=mean)
 
 
+def rows_of_half(half: int, first_row: int) -> slice:
+    """Return which rows of a micro-batch belong to a half: of all calibration rows, the even or the odd ones.
+
+    Args:
+        half: 0 or 1.
+        first_row: Index of the micro-batch's first row among all rows.
+    """
+    return slice((half - first_row) % 2, None, 2)
+
+
 class StageStatistics:
     """Sums over tokens for one stage.
 
@@ -140,7 +150,7 @@ class StageStatistics:
         assert self._weights is not None
         weights = self._weights.view(self._inputs.shape[:2])
         for parity, half in enumerate(self.halves):
-            rows = slice((parity - first_row) % 2, None, 2)
+            rows = rows_of_half(parity, first_row)
             kept, given = thinned(weights[rows].flatten(), self._rng)
             half.add(self._inputs[rows].flatten(0, 1)[kept], given)
         self.token_weights.append(self._weights.cpu())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..measure.families import Stage
-from ..measure.statistics import WeightedGram, thinned
+from ..measure.statistics import WeightedGram, rows_of_half, thinned
 from ..rounding.hessian import damped_solve
 
 __all__ = ["StageSums"]
@@ -63,7 +63,7 @@ class StageSums:
             stream = stream + self._module.bias
         missing = target.to(inputs.device) - stream
         for parity, half in enumerate(self._halves):
-            rows = slice((parity - first_row) % 2, None, 2)
+            rows = rows_of_half(parity, first_row)
             half.add(inputs[rows].flatten(0, 1), missing[rows].flatten(0, 1), weights[rows].flatten())
 
     def solved(self, *, correct_drift: bool) -> tuple[Tensor, Tensor | None]:
