@@ -162,6 +162,10 @@ GGUF_MODELS: dict[str, tuple[str, dict[str, object]]] = {
         },
     ),
     "mistral": ("mistral", {"head_dim": 32, "sliding_window": None}),
+    "three-heads": (
+        "mistral",
+        {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 32, "sliding_window": None},
+    ),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"head_dim": 32}),
 }

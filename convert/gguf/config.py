@@ -66,9 +66,11 @@ class _Builder:
             raise self._error(f"block_count is {blocks}, but the file has {len(tensors)} tensors")
         context = self._size("context_length")
         theta = self._float("rope.freq_base", 10000.0, least=1.001)
+        # Transformers' Llama wants a width that its heads divide; its Mistral computes the same and does not ask.
+        odd = architecture.model_type == "llama" and hidden % heads != 0
         config: dict[str, Any] = {
-            "architectures": [architecture.model_class],
-            "model_type": architecture.model_type,
+            "architectures": ["MistralForCausalLM" if odd else architecture.model_class],
+            "model_type": "mistral" if odd else architecture.model_type,
             "vocab_size": embedding.shape[0],
             "hidden_size": hidden,
             "intermediate_size": self._size("feed_forward_length"),
@@ -87,6 +89,8 @@ class _Builder:
             raise self._unsupported("heads of values that differ in size from those of keys, or of odd size")
         if self._size("rope.dimension_count", head_dim) != head_dim:
             raise self._unsupported("rotary embeddings of a part of each head only")
+        if odd:
+            config["sliding_window"] = None  # absent would mean 4096
         self._add_biases(config)
         for key, name in (("bos_token_id", "bos_token_id"), ("eos_token_id", "eos_token_id")):
             value = self._header.metadata.get(f"tokenizer.ggml.{name}")

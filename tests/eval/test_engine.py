@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
 
-ALL = ("llama", "gradient", "llama3", "llama3-other", "linear", "yarn", "mistral", "qwen2", "qwen3")
+ALL = ("llama", "gradient", "llama3", "llama3-other", "linear", "yarn", "mistral", "three-heads", "qwen2", "qwen3")
 
 
 @pytest.fixture(scope="module")
