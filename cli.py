@@ -182,6 +182,7 @@ def _measure_config(options: dict[str, Any]) -> tuple[MeasureConfig, Calibration
 @click.option("--eval-rows", type=click.IntRange(1), default=16, help="Rows to evaluate on.")
 @click.option("--eval-row-tokens", type=click.IntRange(2), default=1024, help="Tokens in each of them.")
 @click.option("--no-eval", is_flag=True, help="Leave the comparison with the original out.")
+@click.option("--force-eval-text", is_flag=True, help="Evaluate even on text that is calibrated on.")
 @click.option("--dry-run", is_flag=True, help="EXL2: print size, bpw range and expected memory; write nothing.")
 @_calibration_options
 def quantize(model: str, output: Path, output_format: str | None, **options: Any) -> None:
@@ -202,6 +203,7 @@ def quantize(model: str, output: Path, output_format: str | None, **options: Any
         rows=options["eval_rows"],
         row_tokens=options["eval_row_tokens"],
         device=options["device"],
+        allow_calibration_text=options["force_eval_text"],
     )
     run = _quantize_to_gguf if (output_format or output.suffix[1:]) == "gguf" else _quantize_to_exl2
     run(model, output, None if options["no_eval"] else evaluate, options)
@@ -278,9 +280,10 @@ def _quantize_to_gguf(model: str, output: Path, evaluate: EvalConfig | None, opt
 
 
 def _convert_to_mixture(model: str, output: Path, evaluate: EvalConfig | None, options: dict[str, Any]) -> None:
-    from .eval.comparison import evaluate as compare
+    from .convert.checkpoint import open_model
     from .eval.report import summary_lines, write_report
     from .quantize.gguf_pipeline import convert_to_mixture
+    from .quantize.judge import Judge
 
     _refuse_beside("--type", ("measurement", "override", "no_feedback"), "llama.cpp's mixtures do not know it")
     written, warnings = convert_to_mixture(
@@ -295,8 +298,10 @@ def _convert_to_mixture(model: str, output: Path, evaluate: EvalConfig | None, o
         click.echo(f"warning     {warning}", err=True)
     click.echo(f"size        {written.file_bytes / _MIB:.1f} MiB; {written.bpw:.4f} bpw over all tensors -> {output}")
     if evaluate is not None:
-        comparison = compare(model, output, evaluate, _progress_bar)
+        judge = Judge(open_model(model), evaluate, _progress_bar)
+        comparison = judge.compare(output, predicted_nats=None)
         write_report(comparison, output.parent, prefix=f"{output.stem}.")
+        judge.sentence(output, comparison, predicted_nats=None)
         for line in summary_lines(comparison):
             click.echo(line)
 
@@ -471,6 +476,7 @@ def _verify_gguf(model: Path) -> None:
 @click.option("--seed", type=int, default=0, help="Chooses the places that rows of Python's own text are taken from.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", help="Arithmetic.")
 @click.option("--device", default="auto", help="cpu, cuda, cuda:N, mps or auto.")
+@click.option("--force-eval-text", is_flag=True, help="Evaluate even on text that QUANTIZED was calibrated on.")
 @click.option(
     "--engine",
     type=click.Choice(["transformers", "llama.cpp"]),
@@ -502,7 +508,7 @@ def evaluate(
     from .eval.comparison import evaluate as compare
     from .eval.report import summary_lines, write_report
 
-    config = EvalConfig(**options)
+    config = EvalConfig(allow_calibration_text=options.pop("force_eval_text"), **options)
     prefix = f"{quantized.stem}." if quantized.is_file() else ""
     if engine == "llama.cpp":
         from .eval.engine import evaluate_in_engine

@@ -23,16 +23,17 @@ from ..convert.gguf.names import architecture_of, gguf_name, row_order
 from ..convert.gguf.reader import GgufModel
 from ..convert.gguf.writer import GgufVerification, planned_bytes, write_gguf
 from ..convert.work import claimed, discard_stages
-from ..errors import BudgetError, ConfigError, WorkDirectoryError
-from ..eval.comparison import Comparison, EvalConfig, compare_models, evaluation_rows
+from ..errors import BrokenModelError, BudgetError, ConfigError, WorkDirectoryError
+from ..eval.comparison import Comparison, EvalConfig
+from ..eval.overlap import SPANS_KEY, CalibrationSpans
 from ..eval.report import summary_lines, write_report
 from ..measure.calibration import CalibrationSet
 from ..measure.measurement import Measurement
 from ..measure.run import MeasureConfig
-from ..measure.tokenizer import load_tokenizer
 from ..progress import Progress, silent
 from ..rounding.parallel import cores
 from ..version import __version__
+from .judge import Judge, refuse_marked, refuse_same_source
 from .obtain import MEASUREMENT_FILE, obtain_measurement
 from .rounding_pass import Drift
 from .stages import StageClock, StageCost
@@ -79,9 +80,7 @@ class GgufConfig:
             raise ConfigError("a GGUF file needs one target: bits per weight or a largest size.")
         if self.bpw is not None and not 1 <= self.bpw <= 16:
             raise ConfigError(f"bpw must lie between 1 and 16, got {self.bpw}.")
-        text = self.measure.calibration.source
-        if self.evaluate is not None and text is not None and text == self.evaluate.text:
-            raise ConfigError(f"{text}: cannot be calibration and evaluation text at once. Evaluate on other text.")
+        refuse_same_source(self.measure.calibration.source, self.evaluate)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +139,8 @@ def quantize_to_gguf(
     measurement: Path | None = None,
     calibration: CalibrationSet | None = None,
     work: Path | None = None,
+    base: Path | None = None,
+    judge: Judge | None = None,
     progress: Progress = silent,
 ) -> GgufResult:
     """Quantize a model to a GGUF file for llama.cpp and compare the result with the original.
@@ -152,22 +153,30 @@ def quantize_to_gguf(
             directory. It brings its calibration rows along.
         calibration: Rows to use instead of those that ``config.measure.calibration`` describes; not with a measurement.
         work: Work directory; default ``OUTPUT.work``.
+        base: The model as an unquantized GGUF file; None converts it.
+        judge: What evaluates, to be shared with other outputs of the same model; made from ``config.evaluate`` if None.
         progress: Shows how far the stages are.
 
     Returns:
         What was made.
 
     Raises:
+        BrokenModelError: The output's predictions are useless; it is marked, and the measurement kept.
         BpwiseError: Whatever is wrong with the model, the options, the text or the disk; or ggml's library or
             llama.cpp's converter is not installed.
     """
     checkpoint = open_model(model)
     _refuse_others(output)
     work = work or output.with_name(f"{output.name}.work")
+    if judge is None and config.evaluate is not None:
+        judge = Judge(checkpoint, config.evaluate, progress)
     with claimed(work):
-        result = _quantize(checkpoint, output, config, measurement, calibration, work, progress)
-        discard_stages(work)
-        (work / _BASE).unlink(missing_ok=True)
+        try:
+            result = _quantize(checkpoint, output, config, measurement, calibration, work, base, judge, progress)
+        except BrokenModelError:
+            _clear(work)
+            raise
+        _clear(work)
     return result
 
 
@@ -251,19 +260,28 @@ def _quantize(
     measurement: Path | None,
     calibration: CalibrationSet | None,
     work: Path,
+    base: Path | None,
+    judge: Judge | None,
     progress: Progress,
 ) -> GgufResult:
     clock = StageClock()
-    base = work / _BASE
+    base = base or work / _BASE
     # The converter first: should it not know the model, nothing has been measured in vain.
     with clock.stage("convert"):
         warnings = _converted(checkpoint, base, config.llama_cpp)
     header = read_gguf_header(base)
     measured, rows = obtain_measurement(
-        checkpoint, config.measure, work, clock, progress, given=measurement, calibration=calibration
+        checkpoint,
+        config.measure,
+        work,
+        clock,
+        progress,
+        given=measurement,
+        calibration=calibration,
+        check_rows=None if judge is None else judge.check_text,
     )
     with clock.stage("plan"):
-        plan = _planned(measured, header, config)
+        plan = _planned(measured, header, config, rows)
         plan.save(work / "plan.json")
     run = _identity(checkpoint, rows, plan, config)
     verification = None
@@ -283,7 +301,7 @@ def _quantize(
                 file_type=dominant_file_type(types, header),
                 encoded=encoded,
                 importance=importance_of(measured).mean_squares,
-                metadata={_RUN_KEY: run, "bpwise.version": __version__},
+                metadata=_metadata(run, rows),
                 threads=cores(),
             )
     elif read_gguf_header(output).metadata.get(_RUN_KEY) != run:
@@ -291,9 +309,11 @@ def _quantize(
             f"{output}: exists already and is not the output of this run. Choose another name or delete it."
         )
     comparison = None
-    if config.evaluate is not None:
+    if judge is None:
+        refuse_marked(output)
+    else:
         with clock.stage("evaluate"):
-            comparison = _evaluate(checkpoint, output, config.evaluate, progress)
+            comparison = judge.compare(output, predicted_nats=plan.damage_nats)
     result = GgufResult(
         output=output,
         plan=plan,
@@ -306,9 +326,24 @@ def _quantize(
         drift=tuple(drift),
         measurement=measurement or work / MEASUREMENT_FILE,
     )
-    if comparison is not None:
-        write_report(comparison, output.parent, details=_report_details(result), prefix=f"{output.stem}.")
+    if judge is not None and comparison is not None:
+        details = {**_report_details(result), **judge.details()}
+        write_report(comparison, output.parent, details=details, prefix=f"{output.stem}.")
+        judge.sentence(output, comparison, predicted_nats=plan.damage_nats)
     return result
+
+
+def _clear(work: Path) -> None:
+    discard_stages(work)
+    (work / _BASE).unlink(missing_ok=True)
+
+
+def _metadata(run: str, rows: CalibrationSet) -> dict[str, str]:
+    return {
+        _RUN_KEY: run,
+        "bpwise.version": __version__,
+        f"bpwise.{SPANS_KEY}": CalibrationSpans.of(rows).to_text(),
+    }
 
 
 def _refuse_others(output: Path) -> None:
@@ -325,12 +360,12 @@ def _converted(checkpoint: Checkpoint, base: Path, llama_cpp: Path | None) -> tu
     return tuple(check_base(base, checkpoint))
 
 
-def _planned(measurement: Measurement, header: GgufHeader, config: GgufConfig) -> TypePlan:
+def _planned(measurement: Measurement, header: GgufHeader, config: GgufConfig, rows: CalibrationSet) -> TypePlan:
     if config.bpw is not None:
         return make_type_plan(measurement, bpw=config.bpw, overrides=config.overrides)
     assert config.max_bytes is not None
     tensors = sum(tensor.size_bytes for tensor in header.tensors.values())
-    overhead = planned_bytes(header, {}, file_type=0, metadata={_RUN_KEY: "0" * 32, "bpwise.version": __version__})
+    overhead = planned_bytes(header, {}, file_type=0, metadata=_metadata("0" * 32, rows))
     room = config.max_bytes - (overhead - tensors) - _ALIGNMENT_BYTES * len(header.tensors)
     if room <= 0:
         raise BudgetError(
@@ -372,12 +407,6 @@ def _gguf_name(module: str) -> str:
     name = gguf_name(f"{module}.weight")
     assert name is not None, f"{module} is a linear of a known family"
     return name
-
-
-def _evaluate(checkpoint: Checkpoint, output: Path, config: EvalConfig, progress: Progress) -> Comparison:
-    tokenizer = load_tokenizer(checkpoint.directory)
-    rows = evaluation_rows(tokenizer, config, vocab_size=int(checkpoint.config["vocab_size"]))
-    return compare_models(checkpoint, GgufModel.open(output), rows, config, progress)
 
 
 def _report_details(result: GgufResult) -> dict[str, dict[str, str | float]]:

@@ -15,16 +15,17 @@ from ..convert.exl2.verify import MANIFEST_FILE, Verification, verify_model
 from ..convert.exl2.writer import write_model
 from ..convert.files import read_json
 from ..convert.work import claimed, discard_stages
-from ..errors import ConfigError, FormatError, WorkDirectoryError
-from ..eval.comparison import Comparison, EvalConfig, compare_models, evaluation_rows, open_any
+from ..errors import BrokenModelError, ConfigError, FormatError, WorkDirectoryError
+from ..eval.comparison import Comparison, EvalConfig
+from ..eval.overlap import SPANS_KEY, CalibrationSpans
 from ..eval.report import summary_lines, write_report
 from ..measure.calibration import CalibrationSet
 from ..measure.measurement import Measurement
 from ..measure.run import MeasureConfig
-from ..measure.tokenizer import load_tokenizer
 from ..progress import Progress, silent
 from ..version import __version__
 from .forecast import forecast_run
+from .judge import Judge, refuse_marked, refuse_same_source
 from .obtain import MEASUREMENT_FILE, obtain_measurement
 from .plan import HeadBits, Plan, check_head_bits, make_plan
 from .rounding import RoundConfig, RoundedModel, round_model
@@ -61,9 +62,7 @@ class QuantizeConfig:
         if not 2 <= self.bpw <= 9:
             raise ConfigError(f"bpw must lie between 2 and 9, got {self.bpw}.")
         check_head_bits(self.head_bits)
-        text = self.measure.calibration.source
-        if self.evaluate is not None and text is not None and text == self.evaluate.text:
-            raise ConfigError(f"{text}: cannot be calibration and evaluation text at once. Evaluate on other text.")
+        refuse_same_source(self.measure.calibration.source, self.evaluate)
         if self.shard_bytes <= 0:
             raise ConfigError(f"shard_bytes must be positive, got {self.shard_bytes}.")
 
@@ -123,6 +122,7 @@ def quantize_model(
     measurement: Path | None = None,
     calibration: CalibrationSet | None = None,
     work: Path | None = None,
+    judge: Judge | None = None,
     progress: Progress = silent,
 ) -> QuantizeResult:
     """Quantize a model to EXL2 and compare the result with the original.
@@ -135,12 +135,14 @@ def quantize_model(
             directory. It brings its calibration rows along.
         calibration: Rows to use instead of those that ``config.measure.calibration`` describes; not with a measurement.
         work: Work directory; default ``OUTPUT.work``.
+        judge: What evaluates, to be shared with other outputs of the same model; made from ``config.evaluate`` if None.
         progress: Shows how far the stages are.
 
     Returns:
         What was made.
 
     Raises:
+        BrokenModelError: The output's predictions are useless; it is marked, and the measurement kept.
         BpwiseError: Whatever is wrong with the model, the options, the text or the disk.
     """
     checkpoint = open_model(model)
@@ -148,8 +150,14 @@ def quantize_model(
         forecast_run(checkpoint, bpw=config.bpw, head_bits=config.head_bits, config=config.measure)
     _finished(output, model=checkpoint.fingerprint)
     work = work or output.with_name(f"{output.name}.work")
+    if judge is None and config.evaluate is not None:
+        judge = Judge(checkpoint, config.evaluate, progress)
     with claimed(work):
-        result = _quantize(checkpoint, output, config, measurement, calibration, work, progress)
+        try:
+            result = _quantize(checkpoint, output, config, measurement, calibration, work, judge, progress)
+        except BrokenModelError:
+            discard_stages(work)
+            raise
         discard_stages(work)
     return result
 
@@ -161,11 +169,19 @@ def _quantize(
     measurement: Path | None,
     calibration: CalibrationSet | None,
     work: Path,
+    judge: Judge | None,
     progress: Progress,
 ) -> QuantizeResult:
     clock = StageClock()
     measured, rows = obtain_measurement(
-        checkpoint, config.measure, work, clock, progress, given=measurement, calibration=calibration
+        checkpoint,
+        config.measure,
+        work,
+        clock,
+        progress,
+        given=measurement,
+        calibration=calibration,
+        check_rows=None if judge is None else judge.check_text,
     )
     with clock.stage("plan"):
         plan = make_plan(measured, bpw=config.bpw, head_bits=config.head_bits)
@@ -183,9 +199,11 @@ def _quantize(
         with clock.stage("write and verify"):
             verification = _write(checkpoint, rounded, output, plan, rows, config, run)
     comparison = None
-    if config.evaluate is not None:
+    if judge is None:
+        refuse_marked(output)
+    else:
         with clock.stage("evaluate"):
-            comparison = _evaluate(checkpoint, output, rows, config.evaluate, progress)
+            comparison = judge.compare(output, predicted_nats=plan.damage_nats)
     result = QuantizeResult(
         output=output,
         plan=plan,
@@ -197,8 +215,9 @@ def _quantize(
         drift=tuple(drift),
         measurement=measurement or work / MEASUREMENT_FILE,
     )
-    if comparison is not None:
-        write_report(comparison, output, details=report_details(result))
+    if judge is not None and comparison is not None:
+        write_report(comparison, output, details={**report_details(result), **judge.details()})
+        judge.sentence(output, comparison, predicted_nats=plan.damage_nats)
     return result
 
 
@@ -294,6 +313,7 @@ def _write(
             "run": run,
             "model": checkpoint.fingerprint,
             "calibration": rows.fingerprint,
+            SPANS_KEY: CalibrationSpans.of(rows).to_text(),
             "measurement": plan.measurement,
             "bpw": plan.bpw,
             "head_bits": plan.head_bits,
@@ -301,11 +321,3 @@ def _write(
         },
         shard_bytes=config.shard_bytes,
     )
-
-
-def _evaluate(
-    checkpoint: Checkpoint, output: Path, calibration: CalibrationSet, config: EvalConfig, progress: Progress
-) -> Comparison:
-    tokenizer = load_tokenizer(checkpoint.directory)
-    rows = evaluation_rows(tokenizer, config, vocab_size=int(checkpoint.config["vocab_size"]))
-    return compare_models(checkpoint, open_any(output), rows, config, progress)

@@ -10,7 +10,7 @@ from bpwise import cli as cli_module
 from bpwise.cli import cli
 from bpwise.convert.work import StageDirectory
 from bpwise.measure.measurement import Measurement
-from bpwise.quantize import pipeline
+from bpwise.quantize import obtain, pipeline
 from bpwise.quantize.plan import Plan, bpw_range
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
@@ -100,7 +100,8 @@ def forbid_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def not_again(*_: Any, **__: Any) -> None:
         pytest.fail("was done again")
 
-    for name in ("measure_model", "round_model", "write_model"):
+    monkeypatch.setattr(obtain, "measure_model", not_again)
+    for name in ("round_model", "write_model"):
         monkeypatch.setattr(pipeline, name, not_again)
 
 
@@ -374,7 +375,7 @@ class TestStageByStage:
     def test_one_measurement_serves_other_sizes(
         self, tiny_model: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(pipeline, "measure_model", lambda *_: pytest.fail("was done again"))
+        monkeypatch.setattr(obtain, "measure_model", lambda *_: pytest.fail("was done again"))
         measurement = finished.with_name("out.work") / "measurement.safetensors"
         quantize(tiny_model, tmp_path / "out", 6.0, "-m", measurement, "--head-bits", 16, "--no-eval")
         assert 6.0 - 0.02 < decoder_bpw(tmp_path / "out") <= 6.0
