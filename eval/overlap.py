@@ -122,7 +122,7 @@ def refuse_calibration_text(
     share = None if spans is None else shared_share(rows, spans)
     if share is not None and share > _MOST_SHARED and not allowed:
         raise CalibrationError(
-            f"evaluation text: at least {share:.1%} of its tokens are in the calibration text, expected none: the damage "
+            f"evaluation text: at least {share:.1%} of its tokens are in the calibration text, expected none: damage "
             "would look smaller than it is. Evaluate on other text, or force it with --force-eval-text "
             "(allow_calibration_text)."
         )

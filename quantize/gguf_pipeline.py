@@ -33,6 +33,7 @@ from ..measure.run import MeasureConfig
 from ..progress import Progress, silent
 from ..rounding.parallel import cores
 from ..version import __version__
+from .cards import check_base_model, write_card
 from .judge import Judge, refuse_marked, refuse_same_source
 from .obtain import MEASUREMENT_FILE, obtain_measurement
 from .rounding_pass import Drift
@@ -40,7 +41,7 @@ from .stages import StageClock, StageCost
 from .type_plan import Override, TypePlan, make_type_plan
 from .type_rounding import RoundedTypes, round_types, table_importance
 
-__all__ = ["GgufConfig", "GgufResult", "convert_to_mixture", "importance_of", "quantize_to_gguf"]
+__all__ = ["GgufConfig", "GgufResult", "convert_to_mixture", "importance_of", "quantize_to_gguf", "refuse_others"]
 
 _BASE = "base.gguf"
 _RUN_KEY = "bpwise.run"
@@ -60,6 +61,8 @@ class GgufConfig:
         llama_cpp: A llama.cpp checkout, or a directory with its converter; None for the usual place.
         measure: Options of the measuring stage; its calibration rows and device serve rounding too.
         evaluate: Options of the evaluation, or None to leave it out.
+        card: Whether a model card ``NAME.README.md`` is written beside the file.
+        base_model: Hub id of the original for the model card; None takes it from where the original came from.
     """
 
     bpw: float | None = None
@@ -69,6 +72,8 @@ class GgufConfig:
     llama_cpp: Path | None = None
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     evaluate: EvalConfig | None = field(default_factory=EvalConfig)
+    card: bool = False
+    base_model: str | None = None
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -80,6 +85,7 @@ class GgufConfig:
             raise ConfigError("a GGUF file needs one target: bits per weight or a largest size.")
         if self.bpw is not None and not 1 <= self.bpw <= 16:
             raise ConfigError(f"bpw must lie between 1 and 16, got {self.bpw}.")
+        check_base_model(self.base_model)
         refuse_same_source(self.measure.calibration.source, self.evaluate)
 
 
@@ -166,7 +172,7 @@ def quantize_to_gguf(
             llama.cpp's converter is not installed.
     """
     checkpoint = open_model(model)
-    _refuse_others(output)
+    refuse_others(output)
     work = work or output.with_name(f"{output.name}.work")
     if judge is None and config.evaluate is not None:
         judge = Judge(checkpoint, config.evaluate, progress)
@@ -330,6 +336,8 @@ def _quantize(
         details = {**_report_details(result), **judge.details()}
         write_report(comparison, output.parent, details=details, prefix=f"{output.stem}.")
         judge.sentence(output, comparison, predicted_nats=plan.damage_nats)
+    if config.card:
+        write_card(output, original=checkpoint.directory, base_model=config.base_model)
     return result
 
 
@@ -342,12 +350,18 @@ def _metadata(run: str, rows: CalibrationSet) -> dict[str, str]:
     return {
         _RUN_KEY: run,
         "bpwise.version": __version__,
+        "bpwise.calibration": rows.description,
         f"bpwise.{SPANS_KEY}": CalibrationSpans.of(rows).to_text(),
     }
 
 
-def _refuse_others(output: Path) -> None:
-    # What is there may be this run's own; whether it is shows when the plan is known.
+def refuse_others(output: Path) -> None:
+    """Refuse an output that is no file of ours; whether it is this run's own shows when the plan is known.
+
+    Raises:
+        WorkDirectoryError: It is something else.
+        FormatError: It is no GGUF file.
+    """
     if output.exists() and (output.is_dir() or _RUN_KEY not in read_gguf_header(output).metadata):
         raise WorkDirectoryError(
             f"{output}: exists already and is not the output of this run. Choose another name or delete it."

@@ -21,6 +21,7 @@ from ..eval.overlap import CalibrationSpans, refuse_calibration_text
 from ..measure.calibration import CalibrationSet
 from ..measure.tokenizer import load_tokenizer
 from ..progress import Progress, silent
+from .cards import card_path
 
 __all__ = ["BROKEN_NATS", "BROKEN_RATIO", "Judge", "broken_because", "refuse_marked", "refuse_same_source"]
 
@@ -116,6 +117,7 @@ class Judge:
         return self._rows
 
     def _broken(self, output: Path, reason: str) -> BrokenModelError:
+        card_path(output).unlink(missing_ok=True)
         mark = mark_broken(output, f"{reason}\n\nEvaluated on: {self._evaluation_rows().description}.")
         return BrokenModelError(
             f"{output}: broken. {reason} It is marked by {mark.name}; the measurement is kept. Check calibration text "

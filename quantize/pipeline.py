@@ -24,6 +24,7 @@ from ..measure.measurement import Measurement
 from ..measure.run import MeasureConfig
 from ..progress import Progress, silent
 from ..version import __version__
+from .cards import check_base_model, write_card
 from .forecast import forecast_run
 from .judge import Judge, refuse_marked, refuse_same_source
 from .obtain import MEASUREMENT_FILE, obtain_measurement
@@ -32,7 +33,7 @@ from .rounding import RoundConfig, RoundedModel, round_model
 from .rounding_pass import Drift
 from .stages import StageClock, StageCost
 
-__all__ = ["QuantizeConfig", "QuantizeResult", "quantize_model", "report_details"]
+__all__ = ["QuantizeConfig", "QuantizeResult", "is_finished", "quantize_model", "report_details"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +46,7 @@ class QuantizeConfig:
         measure: Options of the measuring stage; its calibration rows and device serve rounding too.
         evaluate: Options of the evaluation, or None to leave it out.
         shard_bytes: Largest output file, in bytes.
+        base_model: Hub id of the original for the model card; None takes it from where the original came from.
     """
 
     bpw: float
@@ -52,6 +54,7 @@ class QuantizeConfig:
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     evaluate: EvalConfig | None = field(default_factory=EvalConfig)
     shard_bytes: int = DEFAULT_SHARD_BYTES
+    base_model: str | None = None
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -62,6 +65,7 @@ class QuantizeConfig:
         if not 2 <= self.bpw <= 9:
             raise ConfigError(f"bpw must lie between 2 and 9, got {self.bpw}.")
         check_head_bits(self.head_bits)
+        check_base_model(self.base_model)
         refuse_same_source(self.measure.calibration.source, self.evaluate)
         if self.shard_bytes <= 0:
             raise ConfigError(f"shard_bytes must be positive, got {self.shard_bytes}.")
@@ -109,7 +113,7 @@ class QuantizeResult:
         for cost in self.costs:
             lines.append(f"stage       {cost.stage:18} {cost.seconds:8.1f} s  {cost.peak_bytes / 2**20:7.0f} MiB")
         lines.append(f"measurement {self.measurement} serves any other bitrate")
-        report = "" if self.comparison is None else " (with report.md, report.json)"
+        report = " (with README.md)" if self.comparison is None else " (with README.md, report.md, report.json)"
         lines.append(f"output      {self.output}{report}")
         return lines
 
@@ -148,7 +152,7 @@ def quantize_model(
     checkpoint = open_model(model)
     if measurement is None:  # a given one has a group size of its own, which the plan checks at once
         forecast_run(checkpoint, bpw=config.bpw, head_bits=config.head_bits, config=config.measure)
-    _finished(output, model=checkpoint.fingerprint)
+    is_finished(output, model=checkpoint.fingerprint)
     work = work or output.with_name(f"{output.name}.work")
     if judge is None and config.evaluate is not None:
         judge = Judge(checkpoint, config.evaluate, progress)
@@ -189,7 +193,7 @@ def _quantize(
     run = _identity(checkpoint, rows, plan, config)
     fallbacks: dict[str, float] = {}
     drift: list[Drift] = []
-    if _finished(output, run=run):
+    if is_finished(output, run=run):
         verification = verify_model(output)
     else:
         with clock.stage("round"):
@@ -218,6 +222,7 @@ def _quantize(
     if judge is not None and comparison is not None:
         write_report(comparison, output, details={**report_details(result), **judge.details()})
         judge.sentence(output, comparison, predicted_nats=plan.damage_nats)
+    write_card(output, original=checkpoint.directory, base_model=config.base_model)
     return result
 
 
@@ -268,8 +273,16 @@ def _identity(checkpoint: Checkpoint, rows: CalibrationSet, plan: Plan, config: 
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def _finished(output: Path, **expected: str) -> bool:
-    """Whether ``output`` is there with these entries in its provenance; refuse anything else that is in the way."""
+def is_finished(output: Path, **expected: str) -> bool:
+    """Return whether an output is there with these entries in its provenance.
+
+    Args:
+        output: EXL2 directory, or where it shall be.
+        **expected: Entries of its manifest's provenance, as ``model``, the original's fingerprint.
+
+    Raises:
+        WorkDirectoryError: Something else is in the way.
+    """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
     manifest = output / MANIFEST_FILE
