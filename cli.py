@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .measure.calibration import CalibrationSet
     from .measure.measurement import Measurement
     from .measure.run import MeasureConfig
+    from .quantize.gguf_pipeline import GgufConfig
+    from .quantize.pipeline import QuantizeConfig
     from .quantize.plan import HeadBits
 
 __all__ = ["cli", "main"]
@@ -54,7 +56,25 @@ class _Size(click.ParamType[int]):
         return int(float(match[1]) * self._UNITS[match[2]])
 
 
+class _Rates(click.ParamType):
+    """Bitrates, separated by commas."""
+
+    name = "bpw[,bpw...]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            rates = tuple(float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is no bitrate, expected for example 4.5, or several as 8.0,6.0,4.5.", param, ctx)
+        if len(set(rates)) < len(rates):
+            self.fail(f"{value!r} names a bitrate twice.", param, ctx)
+        return rates
+
+
 _SIZE = _Size()
+_RATES = _Rates()
 _HEAD_BITS_OPTION = click.option(
     "-hb",
     "--head-bits",
@@ -155,7 +175,11 @@ def _measure_config(options: dict[str, Any], *, types: bool) -> tuple[MeasureCon
     help="[default: gguf if OUTPUT ends so, else exl2]",
 )
 @click.option(
-    "-b", "--bpw", type=float, help="Bits per weight: EXL2, of the decoder with overheads; GGUF, of all tensors."
+    "-b",
+    "--bpw",
+    type=_RATES,
+    help="Bits per weight: EXL2, of the decoder with overheads; GGUF, of all tensors. Several, as 8.0,6.0,4.5, make "
+    "several outputs in the directory OUTPUT from one measurement.",
 )
 @_HEAD_BITS_OPTION
 @click.option("--max-size", type=_SIZE, help="GGUF: largest size of the file, as 5GB or 700MiB, instead of --bpw.")
@@ -185,12 +209,17 @@ def _measure_config(options: dict[str, Any], *, types: bool) -> tuple[MeasureCon
 @click.option("--eval-rows", type=click.IntRange(1), default=16, help="Rows to evaluate on.")
 @click.option("--eval-row-tokens", type=click.IntRange(2), default=1024, help="Tokens in each of them.")
 @click.option("--no-eval", is_flag=True, help="Leave the comparison with the original out.")
+@click.option("--force-eval-text", is_flag=True, help="Evaluate even on text that is calibrated on.")
+@click.option("--base-model", metavar="ORG/NAME", help="The original's Hub id, for the card.  [default: MODEL's]")
+@click.option("--card", is_flag=True, help="GGUF: write a model card NAME.README.md too, as EXL2 outputs have one.")
 @click.option("--dry-run", is_flag=True, help="EXL2: print size, bpw range and expected memory; write nothing.")
 @_calibration_options
 def quantize(model: str, output: Path, output_format: str | None, **options: Any) -> None:
     """Quantize MODEL (a directory or a Hub id) to OUTPUT, an EXL2 directory or a GGUF file, and compare the two.
 
-    The same command run again goes on where it was cut off.
+    With several bitrates the outputs are OUTPUT/MODEL-8.0bpw-6hb-exl2 or OUTPUT/MODEL-8.0bpw.gguf and so on, beside a
+    report over all. An output whose predictions turn out useless is marked by BROKEN.md, and the exit code is 1. The
+    same command run again goes on where it was cut off.
     """
     from .eval.comparison import EvalConfig
 
@@ -205,6 +234,7 @@ def quantize(model: str, output: Path, output_format: str | None, **options: Any
         rows=options["eval_rows"],
         row_tokens=options["eval_row_tokens"],
         device=options["device"],
+        allow_calibration_text=options["force_eval_text"],
     )
     run = _quantize_to_gguf if (output_format or output.suffix[1:]) == "gguf" else _quantize_to_exl2
     run(model, output, None if options["no_eval"] else evaluate, options)
@@ -215,22 +245,27 @@ def _quantize_to_exl2(model: str, output: Path, evaluate: EvalConfig | None, opt
 
     _refuse_beside(
         "an EXL2 output",
-        ("max_size", "vram", "context", "mixture", "imatrix", "override", "no_feedback", "llama_cpp"),
+        ("max_size", "vram", "context", "mixture", "imatrix", "override", "no_feedback", "llama_cpp", "card"),
         "it is for GGUF",
     )
     if options["bpw"] is None:
         raise click.UsageError("an EXL2 output needs --bpw.")
     measure_config, saved = _measure_config(options, types=False)
     config = QuantizeConfig(
-        bpw=options["bpw"],
+        bpw=options["bpw"][0],
         head_bits=_head_bits(options["head_bits"]),
         measure=measure_config,
         evaluate=evaluate,
         shard_bytes=options["shard_size"] * _MIB,
+        base_model=options["base_model"],
     )
     if options["dry_run"]:
         known = _config_of(options["measurement"]) if options["measurement"] else measure_config
-        _print_forecast(model, config.bpw, config.head_bits, known)
+        for bpw in options["bpw"]:
+            _print_forecast(model, bpw, config.head_bits, known)
+        return
+    if len(options["bpw"]) > 1:
+        _quantize_series(model, output, config, saved, options)
         return
     result = quantize_model(
         model,
@@ -262,8 +297,11 @@ def _quantize_to_gguf(model: str, output: Path, evaluate: EvalConfig | None, opt
             "--imatrix goes with --type; with --bpw and --max-size the measurement says what matters."
         )
     measure_config, saved = _measure_config(options, types=True)
+    rates = options["bpw"] or ()
+    if len(rates) > 1 and output.suffix == ".gguf":
+        raise click.UsageError("several bitrates make several files: name a directory, with --format gguf.")
     config = GgufConfig(
-        bpw=options["bpw"],
+        bpw=rates[0] if rates else None,
         max_bytes=options["max_size"],
         vram_bytes=options["vram"],
         context_tokens=options["context"],
@@ -272,7 +310,12 @@ def _quantize_to_gguf(model: str, output: Path, evaluate: EvalConfig | None, opt
         llama_cpp=options["llama_cpp"],
         measure=measure_config,
         evaluate=evaluate,
+        card=options["card"],
+        base_model=options["base_model"],
     )
+    if len(rates) > 1:
+        _quantize_series(model, output, config, saved, options)
+        return
     result = quantize_to_gguf(
         model,
         output,
@@ -286,10 +329,34 @@ def _quantize_to_gguf(model: str, output: Path, evaluate: EvalConfig | None, opt
         click.echo(line)
 
 
+def _quantize_series(
+    model: str,
+    output: Path,
+    config: QuantizeConfig | GgufConfig,
+    calibration: CalibrationSet | None,
+    options: dict[str, Any],
+) -> None:
+    from .quantize.series import quantize_series
+
+    result = quantize_series(
+        model,
+        output,
+        config,
+        options["bpw"],
+        measurement=options["measurement"],
+        calibration=calibration,
+        work=options["work_dir"],
+        progress=_progress_bar,
+    )
+    for line in result.summary_lines():
+        click.echo(line)
+
+
 def _convert_to_mixture(model: str, output: Path, evaluate: EvalConfig | None, options: dict[str, Any]) -> None:
-    from .eval.comparison import evaluate as compare
+    from .convert.checkpoint import open_model
     from .eval.report import summary_lines, write_report
     from .quantize.gguf_pipeline import convert_to_mixture
+    from .quantize.judge import Judge
 
     _refuse_beside("--type", ("measurement", "override", "no_feedback"), "llama.cpp's mixtures do not know it")
     written, warnings = convert_to_mixture(
@@ -304,8 +371,10 @@ def _convert_to_mixture(model: str, output: Path, evaluate: EvalConfig | None, o
         click.echo(f"warning     {warning}", err=True)
     click.echo(f"size        {written.file_bytes / _MIB:.1f} MiB; {written.bpw:.4f} bpw over all tensors -> {output}")
     if evaluate is not None:
-        comparison = compare(model, output, evaluate, _progress_bar)
+        judge = Judge(open_model(model), evaluate, _progress_bar)
+        comparison = judge.compare(output, predicted_nats=None)
         write_report(comparison, output.parent, prefix=f"{output.stem}.")
+        judge.sentence(output, comparison, predicted_nats=None)
         for line in summary_lines(comparison):
             click.echo(line)
 
@@ -480,6 +549,7 @@ def _verify_gguf(model: Path) -> None:
 @click.option("--seed", type=int, default=0, help="Chooses the places that rows of Python's own text are taken from.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", help="Arithmetic.")
 @click.option("--device", default="auto", help="cpu, cuda, cuda:N, mps or auto.")
+@click.option("--force-eval-text", is_flag=True, help="Evaluate even on text that QUANTIZED was calibrated on.")
 @click.option(
     "--engine",
     type=click.Choice(["transformers", "llama.cpp"]),
@@ -511,7 +581,7 @@ def evaluate(
     from .eval.comparison import evaluate as compare
     from .eval.report import summary_lines, write_report
 
-    config = EvalConfig(**options)
+    config = EvalConfig(allow_calibration_text=options.pop("force_eval_text"), **options)
     prefix = f"{quantized.stem}." if quantized.is_file() else ""
     if engine == "llama.cpp":
         from .eval.engine import evaluate_in_engine
@@ -528,6 +598,22 @@ def evaluate(
     write_report(comparison, folder, prefix=prefix)
     for line in summary_lines(comparison):
         click.echo(line)
+
+
+@cli.command()
+@click.argument("model", type=_EXISTING_PATH)
+@click.option("--original", help="Directory or Hub id of the original: its licence, language and card are taken over.")
+@click.option("--base-model", metavar="ORG/NAME", help="The original's Hub id.  [default: --original's, if it has one]")
+def card(model: Path, original: str | None, base_model: str | None) -> None:
+    """Write the model card of MODEL, an EXL2 directory (README.md) or a GGUF file (NAME.README.md beside it).
+
+    The numbers are those of its report, which `bpwise eval` writes.
+    """
+    from .quantize.cards import write_card
+
+    if original is None:
+        click.echo("no --original: licence, language and the original's card are not carried over", err=True)
+    click.echo(f"card -> {write_card(model, original=original, base_model=base_model)}")
 
 
 @cli.command()

@@ -6,12 +6,14 @@ it and exits with 1; a bug keeps its traceback.
 
 __all__ = [
     "BpwiseError",
+    "BrokenModelError",
     "BudgetError",
     "CalibrationError",
     "CheckpointError",
     "ConfigError",
     "FormatError",
     "NumericalError",
+    "PublishError",
     "ShapeError",
     "UnsupportedModelError",
     "VerificationError",
@@ -47,6 +49,10 @@ class NumericalError(BpwiseError):
     """A NaN, an infinity or a failed factorisation that would spoil everything after it."""
 
 
+class BrokenModelError(BpwiseError):
+    """A quantized model was written as meant, but its predictions are useless; it carries a mark that says so."""
+
+
 class FormatError(BpwiseError):
     """A file that bpwise (or an EXL2 writer) should have made breaks its format's rules."""
 
@@ -57,6 +63,10 @@ class VerificationError(BpwiseError):
 
 class WorkDirectoryError(BpwiseError):
     """A work or output directory is in the way, or belongs to another run."""
+
+
+class PublishError(BpwiseError):
+    """A model may not be published, or the Hub refuses it."""
 
 
 class ShapeError(BpwiseError):

@@ -22,6 +22,7 @@ from ..measure.stream import StreamedModel
 from ..measure.tokenizer import Tokenizer, load_tokenizer
 from ..progress import Progress, silent
 from .divergence import Summary
+from .overlap import refuse_calibration_text, stored_spans
 from .passes import last_hidden, mean_floor_nats, paired_statistics
 
 __all__ = [
@@ -62,6 +63,7 @@ class EvalConfig:
         seed: Chooses the places that rows of the built-in text are taken from.
         dtype: What both models run in: ``float32``, ``bfloat16`` or ``float16``.
         device: ``cpu``, ``cuda``, ``cuda:N``, ``mps``, or ``auto`` for the best at hand.
+        allow_calibration_text: Evaluate even on text that the model was calibrated on.
     """
 
     text: str | None = None
@@ -71,6 +73,7 @@ class EvalConfig:
     seed: int = 0
     dtype: str = "float32"
     device: str = "auto"
+    allow_calibration_text: bool = False
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -285,6 +288,8 @@ def evaluate_each(
     """
     source, others = open_pair(original, quantized)
     rows = evaluation_rows(load_tokenizer(source.directory), config, vocab_size=vocab_size_of(source))
+    for other in others:
+        refuse_calibration_text(rows, stored_spans(other), allowed=config.allow_calibration_text)
     run = run_original(source, rows, config, progress)
     for other in others:
         yield compare_with(run, other, progress)

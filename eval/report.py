@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..convert.files import atomic_file, write_json
+from ..convert.markdown import cell as _cell
+from ..convert.markdown import table as _table
 from ..version import __version__
 from .comparison import Comparison, ModelSummary
 from .estimate import Estimate
@@ -200,19 +202,6 @@ def _method_table(comparison: Comparison) -> str:
         ("bpwise", __version__),
     ]
     return _table(("", ""), rows)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
-
-
-def _cell(text: str) -> str:
-    # Names and descriptions come from outside: they must not end the cell, nor be taken for HTML.
-    text = " ".join(text.split())
-    for sign, replacement in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|")):
-        text = text.replace(sign, replacement)
-    return text
 
 
 def _model_cells(model: ModelSummary) -> tuple[str, str, str]:

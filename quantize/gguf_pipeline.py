@@ -23,16 +23,18 @@ from ..convert.gguf.names import architecture_of, gguf_name, row_order
 from ..convert.gguf.reader import GgufModel
 from ..convert.gguf.writer import GgufVerification, planned_bytes, write_gguf
 from ..convert.work import claimed, discard_stages
-from ..errors import BudgetError, ConfigError, WorkDirectoryError
-from ..eval.comparison import Comparison, EvalConfig, compare_models, evaluation_rows
+from ..errors import BrokenModelError, BudgetError, ConfigError, WorkDirectoryError
+from ..eval.comparison import Comparison, EvalConfig
+from ..eval.overlap import SPANS_KEY, CalibrationSpans
 from ..eval.report import summary_lines, write_report
 from ..measure.calibration import CalibrationSet
 from ..measure.measurement import Measurement
 from ..measure.run import MeasureConfig
-from ..measure.tokenizer import load_tokenizer
 from ..progress import Progress, silent
 from ..rounding.parallel import cores
 from ..version import __version__
+from .cards import check_base_model, write_card
+from .judge import Judge, refuse_marked, refuse_same_source
 from .obtain import MEASUREMENT_FILE, obtain_measurement
 from .rounding_pass import Drift
 from .stages import StageClock, StageCost
@@ -40,7 +42,7 @@ from .type_plan import Override, TypePlan, make_type_plan
 from .type_rounding import RoundedTypes, round_types, table_importance
 from .vram import room_for_weights
 
-__all__ = ["GgufConfig", "GgufResult", "convert_to_mixture", "importance_of", "quantize_to_gguf"]
+__all__ = ["GgufConfig", "GgufResult", "convert_to_mixture", "importance_of", "quantize_to_gguf", "refuse_others"]
 
 _BASE = "base.gguf"
 _RUN_KEY = "bpwise.run"
@@ -62,6 +64,8 @@ class GgufConfig:
         llama_cpp: A llama.cpp checkout, or a directory with its converter; None for the usual place.
         measure: Options of the measuring stage; its calibration rows and device serve rounding too.
         evaluate: Options of the evaluation, or None to leave it out.
+        card: Whether a model card ``NAME.README.md`` is written beside the file.
+        base_model: Hub id of the original for the model card; None takes it from where the original came from.
     """
 
     bpw: float | None = None
@@ -73,6 +77,8 @@ class GgufConfig:
     llama_cpp: Path | None = None
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     evaluate: EvalConfig | None = field(default_factory=EvalConfig)
+    card: bool = False
+    base_model: str | None = None
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -84,9 +90,8 @@ class GgufConfig:
             raise ConfigError("a GGUF file needs one target: bits per weight, a largest size, or the memory of a GPU.")
         if self.bpw is not None and not 1 <= self.bpw <= 16:
             raise ConfigError(f"bpw must lie between 1 and 16, got {self.bpw}.")
-        text = self.measure.calibration.source
-        if self.evaluate is not None and text is not None and text == self.evaluate.text:
-            raise ConfigError(f"{text}: cannot be calibration and evaluation text at once. Evaluate on other text.")
+        check_base_model(self.base_model)
+        refuse_same_source(self.measure.calibration.source, self.evaluate)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +150,8 @@ def quantize_to_gguf(
     measurement: Path | None = None,
     calibration: CalibrationSet | None = None,
     work: Path | None = None,
+    base: Path | None = None,
+    judge: Judge | None = None,
     progress: Progress = silent,
 ) -> GgufResult:
     """Quantize a model to a GGUF file for llama.cpp and compare the result with the original.
@@ -157,22 +164,30 @@ def quantize_to_gguf(
             directory. It brings its calibration rows along.
         calibration: Rows to use instead of those that ``config.measure.calibration`` describes; not with a measurement.
         work: Work directory; default ``OUTPUT.work``.
+        base: The model as an unquantized GGUF file; None converts it.
+        judge: What evaluates, to be shared with other outputs of the same model; made from ``config.evaluate`` if None.
         progress: Shows how far the stages are.
 
     Returns:
         What was made.
 
     Raises:
+        BrokenModelError: The output's predictions are useless; it is marked, and the measurement kept.
         BpwiseError: Whatever is wrong with the model, the options, the text or the disk; or ggml's library or
             llama.cpp's converter is not installed.
     """
     checkpoint = open_model(model)
-    _refuse_others(output)
+    refuse_others(output)
     work = work or output.with_name(f"{output.name}.work")
+    if judge is None and config.evaluate is not None:
+        judge = Judge(checkpoint, config.evaluate, progress)
     with claimed(work):
-        result = _quantize(checkpoint, output, config, measurement, calibration, work, progress)
-        discard_stages(work)
-        (work / _BASE).unlink(missing_ok=True)
+        try:
+            result = _quantize(checkpoint, output, config, measurement, calibration, work, base, judge, progress)
+        except BrokenModelError:
+            _clear(work)
+            raise
+        _clear(work)
     return result
 
 
@@ -256,19 +271,28 @@ def _quantize(
     measurement: Path | None,
     calibration: CalibrationSet | None,
     work: Path,
+    base: Path | None,
+    judge: Judge | None,
     progress: Progress,
 ) -> GgufResult:
     clock = StageClock()
-    base = work / _BASE
+    base = base or work / _BASE
     # The converter first: should it not know the model, nothing has been measured in vain.
     with clock.stage("convert"):
         warnings = _converted(checkpoint, base, config.llama_cpp)
     header = read_gguf_header(base)
     measured, rows = obtain_measurement(
-        checkpoint, config.measure, work, clock, progress, given=measurement, calibration=calibration
+        checkpoint,
+        config.measure,
+        work,
+        clock,
+        progress,
+        given=measurement,
+        calibration=calibration,
+        check_rows=None if judge is None else judge.check_text,
     )
     with clock.stage("plan"):
-        plan = _planned(measured, header, checkpoint, config)
+        plan = _planned(measured, header, checkpoint, config, rows)
         plan.save(work / "plan.json")
     run = _identity(checkpoint, rows, plan, config)
     verification = None
@@ -288,7 +312,7 @@ def _quantize(
                 file_type=dominant_file_type(types, header),
                 encoded=encoded,
                 importance=importance_of(measured).mean_squares,
-                metadata={_RUN_KEY: run, "bpwise.version": __version__},
+                metadata=_metadata(run, rows),
                 threads=cores(),
             )
     elif read_gguf_header(output).metadata.get(_RUN_KEY) != run:
@@ -296,9 +320,11 @@ def _quantize(
             f"{output}: exists already and is not the output of this run. Choose another name or delete it."
         )
     comparison = None
-    if config.evaluate is not None:
+    if judge is None:
+        refuse_marked(output)
+    else:
         with clock.stage("evaluate"):
-            comparison = _evaluate(checkpoint, output, config.evaluate, progress)
+            comparison = judge.compare(output, predicted_nats=plan.damage_nats)
     result = GgufResult(
         output=output,
         plan=plan,
@@ -311,13 +337,36 @@ def _quantize(
         drift=tuple(drift),
         measurement=measurement or work / MEASUREMENT_FILE,
     )
-    if comparison is not None:
-        write_report(comparison, output.parent, details=_report_details(result), prefix=f"{output.stem}.")
+    if judge is not None and comparison is not None:
+        details = {**_report_details(result), **judge.details()}
+        write_report(comparison, output.parent, details=details, prefix=f"{output.stem}.")
+        judge.sentence(output, comparison, predicted_nats=plan.damage_nats)
+    if config.card:
+        write_card(output, original=checkpoint.directory, base_model=config.base_model)
     return result
 
 
-def _refuse_others(output: Path) -> None:
-    # What is there may be this run's own; whether it is shows when the plan is known.
+def _clear(work: Path) -> None:
+    discard_stages(work)
+    (work / _BASE).unlink(missing_ok=True)
+
+
+def _metadata(run: str, rows: CalibrationSet) -> dict[str, str]:
+    return {
+        _RUN_KEY: run,
+        "bpwise.version": __version__,
+        "bpwise.calibration": rows.description,
+        f"bpwise.{SPANS_KEY}": CalibrationSpans.of(rows).to_text(),
+    }
+
+
+def refuse_others(output: Path) -> None:
+    """Refuse an output that is no file of ours; whether it is this run's own shows when the plan is known.
+
+    Raises:
+        WorkDirectoryError: It is something else.
+        FormatError: It is no GGUF file.
+    """
     if output.exists() and (output.is_dir() or _RUN_KEY not in read_gguf_header(output).metadata):
         raise WorkDirectoryError(
             f"{output}: exists already and is not the output of this run. Choose another name or delete it."
@@ -330,7 +379,9 @@ def _converted(checkpoint: Checkpoint, base: Path, llama_cpp: Path | None) -> tu
     return tuple(check_base(base, checkpoint))
 
 
-def _planned(measurement: Measurement, header: GgufHeader, checkpoint: Checkpoint, config: GgufConfig) -> TypePlan:
+def _planned(
+    measurement: Measurement, header: GgufHeader, checkpoint: Checkpoint, config: GgufConfig, rows: CalibrationSet
+) -> TypePlan:
     if config.bpw is not None:
         return make_type_plan(measurement, bpw=config.bpw, overrides=config.overrides)
     max_bytes = config.max_bytes
@@ -339,7 +390,7 @@ def _planned(measurement: Measurement, header: GgufHeader, checkpoint: Checkpoin
         max_bytes = room_for_weights(config.vram_bytes, checkpoint.config, context)
     assert max_bytes is not None
     tensors = sum(tensor.size_bytes for tensor in header.tensors.values())
-    overhead = planned_bytes(header, {}, file_type=0, metadata={_RUN_KEY: "0" * 32, "bpwise.version": __version__})
+    overhead = planned_bytes(header, {}, file_type=0, metadata=_metadata("0" * 32, rows))
     room = max_bytes - (overhead - tensors) - _ALIGNMENT_BYTES * len(header.tensors)
     if room <= 0:
         raise BudgetError(
@@ -381,12 +432,6 @@ def _gguf_name(module: str) -> str:
     name = gguf_name(f"{module}.weight")
     assert name is not None, f"{module} is a linear of a known family"
     return name
-
-
-def _evaluate(checkpoint: Checkpoint, output: Path, config: EvalConfig, progress: Progress) -> Comparison:
-    tokenizer = load_tokenizer(checkpoint.directory)
-    rows = evaluation_rows(tokenizer, config, vocab_size=int(checkpoint.config["vocab_size"]))
-    return compare_models(checkpoint, GgufModel.open(output), rows, config, progress)
 
 
 def _report_details(result: GgufResult) -> dict[str, dict[str, str | float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from ..convert.checkpoint import Checkpoint
@@ -33,6 +34,7 @@ def obtain_measurement(
     *,
     given: Path | None,
     calibration: CalibrationSet | None,
+    check_rows: Callable[[CalibrationSet], object] | None = None,
 ) -> tuple[Measurement, CalibrationSet]:
     """Return a model's measurement and its calibration rows, which are saved in the work directory.
 
@@ -44,6 +46,7 @@ def obtain_measurement(
         progress: Wraps the blocks of each pass.
         given: A measurement of this model; None looks into the work directory, or measures.
         calibration: Rows to use instead of those that ``config.calibration`` describes; not with ``given``.
+        check_rows: Called with the rows before the long work; it may raise.
 
     Raises:
         BpwiseError: As ``Measurement.load``, ``calibration_rows`` and ``measure_model``; or the measurement belongs to
@@ -52,9 +55,13 @@ def obtain_measurement(
     if given is not None:
         measured = _load(given, checkpoint)
         rows = measured_rows(measured)
+        if check_rows is not None:
+            check_rows(rows)
     else:
         with clock.stage("calibration text"):
             rows = calibration or calibration_rows(checkpoint, config.calibration)
+        if check_rows is not None:
+            check_rows(rows)
         with clock.stage("measure"):
             measured = _measured(checkpoint, rows, config, work, progress)
     rows.save(work / "calibration.safetensors")

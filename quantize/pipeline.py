@@ -15,23 +15,25 @@ from ..convert.exl2.verify import MANIFEST_FILE, Verification, verify_model
 from ..convert.exl2.writer import write_model
 from ..convert.files import read_json
 from ..convert.work import claimed, discard_stages
-from ..errors import ConfigError, FormatError, WorkDirectoryError
-from ..eval.comparison import Comparison, EvalConfig, compare_models, evaluation_rows, open_any
+from ..errors import BrokenModelError, ConfigError, FormatError, WorkDirectoryError
+from ..eval.comparison import Comparison, EvalConfig
+from ..eval.overlap import SPANS_KEY, CalibrationSpans
 from ..eval.report import summary_lines, write_report
 from ..measure.calibration import CalibrationSet
 from ..measure.measurement import Measurement
 from ..measure.run import MeasureConfig
-from ..measure.tokenizer import load_tokenizer
 from ..progress import Progress, silent
 from ..version import __version__
+from .cards import check_base_model, write_card
 from .forecast import forecast_run
+from .judge import Judge, refuse_marked, refuse_same_source
 from .obtain import MEASUREMENT_FILE, obtain_measurement
 from .plan import HeadBits, Plan, check_head_bits, make_plan
 from .rounding import RoundConfig, RoundedModel, round_model
 from .rounding_pass import Drift
 from .stages import StageClock, StageCost
 
-__all__ = ["QuantizeConfig", "QuantizeResult", "quantize_model", "report_details"]
+__all__ = ["QuantizeConfig", "QuantizeResult", "is_finished", "quantize_model", "report_details"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +46,7 @@ class QuantizeConfig:
         measure: Options of the measuring stage; its calibration rows and device serve rounding too.
         evaluate: Options of the evaluation, or None to leave it out.
         shard_bytes: Largest output file, in bytes.
+        base_model: Hub id of the original for the model card; None takes it from where the original came from.
     """
 
     bpw: float
@@ -51,6 +54,7 @@ class QuantizeConfig:
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     evaluate: EvalConfig | None = field(default_factory=EvalConfig)
     shard_bytes: int = DEFAULT_SHARD_BYTES
+    base_model: str | None = None
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -61,9 +65,8 @@ class QuantizeConfig:
         if not 2 <= self.bpw <= 9:
             raise ConfigError(f"bpw must lie between 2 and 9, got {self.bpw}.")
         check_head_bits(self.head_bits)
-        text = self.measure.calibration.source
-        if self.evaluate is not None and text is not None and text == self.evaluate.text:
-            raise ConfigError(f"{text}: cannot be calibration and evaluation text at once. Evaluate on other text.")
+        check_base_model(self.base_model)
+        refuse_same_source(self.measure.calibration.source, self.evaluate)
         if self.shard_bytes <= 0:
             raise ConfigError(f"shard_bytes must be positive, got {self.shard_bytes}.")
 
@@ -110,7 +113,7 @@ class QuantizeResult:
         for cost in self.costs:
             lines.append(f"stage       {cost.stage:18} {cost.seconds:8.1f} s  {cost.peak_bytes / 2**20:7.0f} MiB")
         lines.append(f"measurement {self.measurement} serves any other bitrate")
-        report = "" if self.comparison is None else " (with report.md, report.json)"
+        report = " (with README.md)" if self.comparison is None else " (with README.md, report.md, report.json)"
         lines.append(f"output      {self.output}{report}")
         return lines
 
@@ -123,6 +126,7 @@ def quantize_model(
     measurement: Path | None = None,
     calibration: CalibrationSet | None = None,
     work: Path | None = None,
+    judge: Judge | None = None,
     progress: Progress = silent,
 ) -> QuantizeResult:
     """Quantize a model to EXL2 and compare the result with the original.
@@ -135,21 +139,29 @@ def quantize_model(
             directory. It brings its calibration rows along.
         calibration: Rows to use instead of those that ``config.measure.calibration`` describes; not with a measurement.
         work: Work directory; default ``OUTPUT.work``.
+        judge: What evaluates, to be shared with other outputs of the same model; made from ``config.evaluate`` if None.
         progress: Shows how far the stages are.
 
     Returns:
         What was made.
 
     Raises:
+        BrokenModelError: The output's predictions are useless; it is marked, and the measurement kept.
         BpwiseError: Whatever is wrong with the model, the options, the text or the disk.
     """
     checkpoint = open_model(model)
     if measurement is None:  # a given one has a group size of its own, which the plan checks at once
         forecast_run(checkpoint, bpw=config.bpw, head_bits=config.head_bits, config=config.measure)
-    _finished(output, model=checkpoint.fingerprint)
+    is_finished(output, model=checkpoint.fingerprint)
     work = work or output.with_name(f"{output.name}.work")
+    if judge is None and config.evaluate is not None:
+        judge = Judge(checkpoint, config.evaluate, progress)
     with claimed(work):
-        result = _quantize(checkpoint, output, config, measurement, calibration, work, progress)
+        try:
+            result = _quantize(checkpoint, output, config, measurement, calibration, work, judge, progress)
+        except BrokenModelError:
+            discard_stages(work)
+            raise
         discard_stages(work)
     return result
 
@@ -161,11 +173,19 @@ def _quantize(
     measurement: Path | None,
     calibration: CalibrationSet | None,
     work: Path,
+    judge: Judge | None,
     progress: Progress,
 ) -> QuantizeResult:
     clock = StageClock()
     measured, rows = obtain_measurement(
-        checkpoint, config.measure, work, clock, progress, given=measurement, calibration=calibration
+        checkpoint,
+        config.measure,
+        work,
+        clock,
+        progress,
+        given=measurement,
+        calibration=calibration,
+        check_rows=None if judge is None else judge.check_text,
     )
     with clock.stage("plan"):
         plan = make_plan(measured, bpw=config.bpw, head_bits=config.head_bits)
@@ -173,7 +193,7 @@ def _quantize(
     run = _identity(checkpoint, rows, plan, config)
     fallbacks: dict[str, float] = {}
     drift: list[Drift] = []
-    if _finished(output, run=run):
+    if is_finished(output, run=run):
         verification = verify_model(output)
     else:
         with clock.stage("round"):
@@ -183,9 +203,11 @@ def _quantize(
         with clock.stage("write and verify"):
             verification = _write(checkpoint, rounded, output, plan, rows, config, run)
     comparison = None
-    if config.evaluate is not None:
+    if judge is None:
+        refuse_marked(output)
+    else:
         with clock.stage("evaluate"):
-            comparison = _evaluate(checkpoint, output, rows, config.evaluate, progress)
+            comparison = judge.compare(output, predicted_nats=plan.damage_nats)
     result = QuantizeResult(
         output=output,
         plan=plan,
@@ -197,8 +219,10 @@ def _quantize(
         drift=tuple(drift),
         measurement=measurement or work / MEASUREMENT_FILE,
     )
-    if comparison is not None:
-        write_report(comparison, output, details=report_details(result))
+    if judge is not None and comparison is not None:
+        write_report(comparison, output, details={**report_details(result), **judge.details()})
+        judge.sentence(output, comparison, predicted_nats=plan.damage_nats)
+    write_card(output, original=checkpoint.directory, base_model=config.base_model)
     return result
 
 
@@ -249,8 +273,16 @@ def _identity(checkpoint: Checkpoint, rows: CalibrationSet, plan: Plan, config: 
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def _finished(output: Path, **expected: str) -> bool:
-    """Whether ``output`` is there with these entries in its provenance; refuse anything else that is in the way."""
+def is_finished(output: Path, **expected: str) -> bool:
+    """Return whether an output is there with these entries in its provenance.
+
+    Args:
+        output: EXL2 directory, or where it shall be.
+        **expected: Entries of its manifest's provenance, as ``model``, the original's fingerprint.
+
+    Raises:
+        WorkDirectoryError: Something else is in the way.
+    """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
     manifest = output / MANIFEST_FILE
@@ -294,6 +326,7 @@ def _write(
             "run": run,
             "model": checkpoint.fingerprint,
             "calibration": rows.fingerprint,
+            SPANS_KEY: CalibrationSpans.of(rows).to_text(),
             "measurement": plan.measurement,
             "bpw": plan.bpw,
             "head_bits": plan.head_bits,
@@ -301,11 +334,3 @@ def _write(
         },
         shard_bytes=config.shard_bytes,
     )
-
-
-def _evaluate(
-    checkpoint: Checkpoint, output: Path, calibration: CalibrationSet, config: EvalConfig, progress: Progress
-) -> Comparison:
-    tokenizer = load_tokenizer(checkpoint.directory)
-    rows = evaluation_rows(tokenizer, config, vocab_size=int(checkpoint.config["vocab_size"]))
-    return compare_models(checkpoint, open_any(output), rows, config, progress)

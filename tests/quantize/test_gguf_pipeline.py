@@ -10,10 +10,12 @@ from bpwise.convert.checkpoint import Checkpoint
 from bpwise.convert.gguf.header import read_gguf_header
 from bpwise.convert.gguf.imatrix import read_imatrix
 from bpwise.convert.gguf.reader import GgufModel
-from bpwise.errors import BudgetError, ConfigError, WorkDirectoryError
+from bpwise.errors import BrokenModelError, BudgetError, ConfigError, WorkDirectoryError
 from bpwise.eval.comparison import EvalConfig, compare_models
+from bpwise.eval.overlap import shared_share, stored_spans
 from bpwise.measure.calibration import CalibrationSet
 from bpwise.measure.measurement import Measurement
+from bpwise.quantize import judge
 from bpwise.quantize.gguf_pipeline import GgufConfig, GgufResult, convert_to_mixture, importance_of, quantize_to_gguf
 from bpwise.quantize.type_plan import Override
 from bpwise.quantize.vram import room_for_weights
@@ -218,3 +220,37 @@ class TestCommandLine:
     )
     def test_refuses_options_that_do_not_go_together(self, options: list[str]) -> None:
         assert CliRunner().invoke(cli, ["quantize", "no-model", *options]).exit_code == 2
+
+
+class TestHonesty:
+    def test_a_broken_file_is_marked(
+        self,
+        made: dict[str, GgufResult],
+        converted: Any,
+        byte_tokenizer: Any,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(judge, "load_tokenizer", lambda _: byte_tokenizer)  # the model's own needs more packages
+        output = tmp_path / "x.gguf"
+        directory, measurement = converted["mistral"].directory, made["mistral"].measurement
+        settings = {"measurement": measurement, "evaluate": EvalConfig(rows=2, row_tokens=32, device="cpu")}
+        with monkeypatch.context() as patch:
+            # What the plan thinks is far less than what can be.
+            patch.setattr(judge, "BROKEN_NATS", 1e-6)
+            patch.setattr(judge, "BROKEN_RATIO", 1e-6)
+            with pytest.raises(BrokenModelError, match=r"x.gguf: broken\. .* marked by x.gguf.BROKEN.md"):
+                quantize(directory, output, **settings)
+        assert "the plan predicted" in (tmp_path / "x.gguf.BROKEN.md").read_text()
+        assert (tmp_path / "x.report.json").is_file()
+        assert not (tmp_path / "x.gguf.work" / "base.gguf").exists()
+        with pytest.raises(BrokenModelError, match="marked as broken by an earlier run"):
+            quantize(directory, output, measurement=measurement)
+        quantize(directory, output, **settings)
+        assert not (tmp_path / "x.gguf.BROKEN.md").exists()
+
+    def test_remembers_what_it_was_calibrated_on(self, made: dict[str, GgufResult]) -> None:
+        spans = stored_spans(GgufModel.open(made["llama3"].output))
+        assert spans is not None
+        assert shared_share(rows(), spans) == 1
+        assert shared_share(rows(40), spans) == pytest.approx(12 / 40)  # the first twelve are the same

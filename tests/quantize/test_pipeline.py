@@ -62,8 +62,8 @@ def rounding_only(model: Path, out: Path, finished: Path) -> tuple[object, ...]:
 
 
 def content(directory: Path) -> dict[str, bytes]:
-    """Everything but the reports, which say how long it took."""
-    return {p.name: p.read_bytes() for p in directory.iterdir() if not p.name.startswith("report.")}
+    """Everything but the reports, which say how long it took, and the card, which says what they say."""
+    return {p.name: p.read_bytes() for p in directory.iterdir() if not p.name.startswith(("report.", "README"))}
 
 
 def comparison(directory: Path) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def forbid_work(monkeypatch: pytest.MonkeyPatch) -> None:
 class TestQuantize:
     def test_what_is_written(self, finished: Path, tiny_model: Path) -> None:
         names = {path.name for path in finished.iterdir()}
-        assert {"config.json", "output.safetensors", "tokenizer.json", "report.json", "report.md"} <= names
+        assert {"config.json", "output.safetensors", "tokenizer.json", "README.md", "report.json", "report.md"} <= names
         config = json.loads((finished / "config.json").read_text())
         original = json.loads((tiny_model / "config.json").read_text())
         assert config["hidden_size"] == original["hidden_size"]

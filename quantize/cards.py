@@ -1,0 +1,218 @@
+"""The card of an output, made from what lies on the disk: the model itself, its report, and the original's card."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..convert.base_card import CARD_NAME, BaseCard, read_base_card
+from ..convert.card import HUB_ID, Card, rate_text, render_card
+from ..convert.exl2.reader import Exl2Model
+from ..convert.exl2.verify import MANIFEST_FILE
+from ..convert.files import atomic_file, read_json
+from ..convert.gguf.reader import GgufModel
+from ..convert.hub import resolve_model
+from ..convert.mark import read_mark
+from ..errors import BrokenModelError, ConfigError, FormatError
+from ..eval.comparison import model_name, open_any
+from ..eval.report import JSON_NAME
+
+__all__ = ["card_path", "check_base_model", "make_card", "output_name", "write_card"]
+
+_NO_CARD = BaseCard(notes=("The original's card was not at hand: licence and language are not carried over.",))
+_FINISHED_NAME = re.compile(r"-(exl2|\d+(\.\d+)?bpw)$", re.IGNORECASE)
+
+
+def card_path(output: Path) -> Path:
+    """Return where the card of a model lies: ``OUT/README.md``, or ``NAME.README.md`` beside ``NAME.gguf``."""
+    return output / CARD_NAME if output.is_dir() else output.with_name(f"{output.stem}.{CARD_NAME}")
+
+
+def output_name(base_name: str, *, bpw: float, head_bits: int | None = None, exl2: bool = True) -> str:
+    """Return the name by convention: ``Llama-3.2-1B-8.0bpw-8hb-exl2``, or ``Llama-3.2-1B-4.5bpw`` for a GGUF file.
+
+    Args:
+        base_name: Name of the original; of a Hub id the part after the owner.
+        bpw: Bits per weight that were asked for.
+        head_bits: Bits of the head; None leaves them out.
+        exl2: Whether it is an EXL2 model.
+    """
+    head = "" if head_bits is None else f"-{head_bits}hb"
+    return f"{base_name.rpartition('/')[2]}-{rate_text(bpw)}bpw{head}{'-exl2' if exl2 else ''}"
+
+
+def write_card(output: Path, *, original: str | Path | None = None, base_model: str | None = None) -> Path:
+    """Write the card of an output; an older one is replaced.
+
+    Args:
+        output: EXL2 directory or GGUF file.
+        original: Directory or Hub id of the original, whose card is taken over; None does without.
+        base_model: Hub id of the original; None takes ``original``'s if it came from the Hub.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        BrokenModelError: The model is marked as broken.
+        ConfigError: ``base_model`` is no Hub id.
+        FormatError: It is no quantized model, or its report is damaged.
+        CheckpointError: The original cannot be found, or its card leads outside its directory.
+        WorkDirectoryError: The card cannot be written.
+    """
+    card = make_card(output, original=original, base_model=base_model)
+    path = card_path(output)
+    with atomic_file(path) as temporary:
+        temporary.write_text(render_card(card), encoding="utf-8")
+    return path
+
+
+def make_card(output: Path, *, original: str | Path | None = None, base_model: str | None = None) -> Card:
+    """Return the card of an output; see ``write_card``."""
+    reason = read_mark(output)
+    if reason is not None:
+        raise BrokenModelError(f"{output}: marked as broken, so it gets no card. {reason}")
+    check_base_model(base_model)
+    report = _report(output)
+    directory = resolve_model(original) if isinstance(original, str) else original
+    base_name = _base_name(report, directory, base_model)
+    if base_model is None and HUB_ID.fullmatch(base_name):
+        base_model = base_name
+    common: dict[str, Any] = {
+        "base_name": base_name,
+        "base_model": base_model,
+        "base": _NO_CARD if directory is None else read_base_card(directory),
+        "measured": _measured(report),
+        "measured_note": _measured_note(report),
+    }
+    model = open_any(output)
+    if isinstance(model, GgufModel):
+        return Card(name=output.stem, format="gguf", file_name=output.name, made=_made_gguf(model, report), **common)
+    if not isinstance(model, Exl2Model):
+        raise FormatError(f"{output}: not quantized, expected an EXL2 directory or a GGUF file.")
+    return Card(name=_exl2_name(model, base_name), format="exl2", made=_made_exl2(model), **common)
+
+
+def check_base_model(base_model: str | None) -> None:
+    """Check that an original's Hub id is one, or None.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    if base_model is not None and not HUB_ID.fullmatch(base_model):
+        raise ConfigError(f"base model: got {base_model!r}, expected a Hub id such as org/name.")
+
+
+def _base_name(report: Mapping[str, Any], directory: Path | None, base_model: str | None) -> str:
+    if base_model is not None:
+        return base_model
+    if directory is not None:
+        return model_name(open_any(directory))
+    return str(_mapping(report.get("original")).get("name", "the original"))
+
+
+def _exl2_name(model: Exl2Model, base_name: str) -> str:
+    quantization = _mapping(model.stored_config.get("quantization_config"))
+    bits, head_bits = quantization.get("bits"), quantization.get("head_bits")
+    if _FINISHED_NAME.search(model.directory.name) or not isinstance(bits, int | float):
+        return model.directory.name
+    return output_name(base_name, bpw=float(bits), head_bits=head_bits if isinstance(head_bits, int) else None)
+
+
+def _made_exl2(model: Exl2Model) -> tuple[tuple[str, str], ...]:
+    quantization = _mapping(model.stored_config.get("quantization_config"))
+    manifest = model.directory / MANIFEST_FILE
+    provenance = _mapping(read_json(manifest, FormatError).get("provenance") if manifest.exists() else None)
+    calibration = _mapping(quantization.get("calibration"))
+    decoder_bpw = provenance.get("bpw", quantization.get("bits"))
+    rows: list[tuple[str, object]] = [
+        ("format", "EXL2"),
+        (
+            "decoder",
+            _with_unit(decoder_bpw, "bits per weight, all overheads counted"),
+        ),
+        ("output head", _with_unit(quantization.get("head_bits"), "bits")),
+        ("size of the weights", f"{model.file_bytes / 1e9:.3f} GB"),
+        ("calibration", calibration.get("dataset")),
+        ("calibration rows", _with_unit(calibration.get("rows"), f"of {calibration.get('length')} tokens")),
+        ("predicted damage", _with_unit(provenance.get("predicted_damage_nats"), "nats per token")),
+        ("made with", f"bpwise {provenance.get('bpwise', quantization.get('version'))}"),
+    ]
+    return tuple((name, str(value)) for name, value in rows if value is not None)
+
+
+def _made_gguf(model: GgufModel, report: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    tensors = model.header.tensors.values()
+    weights = Counter[str]()
+    for tensor in tensors:
+        weights[tensor.type.name] += math.prod(tensor.shape)
+    total, data_bytes = sum(weights.values()), sum(tensor.size_bytes for tensor in tensors)
+    metadata = model.header.metadata
+    version, calibration = metadata.get("bpwise.version"), metadata.get("bpwise.calibration")
+    rows: list[tuple[str, object]] = [
+        ("format", "GGUF"),
+        ("bits per weight", f"{8 * data_bytes / total:.4f}, over all tensors"),
+        ("types", ", ".join(f"{name} {count / total:.1%}" for name, count in weights.most_common())),
+        ("size of the file", f"{model.file_bytes / 1e9:.3f} GB"),
+        ("calibration", calibration),
+        ("made with", f"bpwise {version}" if version else "bpwise, as llama-quantize does"),
+    ]
+    return tuple((name, str(value)) for name, value in rows if value is not None)
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _with_unit(value: object, unit: str) -> str | None:
+    if not isinstance(value, int | float):
+        return None
+    return f"{value if isinstance(value, int) else format(value, '.4g')} {unit}"
+
+
+def _report(output: Path) -> Mapping[str, Any]:
+    path = output / JSON_NAME if output.is_dir() else output.with_name(f"{output.stem}.{JSON_NAME}")
+    if not path.exists():
+        return {}
+    comparison = read_json(path, FormatError).get("comparison")
+    if not isinstance(comparison, dict):
+        raise FormatError(f"{path}: holds no comparison. The report is damaged: evaluate again.")
+    return comparison
+
+
+def _measured(report: Mapping[str, Any]) -> tuple[tuple[str, str, str], ...]:
+    if not report:
+        return ()
+    try:
+        summary = report["summary"]
+        original, quantized = (_size(report[role]["stored_bytes"]) for role in ("original", "quantized"))
+        return (
+            ("size", original, quantized),
+            ("perplexity", _estimate(summary["original_perplexity"]), _estimate(summary["quantized_perplexity"])),
+            ("mean KL divergence, nats per token", "0", _estimate(summary["kl_nats"])),
+            ("KL divergence, 99 % of tokens below", "0", f"{summary['kl_p99_nats']:.3g}"),
+            ("same most likely token", "100 %", f"{_estimate(summary['top1_agreement'], 100)} %"),
+        )
+    except (KeyError, TypeError, ValueError) as cause:
+        raise FormatError(f"report: lacks {cause}. It is damaged, or of another version: evaluate again.") from cause
+
+
+def _size(stored_bytes: int | None) -> str:
+    return "" if stored_bytes is None else f"{stored_bytes / 1e9:.3f} GB"
+
+
+def _measured_note(report: Mapping[str, Any]) -> str:
+    if not report:
+        return ""
+    return (
+        f"Over {report.get('predicted_tokens')} tokens of held-out text ({report.get('text')}), run by "
+        f"{report.get('engine')} in {report.get('dtype')}. Numbers after ± are one standard error."
+    )
+
+
+def _estimate(number: Mapping[str, Any], factor: float = 1) -> str:
+    value, error = number["value"] * factor, number["standard_error"]
+    return f"{value:.4g}" if error is None else f"{value:.4g} ± {error * factor:.2g}"

@@ -1,0 +1,174 @@
+"""The judge of finished outputs: evaluates on text that is held out, and marks what is broken."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from ..convert.checkpoint import Checkpoint
+from ..convert.mark import clear_mark, mark_broken, read_mark
+from ..errors import BrokenModelError, ConfigError, NumericalError
+from ..eval.comparison import (
+    Comparison,
+    EvalConfig,
+    OriginalRun,
+    compare_with,
+    evaluation_rows,
+    open_any,
+    run_original,
+)
+from ..eval.overlap import CalibrationSpans, refuse_calibration_text
+from ..measure.calibration import CalibrationSet
+from ..measure.tokenizer import load_tokenizer
+from ..progress import Progress, silent
+from .cards import card_path
+
+__all__ = ["BROKEN_NATS", "BROKEN_RATIO", "Judge", "broken_because", "refuse_marked", "refuse_same_source"]
+
+BROKEN_NATS = 1.0
+"""Mean KL divergence in nats per token above which a model is useless, unless so much was asked for."""
+
+BROKEN_RATIO = 5.0
+"""How many times the predicted damage such a model must have for it to be a failure: plans of 2 bits foresee it."""
+
+
+class Judge:
+    """Compares outputs with their original, which runs once, when it is first needed.
+
+    Attributes:
+        shared_share: Share of the evaluation tokens that were calibrated on, 0 to 1; None until ``check_text``.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, config: EvalConfig, progress: Progress = silent) -> None:
+        """Take what all comparisons share; nothing is run.
+
+        Args:
+            checkpoint: The original.
+            config: Options of the evaluation.
+            progress: Wraps the blocks of each pass.
+        """
+        self._checkpoint = checkpoint
+        self._config = config
+        self._progress = progress
+        self.shared_share: float | None = None
+        self._rows: CalibrationSet | None = None
+        self._run: OriginalRun | None = None
+
+    def check_text(self, calibration: CalibrationSet) -> None:
+        """Refuse text that was calibrated on, before any long work.
+
+        Args:
+            calibration: The calibration rows.
+
+        Raises:
+            CalibrationError: The text overlaps and that is not allowed, cannot be read or is too short.
+        """
+        rows = self._evaluation_rows()
+        spans = CalibrationSpans.of(calibration, row_tokens=rows.tokens.shape[1])
+        self.shared_share = refuse_calibration_text(rows, spans, allowed=self._config.allow_calibration_text)
+
+    def compare(self, output: Path, *, predicted_nats: float | None) -> Comparison:
+        """Compare an output with the original; what cannot even be compared is marked as broken.
+
+        Args:
+            output: EXL2 directory or GGUF file.
+            predicted_nats: Damage that the plan predicted, in nats per token; None if there was no plan.
+
+        Raises:
+            BrokenModelError: Its hidden states or logits are not finite. It is marked.
+            BpwiseError: As ``run_original`` and ``compare_with``.
+        """
+        if self._run is None:
+            self._run = run_original(self._checkpoint, self._evaluation_rows(), self._config, self._progress)
+        model = open_any(output)
+        try:
+            return compare_with(self._run, model, self._progress)
+        except NumericalError as cause:
+            predicted = "" if predicted_nats is None else f" The plan predicted {predicted_nats:.3g} nats per token."
+            raise self._broken(output, f"{cause}{predicted}") from cause
+
+    def sentence(self, output: Path, comparison: Comparison, *, predicted_nats: float | None) -> None:
+        """Mark an output as broken if its damage is far beyond what was predicted; else take an old mark away.
+
+        Args:
+            output: EXL2 directory or GGUF file.
+            comparison: What was measured.
+            predicted_nats: As in ``compare``; without it a large damage may be what was asked for.
+
+        Raises:
+            BrokenModelError: It is broken, and marked.
+        """
+        reason = broken_because(comparison.summary.kl_nats.value, predicted_nats)
+        if reason is not None:
+            raise self._broken(output, reason)
+        clear_mark(output)
+
+    def details(self) -> dict[str, dict[str, str | float]]:
+        """Return what a report should say of the text: section -> entry -> value."""
+        if self.shared_share is None:
+            return {}
+        return {"Evaluation text": {"of it calibrated on, at least % of the tokens": round(100 * self.shared_share, 2)}}
+
+    def _evaluation_rows(self) -> CalibrationSet:
+        if self._rows is None:
+            tokenizer = load_tokenizer(self._checkpoint.directory)
+            vocab_size = int(self._checkpoint.config["vocab_size"])
+            self._rows = evaluation_rows(tokenizer, self._config, vocab_size=vocab_size)
+        return self._rows
+
+    def _broken(self, output: Path, reason: str) -> BrokenModelError:
+        card_path(output).unlink(missing_ok=True)
+        mark = mark_broken(output, f"{reason}\n\nEvaluated on: {self._evaluation_rows().description}.")
+        return BrokenModelError(
+            f"{output}: broken. {reason} It is marked by {mark.name}; the measurement is kept. Check calibration text "
+            "and original, or ask for more bits."
+        )
+
+
+def broken_because(kl_nats: float, predicted_nats: float | None) -> str | None:
+    """Return why a model counts as broken, or None if it does not.
+
+    Args:
+        kl_nats: Measured mean KL divergence from the original, per token.
+        predicted_nats: What the plan predicted, or None if there was no plan.
+    """
+    if math.isnan(kl_nats):
+        return "Its mean KL divergence from the original is not a number."
+    if predicted_nats is None or kl_nats <= BROKEN_NATS or kl_nats <= BROKEN_RATIO * predicted_nats:
+        return None
+    return (
+        f"Its mean KL divergence from the original is {kl_nats:.3g} nats per token, but the plan predicted "
+        f"{predicted_nats:.3g}: more than {BROKEN_NATS:g} nat and more than {BROKEN_RATIO:g} times the prediction."
+    )
+
+
+def refuse_marked(output: Path) -> None:
+    """Refuse to pass off an output as finished that an earlier run marked as broken.
+
+    Raises:
+        BrokenModelError: It is marked.
+    """
+    reason = read_mark(output)
+    if reason is not None:
+        raise BrokenModelError(
+            f"{output}: marked as broken by an earlier run. {reason} Evaluate it again, or delete it."
+        )
+
+
+def refuse_same_source(calibration: str | None, evaluate: EvalConfig | None) -> None:
+    """Refuse one and the same text for both uses, by its name alone.
+
+    Args:
+        calibration: Where the calibration text comes from; None for the built-in text.
+        evaluate: Options of the evaluation, or None if there is none.
+
+    Raises:
+        ConfigError: Both are the same, and that is not allowed.
+    """
+    if evaluate is None or evaluate.allow_calibration_text or calibration is None:
+        return
+    if calibration == evaluate.text:
+        raise ConfigError(
+            f"{calibration}: cannot be calibration and evaluation text at once. Evaluate on other text, or force it "
+            "with --force-eval-text."
+        )

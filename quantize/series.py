@@ -1,0 +1,286 @@
+"""Several bitrates from one measurement: an output each, the original evaluated once, and one report over all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..convert.checkpoint import Checkpoint, open_model
+from ..convert.files import atomic_file, write_json
+from ..convert.markdown import cell, table
+from ..convert.work import claimed, discard_stages
+from ..errors import BrokenModelError, ConfigError
+from ..eval.comparison import Comparison, model_name
+from ..eval.report import JSON_NAME, MARKDOWN_NAME, comparison_table
+from ..measure.calibration import CalibrationSet
+from ..progress import Progress, silent
+from ..version import __version__
+from .cards import output_name
+from .forecast import forecast_run
+from .gguf_pipeline import GgufConfig, GgufResult, quantize_to_gguf, refuse_others
+from .judge import Judge
+from .obtain import MEASUREMENT_FILE, obtain_measurement
+from .pipeline import QuantizeConfig, QuantizeResult, is_finished, quantize_model
+from .stages import StageClock
+
+__all__ = ["SeriesOutput", "SeriesResult", "output_paths", "quantize_series"]
+
+_SERIES_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeriesOutput:
+    """One bitrate of a series.
+
+    Attributes:
+        path: EXL2 directory or GGUF file.
+        asked_bpw: Bits per weight that were asked for.
+        bpw: Bits per weight that it has; None if it is broken.
+        file_bytes: Size of its weights, of a GGUF file all of it; None if it is broken.
+        predicted_nats: Damage that the plan predicts, in nats per token; None if it is broken.
+        comparison: The original against it; None if it was not evaluated, or is broken.
+        broken: Why it is broken, or None if it is not.
+    """
+
+    path: Path
+    asked_bpw: float
+    bpw: float | None = None
+    file_bytes: int | None = None
+    predicted_nats: float | None = None
+    comparison: Comparison | None = None
+    broken: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it in types that JSON has."""
+        return {
+            "name": self.path.name,
+            "asked_bpw": self.asked_bpw,
+            "bpw": self.bpw,
+            "file_bytes": self.file_bytes,
+            "predicted_nats": self.predicted_nats,
+            "broken": self.broken,
+            "comparison": None if self.comparison is None else self.comparison.to_dict(),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeriesResult:
+    """What a series made.
+
+    Attributes:
+        outputs: One for each bitrate, in the order asked.
+        report: The report over all, Markdown.
+        measurement: The measurement file, which serves any other bitrate.
+    """
+
+    outputs: tuple[SeriesOutput, ...]
+    report: Path
+    measurement: Path
+
+    def summary_lines(self) -> list[str]:
+        """Return the result as lines for a terminal."""
+        lines = []
+        for output in self.outputs:
+            kl = "" if output.comparison is None else f", KL {output.comparison.summary.kl_nats.value:.3g} nats/token"
+            assert output.bpw is not None
+            assert output.file_bytes is not None
+            lines.append(f"output      {output.path}: {output.bpw:.4f} bpw, {output.file_bytes / 2**20:.1f} MiB{kl}")
+        return [*lines, f"measurement {self.measurement} serves any other bitrate", f"report      {self.report}"]
+
+
+def output_paths(
+    base_name: str, output: Path, config: QuantizeConfig | GgufConfig, rates: Sequence[float]
+) -> dict[float, Path]:
+    """Return where each bitrate goes: ``OUTPUT/NAME-8.0bpw-6hb-exl2``, or ``OUTPUT/NAME-8.0bpw.gguf``.
+
+    Args:
+        base_name: Name or Hub id of the original.
+        output: The series' directory.
+        config: Says which format, and how many bits the head gets.
+        rates: Bits per weight.
+    """
+    if isinstance(config, GgufConfig):
+        return {bpw: output / f"{output_name(base_name, bpw=bpw, exl2=False)}.gguf" for bpw in rates}
+    head_bits = config.head_bits if isinstance(config.head_bits, int) else None
+    return {bpw: output / output_name(base_name, bpw=bpw, head_bits=head_bits) for bpw in rates}
+
+
+def quantize_series(
+    model: str | Path,
+    output: Path,
+    config: QuantizeConfig | GgufConfig,
+    rates: Sequence[float],
+    *,
+    measurement: Path | None = None,
+    calibration: CalibrationSet | None = None,
+    work: Path | None = None,
+    progress: Progress = silent,
+) -> SeriesResult:
+    """Quantize a model to several bitrates; finished ones are not made again when a run goes on.
+
+    A broken output is marked and does not keep the others from being made.
+
+    Args:
+        model: A local directory or a hub id.
+        output: Directory that the outputs, ``report.md`` and ``report.json`` go into.
+        config: Options of every output, of either format; its target is not read.
+        rates: Bits per weight, each once.
+        measurement: A measurement of this model; None measures first. It brings its calibration rows along.
+        calibration: Rows to use instead of those that ``config.measure.calibration`` describes; not with a measurement.
+        work: Work directory; default ``OUTPUT.work``.
+        progress: Shows how far the stages are.
+
+    Returns:
+        What was made.
+
+    Raises:
+        BrokenModelError: At least one output is broken; all are made, and the report is written.
+        BpwiseError: As ``quantize_model`` and ``quantize_to_gguf``.
+    """
+    if not rates or len(set(rates)) < len(rates):
+        raise ConfigError(f"bitrates: got {list(rates)}, expected at least one, and each once.")
+    checkpoint = open_model(model)
+    configs = {bpw: _with_rate(config, bpw) for bpw in rates}
+    paths = output_paths(config.base_model or model_name(checkpoint), output, config, rates)
+    _check(checkpoint, configs, paths, measured=measurement is not None)
+    work = work or output.with_name(f"{output.name}.work")
+    judge = None if config.evaluate is None else Judge(checkpoint, config.evaluate, progress)
+    with claimed(work):
+        if measurement is None:
+            measurement = work / "measure" / MEASUREMENT_FILE
+            obtain_measurement(
+                checkpoint,
+                config.measure,
+                measurement.parent,
+                StageClock(),
+                progress,
+                given=None,
+                calibration=calibration,
+                check_rows=None if judge is None else judge.check_text,
+            )
+            discard_stages(measurement.parent)
+        outputs = tuple(
+            _make(model, paths[bpw], bpw, configs[bpw], measurement, work, judge, progress) for bpw in rates
+        )
+        (work / "base.gguf").unlink(missing_ok=True)
+    report = _write_report(model_name(checkpoint), outputs, output)
+    broken = [each.path.name for each in outputs if each.broken is not None]
+    if broken:
+        raise BrokenModelError(
+            f"{output}: {len(broken)} of {len(outputs)} outputs are broken and marked so: {', '.join(broken)}. "
+            f"See {report}."
+        )
+    return SeriesResult(outputs=outputs, report=report, measurement=measurement)
+
+
+def _with_rate(config: QuantizeConfig | GgufConfig, bpw: float) -> QuantizeConfig | GgufConfig:
+    return replace(config, bpw=bpw, max_bytes=None) if isinstance(config, GgufConfig) else replace(config, bpw=bpw)
+
+
+def _check(
+    checkpoint: Checkpoint,
+    configs: Mapping[float, QuantizeConfig | GgufConfig],
+    paths: Mapping[float, Path],
+    *,
+    measured: bool,
+) -> None:
+    # Whatever is in the way or impossible shows before the long work.
+    for bpw, config in configs.items():
+        if isinstance(config, GgufConfig):
+            refuse_others(paths[bpw])
+            continue
+        is_finished(paths[bpw], model=checkpoint.fingerprint)
+        if not measured:
+            forecast_run(checkpoint, bpw=bpw, head_bits=config.head_bits, config=config.measure)
+
+
+def _make(
+    model: str | Path,
+    path: Path,
+    bpw: float,
+    config: QuantizeConfig | GgufConfig,
+    measurement: Path,
+    work: Path,
+    judge: Judge | None,
+    progress: Progress,
+) -> SeriesOutput:
+    own = work / path.name
+    try:
+        if isinstance(config, GgufConfig):
+            base = work / "base.gguf"
+            file = quantize_to_gguf(
+                model, path, config, measurement=measurement, work=own, base=base, judge=judge, progress=progress
+            )
+            return _of_file(bpw, file)
+        made = quantize_model(model, path, config, measurement=measurement, work=own, judge=judge, progress=progress)
+        return _of_directory(bpw, made)
+    except BrokenModelError as cause:
+        return SeriesOutput(path=path, asked_bpw=bpw, broken=str(cause))
+
+
+def _of_directory(bpw: float, result: QuantizeResult) -> SeriesOutput:
+    return SeriesOutput(
+        path=result.output,
+        asked_bpw=bpw,
+        bpw=result.verification.decoder_bpw,
+        file_bytes=result.verification.file_bytes,
+        predicted_nats=result.plan.damage_nats,
+        comparison=result.comparison,
+    )
+
+
+def _of_file(bpw: float, result: GgufResult) -> SeriesOutput:
+    return SeriesOutput(
+        path=result.output,
+        asked_bpw=bpw,
+        bpw=result.plan.bpw,
+        file_bytes=result.file_bytes,
+        predicted_nats=result.plan.damage_nats,
+        comparison=result.comparison,
+    )
+
+
+def _write_report(original: str, outputs: Sequence[SeriesOutput], directory: Path) -> Path:
+    content = {
+        "bpwise_series": _SERIES_VERSION,
+        "bpwise": __version__,
+        "original": original,
+        "outputs": [output.to_dict() for output in outputs],
+    }
+    write_json(directory / JSON_NAME, content)
+    path = directory / MARKDOWN_NAME
+    with atomic_file(path) as temporary:
+        temporary.write_text(_markdown(original, outputs), encoding="utf-8")
+    return path
+
+
+def _markdown(original: str, outputs: Sequence[SeriesOutput]) -> str:
+    head = ("model", "asked, bpw", "bpw", "size of the weights", "predicted KL, nats per token", "measured")
+    sections = [
+        f"# {cell(original)} at {len(outputs)} bitrates, from one measurement",
+        table(head, [_row(output) for output in outputs]),
+        *(f"**{cell(output.path.name)} is broken:** {cell(output.broken)}" for output in outputs if output.broken),
+    ]
+    comparisons = [output.comparison for output in outputs if output.comparison is not None]
+    if comparisons:
+        first = comparisons[0]
+        sections += [
+            "## Against the original",
+            comparison_table(comparisons),
+            f"Over {first.predicted_tokens} tokens ({cell(first.text)}), fingerprint {first.text_fingerprint}; "
+            f"{cell(first.engine)}, {first.dtype} on {cell(first.device)}; floor {first.floor_nats:.2g} nats per token. "
+            "Numbers after ± are one standard error. Each model's own report has the rest.",
+        ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _row(output: SeriesOutput) -> tuple[str, ...]:
+    if output.broken is not None:
+        return (output.path.name, f"{output.asked_bpw:g}", "", "", "", "broken")
+    kl = "not measured" if output.comparison is None else f"{output.comparison.summary.kl_nats.value:.3g}"
+    assert output.bpw is not None
+    assert output.file_bytes is not None
+    size = f"{output.file_bytes / 1e6:.1f} MB"
+    return (output.path.name, f"{output.asked_bpw:g}", f"{output.bpw:.4f}", size, f"{output.predicted_nats:.3g}", kl)
