@@ -377,7 +377,7 @@ def _gguf_name(module: str) -> str:
 def _evaluate(checkpoint: Checkpoint, output: Path, config: EvalConfig, progress: Progress) -> Comparison:
     tokenizer = load_tokenizer(checkpoint.directory)
     rows = evaluation_rows(tokenizer, config, vocab_size=int(checkpoint.config["vocab_size"]))
-    return compare_models(checkpoint, GgufModel.open(output), rows, config, progress)
+    return compare_models(checkpoint, GgufModel.open(output), rows, config, progress, tokenizer=tokenizer)
 
 
 def _report_details(result: GgufResult) -> dict[str, dict[str, str | float]]:

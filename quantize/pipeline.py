@@ -308,4 +308,4 @@ def _evaluate(
 ) -> Comparison:
     tokenizer = load_tokenizer(checkpoint.directory)
     rows = evaluation_rows(tokenizer, config, vocab_size=int(checkpoint.config["vocab_size"]))
-    return compare_models(checkpoint, open_any(output), rows, config, progress)
+    return compare_models(checkpoint, open_any(output), rows, config, progress, tokenizer=tokenizer)
