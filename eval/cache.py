@@ -21,7 +21,7 @@ from ..convert.safetensors_file import load_metadata, load_tensors, save_tensors
 from ..errors import FormatError, WorkDirectoryError
 from ..version import __version__
 
-__all__ = ["OriginalCache", "OriginalState", "original_key"]
+__all__ = ["OriginalCache", "OriginalState", "default_cache_directory", "original_key"]
 
 _VERSION = 1
 _SUFFIX = ".original.safetensors"
@@ -109,6 +109,11 @@ class OriginalCache:
 
     def _path(self, key: str) -> Path:
         return self._directory / f"{key}{_SUFFIX}"
+
+
+def default_cache_directory() -> Path:
+    """Return where a user's caches lie, as XDG's base directories say: ``~/.cache/bpwise`` unless that was moved."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bpwise"
 
 
 def original_key(source: TensorSource, tokens: Tensor, *, dtype: torch.dtype, device: str) -> str:

@@ -25,6 +25,7 @@ from ..convert.gguf.writer import GgufVerification, planned_bytes, write_gguf
 from ..convert.work import claimed, discard_stages
 from ..errors import BudgetError, ConfigError, WorkDirectoryError
 from ..eval.comparison import Comparison, EvalConfig, compare_models, evaluation_rows
+from ..eval.layers import LinearCost
 from ..eval.report import summary_lines, write_report
 from ..measure.calibration import CalibrationSet
 from ..measure.measurement import Measurement
@@ -307,7 +308,8 @@ def _quantize(
         measurement=measurement or work / MEASUREMENT_FILE,
     )
     if comparison is not None:
-        write_report(comparison, output.parent, details=_report_details(result), prefix=f"{output.stem}.")
+        costs = [LinearCost(tensor.name, tensor.kind.bits_per_weight, tensor.damage_nats) for tensor in plan.tensors]
+        write_report(comparison, output.parent, _report_details(result), costs=costs, prefix=f"{output.stem}.")
     return result
 
 

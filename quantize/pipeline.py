@@ -17,6 +17,7 @@ from ..convert.files import read_json
 from ..convert.work import claimed, discard_stages
 from ..errors import ConfigError, FormatError, WorkDirectoryError
 from ..eval.comparison import Comparison, EvalConfig, compare_models, evaluation_rows, open_any
+from ..eval.layers import LinearCost
 from ..eval.report import summary_lines, write_report
 from ..measure.calibration import CalibrationSet
 from ..measure.measurement import Measurement
@@ -110,7 +111,7 @@ class QuantizeResult:
         for cost in self.costs:
             lines.append(f"stage       {cost.stage:18} {cost.seconds:8.1f} s  {cost.peak_bytes / 2**20:7.0f} MiB")
         lines.append(f"measurement {self.measurement} serves any other bitrate")
-        report = "" if self.comparison is None else " (with report.md, report.json)"
+        report = "" if self.comparison is None else " (with report.html, report.md, report.json)"
         lines.append(f"output      {self.output}{report}")
         return lines
 
@@ -198,7 +199,7 @@ def _quantize(
         measurement=measurement or work / MEASUREMENT_FILE,
     )
     if comparison is not None:
-        write_report(comparison, output, details=report_details(result))
+        write_report(comparison, output, report_details(result), costs=_costs(plan))
     return result
 
 
@@ -233,6 +234,11 @@ def report_details(result: QuantizeResult) -> dict[str, dict[str, str | float]]:
         },
         **({"Drift of the hidden states (first token, other tokens; relative)": drift} if drift else {}),
     }
+
+
+def _costs(plan: Plan) -> list[LinearCost]:
+    linears = (*plan.linears, *([plan.head] if plan.head else []))
+    return [LinearCost(linear.name, linear.bpw, linear.damage_nats) for linear in linears]
 
 
 def _identity(checkpoint: Checkpoint, rows: CalibrationSet, plan: Plan, config: QuantizeConfig) -> str:
