@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from statistics import fmean
 
 from .comparison import Comparison
 from .estimate import Estimate
 from .format import nats
 from .layers import LinearCost
-from .svg import Axis, Drawing, linear_axis, log_axis, series_color
+from .svg import Axis, Drawing, linear_axis, log_axis, series_color, shortened
 
 __all__ = ["bits_map", "damage_map", "histogram_chart", "kinds_chart", "positions_chart", "size_chart"]
 
-_WIDTH = 440
-_HEIGHT = 270
-_LEFT = 52
-_RIGHT = 10
+_WIDTH = 400
+_HEIGHT = 260
+_LEFT = 48
+_RIGHT = 14
 _BOTTOM = 38
+
+_ROW = 20.0
+_LEGEND_STEPS = 16
 
 _LOG_RATIO = 8
 """Where the largest number is that many times the smallest, a logarithmic axis shows more."""
 
 _ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Kinds of linears from top to bottom, in the order of computation; others follow by name."""
+
+_SHOWN_BPW = (2.0, 8.5)
+"""Ends of the scale of bits per weight: the same in all maps, so that they can be compared."""
 
 _LOWEST_SHOWN_NATS = 1e-9
 """Smaller divergences are shown as this one on logarithmic axes."""
@@ -57,7 +64,7 @@ def histogram_chart(comparisons: Sequence[Comparison]) -> Drawing:
             drawing.path(points, color=series_color(number), hint=name)
         mean = max(comparisons[number].summary.kl_nats.value, x.low)
         drawing.line(place.x(mean), place.y(y.high), place.x(mean), place.y(0), color=series_color(number))
-    drawing.text(drawing.width, 13, "vertical line: mean", anchor="end", kind="small")
+    drawing.text(drawing.width, top - 4, "vertical line: mean", anchor="end", kind="small")
     return drawing
 
 
@@ -94,7 +101,8 @@ def kinds_chart(comparisons: Sequence[Comparison]) -> Drawing:
     top = _legend(drawing, comparisons)
     drawing.height = top + 24 * len(kinds) + _BOTTOM
     x = _nats_axis([kind.kl_nats for each in comparisons for kind in each.profile.kinds])
-    left, right = 150.0, drawing.width - _RIGHT
+    labels = [f"{shortened(kind.kind)} ({kind.rows})" for kind in kinds]
+    left, right = 14 + 6.5 * max(map(len, labels)), drawing.width - _RIGHT
 
     def at(value: float) -> float:
         return left + (right - left) * x.share(value)
@@ -106,7 +114,7 @@ def kinds_chart(comparisons: Sequence[Comparison]) -> Drawing:
     drawing.text((left + right) / 2, bottom + 30, "nats/token", anchor="middle", kind="small")
     for row, kind in enumerate(kinds):
         y = top + 24 * row + 14
-        drawing.text(left - 8, y + 4, f"{kind.kind[:18]} ({kind.rows})", anchor="end")
+        drawing.text(left - 8, y + 4, labels[row], anchor="end")
         for number, each in enumerate(comparisons):
             value = each.profile.kinds[row].kl_nats
             color, error = series_color(number), value.standard_error or 0.0
@@ -140,28 +148,22 @@ def damage_map(costs: Sequence[LinearCost], name: str) -> Drawing | None:
     known = {cost.name: cost.damage_nats for cost in costs if cost.damage_nats is not None}
     if not known:
         return None
-    return _heat_map(
-        [cost for cost in costs if cost.name in known],
-        lambda cost: known[cost.name],
-        title=f"Predicted damage by layer and linear — {name}",
-        unit="nats/token",
-        color="var(--bp-heat)",
-        summed=True,
-    )
+    values = list(known.values())
+    low, high = min(values), max(values)
+    spread = low > 0 and high / low > _LOG_RATIO
+    scale = Axis(low=low, high=high if high > low else low + 1, ticks=(), log=spread)
+    title = f"Predicted damage by layer and linear — {shortened(name)}"
+    damaged = [cost for cost in costs if cost.name in known]
+    return _heat_map(damaged, lambda cost: known[cost.name], scale, title, "nats/token", "var(--bp-heat)", sum)
 
 
 def bits_map(costs: Sequence[LinearCost], name: str) -> Drawing | None:
     """Draw the bits per weight of every linear, by block and kind; None if nothing is quantized."""
     if not costs:
         return None
-    return _heat_map(
-        costs,
-        lambda cost: cost.bpw,
-        title=f"Bits per weight by layer and linear — {name}",
-        unit="bits per weight",
-        color="var(--bp-cool)",
-        summed=False,
-    )
+    scale = Axis(low=_SHOWN_BPW[0], high=_SHOWN_BPW[1], ticks=())
+    title = f"Bits per weight by layer and linear — {shortened(name)}"
+    return _heat_map(costs, lambda cost: cost.bpw, scale, title, "bits per weight", "var(--bp-cool)", fmean)
 
 
 class _Frame:
@@ -237,73 +239,48 @@ def _short(value: float) -> str:
 def _heat_map(
     costs: Sequence[LinearCost],
     value_of: Callable[[LinearCost], float],
-    *,
+    scale: Axis,
     title: str,
     unit: str,
     color: str,
-    summed: bool,
+    joined: Callable[[Sequence[float]], float],
 ) -> Drawing:
+    # Kinds of linears downwards, blocks to the right; experts of one kind and block share a cell. What is outside of
+    # the blocks (embeddings, head) has a row of its own below.
     cells: dict[tuple[str, int], list[float]] = {}
-    outside: list[LinearCost] = []
     for cost in costs:
-        if cost.block is None:
-            outside.append(cost)
-        else:
-            cells.setdefault((cost.kind, cost.block), []).append(value_of(cost))
-    numbers = {place: sum(found) / (1 if summed else len(found)) for place, found in cells.items()}
-    kinds = sorted({kind for kind, _ in numbers}, key=lambda kind: (_ORDER.index(kind) if kind in _ORDER else 99, kind))
-    blocks = max((block for _, block in numbers), default=-1) + 1
-    values = [*numbers.values(), *map(value_of, outside)]
-    shade = _shades(values)
-    left, cell, high = 96.0, min(26.0, max(9.0, 820 / max(blocks, 1))), 20.0
-    rows = [*kinds, *dict.fromkeys(cost.kind for cost in outside)]
-    drawing = Drawing(max(_WIDTH, left + cell * blocks + 4), 34 + high * len(rows) + 62, title)
-    for row, kind in enumerate(rows):
-        drawing.text(left - 8, 34 + high * row + 14, kind, anchor="end")
-    for (kind, block), value in numbers.items():
-        x, y = left + cell * block, 34 + high * kinds.index(kind)
-        hint = f"block {block}, {kind}: {value:.3g} {unit}"
-        drawing.rectangle(x, y, cell - 1, high - 1, color=color, hint=hint, opacity=shade(value))
-    for cost in outside:
-        y, value = 34 + high * rows.index(cost.kind), value_of(cost)
-        drawing.rectangle(
-            left, y, cell - 1, high - 1, color=color, hint=f"{cost.name}: {value:.3g} {unit}", opacity=shade(value)
-        )
-        drawing.text(left + cell + 6, y + 14, f"{value:.3g}", kind="small")
-    bottom = 34 + high * len(rows)
-    every = max(1, round(48 / cell / 2))
-    for block in range(0, blocks, every):
+        cells.setdefault((cost.kind, -1 if cost.block is None else cost.block), []).append(value_of(cost))
+    blocks = max(block for _, block in cells) + 1
+    inside = sorted({kind for kind, block in cells if block >= 0}, key=_kind_order)
+    rows = [*((kind, True) for kind in inside), *((kind, False) for kind, block in cells if block < 0)]
+    left, top, cell = 100.0, 30.0, min(26.0, max(9.0, 820 / max(blocks, 1)))
+    bottom = top + _ROW * len(rows)
+    drawing = Drawing(max(_WIDTH, left + cell * blocks + 4), bottom + 52, title)
+    for row, (kind, _) in enumerate(rows):
+        drawing.text(left - 8, top + _ROW * row + 14, kind, anchor="end")
+    for (kind, block), values in cells.items():
+        x, y, value = left + cell * max(block, 0), top + _ROW * rows.index((kind, block >= 0)), joined(values)
+        hint = f"{kind}{f' of block {block}' if block >= 0 else ''}: {value:.3g} {unit}"
+        drawing.rectangle(x, y, cell - 1, _ROW - 1, color=color, hint=hint, opacity=_shade(scale.share(value)))
+        if block < 0:
+            drawing.text(left + cell + 6, y + 14, f"{value:.3g}", kind="small")
+    for block in range(0, blocks, max(1, round(24 / cell))):
         drawing.text(left + cell * (block + 0.5) - 0.5, bottom + 13, str(block), anchor="middle", kind="small")
-    _heat_legend(drawing, left, bottom + 26, values, shade, color, unit)
+    _heat_legend(drawing, left, bottom + 40, scale, color, unit)
     return drawing
 
 
-def _heat_legend(
-    drawing: Drawing,
-    x: float,
-    y: float,
-    values: Sequence[float],
-    shade: Callable[[float], float],
-    color: str,
-    unit: str,
-) -> None:
-    low, high = min(values), max(values)
-    drawing.text(x, y + 22, f"{low:.3g}", kind="small")
-    drawing.text(x + 160, y + 22, f"{high:.3g} {unit}", anchor="end" if len(unit) < 12 else "middle", kind="small")
-    for step in range(16):
-        share = step / 15
-        value = low * (high / low) ** share if _spread(values) else low + (high - low) * share
-        drawing.rectangle(x + 10 * step, y, 10, 8, color=color, hint=f"{value:.3g} {unit}", opacity=shade(value))
+def _heat_legend(drawing: Drawing, x: float, y: float, scale: Axis, color: str, unit: str) -> None:
+    drawing.text(x - 8, y, _short(scale.low), anchor="end", kind="small")
+    for step in range(_LEGEND_STEPS):
+        drawing.swatch(x + 8 * step, y - 9, 8, 10, color=color, opacity=_shade(step / (_LEGEND_STEPS - 1)))
+    drawing.text(x + 8 * _LEGEND_STEPS + 8, y, f"{_short(scale.high)} {unit}", kind="small")
 
 
-def _spread(values: Sequence[float]) -> bool:
-    return min(values) > 0 and max(values) / min(values) > _LOG_RATIO
+def _kind_order(kind: str) -> tuple[int, str]:
+    return (_ORDER.index(kind) if kind in _ORDER else len(_ORDER), kind)
 
 
-def _shades(values: Sequence[float]) -> Callable[[float], float]:
+def _shade(share: float) -> float:
     # The faintest must still be seen on either background.
-    low, high = min(values), max(values)
-    if low == high:
-        return lambda _: 0.6
-    axis = Axis(low=low, high=high, ticks=(), log=_spread(values))
-    return lambda value: 0.08 + 0.92 * axis.share(value)
+    return 0.08 + 0.92 * share

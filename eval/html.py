@@ -32,7 +32,7 @@ class HtmlReport:
     Attributes:
         comparisons: At least one; all with the same original on the same text.
         costs: What each linear of each model got, in the models' order; may be empty.
-        paired: Rows of the table of differences between models, as text.
+        paired: Rows of the table of differences between models, as text: two names, then values and what is beneath.
         methods: Names and values: how it was measured.
         details: More sections: titles, and for each the rows of its table.
     """
@@ -105,31 +105,32 @@ def charts_of(report: HtmlReport) -> dict[str, Drawing]:
 
 
 _COLUMNS = (
-    "size",
-    "bits per parameter",
     "KL, nats/token",
     "top-1 agreement",
+    "size",
     "top-5 agreement",
     "perplexity",
-    "perplexity change",
-    "Δp of the true token, RMS",
+    "Δp, root mean square",
 )
 
 
 def _cells(comparison: Comparison) -> list[_Cell]:
     model, summary = comparison.quantized, comparison.summary
-    unknown = _Cell("unknown", -1.0)
     rms, change = summary.probability_change_rms, summary.probability_change
+    size = _Cell("unknown", -1.0)
+    if model.stored_bytes is not None and model.bits_per_parameter is not None:
+        note = f"{model.bits_per_parameter:.3f} bits per parameter"
+        size = _Cell(f"{model.stored_bytes / 1e6:.1f} MB", model.stored_bytes, note)
     return [
-        unknown if model.stored_bytes is None else _Cell(f"{model.stored_bytes / 1e6:.1f} MB", model.stored_bytes),
-        unknown
-        if model.bits_per_parameter is None
-        else _Cell(f"{model.bits_per_parameter:.3f}", model.bits_per_parameter),
         _with_interval(nats(summary.kl_nats), summary.kl_nats, comparison.rows),
         _Cell(percent(summary.top1_agreement), summary.top1_agreement.value),
+        size,
         _Cell(percent(summary.top5_agreement), summary.top5_agreement.value),
-        _Cell(perplexity(summary.quantized_perplexity), summary.quantized_perplexity.value),
-        _Cell(perplexity(summary.perplexity_difference, "+"), summary.perplexity_difference.value),
+        _Cell(
+            perplexity(summary.quantized_perplexity),
+            summary.quantized_perplexity.value,
+            perplexity(summary.perplexity_difference, "+"),
+        ),
         _Cell(percent(rms), rms.value, f"mean {percent(Estimate(change.value, None), '+')}"),
     ]
 

@@ -13,16 +13,17 @@ __all__ = ["STYLE", "Axis", "Drawing", "linear_axis", "log_axis", "series_color"
 
 _SERIES = 8
 _GOOD_STEPS = (1, 2, 2.5, 5, 10)
-_LABEL_CHARACTERS = 30
+_LABEL_CHARACTERS = 26
 
 STYLE = """
-svg.bp { --bp-ink: #1d2530; --bp-muted: #5d6878; --bp-grid: #e3e7ec; --bp-paper: #ffffff; --bp-heat: #c2410c;
+.bp { --bp-ink: #1d2530; --bp-muted: #5d6878; --bp-grid: #e3e7ec; --bp-paper: #ffffff; --bp-heat: #c2410c;
   --bp-cool: #0b62a8; --bp-0: #0b62a8; --bp-1: #c2410c; --bp-2: #0f7b5f; --bp-3: #8a3fa0; --bp-4: #946200;
-  --bp-5: #c0266d; --bp-6: #4b5563; --bp-7: #1a8fb5; font: 11px system-ui, sans-serif; fill: var(--bp-ink); }
-@media (prefers-color-scheme: dark) { svg.bp { --bp-ink: #e6e9ee; --bp-muted: #9aa5b4; --bp-grid: #2c343f;
+  --bp-5: #c0266d; --bp-6: #4b5563; --bp-7: #1a8fb5; }
+@media (prefers-color-scheme: dark) { .bp { --bp-ink: #e6e9ee; --bp-muted: #9aa5b4; --bp-grid: #2c343f;
   --bp-paper: #171c23; --bp-heat: #fb923c; --bp-cool: #58a9f0; --bp-0: #58a9f0; --bp-1: #fb923c; --bp-2: #3fc39b;
   --bp-3: #c78ade; --bp-4: #dfb040; --bp-5: #f27cb1; --bp-6: #aeb6c2; --bp-7: #62cbe8; } }
-svg.bp .title { font-weight: 600; font-size: 13px; }
+svg.bp { font: 12px system-ui, sans-serif; fill: var(--bp-ink); }
+svg.bp .title { font-weight: 600; font-size: 14px; }
 svg.bp .small { fill: var(--bp-muted); }
 svg.bp .grid { stroke: var(--bp-grid); stroke-width: 1; }
 svg.bp .paper { fill: var(--bp-paper); }
@@ -105,11 +106,9 @@ class Drawing:
         self, x: float, y: float, content: str, *, anchor: str = "start", kind: str = "", color: str | None = None
     ) -> None:
         """Write a line; ``anchor`` is ``start``, ``middle`` or ``end``, ``kind`` a CSS class."""
-        shown = content if kind == "title" else shortened(content)
         style = f' style="fill:{color}"' if color else ""
-        full = f"<title>{_safe(content)}</title>" if shown != content else ""
         self._parts.append(
-            f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}"{style}>{full}{_safe(shown)}</text>'
+            f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}"{style}>{_safe(content)}</text>'
         )
 
     def line(self, x1: float, y1: float, x2: float, y2: float, *, color: str | None = None, width: float = 1) -> None:
@@ -124,6 +123,13 @@ class Drawing:
         self._parts.append(
             f'<rect class="mark" x="{x:.2f}" y="{y:.2f}" width="{max(width, 0):.2f}" height="{max(height, 0):.2f}" '
             f'style="fill:{color};fill-opacity:{opacity:.3f}"><title>{_safe(hint)}</title></rect>'
+        )
+
+    def swatch(self, x: float, y: float, width: float, height: float, *, color: str, opacity: float = 1.0) -> None:
+        """Draw a piece of a legend."""
+        self._parts.append(
+            f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:g}" height="{height:g}" '
+            f'style="fill:{color};fill-opacity:{opacity:.3f}"/>'
         )
 
     def dot(self, x: float, y: float, *, color: str, hint: str, radius: float = 4) -> None:
@@ -142,13 +148,10 @@ class Drawing:
         """Name the series in their colours from ``y`` downwards; return where the legend ends."""
         for number, name in enumerate(names):
             row, column = divmod(number, columns)
-            x, line = column * self.width / columns, y + 15 * row
-            self._parts.append(
-                f'<rect x="{x:.1f}" y="{line - 9:.1f}" width="10" height="10" rx="2" '
-                f'style="fill:{series_color(number)}"/>'
-            )
-            self.text(x + 15, line, name)
-        return y + 15 * math.ceil(len(names) / columns)
+            x, line = column * self.width / columns, y + 17 * row
+            self.swatch(x, line - 9, 10, 10, color=series_color(number))
+            self.text(x + 15, line, shortened(name))
+        return y + 17 * math.ceil(len(names) / columns)
 
     def render(self, *, standalone: bool = False) -> str:
         """Return the SVG element; ``standalone`` makes it a file of its own, with style and background."""
