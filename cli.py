@@ -541,7 +541,7 @@ def _verify_gguf(model: Path) -> None:
 
 @cli.command(name="eval")
 @click.argument("original")
-@click.argument("quantized", type=_EXISTING_PATH)
+@click.argument("quantized", nargs=-1, required=True, type=_EXISTING_PATH)
 @click.option("--text", help="Text to evaluate on: file, directory or Hub data set.  [default: Python's own text]")
 @click.option("--column", help="Column of the data set that holds the text.")
 @click.option("-r", "--rows", type=click.IntRange(1), default=16, help="Rows, each a window of its own.")
@@ -561,43 +561,70 @@ def _verify_gguf(model: Path) -> None:
     "--llama-cpp", type=_EXISTING_DIRECTORY, help="A built llama.cpp to run.  [default: the one in xllamacpp's wheel]"
 )
 @click.option(
-    "-o", "--output", type=_DIRECTORY, help="Where report.json and report.md go.  [default: in, or beside, QUANTIZED]"
+    "-o",
+    "--output",
+    type=_DIRECTORY,
+    help="Where the report goes.  [default: in, or beside, QUANTIZED; of several the current directory]",
 )
+@click.option("--plots", is_flag=True, help="Write the report's drawings as SVG files too.")
+@click.option(
+    "--cache-dir",
+    type=_DIRECTORY,
+    help="Where the original's side is kept for the next evaluation on the same text.  [default: ~/.cache/bpwise]",
+)
+@click.option("--no-cache", is_flag=True, help="Run the original, and keep nothing.")
 def evaluate(
     original: str,
-    quantized: Path,
+    quantized: tuple[Path, ...],
     output: Path | None,
     engine: str,
     base: Path | None,
     llama_cpp: Path | None,
+    plots: bool,
+    cache_dir: Path | None,
+    no_cache: bool,
     **options: Any,
 ) -> None:
-    """Compare QUANTIZED (a directory or a GGUF file) with ORIGINAL: perplexity, KL divergence, top-1 agreement.
+    """Compare QUANTIZED (directories or GGUF files) with ORIGINAL: perplexity, KL divergence, agreement.
 
-    Reports of a GGUF file MODEL.gguf are named MODEL.report.json and MODEL.report.md, of another engine
-    MODEL.llama.cpp.report.json and so on.
+    Writes report.html, report.md, report.json and report.csv. Reports of a GGUF file MODEL.gguf are named
+    MODEL.report.html and so on, of another engine MODEL.llama.cpp.report.html. Several models get one report.
     """
-    from .eval.comparison import EvalConfig
-    from .eval.comparison import evaluate as compare
-    from .eval.report import summary_lines, write_report
+    from .eval.cache import OriginalCache, default_cache_directory
+    from .eval.comparison import EvalConfig, evaluate_each, open_any
+    from .eval.layers import linear_costs, plan_beside
+    from .eval.report import joint_lines, summary_lines, write_joint_report, write_report
 
     config = EvalConfig(allow_calibration_text=options.pop("force_eval_text"), **options)
-    prefix = f"{quantized.stem}." if quantized.is_file() else ""
+    first, prefix = quantized[0], ""
+    if len(quantized) == 1 and first.is_file():
+        prefix = f"{first.stem}."
     if engine == "llama.cpp":
         from .eval.engine import evaluate_in_engine
 
         if base is None:
             raise click.UsageError("--engine llama.cpp needs --base: the original as an unquantized GGUF file.")
-        comparison = evaluate_in_engine(original, quantized, config, _progress_bar, base=base, llama_cpp=llama_cpp)
+        comparisons = [
+            evaluate_in_engine(original, model, config, _progress_bar, base=base, llama_cpp=llama_cpp)
+            for model in quantized
+        ]
         prefix += "llama.cpp."
     elif base or llama_cpp:
         raise click.UsageError("--base and --llama-cpp belong to --engine llama.cpp.")
     else:
-        comparison = compare(original, quantized, config, _progress_bar)
-    folder = output or (quantized.parent if quantized.is_file() else quantized)
-    write_report(comparison, folder, prefix=prefix)
-    for line in summary_lines(comparison):
+        cache = None if no_cache else OriginalCache(cache_dir or default_cache_directory())
+        comparisons = list(evaluate_each(original, quantized, config, _progress_bar, cache=cache))
+    costs = [linear_costs(open_any(model), plan_beside(model)) for model in quantized]
+    if len(quantized) > 1:
+        files = write_joint_report(comparisons, output or Path(), costs=costs, prefix=prefix, plots=plots)
+        lines = joint_lines(comparisons)
+    else:
+        folder = output or (first.parent if first.is_file() else first)
+        files = write_report(comparisons[0], folder, costs=costs[0], prefix=prefix, plots=plots)
+        lines = summary_lines(comparisons[0])
+    for line in lines:
         click.echo(line)
+    click.echo(f"report      {files.html}")
 
 
 @cli.command()

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..convert.checkpoint import Checkpoint, TensorSource, resolve_model
 from ..convert.exl2.reader import Exl2Model, is_exl2
@@ -21,9 +20,11 @@ from ..measure.run import resolve_device
 from ..measure.stream import StreamedModel
 from ..measure.tokenizer import Tokenizer, load_tokenizer
 from ..progress import Progress, silent
+from .cache import OriginalCache, OriginalState, original_key
 from .divergence import Summary
 from .overlap import refuse_calibration_text, stored_spans
 from .passes import last_hidden, mean_floor_nats, paired_statistics
+from .profile import Profile, profile_of
 
 __all__ = [
     "Comparison",
@@ -122,6 +123,7 @@ class Comparison:
         original: The original.
         quantized: The quantized model.
         summary: Perplexities, KL divergence, agreement; see there.
+        profile: Where the damage lies; see there.
         floor_nats: KL divergence that arithmetic alone causes, mean per token; see ``floor_definition``.
         floor_tokens: Length of the text that the floor was measured on.
         text: What the text is and how rows were taken from it.
@@ -132,13 +134,14 @@ class Comparison:
         adds_bos: Whether each row begins with BOS.
         dtype: What both models ran in.
         device: What they ran on.
-        seconds: Wall time, both models and the floor.
+        seconds: Wall time, both models and the floor; of the original little if it came from a cache.
         engine: What ran both models.
     """
 
     original: ModelSummary
     quantized: ModelSummary
     summary: Summary
+    profile: Profile
     floor_nats: float
     floor_tokens: int
     text: str
@@ -185,9 +188,8 @@ class OriginalRun:
         rows: The text.
         config: How it was run.
         model: The original, streamed.
-        hidden: Output of its last block, shape (rows, tokens, hidden size), evaluation dtype, on the CPU.
-        floor_nats: See ``Comparison``.
-        floor_tokens: See ``Comparison``.
+        state: Output of its last block, and the floor.
+        tokenizer: Decodes the worst tokens; None leaves their ids only.
         seconds: Wall time that it took.
     """
 
@@ -195,9 +197,8 @@ class OriginalRun:
     rows: CalibrationSet
     config: EvalConfig
     model: StreamedModel
-    hidden: Tensor
-    floor_nats: float
-    floor_tokens: int
+    state: OriginalState
+    tokenizer: Tokenizer | None
     seconds: float
 
 
@@ -268,7 +269,12 @@ def evaluate(
 
 
 def evaluate_each(
-    original: str | Path, quantized: Sequence[str | Path], config: EvalConfig, progress: Progress = silent
+    original: str | Path,
+    quantized: Sequence[str | Path],
+    config: EvalConfig,
+    progress: Progress = silent,
+    *,
+    cache: OriginalCache | None = None,
 ) -> Iterator[Comparison]:
     """Compare several quantized models with their original, which runs only once.
 
@@ -279,6 +285,7 @@ def evaluate_each(
         quantized: Directories or Hub ids of the quantized models.
         config: Options.
         progress: Wraps the blocks of each pass.
+        cache: Where the original's side is kept for the next time.
 
     Yields:
         One comparison for each quantized model, in their order.
@@ -287,10 +294,11 @@ def evaluate_each(
         BpwiseError: As ``open_any``, ``evaluation_rows`` and ``compare_models``.
     """
     source, others = open_pair(original, quantized)
-    rows = evaluation_rows(load_tokenizer(source.directory), config, vocab_size=vocab_size_of(source))
+    tokenizer = load_tokenizer(source.directory)
+    rows = evaluation_rows(tokenizer, config, vocab_size=vocab_size_of(source))
     for other in others:
         refuse_calibration_text(rows, stored_spans(other), allowed=config.allow_calibration_text)
-    run = run_original(source, rows, config, progress)
+    run = run_original(source, rows, config, progress, tokenizer=tokenizer, cache=cache)
     for other in others:
         yield compare_with(run, other, progress)
 
@@ -301,6 +309,8 @@ def compare_models(
     rows: CalibrationSet,
     config: EvalConfig,
     progress: Progress = silent,
+    *,
+    tokenizer: Tokenizer | None = None,
 ) -> Comparison:
     """Compare two models on the same tokens.
 
@@ -315,6 +325,7 @@ def compare_models(
         rows: The text; ``config.text``, ``rows``, ``row_tokens`` and ``seed`` are not read here.
         config: Dtype and device.
         progress: Wraps the blocks of each pass, and the rows of the last.
+        tokenizer: Decodes the worst tokens; None leaves their ids only.
 
     Raises:
         CheckpointError: The vocabularies differ in size.
@@ -324,11 +335,17 @@ def compare_models(
         UnsupportedModelError: A model's family is unknown.
     """
     _check_vocabularies(original, quantized)
-    return compare_with(run_original(original, rows, config, progress), quantized, progress)
+    return compare_with(run_original(original, rows, config, progress, tokenizer=tokenizer), quantized, progress)
 
 
 def run_original(
-    original: TensorSource, rows: CalibrationSet, config: EvalConfig, progress: Progress = silent
+    original: TensorSource,
+    rows: CalibrationSet,
+    config: EvalConfig,
+    progress: Progress = silent,
+    *,
+    tokenizer: Tokenizer | None = None,
+    cache: OriginalCache | None = None,
 ) -> OriginalRun:
     """Do the original's side of ``compare_models``, floor included.
 
@@ -337,6 +354,8 @@ def run_original(
         rows: The text.
         config: Dtype and device.
         progress: Wraps the blocks of each pass.
+        tokenizer: Decodes the worst tokens; None leaves their ids only.
+        cache: Where the result is kept, and looked for first.
 
     Raises:
         BpwiseError: As ``compare_models``.
@@ -344,19 +363,32 @@ def run_original(
     start = time.monotonic()
     check_rows(original, rows)
     model = StreamedModel(original, device=resolve_device(config.device), dtype=_DTYPES[config.dtype])
-    hidden = last_hidden(model, rows.tokens, "original model", progress)
-    floor_tokens = min(rows.tokens.shape[1], _FLOOR_TOKENS)
-    floor_nats = mean_floor_nats(original, model, hidden[:1, :floor_tokens], rows.tokens[:1, :floor_tokens], progress)
+    state, key = None, ""
+    if cache is not None:
+        key = original_key(original, rows.tokens, dtype=model.dtype, device=_device_name(model.device))
+        state = cache.load(key)
+    if state is None:
+        state = _original_state(original, model, rows, progress)
+        if cache is not None:
+            cache.save(key, state)
     return OriginalRun(
         source=original,
         rows=rows,
         config=config,
         model=model,
-        hidden=hidden,
-        floor_nats=floor_nats,
-        floor_tokens=floor_tokens,
+        state=state,
+        tokenizer=tokenizer,
         seconds=time.monotonic() - start,
     )
+
+
+def _original_state(
+    original: TensorSource, model: StreamedModel, rows: CalibrationSet, progress: Progress
+) -> OriginalState:
+    hidden = last_hidden(model, rows.tokens, "original model", progress)
+    floor_tokens = min(rows.tokens.shape[1], _FLOOR_TOKENS)
+    floor_nats = mean_floor_nats(original, model, hidden[:1, :floor_tokens], rows.tokens[:1, :floor_tokens], progress)
+    return OriginalState(hidden=hidden, floor_nats=floor_nats, floor_tokens=floor_tokens)
 
 
 def compare_with(run: OriginalRun, quantized: TensorSource, progress: Progress = silent) -> Comparison:
@@ -375,15 +407,16 @@ def compare_with(run: OriginalRun, quantized: TensorSource, progress: Progress =
     check_rows(quantized, run.rows)
     model = StreamedModel(quantized, device=run.model.device, dtype=run.model.dtype)
     hidden = last_hidden(model, run.rows.tokens, "quantized model", progress)
-    statistics = paired_statistics(run.model, model, run.hidden, hidden, run.rows.tokens, progress)
+    statistics = paired_statistics(run.model, model, run.state.hidden, hidden, run.rows.tokens, progress)
     rows, row_tokens = run.rows.tokens.shape
     parameters = sum(math.prod(run.source.shape(name)) for name in run.source.names)
     return Comparison(
         original=summarize_model(run.source, parameters),
         quantized=summarize_model(quantized, parameters),
         summary=statistics.summary(rows),
-        floor_nats=run.floor_nats,
-        floor_tokens=run.floor_tokens,
+        profile=profile_of(statistics, run.rows, run.tokenizer),
+        floor_nats=run.state.floor_nats,
+        floor_tokens=run.state.floor_tokens,
         text=run.rows.description,
         text_fingerprint=run.rows.fingerprint,
         rows=rows,

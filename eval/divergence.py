@@ -13,10 +13,13 @@ from torch import Tensor
 from ..errors import NumericalError, ShapeError
 from .estimate import Estimate, mean_over_rows
 
-__all__ = ["Summary", "TokenStatistics", "token_statistics"]
+__all__ = ["TOP_COUNT", "Summary", "TokenStatistics", "token_statistics"]
 
 _PIECE_POSITIONS = 64
 """Positions worked on at once: keeps the half dozen temporaries below 200 MiB for a vocabulary of 128k."""
+
+TOP_COUNT = 5
+"""Most likely tokens that are kept of each prediction."""
 
 _MAX_NLL_NATS = 700.0
 """Above it the perplexity does not fit a float64; a model that guesses at random is at about 12."""
@@ -38,6 +41,12 @@ class Summary:
         kl_p999_nats: 99.9th percentile over tokens.
         kl_max_nats: The worst token.
         top1_agreement: Share of tokens for which both models hold the same next token for most likely, 0 to 1.
+        top5_agreement: Of the five tokens that the original holds for most likely the share that is also among the
+            quantized model's five, in whatever order, averaged over tokens, 0 to 1. With one token in the place of five
+            this is ``top1_agreement``.
+        probability_change: Mean change of the true token's probability, quantized minus original, -1 to 1; what
+            llama.cpp calls the mean of delta p.
+        probability_change_rms: Root of the mean square of that change, which does not average out; 0 to 1.
     """
 
     original_perplexity: Estimate
@@ -51,23 +60,51 @@ class Summary:
     kl_p999_nats: float
     kl_max_nats: float
     top1_agreement: Estimate
+    top5_agreement: Estimate
+    probability_change: Estimate
+    probability_change_rms: Estimate
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class TokenStatistics:
-    """Statistics of every predicted token, in the order of the text. All tensors have shape (tokens,).
+    """Statistics of every predicted token, in the order of the text.
+
+    Tensors have shape (tokens,); those named ``top`` have shape (tokens, 5), or as many columns as the vocabulary has
+    tokens if these are fewer, most likely first.
 
     Attributes:
         kl_nats: KL(original || quantized) of the predictions, float32.
         original_nll_nats: The original's negative log-likelihood of the true token, float32.
         quantized_nll_nats: The same of the quantized model.
-        same_top1: Whether both hold the same token for most likely, bool.
+        original_top: Ids of the tokens that the original holds for most likely, int32.
+        original_top_probabilities: Their probabilities, float32.
+        quantized_top: The same of the quantized model.
+        quantized_top_probabilities: Their probabilities, as the quantized model has them, float32.
     """
 
     kl_nats: Tensor
     original_nll_nats: Tensor
     quantized_nll_nats: Tensor
-    same_top1: Tensor
+    original_top: Tensor
+    original_top_probabilities: Tensor
+    quantized_top: Tensor
+    quantized_top_probabilities: Tensor
+
+    @property
+    def same_top1(self) -> Tensor:
+        """Whether both hold the same token for most likely, bool, shape (tokens,)."""
+        return self.original_top[:, 0] == self.quantized_top[:, 0]
+
+    @property
+    def shared_top5(self) -> Tensor:
+        """Share of the original's five most likely tokens among the quantized model's, float64, shape (tokens,)."""
+        shared = (self.original_top[:, :, None] == self.quantized_top[:, None, :]).any(dim=2)
+        return shared.double().mean(dim=1)
+
+    @property
+    def probability_change(self) -> Tensor:
+        """Change of the true token's probability, quantized minus original, float64, shape (tokens,)."""
+        return (-self.quantized_nll_nats.double()).exp() - (-self.original_nll_nats.double()).exp()
 
     @classmethod
     def joined(cls, parts: Sequence[TokenStatistics]) -> TokenStatistics:
@@ -98,6 +135,9 @@ class TokenStatistics:
         ratio = mean_over_rows(quantized - original)
         # The difference's gradient in the two mean log-likelihoods is (perplexity, -perplexity).
         linearised = mean_over_rows(quantized * quantized_perplexity.value - original * original_perplexity.value)
+        change = self.probability_change.view(rows, -1)
+        mean_square = mean_over_rows(change.square())
+        rms = math.sqrt(mean_square.value)
         median, p90, p99, p999 = np.quantile(self.kl_nats.double().cpu().numpy(), (0.5, 0.9, 0.99, 0.999))
         return Summary(
             original_perplexity=original_perplexity,
@@ -111,6 +151,10 @@ class TokenStatistics:
             kl_p999_nats=float(p999),
             kl_max_nats=float(self.kl_nats.max()),
             top1_agreement=mean_over_rows(self.same_top1.view(rows, -1)),
+            top5_agreement=mean_over_rows(self.shared_top5.view(rows, -1)),
+            probability_change=mean_over_rows(change),
+            # At 0 the root has no slope, but no spread either: all changes are 0.
+            probability_change_rms=mean_square.scaled(rms, 0.5 / rms if rms > 0 else 0.0),
         )
 
 
@@ -152,11 +196,16 @@ def _statistics(original: Tensor, quantized: Tensor, targets: Tensor) -> TokenSt
     log_p = original.float().log_softmax(dim=-1)
     log_q = quantized.float().log_softmax(dim=-1)
     columns = targets[:, None]
+    count = min(TOP_COUNT, log_p.shape[1])
+    original_top, quantized_top = original.topk(count, dim=-1).indices, quantized.topk(count, dim=-1).indices
     return TokenStatistics(
         kl_nats=_kl_nats(log_p, log_q),
         original_nll_nats=-log_p.gather(1, columns)[:, 0],
         quantized_nll_nats=-log_q.gather(1, columns)[:, 0],
-        same_top1=original.argmax(dim=-1) == quantized.argmax(dim=-1),
+        original_top=original_top.int(),
+        original_top_probabilities=log_p.gather(1, original_top).exp(),
+        quantized_top=quantized_top.int(),
+        quantized_top_probabilities=log_q.gather(1, quantized_top).exp(),
     )
 
 

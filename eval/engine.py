@@ -20,7 +20,7 @@ from ..convert.checkpoint import TensorSource
 from ..convert.gguf.reader import GgufModel
 from ..errors import CheckpointError, ConfigError
 from ..measure.calibration import CalibrationSet
-from ..measure.tokenizer import load_tokenizer
+from ..measure.tokenizer import Tokenizer, load_tokenizer
 from ..progress import Progress, silent
 from .comparison import (
     Comparison,
@@ -36,6 +36,7 @@ from .divergence import TokenStatistics, token_statistics
 from .llamacpp import EngineModel, LlamaLibrary, load_library
 from .overlap import refuse_calibration_text, stored_spans
 from .passes import exact_logits
+from .profile import profile_of
 
 __all__ = ["compare_in_engine", "evaluate_in_engine"]
 
@@ -70,9 +71,10 @@ def evaluate_in_engine(
     """
     library = load_library(llama_cpp)
     source, (base_model, other) = open_pair(original, [base, quantized])
-    rows = evaluation_rows(load_tokenizer(source.directory), config, vocab_size=vocab_size_of(source))
+    tokenizer = load_tokenizer(source.directory)
+    rows = evaluation_rows(tokenizer, config, vocab_size=vocab_size_of(source))
     refuse_calibration_text(rows, stored_spans(other), allowed=config.allow_calibration_text)
-    return compare_in_engine(source, base_model, other, rows, library, progress)
+    return compare_in_engine(source, base_model, other, rows, library, progress, tokenizer=tokenizer)
 
 
 def compare_in_engine(
@@ -82,6 +84,8 @@ def compare_in_engine(
     rows: CalibrationSet,
     library: LlamaLibrary,
     progress: Progress = silent,
+    *,
+    tokenizer: Tokenizer | None = None,
 ) -> Comparison:
     """Compare two GGUF files on the same tokens, both run by llama.cpp, with the statistics of ``compare_models``.
 
@@ -95,6 +99,7 @@ def compare_in_engine(
         rows: The text.
         library: Runs both.
         progress: Wraps the rows.
+        tokenizer: Decodes the worst tokens; None leaves their ids only.
 
     Raises:
         CheckpointError: llama.cpp cannot load a file, or the base is not the original.
@@ -126,11 +131,13 @@ def compare_in_engine(
                 "lost something of it (rope scaling). Convert the original again."
             )
         parts = [_row(first, second, rows.tokens[row]) for row in progress(range(count), "evaluate: llama.cpp")]
+    statistics = TokenStatistics.joined(parts)
     parameters = sum(math.prod(original.shape(name)) for name in original.names)
     return Comparison(
         original=summarize_model(original, parameters),
         quantized=summarize_model(quantized, parameters),
-        summary=TokenStatistics.joined(parts).summary(count),
+        summary=statistics.summary(count),
+        profile=profile_of(statistics, rows, tokenizer),
         floor_nats=floor_nats,
         floor_tokens=floor_tokens,
         text=rows.description,

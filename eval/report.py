@@ -1,74 +1,203 @@
-"""A comparison as a report: for people (Markdown, terminal) and for programs (JSON)."""
+"""Comparisons as reports: for people (HTML, Markdown, terminal) and for programs (JSON, CSV)."""
 
 from __future__ import annotations
 
-import math
+import csv
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ..convert.files import atomic_file, write_json
 from ..convert.markdown import cell as _cell
 from ..convert.markdown import table as _table
 from ..version import __version__
 from .comparison import Comparison, ModelSummary
-from .estimate import Estimate
+from .estimate import Estimate, Interval
+from .format import estimate, nats, percent, perplexity
+from .html import HtmlReport, charts_of, html_report
+from .layers import LinearCost
+from .paired import PairedDifference, paired_differences
+from .verdict import headline, verdict_sentence
 
 __all__ = [
+    "CSV_NAME",
+    "HTML_NAME",
     "JSON_NAME",
     "MARKDOWN_NAME",
+    "PLOTS_NAME",
     "Details",
+    "ReportFiles",
     "comparison_table",
+    "joint_lines",
+    "joint_markdown",
     "markdown_report",
     "summary_lines",
+    "write_joint_report",
     "write_report",
 ]
 
 JSON_NAME = "report.json"
 MARKDOWN_NAME = "report.md"
+HTML_NAME = "report.html"
+CSV_NAME = "report.csv"
+PLOTS_NAME = "report-plots"
 
 _REPORT_VERSION = 1
-
-_SMALL_NATS = 1e-4
-"""Below it a divergence is written with an exponent."""
 
 Details = Mapping[str, Mapping[str, str | float]]
 """More sections of a report: titles, and for each the rows of its table."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportFiles:
+    """Where a report is.
+
+    Attributes:
+        json: Everything that was measured.
+        csv: The table of models.
+        markdown: The summary.
+        html: The page.
+        plots: The drawings as SVG files; empty if they were not asked for.
+    """
+
+    json: Path
+    csv: Path
+    markdown: Path
+    html: Path
+    plots: tuple[Path, ...]
+
+
 def write_report(
-    comparison: Comparison, directory: Path, details: Details | None = None, *, prefix: str = ""
-) -> tuple[Path, Path]:
-    """Write ``report.json`` and ``report.md`` into a directory, each atomically.
+    comparison: Comparison,
+    directory: Path,
+    details: Details | None = None,
+    *,
+    costs: Sequence[LinearCost] = (),
+    prefix: str = "",
+    plots: bool = False,
+) -> ReportFiles:
+    """Write the report on one model into a directory, each file atomically.
 
     Args:
         comparison: What was measured.
         directory: Made if it is missing; reports of the same names in it are replaced.
         details: More sections, after the comparison in their order: a title, and rows of names and values.
-        prefix: Put before both names, to tell reports of models apart that lie in one directory.
-
-    Returns:
-        The paths of the JSON file and of the Markdown file.
+        costs: What each linear got, for the maps.
+        prefix: Put before all names, to tell reports of models apart that lie in one directory.
+        plots: Whether the drawings are written as SVG files too.
 
     Raises:
         NumericalError: A number of ``details`` is NaN or infinite.
         WorkDirectoryError: A file cannot be written.
     """
     content = {
-        "bpwise_report": _REPORT_VERSION,
-        "bpwise": __version__,
         "headline": _headline(comparison),
+        "verdict": verdict_sentence(comparison),
         "comparison": comparison.to_dict(),
+        "linears": [asdict(cost) for cost in costs],
         "details": {title: dict(section) for title, section in (details or {}).items()},
     }
-    json_path, markdown_path = (Path(directory) / f"{prefix}{name}" for name in (JSON_NAME, MARKDOWN_NAME))
-    write_json(json_path, content)
-    with atomic_file(markdown_path) as temporary:
-        temporary.write_text(markdown_report(comparison, details), encoding="utf-8")
-    return json_path, markdown_path
+    page = HtmlReport(comparisons=(comparison,), costs=(tuple(costs),), methods=_methods([comparison]), details=details)
+    return _write(Path(directory), prefix, content, markdown_report(comparison, details), page, plots)
+
+
+def write_joint_report(
+    comparisons: Sequence[Comparison],
+    directory: Path,
+    details: Details | None = None,
+    *,
+    costs: Sequence[Sequence[LinearCost]] | None = None,
+    prefix: str = "",
+    plots: bool = False,
+) -> ReportFiles:
+    """Write one report on several models into a directory, each file atomically.
+
+    Args:
+        comparisons: At least one; all with the same original on the same text.
+        directory: As in ``write_report``.
+        details: As in ``write_report``.
+        costs: What each linear of each model got, in the models' order.
+        prefix: As in ``write_report``.
+        plots: As in ``write_report``.
+
+    Raises:
+        ConfigError: The comparisons are of different originals or texts.
+        NumericalError: A number of ``details`` is NaN or infinite.
+        WorkDirectoryError: A file cannot be written.
+    """
+    paired = paired_differences(comparisons)
+    costs = [()] * len(comparisons) if costs is None else costs
+    content = {
+        "headline": headline(comparisons),
+        "verdicts": [verdict_sentence(each) for each in comparisons],
+        "comparisons": [each.to_dict() for each in comparisons],
+        "paired": [asdict(pair) for pair in paired],
+        "linears": [[asdict(cost) for cost in each] for each in costs],
+        "details": {title: dict(section) for title, section in (details or {}).items()},
+    }
+    page = HtmlReport(
+        comparisons=tuple(comparisons),
+        costs=tuple(map(tuple, costs)),
+        paired=_paired_rows(paired),
+        methods=_methods(comparisons),
+        details=details,
+    )
+    return _write(Path(directory), prefix, content, joint_markdown(comparisons, details), page, plots)
+
+
+def _write(
+    directory: Path, prefix: str, content: Mapping[str, Any], markdown: str, page: HtmlReport, plots: bool
+) -> ReportFiles:
+    path = {name: directory / f"{prefix}{name}" for name in (JSON_NAME, CSV_NAME, MARKDOWN_NAME, HTML_NAME, PLOTS_NAME)}
+    write_json(path[JSON_NAME], {"bpwise_report": _REPORT_VERSION, "bpwise": __version__, **content})
+    _write_csv(path[CSV_NAME], page.comparisons)
+    for name, text in ((MARKDOWN_NAME, markdown), (HTML_NAME, html_report(page))):
+        _write_text(path[name], text)
+    drawn = []
+    for name, drawing in charts_of(page).items() if plots else ():
+        drawn.append(path[PLOTS_NAME] / f"{name}.svg")
+        _write_text(drawn[-1], drawing.render(standalone=True) + "\n")
+    return ReportFiles(
+        json=path[JSON_NAME],
+        csv=path[CSV_NAME],
+        markdown=path[MARKDOWN_NAME],
+        html=path[HTML_NAME],
+        plots=tuple(drawn),
+    )
+
+
+def _write_text(path: Path, text: str) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def _write_csv(path: Path, comparisons: Sequence[Comparison]) -> None:
+    rows = [_csv_row(each) for each in comparisons]
+    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _csv_row(comparison: Comparison) -> dict[str, Any]:
+    model, name = comparison.quantized, comparison.quantized.name
+    row: dict[str, Any] = {
+        # A spreadsheet would take a name that begins so for a formula.
+        "model": f"'{name}" if name.startswith(("=", "+", "-", "@")) else name,
+        "stored_bytes": model.stored_bytes,
+        "bits_per_parameter": model.bits_per_parameter,
+    }
+    for key, value in asdict(comparison.summary).items():
+        if isinstance(value, dict):
+            row[key], row[f"{key}_standard_error"] = value["value"], value["standard_error"]
+        else:
+            row[key] = value
+    return {**row, "floor_nats": comparison.floor_nats, "text_fingerprint": comparison.text_fingerprint}
 
 
 def markdown_report(comparison: Comparison, details: Details | None = None) -> str:
-    """Return the report as Markdown.
+    """Return the report on one model as Markdown.
 
     Args:
         comparison: What was measured.
@@ -76,34 +205,89 @@ def markdown_report(comparison: Comparison, details: Details | None = None) -> s
     """
     sections = [
         f"# {_cell(comparison.quantized.name)} against {_cell(comparison.original.name)}",
+        f"**{_cell(verdict_sentence(comparison))}**",
         _headline(comparison),
         *([_floor_note(comparison)] if comparison.within_floor else []),
         _damage_table(comparison),
-        "Numbers after ± are one standard error. They take rows, not tokens, as independent, because the tokens of a "
-        "row are alike; differences are paired on the same tokens.",
+        _ERRORS_NOTE,
         "## KL divergence per token",
         _divergence_table(comparison),
+        "## Where",
+        _positions_table(comparison),
+        _kinds_table(comparison),
         "## How it was measured",
-        _method_table(comparison),
+        _table(("", ""), _methods([comparison])),
+        *_details_sections(details),
     ]
+    return "\n\n".join(sections) + "\n"
+
+
+def joint_markdown(comparisons: Sequence[Comparison], details: Details | None = None) -> str:
+    """Return the report on several models as Markdown.
+
+    Args:
+        comparisons: At least one; all with the same original on the same text.
+        details: As in ``write_report``.
+
+    Raises:
+        ConfigError: They are not.
+    """
+    paired = paired_differences(comparisons)
+    pairs = [
+        "## Differences between the models",
+        "In pairs over the same rows: what the second has more than the first, with 95 % confidence intervals.",
+        _table(("first", "second", "KL, nats per token", "perplexity ratio", "top-1 agreement"), _paired_rows(paired)),
+    ]
+    verdicts = "\n".join(f"- {_cell(each.quantized.name)}: {verdict_sentence(each)}" for each in comparisons)
+    sections = [
+        f"# Quantized models against {_cell(comparisons[0].original.name)}",
+        f"**{_cell(headline(comparisons))}**",
+        comparison_table(comparisons),
+        verdicts,
+        _ERRORS_NOTE,
+        *(pairs if paired else []),
+        "## How it was measured",
+        _table(("", ""), _methods(comparisons)),
+        *_details_sections(details),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _details_sections(details: Details | None) -> list[str]:
+    sections = []
     for title, section in (details or {}).items():
         rows = [(name, f"{value:.6g}" if isinstance(value, float) else str(value)) for name, value in section.items()]
         sections += [f"## {_cell(title)}", _table(("", ""), rows)]
-    return "\n\n".join(sections) + "\n"
+    return sections
+
+
+_ERRORS_NOTE = (
+    "Numbers after ± are one standard error. They take rows, not tokens, as independent, because the tokens of a "
+    "row are alike; differences are paired on the same tokens."
+)
 
 
 def summary_lines(comparison: Comparison) -> list[str]:
     """Return the result in a few lines for a terminal."""
     summary = comparison.summary
     lines = [
-        f"perplexity  {_perplexity(summary.original_perplexity)} -> {_perplexity(summary.quantized_perplexity)}"
-        f"  (difference {_perplexity(summary.perplexity_difference, sign='+')})",
-        f"KL          {_nats(summary.kl_nats)} nats per token"
-        f"  (median {_nats(summary.kl_median_nats)}, 99 % below {_nats(summary.kl_p99_nats)},"
-        f" max {_nats(summary.kl_max_nats)}, floor {_nats(comparison.floor_nats)})",
-        f"top-1       {_percent(summary.top1_agreement)} of tokens agree",
+        f"perplexity  {perplexity(summary.original_perplexity)} -> {perplexity(summary.quantized_perplexity)}"
+        f"  (difference {perplexity(summary.perplexity_difference, sign='+')})",
+        f"KL          {nats(summary.kl_nats)} nats per token"
+        f"  (median {nats(summary.kl_median_nats)}, 99 % below {nats(summary.kl_p99_nats)},"
+        f" max {nats(summary.kl_max_nats)}, floor {nats(comparison.floor_nats)})",
+        f"top-1       {percent(summary.top1_agreement)} of tokens agree; top-5 {percent(summary.top5_agreement)}",
     ]
     return [*lines, _floor_note(comparison)] if comparison.within_floor else lines
+
+
+def joint_lines(comparisons: Sequence[Comparison]) -> list[str]:
+    """Return the results of several models in a line each for a terminal, and the verdict on all."""
+    width = max(len(each.quantized.name) for each in comparisons)
+    return [
+        *(f"{each.quantized.name:{width}}  {verdict_sentence(each)}" for each in comparisons),
+        headline(comparisons),
+    ]
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> str:
@@ -114,14 +298,14 @@ def comparison_table(comparisons: Sequence[Comparison]) -> str:
     """
     first = comparisons[0]
     rows = [
-        (*_model_cells(first.original), _perplexity(first.summary.original_perplexity), "", "0", "100 %"),
+        (*_model_cells(first.original), perplexity(first.summary.original_perplexity), "", "0", "100 %"),
         *(
             (
                 *_model_cells(each.quantized),
-                _perplexity(each.summary.quantized_perplexity),
-                _perplexity(each.summary.perplexity_difference, sign="+"),
-                _nats(each.summary.kl_nats),
-                _percent(each.summary.top1_agreement),
+                perplexity(each.summary.quantized_perplexity),
+                perplexity(each.summary.perplexity_difference, sign="+"),
+                nats(each.summary.kl_nats),
+                percent(each.summary.top1_agreement),
             )
             for each in comparisons
         ),
@@ -133,19 +317,19 @@ def comparison_table(comparisons: Sequence[Comparison]) -> str:
 def _headline(comparison: Comparison) -> str:
     summary = comparison.summary
     change = summary.perplexity_ratio
-    percent = _estimate(change.scaled(100 * (change.value - 1), 100), 2, "+")
+    relative = estimate(change.scaled(100 * (change.value - 1), 100), 2, "+")
     return (
         f"Over {comparison.predicted_tokens} tokens of held-out text the quantized model's predictions are "
-        f"{_nats(summary.kl_nats.value)} nats per token away from the original's (mean KL divergence), "
-        f"{_percent(Estimate(summary.top1_agreement.value, None))} of its most likely next tokens are the same, "
+        f"{nats(summary.kl_nats.value)} nats per token away from the original's (mean KL divergence), "
+        f"{percent(Estimate(summary.top1_agreement.value, None))} of its most likely next tokens are the same, "
         f"and its perplexity is {summary.quantized_perplexity.value:.3f} instead of "
-        f"{summary.original_perplexity.value:.3f} ({percent} %)."
+        f"{summary.original_perplexity.value:.3f} ({relative} %)."
     )
 
 
 def _floor_note(comparison: Comparison) -> str:
     return (
-        f"The mean KL divergence is within the floor of {_nats(comparison.floor_nats)} nats per token: it cannot be "
+        f"The mean KL divergence is within the floor of {nats(comparison.floor_nats)} nats per token: it cannot be "
         f"told from what {comparison.dtype} arithmetic alone does to the original."
     )
 
@@ -158,13 +342,16 @@ def _damage_table(comparison: Comparison) -> str:
         ("bits per parameter of the original", original[2], quantized[2], ""),
         (
             "perplexity",
-            _perplexity(summary.original_perplexity),
-            _perplexity(summary.quantized_perplexity),
-            _perplexity(summary.perplexity_difference, sign="+"),
+            perplexity(summary.original_perplexity),
+            perplexity(summary.quantized_perplexity),
+            perplexity(summary.perplexity_difference, sign="+"),
         ),
-        ("perplexity ratio", "", "", _estimate(summary.perplexity_ratio, 5)),
-        ("mean KL divergence, nats per token", "", "", _nats(summary.kl_nats)),
-        ("same most likely token", "", "", _percent(summary.top1_agreement)),
+        ("perplexity ratio", "", "", estimate(summary.perplexity_ratio, 5)),
+        ("mean KL divergence, nats per token", "", "", nats(summary.kl_nats)),
+        ("same most likely token (top-1)", "", "", percent(summary.top1_agreement)),
+        ("shared among the five most likely (top-5)", "", "", percent(summary.top5_agreement)),
+        ("change of the true token's probability, mean", "", "", percent(summary.probability_change, "+")),
+        ("the same, root mean square", "", "", percent(summary.probability_change_rms)),
     ]
     return _table(("", "original", "quantized", "difference"), rows)
 
@@ -172,19 +359,61 @@ def _damage_table(comparison: Comparison) -> str:
 def _divergence_table(comparison: Comparison) -> str:
     summary = comparison.summary
     rows = [
-        ("mean", _nats(summary.kl_nats)),
-        ("median", _nats(summary.kl_median_nats)),
-        ("90 % below", _nats(summary.kl_p90_nats)),
-        ("99 % below", _nats(summary.kl_p99_nats)),
-        ("99.9 % below", _nats(summary.kl_p999_nats)),
-        ("largest", _nats(summary.kl_max_nats)),
-        ("floor of the mean", _nats(comparison.floor_nats)),
+        ("mean", nats(summary.kl_nats)),
+        ("median", nats(summary.kl_median_nats)),
+        ("90 % below", nats(summary.kl_p90_nats)),
+        ("99 % below", nats(summary.kl_p99_nats)),
+        ("99.9 % below", nats(summary.kl_p999_nats)),
+        ("largest", nats(summary.kl_max_nats)),
+        ("floor of the mean", nats(comparison.floor_nats)),
     ]
     return _table(("KL(original ‖ quantized)", "nats"), rows)
 
 
-def _method_table(comparison: Comparison) -> str:
+def _positions_table(comparison: Comparison) -> str:
     rows = [
+        (f"{each.first} to {each.last}", nats(each.kl_nats), percent(each.top1_agreement))
+        for each in comparison.profile.positions
+    ]
+    return _table(("tokens before the predicted one", "KL, nats per token", "top-1 agreement"), rows)
+
+
+def _kinds_table(comparison: Comparison) -> str:
+    rows = [
+        (
+            each.kind,
+            str(each.rows),
+            nats(each.kl_nats),
+            percent(each.top1_agreement),
+            estimate(each.perplexity_ratio, 4),
+        )
+        for each in comparison.profile.kinds
+    ]
+    return _table(("kind of text", "rows", "KL, nats per token", "top-1 agreement", "perplexity ratio"), rows)
+
+
+def _paired_rows(paired: Sequence[PairedDifference]) -> list[tuple[str, ...]]:
+    return [
+        (
+            pair.first,
+            pair.second,
+            _with_interval(f"{pair.kl_nats.value:+.3g}", pair.kl_interval, "+.3g"),
+            _with_interval(f"{pair.perplexity_ratio.value:.5f}", pair.perplexity_interval, ".5f"),
+            _with_interval(f"{100 * pair.top1_agreement.value:+.2f} %", pair.top1_interval, "+.2f", 100),
+        )
+        for pair in paired
+    ]
+
+
+def _with_interval(value: str, interval: Interval | None, form: str, scale: float = 1.0) -> str:
+    if interval is None:
+        return value
+    return f"{value} ({scale * interval.low:{form}} to {scale * interval.high:{form}})"
+
+
+def _methods(comparisons: Sequence[Comparison]) -> list[tuple[str, str]]:
+    comparison = comparisons[0]
+    return [
         ("text", comparison.text),
         ("fingerprint of the token ids", comparison.text_fingerprint),
         (
@@ -195,43 +424,15 @@ def _method_table(comparison: Comparison) -> str:
         ("predicted tokens", f"{comparison.predicted_tokens}: all but the first of each row"),
         ("run by", comparison.engine),
         ("dtype and device", f"{comparison.dtype} on {comparison.device}"),
-        ("floor", f"{_nats(comparison.floor_nats)} nats per token: {comparison.floor_definition}"),
+        ("floor", f"{nats(comparison.floor_nats)} nats per token: {comparison.floor_definition}"),
         ("original", f"{comparison.original.name}, fingerprint {comparison.original.fingerprint}"),
-        ("quantized", f"{comparison.quantized.name}, fingerprint {comparison.quantized.fingerprint}"),
-        ("time", f"{comparison.seconds:.1f} s"),
+        *(("quantized", f"{each.quantized.name}, fingerprint {each.quantized.fingerprint}") for each in comparisons),
+        *([("time", f"{comparison.seconds:.1f} s")] if len(comparisons) == 1 else []),
         ("bpwise", __version__),
     ]
-    return _table(("", ""), rows)
 
 
 def _model_cells(model: ModelSummary) -> tuple[str, str, str]:
     size = "" if model.stored_bytes is None else f"{model.stored_bytes / 1e6:.1f} MB"
     bits = "" if model.bits_per_parameter is None else f"{model.bits_per_parameter:.3f}"
     return model.name, size, bits
-
-
-def _perplexity(estimate: Estimate, sign: str = "") -> str:
-    # Never fewer than 3 decimals: the standard error comes mostly from the choice of the text, which both models share.
-    return _estimate(estimate, 3, sign)
-
-
-def _percent(estimate: Estimate) -> str:
-    return f"{_estimate(estimate.scaled(100 * estimate.value, 100), 2)} %"
-
-
-def _nats(number: Estimate | float) -> str:
-    value, error = (number.value, number.standard_error) if isinstance(number, Estimate) else (number, None)
-    if abs(value) >= _SMALL_NATS and error is not None:
-        # Three significant digits of the value, or two of the error where that is more.
-        return _estimate(Estimate(value, error), max(0, 2 - math.floor(math.log10(abs(value)))))
-    shown = f"{value:.3g}"
-    return shown if error is None else f"{shown} ± {error:.1g}"
-
-
-def _estimate(estimate: Estimate, decimals: int, sign: str = "") -> str:
-    value, error = estimate.value, estimate.standard_error
-    if error is None:
-        return f"{value:{sign}.{decimals}f}"
-    if error > 0:
-        decimals = max(decimals, min(decimals + 3, 1 - math.floor(math.log10(error))))
-    return f"{value:{sign}.{decimals}f} ± {error:.{decimals}f}"

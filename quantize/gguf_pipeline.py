@@ -25,6 +25,7 @@ from ..convert.gguf.writer import GgufVerification, planned_bytes, write_gguf
 from ..convert.work import claimed, discard_stages
 from ..errors import BrokenModelError, BudgetError, ConfigError, WorkDirectoryError
 from ..eval.comparison import Comparison, EvalConfig
+from ..eval.layers import LinearCost
 from ..eval.overlap import SPANS_KEY, CalibrationSpans
 from ..eval.report import summary_lines, write_report
 from ..measure.calibration import CalibrationSet
@@ -338,8 +339,9 @@ def _quantize(
         measurement=measurement or work / MEASUREMENT_FILE,
     )
     if judge is not None and comparison is not None:
+        costs = [LinearCost(tensor.name, tensor.kind.bits_per_weight, tensor.damage_nats) for tensor in plan.tensors]
         details = {**_report_details(result), **judge.details()}
-        write_report(comparison, output.parent, details=details, prefix=f"{output.stem}.")
+        write_report(comparison, output.parent, details, costs=costs, prefix=f"{output.stem}.")
         judge.sentence(output, comparison, predicted_nats=plan.damage_nats)
     if config.card:
         write_card(output, original=checkpoint.directory, base_model=config.base_model)

@@ -79,7 +79,9 @@ class Judge:
             BpwiseError: As ``run_original`` and ``compare_with``.
         """
         if self._run is None:
-            self._run = run_original(self._checkpoint, self._evaluation_rows(), self._config, self._progress)
+            tokenizer = load_tokenizer(self._checkpoint.directory)
+            rows = self._evaluation_rows()
+            self._run = run_original(self._checkpoint, rows, self._config, self._progress, tokenizer=tokenizer)
         model = open_any(output)
         try:
             return compare_with(self._run, model, self._progress)

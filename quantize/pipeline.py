@@ -17,6 +17,7 @@ from ..convert.files import read_json
 from ..convert.work import claimed, discard_stages
 from ..errors import BrokenModelError, ConfigError, FormatError, WorkDirectoryError
 from ..eval.comparison import Comparison, EvalConfig
+from ..eval.layers import LinearCost
 from ..eval.overlap import SPANS_KEY, CalibrationSpans
 from ..eval.report import summary_lines, write_report
 from ..measure.calibration import CalibrationSet
@@ -113,7 +114,7 @@ class QuantizeResult:
         for cost in self.costs:
             lines.append(f"stage       {cost.stage:18} {cost.seconds:8.1f} s  {cost.peak_bytes / 2**20:7.0f} MiB")
         lines.append(f"measurement {self.measurement} serves any other bitrate")
-        report = " (with README.md)" if self.comparison is None else " (with README.md, report.md, report.json)"
+        report = " (with README.md)" if self.comparison is None else " (with README.md, report.html, report.md, ...)"
         lines.append(f"output      {self.output}{report}")
         return lines
 
@@ -220,7 +221,7 @@ def _quantize(
         measurement=measurement or work / MEASUREMENT_FILE,
     )
     if judge is not None and comparison is not None:
-        write_report(comparison, output, details={**report_details(result), **judge.details()})
+        write_report(comparison, output, {**report_details(result), **judge.details()}, costs=_costs(plan))
         judge.sentence(output, comparison, predicted_nats=plan.damage_nats)
     write_card(output, original=checkpoint.directory, base_model=config.base_model)
     return result
@@ -257,6 +258,11 @@ def report_details(result: QuantizeResult) -> dict[str, dict[str, str | float]]:
         },
         **({"Drift of the hidden states (first token, other tokens; relative)": drift} if drift else {}),
     }
+
+
+def _costs(plan: Plan) -> list[LinearCost]:
+    linears = (*plan.linears, *([plan.head] if plan.head else []))
+    return [LinearCost(linear.name, linear.bpw, linear.damage_nats) for linear in linears]
 
 
 def _identity(checkpoint: Checkpoint, rows: CalibrationSet, plan: Plan, config: QuantizeConfig) -> str:

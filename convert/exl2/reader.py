@@ -190,6 +190,14 @@ class Exl2Model:
         tensors = {part: self._read(part) for part in parts if part in self._places}
         return linear_from_tensors(name, tensors, self._out_features(name))
 
+    def stored_bytes(self, name: str) -> int:
+        """Return the size of a quantized linear's tensors in bytes, padding and overheads included, bias excluded.
+
+        Raises:
+            FormatError: A part of it is missing.
+        """
+        return sum(self._entry(f"{name}.{suffix}")[1].size_bytes for suffix in QUANTIZED_SUFFIXES)
+
     def _out_features(self, linear: str) -> int:
         # A name that the table does not know is taken to have no padding.
         known = config_features(linear, self._stored_config)[1]

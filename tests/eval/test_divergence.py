@@ -5,7 +5,7 @@ import pytest
 import torch
 from bpwise.errors import NumericalError, ShapeError
 from bpwise.eval.divergence import TokenStatistics, token_statistics
-from bpwise.eval.estimate import Estimate, mean_over_rows
+from bpwise.eval.estimate import Estimate, confidence_interval, mean_over_rows
 
 
 def naive(original: torch.Tensor, quantized: torch.Tensor, targets: torch.Tensor) -> tuple[np.ndarray, ...]:
@@ -45,6 +45,33 @@ class TestTokenStatistics:
         assert got.same_top1.dtype == torch.bool
         assert torch.equal(original, kept[0])
         assert torch.equal(quantized, kept[1])
+
+    @pytest.mark.parametrize("vocabulary", [50, 3], ids=["many", "fewer-than-five"])
+    def test_most_likely_tokens(self, vocabulary: int) -> None:
+        original = logits(70, vocabulary)
+        quantized = original + logits(70, vocabulary, spread=1.0, seed=1)
+        got = token_statistics(original, quantized, targets_of(70, vocabulary))
+        count = min(5, vocabulary)
+        for ours, theirs in ((original, "original"), (quantized, "quantized")):
+            p = np.exp(ours.double().numpy())
+            p /= p.sum(axis=1, keepdims=True)
+            order = np.argsort(-p, axis=1)[:, :count]
+            assert getattr(got, f"{theirs}_top").tolist() == order.tolist()
+            np.testing.assert_allclose(
+                getattr(got, f"{theirs}_top_probabilities"), np.take_along_axis(p, order, axis=1), rtol=1e-5
+            )
+        pairs = zip(got.original_top.tolist(), got.quantized_top.tolist(), strict=True)
+        expected = [len(set(a) & set(b)) / count for a, b in pairs]
+        assert got.shared_top5.tolist() == expected
+        assert min(expected) < 1 or vocabulary == 3
+
+    def test_change_of_probability(self) -> None:
+        original, targets = logits(40, 20), targets_of(40, 20)
+        quantized = original + logits(40, 20, spread=1.0, seed=1)
+        got = token_statistics(original, quantized, targets).summary(4)
+        p, q = (x.double().softmax(1).gather(1, targets[:, None])[:, 0].numpy() for x in (original, quantized))
+        assert got.probability_change.value == pytest.approx((q - p).mean(), abs=1e-7)
+        assert got.probability_change_rms.value == pytest.approx(np.sqrt(((q - p) ** 2).mean()), rel=1e-5)
 
     def test_same_logits(self) -> None:
         same = logits(70, 40)
@@ -97,8 +124,22 @@ def statistics(rows: int, tokens: int) -> TokenStatistics:
         kl_nats=torch.rand(rows * tokens, generator=rng) ** 4,
         original_nll_nats=nll,
         quantized_nll_nats=nll + 0.05 + 0.02 * torch.randn(rows * tokens, generator=rng),
-        same_top1=torch.rand(rows * tokens, generator=rng) < 0.9,
+        **top(torch.stack([torch.randperm(12, generator=rng) for _ in range(rows * tokens)])),
     )
+
+
+def top(order: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Most likely tokens: the first five of an order are the original's, the quantized model swaps in others."""
+    original, quantized = order[:, :5].int(), order[:, :5].int()
+    quantized[::3, 4] = order[::3, 7].int()
+    quantized[::4] = quantized[::4].roll(1, dims=1)
+    probabilities = torch.tensor([0.4, 0.2, 0.1, 0.05, 0.02]).expand(len(order), 5)
+    return {
+        "original_top": original,
+        "original_top_probabilities": probabilities,
+        "quantized_top": quantized,
+        "quantized_top_probabilities": probabilities,
+    }
 
 
 class TestSummary:
@@ -127,6 +168,8 @@ class TestSummary:
             "quantized_perplexity": lambda a, b: np.exp(b.mean()),
             "perplexity_ratio": lambda a, b: np.exp(b.mean()) / np.exp(a.mean()),
             "perplexity_difference": lambda a, b: np.exp(b.mean()) - np.exp(a.mean()),
+            "probability_change": lambda a, b: (np.exp(-b) - np.exp(-a)).mean(),
+            "probability_change_rms": lambda a, b: np.sqrt(((np.exp(-b) - np.exp(-a)) ** 2).mean()),
         }
         for name, function in functions.items():
             left_out = np.array(
@@ -148,13 +191,17 @@ class TestSummary:
             expected = ordered[low] + (place - low) * (ordered[low + 1] - ordered[low])
             assert getattr(got, name) == pytest.approx(expected, rel=1e-9)
         assert got.kl_max_nats == ordered[-1]
-        assert got.top1_agreement.value == pytest.approx(sum(parts.same_top1.tolist()) / 77)
+        pairs = list(zip(parts.original_top.tolist(), parts.quantized_top.tolist(), strict=True))
+        assert got.top1_agreement.value == pytest.approx(sum(a[0] == b[0] for a, b in pairs) / 77)
+        assert got.top5_agreement.value == pytest.approx(sum(len(set(a) & set(b)) for a, b in pairs) / 5 / 77)
+        assert got.top1_agreement.value < 1 > got.top5_agreement.value
 
     def test_a_single_row_has_no_standard_error(self) -> None:
         got = statistics(1, 20).summary(1)
         for name in ("original_perplexity", "perplexity_ratio", "perplexity_difference", "kl_nats", "top1_agreement"):
             assert getattr(got, name).standard_error is None
         assert Estimate(1.0, None).scaled(3.0, 2.0) == Estimate(3.0, None)
+        assert confidence_interval(got.kl_nats, 1) is None
 
     @pytest.mark.parametrize("rows", [3, 50], ids=["remainder", "more-rows-than-tokens"])
     def test_refuses_rows_that_do_not_divide(self, rows: int) -> None:
@@ -167,7 +214,22 @@ class TestSummary:
             kl_nats=torch.zeros(4),
             original_nll_nats=torch.ones(4),
             quantized_nll_nats=torch.full((4,), nll),
-            same_top1=torch.ones(4, dtype=torch.bool),
+            **top(torch.arange(12).expand(4, 12)),
         )
         with pytest.raises(NumericalError, match="quantized model: mean negative log-likelihood"):
             parts.summary(2)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 6, 16, 61])
+def test_confidence_interval_against_the_density(rows: int) -> None:
+    # Student's density, integrated numerically from the lower end of the interval to the upper.
+    got = confidence_interval(Estimate(3.0, 0.5), rows)
+    assert got is not None
+    assert (got.low + got.high) / 2 == pytest.approx(3.0)
+    n = rows - 1
+    reach = (got.high - 3.0) / 0.5
+    t = np.linspace(-reach, reach, 400_001)
+    scale = math.exp(math.lgamma((n + 1) / 2) - math.lgamma(n / 2)) / math.sqrt(n * math.pi)
+    density = scale * (1 + t * t / n) ** (-(n + 1) / 2)
+    assert np.trapezoid(density, t) == pytest.approx(0.95, abs=1e-6)
+    assert got.excludes_zero == (got.low > 0)

@@ -1,46 +1,25 @@
+import csv
 import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from bpwise.errors import NumericalError
 from bpwise.eval.comparison import Comparison, ModelSummary
-from bpwise.eval.divergence import Summary
 from bpwise.eval.estimate import Estimate
-from bpwise.eval.report import comparison_table, markdown_report, summary_lines, write_report
-
-
-@pytest.fixture
-def comparison() -> Comparison:
-    return Comparison(
-        original=ModelSummary(name="llama", fingerprint="f0", stored_bytes=16_000_000, bits_per_parameter=16.0),
-        quantized=ModelSummary(name="llama-4bpw", fingerprint="f1", stored_bytes=4_100_000, bits_per_parameter=4.1),
-        summary=Summary(
-            original_perplexity=Estimate(10.0, 0.5),
-            quantized_perplexity=Estimate(10.25, 0.52),
-            perplexity_ratio=Estimate(1.025, 0.0031),
-            perplexity_difference=Estimate(0.25, 0.031),
-            kl_nats=Estimate(0.01234, 0.00045),
-            kl_median_nats=0.007,
-            kl_p90_nats=0.03,
-            kl_p99_nats=0.1,
-            kl_p999_nats=0.4,
-            kl_max_nats=1.25,
-            top1_agreement=Estimate(0.9344, 0.0021),
-        ),
-        floor_nats=2.5e-9,
-        floor_tokens=512,
-        text="some text: 16 rows",
-        text_fingerprint="f2",
-        rows=16,
-        row_tokens=1024,
-        stride=1024,
-        adds_bos=True,
-        dtype="float32",
-        device="cpu",
-        seconds=12.34,
-    )
+from bpwise.eval.layers import LinearCost
+from bpwise.eval.report import (
+    comparison_table,
+    joint_lines,
+    joint_markdown,
+    markdown_report,
+    summary_lines,
+    write_joint_report,
+    write_report,
+)
+from bpwise.eval.verdict import LEVELS, headline, verdict, verdict_sentence
 
 
 def with_kl(comparison: Comparison, kl: Estimate) -> Comparison:
@@ -55,22 +34,30 @@ def table_rows(markdown: str) -> dict[str, list[str]]:
 def test_markdown(comparison: Comparison) -> None:
     text = markdown_report(comparison)
     assert text.startswith("# llama-4bpw against llama\n")
-    headline = text.splitlines()[2]
-    assert "16368 tokens" in headline
-    assert "0.0123 nats per token" in headline
-    assert "93.44 %" in headline
-    assert "10.250 instead of 10.000 (+2.50 ± 0.31 %)" in headline
+    assert text.splitlines()[2] == (
+        "**0.0123 nats/token, top-1 agreement 93.44 %: close to the original (judged on 4 rows of text only).**"
+    )
+    summary = text.splitlines()[4]
+    assert "1020 tokens" in summary
+    assert "0.0123 nats per token" in summary
+    assert "93.44 %" in summary
+    assert "10.250 instead of 10.000 (+2.50 ± 0.31 %)" in summary
     rows = table_rows(text)
     assert rows["perplexity"] == ["10.000 ± 0.500", "10.250 ± 0.520", "+0.250 ± 0.031"]
     assert rows["mean KL divergence, nats per token"][-1] == "0.01234 ± 0.00045"
-    assert rows["same most likely token"][-1] == "93.44 ± 0.21 %"
+    assert rows["same most likely token (top-1)"][-1] == "93.44 ± 0.21 %"
+    assert rows["shared among the five most likely (top-5)"][-1] == "95.12 ± 0.19 %"
+    assert rows["change of the true token's probability, mean"][-1] == "-0.123 ± 0.031 %"
+    assert rows["the same, root mean square"][-1] == "3.45 ± 0.11 %"
+    assert list(rows)[list(rows).index("1 to 1") :][:4] == ["1 to 1", "2 to 3", "4 to 7", "8 to 15"]
+    assert rows["prose"][0] == "2"
     assert rows["size of the weights"][:2] == ["16.0 MB", "4.1 MB"]
     assert [rows[name] for name in ("median", "99 % below", "largest")] == [["0.007"], ["0.1"], ["1.25"]]
-    assert "stride 1024" in rows["window and stride"][0]
+    assert "stride 256" in rows["window and stride"][0]
     assert rows["BOS"] == ["each row begins with it"]
     assert rows["dtype and device"] == ["float32 on cpu"]
     assert "2.5e-09 nats per token: mean KL divergence of the original in float32" in rows["floor"][0]
-    assert rows["text"] == ["some text: 16 rows"]
+    assert rows["text"] == ["some text: 4 rows"]
     assert "within the floor" not in text
 
 
@@ -117,14 +104,18 @@ def test_table_of_several(comparison: Comparison) -> None:
 
 def test_files(comparison: Comparison, tmp_path: Path) -> None:
     details = {"Time": {"measure": 12.5, "round": "3 min"}, "Size": {"bpw": 4.0999999, "bytes": 123456789}}
-    json_path, markdown_path = write_report(comparison, tmp_path / "new", details)
-    assert (json_path, markdown_path) == (tmp_path / "new" / "report.json", tmp_path / "new" / "report.md")
+    files = write_report(comparison, tmp_path / "new", details)
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
+        f"report.{end}" for end in ("csv", "html", "json", "md")
+    ]
+    assert files.plots == ()
+    json_path, markdown_path = files.json, files.markdown
     content = json.loads(json_path.read_text())
     assert content["bpwise_report"] == 1
     assert content["details"] == details
     assert content["comparison"]["summary"]["kl_nats"] == {"value": 0.01234, "standard_error": 0.00045}
     assert content["comparison"]["quantized"]["stored_bytes"] == 4_100_000
-    assert content["comparison"]["predicted_tokens"] == 16 * 1023
+    assert content["comparison"]["predicted_tokens"] == 1020
     assert content["comparison"]["within_floor"] is False
     text = markdown_path.read_text()
     assert text == markdown_report(comparison, details)
@@ -134,6 +125,79 @@ def test_files(comparison: Comparison, tmp_path: Path) -> None:
     assert table_rows(text)["bytes"] == ["123456789"]
     write_report(comparison, tmp_path / "new")
     assert json.loads(json_path.read_text())["details"] == {}
+
+
+def test_csv(comparison: Comparison, tmp_path: Path) -> None:
+    risky = replace(comparison, quantized=replace(comparison.quantized, name="=1+1", stored_bytes=None))
+    with write_joint_report([comparison, risky], tmp_path).csv.open(newline="") as file:
+        first, second = csv.DictReader(file)
+    assert first["model"] == "llama-4bpw"
+    assert float(first["kl_nats"]) == 0.01234
+    assert float(first["kl_nats_standard_error"]) == 0.00045
+    assert float(first["kl_p999_nats"]) == 0.4
+    assert (second["model"], second["stored_bytes"]) == ("'=1+1", "")
+
+
+def test_joint_report(comparison: Comparison, tmp_path: Path) -> None:
+    means = comparison.profile.row_means
+    worse = with_kl(comparison, Estimate(0.5, 0.01))
+    worse = replace(
+        worse,
+        quantized=replace(worse.quantized, name="b|c"),
+        profile=replace(
+            worse.profile, row_means=replace(means, kl_nats=tuple(value + 0.25 for value in means.kl_nats))
+        ),
+    )
+    costs = [[LinearCost("model.layers.0.mlp.up_proj", 4.5, 1e-3)], []]
+    files = write_joint_report([comparison, worse], tmp_path, {"Time": {"all": 3.0}}, costs=costs, plots=True)
+    content = json.loads(files.json.read_text())
+    assert [each["quantized"]["name"] for each in content["comparisons"]] == ["llama-4bpw", "b|c"]
+    (pair,) = content["paired"]
+    assert pair["kl_nats"] == {"value": pytest.approx(0.25), "standard_error": pytest.approx(0.0, abs=1e-12)}
+    assert pair["kl_interval"]["low"] == pytest.approx(0.25)
+    assert content["linears"][0][0] == {"name": "model.layers.0.mlp.up_proj", "bpw": 4.5, "damage_nats": 1e-3}
+    text = files.markdown.read_text()
+    assert text == joint_markdown([comparison, worse], {"Time": {"all": 3.0}})
+    assert "| llama-4bpw | b\\|c | +0.25 (+0.25 to +0.25) |" in text
+    assert {path.stem for path in files.plots} == {
+        "histogram", "kinds", "map-bits-1", "map-damage-1", "positions", "size"
+    }  # fmt: skip
+    for path in files.plots:
+        ElementTree.parse(path)
+    assert len(joint_lines([comparison, worse])) == 3
+    assert "no pairs" not in joint_markdown([comparison])
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected"),
+    [
+        (1e-9, "the same as the original as far as can be measured"),
+        (0.0009, "indistinguishable in use"),
+        (0.002, "indistinguishable in use"),
+        (0.0055, "very close to the original"),
+        (0.031, "close to the original"),
+        (0.1, "noticeably different from the original"),
+        (0.3, "damaged"),
+        (2.0, "badly damaged"),
+    ],
+)
+def test_verdict(comparison: Comparison, kl: float, expected: str) -> None:
+    measured = with_kl(comparison, Estimate(kl, 0.1))
+    assert verdict(measured) == expected
+    assert verdict_sentence(replace(measured, rows=8)).endswith(f"nats/token, top-1 agreement 93.44 %: {expected}.")
+
+
+def test_headline_of_several(comparison: Comparison) -> None:
+    assert [limit for limit, _ in LEVELS] == sorted(limit for limit, _ in LEVELS)
+    several = [
+        replace(with_kl(comparison, Estimate(kl, None)), quantized=ModelSummary(
+            name=name, fingerprint="", stored_bytes=size, bits_per_parameter=None))
+        for name, kl, size in (("large", 0.0005, 9), ("middle", 0.0015, 8), ("small", 0.1, 4))
+    ]  # fmt: skip
+    text = headline(several)
+    assert text.startswith("Closest to the original: large. 0.0005 nats/token")
+    assert "Smallest that is indistinguishable in use: middle. 0.0015" in text
+    assert "small." not in text
 
 
 def test_no_nan_in_json(comparison: Comparison, tmp_path: Path) -> None:

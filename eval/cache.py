@@ -1,0 +1,163 @@
+"""The original's side of comparisons, kept on disk: its final hidden states, from which the head makes all logits.
+
+They are what is small: 16 rows of 1024 tokens of an 8B model are 268 MB in float32, their logits would be 8.4 GB. They
+are kept exactly, in the dtype that they were computed in: a second evaluation gives the same numbers to the last digit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..convert.checkpoint import TensorSource
+from ..convert.gguf.reader import GgufModel
+from ..convert.safetensors_file import load_metadata, load_tensors, save_tensors
+from ..errors import FormatError, WorkDirectoryError
+from ..version import __version__
+
+__all__ = ["OriginalCache", "OriginalState", "default_cache_directory", "original_key"]
+
+_VERSION = 1
+_SUFFIX = ".original.safetensors"
+
+_LIMIT_BYTES = 10 * 2**30
+"""Room that a cache takes at most: some dozens of evaluations of an 8B model."""
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class OriginalState:
+    """What the original's passes give.
+
+    Attributes:
+        hidden: Output of the last block, shape (rows, tokens, hidden size), evaluation dtype, on the CPU.
+        floor_nats: Mean KL divergence per token that arithmetic alone causes.
+        floor_tokens: Length of the text that this was measured on.
+    """
+
+    hidden: Tensor
+    floor_nats: float
+    floor_tokens: int
+
+
+class OriginalCache:
+    """A directory of such states, each a file that is there completely or not at all.
+
+    A file that is damaged in any way is taken for absent. If there is no room, or the directory cannot be written,
+    a warning says so and evaluation goes on. Beyond 10 GiB the files that were used least recently go.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Touches nothing.
+
+        Args:
+            directory: Made when something is saved.
+        """
+        self._directory = Path(directory)
+
+    def load(self, key: str) -> OriginalState | None:
+        """Return what was saved under a key, or None if that is absent or damaged."""
+        path = self._path(key)
+        if not path.is_file():
+            return None
+        try:
+            metadata = load_metadata(path, FormatError)
+            hidden = load_tensors(path, FormatError)["hidden"]
+            state = OriginalState(
+                hidden=hidden,
+                floor_nats=float.fromhex(metadata["floor_nats"]),
+                floor_tokens=int(metadata["floor_tokens"]),
+            )
+            if metadata.get("digest") != _digest(key, state):
+                return None
+            os.utime(path)
+        except (FormatError, KeyError, ValueError, OSError):
+            return None
+        return state
+
+    def save(self, key: str, state: OriginalState) -> None:
+        """Keep a state under a key; whatever was there is replaced."""
+        metadata = {
+            "floor_nats": state.floor_nats.hex(),
+            "floor_tokens": str(state.floor_tokens),
+            "digest": _digest(key, state),
+        }
+        try:
+            save_tensors(self._path(key), {"hidden": state.hidden}, metadata)
+            self._prune()
+        except (WorkDirectoryError, OSError) as error:
+            warnings.warn(f"the original's evaluation is not kept for the next time: {error}", stacklevel=2)
+
+    def _prune(self) -> None:
+        kept = sorted(
+            ((status.st_mtime_ns, status.st_size, path) for path, status in self._files()),
+            reverse=True,
+        )
+        total = 0
+        for number, (_, size, path) in enumerate(kept):
+            total += size
+            if total > _LIMIT_BYTES and number > 0:
+                path.unlink(missing_ok=True)
+
+    def _files(self) -> list[tuple[Path, os.stat_result]]:
+        return [(path, path.stat()) for path in self._directory.glob(f"*{_SUFFIX}")]
+
+    def _path(self, key: str) -> Path:
+        return self._directory / f"{key}{_SUFFIX}"
+
+
+def default_cache_directory() -> Path:
+    """Return where a user's caches lie, as XDG's base directories say: ``~/.cache/bpwise`` unless that was moved."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bpwise"
+
+
+def original_key(source: TensorSource, tokens: Tensor, *, dtype: torch.dtype, device: str) -> str:
+    """Return 32 hexadecimal digits that change with everything that the states depend on.
+
+    A model's fingerprint is sampled, so the sizes and times of its files count too: a file that was changed in a few
+    places is not taken for the one before.
+
+    Args:
+        source: The original.
+        tokens: Token ids, int64, shape (rows, tokens).
+        dtype: What it runs in.
+        device: Name of what it runs on.
+    """
+    import transformers  # noqa: PLC0415 - seconds to import, and loaded by the run anyway
+
+    parts = [
+        str(_VERSION),
+        __version__,
+        torch.__version__,
+        transformers.__version__,
+        source.fingerprint,
+        *_file_states(source),
+        str(dtype),
+        device,
+        str(tuple(tokens.shape)),
+    ]
+    digest = hashlib.sha256("\n".join(parts).encode())
+    digest.update(tokens.contiguous().numpy().astype("<i8", copy=False).tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _file_states(source: TensorSource) -> list[str]:
+    if isinstance(source, GgufModel):
+        files = [source.path]
+    else:
+        files = sorted([*source.directory.glob("*.safetensors"), source.directory / "config.json"])
+    states = [(file.name, file.stat()) for file in files if file.is_file()]
+    return [f"{name} {status.st_size} {status.st_mtime_ns}" for name, status in states]
+
+
+def _digest(key: str, state: OriginalState) -> str:
+    hidden = state.hidden.contiguous()
+    facts = f"{key} {state.floor_nats.hex()} {state.floor_tokens} {hidden.dtype} {tuple(hidden.shape)}\n"
+    digest = hashlib.sha256(facts.encode())
+    digest.update(hidden.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,104 @@
+"""What each linear of a quantized model got, and what that was expected to cost."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..convert.checkpoint import TensorSource
+from ..convert.exl2.reader import Exl2Model
+from ..convert.files import read_json
+from ..convert.gguf.reader import GgufModel
+from ..convert.gguf.types import ggml_type
+from ..errors import FormatError
+
+__all__ = ["LinearCost", "linear_costs", "plan_beside"]
+
+_IN_BLOCK = re.compile(r"(?:[^.]+\.)+?(\d+)\.(.+)", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class LinearCost:
+    """Size and expected damage of one linear, or of the token embeddings.
+
+    Attributes:
+        name: Full name of the module.
+        bpw: Bits per weight, overheads included.
+        damage_nats: Damage that the plan predicted, nats per token; None if it is not known.
+    """
+
+    name: str
+    bpw: float
+    damage_nats: float | None = None
+
+    @property
+    def block(self) -> int | None:
+        """Index of the decoder block; None outside of them."""
+        match = _IN_BLOCK.fullmatch(self.name)
+        return int(match[1]) if match else None
+
+    @property
+    def kind(self) -> str:
+        """Last part of the name, as ``q_proj``: what blocks have in common."""
+        return self.name.rpartition(".")[2]
+
+
+def linear_costs(model: TensorSource, plan: Path | None = None) -> tuple[LinearCost, ...]:
+    """Return what a quantized model's matrices take, from the model itself, and the damage from its plan.
+
+    Args:
+        model: EXL2 model or GGUF file; of others nothing is returned.
+        plan: ``plan.json`` of the run that made it. A plan of other bits than the model has is of another model: the
+            damage is then unknown.
+
+    Raises:
+        FormatError: The plan is damaged.
+    """
+    stored = _stored_bpw(model)
+    planned = {} if plan is None else _planned(plan)
+    if not all(math.isclose(stored.get(name, 0.0), bpw, rel_tol=1e-6) for name, (bpw, _) in planned.items()):
+        planned = {}
+    return tuple(LinearCost(name, bpw, planned[name][1] if name in planned else None) for name, bpw in stored.items())
+
+
+def plan_beside(model: Path) -> Path | None:
+    """Return the plan in the work directory that `bpwise quantize` leaves beside a model, if there is one."""
+    path = model.with_name(f"{model.name}.work") / "plan.json"
+    return path if path.is_file() else None
+
+
+def _stored_bpw(model: TensorSource) -> dict[str, float]:
+    if isinstance(model, Exl2Model):
+        bits = {name: 8 * model.stored_bytes(name) for name in model.linears}
+        return {name: bits[name] / math.prod(model.shape(f"{name}.weight")) for name in sorted(bits, key=_model_order)}
+    if isinstance(model, GgufModel):
+        names = [name for name in model.names if name.endswith(".weight") and len(model.shape(name)) > 1]
+        return {
+            name.removesuffix(".weight"): model.stored(name).type.bits_per_weight
+            for name in sorted(names, key=_model_order)
+        }
+    return {}
+
+
+def _model_order(name: str) -> list[tuple[int, str]]:
+    # Numbers as numbers: block 10 comes after block 9.
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
+
+
+def _planned(path: Path) -> dict[str, tuple[float, float]]:
+    raw = read_json(path, FormatError)
+    try:
+        if "bpwise_type_plan" in raw:
+            return {entry["name"]: (_type_bpw(entry), float(entry["damage_nats"])) for entry in raw["tensors"]}
+        entries = [*raw["linears"], *([raw["head"]] if raw["head"] else [])]
+        return {entry["name"]: (float(entry["bpw"]), float(entry["damage_nats"])) for entry in entries}
+    except (KeyError, TypeError, ValueError) as error:
+        raise FormatError(f"{path}: not a plan, or damaged ({error}). Make it again with `bpwise plan`.") from error
+
+
+def _type_bpw(entry: Mapping[str, Any]) -> float:
+    return ggml_type(entry["type"]).bits_per_weight

@@ -1,0 +1,203 @@
+"""The page as text, and as a real browser shows it."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bpwise.eval.comparison import Comparison
+from bpwise.eval.estimate import Estimate
+from bpwise.eval.layers import LinearCost
+from bpwise.eval.report import write_joint_report, write_report
+
+HOSTILE = "</script><img src=x onerror=alert(1)>\u202e&\"'"
+
+
+def costs(blocks: int = 3) -> list[LinearCost]:
+    linears = [
+        LinearCost(f"model.layers.{block}.{kind}", 3 + (block + place) % 6, 10.0 ** -(block + place))
+        for block in range(blocks)
+        for place, kind in enumerate(("self_attn.q_proj", "mlp.down_proj"))
+    ]
+    return [*linears, LinearCost("lm_head", 6.0, 1e-4)]
+
+
+def variant(comparison: Comparison, name: str, kl: float, size: int) -> Comparison:
+    return replace(
+        comparison,
+        quantized=replace(comparison.quantized, name=name, stored_bytes=size),
+        summary=replace(comparison.summary, kl_nats=Estimate(kl, kl / 10)),
+    )
+
+
+@pytest.fixture
+def several(comparison: Comparison) -> list[Comparison]:
+    return [
+        variant(comparison, "m-8bpw", 0.0009, 9_000_000),
+        variant(comparison, HOSTILE, 0.3, 3_000_000),
+        variant(comparison, "m-10bpw", 0.0001, 11_000_000),
+    ]
+
+
+def write(several: list[Comparison], folder: Path) -> Path:
+    details = {HOSTILE: {"a": HOSTILE, "b": 1.5}}
+    return write_joint_report(several, folder, details, costs=[costs(), costs(), []], plots=True).html
+
+
+class TestText:
+    def test_needs_nothing_else(self, several: list[Comparison], tmp_path: Path) -> None:
+        text = write(several, tmp_path).read_text()
+        assert not re.findall(r"""(?:src|href)=(?!["']data:,)""", text.replace("&lt;img src=x", ""))
+        assert "@import" not in text
+        assert "url(" not in text
+        addresses = set(re.findall(r"https?://[^\"'<\s]+", text))
+        assert addresses <= {"http://www.w3.org/2000/svg"}  # a name, not a place
+
+    def test_everything_is_escaped(self, several: list[Comparison], tmp_path: Path) -> None:
+        hostile = replace(several[1], text=HOSTILE, original=replace(several[1].original, name=HOSTILE))
+        single = write_report(hostile, tmp_path / "single", {"x": {HOSTILE: HOSTILE}}, costs=costs(), plots=True)
+        for text in (write(several, tmp_path).read_text(), single.html.read_text()):
+            assert "<img" not in text
+            assert "alert(1)</script>" not in text
+            assert "\u202e" not in text
+            assert text.count("<script") == text.count("</script") == 1
+        for path in single.plots:
+            assert "<img" not in path.read_text()
+
+    def test_ids_where_there_is_no_tokenizer(self, comparison: Comparison, tmp_path: Path) -> None:
+        worst = comparison.profile.worst[0]
+        bare = replace(
+            worst,
+            context=None,
+            original=replace(worst.original, text=None),
+            original_choices=tuple(replace(choice, text=None) for choice in worst.original_choices),
+        )
+        profile = replace(comparison.profile, worst=(bare,))
+        text = write_report(replace(comparison, profile=profile), tmp_path).html.read_text()
+        assert f"#{worst.original.id}</mark>" in text
+        assert " ".join(map(str, worst.context_ids)) in text
+
+    def test_one_row_has_no_errors(self, comparison: Comparison, tmp_path: Path) -> None:
+        alone = replace(
+            comparison, summary=replace(comparison.summary, kl_nats=Estimate(0.0, None)), rows=1, floor_nats=0.0
+        )
+        text = write_report(alone, tmp_path).html.read_text()
+        assert "as far as can be measured" in text
+        assert "judged on 1 row of text" in text
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    webdriver = pytest.importorskip("selenium.webdriver", reason="the browser is driven by selenium")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("no chromium with its chromedriver is installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    opened = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield opened
+    opened.quit()
+
+
+def show(browser: Any, page: Path, *, width: int = 1200, mode: str = "light") -> None:
+    feature = {"name": "prefers-color-scheme", "value": mode}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    browser.get(page.as_uri())
+
+
+def column(browser: Any, number: int) -> list[str]:
+    script = "return [...document.querySelectorAll('#models tbody tr')].map(r => r.cells[arguments[0]].dataset.key)"
+    keys: list[str] = browser.execute_script(script, number)
+    return keys
+
+
+class TestBrowser:
+    def test_no_errors_and_all_plots_have_marks(self, browser: Any, several: list[Comparison], tmp_path: Path) -> None:
+        show(browser, write(several, tmp_path))
+        assert browser.get_log("browser") == []
+        marks = browser.execute_script(
+            "return Object.fromEntries([...document.querySelectorAll('svg')].map(s => [s.ariaLabel, "
+            "[...s.querySelectorAll('.mark')].filter(m => m.getBoundingClientRect().width > 0).length]))"
+        )
+        buckets, kinds = len(several[0].profile.positions), len(several[0].profile.kinds)
+        expected = {
+            "KL divergence of single tokens": 3,
+            "KL divergence by position in the text": 3 * (buckets + 1),
+            "KL divergence against size": 3,
+            "KL divergence by kind of text": 3 * kinds,
+            "Predicted damage by layer and linear — m-8bpw": 7,
+            "Bits per weight by layer and linear — m-8bpw": 7,
+        }
+        assert {name: marks[name] for name in expected} == expected
+        assert len(marks) == 8
+
+    def test_bars_of_a_single_model(self, browser: Any, comparison: Comparison, tmp_path: Path) -> None:
+        show(browser, write_report(comparison, tmp_path).html)
+        assert browser.get_log("browser") == []
+        count = browser.execute_script(
+            "return document.querySelectorAll('svg')[0].querySelectorAll('rect.mark').length"
+        )
+        assert count == len(comparison.profile.histogram.counts)
+        assert "0.0123 nats/token" in browser.find_element("id", "verdict").text
+
+    def test_plots_are_files_too(self, browser: Any, several: list[Comparison], tmp_path: Path) -> None:
+        write(several, tmp_path)
+        paths = sorted((tmp_path / "report-plots").iterdir())
+        assert len(paths) == 8
+        for path in paths:
+            show(browser, path)
+            assert browser.execute_script("return document.querySelectorAll('.mark').length") > 0
+        assert browser.get_log("browser") == []
+
+    def test_table_sorts(self, browser: Any, several: list[Comparison], tmp_path: Path) -> None:
+        show(browser, write(several, tmp_path))
+        buttons = browser.find_elements("css selector", "#models th button")
+        assert column(browser, 1) == ["0.0009", "0.3", "0.0001"]
+        buttons[1].click()
+        assert column(browser, 1) == ["0.0001", "0.0009", "0.3"]
+        buttons[1].click()
+        assert column(browser, 1) == ["0.3", "0.0009", "0.0001"]
+        heads = browser.find_elements("css selector", "#models th")
+        assert [head.get_attribute("aria-sort") for head in heads][:3] == [None, "descending", None]
+        buttons[3].click()  # sizes: as numbers 11 MB is more than 9 MB
+        assert column(browser, 3) == ["3000000", "9000000", "11000000"]
+        buttons[0].click()  # names: numbers in them count as numbers too
+        names = column(browser, 0)
+        assert names.index("m-8bpw") < names.index("m-10bpw")
+
+    @pytest.mark.parametrize("mode", ["light", "dark"])
+    @pytest.mark.parametrize("width", [390, 1200], ids=["phone", "desk"])
+    def test_fits_and_can_be_read(
+        self, browser: Any, several: list[Comparison], tmp_path: Path, width: int, mode: str
+    ) -> None:
+        show(browser, write(several, tmp_path), width=width, mode=mode)
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        ink, paper = browser.execute_script(
+            "const s = getComputedStyle(document.body); return [s.color, s.backgroundColor]"
+        )
+        light = {"light": paper, "dark": ink}[mode], {"light": ink, "dark": paper}[mode]
+        bright, dim = (sum(numbers(color)) for color in light)
+        assert bright > 600
+        assert dim < 200
+
+    def test_details_open(self, browser: Any, several: list[Comparison], tmp_path: Path) -> None:
+        show(browser, write(several, tmp_path))
+        cards = browser.find_elements("css selector", "details[open] .tokens .card")
+        assert len(cards) == 12
+        shown = browser.execute_script(
+            "return [...document.querySelectorAll('details[open] .tokens .card')[0].querySelectorAll('li')].length"
+        )
+        assert shown == 10
+
+
+def numbers(color: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", color)[:3]]
