@@ -434,17 +434,20 @@ def measure(model: str, output: Path, **options: Any) -> None:
 @click.argument("measurement", type=_EXISTING_FILE)
 @click.option("--format", "output_format", type=click.Choice(["exl2", "gguf"]), default="exl2", help="Kind of output.")
 @click.option(
-    "-b",
-    "--bpw",
-    type=float,
-    required=True,
-    help="Bits per weight: EXL2, of the decoder with overheads; GGUF, of all tensors.",
+    "-b", "--bpw", type=float, help="Bits per weight: EXL2, of the decoder with overheads; GGUF, of all tensors."
 )
 @_HEAD_BITS_OPTION
 @click.option("--override", multiple=True, metavar="PATTERN=TYPE", help="GGUF: a type that tensors must have.")
 @click.option("-o", "--output", type=_FILE, help="Where to save the plan.  [default: plan-BPW.json beside MEASUREMENT]")
+@click.option("--html", type=_FILE, help="Write a page with the plans of all sizes, in both formats, to choose from.")
 def plan(
-    measurement: Path, output_format: str, bpw: float, head_bits: str, override: tuple[str, ...], output: Path | None
+    measurement: Path,
+    output_format: str,
+    bpw: float | None,
+    head_bits: str,
+    override: tuple[str, ...],
+    output: Path | None,
+    html: Path | None,
 ) -> None:
     """Choose the bits of every row group, or the type of every tensor, for a size; print and save the plan.
 
@@ -452,14 +455,22 @@ def plan(
     """
     from .measure.measurement import Measurement
 
+    if bpw is None and html is None:
+        raise click.UsageError("give --bpw for one plan, or --html for a page with those of all sizes.")
     measured = Measurement.load(measurement)
-    output = output or measurement.with_name(f"plan-{bpw:g}.json")
-    if output_format == "gguf":
-        _refuse_beside("--format gguf", ("head_bits",), "the head is a tensor like any other")
-        _plan_types(measured, bpw, override, output)
-    else:
-        _refuse_beside("--format exl2", ("override",), "it is for GGUF")
-        _plan_widths(measured, bpw, _head_bits(head_bits), output)
+    if bpw is not None:
+        output = output or measurement.with_name(f"plan-{bpw:g}.json")
+        if output_format == "gguf":
+            _refuse_beside("--format gguf", ("head_bits",), "the head is a tensor like any other")
+            _plan_types(measured, bpw, override, output)
+        else:
+            _refuse_beside("--format exl2", ("override",), "it is for GGUF")
+            _plan_widths(measured, bpw, _head_bits(head_bits), output)
+    if html is not None:
+        from .quantize.plan_page import write_plan_page
+
+        write_plan_page(measured, html, model=measurement.stem, head_bits=_head_bits(head_bits))
+        click.echo(f"plans of all sizes -> {html}")
     for name in measured.without_feedback:
         click.echo(f"fallback: {name} was measured without error feedback", err=True)
 

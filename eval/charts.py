@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
 from .comparison import Comparison
@@ -12,7 +12,7 @@ from .format import nats
 from .layers import LinearCost
 from .svg import Axis, Drawing, linear_axis, log_axis, series_color, shortened
 
-__all__ = ["bits_map", "damage_map", "histogram_chart", "kinds_chart", "positions_chart", "size_chart"]
+__all__ = ["bits_map", "damage_map", "histogram_chart", "kinds_chart", "planned_chart", "positions_chart", "size_chart"]
 
 _WIDTH = 400
 _HEIGHT = 260
@@ -164,6 +164,29 @@ def bits_map(costs: Sequence[LinearCost], name: str) -> Drawing | None:
     scale = Axis(low=_SHOWN_BPW[0], high=_SHOWN_BPW[1], ticks=())
     title = f"Bits per weight by layer and linear — {shortened(name)}"
     return _heat_map(costs, lambda cost: cost.bpw, scale, title, "bits per weight", "var(--bp-cool)", fmean)
+
+
+def planned_chart(curves: Mapping[str, Sequence[tuple[float, float, str]]]) -> Drawing:
+    """Draw predicted damage against size, one line for each format.
+
+    Args:
+        curves: By format, its plans from the smallest to the largest: size in GB, damage in nats per token, and what
+            to say on hovering.
+    """
+    drawing = Drawing(_WIDTH, _HEIGHT, "Predicted damage against size")
+    top = drawing.legend(list(curves), 32) + 16
+    drawing.height = _HEIGHT + top - 36
+    points = [point for curve in curves.values() for point in curve]
+    sizes, damages = [size for size, _, _ in points], [max(damage, _LOWEST_SHOWN_NATS) for _, damage, _ in points]
+    place = _Frame(drawing, linear_axis(min(sizes), max(sizes)), log_axis(min(damages), 1.01 * max(damages)), top)
+    place.axes("GB", "nats/token", str_x=lambda value: f"{value:.3g}")
+    for number, (name, curve) in enumerate(curves.items()):
+        color = series_color(number)
+        places = [(place.x(size), place.y(damage)) for size, damage, _ in curve]
+        drawing.path(places, color=color, hint=name)
+        for (x, y), (_, _, hint) in zip(places, curve, strict=True):
+            drawing.dot(x, y, color=color, hint=hint, radius=3)
+    return drawing
 
 
 class _Frame:

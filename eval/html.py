@@ -22,7 +22,7 @@ from .profile import Choice
 from .svg import STYLE, Drawing, series_color
 from .verdict import headline, verdict
 
-__all__ = ["HtmlReport", "charts_of", "html_report"]
+__all__ = ["HtmlReport", "charts_of", "html_report", "page_style", "script_hash"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,10 +83,20 @@ def html_report(report: HtmlReport) -> str:
         choice=_choice,
         version=__version__,
         # Our own text; everything else is escaped, that of drawings where they are made.
-        style=Markup(STYLE),
+        style=page_style(),
         script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        script_hash=script_hash(script),
     )
+
+
+def script_hash(script: str) -> str:
+    """Return what a page's content security policy says of its one script."""
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def page_style() -> Markup:
+    """Return the style sheet of pages and their drawings."""
+    return Markup(files(__package__).joinpath("page.css").read_text(encoding="utf-8") + STYLE)
 
 
 def charts_of(report: HtmlReport) -> dict[str, Drawing]:

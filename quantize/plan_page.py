@@ -1,0 +1,108 @@
+"""Plans of all sizes as one HTML page: what to take for how much memory, and what every layer would get."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from ..convert.files import atomic_file
+from ..eval.charts import bits_map, planned_chart
+from ..eval.format import nats, visible
+from ..eval.html import page_style, script_hash
+from ..measure.measurement import Measurement
+from ..version import __version__
+from .plan import HeadBits
+from .planning import PlanPoint, exl2_points, gguf_points
+
+__all__ = ["plan_page", "write_plan_page"]
+
+
+def plan_page(formats: Mapping[str, Sequence[PlanPoint]], *, model: str, facts: Mapping[str, str]) -> str:
+    """Return the page.
+
+    Args:
+        formats: Plans by format (``EXL2``, ``GGUF``), the smallest first; formats without any are left out.
+        model: What to call the model.
+        facts: Names and values: what was measured, and how.
+    """
+    found = {name: list(points) for name, points in formats.items() if points}
+    templates = files(__package__)
+    script = templates.joinpath("plan.js").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["visible"] = visible
+    template = environment.from_string(templates.joinpath("plan.html.j2").read_text(encoding="utf-8"))
+    return template.render(
+        model=model,
+        facts=facts,
+        formats=found,
+        chart=Markup(planned_chart({name: _curve(name, points) for name, points in found.items()}).render()),
+        maps={name: Markup(_map(name, points[-1])) for name, points in found.items()},
+        data={name: [_data(point) for point in points] for name, points in found.items()},
+        size=_size,
+        nats=nats,
+        version=__version__,
+        style=page_style(),
+        script=Markup(script),
+        script_hash=script_hash(script),
+    )
+
+
+def write_plan_page(measurement: Measurement, path: Path, *, model: str, head_bits: HeadBits) -> None:
+    """Make the plans of all sizes that a measurement allows, and write their page.
+
+    Args:
+        measurement: The measurement.
+        path: File to make or replace.
+        model: What to call the model.
+        head_bits: Bits of the output head in EXL2, as ``make_plan`` takes them.
+    """
+    known = measurement.provenance
+    facts = {
+        "calibration text": str(known.get("calibration_text", "unknown")),
+        "calibration tokens": str(measurement.tokens.size),
+        "head bits in EXL2": str(head_bits),
+        "groups in EXL2": f"{measurement.group_size} input features",
+        "measured by": f"bpwise {known.get('bpwise', '')}",
+        "measurement": measurement.fingerprint,
+    }
+    formats = {"EXL2": exl2_points(measurement, head_bits), "GGUF": gguf_points(measurement)}
+    with atomic_file(path) as temporary:
+        temporary.write_text(plan_page(formats, model=model, facts=facts), encoding="utf-8")
+
+
+def _size(point: PlanPoint) -> str:
+    return f"{point.stored_bytes / 1e9:.3f} GB"
+
+
+def _curve(name: str, points: Sequence[PlanPoint]) -> list[tuple[float, float, str]]:
+    return [
+        (
+            point.stored_bytes / 1e9,
+            point.damage_nats,
+            f"{name} at {point.bpw:g} bpw: {_size(point)}, {nats(point.damage_nats)} nats/token",
+        )
+        for point in points
+    ]
+
+
+def _map(name: str, point: PlanPoint) -> str:
+    drawing = bits_map(point.costs, name)
+    assert drawing is not None, "a plan has linears"
+    return drawing.render()
+
+
+def _data(point: PlanPoint) -> dict[str, Any]:
+    # What the page's script shows of a plan; bits in the order of the map's cells, which is that of the linears.
+    return {
+        "bpw": point.bpw,
+        "stored_bytes": point.stored_bytes,
+        "shares": ", ".join(f"{name} {100 * share:.1f} %" for name, share in point.shares.items()),
+        "names": [cost.name for cost in point.costs],
+        "bits": [round(cost.bpw, 3) for cost in point.costs],
+        "damage": nats(point.damage_nats),
+    }

@@ -1,0 +1,102 @@
+"""What every size would cost, before anything is quantized: plans from the smallest to the largest, in both formats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..eval.layers import LinearCost
+from ..measure.measurement import Measurement
+from .plan import HeadBits, bpw_range, make_plan
+from .type_plan import make_type_plan, size_range
+
+__all__ = ["PlanPoint", "exl2_points", "gguf_points"]
+
+_STEP_BPW = 0.25
+"""Distance of the plans, in bits per weight."""
+
+_HIGHEST_GGUF_BPW = 8.5
+"""Q8_0: above it the damage is below what evaluation can see."""
+
+_FLOAT16_BYTES = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanPoint:
+    """One plan.
+
+    Attributes:
+        bpw: As asked for with ``--bpw``: EXL2, of the decoder; GGUF, of all tensors.
+        stored_bytes: Size of all tensors together, metadata and tokenizer excluded.
+        damage_nats: Predicted damage, nats per token.
+        shares: Share of the planned weights at each width (``4 bits``) or in each type (``Q4_K``), the largest first.
+        costs: Bits and damage of every linear.
+    """
+
+    bpw: float
+    stored_bytes: int
+    damage_nats: float
+    shares: dict[str, float]
+    costs: tuple[LinearCost, ...]
+
+
+def exl2_points(measurement: Measurement, head_bits: HeadBits) -> list[PlanPoint]:
+    """Return EXL2 plans in steps of a quarter bit, the smallest first.
+
+    Args:
+        measurement: The measured curves.
+        head_bits: Bits of the output head, as ``make_plan`` takes them.
+
+    Raises:
+        ConfigError: The head cannot have these bits.
+    """
+    lowest, highest = bpw_range(measurement, head_bits)
+    table = measurement.embedding
+    carried = _FLOAT16_BYTES * (table.tokens * table.hidden_size + measurement.other_weights)
+    head_weights = measurement.head.in_features * measurement.head.out_features
+    points = []
+    for bpw in _steps(lowest, highest):
+        plan = make_plan(measurement, bpw=bpw, head_bits=head_bits)
+        planned = (*plan.linears, *([plan.head] if plan.head else []))
+        # A tied head that stays unquantized is the table of embeddings; EXL2 stores any other by itself.
+        head_bytes = _FLOAT16_BYTES * head_weights if plan.head is None and not table.tied else 0
+        points.append(
+            PlanPoint(
+                bpw=bpw,
+                stored_bytes=sum(linear.stored_bits for linear in planned) // 8 + head_bytes + carried,
+                damage_nats=plan.damage_nats,
+                shares={f"{bits} bits": share for bits, share in plan.weights_per_width().items()},
+                costs=tuple(LinearCost(linear.name, linear.bpw, linear.damage_nats) for linear in planned),
+            )
+        )
+    return points
+
+
+def gguf_points(measurement: Measurement) -> list[PlanPoint]:
+    """Return GGUF plans in steps of a quarter bit, the smallest first; none where no types were measured."""
+    if not measurement.types:
+        return []
+    least, most = size_range(measurement)
+    weights = make_type_plan(measurement, tensor_bytes=most).weights
+    points = []
+    for bpw in _steps(8 * least / weights, min(_HIGHEST_GGUF_BPW, 8 * most / weights)):
+        plan = make_type_plan(measurement, bpw=bpw)
+        points.append(
+            PlanPoint(
+                bpw=bpw,
+                stored_bytes=plan.stored_bytes,
+                damage_nats=plan.damage_nats,
+                shares=plan.weights_per_type(),
+                costs=tuple(
+                    LinearCost(tensor.name, tensor.kind.bits_per_weight, tensor.damage_nats) for tensor in plan.tensors
+                ),
+            )
+        )
+    return points
+
+
+def _steps(lowest: float, highest: float) -> Iterator[float]:
+    first = np.ceil(lowest / _STEP_BPW)
+    yield from (float(step * _STEP_BPW) for step in np.arange(first, np.floor(highest / _STEP_BPW) + 1))
