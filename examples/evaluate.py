@@ -4,8 +4,8 @@
     python examples/evaluate.py ORIGINAL QUANTIZED_4BIT QUANTIZED_8BIT --rows 64 --text my_texts/
     python examples/evaluate.py ORIGINAL QUANTIZED --report reports/
 
-Models are directories (EXL2 or unquantized safetensors), GGUF files or Hugging Face Hub ids. All are streamed block by block, so
-they need not fit into memory, and the original runs only once.
+Models are directories (EXL2 or unquantized safetensors), GGUF files or Hugging Face Hub ids. All are streamed block by
+block, so they need not fit into memory, and the original runs only once.
 """
 
 from pathlib import Path
