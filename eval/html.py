@@ -110,7 +110,7 @@ _COLUMNS = (
     "size",
     "top-5 agreement",
     "perplexity",
-    "Δp, root mean square",
+    "Δp, RMS",
 )
 
 

@@ -76,6 +76,8 @@ def joint_markdown(comparisons: Sequence[Comparison], details: Details | None = 
         comparison_table(comparisons),
         verdicts,
         _ERRORS_NOTE,
+        "## KL divergence per token, and what became of the most likely tokens",
+        _tokens_table(comparisons),
         *(pairs if paired else []),
         "## How it was measured",
         _table(("", ""), method_rows(comparisons)),
@@ -200,6 +202,24 @@ def _divergence_table(comparison: Comparison) -> str:
         ("floor of the mean", nats(comparison.floor_nats)),
     ]
     return _table(("KL(original ‖ quantized)", "nats"), rows)
+
+
+def _tokens_table(comparisons: Sequence[Comparison]) -> str:
+    head = ("model", "median", "90 % below", "99 % below", "99.9 % below", "largest", "top-5", "Δp, mean", "Δp, RMS")
+    rows = []
+    for each in comparisons:
+        summary = each.summary
+        quantiles = (summary.kl_median_nats, summary.kl_p90_nats, summary.kl_p99_nats, summary.kl_p999_nats)
+        rows.append(
+            (
+                each.quantized.name,
+                *map(nats, (*quantiles, summary.kl_max_nats)),
+                percent(summary.top5_agreement),
+                percent(summary.probability_change, "+"),
+                percent(summary.probability_change_rms),
+            )
+        )
+    return _table(head, rows)
 
 
 def _positions_table(comparison: Comparison) -> str:
