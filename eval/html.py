@@ -120,7 +120,7 @@ _COLUMNS = (
     "size",
     "top-5 agreement",
     "perplexity",
-    "Δp, root mean square",
+    "Δp, RMS",
 )
 
 
@@ -129,7 +129,7 @@ def _cells(comparison: Comparison) -> list[_Cell]:
     rms, change = summary.probability_change_rms, summary.probability_change
     size = _Cell("unknown", -1.0)
     if model.stored_bytes is not None and model.bits_per_parameter is not None:
-        note = f"{model.bits_per_parameter:.3f} bits per parameter"
+        note = f"{model.bits_per_parameter:.3f} bits/parameter"
         size = _Cell(f"{model.stored_bytes / 1e6:.1f} MB", model.stored_bytes, note)
     return [
         _with_interval(nats(summary.kl_nats), summary.kl_nats, comparison.rows),

@@ -9,15 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from ..convert.files import atomic_file, write_json
-from ..convert.markdown import cell as _cell
-from ..convert.markdown import table as _table
 from ..version import __version__
-from .comparison import Comparison, ModelSummary
-from .estimate import Estimate, Interval
-from .format import estimate, nats, percent, perplexity
+from .comparison import Comparison
 from .html import HtmlReport, charts_of, html_report
 from .layers import LinearCost
-from .paired import PairedDifference, paired_differences
+from .markdown import (
+    Details,
+    comparison_table,
+    joint_lines,
+    joint_markdown,
+    markdown_report,
+    method_rows,
+    paired_rows,
+    sentence,
+    summary_lines,
+)
+from .paired import paired_differences
 from .verdict import headline, verdict_sentence
 
 __all__ = [
@@ -44,9 +51,6 @@ CSV_NAME = "report.csv"
 PLOTS_NAME = "report-plots"
 
 _REPORT_VERSION = 1
-
-Details = Mapping[str, Mapping[str, str | float]]
-"""More sections of a report: titles, and for each the rows of its table."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,13 +96,15 @@ def write_report(
         WorkDirectoryError: A file cannot be written.
     """
     content = {
-        "headline": _headline(comparison),
+        "headline": sentence(comparison),
         "verdict": verdict_sentence(comparison),
         "comparison": comparison.to_dict(),
         "linears": [asdict(cost) for cost in costs],
         "details": {title: dict(section) for title, section in (details or {}).items()},
     }
-    page = HtmlReport(comparisons=(comparison,), costs=(tuple(costs),), methods=_methods([comparison]), details=details)
+    page = HtmlReport(
+        comparisons=(comparison,), costs=(tuple(costs),), methods=method_rows([comparison]), details=details
+    )
     return _write(Path(directory), prefix, content, markdown_report(comparison, details), page, plots)
 
 
@@ -139,8 +145,8 @@ def write_joint_report(
     page = HtmlReport(
         comparisons=tuple(comparisons),
         costs=tuple(map(tuple, costs)),
-        paired=_paired_rows(paired),
-        methods=_methods(comparisons),
+        paired=paired_rows(paired),
+        methods=method_rows(comparisons),
         details=details,
     )
     return _write(Path(directory), prefix, content, joint_markdown(comparisons, details), page, plots)
@@ -194,245 +200,3 @@ def _csv_row(comparison: Comparison) -> dict[str, Any]:
         else:
             row[key] = value
     return {**row, "floor_nats": comparison.floor_nats, "text_fingerprint": comparison.text_fingerprint}
-
-
-def markdown_report(comparison: Comparison, details: Details | None = None) -> str:
-    """Return the report on one model as Markdown.
-
-    Args:
-        comparison: What was measured.
-        details: As in ``write_report``.
-    """
-    sections = [
-        f"# {_cell(comparison.quantized.name)} against {_cell(comparison.original.name)}",
-        f"**{_cell(verdict_sentence(comparison))}**",
-        _headline(comparison),
-        *([_floor_note(comparison)] if comparison.within_floor else []),
-        _damage_table(comparison),
-        _ERRORS_NOTE,
-        "## KL divergence per token",
-        _divergence_table(comparison),
-        "## Where",
-        _positions_table(comparison),
-        _kinds_table(comparison),
-        "## How it was measured",
-        _table(("", ""), _methods([comparison])),
-        *_details_sections(details),
-    ]
-    return "\n\n".join(sections) + "\n"
-
-
-def joint_markdown(comparisons: Sequence[Comparison], details: Details | None = None) -> str:
-    """Return the report on several models as Markdown.
-
-    Args:
-        comparisons: At least one; all with the same original on the same text.
-        details: As in ``write_report``.
-
-    Raises:
-        ConfigError: They are not.
-    """
-    paired = paired_differences(comparisons)
-    pairs = [
-        "## Differences between the models",
-        "In pairs over the same rows: what the second has more than the first, with 95 % confidence intervals.",
-        _table(("first", "second", "KL, nats per token", "perplexity ratio", "top-1 agreement"), _paired_rows(paired)),
-    ]
-    verdicts = "\n".join(f"- {_cell(each.quantized.name)}: {verdict_sentence(each)}" for each in comparisons)
-    sections = [
-        f"# Quantized models against {_cell(comparisons[0].original.name)}",
-        f"**{_cell(headline(comparisons))}**",
-        comparison_table(comparisons),
-        verdicts,
-        _ERRORS_NOTE,
-        *(pairs if paired else []),
-        "## How it was measured",
-        _table(("", ""), _methods(comparisons)),
-        *_details_sections(details),
-    ]
-    return "\n\n".join(sections) + "\n"
-
-
-def _details_sections(details: Details | None) -> list[str]:
-    sections = []
-    for title, section in (details or {}).items():
-        rows = [(name, f"{value:.6g}" if isinstance(value, float) else str(value)) for name, value in section.items()]
-        sections += [f"## {_cell(title)}", _table(("", ""), rows)]
-    return sections
-
-
-_ERRORS_NOTE = (
-    "Numbers after ± are one standard error. They take rows, not tokens, as independent, because the tokens of a "
-    "row are alike; differences are paired on the same tokens."
-)
-
-
-def summary_lines(comparison: Comparison) -> list[str]:
-    """Return the result in a few lines for a terminal."""
-    summary = comparison.summary
-    lines = [
-        f"perplexity  {perplexity(summary.original_perplexity)} -> {perplexity(summary.quantized_perplexity)}"
-        f"  (difference {perplexity(summary.perplexity_difference, sign='+')})",
-        f"KL          {nats(summary.kl_nats)} nats per token"
-        f"  (median {nats(summary.kl_median_nats)}, 99 % below {nats(summary.kl_p99_nats)},"
-        f" max {nats(summary.kl_max_nats)}, floor {nats(comparison.floor_nats)})",
-        f"top-1       {percent(summary.top1_agreement)} of tokens agree; top-5 {percent(summary.top5_agreement)}",
-    ]
-    return [*lines, _floor_note(comparison)] if comparison.within_floor else lines
-
-
-def joint_lines(comparisons: Sequence[Comparison]) -> list[str]:
-    """Return the results of several models in a line each for a terminal, and the verdict on all."""
-    width = max(len(each.quantized.name) for each in comparisons)
-    return [
-        *(f"{each.quantized.name:{width}}  {verdict_sentence(each)}" for each in comparisons),
-        headline(comparisons),
-    ]
-
-
-def comparison_table(comparisons: Sequence[Comparison]) -> str:
-    """Return a Markdown table with the original in its first row and a quantized model in each other.
-
-    Args:
-        comparisons: At least one; all with the same original on the same text.
-    """
-    first = comparisons[0]
-    rows = [
-        (*_model_cells(first.original), perplexity(first.summary.original_perplexity), "", "0", "100 %"),
-        *(
-            (
-                *_model_cells(each.quantized),
-                perplexity(each.summary.quantized_perplexity),
-                perplexity(each.summary.perplexity_difference, sign="+"),
-                nats(each.summary.kl_nats),
-                percent(each.summary.top1_agreement),
-            )
-            for each in comparisons
-        ),
-    ]
-    head = ("model", "size", "bits per parameter", "perplexity", "difference", "KL, nats per token", "top-1 agreement")
-    return _table(head, rows)
-
-
-def _headline(comparison: Comparison) -> str:
-    summary = comparison.summary
-    change = summary.perplexity_ratio
-    relative = estimate(change.scaled(100 * (change.value - 1), 100), 2, "+")
-    return (
-        f"Over {comparison.predicted_tokens} tokens of held-out text the quantized model's predictions are "
-        f"{nats(summary.kl_nats.value)} nats per token away from the original's (mean KL divergence), "
-        f"{percent(Estimate(summary.top1_agreement.value, None))} of its most likely next tokens are the same, "
-        f"and its perplexity is {summary.quantized_perplexity.value:.3f} instead of "
-        f"{summary.original_perplexity.value:.3f} ({relative} %)."
-    )
-
-
-def _floor_note(comparison: Comparison) -> str:
-    return (
-        f"The mean KL divergence is within the floor of {nats(comparison.floor_nats)} nats per token: it cannot be "
-        f"told from what {comparison.dtype} arithmetic alone does to the original."
-    )
-
-
-def _damage_table(comparison: Comparison) -> str:
-    summary = comparison.summary
-    original, quantized = _model_cells(comparison.original), _model_cells(comparison.quantized)
-    rows = [
-        ("size of the weights", original[1], quantized[1], ""),
-        ("bits per parameter of the original", original[2], quantized[2], ""),
-        (
-            "perplexity",
-            perplexity(summary.original_perplexity),
-            perplexity(summary.quantized_perplexity),
-            perplexity(summary.perplexity_difference, sign="+"),
-        ),
-        ("perplexity ratio", "", "", estimate(summary.perplexity_ratio, 5)),
-        ("mean KL divergence, nats per token", "", "", nats(summary.kl_nats)),
-        ("same most likely token (top-1)", "", "", percent(summary.top1_agreement)),
-        ("shared among the five most likely (top-5)", "", "", percent(summary.top5_agreement)),
-        ("change of the true token's probability, mean", "", "", percent(summary.probability_change, "+")),
-        ("the same, root mean square", "", "", percent(summary.probability_change_rms)),
-    ]
-    return _table(("", "original", "quantized", "difference"), rows)
-
-
-def _divergence_table(comparison: Comparison) -> str:
-    summary = comparison.summary
-    rows = [
-        ("mean", nats(summary.kl_nats)),
-        ("median", nats(summary.kl_median_nats)),
-        ("90 % below", nats(summary.kl_p90_nats)),
-        ("99 % below", nats(summary.kl_p99_nats)),
-        ("99.9 % below", nats(summary.kl_p999_nats)),
-        ("largest", nats(summary.kl_max_nats)),
-        ("floor of the mean", nats(comparison.floor_nats)),
-    ]
-    return _table(("KL(original ‖ quantized)", "nats"), rows)
-
-
-def _positions_table(comparison: Comparison) -> str:
-    rows = [
-        (f"{each.first} to {each.last}", nats(each.kl_nats), percent(each.top1_agreement))
-        for each in comparison.profile.positions
-    ]
-    return _table(("tokens before the predicted one", "KL, nats per token", "top-1 agreement"), rows)
-
-
-def _kinds_table(comparison: Comparison) -> str:
-    rows = [
-        (
-            each.kind,
-            str(each.rows),
-            nats(each.kl_nats),
-            percent(each.top1_agreement),
-            estimate(each.perplexity_ratio, 4),
-        )
-        for each in comparison.profile.kinds
-    ]
-    return _table(("kind of text", "rows", "KL, nats per token", "top-1 agreement", "perplexity ratio"), rows)
-
-
-def _paired_rows(paired: Sequence[PairedDifference]) -> list[tuple[str, ...]]:
-    return [
-        (
-            pair.first,
-            pair.second,
-            _with_interval(f"{pair.kl_nats.value:+.3g}", pair.kl_interval, "+.3g"),
-            _with_interval(f"{pair.perplexity_ratio.value:.5f}", pair.perplexity_interval, ".5f"),
-            _with_interval(f"{100 * pair.top1_agreement.value:+.2f} %", pair.top1_interval, "+.2f", 100),
-        )
-        for pair in paired
-    ]
-
-
-def _with_interval(value: str, interval: Interval | None, form: str, scale: float = 1.0) -> str:
-    if interval is None:
-        return value
-    return f"{value} ({scale * interval.low:{form}} to {scale * interval.high:{form}})"
-
-
-def _methods(comparisons: Sequence[Comparison]) -> list[tuple[str, str]]:
-    comparison = comparisons[0]
-    return [
-        ("text", comparison.text),
-        ("fingerprint of the token ids", comparison.text_fingerprint),
-        (
-            "window and stride",
-            f"{comparison.rows} rows of {comparison.row_tokens} tokens, stride {comparison.stride}: none sees another",
-        ),
-        ("BOS", "each row begins with it" if comparison.adds_bos else "none, as the tokenizer adds none"),
-        ("predicted tokens", f"{comparison.predicted_tokens}: all but the first of each row"),
-        ("run by", comparison.engine),
-        ("dtype and device", f"{comparison.dtype} on {comparison.device}"),
-        ("floor", f"{nats(comparison.floor_nats)} nats per token: {comparison.floor_definition}"),
-        ("original", f"{comparison.original.name}, fingerprint {comparison.original.fingerprint}"),
-        *(("quantized", f"{each.quantized.name}, fingerprint {each.quantized.fingerprint}") for each in comparisons),
-        *([("time", f"{comparison.seconds:.1f} s")] if len(comparisons) == 1 else []),
-        ("bpwise", __version__),
-    ]
-
-
-def _model_cells(model: ModelSummary) -> tuple[str, str, str]:
-    size = "" if model.stored_bytes is None else f"{model.stored_bytes / 1e6:.1f} MB"
-    bits = "" if model.bits_per_parameter is None else f"{model.bits_per_parameter:.3f}"
-    return model.name, size, bits

@@ -4,8 +4,8 @@
     python examples/evaluate.py ORIGINAL QUANTIZED_4BIT QUANTIZED_8BIT --rows 64 --text my_texts/
     python examples/evaluate.py ORIGINAL QUANTIZED --report reports/
 
-Models are directories (EXL2 or unquantized safetensors) or Hugging Face Hub ids. All are streamed block by block, so
-they need not fit into memory, and the original runs only once.
+Models are directories (EXL2 or unquantized safetensors), GGUF files or Hugging Face Hub ids. All are streamed block by
+block, so they need not fit into memory, and the original runs only once.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 from bpwise.errors import BpwiseError
 from bpwise.eval.comparison import EvalConfig, evaluate_each
-from bpwise.eval.report import comparison_table, write_report
+from bpwise.eval.report import comparison_table, write_joint_report, write_report
 
 __all__ = ["main"]
 
@@ -37,7 +37,8 @@ __all__ = ["main"]
 @click.option(
     "--report",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Also write report.json and report.md for each model into this directory, in a directory 1, 2, ...",
+    help="Also write reports into this directory: report.html and others on all models together, with the plots as SVG "
+    "files, and on each model in a directory 1, 2, ...",
 )
 def main(
     original: str,
@@ -61,6 +62,8 @@ def main(
             comparisons.append(comparison)
             if report is not None:
                 write_report(comparison, report / str(number))
+        if report is not None:
+            write_joint_report(comparisons, report, plots=True)
     except BpwiseError as error:
         raise click.ClickException(str(error)) from error
 

@@ -27,6 +27,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluations keep the original's side: not where the user's are."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 @pytest.fixture
 def make_model(tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast) -> MakeModel:
     """Saves a random two-layer Llama with a byte-level tokenizer beside it."""

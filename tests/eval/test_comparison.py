@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bpwise.cli import cli
 from bpwise.convert.checkpoint import Checkpoint
 from bpwise.convert.exl2.dense import dequantize_model
 from bpwise.convert.exl2.layout import RowGroup
@@ -30,6 +31,7 @@ from bpwise.eval.comparison import (
 )
 from bpwise.measure.calibration import CalibrationSet
 from bpwise.measure.tokenizer import load_tokenizer
+from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
 MakeModel = Callable[..., Path]
@@ -338,3 +340,33 @@ def test_name_of_a_hub_snapshot(make_model: MakeModel, tmp_path: Path) -> None:
     source = open_any(snapshot)
     got = compare_models(source, source, rows_of(), config())
     assert got.original.name == "some-org/some-model"
+
+
+class TestCommand:
+    def test_several_models(self, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        original, near, far = make_model("o"), make_model("near", noise=0.005), make_model("far", noise=0.05)
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+        options = ["-r", "2", "-l", "30", "--device", "cpu", "--cache-dir", str(tmp_path / "cache")]
+        run = CliRunner().invoke(cli, ["eval", str(original), str(near), str(far), *options], catch_exceptions=False)
+        assert run.exit_code == 0, run.output
+        assert "Closest to the original: near" in run.output
+        names = {path.name for path in (tmp_path / "here").iterdir()}
+        assert names == {f"report.{end}" for end in ("csv", "html", "json", "md")}
+        assert len(list((tmp_path / "cache").iterdir())) == 1
+        assert "evaluate: original" in run.stderr
+
+        again = CliRunner().invoke(cli, ["eval", str(original), str(near), "--plots", *options], catch_exceptions=False)
+        assert "evaluate: original" not in again.stderr
+        assert (near / "report-plots" / "histogram.svg").is_file()
+        first = json.loads((tmp_path / "here" / "report.json").read_text())["comparisons"][0]["summary"]
+        assert json.loads((near / "report.json").read_text())["comparison"]["summary"] == first
+
+    def test_no_cache(self, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        original, near = make_model("o"), make_model("near", noise=0.005)
+        command = ["eval", str(original), str(near), "-r", "2", "-l", "30", "--device", "cpu"]
+        assert CliRunner().invoke(cli, [*command, "--no-cache"]).exit_code == 0
+        assert not (tmp_path / "cache").exists()
+        assert CliRunner().invoke(cli, command).exit_code == 0
+        assert len(list((tmp_path / "cache" / "bpwise").iterdir())) == 1

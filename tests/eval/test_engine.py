@@ -152,6 +152,9 @@ class TestCompareInEngine:
             compare_in_engine(source, base, base, rows_of(1, 4097), library)
 
 
+ENDS = ("csv", "html", "json", "md")
+
+
 class TestCommandLine:
     def test_reports_lie_beside_the_file(
         self, converted: Any, byte_tokenizer: Any, tmp_path: Path, library: LlamaLibrary
@@ -171,7 +174,7 @@ class TestCommandLine:
             assert run.exit_code == 0, run.output
             assert "nats per token" in run.output
         reports = sorted(path.name for path in tmp_path.glob("small.*") if path != quantized)
-        assert reports == [f"small.{kind}report.{end}" for kind in ("llama.cpp.", "") for end in ("json", "md")]
+        assert reports == [f"small.{kind}report.{end}" for kind in ("llama.cpp.", "") for end in ENDS]
         assert "| run by | Transformers |" in (tmp_path / "small.report.md").read_text()
         assert "| run by | llama.cpp (xllamacpp" in (tmp_path / "small.llama.cpp.report.md").read_text()
         plain = evaluate(original, quantized, EvalConfig(text=str(text), rows=2, row_tokens=30, device="cpu"))

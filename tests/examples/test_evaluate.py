@@ -56,6 +56,9 @@ def test_prints_a_table_and_writes_reports(main: click.Command, directories: lis
         json.loads((tmp_path / "reports" / number / "report.json").read_text())["comparison"]["summary"]["kl_nats"]
         for number in ("1", "2")
     ]
+    together = json.loads((tmp_path / "reports" / "report.json").read_text())
+    assert [each["summary"]["kl_nats"] for each in together["comparisons"]] == divergences
+    assert (tmp_path / "reports" / "report-plots" / "size.svg").is_file()
     assert 0 < divergences[0]["value"] < divergences[1]["value"]
     assert float(lines[3][5].split(" ± ")[0]) == pytest.approx(divergences[0]["value"], rel=0.01)
     assert "4 rows" in result.stdout

@@ -10,6 +10,8 @@ import torch
 from bpwise import cli as cli_module
 from bpwise.cli import cli
 from bpwise.convert.work import StageDirectory
+from bpwise.eval.comparison import open_any
+from bpwise.eval.layers import linear_costs, plan_beside
 from bpwise.measure.measurement import Measurement
 from bpwise.quantize import obtain, pipeline
 from bpwise.quantize.plan import Plan, bpw_range
@@ -109,7 +111,8 @@ def forbid_work(monkeypatch: pytest.MonkeyPatch) -> None:
 class TestQuantize:
     def test_what_is_written(self, finished: Path, tiny_model: Path) -> None:
         names = {path.name for path in finished.iterdir()}
-        assert {"config.json", "output.safetensors", "tokenizer.json", "README.md", "report.json", "report.md"} <= names
+        assert {"config.json", "output.safetensors", "tokenizer.json", "README.md"} <= names
+        assert {f"report.{end}" for end in ("csv", "html", "json", "md")} <= names
         config = json.loads((finished / "config.json").read_text())
         original = json.loads((tiny_model / "config.json").read_text())
         assert config["hidden_size"] == original["hidden_size"]
@@ -118,6 +121,20 @@ class TestQuantize:
         assert (quantization["bits"], quantization["head_bits"]) == (4.5, 6)
         assert (quantization["calibration"]["rows"], quantization["calibration"]["length"]) == (8, 32)
         assert comparison(finished)["predicted_tokens"] == 2 * 31
+
+    def test_report_has_the_bits_and_damage_of_every_linear(self, finished: Path) -> None:
+        linears = json.loads((finished / "report.json").read_text())["linears"]
+        plan = Plan.load(finished.with_name("out.work") / "plan.json")
+        assert plan.head is not None
+        assert linears == [
+            {"name": each.name, "bpw": each.bpw, "damage_nats": each.damage_nats} for each in (*plan.linears, plan.head)
+        ]
+        # What the model itself says, and a plan that is found beside it, come to the same.
+        found = linear_costs(open_any(finished), plan_beside(finished))
+        assert {cost.name: (pytest.approx(cost.bpw), cost.damage_nats) for cost in found} == {
+            each["name"]: (each["bpw"], each["damage_nats"]) for each in linears
+        }
+        assert "Predicted damage by layer and linear" in (finished / "report.html").read_text()
 
     def test_size_is_met_from_below(self, finished: Path) -> None:
         # The smallest group has 32 rows of 32 of the 61440 weights: 0.017 bits per weight for a bit more.
