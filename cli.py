@@ -610,6 +610,29 @@ def card(model: Path, original: str | None, base_model: str | None) -> None:
 
 
 @cli.command()
+@click.argument("output", type=_EXISTING_PATH)
+@click.argument("target", metavar="ORG/[NAME]")
+@click.option("--branch", is_flag=True, help="One repository with a branch for each bitrate, instead of one for each.")
+@click.option("--public", is_flag=True, help="Make new repositories public, and allow to write to public ones.")
+@click.option("--dry-run", is_flag=True, help="Verify, print what would be uploaded, and upload nothing.")
+def push(output: Path, target: str, branch: bool, public: bool, dry_run: bool) -> None:
+    """Upload OUTPUT, a quantized model or a folder of several, to the Hugging Face Hub, privately.
+
+    Without NAME it is called by convention, as ORG/Llama-3.2-1B-8.0bpw-8hb-exl2. Models that are marked as broken, or
+    that cannot be verified, are refused.
+    """
+    from .convert.publish import find_outputs, plan_uploads
+    from .convert.publish import push as upload
+
+    for planned in plan_uploads(find_outputs(output), target, by_branch=branch):
+        if dry_run:
+            for line in planned.summary_lines():
+                click.echo(line)
+        else:
+            click.echo(f"{planned.output} -> {upload(planned, public=public)}")
+
+
+@cli.command()
 @click.argument("path", type=click.Path(exists=True, path_type=Path))
 def inspect(path: Path) -> None:
     """Show what is in PATH: an EXL2 or checkpoint directory, a GGUF file, a measurement, calibration set or plan."""
