@@ -509,7 +509,11 @@ def imatrix(measurement: Path, output: Path) -> None:
 def verify(model: Path) -> None:
     """Read every tensor of MODEL (an EXL2 directory or a GGUF file) back and compare it with what was meant."""
     from .convert.exl2.verify import verify_model
+    from .convert.mark import read_mark
 
+    reason = read_mark(model)
+    if reason is not None:
+        click.echo(f"warning: {model} is marked as broken. {reason}", err=True)
     if model.is_file():
         _verify_gguf(model)
         return
