@@ -1,9 +1,9 @@
 """bpwise: measure how much each bit matters to a language model, then quantize it to exactly the asked size.
 
-``bpwise.quantize`` and ``bpwise.measure`` run the stages, and ``bpwise.quantize_series`` makes several bitrates from one
-measurement; ``bpwise.plan``, ``bpwise.verify``, ``bpwise.evaluate``, ``bpwise.inspect`` and ``bpwise.dequantize`` are
-other commands as functions. Options are frozen config objects. Everything is imported when it is first used, so that
-``import bpwise`` is immediate.
+``bpwise.quantize`` and ``bpwise.measure`` run the stages, and ``bpwise.quantize_series`` makes several bitrates from
+one measurement; ``bpwise.plan``, ``bpwise.verify``, ``bpwise.evaluate``, ``bpwise.inspect`` and ``bpwise.dequantize``
+are other commands as functions. Options are frozen config objects. Everything is imported when it is first used, so
+that ``import bpwise`` is immediate.
 """
 
 from __future__ import annotations
