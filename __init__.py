@@ -1,8 +1,9 @@
 """bpwise: measure how much each bit matters to a language model, then quantize it to exactly the asked size.
 
-``bpwise.quantize`` and ``bpwise.measure`` run the stages; ``bpwise.plan``, ``bpwise.verify``, ``bpwise.evaluate``,
-``bpwise.inspect`` and ``bpwise.dequantize`` are the other commands as functions. Options are frozen config objects.
-Everything is imported when it is first used, so that ``import bpwise`` is immediate.
+``bpwise.quantize`` and ``bpwise.measure`` run the stages, and ``bpwise.quantize_series`` makes several bitrates from
+one measurement; ``bpwise.plan``, ``bpwise.verify``, ``bpwise.evaluate``, ``bpwise.inspect`` and ``bpwise.dequantize``
+are other commands as functions. Options are frozen config objects. Everything is imported when it is first used, so
+that ``import bpwise`` is immediate.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from .quantize.pipeline import quantize_model as quantize
     from .quantize.plan import Plan
     from .quantize.plan import make_plan as plan
+    from .quantize.series import quantize_series
 
 _HOMES = {
     "BpwiseError": ("errors", "BpwiseError"),
@@ -40,6 +42,7 @@ _HOMES = {
     "evaluate": ("eval.comparison", "evaluate"),
     "inspect": ("quantize.inspect", "inspect_path"),
     "plan": ("quantize.plan", "make_plan"),
+    "quantize_series": ("quantize.series", "quantize_series"),
     "verify": ("convert.exl2.verify", "verify_model"),
 }
 
@@ -59,6 +62,7 @@ __all__ = [
     "measure",
     "plan",
     "quantize",
+    "quantize_series",
     "verify",
 ]
 

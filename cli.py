@@ -56,7 +56,7 @@ class _Size(click.ParamType[int]):
         return int(float(match[1]) * self._UNITS[match[2]])
 
 
-class _Rates(click.ParamType):
+class _Rates(click.ParamType[tuple[float, ...]]):
     """Bitrates, separated by commas."""
 
     name = "bpw[,bpw...]"
@@ -527,7 +527,11 @@ def imatrix(measurement: Path, output: Path) -> None:
 def verify(model: Path) -> None:
     """Read every tensor of MODEL (an EXL2 directory or a GGUF file) back and compare it with what was meant."""
     from .convert.exl2.verify import verify_model
+    from .convert.mark import read_mark
 
+    reason = read_mark(model)
+    if reason is not None:
+        click.echo(f"warning: {model} is marked as broken. {reason}", err=True)
     if model.is_file():
         _verify_gguf(model)
         return
@@ -652,6 +656,29 @@ def card(model: Path, original: str | None, base_model: str | None) -> None:
     if original is None:
         click.echo("no --original: licence, language and the original's card are not carried over", err=True)
     click.echo(f"card -> {write_card(model, original=original, base_model=base_model)}")
+
+
+@cli.command()
+@click.argument("output", type=_EXISTING_PATH)
+@click.argument("target", metavar="ORG/[NAME]")
+@click.option("--branch", is_flag=True, help="One repository with a branch for each bitrate, instead of one for each.")
+@click.option("--public", is_flag=True, help="Make new repositories public, and allow to write to public ones.")
+@click.option("--dry-run", is_flag=True, help="Verify, print what would be uploaded, and upload nothing.")
+def push(output: Path, target: str, branch: bool, public: bool, dry_run: bool) -> None:
+    """Upload OUTPUT, a quantized model or a folder of several, to the Hugging Face Hub, privately.
+
+    Without NAME it is called by convention, as ORG/Llama-3.2-1B-8.0bpw-8hb-exl2. Models that are marked as broken, or
+    that cannot be verified, are refused.
+    """
+    from .convert.publish import find_outputs, plan_uploads
+    from .convert.publish import push as upload
+
+    for planned in plan_uploads(find_outputs(output), target, by_branch=branch):
+        if dry_run:
+            for line in planned.summary_lines():
+                click.echo(line)
+        else:
+            click.echo(f"{planned.output} -> {upload(planned, public=public)}")
 
 
 @cli.command()

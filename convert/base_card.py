@@ -140,4 +140,6 @@ def _values(entries: Mapping[str, Any], key: str, notes: list[str]) -> tuple[str
 
 
 def _is_short(value: object) -> bool:
-    return isinstance(value, str) and len(value) <= _MOST_VALUE_CHARACTERS and _CONTROL.search(value) is None
+    if not isinstance(value, str) or len(value) > _MOST_VALUE_CHARACTERS:
+        return False
+    return _CONTROL.search(value) is None and len(value.splitlines()) <= 1

@@ -31,7 +31,9 @@ SPANS_KEY = "calibration_spans"
 _SPAN_TOKENS = 64
 
 _MOST_SHARED = 0.01
-"""Share of the evaluation tokens that licences and other boilerplate may have in common with calibration text."""
+_MOST_SPANS = 2
+"""Share of the evaluation tokens that licences and other boilerplate may have in common with calibration text; so many
+spans are too few to tell, whatever their share. Of the built-in text's two parts, 64 rows of 1024 tokens share two."""
 
 _HASH_BYTES = 8
 _TEXT_FORM = re.compile(rf"([1-9][0-9]{{0,5}}):((?:[0-9a-f]{{{2 * _HASH_BYTES}}})*)")
@@ -117,10 +119,11 @@ def refuse_calibration_text(
         As ``shared_share``; None too if there are no spans.
 
     Raises:
-        CalibrationError: More than 1 % of the tokens were calibrated on.
+        CalibrationError: More than 1 % of the tokens, and more than two spans, were calibrated on.
     """
     share = None if spans is None else shared_share(rows, spans)
-    if share is not None and share > _MOST_SHARED and not allowed:
+    few = 0 if spans is None else _MOST_SPANS * spans.span_tokens / _body(rows).numel()
+    if share is not None and share > max(_MOST_SHARED, few) and not allowed:
         raise CalibrationError(
             f"evaluation text: at least {share:.1%} of its tokens are in the calibration text, expected none: damage "
             "would look smaller than it is. Evaluate on other text, or force it with --force-eval-text "

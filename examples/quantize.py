@@ -1,4 +1,10 @@
-"""Quantize one model to several bitrates from one measurement, through the Python interface."""
+"""Quantize one model to several bitrates from one measurement, through the Python interface.
+
+    python examples/quantize.py MODEL OUT
+    python examples/quantize.py MODEL OUT --bpw 8.0,6.0,4.5,3.0 --head-bits 8
+
+The command ``bpwise quantize MODEL OUT --bpw 8.0,6.0,4.5,3.0`` does the same. Run again, either goes on where it was.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +12,8 @@ from pathlib import Path
 
 import bpwise
 import click
+
+__all__ = ["main"]
 
 
 @click.command()
@@ -16,26 +24,25 @@ import click
 @click.option("--rows", default=32, show_default=True, help="Calibration rows.")
 @click.option("--row-tokens", default=1024, show_default=True, help="Tokens in each row.")
 def main(model: str, output: Path, bpw: str, head_bits: int, rows: int, row_tokens: int) -> None:
-    """Quantize MODEL (a directory or a Hub id) to OUTPUT/BPWbpw for every bitrate."""
-    calibration = bpwise.CalibrationConfig(rows=rows, row_tokens=row_tokens)
-    measuring = bpwise.MeasureConfig(calibration=calibration)
-    measurement = output / "measurement.safetensors"
-    if not measurement.exists():
-        bpwise.measure(model, measurement, measuring)
-    for rate in map(float, bpw.split(",")):
-        config = bpwise.QuantizeConfig(
-            bpw=rate,
-            head_bits=head_bits,
-            measure=measuring,
-            evaluate=bpwise.EvalConfig(rows=4, row_tokens=row_tokens),
-        )
-        result = bpwise.quantize(model, output / f"{rate:g}bpw", config, measurement=measurement)
-        assert result.comparison is not None
+    """Quantize MODEL (a directory or a Hub id) to a model directory in OUTPUT for every bitrate."""
+    rates = [float(rate) for rate in bpw.split(",")]
+    config = bpwise.QuantizeConfig(
+        bpw=rates[0],  # replaced by each in turn
+        head_bits=head_bits,
+        measure=bpwise.MeasureConfig(calibration=bpwise.CalibrationConfig(rows=rows, row_tokens=row_tokens)),
+        evaluate=bpwise.EvalConfig(rows=4, row_tokens=row_tokens),
+    )
+    try:
+        result = bpwise.quantize_series(model, output, config, rates)
+    except bpwise.BpwiseError as error:
+        raise click.ClickException(str(error)) from error
+    for made in result.outputs:
+        assert made.comparison is not None
         click.echo(
-            f"{result.verification.decoder_bpw:.4f} bpw  {result.verification.file_bytes / 2**20:9.1f} MiB  "
-            f"predicted {result.plan.damage_nats:.5f}  "
-            f"measured {result.comparison.summary.kl_nats.value:.5f} nats/token"
+            f"{made.bpw:.4f} bpw  {made.file_bytes / 2**20:9.1f} MiB  predicted {made.predicted_nats:.5f}  "
+            f"measured {made.comparison.summary.kl_nats.value:.5f} nats/token"
         )
+    click.echo(f"report -> {result.report}", err=True)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,10 @@ class Judge:
             self._run = run_original(self._checkpoint, rows, self._config, self._progress, tokenizer=tokenizer)
         model = open_any(output)
         try:
-            return compare_with(self._run, model, self._progress)
+            comparison = compare_with(self._run, model, self._progress)
+            if not math.isfinite(comparison.summary.kl_nats.value):
+                raise NumericalError("quantized model: its mean KL divergence from the original is not finite.")
+            return comparison
         except NumericalError as cause:
             predicted = "" if predicted_nats is None else f" The plan predicted {predicted_nats:.3g} nats per token."
             raise self._broken(output, f"{cause}{predicted}") from cause

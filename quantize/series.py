@@ -270,8 +270,8 @@ def _markdown(original: str, outputs: Sequence[SeriesOutput]) -> str:
             "## Against the original",
             comparison_table(comparisons),
             f"Over {first.predicted_tokens} tokens ({cell(first.text)}), fingerprint {first.text_fingerprint}; "
-            f"{cell(first.engine)}, {first.dtype} on {cell(first.device)}; floor {first.floor_nats:.2g} nats per token. "
-            "Numbers after ± are one standard error. Each model's own report has the rest.",
+            f"{cell(first.engine)}, {first.dtype} on {cell(first.device)}; floor {first.floor_nats:.2g} nats per "
+            "token. Numbers after ± are one standard error. Each model's own report has the rest.",
         ]
     return "\n\n".join(sections) + "\n"
 

@@ -55,6 +55,16 @@ def test_a_little_boilerplate_is_no_overlap() -> None:
     assert share == 64 / 16000
 
 
+def test_one_passage_in_a_small_text_is_no_overlap() -> None:
+    calibration, evaluation = text(4000, 3).view(4, 1000), text(400, 4).view(2, 200)
+    evaluation[1, 20:180] = calibration[1, 60:220]  # a licence: two whole spans
+    spans = CalibrationSpans.of(rows_of(calibration))
+    assert refuse_calibration_text(rows_of(evaluation), spans) == 128 / 400
+    evaluation[0] = calibration[2, :200]
+    with pytest.raises(CalibrationError):
+        refuse_calibration_text(rows_of(evaluation), spans)
+
+
 def test_short_rows() -> None:
     calibration, evaluation = text(800, 5).view(4, 200), text(90, 6).view(3, 30)
     evaluation[1] = calibration[0, 29:59]

@@ -31,6 +31,13 @@ def test_several_bitrates_from_one_measurement(
     assert 6.0 < sizes[0] <= 6.5
     assert 4.0 < sizes[1] <= 4.5
     assert damages[0] < damages[1]
-    assert (output / "measurement.safetensors").is_file()
-    assert (output / "6.5bpw" / "output.safetensors").is_file()
-    assert (output / "4.5bpw" / "report.md").is_file()
+    assert (tmp_path / "out.work" / "measure" / "measurement.safetensors").is_file()
+    assert (output / "m-6.5bpw-6hb-exl2" / "output.safetensors").is_file()
+    assert (output / "m-4.5bpw-6hb-exl2" / "report.md").is_file()
+    assert (output / "report.md").is_file()
+
+
+def test_errors_are_messages(main: click.Command, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, [str(tmp_path / "absent"), str(tmp_path / "out")], catch_exceptions=False)
+    assert result.exit_code == 1
+    assert "Error: " in result.stderr

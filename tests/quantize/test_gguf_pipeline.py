@@ -17,9 +17,11 @@ from bpwise.measure.calibration import CalibrationSet
 from bpwise.measure.measurement import Measurement
 from bpwise.quantize import judge
 from bpwise.quantize.gguf_pipeline import GgufConfig, GgufResult, convert_to_mixture, importance_of, quantize_to_gguf
+from bpwise.quantize.series import quantize_series
 from bpwise.quantize.type_plan import Override
 from bpwise.quantize.vram import room_for_weights
 from click.testing import CliRunner
+from huggingface_hub import ModelCard
 
 pytest.importorskip("libggml", reason="ggml's library is not installed: pip install 'bpwise[gguf]'")
 pytest.importorskip("gguf", reason="the gguf package is not installed: pip install 'bpwise[gguf]'")
@@ -254,3 +256,25 @@ class TestHonesty:
         assert spans is not None
         assert shared_share(rows(), spans) == 1
         assert shared_share(rows(40), spans) == pytest.approx(12 / 40)  # the first twelve are the same
+
+
+def test_several_sizes_from_one_measurement(made: dict[str, GgufResult], converted: Any, tmp_path: Path) -> None:
+    directory = converted["mistral"].directory
+    config = GgufConfig(bpw=5.5, evaluate=None, card=True)
+    result = quantize_series(directory, tmp_path / "out", config, [6.5, 5.5], measurement=made["mistral"].measurement)
+    assert [output.path.name for output in result.outputs] == ["mistral-6.5bpw.gguf", "mistral-5.5bpw.gguf"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "mistral-5.5bpw.README.md",
+        "mistral-5.5bpw.gguf",
+        "mistral-6.5bpw.README.md",
+        "mistral-6.5bpw.gguf",
+        "report.json",
+        "report.md",
+    ]
+    assert "not measured" in result.report.read_text()
+    assert result.outputs[1].path.read_bytes() == made["mistral"].output.read_bytes()
+    assert not list((tmp_path / "out.work").rglob("base.gguf"))
+    card = ModelCard.load(tmp_path / "out" / "mistral-5.5bpw.README.md")
+    assert card.data.library_name == "gguf"
+    assert "5.4" in next(line for line in card.text.splitlines() if line.startswith("| bits per weight"))
+    assert "random ids" in card.text

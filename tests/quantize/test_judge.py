@@ -164,7 +164,7 @@ class TestEvaluationText:
         monkeypatch.setattr(obtain, "measure_model", lambda *_: pytest.fail("was measured"))
         result = bpwise(
             *("quantize", tiny_model, tmp_path / "out", "--bpw", 4.5, "-c", words, "-r", 40, "-l", 100),
-            *("--device", "cpu", "--eval-text", copied, "--eval-rows", 4, "--eval-row-tokens", 100),
+            *("--device", "cpu", "--eval-text", copied, "--eval-rows", 8, "--eval-row-tokens", 100),
         )
         assert result.exit_code == 1
         assert "of its tokens are in the calibration text" in result.stderr
@@ -172,7 +172,7 @@ class TestEvaluationText:
 
     def test_forced(self, tiny_model: Path, words: Path, copied: Path, tmp_path: Path) -> None:
         out = tmp_path / "out"
-        small = ("--eval-rows", 4, "--eval-row-tokens", 100, "--force-eval-text")
+        small = ("--eval-rows", 8, "--eval-row-tokens", 100, "--force-eval-text")
         text = ("-c", words, "-r", 40, "-l", 100, "--device", "cpu")
         result = bpwise("quantize", tiny_model, out, "--bpw", 4.5, *text, "--eval-text", copied, *small)
         assert result.exit_code == 0, result.stderr
@@ -180,15 +180,15 @@ class TestEvaluationText:
         assert next(iter(share.values())) > 25
         assert "calibrated on" in (out / "report.md").read_text()
         # The output itself remembers what it was calibrated on.
-        again = ("eval", tiny_model, out, "--text", copied, "-r", 4, "-l", 100, "--device", "cpu")
+        again = ("eval", tiny_model, out, "--text", copied, "-r", 8, "-l", 100, "--device", "cpu")
         refused = bpwise(*again)
         assert refused.exit_code == 1
         assert "of its tokens are in the calibration text" in refused.stderr
         assert bpwise(*again, "--force-eval-text").exit_code == 0
         # Other text is welcome, and so is any text for a model that does not say.
         other = tmp_path / "other.txt"
-        other.write_text(" ".join(f"{number}" for number in range(10000, 10200)))
-        assert bpwise("eval", tiny_model, out, "--text", other, "-r", 4, "-l", 100, "--device", "cpu").exit_code == 0
+        other.write_text(" ".join(f"{number}" for number in range(10000, 10400)))
+        assert bpwise("eval", tiny_model, out, "--text", other, "-r", 8, "-l", 100, "--device", "cpu").exit_code == 0
         (out / "bpwise.json").unlink()
         assert bpwise(*again).exit_code == 0
 
@@ -210,3 +210,6 @@ def test_copies_keep_their_mark(finished: Path, tmp_path: Path) -> None:
     mark_broken(tmp_path / "a", "It is.")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     assert read_mark(tmp_path / "b") == "It is."
+    verified = bpwise("verify", tmp_path / "b")
+    assert verified.exit_code == 0  # its bytes are what was meant
+    assert "is marked as broken. It is." in verified.stderr

@@ -1,0 +1,192 @@
+"""Several bitrates from one measurement: `bpwise quantize --bpw 6.0,4.5`."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bpwise import cli as cli_module
+from bpwise.cli import cli
+from bpwise.errors import ConfigError
+from bpwise.eval import passes
+from bpwise.quantize import obtain, pipeline
+from bpwise.quantize.pipeline import QuantizeConfig
+from bpwise.quantize.rounding import RoundedModel
+from bpwise.quantize.series import quantize_series
+from click.testing import CliRunner, Result
+
+TEXT = ("--rows", "8", "--row-tokens", "32", "--device", "cpu", "--eval-rows", "2", "--eval-row-tokens", "32")
+NAMES = ["tiny-6.0bpw-6hb-exl2", "tiny-4.5bpw-6hb-exl2"]
+
+
+def bpwise(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("series") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        seen = count(patch)
+        result = bpwise("quantize", tiny_model, out, "--bpw", "6.0,4.5", *TEXT)
+    assert result.exit_code == 0, result.stderr
+    assert [line.split()[0] for line in result.stdout.splitlines()] == ["output", "output", "measurement", "report"]
+    # Measured once, and the original run once, in float32 and for the floor.
+    assert seen == {
+        "measured": 1,
+        "original model": 1,
+        "original model in float64": 1,
+        "quantized model": 2,
+    }
+    return out
+
+
+def count(patch: pytest.MonkeyPatch) -> dict[str, int]:
+    seen: dict[str, int] = {}
+
+    def counted(function: Callable[..., Any], key: Callable[..., str]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            name = key(*args)
+            seen[name] = seen.get(name, 0) + 1
+            return function(*args, **kwargs)
+
+        return call
+
+    from bpwise.eval import comparison
+
+    patch.setattr(obtain, "measure_model", counted(obtain.measure_model, lambda *_: "measured"))
+    last_hidden = counted(passes.last_hidden, lambda model, tokens, role, progress: role)
+    patch.setattr(passes, "last_hidden", last_hidden)
+    patch.setattr(comparison, "last_hidden", last_hidden)
+    return seen
+
+
+def test_outputs(finished: Path) -> None:
+    assert sorted(path.name for path in finished.iterdir()) == sorted([*NAMES, "report.json", "report.md"])
+    for name, bits in zip(NAMES, (6.0, 4.5), strict=True):
+        config = json.loads((finished / name / "config.json").read_text())
+        assert config["quantization_config"]["bits"] == bits
+        assert (finished / name / "README.md").read_text().startswith("---\n")
+        assert (finished / name / "report.md").is_file()
+    work = finished.with_name("out.work")
+    assert {path.name for path in work.iterdir()} == {"measure", *NAMES}
+    assert (work / "measure" / "measurement.safetensors").is_file()
+    assert {path.name for path in (work / NAMES[0]).iterdir()} == {"calibration.safetensors", "plan.json"}
+
+
+def test_common_report(finished: Path) -> None:
+    report = json.loads((finished / "report.json").read_text())
+    assert [output["name"] for output in report["outputs"]] == NAMES
+    assert [output["asked_bpw"] for output in report["outputs"]] == [6.0, 4.5]
+    text = (finished / "report.md").read_text()
+    for name, output in zip(NAMES, report["outputs"], strict=True):
+        own = json.loads((finished / name / "report.json").read_text())["comparison"]["summary"]
+        assert output["comparison"]["summary"] == own
+        assert output["asked_bpw"] - 0.02 < output["bpw"] <= output["asked_bpw"]
+        assert output["broken"] is None
+        assert f"| {name} | {output['asked_bpw']:g} | {output['bpw']:.4f} |" in text
+    kls = [output["comparison"]["summary"]["kl_nats"]["value"] for output in report["outputs"]]
+    assert kls[0] < kls[1]
+
+
+def test_one_of_them_alone_is_the_same(tiny_model: Path, finished: Path, tmp_path: Path) -> None:
+    measurement = finished.with_name("out.work") / "measure" / "measurement.safetensors"
+    options = ("--bpw", 4.5, "--device", "cpu", "-m", measurement, "--no-eval")
+    assert bpwise("quantize", tiny_model, tmp_path / "x", *options).exit_code == 0
+    alone, series = (path / "output.safetensors" for path in (tmp_path / "x", finished / NAMES[1]))
+    assert alone.read_bytes() == series.read_bytes()
+
+
+def test_goes_on_where_it_was_cut_off(
+    tiny_model: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("quantize", tiny_model, tmp_path / "out", "--bpw", "6.0,4.5", *TEXT)
+    rounds = 0
+
+    def progress(items: Sequence[Any], name: str) -> Iterable[Any]:
+        nonlocal rounds
+        rounds += name == "quantize: round"
+        for number, item in enumerate(items):
+            if rounds == 2 and name == "quantize: round" and number == 1:
+                raise KeyboardInterrupt
+            yield item
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli_module, "_progress_bar", progress)
+        assert CliRunner().invoke(cli, list(map(str, command))).exit_code == 1
+    assert (tmp_path / "out" / NAMES[0]).is_dir()
+    assert not (tmp_path / "out" / NAMES[1]).exists()
+    before = (tmp_path / "out" / NAMES[0] / "output.safetensors").stat().st_mtime_ns
+    monkeypatch.setattr(obtain, "measure_model", lambda *_: pytest.fail("was done again"))
+    assert bpwise(*command).exit_code == 0
+    assert (tmp_path / "out" / NAMES[0] / "output.safetensors").stat().st_mtime_ns == before
+    for name in NAMES:
+        assert (tmp_path / "out" / name / "output.safetensors").read_bytes() == (
+            finished / name / "output.safetensors"
+        ).read_bytes()
+
+
+def test_a_broken_one_does_not_stop_the_others(
+    tiny_model: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measurement = finished.with_name("out.work") / "measure" / "measurement.safetensors"
+    whole, write = RoundedModel.linear, pipeline._write
+
+    def spoiled(self: RoundedModel, name: str) -> Any:
+        linear = whole(self, name)
+        return replace(linear, ceilings=(linear.ceilings.float() * 12).half())
+
+    def write_first_badly(*args: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            if "6.0bpw" in args[2].name:
+                patch.setattr(RoundedModel, "linear", spoiled)
+            return write(*args)
+
+    monkeypatch.setattr(pipeline, "_write", write_first_badly)
+    result = bpwise(
+        *("quantize", tiny_model, tmp_path / "out", "--bpw", "6.0,4.5", "-m", measurement, "--device", "cpu"),
+        *("--eval-rows", 2, "--eval-row-tokens", 32),
+    )
+    assert result.exit_code == 1
+    assert f"1 of 2 outputs are broken and marked so: {NAMES[0]}" in result.stderr
+    assert (tmp_path / "out" / NAMES[0] / "BROKEN.md").is_file()
+    assert not (tmp_path / "out" / NAMES[0] / "README.md").exists()
+    assert (tmp_path / "out" / NAMES[1] / "README.md").is_file()
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert f"**{NAMES[0]} is broken:**" in text
+    assert f"| {NAMES[1]} |" in text
+
+
+def test_what_is_in_the_way_shows_first(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(obtain, "measure_model", lambda *_: pytest.fail("was measured"))
+    (tmp_path / NAMES[1]).mkdir()
+    (tmp_path / NAMES[1] / "thesis.txt").write_text("the only copy")
+    assert "exists already" in bpwise("quantize", tiny_model, tmp_path, "--bpw", "6.0,4.5", *TEXT).stderr
+    result = bpwise("quantize", tiny_model, tmp_path / "out", "--bpw", "6.0,2.01", *TEXT)
+    assert result.exit_code == 1
+    assert "from" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("out", "-b", "4,4"), ("out", "-b", "4,five"), ("out", "-b", ""), ("out.gguf", "-b", "4,5")],
+    ids=" ".join,
+)
+def test_usage(options: tuple[str, ...]) -> None:
+    assert bpwise("quantize", "model", *options).exit_code == 2
+
+
+@pytest.mark.parametrize("rates", [[], [4.0, 4.0]], ids=["none", "twice"])
+def test_rates(tiny_model: Path, tmp_path: Path, rates: list[float]) -> None:
+    with pytest.raises(ConfigError, match="bitrates"):
+        quantize_series(tiny_model, tmp_path / "out", QuantizeConfig(bpw=4), rates)
+
+
+def test_dry_run_of_several(tiny_model: Path, tmp_path: Path) -> None:
+    result = bpwise("quantize", tiny_model, tmp_path / "out", "--bpw", "6.0,4.5", *TEXT, "--dry-run")
+    assert result.exit_code == 0
+    assert "at 6 bpw" in result.stdout
+    assert "at 4.5 bpw" in result.stdout
+    assert list(tmp_path.iterdir()) == []
