@@ -22,7 +22,7 @@ from ..measure.stream import StreamedModel
 from ..measure.tokenizer import Tokenizer, load_tokenizer
 from ..progress import Progress, silent
 from .divergence import Summary
-from .overlap import refuse_calibration_text, stored_spans
+from .overlap import refuse_calibration_text, stored_spans, told
 from .passes import last_hidden, mean_floor_nats, paired_statistics
 
 __all__ = [
@@ -288,8 +288,9 @@ def evaluate_each(
     """
     source, others = open_pair(original, quantized)
     rows = evaluation_rows(load_tokenizer(source.directory), config, vocab_size=vocab_size_of(source))
-    for other in others:
-        refuse_calibration_text(rows, stored_spans(other), allowed=config.allow_calibration_text)
+    allowed = config.allow_calibration_text
+    shares = [refuse_calibration_text(rows, stored_spans(other), allowed=allowed) for other in others]
+    rows = told(rows, max((share for share in shares if share is not None), default=None))
     run = run_original(source, rows, config, progress)
     for other in others:
         yield compare_with(run, other, progress)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from ..convert.gguf.reader import GgufModel
 from ..errors import CalibrationError, FormatError
 from ..measure.calibration import CalibrationSet
 
-__all__ = ["SPANS_KEY", "CalibrationSpans", "refuse_calibration_text", "shared_share", "stored_spans"]
+__all__ = ["SPANS_KEY", "CalibrationSpans", "refuse_calibration_text", "shared_share", "stored_spans", "told"]
 
 SPANS_KEY = "calibration_spans"
 """Where the manifest of an EXL2 model holds its spans; in a GGUF file's metadata ``bpwise.`` stands before it."""
@@ -130,6 +130,18 @@ def refuse_calibration_text(
             "(allow_calibration_text)."
         )
     return share
+
+
+def told(rows: CalibrationSet, share: float | None) -> CalibrationSet:
+    """Return evaluation rows whose description, which all reports repeat, says if they are not held out.
+
+    Args:
+        rows: The evaluation rows.
+        share: What ``refuse_calibration_text`` found.
+    """
+    if share is None or share <= _MOST_SHARED:
+        return rows
+    return replace(rows, description=f"NOT HELD OUT, at least {share:.0%} of it was calibrated on: {rows.description}")
 
 
 def stored_spans(model: TensorSource) -> CalibrationSpans | None:
