@@ -22,7 +22,7 @@ from ..measure.tokenizer import Tokenizer, load_tokenizer
 from ..progress import Progress, silent
 from .cache import OriginalCache, OriginalState, original_key
 from .divergence import Summary
-from .overlap import refuse_calibration_text, stored_spans
+from .overlap import refuse_calibration_text, stored_spans, told
 from .passes import last_hidden, mean_floor_nats, paired_statistics
 from .profile import Profile, profile_of
 
@@ -296,8 +296,9 @@ def evaluate_each(
     source, others = open_pair(original, quantized)
     tokenizer = load_tokenizer(source.directory)
     rows = evaluation_rows(tokenizer, config, vocab_size=vocab_size_of(source))
-    for other in others:
-        refuse_calibration_text(rows, stored_spans(other), allowed=config.allow_calibration_text)
+    allowed = config.allow_calibration_text
+    shares = [refuse_calibration_text(rows, stored_spans(other), allowed=allowed) for other in others]
+    rows = told(rows, max((share for share in shares if share is not None), default=None))
     run = run_original(source, rows, config, progress, tokenizer=tokenizer, cache=cache)
     for other in others:
         yield compare_with(run, other, progress)

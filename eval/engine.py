@@ -34,7 +34,7 @@ from .comparison import (
 )
 from .divergence import TokenStatistics, token_statistics
 from .llamacpp import EngineModel, LlamaLibrary, load_library
-from .overlap import refuse_calibration_text, stored_spans
+from .overlap import refuse_calibration_text, stored_spans, told
 from .passes import exact_logits
 from .profile import profile_of
 
@@ -73,7 +73,7 @@ def evaluate_in_engine(
     source, (base_model, other) = open_pair(original, [base, quantized])
     tokenizer = load_tokenizer(source.directory)
     rows = evaluation_rows(tokenizer, config, vocab_size=vocab_size_of(source))
-    refuse_calibration_text(rows, stored_spans(other), allowed=config.allow_calibration_text)
+    rows = told(rows, refuse_calibration_text(rows, stored_spans(other), allowed=config.allow_calibration_text))
     return compare_in_engine(source, base_model, other, rows, library, progress, tokenizer=tokenizer)
 
 

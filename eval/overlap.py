@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from ..convert.gguf.reader import GgufModel
 from ..errors import CalibrationError, FormatError
 from ..measure.calibration import CalibrationSet
 
-__all__ = ["SPANS_KEY", "CalibrationSpans", "refuse_calibration_text", "shared_share", "stored_spans"]
+__all__ = ["SPANS_KEY", "CalibrationSpans", "refuse_calibration_text", "shared_share", "stored_spans", "told"]
 
 SPANS_KEY = "calibration_spans"
 """Where the manifest of an EXL2 model holds its spans; in a GGUF file's metadata ``bpwise.`` stands before it."""
@@ -34,6 +34,8 @@ _MOST_SHARED = 0.01
 _MOST_SPANS = 2
 """Share of the evaluation tokens that licences and other boilerplate may have in common with calibration text; so many
 spans are too few to tell, whatever their share. Of the built-in text's two parts, 64 rows of 1024 tokens share two."""
+
+_WARNING = "NOT HELD OUT"
 
 _HASH_BYTES = 8
 _TEXT_FORM = re.compile(rf"([1-9][0-9]{{0,5}}):((?:[0-9a-f]{{{2 * _HASH_BYTES}}})*)")
@@ -130,6 +132,18 @@ def refuse_calibration_text(
             "(allow_calibration_text)."
         )
     return share
+
+
+def told(rows: CalibrationSet, share: float | None) -> CalibrationSet:
+    """Return evaluation rows whose description, which all reports repeat, says if they are not held out.
+
+    Args:
+        rows: The evaluation rows.
+        share: What ``refuse_calibration_text`` found.
+    """
+    if share is None or share <= _MOST_SHARED or rows.description.startswith(_WARNING):
+        return rows
+    return replace(rows, description=f"{_WARNING}, at least {share:.0%} of it was calibrated on: {rows.description}")
 
 
 def stored_spans(model: TensorSource) -> CalibrationSpans | None:

@@ -208,7 +208,7 @@ def _measured_note(report: Mapping[str, Any]) -> str:
     if not report:
         return ""
     return (
-        f"Over {report.get('predicted_tokens')} tokens of held-out text ({report.get('text')}), run by "
+        f"Over {report.get('predicted_tokens')} tokens of text ({report.get('text')}), run by "
         f"{report.get('engine')} in {report.get('dtype')}. Numbers after ± are one standard error."
     )
 

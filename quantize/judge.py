@@ -17,7 +17,7 @@ from ..eval.comparison import (
     open_any,
     run_original,
 )
-from ..eval.overlap import CalibrationSpans, refuse_calibration_text
+from ..eval.overlap import CalibrationSpans, refuse_calibration_text, told
 from ..measure.calibration import CalibrationSet
 from ..measure.tokenizer import load_tokenizer
 from ..progress import Progress, silent
@@ -66,6 +66,7 @@ class Judge:
         rows = self._evaluation_rows()
         spans = CalibrationSpans.of(calibration, row_tokens=rows.tokens.shape[1])
         self.shared_share = refuse_calibration_text(rows, spans, allowed=self._config.allow_calibration_text)
+        self._rows = told(rows, self.shared_share)
 
     def compare(self, output: Path, *, predicted_nats: float | None) -> Comparison:
         """Compare an output with the original; what cannot even be compared is marked as broken.

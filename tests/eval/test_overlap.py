@@ -1,7 +1,7 @@
 import pytest
 import torch
 from bpwise.errors import CalibrationError, FormatError
-from bpwise.eval.overlap import CalibrationSpans, refuse_calibration_text, shared_share
+from bpwise.eval.overlap import CalibrationSpans, refuse_calibration_text, shared_share, told
 from bpwise.measure.calibration import CalibrationSet
 
 
@@ -71,6 +71,15 @@ def test_short_rows() -> None:
     assert shared_share(rows_of(evaluation), CalibrationSpans.of(rows_of(calibration))) is None
     share = shared_share(rows_of(evaluation), CalibrationSpans.of(rows_of(calibration), row_tokens=30))
     assert share == pytest.approx(29 / 90)
+
+
+def test_told_once_and_only_if_it_matters() -> None:
+    rows = rows_of(text(90, 6).view(3, 30))
+    assert told(rows, None) is told(rows, 0.005) is rows
+    once = told(rows, 0.25)
+    assert once.description == "NOT HELD OUT, at least 25% of it was calibrated on: t"
+    assert told(once, 0.25) is once
+    assert once.fingerprint == rows.fingerprint
 
 
 def test_nothing_known_nothing_refused() -> None:

@@ -178,13 +178,15 @@ class TestEvaluationText:
         assert result.exit_code == 0, result.stderr
         share = json.loads((out / "report.json").read_text())["details"]["Evaluation text"]
         assert next(iter(share.values())) > 25
-        assert "calibrated on" in (out / "report.md").read_text()
+        for name in ("report.md", "README.md"):
+            assert "NOT HELD OUT, at least" in (out / name).read_text()
         # The output itself remembers what it was calibrated on.
         again = ("eval", tiny_model, out, "--text", copied, "-r", 8, "-l", 100, "--device", "cpu")
         refused = bpwise(*again)
         assert refused.exit_code == 1
         assert "of its tokens are in the calibration text" in refused.stderr
         assert bpwise(*again, "--force-eval-text").exit_code == 0
+        assert "NOT HELD OUT, at least" in (out / "report.md").read_text()
         # Other text is welcome, and so is any text for a model that does not say.
         other = tmp_path / "other.txt"
         other.write_text(" ".join(f"{number}" for number in range(10000, 10400)))
