@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL := models/SmolLM2-135M-Instruct
 DEMO := models/SmolLM2-135M-Instruct-8.0bpw-8hb-exl2
-ROOMS := convert rounding measure quantize eval
+ROOMS := cli convert rounding measure quantize eval
 
 .PHONY: demo test test-slow test-gpu check format bench-quality bench-memory clean
 
@@ -41,7 +41,7 @@ check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	mkdir -p $(VENV)/typing && ln -sfn "$(CURDIR)" $(VENV)/typing/bpwise
-	MYPYPATH=$(VENV)/typing $(BIN)/mypy -m bpwise -m bpwise.cli $(ROOMS:%=-p bpwise.%)
+	MYPYPATH=$(VENV)/typing $(BIN)/mypy -m bpwise $(ROOMS:%=-p bpwise.%)
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .

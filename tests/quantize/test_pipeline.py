@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bpwise import cli as cli_module
 from bpwise.cli import cli
 from bpwise.convert.work import StageDirectory
 from bpwise.eval.comparison import open_any
@@ -236,7 +235,7 @@ class TestQuantize:
         assert "KL" not in printed
 
     def test_shards(self, tiny_model: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(cli_module, "_MIB", 20000)
+        monkeypatch.setattr("bpwise.cli.quantize.MIB", 20000)
         quantize(tiny_model, tmp_path / "out", 4.5, "--no-eval", "--shard-size", 1, *reused(finished))
         files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
         assert len(files) > 2
@@ -277,7 +276,7 @@ class TestInterrupted:
 
         arguments = ("quantize", tiny_model, tmp_path / "out", "--bpw", 4.5, *TEXT, *EVALUATION)
         with monkeypatch.context() as patch:
-            patch.setattr(cli_module, "_progress_bar", progress)
+            patch.setattr("bpwise.cli.quantize.progress_bar", progress)
             result = bpwise(*arguments)
         assert result.exit_code == 1
         assert "Aborted" in result.stderr

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bpwise import cli as cli_module
 from bpwise.cli import cli
 from bpwise.errors import ConfigError
 from bpwise.eval import passes
@@ -114,7 +113,7 @@ def test_goes_on_where_it_was_cut_off(
             yield item
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli_module, "_progress_bar", progress)
+        patch.setattr("bpwise.cli.quantize.progress_bar", progress)
         assert CliRunner().invoke(cli, list(map(str, command))).exit_code == 1
     assert (tmp_path / "out" / NAMES[0]).is_dir()
     assert not (tmp_path / "out" / NAMES[1]).exists()

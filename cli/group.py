@@ -1,0 +1,33 @@
+"""The command group: errors that a user can cause become one sentence and exit code 1."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ..errors import BpwiseError
+from ..version import __version__
+
+__all__ = ["cli", "main"]
+
+
+class _Group(click.Group):
+    """Turns the errors that a user can cause into one sentence and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BpwiseError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(__version__, prog_name="bpwise")
+def cli() -> None:
+    """Measure how much each bit matters to a language model, then quantize it to exactly the size you ask for."""
+
+
+def main() -> None:
+    """Entry point of the ``bpwise`` command."""
+    cli()

@@ -1,0 +1,183 @@
+"""What was made: ``verify``, ``eval``, ``inspect``, ``dequantize``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .group import cli
+from .options import (
+    DIRECTORY,
+    EXISTING_DIRECTORY,
+    EXISTING_FILE,
+    EXISTING_PATH,
+    MIB,
+    progress_bar,
+)
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["dequantize", "evaluate", "inspect", "verify"]
+
+
+@cli.command()
+@click.argument("model", type=EXISTING_PATH)
+def verify(model: Path) -> None:
+    """Read every tensor of MODEL (an EXL2 directory or a GGUF file) back and compare it with what was meant."""
+    from ..convert.exl2.verify import verify_model
+    from ..convert.mark import read_mark
+
+    reason = read_mark(model)
+    if reason is not None:
+        click.echo(f"warning: {model} is marked as broken. {reason}", err=True)
+    if model.is_file():
+        _verify_gguf(model)
+        return
+    found = verify_model(model)
+    click.echo(
+        f"{model}: {found.linears} quantized linears and {found.tensors} other tensors "
+        + ("decode to what was meant." if found.had_manifest else "follow the format (no manifest to compare with).")
+    )
+    click.echo(f"decoder {found.decoder_bpw:.4f} bpw, head {found.head_bpw:.4f} bpw, {found.file_bytes / MIB:.1f} MiB")
+
+
+def _verify_gguf(model: Path) -> None:
+    from ..convert.gguf.verify import verify_gguf
+
+    found = verify_gguf(model)
+    types = ", ".join(f"{count} {name}" for name, count in found.tensors_by_type.items())
+    click.echo(f"{model}: {sum(found.tensors_by_type.values())} tensors decode to finite values ({types}).")
+    if not found.known_architecture:
+        click.echo(f"architecture {found.architecture!r} is not known: names and shapes were not checked", err=True)
+    click.echo(f"{found.bpw:.4f} bpw over all tensors, {found.file_bytes / MIB:.1f} MiB")
+
+
+@cli.command(name="eval")
+@click.argument("original")
+@click.argument("quantized", nargs=-1, required=True, type=EXISTING_PATH)
+@click.option("--text", help="Text to evaluate on: file, directory or Hub data set.  [default: Python's own text]")
+@click.option("--column", help="Column of the data set that holds the text.")
+@click.option("-r", "--rows", type=click.IntRange(1), default=16, help="Rows, each a window of its own.")
+@click.option("-l", "--row-tokens", type=click.IntRange(2), default=1024, help="Tokens in each row.")
+@click.option("--seed", type=int, default=0, help="Chooses the places that rows of Python's own text are taken from.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", help="Arithmetic.")
+@click.option("--device", default="auto", help="cpu, cuda, cuda:N, mps or auto.")
+@click.option("--force-eval-text", is_flag=True, help="Evaluate even on text that QUANTIZED was calibrated on.")
+@click.option(
+    "--engine",
+    type=click.Choice(["transformers", "llama.cpp"]),
+    default="transformers",
+    help="What runs both models; llama.cpp: a GGUF file and --base, on the CPU, whatever --dtype and --device.",
+)
+@click.option("--base", type=EXISTING_FILE, help="ORIGINAL as an unquantized GGUF file, for --engine llama.cpp.")
+@click.option(
+    "--llama-cpp", type=EXISTING_DIRECTORY, help="A built llama.cpp to run.  [default: the one in xllamacpp's wheel]"
+)
+@click.option(
+    "-o",
+    "--output",
+    type=DIRECTORY,
+    help="Where the report goes.  [default: in, or beside, QUANTIZED; of several the current directory]",
+)
+@click.option("--plots", is_flag=True, help="Write the report's drawings as SVG files too.")
+@click.option(
+    "--cache-dir",
+    type=DIRECTORY,
+    help="Where the original's side is kept for the next evaluation on the same text.  [default: ~/.cache/bpwise]",
+)
+@click.option("--no-cache", is_flag=True, help="Run the original, and keep nothing.")
+def evaluate(
+    original: str,
+    quantized: tuple[Path, ...],
+    output: Path | None,
+    engine: str,
+    base: Path | None,
+    llama_cpp: Path | None,
+    plots: bool,
+    cache_dir: Path | None,
+    no_cache: bool,
+    **options: Any,
+) -> None:
+    """Compare QUANTIZED (directories or GGUF files) with ORIGINAL: perplexity, KL divergence, agreement.
+
+    Writes report.html, report.md, report.json and report.csv. Reports of a GGUF file MODEL.gguf are named
+    MODEL.report.html and so on, of another engine MODEL.llama.cpp.report.html. Several models get one report.
+    """
+    from ..eval.cache import OriginalCache, default_cache_directory
+    from ..eval.comparison import EvalConfig, evaluate_each, open_any
+    from ..eval.layers import linear_costs, plan_beside
+    from ..eval.report import joint_lines, summary_lines, write_joint_report, write_report
+
+    config = EvalConfig(allow_calibration_text=options.pop("force_eval_text"), **options)
+    first, prefix = quantized[0], ""
+    if len(quantized) == 1 and first.is_file():
+        prefix = f"{first.stem}."
+    if engine == "llama.cpp":
+        from ..eval.engine import evaluate_in_engine
+
+        if base is None:
+            raise click.UsageError("--engine llama.cpp needs --base: the original as an unquantized GGUF file.")
+        comparisons = [
+            evaluate_in_engine(original, model, config, progress_bar, base=base, llama_cpp=llama_cpp)
+            for model in quantized
+        ]
+        prefix += "llama.cpp."
+    elif base or llama_cpp:
+        raise click.UsageError("--base and --llama-cpp belong to --engine llama.cpp.")
+    else:
+        cache = None if no_cache else OriginalCache(cache_dir or default_cache_directory())
+        comparisons = list(evaluate_each(original, quantized, config, progress_bar, cache=cache))
+    costs = [linear_costs(open_any(model), plan_beside(model)) for model in quantized]
+    if len(quantized) > 1:
+        files = write_joint_report(comparisons, output or Path(), costs=costs, prefix=prefix, plots=plots)
+        lines = joint_lines(comparisons)
+    else:
+        folder = output or (first.parent if first.is_file() else first)
+        files = write_report(comparisons[0], folder, costs=costs[0], prefix=prefix, plots=plots)
+        lines = summary_lines(comparisons[0])
+    for line in lines:
+        click.echo(line)
+    click.echo(f"report      {files.html}")
+
+
+@cli.command()
+@click.argument("path", type=click.Path(exists=True, path_type=Path))
+def inspect(path: Path) -> None:
+    """Show what is in PATH: an EXL2 or checkpoint directory, a GGUF file, a measurement, calibration set or plan."""
+    from ..quantize.inspect import inspect_path
+
+    found = inspect_path(path)
+    click.echo(f"{path}: {found.kind}")
+    for fact in found.facts:
+        click.echo(f"  {fact}")
+    widths = [max(map(len, column)) for column in zip(found.header, *found.rows, strict=True)]
+    for row in (found.header, *found.rows):
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+@cli.command()
+@click.argument("model", type=EXISTING_PATH)
+@click.argument("output", type=DIRECTORY)
+@click.option(
+    "--original", type=EXISTING_DIRECTORY, help="Where to copy the tokenizer from: a GGUF file cannot give it back."
+)
+def dequantize(model: Path, output: Path, original: Path | None) -> None:
+    """Turn MODEL (an EXL2 directory or a GGUF file) back into a plain float16 checkpoint OUTPUT.
+
+    Transformers loads it anywhere.
+    """
+    from ..convert.exl2.dense import dequantize_model
+    from ..convert.gguf.dense import dequantize_gguf
+
+    if model.is_file():
+        dequantize_gguf(model, output, original=original)
+        if original is None:
+            click.echo("no tokenizer was written: name the original model's directory with --original", err=True)
+    elif original is not None:
+        raise click.UsageError("--original is for GGUF files; an EXL2 directory has its tokenizer.")
+    else:
+        dequantize_model(model, output)
+    click.echo(f"dense float16 checkpoint -> {output}")

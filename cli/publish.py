@@ -1,0 +1,57 @@
+"""For others: ``card``, ``push``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from .group import cli
+from .options import (
+    EXISTING_PATH,
+)
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["card", "push"]
+
+
+@cli.command()
+@click.argument("model", type=EXISTING_PATH)
+@click.option("--original", help="Directory or Hub id of the original: its licence, language and card are taken over.")
+@click.option("--base-model", metavar="ORG/NAME", help="The original's Hub id.  [default: --original's, if it has one]")
+def card(model: Path, original: str | None, base_model: str | None) -> None:
+    """Write the model card of MODEL, an EXL2 directory (README.md) or a GGUF file (NAME.README.md beside it).
+
+    The numbers are those of its report, which `bpwise eval` writes.
+    """
+    from ..quantize.cards import write_card
+
+    if original is None:
+        click.echo("no --original: licence, language and the original's card are not carried over", err=True)
+    click.echo(f"card -> {write_card(model, original=original, base_model=base_model)}")
+
+
+@cli.command()
+@click.argument("output", type=EXISTING_PATH)
+@click.argument("target", metavar="ORG/[NAME]")
+@click.option("--branch", is_flag=True, help="One repository with a branch for each bitrate, instead of one for each.")
+@click.option("--public", is_flag=True, help="Make new repositories public, and allow to write to public ones.")
+@click.option("--dry-run", is_flag=True, help="Verify, print what would be uploaded, and upload nothing.")
+def push(output: Path, target: str, branch: bool, public: bool, dry_run: bool) -> None:
+    """Upload OUTPUT, a quantized model or a folder of several, to the Hugging Face Hub, privately.
+
+    Without NAME it is called by convention, as ORG/Llama-3.2-1B-8.0bpw-8hb-exl2. Models that are marked as broken, or
+    that cannot be verified, are refused.
+    """
+    from ..convert.publish import find_outputs, plan_uploads
+    from ..convert.publish import push as upload
+
+    for planned in plan_uploads(find_outputs(output), target, by_branch=branch):
+        if dry_run:
+            for line in planned.summary_lines():
+                click.echo(line)
+        else:
+            click.echo(f"{planned.output} -> {upload(planned, public=public)}")
