@@ -26,8 +26,8 @@ __all__ = [
     "RATES",
     "SIZE",
     "calibration_options",
-    "head_bits",
     "progress_bar",
+    "read_head_bits",
     "read_measure_config",
     "refuse_beside",
 ]
@@ -163,7 +163,7 @@ def read_measure_config(options: dict[str, Any], *, types: bool) -> tuple[Measur
     return config, saved
 
 
-def head_bits(option: str) -> HeadBits:
+def read_head_bits(option: str) -> HeadBits:
     """Return the value of ``--head-bits``."""
     return "auto" if option == "auto" else int(option)
 

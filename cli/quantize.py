@@ -16,8 +16,8 @@ from .options import (
     RATES,
     SIZE,
     calibration_options,
-    head_bits,
     progress_bar,
+    read_head_bits,
     read_measure_config,
     refuse_beside,
 )
@@ -121,7 +121,7 @@ def _quantize_to_exl2(model: str, output: Path, evaluate: EvalConfig | None, opt
     measure_config, saved = read_measure_config(options, types=False)
     config = QuantizeConfig(
         bpw=options["bpw"][0],
-        head_bits=head_bits(options["head_bits"]),
+        head_bits=read_head_bits(options["head_bits"]),
         measure=measure_config,
         evaluate=evaluate,
         shard_bytes=options["shard_size"] * MIB,

@@ -16,6 +16,7 @@ from .options import (
     MIB,
     calibration_options,
     progress_bar,
+    read_head_bits,
     read_measure_config,
     refuse_beside,
 )
@@ -77,11 +78,11 @@ def plan(
             _plan_types(measured, bpw, override, output)
         else:
             refuse_beside("--format exl2", ("override",), "it is for GGUF")
-            _plan_widths(measured, bpw, head_bits(head_bits), output)
+            _plan_widths(measured, bpw, read_head_bits(head_bits), output)
     if html is not None:
         from ..quantize.plan_page import write_plan_page
 
-        write_plan_page(measured, html, model=measurement.stem, head_bits=head_bits(head_bits))
+        write_plan_page(measured, html, model=measurement.stem, head_bits=read_head_bits(head_bits))
         click.echo(f"plans of all sizes -> {html}")
     for name in measured.without_feedback:
         click.echo(f"fallback: {name} was measured without error feedback", err=True)
