@@ -154,7 +154,7 @@ def sentence(comparison: Comparison) -> str:
     change = summary.perplexity_ratio
     relative = estimate(change.scaled(100 * (change.value - 1), 100), 2, "+")
     return (
-        f"Over {comparison.predicted_tokens} tokens of held-out text the quantized model's predictions are "
+        f"Over {comparison.predicted_tokens} tokens of evaluation text the quantized model's predictions are "
         f"{nats(summary.kl_nats.value)} nats per token away from the original's (mean KL divergence), "
         f"{percent(Estimate(summary.top1_agreement.value, None))} of its most likely next tokens are the same, "
         f"and its perplexity is {summary.quantized_perplexity.value:.3f} instead of "
