@@ -61,7 +61,7 @@ __all__ = ["quantize"]
 @click.option(
     "--no-feedback",
     is_flag=True,
-    help="GGUF: round by ggml alone, in seconds instead of minutes, at about twice the KL.",
+    help="GGUF: round by ggml alone, in seconds instead of minutes, at two to three times the KL.",
 )
 @click.option(
     "--llama-cpp", type=EXISTING_DIRECTORY, help="GGUF: llama.cpp or its converter.  [default: as `make` installs it]"
