@@ -6,7 +6,7 @@ MODEL := models/SmolLM2-135M-Instruct
 DEMO := models/SmolLM2-135M-Instruct-8.0bpw-8hb-exl2
 ROOMS := cli convert rounding measure quantize eval
 
-.PHONY: demo test test-slow test-gpu check format bench-quality bench-memory clean
+.PHONY: demo test test-slow test-gpu check format bench-quality bench-gguf bench-memory clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -53,6 +53,12 @@ bench-quality: $(VENV)/installed
 	test -e build/exl || { $(BIN)/pip download --quiet --no-deps --dest build exllamav2==0.3.2 && \
 		$(BIN)/python -m zipfile --extract build/exllamav2-0.3.2-py3-none-any.whl build/exl; }
 	$(BIN)/python benchmarks/quality.py $(MODEL)-off-grid --exllamav2 build/exl/exllamav2 --work-dir build/quality
+
+# Two hours: GGUF files against llama-quantize's, on a model whose widths K types fit.
+bench-gguf: $(VENV)/installed
+	test -e $(MODEL)-off-grid/config.json || $(BIN)/python examples/get_smollm2.py --off-grid $(MODEL)-off-grid
+	test -e $(MODEL)-512/config.json || $(BIN)/python benchmarks/narrow_model.py $(MODEL)-off-grid $(MODEL)-512
+	$(BIN)/python benchmarks/gguf_quality.py $(MODEL)-512 --rows 16 --work-dir build/gguf
 
 bench-memory: $(VENV)/installed
 	$(BIN)/python benchmarks/memory.py
