@@ -22,7 +22,7 @@ STYLE = """
 @media (prefers-color-scheme: dark) { .bp { --bp-ink: #e6e9ee; --bp-muted: #9aa5b4; --bp-grid: #2c343f;
   --bp-paper: #171c23; --bp-heat: #fb923c; --bp-cool: #58a9f0; --bp-0: #58a9f0; --bp-1: #fb923c; --bp-2: #3fc39b;
   --bp-3: #c78ade; --bp-4: #dfb040; --bp-5: #f27cb1; --bp-6: #aeb6c2; --bp-7: #62cbe8; } }
-svg.bp { font: 12px system-ui, sans-serif; fill: var(--bp-ink); }
+svg.bp { font: 12px system-ui, sans-serif; fill: var(--bp-ink); overflow: visible; }
 svg.bp .title { font-weight: 600; font-size: 14px; }
 svg.bp .small { fill: var(--bp-muted); }
 svg.bp .grid { stroke: var(--bp-grid); stroke-width: 1; }
