@@ -62,9 +62,15 @@ def measure_types(
     def rounded(weight: Tensor, kind: GgmlType) -> Tensor:
         return round_to_type(weight, upper, kind).errors
 
-    tasks = [partial(_damages, weight, fisher, kinds, rounded) for weight, fisher in zip(weights, fishers, strict=True)]
-    damages = run_all(tasks, gram.device)
-    return [inflation * damage if bool(gram.any()) else torch.zeros_like(damage) for damage in damages]
+    tasks = [
+        partial(_damage, weight, fisher, kind, rounded)
+        for weight, fisher in zip(weights, fishers, strict=True)
+        for kind in kinds
+    ]
+    found = torch.tensor(run_all(tasks, gram.device)).view(len(weights), len(kinds))
+    if not bool(gram.any()):  # the input is zero on every token, and so is whatever an error makes of it
+        found = torch.zeros_like(found)
+    return list(inflation * found)
 
 
 def measure_plain_types(
@@ -91,14 +97,14 @@ def measure_plain_types(
         error = sampled - decoded.T.to(sampled.device)
         return ((gram @ error) * error).sum(dim=0)
 
-    tasks = [partial(_damages, weight, row_weights, [kind], rounded) for kind in kinds]
-    return inflation * torch.cat([torch.empty(0), *run_all(tasks, gram.device)])
+    tasks = [partial(_damage, weight, row_weights, kind, rounded) for kind in kinds]
+    return inflation * torch.tensor(run_all(tasks, gram.device))
 
 
-def _damages(
-    weight: Tensor, row_weights: Tensor, kinds: Sequence[GgmlType], rounded: Callable[[Tensor, GgmlType], Tensor]
-) -> Tensor:
+def _damage(
+    weight: Tensor, row_weights: Tensor, kind: GgmlType, rounded: Callable[[Tensor, GgmlType], Tensor]
+) -> float:
+    if not kind.fits(len(weight)):
+        return math.inf
     rows, shares = systematic_sample(row_weights, SAMPLED_ROWS)
-    sampled = weight[:, rows].contiguous()
-    damages = [0.5 * float(rounded(sampled, kind) @ shares) if kind.fits(len(weight)) else math.inf for kind in kinds]
-    return torch.tensor(damages)
+    return 0.5 * float(rounded(weight[:, rows].contiguous(), kind) @ shares)
