@@ -8,14 +8,14 @@ different feedback.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..convert.gguf.ggml import TYPES, GgmlType, decode, encode, kernels_available
-from ..rounding.ggml import round_to_type
+from ..rounding.ggml import errors_on_types, rounded_together
 from ..rounding.hessian import inverse_factor
 from ..rounding.parallel import run_all
 from .sampling import systematic_sample
@@ -58,19 +58,21 @@ def measure_types(
         of the type's blocks.
     """
     upper = inverse_factor(gram, damping).upper
-
-    def rounded(weight: Tensor, kind: GgmlType) -> Tensor:
-        return round_to_type(weight, upper, kind).errors
-
+    fitting = [kind for kind in kinds if kind.fits(len(gram))]
+    groups = rounded_together(fitting)
     tasks = [
-        partial(_damage, weight, fisher, kind, rounded)
+        partial(_damages_with_feedback, weight, upper, fisher, group)
         for weight, fisher in zip(weights, fishers, strict=True)
-        for kind in kinds
+        for group in groups
     ]
-    found = torch.tensor(run_all(tasks, gram.device)).view(len(weights), len(kinds))
-    if not bool(gram.any()):  # the input is zero on every token, and so is whatever an error makes of it
-        found = torch.zeros_like(found)
-    return list(inflation * found)
+    found = iter(run_all(tasks, gram.device))
+    damages = []
+    for _ in weights:
+        known = {kind: damage for group in groups for kind, damage in zip(group, next(found), strict=True)}
+        damage = torch.tensor([known.get(kind, math.inf) for kind in kinds])
+        # Where the input is zero on every token, so is whatever an error makes of it.
+        damages.append(inflation * damage if bool(gram.any()) else torch.zeros_like(damage))
+    return damages
 
 
 def measure_plain_types(
@@ -91,20 +93,20 @@ def measure_plain_types(
         as above.
     """
     importance = gram.diagonal().cpu()
+    rows, shares = systematic_sample(row_weights, SAMPLED_ROWS)
+    sampled = weight[:, rows].contiguous()
 
-    def rounded(sampled: Tensor, kind: GgmlType) -> Tensor:
+    def damage(kind: GgmlType) -> float:
+        if not kind.fits(len(weight)):
+            return math.inf
         decoded = decode(encode(sampled.T.contiguous().cpu(), kind, importance), kind)
         error = sampled - decoded.T.to(sampled.device)
-        return ((gram @ error) * error).sum(dim=0)
+        return 0.5 * float(((gram @ error) * error).sum(dim=0) @ shares)
 
-    tasks = [partial(_damage, weight, row_weights, kind, rounded) for kind in kinds]
-    return inflation * torch.tensor(run_all(tasks, gram.device))
+    return inflation * torch.tensor(run_all([partial(damage, kind) for kind in kinds], gram.device))
 
 
-def _damage(
-    weight: Tensor, row_weights: Tensor, kind: GgmlType, rounded: Callable[[Tensor, GgmlType], Tensor]
-) -> float:
-    if not kind.fits(len(weight)):
-        return math.inf
-    rows, shares = systematic_sample(row_weights, SAMPLED_ROWS)
-    return 0.5 * float(rounded(weight[:, rows].contiguous(), kind) @ shares)
+def _damages_with_feedback(weight: Tensor, upper: Tensor, fisher: Tensor, group: Sequence[GgmlType]) -> list[float]:
+    rows, shares = systematic_sample(fisher, SAMPLED_ROWS)
+    damages: list[float] = (0.5 * errors_on_types(weight[:, rows].contiguous(), upper, group) @ shares).tolist()
+    return damages

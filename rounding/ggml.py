@@ -14,16 +14,17 @@ rows where codes stand for several weights.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..convert.gguf.blocks import GRID_TYPES, Blocks, repack, unpack
+from ..convert.gguf.blocks import EVEN_TYPES, GRID_TYPES, Blocks, repack, unpack
 from ..convert.gguf.ggml import Bytes, GgmlType, decode, encode
 
-__all__ = ["RoundedRows", "round_to_type"]
+__all__ = ["RoundedRows", "errors_on_types", "round_to_type", "rounded_together"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -60,40 +61,102 @@ def round_to_type(weight: Tensor, upper: Tensor, kind: GgmlType, *, threads: int
         NumericalError: A weight is not finite, or too large for the type.
         ShapeError: K is no whole number of blocks.
     """
+    (rounded,) = _rounded_together(weight, upper, [kind], threads)
+    return rounded
+
+
+def rounded_together(kinds: Sequence[GgmlType]) -> list[list[GgmlType]]:
+    """Return the types in the groups that ``errors_on_types`` takes; each is a task of its own."""
+    groups: dict[tuple[int, str], list[GgmlType]] = {}
+    for kind in kinds:
+        groups.setdefault((kind.block_weights, "" if kind.name in EVEN_TYPES else kind.name), []).append(kind)
+    return list(groups.values())
+
+
+def errors_on_types(weight: Tensor, upper: Tensor, kinds: Sequence[GgmlType]) -> Tensor:
+    """Round one linear once to every type and say what it costs.
+
+    The types go through the features side by side: the steps are small, and calling them is most of their cost.
+
+    Args:
+        weight: As in ``round_to_type``.
+        upper: As in ``round_to_type``.
+        kinds: One group of ``rounded_together``; K is a whole number of their blocks.
+
+    Returns:
+        dW^T H dW of every output in every type, float32, shape (types, out).
+
+    Raises:
+        BpwiseError: As ``round_to_type``.
+    """
+    return torch.stack([rounded.errors for rounded in _rounded_together(weight, upper, kinds, threads=1)])
+
+
+def _rounded_together(weight: Tensor, upper: Tensor, kinds: Sequence[GgmlType], threads: int) -> list[RoundedRows]:
+    # Types with blocks of one length, side by side: all with even levels, or a single other one.
     row_weights, outputs = weight.shape
-    data = np.empty((outputs, kind.row_bytes(row_weights)), dtype=np.uint8)
-    rounded = torch.empty(outputs, row_weights, device=weight.device)
+    data = [np.empty((outputs, kind.row_bytes(row_weights)), dtype=np.uint8) for kind in kinds]
+    rounded = torch.empty(len(kinds), outputs, row_weights, device=weight.device)
     importance = upper.diagonal().square().reciprocal()
-    errors = torch.empty_like(weight)
-    for block in range(row_weights // kind.block_weights):
-        rows = slice(block * kind.block_weights, (block + 1) * kind.block_weights)
-        target = weight[rows]
+    errors = torch.empty(row_weights, len(kinds) * outputs, device=weight.device)
+    length = kinds[0].block_weights
+    for block in range(row_weights // length):
+        rows = slice(block * length, (block + 1) * length)
+        target = weight[rows].repeat(1, len(kinds))
         if block:
             target = torch.addmm(target, upper[: rows.start, rows].T, errors[: rows.start], alpha=-1)
-        encoded = encode(target.T.contiguous().cpu(), kind, importance[rows].cpu(), threads=threads)
-        if kind.name in GRID_TYPES:
-            codes = _codes_with_feedback(target, upper[rows, rows], unpack(encoded, kind))
-            encoded = repack(encoded, kind, codes)
-        decoded = decode(encoded, kind, threads=threads).to(weight.device)
-        data[:, block * kind.block_bytes : (block + 1) * kind.block_bytes] = encoded
-        rounded[:, rows] = decoded
-        errors[rows] = torch.linalg.solve_triangular(upper[rows, rows].T, target - decoded.T, upper=False)
-    return RoundedRows(data=data, weight=rounded, errors=errors.square().sum(dim=0))
+        weights = target.unflatten(1, (len(kinds), outputs)).permute(1, 2, 0).contiguous().cpu()
+        encoded = [
+            encode(part, kind, importance[rows].cpu(), threads=threads)
+            for part, kind in zip(weights, kinds, strict=True)
+        ]
+        if kinds[0].name in GRID_TYPES:
+            taken = [unpack(part, kind) for part, kind in zip(encoded, kinds, strict=True)]
+            codes = _codes_with_feedback(target, upper[rows, rows], taken).split(outputs)
+            encoded = [repack(part, kind, own) for part, kind, own in zip(encoded, kinds, codes, strict=True)]
+        for index, (part, kind) in enumerate(zip(encoded, kinds, strict=True)):
+            data[index][:, block * kind.block_bytes : (block + 1) * kind.block_bytes] = part
+            rounded[index, :, rows] = decode(part, kind, threads=threads).to(weight.device)
+        missed = target - rounded[:, :, rows].flatten(0, 1).T
+        errors[rows] = torch.linalg.solve_triangular(upper[rows, rows].T, missed, upper=False)
+    squares = errors.square().sum(dim=0).view(len(kinds), outputs)
+    return [RoundedRows(data=data[i], weight=rounded[i], errors=squares[i]) for i in range(len(kinds))]
 
 
-def _codes_with_feedback(target: Tensor, upper: Tensor, blocks: Blocks) -> Tensor:
-    # The codes of one block of every output, shape (out, S): input feature after input feature. In steps of each
-    # feature's scale, and with errors e_j U_jj, few operations are left for every one of them.
-    scales = blocks.scales.T.to(target.device).repeat_interleave(blocks.sub_weights, dim=0)
+def _codes_with_feedback(target: Tensor, upper: Tensor, blocks: Sequence[Blocks]) -> Tensor:
+    # The codes of one block of every output in every type, shape (types * out, S): input feature after input feature.
+    # With errors e_j U_jj few operations are left for every one of them.
+    def column(values: Tensor, sub_weights: int) -> Tensor:
+        return values.T.to(target.device).repeat_interleave(sub_weights, dim=0)
+
+    scales = torch.cat([column(each.scales, each.sub_weights) for each in blocks], dim=1)
+    offsets = torch.cat([column(each.offsets, each.sub_weights) for each in blocks], dim=1)
     steps = torch.where(scales == 0, 1.0, scales)  # a scale of 0 decodes to the offset, whatever the code
-    offsets = blocks.offsets.T.to(target.device).repeat_interleave(blocks.sub_weights, dim=0)
-    levels = blocks.levels.to(target.device)
-    middles = (levels[1:] + levels[:-1]) / 2
+    nearest = _nearest_code(blocks, target)
+    levels = blocks[0].levels.to(target.device)
+    lowest = _over_outputs([float(each.levels[0]) for each in blocks], target)
     feedback = (upper / upper.diagonal()[:, None]).T.contiguous()
-    errors = torch.empty_like(target)
-    codes = torch.empty(target.shape, dtype=torch.int64, device=target.device)
+    errors, codes = torch.empty_like(target), torch.empty_like(target)
     for i, row in enumerate((target - offsets).unbind()):
         moved = torch.addmv(row, errors[:i].T, feedback[i, :i], alpha=-1) if i else row
-        codes[i] = torch.bucketize(moved / steps[i], middles)
-        errors[i] = moved - scales[i] * levels[codes[i]]
+        codes[i] = nearest(moved / steps[i])
+        level = codes[i] + lowest if len(blocks) > 1 else levels[codes[i].long()]
+        errors[i] = moved - scales[i] * level
     return codes.T.to(torch.uint8)
+
+
+def _nearest_code(blocks: Sequence[Blocks], target: Tensor) -> Callable[[Tensor], Tensor]:
+    # From values in steps of their scales, shape (types * out,), to the codes of the nearest levels.
+    if len(blocks) == 1:
+        levels = blocks[0].levels.to(target.device)
+        middles = (levels[1:] + levels[:-1]) / 2
+        return lambda values: torch.bucketize(values, middles).to(values)
+    lowest = _over_outputs([float(each.levels[0]) for each in blocks], target)
+    highest = _over_outputs([float(len(each.levels) - 1) for each in blocks], target)
+    none = torch.zeros_like(lowest)
+    return lambda values: torch.clamp(torch.round(values - lowest), none, highest)
+
+
+def _over_outputs(values: Sequence[float], target: Tensor) -> Tensor:
+    # One number a type as one a column of ``target``.
+    return torch.tensor(values, device=target.device).repeat_interleave(target.shape[1] // len(values))

@@ -4,7 +4,7 @@ import torch
 from bpwise.convert.gguf.blocks import GRID_TYPES, unpack
 from bpwise.convert.gguf.ggml import GgmlType, decode, encode, ggml_type
 from bpwise.errors import ShapeError
-from bpwise.rounding.ggml import round_to_type
+from bpwise.rounding.ggml import errors_on_types, round_to_type, rounded_together
 from bpwise.rounding.hessian import inverse_factor
 from torch import Tensor
 
@@ -104,6 +104,20 @@ def test_feedback_pays(name: str) -> None:
     plain = decode(encode(problem.weight.T.contiguous(), kind, problem.damped.diagonal().float()), kind)
     rounded = round_to_type(problem.weight, problem.upper, kind)
     assert float(rounded.errors.sum()) < 0.8 * float(problem.errors(plain).sum())
+
+
+def test_types_side_by_side_do_not_touch_each_other() -> None:
+    problem = Problem(512, 8)
+    names = ["Q8_0", "Q4_K", "Q4_0", "IQ4_NL", "Q2_K", "IQ3_S", "Q5_1", "IQ4_XS", "Q6_K"]
+    groups = rounded_together([ggml_type(name) for name in names])
+    assert sorted(kind.name for group in groups for kind in group) == sorted(names)
+    assert ["Q8_0", "Q4_0", "Q5_1"] in [[kind.name for kind in group] for group in groups]
+    for group in groups:
+        errors = errors_on_types(problem.weight, problem.upper, group)
+        for kind, found in zip(group, errors, strict=True):
+            alone = round_to_type(problem.weight, problem.upper, kind).errors
+            # The same steps in wider operations; a weight in the middle of two codes may fall to the other side.
+            assert float(found.sum()) == pytest.approx(float(alone.sum()), rel=0.01), kind.name
 
 
 def test_refuses_a_row_of_part_blocks() -> None:
