@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -22,7 +23,7 @@ from ..convert.gguf.mixtures import mixture
 from ..convert.gguf.names import architecture_of, gguf_name, row_order
 from ..convert.gguf.reader import GgufModel
 from ..convert.gguf.writer import GgufVerification, planned_bytes, write_gguf
-from ..convert.work import claimed, discard_stages
+from ..convert.work import StageDirectory, claimed, discard_stages
 from ..errors import BrokenModelError, BudgetError, ConfigError, WorkDirectoryError
 from ..eval.comparison import Comparison, EvalConfig
 from ..eval.layers import LinearCost
@@ -37,15 +38,22 @@ from ..version import __version__
 from .cards import check_base_model, write_card
 from .judge import Judge, refuse_marked, refuse_same_source
 from .obtain import MEASUREMENT_FILE, obtain_measurement
-from .rounding_pass import Drift
-from .stages import StageClock, StageCost
+from .rounding_pass import Drift, drift_section
+from .stages import StageClock, StageCost, cost_line, cost_section
 from .type_plan import Override, TypePlan, make_type_plan
 from .type_rounding import RoundedTypes, round_types, table_importance
 from .vram import room_for_weights
 
-__all__ = ["GgufConfig", "GgufResult", "convert_to_mixture", "importance_of", "quantize_to_gguf", "refuse_others"]
+__all__ = [
+    "GgufConfig",
+    "GgufResult",
+    "base_path",
+    "convert_to_mixture",
+    "importance_of",
+    "quantize_to_gguf",
+    "refuse_others",
+]
 
-_BASE = "base.gguf"
 _RUN_KEY = "bpwise.run"
 _ALIGNMENT_BYTES = 32
 
@@ -136,8 +144,7 @@ class GgufResult:
             *([] if self.comparison is None else summary_lines(self.comparison)),
             *(f"warning     {warning}" for warning in self.warnings),
         ]
-        for cost in self.costs:
-            lines.append(f"stage       {cost.stage:18} {cost.seconds:8.1f} s  {cost.peak_bytes / 2**20:7.0f} MiB")
+        lines += map(cost_line, self.costs)
         lines.append(f"measurement {self.measurement} serves any other size, and EXL2")
         lines.append(f"output      {self.output}")
         return lines
@@ -186,9 +193,9 @@ def quantize_to_gguf(
         try:
             result = _quantize(checkpoint, output, config, measurement, calibration, work, base, judge, progress)
         except BrokenModelError:
-            _clear(work)
+            discard_stages(work)
             raise
-        _clear(work)
+        discard_stages(work)
     return result
 
 
@@ -223,26 +230,22 @@ def convert_to_mixture(
     if output.exists():
         raise WorkDirectoryError(f"{output}: exists already. Choose another name or delete it.")
     matrix = None if imatrix is None else read_imatrix(imatrix)
-    made = output.with_name(f"{output.name}.base") if base is None else base
-    warnings: tuple[str, ...] = ()
-    try:
-        if base is None:
-            warnings = _converted(open_model(model), made, llama_cpp)
+    checkpoint = open_model(model)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as private:
+        made = base or Path(private) / "base.gguf"
+        warnings = () if base else _converted(checkpoint, made, llama_cpp)
         header = read_gguf_header(made)
-        notes = {} if matrix is None else imatrix_metadata(matrix, str(imatrix))
         verification = write_gguf(
             made,
             output,
             mixture_types(chosen, header, importance=None if matrix is None else matrix.sums.keys()),
             file_type=chosen.file_type,
             importance=None if matrix is None else matrix.mean_squares,
-            metadata=notes,
+            metadata={} if matrix is None else imatrix_metadata(matrix, str(imatrix)),
             threads=cores(),
             progress=progress,
         )
-    finally:
-        if base is None:
-            made.unlink(missing_ok=True)
     return verification, warnings
 
 
@@ -277,7 +280,7 @@ def _quantize(
     progress: Progress,
 ) -> GgufResult:
     clock = StageClock()
-    base = base or work / _BASE
+    base = base or base_path(checkpoint, work, config.llama_cpp)
     # The converter first: should it not know the model, nothing has been measured in vain.
     with clock.stage("convert"):
         warnings = _converted(checkpoint, base, config.llama_cpp)
@@ -348,11 +351,6 @@ def _quantize(
     return result
 
 
-def _clear(work: Path) -> None:
-    discard_stages(work)
-    (work / _BASE).unlink(missing_ok=True)
-
-
 def _metadata(run: str, rows: CalibrationSet) -> dict[str, str]:
     return {
         _RUN_KEY: run,
@@ -373,6 +371,18 @@ def refuse_others(output: Path) -> None:
         raise WorkDirectoryError(
             f"{output}: exists already and is not the output of this run. Choose another name or delete it."
         )
+
+
+def base_path(checkpoint: Checkpoint, work: Path, llama_cpp: Path | None) -> Path:
+    """Return where a run keeps the model as an unquantized GGUF file: as any piece, never mixed with another run's.
+
+    Args:
+        checkpoint: The model.
+        work: Work directory.
+        llama_cpp: As in ``GgufConfig``.
+    """
+    identity = {"model": checkpoint.fingerprint, "llama_cpp": str(llama_cpp)}
+    return StageDirectory(work, "base", identity).path / "base.gguf"
 
 
 def _converted(checkpoint: Checkpoint, base: Path, llama_cpp: Path | None) -> tuple[str, ...]:
@@ -438,10 +448,6 @@ def _gguf_name(module: str) -> str:
 
 def _report_details(result: GgufResult) -> dict[str, dict[str, str | float]]:
     plan = result.plan
-    drift: dict[str, str | float] = {
-        f"block {index}": f"{drift.first_token:.2%}, {drift.other_tokens:.2%}"
-        for index, drift in enumerate(result.drift)
-    }
     return {
         "Size": {
             "bits per weight, all tensors": round(plan.bpw, 4),
@@ -454,8 +460,6 @@ def _report_details(result: GgufResult) -> dict[str, dict[str, str | float]]:
             "least possible damage at this size": plan.lower_bound_nats,
             **{f"weights in {name}, %": round(100 * share, 2) for name, share in plan.weights_per_type().items()},
         },
-        "Stages (seconds, peak MiB)": {
-            cost.stage: f"{cost.seconds:.1f} s, {cost.peak_bytes / 2**20:.0f} MiB" for cost in result.costs
-        },
-        **({"Drift of the hidden states (first token, other tokens; relative)": drift} if drift else {}),
+        **cost_section(result.costs),
+        **drift_section(result.drift),
     }

@@ -31,8 +31,8 @@ from .judge import Judge, refuse_marked, refuse_same_source
 from .obtain import MEASUREMENT_FILE, obtain_measurement
 from .plan import HeadBits, Plan, check_head_bits, make_plan
 from .rounding import RoundConfig, RoundedModel, round_model
-from .rounding_pass import Drift
-from .stages import StageClock, StageCost
+from .rounding_pass import Drift, drift_section
+from .stages import StageClock, StageCost, cost_line, cost_section
 
 __all__ = ["QuantizeConfig", "QuantizeResult", "is_finished", "quantize_model", "report_details"]
 
@@ -111,8 +111,7 @@ class QuantizeResult:
         ]
         for name, damping in self.fallbacks.items():
             lines.append(f"fallback    {name}: damping raised to {damping:g}")
-        for cost in self.costs:
-            lines.append(f"stage       {cost.stage:18} {cost.seconds:8.1f} s  {cost.peak_bytes / 2**20:7.0f} MiB")
+        lines += map(cost_line, self.costs)
         lines.append(f"measurement {self.measurement} serves any other bitrate")
         report = " (with README.md)" if self.comparison is None else " (with README.md, report.html, report.md, ...)"
         lines.append(f"output      {self.output}{report}")
@@ -230,10 +229,6 @@ def _quantize(
 def report_details(result: QuantizeResult) -> dict[str, dict[str, str | float]]:
     """Return what a report should say of the run beside the comparison: section -> entry -> value."""
     plan, verified = result.plan, result.verification
-    drift: dict[str, str | float] = {
-        f"block {index}": f"{drift.first_token:.2%}, {drift.other_tokens:.2%}"
-        for index, drift in enumerate(result.drift)
-    }
     return {
         "Size": {
             "decoder bits per weight": round(verified.decoder_bpw, 4),
@@ -253,10 +248,8 @@ def report_details(result: QuantizeResult) -> dict[str, dict[str, str | float]]:
             },
             **{f"damping of {name}": damping for name, damping in result.fallbacks.items()},
         },
-        "Stages (seconds, peak MiB)": {
-            cost.stage: f"{cost.seconds:.1f} s, {cost.peak_bytes / 2**20:.0f} MiB" for cost in result.costs
-        },
-        **({"Drift of the hidden states (first token, other tokens; relative)": drift} if drift else {}),
+        **cost_section(result.costs),
+        **drift_section(result.drift),
     }
 
 

@@ -9,6 +9,7 @@ feedback by a rounder, which knows the format.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -27,7 +28,7 @@ from ..rounding.parallel import run_all
 from .drift import StageSums
 from .stepped import SteppedForwards
 
-__all__ = ["Drift", "Rounder", "RoundingPass", "kept_drift", "rounding_damping"]
+__all__ = ["Drift", "Rounder", "RoundingPass", "drift_section", "kept_drift", "rounding_damping"]
 
 _TINY = 1e-30
 
@@ -65,6 +66,14 @@ def kept_drift(pieces: StageDirectory, blocks: int) -> list[Drift]:
     """Return how far the hidden states after every block were from the original's, over the calibration rows."""
     kept = (pieces.load(f"drift-{index}")["drift"].tolist() for index in range(blocks))
     return [Drift(first_token=first, other_tokens=others) for first, others in kept]
+
+
+def drift_section(drift: Sequence[Drift]) -> dict[str, dict[str, str | float]]:
+    """Return what a report says of the drift: section -> entry -> value; nothing where there is none."""
+    entries: dict[str, str | float] = {
+        f"block {index}": f"{each.first_token:.2%}, {each.other_tokens:.2%}" for index, each in enumerate(drift)
+    }
+    return {"Drift of the hidden states (first token, other tokens; relative)": entries} if entries else {}
 
 
 def rounding_damping(measured: MeasuredLinear) -> float:

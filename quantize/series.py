@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from ..progress import Progress, silent
 from ..version import __version__
 from .cards import output_name
 from .forecast import forecast_run
-from .gguf_pipeline import GgufConfig, GgufResult, quantize_to_gguf, refuse_others
+from .gguf_pipeline import GgufConfig, GgufResult, base_path, quantize_to_gguf, refuse_others
 from .judge import Judge
 from .obtain import MEASUREMENT_FILE, obtain_measurement
 from .pipeline import QuantizeConfig, QuantizeResult, is_finished, quantize_model
@@ -162,9 +163,10 @@ def quantize_series(
             )
             discard_stages(measurement.parent)
         outputs = tuple(
-            _make(model, paths[bpw], bpw, configs[bpw], measurement, work, judge, progress) for bpw in rates
+            _make(checkpoint, paths[bpw], bpw, configs[bpw], measurement, work, judge, progress) for bpw in rates
         )
-        (work / "base.gguf").unlink(missing_ok=True)
+        if isinstance(config, GgufConfig):
+            shutil.rmtree(base_path(checkpoint, work, config.llama_cpp).parent)
     report = _write_report(model_name(checkpoint), outputs, output)
     broken = [each.path.name for each in outputs if each.broken is not None]
     if broken:
@@ -197,7 +199,7 @@ def _check(
 
 
 def _make(
-    model: str | Path,
+    checkpoint: Checkpoint,
     path: Path,
     bpw: float,
     config: QuantizeConfig | GgufConfig,
@@ -206,10 +208,10 @@ def _make(
     judge: Judge | None,
     progress: Progress,
 ) -> SeriesOutput:
-    own = work / path.name
+    model, own = checkpoint.directory, work / path.name
     try:
         if isinstance(config, GgufConfig):
-            base = work / "base.gguf"
+            base = base_path(checkpoint, work, config.llama_cpp)  # one for all sizes
             file = quantize_to_gguf(
                 model, path, config, measurement=measurement, work=own, base=base, judge=judge, progress=progress
             )

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["StageClock", "StageCost"]
+__all__ = ["StageClock", "StageCost", "cost_line", "cost_section"]
 
 _SAMPLING_SECONDS = 0.05
 
@@ -29,6 +29,19 @@ class StageCost:
     stage: str
     seconds: float
     peak_bytes: int
+
+
+def cost_line(cost: StageCost) -> str:
+    """Return a stage's cost as a line for a terminal."""
+    return f"stage       {cost.stage:18} {cost.seconds:8.1f} s  {cost.peak_bytes / 2**20:7.0f} MiB"
+
+
+def cost_section(costs: Sequence[StageCost]) -> dict[str, dict[str, str | float]]:
+    """Return what a report says of the stages' costs: section -> entry -> value."""
+    entries: dict[str, str | float] = {
+        cost.stage: f"{cost.seconds:.1f} s, {cost.peak_bytes / 2**20:.0f} MiB" for cost in costs
+    }
+    return {"Stages (seconds, peak MiB)": entries}
 
 
 class StageClock:

@@ -5,19 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...errors import FormatError
+from ..checkpoint import TensorSource
 from ..files import atomic_directory, write_json
 from .carry import copy_side_files, require_float16_range
 from .names import model_order
 from .reader import Exl2Model
 from .shards import ShardWriter
 
-__all__ = ["dequantize_model"]
+__all__ = ["DENSE_SHARD_BYTES", "dequantize_model", "write_dense"]
 
-_SHARD_BYTES = 5120 << 20
+DENSE_SHARD_BYTES = 5120 << 20
 """Largest file, in bytes; as Transformers shards by default or smaller."""
 
 
-def dequantize_model(directory: Path, out: Path, *, shard_bytes: int = _SHARD_BYTES) -> None:
+def dequantize_model(directory: Path, out: Path, *, shard_bytes: int = DENSE_SHARD_BYTES) -> None:
     """Write the dense float16 checkpoint that an EXL2 model decodes to.
 
     A model whose head is quantized becomes untied, since its head is no longer its embedding.
@@ -34,14 +35,28 @@ def dequantize_model(directory: Path, out: Path, *, shard_bytes: int = _SHARD_BY
     """
     model = Exl2Model.open(directory)
     with atomic_directory(Path(out)) as target:
-        with ShardWriter(target, "model", names=model.names, shard_bytes=shard_bytes) as shards:
-            for name in sorted(model.names, key=model_order):
-                tensor = model.tensor(name)
-                require_float16_range(name, tensor, FormatError)
-                shards.add({name: tensor.half()})
-            weight_map = shards.finish()
-        if len(set(weight_map.values())) > 1:
-            index = {"metadata": {"total_size": shards.total_bytes}, "weight_map": weight_map}
-            write_json(target / "model.safetensors.index.json", index)
+        write_dense(model, target, shard_bytes=shard_bytes)
         write_json(target / "config.json", model.config)
         copy_side_files(model.directory, target)
+
+
+def write_dense(model: TensorSource, target: Path, *, shard_bytes: int) -> None:
+    """Write all tensors of a model as float16, with an index where there are several files.
+
+    Args:
+        model: What is decoded.
+        target: Existing directory.
+        shard_bytes: Largest weight file in bytes; only a single larger tensor may exceed it.
+
+    Raises:
+        FormatError: A value does not fit float16.
+    """
+    with ShardWriter(target, "model", names=model.names, shard_bytes=shard_bytes) as shards:
+        for name in sorted(model.names, key=model_order):
+            tensor = model.tensor(name)
+            require_float16_range(name, tensor, FormatError)
+            shards.add({name: tensor.half()})
+        weight_map = shards.finish()
+    if len(set(weight_map.values())) > 1:
+        index = {"metadata": {"total_size": shards.total_bytes}, "weight_map": weight_map}
+        write_json(target / "model.safetensors.index.json", index)
