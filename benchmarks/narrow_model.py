@@ -7,8 +7,9 @@ onto the directions in which, over calibration text and all places where it is n
 (SliceGPT, Ashkboos et al., arXiv 2401.15024, with one basis for all blocks). Among the bases of that subspace the one
 closest to the strongest channels themselves is taken, so that weights and activations keep their outliers. SmolLM2
 from 576 to 512 channels keeps 98.9 % of the power; its perplexity on the built-in evaluation text, 16 rows of 512
-tokens, rises from 11.5 to 17.3: still a language model. The head becomes a tensor of its own, because the last norm's weight goes into it. The
-result calls itself a Mistral, which computes the same and may have heads that do not divide its width.
+tokens, rises from 11.5 to 17.3: still a language model. The head becomes a tensor of its own, because the last norm's
+weight goes into it. The result calls itself a Mistral, which computes the same and may have heads that do not divide
+its width.
 """
 
 from __future__ import annotations
