@@ -17,7 +17,15 @@ from .files import read_json
 from .hub import confined_file, resolve_model
 from .safetensors_file import HeaderEntry, SafetensorsHeader, read_entry, read_header
 
-__all__ = ["Checkpoint", "TensorInfo", "TensorSource", "confined_file", "open_model", "resolve_model"]
+__all__ = [
+    "Checkpoint",
+    "TensorInfo",
+    "TensorSource",
+    "confined_file",
+    "head_is_embedding",
+    "open_model",
+    "resolve_model",
+]
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -186,13 +194,7 @@ class Checkpoint:
         from the embedding is a head of its own (looking loads both, once). Where the config is silent, the
         head is tied if it is not stored.
         """
-        flag = self._config.get("tie_word_embeddings")
-        if _HEAD not in self._names:
-            return flag is not False
-        embedding = next((name for name in _EMBEDDINGS if name in self._names), None)
-        if not flag or embedding is None:
-            return bool(flag)
-        return self.shape(_HEAD) == self.shape(embedding) and torch.equal(self.tensor(_HEAD), self.tensor(embedding))
+        return head_is_embedding(self)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -270,6 +272,19 @@ class Checkpoint:
                 f"{self._directory}: tensor {name!r} is missing, got {len(self._places)} other tensors. "
                 "The checkpoint is incomplete, or its architecture is not what config.json says."
             ) from None
+
+
+def head_is_embedding(source: TensorSource) -> bool:
+    """Return whether a source's output head is its token embedding; see ``Checkpoint.tied_embeddings``."""
+    flag = source.config.get("tie_word_embeddings")
+    if _HEAD not in source.names:
+        return flag is not False
+    embedding = next((name for name in _EMBEDDINGS if name in source.names), None)
+    if not flag or embedding is None:
+        return bool(flag)
+    return source.shape(_HEAD) == source.shape(embedding) and torch.equal(
+        source.tensor(_HEAD), source.tensor(embedding)
+    )
 
 
 def open_model(model: str | Path) -> Checkpoint:
