@@ -77,6 +77,7 @@ class Family:
         multiplier: Key of config.json whose value multiplies what blocks add to the residual stream.
         written_as: Class name that a written model gets, where it differs from the original's.
         prefix: What the names of a written model begin with.
+        taken_for_granted: Values that EXL2 readers take keys of config.json to have, whatever they say.
         note: What is special, for the table of families in the documentation.
     """
 
@@ -89,6 +90,7 @@ class Family:
     multiplier: str | None = None
     written_as: str | None = None
     prefix: str = ""
+    taken_for_granted: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
 
     blocks = "model.layers"
@@ -176,7 +178,8 @@ _FAMILIES = {
         readers=("Qwen3MoeForCausalLM",),
         stages=_PRE_NORM,
         experts=Experts("mlp.experts"),
-        note="experts, dense blocks between; norms of queries and keys",
+        taken_for_granted={"norm_topk_prob": True, "mlp_only_layers": [], "decoder_sparse_step": 1},
+        note="experts; norms of queries and keys",
     ),
     "gemma": Family(readers=("GemmaForCausalLM",), stages=_PRE_NORM, note="scaled embeddings, norms of 1 + weight"),
     "gemma2": Family(
@@ -280,21 +283,31 @@ def require_reader(config: Mapping[str, Any]) -> None:
         config: Parsed config.json, of the whole model.
 
     Raises:
-        UnsupportedModelError: They do not know the first of its ``architectures``; the message lists those they do.
+        UnsupportedModelError: They do not know the first of its ``architectures`` (the message lists those they do), or
+            would compute something else.
     """
     composite = composite_of(config)
-    readers = family_of(config).readers if composite is None else composite.readers
-    names = config.get("architectures") or [None]
-    vision = (config.get("vision_config") or {}).get("model_type")
-    if composite is not None and composite.vision not in (None, vision):
-        raise UnsupportedModelError(
-            f"config.json: EXL2 readers do not know {names[0]!r} with a vision part of type {vision!r}, expected "
-            f"{composite.vision!r}. Use --force to quantize it nevertheless, for bpwise and Transformers to read."
-        )
-    if names[0] not in readers:
+    family = None if composite is not None else family_of(config)
+    readers = composite.readers if family is None else family.readers
+    name = (config.get("architectures") or [None])[0]
+    if name not in readers:
         entries = (*_FAMILIES.values(), *_COMPOSITES.values())
         known = ", ".join(sorted({name for entry in entries for name in entry.readers}))
         raise UnsupportedModelError(
-            f"config.json: EXL2 readers do not know the architecture {names[0]!r}, expected one of {known}. "
-            "Use --force to quantize it nevertheless, for bpwise and Transformers to read."
+            f"config.json: EXL2 readers do not know the architecture {name!r}, expected one of {known}. {_FORCE}"
         )
+    if composite is not None and composite.vision is not None:
+        vision = (config.get("vision_config") or {}).get("model_type")
+        if vision != composite.vision:
+            raise UnsupportedModelError(
+                f"config.json: EXL2 readers do not know {name!r} with a vision part of type {vision!r}, expected "
+                f"{composite.vision!r}. {_FORCE}"
+            )
+    for key, value in (family.taken_for_granted if family is not None else {}).items():
+        if config.get(key, value) != value:
+            raise UnsupportedModelError(
+                f"config.json: {key} is {config[key]!r}, but EXL2 readers take it for {value!r}. {_FORCE}"
+            )
+
+
+_FORCE = "Use --force to quantize it nevertheless, for bpwise and Transformers to read."

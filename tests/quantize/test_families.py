@@ -41,9 +41,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 16},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2": {},
-    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 96},
+    "qwen2_moe": {**EXPERTS, "mlp_only_layers": [0], "shared_expert_intermediate_size": 96},
     "qwen3": {"head_dim": 32},
-    "qwen3_moe": {**EXPERTS, "head_dim": 16, "mlp_only_layers": [0]},
+    "qwen3_moe": {**EXPERTS, "head_dim": 16, "norm_topk_prob": True},
     "gemma": GEMMA,
     "gemma2": {**GEMMA, "query_pre_attn_scalar": 16, "sliding_window": 16, "final_logit_softcapping": 5.0},
     "gemma3_text": {**GEMMA, "query_pre_attn_scalar": 16, "sliding_window": 16, "num_hidden_layers": 6},
@@ -113,9 +113,7 @@ def quantized(
     yield original, folder / "out", result
 
 
-def test_streaming_gives_what_transformers_gives(
-    quantized: tuple[Path, Path, Any], tokens: torch.Tensor
-) -> None:
+def test_streaming_gives_what_transformers_gives(quantized: tuple[Path, Path, Any], tokens: torch.Tensor) -> None:
     original = quantized[0]
     torch.testing.assert_close(
         streamed_logits(open_model(original), tokens), logits_of(original, tokens), rtol=1e-4, atol=1e-4
@@ -155,3 +153,10 @@ def test_readers_know_it(quantized: tuple[Path, Path, Any]) -> None:
             require_reader(config)
     else:
         require_reader(config)
+
+
+def test_what_readers_would_compute_otherwise() -> None:
+    config = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "norm_topk_prob": True}
+    require_reader(config)
+    with pytest.raises(UnsupportedModelError, match=r"mlp_only_layers is \[0\], but EXL2 readers take it for \[\]"):
+        require_reader({**config, "mlp_only_layers": [0]})
