@@ -287,12 +287,11 @@ def require_reader(config: Mapping[str, Any]) -> None:
             would compute something else.
     """
     composite = composite_of(config)
-    family = None if composite is not None else family_of(config)
-    readers = composite.readers if family is None else family.readers
+    readers = family_of(config).readers if composite is None else composite.readers
     name = (config.get("architectures") or [None])[0]
     if name not in readers:
-        entries = (*_FAMILIES.values(), *_COMPOSITES.values())
-        known = ", ".join(sorted({name for entry in entries for name in entry.readers}))
+        entries = [entry.readers for entry in _FAMILIES.values()] + [entry.readers for entry in _COMPOSITES.values()]
+        known = ", ".join(sorted({name for entry in entries for name in entry}))
         raise UnsupportedModelError(
             f"config.json: EXL2 readers do not know the architecture {name!r}, expected one of {known}. {_FORCE}"
         )
@@ -303,7 +302,7 @@ def require_reader(config: Mapping[str, Any]) -> None:
                 f"config.json: EXL2 readers do not know {name!r} with a vision part of type {vision!r}, expected "
                 f"{composite.vision!r}. {_FORCE}"
             )
-    for key, value in (family.taken_for_granted if family is not None else {}).items():
+    for key, value in (family_of(config).taken_for_granted if composite is None else {}).items():
         if config.get(key, value) != value:
             raise UnsupportedModelError(
                 f"config.json: {key} is {config[key]!r}, but EXL2 readers take it for {value!r}. {_FORCE}"

@@ -12,13 +12,12 @@ from bpwise.convert.exl2.dense import dequantize_model
 from bpwise.convert.exl2.reader import Exl2Model
 from bpwise.convert.exl2.verify import verify_model
 from bpwise.convert.families import require_reader
-from bpwise.convert.language import LanguageModel
 from bpwise.errors import UnsupportedModelError
 from bpwise.measure.calibration import CalibrationConfig
 from bpwise.measure.run import MeasureConfig
 from bpwise.measure.stream import StreamedModel
 from bpwise.quantize.pipeline import QuantizeConfig, quantize_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 SIZES = {
     "vocab_size": 264,
@@ -132,7 +131,7 @@ def test_the_output_is_the_dense_model_of_its_decoded_weights(
 
 
 def test_every_linear_of_every_block_is_quantized(quantized: tuple[Path, Path, Any]) -> None:
-    original, output, result = quantized
+    _, output, result = quantized
     written = Exl2Model.open(output)
     dense = {name for name in written.names if len(written.shape(name)) == 2} - {f"{x}.weight" for x in written.linears}
     kinds = {name.rpartition("layers.")[2].partition(".")[2] for name in dense if "layers." in name}
@@ -146,7 +145,7 @@ def test_every_linear_of_every_block_is_quantized(quantized: tuple[Path, Path, A
 
 
 def test_readers_know_it(quantized: tuple[Path, Path, Any]) -> None:
-    original, output, _ = quantized
+    original, _, _ = quantized
     config = json.loads((original / "config.json").read_text())
     if config["model_type"] in UNREAD:
         with pytest.raises(UnsupportedModelError, match=r"do not know the architecture 'Qwen2Moe.*--force"):

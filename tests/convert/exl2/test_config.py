@@ -10,7 +10,7 @@ BASE = {"architectures": ["SomeForCausalLM"]}
 
 
 def written(**config: Any) -> dict[str, Any]:
-    return exl2_config({**BASE, **config}, {"version": "0"}, tied_embeddings=False)
+    return exl2_config({**config, **BASE}, {"version": "0"}, tied_embeddings=False)
 
 
 def test_rotation_of_a_part_of_each_head_is_read_at_the_top() -> None:
