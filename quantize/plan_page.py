@@ -16,7 +16,7 @@ from ..eval.format import nats, visible
 from ..eval.html import page_style, script_hash
 from ..measure.measurement import Measurement
 from ..version import __version__
-from .plan import HeadBits
+from .scope import HeadBits
 from .planning import PlanPoint, exl2_points, gguf_points
 
 __all__ = ["plan_page", "write_plan_page"]

@@ -1,0 +1,112 @@
+"""Sizes that an EXL2 model has to keep below: on the disk, or in the memory of a GPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..convert.checkpoint import Checkpoint
+from ..convert.exl2.layout import padded_columns
+from ..convert.exl2.store import QUANTIZED_SUFFIXES
+from ..measure.measurement import Measurement
+from .linears import Linear, model_linears
+from .vram import exl2_beside_weights
+
+__all__ = ["SizeLimit", "disk_limit", "gpu_limit", "measured_limit"]
+
+_FLOAT16_BYTES = 2
+
+_HEADER_ENTRY_BYTES = 110
+"""Most that safetensors' header says of a tensor, beside its name: dtype, shape, offsets, punctuation."""
+
+_FILE_BYTES = 64
+"""Length of the header, padding and metadata of a safetensors file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SizeLimit:
+    """Most bytes that a model may take.
+
+    Attributes:
+        total_bytes: What there is.
+        other_bytes: What all but the linears and the head take of it.
+        float16_head_bytes: What the head takes of it if it stays unquantized; 0 if it is the embedding then.
+    """
+
+    total_bytes: int
+    other_bytes: int
+    float16_head_bytes: int
+
+
+def disk_limit(checkpoint: Checkpoint, max_bytes: int, *, shard_bytes: int) -> SizeLimit:
+    """Return the limit of all files with tensors together.
+
+    Args:
+        checkpoint: The original model.
+        max_bytes: Their largest size, headers included.
+        shard_bytes: Largest size of one of them.
+    """
+    linears, head = model_linears(checkpoint)
+    biases = _biases(checkpoint, [*linears, head])
+    carried = checkpoint.names - {f"{linear.name}.weight" for linear in (*linears, head)} - biases.keys()
+    names = [*carried, *biases, *(f"{x.name}.{suffix}" for x in (*linears, head) for suffix in QUANTIZED_SUFFIXES)]
+    headers = sum(len(name.encode()) + _HEADER_ENTRY_BYTES for name in names)
+    files = 1 + 2 * max_bytes // shard_bytes
+    data = sum(checkpoint.info(name).size_bytes for name in carried) + sum(biases.values())
+    return SizeLimit(
+        total_bytes=max_bytes,
+        other_bytes=data + headers + files * _FILE_BYTES,
+        float16_head_bytes=0 if checkpoint.tied_embeddings else _float16_bytes(head),
+    )
+
+
+def gpu_limit(checkpoint: Checkpoint, vram_bytes: int, *, context_tokens: int | None, cache_bits: int) -> SizeLimit:
+    """Return the limit of a model that is to run on one GPU by ExLlamaV2, which keeps the embeddings off it.
+
+    Args:
+        checkpoint: The original model.
+        vram_bytes: Memory of the GPU.
+        context_tokens: Length of the context to keep in it; None for the model's own.
+        cache_bits: As ``exl2_beside_weights`` takes them.
+
+    Raises:
+        BudgetError: Nothing is left for weights.
+    """
+    linears, head = model_linears(checkpoint)
+    planned = {f"{linear.name}.weight" for linear in (*linears, head)}
+    # Norms and biases. The table of embeddings stays in main memory.
+    others = [name for name in checkpoint.names - planned if not name.endswith("embed_tokens.weight")]
+    context = context_tokens or int(checkpoint.config["max_position_embeddings"])
+    beside = exl2_beside_weights(vram_bytes, checkpoint.config, context, cache_bits=cache_bits)
+    return SizeLimit(
+        total_bytes=vram_bytes,
+        other_bytes=beside + sum(_FLOAT16_BYTES * math.prod(checkpoint.shape(name)) for name in others),
+        float16_head_bytes=_float16_bytes(head),
+    )
+
+
+def measured_limit(measurement: Measurement, max_bytes: int) -> SizeLimit:
+    """Return the limit of all tensors, without their files' headers, as far as a measurement tells.
+
+    Args:
+        measurement: Says how many weights there are beside the linears; they are counted at 2 bytes, though those of a
+            float32 checkpoint are carried over in float32.
+        max_bytes: Largest size.
+    """
+    table, head = measurement.embedding, measurement.head
+    return SizeLimit(
+        total_bytes=max_bytes,
+        other_bytes=_FLOAT16_BYTES * (table.tokens * table.hidden_size + measurement.other_weights),
+        float16_head_bytes=0 if table.tied else _FLOAT16_BYTES * head.in_features * head.out_features,
+    )
+
+
+def _biases(checkpoint: Checkpoint, linears: Sequence[Linear]) -> dict[str, int]:
+    # Bytes of each linear's bias: stored in float16, and padded beside quantized weights.
+    names = {f"{linear.name}.bias": linear.out_features for linear in linears}
+    return {name: _FLOAT16_BYTES * padded_columns(out) for name, out in names.items() if name in checkpoint.names}
+
+
+def _float16_bytes(linear: Linear) -> int:
+    return _FLOAT16_BYTES * linear.in_features * linear.out_features
