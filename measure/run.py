@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..convert.checkpoint import Checkpoint, open_model
-from ..convert.exl2.layout import MAX_ROWS, ROW_MULTIPLE, WIDTHS
+from ..convert.exl2.layout import ROW_MULTIPLE, WIDTHS
 from ..convert.gguf.types import GgmlType
 from ..convert.work import StageDirectory, claimed, discard_stages
 from ..errors import ConfigError, UnsupportedModelError
@@ -130,14 +130,14 @@ def measure_model(
         The measurement. Its damages are in nats per token.
 
     Raises:
-        UnsupportedModelError: The family is unknown, or an input width is no multiple of 32.
+        UnsupportedModelError: The family is unknown, or the MLPs have biases.
         NumericalError: NaN or infinity in activations or gradients.
     """
     device = resolve_device(config.device)
     provenance = measurement_provenance(checkpoint, calibration, config)
     pieces = StageDirectory(work, "measure", provenance)
     model = StreamedModel(checkpoint, device=device, dtype=torch.float32)
-    _check_layout(model, checkpoint)
+    _check_biases(checkpoint)
     kinds = _kinds(config)
     run = MeasuringPasses(
         model,
@@ -177,20 +177,7 @@ def _other_weights(checkpoint: Checkpoint, quantized: Sequence[str]) -> int:
     return sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names if name not in matrices)
 
 
-def _check_layout(model: StreamedModel, checkpoint: Checkpoint) -> None:
-    names = [
-        name
-        for index in range(model.block_count)
-        for stage in model.family.stages
-        for name in model.family.linear_names(index, stage)
-    ]
-    for name in names:
-        rows = checkpoint.shape(f"{name}.weight")[1]
-        if rows % ROW_MULTIPLE or rows > MAX_ROWS:
-            raise UnsupportedModelError(
-                f"{name}: {rows} input features, expected a multiple of {ROW_MULTIPLE} up to {MAX_ROWS}: "
-                "EXL2 cannot hold this linear."
-            )
+def _check_biases(checkpoint: Checkpoint) -> None:
     if checkpoint.config.get("mlp_bias"):
         raise UnsupportedModelError(
             "config.json: mlp_bias is true. EXL2 readers do not reorder these biases along with the rows of down_proj, "

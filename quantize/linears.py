@@ -6,10 +6,12 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from ..convert.checkpoint import Checkpoint
 from ..measure.families import HEAD, family_of
+
+if TYPE_CHECKING:
+    from ..convert.checkpoint import Checkpoint  # which needs torch; plans do not
 
 __all__ = ["Linear", "Shaped", "matching", "model_linears", "unit_of"]
 
@@ -55,7 +57,9 @@ def model_linears(checkpoint: Checkpoint) -> tuple[list[Linear], Linear]:
             for name in family.linear_names(block, stage):
                 columns, rows = checkpoint.shape(f"{name}.weight")
                 linears.append(Linear(name, rows, columns))
-    vocabulary, hidden = next(checkpoint.shape(name) for name in checkpoint.names if name.endswith("embed_tokens.weight"))
+    vocabulary, hidden = next(
+        checkpoint.shape(name) for name in checkpoint.names if name.endswith("embed_tokens.weight")
+    )
     return linears, Linear(HEAD, hidden, vocabulary)
 
 

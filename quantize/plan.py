@@ -17,12 +17,13 @@ from ..errors import FormatError
 from ..measure.measurement import MeasuredLinear, Measurement
 from .allocate import allocate
 from .kept import FLOAT16_BITS, KeptLinear
-from .scope import HeadBits, Scope, WidthOverride, plan_scope
-from .size_limit import SizeLimit
+from .scope import HeadBits, Scope, SizeLimit, WidthOverride, plan_scope
 
-__all__ = ["PLAN_VERSION", "LinearPlan", "Plan", "bpw_range", "make_plan"]
+__all__ = ["PLAN_VERSION", "LinearPlan", "Plan", "bpw_range", "make_plan", "measured_limit"]
 
 PLAN_VERSION = 2
+
+_FLOAT16_BYTES = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,12 +100,13 @@ class Plan:
     @property
     def decoder_bits(self) -> int:
         """Stored size of the decoder's linears in bits, those in float16 included."""
-        return sum(p.stored_bits for p in (*self.linears, *self.kept))
+        return sum(p.stored_bits for p in self.linears) + sum(p.stored_bits for p in self.kept)
 
     @property
     def bpw(self) -> float:
         """Decoder bits per weight: all ``q_*`` bits, and 16 for each weight in float16, over the decoder's weights."""
-        return self.decoder_bits / sum(p.weights for p in (*self.linears, *self.kept))
+        weights = sum(p.weights for p in self.linears) + sum(p.weights for p in self.kept)
+        return self.decoder_bits / weights
 
     @property
     def decoder_damage_nats(self) -> float:
@@ -286,6 +288,22 @@ def bpw_range(
         keep_fp16: As in ``make_plan``.
     """
     return _scope(measurement, head_bits, overrides, keep_fp16).bpw_range
+
+
+def measured_limit(measurement: Measurement, max_bytes: int) -> SizeLimit:
+    """Return the limit of all tensors, without their files' headers, as far as a measurement tells.
+
+    Args:
+        measurement: Says how many weights there are beside the linears; they are counted at 2 bytes, though those of a
+            float32 checkpoint are carried over in float32.
+        max_bytes: Largest size.
+    """
+    table, head = measurement.embedding, measurement.head
+    return SizeLimit(
+        total_bytes=max_bytes,
+        other_bytes=_FLOAT16_BYTES * (table.tokens * table.hidden_size + measurement.other_weights),
+        float16_head_bytes=0 if table.tied else _FLOAT16_BYTES * head.in_features * head.out_features,
+    )
 
 
 def _scope(

@@ -9,7 +9,7 @@ feedback by a rounder, which knows the format.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -100,6 +100,7 @@ class RoundingPass:
         pieces: StageDirectory,
         *,
         correct_drift: bool,
+        kept: Collection[str] = (),
     ) -> None:
         """Prepare a run.
 
@@ -109,6 +110,7 @@ class RoundingPass:
             rounder: Rounds single linears.
             pieces: Where finished linears are kept, by name.
             correct_drift: Whether weights are moved toward the original's outputs before they are rounded.
+            kept: Linears that stay as they are, in float16; of a stage all or none.
         """
         self.model = model
         self.tokens = torch.from_numpy(measurement.tokens).long()
@@ -116,6 +118,7 @@ class RoundingPass:
         self.rounder = rounder
         self.pieces = pieces
         self.correct_drift = correct_drift
+        self.kept = frozenset(kept)
         self.batches = micro_batches(*self.tokens.shape)
 
     def blocks(self, progress: Progress, table: Tensor | None = None) -> None:
@@ -144,9 +147,18 @@ class RoundingPass:
             targets, original = self._run_original(index, block, original)
             runs = [partial(self._run, index, quantized, batch) for batch in self.batches]
             joins = [stage.joins for stage in family.stages if stage.joins]
-            with SteppedForwards(block, [stage.linears[0] for stage in family.stages], joins, runs) as forwards:
+            stops = [stage.linears[0] for stage in family.stages if not self._keeps(index, stage)]
+            for stage in family.stages:
+                if self._keeps(index, stage):
+                    for inner in stage.linears:
+                        weight = block.get_submodule(inner).weight
+                        weight.copy_(weight.half())
+            with SteppedForwards(block, stops, joins, runs) as forwards:
                 stream = ""
                 for number, stage in enumerate(family.stages):
+                    if self._keeps(index, stage):
+                        stream = stage.joins or stream
+                        continue
                     names = family.linear_names(index, stage)
                     modules = [block.get_submodule(inner) for inner in stage.linears]
                     weights = self._token_weights(names[0])
@@ -168,6 +180,9 @@ class RoundingPass:
                     output[batch] = forwards.finish(position).cpu()
             check_finite(output, f"{self.model.block_name(index)}, quantized")
         return {"original": original, "quantized": output}
+
+    def _keeps(self, index: int, stage: Stage) -> bool:
+        return not self.kept.isdisjoint(self.model.family.linear_names(index, stage))
 
     def _on_device(self, hidden: Tensor) -> Tensor:
         return hidden.to(self.model.device)

@@ -12,9 +12,8 @@ from ..convert.exl2.layout import WIDTHS, RowGroup, group_rows, linear_bits
 from ..errors import BudgetError, ConfigError
 from .kept import ASKED, FLOAT16_BITS, KeptLinear, kept_reasons
 from .linears import Shaped, matching
-from .size_limit import SizeLimit
 
-__all__ = ["AUTO", "HEAD_BITS", "HeadBits", "Scope", "WidthOverride", "check_head_bits", "plan_scope"]
+__all__ = ["AUTO", "HEAD_BITS", "HeadBits", "Scope", "SizeLimit", "WidthOverride", "check_head_bits", "plan_scope"]
 
 HEAD_BITS = (2, 3, 4, 5, 6, 8, 16)
 """Bits that the output head can be asked to have; 16 leaves it unquantized."""
@@ -75,6 +74,21 @@ class WidthOverride:
         least = int(match[1] or min(WIDTHS))
         most = int(match[3] or max(WIDTHS)) if match[2] else least
         return cls(pattern, least, most)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SizeLimit:
+    """Most bytes that a model may take.
+
+    Attributes:
+        total_bytes: What there is.
+        other_bytes: What all but the linears and the head take of it.
+        float16_head_bytes: What the head takes of it if it stays unquantized; 0 if it is the embedding then.
+    """
+
+    total_bytes: int
+    other_bytes: int
+    float16_head_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,7 +237,7 @@ def plan_scope(
                 f"--override {override.pattern}: no quantized linear has such a name{among}. "
                 "`bpwise plan` lists the names."
             )
-    widths = dict.fromkeys(names, WIDTHS)
+    widths: dict[str, tuple[int, ...]] = dict.fromkeys(names, WIDTHS)
     for override in overrides:
         widths |= dict.fromkeys(matching(override.pattern, names), override.widths)
     return Scope(

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from ..convert.checkpoint import Checkpoint
 from ..convert.exl2.layout import padded_columns
 from ..convert.exl2.store import QUANTIZED_SUFFIXES
-from ..measure.measurement import Measurement
 from .linears import Linear, model_linears
+from .scope import SizeLimit
 from .vram import exl2_beside_weights
 
-__all__ = ["SizeLimit", "disk_limit", "gpu_limit", "measured_limit"]
+__all__ = ["disk_limit", "gpu_limit"]
 
 _FLOAT16_BYTES = 2
 
@@ -22,21 +21,6 @@ _HEADER_ENTRY_BYTES = 110
 
 _FILE_BYTES = 64
 """Length of the header, padding and metadata of a safetensors file."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SizeLimit:
-    """Most bytes that a model may take.
-
-    Attributes:
-        total_bytes: What there is.
-        other_bytes: What all but the linears and the head take of it.
-        float16_head_bytes: What the head takes of it if it stays unquantized; 0 if it is the embedding then.
-    """
-
-    total_bytes: int
-    other_bytes: int
-    float16_head_bytes: int
 
 
 def disk_limit(checkpoint: Checkpoint, max_bytes: int, *, shard_bytes: int) -> SizeLimit:
@@ -83,22 +67,6 @@ def gpu_limit(checkpoint: Checkpoint, vram_bytes: int, *, context_tokens: int | 
         total_bytes=vram_bytes,
         other_bytes=beside + sum(_FLOAT16_BYTES * math.prod(checkpoint.shape(name)) for name in others),
         float16_head_bytes=_float16_bytes(head),
-    )
-
-
-def measured_limit(measurement: Measurement, max_bytes: int) -> SizeLimit:
-    """Return the limit of all tensors, without their files' headers, as far as a measurement tells.
-
-    Args:
-        measurement: Says how many weights there are beside the linears; they are counted at 2 bytes, though those of a
-            float32 checkpoint are carried over in float32.
-        max_bytes: Largest size.
-    """
-    table, head = measurement.embedding, measurement.head
-    return SizeLimit(
-        total_bytes=max_bytes,
-        other_bytes=_FLOAT16_BYTES * (table.tokens * table.hidden_size + measurement.other_weights),
-        float16_head_bytes=0 if table.tied else _FLOAT16_BYTES * head.in_features * head.out_features,
     )
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["HEAD", "config_features", "model_order", "text_config"]
+__all__ = ["HEAD", "config_features", "is_linear", "model_order", "text_config"]
 
 HEAD = "lm_head"
 """Name of the output head, the one linear outside the decoder."""
@@ -61,6 +61,15 @@ def config_features(name: str, config: Mapping[str, Any]) -> tuple[int | None, i
         sizes[key] = count * head_size if isinstance(count, int) and isinstance(head_size, int) else None
     first, second = (sizes[key] if isinstance(sizes[key], int) else None for key in wanted)
     return first, second
+
+
+def is_linear(name: str) -> bool:
+    """Return whether a name is that of a linear that readers can take quantized, or as float16 ``.weight``.
+
+    Args:
+        name: Full name, without ``.weight``.
+    """
+    return name.rpartition(".")[2] in _FEATURES
 
 
 def model_order(name: str) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ from ..files import read_json
 from ..safetensors_file import HeaderEntry, SafetensorsHeader, read_entry, read_header
 from .config import dense_config
 from .linear import QuantizedLinear
-from .names import HEAD, config_features
+from .names import HEAD, config_features, is_linear, model_order
 from .store import QUANTIZED_SUFFIXES, linear_from_tensors
 
 __all__ = ["Exl2Model", "is_exl2"]
@@ -125,6 +125,13 @@ class Exl2Model:
     def linears(self) -> tuple[str, ...]:
         """Names of the quantized linears, without ``.weight``, sorted."""
         return self._linears
+
+    @property
+    def float16_linears(self) -> tuple[str, ...]:
+        """Names of the decoder's linears that are stored unquantized, without ``.weight``, in model order."""
+        weights = {name.removesuffix(".weight") for name in self._names if name.endswith(".weight")}
+        found = (name for name in weights - set(self._linears) - {HEAD} if is_linear(name))
+        return tuple(sorted(found, key=model_order))
 
     @property
     def file_bytes(self) -> int:
