@@ -216,8 +216,8 @@ def _quantize_to_gguf(model: str, output: Path, evaluate: EvalConfig | None, opt
 
 
 def _refuse_without_vram(options: dict[str, Any]) -> None:
-    if options["vram"] is None:
-        refuse_beside("another target than --vram", ("context", "cache_bits"), "it is the cache's that --vram counts")
+    if options["vram"] is None and (options["context"] is not None or options["cache_bits"] != "16"):
+        raise click.UsageError("--context and --cache-bits go with --vram.")
 
 
 def _quantize_series(

@@ -97,7 +97,7 @@ def _planned(path: Path) -> dict[str, tuple[float, float]]:
             return {entry["name"]: (_type_bpw(entry), float(entry["damage_nats"])) for entry in raw["tensors"]}
         entries = [*raw["linears"], *([raw["head"]] if raw["head"] else [])]
         planned = {entry["name"]: (float(entry["bpw"]), float(entry["damage_nats"])) for entry in entries}
-        return planned | {entry["name"]: (16.0, 0.0) for entry in raw["kept"]}
+        return planned | {entry["name"]: (16.0, 0.0) for entry in raw.get("kept", ())}
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(f"{path}: not a plan, or damaged ({error}). Make it again with `bpwise plan`.") from error
 

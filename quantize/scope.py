@@ -187,9 +187,9 @@ class Scope:
         left = 8 * limit.total_bytes - fixed
         if left < lowest:
             raise BudgetError(
-                f"{limit.total_bytes} bytes cannot be reached: {-(-fixed // 8)} of them go to what is not decided "
-                f"here, and this model takes from {-(-(fixed + lowest) // 8)} to {-(-(fixed + highest) // 8)} bytes in "
-                f"all{self._as_asked()}. Ask for a size in this range."
+                f"{limit.total_bytes} bytes cannot be reached: all but the linears planned here takes "
+                f"{-(-fixed // 8)}, and the whole from {-(-(fixed + lowest) // 8)} to {-(-(fixed + highest) // 8)}"
+                f"{self._as_asked()}. Ask for a size in this range."
             )
         return min(left, highest)
 
