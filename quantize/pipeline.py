@@ -388,6 +388,7 @@ def _write(
             "measurement": plan.measurement,
             "bpw": plan.bpw,
             "head_bits": plan.head_bits,
+            "float16_linears": len(plan.kept),
             "predicted_damage_nats": plan.damage_nats,
         },
         float16=[linear.name for linear in plan.kept],

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from ..convert.checkpoint import Checkpoint
 from ..convert.exl2.layout import padded_columns
+from ..convert.exl2.shards import header_bytes
 from ..convert.exl2.store import QUANTIZED_SUFFIXES
 from .linears import Linear, model_linears
 from .scope import SizeLimit
@@ -15,12 +16,6 @@ from .vram import exl2_beside_weights
 __all__ = ["disk_limit", "gpu_limit"]
 
 _FLOAT16_BYTES = 2
-
-_HEADER_ENTRY_BYTES = 110
-"""Most that safetensors' header says of a tensor, beside its name: dtype, shape, offsets, punctuation."""
-
-_FILE_BYTES = 64
-"""Length of the header, padding and metadata of a safetensors file."""
 
 
 def disk_limit(checkpoint: Checkpoint, max_bytes: int, *, shard_bytes: int) -> SizeLimit:
@@ -34,13 +29,13 @@ def disk_limit(checkpoint: Checkpoint, max_bytes: int, *, shard_bytes: int) -> S
     linears, head = model_linears(checkpoint)
     biases = _biases(checkpoint, [*linears, head])
     carried = checkpoint.names - {f"{linear.name}.weight" for linear in (*linears, head)} - biases.keys()
-    names = [*carried, *biases, *(f"{x.name}.{suffix}" for x in (*linears, head) for suffix in QUANTIZED_SUFFIXES)]
-    headers = sum(len(name.encode()) + _HEADER_ENTRY_BYTES for name in names)
+    parts = (*QUANTIZED_SUFFIXES, "bias")  # as the writer announces them
+    names = carried | {f"{linear.name}.{part}" for linear in (*linears, head) for part in parts}
     files = 1 + 2 * max_bytes // shard_bytes
     data = sum(checkpoint.info(name).size_bytes for name in carried) + sum(biases.values())
     return SizeLimit(
         total_bytes=max_bytes,
-        other_bytes=data + headers + files * _FILE_BYTES,
+        other_bytes=data + files * (8 + header_bytes(names)),
         float16_head_bytes=0 if checkpoint.tied_embeddings else _float16_bytes(head),
     )
 

@@ -12,6 +12,7 @@ from bpwise.measure.calibration import CalibrationSet
 from bpwise.measure.run import MeasureConfig, measure_model
 from bpwise.quantize.plan import Plan, make_plan
 from bpwise.quantize.rounding import RoundConfig, round_model
+from bpwise.quantize.vram import exl2_beside_weights
 from click.testing import CliRunner
 from safetensors.torch import load_file
 from torch import Tensor
@@ -79,6 +80,7 @@ class TestMixedModel:
             "damage_nats": 0.0,
         }
         assert "3 linears, 18432 weights: asked for" in (out / "report.md").read_text()
+        assert "3 linears of the decoder" in (out / "README.md").read_text()
 
     def test_readers_understand_it(self, mixed: tuple[Path, str], tiny_model: Path, tmp_path: Path) -> None:
         out, _ = mixed
@@ -101,8 +103,8 @@ class TestMixedModel:
                 AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(input_ids=ids).logits.log_softmax(-1)
                 for path in (tiny_model, tmp_path / "dense")
             )
-        # At 8 bits it is near the original: uniform guesses would be 5.6 nats away.
-        assert float((p.exp() * (p - q)).sum(-1).mean()) < 0.1
+        # The rest has 5 bits on average; uniform guesses would be 5.6 nats away.
+        assert float((p.exp() * (p - q)).sum(-1).mean()) < 0.5
 
     def test_same_command_again_but_for_an_override(self, mixed: tuple[Path, str], tiny_model: Path) -> None:
         out, _ = mixed
@@ -130,23 +132,19 @@ def test_drift_is_cancelled_around_what_stays(save_model: Any, tmp_path: Path, k
             quantized.get_submodule(name).weight.data = rounded.linear(name).dequantize().float()
         states = [m(input_ids=held_out, output_hidden_states=True).hidden_states[-1] for m in (original, quantized)]
         errors.append(float((states[1] - states[0]).detach().square().mean()))
-        # What rounding itself saw is what the model makes of the rounded weights and the original ones.
+        # What rounding saw is what the model makes of the rounded weights beside the original ones.
+        seen: list[Tensor] = []
+        quantized.model.norm.register_forward_pre_hook(lambda _m, args, seen=seen: seen.append(args[0]))
+        with torch.no_grad():
+            quantized(input_ids=ids)
         state = rounded.pieces.load("state-2")["quantized"]
-        embedded = [
-            m.model.layers(ids) if False else m(input_ids=ids, output_hidden_states=True) for m in (quantized,)
-        ][0]
-        before_norm = embedded.hidden_states[2]
-        again = quantized.model.layers[2](
-            before_norm, position_embeddings=quantized.model.rotary_emb(before_norm, torch.arange(32)[None])
-        )
-        again = again[0] if isinstance(again, tuple) else again
-        assert float((again - state).detach().norm() / state.norm()) < 2e-3  # float16 weights
+        assert float((seen[0] - state).norm() / state.norm()) < 2e-3  # those are in float16 there
     assert errors[1] < errors[0]
 
 
 def test_width_that_exl2_cannot_hold(save_model: Any, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", kind=Qwen2Config, intermediate_size=80)
-    printed = run("quantize", model, tmp_path / "out", "--bpw", 10.0, *TEXT)
+    printed = run("quantize", model, tmp_path / "out", "--bpw", 11, *TEXT)
     assert "float16     6 linears" in printed
     assert "down_proj has 80 input features" in printed
     assert "down_proj has 80 input features" in (tmp_path / "out" / "report.md").read_text()
@@ -154,48 +152,55 @@ def test_width_that_exl2_cannot_hold(save_model: Any, tmp_path: Path) -> None:
     assert tensors["model.layers.1.mlp.down_proj.weight"].dtype == torch.float16
     assert "model.layers.1.self_attn.q_proj.q_weight" in tensors
     run("verify", tmp_path / "out")
-    assert "float16       6 linears" in run("quantize", model, tmp_path / "x", "--bpw", 10, *TEXT, "--dry-run")
+    assert "float16       6 linears" in run("quantize", model, tmp_path / "x", "--bpw", 11, *TEXT, "--dry-run")
 
 
 def test_nothing_fits(save_model: Any, tmp_path: Path) -> None:
-    model = save_model(
-        tmp_path / "model", hidden_size=48, intermediate_size=80, num_attention_heads=2, num_key_value_heads=1
-    )
-    message = run("quantize", model, tmp_path / "out", "--bpw", 8, *TEXT, code=1)
-    assert "nothing is left to quantize" in message
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = save_model(tmp_path / "model", **sizes)
+    for extra in ((), ("--dry-run",)):
+        message = run("quantize", model, tmp_path / "out", "--bpw", 8, *TEXT, *extra, code=1)
+        assert "nothing is left to quantize" in message
     assert not (tmp_path / "out").exists()
 
 
-def test_head_that_does_not_fit_stays(save_model: Any, tmp_path: Path) -> None:
-    # Two heads of 32 make o_proj fit, but 48 channels do not: nothing of the decoder would be left.
-    model = save_model(
-        tmp_path / "m", hidden_size=48, intermediate_size=96, num_attention_heads=2, num_key_value_heads=1
-    )
-    assert "nothing is left" in run("quantize", model, tmp_path / "out", "--bpw", 8, *TEXT, "--dry-run", code=1)
-
-
-@pytest.mark.parametrize("options", [(), ("--head-bits", "auto"), ("--head-bits", "16", "--keep-fp16", "*.0.mlp.*")])
-def test_largest_size(mixed: tuple[Path, str], tiny_model: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("largest", "options"),
+    [
+        (150_000, ()),
+        (170_000, ("--head-bits", "auto")),
+        (185_000, ("--head-bits", "16", "--keep-fp16", "*.0.mlp.*")),
+    ],
+)
+def test_largest_size(
+    mixed: tuple[Path, str], tiny_model: Path, tmp_path: Path, largest: int, options: tuple[str, ...]
+) -> None:
     measurement = mixed[0].with_name("out.work") / "measurement.safetensors"
-    largest = 150_000 if not options else 170_000
     command = ("quantize", tiny_model, tmp_path / "out", "--max-size", largest, "-m", measurement, "--no-eval")
     run(*command, "--device", "cpu", *options)
     size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
-    # Below, headers included: their estimate leaves some 40 bytes for each of 90 tensors.
-    assert largest - 6_000 < size <= largest
+    # Below, headers included; that of a float16 MLP is shorter than it might be, by 15 names of about 240 bytes.
+    assert largest - (4_800 if "--keep-fp16" in options else 1_000) < size <= largest
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config["bits"] == plan_of(tmp_path / "out").target_bpw
 
 
 def test_gpu_memory(mixed: tuple[Path, str], tiny_model: Path, tmp_path: Path) -> None:
     measurement = mixed[0].with_name("out.work") / "measurement.safetensors"
-    sizes = []
-    for context in ("64", "1k"):
+    config = json.loads((tiny_model / "config.json").read_text())
+    beside = [exl2_beside_weights(1 << 40, config, tokens, cache_bits=8) for tokens in (1024, 1028)]
+    vram = beside[0] + 75_000
+    for context, taken in zip(("1k", "1028"), beside, strict=True):
         out = tmp_path / context
-        command = ("quantize", tiny_model, out, "--vram", 339_400_000, "--context", context, "-m", measurement)
+        command = ("quantize", tiny_model, out, "--vram", vram, "--context", context, "-m", measurement)
         run(*command, "--no-eval", "--device", "cpu", "--cache-bits", 8)
-        sizes.append(plan_of(out).decoder_bits // 8)
-    assert sizes[1] < sizes[0]
+        on_gpu = sum(
+            tensor.numel() * min(2, tensor.element_size()) if name.endswith("norm.weight") else tensor.nbytes
+            for name, tensor in stored(out).items()
+            if "embed" not in name
+        )
+        # The largest step is one of 2 bits of 32 x 96 weights.
+        assert vram - 800 < taken + on_gpu <= vram
     message = run("quantize", tiny_model, tmp_path / "z", "--vram", "300MB", "-m", measurement, code=1)
     assert "leave no room for weights" in message
 
