@@ -84,7 +84,9 @@ class TestMixedModel:
 
     def test_readers_understand_it(self, mixed: tuple[Path, str], tiny_model: Path, tmp_path: Path) -> None:
         out, _ = mixed
-        assert "12 quantized linears" in run("verify", out)
+        verified = run("verify", out)
+        assert "12 quantized linears" in verified
+        assert f"decoder {plan_of(out).bpw:.4f} bpw (3 linears in float16)" in verified
         inspected = run("inspect", out)
         assert "3 linears of the decoder in float16" in inspected
         assert f"decoder {plan_of(out).bpw:.4f} bits per weight" in inspected
