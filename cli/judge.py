@@ -41,7 +41,10 @@ def verify(model: Path) -> None:
         f"{model}: {found.linears} quantized linears and {found.tensors} other tensors "
         + ("decode to what was meant." if found.had_manifest else "follow the format (no manifest to compare with).")
     )
-    click.echo(f"decoder {found.decoder_bpw:.4f} bpw, head {found.head_bpw:.4f} bpw, {found.file_bytes / MIB:.1f} MiB")
+    float16 = f" ({found.float16_linears} linears in float16)" if found.float16_linears else ""
+    click.echo(
+        f"decoder {found.decoder_bpw:.4f} bpw{float16}, head {found.head_bpw:.4f} bpw, {found.file_bytes / MIB:.1f} MiB"
+    )
 
 
 def _verify_gguf(model: Path) -> None:

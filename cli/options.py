@@ -13,7 +13,7 @@ from click.core import ParameterSource
 if TYPE_CHECKING:
     from ..measure.calibration import CalibrationSet
     from ..measure.run import MeasureConfig
-    from ..quantize.plan import HeadBits
+    from ..quantize.scope import HeadBits
 
 __all__ = [
     "DIRECTORY",
@@ -22,9 +22,12 @@ __all__ = [
     "EXISTING_PATH",
     "FILE",
     "HEAD_BITS_OPTION",
+    "KEEP_FP16_OPTION",
     "MIB",
+    "OVERRIDE_OPTION",
     "RATES",
     "SIZE",
+    "TOKENS",
     "calibration_options",
     "progress_bar",
     "read_head_bits",
@@ -76,6 +79,18 @@ class Size(click.ParamType[int]):
         return int(float(match[1]) * self._UNITS[match[2]])
 
 
+class Tokens(click.ParamType[int]):
+    """A number of tokens, in units of 1024 where it ends in ``k``."""
+
+    name = "tokens"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = re.fullmatch(r"([1-9][0-9]*)(k?)", str(value).lower())
+        if match is None:
+            self.fail(f"{value!r} is no number of tokens, expected for example 32768 or 32k.", param, ctx)
+        return int(match[1]) * (1024 if match[2] else 1)
+
+
 class Rates(click.ParamType[tuple[float, ...]]):
     """Bitrates, separated by commas."""
 
@@ -96,6 +111,9 @@ class Rates(click.ParamType[tuple[float, ...]]):
 SIZE = Size()
 
 
+TOKENS = Tokens()
+
+
 RATES = Rates()
 
 
@@ -105,6 +123,24 @@ HEAD_BITS_OPTION = click.option(
     type=click.Choice(["2", "3", "4", "5", "6", "8", "16", "auto"]),
     default="6",
     help="Bits of the output head; 16: unquantized; auto: as many as pay, out of --bpw for decoder and head together.",
+)
+
+
+OVERRIDE_OPTION = click.option(
+    "--override",
+    multiple=True,
+    metavar="PATTERN=WHAT",
+    help="What linears get whose names match: EXL2, bits of every row group (6 exactly, 5: at least, :6 at most, 4:6); "
+    "GGUF, a type. Repeatable; the last match counts.",
+)
+
+
+KEEP_FP16_OPTION = click.option(
+    "--keep-fp16",
+    multiple=True,
+    metavar="PATTERN",
+    help="EXL2: linears to leave in float16, counted in --bpw: all of an attention block or MLP, as '*.0.mlp.*', or "
+    "lm_head. Repeatable.",
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,12 @@ from .options import (
     EXISTING_DIRECTORY,
     EXISTING_FILE,
     HEAD_BITS_OPTION,
+    KEEP_FP16_OPTION,
     MIB,
+    OVERRIDE_OPTION,
     RATES,
     SIZE,
+    TOKENS,
     calibration_options,
     progress_bar,
     read_head_bits,
@@ -28,7 +32,6 @@ if TYPE_CHECKING:
     from ..measure.run import MeasureConfig
     from ..quantize.gguf_pipeline import GgufConfig
     from ..quantize.pipeline import QuantizeConfig
-    from ..quantize.plan import HeadBits
 
 __all__ = ["quantize"]
 
@@ -50,14 +53,21 @@ __all__ = ["quantize"]
     "several outputs in the directory OUTPUT from one measurement.",
 )
 @HEAD_BITS_OPTION
-@click.option("--max-size", type=SIZE, help="GGUF: largest size of the file, as 5GB or 700MiB, instead of --bpw.")
-@click.option("--vram", type=SIZE, help="GGUF: memory of a GPU to fit into, cache of --context included.")
-@click.option("--context", type=click.IntRange(1), help="GGUF, with --vram: tokens of context.  [default: the model's]")
+@click.option("--max-size", type=SIZE, help="Largest size of the file or files, as 5GB or 700MiB, instead of --bpw.")
+@click.option("--vram", type=SIZE, help="Memory of a GPU to fit into, cache of --context included, instead of --bpw.")
+@click.option("--context", type=TOKENS, help="With --vram: tokens of context, as 32k.  [default: the model's]")
+@click.option(
+    "--cache-bits",
+    type=click.Choice(["16", "8", "6", "4"]),
+    default="16",
+    help="EXL2, with --vram: which of ExLlamaV2's caches the context is kept in.",
+)
 @click.option(
     "--type", "mixture", help="GGUF: one of llama.cpp's fixed mixtures, as Q4_K_M, exactly as llama-quantize makes it."
 )
 @click.option("--imatrix", type=EXISTING_FILE, help="GGUF, with --type: an importance matrix.")
-@click.option("--override", multiple=True, metavar="PATTERN=TYPE", help="GGUF: a type that tensors must have.")
+@OVERRIDE_OPTION
+@KEEP_FP16_OPTION
 @click.option(
     "--no-feedback",
     is_flag=True,
@@ -121,18 +131,27 @@ def quantize(model: str, output: Path, output_format: str | None, **options: Any
 
 def _quantize_to_exl2(model: str, output: Path, evaluate: EvalConfig | None, options: dict[str, Any]) -> None:
     from ..quantize.pipeline import QuantizeConfig, quantize_model
+    from ..quantize.scope import WidthOverride
 
     refuse_beside(
         "an EXL2 output",
-        ("max_size", "vram", "context", "mixture", "imatrix", "override", "no_feedback", "llama_cpp", "card"),
+        ("mixture", "imatrix", "no_feedback", "llama_cpp", "card"),
         "it is for GGUF",
     )
-    if options["bpw"] is None:
-        raise click.UsageError("an EXL2 output needs --bpw.")
+    if sum(options[target] is not None for target in ("bpw", "max_size", "vram")) != 1:
+        raise click.UsageError("an EXL2 output needs one of --bpw, --max-size and --vram.")
+    _refuse_without_vram(options)
     measure_config, saved = read_measure_config(options, types=False)
+    rates = options["bpw"] or ()
     config = QuantizeConfig(
-        bpw=options["bpw"][0],
+        bpw=rates[0] if rates else None,
+        max_bytes=options["max_size"],
+        vram_bytes=options["vram"],
+        context_tokens=options["context"],
+        cache_bits=int(options["cache_bits"]),
         head_bits=read_head_bits(options["head_bits"]),
+        overrides=tuple(map(WidthOverride.parse, options["override"])),
+        keep_fp16=options["keep_fp16"],
         measure=measure_config,
         evaluate=evaluate,
         shard_bytes=options["shard_size"] * MIB,
@@ -141,10 +160,10 @@ def _quantize_to_exl2(model: str, output: Path, evaluate: EvalConfig | None, opt
     )
     if options["dry_run"]:
         known = _config_of(options["measurement"]) if options["measurement"] else measure_config
-        for bpw in options["bpw"]:
-            _print_forecast(model, bpw, config.head_bits, known)
+        for bpw in rates or (None,):
+            _print_forecast(model, replace(config, bpw=bpw, measure=known))
         return
-    if len(options["bpw"]) > 1:
+    if len(rates) > 1:
         _quantize_series(model, output, config, saved, options)
         return
     result = quantize_model(
@@ -164,11 +183,14 @@ def _quantize_to_gguf(model: str, output: Path, evaluate: EvalConfig | None, opt
     from ..quantize.gguf_pipeline import GgufConfig, quantize_to_gguf
     from ..quantize.type_plan import Override
 
-    refuse_beside("a GGUF output", ("head_bits", "shard_size", "dry_run", "force"), "it is for EXL2")
+    refuse_beside(
+        "a GGUF output",
+        ("head_bits", "keep_fp16", "cache_bits", "shard_size", "dry_run", "force"),
+        "it is for EXL2",
+    )
     if sum(options[target] is not None for target in ("bpw", "max_size", "vram", "mixture")) != 1:
         raise click.UsageError("a GGUF output needs one of --bpw, --max-size, --vram and --type.")
-    if options["context"] and not options["vram"]:
-        raise click.UsageError("--context goes with --vram.")
+    _refuse_without_vram(options)
     if options["mixture"]:
         _convert_to_mixture(model, output, evaluate, options)
         return
@@ -207,6 +229,11 @@ def _quantize_to_gguf(model: str, output: Path, evaluate: EvalConfig | None, opt
     )
     for line in result.summary_lines():
         click.echo(line)
+
+
+def _refuse_without_vram(options: dict[str, Any]) -> None:
+    if options["vram"] is None and (options["context"] is not None or options["cache_bits"] != "16"):
+        raise click.UsageError("--context and --cache-bits go with --vram.")
 
 
 def _quantize_series(
@@ -271,13 +298,17 @@ def _config_of(measurement: Path) -> MeasureConfig:
     return MeasureConfig(calibration=calibration, group_size=measured.group_size)
 
 
-def _print_forecast(model: str, bpw: float, head_bits: HeadBits, config: MeasureConfig) -> None:
+def _print_forecast(model: str, config: QuantizeConfig) -> None:
     from ..convert.checkpoint import open_model
-    from ..quantize.forecast import forecast_run
+    from ..quantize.kept import kept_lines
 
-    forecast = forecast_run(open_model(model), bpw=bpw, head_bits=head_bits, config=config)
+    forecast = config.forecast(open_model(model))
     click.echo(f"original      {forecast.original_bytes / MIB:10.1f} MiB")
-    click.echo(f"quantized     {forecast.output_bytes / MIB:10.1f} MiB at {bpw:g} bpw, head bits {head_bits}")
+    click.echo(
+        f"quantized     {forecast.output_bytes / MIB:10.1f} MiB at {forecast.bpw:g} bpw, head bits {config.head_bits}"
+    )
     click.echo(f"possible bpw  {forecast.lowest_bpw:10.4f} to {forecast.highest_bpw:.4f}")
+    for line in kept_lines(forecast.kept, forecast.head_reason):
+        click.echo(f"float16       {line}")
     click.echo(f"memory        {forecast.memory_bytes / MIB:10.0f} MiB at most, roughly")
     click.echo(f"work on disk  {forecast.disk_bytes / MIB:10.0f} MiB at most, roughly")

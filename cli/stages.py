@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,10 @@ from .options import (
     EXISTING_FILE,
     FILE,
     HEAD_BITS_OPTION,
+    KEEP_FP16_OPTION,
     MIB,
+    OVERRIDE_OPTION,
+    SIZE,
     calibration_options,
     progress_bar,
     read_head_bits,
@@ -22,8 +24,8 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..measure.measurement import Measurement
-    from ..quantize.plan import HeadBits
+    from ..quantize.plan import Plan
+    from ..quantize.type_plan import TypePlan
 
 __all__ = ["imatrix", "measure", "plan"]
 
@@ -50,15 +52,24 @@ def measure(model: str, output: Path, **options: Any) -> None:
     "-b", "--bpw", type=float, help="Bits per weight: EXL2, of the decoder with overheads; GGUF, of all tensors."
 )
 @HEAD_BITS_OPTION
-@click.option("--override", multiple=True, metavar="PATTERN=TYPE", help="GGUF: a type that tensors must have.")
-@click.option("-o", "--output", type=FILE, help="Where to save the plan.  [default: plan-BPW.json beside MEASUREMENT]")
+@click.option("--max-size", type=SIZE, help="Largest size of all tensors, as 5GB or 700MiB, instead of --bpw.")
+@OVERRIDE_OPTION
+@KEEP_FP16_OPTION
+@click.option(
+    "-o",
+    "--output",
+    type=FILE,
+    help="Where to save the plan.  [default: plan-BPW.json or plan.json beside MEASUREMENT]",
+)
 @click.option("--html", type=FILE, help="Write a page with the plans of all sizes, in both formats, to choose from.")
 def plan(
     measurement: Path,
     output_format: str,
     bpw: float | None,
+    max_size: int | None,
     head_bits: str,
     override: tuple[str, ...],
+    keep_fp16: tuple[str, ...],
     output: Path | None,
     html: Path | None,
 ) -> None:
@@ -67,35 +78,58 @@ def plan(
     It is made from MEASUREMENT alone.
     """
     from ..measure.measurement import Measurement
+    from ..quantize.plan import make_plan, measured_limit
+    from ..quantize.scope import WidthOverride
+    from ..quantize.type_plan import Override, make_type_plan
 
-    if bpw is None and html is None:
-        raise click.UsageError("give --bpw for one plan, or --html for a page with those of all sizes.")
+    if bpw is not None and max_size is not None:
+        raise click.UsageError("--bpw and --max-size are two targets for one plan. Leave one of them out.")
+    if bpw is None and max_size is None and html is None:
+        raise click.UsageError("give --bpw or --max-size for one plan, or --html for a page with those of all sizes.")
     measured = Measurement.load(measurement)
-    if bpw is not None:
-        output = output or measurement.with_name(f"plan-{bpw:g}.json")
-        if output_format == "gguf":
-            refuse_beside("--format gguf", ("head_bits",), "the head is a tensor like any other")
-            _plan_types(measured, bpw, override, output)
+    gguf = output_format == "gguf"
+    overrides = () if gguf else tuple(map(WidthOverride.parse, override))
+    if bpw is not None or max_size is not None:
+        output = output or measurement.with_name("plan.json" if bpw is None else f"plan-{bpw:g}.json")
+        if gguf:
+            refuse_beside("--format gguf", ("head_bits", "keep_fp16"), "the head is a tensor like any other")
+            made = make_type_plan(
+                measured, bpw=bpw, tensor_bytes=max_size, overrides=tuple(map(Override.parse, override))
+            )
+            made.save(output)
+            _print_types(made, output)
         else:
-            refuse_beside("--format exl2", ("override",), "it is for GGUF")
-            _plan_widths(measured, bpw, read_head_bits(head_bits), output)
+            size = None if max_size is None else measured_limit(measured, max_size)
+            bits = read_head_bits(head_bits)
+            chosen = make_plan(measured, bpw=bpw, size=size, head_bits=bits, overrides=overrides, keep_fp16=keep_fp16)
+            chosen.save(output)
+            _print_widths(chosen, output)
     if html is not None:
         from ..quantize.plan_page import write_plan_page
 
-        write_plan_page(measured, html, model=measurement.stem, head_bits=read_head_bits(head_bits))
+        write_plan_page(
+            measured,
+            html,
+            model=measurement.stem,
+            head_bits=read_head_bits(head_bits),
+            overrides=overrides,
+            keep_fp16=keep_fp16,
+        )
         click.echo(f"plans of all sizes -> {html}")
     for name in measured.without_feedback:
         click.echo(f"fallback: {name} was measured without error feedback", err=True)
 
 
-def _plan_widths(measured: Measurement, bpw: float, head_bits: HeadBits, output: Path) -> None:
-    from ..quantize.plan import make_plan
+def _print_widths(made: Plan, output: Path) -> None:
+    from ..quantize.kept import kept_lines
 
-    made = make_plan(measured, bpw=bpw, head_bits=head_bits)
-    made.save(output)
     click.echo(f"{'linear':44} {'bpw':>7} {'damage, nats/token':>19}")
     for linear in (*made.linears, *([made.head] if made.head else [])):
         click.echo(f"{linear.name:44} {linear.bpw:7.3f} {linear.damage_nats:19.3e}")
+    for kept in made.kept:
+        click.echo(f"{kept.name:44} {'float16':>7}")
+    for line in kept_lines(made.kept, made.head_reason):
+        click.echo(f"in float16: {line}")
     shares = ", ".join(f"{bits} bits {100 * share:.1f} %" for bits, share in made.weights_per_width().items())
     click.echo(f"decoder weights: {shares}")
     head_bpw = made.head.bpw if made.head else 16
@@ -105,11 +139,7 @@ def _plan_widths(measured: Measurement, bpw: float, head_bits: HeadBits, output:
     )
 
 
-def _plan_types(measured: Measurement, bpw: float, override: Sequence[str], output: Path) -> None:
-    from ..quantize.type_plan import Override, make_type_plan
-
-    made = make_type_plan(measured, bpw=bpw, overrides=tuple(map(Override.parse, override)))
-    made.save(output)
+def _print_types(made: TypePlan, output: Path) -> None:
     click.echo(f"{'tensor':44} {'type':>8} {'bpw':>7} {'damage, nats/token':>19}")
     for tensor in made.tensors:
         click.echo(f"{tensor.name:44} {tensor.type:>8} {tensor.kind.bits_per_weight:7.3f} {tensor.damage_nats:19.3e}")

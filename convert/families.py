@@ -17,7 +17,21 @@ from typing import Any
 from ..errors import UnsupportedModelError
 from .exl2.names import HEAD
 
-__all__ = ["HEAD", "Composite", "Experts", "Family", "Stage", "composite_of", "family_of", "require_reader"]
+__all__ = [
+    "EMBEDDING",
+    "HEAD",
+    "Composite",
+    "Experts",
+    "Family",
+    "Stage",
+    "composite_of",
+    "family_of",
+    "require_reader",
+]
+
+
+EMBEDDING = "model.embed_tokens.weight"
+"""Full name of the table of token embeddings."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from .checkpoint import TensorInfo, TensorSource, head_is_embedding
 from .exl2.names import config_features, text_config
-from .families import HEAD, Family, composite_of, family_of
+from .families import EMBEDDING, HEAD, Family, composite_of, family_of
 
 __all__ = ["FusedModel", "LanguageModel", "WrittenModel", "language_config", "language_model"]
 
@@ -31,8 +31,6 @@ _PREFIXES = (
 )
 """What the names of a language model inside of another begin with, and what that stands for: as the Hub's checkpoints
 have it, as Transformers 5 has it in memory, and the head."""
-
-_EMBEDDING = "model.embed_tokens.weight"
 
 
 class _View:
@@ -113,6 +111,11 @@ class LanguageModel(_View):
         return self._config
 
     @property
+    def block_count(self) -> int:
+        """Number of decoder blocks."""
+        return int(self._config["num_hidden_layers"])
+
+    @property
     def names(self) -> frozenset[str]:
         """Full names of the language model's tensors."""
         return self._names
@@ -166,7 +169,7 @@ def language_config(source: TensorSource) -> dict[str, Any]:
     for key in ("tie_word_embeddings", "vocab_size"):
         if key in whole:
             config.setdefault(key, whole[key])
-    embedding = next((name for name in source.names if _plain(name, composite=True) == _EMBEDDING), None)
+    embedding = next((name for name in source.names if _plain(name, composite=True) == EMBEDDING), None)
     if embedding is not None:  # some configs leave it to the default of a class
         config.setdefault("vocab_size", source.shape(embedding)[0])
     return config

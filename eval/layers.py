@@ -74,7 +74,8 @@ def plan_beside(model: Path) -> Path | None:
 def _stored_bpw(model: TensorSource) -> dict[str, float]:
     if isinstance(model, Exl2Model):
         bits = {name: 8 * model.stored_bytes(name) for name in model.linears}
-        return {name: bits[name] / math.prod(model.shape(f"{name}.weight")) for name in sorted(bits, key=_model_order)}
+        bpw = {name: bits[name] / math.prod(model.shape(f"{name}.weight")) for name in bits}
+        return {name: bpw.get(name, 16.0) for name in sorted([*bpw, *model.float16_linears], key=_model_order)}
     if isinstance(model, GgufModel):
         names = [name for name in model.names if name.endswith(".weight") and len(model.shape(name)) > 1]
         return {
@@ -95,7 +96,8 @@ def _planned(path: Path) -> dict[str, tuple[float, float]]:
         if "bpwise_type_plan" in raw:
             return {entry["name"]: (_type_bpw(entry), float(entry["damage_nats"])) for entry in raw["tensors"]}
         entries = [*raw["linears"], *([raw["head"]] if raw["head"] else [])]
-        return {entry["name"]: (float(entry["bpw"]), float(entry["damage_nats"])) for entry in entries}
+        planned = {entry["name"]: (float(entry["bpw"]), float(entry["damage_nats"])) for entry in entries}
+        return planned | {entry["name"]: (16.0, 0.0) for entry in raw.get("kept", ())}
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(f"{path}: not a plan, or damaged ({error}). Make it again with `bpwise plan`.") from error
 

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from ..convert.checkpoint import Checkpoint, open_model
-from ..convert.exl2.layout import MAX_ROWS, ROW_MULTIPLE, WIDTHS
+from ..convert.exl2.layout import ROW_MULTIPLE, WIDTHS
 from ..convert.families import HEAD
 from ..convert.gguf.types import GgmlType
 from ..convert.language import LanguageModel, language_config, language_model
 from ..convert.work import StageDirectory, claimed, discard_stages
-from ..errors import ConfigError, UnsupportedModelError
+from ..errors import ConfigError
 from ..progress import Progress, silent
 from ..version import __version__
 from .calibration import CalibrationConfig, CalibrationSet, build_calibration
@@ -135,7 +135,7 @@ def measure_model(
         The measurement. Its damages are in nats per token.
 
     Raises:
-        UnsupportedModelError: The family is unknown, or an input width is no multiple of 32.
+        UnsupportedModelError: The family is unknown, or the MLPs have biases.
         NumericalError: NaN or infinity in activations or gradients.
     """
     device = resolve_device(config.device)
@@ -143,7 +143,6 @@ def measure_model(
     pieces = StageDirectory(work, "measure", provenance)
     source = language_model(checkpoint)
     model = StreamedModel(source, device=device, dtype=torch.float32)
-    _check_layout(model, source)
     kinds = _kinds(config)
     run = MeasuringPasses(
         model,
@@ -188,22 +187,6 @@ def _kinds(config: MeasureConfig) -> tuple[GgmlType, ...]:
 def _other_weights(source: LanguageModel, quantized: Sequence[str]) -> int:
     matrices = {f"{name}.weight" for name in quantized}
     return sum(math.prod(source.shape(name)) for name in source.names if name not in matrices)
-
-
-def _check_layout(model: StreamedModel, source: LanguageModel) -> None:
-    names = [
-        name
-        for index in range(model.block_count)
-        for stage in model.stages(index)
-        for name in model.family.linear_names(index, stage)
-    ]
-    for name in names:
-        rows = source.shape(f"{name}.weight")[1]
-        if rows % ROW_MULTIPLE or rows > MAX_ROWS:
-            raise UnsupportedModelError(
-                f"{name}: {rows} input features, expected a multiple of {ROW_MULTIPLE} up to {MAX_ROWS}: "
-                "EXL2 cannot hold this linear."
-            )
 
 
 def calibration_rows(checkpoint: Checkpoint, config: CalibrationConfig) -> CalibrationSet:

@@ -39,14 +39,16 @@ def allocate(damage: NDArray[np.float64], bits: NDArray[np.int64], budget_bits: 
     """Choose one option per group.
 
     Args:
-        damage: Damage of every option, shape (groups, options), finite, not negative.
+        damage: Damage of every option, shape (groups, options), not negative; infinite for one that may not be taken.
+            Every group has an option of finite damage.
         bits: Bits of every option, same shape, strictly decreasing or increasing along the options.
-        budget_bits: Most bits that all groups together may take; at least the sum of the smallest options.
+        budget_bits: Most bits that all groups together may take; at least the sum of the smallest options that
+            may be taken.
 
     Returns:
         The choice, within the budget.
     """
-    start = bits.argmin(axis=1)
+    start = np.where(np.isfinite(damage), bits, np.iinfo(np.int64).max).argmin(axis=1)
     steps = _hull_steps(damage, bits, start)
     order = np.lexsort((steps.target, steps.group, -steps.slope))
     choice = start.copy()

@@ -134,6 +134,7 @@ def _made_exl2(model: Exl2Model) -> tuple[tuple[str, str], ...]:
             "decoder",
             _with_unit(decoder_bpw, "bits per weight, all overheads counted"),
         ),
+        ("left in float16", _with_unit(provenance.get("float16_linears") or None, "linears of the decoder")),
         ("output head", _with_unit(quantization.get("head_bits"), "bits")),
         ("size of the weights", f"{model.file_bytes / 1e9:.3f} GB"),
         ("calibration", calibration.get("dataset")),

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..convert.checkpoint import Checkpoint
-from ..convert.exl2.layout import RowGroup, group_rows, linear_bits
 from ..convert.families import HEAD, Stage
 from ..convert.language import LanguageModel, language_model
 from ..measure.curves import SAMPLED_COLUMNS
 from ..measure.run import MeasureConfig
 from ..rounding.parallel import cores
-from .plan import AUTO, HeadBits, check_bpw, possible_bpw
+from .kept import KeptLinear
+from .linears import model_linears
+from .scope import HeadBits, SizeLimit, WidthOverride, plan_scope
 
 __all__ = ["Forecast", "forecast_run"]
 
@@ -30,8 +32,11 @@ class Forecast:
         decoder_weights: Weights in the decoder's linears.
         original_bytes: Size of the original tensors.
         output_bytes: Size of the quantized tensors at the asked bitrates.
+        bpw: Decoder bits per weight, as asked or as the asked size leaves.
         lowest_bpw: Smallest decoder bits per weight possible.
         highest_bpw: Largest decoder bits per weight possible.
+        kept: Decoder linears that stay in float16.
+        head_reason: Why the head does though other bits were asked; else None.
         memory_bytes: Expected peak of resident memory, a rough upper estimate.
         disk_bytes: Expected peak of the work directory.
     """
@@ -39,59 +44,73 @@ class Forecast:
     decoder_weights: int
     original_bytes: int
     output_bytes: int
+    bpw: float
     lowest_bpw: float
     highest_bpw: float
+    kept: tuple[KeptLinear, ...]
+    head_reason: str | None
     memory_bytes: int
     disk_bytes: int
 
 
-def forecast_run(checkpoint: Checkpoint, *, bpw: float, head_bits: HeadBits, config: MeasureConfig) -> Forecast:
+def forecast_run(
+    checkpoint: Checkpoint,
+    *,
+    bpw: float | None = None,
+    size: SizeLimit | None = None,
+    head_bits: HeadBits,
+    config: MeasureConfig,
+    overrides: Sequence[WidthOverride] = (),
+    keep_fp16: Sequence[str] = (),
+) -> Forecast:
     """Forecast a run of the whole pipeline.
 
     Args:
         checkpoint: The original model.
-        bpw: Decoder bits per weight; with ``auto`` head bits those of decoder and head together.
-        head_bits: Head bits, 16 for unquantized, or ``auto``.
+        bpw: As ``make_plan`` takes it.
+        size: As ``make_plan`` takes it.
+        head_bits: As ``make_plan`` takes them.
         config: Gives group size and the number of calibration tokens.
+        overrides: As ``make_plan`` takes them.
+        keep_fp16: As ``make_plan`` takes them.
 
     Raises:
         UnsupportedModelError: The family is unknown.
+        ConfigError: As ``plan_scope``.
         BudgetError: No plan has this size.
         CheckpointError: A tensor that the family should have is missing.
     """
+    assert (bpw is None) != (size is None), "one target"
     source = language_model(checkpoint)
-    count = int(source.config["num_hidden_layers"])
-    blocks = [_shapes(source, index) for index in range(count)]
-    embedding = next(source.shape(name) for name in source.names if name.endswith("embed_tokens.weight"))
-    vocabulary, hidden = embedding
-    decoder = {name: shape for block in blocks for stage in block.values() for name, shape in stage.items()}
-    weights = sum(rows * columns for columns, rows in decoder.values())
-    budgeted = [(rows, columns) for columns, rows in decoder.values()]
-    if head_bits == AUTO:
-        budgeted.append((hidden, vocabulary))
-    lowest, highest = possible_bpw(budgeted, config.group_size)
-    check_bpw(bpw, (lowest, highest), config.group_size)
-    quantized_bytes = int(bpw * sum(rows * columns for rows, columns in budgeted)) // 8
+    linears, head = model_linears(source)
+    scope = plan_scope(
+        linears, head, group_size=config.group_size, head_bits=head_bits, overrides=overrides, keep_fp16=keep_fp16
+    )
+    budget_bits = scope.budget_bits(bpw) if bpw is not None else 0
+    if size is not None:
+        budget_bits = scope.budget_bits_within(size)
     stored_head = 0 if source.tied_embeddings else source.stored_bytes(f"{HEAD}.weight")
-    if head_bits == 16:
-        quantized_bytes += stored_head
-    elif isinstance(head_bits, int):
-        groups = [RowGroup(head_bits, n) for n in group_rows(hidden, config.group_size)]
-        quantized_bytes += linear_bits(vocabulary, groups) // 8
-    linear_bytes = sum(source.stored_bytes(f"{name}.weight") for name in decoder)
-    other = checkpoint.total_bytes - linear_bytes - stored_head
+    quantized_bytes = (budget_bits + scope.head_alone_bits) // 8 + (stored_head if scope.head is None else 0)
+    other = checkpoint.total_bytes - stored_head - sum(source.stored_bytes(f"{x.name}.weight") for x in linears)
+    weights = sum(linear.in_features * linear.out_features for linear in linears)
+    vocabulary, hidden = head.out_features, head.in_features
+    blocks = [_shapes(source, index) for index in range(source.block_count)]
     tokens = config.calibration.rows * config.calibration.row_tokens
     state = tokens * hidden * _FLOAT32_BYTES
+    lowest, highest = scope.bpw_range
     return Forecast(
         decoder_weights=weights,
         original_bytes=checkpoint.total_bytes,
         output_bytes=other + quantized_bytes,
+        bpw=budget_bits / scope.weights if bpw is None else bpw,
         lowest_bpw=lowest,
         highest_bpw=highest,
         memory_bytes=_RUNTIME_BYTES
         + max(*(_block_memory(block, hidden, tokens) for block in blocks), _head_memory(vocabulary, hidden, tokens)),
         # Inputs of all blocks while measuring; then a byte per weight and two states while rounding.
-        disk_bytes=max((count + 1) * state, weights + vocabulary * hidden + 4 * state),
+        disk_bytes=max((len(blocks) + 1) * state, weights + vocabulary * hidden + 4 * state),
+        kept=scope.kept,
+        head_reason=scope.head_reason,
     )
 
 

@@ -18,6 +18,7 @@ from ..convert.safetensors_file import load_metadata
 from ..errors import FormatError
 from ..measure.calibration import CalibrationSet
 from ..measure.measurement import HEADER_KEY, Measurement
+from .kept import kept_lines
 from .plan import LinearPlan, Plan
 
 __all__ = ["Inspection", "inspect_path"]
@@ -89,11 +90,17 @@ def _exl2(path: Path) -> Inspection:
                 _widths([g.bits for g in linear.groups], [g.rows for g in linear.groups]),
             )
         )
+    for name in model.float16_linears:
+        columns, features = model.shape(f"{name}.weight")
+        rows.append((name, f"{features} x {columns}", "16.000", "float16"))
+        bits += 16 * features * columns
+        weights += features * columns
     settings = model.stored_config.get("quantization_config") or {}
     return Inspection(
         kind="EXL2 model",
         facts=(
             f"{len(model.linears)} quantized linears, decoder {bits / max(weights, 1):.4f} bits per weight",
+            *([f"{len(model.float16_linears)} linears of the decoder in float16"] if model.float16_linears else []),
             f"made with: {settings}",
             f"{model.file_bytes / 2**20:.1f} MiB of tensors",
         ),
@@ -210,6 +217,7 @@ def _plan(path: Path) -> Inspection:
             f"(asked {plan.target_bpw:g}, head {plan.head_bits})",
             f"predicted damage {plan.damage_nats:.6f} nats/token, of it {plan.decoder_damage_nats:.6f} in the decoder "
             f"(no plan of this size can go below {plan.lower_bound_nats:.6f})",
+            *(f"in float16: {line}" for line in kept_lines(plan.kept, plan.head_reason)),
         ),
         header=("linear", "in x out", "bpw", "damage", "share of rows at each width"),
         rows=tuple(row(p) for p in (*plan.linears, *([plan.head] if plan.head else []))),

@@ -19,7 +19,6 @@ from ..convert.language import WrittenModel
 from ..convert.work import claimed, discard_stages
 from ..errors import BrokenModelError, ConfigError, FormatError, WorkDirectoryError
 from ..eval.comparison import Comparison, EvalConfig
-from ..eval.layers import LinearCost
 from ..eval.overlap import SPANS_KEY, CalibrationSpans
 from ..eval.report import summary_lines, write_report
 from ..measure.calibration import CalibrationSet
@@ -28,13 +27,18 @@ from ..measure.run import MeasureConfig
 from ..progress import Progress, silent
 from ..version import __version__
 from .cards import check_base_model, write_card
-from .forecast import forecast_run
+from .forecast import Forecast, forecast_run
 from .judge import Judge, refuse_marked, refuse_same_source
+from .kept import kept_lines
 from .obtain import MEASUREMENT_FILE, obtain_measurement
-from .plan import HeadBits, Plan, check_head_bits, make_plan
+from .plan import Plan, make_plan
+from .planning import plan_costs
 from .rounding import RoundConfig, RoundedModel, round_model
 from .rounding_pass import Drift, drift_section
+from .scope import HeadBits, SizeLimit, WidthOverride, check_head_bits
+from .size_limit import disk_limit, gpu_limit
 from .stages import StageClock, StageCost, cost_line, cost_section
+from .vram import CACHE_BITS
 
 __all__ = ["QuantizeConfig", "QuantizeResult", "is_finished", "quantize_model", "report_details"]
 
@@ -45,7 +49,14 @@ class QuantizeConfig:
 
     Attributes:
         bpw: Decoder bits per weight, all overheads counted; met from below, never exceeded.
+        max_bytes: Largest size of all files with tensors together.
+        vram_bytes: Memory of a GPU that weights, cache and what ExLlamaV2 needs beside them should fit into; exactly
+            one of the three is given.
+        context_tokens: Length of the context whose cache should fit too; None for the model's own.
+        cache_bits: 16 for a float16 cache, or ExLlamaV2's caches of 8, 6 or 4 bits.
         head_bits: Bits of the output head: 2, 3, 4, 5, 6, 8, 16 for unquantized, or ``auto``: see ``make_plan``.
+        overrides: Widths that linears may have: see ``make_plan``.
+        keep_fp16: Shell patterns of linears that stay in float16: see ``make_plan``.
         measure: Options of the measuring stage; its calibration rows and device serve rounding too.
         evaluate: Options of the evaluation, or None to leave it out.
         shard_bytes: Largest output file, in bytes.
@@ -53,8 +64,14 @@ class QuantizeConfig:
         force: Whether to quantize a model of which EXL2 readers do not know the architecture.
     """
 
-    bpw: float
+    bpw: float | None = None
+    max_bytes: int | None = None
+    vram_bytes: int | None = None
+    context_tokens: int | None = None
+    cache_bits: int = 16
     head_bits: HeadBits = 6
+    overrides: tuple[WidthOverride, ...] = ()
+    keep_fp16: tuple[str, ...] = ()
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     evaluate: EvalConfig | None = field(default_factory=EvalConfig)
     shard_bytes: int = DEFAULT_SHARD_BYTES
@@ -67,13 +84,46 @@ class QuantizeConfig:
         Raises:
             ConfigError: One of them makes no sense.
         """
-        if not 2 <= self.bpw <= 9:
-            raise ConfigError(f"bpw must lie between 2 and 9, got {self.bpw}.")
+        if sum(target is not None for target in (self.bpw, self.max_bytes, self.vram_bytes)) != 1:
+            raise ConfigError(
+                "an EXL2 model needs one target: bits per weight, a largest size, or the memory of a GPU."
+            )
+        if self.bpw is not None and not 2 <= self.bpw <= 16:
+            raise ConfigError(f"bpw must lie between 2 and 16, got {self.bpw}.")
+        if self.cache_bits not in CACHE_BITS:
+            raise ConfigError(f"cache_bits must be one of {CACHE_BITS}, got {self.cache_bits}.")
         check_head_bits(self.head_bits)
         check_base_model(self.base_model)
         refuse_same_source(self.measure.calibration.source, self.evaluate)
         if self.shard_bytes <= 0:
             raise ConfigError(f"shard_bytes must be positive, got {self.shard_bytes}.")
+
+    def size_limit(self, checkpoint: Checkpoint) -> SizeLimit | None:
+        """Return what a model must keep below; None if bits per weight are asked for.
+
+        Raises:
+            BudgetError: The memory of the GPU leaves nothing for weights.
+            UnsupportedModelError: The family is unknown.
+        """
+        if self.max_bytes is not None:
+            return disk_limit(checkpoint, self.max_bytes, shard_bytes=self.shard_bytes)
+        if self.vram_bytes is not None:
+            return gpu_limit(
+                checkpoint, self.vram_bytes, context_tokens=self.context_tokens, cache_bits=self.cache_bits
+            )
+        return None
+
+    def forecast(self, checkpoint: Checkpoint) -> Forecast:
+        """Return what a run will take; see ``forecast_run``."""
+        return forecast_run(
+            checkpoint,
+            bpw=self.bpw,
+            size=self.size_limit(checkpoint),
+            head_bits=self.head_bits,
+            config=self.measure,
+            overrides=self.overrides,
+            keep_fp16=self.keep_fp16,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +160,7 @@ class QuantizeResult:
             f"size        {verified.file_bytes / 2**20:.1f} MiB, {verified.file_bytes / self.original_bytes:.1%} of the"
             f" original; decoder {verified.decoder_bpw:.4f} bpw (asked {plan.target_bpw:g}), "
             f"head {verified.head_bpw:.4f} bpw",
+            *(f"float16     {line}" for line in kept_lines(plan.kept, plan.head_reason)),
             f"predicted   {plan.damage_nats:.6f} nats/token, at most {100 * plan.gap:.3f} % above the best possible",
             *([] if self.comparison is None else summary_lines(self.comparison)),
         ]
@@ -157,7 +208,7 @@ def quantize_model(
     if not config.force:
         require_reader(checkpoint.config)
     if measurement is None:  # a given one has a group size of its own, which the plan checks at once
-        forecast_run(checkpoint, bpw=config.bpw, head_bits=config.head_bits, config=config.measure)
+        config.forecast(checkpoint)
     is_finished(output, model=checkpoint.fingerprint)
     work = work or output.with_name(f"{output.name}.work")
     if judge is None and config.evaluate is not None:
@@ -194,7 +245,14 @@ def _quantize(
         check_rows=None if judge is None else judge.check_text,
     )
     with clock.stage("plan"):
-        plan = make_plan(measured, bpw=config.bpw, head_bits=config.head_bits)
+        plan = make_plan(
+            measured,
+            bpw=config.bpw,
+            size=config.size_limit(checkpoint),
+            head_bits=config.head_bits,
+            overrides=config.overrides,
+            keep_fp16=config.keep_fp16,
+        )
         plan.save(work / "plan.json")
     run = _identity(checkpoint, rows, plan, config)
     fallbacks: dict[str, float] = {}
@@ -226,7 +284,7 @@ def _quantize(
         measurement=measurement or work / MEASUREMENT_FILE,
     )
     if judge is not None and comparison is not None:
-        write_report(comparison, output, {**report_details(result), **judge.details()}, costs=_costs(plan))
+        write_report(comparison, output, {**report_details(result), **judge.details()}, costs=plan_costs(plan))
         judge.sentence(output, comparison, predicted_nats=plan.damage_nats)
     write_card(output, original=checkpoint.directory, base_model=config.base_model)
     return result
@@ -252,6 +310,10 @@ def report_details(result: QuantizeResult) -> dict[str, dict[str, str | float]]:
                 f"decoder weights at {bits} bits, %": round(100 * share, 2)
                 for bits, share in plan.weights_per_width().items()
             },
+            **{
+                f"in float16, reason {number}": line
+                for number, line in enumerate(kept_lines(plan.kept, plan.head_reason), 1)
+            },
             **{f"damping of {name}": damping for name, damping in result.fallbacks.items()},
         },
         **cost_section(result.costs),
@@ -259,13 +321,9 @@ def report_details(result: QuantizeResult) -> dict[str, dict[str, str | float]]:
     }
 
 
-def _costs(plan: Plan) -> list[LinearCost]:
-    linears = (*plan.linears, *([plan.head] if plan.head else []))
-    return [LinearCost(linear.name, linear.bpw, linear.damage_nats) for linear in linears]
-
-
 def _identity(checkpoint: Checkpoint, rows: CalibrationSet, plan: Plan, config: QuantizeConfig) -> str:
     # What the written bytes depend on.
+    linears = (*plan.linears, *([plan.head] if plan.head else []))
     parts = [
         __version__,
         checkpoint.fingerprint,
@@ -273,6 +331,7 @@ def _identity(checkpoint: Checkpoint, rows: CalibrationSet, plan: Plan, config: 
         plan.measurement,
         plan.target_bpw,
         plan.head_bits,
+        [(linear.name, linear.group_bits) for linear in linears],
         config.shard_bytes,
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
@@ -336,7 +395,9 @@ def _write(
             "measurement": plan.measurement,
             "bpw": plan.bpw,
             "head_bits": plan.head_bits,
+            "float16_linears": len(plan.kept),
             "predicted_damage_nats": plan.damage_nats,
         },
+        float16=[written.prefix + linear.name for linear in plan.kept],
         shard_bytes=config.shard_bytes,
     )

@@ -5,39 +5,25 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from ..convert.exl2.layout import WIDTHS, RowGroup, group_rows, linear_bits, padded_columns
+from ..convert.exl2.layout import RowGroup, group_rows, linear_bits, padded_columns
 from ..convert.files import read_json, write_json
-from ..errors import BudgetError, ConfigError, FormatError
+from ..errors import FormatError
 from ..measure.measurement import MeasuredLinear, Measurement
 from .allocate import allocate
+from .kept import FLOAT16_BITS, KeptLinear
+from .scope import HeadBits, Scope, SizeLimit, WidthOverride, plan_scope
 
-__all__ = [
-    "AUTO",
-    "HEAD_BITS",
-    "PLAN_VERSION",
-    "HeadBits",
-    "LinearPlan",
-    "Plan",
-    "bpw_range",
-    "check_bpw",
-    "make_plan",
-    "possible_bpw",
-]
+__all__ = ["PLAN_VERSION", "LinearPlan", "Plan", "bpw_range", "make_plan", "measured_limit"]
 
-PLAN_VERSION = 1
-HEAD_BITS = (2, 3, 4, 5, 6, 8, 16)
-"""Bits that the output head can be asked to have; 16 leaves it unquantized."""
+PLAN_VERSION = 2
 
-AUTO = "auto"
-"""Head bits that leave the choice to the plan: the head then shares the decoder's budget."""
-
-HeadBits = int | Literal["auto"]
+_FLOAT16_BYTES = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,12 +77,15 @@ class Plan:
     """Bits of a whole model.
 
     Attributes:
-        linears: Decoder linears in model order.
+        linears: Quantized decoder linears in model order.
         head: The head's plan, or None if it stays at 16 bits.
-        target_bpw: What was asked of the decoder, or with ``AUTO`` of decoder and head together.
+        target_bpw: What was asked of the decoder, or with ``AUTO`` of decoder and head together; where a size was
+            asked, what it leaves them.
         head_bits: What was asked of the head: one of ``HEAD_BITS``, or ``AUTO``.
         lower_bound_nats: No allocation within the budgets has a smaller predicted damage.
         measurement: Fingerprint of the measurement behind the plan.
+        kept: Decoder linears that stay in float16, in model order.
+        head_reason: Why the head stays at 16 bits though others were asked; else None.
     """
 
     linears: tuple[LinearPlan, ...]
@@ -105,11 +94,19 @@ class Plan:
     head_bits: HeadBits
     lower_bound_nats: float
     measurement: str
+    kept: tuple[KeptLinear, ...] = ()
+    head_reason: str | None = None
+
+    @property
+    def decoder_bits(self) -> int:
+        """Stored size of the decoder's linears in bits, those in float16 included."""
+        return sum(p.stored_bits for p in self.linears) + sum(p.stored_bits for p in self.kept)
 
     @property
     def bpw(self) -> float:
-        """Decoder bits per weight: all ``q_*`` bits over the decoder's weights, as ExLlamaV2 counts."""
-        return sum(p.stored_bits for p in self.linears) / sum(p.weights for p in self.linears)
+        """Decoder bits per weight: all ``q_*`` bits, and 16 for each weight in float16, over the decoder's weights."""
+        weights = sum(p.weights for p in self.linears) + sum(p.weights for p in self.kept)
+        return self.decoder_bits / weights
 
     @property
     def decoder_damage_nats(self) -> float:
@@ -136,8 +133,8 @@ class Plan:
         return round(code_bits / sum(rows))
 
     def weights_per_width(self) -> dict[int, float]:
-        """Return the share of the decoder's weights at each width, widest first."""
-        counts: Counter[int] = Counter()
+        """Return the share of the decoder's weights at each width, widest first; 16 bits are those in float16."""
+        counts: Counter[int] = Counter({FLOAT16_BITS: sum(p.weights for p in self.kept)} if self.kept else {})
         for linear in self.linears:
             for bits, rows in zip(linear.group_bits, linear.group_rows, strict=True):
                 counts[bits] += rows * linear.out_features
@@ -159,6 +156,8 @@ class Plan:
                 "measurement": self.measurement,
                 "linears": entries,
                 "head": _to_dict(self.head) if self.head else None,
+                "kept": [asdict(linear) for linear in self.kept],
+                "head_reason": self.head_reason,
             },
         )
 
@@ -180,42 +179,57 @@ class Plan:
                 head_bits=raw["head_bits"],
                 lower_bound_nats=raw["lower_bound_nats"],
                 measurement=raw["measurement"],
+                kept=tuple(KeptLinear(**entry) for entry in raw["kept"]),
+                head_reason=raw["head_reason"],
             )
         except (KeyError, TypeError) as error:
             raise FormatError(f"{path}: the plan is damaged ({error}). Make it again with `bpwise plan`.") from error
 
 
-def make_plan(measurement: Measurement, *, bpw: float, head_bits: HeadBits) -> Plan:
+def make_plan(
+    measurement: Measurement,
+    *,
+    bpw: float | None = None,
+    size: SizeLimit | None = None,
+    head_bits: HeadBits,
+    overrides: Sequence[WidthOverride] = (),
+    keep_fp16: Sequence[str] = (),
+) -> Plan:
     """Allocate bits to every row group of the decoder and of the head.
 
     Args:
         measurement: The measured curves.
-        bpw: Decoder bits per weight, overheads included; met from below, never exceeded. With ``AUTO`` those of decoder
-            and head together.
+        bpw: Decoder bits per weight, overheads included, and 16 for each weight in float16; met from below, never
+            exceeded. With ``AUTO`` those of decoder and head together.
+        size: The same as a size of the whole model; one of the two is given.
         head_bits: Bits of the output head: 2, 3, 4, 5, 6 or 8, as large as if all its codes had that width, though its
             groups may have others; 16 for unquantized; ``AUTO`` to let it share the decoder's budget.
+        overrides: Widths that linears may have; of several that match, the last. Those of the head go before
+            ``head_bits``.
+        keep_fp16: Shell patterns of linears that stay in float16: whole attention blocks, whole MLPs, or the head. What
+            EXL2 cannot hold stays so anyway.
 
     Returns:
-        The plan.
+        The plan of least predicted damage.
 
     Raises:
-        ConfigError: ``head_bits`` is not one of these.
+        ConfigError: As ``plan_scope``.
         BudgetError: No plan has this size; the message gives the range that there is.
     """
-    check_head_bits(head_bits)
-    head = measurement.head
-    budgeted = (*measurement.linears, head) if head_bits == AUTO else measurement.linears
-    check_bpw(bpw, bpw_range(measurement, head_bits), measurement.group_size)
-    weights = sum(linear.in_features * linear.out_features for linear in budgeted)
-    # The product may fall just short of the whole number of bits that it stands for.
-    plans, lower_bound = _allocated(budgeted, measurement, int(bpw * weights + 1e-3))
-    if head_bits not in (AUTO, 16):
-        assert isinstance(head_bits, int)
-        rows = group_rows(head.in_features, measurement.group_size)
-        size = linear_bits(head.out_features, [RowGroup(head_bits, n) for n in rows])
-        head_plans, head_bound = _allocated([head], measurement, size)
+    assert (bpw is None) != (size is None), "one target"
+    measured = {linear.name: linear for linear in (*measurement.linears, measurement.head)}
+    scope = _scope(measurement, head_bits, overrides, keep_fp16)
+    budget = scope.budget_bits(bpw) if bpw is not None else 0
+    if size is not None:
+        budget = scope.budget_bits_within(size)
+        bpw = math.floor(budget / scope.weights * 1e4) / 1e4
+    assert bpw is not None
+    names = [linear.name for linear in (*scope.quantized, *([scope.head] if scope.head and scope.shares else []))]
+    plans, lower_bound = _allocated([measured[name] for name in names], measurement, scope, budget - scope.kept_bits)
+    if scope.head is not None and not scope.shares:
+        head_plans, head_bound = _allocated([measurement.head], measurement, scope, scope.head_alone_bits)
         plans, lower_bound = [*plans, *head_plans], lower_bound + head_bound
-    count = len(measurement.linears)
+    count = len(scope.quantized)
     return Plan(
         linears=tuple(plans[:count]),
         head=plans[count] if len(plans) > count else None,
@@ -223,21 +237,13 @@ def make_plan(measurement: Measurement, *, bpw: float, head_bits: HeadBits) -> P
         head_bits=head_bits,
         lower_bound_nats=lower_bound,
         measurement=measurement.fingerprint,
+        kept=scope.kept,
+        head_reason=scope.head_reason,
     )
 
 
-def check_head_bits(head_bits: HeadBits) -> None:
-    """Refuse head bits that there are not.
-
-    Raises:
-        ConfigError: The message lists those that there are.
-    """
-    if head_bits != AUTO and head_bits not in HEAD_BITS:
-        raise ConfigError(f"head bits must be one of {HEAD_BITS} or {AUTO!r}, got {head_bits!r}.")
-
-
 def _allocated(
-    linears: Sequence[MeasuredLinear], measurement: Measurement, budget_bits: int
+    linears: Sequence[MeasuredLinear], measurement: Measurement, scope: Scope, budget_bits: int
 ) -> tuple[list[LinearPlan], float]:
     # The linears' plans within a common budget, overheads included, and a lower bound of their damage.
     rows = [group_rows(linear.in_features, measurement.group_size) for linear in linears]
@@ -251,8 +257,11 @@ def _allocated(
             for linear, counts in zip(linears, rows, strict=True)
         ]
     )
+    allowed = [np.isin(measurement.widths, scope.widths[linear.name]) for linear in linears]
     solved = allocate(
-        np.concatenate([linear.damage_nats for linear in linears]).astype(np.float64),
+        np.concatenate([np.where(a, x.damage_nats, np.inf) for x, a in zip(linears, allowed, strict=True)]).astype(
+            np.float64
+        ),
         columns[:, None] * np.asarray(measurement.widths, dtype=np.int64),
         budget_bits - overhead,
     )
@@ -264,45 +273,50 @@ def _allocated(
     return plans, solved.lower_bound
 
 
-def bpw_range(measurement: Measurement, head_bits: HeadBits = 16) -> tuple[float, float]:
+def bpw_range(
+    measurement: Measurement,
+    head_bits: HeadBits = FLOAT16_BITS,
+    overrides: Sequence[WidthOverride] = (),
+    keep_fp16: Sequence[str] = (),
+) -> tuple[float, float]:
     """Return the smallest and the largest bits per weight that a plan from a measurement can have.
 
     Args:
         measurement: The measurement.
         head_bits: With ``AUTO`` the head counts too, otherwise only the decoder.
+        overrides: As in ``make_plan``.
+        keep_fp16: As in ``make_plan``.
     """
-    linears = (*measurement.linears, *([measurement.head] if head_bits == AUTO else []))
-    return possible_bpw([(linear.in_features, linear.out_features) for linear in linears], measurement.group_size)
+    return _scope(measurement, head_bits, overrides, keep_fp16).bpw_range
 
 
-def possible_bpw(shapes: Sequence[tuple[int, int]], group_size: int) -> tuple[float, float]:
-    """Return the smallest and the largest bits per weight of linears of these shapes.
+def measured_limit(measurement: Measurement, max_bytes: int) -> SizeLimit:
+    """Return the limit of all tensors, without their files' headers, as far as a measurement tells.
 
     Args:
-        shapes: Input and output features of every linear.
-        group_size: Rows of a group.
+        measurement: Says how many weights there are beside the linears; they are counted at 2 bytes, though those of a
+            float32 checkpoint are carried over in float32.
+        max_bytes: Largest size.
     """
-    weights = sum(rows * columns for rows, columns in shapes)
-    lowest, highest = (
-        sum(linear_bits(columns, [RowGroup(bits, n) for n in group_rows(rows, group_size)]) for rows, columns in shapes)
-        for bits in (min(WIDTHS), max(WIDTHS))
+    table, head = measurement.embedding, measurement.head
+    return SizeLimit(
+        total_bytes=max_bytes,
+        other_bytes=_FLOAT16_BYTES * (table.tokens * table.hidden_size + measurement.other_weights),
+        float16_head_bytes=0 if table.tied else _FLOAT16_BYTES * head.in_features * head.out_features,
     )
-    return lowest / weights, highest / weights
 
 
-def check_bpw(bpw: float, possible: tuple[float, float], group_size: int) -> None:
-    """Refuse a bitrate that no plan can have.
-
-    Raises:
-        BudgetError: It lies outside; the message gives the range.
-    """
-    lowest, highest = possible
-    if not lowest <= bpw <= highest:
-        raise BudgetError(
-            f"{bpw:g} bits per weight cannot be reached: this model at groups of {group_size} rows can have from "
-            f"{math.ceil(lowest * 1e4) / 1e4:.4f} to {math.floor(highest * 1e4) / 1e4:.4f}. "
-            "Ask for a size in this range."
-        )
+def _scope(
+    measurement: Measurement, head_bits: HeadBits, overrides: Sequence[WidthOverride], keep_fp16: Sequence[str]
+) -> Scope:
+    return plan_scope(
+        measurement.linears,
+        measurement.head,
+        group_size=measurement.group_size,
+        head_bits=head_bits,
+        overrides=overrides,
+        keep_fp16=keep_fp16,
+    )
 
 
 def _linear_plan(

@@ -16,8 +16,8 @@ from ..eval.format import nats, visible
 from ..eval.html import page_style, script_hash
 from ..measure.measurement import Measurement
 from ..version import __version__
-from .plan import HeadBits
 from .planning import PlanPoint, exl2_points, gguf_points
+from .scope import HeadBits, WidthOverride
 
 __all__ = ["plan_page", "write_plan_page"]
 
@@ -52,7 +52,15 @@ def plan_page(formats: Mapping[str, Sequence[PlanPoint]], *, model: str, facts: 
     )
 
 
-def write_plan_page(measurement: Measurement, path: Path, *, model: str, head_bits: HeadBits) -> None:
+def write_plan_page(
+    measurement: Measurement,
+    path: Path,
+    *,
+    model: str,
+    head_bits: HeadBits,
+    overrides: Sequence[WidthOverride] = (),
+    keep_fp16: Sequence[str] = (),
+) -> None:
     """Make the plans of all sizes that a measurement allows, and write their page.
 
     Args:
@@ -60,6 +68,8 @@ def write_plan_page(measurement: Measurement, path: Path, *, model: str, head_bi
         path: File to make or replace.
         model: What to call the model.
         head_bits: Bits of the output head in EXL2, as ``make_plan`` takes them.
+        overrides: For EXL2, as ``make_plan`` takes them.
+        keep_fp16: For EXL2, as ``make_plan`` takes them.
     """
     known = measurement.provenance
     facts = {
@@ -70,7 +80,7 @@ def write_plan_page(measurement: Measurement, path: Path, *, model: str, head_bi
         "measured by": f"bpwise {known.get('bpwise', '')}",
         "measurement": measurement.fingerprint,
     }
-    formats = {"EXL2": exl2_points(measurement, head_bits), "GGUF": gguf_points(measurement)}
+    formats = {"EXL2": exl2_points(measurement, head_bits, overrides, keep_fp16), "GGUF": gguf_points(measurement)}
     with atomic_file(path) as temporary:
         temporary.write_text(plan_page(formats, model=model, facts=facts), encoding="utf-8")
 

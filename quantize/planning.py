@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..eval.layers import LinearCost
 from ..measure.measurement import Measurement
-from .plan import HeadBits, bpw_range, make_plan
+from .kept import FLOAT16_BITS
+from .plan import Plan, bpw_range, make_plan, measured_limit
+from .scope import HeadBits, WidthOverride
 from .type_plan import make_type_plan, size_range
 
-__all__ = ["PlanPoint", "exl2_points", "gguf_points"]
+__all__ = ["PlanPoint", "exl2_points", "gguf_points", "plan_costs"]
 
 _STEP_BPW = 0.25
 """Distance of the plans, in bits per weight."""
 
 _HIGHEST_GGUF_BPW = 8.5
 """Q8_0: above it the damage is below what evaluation can see."""
-
-_FLOAT16_BYTES = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,36 +42,47 @@ class PlanPoint:
     costs: tuple[LinearCost, ...]
 
 
-def exl2_points(measurement: Measurement, head_bits: HeadBits) -> list[PlanPoint]:
+def exl2_points(
+    measurement: Measurement,
+    head_bits: HeadBits,
+    overrides: Sequence[WidthOverride] = (),
+    keep_fp16: Sequence[str] = (),
+) -> list[PlanPoint]:
     """Return EXL2 plans in steps of a quarter bit, the smallest first.
 
     Args:
         measurement: The measured curves.
         head_bits: Bits of the output head, as ``make_plan`` takes them.
+        overrides: As ``make_plan`` takes them.
+        keep_fp16: As ``make_plan`` takes them.
 
     Raises:
-        ConfigError: The head cannot have these bits.
+        ConfigError: As ``make_plan``.
     """
-    lowest, highest = bpw_range(measurement, head_bits)
-    table = measurement.embedding
-    carried = _FLOAT16_BYTES * (table.tokens * table.hidden_size + measurement.other_weights)
-    head_weights = measurement.head.in_features * measurement.head.out_features
+    lowest, highest = bpw_range(measurement, head_bits, overrides, keep_fp16)
+    beside = measured_limit(measurement, 0)
     points = []
     for bpw in _steps(lowest, highest):
-        plan = make_plan(measurement, bpw=bpw, head_bits=head_bits)
-        planned = (*plan.linears, *([plan.head] if plan.head else []))
-        # A tied head that stays unquantized is the table of embeddings; EXL2 stores any other by itself.
-        head_bytes = _FLOAT16_BYTES * head_weights if plan.head is None and not table.tied else 0
+        plan = make_plan(measurement, bpw=bpw, head_bits=head_bits, overrides=overrides, keep_fp16=keep_fp16)
+        head_bytes = plan.head.stored_bits // 8 if plan.head else beside.float16_head_bytes
         points.append(
             PlanPoint(
                 bpw=bpw,
-                stored_bytes=sum(linear.stored_bits for linear in planned) // 8 + head_bytes + carried,
+                stored_bytes=plan.decoder_bits // 8 + head_bytes + beside.other_bytes,
                 damage_nats=plan.damage_nats,
                 shares={f"{bits} bits": share for bits, share in plan.weights_per_width().items()},
-                costs=tuple(LinearCost(linear.name, linear.bpw, linear.damage_nats) for linear in planned),
+                costs=plan_costs(plan),
             )
         )
     return points
+
+
+def plan_costs(plan: Plan) -> tuple[LinearCost, ...]:
+    """Return what every linear gets and is expected to cost: those in float16 nothing; the head, if it is quantized."""
+    costs = [LinearCost(linear.name, linear.bpw, linear.damage_nats) for linear in plan.linears]
+    costs += [LinearCost(linear.name, float(FLOAT16_BITS), 0.0) for linear in plan.kept]
+    costs.sort(key=lambda cost: -1 if cost.block is None else cost.block)
+    return (*costs, *([LinearCost(plan.head.name, plan.head.bpw, plan.head.damage_nats)] if plan.head else []))
 
 
 def gguf_points(measurement: Measurement) -> list[PlanPoint]:

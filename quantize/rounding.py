@@ -126,7 +126,8 @@ def round_model(
     source = language_model(checkpoint)
     model = StreamedModel(source, device=device, dtype=torch.float32)
     rounder = _Exl2Rounder(plan, couple_outputs=config.couple_outputs)
-    run = RoundingPass(model, measurement, rounder, pieces, correct_drift=config.correct_drift)
+    kept = [linear.name for linear in plan.kept]
+    run = RoundingPass(model, measurement, rounder, pieces, correct_drift=config.correct_drift, kept=kept)
     run.blocks(progress)
     names = [p.name for p in plan.linears]
     if plan.head is not None:

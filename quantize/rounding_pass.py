@@ -9,7 +9,7 @@ feedback by a rounder, which knows the format.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -101,6 +101,7 @@ class RoundingPass:
         pieces: StageDirectory,
         *,
         correct_drift: bool,
+        kept: Collection[str] = (),
     ) -> None:
         """Prepare a run.
 
@@ -110,6 +111,7 @@ class RoundingPass:
             rounder: Rounds single linears.
             pieces: Where finished linears are kept, by name.
             correct_drift: Whether weights are moved toward the original's outputs before they are rounded.
+            kept: Linears that stay as they are, in float16; of a stage all or none.
         """
         self.model = model
         self.tokens = torch.from_numpy(measurement.tokens).long()
@@ -117,6 +119,7 @@ class RoundingPass:
         self.rounder = rounder
         self.pieces = pieces
         self.correct_drift = correct_drift
+        self.kept = frozenset(kept)
         self.batches = micro_batches(*self.tokens.shape)
 
     def blocks(self, progress: Progress, table: Tensor | None = None) -> None:
@@ -142,15 +145,24 @@ class RoundingPass:
     def _round_block(self, index: int, original: Tensor, quantized: Tensor) -> dict[str, Tensor]:
         stages = self.model.stages(index)
         shared = [stage for stage in stages if stage.expert is None]
-        experts = [stage for stage in stages if stage.expert is not None]
-        stops = [stage.linears[0] for stage in shared] + ([self._experts_path] if experts else [])
+        experts = [stage for stage in stages if stage.expert is not None and not self._keeps(index, stage)]
+        stops = [stage.linears[0] for stage in shared if not self._keeps(index, stage)]
+        stops += [self._experts_path] if experts else []
         adding = [stage.adds for stage in shared if stage.adds]
         with torch.no_grad(), self.model.block(index) as block:
             wanted, original = self._run_original(index, block, original)
             runs = [partial(self._run, index, quantized, batch) for batch in self.batches]
+            for stage in stages:
+                if self._keeps(index, stage):
+                    for inner in stage.linears:
+                        weight = block.get_submodule(inner).weight
+                        weight.copy_(weight.half())
             with SteppedForwards(block, stops, adding, runs) as forwards:
                 added: list[str] = []
                 for stage in shared:
+                    if self._keeps(index, stage):
+                        added += [] if stage.adds is None else [stage.adds]
+                        continue
                     names = self.model.family.linear_names(index, stage)
                     modules = [block.get_submodule(inner) for inner in stage.linears]
                     weights = self._token_weights(names[0])
@@ -225,6 +237,9 @@ class RoundingPass:
         if stage.normed:
             gains = gains * block.get_submodule(stage.adds)(torch.ones_like(gains)).float()
         return gains
+
+    def _keeps(self, index: int, stage: Stage) -> bool:
+        return not self.kept.isdisjoint(self.model.family.linear_names(index, stage))
 
     def _on_device(self, hidden: Tensor) -> Tensor:
         return hidden.to(self.model.device)

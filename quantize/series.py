@@ -19,7 +19,6 @@ from ..measure.calibration import CalibrationSet
 from ..progress import Progress, silent
 from ..version import __version__
 from .cards import output_name
-from .forecast import forecast_run
 from .gguf_pipeline import GgufConfig, GgufResult, base_path, quantize_to_gguf, refuse_others
 from .judge import Judge
 from .obtain import MEASUREMENT_FILE, obtain_measurement
@@ -178,7 +177,7 @@ def quantize_series(
 
 
 def _with_rate(config: QuantizeConfig | GgufConfig, bpw: float) -> QuantizeConfig | GgufConfig:
-    return replace(config, bpw=bpw, max_bytes=None) if isinstance(config, GgufConfig) else replace(config, bpw=bpw)
+    return replace(config, bpw=bpw, max_bytes=None, vram_bytes=None)
 
 
 def _check(
@@ -195,7 +194,7 @@ def _check(
             continue
         is_finished(paths[bpw], model=checkpoint.fingerprint)
         if not measured:
-            forecast_run(checkpoint, bpw=bpw, head_bits=config.head_bits, config=config.measure)
+            config.forecast(checkpoint)
 
 
 def _make(

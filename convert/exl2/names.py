@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["HEAD", "config_features", "head_names", "model_order", "text_config"]
+__all__ = ["HEAD", "config_features", "head_names", "is_linear", "model_order", "text_config"]
 
 HEAD = "lm_head"
 """Name of the output head, the one linear outside the decoder."""
@@ -68,6 +68,15 @@ def config_features(name: str, config: Mapping[str, Any]) -> tuple[int | None, i
 def head_names(names: Iterable[str]) -> set[str]:
     """Return the names of the output head's tensors, whatever prefix they have."""
     return {name for name in names if HEAD in name.split(".")[:-1]}
+
+
+def is_linear(name: str) -> bool:
+    """Return whether a name is that of a linear that readers can take quantized, or as float16 ``.weight``.
+
+    Args:
+        name: Full name, without ``.weight``.
+    """
+    return name.rpartition(".")[2] in _FEATURES
 
 
 def model_order(name: str) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ from ..files import read_json
 from ..safetensors_file import HeaderEntry, SafetensorsHeader, read_entry, read_header
 from .config import dense_config
 from .linear import QuantizedLinear
-from .names import config_features, head_names
+from .names import config_features, head_names, is_linear, model_order
 from .store import QUANTIZED_SUFFIXES, linear_from_tensors
 
 __all__ = ["Exl2Model", "is_exl2"]
@@ -125,6 +125,14 @@ class Exl2Model:
     def linears(self) -> tuple[str, ...]:
         """Names of the quantized linears, without ``.weight``, sorted."""
         return self._linears
+
+    @property
+    def float16_linears(self) -> tuple[str, ...]:
+        """Names of the decoder's linears that are stored unquantized, without ``.weight``, in model order."""
+        blocks = {f"{head}.layers." for head, found, _ in (x.partition(".layers.") for x in self._linears) if found}
+        weights = {name.removesuffix(".weight") for name in self._names if name.endswith(".weight")}
+        found = (name for name in weights - set(self._linears) if is_linear(name) and name.startswith(tuple(blocks)))
+        return tuple(sorted(found, key=model_order))
 
     @property
     def file_bytes(self) -> int:

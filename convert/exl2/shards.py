@@ -17,7 +17,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-__all__ = ["DEFAULT_SHARD_BYTES", "ShardWriter", "tensor_sha256"]
+__all__ = ["DEFAULT_SHARD_BYTES", "ShardWriter", "header_bytes", "tensor_sha256"]
 
 DEFAULT_SHARD_BYTES = 8192 << 20
 """Largest file, in bytes, unless a single linear is larger: 8192 MiB, as the official converter."""
@@ -34,6 +34,12 @@ _ALIGNMENT_BYTES = 8
 
 _HEADER_ENTRY_BYTES = 200
 """Upper bound of one header entry without its name: dtype, up to four dimensions and two offsets."""
+
+
+def header_bytes(names: Iterable[str]) -> int:
+    """Return the room that is set aside for the header of a file which may hold these tensors, its length excluded."""
+    room = 64 + sum(len(json.dumps(name)) + _HEADER_ENTRY_BYTES for name in names)
+    return -(-room // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
 
 class ShardWriter:
@@ -54,7 +60,7 @@ class ShardWriter:
         self._directory = directory
         self._stem = stem
         self._shard_bytes = shard_bytes
-        self._room = {name: len(json.dumps(name)) + _HEADER_ENTRY_BYTES for name in names}
+        self._waiting = set(names)
         self._closed: list[tuple[Path, list[str]]] = []
         self._file: BinaryIO | None = None
         self._entries: dict[str, dict[str, object]] = {}
@@ -95,7 +101,7 @@ class ShardWriter:
         if self._file is None:
             self._open_shard()
         for name, tensor in tensors.items():
-            del self._room[name]
+            self._waiting.remove(name)
             # Data has no gaps, so an odd-sized tensor would misalign all that follow it: such ones go last.
             if tensor.numel() * tensor.element_size() % _ALIGNMENT_BYTES:
                 self._deferred[name] = tensor.clone()
@@ -122,8 +128,7 @@ class ShardWriter:
 
     def _open_shard(self) -> None:
         path = self._directory / f"{self._stem}-{len(self._closed) + 1:05d}.partial"
-        room = 64 + sum(self._room.values())
-        self._header_bytes = -(-room // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        self._header_bytes = header_bytes(self._waiting)
         self._data_bytes = 0
         self._entries = {}
         self._file = path.open("wb")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,9 +48,11 @@ class Verification:
     Attributes:
         linears: Number of quantized linears decoded, the head included.
         tensors: Number of other tensors read.
+        float16_linears: Of them, linears of the decoder that are not quantized.
         had_manifest: Whether a manifest was there to compare with; without one only the format's rules were
             checked.
-        decoder_bits: Stored bits of all quantized linears but the head, padding and overheads included.
+        decoder_bits: Stored bits of all linears but the head, padding and overheads included, 16 for each weight of
+            those that are not quantized.
         decoder_weights: Number of weights in them, padding excluded.
         head_bpw: Bits per weight of the output head with overheads; 16 if it is not quantized.
         file_bytes: Size of all safetensors files, in bytes.
@@ -57,6 +60,7 @@ class Verification:
 
     linears: int
     tensors: int
+    float16_linears: int
     had_manifest: bool
     decoder_bits: int
     decoder_weights: int
@@ -65,7 +69,7 @@ class Verification:
 
     @property
     def decoder_bpw(self) -> float:
-        """Average bits per weight over all quantized linears but the head; 0 if there are none."""
+        """Average bits per weight over all linears but the head; 0 if there are none."""
         return self.decoder_bits / self.decoder_weights if self.decoder_weights else 0.0
 
 
@@ -97,6 +101,10 @@ def verify_model(directory: Path) -> Verification:
         else:
             decoder_bits += linear.stored_bits
             decoder_weights += weights
+    for name in model.float16_linears:
+        weights = math.prod(model.shape(f"{name}.weight"))
+        decoder_bits += int(_DENSE_BITS) * weights
+        decoder_weights += weights
     others = sorted(model.names - {f"{name}.weight" for name in model.linears})
     for name in others:
         tensor = model.tensor(name)
@@ -107,6 +115,7 @@ def verify_model(directory: Path) -> Verification:
     return Verification(
         linears=len(model.linears),
         tensors=len(others),
+        float16_linears=len(model.float16_linears),
         had_manifest=manifest is not None,
         decoder_bits=decoder_bits,
         decoder_weights=decoder_weights,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,14 @@ def write_model(
     *,
     quantization: Mapping[str, Any],
     provenance: Mapping[str, Any],
+    float16: Collection[str] = (),
     shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> Verification:
     """Write an EXL2 model; ``out`` appears only once everything in it has been read back and found right.
 
     Tensors stand in model order. What is not in ``linears`` is carried over in its dtype, except that an
-    unquantized head becomes float16. A tied model with ``lm_head`` in ``linears`` gets a head of its own
-    beside the embedding.
+    unquantized head and the linears in ``float16`` become float16. A tied model with ``lm_head`` in
+    ``linears`` gets a head of its own beside the embedding.
 
     Args:
         source: The original model.
@@ -46,6 +47,7 @@ def write_model(
         out: Directory to make; it must not exist, or be empty.
         quantization: Entries of ``quantization_config``: version, bits, head_bits and calibration.
         provenance: Anything that JSON can hold, stored in ``bpwise.json`` beside the manifest.
+        float16: Other linears, named without ``.weight``, to write unquantized.
         shard_bytes: Largest file in bytes; only a single larger tensor or linear may exceed it.
 
     Returns:
@@ -64,12 +66,13 @@ def write_model(
     dense_names = carried | {f"{name}.weight" for name in linears}
     check_rules(config, linears.keys(), dense_names)
     _check_shapes(source, linears)
+    halved = {f"{name}.{part}" for name in float16 for part in ("weight", "bias")} | head_names(source.names)
     manifest: dict[str, dict[str, str]] = {"linears": {}, "tensors": {}}
     with atomic_directory(Path(out)) as directory:
         parts = (*QUANTIZED_SUFFIXES, "bias")
         names = carried | {f"{linear}.{part}" for linear in linears for part in parts}
         with ShardWriter(directory, "output", names=names, shard_bytes=shard_bytes) as shards:
-            for tensors in _units(source, linears, carried, manifest):
+            for tensors in _units(source, linears, carried, halved, manifest):
                 shards.add(tensors)
             shards.finish()
         write_json(directory / "config.json", config)
@@ -105,6 +108,7 @@ def _units(
     source: TensorSource,
     linears: Mapping[str, Callable[[], QuantizedLinear]],
     carried: set[str],
+    halved: set[str],
     manifest: dict[str, dict[str, str]],
 ) -> Iterator[dict[str, Tensor]]:
     """Yield what must stand together in one file, in model order; note in ``manifest`` what it decodes to."""
@@ -112,7 +116,7 @@ def _units(
         if name not in linears:
             tensor = source.tensor(name)
             require_float16_range(name, tensor, CheckpointError)
-            if name.endswith(f"{HEAD}.weight"):
+            if name in halved:
                 tensor = tensor.half()
             manifest["tensors"][name] = tensor_sha256(tensor)
             yield {name: tensor}

@@ -85,6 +85,27 @@ def test_budget_for_the_smallest_only() -> None:
 
 
 @pytest.mark.parametrize("curve", CURVES)
+def test_options_that_may_not_be_taken(curve: str) -> None:
+    exact = 0
+    for seed in range(60):
+        damage, bits, _ = instance(seed, curve, groups=1 + seed % 5)
+        rng = np.random.default_rng(seed)
+        allowed = rng.random(damage.shape) < 0.6
+        allowed[np.arange(len(damage)), rng.integers(0, len(WIDTHS), len(damage))] = True
+        damage = np.where(allowed, damage, np.inf)
+        least = np.where(allowed, bits, bits.max()).min(axis=1).sum()
+        most = np.where(allowed, bits, 0).max(axis=1).sum()
+        budget = int(rng.integers(least, most + 1))
+        found = allocate(damage, bits, budget)
+        assert_consistent(found, damage, bits, budget)
+        best = brute_force(damage, bits, budget)
+        assert found.lower_bound <= best + 1e-12
+        assert best <= found.damage + 1e-12 < np.inf
+        exact += found.damage <= best + 1e-12
+    assert exact >= 42
+
+
+@pytest.mark.parametrize("curve", CURVES)
 def test_more_than_enough_budget(curve: str) -> None:
     damage, bits, _ = instance(2, curve, groups=20)
     found = allocate(damage, bits, 10 * int(bits.max(axis=1).sum()))

@@ -474,7 +474,7 @@ class TestRefusals:
         )
         assert "m.safetensors" in message
 
-    @pytest.mark.parametrize("bpw", ["1.5", "9.5", "nan"])
+    @pytest.mark.parametrize("bpw", ["1.5", "16.5", "nan"])
     def test_size_that_makes_no_sense(self, tiny_model: Path, tmp_path: Path, bpw: str) -> None:
         assert "bpw" in refused("quantize", tiny_model, tmp_path / "out", "--bpw", bpw, *TEXT)
         assert list(tmp_path.iterdir()) == []
