@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from ..convert.checkpoint import Checkpoint, open_model
+from ..convert.checkpoint import Checkpoint
 from ..convert.exl2.shards import DEFAULT_SHARD_BYTES
 from ..convert.exl2.verify import MANIFEST_FILE, Verification, verify_model
 from ..convert.exl2.writer import write_model
 from ..convert.files import read_json
+from ..convert.original import Original, open_model
 from ..convert.work import claimed, discard_stages
 from ..errors import BrokenModelError, ConfigError, FormatError, WorkDirectoryError
 from ..eval.comparison import Comparison, EvalConfig
@@ -119,7 +120,7 @@ class QuantizeResult:
 
 
 def quantize_model(
-    model: str | Path,
+    model: Original,
     output: Path,
     config: QuantizeConfig,
     *,
@@ -132,7 +133,7 @@ def quantize_model(
     """Quantize a model to EXL2 and compare the result with the original.
 
     Args:
-        model: A local directory or a hub id.
+        model: A local directory, a hub id, or what ``open_model`` made of one.
         output: Directory to make. It must not exist, or be the finished output of this very run.
         config: Options.
         measurement: A measurement of this model; None measures first, and keeps the measurement in the work
@@ -324,6 +325,7 @@ def _write(
             "bpwise": __version__,
             "run": run,
             "model": checkpoint.fingerprint,
+            **({"changes": checkpoint.changes} if checkpoint.changes else {}),
             "calibration": rows.fingerprint,
             SPANS_KEY: CalibrationSpans.of(rows).to_text(),
             "measurement": plan.measurement,
