@@ -16,6 +16,7 @@ from .curves import ErrorCurve, measure_curves
 from .families import HEAD
 from .heldout import DAMPINGS, judge_halves
 from .measurement import MeasuredLinear, MeasuredTable
+from .positions import position_by_position
 from .sampling import systematic_sample
 from .statistics import StageStatistics, collect, tapped_inputs
 from .stream import StreamedModel, check_finite, micro_batches
@@ -91,7 +92,7 @@ class MeasuringPasses:
 
     def _forward_block(self, index: int, hidden: Tensor) -> Tensor:
         output = torch.empty_like(hidden)
-        with torch.no_grad(), self.model.block(index):
+        with torch.no_grad(), self.model.block(index) as block, position_by_position(block, self.model.family.stages):
             for batch in self.batches:
                 output[batch] = self.model.run_block(index, hidden[batch].to(self.model.device)).cpu()
         check_finite(output, self.model.block_name(index))
@@ -136,7 +137,7 @@ class MeasuringPasses:
                 gradient = self.pieces.load(f"gradient-{index + 1}")["gradient"]
             hidden = self.pieces.load(f"input-{index}")["hidden"]
             with self.model.block(index) as block:
-                with collect(block, stages) as statistics:
+                with collect(block, stages) as statistics, position_by_position(block, stages):
                     gradient = self._backward_block(index, hidden, gradient, statistics)
                 curves: dict[str, ErrorCurve] = {}
                 types: dict[str, Tensor] = {}
@@ -164,6 +165,8 @@ class MeasuringPasses:
     ) -> Tensor:
         before = torch.empty_like(gradient)
         for batch in self.batches:
+            for sums in statistics:
+                sums.first_row = batch.start
             inputs = hidden[batch].to(self.model.device).requires_grad_()
             self.model.run_block(index, inputs).backward(gradient[batch].to(self.model.device))
             assert inputs.grad is not None

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..convert.checkpoint import TensorSource
 from ..errors import CheckpointError, NumericalError, UnsupportedModelError
+from .attention import attention_for
 from .families import HEAD, Family, family_of
 
 __all__ = ["StreamedModel", "check_finite", "micro_batches"]
@@ -243,7 +244,8 @@ def _build_skeleton(config: dict[str, Any], dtype: torch.dtype, device: torch.de
         )
     parsed = CONFIG_MAPPING[model_type].from_dict(plain)
     with _META:
-        model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, attn_implementation="sdpa")
+        attention = attention_for(AutoModelForCausalLM._model_mapping[type(parsed)])
+        model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, attn_implementation=attention)
     model.eval()
     # Buffers that no checkpoint holds (rotary frequencies) are computed by the model's own initialisation, in
     # float32 whatever the dtype of the weights: rounding them ruins long contexts.
