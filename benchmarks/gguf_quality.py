@@ -23,6 +23,7 @@ from typing import Any
 import click
 import torch
 from bpwise.convert.checkpoint import Checkpoint
+from bpwise.convert.families import HEAD
 from bpwise.convert.files import atomic_file
 from bpwise.convert.gguf.base import make_base
 from bpwise.convert.gguf.imatrix import ImportanceMatrix, write_imatrix
@@ -32,7 +33,6 @@ from bpwise.convert.original import open_model
 from bpwise.errors import BpwiseError
 from bpwise.eval.comparison import EvalConfig, OriginalRun, compare_with, evaluation_rows, run_original
 from bpwise.measure.calibration import CalibrationConfig, CalibrationSet
-from bpwise.measure.families import HEAD
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig, measure_to_file, measured_rows
 from bpwise.measure.statistics import tapped_inputs

@@ -153,6 +153,9 @@ def calibration_options(command: Command) -> Command:
                 type=float,
                 help="Damping of the Gram matrices, relative.  [default: chosen for each stage on held-out rows]",
             ),
+            click.option(
+                "--moe-calibrate-all", is_flag=True, help="Run all tokens through all experts, not only few-used ones."
+            ),
             click.option("--device", default="auto", help="cpu, cuda, cuda:N, mps or auto."),
             click.option("--work-dir", type=DIRECTORY, help="Where finished blocks are kept.  [default: OUTPUT.work]"),
         )
@@ -180,6 +183,7 @@ def read_measure_config(options: dict[str, Any], *, types: bool) -> tuple[Measur
         calibration=calibration,
         group_size=options["group_size"],
         damping=options["damping"],
+        moe_calibrate_all=options["moe_calibrate_all"],
         seed=options["seed"],
         types=types,
         device=options["device"],

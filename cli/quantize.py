@@ -83,6 +83,7 @@ __all__ = ["quantize"]
 @click.option("--force-eval-text", is_flag=True, help="Evaluate even on text that is calibrated on.")
 @click.option("--base-model", metavar="ORG/NAME", help="The original's Hub id, for the card.  [default: MODEL's]")
 @click.option("--card", is_flag=True, help="GGUF: write a model card NAME.README.md too, as EXL2 outputs have one.")
+@click.option("--force", is_flag=True, help="EXL2: quantize even what EXL2 readers do not know the architecture of.")
 @click.option("--dry-run", is_flag=True, help="EXL2: print size, bpw range and expected memory; write nothing.")
 @original_options
 @calibration_options
@@ -98,7 +99,17 @@ def quantize(model: str, output: Path, output_format: str | None, **options: Any
     if options["measurement"]:
         refuse_beside(
             "--measurement",
-            ("calibration", "column", "chat_template", "rows", "row_tokens", "seed", "group_size", "damping"),
+            (
+                "calibration",
+                "column",
+                "chat_template",
+                "rows",
+                "row_tokens",
+                "seed",
+                "group_size",
+                "damping",
+                "moe_calibrate_all",
+            ),
             "which brings its own calibration rows, group size and damping",
         )
     evaluate = EvalConfig(
@@ -130,6 +141,7 @@ def _quantize_to_exl2(model: Original, output: Path, evaluate: EvalConfig | None
         evaluate=evaluate,
         shard_bytes=options["shard_size"] * MIB,
         base_model=options["base_model"],
+        force=options["force"],
     )
     if options["dry_run"]:
         known = _config_of(options["measurement"]) if options["measurement"] else measure_config
@@ -156,7 +168,7 @@ def _quantize_to_gguf(model: Original, output: Path, evaluate: EvalConfig | None
     from ..quantize.gguf_pipeline import GgufConfig, quantize_to_gguf
     from ..quantize.type_plan import Override
 
-    refuse_beside("a GGUF output", ("head_bits", "shard_size", "dry_run"), "it is for EXL2")
+    refuse_beside("a GGUF output", ("head_bits", "shard_size", "dry_run", "force"), "it is for EXL2")
     if sum(options[target] is not None for target in ("bpw", "max_size", "vram", "mixture")) != 1:
         raise click.UsageError("a GGUF output needs one of --bpw, --max-size, --vram and --type.")
     if options["context"] and not options["vram"]:

@@ -19,12 +19,14 @@ from .safetensors_file import HeaderEntry, SafetensorsHeader, read_entry, read_h
 
 __all__ = [
     "FLOAT_DTYPES",
-    "HEAD",
+    "HEAD_WEIGHT",
     "QUANTIZED_KEYS",
     "Checkpoint",
     "TensorInfo",
     "TensorSource",
     "confined_file",
+    "embedding_name",
+    "head_is_embedding",
     "require_finite",
     "resolve_model",
 ]
@@ -34,7 +36,7 @@ _INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 QUANTIZED_KEYS = ("quantization_config", "compression_config")
 
-HEAD = "lm_head.weight"
+HEAD_WEIGHT = "lm_head.weight"
 _EMBEDDINGS = ("model.embed_tokens.weight", "embed_tokens.weight", "transformer.wte.weight", "wte.weight")
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -198,18 +200,7 @@ class Checkpoint:
         from the embedding is a head of its own (looking loads both, once). Where the config is silent, the
         head is tied if it is not stored.
         """
-        flag = self.config.get("tie_word_embeddings")
-        if HEAD not in self.names:
-            return flag is not False
-        embedding = self.embedding
-        if not flag or embedding is None:
-            return bool(flag)
-        return self.shape(HEAD) == self.shape(embedding) and torch.equal(self.tensor(HEAD), self.tensor(embedding))
-
-    @property
-    def embedding(self) -> str | None:
-        """Name of the table of token embeddings, or None if no tensor has one of the usual names."""
-        return next((name for name in _EMBEDDINGS if name in self.names), None)
+        return head_is_embedding(self)
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -296,6 +287,24 @@ class Checkpoint:
                 f"{self._directory}: tensor {name!r} is missing, got {len(self._places)} other tensors. "
                 "The checkpoint is incomplete, or its architecture is not what config.json says."
             ) from None
+
+
+def embedding_name(source: TensorSource) -> str | None:
+    """Return the name of the table of token embeddings, or None if no tensor has one of the usual names."""
+    return next((name for name in _EMBEDDINGS if name in source.names), None)
+
+
+def head_is_embedding(source: TensorSource) -> bool:
+    """Return whether a source's output head is its token embedding; see ``Checkpoint.tied_embeddings``."""
+    flag = source.config.get("tie_word_embeddings")
+    if HEAD_WEIGHT not in source.names:
+        return flag is not False
+    embedding = embedding_name(source)
+    if not flag or embedding is None:
+        return bool(flag)
+    return source.shape(HEAD_WEIGHT) == source.shape(embedding) and torch.equal(
+        source.tensor(HEAD_WEIGHT), source.tensor(embedding)
+    )
 
 
 def require_finite(tensor: Tensor, where: str) -> None:

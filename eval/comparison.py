@@ -14,6 +14,7 @@ import torch
 from ..convert.checkpoint import Checkpoint, TensorSource, resolve_model
 from ..convert.exl2.reader import Exl2Model, is_exl2
 from ..convert.gguf.reader import GgufModel
+from ..convert.language import language_config
 from ..convert.original import Original, open_model
 from ..convert.rope import with_positions_of
 from ..errors import CalibrationError, CheckpointError, ConfigError
@@ -442,7 +443,7 @@ def vocab_size_of(source: TensorSource) -> int:
     Raises:
         CheckpointError: config.json does not say.
     """
-    size = source.config.get("vocab_size")
+    size = language_config(source).get("vocab_size")
     if not isinstance(size, int):
         raise CheckpointError(f"{source.directory}: vocab_size in config.json is {size!r}, expected a number.")
     return size
@@ -471,7 +472,7 @@ def check_rows(source: TensorSource, rows: CalibrationSet) -> None:
             f"evaluation text: got token id {largest}, expected ids below the vocabulary size {vocab_size}. "
             "Build the rows with this model's tokenizer."
         )
-    row_tokens, context = rows.tokens.shape[1], source.config.get("max_position_embeddings")
+    row_tokens, context = rows.tokens.shape[1], language_config(source).get("max_position_embeddings")
     if row_tokens < 2:
         raise ConfigError("evaluation text: rows of 1 token, expected at least 2: the first is never predicted.")
     if isinstance(context, int) and row_tokens > context:

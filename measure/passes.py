@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..convert.families import HEAD, Stage
 from ..convert.gguf.ggml import GgmlType
 from ..convert.work import StageDirectory
 from ..progress import Progress
 from .curves import ErrorCurve, measure_curves
-from .families import HEAD
+from .experts import collect_experts, expert_stages, expert_statistics
 from .heldout import DAMPINGS, judge_halves
 from .measurement import MeasuredLinear, MeasuredTable
 from .positions import position_by_position
@@ -51,6 +53,7 @@ class MeasuringPasses:
         group_size: int,
         damping: float | None,
         seed: int,
+        experts_see_all_tokens: bool,
     ) -> None:
         """Prepare a run.
 
@@ -63,6 +66,7 @@ class MeasuringPasses:
             group_size: Rows of a group.
             damping: Damping of the Gram matrices, or None to choose it for each stage on held-out rows.
             seed: Seed of the targets that the model samples.
+            experts_see_all_tokens: Whether tokens that did not choose an expert count a little for it, all of them.
         """
         self.model = model
         self.tokens = tokens
@@ -72,6 +76,7 @@ class MeasuringPasses:
         self.group_size = group_size
         self.dampings = DAMPINGS if damping is None else (damping,)
         self.seed = seed
+        self.experts_see_all_tokens = experts_see_all_tokens
         self.batches = micro_batches(*tokens.shape)
 
     def forward(self, progress: Progress) -> None:
@@ -92,7 +97,8 @@ class MeasuringPasses:
 
     def _forward_block(self, index: int, hidden: Tensor) -> Tensor:
         output = torch.empty_like(hidden)
-        with torch.no_grad(), self.model.block(index) as block, position_by_position(block, self.model.family.stages):
+        stages = self.model.stages(index)
+        with torch.no_grad(), self.model.block(index) as block, position_by_position(block, stages):
             for batch in self.batches:
                 output[batch] = self.model.run_block(index, hidden[batch].to(self.model.device)).cpu()
         check_finite(output, self.model.block_name(index))
@@ -106,16 +112,17 @@ class MeasuringPasses:
         hidden = self.pieces.load(f"input-{last}")["hidden"]
         rng = torch.Generator(self.model.device).manual_seed(self.seed)
         gradient = torch.empty_like(hidden)
-        with self.model.tail() as head, tapped_inputs(head, [""]) as taps:
+        with self.model.tail() as head, tapped_inputs(head, [""]) as taps, _kept_output(head) as raw:
             sums = StageStatistics(head.in_features, self.model.device)
             flat, flat_gradient = hidden.flatten(0, 1), gradient.view(-1, hidden.shape[-1])
             for first in range(0, flat.shape[0], _TAIL_TOKENS):
                 part = flat[None, first : first + _TAIL_TOKENS].to(self.model.device).requires_grad_()
                 logits = self.model.logits(part)
                 sums.see_inputs(taps[""])
-                error, outputs, weights = _sampled_error(logits.detach()[0], rng)
+                slopes = _slopes(logits, raw)
+                error, outputs, weights = _sampled_error(logits.detach()[0], rng, slopes)
                 sums.see_sums(HEAD, outputs, weights)
-                sums.end_batch(first // self.tokens.shape[1])
+                sums.end_batch(first // self.tokens.shape[1], 1)
                 logits.backward(error[None])
                 assert part.grad is not None
                 flat_gradient[first : first + _TAIL_TOKENS] = part.grad[0].cpu()
@@ -123,12 +130,11 @@ class MeasuringPasses:
             curves, types = self._curves({HEAD: head}, sums)
         self.pieces.save(f"gradient-{last}", {"gradient": gradient})
         none = torch.empty(head.out_features, 0)  # its outputs are rounded each for itself
-        self.pieces.save("head", self._pack(curves, types, [sums.scaled_weights()], {HEAD: none}))
+        self.pieces.save("head", self._pack(curves, types, sums.scaled_weights(), {HEAD: none}))
         self.pieces.discard(f"input-{last}")
 
     def backward(self, progress: Progress) -> None:
         """Go back through the blocks: statistics, then curves, block by block."""
-        stages = self.model.family.stages
         gradient: Tensor | None = None
         for index in progress(range(self.model.block_count - 1, -1, -1), "measure: backward, curves"):
             if self.pieces.has(f"curves-{index}"):
@@ -136,32 +142,46 @@ class MeasuringPasses:
             if gradient is None:
                 gradient = self.pieces.load(f"gradient-{index + 1}")["gradient"]
             hidden = self.pieces.load(f"input-{index}")["hidden"]
+            stages = self.model.stages(index)
+            shared = [stage for stage in stages if stage.expert is None]
+            experts = [stage for stage in stages if stage.expert is not None]
+            packed: dict[str, Tensor] = {}
             with self.model.block(index) as block:
-                with collect(block, stages) as statistics, position_by_position(block, stages):
+                path = "" if self.model.family.experts is None else self.model.family.experts.path
+                with (
+                    collect(block, shared) as statistics,
+                    collect_experts(block, path, experts, self.tokens.numel()) as seen,
+                    position_by_position(block, stages),
+                ):
                     gradient = self._backward_block(index, hidden, gradient, statistics)
-                curves: dict[str, ErrorCurve] = {}
-                types: dict[str, Tensor] = {}
-                couplings: dict[str, Tensor] = {}
-                for stage, sums in zip(stages, statistics, strict=True):
-                    names = self.model.family.linear_names(index, stage)
-                    modules = [block.get_submodule(inner) for inner in stage.linears]
-                    sums.fisher = {n: sums.fisher[inner] for n, inner in zip(names, stage.linears, strict=True)}
-                    stage_curves, stage_types = self._curves(dict(zip(names, modules, strict=True)), sums)
-                    curves |= stage_curves
-                    types |= stage_types
-                    for name, inner in zip(names, stage.linears, strict=True):
-                        couplings[name] = sums.couplings[inner].coupling(sums.fisher[name])
+                for stage, sums in zip(shared, statistics, strict=True):
+                    packed |= self._measured_stage(index, block, stage, sums)
+                for pair in expert_stages(experts).values():
+                    both = expert_statistics(
+                        block, pair, seen, self.tokens.shape[1], all_tokens=self.experts_see_all_tokens
+                    )
+                    for stage, sums in zip(pair, both, strict=True):
+                        packed |= self._measured_stage(index, block, stage, sums)
             # The gradient first: a run cut off between the two repeats this block from an unchanged input.
             self.pieces.save(f"gradient-{index}", {"gradient": gradient})
-            weights = [
-                sums.scaled_weights() for stage, sums in zip(stages, statistics, strict=True) for _ in stage.linears
-            ]
-            self.pieces.save(f"curves-{index}", self._pack(curves, types, weights, couplings))
+            self.pieces.save(f"curves-{index}", packed)
             self.pieces.discard(f"gradient-{index + 1}")
             self.pieces.discard(f"input-{index}")
 
+    def _measured_stage(self, index: int, block: Any, stage: Stage, sums: StageStatistics) -> dict[str, Tensor]:
+        names = self.model.family.linear_names(index, stage)
+        modules = [block.get_submodule(inner) for inner in stage.linears]
+        couplings = {n: sums.couplings[i].coupling(sums.fisher[i]) for n, i in zip(names, stage.linears, strict=True)}
+        sums.fisher = {n: sums.fisher[inner] for n, inner in zip(names, stage.linears, strict=True)}
+        curves, types = self._curves(dict(zip(names, modules, strict=True)), sums)
+        return self._pack(curves, types, sums.scaled_weights(), couplings)
+
     def _backward_block(
-        self, index: int, hidden: Tensor, gradient: Tensor, statistics: Sequence[StageStatistics]
+        self,
+        index: int,
+        hidden: Tensor,
+        gradient: Tensor,
+        statistics: Sequence[StageStatistics],
     ) -> Tensor:
         before = torch.empty_like(gradient)
         for batch in self.batches:
@@ -172,7 +192,7 @@ class MeasuringPasses:
             assert inputs.grad is not None
             before[batch] = inputs.grad.cpu()
             for sums in statistics:
-                sums.end_batch(batch.start)
+                sums.end_batch(batch.start, len(inputs))
         check_finite(before, f"{self.model.block_name(index)}, gradient")
         return before
 
@@ -233,33 +253,59 @@ class MeasuringPasses:
         self,
         curves: dict[str, ErrorCurve],
         types: dict[str, Tensor],
-        weights: Sequence[Tensor],
+        weights: Tensor,
         couplings: dict[str, Tensor],
     ) -> dict[str, Tensor]:
         packed: dict[str, Tensor] = {}
-        for position, ((name, curve), token_weights) in enumerate(zip(curves.items(), weights, strict=True)):
+        kept = weights.clamp(max=_LARGEST_WEIGHT).half().view(self.tokens.shape)
+        for name, curve in curves.items():
             for key, value in asdict(curve).items():
-                packed[f"{position}|{name}|{key}"] = torch.as_tensor(value).cpu()
-            packed[f"{position}|{name}|type_damage_nats"] = types[name]
-            packed[f"{position}|{name}|coupling"] = couplings[name].half().cpu()
-            kept = token_weights.clamp(max=_LARGEST_WEIGHT).half()
-            packed[f"{position}|{name}|token_weights"] = kept.view(self.tokens.shape)
+                packed[f"{name}|{key}"] = torch.as_tensor(value).cpu()
+            packed[f"{name}|type_damage_nats"] = types[name]
+            packed[f"{name}|coupling"] = couplings[name].half().cpu()
+            packed[f"{name}|token_weights"] = kept
         return packed
 
-    def finished(self, piece: str) -> list[MeasuredLinear]:
-        """Return the measured linears of a finished piece, in the order of computation."""
+    def finished(self, piece: str) -> dict[str, MeasuredLinear]:
+        """Return the measured linears of a finished piece, by name."""
         return _unpack(self.pieces.load(piece))
 
 
-def _sampled_error(logits: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+@contextmanager
+def _kept_output(module: nn.Module) -> Iterator[list[Tensor]]:
+    # The latest output of a module, as the one item of a list.
+    kept: list[Tensor] = []
+
+    def keep(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
+        kept[:] = [output]
+
+    handle = module.register_forward_hook(keep)
+    try:
+        yield kept
+    finally:
+        handle.remove()
+
+
+def _slopes(logits: Tensor, raw: list[Tensor]) -> Tensor | None:
+    # How much each logit moves with the head's output, where models scale or cap it; None where they do not.
+    (output,) = raw
+    if output is logits:
+        return None
+    (slopes,) = torch.autograd.grad(logits.sum(), output, retain_graph=True)
+    return slopes.flatten(0, -2)
+
+
+def _sampled_error(logits: Tensor, rng: torch.Generator, slopes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     # The gradient p - t for a target t sampled from p, shape (tokens, vocabulary), and the sums over tokens and over
     # the vocabulary of its mean square. Of a one-hot target that is p (1 - p): no need to sample for the head.
     error = torch.empty_like(logits)
     outputs = torch.zeros(logits.shape[1], device=logits.device)
     weights = []
-    for part, probabilities in zip(logits.split(_CACHED_TOKENS), error.split(_CACHED_TOKENS), strict=True):
-        torch.softmax(part, dim=-1, out=probabilities)
+    for first, probabilities in zip(range(0, len(error), _CACHED_TOKENS), error.split(_CACHED_TOKENS), strict=True):
+        torch.softmax(logits[first : first + _CACHED_TOKENS], dim=-1, out=probabilities)
         squares = probabilities - probabilities.square()
+        if slopes is not None:
+            squares *= slopes[first : first + _CACHED_TOKENS].square()
         outputs += squares.sum(dim=0)
         weights.append(squares.sum(dim=1))
         targets = _sample(probabilities, rng)
@@ -274,13 +320,13 @@ def _sample(probabilities: Tensor, rng: torch.Generator) -> Tensor:
     return torch.searchsorted(cumulative, draws, right=True).clamp_(max=cumulative.shape[-1] - 1)
 
 
-def _unpack(tensors: dict[str, Tensor]) -> list[MeasuredLinear]:
-    linears: dict[tuple[int, str], dict[str, Any]] = {}
+def _unpack(tensors: dict[str, Tensor]) -> dict[str, MeasuredLinear]:
+    linears: dict[str, dict[str, Any]] = {}
     for key, tensor in tensors.items():
-        position, name, field_name = key.split("|")
-        linears.setdefault((int(position), name), {})[field_name] = tensor
-    return [
-        MeasuredLinear(
+        name, field_name = key.split("|")
+        linears.setdefault(name, {})[field_name] = tensor
+    return {
+        name: MeasuredLinear(
             name=name,
             damage_nats=fields["damage_nats"].numpy(),
             order=fields["order"].int().numpy(),
@@ -291,5 +337,5 @@ def _unpack(tensors: dict[str, Tensor]) -> list[MeasuredLinear]:
             type_damage_nats=fields["type_damage_nats"].numpy(),
             damping=float(fields["damping"]),
         )
-        for (_, name), fields in sorted(linears.items())
-    ]
+        for name, fields in linears.items()
+    }

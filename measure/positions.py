@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .families import Stage
+from ..convert.families import Stage
 
 __all__ = ["position_by_position"]
 

@@ -12,14 +12,15 @@ import torch
 
 from ..convert.checkpoint import Checkpoint
 from ..convert.exl2.layout import MAX_ROWS, ROW_MULTIPLE, WIDTHS
+from ..convert.families import HEAD
 from ..convert.gguf.types import GgmlType
+from ..convert.language import LanguageModel, language_config, language_model
 from ..convert.original import Original, open_model
 from ..convert.work import StageDirectory, claimed, discard_stages
 from ..errors import ConfigError, UnsupportedModelError
 from ..progress import Progress, silent
 from ..version import __version__
 from .calibration import CalibrationConfig, CalibrationSet, build_calibration
-from .families import HEAD
 from .measurement import Measurement
 from .passes import MeasuringPasses
 from .stream import StreamedModel
@@ -47,6 +48,8 @@ class MeasureConfig:
         damping: What is added to the diagonal of every Gram matrix, relative to its mean, dimensionless; None chooses
             for each stage what serves rows best that were held out.
         seed: Seed of the tokens that the model samples for the Fisher information.
+        moe_calibrate_all: Whether all tokens are run through all experts of a mixture: those that did not choose an
+            expert count a tenth of those that did. Otherwise only experts that few tokens choose see others.
         types: Whether the damage of ggml's types is measured too, where ggml's library is installed: 5 s for a block of
             SmolLM2-135M on two cores.
         device: ``cpu``, ``cuda``, ``cuda:N``, ``mps``, or ``auto`` for the best at hand.
@@ -56,6 +59,7 @@ class MeasureConfig:
     group_size: int = 32
     damping: float | None = None
     seed: int = 0
+    moe_calibrate_all: bool = False
     types: bool = True
     device: str = "auto"
 
@@ -106,6 +110,7 @@ def measurement_provenance(
         "group_size": config.group_size,
         "damping": config.damping,
         "seed": config.seed,
+        "moe_calibrate_all": config.moe_calibrate_all,
         "device": resolve_device(config.device).type,
         "types": [kind.name for kind in _kinds(config)],
         **({"changes": checkpoint.changes} if checkpoint.changes else {}),
@@ -138,8 +143,9 @@ def measure_model(
     device = resolve_device(config.device)
     provenance = measurement_provenance(checkpoint, calibration, config)
     pieces = StageDirectory(work, "measure", provenance)
-    model = StreamedModel(checkpoint, device=device, dtype=torch.float32)
-    _check_layout(model, checkpoint)
+    source = language_model(checkpoint)
+    model = StreamedModel(source, device=device, dtype=torch.float32)
+    _check_layout(model, source)
     kinds = _kinds(config)
     run = MeasuringPasses(
         model,
@@ -150,18 +156,25 @@ def measure_model(
         group_size=config.group_size,
         damping=config.damping,
         seed=config.seed,
+        experts_see_all_tokens=config.moe_calibrate_all,
     )
     run.forward(progress)
     run.head()
     run.backward(progress)
     run.embedding()
-    linears = tuple(linear for index in range(model.block_count) for linear in run.finished(f"curves-{index}"))
-    head, embedding = run.finished("head")[0], run.measured_embedding()
+    linears = tuple(
+        measured[name]
+        for index in range(model.block_count)
+        for measured in [run.finished(f"curves-{index}")]
+        for stage in model.stages(index)
+        for name in model.family.linear_names(index, stage)
+    )
+    head, embedding = run.finished("head")[HEAD], run.measured_embedding()
     return Measurement(
         linears=linears,
         head=head,
         embedding=embedding,
-        other_weights=_other_weights(checkpoint, [*(linear.name for linear in linears), HEAD, embedding.name]),
+        other_weights=_other_weights(source, [*(linear.name for linear in linears), HEAD, embedding.name]),
         tokens=calibration.tokens.int().numpy(),
         widths=WIDTHS,
         types=tuple(kind.name for kind in kinds),
@@ -174,30 +187,25 @@ def _kinds(config: MeasureConfig) -> tuple[GgmlType, ...]:
     return measured_types() if config.types else ()
 
 
-def _other_weights(checkpoint: Checkpoint, quantized: Sequence[str]) -> int:
+def _other_weights(source: LanguageModel, quantized: Sequence[str]) -> int:
     matrices = {f"{name}.weight" for name in quantized}
-    return sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names if name not in matrices)
+    return sum(math.prod(source.shape(name)) for name in source.names if name not in matrices)
 
 
-def _check_layout(model: StreamedModel, checkpoint: Checkpoint) -> None:
+def _check_layout(model: StreamedModel, source: LanguageModel) -> None:
     names = [
         name
         for index in range(model.block_count)
-        for stage in model.family.stages
+        for stage in model.stages(index)
         for name in model.family.linear_names(index, stage)
     ]
     for name in names:
-        rows = checkpoint.shape(f"{name}.weight")[1]
+        rows = source.shape(f"{name}.weight")[1]
         if rows % ROW_MULTIPLE or rows > MAX_ROWS:
             raise UnsupportedModelError(
                 f"{name}: {rows} input features, expected a multiple of {ROW_MULTIPLE} up to {MAX_ROWS}: "
                 "EXL2 cannot hold this linear."
             )
-    if checkpoint.config.get("mlp_bias"):
-        raise UnsupportedModelError(
-            "config.json: mlp_bias is true. EXL2 readers do not reorder these biases along with the rows of down_proj, "
-            "so such a model cannot be quantized."
-        )
 
 
 def calibration_rows(checkpoint: Checkpoint, config: CalibrationConfig) -> CalibrationSet:
@@ -207,7 +215,7 @@ def calibration_rows(checkpoint: Checkpoint, config: CalibrationConfig) -> Calib
         CalibrationError: The text or the tokenizer cannot be read, or there is too little text.
     """
     tokenizer = load_tokenizer(checkpoint.directory)
-    return build_calibration(tokenizer, config, vocab_size=int(checkpoint.config["vocab_size"]))
+    return build_calibration(tokenizer, config, vocab_size=int(language_config(checkpoint)["vocab_size"]))
 
 
 def measured_rows(measurement: Measurement) -> CalibrationSet:

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .families import Stage
+from ..convert.families import Stage
 from .sketch import FisherSketch
 
-__all__ = ["StageStatistics", "WeightedGram", "collect", "rows_of_half", "tapped_inputs", "thinned"]
+__all__ = ["StageStatistics", "WeightedGram", "collect", "rows_of_half", "tapped_inputs", "tapped_outputs", "thinned"]
 
 _GRAM_BLOCK = 256
 """Columns of a Gram matrix that are summed together; only blocks on and above the diagonal are."""
@@ -120,13 +120,13 @@ class StageStatistics:
         self._weights: Tensor | None = None
 
     def see_inputs(self, inputs: Tensor) -> None:
-        """Take the inputs of a micro-batch, or of its next piece, shape (rows, tokens, K).
+        """Take the inputs of a micro-batch, or of its next piece, shape (rows, tokens, K) or (rows * tokens, K).
 
         A micro-batch of one row may come in pieces of it, if the gradients of a piece's outputs are seen before the
         next piece's inputs.
         """
         if self._weights is not None:
-            self._add_up()
+            self._add_up(rows=1)
         self._inputs = inputs.detach().float()
 
     def see_gradient(self, linear: str, gradient: Tensor) -> None:
@@ -149,23 +149,25 @@ class StageStatistics:
         self.fisher[linear] = self.fisher[linear] + outputs if linear in self.fisher else outputs
         self._weights = tokens if self._weights is None else self._weights + tokens
 
-    def end_batch(self, first_row: int) -> None:
+    def end_batch(self, first_row: int, rows: int) -> None:
         """Add up the micro-batch: all its inputs and gradients have been seen.
 
         Args:
             first_row: Index of its first row among all calibration rows.
+            rows: Number of its rows.
         """
         self.first_row = first_row
-        self._add_up()
+        self._add_up(rows)
 
-    def _add_up(self) -> None:
+    def _add_up(self, rows: int) -> None:
         assert self._inputs is not None
         assert self._weights is not None
-        weights = self._weights.view(self._inputs.shape[:2])
+        weights = self._weights.view(rows, -1)
+        inputs = self._inputs.view(*weights.shape, -1)
         for parity, half in enumerate(self.halves):
-            rows = rows_of_half(parity, self.first_row)
-            kept, given = thinned(weights[rows].flatten(), self._rng)
-            half.add(self._inputs[rows].flatten(0, 1)[kept], given)
+            of_half = rows_of_half(parity, self.first_row)
+            kept, given = thinned(weights[of_half].flatten(), self._rng)
+            half.add(inputs[of_half].flatten(0, 1)[kept], given)
         self.token_weights.append(self._weights.cpu())
         self._inputs = self._weights = None
 
@@ -244,6 +246,33 @@ def tapped_inputs(block: nn.Module, names: Sequence[str]) -> Iterator[dict[str, 
         return hook
 
     handles = [block.get_submodule(name).register_forward_pre_hook(tap(name), with_kwargs=True) for name in names]
+    try:
+        yield taps
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def tapped_outputs(block: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Keep the latest output of submodules while the block runs; of several outputs the first.
+
+    Args:
+        block: A decoder block.
+        names: Submodules of it.
+
+    Yields:
+        Output by submodule name, overwritten at every forward.
+    """
+    taps: dict[str, Tensor] = {}
+
+    def tap(name: str) -> Any:
+        def hook(_module: nn.Module, _args: tuple[Tensor, ...], output: Any) -> None:
+            taps[name] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    handles = [block.get_submodule(name).register_forward_hook(tap(name)) for name in names]
     try:
         yield taps
     finally:

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ..convert.checkpoint import TensorSource
+from ..convert.families import HEAD, Family, Stage
+from ..convert.language import language_model
 from ..errors import CheckpointError, NumericalError, UnsupportedModelError
 from .attention import attention_for
-from .families import HEAD, Family, family_of
+from .surgery import split_block
 
 __all__ = ["StreamedModel", "check_finite", "micro_batches"]
 
@@ -83,14 +85,15 @@ class StreamedModel:
         Raises:
             UnsupportedModelError: Neither bpwise nor Transformers knows the model type.
         """
-        self._source = source
-        self.family: Family = family_of(source.config)
+        self._source = language_model(source)
+        self.family: Family = self._source.family
         self.device = device
         self.dtype = dtype
-        self._model: Any = _build_skeleton(source.config, dtype, device)
+        self._model: Any = _build_skeleton(self._source.config, dtype, device)
         parent = self._model.get_submodule(self.family.blocks)
         self._blocks: list[nn.Module] = list(parent)
-        for index in range(len(self._blocks)):
+        for index, block in enumerate(self._blocks):
+            split_block(block, self.family, self._source.config)
             parent[index] = _Recorder(self, index)
         self._calls: dict[tuple[int, ...], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self._embedded: Tensor | None = None
@@ -119,6 +122,16 @@ class StreamedModel:
     def embeddings(self, tokens: Tensor) -> Tensor:
         """Return the embeddings of some tokens as they are stored, shape (tokens, hidden size), on the device."""
         return self._source.tensor(f"{self.embedding_name}.weight")[tokens].to(self.device, self.dtype)
+
+    def stages(self, index: int) -> tuple[Stage, ...]:
+        """Return the stages of a block, in the order in which it computes them; those of experts come last."""
+        return self.family.block_stages(index, self._source.names)
+
+    @property
+    def multiplier(self) -> float:
+        """What blocks multiply their outputs by before they add them to the residual stream."""
+        key = self.family.multiplier
+        return 1.0 if key is None else float(self._source.config.get(key, 1.0))
 
     def block_name(self, index: int) -> str:
         """Return a block's full name, for messages and tensor names."""
@@ -221,6 +234,7 @@ class StreamedModel:
                 _set_parameter(module, inner, parameter)
 
     def _read(self, name: str, shape: torch.Size) -> nn.Parameter:
+        name = self.family.file_name(name)
         if name == f"{HEAD}.weight" and self._source.tied_embeddings:
             name = f"{self.embedding_name}.weight"
         tensor = self._source.tensor(name)

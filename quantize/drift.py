@@ -5,6 +5,10 @@ every mean here, by what each token counts in the end loss (see ``measure.statis
 and S what Y makes of the unrounded weight, ``argmin ||Y V - T||^2 + ridge ||V - W||^2`` is
 ``V = W + (H + ridge)^-1 mean y^T (t - s)``. Source: the first step of Qronos (Zhang et al., arXiv 2505.11695),
 with the residual stream's own drift included where a stage's output joins it.
+
+Where a norm stands between a linear's output o and the stream, what arrives is ``o g / rms(o)`` with the norm's weight
+g. With the root mean square of the *original's* o in the place of rms(o) that is linear again: T - S is multiplied by
+it, and the columns of V are what the norm's weight makes of the linear's.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..measure.families import Stage
+from ..convert.families import Stage
 from ..measure.statistics import WeightedGram, rows_of_half, thinned
 from ..rounding.hessian import damped_solve
 
@@ -23,6 +27,9 @@ __all__ = ["StageSums"]
 _RIDGES = (0.2, 0.6, 2.0, 6.0)
 """Ridges of the drift correction to choose from, relative to the mean of H's diagonal. With a few thousand calibration
 tokens 2 is best on held-out text, with tens of thousands 0.5; 0.02, which suits rounding, overfits either."""
+
+_LEAST_GAIN = 1e-3
+"""Outputs that a norm scales down to less than this, relative to the largest, are not moved to cancel drift."""
 
 _TINY = 1e-30
 """Keeps sums that are zero from being divided by."""
@@ -34,37 +41,65 @@ class StageSums:
     Every second row goes to the second of two halves, so that what is fitted on one can be judged on the other.
     """
 
-    def __init__(self, module: Any, stage: Stage, device: torch.device) -> None:
+    def __init__(self, module: Any, stage: Stage, device: torch.device, gains: Tensor | None = None) -> None:
         """Start from nothing.
 
         Args:
             module: The stage's linear, unrounded; of several any one, as they share their input.
             stage: The stage.
             device: Where the sums are kept.
+            gains: What each output is multiplied by before it joins the residual stream, shape (out,); None for 1.
         """
         self._module = module
-        self._joins = stage.joins is not None
+        self._joins = stage.adds is not None
+        self._gains = torch.ones(module.out_features, device=device) if gains is None else gains
         columns = module.out_features if self._joins else module.in_features
         self._halves = [_Half(module.in_features, columns, device) for _ in range(2)]
 
-    def add(self, first_row: int, inputs: Tensor, target: Tensor, stream: Tensor, weights: Tensor) -> None:
+    def add(
+        self,
+        first_row: int,
+        inputs: Tensor,
+        target: Tensor,
+        stream: Tensor,
+        weights: Tensor,
+        sizes: Tensor | None = None,
+    ) -> None:
         """Add a micro-batch.
 
         Args:
             first_row: Index of its first row among all calibration rows.
-            inputs: y, the stage's inputs in the quantized stream, shape (rows, tokens, K).
+            inputs: y, the stage's inputs in the quantized stream, shape (rows, tokens, K) or (rows * tokens, K).
             target: The original's input of the stage or, where it joins the residual stream, its sum there.
             stream: What the stage's output is added to, if it joins the residual stream.
             weights: Weight of each token, shape (rows, tokens).
+            sizes: What the original's output of each token is divided by before it joins the stream, shape (rows,
+                tokens, 1); None for 1.
         """
+        inputs = inputs.view(*weights.shape, -1)
         if not self._joins:
             stream = inputs
-        elif self._module.bias is not None:
-            stream = stream + self._module.bias
-        missing = target.to(inputs.device) - stream
+        missing = target.to(inputs.device).view(*weights.shape, -1) - stream
+        if sizes is not None:
+            missing = missing * sizes.to(inputs.device)
+        if self._joins and self._module.bias is not None:
+            missing = missing - self._module.bias * self._gains
         for parity, half in enumerate(self._halves):
             rows = rows_of_half(parity, first_row)
             half.add(inputs[rows].flatten(0, 1), missing[rows].flatten(0, 1), weights[rows].flatten())
+
+    def add_tokens(self, rows: Tensor, inputs: Tensor, target: Tensor, weights: Tensor) -> None:
+        """Add single tokens of a stage whose output stays inside the block.
+
+        Args:
+            rows: Index of each one's row among all calibration rows, int64, shape (tokens,).
+            inputs: y, shape (tokens, K).
+            target: The original's inputs, shape (tokens, K).
+            weights: Shape (tokens,).
+        """
+        for parity, half in enumerate(self._halves):
+            of_half = (rows % 2 == parity).to(inputs.device)
+            half.add(inputs[of_half], (target - inputs)[of_half], weights[of_half])
 
     def solved(self, *, correct_drift: bool) -> tuple[Tensor, Tensor | None]:
         """Return H, and the shift of the weight that cancels drift, (K, out) for a joining stage, else (K, K).
@@ -77,14 +112,16 @@ class StageSums:
         shares = [weight / max(sum(weights), _TINY) for weight in weights]
         missing = [half.missing / max(half.gram.weight, _TINY) for half in self._halves]
         if self._joins:  # what the unrounded weight makes of y is not missing: mean y^T (y W) = H W
-            missing = [part - gram @ self._module.weight.T for part, gram in zip(missing, grams, strict=True)]
+            made = self._module.weight.T * self._gains
+            missing = [part - gram @ made for part, gram in zip(missing, grams, strict=True)]
         gram, drift = (shares[0] * first + shares[1] * second for first, second in (grams, missing))
         if not correct_drift or min(weights) <= 0:
             return gram, None
         left = [_drift_left(damped_solve(grams[0], missing[0], ridge), grams[1], missing[1]) for ridge in _RIDGES]
         if min(left) >= 0:
             return gram, None
-        return gram, damped_solve(gram, drift, _RIDGES[left.index(min(left))])
+        shift = damped_solve(gram, drift, _RIDGES[left.index(min(left))])
+        return gram, shift if not self._joins else _undone(shift, self._gains)
 
 
 class _Half:
@@ -100,6 +137,12 @@ class _Half:
         inputs = inputs[kept]
         self.gram.add(inputs, weights)
         self.missing.addmm_((inputs * weights[:, None]).T, missing[kept])
+
+
+def _undone(shift: Tensor, gains: Tensor) -> Tensor:
+    # The shift of the linear's own outputs; those that hardly arrive anywhere stay.
+    arrives = gains.abs() > _LEAST_GAIN * gains.abs().max()
+    return torch.where(arrives, shift / torch.where(arrives, gains, 1), 0)
 
 
 def _drift_left(shift: Tensor, gram: Tensor, missing: Tensor) -> float:

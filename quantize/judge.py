@@ -16,6 +16,7 @@ from ..eval.comparison import (
     evaluation_rows,
     open_any,
     run_original,
+    vocab_size_of,
 )
 from ..eval.overlap import CalibrationSpans, refuse_calibration_text, told
 from ..measure.calibration import CalibrationSet
@@ -118,7 +119,7 @@ class Judge:
     def _evaluation_rows(self) -> CalibrationSet:
         if self._rows is None:
             tokenizer = load_tokenizer(self._checkpoint.directory)
-            vocab_size = int(self._checkpoint.config["vocab_size"])
+            vocab_size = vocab_size_of(self._checkpoint)
             self._rows = evaluation_rows(tokenizer, self._config, vocab_size=vocab_size)
         return self._rows
 

@@ -13,7 +13,9 @@ from ..convert.checkpoint import Checkpoint
 from ..convert.exl2.shards import DEFAULT_SHARD_BYTES
 from ..convert.exl2.verify import MANIFEST_FILE, Verification, verify_model
 from ..convert.exl2.writer import write_model
+from ..convert.families import require_reader
 from ..convert.files import read_json
+from ..convert.language import WrittenModel
 from ..convert.original import Original, open_model
 from ..convert.work import claimed, discard_stages
 from ..errors import BrokenModelError, ConfigError, FormatError, WorkDirectoryError
@@ -49,6 +51,7 @@ class QuantizeConfig:
         evaluate: Options of the evaluation, or None to leave it out.
         shard_bytes: Largest output file, in bytes.
         base_model: Hub id of the original for the model card; None takes it from where the original came from.
+        force: Whether to quantize a model of which EXL2 readers do not know the architecture.
     """
 
     bpw: float
@@ -57,6 +60,7 @@ class QuantizeConfig:
     evaluate: EvalConfig | None = field(default_factory=EvalConfig)
     shard_bytes: int = DEFAULT_SHARD_BYTES
     base_model: str | None = None
+    force: bool = False
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -151,6 +155,8 @@ def quantize_model(
         BpwiseError: Whatever is wrong with the model, the options, the text or the disk.
     """
     checkpoint = open_model(model)
+    if not config.force:
+        require_reader(checkpoint.config)
     if measurement is None:  # a given one has a group size of its own, which the plan checks at once
         forecast_run(checkpoint, bpw=config.bpw, head_bits=config.head_bits, config=config.measure)
     is_finished(output, model=checkpoint.fingerprint)
@@ -311,9 +317,10 @@ def _write(
     run: str,
 ) -> Verification:
     row_count, row_tokens = rows.tokens.shape
+    written = WrittenModel(rounded.source)
     return write_model(
-        checkpoint,
-        {name: partial(rounded.linear, name) for name in rounded.names},
+        written,
+        {written.prefix + name: partial(rounded.linear, name) for name in rounded.names},
         output,
         quantization={
             "version": __version__,

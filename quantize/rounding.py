@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor
 from ..convert.checkpoint import Checkpoint
 from ..convert.exl2.layout import RowGroup
 from ..convert.exl2.linear import QuantizedLinear
+from ..convert.families import HEAD
+from ..convert.language import LanguageModel, language_model
 from ..convert.work import StageDirectory
-from ..measure.families import HEAD
 from ..measure.measurement import MeasuredLinear, Measurement
 from ..measure.run import resolve_device
 from ..measure.stream import StreamedModel
@@ -50,15 +51,34 @@ class RoundedModel:
         names: Full names of the linears, in model order, the head last.
         blocks: Number of decoder blocks.
         pieces: Where they are kept.
+        source: The original.
     """
 
     names: tuple[str, ...]
     blocks: int
     pieces: StageDirectory
+    source: LanguageModel
 
     def linear(self, name: str) -> QuantizedLinear:
-        """Return one quantized linear."""
-        return _unpack(self.pieces.load(name))
+        """Return one quantized linear, as it is to be written.
+
+        Readers do not reorder the biases of an MLP along with the rows of its last linear. In an MLP that has some, the
+        neurons themselves are reordered instead, which changes nothing for the model around it.
+        """
+        linear = _unpack(self.pieces.load(name))
+        makers, reader = self.source.family.mlp
+        block = next((name.removesuffix(x) for x in (*makers, reader) if name.endswith(f".{x}")), None)
+        if block is None or f"{block}{makers[0]}.bias" not in self.source.names:
+            return linear
+        if name == block + reader:
+            return replace(linear, order=torch.arange(linear.in_features))
+        neurons = _unpack(self.pieces.load(block + reader)).order
+        return replace(
+            linear,
+            codes=linear.codes[:, neurons],
+            scale_codes=linear.scale_codes[:, neurons],
+            bias=self.source.tensor(f"{name}.bias")[neurons].half(),
+        )
 
     def damping(self, name: str) -> float:
         """Return the relative damping that the linear's rounding took; infinite if it went without feedback."""
@@ -103,7 +123,8 @@ def round_model(
         "device": device.type,
     }
     pieces = StageDirectory(work, "rounded", identity)
-    model = StreamedModel(checkpoint, device=device, dtype=torch.float32)
+    source = language_model(checkpoint)
+    model = StreamedModel(source, device=device, dtype=torch.float32)
     rounder = _Exl2Rounder(plan, couple_outputs=config.couple_outputs)
     run = RoundingPass(model, measurement, rounder, pieces, correct_drift=config.correct_drift)
     run.blocks(progress)
@@ -111,7 +132,7 @@ def round_model(
     if plan.head is not None:
         run.head()
         names.append(HEAD)
-    return RoundedModel(tuple(names), model.block_count, pieces)
+    return RoundedModel(tuple(names), model.block_count, pieces, source)
 
 
 class _Exl2Rounder:

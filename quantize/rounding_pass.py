@@ -17,11 +17,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..convert.families import HEAD, Stage
 from ..convert.work import StageDirectory
-from ..measure.families import BLOCK_OUTPUT, HEAD, Stage
+from ..measure.experts import expert_of, expert_stages
 from ..measure.heldout import DAMPINGS
 from ..measure.measurement import MeasuredLinear, Measurement
-from ..measure.statistics import tapped_inputs
+from ..measure.statistics import tapped_inputs, tapped_outputs
 from ..measure.stream import StreamedModel, check_finite, micro_batches
 from ..progress import Progress
 from ..rounding.parallel import run_all
@@ -139,35 +140,91 @@ class RoundingPass:
             self.pieces.discard(f"state-{index - 1}")
 
     def _round_block(self, index: int, original: Tensor, quantized: Tensor) -> dict[str, Tensor]:
-        family = self.model.family
+        stages = self.model.stages(index)
+        shared = [stage for stage in stages if stage.expert is None]
+        experts = [stage for stage in stages if stage.expert is not None]
+        stops = [stage.linears[0] for stage in shared] + ([self._experts_path] if experts else [])
+        adding = [stage.adds for stage in shared if stage.adds]
         with torch.no_grad(), self.model.block(index) as block:
-            targets, original = self._run_original(index, block, original)
+            wanted, original = self._run_original(index, block, original)
             runs = [partial(self._run, index, quantized, batch) for batch in self.batches]
-            joins = [stage.joins for stage in family.stages if stage.joins]
-            with SteppedForwards(block, [stage.linears[0] for stage in family.stages], joins, runs) as forwards:
-                stream = ""
-                for number, stage in enumerate(family.stages):
-                    names = family.linear_names(index, stage)
+            with SteppedForwards(block, stops, adding, runs) as forwards:
+                added: list[str] = []
+                for stage in shared:
+                    names = self.model.family.linear_names(index, stage)
                     modules = [block.get_submodule(inner) for inner in stage.linears]
                     weights = self._token_weights(names[0])
-                    sums = StageSums(modules[0], stage, self.model.device)
+                    gains = self._gains(block, stage)
+                    target, sizes = wanted.pop(stage.linears[0])
+                    sums = StageSums(modules[0], stage, self.model.device, gains)
                     for position, batch in enumerate(self.batches):
                         seen = forwards.advance(position)
-                        base = seen[stream] if stream else self._on_device(quantized[batch])
-                        sums.add(batch.start, seen[stage.linears[0]], targets[number][batch], base, weights[batch])
-                    del targets[number]
+                        stream = self._on_device(quantized[batch])
+                        for name in added:
+                            stream = stream + self.model.multiplier * seen[name]
+                        of_batch = None if sizes is None else sizes[batch]
+                        inputs = seen[stage.linears[0]]
+                        sums.add(batch.start, inputs, target[batch], stream, weights[batch], of_batch)
                     gram, shift = sums.solved(correct_drift=self.correct_drift)
-                    tasks = [
-                        partial(self._round_linear, name, module, gram, shift, stage.joins is not None)
-                        for name, module in zip(names, modules, strict=True)
-                    ]
-                    run_all(tasks, self.model.device)
-                    stream = stage.joins or stream
+                    self._round_linears(names, modules, gram, shift, joins=stage.adds is not None)
+                    if stage.adds is not None:
+                        added.append(stage.adds)
+                if experts:
+                    path = self._experts_path
+                    inputs = torch.cat([forwards.advance(number)[path].cpu() for number in range(len(self.batches))])
+                    self._round_experts(index, block, experts, wanted.pop(path)[0].flatten(0, 1), inputs)
                 output = torch.empty_like(quantized)
                 for position, batch in enumerate(self.batches):
                     output[batch] = forwards.finish(position).cpu()
             check_finite(output, f"{self.model.block_name(index)}, quantized")
         return {"original": original, "quantized": output}
+
+    def _round_experts(
+        self, index: int, block: Any, stages: Sequence[Stage], original: Tensor, quantized: Tensor
+    ) -> None:
+        # One expert after another, on the tokens that it was measured on: (tokens, hidden size) of all rows.
+        row_tokens = self.tokens.shape[1]
+        for pair in expert_stages(stages).values():
+            expert = expert_of(block, pair[0])
+            names = [self.model.family.linear_names(index, stage) for stage in pair]
+            weights = [self._token_weights(of_stage[0]).flatten() for of_stage in names]
+            tokens = [of_stage.nonzero()[:, 0].cpu() for of_stage in weights]
+            inputs = [self._on_device(quantized[of_stage]) for of_stage in tokens]
+            targets = [self._on_device(original[of_stage]) for of_stage in tokens]
+            targets[1] = expert.neurons(targets[1])  # while its weights are the original's
+            for number, stage in enumerate(pair):
+                if number == 1:
+                    inputs[1] = expert.neurons(inputs[1])
+                modules = [block.get_submodule(inner) for inner in stage.linears]
+                sums = StageSums(modules[0], stage, self.model.device)
+                given = weights[number][tokens[number].to(weights[number].device)]
+                sums.add_tokens(tokens[number] // row_tokens, inputs[number], targets[number], given)
+                gram, shift = sums.solved(correct_drift=self.correct_drift)
+                self._round_linears(names[number], modules, gram, shift, joins=False)
+
+    def _round_linears(
+        self, names: Sequence[str], modules: Sequence[Any], gram: Tensor, shift: Tensor | None, *, joins: bool
+    ) -> None:
+        tasks = [
+            partial(self._round_linear, name, module, gram, shift, joins)
+            for name, module in zip(names, modules, strict=True)
+        ]
+        run_all(tasks, self.model.device)
+
+    @property
+    def _experts_path(self) -> str:
+        experts = self.model.family.experts
+        return "" if experts is None else experts.path
+
+    def _gains(self, block: Any, stage: Stage) -> Tensor | None:
+        # What every output of a stage is multiplied by on its way into the residual stream, its norm's size apart.
+        if stage.adds is None:
+            return None
+        module = block.get_submodule(stage.linears[0])
+        gains = torch.full((module.out_features,), self.model.multiplier, device=self.model.device)
+        if stage.normed:
+            gains = gains * block.get_submodule(stage.adds)(torch.ones_like(gains)).float()
+        return gains
 
     def _on_device(self, hidden: Tensor) -> Tensor:
         return hidden.to(self.model.device)
@@ -178,21 +235,43 @@ class RoundingPass:
     def _run(self, index: int, hidden: Tensor, batch: slice) -> Tensor:
         return self.model.run_block(index, self._on_device(hidden[batch]))
 
-    def _run_original(self, index: int, block: Any, hidden: Tensor) -> tuple[dict[int, Tensor], Tensor]:
-        # What every stage should see or make: its original input, or the original sum where it joins the stream.
-        kept: dict[int, list[Tensor]] = {}
+    def _run_original(
+        self, index: int, block: Any, hidden: Tensor
+    ) -> tuple[dict[str, tuple[Tensor, Tensor | None]], Tensor]:
+        # What every stage should see or make, by its first linear: the original's input or, where the stage adds to the
+        # residual stream, the original's sum there, and the size that a norm divides its output by. Of experts their
+        # common input. And the block's output.
+        stages = self.model.stages(index)
+        shared = [stage for stage in stages if stage.expert is None]
+        read = [stage.linears[0] for stage in shared if stage.adds is None]
+        read += [self._experts_path] if len(shared) < len(stages) else []
+        adding = [(stage.linears[0], stage.adds, stage.normed) for stage in shared if stage.adds is not None]
+        targets: dict[str, list[Tensor]] = {}
+        sizes: dict[str, list[Tensor]] = {}
         outputs = []
-        stages = self.model.family.stages
-        watched = [stage.linears[0] if stage.joins is None else stage.joins for stage in stages]
         for batch in self.batches:
-            with tapped_inputs(block, [name for name in watched if name != BLOCK_OUTPUT]) as taps:
-                output = self._run(index, hidden, batch)
-            outputs.append(output.cpu())
-            for number, name in enumerate(watched):
-                kept.setdefault(number, []).append(output.cpu() if name == BLOCK_OUTPUT else taps[name].cpu())
+            norms = [name for _, name, normed in adding if normed]
+            with (
+                tapped_inputs(block, [*read, *norms]) as inputs,
+                tapped_outputs(block, [name for _, name, _ in adding]) as added,
+            ):
+                outputs.append(self._run(index, hidden, batch).cpu())
+            for name in read:
+                targets.setdefault(name, []).append(inputs[name].cpu().view(*hidden[batch].shape[:2], -1))
+            stream = self._on_device(hidden[batch])
+            for linear, name, normed in adding:
+                stream = stream + self.model.multiplier * added[name]
+                targets.setdefault(linear, []).append(stream.cpu())
+                if normed:
+                    size = inputs[name].square().mean(dim=-1, keepdim=True).sqrt()
+                    sizes.setdefault(linear, []).append(size.cpu())
         output = torch.cat(outputs)
         check_finite(output, self.model.block_name(index))
-        return {number: torch.cat(parts) for number, parts in kept.items()}, output
+        wanted = {
+            name: (torch.cat(parts), torch.cat(sizes[name]) if name in sizes else None)
+            for name, parts in targets.items()
+        }
+        return wanted, output
 
     def _round_linear(self, name: str, module: Any, gram: Tensor, shift: Tensor | None, joins: bool) -> None:
         weight = self._rounded(name, _shifted(module.weight, shift, joins), gram)

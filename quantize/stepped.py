@@ -75,29 +75,30 @@ class SteppedForwards:
     """Forward passes of one module over several micro-batches, stop by stop."""
 
     def __init__(
-        self, module: nn.Module, stops: Sequence[str], taps: Sequence[str], runs: Sequence[Callable[[], Tensor]]
+        self, module: nn.Module, stops: Sequence[str], outputs: Sequence[str], runs: Sequence[Callable[[], Tensor]]
     ) -> None:
         """Prepare the passes; nothing runs yet.
 
         Args:
             module: What ``runs`` call; its submodules are watched while the context lasts.
             stops: Submodules before which every pass stops, in the order in which the module calls them.
-            taps: Further submodules whose input is kept, without a stop.
+            outputs: Submodules whose output is kept; of several outputs the first.
             runs: One forward for each micro-batch.
         """
         self._forwards = [_Forward(run) for run in runs]
         self._current = self._forwards[0]
         self._module = module
         self._stops = tuple(stops)
-        self._taps = tuple(taps)
+        self._outputs = tuple(outputs)
         self._handles: list[Any] = []
 
     def __enter__(self) -> SteppedForwards:
         """Start watching."""
-        for name in {*self._stops, *self._taps}:
-            hook = self._hook(name, stops=name in self._stops)
+        for name in self._stops:
             module = self._module.get_submodule(name)
-            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            self._handles.append(module.register_forward_pre_hook(self._stop_at(name), with_kwargs=True))
+        for name in self._outputs:
+            self._handles.append(self._module.get_submodule(name).register_forward_hook(self._keep(name)))
         return self
 
     def __exit__(
@@ -116,7 +117,8 @@ class SteppedForwards:
             number: Index of the micro-batch.
 
         Returns:
-            The inputs seen so far, by name of the submodule. Whatever the pass raises is raised here.
+            By name of the submodule, its input where the pass stopped, and the outputs seen so far. Whatever the pass
+            raises is raised here.
         """
         self._current = self._forwards[number]
         self._current.advance()
@@ -130,12 +132,17 @@ class SteppedForwards:
         self._forwards[number].taps.clear()
         return output
 
-    def _hook(self, name: str, *, stops: bool) -> Any:
+    def _stop_at(self, name: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
             forward = self._current
             forward.taps[name] = args[0] if args else kwargs["hidden_states"]
-            if stops:
-                forward.stop()
-                del forward.taps[name]
+            forward.stop()
+            del forward.taps[name]
+
+        return hook
+
+    def _keep(self, name: str) -> Any:
+        def hook(_module: nn.Module, _args: tuple[Tensor, ...], output: Any) -> None:
+            self._current.taps[name] = output[0] if isinstance(output, tuple) else output
 
         return hook

@@ -11,11 +11,15 @@ from copy import deepcopy
 from typing import Any
 
 from ...errors import UnsupportedModelError
+from .names import text_config
 
 __all__ = ["dense_config", "exl2_config"]
 
 # ExLlamaV2 0.3.2 (config.py) refuses `type` and `rope_type` together; it looks for llama3 under the newer key
 # only and for these under the older one only.
+_OLDER_NAMES = {"norm_epsilon": "layer_norm_epsilon"}
+"""Keys that readers look for under another name: StarCoder2's."""
+
 _TYPES_UNDER_OLD_KEY = ("linear", "su", "longrope", "yarn", "mrope")
 
 
@@ -46,6 +50,12 @@ def exl2_config(config: Mapping[str, Any], quantization: Mapping[str, Any], *, t
     nested = result.get("text_config")
     if isinstance(nested, dict):
         _add_rope_keys(nested)
+    for key, older in _OLDER_NAMES.items():
+        if key in result:
+            result.setdefault(older, result[key])
+    pattern = _sliding_window_pattern(text_config(result).get("layer_types"))
+    if pattern is not None:
+        result.setdefault("sliding_window_pattern", pattern)
     _set_common_keys(result, tied_embeddings)
     result["quantization_config"] = {"quant_method": "exl2", **deepcopy(dict(quantization))}
     return result
@@ -63,6 +73,17 @@ def dense_config(config: Mapping[str, Any], *, tied_embeddings: bool) -> dict[st
     result.pop("quantization_config", None)
     _set_common_keys(result, tied_embeddings)
     return result
+
+
+def _sliding_window_pattern(kinds: Any) -> int | None:
+    # Every how many blocks one attends to all that was before, by which readers tell it from the others.
+    if not isinstance(kinds, list) or "full_attention" not in kinds or "sliding_attention" not in kinds:
+        return None
+    pattern = kinds.index("full_attention") + 1
+    as_readers_see_it = [
+        "sliding_attention" if (index + 1) % pattern else "full_attention" for index in range(len(kinds))
+    ]
+    return pattern if kinds == as_readers_see_it else None
 
 
 def _set_common_keys(config: dict[str, Any], tied_embeddings: bool) -> None:
@@ -85,6 +106,9 @@ def _add_rope_keys(config: dict[str, Any]) -> None:
         bases = [source["rope_theta"] for source in sources if "rope_theta" in source]
         if bases:
             config["rope_theta"] = bases[0]
+    for source in sources:
+        if "partial_rotary_factor" in source:
+            config.setdefault("partial_rotary_factor", source["partial_rotary_factor"])
     if not isinstance(scaling, dict):
         scaling = parameters
     if not isinstance(scaling, dict):

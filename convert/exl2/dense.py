@@ -7,6 +7,7 @@ from pathlib import Path
 from ...errors import FormatError
 from ..checkpoint import TensorSource
 from ..files import atomic_directory, write_json
+from ..language import FusedModel
 from .carry import copy_side_files, require_float16_range
 from .names import model_order
 from .reader import Exl2Model
@@ -35,8 +36,9 @@ def dequantize_model(directory: Path, out: Path, *, shard_bytes: int = DENSE_SHA
     """
     model = Exl2Model.open(directory)
     with atomic_directory(Path(out)) as target:
-        write_dense(model, target, shard_bytes=shard_bytes)
-        write_json(target / "config.json", model.config)
+        fused = FusedModel(model)
+        write_dense(fused, target, shard_bytes=shard_bytes)
+        write_json(target / "config.json", fused.config)
         copy_side_files(model.directory, target)
 
 

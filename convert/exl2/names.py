@@ -7,10 +7,10 @@ alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["HEAD", "config_features", "model_order", "text_config"]
+__all__ = ["HEAD", "config_features", "head_names", "model_order", "text_config"]
 
 HEAD = "lm_head"
 """Name of the output head, the one linear outside the decoder."""
@@ -28,6 +28,8 @@ _FEATURES = {
     "w1": ("hidden", "intermediate"),
     "w2": ("intermediate", "hidden"),
     "w3": ("hidden", "intermediate"),
+    "c_fc": ("hidden", "intermediate"),
+    "c_proj": ("intermediate", "hidden"),
 }
 
 
@@ -63,6 +65,11 @@ def config_features(name: str, config: Mapping[str, Any]) -> tuple[int | None, i
     return first, second
 
 
+def head_names(names: Iterable[str]) -> set[str]:
+    """Return the names of the output head's tensors, whatever prefix they have."""
+    return {name for name in names if HEAD in name.split(".")[:-1]}
+
+
 def model_order(name: str) -> tuple[Any, ...]:
     """Return a sort key that puts tensors into model order: embedding, layers by number, final norm, head.
 
@@ -72,7 +79,7 @@ def model_order(name: str) -> tuple[Any, ...]:
     parts = tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split("."))
     if "embed" in name or ".wte" in name:
         rank = 0
-    elif name.startswith(HEAD):
+    elif HEAD in name.split("."):
         rank = 3
     else:
         rank = 1 if re.search(r"\.\d+\.", name) else 2

@@ -14,7 +14,7 @@ from ..files import read_json
 from ..safetensors_file import HeaderEntry, SafetensorsHeader, read_entry, read_header
 from .config import dense_config
 from .linear import QuantizedLinear
-from .names import HEAD, config_features
+from .names import config_features, head_names
 from .store import QUANTIZED_SUFFIXES, linear_from_tensors
 
 __all__ = ["Exl2Model", "is_exl2"]
@@ -134,7 +134,7 @@ class Exl2Model:
     @property
     def tied_embeddings(self) -> bool:
         """Whether the output head is the token embedding: only if no head is stored, quantized or not."""
-        if f"{HEAD}.weight" in self._names:
+        if head_names(self._names):
             return False
         return self._stored_config.get("tie_word_embeddings") is not False
 

@@ -14,7 +14,7 @@ from ..checkpoint import confined_file
 from ..files import read_json
 from .carry import require_float16_range
 from .linear import QuantizedLinear
-from .names import HEAD, config_features
+from .names import HEAD, config_features, head_names
 from .reader import Exl2Model
 from .shards import tensor_sha256
 
@@ -29,7 +29,15 @@ _DENSE_BITS = 16.0
 _SHOWN = 5
 
 # Readers build these blocks as one: either all of their linears are quantized, or none is.
-_BLOCKS = (("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj"))
+_BLOCKS = (
+    ("q_proj", "k_proj", "v_proj", "o_proj"),
+    ("gate_proj", "up_proj", "down_proj"),
+    ("w1", "w2", "w3"),
+    ("c_fc", "c_proj"),
+)
+
+# Of an MLP: what reads its neurons, and what makes them.
+_MLPS = {"down_proj": ("gate_proj", "up_proj"), "c_proj": ("c_fc",)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +92,7 @@ def verify_model(directory: Path) -> Verification:
         if manifest is not None:
             found["linears"][name] = tensor_sha256(linear.dequantize())
         weights = linear.in_features * linear.out_features
-        if name == HEAD:
+        if name.split(".")[-1] == HEAD:
             head_bpw = linear.stored_bits / weights
         else:
             decoder_bits += linear.stored_bits
@@ -124,12 +132,12 @@ def check_rules(config: Mapping[str, Any], quantized: Set[str], names: Set[str])
     scaling = config.get("rope_scaling")
     if isinstance(scaling, dict) and "type" in scaling and "rope_type" in scaling:
         raise FormatError("config.json: rope_scaling holds both type and rope_type, expected one of them.")
-    if f"{HEAD}.weight" not in names and config.get("tie_word_embeddings") is False:
+    if not head_names(names) and config.get("tie_word_embeddings") is False:
         raise FormatError(f"{HEAD}: not stored, but tie_word_embeddings is false in config.json.")
     for linear in sorted(quantized):
         block, _, last = linear.rpartition(".")
         rows = config_features(linear, config)[0]
-        if last == "down_proj" and rows is not None and rows % 32:
+        if last in _MLPS and rows is not None and rows % 32:
             raise FormatError(f"{linear}: {rows} input features, expected a multiple of 32 in a quantized MLP.")
         for members in _BLOCKS:
             dense = [f"{block}.{member}" for member in members if last in members]
@@ -145,11 +153,10 @@ def _check_linear(model: Exl2Model, name: str, linear: QuantizedLinear) -> None:
     if rows is not None and linear.in_features != rows:
         raise ShapeError(name, "q_invperm", got=(linear.in_features,), expected=(rows,))
     block, _, last = name.rpartition(".")
-    biased = any(f"{block}.{member}.bias" in model.names for member in ("gate_proj", "up_proj"))
-    if last == "down_proj" and biased and not torch.equal(linear.order, torch.arange(linear.in_features)):
+    biased = any(f"{block}.{member}.bias" in model.names for member in _MLPS.get(last, ()))
+    if biased and not torch.equal(linear.order, torch.arange(linear.in_features)):
         raise FormatError(
-            f"{name}: its rows are reordered, but readers do not reorder the biases of gate_proj and "
-            "up_proj along. "
+            f"{name}: its rows are reordered, but readers do not reorder the biases of the linears before it along. "
             "Quantize it in the order of its input features."
         )
 

@@ -16,7 +16,7 @@ from ..files import atomic_directory, write_json
 from .carry import copy_side_files, require_float16_range
 from .config import exl2_config
 from .linear import QuantizedLinear
-from .names import HEAD, config_features, model_order
+from .names import HEAD, config_features, head_names, model_order
 from .shards import DEFAULT_SHARD_BYTES, ShardWriter, tensor_sha256
 from .store import QUANTIZED_SUFFIXES, linear_tensors
 from .verify import MANIFEST_FILE, MANIFEST_VERSION, Verification, check_rules, verify_model
@@ -82,7 +82,7 @@ def write_model(
 def _carried(source: TensorSource, linears: Mapping[str, Any]) -> set[str]:
     replaced = {f"{name}.{part}" for name in linears for part in ("weight", "bias")}
     if source.tied_embeddings:
-        replaced.add(f"{HEAD}.weight")
+        replaced |= head_names(source.names)
     return set(source.names - replaced)
 
 
@@ -91,7 +91,7 @@ def _check_shapes(source: TensorSource, linears: Mapping[str, Any]) -> None:
     for name in linears:
         weight = f"{name}.weight"
         if weight not in source.names:
-            if name == HEAD and source.tied_embeddings:
+            if name.endswith(HEAD) and source.tied_embeddings:
                 continue
             raise FormatError(f"{name}: to be quantized, but the source model has no tensor {weight}.")
         rows, columns = config_features(name, source.config)
@@ -112,7 +112,7 @@ def _units(
         if name not in linears:
             tensor = source.tensor(name)
             require_float16_range(name, tensor, CheckpointError)
-            if name == f"{HEAD}.weight":
+            if name.endswith(f"{HEAD}.weight"):
                 tensor = tensor.half()
             manifest["tensors"][name] = tensor_sha256(tensor)
             yield {name: tensor}

@@ -426,13 +426,6 @@ def test_input_width_that_the_format_cannot_hold(tmp_path: Path) -> None:
         measure(directory, tmp_path / "work")
 
 
-def test_biases_that_the_readers_would_misplace(tmp_path: Path) -> None:
-    # Format document, section 6: readers do not reorder the biases of gate and up along with the rows of down_proj.
-    directory = save_model(tmp_path / "model", LlamaConfig(**SIZES, mlp_bias=True))
-    with pytest.raises(UnsupportedModelError, match="mlp_bias"):
-        measure(directory, tmp_path / "work")
-
-
 def test_dead_inputs_are_measured(tmp_path: Path) -> None:
     def kill(model: Any) -> None:
         model.model.layers[0].mlp.up_proj.weight[:40] = 0  # so 40 inputs of down_proj are always zero

@@ -2,8 +2,8 @@ from typing import Any
 
 import pytest
 import torch
+from bpwise.convert.families import Stage
 from bpwise.measure import positions, statistics
-from bpwise.measure.families import Stage
 from bpwise.measure.positions import position_by_position
 from bpwise.measure.statistics import StageStatistics, collect
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ def run(block: Block, *, cut: bool, first_row: int = 0) -> tuple[Tensor, Tensor,
             output = block(hidden)
             output.backward(torch.randn(output.shape, generator=rng))
         for each in sums:
-            each.end_batch(first_row)
+            each.end_batch(first_row, 1)
     assert hidden.grad is not None
     return output.detach(), hidden.grad, sums
 

@@ -35,7 +35,7 @@ def test_token_weights_are_scaled_to_mean_one() -> None:
         sums.see_inputs(torch.ones(1, 2, 2))
         sums.see_gradient("a", torch.full((1, 2, 3), scale))
         sums.see_gradient("b", torch.zeros(1, 2, 1))
-        sums.end_batch(0)
+        sums.end_batch(0, 1)
     # Squared gradients of 3 and 12 a token, twice each.
     assert sums.scaled_weights().tolist() == pytest.approx([0.4, 0.4, 1.6, 1.6])
     assert sums.fisher["a"].tolist() == pytest.approx([10.0] * 3)
@@ -46,7 +46,7 @@ def test_no_gradient_at_all_weighs_tokens_alike() -> None:
     sums = StageStatistics(2, CPU)
     sums.see_inputs(torch.ones(1, 3, 2))
     sums.see_gradient("a", torch.zeros(1, 3, 4))
-    sums.end_batch(0)
+    sums.end_batch(0, 1)
     assert sums.scaled_weights().tolist() == [1.0, 1.0, 1.0]
 
 

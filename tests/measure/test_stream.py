@@ -269,7 +269,7 @@ def test_unknown_model_type(llama: Path, model_type: str | None) -> None:
 
 
 def test_model_type_that_only_transformers_lacks(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bpwise.measure import families
+    from bpwise.convert import families
 
     monkeypatch.setitem(families._FAMILIES, "llama99", families._FAMILIES["llama"])
     config = json.loads((llama / "config.json").read_text())

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from bpwise.measure.families import Stage
+from bpwise.convert.families import Stage
 from bpwise.quantize import drift
 from bpwise.quantize.drift import StageSums
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 ROWS, TOKENS, WIDTH, OUT = 40, 16, 6, 4
 CPU = torch.device("cpu")
 INSIDE = Stage(("linear",))
-JOINING = Stage(("linear",), joins="norm")
+JOINING = Stage(("linear",), adds="norm")
 
 
 @pytest.fixture(autouse=True)

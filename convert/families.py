@@ -1,0 +1,312 @@
+"""How each model family is cut into blocks and linears, and what its tensors are called: data, one entry a family.
+
+A block is worked through in stages. The linears of a stage read one common input, so they share its Gram matrix, and
+none of them depends on the others. Stages come in the order in which the block computes them.
+
+Names inside a block are those of EXL2 files, one linear each; where Transformers has one module for several of them,
+or keeps experts in one tensor, ``measure.surgery`` takes it apart. Source of the names and of which readers know what:
+Transformers 5 (``modeling_*.py``, ``conversion_mapping.py``), ExLlamaV2 0.3.2 (``architecture.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import UnsupportedModelError
+from .exl2.names import HEAD
+
+__all__ = ["HEAD", "Composite", "Experts", "Family", "Stage", "composite_of", "family_of", "require_reader"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Linears of a block that read the same input.
+
+    Attributes:
+        linears: Names inside the block, for example ``self_attn.q_proj``.
+        adds: Module whose output is added to the residual stream once the stage is done; None for a stage whose output
+            stays inside the block.
+        normed: Whether that module is a norm, which the stage's one linear feeds.
+        expert: Number of the expert that the linears belong to; None outside of experts.
+    """
+
+    linears: tuple[str, ...]
+    adds: str | None = None
+    normed: bool = False
+    expert: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The experts of a mixture: gated MLPs of which a router chooses a few for every token.
+
+    Attributes:
+        path: Module that holds them, inside the block.
+        gate: Name of the gate's linear inside an expert.
+        up: Name of the up projection.
+        down: Name of the down projection.
+    """
+
+    path: str
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+    def stages(self, expert: int) -> tuple[Stage, Stage]:
+        """Return the two stages of one expert."""
+        prefix = f"{self.path}.{expert}"
+        return (
+            Stage((f"{prefix}.{self.gate}", f"{prefix}.{self.up}"), expert=expert),
+            Stage((f"{prefix}.{self.down}",), expert=expert),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """Architecture families that share names and structure.
+
+    Attributes:
+        readers: Class names in ``architectures`` by which EXL2 readers know the family; empty if they do not.
+        stages: Stages of decoder blocks, in the order of computation. A block has those whose linears are stored.
+        experts: The experts of blocks that have some; their stages come after the others.
+        fused: Modules of Transformers that EXL2 files hold in parts: name inside the block -> names of its parts.
+        mlp: The linears of an MLP that make its neurons, and the one that reads them.
+        renamed: Start of a module's name inside the block in Transformers -> start of its name in files.
+        multiplier: Key of config.json whose value multiplies what blocks add to the residual stream.
+        written_as: Class name that a written model gets, where it differs from the original's.
+        prefix: What the names of a written model begin with.
+        taken_for_granted: Values that EXL2 readers take keys of config.json to have, whatever they say.
+        note: What is special, for the table of families in the documentation.
+    """
+
+    readers: tuple[str, ...]
+    stages: tuple[Stage, ...]
+    experts: Experts | None = None
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    mlp: tuple[tuple[str, ...], str] = (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    multiplier: str | None = None
+    written_as: str | None = None
+    prefix: str = ""
+    taken_for_granted: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+    blocks = "model.layers"
+    """Name of the list of decoder blocks; block i is ``{blocks}.{i}``."""
+
+    def block_stages(self, index: int, names: Collection[str]) -> tuple[Stage, ...]:
+        """Return the stages of one block: those of which any linear is stored.
+
+        Args:
+            index: Which block.
+            names: Names of the model's tensors, as EXL2 files have them but for ``prefix``.
+        """
+        stages = [stage for stage in self.stages if self._stored(index, stage, names)]
+        if self.experts is not None:
+            number = 0
+            while self._stored(index, (pair := self.experts.stages(number))[0], names):
+                stages += pair
+                number += 1
+        return tuple(stages)
+
+    def _stored(self, index: int, stage: Stage, names: Collection[str]) -> bool:
+        return any(f"{name}.weight" in names for name in self.linear_names(index, stage))
+
+    def linear_names(self, block: int, stage: Stage) -> tuple[str, ...]:
+        """Return the full names of a stage's linears in one block."""
+        return tuple(self.file_name(f"{self.blocks}.{block}.{name}") for name in stage.linears)
+
+    def file_name(self, name: str) -> str:
+        """Return the name in files of a module or parameter that the model has under a full name."""
+        for ours, theirs in self.renamed.items():
+            head, found, tail = name.partition(f".{ours}")
+            if found and name.startswith(f"{self.blocks}."):
+                return f"{head}.{theirs}{tail}"
+        return name
+
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+
+_ATTENTION = (Stage(_QKV), Stage(("self_attn.o_proj",), adds="self_attn"))
+_GATED_MLP = (Stage(_GATE_UP), Stage(("mlp.down_proj",), adds="mlp"))
+_PRE_NORM = (*_ATTENTION, *_GATED_MLP)
+
+
+def _post_norm(attention: str, mlp: str) -> tuple[Stage, ...]:
+    return (
+        Stage(_QKV),
+        Stage(("self_attn.o_proj",), adds=attention, normed=True),
+        Stage(_GATE_UP),
+        Stage(("mlp.down_proj",), adds=mlp, normed=True),
+    )
+
+
+_GEMMA2 = _post_norm("post_attention_layernorm", "post_feedforward_layernorm")
+_PARALLEL = (
+    Stage((*_QKV, *_GATE_UP)),
+    Stage(("self_attn.o_proj",), adds="self_attn"),
+    Stage(("mlp.down_proj",), adds="mlp"),
+)
+_FUSED_MLP = {"mlp.gate_up_proj": _GATE_UP}
+
+_FAMILIES = {
+    "llama": Family(readers=("LlamaForCausalLM",), stages=_PRE_NORM, note="all rope types; biases"),
+    "mistral": Family(readers=("MistralForCausalLM",), stages=_PRE_NORM, note="sliding window"),
+    "mixtral": Family(
+        readers=("MixtralForCausalLM",),
+        stages=_ATTENTION,
+        experts=Experts("mlp.experts", gate="w1", up="w3", down="w2"),
+        renamed={"mlp.": "block_sparse_moe."},
+        note="experts",
+    ),
+    "qwen2": Family(readers=("Qwen2ForCausalLM",), stages=_PRE_NORM, note="biases of q, k and v"),
+    "qwen2_moe": Family(
+        readers=(),
+        stages=(
+            *_PRE_NORM,
+            Stage(("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")),
+            Stage(("mlp.shared_expert.down_proj",)),
+        ),
+        experts=Experts("mlp.experts"),
+        note="experts beside a shared one",
+    ),
+    "qwen3": Family(readers=("Qwen3ForCausalLM",), stages=_PRE_NORM, note="norms of queries and keys"),
+    "qwen3_moe": Family(
+        readers=("Qwen3MoeForCausalLM",),
+        stages=_PRE_NORM,
+        experts=Experts("mlp.experts"),
+        taken_for_granted={"norm_topk_prob": True, "mlp_only_layers": [], "decoder_sparse_step": 1},
+        note="experts; norms of queries and keys",
+    ),
+    "gemma": Family(readers=("GemmaForCausalLM",), stages=_PRE_NORM, note="scaled embeddings, norms of 1 + weight"),
+    "gemma2": Family(
+        readers=("Gemma2ForCausalLM",),
+        stages=_GEMMA2,
+        note="norms before and after; soft-capping; every other block with a sliding window",
+    ),
+    "gemma3_text": Family(
+        readers=("Gemma3ForConditionalGeneration", "Gemma3ForCausalLM"),
+        stages=_GEMMA2,
+        written_as="Gemma3ForConditionalGeneration",
+        prefix="language_model.",
+        note="as Gemma 2; norms of queries and keys; five of six blocks with a sliding window and a rope of their own; "
+        "written under the names of the model with vision, which are those that readers look for",
+    ),
+    "phi3": Family(
+        readers=("Phi3ForCausalLM",),
+        stages=_PRE_NORM,
+        fused={"self_attn.qkv_proj": _QKV, **_FUSED_MLP},
+        note="fused q, k, v and gate, up: split in the output",
+    ),
+    "granite": Family(
+        readers=("GraniteForCausalLM",),
+        stages=_PRE_NORM,
+        multiplier="residual_multiplier",
+        note="multipliers of embeddings, attention, residuals and logits",
+    ),
+    "glm4": Family(
+        readers=("Glm4ForCausalLM",),
+        stages=_post_norm("post_self_attn_layernorm", "post_mlp_layernorm"),
+        fused=_FUSED_MLP,
+        note="norms before and after; fused gate, up: split in the output; rope on half of each head",
+    ),
+    "cohere": Family(readers=("CohereForCausalLM",), stages=_PARALLEL, note="attention beside the MLP; scaled logits"),
+    "cohere2": Family(
+        readers=("Cohere2ForCausalLM",),
+        stages=_PARALLEL,
+        note="attention beside the MLP; scaled logits; three of four blocks with a sliding window",
+    ),
+    "starcoder2": Family(
+        readers=("Starcoder2ForCausalLM",),
+        stages=(*_ATTENTION, Stage(("mlp.c_fc",)), Stage(("mlp.c_proj",), adds="mlp")),
+        mlp=(("mlp.c_fc",), "mlp.c_proj"),
+        note="no gate in the MLP; biases everywhere: its neurons are reordered instead of c_proj's rows",
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Composite:
+    """A model whose language model is one part of several, as with vision.
+
+    Attributes:
+        text: Model type that the language model alone has; None where ``text_config`` says it.
+        readers: Class names by which EXL2 readers know it.
+        prefix: What the names of the language model's tensors begin with in EXL2 files.
+        vision: Model type that the vision part must have for readers to know it; None for any.
+    """
+
+    text: str | None = None
+    readers: tuple[str, ...]
+    prefix: str = "language_model."
+    vision: str | None = None
+
+
+_COMPOSITES = {
+    "gemma3": Composite(readers=("Gemma3ForConditionalGeneration",)),
+    "llava": Composite(readers=("LlavaForConditionalGeneration",), vision="pixtral"),
+    "mistral3": Composite(readers=("Mistral3ForConditionalGeneration",), vision="pixtral"),
+    # On text alone their rope of three positions is that of Qwen2.
+    "qwen2_vl": Composite(text="qwen2", readers=("Qwen2VLForConditionalGeneration",), prefix=""),
+    "qwen2_5_vl": Composite(text="qwen2", readers=("Qwen2_5_VLForConditionalGeneration",), prefix=""),
+}
+
+
+def composite_of(config: Mapping[str, Any]) -> Composite | None:
+    """Return the entry of a model with several parts, by ``model_type``; None for a language model alone."""
+    return _COMPOSITES.get(str(config.get("model_type")))
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """Return the family of a language model that a config.json names in ``model_type``.
+
+    Raises:
+        UnsupportedModelError: The model type is unknown; the message lists those that are known.
+    """
+    model_type = config.get("model_type")
+    family = _FAMILIES.get(str(model_type))
+    if family is None:
+        known = ", ".join(sorted(_FAMILIES.keys() | _COMPOSITES.keys()))
+        raise UnsupportedModelError(
+            f"config.json: model_type {model_type!r} is not supported, expected one of {known}."
+        )
+    return family
+
+
+def require_reader(config: Mapping[str, Any]) -> None:
+    """Refuse a model that EXL2 readers do not know, though it could be quantized.
+
+    Args:
+        config: Parsed config.json, of the whole model.
+
+    Raises:
+        UnsupportedModelError: They do not know the first of its ``architectures`` (the message lists those they do), or
+            would compute something else.
+    """
+    composite = composite_of(config)
+    readers = family_of(config).readers if composite is None else composite.readers
+    name = (config.get("architectures") or [None])[0]
+    if name not in readers:
+        entries = [entry.readers for entry in _FAMILIES.values()] + [entry.readers for entry in _COMPOSITES.values()]
+        known = ", ".join(sorted({name for entry in entries for name in entry}))
+        raise UnsupportedModelError(
+            f"config.json: EXL2 readers do not know the architecture {name!r}, expected one of {known}. {_FORCE}"
+        )
+    if composite is not None and composite.vision is not None:
+        vision = (config.get("vision_config") or {}).get("model_type")
+        if vision != composite.vision:
+            raise UnsupportedModelError(
+                f"config.json: EXL2 readers do not know {name!r} with a vision part of type {vision!r}, expected "
+                f"{composite.vision!r}. {_FORCE}"
+            )
+    for key, value in (family_of(config).taken_for_granted if composite is None else {}).items():
+        if config.get(key, value) != value:
+            raise UnsupportedModelError(
+                f"config.json: {key} is {config[key]!r}, but EXL2 readers take it for {value!r}. {_FORCE}"
+            )
+
+
+_FORCE = "Use --force to quantize it nevertheless, for bpwise and Transformers to read."

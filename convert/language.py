@@ -1,0 +1,282 @@
+"""The language model inside a checkpoint, under the names that EXL2 files give its tensors.
+
+Checkpoints differ in what they call things: models with vision put a prefix before the language model's names, some
+families store several linears as one tensor. Everything that measures, rounds or evaluates sees them through
+``LanguageModel``: names begin with ``model.`` or are ``lm_head.weight``, and every linear is a tensor of its own.
+``WrittenModel`` gives the names that go into an EXL2 directory, ``FusedModel`` those that Transformers expects.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from .checkpoint import TensorInfo, TensorSource, head_is_embedding
+from .exl2.names import config_features, text_config
+from .families import HEAD, Family, composite_of, family_of
+
+__all__ = ["FusedModel", "LanguageModel", "WrittenModel", "language_config", "language_model"]
+
+_PREFIXES = (
+    ("language_model.model.", "model."),
+    ("model.language_model.", "model."),
+    ("language_model.lm_head.", f"{HEAD}."),
+)
+"""What the names of a language model inside of another begin with, and what that stands for: as the Hub's checkpoints
+have it, as Transformers 5 has it in memory, and the head."""
+
+_EMBEDDING = "model.embed_tokens.weight"
+
+
+class _View:
+    """What all views leave as it is."""
+
+    def __init__(self, base: TensorSource) -> None:
+        self.base = base
+
+    @property
+    def directory(self) -> Path:
+        """Where ``config.json`` and the tokenizer's files are."""
+        return self.base.directory
+
+    @property
+    def fingerprint(self) -> str:
+        """That of what is viewed."""
+        return self.base.fingerprint
+
+    @property
+    def tied_embeddings(self) -> bool:
+        """Whether the output head is the token embedding."""
+        return self.base.tied_embeddings
+
+
+class LanguageModel(_View):
+    """The language model of a source.
+
+    Attributes:
+        base: What is viewed.
+        others: Tensors of the source that are not the language model's, under their names there.
+        family: How it is cut.
+    """
+
+    def __init__(self, base: TensorSource) -> None:
+        """Map the names; reads no weights.
+
+        Raises:
+            UnsupportedModelError: The family is unknown.
+            CheckpointError: A fused tensor does not have the size that config.json gives its parts.
+        """
+        super().__init__(base)
+        self._config = language_config(base)
+        self.family: Family = family_of(self._config)
+        composite = composite_of(base.config) is not None or bool(self.family.prefix)
+        self._stored: dict[str, str] = {}
+        self._rows: dict[str, slice] = {}
+        others = set()
+        for name in base.names:
+            plain = _plain(name, composite=composite)
+            if plain is None:
+                others.add(name)
+            else:
+                self._map(plain, name)
+        self.others = frozenset(others)
+        self._names = frozenset(self._stored)
+
+    def _map(self, plain: str, stored: str) -> None:
+        module, _, kind = plain.rpartition(".")
+        fused = next((key for key in self.family.fused if module.endswith(f".{key}")), None)
+        if fused is None:
+            self._stored[plain] = stored
+            return
+        block, first = module.removesuffix(fused), 0
+        for part in self.family.fused[fused]:
+            features = config_features(block + part, self._config)[1] or 0
+            self._stored[f"{block}{part}.{kind}"] = stored
+            self._rows[f"{block}{part}.{kind}"] = slice(first, first + features)
+            first += features
+        if self.base.shape(stored)[0] != first:
+            raise CheckpointError(
+                f"{self.directory}: {stored} has {self.base.shape(stored)[0]} rows, expected {first} by config.json. "
+                "The files do not belong together."
+            )
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The language model's own config; not to be modified."""
+        return self._config
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Full names of the language model's tensors."""
+        return self._names
+
+    @cached_property
+    def tied_embeddings(self) -> bool:
+        """Whether the output head is the token embedding, as ``Checkpoint.tied_embeddings``."""
+        return head_is_embedding(self)
+
+    def stored_bytes(self, name: str) -> int:
+        """Return the size of a tensor of a checkpoint, in bytes."""
+        base: Any = self.base
+        info: TensorInfo = base.info(self._stored.get(name, name))
+        return info.size_bytes * math.prod(self.shape(name)) // max(math.prod(info.shape), 1)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the sizes of a tensor's dimensions without loading it."""
+        shape = self.base.shape(self._stored.get(name, name))
+        rows = self._rows.get(name)
+        return shape if rows is None else (rows.stop - rows.start, *shape[1:])
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor in its stored dtype, on the CPU, in memory of its own."""
+        tensor = self.base.tensor(self._stored.get(name, name))
+        rows = self._rows.get(name)
+        return tensor if rows is None else tensor[rows].clone()
+
+
+def language_model(source: TensorSource) -> LanguageModel:
+    """Return the view of a source as a language model; a view is returned as it is.
+
+    Raises:
+        UnsupportedModelError: The family is unknown.
+    """
+    return source if isinstance(source, LanguageModel) else LanguageModel(source)
+
+
+def language_config(source: TensorSource) -> dict[str, Any]:
+    """Return the config of the language model in a source, as if it stood alone."""
+    whole = source.config
+    composite = composite_of(whole)
+    if composite is None:
+        return whole
+    config = {**text_config(whole)}
+    config.pop("vision_config", None)
+    if composite.text is not None:
+        config["model_type"] = composite.text
+        for key in ("rope_scaling", "rope_parameters"):
+            if "mrope_section" in (config.get(key) or {}):
+                config[key] = {"rope_type": "default", "rope_theta": _rope_theta(config)}
+    for key in ("tie_word_embeddings", "vocab_size"):
+        if key in whole:
+            config.setdefault(key, whole[key])
+    embedding = next((name for name in source.names if _plain(name, composite=True) == _EMBEDDING), None)
+    if embedding is not None:  # some configs leave it to the default of a class
+        config.setdefault("vocab_size", source.shape(embedding)[0])
+    return config
+
+
+def _rope_theta(config: Mapping[str, Any]) -> Any:
+    parameters = config.get("rope_parameters") or {}
+    return config.get("rope_theta", parameters.get("rope_theta"))
+
+
+def _plain(name: str, *, composite: bool) -> str | None:
+    # The name that a tensor has in a language model alone; None if it belongs to another part.
+    if composite:
+        for prefix, stands_for in _PREFIXES:
+            if name.startswith(prefix):
+                return (
+                    f"{HEAD}." + name.removeprefix(prefix) if not stands_for else stands_for + name.removeprefix(prefix)
+                )
+    parts = ("model.layers.", "model.embed_tokens.", "model.norm.", f"{HEAD}.")
+    return name if not composite or name.startswith(parts) else None
+
+
+class WrittenModel(_View):
+    """A source under the names that EXL2 readers look for: prefix and other parts included."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        """Map the names; reads no weights."""
+        super().__init__(model.base)
+        self._model = model
+        composite = composite_of(model.base.config)
+        self.prefix = model.family.prefix if composite is None else composite.prefix
+        self._others = {name.removeprefix("model."): name for name in model.others}
+        self._names = frozenset({self.prefix + name for name in model.names} | self._others.keys())
+
+    @property
+    def tied_embeddings(self) -> bool:
+        """Whether the output head is the token embedding."""
+        return self._model.tied_embeddings
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The whole model's config, its architecture as readers know it; not to be modified."""
+        config = self.base.config
+        written = self._model.family.written_as
+        if written is None or composite_of(config) is not None:
+            return config
+        return {**config, "architectures": [written]}
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Full names of all tensors."""
+        return self._names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the sizes of a tensor's dimensions without loading it."""
+        if name in self._others:
+            return self.base.shape(self._others[name])
+        return self._model.shape(name.removeprefix(self.prefix))
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor in its stored dtype, on the CPU, in memory of its own."""
+        if name in self._others:
+            return self.base.tensor(self._others[name])
+        return self._model.tensor(name.removeprefix(self.prefix))
+
+
+class FusedModel(_View):
+    """A model in parts under the names that Transformers loads: fused where it fuses."""
+
+    def __init__(self, base: TensorSource) -> None:
+        """Map the names; reads no weights.
+
+        Raises:
+            UnsupportedModelError: The family is unknown.
+        """
+        super().__init__(base)
+        model = language_model(base)
+        self._family, self._alone = model.family, composite_of(base.config) is None
+        stored = {name: name for name in base.names}
+        if self._alone and model.family.prefix:
+            stored = {name.removeprefix(model.family.prefix): name for name in base.names}
+        self._parts: dict[str, tuple[str, ...]] = {name: (at,) for name, at in stored.items()}
+        for fused, parts in model.family.fused.items():
+            for name in stored:
+                module, _, kind = name.rpartition(".")
+                if not module.endswith(f".{parts[0]}"):
+                    continue
+                block = module.removesuffix(parts[0])
+                for part in parts:
+                    self._parts.pop(f"{block}{part}.{kind}", None)
+                self._parts[f"{block}{fused}.{kind}"] = tuple(stored[f"{block}{part}.{kind}"] for part in parts)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """That of what is viewed, its architecture as Transformers knows it; not to be modified."""
+        if self._family.written_as is None or not self._alone:
+            return self.base.config
+        return {**self.base.config, "architectures": [x for x in self._family.readers if x != self._family.written_as]}
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Full names of all tensors."""
+        return frozenset(self._parts)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the sizes of a tensor's dimensions without loading it."""
+        shapes = [self.base.shape(part) for part in self._parts[name]]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor, on the CPU, in memory of its own."""
+        parts = [self.base.tensor(part) for part in self._parts[name]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
