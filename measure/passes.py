@@ -228,7 +228,8 @@ class MeasuringPasses:
         """Measure the token embeddings; the backward pass has ended."""
         if self.pieces.has("embedding"):
             return
-        squares = self.pieces.load("gradient-0")["gradient"].flatten(0, 1).square()
+        gradient = self.model.embedding_gradient(self.tokens, self.pieces.load("gradient-0")["gradient"])
+        squares = gradient.flatten(0, 1).square()
         fisher = squares.mean(dim=0)
         # As in a Gram matrix, a token counts what its gradients say.
         weights = squares.sum(dim=1) / max(float(squares.sum()), _TINY)

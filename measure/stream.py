@@ -153,13 +153,44 @@ class StreamedModel:
             if table is not None:
                 embedding.weight = nn.Parameter(table.to(self.device, self.dtype), requires_grad=False)
             for batch in micro_batches(*tokens.shape):
-                try:
-                    self._model(input_ids=tokens[batch].to(self.device), use_cache=False)
-                except _EndOfEmbedding:
-                    assert self._embedded is not None
-                    parts.append(self._embedded.cpu())
-        self._embedded = None
+                parts.append(self._run_embedding(tokens[batch].to(self.device)).cpu())
         return torch.cat(parts)
+
+    def embedding_gradient(self, tokens: Tensor, gradient: Tensor) -> Tensor:
+        """Return the gradient at each token's embedding, as it is stored, from that at the first block's input.
+
+        They differ where a family scales its embeddings (Gemma, Granite), or does anything else with them on the way.
+
+        Args:
+            tokens: Token ids, int64, shape (rows, tokens).
+            gradient: At the first block's input, shape (rows, tokens, hidden size).
+
+        Returns:
+            Same shape as ``gradient``, on the CPU.
+        """
+        embedding = self._model.get_input_embeddings()
+        padding, embedding.padding_idx = embedding.padding_idx, None  # no row of what follows is without gradient
+        parts = []
+        with self._loaded(embedding, self.embedding_name):
+            table = embedding.weight
+            for batch in micro_batches(*tokens.shape):
+                # A table of the batch's tokens alone, each with a row of its own, so that none shares its gradient.
+                own = nn.Parameter(table[tokens[batch].flatten().to(self.device)])
+                embedding.weight = own
+                places = torch.arange(len(own), device=self.device).view(tokens[batch].shape)
+                (part,) = torch.autograd.grad(self._run_embedding(places), own, gradient[batch].to(own))
+                parts.append(part.view(gradient[batch].shape).cpu())
+        embedding.padding_idx = padding
+        return torch.cat(parts)
+
+    def _run_embedding(self, tokens: Tensor) -> Tensor:
+        try:
+            self._model(input_ids=tokens, use_cache=False)
+        except _EndOfEmbedding:
+            pass
+        assert self._embedded is not None
+        embedded, self._embedded = self._embedded, None
+        return embedded
 
     @contextmanager
     def block(self, index: int) -> Iterator[Any]:
