@@ -113,7 +113,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
 
 @pytest.mark.slow
 def test_rows_beyond_32k_in_little_memory(tmp_path: Path) -> None:
-    settings = {**SIZES, "max_position_embeddings": 1 << 16, "sliding_window": 4096, "num_attention_heads": 2}
+    settings = {**SIZES, "max_position_embeddings": 1 << 16, "sliding_window": 4096, "head_dim": 16}
     for seed, name in enumerate(("model", "other")):
         torch.manual_seed(seed)
         config = CONFIG_MAPPING["mistral"](**{**settings, "hidden_size": 64, "intermediate_size": 512})
