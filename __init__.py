@@ -2,8 +2,8 @@
 
 ``bpwise.quantize`` and ``bpwise.measure`` run the stages, and ``bpwise.quantize_series`` makes several bitrates from
 one measurement; ``bpwise.plan``, ``bpwise.verify``, ``bpwise.evaluate``, ``bpwise.inspect`` and ``bpwise.dequantize``
-are other commands as functions, and ``bpwise.open_model`` says what shall be changed while a model is read. Options are frozen config objects. Everything is imported when it is first used, so
-that ``import bpwise`` is immediate.
+are other commands as functions, and ``bpwise.open_model`` says what shall be changed while a model is read. Options
+are frozen config objects. Everything is imported when it is first used, so that ``import bpwise`` is immediate.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ final hidden states are injected, applies whatever the model does after its bloc
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -184,10 +184,8 @@ class StreamedModel:
         return torch.cat(parts)
 
     def _run_embedding(self, tokens: Tensor) -> Tensor:
-        try:
+        with suppress(_EndOfEmbedding):
             self._model(input_ids=tokens, use_cache=False)
-        except _EndOfEmbedding:
-            pass
         assert self._embedded is not None
         embedded, self._embedded = self._embedded, None
         return embedded

@@ -1,12 +1,18 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from bpwise.convert.families import Stage
+from bpwise.convert.original import open_model
 from bpwise.measure import positions, statistics
+from bpwise.measure.experts import ExpertInputs, collect_experts
 from bpwise.measure.positions import position_by_position
 from bpwise.measure.statistics import StageStatistics, collect
+from bpwise.measure.stream import StreamedModel
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 STAGES = (
     Stage(("self_attn.q_proj",)),
@@ -121,3 +127,51 @@ def test_what_shares_an_input_with_attention_is_not_cut() -> None:
     with position_by_position(block, stages):
         block(torch.randn(1, 19, 4))
     assert block.mlp.longest == 19
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])
+def test_experts_see_one_piece_after_another(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    experts = {"num_local_experts": 4} if kind == "mixtral" else {"num_experts": 4, "moe_intermediate_size": 32}
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 48}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "shared_expert_intermediate_size": 32}
+    config = CONFIG_MAPPING[kind](**sizes, **heads, **experts, num_experts_per_tok=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    model = StreamedModel(open_model(tmp_path / "model"), device=torch.device("cpu"), dtype=torch.float32)
+    tokens = torch.randint(0, 48, (2, 19), generator=torch.Generator().manual_seed(1))
+    hidden = model.embed(tokens[:1]).repeat(2, 1, 1) + torch.randn(2, 19, 32)
+    gradient = torch.randn(2, 19, 32)
+    stages = model.stages(0)
+    mixed = [stage for stage in stages if stage.expert is not None]
+    assert model.family.experts is not None
+
+    def passes() -> tuple[Tensor, ExpertInputs, list[StageStatistics]]:
+        before = torch.empty_like(hidden)
+        with (
+            model.block(0) as block,
+            collect(block, [stage for stage in stages if stage.expert is None]) as sums,
+            collect_experts(block, model.family.experts.path, mixed, tokens.numel()) as seen,
+            position_by_position(block, stages),
+        ):
+            for row in range(2):
+                for each in sums:
+                    each.first_row = row
+                own = hidden[row : row + 1].clone().requires_grad_()
+                model.run_block(0, own).backward(gradient[row : row + 1])
+                before[row : row + 1] = own.grad
+                for each in sums:
+                    each.end_batch(row, 1)
+        return before, seen, sums
+
+    cut_before, cut_seen, cut_sums = passes()
+    monkeypatch.setattr(positions, "_POSITIONS", 100)
+    before, seen, sums = passes()
+    close = {"rtol": 1e-4, "atol": 1e-6}
+    torch.testing.assert_close(cut_before, before, **close)
+    torch.testing.assert_close(cut_seen.inputs, seen.inputs, **close)
+    for stage in mixed:
+        torch.testing.assert_close(cut_seen.sums[stage].weights, seen.sums[stage].weights, **close)
+        torch.testing.assert_close(cut_seen.sums[stage].fisher, seen.sums[stage].fisher, **close)
+    for got, expected in zip(cut_sums, sums, strict=True):
+        torch.testing.assert_close(torch.cat(got.token_weights), torch.cat(expected.token_weights), **close)
+        torch.testing.assert_close(got.fisher, expected.fisher, **close)
