@@ -2,8 +2,8 @@
 
 ``bpwise.quantize`` and ``bpwise.measure`` run the stages, and ``bpwise.quantize_series`` makes several bitrates from
 one measurement; ``bpwise.plan``, ``bpwise.verify``, ``bpwise.evaluate``, ``bpwise.inspect`` and ``bpwise.dequantize``
-are other commands as functions. Options are frozen config objects. Everything is imported when it is first used, so
-that ``import bpwise`` is immediate.
+are other commands as functions, and ``bpwise.open_model`` says what shall be changed while a model is read. Options
+are frozen config objects. Everything is imported when it is first used, so that ``import bpwise`` is immediate.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .convert.exl2.dense import dequantize_model as dequantize
     from .convert.exl2.verify import verify_model as verify
+    from .convert.original import open_model
     from .errors import BpwiseError
     from .eval.comparison import EvalConfig, evaluate
     from .measure.calibration import CalibrationConfig, CalibrationSet
@@ -41,6 +42,7 @@ _HOMES = {
     "dequantize": ("convert.exl2.dense", "dequantize_model"),
     "evaluate": ("eval.comparison", "evaluate"),
     "inspect": ("quantize.inspect", "inspect_path"),
+    "open_model": ("convert.original", "open_model"),
     "plan": ("quantize.plan", "make_plan"),
     "quantize_series": ("quantize.series", "quantize_series"),
     "verify": ("convert.exl2.verify", "verify_model"),
@@ -60,6 +62,7 @@ __all__ = [
     "evaluate",
     "inspect",
     "measure",
+    "open_model",
     "plan",
     "quantize",
     "quantize_series",

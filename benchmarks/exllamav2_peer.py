@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from bpwise.convert.checkpoint import Checkpoint, open_model
+from bpwise.convert.checkpoint import Checkpoint
 from bpwise.convert.exl2.config import exl2_config
 from bpwise.convert.exl2.verify import verify_model
 from bpwise.convert.files import atomic_directory, read_json, write_json
+from bpwise.convert.original import open_model
 from bpwise.errors import BpwiseError, ConfigError, WorkDirectoryError
 from bpwise.measure.calibration import CalibrationConfig, CalibrationSet
 from bpwise.measure.run import calibration_rows

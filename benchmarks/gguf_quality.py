@@ -22,13 +22,14 @@ from typing import Any
 
 import click
 import torch
-from bpwise.convert.checkpoint import Checkpoint, open_model
+from bpwise.convert.checkpoint import Checkpoint
 from bpwise.convert.families import HEAD
 from bpwise.convert.files import atomic_file
 from bpwise.convert.gguf.base import make_base
 from bpwise.convert.gguf.imatrix import ImportanceMatrix, write_imatrix
 from bpwise.convert.gguf.names import gguf_name
 from bpwise.convert.gguf.reader import GgufModel
+from bpwise.convert.original import open_model
 from bpwise.errors import BpwiseError
 from bpwise.eval.comparison import EvalConfig, OriginalRun, compare_with, evaluation_rows, run_original
 from bpwise.measure.calibration import CalibrationConfig, CalibrationSet

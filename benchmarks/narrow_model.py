@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 import torch
-from bpwise.convert.checkpoint import open_model
+from bpwise.convert.original import open_model
 from bpwise.measure.calibration import CalibrationConfig
 from bpwise.measure.run import calibration_rows
 from torch import Tensor, nn

@@ -28,10 +28,11 @@ import exllamav2_peer
 import numpy as np
 import torch
 from baselines import ReplacedWeights, round_to_nearest, uniform_plan
-from bpwise.convert.checkpoint import Checkpoint, TensorSource, open_model
+from bpwise.convert.checkpoint import Checkpoint, TensorSource
 from bpwise.convert.exl2.reader import Exl2Model
 from bpwise.convert.exl2.verify import verify_model
 from bpwise.convert.files import atomic_file
+from bpwise.convert.original import open_model
 from bpwise.errors import BpwiseError
 from bpwise.eval.comparison import EvalConfig, OriginalRun, compare_with, evaluation_rows, run_original
 from bpwise.measure import statistics

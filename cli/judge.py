@@ -14,6 +14,8 @@ from .options import (
     EXISTING_FILE,
     EXISTING_PATH,
     MIB,
+    open_original,
+    original_options,
     progress_bar,
 )
 
@@ -85,6 +87,7 @@ def _verify_gguf(model: Path) -> None:
     type=DIRECTORY,
     help="Where the report goes.  [default: in, or beside, QUANTIZED; of several the current directory]",
 )
+@original_options
 @click.option("--plots", is_flag=True, help="Write the report's drawings as SVG files too.")
 @click.option(
     "--cache-dir",
@@ -114,6 +117,7 @@ def evaluate(
     from ..eval.layers import linear_costs, plan_beside
     from ..eval.report import joint_lines, summary_lines, write_joint_report, write_report
 
+    source = open_original(original, options)
     config = EvalConfig(allow_calibration_text=options.pop("force_eval_text"), **options)
     first, prefix = quantized[0], ""
     if len(quantized) == 1 and first.is_file():
@@ -124,7 +128,7 @@ def evaluate(
         if base is None:
             raise click.UsageError("--engine llama.cpp needs --base: the original as an unquantized GGUF file.")
         comparisons = [
-            evaluate_in_engine(original, model, config, progress_bar, base=base, llama_cpp=llama_cpp)
+            evaluate_in_engine(source, model, config, progress_bar, base=base, llama_cpp=llama_cpp)
             for model in quantized
         ]
         prefix += "llama.cpp."
@@ -132,7 +136,7 @@ def evaluate(
         raise click.UsageError("--base and --llama-cpp belong to --engine llama.cpp.")
     else:
         cache = None if no_cache else OriginalCache(cache_dir or default_cache_directory())
-        comparisons = list(evaluate_each(original, quantized, config, progress_bar, cache=cache))
+        comparisons = list(evaluate_each(source, quantized, config, progress_bar, cache=cache))
     costs = [linear_costs(open_any(model), plan_beside(model)) for model in quantized]
     if len(quantized) > 1:
         files = write_joint_report(comparisons, output or Path(), costs=costs, prefix=prefix, plots=plots)

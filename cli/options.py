@@ -11,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 if TYPE_CHECKING:
+    from ..convert.original import Original
     from ..measure.calibration import CalibrationSet
     from ..measure.run import MeasureConfig
     from ..quantize.scope import HeadBits
@@ -29,6 +30,8 @@ __all__ = [
     "SIZE",
     "TOKENS",
     "calibration_options",
+    "open_original",
+    "original_options",
     "progress_bar",
     "read_head_bits",
     "read_measure_config",
@@ -142,6 +145,27 @@ KEEP_FP16_OPTION = click.option(
     help="EXL2: linears to leave in float16, counted in --bpw: all of an attention block or MLP, as '*.0.mlp.*', or "
     "lm_head. Repeatable.",
 )
+
+
+def original_options(command: Command) -> Command:
+    """Give a command the options that change a model while it is read."""
+    for option in reversed(
+        (
+            click.option("--lora", type=EXISTING_DIRECTORY, help="PEFT adapter to merge into the model while reading."),
+            click.option("-rs", "--rope-scale", type=float, help="Divide positions by this: linear scaling."),
+            click.option("-ra", "--rope-alpha", type=float, help="NTK alpha: raise the base of the positions."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def open_original(model: str, options: dict[str, Any]) -> Original:
+    """Take what ``original_options`` were given out of a command's options; return the model with those changes."""
+    from ..convert.original import open_model
+
+    changes = {name: options.pop(name) for name in ("lora", "rope_scale", "rope_alpha")}
+    return model if all(value is None for value in changes.values()) else open_model(model, **changes)
 
 
 def calibration_options(command: Command) -> Command:

@@ -20,6 +20,8 @@ from .options import (
     SIZE,
     TOKENS,
     calibration_options,
+    open_original,
+    original_options,
     progress_bar,
     read_head_bits,
     read_measure_config,
@@ -27,6 +29,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
+    from ..convert.original import Original
     from ..eval.comparison import EvalConfig
     from ..measure.calibration import CalibrationSet
     from ..measure.run import MeasureConfig
@@ -92,6 +95,7 @@ __all__ = ["quantize"]
 @click.option("--card", is_flag=True, help="GGUF: write a model card NAME.README.md too, as EXL2 outputs have one.")
 @click.option("--force", is_flag=True, help="EXL2: quantize even what EXL2 readers do not know the architecture of.")
 @click.option("--dry-run", is_flag=True, help="EXL2: print size, bpw range and expected memory; write nothing.")
+@original_options
 @calibration_options
 def quantize(model: str, output: Path, output_format: str | None, **options: Any) -> None:
     """Quantize MODEL (a directory or a Hub id) to OUTPUT, an EXL2 directory or a GGUF file, and compare the two.
@@ -126,10 +130,10 @@ def quantize(model: str, output: Path, output_format: str | None, **options: Any
         allow_calibration_text=options["force_eval_text"],
     )
     run = _quantize_to_gguf if (output_format or output.suffix[1:]) == "gguf" else _quantize_to_exl2
-    run(model, output, None if options["no_eval"] else evaluate, options)
+    run(open_original(model, options), output, None if options["no_eval"] else evaluate, options)
 
 
-def _quantize_to_exl2(model: str, output: Path, evaluate: EvalConfig | None, options: dict[str, Any]) -> None:
+def _quantize_to_exl2(model: Original, output: Path, evaluate: EvalConfig | None, options: dict[str, Any]) -> None:
     from ..quantize.pipeline import QuantizeConfig, quantize_model
     from ..quantize.scope import WidthOverride
 
@@ -179,7 +183,7 @@ def _quantize_to_exl2(model: str, output: Path, evaluate: EvalConfig | None, opt
         click.echo(line)
 
 
-def _quantize_to_gguf(model: str, output: Path, evaluate: EvalConfig | None, options: dict[str, Any]) -> None:
+def _quantize_to_gguf(model: Original, output: Path, evaluate: EvalConfig | None, options: dict[str, Any]) -> None:
     from ..quantize.gguf_pipeline import GgufConfig, quantize_to_gguf
     from ..quantize.type_plan import Override
 
@@ -237,7 +241,7 @@ def _refuse_without_vram(options: dict[str, Any]) -> None:
 
 
 def _quantize_series(
-    model: str,
+    model: Original,
     output: Path,
     config: QuantizeConfig | GgufConfig,
     calibration: CalibrationSet | None,
@@ -259,8 +263,8 @@ def _quantize_series(
         click.echo(line)
 
 
-def _convert_to_mixture(model: str, output: Path, evaluate: EvalConfig | None, options: dict[str, Any]) -> None:
-    from ..convert.checkpoint import open_model
+def _convert_to_mixture(model: Original, output: Path, evaluate: EvalConfig | None, options: dict[str, Any]) -> None:
+    from ..convert.original import open_model
     from ..eval.report import summary_lines, write_report
     from ..quantize.gguf_pipeline import convert_to_mixture
     from ..quantize.judge import Judge
@@ -298,8 +302,8 @@ def _config_of(measurement: Path) -> MeasureConfig:
     return MeasureConfig(calibration=calibration, group_size=measured.group_size)
 
 
-def _print_forecast(model: str, config: QuantizeConfig) -> None:
-    from ..convert.checkpoint import open_model
+def _print_forecast(model: Original, config: QuantizeConfig) -> None:
+    from ..convert.original import open_model
     from ..quantize.kept import kept_lines
 
     forecast = config.forecast(open_model(model))

@@ -17,6 +17,8 @@ from .options import (
     OVERRIDE_OPTION,
     SIZE,
     calibration_options,
+    open_original,
+    original_options,
     progress_bar,
     read_head_bits,
     read_measure_config,
@@ -33,14 +35,16 @@ __all__ = ["imatrix", "measure", "plan"]
 @cli.command()
 @click.argument("model")
 @click.option("-o", "--output", type=FILE, required=True, help="The measurement file to write (.safetensors).")
+@original_options
 @calibration_options
 def measure(model: str, output: Path, **options: Any) -> None:
     """Measure MODEL (a directory or a Hub id) once, for any bitrate; for GGUF too where its extra is installed."""
     from ..measure.run import measure_to_file
 
+    original = open_original(model, options)
     config, saved = read_measure_config(options, types=True)
     measurement = measure_to_file(
-        model, output, config, work=options["work_dir"], calibration=saved, progress=progress_bar
+        original, output, config, work=options["work_dir"], calibration=saved, progress=progress_bar
     )
     click.echo(f"{len(measurement.linears)} linears measured -> {output}")
 

@@ -18,24 +18,28 @@ from .hub import confined_file, resolve_model
 from .safetensors_file import HeaderEntry, SafetensorsHeader, read_entry, read_header
 
 __all__ = [
+    "FLOAT_DTYPES",
+    "HEAD_WEIGHT",
+    "QUANTIZED_KEYS",
     "Checkpoint",
     "TensorInfo",
     "TensorSource",
     "confined_file",
+    "embedding_name",
     "head_is_embedding",
-    "open_model",
+    "require_finite",
     "resolve_model",
 ]
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-_QUANTIZED_KEYS = ("quantization_config", "compression_config")
+QUANTIZED_KEYS = ("quantization_config", "compression_config")
 
-_HEAD = "lm_head.weight"
+HEAD_WEIGHT = "lm_head.weight"
 _EMBEDDINGS = ("model.embed_tokens.weight", "embed_tokens.weight", "transformer.wte.weight", "wte.weight")
 
-_FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INTEGER_DTYPES = (
     torch.bool,
     torch.uint8,
@@ -126,7 +130,7 @@ class Checkpoint:
         self._names = frozenset(self._places)
 
     @classmethod
-    def open(cls, directory: Path) -> Checkpoint:
+    def open(cls, directory: Path, *, quantized: bool = False) -> Checkpoint:
         """Check a model directory and read its config and the headers of its weight files.
 
         ``model.safetensors`` is taken first, as in Transformers, then the shards of its index, then a single
@@ -134,6 +138,7 @@ class Checkpoint:
 
         Args:
             directory: A local model directory.
+            quantized: Whether a model that is already quantized is taken too, for a view that dequantizes it.
 
         Raises:
             CheckpointError: Files are missing, damaged, contradictory, pickled, outside the directory, or
@@ -148,7 +153,7 @@ class Checkpoint:
             )
         config_path = confined_file(directory, "config.json")
         config = read_json(config_path, CheckpointError)
-        _check_config(config, config_path)
+        _check_config(config, config_path, quantized=quantized)
         weight_map: dict[str, str] = {}
         if (directory / _WEIGHTS).exists() or (directory / _WEIGHTS).is_symlink():
             shards = [_WEIGHTS]
@@ -179,12 +184,13 @@ class Checkpoint:
     @property
     def total_bytes(self) -> int:
         """Size of all stored tensors, in bytes, headers excluded."""
-        return sum(entry.size_bytes for _, entry in self._places.values())
+        return sum(self.info(name).size_bytes for name in self.names)
 
     @property
     def parameter_count(self) -> int:
         """Number of stored floating-point values; a tied head that is not stored does not count again."""
-        return sum(math.prod(entry.shape) for _, entry in self._places.values() if entry.dtype.is_floating_point)
+        stored = map(self.info, self.names)
+        return sum(math.prod(info.shape) for info in stored if info.dtype.is_floating_point)
 
     @cached_property
     def tied_embeddings(self) -> bool:
@@ -195,6 +201,11 @@ class Checkpoint:
         head is tied if it is not stored.
         """
         return head_is_embedding(self)
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What is changed while reading, as plain JSON for provenance; empty here, see ``CheckpointView``."""
+        return {}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -215,7 +226,7 @@ class Checkpoint:
 
     def file(self, name: str) -> Path:
         """Return the path of a file of this model, checked as in ``confined_file``."""
-        return confined_file(self._directory, name)
+        return confined_file(self.directory, name)
 
     def info(self, name: str) -> TensorInfo:
         """Return shape, dtype, file and size of a tensor without loading it.
@@ -232,7 +243,7 @@ class Checkpoint:
         Raises:
             CheckpointError: There is no tensor of that name.
         """
-        return self._place(name)[1].shape
+        return self.info(name).shape
 
     def tensor(self, name: str) -> Tensor:
         """Load one tensor and check its values.
@@ -247,22 +258,26 @@ class Checkpoint:
         Raises:
             CheckpointError: The tensor is missing, of another dtype, or holds NaN or infinite values.
         """
-        shard, entry = self._place(name)
-        where = f"{self._directory / shard}: tensor {name!r}"
-        if entry.dtype not in _FLOAT_DTYPES + _INTEGER_DTYPES:
+        info = self.info(name)
+        where = f"{info.file}: tensor {name!r}"
+        if info.dtype not in FLOAT_DTYPES + _INTEGER_DTYPES:
             raise CheckpointError(
-                f"{where} has an unsupported dtype, got {_plain(entry.dtype)}, expected float32, float16 or "
+                f"{where} has an unsupported dtype, got {_plain(info.dtype)}, expected float32, float16 or "
                 "bfloat16 (or integers). Use the model's unquantized release, or save it in bfloat16."
             )
-        tensor = read_entry(self.file(shard), entry, CheckpointError)
-        # min and max pass NaN on and need no temporary the size of the tensor, unlike isfinite().all().
-        if entry.dtype in _FLOAT_DTYPES and tensor.numel() and not all(map(torch.isfinite, tensor.aminmax())):
-            bad = int((~torch.isfinite(tensor)).sum())
-            raise CheckpointError(
-                f"{where} holds NaN or infinite values, got {bad} of {tensor.numel()}, expected none. "
-                "The checkpoint is damaged: get it again, or use another one."
-            )
+        tensor = self.stored(name)
+        if info.dtype in FLOAT_DTYPES:
+            require_finite(tensor, where)
         return tensor
+
+    def stored(self, name: str) -> Tensor:
+        """Load one tensor as it lies in its file, of whatever dtype, with its values unchecked.
+
+        Raises:
+            CheckpointError: The tensor is missing, or its file is damaged.
+        """
+        shard, entry = self._place(name)
+        return read_entry(self.file(shard), entry, CheckpointError)
 
     def _place(self, name: str) -> tuple[str, HeaderEntry]:
         try:
@@ -274,31 +289,46 @@ class Checkpoint:
             ) from None
 
 
+def embedding_name(source: TensorSource) -> str | None:
+    """Return the name of the table of token embeddings, or None if no tensor has one of the usual names."""
+    return next((name for name in _EMBEDDINGS if name in source.names), None)
+
+
 def head_is_embedding(source: TensorSource) -> bool:
     """Return whether a source's output head is its token embedding; see ``Checkpoint.tied_embeddings``."""
     flag = source.config.get("tie_word_embeddings")
-    if _HEAD not in source.names:
+    if HEAD_WEIGHT not in source.names:
         return flag is not False
-    embedding = next((name for name in _EMBEDDINGS if name in source.names), None)
+    embedding = embedding_name(source)
     if not flag or embedding is None:
         return bool(flag)
-    return source.shape(_HEAD) == source.shape(embedding) and torch.equal(
-        source.tensor(_HEAD), source.tensor(embedding)
+    return source.shape(HEAD_WEIGHT) == source.shape(embedding) and torch.equal(
+        source.tensor(HEAD_WEIGHT), source.tensor(embedding)
     )
 
 
-def open_model(model: str | Path) -> Checkpoint:
-    """Open a local model directory (``Path`` or ``str``) or a Hugging Face Hub id (``str`` only).
+def require_finite(tensor: Tensor, where: str) -> None:
+    """Refuse weights that hold NaN or infinite values.
+
+    Args:
+        tensor: Of any shape, floating point.
+        where: Begins the message.
 
     Raises:
-        CheckpointError: The model cannot be found or downloaded, or ``Checkpoint.open`` refuses it.
+        CheckpointError: It does.
     """
-    return Checkpoint.open(resolve_model(model) if isinstance(model, str) else model)
+    # min and max pass NaN on and need no temporary the size of the tensor, unlike isfinite().all().
+    if tensor.numel() and not all(map(torch.isfinite, tensor.aminmax())):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise CheckpointError(
+            f"{where} holds NaN or infinite values, got {bad} of {tensor.numel()}, expected none. "
+            "The checkpoint is damaged: get it again, or use another one."
+        )
 
 
-def _check_config(config: dict[str, Any], path: Path) -> None:
-    for key in _QUANTIZED_KEYS:
-        if config.get(key) is not None:
+def _check_config(config: dict[str, Any], path: Path, *, quantized: bool) -> None:
+    for key in QUANTIZED_KEYS:
+        if config.get(key) is not None and not quantized:
             raise CheckpointError(
                 f"{path}: the model is already quantized, got {key!r}, expected unquantized weights. "
                 "Use the original model."

@@ -15,6 +15,8 @@ from ..convert.checkpoint import Checkpoint, TensorSource, resolve_model
 from ..convert.exl2.reader import Exl2Model, is_exl2
 from ..convert.gguf.reader import GgufModel
 from ..convert.language import language_config
+from ..convert.original import Original, open_model
+from ..convert.rope import with_positions_of
 from ..errors import CalibrationError, CheckpointError, ConfigError
 from ..measure.calibration import CalibrationConfig, CalibrationSet, build_calibration
 from ..measure.run import resolve_device
@@ -203,28 +205,31 @@ class OriginalRun:
     seconds: float
 
 
-def open_any(model: str | Path) -> TensorSource:
+def open_any(model: Original) -> TensorSource:
     """Open an EXL2 model, a GGUF file or an unquantized checkpoint.
 
     Args:
-        model: A local directory or GGUF file (``Path`` or ``str``) or a Hugging Face Hub id (``str`` only).
+        model: A local directory or GGUF file (``Path`` or ``str``), a Hugging Face Hub id (``str`` only), or what
+            ``open_model`` made of one.
 
     Raises:
         CheckpointError: It cannot be found, or its files are missing, unsafe or inconsistent.
         FormatError: It is an EXL2 or GGUF model that breaks the format's rules.
         UnsupportedModelError: It is a GGUF file of an architecture that is unknown.
     """
+    if isinstance(model, Checkpoint):
+        return model
     if Path(model).is_file():
         return GgufModel.open(Path(model))
     directory = resolve_model(model) if isinstance(model, str) else model
-    return Exl2Model.open(directory) if is_exl2(directory) else Checkpoint.open(directory)
+    return Exl2Model.open(directory) if is_exl2(directory) else open_model(directory)
 
 
-def open_pair(original: str | Path, quantized: Sequence[str | Path]) -> tuple[TensorSource, list[TensorSource]]:
+def open_pair(original: Original, quantized: Sequence[str | Path]) -> tuple[TensorSource, list[TensorSource]]:
     """Open an original and what was made of it, and check that they can be compared.
 
     Args:
-        original: Directory or Hub id of the original.
+        original: Directory or Hub id of the original, or what ``open_model`` made of it.
         quantized: Directories, GGUF files or Hub ids of the quantized models.
 
     Raises:
@@ -252,13 +257,12 @@ def evaluation_rows(tokenizer: Tokenizer, config: EvalConfig, *, vocab_size: int
     return build_calibration(tokenizer, config.calibration_config(), vocab_size=vocab_size, part="evaluation")
 
 
-def evaluate(
-    original: str | Path, quantized: str | Path, config: EvalConfig, progress: Progress = silent
-) -> Comparison:
+def evaluate(original: Original, quantized: str | Path, config: EvalConfig, progress: Progress = silent) -> Comparison:
     """Compare a quantized model with its original on held-out text.
 
     Args:
-        original: Directory or Hub id of the original, whose tokenizer makes the token ids for both.
+        original: Directory or Hub id of the original, whose tokenizer makes the token ids for both; or what
+            ``open_model`` made of it.
         quantized: Directory or Hub id of the quantized model.
         config: Options.
         progress: Wraps the blocks of each pass.
@@ -270,7 +274,7 @@ def evaluate(
 
 
 def evaluate_each(
-    original: str | Path,
+    original: Original,
     quantized: Sequence[str | Path],
     config: EvalConfig,
     progress: Progress = silent,
@@ -282,7 +286,8 @@ def evaluate_each(
     All models are opened and checked before the first of them runs.
 
     Args:
-        original: Directory or Hub id of the original, whose tokenizer makes the token ids for all.
+        original: Directory or Hub id of the original, whose tokenizer makes the token ids for all; or what
+            ``open_model`` made of it.
         quantized: Directories or Hub ids of the quantized models.
         config: Options.
         progress: Wraps the blocks of each pass.
@@ -406,8 +411,9 @@ def compare_with(run: OriginalRun, quantized: TensorSource, progress: Progress =
     """
     start = time.monotonic()
     _check_vocabularies(run.source, quantized)
-    check_rows(quantized, run.rows)
-    model = StreamedModel(quantized, device=run.model.device, dtype=run.model.dtype)
+    runnable = with_positions_of(run.source, quantized)
+    check_rows(runnable, run.rows)
+    model = StreamedModel(runnable, device=run.model.device, dtype=run.model.dtype)
     hidden = last_hidden(model, run.rows.tokens, "quantized model", progress)
     statistics = paired_statistics(run.model, model, run.state.hidden, hidden, run.rows.tokens, progress)
     rows, row_tokens = run.rows.tokens.shape

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..convert.checkpoint import TensorSource
 from ..convert.gguf.reader import GgufModel
+from ..convert.original import Original
 from ..errors import CheckpointError, ConfigError
 from ..measure.calibration import CalibrationSet
 from ..measure.tokenizer import Tokenizer, load_tokenizer
@@ -48,7 +49,7 @@ _SAME_MODEL_NATS = 0.01
 
 
 def evaluate_in_engine(
-    original: str | Path,
+    original: Original,
     quantized: Path,
     config: EvalConfig,
     progress: Progress = silent,

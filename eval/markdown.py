@@ -225,10 +225,17 @@ def _tokens_table(comparisons: Sequence[Comparison]) -> str:
 
 def _positions_table(comparison: Comparison) -> str:
     rows = [
-        (f"{each.first} to {each.last}", nats(each.kl_nats), percent(each.top1_agreement))
+        (
+            f"{each.first} to {each.last}",
+            nats(each.kl_nats),
+            percent(each.top1_agreement),
+            estimate(each.original_perplexity, 4),
+            estimate(each.perplexity_ratio, 4),
+        )
         for each in comparison.profile.positions
     ]
-    return table(("tokens before the predicted one", "KL, nats per token", "top-1 agreement"), rows)
+    head = ("tokens before the predicted one", "KL, nats per token", "top-1 agreement")
+    return table((*head, "perplexity, original", "perplexity ratio"), rows)
 
 
 def _kinds_table(comparison: Comparison) -> str:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..convert.checkpoint import TensorSource
 from ..errors import NumericalError
+from ..measure.positions import position_by_position
 from ..measure.stream import StreamedModel, micro_batches
 from ..progress import Progress
 from .divergence import TokenStatistics, token_statistics
@@ -35,7 +36,7 @@ def last_hidden(model: StreamedModel, tokens: Tensor, role: str, progress: Progr
     hidden = model.embed(tokens)
     _check_finite(hidden, f"{role}, embedding", model.dtype)
     for index in progress(range(model.block_count), f"evaluate: {role}"):
-        with torch.no_grad(), model.block(index):
+        with torch.no_grad(), model.block(index) as block, position_by_position(block, model.stages(index)):
             for batch in micro_batches(*tokens.shape):
                 hidden[batch] = model.run_block(index, hidden[batch].to(model.device)).cpu()
         _check_finite(hidden, f"{role}, {model.block_name(index)}", model.dtype)

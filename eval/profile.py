@@ -23,6 +23,7 @@ _HIGHEST_EXPONENT = 3
 """A divergence of 1000 nats would take a probability of exp(-1000), which float32 logits rarely hold."""
 
 _WORST_COUNT = 12
+_LARGEST_EXPONENT = 700.0
 _CONTEXT_TOKENS = 48
 """Tokens shown before a worst token: two or three lines of text."""
 
@@ -36,12 +37,16 @@ class PositionDamage:
         last: Most of them.
         kl_nats: Mean KL divergence per token.
         top1_agreement: Share of equal most likely tokens, 0 to 1.
+        original_perplexity: The original's, dimensionless: whether it makes anything of so long a context.
+        perplexity_ratio: Quantized over original, dimensionless.
     """
 
     first: int
     last: int
     kl_nats: Estimate
     top1_agreement: Estimate
+    original_perplexity: Estimate
+    perplexity_ratio: Estimate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,6 +191,8 @@ def profile_of(statistics: TokenStatistics, rows: CalibrationSet, tokenizer: Tok
                 last=last,
                 kl_nats=mean_over_rows(kl[:, first - 1 : last]),
                 top1_agreement=mean_over_rows(same[:, first - 1 : last]),
+                original_perplexity=_exponential(mean_over_rows(original_nll[:, first - 1 : last])),
+                perplexity_ratio=_exponential(mean_over_rows((quantized_nll - original_nll)[:, first - 1 : last])),
             )
             for first, last in _powers_of_two(kl.shape[1])
         ),
@@ -215,14 +222,18 @@ def _members(rows: CalibrationSet) -> dict[str, list[int]]:
 
 
 def _kind_damage(kind: str, kl_nats: Tensor, same_top1: Tensor, nll_change: Tensor) -> KindDamage:
-    change = mean_over_rows(nll_change)
     return KindDamage(
         kind=kind,
         rows=len(kl_nats),
         kl_nats=mean_over_rows(kl_nats),
         top1_agreement=mean_over_rows(same_top1),
-        perplexity_ratio=change.scaled(math.exp(change.value), math.exp(change.value)),
+        perplexity_ratio=_exponential(mean_over_rows(nll_change)),
     )
+
+
+def _exponential(nats: Estimate) -> Estimate:
+    value = math.exp(min(nats.value, _LARGEST_EXPONENT))  # of a single token it may not fit a number
+    return nats.scaled(value, value)
 
 
 def _histogram(kl_nats: Tensor) -> Histogram:

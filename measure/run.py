@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from ..convert.checkpoint import Checkpoint, open_model
+from ..convert.checkpoint import Checkpoint
 from ..convert.exl2.layout import ROW_MULTIPLE, WIDTHS
 from ..convert.families import HEAD
 from ..convert.gguf.types import GgmlType
 from ..convert.language import LanguageModel, language_config, language_model
+from ..convert.original import Original, open_model
 from ..convert.work import StageDirectory, claimed, discard_stages
 from ..errors import ConfigError
 from ..progress import Progress, silent
@@ -112,6 +113,7 @@ def measurement_provenance(
         "moe_calibrate_all": config.moe_calibrate_all,
         "device": resolve_device(config.device).type,
         "types": [kind.name for kind in _kinds(config)],
+        **({"changes": checkpoint.changes} if checkpoint.changes else {}),
     }
 
 
@@ -210,7 +212,7 @@ def measured_rows(measurement: Measurement) -> CalibrationSet:
 
 
 def measure_to_file(
-    model: str | Path,
+    model: Original,
     output: Path,
     config: MeasureConfig,
     *,
@@ -221,7 +223,7 @@ def measure_to_file(
     """Measure a model and keep the measurement in a file.
 
     Args:
-        model: A local directory or a hub id.
+        model: A local directory, a hub id, or what ``open_model`` made of one.
         output: The file to write; an existing one is replaced.
         config: Options.
         work: Work directory; default ``OUTPUT.work``. What it holds is let go when the measurement is complete.

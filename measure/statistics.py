@@ -104,6 +104,8 @@ class StageStatistics:
         couplings: Per linear whose gradients were seen, the sketch of the Fisher matrix of its outputs.
         token_weights: Per micro-batch, the weight of each token, float32, shape (rows * tokens,), on the CPU: the sum
             of (dL/dy)^2 over all outputs of all linears, not scaled.
+        first_row: Index, among all calibration rows, of the first row of the micro-batch at hand; to be set before one
+            that comes in pieces.
     """
 
     def __init__(self, width: int, device: torch.device) -> None:
@@ -112,12 +114,19 @@ class StageStatistics:
         self.fisher: dict[str, Tensor] = {}
         self.couplings: dict[str, FisherSketch] = {}
         self.token_weights: list[Tensor] = []
+        self.first_row = 0
         self._rng = torch.Generator().manual_seed(0)
         self._inputs: Tensor | None = None
         self._weights: Tensor | None = None
 
     def see_inputs(self, inputs: Tensor) -> None:
-        """Take the inputs of a micro-batch, shape (rows, tokens, K) or (rows * tokens, K)."""
+        """Take the inputs of a micro-batch, or of its next piece, shape (rows, tokens, K) or (rows * tokens, K).
+
+        A micro-batch of one row may come in pieces of it, if the gradients of a piece's outputs are seen before the
+        next piece's inputs.
+        """
+        if self._weights is not None:
+            self._add_up(rows=1)
         self._inputs = inputs.detach().float()
 
     def see_gradient(self, linear: str, gradient: Tensor) -> None:
@@ -147,12 +156,16 @@ class StageStatistics:
             first_row: Index of its first row among all calibration rows.
             rows: Number of its rows.
         """
+        self.first_row = first_row
+        self._add_up(rows)
+
+    def _add_up(self, rows: int) -> None:
         assert self._inputs is not None
         assert self._weights is not None
         weights = self._weights.view(rows, -1)
         inputs = self._inputs.view(*weights.shape, -1)
         for parity, half in enumerate(self.halves):
-            of_half = rows_of_half(parity, first_row)
+            of_half = rows_of_half(parity, self.first_row)
             kept, given = thinned(weights[of_half].flatten(), self._rng)
             half.add(inputs[of_half].flatten(0, 1)[kept], given)
         self.token_weights.append(self._weights.cpu())
@@ -198,13 +211,16 @@ def collect(block: nn.Module, stages: Sequence[Stage]) -> Iterator[list[StageSta
 
 def _input_hook(sums: StageStatistics) -> Any:
     def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        sums.see_inputs(args[0])
+        if torch.is_grad_enabled():  # else a backward pass will run this again
+            sums.see_inputs(args[0])
 
     return hook
 
 
 def _output_hook(sums: StageStatistics, name: str) -> Any:
     def hook(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
+        if not torch.is_grad_enabled():
+            return
         output.register_hook(lambda gradient: sums.see_gradient(name, gradient))
 
     return hook

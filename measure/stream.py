@@ -9,7 +9,7 @@ final hidden states are injected, applies whatever the model does after its bloc
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from ..convert.checkpoint import TensorSource
 from ..convert.families import HEAD, Family, Stage
 from ..convert.language import language_model
 from ..errors import CheckpointError, NumericalError, UnsupportedModelError
+from .attention import attention_for
 from .surgery import split_block
 
 __all__ = ["StreamedModel", "check_finite", "micro_batches"]
@@ -152,13 +153,42 @@ class StreamedModel:
             if table is not None:
                 embedding.weight = nn.Parameter(table.to(self.device, self.dtype), requires_grad=False)
             for batch in micro_batches(*tokens.shape):
-                try:
-                    self._model(input_ids=tokens[batch].to(self.device), use_cache=False)
-                except _EndOfEmbedding:
-                    assert self._embedded is not None
-                    parts.append(self._embedded.cpu())
-        self._embedded = None
+                parts.append(self._run_embedding(tokens[batch].to(self.device)).cpu())
         return torch.cat(parts)
+
+    def embedding_gradient(self, tokens: Tensor, gradient: Tensor) -> Tensor:
+        """Return the gradient at each token's embedding, as it is stored, from that at the first block's input.
+
+        They differ where a family scales its embeddings (Gemma, Granite), or does anything else with them on the way.
+
+        Args:
+            tokens: Token ids, int64, shape (rows, tokens).
+            gradient: At the first block's input, shape (rows, tokens, hidden size).
+
+        Returns:
+            Same shape as ``gradient``, on the CPU.
+        """
+        embedding = self._model.get_input_embeddings()
+        padding, embedding.padding_idx = embedding.padding_idx, None  # no row of what follows is without gradient
+        parts = []
+        with self._loaded(embedding, self.embedding_name):
+            table = embedding.weight
+            for batch in micro_batches(*tokens.shape):
+                # A table of the batch's tokens alone, each with a row of its own, so that none shares its gradient.
+                own = nn.Parameter(table[tokens[batch].flatten().to(self.device)])
+                embedding.weight = own
+                places = torch.arange(len(own), device=self.device).view(tokens[batch].shape)
+                (part,) = torch.autograd.grad(self._run_embedding(places), own, gradient[batch].to(own))
+                parts.append(part.view(gradient[batch].shape).cpu())
+        embedding.padding_idx = padding
+        return torch.cat(parts)
+
+    def _run_embedding(self, tokens: Tensor) -> Tensor:
+        with suppress(_EndOfEmbedding):
+            self._model(input_ids=tokens, use_cache=False)
+        assert self._embedded is not None
+        embedded, self._embedded = self._embedded, None
+        return embedded
 
     @contextmanager
     def block(self, index: int) -> Iterator[Any]:
@@ -256,9 +286,8 @@ def _build_skeleton(config: dict[str, Any], dtype: torch.dtype, device: torch.de
             f"config.json: this version of Transformers does not know model_type {model_type!r}. Upgrade it."
         )
     parsed = CONFIG_MAPPING[model_type].from_dict(plain)
-    # Soft-capped attention is more than PyTorch's own can do.
-    attention = "eager" if getattr(parsed, "attn_logit_softcapping", None) else "sdpa"
     with _META:
+        attention = attention_for(AutoModelForCausalLM._model_mapping[type(parsed)])
         model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, attn_implementation=attention)
     model.eval()
     # Buffers that no checkpoint holds (rotary frequencies) are computed by the model's own initialisation, in

@@ -137,6 +137,7 @@ def _made_exl2(model: Exl2Model) -> tuple[tuple[str, str], ...]:
         ("left in float16", _with_unit(provenance.get("float16_linears") or None, "linears of the decoder")),
         ("output head", _with_unit(quantization.get("head_bits"), "bits")),
         ("size of the weights", f"{model.file_bytes / 1e9:.3f} GB"),
+        ("changed while reading", _changes(_mapping(provenance.get("changes")))),
         ("calibration", calibration.get("dataset")),
         ("calibration rows", _with_unit(calibration.get("rows"), f"of {calibration.get('length')} tokens")),
         ("predicted damage", _with_unit(provenance.get("predicted_damage_nats"), "nats per token")),
@@ -162,6 +163,14 @@ def _made_gguf(model: GgufModel, report: Mapping[str, Any]) -> tuple[tuple[str, 
         ("made with", f"bpwise {version}" if version else "bpwise, as llama-quantize does"),
     ]
     return tuple((name, str(value)) for name, value in rows if value is not None)
+
+
+def _changes(changes: Mapping[str, Any]) -> str | None:
+    parts = [f"merged with the adapter {adapter['name']}" for adapter in changes.get("adapters", ())]
+    for key, meaning in (("rope_scale", "positions divided by"), ("rope_alpha", "base of the positions for NTK alpha")):
+        if key in changes:
+            parts.append(f"{meaning} {changes[key]:g} (in config.json: give loaders no -rs or -ra)")
+    return "; ".join(parts) or None
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

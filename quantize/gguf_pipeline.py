@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from ..convert.checkpoint import Checkpoint, open_model
+from ..convert.checkpoint import Checkpoint
 from ..convert.gguf.assign import dominant_file_type, mixture_types
 from ..convert.gguf.base import make_base
 from ..convert.gguf.check import check_base
@@ -23,6 +23,7 @@ from ..convert.gguf.mixtures import mixture
 from ..convert.gguf.names import architecture_of, gguf_name, row_order
 from ..convert.gguf.reader import GgufModel
 from ..convert.gguf.writer import GgufVerification, planned_bytes, write_gguf
+from ..convert.original import Original, open_model
 from ..convert.work import StageDirectory, claimed, discard_stages
 from ..errors import BrokenModelError, BudgetError, ConfigError, WorkDirectoryError
 from ..eval.comparison import Comparison, EvalConfig
@@ -151,7 +152,7 @@ class GgufResult:
 
 
 def quantize_to_gguf(
-    model: str | Path,
+    model: Original,
     output: Path,
     config: GgufConfig,
     *,
@@ -165,7 +166,7 @@ def quantize_to_gguf(
     """Quantize a model to a GGUF file for llama.cpp and compare the result with the original.
 
     Args:
-        model: A local directory or a hub id.
+        model: A local directory, a hub id, or what ``open_model`` made of one.
         output: File to make. It must not exist, or be the finished output of this very run.
         config: Options.
         measurement: A measurement of this model; None measures first, and keeps the measurement in the work
@@ -200,7 +201,7 @@ def quantize_to_gguf(
 
 
 def convert_to_mixture(
-    model: str | Path,
+    model: Original,
     output: Path,
     name: str,
     *,
@@ -212,7 +213,7 @@ def convert_to_mixture(
     """Quantize a model with one of llama.cpp's fixed mixtures: byte for byte what llama-quantize makes.
 
     Args:
-        model: A local directory or a hub id.
+        model: A local directory, a hub id, or what ``open_model`` made of one.
         output: File to make; it must not exist.
         name: The mixture, such as ``Q4_K_M``.
         imatrix: An importance matrix in either of llama.cpp's formats.

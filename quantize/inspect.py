@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from ..convert.checkpoint import Checkpoint
 from ..convert.exl2.reader import Exl2Model, is_exl2
 from ..convert.gguf.header import is_gguf, read_gguf_header
+from ..convert.original import open_model
 from ..convert.safetensors_file import load_metadata
 from ..errors import FormatError
 from ..measure.calibration import CalibrationSet
@@ -110,7 +110,7 @@ def _exl2(path: Path) -> Inspection:
 
 
 def _checkpoint(path: Path) -> Inspection:
-    checkpoint = Checkpoint.open(path)
+    checkpoint = open_model(path)
     rows = []
     for name in sorted(checkpoint.names):
         info = checkpoint.info(name)

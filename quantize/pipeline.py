@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from ..convert.checkpoint import Checkpoint, open_model
+from ..convert.checkpoint import Checkpoint
 from ..convert.exl2.shards import DEFAULT_SHARD_BYTES
 from ..convert.exl2.verify import MANIFEST_FILE, Verification, verify_model
 from ..convert.exl2.writer import write_model
 from ..convert.families import require_reader
 from ..convert.files import read_json
 from ..convert.language import WrittenModel
+from ..convert.original import Original, open_model
 from ..convert.work import claimed, discard_stages
 from ..errors import BrokenModelError, ConfigError, FormatError, WorkDirectoryError
 from ..eval.comparison import Comparison, EvalConfig
@@ -174,7 +175,7 @@ class QuantizeResult:
 
 
 def quantize_model(
-    model: str | Path,
+    model: Original,
     output: Path,
     config: QuantizeConfig,
     *,
@@ -187,7 +188,7 @@ def quantize_model(
     """Quantize a model to EXL2 and compare the result with the original.
 
     Args:
-        model: A local directory or a hub id.
+        model: A local directory, a hub id, or what ``open_model`` made of one.
         output: Directory to make. It must not exist, or be the finished output of this very run.
         config: Options.
         measurement: A measurement of this model; None measures first, and keeps the measurement in the work
@@ -390,6 +391,7 @@ def _write(
             "bpwise": __version__,
             "run": run,
             "model": checkpoint.fingerprint,
+            **({"changes": checkpoint.changes} if checkpoint.changes else {}),
             "calibration": rows.fingerprint,
             SPANS_KEY: CalibrationSpans.of(rows).to_text(),
             "measurement": plan.measurement,

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..convert.checkpoint import Checkpoint, open_model
+from ..convert.checkpoint import Checkpoint
 from ..convert.files import atomic_file, write_json
 from ..convert.markdown import cell, table
+from ..convert.original import Original, open_model
 from ..convert.work import claimed, discard_stages
 from ..errors import BrokenModelError, ConfigError
 from ..eval.comparison import Comparison, model_name
@@ -108,7 +109,7 @@ def output_paths(
 
 
 def quantize_series(
-    model: str | Path,
+    model: Original,
     output: Path,
     config: QuantizeConfig | GgufConfig,
     rates: Sequence[float],
@@ -123,7 +124,7 @@ def quantize_series(
     A broken output is marked and does not keep the others from being made.
 
     Args:
-        model: A local directory or a hub id.
+        model: A local directory, a hub id, or what ``open_model`` made of one.
         output: Directory that the outputs, ``report.md`` and ``report.json`` go into.
         config: Options of every output, of either format; its target is not read.
         rates: Bits per weight, each once.
@@ -207,15 +208,17 @@ def _make(
     judge: Judge | None,
     progress: Progress,
 ) -> SeriesOutput:
-    model, own = checkpoint.directory, work / path.name
+    own = work / path.name
     try:
         if isinstance(config, GgufConfig):
             base = base_path(checkpoint, work, config.llama_cpp)  # one for all sizes
             file = quantize_to_gguf(
-                model, path, config, measurement=measurement, work=own, base=base, judge=judge, progress=progress
+                checkpoint, path, config, measurement=measurement, work=own, base=base, judge=judge, progress=progress
             )
             return _of_file(bpw, file)
-        made = quantize_model(model, path, config, measurement=measurement, work=own, judge=judge, progress=progress)
+        made = quantize_model(
+            checkpoint, path, config, measurement=measurement, work=own, judge=judge, progress=progress
+        )
         return _of_directory(bpw, made)
     except BrokenModelError as cause:
         return SeriesOutput(path=path, asked_bpw=bpw, broken=str(cause))

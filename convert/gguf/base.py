@@ -22,7 +22,9 @@ import torch
 
 from ...errors import BpwiseError, CheckpointError
 from ..checkpoint import Checkpoint, confined_file
+from ..exl2.shards import DEFAULT_SHARD_BYTES, ShardWriter
 from ..files import atomic_file, read_json
+from ..views import CheckpointView
 from .header import read_gguf_header
 
 __all__ = ["base_type", "find_converter", "make_base"]
@@ -135,7 +137,34 @@ def make_base(checkpoint: Checkpoint, output: Path, *, llama_cpp: Path | None = 
 
 
 def _stage(checkpoint: Checkpoint, directory: Path) -> None:
-    """Fill a directory with what the converter needs, all of it links or rewritten JSON."""
+    """Fill a directory with what the converter needs: links, rewritten JSON, changed weights."""
+    source = checkpoint.directory
+    if isinstance(checkpoint, CheckpointView):
+        _write_shards(checkpoint, directory)
+    else:
+        _link_shards(checkpoint, directory)
+    for path in sorted(source.iterdir()):
+        name = path.name
+        if path.is_dir():
+            continue
+        if name in _SETTINGS:
+            value = (
+                checkpoint.config if name == "config.json" else read_json(confined_file(source, name), CheckpointError)
+            )
+            (directory / name).write_text(json.dumps(_without_code(value)), encoding="utf-8")
+        elif any(fnmatchcase(name, pattern) for pattern in _PLAIN):
+            (directory / name).symlink_to(confined_file(source, name).resolve())
+
+
+def _write_shards(checkpoint: Checkpoint, directory: Path) -> None:
+    # What is changed while reading stands in no file: the converter gets files of its own, gone when it is done.
+    with ShardWriter(directory, "model", names=checkpoint.names, shard_bytes=DEFAULT_SHARD_BYTES) as shards:
+        for name in sorted(checkpoint.names):
+            shards.add({name: checkpoint.tensor(name)})
+        shards.finish()
+
+
+def _link_shards(checkpoint: Checkpoint, directory: Path) -> None:
     source = checkpoint.directory
     shards = sorted({checkpoint.info(name).file for name in checkpoint.names})
     for number, shard in enumerate(shards, 1):
@@ -143,15 +172,6 @@ def _stage(checkpoint: Checkpoint, directory: Path) -> None:
         single = len(shards) == 1
         name = "model.safetensors" if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
         (directory / name).symlink_to(confined_file(source, shard.relative_to(source).as_posix()).resolve())
-    for path in sorted(source.iterdir()):
-        name = path.name
-        if path.is_dir():
-            continue
-        if name in _SETTINGS:
-            value = _without_code(read_json(confined_file(source, name), CheckpointError))
-            (directory / name).write_text(json.dumps(value), encoding="utf-8")
-        elif any(fnmatchcase(name, pattern) for pattern in _PLAIN):
-            (directory / name).symlink_to(confined_file(source, name).resolve())
 
 
 def _without_code(value: Any) -> Any:

@@ -12,8 +12,9 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from bpwise.convert.checkpoint import Checkpoint, TensorInfo, TensorSource, open_model
+from bpwise.convert.checkpoint import Checkpoint, TensorInfo, TensorSource
 from bpwise.convert.hub import confined_file, resolve_model
+from bpwise.convert.original import open_model
 from bpwise.errors import CheckpointError, WorkDirectoryError
 from huggingface_hub import errors as hub_errors
 from safetensors.torch import save_file
@@ -558,7 +559,7 @@ class TestHub:
     def test_the_real_client_without_a_network(self, how: str, tmp_path: Path) -> None:
         # In a process of its own: the client reads its settings when it is imported.
         code = (
-            "from bpwise.convert.checkpoint import open_model\n"
+            "from bpwise.convert.original import open_model\n"
             "from bpwise.errors import CheckpointError\n"
             "try:\n    open_model('org/name')\nexcept CheckpointError as error:\n    print(error)\n"
         )

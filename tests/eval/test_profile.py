@@ -64,6 +64,35 @@ class TestProfile:
             spread = np.mean(values, axis=0).std(ddof=1) / math.sqrt(len(kl))
             assert bucket.kl_nats.standard_error == pytest.approx(spread, rel=1e-12)
 
+    def test_perplexity_by_position(self) -> None:
+        got, statistics, rows = profile(9)
+        first, second = (
+            nll.double().view(len(rows.tokens), -1)[:, 3:7].mean().item()
+            for nll in (statistics.original_nll_nats, statistics.quantized_nll_nats)
+        )
+        bucket = got.positions[2]
+        assert (bucket.first, bucket.last) == (4, 7)
+        assert bucket.original_perplexity.value == pytest.approx(math.exp(first), rel=1e-12)
+        assert bucket.perplexity_ratio.value == pytest.approx(math.exp(second - first), rel=1e-12)
+
+    def test_a_token_that_is_impossible_for_the_original(self) -> None:
+        rows = rows_of(2)
+        logits = torch.zeros(len(rows.tokens), VOCABULARY)
+        logits[torch.arange(len(logits)), rows.tokens[:, 1]] = -1e4
+        got = profile_of(token_statistics(logits, logits, rows.tokens[:, 1]), rows, None)
+        assert got.positions[0].original_perplexity.value > 1e300
+        assert got.positions[0].perplexity_ratio.value == 1.0
+
+    @pytest.mark.parametrize("row_tokens", [32769, 40000])
+    def test_positions_beyond_32k(self, row_tokens: int) -> None:
+        rows = CalibrationSet(
+            tokens=torch.zeros(1, row_tokens, dtype=torch.int64), origins=("code",), description="zeros", adds_bos=False
+        )
+        logits = torch.zeros(row_tokens - 1, 2)
+        got = profile_of(token_statistics(logits, logits, rows.tokens[0, 1:]), rows, None)
+        assert (got.positions[-1].first, got.positions[-1].last) == (32768, row_tokens - 1)
+        assert got.positions[-1].original_perplexity.value == pytest.approx(2.0)
+
     def test_kinds(self) -> None:
         got, statistics, rows = profile()
         assert [(kind.kind, kind.rows) for kind in got.kinds] == [("prose", 3), ("code", 2)]

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from bpwise.convert.checkpoint import open_model
 from bpwise.convert.exl2.dense import dequantize_model
 from bpwise.convert.exl2.reader import Exl2Model
 from bpwise.convert.exl2.verify import verify_model
 from bpwise.convert.families import require_reader
+from bpwise.convert.original import open_model
 from bpwise.errors import UnsupportedModelError
 from bpwise.measure.calibration import CalibrationConfig
 from bpwise.measure.run import MeasureConfig

@@ -1,0 +1,49 @@
+"""Opening an original: the one place that decides how a model's files become the weights that are quantized."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .checkpoint import Checkpoint, resolve_model
+from .float8 import dequantized
+from .lora import LoraView
+from .rope import RopeChange, RopeView
+
+__all__ = ["Original", "open_model"]
+
+Original = str | Path | Checkpoint
+"""A model directory, a Hub id (``str`` only), or what ``open_model`` made of one."""
+
+
+def open_model(
+    model: Original,
+    *,
+    lora: Path | None = None,
+    rope_scale: float | None = None,
+    rope_alpha: float | None = None,
+) -> Checkpoint:
+    """Open a model, with what shall be changed while it is read; float8 weights are dequantized.
+
+    Whatever takes a model's name takes the result too: ``quantize_model(open_model("base", lora=adapter), ...)``.
+
+    Args:
+        model: A local directory (``Path`` or ``str``), a Hugging Face Hub id (``str`` only), or an open checkpoint.
+        lora: Directory of a PEFT adapter to merge into the weights; see ``LoraView``.
+        rope_scale: What positions are divided by; see ``RopeChange``.
+        rope_alpha: NTK alpha; see ``RopeChange``.
+
+    Raises:
+        CheckpointError: The model cannot be found or downloaded, ``Checkpoint.open`` refuses it, it is quantized in a
+            way that is not read, or the adapter does not fit.
+        ConfigError: Its positions cannot be changed so.
+    """
+    if isinstance(model, Checkpoint):
+        checkpoint = model
+    else:
+        directory = resolve_model(model) if isinstance(model, str) else model
+        checkpoint = dequantized(Checkpoint.open(directory, quantized=True))
+    if lora is not None:
+        checkpoint = LoraView(checkpoint, lora)
+    if rope_scale is not None or rope_alpha is not None:
+        checkpoint = RopeView(checkpoint, RopeChange(scale=rope_scale, alpha=rope_alpha))
+    return checkpoint

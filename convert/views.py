@@ -1,0 +1,64 @@
+"""A checkpoint seen through a change: dequantized, merged with an adapter, with other positions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .checkpoint import Checkpoint, TensorInfo
+
+__all__ = ["CheckpointView"]
+
+
+class CheckpointView(Checkpoint):
+    """Another checkpoint as it is; what a view changes, its class overrides. Views may lie on views.
+
+    Names, shapes, dtypes and sizes are those of what is read; ``directory`` and the files in it are the base's.
+    """
+
+    def __init__(self, base: Checkpoint) -> None:
+        """Look at a checkpoint.
+
+        Args:
+            base: A directory's checkpoint, or a view of one.
+        """
+        self._base = base
+
+    @property
+    def directory(self) -> Path:
+        """The base's model directory."""
+        return self._base.directory
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The base's ``config.json``; not to be modified."""
+        return self._base.config
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Full names of all tensors."""
+        return self._base.names
+
+    @property
+    def fingerprint(self) -> str:
+        """The base's fingerprint, for a view that follows from the base alone."""
+        return self._base.fingerprint
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What the base and this view change while reading."""
+        return self._base.changes
+
+    def info(self, name: str) -> TensorInfo:
+        """Return shape, dtype and size of a tensor as it is read, and the file that holds it."""
+        return self._base.info(name)
+
+    def tensor(self, name: str) -> Tensor:
+        """Load one tensor; see ``Checkpoint.tensor``."""
+        return self._base.tensor(name)
+
+    def stored(self, name: str) -> Tensor:
+        """Load one tensor as it lies in the base's file."""
+        return self._base.stored(name)
