@@ -107,8 +107,9 @@ def evaluate(
     MODEL.report.html and so on, of another engine MODEL.llama.cpp.report.html. Several models get one report.
     """
     from ..eval.cache import OriginalCache, default_cache_directory
-    from ..eval.comparison import EvalConfig, evaluate_each, open_any
+    from ..eval.comparison import EvalConfig, evaluate_each
     from ..eval.layers import linear_costs, plan_beside
+    from ..eval.models import open_any
     from ..eval.report import joint_lines, summary_lines, write_joint_report, write_report
 
     config = EvalConfig(allow_calibration_text=options.pop("force_eval_text"), **options)

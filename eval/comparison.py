@@ -11,10 +11,8 @@ from typing import Any
 
 import torch
 
-from ..convert.checkpoint import Checkpoint, TensorSource, resolve_model
-from ..convert.exl2.reader import Exl2Model, is_exl2
-from ..convert.gguf.reader import GgufModel
-from ..errors import CalibrationError, CheckpointError, ConfigError
+from ..convert.checkpoint import TensorSource
+from ..errors import ConfigError
 from ..measure.calibration import CalibrationConfig, CalibrationSet, build_calibration
 from ..measure.run import resolve_device
 from ..measure.stream import StreamedModel
@@ -22,6 +20,7 @@ from ..measure.tokenizer import Tokenizer, load_tokenizer
 from ..progress import Progress, silent
 from .cache import OriginalCache, OriginalState, original_key
 from .divergence import Summary
+from .models import ModelSummary, check_rows, check_vocabularies, device_name, open_pair, summarize_model, vocab_size_of
 from .overlap import refuse_calibration_text, stored_spans, told
 from .passes import last_hidden, mean_floor_nats, paired_statistics
 from .profile import Profile, profile_of
@@ -29,20 +28,13 @@ from .profile import Profile, profile_of
 __all__ = [
     "Comparison",
     "EvalConfig",
-    "ModelSummary",
     "OriginalRun",
-    "check_rows",
     "compare_models",
     "compare_with",
     "evaluate",
     "evaluate_each",
     "evaluation_rows",
-    "model_name",
-    "open_any",
-    "open_pair",
     "run_original",
-    "summarize_model",
-    "vocab_size_of",
 ]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -95,24 +87,6 @@ class EvalConfig:
         return CalibrationConfig(
             source=self.text, column=self.column, rows=self.rows, row_tokens=self.row_tokens, seed=self.seed
         )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSummary:
-    """What a report says of a model.
-
-    Attributes:
-        name: Name of its directory, or its Hub id.
-        fingerprint: Tells models apart.
-        stored_bytes: Size of its weights on disk, of a GGUF file all of it; None if they are not on disk.
-        bits_per_parameter: Those bytes in bits over the parameters *of the original*, embeddings and all overheads
-            included; None if they are not on disk.
-    """
-
-    name: str
-    fingerprint: str
-    stored_bytes: int | None
-    bits_per_parameter: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,41 +174,6 @@ class OriginalRun:
     state: OriginalState
     tokenizer: Tokenizer | None
     seconds: float
-
-
-def open_any(model: str | Path) -> TensorSource:
-    """Open an EXL2 model, a GGUF file or an unquantized checkpoint.
-
-    Args:
-        model: A local directory or GGUF file (``Path`` or ``str``) or a Hugging Face Hub id (``str`` only).
-
-    Raises:
-        CheckpointError: It cannot be found, or its files are missing, unsafe or inconsistent.
-        FormatError: It is an EXL2 or GGUF model that breaks the format's rules.
-        UnsupportedModelError: It is a GGUF file of an architecture that is unknown.
-    """
-    if Path(model).is_file():
-        return GgufModel.open(Path(model))
-    directory = resolve_model(model) if isinstance(model, str) else model
-    return Exl2Model.open(directory) if is_exl2(directory) else Checkpoint.open(directory)
-
-
-def open_pair(original: str | Path, quantized: Sequence[str | Path]) -> tuple[TensorSource, list[TensorSource]]:
-    """Open an original and what was made of it, and check that they can be compared.
-
-    Args:
-        original: Directory or Hub id of the original.
-        quantized: Directories, GGUF files or Hub ids of the quantized models.
-
-    Raises:
-        BpwiseError: As ``open_any``.
-        CheckpointError: The vocabularies differ in size.
-    """
-    source = open_any(original)
-    others = [open_any(model) for model in quantized]
-    for other in others:
-        _check_vocabularies(source, other)
-    return source, others
 
 
 def evaluation_rows(tokenizer: Tokenizer, config: EvalConfig, *, vocab_size: int) -> CalibrationSet:
@@ -335,7 +274,7 @@ def compare_models(
         NumericalError: NaN or infinity in hidden states or logits; the message names the model and the block.
         UnsupportedModelError: A model's family is unknown.
     """
-    _check_vocabularies(original, quantized)
+    check_vocabularies(original, quantized)
     return compare_with(run_original(original, rows, config, progress, tokenizer=tokenizer), quantized, progress)
 
 
@@ -366,7 +305,7 @@ def run_original(
     model = StreamedModel(original, device=resolve_device(config.device), dtype=_DTYPES[config.dtype])
     state, key = None, ""
     if cache is not None:
-        key = original_key(original, rows.tokens, dtype=model.dtype, device=_device_name(model.device))
+        key = original_key(original, rows.tokens, dtype=model.dtype, device=device_name(model.device))
         state = cache.load(key)
     if state is None:
         state = _original_state(original, model, rows, progress)
@@ -404,7 +343,7 @@ def compare_with(run: OriginalRun, quantized: TensorSource, progress: Progress =
         BpwiseError: As ``compare_models``.
     """
     start = time.monotonic()
-    _check_vocabularies(run.source, quantized)
+    check_vocabularies(run.source, quantized)
     check_rows(quantized, run.rows)
     model = StreamedModel(quantized, device=run.model.device, dtype=run.model.dtype)
     hidden = last_hidden(model, run.rows.tokens, "quantized model", progress)
@@ -425,87 +364,6 @@ def compare_with(run: OriginalRun, quantized: TensorSource, progress: Progress =
         stride=row_tokens,
         adds_bos=run.rows.adds_bos,
         dtype=run.config.dtype,
-        device=_device_name(run.model.device),
+        device=device_name(run.model.device),
         seconds=run.seconds + time.monotonic() - start,
     )
-
-
-def vocab_size_of(source: TensorSource) -> int:
-    """Return the number of rows of a model's token embedding.
-
-    Raises:
-        CheckpointError: config.json does not say.
-    """
-    size = source.config.get("vocab_size")
-    if not isinstance(size, int):
-        raise CheckpointError(f"{source.directory}: vocab_size in config.json is {size!r}, expected a number.")
-    return size
-
-
-def _check_vocabularies(original: TensorSource, quantized: TensorSource) -> None:
-    got, expected = vocab_size_of(quantized), vocab_size_of(original)
-    if got != expected:
-        raise CheckpointError(
-            f"{model_name(quantized)}: the vocabulary has {got} tokens, expected {expected} as in "
-            f"{model_name(original)}. Only models with the same vocabulary can be compared: name the original that was "
-            "quantized."
-        )
-
-
-def check_rows(source: TensorSource, rows: CalibrationSet) -> None:
-    """Check that a model can be run on rows.
-
-    Raises:
-        CalibrationError: A token id is outside the vocabulary.
-        ConfigError: Rows have one token only or are longer than the model's context.
-    """
-    largest, vocab_size = int(rows.tokens.max()), vocab_size_of(source)
-    if largest >= vocab_size:
-        raise CalibrationError(
-            f"evaluation text: got token id {largest}, expected ids below the vocabulary size {vocab_size}. "
-            "Build the rows with this model's tokenizer."
-        )
-    row_tokens, context = rows.tokens.shape[1], source.config.get("max_position_embeddings")
-    if row_tokens < 2:
-        raise ConfigError("evaluation text: rows of 1 token, expected at least 2: the first is never predicted.")
-    if isinstance(context, int) and row_tokens > context:
-        raise ConfigError(
-            f"evaluation text: rows of {row_tokens} tokens, but {model_name(source)} has positions for {context}. "
-            "Lower row_tokens."
-        )
-
-
-def summarize_model(source: TensorSource, parameters: int) -> ModelSummary:
-    """Return what a report says of a model.
-
-    Args:
-        source: The model.
-        parameters: Number of parameters of the original.
-    """
-    stored_bytes: int | None = None
-    if isinstance(source, (Exl2Model, GgufModel)):
-        stored_bytes = source.file_bytes
-    elif isinstance(source, Checkpoint):
-        stored_bytes = source.total_bytes
-    return ModelSummary(
-        name=model_name(source),
-        fingerprint=source.fingerprint,
-        stored_bytes=stored_bytes,
-        bits_per_parameter=None if stored_bytes is None else stored_bytes * 8 / parameters,
-    )
-
-
-def model_name(source: TensorSource) -> str:
-    """Return the name of a model's file or directory, or its Hub id."""
-    if isinstance(source, GgufModel):
-        return source.path.name
-    # A snapshot in the Hub's cache lies in models--OWNER--NAME/snapshots/REVISION.
-    resolved = source.directory.resolve()
-    repository = resolved.parent.parent.name
-    if resolved.parent.name == "snapshots" and repository.startswith("models--"):
-        return repository.removeprefix("models--").replace("--", "/")
-    return resolved.name
-
-
-def _device_name(device: torch.device) -> str:
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from ..convert.markdown import cell, table
 from ..version import __version__
-from .comparison import Comparison, ModelSummary
+from .comparison import Comparison
 from .estimate import Estimate, Interval
 from .format import estimate, nats, percent, perplexity
+from .models import ModelSummary
 from .paired import PairedDifference, paired_differences
 from .verdict import headline, verdict_sentence
 

@@ -26,9 +26,9 @@ from bpwise.eval.comparison import (
     evaluate,
     evaluate_each,
     evaluation_rows,
-    open_any,
     run_original,
 )
+from bpwise.eval.models import open_any
 from bpwise.measure.calibration import CalibrationSet
 from bpwise.measure.tokenizer import load_tokenizer
 from click.testing import CliRunner

@@ -7,9 +7,10 @@ from xml.etree import ElementTree
 
 import pytest
 from bpwise.errors import NumericalError
-from bpwise.eval.comparison import Comparison, ModelSummary
+from bpwise.eval.comparison import Comparison
 from bpwise.eval.estimate import Estimate
 from bpwise.eval.layers import LinearCost
+from bpwise.eval.models import ModelSummary
 from bpwise.eval.report import (
     comparison_table,
     joint_lines,
