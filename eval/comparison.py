@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..convert.checkpoint import TensorSource
 from ..errors import ConfigError
 from ..measure.calibration import CalibrationConfig, CalibrationSet, build_calibration
@@ -20,7 +18,16 @@ from ..measure.tokenizer import Tokenizer, load_tokenizer
 from ..progress import Progress, silent
 from .cache import OriginalCache, OriginalState, original_key
 from .divergence import Summary
-from .models import ModelSummary, check_rows, check_vocabularies, device_name, open_pair, summarize_model, vocab_size_of
+from .models import (
+    DTYPES,
+    ModelSummary,
+    check_rows,
+    check_vocabularies,
+    device_name,
+    open_pair,
+    summarize_model,
+    vocab_size_of,
+)
 from .overlap import refuse_calibration_text, stored_spans, told
 from .passes import last_hidden, mean_floor_nats, paired_statistics
 from .profile import Profile, profile_of
@@ -36,8 +43,6 @@ __all__ = [
     "evaluation_rows",
     "run_original",
 ]
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _FLOOR_TOKENS = 512
 """Length of the text that the floor is measured on: float64 on a CPU is slow, and the floor needs no precision."""
@@ -74,8 +79,8 @@ class EvalConfig:
         Raises:
             ConfigError: One of them makes no sense.
         """
-        if self.dtype not in _DTYPES:
-            raise ConfigError(f"dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}.")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
         self.calibration_config()
 
     def calibration_config(self) -> CalibrationConfig:
@@ -302,7 +307,7 @@ def run_original(
     """
     start = time.monotonic()
     check_rows(original, rows)
-    model = StreamedModel(original, device=resolve_device(config.device), dtype=_DTYPES[config.dtype])
+    model = StreamedModel(original, device=resolve_device(config.device), dtype=DTYPES[config.dtype])
     state, key = None, ""
     if cache is not None:
         key = original_key(original, rows.tokens, dtype=model.dtype, device=device_name(model.device))

@@ -15,6 +15,7 @@ from ..errors import CalibrationError, CheckpointError, ConfigError
 from ..measure.calibration import CalibrationSet
 
 __all__ = [
+    "DTYPES",
     "ModelSummary",
     "check_rows",
     "check_vocabularies",
@@ -25,6 +26,9 @@ __all__ = [
     "summarize_model",
     "vocab_size_of",
 ]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""What models are evaluated in."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

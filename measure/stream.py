@@ -19,7 +19,7 @@ from ..convert.checkpoint import TensorSource
 from ..errors import CheckpointError, NumericalError, UnsupportedModelError
 from .families import HEAD, Family, family_of
 
-__all__ = ["StreamedModel", "check_finite", "micro_batches"]
+__all__ = ["StreamedModel", "check_finite", "micro_batches", "whole_model"]
 
 _MICRO_BATCH_TOKENS = 2048
 """Tokens that go through a block together: enough to keep a processor busy, few enough to stay small in memory."""
@@ -212,23 +212,52 @@ class StreamedModel:
         for inner, parameter in empty.items():
             full = f"{name}.{inner}" if name else inner
             if skip is None or not full.startswith(f"{skip}."):
-                _set_parameter(module, inner, self._read(full, parameter.shape))
+                table, shape = self.embedding_name, parameter.shape
+                _set_parameter(module, inner, _read(self._source, full, shape, table, self.device, self.dtype))
         try:
             yield module
         finally:
             for inner, parameter in empty.items():
                 _set_parameter(module, inner, parameter)
 
-    def _read(self, name: str, shape: torch.Size) -> nn.Parameter:
-        if name == f"{HEAD}.weight" and self._source.tied_embeddings:
-            name = f"{self.embedding_name}.weight"
-        tensor = self._source.tensor(name)
-        if tensor.shape != shape:
-            raise CheckpointError(
-                f"{self._source.directory}: {name} has shape {tuple(tensor.shape)}, "
-                f"expected {tuple(shape)} from config.json. The files do not belong together."
-            )
-        return nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False)
+
+def whole_model(source: TensorSource, *, device: torch.device, dtype: torch.dtype) -> Any:
+    """Return a model with all of its weights in memory, as Transformers itself would load it.
+
+    Args:
+        source: Where configuration and tensors come from; what is quantized is decoded.
+        device: Where the model is put.
+        dtype: Floating dtype of all weights.
+
+    Returns:
+        A ``PreTrainedModel`` in evaluation mode. Its output head shares the token embeddings' memory where the source
+        has no head of its own.
+
+    Raises:
+        UnsupportedModelError: Transformers does not know the model type.
+        CheckpointError: A tensor is missing or has another shape than config.json says.
+    """
+    model = _build_skeleton({**source.config, "tie_word_embeddings": source.tied_embeddings}, dtype, device)
+    embedding = model.get_input_embeddings()
+    table = next(name for name, module in model.named_modules() if module is embedding)
+    for name, parameter in model.named_parameters():  # a tied head is left out here, and follows at the end
+        _set_parameter(model, name, _read(source, name, parameter.shape, table, device, dtype))
+    model.tie_weights()
+    return model
+
+
+def _read(
+    source: TensorSource, name: str, shape: torch.Size, table: str, device: torch.device, dtype: torch.dtype
+) -> nn.Parameter:
+    if name == f"{HEAD}.weight" and source.tied_embeddings:
+        name = f"{table}.weight"
+    tensor = source.tensor(name)
+    if tensor.shape != shape:
+        raise CheckpointError(
+            f"{source.directory}: {name} has shape {tuple(tensor.shape)}, "
+            f"expected {tuple(shape)} from config.json. The files do not belong together."
+        )
+    return nn.Parameter(tensor.to(device, dtype), requires_grad=False)
 
 
 def _build_skeleton(config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
