@@ -29,7 +29,8 @@ from bpwise.convert.gguf.imatrix import ImportanceMatrix, write_imatrix
 from bpwise.convert.gguf.names import gguf_name
 from bpwise.convert.gguf.reader import GgufModel
 from bpwise.errors import BpwiseError
-from bpwise.eval.comparison import EvalConfig, OriginalRun, compare_with, evaluation_rows, run_original
+from bpwise.eval.comparison import EvalConfig, compare_with, evaluation_rows
+from bpwise.eval.original import OriginalRun, run_original
 from bpwise.measure.calibration import CalibrationConfig, CalibrationSet
 from bpwise.measure.families import HEAD
 from bpwise.measure.measurement import Measurement

@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from ..convert.checkpoint import TensorSource
-from ..errors import ConfigError
-from ..measure.calibration import CalibrationConfig, CalibrationSet, build_calibration
-from ..measure.run import resolve_device
+from ..measure.calibration import CalibrationSet, build_calibration
 from ..measure.stream import StreamedModel
 from ..measure.tokenizer import Tokenizer, load_tokenizer
 from ..progress import Progress, silent
-from .cache import OriginalCache, OriginalState, original_key
+from .cache import OriginalCache
+from .config import EvalConfig
 from .divergence import Summary
+from .drift import BlockDrift, DriftMeter
 from .models import (
-    DTYPES,
     ModelSummary,
     check_rows,
     check_vocabularies,
@@ -28,70 +27,20 @@ from .models import (
     summarize_model,
     vocab_size_of,
 )
+from .original import OriginalRun, run_original
 from .overlap import refuse_calibration_text, stored_spans, told
-from .passes import last_hidden, mean_floor_nats, paired_statistics
+from .passes import last_hidden, paired_statistics
 from .profile import Profile, profile_of
 
 __all__ = [
     "Comparison",
     "EvalConfig",
-    "OriginalRun",
     "compare_models",
     "compare_with",
     "evaluate",
     "evaluate_each",
     "evaluation_rows",
-    "run_original",
 ]
-
-_FLOOR_TOKENS = 512
-"""Length of the text that the floor is measured on: float64 on a CPU is slow, and the floor needs no precision."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvalConfig:
-    """Options of the evaluation stage.
-
-    Attributes:
-        text: Text file, directory of such files, or Hub data set ``name[:config][:split]``; None for the evaluation
-            part of the text that comes with Python.
-        column: Column of a data set that holds the text.
-        rows: Number of rows.
-        row_tokens: Length of each row in tokens, BOS included; it is also the stride.
-        seed: Chooses the places that rows of the built-in text are taken from.
-        dtype: What both models run in: ``float32``, ``bfloat16`` or ``float16``.
-        device: ``cpu``, ``cuda``, ``cuda:N``, ``mps``, or ``auto`` for the best at hand.
-        allow_calibration_text: Evaluate even on text that the model was calibrated on.
-    """
-
-    text: str | None = None
-    column: str | None = None
-    rows: int = 16
-    row_tokens: int = 1024
-    seed: int = 0
-    dtype: str = "float32"
-    device: str = "auto"
-    allow_calibration_text: bool = False
-
-    def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            ConfigError: One of them makes no sense.
-        """
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
-        self.calibration_config()
-
-    def calibration_config(self) -> CalibrationConfig:
-        """Return what ``build_calibration`` needs to know.
-
-        Raises:
-            ConfigError: A number is out of range, or a column is named without a text.
-        """
-        return CalibrationConfig(
-            source=self.text, column=self.column, rows=self.rows, row_tokens=self.row_tokens, seed=self.seed
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +64,10 @@ class Comparison:
         device: What they ran on.
         seconds: Wall time, both models and the floor; of the original little if it came from a cache.
         engine: What ran both models.
+        bfloat16_floor_nats: KL divergence of the original in bfloat16 from itself in float32, mean per token, on the
+            text that the floor was measured on: what running it as usual does. None where the engine cannot tell.
+        drift: Relative error of hidden states, of the embeddings and after each block; empty where the engine shows
+            none, or the models are not shaped alike.
     """
 
     original: ModelSummary
@@ -133,6 +86,8 @@ class Comparison:
     device: str
     seconds: float
     engine: str = "Transformers"
+    bfloat16_floor_nats: float | None = None
+    drift: tuple[BlockDrift, ...] = ()
 
     @property
     def predicted_tokens(self) -> int:
@@ -145,6 +100,11 @@ class Comparison:
         return self.summary.kl_nats.value <= self.floor_nats
 
     @property
+    def within_bfloat16(self) -> bool:
+        """Whether the mean KL divergence is no larger than what bfloat16 does to the original."""
+        return self.bfloat16_floor_nats is not None and self.summary.kl_nats.value <= self.bfloat16_floor_nats
+
+    @property
     def floor_definition(self) -> str:
         """How the floor is defined, in words."""
         return (
@@ -154,31 +114,12 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it, derived values too, in types that JSON has."""
-        derived = {"predicted_tokens": self.predicted_tokens, "within_floor": self.within_floor}
+        derived = {
+            "predicted_tokens": self.predicted_tokens,
+            "within_floor": self.within_floor,
+            "within_bfloat16": self.within_bfloat16,
+        }
         return {**asdict(self), **derived, "floor_definition": self.floor_definition}
-
-
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class OriginalRun:
-    """The original's side of comparisons, to be used for any number of quantized models.
-
-    Attributes:
-        source: The original.
-        rows: The text.
-        config: How it was run.
-        model: The original, streamed.
-        state: Output of its last block, and the floor.
-        tokenizer: Decodes the worst tokens; None leaves their ids only.
-        seconds: Wall time that it took.
-    """
-
-    source: TensorSource
-    rows: CalibrationSet
-    config: EvalConfig
-    model: StreamedModel
-    state: OriginalState
-    tokenizer: Tokenizer | None
-    seconds: float
 
 
 def evaluation_rows(tokenizer: Tokenizer, config: EvalConfig, *, vocab_size: int) -> CalibrationSet:
@@ -283,59 +224,6 @@ def compare_models(
     return compare_with(run_original(original, rows, config, progress, tokenizer=tokenizer), quantized, progress)
 
 
-def run_original(
-    original: TensorSource,
-    rows: CalibrationSet,
-    config: EvalConfig,
-    progress: Progress = silent,
-    *,
-    tokenizer: Tokenizer | None = None,
-    cache: OriginalCache | None = None,
-) -> OriginalRun:
-    """Do the original's side of ``compare_models``, floor included.
-
-    Args:
-        original: The model that was quantized.
-        rows: The text.
-        config: Dtype and device.
-        progress: Wraps the blocks of each pass.
-        tokenizer: Decodes the worst tokens; None leaves their ids only.
-        cache: Where the result is kept, and looked for first.
-
-    Raises:
-        BpwiseError: As ``compare_models``.
-    """
-    start = time.monotonic()
-    check_rows(original, rows)
-    model = StreamedModel(original, device=resolve_device(config.device), dtype=DTYPES[config.dtype])
-    state, key = None, ""
-    if cache is not None:
-        key = original_key(original, rows.tokens, dtype=model.dtype, device=device_name(model.device))
-        state = cache.load(key)
-    if state is None:
-        state = _original_state(original, model, rows, progress)
-        if cache is not None:
-            cache.save(key, state)
-    return OriginalRun(
-        source=original,
-        rows=rows,
-        config=config,
-        model=model,
-        state=state,
-        tokenizer=tokenizer,
-        seconds=time.monotonic() - start,
-    )
-
-
-def _original_state(
-    original: TensorSource, model: StreamedModel, rows: CalibrationSet, progress: Progress
-) -> OriginalState:
-    hidden = last_hidden(model, rows.tokens, "original model", progress)
-    floor_tokens = min(rows.tokens.shape[1], _FLOOR_TOKENS)
-    floor_nats = mean_floor_nats(original, model, hidden[:1, :floor_tokens], rows.tokens[:1, :floor_tokens], progress)
-    return OriginalState(hidden=hidden, floor_nats=floor_nats, floor_tokens=floor_tokens)
-
-
 def compare_with(run: OriginalRun, quantized: TensorSource, progress: Progress = silent) -> Comparison:
     """Do the quantized model's side of ``compare_models``.
 
@@ -351,9 +239,11 @@ def compare_with(run: OriginalRun, quantized: TensorSource, progress: Progress =
     check_vocabularies(run.source, quantized)
     check_rows(quantized, run.rows)
     model = StreamedModel(quantized, device=run.model.device, dtype=run.model.dtype)
-    hidden = last_hidden(model, run.rows.tokens, "quantized model", progress)
-    statistics = paired_statistics(run.model, model, run.state.hidden, hidden, run.rows.tokens, progress)
     rows, row_tokens = run.rows.tokens.shape
+    alike = model.block_count == run.model.block_count and model.hidden_size == run.model.hidden_size
+    meter = DriftMeter(run.state.trace, row_tokens) if alike else None
+    hidden = last_hidden(model, run.rows.tokens, "quantized model", progress, watch=meter)
+    statistics = paired_statistics(run.model, model, run.state.hidden, hidden, run.rows.tokens, progress)
     parameters = sum(math.prod(run.source.shape(name)) for name in run.source.names)
     return Comparison(
         original=summarize_model(run.source, parameters),
@@ -371,4 +261,6 @@ def compare_with(run: OriginalRun, quantized: TensorSource, progress: Progress =
         dtype=run.config.dtype,
         device=device_name(run.model.device),
         seconds=run.seconds + time.monotonic() - start,
+        bfloat16_floor_nats=run.state.bfloat16_nats,
+        drift=() if meter is None else tuple(meter.drift),
     )

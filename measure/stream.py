@@ -101,6 +101,11 @@ class StreamedModel:
         return len(self._blocks)
 
     @property
+    def hidden_size(self) -> int:
+        """Length of a token's hidden state."""
+        return int(self._model.get_input_embeddings().weight.shape[1])
+
+    @property
     def embedding_name(self) -> str:
         """Full name of the module that holds the token embeddings."""
         return self._name_of(self._model.get_input_embeddings())

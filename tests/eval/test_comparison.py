@@ -16,7 +16,7 @@ from bpwise.convert.exl2.linear import QuantizedLinear
 from bpwise.convert.exl2.reader import Exl2Model
 from bpwise.convert.exl2.writer import write_model
 from bpwise.errors import CalibrationError, CheckpointError, ConfigError, NumericalError
-from bpwise.eval import comparison as comparison_module
+from bpwise.eval import original as original_module
 from bpwise.eval import passes as passes_module
 from bpwise.eval.comparison import (
     Comparison,
@@ -26,9 +26,9 @@ from bpwise.eval.comparison import (
     evaluate,
     evaluate_each,
     evaluation_rows,
-    run_original,
 )
 from bpwise.eval.models import open_any
+from bpwise.eval.original import run_original
 from bpwise.measure.calibration import CalibrationSet
 from bpwise.measure.tokenizer import load_tokenizer
 from click.testing import CliRunner
@@ -139,7 +139,7 @@ class TestCompareModels:
         check_against_transformers(got, original, quantized, rows.tokens)
 
     def test_floor_in_bfloat16(self, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(comparison_module, "_FLOOR_TOKENS", 20)
+        monkeypatch.setattr(original_module, "_FLOOR_TOKENS", 20)
         original = make_model("original")
         rows = rows_of()
         source = open_any(original)
@@ -182,6 +182,7 @@ class TestCompareModels:
         assert seen == {
             "evaluate: original model": 2,
             "evaluate: original model in float64": 2,
+            "evaluate: original model in bfloat16": 2,
             "evaluate: quantized model": 2,
             "evaluate: logits": 3,
         }

@@ -11,9 +11,10 @@ import torch
 from bpwise.errors import ConfigError
 from bpwise.eval import cache as cache_module
 from bpwise.eval.cache import OriginalCache, OriginalState, original_key
-from bpwise.eval.comparison import Comparison, EvalConfig, compare_models, compare_with, run_original
+from bpwise.eval.comparison import Comparison, EvalConfig, compare_models, compare_with
 from bpwise.eval.divergence import TokenStatistics, token_statistics
 from bpwise.eval.models import open_any
+from bpwise.eval.original import run_original
 from bpwise.eval.paired import paired_differences
 from bpwise.eval.profile import Profile, profile_of
 from bpwise.measure.calibration import CalibrationSet
