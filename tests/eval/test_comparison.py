@@ -155,6 +155,18 @@ class TestCompareModels:
         assert got.floor_nats > 1e-6
         assert got.within_floor
 
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+    def test_bfloat16_alone(self, make_model: MakeModel, dtype: str) -> None:
+        original = make_model("original")
+        rows = rows_of()
+        source = open_any(original)
+        got = compare_models(source, source, rows, config(dtype=dtype))
+        full, rounded = (log_probabilities(original, rows.tokens[:1], kind) for kind in (torch.float32, torch.bfloat16))
+        expected = (np.exp(full) * (full - rounded)).sum(axis=-1).mean()
+        # As the floor: roundings to 8 bits fall differently where products are summed in another order.
+        assert got.bfloat16_floor_nats == pytest.approx(expected, rel=0.5)
+        assert got.within_bfloat16
+
     def test_one_row_has_no_standard_errors(self, make_model: MakeModel) -> None:
         source = open_any(make_model("original"))
         got = compare_models(source, source, rows_of(1, 2), config())

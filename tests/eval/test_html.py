@@ -42,7 +42,7 @@ def several(comparison: Comparison) -> list[Comparison]:
 
 def write(several: list[Comparison], folder: Path) -> Path:
     details = {HOSTILE: {"a": HOSTILE, "b": 1.5}}
-    return write_joint_report(several, folder, details, costs=[costs(), costs(), []], plots=True).html
+    return write_joint_report(several, folder, details, costs=[costs(), costs(), []], plots=["svg"]).html
 
 
 class TestText:
@@ -56,7 +56,7 @@ class TestText:
 
     def test_everything_is_escaped(self, several: list[Comparison], tmp_path: Path) -> None:
         hostile = replace(several[1], text=HOSTILE, original=replace(several[1].original, name=HOSTILE))
-        single = write_report(hostile, tmp_path / "single", {"x": {HOSTILE: HOSTILE}}, costs=costs(), plots=True)
+        single = write_report(hostile, tmp_path / "single", {"x": {HOSTILE: HOSTILE}}, costs=costs(), plots=["svg"])
         for text in (write(several, tmp_path).read_text(), single.html.read_text()):
             assert "<img" not in text
             assert "alert(1)</script>" not in text

@@ -150,7 +150,7 @@ def test_joint_report(comparison: Comparison, tmp_path: Path) -> None:
         ),
     )
     costs = [[LinearCost("model.layers.0.mlp.up_proj", 4.5, 1e-3)], []]
-    files = write_joint_report([comparison, worse], tmp_path, {"Time": {"all": 3.0}}, costs=costs, plots=True)
+    files = write_joint_report([comparison, worse], tmp_path, {"Time": {"all": 3.0}}, costs=costs, plots=["svg"])
     content = json.loads(files.json.read_text())
     assert [each["quantized"]["name"] for each in content["comparisons"]] == ["llama-4bpw", "b|c"]
     (pair,) = content["paired"]
