@@ -265,7 +265,7 @@ def needle_prompts(tokenizer: Tokenizer, rows: CalibrationSet, *, seed: int) -> 
         shared = next(i for i, id_ in enumerate(ending) if i >= len(asked) or asked[i] != id_)
         text = row[len(lead) :][:room]
         for depth in DEPTHS:
-            place = round(depth * room)
+            place = int(depth * room)
             lines = (i for i in range(place, 0, -1) if "\n" in tokenizer.decode([text[i - 1]]))
             place = next(lines, place) if depth < 1 else place
             prompts.append(lead + text[:place] + needle + text[place:] + ending)
