@@ -143,8 +143,8 @@ def drift_chart(comparisons: Sequence[Comparison], *, first_token: bool) -> Draw
     """
     if not all(each.drift for each in comparisons):
         return None
-    which = "first token" if first_token else "all tokens but the first"
-    drawing, top = _begun(f"Measured error after each block, {which}", comparisons)
+    which = "first token" if first_token else "other tokens"
+    drawing, top = _begun(f"Measured error by block, {which}", comparisons)
     curves = [
         [
             (each.block, each.first_token if first_token else each.error)
