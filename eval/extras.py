@@ -78,10 +78,10 @@ def extras_csv(extras: Extras) -> dict[str, list[dict[str, Any]]]:
 
 
 def extras_markdown(extras: Extras) -> list[str]:
-    """Return sections for Markdown."""
+    """Return sections for Markdown; the parts of groups of benchmarks are left to the page, JSON and CSV."""
     sections = []
     if extras.tasks is not None:
-        rows = task_rows(extras.tasks, extras.tasks.scores)
+        rows = task_rows(extras.tasks, [score for score in extras.tasks.scores if score.part_of is None])
         settings = table(("", ""), task_methods(extras.tasks))
         sections += ["## Benchmarks", table(task_head(extras.tasks), rows), TASKS_NOTE, settings]
     if extras.needle is not None:
@@ -124,7 +124,7 @@ def task_rows(report: TaskReport, scores: Sequence[TaskScore]) -> list[tuple[str
     rows = []
     for score in scores:
         metric = score.metric if score.filter == "none" else f"{score.metric} ({score.filter})"
-        name = f"{score.task} {metric}" if score.part_of is None else f"— {score.task} {metric}"
+        name = f"{score.task} {metric}"
         shown = [f"{_value(each.score.value, score)} ({_difference(each, score)})" for each in score.quantized]
         fewshot = "" if score.fewshot is None else str(score.fewshot)
         rows.append((name, fewshot, str(score.questions), _score(score.original, score), *shown))

@@ -30,6 +30,7 @@ from bpwise.eval.comparison import (
 from bpwise.eval.models import open_any
 from bpwise.eval.original import run_original
 from bpwise.measure.calibration import CalibrationSet
+from bpwise.measure.stream import whole_model
 from bpwise.measure.tokenizer import load_tokenizer
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
@@ -323,6 +324,11 @@ class TestEvaluate:
         dequantize_model(exl2, dense)
         assert isinstance(open_any(exl2), Exl2Model)
         assert isinstance(open_any(str(original)), Checkpoint)
+        whole = whole_model(open_any(exl2), device=torch.device("cpu"), dtype=torch.float32)
+        tokens = rows_of().tokens
+        with torch.no_grad():
+            expected = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)(tokens).logits
+            assert torch.equal(whole(tokens).logits, expected)
         got = evaluate(original, exl2, config(text=str(text)))
         same = evaluate(original, dense, config(text=str(text)))
         assert got.summary == same.summary
