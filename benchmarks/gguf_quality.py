@@ -31,7 +31,8 @@ from bpwise.convert.gguf.names import gguf_name
 from bpwise.convert.gguf.reader import GgufModel
 from bpwise.convert.original import open_model
 from bpwise.errors import BpwiseError
-from bpwise.eval.comparison import EvalConfig, OriginalRun, compare_with, evaluation_rows, run_original
+from bpwise.eval.comparison import EvalConfig, compare_with, evaluation_rows
+from bpwise.eval.original import OriginalRun, run_original
 from bpwise.measure.calibration import CalibrationConfig, CalibrationSet
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig, measure_to_file, measured_rows

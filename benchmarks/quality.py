@@ -34,7 +34,8 @@ from bpwise.convert.exl2.verify import verify_model
 from bpwise.convert.files import atomic_file
 from bpwise.convert.original import open_model
 from bpwise.errors import BpwiseError
-from bpwise.eval.comparison import EvalConfig, OriginalRun, compare_with, evaluation_rows, run_original
+from bpwise.eval.comparison import EvalConfig, compare_with, evaluation_rows
+from bpwise.eval.original import OriginalRun, run_original
 from bpwise.measure import statistics
 from bpwise.measure.calibration import CalibrationConfig, CalibrationSet
 from bpwise.measure.measurement import MeasuredLinear, Measurement

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -14,13 +14,13 @@ from .options import (
     EXISTING_FILE,
     EXISTING_PATH,
     MIB,
+    TASK_OPTIONS,
+    extra_options,
     open_original,
     original_options,
     progress_bar,
+    refuse_beside,
 )
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["dequantize", "evaluate", "inspect", "verify"]
 
@@ -89,12 +89,14 @@ def _verify_gguf(model: Path) -> None:
 )
 @original_options
 @click.option("--plots", is_flag=True, help="Write the report's drawings as SVG files too.")
+@click.option("--png", is_flag=True, help="Write the report's drawings as PNG files too (pip install 'bpwise[png]').")
 @click.option(
     "--cache-dir",
     type=DIRECTORY,
     help="Where the original's side is kept for the next evaluation on the same text.  [default: ~/.cache/bpwise]",
 )
 @click.option("--no-cache", is_flag=True, help="Run the original, and keep nothing.")
+@extra_options
 def evaluate(
     original: str,
     quantized: tuple[Path, ...],
@@ -103,6 +105,7 @@ def evaluate(
     base: Path | None,
     llama_cpp: Path | None,
     plots: bool,
+    png: bool,
     cache_dir: Path | None,
     no_cache: bool,
     **options: Any,
@@ -113,12 +116,37 @@ def evaluate(
     MODEL.report.html and so on, of another engine MODEL.llama.cpp.report.html. Several models get one report.
     """
     from ..eval.cache import OriginalCache, default_cache_directory
-    from ..eval.comparison import EvalConfig, evaluate_each, open_any
+    from ..eval.comparison import EvalConfig, evaluate_each
+    from ..eval.extras import Extras, extras_lines
     from ..eval.layers import linear_costs, plan_beside
+    from ..eval.models import open_any
+    from ..eval.needle import NeedleConfig, evaluate_needle
+    from ..eval.png import check_png
     from ..eval.report import joint_lines, summary_lines, write_joint_report, write_report
+    from ..eval.tasks import TaskConfig, evaluate_tasks, load_tasks
 
     source = open_original(original, options)
+    if png:
+        check_png()
+    forms = [form for form, wanted in (("svg", plots), ("png", png)) if wanted]
+    lengths, samples = options.pop("needle"), options.pop("needle_samples")
+    asked = {name: options.pop(name) for name in TASK_OPTIONS}
     config = EvalConfig(allow_calibration_text=options.pop("force_eval_text"), **options)
+    if engine == "llama.cpp":
+        refuse_beside("--engine llama.cpp", ["tasks", "needle"], "they are run in Transformers")
+    loaded, hidden = None, None
+    if asked["tasks"]:
+        loaded = load_tasks(TaskConfig(**asked, dtype=config.dtype, device=config.device))
+    if lengths:
+        hidden = NeedleConfig(
+            lengths=lengths,
+            samples=samples,
+            text=config.text,
+            column=config.column,
+            seed=config.seed,
+            dtype=config.dtype,
+            device=config.device,
+        )
     first, prefix = quantized[0], ""
     if len(quantized) == 1 and first.is_file():
         prefix = f"{first.stem}."
@@ -137,15 +165,21 @@ def evaluate(
     else:
         cache = None if no_cache else OriginalCache(cache_dir or default_cache_directory())
         comparisons = list(evaluate_each(source, quantized, config, progress_bar, cache=cache))
+    extras = Extras(
+        tasks=None if loaded is None else evaluate_tasks(source, quantized, loaded, progress_bar),
+        needle=None if hidden is None else evaluate_needle(source, quantized, hidden, progress_bar),
+    )
     costs = [linear_costs(open_any(model), plan_beside(model)) for model in quantized]
     if len(quantized) > 1:
-        files = write_joint_report(comparisons, output or Path(), costs=costs, prefix=prefix, plots=plots)
+        files = write_joint_report(
+            comparisons, output or Path(), costs=costs, extras=extras, prefix=prefix, plots=forms
+        )
         lines = joint_lines(comparisons)
     else:
         folder = output or (first.parent if first.is_file() else first)
-        files = write_report(comparisons[0], folder, costs=costs[0], prefix=prefix, plots=plots)
+        files = write_report(comparisons[0], folder, costs=costs[0], extras=extras, prefix=prefix, plots=forms)
         lines = summary_lines(comparisons[0])
-    for line in lines:
+    for line in (*lines, *extras_lines(extras)):
         click.echo(line)
     click.echo(f"report      {files.html}")
 

@@ -24,12 +24,15 @@ __all__ = [
     "FILE",
     "HEAD_BITS_OPTION",
     "KEEP_FP16_OPTION",
+    "LENGTHS",
     "MIB",
     "OVERRIDE_OPTION",
     "RATES",
     "SIZE",
+    "TASK_OPTIONS",
     "TOKENS",
     "calibration_options",
+    "extra_options",
     "open_original",
     "original_options",
     "progress_bar",
@@ -111,10 +114,37 @@ class Rates(click.ParamType[tuple[float, ...]]):
         return rates
 
 
+class Lengths(click.ParamType[tuple[int, ...]]):
+    """Numbers of tokens, separated by commas."""
+
+    name = "tokens[,tokens...]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        found = [re.fullmatch(r"([1-9][0-9]*) *(k?)", part.strip().lower()) for part in str(value).split(",")]
+        lengths = tuple(int(match[1]) * (1024 if match[2] else 1) for match in found if match)
+        if len(lengths) < len(found):
+            self.fail(f"{value!r} is no list of lengths, expected for example 1k,4k,16k (1k is 1024).", param, ctx)
+        return lengths
+
+
+class Names(click.ParamType[tuple[str, ...]]):
+    """Names, separated by commas."""
+
+    name = "name[,name...]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        return tuple(part.strip() for part in str(value).split(",") if part.strip())
+
+
 SIZE = Size()
 
 
 TOKENS = Tokens()
+LENGTHS = Lengths()
 
 
 RATES = Rates()
@@ -194,6 +224,32 @@ def calibration_options(command: Command) -> Command:
             ),
             click.option("--device", default="auto", help="cpu, cuda, cuda:N, mps or auto."),
             click.option("--work-dir", type=DIRECTORY, help="Where finished blocks are kept.  [default: OUTPUT.work]"),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+TASK_OPTIONS = ("tasks", "num_fewshot", "limit", "include_path", "batch_size", "apply_chat_template")
+"""What ``TaskConfig`` takes of ``extra_options``."""
+
+
+def extra_options(command: Command) -> Command:
+    """Give a command the options that describe benchmarks and needles; those of benchmarks are named as in lm-eval."""
+    for option in reversed(
+        (
+            click.option(
+                "--tasks", type=Names(), help="Benchmarks to run too, as lm-eval names them: mmlu,arc_challenge,gsm8k."
+            ),
+            click.option("--num-fewshot", type=click.IntRange(0), help="Examples before each question of --tasks."),
+            click.option("--limit", type=float, help="First questions of each of --tasks, or a share below 1."),
+            click.option("--include-path", type=EXISTING_DIRECTORY, help="Directory with more definitions of --tasks."),
+            click.option("--batch-size", default="1", help="Requests of --tasks run together, or auto."),
+            click.option("--apply-chat-template", is_flag=True, help="Put --tasks as turns of a chat."),
+            click.option(
+                "--needle", type=LENGTHS, help="Look for needles in haystacks of these lengths too: 1k,4k,16k tokens."
+            ),
+            click.option("--needle-samples", type=click.IntRange(1), default=4, help="Haystacks of each length."),
         )
     ):
         command = option(command)

@@ -23,7 +23,7 @@ from ..version import __version__
 
 __all__ = ["OriginalCache", "OriginalState", "default_cache_directory", "original_key"]
 
-_VERSION = 1
+_VERSION = 2
 _SUFFIX = ".original.safetensors"
 
 _LIMIT_BYTES = 10 * 2**30
@@ -37,12 +37,17 @@ class OriginalState:
     Attributes:
         hidden: Output of the last block, shape (rows, tokens, hidden size), evaluation dtype, on the CPU.
         floor_nats: Mean KL divergence per token that arithmetic alone causes.
-        floor_tokens: Length of the text that this was measured on.
+        bfloat16_nats: Mean KL divergence per token that running it in bfloat16 instead of float32 causes.
+        floor_tokens: Length of the text that these two were measured on.
+        trace: Hidden states at ``watched_positions`` after the embeddings and after each block, shape
+            (blocks + 1, rows, positions, hidden size), evaluation dtype, on the CPU.
     """
 
     hidden: Tensor
     floor_nats: float
+    bfloat16_nats: float
     floor_tokens: int
+    trace: Tensor
 
 
 class OriginalCache:
@@ -67,10 +72,12 @@ class OriginalCache:
             return None
         try:
             metadata = load_metadata(path, FormatError)
-            hidden = load_tensors(path, FormatError)["hidden"]
+            tensors = load_tensors(path, FormatError)
             state = OriginalState(
-                hidden=hidden,
+                hidden=tensors["hidden"],
+                trace=tensors["trace"],
                 floor_nats=float.fromhex(metadata["floor_nats"]),
+                bfloat16_nats=float.fromhex(metadata["bfloat16_nats"]),
                 floor_tokens=int(metadata["floor_tokens"]),
             )
             if metadata.get("digest") != _digest(key, state):
@@ -84,11 +91,12 @@ class OriginalCache:
         """Keep a state under a key; whatever was there is replaced."""
         metadata = {
             "floor_nats": state.floor_nats.hex(),
+            "bfloat16_nats": state.bfloat16_nats.hex(),
             "floor_tokens": str(state.floor_tokens),
             "digest": _digest(key, state),
         }
         try:
-            save_tensors(self._path(key), {"hidden": state.hidden}, metadata)
+            save_tensors(self._path(key), {"hidden": state.hidden, "trace": state.trace}, metadata)
             self._prune()
         except (WorkDirectoryError, OSError) as error:
             warnings.warn(f"the original's evaluation is not kept for the next time: {error}", stacklevel=2)
@@ -156,8 +164,9 @@ def _file_states(source: TensorSource) -> list[str]:
 
 
 def _digest(key: str, state: OriginalState) -> str:
-    hidden = state.hidden.contiguous()
-    facts = f"{key} {state.floor_nats.hex()} {state.floor_tokens} {hidden.dtype} {tuple(hidden.shape)}\n"
-    digest = hashlib.sha256(facts.encode())
-    digest.update(hidden.view(torch.uint8).numpy().data)
+    numbers = f"{state.floor_nats.hex()} {state.bfloat16_nats.hex()} {state.floor_tokens}"
+    digest = hashlib.sha256(f"{key} {numbers}\n".encode())
+    for tensor in (state.hidden, state.trace):
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -10,9 +10,20 @@ from .comparison import Comparison
 from .estimate import Estimate
 from .format import nats
 from .layers import LinearCost
+from .needle import DEPTHS, NeedleModel
 from .svg import Axis, Drawing, linear_axis, log_axis, series_color, shortened
 
-__all__ = ["bits_map", "damage_map", "histogram_chart", "kinds_chart", "planned_chart", "positions_chart", "size_chart"]
+__all__ = [
+    "bits_map",
+    "damage_map",
+    "drift_chart",
+    "histogram_chart",
+    "kinds_chart",
+    "needle_map",
+    "planned_chart",
+    "positions_chart",
+    "size_chart",
+]
 
 _WIDTH = 400
 _HEIGHT = 260
@@ -120,6 +131,63 @@ def kinds_chart(comparisons: Sequence[Comparison]) -> Drawing:
             color, error = series_color(number), value.standard_error or 0.0
             drawing.line(at(value.value - error), y, at(value.value + error), y, color=color, width=2)
             drawing.dot(at(value.value), y, color=color, hint=f"{each.quantized.name}, {kind.kind}: {nats(value)} nats")
+    return drawing
+
+
+def drift_chart(comparisons: Sequence[Comparison], *, first_token: bool) -> Drawing | None:
+    """Draw the relative error of hidden states after each block; None if it is not known of every model.
+
+    Args:
+        comparisons: At least one.
+        first_token: Of the first token of each row, instead of the others.
+    """
+    if not all(each.drift for each in comparisons):
+        return None
+    which = "first token" if first_token else "other tokens"
+    drawing, top = _begun(f"Measured error by block, {which}", comparisons)
+    curves = [
+        [
+            (each.block, each.first_token if first_token else each.error)
+            for each in comparison.drift
+            if each.block is not None
+        ]
+        for comparison in comparisons
+    ]
+    x = linear_axis(0, max(block for curve in curves for block, _ in curve))
+    place = _Frame(drawing, x, _nats_axis([error for curve in curves for _, error in curve]), top)
+    place.axes("block", "relative error of hidden states", str_x=lambda value: f"{value:g}")
+    for number, curve in enumerate(curves):
+        color, name = series_color(number), comparisons[number].quantized.name
+        points = [
+            place.estimate(block, error, color, f"{name}: {nats(error)} after block {block}", radius=2.5)
+            for block, error in curve
+        ]
+        drawing.path(points, color=color, hint=name)
+    return drawing
+
+
+def needle_map(model: NeedleModel) -> Drawing:
+    """Draw what a model finds, by depth of the needle and length of the prompt."""
+    left, top, width, height = 60.0, 30.0, 74.0, 30.0
+    lengths = [each.length for each in model.lengths]
+    bottom = top + height * len(DEPTHS)
+    title = f"Needles found — {shortened(model.name)}"
+    drawing = Drawing(max(_WIDTH, left + width * len(lengths) + 4), bottom + 36, title)
+    for row, depth in enumerate(DEPTHS):
+        drawing.text(left - 8, top + height * row + 19, f"{100 * depth:.0f} %", anchor="end", kind="small")
+    for column, length in enumerate(lengths):
+        drawing.text(left + width * (column + 0.5), bottom + 14, str(length), anchor="middle", kind="small")
+    drawing.text(0, bottom + 32, "depth of the needle downwards, tokens to the right", kind="small")
+    for cell in model.cells:
+        x, y = left + width * lengths.index(cell.length), top + height * DEPTHS.index(cell.depth)
+        hint = (
+            f"{100 * cell.found:.0f} % found at {100 * cell.depth:.0f} % of {cell.length} tokens, "
+            f"{cell.nats:.3g} nats for the number"
+        )
+        # No more than half covered: the number on it must be read on either background.
+        shade = 0.5 * _shade(cell.found)
+        drawing.rectangle(x, y, width - 2, height - 2, color="var(--bp-cool)", hint=hint, opacity=shade)
+        drawing.text(x + width / 2, y + 19, f"{100 * cell.found:.0f} %", anchor="middle")
     return drawing
 
 

@@ -9,113 +9,40 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..convert.checkpoint import Checkpoint, TensorSource, resolve_model
-from ..convert.exl2.reader import Exl2Model, is_exl2
-from ..convert.gguf.reader import GgufModel
-from ..convert.language import language_config
-from ..convert.original import Original, open_model
+from ..convert.checkpoint import TensorSource
+from ..convert.original import Original
 from ..convert.rope import with_positions_of
-from ..errors import CalibrationError, CheckpointError, ConfigError
-from ..measure.calibration import CalibrationConfig, CalibrationSet, build_calibration
-from ..measure.run import resolve_device
+from ..measure.calibration import CalibrationSet, build_calibration
 from ..measure.stream import StreamedModel
 from ..measure.tokenizer import Tokenizer, load_tokenizer
 from ..progress import Progress, silent
-from .cache import OriginalCache, OriginalState, original_key
+from .cache import OriginalCache
+from .config import EvalConfig
 from .divergence import Summary
+from .drift import BlockDrift, DriftMeter
+from .models import (
+    ModelSummary,
+    check_rows,
+    check_vocabularies,
+    device_name,
+    open_pair,
+    summarize_model,
+    vocab_size_of,
+)
+from .original import OriginalRun, run_original
 from .overlap import refuse_calibration_text, stored_spans, told
-from .passes import last_hidden, mean_floor_nats, paired_statistics
+from .passes import last_hidden, paired_statistics
 from .profile import Profile, profile_of
 
 __all__ = [
     "Comparison",
     "EvalConfig",
-    "ModelSummary",
-    "OriginalRun",
-    "check_rows",
     "compare_models",
     "compare_with",
     "evaluate",
     "evaluate_each",
     "evaluation_rows",
-    "model_name",
-    "open_any",
-    "open_pair",
-    "run_original",
-    "summarize_model",
-    "vocab_size_of",
 ]
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-_FLOOR_TOKENS = 512
-"""Length of the text that the floor is measured on: float64 on a CPU is slow, and the floor needs no precision."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvalConfig:
-    """Options of the evaluation stage.
-
-    Attributes:
-        text: Text file, directory of such files, or Hub data set ``name[:config][:split]``; None for the evaluation
-            part of the text that comes with Python.
-        column: Column of a data set that holds the text.
-        rows: Number of rows.
-        row_tokens: Length of each row in tokens, BOS included; it is also the stride.
-        seed: Chooses the places that rows of the built-in text are taken from.
-        dtype: What both models run in: ``float32``, ``bfloat16`` or ``float16``.
-        device: ``cpu``, ``cuda``, ``cuda:N``, ``mps``, or ``auto`` for the best at hand.
-        allow_calibration_text: Evaluate even on text that the model was calibrated on.
-    """
-
-    text: str | None = None
-    column: str | None = None
-    rows: int = 16
-    row_tokens: int = 1024
-    seed: int = 0
-    dtype: str = "float32"
-    device: str = "auto"
-    allow_calibration_text: bool = False
-
-    def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            ConfigError: One of them makes no sense.
-        """
-        if self.dtype not in _DTYPES:
-            raise ConfigError(f"dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}.")
-        self.calibration_config()
-
-    def calibration_config(self) -> CalibrationConfig:
-        """Return what ``build_calibration`` needs to know.
-
-        Raises:
-            ConfigError: A number is out of range, or a column is named without a text.
-        """
-        return CalibrationConfig(
-            source=self.text, column=self.column, rows=self.rows, row_tokens=self.row_tokens, seed=self.seed
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSummary:
-    """What a report says of a model.
-
-    Attributes:
-        name: Name of its directory, or its Hub id.
-        fingerprint: Tells models apart.
-        stored_bytes: Size of its weights on disk, of a GGUF file all of it; None if they are not on disk.
-        bits_per_parameter: Those bytes in bits over the parameters *of the original*, embeddings and all overheads
-            included; None if they are not on disk.
-    """
-
-    name: str
-    fingerprint: str
-    stored_bytes: int | None
-    bits_per_parameter: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +66,10 @@ class Comparison:
         device: What they ran on.
         seconds: Wall time, both models and the floor; of the original little if it came from a cache.
         engine: What ran both models.
+        bfloat16_floor_nats: KL divergence of the original in bfloat16 from itself in float32, mean per token, on the
+            text that the floor was measured on: what running it as usual does. None where the engine cannot tell.
+        drift: Relative error of hidden states, of the embeddings and after each block; empty where the engine shows
+            none, or the models are not shaped alike.
     """
 
     original: ModelSummary
@@ -157,6 +88,8 @@ class Comparison:
     device: str
     seconds: float
     engine: str = "Transformers"
+    bfloat16_floor_nats: float | None = None
+    drift: tuple[BlockDrift, ...] = ()
 
     @property
     def predicted_tokens(self) -> int:
@@ -169,6 +102,11 @@ class Comparison:
         return self.summary.kl_nats.value <= self.floor_nats
 
     @property
+    def within_bfloat16(self) -> bool:
+        """Whether the mean KL divergence is no larger than what bfloat16 does to the original."""
+        return self.bfloat16_floor_nats is not None and self.summary.kl_nats.value <= self.bfloat16_floor_nats
+
+    @property
     def floor_definition(self) -> str:
         """How the floor is defined, in words."""
         return (
@@ -178,69 +116,12 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it, derived values too, in types that JSON has."""
-        derived = {"predicted_tokens": self.predicted_tokens, "within_floor": self.within_floor}
+        derived = {
+            "predicted_tokens": self.predicted_tokens,
+            "within_floor": self.within_floor,
+            "within_bfloat16": self.within_bfloat16,
+        }
         return {**asdict(self), **derived, "floor_definition": self.floor_definition}
-
-
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class OriginalRun:
-    """The original's side of comparisons, to be used for any number of quantized models.
-
-    Attributes:
-        source: The original.
-        rows: The text.
-        config: How it was run.
-        model: The original, streamed.
-        state: Output of its last block, and the floor.
-        tokenizer: Decodes the worst tokens; None leaves their ids only.
-        seconds: Wall time that it took.
-    """
-
-    source: TensorSource
-    rows: CalibrationSet
-    config: EvalConfig
-    model: StreamedModel
-    state: OriginalState
-    tokenizer: Tokenizer | None
-    seconds: float
-
-
-def open_any(model: Original) -> TensorSource:
-    """Open an EXL2 model, a GGUF file or an unquantized checkpoint.
-
-    Args:
-        model: A local directory or GGUF file (``Path`` or ``str``), a Hugging Face Hub id (``str`` only), or what
-            ``open_model`` made of one.
-
-    Raises:
-        CheckpointError: It cannot be found, or its files are missing, unsafe or inconsistent.
-        FormatError: It is an EXL2 or GGUF model that breaks the format's rules.
-        UnsupportedModelError: It is a GGUF file of an architecture that is unknown.
-    """
-    if isinstance(model, Checkpoint):
-        return model
-    if Path(model).is_file():
-        return GgufModel.open(Path(model))
-    directory = resolve_model(model) if isinstance(model, str) else model
-    return Exl2Model.open(directory) if is_exl2(directory) else open_model(directory)
-
-
-def open_pair(original: Original, quantized: Sequence[str | Path]) -> tuple[TensorSource, list[TensorSource]]:
-    """Open an original and what was made of it, and check that they can be compared.
-
-    Args:
-        original: Directory or Hub id of the original, or what ``open_model`` made of it.
-        quantized: Directories, GGUF files or Hub ids of the quantized models.
-
-    Raises:
-        BpwiseError: As ``open_any``.
-        CheckpointError: The vocabularies differ in size.
-    """
-    source = open_any(original)
-    others = [open_any(model) for model in quantized]
-    for other in others:
-        _check_vocabularies(source, other)
-    return source, others
 
 
 def evaluation_rows(tokenizer: Tokenizer, config: EvalConfig, *, vocab_size: int) -> CalibrationSet:
@@ -341,61 +222,8 @@ def compare_models(
         NumericalError: NaN or infinity in hidden states or logits; the message names the model and the block.
         UnsupportedModelError: A model's family is unknown.
     """
-    _check_vocabularies(original, quantized)
+    check_vocabularies(original, quantized)
     return compare_with(run_original(original, rows, config, progress, tokenizer=tokenizer), quantized, progress)
-
-
-def run_original(
-    original: TensorSource,
-    rows: CalibrationSet,
-    config: EvalConfig,
-    progress: Progress = silent,
-    *,
-    tokenizer: Tokenizer | None = None,
-    cache: OriginalCache | None = None,
-) -> OriginalRun:
-    """Do the original's side of ``compare_models``, floor included.
-
-    Args:
-        original: The model that was quantized.
-        rows: The text.
-        config: Dtype and device.
-        progress: Wraps the blocks of each pass.
-        tokenizer: Decodes the worst tokens; None leaves their ids only.
-        cache: Where the result is kept, and looked for first.
-
-    Raises:
-        BpwiseError: As ``compare_models``.
-    """
-    start = time.monotonic()
-    check_rows(original, rows)
-    model = StreamedModel(original, device=resolve_device(config.device), dtype=_DTYPES[config.dtype])
-    state, key = None, ""
-    if cache is not None:
-        key = original_key(original, rows.tokens, dtype=model.dtype, device=_device_name(model.device))
-        state = cache.load(key)
-    if state is None:
-        state = _original_state(original, model, rows, progress)
-        if cache is not None:
-            cache.save(key, state)
-    return OriginalRun(
-        source=original,
-        rows=rows,
-        config=config,
-        model=model,
-        state=state,
-        tokenizer=tokenizer,
-        seconds=time.monotonic() - start,
-    )
-
-
-def _original_state(
-    original: TensorSource, model: StreamedModel, rows: CalibrationSet, progress: Progress
-) -> OriginalState:
-    hidden = last_hidden(model, rows.tokens, "original model", progress)
-    floor_tokens = min(rows.tokens.shape[1], _FLOOR_TOKENS)
-    floor_nats = mean_floor_nats(original, model, hidden[:1, :floor_tokens], rows.tokens[:1, :floor_tokens], progress)
-    return OriginalState(hidden=hidden, floor_nats=floor_nats, floor_tokens=floor_tokens)
 
 
 def compare_with(run: OriginalRun, quantized: TensorSource, progress: Progress = silent) -> Comparison:
@@ -410,13 +238,15 @@ def compare_with(run: OriginalRun, quantized: TensorSource, progress: Progress =
         BpwiseError: As ``compare_models``.
     """
     start = time.monotonic()
-    _check_vocabularies(run.source, quantized)
+    check_vocabularies(run.source, quantized)
     runnable = with_positions_of(run.source, quantized)
     check_rows(runnable, run.rows)
     model = StreamedModel(runnable, device=run.model.device, dtype=run.model.dtype)
-    hidden = last_hidden(model, run.rows.tokens, "quantized model", progress)
-    statistics = paired_statistics(run.model, model, run.state.hidden, hidden, run.rows.tokens, progress)
     rows, row_tokens = run.rows.tokens.shape
+    alike = model.block_count == run.model.block_count and model.hidden_size == run.model.hidden_size
+    meter = DriftMeter(run.state.trace, row_tokens) if alike else None
+    hidden = last_hidden(model, run.rows.tokens, "quantized model", progress, watch=meter)
+    statistics = paired_statistics(run.model, model, run.state.hidden, hidden, run.rows.tokens, progress)
     parameters = sum(math.prod(run.source.shape(name)) for name in run.source.names)
     return Comparison(
         original=summarize_model(run.source, parameters),
@@ -432,87 +262,8 @@ def compare_with(run: OriginalRun, quantized: TensorSource, progress: Progress =
         stride=row_tokens,
         adds_bos=run.rows.adds_bos,
         dtype=run.config.dtype,
-        device=_device_name(run.model.device),
+        device=device_name(run.model.device),
         seconds=run.seconds + time.monotonic() - start,
+        bfloat16_floor_nats=run.state.bfloat16_nats,
+        drift=() if meter is None else tuple(meter.drift),
     )
-
-
-def vocab_size_of(source: TensorSource) -> int:
-    """Return the number of rows of a model's token embedding.
-
-    Raises:
-        CheckpointError: config.json does not say.
-    """
-    size = language_config(source).get("vocab_size")
-    if not isinstance(size, int):
-        raise CheckpointError(f"{source.directory}: vocab_size in config.json is {size!r}, expected a number.")
-    return size
-
-
-def _check_vocabularies(original: TensorSource, quantized: TensorSource) -> None:
-    got, expected = vocab_size_of(quantized), vocab_size_of(original)
-    if got != expected:
-        raise CheckpointError(
-            f"{model_name(quantized)}: the vocabulary has {got} tokens, expected {expected} as in "
-            f"{model_name(original)}. Only models with the same vocabulary can be compared: name the original that was "
-            "quantized."
-        )
-
-
-def check_rows(source: TensorSource, rows: CalibrationSet) -> None:
-    """Check that a model can be run on rows.
-
-    Raises:
-        CalibrationError: A token id is outside the vocabulary.
-        ConfigError: Rows have one token only or are longer than the model's context.
-    """
-    largest, vocab_size = int(rows.tokens.max()), vocab_size_of(source)
-    if largest >= vocab_size:
-        raise CalibrationError(
-            f"evaluation text: got token id {largest}, expected ids below the vocabulary size {vocab_size}. "
-            "Build the rows with this model's tokenizer."
-        )
-    row_tokens, context = rows.tokens.shape[1], language_config(source).get("max_position_embeddings")
-    if row_tokens < 2:
-        raise ConfigError("evaluation text: rows of 1 token, expected at least 2: the first is never predicted.")
-    if isinstance(context, int) and row_tokens > context:
-        raise ConfigError(
-            f"evaluation text: rows of {row_tokens} tokens, but {model_name(source)} has positions for {context}. "
-            "Lower row_tokens."
-        )
-
-
-def summarize_model(source: TensorSource, parameters: int) -> ModelSummary:
-    """Return what a report says of a model.
-
-    Args:
-        source: The model.
-        parameters: Number of parameters of the original.
-    """
-    stored_bytes: int | None = None
-    if isinstance(source, (Exl2Model, GgufModel)):
-        stored_bytes = source.file_bytes
-    elif isinstance(source, Checkpoint):
-        stored_bytes = source.total_bytes
-    return ModelSummary(
-        name=model_name(source),
-        fingerprint=source.fingerprint,
-        stored_bytes=stored_bytes,
-        bits_per_parameter=None if stored_bytes is None else stored_bytes * 8 / parameters,
-    )
-
-
-def model_name(source: TensorSource) -> str:
-    """Return the name of a model's file or directory, or its Hub id."""
-    if isinstance(source, GgufModel):
-        return source.path.name
-    # A snapshot in the Hub's cache lies in models--OWNER--NAME/snapshots/REVISION.
-    resolved = source.directory.resolve()
-    repository = resolved.parent.parent.name
-    if resolved.parent.name == "snapshots" and repository.startswith("models--"):
-        return repository.removeprefix("models--").replace("--", "/")
-    return resolved.name
-
-
-def _device_name(device: torch.device) -> str:
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)

@@ -23,18 +23,10 @@ from ..errors import CheckpointError, ConfigError
 from ..measure.calibration import CalibrationSet
 from ..measure.tokenizer import Tokenizer, load_tokenizer
 from ..progress import Progress, silent
-from .comparison import (
-    Comparison,
-    EvalConfig,
-    check_rows,
-    evaluation_rows,
-    model_name,
-    open_pair,
-    summarize_model,
-    vocab_size_of,
-)
+from .comparison import Comparison, EvalConfig, evaluation_rows
 from .divergence import TokenStatistics, token_statistics
 from .llamacpp import EngineModel, LlamaLibrary, load_library
+from .models import check_rows, model_name, open_pair, summarize_model, vocab_size_of
 from .overlap import refuse_calibration_text, stored_spans, told
 from .passes import exact_logits
 from .profile import profile_of

@@ -13,9 +13,29 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from ..version import __version__
-from .charts import bits_map, damage_map, histogram_chart, kinds_chart, positions_chart, size_chart
+from .charts import (
+    bits_map,
+    damage_map,
+    drift_chart,
+    histogram_chart,
+    kinds_chart,
+    needle_map,
+    positions_chart,
+    size_chart,
+)
 from .comparison import Comparison
 from .estimate import CONFIDENCE, Estimate, confidence_interval
+from .extras import (
+    NEEDLE_NOTE,
+    NO_EXTRAS,
+    TASKS_NOTE,
+    Extras,
+    needle_methods,
+    needle_rows,
+    task_head,
+    task_methods,
+    task_rows,
+)
 from .format import nats, percent, perplexity, visible
 from .layers import LinearCost
 from .profile import Choice
@@ -35,6 +55,7 @@ class HtmlReport:
         paired: Rows of the table of differences between models, as text: two names, then values and what is beneath.
         methods: Names and values: how it was measured.
         details: More sections: titles, and for each the rows of its table.
+        extras: Benchmarks and needles.
     """
 
     comparisons: tuple[Comparison, ...]
@@ -42,6 +63,7 @@ class HtmlReport:
     paired: Sequence[tuple[str, ...]] = ()
     methods: Sequence[tuple[str, str]] = ()
     details: Mapping[str, Mapping[str, str | float]] | None = field(default=None)
+    extras: Extras = NO_EXTRAS
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +95,8 @@ def html_report(report: HtmlReport) -> str:
         rows=[(each.quantized.name, series_color(index), _cells(each)) for index, each in enumerate(comparisons)],
         verdict=verdict,
         percentiles=[(each.quantized.name, _percentiles(each)) for each in comparisons],
-        charts=[Markup(drawing.render()) for name, drawing in charts.items() if not name.startswith("map")],
-        maps=[Markup(drawing.render()) for name, drawing in charts.items() if name.startswith("map")],
+        **{kind: _rendered(charts, kind) for kind in ("charts", "maps", "drifts", "needles")},
+        **_extras(report.extras),
         paired=report.paired,
         confidence=f"{100 * CONFIDENCE:.0f} %",
         methods=report.methods,
@@ -107,11 +129,35 @@ def charts_of(report: HtmlReport) -> dict[str, Drawing]:
         "positions": positions_chart(comparisons),
         "size": size_chart(comparisons),
         "kinds": kinds_chart(comparisons),
+        "drift": drift_chart(comparisons, first_token=False),
+        "drift-first-token": drift_chart(comparisons, first_token=True),
     }
     for number, (comparison, costs) in enumerate(zip(comparisons, report.costs, strict=False), start=1):
         drawings[f"map-damage-{number}"] = damage_map(costs, comparison.quantized.name)
         drawings[f"map-bits-{number}"] = bits_map(costs, comparison.quantized.name)
+    for number, model in enumerate(report.extras.needle.models if report.extras.needle else ()):
+        drawings[f"needle-{number}"] = needle_map(model)
     return {name: drawing for name, drawing in drawings.items() if drawing is not None}
+
+
+def _rendered(charts: Mapping[str, Drawing], kind: str) -> list[Markup]:
+    kinds = {"map": "maps", "drift": "drifts", "needle": "needles"}
+    return [Markup(each.render()) for name, each in charts.items() if kinds.get(name.split("-")[0], "charts") == kind]
+
+
+def _extras(extras: Extras) -> dict[str, Any]:
+    tasks, needle = extras.tasks, extras.needle
+    return {
+        "tasks": tasks
+        and {
+            "head": task_head(tasks),
+            "rows": task_rows(tasks, [score for score in tasks.scores if score.part_of is None]),
+            "parts": task_rows(tasks, [score for score in tasks.scores if score.part_of is not None]),
+            "note": TASKS_NOTE,
+            "methods": task_methods(tasks),
+        },
+        "needle": needle and {"rows": needle_rows(needle), "note": NEEDLE_NOTE, "methods": needle_methods(needle)},
+    }
 
 
 _COLUMNS = (
@@ -161,8 +207,9 @@ def _percentiles(comparison: Comparison) -> list[str]:
         summary.kl_p999_nats,
         summary.kl_max_nats,
         comparison.floor_nats,
+        comparison.bfloat16_floor_nats,
     )
-    return [nats(value) for value in values]
+    return ["unknown" if value is None else nats(value) for value in values]
 
 
 def _choice(token: Choice) -> dict[str, Any]:

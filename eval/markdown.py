@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from ..convert.markdown import cell, table
 from ..version import __version__
-from .comparison import Comparison, ModelSummary
+from .comparison import Comparison
 from .estimate import Estimate, Interval
+from .extras import NO_EXTRAS, Extras, extras_markdown
 from .format import estimate, nats, percent, perplexity
+from .models import ModelSummary
 from .paired import PairedDifference, paired_differences
 from .verdict import headline, verdict_sentence
 
@@ -24,22 +26,26 @@ __all__ = [
     "summary_lines",
 ]
 
+_DRIFT_ROWS = 9
+"""Blocks that a table shows of the drift, evenly spread; the drawing and JSON show all."""
+
 Details = Mapping[str, Mapping[str, str | float]]
 """More sections of a report: titles, and for each the rows of its table."""
 
 
-def markdown_report(comparison: Comparison, details: Details | None = None) -> str:
+def markdown_report(comparison: Comparison, details: Details | None = None, extras: Extras = NO_EXTRAS) -> str:
     """Return the report on one model as Markdown.
 
     Args:
         comparison: What was measured.
         details: As in ``write_report``.
+        extras: As in ``write_report``.
     """
     sections = [
         f"# {cell(comparison.quantized.name)} against {cell(comparison.original.name)}",
         f"**{cell(verdict_sentence(comparison))}**",
         sentence(comparison),
-        *([_floor_note(comparison)] if comparison.within_floor else []),
+        *_floor_notes(comparison),
         _damage_table(comparison),
         _ERRORS_NOTE,
         "## KL divergence per token",
@@ -47,6 +53,8 @@ def markdown_report(comparison: Comparison, details: Details | None = None) -> s
         "## Where",
         _positions_table(comparison),
         _kinds_table(comparison),
+        *_drift_sections([comparison]),
+        *extras_markdown(extras),
         "## How it was measured",
         table(("", ""), method_rows([comparison])),
         *_details_sections(details),
@@ -54,12 +62,15 @@ def markdown_report(comparison: Comparison, details: Details | None = None) -> s
     return "\n\n".join(sections) + "\n"
 
 
-def joint_markdown(comparisons: Sequence[Comparison], details: Details | None = None) -> str:
+def joint_markdown(
+    comparisons: Sequence[Comparison], details: Details | None = None, extras: Extras = NO_EXTRAS
+) -> str:
     """Return the report on several models as Markdown.
 
     Args:
         comparisons: At least one; all with the same original on the same text.
         details: As in ``write_report``.
+        extras: As in ``write_report``.
 
     Raises:
         ConfigError: They are not.
@@ -80,6 +91,8 @@ def joint_markdown(comparisons: Sequence[Comparison], details: Details | None = 
         "## KL divergence per token, and what became of the most likely tokens",
         _tokens_table(comparisons),
         *(pairs if paired else []),
+        *_drift_sections(comparisons),
+        *extras_markdown(extras),
         "## How it was measured",
         table(("", ""), method_rows(comparisons)),
         *_details_sections(details),
@@ -112,7 +125,7 @@ def summary_lines(comparison: Comparison) -> list[str]:
         f" max {nats(summary.kl_max_nats)}, floor {nats(comparison.floor_nats)})",
         f"top-1       {percent(summary.top1_agreement)} of tokens agree; top-5 {percent(summary.top5_agreement)}",
     ]
-    return [*lines, _floor_note(comparison)] if comparison.within_floor else lines
+    return [*lines, *_floor_notes(comparison)]
 
 
 def joint_lines(comparisons: Sequence[Comparison]) -> list[str]:
@@ -162,11 +175,33 @@ def sentence(comparison: Comparison) -> str:
     )
 
 
-def _floor_note(comparison: Comparison) -> str:
-    return (
-        f"The mean KL divergence is within the floor of {nats(comparison.floor_nats)} nats per token: it cannot be "
-        f"told from what {comparison.dtype} arithmetic alone does to the original."
-    )
+def _floor_notes(comparison: Comparison) -> list[str]:
+    if comparison.within_floor:
+        return [
+            f"The mean KL divergence is within the floor of {nats(comparison.floor_nats)} nats per token: it cannot be "
+            f"told from what {comparison.dtype} arithmetic alone does to the original."
+        ]
+    if comparison.within_bfloat16 and comparison.bfloat16_floor_nats is not None:
+        return [
+            f"The mean KL divergence is below {nats(comparison.bfloat16_floor_nats)} nats per token: less than running "
+            "the original in bfloat16 instead of float32 does to it."
+        ]
+    return []
+
+
+def _drift_sections(comparisons: Sequence[Comparison]) -> list[str]:
+    if not all(each.drift for each in comparisons):
+        return []
+    count = min(len(each.drift) for each in comparisons)
+    names = [""] if len(comparisons) == 1 else [f"{each.quantized.name}, " for each in comparisons]
+    head = ["after", *(f"{name}{which}" for name in names for which in ("tokens but the first", "first token"))]
+    rows = []
+    for number in sorted({round(step * (count - 1) / (_DRIFT_ROWS - 1)) for step in range(_DRIFT_ROWS)}):
+        places = [each.drift[number] for each in comparisons]
+        block = places[0].block
+        cells = [nats(error) for place in places for error in (place.error, place.first_token)]
+        rows.append(("the token embeddings" if block is None else f"block {block}", *cells))
+    return ["## Measured error of hidden states, relative", table(head, rows)]
 
 
 def _damage_table(comparison: Comparison) -> str:
@@ -201,6 +236,7 @@ def _divergence_table(comparison: Comparison) -> str:
         ("99.9 % below", nats(summary.kl_p999_nats)),
         ("largest", nats(summary.kl_max_nats)),
         ("floor of the mean", nats(comparison.floor_nats)),
+        *([("mean of bfloat16 alone", nats(comparison.bfloat16_floor_nats))] if comparison.bfloat16_floor_nats else []),
     ]
     return table(("KL(original ‖ quantized)", "nats"), rows)
 
@@ -287,10 +323,23 @@ def method_rows(comparisons: Sequence[Comparison]) -> list[tuple[str, str]]:
         ("run by", comparison.engine),
         ("dtype and device", f"{comparison.dtype} on {comparison.device}"),
         ("floor", f"{nats(comparison.floor_nats)} nats per token: {comparison.floor_definition}"),
+        *_bfloat16_rows(comparison),
         ("original", f"{comparison.original.name}, fingerprint {comparison.original.fingerprint}"),
         *(("quantized", f"{each.quantized.name}, fingerprint {each.quantized.fingerprint}") for each in comparisons),
         *([("time", f"{comparison.seconds:.1f} s")] if len(comparisons) == 1 else []),
         ("bpwise", __version__),
+    ]
+
+
+def _bfloat16_rows(comparison: Comparison) -> list[tuple[str, str]]:
+    if comparison.bfloat16_floor_nats is None:
+        return []
+    return [
+        (
+            "bfloat16 alone",
+            f"{nats(comparison.bfloat16_floor_nats)} nats per token: mean KL divergence of the original in bfloat16 "
+            f"from itself in float32, both on {comparison.device}, over the same {comparison.floor_tokens} tokens",
+        )
     ]
 
 

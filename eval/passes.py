@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -12,13 +14,20 @@ from ..measure.stream import StreamedModel, micro_batches
 from ..progress import Progress
 from .divergence import TokenStatistics, token_statistics
 
-__all__ = ["exact_logits", "last_hidden", "mean_floor_nats", "paired_statistics"]
+__all__ = ["exact_logits", "last_hidden", "mean_bfloat16_nats", "mean_floor_nats", "paired_statistics"]
 
 _TAIL_TOKENS = 256
 """Positions whose logits are held at once, of each model: 128 MiB in float32 for a vocabulary of 128k."""
 
 
-def last_hidden(model: StreamedModel, tokens: Tensor, role: str, progress: Progress) -> Tensor:
+def last_hidden(
+    model: StreamedModel,
+    tokens: Tensor,
+    role: str,
+    progress: Progress,
+    *,
+    watch: Callable[[Tensor], None] | None = None,
+) -> Tensor:
     """Run all blocks of a model, one after another.
 
     Args:
@@ -26,6 +35,7 @@ def last_hidden(model: StreamedModel, tokens: Tensor, role: str, progress: Progr
         tokens: Token ids, int64, shape (rows, tokens).
         role: What the model is, for messages.
         progress: Wraps the blocks.
+        watch: Is handed the hidden states after the embedding and after each block; it may not keep them.
 
     Returns:
         Output of the last block, shape (rows, tokens, hidden size), in the model's dtype, on the CPU.
@@ -35,11 +45,15 @@ def last_hidden(model: StreamedModel, tokens: Tensor, role: str, progress: Progr
     """
     hidden = model.embed(tokens)
     _check_finite(hidden, f"{role}, embedding", model.dtype)
+    if watch is not None:
+        watch(hidden)
     for index in progress(range(model.block_count), f"evaluate: {role}"):
         with torch.no_grad(), model.block(index) as block, position_by_position(block, model.stages(index)):
             for batch in micro_batches(*tokens.shape):
                 hidden[batch] = model.run_block(index, hidden[batch].to(model.device)).cpu()
         _check_finite(hidden, f"{role}, {model.block_name(index)}", model.dtype)
+        if watch is not None:
+            watch(hidden)
     return hidden
 
 
@@ -106,6 +120,35 @@ def mean_floor_nats(
             logits = _logits(model, hidden[0, positions], "original model").cpu()
             parts.append(token_statistics(reference, logits, tokens[0, 1:][positions]))
     return float(TokenStatistics.joined(parts).kl_nats.double().mean())
+
+
+def mean_bfloat16_nats(
+    source: TensorSource, model: StreamedModel, hidden: Tensor, tokens: Tensor, progress: Progress
+) -> float:
+    """Measure what running the original in bfloat16, as is usual, does to it: against itself in float32.
+
+    Args:
+        source: The original.
+        model: The original as it is evaluated; where its dtype is one of the two, it does not run again.
+        hidden: What ``last_hidden`` made of it, shape (rows, tokens, hidden size).
+        tokens: Token ids, int64, shape (rows, tokens), at least two a row.
+        progress: Wraps the blocks.
+
+    Returns:
+        Mean KL divergence in nats per token, both on the model's device.
+
+    Raises:
+        NumericalError: NaN or infinity in hidden states or logits.
+    """
+    runs = {model.dtype: (model, hidden)}
+    for dtype in (torch.float32, torch.bfloat16):
+        if dtype not in runs:
+            other = StreamedModel(source, device=model.device, dtype=dtype)
+            role = f"original model in {str(dtype).removeprefix('torch.')}"
+            runs[dtype] = other, last_hidden(other, tokens, role, progress)
+    (exact, exact_hidden), (rounded, rounded_hidden) = runs[torch.float32], runs[torch.bfloat16]
+    statistics = paired_statistics(exact, rounded, exact_hidden, rounded_hidden, tokens, progress)
+    return float(statistics.kl_nats.double().mean())
 
 
 def exact_logits(source: TensorSource, tokens: Tensor, progress: Progress) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 from ..convert.files import atomic_file, write_json
 from ..version import __version__
 from .comparison import Comparison
+from .extras import NO_EXTRAS, Extras, extras_content, extras_csv
 from .html import HtmlReport, charts_of, html_report
 from .layers import LinearCost
 from .markdown import (
@@ -25,6 +26,7 @@ from .markdown import (
     summary_lines,
 )
 from .paired import paired_differences
+from .png import png_bytes
 from .verdict import headline, verdict_sentence
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "MARKDOWN_NAME",
     "PLOTS_NAME",
     "Details",
+    "Extras",
     "ReportFiles",
     "comparison_table",
     "joint_lines",
@@ -62,13 +65,15 @@ class ReportFiles:
         csv: The table of models.
         markdown: The summary.
         html: The page.
-        plots: The drawings as SVG files; empty if they were not asked for.
+        extras: Tables of benchmarks and needles as CSV; empty if they were not measured.
+        plots: The drawings as SVG and PNG files; empty if they were not asked for.
     """
 
     json: Path
     csv: Path
     markdown: Path
     html: Path
+    extras: tuple[Path, ...]
     plots: tuple[Path, ...]
 
 
@@ -78,8 +83,9 @@ def write_report(
     details: Details | None = None,
     *,
     costs: Sequence[LinearCost] = (),
+    extras: Extras = NO_EXTRAS,
     prefix: str = "",
-    plots: bool = False,
+    plots: Sequence[str] = (),
 ) -> ReportFiles:
     """Write the report on one model into a directory, each file atomically.
 
@@ -88,10 +94,12 @@ def write_report(
         directory: Made if it is missing; reports of the same names in it are replaced.
         details: More sections, after the comparison in their order: a title, and rows of names and values.
         costs: What each linear got, for the maps.
+        extras: Benchmarks and needles of the same models.
         prefix: Put before all names, to tell reports of models apart that lie in one directory.
-        plots: Whether the drawings are written as SVG files too.
+        plots: Formats that the drawings are written in too: ``svg``, ``png``.
 
     Raises:
+        BpwiseError: PNG files are asked for, and their renderer is not installed.
         NumericalError: A number of ``details`` is NaN or infinite.
         WorkDirectoryError: A file cannot be written.
     """
@@ -100,12 +108,17 @@ def write_report(
         "verdict": verdict_sentence(comparison),
         "comparison": comparison.to_dict(),
         "linears": [asdict(cost) for cost in costs],
+        **extras_content(extras),
         "details": {title: dict(section) for title, section in (details or {}).items()},
     }
     page = HtmlReport(
-        comparisons=(comparison,), costs=(tuple(costs),), methods=method_rows([comparison]), details=details
+        comparisons=(comparison,),
+        costs=(tuple(costs),),
+        methods=method_rows([comparison]),
+        details=details,
+        extras=extras,
     )
-    return _write(Path(directory), prefix, content, markdown_report(comparison, details), page, plots)
+    return _write(Path(directory), prefix, content, markdown_report(comparison, details, extras), page, plots)
 
 
 def write_joint_report(
@@ -114,8 +127,9 @@ def write_joint_report(
     details: Details | None = None,
     *,
     costs: Sequence[Sequence[LinearCost]] | None = None,
+    extras: Extras = NO_EXTRAS,
     prefix: str = "",
-    plots: bool = False,
+    plots: Sequence[str] = (),
 ) -> ReportFiles:
     """Write one report on several models into a directory, each file atomically.
 
@@ -124,11 +138,13 @@ def write_joint_report(
         directory: As in ``write_report``.
         details: As in ``write_report``.
         costs: What each linear of each model got, in the models' order.
+        extras: As in ``write_report``.
         prefix: As in ``write_report``.
         plots: As in ``write_report``.
 
     Raises:
         ConfigError: The comparisons are of different originals or texts.
+        BpwiseError: PNG files are asked for, and their renderer is not installed.
         NumericalError: A number of ``details`` is NaN or infinite.
         WorkDirectoryError: A file cannot be written.
     """
@@ -140,6 +156,7 @@ def write_joint_report(
         "comparisons": [each.to_dict() for each in comparisons],
         "paired": [asdict(pair) for pair in paired],
         "linears": [[asdict(cost) for cost in each] for each in costs],
+        **extras_content(extras),
         "details": {title: dict(section) for title, section in (details or {}).items()},
     }
     page = HtmlReport(
@@ -148,29 +165,44 @@ def write_joint_report(
         paired=paired_rows(paired),
         methods=method_rows(comparisons),
         details=details,
+        extras=extras,
     )
-    return _write(Path(directory), prefix, content, joint_markdown(comparisons, details), page, plots)
+    return _write(Path(directory), prefix, content, joint_markdown(comparisons, details, extras), page, plots)
 
 
 def _write(
-    directory: Path, prefix: str, content: Mapping[str, Any], markdown: str, page: HtmlReport, plots: bool
+    directory: Path, prefix: str, content: Mapping[str, Any], markdown: str, page: HtmlReport, plots: Sequence[str]
 ) -> ReportFiles:
     path = {name: directory / f"{prefix}{name}" for name in (JSON_NAME, CSV_NAME, MARKDOWN_NAME, HTML_NAME, PLOTS_NAME)}
     write_json(path[JSON_NAME], {"bpwise_report": _REPORT_VERSION, "bpwise": __version__, **content})
-    _write_csv(path[CSV_NAME], page.comparisons)
+    _write_csv(path[CSV_NAME], [_csv_row(each) for each in page.comparisons])
     for name, text in ((MARKDOWN_NAME, markdown), (HTML_NAME, html_report(page))):
         _write_text(path[name], text)
+    tables = []
+    for name, rows in extras_csv(page.extras).items():
+        tables.append(directory / f"{prefix}report.{name}.csv")
+        _write_csv(tables[-1], rows)
     drawn = []
     for name, drawing in charts_of(page).items() if plots else ():
-        drawn.append(path[PLOTS_NAME] / f"{name}.svg")
-        _write_text(drawn[-1], drawing.render(standalone=True) + "\n")
+        for form in plots:
+            drawn.append(path[PLOTS_NAME] / f"{name}.{form}")
+            if form == "png":
+                _write_bytes(drawn[-1], png_bytes(drawing))
+            else:
+                _write_text(drawn[-1], drawing.render(standalone=True) + "\n")
     return ReportFiles(
         json=path[JSON_NAME],
         csv=path[CSV_NAME],
         markdown=path[MARKDOWN_NAME],
         html=path[HTML_NAME],
+        extras=tuple(tables),
         plots=tuple(drawn),
     )
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -178,19 +210,22 @@ def _write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
-def _write_csv(path: Path, comparisons: Sequence[Comparison]) -> None:
-    rows = [_csv_row(each) for each in comparisons]
+def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows([{**row, "model": _no_formula(row["model"])} for row in rows])
+
+
+def _no_formula(name: str) -> str:
+    # A spreadsheet would take a name that begins so for a formula.
+    return f"'{name}" if name.startswith(("=", "+", "-", "@")) else name
 
 
 def _csv_row(comparison: Comparison) -> dict[str, Any]:
-    model, name = comparison.quantized, comparison.quantized.name
+    model = comparison.quantized
     row: dict[str, Any] = {
-        # A spreadsheet would take a name that begins so for a formula.
-        "model": f"'{name}" if name.startswith(("=", "+", "-", "@")) else name,
+        "model": model.name,
         "stored_bytes": model.stored_bytes,
         "bits_per_parameter": model.bits_per_parameter,
     }
@@ -199,4 +234,9 @@ def _csv_row(comparison: Comparison) -> dict[str, Any]:
             row[key], row[f"{key}_standard_error"] = value["value"], value["standard_error"]
         else:
             row[key] = value
-    return {**row, "floor_nats": comparison.floor_nats, "text_fingerprint": comparison.text_fingerprint}
+    return {
+        **row,
+        "floor_nats": comparison.floor_nats,
+        "bfloat16_floor_nats": comparison.bfloat16_floor_nats,
+        "text_fingerprint": comparison.text_fingerprint,
+    }

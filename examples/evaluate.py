@@ -63,7 +63,7 @@ def main(
             if report is not None:
                 write_report(comparison, report / str(number))
         if report is not None:
-            write_joint_report(comparisons, report, plots=True)
+            write_joint_report(comparisons, report, plots=["svg"])
     except BpwiseError as error:
         raise click.ClickException(str(error)) from error
 

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from ..convert.checkpoint import TensorSource
 from ..convert.families import HEAD, Family, Stage
-from ..convert.language import language_model
+from ..convert.language import LanguageModel, language_model
 from ..errors import CheckpointError, NumericalError, UnsupportedModelError
 from .attention import attention_for
 from .surgery import split_block
 
-__all__ = ["StreamedModel", "check_finite", "micro_batches"]
+__all__ = ["StreamedModel", "check_finite", "micro_batches", "whole_model"]
 
 _MICRO_BATCH_TOKENS = 2048
 """Tokens that go through a block together: enough to keep a processor busy, few enough to stay small in memory."""
@@ -103,6 +103,11 @@ class StreamedModel:
     def block_count(self) -> int:
         """Number of decoder blocks."""
         return len(self._blocks)
+
+    @property
+    def hidden_size(self) -> int:
+        """Length of a token's hidden state."""
+        return int(self._model.get_input_embeddings().weight.shape[1])
 
     @property
     def embedding_name(self) -> str:
@@ -255,27 +260,61 @@ class StreamedModel:
         for inner, parameter in empty.items():
             full = f"{name}.{inner}" if name else inner
             if skip is None or not full.startswith(f"{skip}."):
-                _set_parameter(module, inner, self._read(full, parameter.shape))
+                table, shape = self.embedding_name, parameter.shape
+                _set_parameter(module, inner, _read(self._source, full, shape, table, self.device, self.dtype))
         try:
             yield module
         finally:
             for inner, parameter in empty.items():
                 _set_parameter(module, inner, parameter)
 
-    def _read(self, name: str, shape: torch.Size) -> nn.Parameter:
-        name = self.family.file_name(name)
-        if name == f"{HEAD}.weight" and self._source.tied_embeddings:
-            name = f"{self.embedding_name}.weight"
-        tensor = self._source.tensor(name)
-        if tensor.shape != shape:
-            raise CheckpointError(
-                f"{self._source.directory}: {name} has shape {tuple(tensor.shape)}, "
-                f"expected {tuple(shape)} from config.json. The files do not belong together."
-            )
-        return nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False)
+
+def whole_model(source: TensorSource, *, device: torch.device, dtype: torch.dtype) -> Any:
+    """Return a model with all of its weights in memory, as Transformers itself would load it.
+
+    Args:
+        source: Where configuration and tensors come from; what is quantized is decoded.
+        device: Where the model is put.
+        dtype: Floating dtype of all weights.
+
+    Returns:
+        A ``PreTrainedModel`` in evaluation mode. Its output head shares the token embeddings' memory where the source
+        has no head of its own.
+
+    Raises:
+        UnsupportedModelError: Transformers does not know the model type.
+        CheckpointError: A tensor is missing or has another shape than config.json says.
+    """
+    language = language_model(source)
+    config = {**language.config, "tie_word_embeddings": language.tied_embeddings}
+    model = _build_skeleton(config, dtype, device, pads=True)
+    for block in model.get_submodule(language.family.blocks):
+        split_block(block, language.family, config)
+    embedding = model.get_input_embeddings()
+    table = next(name for name, module in model.named_modules() if module is embedding)
+    for name, parameter in list(model.named_parameters()):  # a tied head is left out here, and follows at the end
+        _set_parameter(model, name, _read(language, name, parameter.shape, table, device, dtype))
+    model.tie_weights()
+    return model
 
 
-def _build_skeleton(config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
+def _read(
+    source: LanguageModel, name: str, shape: torch.Size, table: str, device: torch.device, dtype: torch.dtype
+) -> nn.Parameter:
+    name = source.family.file_name(name)
+    if name == f"{HEAD}.weight" and source.tied_embeddings:
+        name = f"{table}.weight"
+    tensor = source.tensor(name)
+    if tensor.shape != shape:
+        raise CheckpointError(
+            f"{source.directory}: {name} has shape {tuple(tensor.shape)}, "
+            f"expected {tuple(shape)} from config.json. The files do not belong together."
+        )
+    return nn.Parameter(tensor.to(device, dtype), requires_grad=False)
+
+
+def _build_skeleton(config: dict[str, Any], dtype: torch.dtype, device: torch.device, *, pads: bool = False) -> Any:
+    # The model on the meta device. Where rows are padded, attention is Transformers' own, which heeds it.
     from transformers import AutoModelForCausalLM  # noqa: PLC0415 - seconds to import, and only needed here
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: PLC0415
 
@@ -287,7 +326,9 @@ def _build_skeleton(config: dict[str, Any], dtype: torch.dtype, device: torch.de
         )
     parsed = CONFIG_MAPPING[model_type].from_dict(plain)
     with _META:
-        attention = attention_for(AutoModelForCausalLM._model_mapping[type(parsed)])
+        kind = AutoModelForCausalLM._model_mapping[type(parsed)]
+        plain_attention = "sdpa" if kind._supports_sdpa else "eager"
+        attention = plain_attention if pads else attention_for(kind)
         model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, attn_implementation=attention)
     model.eval()
     # Buffers that no checkpoint holds (rotary frequencies) are computed by the model's own initialisation, in

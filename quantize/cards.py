@@ -18,7 +18,7 @@ from ..convert.gguf.reader import GgufModel
 from ..convert.hub import resolve_model
 from ..convert.mark import read_mark
 from ..errors import BrokenModelError, ConfigError, FormatError
-from ..eval.comparison import model_name, open_any
+from ..eval.models import model_name, open_any
 from ..eval.report import JSON_NAME
 
 __all__ = ["card_path", "check_base_model", "make_card", "output_name", "write_card"]

@@ -8,16 +8,9 @@ from pathlib import Path
 from ..convert.checkpoint import Checkpoint
 from ..convert.mark import clear_mark, mark_broken, read_mark
 from ..errors import BrokenModelError, ConfigError, NumericalError
-from ..eval.comparison import (
-    Comparison,
-    EvalConfig,
-    OriginalRun,
-    compare_with,
-    evaluation_rows,
-    open_any,
-    run_original,
-    vocab_size_of,
-)
+from ..eval.comparison import Comparison, EvalConfig, compare_with, evaluation_rows
+from ..eval.models import open_any, vocab_size_of
+from ..eval.original import OriginalRun, run_original
 from ..eval.overlap import CalibrationSpans, refuse_calibration_text, told
 from ..measure.calibration import CalibrationSet
 from ..measure.tokenizer import load_tokenizer

@@ -14,7 +14,8 @@ from ..convert.markdown import cell, table
 from ..convert.original import Original, open_model
 from ..convert.work import claimed, discard_stages
 from ..errors import BrokenModelError, ConfigError
-from ..eval.comparison import Comparison, model_name
+from ..eval.comparison import Comparison
+from ..eval.models import model_name
 from ..eval.report import JSON_NAME, MARKDOWN_NAME, comparison_table
 from ..measure.calibration import CalibrationSet
 from ..progress import Progress, silent

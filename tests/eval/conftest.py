@@ -2,9 +2,10 @@ from typing import Any
 
 import pytest
 import torch
-from bpwise.eval.comparison import Comparison, ModelSummary
+from bpwise.eval.comparison import Comparison
 from bpwise.eval.divergence import Summary, TokenStatistics, token_statistics
 from bpwise.eval.estimate import Estimate
+from bpwise.eval.models import ModelSummary
 from bpwise.eval.profile import profile_of
 from bpwise.measure.calibration import CalibrationSet
 

@@ -16,7 +16,7 @@ from bpwise.convert.exl2.linear import QuantizedLinear
 from bpwise.convert.exl2.reader import Exl2Model
 from bpwise.convert.exl2.writer import write_model
 from bpwise.errors import CalibrationError, CheckpointError, ConfigError, NumericalError
-from bpwise.eval import comparison as comparison_module
+from bpwise.eval import original as original_module
 from bpwise.eval import passes as passes_module
 from bpwise.eval.comparison import (
     Comparison,
@@ -26,10 +26,11 @@ from bpwise.eval.comparison import (
     evaluate,
     evaluate_each,
     evaluation_rows,
-    open_any,
-    run_original,
 )
+from bpwise.eval.models import open_any
+from bpwise.eval.original import run_original
 from bpwise.measure.calibration import CalibrationSet
+from bpwise.measure.stream import whole_model
 from bpwise.measure.tokenizer import load_tokenizer
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
@@ -139,7 +140,7 @@ class TestCompareModels:
         check_against_transformers(got, original, quantized, rows.tokens)
 
     def test_floor_in_bfloat16(self, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(comparison_module, "_FLOOR_TOKENS", 20)
+        monkeypatch.setattr(original_module, "_FLOOR_TOKENS", 20)
         original = make_model("original")
         rows = rows_of()
         source = open_any(original)
@@ -154,6 +155,18 @@ class TestCompareModels:
         assert got.floor_nats == pytest.approx(expected, rel=0.5)
         assert got.floor_nats > 1e-6
         assert got.within_floor
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+    def test_bfloat16_alone(self, make_model: MakeModel, dtype: str) -> None:
+        original = make_model("original")
+        rows = rows_of()
+        source = open_any(original)
+        got = compare_models(source, source, rows, config(dtype=dtype))
+        full, rounded = (log_probabilities(original, rows.tokens[:1], kind) for kind in (torch.float32, torch.bfloat16))
+        expected = (np.exp(full) * (full - rounded)).sum(axis=-1).mean()
+        # As the floor: roundings to 8 bits fall differently where products are summed in another order.
+        assert got.bfloat16_floor_nats == pytest.approx(expected, rel=0.5)
+        assert got.within_bfloat16
 
     def test_one_row_has_no_standard_errors(self, make_model: MakeModel) -> None:
         source = open_any(make_model("original"))
@@ -182,6 +195,7 @@ class TestCompareModels:
         assert seen == {
             "evaluate: original model": 2,
             "evaluate: original model in float64": 2,
+            "evaluate: original model in bfloat16": 2,
             "evaluate: quantized model": 2,
             "evaluate: logits": 3,
         }
@@ -310,6 +324,11 @@ class TestEvaluate:
         dequantize_model(exl2, dense)
         assert isinstance(open_any(exl2), Exl2Model)
         assert isinstance(open_any(str(original)), Checkpoint)
+        whole = whole_model(open_any(exl2), device=torch.device("cpu"), dtype=torch.float32)
+        tokens = rows_of().tokens
+        with torch.no_grad():
+            expected = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)(tokens).logits
+            assert torch.equal(whole(tokens).logits, expected)
         got = evaluate(original, exl2, config(text=str(text)))
         same = evaluate(original, dense, config(text=str(text)))
         assert got.summary == same.summary

@@ -1,5 +1,6 @@
 """The page as text, and as a real browser shows it."""
 
+import csv
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -7,9 +8,14 @@ from typing import Any
 
 import pytest
 from bpwise.eval.comparison import Comparison
+from bpwise.eval.drift import BlockDrift
 from bpwise.eval.estimate import Estimate
+from bpwise.eval.extras import Extras
 from bpwise.eval.layers import LinearCost
+from bpwise.eval.needle import DEPTHS, NeedleCell, NeedleLength, NeedleModel, NeedleReport
 from bpwise.eval.report import write_joint_report, write_report
+from bpwise.eval.task_scores import QuantizedScore, TaskScore
+from bpwise.eval.tasks import TaskReport
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\u202e&\"'"
 
@@ -28,7 +34,76 @@ def variant(comparison: Comparison, name: str, kl: float, size: int) -> Comparis
         comparison,
         quantized=replace(comparison.quantized, name=name, stored_bytes=size),
         summary=replace(comparison.summary, kl_nats=Estimate(kl, kl / 10)),
+        bfloat16_floor_nats=1e-5,
+        drift=tuple(
+            BlockDrift(block=block, error=Estimate(kl * 2**step, kl / 9), first_token=Estimate(kl, None))
+            for step, block in enumerate((None, 0, 1, 2))
+        ),
     )
+
+
+def extras(names: list[str]) -> Extras:
+    """A group of two benchmarks, and needles at two lengths: as many models as names after the original's."""
+
+    def score(task: str, part_of: str | None, questions: int) -> TaskScore:
+        return TaskScore(
+            task=task,
+            part_of=part_of,
+            metric="acc",
+            filter="none" if part_of else HOSTILE,
+            version="1.0",
+            fewshot=5,
+            questions=questions,
+            higher_is_better=True,
+            original=Estimate(0.5, 0.01),
+            quantized=tuple(
+                QuantizedScore(score=Estimate(0.475, 0.01), difference=Estimate(-0.025, 0.004), changed=0.0875)
+                for _ in names[1:]
+            ),
+        )
+
+    tasks = TaskReport(
+        original=names[0],
+        quantized=tuple(names[1:]),
+        scores=(score(HOSTILE, None, 300), score("part-a", HOSTILE, 100), score("part-b", HOSTILE, 200)),
+        engine="lm-eval 0",
+        limit=None,
+        num_fewshot=None,
+        batch_size="1",
+        apply_chat_template=False,
+        dtype="float32",
+        device="cpu",
+        seconds=1.0,
+    )
+    needle = NeedleReport(
+        models=tuple(
+            NeedleModel(
+                name=name,
+                cells=tuple(
+                    NeedleCell(length=length, depth=depth, found=depth, nats=2.5)
+                    for length in (512, 131072)
+                    for depth in DEPTHS
+                ),
+                lengths=tuple(
+                    NeedleLength(
+                        length=length,
+                        found=Estimate(0.5, 0.25),
+                        nats=Estimate(2.5, 0.5),
+                        found_change=Estimate(-0.25, 0.125) if number else None,
+                        nats_change=Estimate(1.5, 0.25) if number else None,
+                    )
+                    for length in (512, 131072)
+                ),
+            )
+            for number, name in enumerate(names)
+        ),
+        samples=4,
+        text="some text",
+        dtype="float32",
+        device="cpu",
+        seconds=1.0,
+    )
+    return Extras(tasks=tasks, needle=needle)
 
 
 @pytest.fixture
@@ -42,7 +117,10 @@ def several(comparison: Comparison) -> list[Comparison]:
 
 def write(several: list[Comparison], folder: Path) -> Path:
     details = {HOSTILE: {"a": HOSTILE, "b": 1.5}}
-    return write_joint_report(several, folder, details, costs=[costs(), costs(), []], plots=True).html
+    names = [several[0].original.name, *(each.quantized.name for each in several)]
+    return write_joint_report(
+        several, folder, details, costs=[costs(), costs(), []], extras=extras(names), plots=["svg"]
+    ).html
 
 
 class TestText:
@@ -56,7 +134,8 @@ class TestText:
 
     def test_everything_is_escaped(self, several: list[Comparison], tmp_path: Path) -> None:
         hostile = replace(several[1], text=HOSTILE, original=replace(several[1].original, name=HOSTILE))
-        single = write_report(hostile, tmp_path / "single", {"x": {HOSTILE: HOSTILE}}, costs=costs(), plots=True)
+        details, more = {"x": {HOSTILE: HOSTILE}}, extras([HOSTILE] * 2)
+        single = write_report(hostile, tmp_path / "single", details, costs=costs(), extras=more, plots=["svg"])
         for text in (write(several, tmp_path).read_text(), single.html.read_text()):
             assert "<img" not in text
             assert "alert(1)</script>" not in text
@@ -64,6 +143,30 @@ class TestText:
             assert text.count("<script") == text.count("</script") == 1
         for path in single.plots:
             assert "<img" not in path.read_text()
+
+    def test_extras(self, several: list[Comparison], tmp_path: Path) -> None:
+        page = write(several, tmp_path)
+        markdown, text = page.with_suffix(".md").read_text(), page.read_text()
+        shown = "47.50 % (-2.50 ± 0.40 %; 8.8 % changed)"
+        assert (markdown.count(shown), text.count(shown)) == (3, 3 * 3)  # parts of groups stand on the page only
+        for each in (markdown, text):
+            assert "50.00 ± 1.00 %" in each
+            assert "50.00 ± 25.00 % (-25.00 ± 12.50 %)" in each
+            assert "2.50 ± 0.50 (+1.500 ± 0.250)" in each
+        assert "| 25 % | 25 % | 25 % |" in markdown
+        assert "| block 2 |" in markdown
+        assert "| bfloat16 alone | 1e-05 nats per token" in markdown
+        with (tmp_path / "report.tasks.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == 3 * 4
+        assert [row["difference"] for row in rows[:2]] == ["", "-0.025"]
+        assert {row["part_of"] for row in rows} == {"", HOSTILE}
+
+    def test_below_bfloat16(self, comparison: Comparison, tmp_path: Path) -> None:
+        tiny = variant(comparison, "tiny", 5e-6, 1)
+        files = write_report(tiny, tmp_path)
+        assert "less than running the original in bfloat16" in files.html.read_text()
+        assert "below 1e-05 nats per token: less than running the original in bfloat16" in files.markdown.read_text()
 
     def test_ids_where_there_is_no_tokenizer(self, comparison: Comparison, tmp_path: Path) -> None:
         worst = comparison.profile.worst[0]
@@ -117,9 +220,12 @@ class TestBrowser:
             "KL divergence by kind of text": 3 * kinds,
             "Predicted damage by layer and linear — m-8bpw": 7,
             "Bits per weight by layer and linear — m-8bpw": 7,
+            "Measured error by block, other tokens": 3 * (3 + 1),
+            "Measured error by block, first token": 3 * (3 + 1),
+            "Needles found — m-8bpw": 2 * len(DEPTHS),
         }
         assert {name: marks[name] for name in expected} == expected
-        assert len(marks) == 8
+        assert len(marks) == 14
 
     def test_bars_of_a_single_model(self, browser: Any, comparison: Comparison, tmp_path: Path) -> None:
         show(browser, write_report(comparison, tmp_path).html)
@@ -133,7 +239,7 @@ class TestBrowser:
     def test_plots_are_files_too(self, browser: Any, several: list[Comparison], tmp_path: Path) -> None:
         write(several, tmp_path)
         paths = sorted((tmp_path / "report-plots").iterdir())
-        assert len(paths) == 8
+        assert len(paths) == 14
         for path in paths:
             show(browser, path)
             assert browser.execute_script("return document.querySelectorAll('.mark').length") > 0

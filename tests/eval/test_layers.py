@@ -13,8 +13,8 @@ from bpwise.convert.exl2.writer import write_model
 from bpwise.convert.gguf.reader import GgufModel
 from bpwise.convert.gguf.types import ggml_type
 from bpwise.errors import FormatError
-from bpwise.eval.comparison import open_any
 from bpwise.eval.layers import LinearCost, linear_costs, plan_beside
+from bpwise.eval.models import open_any
 from bpwise.quantize.plan import LinearPlan, Plan
 from bpwise.quantize.type_plan import TensorPlan, TypePlan
 

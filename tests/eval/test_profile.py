@@ -11,8 +11,10 @@ import torch
 from bpwise.errors import ConfigError
 from bpwise.eval import cache as cache_module
 from bpwise.eval.cache import OriginalCache, OriginalState, original_key
-from bpwise.eval.comparison import Comparison, EvalConfig, compare_models, compare_with, open_any, run_original
+from bpwise.eval.comparison import Comparison, EvalConfig, compare_models, compare_with
 from bpwise.eval.divergence import TokenStatistics, token_statistics
+from bpwise.eval.models import open_any
+from bpwise.eval.original import run_original
 from bpwise.eval.paired import paired_differences
 from bpwise.eval.profile import Profile, profile_of
 from bpwise.measure.calibration import CalibrationSet
@@ -194,6 +196,12 @@ class TestPaired:
             paired_differences([])
 
 
+def state_of(hidden: torch.Tensor) -> OriginalState:
+    return OriginalState(
+        hidden=hidden, trace=torch.ones(2, 1, 2, 3), floor_nats=1e-9, bfloat16_nats=1e-5, floor_tokens=3
+    )
+
+
 class TestCache:
     def test_second_run_does_not_run_the_original(self, make_model: MakeModel, tmp_path: Path) -> None:
         # The model is saved once: its files' times are part of the key.
@@ -211,7 +219,8 @@ class TestCache:
             run = run_original(original, rows_of(), config(), record, cache=cache)
             assert replace(compare_with(run, quantized), seconds=0) == replace(plain, seconds=0)
             stages.append(seen)
-        assert stages == [["evaluate: original model", "evaluate: original model in float64"], []]
+        passes = ["", " in float64", " in bfloat16"]
+        assert stages == [[*(f"evaluate: original model{each}" for each in passes), "evaluate: logits"], []]
 
     def test_key(self, make_model: MakeModel) -> None:
         path = make_model("original")
@@ -231,12 +240,14 @@ class TestCache:
     @pytest.mark.parametrize("damage", ["cut", "flipped", "floor", "nonsense"])
     def test_damage_is_absence(self, tmp_path: Path, damage: str) -> None:
         cache = OriginalCache(tmp_path)
-        state = OriginalState(hidden=torch.randn(2, 3, 4).bfloat16(), floor_nats=1e-9, floor_tokens=3)
+        state = state_of(torch.randn(2, 3, 4).bfloat16())
         cache.save("key", state)
         got = cache.load("key")
         assert got is not None
         assert torch.equal(got.hidden, state.hidden)
-        assert (got.floor_nats, got.floor_tokens, got.hidden.dtype) == (1e-9, 3, torch.bfloat16)
+        assert torch.equal(got.trace, state.trace)
+        assert (got.floor_nats, got.bfloat16_nats, got.floor_tokens) == (1e-9, 1e-5, 3)
+        assert got.hidden.dtype == torch.bfloat16
         assert cache.load("other") is None
         (path,) = tmp_path.iterdir()
         content = bytearray(path.read_bytes())
@@ -255,7 +266,7 @@ class TestCache:
 
     def test_another_key_is_not_believed(self, tmp_path: Path) -> None:
         cache = OriginalCache(tmp_path)
-        cache.save("key", OriginalState(hidden=torch.zeros(1, 2, 3), floor_nats=0.0, floor_tokens=2))
+        cache.save("key", state_of(torch.zeros(1, 2, 3)))
         (path,) = tmp_path.iterdir()
         path.rename(path.with_name(path.name.replace("key", "other")))
         assert cache.load("other") is None
@@ -264,12 +275,12 @@ class TestCache:
         (tmp_path / "file").write_text("")
         cache = OriginalCache(tmp_path / "file")
         with pytest.warns(UserWarning, match="not kept for the next time"):
-            cache.save("key", OriginalState(hidden=torch.zeros(1, 2, 3), floor_nats=0.0, floor_tokens=2))
+            cache.save("key", state_of(torch.zeros(1, 2, 3)))
         assert cache.load("key") is None
 
     def test_oldest_go(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         cache = OriginalCache(tmp_path)
-        state = OriginalState(hidden=torch.zeros(1, 100, 10), floor_nats=0.0, floor_tokens=2)
+        state = state_of(torch.zeros(1, 100, 10))
         for number, key in enumerate(("a", "b", "c")):
             cache.save(key, state)
             (path,) = tmp_path.glob(f"{key}.*")

@@ -7,9 +7,10 @@ from xml.etree import ElementTree
 
 import pytest
 from bpwise.errors import NumericalError
-from bpwise.eval.comparison import Comparison, ModelSummary
+from bpwise.eval.comparison import Comparison
 from bpwise.eval.estimate import Estimate
 from bpwise.eval.layers import LinearCost
+from bpwise.eval.models import ModelSummary
 from bpwise.eval.report import (
     comparison_table,
     joint_lines,
@@ -149,7 +150,7 @@ def test_joint_report(comparison: Comparison, tmp_path: Path) -> None:
         ),
     )
     costs = [[LinearCost("model.layers.0.mlp.up_proj", 4.5, 1e-3)], []]
-    files = write_joint_report([comparison, worse], tmp_path, {"Time": {"all": 3.0}}, costs=costs, plots=True)
+    files = write_joint_report([comparison, worse], tmp_path, {"Time": {"all": 3.0}}, costs=costs, plots=["svg"])
     content = json.loads(files.json.read_text())
     assert [each["quantized"]["name"] for each in content["comparisons"]] == ["llama-4bpw", "b|c"]
     (pair,) = content["paired"]

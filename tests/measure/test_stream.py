@@ -10,7 +10,7 @@ import pytest
 import torch
 from bpwise.convert.checkpoint import Checkpoint
 from bpwise.errors import CheckpointError, NumericalError, UnsupportedModelError
-from bpwise.measure.stream import StreamedModel, check_finite, micro_batches
+from bpwise.measure.stream import StreamedModel, check_finite, micro_batches, whole_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -112,6 +112,16 @@ def assert_same_logits(got: Tensor, expected: Tensor) -> None:
 def test_logits_are_those_of_transformers(model_directory: Path) -> None:
     ids = tokens()
     assert_same_logits(streamed_logits(stream(model_directory), ids), reference_logits(model_directory, ids))
+
+
+def test_whole_model_is_that_of_transformers(model_directory: Path) -> None:
+    ids = tokens()
+    source = Checkpoint.open(model_directory)
+    model = whole_model(source, device=CPU, dtype=torch.float32)
+    with torch.no_grad():
+        assert_same_logits(model(ids).logits, reference_logits(model_directory, ids))
+    head, table = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    assert (head.data_ptr() == table.data_ptr()) == source.tied_embeddings
 
 
 @pytest.mark.parametrize("rows", [1, 4, 5], ids=["one-row", "whole-batches", "short-last-batch"])

@@ -9,8 +9,8 @@ import pytest
 import torch
 from bpwise.cli import cli
 from bpwise.convert.work import StageDirectory
-from bpwise.eval.comparison import open_any
 from bpwise.eval.layers import linear_costs, plan_beside
+from bpwise.eval.models import open_any
 from bpwise.measure.measurement import Measurement
 from bpwise.quantize import obtain, pipeline
 from bpwise.quantize.plan import Plan, bpw_range

@@ -1,0 +1,57 @@
+"""Options of the evaluation stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import ConfigError
+from ..measure.calibration import CalibrationConfig
+from .models import DTYPES
+
+__all__ = ["EvalConfig"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalConfig:
+    """Options of the evaluation stage.
+
+    Attributes:
+        text: Text file, directory of such files, or Hub data set ``name[:config][:split]``; None for the evaluation
+            part of the text that comes with Python.
+        column: Column of a data set that holds the text.
+        rows: Number of rows.
+        row_tokens: Length of each row in tokens, BOS included; it is also the stride.
+        seed: Chooses the places that rows of the built-in text are taken from.
+        dtype: What both models run in: ``float32``, ``bfloat16`` or ``float16``.
+        device: ``cpu``, ``cuda``, ``cuda:N``, ``mps``, or ``auto`` for the best at hand.
+        allow_calibration_text: Evaluate even on text that the model was calibrated on.
+    """
+
+    text: str | None = None
+    column: str | None = None
+    rows: int = 16
+    row_tokens: int = 1024
+    seed: int = 0
+    dtype: str = "float32"
+    device: str = "auto"
+    allow_calibration_text: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ConfigError: One of them makes no sense.
+        """
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
+        self.calibration_config()
+
+    def calibration_config(self) -> CalibrationConfig:
+        """Return what ``build_calibration`` needs to know.
+
+        Raises:
+            ConfigError: A number is out of range, or a column is named without a text.
+        """
+        return CalibrationConfig(
+            source=self.text, column=self.column, rows=self.rows, row_tokens=self.row_tokens, seed=self.seed
+        )

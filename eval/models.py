@@ -1,0 +1,176 @@
+"""Opening models of any kind, checking that they fit each other and the text, and what a report says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..convert.checkpoint import Checkpoint, TensorSource, resolve_model
+from ..convert.exl2.reader import Exl2Model, is_exl2
+from ..convert.gguf.reader import GgufModel
+from ..convert.language import language_config
+from ..convert.original import Original, open_model
+from ..errors import CalibrationError, CheckpointError, ConfigError
+from ..measure.calibration import CalibrationSet
+
+__all__ = [
+    "DTYPES",
+    "ModelSummary",
+    "check_rows",
+    "check_vocabularies",
+    "device_name",
+    "model_name",
+    "open_any",
+    "open_pair",
+    "summarize_model",
+    "vocab_size_of",
+]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""What models are evaluated in."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSummary:
+    """What a report says of a model.
+
+    Attributes:
+        name: Name of its directory, or its Hub id.
+        fingerprint: Tells models apart.
+        stored_bytes: Size of its weights on disk, of a GGUF file all of it; None if they are not on disk.
+        bits_per_parameter: Those bytes in bits over the parameters *of the original*, embeddings and all overheads
+            included; None if they are not on disk.
+    """
+
+    name: str
+    fingerprint: str
+    stored_bytes: int | None
+    bits_per_parameter: float | None
+
+
+def open_any(model: Original) -> TensorSource:
+    """Open an EXL2 model, a GGUF file or an unquantized checkpoint.
+
+    Args:
+        model: A local directory or GGUF file (``Path`` or ``str``), a Hugging Face Hub id (``str`` only), or what
+            ``open_model`` made of one.
+
+    Raises:
+        CheckpointError: It cannot be found, or its files are missing, unsafe or inconsistent.
+        FormatError: It is an EXL2 or GGUF model that breaks the format's rules.
+        UnsupportedModelError: It is a GGUF file of an architecture that is unknown.
+    """
+    if isinstance(model, Checkpoint):
+        return model
+    if Path(model).is_file():
+        return GgufModel.open(Path(model))
+    directory = resolve_model(model) if isinstance(model, str) else model
+    return Exl2Model.open(directory) if is_exl2(directory) else open_model(directory)
+
+
+def open_pair(original: Original, quantized: Sequence[str | Path]) -> tuple[TensorSource, list[TensorSource]]:
+    """Open an original and what was made of it, and check that they can be compared.
+
+    Args:
+        original: Directory or Hub id of the original, or what ``open_model`` made of it.
+        quantized: Directories, GGUF files or Hub ids of the quantized models.
+
+    Raises:
+        BpwiseError: As ``open_any``.
+        CheckpointError: The vocabularies differ in size.
+    """
+    source = open_any(original)
+    others = [open_any(model) for model in quantized]
+    for other in others:
+        check_vocabularies(source, other)
+    return source, others
+
+
+def vocab_size_of(source: TensorSource) -> int:
+    """Return the number of rows of a model's token embedding.
+
+    Raises:
+        CheckpointError: config.json does not say.
+    """
+    size = language_config(source).get("vocab_size")
+    if not isinstance(size, int):
+        raise CheckpointError(f"{source.directory}: vocab_size in config.json is {size!r}, expected a number.")
+    return size
+
+
+def check_vocabularies(original: TensorSource, quantized: TensorSource) -> None:
+    """Check that two models have as many tokens as each other.
+
+    Raises:
+        CheckpointError: They have not, or a config.json does not say.
+    """
+    got, expected = vocab_size_of(quantized), vocab_size_of(original)
+    if got != expected:
+        raise CheckpointError(
+            f"{model_name(quantized)}: the vocabulary has {got} tokens, expected {expected} as in "
+            f"{model_name(original)}. Only models with the same vocabulary can be compared: name the original that was "
+            "quantized."
+        )
+
+
+def check_rows(source: TensorSource, rows: CalibrationSet) -> None:
+    """Check that a model can be run on rows.
+
+    Raises:
+        CalibrationError: A token id is outside the vocabulary.
+        ConfigError: Rows have one token only or are longer than the model's context.
+    """
+    largest, vocab_size = int(rows.tokens.max()), vocab_size_of(source)
+    if largest >= vocab_size:
+        raise CalibrationError(
+            f"evaluation text: got token id {largest}, expected ids below the vocabulary size {vocab_size}. "
+            "Build the rows with this model's tokenizer."
+        )
+    row_tokens, context = rows.tokens.shape[1], language_config(source).get("max_position_embeddings")
+    if row_tokens < 2:
+        raise ConfigError("evaluation text: rows of 1 token, expected at least 2: the first is never predicted.")
+    if isinstance(context, int) and row_tokens > context:
+        raise ConfigError(
+            f"evaluation text: rows of {row_tokens} tokens, but {model_name(source)} has positions for {context}. "
+            "Lower row_tokens."
+        )
+
+
+def summarize_model(source: TensorSource, parameters: int) -> ModelSummary:
+    """Return what a report says of a model.
+
+    Args:
+        source: The model.
+        parameters: Number of parameters of the original.
+    """
+    stored_bytes: int | None = None
+    if isinstance(source, (Exl2Model, GgufModel)):
+        stored_bytes = source.file_bytes
+    elif isinstance(source, Checkpoint):
+        stored_bytes = source.total_bytes
+    return ModelSummary(
+        name=model_name(source),
+        fingerprint=source.fingerprint,
+        stored_bytes=stored_bytes,
+        bits_per_parameter=None if stored_bytes is None else stored_bytes * 8 / parameters,
+    )
+
+
+def model_name(source: TensorSource) -> str:
+    """Return the name of a model's file or directory, or its Hub id."""
+    if isinstance(source, GgufModel):
+        return source.path.name
+    # A snapshot in the Hub's cache lies in models--OWNER--NAME/snapshots/REVISION.
+    resolved = source.directory.resolve()
+    repository = resolved.parent.parent.name
+    if resolved.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/")
+    return resolved.name
+
+
+def device_name(device: torch.device) -> str:
+    """Return a device as a report calls it: of a GPU with its model."""
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)

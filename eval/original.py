@@ -1,0 +1,109 @@
+"""The original's side of comparisons: run once, for any number of quantized models."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from ..convert.checkpoint import TensorSource
+from ..measure.calibration import CalibrationSet
+from ..measure.run import resolve_device
+from ..measure.stream import StreamedModel
+from ..measure.tokenizer import Tokenizer
+from ..progress import Progress, silent
+from .cache import OriginalCache, OriginalState, original_key
+from .config import EvalConfig
+from .drift import Trace
+from .models import DTYPES, check_rows, device_name
+from .passes import last_hidden, mean_bfloat16_nats, mean_floor_nats
+
+__all__ = ["OriginalRun", "run_original"]
+
+_FLOOR_TOKENS = 512
+"""Length of the text that the floor is measured on: float64 on a CPU is slow, and the floor needs no precision."""
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class OriginalRun:
+    """The original's side of comparisons, to be used for any number of quantized models.
+
+    Attributes:
+        source: The original.
+        rows: The text.
+        config: How it was run.
+        model: The original, streamed.
+        state: Output of its last block, and the floor.
+        tokenizer: Decodes the worst tokens; None leaves their ids only.
+        seconds: Wall time that it took.
+    """
+
+    source: TensorSource
+    rows: CalibrationSet
+    config: EvalConfig
+    model: StreamedModel
+    state: OriginalState
+    tokenizer: Tokenizer | None
+    seconds: float
+
+
+def run_original(
+    original: TensorSource,
+    rows: CalibrationSet,
+    config: EvalConfig,
+    progress: Progress = silent,
+    *,
+    tokenizer: Tokenizer | None = None,
+    cache: OriginalCache | None = None,
+) -> OriginalRun:
+    """Do the original's side of ``compare_models``, floor included.
+
+    Args:
+        original: The model that was quantized.
+        rows: The text.
+        config: Dtype and device.
+        progress: Wraps the blocks of each pass.
+        tokenizer: Decodes the worst tokens; None leaves their ids only.
+        cache: Where the result is kept, and looked for first.
+
+    Raises:
+        BpwiseError: As ``compare_models``.
+    """
+    start = time.monotonic()
+    check_rows(original, rows)
+    model = StreamedModel(original, device=resolve_device(config.device), dtype=DTYPES[config.dtype])
+    state, key = None, ""
+    if cache is not None:
+        key = original_key(original, rows.tokens, dtype=model.dtype, device=device_name(model.device))
+        state = cache.load(key)
+    if state is None:
+        state = _original_state(original, model, rows, progress)
+        if cache is not None:
+            cache.save(key, state)
+    return OriginalRun(
+        source=original,
+        rows=rows,
+        config=config,
+        model=model,
+        state=state,
+        tokenizer=tokenizer,
+        seconds=time.monotonic() - start,
+    )
+
+
+def _original_state(
+    original: TensorSource, model: StreamedModel, rows: CalibrationSet, progress: Progress
+) -> OriginalState:
+    count, row_tokens = rows.tokens.shape
+    trace = Trace(row_tokens, count)
+    hidden = last_hidden(model, rows.tokens, "original model", progress, watch=trace)
+    floor_tokens = min(row_tokens, _FLOOR_TOKENS)
+    first, tokens = hidden[:1, :floor_tokens], rows.tokens[:1, :floor_tokens]
+    return OriginalState(
+        hidden=hidden,
+        trace=torch.stack(trace.states),
+        floor_nats=mean_floor_nats(original, model, first, tokens, progress),
+        bfloat16_nats=mean_bfloat16_nats(original, model, first, tokens, progress),
+        floor_tokens=floor_tokens,
+    )
