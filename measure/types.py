@@ -24,7 +24,7 @@ from .sampling import systematic_sample
 
 __all__ = ["SAMPLED_ROWS", "measure_plain_types", "measure_types", "measured_types"]
 
-SAMPLED_ROWS = 256
+SAMPLED_ROWS = 128
 """Rows of a tensor, that is outputs or tokens, that its damage is measured on."""
 
 _SEARCHED_ROWS = 32
