@@ -82,7 +82,7 @@ class MeasuringPasses:
         self.batches = micro_batches(*tokens.shape)
 
     def forward(self, progress: Progress) -> None:
-        """Keep the input of every block on disk, and the output of the last."""
+        """Keep the input of every block on disk, and the output of the last; rounding in this run reads them again."""
         last = self.model.block_count
         embedded = self.model.embed(self.tokens)
         if not self.pieces.has("head") and not self.pieces.has("input-0"):
@@ -133,7 +133,6 @@ class MeasuringPasses:
         self.pieces.save(f"gradient-{last}", {"gradient": gradient})
         none = torch.empty(head.out_features, 0)  # its outputs are rounded each for itself
         self.pieces.save("head", self._pack(curves, types, sums.scaled_weights(), {HEAD: none}))
-        self.pieces.discard(f"input-{last}")
 
     def backward(self, progress: Progress) -> None:
         """Go back through the blocks: statistics, then curves, block by block."""
@@ -167,7 +166,6 @@ class MeasuringPasses:
             self.pieces.save(f"gradient-{index}", {"gradient": gradient})
             self.pieces.save(f"curves-{index}", packed)
             self.pieces.discard(f"gradient-{index + 1}")
-            self.pieces.discard(f"input-{index}")
 
     def _measured_stage(self, index: int, block: Any, stage: Stage, sums: StageStatistics) -> dict[str, Tensor]:
         names = self.model.family.linear_names(index, stage)

@@ -35,8 +35,8 @@ def inverse_factor(gram: Tensor, damping: float, *, dtype: torch.dtype = torch.f
 
     With P the reversal of rows and columns, ``P H P = L L^T`` gives ``H = R R^T`` with ``R = P L P`` upper
     triangular, hence ``U = R^-1``: one Cholesky and one triangular inverse, the explicit inverse is never formed.
-    The Cholesky runs in float64 unless told otherwise, because massive activations make condition numbers of 1e6 and more; R has only their
-    root, and float32 is enough for its inverse.
+    By default the Cholesky runs in float64, because massive activations make condition numbers of 1e6 and more; R has
+    only their root, and float32 is enough for its inverse.
 
     Args:
         gram: Mean of x x^T over tokens, float32 or float64, shape (K, K), symmetric, finite.
