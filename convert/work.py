@@ -41,10 +41,14 @@ class StageDirectory:
         Raises:
             WorkDirectoryError: The directory cannot be made.
         """
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-        self.path = work / f"{stage}-{digest}"
+        self.path = _path(work, stage, identity)
         if not (self.path / "identity.json").exists():
             write_json(self.path / "identity.json", dict(identity))
+
+    @classmethod
+    def existing(cls, work: Path, stage: str, identity: Mapping[str, Any]) -> StageDirectory | None:
+        """Return the directory of a stage that has begun, None where there is none."""
+        return cls(work, stage, identity) if _path(work, stage, identity).exists() else None
 
     def has(self, piece: str) -> bool:
         """Whether a piece is finished."""
@@ -64,6 +68,11 @@ class StageDirectory:
 
     def _file(self, piece: str) -> Path:
         return self.path / f"{piece}.safetensors"
+
+
+def _path(work: Path, stage: str, identity: Mapping[str, Any]) -> Path:
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    return work / f"{stage}-{digest}"
 
 
 @contextmanager

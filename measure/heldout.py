@@ -91,7 +91,7 @@ def _trials(power: Tensor, fit: Tensor, other: Tensor, dampings: Sequence[float]
     spread = torch.cat([part.mean().expand_as(part) for part in power[order].split(group_size)])
     trials = []
     for damping in dampings:
-        factor = inverse_factor(fit, damping)
+        factor = inverse_factor(fit, damping, dtype=torch.float32)  # to compare, that is precise enough
         pivots = factor.upper.diagonal()
         feedback = factor.upper / pivots[:, None]
         reported = float(spread @ pivots.square().reciprocal())

@@ -32,6 +32,9 @@ _TAIL_TOKENS = 256
 _CACHED_TOKENS = 16
 """Positions whose probabilities are worked on together, so that they stay in a processor's cache."""
 
+_STRETCH = 256
+"""Tokens of the vocabulary whose probabilities are added up before one of them is sampled."""
+
 _TINY = 1e-30
 """Keeps sums that are zero from being divided by."""
 
@@ -80,7 +83,7 @@ class MeasuringPasses:
         self.batches = micro_batches(*tokens.shape)
 
     def forward(self, progress: Progress) -> None:
-        """Keep the input of every block on disk, and the output of the last."""
+        """Keep the input of every block on disk, and the output of the last; rounding in this run reads them again."""
         last = self.model.block_count
         embedded = self.model.embed(self.tokens)
         if not self.pieces.has("head") and not self.pieces.has("input-0"):
@@ -115,12 +118,13 @@ class MeasuringPasses:
         with self.model.tail() as head, tapped_inputs(head, [""]) as taps, _kept_output(head) as raw:
             sums = StageStatistics(head.in_features, self.model.device)
             flat, flat_gradient = hidden.flatten(0, 1), gradient.view(-1, hidden.shape[-1])
+            errors = torch.empty(_TAIL_TOKENS, head.out_features, device=self.model.device)
             for first in range(0, flat.shape[0], _TAIL_TOKENS):
                 part = flat[None, first : first + _TAIL_TOKENS].to(self.model.device).requires_grad_()
                 logits = self.model.logits(part)
                 sums.see_inputs(taps[""])
                 slopes = _slopes(logits, raw)
-                error, outputs, weights = _sampled_error(logits.detach()[0], rng, slopes)
+                error, outputs, weights = _sampled_error(logits.detach()[0], rng, slopes, errors)
                 sums.see_sums(HEAD, outputs, weights)
                 sums.end_batch(first // self.tokens.shape[1], 1)
                 logits.backward(error[None])
@@ -131,7 +135,6 @@ class MeasuringPasses:
         self.pieces.save(f"gradient-{last}", {"gradient": gradient})
         none = torch.empty(head.out_features, 0)  # its outputs are rounded each for itself
         self.pieces.save("head", self._pack(curves, types, sums.scaled_weights(), {HEAD: none}))
-        self.pieces.discard(f"input-{last}")
 
     def backward(self, progress: Progress) -> None:
         """Go back through the blocks: statistics, then curves, block by block."""
@@ -166,7 +169,6 @@ class MeasuringPasses:
             self.pieces.save(f"gradient-{index}", {"gradient": gradient})
             self.pieces.save(f"curves-{index}", packed)
             self.pieces.discard(f"gradient-{index + 1}")
-            self.pieces.discard(f"input-{index}")
 
     def _measured_stage(self, index: int, block: Any, stage: Stage, sums: StageStatistics) -> dict[str, Tensor]:
         names = self.model.family.linear_names(index, stage)
@@ -296,15 +298,17 @@ def _slopes(logits: Tensor, raw: list[Tensor]) -> Tensor | None:
     return slopes.flatten(0, -2)
 
 
-def _sampled_error(logits: Tensor, rng: torch.Generator, slopes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    # The gradient p - t for a target t sampled from p, shape (tokens, vocabulary), and the sums over tokens and over
+def _sampled_error(
+    logits: Tensor, rng: torch.Generator, slopes: Tensor | None, out: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    # The gradient p - t for a target t sampled from p, in the first rows of ``out``, and the sums over tokens and over
     # the vocabulary of its mean square. Of a one-hot target that is p (1 - p): no need to sample for the head.
-    error = torch.empty_like(logits)
+    error = out[: len(logits)]
     outputs = torch.zeros(logits.shape[1], device=logits.device)
     weights = []
     for first, probabilities in zip(range(0, len(error), _CACHED_TOKENS), error.split(_CACHED_TOKENS), strict=True):
         torch.softmax(logits[first : first + _CACHED_TOKENS], dim=-1, out=probabilities)
-        squares = probabilities - probabilities.square()
+        squares = torch.addcmul(probabilities, probabilities, probabilities, value=-1)
         if slopes is not None:
             squares *= slopes[first : first + _CACHED_TOKENS].square()
         outputs += squares.sum(dim=0)
@@ -315,10 +319,22 @@ def _sampled_error(logits: Tensor, rng: torch.Generator, slopes: Tensor | None) 
 
 
 def _sample(probabilities: Tensor, rng: torch.Generator) -> Tensor:
-    # One index a row by inverting the cumulative distribution: many times faster than torch.multinomial on a CPU.
-    cumulative = probabilities.cumsum(dim=-1)
-    draws = torch.rand(len(cumulative), 1, generator=rng, device=cumulative.device) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, draws, right=True).clamp_(max=cumulative.shape[-1] - 1)
+    # One index a row by inverting the cumulative distribution, first over stretches of the vocabulary and then inside
+    # of one: many times faster than torch.multinomial on a CPU.
+    stretches = nn.functional.pad(probabilities, (0, -probabilities.shape[1] % _STRETCH)).unflatten(1, (-1, _STRETCH))
+    sums = stretches.sum(dim=-1)
+    draws = torch.rand(len(sums), 1, generator=rng, device=sums.device) * sums.sum(dim=1, keepdim=True)
+    chosen, before = _at(sums, draws)
+    inside = stretches[torch.arange(len(sums), device=sums.device), chosen[:, 0]]
+    return _STRETCH * chosen + _at(inside, draws - before)[0]
+
+
+def _at(shares: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+    # Where in the cumulative sums of each row its draw lies, never on a share of zero, and what lies before.
+    cumulative = shares.cumsum(dim=-1)
+    last = (shares > 0) * torch.arange(1, shares.shape[1] + 1, device=shares.device)
+    index = torch.minimum(torch.searchsorted(cumulative, draws, right=True), last.amax(dim=1, keepdim=True) - 1)
+    return index, (cumulative - shares).gather(1, index)
 
 
 def _unpack(tensors: dict[str, Tensor]) -> dict[str, MeasuredLinear]:

@@ -30,6 +30,7 @@ from .types import measured_types
 __all__ = [
     "MeasureConfig",
     "calibration_rows",
+    "kept_inputs",
     "measure_model",
     "measure_to_file",
     "measured_rows",
@@ -180,6 +181,15 @@ def measure_model(
         group_size=config.group_size,
         provenance=provenance,
     )
+
+
+def kept_inputs(work: Path, measurement: Measurement) -> StageDirectory | None:
+    """Return the pieces of a measuring stage that ran in the same work directory, None if it did not.
+
+    Until the run ends, piece ``input-N`` holds what enters block N, over all calibration rows: ``hidden``, float32,
+    shape (rows, tokens, hidden size).
+    """
+    return StageDirectory.existing(work, "measure", measurement.provenance)
 
 
 def _kinds(config: MeasureConfig) -> tuple[GgmlType, ...]:

@@ -12,10 +12,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .sampling import thinned
+
 __all__ = ["COUPLING_RANK", "FisherSketch"]
 
 COUPLING_RANK = 32
 """Directions of the Fisher matrix that are kept."""
+
+_TINY = 1e-30
+"""Keeps gradients that are zero from being divided by."""
 
 _SKETCHED = 64
 """Random directions that they are found with."""
@@ -30,9 +35,17 @@ class FisherSketch:
         directions = torch.randn(outputs, min(_SKETCHED, outputs), generator=rng)
         self._directions = torch.linalg.qr(directions).Q.to(device)
         self._sums = torch.zeros(self._directions.shape, device=device)
+        self._rng = rng
 
-    def add(self, gradients: Tensor) -> None:
-        """Add the gradients g of some tokens, float32, shape (tokens, outputs)."""
+    def add(self, gradients: Tensor, squares: Tensor) -> None:
+        """Add some tokens; of those that hardly matter only a part, which stands for all of them.
+
+        Args:
+            gradients: g of each, float32, shape (tokens, outputs).
+            squares: |g|^2 of each, shape (tokens,).
+        """
+        kept, given = thinned(squares, self._rng)
+        gradients = gradients[kept] * (given / squares[kept].clamp(min=_TINY)).sqrt()[:, None]
         self._sums.addmm_(gradients.T, gradients @ self._directions)
 
     def coupling(self, fisher: Tensor) -> Tensor:

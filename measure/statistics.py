@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ..convert.families import Stage
+from .sampling import thinned
 from .sketch import FisherSketch
 
-__all__ = ["StageStatistics", "WeightedGram", "collect", "rows_of_half", "tapped_inputs", "tapped_outputs", "thinned"]
+__all__ = ["StageStatistics", "WeightedGram", "collect", "rows_of_half", "tapped_inputs", "tapped_outputs"]
 
 _GRAM_BLOCK = 256
 """Columns of a Gram matrix that are summed together; only blocks on and above the diagonal are."""
@@ -63,25 +64,6 @@ class WeightedGram:
             last = first + _GRAM_BLOCK
             upper[last:, first:last] = upper[first:last, last:].T
         return upper.div_(self.weight) if self.weight > 0 else upper.zero_()
-
-
-def thinned(weights: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Choose the tokens that weighted sums are taken over: a third to a half of them weigh so little that few do.
-
-    A token below the mean weight stays with a probability of its weight over the mean, and then weighs the mean:
-    expectations are those of all tokens.
-
-    Args:
-        weights: Not negative, shape (tokens,).
-        rng: On the CPU, whatever the device of the weights.
-
-    Returns:
-        Indices of the chosen tokens, int64, and their weights. All of them where all weigh the same.
-    """
-    mean = weights.mean() if len(weights) else weights.new_zeros(())
-    draws = torch.rand(len(weights), generator=rng).to(weights.device)
-    kept = (weights > draws * mean).nonzero()[:, 0]
-    return kept, weights[kept].clamp(min=mean)
 
 
 def rows_of_half(half: int, first_row: int) -> slice:
@@ -134,9 +116,10 @@ class StageStatistics:
         flat = gradient.detach().flatten(0, -2).float()
         if linear not in self.couplings:
             self.couplings[linear] = FisherSketch(flat.shape[1], flat.device)
-        self.couplings[linear].add(flat)
         squares = flat.square()
-        self.see_sums(linear, squares.sum(dim=0), squares.sum(dim=1))
+        tokens = squares.sum(dim=1)
+        self.see_sums(linear, squares.sum(dim=0), tokens)
+        self.couplings[linear].add(flat, tokens)
 
     def see_sums(self, linear: str, outputs: Tensor, tokens: Tensor) -> None:
         """Take the squared gradients of one linear's outputs, or their expectation, over the same micro-batch.

@@ -8,12 +8,14 @@ different feedback.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from ..convert.gguf.blocks import GRID_TYPES
 from ..convert.gguf.ggml import TYPES, GgmlType, decode, encode, kernels_available
 from ..rounding.ggml import errors_on_types, rounded_together
 from ..rounding.hessian import inverse_factor
@@ -22,8 +24,15 @@ from .sampling import systematic_sample
 
 __all__ = ["SAMPLED_ROWS", "measure_plain_types", "measure_types", "measured_types"]
 
-SAMPLED_ROWS = 256
+SAMPLED_ROWS = 128
 """Rows of a tensor, that is outputs or tokens, that its damage is measured on."""
+
+_SEARCHED_ROWS = 32
+"""How many of them are for types whose codes stand for several weights: ggml searches tables for these codes, which
+takes several times as long as all other types together. What such a type costs relative to another is good to 2 %."""
+
+_TINY = 1e-30
+"""Keeps errors that are zero from being divided by."""
 
 _LEFT_OUT = ("F32", "F16", "BF16", "TQ1_0", "TQ2_0")
 """Floating-point types cost nothing worth measuring; the ternary types are made for models trained on them."""
@@ -58,17 +67,18 @@ def measure_types(
         of the type's blocks.
     """
     upper = inverse_factor(gram, damping).upper
-    fitting = [kind for kind in kinds if kind.fits(len(gram))]
-    groups = rounded_together(fitting)
+    groups = rounded_together([kind for kind in kinds if kind.fits(len(gram))])
+    samples = [_Sample.of(fisher) for fisher in fishers]
     tasks = [
-        partial(_damages_with_feedback, weight, upper, fisher, group)
-        for weight, fisher in zip(weights, fishers, strict=True)
+        partial(errors_on_types, weight[:, sample.rows_for(group)].contiguous(), upper, group)
+        for weight, sample in zip(weights, samples, strict=True)
         for group in groups
     ]
     found = iter(run_all(tasks, gram.device))
     damages = []
-    for _ in weights:
-        known = {kind: damage for group in groups for kind, damage in zip(group, next(found), strict=True)}
+    for sample in samples:
+        errors = {kind: own for group in groups for kind, own in zip(group, next(found), strict=True)}
+        known = sample.damages(errors)
         damage = torch.tensor([known.get(kind, math.inf) for kind in kinds])
         # Where the input is zero on every token, so is whatever an error makes of it.
         damages.append(inflation * damage if bool(gram.any()) else torch.zeros_like(damage))
@@ -106,7 +116,42 @@ def measure_plain_types(
     return inflation * torch.tensor(run_all([partial(damage, kind) for kind in kinds], gram.device))
 
 
-def _damages_with_feedback(weight: Tensor, upper: Tensor, fisher: Tensor, group: Sequence[GgmlType]) -> list[float]:
-    rows, shares = systematic_sample(fisher, SAMPLED_ROWS)
-    damages: list[float] = (0.5 * errors_on_types(weight[:, rows].contiguous(), upper, group) @ shares).tolist()
-    return damages
+@dataclass(frozen=True, slots=True, eq=False)
+class _Sample:
+    """Outputs of a linear that its damage is measured on.
+
+    Attributes:
+        rows: Their indices.
+        shares: What each stands for, in units of the Fisher information.
+        few: Those of them, as indices into ``rows``, that take part in types with searched codes.
+        few_shares: What each of these stands for.
+    """
+
+    rows: Tensor
+    shares: Tensor
+    few: Tensor
+    few_shares: Tensor
+
+    @classmethod
+    def of(cls, fisher: Tensor) -> _Sample:
+        rows, shares = systematic_sample(fisher, SAMPLED_ROWS)
+        return cls(rows, shares, *systematic_sample(shares, _SEARCHED_ROWS))
+
+    def rows_for(self, group: Sequence[GgmlType]) -> Tensor:
+        """Return the outputs that the types of a group are measured on."""
+        return self.rows[self.few] if _searched(group[0]) else self.rows
+
+    def damages(self, errors: Mapping[GgmlType, Tensor]) -> dict[GgmlType, float]:
+        """Return each type's damage, given its errors on the outputs that ``rows_for`` says."""
+        plain = [kind for kind in errors if not _searched(kind)]
+        known = {kind: 0.5 * float(errors[kind] @ self.shares) for kind in plain}
+        scale = 0.5
+        if plain:  # the few outputs are to all as they are in the coarsest of the other types
+            coarsest = min(plain, key=lambda kind: kind.bits_per_weight)
+            scale = known[coarsest] / max(float(errors[coarsest][self.few] @ self.few_shares), _TINY)
+        searched = (kind for kind in errors if _searched(kind))
+        return known | {kind: scale * float(errors[kind] @ self.few_shares) for kind in searched}
+
+
+def _searched(kind: GgmlType) -> bool:
+    return kind.name not in GRID_TYPES and kind.name.startswith("IQ")

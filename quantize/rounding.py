@@ -16,7 +16,7 @@ from ..convert.families import HEAD
 from ..convert.language import LanguageModel, language_model
 from ..convert.work import StageDirectory
 from ..measure.measurement import MeasuredLinear, Measurement
-from ..measure.run import resolve_device
+from ..measure.run import kept_inputs, resolve_device
 from ..measure.stream import StreamedModel
 from ..progress import Progress, silent
 from ..rounding.coupling import OutputFeedback
@@ -127,7 +127,15 @@ def round_model(
     model = StreamedModel(source, device=device, dtype=torch.float32)
     rounder = _Exl2Rounder(plan, couple_outputs=config.couple_outputs)
     kept = [linear.name for linear in plan.kept]
-    run = RoundingPass(model, measurement, rounder, pieces, correct_drift=config.correct_drift, kept=kept)
+    run = RoundingPass(
+        model,
+        measurement,
+        rounder,
+        pieces,
+        correct_drift=config.correct_drift,
+        kept=kept,
+        inputs=kept_inputs(work, measurement),
+    )
     run.blocks(progress)
     names = [p.name for p in plan.linears]
     if plan.head is not None:

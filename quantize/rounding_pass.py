@@ -90,6 +90,10 @@ class _HeadReached(Exception):
         self.inputs = inputs
 
 
+class _AllSeen(Exception):
+    """Ends a forward pass of a block of which no more is needed."""
+
+
 class RoundingPass:
     """One run of the rounding stage."""
 
@@ -102,6 +106,7 @@ class RoundingPass:
         *,
         correct_drift: bool,
         kept: Collection[str] = (),
+        inputs: StageDirectory | None = None,
     ) -> None:
         """Prepare a run.
 
@@ -112,6 +117,7 @@ class RoundingPass:
             pieces: Where finished linears are kept, by name.
             correct_drift: Whether weights are moved toward the original's outputs before they are rounded.
             kept: Linears that stay as they are, in float16; of a stage all or none.
+            inputs: What enters the original's blocks, if it is at hand (see ``bpwise.measure.run.kept_inputs``).
         """
         self.model = model
         self.tokens = torch.from_numpy(measurement.tokens).long()
@@ -120,6 +126,7 @@ class RoundingPass:
         self.pieces = pieces
         self.correct_drift = correct_drift
         self.kept = frozenset(kept)
+        self.inputs = inputs
         self.batches = micro_batches(*self.tokens.shape)
 
     def blocks(self, progress: Progress, table: Tensor | None = None) -> None:
@@ -264,18 +271,26 @@ class RoundingPass:
         targets: dict[str, list[Tensor]] = {}
         sizes: dict[str, list[Tensor]] = {}
         outputs = []
+        known = self._known_output(index, stages)
         for batch in self.batches:
             norms = [name for _, name, normed in adding if normed]
             with (
                 tapped_inputs(block, [*read, *norms]) as inputs,
                 tapped_outputs(block, [name for _, name, _ in adding]) as added,
             ):
-                outputs.append(self._run(index, hidden, batch).cpu())
+                if known is None:
+                    outputs.append(self._run(index, hidden, batch).cpu())
+                else:
+                    self._run_until(index, hidden, batch, block.get_submodule(stages[-2].linears[0]))
+                    outputs.append(known[batch])
             for name in read:
                 targets.setdefault(name, []).append(inputs[name].cpu().view(*hidden[batch].shape[:2], -1))
             stream = self._on_device(hidden[batch])
             for linear, name, normed in adding:
-                stream = stream + self.model.multiplier * added[name]
+                if known is not None and name == adding[-1][1]:
+                    stream = outputs[-1]
+                else:
+                    stream = stream + self.model.multiplier * added[name]
                 targets.setdefault(linear, []).append(stream.cpu())
                 if normed:
                     size = inputs[name].square().mean(dim=-1, keepdim=True).sqrt()
@@ -287,6 +302,27 @@ class RoundingPass:
             for name, parts in targets.items()
         }
         return wanted, output
+
+    def _known_output(self, index: int, stages: Sequence[Stage]) -> Tensor | None:
+        # The original block's output, where its last stage need not run: it only adds this stage's part.
+        plain = all(stage.expert is None and not stage.normed for stage in stages)
+        ends = len(stages) > 1 and stages[-1].adds is not None and stages[-2].adds is None
+        if self.inputs is None or not self.inputs.has(f"input-{index + 1}") or not (plain and ends):
+            return None
+        return self.inputs.load(f"input-{index + 1}")["hidden"]
+
+    def _run_until(self, index: int, hidden: Tensor, batch: slice, module: nn.Module) -> None:
+        # Hooks that are there already see the module's input.
+        def stop(_module: nn.Module, _args: tuple[Tensor, ...]) -> None:
+            raise _AllSeen
+
+        handle = module.register_forward_pre_hook(stop)
+        try:
+            self._run(index, hidden, batch)
+        except _AllSeen:
+            pass
+        finally:
+            handle.remove()
 
     def _round_linear(self, name: str, module: Any, gram: Tensor, shift: Tensor | None, joins: bool) -> None:
         weight = self._rounded(name, _shifted(module.weight, shift, joins), gram)

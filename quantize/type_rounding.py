@@ -14,7 +14,7 @@ from ..convert.gguf.ggml import Bytes, decode, encode
 from ..convert.gguf.types import GgmlType
 from ..convert.work import StageDirectory
 from ..measure.measurement import MeasuredLinear, Measurement
-from ..measure.run import resolve_device
+from ..measure.run import kept_inputs, resolve_device
 from ..measure.stream import StreamedModel
 from ..progress import Progress, silent
 from ..rounding.ggml import round_to_type
@@ -90,7 +90,8 @@ def round_types(
     }
     pieces = StageDirectory(work, "rounded", identity)
     model = StreamedModel(checkpoint, device=place, dtype=torch.float32)
-    run = RoundingPass(model, measurement, _TypeRounder(plan.kinds), pieces, correct_drift=True)
+    inputs = kept_inputs(work, measurement)
+    run = RoundingPass(model, measurement, _TypeRounder(plan.kinds), pieces, correct_drift=True, inputs=inputs)
     table = _rounded_table(checkpoint, measurement, plan, pieces)
     run.blocks(progress, table)
     if not measurement.embedding.tied:

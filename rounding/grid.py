@@ -18,7 +18,7 @@ from ..convert.exl2.linear import effective_scale
 
 __all__ = ["GroupGrid", "search_grids"]
 
-_CHUNK_ELEMENTS = 1 << 18
+_CHUNK_ELEMENTS = 1 << 19
 """Trial errors computed at a time: few enough to stay in the processor's second-level cache."""
 
 _SCALE_RANGE = {
@@ -82,7 +82,7 @@ def search_grids(
     step = (logs[:, 1:] - logs[:, :1]) / (_TRIAL_SCALES - 1)  # (S, 1)
     factors = (logs[:, :1] + step * torch.arange(_TRIAL_SCALES, device=device)[:, None, None]).exp()
     trials = factors * unclipped
-    errors = _errors(targets, trials, row_weights, half)
+    errors = _errors(targets, trials, row_weights, widths)
     wanted = _at_least_error(trials, errors)
 
     factors = torch.tensor(_UNIT_FACTORS, device=device)[:, None]
@@ -97,7 +97,7 @@ def search_grids(
     nearest = ((wanted / best_unit[:, None]).sqrt() - 1).round()
     codes = torch.stack([(nearest + shift).clamp(0, 15) for shift in (-1, 0, 1)])
     ceilings = (best_unit * 256).half()
-    chosen = _at_least_error(codes, _errors(targets, effective_scale(ceilings, codes).float(), row_weights, half))
+    chosen = _at_least_error(codes, _errors(targets, effective_scale(ceilings, codes).float(), row_weights, widths))
     scales = effective_scale(ceilings, chosen).float()
     return [GroupGrid(*parts) for parts in zip(ceilings, chosen.to(torch.uint8), scales, strict=True)]
 
@@ -107,16 +107,17 @@ def _at_least_error(values: Tensor, errors: Tensor) -> Tensor:
     return torch.where(errors == errors.amin(dim=0), values, 0).amax(dim=0)
 
 
-def _errors(targets: Tensor, scales: Tensor, row_weights: Tensor, half: Tensor) -> Tensor:
+def _errors(targets: Tensor, scales: Tensor, row_weights: Tensor, widths: Sequence[int]) -> Tensor:
     # Weighted squared rounding error of every column at every scale: scales and result are (trials, S, N).
     inverse = torch.where(scales > 0, 1 / scales, 0)
     errors = torch.empty_like(scales)
-    lowest, highest = -half[:, None].float(), half[:, None].float() - 1
     columns_at_once = max(1, _CHUNK_ELEMENTS // (scales.shape[0] * targets.shape[0] * targets.shape[1]))
     for first in range(0, targets.shape[2], columns_at_once):
         columns = slice(first, first + columns_at_once)
         part = targets[:, :, columns]
-        rounded = (part * inverse[:, :, None, columns]).round_().clamp_(lowest, highest)
+        rounded = (part * inverse[:, :, None, columns]).round_()
+        for bits, of_width in zip(widths, rounded.unbind(1), strict=True):  # much faster than limits in a tensor
+            of_width.clamp_(-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
         rounded.mul_(scales[:, :, None, columns]).sub_(part).square_()
         errors[:, :, columns] = row_weights @ rounded
     return errors

@@ -152,7 +152,8 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         patch.setattr(passes, "_sample", spied_sample)
         patch.setattr("bpwise.measure.stream._MICRO_BATCH_TOKENS", 5 * 32)  # 5 + 5 + 2 rows
         patch.setattr(passes, "judge_halves", lambda *_args, **_options: HeldOut(0.02, 1.0))
-        patch.setattr("bpwise.measure.statistics.thinned", lambda weights, _rng: (slice(None), weights))
+        for room in ("statistics", "sketch"):
+            patch.setattr(f"bpwise.measure.{room}.thinned", lambda weights, _rng: (slice(None), weights))
         measurement = measure(directory, place / "work")
     assert len(targets) > 1  # 384 positions go through the head in more than one part
     yield Run(directory, measurement, grams, by_plain_backward(directory, torch.cat(targets).flatten()))

@@ -1,8 +1,16 @@
+import pytest
 import torch
+from bpwise.measure import sketch
 from bpwise.measure.sketch import COUPLING_RANK, FisherSketch
 from torch import Tensor
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums over every token, as the formulas have them."""
+    monkeypatch.setattr(sketch, "thinned", lambda weights, _rng: (slice(None), weights))
 
 
 def gradients(outputs: int, tokens: int = 4000) -> Tensor:
@@ -14,12 +22,13 @@ def gradients(outputs: int, tokens: int = 4000) -> Tensor:
 
 
 def sketched(seen: Tensor) -> Tensor:
-    sketch = FisherSketch(seen.shape[1], CPU)
+    sums = FisherSketch(seen.shape[1], CPU)
     for batch in seen.split(1000):
-        sketch.add(batch)
-    return sketch.coupling(seen.square().sum(dim=0))
+        sums.add(batch, batch.square().sum(dim=1))
+    return sums.coupling(seen.square().sum(dim=0))
 
 
+@pytest.mark.usefixtures("all_tokens")
 def test_reproduces_a_fisher_matrix_with_few_directions() -> None:
     seen = gradients(200)
     coupling = sketched(seen)
@@ -32,6 +41,7 @@ def test_reproduces_a_fisher_matrix_with_few_directions() -> None:
     assert torch.allclose(coupling.double() @ coupling.double().T, correlations, atol=5e-3)
 
 
+@pytest.mark.usefixtures("all_tokens")
 def test_narrow_linears_have_as_many_directions_as_outputs() -> None:
     seen = gradients(8)
     coupling = sketched(seen)
@@ -63,3 +73,14 @@ def test_does_not_depend_on_the_scale_of_the_loss() -> None:
     seen = gradients(60)
     tiny = sketched(seen * 1e-12).float()
     assert torch.allclose(tiny @ tiny.T, sketched(seen).float() @ sketched(seen).float().T, atol=5e-3)
+
+
+def test_tokens_that_stand_for_others_count_as_much_as_these() -> None:
+    rng = torch.Generator().manual_seed(4)
+    # Token weights over three orders of magnitude, so that most tokens are left out.
+    seen = gradients(40, 40000) * 10 ** (1.5 * torch.rand(40000, 1, generator=rng))
+    fisher = seen.double().T @ seen.double()
+    root = fisher.diagonal().sqrt()
+    coupling = sketched(seen).double()
+    # Ten thousand tokens or more stay: correlations are good to 1 / 100, 5 standard errors.
+    assert torch.allclose(coupling @ coupling.T, fisher / root[:, None] / root, atol=0.05)

@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,6 +16,7 @@ from bpwise.measure.stream import StreamedModel
 from bpwise.quantize import drift, rounding
 from bpwise.quantize.plan import Plan, make_plan
 from bpwise.quantize.rounding import RoundConfig, RoundedModel, round_model
+from bpwise.quantize.rounding_pass import RoundingPass
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -36,6 +38,7 @@ def calibration() -> CalibrationSet:
 class Measured:
     directory: Path
     measurement: Measurement
+    work: Path
 
     def plan(self, bpw: float, head_bits: int = 6) -> Plan:
         return make_plan(self.measurement, bpw=bpw, head_bits=head_bits)
@@ -57,7 +60,8 @@ class Measured:
 
 def measured_model(directory: Path, place: Path) -> Measured:
     config = MeasureConfig(group_size=32, device="cpu")
-    return Measured(directory, measure_model(Checkpoint.open(directory), calibration(), config, place / "measuring"))
+    work = place / "measuring"
+    return Measured(directory, measure_model(Checkpoint.open(directory), calibration(), config, work), work)
 
 
 @pytest.fixture(scope="module")
@@ -308,3 +312,20 @@ def test_input_that_is_always_zero(save_model: Any, tmp_path: Path) -> None:
     assert rounded.damping("model.layers.0.mlp.up_proj") < 1
     assert not rounded.linear("model.layers.0.mlp.up_proj").dequantize().any()
     assert mean_divergence(dead.dense(), dead.dense(rounded), token_ids(8, seed=3)) < 0.5
+
+
+def test_states_that_measuring_left_behind_are_not_computed_again(
+    measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = measured.plan(4.0)
+    fresh = measured.round(plan, tmp_path / "fresh")
+    stopped = []
+    run_until = RoundingPass._run_until
+    monkeypatch.setattr(RoundingPass, "_run_until", lambda *args: stopped.append(args) or run_until(*args))
+    shutil.copytree(measured.work, tmp_path / "same")
+    again = measured.round(plan, tmp_path / "same")
+    assert fresh.names == again.names
+    for name in fresh.names:
+        assert_equal_linears(fresh.linear(name), again.linear(name))
+    assert fresh.drift() == again.drift()
+    assert stopped
