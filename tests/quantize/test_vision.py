@@ -67,6 +67,20 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 
+_IMAGES = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3, "rescale_factor": 1 / 255}
+_PIXTRAL = {**_IMAGES, "image_processor_type": "PixtralImageProcessor", "patch_size": {"height": 14, "width": 14}}
+_PIXTRAL |= {"size": {"longest_edge": 28}}
+_QWEN = {**_IMAGES, "image_processor_type": "Qwen2VLImageProcessor", "patch_size": 14, "merge_size": 2}
+_QWEN |= {"temporal_patch_size": 2, "size": {"longest_edge": 784, "shortest_edge": 196}}
+PROCESSORS: dict[str, dict[str, Any]] = {
+    "gemma3": {**_IMAGES, "image_processor_type": "Gemma3ImageProcessor", "size": {"height": 28, "width": 28}},
+    "llava": _PIXTRAL,
+    "mistral3": _PIXTRAL,
+    "qwen2_vl": _QWEN,
+    "qwen2_5_vl": _QWEN,
+}
+"""What Transformers 5 writes into processor_config.json."""
+
 # Where EXL2 readers look: ExLlamaV2 0.3.2, architecture.py (lm_prefix, vt_prefix, mmp_prefix).
 PLACES = {
     "gemma3": ("language_model.", "vision_tower.vision_model.", "multi_modal_projector."),
@@ -97,7 +111,8 @@ def save_with_vision(
         file = directory / "model.safetensors"
         save_file({rename(name): tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
     tokenizer.save_pretrained(directory)
-    (directory / "preprocessor_config.json").write_text('{"image_processor_type": "Any"}')
+    processor = json.dumps({"image_processor": PROCESSORS[model_type], "processor_class": "Any"})
+    (directory / "processor_config.json").write_text(processor)
     return directory
 
 
@@ -180,7 +195,20 @@ def test_vision_is_carried_over_bit_for_bit(quantized: tuple[str, Path, Path]) -
         same = after[tower + key.removeprefix("vision_tower.") if key.startswith("vision_tower.") else key]
         assert same.dtype == tensor.dtype
         assert torch.equal(same, tensor)
-    assert (output / "preprocessor_config.json").exists()
+
+
+def test_the_image_processor_stands_where_readers_look(quantized: tuple[str, Path, Path]) -> None:
+    name, original, output = quantized
+    both = [json.loads((folder / "processor_config.json").read_text()) for folder in (original, output)]
+    assert both[0] == both[1]
+    images = json.loads((output / "preprocessor_config.json").read_text())
+    assert images.items() >= PROCESSORS[name].items()
+    vision = json.loads((output / "config.json").read_text())["vision_config"]
+    if name.startswith("qwen"):
+        assert (images["min_pixels"], images["max_pixels"]) == (196, 784)
+        assert vision["spatial_patch_size"] == 14
+    if name in ("llava", "mistral3"):
+        assert vision["rope_theta"] == 10000.0
 
 
 def test_readers_know_it(quantized: tuple[str, Path, Path]) -> None:
