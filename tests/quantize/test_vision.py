@@ -1,9 +1,7 @@
 """Models with vision: the language model is quantized, the rest is carried over under the names of EXL2 readers."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,71 +13,10 @@ from bpwise.errors import UnsupportedModelError
 from bpwise.measure.calibration import CalibrationConfig
 from bpwise.measure.run import MeasureConfig
 from bpwise.quantize.pipeline import QuantizeConfig, quantize_model
-from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 
-from .test_families import SIZES, randomize, streamed_logits
-
-Rename = Callable[[str], str]
-
-TEXT = {**SIZES, "head_dim": 16}
-GEMMA = {"sliding_window": 16, "query_pre_attn_scalar": 16, "num_hidden_layers": 6, "tie_word_embeddings": True}
-MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6}}
-TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-TOWER |= {"image_size": 28, "patch_size": 14}
-PIXTRAL = {**TOWER, "model_type": "pixtral", "head_dim": 16}
-QWEN = {"depth": 1, "num_heads": 2, "patch_size": 14}
-
-MODELS: dict[str, dict[str, Any]] = {
-    "gemma3": {
-        "text_config": {**TEXT, **GEMMA, "model_type": "gemma3_text"},
-        "vision_config": {**TOWER, "model_type": "siglip_vision_model"},
-        "mm_tokens_per_image": 4,
-        "tie_word_embeddings": True,
-    },
-    "llava": {
-        "text_config": {**TEXT, "model_type": "mistral", "sliding_window": None},
-        "vision_config": PIXTRAL,
-        "vision_feature_layer": -1,
-        "vision_feature_select_strategy": "full",
-        "image_token_index": 10,
-        "tie_word_embeddings": False,
-    },
-    "mistral3": {
-        "text_config": {**TEXT, "model_type": "mistral", "sliding_window": None},
-        "vision_config": PIXTRAL,
-        "image_token_index": 10,
-        "tie_word_embeddings": False,
-    },
-    "qwen2_vl": {
-        "text_config": {**TEXT, **MROPE, "model_type": "qwen2_vl_text"},
-        "vision_config": {**QWEN, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2},
-    },
-    "qwen2_5_vl": {
-        "text_config": {**TEXT, **MROPE, "model_type": "qwen2_5_vl_text"},
-        "vision_config": {
-            **QWEN,
-            "hidden_size": 32,
-            "out_hidden_size": 64,
-            "intermediate_size": 64,
-            "fullatt_block_indexes": [0],
-        },
-    },
-}
-
-_IMAGES = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3, "rescale_factor": 1 / 255}
-_PIXTRAL = {**_IMAGES, "image_processor_type": "PixtralImageProcessor", "patch_size": {"height": 14, "width": 14}}
-_PIXTRAL |= {"size": {"longest_edge": 28}}
-_QWEN = {**_IMAGES, "image_processor_type": "Qwen2VLImageProcessor", "patch_size": 14, "merge_size": 2}
-_QWEN |= {"temporal_patch_size": 2, "size": {"longest_edge": 784, "shortest_edge": 196}}
-PROCESSORS: dict[str, dict[str, Any]] = {
-    "gemma3": {**_IMAGES, "image_processor_type": "Gemma3ImageProcessor", "size": {"height": 28, "width": 28}},
-    "llava": _PIXTRAL,
-    "mistral3": _PIXTRAL,
-    "qwen2_vl": _QWEN,
-    "qwen2_5_vl": _QWEN,
-}
-"""What Transformers 5 writes into processor_config.json."""
+from ..tiny_models import PROCESSORS, VISION, save_with_vision, streamed_logits
 
 # Where EXL2 readers look: ExLlamaV2 0.3.2, architecture.py (lm_prefix, vt_prefix, mmp_prefix).
 PLACES = {
@@ -101,25 +38,8 @@ def in_memory(name: str) -> str:
     return "model.language_model." + name.removeprefix("language_model.").removeprefix("model.")
 
 
-def save_with_vision(
-    directory: Path, model_type: str, tokenizer: PreTrainedTokenizerFast, rename: Rename | None = None
-) -> Path:
-    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(model_type, **MODELS[model_type]))
-    randomize(model, 0)
-    model.half().save_pretrained(directory)
-    if rename is not None:
-        file = directory / "model.safetensors"
-        save_file({rename(name): tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
-    tokenizer.save_pretrained(directory)
-    processor = json.dumps({"image_processor": PROCESSORS[model_type], "processor_class": "Any"})
-    (directory / "processor_config.json").write_text(processor)
-    return directory
-
-
 def whole_logits(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
-    model, found = AutoModelForImageTextToText.from_pretrained(
-        directory, dtype=torch.float32, output_loading_info=True
-    )
+    model, found = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
     assert not found["missing_keys"]
     assert not found["unexpected_keys"]
     with torch.no_grad():
@@ -132,16 +52,14 @@ def tokens() -> torch.Tensor:
     return torch.where(drawn == 10, 11, drawn)  # 10 would stand for an image
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=VISION)
 def quantized(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: PreTrainedTokenizerFast
 ) -> tuple[str, Path, Path]:
     folder = tmp_path_factory.mktemp(request.param)
     original = save_with_vision(folder / "model", request.param, byte_tokenizer)
     measure = MeasureConfig(calibration=CalibrationConfig(rows=4, row_tokens=32), types=False, device="cpu")
-    quantize_model(
-        original, folder / "out", QuantizeConfig(bpw=7.5, head_bits=8, measure=measure, evaluate=None)
-    )
+    quantize_model(original, folder / "out", QuantizeConfig(bpw=7.5, head_bits=8, measure=measure, evaluate=None))
     return request.param, original, folder / "out"
 
 
@@ -175,7 +93,7 @@ def test_language_linears_are_quantized_under_the_readers_names(quantized: tuple
     name, _, output = quantized
     prefix = PLACES[name][0]
     written = Exl2Model.open(output)
-    blocks = MODELS[name]["text_config"]["num_hidden_layers"]
+    blocks = VISION[name]["text_config"]["num_hidden_layers"]
     parts = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
     expected = {f"{prefix}model.layers.{index}.{part}" for index in range(blocks) for part in parts}
     assert set(written.linears) == expected | {f"{prefix}lm_head"}
