@@ -2,8 +2,8 @@
 
     python benchmarks/exllamav2_reads.py --exllamav2 build/exl/exllamav2 DIRECTORY ...
 
-ExLlamaV2's own Python reads config.json, looks for its tensors, loads and reorders them and runs the model;
-``exllamav2_standin.py`` takes the place of CUDA. Transformers runs the dense checkpoint that bpwise decodes the
+ExLlamaV2's own Python reads config.json, looks for its tensors, loads and reorders them and runs the model on text; a
+vision tower it only loads. ``exllamav2_standin.py`` takes the place of CUDA. Transformers runs the dense checkpoint that bpwise decodes the
 directory to. Prints one line a model; the exit code is 1 if the logits of any are not the same.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from bpwise.convert.exl2.reader import Exl2Model
 from bpwise.errors import BpwiseError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.utils import logging
 
 __all__ = ["LARGEST_ERROR", "Reading", "main", "read"]
 
@@ -78,7 +78,8 @@ def read(directories: Sequence[Path], package: Path, *, row_tokens: int = 32) ->
     """
     rows = [_row(directory, row_tokens) for directory in directories]
     wanted = [_transformers_logits(directory, row) for directory, row in zip(directories, rows, strict=True)]
-    exllamav2_standin.install(package.resolve().parent, seed=0)
+    with contextlib.redirect_stdout(io.StringIO()):  # it finds no CUDA, and says so
+        exllamav2_standin.install(package.resolve().parent, seed=0)
     for directory, row, logits in zip(directories, rows, wanted, strict=True):
         try:
             got, said = _exllamav2_logits(directory, row)
@@ -125,6 +126,11 @@ def _exllamav2_logits(directory: Path, row: Tensor) -> tuple[Tensor, str]:
         for module in model.modules:
             module.load()
         logits: Tensor = model.forward_chunk(row)["logits"].float()
+        if config.vision_model_type:
+            tower: Any = importlib.import_module("exllamav2.vlm.vision_tower").ExLlamaV2VisionTower(config)
+            for module in tower.modules:
+                module.set_device_idx(0)
+                module.load()
     unknown = [line.strip(" !") for line in printed.getvalue().splitlines() if "!!" in line]
     return logits, "; ".join([*unknown, said] if said else unknown)
 
@@ -141,7 +147,8 @@ def _exllamav2_logits(directory: Path, row: Tensor) -> tuple[Tensor, str]:
 @click.option("--row-tokens", type=click.IntRange(2), default=32, help="Tokens that models run on.")
 def main(directories: tuple[Path, ...], package: Path, row_tokens: int) -> None:
     """Run the EXL2 models in DIRECTORIES by ExLlamaV2 and by Transformers, and compare the logits."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     failed = False
     try:
         for result in read(directories, package, row_tokens=row_tokens):

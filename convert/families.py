@@ -205,6 +205,8 @@ _FAMILIES = {
         readers=("GraniteForCausalLM",),
         stages=_PRE_NORM,
         multiplier="residual_multiplier",
+        # They multiply weights of o_proj and down_proj, but not biases.
+        taken_for_granted={"attention_bias": False, "mlp_bias": False},
         note="multipliers of embeddings, attention, residuals and logits",
     ),
     "glm4": Family(

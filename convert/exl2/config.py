@@ -104,7 +104,7 @@ def _add_rope_keys(config: dict[str, Any]) -> None:
     sources = [s for s in (parameters, scaling) if isinstance(s, dict)]
     if isinstance(parameters, dict) and isinstance(parameters.get("full_attention"), dict):
         # One set per layer type: readers know the local layers' base themselves.
-        sources, parameters = [parameters["full_attention"]], None
+        sources, parameters = [parameters["full_attention"]], parameters["full_attention"]
     if "rope_theta" not in config:
         bases = [source["rope_theta"] for source in sources if "rope_theta" in source]
         if bases:
