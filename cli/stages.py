@@ -46,6 +46,8 @@ def measure(model: str, output: Path, **options: Any) -> None:
     measurement = measure_to_file(
         original, output, config, work=options["work_dir"], calibration=saved, progress=progress_bar
     )
+    if measurement.experts_sentence is not None:
+        click.echo(f"experts: {measurement.experts_sentence}")
     click.echo(f"{len(measurement.linears)} linears measured -> {output}")
 
 

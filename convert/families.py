@@ -219,6 +219,8 @@ _FAMILIES = {
         readers=("GraniteForCausalLM",),
         stages=_PRE_NORM,
         multiplier="residual_multiplier",
+        # They multiply weights of o_proj and down_proj, but not biases.
+        taken_for_granted={"attention_bias": False, "mlp_bias": False},
         note="multipliers of embeddings, attention, residuals and logits",
     ),
     "glm4": Family(
@@ -251,21 +253,56 @@ class Composite:
         readers: Class names by which EXL2 readers know it.
         prefix: What the names of the language model's tensors begin with in EXL2 files.
         vision: Model type that the vision part must have for readers to know it; None for any.
+        tower: What readers want the names of the vision part's tensors to begin with, where Transformers leaves out
+            the end of it.
+        note: What is special, for the table of families in the documentation.
     """
 
     text: str | None = None
     readers: tuple[str, ...]
     prefix: str = "language_model."
     vision: str | None = None
+    tower: str = "vision_tower."
+    note: str = ""
+
+    def file_name(self, other: str) -> str:
+        """Return the name in EXL2 files of a tensor that is not the language model's."""
+        plain = other.removeprefix("model.")
+        short = f"{self.tower.partition('.')[0]}."
+        if plain.startswith(short) and not plain.startswith(self.tower):
+            return self.tower + plain.removeprefix(short)
+        return plain
 
 
 _COMPOSITES = {
-    "gemma3": Composite(readers=("Gemma3ForConditionalGeneration",)),
-    "llava": Composite(readers=("LlavaForConditionalGeneration",), vision="pixtral"),
-    "mistral3": Composite(readers=("Mistral3ForConditionalGeneration",), vision="pixtral"),
+    "gemma3": Composite(
+        readers=("Gemma3ForConditionalGeneration",),
+        tower="vision_tower.vision_model.",
+        note="Gemma 3 with a SigLIP tower",
+    ),
+    "llava": Composite(
+        readers=("LlavaForConditionalGeneration",),
+        vision="pixtral",
+        note="any of the families above with a Pixtral tower",
+    ),
+    "mistral3": Composite(
+        readers=("Mistral3ForConditionalGeneration",),
+        vision="pixtral",
+        note="Mistral with a Pixtral tower and a patch merger",
+    ),
     # On text alone their rope of three positions is that of Qwen2.
-    "qwen2_vl": Composite(text="qwen2", readers=("Qwen2VLForConditionalGeneration",), prefix=""),
-    "qwen2_5_vl": Composite(text="qwen2", readers=("Qwen2_5_VLForConditionalGeneration",), prefix=""),
+    "qwen2_vl": Composite(
+        text="qwen2",
+        readers=("Qwen2VLForConditionalGeneration",),
+        prefix="",
+        note="Qwen2 with a tower; measured with the rope of text",
+    ),
+    "qwen2_5_vl": Composite(
+        text="qwen2",
+        readers=("Qwen2_5_VLForConditionalGeneration",),
+        prefix="",
+        note="as Qwen2-VL",
+    ),
 }
 
 

@@ -185,9 +185,7 @@ def _plain(name: str, *, composite: bool) -> str | None:
     if composite:
         for prefix, stands_for in _PREFIXES:
             if name.startswith(prefix):
-                return (
-                    f"{HEAD}." + name.removeprefix(prefix) if not stands_for else stands_for + name.removeprefix(prefix)
-                )
+                return stands_for + name.removeprefix(prefix)
     parts = ("model.layers.", "model.embed_tokens.", "model.norm.", f"{HEAD}.")
     return name if not composite or name.startswith(parts) else None
 
@@ -201,7 +199,7 @@ class WrittenModel(_View):
         self._model = model
         composite = composite_of(model.base.config)
         self.prefix = model.family.prefix if composite is None else composite.prefix
-        self._others = {name.removeprefix("model."): name for name in model.others}
+        self._others = {name if composite is None else composite.file_name(name): name for name in model.others}
         self._names = frozenset({self.prefix + name for name in model.names} | self._others.keys())
 
     @property

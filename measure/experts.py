@@ -59,6 +59,11 @@ class ExpertSums:
     couplings: dict[str, FisherSketch]
     weights: Tensor
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens chose the expert, and matter for the loss."""
+        return int((self.weights > 0).sum())
+
     def see_gradient(self, linear: str, gradient: Tensor, tokens: Tensor) -> None:
         """Take the gradients of one linear's outputs.
 
@@ -194,7 +199,7 @@ def _mean_fisher(seen: ExpertInputs, position: int, number: int) -> Tensor:
     for index, (stage, sums) in enumerate(seen.sums.items()):
         if index % 2 == position and sums.fisher:
             total = total.to(sums.fisher[stage.linears[number]].device) + sums.fisher[stage.linears[number]]
-            tokens += int((sums.weights > 0).sum())
+            tokens += sums.tokens
     return total / max(tokens, 1)
 
 

@@ -16,13 +16,16 @@ from safetensors.numpy import save
 from ..convert.files import atomic_file
 from ..errors import FormatError
 
-__all__ = ["HEADER_KEY", "MEASUREMENT_VERSION", "MeasuredLinear", "MeasuredTable", "Measurement"]
+__all__ = ["HEADER_KEY", "MEASUREMENT_VERSION", "RARE_TOKENS", "MeasuredLinear", "MeasuredTable", "Measurement"]
 
-MEASUREMENT_VERSION = 4
+MEASUREMENT_VERSION = 5
 """Raised when the file's content changes meaning; older files are refused."""
 
 HEADER_KEY = "bpwise_measurement"
 """Metadata entry that tells measurements from other safetensors files."""
+
+RARE_TOKENS = 100
+"""An expert that fewer calibration tokens chose is reported: its statistics are mostly those of other tokens."""
 
 _FIELDS = ("damage_nats", "order", "fisher", "input_power", "coupling", "type_damage_nats")
 _TABLE_FIELDS = ("importance", "type_damage_nats")
@@ -47,6 +50,8 @@ class MeasuredLinear:
         type_damage_nats: Damage in each of the measurement's ``types``, nats per token, float32, shape (types,);
             infinite where the type does not fit the row length.
         damping: Relative damping of the Gram matrix, for rounding too; infinite where error feedback was given up.
+        chosen_tokens: How many calibration tokens chose the expert that the linear belongs to; None outside of
+            experts.
     """
 
     name: str
@@ -58,6 +63,7 @@ class MeasuredLinear:
     token_weights: NDArray[np.float16]
     type_damage_nats: NDArray[np.float32]
     damping: float
+    chosen_tokens: int | None = None
 
     @property
     def in_features(self) -> int:
@@ -129,6 +135,22 @@ class Measurement:
         return tuple(linear.name for linear in (*self.linears, self.head) if linear.damping == float("inf"))
 
     @property
+    def experts_sentence(self) -> str | None:
+        """How many experts calibration text hardly reached, and which least; None for a model without experts."""
+        chosen = {
+            linear.name.rpartition(".")[0]: linear.chosen_tokens
+            for linear in self.linears
+            if linear.chosen_tokens is not None
+        }
+        if not chosen:
+            return None
+        rare = sum(tokens < RARE_TOKENS for tokens in chosen.values())
+        least = min(chosen, key=lambda name: chosen[name])
+        return (
+            f"{rare} of {len(chosen)} were chosen by fewer than {RARE_TOKENS} tokens, least: {least} by {chosen[least]}"
+        )
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 over curves and provenance, 32 hexadecimal digits."""
         return hashlib.sha256(self.to_bytes()).hexdigest()[:32]
@@ -169,6 +191,9 @@ class Measurement:
             "damping": {
                 linear.name: linear.damping if np.isfinite(linear.damping) else None
                 for linear in (*self.linears, self.head)
+            },
+            "chosen_tokens": {
+                linear.name: linear.chosen_tokens for linear in self.linears if linear.chosen_tokens is not None
             },
             "provenance": self.provenance,
         }
@@ -213,6 +238,7 @@ class Measurement:
                 name=name,
                 token_weights=weights[header["token_weights"][name]],
                 damping=float("inf") if damping is None else damping,
+                chosen_tokens=header["chosen_tokens"].get(name),
                 **{field: tensors[f"{name}.{field}"] for field in _FIELDS},
             )
 

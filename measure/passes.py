@@ -163,8 +163,11 @@ class MeasuringPasses:
                     both = expert_statistics(
                         block, pair, seen, self.tokens.shape[1], all_tokens=self.experts_see_all_tokens
                     )
+                    chosen = seen.sums[pair[0]].tokens
                     for stage, sums in zip(pair, both, strict=True):
                         packed |= self._measured_stage(index, block, stage, sums)
+                        for name in self.model.family.linear_names(index, stage):
+                            packed[f"{name}|chosen_tokens"] = torch.tensor(chosen)
             # The gradient first: a run cut off between the two repeats this block from an unchanged input.
             self.pieces.save(f"gradient-{index}", {"gradient": gradient})
             self.pieces.save(f"curves-{index}", packed)
@@ -353,6 +356,7 @@ def _unpack(tensors: dict[str, Tensor]) -> dict[str, MeasuredLinear]:
             token_weights=fields["token_weights"].numpy(),
             type_damage_nats=fields["type_damage_nats"].numpy(),
             damping=float(fields["damping"]),
+            chosen_tokens=int(fields["chosen_tokens"]) if "chosen_tokens" in fields else None,
         )
         for name, fields in linears.items()
     }

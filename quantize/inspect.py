@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..convert.exl2.names import HEAD
 from ..convert.exl2.reader import Exl2Model, is_exl2
 from ..convert.gguf.header import is_gguf, read_gguf_header
 from ..convert.original import open_model
@@ -79,7 +80,7 @@ def _exl2(path: Path) -> Inspection:
     for name in model.linears:
         linear = model.linear(name)
         size = linear.in_features * linear.out_features
-        if name != "lm_head":
+        if name.rpartition(".")[2] != HEAD:
             bits += linear.stored_bits
             weights += size
         rows.append(
@@ -179,9 +180,12 @@ def _measurement(path: Path) -> Inspection:
         )
         for linear in (*measurement.linears, measurement.head)
     ]
+    facts = {key: value for key, value in measurement.provenance.items() if not isinstance(value, list)}
+    if measurement.experts_sentence is not None:
+        facts["experts"] = measurement.experts_sentence
     return Inspection(
         kind="measurement",
-        facts=tuple(f"{key}: {value}" for key, value in measurement.provenance.items() if not isinstance(value, list)),
+        facts=tuple(f"{key}: {value}" for key, value in facts.items()),
         header=("linear, damage in nats/token", "in x out", *(f"{bits} bits" for bits in measurement.widths)),
         rows=tuple(rows),
     )

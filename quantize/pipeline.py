@@ -142,6 +142,7 @@ class QuantizeResult:
             took (infinite: rounded without error feedback).
         drift: How far the hidden states after each block are from the original's; empty if nothing was rounded now.
         measurement: The measurement file, which serves any other bitrate.
+        experts: How many experts calibration text hardly reached; None for a model without experts.
     """
 
     output: Path
@@ -153,6 +154,7 @@ class QuantizeResult:
     fallbacks: Mapping[str, float]
     drift: tuple[Drift, ...]
     measurement: Path
+    experts: str | None
 
     def summary_lines(self) -> list[str]:
         """Return the result as lines for a terminal."""
@@ -165,6 +167,8 @@ class QuantizeResult:
             f"predicted   {plan.damage_nats:.6f} nats/token, at most {100 * plan.gap:.3f} % above the best possible",
             *([] if self.comparison is None else summary_lines(self.comparison)),
         ]
+        if self.experts is not None:
+            lines.append(f"experts     {self.experts}")
         for name, damping in self.fallbacks.items():
             lines.append(f"fallback    {name}: damping raised to {damping:g}")
         lines += map(cost_line, self.costs)
@@ -283,6 +287,7 @@ def _quantize(
         fallbacks=fallbacks,
         drift=tuple(drift),
         measurement=measurement or work / MEASUREMENT_FILE,
+        experts=measured.experts_sentence,
     )
     if judge is not None and comparison is not None:
         write_report(comparison, output, {**report_details(result), **judge.details()}, costs=plan_costs(plan))
@@ -315,6 +320,7 @@ def report_details(result: QuantizeResult) -> dict[str, dict[str, str | float]]:
                 f"in float16, reason {number}": line
                 for number, line in enumerate(kept_lines(plan.kept, plan.head_reason), 1)
             },
+            **({} if result.experts is None else {"experts": result.experts}),
             **{f"damping of {name}": damping for name, damping in result.fallbacks.items()},
         },
         **cost_section(result.costs),

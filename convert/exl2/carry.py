@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...errors import BpwiseError
+from ...errors import BpwiseError, CheckpointError
 from ..checkpoint import confined_file
+from ..files import read_json, write_json
+from .vision import IMAGE_PROCESSOR_FILE, PROCESSOR_FILE, image_processor
 
 __all__ = ["copy_side_files", "require_float16_range"]
 
@@ -25,7 +27,9 @@ _SIDE_FILES = (
     "generation_config.json",
     "chat_template.jinja",
     "chat_template.json",
-    "preprocessor_config.json",
+    IMAGE_PROCESSOR_FILE,
+    PROCESSOR_FILE,
+    "video_preprocessor_config.json",
     "LICENSE*",
     "NOTICE*",
     "USE_POLICY*",
@@ -36,18 +40,24 @@ _FLOAT16_MAX = 65504.0
 
 
 def copy_side_files(source: Path, target: Path) -> None:
-    """Copy tokenizer, generation and licence files: names from a fixed list, links replaced by content.
+    """Copy tokenizer, processor, generation and licence files: names from a fixed list, links replaced by content.
+
+    What prepares images also gets the file of its own in which EXL2 readers look, if it has none.
 
     Args:
         source: Model directory to copy from.
         target: Existing directory to copy into.
 
     Raises:
-        CheckpointError: A file of that name leads outside the model directory.
+        CheckpointError: A file of that name leads outside the model directory, or processor_config.json is damaged.
     """
     for path in sorted(source.iterdir()):
         if any(fnmatchcase(path.name, pattern) for pattern in _SIDE_FILES) and not path.is_dir():
             shutil.copyfile(confined_file(source, path.name), target / path.name)
+    if (target / PROCESSOR_FILE).exists() and not (target / IMAGE_PROCESSOR_FILE).exists():
+        images = image_processor(read_json(target / PROCESSOR_FILE, CheckpointError))
+        if images is not None:
+            write_json(target / IMAGE_PROCESSOR_FILE, images)
 
 
 def require_float16_range(name: str, tensor: Tensor, error: type[BpwiseError]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ...errors import UnsupportedModelError
 from .names import text_config
+from .vision import add_vision_keys
 
 __all__ = ["dense_config", "exl2_config"]
 
@@ -47,9 +48,11 @@ def exl2_config(config: Mapping[str, Any], quantization: Mapping[str, Any], *, t
         )
     result["architectures"] = names[:1]
     _add_rope_keys(result)
-    nested = result.get("text_config")
+    nested, vision = result.get("text_config"), result.get("vision_config")
     if isinstance(nested, dict):
         _add_rope_keys(nested)
+    if isinstance(vision, dict):
+        add_vision_keys(vision)
     for key, older in _OLDER_NAMES.items():
         if key in result:
             result.setdefault(older, result[key])
@@ -101,7 +104,7 @@ def _add_rope_keys(config: dict[str, Any]) -> None:
     sources = [s for s in (parameters, scaling) if isinstance(s, dict)]
     if isinstance(parameters, dict) and isinstance(parameters.get("full_attention"), dict):
         # One set per layer type: readers know the local layers' base themselves.
-        sources, parameters = [parameters["full_attention"]], None
+        sources, parameters = [parameters["full_attention"]], parameters["full_attention"]
     if "rope_theta" not in config:
         bases = [source["rope_theta"] for source in sources if "rope_theta" in source]
         if bases:

@@ -15,84 +15,18 @@ from bpwise.convert.original import open_model
 from bpwise.errors import UnsupportedModelError
 from bpwise.measure.calibration import CalibrationConfig
 from bpwise.measure.run import MeasureConfig
-from bpwise.measure.stream import StreamedModel
 from bpwise.quantize.pipeline import QuantizeConfig, quantize_model
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-SIZES = {
-    "vocab_size": 264,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "tie_word_embeddings": False,
-    "bos_token_id": 256,
-    "eos_token_id": 257,
-    "pad_token_id": 0,
-}
-GEMMA = {"head_dim": 16, "tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh"}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+from ..tiny_models import FAMILIES, save_family, streamed_logits
 
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"mlp_bias": True, "attention_bias": True},
-    "mistral": {"sliding_window": 16},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen2": {},
-    "qwen2_moe": {**EXPERTS, "mlp_only_layers": [0], "shared_expert_intermediate_size": 96},
-    "qwen3": {"head_dim": 32},
-    "qwen3_moe": {**EXPERTS, "head_dim": 16, "norm_topk_prob": True},
-    "gemma": GEMMA,
-    "gemma2": {**GEMMA, "query_pre_attn_scalar": 16, "sliding_window": 16, "final_logit_softcapping": 5.0},
-    "gemma3_text": {**GEMMA, "query_pre_attn_scalar": 16, "sliding_window": 16, "num_hidden_layers": 6},
-    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
-    "granite": {
-        "embedding_multiplier": 3.0,
-        "attention_multiplier": 0.2,
-        "residual_multiplier": 0.4,
-        "logits_scaling": 2.0,
-    },
-    "glm4": {"head_dim": 16, "attention_bias": True},
-    "cohere": {"logit_scale": 0.25, "use_qk_norm": True, "tie_word_embeddings": True},
-    "cohere2": {"logit_scale": 0.25, "tie_word_embeddings": True, "sliding_window": 16},
-    "starcoder2": {"use_bias": True, "tie_word_embeddings": True},
-}
 UNREAD = {"qwen2_moe"}
-
-
-def randomize(model: torch.nn.Module, seed: int) -> None:
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=rng)
-            around = 0.0 if "gemma" in type(model).__name__.lower() else 1.0
-            parameter.copy_(around + 0.1 * noise if "norm" in name and parameter.ndim == 1 else 0.1 * noise)
-
-
-def save_family(directory: Path, model_type: str, tokenizer: PreTrainedTokenizerFast) -> Path:
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**SIZES, **FAMILIES[model_type]}))
-    randomize(model, 0)
-    model.half().save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
 
 
 def logits_of(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     with torch.no_grad():
         return model(tokens).logits
-
-
-def streamed_logits(source: Any, tokens: torch.Tensor) -> torch.Tensor:
-    model = StreamedModel(source, device=torch.device("cpu"), dtype=torch.float32)
-    hidden = model.embed(tokens)
-    with torch.no_grad():
-        for index in range(model.block_count):
-            with model.block(index):
-                hidden = model.run_block(index, hidden)
-        with model.tail():
-            return model.logits(hidden)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +65,7 @@ def test_the_output_is_the_dense_model_of_its_decoded_weights(
 
 
 def test_every_linear_of_every_block_is_quantized(quantized: tuple[Path, Path, Any]) -> None:
-    _, output, result = quantized
+    _original, output, result = quantized
     written = Exl2Model.open(output)
     dense = {name for name in written.names if len(written.shape(name)) == 2} - {f"{x}.weight" for x in written.linears}
     kinds = {name.rpartition("layers.")[2].partition(".")[2] for name in dense if "layers." in name}
@@ -145,7 +79,7 @@ def test_every_linear_of_every_block_is_quantized(quantized: tuple[Path, Path, A
 
 
 def test_readers_know_it(quantized: tuple[Path, Path, Any]) -> None:
-    original, _, _ = quantized
+    original, _output, _ = quantized
     config = json.loads((original / "config.json").read_text())
     if config["model_type"] in UNREAD:
         with pytest.raises(UnsupportedModelError, match=r"do not know the architecture 'Qwen2Moe.*--force"):
