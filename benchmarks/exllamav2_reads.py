@@ -3,8 +3,8 @@
     python benchmarks/exllamav2_reads.py --exllamav2 build/exl/exllamav2 DIRECTORY ...
 
 ExLlamaV2's own Python reads config.json, looks for its tensors, loads and reorders them and runs the model on text; a
-vision tower it only loads. ``exllamav2_standin.py`` takes the place of CUDA. Transformers runs the dense checkpoint that bpwise decodes the
-directory to. Prints one line a model; the exit code is 1 if the logits of any are not the same.
+vision tower it only loads. ``exllamav2_standin.py`` takes the place of CUDA. Transformers runs the dense checkpoint
+that bpwise decodes the directory to. Prints one line a model; the exit code is 1 if the logits of any are not the same.
 """
 
 from __future__ import annotations
