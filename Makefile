@@ -6,7 +6,7 @@ MODEL := models/SmolLM2-135M-Instruct
 DEMO := models/SmolLM2-135M-Instruct-8.0bpw-8hb-exl2
 ROOMS := cli convert rounding measure quantize eval
 
-.PHONY: demo test test-slow test-gpu check format bench-quality bench-gguf bench-memory clean
+.PHONY: demo test test-slow test-gpu check format bench-quality bench-gguf bench-memory check-readers clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -47,11 +47,17 @@ format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+build/exl: | $(VENV)/installed
+	$(BIN)/pip download --quiet --no-deps --dest build exllamav2==0.3.2
+	$(BIN)/python -m zipfile --extract build/exllamav2-0.3.2-py3-none-any.whl build/exl
+
+# A tiny model of every family, quantized, and run by ExLlamaV2's own code on the CPU beside Transformers: minutes.
+check-readers: $(VENV)/installed build/exl
+	$(BIN)/pytest -q -rP -m slow tests/benchmarks/test_exllamav2_reads.py
+
 # Half a day on two cores; finished results are kept in build/quality and not done again.
-bench-quality: $(VENV)/installed
+bench-quality: $(VENV)/installed build/exl
 	test -e $(MODEL)-off-grid/config.json || $(BIN)/python examples/get_smollm2.py --off-grid $(MODEL)-off-grid
-	test -e build/exl || { $(BIN)/pip download --quiet --no-deps --dest build exllamav2==0.3.2 && \
-		$(BIN)/python -m zipfile --extract build/exllamav2-0.3.2-py3-none-any.whl build/exl; }
 	$(BIN)/python benchmarks/quality.py $(MODEL)-off-grid --exllamav2 build/exl/exllamav2 --work-dir build/quality
 
 # Two hours: GGUF files against llama-quantize's, on a model whose widths K types fit.

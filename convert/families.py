@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import UnsupportedModelError
-from .exl2.names import HEAD
+from .exl2.names import HEAD, text_config
 
 __all__ = [
     "EMBEDDING",
@@ -233,7 +233,7 @@ _FAMILIES = {
     "cohere2": Family(
         readers=("Cohere2ForCausalLM",),
         stages=_PARALLEL,
-        note="attention beside the MLP; scaled logits; three of four blocks with a sliding window",
+        note="attention beside the MLP; scaled logits; three of four blocks with a sliding window, others without rope",
     ),
     "starcoder2": Family(
         readers=("Starcoder2ForCausalLM",),
@@ -252,6 +252,7 @@ class Composite:
         text: Model type that the language model alone has; None where ``text_config`` says it.
         readers: Class names by which EXL2 readers know it.
         prefix: What the names of the language model's tensors begin with in EXL2 files.
+        languages: Model types that readers take the language model for.
         vision: Model type that the vision part must have for readers to know it; None for any.
         tower: What readers want the names of the vision part's tensors to begin with, where Transformers leaves out
             the end of it.
@@ -261,6 +262,7 @@ class Composite:
     text: str | None = None
     readers: tuple[str, ...]
     prefix: str = "language_model."
+    languages: tuple[str, ...]
     vision: str | None = None
     tower: str = "vision_tower."
     note: str = ""
@@ -277,16 +279,19 @@ class Composite:
 _COMPOSITES = {
     "gemma3": Composite(
         readers=("Gemma3ForConditionalGeneration",),
+        languages=("gemma3_text",),
         tower="vision_tower.vision_model.",
         note="Gemma 3 with a SigLIP tower",
     ),
     "llava": Composite(
         readers=("LlavaForConditionalGeneration",),
+        languages=("llama", "mistral"),
         vision="pixtral",
-        note="any of the families above with a Pixtral tower",
+        note="Llama or Mistral with a Pixtral tower",
     ),
     "mistral3": Composite(
         readers=("Mistral3ForConditionalGeneration",),
+        languages=("llama", "mistral"),
         vision="pixtral",
         note="Mistral with a Pixtral tower and a patch merger",
     ),
@@ -294,12 +299,14 @@ _COMPOSITES = {
     "qwen2_vl": Composite(
         text="qwen2",
         readers=("Qwen2VLForConditionalGeneration",),
+        languages=("qwen2",),
         prefix="",
         note="Qwen2 with a tower; measured with the rope of text",
     ),
     "qwen2_5_vl": Composite(
         text="qwen2",
         readers=("Qwen2_5_VLForConditionalGeneration",),
+        languages=("qwen2",),
         prefix="",
         note="as Qwen2-VL",
     ),
@@ -337,26 +344,34 @@ def require_reader(config: Mapping[str, Any]) -> None:
         UnsupportedModelError: They do not know the first of its ``architectures`` (the message lists those they do), or
             would compute something else.
     """
-    composite = composite_of(config)
-    readers = family_of(config).readers if composite is None else composite.readers
+    entry: Family | Composite = composite_of(config) or family_of(config)
     name = (config.get("architectures") or [None])[0]
-    if name not in readers:
-        entries = [entry.readers for entry in _FAMILIES.values()] + [entry.readers for entry in _COMPOSITES.values()]
-        known = ", ".join(sorted({name for entry in entries for name in entry}))
+    if name not in entry.readers:
+        entries: list[Family | Composite] = [*_FAMILIES.values(), *_COMPOSITES.values()]
+        known = ", ".join(sorted({name for entry in entries for name in entry.readers}))
         raise UnsupportedModelError(
             f"config.json: EXL2 readers do not know the architecture {name!r}, expected one of {known}. {_FORCE}"
         )
-    if composite is not None and composite.vision is not None:
-        vision = (config.get("vision_config") or {}).get("model_type")
-        if vision != composite.vision:
-            raise UnsupportedModelError(
-                f"config.json: EXL2 readers do not know {name!r} with a vision part of type {vision!r}, expected "
-                f"{composite.vision!r}. {_FORCE}"
-            )
-    for key, value in (family_of(config).taken_for_granted if composite is None else {}).items():
+    if isinstance(entry, Composite):
+        _require_parts(config, entry)
+        return
+    for key, value in entry.taken_for_granted.items():
         if config.get(key, value) != value:
             raise UnsupportedModelError(
                 f"config.json: {key} is {config[key]!r}, but EXL2 readers take it for {value!r}. {_FORCE}"
+            )
+
+
+def _require_parts(config: Mapping[str, Any], composite: Composite) -> None:
+    found = {
+        "language model": (composite.text or text_config(config).get("model_type"), composite.languages),
+        "vision part": ((config.get("vision_config") or {}).get("model_type"), (composite.vision,)),
+    }
+    for part, (kind, known) in found.items():
+        if known != (None,) and kind not in known:
+            raise UnsupportedModelError(
+                f"config.json: EXL2 readers do not know {config['architectures'][0]!r} with a {part} of type {kind!r}, "
+                f"expected {' or '.join(map(str, known))}. {_FORCE}"
             )
 
 

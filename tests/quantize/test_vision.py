@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bpwise.convert.checkpoint import open_model
+from bpwise.convert.original import open_model
 from bpwise.convert.exl2.dense import dequantize_model
 from bpwise.convert.exl2.reader import Exl2Model
 from bpwise.convert.families import require_reader
@@ -130,10 +130,18 @@ def test_the_image_processor_stands_where_readers_look(quantized: tuple[str, Pat
 
 
 def test_readers_know_it(quantized: tuple[str, Path, Path]) -> None:
-    config = json.loads((quantized[1] / "config.json").read_text())
+    require_reader(json.loads((quantized[1] / "config.json").read_text()))
+
+
+@pytest.mark.parametrize(
+    ("part", "kind", "message"),
+    [
+        ("vision_config", "clip_vision_model", "a vision part of type 'clip_vision_model', expected pixtral"),
+        ("text_config", "qwen2", "a language model of type 'qwen2', expected llama or mistral"),
+    ],
+)
+def test_parts_that_readers_do_not_know(part: str, kind: str, message: str) -> None:
+    config = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], **VISION["llava"]}
     require_reader(config)
-    if "num_hidden_layers" in config["vision_config"]:
-        config["vision_config"]["model_type"] = "clip_vision_model"
-    if config["model_type"] in ("llava", "mistral3"):
-        with pytest.raises(UnsupportedModelError, match=r"vision part of type 'clip_vision_model'.*--force"):
-            require_reader(config)
+    with pytest.raises(UnsupportedModelError, match=rf"{message}\. Use --force"):
+        require_reader({**config, part: {**config[part], "model_type": kind}})
