@@ -90,8 +90,8 @@ def forecast_run(checkpoint: Checkpoint, *, bpw: float, head_bits: HeadBits, con
         highest_bpw=highest,
         memory_bytes=_RUNTIME_BYTES
         + max(*(_block_memory(block, hidden, tokens) for block in blocks), _head_memory(vocabulary, hidden, tokens)),
-        # Inputs of all blocks while measuring; then a byte per weight and two states while rounding.
-        disk_bytes=max((count + 1) * state, weights + vocabulary * hidden + 4 * state),
+        # Inputs of all blocks while measuring, and at first two states while rounding; then a byte per weight.
+        disk_bytes=max((count + 5) * state, weights + vocabulary * hidden + 4 * state),
     )
 
 
