@@ -71,10 +71,11 @@ class ExpertSums:
         if linear not in self.couplings:
             self.couplings[linear] = FisherSketch(flat.shape[1], flat.device)
             self.fisher[linear] = torch.zeros(flat.shape[1], device=flat.device)
-        self.couplings[linear].add(flat)
         squares = flat.square()
+        of_tokens = squares.sum(dim=1)
+        self.couplings[linear].add(flat, of_tokens)
         self.fisher[linear] += squares.sum(dim=0)
-        self.weights[tokens.cpu()] += squares.sum(dim=1).cpu()
+        self.weights[tokens.cpu()] += of_tokens.cpu()
 
 
 @dataclass(eq=False)

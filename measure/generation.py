@@ -57,7 +57,8 @@ def write_rows(
     for first in range(0, config.rows, _ROWS_TOGETHER):
         count = min(_ROWS_TOGETHER, config.rows - first)
         drawn = torch.randint(len(ordinary), (count, 1), generator=rng, device=device)
-        begun = torch.cat([torch.tensor([bos] * count, dtype=torch.int64).view(count, -1), ordinary[drawn.cpu()]], dim=1)
+        before = torch.tensor([bos] * count, dtype=torch.int64).view(count, -1)
+        begun = torch.cat([before, ordinary[drawn.cpu()]], dim=1)
         rows.append(sample_rows(model, begun, config.row_tokens, allowed.tolist(), rng))
     begin = "beginning with BOS" if bos else "without BOS"
     return CalibrationSet(
@@ -107,7 +108,7 @@ def _loaded(checkpoint: Checkpoint, device: torch.device) -> Any:
             checkpoint.directory, dtype=dtype, local_files_only=True, trust_remote_code=False
         )
         return model.to(device).eval()
-    except (OSError, ValueError, RuntimeError) as error:  # of a missing file, an unknown kind of model, too little memory
+    except (OSError, ValueError, RuntimeError) as error:  # too little memory is the last
         raise CalibrationError(
             f"{checkpoint.directory}: the model cannot be loaded as a whole to write its calibration text "
             f"({(str(error).strip() or type(error).__name__).splitlines()[0]}). Name a text for --calibration."
