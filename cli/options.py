@@ -206,7 +206,8 @@ def calibration_options(command: Command) -> Command:
                 "-c",
                 "--calibration",
                 help="Calibration text: .txt/.jsonl/.parquet/.arrow file or directory, Hub data set "
-                "NAME[:CONFIG][:SPLIT], or a saved calibration set (.safetensors).  [default: Python's own text]",
+                "NAME[:CONFIG][:SPLIT], a saved calibration set (.safetensors), or self: rows that the model writes, "
+                "all of it in memory.  [default: Python's own text]",
             ),
             click.option("--column", help="Column of the data set that holds the text."),
             click.option("--chat-template", is_flag=True, help="Render chat turns with the model's chat template."),

@@ -17,7 +17,10 @@ from .rows import read_pool
 from .text import TextSource, read_texts
 from .tokenizer import Tokenizer, chat_renderer, leading_ids, ordinary_ids
 
-__all__ = ["CalibrationConfig", "CalibrationSet", "build_calibration"]
+__all__ = ["SELF", "CalibrationConfig", "CalibrationSet", "build_calibration"]
+
+SELF = "self"
+"""The source that stands for the model itself (see ``generation``). A file of this name can be given as ``./self``."""
 
 _FORMAT = "bpwise-calibration"
 _FORMAT_VERSION = "1"
@@ -36,8 +39,8 @@ class CalibrationConfig:
     """Which text to take, and how much.
 
     Attributes:
-        source: Text file, directory of such files, or Hub data set ``name[:config][:split]``; None for the
-            text that comes with Python, which works offline.
+        source: Text file, directory of such files, or Hub data set ``name[:config][:split]``; ``SELF`` has the model
+            write the rows; None for the text that comes with Python, which works offline.
         column: Column of a data set that holds the text; None looks for ``text``, then ``content``.
         chat_template: Render columns of chat turns with the tokenizer's chat template.
         rows: Number of rows.
@@ -56,7 +59,7 @@ class CalibrationConfig:
         """Validate.
 
         Raises:
-            ConfigError: A number is out of range, or a column is named for the built-in text.
+            ConfigError: A number is out of range, or a column is named where there is none.
         """
         if self.rows < 1:
             raise ConfigError(f"rows must be at least 1, got {self.rows}")
@@ -66,6 +69,8 @@ class CalibrationConfig:
             raise ConfigError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
         if self.source is None and (self.column is not None or self.chat_template):
             raise ConfigError("column and chat_template need a source: the built-in text has no columns")
+        if self.source == SELF and (self.column is not None or self.chat_template):
+            raise ConfigError("column and chat_template go with a text: what the model writes has no columns")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -20,7 +20,8 @@ from ..convert.work import StageDirectory, claimed, discard_stages
 from ..errors import ConfigError
 from ..progress import Progress, silent
 from ..version import __version__
-from .calibration import CalibrationConfig, CalibrationSet, build_calibration
+from .calibration import SELF, CalibrationConfig, CalibrationSet, build_calibration
+from .generation import write_rows
 from .measurement import Measurement
 from .passes import MeasuringPasses
 from .stream import StreamedModel
@@ -201,14 +202,23 @@ def _other_weights(source: LanguageModel, quantized: Sequence[str]) -> int:
     return sum(math.prod(source.shape(name)) for name in source.names if name not in matrices)
 
 
-def calibration_rows(checkpoint: Checkpoint, config: CalibrationConfig) -> CalibrationSet:
+def calibration_rows(checkpoint: Checkpoint, config: CalibrationConfig, *, device: str = "auto") -> CalibrationSet:
     """Return the rows that a config describes, in the tokens of a model.
 
+    Args:
+        checkpoint: The model.
+        config: Which rows.
+        device: Where the model runs if it writes them itself, as ``MeasureConfig.device``.
+
     Raises:
-        CalibrationError: The text or the tokenizer cannot be read, or there is too little text.
+        CalibrationError: The text or the tokenizer cannot be read, there is too little text, or the model cannot be
+            loaded to write it.
     """
     tokenizer = load_tokenizer(checkpoint.directory)
-    return build_calibration(tokenizer, config, vocab_size=int(language_config(checkpoint)["vocab_size"]))
+    vocab_size = int(language_config(checkpoint)["vocab_size"])
+    if config.source == SELF:
+        return write_rows(checkpoint, tokenizer, config, vocab_size=vocab_size, device=resolve_device(device))
+    return build_calibration(tokenizer, config, vocab_size=vocab_size)
 
 
 def measured_rows(measurement: Measurement) -> CalibrationSet:
@@ -248,7 +258,7 @@ def measure_to_file(
     """
     checkpoint = open_model(model)
     work = work or output.with_name(f"{output.name}.work")
-    rows = calibration or calibration_rows(checkpoint, config.calibration)
+    rows = calibration or calibration_rows(checkpoint, config.calibration, device=config.device)
     with claimed(work):
         measurement = measure_model(checkpoint, rows, config, work, progress)
         measurement.save(output)

@@ -107,8 +107,8 @@ def forecast_run(
         highest_bpw=highest,
         memory_bytes=_RUNTIME_BYTES
         + max(*(_block_memory(block, hidden, tokens) for block in blocks), _head_memory(vocabulary, hidden, tokens)),
-        # Inputs of all blocks while measuring; then a byte per weight and two states while rounding.
-        disk_bytes=max((len(blocks) + 1) * state, weights + vocabulary * hidden + 4 * state),
+        # Inputs of all blocks while measuring, and at first two states while rounding; then a byte per weight.
+        disk_bytes=max((len(blocks) + 5) * state, weights + vocabulary * hidden + 4 * state),
         kept=scope.kept,
         head_reason=scope.head_reason,
     )

@@ -148,6 +148,8 @@ class RoundingPass:
             self.pieces.save(f"drift-{index}", {"drift": _drift(**state)})
             self.pieces.save(f"state-{index}", state)
             self.pieces.discard(f"state-{index - 1}")
+            if self.inputs is not None:
+                self.inputs.discard(f"input-{index}")
 
     def _round_block(self, index: int, original: Tensor, quantized: Tensor) -> dict[str, Tensor]:
         stages = self.model.stages(index)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from bpwise.convert.original import open_model
 from bpwise.convert.exl2.dense import dequantize_model
 from bpwise.convert.exl2.reader import Exl2Model
 from bpwise.convert.families import require_reader
+from bpwise.convert.original import open_model
 from bpwise.errors import UnsupportedModelError
 from bpwise.measure.calibration import CalibrationConfig
 from bpwise.measure.run import MeasureConfig
