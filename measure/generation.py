@@ -29,8 +29,9 @@ _ROWS_TOGETHER = 32
 def write_rows(
     checkpoint: Checkpoint, tokenizer: Tokenizer, config: CalibrationConfig, *, vocab_size: int, device: torch.device
 ) -> CalibrationSet:
-    """Have a model write its calibration rows. The whole model is in memory meanwhile: in float32 on
-    a CPU, else in bfloat16.
+    """Have a model write its calibration rows.
+
+    The whole model is in memory meanwhile: in float32 on a CPU, else in bfloat16.
 
     Args:
         checkpoint: The model.

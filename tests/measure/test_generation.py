@@ -75,6 +75,6 @@ def test_a_model_that_cannot_be_loaded_is_named(model_directory: Path, monkeypat
     def no_memory(*_args: object, **_options: object) -> None:
         raise RuntimeError("not enough memory: you tried to allocate 16 GB")
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", no_memory)
+    monkeypatch.setattr("bpwise.measure.generation.whole_model", no_memory)
     with pytest.raises(CalibrationError, match=r"cannot be loaded as a whole .*not enough memory"):
         written(model_directory, rows=1, row_tokens=8)
