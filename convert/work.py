@@ -13,11 +13,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from ..errors import WorkDirectoryError
+from ..errors import BrokenModelError, WorkDirectoryError
 from .files import write_json
 from .safetensors_file import load_tensors, save_tensors
 
-__all__ = ["StageDirectory", "claimed", "discard_stages"]
+__all__ = ["StageDirectory", "claimed", "discard_stages", "stages_in"]
 
 
 class StageDirectory:
@@ -110,3 +110,22 @@ def discard_stages(work: Path) -> None:
     for path in work.iterdir():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def stages_in(work: Path) -> Iterator[None]:
+    """Claim a work directory for stages; what they keep in it goes at the end, unless the run is cut off.
+
+    Args:
+        work: The directory.
+
+    Raises:
+        BpwiseError: As ``claimed``.
+    """
+    with claimed(work):
+        try:
+            yield
+        except BrokenModelError:  # nothing is left to go on with
+            discard_stages(work)
+            raise
+        discard_stages(work)

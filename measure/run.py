@@ -16,7 +16,7 @@ from ..convert.families import HEAD
 from ..convert.gguf.types import GgmlType
 from ..convert.language import LanguageModel, language_config, language_model
 from ..convert.original import Original, open_model
-from ..convert.work import StageDirectory, claimed, discard_stages
+from ..convert.work import StageDirectory, stages_in
 from ..errors import ConfigError
 from ..progress import Progress, silent
 from ..version import __version__
@@ -259,8 +259,7 @@ def measure_to_file(
     checkpoint = open_model(model)
     work = work or output.with_name(f"{output.name}.work")
     rows = calibration or calibration_rows(checkpoint, config.calibration, device=config.device)
-    with claimed(work):
+    with stages_in(work):
         measurement = measure_model(checkpoint, rows, config, work, progress)
         measurement.save(output)
-        discard_stages(work)
     return measurement

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,24 +24,24 @@ from ..convert.gguf.names import architecture_of, gguf_name, row_order
 from ..convert.gguf.reader import GgufModel
 from ..convert.gguf.writer import GgufVerification, planned_bytes, write_gguf
 from ..convert.original import Original, open_model
-from ..convert.work import StageDirectory, claimed, discard_stages
-from ..errors import BrokenModelError, BudgetError, ConfigError, WorkDirectoryError
-from ..eval.comparison import Comparison, EvalConfig
+from ..convert.work import StageDirectory, stages_in
+from ..errors import BudgetError, WorkDirectoryError
+from ..eval.comparison import Comparison
 from ..eval.layers import LinearCost
 from ..eval.overlap import SPANS_KEY, CalibrationSpans
 from ..eval.report import summary_lines, write_report
 from ..measure.calibration import CalibrationSet
 from ..measure.measurement import Measurement
-from ..measure.run import MeasureConfig
 from ..progress import Progress, silent
 from ..rounding.parallel import cores
 from ..version import __version__
-from .cards import check_base_model, write_card
-from .judge import Judge, refuse_marked, refuse_same_source
+from .cards import write_card
+from .judge import Judge, refuse_marked
 from .obtain import MEASUREMENT_FILE, obtain_measurement
+from .options import GgufConfig
 from .rounding_pass import Drift, drift_section
 from .stages import StageClock, StageCost, cost_line, cost_section
-from .type_plan import Override, TypePlan, make_type_plan
+from .type_plan import TypePlan, make_type_plan
 from .type_rounding import RoundedTypes, round_types, table_importance
 from .vram import room_for_weights
 
@@ -57,51 +57,6 @@ __all__ = [
 
 _RUN_KEY = "bpwise.run"
 _ALIGNMENT_BYTES = 32
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GgufConfig:
-    """Options of the whole line.
-
-    Attributes:
-        bpw: Bits per weight over all tensors of the file; met from below, never exceeded.
-        max_bytes: Largest size of the whole file.
-        vram_bytes: Memory of a GPU that file, cache and runtime should fit into; exactly one of the three is given.
-        context_tokens: Length of the context whose cache should fit too; None for the model's own.
-        overrides: Types that tensors must have.
-        feedback: Whether linears are rounded with error feedback, block after block on what the quantized blocks before
-            give them; otherwise by ggml alone, as llama-quantize does, in seconds. The plan is the same.
-        llama_cpp: A llama.cpp checkout, or a directory with its converter; None for the usual place.
-        measure: Options of the measuring stage; its calibration rows and device serve rounding too.
-        evaluate: Options of the evaluation, or None to leave it out.
-        card: Whether a model card ``NAME.README.md`` is written beside the file.
-        base_model: Hub id of the original for the model card; None takes it from where the original came from.
-    """
-
-    bpw: float | None = None
-    max_bytes: int | None = None
-    vram_bytes: int | None = None
-    context_tokens: int | None = None
-    overrides: tuple[Override, ...] = ()
-    feedback: bool = True
-    llama_cpp: Path | None = None
-    measure: MeasureConfig = field(default_factory=MeasureConfig)
-    evaluate: EvalConfig | None = field(default_factory=EvalConfig)
-    card: bool = False
-    base_model: str | None = None
-
-    def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            ConfigError: One of them makes no sense.
-        """
-        if sum(target is not None for target in (self.bpw, self.max_bytes, self.vram_bytes)) != 1:
-            raise ConfigError("a GGUF file needs one target: bits per weight, a largest size, or the memory of a GPU.")
-        if self.bpw is not None and not 1 <= self.bpw <= 16:
-            raise ConfigError(f"bpw must lie between 1 and 16, got {self.bpw}.")
-        check_base_model(self.base_model)
-        refuse_same_source(self.measure.calibration.source, self.evaluate)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,14 +145,8 @@ def quantize_to_gguf(
     work = work or output.with_name(f"{output.name}.work")
     if judge is None and config.evaluate is not None:
         judge = Judge(checkpoint, config.evaluate, progress)
-    with claimed(work):
-        try:
-            result = _quantize(checkpoint, output, config, measurement, calibration, work, base, judge, progress)
-        except BrokenModelError:
-            discard_stages(work)
-            raise
-        discard_stages(work)
-    return result
+    with stages_in(work):
+        return _quantize(checkpoint, output, config, measurement, calibration, work, base, judge, progress)
 
 
 def convert_to_mixture(

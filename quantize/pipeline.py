@@ -5,126 +5,38 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from ..convert.checkpoint import Checkpoint
-from ..convert.exl2.shards import DEFAULT_SHARD_BYTES
 from ..convert.exl2.verify import MANIFEST_FILE, Verification, verify_model
 from ..convert.exl2.writer import write_model
 from ..convert.families import require_reader
 from ..convert.files import read_json
 from ..convert.language import WrittenModel
 from ..convert.original import Original, open_model
-from ..convert.work import claimed, discard_stages
-from ..errors import BrokenModelError, ConfigError, FormatError, WorkDirectoryError
-from ..eval.comparison import Comparison, EvalConfig
+from ..convert.work import stages_in
+from ..errors import FormatError, WorkDirectoryError
+from ..eval.comparison import Comparison
 from ..eval.overlap import SPANS_KEY, CalibrationSpans
 from ..eval.report import summary_lines, write_report
 from ..measure.calibration import CalibrationSet
 from ..measure.measurement import Measurement
-from ..measure.run import MeasureConfig
 from ..progress import Progress, silent
 from ..version import __version__
-from .cards import check_base_model, write_card
-from .forecast import Forecast, forecast_run
-from .judge import Judge, refuse_marked, refuse_same_source
+from .cards import write_card
+from .judge import Judge, refuse_marked
 from .kept import kept_lines
 from .obtain import MEASUREMENT_FILE, obtain_measurement
+from .options import QuantizeConfig
 from .plan import Plan, make_plan
 from .planning import plan_costs
 from .rounding import RoundConfig, RoundedModel, round_model
 from .rounding_pass import Drift, drift_section
-from .scope import HeadBits, SizeLimit, WidthOverride, check_head_bits
-from .size_limit import disk_limit, gpu_limit
 from .stages import StageClock, StageCost, cost_line, cost_section
-from .vram import CACHE_BITS
 
 __all__ = ["QuantizeConfig", "QuantizeResult", "is_finished", "quantize_model", "report_details"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QuantizeConfig:
-    """Options of the whole line.
-
-    Attributes:
-        bpw: Decoder bits per weight, all overheads counted; met from below, never exceeded.
-        max_bytes: Largest size of all files with tensors together.
-        vram_bytes: Memory of a GPU that weights, cache and what ExLlamaV2 needs beside them should fit into; exactly
-            one of the three is given.
-        context_tokens: Length of the context whose cache should fit too; None for the model's own.
-        cache_bits: 16 for a float16 cache, or ExLlamaV2's caches of 8, 6 or 4 bits.
-        head_bits: Bits of the output head: 2, 3, 4, 5, 6, 8, 16 for unquantized, or ``auto``: see ``make_plan``.
-        overrides: Widths that linears may have: see ``make_plan``.
-        keep_fp16: Shell patterns of linears that stay in float16: see ``make_plan``.
-        measure: Options of the measuring stage; its calibration rows and device serve rounding too.
-        evaluate: Options of the evaluation, or None to leave it out.
-        shard_bytes: Largest output file, in bytes.
-        base_model: Hub id of the original for the model card; None takes it from where the original came from.
-        force: Whether to quantize a model of which EXL2 readers do not know the architecture.
-    """
-
-    bpw: float | None = None
-    max_bytes: int | None = None
-    vram_bytes: int | None = None
-    context_tokens: int | None = None
-    cache_bits: int = 16
-    head_bits: HeadBits = 6
-    overrides: tuple[WidthOverride, ...] = ()
-    keep_fp16: tuple[str, ...] = ()
-    measure: MeasureConfig = field(default_factory=MeasureConfig)
-    evaluate: EvalConfig | None = field(default_factory=EvalConfig)
-    shard_bytes: int = DEFAULT_SHARD_BYTES
-    base_model: str | None = None
-    force: bool = False
-
-    def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            ConfigError: One of them makes no sense.
-        """
-        if sum(target is not None for target in (self.bpw, self.max_bytes, self.vram_bytes)) != 1:
-            raise ConfigError(
-                "an EXL2 model needs one target: bits per weight, a largest size, or the memory of a GPU."
-            )
-        if self.bpw is not None and not 2 <= self.bpw <= 16:
-            raise ConfigError(f"bpw must lie between 2 and 16, got {self.bpw}.")
-        if self.cache_bits not in CACHE_BITS:
-            raise ConfigError(f"cache_bits must be one of {CACHE_BITS}, got {self.cache_bits}.")
-        check_head_bits(self.head_bits)
-        check_base_model(self.base_model)
-        refuse_same_source(self.measure.calibration.source, self.evaluate)
-        if self.shard_bytes <= 0:
-            raise ConfigError(f"shard_bytes must be positive, got {self.shard_bytes}.")
-
-    def size_limit(self, checkpoint: Checkpoint) -> SizeLimit | None:
-        """Return what a model must keep below; None if bits per weight are asked for.
-
-        Raises:
-            BudgetError: The memory of the GPU leaves nothing for weights.
-            UnsupportedModelError: The family is unknown.
-        """
-        if self.max_bytes is not None:
-            return disk_limit(checkpoint, self.max_bytes, shard_bytes=self.shard_bytes)
-        if self.vram_bytes is not None:
-            return gpu_limit(
-                checkpoint, self.vram_bytes, context_tokens=self.context_tokens, cache_bits=self.cache_bits
-            )
-        return None
-
-    def forecast(self, checkpoint: Checkpoint) -> Forecast:
-        """Return what a run will take; see ``forecast_run``."""
-        return forecast_run(
-            checkpoint,
-            bpw=self.bpw,
-            size=self.size_limit(checkpoint),
-            head_bits=self.head_bits,
-            config=self.measure,
-            overrides=self.overrides,
-            keep_fp16=self.keep_fp16,
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,14 +130,8 @@ def quantize_model(
     work = work or output.with_name(f"{output.name}.work")
     if judge is None and config.evaluate is not None:
         judge = Judge(checkpoint, config.evaluate, progress)
-    with claimed(work):
-        try:
-            result = _quantize(checkpoint, output, config, measurement, calibration, work, judge, progress)
-        except BrokenModelError:
-            discard_stages(work)
-            raise
-        discard_stages(work)
-    return result
+    with stages_in(work):
+        return _quantize(checkpoint, output, config, measurement, calibration, work, judge, progress)
 
 
 def _quantize(
