@@ -74,6 +74,11 @@ def dense_config(config: Mapping[str, Any], *, tied_embeddings: bool) -> dict[st
     """
     result = deepcopy(dict(config))
     result.pop("quantization_config", None)
+    for part in (result, result.get("text_config")):
+        scaling = part.get("rope_scaling") if isinstance(part, dict) else None
+        # Transformers knows the older key, but for Gemma 3; `mrope` it knows under that alone.
+        if isinstance(scaling, dict) and "rope_type" not in scaling and scaling.get("type", "mrope") != "mrope":
+            scaling["rope_type"] = scaling.pop("type")
     _set_common_keys(result, tied_embeddings)
     return result
 

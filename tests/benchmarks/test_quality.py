@@ -89,7 +89,7 @@ def test_alike_is_undone_afterwards(quality: ModuleType) -> None:
         sums = StageStatistics(1, torch.device("cpu"))
         sums.see_inputs(torch.tensor([[[1.0], [2.0]]]))
         sums.see_gradient("a", torch.tensor([[[300.0], [0.0]]]))
-        sums.end_batch(0)
+        sums.end_batch(0, 1)
         return float(sums.halves[0].mean())
 
     assert mean() == pytest.approx(1.0)

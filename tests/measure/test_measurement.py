@@ -244,6 +244,21 @@ def test_without_feedback() -> None:
     assert measurement().without_feedback == ("a.0",)
 
 
+def test_how_many_tokens_chose_an_expert_is_kept(tmp_path: Path) -> None:
+    few, many = (
+        replace(linear(f"model.layers.0.experts.{number}.w1", 64, 40), chosen_tokens=tokens)
+        for number, tokens in enumerate((99, 100))
+    )
+    made = measurement(linears=(linear("b.1", 96, 5), few, many))
+    made.save(tmp_path / "m.safetensors")
+    again = Measurement.load(tmp_path / "m.safetensors")
+    assert [x.chosen_tokens for x in (*again.linears, again.head)] == [None, 99, 100, None]
+    assert again.experts_sentence == (
+        "1 of 2 were chosen by fewer than 100 tokens, least: model.layers.0.experts.0 by 99"
+    )
+    assert measurement().experts_sentence is None
+
+
 @pytest.mark.parametrize("module", ["bpwise", "bpwise.cli", "bpwise.measure.measurement", "bpwise.quantize.plan"])
 def test_no_torch_needed(module: str) -> None:
     code = f"import sys, {module}; print(*sorted({{'torch', 'transformers', 'datasets'}} & set(sys.modules)))"

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from bpwise.convert.exl2.config import exl2_config
+from bpwise.convert.exl2.config import dense_config, exl2_config
 from transformers import AutoConfig
 
 BASE = {"architectures": ["SomeForCausalLM"]}
@@ -34,3 +34,40 @@ def test_sliding_windows_without_a_period_are_not_given_one() -> None:
 
 def test_epsilon_of_layer_norms_is_read_under_its_older_name() -> None:
     assert written(norm_epsilon=1e-5)["layer_norm_epsilon"] == 1e-5
+
+
+GEMMA3_NOW = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+}
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["alone", "with-vision"])
+@pytest.mark.parametrize(
+    "rope",
+    [{"rope_parameters": GEMMA3_NOW}, {"rope_theta": 1e6, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}],
+    ids=["transformers-5", "hub"],
+)
+def test_both_ropes_of_gemma_3(rope: dict[str, Any], nested: bool) -> None:
+    kind = "gemma3" if nested else "gemma3_text"
+    config = {"model_type": kind, **({"text_config": {"model_type": "gemma3_text", **rope}} if nested else rope)}
+    made = written(**config)
+    place = made["text_config"] if nested else made
+    # ExLlamaV2 0.3.2, config.py: of the blocks of full attention; it knows the others' base by itself.
+    assert (place["rope_theta"], place["rope_scaling"]) == (1e6, {"type": "linear", "factor": 8.0})
+    read = type(AutoConfig.for_model(kind)).from_dict(dense_config(made, tied_embeddings=False))
+    understood = (read.text_config if nested else read).rope_parameters
+    assert understood["sliding_attention"]["rope_theta"] == 10000.0
+    assert {key: understood["full_attention"][key] for key in ("rope_type", "factor", "rope_theta")} == {
+        "rope_type": "linear",
+        "factor": 8.0,
+        "rope_theta": 1e6,
+    }
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn", "longrope", "mrope", "llama3"])
+def test_rope_scaling_comes_back(kind: str) -> None:
+    key = "type" if kind == "mrope" else "rope_type"
+    scaling = {key: kind, "factor": 4.0, "original_max_position_embeddings": 64}
+    made = written(rope_theta=10000.0, rope_scaling=dict(scaling))
+    assert dense_config(made, tied_embeddings=False)["rope_scaling"] == scaling
