@@ -296,9 +296,10 @@ class StreamedModel:
         for inner, parameter in empty.items():
             full = f"{name}.{inner}" if name else inner
             if skip is None or not full.startswith(f"{skip}."):
-                stored = _read(self._source, full, parameter.shape, self.embedding_name)
-                dtype = None if full == f"{HEAD}.weight" else self.dtype
-                _set_parameter(module, inner, _parameter(stored.to(device=self.device, dtype=dtype)))
+                place = {"device": self.device, "dtype": None if full == f"{HEAD}.weight" else self.dtype}
+                weight = _read(self._source, full, parameter.shape, self.embedding_name).to(**place)
+                _set_parameter(module, inner, _parameter(weight))
+                del weight
         try:
             yield module
         finally:
