@@ -17,7 +17,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from .files import atomic_file
 
 __all__ = [
     "HeaderEntry",
+    "NewTensor",
     "SafetensorsHeader",
     "load_metadata",
     "load_tensors",
@@ -66,6 +67,13 @@ _DTYPES: dict[str, torch.dtype] = {
     "C64": torch.complex64,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class NewTensor(Protocol):
+    """Makes a tensor on the CPU, to be filled."""
+
+    def __call__(self, shape: tuple[int, ...], /, *, dtype: torch.dtype) -> Tensor:
+        """Return it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,13 +157,14 @@ def read_header(path: Path, error: type[BpwiseError]) -> SafetensorsHeader:
     return SafetensorsHeader(entries, metadata, data_offset, file_bytes, hashlib.sha256(prefix + raw).hexdigest())
 
 
-def read_entry(path: Path, entry: HeaderEntry, error: type[BpwiseError]) -> Tensor:
+def read_entry(path: Path, entry: HeaderEntry, error: type[BpwiseError], new: NewTensor = torch.empty) -> Tensor:
     """Read one tensor into memory of its own; nothing stays mapped or open.
 
     Args:
         path: The file that ``entry`` was read from.
         entry: Place, shape and dtype of the tensor.
         error: What to raise.
+        new: Makes the tensor.
 
     Returns:
         The tensor, of ``entry.shape`` and ``entry.dtype``, on the CPU.
@@ -164,7 +173,7 @@ def read_entry(path: Path, entry: HeaderEntry, error: type[BpwiseError]) -> Tens
         BpwiseError: As the type given by ``error``: the file cannot be read, or was cut since its header was
             read.
     """
-    data = torch.empty(entry.size_bytes, dtype=torch.uint8)
+    data = new((entry.size_bytes,), dtype=torch.uint8)
     try:
         with path.open("rb") as file:
             file.seek(entry.offset_bytes)
@@ -227,18 +236,21 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         write_tensors(file, tensors, metadata or {})
 
 
-def load_tensors(path: Path, error: type[BpwiseError] = FormatError) -> dict[str, Tensor]:
+def load_tensors(
+    path: Path, error: type[BpwiseError] = FormatError, *, new: NewTensor = torch.empty
+) -> dict[str, Tensor]:
     """Read all tensors of a safetensors file into memory of their own, on the CPU, in their stored dtypes.
 
     Args:
         path: The file.
         error: What to raise.
+        new: Makes the tensors.
 
     Raises:
         BpwiseError: As the type given by ``error``: the file is missing or damaged.
     """
     header = read_header(Path(path), error)
-    return {name: read_entry(Path(path), entry, error) for name, entry in header.entries.items()}
+    return {name: read_entry(Path(path), entry, error, new) for name, entry in header.entries.items()}
 
 
 def load_metadata(path: Path, error: type[BpwiseError] = FormatError) -> dict[str, str]:

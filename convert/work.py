@@ -10,12 +10,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ..errors import BrokenModelError, WorkDirectoryError
 from .files import write_json
-from .safetensors_file import load_tensors, save_tensors
+from .safetensors_file import NewTensor, load_tensors, save_tensors
 
 __all__ = ["StageDirectory", "claimed", "discard_stages", "stages_in"]
 
@@ -58,9 +59,9 @@ class StageDirectory:
         """Keep a piece: it is there completely or not at all."""
         save_tensors(self._file(piece), tensors, metadata)
 
-    def load(self, piece: str) -> dict[str, Tensor]:
-        """Return the tensors of a finished piece."""
-        return load_tensors(self._file(piece))
+    def load(self, piece: str, new: NewTensor = torch.empty) -> dict[str, Tensor]:
+        """Return the tensors of a finished piece, each in what ``new`` made for it."""
+        return load_tensors(self._file(piece), new=new)
 
     def discard(self, piece: str) -> None:
         """Let a piece go that no later step needs."""

@@ -60,7 +60,7 @@ def measure_curves(
     token in H (see ``statistics``). The sum runs over a sample of the outputs that stands for all.
 
     Args:
-        weights: Each linear's weight, float32, shape (K, out): the transpose of a Hugging Face weight.
+        weights: Each linear's weight, floating point, shape (K, out): the transpose of a Hugging Face weight.
         gram: H, weighted mean of x x^T over tokens, float32, shape (K, K).
         fishers: F of each linear, float32, shape (out,).
         widths: Bit widths to try.
@@ -73,7 +73,7 @@ def measure_curves(
     """
     power = gram.diagonal().clone()
     order = power.argsort(descending=True, stable=True)
-    factor = inverse_factor(gram[order][:, order], damping)
+    factor = inverse_factor(gram[order[:, None], order], damping)
     rows = group_rows(gram.shape[0], group_size)
     tasks = [
         partial(_damage, weight, order, factor.upper, rows, widths, fisher)
@@ -98,4 +98,4 @@ def _damage(
     weight: Tensor, order: Tensor, upper: Tensor, rows: Sequence[int], widths: Sequence[int], fisher: Tensor
 ) -> Tensor:
     columns, shares = systematic_sample(fisher, SAMPLED_COLUMNS)
-    return 0.5 * errors_by_group(weight[order[:, None], columns], upper, rows, widths, shares)
+    return 0.5 * errors_by_group(weight[order[:, None], columns].float(), upper, rows, widths, shares)

@@ -26,6 +26,9 @@ __all__ = ["DAMPINGS", "HeldOut", "judge_halves"]
 DAMPINGS = (0.02, 0.1, 0.5)
 """Dampings to choose from, relative to the mean of the Gram matrix's diagonal."""
 
+_SLICE_ROWS = 256
+"""Rows of a weight that are worked on at once: 128 MiB in float32 for 128k outputs."""
+
 _WITHOUT_HALVES = 0.2
 """Damping where there is only one row, so that nothing can be held out."""
 
@@ -65,7 +68,7 @@ def judge_halves(
     midway between what a fit on one half does on that half and on the other.
 
     Args:
-        weights: Weight of each linear of the stage, float32, shape (K, out).
+        weights: Weight of each linear of the stage, floating point, shape (K, out).
         grams: Gram matrix of each half, float32, shape (K, K).
         fishers: Fisher weights of each linear's outputs, float32, shape (out,).
         group_size: Rows of a group.
@@ -74,7 +77,7 @@ def judge_halves(
     Returns:
         The choice; an inflation of 1 where one half is empty or all weights are zero.
     """
-    power = sum((weight.square() @ fisher for weight, fisher in zip(weights, fishers, strict=True)), torch.tensor(0.0))
+    power = sum(map(_power, weights, fishers), torch.zeros(len(grams[0]), device=grams[0].device))
     if not (all(bool(gram.any()) for gram in grams) and bool(power.any())):
         return HeldOut(dampings[0] if len(dampings) == 1 else _WITHOUT_HALVES, 1.0)
     there = _trials(power, grams[0], grams[1], dampings, group_size)
@@ -85,18 +88,23 @@ def judge_halves(
     return HeldOut(dampings[best], inflation)
 
 
+def _power(weight: Tensor, fisher: Tensor) -> Tensor:
+    # Per row, the mean of squares that ``fisher`` weighs; of an output head a slice at a time.
+    return torch.cat([rows.float().square() @ fisher for rows in weight.split(_SLICE_ROWS)])
+
+
 def _trials(power: Tensor, fit: Tensor, other: Tensor, dampings: Sequence[float], group_size: int) -> list[_Trial]:
     order = fit.diagonal().argsort(descending=True, stable=True)
-    fit, other = (gram[order][:, order] for gram in (fit, other))
+    fit, other = (gram[order[:, None], order] for gram in (fit, other))
     spread = torch.cat([part.mean().expand_as(part) for part in power[order].split(group_size)])
     trials = []
     for damping in dampings:
         factor = inverse_factor(fit, damping, dtype=torch.float32)  # to compare, that is precise enough
         pivots = factor.upper.diagonal()
-        feedback = factor.upper / pivots[:, None]
         reported = float(spread @ pivots.square().reciprocal())
-        held_out = float(spread @ ((feedback @ other) * feedback).sum(dim=1))
+        feedback = factor.upper.div_(pivots.clone()[:, None])
+        held_out = float(spread @ (feedback @ other).mul_(feedback).sum(dim=1))
         # The damped matrix is that of the fit plus a multiple of one.
-        added = damping * float(fit.diagonal().mean()) * float(spread @ feedback.square().sum(dim=1))
+        added = damping * float(fit.diagonal().mean()) * float(spread @ feedback.square_().sum(dim=1))
         trials.append(_Trial(reported, reported - added, held_out))
     return trials

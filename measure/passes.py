@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from .heldout import DAMPINGS, judge_halves
 from .measurement import MeasuredLinear, MeasuredTable
 from .positions import position_by_position
 from .sampling import systematic_sample
+from .states import new_state
 from .statistics import StageStatistics, collect, tapped_inputs
 from .stream import StreamedModel, check_finite, micro_batches
 from .types import SAMPLED_ROWS, measure_plain_types, measure_types
@@ -85,36 +87,38 @@ class MeasuringPasses:
     def forward(self, progress: Progress) -> None:
         """Keep the input of every block on disk, and the output of the last; rounding in this run reads them again."""
         last = self.model.block_count
-        embedded = self.model.embed(self.tokens)
+        hidden: Tensor | None = self.model.embed(self.tokens)
         if not self.pieces.has("head") and not self.pieces.has("input-0"):
-            self.pieces.save("input-0", {"hidden": embedded})
-        hidden: Tensor | None = embedded
+            self.pieces.save("input-0", {"hidden": hidden})
         for index in progress(range(last), "measure: forward"):
             if self.pieces.has("head") or self.pieces.has(f"input-{index + 1}"):
                 hidden = None
                 continue
             if hidden is None:
-                hidden = self.pieces.load(f"input-{index}")["hidden"]
-            hidden = self._forward_block(index, hidden)
+                hidden = self._kept(f"input-{index}", "hidden")
+            self._forward_block(index, hidden)
             self.pieces.save(f"input-{index + 1}", {"hidden": hidden})
 
-    def _forward_block(self, index: int, hidden: Tensor) -> Tensor:
-        output = torch.empty_like(hidden)
+    def _kept(self, piece: str, name: str) -> Tensor:
+        # A state, in memory or in a file as all are.
+        return self.pieces.load(piece, partial(new_state, directory=self.model.offload_dir))[name]
+
+    def _forward_block(self, index: int, hidden: Tensor) -> None:
+        # Puts the block's output in the place of its input.
         stages = self.model.stages(index)
         with torch.no_grad(), self.model.block(index) as block, position_by_position(block, stages):
             for batch in self.batches:
-                output[batch] = self.model.run_block(index, hidden[batch].to(self.model.device)).cpu()
-        check_finite(output, self.model.block_name(index))
-        return output
+                hidden[batch] = self.model.run_block(index, hidden[batch].to(self.model.device)).cpu()
+        check_finite(hidden, self.model.block_name(index))
 
     def head(self) -> None:
         """Sample targets, keep the gradient at the last block's output, measure the head."""
         if self.pieces.has("head"):
             return
         last = self.model.block_count
-        hidden = self.pieces.load(f"input-{last}")["hidden"]
+        hidden = self._kept(f"input-{last}", "hidden")
         rng = torch.Generator(self.model.device).manual_seed(self.seed)
-        gradient = torch.empty_like(hidden)
+        gradient = self.model.new_state(self.tokens)
         with self.model.tail() as head, tapped_inputs(head, [""]) as taps, _kept_output(head) as raw:
             sums = StageStatistics(head.in_features, self.model.device)
             flat, flat_gradient = hidden.flatten(0, 1), gradient.view(-1, hidden.shape[-1])
@@ -143,8 +147,8 @@ class MeasuringPasses:
             if self.pieces.has(f"curves-{index}"):
                 continue
             if gradient is None:
-                gradient = self.pieces.load(f"gradient-{index + 1}")["gradient"]
-            hidden = self.pieces.load(f"input-{index}")["hidden"]
+                gradient = self._kept(f"gradient-{index + 1}", "gradient")
+            hidden = self._kept(f"input-{index}", "hidden")
             stages = self.model.stages(index)
             shared = [stage for stage in stages if stage.expert is None]
             experts = [stage for stage in stages if stage.expert is not None]
@@ -156,7 +160,8 @@ class MeasuringPasses:
                     collect_experts(block, path, experts, self.tokens.numel()) as seen,
                     position_by_position(block, stages),
                 ):
-                    gradient = self._backward_block(index, hidden, gradient, statistics)
+                    self._backward_block(index, hidden, gradient, statistics)
+                del hidden
                 for stage, sums in zip(shared, statistics, strict=True):
                     packed |= self._measured_stage(index, block, stage, sums)
                 for pair in expert_stages(experts).values():
@@ -187,30 +192,31 @@ class MeasuringPasses:
         hidden: Tensor,
         gradient: Tensor,
         statistics: Sequence[StageStatistics],
-    ) -> Tensor:
-        before = torch.empty_like(gradient)
+    ) -> None:
+        # Puts the gradient at the block's input in the place of that at its output.
         for batch in self.batches:
             for sums in statistics:
                 sums.first_row = batch.start
             inputs = hidden[batch].to(self.model.device).requires_grad_()
             self.model.run_block(index, inputs).backward(gradient[batch].to(self.model.device))
             assert inputs.grad is not None
-            before[batch] = inputs.grad.cpu()
+            gradient[batch] = inputs.grad.cpu()
             for sums in statistics:
                 sums.end_batch(batch.start, len(inputs))
-        check_finite(before, f"{self.model.block_name(index)}, gradient")
-        return before
+        check_finite(gradient, f"{self.model.block_name(index)}, gradient")
 
     def _curves(
         self, linears: dict[str, Any], sums: StageStatistics
     ) -> tuple[dict[str, ErrorCurve], dict[str, Tensor]]:
         # Damage of every row group at every width, and of every linear in every one of ggml's types.
-        weights = [module.weight.detach().float().T for module in linears.values()]
+        weights = [module.weight.detach().T for module in linears.values()]
         fishers = [sums.fisher[name] / sums.tokens for name in linears]
         totals = [half.weight for half in sums.halves]
         halves = [half.mean() for half in sums.halves]
         judged = judge_halves(weights, halves, fishers, group_size=self.group_size, dampings=self.dampings)
-        gram = (totals[0] * halves[0] + totals[1] * halves[1]) / max(sum(totals), _TINY)
+        first, second = (half.mul_(total) for total, half in zip(totals, halves, strict=True))
+        gram = first.add_(second).div_(max(sum(totals), _TINY))
+        del halves, second
         curves = measure_curves(
             weights,
             gram,
@@ -233,7 +239,7 @@ class MeasuringPasses:
         """Measure the token embeddings; the backward pass has ended."""
         if self.pieces.has("embedding"):
             return
-        gradient = self.model.embedding_gradient(self.tokens, self.pieces.load("gradient-0")["gradient"])
+        gradient = self.model.embedding_gradient(self.tokens, self._kept("gradient-0", "gradient"))
         squares = gradient.flatten(0, 1).square()
         fisher = squares.mean(dim=0)
         # As in a Gram matrix, a token counts what its gradients say.

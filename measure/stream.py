@@ -8,8 +8,9 @@ final hidden states are injected, applies whatever the model does after its bloc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from ..convert.families import HEAD, Family, Stage
 from ..convert.language import LanguageModel, language_model
 from ..errors import CheckpointError, NumericalError, UnsupportedModelError
 from .attention import attention_for
+from .head import StoredLinear
+from .states import new_state
 from .surgery import split_block
 
 __all__ = ["StreamedModel", "check_finite", "micro_batches", "whole_model"]
@@ -72,15 +75,19 @@ class StreamedModel:
         family: How its blocks are cut into linears.
         device: Where blocks run.
         dtype: Floating dtype of weights and activations while running.
+        offload_dir: Where hidden states of all rows are kept; None for memory.
     """
 
-    def __init__(self, source: TensorSource, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, source: TensorSource, *, device: torch.device, dtype: torch.dtype, offload_dir: Path | None = None
+    ) -> None:
         """Build the skeleton; reads no weights.
 
         Args:
             source: Where configuration and tensors come from.
             device: Where blocks run.
             dtype: Floating dtype of weights and activations.
+            offload_dir: An existing directory for hidden states of all rows; None keeps them in memory.
 
         Raises:
             UnsupportedModelError: Neither bpwise nor Transformers knows the model type.
@@ -89,7 +96,9 @@ class StreamedModel:
         self.family: Family = self._source.family
         self.device = device
         self.dtype = dtype
+        self.offload_dir = offload_dir
         self._model: Any = _build_skeleton(self._source.config, dtype, device)
+        self._model.set_submodule(HEAD, StoredLinear(self._model.get_submodule(HEAD)))
         parent = self._model.get_submodule(self.family.blocks)
         self._blocks: list[nn.Module] = list(parent)
         for index, block in enumerate(self._blocks):
@@ -150,16 +159,28 @@ class StreamedModel:
             table: Token embeddings to take in the place of the model's own, shape (vocabulary, hidden size).
 
         Returns:
-            Shape (rows, tokens, hidden size), on the CPU.
+            Shape (rows, tokens, hidden size), on the CPU, a new state.
         """
-        embedding = self._model.get_input_embeddings()
-        parts = []
-        with torch.no_grad(), self._loaded(embedding, self.embedding_name):
-            if table is not None:
-                embedding.weight = nn.Parameter(table.to(self.device, self.dtype), requires_grad=False)
+        state = self.new_state(tokens)
+        with torch.no_grad(), self._embedding_table(table) as rows_of:
             for batch in micro_batches(*tokens.shape):
-                parts.append(self._run_embedding(tokens[batch].to(self.device)).cpu())
-        return torch.cat(parts)
+                state[batch] = self._run_embedding(rows_of(tokens[batch])).cpu()
+        return state
+
+    def new_state(self, tokens: Tensor, width: int | None = None) -> Tensor:
+        """Return a tensor for something of every token, in memory or, if there is one, in the offload directory.
+
+        Args:
+            tokens: Token ids, shape (rows, tokens).
+            width: How much of it; None for a hidden state.
+
+        Returns:
+            Shape (rows, tokens, width), on the CPU, to be filled.
+
+        Raises:
+            WorkDirectoryError: The offload directory has no place for it.
+        """
+        return new_state((*tokens.shape, width or self.hidden_size), self.dtype, self.offload_dir)
 
     def embedding_gradient(self, tokens: Tensor, gradient: Tensor) -> Tensor:
         """Return the gradient at each token's embedding, as it is stored, from that at the first block's input.
@@ -174,19 +195,34 @@ class StreamedModel:
             Same shape as ``gradient``, on the CPU.
         """
         embedding = self._model.get_input_embeddings()
-        padding, embedding.padding_idx = embedding.padding_idx, None  # no row of what follows is without gradient
-        parts = []
-        with self._loaded(embedding, self.embedding_name):
-            table = embedding.weight
+        before = self.new_state(tokens)
+        with self._embedding_table() as rows_of:
             for batch in micro_batches(*tokens.shape):
-                # A table of the batch's tokens alone, each with a row of its own, so that none shares its gradient.
-                own = nn.Parameter(table[tokens[batch].flatten().to(self.device)])
-                embedding.weight = own
-                places = torch.arange(len(own), device=self.device).view(tokens[batch].shape)
-                (part,) = torch.autograd.grad(self._run_embedding(places), own, gradient[batch].to(own))
-                parts.append(part.view(gradient[batch].shape).cpu())
-        embedding.padding_idx = padding
-        return torch.cat(parts)
+                embedded = self._run_embedding(rows_of(tokens[batch]))
+                own = embedding.weight
+                (part,) = torch.autograd.grad(embedded, own, gradient[batch].to(own))
+                before[batch] = part.view(before[batch].shape).cpu()
+        return before
+
+    @contextmanager
+    def _embedding_table(self, table: Tensor | None = None) -> Iterator[Callable[[Tensor], Tensor]]:
+        # Yields what gives the embedding the rows of some tokens alone, each token a row of its own, so that none
+        # shares its gradient, and returns their places in it. The table as a whole stays as it is stored.
+        embedding = self._model.get_input_embeddings()
+        if table is None:
+            name = f"{self.embedding_name}.weight"
+            table = _read(self._source, name, embedding.weight.shape, self.embedding_name)
+        empty, padding = embedding.weight, embedding.padding_idx
+
+        def rows_of(tokens: Tensor) -> Tensor:
+            embedding.weight = nn.Parameter(table[tokens.flatten()].to(self.device, self.dtype))
+            return torch.arange(tokens.numel(), device=self.device).view(tokens.shape)
+
+        try:
+            embedding.padding_idx = None  # no row is without gradient
+            yield rows_of
+        finally:
+            embedding.weight, embedding.padding_idx = empty, padding
 
     def _run_embedding(self, tokens: Tensor) -> Tensor:
         with suppress(_EndOfEmbedding):
@@ -219,7 +255,7 @@ class StreamedModel:
 
     @contextmanager
     def tail(self) -> Iterator[Any]:
-        """Hold everything outside the blocks (final norm, head) on the device; yields the head."""
+        """Hold everything outside the blocks (final norm, head) on the device; yields the head, a ``StoredLinear``."""
         head = self._model.get_submodule(HEAD)
         with self._loaded(self._model, "", skip=self.embedding_name):
             yield head
@@ -260,8 +296,10 @@ class StreamedModel:
         for inner, parameter in empty.items():
             full = f"{name}.{inner}" if name else inner
             if skip is None or not full.startswith(f"{skip}."):
-                table, shape = self.embedding_name, parameter.shape
-                _set_parameter(module, inner, _read(self._source, full, shape, table, self.device, self.dtype))
+                place = {"device": self.device, "dtype": None if full == f"{HEAD}.weight" else self.dtype}
+                weight = _read(self._source, full, parameter.shape, self.embedding_name).to(**place)
+                _set_parameter(module, inner, _parameter(weight))
+                del weight
         try:
             yield module
         finally:
@@ -293,14 +331,13 @@ def whole_model(source: TensorSource, *, device: torch.device, dtype: torch.dtyp
     embedding = model.get_input_embeddings()
     table = next(name for name, module in model.named_modules() if module is embedding)
     for name, parameter in list(model.named_parameters()):  # a tied head is left out here, and follows at the end
-        _set_parameter(model, name, _read(language, name, parameter.shape, table, device, dtype))
+        stored = _read(language, name, parameter.shape, table)
+        _set_parameter(model, name, _parameter(stored.to(device, dtype)))
     model.tie_weights()
     return model
 
 
-def _read(
-    source: LanguageModel, name: str, shape: torch.Size, table: str, device: torch.device, dtype: torch.dtype
-) -> nn.Parameter:
+def _read(source: LanguageModel, name: str, shape: torch.Size, table: str) -> Tensor:
     name = source.family.file_name(name)
     if name == f"{HEAD}.weight" and source.tied_embeddings:
         name = f"{table}.weight"
@@ -310,7 +347,11 @@ def _read(
             f"{source.directory}: {name} has shape {tuple(tensor.shape)}, "
             f"expected {tuple(shape)} from config.json. The files do not belong together."
         )
-    return nn.Parameter(tensor.to(device, dtype), requires_grad=False)
+    return tensor
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
 
 
 def _build_skeleton(config: dict[str, Any], dtype: torch.dtype, device: torch.device, *, pads: bool = False) -> Any:

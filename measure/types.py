@@ -55,7 +55,7 @@ def measure_types(
     """Measure the linears that share one input, rounded with feedback. A pure function of its arguments.
 
     Args:
-        weights: Each linear's weight, float32, shape (K, out): the transpose of a Hugging Face weight.
+        weights: Each linear's weight, floating point, shape (K, out): the transpose of a Hugging Face weight.
         gram: H, weighted mean of x x^T over tokens, float32, shape (K, K).
         fishers: Fisher weights of each linear's outputs, float32, shape (out,).
         kinds: The types.
@@ -70,7 +70,7 @@ def measure_types(
     groups = rounded_together([kind for kind in kinds if kind.fits(len(gram))])
     samples = [_Sample.of(fisher) for fisher in fishers]
     tasks = [
-        partial(errors_on_types, weight[:, sample.rows_for(group)].contiguous(), upper, group)
+        partial(errors_on_types, weight[:, sample.rows_for(group)].float().contiguous(), upper, group)
         for weight, sample in zip(weights, samples, strict=True)
         for group in groups
     ]
@@ -91,7 +91,7 @@ def measure_plain_types(
     """Measure one tensor rounded without feedback.
 
     Args:
-        weight: The transpose of the tensor as it is stored, float32, shape (K, rows): outputs of a linear, or the
+        weight: The transpose of the tensor as it is stored, floating point, shape (K, rows): outputs of a linear, or the
             embeddings of some tokens.
         gram: What an error in a row costs, float32, shape (K, K): H as above, or the diagonal Fisher of an embedding.
         row_weights: Fisher weight of each output, or share of each token among all tokens, float32, shape (rows,).
@@ -104,7 +104,7 @@ def measure_plain_types(
     """
     importance = gram.diagonal().cpu()
     rows, shares = systematic_sample(row_weights, SAMPLED_ROWS)
-    sampled = weight[:, rows].contiguous()
+    sampled = weight[:, rows].float().contiguous()
 
     def damage(kind: GgmlType) -> float:
         if not kind.fits(len(weight)):

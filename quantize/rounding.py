@@ -20,7 +20,7 @@ from ..measure.run import kept_inputs, resolve_device
 from ..measure.stream import StreamedModel
 from ..progress import Progress, silent
 from ..rounding.coupling import OutputFeedback
-from ..rounding.feedback import round_linear
+from ..rounding.feedback import round_linear_
 from ..rounding.hessian import inverse_factor
 from .plan import LinearPlan, Plan
 from .rounding_pass import Drift, RoundingPass, kept_drift, rounding_damping
@@ -151,16 +151,20 @@ class _Exl2Rounder:
         self._plans = {p.name: p for p in (*plan.linears, *([plan.head] if plan.head else []))}
         self._couple_outputs = couple_outputs
 
-    def round(self, measured: MeasuredLinear, target: Tensor, gram: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def round_(self, measured: MeasuredLinear, target: Tensor, gram: Tensor) -> dict[str, Tensor]:
         """See ``Rounder``."""
         plan = self._plans[measured.name]
         order = _stored_order(plan, measured).to(target.device)
-        factor = inverse_factor(gram[order][:, order], rounding_damping(measured))
+        factor = inverse_factor(gram[order[:, None], order], rounding_damping(measured))
         fisher = torch.from_numpy(measured.fisher).to(target.device)
         outputs = OutputFeedback.of(fisher, torch.from_numpy(measured.coupling)) if self._couple_outputs else None
-        linear, _ = round_linear(target, factor.upper, plan.stored_groups, order, fisher, outputs)
+        linear, _ = round_linear_(target, factor.upper, plan.stored_groups, order, fisher, outputs)
         linear.validate(plan.name)
-        return _pack(linear, factor.damping), linear.dequantize()
+        return _pack(linear, factor.damping)
+
+    def decoded(self, name: str, kept: dict[str, Tensor]) -> Tensor:
+        """See ``Rounder``."""
+        return _unpack(kept).dequantize()
 
 
 def _stored_order(plan: LinearPlan, measured: MeasuredLinear) -> Tensor:

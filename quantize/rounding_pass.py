@@ -22,6 +22,7 @@ from ..convert.work import StageDirectory
 from ..measure.experts import expert_of, expert_stages
 from ..measure.heldout import DAMPINGS
 from ..measure.measurement import MeasuredLinear, Measurement
+from ..measure.states import new_state
 from ..measure.statistics import tapped_inputs, tapped_outputs
 from ..measure.stream import StreamedModel, check_finite, micro_batches
 from ..progress import Progress
@@ -31,23 +32,29 @@ from .stepped import SteppedForwards
 
 __all__ = ["Drift", "Rounder", "RoundingPass", "drift_section", "kept_drift", "rounding_damping"]
 
+_SLICE_OUTPUTS = 16384
+"""Outputs that drift is cancelled for together: 256 MiB in float32 for 4096 inputs."""
+
 _TINY = 1e-30
 
 
 class Rounder(Protocol):
     """Rounds single linears to one format."""
 
-    def round(self, measured: MeasuredLinear, target: Tensor, gram: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def round_(self, measured: MeasuredLinear, target: Tensor, gram: Tensor) -> dict[str, Tensor]:
         """Round one linear.
 
         Args:
             measured: What is known of it.
-            target: The weight to represent, float32, shape (K, out).
+            target: The weight to represent, float32, shape (K, out), contiguous; its memory may be used.
             gram: Weighted mean of x x^T over the quantized model's inputs, float32, shape (K, K).
 
         Returns:
-            What to keep, by name, and the weight that a reader makes of it, shape (out, K).
+            What to keep, by name.
         """
+
+    def decoded(self, name: str, kept: dict[str, Tensor]) -> Tensor:
+        """Return the weight that a reader makes of what was kept of a linear, shape (out, K)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,11 +143,10 @@ class RoundingPass:
             progress: Wraps the blocks.
             table: The quantized model's token embeddings, shape (tokens, hidden size), where they differ.
         """
-        original = self.model.embed(self.tokens)
-        state = {"original": original, "quantized": original if table is None else self.model.embed(self.tokens, table)}
+        state = {"original": self.model.embed(self.tokens), "quantized": self.model.embed(self.tokens, table)}
         finished = max((i for i in range(self.model.block_count) if self.pieces.has(f"state-{i}")), default=-1)
         if finished >= 0:
-            state = self.pieces.load(f"state-{finished}")
+            state = self._kept(self.pieces, f"state-{finished}")
         for index in progress(range(self.model.block_count), "quantize: round"):
             if index <= finished:
                 continue
@@ -194,11 +200,10 @@ class RoundingPass:
                     path = self._experts_path
                     inputs = torch.cat([forwards.advance(number)[path].cpu() for number in range(len(self.batches))])
                     self._round_experts(index, block, experts, wanted.pop(path)[0].flatten(0, 1), inputs)
-                output = torch.empty_like(quantized)
                 for position, batch in enumerate(self.batches):
-                    output[batch] = forwards.finish(position).cpu()
-            check_finite(output, f"{self.model.block_name(index)}, quantized")
-        return {"original": original, "quantized": output}
+                    quantized[batch] = forwards.finish(position).cpu()
+            check_finite(quantized, f"{self.model.block_name(index)}, quantized")
+        return {"original": original, "quantized": quantized}
 
     def _round_experts(
         self, index: int, block: Any, stages: Sequence[Stage], original: Tensor, quantized: Tensor
@@ -270,10 +275,10 @@ class RoundingPass:
         read = [stage.linears[0] for stage in shared if stage.adds is None]
         read += [self._experts_path] if len(shared) < len(stages) else []
         adding = [(stage.linears[0], stage.adds, stage.normed) for stage in shared if stage.adds is not None]
-        targets: dict[str, list[Tensor]] = {}
+        targets: dict[str, Tensor] = {}
         sizes: dict[str, list[Tensor]] = {}
-        outputs = []
         known = self._known_output(index, stages)
+        output = self.model.new_state(self.tokens) if known is None else known
         for batch in self.batches:
             norms = [name for _, name, normed in adding if normed]
             with (
@@ -281,29 +286,35 @@ class RoundingPass:
                 tapped_outputs(block, [name for _, name, _ in adding]) as added,
             ):
                 if known is None:
-                    outputs.append(self._run(index, hidden, batch).cpu())
+                    output[batch] = self._run(index, hidden, batch).cpu()
                 else:
                     self._run_until(index, hidden, batch, block.get_submodule(stages[-2].linears[0]))
-                    outputs.append(known[batch])
             for name in read:
-                targets.setdefault(name, []).append(inputs[name].cpu().view(*hidden[batch].shape[:2], -1))
+                self._keep(targets, name, batch, inputs[name])
             stream = self._on_device(hidden[batch])
             for linear, name, normed in adding:
                 if known is not None and name == adding[-1][1]:
-                    stream = outputs[-1]
+                    stream = output[batch]
                 else:
                     stream = stream + self.model.multiplier * added[name]
-                targets.setdefault(linear, []).append(stream.cpu())
+                self._keep(targets, linear, batch, stream)
                 if normed:
                     size = inputs[name].square().mean(dim=-1, keepdim=True).sqrt()
                     sizes.setdefault(linear, []).append(size.cpu())
-        output = torch.cat(outputs)
         check_finite(output, self.model.block_name(index))
         wanted = {
-            name: (torch.cat(parts), torch.cat(sizes[name]) if name in sizes else None)
-            for name, parts in targets.items()
+            name: (target, torch.cat(sizes[name]) if name in sizes else None) for name, target in targets.items()
         }
         return wanted, output
+
+    def _keep(self, targets: dict[str, Tensor], name: str, batch: slice, values: Tensor) -> None:
+        # Values of a micro-batch's tokens, of all tokens under a name.
+        if name not in targets:
+            targets[name] = self.model.new_state(self.tokens, values.shape[-1])
+        targets[name][batch] = values.cpu().view(targets[name][batch].shape)
+
+    def _kept(self, pieces: StageDirectory, piece: str) -> dict[str, Tensor]:
+        return pieces.load(piece, partial(new_state, directory=self.model.offload_dir))
 
     def _known_output(self, index: int, stages: Sequence[Stage]) -> Tensor | None:
         # The original block's output, where its last stage need not run: it only adds this stage's part.
@@ -311,7 +322,7 @@ class RoundingPass:
         ends = len(stages) > 1 and stages[-1].adds is not None and stages[-2].adds is None
         if self.inputs is None or not self.inputs.has(f"input-{index + 1}") or not (plain and ends):
             return None
-        return self.inputs.load(f"input-{index + 1}")["hidden"]
+        return self._kept(self.inputs, f"input-{index + 1}")["hidden"]
 
     def _run_until(self, index: int, hidden: Tensor, batch: slice, module: nn.Module) -> None:
         # Hooks that are there already see the module's input.
@@ -327,14 +338,14 @@ class RoundingPass:
             handle.remove()
 
     def _round_linear(self, name: str, module: Any, gram: Tensor, shift: Tensor | None, joins: bool) -> None:
-        weight = self._rounded(name, _shifted(module.weight, shift, joins), gram)
-        module.weight.copy_(weight.to(module.weight))
+        kept = self._rounded(name, _shifted(module.weight, shift, joins), gram)
+        module.weight.copy_(self.rounder.decoded(name, kept))
 
     def head(self) -> None:
         """Round the output head on what the quantized decoder gives it."""
         if self.pieces.has(HEAD):
             return
-        state = self.pieces.load(f"state-{self.model.block_count - 1}")
+        state = self._kept(self.pieces, f"state-{self.model.block_count - 1}")
         with torch.no_grad(), self.model.tail() as head:
             sums = StageSums(head, Stage((HEAD,)), self.model.device)
             weights = self._token_weights(HEAD)
@@ -342,6 +353,7 @@ class RoundingPass:
                 wanted, inputs = (self._head_input(head, state[key][batch]) for key in ("original", "quantized"))
                 sums.add(batch.start, inputs, wanted, inputs, weights[batch])
             gram, shift = sums.solved(correct_drift=self.correct_drift)
+            del state, wanted, inputs
             target = _shifted(head.weight, shift, False)
         run_all([partial(self._rounded, HEAD, target, gram)], self.model.device)
 
@@ -358,10 +370,10 @@ class RoundingPass:
             handle.remove()
         raise AssertionError("the model calls its head")
 
-    def _rounded(self, name: str, target: Tensor, gram: Tensor) -> Tensor:
-        kept, weight = self.rounder.round(self.measured[name], target, gram)
+    def _rounded(self, name: str, target: Tensor, gram: Tensor) -> dict[str, Tensor]:
+        kept = self.rounder.round_(self.measured[name], target, gram)
         self.pieces.save(name, kept)
-        return weight
+        return kept
 
 
 def _drift(original: Tensor, quantized: Tensor) -> Tensor:
@@ -373,7 +385,12 @@ def _drift(original: Tensor, quantized: Tensor) -> Tensor:
 
 def _shifted(weight: Tensor, shift: Tensor | None, joins: bool) -> Tensor:
     # The weight [inputs, outputs], moved by `shift`: itself where the stage joins the stream, else times the weight.
-    plain = weight.detach().T.float()
-    if shift is None:
-        return plain
-    return plain + shift if joins else torch.addmm(plain, shift, plain)
+    # In memory of its own; an output head keeps its dtype, and has no second copy in this one.
+    shifted = torch.empty(weight.T.shape, device=weight.device)
+    for first in range(0, len(weight), _SLICE_OUTPUTS):
+        columns = slice(first, first + _SLICE_OUTPUTS)
+        plain = weight[columns].float().T
+        if shift is not None:
+            plain = plain + shift[:, columns] if joins else torch.addmm(plain, shift, plain)
+        shifted[:, columns] = plain
+    return shifted

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,9 @@ from .rounding_pass import Drift, RoundingPass, kept_drift, rounding_damping
 from .type_plan import TypePlan
 
 __all__ = ["RoundedTypes", "round_types", "table_importance"]
+
+_SLICE_OUTPUTS = 16384
+"""Outputs that are rounded together, each for itself: few enough for the temporaries of an output head to be small."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -129,13 +133,15 @@ class _TypeRounder:
     def __init__(self, kinds: Mapping[str, GgmlType]) -> None:
         self._kinds = kinds
 
-    def round(self, measured: MeasuredLinear, target: Tensor, gram: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def round_(self, measured: MeasuredLinear, target: Tensor, gram: Tensor) -> dict[str, Tensor]:
         """See ``Rounder``."""
         kind = self._kinds[measured.name]
         if not kind.quantized:
-            data = encode(target.T.contiguous().cpu(), kind)
-            return {"data": torch.from_numpy(data)}, decode(data, kind).to(target.device)
+            return {"data": torch.from_numpy(encode(target.T.contiguous().cpu(), kind))}
         factor = inverse_factor(gram, rounding_damping(measured))
-        rounded = round_to_type(target, factor.upper, kind)
-        kept = {"data": torch.from_numpy(rounded.data), "damping": torch.tensor(factor.damping)}
-        return kept, rounded.weight
+        parts = [round_to_type(part, factor.upper, kind).data for part in target.split(_SLICE_OUTPUTS, dim=1)]
+        return {"data": torch.from_numpy(np.concatenate(parts)), "damping": torch.tensor(factor.damping)}
+
+    def decoded(self, name: str, kept: dict[str, Tensor]) -> Tensor:
+        """See ``Rounder``."""
+        return decode(kept["data"].numpy(), self._kinds[name])

@@ -22,7 +22,7 @@ from ..convert.exl2.linear import QuantizedLinear
 from .coupling import OutputFeedback, round_in_sets
 from .grid import GroupGrid, search_grids
 
-__all__ = ["errors_by_group", "round_linear"]
+__all__ = ["errors_by_group", "round_linear", "round_linear_"]
 
 _CHUNK_COLUMNS = 8192
 """Columns that go through the row loop together: wide enough to hide call overhead, small enough for the cache."""
@@ -50,7 +50,21 @@ def round_linear(
         The quantized linear, without bias, and each group's sum of e^2 per column (its part of tr(dW^T H dW) in
         the units of H), float32, shape (groups, out).
     """
-    work = weight[order].contiguous()
+    return round_linear_(weight.clone(memory_format=torch.contiguous_format), upper, groups, order, column_weights, outputs)
+
+
+def round_linear_(
+    weight: Tensor,
+    upper: Tensor,
+    groups: Sequence[RowGroup],
+    order: Tensor,
+    column_weights: Tensor,
+    outputs: OutputFeedback | None = None,
+) -> tuple[QuantizedLinear, Tensor]:
+    """As ``round_linear``, in the memory of ``weight``, which must be contiguous: no second copy of an output head."""
+    for part in weight.split(_CHUNK_COLUMNS, dim=1):
+        part.copy_(part[order])
+    work = weight
     codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
     ceilings, scale_codes, errors = [], [], []
     first = 0

@@ -51,17 +51,25 @@ def inverse_factor(gram: Tensor, damping: float, *, dtype: torch.dtype = torch.f
     if mean <= 0:  # The input is zero on every token: nothing can be fed back.
         return InverseFactor(torch.eye(gram.shape[0], device=gram.device), float("inf"))
     for step in _DAMPING_STEPS:
-        flipped = gram.to(dtype).flip(0, 1)
+        flipped = gram.flip(0, 1).to(dtype)
         flipped.diagonal().add_(damping * step * mean)
-        lower, failed = torch.linalg.cholesky_ex(flipped)
-        del flipped
-        if int(failed) == 0:
-            upper = lower.flip(0, 1).float()
-            del lower
+        lower, failed = _cholesky_(flipped)
+        upper = lower.float()
+        del flipped, lower
+        if not failed:
+            upper = upper.flip(0, 1)
             _invert_upper_(upper)
             if bool(torch.isfinite(upper).all()):
                 return InverseFactor(upper, damping * step)
     return InverseFactor((diagonal + damping * mean).rsqrt().float().diag(), float("inf"))
+
+
+def _cholesky_(matrix: Tensor) -> tuple[Tensor, bool]:
+    # The lower factor of a symmetric matrix, in its memory, and whether there is none.
+    lower = matrix.mT  # LAPACK's order: what lies so is not copied
+    failed = torch.zeros((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, failed))
+    return lower, bool(failed)
 
 
 def _invert_upper_(matrix: Tensor) -> None:
@@ -93,7 +101,7 @@ def damped_solve(gram: Tensor, target: Tensor, damping: float) -> Tensor:
     """
     damped = gram.clone()
     damped.diagonal().add_(damping * gram.diagonal().mean())
-    lower, failed = torch.linalg.cholesky_ex(damped)
-    if int(failed):
+    lower, failed = _cholesky_(damped)
+    if failed:
         return torch.zeros_like(target)
     return torch.cholesky_solve(target, lower)

@@ -12,8 +12,8 @@ from .layout import MAX_ROWS, ROW_MULTIPLE, WIDTHS, RowGroup, linear_bits
 
 __all__ = ["QuantizedLinear", "effective_scale"]
 
-_CHUNK_ELEMENTS = 1 << 24
-"""Weights decoded at a time: bounds the float32 temporaries to 64 MiB each."""
+_CHUNK_ELEMENTS = 1 << 22
+"""Weights decoded at a time: bounds the float32 temporaries to 16 MiB each."""
 
 
 def effective_scale(ceilings: Tensor, scale_codes: Tensor) -> Tensor:
@@ -136,15 +136,16 @@ class QuantizedLinear:
 
         Computed from the integers alone, with one fp16 rounding per weight, as EXL2 readers reconstruct it.
         """
-        scale = effective_scale(self.ceilings, self.scale_codes).float()
-        stored = torch.empty(self.codes.shape, dtype=torch.float16, device=self.codes.device)
-        step = max(1, _CHUNK_ELEMENTS // self.out_features)
-        first = 0
-        for index, group in enumerate(self.groups):
-            for start in range(first, first + group.rows, step):
-                rows = slice(start, min(start + step, first + group.rows))
-                stored[rows] = ((self.codes[rows].float() - (1 << (group.bits - 1))) * scale[index]).half()
-            first += group.rows
-        stored_row_of_feature = self.order.argsort()
-        stored = stored[stored_row_of_feature]
-        return stored.T.contiguous()
+        device = self.codes.device
+        sizes = torch.tensor([group.rows for group in self.groups], device=device)
+        halves = torch.tensor([float(1 << (group.bits - 1)) for group in self.groups], device=device)
+        stored_row = self.order.argsort()  # of each input feature
+        group = torch.arange(len(sizes), device=device).repeat_interleave(sizes)[stored_row]
+        half = halves[group][:, None]
+        weight = torch.empty(self.out_features, self.in_features, dtype=torch.float16, device=device)
+        step = max(1, _CHUNK_ELEMENTS // self.in_features)
+        for first in range(0, self.out_features, step):
+            columns = slice(first, first + step)
+            scale = effective_scale(self.ceilings, self.scale_codes[:, columns]).float()
+            weight[columns] = self.codes[stored_row, columns].float().sub_(half).mul_(scale[group]).half().T
+        return weight

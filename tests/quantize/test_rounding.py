@@ -243,7 +243,7 @@ def test_goes_on_inside_a_block(
     deep: Measured, deep_whole: RoundedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
     plan = deep.plan(4.5)
-    round_linear = rounding.round_linear
+    round_linear = rounding.round_linear_
     calls: list[None] = []
 
     def dying(*args: Any) -> Any:
@@ -252,10 +252,10 @@ def test_goes_on_inside_a_block(
         calls.append(None)
         return round_linear(*args)
 
-    monkeypatch.setattr(rounding, "round_linear", dying)
+    monkeypatch.setattr(rounding, "round_linear_", dying)
     with pytest.raises(Killed):
         deep.round(plan, tmp_path)
-    monkeypatch.setattr(rounding, "round_linear", round_linear)
+    monkeypatch.setattr(rounding, "round_linear_", round_linear)
     resumed = deep.round(plan, tmp_path)
     for name in deep_whole.names:
         assert_equal_linears(resumed.linear(name), deep_whole.linear(name))
