@@ -87,7 +87,7 @@ class StreamedModel:
             source: Where configuration and tensors come from.
             device: Where blocks run.
             dtype: Floating dtype of weights and activations.
-            offload_dir: An existing directory for hidden states of all rows; None keeps them in memory.
+            offload_dir: A directory for hidden states of all rows; None keeps them in memory.
 
         Raises:
             UnsupportedModelError: Neither bpwise nor Transformers knows the model type.
@@ -296,9 +296,9 @@ class StreamedModel:
         for inner, parameter in empty.items():
             full = f"{name}.{inner}" if name else inner
             if skip is None or not full.startswith(f"{skip}."):
-                place = {"device": self.device, "dtype": None if full == f"{HEAD}.weight" else self.dtype}
-                weight = _read(self._source, full, parameter.shape, self.embedding_name).to(**place)
-                _set_parameter(module, inner, _parameter(weight))
+                dtype = None if full == f"{HEAD}.weight" else self.dtype
+                weight = _read(self._source, full, parameter.shape, self.embedding_name)
+                _set_parameter(module, inner, _parameter(weight.to(device=self.device, dtype=dtype)))
                 del weight
         try:
             yield module
