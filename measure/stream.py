@@ -25,9 +25,9 @@ from .head import StoredLinear
 from .states import new_state
 from .surgery import split_block
 
-__all__ = ["StreamedModel", "check_finite", "micro_batches", "whole_model"]
+__all__ = ["MICRO_BATCH_TOKENS", "StreamedModel", "check_finite", "micro_batches", "whole_model"]
 
-_MICRO_BATCH_TOKENS = 2048
+MICRO_BATCH_TOKENS = 2048
 """Tokens that go through a block together: enough to keep a processor busy, few enough to stay small in memory."""
 
 _META = torch.device("meta")
@@ -35,7 +35,7 @@ _META = torch.device("meta")
 
 def micro_batches(rows: int, row_tokens: int) -> list[slice]:
     """Cut rows into micro-batches of about 2048 tokens, at least one row each."""
-    size = max(1, _MICRO_BATCH_TOKENS // row_tokens)
+    size = max(1, MICRO_BATCH_TOKENS // row_tokens)
     return [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
 
 
