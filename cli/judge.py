@@ -14,6 +14,7 @@ from .options import (
     EXISTING_FILE,
     EXISTING_PATH,
     MIB,
+    OFFLOAD_OPTION,
     TASK_OPTIONS,
     extra_options,
     open_original,
@@ -70,6 +71,7 @@ def _verify_gguf(model: Path) -> None:
 @click.option("--seed", type=int, default=0, help="Chooses the places that rows of Python's own text are taken from.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", help="Arithmetic.")
 @click.option("--device", default="auto", help="cpu, cuda, cuda:N, mps or auto.")
+@OFFLOAD_OPTION
 @click.option("--force-eval-text", is_flag=True, help="Evaluate even on text that QUANTIZED was calibrated on.")
 @click.option(
     "--engine",

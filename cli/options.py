@@ -26,6 +26,7 @@ __all__ = [
     "KEEP_FP16_OPTION",
     "LENGTHS",
     "MIB",
+    "OFFLOAD_OPTION",
     "OVERRIDE_OPTION",
     "RATES",
     "SIZE",
@@ -177,6 +178,13 @@ KEEP_FP16_OPTION = click.option(
 )
 
 
+OFFLOAD_OPTION = click.option(
+    "--offload-dir",
+    type=DIRECTORY,
+    help="Keep hidden states of all rows in files here, which are gone afterwards, and not in memory.",
+)
+
+
 def original_options(command: Command) -> Command:
     """Give a command the options that change a model while it is read."""
     for option in reversed(
@@ -224,6 +232,7 @@ def calibration_options(command: Command) -> Command:
                 "--moe-calibrate-all", is_flag=True, help="Run all tokens through all experts, not only few-used ones."
             ),
             click.option("--device", default="auto", help="cpu, cuda, cuda:N, mps or auto."),
+            OFFLOAD_OPTION,
             click.option("--work-dir", type=DIRECTORY, help="Where finished blocks are kept.  [default: OUTPUT.work]"),
         )
     ):
@@ -280,6 +289,7 @@ def read_measure_config(options: dict[str, Any], *, types: bool) -> tuple[Measur
         seed=options["seed"],
         types=types,
         device=options["device"],
+        offload_dir=options["offload_dir"],
     )
     return config, saved
 

@@ -128,6 +128,7 @@ def quantize(model: str, output: Path, output_format: str | None, **options: Any
         row_tokens=options["eval_row_tokens"],
         device=options["device"],
         allow_calibration_text=options["force_eval_text"],
+        offload_dir=options["offload_dir"],
     )
     run = _quantize_to_gguf if (output_format or output.suffix[1:]) == "gguf" else _quantize_to_exl2
     run(open_original(model, options), output, None if options["no_eval"] else evaluate, options)

@@ -241,7 +241,7 @@ def compare_with(run: OriginalRun, quantized: TensorSource, progress: Progress =
     check_vocabularies(run.source, quantized)
     runnable = with_positions_of(run.source, quantized)
     check_rows(runnable, run.rows)
-    model = StreamedModel(runnable, device=run.model.device, dtype=run.model.dtype)
+    model = StreamedModel(runnable, device=run.model.device, dtype=run.model.dtype, offload_dir=run.model.offload_dir)
     rows, row_tokens = run.rows.tokens.shape
     alike = model.block_count == run.model.block_count and model.hidden_size == run.model.hidden_size
     meter = DriftMeter(run.state.trace, row_tokens) if alike else None

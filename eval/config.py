@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..errors import ConfigError
 from ..measure.calibration import CalibrationConfig
@@ -25,6 +26,7 @@ class EvalConfig:
         dtype: What both models run in: ``float32``, ``bfloat16`` or ``float16``.
         device: ``cpu``, ``cuda``, ``cuda:N``, ``mps``, or ``auto`` for the best at hand.
         allow_calibration_text: Evaluate even on text that the model was calibrated on.
+        offload_dir: Directory for files with the hidden states of all rows; None keeps them in memory.
     """
 
     text: str | None = None
@@ -35,6 +37,7 @@ class EvalConfig:
     dtype: str = "float32"
     device: str = "auto"
     allow_calibration_text: bool = False
+    offload_dir: Path | None = None
 
     def __post_init__(self) -> None:
         """Check the values.

@@ -72,7 +72,8 @@ def run_original(
     """
     start = time.monotonic()
     check_rows(original, rows)
-    model = StreamedModel(original, device=resolve_device(config.device), dtype=DTYPES[config.dtype])
+    device, dtype = resolve_device(config.device), DTYPES[config.dtype]
+    model = StreamedModel(original, device=device, dtype=dtype, offload_dir=config.offload_dir)
     state, key = None, ""
     if cache is not None:
         key = original_key(original, rows.tokens, dtype=model.dtype, device=device_name(model.device))

@@ -87,9 +87,11 @@ class MeasuringPasses:
     def forward(self, progress: Progress) -> None:
         """Keep the input of every block on disk, and the output of the last; rounding in this run reads them again."""
         last = self.model.block_count
-        hidden: Tensor | None = self.model.embed(self.tokens)
+        embedded = self.model.embed(self.tokens)
         if not self.pieces.has("head") and not self.pieces.has("input-0"):
-            self.pieces.save("input-0", {"hidden": hidden})
+            self.pieces.save("input-0", {"hidden": embedded})
+        hidden: Tensor | None = embedded
+        del embedded
         for index in progress(range(last), "measure: forward"):
             if self.pieces.has("head") or self.pieces.has(f"input-{index + 1}"):
                 hidden = None

@@ -55,6 +55,7 @@ class MeasureConfig:
         types: Whether the damage of ggml's types is measured too, where ggml's library is installed: 5 s for a block of
             SmolLM2-135M on two cores.
         device: ``cpu``, ``cuda``, ``cuda:N``, ``mps``, or ``auto`` for the best at hand.
+        offload_dir: Directory for files with the hidden states of all rows; None keeps them in memory.
     """
 
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
@@ -64,6 +65,7 @@ class MeasureConfig:
     moe_calibrate_all: bool = False
     types: bool = True
     device: str = "auto"
+    offload_dir: Path | None = None
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -146,7 +148,7 @@ def measure_model(
     provenance = measurement_provenance(checkpoint, calibration, config)
     pieces = StageDirectory(work, "measure", provenance)
     source = language_model(checkpoint)
-    model = StreamedModel(source, device=device, dtype=torch.float32)
+    model = StreamedModel(source, device=device, dtype=torch.float32, offload_dir=config.offload_dir)
     kinds = _kinds(config)
     run = MeasuringPasses(
         model,

@@ -26,7 +26,7 @@ def new_state(shape: Sequence[int], dtype: torch.dtype, directory: Path | None) 
     Args:
         shape: Its shape.
         dtype: Its dtype.
-        directory: An existing directory to make a file in; None for memory.
+        directory: Directory to make a file in; it is made too. None for memory.
 
     Raises:
         WorkDirectoryError: The file cannot be made.
@@ -35,6 +35,7 @@ def new_state(shape: Sequence[int], dtype: torch.dtype, directory: Path | None) 
     if directory is None or size_bytes == 0:
         return torch.empty(*shape, dtype=dtype)
     try:
+        directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory) as file:
             # Written in advance where that is possible: without room, a page that is touched ends the process.
             getattr(os, "posix_fallocate", _lengthen)(file.fileno(), 0, size_bytes)

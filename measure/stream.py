@@ -25,9 +25,9 @@ from .head import StoredLinear
 from .states import new_state
 from .surgery import split_block
 
-__all__ = ["StreamedModel", "check_finite", "micro_batches", "whole_model"]
+__all__ = ["MICRO_BATCH_TOKENS", "StreamedModel", "check_finite", "micro_batches", "whole_model"]
 
-_MICRO_BATCH_TOKENS = 2048
+MICRO_BATCH_TOKENS = 2048
 """Tokens that go through a block together: enough to keep a processor busy, few enough to stay small in memory."""
 
 _META = torch.device("meta")
@@ -35,7 +35,7 @@ _META = torch.device("meta")
 
 def micro_batches(rows: int, row_tokens: int) -> list[slice]:
     """Cut rows into micro-batches of about 2048 tokens, at least one row each."""
-    size = max(1, _MICRO_BATCH_TOKENS // row_tokens)
+    size = max(1, MICRO_BATCH_TOKENS // row_tokens)
     return [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
 
 
@@ -87,7 +87,7 @@ class StreamedModel:
             source: Where configuration and tensors come from.
             device: Where blocks run.
             dtype: Floating dtype of weights and activations.
-            offload_dir: An existing directory for hidden states of all rows; None keeps them in memory.
+            offload_dir: A directory for hidden states of all rows; None keeps them in memory.
 
         Raises:
             UnsupportedModelError: Neither bpwise nor Transformers knows the model type.
@@ -296,9 +296,9 @@ class StreamedModel:
         for inner, parameter in empty.items():
             full = f"{name}.{inner}" if name else inner
             if skip is None or not full.startswith(f"{skip}."):
-                place = {"device": self.device, "dtype": None if full == f"{HEAD}.weight" else self.dtype}
-                weight = _read(self._source, full, parameter.shape, self.embedding_name).to(**place)
-                _set_parameter(module, inner, _parameter(weight))
+                dtype = None if full == f"{HEAD}.weight" else self.dtype
+                weight = _read(self._source, full, parameter.shape, self.embedding_name)
+                _set_parameter(module, inner, _parameter(weight.to(device=self.device, dtype=dtype)))
                 del weight
         try:
             yield module

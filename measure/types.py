@@ -91,8 +91,8 @@ def measure_plain_types(
     """Measure one tensor rounded without feedback.
 
     Args:
-        weight: The transpose of the tensor as it is stored, floating point, shape (K, rows): outputs of a linear, or the
-            embeddings of some tokens.
+        weight: The transpose of the tensor as it is stored, floating point, shape (K, rows): outputs of a linear, or
+            the embeddings of some tokens.
         gram: What an error in a row costs, float32, shape (K, K): H as above, or the diagonal Fisher of an embedding.
         row_weights: Fisher weight of each output, or share of each token among all tokens, float32, shape (rows,).
         kinds: As above.

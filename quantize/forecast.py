@@ -10,6 +10,7 @@ from ..convert.families import HEAD, Stage
 from ..convert.language import LanguageModel, language_model
 from ..measure.curves import SAMPLED_COLUMNS
 from ..measure.run import MeasureConfig
+from ..measure.stream import MICRO_BATCH_TOKENS
 from ..rounding.parallel import cores
 from .kept import KeptLinear
 from .linears import model_linears
@@ -17,8 +18,13 @@ from .scope import HeadBits, SizeLimit, WidthOverride, plan_scope
 
 __all__ = ["Forecast", "forecast_run"]
 
+_FLOAT16_BYTES = 2
 _FLOAT32_BYTES = 4
 _FLOAT64_BYTES = 8
+
+_LOGITS_HELD = 2200
+"""Positions for which evaluation holds a number for every token of the vocabulary: logits of both models for 256, of the
+floor for 512 more, and the terms of divergences for 64 at a time."""
 
 _RUNTIME_BYTES = 600 << 20
 """Resident memory of Python, PyTorch and Transformers before any weight is read, measured on Linux."""
@@ -37,7 +43,7 @@ class Forecast:
         highest_bpw: Largest decoder bits per weight possible.
         kept: Decoder linears that stay in float16.
         head_reason: Why the head does though other bits were asked; else None.
-        memory_bytes: Expected peak of resident memory, a rough upper estimate.
+        memory_bytes: Expected peak of memory, a rough upper estimate; without states in an offload directory.
         disk_bytes: Expected peak of the work directory.
     """
 
@@ -97,6 +103,8 @@ def forecast_run(
     blocks = [_shapes(source, index) for index in range(source.block_count)]
     tokens = config.calibration.rows * config.calibration.row_tokens
     state = tokens * hidden * _FLOAT32_BYTES
+    kept_tokens = tokens if config.offload_dir is None else 0
+    together = max(config.calibration.row_tokens, MICRO_BATCH_TOKENS)
     lowest, highest = scope.bpw_range
     return Forecast(
         decoder_weights=weights,
@@ -106,7 +114,11 @@ def forecast_run(
         lowest_bpw=lowest,
         highest_bpw=highest,
         memory_bytes=_RUNTIME_BYTES
-        + max(*(_block_memory(block, hidden, tokens) for block in blocks), _head_memory(vocabulary, hidden, tokens)),
+        + max(
+            *(_measuring_memory(block, hidden, kept_tokens, together) for block in blocks),
+            *(_rounding_memory(block, hidden, tokens, kept_tokens) for block in blocks),
+            _head_memory(vocabulary, hidden, kept_tokens),
+        ),
         # Inputs of all blocks while measuring, and at first two states while rounding; then a byte per weight.
         disk_bytes=max((len(blocks) + 5) * state, weights + vocabulary * hidden + 4 * state),
         kept=scope.kept,
@@ -124,20 +136,47 @@ def _shapes(source: LanguageModel, index: int) -> dict[Stage, dict[str, tuple[in
     return shapes
 
 
-def _block_memory(block: dict[Stage, dict[str, tuple[int, int]]], hidden: int, tokens: int) -> int:
-    state = tokens * hidden * _FLOAT32_BYTES
-    inputs = {stage: next(iter(linears.values()))[1] for stage, linears in block.items()}
-    largest_input = max(inputs.values())
-    weights = sum(rows * columns for linears in block.values() for columns, rows in linears.values()) * _FLOAT32_BYTES
+def _measuring_memory(
+    block: dict[Stage, dict[str, tuple[int, int]]], hidden: int, kept_tokens: int, together: int
+) -> int:
     # Gram matrices of each half of the calibration rows; of experts only one at a time is worked on.
-    grams = [rows * rows * 2 * _FLOAT32_BYTES for stage, rows in inputs.items() if stage.expert in (None, 0)]
-    factor = 3 * largest_input**2 * _FLOAT64_BYTES
-    curves = 4 * cores() * 6 * largest_input * SAMPLED_COLUMNS * _FLOAT32_BYTES
-    # Rounding a block keeps the original's states before and after, the quantized one before, what the stages should
-    # see and make (four), and in every waiting forward pass the stream and the widest stage's inputs.
-    return weights + sum(grams) + max(factor, curves) + 8 * state + tokens * largest_input * _FLOAT32_BYTES
+    inputs = _inputs(block)
+    grams = sum(2 * rows**2 for stage, rows in inputs.items() if stage.expert in (None, 0)) * _FLOAT32_BYTES
+    # What a micro-batch leaves for its backward pass, states and gradients of all tokens beside it.
+    passing = together * (8 * max(inputs.values()) + 16 * hidden) * _FLOAT32_BYTES
+    states = 2 * kept_tokens * hidden * _FLOAT32_BYTES
+    # Both halves in another order, the damped one and its factor.
+    factor = 4 * max(inputs.values()) ** 2 * _FLOAT32_BYTES
+    curves = 4 * cores() * 6 * max(inputs.values()) * SAMPLED_COLUMNS * _FLOAT32_BYTES
+    return _weights(block) + grams + states + max(passing, factor, curves)
 
 
-def _head_memory(vocabulary: int, hidden: int, tokens: int) -> int:
-    # Its weight in the stored and the rounding dtype and once more in stored row order, beside the codes.
-    return vocabulary * hidden * (3 * _FLOAT32_BYTES + 1) + 2 * tokens * hidden * _FLOAT32_BYTES
+def _rounding_memory(block: dict[Stage, dict[str, tuple[int, int]]], hidden: int, tokens: int, kept_tokens: int) -> int:
+    # States of the original after the block and of the quantized model before, and what the stages should see or make
+    # (four, then one); in every waiting forward pass the stream and the stage's inputs.
+    inputs = _inputs(block)
+    state, kept_state = (count * hidden * _FLOAT32_BYTES for count in (tokens, kept_tokens))
+    states = max(6 * kept_state + 2 * state, 3 * kept_state + state + tokens * max(inputs.values()) * _FLOAT32_BYTES)
+    # The Gram matrix, and for each linear at work it again in stored order, in float64, and once more on the way there.
+    factors = (
+        rows**2 * (_FLOAT32_BYTES + min(cores(), len(block[stage])) * (2 * _FLOAT32_BYTES + _FLOAT64_BYTES))
+        for stage, rows in inputs.items()
+    )
+    return _weights(block) + states + max(factors)
+
+
+def _head_memory(vocabulary: int, hidden: int, kept_tokens: int) -> int:
+    weights, states = vocabulary * hidden, 2 * kept_tokens * hidden * _FLOAT32_BYTES
+    # Rounding: its weight in the stored dtype and, moved, in float32. Evaluating: both heads in 16 bits, logits of both
+    # models for some positions, and what is computed from them.
+    rounding = weights * (_FLOAT16_BYTES + _FLOAT32_BYTES)
+    evaluating = 2 * weights * _FLOAT16_BYTES + vocabulary * _LOGITS_HELD * _FLOAT32_BYTES
+    return states + max(rounding, evaluating)
+
+
+def _inputs(block: dict[Stage, dict[str, tuple[int, int]]]) -> dict[Stage, int]:
+    return {stage: next(iter(linears.values()))[1] for stage, linears in block.items()}
+
+
+def _weights(block: dict[Stage, dict[str, tuple[int, int]]]) -> int:
+    return sum(rows * columns for linears in block.values() for columns, rows in linears.values()) * _FLOAT32_BYTES

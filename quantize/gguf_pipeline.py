@@ -255,7 +255,15 @@ def _quantize(
         encoded: dict[str, Callable[[], Bytes]] = {}
         if config.feedback:
             with clock.stage("round"):
-                rounded = round_types(checkpoint, measured, plan, work, device=config.measure.device, progress=progress)
+                rounded = round_types(
+                    checkpoint,
+                    measured,
+                    plan,
+                    work,
+                    device=config.measure.device,
+                    offload_dir=config.measure.offload_dir,
+                    progress=progress,
+                )
                 encoded, drift = _in_file_order(rounded, base), rounded.drift()
         with clock.stage("write and verify"):
             types = {_gguf_name(name): kind for name, kind in plan.kinds.items()}

@@ -172,7 +172,7 @@ def _quantize(
         verification = verify_model(output)
     else:
         with clock.stage("round"):
-            rounding = RoundConfig(device=config.measure.device)
+            rounding = RoundConfig(device=config.measure.device, offload_dir=config.measure.offload_dir)
             rounded = round_model(checkpoint, measured, plan, rounding, work, progress)
             fallbacks, drift = _fallbacks(rounded, measured), rounded.drift()
         with clock.stage("write and verify"):

@@ -36,11 +36,13 @@ class RoundConfig:
         correct_drift: Whether weights are moved toward the original's outputs before they are rounded.
         couple_outputs: Whether outputs answer to each other's errors.
         device: ``cpu``, ``cuda``, ``cuda:N``, ``mps``, or ``auto`` for the best at hand.
+        offload_dir: Directory for files with the hidden states of all rows; None keeps them in memory.
     """
 
     correct_drift: bool = True
     couple_outputs: bool = True
     device: str = "auto"
+    offload_dir: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,7 +126,7 @@ def round_model(
     }
     pieces = StageDirectory(work, "rounded", identity)
     source = language_model(checkpoint)
-    model = StreamedModel(source, device=device, dtype=torch.float32)
+    model = StreamedModel(source, device=device, dtype=torch.float32, offload_dir=config.offload_dir)
     rounder = _Exl2Rounder(plan, couple_outputs=config.couple_outputs)
     kept = [linear.name for linear in plan.kept]
     run = RoundingPass(

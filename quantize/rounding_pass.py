@@ -302,9 +302,7 @@ class RoundingPass:
                     size = inputs[name].square().mean(dim=-1, keepdim=True).sqrt()
                     sizes.setdefault(linear, []).append(size.cpu())
         check_finite(output, self.model.block_name(index))
-        wanted = {
-            name: (target, torch.cat(sizes[name]) if name in sizes else None) for name, target in targets.items()
-        }
+        wanted = {name: (target, torch.cat(sizes[name]) if name in sizes else None) for name, target in targets.items()}
         return wanted, output
 
     def _keep(self, targets: dict[str, Tensor], name: str, batch: slice, values: Tensor) -> None:

@@ -66,6 +66,7 @@ def round_types(
     work: Path,
     *,
     device: str = "auto",
+    offload_dir: Path | None = None,
     progress: Progress = silent,
 ) -> RoundedTypes:
     """Quantize every tensor as the plan says: the token embeddings first, then block after block, the head last.
@@ -77,6 +78,7 @@ def round_types(
         work: Work directory; finished blocks in it are not done again.
         device: ``cpu``, ``cuda``, ``cuda:N``, ``mps``, or ``auto`` for the best at hand. ggml's encoder itself always
             runs on the CPU.
+        offload_dir: As in ``MeasureConfig``.
         progress: Wraps the blocks.
 
     Returns:
@@ -93,7 +95,7 @@ def round_types(
         "device": place.type,
     }
     pieces = StageDirectory(work, "rounded", identity)
-    model = StreamedModel(checkpoint, device=place, dtype=torch.float32)
+    model = StreamedModel(checkpoint, device=place, dtype=torch.float32, offload_dir=offload_dir)
     inputs = kept_inputs(work, measurement)
     run = RoundingPass(model, measurement, _TypeRounder(plan.kinds), pieces, correct_drift=True, inputs=inputs)
     table = _rounded_table(checkpoint, measurement, plan, pieces)

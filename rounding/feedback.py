@@ -50,7 +50,8 @@ def round_linear(
         The quantized linear, without bias, and each group's sum of e^2 per column (its part of tr(dW^T H dW) in
         the units of H), float32, shape (groups, out).
     """
-    return round_linear_(weight.clone(memory_format=torch.contiguous_format), upper, groups, order, column_weights, outputs)
+    own = weight.clone(memory_format=torch.contiguous_format)
+    return round_linear_(own, upper, groups, order, column_weights, outputs)
 
 
 def round_linear_(
@@ -62,9 +63,9 @@ def round_linear_(
     outputs: OutputFeedback | None = None,
 ) -> tuple[QuantizedLinear, Tensor]:
     """As ``round_linear``, in the memory of ``weight``, which must be contiguous: no second copy of an output head."""
-    for part in weight.split(_CHUNK_COLUMNS, dim=1):
-        part.copy_(part[order])
     work = weight
+    for part in work.split(_CHUNK_COLUMNS, dim=1):
+        part.copy_(part[order])
     codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
     ceilings, scale_codes, errors = [], [], []
     first = 0

@@ -303,6 +303,15 @@ class TestEvaluate:
         assert got[0].summary.kl_nats.value < got[1].summary.kl_nats.value
         assert replace(got[1], seconds=0) == replace(evaluate(original, far, config(text=str(text))), seconds=0)
 
+    def test_states_in_files_change_nothing(self, make_model: MakeModel, text: Path, tmp_path: Path) -> None:
+        original, quantized = make_model("original"), make_model("quantized", noise=0.02)
+        files = tmp_path / "files"
+        plain, offloaded = (
+            evaluate(original, quantized, config(text=str(text), offload_dir=place)) for place in (None, files)
+        )
+        assert replace(offloaded, seconds=0) == replace(plain, seconds=0)
+        assert not list(files.iterdir())
+
     def test_missing_model_is_found_before_anything_runs(self, make_model: MakeModel, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="absent"):
             evaluate(make_model("original"), tmp_path / "absent", config(text="unread"))

@@ -150,7 +150,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
         patch.setattr(passes, "measure_curves", spied_curves)
         patch.setattr(passes, "_sample", spied_sample)
-        patch.setattr("bpwise.measure.stream._MICRO_BATCH_TOKENS", 5 * 32)  # 5 + 5 + 2 rows
+        patch.setattr("bpwise.measure.stream.MICRO_BATCH_TOKENS", 5 * 32)  # 5 + 5 + 2 rows
         patch.setattr(passes, "judge_halves", lambda *_args, **_options: HeldOut(0.02, 1.0))
         for room in ("statistics", "sketch"):
             patch.setattr(f"bpwise.measure.{room}.thinned", lambda weights, _rng: (slice(None), weights))
@@ -368,6 +368,16 @@ def test_a_finished_run_is_only_read_again(whole: Whole, tmp_path: Path) -> None
     with watched_blocks() as loaded:
         assert measure(whole.directory, tmp_path / "work").to_bytes() == whole.image
     assert loaded == []
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["at-once", "cut-off"])
+def test_states_in_files_change_nothing(whole: Whole, tmp_path: Path, cut: bool) -> None:
+    if cut:
+        with pytest.raises(Killed):
+            measure(whole.directory, tmp_path / "work", killing("measure: backward, curves", 1))
+    files = tmp_path / "files"
+    assert measure(whole.directory, tmp_path / "work", offload_dir=files).to_bytes() == whole.image
+    assert not list(files.iterdir())
 
 
 def test_a_cut_after_every_piece_does_not_show(whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,7 +126,7 @@ def test_whole_model_is_that_of_transformers(model_directory: Path) -> None:
 
 @pytest.mark.parametrize("rows", [1, 4, 5], ids=["one-row", "whole-batches", "short-last-batch"])
 def test_micro_batches(llama: Path, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    monkeypatch.setattr("bpwise.measure.stream._MICRO_BATCH_TOKENS", 64)
+    monkeypatch.setattr("bpwise.measure.stream.MICRO_BATCH_TOKENS", 64)
     assert [batch.stop - batch.start for batch in micro_batches(rows, 32)] == [2] * (rows // 2) + [1] * (rows % 2)
     ids = tokens(rows)
     assert_same_logits(streamed_logits(stream(llama), ids), reference_logits(llama, ids))

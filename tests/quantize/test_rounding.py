@@ -9,14 +9,15 @@ import pytest
 import torch
 from bpwise.convert.checkpoint import Checkpoint
 from bpwise.convert.exl2.linear import QuantizedLinear
+from bpwise.measure import states, stream
 from bpwise.measure.calibration import CalibrationSet
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig, measure_model
 from bpwise.measure.stream import StreamedModel
-from bpwise.quantize import drift, rounding
+from bpwise.quantize import drift, rounding, rounding_pass
 from bpwise.quantize.plan import Plan, make_plan
 from bpwise.quantize.rounding import RoundConfig, RoundedModel, round_model
-from bpwise.quantize.rounding_pass import RoundingPass
+from bpwise.quantize.rounding_pass import RoundingPass, _shifted
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -281,7 +282,7 @@ def test_other_options_do_not_take_over_pieces(deep: Measured, deep_whole: Round
 def test_micro_batches_do_not_matter(
     deep: Measured, deep_whole: RoundedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bpwise.measure.stream._MICRO_BATCH_TOKENS", 7 * 32)  # 7 + 7 + 7 + 3 rows
+    monkeypatch.setattr("bpwise.measure.stream.MICRO_BATCH_TOKENS", 7 * 32)  # 7 + 7 + 7 + 3 rows
     parts = deep.round(deep.plan(4.5), tmp_path)
     ids = token_ids(8, seed=5)
     original = deep.dense()
@@ -329,3 +330,39 @@ def test_states_that_measuring_left_behind_are_not_computed_again(
         assert_equal_linears(fresh.linear(name), again.linear(name))
     assert fresh.drift() == again.drift()
     assert stopped
+
+
+def test_states_in_files_change_nothing(
+    deep: Measured, deep_whole: RoundedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Path | None] = []
+
+    def watched(shape: Any, dtype: torch.dtype, directory: Path | None) -> Tensor:
+        made.append(directory)
+        return states.new_state(shape, dtype, directory)
+
+    monkeypatch.setattr(stream, "new_state", watched)
+    files = tmp_path / "files"
+    rounded = deep.round(deep.plan(4.5), tmp_path / "work", RoundConfig(device="cpu", offload_dir=files))
+    assert made and set(made) == {files}
+    assert not list(files.iterdir())
+    for name in deep_whole.names:
+        assert_equal_linears(rounded.linear(name), deep_whole.linear(name))
+
+
+@pytest.mark.parametrize("joins", [True, False], ids=["joins-the-stream", "inside"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+def test_a_weight_is_shifted_in_slices(joins: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounding_pass, "_SLICE_OUTPUTS", 7)
+    rng = torch.Generator().manual_seed(0)
+    weight = torch.randn(20, 16, generator=rng).to(dtype)
+    shift = torch.randn(16, 20 if joins else 16, generator=rng)
+    plain = weight.double().T
+    expected = plain + (shift.double() if joins else shift.double() @ plain)
+    # float32 sums of 16 products around 1
+    torch.testing.assert_close(_shifted(weight, shift, joins), expected.float(), rtol=1e-5, atol=1e-5)
+    unmoved = _shifted(weight, None, joins)
+    assert torch.equal(unmoved, plain.float())
+    assert unmoved.is_contiguous()
+    unmoved.zero_()
+    assert bool(weight.any())  # it has memory of its own

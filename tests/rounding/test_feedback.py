@@ -2,7 +2,8 @@ import pytest
 import torch
 from bpwise.convert.exl2.layout import RowGroup
 from bpwise.convert.exl2.linear import QuantizedLinear
-from bpwise.rounding.feedback import errors_by_group, round_linear
+from bpwise.rounding import feedback
+from bpwise.rounding.feedback import errors_by_group, round_linear, round_linear_
 from bpwise.rounding.grid import search_grids
 from bpwise.rounding.hessian import inverse_factor
 from torch import Tensor
@@ -228,3 +229,19 @@ def test_arguments_are_left_alone() -> None:
     problem.round([RowGroup(4, 64)])
     errors_by_group(problem.weight, problem.upper, [64], [4], problem.column_weights)
     assert all(map(torch.equal, tensors, before))
+
+
+def test_rounds_in_the_memory_of_its_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem(96, 40)
+    groups = [RowGroup(6, 32), RowGroup(4, 64)]
+    given = problem.weight.clone()
+    at_once, errors = problem.round(groups)
+    assert torch.equal(problem.weight, given)
+    monkeypatch.setattr(feedback, "_CHUNK_COLUMNS", 7)  # columns in six slices, the last of them short
+    sliced, sliced_errors = round_linear_(given, problem.upper, groups, problem.order, problem.column_weights)
+    # Nothing of a column depends on the others but the group's ceiling, which all of them choose together.
+    assert torch.equal(sliced.ceilings, at_once.ceilings)
+    assert torch.equal(sliced.scale_codes, at_once.scale_codes)
+    assert torch.equal(sliced.codes, at_once.codes)
+    torch.testing.assert_close(sliced_errors, errors)
+    assert not torch.equal(given, problem.weight)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from bpwise.convert.exl2 import linear as linear_module
 from bpwise.convert.exl2.layout import RowGroup, linear_bits
 from bpwise.convert.exl2.linear import QuantizedLinear, effective_scale
 from bpwise.convert.exl2.store import linear_from_tensors, linear_tensors
@@ -45,6 +46,15 @@ def test_agrees_with_the_naive_decoder(
     assert back.groups == linear.groups
     for part in ("codes", "scale_codes", "ceilings", "order", "bias"):
         assert torch.equal(getattr(back, part), getattr(linear, part)), part
+
+
+def test_decodes_a_few_outputs_at_a_time(
+    make_linear: Callable[..., QuantizedLinear], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded = make_linear(40, [(6, 32), (4, 64), (2, 16)], seed=0)
+    at_once = decoded.dequantize()
+    monkeypatch.setattr(linear_module, "_CHUNK_ELEMENTS", 7 * decoded.in_features)
+    assert torch.equal(decoded.dequantize(), at_once)
 
 
 def test_dtypes_and_padding(make_linear: Callable[..., QuantizedLinear]) -> None:
