@@ -23,8 +23,8 @@ _FLOAT32_BYTES = 4
 _FLOAT64_BYTES = 8
 
 _LOGITS_HELD = 2200
-"""Positions for which evaluation holds a number for every token of the vocabulary: logits of both models for 256, of the
-floor for 512 more, and the terms of divergences for 64 at a time."""
+"""Positions for which evaluation holds a number for every token of the vocabulary: logits of both models for 256, of
+the floor for 512 more, and the terms of divergences for 64 at a time."""
 
 _RUNTIME_BYTES = 600 << 20
 """Resident memory of Python, PyTorch and Transformers before any weight is read, measured on Linux."""
