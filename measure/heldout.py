@@ -107,4 +107,5 @@ def _trials(power: Tensor, fit: Tensor, other: Tensor, dampings: Sequence[float]
         # The damped matrix is that of the fit plus a multiple of one.
         added = damping * float(fit.diagonal().mean()) * float(spread @ feedback.square_().sum(dim=1))
         trials.append(_Trial(reported, reported - added, held_out))
+        del factor, pivots, feedback  # views of one large matrix, which the next one need not stand beside
     return trials

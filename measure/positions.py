@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from ..convert.families import Stage
 
-__all__ = ["position_by_position"]
+__all__ = ["POSITIONS_AT_ONCE", "position_by_position"]
 
-_POSITIONS = 4096
+POSITIONS_AT_ONCE = 4096
 """Positions that go through together, and up to which nothing is cut: twice a micro-batch of short rows."""
 
 
@@ -48,7 +48,7 @@ def position_by_position(block: nn.Module, stages: Sequence[Stage]) -> Iterator[
 
 def _in_pieces(forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if hidden_states.shape[:-1].numel() <= _POSITIONS or args or kwargs:
+        if hidden_states.shape[:-1].numel() <= POSITIONS_AT_ONCE or args or kwargs:
             return forward(hidden_states, *args, **kwargs)
         return _Pieces.apply(forward, hidden_states)  # type: ignore[no-untyped-call] # torch has none
 
@@ -57,7 +57,7 @@ def _in_pieces(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 def _cut(hidden: Tensor) -> list[Tensor]:
     # Views, row after row, so that tokens come in the order in which a whole batch has them.
-    return [piece[None] for row in hidden for piece in row.split(_POSITIONS)]
+    return [piece[None] for row in hidden for piece in row.split(POSITIONS_AT_ONCE)]
 
 
 class _Pieces(torch.autograd.Function):

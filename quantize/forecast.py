@@ -9,6 +9,7 @@ from ..convert.checkpoint import Checkpoint
 from ..convert.families import HEAD, Stage
 from ..convert.language import LanguageModel, language_model
 from ..measure.curves import SAMPLED_COLUMNS
+from ..measure.positions import POSITIONS_AT_ONCE
 from ..measure.run import MeasureConfig
 from ..measure.stream import MICRO_BATCH_TOKENS
 from ..rounding.parallel import cores
@@ -143,7 +144,8 @@ def _measuring_memory(
     inputs = _inputs(block)
     grams = sum(2 * rows**2 for stage, rows in inputs.items() if stage.expert in (None, 0)) * _FLOAT32_BYTES
     # What a micro-batch leaves for its backward pass, states and gradients of all tokens beside it.
-    passing = together * (8 * max(inputs.values()) + 16 * hidden) * _FLOAT32_BYTES
+    in_mlp = min(together, POSITIONS_AT_ONCE)
+    passing = (8 * in_mlp * max(inputs.values()) + 16 * together * hidden) * _FLOAT32_BYTES
     states = 2 * kept_tokens * hidden * _FLOAT32_BYTES
     # Both halves in another order, the damped one and its factor.
     factor = 4 * max(inputs.values()) ** 2 * _FLOAT32_BYTES

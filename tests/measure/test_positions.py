@@ -76,7 +76,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     def all_of_them(weights: Tensor, rng: Any) -> tuple[Tensor, Tensor]:
         return torch.arange(len(weights)), weights
 
-    monkeypatch.setattr(positions, "_POSITIONS", 5)
+    monkeypatch.setattr(positions, "POSITIONS_AT_ONCE", 5)
     monkeypatch.setattr(statistics, "thinned", all_of_them)  # which tokens are left out is chance
 
 
@@ -164,7 +164,7 @@ def test_experts_see_one_piece_after_another(kind: str, tmp_path: Path, monkeypa
         return before, seen, sums
 
     cut_before, cut_seen, cut_sums = passes()
-    monkeypatch.setattr(positions, "_POSITIONS", 100)
+    monkeypatch.setattr(positions, "POSITIONS_AT_ONCE", 100)
     before, seen, sums = passes()
     close = {"rtol": 1e-4, "atol": 1e-6}
     torch.testing.assert_close(cut_before, before, **close)
