@@ -42,8 +42,8 @@ def thinned(weights: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
 
     A token below a limit stays with a probability of its share of that, and then weighs as much: expectations are those
     of all tokens. The limit is twice the mean weight, or less where the effective number of tokens,
-    (sum w)^2 / sum w^2, would fall by more than a twentieth. On SmolLM2 18 to 38 % of the tokens stay, and it falls by 1 to 2 %; with twice
-    the limit it would fall by 20 to 30 %. Where all weigh nearly the same, all stay.
+    (sum w)^2 / sum w^2, would fall by more than a twentieth. On SmolLM2 18 to 38 % of the tokens stay, and it falls by
+    1 to 2 %; with twice the limit it would fall by 20 to 30 %. Where all weigh nearly the same, all stay.
 
     Args:
         weights: Not negative, shape (tokens,).
