@@ -73,7 +73,7 @@ def measure_curves(
     """
     power = gram.diagonal().clone()
     order = power.argsort(descending=True, stable=True)
-    factor = inverse_factor(gram[order[:, None], order], damping)
+    factor = inverse_factor(gram, damping, order=order)
     rows = group_rows(gram.shape[0], group_size)
     tasks = [
         partial(_damage, weight, order, factor.upper, rows, widths, fisher)

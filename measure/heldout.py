@@ -95,11 +95,11 @@ def _power(weight: Tensor, fisher: Tensor) -> Tensor:
 
 def _trials(power: Tensor, fit: Tensor, other: Tensor, dampings: Sequence[float], group_size: int) -> list[_Trial]:
     order = fit.diagonal().argsort(descending=True, stable=True)
-    fit, other = (gram[order[:, None], order] for gram in (fit, other))
+    other = other[order[:, None], order]
     spread = torch.cat([part.mean().expand_as(part) for part in power[order].split(group_size)])
     trials = []
     for damping in dampings:
-        factor = inverse_factor(fit, damping, dtype=torch.float32)  # to compare, that is precise enough
+        factor = inverse_factor(fit, damping, order=order, dtype=torch.float32)  # to compare, that is precise enough
         pivots = factor.upper.diagonal()
         reported = float(spread @ pivots.square().reciprocal())
         feedback = factor.upper.div_(pivots.clone()[:, None])

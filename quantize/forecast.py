@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -147,10 +148,11 @@ def _measuring_memory(
     in_mlp = min(together, POSITIONS_AT_ONCE)
     passing = (8 * in_mlp * max(inputs.values()) + 16 * together * hidden) * _FLOAT32_BYTES
     states = 2 * kept_tokens * hidden * _FLOAT32_BYTES
-    # Both halves in another order, the damped one and its factor.
-    factor = 4 * max(inputs.values()) ** 2 * _FLOAT32_BYTES
+    # A half in another order, the damped one and its factor.
+    factor = 3 * max(inputs.values()) ** 2 * _FLOAT32_BYTES
     curves = 4 * cores() * 6 * max(inputs.values()) * SAMPLED_COLUMNS * _FLOAT32_BYTES
-    return _weights(block) + grams + states + max(passing, factor, curves)
+    # What the passes took, much of it in small pieces, is not all given back to the system.
+    return _weights(block) + grams + states + passing + max(factor, curves)
 
 
 def _rounding_memory(block: dict[Stage, dict[str, tuple[int, int]]], hidden: int, tokens: int, kept_tokens: int) -> int:
@@ -159,9 +161,10 @@ def _rounding_memory(block: dict[Stage, dict[str, tuple[int, int]]], hidden: int
     inputs = _inputs(block)
     state, kept_state = (count * hidden * _FLOAT32_BYTES for count in (tokens, kept_tokens))
     states = max(6 * kept_state + 2 * state, 3 * kept_state + state + tokens * max(inputs.values()) * _FLOAT32_BYTES)
-    # The Gram matrix, and for each linear at work it again in stored order, in float64, and once more on the way there.
+    # The Gram matrix; for each linear at work it again in float64, and its factor; weights and by how much they move.
     factors = (
-        rows**2 * (_FLOAT32_BYTES + min(cores(), len(block[stage])) * (2 * _FLOAT32_BYTES + _FLOAT64_BYTES))
+        rows**2 * (_FLOAT32_BYTES + min(cores(), len(block[stage])) * (_FLOAT32_BYTES + _FLOAT64_BYTES))
+        + sum(2 * math.prod(shape) for shape in block[stage].values()) * _FLOAT32_BYTES
         for stage, rows in inputs.items()
     )
     return _weights(block) + states + max(factors)
@@ -181,4 +184,4 @@ def _inputs(block: dict[Stage, dict[str, tuple[int, int]]]) -> dict[Stage, int]:
 
 
 def _weights(block: dict[Stage, dict[str, tuple[int, int]]]) -> int:
-    return sum(rows * columns for linears in block.values() for columns, rows in linears.values()) * _FLOAT32_BYTES
+    return sum(math.prod(shape) for linears in block.values() for shape in linears.values()) * _FLOAT32_BYTES

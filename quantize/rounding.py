@@ -157,7 +157,7 @@ class _Exl2Rounder:
         """See ``Rounder``."""
         plan = self._plans[measured.name]
         order = _stored_order(plan, measured).to(target.device)
-        factor = inverse_factor(gram[order[:, None], order], rounding_damping(measured))
+        factor = inverse_factor(gram, rounding_damping(measured), order=order)
         fisher = torch.from_numpy(measured.fisher).to(target.device)
         outputs = OutputFeedback.of(fisher, torch.from_numpy(measured.coupling)) if self._couple_outputs else None
         linear, _ = round_linear_(target, factor.upper, plan.stored_groups, order, fisher, outputs)

@@ -13,7 +13,7 @@ _DAMPING_STEPS = (1.0, 10.0, 50.0)
 """Damping is raised by these factors, in turn, while the factorisation fails."""
 
 _SMALLEST_BLOCK = 256
-"""Triangular matrices up to this size are inverted directly."""
+"""Triangular matrices up to this size are inverted directly, and so many rows copied at a time."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,7 +30,9 @@ class InverseFactor:
     damping: float
 
 
-def inverse_factor(gram: Tensor, damping: float, *, dtype: torch.dtype = torch.float64) -> InverseFactor:
+def inverse_factor(
+    gram: Tensor, damping: float, *, order: Tensor | None = None, dtype: torch.dtype = torch.float64
+) -> InverseFactor:
     """Factor the inverse of a damped Gram matrix; raise the damping as far as needed.
 
     With P the reversal of rows and columns, ``P H P = L L^T`` gives ``H = R R^T`` with ``R = P L P`` upper
@@ -41,17 +43,20 @@ def inverse_factor(gram: Tensor, damping: float, *, dtype: torch.dtype = torch.f
     Args:
         gram: Mean of x x^T over tokens, float32 or float64, shape (K, K), symmetric, finite.
         damping: First damping to try, relative to the mean of the diagonal, dimensionless.
+        order: Row and column of ``gram`` that comes at each place, int64, shape (K,); None leaves them where they are.
         dtype: Of the Cholesky. In float32 it takes a third of the time, and errs by up to 1e-7 K / damping.
 
     Returns:
         The factor and the damping that it took. Inputs that are always zero have a damped diagonal like any other.
     """
-    diagonal = gram.diagonal().double()
+    if order is None:
+        order = torch.arange(gram.shape[0], device=gram.device)
+    diagonal = gram.diagonal()[order].double()
     mean = float(diagonal.mean())
     if mean <= 0:  # The input is zero on every token: nothing can be fed back.
         return InverseFactor(torch.eye(gram.shape[0], device=gram.device), float("inf"))
     for step in _DAMPING_STEPS:
-        flipped = gram.flip(0, 1).to(dtype)
+        flipped = _in_order(gram, order.flip(0), dtype)
         flipped.diagonal().add_(damping * step * mean)
         lower, failed = _cholesky_(flipped)
         upper = lower.float()
@@ -62,6 +67,14 @@ def inverse_factor(gram: Tensor, damping: float, *, dtype: torch.dtype = torch.f
             if bool(torch.isfinite(upper).all()):
                 return InverseFactor(upper, damping * step)
     return InverseFactor((diagonal + damping * mean).rsqrt().float().diag(), float("inf"))
+
+
+def _in_order(gram: Tensor, order: Tensor, dtype: torch.dtype) -> Tensor:
+    # A few rows at a time: no second copy of a large matrix.
+    ordered = torch.empty(gram.shape, dtype=dtype, device=gram.device)
+    for rows, into in zip(order.split(_SMALLEST_BLOCK), ordered.split(_SMALLEST_BLOCK), strict=True):
+        into.copy_(gram[rows[:, None], order])
+    return ordered
 
 
 def _cholesky_(matrix: Tensor) -> tuple[Tensor, bool]:
