@@ -81,7 +81,7 @@ def test_imports_run_downhill(path: Path) -> None:
 def test_imports_are_found() -> None:
     # The test above would pass if it saw nothing.
     found = {name_of(path): imported(path) for path in room_files()}
-    assert ("measure", "run") in found["quantize/pipeline"]
+    assert ("measure", "run") in found["quantize/options"]
     assert ("errors",) in found["convert/exl2/store"]
     assert ("convert", "exl2", "linear") in found["rounding/feedback"]
     assert ("quantize", "pipeline") in found["cli/quantize"]  # inside a function

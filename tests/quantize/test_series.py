@@ -36,6 +36,7 @@ def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     assert seen == {
         "measured": 1,
         "original model": 1,
+        "original model in bfloat16": 1,
         "original model in float64": 1,
         "quantized model": 2,
     }
