@@ -54,12 +54,13 @@ def count(patch: pytest.MonkeyPatch) -> dict[str, int]:
 
         return call
 
-    from bpwise.eval import comparison
+    from bpwise.eval import comparison, original
 
     patch.setattr(obtain, "measure_model", counted(obtain.measure_model, lambda *_: "measured"))
     last_hidden = counted(passes.last_hidden, lambda model, tokens, role, progress: role)
     patch.setattr(passes, "last_hidden", last_hidden)
     patch.setattr(comparison, "last_hidden", last_hidden)
+    patch.setattr(original, "last_hidden", last_hidden)
     return seen
 
 
