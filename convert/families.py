@@ -110,6 +110,11 @@ class Family:
     blocks = "model.layers"
     """Name of the list of decoder blocks; block i is ``{blocks}.{i}``."""
 
+    @property
+    def experts_path(self) -> str:
+        """Module that holds the experts, inside the block; empty where there are none."""
+        return "" if self.experts is None else self.experts.path
+
     def block_stages(self, index: int, names: Collection[str]) -> tuple[Stage, ...]:
         """Return the stages of one block: those of which any linear is stored.
 

@@ -10,7 +10,7 @@ And no expert is taken to matter nothing: one token more, of the mean gradient o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -149,58 +149,66 @@ def _output_hook(seen: ExpertInputs, stage: Stage, name: str, expert: Expert) ->
 
 
 def expert_statistics(
-    block: nn.Module,
-    pair: tuple[Stage, Stage],
-    seen: ExpertInputs,
-    row_tokens: int,
-    *,
-    all_tokens: bool,
-) -> tuple[StageStatistics, StageStatistics]:
-    """Return the statistics of both stages of one expert, as if other stages' had been collected.
+    block: nn.Module, stages: Sequence[Stage], seen: ExpertInputs, row_tokens: int, *, all_tokens: bool
+) -> Iterator[tuple[Stage, int, StageStatistics]]:
+    """Yield the statistics of experts, stage by stage, as if other stages' had been collected.
 
     Args:
         block: The block, its weights loaded.
-        pair: The expert's stages.
-        seen: What the backward pass collected of all experts.
+        stages: The experts' stages.
+        seen: What the backward pass collected of them.
         row_tokens: Tokens of a calibration row.
-        all_tokens: Whether all tokens that did not choose the expert are added, not only as many as are missing.
+        all_tokens: Whether all tokens that did not choose an expert are added, not only as many as are missing.
+
+    Yields:
+        A stage, how many tokens chose its expert, and the statistics.
     """
-    expert = expert_of(block, pair[0])
-    made = []
-    for position, stage in enumerate(pair):
-        device = block.get_submodule(stage.linears[0]).weight.device
-        assert isinstance(device, torch.device)
-        weights = seen.sums[stage].weights
-        width = seen.inputs.shape[1] if position == 0 else expert.neuron_count
-        weights = _with_others(weights, len(weights) if all_tokens else width, seed=pair[0].expert or 0)
-        sums = StageStatistics(width, device)
-        for parity, half in enumerate(sums.halves):
-            of_half = torch.arange(len(weights)) // row_tokens % 2 == parity
-            tokens = (of_half & (weights > 0)).nonzero()[:, 0]
-            inputs = seen.inputs[tokens].to(device)
-            with torch.no_grad():
-                half.add(inputs if position == 0 else expert.neurons(inputs), weights[tokens].to(device))
-        sums.token_weights = [weights]
-        for number, name in enumerate(stage.linears):
-            sums.fisher[name] = _fisher(seen, stage, name, _mean_fisher(seen, position, number))
-            sums.couplings[name] = seen.sums[stage].couplings.get(name) or FisherSketch(len(sums.fisher[name]), device)
-        made.append(sums)
-    return made[0], made[1]
+    pairs = expert_stages(stages)
+    means = [_mean_fishers(seen, [pair[position] for pair in pairs.values()]) for position in range(2)]
+    for number, pair in pairs.items():
+        chosen = seen.sums[pair[0]].tokens
+        for position, stage in enumerate(pair):
+            neurons_of = expert_of(block, stage).neurons if position else None
+            sums = _statistics(block, stage, seen, row_tokens, neurons_of, all_tokens=all_tokens, seed=number)
+            own = seen.sums[stage]
+            for name, mean in zip(stage.linears, means[position], strict=True):
+                sums.fisher[name] = own.fisher[name] + mean if name in own.fisher else mean
+                sums.couplings[name] = own.couplings.get(name) or FisherSketch(len(mean), mean.device)
+            yield stage, chosen, sums
 
 
-def _fisher(seen: ExpertInputs, stage: Stage, name: str, token: Tensor) -> Tensor:
-    own = seen.sums[stage].fisher.get(name)
-    return token if own is None else own + token
+def _statistics(
+    block: nn.Module,
+    stage: Stage,
+    seen: ExpertInputs,
+    row_tokens: int,
+    neurons_of: Callable[[Tensor], Tensor] | None,
+    *,
+    all_tokens: bool,
+    seed: int,
+) -> StageStatistics:
+    # Gram matrices and token weights; what enters the stage is the experts' common input, or what `neurons_of` makes of
+    # it.
+    linear: Any = block.get_submodule(stage.linears[0])
+    weights = seen.sums[stage].weights
+    weights = _with_others(weights, len(weights) if all_tokens else linear.in_features, seed=seed)
+    sums = StageStatistics(linear.in_features, linear.weight.device)
+    for parity, half in enumerate(sums.halves):
+        of_half = torch.arange(len(weights)) // row_tokens % 2 == parity
+        tokens = (of_half & (weights > 0)).nonzero()[:, 0]
+        inputs = seen.inputs[tokens].to(linear.weight.device)
+        with torch.no_grad():
+            half.add(inputs if neurons_of is None else neurons_of(inputs), weights[tokens].to(linear.weight.device))
+    sums.token_weights = [weights]
+    return sums
 
 
-def _mean_fisher(seen: ExpertInputs, position: int, number: int) -> Tensor:
-    # Of one linear in its role (of which stage, which of its linears): the mean over all tokens of all experts.
-    total, tokens = torch.zeros(()), 0
-    for index, (stage, sums) in enumerate(seen.sums.items()):
-        if index % 2 == position and sums.fisher:
-            total = total.to(sums.fisher[stage.linears[number]].device) + sums.fisher[stage.linears[number]]
-            tokens += sums.tokens
-    return total / max(tokens, 1)
+def _mean_fishers(seen: ExpertInputs, stages: Sequence[Stage]) -> list[Tensor]:
+    # Of each linear in its place in the stage: the mean over all tokens of all experts.
+    reached = [stage for stage in stages if seen.sums[stage].fisher]
+    tokens = sum(seen.sums[stage].tokens for stage in reached)
+    columns = zip(*([seen.sums[stage].fisher[name] for name in stage.linears] for stage in reached), strict=True)
+    return [torch.stack(column).sum(dim=0) / max(tokens, 1) for column in columns]
 
 
 def _with_others(weights: Tensor, wanted: int, *, seed: int) -> Tensor:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -16,13 +15,13 @@ from ..convert.gguf.ggml import GgmlType
 from ..convert.work import StageDirectory
 from ..progress import Progress
 from .curves import ErrorCurve, measure_curves
-from .experts import collect_experts, expert_stages, expert_statistics
+from .experts import collect_experts, expert_statistics
 from .heldout import DAMPINGS, judge_halves
 from .measurement import MeasuredLinear, MeasuredTable
 from .positions import position_by_position
 from .sampling import systematic_sample
 from .states import new_state
-from .statistics import StageStatistics, collect, tapped_inputs
+from .statistics import StageStatistics, collect, tapped_inputs, tapped_outputs
 from .stream import StreamedModel, check_finite, micro_batches
 from .types import SAMPLED_ROWS, measure_plain_types, measure_types
 
@@ -121,7 +120,7 @@ class MeasuringPasses:
         hidden = self._kept(f"input-{last}", "hidden")
         rng = torch.Generator(self.model.device).manual_seed(self.seed)
         gradient = self.model.new_state(self.tokens)
-        with self.model.tail() as head, tapped_inputs(head, [""]) as taps, _kept_output(head) as raw:
+        with self.model.tail() as head, tapped_inputs(head, [""]) as taps, tapped_outputs(head, [""]) as raw:
             sums = StageStatistics(head.in_features, self.model.device)
             flat, flat_gradient = hidden.flatten(0, 1), gradient.view(-1, hidden.shape[-1])
             errors = torch.empty(_TAIL_TOKENS, head.out_features, device=self.model.device)
@@ -129,7 +128,7 @@ class MeasuringPasses:
                 part = flat[None, first : first + _TAIL_TOKENS].to(self.model.device).requires_grad_()
                 logits = self.model.logits(part)
                 sums.see_inputs(taps[""])
-                slopes = _slopes(logits, raw)
+                slopes = _slopes(logits, raw[""])
                 error, outputs, weights = _sampled_error(logits.detach()[0], rng, slopes, errors)
                 sums.see_sums(HEAD, outputs, weights)
                 sums.end_batch(first // self.tokens.shape[1], 1)
@@ -156,25 +155,21 @@ class MeasuringPasses:
             experts = [stage for stage in stages if stage.expert is not None]
             packed: dict[str, Tensor] = {}
             with self.model.block(index) as block:
-                path = "" if self.model.family.experts is None else self.model.family.experts.path
                 with (
                     collect(block, shared) as statistics,
-                    collect_experts(block, path, experts, self.tokens.numel()) as seen,
+                    collect_experts(block, self.model.family.experts_path, experts, self.tokens.numel()) as seen,
                     position_by_position(block, stages),
                 ):
                     self._backward_block(index, hidden, gradient, statistics)
                 del hidden
                 for stage, sums in zip(shared, statistics, strict=True):
                     packed |= self._measured_stage(index, block, stage, sums)
-                for pair in expert_stages(experts).values():
-                    both = expert_statistics(
-                        block, pair, seen, self.tokens.shape[1], all_tokens=self.experts_see_all_tokens
-                    )
-                    chosen = seen.sums[pair[0]].tokens
-                    for stage, sums in zip(pair, both, strict=True):
-                        packed |= self._measured_stage(index, block, stage, sums)
-                        for name in self.model.family.linear_names(index, stage):
-                            packed[f"{name}|chosen_tokens"] = torch.tensor(chosen)
+                for stage, chosen, sums in expert_statistics(
+                    block, experts, seen, self.tokens.shape[1], all_tokens=self.experts_see_all_tokens
+                ):
+                    packed |= self._measured_stage(index, block, stage, sums)
+                    for name in self.model.family.linear_names(index, stage):
+                        packed[f"{name}|chosen_tokens"] = torch.tensor(chosen)
             # The gradient first: a run cut off between the two repeats this block from an unchanged input.
             self.pieces.save(f"gradient-{index}", {"gradient": gradient})
             self.pieces.save(f"curves-{index}", packed)
@@ -285,24 +280,8 @@ class MeasuringPasses:
         return _unpack(self.pieces.load(piece))
 
 
-@contextmanager
-def _kept_output(module: nn.Module) -> Iterator[list[Tensor]]:
-    # The latest output of a module, as the one item of a list.
-    kept: list[Tensor] = []
-
-    def keep(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
-        kept[:] = [output]
-
-    handle = module.register_forward_hook(keep)
-    try:
-        yield kept
-    finally:
-        handle.remove()
-
-
-def _slopes(logits: Tensor, raw: list[Tensor]) -> Tensor | None:
+def _slopes(logits: Tensor, output: Tensor) -> Tensor | None:
     # How much each logit moves with the head's output, where models scale or cap it; None where they do not.
-    (output,) = raw
     if output is logits:
         return None
     (slopes,) = torch.autograd.grad(logits.sum(), output, retain_graph=True)

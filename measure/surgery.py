@@ -50,7 +50,6 @@ class Expert(nn.Module):
     """One expert: a gated MLP of three linears, named as in files.
 
     Attributes:
-        neuron_count: Features that its down projection reads.
         tokens: Which tokens of the micro-batch it worked on last, int64, shape (tokens,), rows one after another.
     """
 
@@ -67,7 +66,6 @@ class Expert(nn.Module):
             like: Gives the dtype.
         """
         super().__init__()
-        self.neuron_count = neurons
         self._names = names
         self._activation = (activation,)
         for name in (names.gate, names.up):

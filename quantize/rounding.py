@@ -74,7 +74,7 @@ class RoundedModel:
             return linear
         if name == block + reader:
             return replace(linear, order=torch.arange(linear.in_features))
-        neurons = _unpack(self.pieces.load(block + reader)).order
+        neurons = self.pieces.load(block + reader)["order"]
         return replace(
             linear,
             codes=linear.codes[:, neurons],

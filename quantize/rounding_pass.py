@@ -162,7 +162,7 @@ class RoundingPass:
         shared = [stage for stage in stages if stage.expert is None]
         experts = [stage for stage in stages if stage.expert is not None and not self._keeps(index, stage)]
         stops = [stage.linears[0] for stage in shared if not self._keeps(index, stage)]
-        stops += [self._experts_path] if experts else []
+        stops += [self.model.family.experts_path] if experts else []
         adding = [stage.adds for stage in shared if stage.adds]
         with torch.no_grad(), self.model.block(index) as block:
             wanted, original = self._run_original(index, block, original)
@@ -197,7 +197,7 @@ class RoundingPass:
                     if stage.adds is not None:
                         added.append(stage.adds)
                 if experts:
-                    path = self._experts_path
+                    path = self.model.family.experts_path
                     inputs = torch.cat([forwards.advance(number)[path].cpu() for number in range(len(self.batches))])
                     self._round_experts(index, block, experts, wanted.pop(path)[0].flatten(0, 1), inputs)
                 for position, batch in enumerate(self.batches):
@@ -237,11 +237,6 @@ class RoundingPass:
         ]
         run_all(tasks, self.model.device)
 
-    @property
-    def _experts_path(self) -> str:
-        experts = self.model.family.experts
-        return "" if experts is None else experts.path
-
     def _gains(self, block: Any, stage: Stage) -> Tensor | None:
         # What every output of a stage is multiplied by on its way into the residual stream, its norm's size apart.
         if stage.adds is None:
@@ -273,7 +268,7 @@ class RoundingPass:
         stages = self.model.stages(index)
         shared = [stage for stage in stages if stage.expert is None]
         read = [stage.linears[0] for stage in shared if stage.adds is None]
-        read += [self._experts_path] if len(shared) < len(stages) else []
+        read += [self.model.family.experts_path] if len(shared) < len(stages) else []
         adding = [(stage.linears[0], stage.adds, stage.normed) for stage in shared if stage.adds is not None]
         targets: dict[str, Tensor] = {}
         sizes: dict[str, list[Tensor]] = {}
