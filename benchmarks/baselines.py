@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from bpwise.convert.checkpoint import TensorSource
 from bpwise.convert.exl2.layout import WIDTHS, RowGroup, group_rows, linear_bits, padded_columns
+from bpwise.convert.views import SourceView
 from bpwise.errors import BudgetError
 from bpwise.measure.measurement import MeasuredLinear, Measurement
 from bpwise.quantize.plan import LinearPlan, Plan
@@ -140,7 +139,7 @@ def round_to_nearest(weight: Tensor, plan: LinearPlan, device: torch.device) -> 
     return linear.dequantize().cpu()
 
 
-class ReplacedWeights:
+class ReplacedWeights(SourceView):
     """A model seen with other weights in some of its linears: a ``TensorSource`` that writes nothing to disk."""
 
     def __init__(self, source: TensorSource, weights: Mapping[str, Callable[[], Tensor]]) -> None:
@@ -150,42 +149,18 @@ class ReplacedWeights:
             source: The model.
             weights: For each replaced linear a function that returns its weight, shape (out, in).
         """
-        self._source = source
+        super().__init__(source)
         self._weights = {f"{name}.weight": read for name, read in weights.items()}
-
-    @property
-    def directory(self) -> Path:
-        """The model's directory."""
-        return self._source.directory
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The model's ``config.json``."""
-        return self._source.config
 
     @property
     def fingerprint(self) -> str:
         """The model's fingerprint, marked."""
-        return f"{self._source.fingerprint}, weights replaced"
-
-    @property
-    def names(self) -> frozenset[str]:
-        """Full names of all tensors."""
-        return self._source.names
-
-    @property
-    def tied_embeddings(self) -> bool:
-        """Whether the output head is the token embedding."""
-        return self._source.tied_embeddings
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the sizes of a tensor's dimensions."""
-        return self._source.shape(name)
+        return f"{self.base.fingerprint}, weights replaced"
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor, replaced or not, on the CPU."""
         read = self._weights.get(name)
-        return self._source.tensor(name) if read is None else read()
+        return self.base.tensor(name) if read is None else read()
 
 
 def _uniform(linear: MeasuredLinear, group_size: int, bits: int) -> Widths:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +35,8 @@ if TYPE_CHECKING:
     from ..eval.comparison import EvalConfig
     from ..measure.calibration import CalibrationSet
     from ..measure.run import MeasureConfig
-    from ..quantize.gguf_pipeline import GgufConfig
-    from ..quantize.pipeline import QuantizeConfig
+    from ..quantize.gguf_pipeline import GgufConfig, GgufResult
+    from ..quantize.pipeline import QuantizeConfig, QuantizeResult
 
 __all__ = ["quantize"]
 
@@ -168,20 +170,7 @@ def _quantize_to_exl2(model: Original, output: Path, evaluate: EvalConfig | None
         for bpw in rates or (None,):
             _print_forecast(model, replace(config, bpw=bpw, measure=known))
         return
-    if len(rates) > 1:
-        _quantize_series(model, output, config, saved, options)
-        return
-    result = quantize_model(
-        model,
-        output,
-        config,
-        measurement=options["measurement"],
-        calibration=saved,
-        work=options["work_dir"],
-        progress=progress_bar,
-    )
-    for line in result.summary_lines():
-        click.echo(line)
+    _run(quantize_model, model, output, config, saved, options)
 
 
 def _quantize_to_gguf(model: Original, output: Path, evaluate: EvalConfig | None, options: dict[str, Any]) -> None:
@@ -220,20 +209,7 @@ def _quantize_to_gguf(model: Original, output: Path, evaluate: EvalConfig | None
         card=options["card"],
         base_model=options["base_model"],
     )
-    if len(rates) > 1:
-        _quantize_series(model, output, config, saved, options)
-        return
-    result = quantize_to_gguf(
-        model,
-        output,
-        config,
-        measurement=options["measurement"],
-        calibration=saved,
-        work=options["work_dir"],
-        progress=progress_bar,
-    )
-    for line in result.summary_lines():
-        click.echo(line)
+    _run(quantize_to_gguf, model, output, config, saved, options)
 
 
 def _refuse_without_vram(options: dict[str, Any]) -> None:
@@ -241,26 +217,26 @@ def _refuse_without_vram(options: dict[str, Any]) -> None:
         raise click.UsageError("--context and --cache-bits go with --vram.")
 
 
-def _quantize_series(
+def _run(
+    quantize_one: Callable[..., QuantizeResult | GgufResult],
     model: Original,
     output: Path,
     config: QuantizeConfig | GgufConfig,
     calibration: CalibrationSet | None,
     options: dict[str, Any],
 ) -> None:
+    # One output, or one for each of several rates.
     from ..quantize.series import quantize_series
 
-    result = quantize_series(
-        model,
-        output,
-        config,
-        options["bpw"],
-        measurement=options["measurement"],
-        calibration=calibration,
-        work=options["work_dir"],
-        progress=progress_bar,
-    )
-    for line in result.summary_lines():
+    shared = {
+        "measurement": options["measurement"],
+        "calibration": calibration,
+        "work": options["work_dir"],
+        "progress": progress_bar,
+    }
+    rates = options["bpw"] or ()
+    run = partial(quantize_series, rates=rates) if len(rates) > 1 else quantize_one
+    for line in run(model, output, config, **shared).summary_lines():
         click.echo(line)
 
 

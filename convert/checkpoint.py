@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from .exl2.names import text_config
 from .files import read_json
 from .hub import confined_file, resolve_model
 from .safetensors_file import HeaderEntry, SafetensorsHeader, read_entry, read_header
 
 __all__ = [
     "FLOAT_DTYPES",
-    "HEAD_WEIGHT",
     "QUANTIZED_KEYS",
     "Checkpoint",
     "TensorInfo",
     "TensorSource",
     "confined_file",
     "embedding_name",
-    "head_is_embedding",
+    "head_name",
     "require_finite",
     "resolve_model",
 ]
@@ -36,8 +36,15 @@ _INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 QUANTIZED_KEYS = ("quantization_config", "compression_config")
 
-HEAD_WEIGHT = "lm_head.weight"
-_EMBEDDINGS = ("model.embed_tokens.weight", "embed_tokens.weight", "transformer.wte.weight", "wte.weight")
+_HEADS = ("lm_head.weight", "language_model.lm_head.weight")
+_EMBEDDINGS = (
+    "model.embed_tokens.weight",
+    "embed_tokens.weight",
+    "transformer.wte.weight",
+    "wte.weight",
+    "language_model.model.embed_tokens.weight",
+    "model.language_model.embed_tokens.weight",
+)
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INTEGER_DTYPES = (
@@ -196,11 +203,18 @@ class Checkpoint:
     def tied_embeddings(self) -> bool:
         """Whether the output head is the token embedding, by the rules of Transformers.
 
-        ``tie_word_embeddings`` of the config decides, except that a stored ``lm_head.weight`` that differs
-        from the embedding is a head of its own (looking loads both, once). Where the config is silent, the
-        head is tied if it is not stored.
+        ``tie_word_embeddings`` of the language model's config decides, else of the whole one, except that a stored head
+        that differs from the embedding is a head of its own (looking loads both, once). Where the config is silent,
+        the head is tied if it is not stored.
         """
-        return head_is_embedding(self)
+        key = "tie_word_embeddings"
+        flag = text_config(self.config).get(key, self.config.get(key))
+        head, embedding = head_name(self), embedding_name(self)
+        if head is None:
+            return flag is not False
+        if not flag or embedding is None:
+            return bool(flag)
+        return self.shape(head) == self.shape(embedding) and torch.equal(self.tensor(head), self.tensor(embedding))
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -294,17 +308,9 @@ def embedding_name(source: TensorSource) -> str | None:
     return next((name for name in _EMBEDDINGS if name in source.names), None)
 
 
-def head_is_embedding(source: TensorSource) -> bool:
-    """Return whether a source's output head is its token embedding; see ``Checkpoint.tied_embeddings``."""
-    flag = source.config.get("tie_word_embeddings")
-    if HEAD_WEIGHT not in source.names:
-        return flag is not False
-    embedding = embedding_name(source)
-    if not flag or embedding is None:
-        return bool(flag)
-    return source.shape(HEAD_WEIGHT) == source.shape(embedding) and torch.equal(
-        source.tensor(HEAD_WEIGHT), source.tensor(embedding)
-    )
+def head_name(source: TensorSource) -> str | None:
+    """Return the name of the output head's weight, or None if none is stored."""
+    return next((name for name in _HEADS if name in source.names), None)
 
 
 def require_finite(tensor: Tensor, where: str) -> None:

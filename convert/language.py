@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .checkpoint import TensorInfo, TensorSource, head_is_embedding
+from .checkpoint import TensorInfo, TensorSource
 from .exl2.names import config_features, text_config
 from .families import EMBEDDING, HEAD, Family, composite_of, family_of
+from .views import SourceView
 
 __all__ = ["FusedModel", "LanguageModel", "WrittenModel", "language_config", "language_model"]
 
@@ -33,33 +32,10 @@ _PREFIXES = (
 have it, as Transformers 5 has it in memory, and the head."""
 
 
-class _View:
-    """What all views leave as it is."""
-
-    def __init__(self, base: TensorSource) -> None:
-        self.base = base
-
-    @property
-    def directory(self) -> Path:
-        """Where ``config.json`` and the tokenizer's files are."""
-        return self.base.directory
-
-    @property
-    def fingerprint(self) -> str:
-        """That of what is viewed."""
-        return self.base.fingerprint
-
-    @property
-    def tied_embeddings(self) -> bool:
-        """Whether the output head is the token embedding."""
-        return self.base.tied_embeddings
-
-
-class LanguageModel(_View):
+class LanguageModel(SourceView):
     """The language model of a source.
 
     Attributes:
-        base: What is viewed.
         others: Tensors of the source that are not the language model's, under their names there.
         family: How it is cut.
     """
@@ -119,11 +95,6 @@ class LanguageModel(_View):
     def names(self) -> frozenset[str]:
         """Full names of the language model's tensors."""
         return self._names
-
-    @cached_property
-    def tied_embeddings(self) -> bool:
-        """Whether the output head is the token embedding, as ``Checkpoint.tied_embeddings``."""
-        return head_is_embedding(self)
 
     def stored_bytes(self, name: str) -> int:
         """Return the size of a tensor of a checkpoint, in bytes."""
@@ -190,7 +161,7 @@ def _plain(name: str, *, composite: bool) -> str | None:
     return name if not composite or name.startswith(parts) else None
 
 
-class WrittenModel(_View):
+class WrittenModel(SourceView):
     """A source under the names that EXL2 readers look for: prefix and other parts included."""
 
     def __init__(self, model: LanguageModel) -> None:
@@ -201,11 +172,6 @@ class WrittenModel(_View):
         self.prefix = model.family.prefix if composite is None else composite.prefix
         self._others = {name if composite is None else composite.file_name(name): name for name in model.others}
         self._names = frozenset({self.prefix + name for name in model.names} | self._others.keys())
-
-    @property
-    def tied_embeddings(self) -> bool:
-        """Whether the output head is the token embedding."""
-        return self._model.tied_embeddings
 
     @property
     def config(self) -> dict[str, Any]:
@@ -234,7 +200,7 @@ class WrittenModel(_View):
         return self._model.tensor(name.removeprefix(self.prefix))
 
 
-class FusedModel(_View):
+class FusedModel(SourceView):
     """A model in parts under the names that Transformers loads: fused where it fuses."""
 
     def __init__(self, base: TensorSource) -> None:

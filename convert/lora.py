@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .checkpoint import HEAD_WEIGHT, Checkpoint, TensorInfo, embedding_name, require_finite
+from .checkpoint import Checkpoint, TensorInfo, embedding_name, head_name, require_finite
+from .exl2.names import HEAD
 from .files import read_json
 from .hub import confined_file
 from .safetensors_file import SafetensorsHeader, read_entry, read_header
@@ -102,13 +103,14 @@ class LoraView(CheckpointView):
             )
         self._header: SafetensorsHeader = read_header(confined_file(self._adapter, _WEIGHTS), CheckpointError)
         tied = base.tied_embeddings
+        self._head = head_name(base) or f"{HEAD}.weight"
         self._own_head = embedding_name(base) if tied else None
         self._merged: dict[str, _Low] = {}
         self._replaced: dict[str, str] = {}
         self._find_places()
         if not self._merged and not self._replaced:
             raise CheckpointError(f"{self._where}: no tensors, so there is nothing to merge. Get the adapter again.")
-        names = base.names - {HEAD_WEIGHT} if tied else base.names
+        names = base.names - {self._head} if tied else base.names
         self._names = names | self._merged.keys() | self._replaced.keys()
 
     @property
@@ -163,7 +165,7 @@ class LoraView(CheckpointView):
 
     def _base_name(self, name: str) -> str:
         # The head that a tied model gets of its own begins as the table of embeddings.
-        return self._own_head if self._own_head is not None and name == HEAD_WEIGHT else name
+        return self._own_head if self._own_head is not None and name == self._head else name
 
     def _own(self, name: str) -> Tensor:
         return read_entry(confined_file(self._adapter, _WEIGHTS), self._header.entries[name], CheckpointError).float()
@@ -231,7 +233,7 @@ class LoraView(CheckpointView):
         self._merged[name] = _Low(down, up, magnitude, scale, transposed)
 
     def _require(self, name: str, stored: str) -> None:
-        known = name in self._base.names or (name == HEAD_WEIGHT and self._own_head is not None)
+        known = name in self._base.names or (name == self._head and self._own_head is not None)
         if not known or not self._base.info(self._base_name(name)).dtype.is_floating_point:
             raise CheckpointError(
                 f"{self._where}: tensor {stored!r} belongs to {name!r}, which {self._base.directory} does not have as "

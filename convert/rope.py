@@ -14,7 +14,8 @@ from typing import Any
 
 from ..errors import ConfigError
 from .checkpoint import Checkpoint, TensorSource
-from .views import CheckpointView
+from .exl2.names import text_config
+from .views import CheckpointView, SourceView
 
 __all__ = ["RopeChange", "RopeView", "with_positions_of"]
 
@@ -61,7 +62,7 @@ class RopeChange:
             ConfigError: The config states no base, or scales positions in a way that a factor cannot replace.
         """
         result = deepcopy(dict(config))
-        text = _text(result)
+        text: Any = text_config(result)
         places = _places(text)
         if self.scale is not None:
             _set_scale(text, places, self.scale)
@@ -107,24 +108,16 @@ class RopeView(CheckpointView):
         return {**self._base.changes, **named}
 
 
-class _Repositioned:
-    """A ``TensorSource`` with another config."""
+class _Repositioned(SourceView):
+    """A source with another config."""
 
-    def __init__(self, source: TensorSource, config: dict[str, Any]) -> None:
-        self._source = source
-        self.config = config
-        self.directory = source.directory
-        self.names = source.names
-        self.shape = source.shape
-        self.tensor = source.tensor
+    def __init__(self, base: TensorSource, config: dict[str, Any]) -> None:
+        super().__init__(base)
+        self._config = config
 
     @property
-    def fingerprint(self) -> str:
-        return self._source.fingerprint
-
-    @property
-    def tied_embeddings(self) -> bool:
-        return self._source.tied_embeddings
+    def config(self) -> dict[str, Any]:
+        return self._config
 
 
 def with_positions_of(original: TensorSource, other: TensorSource) -> TensorSource:
@@ -137,17 +130,12 @@ def with_positions_of(original: TensorSource, other: TensorSource) -> TensorSour
     if not isinstance(original, RopeView):
         return other
     config = deepcopy(other.config)
-    source, target = _text(original.config), _text(config)
+    source = text_config(original.config)
+    target: Any = text_config(config)
     for key in _KEYS:
         target.pop(key, None)
     target |= {key: source[key] for key in _KEYS if key in source}
     return _Repositioned(other, config)
-
-
-def _text(config: dict[str, Any]) -> dict[str, Any]:
-    # The language model's part of a config that has others too.
-    nested = config.get("text_config")
-    return nested if isinstance(nested, dict) else config
 
 
 def _places(text: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""A checkpoint seen through a change: dequantized, merged with an adapter, with other positions."""
+"""Models seen through a change: dequantized, merged with an adapter, with other positions or under other names."""
 
 from __future__ import annotations
 
@@ -7,9 +7,54 @@ from typing import Any
 
 from torch import Tensor
 
-from .checkpoint import Checkpoint, TensorInfo
+from .checkpoint import Checkpoint, TensorInfo, TensorSource
 
-__all__ = ["CheckpointView"]
+__all__ = ["CheckpointView", "SourceView"]
+
+
+class SourceView:
+    """Another source as it is; what a view changes, its class overrides.
+
+    Attributes:
+        base: What is viewed.
+    """
+
+    def __init__(self, base: TensorSource) -> None:
+        """Look at a source."""
+        self.base = base
+
+    @property
+    def directory(self) -> Path:
+        """Where ``config.json`` and the tokenizer's files are."""
+        return self.base.directory
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """That of what is viewed; not to be modified."""
+        return self.base.config
+
+    @property
+    def fingerprint(self) -> str:
+        """That of what is viewed."""
+        return self.base.fingerprint
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Full names of all tensors."""
+        return self.base.names
+
+    @property
+    def tied_embeddings(self) -> bool:
+        """Whether the output head is the token embedding."""
+        return self.base.tied_embeddings
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the sizes of a tensor's dimensions without loading it."""
+        return self.base.shape(name)
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor in its stored dtype, on the CPU, in memory of its own."""
+        return self.base.tensor(name)
 
 
 class CheckpointView(Checkpoint):

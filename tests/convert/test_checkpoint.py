@@ -175,6 +175,24 @@ class TestTiedEmbeddings:
             with pytest.raises(CheckpointError, match="is missing"):
                 checkpoint.tensor(HEAD)
 
+    @pytest.mark.parametrize(
+        ("head", "embedding"),
+        [
+            ("language_model.lm_head.weight", "language_model.model.embed_tokens.weight"),
+            ("lm_head.weight", "model.language_model.embed_tokens.weight"),
+        ],
+    )
+    @pytest.mark.parametrize("same", [True, False])
+    def test_of_the_language_model_beside_a_vision_tower(
+        self, tmp_path: Path, head: str, embedding: str, same: bool
+    ) -> None:
+        table = torch.randn(4, 2)
+        config = {"model_type": "x", "text_config": {"tie_word_embeddings": True}}
+        stored = {embedding: table, head: table.clone() if same else table + 1}
+        assert Checkpoint.open(make(tmp_path / "two", stored, config)).tied_embeddings is same
+        config["text_config"] = {"tie_word_embeddings": False}
+        assert not Checkpoint.open(make(tmp_path / "own", stored, config)).tied_embeddings
+
 
 class TestFingerprint:
     def test_does_not_depend_on_the_place(self, tmp_path: Path) -> None:

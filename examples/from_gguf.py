@@ -1,0 +1,82 @@
+"""What the scripts that obtain real models share: a GGUF file becomes a checkpoint, off its grid if wanted."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+__all__ = ["save_checkpoint"]
+
+
+def save_checkpoint(
+    output: Path,
+    download: Callable[[Path], Path],
+    model_class: type[PreTrainedModel],
+    *,
+    mlp_norm: str,
+    norm_offset: float = 0.0,
+    off_grid_seed: int | None,
+) -> None:
+    """Write a model as a bfloat16 checkpoint with its tokenizer; nothing if it is already there.
+
+    Args:
+        output: Directory to write.
+        download: Brings the GGUF file into a folder and returns its path.
+        model_class: The model in Transformers.
+        mlp_norm: Name of the norm in front of a block's MLP.
+        norm_offset: What the model adds to the weights of its norms.
+        off_grid_seed: Seed of the factors that move the weights off the file's grid; None leaves them on it.
+    """
+    if (output / "config.json").exists():
+        click.echo(f"{output} is already there.", err=True)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        gguf = download(Path(folder))
+        source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    config = source.config
+    del config.quantization_config, config._name_or_path  # how the GGUF file was read, not what the model is
+    model = model_class(config)
+    model.load_state_dict(source.state_dict())
+    if off_grid_seed is not None:
+        _move_off_grid(model, mlp_norm, norm_offset, off_grid_seed)
+    tokenizer.save_pretrained(output)
+    model.to(torch.bfloat16).save_pretrained(output)
+    click.echo(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters -> {output}")
+
+
+@torch.no_grad()
+def _move_off_grid(model: PreTrainedModel, mlp_norm: str, norm_offset: float, seed: int) -> None:
+    # Rescales pairs of tensors so that the function stays and the values change: norm weights and the columns that read
+    # them, v_proj and o_proj, up_proj and down_proj.
+    rng = torch.Generator().manual_seed(seed)
+    config = model.config
+    heads, head_dim = config.num_key_value_heads, config.head_dim
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for norm, readers in (
+            (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (layer.get_submodule(mlp_norm), (mlp.gate_proj, mlp.up_proj)),
+        ):
+            factors = _random_factors(config.hidden_size, rng)
+            norm.weight.copy_((norm_offset + norm.weight) * factors - norm_offset)
+            for reader in readers:
+                reader.weight /= factors
+        factors = _random_factors(heads * head_dim, rng)
+        attention.v_proj.weight *= factors[:, None]
+        per_head = factors.view(heads, 1, head_dim)
+        attention.o_proj.weight /= per_head.expand(-1, config.num_attention_heads // heads, -1).reshape(-1)
+        factors = _random_factors(config.intermediate_size, rng)
+        mlp.up_proj.weight *= factors[:, None]
+        mlp.down_proj.weight /= factors
+
+
+def _random_factors(count: int, rng: torch.Generator) -> Tensor:
+    # Uniform in [0.78, 1.28]: none is a power of two's neighbour.
+    return torch.rand(count, generator=rng) * 0.5 + 0.78
