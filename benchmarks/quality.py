@@ -374,7 +374,7 @@ def _variants(_context: click.Context, _parameter: click.Parameter, value: str |
 @click.option("--row-tokens", type=click.IntRange(2), default=1024, help="Tokens in each row.")
 @click.option("--eval-rows", type=click.IntRange(1), default=16, help="Held-out rows to evaluate on.")
 @click.option("--eval-row-tokens", type=click.IntRange(2), default=1024, help="Tokens in each of them.")
-@click.option("--seed", type=click.IntRange(0), default=0, help="Chooses rows and sampled targets.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Chooses rows and probes.")
 @click.option("--device", default="auto", help="cpu, cuda, cuda:N, mps or auto.")
 @click.option(
     "--work-dir",

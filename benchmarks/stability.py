@@ -1,4 +1,4 @@
-"""How much of a plan is chance: plans from measurements with other calibration rows and other sampled targets.
+"""How much of a plan is chance: plans from measurements with other calibration rows and other probes.
 
     python benchmarks/stability.py MODEL
     python benchmarks/stability.py MODEL --rows 4,16 --seeds 3 --bpw 3

@@ -8,6 +8,7 @@ import click
 
 from ..errors import BpwiseError
 from ..version import __version__
+from .allocator import give_back_large_blocks
 
 __all__ = ["cli", "main"]
 
@@ -30,4 +31,5 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point of the ``bpwise`` command."""
+    give_back_large_blocks()
     cli()

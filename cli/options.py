@@ -221,7 +221,7 @@ def calibration_options(command: Command) -> Command:
             click.option("--chat-template", is_flag=True, help="Render chat turns with the model's chat template."),
             click.option("-r", "--rows", type=click.IntRange(1), default=32, help="Calibration rows."),
             click.option("-l", "--row-tokens", type=click.IntRange(2), default=1024, help="Tokens in each row."),
-            click.option("--seed", type=int, default=0, help="Seed of rows and of sampled targets."),
+            click.option("--seed", type=int, default=0, help="Seed of rows and of Fisher probes."),
             click.option("--group-size", type=int, default=32, help="Input features that share a width and a scale."),
             click.option(
                 "--damping",

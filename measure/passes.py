@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..convert.families import HEAD, Stage
 from ..convert.gguf.ggml import GgmlType
@@ -32,9 +32,6 @@ _TAIL_TOKENS = 256
 
 _CACHED_TOKENS = 16
 """Positions whose probabilities are worked on together, so that they stay in a processor's cache."""
-
-_STRETCH = 256
-"""Tokens of the vocabulary whose probabilities are added up before one of them is sampled."""
 
 _TINY = 1e-30
 """Keeps sums that are zero from being divided by."""
@@ -69,7 +66,7 @@ class MeasuringPasses:
             kinds: ggml's types to measure.
             group_size: Rows of a group.
             damping: Damping of the Gram matrices, or None to choose it for each stage on held-out rows.
-            seed: Seed of the targets that the model samples.
+            seed: Seed of the random signs that probe the Fisher information.
             experts_see_all_tokens: Whether tokens that did not choose an expert count a little for it, all of them.
         """
         self.model = model
@@ -113,7 +110,7 @@ class MeasuringPasses:
         check_finite(hidden, self.model.block_name(index))
 
     def head(self) -> None:
-        """Sample targets, keep the gradient at the last block's output, measure the head."""
+        """Probe the logits, keep the gradient at the last block's output, measure the head."""
         if self.pieces.has("head"):
             return
         last = self.model.block_count
@@ -129,7 +126,7 @@ class MeasuringPasses:
                 logits = self.model.logits(part)
                 sums.see_inputs(taps[""])
                 slopes = _slopes(logits, raw[""])
-                error, outputs, weights = _sampled_error(logits.detach()[0], rng, slopes, errors)
+                error, outputs, weights = _probe(logits.detach()[0], rng, slopes, errors)
                 sums.see_sums(HEAD, outputs, weights)
                 sums.end_batch(first // self.tokens.shape[1], 1)
                 logits.backward(error[None])
@@ -288,43 +285,32 @@ def _slopes(logits: Tensor, output: Tensor) -> Tensor | None:
     return slopes.flatten(0, -2)
 
 
-def _sampled_error(
-    logits: Tensor, rng: torch.Generator, slopes: Tensor | None, out: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    # The gradient p - t for a target t sampled from p, in the first rows of ``out``, and the sums over tokens and over
-    # the vocabulary of its mean square. Of a one-hot target that is p (1 - p): no need to sample for the head.
-    error = out[: len(logits)]
+def _probe(logits: Tensor, rng: torch.Generator, slopes: Tensor | None, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # A random direction with the logits' Fisher matrix F = diag(p) - p p^T as its covariance, in the first rows of
+    # ``out``: F p^-1/2 z with random signs z. p - t of a sampled target t has the same covariance, but where the model
+    # is nearly sure of a token all of its size hangs on the rare draw of another one. And the sums over tokens and over
+    # the vocabulary of the mean square, p (1 - p).
+    probe = out[: len(logits)]
     outputs = torch.zeros(logits.shape[1], device=logits.device)
     weights = []
-    for first, probabilities in zip(range(0, len(error), _CACHED_TOKENS), error.split(_CACHED_TOKENS), strict=True):
+    for first, probabilities in zip(range(0, len(probe), _CACHED_TOKENS), probe.split(_CACHED_TOKENS), strict=True):
         torch.softmax(logits[first : first + _CACHED_TOKENS], dim=-1, out=probabilities)
         squares = torch.addcmul(probabilities, probabilities, probabilities, value=-1)
         if slopes is not None:
             squares *= slopes[first : first + _CACHED_TOKENS].square()
         outputs += squares.sum(dim=0)
         weights.append(squares.sum(dim=1))
-        targets = _sample(probabilities, rng)
-        probabilities.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=logits.dtype))
-    return error, outputs, torch.cat(weights)
+        signed = probabilities.sqrt().copysign_(_signs(probabilities.shape, rng))
+        probabilities.mul_(-signed.sum(dim=1, keepdim=True)).add_(signed)
+    return probe, outputs, torch.cat(weights)
 
 
-def _sample(probabilities: Tensor, rng: torch.Generator) -> Tensor:
-    # One index a row by inverting the cumulative distribution, first over stretches of the vocabulary and then inside
-    # of one: many times faster than torch.multinomial on a CPU.
-    stretches = nn.functional.pad(probabilities, (0, -probabilities.shape[1] % _STRETCH)).unflatten(1, (-1, _STRETCH))
-    sums = stretches.sum(dim=-1)
-    draws = torch.rand(len(sums), 1, generator=rng, device=sums.device) * sums.sum(dim=1, keepdim=True)
-    chosen, before = _at(sums, draws)
-    inside = stretches[torch.arange(len(sums), device=sums.device), chosen[:, 0]]
-    return _STRETCH * chosen + _at(inside, draws - before)[0]
-
-
-def _at(shares: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-    # Where in the cumulative sums of each row its draw lies, never on a share of zero, and what lies before.
-    cumulative = shares.cumsum(dim=-1)
-    last = (shares > 0) * torch.arange(1, shares.shape[1] + 1, device=shares.device)
-    index = torch.minimum(torch.searchsorted(cumulative, draws, right=True), last.amax(dim=1, keepdim=True) - 1)
-    return index, (cumulative - shares).gather(1, index)
+def _signs(shape: torch.Size, rng: torch.Generator) -> Tensor:
+    # Numbers of random sign, int8: eight from each random number of 64 bits.
+    limits = torch.iinfo(torch.int64)
+    words = -(-shape[1] // 8)
+    numbers = torch.randint(limits.min, limits.max, (shape[0], words), generator=rng, device=rng.device)
+    return numbers.view(torch.int8)[:, : shape[1]]
 
 
 def _unpack(tensors: dict[str, Tensor]) -> dict[str, MeasuredLinear]:

@@ -49,7 +49,7 @@ class MeasureConfig:
         group_size: Rows that share a bit width and a scale; a multiple of 32.
         damping: What is added to the diagonal of every Gram matrix, relative to its mean, dimensionless; None chooses
             for each stage what serves rows best that were held out.
-        seed: Seed of the tokens that the model samples for the Fisher information.
+        seed: Seed of the random signs that probe the Fisher information.
         moe_calibrate_all: Whether all tokens are run through all experts of a mixture: those that did not choose an
             expert count a tenth of those that did. Otherwise only experts that few tokens choose see others.
         types: Whether the damage of ggml's types is measured too, where ggml's library is installed: 5 s for a block of

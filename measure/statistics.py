@@ -81,8 +81,8 @@ class StageStatistics:
 
     Attributes:
         halves: Weighted mean of x x^T, x being the stage's common input, over every even row and every odd one.
-        fisher: Per linear, the sum over tokens of (dL/dy)^2, float32, shape (out,). L is the sum, over all
-            positions, of the negative log-likelihood of a token that the model itself sampled, in nats.
+        fisher: Per linear, the sum over tokens of (dL/dy)^2, float32, shape (out,), in nats: what is
+            propagated back from the logits is a random direction whose covariance is their Fisher matrix.
         couplings: Per linear whose gradients were seen, the sketch of the Fisher matrix of its outputs.
         token_weights: Per micro-batch, the weight of each token, float32, shape (rows * tokens,), on the CPU: the sum
             of (dL/dy)^2 over all outputs of all linears, not scaled.

@@ -13,6 +13,7 @@ it, and the columns of V are what the norm's weight makes of the linear's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -65,7 +66,6 @@ class StageSums:
         first_row: int,
         inputs: Tensor,
         target: Tensor,
-        stream: Tensor,
         weights: Tensor,
         sizes: Tensor | None = None,
     ) -> None:
@@ -74,16 +74,16 @@ class StageSums:
         Args:
             first_row: Index of its first row among all calibration rows.
             inputs: y, the stage's inputs in the quantized stream, shape (rows, tokens, K) or (rows * tokens, K).
-            target: The original's input of the stage or, where it joins the residual stream, its sum there.
-            stream: What the stage's output is added to, if it joins the residual stream.
+            target: The original's input of the stage or, where it joins the residual stream, the original's sum there
+                less what the output is added to.
             weights: Weight of each token, shape (rows, tokens).
             sizes: What the original's output of each token is divided by before it joins the stream, shape (rows,
                 tokens, 1); None for 1.
         """
         inputs = inputs.view(*weights.shape, -1)
+        missing = target.to(inputs.device).view(*weights.shape, -1)
         if not self._joins:
-            stream = inputs
-        missing = target.to(inputs.device).view(*weights.shape, -1) - stream
+            missing = missing - inputs
         if sizes is not None:
             missing = missing * sizes.to(inputs.device)
         if self._joins and self._module.bias is not None:
@@ -112,22 +112,26 @@ class StageSums:
         leaves less than there was.
         """
         weights = [half.gram.weight for half in self._halves]
-        grams = [half.gram.mean() for half in self._halves]
         shares = [weight / max(sum(weights), _TINY) for weight in weights]
-        missing = [half.missing / max(half.gram.weight, _TINY) for half in self._halves]
+        grams = [half.gram.mean() for half in self._halves]
+        missing = [half.missing.div_(max(half.gram.weight, _TINY)) for half in self._halves]
+        self._halves.clear()
         if self._joins:  # what the unrounded weight makes of y is not missing: mean y^T (y W) = H W
             made = self._module.weight.T * self._gains
-            missing = [part - gram @ made for part, gram in zip(missing, grams, strict=True)]
-        gram, drift = (shares[0] * first + shares[1] * second for first, second in (grams, missing))
-        if not correct_drift or min(weights) <= 0:
+            missing = [part.addmm_(gram, made, alpha=-1) for part, gram in zip(missing, grams, strict=True)]
+        ridge = self._best_ridge(grams, missing) if correct_drift and min(weights) > 0 else None
+        gram, drift = (_weighted_sum_(parts, shares) for parts in (grams, missing))
+        if ridge is None:
             return gram, None
-        step = -(-drift.shape[1] // _TRIED_COLUMNS)
+        shift = damped_solve(gram, drift, ridge)
+        return gram, shift if not self._joins else _undone(shift, self._gains)
+
+    def _best_ridge(self, grams: Sequence[Tensor], missing: Sequence[Tensor]) -> float | None:
+        # The one whose fit on the first half leaves least drift on the second; None if none leaves less than there was.
+        step = -(-missing[0].shape[1] // _TRIED_COLUMNS)
         tried = [part[:, ::step].contiguous() for part in missing]
         left = [_drift_left(damped_solve(grams[0], tried[0], ridge), grams[1], tried[1]) for ridge in _RIDGES]
-        if min(left) >= 0:
-            return gram, None
-        shift = damped_solve(gram, drift, _RIDGES[left.index(min(left))])
-        return gram, shift if not self._joins else _undone(shift, self._gains)
+        return _RIDGES[left.index(min(left))] if min(left) < 0 else None
 
 
 class _Half:
@@ -143,6 +147,13 @@ class _Half:
         inputs = inputs[kept]
         self.gram.add(inputs, weights)
         self.missing.addmm_((inputs * weights[:, None]).T, missing[kept])
+
+
+def _weighted_sum_(parts: list[Tensor], weights: Sequence[float]) -> Tensor:
+    # In the memory of the first of two; the other goes.
+    first, second = parts
+    parts.clear()
+    return first.mul_(weights[0]).add_(second, alpha=weights[1])
 
 
 def _undone(shift: Tensor, gains: Tensor) -> Tensor:

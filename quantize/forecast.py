@@ -160,7 +160,7 @@ def _rounding_memory(block: dict[Stage, dict[str, tuple[int, int]]], hidden: int
     # (four, then one); in every waiting forward pass the stream and the stage's inputs.
     inputs = _inputs(block)
     state, kept_state = (count * hidden * _FLOAT32_BYTES for count in (tokens, kept_tokens))
-    states = max(6 * kept_state + 2 * state, 3 * kept_state + state + tokens * max(inputs.values()) * _FLOAT32_BYTES)
+    states = max(6 * kept_state, 3 * kept_state + tokens * max(inputs.values()) * _FLOAT32_BYTES) + 2 * state
     # The Gram matrix; for each linear at work it again in float64, and its factor; weights and by how much they move.
     factors = (
         rows**2 * (_FLOAT32_BYTES + min(cores(), len(block[stage])) * (_FLOAT32_BYTES + _FLOAT64_BYTES))

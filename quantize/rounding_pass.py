@@ -150,22 +150,27 @@ class RoundingPass:
         for index in progress(range(self.model.block_count), "quantize: round"):
             if index <= finished:
                 continue
-            state = self._round_block(index, **state)
+            self._round_block(index, state)
             self.pieces.save(f"drift-{index}", {"drift": _drift(**state)})
             self.pieces.save(f"state-{index}", state)
             self.pieces.discard(f"state-{index - 1}")
             if self.inputs is not None:
                 self.inputs.discard(f"input-{index}")
 
-    def _round_block(self, index: int, original: Tensor, quantized: Tensor) -> dict[str, Tensor]:
+    def _round_block(self, index: int, state: dict[str, Tensor]) -> None:
+        # Puts both streams after the block in the place of those before it.
         stages = self.model.stages(index)
         shared = [stage for stage in stages if stage.expert is None]
         experts = [stage for stage in stages if stage.expert is not None and not self._keeps(index, stage)]
         stops = [stage.linears[0] for stage in shared if not self._keeps(index, stage)]
         stops += [self.model.family.experts_path] if experts else []
         adding = [stage.adds for stage in shared if stage.adds]
+        joining = [stage.linears[0] for stage in shared if stage.adds]
         with torch.no_grad(), self.model.block(index) as block:
-            wanted, original = self._run_original(index, block, original)
+            wanted, state["original"] = self._run_original(index, block, state.pop("original"))
+            quantized = state["quantized"]
+            for linear in joining:
+                wanted[linear][0].sub_(quantized)
             runs = [partial(self._run, index, quantized, batch) for batch in self.batches]
             for stage in stages:
                 if self._keeps(index, stage):
@@ -173,29 +178,27 @@ class RoundingPass:
                         weight = block.get_submodule(inner).weight
                         weight.copy_(weight.half())
             with SteppedForwards(block, stops, adding, runs) as forwards:
-                added: list[str] = []
                 for stage in shared:
                     if self._keeps(index, stage):
-                        added += [] if stage.adds is None else [stage.adds]
+                        wanted.pop(stage.linears[0])
                         continue
                     names = self.model.family.linear_names(index, stage)
                     modules = [block.get_submodule(inner) for inner in stage.linears]
                     weights = self._token_weights(names[0])
                     gains = self._gains(block, stage)
-                    target, sizes = wanted.pop(stage.linears[0])
+                    target, sizes = wanted[stage.linears[0]]
                     sums = StageSums(modules[0], stage, self.model.device, gains)
                     for position, batch in enumerate(self.batches):
                         seen = forwards.advance(position)
-                        stream = self._on_device(quantized[batch])
-                        for name in added:
-                            stream = stream + self.model.multiplier * seen[name]
+                        for name in adding:
+                            if name in seen:
+                                self._take_off(seen[name], [wanted[x][0][batch] for x in joining if x in wanted])
                         of_batch = None if sizes is None else sizes[batch]
                         inputs = seen[stage.linears[0]]
-                        sums.add(batch.start, inputs, target[batch], stream, weights[batch], of_batch)
+                        sums.add(batch.start, inputs, target[batch], weights[batch], of_batch)
+                    del wanted[stage.linears[0]], target, seen, inputs
                     gram, shift = sums.solved(correct_drift=self.correct_drift)
                     self._round_linears(names, modules, gram, shift, joins=stage.adds is not None)
-                    if stage.adds is not None:
-                        added.append(stage.adds)
                 if experts:
                     path = self.model.family.experts_path
                     inputs = torch.cat([forwards.advance(number)[path].cpu() for number in range(len(self.batches))])
@@ -203,7 +206,11 @@ class RoundingPass:
                 for position, batch in enumerate(self.batches):
                     quantized[batch] = forwards.finish(position).cpu()
             check_finite(quantized, f"{self.model.block_name(index)}, quantized")
-        return {"original": original, "quantized": quantized}
+
+    def _take_off(self, added: Tensor, missing: Sequence[Tensor]) -> None:
+        # What has joined the stream is not missing there any more.
+        for target in missing:
+            target.sub_(added.view(target.shape).to(target.device), alpha=self.model.multiplier)
 
     def _round_experts(
         self, index: int, block: Any, stages: Sequence[Stage], original: Tensor, quantized: Tensor
@@ -344,7 +351,7 @@ class RoundingPass:
             weights = self._token_weights(HEAD)
             for batch in self.batches:
                 wanted, inputs = (self._head_input(head, state[key][batch]) for key in ("original", "quantized"))
-                sums.add(batch.start, inputs, wanted, inputs, weights[batch])
+                sums.add(batch.start, inputs, wanted, weights[batch])
             gram, shift = sums.solved(correct_drift=self.correct_drift)
             del state, wanted, inputs
             target = _shifted(head.weight, shift, False)

@@ -82,7 +82,7 @@ class SteppedForwards:
         Args:
             module: What ``runs`` call; its submodules are watched while the context lasts.
             stops: Submodules before which every pass stops, in the order in which the module calls them.
-            outputs: Submodules whose output is kept; of several outputs the first.
+            outputs: Submodules whose output is kept until the next stop; of several outputs the first.
             runs: One forward for each micro-batch.
         """
         self._forwards = [_Forward(run) for run in runs]
@@ -117,8 +117,8 @@ class SteppedForwards:
             number: Index of the micro-batch.
 
         Returns:
-            By name of the submodule, its input where the pass stopped, and the outputs seen so far. Whatever the pass
-            raises is raised here.
+            By name of the submodule, its input where the pass stopped, and the outputs seen since the last stop; empty
+            when the pass goes on. Whatever the pass raises is raised here.
         """
         self._current = self._forwards[number]
         self._current.advance()
@@ -137,7 +137,7 @@ class SteppedForwards:
             forward = self._current
             forward.taps[name] = args[0] if args else kwargs["hidden_states"]
             forward.stop()
-            del forward.taps[name]
+            forward.taps.clear()
 
         return hook
 

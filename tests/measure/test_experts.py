@@ -16,7 +16,7 @@ from bpwise.measure.run import MeasureConfig, measure_model
 from bpwise.quantize.plan import make_plan
 from bpwise.quantize.rounding import RoundConfig, round_model
 from torch import Tensor
-from torch.nn.functional import cross_entropy, linear, silu
+from torch.nn.functional import linear, silu
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 HIDDEN, NEURONS, BLOCKS, EXPERTS = 64, 96, 2, 5
@@ -72,8 +72,11 @@ class Seen:
         return [torch.zeros(0, 1) if gradient is None else gradient.square() for gradient in gradients]
 
 
-def by_plain_backward(directory: Path, tokens: Tensor, targets: Tensor) -> list[list[Seen]]:
-    """Run the model forward and backward, its experts one by one; return what they saw, by block and expert."""
+def by_plain_backward(directory: Path, tokens: Tensor, signs: Tensor) -> list[list[Seen]]:
+    """Run the model forward and backward, its experts one by one; return what they saw, by block and expert.
+
+    What is propagated back from the logits is F p^-1/2 z, with their Fisher matrix F = diag(p) - p p^T and the signs z.
+    """
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64, attn_implementation="eager")
     everything: list[list[Seen]] = []
 
@@ -105,7 +108,8 @@ def by_plain_backward(directory: Path, tokens: Tensor, targets: Tensor) -> list[
     for block in model.model.layers:
         block.mlp.experts.forward = experts_of(block.mlp.experts)
     logits = model(input_ids=tokens, use_cache=False).logits.flatten(0, 1)
-    cross_entropy(logits, targets, reduction="sum").backward()
+    p = logits.detach().softmax(dim=-1)
+    logits.backward(torch.einsum("tij,tj->ti", p.diag_embed() - p[:, :, None] * p[:, None], p.rsqrt() * signs))
     return everything
 
 
@@ -125,15 +129,15 @@ class Run:
 
 def run_of(directory: Path, work: Path, rows: int, **settings: Any) -> Run:
     grams: dict[str, Tensor] = {}
-    targets: list[Tensor] = []
+    signs: list[Tensor] = []
     chosen = calibration(rows)
     with pytest.MonkeyPatch.context() as patch:
-        sample, curves = passes._sample, passes.measure_curves
+        draw, curves = passes._signs, passes.measure_curves
         of_stage = passes.MeasuringPasses._curves
 
-        def spied_sample(*args: Any) -> Tensor:
-            targets.append(sample(*args))
-            return targets[-1]
+        def spied_signs(*args: Any) -> Tensor:
+            signs.append(draw(*args))
+            return signs[-1]
 
         def spied_curves(weights: Sequence[Tensor], gram: Tensor, *args: Any, **kwargs: Any) -> Any:
             grams["latest"] = gram.clone()
@@ -144,14 +148,15 @@ def run_of(directory: Path, work: Path, rows: int, **settings: Any) -> Run:
             grams.update(dict.fromkeys(linears, grams["latest"]))
             return made
 
-        patch.setattr(passes, "_sample", spied_sample)
+        patch.setattr(passes, "_signs", spied_signs)
         patch.setattr(passes, "measure_curves", spied_curves)
         patch.setattr(passes.MeasuringPasses, "_curves", spied_stage)
         patch.setattr("bpwise.measure.stream.MICRO_BATCH_TOKENS", 5 * ROW_TOKENS)  # several micro-batches
         patch.setattr(passes, "judge_halves", lambda *_args, **_options: HeldOut(0.02, 1.0))
         config = MeasureConfig(device="cpu", group_size=64, types=False, **settings)
         measurement = measure_model(Checkpoint.open(directory), chosen, config, work)
-    return Run(measurement, grams, by_plain_backward(directory, chosen.tokens, torch.cat(targets).flatten()))
+    plain = torch.where(torch.cat(signs) < 0, -1.0, 1.0)
+    return Run(measurement, grams, by_plain_backward(directory, chosen.tokens, plain))
 
 
 @pytest.fixture(scope="module")

@@ -79,12 +79,12 @@ class Expected:
     fisher_matrix: dict[str, Tensor]
 
 
-def by_plain_backward(directory: Path, targets: Tensor) -> Expected:
+def by_plain_backward(directory: Path, signs: Tensor) -> Expected:
     """Means over tokens of w x x^T and (dL/dy)^2 of every linear, by hooks on the whole model in float64.
 
-    w, the weight of a token, is the sum of (dL/dy)^2 over all linears that read x, scaled to mean 1. L is the sum over
-    all positions of the negative log-likelihood of ``targets``. The head's Fisher is its exact expectation p (1 - p)
-    over the model's own predictions.
+    w, the weight of a token, is the sum of (dL/dy)^2 over all linears that read x, scaled to mean 1. What is propagated
+    back from the logits is F p^-1/2 z, with their Fisher matrix F = diag(p) - p p^T and the signs z. The head's Fisher
+    is its exact expectation p (1 - p) over the model's own predictions.
     """
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64, attn_implementation="eager")
     inputs: dict[str, Tensor] = {}
@@ -99,8 +99,9 @@ def by_plain_backward(directory: Path, targets: Tensor) -> Expected:
 
             module.register_forward_hook(keep)
     logits = model(input_ids=rows().tokens, use_cache=False).logits.flatten(0, 1)
-    nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
     probabilities = logits.detach().softmax(dim=-1)
+    fishers = probabilities.diag_embed() - probabilities[:, :, None] * probabilities[:, None]
+    logits.backward(torch.einsum("tij,tj->ti", fishers, probabilities.rsqrt() * signs))
     tokens = len(logits)
     squares = {name: output.grad.flatten(0, 1).square() for name, output in outputs.items()}
     squares["lm_head"] = probabilities * (1 - probabilities)
@@ -132,31 +133,31 @@ class Run:
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """One measurement in small micro-batches, with the Gram matrices and the sampled targets that it made."""
+    """One measurement in small micro-batches, with the Gram matrices and the signs that it made."""
     place = tmp_path_factory.mktemp("run")
     directory = save_model(place / "model", CONFIGS[request.param])
     grams: list[Tensor] = []
-    targets: list[Tensor] = []
+    signs: list[Tensor] = []
     with pytest.MonkeyPatch.context() as patch:
-        curves, sample = passes.measure_curves, passes._sample
+        curves, draw = passes.measure_curves, passes._signs
 
         def spied_curves(weights: Sequence[Tensor], gram: Tensor, *args: Any, **kwargs: Any) -> Any:
             grams.append(gram.clone())
             return curves(weights, gram, *args, **kwargs)
 
-        def spied_sample(*args: Any) -> Tensor:
-            targets.append(sample(*args))
-            return targets[-1]
+        def spied_signs(*args: Any) -> Tensor:
+            signs.append(draw(*args))
+            return signs[-1]
 
         patch.setattr(passes, "measure_curves", spied_curves)
-        patch.setattr(passes, "_sample", spied_sample)
+        patch.setattr(passes, "_signs", spied_signs)
         patch.setattr("bpwise.measure.stream.MICRO_BATCH_TOKENS", 5 * 32)  # 5 + 5 + 2 rows
         patch.setattr(passes, "judge_halves", lambda *_args, **_options: HeldOut(0.02, 1.0))
         for room in ("statistics", "sketch"):
             patch.setattr(f"bpwise.measure.{room}.thinned", lambda weights, _rng: (slice(None), weights))
         measurement = measure(directory, place / "work")
-    assert len(targets) > 1  # 384 positions go through the head in more than one part
-    yield Run(directory, measurement, grams, by_plain_backward(directory, torch.cat(targets).flatten()))
+    assert len(signs) > 1  # 384 positions go through the head in more than one part
+    yield Run(directory, measurement, grams, by_plain_backward(directory, torch.where(torch.cat(signs) < 0, -1.0, 1.0)))
 
 
 def block_names(layer: int) -> list[str]:
@@ -277,22 +278,38 @@ def test_damage_is_that_on_held_out_rows(tmp_path: Path, monkeypatch: pytest.Mon
         assert np.allclose(2.5 * plain.damage_nats, inflated.damage_nats)
 
 
-def test_sampling_follows_the_probabilities() -> None:
-    probabilities = torch.tensor([0.0, 0.5, 0.25, 0.0, 0.2, 0.05, 0.0])
+def test_probes_have_the_fisher_matrix_of_the_logits_as_their_covariance() -> None:
+    probabilities = torch.tensor([0.0, 0.5, 0.25, 0.0, 0.2, 0.05, 0.0], dtype=torch.float64)
+    logits = probabilities.log().float().expand(40000, -1)
     rng = torch.Generator().manual_seed(0)
-    draws = passes._sample(probabilities.expand(40000, -1), rng)
-    assert draws.shape == (40000, 1)
-    frequencies = torch.bincount(draws.flatten(), minlength=7) / 40000
-    assert bool((frequencies[probabilities == 0] == 0).all())
-    # Standard error at most sqrt(0.25 / 40000) = 0.0025: five of them.
-    assert float((frequencies - probabilities).abs().max()) < 0.0125
+    probes, outputs, weights = passes._probe(logits, rng, None, torch.empty(logits.shape))
+    expected = probabilities.diag() - probabilities[:, None] * probabilities
+    # Products of two entries are below 1: standard errors below 1 / sqrt(40000) = 0.005.
+    assert float((probes.T @ probes / len(probes) - expected).abs().max()) < 0.01
+    assert float(probes.mean(dim=0).abs().max()) < 0.01
+    assert torch.allclose(outputs / len(probes), expected.diagonal().float(), rtol=1e-4)
+    assert torch.allclose(weights, expected.diagonal().sum().float().expand(len(probes)), rtol=1e-4)
 
 
-def test_rows_are_sampled_independently() -> None:
-    # Each row from its own distribution, here one that leaves no choice.
-    expected = torch.tensor([[2], [0], [1], [2]])
-    probabilities = torch.zeros(4, 3).scatter_(1, expected, 1.0)
-    assert torch.equal(passes._sample(probabilities, torch.Generator().manual_seed(0)), expected)
+def test_probes_where_the_model_is_nearly_sure_differ_little_in_size() -> None:
+    rare = 0.001
+    logits = torch.tensor([1 - rare, rare]).log().expand(1000, -1)
+    probes, _, _ = passes._probe(logits, torch.Generator().manual_seed(0), None, torch.empty(logits.shape))
+    sizes = probes.square().sum(dim=1)
+    mean = 2 * rare * (1 - rare)
+    # Of a sampled target one in a thousand would have a thousand times the mean and the others nothing.
+    assert bool(((sizes > 0.5 * mean) & (sizes < 2 * mean)).all())
+
+
+def test_signs_are_those_of_fair_coins() -> None:
+    signs = passes._signs(torch.Size((50, 1001)), torch.Generator().manual_seed(0))
+    assert signs.shape == (50, 1001)
+    negative = (signs < 0).double()
+    # Standard errors: 0.5 / sqrt(50050) = 0.0022 of all, 0.5 / sqrt(50) = 0.07 of a column.
+    assert abs(float(negative.mean()) - 0.5) < 0.011
+    assert float((negative.mean(dim=0) - 0.5).abs().max()) < 0.36
+    neighbours = torch.corrcoef(torch.stack([negative[:, :-1].flatten(), negative[:, 1:].flatten()]))[0, 1]
+    assert abs(float(neighbours)) < 0.025  # 1 / sqrt(50000) = 0.0045
 
 
 class Killed(Exception):
