@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,6 +24,12 @@ from .options import (
     progress_bar,
     refuse_beside,
 )
+
+if TYPE_CHECKING:
+    from ..convert.original import Original
+    from ..eval.comparison import Comparison, EvalConfig
+    from ..eval.needle import NeedleConfig
+    from ..eval.tasks import LoadedTasks
 
 __all__ = ["dequantize", "evaluate", "inspect", "verify"]
 
@@ -119,13 +127,9 @@ def evaluate(
     """
     from ..eval.cache import OriginalCache, default_cache_directory
     from ..eval.comparison import EvalConfig, evaluate_each
-    from ..eval.extras import Extras, extras_lines
-    from ..eval.layers import linear_costs, plan_beside
-    from ..eval.models import open_any
-    from ..eval.needle import NeedleConfig, evaluate_needle
+    from ..eval.needle import NeedleConfig
     from ..eval.png import check_png
-    from ..eval.report import joint_lines, summary_lines, write_joint_report, write_report
-    from ..eval.tasks import TaskConfig, evaluate_tasks, load_tasks
+    from ..eval.tasks import TaskConfig, load_tasks
 
     source = open_original(original, options)
     if png:
@@ -136,6 +140,7 @@ def evaluate(
     config = EvalConfig(allow_calibration_text=options.pop("force_eval_text"), **options)
     if engine == "llama.cpp":
         refuse_beside("--engine llama.cpp", ["tasks", "needle"], "they are run in Transformers")
+        refuse_beside("--engine llama.cpp", ["rope_scale", "rope_alpha"], "it takes positions as the files have them")
     loaded, hidden = None, None
     if asked["tasks"]:
         loaded = load_tasks(TaskConfig(**asked, dtype=config.dtype, device=config.device))
@@ -153,37 +158,70 @@ def evaluate(
     if len(quantized) == 1 and first.is_file():
         prefix = f"{first.stem}."
     if engine == "llama.cpp":
-        from ..eval.engine import evaluate_in_engine
-
-        if base is None:
-            raise click.UsageError("--engine llama.cpp needs --base: the original as an unquantized GGUF file.")
-        comparisons = [
-            evaluate_in_engine(source, model, config, progress_bar, base=base, llama_cpp=llama_cpp)
-            for model in quantized
-        ]
         prefix += "llama.cpp."
+        comparisons = _compared_in_engine(source, quantized, config, base, llama_cpp)
     elif base or llama_cpp:
         raise click.UsageError("--base and --llama-cpp belong to --engine llama.cpp.")
     else:
         cache = None if no_cache else OriginalCache(cache_dir or default_cache_directory())
         comparisons = list(evaluate_each(source, quantized, config, progress_bar, cache=cache))
-    extras = Extras(
-        tasks=None if loaded is None else evaluate_tasks(source, quantized, loaded, progress_bar),
-        needle=None if hidden is None else evaluate_needle(source, quantized, hidden, progress_bar),
-    )
+    _write_reports(source, comparisons, quantized, loaded, hidden, output, prefix, forms)
+
+
+def _write_reports(
+    source: Original,
+    comparisons: Sequence[Comparison],
+    quantized: Sequence[Path],
+    tasks: LoadedTasks | None,
+    needle: NeedleConfig | None,
+    output: Path | None,
+    prefix: str,
+    plots: Sequence[str],
+) -> None:
+    # The comparisons first: what follows may take hours, and nothing before it is to be lost with it.
+    from ..eval.extras import Extras, extras_lines
+    from ..eval.layers import linear_costs, plan_beside
+    from ..eval.models import open_any
+    from ..eval.needle import evaluate_needle
+    from ..eval.report import joint_lines, summary_lines, write_joint_report, write_report
+    from ..eval.tasks import evaluate_tasks
+
     costs = [linear_costs(open_any(model), plan_beside(model)) for model in quantized]
-    if len(quantized) > 1:
-        files = write_joint_report(
-            comparisons, output or Path(), costs=costs, extras=extras, prefix=prefix, plots=forms
-        )
-        lines = joint_lines(comparisons)
-    else:
-        folder = output or (first.parent if first.is_file() else first)
-        files = write_report(comparisons[0], folder, costs=costs[0], extras=extras, prefix=prefix, plots=forms)
-        lines = summary_lines(comparisons[0])
+    first = quantized[0]
+
+    def written(extras: Extras) -> Path:
+        if len(quantized) > 1:
+            folder = output or Path()
+            files = write_joint_report(comparisons, folder, costs=costs, extras=extras, prefix=prefix, plots=plots)
+        else:
+            folder = output or (first.parent if first.is_file() else first)
+            files = write_report(comparisons[0], folder, costs=costs[0], extras=extras, prefix=prefix, plots=plots)
+        return files.html
+
+    extras = Extras()
+    report = written(extras)
+    if tasks is not None:
+        extras = replace(extras, tasks=evaluate_tasks(source, quantized, tasks, progress_bar))
+        report = written(extras)
+    if needle is not None:
+        extras = replace(extras, needle=evaluate_needle(source, quantized, needle, progress_bar))
+        report = written(extras)
+    lines = joint_lines(comparisons) if len(quantized) > 1 else summary_lines(comparisons[0])
     for line in (*lines, *extras_lines(extras)):
         click.echo(line)
-    click.echo(f"report      {files.html}")
+    click.echo(f"report      {report}")
+
+
+def _compared_in_engine(
+    source: Original, quantized: Sequence[Path], config: EvalConfig, base: Path | None, llama_cpp: Path | None
+) -> list[Comparison]:
+    from ..eval.engine import evaluate_in_engine
+
+    if base is None:
+        raise click.UsageError("--engine llama.cpp needs --base: the original as an unquantized GGUF file.")
+    return [
+        evaluate_in_engine(source, model, config, progress_bar, base=base, llama_cpp=llama_cpp) for model in quantized
+    ]
 
 
 @cli.command()

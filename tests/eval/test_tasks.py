@@ -333,7 +333,24 @@ def test_command(models: tuple[Path, Path], definitions: Path, tmp_path: Path) -
     assert len((tmp_path / "report" / "report.tasks.csv").read_text().splitlines()) == 1 + 4 * 2
 
 
-def test_command_refuses_another_engine(models: tuple[Path, Path]) -> None:
-    run = CliRunner().invoke(cli, ["eval", *map(str, models), "--engine", "llama.cpp", "--tasks", "mmlu"])
+def test_comparison_is_written_before_the_tasks_run(
+    models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_args: Any) -> None:
+        raise ConfigError("the tasks fail")
+
+    monkeypatch.setattr("bpwise.eval.tasks.load_tasks", lambda config: config)
+    monkeypatch.setattr("bpwise.eval.tasks.evaluate_tasks", fail)
+    text = tmp_path / "text.txt"
+    text.write_text("words of the evaluation text " * 200)
+    options = ["--text", text, "--rows", 2, "--row-tokens", 30, "--device", "cpu", "-o", tmp_path / "report"]
+    run = CliRunner().invoke(cli, ["eval", *map(str, [*models, *options]), "--tasks", "mmlu"])
+    assert (run.exit_code, "the tasks fail" in run.output) == (1, True)
+    assert "comparison" in json.loads((tmp_path / "report" / "report.json").read_text())
+
+
+@pytest.mark.parametrize("option", ["--tasks=mmlu", "--rope-alpha=2"])
+def test_command_refuses_another_engine(models: tuple[Path, Path], option: str) -> None:
+    run = CliRunner().invoke(cli, ["eval", *map(str, models), "--engine", "llama.cpp", option])
     assert run.exit_code == 2
-    assert "--tasks cannot go with --engine llama.cpp" in run.output
+    assert f"{option.partition('=')[0]} cannot go with --engine llama.cpp" in run.output
