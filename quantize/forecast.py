@@ -118,7 +118,7 @@ def forecast_run(
         memory_bytes=_RUNTIME_BYTES
         + max(
             *(_measuring_memory(block, hidden, kept_tokens, together) for block in blocks),
-            *(_rounding_memory(block, hidden, tokens, kept_tokens) for block in blocks),
+            *(_rounding_memory(block, hidden, kept_tokens, kept_tokens or together) for block in blocks),
             _head_memory(vocabulary, hidden, kept_tokens),
         ),
         # Inputs of all blocks while measuring, and at first two states while rounding; then a byte per weight.
@@ -155,12 +155,14 @@ def _measuring_memory(
     return _weights(block) + grams + states + passing + max(factor, curves)
 
 
-def _rounding_memory(block: dict[Stage, dict[str, tuple[int, int]]], hidden: int, tokens: int, kept_tokens: int) -> int:
+def _rounding_memory(
+    block: dict[Stage, dict[str, tuple[int, int]]], hidden: int, kept_tokens: int, waiting_tokens: int
+) -> int:
     # States of the original after the block and of the quantized model before, and what the stages should see or make
-    # (four, then one); in every waiting forward pass the stream and the stage's inputs.
+    # (four, then one); in every waiting forward pass the stream, twice, and the last stage's inputs.
     inputs = _inputs(block)
-    state, kept_state = (count * hidden * _FLOAT32_BYTES for count in (tokens, kept_tokens))
-    states = max(6 * kept_state, 3 * kept_state + tokens * max(inputs.values()) * _FLOAT32_BYTES) + 2 * state
+    state, waiting = kept_tokens * hidden * _FLOAT32_BYTES, waiting_tokens * _FLOAT32_BYTES
+    states = max(6 * state, 3 * state + waiting * max(inputs.values())) + 2 * waiting * hidden
     # The Gram matrix; for each linear at work it again in float64, and its factor; weights and by how much they move.
     factors = (
         rows**2 * (_FLOAT32_BYTES + min(cores(), len(block[stage])) * (_FLOAT32_BYTES + _FLOAT64_BYTES))

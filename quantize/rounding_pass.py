@@ -177,7 +177,9 @@ class RoundingPass:
                     for inner in stage.linears:
                         weight = block.get_submodule(inner).weight
                         weight.copy_(weight.half())
-            with SteppedForwards(block, stops, adding, runs) as forwards:
+            # All that waiting passes hold is little beside a CPU's memory, but not beside that of a small GPU.
+            waiting = self.model.device.type == "cpu" and self.model.offload_dir is None
+            with SteppedForwards(block, stops, adding, runs, waiting=waiting) as forwards:
                 for stage in shared:
                     if self._keeps(index, stage):
                         wanted.pop(stage.linears[0])

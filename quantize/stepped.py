@@ -2,7 +2,8 @@
 
 Rounding needs the inputs of one stage of a block from *all* micro-batches before it can set the stage's weights, and
 only then can the forward pass go on. Each micro-batch's forward runs in a thread of its own that waits at the stops, so
-nothing is computed twice and only what the forward itself still needs is kept. One thread runs at a time.
+nothing is computed twice and only what the forward itself still needs is kept. Where that is too much, a forward is
+ended at each stop and begun anew for the next. One thread runs at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class _Abandoned(BaseException):
 class _Forward:
     """One forward and its thread."""
 
-    def __init__(self, run: Callable[[], Tensor]) -> None:
+    def __init__(self, run: Callable[[], Tensor], passed: int = 0) -> None:
+        self.passed = passed
         self.taps: dict[str, Tensor] = {}
         self.output: Tensor | None = None
         self.error: BaseException | None = None
@@ -52,11 +54,13 @@ class _Forward:
             raise _Abandoned
 
     def abandon(self) -> None:
-        """End the thread, wherever it is."""
+        """End the thread, wherever it is, and let go of what it made."""
         if self._thread.is_alive():
             self._abandoned = True
             self._may_go.release()
             self._thread.join()
+        self.taps.clear()
+        self.output = None
 
     def _work(self) -> None:
         self._may_go.acquire()
@@ -75,7 +79,13 @@ class SteppedForwards:
     """Forward passes of one module over several micro-batches, stop by stop."""
 
     def __init__(
-        self, module: nn.Module, stops: Sequence[str], outputs: Sequence[str], runs: Sequence[Callable[[], Tensor]]
+        self,
+        module: nn.Module,
+        stops: Sequence[str],
+        outputs: Sequence[str],
+        runs: Sequence[Callable[[], Tensor]],
+        *,
+        waiting: bool = True,
     ) -> None:
         """Prepare the passes; nothing runs yet.
 
@@ -84,7 +94,12 @@ class SteppedForwards:
             stops: Submodules before which every pass stops, in the order in which the module calls them.
             outputs: Submodules whose output is kept until the next stop; of several outputs the first.
             runs: One forward for each micro-batch.
+            waiting: Whether all passes wait at a stop together; else only the latest does, and the others are run from
+                their beginning again.
         """
+        self._runs = tuple(runs)
+        self._waiting = waiting
+        self._passed = [0] * len(runs)
         self._forwards = [_Forward(run) for run in runs]
         self._current = self._forwards[0]
         self._module = module
@@ -120,6 +135,10 @@ class SteppedForwards:
             By name of the submodule, its input where the pass stopped, and the outputs seen since the last stop; empty
             when the pass goes on. Whatever the pass raises is raised here.
         """
+        if not self._waiting:
+            self._current.abandon()
+            self._forwards[number] = _Forward(self._runs[number], self._passed[number])
+            self._passed[number] += 1
         self._current = self._forwards[number]
         self._current.advance()
         return self._current.taps
@@ -135,6 +154,10 @@ class SteppedForwards:
     def _stop_at(self, name: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
             forward = self._current
+            if forward.passed:  # its stage is finished
+                forward.passed -= 1
+                forward.taps.clear()
+                return
             forward.taps[name] = args[0] if args else kwargs["hidden_states"]
             forward.stop()
             forward.taps.clear()

@@ -21,8 +21,9 @@ class Block(nn.Module):
         return hidden + self.second(self.norm(hidden))
 
 
-def stepped(block: Block, batches: list[Tensor]) -> SteppedForwards:
-    return SteppedForwards(block, ["first", "second"], ["norm"], [partial(block, batch) for batch in batches])
+def stepped(block: Block, batches: list[Tensor], waiting: bool = True) -> SteppedForwards:
+    runs = [partial(block, batch) for batch in batches]
+    return SteppedForwards(block, ["first", "second"], ["norm"], runs, waiting=waiting)
 
 
 def batches() -> list[Tensor]:
@@ -30,10 +31,11 @@ def batches() -> list[Tensor]:
     return [torch.randn(3, 4, generator=rng) for _ in range(3)]
 
 
-def test_weights_set_between_stops_are_used() -> None:
+@pytest.mark.parametrize("waiting", [True, False])
+def test_weights_set_between_stops_are_used(waiting: bool) -> None:
     block, inputs = Block(), batches()
     twice, thrice = 2 * torch.eye(4), 3 * torch.eye(4)
-    with torch.no_grad(), stepped(block, inputs) as forwards:
+    with torch.no_grad(), stepped(block, inputs, waiting) as forwards:
         for number, batch in enumerate(inputs):
             assert torch.equal(forwards.advance(number)["first"], batch)
         block.first.weight.copy_(twice)
@@ -74,4 +76,15 @@ def test_leaving_early_ends_waiting_passes() -> None:
         forwards.advance(0)
         forwards.advance(1)
         assert threading.active_count() == before + 2
+    assert threading.active_count() == before
+
+
+def test_passes_that_do_not_wait_are_ended_one_by_one() -> None:
+    block, inputs = Block(), batches()
+    before = threading.active_count()
+    with stepped(block, inputs, waiting=False) as forwards:
+        for _ in range(2):
+            for number in range(3):
+                forwards.advance(number)
+                assert threading.active_count() == before + 1
     assert threading.active_count() == before
