@@ -7,6 +7,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -115,7 +116,7 @@ class MeasuringPasses:
             return
         last = self.model.block_count
         hidden = self._kept(f"input-{last}", "hidden")
-        rng = torch.Generator(self.model.device).manual_seed(self.seed)
+        rng = np.random.default_rng(self.seed)
         gradient = self.model.new_state(self.tokens)
         with self.model.tail() as head, tapped_inputs(head, [""]) as taps, tapped_outputs(head, [""]) as raw:
             sums = StageStatistics(head.in_features, self.model.device)
@@ -285,7 +286,9 @@ def _slopes(logits: Tensor, output: Tensor) -> Tensor | None:
     return slopes.flatten(0, -2)
 
 
-def _probe(logits: Tensor, rng: torch.Generator, slopes: Tensor | None, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _probe(
+    logits: Tensor, rng: np.random.Generator, slopes: Tensor | None, out: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     # A random direction with the logits' Fisher matrix F = diag(p) - p p^T as its covariance, in the first rows of
     # ``out``: F p^-1/2 z with random signs z. p - t of a sampled target t has the same covariance, but where the model
     # is nearly sure of a token all of its size hangs on the rare draw of another one. And the sums over tokens and over
@@ -300,17 +303,14 @@ def _probe(logits: Tensor, rng: torch.Generator, slopes: Tensor | None, out: Ten
             squares *= slopes[first : first + _CACHED_TOKENS].square()
         outputs += squares.sum(dim=0)
         weights.append(squares.sum(dim=1))
-        signed = probabilities.sqrt().copysign_(_signs(probabilities.shape, rng))
+        signed = probabilities.sqrt().copysign_(_signs(probabilities.shape, rng).to(logits.device))
         probabilities.mul_(-signed.sum(dim=1, keepdim=True)).add_(signed)
     return probe, outputs, torch.cat(weights)
 
 
-def _signs(shape: torch.Size, rng: torch.Generator) -> Tensor:
-    # Numbers of random sign, int8: eight from each random number of 64 bits.
-    limits = torch.iinfo(torch.int64)
-    words = -(-shape[1] // 8)
-    numbers = torch.randint(limits.min, limits.max, (shape[0], words), generator=rng, device=rng.device)
-    return numbers.view(torch.int8)[:, : shape[1]]
+def _signs(shape: torch.Size, rng: np.random.Generator) -> Tensor:
+    # Numbers of random sign, int8. From the CPU for every device, so that all measure the same.
+    return torch.from_numpy(rng.integers(-128, 128, shape, dtype=np.int8))
 
 
 def _unpack(tensors: dict[str, Tensor]) -> dict[str, MeasuredLinear]:

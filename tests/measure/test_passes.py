@@ -281,7 +281,7 @@ def test_damage_is_that_on_held_out_rows(tmp_path: Path, monkeypatch: pytest.Mon
 def test_probes_have_the_fisher_matrix_of_the_logits_as_their_covariance() -> None:
     probabilities = torch.tensor([0.0, 0.5, 0.25, 0.0, 0.2, 0.05, 0.0], dtype=torch.float64)
     logits = probabilities.log().float().expand(40000, -1)
-    rng = torch.Generator().manual_seed(0)
+    rng = np.random.default_rng(0)
     probes, outputs, weights = passes._probe(logits, rng, None, torch.empty(logits.shape))
     expected = probabilities.diag() - probabilities[:, None] * probabilities
     # Products of two entries are below 1: standard errors below 1 / sqrt(40000) = 0.005.
@@ -294,7 +294,7 @@ def test_probes_have_the_fisher_matrix_of_the_logits_as_their_covariance() -> No
 def test_probes_where_the_model_is_nearly_sure_differ_little_in_size() -> None:
     rare = 0.001
     logits = torch.tensor([1 - rare, rare]).log().expand(1000, -1)
-    probes, _, _ = passes._probe(logits, torch.Generator().manual_seed(0), None, torch.empty(logits.shape))
+    probes, _, _ = passes._probe(logits, np.random.default_rng(0), None, torch.empty(logits.shape))
     sizes = probes.square().sum(dim=1)
     mean = 2 * rare * (1 - rare)
     # Of a sampled target one in a thousand would have a thousand times the mean and the others nothing.
@@ -302,7 +302,7 @@ def test_probes_where_the_model_is_nearly_sure_differ_little_in_size() -> None:
 
 
 def test_signs_are_those_of_fair_coins() -> None:
-    signs = passes._signs(torch.Size((50, 1001)), torch.Generator().manual_seed(0))
+    signs = passes._signs(torch.Size((50, 1001)), np.random.default_rng(0))
     assert signs.shape == (50, 1001)
     negative = (signs < 0).double()
     # Standard errors: 0.5 / sqrt(50050) = 0.0022 of all, 0.5 / sqrt(50) = 0.07 of a column.
