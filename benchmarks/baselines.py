@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from bpwise.convert.checkpoint import TensorSource
+from bpwise.convert.checkpoint import TensorSource, embedding_name
 from bpwise.convert.exl2.layout import WIDTHS, RowGroup, group_rows, linear_bits, padded_columns
+from bpwise.convert.exl2.names import HEAD
 from bpwise.convert.views import SourceView
 from bpwise.errors import BudgetError
 from bpwise.measure.measurement import MeasuredLinear, Measurement
@@ -17,6 +18,8 @@ from bpwise.rounding.feedback import round_linear
 from torch import Tensor
 
 __all__ = ["ReplacedWeights", "Widths", "round_to_nearest", "uniform_plan"]
+
+_HEAD = f"{HEAD}.weight"
 
 
 @dataclass(slots=True)
@@ -156,6 +159,22 @@ class ReplacedWeights(SourceView):
     def fingerprint(self) -> str:
         """The model's fingerprint, marked."""
         return f"{self.base.fingerprint}, weights replaced"
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Full names of all tensors, a head that a tied model has got of its own among them."""
+        return self.base.names | self._weights.keys()
+
+    @property
+    def tied_embeddings(self) -> bool:
+        """Whether the output head is the token embedding; a replaced one is not."""
+        return self.base.tied_embeddings and _HEAD not in self._weights
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the sizes of a tensor's dimensions."""
+        if name == _HEAD and name not in self.base.names:
+            name = embedding_name(self.base) or name
+        return self.base.shape(name)
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor, replaced or not, on the CPU."""

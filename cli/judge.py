@@ -200,6 +200,8 @@ def _write_reports(
 
     extras = Extras()
     report = written(extras)
+    if tasks is not None or needle is not None:
+        click.echo(f"report so far: {report}", err=True)
     if tasks is not None:
         extras = replace(extras, tasks=evaluate_tasks(source, quantized, tasks, progress_bar))
         report = written(extras)

@@ -203,12 +203,12 @@ class Checkpoint:
     def tied_embeddings(self) -> bool:
         """Whether the output head is the token embedding, by the rules of Transformers.
 
-        ``tie_word_embeddings`` of the language model's config decides, else of the whole one, except that a stored head
-        that differs from the embedding is a head of its own (looking loads both, once). Where the config is silent,
-        the head is tied if it is not stored.
+        ``tie_word_embeddings`` of the config, or of the language model's part of it, decides, and a true one over a
+        false one, except that a stored head that differs from the embedding is a head of its own (looking loads both,
+        once). Where the config is silent, the head is tied if it is not stored.
         """
-        key = "tie_word_embeddings"
-        flag = text_config(self.config).get(key, self.config.get(key))
+        flags = [part.get("tie_word_embeddings") for part in (self.config, text_config(self.config))]
+        flag = next((flag for flag in (True, False) if flag in flags), None)
         head, embedding = head_name(self), embedding_name(self)
         if head is None:
             return flag is not False
@@ -339,9 +339,12 @@ def _check_config(config: dict[str, Any], path: Path, *, quantized: bool) -> Non
                 f"{path}: the model is already quantized, got {key!r}, expected unquantized weights. "
                 "Use the original model."
             )
-    flag = config.get("tie_word_embeddings")
-    if flag is not None and not isinstance(flag, bool):
-        raise CheckpointError(f"{path}: wrong tie_word_embeddings, got {flag!r}, expected true or false. Correct it.")
+    for part in (config, text_config(config)):
+        flag = part.get("tie_word_embeddings")
+        if flag is not None and not isinstance(flag, bool):
+            raise CheckpointError(
+                f"{path}: wrong tie_word_embeddings, got {flag!r}, expected true or false. Correct it."
+            )
 
 
 def _single_weight_file(directory: Path) -> str:

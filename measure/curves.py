@@ -30,7 +30,7 @@ class ErrorCurve:
         damage_nats: Damage of each row group at each width, nats per token, float32, shape (groups, widths). A
             linear's damage is the sum over its groups, at the width each has.
         order: Input feature of each row, most active first, int64, shape (K,). Groups are cut in this order.
-        fisher: Mean over tokens of (dL/dy)^2 of each output, float32, shape (out,), nats^2 per squared unit of y.
+        fisher: Mean over tokens of (dL/dy)^2 of each output, float32, shape (out,), nats per squared unit of y.
         input_power: Weighted mean over tokens of x^2 of each input feature, float32, shape (K,).
         damping: Damping of the Gram matrix that the factorisation took, relative to the mean of its diagonal;
             infinite where none helped and the rounding went without feedback.

@@ -1,9 +1,11 @@
 """Second moments that say how an error in a linear's weight will hurt: weighted Gram matrices, the diagonal Fisher.
 
-The damage of an error dW is the mean over tokens of ``0.5 * sum_n (g_n dy_n)^2`` with g = dL/dy and dy = x dW. It is
-taken apart as ``F_n * w``: a Fisher weight of each output and a weight of each token, ``w = sum_n g_n^2`` scaled to
-mean 1, so that the input's second moment becomes ``H = mean w x x^T``. Without w, tokens that hardly matter dominate
-H wherever their activations are large, and the first token, which attention uses as a sink, does not count enough.
+The damage of an error dW is the mean over tokens of ``0.5 * sum_n (g_n dy_n)^2`` with g = dL/dy and dy = x dW. L is
+the sum over all positions of v . logits, v being a random direction whose covariance is the Fisher matrix of the
+logits, so that (g . dy)^2 is on average twice the KL divergence in nats that dy causes. It is taken apart as ``F_n *
+w``: a Fisher weight of each output and a weight of each token, ``w = sum_n g_n^2`` scaled to mean 1, so that the
+input's second moment becomes ``H = mean w x x^T``. Without w, tokens that hardly matter dominate H wherever their
+activations are large, and the first token, which attention uses as a sink, does not count enough.
 Source: the nearest Kronecker product, Van Loan and Pitsianis (1993), one step from the identity; GuidedQuant (Kim et
 al., arXiv 2505.07004) weights by groups of outputs. How outputs act together is kept at low rank (``sketch``).
 """
@@ -81,8 +83,8 @@ class StageStatistics:
 
     Attributes:
         halves: Weighted mean of x x^T, x being the stage's common input, over every even row and every odd one.
-        fisher: Per linear, the sum over tokens of (dL/dy)^2, float32, shape (out,), in nats: what is
-            propagated back from the logits is a random direction whose covariance is their Fisher matrix.
+        fisher: Per linear, the sum over tokens of (dL/dy)^2, float32, shape (out,), nats per squared unit
+            of y.
         couplings: Per linear whose gradients were seen, the sketch of the Fisher matrix of its outputs.
         token_weights: Per micro-batch, the weight of each token, float32, shape (rows * tokens,), on the CPU: the sum
             of (dL/dy)^2 over all outputs of all linears, not scaled.

@@ -109,7 +109,7 @@ class StageSums:
         """Return H, and the shift of the weight that cancels drift, (K, out) for a joining stage, else (K, K).
 
         The ridge is the one whose fit on one half leaves least drift on the other; there is no shift where none of them
-        leaves less than there was.
+        leaves less than there was. Ends the summing.
         """
         weights = [half.gram.weight for half in self._halves]
         shares = [weight / max(sum(weights), _TINY) for weight in weights]

@@ -123,7 +123,7 @@ class RoundingPass:
             rounder: Rounds single linears.
             pieces: Where finished linears are kept, by name.
             correct_drift: Whether weights are moved toward the original's outputs before they are rounded.
-            kept: Linears that stay as they are, in float16; of a stage all or none.
+            kept: Linears that stay as they are, in float16.
             inputs: What enters the original's blocks, if it is at hand (see ``bpwise.measure.run.kept_inputs``).
         """
         self.model = model
@@ -161,8 +161,8 @@ class RoundingPass:
         # Puts both streams after the block in the place of those before it.
         stages = self.model.stages(index)
         shared = [stage for stage in stages if stage.expert is None]
-        experts = [stage for stage in stages if stage.expert is not None and not self._keeps(index, stage)]
-        stops = [stage.linears[0] for stage in shared if not self._keeps(index, stage)]
+        experts = [stage for stage in stages if stage.expert is not None and self._rounded_of(index, stage)]
+        stops = [stage.linears[0] for stage in shared if self._rounded_of(index, stage)]
         stops += [self.model.family.experts_path] if experts else []
         adding = [stage.adds for stage in shared if stage.adds]
         joining = [stage.linears[0] for stage in shared if stage.adds]
@@ -173,23 +173,23 @@ class RoundingPass:
                 wanted[linear][0].sub_(quantized)
             runs = [partial(self._run, index, quantized, batch) for batch in self.batches]
             for stage in stages:
-                if self._keeps(index, stage):
-                    for inner in stage.linears:
-                        weight = block.get_submodule(inner).weight
-                        weight.copy_(weight.half())
+                for inner in set(stage.linears) - self._rounded_of(index, stage).keys():
+                    weight = block.get_submodule(inner).weight
+                    weight.copy_(weight.half())
+            gains = {stage.linears[0]: self._gains(block, stage) for stage in shared}  # runs norms watched below
             # All that waiting passes hold is little beside a CPU's memory, but not beside that of a small GPU.
             waiting = self.model.device.type == "cpu" and self.model.offload_dir is None
             with SteppedForwards(block, stops, adding, runs, waiting=waiting) as forwards:
                 for stage in shared:
-                    if self._keeps(index, stage):
+                    rounded = self._rounded_of(index, stage)
+                    if not rounded:
                         wanted.pop(stage.linears[0])
                         continue
-                    names = self.model.family.linear_names(index, stage)
-                    modules = [block.get_submodule(inner) for inner in stage.linears]
+                    modules = [block.get_submodule(inner) for inner in rounded]
+                    names = list(rounded.values())
                     weights = self._token_weights(names[0])
-                    gains = self._gains(block, stage)
                     target, sizes = wanted[stage.linears[0]]
-                    sums = StageSums(modules[0], stage, self.model.device, gains)
+                    sums = StageSums(modules[0], stage, self.model.device, gains[stage.linears[0]])
                     for position, batch in enumerate(self.batches):
                         seen = forwards.advance(position)
                         for name in adding:
@@ -256,8 +256,10 @@ class RoundingPass:
             gains = gains * block.get_submodule(stage.adds)(torch.ones_like(gains)).float()
         return gains
 
-    def _keeps(self, index: int, stage: Stage) -> bool:
-        return not self.kept.isdisjoint(self.model.family.linear_names(index, stage))
+    def _rounded_of(self, index: int, stage: Stage) -> dict[str, str]:
+        # The linears of a stage that do not stay as they are: full names, by those in the block.
+        names = self.model.family.linear_names(index, stage)
+        return {inner: name for inner, name in zip(stage.linears, names, strict=True) if name not in self.kept}
 
     def _on_device(self, hidden: Tensor) -> Tensor:
         return hidden.to(self.model.device)

@@ -9,12 +9,16 @@ from typing import Any
 import pytest
 import torch
 from bpwise.convert.exl2.layout import padded_columns
+from bpwise.convert.original import open_model
 from bpwise.eval.comparison import EvalConfig
 from bpwise.measure.calibration import CalibrationConfig
 from bpwise.measure.run import MeasureConfig
 from bpwise.measure.statistics import StageStatistics
 from bpwise.quantize.plan import Plan
 from click.testing import CliRunner, Result
+from transformers import AutoModelForCausalLM
+
+from ..tiny_models import streamed_logits
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 COMPARED = ("rtn", "uniform", "alike", "group-64", "no-drift", "bpwise")
@@ -46,6 +50,19 @@ def benchmark(quality: ModuleType, model: Path, tmp_path: Path) -> Any:
 @pytest.fixture
 def measurement(quality: ModuleType, benchmark: Any) -> Any:
     return quality.measured(benchmark, quality.VARIANTS["bpwise"])
+
+
+def test_a_tied_models_replaced_head_is_run(baselines: ModuleType, make_model: Callable[..., Path]) -> None:
+    tied = open_model(make_model("tied", tie_word_embeddings=True))
+    head = torch.randn(tied.shape("model.embed_tokens.weight"), generator=torch.Generator().manual_seed(0))
+    replaced = baselines.ReplacedWeights(tied, {"lm_head": lambda: head})
+    tokens = torch.arange(12).view(2, 6)
+    model = AutoModelForCausalLM.from_pretrained(tied.directory, dtype=torch.float32)
+    with torch.no_grad():
+        states = model.model(tokens).last_hidden_state
+    torch.testing.assert_close(streamed_logits(replaced, tokens), states @ head.T, rtol=1e-4, atol=1e-4)
+    unchanged = baselines.ReplacedWeights(tied, {})
+    torch.testing.assert_close(streamed_logits(unchanged, tokens), model(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
 def run(quality: ModuleType, model: Path, work: Path) -> Result:

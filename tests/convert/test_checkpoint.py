@@ -192,6 +192,14 @@ class TestTiedEmbeddings:
         assert Checkpoint.open(make(tmp_path / "two", stored, config)).tied_embeddings is same
         config["text_config"] = {"tie_word_embeddings": False}
         assert not Checkpoint.open(make(tmp_path / "own", stored, config)).tied_embeddings
+        config["tie_word_embeddings"] = True  # one that says so is enough, as in Transformers
+        assert Checkpoint.open(make(tmp_path / "either", stored, config)).tied_embeddings is same
+
+    @pytest.mark.parametrize("part", ["", "text_config"])
+    def test_wrong_type(self, tmp_path: Path, part: str) -> None:
+        flag = {"tie_word_embeddings": "false"}
+        with pytest.raises(CheckpointError, match="wrong tie_word_embeddings, got 'false'"):
+            Checkpoint.open(make(tmp_path, config={"model_type": "x", **({part: flag} if part else flag)}))
 
 
 class TestFingerprint:

@@ -30,7 +30,7 @@ def test_damages_are_those_of_the_cpu(make_model: Callable[..., Path], tmp_path:
     np.testing.assert_allclose(cuda.head.damage_nats.sum(0), cpu.head.damage_nats.sum(0), rtol=0.01)
     for ours, reference in zip(cuda.linears, cpu.linears, strict=True):
         np.testing.assert_allclose(ours.input_power, reference.input_power, rtol=1e-3, err_msg=ours.name)
-        # Targets are sampled by another generator, which moves a linear's damage by up to 5 %.
+        # The same probes; which tokens sums are thinned to hangs on the last bits of their weights.
         totals = ours.damage_nats.sum(0), reference.damage_nats.sum(0)
         np.testing.assert_allclose(*totals, rtol=0.15, err_msg=ours.name)
 

@@ -11,16 +11,32 @@ from bpwise.convert.exl2.dense import dequantize_model
 from bpwise.convert.exl2.reader import Exl2Model
 from bpwise.convert.exl2.verify import verify_model
 from bpwise.convert.families import require_reader
+from bpwise.convert.language import language_model
 from bpwise.convert.original import open_model
+from bpwise.convert.work import StageDirectory
 from bpwise.errors import UnsupportedModelError
 from bpwise.measure.calibration import CalibrationConfig
+from bpwise.measure.measurement import MeasuredLinear, Measurement
 from bpwise.measure.run import MeasureConfig
+from bpwise.measure.stream import StreamedModel
+from bpwise.progress import silent
 from bpwise.quantize.pipeline import QuantizeConfig, quantize_model
+from bpwise.quantize.rounding_pass import RoundingPass, kept_drift
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ..tiny_models import FAMILIES, save_family, streamed_logits
 
 UNREAD = {"qwen2_moe"}
+
+
+class Exact:
+    """Rounds nothing: a linear becomes what it should be."""
+
+    def round_(self, _measured: MeasuredLinear, target: torch.Tensor, _gram: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"weight": target.T.contiguous()}
+
+    def decoded(self, _name: str, kept: dict[str, torch.Tensor]) -> torch.Tensor:
+        return kept["weight"]
 
 
 def logits_of(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
@@ -51,6 +67,41 @@ def test_streaming_gives_what_transformers_gives(quantized: tuple[Path, Path, An
     torch.testing.assert_close(
         streamed_logits(open_model(original), tokens), logits_of(original, tokens), rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("offloaded", [False, True], ids=["passes-wait", "passes-begin-anew"])
+def test_without_errors_there_is_no_drift_to_correct(
+    quantized: tuple[Path, Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offloaded: bool
+) -> None:
+    monkeypatch.setattr("bpwise.measure.stream.MICRO_BATCH_TOKENS", 32)  # a row
+    original, _, result = quantized
+    model = StreamedModel(
+        language_model(open_model(original)),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        offload_dir=tmp_path / "states" if offloaded else None,
+    )
+    pieces = StageDirectory(tmp_path, "exact", {})
+    run = RoundingPass(model, Measurement.load(result.measurement), Exact(), pieces, correct_drift=True)
+    assert len(run.batches) == 4
+    run.blocks(silent)
+    drifts = kept_drift(pieces, model.block_count)
+    # Float32. A stage that looked for what another adds to the stream would move its weights by as much.
+    assert max(max(drift.first_token, drift.other_tokens) for drift in drifts) < 1e-4
+
+
+def test_half_of_a_stage_stays(tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    # Cohere's q, k, v, gate and up read one input.
+    original = save_family(tmp_path / "model", "cohere", byte_tokenizer)
+    measure = MeasureConfig(calibration=CalibrationConfig(rows=4, row_tokens=32), types=False, device="cpu")
+    config = QuantizeConfig(bpw=13.0, head_bits=8, keep_fp16=("*.mlp.*",), measure=measure, evaluate=None)
+    output = quantize_model(original, tmp_path / "out", config).output
+    verify_model(output)
+    written = Exl2Model.open(output)
+    for stays in ("gate", "up", "down"):
+        name = f"model.layers.1.mlp.{stays}_proj.weight"
+        assert torch.equal(written.tensor(name), open_model(original).tensor(name).half())
+    assert any(name.startswith("model.layers.1.self_attn.q_proj") for name in written.names)
 
 
 def test_the_output_is_the_dense_model_of_its_decoded_weights(
