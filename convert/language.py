@@ -21,7 +21,7 @@ from .exl2.names import config_features, text_config
 from .families import EMBEDDING, HEAD, Family, composite_of, family_of
 from .views import SourceView
 
-__all__ = ["FusedModel", "LanguageModel", "WrittenModel", "language_config", "language_model"]
+__all__ = ["FusedModel", "LanguageModel", "WrittenModel", "language_config", "language_model", "plain_name"]
 
 _PREFIXES = (
     ("language_model.model.", "model."),
@@ -55,7 +55,7 @@ class LanguageModel(SourceView):
         self._rows: dict[str, slice] = {}
         others = set()
         for name in base.names:
-            plain = _plain(name, composite=composite)
+            plain = plain_name(name, composite=composite)
             if plain is None:
                 others.add(name)
             else:
@@ -140,7 +140,7 @@ def language_config(source: TensorSource) -> dict[str, Any]:
     for key in ("tie_word_embeddings", "vocab_size"):
         if key in whole:
             config.setdefault(key, whole[key])
-    embedding = next((name for name in source.names if _plain(name, composite=True) == EMBEDDING), None)
+    embedding = next((name for name in source.names if plain_name(name, composite=True) == EMBEDDING), None)
     if embedding is not None:  # some configs leave it to the default of a class
         config.setdefault("vocab_size", source.shape(embedding)[0])
     return config
@@ -151,8 +151,13 @@ def _rope_theta(config: Mapping[str, Any]) -> Any:
     return config.get("rope_theta", parameters.get("rope_theta"))
 
 
-def _plain(name: str, *, composite: bool) -> str | None:
-    # The name that a tensor has in a language model alone; None if it belongs to another part.
+def plain_name(name: str, *, composite: bool) -> str | None:
+    """Return the name that a tensor has in a language model alone; None if it belongs to another part.
+
+    Args:
+        name: Its name in a checkpoint, an adapter, or in memory.
+        composite: Whether the model has other parts beside the language model.
+    """
     if composite:
         for prefix, stands_for in _PREFIXES:
             if name.startswith(prefix):

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from .checkpoint import Checkpoint, TensorInfo, embedding_name, head_name, require_finite
-from .exl2.names import HEAD
+from .families import HEAD, composite_of
 from .files import read_json
 from .hub import confined_file
+from .language import plain_name
 from .safetensors_file import SafetensorsHeader, read_entry, read_header
 from .views import CheckpointView
 
@@ -46,6 +47,8 @@ _ROLES = {
 
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 """Initialisations that leave the base's weights as they are; PiSSA, OLoRA, CorDA and LoftQ replace them."""
+
+_HEAD_WEIGHT = f"{HEAD}.weight"
 
 _REFUSED = (
     "lora_bias",
@@ -103,7 +106,9 @@ class LoraView(CheckpointView):
             )
         self._header: SafetensorsHeader = read_header(confined_file(self._adapter, _WEIGHTS), CheckpointError)
         tied = base.tied_embeddings
-        self._head = head_name(base) or f"{HEAD}.weight"
+        self._composite = composite_of(base.config) is not None
+        self._base_names = {self._plain(name): name for name in base.names}
+        self._head = head_name(base) or _HEAD_WEIGHT
         self._own_head = embedding_name(base) if tied else None
         self._merged: dict[str, _Low] = {}
         self._replaced: dict[str, str] = {}
@@ -177,13 +182,21 @@ class LoraView(CheckpointView):
             weight *= (self._own(low.magnitude) / torch.linalg.vector_norm(weight, dim=1))[:, None]
         return weight
 
+    def _plain(self, name: str) -> str:
+        return plain_name(name, composite=self._composite) or name
+
+    def _name_in_base(self, name: str) -> str:
+        # What the base calls a tensor of the adapter: models with vision have other names in memory than on the Hub.
+        plain = self._plain(name)
+        return self._base_names.get(plain, self._head if plain == _HEAD_WEIGHT else name)
+
     def _find_places(self) -> None:
         modules: dict[str, dict[str, str]] = defaultdict(dict)
         for stored in self._header.entries:
             name = stored.removeprefix(_PREFIX)
             role = next((end for end in _ROLES if name.endswith(f".{end}")), None)
             if role is None:
-                self._replace(stored, name.replace(".base_layer.", ".").replace(".modules_to_save.", "."))
+                self._replace(stored, self._name_in_base(name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")))
             else:
                 modules[name.removesuffix(f".{role}")][_ROLES[role]] = stored
         for module, parts in modules.items():
@@ -195,7 +208,7 @@ class LoraView(CheckpointView):
         self._replaced[name] = stored
 
     def _merge_at(self, module: str, parts: Mapping[str, str]) -> None:
-        name = f"{module}.weight"
+        name = self._name_in_base(f"{module}.weight")
         first = next(iter(parts.values()))
         self._require(name, first)
         embedding = "embedding_" if "embedding_down" in parts or "embedding_up" in parts else ""

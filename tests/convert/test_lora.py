@@ -126,6 +126,44 @@ class TestTiedHead:
         assert torch.equal(merged.tensor(EMBED), table)
 
 
+class TestBesideVision:
+    """The language model's tensors have one name on the Hub, another in memory, and adapters either."""
+
+    HUB, MEMORY = "language_model.model.", "model.language_model."
+
+    def base(self, directory: Path, prefix: str, **more: Tensor) -> Path:
+        directory.mkdir()
+        config = {"model_type": "gemma3", "text_config": {"tie_word_embeddings": True}}
+        (directory / "config.json").write_text(json.dumps(config))
+        stored = {"layers.0.self_attn.q_proj.weight": normal(6, 4, seed=2), "embed_tokens.weight": normal(9, 4, seed=3)}
+        save_file({prefix + name: x for name, x in stored.items()} | more, directory / "model.safetensors")
+        return directory
+
+    @pytest.mark.parametrize("ours", [HUB, MEMORY], ids=["hub", "memory"])
+    @pytest.mark.parametrize("theirs", [HUB, MEMORY], ids=["by-hub-names", "by-names-in-memory"])
+    def test_a_linear(self, tmp_path: Path, ours: str, theirs: str) -> None:
+        place = f"{PREFIX}{theirs}layers.0.self_attn.q_proj"
+        parts = {f"{place}.lora_A.weight": normal(2, 4), f"{place}.lora_B.weight": normal(6, 2, seed=1)}
+        base = self.base(tmp_path / "base", ours)
+        merged = open_model(base, lora=make_adapter(tmp_path / "a", parts))
+        assert merged.names == tensors_of(base).keys()
+        expected = normal(6, 4, seed=2) + 3 * normal(6, 2, seed=1) @ normal(2, 4)
+        torch.testing.assert_close(merged.tensor(f"{ours}layers.0.self_attn.q_proj.weight"), expected)
+        assert merged.tied_embeddings
+
+    @pytest.mark.parametrize("stored", [False, True], ids=["not-stored", "stored"])
+    @pytest.mark.parametrize("theirs", ["lm_head", "language_model.lm_head"])
+    def test_the_head_of_a_tied_model(self, tmp_path: Path, stored: bool, theirs: str) -> None:
+        more = {"language_model.lm_head.weight": normal(9, 4, seed=3)} if stored else {}
+        base = self.base(tmp_path / "base", self.HUB, **more)
+        head = normal(9, 4, seed=5)
+        merged = open_model(base, lora=make_adapter(tmp_path / "a", {f"{PREFIX}{theirs}.weight": head}))
+        assert not merged.tied_embeddings
+        name = "language_model.lm_head.weight" if stored else "lm_head.weight"
+        assert torch.equal(merged.tensor(name), head)
+        assert merged.names == tensors_of(base).keys() | {name}
+
+
 def test_kept_in_the_dtype_of_the_base(make_model: MakeModel, tmp_path: Path) -> None:
     base = make_model("base")
     half = {name: tensor.bfloat16() for name, tensor in tensors_of(base).items()}
