@@ -196,7 +196,8 @@ class LoraView(CheckpointView):
             name = stored.removeprefix(_PREFIX)
             role = next((end for end in _ROLES if name.endswith(f".{end}")), None)
             if role is None:
-                self._replace(stored, self._name_in_base(name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")))
+                plain = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+                self._replace(stored, self._name_in_base(plain))
             else:
                 modules[name.removesuffix(f".{role}")][_ROLES[role]] = stored
         for module, parts in modules.items():
