@@ -118,7 +118,7 @@ def forecast_run(
         memory_bytes=_RUNTIME_BYTES
         + max(
             *(_measuring_memory(block, hidden, kept_tokens, together) for block in blocks),
-            *(_rounding_memory(block, hidden, kept_tokens, kept_tokens or together) for block in blocks),
+            *(_rounding_memory(block, hidden, kept_tokens, together) for block in blocks),
             _head_memory(vocabulary, hidden, kept_tokens),
         ),
         # Inputs of all blocks while measuring, and at first two states while rounding; then a byte per weight.
@@ -156,20 +156,22 @@ def _measuring_memory(
 
 
 def _rounding_memory(
-    block: dict[Stage, dict[str, tuple[int, int]]], hidden: int, kept_tokens: int, waiting_tokens: int
+    block: dict[Stage, dict[str, tuple[int, int]]], hidden: int, kept_tokens: int, together: int
 ) -> int:
     # States of the original after the block and of the quantized model before, and what the stages should see or make
     # (four, then one); in every waiting forward pass the stream, twice, and the last stage's inputs.
     inputs = _inputs(block)
-    state, waiting = kept_tokens * hidden * _FLOAT32_BYTES, waiting_tokens * _FLOAT32_BYTES
+    state, waiting = kept_tokens * hidden * _FLOAT32_BYTES, (kept_tokens or together) * _FLOAT32_BYTES
     states = max(6 * state, 3 * state + waiting * max(inputs.values())) + 2 * waiting * hidden
+    # A micro-batch's pass, and the sums over it.
+    passing = (4 * min(together, POSITIONS_AT_ONCE) * max(inputs.values()) + 16 * together * hidden) * _FLOAT32_BYTES
     # The Gram matrix; for each linear at work it again in float64, and its factor; weights and by how much they move.
     factors = (
         rows**2 * (_FLOAT32_BYTES + min(cores(), len(block[stage])) * (_FLOAT32_BYTES + _FLOAT64_BYTES))
         + sum(2 * math.prod(shape) for shape in block[stage].values()) * _FLOAT32_BYTES
         for stage, rows in inputs.items()
     )
-    return _weights(block) + states + max(factors)
+    return _weights(block) + states + passing + max(factors)
 
 
 def _head_memory(vocabulary: int, hidden: int, kept_tokens: int) -> int:
