@@ -17,7 +17,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from bpwise.convert.original import open_model
 from bpwise.errors import BpwiseError
 from bpwise.eval.comparison import EvalConfig, compare_with, evaluation_rows
 from bpwise.eval.original import OriginalRun, run_original
-from bpwise.measure import statistics
+from bpwise.measure import curves, passes, statistics
 from bpwise.measure.calibration import CalibrationConfig, CalibrationSet
 from bpwise.measure.measurement import MeasuredLinear, Measurement
 from bpwise.measure.run import (
@@ -71,6 +71,23 @@ def _tokens_alike() -> Iterator[None]:
         statistics.thinned = thinned
 
 
+@contextmanager
+def _rows_by_activity() -> Iterator[None]:
+    """Have rows sorted by the power of their inputs (GPTQ's act-order), and groups cut in that order."""
+    measure, grouped = passes.measure_curves, curves.grouped_rows
+
+    def by_activity(weights: Sequence[Tensor], gram: Tensor, *others: Any, **options: Any) -> list[curves.ErrorCurve]:
+        order = gram.diagonal().argsort(descending=True, stable=True)
+        curves.grouped_rows = lambda *_: order
+        return measure(weights, gram, *others, **options)
+
+    passes.measure_curves = by_activity
+    try:
+        yield
+    finally:
+        passes.measure_curves, curves.grouped_rows = measure, grouped
+
+
 def _best_plan(measurement: Measurement, bpw: float, head_bits: int) -> Plan:
     return make_plan(measurement, bpw=bpw, head_bits=head_bits)
 
@@ -84,6 +101,7 @@ class Variant:
         group_size: Rows of a group.
         damping: Damping of every Gram matrix; None chooses it on held-out rows.
         tokens_alike: Whether every calibration token counts the same.
+        rows_by_activity: Whether rows are grouped by the power of their inputs alone.
         plan: Chooses the widths.
         rounding: Changes to the rounding stage's options.
         feedback: Whether errors are fed back, and blocks rounded on quantized inputs.
@@ -93,6 +111,7 @@ class Variant:
     group_size: int = MeasureConfig().group_size
     damping: float | None = None
     tokens_alike: bool = False
+    rows_by_activity: bool = False
     plan: MakePlan = _best_plan
     rounding: Mapping[str, Any] = field(default_factory=dict)
     feedback: bool = True
@@ -101,7 +120,8 @@ class Variant:
     def measurement(self) -> str:
         """Name of the measurement that it needs: variants share what they can."""
         damping = "" if self.damping is None else f"-{self.damping:g}"
-        return f"{'alike' if self.tokens_alike else 'weighted'}-{self.group_size}{damping}"
+        rows = "-activity" if self.rows_by_activity else ""
+        return f"{'alike' if self.tokens_alike else 'weighted'}-{self.group_size}{damping}{rows}"
 
 
 VARIANTS = {
@@ -112,6 +132,7 @@ VARIANTS = {
     "damping": Variant(title="damping of 2 % everywhere", damping=0.02),
     "one-sided": Variant(title="outputs do not answer to each other", rounding={"couple_outputs": False}),
     "no-drift": Variant(title="drift not corrected", rounding={"correct_drift": False}),
+    "by-activity": Variant(title="rows grouped by activity alone", rows_by_activity=True),
     "group-64": Variant(title="groups of 64", group_size=64),
     "group-128": Variant(title="groups of 128", group_size=128),
     OURS: Variant(title="bpwise"),
@@ -203,9 +224,12 @@ def measured(benchmark: Benchmark, variant: Variant) -> Measurement:
     measurement = Measurement.load(kept) if kept.exists() else None
     provenance = measurement_provenance(benchmark.checkpoint, benchmark.calibration, config)
     if measurement is None or measurement.provenance != provenance:
-        alike: AbstractContextManager[None] = _tokens_alike() if variant.tokens_alike else nullcontext()
         start = time.monotonic()
-        with alike:
+        with ExitStack() as changes:
+            if variant.tokens_alike:
+                changes.enter_context(_tokens_alike())
+            if variant.rows_by_activity:
+                changes.enter_context(_rows_by_activity())
             measurement = measure_to_file(
                 benchmark.model,
                 kept,
@@ -401,7 +425,7 @@ def main(
         raise click.UsageError("the variant exllamav2 needs --exllamav2. Name its folder or leave the variant out.")
     try:
         calibration = CalibrationConfig(rows=rows, row_tokens=row_tokens, seed=seed)
-        config = MeasureConfig(calibration=calibration, seed=seed, device=device)
+        config = MeasureConfig(calibration=calibration, types=False, seed=seed, device=device)
         eval_config = EvalConfig(rows=eval_rows, row_tokens=eval_row_tokens, seed=seed, device=device)
         benchmark = prepare(model, config, eval_config, work_dir, package)
         results = compare_all(benchmark, variants, targets)

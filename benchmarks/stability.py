@@ -101,7 +101,7 @@ def _measured(model: str, rows: int, row_tokens: int, seed: int, device: str, wo
     if kept.exists():
         return Measurement.load(kept)
     calibration = CalibrationConfig(rows=rows, row_tokens=row_tokens, seed=seed)
-    config = MeasureConfig(calibration=calibration, seed=seed, device=device)
+    config = MeasureConfig(calibration=calibration, types=False, seed=seed, device=device)
     return measure_to_file(model, kept, config, progress=progress_bar)
 
 

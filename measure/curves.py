@@ -13,6 +13,7 @@ from ..convert.exl2.layout import group_rows
 from ..rounding.feedback import errors_by_group
 from ..rounding.hessian import inverse_factor
 from ..rounding.parallel import run_all
+from .row_groups import grouped_rows, row_powers
 from .sampling import systematic_sample
 
 __all__ = ["SAMPLED_COLUMNS", "ErrorCurve", "measure_curves"]
@@ -29,7 +30,7 @@ class ErrorCurve:
     Attributes:
         damage_nats: Damage of each row group at each width, nats per token, float32, shape (groups, widths). A
             linear's damage is the sum over its groups, at the width each has.
-        order: Input feature of each row, most active first, int64, shape (K,). Groups are cut in this order.
+        order: Input feature of each row, int64, shape (K,). Groups are cut in this order (see ``row_groups``).
         fisher: Mean over tokens of (dL/dy)^2 of each output, float32, shape (out,), nats per squared unit of y.
         input_power: Weighted mean over tokens of x^2 of each input feature, float32, shape (K,).
         damping: Damping of the Gram matrix that the factorisation took, relative to the mean of its diagonal;
@@ -72,12 +73,17 @@ def measure_curves(
         One curve per linear.
     """
     power = gram.diagonal().clone()
-    order = power.argsort(descending=True, stable=True)
-    factor = inverse_factor(gram, damping, order=order)
+    # To sort by, single precision will do. H^-1 = U^T U.
+    costs = inverse_factor(gram, damping, dtype=torch.float32).upper.square_().sum(dim=0).reciprocal_()
+    orders = [
+        grouped_rows(costs, row_powers(weight, fisher), group_size)
+        for weight, fisher in zip(weights, fishers, strict=True)
+    ]
+    factors = [inverse_factor(gram, damping, order=order) for order in orders]
     rows = group_rows(gram.shape[0], group_size)
     tasks = [
         partial(_damage, weight, order, factor.upper, rows, widths, fisher)
-        for weight, fisher in zip(weights, fishers, strict=True)
+        for weight, order, factor, fisher in zip(weights, orders, factors, fishers, strict=True)
     ]
     damages = run_all(tasks, gram.device)
     if not bool(power.any()):  # The input is zero on every token, and so is whatever an error makes of it.
@@ -90,7 +96,7 @@ def measure_curves(
             input_power=power,
             damping=factor.damping,
         )
-        for damage, fisher in zip(damages, fishers, strict=True)
+        for damage, order, factor, fisher in zip(damages, orders, factors, fishers, strict=True)
     ]
 
 

@@ -20,14 +20,12 @@ import torch
 from torch import Tensor
 
 from ..rounding.hessian import inverse_factor
+from .row_groups import row_powers
 
 __all__ = ["DAMPINGS", "HeldOut", "judge_halves"]
 
 DAMPINGS = (0.02, 0.1, 0.5)
 """Dampings to choose from, relative to the mean of the Gram matrix's diagonal."""
-
-_SLICE_ROWS = 256
-"""Rows of a weight that are worked on at once: 128 MiB in float32 for 128k outputs."""
 
 _WITHOUT_HALVES = 0.2
 """Damping where there is only one row, so that nothing can be held out."""
@@ -77,7 +75,7 @@ def judge_halves(
     Returns:
         The choice; an inflation of 1 where one half is empty or all weights are zero.
     """
-    power = sum(map(_power, weights, fishers), torch.zeros(len(grams[0]), device=grams[0].device))
+    power = sum(map(row_powers, weights, fishers), torch.zeros(len(grams[0]), device=grams[0].device))
     if not (all(bool(gram.any()) for gram in grams) and bool(power.any())):
         return HeldOut(dampings[0] if len(dampings) == 1 else _WITHOUT_HALVES, 1.0)
     there = _trials(power, grams[0], grams[1], dampings, group_size)
@@ -86,11 +84,6 @@ def judge_halves(
     both = there[best], back
     inflation = sum(trial.own + trial.other for trial in both) / 2 / sum(trial.reported for trial in both)
     return HeldOut(dampings[best], inflation)
-
-
-def _power(weight: Tensor, fisher: Tensor) -> Tensor:
-    # Per row, the mean of squares that ``fisher`` weighs; of an output head a slice at a time.
-    return torch.cat([rows.float().square() @ fisher for rows in weight.split(_SLICE_ROWS)])
 
 
 def _trials(power: Tensor, fit: Tensor, other: Tensor, dampings: Sequence[float], group_size: int) -> list[_Trial]:

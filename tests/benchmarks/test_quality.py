@@ -115,6 +115,25 @@ def test_alike_is_undone_afterwards(quality: ModuleType) -> None:
     assert mean() == pytest.approx(1.0)
 
 
+def test_rows_by_activity_are_undone_afterwards(quality: ModuleType) -> None:
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 64, generator=rng) * torch.linspace(0.1, 2, 64)
+    weight = torch.randn(64, 8, generator=rng) * torch.linspace(2, 0.5, 64)[torch.randperm(64, generator=rng), None]
+    gram = x.T @ x / 200
+
+    def order() -> list[int]:
+        options = {"widths": (4,), "group_size": 32, "damping": 0.02}
+        (curve,) = quality.passes.measure_curves([weight], gram, [torch.ones(8)], **options)
+        found: list[int] = curve.order.tolist()
+        return found
+
+    own, by_activity = order(), gram.diagonal().argsort(descending=True).tolist()
+    assert own != by_activity
+    with quality._rows_by_activity():
+        assert order() == by_activity
+    assert order() == own
+
+
 @pytest.mark.parametrize("target", [6.5, 5.0, 3.71])
 def test_uniform_plans_fill_the_budget_to_a_row_group(baselines: ModuleType, measurement: Any, target: float) -> None:
     plan: Plan = baselines.uniform_plan(measurement, target, 6)

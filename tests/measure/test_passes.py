@@ -15,6 +15,7 @@ from bpwise.measure import passes
 from bpwise.measure.calibration import CalibrationSet
 from bpwise.measure.heldout import DAMPINGS, HeldOut
 from bpwise.measure.measurement import MeasuredLinear, Measurement
+from bpwise.measure.row_groups import grouped_rows
 from bpwise.measure.run import MeasureConfig, measure_model, measure_to_file, measured_rows, resolve_device
 from bpwise.measure.sketch import COUPLING_RANK
 from bpwise.measure.stream import StreamedModel
@@ -217,12 +218,25 @@ def test_fisher(run: Run) -> None:
         assert float((got - expected).abs().max()) < 1e-4 * float(expected.max()), linear.name
 
 
-def test_rows_in_order_of_input_power(run: Run) -> None:
+def test_input_powers(run: Run) -> None:
     for linear in (*run.measurement.linears, run.measurement.head):
         power = run.expected.gram[linear.name].diagonal().numpy()
         assert np.allclose(linear.input_power, power, rtol=1e-4)
-        assert sorted(linear.order.tolist()) == list(range(linear.in_features))
-        assert bool((np.diff(linear.input_power[linear.order]) <= 0).all()), linear.name
+
+
+def test_rows_are_grouped_by_what_errors_cost_and_by_their_weights(run: Run) -> None:
+    source = Checkpoint.open(run.directory)
+    for linear in (*run.measurement.linears, run.measurement.head):
+        stored = f"{linear.name}.weight" if f"{linear.name}.weight" in source.names else "model.embed_tokens.weight"
+        gram, fisher = run.expected.gram[linear.name], run.expected.fisher[linear.name]
+        damped = gram + 0.02 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+        costs = 1 / torch.linalg.inv(damped).diagonal()
+        powers = fisher @ source.tensor(stored).double().square()
+        expected = grouped_rows(costs.float(), powers.float(), 64)
+        groups, wanted = (
+            [set(part.tolist()) for part in order.split(64)] for order in (torch.from_numpy(linear.order), expected)
+        )
+        assert groups == wanted, linear.name
 
 
 @pytest.mark.parametrize("bits", [8, 5, 4, 2])
@@ -465,7 +479,7 @@ def test_dead_inputs_are_measured(tmp_path: Path) -> None:
     directory = save_model(tmp_path / "model", CONFIGS["llama"], kill)
     measured = measure(directory, tmp_path / "work")
     down = next(x for x in measured.linears if x.name == "model.layers.0.mlp.down_proj")
-    assert set(down.order[-40:].tolist()) == set(range(40))
+    assert sorted(down.order.tolist()) == list(range(96))
     assert all(np.isfinite(x.damage_nats).all() for x in measured.linears)
 
 

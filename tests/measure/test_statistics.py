@@ -63,7 +63,7 @@ def test_a_sample_of_the_outputs_stands_for_all(monkeypatch: pytest.MonkeyPatch)
     whole = measure_curves([weight], x.T @ x / 200, [fisher], **options)[0].damage_nats
     assert sampled.shape == whole.shape == (2, 3)
     # Columns of equal statistics, 512 of them: a spread of some 30 % of their errors averages out to 1.5 %.
-    assert float((sampled / whole - 1).abs().max()) < 0.06
+    assert float((sampled / whole - 1).abs().max()) < 0.08
 
 
 def test_thinned_sums_are_those_of_all_tokens_on_average() -> None:
