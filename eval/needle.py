@@ -289,7 +289,7 @@ def _ask(
         hidden = last_hidden(model, tokens, role, progress)
         with torch.no_grad(), model.tail():
             for row, answer in enumerate(prompts.answer_tokens[first : first + step]):
-                logits = model.logits(hidden[row : row + 1, -answer - 1 : -1].to(model.device))[0].double().cpu()
+                logits = model.logits(hidden[row : row + 1, -answer - 1 : -1].to(model.device))[0].cpu().double()
                 targets = tokens[row, -answer:]
                 found.append(float((logits.argmax(dim=-1) == targets).all()))
                 nats.append(-float(logits.log_softmax(dim=-1).gather(-1, targets[:, None]).sum()))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..rounding.precision import in_float64
+
 __all__ = ["systematic_sample", "thinned"]
 
 _LIMITS = (2.0, 1.0, 0.5)
@@ -30,11 +32,11 @@ def systematic_sample(weights: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     if len(weights) <= count or not bool(weights.any()):
         return torch.arange(len(weights), device=weights.device), weights
-    cumulative = weights.double().cumsum(dim=0)
+    cumulative = in_float64(weights).cumsum(dim=0)
     share = cumulative[-1] / count
-    middles = (torch.arange(count, device=weights.device) + 0.5) * share
+    middles = (torch.arange(count, device=share.device) + 0.5) * share
     chosen, shares = torch.searchsorted(cumulative, middles).unique_consecutive(return_counts=True)
-    return chosen, (shares * share).float()
+    return chosen.to(weights.device), (shares * share).float().to(weights.device)
 
 
 def thinned(weights: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -54,11 +56,11 @@ def thinned(weights: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """
     if not len(weights):
         return torch.arange(0, device=weights.device), weights
-    exact = weights.double()  # squares of small gradients are beyond float32
+    exact = in_float64(weights)  # squares of small gradients are beyond float32
     most = _LARGEST_SPREAD * exact.square().sum()
     limits = (factor * exact.mean() for factor in _LIMITS)
     found = next((x for x in limits if bool((exact * exact.clamp(min=x)).sum() <= most)), exact.new_zeros(()))
-    limit = found.to(weights.dtype)
+    limit = found.float().to(weights.device)
     draws = torch.rand(len(weights), generator=rng).to(weights.device)
     kept = (weights > draws * limit).nonzero()[:, 0]
     return kept, weights[kept].clamp(min=limit)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..rounding.precision import in_float64
 from .sampling import thinned
 
 __all__ = ["COUPLING_RANK", "FisherSketch"]
@@ -59,7 +60,7 @@ class FisherSketch:
             ``sqrt(G_mm G_nn) (C C^T)_mn``. All zero if no gradient arrived.
         """
         rank = min(COUPLING_RANK, len(fisher))
-        directions, sums = self._directions.double(), self._sums.double()
+        directions, sums = in_float64(self._directions), in_float64(self._sums)
         shift = sums.norm() * 1e-7  # float32 sums: the matrix is positive semidefinite only up to their rounding
         sums = sums + shift * directions
         inner = directions.T @ sums
@@ -70,5 +71,5 @@ class FisherSketch:
         vectors, sizes, _ = torch.linalg.svd(root, full_matrices=False)
         factor = vectors[:, :rank] * sizes[:rank]
         # Rounding may leave more than the diagonal has; a coupling has no entry above 1.
-        scaled = factor / fisher.double().sqrt().clamp(min=1e-30)[:, None]
-        return torch.where(fisher[:, None] > 0, scaled, 0.0).clamp(-1, 1).half()
+        scaled = (factor / in_float64(fisher).sqrt().clamp(min=1e-30)[:, None]).clamp(-1, 1).half()
+        return torch.where(fisher[:, None] > 0, scaled.to(fisher.device), 0.0)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .precision import in_float64
+
 __all__ = ["OutputFeedback", "round_in_sets"]
 
 _SETS = 16
@@ -54,14 +56,15 @@ class OutputFeedback:
         rank = coupling.shape[1]
         if rank == 0 or not bool(fisher.any()):
             return None
-        exact = fisher.double()
-        factor = coupling.to(fisher.device).double() * exact.sqrt()[:, None]
+        exact = in_float64(fisher)
+        factor = coupling.to(exact) * exact.sqrt()[:, None]
         diagonal = (exact - factor.square().sum(dim=1)).clamp(min=0) + _DAMPING * exact.mean()
         factors, scaled = (in_sets(x.T).mT for x in (factor, factor / diagonal[:, None]))  # (sets, columns, rank)
         # From the last set to the first: every set sees itself and those after it.
         inner = (factors.mT @ scaled).flip(0).cumsum(dim=0).flip(0)
         inner = inner + torch.eye(rank, dtype=inner.dtype, device=inner.device)
-        return cls(factors.float(), torch.linalg.solve(inner, scaled.mT).float())
+        answers = torch.linalg.solve(inner, scaled.mT)
+        return cls(factors.float().to(fisher.device), answers.float().to(fisher.device))
 
 
 def in_sets(values: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .precision import in_float64, precise_device
+
 __all__ = ["InverseFactor", "damped_solve", "inverse_factor"]
 
 _DAMPING_STEPS = (1.0, 10.0, 50.0)
@@ -51,7 +53,7 @@ def inverse_factor(
     """
     if order is None:
         order = torch.arange(gram.shape[0], device=gram.device)
-    diagonal = gram.diagonal()[order].double()
+    diagonal = in_float64(gram.diagonal()[order])
     mean = float(diagonal.mean())
     if mean <= 0:  # The input is zero on every token: nothing can be fed back.
         return InverseFactor(torch.eye(gram.shape[0], device=gram.device), float("inf"))
@@ -59,19 +61,20 @@ def inverse_factor(
         flipped = _in_order(gram, order.flip(0), dtype)
         flipped.diagonal().add_(damping * step * mean)
         lower, failed = _cholesky_(flipped)
-        upper = lower.float()
+        upper = lower.float().to(gram.device)
         del flipped, lower
         if not failed:
             upper = upper.flip(0, 1)
             _invert_upper_(upper)
             if bool(torch.isfinite(upper).all()):
                 return InverseFactor(upper, damping * step)
-    return InverseFactor((diagonal + damping * mean).rsqrt().float().diag(), float("inf"))
+    return InverseFactor((diagonal + damping * mean).rsqrt().float().diag().to(gram.device), float("inf"))
 
 
 def _in_order(gram: Tensor, order: Tensor, dtype: torch.dtype) -> Tensor:
     # A few rows at a time: no second copy of a large matrix.
-    ordered = torch.empty(gram.shape, dtype=dtype, device=gram.device)
+    device = precise_device(gram.device) if dtype == torch.float64 else gram.device
+    ordered = torch.empty(gram.shape, dtype=dtype, device=device)
     for rows, into in zip(order.split(_SMALLEST_BLOCK), ordered.split(_SMALLEST_BLOCK), strict=True):
         into.copy_(gram[rows[:, None], order])
     return ordered

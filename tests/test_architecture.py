@@ -176,3 +176,11 @@ assert torch.equal(state, torch.random.get_rng_state()) and python_state == rand
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("room", ["rounding", "measure", "quantize"])
+def test_double_precision_only_where_the_device_has_it(room: str) -> None:
+    # Tensors of these rooms may be on an MPS device, where `.double()` raises.
+    for path in (ROOT / room).rglob("*.py"):
+        found = {n.attr for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Attribute)}
+        assert "double" not in found or path.name == "precision.py", path

@@ -1,0 +1,18 @@
+"""Double precision on devices that have it and on those that do not."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["in_float64", "precise_device"]
+
+
+def precise_device(device: torch.device) -> torch.device:
+    """Return where float64 tensors that belong to a device can be: there, or on the CPU if it is Apple's MPS."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def in_float64(values: Tensor) -> Tensor:
+    """Return a tensor in float64, on its ``precise_device``."""
+    return values.to(precise_device(values.device)).double()
