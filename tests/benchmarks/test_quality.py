@@ -11,6 +11,7 @@ import torch
 from bpwise.convert.exl2.layout import padded_columns
 from bpwise.convert.original import open_model
 from bpwise.eval.comparison import EvalConfig
+from bpwise.measure import passes
 from bpwise.measure.calibration import CalibrationConfig
 from bpwise.measure.run import MeasureConfig
 from bpwise.measure.statistics import StageStatistics
@@ -110,7 +111,7 @@ def test_alike_is_undone_afterwards(quality: ModuleType) -> None:
         return float(sums.halves[0].mean())
 
     assert mean() == pytest.approx(1.0)
-    with quality._tokens_alike():
+    with quality.changed_measuring(quality.VARIANTS["alike"]):
         assert mean() == pytest.approx((1 + 4) / 2)
     assert mean() == pytest.approx(1.0)
 
@@ -123,13 +124,13 @@ def test_rows_by_activity_are_undone_afterwards(quality: ModuleType) -> None:
 
     def order() -> list[int]:
         options = {"widths": (4,), "group_size": 32, "damping": 0.02}
-        (curve,) = quality.passes.measure_curves([weight], gram, [torch.ones(8)], **options)
+        (curve,) = passes.measure_curves([weight], gram, [torch.ones(8)], **options)
         found: list[int] = curve.order.tolist()
         return found
 
     own, by_activity = order(), gram.diagonal().argsort(descending=True).tolist()
     assert own != by_activity
-    with quality._rows_by_activity():
+    with quality.changed_measuring(quality.VARIANTS["by-activity"]):
         assert order() == by_activity
     assert order() == own
 
