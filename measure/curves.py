@@ -54,7 +54,7 @@ def measure_curves(
     damping: float,
     inflation: float = 1.0,
 ) -> list[ErrorCurve]:
-    """Measure the linears that share one input. A pure function of its arguments.
+    """Measure the linears that share one input, each in a row order of its own. A pure function of its arguments.
 
     The damage of an error dW is estimated as ``0.5 * sum_n F_n (dW^T H dW)_nn``, the second-order KL divergence between
     the original and the damaged model with a diagonal Fisher information F of the linear's outputs and a weight of each

@@ -6,8 +6,9 @@ all others. Damping holds it back. Each stage needs its own: on SmolLM2 with 8 r
 
 Nothing is rounded to find out. With H the damped Gram matrix of the fit and H^-1 = U^T U, error feedback turns the
 rounding errors d_k of the rows, which are as good as independent, into ``dW = -U^T diag(1 / U_kk) d``. Their variance
-is that of the row group's scales, so that on tokens with the Gram matrix M the damage should be proportional to
-``sum_k s_k (U M U^T)_kk / U_kk^2``, s_k being the mean square weight in the group of row k.
+goes with the square of the row's scales, and that with the mean square s_k of its weights, in which the rows of a group
+agree (see ``row_groups``). So on tokens with the Gram matrix M the damage should be proportional to
+``sum_k s_k (U M U^T)_kk / U_kk^2``.
 """
 
 from __future__ import annotations
@@ -57,7 +58,6 @@ def judge_halves(
     grams: Sequence[Tensor],
     fishers: Sequence[Tensor],
     *,
-    group_size: int,
     dampings: Sequence[float] = DAMPINGS,
 ) -> HeldOut:
     """Try the feedback of one stage, fitted on each half of the calibration rows, on the other.
@@ -69,7 +69,6 @@ def judge_halves(
         weights: Weight of each linear of the stage, floating point, shape (K, out).
         grams: Gram matrix of each half, float32, shape (K, K).
         fishers: Fisher weights of each linear's outputs, float32, shape (out,).
-        group_size: Rows of a group.
         dampings: Dampings to choose from.
 
     Returns:
@@ -78,27 +77,27 @@ def judge_halves(
     power = sum(map(row_powers, weights, fishers), torch.zeros(len(grams[0]), device=grams[0].device))
     if not (all(bool(gram.any()) for gram in grams) and bool(power.any())):
         return HeldOut(dampings[0] if len(dampings) == 1 else _WITHOUT_HALVES, 1.0)
-    there = _trials(power, grams[0], grams[1], dampings, group_size)
+    there = _trials(power, grams[0], grams[1], dampings)
     best = min(range(len(dampings)), key=lambda index: there[index].other)
-    (back,) = _trials(power, grams[1], grams[0], dampings[best : best + 1], group_size)
+    (back,) = _trials(power, grams[1], grams[0], dampings[best : best + 1])
     both = there[best], back
     inflation = sum(trial.own + trial.other for trial in both) / 2 / sum(trial.reported for trial in both)
     return HeldOut(dampings[best], inflation)
 
 
-def _trials(power: Tensor, fit: Tensor, other: Tensor, dampings: Sequence[float], group_size: int) -> list[_Trial]:
+def _trials(power: Tensor, fit: Tensor, other: Tensor, dampings: Sequence[float]) -> list[_Trial]:
     order = fit.diagonal().argsort(descending=True, stable=True)
     other = other[order[:, None], order]
-    spread = torch.cat([part.mean().expand_as(part) for part in power[order].split(group_size)])
+    power = power[order]
     trials = []
     for damping in dampings:
         factor = inverse_factor(fit, damping, order=order, dtype=torch.float32)  # to compare, that is precise enough
         pivots = factor.upper.diagonal()
-        reported = float(spread @ pivots.square().reciprocal())
+        reported = float(power @ pivots.square().reciprocal())
         feedback = factor.upper.div_(pivots.clone()[:, None])
-        held_out = float(spread @ (feedback @ other).mul_(feedback).sum(dim=1))
+        held_out = float(power @ (feedback @ other).mul_(feedback).sum(dim=1))
         # The damped matrix is that of the fit plus a multiple of one.
-        added = damping * float(fit.diagonal().mean()) * float(spread @ feedback.square_().sum(dim=1))
+        added = damping * float(fit.diagonal().mean()) * float(power @ feedback.square_().sum(dim=1))
         trials.append(_Trial(reported, reported - added, held_out))
         del factor, pivots, feedback  # views of one large matrix, which the next one need not stand beside
     return trials

@@ -208,7 +208,7 @@ class MeasuringPasses:
         fishers = [sums.fisher[name] / sums.tokens for name in linears]
         totals = [half.weight for half in sums.halves]
         halves = [half.mean() for half in sums.halves]
-        judged = judge_halves(weights, halves, fishers, group_size=self.group_size, dampings=self.dampings)
+        judged = judge_halves(weights, halves, fishers, dampings=self.dampings)
         first, second = (half.mul_(total) for total, half in zip(totals, halves, strict=True))
         gram = first.add_(second).div_(max(sum(totals), _TINY))
         del halves, second

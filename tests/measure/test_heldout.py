@@ -24,7 +24,7 @@ def judged(count: int, **options: tuple[float, ...]) -> HeldOut:
     weight = torch.randn(ROWS, OUTPUTS, generator=torch.Generator().manual_seed(3)) * 0.05
     halves = [gram(tokens(count // 2, seed)) for seed in (1, 2)]
     fishers = [torch.ones(10), torch.ones(30)]
-    return judge_halves([weight[:, :10], weight[:, 10:]], halves, fishers, group_size=32, **options)
+    return judge_halves([weight[:, :10], weight[:, 10:]], halves, fishers, **options)
 
 
 def damage(fit: Tensor, other: Tensor, damping: float) -> tuple[float, float]:
@@ -67,5 +67,5 @@ def test_a_given_damping_is_kept() -> None:
 def test_nothing_to_hold_out() -> None:
     weight = torch.ones(ROWS, OUTPUTS)
     halves = [gram(tokens(50, 1)), torch.zeros(ROWS, ROWS)]
-    assert judge_halves([weight], halves, [torch.ones(OUTPUTS)], group_size=32) == HeldOut(0.2, 1.0)
-    assert judge_halves([weight], halves, [torch.ones(OUTPUTS)], group_size=32, dampings=(0.1,)) == HeldOut(0.1, 1.0)
+    assert judge_halves([weight], halves, [torch.ones(OUTPUTS)]) == HeldOut(0.2, 1.0)
+    assert judge_halves([weight], halves, [torch.ones(OUTPUTS)], dampings=(0.1,)) == HeldOut(0.1, 1.0)
