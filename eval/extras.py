@@ -66,15 +66,12 @@ def extras_content(extras: Extras) -> dict[str, Any]:
 
 
 def extras_csv(extras: Extras) -> dict[str, list[dict[str, Any]]]:
-    """Return tables by name, ``tasks`` and ``needle``: a row for each model and score, or prompt's place."""
-    tables: dict[str, list[dict[str, Any]]] = {}
-    if extras.tasks is not None:
-        tables["tasks"] = [row for score in extras.tasks.scores for row in _task_csv(extras.tasks, score)]
-    if extras.needle is not None:
-        tables["needle"] = [
-            {"model": model.name, **asdict(cell)} for model in extras.needle.models for cell in model.cells
-        ]
-    return tables
+    """Return the tables ``tasks`` and ``needle``: a row for each model and score, or prompt's place; or none."""
+    tasks, models = extras.tasks, () if extras.needle is None else extras.needle.models
+    return {
+        "tasks": [] if tasks is None else [row for score in tasks.scores for row in _task_csv(tasks, score)],
+        "needle": [{"model": model.name, **asdict(cell)} for model in models for cell in model.cells],
+    }
 
 
 def extras_markdown(extras: Extras) -> list[str]:

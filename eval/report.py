@@ -180,8 +180,12 @@ def _write(
         _write_text(path[name], text)
     tables = []
     for name, rows in extras_csv(page.extras).items():
-        tables.append(directory / f"{prefix}report.{name}.csv")
-        _write_csv(tables[-1], rows)
+        table = directory / f"{prefix}report.{name}.csv"
+        if rows:
+            _write_csv(table, rows)
+            tables.append(table)
+        else:
+            table.unlink(missing_ok=True)  # an earlier report's
     drawn = []
     for name, drawing in charts_of(page).items() if plots else ():
         for form in plots:

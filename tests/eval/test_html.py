@@ -161,6 +161,9 @@ class TestText:
         assert len(rows) == 3 * 4
         assert [row["difference"] for row in rows[:2]] == ["", "-0.025"]
         assert {row["part_of"] for row in rows} == {"", HOSTILE}
+        assert (tmp_path / "report.needle.csv").exists()
+        write_joint_report(several, tmp_path)  # without benchmarks: their tables are not of this report
+        assert not list(tmp_path.glob("report.*.csv"))
 
     def test_below_bfloat16(self, comparison: Comparison, tmp_path: Path) -> None:
         tiny = variant(comparison, "tiny", 5e-6, 1)
