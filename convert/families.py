@@ -36,7 +36,10 @@ EMBEDDING = "model.embed_tokens.weight"
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Linears of a block that read the same input.
+    """Linears of a block that read the same input and share its statistics.
+
+    Queries, keys and values are stages of their own: their gradients lie on different tokens, so that one Gram matrix
+    for all three would take queries for several times less than they matter.
 
     Attributes:
         linears: Names inside the block, for example ``self_attn.q_proj``.
@@ -149,14 +152,15 @@ class Family:
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 
-_ATTENTION = (Stage(_QKV), Stage(("self_attn.o_proj",), adds="self_attn"))
+_EACH_OF_QKV = tuple(Stage((name,)) for name in _QKV)
+_ATTENTION = (*_EACH_OF_QKV, Stage(("self_attn.o_proj",), adds="self_attn"))
 _GATED_MLP = (Stage(_GATE_UP), Stage(("mlp.down_proj",), adds="mlp"))
 _PRE_NORM = (*_ATTENTION, *_GATED_MLP)
 
 
 def _post_norm(attention: str, mlp: str) -> tuple[Stage, ...]:
     return (
-        Stage(_QKV),
+        *_EACH_OF_QKV,
         Stage(("self_attn.o_proj",), adds=attention, normed=True),
         Stage(_GATE_UP),
         Stage(("mlp.down_proj",), adds=mlp, normed=True),
@@ -164,11 +168,6 @@ def _post_norm(attention: str, mlp: str) -> tuple[Stage, ...]:
 
 
 _GEMMA2 = _post_norm("post_attention_layernorm", "post_feedforward_layernorm")
-_PARALLEL = (
-    Stage((*_QKV, *_GATE_UP)),
-    Stage(("self_attn.o_proj",), adds="self_attn"),
-    Stage(("mlp.down_proj",), adds="mlp"),
-)
 _FUSED_MLP = {"mlp.gate_up_proj": _GATE_UP}
 
 _FAMILIES = {
@@ -234,10 +233,10 @@ _FAMILIES = {
         fused=_FUSED_MLP,
         note="norms before and after; fused gate, up: split in the output; rope on half of each head",
     ),
-    "cohere": Family(readers=("CohereForCausalLM",), stages=_PARALLEL, note="attention beside the MLP; scaled logits"),
+    "cohere": Family(readers=("CohereForCausalLM",), stages=_PRE_NORM, note="attention beside the MLP; scaled logits"),
     "cohere2": Family(
         readers=("Cohere2ForCausalLM",),
-        stages=_PARALLEL,
+        stages=_PRE_NORM,
         note="attention beside the MLP; scaled logits; three of four blocks with a sliding window, others without rope",
     ),
     "starcoder2": Family(

@@ -32,11 +32,8 @@ def position_by_position(block: nn.Module, stages: Sequence[Stage]) -> Iterator[
         block: A decoder block.
         stages: Its stages; the first of them belongs to what mixes positions.
     """
-    owners = [{name.partition(".")[0] for name in stage.linears} for stage in stages]
-    # Where attention and MLP read one input, its statistics are of the whole row.
-    whole = owners[0].union(*(names for names in owners if len(names) > 1))
-    names = sorted(set().union(*owners) - whole)
-    modules: list[Any] = [block.get_submodule(name) for name in names]
+    mixing, *others = (stage.linears[0].partition(".")[0] for stage in stages)
+    modules: list[Any] = [block.get_submodule(name) for name in sorted({*others} - {mixing})]
     for module in modules:
         module.forward = _in_pieces(module.forward)
     try:

@@ -296,7 +296,11 @@ class RoundingPass:
                 else:
                     self._run_until(index, hidden, batch, block.get_submodule(stages[-2].linears[0]))
             for name in read:
-                self._keep(targets, name, batch, inputs[name])
+                first = next(other for other in read if inputs[other] is inputs[name])
+                if first == name:
+                    self._keep(targets, name, batch, inputs[name])
+                else:  # queries, keys and values: one and the same
+                    targets[name] = targets[first]
             stream = self._on_device(hidden[batch])
             for linear, name, normed in adding:
                 if known is not None and name == adding[-1][1]:

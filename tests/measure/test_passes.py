@@ -83,7 +83,8 @@ class Expected:
 def by_plain_backward(directory: Path, signs: Tensor) -> Expected:
     """Means over tokens of w x x^T and (dL/dy)^2 of every linear, by hooks on the whole model in float64.
 
-    w, the weight of a token, is the sum of (dL/dy)^2 over all linears that read x, scaled to mean 1. What is propagated
+    w, the weight of a token, is the sum of (dL/dy)^2 over all outputs of a linear, of gate and up together, scaled to
+    mean 1. What is propagated
     back from the logits is F p^-1/2 z, with their Fisher matrix F = diag(p) - p p^T and the signs z. The head's Fisher
     is its exact expectation p (1 - p) over the model's own predictions.
     """
@@ -108,7 +109,8 @@ def by_plain_backward(directory: Path, signs: Tensor) -> Expected:
     squares["lm_head"] = probabilities * (1 - probabilities)
     weights: dict[str, Tensor] = {}
     for name in squares:
-        shared = [other for other in squares if torch.equal(inputs[other], inputs[name])]
+        pair = [name.replace("gate_proj", "up_proj"), name.replace("up_proj", "gate_proj")]
+        shared = pair if name in pair and pair[0] != pair[1] else [name]
         total = sum(squares[other].sum(dim=1) for other in shared)
         weights[name] = total / total.mean()
     return Expected(
@@ -174,7 +176,7 @@ def test_every_linear_in_model_order(run: Run) -> None:
 def test_gram_matrices(run: Run) -> None:
     # The order in which the passes reach the stages: the head, then the blocks from the last to the first.
     stages = ["lm_head"]
-    stages += [f"model.layers.{n}.{INNER[k]}" for n in (1, 0) for k in (0, 3, 4, 6)]
+    stages += [f"model.layers.{n}.{INNER[k]}" for n in (1, 0) for k in (0, 1, 2, 3, 4, 6)]
     for name, gram in zip(stages, run.grams, strict=True):
         expected = run.expected.gram[name]
         # Weights are gradients in float32 through up to two blocks.

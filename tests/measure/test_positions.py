@@ -121,14 +121,6 @@ def test_short_rows_are_not_touched() -> None:
     assert block.mlp.longest == 5
 
 
-def test_what_shares_an_input_with_attention_is_not_cut() -> None:
-    block = Block()
-    stages = (Stage(("self_attn.q_proj", "mlp.gate_proj", "mlp.up_proj")), Stage(("mlp.down_proj",)))
-    with position_by_position(block, stages):
-        block(torch.randn(1, 19, 4))
-    assert block.mlp.longest == 19
-
-
 @pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])
 def test_experts_see_one_piece_after_another(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
