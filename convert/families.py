@@ -1,7 +1,7 @@
 """How each model family is cut into blocks and linears, and what its tensors are called: data, one entry a family.
 
-A block is worked through in stages. The linears of a stage read one common input, so they share its Gram matrix, and
-none of them depends on the others. Stages come in the order in which the block computes them.
+A block is worked through in stages. The linears of a stage read one common input and share its Gram matrix, and none
+of them depends on the others. Stages come in the order in which the block computes them.
 
 Names inside a block are those of EXL2 files, one linear each; where Transformers has one module for several of them,
 or keeps experts in one tensor, ``measure.surgery`` takes it apart. Source of the names and of which readers know what:

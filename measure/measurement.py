@@ -46,7 +46,7 @@ class MeasuredLinear:
         coupling: float16, shape (out, rank), rank 0 for the head: how outputs act together on the loss, as
             ``bpwise.measure.sketch.FisherSketch.coupling``.
         token_weights: float16, shape (rows, tokens): what each calibration token counts in the Gram matrix, mean 1.
-            Linears that read the same input have the same.
+            Linears of a stage have the same.
         type_damage_nats: Damage in each of the measurement's ``types``, nats per token, float32, shape (types,);
             infinite where the type does not fit the row length.
         damping: Relative damping of the Gram matrix, for rounding too; infinite where error feedback was given up.

@@ -299,7 +299,7 @@ class RoundingPass:
                 first = next(other for other in read if inputs[other] is inputs[name])
                 if first == name:
                     self._keep(targets, name, batch, inputs[name])
-                else:  # queries, keys and values: one and the same
+                else:  # as for queries, keys and values
                     targets[name] = targets[first]
             stream = self._on_device(hidden[batch])
             for linear, name, normed in adding:

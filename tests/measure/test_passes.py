@@ -84,9 +84,8 @@ def by_plain_backward(directory: Path, signs: Tensor) -> Expected:
     """Means over tokens of w x x^T and (dL/dy)^2 of every linear, by hooks on the whole model in float64.
 
     w, the weight of a token, is the sum of (dL/dy)^2 over all outputs of a linear, of gate and up together, scaled to
-    mean 1. What is propagated
-    back from the logits is F p^-1/2 z, with their Fisher matrix F = diag(p) - p p^T and the signs z. The head's Fisher
-    is its exact expectation p (1 - p) over the model's own predictions.
+    mean 1. What is propagated back from the logits is F p^-1/2 z, with their Fisher matrix F = diag(p) - p p^T and the
+    signs z. The head's Fisher is its exact expectation p (1 - p) over the model's own predictions.
     """
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64, attn_implementation="eager")
     inputs: dict[str, Tensor] = {}

@@ -121,8 +121,10 @@ def test_short_rows_are_not_touched() -> None:
     assert block.mlp.longest == 5
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])
-def test_experts_see_one_piece_after_another(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "cohere"])
+def test_linears_and_experts_see_one_piece_after_another(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     experts = {"num_local_experts": 4} if kind == "mixtral" else {"num_experts": 4, "moe_intermediate_size": 32}
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 48}
@@ -135,14 +137,13 @@ def test_experts_see_one_piece_after_another(kind: str, tmp_path: Path, monkeypa
     gradient = torch.randn(2, 19, 32)
     stages = model.stages(0)
     mixed = [stage for stage in stages if stage.expert is not None]
-    assert model.family.experts is not None
 
     def passes() -> tuple[Tensor, ExpertInputs, list[StageStatistics]]:
         before = torch.empty_like(hidden)
         with (
             model.block(0) as block,
             collect(block, [stage for stage in stages if stage.expert is None]) as sums,
-            collect_experts(block, model.family.experts.path, mixed, tokens.numel()) as seen,
+            collect_experts(block, model.family.experts_path, mixed, tokens.numel()) as seen,
             position_by_position(block, stages),
         ):
             for row in range(2):

@@ -30,9 +30,13 @@ UNREAD = {"qwen2_moe"}
 
 
 class Exact:
-    """Rounds nothing: a linear becomes what it should be."""
+    """Rounds nothing: a linear becomes what it should be. Keeps the Gram matrices that it gets."""
 
-    def round_(self, _measured: MeasuredLinear, target: torch.Tensor, _gram: torch.Tensor) -> dict[str, torch.Tensor]:
+    def __init__(self) -> None:
+        self.grams: dict[str, torch.Tensor] = {}
+
+    def round_(self, measured: MeasuredLinear, target: torch.Tensor, gram: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.grams[measured.name] = gram.clone()
         return {"weight": target.T.contiguous()}
 
     def decoded(self, _name: str, kept: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -90,8 +94,39 @@ def test_without_errors_there_is_no_drift_to_correct(
     assert max(max(drift.first_token, drift.other_tokens) for drift in drifts) < 1e-4
 
 
-def test_half_of_a_stage_stays(tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast) -> None:
-    # Cohere's q, k, v, gate and up read one input.
+def test_every_linear_is_rounded_on_its_own_tokens_weights(
+    quantized: tuple[Path, Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bpwise.quantize.drift.thinned", lambda weights, _rng: (torch.arange(len(weights)), weights))
+    original, _, result = quantized
+    measurement = Measurement.load(result.measurement)
+    model = StreamedModel(language_model(open_model(original)), device=torch.device("cpu"), dtype=torch.float32)
+    rounder = Exact()
+    RoundingPass(model, measurement, rounder, StageDirectory(tmp_path, "e", {}), correct_drift=False).blocks(silent)
+
+    inputs: dict[str, torch.Tensor] = {}
+    dense = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)
+    for name, module in dense.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(
+                lambda _module, args, name=name: inputs.update({name: args[0].flatten(0, -2)})
+            )
+    with torch.no_grad():
+        dense(torch.from_numpy(measurement.tokens).long())
+    weights = {x.name: torch.from_numpy(x.token_weights).double().flatten() for x in measurement.linears}
+    found = inputs.keys() & rounder.grams.keys()
+    assert {name.rpartition(".")[2] for name in found} >= {"o_proj"}
+    for name in found:
+        x = inputs[name].double()
+        expected = (weights[name] * x.T) @ x / weights[name].sum()
+        got = rounder.grams[name].double()
+        assert float((got - expected).abs().max()) < 1e-4 * float(expected.diagonal().max()), name
+    attention = "model.layers.1.self_attn"
+    if f"{attention}.q_proj" in found:
+        assert float((weights[f"{attention}.q_proj"] - weights[f"{attention}.k_proj"]).abs().max()) > 0.1
+
+
+def test_an_mlp_beside_attention_stays(tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast) -> None:
     original = save_family(tmp_path / "model", "cohere", byte_tokenizer)
     measure = MeasureConfig(calibration=CalibrationConfig(rows=4, row_tokens=32), types=False, device="cpu")
     config = QuantizeConfig(bpw=13.0, head_bits=8, keep_fp16=("*.mlp.*",), measure=measure, evaluate=None)
