@@ -117,8 +117,8 @@ class TestMixedModel:
 @pytest.mark.parametrize("kept", [("*.self_attn.*",), ("*.mlp.*",), ("*.0.*",)], ids=["attention", "mlp", "block"])
 def test_drift_is_cancelled_around_what_stays(save_model: Any, tmp_path: Path, kept: tuple[str, ...]) -> None:
     model = save_model(tmp_path / "model", num_hidden_layers=3)
-    ids = torch.randint(0, 264, (24, 32), generator=torch.Generator().manual_seed(1))
-    rows = CalibrationSet(tokens=ids, origins=("random",) * 24, description="random", adds_bos=False)
+    ids = torch.randint(0, 264, (96, 32), generator=torch.Generator().manual_seed(1))
+    rows = CalibrationSet(tokens=ids, origins=("random",) * 96, description="random", adds_bos=False)
     checkpoint = Checkpoint.open(model)
     measured = measure_model(checkpoint, rows, MeasureConfig(device="cpu"), tmp_path)
     lowest = {"*.self_attn.*": 8.0, "*.mlp.*": 11.0, "*.0.*": 7.5}[kept[0]]
