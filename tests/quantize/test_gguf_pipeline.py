@@ -34,12 +34,13 @@ def rows(count: int = 12) -> CalibrationSet:
     return CalibrationSet(tokens=ids, origins=("random",) * count, description="random ids", adds_bos=False)
 
 
-def quantize(directory: Path, output: Path, **settings: Any) -> GgufResult:
+def quantize(directory: Path, output: Path, *, count: int = 12, **settings: Any) -> GgufResult:
     given = {key: settings.pop(key) for key in ("measurement", "work") if key in settings}
     if not {"max_bytes", "vram_bytes"} & settings.keys():
         settings.setdefault("bpw", 5.5)
     config = GgufConfig(**{"evaluate": None, **settings})
-    return quantize_to_gguf(directory, output, config, calibration=None if "measurement" in given else rows(), **given)
+    calibration = None if "measurement" in given else rows(count)
+    return quantize_to_gguf(directory, output, config, calibration=calibration, **given)
 
 
 def kl(directory: Path, file: Path) -> float:
@@ -133,14 +134,13 @@ def test_a_gpu_that_the_cache_fits_into_too(made: dict[str, GgufResult], convert
         quantize(converted[name].directory, tmp_path / "y.gguf", vram_bytes=1 << 20, **settings)
 
 
-def test_without_feedback_ggml_rounds_alone(made: dict[str, GgufResult], converted: Any, tmp_path: Path) -> None:
-    name = "mistral"
-    directory, measurement = converted[name].directory, made[name].measurement
-    result = quantize(directory, tmp_path / "x.gguf", measurement=measurement, feedback=False)
-    assert result.plan == made[name].plan
+def test_without_feedback_ggml_rounds_alone(converted: Any, tmp_path: Path) -> None:
+    directory = converted["mistral"].directory
+    fed_back = quantize(directory, tmp_path / "fed-back.gguf", count=48)
+    result = quantize(directory, tmp_path / "x.gguf", measurement=fed_back.measurement, feedback=False)
+    assert result.plan == fed_back.plan
     assert result.drift == ()
-    # Of a real model feedback takes away half of the damage or more; of random weights and a few rows of text, a fifth.
-    assert kl(directory, made[name].output) < 0.9 * kl(directory, result.output)
+    assert kl(directory, fed_back.output) < 0.8 * kl(directory, result.output)
 
 
 def test_overrides_and_report(made: dict[str, GgufResult], converted: Any, tmp_path: Path) -> None:
