@@ -1,25 +1,20 @@
-"""What to compare with: plans of uniform widths, rounding to nearest, and a model seen with other weights."""
+"""What to compare with: plans of uniform widths, and rounding to nearest."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from bpwise.convert.checkpoint import TensorSource, embedding_name
 from bpwise.convert.exl2.layout import WIDTHS, RowGroup, group_rows, linear_bits, padded_columns
-from bpwise.convert.exl2.names import HEAD
-from bpwise.convert.views import SourceView
 from bpwise.errors import BudgetError
 from bpwise.measure.measurement import MeasuredLinear, Measurement
 from bpwise.quantize.plan import LinearPlan, Plan
 from bpwise.rounding.feedback import round_linear
 from torch import Tensor
 
-__all__ = ["ReplacedWeights", "Widths", "round_to_nearest", "uniform_plan"]
-
-_HEAD = f"{HEAD}.weight"
+__all__ = ["Widths", "round_to_nearest", "uniform_plan"]
 
 
 @dataclass(slots=True)
@@ -140,46 +135,6 @@ def round_to_nearest(weight: Tensor, plan: LinearPlan, device: torch.device) -> 
     )
     linear.validate(plan.name)
     return linear.dequantize().cpu()
-
-
-class ReplacedWeights(SourceView):
-    """A model seen with other weights in some of its linears: a ``TensorSource`` that writes nothing to disk."""
-
-    def __init__(self, source: TensorSource, weights: Mapping[str, Callable[[], Tensor]]) -> None:
-        """Hold what to read.
-
-        Args:
-            source: The model.
-            weights: For each replaced linear a function that returns its weight, shape (out, in).
-        """
-        super().__init__(source)
-        self._weights = {f"{name}.weight": read for name, read in weights.items()}
-
-    @property
-    def fingerprint(self) -> str:
-        """The model's fingerprint, marked."""
-        return f"{self.base.fingerprint}, weights replaced"
-
-    @property
-    def names(self) -> frozenset[str]:
-        """Full names of all tensors, a head that a tied model has got of its own among them."""
-        return self.base.names | self._weights.keys()
-
-    @property
-    def tied_embeddings(self) -> bool:
-        """Whether the output head is the token embedding; a replaced one is not."""
-        return self.base.tied_embeddings and _HEAD not in self._weights
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the sizes of a tensor's dimensions."""
-        if name == _HEAD and name not in self.base.names:
-            name = embedding_name(self.base) or name
-        return self.base.shape(name)
-
-    def tensor(self, name: str) -> Tensor:
-        """Return a tensor, replaced or not, on the CPU."""
-        read = self._weights.get(name)
-        return self.base.tensor(name) if read is None else read()
 
 
 def _uniform(linear: MeasuredLinear, group_size: int, bits: int) -> Widths:

@@ -25,11 +25,12 @@ from typing import Any
 import click
 import exllamav2_peer
 import numpy as np
-from baselines import ReplacedWeights, round_to_nearest
+from baselines import round_to_nearest
 from bpwise.convert.checkpoint import Checkpoint, TensorSource
 from bpwise.convert.exl2.reader import Exl2Model
 from bpwise.convert.exl2.verify import verify_model
 from bpwise.convert.files import atomic_file
+from bpwise.convert.language import ReplacedWeights
 from bpwise.convert.original import open_model
 from bpwise.errors import BpwiseError
 from bpwise.eval.comparison import EvalConfig, compare_with, evaluation_rows

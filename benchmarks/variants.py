@@ -98,6 +98,7 @@ VARIANTS = {
     "by-activity": Variant(title="rows grouped by activity alone", rows_by_activity=True),
     "group-64": Variant(title="groups of 64", group_size=64),
     "group-128": Variant(title="groups of 128", group_size=128),
+    "tuned": Variant(title="scales tuned, too (--effort high)", rounding={"tune_scales": True}),
     OURS: Variant(title="bpwise"),
 }
 

@@ -74,6 +74,12 @@ __all__ = ["quantize"]
 @OVERRIDE_OPTION
 @KEEP_FP16_OPTION
 @click.option(
+    "--effort",
+    type=click.Choice(["normal", "high"]),
+    default="normal",
+    help="EXL2: high: after rounding, fit the scales of all row groups to the original's predictions.",
+)
+@click.option(
     "--no-feedback",
     is_flag=True,
     help="GGUF: round by ggml alone, in seconds instead of minutes, at two to three times the KL.",
@@ -159,6 +165,7 @@ def _quantize_to_exl2(model: Original, output: Path, evaluate: EvalConfig | None
         head_bits=read_head_bits(options["head_bits"]),
         overrides=tuple(map(WidthOverride.parse, options["override"])),
         keep_fp16=options["keep_fp16"],
+        effort=options["effort"],
         measure=measure_config,
         evaluate=evaluate,
         shard_bytes=options["shard_size"] * MIB,
@@ -179,7 +186,7 @@ def _quantize_to_gguf(model: Original, output: Path, evaluate: EvalConfig | None
 
     refuse_beside(
         "a GGUF output",
-        ("head_bits", "keep_fp16", "cache_bits", "shard_size", "dry_run", "force"),
+        ("head_bits", "keep_fp16", "effort", "cache_bits", "shard_size", "dry_run", "force"),
         "it is for EXL2",
     )
     if sum(options[target] is not None for target in ("bpw", "max_size", "vram", "mixture")) != 1:

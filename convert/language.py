@@ -9,7 +9,7 @@ families store several linears as one tensor. Everything that measures, rounds o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,15 @@ from .exl2.names import config_features, text_config
 from .families import EMBEDDING, HEAD, Family, composite_of, family_of
 from .views import SourceView
 
-__all__ = ["FusedModel", "LanguageModel", "WrittenModel", "language_config", "language_model", "plain_name"]
+__all__ = [
+    "FusedModel",
+    "LanguageModel",
+    "ReplacedWeights",
+    "WrittenModel",
+    "language_config",
+    "language_model",
+    "plain_name",
+]
 
 _PREFIXES = (
     ("language_model.model.", "model."),
@@ -113,6 +121,49 @@ class LanguageModel(SourceView):
         tensor = self.base.tensor(self._stored.get(name, name))
         rows = self._rows.get(name)
         return tensor if rows is None else tensor[rows].clone()
+
+
+class ReplacedWeights(LanguageModel):
+    """A language model seen with other weights in some of its linears; writes nothing to disk."""
+
+    def __init__(self, base: TensorSource, weights: Mapping[str, Callable[[], Tensor]]) -> None:
+        """Hold what to read.
+
+        Args:
+            base: Where all other tensors come from, as ``LanguageModel`` takes it.
+            weights: For each replaced linear, by its name in the language model, a function that returns its weight,
+                shape (out, in).
+
+        Raises:
+            UnsupportedModelError: The family is unknown.
+            CheckpointError: A fused tensor does not have the size that config.json gives its parts.
+        """
+        super().__init__(base)
+        self._weights = {f"{name}.weight": read for name, read in weights.items()}
+
+    @property
+    def fingerprint(self) -> str:
+        """The model's fingerprint, marked."""
+        return f"{super().fingerprint}, weights replaced"
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Full names of all tensors, a head that a tied model has got of its own among them."""
+        return super().names | self._weights.keys()
+
+    @property
+    def tied_embeddings(self) -> bool:
+        """Whether the output head is the token embedding; a replaced one is not."""
+        return super().tied_embeddings and f"{HEAD}.weight" not in self._weights
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the sizes of a tensor's dimensions."""
+        return super().shape(EMBEDDING if name == f"{HEAD}.weight" and name not in super().names else name)
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor, replaced or not, on the CPU."""
+        read = self._weights.get(name)
+        return super().tensor(name) if read is None else read()
 
 
 def language_model(source: TensorSource) -> LanguageModel:

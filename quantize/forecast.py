@@ -28,6 +28,9 @@ _LOGITS_HELD = 2200
 """Positions for which evaluation holds a number for every token of the vocabulary: logits of both models for 256, of
 the floor for 512 more, and the terms of divergences for 64 at a time."""
 
+_LOGITS_TUNED = 2000
+"""The same while scales are tuned: both models' logits and what their divergence needs, for 256."""
+
 _RUNTIME_BYTES = 600 << 20
 """Resident memory of Python, PyTorch and Transformers before any weight is read, measured on Linux."""
 
@@ -70,6 +73,7 @@ def forecast_run(
     config: MeasureConfig,
     overrides: Sequence[WidthOverride] = (),
     keep_fp16: Sequence[str] = (),
+    tune_scales: bool = False,
 ) -> Forecast:
     """Forecast a run of the whole pipeline.
 
@@ -81,6 +85,7 @@ def forecast_run(
         config: Gives group size and the number of calibration tokens.
         overrides: As ``make_plan`` takes them.
         keep_fp16: As ``make_plan`` takes them.
+        tune_scales: As ``RoundConfig`` takes it.
 
     Raises:
         UnsupportedModelError: The family is unknown.
@@ -103,6 +108,7 @@ def forecast_run(
     weights = sum(linear.in_features * linear.out_features for linear in linears)
     vocabulary, hidden = head.out_features, head.in_features
     blocks = [_shapes(source, index) for index in range(source.block_count)]
+    tuned = blocks if tune_scales else []
     tokens = config.calibration.rows * config.calibration.row_tokens
     state = tokens * hidden * _FLOAT32_BYTES
     kept_tokens = tokens if config.offload_dir is None else 0
@@ -120,6 +126,7 @@ def forecast_run(
             *(_measuring_memory(block, hidden, kept_tokens, together) for block in blocks),
             *(_rounding_memory(block, hidden, kept_tokens, together) for block in blocks),
             _head_memory(vocabulary, hidden, kept_tokens),
+            *(_tuning_memory(block, len(blocks), vocabulary, hidden, kept_tokens, together) for block in tuned),
         ),
         # Inputs of all blocks while measuring, and at first two states while rounding; then a byte per weight.
         disk_bytes=max((len(blocks) + 5) * state, weights + vocabulary * hidden + 4 * state),
@@ -172,6 +179,24 @@ def _rounding_memory(
         for stage, rows in inputs.items()
     )
     return _weights(block) + states + passing + max(factors)
+
+
+def _tuning_memory(
+    block: dict[Stage, dict[str, tuple[int, int]]],
+    blocks: int,
+    vocabulary: int,
+    hidden: int,
+    kept_tokens: int,
+    together: int,
+) -> int:
+    # What both models' last blocks make of all rows, what enters every block for a micro-batch (in files where states
+    # are), what a block leaves for its backward pass, both heads in 16 bits, and what is computed from some logits.
+    states = (2 * kept_tokens + (blocks * together if kept_tokens else 0)) * hidden * _FLOAT32_BYTES
+    passing = (8 * min(together, POSITIONS_AT_ONCE) * max(_inputs(block).values()) + 16 * together * hidden) * (
+        _FLOAT32_BYTES
+    )
+    heads = 2 * vocabulary * hidden * _FLOAT16_BYTES + vocabulary * _LOGITS_TUNED * _FLOAT32_BYTES
+    return _weights(block) + states + passing + heads
 
 
 def _head_memory(vocabulary: int, hidden: int, kept_tokens: int) -> int:

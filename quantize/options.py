@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, get_args
 
 from ..convert.checkpoint import Checkpoint
 from ..convert.exl2.shards import DEFAULT_SHARD_BYTES
@@ -18,7 +19,9 @@ from .size_limit import disk_limit, gpu_limit
 from .type_plan import Override
 from .vram import CACHE_BITS
 
-__all__ = ["GgufConfig", "QuantizeConfig"]
+__all__ = ["Effort", "GgufConfig", "QuantizeConfig"]
+
+Effort = Literal["normal", "high"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +38,8 @@ class QuantizeConfig:
         head_bits: Bits of the output head: 2, 3, 4, 5, 6, 8, 16 for unquantized, or ``auto``: see ``make_plan``.
         overrides: Widths that linears may have: see ``make_plan``.
         keep_fp16: Shell patterns of linears that stay in float16: see ``make_plan``.
+        effort: ``high`` fits the scales of all row groups to the original's predictions after rounding (``tuning``),
+            ``normal`` does not.
         measure: Options of the measuring stage; its calibration rows and device serve rounding too.
         evaluate: Options of the evaluation, or None to leave it out.
         shard_bytes: Largest output file, in bytes.
@@ -50,6 +55,7 @@ class QuantizeConfig:
     head_bits: HeadBits = 6
     overrides: tuple[WidthOverride, ...] = ()
     keep_fp16: tuple[str, ...] = ()
+    effort: Effort = "normal"
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     evaluate: EvalConfig | None = field(default_factory=EvalConfig)
     shard_bytes: int = DEFAULT_SHARD_BYTES
@@ -71,10 +77,17 @@ class QuantizeConfig:
         if self.cache_bits not in CACHE_BITS:
             raise ConfigError(f"cache_bits must be one of {CACHE_BITS}, got {self.cache_bits}.")
         check_head_bits(self.head_bits)
+        if self.effort not in get_args(Effort):
+            raise ConfigError(f"effort must be one of {get_args(Effort)}, got {self.effort!r}.")
         check_base_model(self.base_model)
         refuse_same_source(self.measure.calibration.source, self.evaluate)
         if self.shard_bytes <= 0:
             raise ConfigError(f"shard_bytes must be positive, got {self.shard_bytes}.")
+
+    @property
+    def tune_scales(self) -> bool:
+        """Whether scales are tuned."""
+        return self.effort == "high"
 
     def size_limit(self, checkpoint: Checkpoint) -> SizeLimit | None:
         """Return what a model must keep below; None if bits per weight are asked for.
@@ -101,6 +114,7 @@ class QuantizeConfig:
             config=self.measure,
             overrides=self.overrides,
             keep_fp16=self.keep_fp16,
+            tune_scales=self.tune_scales,
         )
 
 

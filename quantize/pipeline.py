@@ -172,7 +172,11 @@ def _quantize(
         verification = verify_model(output)
     else:
         with clock.stage("round"):
-            rounding = RoundConfig(device=config.measure.device, offload_dir=config.measure.offload_dir)
+            rounding = RoundConfig(
+                tune_scales=config.tune_scales,
+                device=config.measure.device,
+                offload_dir=config.measure.offload_dir,
+            )
             rounded = round_model(checkpoint, measured, plan, rounding, work, progress)
             fallbacks, drift = _fallbacks(rounded, measured), rounded.drift()
         with clock.stage("write and verify"):
@@ -245,6 +249,7 @@ def _identity(checkpoint: Checkpoint, rows: CalibrationSet, plan: Plan, config: 
         plan.target_bpw,
         plan.head_bits,
         [(linear.name, linear.group_bits) for linear in linears],
+        config.effort,
         config.shard_bytes,
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
@@ -310,6 +315,7 @@ def _write(
             "bpw": plan.bpw,
             "head_bits": plan.head_bits,
             "float16_linears": len(plan.kept),
+            "effort": config.effort,
             "predicted_damage_nats": plan.damage_nats,
         },
         float16=[written.prefix + linear.name for linear in plan.kept],

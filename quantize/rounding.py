@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +15,7 @@ from ..convert.checkpoint import Checkpoint
 from ..convert.exl2.layout import RowGroup
 from ..convert.exl2.linear import QuantizedLinear
 from ..convert.families import HEAD
-from ..convert.language import LanguageModel, language_model
+from ..convert.language import LanguageModel, ReplacedWeights, language_model
 from ..convert.work import StageDirectory
 from ..measure.measurement import MeasuredLinear, Measurement
 from ..measure.run import kept_inputs, resolve_device
@@ -24,8 +26,12 @@ from ..rounding.feedback import round_linear_
 from ..rounding.hessian import inverse_factor
 from .plan import LinearPlan, Plan
 from .rounding_pass import Drift, RoundingPass, kept_drift, rounding_damping
+from .tuning import tune_scales
 
 __all__ = ["RoundConfig", "RoundedModel", "round_model"]
+
+_TUNED = "tuned"
+"""Piece with what tuning found."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,12 +41,14 @@ class RoundConfig:
     Attributes:
         correct_drift: Whether weights are moved toward the original's outputs before they are rounded.
         couple_outputs: Whether outputs answer to each other's errors.
+        tune_scales: Whether the scales of row groups are fitted to the original's predictions in the end (``tuning``).
         device: ``cpu``, ``cuda``, ``cuda:N``, ``mps``, or ``auto`` for the best at hand.
         offload_dir: Directory for files with the hidden states of all rows; None keeps them in memory.
     """
 
     correct_drift: bool = True
     couple_outputs: bool = True
+    tune_scales: bool = False
     device: str = "auto"
     offload_dir: Path | None = None
 
@@ -54,12 +62,15 @@ class RoundedModel:
         blocks: Number of decoder blocks.
         pieces: Where they are kept.
         source: The original.
+        tuned: What tuning multiplied the ceilings of a linear by, float32, shape (groups,); of all or none in the
+            decoder.
     """
 
     names: tuple[str, ...]
     blocks: int
     pieces: StageDirectory
     source: LanguageModel
+    tuned: Mapping[str, Tensor] = field(default_factory=dict)
 
     def linear(self, name: str) -> QuantizedLinear:
         """Return one quantized linear, as it is to be written.
@@ -68,6 +79,8 @@ class RoundedModel:
         neurons themselves are reordered instead, which changes nothing for the model around it.
         """
         linear = _unpack(self.pieces.load(name))
+        if name in self.tuned:
+            linear = replace(linear, ceilings=(linear.ceilings.float() * self.tuned[name]).half())
         makers, reader = self.source.family.mlp
         block = next((name.removesuffix(x) for x in (*makers, reader) if name.endswith(f".{x}")), None)
         if block is None or f"{block}{makers[0]}.bias" not in self.source.names:
@@ -143,7 +156,23 @@ def round_model(
     if plan.head is not None:
         run.head()
         names.append(HEAD)
-    return RoundedModel(tuple(names), model.block_count, pieces, source)
+    rounded = RoundedModel(tuple(names), model.block_count, pieces, source)
+    return replace(rounded, tuned=_tuned(rounded, run, progress)) if config.tune_scales else rounded
+
+
+def _tuned(rounded: RoundedModel, run: RoundingPass, progress: Progress) -> dict[str, Tensor]:
+    pieces, original = rounded.pieces, run.model
+    if not pieces.has(_TUNED):
+        decoded = {name: partial(run.decoded, name) for name in rounded.names}
+        source = ReplacedWeights(rounded.source.base, decoded)
+        quantized = StreamedModel(
+            source, device=original.device, dtype=original.dtype, offload_dir=original.offload_dir
+        )
+        groups = {name: _unpack(pieces.load(name)).group_of_input for name in rounded.names if name != HEAD}
+        wanted = run.last_states()["original"]
+        factors = tune_scales(original, quantized, groups, run.tokens, wanted, pieces, progress)
+        pieces.save(_TUNED, factors)
+    return pieces.load(_TUNED)
 
 
 class _Exl2Rounder:

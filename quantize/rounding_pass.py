@@ -261,8 +261,8 @@ class RoundingPass:
         names = self.model.family.linear_names(index, stage)
         return {inner: name for inner, name in zip(stage.linears, names, strict=True) if name not in self.kept}
 
-    def _on_device(self, hidden: Tensor) -> Tensor:
-        return hidden.to(self.model.device)
+    def _on_device(self, values: Tensor) -> Tensor:
+        return values.to(self.model.device)
 
     def _token_weights(self, linear: str) -> Tensor:
         return self._on_device(torch.from_numpy(self.measured[linear].token_weights)).float()
@@ -349,11 +349,23 @@ class RoundingPass:
         kept = self._rounded(name, _shifted(module.weight, shift, joins), gram)
         module.weight.copy_(self.rounder.decoded(name, kept))
 
+    def last_states(self) -> dict[str, Tensor]:
+        """Return what the last blocks make of the calibration rows: ``original`` and ``quantized``.
+
+        Shape (rows, tokens, hidden size), float32, on the CPU. All blocks must have been rounded.
+        """
+        return self._kept(self.pieces, f"state-{self.model.block_count - 1}")
+
+    def decoded(self, name: str) -> Tensor:
+        """Return the weight that a reader makes of a rounded linear, shape (out, K), on the device."""
+        kept = {key: self._on_device(value) for key, value in self.pieces.load(name).items()}
+        return self.rounder.decoded(name, kept)
+
     def head(self) -> None:
         """Round the output head on what the quantized decoder gives it."""
         if self.pieces.has(HEAD):
             return
-        state = self._kept(self.pieces, f"state-{self.model.block_count - 1}")
+        state = self.last_states()
         with torch.no_grad(), self.model.tail() as head:
             sums = StageSums(head, Stage((HEAD,)), self.model.device)
             weights = self._token_weights(HEAD)

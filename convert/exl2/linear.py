@@ -65,6 +65,13 @@ class QuantizedLinear:
         """Stored size in bits, padding and overhead included, bias excluded."""
         return linear_bits(self.out_features, self.groups)
 
+    @property
+    def group_of_input(self) -> Tensor:
+        """Row group of each input feature, int64, shape (K,)."""
+        rows = torch.tensor([group.rows for group in self.groups], device=self.order.device)
+        of_rows = torch.arange(len(rows), device=rows.device).repeat_interleave(rows)
+        return of_rows[self.order.argsort()]
+
     def validate(self, name: str) -> None:
         """Check every rule of the format that a reader would trip over.
 

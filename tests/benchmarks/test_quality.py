@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from bpwise.convert.exl2.layout import padded_columns
+from bpwise.convert.language import ReplacedWeights
 from bpwise.convert.original import open_model
 from bpwise.eval.comparison import EvalConfig
 from bpwise.measure import passes
@@ -53,16 +54,16 @@ def measurement(quality: ModuleType, benchmark: Any) -> Any:
     return quality.measured(benchmark, quality.VARIANTS["bpwise"])
 
 
-def test_a_tied_models_replaced_head_is_run(baselines: ModuleType, make_model: Callable[..., Path]) -> None:
+def test_a_tied_models_replaced_head_is_run(make_model: Callable[..., Path]) -> None:
     tied = open_model(make_model("tied", tie_word_embeddings=True))
     head = torch.randn(tied.shape("model.embed_tokens.weight"), generator=torch.Generator().manual_seed(0))
-    replaced = baselines.ReplacedWeights(tied, {"lm_head": lambda: head})
+    replaced = ReplacedWeights(tied, {"lm_head": lambda: head})
     tokens = torch.arange(12).view(2, 6)
     model = AutoModelForCausalLM.from_pretrained(tied.directory, dtype=torch.float32)
     with torch.no_grad():
         states = model.model(tokens).last_hidden_state
     torch.testing.assert_close(streamed_logits(replaced, tokens), states @ head.T, rtol=1e-4, atol=1e-4)
-    unchanged = baselines.ReplacedWeights(tied, {})
+    unchanged = ReplacedWeights(tied, {})
     torch.testing.assert_close(streamed_logits(unchanged, tokens), model(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
@@ -177,9 +178,9 @@ def test_rounding_to_nearest_is_close_at_8_bits(baselines: ModuleType, benchmark
     assert (decoded.float() - weight.float()).norm() / weight.float().norm() < 0.01
 
 
-def test_replaced_weights_stream_like_a_checkpoint(baselines: ModuleType, benchmark: Any) -> None:
+def test_replaced_weights_stream_like_a_checkpoint(benchmark: Any) -> None:
     source, name = benchmark.checkpoint, "model.layers.0.self_attn.q_proj"
-    replaced = baselines.ReplacedWeights(source, {name: lambda: torch.zeros(1)})
+    replaced = ReplacedWeights(source, {name: lambda: torch.zeros(1)})
     assert torch.equal(replaced.tensor(f"{name}.weight"), torch.zeros(1))
     other = "model.norm.weight"
     assert torch.equal(replaced.tensor(other), source.tensor(other))
