@@ -46,7 +46,7 @@ from bpwise.measure.run import (
 )
 from bpwise.measure.tokenizer import load_tokenizer
 from bpwise.quantize.plan import Plan
-from bpwise.quantize.rounding import RoundConfig, round_model
+from bpwise.quantize.rounding import RoundConfig, round_model, tune_model
 from torch import Tensor
 from tqdm import tqdm
 from variants import OURS, PEER, VARIANTS, Variant, changed_measuring
@@ -222,6 +222,8 @@ def _round(benchmark: Benchmark, variant: Variant, measurement: Measurement, pla
         return ReplacedWeights(checkpoint, {name: partial(nearest, name) for name in linears})
     config = RoundConfig(device=benchmark.config.device, **variant.rounding)
     rounded = round_model(checkpoint, measurement, plan, config, work, progress_bar)
+    if variant.tunes_scales:
+        rounded = tune_model(rounded, measurement, config, progress_bar)
 
     def read(name: str) -> Tensor:
         return rounded.linear(name).dequantize()

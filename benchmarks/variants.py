@@ -67,6 +67,7 @@ class Variant:
         rows_by_activity: Whether rows are grouped by the power of their inputs alone.
         plan: Chooses the widths.
         rounding: Changes to the rounding stage's options.
+        tunes_scales: Whether scales are fitted to the original's predictions in the end.
         feedback: Whether errors are fed back, and blocks rounded on quantized inputs.
     """
 
@@ -77,6 +78,7 @@ class Variant:
     rows_by_activity: bool = False
     plan: MakePlan = _best_plan
     rounding: Mapping[str, Any] = field(default_factory=dict)
+    tunes_scales: bool = False
     feedback: bool = True
 
     @property
@@ -98,7 +100,7 @@ VARIANTS = {
     "by-activity": Variant(title="rows grouped by activity alone", rows_by_activity=True),
     "group-64": Variant(title="groups of 64", group_size=64),
     "group-128": Variant(title="groups of 128", group_size=128),
-    "tuned": Variant(title="scales tuned, too (--effort high)", rounding={"tune_scales": True}),
+    "tuned": Variant(title="scales tuned, too (--effort high)", tunes_scales=True),
     OURS: Variant(title="bpwise"),
 }
 

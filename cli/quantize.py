@@ -77,7 +77,7 @@ __all__ = ["quantize"]
     "--effort",
     type=click.Choice(["normal", "high"]),
     default="normal",
-    help="EXL2: high: after rounding, fit the scales of all row groups to the original's predictions.",
+    help="EXL2: high: after rounding, fit the decoder's scales to what the original predicts; pays at few bits.",
 )
 @click.option(
     "--no-feedback",

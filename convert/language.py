@@ -161,7 +161,7 @@ class ReplacedWeights(LanguageModel):
         return super().shape(EMBEDDING if name == f"{HEAD}.weight" and name not in super().names else name)
 
     def tensor(self, name: str) -> Tensor:
-        """Return a tensor, replaced or not, on the CPU."""
+        """Return a tensor: one that is replaced wherever its function puts it, others on the CPU."""
         read = self._weights.get(name)
         return super().tensor(name) if read is None else read()
 

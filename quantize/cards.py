@@ -141,6 +141,7 @@ def _made_exl2(model: Exl2Model) -> tuple[tuple[str, str], ...]:
         ("calibration", calibration.get("dataset")),
         ("calibration rows", _with_unit(calibration.get("rows"), f"of {calibration.get('length')} tokens")),
         ("predicted damage", _with_unit(provenance.get("predicted_damage_nats"), "nats per token")),
+        ("scales", "fitted to the original's predictions" if provenance.get("effort") == "high" else None),
         ("made with", f"bpwise {provenance.get('bpwise', quantization.get('version'))}"),
     ]
     return tuple((name, str(value)) for name, value in rows if value is not None)

@@ -18,7 +18,7 @@ from .kept import KeptLinear
 from .linears import model_linears
 from .scope import HeadBits, SizeLimit, WidthOverride, plan_scope
 
-__all__ = ["Forecast", "forecast_run"]
+__all__ = ["Forecast", "forecast_run", "tuning_memory"]
 
 _FLOAT16_BYTES = 2
 _FLOAT32_BYTES = 4
@@ -73,7 +73,6 @@ def forecast_run(
     config: MeasureConfig,
     overrides: Sequence[WidthOverride] = (),
     keep_fp16: Sequence[str] = (),
-    tune_scales: bool = False,
 ) -> Forecast:
     """Forecast a run of the whole pipeline.
 
@@ -85,7 +84,6 @@ def forecast_run(
         config: Gives group size and the number of calibration tokens.
         overrides: As ``make_plan`` takes them.
         keep_fp16: As ``make_plan`` takes them.
-        tune_scales: As ``RoundConfig`` takes it.
 
     Raises:
         UnsupportedModelError: The family is unknown.
@@ -108,7 +106,6 @@ def forecast_run(
     weights = sum(linear.in_features * linear.out_features for linear in linears)
     vocabulary, hidden = head.out_features, head.in_features
     blocks = [_shapes(source, index) for index in range(source.block_count)]
-    tuned = blocks if tune_scales else []
     tokens = config.calibration.rows * config.calibration.row_tokens
     state = tokens * hidden * _FLOAT32_BYTES
     kept_tokens = tokens if config.offload_dir is None else 0
@@ -126,13 +123,32 @@ def forecast_run(
             *(_measuring_memory(block, hidden, kept_tokens, together) for block in blocks),
             *(_rounding_memory(block, hidden, kept_tokens, together) for block in blocks),
             _head_memory(vocabulary, hidden, kept_tokens),
-            *(_tuning_memory(block, len(blocks), vocabulary, hidden, kept_tokens, together) for block in tuned),
         ),
         # Inputs of all blocks while measuring, and at first two states while rounding; then a byte per weight.
         disk_bytes=max((len(blocks) + 5) * state, weights + vocabulary * hidden + 4 * state),
         kept=scope.kept,
         head_reason=scope.head_reason,
     )
+
+
+def tuning_memory(checkpoint: Checkpoint, config: MeasureConfig) -> int:
+    """Forecast the peak of memory while scales are tuned, in bytes, as ``Forecast.memory_bytes`` does of all else.
+
+    Args:
+        checkpoint: The original model.
+        config: Gives the number of calibration tokens.
+    """
+    source = language_model(checkpoint)
+    vocabulary, hidden = (head := model_linears(source)[1]).out_features, head.in_features
+    blocks = [_shapes(source, index) for index in range(source.block_count)]
+    calibration = config.calibration
+    # What both models' last blocks make of all rows, and what enters every block for a step: in files where states are.
+    held = 2 * calibration.rows * calibration.row_tokens + len(blocks) * calibration.row_tokens
+    states = 0 if config.offload_dir is not None else held * hidden * _FLOAT32_BYTES
+    block = max(map(_weights, blocks)) + max(_passing(each, hidden, calibration.row_tokens) for each in blocks)
+    # Both heads in 16 bits, and what is computed from some logits.
+    heads = 2 * vocabulary * hidden * _FLOAT16_BYTES + vocabulary * _LOGITS_TUNED * _FLOAT32_BYTES
+    return _RUNTIME_BYTES + states + block + heads
 
 
 def _shapes(source: LanguageModel, index: int) -> dict[Stage, dict[str, tuple[int, int]]]:
@@ -151,15 +167,19 @@ def _measuring_memory(
     # Gram matrices of each half of the calibration rows; of experts only one at a time is worked on.
     inputs = _inputs(block)
     grams = sum(2 * rows**2 for stage, rows in inputs.items() if stage.expert in (None, 0)) * _FLOAT32_BYTES
-    # What a micro-batch leaves for its backward pass, states and gradients of all tokens beside it.
-    in_mlp = min(together, POSITIONS_AT_ONCE)
-    passing = (8 * in_mlp * max(inputs.values()) + 16 * together * hidden) * _FLOAT32_BYTES
+    # States and gradients of all tokens.
     states = 2 * kept_tokens * hidden * _FLOAT32_BYTES
     # A half in another order, the damped one and its factor.
     factor = 3 * max(inputs.values()) ** 2 * _FLOAT32_BYTES
     curves = 4 * cores() * 6 * max(inputs.values()) * SAMPLED_COLUMNS * _FLOAT32_BYTES
     # What the passes took, much of it in small pieces, is not all given back to the system.
-    return _weights(block) + grams + states + passing + max(factor, curves)
+    return _weights(block) + grams + states + _passing(block, hidden, together) + max(factor, curves)
+
+
+def _passing(block: dict[Stage, dict[str, tuple[int, int]]], hidden: int, together: int) -> int:
+    # What a micro-batch leaves for its backward pass.
+    in_mlp = min(together, POSITIONS_AT_ONCE)
+    return (8 * in_mlp * max(_inputs(block).values()) + 16 * together * hidden) * _FLOAT32_BYTES
 
 
 def _rounding_memory(
@@ -179,24 +199,6 @@ def _rounding_memory(
         for stage, rows in inputs.items()
     )
     return _weights(block) + states + passing + max(factors)
-
-
-def _tuning_memory(
-    block: dict[Stage, dict[str, tuple[int, int]]],
-    blocks: int,
-    vocabulary: int,
-    hidden: int,
-    kept_tokens: int,
-    together: int,
-) -> int:
-    # What both models' last blocks make of all rows, what enters every block for a micro-batch (in files where states
-    # are), what a block leaves for its backward pass, both heads in 16 bits, and what is computed from some logits.
-    states = (2 * kept_tokens + (blocks * together if kept_tokens else 0)) * hidden * _FLOAT32_BYTES
-    passing = (8 * min(together, POSITIONS_AT_ONCE) * max(_inputs(block).values()) + 16 * together * hidden) * (
-        _FLOAT32_BYTES
-    )
-    heads = 2 * vocabulary * hidden * _FLOAT16_BYTES + vocabulary * _LOGITS_TUNED * _FLOAT32_BYTES
-    return _weights(block) + states + passing + heads
 
 
 def _head_memory(vocabulary: int, hidden: int, kept_tokens: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from ..eval.config import EvalConfig
 from ..measure.run import MeasureConfig
 from .cards import check_base_model
-from .forecast import Forecast, forecast_run
+from .forecast import Forecast, forecast_run, tuning_memory
 from .judge import refuse_same_source
 from .scope import HeadBits, SizeLimit, WidthOverride, check_head_bits
 from .size_limit import disk_limit, gpu_limit
@@ -38,8 +38,8 @@ class QuantizeConfig:
         head_bits: Bits of the output head: 2, 3, 4, 5, 6, 8, 16 for unquantized, or ``auto``: see ``make_plan``.
         overrides: Widths that linears may have: see ``make_plan``.
         keep_fp16: Shell patterns of linears that stay in float16: see ``make_plan``.
-        effort: ``high`` fits the scales of all row groups to the original's predictions after rounding (``tuning``),
-            ``normal`` does not.
+        effort: ``high`` fits the decoder's scales to the original's predictions in the end (see ``tuning``), ``normal``
+            does not.
         measure: Options of the measuring stage; its calibration rows and device serve rounding too.
         evaluate: Options of the evaluation, or None to leave it out.
         shard_bytes: Largest output file, in bytes.
@@ -84,11 +84,6 @@ class QuantizeConfig:
         if self.shard_bytes <= 0:
             raise ConfigError(f"shard_bytes must be positive, got {self.shard_bytes}.")
 
-    @property
-    def tune_scales(self) -> bool:
-        """Whether scales are tuned."""
-        return self.effort == "high"
-
     def size_limit(self, checkpoint: Checkpoint) -> SizeLimit | None:
         """Return what a model must keep below; None if bits per weight are asked for.
 
@@ -105,8 +100,8 @@ class QuantizeConfig:
         return None
 
     def forecast(self, checkpoint: Checkpoint) -> Forecast:
-        """Return what a run will take; see ``forecast_run``."""
-        return forecast_run(
+        """Return what a run will take; see ``forecast_run`` and ``tuning_memory``."""
+        forecast = forecast_run(
             checkpoint,
             bpw=self.bpw,
             size=self.size_limit(checkpoint),
@@ -114,8 +109,10 @@ class QuantizeConfig:
             config=self.measure,
             overrides=self.overrides,
             keep_fp16=self.keep_fp16,
-            tune_scales=self.tune_scales,
         )
+        if self.effort == "normal":
+            return forecast
+        return replace(forecast, memory_bytes=max(forecast.memory_bytes, tuning_memory(checkpoint, self.measure)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,7 +32,7 @@ from .obtain import MEASUREMENT_FILE, obtain_measurement
 from .options import QuantizeConfig
 from .plan import Plan, make_plan
 from .planning import plan_costs
-from .rounding import RoundConfig, RoundedModel, round_model
+from .rounding import RoundConfig, RoundedModel, round_model, tune_model
 from .rounding_pass import Drift, drift_section
 from .stages import StageClock, StageCost, cost_line, cost_section
 
@@ -52,7 +52,8 @@ class QuantizeResult:
         costs: Time and memory of every stage that ran.
         fallbacks: Linears whose Gram matrix could not be factored with the measured damping, and the damping that it
             took (infinite: rounded without error feedback).
-        drift: How far the hidden states after each block are from the original's; empty if nothing was rounded now.
+        drift: How far the hidden states after each block are from the original's; empty if nothing was rounded now, or
+            scales were tuned after that.
         measurement: The measurement file, which serves any other bitrate.
         experts: How many experts calibration text hardly reached; None for a model without experts.
     """
@@ -172,13 +173,12 @@ def _quantize(
         verification = verify_model(output)
     else:
         with clock.stage("round"):
-            rounding = RoundConfig(
-                tune_scales=config.tune_scales,
-                device=config.measure.device,
-                offload_dir=config.measure.offload_dir,
-            )
+            rounding = RoundConfig(device=config.measure.device, offload_dir=config.measure.offload_dir)
             rounded = round_model(checkpoint, measured, plan, rounding, work, progress)
             fallbacks, drift = _fallbacks(rounded, measured), rounded.drift()
+        if config.effort == "high":
+            with clock.stage("tune"):
+                rounded, drift = tune_model(rounded, measured, rounding, progress), []
         with clock.stage("write and verify"):
             verification = _write(checkpoint, rounded, output, plan, rows, config, run)
     comparison = None

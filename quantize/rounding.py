@@ -25,10 +25,10 @@ from ..rounding.coupling import OutputFeedback
 from ..rounding.feedback import round_linear_
 from ..rounding.hessian import inverse_factor
 from .plan import LinearPlan, Plan
-from .rounding_pass import Drift, RoundingPass, kept_drift, rounding_damping
+from .rounding_pass import Drift, RoundingPass, kept_drift, last_states, rounding_damping
 from .tuning import tune_scales
 
-__all__ = ["RoundConfig", "RoundedModel", "round_model"]
+__all__ = ["RoundConfig", "RoundedModel", "round_model", "tune_model"]
 
 _TUNED = "tuned"
 """Piece with what tuning found."""
@@ -41,14 +41,12 @@ class RoundConfig:
     Attributes:
         correct_drift: Whether weights are moved toward the original's outputs before they are rounded.
         couple_outputs: Whether outputs answer to each other's errors.
-        tune_scales: Whether the scales of row groups are fitted to the original's predictions in the end (``tuning``).
         device: ``cpu``, ``cuda``, ``cuda:N``, ``mps``, or ``auto`` for the best at hand.
         offload_dir: Directory for files with the hidden states of all rows; None keeps them in memory.
     """
 
     correct_drift: bool = True
     couple_outputs: bool = True
-    tune_scales: bool = False
     device: str = "auto"
     offload_dir: Path | None = None
 
@@ -62,8 +60,8 @@ class RoundedModel:
         blocks: Number of decoder blocks.
         pieces: Where they are kept.
         source: The original.
-        tuned: What tuning multiplied the ceilings of a linear by, float32, shape (groups,); of all or none in the
-            decoder.
+        tuned: What tuning multiplies the ceilings of the decoder's linears by, float32, shape (groups,); empty
+            without.
     """
 
     names: tuple[str, ...]
@@ -94,6 +92,13 @@ class RoundedModel:
             scale_codes=linear.scale_codes[:, neurons],
             bias=self.source.tensor(f"{name}.bias")[neurons].half(),
         )
+
+    def decoded(self, name: str, device: torch.device) -> Tensor:
+        """Return the weight that a reader makes of a linear before tuning, its rows in the original's order.
+
+        Float16, shape (out, K), on the device.
+        """
+        return _unpack({key: value.to(device) for key, value in self.pieces.load(name).items()}).dequantize()
 
     def damping(self, name: str) -> float:
         """Return the relative damping that the linear's rounding took; infinite if it went without feedback."""
@@ -156,23 +161,40 @@ def round_model(
     if plan.head is not None:
         run.head()
         names.append(HEAD)
-    rounded = RoundedModel(tuple(names), model.block_count, pieces, source)
-    return replace(rounded, tuned=_tuned(rounded, run, progress)) if config.tune_scales else rounded
+    return RoundedModel(tuple(names), model.block_count, pieces, source)
 
 
-def _tuned(rounded: RoundedModel, run: RoundingPass, progress: Progress) -> dict[str, Tensor]:
-    pieces, original = rounded.pieces, run.model
+def tune_model(
+    rounded: RoundedModel, measurement: Measurement, config: RoundConfig, progress: Progress = silent
+) -> RoundedModel:
+    """Fit the scales of the decoder's row groups to what the original predicts (see ``tuning``).
+
+    Args:
+        rounded: What ``round_model`` made, in the same run.
+        measurement: Gives the calibration rows.
+        config: Where to run, and where states are kept.
+        progress: Wraps the steps.
+
+    Returns:
+        The same linears with other ceilings; the head stays as it is.
+
+    Raises:
+        NumericalError: NaN or infinity in activations or gradients.
+    """
+    pieces, device = rounded.pieces, resolve_device(config.device)
     if not pieces.has(_TUNED):
-        decoded = {name: partial(run.decoded, name) for name in rounded.names}
-        source = ReplacedWeights(rounded.source.base, decoded)
-        quantized = StreamedModel(
-            source, device=original.device, dtype=original.dtype, offload_dir=original.offload_dir
+        source = ReplacedWeights(
+            rounded.source.base, {name: partial(rounded.decoded, name, device) for name in rounded.names}
+        )
+        original, quantized = (
+            StreamedModel(each, device=device, dtype=torch.float32, offload_dir=config.offload_dir)
+            for each in (rounded.source, source)
         )
         groups = {name: _unpack(pieces.load(name)).group_of_input for name in rounded.names if name != HEAD}
-        wanted = run.last_states()["original"]
-        factors = tune_scales(original, quantized, groups, run.tokens, wanted, pieces, progress)
-        pieces.save(_TUNED, factors)
-    return pieces.load(_TUNED)
+        tokens = torch.from_numpy(measurement.tokens).long()
+        wanted = last_states(pieces, rounded.blocks, config.offload_dir)["original"]
+        pieces.save(_TUNED, tune_scales(original, quantized, groups, tokens, wanted, pieces, progress))
+    return replace(rounded, tuned=pieces.load(_TUNED))
 
 
 class _Exl2Rounder:

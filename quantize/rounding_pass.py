@@ -12,6 +12,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -30,7 +31,7 @@ from ..rounding.parallel import run_all
 from .drift import StageSums
 from .stepped import SteppedForwards
 
-__all__ = ["Drift", "Rounder", "RoundingPass", "drift_section", "kept_drift", "rounding_damping"]
+__all__ = ["Drift", "Rounder", "RoundingPass", "drift_section", "kept_drift", "last_states", "rounding_damping"]
 
 _SLICE_OUTPUTS = 16384
 """Outputs that drift is cancelled for together: 256 MiB in float32 for 4096 inputs."""
@@ -74,6 +75,14 @@ def kept_drift(pieces: StageDirectory, blocks: int) -> list[Drift]:
     """Return how far the hidden states after every block were from the original's, over the calibration rows."""
     kept = (pieces.load(f"drift-{index}")["drift"].tolist() for index in range(blocks))
     return [Drift(first_token=first, other_tokens=others) for first, others in kept]
+
+
+def last_states(pieces: StageDirectory, blocks: int, offload_dir: Path | None) -> dict[str, Tensor]:
+    """Return what the last blocks of both models make of the calibration rows: ``original`` and ``quantized``.
+
+    Float32, shape (rows, tokens, hidden size), on the CPU. All blocks must have been rounded.
+    """
+    return pieces.load(f"state-{blocks - 1}", partial(new_state, directory=offload_dir))
 
 
 def drift_section(drift: Sequence[Drift]) -> dict[str, dict[str, str | float]]:
@@ -349,23 +358,11 @@ class RoundingPass:
         kept = self._rounded(name, _shifted(module.weight, shift, joins), gram)
         module.weight.copy_(self.rounder.decoded(name, kept))
 
-    def last_states(self) -> dict[str, Tensor]:
-        """Return what the last blocks make of the calibration rows: ``original`` and ``quantized``.
-
-        Shape (rows, tokens, hidden size), float32, on the CPU. All blocks must have been rounded.
-        """
-        return self._kept(self.pieces, f"state-{self.model.block_count - 1}")
-
-    def decoded(self, name: str) -> Tensor:
-        """Return the weight that a reader makes of a rounded linear, shape (out, K), on the device."""
-        kept = {key: self._on_device(value) for key, value in self.pieces.load(name).items()}
-        return self.rounder.decoded(name, kept)
-
     def head(self) -> None:
         """Round the output head on what the quantized decoder gives it."""
         if self.pieces.has(HEAD):
             return
-        state = self.last_states()
+        state = last_states(self.pieces, self.model.block_count, self.model.offload_dir)
         with torch.no_grad(), self.model.tail() as head:
             sums = StageSums(head, Stage((HEAD,)), self.model.device)
             weights = self._token_weights(HEAD)

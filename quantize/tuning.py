@@ -1,4 +1,4 @@
-"""Tuning: once every linear is rounded, the scales of all row groups are fitted to what the original predicts.
+"""Tuning: once every linear is rounded, the decoder's scales are fitted to what the original predicts, group by group.
 
 Rounding has every block follow the original's, one after another. What it cannot make good adds up through the model,
 and no block sees what comes of it at the end. A ceiling scales a whole row group, and there are few of them (a few
@@ -51,14 +51,15 @@ class GroupScales:
     """A factor for every row group of a model's linears, and the gradient of a loss with respect to its logarithm.
 
     Attributes:
-        logs: Logarithms of the factors, float32, shape (all groups,), on the CPU; ``logs.grad`` adds up.
+        logs: Logarithms of the factors, float32, shape (all groups,), on the CPU.
+        gradient: What backward passes have added up to, for ``logs``, of which it is the ``grad``.
     """
 
     def __init__(self, groups: Mapping[str, Tensor], device: torch.device) -> None:
         """Start with factors of 1.
 
         Args:
-            groups: For each linear, by full name, the row group of each input feature, int64, shape (K,).
+            groups: For each linear, by full name, the row group of each input feature, int64, shape (K,), on the CPU.
             device: Where the linears run.
         """
         self._places: dict[str, slice] = {}
@@ -67,9 +68,9 @@ class GroupScales:
             count = int(of_linear.max()) + 1
             self._places[name] = slice(first, first + count)
             first += count
-        self._groups = {name: of_linear.to(device) for name, of_linear in groups.items()}
+        self._groups, self._device = groups, device
         self.logs = torch.zeros(first, requires_grad=True)
-        self.logs.grad = torch.zeros(first)
+        self.gradient = self.logs.grad = torch.zeros(first)
 
     def factors(self) -> dict[str, Tensor]:
         """Return the factors of each linear's groups, float32, shape (groups,), on the CPU."""
@@ -95,8 +96,8 @@ class GroupScales:
                 handle.remove()
 
     def _hook(self, name: str) -> Any:
-        groups, place = self._groups[name], self._places[name]
-        factors = self.logs.detach()[place].exp().to(groups.device)[groups]
+        place = self._places[name]
+        factors = self.logs.detach()[place].exp()[self._groups[name]].to(self._device)
 
         def scale(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             scaled = args[0] * factors
@@ -107,9 +108,8 @@ class GroupScales:
 
         def add(gradient: Tensor, seen: Tensor) -> None:
             of_features = (gradient * seen).flatten(0, -2).sum(dim=0)
-            of_groups = torch.zeros(place.stop - place.start, device=groups.device).index_add_(0, groups, of_features)
-            assert self.logs.grad is not None
-            self.logs.grad[place] += of_groups.cpu()
+            # On the CPU, where sums have an order.
+            self.gradient[place].index_add_(0, self._groups[name], of_features.cpu())
 
         return scale
 
@@ -152,8 +152,9 @@ def tune_scales(
             rows = batches[step]
             optimizer.zero_grad(set_to_none=False)
             divergence = _add_gradient(original, quantized, scales, tokens[rows], wanted[rows])
+            check_finite(scales.gradient, "gradient of the scales")
             if step == 0:
-                size = math.sqrt(divergence)
+                size = math.sqrt(max(divergence, 0.0))
             optimizer.param_groups[0]["lr"] = _RATE * size * _share(step, len(batches))
             optimizer.step()
             _keep(pieces, scales.logs, optimizer, step + 1, size)
@@ -179,7 +180,7 @@ def _resume(pieces: StageDirectory, logs: Tensor, optimizer: torch.optim.Adam) -
 def _keep(pieces: StageDirectory, logs: Tensor, optimizer: torch.optim.Adam, finished: int, size: float) -> None:
     state = optimizer.state[logs]
     assert int(state["step"]) == finished
-    pieces.save(_STATE, {"logs": logs.detach(), "size": torch.tensor(size), **state})
+    pieces.save(_STATE, {"logs": logs.detach(), "size": torch.tensor(size, dtype=torch.float64), **state})
 
 
 def _add_gradient(
@@ -193,9 +194,9 @@ def _add_gradient(
         with torch.no_grad(), _running(quantized, scales, index):
             output = quantized.run_block(index, hidden.to(quantized.device))
         hidden = quantized.new_state(tokens).copy_(output)
-    check_finite(hidden, "quantized model")
+        check_finite(hidden, f"{quantized.block_name(index)}, quantized")
     divergence, gradient = _divergence(original, quantized, wanted.flatten(0, 1), hidden.flatten(0, 1))
-    check_finite(gradient, "quantized model, gradient")
+    check_finite(gradient, "output head, gradient")
     gradient = gradient.view(hidden.shape)
     for index in reversed(range(quantized.block_count)):
         own = inputs.pop().to(quantized.device).requires_grad_()

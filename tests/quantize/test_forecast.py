@@ -1,11 +1,13 @@
 """The memory forecast: what it grows with."""
 
 from pathlib import Path
+from typing import Any
 
 from bpwise.convert.checkpoint import Checkpoint
 from bpwise.measure.calibration import CalibrationConfig
 from bpwise.measure.run import MeasureConfig
 from bpwise.quantize.forecast import forecast_run
+from bpwise.quantize.options import Effort, QuantizeConfig
 
 
 def test_states_in_files_do_not_count(tiny_model: Path) -> None:
@@ -20,3 +22,19 @@ def test_states_in_files_do_not_count(tiny_model: Path) -> None:
     state = 1 << 20 << 2
     assert memory_bytes(2048, None) - memory_bytes(1024, None) >= 8 * state * hidden
     assert memory_bytes(2048, Path("files")) == memory_bytes(1024, Path("files"))
+
+
+def test_tuning_holds_what_enters_every_block(save_model: Any, tmp_path: Path) -> None:
+    # Of one row, however many rows there are; and of all rows what leaves the last.
+    checkpoint = Checkpoint.open(save_model(tmp_path / "deep", num_hidden_layers=24))
+
+    def memory_bytes(rows: int, effort: Effort, offload_dir: Path | None = None) -> int:
+        calibration = CalibrationConfig(rows=rows, row_tokens=1 << 20)
+        measure = MeasureConfig(calibration=calibration, offload_dir=offload_dir)
+        return QuantizeConfig(bpw=4.0, measure=measure, effort=effort).forecast(checkpoint).memory_bytes
+
+    state = (1 << 20) * checkpoint.config["hidden_size"] * 4
+    assert memory_bytes(1, "high") >= 25 * state
+    assert memory_bytes(1, "high") > memory_bytes(1, "normal")
+    assert memory_bytes(100, "high") == memory_bytes(100, "normal")
+    assert memory_bytes(1, "high", Path("files")) < memory_bytes(1, "high") - 20 * state

@@ -179,7 +179,14 @@ class TestQuantize:
 
     @pytest.mark.parametrize(
         "options",
-        [("--bpw", "5"), ("--head-bits", "8"), ("--seed", "1"), ("--damping", "0.1"), ("--shard-size", "1")],
+        [
+            ("--bpw", "5"),
+            ("--head-bits", "8"),
+            ("--effort", "high"),
+            ("--seed", "1"),
+            ("--damping", "0.1"),
+            ("--shard-size", "1"),
+        ],
         ids="".join,
     )
     def test_other_options_over_the_same_output(self, tiny_model: Path, out: Path, options: tuple[str, str]) -> None:

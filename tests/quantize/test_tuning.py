@@ -12,6 +12,7 @@ from bpwise.convert.language import ReplacedWeights
 from bpwise.convert.original import open_model
 from bpwise.convert.work import StageDirectory
 from bpwise.eval.passes import last_hidden
+from bpwise.measure import positions
 from bpwise.measure.calibration import CalibrationConfig
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig, calibration_rows, measure_model
@@ -59,8 +60,12 @@ def shuffled_groups(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.randperm(weight.shape[1], generator=rng) // 16 for name, weight in weights.items()}
 
 
+@pytest.mark.parametrize("at_once", [4096, 16])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "granite"])
-def test_the_gradient_is_that_of_the_whole_model(family: str, make_family: MakeFamily) -> None:
+def test_the_gradient_is_that_of_the_whole_model(
+    family: str, at_once: int, make_family: MakeFamily, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(positions, "POSITIONS_AT_ONCE", at_once)  # MLPs in pieces of a row, too
     directory = make_family(family)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     weights = noisy_linears(model)
@@ -84,7 +89,8 @@ def test_the_gradient_is_that_of_the_whole_model(family: str, make_family: MakeF
     with wanted.tail(), quantized.tail():
         found = _add_gradient(wanted, quantized, scales, tokens, states)
     assert found == pytest.approx(divergence.item(), rel=1e-4)
-    torch.testing.assert_close(scales.logs.grad, torch.cat(expected), rtol=1e-3, atol=1e-6)
+    # Float32 on both sides, summed in different orders.
+    torch.testing.assert_close(scales.gradient, torch.cat(expected), rtol=1e-3, atol=1e-6)
 
 
 def test_factors_scale_the_inputs_of_their_groups() -> None:
@@ -121,6 +127,7 @@ def test_scales_that_are_off_are_found(tiny_model: Path, tmp_path: Path) -> None
         return (p.exp() * (p - q)).sum(dim=-1).mean().item()
 
     tuned = {name: weight * factors[name][groups[name]] for name, weight in spoilt.items()}
+    # With as many steps as there are, not all of 10 % can be made good.
     assert mean_divergence(tuned) < 0.5 * mean_divergence(spoilt)
 
 
@@ -148,8 +155,8 @@ def measured(measurement: Path) -> tuple[object, ...]:
 
 @pytest.fixture(autouse=True)
 def many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two rows a step: twelve steps."""
-    monkeypatch.setattr(tuning, "_STEP_TOKENS", 64)
+    """Five rows a step, four in the last."""
+    monkeypatch.setattr(tuning, "_STEP_TOKENS", 160)
 
 
 def divergence(model: Path, out: Path, tokens: Tensor) -> float:
@@ -174,7 +181,8 @@ def test_only_ceilings_change_and_the_predictions_come_closer(
     assert different
     assert all(name.endswith(".q_scale_max") and "lm_head" not in name for name in different)
     for name in different:
-        assert ((after[name] / before[name]).log().abs() < 0.2).all()
+        # No step is larger than the rate, at a divergence below 1.
+        assert ((after[name] / before[name]).log().abs() < 5 * tuning._RATE).all()
     tokens = torch.from_numpy(Measurement.load(measurement).tokens).long()
     untuned, tuned = (divergence(tiny_model, tmp_path / effort, tokens) for effort in ("normal", "high"))
     assert tuned < untuned
@@ -185,7 +193,7 @@ def test_it_goes_on_where_it_was_cut_off(
 ) -> None:
     def progress(items: Sequence[Any], name: str) -> Iterable[Any]:
         for number, item in enumerate(items):
-            if name == "quantize: tune" and number == 5:
+            if name == "quantize: tune" and number == 3:
                 raise KeyboardInterrupt
             yield item
 
@@ -201,7 +209,7 @@ def test_it_goes_on_where_it_was_cut_off(
     monkeypatch.setattr(tuning, "_add_gradient", lambda *given: steps.append(1) or add_gradient(*given))
     monkeypatch.setattr(rounding, "round_linear_", lambda *_: pytest.fail("was rounded again"))
     quantize(tiny_model, tmp_path / "out", *options)
-    assert len(steps) == 12 - 5
+    assert len(steps) == 5 - 3
     for name in ("output.safetensors", "config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
@@ -239,10 +247,36 @@ def test_an_mlp_with_biases_is_scaled_in_its_own_order(make_family: MakeFamily, 
     torch.testing.assert_close(found[0] @ found[1], expected[0] @ expected[1], rtol=5e-3, atol=1e-3)
 
 
-def test_the_manifest_tells_the_effort(tiny_model: Path, measured: tuple[object, ...], tmp_path: Path) -> None:
+def test_manifest_and_card_tell_the_effort(tiny_model: Path, measured: tuple[object, ...], tmp_path: Path) -> None:
     quantize(tiny_model, tmp_path / "out", "--effort", "high", *measured)
     manifest = json.loads((tmp_path / "out" / "bpwise.json").read_text())
     assert manifest["provenance"]["effort"] == "high"
+    assert "fitted to the original's predictions" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_states_in_files_make_no_difference(tiny_model: Path, measured: tuple[object, ...], tmp_path: Path) -> None:
+    options = ("--effort", "high", "--head-bits", 16, "--keep-fp16", "*.0.mlp.*", "--bpw", 8, *measured)
+    quantize(tiny_model, tmp_path / "memory", *options)
+    quantize(tiny_model, tmp_path / "files", "--offload-dir", tmp_path / "states", *options)
+    in_memory, in_files = (load_file(tmp_path / place / "output.safetensors") for place in ("memory", "files"))
+    assert in_memory.keys() == in_files.keys()
+    assert all(torch.equal(in_memory[name], in_files[name]) for name in in_memory)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(
+    tiny_model: Path, measured: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoilt(_original: Any, _quantized: Any, scales: GroupScales, *_: Any) -> float:
+        scales.gradient[0] = float("nan")
+        return 0.1
+
+    options = ("quantize", tiny_model, tmp_path / "out", "--bpw", 3, "--no-eval", "--effort", "high", *measured)
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, "_add_gradient", spoilt)
+        result = bpwise(*options)
+    assert result.exit_code == 1
+    assert "gradient of the scales" in result.output
+    assert bpwise(*options).exit_code == 0  # nothing of it was kept
 
 
 def test_gguf_outputs_refuse_it(tiny_model: Path, tmp_path: Path) -> None:
