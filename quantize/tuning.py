@@ -29,16 +29,16 @@ __all__ = ["GroupScales", "tune_scales"]
 
 _RATE = 0.009
 """Adam's largest step for the logarithm of a scale, at a divergence of 1 nat/token. It goes with the root of the
-divergence, as rounding errors do."""
+divergence, as rounding errors do. On SmolLM2-135M at 2.5 bits a third of it gains nearly as much."""
 
 _WARM_STEPS = 5
-"""Steps until it is reached; then it falls as a cosine."""
+"""Steps until it is reached, so that Adam knows the gradients' size by then; after that it falls as a cosine."""
 
 _DECAYS = (0.9, 0.95)
-"""Adam's, for few steps."""
+"""Adam's, the second for tens of steps instead of its usual thousands."""
 
 _STEP_TOKENS = 1024
-"""Tokens of a step, at least one row: 32 steps of one row each do more than 16 of two."""
+"""Tokens of a step, at least one row: short steps, so that there are many."""
 
 _TAIL_TOKENS = 256
 """Positions whose logits are held at once, of both models."""
