@@ -36,10 +36,10 @@ from ..progress import Progress, silent
 from ..rounding.parallel import cores
 from ..version import __version__
 from .cards import write_card
+from .hidden_states import Drift, drift_section
 from .judge import Judge, refuse_marked
 from .obtain import MEASUREMENT_FILE, obtain_measurement
 from .options import GgufConfig
-from .rounding_pass import Drift, drift_section
 from .stages import StageClock, StageCost, cost_line, cost_section
 from .type_plan import TypePlan, make_type_plan
 from .type_rounding import RoundedTypes, round_types, table_importance

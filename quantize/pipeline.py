@@ -26,6 +26,7 @@ from ..measure.measurement import Measurement
 from ..progress import Progress, silent
 from ..version import __version__
 from .cards import write_card
+from .hidden_states import Drift, drift_section
 from .judge import Judge, refuse_marked
 from .kept import kept_lines
 from .obtain import MEASUREMENT_FILE, obtain_measurement
@@ -33,7 +34,6 @@ from .options import QuantizeConfig
 from .plan import Plan, make_plan
 from .planning import plan_costs
 from .rounding import RoundConfig, RoundedModel, round_model, tune_model
-from .rounding_pass import Drift, drift_section
 from .stages import StageClock, StageCost, cost_line, cost_section
 
 __all__ = ["QuantizeConfig", "QuantizeResult", "is_finished", "quantize_model", "report_details"]

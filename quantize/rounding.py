@@ -24,8 +24,9 @@ from ..progress import Progress, silent
 from ..rounding.coupling import OutputFeedback
 from ..rounding.feedback import round_linear_
 from ..rounding.hessian import inverse_factor
+from .hidden_states import Drift, kept_drift, last_states
 from .plan import LinearPlan, Plan
-from .rounding_pass import Drift, RoundingPass, kept_drift, last_states, rounding_damping
+from .rounding_pass import RoundingPass, rounding_damping
 from .tuning import tune_scales
 
 __all__ = ["RoundConfig", "RoundedModel", "round_model", "tune_model"]

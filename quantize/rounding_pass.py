@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -29,14 +27,13 @@ from ..measure.stream import StreamedModel, check_finite, micro_batches
 from ..progress import Progress
 from ..rounding.parallel import run_all
 from .drift import StageSums
+from .hidden_states import drift_of, last_states
 from .stepped import SteppedForwards
 
-__all__ = ["Drift", "Rounder", "RoundingPass", "drift_section", "kept_drift", "last_states", "rounding_damping"]
+__all__ = ["Rounder", "RoundingPass", "rounding_damping"]
 
 _SLICE_OUTPUTS = 16384
 """Outputs that drift is cancelled for together: 256 MiB in float32 for 4096 inputs."""
-
-_TINY = 1e-30
 
 
 class Rounder(Protocol):
@@ -56,41 +53,6 @@ class Rounder(Protocol):
 
     def decoded(self, name: str, kept: dict[str, Tensor]) -> Tensor:
         """Return the weight that a reader makes of what was kept of a linear, shape (out, K)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Drift:
-    """Distance of hidden states from the original's, relative to their norm, as root mean squares over tokens.
-
-    Attributes:
-        first_token: Of the first token of every row, whose activations are by far the largest in many models.
-        other_tokens: Of all others.
-    """
-
-    first_token: float
-    other_tokens: float
-
-
-def kept_drift(pieces: StageDirectory, blocks: int) -> list[Drift]:
-    """Return how far the hidden states after every block were from the original's, over the calibration rows."""
-    kept = (pieces.load(f"drift-{index}")["drift"].tolist() for index in range(blocks))
-    return [Drift(first_token=first, other_tokens=others) for first, others in kept]
-
-
-def last_states(pieces: StageDirectory, blocks: int, offload_dir: Path | None) -> dict[str, Tensor]:
-    """Return what the last blocks of both models make of the calibration rows: ``original`` and ``quantized``.
-
-    Float32, shape (rows, tokens, hidden size), on the CPU. All blocks must have been rounded.
-    """
-    return pieces.load(f"state-{blocks - 1}", partial(new_state, directory=offload_dir))
-
-
-def drift_section(drift: Sequence[Drift]) -> dict[str, dict[str, str | float]]:
-    """Return what a report says of the drift: section -> entry -> value; nothing where there is none."""
-    entries: dict[str, str | float] = {
-        f"block {index}": f"{each.first_token:.2%}, {each.other_tokens:.2%}" for index, each in enumerate(drift)
-    }
-    return {"Drift of the hidden states (first token, other tokens; relative)": entries} if entries else {}
 
 
 def rounding_damping(measured: MeasuredLinear) -> float:
@@ -160,7 +122,7 @@ class RoundingPass:
             if index <= finished:
                 continue
             self._round_block(index, state)
-            self.pieces.save(f"drift-{index}", {"drift": _drift(**state)})
+            self.pieces.save(f"drift-{index}", {"drift": drift_of(**state)})
             self.pieces.save(f"state-{index}", state)
             self.pieces.discard(f"state-{index - 1}")
             if self.inputs is not None:
@@ -391,13 +353,6 @@ class RoundingPass:
         kept = self.rounder.round_(self.measured[name], target, gram)
         self.pieces.save(name, kept)
         return kept
-
-
-def _drift(original: Tensor, quantized: Tensor) -> Tensor:
-    # Of first and of other tokens, shape (2,).
-    errors, sizes = (x.square().sum(dim=-1) for x in (quantized - original, original))
-    parts = [(errors[:, :1], sizes[:, :1]), (errors[:, 1:], sizes[:, 1:])]
-    return torch.stack([error.sum() / size.sum().clamp(min=_TINY) for error, size in parts]).sqrt()
 
 
 def _shifted(weight: Tensor, shift: Tensor | None, joins: bool) -> Tensor:

@@ -21,7 +21,8 @@ from ..progress import Progress, silent
 from ..rounding.ggml import round_to_type
 from ..rounding.hessian import inverse_factor
 from ..rounding.parallel import cores
-from .rounding_pass import Drift, RoundingPass, kept_drift, rounding_damping
+from .hidden_states import Drift, kept_drift
+from .rounding_pass import RoundingPass, rounding_damping
 from .type_plan import TypePlan
 
 __all__ = ["RoundedTypes", "round_types", "table_importance"]

@@ -20,8 +20,9 @@ from bpwise.measure.measurement import MeasuredLinear, Measurement
 from bpwise.measure.run import MeasureConfig
 from bpwise.measure.stream import StreamedModel
 from bpwise.progress import silent
+from bpwise.quantize.hidden_states import kept_drift
 from bpwise.quantize.pipeline import QuantizeConfig, quantize_model
-from bpwise.quantize.rounding_pass import RoundingPass, kept_drift
+from bpwise.quantize.rounding_pass import RoundingPass
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ..tiny_models import FAMILIES, save_family, streamed_logits
