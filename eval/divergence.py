@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -107,13 +107,28 @@ class TokenStatistics:
         return (-self.quantized_nll_nats.double()).exp() - (-self.original_nll_nats.double()).exp()
 
     @classmethod
-    def joined(cls, parts: Sequence[TokenStatistics]) -> TokenStatistics:
-        """Put parts one after another, on the CPU.
+    def joined(cls, parts: Iterable[TokenStatistics], tokens: int) -> TokenStatistics:
+        """Put parts one after another, on the CPU, as they are made.
+
+        Their place is taken at once: small tensors that stay, made between large ones that go, would keep the allocator
+        from using the large ones' memory again.
 
         Args:
             parts: At least one.
+            tokens: How many tokens they have together.
         """
-        return cls(**{f.name: torch.cat([getattr(part, f.name).cpu() for part in parts]) for f in fields(cls)})
+        whole: dict[str, Tensor] = {}
+        first = 0
+        for part in parts:
+            count = len(part.kl_nats)
+            for field in fields(cls):
+                values = getattr(part, field.name)
+                if field.name not in whole:
+                    whole[field.name] = torch.empty(tokens, *values.shape[1:], dtype=values.dtype)
+                whole[field.name][first : first + count] = values
+            first += count
+        assert first == tokens
+        return cls(**whole)
 
     def summary(self, rows: int) -> Summary:
         """Average over all tokens, in float64.

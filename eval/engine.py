@@ -123,8 +123,8 @@ def compare_in_engine(
                 f"{model_name(original)}, expected less than {_SAME_MODEL_NATS}: it is no conversion of that model, or "
                 "lost something of it (rope scaling). Convert the original again."
             )
-        parts = [_row(first, second, rows.tokens[row]) for row in progress(range(count), "evaluate: llama.cpp")]
-    statistics = TokenStatistics.joined(parts)
+        parts = (_row(first, second, rows.tokens[row]) for row in progress(range(count), "evaluate: llama.cpp"))
+        statistics = TokenStatistics.joined(parts, count * (row_tokens - 1))
     parameters = sum(math.prod(original.shape(name)) for name in original.names)
     return Comparison(
         original=summarize_model(original, parameters),
@@ -175,7 +175,7 @@ def _row(first: EngineModel, second: EngineModel, tokens: Tensor) -> TokenStatis
         if len(targets):
             parts.append(token_statistics(ours[: len(targets)], theirs[: len(targets)], targets))
         position += len(ours)
-    return TokenStatistics.joined(parts)
+    return TokenStatistics.joined(parts, len(tokens) - 1)
 
 
 def _floor_nats(base: EngineModel, exact: Tensor, tokens: Tensor) -> float:

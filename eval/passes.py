@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -81,15 +81,17 @@ def paired_statistics(
     Raises:
         NumericalError: NaN or infinity in logits; the message names the model.
     """
-    parts = []
-    with torch.no_grad(), original.tail(), quantized.tail():
+    predictions = tokens.shape[1] - 1
+
+    def parts() -> Iterator[TokenStatistics]:
         for row in progress(range(len(tokens)), "evaluate: logits"):
-            for positions in _slices(tokens.shape[1] - 1):
+            for positions in _slices(predictions):
                 first = _logits(original, original_hidden[row, positions], "original model")
                 second = _logits(quantized, quantized_hidden[row, positions], "quantized model")
-                targets = tokens[row, 1:][positions].to(second.device)
-                parts.append(TokenStatistics.joined([token_statistics(first, second, targets)]))
-    return TokenStatistics.joined(parts)
+                yield token_statistics(first, second, tokens[row, 1:][positions].to(second.device))
+
+    with torch.no_grad(), original.tail(), quantized.tail():
+        return TokenStatistics.joined(parts(), len(tokens) * predictions)
 
 
 def mean_floor_nats(
@@ -119,7 +121,7 @@ def mean_floor_nats(
         for positions, reference in zip(slices, references, strict=True):
             logits = _logits(model, hidden[0, positions], "original model").cpu()
             parts.append(token_statistics(reference, logits, tokens[0, 1:][positions]))
-    return float(TokenStatistics.joined(parts).kl_nats.double().mean())
+    return float(TokenStatistics.joined(parts, tokens.shape[1] - 1).kl_nats.double().mean())
 
 
 def mean_bfloat16_nats(

@@ -1,4 +1,5 @@
 import math
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -27,6 +28,14 @@ def targets_of(tokens: int, vocabulary: int) -> torch.Tensor:
 
 
 class TestTokenStatistics:
+    def test_parts_are_put_one_after_another(self) -> None:
+        original, quantized, targets = logits(10, 50), logits(10, 50, seed=1), targets_of(10, 50)
+        cuts = [slice(0, 3), slice(3, 4), slice(4, 10)]
+        parts = (token_statistics(original[cut], quantized[cut], targets[cut]) for cut in cuts)
+        joined, whole = TokenStatistics.joined(parts, 10), token_statistics(original, quantized, targets)
+        for field in fields(TokenStatistics):
+            torch.testing.assert_close(getattr(joined, field.name), getattr(whole, field.name), rtol=0, atol=0)
+
     @pytest.mark.parametrize("tokens", [1, 64, 131], ids=["one-token", "one-piece", "three-pieces"])
     @pytest.mark.parametrize("noise", [1e-3, 0.3, 5.0], ids=["close", "apart", "far-apart"])
     def test_agrees_with_float64_formulas(self, tokens: int, noise: float) -> None:
