@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -186,10 +187,15 @@ def _rounding_memory(
     block: dict[Stage, dict[str, tuple[int, int]]], hidden: int, kept_tokens: int, together: int
 ) -> int:
     # States of the original after the block and of the quantized model before, and what the stages should see or make
-    # (four, then one); in every waiting forward pass the stream, twice, and the last stage's inputs.
+    # (three at the attention's output, one at the end). In every waiting forward pass the stream, twice, and at the
+    # attention's output its queries, keys and values and what came of them; at the end the last stage's inputs.
     inputs = _inputs(block)
     state, waiting = kept_tokens * hidden * _FLOAT32_BYTES, (kept_tokens or together) * _FLOAT32_BYTES
-    states = max(6 * state, 3 * state + waiting * max(inputs.values())) + 2 * waiting * hidden
+    before = list(itertools.takewhile(lambda stage: stage.adds is None, block))
+    attention = (
+        sum(columns for stage in before for columns, _ in block[stage].values()) + list(inputs.values())[len(before)]
+    )
+    states = max(5 * state + waiting * attention, 3 * state + waiting * max(inputs.values())) + 2 * waiting * hidden
     # A micro-batch's pass, and the sums over it.
     passing = (4 * min(together, POSITIONS_AT_ONCE) * max(inputs.values()) + 16 * together * hidden) * _FLOAT32_BYTES
     # The Gram matrix; for each linear at work it again in float64, and its factor; weights and by how much they move.

@@ -8,6 +8,7 @@ from bpwise.measure.calibration import CalibrationConfig
 from bpwise.measure.run import MeasureConfig
 from bpwise.quantize.forecast import forecast_run
 from bpwise.quantize.options import Effort, QuantizeConfig
+from transformers import Qwen3Config
 
 
 def test_states_in_files_do_not_count(tiny_model: Path) -> None:
@@ -22,6 +23,19 @@ def test_states_in_files_do_not_count(tiny_model: Path) -> None:
     state = 1 << 20 << 2
     assert memory_bytes(2048, None) - memory_bytes(1024, None) >= 8 * state * hidden
     assert memory_bytes(2048, Path("files")) == memory_bytes(1024, Path("files"))
+
+
+def test_wide_queries_count(save_model: Any, tmp_path: Path) -> None:
+    # While o is rounded, every pass holds queries, keys and values, and what attention made of them.
+    model = save_model(tmp_path / "wide", kind=Qwen3Config, head_dim=64, num_attention_heads=8, num_key_value_heads=2)
+    checkpoint = Checkpoint.open(model)
+
+    def memory_bytes(rows: int) -> int:
+        config = MeasureConfig(calibration=CalibrationConfig(rows=rows, row_tokens=1024))
+        return forecast_run(checkpoint, bpw=4.0, head_bits=6, config=config).memory_bytes
+
+    features = 5 * 64 + 2 * 64 + 8 * 64 + 2 * 2 * 64 + 8 * 64
+    assert memory_bytes(2048) - memory_bytes(1024) >= (1 << 20) * features * 4
 
 
 def test_tuning_holds_what_enters_every_block(save_model: Any, tmp_path: Path) -> None:
