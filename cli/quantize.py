@@ -77,7 +77,7 @@ __all__ = ["quantize"]
     "--effort",
     type=click.Choice(["normal", "high"]),
     default="normal",
-    help="EXL2: high: after rounding, fit the decoder's scales to what the original predicts; pays at few bits.",
+    help="EXL2: high: after rounding, fit the decoder's scales to what the original predicts; pays at 3 bits and less.",
 )
 @click.option(
     "--no-feedback",
