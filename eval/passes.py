@@ -10,14 +10,11 @@ from torch import Tensor
 from ..convert.checkpoint import TensorSource
 from ..errors import NumericalError
 from ..measure.positions import position_by_position
-from ..measure.stream import StreamedModel, micro_batches
+from ..measure.stream import TAIL_TOKENS, StreamedModel, micro_batches
 from ..progress import Progress
 from .divergence import TokenStatistics, token_statistics
 
 __all__ = ["exact_logits", "last_hidden", "mean_bfloat16_nats", "mean_floor_nats", "paired_statistics"]
-
-_TAIL_TOKENS = 256
-"""Positions whose logits are held at once, of each model: 128 MiB in float32 for a vocabulary of 128k."""
 
 
 def last_hidden(
@@ -177,7 +174,7 @@ def exact_logits(source: TensorSource, tokens: Tensor, progress: Progress) -> Te
 
 
 def _slices(positions: int) -> list[slice]:
-    return [slice(first, min(first + _TAIL_TOKENS, positions)) for first in range(0, positions, _TAIL_TOKENS)]
+    return [slice(first, min(first + TAIL_TOKENS, positions)) for first in range(0, positions, TAIL_TOKENS)]
 
 
 def _logits(model: StreamedModel, hidden: Tensor, role: str) -> Tensor:

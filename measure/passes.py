@@ -23,13 +23,10 @@ from .positions import position_by_position
 from .sampling import systematic_sample
 from .states import new_state
 from .statistics import StageStatistics, collect, tapped_inputs, tapped_outputs
-from .stream import StreamedModel, check_finite, micro_batches
+from .stream import TAIL_TOKENS, StreamedModel, check_finite, micro_batches
 from .types import SAMPLED_ROWS, measure_plain_types, measure_types
 
 __all__ = ["MeasuringPasses"]
-
-_TAIL_TOKENS = 256
-"""Positions whose logits are held at once: 128 MiB for a vocabulary of 128k."""
 
 _CACHED_TOKENS = 16
 """Positions whose probabilities are worked on together, so that they stay in a processor's cache."""
@@ -121,9 +118,9 @@ class MeasuringPasses:
         with self.model.tail() as head, tapped_inputs(head, [""]) as taps, tapped_outputs(head, [""]) as raw:
             sums = StageStatistics(head.in_features, self.model.device)
             flat, flat_gradient = hidden.flatten(0, 1), gradient.view(-1, hidden.shape[-1])
-            errors = torch.empty(_TAIL_TOKENS, head.out_features, device=self.model.device)
-            for first in range(0, flat.shape[0], _TAIL_TOKENS):
-                part = flat[None, first : first + _TAIL_TOKENS].to(self.model.device).requires_grad_()
+            errors = torch.empty(TAIL_TOKENS, head.out_features, device=self.model.device)
+            for first in range(0, flat.shape[0], TAIL_TOKENS):
+                part = flat[None, first : first + TAIL_TOKENS].to(self.model.device).requires_grad_()
                 logits = self.model.logits(part)
                 sums.see_inputs(taps[""])
                 slopes = _slopes(logits, raw[""])
@@ -132,7 +129,7 @@ class MeasuringPasses:
                 sums.end_batch(first // self.tokens.shape[1], 1)
                 logits.backward(error[None])
                 assert part.grad is not None
-                flat_gradient[first : first + _TAIL_TOKENS] = part.grad[0].cpu()
+                flat_gradient[first : first + TAIL_TOKENS] = part.grad[0].cpu()
             check_finite(gradient, "output head, gradient")
             curves, types = self._curves({HEAD: head}, sums)
         self.pieces.save(f"gradient-{last}", {"gradient": gradient})

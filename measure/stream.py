@@ -25,10 +25,13 @@ from .head import StoredLinear
 from .states import new_state
 from .surgery import split_block
 
-__all__ = ["MICRO_BATCH_TOKENS", "StreamedModel", "check_finite", "micro_batches", "whole_model"]
+__all__ = ["MICRO_BATCH_TOKENS", "TAIL_TOKENS", "StreamedModel", "check_finite", "micro_batches", "whole_model"]
 
 MICRO_BATCH_TOKENS = 2048
 """Tokens that go through a block together: enough to keep a processor busy, few enough to stay small in memory."""
+
+TAIL_TOKENS = 256
+"""Positions whose logits are held at once, of each model: 128 MiB in float32 for a vocabulary of 128k."""
 
 _META = torch.device("meta")
 

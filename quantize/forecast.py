@@ -140,7 +140,8 @@ def tuning_memory(checkpoint: Checkpoint, config: MeasureConfig) -> int:
         config: Gives the number of calibration tokens.
     """
     source = language_model(checkpoint)
-    vocabulary, hidden = (head := model_linears(source)[1]).out_features, head.in_features
+    _, head = model_linears(source)
+    vocabulary, hidden = head.out_features, head.in_features
     blocks = [_shapes(source, index) for index in range(source.block_count)]
     calibration = config.calibration
     # What both models' last blocks make of all rows, and what enters every block for a step: in files where states are.

@@ -3,7 +3,7 @@
 Rounding has every block follow the original's, one after another. What it cannot make good adds up through the model,
 and no block sees what comes of it at the end. A ceiling scales a whole row group, and there are few of them (a few
 thousand where there are a hundred million weights), so that they can be learned from the calibration rows without
-learning these by heart: one step of Adam for each micro-batch, down the KL divergence from the original's predictions.
+learning these by heart: one step of Adam for every 1024 tokens, down the KL divergence from the original's predictions.
 Codes and scale codes stay as they are, and so does the size.
 Source: the end-to-end phase of EfficientQAT (Chen et al., arXiv 2407.11062), which learns nothing but the step sizes of
 a quantized model; as a distillation, without its labels.
@@ -22,7 +22,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 from ..convert.work import StageDirectory
 from ..measure.positions import position_by_position
-from ..measure.stream import StreamedModel, check_finite
+from ..measure.stream import TAIL_TOKENS, StreamedModel, check_finite
 from ..progress import Progress
 
 __all__ = ["GroupScales", "tune_scales"]
@@ -39,9 +39,6 @@ _DECAYS = (0.9, 0.95)
 
 _STEP_TOKENS = 1024
 """Tokens of a step, at least one row: short steps, so that there are many."""
-
-_TAIL_TOKENS = 256
-"""Positions whose logits are held at once, of both models."""
 
 _STATE = "tuning"
 """Piece with what the finished steps have come to."""
@@ -157,7 +154,7 @@ def tune_scales(
                 size = math.sqrt(max(divergence, 0.0))
             optimizer.param_groups[0]["lr"] = _RATE * size * _share(step, len(batches))
             optimizer.step()
-            _keep(pieces, scales.logs, optimizer, step + 1, size)
+            _keep(pieces, scales.logs, optimizer, size)
     return scales.factors()
 
 
@@ -177,16 +174,15 @@ def _resume(pieces: StageDirectory, logs: Tensor, optimizer: torch.optim.Adam) -
     return int(state["step"]), size
 
 
-def _keep(pieces: StageDirectory, logs: Tensor, optimizer: torch.optim.Adam, finished: int, size: float) -> None:
-    state = optimizer.state[logs]
-    assert int(state["step"]) == finished
-    pieces.save(_STATE, {"logs": logs.detach(), "size": torch.tensor(size, dtype=torch.float64), **state})
+def _keep(pieces: StageDirectory, logs: Tensor, optimizer: torch.optim.Adam, size: float) -> None:
+    tensors = {"logs": logs.detach(), "size": torch.tensor(size, dtype=torch.float64)}
+    pieces.save(_STATE, {**tensors, **optimizer.state[logs]})
 
 
 def _add_gradient(
     original: StreamedModel, quantized: StreamedModel, scales: GroupScales, tokens: Tensor, wanted: Tensor
 ) -> float:
-    # Of one micro-batch. Returns its mean divergence, nats per token.
+    # Of one step. Returns its mean divergence, nats per token.
     hidden = quantized.embed(tokens)
     inputs = []
     for index in range(quantized.block_count):
@@ -227,8 +223,8 @@ def _divergence(
     # quantized model's last hidden states: both (positions, hidden size), on the CPU and on the device.
     device, total = quantized.device, 0.0
     gradient = torch.empty(hidden.shape, device=device)
-    for first in range(0, len(hidden), _TAIL_TOKENS):
-        positions = slice(first, first + _TAIL_TOKENS)
+    for first in range(0, len(hidden), TAIL_TOKENS):
+        positions = slice(first, first + TAIL_TOKENS)
         with torch.no_grad():
             target = log_softmax(original.logits(wanted[None, positions].to(device)).float(), dim=-1)
         own = hidden[None, positions].to(device).requires_grad_()

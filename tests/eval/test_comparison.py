@@ -95,7 +95,7 @@ class TestCompareModels:
     def test_agrees_with_transformers(
         self, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, tail_tokens: int
     ) -> None:
-        monkeypatch.setattr(passes_module, "_TAIL_TOKENS", tail_tokens)
+        monkeypatch.setattr(passes_module, "TAIL_TOKENS", tail_tokens)
         original, quantized = make_model("original"), make_model("quantized", noise=0.02)
         rows = rows_of()
         got = compare_models(open_any(original), open_any(quantized), rows, config())

@@ -44,6 +44,12 @@ def streamed(source: Any) -> StreamedModel:
     return StreamedModel(source, device=torch.device("cpu"), dtype=torch.float32)
 
 
+def mean_divergence(original: Tensor, quantized: Tensor) -> Tensor:
+    """Mean KL of predictions by the formula, from logits of shape (rows, tokens, vocabulary)."""
+    p, q = original.log_softmax(dim=-1), quantized.log_softmax(dim=-1)
+    return (p.exp() * (p - q)).sum(dim=-1).mean()
+
+
 def noisy_linears(model: Any) -> dict[str, Tensor]:
     """New weights for all linears of the decoder, by full name."""
     rng = torch.Generator().manual_seed(1)
@@ -76,10 +82,9 @@ def test_the_gradient_is_that_of_the_whole_model(
     logs = {name: torch.zeros(int(of.max()) + 1, requires_grad=True) for name, of in groups.items()}
     changed = {f"{name}.weight": weight * logs[name].exp()[groups[name]] for name, weight in weights.items()}
     with torch.no_grad():
-        p = model(tokens).logits.log_softmax(dim=-1)
-    q = functional_call(model, changed, (tokens,)).logits.log_softmax(dim=-1)
-    divergence = (p.exp() * (p - q)).sum(dim=-1).mean()
-    expected = torch.autograd.grad(divergence, list(logs.values()))
+        logits = model(tokens).logits
+    mean = mean_divergence(logits, functional_call(model, changed, (tokens,)).logits)
+    expected = torch.autograd.grad(mean, list(logs.values()))
 
     original = open_model(directory)
     wanted = streamed(original)
@@ -88,7 +93,7 @@ def test_the_gradient_is_that_of_the_whole_model(
     scales = GroupScales(groups, torch.device("cpu"))
     with wanted.tail(), quantized.tail():
         found = _add_gradient(wanted, quantized, scales, tokens, states)
-    assert found == pytest.approx(divergence.item(), rel=1e-4)
+    assert found == pytest.approx(mean.item(), rel=1e-4)
     # Float32 on both sides, summed in different orders.
     torch.testing.assert_close(scales.gradient, torch.cat(expected), rtol=1e-3, atol=1e-6)
 
@@ -119,16 +124,14 @@ def test_scales_that_are_off_are_found(tiny_model: Path, tmp_path: Path) -> None
     wanted = last_hidden(streamed(original), tokens, "original", silent)
     factors = tune_scales(streamed(original), quantized, groups, tokens, wanted, pieces, silent)
 
-    def mean_divergence(weights: dict[str, Tensor]) -> float:
+    def divergence_with(weights: dict[str, Tensor]) -> float:
+        changed = {f"{name}.weight": weight for name, weight in weights.items()}
         with torch.no_grad():
-            p = model(others).logits.log_softmax(dim=-1)
-            changed = {f"{name}.weight": weight for name, weight in weights.items()}
-            q = functional_call(model, changed, (others,)).logits.log_softmax(dim=-1)
-        return (p.exp() * (p - q)).sum(dim=-1).mean().item()
+            return mean_divergence(model(others).logits, functional_call(model, changed, (others,)).logits).item()
 
     tuned = {name: weight * factors[name][groups[name]] for name, weight in spoilt.items()}
     # With as many steps as there are, not all of 10 % can be made good.
-    assert mean_divergence(tuned) < 0.5 * mean_divergence(spoilt)
+    assert divergence_with(tuned) < 0.5 * divergence_with(spoilt)
 
 
 def bpwise(*arguments: object) -> Any:
@@ -166,8 +169,7 @@ def divergence(model: Path, out: Path, tokens: Tensor) -> float:
     source = Exl2Model.open(out)
     quantized.load_state_dict({name: source.tensor(name).float() for name in quantized.state_dict()})
     with torch.no_grad():
-        p, q = (each(tokens).logits.double().log_softmax(dim=-1) for each in (original, quantized))
-    return float((p.exp() * (p - q)).sum(dim=-1).mean())
+        return mean_divergence(original(tokens).logits.double(), quantized(tokens).logits.double()).item()
 
 
 def test_only_ceilings_change_and_the_predictions_come_closer(
