@@ -14,8 +14,10 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from .exl2.names import text_config
+from .families import is_known
 from .files import read_json
 from .hub import confined_file, resolve_model
+from .model_config import complete_config
 from .safetensors_file import HeaderEntry, SafetensorsHeader, read_entry, read_header
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "TensorSource",
     "confined_file",
     "embedding_name",
+    "embedding_rows",
     "head_name",
     "require_finite",
     "resolve_model",
@@ -171,7 +174,10 @@ class Checkpoint:
             shards = [_single_weight_file(directory)]
         headers = {shard: read_header(confined_file(directory, shard), CheckpointError) for shard in shards}
         _check_shards(directory, headers, weight_map)
-        return cls(directory, config, headers)
+        checkpoint = cls(directory, config, headers)
+        if not is_known(config):
+            return checkpoint
+        return cls(directory, complete_config(config, config_path, embedding_rows=embedding_rows(checkpoint)), headers)
 
     @property
     def directory(self) -> Path:
@@ -180,7 +186,7 @@ class Checkpoint:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The parsed ``config.json``; not to be modified."""
+        """The parsed ``config.json``, of a known family completed by ``complete_config``; not to be modified."""
         return self._config
 
     @property
@@ -306,6 +312,12 @@ class Checkpoint:
 def embedding_name(source: TensorSource) -> str | None:
     """Return the name of the table of token embeddings, or None if no tensor has one of the usual names."""
     return next((name for name in _EMBEDDINGS if name in source.names), None)
+
+
+def embedding_rows(source: TensorSource) -> int | None:
+    """Return the number of rows of the token embeddings, or None if no tensor has one of the usual names."""
+    name = embedding_name(source)
+    return None if name is None or not source.shape(name) else source.shape(name)[0]
 
 
 def head_name(source: TensorSource) -> str | None:

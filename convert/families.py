@@ -26,6 +26,7 @@ __all__ = [
     "Stage",
     "composite_of",
     "family_of",
+    "is_known",
     "require_reader",
 ]
 
@@ -320,6 +321,11 @@ _COMPOSITES = {
 def composite_of(config: Mapping[str, Any]) -> Composite | None:
     """Return the entry of a model with several parts, by ``model_type``; None for a language model alone."""
     return _COMPOSITES.get(str(config.get("model_type")))
+
+
+def is_known(config: Mapping[str, Any]) -> bool:
+    """Return whether ``model_type`` names a family or a model of several parts that stands in the tables here."""
+    return str(config.get("model_type")) in _FAMILIES.keys() | _COMPOSITES.keys()
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

@@ -29,6 +29,7 @@ __all__ = [
     "language_config",
     "language_model",
     "plain_name",
+    "require_consistent",
 ]
 
 _PREFIXES = (
@@ -175,6 +176,47 @@ def language_model(source: TensorSource) -> LanguageModel:
     return source if isinstance(source, LanguageModel) else LanguageModel(source)
 
 
+def require_consistent(model: LanguageModel) -> None:
+    """Check that the stored tensors are those of the sizes in config.json, before anything of these sizes is built.
+
+    Args:
+        model: Its config is complete, see ``complete_config``.
+
+    Raises:
+        CheckpointError: A block or its linears are missing, or a shape differs.
+    """
+    where, config = model.directory, model.config
+    blocks = {name.split(".")[2] for name in model.names if name.startswith(f"{model.family.blocks}.")}
+    missing = next((index for index in range(model.block_count) if str(index) not in blocks), None)
+    if missing is not None:
+        raise CheckpointError(
+            f"{where}: the weights lack a block. Got no tensor of {model.family.blocks}.{missing}, expected "
+            f"num_hidden_layers {model.block_count} of config.json. Get the missing files, or correct config.json."
+        )
+    if EMBEDDING in model.names:
+        _require_shape(model, EMBEDDING, (config.get("vocab_size"), config.get("hidden_size")))
+    for block in range(model.block_count):
+        stages = model.family.block_stages(block, model.names)
+        if not stages:
+            raise CheckpointError(
+                f"{where}: {model.family.blocks}.{block} has no linears. Got only norms or nothing, expected those of a "
+                f"{config.get('model_type')} block. Get the model again."
+            )
+        for stage in stages:
+            for name in model.family.linear_names(block, stage):
+                rows, columns = config_features(name, config)
+                _require_shape(model, f"{name}.weight", (columns, rows))
+
+
+def _require_shape(model: LanguageModel, name: str, expected: tuple[Any, Any]) -> None:
+    shape = model.shape(name)
+    if len(shape) != 2 or any(want is not None and got != want for got, want in zip(shape, expected, strict=True)):
+        raise CheckpointError(
+            f"{model.directory}: config.json does not fit the weights. Got shape {shape} for {name}, expected {expected}. "
+            "The files do not belong together: get the model again."
+        )
+
+
 def language_config(source: TensorSource) -> dict[str, Any]:
     """Return the config of the language model in a source, as if it stood alone."""
     whole = source.config
@@ -191,9 +233,6 @@ def language_config(source: TensorSource) -> dict[str, Any]:
     for key in ("tie_word_embeddings", "vocab_size"):
         if key in whole:
             config.setdefault(key, whole[key])
-    embedding = next((name for name in source.names if plain_name(name, composite=True) == EMBEDDING), None)
-    if embedding is not None:  # some configs leave it to the default of a class
-        config.setdefault("vocab_size", source.shape(embedding)[0])
     return config
 
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from ..convert.checkpoint import TensorSource
 from ..convert.families import HEAD, Family, Stage
-from ..convert.language import LanguageModel, language_model
-from ..errors import CheckpointError, NumericalError, UnsupportedModelError
+from ..convert.language import LanguageModel, language_model, require_consistent
+from ..convert.model_config import explain_transformers, parse_config
+from ..errors import CheckpointError, NumericalError
 from .attention import attention_for
 from .head import StoredLinear
 from .states import new_state
@@ -94,18 +95,23 @@ class StreamedModel:
 
         Raises:
             UnsupportedModelError: Neither bpwise nor Transformers knows the model type.
+            CheckpointError: Transformers does not accept config.json, or a tensor is missing or has another shape than
+                config.json says.
         """
         self._source = language_model(source)
+        require_consistent(self._source)
         self.family: Family = self._source.family
         self.device = device
         self.dtype = dtype
         self.offload_dir = offload_dir
-        self._model: Any = _build_skeleton(self._source.config, dtype, device)
+        self._model: Any = _build_skeleton(self._source, self._source.config, dtype, device)
         self._model.set_submodule(HEAD, StoredLinear(self._model.get_submodule(HEAD)))
         parent = self._model.get_submodule(self.family.blocks)
         self._blocks: list[nn.Module] = list(parent)
-        for index, block in enumerate(self._blocks):
+        for block in self._blocks:
             split_block(block, self.family, self._source.config)
+        _check_parameters(self._source, self._model)
+        for index in range(len(self._blocks)):
             parent[index] = _Recorder(self, index)
         self._calls: dict[tuple[int, ...], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self._embedded: Tensor | None = None
@@ -328,7 +334,8 @@ def whole_model(source: TensorSource, *, device: torch.device, dtype: torch.dtyp
     """
     language = language_model(source)
     config = {**language.config, "tie_word_embeddings": language.tied_embeddings}
-    model = _build_skeleton(config, dtype, device, pads=True)
+    require_consistent(language)
+    model = _build_skeleton(language, config, dtype, device, pads=True)
     for block in model.get_submodule(language.family.blocks):
         split_block(block, language.family, config)
     embedding = model.get_input_embeddings()
@@ -341,34 +348,46 @@ def whole_model(source: TensorSource, *, device: torch.device, dtype: torch.dtyp
 
 
 def _read(source: LanguageModel, name: str, shape: torch.Size, table: str) -> Tensor:
+    return source.tensor(_stored_name(source, name, shape, table))
+
+
+def _stored_name(source: LanguageModel, name: str, shape: torch.Size, table: str) -> str:
+    # The name in files of a parameter, which must be stored in its shape.
     name = source.family.file_name(name)
     if name == f"{HEAD}.weight" and source.tied_embeddings:
         name = f"{table}.weight"
-    tensor = source.tensor(name)
-    if tensor.shape != shape:
+    if source.shape(name) != tuple(shape):
         raise CheckpointError(
-            f"{source.directory}: {name} has shape {tuple(tensor.shape)}, "
-            f"expected {tuple(shape)} from config.json. The files do not belong together."
+            f"{source.directory}: config.json does not fit the weights. Got shape {tuple(source.shape(name))} for {name}, "
+            f"expected {tuple(shape)}. The files do not belong together: get the model again."
         )
-    return tensor
+    return name
+
+
+def _check_parameters(source: LanguageModel, model: Any) -> None:
+    embedding = model.get_input_embeddings()
+    table = next(name for name, module in model.named_modules() if module is embedding)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        _stored_name(source, name, parameter.shape, table)
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
-def _build_skeleton(config: dict[str, Any], dtype: torch.dtype, device: torch.device, *, pads: bool = False) -> Any:
+def _build_skeleton(
+    source: LanguageModel, config: dict[str, Any], dtype: torch.dtype, device: torch.device, *, pads: bool = False
+) -> Any:
+    path = source.directory / "config.json"
+    parsed = parse_config(config, path)
+    with explain_transformers(path):
+        return _meta_model(parsed, dtype, device, pads=pads)
+
+
+def _meta_model(parsed: Any, dtype: torch.dtype, device: torch.device, *, pads: bool) -> Any:
     # The model on the meta device. Where rows are padded, attention is Transformers' own, which heeds it.
     from transformers import AutoModelForCausalLM  # noqa: PLC0415 - seconds to import, and only needed here
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: PLC0415
 
-    plain = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
-    model_type = plain["model_type"]
-    if model_type not in CONFIG_MAPPING:
-        raise UnsupportedModelError(
-            f"config.json: this version of Transformers does not know model_type {model_type!r}. Upgrade it."
-        )
-    parsed = CONFIG_MAPPING[model_type].from_dict(plain)
     with _META:
         kind = AutoModelForCausalLM._model_mapping[type(parsed)]
         plain_attention = "sdpa" if kind._supports_sdpa else "eager"

@@ -9,8 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import CheckpointError, FormatError
-from ..checkpoint import Checkpoint, confined_file
+from ..checkpoint import Checkpoint, confined_file, embedding_rows
+from ..families import is_known
 from ..files import read_json
+from ..model_config import complete_config
 from ..safetensors_file import HeaderEntry, SafetensorsHeader, read_entry, read_header
 from .config import dense_config
 from .linear import QuantizedLinear
@@ -104,7 +106,14 @@ class Exl2Model:
 
         It has no ``quantization_config``, and ``tie_word_embeddings`` says what :attr:`tied_embeddings` says.
         """
-        return dense_config(self._stored_config, tied_embeddings=self.tied_embeddings)
+        return dense_config(self._complete_config, tied_embeddings=self.tied_embeddings)
+
+    @cached_property
+    def _complete_config(self) -> dict[str, Any]:
+        if not is_known(self._stored_config):
+            return self._stored_config
+        path = self._directory / "config.json"
+        return complete_config(self._stored_config, path, embedding_rows=embedding_rows(self))
 
     @property
     def stored_config(self) -> dict[str, Any]:
@@ -208,7 +217,7 @@ class Exl2Model:
 
     def _out_features(self, linear: str) -> int:
         # A name that the table does not know is taken to have no padding.
-        known = config_features(linear, self._stored_config)[1]
+        known = config_features(linear, self._complete_config)[1]
         shape = self._entry(f"{linear}{_MARK}")[1].shape
         return known if known is not None else int(shape[-1]) if shape else 0
 

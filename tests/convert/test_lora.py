@@ -187,7 +187,7 @@ def test_over_float8(tmp_path: Path) -> None:
     expected = 0.5 * codes.float() + 3 * (normal(32, 2, seed=1) @ normal(2, 32))
     torch.testing.assert_close(merged.tensor(f"{Q}.weight"), expected)
     assert merged.names == {f"{Q}.weight"}
-    assert merged.config["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    assert merged.config["rope_parameters"] == {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
     assert merged.changes["rope_scale"] == 2.0
     assert merged.changes["adapters"][0]["name"] == "a"
 

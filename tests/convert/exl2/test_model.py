@@ -212,6 +212,9 @@ def test_agrees_with_the_naive_decoder(write: Write, naive_decode: Callable[...,
         assert torch.equal(decoded, torch.from_numpy(weight[: decoded.shape[0]]))
 
 
+_LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
 @pytest.mark.parametrize(
     ("rope", "theta", "scaling"),
     [
@@ -221,9 +224,9 @@ def test_agrees_with_the_naive_decoder(write: Write, naive_decode: Callable[...,
             {"type": "yarn", "factor": 4.0},
         ),
         (
-            {"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0}},
+            {"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", **_LLAMA3}},
             5e5,
-            {"rope_type": "llama3", "factor": 8.0},
+            {"rope_type": "llama3", **_LLAMA3},
         ),
         (
             {

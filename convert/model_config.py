@@ -1,0 +1,223 @@
+"""config.json as Transformers understands it: checked in one place, completed with what it leaves to a class.
+
+Files leave sizes, epsilons and rotary bases to the defaults of Transformers' classes. Everything here reads the completed
+config, so that what is measured, written and forecast is what Transformers computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from ..errors import BpwiseError, CheckpointError, UnsupportedModelError
+from .exl2.names import text_config
+
+__all__ = ["complete_config", "explain_transformers", "parse_config"]
+
+_NOT_PARSED = ("quantization_config", "compression_config", "auto_map")
+"""Keys that Transformers must not act on: weights come from our own readers, and code of the model's own never runs."""
+
+_NOT_COMPLETED = frozenset(
+    {
+        "attention_dropout",
+        "bos_token_id",
+        "eos_token_id",
+        "initializer_range",
+        "pad_token_id",
+        "pretraining_tp",
+        "router_jitter_noise",
+        "tie_word_embeddings",
+        "use_cache",
+        "vocab_size",
+    }
+)
+"""Keys whose default says nothing of the stored weights: ids belong to the tokenizer, ties and the vocabulary to the tensors,
+and the rest to training."""
+
+_LARGEST = {
+    "num_hidden_layers": 10_000,
+    "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16,
+    "num_experts": 1 << 16,
+    "num_local_experts": 1 << 16,
+    "num_experts_per_tok": 1 << 16,
+    "head_dim": 1 << 16,
+    "hidden_size": 1 << 24,
+    "intermediate_size": 1 << 24,
+    "moe_intermediate_size": 1 << 24,
+    "shared_expert_intermediate_size": 1 << 24,
+    "vocab_size": 1 << 28,
+    "max_position_embeddings": 1 << 40,
+}
+"""Sizes at least ten times those of any model known: beyond them even a model without weights takes minutes to build."""
+
+_MAY_BE_ZERO = ("shared_expert_intermediate_size", "num_experts", "num_local_experts")
+"""Sizes that are zero where a model has none of these."""
+
+_ACTIVATIONS = ("hidden_act", "hidden_activation")
+
+
+def complete_config(config: Mapping[str, Any], path: Path, *, embedding_rows: int | None) -> dict[str, Any]:
+    """Return a config with every key of its language model that Transformers' class would fill in.
+
+    Stated values stay as they are, except the rope type ``su``, an older name of ``longrope``. Of a model with other parts
+    than the language model only ``text_config`` is completed.
+
+    Args:
+        config: Parsed ``config.json`` of a model type that Transformers knows; not modified.
+        path: Its file, for messages.
+        embedding_rows: Rows of the stored token embeddings; they give ``vocab_size`` where the config does not.
+
+    Raises:
+        CheckpointError: A value is impossible, contradicts another, or Transformers does not accept it.
+        UnsupportedModelError: This version of Transformers does not know the model type.
+    """
+    result = deepcopy(dict(config))
+    text: Any = text_config(result)
+    _rename_su(text)
+    if embedding_rows is not None and text.get("vocab_size") is None and config.get("vocab_size") is None:
+        text["vocab_size"] = embedding_rows
+    parsed = parse_config(result, path).get_text_config()
+    aliases = {kept: alias for alias, kept in parsed.attribute_map.items()}
+    for key, value in _declared(parsed).items():
+        if text.get(key) is None and text.get(aliases.get(key)) is None and value is not None:
+            text[key] = value
+    _check_heads(text, path)
+    _check_padding(text, path)
+    _check_rope(text, path)
+    return result
+
+
+def parse_config(config: Mapping[str, Any], path: Path) -> Any:
+    """Return the config object that Transformers makes of a parsed ``config.json``.
+
+    Args:
+        config: The parsed file; not modified.
+        path: Its file, for messages.
+
+    Raises:
+        CheckpointError: A size is impossible, an activation unknown, or Transformers does not accept a value.
+        UnsupportedModelError: This version of Transformers does not know the model type.
+    """
+    from transformers.activations import ACT2FN  # noqa: PLC0415 - seconds to import
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: PLC0415
+
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise UnsupportedModelError(
+            f"{path}: this version of Transformers does not know model_type {model_type!r}. Upgrade Transformers."
+        )
+    _check_sizes(config, path)
+    plain = {key: deepcopy(value) for key, value in config.items() if key not in _NOT_PARSED}
+    with explain_transformers(path):
+        parsed = CONFIG_MAPPING[model_type].from_dict(plain)
+        text = parsed.get_text_config()
+    for key in _ACTIVATIONS:
+        name = getattr(text, key, None)
+        if name is not None and (not isinstance(name, str) or name not in ACT2FN):
+            raise CheckpointError(
+                f"{path}: unknown {key}. Got {name!r}, expected an activation that Transformers knows, such as 'silu' or "
+                "'gelu_pytorch_tanh'. Correct it."
+            )
+    return parsed
+
+
+@contextmanager
+def explain_transformers(path: Path) -> Iterator[None]:
+    """Turn whatever Transformers raises about a user's config into one sentence.
+
+    Its classes raise errors of a dozen types: of strict dataclasses, KeyError, TypeError, AssertionError and others.
+
+    Args:
+        path: The ``config.json`` that it was given.
+
+    Raises:
+        CheckpointError: The body raised any other error than our own.
+    """
+    try:
+        yield
+    except (BpwiseError, MemoryError):
+        raise
+    except Exception as cause:
+        reason = " ".join(str(cause).split()) or "no reason given"
+        raise CheckpointError(
+            f"{path}: Transformers does not accept this config ({type(cause).__name__}: {reason}). Correct the file, or get "
+            "it again."
+        ) from cause
+
+
+def _declared(parsed: Any) -> dict[str, Any]:
+    # What the model's own class has, without what every Transformers config has.
+    from transformers import PretrainedConfig  # noqa: PLC0415 - seconds to import
+
+    left_out = PretrainedConfig().to_dict().keys() | _NOT_COMPLETED
+    return {key: value for key, value in parsed.to_dict().items() if key not in left_out and not key.startswith("_")}
+
+
+def _rename_su(text: dict[str, Any]) -> None:
+    for key in ("rope_scaling", "rope_parameters"):
+        scaling = text.get(key)
+        for name in ("type", "rope_type"):
+            if isinstance(scaling, dict) and scaling.get(name) == "su":
+                scaling[name] = "longrope"
+
+
+def _check_sizes(config: Mapping[str, Any], path: Path) -> None:
+    # Before Transformers sees them: it builds lists and tensors of these sizes. Null means that the class decides.
+    for part in (config, *(value for value in config.values() if isinstance(value, Mapping))):
+        for key, largest in _LARGEST.items():
+            value = part.get(key)
+            if value is None:
+                continue
+            smallest = 0 if key in _MAY_BE_ZERO else 1
+            if isinstance(value, int | float) and not smallest <= value <= largest:
+                raise CheckpointError(
+                    f"{path}: impossible {key}. Got {value!r}, expected a whole number from {smallest} to {largest}. "
+                    "Correct it."
+                )
+
+
+def _check_heads(text: Mapping[str, Any], path: Path) -> None:
+    heads, groups = text.get("num_attention_heads"), text.get("num_key_value_heads")
+    if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
+        raise CheckpointError(
+            f"{path}: num_attention_heads and num_key_value_heads do not fit together. Got {heads} and {groups}, expected "
+            "the first to be a multiple of the second. Correct them."
+        )
+
+
+def _check_padding(text: Mapping[str, Any], path: Path) -> None:
+    padding, vocabulary = text.get("pad_token_id"), text.get("vocab_size")
+    if isinstance(padding, int) and isinstance(vocabulary, int) and not -vocabulary <= padding < vocabulary:
+        raise CheckpointError(
+            f"{path}: pad_token_id is outside the vocabulary. Got {padding}, expected an id below vocab_size, {vocabulary}. "
+            "Set it to null."
+        )
+
+
+def _check_rope(text: Mapping[str, Any], path: Path) -> None:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: PLC0415 - seconds to import
+
+    parameters = text.get("rope_parameters")
+    if not isinstance(parameters, Mapping):
+        return
+    kinds = [value for value in parameters.values() if isinstance(value, Mapping)] or [parameters]
+    for rope in kinds:
+        kind, theta = rope.get("rope_type"), rope.get("rope_theta")
+        if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
+            known = ", ".join(["default", *ROPE_INIT_FUNCTIONS])
+            raise CheckpointError(f"{path}: unknown rope_type. Got {kind!r}, expected one of {known}. Correct it.")
+        if theta is not None and (not isinstance(theta, int | float) or not 0 < theta < float("inf")):
+            raise CheckpointError(
+                f"{path}: impossible rope_theta. Got {theta!r}, expected a positive number. Correct it."
+            )
+    full = parameters.get("full_attention", parameters)
+    used, stated = full.get("rope_theta"), text.get("rope_theta")
+    if stated is not None and used is not None and stated != used:
+        raise CheckpointError(
+            f"{path}: two different rotary bases. Got rope_theta {stated!r} at the top level and {used!r} in rope_parameters, "
+            "expected the same. Transformers computes with the second, other readers with the first: delete the wrong one."
+        )
