@@ -199,7 +199,7 @@ def require_consistent(model: LanguageModel) -> None:
         stages = model.family.block_stages(block, model.names)
         if not stages:
             raise CheckpointError(
-                f"{where}: {model.family.blocks}.{block} has no linears. Got only norms or nothing, expected those of a "
+                f"{where}: {model.family.blocks}.{block} has no linears. Got none, expected those of a "
                 f"{config.get('model_type')} block. Get the model again."
             )
         for stage in stages:
@@ -212,8 +212,8 @@ def _require_shape(model: LanguageModel, name: str, expected: tuple[Any, Any]) -
     shape = model.shape(name)
     if len(shape) != 2 or any(want is not None and got != want for got, want in zip(shape, expected, strict=True)):
         raise CheckpointError(
-            f"{model.directory}: config.json does not fit the weights. Got shape {shape} for {name}, expected {expected}. "
-            "The files do not belong together: get the model again."
+            f"{model.directory}: config.json does not fit the weights. Got shape {shape} for {name}, expected "
+            f"{expected}. The files do not belong together: get the model again."
         )
 
 

@@ -1,7 +1,7 @@
 """config.json as Transformers understands it: checked in one place, completed with what it leaves to a class.
 
-Files leave sizes, epsilons and rotary bases to the defaults of Transformers' classes. Everything here reads the completed
-config, so that what is measured, written and forecast is what Transformers computes.
+Files leave sizes, epsilons and rotary bases to the defaults of Transformers' classes. Everything else reads the
+completed config, so that what is measured, written and forecast is what Transformers computes.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _NOT_COMPLETED = frozenset(
         "vocab_size",
     }
 )
-"""Keys whose default says nothing of the stored weights: ids belong to the tokenizer, ties and the vocabulary to the tensors,
-and the rest to training."""
+"""Keys whose default says nothing of the stored weights: ids belong to the tokenizer, ties and the vocabulary to the
+tensors, and the rest to training."""
 
 _LARGEST = {
     "num_hidden_layers": 10_000,
@@ -52,7 +52,7 @@ _LARGEST = {
     "vocab_size": 1 << 28,
     "max_position_embeddings": 1 << 40,
 }
-"""Sizes at least ten times those of any model known: beyond them even a model without weights takes minutes to build."""
+"""Sizes at least ten times those of any known model: beyond them even an empty model takes minutes to build."""
 
 _MAY_BE_ZERO = ("shared_expert_intermediate_size", "num_experts", "num_local_experts")
 """Sizes that are zero where a model has none of these."""
@@ -63,8 +63,8 @@ _ACTIVATIONS = ("hidden_act", "hidden_activation")
 def complete_config(config: Mapping[str, Any], path: Path, *, embedding_rows: int | None) -> dict[str, Any]:
     """Return a config with every key of its language model that Transformers' class would fill in.
 
-    Stated values stay as they are, except the rope type ``su``, an older name of ``longrope``. Of a model with other parts
-    than the language model only ``text_config`` is completed.
+    Stated values stay as they are, except the rope type ``su``, an older name of ``longrope``. Of a model with several
+    parts only ``text_config`` is completed.
 
     Args:
         config: Parsed ``config.json`` of a model type that Transformers knows; not modified.
@@ -119,8 +119,8 @@ def parse_config(config: Mapping[str, Any], path: Path) -> Any:
         name = getattr(text, key, None)
         if name is not None and (not isinstance(name, str) or name not in ACT2FN):
             raise CheckpointError(
-                f"{path}: unknown {key}. Got {name!r}, expected an activation that Transformers knows, such as 'silu' or "
-                "'gelu_pytorch_tanh'. Correct it."
+                f"{path}: unknown {key}. Got {name!r}, expected an activation that Transformers knows, such as 'silu' "
+                "or 'gelu_pytorch_tanh'. Correct it."
             )
     return parsed
 
@@ -144,7 +144,7 @@ def explain_transformers(path: Path) -> Iterator[None]:
     except Exception as cause:
         reason = " ".join(str(cause).split()) or "no reason given"
         raise CheckpointError(
-            f"{path}: Transformers does not accept this config ({type(cause).__name__}: {reason}). Correct the file, or get "
+            f"{path}: Transformers does not accept this config ({type(cause).__name__}: {reason}). Correct it or get "
             "it again."
         ) from cause
 
@@ -184,8 +184,8 @@ def _check_heads(text: Mapping[str, Any], path: Path) -> None:
     heads, groups = text.get("num_attention_heads"), text.get("num_key_value_heads")
     if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
         raise CheckpointError(
-            f"{path}: num_attention_heads and num_key_value_heads do not fit together. Got {heads} and {groups}, expected "
-            "the first to be a multiple of the second. Correct them."
+            f"{path}: num_attention_heads and num_key_value_heads do not fit together. Got {heads} and {groups}, "
+            "expected the first to be a multiple of the second. Correct them."
         )
 
 
@@ -193,8 +193,8 @@ def _check_padding(text: Mapping[str, Any], path: Path) -> None:
     padding, vocabulary = text.get("pad_token_id"), text.get("vocab_size")
     if isinstance(padding, int) and isinstance(vocabulary, int) and not -vocabulary <= padding < vocabulary:
         raise CheckpointError(
-            f"{path}: pad_token_id is outside the vocabulary. Got {padding}, expected an id below vocab_size, {vocabulary}. "
-            "Set it to null."
+            f"{path}: pad_token_id is outside the vocabulary. Got {padding}, expected an id below vocab_size, "
+            f"{vocabulary}. Set it to null."
         )
 
 
@@ -218,6 +218,7 @@ def _check_rope(text: Mapping[str, Any], path: Path) -> None:
     used, stated = full.get("rope_theta"), text.get("rope_theta")
     if stated is not None and used is not None and stated != used:
         raise CheckpointError(
-            f"{path}: two different rotary bases. Got rope_theta {stated!r} at the top level and {used!r} in rope_parameters, "
-            "expected the same. Transformers computes with the second, other readers with the first: delete the wrong one."
+            f"{path}: two different rotary bases. Got rope_theta {stated!r} at the top level and {used!r} in "
+            "rope_parameters, expected the same. Transformers uses the second, other readers the first: delete the "
+            "wrong one."
         )

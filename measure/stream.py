@@ -358,8 +358,8 @@ def _stored_name(source: LanguageModel, name: str, shape: torch.Size, table: str
         name = f"{table}.weight"
     if source.shape(name) != tuple(shape):
         raise CheckpointError(
-            f"{source.directory}: config.json does not fit the weights. Got shape {tuple(source.shape(name))} for {name}, "
-            f"expected {tuple(shape)}. The files do not belong together: get the model again."
+            f"{source.directory}: config.json does not fit the weights. Got shape {tuple(source.shape(name))} for "
+            f"{name}, expected {tuple(shape)}. The files do not belong together: get the model again."
         )
     return name
 
