@@ -29,7 +29,6 @@ __all__ = [
     "language_config",
     "language_model",
     "plain_name",
-    "require_consistent",
 ]
 
 _PREFIXES = (
@@ -54,7 +53,7 @@ class LanguageModel(SourceView):
 
         Raises:
             UnsupportedModelError: The family is unknown.
-            CheckpointError: A fused tensor does not have the size that config.json gives its parts.
+            CheckpointError: The stored tensors are not those of the sizes in config.json.
         """
         super().__init__(base)
         self._config = language_config(base)
@@ -71,6 +70,7 @@ class LanguageModel(SourceView):
                 self._map(plain, name)
         self.others = frozenset(others)
         self._names = frozenset(self._stored)
+        _require_consistent(self)
 
     def _map(self, plain: str, stored: str) -> None:
         module, _, kind = plain.rpartition(".")
@@ -137,7 +137,7 @@ class ReplacedWeights(LanguageModel):
 
         Raises:
             UnsupportedModelError: The family is unknown.
-            CheckpointError: A fused tensor does not have the size that config.json gives its parts.
+            CheckpointError: The stored tensors are not those of the sizes in config.json.
         """
         super().__init__(base)
         self._weights = {f"{name}.weight": read for name, read in weights.items()}
@@ -176,15 +176,8 @@ def language_model(source: TensorSource) -> LanguageModel:
     return source if isinstance(source, LanguageModel) else LanguageModel(source)
 
 
-def require_consistent(model: LanguageModel) -> None:
-    """Check that the stored tensors are those of the sizes in config.json, before anything of these sizes is built.
-
-    Args:
-        model: Its config is complete, see ``complete_config``.
-
-    Raises:
-        CheckpointError: A block or its linears are missing, or a shape differs.
-    """
+def _require_consistent(model: LanguageModel) -> None:
+    # Before anything of the sizes in config.json is built.
     where, config = model.directory, model.config
     blocks = {name.split(".")[2] for name in model.names if name.startswith(f"{model.family.blocks}.")}
     missing = next((index for index in range(model.block_count) if str(index) not in blocks), None)

@@ -86,8 +86,9 @@ def complete_config(config: Mapping[str, Any], path: Path, *, embedding_rows: in
         if text.get(key) is None and text.get(aliases.get(key)) is None and value is not None:
             text[key] = value
     _check_heads(text, path)
+    _check_experts(text, path)
     _check_padding(text, path)
-    _check_rope(text, path)
+    _check_rope(getattr(parsed, "rope_parameters", None), text.get("rope_theta"), path)
     return result
 
 
@@ -189,6 +190,15 @@ def _check_heads(text: Mapping[str, Any], path: Path) -> None:
         )
 
 
+def _check_experts(text: Mapping[str, Any], path: Path) -> None:
+    chosen, experts = text.get("num_experts_per_tok"), text.get("num_experts") or text.get("num_local_experts")
+    if isinstance(chosen, int) and isinstance(experts, int) and chosen > experts:
+        raise CheckpointError(
+            f"{path}: num_experts_per_tok is larger than the number of experts. Got {chosen}, expected at most {experts}. "
+            "Correct it."
+        )
+
+
 def _check_padding(text: Mapping[str, Any], path: Path) -> None:
     padding, vocabulary = text.get("pad_token_id"), text.get("vocab_size")
     if isinstance(padding, int) and isinstance(vocabulary, int) and not -vocabulary <= padding < vocabulary:
@@ -198,10 +208,10 @@ def _check_padding(text: Mapping[str, Any], path: Path) -> None:
         )
 
 
-def _check_rope(text: Mapping[str, Any], path: Path) -> None:
+def _check_rope(parameters: Any, stated: Any, path: Path) -> None:
+    # Parameters as Transformers understands them, and the base at the top level of the file.
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: PLC0415 - seconds to import
 
-    parameters = text.get("rope_parameters")
     if not isinstance(parameters, Mapping):
         return
     kinds = [value for value in parameters.values() if isinstance(value, Mapping)] or [parameters]
@@ -210,12 +220,11 @@ def _check_rope(text: Mapping[str, Any], path: Path) -> None:
         if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
             known = ", ".join(["default", *ROPE_INIT_FUNCTIONS])
             raise CheckpointError(f"{path}: unknown rope_type. Got {kind!r}, expected one of {known}. Correct it.")
-        if theta is not None and (not isinstance(theta, int | float) or not 0 < theta < float("inf")):
+        if not isinstance(theta, int | float) or not 0 < theta < float("inf"):
             raise CheckpointError(
                 f"{path}: impossible rope_theta. Got {theta!r}, expected a positive number. Correct it."
             )
-    full = parameters.get("full_attention", parameters)
-    used, stated = full.get("rope_theta"), text.get("rope_theta")
+    used = parameters.get("full_attention", parameters).get("rope_theta")
     if stated is not None and used is not None and stated != used:
         raise CheckpointError(
             f"{path}: two different rotary bases. Got rope_theta {stated!r} at the top level and {used!r} in "

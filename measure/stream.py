@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..convert.checkpoint import TensorSource
 from ..convert.families import HEAD, Family, Stage
-from ..convert.language import LanguageModel, language_model, require_consistent
+from ..convert.language import LanguageModel, language_model
 from ..convert.model_config import explain_transformers, parse_config
 from ..errors import CheckpointError, NumericalError
 from .attention import attention_for
@@ -99,7 +99,6 @@ class StreamedModel:
                 config.json says.
         """
         self._source = language_model(source)
-        require_consistent(self._source)
         self.family: Family = self._source.family
         self.device = device
         self.dtype = dtype
@@ -334,7 +333,6 @@ def whole_model(source: TensorSource, *, device: torch.device, dtype: torch.dtyp
     """
     language = language_model(source)
     config = {**language.config, "tie_word_embeddings": language.tied_embeddings}
-    require_consistent(language)
     model = _build_skeleton(language, config, dtype, device, pads=True)
     for block in model.get_submodule(language.family.blocks):
         split_block(block, language.family, config)

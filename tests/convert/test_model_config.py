@@ -1,0 +1,162 @@
+"""config.json completed and checked: beside what AutoConfig makes of the same file."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bpwise.convert.checkpoint import Checkpoint
+from bpwise.convert.language import language_model
+from bpwise.convert.model_config import complete_config
+from bpwise.errors import CheckpointError, UnsupportedModelError
+from bpwise.measure.stream import StreamedModel
+from transformers import AutoConfig
+
+from ..tiny_models import FAMILIES, SIZES, VISION
+
+# What makers leave out: Gemma 3 4B and 12B, Llama 2, Mistral, Qwen 2.5, and others say no more of their language model.
+STATED = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "moe_intermediate_size", "num_experts")
+WHERE = Path("m/config.json")
+
+
+def parsed_by_transformers(directory: Path, config: dict[str, Any]) -> Any:
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config))
+    return AutoConfig.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_sizes_that_a_file_leaves_out_are_those_of_the_class(kind: str, tmp_path: Path) -> None:
+    config = {key: value for key, value in {**SIZES, **FAMILIES[kind], "model_type": kind}.items() if key in STATED}
+    config |= {"hidden_size": 4096, "num_hidden_layers": 6}  # to be divided by any number of heads
+    expected = parsed_by_transformers(tmp_path / "m", config)
+    got = complete_config(config, WHERE, embedding_rows=777)
+    for key in ("num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rope_parameters"):
+        assert got[key] == getattr(expected, key), key
+    epsilon = next(key for key in ("rms_norm_eps", "layer_norm_eps", "norm_epsilon") if hasattr(expected, key))
+    assert got[epsilon] == getattr(expected, epsilon)
+    if getattr(expected, "head_dim", None) is not None:
+        assert got["head_dim"] == expected.head_dim
+    assert got["vocab_size"] == 777
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_transformers_makes_the_same_of_a_completed_file(kind: str, tmp_path: Path) -> None:
+    config = {**SIZES, **FAMILIES[kind], "model_type": kind}
+    del config["max_position_embeddings"]
+    completed = complete_config(config, WHERE, embedding_rows=None)
+    first, second = (parsed_by_transformers(tmp_path / str(len(c)), c).to_dict() for c in (config, completed))
+    assert {**second, "_name_or_path": ""} == {**first, "_name_or_path": ""}
+
+
+@pytest.mark.parametrize("kind", VISION)
+def test_the_language_part_is_completed(kind: str, tmp_path: Path) -> None:
+    whole = {**VISION[kind], "model_type": kind, "text_config": {**VISION[kind]["text_config"]}}
+    for key in ("vocab_size", "max_position_embeddings"):
+        del whole["text_config"][key]
+    expected = parsed_by_transformers(tmp_path / "m", whole).get_text_config()
+    got = complete_config(whole, WHERE, embedding_rows=264)
+    assert got["text_config"]["max_position_embeddings"] == expected.max_position_embeddings
+    assert got["text_config"]["vocab_size"] == 264  # stored, and not the class's
+    assert got["vision_config"] == whole["vision_config"]
+    assert "max_position_embeddings" not in whole["text_config"], "the original is not modified"
+
+
+def test_stated_values_and_ids_are_left_alone() -> None:
+    config = {**SIZES, "model_type": "llama", "rms_norm_eps": 1e-3, "head_dim": 24, "rope_theta": 3e4}
+    for key in ("bos_token_id", "eos_token_id", "tie_word_embeddings"):
+        del config[key]
+    got = complete_config(config, WHERE, embedding_rows=None)
+    assert {key: got[key] for key in config} == config
+    assert not got.keys() & {"bos_token_id", "eos_token_id", "tie_word_embeddings", "initializer_range"}
+    assert got["rope_parameters"]["rope_theta"] == 3e4
+
+
+def test_null_means_that_the_class_decides() -> None:
+    config = {**SIZES, "model_type": "llama", "head_dim": None, "num_key_value_heads": None}
+    got = complete_config(config, WHERE, embedding_rows=None)
+    assert (got["head_dim"], got["num_key_value_heads"]) == (64 // 4, 4)  # as configuration_llama.py computes them
+
+
+def test_su_is_longrope(tmp_path: Path) -> None:
+    factors = {"long_factor": [2.0] * 8, "short_factor": [1.0] * 8}
+    config = {**SIZES, "model_type": "phi3", "rope_theta": 1e4, "original_max_position_embeddings": 64}
+    got = complete_config({**config, "rope_scaling": {"type": "su", **factors}}, WHERE, embedding_rows=None)
+    again = parsed_by_transformers(tmp_path / "m", {**config, "rope_scaling": {"type": "longrope", **factors}})
+    assert got["rope_parameters"] == again.rope_parameters
+
+
+LIES: dict[str, tuple[dict[str, Any], str]] = {
+    "no-layers": ({"num_hidden_layers": 0}, "impossible num_hidden_layers. Got 0"),
+    "endless-layers": ({"num_hidden_layers": 10**7}, "impossible num_hidden_layers. Got 10000000"),
+    "huge": ({"hidden_size": 10**12}, "impossible hidden_size. Got 1000000000000"),
+    "no-groups": ({"num_key_value_heads": 0}, "impossible num_key_value_heads. Got 0"),
+    "groups": (
+        {"num_key_value_heads": 3},
+        "num_attention_heads and num_key_value_heads do not fit together. Got 4 and 3",
+    ),
+    "text": ({"hidden_size": "64"}, "Field 'hidden_size' expected int, got str"),
+    "heads": ({"num_attention_heads": 5, "num_key_value_heads": 5}, "not a multiple of the number of attention heads"),
+    "padding": ({"pad_token_id": 300}, "pad_token_id is outside the vocabulary. Got 300"),
+    "rope-type": ({"rope_scaling": {"type": "ntk-by-parts", "factor": 4.0}}, "unknown rope_type. Got 'ntk-by-parts'"),
+    "rope-key": ({"rope_scaling": {"type": "linear"}}, "Missing required keys"),
+    "rope-theta": ({"rope_theta": None}, "impossible rope_theta. Got None"),
+    "two-bases": (
+        {"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        "two different rotary bases. Got rope_theta 10000.0 at the top level and 500000.0",
+    ),
+    "activation": ({"hidden_act": "silu_and_mul"}, "unknown hidden_act. Got 'silu_and_mul'"),
+    "activation-list": ({"hidden_act": ["silu"]}, "hidden_act"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), LIES.values(), ids=LIES)
+def test_what_no_model_can_have_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        complete_config({**SIZES, "model_type": "llama", **changes}, WHERE, embedding_rows=264)
+    assert str(caught.value).startswith("m/config.json: ")
+    assert message in str(caught.value)
+
+
+def test_no_token_has_more_experts_than_there_are() -> None:
+    config = {**SIZES, **FAMILIES["mixtral"], "model_type": "mixtral", "num_experts_per_tok": 5}
+    with pytest.raises(CheckpointError, match="Got 5, expected at most 4"):
+        complete_config(config, WHERE, embedding_rows=None)
+
+
+def test_an_unknown_model_type_is_named() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"^m/config\.json: .* does not know model_type 'llama9'"):
+        complete_config({"model_type": "llama9"}, WHERE, embedding_rows=None)
+
+
+def change_config(directory: Path, **changes: Any) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 3}, r"Got no tensor of model\.layers\.2, expected num_hidden_layers 3"),
+        ({"vocab_size": 300}, r"Got shape \(264, 32\) for model\.embed_tokens\.weight, expected \(300, 32\)"),
+        ({"intermediate_size": 96}, r"Got shape \(64, 32\) for \S+mlp\.\S+\.weight, expected \(96, 32\)"),
+        ({"head_dim": 16}, r"Got shape \(32, 32\) for \S+q_proj\.weight, expected \(64, 32\)"),
+    ],
+    ids=["blocks", "vocabulary", "neurons", "heads"],
+)
+def test_sizes_are_compared_with_the_weights(
+    changes: dict[str, Any], message: str, make_model: Callable[..., Path]
+) -> None:
+    directory = make_model("m")
+    change_config(directory, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        language_model(Checkpoint.open(directory))
+
+
+def test_every_parameter_is_compared_before_any_is_read(make_model: Callable[..., Path]) -> None:
+    directory = make_model("m")
+    change_config(directory, attention_bias=True)
+    with pytest.raises(CheckpointError, match=r"self_attn\.\w_proj\.bias' is missing"):
+        StreamedModel(Checkpoint.open(directory), device=torch.device("cpu"), dtype=torch.float32)
