@@ -194,8 +194,8 @@ def _check_experts(text: Mapping[str, Any], path: Path) -> None:
     chosen, experts = text.get("num_experts_per_tok"), text.get("num_experts") or text.get("num_local_experts")
     if isinstance(chosen, int) and isinstance(experts, int) and chosen > experts:
         raise CheckpointError(
-            f"{path}: num_experts_per_tok is larger than the number of experts. Got {chosen}, expected at most {experts}. "
-            "Correct it."
+            f"{path}: num_experts_per_tok is larger than the number of experts. Got {chosen}, expected at most "
+            f"{experts}. Correct it."
         )
 
 
@@ -217,12 +217,19 @@ def _check_rope(parameters: Any, stated: Any, path: Path) -> None:
     kinds = [value for value in parameters.values() if isinstance(value, Mapping)] or [parameters]
     for rope in kinds:
         kind, theta = rope.get("rope_type"), rope.get("rope_theta")
-        if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
-            known = ", ".join(["default", *ROPE_INIT_FUNCTIONS])
-            raise CheckpointError(f"{path}: unknown rope_type. Got {kind!r}, expected one of {known}. Correct it.")
+        known = ["default", *ROPE_INIT_FUNCTIONS]
+        if kind not in known:
+            raise CheckpointError(
+                f"{path}: unknown rope_type. Got {kind!r}, expected one of {', '.join(known)}. Correct it."
+            )
         if not isinstance(theta, int | float) or not 0 < theta < float("inf"):
             raise CheckpointError(
                 f"{path}: impossible rope_theta. Got {theta!r}, expected a positive number. Correct it."
+            )
+        share = rope.get("partial_rotary_factor")
+        if share is not None and not (isinstance(share, int | float) and 0 < share <= 1):
+            raise CheckpointError(
+                f"{path}: impossible partial_rotary_factor. Got {share!r}, expected a number from 0 to 1. Correct it."
             )
     used = parameters.get("full_attention", parameters).get("rope_theta")
     if stated is not None and used is not None and stated != used:

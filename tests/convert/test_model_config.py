@@ -17,7 +17,7 @@ from transformers import AutoConfig
 from ..tiny_models import FAMILIES, SIZES, VISION
 
 # What makers leave out: Gemma 3 4B and 12B, Llama 2, Mistral, Qwen 2.5, and others say no more of their language model.
-STATED = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "moe_intermediate_size", "num_experts")
+STATED = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "moe_intermediate_size")
 WHERE = Path("m/config.json")
 
 
@@ -107,6 +107,8 @@ LIES: dict[str, tuple[dict[str, Any], str]] = {
         {"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
         "two different rotary bases. Got rope_theta 10000.0 at the top level and 500000.0",
     ),
+    "rope-share": ({"partial_rotary_factor": 64}, "impossible partial_rotary_factor. Got 64"),
+    "rope-type-list": ({"rope_scaling": {"type": ["linear"]}}, "unknown rope_type. Got ['linear']"),
     "activation": ({"hidden_act": "silu_and_mul"}, "unknown hidden_act. Got 'silu_and_mul'"),
     "activation-list": ({"hidden_act": ["silu"]}, "hidden_act"),
 }

@@ -95,7 +95,9 @@ class TestConverting:
         make_base(make_checkpoint(), tmp_path / "out" / "base.gguf", llama_cpp=fake)
         seen = json.loads((fake / "seen.json").read_text())
         assert set(seen["files"]) == {"config.json", "tokenizer_config.json", "tokenizer.json"}
-        assert json.loads(seen["files"]["config.json"]) == {"model_type": "llama", "max_position_embeddings": 128}
+        config = json.loads(seen["files"]["config.json"])
+        assert (config["model_type"], config["max_position_embeddings"]) == ("llama", 128)
+        assert "auto_map" not in config
         assert json.loads(seen["files"]["tokenizer_config.json"]) == {"x": [{}], "chat_template": "{{ m }}"}
         assert seen["name"] == "some-model"
         assert list(seen["shards"]) == ["model.safetensors"]
@@ -169,6 +171,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+LONGROPE = {"type": "longrope", "long_factor": [2.0] * 64, "short_factor": [1.0] * 64}
 
 
 def llama3_factors(head_dim: int) -> np.ndarray:
@@ -206,7 +209,7 @@ class TestChecking:
                 "wrong rope.scaling.original_context_length",
             ),
             ({"rope_parameters": LLAMA3}, {"llama.rope.freq_base": 5e5}, "wrong rope_freqs.*, got no such tensor"),
-            ({"rope_scaling": {"type": "longrope"}}, {"llama.rope.scaling.type": "longrope"}, "tensors of factors"),
+            ({"rope_scaling": LONGROPE}, {"llama.rope.scaling.type": "longrope"}, "tensors of factors"),
             ({}, {"llama.rope.scaling.type": "linear"}, "wrong rope.scaling.type, got linear, expected none"),
         ],
         ids=["base-missing", "base", "context", "linear", "yarn", "llama3", "longrope", "unasked"],
