@@ -220,6 +220,8 @@ class MeasuringPasses:
             damping=judged.damping,
             inflation=judged.inflation,
         )
+        for name, curve in zip(linears, curves, strict=True):
+            check_finite(curve.damage_nats, name, "predicted damages")
         if HEAD in linears and self.model.tied:
             (weight,), (fisher,) = weights, fishers
             types = [measure_plain_types(weight, gram, fisher, self.kinds, inflation=judged.inflation)]
