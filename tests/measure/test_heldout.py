@@ -72,7 +72,7 @@ def test_nothing_to_hold_out() -> None:
 
 
 def test_damage_too_small_for_float32() -> None:
-    halves = [gram(tokens(50, seed)) for seed in (1, 2)]
+    halves = [1e-10 * gram(tokens(50, seed)) for seed in (1, 2)]
     found = judge_halves([torch.full((ROWS, OUTPUTS), 1e-4)], halves, [torch.full((OUTPUTS,), 1e-37)])
     assert found.inflation == 1.0
     assert found.damping in DAMPINGS
