@@ -55,6 +55,11 @@ class Stage:
     normed: bool = False
     expert: int | None = None
 
+    @property
+    def reads_stream(self) -> bool:
+        """Whether the linears read what a norm makes of the residual stream, and not values or neurons."""
+        return self.adds is None and not self.linears[0].endswith((".down_proj", ".w2"))
+
 
 @dataclass(frozen=True, slots=True)
 class Experts:

@@ -14,9 +14,9 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from ..errors import BrokenModelError, WorkDirectoryError
+from ..errors import BrokenModelError, FormatError, WorkDirectoryError
 from .files import write_json
-from .safetensors_file import NewTensor, load_tensors, save_tensors
+from .safetensors_file import NewTensor, load_tensors, read_entry, read_header, save_tensors
 
 __all__ = ["StageDirectory", "claimed", "discard_stages", "stages_in"]
 
@@ -62,6 +62,11 @@ class StageDirectory:
     def load(self, piece: str, new: NewTensor = torch.empty) -> dict[str, Tensor]:
         """Return the tensors of a finished piece, each in what ``new`` made for it."""
         return load_tensors(self._file(piece), new=new)
+
+    def number(self, piece: str, name: str) -> float | None:
+        """Return a number that a finished piece keeps under a name, None if there is none; reads nothing else of it."""
+        entry = read_header(self._file(piece), FormatError).entries.get(name)
+        return None if entry is None else float(read_entry(self._file(piece), entry, FormatError))
 
     def discard(self, piece: str) -> None:
         """Let a piece go that no later step needs."""

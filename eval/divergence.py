@@ -21,8 +21,8 @@ _PIECE_POSITIONS = 64
 TOP_COUNT = 5
 """Most likely tokens that are kept of each prediction."""
 
-_MAX_NLL_NATS = 700.0
-"""Above it the perplexity does not fit a float64; a model that guesses at random is at about 12."""
+_MAX_NLL_NATS = 300.0
+"""Above it the square of the perplexity does not fit a float64; a model that guesses at random is at about 12."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

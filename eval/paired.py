@@ -15,6 +15,9 @@ from .estimate import Estimate, Interval, confidence_interval, mean_over_rows
 
 __all__ = ["PairedDifference", "check_comparable", "paired_differences"]
 
+_LARGEST_EXPONENT = 700.0
+"""Its exponential is near the end of float64: the interval of a broken model may reach further."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairedDifference:
@@ -89,10 +92,14 @@ def _difference(first: Comparison, second: Comparison) -> PairedDifference:
         kl_nats=kl,
         kl_interval=confidence_interval(kl, rows),
         perplexity_ratio=nll.scaled(math.exp(nll.value), math.exp(nll.value)),
-        perplexity_interval=nll_interval and Interval(math.exp(nll_interval.low), math.exp(nll_interval.high)),
+        perplexity_interval=nll_interval and Interval(_ratio(nll_interval.low), _ratio(nll_interval.high)),
         top1_agreement=top1,
         top1_interval=confidence_interval(top1, rows),
     )
+
+
+def _ratio(nll_nats: float) -> float:
+    return math.exp(min(nll_nats, _LARGEST_EXPONENT))
 
 
 def _mean_difference(first: Sequence[float], second: Sequence[float]) -> Estimate:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..convert.families import Stage
 from .sketch import FisherSketch
-from .statistics import StageStatistics
+from .statistics import StageStatistics, tokens_of_halves
 from .surgery import Expert
 
 __all__ = ["ExpertInputs", "ExpertSums", "collect_experts", "expert_of", "expert_stages", "expert_statistics"]
@@ -192,10 +192,9 @@ def _statistics(
     linear: Any = block.get_submodule(stage.linears[0])
     weights = seen.sums[stage].weights
     weights = _with_others(weights, len(weights) if all_tokens else linear.in_features, seed=seed)
-    sums = StageStatistics(linear.in_features, linear.weight.device)
-    for parity, half in enumerate(sums.halves):
-        of_half = torch.arange(len(weights)) // row_tokens % 2 == parity
-        tokens = (of_half & (weights > 0)).nonzero()[:, 0]
+    sums = StageStatistics(linear.in_features, row_tokens, linear.weight.device)
+    for half, of_half in zip(sums.halves, tokens_of_halves(0, len(weights), row_tokens), strict=True):
+        tokens = of_half[weights[of_half] > 0]
         inputs = seen.inputs[tokens].to(linear.weight.device)
         with torch.no_grad():
             half.add(inputs if neurons_of is None else neurons_of(inputs), weights[tokens].to(linear.weight.device))

@@ -72,7 +72,7 @@ def judge_halves(
         dampings: Dampings to choose from.
 
     Returns:
-        The choice; an inflation of 1 where one half is empty or all weights are zero.
+        The choice; an inflation of 1 where one half is empty, or all weights are zero or next to it.
     """
     power = sum(map(row_powers, weights, fishers), torch.zeros(len(grams[0]), device=grams[0].device))
     if not (all(bool(gram.any()) for gram in grams) and bool(power.any())):
@@ -81,8 +81,10 @@ def judge_halves(
     best = min(range(len(dampings)), key=lambda index: there[index].other)
     (back,) = _trials(power, grams[1], grams[0], dampings[best : best + 1])
     both = there[best], back
-    inflation = sum(trial.own + trial.other for trial in both) / 2 / sum(trial.reported for trial in both)
-    return HeldOut(dampings[best], inflation)
+    reported = sum(trial.reported for trial in both)
+    if not reported > 0:  # too little for float32
+        return HeldOut(dampings[best], 1.0)
+    return HeldOut(dampings[best], sum(trial.own + trial.other for trial in both) / 2 / reported)
 
 
 def _trials(power: Tensor, fit: Tensor, other: Tensor, dampings: Sequence[float]) -> list[_Trial]:

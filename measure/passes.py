@@ -116,7 +116,7 @@ class MeasuringPasses:
         rng = np.random.default_rng(self.seed)
         gradient = self.model.new_state(self.tokens)
         with self.model.tail() as head, tapped_inputs(head, [""]) as taps, tapped_outputs(head, [""]) as raw:
-            sums = StageStatistics(head.in_features, self.model.device)
+            sums = StageStatistics(head.in_features, self.tokens.shape[1], self.model.device)
             flat, flat_gradient = hidden.flatten(0, 1), gradient.view(-1, hidden.shape[-1])
             errors = torch.empty(TAIL_TOKENS, head.out_features, device=self.model.device)
             for first in range(0, flat.shape[0], TAIL_TOKENS):
@@ -126,11 +126,11 @@ class MeasuringPasses:
                 slopes = _slopes(logits, raw[""])
                 error, outputs, weights = _probe(logits.detach()[0], rng, slopes, errors)
                 sums.see_sums(HEAD, outputs, weights)
-                sums.end_batch(first // self.tokens.shape[1], 1)
+                sums.end_batch()
                 logits.backward(error[None])
                 assert part.grad is not None
                 flat_gradient[first : first + TAIL_TOKENS] = part.grad[0].cpu()
-            check_finite(gradient, "output head, gradient")
+            check_finite(gradient, "output head", "gradients")
             curves, types = self._curves({HEAD: head}, sums)
         self.pieces.save(f"gradient-{last}", {"gradient": gradient})
         none = torch.empty(head.out_features, 0)  # its outputs are rounded each for itself
@@ -151,7 +151,7 @@ class MeasuringPasses:
             packed: dict[str, Tensor] = {}
             with self.model.block(index) as block:
                 with (
-                    collect(block, shared) as statistics,
+                    collect(block, shared, self.tokens.shape[1]) as statistics,
                     collect_experts(block, self.model.family.experts_path, experts, self.tokens.numel()) as seen,
                     position_by_position(block, stages),
                 ):
@@ -187,15 +187,13 @@ class MeasuringPasses:
     ) -> None:
         # Puts the gradient at the block's input in the place of that at its output.
         for batch in self.batches:
-            for sums in statistics:
-                sums.first_row = batch.start
             inputs = hidden[batch].to(self.model.device).requires_grad_()
             self.model.run_block(index, inputs).backward(gradient[batch].to(self.model.device))
             assert inputs.grad is not None
             gradient[batch] = inputs.grad.cpu()
             for sums in statistics:
-                sums.end_batch(batch.start, len(inputs))
-        check_finite(gradient, f"{self.model.block_name(index)}, gradient")
+                sums.end_batch()
+        check_finite(gradient, self.model.block_name(index), "gradients")
 
     def _curves(
         self, linears: dict[str, Any], sums: StageStatistics
@@ -205,6 +203,10 @@ class MeasuringPasses:
         fishers = [sums.fisher[name] / sums.tokens for name in linears]
         totals = [half.weight for half in sums.halves]
         halves = [half.mean() for half in sums.halves]
+        for name, fisher in zip(linears, fishers, strict=True):
+            check_finite(fisher, name, "squared gradients")
+        for sums_of_half in (*halves, torch.tensor(totals)):
+            check_finite(sums_of_half, next(iter(linears)), "weighted inputs")
         judged = judge_halves(weights, halves, fishers, dampings=self.dampings)
         first, second = (half.mul_(total) for total, half in zip(totals, halves, strict=True))
         gram = first.add_(second).div_(max(sum(totals), _TINY))
@@ -218,6 +220,8 @@ class MeasuringPasses:
             damping=judged.damping,
             inflation=judged.inflation,
         )
+        for name, curve in zip(linears, curves, strict=True):
+            check_finite(curve.damage_nats, name, "predicted damages")
         if HEAD in linears and self.model.tied:
             (weight,), (fisher,) = weights, fishers
             types = [measure_plain_types(weight, gram, fisher, self.kinds, inflation=judged.inflation)]
@@ -233,9 +237,11 @@ class MeasuringPasses:
             return
         gradient = self.model.embedding_gradient(self.tokens, self._kept("gradient-0", "gradient"))
         squares = gradient.flatten(0, 1).square()
+        total = squares.sum()
+        check_finite(total, self.model.embedding_name, "squared gradients")
         fisher = squares.mean(dim=0)
         # As in a Gram matrix, a token counts what its gradients say.
-        weights = squares.sum(dim=1) / max(float(squares.sum()), _TINY)
+        weights = squares.sum(dim=1) / max(float(total), _TINY)
         uses = torch.zeros(self.model.vocabulary).index_add_(0, self.tokens.flatten(), weights)
         rows, shares = systematic_sample(uses, SAMPLED_ROWS)
         table = self.model.embeddings(rows).float().T

@@ -23,10 +23,17 @@ from ..convert.families import Stage
 from .sampling import thinned
 from .sketch import FisherSketch
 
-__all__ = ["StageStatistics", "WeightedGram", "collect", "rows_of_half", "tapped_inputs", "tapped_outputs"]
+__all__ = ["StageStatistics", "WeightedGram", "collect", "tapped_inputs", "tapped_outputs", "tokens_of_halves"]
 
 _GRAM_BLOCK = 256
 """Columns of a Gram matrix that are summed together; only blocks on and above the diagonal are."""
+
+_NO_INPUT = 1e-4
+"""Inputs of at most this length, relative to the median token's, are taken for zero. Values of a token that many others
+attend to, the first for example, are some hundredths as long as others."""
+
+_NO_NORM = 0.05
+"""The same of what a norm makes of the residual stream, which is about as long for all tokens (see ``normless``)."""
 
 
 class WeightedGram:
@@ -60,62 +67,88 @@ class WeightedGram:
         self.weight += float(weights.sum())
 
     def mean(self) -> Tensor:
-        """Return sum w x x^T / sum w, float32, shape (K, K); zero if all weights are. Ends the summing."""
+        """Return sum w x x^T / sum w, float32, shape (K, K); zero if all weights are. Ends the summing.
+
+        It is symmetric to the bit, which sums of products need not be: kernels may add up x_i x_j and x_j x_i in
+        different orders.
+        """
         upper, self._upper = self._upper, torch.empty(0)
         for first in range(0, len(upper), _GRAM_BLOCK):
             last = first + _GRAM_BLOCK
             upper[last:, first:last] = upper[first:last, last:].T
+            block = upper[first:last, first:last]
+            block.copy_(block.triu() + block.triu(1).T)
         return upper.div_(self.weight) if self.weight > 0 else upper.zero_()
 
 
-def rows_of_half(half: int, first_row: int) -> slice:
-    """Return which rows of a micro-batch belong to a half: of all calibration rows, the even or the odd ones.
+def tokens_of_halves(first_token: int, count: int, row_tokens: int) -> list[Tensor]:
+    """Return which of some consecutive tokens belong to each half of the calibration rows: even rows, and odd ones.
 
     Args:
-        half: 0 or 1.
-        first_row: Index of the micro-batch's first row among all rows.
+        first_token: Index of the first of them among the tokens of all rows.
+        count: How many they are.
+        row_tokens: Tokens of a row.
+
+    Returns:
+        For either half its tokens, counted from the first of them, int64, in order.
     """
-    return slice((half - first_row) % 2, None, 2)
+    rows = torch.arange(first_token, first_token + count) // row_tokens
+    return [(rows % 2 == parity).nonzero()[:, 0] for parity in range(2)]
 
 
 class StageStatistics:
-    """Sums over tokens for one stage.
+    """Sums over tokens for one stage. Tokens come in the order of the calibration rows, from the first of them.
+
+    Tokens whose input is next to zero count nothing, as no error of a weight shows there, however large gradients are:
+    they grow a thousandfold where a zero passes a norm (see ``normless``).
 
     Attributes:
         halves: Weighted mean of x x^T, x being the stage's common input, over every even row and every odd one.
         fisher: Per linear, the sum over tokens of (dL/dy)^2, float32, shape (out,), nats per squared unit
             of y.
         couplings: Per linear whose gradients were seen, the sketch of the Fisher matrix of its outputs.
-        token_weights: Per micro-batch, the weight of each token, float32, shape (rows * tokens,), on the CPU: the sum
-            of (dL/dy)^2 over all outputs of all linears, not scaled.
-        first_row: Index, among all calibration rows, of the first row of the micro-batch at hand; to be set before one
-            that comes in pieces.
+        token_weights: Per micro-batch or piece of it, the weight of each token, float32, shape (tokens,), on the CPU:
+            the sum of (dL/dy)^2 over all outputs of all linears, not scaled.
     """
 
-    def __init__(self, width: int, device: torch.device) -> None:
-        """Start from nothing; ``width`` is the length of the stage's input."""
+    def __init__(self, width: int, row_tokens: int, device: torch.device, *, least_input: float = _NO_INPUT) -> None:
+        """Start from nothing.
+
+        Args:
+            width: Length K of the stage's input.
+            row_tokens: Tokens of a calibration row.
+            device: Where the sums are kept.
+            least_input: Length up to which an input is taken for zero, relative to the median token's.
+        """
         self.halves = [WeightedGram(width, device) for _ in range(2)]
         self.fisher: dict[str, Tensor] = {}
         self.couplings: dict[str, FisherSketch] = {}
         self.token_weights: list[Tensor] = []
-        self.first_row = 0
+        self._row_tokens = row_tokens
+        self._least_input = least_input
         self._rng = torch.Generator().manual_seed(0)
         self._inputs: Tensor | None = None
+        self._left_out: Tensor | None = None
         self._weights: Tensor | None = None
 
     def see_inputs(self, inputs: Tensor) -> None:
         """Take the inputs of a micro-batch, or of its next piece, shape (rows, tokens, K) or (rows * tokens, K).
 
-        A micro-batch of one row may come in pieces of it, if the gradients of a piece's outputs are seen before the
-        next piece's inputs.
+        A micro-batch may come in pieces if the gradients of a piece's outputs are seen before the next piece's inputs.
         """
         if self._weights is not None:
-            self._add_up(rows=1)
-        self._inputs = inputs.detach().float()
+            self.end_batch()
+        self._inputs = inputs.detach().flatten(0, -2).float()
+        lengths = torch.linalg.vector_norm(self._inputs, dim=1)
+        zero = lengths <= self._least_input * lengths.median()
+        # Of a stage that has no input at all, gradients still tell its outputs apart.
+        self._left_out = zero if bool(zero.any()) and not bool(zero.all()) else None
 
     def see_gradient(self, linear: str, gradient: Tensor) -> None:
         """Take the gradients of one linear's outputs over the same micro-batch, shape (rows, tokens, out)."""
         flat = gradient.detach().flatten(0, -2).float()
+        if self._left_out is not None:
+            flat = flat.masked_fill(self._left_out[:, None], 0)
         if linear not in self.couplings:
             self.couplings[linear] = FisherSketch(flat.shape[1], flat.device)
         squares = flat.square()
@@ -134,25 +167,15 @@ class StageStatistics:
         self.fisher[linear] = self.fisher[linear] + outputs if linear in self.fisher else outputs
         self._weights = tokens if self._weights is None else self._weights + tokens
 
-    def end_batch(self, first_row: int, rows: int) -> None:
-        """Add up the micro-batch: all its inputs and gradients have been seen.
-
-        Args:
-            first_row: Index of its first row among all calibration rows.
-            rows: Number of its rows.
-        """
-        self.first_row = first_row
-        self._add_up(rows)
-
-    def _add_up(self, rows: int) -> None:
+    def end_batch(self) -> None:
+        """Add up the micro-batch: all its inputs and gradients have been seen."""
         assert self._inputs is not None
         assert self._weights is not None
-        weights = self._weights.view(rows, -1)
-        inputs = self._inputs.view(*weights.shape, -1)
-        for parity, half in enumerate(self.halves):
-            of_half = rows_of_half(parity, self.first_row)
-            kept, given = thinned(weights[of_half].flatten(), self._rng)
-            half.add(inputs[of_half].flatten(0, 1)[kept], given)
+        halves = tokens_of_halves(self.tokens, len(self._weights), self._row_tokens)
+        for half, tokens in zip(self.halves, halves, strict=True):
+            of_half = tokens.to(self._weights.device)
+            kept, given = thinned(self._weights[of_half], self._rng)
+            half.add(self._inputs[of_half[kept]], given)
         self.token_weights.append(self._weights.cpu())
         self._inputs = self._weights = None
 
@@ -169,12 +192,13 @@ class StageStatistics:
 
 
 @contextmanager
-def collect(block: nn.Module, stages: Sequence[Stage]) -> Iterator[list[StageStatistics]]:
+def collect(block: nn.Module, stages: Sequence[Stage], row_tokens: int) -> Iterator[list[StageStatistics]]:
     """Collect statistics of every stage while forward and backward passes run through a block.
 
     Args:
         block: A decoder block, its weights loaded.
         stages: Its stages.
+        row_tokens: Tokens of a calibration row.
 
     Yields:
         One ``StageStatistics`` a stage; the caller ends each micro-batch after its backward pass.
@@ -182,7 +206,8 @@ def collect(block: nn.Module, stages: Sequence[Stage]) -> Iterator[list[StageSta
     statistics, handles = [], []
     for stage in stages:
         first: Any = block.get_submodule(stage.linears[0])
-        sums = StageStatistics(first.in_features, first.weight.device)
+        least = _NO_NORM if stage.reads_stream else _NO_INPUT
+        sums = StageStatistics(first.in_features, row_tokens, first.weight.device, least_input=least)
         statistics.append(sums)
         handles.append(first.register_forward_pre_hook(_input_hook(sums)))
         for name in stage.linears:

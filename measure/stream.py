@@ -23,6 +23,7 @@ from ..convert.model_config import explain_transformers, parse_config
 from ..errors import CheckpointError, NumericalError
 from .attention import attention_for
 from .head import StoredLinear
+from .normless import hold_small_states, norms_of_stream
 from .states import new_state
 from .surgery import split_block
 
@@ -43,16 +44,21 @@ def micro_batches(rows: int, row_tokens: int) -> list[slice]:
     return [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
 
 
-def check_finite(tensor: Tensor, where: str) -> None:
+def check_finite(tensor: Tensor, where: str, what: str = "activations") -> None:
     """Raise if a tensor holds NaN or infinity.
 
+    Args:
+        tensor: Any shape, floating point.
+        where: Name of a module.
+        what: What of it the tensor holds, in the plural.
+
     Raises:
-        NumericalError: It does; ``where`` begins the message.
+        NumericalError: It does.
     """
     extremes = torch.stack(torch.aminmax(tensor))  # NaN goes through; one pass over memory, unlike isfinite
     if not bool(torch.isfinite(extremes).all()):
         raise NumericalError(
-            f"{where}: NaN or infinity in the activations. Check that the original model runs in this dtype."
+            f"{where}: NaN or infinity in the {what}. Check that the original model runs in this dtype."
         )
 
 
@@ -105,6 +111,8 @@ class StreamedModel:
         self.offload_dir = offload_dir
         self._model: Any = _build_skeleton(self._source, self._source.config, dtype, device)
         self._model.set_submodule(HEAD, StoredLinear(self._model.get_submodule(HEAD)))
+        for norm in norms_of_stream(self._model, self.family):
+            hold_small_states(norm)
         parent = self._model.get_submodule(self.family.blocks)
         self._blocks: list[nn.Module] = list(parent)
         for block in self._blocks:

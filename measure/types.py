@@ -79,9 +79,9 @@ def measure_types(
     for sample in samples:
         errors = {kind: own for group in groups for kind, own in zip(group, next(found), strict=True)}
         known = sample.damages(errors)
-        damage = torch.tensor([known.get(kind, math.inf) for kind in kinds])
-        # Where the input is zero on every token, so is whatever an error makes of it.
-        damages.append(inflation * damage if bool(gram.any()) else torch.zeros_like(damage))
+        if not bool(gram.any()):  # The input is zero on every token, and so is whatever an error makes of it.
+            known = dict.fromkeys(known, 0.0)
+        damages.append(inflation * torch.tensor([known.get(kind, math.inf) for kind in kinds]))
     return damages
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..convert.families import Stage
 from ..measure.sampling import thinned
-from ..measure.statistics import WeightedGram, rows_of_half
+from ..measure.statistics import WeightedGram, tokens_of_halves
 from ..rounding.hessian import damped_solve
 
 __all__ = ["StageSums"]
@@ -88,9 +88,11 @@ class StageSums:
             missing = missing * sizes.to(inputs.device)
         if self._joins and self._module.bias is not None:
             missing = missing - self._module.bias * self._gains
-        for parity, half in enumerate(self._halves):
-            rows = rows_of_half(parity, first_row)
-            half.add(inputs[rows].flatten(0, 1), missing[rows].flatten(0, 1), weights[rows].flatten())
+        row_tokens = weights.shape[1]
+        halves = tokens_of_halves(first_row * row_tokens, weights.numel(), row_tokens)
+        for half, tokens in zip(self._halves, halves, strict=True):
+            of_half = tokens.to(inputs.device)
+            half.add(inputs.flatten(0, 1)[of_half], missing.flatten(0, 1)[of_half], weights.flatten()[of_half])
 
     def add_tokens(self, rows: Tensor, inputs: Tensor, target: Tensor, weights: Tensor) -> None:
         """Add single tokens of a stage whose output stays inside the block.

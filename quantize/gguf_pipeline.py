@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from ..progress import Progress, silent
 from ..rounding.parallel import cores
 from ..version import __version__
 from .cards import write_card
+from .fallbacks import damping_fallbacks, fallback_entries, fallback_lines
 from .hidden_states import Drift, drift_section
 from .judge import Judge, refuse_marked
 from .obtain import MEASUREMENT_FILE, obtain_measurement
@@ -72,6 +73,7 @@ class GgufResult:
         comparison: Original against quantized, or None if evaluation was left out.
         costs: Time and memory of every stage that ran.
         warnings: What llama.cpp's converter left out.
+        fallbacks: As in ``QuantizeResult``; empty if nothing was rounded now.
         drift: How far the hidden states after each block are from the original's; empty if nothing was rounded now.
         measurement: The measurement file, which serves any other size and format.
     """
@@ -84,6 +86,7 @@ class GgufResult:
     comparison: Comparison | None
     costs: tuple[StageCost, ...]
     warnings: tuple[str, ...]
+    fallbacks: Mapping[str, float]
     drift: tuple[Drift, ...]
     measurement: Path
 
@@ -99,6 +102,7 @@ class GgufResult:
             " best possible",
             *([] if self.comparison is None else summary_lines(self.comparison)),
             *(f"warning     {warning}" for warning in self.warnings),
+            *fallback_lines(self.fallbacks),
         ]
         lines += map(cost_line, self.costs)
         lines.append(f"measurement {self.measurement} serves any other size, and EXL2")
@@ -250,9 +254,11 @@ def _quantize(
         plan.save(work / "plan.json")
     run = _identity(checkpoint, rows, plan, config)
     verification = None
+    fallbacks: dict[str, float] = {}
     drift: list[Drift] = []
     if not output.exists():
         encoded: dict[str, Callable[[], Bytes]] = {}
+        distances: dict[str, float] = {}
         if config.feedback:
             with clock.stage("round"):
                 rounded = round_types(
@@ -265,6 +271,8 @@ def _quantize(
                     progress=progress,
                 )
                 encoded, drift = _in_file_order(rounded, base), rounded.drift()
+                distances = {_gguf_name(name): distance for name, distance in rounded.distances().items()}
+                fallbacks = damping_fallbacks(measured, rounded.dampings())
         with clock.stage("write and verify"):
             types = {_gguf_name(name): kind for name, kind in plan.kinds.items()}
             verification = write_gguf(
@@ -273,6 +281,7 @@ def _quantize(
                 types,
                 file_type=dominant_file_type(types, header),
                 encoded=encoded,
+                distances=distances,
                 importance=importance_of(measured).mean_squares,
                 metadata=_metadata(run, rows),
                 threads=cores(),
@@ -296,6 +305,7 @@ def _quantize(
         comparison=comparison,
         costs=tuple(clock.costs),
         warnings=warnings,
+        fallbacks=fallbacks,
         drift=tuple(drift),
         measurement=measurement or work / MEASUREMENT_FILE,
     )
@@ -417,6 +427,7 @@ def _report_details(result: GgufResult) -> dict[str, dict[str, str | float]]:
             "predicted damage, nats/token": plan.damage_nats,
             "least possible damage at this size": plan.lower_bound_nats,
             **{f"weights in {name}, %": round(100 * share, 2) for name, share in plan.weights_per_type().items()},
+            **fallback_entries(result.fallbacks),
         },
         **cost_section(result.costs),
         **drift_section(result.drift),

@@ -22,10 +22,10 @@ from ..eval.comparison import Comparison
 from ..eval.overlap import SPANS_KEY, CalibrationSpans
 from ..eval.report import summary_lines, write_report
 from ..measure.calibration import CalibrationSet
-from ..measure.measurement import Measurement
 from ..progress import Progress, silent
 from ..version import __version__
 from .cards import write_card
+from .fallbacks import damping_fallbacks, fallback_entries, fallback_lines
 from .hidden_states import Drift, drift_section
 from .judge import Judge, refuse_marked
 from .kept import kept_lines
@@ -82,8 +82,7 @@ class QuantizeResult:
         ]
         if self.experts is not None:
             lines.append(f"experts     {self.experts}")
-        for name, damping in self.fallbacks.items():
-            lines.append(f"fallback    {name}: damping raised to {damping:g}")
+        lines += fallback_lines(self.fallbacks)
         lines += map(cost_line, self.costs)
         lines.append(f"measurement {self.measurement} serves any other bitrate")
         report = " (with README.md)" if self.comparison is None else " (with README.md, report.html, report.md, ...)"
@@ -175,7 +174,8 @@ def _quantize(
         with clock.stage("round"):
             rounding = RoundConfig(device=config.measure.device, offload_dir=config.measure.offload_dir)
             rounded = round_model(checkpoint, measured, plan, rounding, work, progress)
-            fallbacks, drift = _fallbacks(rounded, measured), rounded.drift()
+            dampings = {name: rounded.damping(name) for name in rounded.names}
+            fallbacks, drift = damping_fallbacks(measured, dampings), rounded.drift()
         if config.effort == "high":
             with clock.stage("tune"):
                 rounded, drift = tune_model(rounded, measured, rounding, progress), []
@@ -231,7 +231,7 @@ def report_details(result: QuantizeResult) -> dict[str, dict[str, str | float]]:
                 for number, line in enumerate(kept_lines(plan.kept, plan.head_reason), 1)
             },
             **({} if result.experts is None else {"experts": result.experts}),
-            **{f"damping of {name}": damping for name, damping in result.fallbacks.items()},
+            **fallback_entries(result.fallbacks),
         },
         **cost_section(result.costs),
         **drift_section(result.drift),
@@ -275,12 +275,6 @@ def is_finished(output: Path, **expected: str) -> bool:
     raise WorkDirectoryError(
         f"{output}: exists already and is not the output of this run. Choose another or delete it."
     )
-
-
-def _fallbacks(rounded: RoundedModel, measurement: Measurement) -> dict[str, float]:
-    linears = [x for x in (*measurement.linears, measurement.head) if x.name in rounded.names]
-    used = {x.name: (rounded.damping(x.name), x.damping) for x in linears}
-    return {name: taken for name, (taken, asked) in used.items() if taken == float("inf") or taken > 1.001 * asked}
 
 
 def _write(

@@ -103,7 +103,9 @@ class RoundedModel:
 
     def damping(self, name: str) -> float:
         """Return the relative damping that the linear's rounding took; infinite if it went without feedback."""
-        return float(self.pieces.load(name)["damping"])
+        damping = self.pieces.number(name, "damping")
+        assert damping is not None
+        return damping
 
     def drift(self) -> list[Drift]:
         """Return how far the hidden states after every block are from the original's, over the calibration rows."""

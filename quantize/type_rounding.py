@@ -13,6 +13,7 @@ from torch import Tensor
 from ..convert.checkpoint import Checkpoint
 from ..convert.gguf.ggml import Bytes, decode, encode
 from ..convert.gguf.types import GgmlType
+from ..convert.language import LanguageModel, language_model
 from ..convert.work import StageDirectory
 from ..measure.measurement import MeasuredLinear, Measurement
 from ..measure.run import kept_inputs, resolve_device
@@ -50,10 +51,17 @@ class RoundedTypes:
         data: Bytes = self.pieces.load(name)["data"].numpy()
         return data
 
-    def damping(self, name: str) -> float | None:
-        """Return the relative damping that a linear's rounding took; None for what is rounded without feedback."""
-        piece = self.pieces.load(name)
-        return float(piece["damping"]) if "damping" in piece else None
+    def dampings(self) -> dict[str, float]:
+        """Return the relative damping that each linear's rounding took; without those that need no feedback."""
+        return self._numbers("damping")
+
+    def distances(self) -> dict[str, float]:
+        """Return ``||W_hat - W||^2`` of each linear; without what was rounded as it is, not moved to cancel drift."""
+        return self._numbers("distance")
+
+    def _numbers(self, key: str) -> dict[str, float]:
+        found = ((name, self.pieces.number(name, key)) for name in self.names)
+        return {name: number for name, number in found if number is not None}
 
     def drift(self) -> list[Drift]:
         """Return how far the hidden states after every block are from the original's, over the calibration rows."""
@@ -96,9 +104,10 @@ def round_types(
         "device": place.type,
     }
     pieces = StageDirectory(work, "rounded", identity)
-    model = StreamedModel(checkpoint, device=place, dtype=torch.float32, offload_dir=offload_dir)
+    source = language_model(checkpoint)
+    model = StreamedModel(source, device=place, dtype=torch.float32, offload_dir=offload_dir)
     inputs = kept_inputs(work, measurement)
-    run = RoundingPass(model, measurement, _TypeRounder(plan.kinds), pieces, correct_drift=True, inputs=inputs)
+    run = RoundingPass(model, measurement, _TypeRounder(plan.kinds, source), pieces, correct_drift=True, inputs=inputs)
     table = _rounded_table(checkpoint, measurement, plan, pieces)
     run.blocks(progress, table)
     if not measurement.embedding.tied:
@@ -133,11 +142,21 @@ def _rounded_table(checkpoint: Checkpoint, measurement: Measurement, plan: TypeP
 class _TypeRounder:
     """Rounds single linears to ggml's types."""
 
-    def __init__(self, kinds: Mapping[str, GgmlType]) -> None:
+    def __init__(self, kinds: Mapping[str, GgmlType], source: LanguageModel) -> None:
         self._kinds = kinds
+        self._source = source
 
     def round_(self, measured: MeasuredLinear, target: Tensor, gram: Tensor) -> dict[str, Tensor]:
         """See ``Rounder``."""
+        kept = self._encoded(measured, target, gram)
+        # Drift may have moved weights far, zeros above all: not by their size can a reader tell that they are in place.
+        original = self._source.tensor(f"{measured.name}.weight")
+        made = self.decoded(measured.name, kept)
+        parts = zip(made.split(_SLICE_OUTPUTS), original.split(_SLICE_OUTPUTS), strict=True)
+        squares = [(part - weight.float()).square().sum(dim=1).sum(dtype=torch.float64) for part, weight in parts]
+        return {**kept, "distance": torch.stack(squares).sum()}
+
+    def _encoded(self, measured: MeasuredLinear, target: Tensor, gram: Tensor) -> dict[str, Tensor]:
         kind = self._kinds[measured.name]
         if not kind.quantized:
             return {"data": torch.from_numpy(encode(target.T.contiguous().cpu(), kind))}

@@ -38,6 +38,10 @@ _COPIED_BYTES = 1 << 24
 _LARGEST_ERROR = 1.5
 """Relative squared error above which a tensor is not what was meant: zeros have 1, another tensor has about 2."""
 
+_DISTANCE_TOLERANCE = 0.05
+"""How far the distance of finished bytes from the weights may be from what it was meant to be, relative to it; and
+relative to the weights' own squares a fiftieth of that, for the base's rounding to F16 or BF16."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufVerification:
@@ -49,7 +53,8 @@ class GgufVerification:
         weights: Number of weights in all tensors.
         data_bits: Bits of all tensors' data, padding between them excluded.
         file_bytes: Size of the file.
-        errors: By name of encoded tensor, ``||W_hat - W||^2 / ||W||^2`` over all weights, dimensionless.
+        errors: By name of encoded tensor, ``||W_hat - W||^2 / ||W||^2`` over all weights, dimensionless; infinite where
+            rounding moved weights that were all zero.
     """
 
     tensors: int
@@ -101,6 +106,7 @@ def write_gguf(
     *,
     file_type: int,
     encoded: Mapping[str, Callable[[], Bytes]] | None = None,
+    distances: Mapping[str, float] | None = None,
     importance: Callable[[str], Tensor | None] | None = None,
     metadata: Mapping[str, Any] | None = None,
     threads: int = 1,
@@ -117,6 +123,8 @@ def write_gguf(
         file_type: Number for ``general.file_type``: that of a mixture, or ``dominant_file_type``.
         encoded: By name of tensor, a function that makes its finished bytes, uint8, shape (rows, row_bytes) with all
             experts' rows one after the other; called once each. The other tensors are encoded here.
+        distances: By name of such a tensor, ``||W_hat - W||^2`` as it was meant to be, where it was not rounded to stay
+            near its weights. The others, and what is encoded here, must not be further from them than zeros are.
         importance: From the name of a tensor to the mean squares of its inputs, float32, shape (experts *
             row_weights,), or None where they are not known: ``ImportanceMatrix.mean_squares``.
         metadata: Further entries by key, added or replaced: bool, str, float, list of str, or unsigned int.
@@ -148,7 +156,7 @@ def write_gguf(
         with header.path.open("rb") as source, temporary.open("wb") as target:
             target.write(start)
             for tensor in progress(planned, "writing"):
-                job = _Job(header, tensor, importance, threads)
+                job = _Job(header, tensor, importance, (distances or {}).get(tensor.name), threads)
                 slabs = job.slabs(source, ready.get(tensor.name))
                 written[tensor.name] = job.write(slabs, target)
                 target.write(bytes(padding(tensor.size_bytes, header.alignment_bytes)))
@@ -203,9 +211,11 @@ class _Job:
         header: GgufHeader,
         planned: Planned,
         importance: Callable[[str], Tensor | None] | None,
+        distance: float | None,
         threads: int,
     ) -> None:
         self._path = header.path
+        self._distance = distance
         self._source = header.tensors[planned.name]
         self._planned = planned
         self._threads = threads
@@ -244,13 +254,19 @@ class _Job:
         if not compared:
             return _Written(digest.hexdigest(), None)
         relative = error / energy if energy else (0.0 if error == 0 else math.inf)
-        if not relative < _LARGEST_ERROR:
-            raise VerificationError(
-                f"{self._planned.name}: at {self._planned.type.name} it decodes to something else, got a relative "
-                f"squared error of {relative:.3g}, expected less than {_LARGEST_ERROR}. This is a bug, or the weights "
-                "cannot be held by this type: choose another one."
-            )
+        if self._distance is not None:
+            slack = _DISTANCE_TOLERANCE * (self._distance + energy / 50)
+            if not abs(error - self._distance) <= slack:
+                raise self._wrong(f"a squared distance of {error:.3g} from its weights", f"{self._distance:.3g}")
+        elif not relative < _LARGEST_ERROR:
+            raise self._wrong(f"a relative squared error of {relative:.3g}", f"less than {_LARGEST_ERROR}")
         return _Written(digest.hexdigest(), relative)
+
+    def _wrong(self, got: str, expected: str) -> VerificationError:
+        return VerificationError(
+            f"{self._planned.name}: at {self._planned.type.name} it decodes to something else, got {got}, expected "
+            f"{expected}. This is a bug, or the weights cannot be held by this type: choose another one."
+        )
 
     def _copies(self, source: BinaryIO) -> Iterator[Bytes]:
         end = self._source.offset_bytes + self._source.size_bytes

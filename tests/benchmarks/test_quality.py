@@ -105,10 +105,10 @@ def test_the_table_compares_all_variants_and_a_rerun_only_reads(
 
 def test_alike_is_undone_afterwards(quality: ModuleType) -> None:
     def mean() -> float:
-        sums = StageStatistics(1, torch.device("cpu"))
+        sums = StageStatistics(1, 2, torch.device("cpu"))
         sums.see_inputs(torch.tensor([[[1.0], [2.0]]]))
         sums.see_gradient("a", torch.tensor([[[300.0], [0.0]]]))
-        sums.end_batch(0, 1)
+        sums.end_batch()
         return float(sums.halves[0].mean())
 
     assert mean() == pytest.approx(1.0)

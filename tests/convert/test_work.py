@@ -50,3 +50,9 @@ def test_a_file_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "work").write_text("")
     with pytest.raises(WorkDirectoryError, match="cannot be used as a work directory"), claimed(tmp_path / "work"):
         pytest.fail("there is no directory")
+
+
+def test_a_single_number_of_a_piece(tmp_path: Path) -> None:
+    pieces = StageDirectory(tmp_path, "stage", {})
+    pieces.save("piece", {"data": torch.ones(3), "damping": torch.tensor(float("inf")), "distance": torch.tensor(0.25)})
+    assert [pieces.number("piece", name) for name in ("damping", "distance", "other")] == [float("inf"), 0.25, None]

@@ -217,7 +217,7 @@ class TestSummary:
         with pytest.raises(ShapeError, match="token statistics"):
             statistics(4, 5).summary(rows)
 
-    @pytest.mark.parametrize("nll", [800.0, math.nan], ids=["huge", "nan"])
+    @pytest.mark.parametrize("nll", [800.0, 360.0, math.nan], ids=["huge", "square-overflows", "nan"])
     def test_broken_model(self, nll: float) -> None:
         parts = TokenStatistics(
             kl_nats=torch.zeros(4),

@@ -69,3 +69,10 @@ def test_nothing_to_hold_out() -> None:
     halves = [gram(tokens(50, 1)), torch.zeros(ROWS, ROWS)]
     assert judge_halves([weight], halves, [torch.ones(OUTPUTS)]) == HeldOut(0.2, 1.0)
     assert judge_halves([weight], halves, [torch.ones(OUTPUTS)], dampings=(0.1,)) == HeldOut(0.1, 1.0)
+
+
+def test_damage_too_small_for_float32() -> None:
+    halves = [1e-10 * gram(tokens(50, seed)) for seed in (1, 2)]
+    found = judge_halves([torch.full((ROWS, OUTPUTS), 1e-4)], halves, [torch.full((OUTPUTS,), 1e-37)])
+    assert found.inflation == 1.0
+    assert found.damping in DAMPINGS

@@ -75,6 +75,7 @@ def measure(directory: Path, work: Path, progress: Any = None, **settings: Any) 
 @dataclass
 class Expected:
     gram: dict[str, Tensor]
+    halves: dict[str, list[Tensor]]
     fisher: dict[str, Tensor]
     token_weights: dict[str, Tensor]
     fisher_matrix: dict[str, Tensor]
@@ -82,6 +83,8 @@ class Expected:
 
 def by_plain_backward(directory: Path, signs: Tensor) -> Expected:
     """Means over tokens of w x x^T and (dL/dy)^2 of every linear, by hooks on the whole model in float64.
+
+    The first of these over even and over odd rows, too.
 
     w, the weight of a token, is the sum of (dL/dy)^2 over all outputs of a linear, of gate and up together, scaled to
     mean 1. What is propagated back from the logits is F p^-1/2 z, with their Fisher matrix F = diag(p) - p p^T and the
@@ -112,7 +115,12 @@ def by_plain_backward(directory: Path, signs: Tensor) -> Expected:
         shared = pair if name in pair and pair[0] != pair[1] else [name]
         total = sum(squares[other].sum(dim=1) for other in shared)
         weights[name] = total / total.mean()
+    of_half = [torch.arange(tokens) // rows().tokens.shape[1] % 2 == parity for parity in range(2)]
     return Expected(
+        halves={
+            name: [(weights[name][half] * x[half].T) @ x[half] / weights[name][half].sum() for half in of_half]
+            for name, x in inputs.items()
+        },
         gram={name: (weights[name] * x.T) @ x / tokens for name, x in inputs.items()},
         fisher={name: square.sum(dim=0) / tokens for name, square in squares.items()},
         token_weights=weights,
@@ -127,6 +135,7 @@ class Run:
     directory: Path
     measurement: Measurement
     grams: list[Tensor]
+    halves: list[list[Tensor]]
     expected: Expected
 
     def linear(self, name: str) -> MeasuredLinear:
@@ -139,6 +148,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     place = tmp_path_factory.mktemp("run")
     directory = save_model(place / "model", CONFIGS[request.param])
     grams: list[Tensor] = []
+    halves: list[list[Tensor]] = []
     signs: list[Tensor] = []
     with pytest.MonkeyPatch.context() as patch:
         curves, draw = passes.measure_curves, passes._signs
@@ -154,12 +164,23 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         patch.setattr(passes, "measure_curves", spied_curves)
         patch.setattr(passes, "_signs", spied_signs)
         patch.setattr("bpwise.measure.stream.MICRO_BATCH_TOKENS", 5 * 32)  # 5 + 5 + 2 rows
-        patch.setattr(passes, "judge_halves", lambda *_args, **_options: HeldOut(0.02, 1.0))
+
+        def spied_halves(_weights: Sequence[Tensor], of_stage: Sequence[Tensor], *_: Any, **_options: Any) -> HeldOut:
+            halves.append([gram.clone() for gram in of_stage])
+            return HeldOut(0.02, 1.0)
+
+        patch.setattr(passes, "judge_halves", spied_halves)
         for room in ("statistics", "sketch"):
             patch.setattr(f"bpwise.measure.{room}.thinned", lambda weights, _rng: (slice(None), weights))
         measurement = measure(directory, place / "work")
     assert len(signs) > 1  # 384 positions go through the head in more than one part
-    yield Run(directory, measurement, grams, by_plain_backward(directory, torch.where(torch.cat(signs) < 0, -1.0, 1.0)))
+    yield Run(
+        directory,
+        measurement,
+        grams,
+        halves,
+        by_plain_backward(directory, torch.where(torch.cat(signs) < 0, -1.0, 1.0)),
+    )
 
 
 def block_names(layer: int) -> list[str]:
@@ -172,11 +193,20 @@ def test_every_linear_in_model_order(run: Run) -> None:
     assert run.measurement.widths == (8, 6, 5, 4, 3, 2)
 
 
+# The order in which the passes reach the stages: the head, then the blocks from the last to the first.
+STAGES = ("lm_head", *(f"model.layers.{n}.{INNER[k]}" for n in (1, 0) for k in (0, 1, 2, 3, 4, 6)))
+
+
+def test_halves_are_whole_rows(run: Run) -> None:
+    # Eight rows go through the head together.
+    for name, halves in zip(STAGES, run.halves, strict=True):
+        for half, expected in zip(halves, run.expected.halves[name], strict=True):
+            # As below.
+            assert float((half - expected).abs().max()) < 1e-4 * float(expected.abs().max()), name
+
+
 def test_gram_matrices(run: Run) -> None:
-    # The order in which the passes reach the stages: the head, then the blocks from the last to the first.
-    stages = ["lm_head"]
-    stages += [f"model.layers.{n}.{INNER[k]}" for n in (1, 0) for k in (0, 1, 2, 3, 4, 6)]
-    for name, gram in zip(stages, run.grams, strict=True):
+    for name, gram in zip(STAGES, run.grams, strict=True):
         expected = run.expected.gram[name]
         # Weights are gradients in float32 through up to two blocks.
         assert float((gram - expected).abs().max()) < 1e-4 * float(expected.abs().max()), name

@@ -4,7 +4,7 @@ import torch
 from bpwise.measure import statistics
 from bpwise.measure.curves import SAMPLED_COLUMNS, measure_curves
 from bpwise.measure.sampling import thinned
-from bpwise.measure.statistics import StageStatistics, WeightedGram
+from bpwise.measure.statistics import StageStatistics, WeightedGram, tokens_of_halves
 
 CPU = torch.device("cpu")
 
@@ -24,6 +24,61 @@ def test_gram_is_the_weighted_mean_of_outer_products(width: int, monkeypatch: py
     assert torch.allclose(got.double(), expected, atol=1e-6)  # float32 sums of 30 numbers near 1
 
 
+def test_gram_is_symmetric_whatever_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As if a kernel added up x_i x_j and x_j x_i in different orders, as some do at widths that do not fill a register.
+    plain = torch.Tensor.addmm_
+
+    def uneven(self: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        result = plain(self, first, second)
+        return result.add_(torch.full_like(result, 1e-6).tril(-1))
+
+    monkeypatch.setattr(torch.Tensor, "addmm_", uneven)
+    x = torch.randn(30, 19, generator=torch.Generator().manual_seed(0))
+    gram = WeightedGram(19, CPU)
+    gram.add(x, torch.ones(30))
+    got = gram.mean()
+    monkeypatch.undo()
+    assert torch.equal(got, got.T)
+    assert torch.allclose(got, x.T @ x / 30, atol=1e-6)  # float32 sums of 30 numbers near 1
+
+
+def test_halves_are_even_and_odd_rows_wherever_they_are_cut() -> None:
+    for row_tokens in (1, 3, 7):
+        rows = torch.arange(5 * row_tokens).view(5, row_tokens)
+        for first in range(row_tokens * 5):
+            for last in range(first + 1, row_tokens * 5 + 1):
+                even, odd = tokens_of_halves(first, last - first, row_tokens)
+                wanted = [[t for t in rows[k::2].flatten().tolist() if first <= t < last] for k in range(2)]
+                assert [(even + first).tolist(), (odd + first).tolist()] == wanted
+
+
+def test_tokens_without_input_count_nothing() -> None:
+    rng = torch.Generator().manual_seed(0)
+    x, g = torch.randn(2, 6, 4, generator=rng), torch.randn(2, 6, 3, generator=rng)
+    x[:, 2] *= 1e-6
+    g[:, 2] *= 1e18
+    x[1, 4], g[1, 4] = 0, float("inf")
+    sums = StageStatistics(4, 6, CPU)
+    sums.see_inputs(x)
+    sums.see_gradient("a", g)
+    sums.end_batch()
+    there = x.norm(dim=-1) > 1e-3
+    exact = g[there].double()
+    assert sums.fisher["a"].tolist() == pytest.approx(exact.square().sum(dim=0).tolist())
+    weights = torch.zeros(2, 6, dtype=torch.float64)
+    weights[there] = exact.square().sum(dim=1)
+    assert torch.cat(sums.token_weights).tolist() == pytest.approx(weights.flatten().tolist())
+    assert torch.isfinite(sums.couplings["a"].coupling(sums.fisher["a"])).all()
+
+
+def test_a_stage_without_any_input_keeps_its_gradients() -> None:
+    sums = StageStatistics(2, 3, CPU)
+    sums.see_inputs(torch.zeros(1, 3, 2))
+    sums.see_gradient("a", torch.ones(1, 3, 4))
+    sums.end_batch()
+    assert sums.fisher["a"].tolist() == [3.0] * 4
+
+
 def test_gram_without_weight_is_zero() -> None:
     gram = WeightedGram(3, CPU)
     gram.add(torch.ones(2, 3), torch.zeros(2))
@@ -31,12 +86,12 @@ def test_gram_without_weight_is_zero() -> None:
 
 
 def test_token_weights_are_scaled_to_mean_one() -> None:
-    sums = StageStatistics(2, CPU)
+    sums = StageStatistics(2, 2, CPU)
     for scale in (1.0, 2.0):
         sums.see_inputs(torch.ones(1, 2, 2))
         sums.see_gradient("a", torch.full((1, 2, 3), scale))
         sums.see_gradient("b", torch.zeros(1, 2, 1))
-        sums.end_batch(0, 1)
+        sums.end_batch()
     # Squared gradients of 3 and 12 a token, twice each.
     assert sums.scaled_weights().tolist() == pytest.approx([0.4, 0.4, 1.6, 1.6])
     assert sums.fisher["a"].tolist() == pytest.approx([10.0] * 3)
@@ -44,10 +99,10 @@ def test_token_weights_are_scaled_to_mean_one() -> None:
 
 
 def test_no_gradient_at_all_weighs_tokens_alike() -> None:
-    sums = StageStatistics(2, CPU)
+    sums = StageStatistics(2, 3, CPU)
     sums.see_inputs(torch.ones(1, 3, 2))
     sums.see_gradient("a", torch.zeros(1, 3, 4))
-    sums.end_batch(0, 1)
+    sums.end_batch()
     assert sums.scaled_weights().tolist() == [1.0, 1.0, 1.0]
 
 

@@ -53,6 +53,8 @@ def test_a_sample_of_rows_stands_for_all() -> None:
 def test_inputs_that_are_always_zero_cost_nothing() -> None:
     (found,) = measure_types([matrix(256, 8)], torch.zeros(256, 256), [torch.ones(8)], KINDS, damping=0.1)
     assert not found.any()
+    (found,) = measure_types([matrix(96, 8)], torch.zeros(96, 96), [torch.ones(8)], KINDS, damping=0.1)
+    assert found.tolist() == [0, math.inf, 0]  # 96 inputs are no whole number of blocks of 256
 
 
 def test_every_measured_type_can_be_encoded() -> None:

@@ -116,6 +116,15 @@ def test_reports_drift_and_damping(untied: Case) -> None:
     plan = untied.plan(COARSE)
     rounded = untied.round(plan)
     assert len(rounded.drift()) == 2
-    assert rounded.damping("model.embed_tokens") is None
-    damping = rounded.damping("model.layers.0.mlp.down_proj")
-    assert damping is not None and damping > 0
+    dampings = rounded.dampings()
+    assert dampings.keys() == rounded.distances().keys() == set(plan.kinds) - {"model.embed_tokens"}
+    assert all(damping > 0 for damping in dampings.values())
+
+
+def test_distances_are_those_of_what_a_reader_sees(untied: Case) -> None:
+    plan = untied.plan(COARSE)
+    rounded = untied.round(plan)
+    for name, distance in rounded.distances().items():
+        weight = untied.checkpoint.tensor(f"{name}.weight").double()
+        made = decode(rounded.data(name), plan.kinds[name]).double()
+        assert distance == pytest.approx(float((made - weight).square().sum()), rel=1e-5)

@@ -97,6 +97,26 @@ def test_takes_finished_bytes(make_gguf: MakeGguf, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours.gguf", "plain.gguf", "small.gguf"]
 
 
+def test_finished_bytes_may_be_as_far_away_as_they_were_meant_to_be(make_gguf: MakeGguf, tmp_path: Path) -> None:
+    base, kind, name = make_gguf("small"), TYPES["Q8_0"], "blk.1.attn_q.weight"
+    moved = encode(torch.randn(256, 256, generator=torch.Generator().manual_seed(0)), kind)
+    stored = read_gguf_header(base).tensors[name]
+    raw = base.read_bytes()[stored.offset_bytes :][: stored.size_bytes]
+    original = torch.frombuffer(bytearray(raw), dtype=torch.float32).double().view(256, 256)
+    distance = float((decode(moved, kind).double() - original).square().sum())
+    assert distance > 1.5 * float(original.square().sum())
+
+    def write(**meant: float) -> None:
+        distances = {name: meant["distance"]} if meant else {}
+        ready = {name: lambda: moved}
+        write_gguf(base, tmp_path / "out.gguf", types_of(base, kind), file_type=7, encoded=ready, distances=distances)
+
+    write(distance=distance)
+    for wrong in ({}, {"distance": 0.9 * distance}, {"distance": 1.1 * distance}):
+        with pytest.raises(VerificationError, match=r"blk\.1\.attn_q\.weight: at Q8_0 it decodes to something else"):
+            write(**wrong)
+
+
 def test_errors_are_those_of_the_decoded_weights(make_gguf: MakeGguf, tmp_path: Path) -> None:
     base = make_gguf("small")
     result = write_gguf(base, tmp_path / "out.gguf", types_of(base, TYPES["Q4_0"]), file_type=2)
