@@ -18,7 +18,7 @@ from ..convert.checkpoint import Checkpoint
 from ..errors import CalibrationError
 from .calibration import CalibrationConfig, CalibrationSet
 from .stream import whole_model
-from .tokenizer import Tokenizer, leading_ids, ordinary_ids
+from .tokenizer import Tokenizer, leading_ids, ordinary_ids, token_fingerprint
 
 __all__ = ["sample_rows", "write_rows"]
 
@@ -71,12 +71,14 @@ def write_rows(
         begun = torch.cat([before, ordinary[drawn.cpu()]], dim=1)
         rows.append(sample_rows(model, begun, config.row_tokens, allowed.tolist(), rng))
     begin = "beginning with BOS" if bos else "without BOS"
+    tokens = torch.cat(rows)
     return CalibrationSet(
-        tokens=torch.cat(rows),
+        tokens=tokens,
         origins=("written by the model",) * config.rows,
         description=f"written by the model itself (seed {config.seed}): {config.rows} rows, each of "
         f"{config.row_tokens} tokens {begin}",
         adds_bos=bool(bos),
+        vocabulary=token_fingerprint(tokenizer, tokens),
     )
 
 

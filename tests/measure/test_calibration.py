@@ -10,7 +10,7 @@ from bpwise.measure import rows as rows_module
 from bpwise.measure.calibration import CalibrationConfig, CalibrationSet, build_calibration
 from bpwise.measure.rows import read_pool
 from bpwise.measure.text import Document, TextPart, TextSource
-from bpwise.measure.tokenizer import chat_renderer, leading_ids, load_tokenizer, ordinary_ids
+from bpwise.measure.tokenizer import leading_ids, load_tokenizer, ordinary_ids
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -254,13 +254,6 @@ class TestChat:
     def test_no_template(self, tmp_path: Path) -> None:
         with pytest.raises(CalibrationError, match="has no chat template"):
             build(self.turns_file(tmp_path), chat_template=True)
-
-    @pytest.mark.parametrize("turns", [[{"role": "tool", "content": ""}], [{"content": "x"}]])
-    def test_template_rejects_the_turns(self, turns: list) -> None:
-        tokenizer = byte_tokenizer()
-        tokenizer.chat_template = CHAT_TEMPLATE
-        with pytest.raises(CalibrationError, match="cannot render the turns"):
-            chat_renderer(tokenizer)(turns)
 
 
 class TestPool:

@@ -31,7 +31,7 @@ def texts(*args, **kwargs) -> list[str]:
     return [document.text for document in read_texts(*args, **kwargs).documents()]
 
 
-def render(turns) -> str:
+def render(turns, where) -> str:
     return "|".join(f"{turn['role']}={turn['content']}" for turn in turns)
 
 
