@@ -42,6 +42,8 @@ _MIN_ROWS_FOR_RANDOM = 8
 
 _RANDOM_ORIGIN = "random token ids"
 
+_SHOWN_CHARACTERS = 40
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationConfig:
@@ -168,7 +170,8 @@ class CalibrationSet:
         kind, version = metadata.get("format"), metadata.get("version")
         if (kind, version) != (_FORMAT, _FORMAT_VERSION):
             raise CalibrationError(
-                f"{path}: not a calibration set of this version, got format {kind} version {version}, "
+                f"{path}: not a calibration set of this version, got format {str(kind)[:_SHOWN_CHARACTERS]} version "
+                f"{str(version)[:_SHOWN_CHARACTERS]}, "
                 f"expected {_FORMAT} version {_FORMAT_VERSION}. Build the set anew."
             )
         tensors = load_tensors(path, CalibrationError)
@@ -186,7 +189,7 @@ class CalibrationSet:
         if loaded.fingerprint != metadata.get("fingerprint"):
             raise CalibrationError(
                 f"{path}: the contents were changed, got fingerprint {loaded.fingerprint}, expected "
-                f"{metadata.get('fingerprint')}. Build the set anew."
+                f"{str(metadata.get('fingerprint'))[:_SHOWN_CHARACTERS]}. Build the set anew."
             )
         return loaded
 

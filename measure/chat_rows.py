@@ -154,7 +154,10 @@ def _joined(content: Any) -> Any:
 
 
 def _parts(content: Any) -> Any:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+    parts = [content] if isinstance(content, str) else content
+    if not isinstance(parts, list):
+        return content
+    return [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
 
 
 def _named(turn: Mapping[str, Any], where: str) -> _Turn:
@@ -162,7 +165,7 @@ def _named(turn: Mapping[str, Any], where: str) -> _Turn:
     role_key, text_key = _key(turn, _ROLE_KEYS), _key(turn, _TEXT_KEYS)
     role, content = turn.get(role_key), turn.get(text_key)
     rest = {key: value for key, value in turn.items() if value is not None and key not in (role_key, text_key)}
-    if not isinstance(role, str) or (content is None and text_key not in turn and "tool_calls" not in rest):
+    if not isinstance(role, str) or not ({*_TEXT_KEYS, "tool_calls"} & turn.keys()):
         raise CalibrationError(
             f"{where}: no role or no text. Got the keys {', '.join(map(repr, turn)) or 'none'}. Expected 'role' and "
             "'content', or 'from' and 'value'. Rename the keys, or name another column."

@@ -35,6 +35,8 @@ ChatRenderer = Callable[[Sequence[Mapping[str, Any]], str], str]
 
 _SHOWN_CHARACTERS = 200
 
+_BATCH_ROWS = 1000
+
 # Owner and name, or a name alone, as the Hub allows them; then [:config][:split].
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[^:/\\]*){0,2}")
 
@@ -205,7 +207,10 @@ def _table_rows(builder: str, path: Path) -> _Rows:
     try:
         with _quiet_progress_bars():
             # Streaming reads the file where it lies, without a copy in the cache. The path is a glob pattern.
-            table = datasets.load_dataset(builder, data_files=glob_escape(str(path)), split="train", streaming=True)
+            # Left alone, it reads Parquet in batches of the first row group's size, which may be 0.
+            batches = {"batch_size": _BATCH_ROWS} if builder == "parquet" else {}
+            files = glob_escape(str(path))
+            table = datasets.load_dataset(builder, data_files=files, split="train", streaming=True, **batches)
         for number, row in enumerate(table):
             yield f"row {number}", row
     except Exception as error:  # whatever the datasets library and pyarrow raise

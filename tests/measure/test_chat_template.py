@@ -8,6 +8,7 @@ from bpwise.measure.chat_template import ChatTemplate, RefusedChatError
 from bpwise.measure.tokenizer import chat_template
 from transformers import PreTrainedTokenizerFast
 
+# Sizes are products with something that is not constant, as Jinja computes constants while it reads a template.
 TEMPLATE = """
 {{- bos_token }}{% set state = namespace(turns=0) %}
 {%- macro written(turn) %}<|{{ turn.role }}|>{{ turn['content'] | trim | default('nothing', true) }}{% endmacro %}
@@ -16,8 +17,8 @@ TEMPLATE = """
     {%- if m.content == 'skip' %}{% continue %}{% endif %}
     {%- if m.content == 'divide' %}{{ 1 / 0 }}{% endif %}
     {%- if m.content == 'range' %}{% for i in range(100000000) %}x{% endfor %}{% endif %}
-    {%- if m.content == 'memory' %}{{ 'x' * 1000000000 }}{% endif %}
-    {%- if m.content == 'long' %}{{ 'x' * 20000000 }}{% endif %}
+    {%- if m.content == 'memory' %}{{ 'x' * (m.role | length * 200000000) }}{% endif %}
+    {%- if m.content == 'long' %}{{ 'x' * (m.role | length * 5000000) }}{% endif %}
     {%- if m.content == 'recursion' %}{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}{% endif %}
     {%- if m.content == 'for ever' %}
         {%- for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{% endif %}
@@ -120,12 +121,11 @@ def test_an_endless_template(template: ChatTemplate, monkeypatch: pytest.MonkeyP
     assert template.render(turns("again"), "w").startswith("<bos>")  # in a new process
 
 
-@pytest.mark.parametrize(
-    "source", ["{% for m in messages %}", "{{ " + "-" * 5000 + "1 }}"], ids=["unclosed", "deeply-nested"]
-)
-def test_a_template_that_cannot_be_read(source: str) -> None:
-    with ChatTemplate(source, {}) as opened, pytest.raises(CalibrationError, match=r"^f: the chat template"):
-        opened.render(turns("x"), "f")
+def test_a_template_that_cannot_be_read() -> None:
+    with ChatTemplate("{% for m in messages %}", {}) as opened:
+        with pytest.raises(CalibrationError, match=r"^f: the chat template is not valid .*endfor"):
+            opened.render(turns("x"), "f")
+        assert opened._process is None
 
 
 def test_thousands_of_chats_are_fast(template: ChatTemplate) -> None:
