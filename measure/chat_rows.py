@@ -150,7 +150,7 @@ def _joined(content: Any) -> Any:
     if not isinstance(content, list):
         return content
     texts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
-    return "".join(texts) if all(isinstance(text, str) for text in texts) else content
+    return "".join(map(str, texts)) if all(isinstance(text, str) for text in texts) else content
 
 
 def _parts(content: Any) -> Any:
