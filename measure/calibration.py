@@ -19,14 +19,7 @@ from .rows import read_pool
 from .text import TextSource, read_texts
 from .tokenizer import Tokenizer, chat_template, leading_ids, ordinary_ids, token_fingerprint
 
-__all__ = [
-    "SELF",
-    "CalibrationConfig",
-    "CalibrationSet",
-    "build_calibration",
-    "require_vocabulary",
-    "require_vocabulary_size",
-]
+__all__ = ["SELF", "CalibrationConfig", "CalibrationSet", "build_calibration", "require_ids_below", "require_tokens"]
 
 SELF = "self"
 """The source that stands for the model itself (see ``generation``). A file of this name can be given as ``./self``."""
@@ -262,11 +255,11 @@ def build_calibration(
         adds_bos=bool(bos),
         vocabulary=token_fingerprint(tokenizer, tokens),
     )
-    require_vocabulary_size(calibration, vocab_size, tokenizer)
+    require_ids_below(calibration, vocab_size, tokenizer)
     return calibration
 
 
-def require_vocabulary_size(rows: CalibrationSet, vocab_size: int, tokenizer: Tokenizer | None = None) -> None:
+def require_ids_below(rows: CalibrationSet, vocab_size: int, tokenizer: Tokenizer | None = None) -> None:
     """Refuse rows with a token that a model's embedding has no row for.
 
     Args:
@@ -290,7 +283,7 @@ def require_vocabulary_size(rows: CalibrationSet, vocab_size: int, tokenizer: To
     )
 
 
-def require_vocabulary(rows: CalibrationSet, tokenizer: Tokenizer) -> None:
+def require_tokens(rows: CalibrationSet, tokenizer: Tokenizer) -> None:
     """Refuse rows whose ids stand for other tokens in a tokenizer than in the one that they were made with.
 
     Args:

@@ -25,8 +25,8 @@ from .calibration import (
     CalibrationConfig,
     CalibrationSet,
     build_calibration,
-    require_vocabulary,
-    require_vocabulary_size,
+    require_ids_below,
+    require_tokens,
 )
 from .generation import write_rows
 from .measurement import Measurement
@@ -228,9 +228,9 @@ def calibration_rows(
     """
     vocab_size = int(language_config(checkpoint)["vocab_size"])
     if given is not None:
-        require_vocabulary_size(given, vocab_size)
+        require_ids_below(given, vocab_size)
         if given.vocabulary is not None:
-            require_vocabulary(given, load_tokenizer(checkpoint.directory))
+            require_tokens(given, load_tokenizer(checkpoint.directory))
         return given
     tokenizer = load_tokenizer(checkpoint.directory)
     if config.source == SELF:

@@ -12,8 +12,8 @@ from bpwise.measure.calibration import (
     CalibrationConfig,
     CalibrationSet,
     build_calibration,
-    require_vocabulary,
-    require_vocabulary_size,
+    require_ids_below,
+    require_tokens,
 )
 from bpwise.measure.rows import read_pool
 from bpwise.measure.text import Document, TextPart, TextSource
@@ -419,23 +419,23 @@ class TestSet:
 class TestVocabulary:
     def test_ids_beyond_it(self) -> None:
         rows = CalibrationSet(tokens=torch.tensor([[1, 300]]), origins=("a",), description="", adds_bos=False)
-        require_vocabulary_size(rows, 301)
+        require_ids_below(rows, 301)
         with pytest.raises(
             CalibrationError, match=r"calibration set: .*got id 300, .* below the vocabulary size 300\."
         ):
-            require_vocabulary_size(rows, 300)
+            require_ids_below(rows, 300)
 
     def test_ids_that_mean_something_else(self) -> None:
         rows = build(rows=2, row_tokens=64)
-        require_vocabulary(rows, byte_tokenizer())
+        require_tokens(rows, byte_tokenizer())
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=True)
         other = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
         with pytest.raises(CalibrationError, match="made with another tokenizer"):
-            require_vocabulary(rows, PreTrainedTokenizerFast(tokenizer_object=other))
+            require_tokens(rows, PreTrainedTokenizerFast(tokenizer_object=other))
 
     def test_sets_of_earlier_versions_do_not_say(self) -> None:
         rows = replace(build(rows=2, row_tokens=64), vocabulary=None)
-        require_vocabulary(rows, PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())))
+        require_tokens(rows, PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())))
 
 
 class TestLoadTokenizer:
