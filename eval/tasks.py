@@ -21,6 +21,7 @@ from ..convert.checkpoint import TensorSource
 from ..convert.original import Original
 from ..convert.rope import with_positions_of
 from ..errors import BpwiseError, ConfigError
+from ..measure.calibration import require_ids_below
 from ..measure.chat_template import ChatTemplate, RefusedChatError
 from ..measure.run import resolve_device
 from ..measure.stream import whole_model
@@ -237,6 +238,7 @@ def _run(
     model = whole_model(source, device=device, dtype=DTYPES[config.dtype])
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+    model.get_input_embeddings().register_forward_pre_hook(partial(_require_rows, tokenizer))
     evaluated = HFLM(pretrained=model, tokenizer=tokenizer.transformers, batch_size=config.batch_size)
     if template is not None:
         # lm-eval would run the template in this process, without limits.
@@ -252,6 +254,10 @@ def _run(
             fewshot_as_multiturn=config.apply_chat_template,
             bootstrap_iters=0,  # standard errors come from the questions, see task_scores
         )
+
+
+def _require_rows(tokenizer: LoadedTokenizer, embedding: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+    require_ids_below(inputs[0], int(embedding.num_embeddings), tokenizer)
 
 
 def _rendered(

@@ -248,29 +248,29 @@ def build_calibration(
         drawn = torch.randint(len(allowed), (n_random, body_tokens), generator=generator)
         rows += [bos + ids for ids in allowed[drawn].tolist()]
         origins += [_RANDOM_ORIGIN] * n_random
-    calibration = CalibrationSet(
-        tokens=(tokens := torch.tensor(rows, dtype=torch.int64)),
+    tokens = torch.tensor(rows, dtype=torch.int64)
+    require_ids_below(tokens, vocab_size, tokenizer)
+    return CalibrationSet(
+        tokens=tokens,
         origins=tuple(origins),
         description=_describe(source, config, n_random=n_random, in_order=in_order, has_bos=bool(bos)),
         adds_bos=bool(bos),
         vocabulary=token_fingerprint(tokenizer, tokens),
     )
-    require_ids_below(calibration, vocab_size, tokenizer)
-    return calibration
 
 
-def require_ids_below(rows: CalibrationSet, vocab_size: int, tokenizer: Tokenizer | None = None) -> None:
-    """Refuse rows with a token that a model's embedding has no row for.
+def require_ids_below(tokens: Tensor, vocab_size: int, tokenizer: Tokenizer | None = None) -> None:
+    """Refuse text with a token that a model's embedding has no row for.
 
     Args:
-        rows: The rows.
+        tokens: Token ids, of any integer dtype and shape.
         vocab_size: Rows of the model's token embedding.
-        tokenizer: Names the token; None if the rows were made elsewhere.
+        tokenizer: What made the ids, to name the token; None if they are of a saved set.
 
     Raises:
         CalibrationError: There is one.
     """
-    largest = int(rows.tokens.max())
+    largest = int(tokens.max()) if tokens.numel() else 0
     if largest < vocab_size:
         return
     got = f"got id {largest}, expected ids below the vocabulary size {vocab_size}"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..convert.checkpoint import Checkpoint
 from ..errors import CalibrationError
-from .calibration import CalibrationConfig, CalibrationSet
+from .calibration import CalibrationConfig, CalibrationSet, require_ids_below
 from .stream import whole_model
 from .tokenizer import Tokenizer, leading_ids, ordinary_ids, token_fingerprint
 
@@ -44,10 +44,11 @@ def write_rows(
         The rows; the same seed on the same device gives the same.
 
     Raises:
-        CalibrationError: There is too little memory for the whole model, or no ordinary token fits the model.
+        CalibrationError: There is too little memory for the whole model, or BOS or all ordinary tokens do not fit it.
     """
     ordinary = torch.tensor(ordinary_ids(tokenizer, vocab_size))
     bos, eos = leading_ids(tokenizer), tokenizer.eos_token_id
+    require_ids_below(torch.tensor(bos), vocab_size, tokenizer)
     if not len(ordinary) or config.row_tokens < len(bos) + 2:
         raise CalibrationError(
             f"self-calibration: {len(ordinary)} ordinary tokens and rows of {config.row_tokens}, expected some tokens "

@@ -228,7 +228,7 @@ def calibration_rows(
     """
     vocab_size = int(language_config(checkpoint)["vocab_size"])
     if given is not None:
-        require_ids_below(given, vocab_size)
+        require_ids_below(given.tokens, vocab_size)
         if given.vocabulary is not None:
             require_tokens(given, load_tokenizer(checkpoint.directory))
         return given

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from bpwise.cli import cli
-from bpwise.errors import CalibrationError, ConfigError
+from bpwise.errors import BpwiseWarning, CalibrationError, ConfigError
 from bpwise.eval.task_scores import TaskScore, task_scores
 from bpwise.eval.tasks import TaskConfig, evaluate_tasks, load_tasks
 from click.testing import CliRunner
@@ -304,6 +304,18 @@ class TestRefusals:
         use_template(models[0], "{{ raise_exception('No ' ~ messages[0].role ~ ', please.') }}")
         loaded = load_tasks(config(definitions, "write", apply_chat_template=True, limit=1))
         with pytest.raises(CalibrationError, match=rf"^{models[0]}: .* refuses the chat \(No user, please\.\)"):
+            evaluate_tasks(models[0], [models[1]], loaded)
+
+    def test_a_chat_with_a_token_beyond_the_embedding(self, models: tuple[Path, Path], definitions: Path) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(models[0])
+        tokenizer.add_tokens([*(f"<pad{number}>" for number in range(6)), "<|im_start|>"])
+        tokenizer.save_pretrained(models[0])
+        use_template(models[0], "<|im_start|>{{ messages[0].content }}")
+        loaded = load_tasks(config(definitions, "write", apply_chat_template=True, limit=1))
+        with (
+            pytest.warns(BpwiseWarning, match="im_start"),
+            pytest.raises(CalibrationError, match=r"got id 264, .* the text has the token '<\|im_start\|>'"),
+        ):
             evaluate_tasks(models[0], [models[1]], loaded)
 
     def test_no_chat_template(self, models: tuple[Path, Path], definitions: Path) -> None:
