@@ -256,8 +256,8 @@ def _run(
         )
 
 
-def _require_rows(tokenizer: LoadedTokenizer, embedding: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
-    require_ids_below(inputs[0], int(embedding.num_embeddings), tokenizer)
+def _require_rows(tokenizer: LoadedTokenizer, embedding: torch.nn.Embedding, inputs: tuple[torch.Tensor]) -> None:
+    require_ids_below(inputs[0], embedding.num_embeddings, tokenizer)
 
 
 def _rendered(

@@ -171,7 +171,8 @@ def load_tokenizer(directory: Path) -> LoadedTokenizer:
         The tokenizer. Whatever Transformers or the tokenizers library raise when it is used becomes a CalibrationError.
 
     Raises:
-        CalibrationError: The directory or the files in it are missing, damaged, or need their own code.
+        CalibrationError: The directory or the files in it are missing, damaged, or need their own code; or the
+            tokenizer fails on a letter.
     """
     if not directory.is_dir():
         raise CalibrationError(f"{directory}: no such directory. Name the directory of the model.")
@@ -186,7 +187,9 @@ def load_tokenizer(directory: Path) -> LoadedTokenizer:
             f"{directory}: its tokenizer cannot be loaded ({_reason(error)}), expected tokenizer.json or other files "
             "that Transformers reads without code of the model's own. Copy the model's tokenizer files there."
         ) from error
-    return LoadedTokenizer(directory, tokenizer)
+    loaded = LoadedTokenizer(directory, tokenizer)
+    leading_ids(loaded)  # one that fails on any text does so here, not after long work
+    return loaded
 
 
 def _is_failure(error: BaseException) -> bool:
