@@ -6,6 +6,7 @@ it and exits with 1; a bug keeps its traceback.
 
 __all__ = [
     "BpwiseError",
+    "BpwiseWarning",
     "BrokenModelError",
     "BudgetError",
     "CalibrationError",
@@ -23,6 +24,10 @@ __all__ = [
 
 class BpwiseError(Exception):
     """Base of all errors that a user can cause."""
+
+
+class BpwiseWarning(UserWarning):
+    """Something that a user should know at once, and that does not stop the run."""
 
 
 class ConfigError(BpwiseError):

@@ -1,12 +1,15 @@
-"""The command group: errors that a user can cause become one sentence and exit code 1."""
+"""The command group: errors that a user can cause become one sentence and exit code 1, warnings a line."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import click
 
-from ..errors import BpwiseError
+from ..errors import BpwiseError, BpwiseWarning
 from ..version import __version__
 from .allocator import give_back_large_blocks
 
@@ -18,9 +21,19 @@ class _Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.simplefilter("always", BpwiseWarning)
+                warnings.showwarning = partial(_show_warning, warnings.showwarning)
+                return super().invoke(ctx)
         except BpwiseError as error:
             raise click.ClickException(str(error)) from error
+
+
+def _show_warning(others: Callable[..., None], message: Warning | str, category: type[Warning], *where: Any) -> None:
+    if issubclass(category, BpwiseWarning):
+        click.echo(f"warning     {message}", err=True)
+    else:
+        others(message, category, *where)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})

@@ -218,7 +218,11 @@ def calibration_options(command: Command) -> Command:
                 "all of it in memory.  [default: Python's own text]",
             ),
             click.option("--column", help="Column of the data set that holds the text."),
-            click.option("--chat-template", is_flag=True, help="Render chat turns with the model's chat template."),
+            click.option(
+                "--chat-template",
+                is_flag=True,
+                help="Render chats (OpenAI's, ShareGPT's, Alpaca's) with the model's template.",
+            ),
             click.option("-r", "--rows", type=click.IntRange(1), default=32, help="Calibration rows."),
             click.option("-l", "--row-tokens", type=click.IntRange(2), default=1024, help="Tokens in each row."),
             click.option("--seed", type=int, default=0, help="Seed of rows and of Fisher probes."),

@@ -8,6 +8,7 @@ from .checkpoint import Checkpoint, resolve_model
 from .float8 import dequantized
 from .lora import LoraView
 from .rope import RopeChange, RopeView
+from .vocabulary import warn_of_tokens_beyond
 
 __all__ = ["Original", "open_model"]
 
@@ -24,6 +25,7 @@ def open_model(
 ) -> Checkpoint:
     """Open a model, with what shall be changed while it is read; float8 weights are dequantized.
 
+    Tokenizer and model first meet here: tokens that the embedding has no row for are warned of, once for a run.
     Whatever takes a model's name takes the result too: ``quantize_model(open_model("base", lora=adapter), ...)``.
 
     Args:
@@ -42,6 +44,7 @@ def open_model(
     else:
         directory = resolve_model(model) if isinstance(model, str) else model
         checkpoint = dequantized(Checkpoint.open(directory, quantized=True))
+        warn_of_tokens_beyond(checkpoint)
     if lora is not None:
         checkpoint = LoraView(checkpoint, lora)
     if rope_scale is not None or rope_alpha is not None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..convert.checkpoint import TensorSource
 from ..convert.gguf.reader import GgufModel
 from ..convert.safetensors_file import load_metadata, load_tensors, save_tensors
-from ..errors import FormatError, WorkDirectoryError
+from ..errors import BpwiseWarning, FormatError, WorkDirectoryError
 from ..version import __version__
 
 __all__ = ["OriginalCache", "OriginalState", "default_cache_directory", "original_key"]
@@ -99,7 +99,9 @@ class OriginalCache:
             save_tensors(self._path(key), {"hidden": state.hidden, "trace": state.trace}, metadata)
             self._prune()
         except (WorkDirectoryError, OSError) as error:
-            warnings.warn(f"the original's evaluation is not kept for the next time: {error}", stacklevel=2)
+            warnings.warn(
+                f"the original's evaluation is not kept for the next time: {error}", BpwiseWarning, stacklevel=2
+            )
 
     def _prune(self) -> None:
         kept = sorted(

@@ -21,7 +21,7 @@ from ..convert.language import language_config
 from ..convert.original import Original
 from ..convert.rope import with_positions_of
 from ..errors import ConfigError
-from ..measure.calibration import CalibrationConfig, CalibrationSet, build_calibration
+from ..measure.calibration import CalibrationConfig, CalibrationSet, build_calibration, require_ids_below
 from ..measure.run import resolve_device
 from ..measure.stream import StreamedModel
 from ..measure.tokenizer import Tokenizer, leading_ids, load_tokenizer
@@ -215,6 +215,7 @@ def evaluate_needle(
             part="evaluation",
         )
         prompts.append(needle_prompts(tokenizer, rows, seed=config.seed))
+        require_ids_below(prompts[-1].tokens, vocab_size_of(source), tokenizer)
         description = rows.description
     base: list[tuple[Tensor, Tensor]] = []
     models = []

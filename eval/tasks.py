@@ -6,9 +6,10 @@ import difflib
 import logging
 import random
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from ..convert.checkpoint import TensorSource
 from ..convert.original import Original
 from ..convert.rope import with_positions_of
 from ..errors import BpwiseError, ConfigError
+from ..measure.calibration import require_ids_below
+from ..measure.chat_template import ChatTemplate, RefusedChatError
 from ..measure.run import resolve_device
 from ..measure.stream import whole_model
-from ..measure.tokenizer import load_tokenizer
+from ..measure.tokenizer import LoadedTokenizer, chat_template, load_tokenizer
 from ..progress import Progress, silent
 from .models import DTYPES, device_name, model_name, open_pair
 from .task_scores import TaskScore, task_scores
@@ -194,12 +197,16 @@ def evaluate_tasks(
     start = time.monotonic()
     config = loaded.config
     source, others = open_pair(original, quantized)
-    tokenizer: Any = load_tokenizer(source.directory)
-    if config.apply_chat_template and not getattr(tokenizer, "chat_template", None):
+    tokenizer = load_tokenizer(source.directory)
+    if config.apply_chat_template and not tokenizer.chat_template:
         raise ConfigError(f"{source.directory}: the tokenizer has no chat template. Leave --apply-chat-template out.")
     device = resolve_device(config.device)
     models = [source, *(with_positions_of(source, other) for other in others)]
-    results = [_run(model, source.directory, tokenizer, loaded, device) for model in progress(models, "tasks")]
+    with ExitStack() as opened:
+        template = opened.enter_context(chat_template(tokenizer)) if config.apply_chat_template else None
+        results = [
+            _run(model, source.directory, tokenizer, template, loaded, device) for model in progress(models, "tasks")
+        ]
     return TaskReport(
         original=model_name(source),
         quantized=tuple(map(model_name, others)),
@@ -215,7 +222,14 @@ def evaluate_tasks(
     )
 
 
-def _run(source: TensorSource, directory: Path, tokenizer: Any, loaded: LoadedTasks, device: torch.device) -> Any:
+def _run(
+    source: TensorSource,
+    directory: Path,
+    tokenizer: LoadedTokenizer,
+    template: ChatTemplate | None,
+    loaded: LoadedTasks,
+    device: torch.device,
+) -> Any:
     from lm_eval import evaluate  # noqa: PLC0415 - an extra, and seconds to import
     from lm_eval.models.huggingface import HFLM  # noqa: PLC0415
     from transformers import GenerationConfig  # noqa: PLC0415
@@ -224,17 +238,42 @@ def _run(source: TensorSource, directory: Path, tokenizer: Any, loaded: LoadedTa
     model = whole_model(source, device=device, dtype=DTYPES[config.dtype])
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+    model.get_input_embeddings().register_forward_pre_hook(partial(_require_rows, tokenizer))
+    evaluated = HFLM(pretrained=model, tokenizer=tokenizer.transformers, batch_size=config.batch_size)
+    if template is not None:
+        # lm-eval would run the template in this process, without limits.
+        evaluated.apply_chat_template = partial(_rendered, template, f"{directory}: chat of a benchmark")
     with _quiet(), _seeded():
         for task in loaded.content["tasks"].values():
             task.set_fewshot_seed(seed=_SEED)
         return evaluate(
-            lm=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=config.batch_size),
+            lm=evaluated,
             task_dict=loaded.content,
             limit=config.limit,
             apply_chat_template=config.apply_chat_template,
             fewshot_as_multiturn=config.apply_chat_template,
             bootstrap_iters=0,  # standard errors come from the questions, see task_scores
         )
+
+
+def _require_rows(tokenizer: LoadedTokenizer, embedding: torch.nn.Embedding, inputs: tuple[torch.Tensor]) -> None:
+    require_ids_below(inputs[0], embedding.num_embeddings, tokenizer)
+
+
+def _rendered(
+    template: ChatTemplate, where: str, chat_history: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+) -> str:
+    # As lm-eval does it: what answers is continued, and a template that refuses system turns goes without them.
+    render = partial(
+        template.render,
+        where=where,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=not add_generation_prompt,
+    )
+    try:
+        return render(chat_history)
+    except RefusedChatError:
+        return render([turn for turn in chat_history if turn["role"] != "system"])
 
 
 @contextmanager

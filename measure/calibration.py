@@ -3,8 +3,9 @@
 import hashlib
 import json
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -13,11 +14,12 @@ from torch import Tensor
 from ..convert.safetensors_file import load_metadata, load_tensors, save_tensors
 from ..errors import CalibrationError, ConfigError, ShapeError
 from .builtin_text import TextUse, builtin_texts
+from .chat_rows import render_turns
 from .rows import read_pool
 from .text import TextSource, read_texts
-from .tokenizer import Tokenizer, chat_renderer, leading_ids, ordinary_ids
+from .tokenizer import Tokenizer, chat_template, leading_ids, ordinary_ids, token_fingerprint
 
-__all__ = ["SELF", "CalibrationConfig", "CalibrationSet", "build_calibration"]
+__all__ = ["SELF", "CalibrationConfig", "CalibrationSet", "build_calibration", "require_ids_below", "require_tokens"]
 
 SELF = "self"
 """The source that stands for the model itself (see ``generation``). A file of this name can be given as ``./self``."""
@@ -33,6 +35,8 @@ _MIN_ROWS_FOR_RANDOM = 8
 
 _RANDOM_ORIGIN = "random token ids"
 
+_SHOWN_CHARACTERS = 40
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationConfig:
@@ -42,7 +46,8 @@ class CalibrationConfig:
         source: Text file, directory of such files, or Hub data set ``name[:config][:split]``; ``SELF`` has the model
             write the rows; None for the text that comes with Python, which works offline.
         column: Column of a data set that holds the text; None looks for ``text``, then ``content``.
-        chat_template: Render columns of chat turns with the tokenizer's chat template.
+        chat_template: Render chat turns with the tokenizer's chat template; without a column they are looked for in
+            ``messages``, ``conversations`` and ``conversation``, then in columns of questions and answers.
         rows: Number of rows.
         row_tokens: Length of each row in tokens, BOS included.
         seed: Chooses the places that rows are taken from, and random tokens.
@@ -83,12 +88,14 @@ class CalibrationSet:
             document.
         description: What the text is and how rows were taken from it, for reports.
         adds_bos: Whether each row begins with a BOS token.
+        vocabulary: Which tokens the ids stand for, as ``token_fingerprint``; None if that is not known.
     """
 
     tokens: Tensor
     origins: tuple[str, ...]
     description: str
     adds_bos: bool
+    vocabulary: str | None = None
 
     def __post_init__(self) -> None:
         """Validate.
@@ -135,6 +142,7 @@ class CalibrationSet:
             "description": self.description,
             "adds_bos": json.dumps(self.adds_bos),
             "fingerprint": self.fingerprint,
+            **({} if self.vocabulary is None else {"vocabulary": self.vocabulary}),
         }
         save_tensors(path, {"tokens": self.tokens.contiguous()}, metadata)
 
@@ -155,7 +163,8 @@ class CalibrationSet:
         kind, version = metadata.get("format"), metadata.get("version")
         if (kind, version) != (_FORMAT, _FORMAT_VERSION):
             raise CalibrationError(
-                f"{path}: not a calibration set of this version, got format {kind} version {version}, "
+                f"{path}: not a calibration set of this version, got format {str(kind)[:_SHOWN_CHARACTERS]} version "
+                f"{str(version)[:_SHOWN_CHARACTERS]}, "
                 f"expected {_FORMAT} version {_FORMAT_VERSION}. Build the set anew."
             )
         tensors = load_tensors(path, CalibrationError)
@@ -165,13 +174,15 @@ class CalibrationSet:
                 origins=tuple(map(str, json.loads(metadata["origins"]))),
                 description=metadata["description"],
                 adds_bos=json.loads(metadata["adds_bos"]) is True,
+                vocabulary=metadata.get("vocabulary"),
             )
-        except (KeyError, TypeError, ValueError, ShapeError) as error:
+            "".join((loaded.description, *loaded.origins)).encode()  # half a surrogate pair cannot be written
+        except (KeyError, TypeError, ValueError, RecursionError, ShapeError) as error:
             raise CalibrationError(f"{path}: damaged calibration set ({error}). Build the set anew.") from error
         if loaded.fingerprint != metadata.get("fingerprint"):
             raise CalibrationError(
                 f"{path}: the contents were changed, got fingerprint {loaded.fingerprint}, expected "
-                f"{metadata.get('fingerprint')}. Build the set anew."
+                f"{str(metadata.get('fingerprint'))[:_SHOWN_CHARACTERS]}. Build the set anew."
             )
         return loaded
 
@@ -208,13 +219,15 @@ def build_calibration(
             template though one is asked for, or its ids do not fit the model.
     """
     bos = leading_ids(tokenizer)
-    source, in_order = _open_source(tokenizer, config, part)
     n_random = _n_random_rows(config, part)
     n_text = config.rows - n_random
     body_tokens = config.row_tokens - len(bos)
     generator = torch.Generator().manual_seed(config.seed)
+    in_order = part == "evaluation" and config.source is not None
 
-    pool = read_pool(source, tokenizer, rows=n_text, body_tokens=body_tokens, in_order=in_order)
+    with ExitStack() as opened:
+        source = _open_source(tokenizer, config, part, opened)
+        pool = read_pool(source, tokenizer, rows=n_text, body_tokens=body_tokens, in_order=in_order)
     if len(pool.tokens) < n_text * body_tokens:
         raise CalibrationError(
             f"{source.description}: too little text, got {len(pool.tokens)} tokens, expected at least "
@@ -236,22 +249,65 @@ def build_calibration(
         rows += [bos + ids for ids in allowed[drawn].tolist()]
         origins += [_RANDOM_ORIGIN] * n_random
     tokens = torch.tensor(rows, dtype=torch.int64)
-    if int(tokens.max()) >= vocab_size:
+    require_ids_below(tokens, vocab_size, tokenizer)
+    return CalibrationSet(
+        tokens=tokens,
+        origins=tuple(origins),
+        description=_describe(source, config, n_random=n_random, in_order=in_order, has_bos=bool(bos)),
+        adds_bos=bool(bos),
+        vocabulary=token_fingerprint(tokenizer, tokens),
+    )
+
+
+def require_ids_below(tokens: Tensor, vocab_size: int, tokenizer: Tokenizer | None = None) -> None:
+    """Refuse text with a token that a model's embedding has no row for.
+
+    Args:
+        tokens: Token ids, of any integer dtype and shape.
+        vocab_size: Rows of the model's token embedding.
+        tokenizer: What made the ids, to name the token; None if they are of a saved set.
+
+    Raises:
+        CalibrationError: There is one.
+    """
+    largest = int(tokens.max()) if tokens.numel() else 0
+    if largest < vocab_size:
+        return
+    got = f"got id {largest}, expected ids below the vocabulary size {vocab_size}"
+    if tokenizer is None:
+        raise CalibrationError(f"calibration set: its ids do not fit the model, {got}. Build the set with this model.")
+    (token,) = tokenizer.convert_ids_to_tokens([largest])
+    raise CalibrationError(
+        f"tokenizer: its ids do not fit the model, {got}: the text has the token {token!r}. Use the tokenizer that "
+        "belongs to the model, text without that token, or resize the model's embedding."
+    )
+
+
+def require_tokens(rows: CalibrationSet, tokenizer: Tokenizer) -> None:
+    """Refuse rows whose ids stand for other tokens in a tokenizer than in the one that they were made with.
+
+    Args:
+        rows: The rows; where it is not known which tokens they hold, they are taken.
+        tokenizer: The model's.
+
+    Raises:
+        CalibrationError: They do.
+    """
+    if rows.vocabulary is not None and token_fingerprint(tokenizer, rows.tokens) != rows.vocabulary:
         raise CalibrationError(
-            f"tokenizer: its ids do not fit the model, got id {int(tokens.max())}, expected ids below the "
-            f"vocabulary size {vocab_size}. Use the tokenizer that belongs to the model."
+            "calibration set: it was made with another tokenizer. Got ids that stand for other tokens in this model's "
+            "vocabulary. Build the set with this model."
         )
-    description = _describe(source, config, n_random=n_random, in_order=in_order, has_bos=bool(bos))
-    return CalibrationSet(tokens=tokens, origins=tuple(origins), description=description, adds_bos=bool(bos))
 
 
-def _open_source(tokenizer: Tokenizer, config: CalibrationConfig, part: TextUse) -> tuple[TextSource, bool]:
-    """Return the text, and whether its rows are taken in order."""
+def _open_source(tokenizer: Tokenizer, config: CalibrationConfig, part: TextUse, opened: ExitStack) -> TextSource:
+    """Return the text; what it needs while it is read is closed with ``opened``."""
     if config.source is None:
-        return builtin_texts(part, order=config.seed), False
-    render_chat = chat_renderer(tokenizer) if config.chat_template else None
-    source = read_texts(config.source, column=config.column, render_chat=render_chat)
-    return source, part == "evaluation"
+        return builtin_texts(part, order=config.seed)
+    render_chat = None
+    if config.chat_template:
+        render_chat = partial(render_turns, opened.enter_context(chat_template(tokenizer)))
+    return read_texts(config.source, column=config.column, render_chat=render_chat)
 
 
 def _n_random_rows(config: CalibrationConfig, part: TextUse) -> int:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ..convert.checkpoint import Checkpoint
 from ..errors import CalibrationError
-from .calibration import CalibrationConfig, CalibrationSet
+from .calibration import CalibrationConfig, CalibrationSet, require_ids_below
 from .stream import whole_model
-from .tokenizer import Tokenizer, leading_ids, ordinary_ids
+from .tokenizer import Tokenizer, leading_ids, ordinary_ids, token_fingerprint
 
 __all__ = ["sample_rows", "write_rows"]
 
@@ -44,10 +44,11 @@ def write_rows(
         The rows; the same seed on the same device gives the same.
 
     Raises:
-        CalibrationError: There is too little memory for the whole model, or no ordinary token fits the model.
+        CalibrationError: There is too little memory for the whole model, or BOS or all ordinary tokens do not fit it.
     """
     ordinary = torch.tensor(ordinary_ids(tokenizer, vocab_size))
     bos, eos = leading_ids(tokenizer), tokenizer.eos_token_id
+    require_ids_below(torch.tensor(bos), vocab_size, tokenizer)
     if not len(ordinary) or config.row_tokens < len(bos) + 2:
         raise CalibrationError(
             f"self-calibration: {len(ordinary)} ordinary tokens and rows of {config.row_tokens}, expected some tokens "
@@ -71,12 +72,14 @@ def write_rows(
         begun = torch.cat([before, ordinary[drawn.cpu()]], dim=1)
         rows.append(sample_rows(model, begun, config.row_tokens, allowed.tolist(), rng))
     begin = "beginning with BOS" if bos else "without BOS"
+    tokens = torch.cat(rows)
     return CalibrationSet(
-        tokens=torch.cat(rows),
+        tokens=tokens,
         origins=("written by the model",) * config.rows,
         description=f"written by the model itself (seed {config.seed}): {config.rows} rows, each of "
         f"{config.row_tokens} tokens {begin}",
         adds_bos=bool(bos),
+        vocabulary=token_fingerprint(tokenizer, tokens),
     )
 
 

@@ -20,7 +20,14 @@ from ..convert.work import StageDirectory, stages_in
 from ..errors import ConfigError
 from ..progress import Progress, silent
 from ..version import __version__
-from .calibration import SELF, CalibrationConfig, CalibrationSet, build_calibration
+from .calibration import (
+    SELF,
+    CalibrationConfig,
+    CalibrationSet,
+    build_calibration,
+    require_ids_below,
+    require_tokens,
+)
 from .generation import write_rows
 from .measurement import Measurement
 from .passes import MeasuringPasses
@@ -204,20 +211,28 @@ def _other_weights(source: LanguageModel, quantized: Sequence[str]) -> int:
     return sum(math.prod(source.shape(name)) for name in source.names if name not in matrices)
 
 
-def calibration_rows(checkpoint: Checkpoint, config: CalibrationConfig, *, device: str = "auto") -> CalibrationSet:
-    """Return the rows that a config describes, in the tokens of a model.
+def calibration_rows(
+    checkpoint: Checkpoint, config: CalibrationConfig, *, device: str = "auto", given: CalibrationSet | None = None
+) -> CalibrationSet:
+    """Return rows in the tokens of a model: those that are given, or those that a config describes.
 
     Args:
         checkpoint: The model.
         config: Which rows.
         device: Where the model runs if it writes them itself, as ``MeasureConfig.device``.
+        given: Rows to use instead; they are checked against the model.
 
     Raises:
-        CalibrationError: The text or the tokenizer cannot be read, there is too little text, or the model cannot be
-            loaded to write it.
+        CalibrationError: The text or the tokenizer cannot be read, there is too little text, the model cannot be
+            loaded to write it, or rows that are given were made with another vocabulary.
     """
-    tokenizer = load_tokenizer(checkpoint.directory)
     vocab_size = int(language_config(checkpoint)["vocab_size"])
+    if given is not None:
+        require_ids_below(given.tokens, vocab_size)
+        if given.vocabulary is not None:
+            require_tokens(given, load_tokenizer(checkpoint.directory))
+        return given
+    tokenizer = load_tokenizer(checkpoint.directory)
     if config.source == SELF:
         return write_rows(checkpoint, tokenizer, config, vocab_size=vocab_size, device=resolve_device(device))
     return build_calibration(tokenizer, config, vocab_size=vocab_size)
@@ -260,7 +275,7 @@ def measure_to_file(
     """
     checkpoint = open_model(model)
     work = work or output.with_name(f"{output.name}.work")
-    rows = calibration or calibration_rows(checkpoint, config.calibration, device=config.device)
+    rows = calibration_rows(checkpoint, config.calibration, device=config.device, given=calibration)
     with stages_in(work):
         measurement = measure_model(checkpoint, rows, config, work, progress)
         measurement.save(output)

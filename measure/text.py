@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CalibrationError
+from .chat_rows import CHAT_COLUMNS, chat_turns
 
 __all__ = [
     "TEXT_COLUMNS",
@@ -20,6 +21,7 @@ __all__ = [
     "TextPart",
     "TextSource",
     "read_texts",
+    "valid_unicode",
 ]
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet", ".arrow")
@@ -28,10 +30,12 @@ TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet", ".arrow")
 TEXT_COLUMNS = ("text", "content")
 """Columns that are looked for, in this order, when the user names none."""
 
-CHAT_COLUMN = "messages"
+ChatRenderer = Callable[[Sequence[Mapping[str, Any]], str], str]
+"""Turns the chat turns of one row into the text that the model would see; the second argument says where they stand."""
 
-ChatRenderer = Callable[[list[Mapping[str, Any]]], str]
-"""Turns the chat turns of one row into the text that the model would see."""
+_SHOWN_CHARACTERS = 200
+
+_BATCH_ROWS = 1000
 
 # Owner and name, or a name alone, as the Hub allows them; then [:config][:split].
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[^:/\\]*){0,2}")
@@ -99,10 +103,9 @@ def read_texts(source: str | Path, *, column: str | None = None, render_chat: Ch
 
     Args:
         source: Path or Hub data set. A `Path` is always local.
-        column: The column that holds the text; None takes the first of `TEXT_COLUMNS` that exists, or before
-            them ``messages`` if `render_chat` is given. Ignored for ``.txt``.
-        render_chat: Renders rows whose column holds chat turns (a list of mappings); without it such rows are
-            an error.
+        column: The column that holds the text; None takes the first of `TEXT_COLUMNS` that exists, and before
+            them chats if `render_chat` is given (see ``chat_turns``). Ignored for ``.txt``.
+        render_chat: Renders rows that hold chat turns; without it a column of them is an error.
 
     Returns:
         The opened source. Contents are read, and errors in them raised, when its documents are iterated.
@@ -114,15 +117,22 @@ def read_texts(source: str | Path, *, column: str | None = None, render_chat: Ch
     """
     path = Path(source)
     rows_to_documents = partial(_row_documents, column=column, render_chat=render_chat)
-    if path.is_dir():
+    try:
+        exists, is_directory = path.exists(), path.is_dir()
+    except (OSError, ValueError) as error:  # a name that is too long, or holds a NUL
+        raise CalibrationError(
+            f"{str(source)[:_SHOWN_CHARACTERS]!r}: not a path ({_first_line(error)}). Check the path."
+        ) from error
+    if is_directory:
         return _directory_source(path, rows_to_documents)
-    if path.exists():
+    if exists:
         if path.suffix not in TEXT_SUFFIXES:
             raise CalibrationError(
                 f"{path}: unknown kind of text file, got suffix {path.suffix!r}, expected one of "
                 f"{', '.join(TEXT_SUFFIXES)}. Convert the file, or rename it if only its name is wrong."
             )
-        return TextSource(path.name, (_file_part(path, path.name, rows_to_documents),))
+        part = _file_part(path, path.name, rows_to_documents)
+        return TextSource(part.name, (part,))
     if isinstance(source, Path) or path.suffix in TEXT_SUFFIXES or not _HUB_ID.fullmatch(source):
         raise CalibrationError(f"{source}: no such file or directory. Check the path.")
     return _hub_source(source, rows_to_documents)
@@ -145,10 +155,12 @@ def _directory_source(directory: Path, rows_to_documents: _RowReader) -> TextSou
             f"{', '.join(TEXT_SUFFIXES)}. Put text there, or name another source."
         )
     parts = tuple(_file_part(path, path.relative_to(directory).as_posix(), rows_to_documents) for path in files)
-    return TextSource(f"{directory.resolve().name} ({len(files)} text file{'s' * (len(files) > 1)})", parts)
+    name = valid_unicode(directory.resolve().name)
+    return TextSource(f"{name} ({len(files)} text file{'s' * (len(files) > 1)})", parts)
 
 
 def _file_part(path: Path, name: str, rows_to_documents: _RowReader) -> TextPart:
+    name = valid_unicode(name)  # Linux allows any bytes in a name
     if path.suffix == ".txt":
         return TextPart(name, partial(_text_file_document, path, name))
     rows = partial(_json_rows, path) if path.suffix == ".jsonl" else partial(_table_rows, path.suffix[1:], path)
@@ -178,7 +190,7 @@ def _json_rows(path: Path) -> _Rows:
 def _json_object(line: str, where: str) -> Mapping[str, Any]:
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CalibrationError(
             f"{where}: invalid JSON ({error}), expected one object per line. Repair or remove the line."
         ) from error
@@ -195,10 +207,13 @@ def _table_rows(builder: str, path: Path) -> _Rows:
     try:
         with _quiet_progress_bars():
             # Streaming reads the file where it lies, without a copy in the cache. The path is a glob pattern.
-            table = datasets.load_dataset(builder, data_files=glob_escape(str(path)), split="train", streaming=True)
+            # Left alone, it reads Parquet in batches of the first row group's size, which may be 0.
+            batches = {"batch_size": _BATCH_ROWS} if builder == "parquet" else {}
+            files = glob_escape(str(path))
+            table = datasets.load_dataset(builder, data_files=files, split="train", streaming=True, **batches)
         for number, row in enumerate(table):
             yield f"row {number}", row
-    except _data_errors() as error:
+    except Exception as error:  # whatever the datasets library and pyarrow raise
         raise CalibrationError(
             f"{path}: cannot be read as {builder} data ({_first_line(error)}). Write the file anew."
         ) from error
@@ -212,7 +227,7 @@ def _hub_source(source: str, rows_to_documents: _RowReader) -> TextSource:
     try:
         with _quiet_progress_bars():
             stream = datasets.load_dataset(name, config or None, split=split, streaming=True)
-    except _data_errors() as error:
+    except Exception as error:  # whatever the datasets library, the Hub's and pyarrow raise
         raise _hub_error(source, error) from error
     label = ":".join(filter(None, (name, config, split)))
 
@@ -220,7 +235,7 @@ def _hub_source(source: str, rows_to_documents: _RowReader) -> TextSource:
         try:
             for number, row in enumerate(stream):
                 yield f"row {number}", row
-        except _data_errors() as error:
+        except Exception as error:
             raise _hub_error(source, error) from error
 
     return TextSource(f"Hub data set {label}", (TextPart(label, partial(rows_to_documents, label, rows)),))
@@ -232,14 +247,6 @@ def _hub_error(source: str, error: Exception) -> CalibrationError:
         f"failed ({_first_line(error)}). Check the name and the network, or use a local file or the "
         "built-in text."
     )
-
-
-def _data_errors() -> tuple[type[Exception], ...]:
-    # For unreachable, absent, unsupported or broken data; errors of huggingface_hub and pyarrow derive from
-    # these.
-    import datasets  # noqa: PLC0415 - takes seconds to import
-
-    return (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
 
 
 @contextmanager
@@ -261,46 +268,54 @@ def _row_documents(
     has_text = False
     for place, row in rows():
         where = f"{name}: {place}"
-        if column is None:
-            column = _default_column(row, where, chat=render_chat is not None)
-        if column not in row:
-            raise CalibrationError(
-                f"{where}: there is no column {column!r}, the columns are {_listed(row)}. "
-                "Name one of them as the column."
-            )
-        text = _cell_text(row[column], f"{where}, column {column!r}", render_chat)
+        turns = None if render_chat is None else chat_turns(row, column)
+        if render_chat is not None and turns is not None:
+            text = render_chat(turns, where)
+        else:
+            if column is None:
+                column = _default_column(row, where, chat=render_chat is not None)
+            if column not in row:
+                raise CalibrationError(
+                    f"{where}: there is no column {column!r}, the columns are {_listed(row)}. "
+                    "Name one of them as the column."
+                )
+            text = _cell_text(row[column], f"{where}, column {column!r}")
         has_text = has_text or bool(text.strip())
-        yield Document(where, text)
+        yield Document(where, valid_unicode(text))
     if not has_text:
         raise _empty(name)
 
 
 def _default_column(row: Mapping[str, Any], where: str, *, chat: bool) -> str:
-    candidates: Sequence[str] = (CHAT_COLUMN, *TEXT_COLUMNS) if chat else TEXT_COLUMNS
+    candidates: Sequence[str] = (*CHAT_COLUMNS, *TEXT_COLUMNS) if chat else TEXT_COLUMNS
     for name in candidates:
         if name in row:
             return name
-    hint = f" For {CHAT_COLUMN!r}, turn the chat template on." if CHAT_COLUMN in row and not chat else ""
+    chats = [repr(name) for name in CHAT_COLUMNS if name in row and not chat]
+    hint = f" For {chats[0]}, turn the chat template on." if chats else ""
     raise CalibrationError(
         f"{where}: there is no column {' or '.join(map(repr, candidates))}, the columns are {_listed(row)}. "
         f"Name the one that holds the text.{hint}"
     )
 
 
-def _cell_text(value: object, where: str, render_chat: ChatRenderer | None) -> str:
-    if value is None:  # a missing value in a table
+def _cell_text(value: object, where: str) -> str:
+    if value is None or value == []:  # a missing value in a table, or a chat without turns
         return ""
     if isinstance(value, str):
         return value
-    if isinstance(value, list) and value and all(isinstance(turn, Mapping) for turn in value):
-        if render_chat is None:
-            raise CalibrationError(
-                f"{where}: holds chat turns, expected text. Turn the chat template on, or name another column."
-            )
-        return render_chat(value)
+    if isinstance(value, list) and all(isinstance(turn, Mapping) for turn in value):
+        raise CalibrationError(
+            f"{where}: holds chat turns, expected text. Turn the chat template on, or name another column."
+        )
     raise CalibrationError(
         f"{where}: got {type(value).__name__}, expected text (or chat turns: a list of objects). Name another column."
     )
+
+
+def valid_unicode(text: str) -> str:
+    """Replace halves of surrogate pairs, which JSON can hold and UTF-8 cannot, by U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _empty(where: str) -> CalibrationError:
@@ -312,4 +327,4 @@ def _listed(row: Mapping[str, Any]) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:_SHOWN_CHARACTERS]

@@ -1,13 +1,29 @@
 """What calibration and evaluation ask of a tokenizer, and how to load one from a model directory."""
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import CalibrationError
-from .text import ChatRenderer
+from torch import Tensor
 
-__all__ = ["Tokenizer", "chat_renderer", "leading_ids", "load_tokenizer", "ordinary_ids"]
+from ..errors import CalibrationError
+from .chat_template import ChatTemplate
+from .text import valid_unicode
+
+__all__ = [
+    "LoadedTokenizer",
+    "Tokenizer",
+    "chat_template",
+    "leading_ids",
+    "load_tokenizer",
+    "ordinary_ids",
+    "token_fingerprint",
+]
+
+_SHOWN_CHARACTERS = 200
 
 
 class Tokenizer(Protocol):
@@ -29,6 +45,14 @@ class Tokenizer(Protocol):
     def added_tokens_decoder(self) -> Mapping[int, Any]:
         """Added tokens by id; their attribute ``special`` tells control tokens from text."""
 
+    @property
+    def special_tokens_map(self) -> Mapping[str, Any]:
+        """The named special tokens by name, as ``bos_token``."""
+
+    @property
+    def chat_template(self) -> Any:
+        """The chat template, templates by name, or None."""
+
     def __len__(self) -> int:
         """Return the number of tokens, added ones included."""
 
@@ -40,36 +64,144 @@ class Tokenizer(Protocol):
     def decode(self, token_ids: Any) -> str:
         """Return the text of token ids."""
 
+    def convert_ids_to_tokens(self, ids: Any) -> Any:
+        """Return the tokens of a list of ids."""
+
+
+class LoadedTokenizer:
+    """A Transformers tokenizer whose failures name the directory that its files are in.
+
+    Attributes:
+        transformers: The tokenizer itself, for libraries that want it.
+    """
+
+    def __init__(self, directory: Path, tokenizer: Any) -> None:
+        """Wrap a tokenizer.
+
+        Args:
+            directory: Where its files are.
+            tokenizer: What Transformers made of them.
+        """
+        self.transformers = tokenizer
+        self._directory = directory
+
     @property
-    def apply_chat_template(self) -> Callable[..., Any]:
-        """Renders chat turns."""
+    def bos_token_id(self) -> int | None:
+        """See ``Tokenizer``."""
+        return self._id("bos_token_id")
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """See ``Tokenizer``."""
+        return self._id("eos_token_id")
+
+    @property
+    def all_special_ids(self) -> Sequence[int]:
+        """See ``Tokenizer``."""
+        with self._explained():
+            return list(self.transformers.all_special_ids)
+
+    @property
+    def added_tokens_decoder(self) -> Mapping[int, Any]:
+        """See ``Tokenizer``."""
+        with self._explained():
+            return dict(self.transformers.added_tokens_decoder)
+
+    @property
+    def special_tokens_map(self) -> Mapping[str, Any]:
+        """See ``Tokenizer``."""
+        with self._explained():
+            return dict(self.transformers.special_tokens_map)
+
+    @property
+    def chat_template(self) -> Any:
+        """See ``Tokenizer``."""
+        return getattr(self.transformers, "chat_template", None)
+
+    def __len__(self) -> int:
+        """See ``Tokenizer``."""
+        with self._explained():
+            return len(self.transformers)
+
+    def __call__(
+        self, text: str | list[str], *, add_special_tokens: bool = True, verbose: bool = True
+    ) -> Mapping[str, Any]:
+        """See ``Tokenizer``."""
+        with self._explained():
+            encoded = self.transformers(text, add_special_tokens=add_special_tokens, verbose=verbose)
+            return {"input_ids": encoded["input_ids"]}
+
+    def decode(self, token_ids: Any) -> str:
+        """See ``Tokenizer``."""
+        with self._explained():
+            return valid_unicode(str(self.transformers.decode(token_ids)))
+
+    def convert_ids_to_tokens(self, ids: Any) -> Any:
+        """See ``Tokenizer``."""
+        with self._explained():
+            return self.transformers.convert_ids_to_tokens(ids)
+
+    def _id(self, name: str) -> int | None:
+        with self._explained():
+            value = getattr(self.transformers, name)
+            if value is None or type(value) is int:
+                return value
+            raise ValueError(f"{name} is {value!r}")
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            if not _is_failure(error):
+                raise
+            raise CalibrationError(
+                f"{self._directory}: its tokenizer fails ({_reason(error)}). The tokenizer's files are damaged, or do "
+                "not belong together. Get them again."
+            ) from error
 
 
-def load_tokenizer(directory: Path) -> Tokenizer:
+def load_tokenizer(directory: Path) -> LoadedTokenizer:
     """Load the tokenizer of a model directory, without the network and without running code in it.
 
     Args:
         directory: Holds ``tokenizer.json`` or other tokenizer files that Transformers knows.
 
     Returns:
-        A Transformers tokenizer.
+        The tokenizer. Whatever Transformers or the tokenizers library raise when it is used becomes a CalibrationError.
 
     Raises:
-        CalibrationError: The directory or the files in it are missing, damaged, or need their own code.
+        CalibrationError: The directory or the files in it are missing, damaged, or need their own code; or the
+            tokenizer fails on a letter.
     """
     if not directory.is_dir():
         raise CalibrationError(f"{directory}: no such directory. Name the directory of the model.")
     from transformers import AutoTokenizer  # noqa: PLC0415 - takes seconds to import
 
     try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises bare Exceptions for a damaged tokenizer.json
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except BaseException as error:
+        if not _is_failure(error):
+            raise
         raise CalibrationError(
-            f"{directory}: its tokenizer cannot be loaded ({reason}), expected tokenizer.json or other files "
+            f"{directory}: its tokenizer cannot be loaded ({_reason(error)}), expected tokenizer.json or other files "
             "that Transformers reads without code of the model's own. Copy the model's tokenizer files there."
         ) from error
-    return tokenizer
+    loaded = LoadedTokenizer(directory, tokenizer)
+    leading_ids(loaded)  # one that fails on any text does so here, not after long work
+    return loaded
+
+
+def _is_failure(error: BaseException) -> bool:
+    """Return whether a library failed on the tokenizer's files, in contrast to Ctrl-C and the end of the process.
+
+    The tokenizers library raises bare Exceptions. Its panics are no Exceptions, and their class cannot be imported.
+    """
+    return isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:_SHOWN_CHARACTERS]
 
 
 def leading_ids(tokenizer: Tokenizer) -> list[int]:
@@ -93,28 +225,32 @@ def ordinary_ids(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
     return [id_ for id_ in range(min(vocab_size, len(tokenizer))) if id_ not in special]
 
 
-def chat_renderer(tokenizer: Tokenizer) -> ChatRenderer:
-    """Return a function that renders chat turns as text with the tokenizer's chat template.
+def token_fingerprint(tokenizer: Tokenizer, tokens: Tensor) -> str:
+    """Return 32 hexadecimal digits that tell which tokens the ids in rows stand for.
 
-    Transformers runs the template in a sandbox.
+    Tokenizers that agree on the ids in the rows give the same, whatever other tokens they have.
+
+    Args:
+        tokenizer: The tokenizer.
+        tokens: Rows of ids, int64, of any shape.
+    """
+    ids = tokens.unique().tolist()
+    named = list(zip(ids, map(str, tokenizer.convert_ids_to_tokens(ids)), strict=True))
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()[:32]
+
+
+def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
+    """Return the chat template that Transformers takes by default.
 
     Raises:
-        CalibrationError: There is no template; from the function, that the template rejects the turns.
+        CalibrationError: There is none.
     """
-    if not getattr(tokenizer, "chat_template", None):
+    source = tokenizer.chat_template
+    if isinstance(source, Mapping):
+        source = source.get("default")
+    if not source or not isinstance(source, str):
         raise CalibrationError(
             "tokenizer: has no chat template. Turn the chat template off and name a text column, or use the "
             "tokenizer of a chat model."
         )
-    from jinja2 import TemplateError  # noqa: PLC0415 - only needed here; Transformers renders with it
-
-    def render(turns: list[Mapping[str, Any]]) -> str:
-        try:
-            return str(tokenizer.apply_chat_template(turns, tokenize=False))
-        except (TemplateError, KeyError, TypeError, ValueError) as error:
-            raise CalibrationError(
-                f"chat template: cannot render the turns {str(turns)[:100]} ({error}), expected objects with "
-                "'role' and 'content' as the model's template wants them. Repair or remove the row."
-            ) from error
-
-    return render
+    return ChatTemplate(source, tokenizer.special_tokens_map)

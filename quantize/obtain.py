@@ -59,7 +59,7 @@ def obtain_measurement(
             check_rows(rows)
     else:
         with clock.stage("calibration text"):
-            rows = calibration or calibration_rows(checkpoint, config.calibration, device=config.device)
+            rows = calibration_rows(checkpoint, config.calibration, device=config.device, given=calibration)
         if check_rows is not None:
             check_rows(rows)
         with clock.stage("measure"):

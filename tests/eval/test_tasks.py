@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from bpwise.cli import cli
-from bpwise.errors import ConfigError
+from bpwise.errors import BpwiseWarning, CalibrationError, ConfigError
 from bpwise.eval.task_scores import TaskScore, task_scores
 from bpwise.eval.tasks import TaskConfig, evaluate_tasks, load_tasks
 from click.testing import CliRunner
@@ -154,7 +154,24 @@ def outcomes(directory: Path, questions: Sequence[Question]) -> dict[str, np.nda
     }
 
 
+def use_template(directory: Path, template: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(directory)
+
+
 class TestScores:
+    def test_questions_as_chats(self, models: tuple[Path, Path], questions: list[Question], definitions: Path) -> None:
+        use_template(models[0], "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ '<assistant>' }}")
+        naive = Naive(models[0])
+        asked = [{**vars(each), "goal": naive.writes(f"<user>{each.question}<assistant>")} for each in questions[:4]]
+        for each in asked[::2]:
+            each["goal"] = "nothing"
+        (definitions / "questions.jsonl").write_text("\n".join(map(json.dumps, asked)))
+        loaded = load_tasks(config(definitions, "write", apply_chat_template=True))
+        report = evaluate_tasks(models[0], [models[1]], loaded)
+        assert report.scores[0].original.value == 0.5
+
     def test_agree_with_counting(self, models: tuple[Path, Path], questions: list[Question], definitions: Path) -> None:
         original, quantized = models
         report = evaluate_tasks(original, [quantized, original], load_tasks(config(definitions, "both")))
@@ -281,6 +298,25 @@ class TestRefusals:
         path.write_text(f"{path.read_text()}\nunsafe_code: true\n")
         with pytest.raises(ConfigError, match="write runs code that the model writes"):
             load_tasks(config(definitions, "write"))
+
+    def test_a_chat_template_that_refuses(self, models: tuple[Path, Path], definitions: Path) -> None:
+        # lm-eval tries again without system turns: here that is the same chat.
+        use_template(models[0], "{{ raise_exception('No ' ~ messages[0].role ~ ', please.') }}")
+        loaded = load_tasks(config(definitions, "write", apply_chat_template=True, limit=1))
+        with pytest.raises(CalibrationError, match=rf"^{models[0]}: .* refuses the chat \(No user, please\.\)"):
+            evaluate_tasks(models[0], [models[1]], loaded)
+
+    def test_a_chat_with_a_token_beyond_the_embedding(self, models: tuple[Path, Path], definitions: Path) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(models[0])
+        tokenizer.add_tokens([*(f"<pad{number}>" for number in range(6)), "<|im_start|>"])
+        tokenizer.save_pretrained(models[0])
+        use_template(models[0], "<|im_start|>{{ messages[0].content }}")
+        loaded = load_tasks(config(definitions, "write", apply_chat_template=True, limit=1))
+        with (
+            pytest.warns(BpwiseWarning, match="im_start"),
+            pytest.raises(CalibrationError, match=r"got id 264, .* the text has the token '<\|im_start\|>'"),
+        ):
+            evaluate_tasks(models[0], [models[1]], loaded)
 
     def test_no_chat_template(self, models: tuple[Path, Path], definitions: Path) -> None:
         loaded = load_tasks(config(definitions, "pick", apply_chat_template=True))

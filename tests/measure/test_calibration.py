@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -7,10 +8,16 @@ import torch
 from bpwise.convert.safetensors_file import save_tensors
 from bpwise.errors import CalibrationError, ConfigError, ShapeError
 from bpwise.measure import rows as rows_module
-from bpwise.measure.calibration import CalibrationConfig, CalibrationSet, build_calibration
+from bpwise.measure.calibration import (
+    CalibrationConfig,
+    CalibrationSet,
+    build_calibration,
+    require_ids_below,
+    require_tokens,
+)
 from bpwise.measure.rows import read_pool
 from bpwise.measure.text import Document, TextPart, TextSource
-from bpwise.measure.tokenizer import chat_renderer, leading_ids, load_tokenizer, ordinary_ids
+from bpwise.measure.tokenizer import leading_ids, load_tokenizer, ordinary_ids
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -218,8 +225,16 @@ class TestUserText:
         assert build(tmp_path / "a.txt", rows=2, row_tokens=61).tokens[1, -1] == EOS
 
     def test_ids_outside_the_model(self, numbered: Path) -> None:
-        with pytest.raises(CalibrationError, match="got id 256, expected ids below the vocabulary size 200"):
+        message = r"got id 256, expected ids below the vocabulary size 200: the text has the token '<bos>'"
+        with pytest.raises(CalibrationError, match=message):
             build(numbered, rows=1, row_tokens=8, vocab_size=200)
+
+    @pytest.mark.parametrize("part", ["calibration", "evaluation"])
+    def test_half_a_surrogate_pair_is_replaced(self, tmp_path: Path, part: str) -> None:
+        path = tmp_path / "a.jsonl"
+        path.write_text('{"text": "ab\\ud83d"}')  # cut in the middle of an emoji
+        rows = build(path, rows=1, row_tokens=6, part=part)
+        assert rows.tokens[0, 1:].tolist() == text_ids("ab\ufffd")
 
 
 class TestChat:
@@ -251,16 +266,25 @@ class TestChat:
         calibration = build(path, tokenizer=tokenizer, rows=1, row_tokens=10, chat_template=True)
         assert calibration.tokens[0, 0] == BOS
 
+    def test_shapes_of_sharegpt(self, tmp_path: Path) -> None:
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = CHAT_TEMPLATE
+        path = tmp_path / "chat.jsonl"
+        path.write_text(json.dumps({"conversations": [{"from": "human", "value": "hi\ud83d"}]}))
+        calibration = build(path, tokenizer=tokenizer, rows=1, row_tokens=13, chat_template=True)
+        assert calibration.tokens[0].tolist() == [BOS, *text_ids("[user]hi\ufffd"), EOS]
+
+    def test_a_refused_turn_names_its_line(self, tmp_path: Path) -> None:
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = CHAT_TEMPLATE
+        path = self.turns_file(tmp_path)
+        path.write_text(f"{path.read_text()}\n{self.turns_file(tmp_path, 'critic').read_text()}")
+        with pytest.raises(CalibrationError, match=r"^chat\.jsonl: line 2: the chat template refuses .*unknown role"):
+            build(path, tokenizer=tokenizer, rows=1, row_tokens=40, chat_template=True)
+
     def test_no_template(self, tmp_path: Path) -> None:
         with pytest.raises(CalibrationError, match="has no chat template"):
             build(self.turns_file(tmp_path), chat_template=True)
-
-    @pytest.mark.parametrize("turns", [[{"role": "tool", "content": ""}], [{"content": "x"}]])
-    def test_template_rejects_the_turns(self, turns: list) -> None:
-        tokenizer = byte_tokenizer()
-        tokenizer.chat_template = CHAT_TEMPLATE
-        with pytest.raises(CalibrationError, match="cannot render the turns"):
-            chat_renderer(tokenizer)(turns)
 
 
 class TestPool:
@@ -301,7 +325,7 @@ class TestSet:
         calibration.save(tmp_path / "c.safetensors")
         loaded = CalibrationSet.load(tmp_path / "c.safetensors")
         assert torch.equal(loaded.tokens, calibration.tokens)
-        for name in ("origins", "description", "adds_bos", "fingerprint"):
+        for name in ("origins", "description", "adds_bos", "fingerprint", "vocabulary"):
             assert getattr(loaded, name) == getattr(calibration, name)
 
     def test_fingerprint_depends_on_tokens_shape_and_origins(self) -> None:
@@ -353,9 +377,23 @@ class TestSet:
             ({"format": "pt"}, "not a calibration set"),
             ({"origins": "["}, "damaged"),
             ({"origins": "[]"}, "damaged"),
+            ({"origins": "[" * 10000}, "damaged"),
+            ({"adds_bos": "[" * 10000}, "damaged"),
+            ({"origins": '["\\ud800"]'}, "damaged"),
+            ({"description": "\ud800"}, "damaged"),
             ({"fingerprint": "0" * 32}, "the contents were changed"),
         ],
-        ids=["version", "format", "json", "origins", "fingerprint"],
+        ids=[
+            "version",
+            "format",
+            "json",
+            "origins",
+            "deep-origins",
+            "deep-adds-bos",
+            "surrogate-origin",
+            "surrogate-description",
+            "fingerprint",
+        ],
     )
     def test_load_rejects_metadata(self, tmp_path: Path, changes: dict, message: str) -> None:
         path = tmp_path / "c.safetensors"
@@ -376,6 +414,26 @@ class TestSet:
         save_tensors(path, {"x": torch.zeros(1)}, self.metadata())
         with pytest.raises(CalibrationError, match="damaged"):
             CalibrationSet.load(path)
+
+
+class TestVocabulary:
+    def test_ids_beyond_it(self) -> None:
+        rows = torch.tensor([[1, 300]])
+        require_ids_below(rows, 301)
+        with pytest.raises(CalibrationError, match=r"calibration set: .*got id 300, .* vocabulary size 300\."):
+            require_ids_below(rows, 300)
+
+    def test_ids_that_mean_something_else(self) -> None:
+        rows = build(rows=2, row_tokens=64)
+        require_tokens(rows, byte_tokenizer())
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=True)
+        other = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
+        with pytest.raises(CalibrationError, match="made with another tokenizer"):
+            require_tokens(rows, PreTrainedTokenizerFast(tokenizer_object=other))
+
+    def test_sets_of_earlier_versions_do_not_say(self) -> None:
+        rows = replace(build(rows=2, row_tokens=64), vocabulary=None)
+        require_tokens(rows, PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())))
 
 
 class TestLoadTokenizer:

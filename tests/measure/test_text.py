@@ -1,10 +1,13 @@
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 from bpwise.errors import CalibrationError, ConfigError
 from bpwise.measure import builtin_text
@@ -31,7 +34,7 @@ def texts(*args, **kwargs) -> list[str]:
     return [document.text for document in read_texts(*args, **kwargs).documents()]
 
 
-def render(turns) -> str:
+def render(turns, where) -> str:
     return "|".join(f"{turn['role']}={turn['content']}" for turn in turns)
 
 
@@ -158,6 +161,29 @@ def test_bad_json_names_the_line(tmp_path: Path, line: str, message: str) -> Non
         texts(path)
 
 
+def test_a_number_that_is_too_long(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a", "n": ' + "1" * 5000 + "}")
+    with pytest.raises(CalibrationError, match=r"a\.jsonl, line 1: invalid JSON"):
+        texts(path)
+
+
+@pytest.mark.parametrize("name", ["a" * 5000 + ".txt", "a\0.txt"], ids=["long", "nul"])
+def test_no_path_at_all(name: str) -> None:
+    with pytest.raises(CalibrationError, match=r"no such file|not a path"):
+        read_texts(name)
+
+
+@pytest.mark.skipif("sys.platform != 'linux'", reason="other systems take no such name")
+@pytest.mark.parametrize("as_directory", [False, True])
+def test_a_name_that_is_not_unicode(tmp_path: Path, as_directory: bool) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt"))
+    path.write_text("Text.")
+    source = read_texts(tmp_path if as_directory else path)
+    assert [document.origin for document in source.documents()] == ["caf\ufffd.txt"]
+    source.description.encode()
+
+
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
 def test_not_utf8(tmp_path: Path, suffix: str) -> None:
     (tmp_path / f"a{suffix}").write_bytes(b"\xff\xfe\x00")
@@ -170,6 +196,31 @@ def test_damaged_table(tmp_path: Path, suffix: str) -> None:
     (tmp_path / f"a{suffix}").write_bytes(b"hello, I am no table")
     with pytest.raises(CalibrationError, match=f"a{suffix}: cannot be read as {suffix[1:]} data"):
         texts(tmp_path / f"a{suffix}")
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_no_rows(tmp_path: Path, suffix: str) -> None:
+    table = pyarrow.table({"text": pyarrow.array([], pyarrow.string())})
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    else:
+        with pyarrow.ipc.new_stream(tmp_path / "a.arrow", table.schema) as file:
+            file.write_table(table)
+    with pytest.raises(CalibrationError, match=f"a{suffix}: holds no text"):
+        texts(tmp_path / f"a{suffix}")
+
+
+@pytest.mark.parametrize("error", [TypeError("cannot cast"), KeyError("x"), AttributeError("y")], ids=repr)
+def test_whatever_the_library_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def load_dataset(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    (tmp_path / "a.parquet").write_bytes(b"")
+    with pytest.raises(CalibrationError, match=r"a\.parquet: cannot be read as parquet data"):
+        texts(tmp_path / "a.parquet")
+    with pytest.raises(CalibrationError, match="reading it as the Hub data set"):
+        texts("owner/name")
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
