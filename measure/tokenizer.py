@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..convert.hub import require_own_files
 from ..errors import CalibrationError
 from .text import ChatRenderer
 
@@ -56,9 +57,11 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
     Raises:
         CalibrationError: The directory or the files in it are missing, damaged, or need their own code.
+        CheckpointError: A file leads outside the directory, or is only a pointer of Git LFS.
     """
     if not directory.is_dir():
         raise CalibrationError(f"{directory}: no such directory. Name the directory of the model.")
+    require_own_files(directory)
     from transformers import AutoTokenizer  # noqa: PLC0415 - takes seconds to import
 
     try:

@@ -72,7 +72,9 @@ def _load(path: Path, checkpoint: Checkpoint) -> Measurement:
     measurement = Measurement.load(path)
     if measurement.provenance.get("model") != checkpoint.fingerprint:
         raise FormatError(
-            f"{path}: the measurement belongs to another model than {checkpoint.directory}. Measure this one."
+            f"{path}: the measurement belongs to another model than {checkpoint.directory}, or to what its files were "
+            "before they changed, or to an earlier version of bpwise, which looked only at samples of the weights. "
+            "Measure this model again."
         )
     return measurement
 

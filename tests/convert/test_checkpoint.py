@@ -341,12 +341,13 @@ class TestRefusedDirectories:
             pytest.param(indexed({"x": "a" * 300 + ".safetensors"}), "cannot be followed|missing", id="long"),
             pytest.param(indexed({"x": "c.safetensors"}), r"c\.safetensors: missing", id="missing-shard"),
             pytest.param(indexed({"x": "pytorch_model.bin"}), "expected a .safetensors file", id="pickle-shard"),
-            pytest.param(indexed({"x": 1}), "expected a .safetensors file", id="number-shard"),
-            pytest.param(indexed(["x"]), "no weight_map", id="map-is-a-list"),
-            pytest.param(indexed({}), "no weight_map", id="map-is-empty"),
+            pytest.param(indexed({"x": 1}), r"wrong content, Expected `str`, got `int`", id="number-shard"),
+            pytest.param(indexed(["x"]), r"wrong content, Expected `object`, got `array`", id="map-is-a-list"),
+            pytest.param(indexed({}), "empty weight_map", id="map-is-empty"),
+            pytest.param(indexed({"x": "\ud800.safetensors"}), "unsafe file name", id="half-a-surrogate-pair"),
             pytest.param(
                 indexed({"x": "a.safetensors", "z": "b.safetensors"}),
-                r"b\.safetensors: tensor 'z' is missing",
+                r"index is stale, .* tensor 'z' is missing from 'b\.safetensors'. Delete its entry",
                 id="missing-tensor",
             ),
             pytest.param(indexed({"x": "b.safetensors", "y": "a.safetensors"}), "wrong file for tensor", id="swapped"),
@@ -505,8 +506,9 @@ class TestHub:
     def test_downloads_only_what_is_needed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         calls = []
 
-        def download(repo_id: str, *, allow_patterns: list[str]) -> str:
+        def download(repo_id: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
             calls.append((repo_id, allow_patterns))
+            assert ignore_patterns
             return str(make(tmp_path / "cached"))
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
