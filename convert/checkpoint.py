@@ -392,7 +392,8 @@ def _read_index(directory: Path) -> dict[str, str]:
     for name, shard in weight_map.items():
         if not shard.endswith(".safetensors"):
             raise CheckpointError(
-                f"{path}: wrong file for tensor {name!r}, got {shard!r}, expected a .safetensors file. Get it again."
+                f"{path}: wrong file for tensor {name!r:.200}, got {shard!r:.200}, expected a .safetensors file. "
+                "Get it again."
             )
     return weight_map
 
@@ -410,9 +411,9 @@ def _check_shards(directory: Path, headers: dict[str, SafetensorsHeader], weight
     for name, shard in weight_map.items():
         if name not in holder:
             raise CheckpointError(
-                f"{directory / _INDEX}: the index is stale, or a file is incomplete: tensor {name!r} is missing from "
-                f"{shard!r}. Delete its entry from the index if the model needs no such tensor (as an output head that "
-                "is tied to the embedding), else get the model again."
+                f"{directory / _INDEX}: the index is stale, or a file is incomplete: tensor {name!r:.200} is missing "
+                f"from {shard!r}. Delete its entry from the index if the model needs no such tensor (as an output head "
+                "that is tied to the embedding), else get the model again."
             )
         if holder[name] != shard:
             raise CheckpointError(

@@ -234,5 +234,5 @@ def read_schema(path: Path, schema_type: type[_Schema], error: type[BpwiseError]
     value = read_json(path, error)
     try:
         return msgspec.convert(value, type=schema_type)
-    except msgspec.ValidationError as cause:
+    except (msgspec.ValidationError, UnicodeEncodeError) as cause:  # JSON can hold half of a surrogate pair
         raise error(f"{path}: wrong content, {cause}. Get or make the file again.") from cause

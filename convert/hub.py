@@ -178,7 +178,7 @@ def confined_file(directory: Path, name: str) -> Path:
     unsafe = relative.is_absolute() or ".." in relative.parts or relative.drive or "\\" in name or "\0" in name
     if unsafe or not _encodable(name):
         raise CheckpointError(
-            f"{directory}: unsafe file name, got {name!r}, expected one inside the directory. "
+            f"{directory}: unsafe file name, got {name!r:.200}, expected one inside the directory. "
             "Do not use this model unless you trust its source."
         )
     path = directory / relative

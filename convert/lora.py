@@ -261,7 +261,7 @@ class LoraView(CheckpointView):
         config = self._adapter / _CONFIG
         rank = _by_pattern(self._settings.rank_pattern, module, self._settings.r, config)
         alpha = _by_pattern(self._settings.alpha_pattern, module, self._settings.lora_alpha, config)
-        if rank is None or alpha is None or not math.isfinite(alpha):
+        if rank is None or alpha is None:
             raise CheckpointError(
                 f"{config}: r is {rank!r} and lora_alpha {alpha!r} for {module!r}, expected a "
                 "positive whole number and a number. Get the adapter again."
@@ -297,19 +297,19 @@ class LoraView(CheckpointView):
 def _check_settings(settings: _Settings, path: Path) -> None:
     if settings.peft_type != "LORA":
         raise CheckpointError(
-            f"{path}: the adapter's peft_type is {settings.peft_type!r}, expected 'LORA': no other kind can be "
+            f"{path}: the adapter's peft_type is {settings.peft_type!r:.200}, expected 'LORA': no other kind can be "
             "merged here. Merge it with PEFT's merge_and_unload."
         )
     if settings.bias != "none":
         raise CheckpointError(
-            f"{path}: the adapter has biases of its own, bias is {settings.bias!r}, expected 'none'. Merge it with "
-            "PEFT's merge_and_unload."
+            f"{path}: the adapter has biases of its own, bias is {settings.bias!r:.200}, expected 'none'. Merge it "
+            "with PEFT's merge_and_unload."
         )
     start = settings.init_lora_weights
     if start not in _PLAIN_STARTS:
         raise CheckpointError(
-            f"{path}: the adapter began as {start!r}, which changes the base's weights too, expected a plain start. "
-            "Convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)."
+            f"{path}: the adapter began as {start!r:.200}, which changes the base's weights too, expected a plain "
+            "start. Convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)."
         )
     for key in _REFUSED:
         if getattr(settings, key):
