@@ -237,7 +237,7 @@ DOWN, UP = f"{PREFIX}{Q}.lora_A.weight", f"{PREFIX}{Q}.lora_B.weight"
         (None, {"lora_alpha": float("nan")}, r"wrong content, Expected `float` .* at `\$.lora_alpha`"),
         (None, {"lora_alpha": 10**400}, "wrong content"),
         (None, {"rank_pattern": ["q_proj"]}, r"wrong content, Expected `object \| null`, got `array`"),
-        (None, {"init_lora_weights": "\ud800"}, "wrong content, .*surrogates not allowed"),
+        (None, {"r": "\ud800"}, "wrong content, .*surrogates not allowed"),
         (None, {"rank_pattern": {"(": 3}}, r"'\(' is not a valid pattern"),
         (None, {"rank_pattern": {"a{99999999999}": 3}}, "is not a valid pattern"),
         (None, {"use_dora": True}, "expected .*magnitude"),
