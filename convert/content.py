@@ -78,6 +78,7 @@ def file_digests(paths: Sequence[Path], error: type[BpwiseError]) -> list[str]:
     Raises:
         BpwiseError: As the type given by ``error``: a file cannot be read, or changes while it is read.
     """
+    settled_before = time.time_ns() - _SETTLED_NANOSECONDS
     known = _load()
     keys = [str(path.resolve()) for path in paths]
     states = [_state(path, error) for path in paths]
@@ -89,11 +90,13 @@ def file_digests(paths: Sequence[Path], error: type[BpwiseError]) -> list[str]:
     unread = {key: (path, state) for key, path, state in zip(keys, paths, states, strict=True) if key not in found}
     if unread:
         found |= _read(unread, error)
-        for key, (_, state) in unread.items():
-            known.pop(key, None)
-            if max(state[-2:]) < time.time_ns() - _SETTLED_NANOSECONDS:
-                known[key] = _Remembered(state, found[key])
-        _save(known)
+        new = {
+            key: _Remembered(state, found[key])
+            for key, (_, state) in unread.items()
+            if max(state[-2:]) < settled_before
+        }
+        if new:
+            _save({key: each for key, each in known.items() if key not in new} | new)
     return [found[key] for key in keys]
 
 
