@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -353,10 +354,10 @@ def _check_config(config: dict[str, Any], path: Path, *, quantized: bool) -> Non
 
 def _refuse_adapter(directory: Path) -> None:
     # Some trainers keep a copy of the base's config.json beside an adapter.
-    adapter = directory / _ADAPTER
-    if not adapter.is_file() or (directory / _WEIGHTS).exists() or (directory / _INDEX).exists():
+    there = {name for name in (_ADAPTER, _ADAPTER_WEIGHTS, _WEIGHTS, _INDEX) if os.path.lexists(directory / name)}
+    if _ADAPTER not in there or there & {_WEIGHTS, _INDEX}:
         return
-    if (directory / "config.json").exists() and not (directory / _ADAPTER_WEIGHTS).exists():
+    if os.path.lexists(directory / "config.json") and _ADAPTER_WEIGHTS not in there:
         return
     base = read_json(confined_file(directory, _ADAPTER), CheckpointError).get("base_model_name_or_path")
     raise CheckpointError(

@@ -185,8 +185,10 @@ def confined_file(directory: Path, name: str) -> Path:
     try:
         root, target = directory.resolve(), path.resolve()
         regular = target.is_file()
-        pointer = regular and is_lfs_pointer(target)
         readable = os.access(target, os.R_OK)
+        pointer = regular and readable and is_lfs_pointer(target)
+    except PermissionError as cause:
+        raise CheckpointError(f"{path}: cannot be read ({cause.strerror}). Check its permissions.") from cause
     except (OSError, RuntimeError) as cause:  # RuntimeError: a loop of links, before Python 3.13.
         raise CheckpointError(f"{path}: cannot be followed ({cause}). Get the model again.") from cause
     if not target.is_relative_to(root) and not _in_hub_store(root, target):

@@ -26,7 +26,7 @@ from ..convert.gguf.reader import GgufModel
 from ..convert.gguf.writer import GgufVerification, planned_bytes, write_gguf
 from ..convert.original import Original, open_model
 from ..convert.work import StageDirectory, stages_in
-from ..errors import BudgetError, CheckpointError, WorkDirectoryError
+from ..errors import BudgetError, CheckpointError, FormatError, WorkDirectoryError
 from ..eval.comparison import Comparison
 from ..eval.layers import LinearCost
 from ..eval.overlap import SPANS_KEY, CalibrationSpans
@@ -231,7 +231,7 @@ def _quantize(
     progress: Progress,
 ) -> GgufResult:
     clock = StageClock()
-    base = base or base_path(checkpoint, work, config.llama_cpp)
+    given, base = base, base or base_path(checkpoint, work, config.llama_cpp)
     # The converter first: should it not know the model, nothing has been measured in vain.
     with clock.stage("convert"):
         warnings = _converted(checkpoint, base, config.llama_cpp)
@@ -249,7 +249,7 @@ def _quantize(
     with clock.stage("plan"):
         plan = _planned(measured, header, checkpoint, config, rows)
         plan.save(work / "plan.json")
-    run = _identity(checkpoint, rows, plan, config)
+    run = _identity(checkpoint, rows, plan, config, given)
     verification = None
     drift: list[Drift] = []
     if not output.exists():
@@ -378,7 +378,9 @@ def _planned(
     return make_type_plan(measurement, tensor_bytes=room, overrides=config.overrides)
 
 
-def _identity(checkpoint: Checkpoint, rows: CalibrationSet, plan: TypePlan, config: GgufConfig) -> str:
+def _identity(
+    checkpoint: Checkpoint, rows: CalibrationSet, plan: TypePlan, config: GgufConfig, base: Path | None
+) -> str:
     # What the written bytes depend on.
     types = [(tensor.name, tensor.type) for tensor in plan.tensors]
     parts = [
@@ -390,6 +392,7 @@ def _identity(checkpoint: Checkpoint, rows: CalibrationSet, plan: TypePlan, conf
         types,
         config.feedback,
         str(config.llama_cpp),
+        *([] if base is None else file_digests([base], FormatError)),
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 

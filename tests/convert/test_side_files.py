@@ -234,9 +234,14 @@ def test_the_layout_of_the_hub_cache(make_model: Callable[..., Path], tmp_path: 
     assert Checkpoint.open(snapshot).fingerprint
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_unreadable(make_model: Callable[..., Path]) -> None:
-    model = make_model("m")
-    (model / "tokenizer.json").chmod(0)
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        Checkpoint.open(model)
+@pytest.mark.parametrize("name", ["tokenizer.json", "additional_chat_templates", "model.safetensors"])
+def test_unreadable(name: str, make_model: Callable[..., Path]) -> None:
+    model = make(make_model("m"), "additional_chat_templates/x.jinja")
+    (model / name).chmod(0)
+    try:
+        if os.access(model / name, os.R_OK):
+            pytest.skip("this user may read everything")
+        with pytest.raises(CheckpointError, match="cannot be read|cannot be listed"):
+            Checkpoint.open(model)
+    finally:
+        (model / name).chmod(0o700)
