@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..progress import Progress, silent
 from .content import file_digests
 from .exl2.names import text_config
 from .files import read_json, read_schema
@@ -238,8 +239,20 @@ class Checkpoint:
         Raises:
             CheckpointError: A file cannot be read, or changes meanwhile.
         """
+        return self._fingerprint(silent)
+
+    def prepare_fingerprint(self, progress: Progress) -> None:
+        """Read what the fingerprint is made of, showing how far it is; ``fingerprint`` alone does so in silence.
+
+        Raises:
+            CheckpointError: As ``fingerprint``.
+        """
+        if "fingerprint" not in self.__dict__:
+            self.fingerprint = self._fingerprint(progress)
+
+    def _fingerprint(self, progress: Progress) -> str:
         names = ["config.json", *sorted(self._shards)]
-        digests = file_digests([self.file(name) for name in names], CheckpointError)
+        digests = file_digests([self.file(name) for name in names], CheckpointError, progress)
         parts = [f"{digest} {name}\n" for name, digest in zip(names, digests, strict=True)]
         return hashlib.sha256("".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:32]
 

@@ -28,6 +28,7 @@ from typing import Annotated
 import msgspec
 
 from ..errors import BpwiseError, FormatError, WorkDirectoryError
+from ..progress import Progress, silent
 from .files import read_schema, write_json
 
 __all__ = ["cache_directory", "file_digests"]
@@ -36,6 +37,9 @@ _CHUNK_BYTES = 64 << 20
 """What one thread reads in a row: long for a spinning disk, short enough for one file to keep all cores busy."""
 
 _READ_BYTES = 1 << 20
+_SHOWN_PIECES = 32
+"""Fewer take a few seconds."""
+
 _SETTLED_NANOSECONDS = 2_000_000_000
 """The coarsest clock of a file system in use, FAT's."""
 
@@ -62,7 +66,7 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bpwise"
 
 
-def file_digests(paths: Sequence[Path], error: type[BpwiseError]) -> list[str]:
+def file_digests(paths: Sequence[Path], error: type[BpwiseError], progress: Progress = silent) -> list[str]:
     """Return a digest of the whole content of each file; those that are not remembered are read, by all cores.
 
     A digest is the SHA-256 of the SHA-256 digests of the file's pieces of 64 MiB. SHA-256 is the fastest of the strong
@@ -71,6 +75,7 @@ def file_digests(paths: Sequence[Path], error: type[BpwiseError]) -> list[str]:
     Args:
         paths: The files.
         error: What to raise.
+        progress: Wraps the pieces that are read, where they are more than some 2 GiB.
 
     Returns:
         Of each, 64 hexadecimal digits.
@@ -89,7 +94,7 @@ def file_digests(paths: Sequence[Path], error: type[BpwiseError]) -> list[str]:
     }
     unread = {key: (path, state) for key, path, state in zip(keys, paths, states, strict=True) if key not in found}
     if unread:
-        found |= _read(unread, error)
+        found |= _read(unread, error, progress)
         new = {
             key: _Remembered(state, found[key])
             for key, (_, state) in unread.items()
@@ -108,14 +113,16 @@ def _state(path: Path, error: type[BpwiseError]) -> list[int]:
     return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def _read(files: dict[str, tuple[Path, list[int]]], error: type[BpwiseError]) -> dict[str, str]:
+def _read(files: dict[str, tuple[Path, list[int]]], error: type[BpwiseError], progress: Progress) -> dict[str, str]:
     digests = {key: hashlib.sha256() for key in files}
     chunks = [
         (key, path, start) for key, (path, state) in files.items() for start in range(0, state[1] or 1, _CHUNK_BYTES)
     ]
+    keys, sources, starts = zip(*chunks, strict=True)
+    shown = progress if len(chunks) > _SHOWN_PIECES else silent
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        _, sources, starts = zip(*chunks, strict=True)
-        for (key, _, _), digest in zip(chunks, pool.map(_chunk_digest, sources, starts, repeat(error)), strict=True):
+        made = pool.map(_chunk_digest, sources, starts, repeat(error))
+        for key, digest in zip(shown(keys, "read: weights"), made, strict=True):
             digests[key].update(digest)
     for path, state in files.values():
         if _state(path, error) != state:

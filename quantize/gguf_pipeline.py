@@ -231,6 +231,7 @@ def _quantize(
     progress: Progress,
 ) -> GgufResult:
     clock = StageClock()
+    checkpoint.prepare_fingerprint(progress)
     given, base = base, base or base_path(checkpoint, work, config.llama_cpp)
     # The converter first: should it not know the model, nothing has been measured in vain.
     with clock.stage("convert"):

@@ -53,6 +53,7 @@ def obtain_measurement(
             another model.
     """
     if given is not None:
+        checkpoint.prepare_fingerprint(progress)
         measured = _load(given, checkpoint)
         rows = measured_rows(measured)
         if check_rows is not None:
@@ -85,6 +86,7 @@ def _measured(
     kept = work / MEASUREMENT_FILE
     if kept.exists():
         measurement = Measurement.load(kept)
+        checkpoint.prepare_fingerprint(progress)
         wanted = measurement_provenance(checkpoint, rows, config)
         # Types that are not asked for do no harm.
         if wanted == {**measurement.provenance, "types": wanted["types"] and list(measurement.types)}:

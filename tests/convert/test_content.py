@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from bpwise.convert.checkpoint import Checkpoint
 from bpwise.convert.content import cache_directory, file_digests
 from bpwise.convert.original import open_model
 from bpwise.errors import CheckpointError
+from bpwise.progress import silent
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
@@ -197,6 +198,32 @@ def test_a_change_meanwhile_is_an_error(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "f").write_bytes(b"x")
     with pytest.raises(CheckpointError, match=r"f: changed while it was read\. Leave the file alone and run again"):
         digest(tmp_path / "f")
+
+
+def test_long_reading_shows_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[tuple[int, str]] = []
+
+    def progress(items: Sequence[Any], stage: str) -> Sequence[Any]:
+        shown.append((len(items), stage))
+        return items
+
+    (tmp_path / "f").write_bytes(bytes(PIECE + 1))
+    file_digests([tmp_path / "f"], CheckpointError, progress)
+    assert shown == []
+    monkeypatch.setattr(content, "_SHOWN_PIECES", 1)
+    assert file_digests([tmp_path / "f"], CheckpointError, progress) == [by_hand(bytes(PIECE + 1))]
+    assert shown == [(2, "read: weights")]
+
+
+def test_a_prepared_fingerprint_is_the_same(make_model: Callable[..., Path], reads: list[str]) -> None:
+    model = make_model("m")
+    checkpoint = open_model(model, rope_scale=2.0)
+    checkpoint.prepare_fingerprint(silent)
+    assert sorted(reads) == ["config.json", "model.safetensors"]
+    fingerprint = checkpoint.fingerprint
+    checkpoint.prepare_fingerprint(silent)
+    assert sorted(reads) == ["config.json", "model.safetensors"]
+    assert fingerprint == open_model(model, rope_scale=2.0).fingerprint != open_model(model).fingerprint
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

@@ -241,7 +241,7 @@ def test_unreadable(name: str, make_model: Callable[..., Path]) -> None:
     try:
         if os.access(model / name, os.R_OK):
             pytest.skip("this user may read everything")
-        with pytest.raises(CheckpointError, match="cannot be read|cannot be listed"):
+        with pytest.raises(CheckpointError, match=r"cannot be read|cannot be listed"):
             Checkpoint.open(model)
     finally:
         (model / name).chmod(0o700)
