@@ -125,7 +125,8 @@ def evaluate(
     Writes report.html, report.md, report.json and report.csv. Reports of a GGUF file MODEL.gguf are named
     MODEL.report.html and so on, of another engine MODEL.llama.cpp.report.html. Several models get one report.
     """
-    from ..eval.cache import OriginalCache, default_cache_directory
+    from ..convert.content import cache_directory
+    from ..eval.cache import OriginalCache
     from ..eval.comparison import EvalConfig, evaluate_each
     from ..eval.needle import NeedleConfig
     from ..eval.png import check_png
@@ -163,7 +164,7 @@ def evaluate(
     elif base or llama_cpp:
         raise click.UsageError("--base and --llama-cpp belong to --engine llama.cpp.")
     else:
-        cache = None if no_cache else OriginalCache(cache_dir or default_cache_directory())
+        cache = None if no_cache else OriginalCache(cache_dir or cache_directory())
         comparisons = list(evaluate_each(source, quantized, config, progress_bar, cache=cache))
     _write_reports(source, comparisons, quantized, loaded, hidden, output, prefix, forms)
 

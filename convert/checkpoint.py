@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..progress import Progress, silent
+from .content import file_digests
 from .exl2.names import text_config
 from .families import is_known
-from .files import read_json
-from .hub import confined_file, resolve_model
+from .files import read_json, read_schema
+from .hub import confined_file, list_directory, require_own_files, resolve_model
 from .model_config import complete_config
 from .safetensors_file import HeaderEntry, SafetensorsHeader, read_entry, read_header
 
@@ -62,10 +66,12 @@ _INTEGER_DTYPES = (
     torch.uint64,
 )
 
-_SAMPLES = 64
-"""Places of each shard that the fingerprint looks at: cheap even on a network disk."""
+_ADAPTER = "adapter_config.json"
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
-_SAMPLE_BYTES = 4096
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
 
 
 class TensorSource(Protocol):
@@ -161,6 +167,7 @@ class Checkpoint:
                 f"{directory}: no model directory, got {got}, expected a directory with config.json and "
                 "safetensors files. Check the path."
             )
+        _refuse_adapter(directory)
         config_path = confined_file(directory, "config.json")
         config = read_json(config_path, CheckpointError)
         _check_config(config, config_path, quantized=quantized)
@@ -174,6 +181,7 @@ class Checkpoint:
             shards = [_single_weight_file(directory)]
         headers = {shard: read_header(confined_file(directory, shard), CheckpointError) for shard in shards}
         _check_shards(directory, headers, weight_map)
+        require_own_files(directory)
         checkpoint = cls(directory, config, headers)
         if not is_known(config):
             return checkpoint
@@ -231,18 +239,28 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """32 hexadecimal digits that identify config and weights, independent of where the directory lies.
 
-        SHA-256 over ``config.json``, and for every shard its name, its size, its raw header and 64 evenly
-        spaced samples of 4096 bytes. It is *sampled*: it tells models apart and notices retraining or
-        conversion, but a change of a few single weights can escape it, so it is no proof of integrity.
+        SHA-256 over the names and the whole contents of ``config.json`` and of every shard. The first time all of it
+        is read; digests are remembered for as long as files stay as they are, see ``file_digests``.
+
+        Raises:
+            CheckpointError: A file cannot be read, or changes meanwhile.
         """
-        digest = hashlib.sha256()
-        _update(digest, self.file("config.json").read_bytes())
-        for shard in sorted(self._shards):
-            header = self._shards[shard]
-            for part in (shard, str(header.file_bytes), header.sha256):
-                _update(digest, part.encode("utf-8", "surrogatepass"))
-            _update_with_samples(digest, self.file(shard), header)
-        return digest.hexdigest()[:32]
+        return self._fingerprint(silent)
+
+    def prepare_fingerprint(self, progress: Progress) -> None:
+        """Read what the fingerprint is made of, showing how far it is; ``fingerprint`` alone does so in silence.
+
+        Raises:
+            CheckpointError: As ``fingerprint``.
+        """
+        if "fingerprint" not in self.__dict__:
+            self.fingerprint = self._fingerprint(progress)
+
+    def _fingerprint(self, progress: Progress) -> str:
+        names = ["config.json", *sorted(self._shards)]
+        digests = file_digests([self.file(name) for name in names], CheckpointError, progress)
+        parts = [f"{digest} {name}\n" for name, digest in zip(names, digests, strict=True)]
+        return hashlib.sha256("".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
     def file(self, name: str) -> Path:
         """Return the path of a file of this model, checked as in ``confined_file``."""
@@ -359,8 +377,22 @@ def _check_config(config: dict[str, Any], path: Path, *, quantized: bool) -> Non
             )
 
 
+def _refuse_adapter(directory: Path) -> None:
+    # Some trainers keep a copy of the base's config.json beside an adapter.
+    there = {name for name in (_ADAPTER, _ADAPTER_WEIGHTS, _WEIGHTS, _INDEX) if os.path.lexists(directory / name)}
+    if _ADAPTER not in there or there & {_WEIGHTS, _INDEX}:
+        return
+    if os.path.lexists(directory / "config.json") and _ADAPTER_WEIGHTS not in there:
+        return
+    base = read_json(confined_file(directory, _ADAPTER), CheckpointError).get("base_model_name_or_path")
+    raise CheckpointError(
+        f"{directory}: a LoRA adapter, not a model, got {_ADAPTER} without weights of a model. Give the base model"
+        f"{f' ({base!r:.200})' if isinstance(base, str) and base else ''} as MODEL, and this directory with --lora."
+    )
+
+
 def _single_weight_file(directory: Path) -> str:
-    files = sorted(path.name for path in directory.iterdir())
+    files = [path.name for path in list_directory(directory)]
     found = [name for name in files if name.endswith(".safetensors") and not name.startswith(".")]
     if len(found) == 1:
         return found[0]
@@ -380,13 +412,14 @@ def _single_weight_file(directory: Path) -> str:
 
 def _read_index(directory: Path) -> dict[str, str]:
     path = confined_file(directory, _INDEX)
-    weight_map = read_json(path, CheckpointError).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path}: no weight_map, expected an object of tensor names and files. Get it again.")
+    weight_map = read_schema(path, _Index, CheckpointError).weight_map
+    if not weight_map:
+        raise CheckpointError(f"{path}: empty weight_map, expected names of tensors and files. Get it again.")
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not shard.endswith(".safetensors"):
+        if not shard.endswith(".safetensors"):
             raise CheckpointError(
-                f"{path}: wrong file for tensor {name!r}, got {shard!r}, expected a .safetensors file. Get it again."
+                f"{path}: wrong file for tensor {name!r:.200}, got {shard!r:.200}, expected a .safetensors file. "
+                "Get it again."
             )
     return weight_map
 
@@ -404,7 +437,9 @@ def _check_shards(directory: Path, headers: dict[str, SafetensorsHeader], weight
     for name, shard in weight_map.items():
         if name not in holder:
             raise CheckpointError(
-                f"{directory / shard}: tensor {name!r} is missing, expected it from {_INDEX}. Get the model again."
+                f"{directory / _INDEX}: the index is stale, or a file is incomplete: tensor {name!r:.200} is missing "
+                f"from {shard!r}. Delete its entry from the index if the model needs no such tensor (as an output head "
+                "that is tied to the embedding), else get the model again."
             )
         if holder[name] != shard:
             raise CheckpointError(
@@ -413,23 +448,6 @@ def _check_shards(directory: Path, headers: dict[str, SafetensorsHeader], weight
             )
     if not holder:
         raise CheckpointError(f"{directory}: no weights, got files without tensors. Get the model again.")
-
-
-def _update(digest: hashlib._Hash, part: bytes) -> None:
-    # The length goes first, so that moving a byte from one part to the next changes the digest.
-    digest.update(len(part).to_bytes(8, "little") + part)
-
-
-def _update_with_samples(digest: hashlib._Hash, path: Path, header: SafetensorsHeader) -> None:
-    start, end = header.data_offset_bytes, header.file_bytes
-    with path.open("rb") as file:
-        if end - start <= _SAMPLES * _SAMPLE_BYTES:
-            file.seek(start)
-            _update(digest, file.read(end - start))
-            return
-        for index in range(_SAMPLES):  # The first sample begins with the data, the last ends with it.
-            file.seek(start + index * (end - start - _SAMPLE_BYTES) // (_SAMPLES - 1))
-            _update(digest, file.read(_SAMPLE_BYTES))
 
 
 def _plain(dtype: torch.dtype) -> str:

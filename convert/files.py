@@ -14,16 +14,26 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
+
+import msgspec
 
 from ..errors import BpwiseError, NumericalError, WorkDirectoryError
 
 __all__ = [
     "atomic_directory",
     "atomic_file",
+    "is_lfs_pointer",
     "read_json",
+    "read_schema",
     "write_json",
 ]
+
+_Schema = TypeVar("_Schema")
+
+_LFS_START = b"version https://git-lfs.github.com/spec/v1"
+_LFS_MOST_BYTES = 1024
+"""Git LFS itself takes nothing larger for a pointer."""
 
 _DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -193,3 +203,36 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Return whether a file is what ``git clone`` leaves in the place of a large one where Git LFS is not installed.
+
+    Args:
+        path: A regular file.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    if path.stat().st_size > _LFS_MOST_BYTES:
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_LFS_START)) == _LFS_START
+
+
+def read_schema(path: Path, schema_type: type[_Schema], error: type[BpwiseError]) -> _Schema:
+    """Read a JSON file whose top level is an object, and check it against a schema.
+
+    Args:
+        path: The file.
+        schema_type: A ``msgspec.Struct``; keys that it does not have are left out.
+        error: What to raise.
+
+    Raises:
+        BpwiseError: As the type given by ``error``: as ``read_json``, or a value is missing or of a wrong type.
+    """
+    value = read_json(path, error)
+    try:
+        return msgspec.convert(value, type=schema_type)
+    except (msgspec.ValidationError, UnicodeEncodeError) as cause:  # JSON can hold half of a surrogate pair
+        raise error(f"{path}: wrong content, {cause}. Get or make the file again.") from cause

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import errno
+import json
+import os
 import re
 from pathlib import Path
 
 from ..errors import CheckpointError, WorkDirectoryError
+from .files import is_lfs_pointer
+from .side_files import CONFIG_FILE, DOWNLOADED, NOT_DOWNLOADED, TEMPLATE_DIRECTORY, is_side_file
 
-__all__ = ["confined_file", "resolve_model"]
+__all__ = ["confined_file", "list_directory", "require_own_files", "resolve_model", "side_files"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
-_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*")
 _SHARED_BLOB = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
 
 
@@ -58,7 +61,7 @@ def _download(model: str) -> Path:
     )
     where = f"{model}: no such directory, and as a Hugging Face Hub id"
     try:
-        return Path(snapshot_download(model, allow_patterns=list(_HUB_FILES)))
+        return Path(snapshot_download(model, allow_patterns=list(DOWNLOADED), ignore_patterns=list(NOT_DOWNLOADED)))
     except GatedRepoError as cause:
         raise CheckpointError(
             f"{where} it is gated. Accept its terms at https://huggingface.co/{model}, then run `hf auth login`."
@@ -84,6 +87,78 @@ def _download(model: str) -> Path:
         ) from cause
 
 
+def list_directory(directory: Path) -> list[Path]:
+    """Return what is in a directory, sorted by name.
+
+    Raises:
+        CheckpointError: It cannot be listed.
+    """
+    try:
+        return sorted(directory.iterdir())
+    except OSError as cause:
+        raise CheckpointError(f"{directory}: cannot be listed ({cause.strerror}). Check its permissions.") from cause
+
+
+def side_files(directory: Path) -> list[str]:
+    """Return the names of a model's side files, relative to its directory, each checked as in ``confined_file``.
+
+    Args:
+        directory: The model directory.
+
+    Raises:
+        CheckpointError: A file of such a name leads outside, is no regular file, or stands for one that is not there;
+            or the directory cannot be listed.
+    """
+    found = []
+    for path in list_directory(directory):
+        if path.name == TEMPLATE_DIRECTORY and path.is_dir():
+            found += [f"{path.name}/{template.name}" for template in list_directory(path)]
+        elif not path.is_dir():
+            found.append(path.name)
+    names = [name for name in found if is_side_file(name)]
+    for name in names:
+        confined_file(directory, name)
+    return names
+
+
+def require_own_files(directory: Path) -> None:
+    """Check every file that a library may read when it is handed a model directory, as in ``confined_file``.
+
+    Beside side files these are vocabularies of any name that ends in ``.model``, and what tokenizer_config.json lists
+    as ``fast_tokenizer_files``: Transformers' tokenizers look for both.
+
+    Args:
+        directory: The model directory.
+
+    Raises:
+        CheckpointError: As ``side_files``.
+    """
+    names = set(side_files(directory))
+    for path in list_directory(directory):
+        if path.name in (CONFIG_FILE, "README.md") or path.suffix == ".model":
+            names |= set() if path.is_dir() else {path.name}
+    if "tokenizer_config.json" in names:
+        names |= _named_tokenizers(directory / "tokenizer_config.json")
+    for name in names:
+        confined_file(directory, name)
+
+
+def _named_tokenizers(path: Path) -> set[str]:
+    # What is wrong with the file itself is for its reader to say.
+    try:
+        settings = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return set()
+    names = settings.get("fast_tokenizer_files") if isinstance(settings, dict) else None
+    listed = names if isinstance(names, list) else []
+    return {name for name in listed if isinstance(name, str) and _reaches(path.parent, name)}
+
+
+def _reaches(directory: Path, name: str) -> bool:
+    # Lists name files for other versions of Transformers too, which need not be there.
+    return Path(name).name != name or os.path.lexists(directory / name)
+
+
 def confined_file(directory: Path, name: str) -> Path:
     """Return ``directory / name`` after checking that it is a regular file that belongs to the directory.
 
@@ -97,18 +172,23 @@ def confined_file(directory: Path, name: str) -> Path:
         name: Relative name with forward slashes.
 
     Raises:
-        CheckpointError: The file is missing, no regular file, or lies outside.
+        CheckpointError: The file is missing, no regular file, a pointer of Git LFS, or lies outside.
     """
     relative = Path(name)
-    if relative.is_absolute() or ".." in relative.parts or relative.drive or "\\" in name or "\0" in name:
+    unsafe = relative.is_absolute() or ".." in relative.parts or relative.drive or "\\" in name or "\0" in name
+    if unsafe or not _encodable(name):
         raise CheckpointError(
-            f"{directory}: unsafe file name, got {name!r}, expected one inside the directory. "
+            f"{directory}: unsafe file name, got {name!r:.200}, expected one inside the directory. "
             "Do not use this model unless you trust its source."
         )
     path = directory / relative
     try:
         root, target = directory.resolve(), path.resolve()
         regular = target.is_file()
+        readable = os.access(target, os.R_OK)
+        pointer = regular and readable and is_lfs_pointer(target)
+    except PermissionError as cause:
+        raise CheckpointError(f"{path}: cannot be read ({cause.strerror}). Check its permissions.") from cause
     except (OSError, RuntimeError) as cause:  # RuntimeError: a loop of links, before Python 3.13.
         raise CheckpointError(f"{path}: cannot be followed ({cause}). Get the model again.") from cause
     if not target.is_relative_to(root) and not _in_hub_store(root, target):
@@ -118,7 +198,20 @@ def confined_file(directory: Path, name: str) -> Path:
         )
     if not regular:
         raise CheckpointError(f"{path}: missing, or not a regular file. The checkpoint is incomplete: get it again.")
+    if not readable:
+        raise CheckpointError(f"{path}: cannot be read (Permission denied). Check its permissions.")
+    if pointer:
+        raise CheckpointError(f"{path}: a Git LFS pointer, not the file itself. Run `git lfs pull` in {directory}.")
     return path
+
+
+def _encodable(name: str) -> bool:
+    # JSON can hold half of a surrogate pair, which no file's name can.
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _in_hub_store(root: Path, target: Path) -> bool:

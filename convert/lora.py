@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
+import msgspec
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
 from .checkpoint import Checkpoint, TensorInfo, embedding_name, head_name, require_finite
+from .content import file_digests
 from .families import HEAD, composite_of
-from .files import read_json
+from .files import read_schema
 from .hub import confined_file
 from .language import plain_name
 from .safetensors_file import SafetensorsHeader, read_entry, read_header
@@ -34,7 +37,6 @@ _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
 _PREFIX = "base_model.model."
-_READ_BYTES = 1 << 20
 _ROLES = {
     "lora_A.weight": "down",
     "lora_B.weight": "up",
@@ -63,6 +65,34 @@ _REFUSED = (
     "monteclora_config",
 )
 """Entries of the config that change what is computed in a way that is not merged here."""
+
+_Number = TypeVar("_Number", int, float)
+_Rank = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+_Alpha = Annotated[float, msgspec.Meta(ge=-1e9, le=1e9)]
+
+
+class _Settings(msgspec.Struct):
+    # What is read of adapter_config.json.
+    peft_type: str | None = None
+    r: _Rank | None = None
+    lora_alpha: _Alpha | None = None
+    rank_pattern: dict[str, _Rank] | None = None
+    alpha_pattern: dict[str, _Alpha] | None = None
+    bias: str = "none"
+    init_lora_weights: bool | str | None = True
+    use_dora: bool | None = None
+    use_rslora: bool | None = None
+    fan_in_fan_out: bool | None = None
+    lora_bias: Any = None
+    layer_replication: Any = None
+    trainable_token_indices: Any = None
+    target_parameters: Any = None
+    alora_invocation_tokens: Any = None
+    use_qalora: Any = None
+    use_bdlora: Any = None
+    arrow_config: Any = None
+    kasa_config: Any = None
+    monteclora_config: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +127,9 @@ class LoraView(CheckpointView):
         self._adapter = Path(adapter)
         if not self._adapter.is_dir():
             raise CheckpointError(f"{adapter}: no adapter, expected a directory with {_CONFIG}. Check the path.")
-        self._settings = read_json(confined_file(self._adapter, _CONFIG), CheckpointError)
+        if not os.path.lexists(self._adapter / _CONFIG):
+            raise CheckpointError(f"{adapter}: no adapter, got a directory without {_CONFIG}. Check the path.")
+        self._settings = read_schema(confined_file(self._adapter, _CONFIG), _Settings, CheckpointError)
         _check_settings(self._settings, self._adapter / _CONFIG)
         if not (self._adapter / _WEIGHTS).exists() and (self._adapter / _PICKLE).exists():
             raise CheckpointError(
@@ -162,11 +194,8 @@ class LoraView(CheckpointView):
 
     @cached_property
     def _digest(self) -> str:
-        digest = hashlib.sha256(confined_file(self._adapter, _CONFIG).read_bytes())
-        with confined_file(self._adapter, _WEIGHTS).open("rb") as file:
-            while part := file.read(_READ_BYTES):
-                digest.update(part)
-        return digest.hexdigest()
+        files = [confined_file(self._adapter, name) for name in (_CONFIG, _WEIGHTS)]
+        return hashlib.sha256("".join(file_digests(files, CheckpointError)).encode()).hexdigest()
 
     def _base_name(self, name: str) -> str:
         # The head that a tied model gets of its own begins as the table of embeddings.
@@ -214,7 +243,7 @@ class LoraView(CheckpointView):
         self._require(name, first)
         embedding = "embedding_" if "embedding_down" in parts or "embedding_up" in parts else ""
         expected = {f"{embedding}down", f"{embedding}up"}
-        if self._settings.get("use_dora"):
+        if self._settings.use_dora:
             expected.add("magnitude")
         if parts.keys() != expected:
             raise CheckpointError(
@@ -222,18 +251,19 @@ class LoraView(CheckpointView):
                 "The adapter is damaged, or of a kind that cannot be merged."
             )
         # An embedding's matrices make what its table is transposed.
-        transposed = bool(embedding) or bool(self._settings.get("fan_in_fan_out"))
+        transposed = bool(embedding) or bool(self._settings.fan_in_fan_out)
         if transposed and "magnitude" in parts:
             raise CheckpointError(
                 f"{self._where}: module {module!r} is weight-decomposed (DoRA) and stored transposed, which cannot be "
                 "merged here. Merge it with PEFT's merge_and_unload."
             )
         down, up = parts[f"{embedding}down"], parts[f"{embedding}up"]
-        rank = _by_pattern(self._settings.get("rank_pattern"), module, self._settings.get("r"))
-        alpha = _by_pattern(self._settings.get("alpha_pattern"), module, self._settings.get("lora_alpha"))
-        if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+        config = self._adapter / _CONFIG
+        rank = _by_pattern(self._settings.rank_pattern, module, self._settings.r, config)
+        alpha = _by_pattern(self._settings.alpha_pattern, module, self._settings.lora_alpha, config)
+        if rank is None or alpha is None:
             raise CheckpointError(
-                f"{self._adapter / _CONFIG}: r is {rank!r} and lora_alpha {alpha!r} for {module!r}, expected a "
+                f"{config}: r is {rank!r} and lora_alpha {alpha!r} for {module!r}, expected a "
                 "positive whole number and a number. Get the adapter again."
             )
         shape = self._base.shape(self._base_name(name))
@@ -243,7 +273,7 @@ class LoraView(CheckpointView):
         magnitude = parts.get("magnitude")
         if magnitude is not None:
             self._require_shape(magnitude, self._header.entries[magnitude].shape, (rows,), name)
-        scale = alpha / (math.sqrt(rank) if self._settings.get("use_rslora") else rank)
+        scale = alpha / (math.sqrt(rank) if self._settings.use_rslora else rank)
         self._merged[name] = _Low(down, up, magnitude, scale, transposed)
 
     def _require(self, name: str, stored: str) -> None:
@@ -264,38 +294,42 @@ class LoraView(CheckpointView):
             )
 
 
-def _check_settings(settings: Mapping[str, Any], path: Path) -> None:
-    if settings.get("peft_type") != "LORA":
+def _check_settings(settings: _Settings, path: Path) -> None:
+    if settings.peft_type != "LORA":
         raise CheckpointError(
-            f"{path}: the adapter's peft_type is {settings.get('peft_type')!r}, expected 'LORA': no other kind can be "
+            f"{path}: the adapter's peft_type is {settings.peft_type!r:.200}, expected 'LORA': no other kind can be "
             "merged here. Merge it with PEFT's merge_and_unload."
         )
-    if settings.get("bias", "none") != "none":
+    if settings.bias != "none":
         raise CheckpointError(
-            f"{path}: the adapter has biases of its own, bias is {settings['bias']!r}, expected 'none'. Merge it with "
-            "PEFT's merge_and_unload."
+            f"{path}: the adapter has biases of its own, bias is {settings.bias!r:.200}, expected 'none'. Merge it "
+            "with PEFT's merge_and_unload."
         )
-    start = settings.get("init_lora_weights", True)
+    start = settings.init_lora_weights
     if start not in _PLAIN_STARTS:
         raise CheckpointError(
-            f"{path}: the adapter began as {start!r}, which changes the base's weights too, expected a plain start. "
-            "Convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)."
+            f"{path}: the adapter began as {start!r:.200}, which changes the base's weights too, expected a plain "
+            "start. Convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)."
         )
     for key in _REFUSED:
-        if settings.get(key):
+        if getattr(settings, key):
             raise CheckpointError(
-                f"{path}: the adapter has {key} set to {settings[key]!r}, which cannot be merged here. Merge it with "
-                "PEFT's merge_and_unload."
+                f"{path}: the adapter has {key} set to {getattr(settings, key)!r:.200}, which cannot be merged here. "
+                "Merge it with PEFT's merge_and_unload."
             )
 
 
-def _by_pattern(patterns: Any, module: str, default: Any) -> Any:
+def _by_pattern(
+    patterns: Mapping[str, _Number] | None, module: str, default: _Number | None, path: Path
+) -> _Number | None:
     # As PEFT's get_pattern_key: the first pattern that the end of a module's name matches.
     for pattern, value in (patterns or {}).items():
         try:
             found = re.match(rf"(.*\.)?({pattern})$", module)
-        except re.error as cause:
-            raise CheckpointError(f"{_CONFIG}: {pattern!r} is no pattern ({cause}). Get the adapter again.") from cause
+        except (re.error, OverflowError, RecursionError) as cause:
+            raise CheckpointError(
+                f"{path}: {pattern!r:.200} is not a valid pattern ({cause}). Get the adapter again."
+            ) from cause
         if found:
             return value
     return default

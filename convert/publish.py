@@ -16,36 +16,17 @@ from .exl2.reader import is_exl2
 from .exl2.verify import MANIFEST_FILE, verify_model
 from .files import read_json
 from .gguf.verify import verify_gguf
-from .hub import confined_file
+from .hub import confined_file, list_directory
 from .mark import read_mark
+from .side_files import TEMPLATE_DIRECTORY, is_side_file
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 __all__ = ["Upload", "find_outputs", "plan_uploads", "push"]
 
-_PUBLISHED = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "preprocessor_config.json",
-    MANIFEST_FILE,
-    CARD_NAME,
-    "report.*",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
+_PUBLISHED = ("*.safetensors", "*.safetensors.index.json", "config.json", MANIFEST_FILE, CARD_NAME, "report.*")
+"""What is published beside a model's side files."""
 
 _RATE = re.compile(r"-(\d+(?:\.\d+)?)bpw(?:-(\d+)hb)?(?:-exl2)?$")
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -256,12 +237,18 @@ def _card(output: Path) -> Path:
 
 
 def _directory_files(output: Path) -> tuple[list[tuple[str, Path]], list[str]]:
+    entries = list_directory(output)
+    templates = output / TEMPLATE_DIRECTORY
+    if templates.is_dir():
+        entries = [path for path in entries if path != templates] + list_directory(templates)
     files, left_out = [], []
-    for path in sorted(output.iterdir()):
-        if any(fnmatchcase(path.name, pattern) for pattern in _PUBLISHED) and not path.is_dir():
+    for path in entries:
+        name = path.relative_to(output).as_posix()
+        published = is_side_file(name) or any(fnmatchcase(name, pattern) for pattern in _PUBLISHED)
+        if published and not path.is_dir():
             if path.is_symlink():
                 raise CheckpointError(f"{path}: is a link, expected a file. Replace it by what it points to.")
-            files.append((path.name, confined_file(output, path.name)))
+            files.append((name, confined_file(output, name)))
         else:
-            left_out.append(path.name)
+            left_out.append(name)
     return files, left_out

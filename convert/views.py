@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..progress import Progress
 from .checkpoint import Checkpoint, TensorInfo, TensorSource
 
 __all__ = ["CheckpointView", "SourceView"]
@@ -90,6 +91,10 @@ class CheckpointView(Checkpoint):
     def fingerprint(self) -> str:
         """The base's fingerprint, for a view that follows from the base alone."""
         return self._base.fingerprint
+
+    def prepare_fingerprint(self, progress: Progress) -> None:
+        """Read what the base's fingerprint is made of, showing how far it is."""
+        self._base.prepare_fingerprint(progress)
 
     @property
     def changes(self) -> dict[str, Any]:

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from ..convert.checkpoint import TensorSource
-from ..convert.gguf.reader import GgufModel
 from ..convert.safetensors_file import load_metadata, load_tensors, save_tensors
 from ..errors import BpwiseWarning, FormatError, WorkDirectoryError
 from ..version import __version__
 
-__all__ = ["OriginalCache", "OriginalState", "default_cache_directory", "original_key"]
+__all__ = ["OriginalCache", "OriginalState", "original_key"]
 
 _VERSION = 2
 _SUFFIX = ".original.safetensors"
@@ -121,16 +120,8 @@ class OriginalCache:
         return self._directory / f"{key}{_SUFFIX}"
 
 
-def default_cache_directory() -> Path:
-    """Return where a user's caches lie, as XDG's base directories say: ``~/.cache/bpwise`` unless that was moved."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bpwise"
-
-
 def original_key(source: TensorSource, tokens: Tensor, *, dtype: torch.dtype, device: str) -> str:
     """Return 32 hexadecimal digits that change with everything that the states depend on.
-
-    A model's fingerprint is sampled, so the sizes and times of its files count too: a file that was changed in a few
-    places is not taken for the one before.
 
     Args:
         source: The original.
@@ -146,7 +137,6 @@ def original_key(source: TensorSource, tokens: Tensor, *, dtype: torch.dtype, de
         torch.__version__,
         transformers.__version__,
         source.fingerprint,
-        *_file_states(source),
         str(dtype),
         device,
         str(tuple(tokens.shape)),
@@ -154,15 +144,6 @@ def original_key(source: TensorSource, tokens: Tensor, *, dtype: torch.dtype, de
     digest = hashlib.sha256("\n".join(parts).encode())
     digest.update(tokens.contiguous().numpy().astype("<i8", copy=False).tobytes())
     return digest.hexdigest()[:32]
-
-
-def _file_states(source: TensorSource) -> list[str]:
-    if isinstance(source, GgufModel):
-        files = [source.path]
-    else:
-        files = sorted([*source.directory.glob("*.safetensors"), source.directory / "config.json"])
-    states = [(file.name, file.stat()) for file in files if file.is_file()]
-    return [f"{name} {status.st_size} {status.st_mtime_ns}" for name, status in states]
 
 
 def _digest(key: str, state: OriginalState) -> str:

@@ -20,6 +20,7 @@ from ..convert.exl2.reader import Exl2Model
 from ..convert.exl2.verify import MANIFEST_FILE
 from ..convert.files import read_json
 from ..convert.gguf.reader import GgufModel
+from ..convert.hub import confined_file
 from ..errors import CalibrationError, FormatError
 from ..measure.calibration import CalibrationSet
 
@@ -156,7 +157,7 @@ def stored_spans(model: TensorSource) -> CalibrationSpans | None:
     if isinstance(model, GgufModel):
         text = model.header.metadata.get(f"bpwise.{SPANS_KEY}")
     elif isinstance(model, Exl2Model) and (model.directory / MANIFEST_FILE).is_file():
-        provenance = read_json(model.directory / MANIFEST_FILE, FormatError).get("provenance")
+        provenance = read_json(confined_file(model.directory, MANIFEST_FILE), FormatError).get("provenance")
         text = provenance.get(SPANS_KEY) if isinstance(provenance, dict) else None
     return None if text is None else CalibrationSpans.from_text(text)
 

@@ -152,6 +152,7 @@ def measure_model(
         NumericalError: NaN or infinity in activations or gradients.
     """
     device = resolve_device(config.device)
+    checkpoint.prepare_fingerprint(progress)
     provenance = measurement_provenance(checkpoint, calibration, config)
     pieces = StageDirectory(work, "measure", provenance)
     source = language_model(checkpoint)

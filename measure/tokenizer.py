@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from ..convert.hub import require_own_files
 from ..errors import CalibrationError
 from .chat_template import ChatTemplate
 from .text import valid_unicode
@@ -173,9 +174,11 @@ def load_tokenizer(directory: Path) -> LoadedTokenizer:
     Raises:
         CalibrationError: The directory or the files in it are missing, damaged, or need their own code; or the
             tokenizer fails on a letter.
+        CheckpointError: A file leads outside the directory, or is only a pointer of Git LFS.
     """
     if not directory.is_dir():
         raise CalibrationError(f"{directory}: no such directory. Name the directory of the model.")
+    require_own_files(directory)
     from transformers import AutoTokenizer  # noqa: PLC0415 - takes seconds to import
 
     try:

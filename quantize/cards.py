@@ -15,7 +15,7 @@ from ..convert.exl2.reader import Exl2Model
 from ..convert.exl2.verify import MANIFEST_FILE
 from ..convert.files import atomic_file, read_json
 from ..convert.gguf.reader import GgufModel
-from ..convert.hub import resolve_model
+from ..convert.hub import confined_file, resolve_model
 from ..convert.mark import read_mark
 from ..errors import BrokenModelError, ConfigError, FormatError
 from ..eval.models import model_name, open_any
@@ -124,8 +124,10 @@ def _exl2_name(model: Exl2Model, base_name: str) -> str:
 
 def _made_exl2(model: Exl2Model) -> tuple[tuple[str, str], ...]:
     quantization = _mapping(model.stored_config.get("quantization_config"))
-    manifest = model.directory / MANIFEST_FILE
-    provenance = _mapping(read_json(manifest, FormatError).get("provenance") if manifest.exists() else None)
+    provenance: Mapping[str, Any] = {}
+    if (model.directory / MANIFEST_FILE).exists():
+        manifest = read_json(confined_file(model.directory, MANIFEST_FILE), FormatError)
+        provenance = _mapping(manifest.get("provenance"))
     calibration = _mapping(quantization.get("calibration"))
     decoder_bpw = provenance.get("bpw", quantization.get("bits"))
     rows: list[tuple[str, object]] = [

@@ -13,8 +13,9 @@ from tempfile import TemporaryDirectory
 import torch
 
 from ..convert.checkpoint import Checkpoint
+from ..convert.content import file_digests
 from ..convert.gguf.assign import dominant_file_type, mixture_types
-from ..convert.gguf.base import make_base
+from ..convert.gguf.base import converter_files, make_base
 from ..convert.gguf.check import check_base
 from ..convert.gguf.ggml import Bytes
 from ..convert.gguf.header import GgufHeader, read_gguf_header
@@ -25,7 +26,7 @@ from ..convert.gguf.reader import GgufModel
 from ..convert.gguf.writer import GgufVerification, planned_bytes, write_gguf
 from ..convert.original import Original, open_model
 from ..convert.work import StageDirectory, stages_in
-from ..errors import BudgetError, WorkDirectoryError
+from ..errors import BudgetError, CheckpointError, FormatError, WorkDirectoryError
 from ..eval.comparison import Comparison
 from ..eval.layers import LinearCost
 from ..eval.overlap import SPANS_KEY, CalibrationSpans
@@ -234,7 +235,8 @@ def _quantize(
     progress: Progress,
 ) -> GgufResult:
     clock = StageClock()
-    base = base or base_path(checkpoint, work, config.llama_cpp)
+    checkpoint.prepare_fingerprint(progress)
+    given, base = base, base or base_path(checkpoint, work, config.llama_cpp)
     # The converter first: should it not know the model, nothing has been measured in vain.
     with clock.stage("convert"):
         warnings = _converted(checkpoint, base, config.llama_cpp)
@@ -252,7 +254,7 @@ def _quantize(
     with clock.stage("plan"):
         plan = _planned(measured, header, checkpoint, config, rows)
         plan.save(work / "plan.json")
-    run = _identity(checkpoint, rows, plan, config)
+    run = _identity(checkpoint, rows, plan, config, given)
     verification = None
     fallbacks: dict[str, float] = {}
     drift: list[Drift] = []
@@ -349,8 +351,15 @@ def base_path(checkpoint: Checkpoint, work: Path, llama_cpp: Path | None) -> Pat
         work: Work directory.
         llama_cpp: As in ``GgufConfig``.
     """
-    identity = {"model": checkpoint.fingerprint, "llama_cpp": str(llama_cpp)}
+    identity = {"model": checkpoint.fingerprint, "files": _carried(checkpoint), "llama_cpp": str(llama_cpp)}
     return StageDirectory(work, "base", identity).path / "base.gguf"
+
+
+def _carried(checkpoint: Checkpoint) -> dict[str, str]:
+    # The vocabulary and the chat templates in a GGUF file are those of the files that the converter saw.
+    names = converter_files(checkpoint.directory)
+    digests = file_digests([checkpoint.file(name) for name in names], CheckpointError)
+    return dict(zip(names, digests, strict=True))
 
 
 def _converted(checkpoint: Checkpoint, base: Path, llama_cpp: Path | None) -> tuple[str, ...]:
@@ -380,17 +389,21 @@ def _planned(
     return make_type_plan(measurement, tensor_bytes=room, overrides=config.overrides)
 
 
-def _identity(checkpoint: Checkpoint, rows: CalibrationSet, plan: TypePlan, config: GgufConfig) -> str:
+def _identity(
+    checkpoint: Checkpoint, rows: CalibrationSet, plan: TypePlan, config: GgufConfig, base: Path | None
+) -> str:
     # What the written bytes depend on.
     types = [(tensor.name, tensor.type) for tensor in plan.tensors]
     parts = [
         __version__,
         checkpoint.fingerprint,
+        _carried(checkpoint),
         rows.fingerprint,
         plan.measurement,
         types,
         config.feedback,
         str(config.llama_cpp),
+        *([] if base is None else file_digests([base], FormatError)),
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 

@@ -123,7 +123,6 @@ def _checkpoint(path: Path) -> Inspection:
             f"{checkpoint.parameter_count / 1e6:.1f} million stored parameters, "
             f"{checkpoint.total_bytes / 2**20:.1f} MiB",
             f"tied embeddings: {'yes' if checkpoint.tied_embeddings else 'no'}",
-            f"fingerprint {checkpoint.fingerprint}",
         ),
         header=("tensor", "shape", "dtype", "file"),
         rows=tuple(rows),

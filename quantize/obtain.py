@@ -53,6 +53,7 @@ def obtain_measurement(
             another model.
     """
     if given is not None:
+        checkpoint.prepare_fingerprint(progress)
         measured = _load(given, checkpoint)
         rows = measured_rows(measured)
         if check_rows is not None:
@@ -72,7 +73,9 @@ def _load(path: Path, checkpoint: Checkpoint) -> Measurement:
     measurement = Measurement.load(path)
     if measurement.provenance.get("model") != checkpoint.fingerprint:
         raise FormatError(
-            f"{path}: the measurement belongs to another model than {checkpoint.directory}. Measure this one."
+            f"{path}: the measurement belongs to another model than {checkpoint.directory}, or to what its files were "
+            "before they changed, or to an earlier version of bpwise, which looked only at samples of the weights. "
+            "Measure this model again."
         )
     return measurement
 
@@ -83,6 +86,7 @@ def _measured(
     kept = work / MEASUREMENT_FILE
     if kept.exists():
         measurement = Measurement.load(kept)
+        checkpoint.prepare_fingerprint(progress)
         wanted = measurement_provenance(checkpoint, rows, config)
         # Types that are not asked for do no harm.
         if wanted == {**measurement.provenance, "types": wanted["types"] and list(measurement.types)}:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from ..convert.checkpoint import Checkpoint
+from ..convert.content import file_digests
 from ..convert.exl2.verify import MANIFEST_FILE, Verification, verify_model
 from ..convert.exl2.writer import write_model
 from ..convert.families import require_reader
 from ..convert.files import read_json
+from ..convert.hub import side_files
 from ..convert.language import WrittenModel
 from ..convert.original import Original, open_model
 from ..convert.work import stages_in
-from ..errors import FormatError, WorkDirectoryError
+from ..errors import CheckpointError, FormatError, WorkDirectoryError
 from ..eval.comparison import Comparison
 from ..eval.overlap import SPANS_KEY, CalibrationSpans
 from ..eval.report import summary_lines, write_report
@@ -126,7 +128,7 @@ def quantize_model(
         require_reader(checkpoint.config)
     if measurement is None:  # a given one has a group size of its own, which the plan checks at once
         config.forecast(checkpoint)
-    is_finished(output, model=checkpoint.fingerprint)
+    is_finished(output, model=lambda: checkpoint.fingerprint)
     work = work or output.with_name(f"{output.name}.work")
     if judge is None and config.evaluate is not None:
         judge = Judge(checkpoint, config.evaluate, progress)
@@ -168,7 +170,7 @@ def _quantize(
     run = _identity(checkpoint, rows, plan, config)
     fallbacks: dict[str, float] = {}
     drift: list[Drift] = []
-    if is_finished(output, run=run):
+    if is_finished(output, run=lambda: run):
         verification = verify_model(output)
     else:
         with clock.stage("round"):
@@ -244,6 +246,7 @@ def _identity(checkpoint: Checkpoint, rows: CalibrationSet, plan: Plan, config: 
     parts = [
         __version__,
         checkpoint.fingerprint,
+        file_digests([checkpoint.file(name) for name in side_files(checkpoint.directory)], CheckpointError),
         rows.fingerprint,
         plan.measurement,
         plan.target_bpw,
@@ -255,12 +258,13 @@ def _identity(checkpoint: Checkpoint, rows: CalibrationSet, plan: Plan, config: 
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def is_finished(output: Path, **expected: str) -> bool:
+def is_finished(output: Path, **expected: Callable[[], str]) -> bool:
     """Return whether an output is there with these entries in its provenance.
 
     Args:
         output: EXL2 directory, or where it shall be.
-        **expected: Entries of its manifest's provenance, as ``model``, the original's fingerprint.
+        **expected: What makes entries of its manifest's provenance, as ``model``, the original's fingerprint; called
+            only if something is there, for a fingerprint may have to read the whole model.
 
     Raises:
         WorkDirectoryError: Something else is in the way.
@@ -270,7 +274,7 @@ def is_finished(output: Path, **expected: str) -> bool:
     manifest = output / MANIFEST_FILE
     if manifest.is_file():
         provenance = read_json(manifest, FormatError).get("provenance", {})
-        if all(provenance.get(key) == value for key, value in expected.items()):
+        if all(provenance.get(key) == value() for key, value in expected.items()):
             return True
     raise WorkDirectoryError(
         f"{output}: exists already and is not the output of this run. Choose another or delete it."

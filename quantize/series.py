@@ -194,7 +194,7 @@ def _check(
         if isinstance(config, GgufConfig):
             refuse_others(paths[bpw])
             continue
-        is_finished(paths[bpw], model=checkpoint.fingerprint)
+        is_finished(paths[bpw], model=lambda: checkpoint.fingerprint)
         if not measured:
             config.forecast(checkpoint)
 

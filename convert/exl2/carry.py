@@ -3,44 +3,24 @@
 from __future__ import annotations
 
 import shutil
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ...errors import BpwiseError, CheckpointError
-from ..checkpoint import confined_file
 from ..files import read_json, write_json
+from ..hub import confined_file, side_files
 from .vision import IMAGE_PROCESSOR_FILE, PROCESSOR_FILE, image_processor
 
 __all__ = ["copy_side_files", "require_float16_range"]
-
-_SIDE_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "generation_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    IMAGE_PROCESSOR_FILE,
-    PROCESSOR_FILE,
-    "video_preprocessor_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
 
 _FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _FLOAT16_MAX = 65504.0
 
 
 def copy_side_files(source: Path, target: Path) -> None:
-    """Copy tokenizer, processor, generation and licence files: names from a fixed list, links replaced by content.
+    """Copy a model's side files, as ``side_files`` names them; links are replaced by content.
 
     What prepares images also gets the file of its own in which EXL2 readers look, if it has none.
 
@@ -49,11 +29,11 @@ def copy_side_files(source: Path, target: Path) -> None:
         target: Existing directory to copy into.
 
     Raises:
-        CheckpointError: A file of that name leads outside the model directory, or processor_config.json is damaged.
+        CheckpointError: As ``side_files``, or processor_config.json is damaged.
     """
-    for path in sorted(source.iterdir()):
-        if any(fnmatchcase(path.name, pattern) for pattern in _SIDE_FILES) and not path.is_dir():
-            shutil.copyfile(confined_file(source, path.name), target / path.name)
+    for name in side_files(source):
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(confined_file(source, name), target / name)
     if (target / PROCESSOR_FILE).exists() and not (target / IMAGE_PROCESSOR_FILE).exists():
         images = image_processor(read_json(target / PROCESSOR_FILE, CheckpointError))
         if images is not None:

@@ -36,10 +36,10 @@ def dequantize_model(directory: Path, out: Path, *, shard_bytes: int = DENSE_SHA
     """
     model = Exl2Model.open(directory)
     with atomic_directory(Path(out)) as target:
+        copy_side_files(model.directory, target)  # first: what is wrong with them shows before the long work
         fused = FusedModel(model)
         write_dense(fused, target, shard_bytes=shard_bytes)
         write_json(target / "config.json", fused.config)
-        copy_side_files(model.directory, target)
 
 
 def write_dense(model: TensorSource, target: Path, *, shard_bytes: int) -> None:

@@ -2,7 +2,7 @@
 
 The converter knows over a hundred architectures and their tokenizers. It loads tokenizers with
 ``trust_remote_code=True``, so it never sees the model's directory itself but a private one beside the output, with
-links to the weights and to the tokenizer's files from a fixed list, no Python files, and JSON files without the
+links to the weights and to the model's side files, no Python files, and JSON files without the
 ``auto_map`` that names code to run; and it is kept from the network.
 """
 
@@ -14,47 +14,26 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...errors import BpwiseError, CheckpointError
-from ..checkpoint import Checkpoint, confined_file
+from ..base_card import CARD_NAME
+from ..checkpoint import Checkpoint
 from ..exl2.shards import DEFAULT_SHARD_BYTES, ShardWriter
 from ..files import atomic_file, read_json
+from ..hub import confined_file, side_files
+from ..side_files import CONFIG_FILE, SETTINGS
 from ..views import CheckpointView
 from .header import read_gguf_header
 
-__all__ = ["base_type", "find_converter", "make_base"]
+__all__ = ["base_type", "converter_files", "find_converter", "make_base"]
 
 _SCRIPT = "convert_hf_to_gguf.py"
 
 _DEFAULT = Path(sys.prefix) / "share" / "bpwise" / "llama.cpp"
-
-_SETTINGS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.json",
-)
-"""Files in which Transformers looks for the names of code."""
-
-_PLAIN = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "*.tiktoken",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "README.md",
-)
 
 _CODE_KEYS = ("auto_map", "custom_pipelines")
 
@@ -136,6 +115,21 @@ def make_base(checkpoint: Checkpoint, output: Path, *, llama_cpp: Path | None = 
         read_gguf_header(temporary)
 
 
+def converter_files(directory: Path) -> list[str]:
+    """Return the names of all files but weights that the converter gets to see, each checked to be the model's own.
+
+    Args:
+        directory: The model directory.
+
+    Raises:
+        CheckpointError: As ``side_files``.
+    """
+    card = [CARD_NAME] if os.path.lexists(directory / CARD_NAME) else []
+    for name in (CONFIG_FILE, *card):
+        confined_file(directory, name)
+    return [CONFIG_FILE, *card, *side_files(directory)]
+
+
 def _stage(checkpoint: Checkpoint, directory: Path) -> None:
     """Fill a directory with what the converter needs: links, rewritten JSON, changed weights."""
     source = checkpoint.directory
@@ -143,17 +137,14 @@ def _stage(checkpoint: Checkpoint, directory: Path) -> None:
         _write_shards(checkpoint, directory)
     else:
         _link_shards(checkpoint, directory)
-    for path in sorted(source.iterdir()):
-        name = path.name
-        if path.is_dir():
-            continue
-        if name in _SETTINGS:
-            value = (
-                checkpoint.config if name == "config.json" else read_json(confined_file(source, name), CheckpointError)
-            )
-            (directory / name).write_text(json.dumps(_without_code(value)), encoding="utf-8")
-        elif any(fnmatchcase(name, pattern) for pattern in _PLAIN):
-            (directory / name).symlink_to(confined_file(source, name).resolve())
+    for name in converter_files(source):
+        target = directory / name
+        target.parent.mkdir(exist_ok=True)
+        if name == CONFIG_FILE or name in SETTINGS:
+            value = checkpoint.config if name == CONFIG_FILE else read_json(source / name, CheckpointError)
+            target.write_text(json.dumps(_without_code(value)), encoding="utf-8")
+        else:
+            target.symlink_to((source / name).resolve())
 
 
 def _write_shards(checkpoint: Checkpoint, directory: Path) -> None:

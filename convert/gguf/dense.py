@@ -39,7 +39,7 @@ def dequantize_gguf(
             f"{original}: no directory, expected the original's, to copy its tokenizer. Check the path."
         )
     with atomic_directory(Path(out)) as target:
+        if original is not None:
+            copy_side_files(original, target)  # first: what is wrong with them shows before the long work
         write_dense(model, target, shard_bytes=shard_bytes)
         write_json(target / "config.json", {**model.config, "torch_dtype": "float16"})
-        if original is not None:
-            copy_side_files(original, target)

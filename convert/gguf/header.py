@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ...errors import FormatError
+from ..files import is_lfs_pointer
 from .types import GGML_TYPES, GgmlType
 
 __all__ = ["GGML_TYPES", "GgmlType", "GgufHeader", "GgufTensor", "is_gguf", "read_gguf_header"]
@@ -121,6 +122,8 @@ def read_gguf_header(path: Path) -> GgufHeader:
     """
     path = Path(path)
     try:
+        if path.is_file() and is_lfs_pointer(path):
+            raise FormatError(f"{path}: a Git LFS pointer, not the file itself. Run `git lfs pull` in {path.parent}.")
         with path.open("rb") as file:
             file_bytes = path.stat().st_size
             return _Reader(path, file, file_bytes).header()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError, FormatError
+from ..content import file_digests
 from .config import config_from_metadata
 from .header import GgufHeader, GgufTensor, is_gguf, read_gguf_header
 from .names import ROPE_FREQS, architecture_of, hf_name, row_order, tensor_shapes
@@ -31,9 +31,6 @@ _DENSE = {
 
 _PIECE_WEIGHTS = 1 << 20
 """Weights decoded at once: decoding in NumPy takes some ten times the result's memory."""
-
-_SAMPLES = 64
-_SAMPLE_BYTES = 4096
 
 
 class GgufModel:
@@ -118,17 +115,12 @@ class GgufModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """32 hexadecimal digits that identify the model, made of the header and 64 samples of the data.
+        """32 hexadecimal digits that identify the model, made of the whole file as :attr:`Checkpoint.fingerprint` is.
 
-        As :attr:`Checkpoint.fingerprint` it tells models apart, but is no proof of integrity.
+        Raises:
+            FormatError: The file cannot be read, or changes meanwhile.
         """
-        digest = hashlib.sha256(self._header.sha256.encode())
-        start, end = self._header.data_offset_bytes, self._header.file_bytes
-        with self.path.open("rb") as file:
-            for index in range(_SAMPLES):
-                file.seek(start + max(0, end - start - _SAMPLE_BYTES) * index // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE_BYTES))
-        return digest.hexdigest()[:32]
+        return file_digests([self.path], FormatError)[0][:32]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the sizes of a tensor's dimensions without loading it.

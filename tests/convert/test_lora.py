@@ -231,8 +231,15 @@ DOWN, UP = f"{PREFIX}{Q}.lora_A.weight", f"{PREFIX}{Q}.lora_B.weight"
         (None, {"lora_bias": True}, "lora_bias set to True"),
         (None, {"layer_replication": [[0, 2]]}, "layer_replication"),
         (None, {"r": 4}, r"got \(2, 32\), expected \(4, 32\)"),
-        (None, {"r": "two"}, "r is 'two'"),
-        (None, {"rank_pattern": {"(": 3}}, "is no pattern"),
+        (None, {"r": "two"}, r"wrong content, Expected `int \| null`, got `str` - at `\$.r`"),
+        (None, {"r": None}, "r is None and lora_alpha 6.0 for"),
+        (None, {"r": 0}, r"wrong content, Expected `int` >= 1 - at `\$.r`"),
+        (None, {"lora_alpha": float("nan")}, r"wrong content, Expected `float` .* at `\$.lora_alpha`"),
+        (None, {"lora_alpha": 10**400}, "wrong content"),
+        (None, {"rank_pattern": ["q_proj"]}, r"wrong content, Expected `object \| null`, got `array`"),
+        (None, {"r": "\ud800"}, "wrong content, .*surrogates not allowed"),
+        (None, {"rank_pattern": {"(": 3}}, r"'\(' is not a valid pattern"),
+        (None, {"rank_pattern": {"a{99999999999}": 3}}, "is not a valid pattern"),
         (None, {"use_dora": True}, "expected .*magnitude"),
         ({}, {}, "no tensors"),
         ({DOWN: normal(2, 32)}, {}, "has tensors for .*down"),
@@ -242,7 +249,20 @@ DOWN, UP = f"{PREFIX}{Q}.lora_A.weight", f"{PREFIX}{Q}.lora_B.weight"
         ({f"{PREFIX}{Q}.lora_E": normal(2, 1)}, {}, "made for another model"),
     ],
     ids=[
-        *("kind", "bias", "pissa", "lora-bias", "replication", "rank", "no-rank", "pattern", "no-magnitude", "empty"),
+        *(
+            "kind",
+            "bias",
+            "pissa",
+            "lora-bias",
+            "replication",
+            "rank",
+            "rank-is-text",
+            "no-rank",
+            "rank-0",
+            "alpha-nan",
+        ),
+        *("alpha-huge", "patterns-are-a-list", "half-a-surrogate-pair", "pattern", "repeated-too-often"),
+        *("no-magnitude", "empty"),
         *("half", "narrow", "elsewhere", "larger-vocabulary", "unknown-part"),
     ],
 )
@@ -264,6 +284,8 @@ def test_pickles_are_refused(make_model: MakeModel, tmp_path: Path) -> None:
 def test_no_adapter_there(make_model: MakeModel, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no adapter"):
         open_model(make_model("base"), lora=tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"no adapter, got a directory without adapter_config\.json"):
+        open_model(make_model("base"), lora=make_model("other"))
 
 
 def test_values_that_are_no_numbers(make_model: MakeModel, tmp_path: Path) -> None:

@@ -124,6 +124,39 @@ def test_one_repository_by_convention(output: Path, hub: FakeHub) -> None:
     assert "https://huggingface.co/org/Llama-3.2-1B-4.0bpw-4hb-exl2/commit/0" in result.stdout
 
 
+def test_all_side_files_and_nothing_else(output: Path, hub: FakeHub) -> None:
+    wanted = {
+        "chat_template.jinja",
+        "additional_chat_templates/tool_use.jinja",
+        "processor_config.json",
+        "video_preprocessor_config.json",
+        "Notice.txt",
+        "USE_POLICY.md",
+        "spiece.model",
+    }
+    private = {"pytorch_model.bin", "original/params.json", ".git/config", "additional_chat_templates/x.py", "t.pt"}
+    for name in wanted | private:
+        (output / name).parent.mkdir(exist_ok=True)
+        (output / name).write_text("{}")
+    result = push(output, "org/")
+    assert result.exit_code == 0, result.stderr
+    ((_, _, files),) = hub.commits
+    assert files.keys() == PUBLISHED | wanted
+    listed = push(output, "org/", "--dry-run").stdout
+    for name in ("pytorch_model.bin", "original", ".git", "additional_chat_templates/x.py", "t.pt"):
+        assert f"not published: {name}\n" in listed
+
+
+def test_a_linked_folder_of_templates_is_refused(output: Path, hub: FakeHub, tmp_path: Path) -> None:
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "key.jinja").write_text("secret")
+    (output / "additional_chat_templates").symlink_to(tmp_path / "private")
+    result = push(output, "org/")
+    assert result.exit_code == 1
+    assert "leads outside" in result.stderr
+    assert hub.commits == []
+
+
 def test_a_name_of_ones_own_and_public(output: Path, hub: FakeHub) -> None:
     assert push(output, "org/mine", "--public").exit_code == 0
     assert hub.repos == {"org/mine": False}

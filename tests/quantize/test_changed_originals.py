@@ -1,6 +1,8 @@
 """Models that are changed while they are read, through the whole line."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from bpwise.convert.gguf.header import read_gguf_header
 from bpwise.convert.gguf.reader import GgufModel
 from bpwise.convert.original import open_model
 from bpwise.measure.measurement import Measurement
+from bpwise.quantize.gguf_pipeline import base_path
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
@@ -121,6 +124,43 @@ def test_a_measurement_is_of_the_changed_model(tiny_model: Path, adapter: Path, 
     assert result.exit_code == 1
     assert "another model" in result.stderr
     bpwise(*plain, "--lora", adapter)
+
+
+def test_an_original_that_changes_in_place(tiny_model: Path, tmp_path: Path) -> None:
+    model, out, file = tmp_path / "model", tmp_path / "out", tmp_path / "m.safetensors"
+    shutil.copytree(tiny_model, model)
+    bpwise("measure", model, "-o", file, *TEXT[:6])
+    command = ("quantize", model, out, "--bpw", 4.5, "-m", file, "--no-eval", "--device", "cpu")
+    bpwise(*command)
+
+    def refused() -> str:
+        result = CliRunner().invoke(cli, [str(argument) for argument in command])
+        assert result.exit_code == 1
+        return result.stderr
+
+    (model / "chat_template.jinja").write_text("{{ other }}")
+    assert "is not the output of this run" in refused()
+    (model / "chat_template.jinja").unlink()
+    weights = model / "model.safetensors"
+    status = weights.stat()
+    save_file({name: -tensor for name, tensor in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert weights.stat().st_size == status.st_size
+    assert "is not the output of this run" in refused()
+    shutil.rmtree(out)
+    assert "or to what its files were before they changed" in refused()
+
+
+def test_a_base_belongs_to_tokenizer_and_templates(tiny_model: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    places = [base_path(open_model(model), tmp_path / "work", None)]
+    for name in ("chat_template.jinja", "README.md", "tokenizer.json"):
+        (model / name).write_text("{}")
+        places.append(base_path(open_model(model), tmp_path / "work", None))
+    (model / "plot.png").write_text("")
+    assert len(set(places)) == 4
+    assert base_path(open_model(model), tmp_path / "work", None) == places[-1]
 
 
 def test_float8_and_adapter_to_gguf(converted: Any, tmp_path: Path) -> None:

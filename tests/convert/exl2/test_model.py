@@ -102,6 +102,16 @@ def test_writes_what_transformers_then_loads(
     assert model.config.rope_parameters["rope_theta"] == 5000.0
 
 
+def test_side_files_go_on_to_the_dense_model(write: Write, tmp_path: Path) -> None:
+    out, _, _ = write()
+    (out / "additional_chat_templates").mkdir()
+    (out / "additional_chat_templates" / "rag.jinja").write_text("{{ rag }}")
+    dequantize_model(out, tmp_path / "dense")
+    assert (tmp_path / "dense" / "additional_chat_templates" / "rag.jinja").read_text() == "{{ rag }}"
+    assert (tmp_path / "dense" / "LICENSE.txt").read_text() == "as you like"
+    assert not (tmp_path / "dense" / "bpwise.json").exists()
+
+
 def test_directory_is_what_readers_expect(write: Write) -> None:
     out, _, result = write(biases=True, reorder=False)
     assert {path.name for path in out.iterdir()} == {

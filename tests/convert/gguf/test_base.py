@@ -25,7 +25,8 @@ FAKE = """
 import json, os, sys
 from pathlib import Path
 model, out = Path(sys.argv[-1]), Path(sys.argv[sys.argv.index("--outfile") + 1])
-files = {path.name: path.read_text(errors="replace") for path in model.iterdir() if path.suffix != ".safetensors"}
+paths = [path for path in model.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
+files = {path.relative_to(model).as_posix(): path.read_text(errors="replace") for path in paths}
 shards = {path.name: path.stat().st_size for path in model.iterdir() if path.suffix == ".safetensors"}
 seen = {"argv": sys.argv, "files": files, "shards": shards, "name": model.name, "env": dict(os.environ)}
 (Path(__file__).parent / "seen.json").write_text(json.dumps(seen))
@@ -105,6 +106,26 @@ class TestConverting:
         assert seen["env"]["HF_HUB_OFFLINE"] == "1"
         # Nothing private stays behind.
         assert [path.name for path in (tmp_path / "out").iterdir()] == ["base.gguf"]
+
+    def test_the_converter_sees_all_side_files(
+        self, make_checkpoint: MakeCheckpoint, fake: Path, tmp_path: Path
+    ) -> None:
+        checkpoint = make_checkpoint()
+        seen_plainly = {
+            "chat_template.jinja": "{{ a }}",
+            "additional_chat_templates/tool_use.jinja": "{{ b }}",
+            "tekken.json": "{}",
+            "README.md": "A card.",
+        }
+        for name, text in seen_plainly.items():
+            (checkpoint.directory / name).parent.mkdir(exist_ok=True)
+            (checkpoint.directory / name).write_text(text)
+        processor = {"auto_map": {"AutoProcessor": "evil.P"}, "size": 3}
+        (checkpoint.directory / "processor_config.json").write_text(json.dumps(processor))
+        make_base(checkpoint, tmp_path / "base.gguf", llama_cpp=fake)
+        files = json.loads((fake / "seen.json").read_text())["files"]
+        assert {name: files[name] for name in seen_plainly} == seen_plainly
+        assert json.loads(files["processor_config.json"]) == {"size": 3}
 
     def test_shards(self, make_checkpoint: MakeCheckpoint, fake: Path, tmp_path: Path) -> None:
         make_base(make_checkpoint(shards=2), tmp_path / "base.gguf", llama_cpp=fake)

@@ -1,0 +1,117 @@
+"""Names of the files that belong to a model beside its config and weights: one list for all that moves models.
+
+Downloads, EXL2 outputs, llama.cpp's converter, dequantized checkpoints and uploads take the same ones. The names are
+those that Transformers' ``save_pretrained`` and mistral-common write, and those of licences and of the notices that
+licences ask to hand on.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+__all__ = ["CONFIG_FILE", "DOWNLOADED", "NOT_DOWNLOADED", "SETTINGS", "TEMPLATE_DIRECTORY", "is_side_file"]
+
+CONFIG_FILE = "config.json"
+
+TEMPLATE_DIRECTORY = "additional_chat_templates"
+"""Where Transformers keeps chat templates other than the default one, each as NAME.jinja."""
+
+SETTINGS = (
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+"""JSON files in which Transformers looks for the names of code too."""
+
+_VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.*.json",
+    "tokenizer.jsonl",
+    "tokenizer.model",
+    "tokenizer.model.v*",
+    "tekken.json",
+    "tiktoken.model",
+    "*.tiktoken",
+    "spiece.model",
+    "spm.model",
+    "sentencepiece.model",
+    "sentencepiece.bpe.model",
+    "vocab*.json",
+    "vocab*.txt",
+    "merges.txt",
+)
+
+_TEMPLATES = ("*.jinja", "*system_prompt.txt")
+
+_LEGAL = (
+    "license*",
+    "licence*",
+    "copying*",
+    "copyright*",
+    "eula*",
+    "notice*",
+    "third*notice*",
+    "*use*policy*",
+    "*usage*policy*",
+    "*terms*of*use*",
+)
+
+_PATTERNS = (*SETTINGS, *_VOCABULARIES, *_TEMPLATES, *_LEGAL)
+
+_WEIGHTS_OR_CODE = (
+    ".safetensors",
+    ".gguf",
+    ".onnx",
+    ".h5",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".pkl",
+    ".pickle",
+    ".ckpt",
+    ".py",
+)
+"""Ends of names that no pattern lets through: ``license_head.bin`` is no licence."""
+
+
+def is_side_file(name: str) -> bool:
+    """Return whether a name, relative to the model directory and with forward slashes, is that of a side file.
+
+    Case does not count: licences come as LICENSE and as License.txt.
+    """
+    folder, _, last = name.lower().rpartition("/")
+    if last.startswith(".") or last.endswith(_WEIGHTS_OR_CODE):
+        return False
+    if folder:
+        return folder == TEMPLATE_DIRECTORY and last.endswith(".jinja")
+    return any(fnmatchcase(last, pattern) for pattern in _PATTERNS)
+
+
+def _any_case(pattern: str) -> str:
+    return "".join(f"[{sign.upper()}{sign}]" if sign.isalpha() else sign for sign in pattern)
+
+
+DOWNLOADED = (
+    CONFIG_FILE,
+    "README.md",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    f"{TEMPLATE_DIRECTORY}/*.jinja",
+    *SETTINGS,
+    *_VOCABULARIES,
+    *map(_any_case, (*_TEMPLATES, *_LEGAL)),
+)
+"""What is asked of the Hub, as patterns of ``fnmatch``, whose asterisk goes across folders."""
+
+NOT_DOWNLOADED = (
+    "*/*.safetensors",
+    "*/*.safetensors.index.json",
+    "consolidated*.safetensors",
+    *(f"*{_any_case(end)}" for end in _WEIGHTS_OR_CODE if end != ".safetensors"),
+)
+"""The same weights in other layouts (``original/``, ``metal/``, Mistral's own), and what is never a side file."""
