@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import printable
 from .group import cli
 from .options import (
     DIRECTORY,
@@ -24,6 +25,7 @@ from .options import (
     progress_bar,
     refuse_beside,
 )
+from .output import say
 
 if TYPE_CHECKING:
     from ..convert.original import Original
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from ..eval.tasks import LoadedTasks
 
 __all__ = ["dequantize", "evaluate", "inspect", "verify"]
+
+_MOST_CELL_CHARACTERS = 200
 
 
 @cli.command()
@@ -43,17 +47,17 @@ def verify(model: Path) -> None:
 
     reason = read_mark(model)
     if reason is not None:
-        click.echo(f"warning: {model} is marked as broken. {reason}", err=True)
+        say(f"warning: {model} is marked as broken. {reason}", err=True)
     if model.is_file():
         _verify_gguf(model)
         return
     found = verify_model(model)
-    click.echo(
+    say(
         f"{model}: {found.linears} quantized linears and {found.tensors} other tensors "
         + ("decode to what was meant." if found.had_manifest else "follow the format (no manifest to compare with).")
     )
     float16 = f" ({found.float16_linears} linears in float16)" if found.float16_linears else ""
-    click.echo(
+    say(
         f"decoder {found.decoder_bpw:.4f} bpw{float16}, head {found.head_bpw:.4f} bpw, {found.file_bytes / MIB:.1f} MiB"
     )
 
@@ -63,10 +67,10 @@ def _verify_gguf(model: Path) -> None:
 
     found = verify_gguf(model)
     types = ", ".join(f"{count} {name}" for name, count in found.tensors_by_type.items())
-    click.echo(f"{model}: {sum(found.tensors_by_type.values())} tensors decode to finite values ({types}).")
+    say(f"{model}: {sum(found.tensors_by_type.values())} tensors decode to finite values ({types}).")
     if not found.known_architecture:
-        click.echo(f"architecture {found.architecture!r} is not known: names and shapes were not checked", err=True)
-    click.echo(f"{found.bpw:.4f} bpw over all tensors, {found.file_bytes / MIB:.1f} MiB")
+        say(f"architecture {found.architecture!r} is not known: names and shapes were not checked", err=True)
+    say(f"{found.bpw:.4f} bpw over all tensors, {found.file_bytes / MIB:.1f} MiB")
 
 
 @cli.command(name="eval")
@@ -201,7 +205,7 @@ def _write_reports(
     extras = Extras()
     report = written(extras)
     if tasks is not None or needle is not None:
-        click.echo(f"report so far: {report}", err=True)
+        say(f"report so far: {report}", err=True)
     if tasks is not None:
         extras = replace(extras, tasks=evaluate_tasks(source, quantized, tasks, progress_bar))
         report = written(extras)
@@ -210,8 +214,8 @@ def _write_reports(
         report = written(extras)
     lines = joint_lines(comparisons) if len(quantized) > 1 else summary_lines(comparisons[0])
     for line in (*lines, *extras_lines(extras)):
-        click.echo(line)
-    click.echo(f"report      {report}")
+        say(line)
+    say(f"report      {report}")
 
 
 def _compared_in_engine(
@@ -233,12 +237,13 @@ def inspect(path: Path) -> None:
     from ..quantize.inspect import inspect_path
 
     found = inspect_path(path)
-    click.echo(f"{path}: {found.kind}")
+    say(f"{path}: {found.kind}")
     for fact in found.facts:
-        click.echo(f"  {fact}")
-    widths = [max(map(len, column)) for column in zip(found.header, *found.rows, strict=True)]
-    for row in (found.header, *found.rows):
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        say(f"  {fact}")
+    rows = [[printable(cell, _MOST_CELL_CHARACTERS) for cell in row] for row in (found.header, *found.rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 @cli.command()
@@ -258,9 +263,9 @@ def dequantize(model: Path, output: Path, original: Path | None) -> None:
     if model.is_file():
         dequantize_gguf(model, output, original=original)
         if original is None:
-            click.echo("no tokenizer was written: name the original model's directory with --original", err=True)
+            say("no tokenizer was written: name the original model's directory with --original", err=True)
     elif original is not None:
         raise click.UsageError("--original is for GGUF files; an EXL2 directory has its tokenizer.")
     else:
         dequantize_model(model, output)
-    click.echo(f"dense float16 checkpoint -> {output}")
+    say(f"dense float16 checkpoint -> {output}")

@@ -34,6 +34,7 @@ __all__ = [
     "read_json",
     "read_schema",
     "write_json",
+    "write_text",
 ]
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
@@ -143,6 +144,20 @@ def write_json(path: Path, value: Any) -> None:
         ) from cause
     with atomic_file(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text as UTF-8, atomically.
+
+    Args:
+        path: The file to make or replace.
+        text: Any text: of names that came from outside, halves of surrogate pairs are written as escapes.
+
+    Raises:
+        WorkDirectoryError: The file cannot be written.
+    """
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
 def read_json(path: Path, error: type[BpwiseError]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from ..convert.base_card import CARD_NAME, BaseCard, read_base_card
 from ..convert.card import HUB_ID, Card, rate_text, render_card
 from ..convert.exl2.reader import Exl2Model
 from ..convert.exl2.verify import MANIFEST_FILE
-from ..convert.files import atomic_file, read_json
+from ..convert.files import read_json, write_text
 from ..convert.gguf.reader import GgufModel
 from ..convert.hub import resolve_model
 from ..convert.mark import read_mark
@@ -65,8 +65,7 @@ def write_card(output: Path, *, original: str | Path | None = None, base_model: 
     """
     card = make_card(output, original=original, base_model=base_model)
     path = card_path(output)
-    with atomic_file(path) as temporary:
-        temporary.write_text(render_card(card), encoding="utf-8")
+    write_text(path, render_card(card))
     return path
 
 
