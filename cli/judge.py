@@ -30,6 +30,7 @@ from .output import say
 if TYPE_CHECKING:
     from ..convert.original import Original
     from ..eval.comparison import Comparison, EvalConfig
+    from ..eval.layers import LinearCost
     from ..eval.needle import NeedleConfig
     from ..eval.tasks import LoadedTasks
 
@@ -131,6 +132,8 @@ def evaluate(
     """
     from ..eval.cache import OriginalCache, default_cache_directory
     from ..eval.comparison import EvalConfig, evaluate_each
+    from ..eval.layers import linear_costs, plan_beside
+    from ..eval.models import open_any
     from ..eval.needle import NeedleConfig
     from ..eval.png import check_png
     from ..eval.tasks import TaskConfig, load_tasks
@@ -158,6 +161,8 @@ def evaluate(
             dtype=config.dtype,
             device=config.device,
         )
+    # A damaged plan beside a model is found before the long work.
+    costs = [linear_costs(open_any(model), plan_beside(model)) for model in quantized]
     first, prefix = quantized[0], ""
     if len(quantized) == 1 and first.is_file():
         prefix = f"{first.stem}."
@@ -169,13 +174,14 @@ def evaluate(
     else:
         cache = None if no_cache else OriginalCache(cache_dir or default_cache_directory())
         comparisons = list(evaluate_each(source, quantized, config, progress_bar, cache=cache))
-    _write_reports(source, comparisons, quantized, loaded, hidden, output, prefix, forms)
+    _write_reports(source, comparisons, quantized, costs, loaded, hidden, output, prefix, forms)
 
 
 def _write_reports(
     source: Original,
     comparisons: Sequence[Comparison],
     quantized: Sequence[Path],
+    costs: Sequence[tuple[LinearCost, ...]],
     tasks: LoadedTasks | None,
     needle: NeedleConfig | None,
     output: Path | None,
@@ -184,13 +190,10 @@ def _write_reports(
 ) -> None:
     # The comparisons first: what follows may take hours, and nothing before it is to be lost with it.
     from ..eval.extras import Extras, extras_lines
-    from ..eval.layers import linear_costs, plan_beside
-    from ..eval.models import open_any
     from ..eval.needle import evaluate_needle
     from ..eval.report import joint_lines, summary_lines, write_joint_report, write_report
     from ..eval.tasks import evaluate_tasks
 
-    costs = [linear_costs(open_any(model), plan_beside(model)) for model in quantized]
     first = quantized[0]
 
     def written(extras: Extras) -> Path:

@@ -25,6 +25,7 @@ from ..errors import BpwiseError, NumericalError, WorkDirectoryError
 
 __all__ = [
     "Count",
+    "NonNegative",
     "Number",
     "Positive",
     "atomic_directory",
@@ -42,6 +43,9 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
 """In schemas: a size, at least 1."""
+
+NonNegative = Annotated[float, msgspec.Meta(ge=0, le=sys.float_info.max)]
+"""In schemas: a number from 0 on, neither NaN nor infinite."""
 
 Number = Annotated[float, msgspec.Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
 """In schemas: a number, neither NaN nor infinite."""

@@ -25,13 +25,14 @@ from ..convert.gguf.reader import GgufModel
 from ..convert.gguf.writer import GgufVerification, planned_bytes, write_gguf
 from ..convert.original import Original, open_model
 from ..convert.work import StageDirectory, stages_in
-from ..errors import BudgetError, WorkDirectoryError
+from ..errors import BudgetError, UnsupportedModelError, WorkDirectoryError
 from ..eval.comparison import Comparison
 from ..eval.layers import LinearCost
 from ..eval.overlap import SPANS_KEY, CalibrationSpans
 from ..eval.report import summary_lines, write_report
 from ..measure.calibration import CalibrationSet
 from ..measure.measurement import Measurement
+from ..measure.run import measured_rows
 from ..progress import Progress, silent
 from ..rounding.parallel import cores
 from ..version import __version__
@@ -203,6 +204,9 @@ def importance_of(measurement: Measurement) -> ImportanceMatrix:
     """Return the importances that a measurement implies: weighted mean squares of every linear's inputs.
 
     Tokens count as the end loss says (see ``bpwise.measure.statistics``), where llama.cpp's own tool counts all alike.
+
+    Raises:
+        UnsupportedModelError: A linear has no name in llama.cpp.
     """
     table = measurement.embedding
     heads = () if table.tied else (measurement.head,)
@@ -212,7 +216,7 @@ def importance_of(measurement: Measurement) -> ImportanceMatrix:
     return ImportanceMatrix.from_means(
         means,
         rows * row_tokens,
-        datasets=(measurement.provenance["calibration_text"],),
+        datasets=(measured_rows(measurement).description,),
         chunks=rows,
         chunk_tokens=row_tokens,
     )
@@ -400,7 +404,11 @@ def _in_file_order(rounded: RoundedTypes, base: Path) -> dict[str, Callable[[], 
 
 def _gguf_name(module: str) -> str:
     name = gguf_name(f"{module}.weight")
-    assert name is not None, f"{module} is a linear of a known family"
+    if name is None:
+        raise UnsupportedModelError(
+            f"{module}: has no name in GGUF. Expected a linear of a family that GGUF output is for (docs/families.md). "
+            "Choose an EXL2 output."
+        )
     return name
 
 

@@ -39,5 +39,11 @@ def test_a_name_breaks_nothing(name: str) -> None:
 
 
 def test_plain_names_stay() -> None:
-    for name in ("model.layers.0.self_attn.q_proj", "Llama-3.2-1B", "1.0 ± 0.5", "ünï 你好", "`license` cannot be read"):
+    for name in (
+        "model.layers.0.self_attn.q_proj",
+        "Llama-3.2-1B",
+        "1.0 ± 0.5",
+        "ünï 你好",
+        "`license` cannot be read",
+    ):
         assert cell(name) == name
