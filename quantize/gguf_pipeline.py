@@ -25,7 +25,7 @@ from ..convert.gguf.reader import GgufModel
 from ..convert.gguf.writer import GgufVerification, planned_bytes, write_gguf
 from ..convert.original import Original, open_model
 from ..convert.work import StageDirectory, stages_in
-from ..errors import BudgetError, UnsupportedModelError, WorkDirectoryError
+from ..errors import BudgetError, FormatError, UnsupportedModelError, WorkDirectoryError
 from ..eval.comparison import Comparison
 from ..eval.layers import LinearCost
 from ..eval.overlap import SPANS_KEY, CalibrationSpans
@@ -234,7 +234,7 @@ def _quantize(
     progress: Progress,
 ) -> GgufResult:
     clock = StageClock()
-    base = base or base_path(checkpoint, work, config.llama_cpp)
+    base = base or _undamaged(base_path(checkpoint, work, config.llama_cpp))
     # The converter first: should it not know the model, nothing has been measured in vain.
     with clock.stage("convert"):
         warnings = _converted(checkpoint, base, config.llama_cpp)
@@ -345,6 +345,16 @@ def base_path(checkpoint: Checkpoint, work: Path, llama_cpp: Path | None) -> Pat
     """
     identity = {"model": checkpoint.fingerprint, "llama_cpp": str(llama_cpp)}
     return StageDirectory(work, "base", identity).path / "base.gguf"
+
+
+def _undamaged(base: Path) -> Path:
+    # What an earlier run converted and cannot be read any more is converted again.
+    if base.exists():
+        try:
+            read_gguf_header(base)
+        except FormatError:
+            base.unlink()
+    return base
 
 
 def _converted(checkpoint: Checkpoint, base: Path, llama_cpp: Path | None) -> tuple[str, ...]:
