@@ -19,7 +19,8 @@ __all__ = ["LinearCost", "linear_costs", "plan_beside"]
 
 _REMEDY = "The plan is damaged: make it again with `bpwise plan`, or delete it."
 
-_IN_BLOCK = re.compile(r"(?:[^.]+\.)+?(\d+)\.(.+)", re.ASCII)
+_NUMBER = re.compile(r"[0-9]{1,9}")
+_IN_BLOCK = re.compile(r"(?:[^.]+\.)+?(\d{1,9})\.(.+)", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,7 @@ def _stored_bpw(model: TensorSource) -> dict[str, float]:
 
 def _model_order(name: str) -> list[tuple[int, str]]:
     # Numbers as numbers: block 10 comes after block 9.
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
+    return [(int(part), "") if _NUMBER.fullmatch(part) else (-1, part) for part in name.split(".")]
 
 
 @dataclass(frozen=True, slots=True)

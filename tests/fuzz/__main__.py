@@ -44,7 +44,8 @@ def main(readers: str, mutants: int, first: int, seed: int, workers: int) -> Non
 def _print_places(bad: Sequence[tuple[str, Outcome]]) -> None:
     places: dict[tuple[str, str, str], list[Outcome]] = {}
     for name, outcome in bad:
-        place = " ".join(outcome.detail.split()[:3])
+        # Of what was raised the place and the type; of a message only the file that it is about.
+        place = " ".join(outcome.detail.split()[: 1 if outcome.kind == "raw" else 3])
         places.setdefault((name, outcome.kind, place), []).append(outcome)
     for (name, kind, _), outcomes in sorted(places.items(), key=lambda item: (item[0][0], -len(item[1]))):
         first = outcomes[0]

@@ -206,6 +206,9 @@ def _quantized_seeds(folder: Path, made: set[str], work: Path, original: Checkpo
         quantize_model(
             original.directory, output, QuantizeConfig(bpw=4.5, evaluate=None, measure=config), measurement=path
         )
+        manifest = json.loads((output / "bpwise.json").read_text())
+        manifest["provenance"]["changes"] = {"adapters": [{"name": "a", "sha256": "0"}], "rope_scale": 2.0}
+        (output / "bpwise.json").write_text(json.dumps(manifest))
         for name in made & {"exl2", "plan"}:
             _copy(output, folder / name / "exl2")
             _copy(original.directory, folder / name / "model")
@@ -421,9 +424,7 @@ def _read_pieces(folder: Path, changed: Path) -> None:
         return
     rows = CalibrationSet.load(folder / "rows.safetensors")
     measurement = measure_model(original, rows, MeasureConfig(device="cpu"), work)
-    _plan_of(measurement)
-    measurement.save(folder / "again.safetensors")
-    Measurement.load(folder / "again.safetensors")
+    assert measurement.to_bytes() == (folder / "measurement.safetensors").read_bytes(), "damage went through in silence"
 
 
 def _read_imatrix(folder: Path, changed: Path) -> None:
@@ -461,8 +462,8 @@ def _read_output(folder: Path, changed: Path) -> None:
     model = open_any(output)
     stored_spans(model)
     verify_model(output)
-    write_card(output, original=folder / "model")
     _run_cli("push", output, "org/name", "--dry-run")
+    write_card(output, original=folder / "model")
     with suppress(BpwiseError):  # that it is another's
         is_finished(output, model="another")
 
