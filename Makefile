@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 MODEL := models/SmolLM2-135M-Instruct
 DEMO := models/SmolLM2-135M-Instruct-8.0bpw-8hb-exl2
 ROOMS := cli convert rounding measure quantize eval
+# Of `make fuzz`, of each reader.
+MUTANTS ?= 500
 
-.PHONY: demo test test-slow test-gpu check format bench-quality bench-gguf bench-memory check-readers clean
+.PHONY: demo test test-slow test-gpu fuzz check format bench-quality bench-gguf bench-memory check-readers clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +37,11 @@ test-slow: $(VENV)/installed
 # With ExLlamaV2 itself as the judge, where it is installed: pip install exllamav2
 test-gpu: $(VENV)/installed
 	$(BIN)/pytest -q -m gpu
+
+# Damaged files of every kind that is read, made from a seed: what is not read must be refused in a sentence, at once.
+# `make fuzz MUTANTS=5000 FUZZ='--readers plan,measurement --seed 1'`
+fuzz: $(VENV)/installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz --mutants $(MUTANTS) $(FUZZ)
 
 # mypy needs the package under its name; the repository's folder may have any.
 check: $(VENV)/installed

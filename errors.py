@@ -4,6 +4,8 @@ A message is one sentence or two: where, what is wrong, got X, expected Y, what 
 it and exits with 1; a bug keeps its traceback.
 """
 
+import re
+
 __all__ = [
     "BpwiseError",
     "BpwiseWarning",
@@ -19,11 +21,41 @@ __all__ = [
     "UnsupportedModelError",
     "VerificationError",
     "WorkDirectoryError",
+    "printable",
 ]
+
+_MOST_CHARACTERS = 2000
+
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What a terminal acts on (C0, C1, DEL), what reorders or breaks a line, and surrogates, which no encoding has."""
+
+
+def printable(text: str, limit: int = _MOST_CHARACTERS) -> str:
+    """Return a text as one line that a terminal only shows, whatever a stranger put into it.
+
+    Line breaks and tabs become spaces, other control characters and lone surrogates are escaped as in Python. Of a text
+    beyond the limit the middle goes: where and what stand at the start of a message, what to do at its end.
+
+    Args:
+        text: Any text.
+        limit: Most characters of the result.
+    """
+    start, end = 2 * limit // 3, limit // 3
+    # Before anything else: what comes in may have a hundred million characters, and each may become six.
+    parts = [text] if len(text) <= limit else [text[:start], text[-end:]]
+    shown = "...".join(
+        _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], " ".join(part.replace("\t", " ").split("\n")))
+        for part in parts
+    )
+    return shown if len(shown) <= limit else f"{shown[: start - 3]}...{shown[-end:]}"
 
 
 class BpwiseError(Exception):
-    """Base of all errors that a user can cause."""
+    """Base of all errors that a user can cause. Its message can be printed as it is."""
+
+    def __init__(self, message: str = "") -> None:
+        """Take the message; names and values in it may come from strangers (see ``printable``)."""
+        super().__init__(printable(message))
 
 
 class BpwiseWarning(UserWarning):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import printable
 from .group import cli
 from .options import (
     DIRECTORY,
@@ -24,14 +25,18 @@ from .options import (
     progress_bar,
     refuse_beside,
 )
+from .output import say
 
 if TYPE_CHECKING:
     from ..convert.original import Original
     from ..eval.comparison import Comparison, EvalConfig
+    from ..eval.layers import LinearCost
     from ..eval.needle import NeedleConfig
     from ..eval.tasks import LoadedTasks
 
 __all__ = ["dequantize", "evaluate", "inspect", "verify"]
+
+_MOST_CELL_CHARACTERS = 200
 
 
 @cli.command()
@@ -43,17 +48,17 @@ def verify(model: Path) -> None:
 
     reason = read_mark(model)
     if reason is not None:
-        click.echo(f"warning: {model} is marked as broken. {reason}", err=True)
+        say(f"warning: {model} is marked as broken. {reason}", err=True)
     if model.is_file():
         _verify_gguf(model)
         return
     found = verify_model(model)
-    click.echo(
+    say(
         f"{model}: {found.linears} quantized linears and {found.tensors} other tensors "
         + ("decode to what was meant." if found.had_manifest else "follow the format (no manifest to compare with).")
     )
     float16 = f" ({found.float16_linears} linears in float16)" if found.float16_linears else ""
-    click.echo(
+    say(
         f"decoder {found.decoder_bpw:.4f} bpw{float16}, head {found.head_bpw:.4f} bpw, {found.file_bytes / MIB:.1f} MiB"
     )
 
@@ -63,10 +68,10 @@ def _verify_gguf(model: Path) -> None:
 
     found = verify_gguf(model)
     types = ", ".join(f"{count} {name}" for name, count in found.tensors_by_type.items())
-    click.echo(f"{model}: {sum(found.tensors_by_type.values())} tensors decode to finite values ({types}).")
+    say(f"{model}: {sum(found.tensors_by_type.values())} tensors decode to finite values ({types}).")
     if not found.known_architecture:
-        click.echo(f"architecture {found.architecture!r} is not known: names and shapes were not checked", err=True)
-    click.echo(f"{found.bpw:.4f} bpw over all tensors, {found.file_bytes / MIB:.1f} MiB")
+        say(f"architecture {found.architecture!r} is not known: names and shapes were not checked", err=True)
+    say(f"{found.bpw:.4f} bpw over all tensors, {found.file_bytes / MIB:.1f} MiB")
 
 
 @cli.command(name="eval")
@@ -128,6 +133,8 @@ def evaluate(
     from ..convert.content import cache_directory
     from ..eval.cache import OriginalCache
     from ..eval.comparison import EvalConfig, evaluate_each
+    from ..eval.layers import linear_costs, plan_beside
+    from ..eval.models import open_any
     from ..eval.needle import NeedleConfig
     from ..eval.png import check_png
     from ..eval.tasks import TaskConfig, load_tasks
@@ -155,6 +162,8 @@ def evaluate(
             dtype=config.dtype,
             device=config.device,
         )
+    # A damaged plan beside a model is found before the long work.
+    costs = [linear_costs(open_any(model), plan_beside(model)) for model in quantized]
     first, prefix = quantized[0], ""
     if len(quantized) == 1 and first.is_file():
         prefix = f"{first.stem}."
@@ -166,13 +175,14 @@ def evaluate(
     else:
         cache = None if no_cache else OriginalCache(cache_dir or cache_directory())
         comparisons = list(evaluate_each(source, quantized, config, progress_bar, cache=cache))
-    _write_reports(source, comparisons, quantized, loaded, hidden, output, prefix, forms)
+    _write_reports(source, comparisons, quantized, costs, loaded, hidden, output, prefix, forms)
 
 
 def _write_reports(
     source: Original,
     comparisons: Sequence[Comparison],
     quantized: Sequence[Path],
+    costs: Sequence[tuple[LinearCost, ...]],
     tasks: LoadedTasks | None,
     needle: NeedleConfig | None,
     output: Path | None,
@@ -181,13 +191,10 @@ def _write_reports(
 ) -> None:
     # The comparisons first: what follows may take hours, and nothing before it is to be lost with it.
     from ..eval.extras import Extras, extras_lines
-    from ..eval.layers import linear_costs, plan_beside
-    from ..eval.models import open_any
     from ..eval.needle import evaluate_needle
     from ..eval.report import joint_lines, summary_lines, write_joint_report, write_report
     from ..eval.tasks import evaluate_tasks
 
-    costs = [linear_costs(open_any(model), plan_beside(model)) for model in quantized]
     first = quantized[0]
 
     def written(extras: Extras) -> Path:
@@ -202,7 +209,7 @@ def _write_reports(
     extras = Extras()
     report = written(extras)
     if tasks is not None or needle is not None:
-        click.echo(f"report so far: {report}", err=True)
+        say(f"report so far: {report}", err=True)
     if tasks is not None:
         extras = replace(extras, tasks=evaluate_tasks(source, quantized, tasks, progress_bar))
         report = written(extras)
@@ -211,8 +218,8 @@ def _write_reports(
         report = written(extras)
     lines = joint_lines(comparisons) if len(quantized) > 1 else summary_lines(comparisons[0])
     for line in (*lines, *extras_lines(extras)):
-        click.echo(line)
-    click.echo(f"report      {report}")
+        say(line)
+    say(f"report      {report}")
 
 
 def _compared_in_engine(
@@ -234,12 +241,13 @@ def inspect(path: Path) -> None:
     from ..quantize.inspect import inspect_path
 
     found = inspect_path(path)
-    click.echo(f"{path}: {found.kind}")
+    say(f"{path}: {found.kind}")
     for fact in found.facts:
-        click.echo(f"  {fact}")
-    widths = [max(map(len, column)) for column in zip(found.header, *found.rows, strict=True)]
-    for row in (found.header, *found.rows):
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        say(f"  {fact}")
+    rows = [[printable(cell, _MOST_CELL_CHARACTERS) for cell in row] for row in (found.header, *found.rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 @cli.command()
@@ -259,9 +267,9 @@ def dequantize(model: Path, output: Path, original: Path | None) -> None:
     if model.is_file():
         dequantize_gguf(model, output, original=original)
         if original is None:
-            click.echo("no tokenizer was written: name the original model's directory with --original", err=True)
+            say("no tokenizer was written: name the original model's directory with --original", err=True)
     elif original is not None:
         raise click.UsageError("--original is for GGUF files; an EXL2 directory has its tokenizer.")
     else:
         dequantize_model(model, output)
-    click.echo(f"dense float16 checkpoint -> {output}")
+    say(f"dense float16 checkpoint -> {output}")

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import click
 from click.core import ParameterSource
 
+from ..errors import printable
+
 if TYPE_CHECKING:
     from ..convert.original import Original
     from ..measure.calibration import CalibrationSet
@@ -44,6 +46,8 @@ __all__ = [
 
 
 MIB = 1 << 20
+
+_MOST_LABEL_CHARACTERS = 60
 
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -322,5 +326,5 @@ def progress_bar(items: Sequence[Any], stage: str) -> Iterable[Any]:
     """Show on stderr how far a stage is; see ``Progress``."""
     from tqdm import tqdm
 
-    bar: Iterable[Any] = tqdm(items, desc=stage, unit="block", dynamic_ncols=True)
+    bar: Iterable[Any] = tqdm(items, desc=printable(stage, _MOST_LABEL_CHARACTERS), unit="block", dynamic_ncols=True)
     return bar

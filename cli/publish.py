@@ -11,6 +11,7 @@ from .group import cli
 from .options import (
     EXISTING_PATH,
 )
+from .output import say
 
 if TYPE_CHECKING:
     pass
@@ -30,8 +31,8 @@ def card(model: Path, original: str | None, base_model: str | None) -> None:
     from ..quantize.cards import write_card
 
     if original is None:
-        click.echo("no --original: licence, language and the original's card are not carried over", err=True)
-    click.echo(f"card -> {write_card(model, original=original, base_model=base_model)}")
+        say("no --original: licence, language and the original's card are not carried over", err=True)
+    say(f"card -> {write_card(model, original=original, base_model=base_model)}")
 
 
 @cli.command()
@@ -52,6 +53,6 @@ def push(output: Path, target: str, branch: bool, public: bool, dry_run: bool) -
     for planned in plan_uploads(find_outputs(output), target, by_branch=branch):
         if dry_run:
             for line in planned.summary_lines():
-                click.echo(line)
+                say(line)
         else:
-            click.echo(f"{planned.output} -> {upload(planned, public=public)}")
+            say(f"{planned.output} -> {upload(planned, public=public)}")

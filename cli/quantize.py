@@ -29,6 +29,7 @@ from .options import (
     read_measure_config,
     refuse_beside,
 )
+from .output import say
 
 if TYPE_CHECKING:
     from ..convert.original import Original
@@ -244,7 +245,7 @@ def _run(
     rates = options["bpw"] or ()
     run = partial(quantize_series, rates=rates) if len(rates) > 1 else quantize_one
     for line in run(model, output, config, **shared).summary_lines():
-        click.echo(line)
+        say(line)
 
 
 def _convert_to_mixture(model: Original, output: Path, evaluate: EvalConfig | None, options: dict[str, Any]) -> None:
@@ -263,15 +264,15 @@ def _convert_to_mixture(model: Original, output: Path, evaluate: EvalConfig | No
         progress=progress_bar,
     )
     for warning in warnings:
-        click.echo(f"warning     {warning}", err=True)
-    click.echo(f"size        {written.file_bytes / MIB:.1f} MiB; {written.bpw:.4f} bpw over all tensors -> {output}")
+        say(f"warning     {warning}", err=True)
+    say(f"size        {written.file_bytes / MIB:.1f} MiB; {written.bpw:.4f} bpw over all tensors -> {output}")
     if evaluate is not None:
         judge = Judge(open_model(model), evaluate, progress_bar)
         comparison = judge.compare(output, predicted_nats=None)
         write_report(comparison, output.parent, prefix=f"{output.stem}.")
         judge.sentence(output, comparison, predicted_nats=None)
         for line in summary_lines(comparison):
-            click.echo(line)
+            say(line)
 
 
 def _config_of(measurement: Path) -> MeasureConfig:
@@ -291,12 +292,10 @@ def _print_forecast(model: Original, config: QuantizeConfig) -> None:
     from ..quantize.kept import kept_lines
 
     forecast = config.forecast(open_model(model))
-    click.echo(f"original      {forecast.original_bytes / MIB:10.1f} MiB")
-    click.echo(
-        f"quantized     {forecast.output_bytes / MIB:10.1f} MiB at {forecast.bpw:g} bpw, head bits {config.head_bits}"
-    )
-    click.echo(f"possible bpw  {forecast.lowest_bpw:10.4f} to {forecast.highest_bpw:.4f}")
+    say(f"original      {forecast.original_bytes / MIB:10.1f} MiB")
+    say(f"quantized     {forecast.output_bytes / MIB:10.1f} MiB at {forecast.bpw:g} bpw, head bits {config.head_bits}")
+    say(f"possible bpw  {forecast.lowest_bpw:10.4f} to {forecast.highest_bpw:.4f}")
     for line in kept_lines(forecast.kept, forecast.head_reason):
-        click.echo(f"float16       {line}")
-    click.echo(f"memory        {forecast.memory_bytes / MIB:10.0f} MiB at most, roughly")
-    click.echo(f"work on disk  {forecast.disk_bytes / MIB:10.0f} MiB at most, roughly")
+        say(f"float16       {line}")
+    say(f"memory        {forecast.memory_bytes / MIB:10.0f} MiB at most, roughly")
+    say(f"work on disk  {forecast.disk_bytes / MIB:10.0f} MiB at most, roughly")

@@ -24,6 +24,7 @@ from .options import (
     read_measure_config,
     refuse_beside,
 )
+from .output import say
 
 if TYPE_CHECKING:
     from ..quantize.plan import Plan
@@ -47,8 +48,8 @@ def measure(model: str, output: Path, **options: Any) -> None:
         original, output, config, work=options["work_dir"], calibration=saved, progress=progress_bar
     )
     if measurement.experts_sentence is not None:
-        click.echo(f"experts: {measurement.experts_sentence}")
-    click.echo(f"{len(measurement.linears)} linears measured -> {output}")
+        say(f"experts: {measurement.experts_sentence}")
+    say(f"{len(measurement.linears)} linears measured -> {output}")
 
 
 @cli.command()
@@ -121,37 +122,37 @@ def plan(
             overrides=overrides,
             keep_fp16=keep_fp16,
         )
-        click.echo(f"plans of all sizes -> {html}")
+        say(f"plans of all sizes -> {html}")
     for name in measured.without_feedback:
-        click.echo(f"fallback: {name} was measured without error feedback", err=True)
+        say(f"fallback: {name} was measured without error feedback", err=True)
 
 
 def _print_widths(made: Plan, output: Path) -> None:
     from ..quantize.kept import kept_lines
 
-    click.echo(f"{'linear':44} {'bpw':>7} {'damage, nats/token':>19}")
+    say(f"{'linear':44} {'bpw':>7} {'damage, nats/token':>19}")
     for linear in (*made.linears, *([made.head] if made.head else [])):
-        click.echo(f"{linear.name:44} {linear.bpw:7.3f} {linear.damage_nats:19.3e}")
+        say(f"{linear.name:44} {linear.bpw:7.3f} {linear.damage_nats:19.3e}")
     for kept in made.kept:
-        click.echo(f"{kept.name:44} {'float16':>7}")
+        say(f"{kept.name:44} {'float16':>7}")
     for line in kept_lines(made.kept, made.head_reason):
-        click.echo(f"in float16: {line}")
+        say(f"in float16: {line}")
     shares = ", ".join(f"{bits} bits {100 * share:.1f} %" for bits, share in made.weights_per_width().items())
-    click.echo(f"decoder weights: {shares}")
+    say(f"decoder weights: {shares}")
     head_bpw = made.head.bpw if made.head else 16
-    click.echo(
+    say(
         f"decoder {made.bpw:.4f} bpw, head {head_bpw:.4f} bpw, predicted damage {made.damage_nats:.6f} nats/token "
         f"({100 * made.gap:.3f} % above what is possible at most) -> {output}"
     )
 
 
 def _print_types(made: TypePlan, output: Path) -> None:
-    click.echo(f"{'tensor':44} {'type':>8} {'bpw':>7} {'damage, nats/token':>19}")
+    say(f"{'tensor':44} {'type':>8} {'bpw':>7} {'damage, nats/token':>19}")
     for tensor in made.tensors:
-        click.echo(f"{tensor.name:44} {tensor.type:>8} {tensor.kind.bits_per_weight:7.3f} {tensor.damage_nats:19.3e}")
+        say(f"{tensor.name:44} {tensor.type:>8} {tensor.kind.bits_per_weight:7.3f} {tensor.damage_nats:19.3e}")
     shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in made.weights_per_type().items())
-    click.echo(f"weights: {shares}")
-    click.echo(
+    say(f"weights: {shares}")
+    say(
         f"{made.bpw:.4f} bpw, {made.stored_bytes / MIB:.1f} MiB, predicted damage {made.damage_nats:.6f} nats/token "
         f"({100 * made.gap:.3f} % above what is possible at most) -> {output}"
     )
@@ -168,4 +169,4 @@ def imatrix(measurement: Path, output: Path) -> None:
 
     matrix = importance_of(Measurement.load(measurement))
     write_imatrix(output, matrix, legacy=output.suffix == ".dat")
-    click.echo(f"{len(matrix.sums)} tensors -> {output}")
+    say(f"{len(matrix.sums)} tensors -> {output}")

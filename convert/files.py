@@ -9,31 +9,57 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import reprlib
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast
 
 import msgspec
 
 from ..errors import BpwiseError, NumericalError, WorkDirectoryError
 
 __all__ = [
+    "Count",
+    "NonNegative",
+    "Number",
+    "Positive",
     "atomic_directory",
     "atomic_file",
+    "check_schema",
     "is_lfs_pointer",
+    "parse_schema",
     "read_json",
     "read_schema",
     "write_json",
+    "write_text",
 ]
-
-_Schema = TypeVar("_Schema")
 
 _LFS_START = b"version https://git-lfs.github.com/spec/v1"
 _LFS_MOST_BYTES = 1024
 """Git LFS itself takes nothing larger for a pointer."""
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+"""In schemas: how many of something, 0 too."""
+
+Positive = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
+"""In schemas: a size, at least 1."""
+
+NonNegative = Annotated[float, msgspec.Meta(ge=0, le=sys.float_info.max)]
+"""In schemas: a number from 0 on, neither NaN nor infinite."""
+
+Number = Annotated[float, msgspec.Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
+"""In schemas: a number, neither NaN nor infinite."""
+
+_Schema = TypeVar("_Schema")
+
+_REMEDY = "The file is damaged: make or get it again."
+
+_EXPECTED = re.compile(r"Expected (.*?)(?:, got `(.*)`)?")
 
 _DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -129,6 +155,20 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text as UTF-8, atomically.
+
+    Args:
+        path: The file to make or replace.
+        text: Any text: of names that came from outside, halves of surrogate pairs are written as escapes.
+
+    Raises:
+        WorkDirectoryError: The file cannot be written.
+    """
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
+
+
 def read_json(path: Path, error: type[BpwiseError]) -> dict[str, Any]:
     """Read a JSON file whose top level is an object.
 
@@ -143,13 +183,91 @@ def read_json(path: Path, error: type[BpwiseError]) -> dict[str, Any]:
             object.
     """
     try:
-        value = json.loads(Path(path).read_bytes().decode("utf-8"))
+        data = Path(path).read_bytes()
     except OSError as cause:
         raise error(f"{path}: cannot be read ({cause.strerror}). Check that it exists and is readable.") from cause
+    return _parsed(data, str(path), error)
+
+
+def read_schema(path: Path, schema: type[_Schema], error: type[BpwiseError], *, remedy: str = _REMEDY) -> _Schema:
+    """Read a JSON file that has a schema.
+
+    Args:
+        path: The file.
+        schema: As ``check_schema`` takes it.
+        error: What to raise.
+        remedy: The last sentence of the message: what to do.
+
+    Raises:
+        BpwiseError: As the type given by ``error``: as ``read_json`` and ``check_schema``.
+    """
+    return check_schema(read_json(path, error), schema, error, where=str(path), remedy=remedy)
+
+
+def parse_schema(
+    text: str, schema: type[_Schema], error: type[BpwiseError], *, where: str, remedy: str = _REMEDY
+) -> _Schema:
+    """Read JSON that has a schema from a text, such as an entry of another file's metadata.
+
+    Args:
+        text: A JSON object.
+        schema: As ``check_schema`` takes it.
+        error: What to raise.
+        where: The file, and the place in it.
+        remedy: The last sentence of the message: what to do.
+
+    Raises:
+        BpwiseError: As the type given by ``error``: as ``read_json`` and ``check_schema``.
+    """
+    data = text.encode("utf-8", "surrogatepass")
+    return check_schema(_parsed(data, where, error), schema, error, where=where, remedy=remedy)
+
+
+def check_schema(
+    value: Any, schema: type[_Schema], error: type[BpwiseError], *, where: str, remedy: str = _REMEDY
+) -> _Schema:
+    """Return parsed JSON as what its schema says, every type and every range in it checked.
+
+    Args:
+        value: What ``read_json`` returned, or a part of it.
+        schema: A dataclass, a ``TypedDict`` or another type that msgspec knows, with ranges as ``msgspec.Meta``. What
+            it does not name may be there too. Its ``__post_init__`` raises ``ValueError`` for what types cannot say.
+        error: What to raise.
+        where: The file, and the place in it.
+        remedy: The last sentence of the message: what to do.
+
+    Raises:
+        BpwiseError: As the type given by ``error``: something is missing, of another type or out of range.
+    """
+    try:
+        return msgspec.convert(value, schema, strict=True)
+    except UnicodeEncodeError as cause:  # half of a surrogate pair: valid JSON
+        raise error(f"{where}: the key {cause.object!r} is not valid Unicode. {remedy}") from cause
+    except msgspec.ValidationError as cause:
+        problem, _, place = str(cause).removesuffix("`").partition(" - at `$")
+        at = f"{where}: {place.removeprefix('.')}" if place else where
+        found = _EXPECTED.fullmatch(problem)
+        if found is None:
+            raise error(f"{at}: {problem.replace('`', '')}. {remedy}") from cause
+        # msgspec does not tell the keys of free mappings.
+        got = found[2] if "[...]" in place else reprlib.repr(_value_at(value, place))
+        expected = found[1].replace("`", "")
+        raise error(f"{at}: not a valid value. Got {got}. Expected {expected}. {remedy}") from cause
+
+
+def _value_at(value: Any, place: str) -> Any:
+    for name, index in re.findall(r"\.(\w+)|\[(\d+)\]", place):
+        value = value[name] if name else value[int(index)]
+    return value
+
+
+def _parsed(data: bytes, where: str, error: type[BpwiseError]) -> dict[str, Any]:
+    try:
+        value = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as cause:
-        raise error(f"{path}: not valid JSON ({cause}). The file is damaged: make or get it again.") from cause
+        raise error(f"{where}: not valid JSON ({cause}). The file is damaged: make or get it again.") from cause
     if not isinstance(value, dict):
-        raise error(f"{path}: wrong JSON, got {type(value).__name__} at the top level, expected an object.")
+        raise error(f"{where}: wrong JSON, got {type(value).__name__} at the top level, expected an object.")
     return cast("dict[str, Any]", value)
 
 
@@ -218,21 +336,3 @@ def is_lfs_pointer(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         return file.read(len(_LFS_START)) == _LFS_START
-
-
-def read_schema(path: Path, schema_type: type[_Schema], error: type[BpwiseError]) -> _Schema:
-    """Read a JSON file whose top level is an object, and check it against a schema.
-
-    Args:
-        path: The file.
-        schema_type: A ``msgspec.Struct``; keys that it does not have are left out.
-        error: What to raise.
-
-    Raises:
-        BpwiseError: As the type given by ``error``: as ``read_json``, or a value is missing or of a wrong type.
-    """
-    value = read_json(path, error)
-    try:
-        return msgspec.convert(value, type=schema_type)
-    except (msgspec.ValidationError, UnicodeEncodeError) as cause:  # JSON can hold half of a surrogate pair
-        raise error(f"{path}: wrong content, {cause}. Get or make the file again.") from cause

@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import WorkDirectoryError
-from .files import atomic_file
+from .files import write_text
 
 __all__ = ["MARK_NAME", "clear_mark", "mark_broken", "mark_path", "read_mark"]
 
 MARK_NAME = "BROKEN.md"
 
 _TITLE = "# Broken: do not use this model"
+
+_MOST_BYTES = 1 << 16
+"""What is read of a mark: anyone may have written it."""
 
 
 def mark_path(output: Path) -> Path:
@@ -37,8 +40,7 @@ def mark_broken(output: Path, reason: str) -> Path:
         WorkDirectoryError: The mark cannot be written.
     """
     path = mark_path(output)
-    with atomic_file(path) as temporary:
-        temporary.write_text(f"{_TITLE}\n\n{reason}\n", encoding="utf-8")
+    write_text(path, f"{_TITLE}\n\n{reason}\n")
     return path
 
 
@@ -65,7 +67,8 @@ def read_mark(output: Path) -> str | None:
     if not path.exists():
         return None
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        with path.open("rb") as file:
+            text = file.read(_MOST_BYTES).decode("utf-8", errors="replace")
     except OSError:
         return "the mark cannot be read"
     return " ".join(text.removeprefix(_TITLE).split()) or "the mark does not say why"

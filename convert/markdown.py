@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..errors import printable
+
 __all__ = ["cell", "table"]
+
+_MOST_CHARACTERS = 10_000
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -19,8 +23,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def cell(text: str) -> str:
-    """Return a text on one line, which ends no cell and is not taken for HTML."""
-    text = " ".join(text.split())
-    for sign, replacement in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|")):
+    """Return a text on one line that ends no cell, and is taken neither for HTML nor for a link or an image."""
+    text = printable(" ".join(text.split()), _MOST_CHARACTERS)
+    # The backslash first: it would undo the escape of a sign after it.
+    for sign, replacement in (("\\", "\\\\"), ("&", "&amp;"), ("<", "&lt;"), *((s, f"\\{s}") for s in "|[")):
         text = text.replace(sign, replacement)
     return text

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CheckpointError, FormatError, PublishError
 from .base_card import CARD_NAME
 from .card import HUB_ID, rate_text
+from .exl2.config import stored_rates
+from .exl2.manifest import MANIFEST_FILE
 from .exl2.reader import is_exl2
-from .exl2.verify import MANIFEST_FILE, verify_model
+from .exl2.verify import verify_model
 from .files import read_json
 from .gguf.verify import verify_gguf
 from .hub import confined_file, list_directory
@@ -221,14 +223,14 @@ def _named(output: Path) -> tuple[str, str, str | None]:
     if found is not None:
         return stem[: found.start()], rate_text(float(found[1])), found[2]
     if output.is_dir():
-        quantization = read_json(output / "config.json", FormatError).get("quantization_config")
-        if isinstance(quantization, dict) and isinstance(quantization.get("bits"), int | float):
-            head_bits = quantization.get("head_bits")
+        bits, head_bits = stored_rates(read_json(confined_file(output, "config.json"), FormatError))
+        if bits is not None:
             # The card's title has the original's name.
-            title = re.search(r"^# (\S+)$", (output / CARD_NAME).read_text(encoding="utf-8"), re.MULTILINE)
+            text = (output / CARD_NAME).read_text(encoding="utf-8", errors="replace")
+            title = re.search(r"^# (\S+)$", text, re.MULTILINE)
             named = None if title is None else _RATE.search(title[1])
             base = stem if title is None or named is None else title[1][: named.start()]
-            return base, rate_text(float(quantization["bits"])), str(head_bits) if isinstance(head_bits, int) else None
+            return base, rate_text(bits), None if head_bits is None else str(head_bits)
     raise PublishError(f"{output}: its name tells no bitrate, expected one as NAME-4.5bpw. Rename it.")
 
 

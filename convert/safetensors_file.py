@@ -279,6 +279,10 @@ def _parse(raw: bytes, path: Path, error: type[BpwiseError]) -> dict[str, Any]:
         raise error(f"{path}: the header is not valid JSON ({cause}). The file is damaged: get it again.") from cause
     if not isinstance(fields, dict):
         raise error(f"{path}: wrong header, got a JSON {type(fields).__name__}, expected an object. Get it again.")
+    try:
+        "".join(fields).encode("utf-8")
+    except UnicodeEncodeError as cause:  # half of a surrogate pair, which the reference implementation refuses too
+        raise error(f"{path}: the header names a tensor in invalid Unicode. Get the file again.") from cause
     return cast("dict[str, Any]", fields)
 
 

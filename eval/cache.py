@@ -82,7 +82,7 @@ class OriginalCache:
             if metadata.get("digest") != _digest(key, state):
                 return None
             os.utime(path)
-        except (FormatError, KeyError, ValueError, OSError):
+        except (FormatError, KeyError, ValueError, OverflowError, OSError):
             return None
         return state
 
@@ -151,5 +151,5 @@ def _digest(key: str, state: OriginalState) -> str:
     digest = hashlib.sha256(f"{key} {numbers}\n".encode())
     for tensor in (state.hidden, state.trace):
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

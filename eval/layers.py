@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from ..convert.checkpoint import TensorSource
 from ..convert.exl2.reader import Exl2Model
-from ..convert.files import read_json
+from ..convert.files import NonNegative, Number, check_schema, read_json
 from ..convert.gguf.reader import GgufModel
-from ..convert.gguf.types import ggml_type
+from ..convert.gguf.types import TYPES
 from ..errors import FormatError
 
 __all__ = ["LinearCost", "linear_costs", "plan_beside"]
 
-_IN_BLOCK = re.compile(r"(?:[^.]+\.)+?(\d+)\.(.+)", re.ASCII)
+_REMEDY = "The plan is damaged: make it again with `bpwise plan`, or delete it."
+
+_NUMBER = re.compile(r"[0-9]{1,9}")
+_IN_BLOCK = re.compile(r"(?:[^.]+\.)+?(\d{1,9})\.(.+)", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,20 +89,65 @@ def _stored_bpw(model: TensorSource) -> dict[str, float]:
 
 def _model_order(name: str) -> list[tuple[int, str]]:
     # Numbers as numbers: block 10 comes after block 9.
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
+    return [(int(part), "") if _NUMBER.fullmatch(part) else (-1, part) for part in name.split(".")]
+
+
+@dataclass(frozen=True, slots=True)
+class _PlannedLinear:
+    """What is read of a linear in a plan for EXL2."""
+
+    name: str
+    bpw: NonNegative
+    damage_nats: NonNegative
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """What is read of a linear in float16."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What is read of a plan for EXL2."""
+
+    linears: tuple[_PlannedLinear, ...]
+    head: _PlannedLinear | None
+    kept: tuple[_Named, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _PlannedTensor:
+    """What is read of a tensor in a plan for GGUF."""
+
+    name: str
+    type: str
+    damage_nats: Number
+
+    def __post_init__(self) -> None:
+        """Check the type.
+
+        Raises:
+            ValueError: There is no such type.
+        """
+        if self.type not in TYPES:
+            raise ValueError(f"type must be one of {', '.join(TYPES)}")
+
+
+@dataclass(frozen=True, slots=True)
+class _TypePlan:
+    """What is read of a plan for GGUF."""
+
+    tensors: tuple[_PlannedTensor, ...]
 
 
 def _planned(path: Path) -> dict[str, tuple[float, float]]:
     raw = read_json(path, FormatError)
-    try:
-        if "bpwise_type_plan" in raw:
-            return {entry["name"]: (_type_bpw(entry), float(entry["damage_nats"])) for entry in raw["tensors"]}
-        entries = [*raw["linears"], *([raw["head"]] if raw["head"] else [])]
-        planned = {entry["name"]: (float(entry["bpw"]), float(entry["damage_nats"])) for entry in entries}
-        return planned | {entry["name"]: (16.0, 0.0) for entry in raw.get("kept", ())}
-    except (KeyError, TypeError, ValueError) as error:
-        raise FormatError(f"{path}: not a plan, or damaged ({error}). Make it again with `bpwise plan`.") from error
-
-
-def _type_bpw(entry: Mapping[str, Any]) -> float:
-    return ggml_type(entry["type"]).bits_per_weight
+    check = partial(check_schema, raw, error=FormatError, where=str(path), remedy=_REMEDY)
+    if "bpwise_type_plan" in raw:
+        tensors = check(_TypePlan).tensors
+        return {each.name: (TYPES[each.type].bits_per_weight, each.damage_nats) for each in tensors}
+    plan = check(_Plan)
+    planned = {each.name: (each.bpw, each.damage_nats) for each in (*plan.linears, *([plan.head] if plan.head else []))}
+    return planned | {each.name: (16.0, 0.0) for each in plan.kept}

@@ -16,11 +16,9 @@ import torch
 from torch import Tensor
 
 from ..convert.checkpoint import TensorSource
+from ..convert.exl2.manifest import read_manifest
 from ..convert.exl2.reader import Exl2Model
-from ..convert.exl2.verify import MANIFEST_FILE
-from ..convert.files import read_json
 from ..convert.gguf.reader import GgufModel
-from ..convert.hub import confined_file
 from ..errors import CalibrationError, FormatError
 from ..measure.calibration import CalibrationSet
 
@@ -156,9 +154,9 @@ def stored_spans(model: TensorSource) -> CalibrationSpans | None:
     text: object = None
     if isinstance(model, GgufModel):
         text = model.header.metadata.get(f"bpwise.{SPANS_KEY}")
-    elif isinstance(model, Exl2Model) and (model.directory / MANIFEST_FILE).is_file():
-        provenance = read_json(confined_file(model.directory, MANIFEST_FILE), FormatError).get("provenance")
-        text = provenance.get(SPANS_KEY) if isinstance(provenance, dict) else None
+    elif isinstance(model, Exl2Model):
+        manifest = read_manifest(model.directory)
+        text = None if manifest is None else manifest.provenance.calibration_spans
     return None if text is None else CalibrationSpans.from_text(text)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..convert.files import atomic_file, write_json
+from ..convert.files import atomic_file, write_json, write_text
 from ..version import __version__
 from .comparison import Comparison
 from .extras import NO_EXTRAS, Extras, extras_content, extras_csv
@@ -177,7 +178,7 @@ def _write(
     write_json(path[JSON_NAME], {"bpwise_report": _REPORT_VERSION, "bpwise": __version__, **content})
     _write_csv(path[CSV_NAME], [_csv_row(each) for each in page.comparisons])
     for name, text in ((MARKDOWN_NAME, markdown), (HTML_NAME, html_report(page))):
-        _write_text(path[name], text)
+        write_text(path[name], text)
     tables = []
     for name, rows in extras_csv(page.extras).items():
         table = directory / f"{prefix}report.{name}.csv"
@@ -193,7 +194,7 @@ def _write(
             if form == "png":
                 _write_bytes(drawn[-1], png_bytes(drawing))
             else:
-                _write_text(drawn[-1], drawing.render(standalone=True) + "\n")
+                write_text(drawn[-1], drawing.render(standalone=True) + "\n")
     return ReportFiles(
         json=path[JSON_NAME],
         csv=path[CSV_NAME],
@@ -209,16 +210,12 @@ def _write_bytes(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
-def _write_text(path: Path, text: str) -> None:
-    with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-
-
 def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows([{**row, "model": _no_formula(row["model"])} for row in rows])
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows([{**row, "model": _no_formula(row["model"])} for row in rows])
+    write_text(path, text.getvalue())
 
 
 def _no_formula(name: str) -> str:

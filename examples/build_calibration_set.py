@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 from bpwise.convert.files import read_json
-from bpwise.errors import BpwiseError, CalibrationError
+from bpwise.errors import BpwiseError, CalibrationError, printable
 from bpwise.measure.calibration import CalibrationConfig, build_calibration
 from bpwise.measure.tokenizer import load_tokenizer
 
@@ -55,11 +55,12 @@ def main(
     except BpwiseError as error:
         raise click.ClickException(str(error)) from error
 
-    click.echo(calibration.description)
+    # Texts and their names come from outside: control characters in them must not reach the terminal.
+    click.echo(printable(calibration.description))
     for kind, count in calibration.rows_per_kind.items():
-        click.echo(f"{count:6d} rows  {kind}")
-    click.echo(f"row 0, from {calibration.origins[0]}:")
-    click.echo(tokenizer.decode(calibration.tokens[0])[:_PREVIEW_CHARACTERS])
+        click.echo(f"{count:6d} rows  {printable(kind)}")
+    click.echo(f"row 0, from {printable(calibration.origins[0])}:")
+    click.echo(printable(tokenizer.decode(calibration.tokens[0])[:_PREVIEW_CHARACTERS]))
     click.echo(f"fingerprint {calibration.fingerprint} -> {output}")
 
 

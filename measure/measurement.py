@@ -10,19 +10,16 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from ..convert.exl2.layout import group_rows
 from ..convert.files import atomic_file
-from ..errors import FormatError
+from .measurement_file import HEADER_KEY, MeasuredTensors, read_measurement
 
 __all__ = ["HEADER_KEY", "MEASUREMENT_VERSION", "RARE_TOKENS", "MeasuredLinear", "MeasuredTable", "Measurement"]
 
 MEASUREMENT_VERSION = 5
 """Raised when the file's content changes meaning; older files are refused."""
-
-HEADER_KEY = "bpwise_measurement"
-"""Metadata entry that tells measurements from other safetensors files."""
 
 RARE_TOKENS = 100
 """An expert that fewer calibration tokens chose is reported: its statistics are mostly those of other tokens."""
@@ -213,49 +210,55 @@ class Measurement:
         Raises:
             FormatError: It is not a measurement, is damaged, or has another version.
         """
-        try:
-            with safe_open(path, framework="numpy") as file:
-                header = json.loads((file.metadata() or {})[HEADER_KEY])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-            if header["version"] != MEASUREMENT_VERSION:
-                raise FormatError(
-                    f"{path}: measurement of version {header['version']}, expected {MEASUREMENT_VERSION}. "
-                    "Measure the model again."
-                )
-            return cls._parsed(header, tensors)
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise FormatError(
-                f"{path}: cannot be read as a measurement ({error!r}). Measure the model again."
-            ) from error
-
-    @classmethod
-    def _parsed(cls, header: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Measurement:
-        weights = {owner: tensors[f"{owner}.{_WEIGHTS}"] for owner in set(header["token_weights"].values())}
+        header, tensors = read_measurement(path, MEASUREMENT_VERSION)
+        types = len(header.types)
+        tokens = tensors.take(_TOKENS, np.int32, (None, None))
+        if tokens.max() >= header.embedding.tokens:
+            most = header.embedding.tokens - 1
+            raise tensors.error(_TOKENS, "holds ids beyond the vocabulary", str(tokens.max()), f"at most {most}")
+        weights = {
+            owner: tensors.take(f"{owner}.{_WEIGHTS}", np.float16, tokens.shape)
+            for owner in set(header.token_weights.values())
+        }
 
         def linear(name: str) -> MeasuredLinear:
-            damping = header["damping"][name]
+            order = tensors.order(f"{name}.order")
+            fisher = tensors.take(f"{name}.fisher", np.float32, (None,))
+            groups = len(group_rows(len(order), header.group_size))
+            damping = header.damping[name]
             return MeasuredLinear(
                 name=name,
-                token_weights=weights[header["token_weights"][name]],
+                damage_nats=tensors.take(f"{name}.damage_nats", np.float32, (groups, len(header.widths))),
+                order=order,
+                fisher=fisher,
+                input_power=tensors.take(f"{name}.input_power", np.float32, order.shape),
+                coupling=tensors.take(f"{name}.coupling", np.float16, (len(fisher), None), least=None, empty=True),
+                token_weights=weights[header.token_weights[name]],
+                type_damage_nats=_of_types(tensors, name, types),
                 damping=float("inf") if damping is None else damping,
-                chosen_tokens=header["chosen_tokens"].get(name),
-                **{field: tensors[f"{name}.{field}"] for field in _FIELDS},
+                chosen_tokens=header.chosen_tokens.get(name),
             )
 
-        table = header["embedding"]
+        table = header.embedding
         return cls(
-            linears=tuple(linear(name) for name in header["linears"]),
-            head=linear(header["head"]),
+            linears=tuple(linear(name) for name in header.linears),
+            head=linear(header.head),
             embedding=MeasuredTable(
-                name=table["name"],
-                tokens=table["tokens"],
-                tied=table["tied"],
-                **{field: tensors[f"{table['name']}.{field}"] for field in _TABLE_FIELDS},
+                name=table.name,
+                tokens=table.tokens,
+                importance=tensors.take(f"{table.name}.importance", np.float32, (None,)),
+                type_damage_nats=_of_types(tensors, table.name, types),
+                tied=table.tied,
             ),
-            other_weights=header["other_weights"],
-            tokens=tensors[_TOKENS],
-            widths=tuple(header["widths"]),
-            types=tuple(header["types"]),
-            group_size=header["group_size"],
-            provenance=dict(header["provenance"]),
+            other_weights=header.other_weights,
+            tokens=tokens,
+            widths=header.widths,
+            types=header.types,
+            group_size=header.group_size,
+            provenance=header.provenance,
         )
+
+
+def _of_types(tensors: MeasuredTensors, name: str, types: int) -> NDArray[np.float32]:
+    # Rounding errors may leave a damage of nearly nothing a little below it.
+    return tensors.take(f"{name}.type_damage_nats", np.float32, (types,), least=None, infinite=True)

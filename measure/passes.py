@@ -81,19 +81,35 @@ class MeasuringPasses:
     def forward(self, progress: Progress) -> None:
         """Keep the input of every block on disk, and the output of the last; rounding in this run reads them again."""
         last = self.model.block_count
-        embedded = self.model.embed(self.tokens)
-        if not self.pieces.has("head") and not self.pieces.has("input-0"):
-            self.pieces.save("input-0", {"hidden": embedded})
-        hidden: Tensor | None = embedded
-        del embedded
+        self._discard_unusable()
+        needed = [index for index in range(last) if not self.pieces.has(f"curves-{index}")]
+        needed += [] if self.pieces.has("head") else [last]
+        missing = max((index for index in needed if not self.pieces.has(f"input-{index}")), default=-1)
+        hidden: Tensor | None = self.model.embed(self.tokens)  # which makes ready to run blocks, too
+        if missing >= 0 and not self.pieces.has("input-0"):
+            self.pieces.save("input-0", {"hidden": hidden})
         for index in progress(range(last), "measure: forward"):
-            if self.pieces.has("head") or self.pieces.has(f"input-{index + 1}"):
+            if index >= missing or self.pieces.has(f"input-{index + 1}"):
                 hidden = None
                 continue
             if hidden is None:
                 hidden = self._kept(f"input-{index}", "hidden")
             self._forward_block(index, hidden)
             self.pieces.save(f"input-{index + 1}", {"hidden": hidden})
+
+    def _discard_unusable(self) -> None:
+        # The backward pass goes on with a gradient, from block to block. Where that is gone, by damage or because a
+        # finished block has to be done again, it begins anew at the head; blocks below are not affected.
+        waiting = [index for index in range(self.model.block_count) if not self.pieces.has(f"curves-{index}")]
+        waiting += [] if self.pieces.has("embedding") else [-1]
+        if not waiting:
+            return
+        last = max(waiting)
+        if not self.pieces.has(f"gradient-{last + 1}"):
+            self.pieces.discard("head")
+            last = self.model.block_count
+        for index in range(max(0, min(waiting)), last):
+            self.pieces.discard(f"curves-{index}")
 
     def _kept(self, piece: str, name: str) -> Tensor:
         # A state, in memory or in a file as all are.

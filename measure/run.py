@@ -13,11 +13,12 @@ import torch
 from ..convert.checkpoint import Checkpoint
 from ..convert.exl2.layout import ROW_MULTIPLE, WIDTHS
 from ..convert.families import HEAD
+from ..convert.files import check_schema
 from ..convert.gguf.types import GgmlType
 from ..convert.language import LanguageModel, language_config, language_model
 from ..convert.original import Original, open_model
 from ..convert.work import StageDirectory, stages_in
-from ..errors import ConfigError
+from ..errors import ConfigError, FormatError
 from ..progress import Progress, silent
 from ..version import __version__
 from .calibration import (
@@ -45,6 +46,15 @@ __all__ = [
     "measurement_provenance",
     "resolve_device",
 ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _RowsProvenance:
+    """What ``measurement_provenance`` says of the calibration rows."""
+
+    calibration_text: str
+    calibration_origins: tuple[str, ...]
+    calibration_adds_bos: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,12 +250,24 @@ def calibration_rows(
 
 
 def measured_rows(measurement: Measurement) -> CalibrationSet:
-    """Return the calibration rows that a measurement was made with."""
+    """Return the calibration rows that a measurement was made with.
+
+    Raises:
+        FormatError: The measurement's provenance does not describe them.
+        ShapeError: It describes others.
+    """
+    known = check_schema(
+        measurement.provenance,
+        _RowsProvenance,
+        FormatError,
+        where="measurement: provenance",
+        remedy="The measurement is damaged: measure the model again.",
+    )
     return CalibrationSet(
         tokens=torch.from_numpy(measurement.tokens).long(),
-        origins=tuple(measurement.provenance["calibration_origins"]),
-        description=measurement.provenance["calibration_text"],
-        adds_bos=measurement.provenance["calibration_adds_bos"],
+        origins=known.calibration_origins,
+        description=known.calibration_text,
+        adds_bos=known.calibration_adds_bos,
     )
 
 

@@ -6,16 +6,18 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..convert.base_card import CARD_NAME, BaseCard, read_base_card
 from ..convert.card import HUB_ID, Card, rate_text, render_card
+from ..convert.exl2.config import stored_rates
+from ..convert.exl2.manifest import Changes, Provenance, read_manifest
 from ..convert.exl2.reader import Exl2Model
-from ..convert.exl2.verify import MANIFEST_FILE
-from ..convert.files import atomic_file, read_json
+from ..convert.files import Count, NonNegative, Number, check_schema, read_json, write_text
 from ..convert.gguf.reader import GgufModel
-from ..convert.hub import confined_file, resolve_model
+from ..convert.hub import resolve_model
 from ..convert.mark import read_mark
 from ..errors import BrokenModelError, ConfigError, FormatError
 from ..eval.models import model_name, open_any
@@ -65,8 +67,7 @@ def write_card(output: Path, *, original: str | Path | None = None, base_model: 
     """
     card = make_card(output, original=original, base_model=base_model)
     path = card_path(output)
-    with atomic_file(path) as temporary:
-        temporary.write_text(render_card(card), encoding="utf-8")
+    write_text(path, render_card(card))
     return path
 
 
@@ -90,7 +91,7 @@ def make_card(output: Path, *, original: str | Path | None = None, base_model: s
     }
     model = open_any(output)
     if isinstance(model, GgufModel):
-        return Card(name=output.stem, format="gguf", file_name=output.name, made=_made_gguf(model, report), **common)
+        return Card(name=output.stem, format="gguf", file_name=output.name, made=_made_gguf(model), **common)
     if not isinstance(model, Exl2Model):
         raise FormatError(f"{output}: not quantized, expected an EXL2 directory or a GGUF file.")
     return Card(name=_exl2_name(model, base_name), format="exl2", made=_made_exl2(model), **common)
@@ -106,50 +107,48 @@ def check_base_model(base_model: str | None) -> None:
         raise ConfigError(f"base model: got {base_model!r}, expected a Hub id such as org/name.")
 
 
-def _base_name(report: Mapping[str, Any], directory: Path | None, base_model: str | None) -> str:
+def _base_name(report: _Report | None, directory: Path | None, base_model: str | None) -> str:
     if base_model is not None:
         return base_model
     if directory is not None:
         return model_name(open_any(directory))
-    return str(_mapping(report.get("original")).get("name", "the original"))
+    return "the original" if report is None else report.original.name
 
 
 def _exl2_name(model: Exl2Model, base_name: str) -> str:
-    quantization = _mapping(model.stored_config.get("quantization_config"))
-    bits, head_bits = quantization.get("bits"), quantization.get("head_bits")
-    if _FINISHED_NAME.search(model.directory.name) or not isinstance(bits, int | float):
+    bits, head_bits = stored_rates(model.stored_config)
+    if _FINISHED_NAME.search(model.directory.name) or bits is None:
         return model.directory.name
-    return output_name(base_name, bpw=float(bits), head_bits=head_bits if isinstance(head_bits, int) else None)
+    return output_name(base_name, bpw=bits, head_bits=head_bits)
 
 
 def _made_exl2(model: Exl2Model) -> tuple[tuple[str, str], ...]:
     quantization = _mapping(model.stored_config.get("quantization_config"))
-    provenance: Mapping[str, Any] = {}
-    if (model.directory / MANIFEST_FILE).exists():
-        manifest = read_json(confined_file(model.directory, MANIFEST_FILE), FormatError)
-        provenance = _mapping(manifest.get("provenance"))
+    manifest = read_manifest(model.directory)
+    provenance = Provenance() if manifest is None else manifest.provenance
     calibration = _mapping(quantization.get("calibration"))
-    decoder_bpw = provenance.get("bpw", quantization.get("bits"))
+    bits, head_bits = stored_rates(model.stored_config)
+    decoder_bpw = bits if provenance.bpw is None else provenance.bpw
     rows: list[tuple[str, object]] = [
         ("format", "EXL2"),
         (
             "decoder",
             _with_unit(decoder_bpw, "bits per weight, all overheads counted"),
         ),
-        ("left in float16", _with_unit(provenance.get("float16_linears") or None, "linears of the decoder")),
-        ("output head", _with_unit(quantization.get("head_bits"), "bits")),
+        ("left in float16", _with_unit(provenance.float16_linears or None, "linears of the decoder")),
+        ("output head", _with_unit(head_bits, "bits")),
         ("size of the weights", f"{model.file_bytes / 1e9:.3f} GB"),
-        ("changed while reading", _changes(_mapping(provenance.get("changes")))),
+        ("changed while reading", _changes(provenance.changes)),
         ("calibration", calibration.get("dataset")),
         ("calibration rows", _with_unit(calibration.get("rows"), f"of {calibration.get('length')} tokens")),
-        ("predicted damage", _with_unit(provenance.get("predicted_damage_nats"), "nats per token")),
-        ("scales", "fitted to the original's predictions" if provenance.get("effort") == "high" else None),
-        ("made with", f"bpwise {provenance.get('bpwise', quantization.get('version'))}"),
+        ("predicted damage", _with_unit(provenance.predicted_damage_nats, "nats per token")),
+        ("scales", "fitted to the original's predictions" if provenance.effort == "high" else None),
+        ("made with", f"bpwise {provenance.bpwise or quantization.get('version')}"),
     ]
     return tuple((name, str(value)) for name, value in rows if value is not None)
 
 
-def _made_gguf(model: GgufModel, report: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+def _made_gguf(model: GgufModel) -> tuple[tuple[str, str], ...]:
     tensors = model.header.tensors.values()
     weights = Counter[str]()
     for tensor in tensors:
@@ -168,11 +167,14 @@ def _made_gguf(model: GgufModel, report: Mapping[str, Any]) -> tuple[tuple[str, 
     return tuple((name, str(value)) for name, value in rows if value is not None)
 
 
-def _changes(changes: Mapping[str, Any]) -> str | None:
-    parts = [f"merged with the adapter {adapter['name']}" for adapter in changes.get("adapters", ())]
-    for key, meaning in (("rope_scale", "positions divided by"), ("rope_alpha", "base of the positions for NTK alpha")):
-        if key in changes:
-            parts.append(f"{meaning} {changes[key]:g} (in config.json: give loaders no -rs or -ra)")
+def _changes(changes: Changes) -> str | None:
+    parts = [f"merged with the adapter {adapter.name}" for adapter in changes.adapters]
+    for value, meaning in (
+        (changes.rope_scale, "positions divided by"),
+        (changes.rope_alpha, "base of the positions for NTK alpha"),
+    ):
+        if value is not None:
+            parts.append(f"{meaning} {value:g} (in config.json: give loaders no -rs or -ra)")
     return "; ".join(parts) or None
 
 
@@ -186,46 +188,82 @@ def _with_unit(value: object, unit: str) -> str | None:
     return f"{value if isinstance(value, int) else format(value, '.4g')} {unit}"
 
 
-def _report(output: Path) -> Mapping[str, Any]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Estimate:
+    """A number of a report, with its standard error if that is known."""
+
+    value: Number
+    standard_error: NonNegative | None
+
+    def text(self, factor: float = 1) -> str:
+        """Return both, multiplied by a factor."""
+        value = f"{self.value * factor:.4g}"
+        return value if self.standard_error is None else f"{value} ± {self.standard_error * factor:.2g}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ReportedModel:
+    """What a report says of a model."""
+
+    name: str
+    stored_bytes: Count | None
+
+    @property
+    def size(self) -> str:
+        """Size of the weights."""
+        return "" if self.stored_bytes is None else f"{self.stored_bytes / 1e9:.3f} GB"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ReportedSummary:
+    """What a report says of the damage; see ``bpwise.eval.divergence.Summary``."""
+
+    original_perplexity: _Estimate
+    quantized_perplexity: _Estimate
+    kl_nats: _Estimate
+    kl_p99_nats: Number
+    top1_agreement: _Estimate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Report:
+    """What a card takes from a report; see ``bpwise.eval.comparison.Comparison``."""
+
+    original: _ReportedModel
+    quantized: _ReportedModel
+    summary: _ReportedSummary
+    predicted_tokens: Count
+    text: str
+    engine: str
+    dtype: str
+
+
+def _report(output: Path) -> _Report | None:
     path = output / JSON_NAME if output.is_dir() else output.with_name(f"{output.stem}.{JSON_NAME}")
     if not path.exists():
-        return {}
-    comparison = read_json(path, FormatError).get("comparison")
-    if not isinstance(comparison, dict):
-        raise FormatError(f"{path}: holds no comparison. The report is damaged: evaluate again.")
-    return comparison
+        return None
+    remedy = "The report is damaged, or of another version: evaluate again."
+    raw = read_json(path, FormatError).get("comparison")
+    return check_schema(raw, _Report, FormatError, where=f"{path}: comparison", remedy=remedy)
 
 
-def _measured(report: Mapping[str, Any]) -> tuple[tuple[str, str, str], ...]:
-    if not report:
+def _measured(report: _Report | None) -> tuple[tuple[str, str, str], ...]:
+    if report is None:
         return ()
-    try:
-        summary = report["summary"]
-        original, quantized = (_size(report[role]["stored_bytes"]) for role in ("original", "quantized"))
-        return (
-            ("size", original, quantized),
-            ("perplexity", _estimate(summary["original_perplexity"]), _estimate(summary["quantized_perplexity"])),
-            ("mean KL divergence, nats per token", "0", _estimate(summary["kl_nats"])),
-            ("KL divergence, 99 % of tokens below", "0", f"{summary['kl_p99_nats']:.3g}"),
-            ("same most likely token", "100 %", f"{_estimate(summary['top1_agreement'], 100)} %"),
-        )
-    except (KeyError, TypeError, ValueError) as cause:
-        raise FormatError(f"report: lacks {cause}. It is damaged, or of another version: evaluate again.") from cause
-
-
-def _size(stored_bytes: int | None) -> str:
-    return "" if stored_bytes is None else f"{stored_bytes / 1e9:.3f} GB"
-
-
-def _measured_note(report: Mapping[str, Any]) -> str:
-    if not report:
-        return ""
+    summary = report.summary
     return (
-        f"Over {report.get('predicted_tokens')} tokens of text ({report.get('text')}), run by "
-        f"{report.get('engine')} in {report.get('dtype')}. Numbers after ± are one standard error."
+        ("size", report.original.size, report.quantized.size),
+        ("perplexity", summary.original_perplexity.text(), summary.quantized_perplexity.text()),
+        ("mean KL divergence, nats per token", "0", summary.kl_nats.text()),
+        ("KL divergence, 99 % of tokens below", "0", f"{summary.kl_p99_nats:.3g}"),
+        ("same most likely token", "100 %", f"{summary.top1_agreement.text(100)} %"),
     )
 
 
-def _estimate(number: Mapping[str, Any], factor: float = 1) -> str:
-    value, error = number["value"] * factor, number["standard_error"]
-    return f"{value:.4g}" if error is None else f"{value:.4g} ± {error * factor:.2g}"
+def _measured_note(report: _Report | None) -> str:
+    if report is None:
+        return ""
+    return (
+        f"Over {report.predicted_tokens} tokens of text ({report.text}), run by {report.engine} in {report.dtype}. "
+        "Numbers after ± are one standard error."
+    )

@@ -26,13 +26,14 @@ from ..convert.gguf.reader import GgufModel
 from ..convert.gguf.writer import GgufVerification, planned_bytes, write_gguf
 from ..convert.original import Original, open_model
 from ..convert.work import StageDirectory, stages_in
-from ..errors import BudgetError, CheckpointError, FormatError, WorkDirectoryError
+from ..errors import BudgetError, CheckpointError, FormatError, UnsupportedModelError, WorkDirectoryError
 from ..eval.comparison import Comparison
 from ..eval.layers import LinearCost
 from ..eval.overlap import SPANS_KEY, CalibrationSpans
 from ..eval.report import summary_lines, write_report
 from ..measure.calibration import CalibrationSet
 from ..measure.measurement import Measurement
+from ..measure.run import measured_rows
 from ..progress import Progress, silent
 from ..rounding.parallel import cores
 from ..version import __version__
@@ -208,6 +209,9 @@ def importance_of(measurement: Measurement) -> ImportanceMatrix:
     """Return the importances that a measurement implies: weighted mean squares of every linear's inputs.
 
     Tokens count as the end loss says (see ``bpwise.measure.statistics``), where llama.cpp's own tool counts all alike.
+
+    Raises:
+        UnsupportedModelError: A linear has no name in llama.cpp.
     """
     table = measurement.embedding
     heads = () if table.tied else (measurement.head,)
@@ -217,7 +221,7 @@ def importance_of(measurement: Measurement) -> ImportanceMatrix:
     return ImportanceMatrix.from_means(
         means,
         rows * row_tokens,
-        datasets=(measurement.provenance["calibration_text"],),
+        datasets=(measured_rows(measurement).description,),
         chunks=rows,
         chunk_tokens=row_tokens,
     )
@@ -236,7 +240,7 @@ def _quantize(
 ) -> GgufResult:
     clock = StageClock()
     checkpoint.prepare_fingerprint(progress)
-    given, base = base, base or base_path(checkpoint, work, config.llama_cpp)
+    given, base = base, base or _undamaged(base_path(checkpoint, work, config.llama_cpp))
     # The converter first: should it not know the model, nothing has been measured in vain.
     with clock.stage("convert"):
         warnings = _converted(checkpoint, base, config.llama_cpp)
@@ -362,6 +366,16 @@ def _carried(checkpoint: Checkpoint) -> dict[str, str]:
     return dict(zip(names, digests, strict=True))
 
 
+def _undamaged(base: Path) -> Path:
+    # What an earlier run converted and cannot be read any more is converted again.
+    if base.exists():
+        try:
+            read_gguf_header(base)
+        except FormatError:
+            base.unlink()
+    return base
+
+
 def _converted(checkpoint: Checkpoint, base: Path, llama_cpp: Path | None) -> tuple[str, ...]:
     if not base.exists():
         make_base(checkpoint, base, llama_cpp=llama_cpp)
@@ -423,7 +437,11 @@ def _in_file_order(rounded: RoundedTypes, base: Path) -> dict[str, Callable[[], 
 
 def _gguf_name(module: str) -> str:
     name = gguf_name(f"{module}.weight")
-    assert name is not None, f"{module} is a linear of a known family"
+    if name is None:
+        raise UnsupportedModelError(
+            f"{module}: has no name in GGUF. Expected a linear of a family that GGUF output is for (docs/families.md). "
+            "Choose an EXL2 output."
+        )
     return name
 
 

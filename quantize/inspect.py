@@ -142,12 +142,12 @@ def _gguf(path: Path) -> Inspection:
             f"bits per weight: {bits / max(weights, 1):.4f}, with metadata "
             f"{8 * header.file_bytes / max(weights, 1):.4f}",
             f"types: {', '.join(f'{count} {name}' for name, count in counts.most_common())}",
-            *(f"{_printable(key)}: {_metadata_value(value)}" for key, value in header.metadata.items()),
+            *(f"{key}: {_metadata_value(value)}" for key, value in header.metadata.items()),
         ),
         header=("tensor", "shape", "type", "bpw"),
         rows=tuple(
             (
-                _printable(tensor.name),
+                tensor.name,
                 " x ".join(map(str, tensor.shape)),
                 tensor.type.name,
                 f"{tensor.type.bits_per_weight:.4g}",
@@ -159,14 +159,9 @@ def _gguf(path: Path) -> Inspection:
 
 def _metadata_value(value: Any) -> str:
     if isinstance(value, (list, np.ndarray)):
-        return f"{len(value)} values" if len(value) > _SHOWN_VALUES else _printable(", ".join(map(str, value)))
+        return f"{len(value)} values" if len(value) > _SHOWN_VALUES else ", ".join(map(str, value))
     text = str(value)
-    return _printable(text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}...")
-
-
-def _printable(text: str) -> str:
-    # Metadata comes from strangers: control characters would reach the terminal.
-    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
 
 
 def _measurement(path: Path) -> Inspection:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from ..convert.exl2.layout import MAX_ROWS, ROW_MULTIPLE
 from ..convert.families import HEAD
+from ..convert.files import Positive
 from ..errors import ConfigError
 from .linears import Shaped, matching, unit_of
 
@@ -33,8 +34,8 @@ class KeptLinear:
     """
 
     name: str
-    in_features: int
-    out_features: int
+    in_features: Positive
+    out_features: Positive
     reason: str
 
     @property

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from ..convert.checkpoint import Checkpoint
+from ..convert.language import language_model
 from ..errors import FormatError
 from ..measure.calibration import CalibrationSet
 from ..measure.measurement import Measurement
@@ -17,6 +19,7 @@ from ..measure.run import (
     measurement_provenance,
 )
 from ..progress import Progress
+from .linears import model_linears
 from .stages import StageClock
 
 __all__ = ["MEASUREMENT_FILE", "obtain_measurement"]
@@ -77,6 +80,13 @@ def _load(path: Path, checkpoint: Checkpoint) -> Measurement:
             "before they changed, or to an earlier version of bpwise, which looked only at samples of the weights. "
             "Measure this model again."
         )
+    linears, head = model_linears(language_model(checkpoint))
+    measured = [(x.name, x.in_features, x.out_features) for x in (*measurement.linears, measurement.head)]
+    if measured != [(x.name, x.in_features, x.out_features) for x in (*linears, head)]:
+        raise FormatError(
+            f"{path}: the measurement has other linears than {checkpoint.directory}. Got {len(measured)}. Expected "
+            f"{len(linears) + 1} with the model's names and shapes. It is damaged: measure the model again."
+        )
     return measurement
 
 
@@ -85,12 +95,14 @@ def _measured(
 ) -> Measurement:
     kept = work / MEASUREMENT_FILE
     if kept.exists():
-        measurement = Measurement.load(kept)
         checkpoint.prepare_fingerprint(progress)
         wanted = measurement_provenance(checkpoint, rows, config)
-        # Types that are not asked for do no harm.
-        if wanted == {**measurement.provenance, "types": wanted["types"] and list(measurement.types)}:
-            return measurement
+        # One that is damaged, or of another version, is as good as none.
+        with suppress(FormatError):
+            measurement = _load(kept, checkpoint)
+            # Types that are not asked for do no harm.
+            if wanted == {**measurement.provenance, "types": wanted["types"] and list(measurement.types)}:
+                return measurement
     measurement = measure_model(checkpoint, rows, config, work, progress)
     measurement.save(kept)
     return measurement

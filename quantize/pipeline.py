@@ -11,15 +11,15 @@ from pathlib import Path
 
 from ..convert.checkpoint import Checkpoint
 from ..convert.content import file_digests
-from ..convert.exl2.verify import MANIFEST_FILE, Verification, verify_model
+from ..convert.exl2.manifest import read_manifest
+from ..convert.exl2.verify import Verification, verify_model
 from ..convert.exl2.writer import write_model
 from ..convert.families import require_reader
-from ..convert.files import read_json
 from ..convert.hub import side_files
 from ..convert.language import WrittenModel
 from ..convert.original import Original, open_model
 from ..convert.work import stages_in
-from ..errors import CheckpointError, FormatError, WorkDirectoryError
+from ..errors import CheckpointError, WorkDirectoryError
 from ..eval.comparison import Comparison
 from ..eval.overlap import SPANS_KEY, CalibrationSpans
 from ..eval.report import summary_lines, write_report
@@ -271,11 +271,9 @@ def is_finished(output: Path, **expected: Callable[[], str]) -> bool:
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
-    manifest = output / MANIFEST_FILE
-    if manifest.is_file():
-        provenance = read_json(manifest, FormatError).get("provenance", {})
-        if all(provenance.get(key) == value() for key, value in expected.items()):
-            return True
+    manifest = read_manifest(output) if output.is_dir() else None
+    if manifest is not None and all(getattr(manifest.provenance, key) == value() for key, value in expected.items()):
+        return True
     raise WorkDirectoryError(
         f"{output}: exists already and is not the output of this run. Choose another or delete it."
     )

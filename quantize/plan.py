@@ -11,17 +11,20 @@ from typing import Any
 
 import numpy as np
 
-from ..convert.exl2.layout import RowGroup, group_rows, linear_bits, padded_columns
-from ..convert.files import read_json, write_json
+from ..convert.exl2.layout import WIDTHS, RowGroup, group_rows, linear_bits, padded_columns
+from ..convert.files import NonNegative, Number, Positive, check_schema, read_json, write_json
 from ..errors import FormatError
 from ..measure.measurement import MeasuredLinear, Measurement
 from .allocate import allocate
 from .kept import FLOAT16_BITS, KeptLinear
-from .scope import HeadBits, Scope, SizeLimit, WidthOverride, plan_scope
+from .scope import AUTO, HEAD_BITS, HeadBits, Scope, SizeLimit, WidthOverride, plan_scope
 
-__all__ = ["PLAN_VERSION", "LinearPlan", "Plan", "bpw_range", "make_plan", "measured_limit"]
+__all__ = ["PLAN_VERSION", "REMEDY", "LinearPlan", "Plan", "bpw_range", "make_plan", "measured_limit"]
 
 PLAN_VERSION = 2
+
+REMEDY = "The plan is damaged: make it again with `bpwise plan`."
+"""What to do about a plan that cannot be read."""
 
 _FLOAT16_BYTES = 2
 
@@ -40,11 +43,22 @@ class LinearPlan:
     """
 
     name: str
-    in_features: int
-    out_features: int
-    group_rows: tuple[int, ...]
+    in_features: Positive
+    out_features: Positive
+    group_rows: tuple[Positive, ...]
     group_bits: tuple[int, ...]
-    damage_nats: float
+    damage_nats: NonNegative
+
+    def __post_init__(self) -> None:
+        """Check the groups.
+
+        Raises:
+            ValueError: They are not the linear's, or have widths that EXL2 has not.
+        """
+        if len(self.group_rows) != len(self.group_bits) or sum(self.group_rows) != self.in_features:
+            raise ValueError("group_rows must add up to in_features, with an entry in group_bits for each")
+        if not set(self.group_bits) <= set(WIDTHS):
+            raise ValueError(f"group_bits must be among {WIDTHS}")
 
     @property
     def stored_order(self) -> tuple[int, ...]:
@@ -90,12 +104,23 @@ class Plan:
 
     linears: tuple[LinearPlan, ...]
     head: LinearPlan | None
-    target_bpw: float
+    target_bpw: Number
     head_bits: HeadBits
-    lower_bound_nats: float
+    lower_bound_nats: Number
     measurement: str
     kept: tuple[KeptLinear, ...] = ()
     head_reason: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check that it is a plan of something.
+
+        Raises:
+            ValueError: There are no linears, or no such bits of a head.
+        """
+        if not (self.linears or self.kept):
+            raise ValueError("linears and kept are both empty")
+        if self.head_bits not in (*HEAD_BITS, AUTO):
+            raise ValueError(f"head_bits must be one of {HEAD_BITS} or {AUTO!r}")
 
     @property
     def decoder_bits(self) -> int:
@@ -171,19 +196,7 @@ class Plan:
         raw = read_json(path, FormatError)
         if raw.get("bpwise_plan") != PLAN_VERSION:
             raise FormatError(f"{path}: not a plan of version {PLAN_VERSION}. Make it again with `bpwise plan`.")
-        try:
-            return cls(
-                linears=tuple(_from_dict(entry) for entry in raw["linears"]),
-                head=_from_dict(raw["head"]) if raw["head"] else None,
-                target_bpw=raw["target_bpw"],
-                head_bits=raw["head_bits"],
-                lower_bound_nats=raw["lower_bound_nats"],
-                measurement=raw["measurement"],
-                kept=tuple(KeptLinear(**entry) for entry in raw["kept"]),
-                head_reason=raw["head_reason"],
-            )
-        except (KeyError, TypeError) as error:
-            raise FormatError(f"{path}: the plan is damaged ({error}). Make it again with `bpwise plan`.") from error
+        return check_schema(raw, cls, FormatError, where=str(path), remedy=REMEDY)
 
 
 def make_plan(
@@ -342,14 +355,3 @@ def _to_dict(plan: LinearPlan) -> dict[str, Any]:
         "group_rows": list(plan.group_rows),
         "group_bits": list(plan.group_bits),
     }
-
-
-def _from_dict(entry: dict[str, Any]) -> LinearPlan:
-    return LinearPlan(
-        name=entry["name"],
-        in_features=entry["in_features"],
-        out_features=entry["out_features"],
-        group_rows=tuple(entry["group_rows"]),
-        group_bits=tuple(entry["group_bits"]),
-        damage_nats=entry["damage_nats"],
-    )

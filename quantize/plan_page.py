@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from ..convert.files import atomic_file
+from ..convert.files import write_text
 from ..eval.charts import bits_map, planned_chart
 from ..eval.format import nats, visible
 from ..eval.html import page_style, script_hash
@@ -81,8 +81,7 @@ def write_plan_page(
         "measurement": measurement.fingerprint,
     }
     formats = {"EXL2": exl2_points(measurement, head_bits, overrides, keep_fp16), "GGUF": gguf_points(measurement)}
-    with atomic_file(path) as temporary:
-        temporary.write_text(plan_page(formats, model=model, facts=facts), encoding="utf-8")
+    write_text(path, plan_page(formats, model=model, facts=facts))
 
 
 def _size(point: PlanPoint) -> str:

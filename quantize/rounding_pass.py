@@ -115,7 +115,7 @@ class RoundingPass:
             table: The quantized model's token embeddings, shape (tokens, hidden size), where they differ.
         """
         state = {"original": self.model.embed(self.tokens), "quantized": self.model.embed(self.tokens, table)}
-        finished = max((i for i in range(self.model.block_count) if self.pieces.has(f"state-{i}")), default=-1)
+        finished = self._finished()
         if finished >= 0:
             state = self._kept(self.pieces, f"state-{finished}")
         for index in progress(range(self.model.block_count), "quantize: round"):
@@ -127,6 +127,17 @@ class RoundingPass:
             self.pieces.discard(f"state-{index - 1}")
             if self.inputs is not None:
                 self.inputs.discard(f"input-{index}")
+
+    def _finished(self) -> int:
+        # The last block that need not be done again, with all before it; -1 if there is none. A block that has lost a
+        # piece is done again from the first on: states in between are not kept.
+        finished = max((i for i in range(self.model.block_count) if self.pieces.has(f"state-{i}")), default=-1)
+        for index in range(finished + 1):
+            names = [name for stage in self.model.stages(index) for name in self._rounded_of(index, stage).values()]
+            if not all(self.pieces.has(piece) for piece in (f"drift-{index}", *names)):
+                self.pieces.discard(f"state-{finished}")
+                return -1
+        return finished
 
     def _round_block(self, index: int, state: dict[str, Tensor]) -> None:
         # Puts both streams after the block in the place of those before it.

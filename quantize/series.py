@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..convert.checkpoint import Checkpoint
-from ..convert.files import atomic_file, write_json
+from ..convert.files import write_json, write_text
 from ..convert.markdown import cell, table
 from ..convert.original import Original, open_model
 from ..convert.work import claimed, discard_stages
@@ -256,8 +256,7 @@ def _write_report(original: str, outputs: Sequence[SeriesOutput], directory: Pat
     }
     write_json(directory / JSON_NAME, content)
     path = directory / MARKDOWN_NAME
-    with atomic_file(path) as temporary:
-        temporary.write_text(_markdown(original, outputs), encoding="utf-8")
+    write_text(path, _markdown(original, outputs))
     return path
 
 

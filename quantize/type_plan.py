@@ -8,15 +8,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Annotated
 
+import msgspec
 import numpy as np
 
-from ..convert.files import read_json, write_json
+from ..convert.files import Count, Number, Positive, check_schema, read_json, write_json
 from ..convert.gguf.names import gguf_name
-from ..convert.gguf.types import GgmlType, ggml_type
+from ..convert.gguf.types import TYPES, GgmlType, ggml_type
 from ..errors import BudgetError, ConfigError, FormatError
 from ..measure.measurement import Measurement
 from .knapsack import choose
+from .plan import REMEDY
 
 __all__ = ["TYPE_PLAN_VERSION", "Override", "TensorPlan", "TypePlan", "make_type_plan", "size_range"]
 
@@ -74,10 +77,19 @@ class TensorPlan:
     """
 
     name: str
-    rows: int
-    row_weights: int
+    rows: Positive
+    row_weights: Positive
     type: str
-    damage_nats: float
+    damage_nats: Number
+
+    def __post_init__(self) -> None:
+        """Check the type.
+
+        Raises:
+            ValueError: There is no such type, or rows are not whole blocks of it.
+        """
+        if self.type not in TYPES or not TYPES[self.type].fits(self.row_weights):
+            raise ValueError(f"type must be one of {', '.join(TYPES)}, with row_weights a multiple of its blocks")
 
     @property
     def kind(self) -> GgmlType:
@@ -102,10 +114,10 @@ class TypePlan:
         measurement: Fingerprint of the measurement behind the plan.
     """
 
-    tensors: tuple[TensorPlan, ...]
-    other_weights: int
-    target_bytes: int
-    lower_bound_nats: float
+    tensors: Annotated[tuple[TensorPlan, ...], msgspec.Meta(min_length=1)]
+    other_weights: Count
+    target_bytes: Count
+    lower_bound_nats: Number
     measurement: str
 
     @property
@@ -163,13 +175,7 @@ class TypePlan:
         raw = read_json(path, FormatError)
         if raw.get("bpwise_type_plan") != TYPE_PLAN_VERSION:
             raise FormatError(f"{path}: not a GGUF plan of version {TYPE_PLAN_VERSION}. Make it with `bpwise plan`.")
-        try:
-            return cls(
-                tensors=tuple(TensorPlan(**entry) for entry in raw["tensors"]),
-                **{key: raw[key] for key in ("other_weights", "target_bytes", "lower_bound_nats", "measurement")},
-            )
-        except (KeyError, TypeError) as error:
-            raise FormatError(f"{path}: the plan is damaged ({error}). Make it again with `bpwise plan`.") from error
+        return check_schema(raw, cls, FormatError, where=str(path), remedy=REMEDY)
 
 
 @dataclass(frozen=True, slots=True)

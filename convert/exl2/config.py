@@ -14,7 +14,9 @@ from ...errors import UnsupportedModelError
 from .names import text_config
 from .vision import add_vision_keys
 
-__all__ = ["dense_config", "exl2_config"]
+__all__ = ["dense_config", "exl2_config", "stored_rates"]
+
+_MOST_BITS = 16
 
 # ExLlamaV2 0.3.2 (config.py) refuses `type` and `rope_type` together; it looks for llama3 under the newer key
 # only and for these under the older one only.
@@ -81,6 +83,21 @@ def dense_config(config: Mapping[str, Any], *, tied_embeddings: bool) -> dict[st
             scaling["rope_type"] = scaling.pop("type")
     _set_common_keys(result, tied_embeddings)
     return result
+
+
+def stored_rates(config: Mapping[str, Any]) -> tuple[float | None, int | None]:
+    """Return the bits per weight and the head's bits that an EXL2 model's config states, each None if it does not.
+
+    Args:
+        config: config.json of the EXL2 model, by whatever program.
+    """
+    stated = config.get("quantization_config")
+    quantization = stated if isinstance(stated, dict) else {}
+    bits, head_bits = quantization.get("bits"), quantization.get("head_bits")
+    # type() and not isinstance(): JSON's true is a bool, which Python counts as an int.
+    known = type(bits) in (int, float) and 0 < bits <= _MOST_BITS
+    head_known = type(head_bits) is int and 0 < head_bits <= _MOST_BITS
+    return float(bits) if known else None, head_bits if head_known else None
 
 
 def _sliding_window_pattern(kinds: Any) -> int | None:

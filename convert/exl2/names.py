@@ -33,6 +33,10 @@ _FEATURES = {
 }
 
 
+_NUMBER = re.compile(r"[0-9]{1,9}")
+"""A block's or an expert's; whatever else Unicode calls a digit is none."""
+
+
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the language model's part of a config: ``text_config`` if there is one, else the whole."""
     nested = config.get("text_config")
@@ -57,7 +61,7 @@ def config_features(name: str, config: Mapping[str, Any]) -> tuple[int | None, i
     }
     heads = text.get("num_attention_heads")
     head_size = text.get("head_dim")
-    if not head_size and isinstance(heads, int) and isinstance(sizes["hidden"], int):
+    if not head_size and isinstance(heads, int) and heads and isinstance(sizes["hidden"], int):
         head_size = sizes["hidden"] // heads
     for key, count in (("queries", heads), ("keys", text.get("num_key_value_heads") or heads)):
         sizes[key] = count * head_size if isinstance(count, int) and isinstance(head_size, int) else None
@@ -85,7 +89,7 @@ def model_order(name: str) -> tuple[Any, ...]:
     Args:
         name: Full name of a tensor or a linear.
     """
-    parts = tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split("."))
+    parts = tuple((0, int(part), "") if _NUMBER.fullmatch(part) else (1, 0, part) for part in name.split("."))
     if "embed" in name or ".wte" in name:
         rank = 0
     elif HEAD in name.split("."):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...errors import CheckpointError, FormatError
+from ...errors import CheckpointError, FormatError, ShapeError
 from ..checkpoint import Checkpoint, confined_file, embedding_rows
 from ..families import is_known
 from ..files import read_json
@@ -17,7 +17,7 @@ from ..safetensors_file import HeaderEntry, SafetensorsHeader, read_entry, read_
 from .config import dense_config
 from .linear import QuantizedLinear
 from .names import config_features, head_names, is_linear, model_order
-from .store import QUANTIZED_SUFFIXES, linear_from_tensors
+from .store import QUANTIZED_SUFFIXES, check_stored, linear_from_tensors
 
 __all__ = ["Exl2Model", "is_exl2"]
 
@@ -73,7 +73,8 @@ class Exl2Model:
             directory: A local EXL2 directory.
 
         Raises:
-            FormatError: No tensor is quantized, one is stored twice, or a file is damaged.
+            FormatError: No tensor is quantized, one is stored twice or not as the format demands, or a file is damaged.
+            ShapeError: A tensor of a quantized linear does not have the shape that the config or the others demand.
             CheckpointError: config.json is missing or damaged, or a file leads outside the directory.
         """
         directory = Path(directory)
@@ -93,7 +94,18 @@ class Exl2Model:
             raise FormatError(
                 f"{directory}: no EXL2 model, got {len(holder)} tensors and none named *{_MARK}. Check the path."
             )
-        return cls(directory, config, files)
+        model = cls(directory, config, files)
+        model._check_linears()
+        return model
+
+    def _check_linears(self) -> None:
+        # What the headers tell already: evaluation would find it out in its middle only.
+        stored = {name: (entry.dtype, entry.shape) for name, (_, entry) in self._places.items()}
+        for linear in self._linears:
+            check_stored(linear, stored, self._out_features(linear))
+            (rows,), expected = stored[f"{linear}.q_invperm"][1], config_features(linear, self._stored_config)[0]
+            if expected is not None and rows != expected:
+                raise ShapeError(linear, "q_invperm", got=(rows,), expected=(expected,))
 
     @property
     def directory(self) -> Path:

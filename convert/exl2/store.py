@@ -19,7 +19,7 @@ from .layout import MAX_ROWS, WIDTHS, RowGroup, padded_columns
 from .linear import QuantizedLinear
 from .pack import pack_codes, pack_scale_codes, unpack_codes, unpack_scale_codes
 
-__all__ = ["QUANTIZED_SUFFIXES", "linear_from_tensors", "linear_tensors"]
+__all__ = ["QUANTIZED_SUFFIXES", "check_stored", "linear_from_tensors", "linear_tensors"]
 
 _DTYPES = {
     "q_weight": torch.int32,
@@ -88,16 +88,11 @@ def linear_from_tensors(name: str, tensors: Mapping[str, Tensor], out_features: 
         FormatError: A tensor is missing, or breaks a rule of the format.
         ShapeError: A tensor does not have the shape that the others demand.
     """
-    found = {suffix: _take(name, tensors, suffix, dtype) for suffix, dtype in _DTYPES.items()}
+    check_stored(name, {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}, out_features)
+    found = {suffix: tensors[f"{name}.{suffix}"] for suffix in QUANTIZED_SUFFIXES}
     words, invperm = found["q_weight"], found["q_invperm"]
-    columns = padded_columns(out_features)
-    if words.ndim != 2:
-        raise FormatError(f"{name}.q_weight: {words.ndim} dimensions, expected a matrix (words, {columns}).")
     groups = _groups(name, found["q_groups"], int(words.shape[0]))
-    _require_shape(name, "q_weight", words, (int(words.shape[0]), columns))
-    _require_shape(name, "q_scale", found["q_scale"], (len(groups), columns // 8))
-    _require_shape(name, "q_scale_max", found["q_scale_max"], (len(groups),))
-    _require_shape(name, "q_invperm", invperm, (sum(group.rows for group in groups),))
+    _require_shape(name, "q_invperm", tuple(invperm.shape), (sum(group.rows for group in groups),))
     rows = int(invperm.shape[0])
     if rows > MAX_ROWS or not torch.equal(invperm.sort().values, torch.arange(rows, dtype=torch.int32)):
         raise FormatError(f"{name}.q_invperm: not a permutation of 0 to {rows - 1} (at most {MAX_ROWS} rows).")
@@ -111,9 +106,7 @@ def linear_from_tensors(name: str, tensors: Mapping[str, Tensor], out_features: 
         first_row, first_word = next_row, next_word
     bias = None
     if f"{name}.bias" in tensors:
-        bias = _take(name, tensors, "bias", torch.float16)
-        _require_shape(name, "bias", bias, (columns,))
-        bias = bias[:out_features].clone()
+        bias = tensors[f"{name}.bias"][:out_features].clone()
     linear = QuantizedLinear(
         groups=groups,
         codes=codes,
@@ -126,25 +119,50 @@ def linear_from_tensors(name: str, tensors: Mapping[str, Tensor], out_features: 
     return linear
 
 
-def _take(name: str, tensors: Mapping[str, Tensor], suffix: str, dtype: torch.dtype) -> Tensor:
-    key = f"{name}.{suffix}"
-    if key not in tensors:
-        raise FormatError(f"{key}: missing. All of {', '.join(QUANTIZED_SUFFIXES)} must be stored.")
-    if tensors[key].dtype != dtype:
-        raise FormatError(f"{key}: stored as {tensors[key].dtype}, expected {dtype}.")
-    return tensors[key]
+def check_stored(name: str, stored: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], out_features: int) -> None:
+    """Check dtypes and shapes of the tensors that a file stores for one linear; needs no data.
+
+    Args:
+        name: Full name of the linear, without ``.weight``.
+        stored: Dtype and shape of at least these tensors, by full name.
+        out_features: Number of output features without padding.
+
+    Raises:
+        FormatError: A tensor is missing, of another dtype or of impossible sizes.
+        ShapeError: A tensor does not have the shape that the others demand.
+    """
+    for suffix, dtype in (*_DTYPES.items(), ("bias", torch.float16)):
+        key = f"{name}.{suffix}"
+        if key not in stored:
+            if suffix == "bias":
+                continue
+            raise FormatError(f"{key}: missing. All of {', '.join(QUANTIZED_SUFFIXES)} must be stored.")
+        if stored[key][0] != dtype:
+            raise FormatError(f"{key}: stored as {stored[key][0]}, expected {dtype}.")
+    shapes = {suffix: stored[f"{name}.{suffix}"][1] for suffix in QUANTIZED_SUFFIXES}
+    columns, weight, table = padded_columns(out_features), shapes["q_weight"], shapes["q_groups"]
+    if len(weight) != 2 or 0 in weight:
+        raise FormatError(f"{name}.q_weight: shape {weight}, expected a matrix (words, {columns}).")
+    if len(table) != 1 or not table[0] or table[0] % 2:
+        raise FormatError(f"{name}.q_groups: shape {table}, expected (2 * groups,).")
+    if len(shapes["q_invperm"]) != 1 or not 0 < shapes["q_invperm"][0] <= MAX_ROWS:
+        raise FormatError(f"{name}.q_invperm: shape {shapes['q_invperm']}, expected (rows,), at most {MAX_ROWS}.")
+    groups = table[0] // 2
+    _require_shape(name, "q_weight", weight, (weight[0], columns))
+    _require_shape(name, "q_scale", shapes["q_scale"], (groups, columns // 8))
+    _require_shape(name, "q_scale_max", shapes["q_scale_max"], (groups,))
+    if f"{name}.bias" in stored:
+        _require_shape(name, "bias", stored[f"{name}.bias"][1], (columns,))
 
 
-def _require_shape(name: str, suffix: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != expected:
-        raise ShapeError(name, suffix, got=tuple(tensor.shape), expected=expected)
+def _require_shape(name: str, suffix: str, got: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if got != expected:
+        raise ShapeError(name, suffix, got=got, expected=expected)
 
 
 def _groups(name: str, table: Tensor, total_words: int) -> tuple[RowGroup, ...]:
     """Return the row groups of a ``q_groups`` tensor, whose sizes follow from the word offsets alone."""
     key = f"{name}.q_groups"
-    if table.ndim != 1 or not table.numel() or table.numel() % 2:
-        raise FormatError(f"{key}: shape {tuple(table.shape)}, expected (2 * groups,).")
     widths, offsets = table[0::2].tolist(), [*table[1::2].tolist(), total_words]
     if any(bits not in WIDTHS for bits in widths):
         raise FormatError(f"{key}: bit widths {sorted(set(widths))}, expected only {WIDTHS}.")

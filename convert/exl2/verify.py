@@ -10,21 +10,15 @@ from typing import Any
 
 import torch
 
-from ...errors import FormatError, ShapeError, VerificationError
-from ..checkpoint import confined_file
-from ..files import read_json
+from ...errors import FormatError, VerificationError
 from .carry import require_float16_range
 from .linear import QuantizedLinear
+from .manifest import read_manifest
 from .names import HEAD, config_features, head_names
 from .reader import Exl2Model
 from .shards import tensor_sha256
 
-__all__ = ["MANIFEST_FILE", "MANIFEST_VERSION", "Verification", "check_rules", "verify_model"]
-
-MANIFEST_FILE = "bpwise.json"
-"""Provenance, and the SHA-256 of every tensor as it must decode."""
-
-MANIFEST_VERSION = 1
+__all__ = ["Verification", "check_rules", "verify_model"]
 
 _DENSE_BITS = 16.0
 _SHOWN = 5
@@ -86,7 +80,8 @@ def verify_model(directory: Path) -> Verification:
     """
     model = Exl2Model.open(directory)
     check_rules(model.stored_config, frozenset(model.linears), model.names)
-    manifest = _manifest(model)
+    record = read_manifest(model.directory)
+    manifest = None if record is None else {"linears": record.manifest.linears, "tensors": record.manifest.tensors}
     found: dict[str, dict[str, str]] = {"linears": {}, "tensors": {}}
     decoder_bits = decoder_weights = 0
     head_bpw = _DENSE_BITS
@@ -158,9 +153,6 @@ def check_rules(config: Mapping[str, Any], quantized: Set[str], names: Set[str])
 
 
 def _check_linear(model: Exl2Model, name: str, linear: QuantizedLinear) -> None:
-    rows = config_features(name, model.stored_config)[0]
-    if rows is not None and linear.in_features != rows:
-        raise ShapeError(name, "q_invperm", got=(linear.in_features,), expected=(rows,))
     block, _, last = name.rpartition(".")
     biased = any(f"{block}.{member}.bias" in model.names for member in _MLPS.get(last, ()))
     if biased and not torch.equal(linear.order, torch.arange(linear.in_features)):
@@ -168,22 +160,6 @@ def _check_linear(model: Exl2Model, name: str, linear: QuantizedLinear) -> None:
             f"{name}: its rows are reordered, but readers do not reorder the biases of the linears before it along. "
             "Quantize it in the order of its input features."
         )
-
-
-def _manifest(model: Exl2Model) -> Mapping[str, Mapping[str, str]] | None:
-    if not (model.directory / MANIFEST_FILE).exists():
-        return None
-    stored: Any = read_json(confined_file(model.directory, MANIFEST_FILE), FormatError)
-    manifest = stored.get("manifest")
-    if stored.get("manifest_version") != MANIFEST_VERSION:
-        raise FormatError(
-            f"{MANIFEST_FILE}: manifest_version is {stored.get('manifest_version')!r}, expected {MANIFEST_VERSION}."
-        )
-    if not isinstance(manifest, dict) or not all(
-        isinstance(manifest.get(part), dict) for part in ("linears", "tensors")
-    ):
-        raise FormatError(f"{MANIFEST_FILE}: manifest must hold linears and tensors. The file is damaged.")
-    return manifest
 
 
 def _compare(found: Mapping[str, Mapping[str, str]], manifest: Mapping[str, Mapping[str, str]]) -> None:

@@ -16,10 +16,11 @@ from ..files import atomic_directory, write_json
 from .carry import copy_side_files, require_float16_range
 from .config import exl2_config
 from .linear import QuantizedLinear
+from .manifest import MANIFEST_FILE, MANIFEST_VERSION
 from .names import HEAD, config_features, head_names, model_order
 from .shards import DEFAULT_SHARD_BYTES, ShardWriter, tensor_sha256
 from .store import QUANTIZED_SUFFIXES, linear_tensors
-from .verify import MANIFEST_FILE, MANIFEST_VERSION, Verification, check_rules, verify_model
+from .verify import Verification, check_rules, verify_model
 
 __all__ = ["write_model"]
 

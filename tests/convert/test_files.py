@@ -2,12 +2,24 @@ import errno
 import json
 import os
 import stat
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
+import msgspec
 import pytest
 import torch
-from bpwise.convert.files import atomic_directory, atomic_file, read_json, write_json
+from bpwise.convert.files import (
+    Count,
+    Number,
+    Positive,
+    atomic_directory,
+    atomic_file,
+    parse_schema,
+    read_json,
+    read_schema,
+    write_json,
+)
 from bpwise.convert.safetensors_file import load_metadata, load_tensors, save_tensors
 from bpwise.errors import ConfigError, FormatError, NumericalError, WorkDirectoryError
 from safetensors.torch import load_file, save_file
@@ -261,3 +273,72 @@ class TestTensors:
         header = json.dumps({"a": {"dtype": "I16", "shape": [2], "data_offsets": [0, 4]}}, separators=(",", ":"))
         padded = header.encode().ljust(56)
         assert (tmp_path / "x").read_bytes() == b"\x38" + bytes(7) + padded + b"\x01\x00\x02\x01"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    name: str
+    size: Positive
+    widths: tuple[Annotated[int, msgspec.Meta(ge=2, le=8)], ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.widths) > self.size:
+            raise ValueError("more widths than the part is large")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whole:
+    parts: list[Part]
+    damage: Number
+    rest: Count = 0
+    head: int | Literal["auto"] = 6
+    free: dict[str, dict[str, int]] | None = None
+
+
+class TestSchema:
+    GOOD: ClassVar[dict[str, Any]] = {"parts": [{"name": "a", "size": 2, "widths": [8, 2]}], "damage": 1, "more": None}
+
+    def test_reads_what_it_says(self, tmp_path: Path) -> None:
+        (tmp_path / "x.json").write_text(json.dumps(self.GOOD))
+        expected = Whole(parts=[Part(name="a", size=2, widths=(8, 2))], damage=1.0)
+        assert read_schema(tmp_path / "x.json", Whole, FormatError) == expected
+        assert parse_schema(json.dumps(self.GOOD), Whole, FormatError, where="x") == expected
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"damage": "1"}, r"x\.json: damage: not a valid value\. Got '1'\. Expected float\. Do it again\."),
+            ({"damage": float("nan")}, r"x\.json: damage: .* Got nan\. Expected float >= "),
+            ({"damage": 10**400}, r"x\.json: damage: Number out of range\. Do it again\."),
+            ({"rest": -1}, r"x\.json: rest: .* Got -1\. Expected int >= 0\."),
+            ({"rest": True}, r"x\.json: rest: .* Got True\. Expected int\."),
+            ({"rest": 1.0}, r"x\.json: rest: .* Got 1\.0\. Expected int\."),
+            ({"rest": 10**30}, r"x\.json: rest: .* Got 10{29}0\. Expected int <= "),
+            ({"head": []}, r"x\.json: head: .* Got \[\]\. Expected int \| str\."),
+            ({"head": "many"}, r"x\.json: head: Invalid enum value 'many'\."),
+            ({"parts": {}}, r"x\.json: parts: .* Got \{\}\. Expected array\."),
+            ({"parts": [{"name": "a"}]}, r"x\.json: parts\[0\]: Object missing required field size\."),
+            ({"parts": [{"name": "a", "size": 1, "widths": [3, 9]}]}, r"x\.json: parts\[0\]\.widths\[1\]: .* Got 9\."),
+            (
+                {"parts": [{"name": "a", "size": 1, "widths": [2, 2]}]},
+                r"x\.json: parts\[0\]: more widths than the part",
+            ),
+            ({"free": {"\x1b": {"a": "b"}}}, r"x\.json: free\[\.\.\.\]\[\.\.\.\]: .* Got str\. Expected int\."),
+        ],
+    )
+    def test_refuses_in_a_sentence(self, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+        (tmp_path / "x.json").write_text(json.dumps({**self.GOOD, **changes}))
+        with pytest.raises(ConfigError, match=message):
+            read_schema(tmp_path / "x.json", Whole, ConfigError, remedy="Do it again.")
+
+    @pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' + "9" * 5000 + "}", "{", "[]", ""])
+    def test_refuses_what_is_no_object(self, text: str) -> None:
+        with pytest.raises(FormatError, match=r"^here: (not valid|wrong) JSON"):
+            parse_schema(text, Whole, FormatError, where="here")
+
+    def test_takes_whole_surrogate_pairs(self) -> None:
+        text = json.dumps({**self.GOOD, "parts": [{"name": "\U0001f600", "size": 1}]})
+        assert "\\ud83d" in text
+        with pytest.raises(FormatError, match=r"here: the key .* is not valid Unicode"):
+            parse_schema(text.replace('"parts"', '"\\ud83d": 1, "parts"'), Whole, FormatError, where="here")
+        assert parse_schema(text, Whole, FormatError, where="here").parts[0].name == "\U0001f600"

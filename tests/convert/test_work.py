@@ -46,6 +46,63 @@ def test_what_is_left_stays(tmp_path: Path) -> None:
         assert StageDirectory(tmp_path / "work", "measure", {"a": 1}).has("x")
 
 
+def piece_file(work: Path, piece: str) -> Path:
+    (directory,) = work.iterdir()
+    return directory / f"{piece}.safetensors"
+
+
+def test_pieces_come_back(tmp_path: Path) -> None:
+    tensors = {
+        "a": torch.arange(6.0).view(2, 3).T,
+        "b": torch.tensor(7),
+        "c": torch.zeros(0, 2),
+        "d": torch.ones(3) > 0,
+    }
+    StageDirectory(tmp_path, "measure", {}).save("x", tensors)
+    read = StageDirectory(tmp_path, "measure", {}).load("x")
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensors[name]) and read[name].dtype == tensors[name].dtype for name in tensors)
+
+
+@pytest.mark.parametrize("at", [0, 4, 8, 40, 0.5, -1])
+def test_a_damaged_piece_counts_as_not_finished(tmp_path: Path, at: float) -> None:
+    StageDirectory(tmp_path, "measure", {}).save("x", {"a": torch.arange(100.0), "b": torch.ones(2, 2)})
+    file = piece_file(tmp_path, "x")
+    data = bytearray(file.read_bytes())
+    data[int(at * len(data)) if at == 0.5 else int(at)] ^= 1
+    file.write_bytes(data)
+    again = StageDirectory(tmp_path, "measure", {})
+    with pytest.warns(UserWarning, match=r"x\.safetensors: damaged, so it is made again"):
+        assert not again.has("x")
+    assert not file.exists()
+    with pytest.raises(WorkDirectoryError, match=r"x\.safetensors: missing or damaged\. Delete .*measure-"):
+        again.load("x")
+    again.save("x", {"a": torch.zeros(1)})
+    assert again.has("x")
+
+
+@pytest.mark.parametrize("change", ["cut", "empty", "another", "shape", "not-a-file"])
+def test_other_damage(tmp_path: Path, change: str) -> None:
+    pieces = StageDirectory(tmp_path, "measure", {})
+    pieces.save("x", {"a": torch.arange(100.0)})
+    pieces.save("y", {"a": torch.arange(100.0) + 1})
+    file, other = piece_file(tmp_path, "x"), piece_file(tmp_path, "y")
+    if change == "not-a-file":
+        file.unlink()
+        file.symlink_to(tmp_path)
+    else:
+        data = file.read_bytes()
+        new = {
+            "cut": data[:-8],
+            "empty": b"",
+            "another": other.read_bytes(),
+            "shape": data.replace(b"[100]", b"[1,100]"),
+        }
+        file.write_bytes(new[change])
+    with pytest.warns(UserWarning, match="damaged"):
+        assert not StageDirectory(tmp_path, "measure", {}).has("x")
+
+
 def test_a_file_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "work").write_text("")
     with pytest.raises(WorkDirectoryError, match="cannot be used as a work directory"), claimed(tmp_path / "work"):

@@ -101,9 +101,13 @@ def test_plan_of_another_size_is_not_believed(model: Path) -> None:
 
 def test_damaged_plan(model: Path) -> None:
     path = plan_of(model)
-    for content in ({}, {"linears": [{"name": "x"}], "head": None}, {"bpwise_type_plan": 1, "tensors": 5}):
+    tensor = {"name": "x", "type": "Q9_K", "damage_nats": 0.1}
+    unknown = [
+        {"bpwise_type_plan": 1, "tensors": [{**tensor, **changes}]} for changes in ({}, {"type": "F16", "name": 1})
+    ]
+    for content in ({}, {"linears": [{"name": "x"}], "head": None}, {"bpwise_type_plan": 1, "tensors": 5}, *unknown):
         path.write_text(json.dumps(content))
-        with pytest.raises(FormatError, match="not a plan, or damaged"):
+        with pytest.raises(FormatError, match="The plan is damaged: make it again"):
             linear_costs(open_any(model), path)
 
 

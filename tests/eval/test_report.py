@@ -214,3 +214,21 @@ def test_names_cannot_break_the_table(comparison: Comparison) -> None:
     hostile = replace(comparison, text="a | b\n\n# c <script>&amp;")
     lines = markdown_report(hostile).splitlines()
     assert "| text | a \\| b # c &lt;script>&amp;amp; |" in lines
+
+
+def test_any_name_can_be_written(comparison: Comparison, tmp_path: Path) -> None:
+    # Half of a surrogate pair stands for a byte that is no UTF-8 in the name of a file.
+    name = "a\udcff\x1b[31m|b\\|c\u202e<i>[x](y)\n# d"
+    hostile = replace(comparison, quantized=replace(comparison.quantized, name=name), text=name)
+    costs = (LinearCost(f"model.layers.0.{name}", 4.0, 0.1), LinearCost("model.layers.1.x", 4.0, 0.1))
+    files = write_report(hostile, tmp_path, costs=costs, plots=["svg"])
+    markdown = files.markdown.read_text(encoding="utf-8")
+    assert markdown.replace("\n", "").isprintable()
+    assert "\n# d" not in markdown and "<i>" not in markdown
+    assert "<i>" not in files.html.read_text(encoding="utf-8")
+    for drawing in files.plots:
+        ElementTree.fromstring(drawing.read_text(encoding="utf-8"))
+    with files.csv.open(encoding="utf-8", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["model"].replace("\\udcff", "\udcff") == name
+    assert json.loads(files.json.read_text(encoding="utf-8"))["comparison"]["quantized"]["name"] == name

@@ -115,9 +115,9 @@ def test_fingerprint_sees(changes: dict[str, object]) -> None:
 def test_saving_replaces_an_older_file(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     measurement().save(path)
-    newer = replace(measurement(), group_size=32)
+    newer = replace(measurement(), other_weights=13)
     newer.save(path)
-    assert Measurement.load(path).group_size == 32
+    assert Measurement.load(path).other_weights == 13
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
 
 

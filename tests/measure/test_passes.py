@@ -1,3 +1,5 @@
+import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -463,6 +465,35 @@ def test_a_cut_after_every_piece_does_not_show(whole: Whole, tmp_path: Path, mon
             continue
     assert resumed.to_bytes() == whole.image
     assert len(saved) >= 10  # inputs and gradients of the three blocks, and curves, at the least
+
+
+@pytest.mark.parametrize(
+    ("stage", "after", "pieces"),
+    [
+        ("measure: forward", 2, ["input-1", "input-2"]),
+        ("measure: backward, curves", 1, ["input-1", "curves-2", "gradient-2", "head"]),
+        ("", 0, ["input-2", "head", "curves-0", "curves-2", "gradient-0", "embedding"]),
+    ],
+    ids=["forward", "backward", "finished"],
+)
+def test_damaged_pieces_are_made_again(whole: Whole, tmp_path: Path, stage: str, after: int, pieces: list[str]) -> None:
+    work = tmp_path / "work"
+    if stage:
+        with pytest.raises(Killed):
+            measure(whole.directory, work, killing(stage, after))
+    else:
+        measure(whole.directory, work)
+    shutil.copytree(work, tmp_path / "cut-off")
+    for number, piece in enumerate(pieces):  # each together with the one before it
+        shutil.rmtree(work)
+        shutil.copytree(tmp_path / "cut-off", work)
+        (directory,) = work.iterdir()
+        (directory / f"{pieces[number - 1]}.safetensors").unlink()
+        file = directory / f"{piece}.safetensors"
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*damaged, so it is made again")  # not of pieces that are not needed
+            assert measure(whole.directory, work).to_bytes() == whole.image, piece
 
 
 def test_other_options_do_not_take_over_pieces(tmp_path: Path) -> None:

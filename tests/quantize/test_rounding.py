@@ -239,6 +239,23 @@ def test_goes_on_where_it_was_cut_off(
         assert_equal_linears(resumed.linear(name), deep_whole.linear(name))
 
 
+@pytest.mark.parametrize("piece", ["model.layers.0.mlp.up_proj", "drift-1", f"state-{LAYERS - 1}", "lm_head"])
+def test_damaged_pieces_are_made_again(
+    deep: Measured, deep_whole: RoundedModel, tmp_path: Path, loaded_blocks: list[int], piece: str
+) -> None:
+    plan = deep.plan(4.5)
+    deep.round(plan, tmp_path)
+    loaded_blocks.clear()
+    (file,) = tmp_path.glob(f"rounded-*/{piece}.safetensors")
+    file.write_bytes(file.read_bytes()[:-2] + b"??")
+    with pytest.warns(UserWarning, match="damaged, so it is made again"):
+        resumed = deep.round(plan, tmp_path)
+    assert loaded_blocks == ([] if piece == "lm_head" else list(range(LAYERS)))
+    assert resumed.drift() == deep_whole.drift()
+    for name in deep_whole.names:
+        assert_equal_linears(resumed.linear(name), deep_whole.linear(name))
+
+
 @pytest.mark.parametrize("after", [1, 10, 7 * LAYERS], ids=lambda n: f"{n}-linears-done")
 def test_goes_on_inside_a_block(
     deep: Measured, deep_whole: RoundedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int

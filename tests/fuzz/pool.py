@@ -1,0 +1,153 @@
+"""Runs what may hang, crash or take all memory in forked children, and says what became of it."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["BAD", "CLASSES", "Outcome", "run_all"]
+
+CLASSES = ("ok", "refused", "traceback", "hang", "memory", "crash", "raw")
+"""What may become of a mutant: read; a ``BpwiseError``; any other exception; too much time; too much memory; a signal;
+a message or output with raw control characters, or without a bound."""
+
+BAD = CLASSES[2:]
+"""What must not become of any."""
+
+SECONDS = 2.0
+"""Processor time that a mutant may take: wall time would depend on what else runs."""
+
+_WALL_FACTOR = 15
+_MEMORY_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one mutant.
+
+    Attributes:
+        index: Its number.
+        kind: One of ``CLASSES``.
+        detail: What was raised, and where.
+    """
+
+    index: int
+    kind: str
+    detail: str
+
+
+def run_all(
+    run: Callable[[int], tuple[str, str]], count: int, *, first: int = 0, workers: int = 1, seconds: float = SECONDS
+) -> list[Outcome]:
+    """Run numbers ``first`` to ``first + count - 1`` in children, each a share of them one after another.
+
+    Args:
+        run: Returns class and detail of a number's mutant; what it raises is a traceback.
+        count: How many.
+        first: The first of them.
+        workers: Children at a time.
+        seconds: Processor time that one may take.
+
+    Returns:
+        An outcome for every number, in order, whatever the number of workers.
+    """
+    shares = [list(range(first + worker, first + count, workers)) for worker in range(workers)]
+    running = [_Child(run, share, seconds) for share in shares if share]
+    outcomes: list[Outcome] = []
+    while running:
+        waiting = []
+        for child in running:
+            found = child.outcomes()
+            outcomes += found
+            left = child.numbers[len(found) :]
+            if left:
+                waiting.append(_Child(run, left, seconds))
+        running = waiting
+    return sorted(outcomes, key=lambda outcome: outcome.index)
+
+
+class _Child:
+    """A process that goes through numbers until one ends it."""
+
+    def __init__(self, run: Callable[[int], tuple[str, str]], numbers: Sequence[int], seconds: float) -> None:
+        self.numbers = numbers
+        self._reading, writing = os.pipe()
+        with warnings.catch_warnings():
+            # Of threads that are there already (progress bars have one) the child needs none.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._process = os.fork()
+        if self._process == 0:
+            os.close(self._reading)
+            code = 1
+            try:
+                _work(run, numbers, seconds, writing)
+                code = 0
+            finally:
+                os._exit(code)
+        os.close(writing)
+
+    def outcomes(self) -> list[Outcome]:
+        """Wait for its end; return what it said of its first numbers, and what ended it."""
+        with os.fdopen(self._reading, encoding="utf-8") as file:
+            found = [_parsed(line) for line in file if line.endswith("\n")]
+        _, status = os.waitpid(self._process, 0)
+        if len(found) < len(self.numbers):
+            number = self.numbers[len(found)]
+            ended = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+            hung = ended in (signal.SIGPROF, signal.SIGALRM)
+            name = signal.Signals(ended).name if ended else f"exit {os.waitstatus_to_exitcode(status)}"
+            found.append(Outcome(number, "hang" if hung else "crash", name))
+        return found
+
+
+def _parsed(line: str) -> Outcome:
+    index, kind, detail = line.rstrip("\n").split("\t", 2)
+    return Outcome(int(index), kind, detail)
+
+
+def _work(run: Callable[[int], tuple[str, str]], numbers: Sequence[int], seconds: float, writing: int) -> None:
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + _MEMORY_BYTES, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    for each in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(each, signal.SIG_DFL)  # ends the process, wherever it is
+    for number in numbers:
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        signal.setitimer(signal.ITIMER_REAL, seconds * _WALL_FACTOR)
+        kind, detail = _classified(run, number)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        line = f"{number}\t{kind}\t{ascii(detail)[1:-1][:300]}\n"
+        os.write(writing, line.encode())
+
+
+def _classified(run: Callable[[int], tuple[str, str]], number: int) -> tuple[str, str]:
+    try:
+        return run(number)
+    except MemoryError as error:
+        return "memory", _where(error)
+    except BaseException as error:
+        kind = "memory" if "can't allocate memory" in str(error) else "traceback"
+        return kind, _where(error)
+
+
+def _where(error: BaseException) -> str:
+    frames = list(_package_frames(error))
+    place = f"{frames[-1].filename.rpartition('bpwise/')[2]}:{frames[-1].lineno}" if frames else "?"
+    return f"{place} {type(error).__name__}: {str(error)[:150]}"
+
+
+def _package_frames(error: BaseException) -> Iterator[traceback.FrameSummary]:
+    rooms = ("cli", "quantize", "eval", "measure", "rounding", "convert")
+    for frame in traceback.extract_tb(error.__traceback__):
+        if any(f"/bpwise/{room}/" in frame.filename for room in rooms):
+            yield frame

@@ -1,0 +1,118 @@
+"""What strangers can put before a terminal: names of tensors, marks, metadata. Nothing of it may act there."""
+
+import ast
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import bpwise
+import pytest
+import torch
+from bpwise.cli import cli
+from bpwise.cli.options import progress_bar
+from bpwise.convert.exl2.layout import RowGroup
+from bpwise.convert.exl2.linear import QuantizedLinear
+from bpwise.convert.exl2.store import linear_tensors
+from click.testing import CliRunner, Result
+from safetensors.torch import save_file
+
+EVIL = "\x1b[2J\x1b]0;owned\x07a\u202eb\rc\nd\x9b\u2028"
+LONG = "y" * 100_000
+
+
+def run(*arguments: object) -> Result:
+    result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    for stream in (result.stdout, result.stderr):
+        assert all(line.isprintable() for line in stream.split("\n"))
+        assert max(map(len, stream.split("\n"))) <= 2010  # "Error: " included
+    return result
+
+
+def checkpoint(directory: Path, *names: str) -> Path:
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps({"model_type": f"llama{EVIL}", "tie_word_embeddings": False}))
+    tensors = {name: torch.zeros(1) for name in names}
+    save_file(tensors, directory / "model.safetensors")
+    return directory
+
+
+def test_names_of_tensors(tmp_path: Path) -> None:
+    result = run("inspect", checkpoint(tmp_path / "m", EVIL, LONG, "plain"))
+    assert result.exit_code == 0
+    lines = result.stdout.rstrip("\n").split("\n")
+    assert len(lines) == 1 + 3 + 1 + 3  # the kind, facts, the header, tensors
+    assert lines[5].startswith(r"\x1b[2J\x1b]0;owned\x07a\u202eb\rc d\x9b\u2028 ")
+    assert any(line.startswith("plain ") for line in lines)
+    assert max(map(len, lines[4:])) < 300
+
+
+def test_names_in_messages(tmp_path: Path) -> None:
+    directory = checkpoint(tmp_path / "m", "a")
+    header = json.dumps({EVIL + LONG: {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    result = run("inspect", directory)
+    assert result.exit_code == 1
+    assert "unknown dtype, got 'F99'" in result.stderr
+
+
+def test_half_of_a_surrogate_pair(tmp_path: Path) -> None:
+    directory = checkpoint(tmp_path / "m", "a")
+    header = b'{"\\ud83d": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'
+    (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    result = run("inspect", directory)
+    assert result.exit_code == 1
+    assert "names a tensor in invalid Unicode" in result.stderr
+
+
+@pytest.fixture
+def exl2(tmp_path: Path) -> Path:
+    directory = tmp_path / "exl2"
+    directory.mkdir()
+    config = {"architectures": ["LlamaForCausalLM"], "quantization_config": {"quant_method": EVIL + LONG}}
+    (directory / "config.json").write_text(json.dumps(config))
+    linear = QuantizedLinear(
+        groups=(RowGroup(4, 32),),
+        codes=torch.zeros(32, 32, dtype=torch.uint8),
+        scale_codes=torch.zeros(1, 32, dtype=torch.uint8),
+        ceilings=torch.ones(1, dtype=torch.float16),
+        order=torch.arange(32),
+    )
+    save_file(linear_tensors(f"model.{EVIL}.weird", linear), directory / "output.safetensors")
+    return directory
+
+
+@pytest.mark.parametrize("text", [EVIL, "# Broken: do not use this model\n\n" + EVIL, LONG, EVIL * 100_000])
+def test_marks(exl2: Path, text: str) -> None:
+    (exl2 / "BROKEN.md").write_bytes(text.encode() + b"\xff\xfe")
+    result = run("verify", exl2)
+    assert result.exit_code == 0
+    assert "is marked as broken" in result.stderr
+    result = run("push", exl2, "org/name", "--dry-run")
+    assert result.exit_code == 1
+    assert "it is marked as broken" in result.stderr
+    assert run("card", exl2).exit_code == 1
+
+
+def test_an_exl2_model(exl2: Path) -> None:
+    result = run("inspect", exl2)
+    assert result.exit_code == 0
+    assert result.stdout.rstrip("\n").split("\n")[-1].startswith(r"model.\x1b[2J")
+
+
+def test_labels_of_progress_bars(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(progress_bar([1, 2], EVIL + LONG)) == [1, 2]
+    shown = capsys.readouterr().err
+    assert r"\x1b[2J" in shown
+    assert "\x1b]" not in shown
+    assert len(shown) < 3000
+
+
+def test_commands_print_through_one_function() -> None:
+    found: list[Any] = []
+    for path in sorted((Path(bpwise.__file__).parent / "cli").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and node.attr in ("echo", "secho", "write", "print_"):
+                found.append((path.name, node.attr))
+    assert found == [("output.py", "echo")]
