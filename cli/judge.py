@@ -17,12 +17,13 @@ from .options import (
     EXISTING_PATH,
     MIB,
     OFFLOAD_OPTION,
+    ROW_TOKENS_DEFAULT,
     TASK_OPTIONS,
     extra_options,
     open_original,
     original_options,
     progress_bar,
-    refuse_beside,
+    say_shortened,
 )
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def _verify_gguf(model: Path) -> None:
 @click.option("--text", help="Text to evaluate on: file, directory or Hub data set.  [default: Python's own text]")
 @click.option("--column", help="Column of the data set that holds the text.")
 @click.option("-r", "--rows", type=click.IntRange(1), default=16, help="Rows, each a window of its own.")
-@click.option("-l", "--row-tokens", type=click.IntRange(2), default=1024, help="Tokens in each row.")
+@click.option("-l", "--row-tokens", type=click.IntRange(2), help=f"Tokens in each row.  {ROW_TOKENS_DEFAULT}")
 @click.option("--seed", type=int, default=0, help="Chooses the places that rows of Python's own text are taken from.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", help="Arithmetic.")
 @click.option("--device", default="auto", help="cpu, cuda, cuda:N, mps or auto.")
@@ -127,7 +128,8 @@ def evaluate(
     """
     from ..eval.cache import OriginalCache, default_cache_directory
     from ..eval.comparison import EvalConfig, evaluate_each
-    from ..eval.needle import NeedleConfig
+    from ..eval.models import open_any
+    from ..eval.needle import NeedleConfig, check_needle
     from ..eval.png import check_png
     from ..eval.tasks import TaskConfig, load_tasks
 
@@ -138,9 +140,7 @@ def evaluate(
     lengths, samples = options.pop("needle"), options.pop("needle_samples")
     asked = {name: options.pop(name) for name in TASK_OPTIONS}
     config = EvalConfig(allow_calibration_text=options.pop("force_eval_text"), **options)
-    if engine == "llama.cpp":
-        refuse_beside("--engine llama.cpp", ["tasks", "needle"], "they are run in Transformers")
-        refuse_beside("--engine llama.cpp", ["rope_scale", "rope_alpha"], "it takes positions as the files have them")
+    say_shortened(open_any(source), evaluation=config.row_tokens)
     loaded, hidden = None, None
     if asked["tasks"]:
         loaded = load_tasks(TaskConfig(**asked, dtype=config.dtype, device=config.device))
@@ -154,14 +154,13 @@ def evaluate(
             dtype=config.dtype,
             device=config.device,
         )
+        check_needle(source, quantized, hidden)
     first, prefix = quantized[0], ""
     if len(quantized) == 1 and first.is_file():
         prefix = f"{first.stem}."
     if engine == "llama.cpp":
         prefix += "llama.cpp."
         comparisons = _compared_in_engine(source, quantized, config, base, llama_cpp)
-    elif base or llama_cpp:
-        raise click.UsageError("--base and --llama-cpp belong to --engine llama.cpp.")
     else:
         cache = None if no_cache else OriginalCache(cache_dir or default_cache_directory())
         comparisons = list(evaluate_each(source, quantized, config, progress_bar, cache=cache))

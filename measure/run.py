@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..errors import ConfigError
 from ..progress import Progress, silent
 from ..version import __version__
 from .calibration import SELF, CalibrationConfig, CalibrationSet, build_calibration
+from .context import CALIBRATION, check_rows, fit_row_tokens
 from .generation import write_rows
 from .measurement import Measurement
 from .passes import MeasuringPasses
@@ -36,6 +37,7 @@ __all__ = [
     "measure_to_file",
     "measured_rows",
     "measurement_provenance",
+    "require_measurable",
     "resolve_device",
 ]
 
@@ -119,6 +121,18 @@ def measurement_provenance(
         "types": [kind.name for kind in _kinds(config)],
         **({"changes": checkpoint.changes} if checkpoint.changes else {}),
     }
+
+
+def require_measurable(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint that cannot be measured or run, from its config and the headers of its files.
+
+    Raises:
+        CheckpointError: A tensor is missing, of another shape than config.json says, or of a dtype that is not read.
+        UnsupportedModelError: The family is unknown.
+    """
+    for name in sorted(checkpoint.names):
+        checkpoint.require_dtype(name)
+    StreamedModel(checkpoint, device=torch.device("cpu"), dtype=torch.float32).require_tensors()
 
 
 def measure_model(
@@ -215,7 +229,9 @@ def calibration_rows(checkpoint: Checkpoint, config: CalibrationConfig, *, devic
     Raises:
         CalibrationError: The text or the tokenizer cannot be read, there is too little text, or the model cannot be
             loaded to write it.
+        ConfigError: Rows are longer than the model's context.
     """
+    config = replace(config, row_tokens=fit_row_tokens(config.row_tokens, checkpoint, CALIBRATION))
     tokenizer = load_tokenizer(checkpoint.directory)
     vocab_size = int(language_config(checkpoint)["vocab_size"])
     if config.source == SELF:
@@ -259,6 +275,9 @@ def measure_to_file(
         BpwiseError: As ``measure_model``, ``open_model`` and ``calibration_rows``.
     """
     checkpoint = open_model(model)
+    require_measurable(checkpoint)
+    if calibration is not None:
+        check_rows(checkpoint, calibration, CALIBRATION)
     work = work or output.with_name(f"{output.name}.work")
     rows = calibration or calibration_rows(checkpoint, config.calibration, device=config.device)
     with stages_in(work):

@@ -111,6 +111,18 @@ class StreamedModel:
         self._embedded: Tensor | None = None
         self._injected: Tensor | None = None
 
+    def require_tensors(self) -> None:
+        """Refuse a source without a tensor that the model reads, or with one of another shape; reads no weights.
+
+        Raises:
+            CheckpointError: A tensor is missing or has another shape than config.json says.
+        """
+        modules = [(self.block_name(index), block) for index, block in enumerate(self._blocks)]
+        for name, module in [*modules, ("", self._model)]:
+            for inner, parameter in module.named_parameters(remove_duplicate=False):
+                full = f"{name}.{inner}" if name else inner
+                _located(self._source, full, parameter.shape, self.embedding_name)
+
     @property
     def block_count(self) -> int:
         """Number of decoder blocks."""
@@ -341,16 +353,29 @@ def whole_model(source: TensorSource, *, device: torch.device, dtype: torch.dtyp
 
 
 def _read(source: LanguageModel, name: str, shape: torch.Size, table: str) -> Tensor:
+    return source.tensor(_located(source, name, shape, table))
+
+
+def _located(source: LanguageModel, name: str, shape: torch.Size, table: str) -> str:
+    # The name under which a source has a parameter of the model, checked to be there and of the right shape.
     name = source.family.file_name(name)
-    if name == f"{HEAD}.weight" and source.tied_embeddings:
-        name = f"{table}.weight"
-    tensor = source.tensor(name)
-    if tensor.shape != shape:
-        raise CheckpointError(
-            f"{source.directory}: {name} has shape {tuple(tensor.shape)}, "
-            f"expected {tuple(shape)} from config.json. The files do not belong together."
-        )
-    return tensor
+    if name == f"{HEAD}.weight":
+        if source.tied_embeddings:
+            name = f"{table}.weight"
+        elif name not in source.names:
+            raise CheckpointError(
+                f"{source.directory}: no {name} is stored, but config.json says that the head is not the embedding. "
+                "Set tie_word_embeddings to true there if it is; else get the missing file."
+            )
+    got = source.shape(name)
+    if got == tuple(shape):
+        return name
+    hint = "The files do not belong together."
+    if name in (f"{HEAD}.weight", f"{table}.weight") and got[1:] == tuple(shape[1:]):
+        hint = f"If the vocabulary was resized, as by a merge, set vocab_size to {got[0]} in config.json."
+    raise CheckpointError(
+        f"{source.directory}: {name} has shape {got}, expected {tuple(shape)} from config.json. {hint}"
+    )
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:

@@ -19,7 +19,7 @@ from ..measure.run import (
 from ..progress import Progress
 from .stages import StageClock
 
-__all__ = ["MEASUREMENT_FILE", "obtain_measurement"]
+__all__ = ["MEASUREMENT_FILE", "load_measurement", "obtain_measurement"]
 
 MEASUREMENT_FILE = "measurement.safetensors"
 """Where a run keeps its measurement in the work directory."""
@@ -53,7 +53,7 @@ def obtain_measurement(
             another model.
     """
     if given is not None:
-        measured = _load(given, checkpoint)
+        measured = load_measurement(given, checkpoint)
         rows = measured_rows(measured)
         if check_rows is not None:
             check_rows(rows)
@@ -68,7 +68,13 @@ def obtain_measurement(
     return measured, rows
 
 
-def _load(path: Path, checkpoint: Checkpoint) -> Measurement:
+def load_measurement(path: Path, checkpoint: Checkpoint) -> Measurement:
+    """Read a measurement of a model.
+
+    Raises:
+        BpwiseError: As ``Measurement.load``.
+        FormatError: It belongs to another model.
+    """
     measurement = Measurement.load(path)
     if measurement.provenance.get("model") != checkpoint.fingerprint:
         raise FormatError(

@@ -12,7 +12,6 @@ from pathlib import Path
 from ..convert.checkpoint import Checkpoint
 from ..convert.exl2.verify import MANIFEST_FILE, Verification, verify_model
 from ..convert.exl2.writer import write_model
-from ..convert.families import require_reader
 from ..convert.files import read_json
 from ..convert.language import WrittenModel
 from ..convert.original import Original, open_model
@@ -29,12 +28,13 @@ from .cards import write_card
 from .hidden_states import Drift, drift_section
 from .judge import Judge, refuse_marked
 from .kept import kept_lines
-from .obtain import MEASUREMENT_FILE, obtain_measurement
+from .obtain import MEASUREMENT_FILE, load_measurement, obtain_measurement
 from .options import QuantizeConfig
 from .plan import Plan, make_plan
 from .planning import plan_costs
 from .rounding import RoundConfig, RoundedModel, round_model, tune_model
 from .stages import StageClock, StageCost, cost_line, cost_section
+from .support import require_exl2
 
 __all__ = ["QuantizeConfig", "QuantizeResult", "is_finished", "quantize_model", "report_details"]
 
@@ -123,11 +123,9 @@ def quantize_model(
         BpwiseError: Whatever is wrong with the model, the options, the text or the disk.
     """
     checkpoint = open_model(model)
-    if not config.force:
-        require_reader(checkpoint.config)
-    if measurement is None:  # a given one has a group size of its own, which the plan checks at once
-        config.forecast(checkpoint)
     is_finished(output, model=checkpoint.fingerprint)
+    measured = None if measurement is None else load_measurement(measurement, checkpoint)
+    require_exl2(checkpoint, output, config, measured=measured, rows=calibration)
     work = work or output.with_name(f"{output.name}.work")
     if judge is None and config.evaluate is not None:
         judge = Judge(checkpoint, config.evaluate, progress)
