@@ -13,6 +13,7 @@ import torch
 from ..convert.checkpoint import Checkpoint
 from ..convert.exl2.layout import ROW_MULTIPLE, WIDTHS
 from ..convert.families import HEAD
+from ..convert.files import require_room
 from ..convert.gguf.types import GgmlType
 from ..convert.language import LanguageModel, language_config, language_model
 from ..convert.original import Original, open_model
@@ -275,6 +276,7 @@ def measure_to_file(
         BpwiseError: As ``measure_model``, ``open_model`` and ``calibration_rows``.
     """
     checkpoint = open_model(model)
+    require_room(output)
     require_measurable(checkpoint)
     if calibration is not None:
         check_rows(checkpoint, calibration, CALIBRATION)

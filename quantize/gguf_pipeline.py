@@ -32,7 +32,6 @@ from ..eval.overlap import SPANS_KEY, CalibrationSpans
 from ..eval.report import summary_lines, write_report
 from ..measure.calibration import CalibrationSet
 from ..measure.measurement import Measurement
-from ..measure.types import measured_types
 from ..progress import Progress, silent
 from ..rounding.parallel import cores
 from ..version import __version__
@@ -251,8 +250,7 @@ def _quantize(
         if judge is not None:
             judge.check_text(rows)
         if measurement is None:
-            types = [kind.name for kind in measured_types()]
-            require_types(checkpoint, config, types, _tensor_bytes(header, checkpoint, config, rows))
+            require_types(checkpoint, config, None, _tensor_bytes(header, checkpoint, config, rows))
 
     measured, rows = obtain_measurement(
         checkpoint,

@@ -6,7 +6,7 @@ They are called wherever a run begins: by the runs themselves, by series before 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,19 +104,20 @@ def require_gguf(
         "Give one of llama.cpp's mixtures with --type and --no-eval instead of a size, or quantize to EXL2.",
     )
     _require_run(checkpoint, config.measure, config.evaluate, measured, rows)
-    types = [kind.name for kind in measured_types()] if measured is None else measured.types
-    tensor_bytes = require_types(checkpoint, config, types, largest_file_bytes(checkpoint, config))
+    tensor_bytes = require_types(checkpoint, config, measured, largest_file_bytes(checkpoint, config))
     if not output.exists():
         require_room(output, tensor_bytes)
 
 
-def require_types(checkpoint: Checkpoint, config: GgufConfig, types: Sequence[str], tensor_bytes: int | None) -> int:
+def require_types(
+    checkpoint: Checkpoint, config: GgufConfig, measured: Measurement | None, tensor_bytes: int | None
+) -> int:
     """Refuse a size or overrides that no plan of a model's tensors can meet.
 
     Args:
         checkpoint: The original.
-        config: Gives ``bpw`` and ``overrides``.
-        types: Names of the types that are measured.
+        config: Options.
+        measured: Says which types are known; None for those that measuring will make known.
         tensor_bytes: Most bytes that tensors may take; None where bits per weight are asked for.
 
     Returns:
@@ -126,6 +127,7 @@ def require_types(checkpoint: Checkpoint, config: GgufConfig, types: Sequence[st
         BudgetError: The size is too small.
         ConfigError: No types are measured, or an override matches nothing or does not fit.
     """
+    types = [kind.name for kind in measured_types()] if config.measure.types else []
     source = language_model(checkpoint)
     linears, head = model_linears(source)
     tensors = [*linears, *([] if source.tied_embeddings else [head])]
@@ -134,7 +136,7 @@ def require_types(checkpoint: Checkpoint, config: GgufConfig, types: Sequence[st
         tensors,
         Linear(EMBEDDING.removesuffix(".weight"), head.in_features, head.out_features),
         sum(math.prod(source.shape(name)) for name in source.names - planned),
-        types,
+        types if measured is None else measured.types,
         bpw=config.bpw,
         tensor_bytes=tensor_bytes,
         overrides=config.overrides,
