@@ -157,6 +157,11 @@ MODES: Mapping[str, tuple[Mode, ...]] = {
         ),
         Mode("without --needle", _missing("needle"), ("needle_samples",), "no needles are looked for"),
     ),
+    "dequantize": (
+        Mode(
+            "with an EXL2 directory", lambda options: options["model"].is_dir(), ("original",), "it has its tokenizer"
+        ),
+    ),
 }
 """The modes of every command that has some."""
 

@@ -258,8 +258,6 @@ def dequantize(model: Path, output: Path, original: Path | None) -> None:
         dequantize_gguf(model, output, original=original)
         if original is None:
             click.echo("no tokenizer was written: name the original model's directory with --original", err=True)
-    elif original is not None:
-        raise click.UsageError("--original is for GGUF files; an EXL2 directory has its tokenizer.")
     else:
         dequantize_model(model, output)
     click.echo(f"dense float16 checkpoint -> {output}")

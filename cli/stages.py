@@ -169,5 +169,5 @@ def imatrix(measurement: Path, output: Path) -> None:
     from ..quantize.gguf_pipeline import importance_of
 
     matrix = importance_of(Measurement.load(measurement))
-    write_imatrix(output, matrix, legacy=output.suffix == ".dat")
+    write_imatrix(output, matrix, legacy=output.suffix.lower() == ".dat")
     click.echo(f"{len(matrix.sums)} tensors -> {output}")

@@ -63,14 +63,18 @@ def mixture_types(chosen: Mixture, header: GgufHeader, *, importance: Container[
 def require_importance(chosen: Mixture, row_weights: int) -> None:
     """Refuse a mixture that ``mixture_types`` would refuse without importances, before there is a file.
 
+    It looks at the first query projection: every mixture that needs importances needs them for that.
+
     Args:
         chosen: The mixture.
-        row_weights: Inputs of the model's query projections, which get the mixture's default type where it fits.
+        row_weights: Inputs of the projection.
 
     Raises:
         ConfigError: They would be garbage without importances.
     """
-    name, kind = "blk.0.attn_q.weight", fallback(TYPES[chosen.default], row_weights)
+    first = Spot(index=0, count=1, queries_per_kv=1, experts=0, falcon=False, importance=False)
+    asked = next((kind for holds, kind in chosen.exceptions.get(Role.Q, ()) if holds(first)), chosen.default)
+    name, kind = "blk.0.attn_q.weight", fallback(TYPES[asked], row_weights)
     if _needs_importance(name, kind, chosen):
         raise _blind(name, kind, chosen)
 

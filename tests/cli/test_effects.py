@@ -63,6 +63,8 @@ def bpwise(*arguments: str) -> Result:
         ((*EVAL, "--engine", "llama.cpp", "--dtype", "float16"), ["--dtype"]),
         ((*EVAL, "--engine", "llama.cpp", "--tasks", "mmlu", "--no-cache"), ["--tasks", "--no-cache"]),
         ((*EVAL, "--engine", "llama.cpp", "-rs", "2"), ["--rope-scale"]),
+        (("dequantize", HERE, "out", "--original", HERE), ["--original"]),
+        (("quantize", "./no-model", "out.GGUF", "--bpw", "4", "--head-bits", "8"), ["--head-bits"]),
     ],
     ids=lambda value: " ".join(value) if value[0].startswith("--") else value[0],
 )

@@ -324,6 +324,11 @@ class TestCommands:
         directory = str(converted["llama"].directory)
         run = CliRunner().invoke(cli, ["dequantize", directory, str(tmp_path / "x"), "--original", directory])
         assert run.exit_code == 2
+        part = rewrite("llama", metadata={"split.count": 3, "split.no": 1})
+        for command in (["verify", str(part)], ["eval", directory, str(part)], ["dequantize", str(part), "out"]):
+            run = CliRunner().invoke(cli, command)
+            assert run.exit_code == 1
+            assert "part 2 of 3 of a split model" in run.output
         (tmp_path / "noise.gguf").write_bytes(b"nothing")
         run = CliRunner().invoke(cli, ["verify", str(tmp_path / "noise.gguf")])
         assert run.exit_code == 1
