@@ -29,6 +29,7 @@ from .options import (
 if TYPE_CHECKING:
     from ..convert.original import Original
     from ..eval.comparison import Comparison, EvalConfig
+    from ..eval.layers import LinearCost
     from ..eval.needle import NeedleConfig
     from ..eval.tasks import LoadedTasks
 
@@ -126,8 +127,10 @@ def evaluate(
     Writes report.html, report.md, report.json and report.csv. Reports of a GGUF file MODEL.gguf are named
     MODEL.report.html and so on, of another engine MODEL.llama.cpp.report.html. Several models get one report.
     """
+    from ..convert.files import require_room
     from ..eval.cache import OriginalCache, default_cache_directory
     from ..eval.comparison import EvalConfig, evaluate_each
+    from ..eval.layers import linear_costs, plan_beside
     from ..eval.models import open_any
     from ..eval.needle import NeedleConfig, check_needle
     from ..eval.png import check_png
@@ -158,42 +161,45 @@ def evaluate(
     first, prefix = quantized[0], ""
     if len(quantized) == 1 and first.is_file():
         prefix = f"{first.stem}."
+    costs = [linear_costs(open_any(model), plan_beside(model)) for model in quantized]
+    folder = output or _usual_folder(quantized)
+    require_room(folder / "report.html")
     if engine == "llama.cpp":
         prefix += "llama.cpp."
         comparisons = _compared_in_engine(source, quantized, config, base, llama_cpp)
     else:
         cache = None if no_cache else OriginalCache(cache_dir or default_cache_directory())
         comparisons = list(evaluate_each(source, quantized, config, progress_bar, cache=cache))
-    _write_reports(source, comparisons, quantized, loaded, hidden, output, prefix, forms)
+    _write_reports(source, comparisons, quantized, costs, loaded, hidden, folder, prefix, forms)
+
+
+def _usual_folder(quantized: Sequence[Path]) -> Path:
+    if len(quantized) > 1:
+        return Path()
+    return quantized[0].parent if quantized[0].is_file() else quantized[0]
 
 
 def _write_reports(
     source: Original,
     comparisons: Sequence[Comparison],
     quantized: Sequence[Path],
+    costs: Sequence[Sequence[LinearCost]],
     tasks: LoadedTasks | None,
     needle: NeedleConfig | None,
-    output: Path | None,
+    folder: Path,
     prefix: str,
     plots: Sequence[str],
 ) -> None:
     # The comparisons first: what follows may take hours, and nothing before it is to be lost with it.
     from ..eval.extras import Extras, extras_lines
-    from ..eval.layers import linear_costs, plan_beside
-    from ..eval.models import open_any
     from ..eval.needle import evaluate_needle
     from ..eval.report import joint_lines, summary_lines, write_joint_report, write_report
     from ..eval.tasks import evaluate_tasks
 
-    costs = [linear_costs(open_any(model), plan_beside(model)) for model in quantized]
-    first = quantized[0]
-
     def written(extras: Extras) -> Path:
         if len(quantized) > 1:
-            folder = output or Path()
             files = write_joint_report(comparisons, folder, costs=costs, extras=extras, prefix=prefix, plots=plots)
         else:
-            folder = output or (first.parent if first.is_file() else first)
             files = write_report(comparisons[0], folder, costs=costs[0], extras=extras, prefix=prefix, plots=plots)
         return files.html
 

@@ -241,15 +241,13 @@ def _convert_to_mixture(model: Checkpoint, output: Path, evaluate: EvalConfig | 
     from ..quantize.judge import Judge
 
     judge = None if evaluate is None else Judge(model, evaluate, progress_bar)
-    if judge is not None:
-        judge.check_text(None)
     written, warnings = convert_to_mixture(
         model,
         output,
         options["mixture"],
         imatrix=options["imatrix"],
         llama_cpp=options["llama_cpp"],
-        evaluated=judge is not None,
+        judge=judge,
         progress=progress_bar,
     )
     for warning in warnings:

@@ -160,7 +160,7 @@ def convert_to_mixture(
     imatrix: Path | None = None,
     base: Path | None = None,
     llama_cpp: Path | None = None,
-    evaluated: bool = False,
+    judge: Judge | None = None,
     progress: Progress = silent,
 ) -> tuple[GgufVerification, tuple[str, ...]]:
     """Quantize a model with one of llama.cpp's fixed mixtures: byte for byte what llama-quantize makes.
@@ -172,7 +172,7 @@ def convert_to_mixture(
         imatrix: An importance matrix in either of llama.cpp's formats.
         base: The model as an unquantized GGUF file; None converts it.
         llama_cpp: As in ``GgufConfig``.
-        evaluated: Whether the file shall be compared with the original afterwards: it must be one that can be read.
+        judge: What the file will be compared by; its text is checked first. None if it will not be compared.
         progress: Shows how far the writing is.
 
     Returns:
@@ -186,13 +186,15 @@ def convert_to_mixture(
         raise WorkDirectoryError(f"{output}: exists already. Choose another name or delete it.")
     matrix = None if imatrix is None else read_imatrix(imatrix)
     checkpoint = open_model(model)
-    require_mixture(checkpoint, output, chosen, matrix, evaluated=evaluated)
+    require_mixture(checkpoint, output, chosen, matrix, evaluated=judge is not None)
+    if judge is not None:
+        judge.check_text(None)
     output.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as private:
         made = base or Path(private) / "base.gguf"
         warnings = () if base else _converted(checkpoint, made, llama_cpp)
         header = read_gguf_header(made)
-        if evaluated:
+        if judge is not None:
             GgufModel.open(made)
         if matrix is not None:
             require_fitting(matrix, {name: tensor.shape for name, tensor in header.tensors.items()})

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..convert.checkpoint import FLOAT_DTYPES, Checkpoint
+from ..convert.exl2.names import text_config
 from ..convert.exl2.writer import require_writable
 from ..convert.families import EMBEDDING, require_reader
 from ..convert.files import require_room
@@ -18,7 +19,7 @@ from ..convert.gguf.assign import require_importance
 from ..convert.gguf.imatrix import ImportanceMatrix, require_fitting
 from ..convert.gguf.mixtures import Mixture
 from ..convert.gguf.names import gguf_name, known_model_types
-from ..convert.language import WrittenModel, language_config, language_model
+from ..convert.language import WrittenModel, language_model
 from ..errors import CheckpointError, ConfigError, UnsupportedModelError
 from ..eval.config import EvalConfig
 from ..measure.calibration import CalibrationSet
@@ -101,7 +102,7 @@ def require_gguf(
     """
     _require_known(
         checkpoint.config,
-        "Give one of llama.cpp's mixtures with --type and --no-eval instead of a size, or quantize to EXL2.",
+        "Give one of llama.cpp's mixtures with --type and --no-eval instead of a size.",
     )
     _require_run(checkpoint, config.measure, config.evaluate, measured, rows)
     tensor_bytes = require_types(checkpoint, config, measured, largest_file_bytes(checkpoint, config))
@@ -178,7 +179,7 @@ def require_mixture(
     """
     require_room(output)
     if evaluated:
-        _require_known(language_config(checkpoint), "Leave the comparison out with --no-eval.")
+        _require_known(text_config(checkpoint.config), "Leave the comparison out with --no-eval.")
         require_measurable(checkpoint)
     if checkpoint.config.get("model_type") not in known_model_types():
         return  # whether llama.cpp's converter knows it shows soon

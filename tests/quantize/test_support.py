@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from bpwise.cli import cli
+from bpwise.convert.checkpoint import Checkpoint
 from bpwise.convert.gguf.imatrix import ImportanceMatrix, write_imatrix
 from bpwise.convert.gguf.writer import write_gguf
 from bpwise.errors import BpwiseError, CalibrationError, ConfigError, UnsupportedModelError, WorkDirectoryError
@@ -17,6 +18,7 @@ from bpwise.measure.calibration import CalibrationConfig, CalibrationSet
 from bpwise.measure.run import MeasureConfig, measure_to_file
 from bpwise.quantize import gguf_pipeline, obtain
 from bpwise.quantize.gguf_pipeline import GgufConfig, convert_to_mixture, quantize_to_gguf
+from bpwise.quantize.judge import Judge
 from bpwise.quantize.pipeline import QuantizeConfig, quantize_model
 from bpwise.quantize.series import quantize_series
 from bpwise.quantize.type_plan import Override
@@ -197,14 +199,19 @@ class TestGguf:
             convert_to_mixture(wide, tmp_path / "x.gguf", "IQ2_XS")
 
 
-def test_a_base_that_cannot_be_read_back(converted: Any, tmp_path: Path) -> None:
+def test_a_base_that_cannot_be_read_back(
+    converted: Any, byte_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bpwise.quantize.judge.load_tokenizer", lambda _: byte_tokenizer)
+    model = converted["mistral"].directory
+    judge = Judge(Checkpoint.open(model), EvalConfig(rows=1, row_tokens=32, device="cpu"))
     base = tmp_path / "base.gguf"
     write_gguf(converted["mistral"].file, base, {}, file_type=0, metadata={"llama.attention.sliding_window": 64})
     calls = {"base": base, "calibration": rows(2, 32)}
     with pytest.raises(UnsupportedModelError, match="sliding-window"):
-        quantize_to_gguf(converted["mistral"].directory, tmp_path / "x.gguf", GgufConfig(bpw=6, evaluate=None), **calls)
+        quantize_to_gguf(model, tmp_path / "x.gguf", GgufConfig(bpw=6, evaluate=None), **calls)
     with pytest.raises(UnsupportedModelError, match="sliding-window"):
-        convert_to_mixture(converted["mistral"].directory, tmp_path / "x.gguf", "Q8_0", base=base, evaluated=True)
+        convert_to_mixture(model, tmp_path / "x.gguf", "Q8_0", base=base, judge=judge)
     assert not (tmp_path / "x.gguf").exists()
 
 
