@@ -51,6 +51,10 @@ def _saved_rows(options: Options) -> bool:
     return str(options["calibration"]).endswith(".safetensors")
 
 
+def _is_plain(text: str | None) -> bool:
+    return str(text).endswith(".txt")
+
+
 def _one_file_without_card(options: Options) -> bool:
     return is_gguf_output(options) and not options["card"] and len(options["bpw"] or ()) < 2
 
@@ -74,6 +78,9 @@ _RUNNING = ("device", "offload_dir")
 _SAVED_ROWS = Mode(
     "with a saved calibration set", _saved_rows, ("column", "chat_template", "rows", "row_tokens"), "it holds the rows"
 )
+_PLAIN_ROWS = Mode(
+    "with a .txt file", lambda options: _is_plain(options["calibration"]), ("column", "chat_template"), "it is all text"
+)
 _NO_TEXT = Mode(
     "without --calibration", _missing("calibration"), ("column", "chat_template"), "the built-in text is plain"
 )
@@ -84,7 +91,7 @@ MODES: Mapping[str, tuple[Mode, ...]] = {
             "with an EXL2 output",
             lambda options: not is_gguf_output(options),
             ("mixture", "imatrix", "no_feedback", "llama_cpp", "card"),
-            "for GGUF only",
+            "for GGUF only, that is OUTPUT.gguf or --format gguf",
         ),
         Mode(
             "with a GGUF output",
@@ -106,6 +113,7 @@ MODES: Mapping[str, tuple[Mode, ...]] = {
             "it brings its own calibration rows, group size and damping",
         ),
         _SAVED_ROWS,
+        _PLAIN_ROWS,
         _NO_TEXT,
         Mode("without --vram", _missing("vram"), ("context", "cache_bits"), "only the memory of a GPU holds a cache"),
         Mode("without --type", _missing("mixture"), ("imatrix",), "otherwise the measurement says what matters"),
@@ -113,7 +121,7 @@ MODES: Mapping[str, tuple[Mode, ...]] = {
         Mode("with --type and --no-eval", _only_converts, _RUNNING, "nothing is run"),
         Mode("with --measurement, --no-feedback and --no-eval", _only_writes, _RUNNING, "nothing is run"),
     ),
-    "measure": (_SAVED_ROWS, _NO_TEXT),
+    "measure": (_SAVED_ROWS, _PLAIN_ROWS, _NO_TEXT),
     "plan": (
         Mode(
             "with --format gguf",
@@ -143,6 +151,7 @@ MODES: Mapping[str, tuple[Mode, ...]] = {
         ),
         Mode("with --no-cache", _given("no_cache"), ("cache_dir",), "nothing is kept"),
         Mode("without --text", _missing("text"), ("column",), "the built-in text is plain"),
+        Mode("with a .txt file", lambda options: _is_plain(options["text"]), ("column",), "it is all text"),
         Mode(
             "with --text",
             lambda options: bool(options["text"]) and not options["needle"],

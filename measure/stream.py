@@ -371,7 +371,8 @@ def _located(source: LanguageModel, name: str, shape: torch.Size, table: str) ->
     if got == tuple(shape):
         return name
     hint = "The files do not belong together."
-    if name in (f"{HEAD}.weight", f"{table}.weight") and got[1:] == tuple(shape[1:]):
+    tables = [each for each in (f"{table}.weight", f"{HEAD}.weight") if each in source.names]
+    if name in tables and {source.shape(each) for each in tables} == {(got[0], *shape[1:])}:
         hint = f"If the vocabulary was resized, as by a merge, set vocab_size to {got[0]} in config.json."
     raise CheckpointError(
         f"{source.directory}: {name} has shape {got}, expected {tuple(shape)} from config.json. {hint}"

@@ -8,17 +8,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from ..convert.base_card import read_base_card
 from ..convert.checkpoint import FLOAT_DTYPES, Checkpoint
+from ..convert.exl2.carry import copy_side_files
 from ..convert.exl2.names import text_config
 from ..convert.exl2.writer import require_writable
 from ..convert.families import EMBEDDING, require_reader
 from ..convert.files import require_room
 from ..convert.gguf.assign import require_importance
+from ..convert.gguf.ggml import require_kernels
 from ..convert.gguf.imatrix import ImportanceMatrix, require_fitting
 from ..convert.gguf.mixtures import Mixture
 from ..convert.gguf.names import gguf_name, known_model_types
+from ..convert.gguf.types import TYPES
 from ..convert.language import WrittenModel, language_model
 from ..errors import CheckpointError, ConfigError, UnsupportedModelError
 from ..eval.config import EvalConfig
@@ -46,7 +51,7 @@ def require_exl2(
 ) -> Forecast:
     """Refuse what cannot be quantized to EXL2.
 
-    Reads headers and what is carried over unquantized: embeddings, norms, biases, and parts beside the language model.
+    Reads headers and what is carried over: embeddings, norms, biases, parts beside the language model, side files.
 
     Args:
         checkpoint: The original.
@@ -75,6 +80,9 @@ def require_exl2(
     forecast = config.known(measured, rows).forecast(checkpoint)
     written = WrittenModel(language_model(checkpoint))
     require_writable(written, {written.prefix + name for name in forecast.quantized})
+    read_base_card(checkpoint.directory)
+    with TemporaryDirectory() as folder:
+        copy_side_files(checkpoint.directory, Path(folder))
     if not output.exists():
         require_room(output, forecast.output_bytes)
     return forecast
@@ -104,6 +112,7 @@ def require_gguf(
         checkpoint.config,
         "Give one of llama.cpp's mixtures with --type and --no-eval instead of a size.",
     )
+    require_kernels()
     _require_run(checkpoint, config.measure, config.evaluate, measured, rows)
     tensor_bytes = require_types(checkpoint, config, measured, largest_file_bytes(checkpoint, config))
     if not output.exists():
@@ -173,11 +182,14 @@ def require_mixture(
         evaluated: Whether the file shall be compared with the original.
 
     Raises:
+        BpwiseError: ggml's library is not installed.
         ConfigError: The mixture needs importances, or they are those of another model.
         UnsupportedModelError: The file could not be read back to be compared.
         WorkDirectoryError: The file cannot be made there.
     """
     require_room(output)
+    if TYPES[chosen.default].quantized:
+        require_kernels()
     if evaluated:
         _require_known(text_config(checkpoint.config), "Leave the comparison out with --no-eval.")
         require_measurable(checkpoint)

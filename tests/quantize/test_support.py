@@ -1,5 +1,6 @@
 """What is refused before long work: nothing is measured, converted or written, whichever way a run is begun."""
 
+import importlib.util
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -88,6 +89,10 @@ EXL2_CHANGES: dict[str, tuple[Callable[[Tensors], object], str]] = {
         lambda t: t.update({n: t[n][:260] for n in ("model.embed_tokens.weight", "lm_head.weight")}),
         "set vocab_size to 260",
     ),
+    "one-table": (
+        lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:260]}),
+        r"lm_head.weight has shape \(260, 64\), expected \(264, 64\).*do not belong together",
+    ),
     "head": (lambda t: t.pop("lm_head.weight"), "Set tie_word_embeddings to true"),
     "prefix": (
         lambda t: [t.update({f"module.{name}": t.pop(name)}) for name in list(t)],
@@ -109,6 +114,16 @@ def test_tensors_that_exl2_cannot_hold(case: str, tiny_model: Path, tmp_path: Pa
     assert dry.exit_code == 1
     assert dry.stdout == ""
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.parametrize("name", ["README.md", "tokenizer_config.json", "LICENSE"])
+def test_side_files_that_lead_outside(name: str, tiny_model: Path, tmp_path: Path) -> None:
+    model = tmp_path / "m"
+    shutil.copytree(tiny_model, model)
+    (model / name).unlink(missing_ok=True)
+    (model / name).symlink_to("/etc/hostname")
+    with pytest.raises(BpwiseError, match=f"{name}: leads outside"):
+        quantize_model(model, tmp_path / "out", QuantizeConfig(bpw=4.5, evaluate=None))
 
 
 def test_a_bias_that_float16_cannot_hold(tmp_path: Path, byte_tokenizer: Any) -> None:
@@ -282,6 +297,18 @@ def test_rows_beside_a_measurement(tiny_model: Path, tmp_path: Path, monkeypatch
     config = QuantizeConfig(bpw=4.5, evaluate=None)
     with pytest.raises(ConfigError, match="brings its own calibration rows"):
         quantize_model(tiny_model, tmp_path / "x", config, measurement=Path("m"), calibration=rows(1, 4))
+
+
+def test_no_library_of_ggml(tmp_path: Path, byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save_family(tmp_path / "m", "qwen3", byte_tokenizer)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: (name != "libggml" and find(name, *rest)) or None
+    )
+    with pytest.raises(BpwiseError, match="ggml's library, which is not installed"):
+        quantize_to_gguf(model, tmp_path / "x.gguf", GgufConfig(bpw=5, evaluate=None))
+    with pytest.raises(BpwiseError, match="ggml's library, which is not installed"):
+        convert_to_mixture(model, tmp_path / "x.gguf", "Q8_0")
 
 
 class TestPlace:
