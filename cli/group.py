@@ -12,12 +12,23 @@ import click
 from ..errors import BpwiseError, BpwiseWarning
 from ..version import __version__
 from .allocator import give_back_large_blocks
+from .effects import refuse_without_effect
 
 __all__ = ["cli", "main"]
 
 
+class _Command(click.Command):
+    """Refuses options that have no effect beside the others before it does anything."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        refuse_without_effect(ctx)
+        return super().invoke(ctx)
+
+
 class _Group(click.Group):
     """Turns the errors that a user can cause into one sentence and exit code 1."""
+
+    command_class = _Command
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

@@ -18,12 +18,13 @@ from .options import (
     EXISTING_PATH,
     MIB,
     OFFLOAD_OPTION,
+    ROW_TOKENS_DEFAULT,
     TASK_OPTIONS,
     extra_options,
     open_original,
     original_options,
     progress_bar,
-    refuse_beside,
+    say_shortened,
 )
 from .output import say
 
@@ -80,7 +81,7 @@ def _verify_gguf(model: Path) -> None:
 @click.option("--text", help="Text to evaluate on: file, directory or Hub data set.  [default: Python's own text]")
 @click.option("--column", help="Column of the data set that holds the text.")
 @click.option("-r", "--rows", type=click.IntRange(1), default=16, help="Rows, each a window of its own.")
-@click.option("-l", "--row-tokens", type=click.IntRange(2), default=1024, help="Tokens in each row.")
+@click.option("-l", "--row-tokens", type=click.IntRange(2), help=f"Tokens in each row.  {ROW_TOKENS_DEFAULT}")
 @click.option("--seed", type=int, default=0, help="Chooses the places that rows of Python's own text are taken from.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", help="Arithmetic.")
 @click.option("--device", default="auto", help="cpu, cuda, cuda:N, mps or auto.")
@@ -131,11 +132,12 @@ def evaluate(
     MODEL.report.html and so on, of another engine MODEL.llama.cpp.report.html. Several models get one report.
     """
     from ..convert.content import cache_directory
+    from ..convert.files import require_room
     from ..eval.cache import OriginalCache
     from ..eval.comparison import EvalConfig, evaluate_each
     from ..eval.layers import linear_costs, plan_beside
     from ..eval.models import open_any
-    from ..eval.needle import NeedleConfig
+    from ..eval.needle import NeedleConfig, check_needle
     from ..eval.png import check_png
     from ..eval.tasks import TaskConfig, load_tasks
 
@@ -146,9 +148,7 @@ def evaluate(
     lengths, samples = options.pop("needle"), options.pop("needle_samples")
     asked = {name: options.pop(name) for name in TASK_OPTIONS}
     config = EvalConfig(allow_calibration_text=options.pop("force_eval_text"), **options)
-    if engine == "llama.cpp":
-        refuse_beside("--engine llama.cpp", ["tasks", "needle"], "they are run in Transformers")
-        refuse_beside("--engine llama.cpp", ["rope_scale", "rope_alpha"], "it takes positions as the files have them")
+    say_shortened(open_any(source), evaluation=config.row_tokens)
     loaded, hidden = None, None
     if asked["tasks"]:
         loaded = load_tasks(TaskConfig(**asked, dtype=config.dtype, device=config.device))
@@ -162,30 +162,36 @@ def evaluate(
             dtype=config.dtype,
             device=config.device,
         )
-    # A damaged plan beside a model is found before the long work.
-    costs = [linear_costs(open_any(model), plan_beside(model)) for model in quantized]
+        check_needle(source, quantized, hidden)
     first, prefix = quantized[0], ""
     if len(quantized) == 1 and first.is_file():
         prefix = f"{first.stem}."
+    costs = [linear_costs(open_any(model), plan_beside(model)) for model in quantized]
+    folder = output or _usual_folder(quantized)
+    require_room(folder / "report.html")
     if engine == "llama.cpp":
         prefix += "llama.cpp."
         comparisons = _compared_in_engine(source, quantized, config, base, llama_cpp)
-    elif base or llama_cpp:
-        raise click.UsageError("--base and --llama-cpp belong to --engine llama.cpp.")
     else:
         cache = None if no_cache else OriginalCache(cache_dir or cache_directory())
         comparisons = list(evaluate_each(source, quantized, config, progress_bar, cache=cache))
-    _write_reports(source, comparisons, quantized, costs, loaded, hidden, output, prefix, forms)
+    _write_reports(source, comparisons, quantized, costs, loaded, hidden, folder, prefix, forms)
+
+
+def _usual_folder(quantized: Sequence[Path]) -> Path:
+    if len(quantized) > 1:
+        return Path()
+    return quantized[0].parent if quantized[0].is_file() else quantized[0]
 
 
 def _write_reports(
     source: Original,
     comparisons: Sequence[Comparison],
     quantized: Sequence[Path],
-    costs: Sequence[tuple[LinearCost, ...]],
+    costs: Sequence[Sequence[LinearCost]],
     tasks: LoadedTasks | None,
     needle: NeedleConfig | None,
-    output: Path | None,
+    folder: Path,
     prefix: str,
     plots: Sequence[str],
 ) -> None:
@@ -195,14 +201,10 @@ def _write_reports(
     from ..eval.report import joint_lines, summary_lines, write_joint_report, write_report
     from ..eval.tasks import evaluate_tasks
 
-    first = quantized[0]
-
     def written(extras: Extras) -> Path:
         if len(quantized) > 1:
-            folder = output or Path()
             files = write_joint_report(comparisons, folder, costs=costs, extras=extras, prefix=prefix, plots=plots)
         else:
-            folder = output or (first.parent if first.is_file() else first)
             files = write_report(comparisons[0], folder, costs=costs[0], extras=extras, prefix=prefix, plots=plots)
         return files.html
 
@@ -268,8 +270,6 @@ def dequantize(model: Path, output: Path, original: Path | None) -> None:
         dequantize_gguf(model, output, original=original)
         if original is None:
             say("no tokenizer was written: name the original model's directory with --original", err=True)
-    elif original is not None:
-        raise click.UsageError("--original is for GGUF files; an EXL2 directory has its tokenizer.")
     else:
         dequantize_model(model, output)
     say(f"dense float16 checkpoint -> {output}")

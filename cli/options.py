@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import click
-from click.core import ParameterSource
 
 from ..errors import printable
+from .output import say
 
 if TYPE_CHECKING:
+    from ..convert.checkpoint import TensorSource
     from ..convert.original import Original
     from ..measure.calibration import CalibrationSet
     from ..measure.run import MeasureConfig
@@ -31,6 +32,7 @@ __all__ = [
     "OFFLOAD_OPTION",
     "OVERRIDE_OPTION",
     "RATES",
+    "ROW_TOKENS_DEFAULT",
     "SIZE",
     "TASK_OPTIONS",
     "TOKENS",
@@ -41,13 +43,16 @@ __all__ = [
     "progress_bar",
     "read_head_bits",
     "read_measure_config",
-    "refuse_beside",
+    "say_shortened",
 ]
 
 
 MIB = 1 << 20
 
 _MOST_LABEL_CHARACTERS = 60
+
+
+ROW_TOKENS_DEFAULT = "[default: 1024, or the model's context if that is shorter]"
 
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -228,7 +233,9 @@ def calibration_options(command: Command) -> Command:
                 help="Render chats (OpenAI's, ShareGPT's, Alpaca's) with the model's template.",
             ),
             click.option("-r", "--rows", type=click.IntRange(1), default=32, help="Calibration rows."),
-            click.option("-l", "--row-tokens", type=click.IntRange(2), default=1024, help="Tokens in each row."),
+            click.option(
+                "-l", "--row-tokens", type=click.IntRange(2), help=f"Tokens in each row.  {ROW_TOKENS_DEFAULT}"
+            ),
             click.option("--seed", type=int, default=0, help="Seed of rows and of Fisher probes."),
             click.option("--group-size", type=int, default=32, help="Input features that share a width and a scale."),
             click.option(
@@ -302,24 +309,28 @@ def read_measure_config(options: dict[str, Any], *, types: bool) -> tuple[Measur
     return config, saved
 
 
+def say_shortened(source: TensorSource, **asked: int | None) -> None:
+    """Say on stderr which rows are shorter than by default, because the model's context is.
+
+    Args:
+        source: The model.
+        **asked: Tokens in each row as asked for, None for the default, by what the rows are for: ``calibration``,
+            ``evaluation``.
+
+    Raises:
+        ConfigError: Rows are longer than the model's context.
+    """
+    from ..measure.context import shortened_line
+
+    for use, row_tokens in asked.items():
+        line = shortened_line(row_tokens, source, use)
+        if line is not None:
+            say(line, err=True)
+
+
 def read_head_bits(option: str) -> HeadBits:
     """Return the value of ``--head-bits``."""
     return "auto" if option == "auto" else int(option)
-
-
-def refuse_beside(what: str, others: Sequence[str], why: str) -> None:
-    """Refuse options that the user gave though they do not go with another.
-
-    Args:
-        what: The other.
-        others: Names of their parameters.
-        why: Goes on after a colon.
-    """
-    context = click.get_current_context()
-    flags = {parameter.name: parameter.opts[-1] for parameter in context.command.params}
-    for name in others:
-        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            raise click.UsageError(f"{flags[name]} cannot go with {what}: {why}. Leave one of the two out.")
 
 
 def progress_bar(items: Sequence[Any], stage: str) -> Iterable[Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .effects import is_gguf_output
 from .group import cli
 from .options import (
     EXISTING_DIRECTORY,
@@ -19,6 +20,7 @@ from .options import (
     MIB,
     OVERRIDE_OPTION,
     RATES,
+    ROW_TOKENS_DEFAULT,
     SIZE,
     TOKENS,
     calibration_options,
@@ -27,12 +29,12 @@ from .options import (
     progress_bar,
     read_head_bits,
     read_measure_config,
-    refuse_beside,
+    say_shortened,
 )
 from .output import say
 
 if TYPE_CHECKING:
-    from ..convert.original import Original
+    from ..convert.checkpoint import Checkpoint
     from ..eval.comparison import EvalConfig
     from ..measure.calibration import CalibrationSet
     from ..measure.run import MeasureConfig
@@ -97,7 +99,7 @@ __all__ = ["quantize"]
 @click.option("-ss", "--shard-size", type=click.IntRange(1), default=8192, help="EXL2: largest output file, MiB.")
 @click.option("--eval-text", help="Text to evaluate on, as --calibration.  [default: Python's text, another part]")
 @click.option("--eval-rows", type=click.IntRange(1), default=16, help="Rows to evaluate on.")
-@click.option("--eval-row-tokens", type=click.IntRange(2), default=1024, help="Tokens in each of them.")
+@click.option("--eval-row-tokens", type=click.IntRange(2), help=f"Tokens in each of them.  {ROW_TOKENS_DEFAULT}")
 @click.option("--no-eval", is_flag=True, help="Leave the comparison with the original out.")
 @click.option("--force-eval-text", is_flag=True, help="Evaluate even on text that is calibrated on.")
 @click.option("--base-model", metavar="ORG/NAME", help="The original's Hub id, for the card.  [default: MODEL's]")
@@ -113,24 +115,11 @@ def quantize(model: str, output: Path, output_format: str | None, **options: Any
     report over all. An output whose predictions turn out useless is marked by BROKEN.md, and the exit code is 1. The
     same command run again goes on where it was cut off.
     """
+    from ..convert.original import open_model
     from ..eval.comparison import EvalConfig
 
-    if options["measurement"]:
-        refuse_beside(
-            "--measurement",
-            (
-                "calibration",
-                "column",
-                "chat_template",
-                "rows",
-                "row_tokens",
-                "seed",
-                "group_size",
-                "damping",
-                "moe_calibrate_all",
-            ),
-            "which brings its own calibration rows, group size and damping",
-        )
+    gguf = is_gguf_output({"output_format": output_format, "output": output})
+    _check_usage(output, gguf, options)
     evaluate = EvalConfig(
         text=options["eval_text"],
         rows=options["eval_rows"],
@@ -139,23 +128,33 @@ def quantize(model: str, output: Path, output_format: str | None, **options: Any
         allow_calibration_text=options["force_eval_text"],
         offload_dir=options["offload_dir"],
     )
-    run = _quantize_to_gguf if (output_format or output.suffix[1:]) == "gguf" else _quantize_to_exl2
-    run(open_original(model, options), output, None if options["no_eval"] else evaluate, options)
+    source = open_model(open_original(model, options))
+    if not options["no_eval"]:
+        say_shortened(source, evaluation=evaluate.row_tokens)
+    run = _quantize_to_gguf if gguf else _quantize_to_exl2
+    run(source, output, None if options["no_eval"] else evaluate, options)
 
 
-def _quantize_to_exl2(model: Original, output: Path, evaluate: EvalConfig | None, options: dict[str, Any]) -> None:
+def _check_usage(output: Path, gguf: bool, options: dict[str, Any]) -> None:
+    # One target, and an OUTPUT that is named as what it is.
+    targets = ("bpw", "max_size", "vram", *(("mixture",) if gguf else ()))
+    if sum(options[target] is not None for target in targets) != 1:
+        known = "a GGUF output needs one of --bpw, --max-size, --vram and --type."
+        raise click.UsageError(known if gguf else "an EXL2 output needs one of --bpw, --max-size and --vram.")
+    named_file = output.suffix.lower() == ".gguf"
+    if named_file and not gguf:
+        raise click.UsageError(
+            f"{output} is named as a GGUF file, but --format exl2 makes a directory. Name it otherwise."
+        )
+    if named_file and len(options["bpw"] or ()) > 1:
+        raise click.UsageError("several bitrates make several files: name a directory, with --format gguf.")
+
+
+def _quantize_to_exl2(model: Checkpoint, output: Path, evaluate: EvalConfig | None, options: dict[str, Any]) -> None:
     from ..quantize.pipeline import QuantizeConfig, quantize_model
     from ..quantize.scope import WidthOverride
 
-    refuse_beside(
-        "an EXL2 output",
-        ("mixture", "imatrix", "no_feedback", "llama_cpp", "card"),
-        "it is for GGUF",
-    )
-    if sum(options[target] is not None for target in ("bpw", "max_size", "vram")) != 1:
-        raise click.UsageError("an EXL2 output needs one of --bpw, --max-size and --vram.")
-    _refuse_without_vram(options)
-    measure_config, saved = read_measure_config(options, types=False)
+    measure_config, saved = _measuring(model, options, types=False)
     rates = options["bpw"] or ()
     config = QuantizeConfig(
         bpw=rates[0] if rates else None,
@@ -174,36 +173,21 @@ def _quantize_to_exl2(model: Original, output: Path, evaluate: EvalConfig | None
         force=options["force"],
     )
     if options["dry_run"]:
-        known = _config_of(options["measurement"]) if options["measurement"] else measure_config
         for bpw in rates or (None,):
-            _print_forecast(model, replace(config, bpw=bpw, measure=known))
+            _print_forecast(model, output, replace(config, bpw=bpw), saved, options["measurement"])
         return
     _run(quantize_model, model, output, config, saved, options)
 
 
-def _quantize_to_gguf(model: Original, output: Path, evaluate: EvalConfig | None, options: dict[str, Any]) -> None:
+def _quantize_to_gguf(model: Checkpoint, output: Path, evaluate: EvalConfig | None, options: dict[str, Any]) -> None:
     from ..quantize.gguf_pipeline import GgufConfig, quantize_to_gguf
     from ..quantize.type_plan import Override
 
-    refuse_beside(
-        "a GGUF output",
-        ("head_bits", "keep_fp16", "effort", "cache_bits", "shard_size", "dry_run", "force"),
-        "it is for EXL2",
-    )
-    if sum(options[target] is not None for target in ("bpw", "max_size", "vram", "mixture")) != 1:
-        raise click.UsageError("a GGUF output needs one of --bpw, --max-size, --vram and --type.")
-    _refuse_without_vram(options)
     if options["mixture"]:
         _convert_to_mixture(model, output, evaluate, options)
         return
-    if options["imatrix"]:
-        raise click.UsageError(
-            "--imatrix goes with --type; with --bpw and --max-size the measurement says what matters."
-        )
-    measure_config, saved = read_measure_config(options, types=True)
+    measure_config, saved = _measuring(model, options, types=True)
     rates = options["bpw"] or ()
-    if len(rates) > 1 and output.suffix == ".gguf":
-        raise click.UsageError("several bitrates make several files: name a directory, with --format gguf.")
     config = GgufConfig(
         bpw=rates[0] if rates else None,
         max_bytes=options["max_size"],
@@ -220,14 +204,18 @@ def _quantize_to_gguf(model: Original, output: Path, evaluate: EvalConfig | None
     _run(quantize_to_gguf, model, output, config, saved, options)
 
 
-def _refuse_without_vram(options: dict[str, Any]) -> None:
-    if options["vram"] is None and (options["context"] is not None or options["cache_bits"] != "16"):
-        raise click.UsageError("--context and --cache-bits go with --vram.")
+def _measuring(
+    model: Checkpoint, options: dict[str, Any], *, types: bool
+) -> tuple[MeasureConfig, CalibrationSet | None]:
+    config, saved = read_measure_config(options, types=types)
+    if saved is None and options["measurement"] is None:
+        say_shortened(model, calibration=config.calibration.row_tokens)
+    return config, saved
 
 
 def _run(
     quantize_one: Callable[..., QuantizeResult | GgufResult],
-    model: Original,
+    model: Checkpoint,
     output: Path,
     config: QuantizeConfig | GgufConfig,
     calibration: CalibrationSet | None,
@@ -248,26 +236,25 @@ def _run(
         say(line)
 
 
-def _convert_to_mixture(model: Original, output: Path, evaluate: EvalConfig | None, options: dict[str, Any]) -> None:
-    from ..convert.original import open_model
+def _convert_to_mixture(model: Checkpoint, output: Path, evaluate: EvalConfig | None, options: dict[str, Any]) -> None:
     from ..eval.report import summary_lines, write_report
     from ..quantize.gguf_pipeline import convert_to_mixture
     from ..quantize.judge import Judge
 
-    refuse_beside("--type", ("measurement", "override", "no_feedback"), "llama.cpp's mixtures do not know it")
+    judge = None if evaluate is None else Judge(model, evaluate, progress_bar)
     written, warnings = convert_to_mixture(
         model,
         output,
         options["mixture"],
         imatrix=options["imatrix"],
         llama_cpp=options["llama_cpp"],
+        judge=judge,
         progress=progress_bar,
     )
     for warning in warnings:
         say(f"warning     {warning}", err=True)
     say(f"size        {written.file_bytes / MIB:.1f} MiB; {written.bpw:.4f} bpw over all tensors -> {output}")
-    if evaluate is not None:
-        judge = Judge(open_model(model), evaluate, progress_bar)
+    if judge is not None:
         comparison = judge.compare(output, predicted_nats=None)
         write_report(comparison, output.parent, prefix=f"{output.stem}.")
         judge.sentence(output, comparison, predicted_nats=None)
@@ -275,26 +262,19 @@ def _convert_to_mixture(model: Original, output: Path, evaluate: EvalConfig | No
             say(line)
 
 
-def _config_of(measurement: Path) -> MeasureConfig:
-    # What a forecast needs to know of how the measurement was made.
-    from ..measure.calibration import CalibrationConfig
-    from ..measure.measurement import Measurement
-    from ..measure.run import MeasureConfig
-
-    measured = Measurement.load(measurement)
-    rows, row_tokens = measured.tokens.shape
-    calibration = CalibrationConfig(rows=rows, row_tokens=row_tokens)
-    return MeasureConfig(calibration=calibration, group_size=measured.group_size)
-
-
-def _print_forecast(model: Original, config: QuantizeConfig) -> None:
-    from ..convert.original import open_model
+def _print_forecast(
+    model: Checkpoint, output: Path, config: QuantizeConfig, rows: CalibrationSet | None, measurement: Path | None
+) -> None:
     from ..quantize.kept import kept_lines
+    from ..quantize.obtain import load_measurement
+    from ..quantize.scope import shown_range
+    from ..quantize.support import require_exl2
 
-    forecast = config.forecast(open_model(model))
+    measured = None if measurement is None else load_measurement(measurement, model)
+    forecast = require_exl2(model, output, config, measured=measured, rows=rows)
     say(f"original      {forecast.original_bytes / MIB:10.1f} MiB")
     say(f"quantized     {forecast.output_bytes / MIB:10.1f} MiB at {forecast.bpw:g} bpw, head bits {config.head_bits}")
-    say(f"possible bpw  {forecast.lowest_bpw:10.4f} to {forecast.highest_bpw:.4f}")
+    say(f"possible bpw  {shown_range(forecast.lowest_bpw, forecast.highest_bpw):>20}")
     for line in kept_lines(forecast.kept, forecast.head_reason):
         say(f"float16       {line}")
     say(f"memory        {forecast.memory_bytes / MIB:10.0f} MiB at most, roughly")

@@ -22,7 +22,7 @@ from .options import (
     progress_bar,
     read_head_bits,
     read_measure_config,
-    refuse_beside,
+    say_shortened,
 )
 from .output import say
 
@@ -40,10 +40,13 @@ __all__ = ["imatrix", "measure", "plan"]
 @calibration_options
 def measure(model: str, output: Path, **options: Any) -> None:
     """Measure MODEL (a directory or a Hub id) once, for any bitrate; for GGUF too where its extra is installed."""
+    from ..convert.original import open_model
     from ..measure.run import measure_to_file
 
-    original = open_original(model, options)
+    original = open_model(open_original(model, options))
     config, saved = read_measure_config(options, types=True)
+    if saved is None:
+        say_shortened(original, calibration=config.calibration.row_tokens)
     measurement = measure_to_file(
         original, output, config, work=options["work_dir"], calibration=saved, progress=progress_bar
     )
@@ -99,7 +102,6 @@ def plan(
     if bpw is not None or max_size is not None:
         output = output or measurement.with_name("plan.json" if bpw is None else f"plan-{bpw:g}.json")
         if gguf:
-            refuse_beside("--format gguf", ("head_bits", "keep_fp16"), "the head is a tensor like any other")
             made = make_type_plan(
                 measured, bpw=bpw, tensor_bytes=max_size, overrides=tuple(map(Override.parse, override))
             )
@@ -168,5 +170,5 @@ def imatrix(measurement: Path, output: Path) -> None:
     from ..quantize.gguf_pipeline import importance_of
 
     matrix = importance_of(Measurement.load(measurement))
-    write_imatrix(output, matrix, legacy=output.suffix == ".dat")
+    write_imatrix(output, matrix, legacy=output.suffix.lower() == ".dat")
     say(f"{len(matrix.sums)} tensors -> {output}")

@@ -296,17 +296,25 @@ class Checkpoint:
         Raises:
             CheckpointError: The tensor is missing, of another dtype, or holds NaN or infinite values.
         """
+        self.require_dtype(name)
         info = self.info(name)
-        where = f"{info.file}: tensor {name!r}"
-        if info.dtype not in FLOAT_DTYPES + _INTEGER_DTYPES:
-            raise CheckpointError(
-                f"{where} has an unsupported dtype, got {_plain(info.dtype)}, expected float32, float16 or "
-                "bfloat16 (or integers). Use the model's unquantized release, or save it in bfloat16."
-            )
         tensor = self.stored(name)
         if info.dtype in FLOAT_DTYPES:
-            require_finite(tensor, where)
+            require_finite(tensor, f"{info.file}: tensor {name!r}")
         return tensor
+
+    def require_dtype(self, name: str) -> None:
+        """Refuse a tensor of a dtype that ``tensor`` does not read, without loading it.
+
+        Raises:
+            CheckpointError: The tensor is missing or of another dtype.
+        """
+        info = self.info(name)
+        if info.dtype not in FLOAT_DTYPES + _INTEGER_DTYPES:
+            raise CheckpointError(
+                f"{info.file}: tensor {name!r} has an unsupported dtype, got {_plain(info.dtype)}, expected float32, "
+                "float16 or bfloat16 (or integers). Use the model's unquantized release, or save it in bfloat16."
+            )
 
     def stored(self, name: str) -> Tensor:
         """Load one tensor as it lies in its file, of whatever dtype, with its values unchecked.
@@ -321,9 +329,15 @@ class Checkpoint:
         try:
             return self._places[name]
         except KeyError:
+            hint = "The checkpoint is incomplete, or its architecture is not what config.json says."
+            near = next((n for n in sorted(self._places) if n.endswith(f".{name}") or name.endswith(f".{n}")), None)
+            if near is not None:
+                hint = (
+                    f"{near!r} is there: the model was saved with another prefix, as without its head or within a "
+                    "wrapper. Load it with AutoModelForCausalLM and save that."
+                )
             raise CheckpointError(
-                f"{self._directory}: tensor {name!r} is missing, got {len(self._places)} other tensors. "
-                "The checkpoint is incomplete, or its architecture is not what config.json says."
+                f"{self._directory}: tensor {name!r} is missing, got {len(self._places)} other tensors. {hint}"
             ) from None
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "parse_schema",
     "read_json",
     "read_schema",
+    "require_room",
     "write_json",
     "write_text",
 ]
@@ -132,6 +133,29 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     except BaseException:  # Ctrl-C too: whatever ends the body, no partial directory stays behind.
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def require_room(path: Path, size_bytes: int = 0) -> None:
+    """Refuse a path at which nothing can be made, or nothing of this size, before the work that makes it.
+
+    Args:
+        path: The file or directory to make; parents that are missing would be made too.
+        size_bytes: The least that it will take.
+
+    Raises:
+        WorkDirectoryError: A parent is no directory or may not be written, or the disk has too little room.
+    """
+    parent = next(each for each in Path(path).absolute().parents if each.exists())
+    if not parent.is_dir():
+        raise WorkDirectoryError(f"{path}: cannot be made, {parent} is not a directory. Choose another path.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise WorkDirectoryError(f"{path}: cannot be made, {parent} may not be written. Choose another path.")
+    free = shutil.disk_usage(parent).free
+    if free < size_bytes:
+        raise WorkDirectoryError(
+            f"{path}: will take {size_bytes} bytes, but its disk has {free} free. Free some space there, or choose a "
+            "path on another disk."
+        )
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -52,7 +52,13 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
         if settings is None:
             continue
         method = settings.get("quant_method") if isinstance(settings, dict) else None
-        if method not in _METHODS or torch.float8_e4m3fn not in {checkpoint.info(n).dtype for n in checkpoint.names}:
+        dtypes = {checkpoint.info(name).dtype for name in checkpoint.names}
+        if dtypes <= set(FLOAT_DTYPES):
+            raise CheckpointError(
+                f"{path}: {key!r} names the method {method!r}, but the weights are not quantized. "
+                f"Remove {key!r} from config.json if it was left over."
+            )
+        if method not in _METHODS or torch.float8_e4m3fn not in dtypes:
             raise CheckpointError(
                 f"{path}: the model is already quantized, got {key!r} with method {method!r}, expected unquantized or "
                 "8-bit floating-point weights. Use the original model."

@@ -77,7 +77,9 @@ def find_outputs(path: Path) -> list[Path]:
     """
     if path.is_file() or is_exl2(path):
         return [path]
-    found = [each for each in sorted(path.iterdir()) if each.suffix == ".gguf" or (each.is_dir() and is_exl2(each))]
+    found = [
+        each for each in sorted(path.iterdir()) if each.suffix.lower() == ".gguf" or (each.is_dir() and is_exl2(each))
+    ]
     if not found:
         raise PublishError(f"{path}: no quantized model, expected an EXL2 directory, a GGUF file or a folder of them.")
     return found

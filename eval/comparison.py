@@ -13,6 +13,7 @@ from ..convert.checkpoint import TensorSource
 from ..convert.original import Original
 from ..convert.rope import with_positions_of
 from ..measure.calibration import CalibrationSet, build_calibration
+from ..measure.context import EVALUATION, check_rows
 from ..measure.stream import StreamedModel
 from ..measure.tokenizer import Tokenizer, load_tokenizer
 from ..progress import Progress, silent
@@ -22,7 +23,6 @@ from .divergence import Summary
 from .drift import BlockDrift, DriftMeter
 from .models import (
     ModelSummary,
-    check_rows,
     check_vocabularies,
     device_name,
     open_pair,
@@ -182,7 +182,9 @@ def evaluate_each(
     """
     source, others = open_pair(original, quantized)
     tokenizer = load_tokenizer(source.directory)
-    rows = evaluation_rows(tokenizer, config, vocab_size=vocab_size_of(source))
+    rows = evaluation_rows(tokenizer, config.fitted(source), vocab_size=vocab_size_of(source))
+    for other in others:
+        check_rows(with_positions_of(source, other), rows, EVALUATION)
     allowed = config.allow_calibration_text
     shares = [refuse_calibration_text(rows, stored_spans(other), allowed=allowed) for other in others]
     rows = told(rows, max((share for share in shares if share is not None), default=None))
@@ -240,7 +242,7 @@ def compare_with(run: OriginalRun, quantized: TensorSource, progress: Progress =
     start = time.monotonic()
     check_vocabularies(run.source, quantized)
     runnable = with_positions_of(run.source, quantized)
-    check_rows(runnable, run.rows)
+    check_rows(runnable, run.rows, EVALUATION)
     model = StreamedModel(runnable, device=run.model.device, dtype=run.model.dtype, offload_dir=run.model.offload_dir)
     rows, row_tokens = run.rows.tokens.shape
     alike = model.block_count == run.model.block_count and model.hidden_size == run.model.hidden_size

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..convert.checkpoint import TensorSource
 from ..errors import ConfigError
 from ..measure.calibration import CalibrationConfig
+from ..measure.context import EVALUATION, fit_row_tokens
 from .models import DTYPES
 
 __all__ = ["EvalConfig"]
@@ -21,7 +23,8 @@ class EvalConfig:
             part of the text that comes with Python.
         column: Column of a data set that holds the text.
         rows: Number of rows.
-        row_tokens: Length of each row in tokens, BOS included; it is also the stride.
+        row_tokens: Length of each row in tokens, BOS included; it is also the stride. None as in
+            ``CalibrationConfig``.
         seed: Chooses the places that rows of the built-in text are taken from.
         dtype: What both models run in: ``float32``, ``bfloat16`` or ``float16``.
         device: ``cpu``, ``cuda``, ``cuda:N``, ``mps``, or ``auto`` for the best at hand.
@@ -32,7 +35,7 @@ class EvalConfig:
     text: str | None = None
     column: str | None = None
     rows: int = 16
-    row_tokens: int = 1024
+    row_tokens: int | None = None
     seed: int = 0
     dtype: str = "float32"
     device: str = "auto"
@@ -48,6 +51,14 @@ class EvalConfig:
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
         self.calibration_config()
+
+    def fitted(self, source: TensorSource) -> EvalConfig:
+        """Return the same with the length that rows have for a model.
+
+        Raises:
+            ConfigError: Rows are longer than the model's context.
+        """
+        return replace(self, row_tokens=fit_row_tokens(self.row_tokens, source, EVALUATION))
 
     def calibration_config(self) -> CalibrationConfig:
         """Return what ``build_calibration`` needs to know.

@@ -21,12 +21,13 @@ from ..convert.gguf.reader import GgufModel
 from ..convert.original import Original
 from ..errors import CheckpointError, ConfigError
 from ..measure.calibration import CalibrationSet
+from ..measure.context import EVALUATION, check_rows
 from ..measure.tokenizer import Tokenizer, load_tokenizer
 from ..progress import Progress, silent
 from .comparison import Comparison, EvalConfig, evaluation_rows
 from .divergence import TokenStatistics, token_statistics
 from .llamacpp import EngineModel, LlamaLibrary, load_library
-from .models import check_rows, model_name, open_pair, summarize_model, vocab_size_of
+from .models import model_name, open_pair, summarize_model, vocab_size_of
 from .overlap import refuse_calibration_text, stored_spans, told
 from .passes import exact_logits
 from .profile import profile_of
@@ -65,7 +66,7 @@ def evaluate_in_engine(
     library = load_library(llama_cpp)
     source, (base_model, other) = open_pair(original, [base, quantized])
     tokenizer = load_tokenizer(source.directory)
-    rows = evaluation_rows(tokenizer, config, vocab_size=vocab_size_of(source))
+    rows = evaluation_rows(tokenizer, config.fitted(source), vocab_size=vocab_size_of(source))
     rows = told(rows, refuse_calibration_text(rows, stored_spans(other), allowed=config.allow_calibration_text))
     return compare_in_engine(source, base_model, other, rows, library, progress, tokenizer=tokenizer)
 
@@ -106,7 +107,7 @@ def compare_in_engine(
         raise ConfigError(f"{model_name(wrong)}: not a GGUF file, and llama.cpp runs no others.")
     weights = _weights_of(base)
     for source in (original, base, quantized):
-        check_rows(source, rows)
+        check_rows(source, rows, EVALUATION)
     count, row_tokens = rows.tokens.shape
     floor_tokens = min(row_tokens, _FLOOR_TOKENS)
     exact = exact_logits(original, rows.tokens[:1, :floor_tokens], progress)

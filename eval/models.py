@@ -1,4 +1,4 @@
-"""Opening models of any kind, checking that they fit each other and the text, and what a report says of them."""
+"""Opening models of any kind, checking that they fit each other, and what a report says of them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ from ..convert.exl2.reader import Exl2Model, is_exl2
 from ..convert.gguf.reader import GgufModel
 from ..convert.language import language_config
 from ..convert.original import Original, open_model
-from ..errors import CalibrationError, CheckpointError, ConfigError
-from ..measure.calibration import CalibrationSet
+from ..errors import CheckpointError
 
 __all__ = [
     "DTYPES",
     "ModelSummary",
-    "check_rows",
     "check_vocabularies",
     "device_name",
     "model_name",
@@ -113,29 +111,6 @@ def check_vocabularies(original: TensorSource, quantized: TensorSource) -> None:
             f"{model_name(quantized)}: the vocabulary has {got} tokens, expected {expected} as in "
             f"{model_name(original)}. Only models with the same vocabulary can be compared: name the original that was "
             "quantized."
-        )
-
-
-def check_rows(source: TensorSource, rows: CalibrationSet) -> None:
-    """Check that a model can be run on rows.
-
-    Raises:
-        CalibrationError: A token id is outside the vocabulary.
-        ConfigError: Rows have one token only or are longer than the model's context.
-    """
-    largest, vocab_size = int(rows.tokens.max()), vocab_size_of(source)
-    if largest >= vocab_size:
-        raise CalibrationError(
-            f"evaluation text: got token id {largest}, expected ids below the vocabulary size {vocab_size}. "
-            "Build the rows with this model's tokenizer."
-        )
-    row_tokens, context = rows.tokens.shape[1], language_config(source).get("max_position_embeddings")
-    if row_tokens < 2:
-        raise ConfigError("evaluation text: rows of 1 token, expected at least 2: the first is never predicted.")
-    if isinstance(context, int) and row_tokens > context:
-        raise ConfigError(
-            f"evaluation text: rows of {row_tokens} tokens, but {model_name(source)} has positions for {context}. "
-            "Lower row_tokens."
         )
 
 

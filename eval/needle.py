@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from ..convert.checkpoint import TensorSource
-from ..convert.language import language_config
 from ..convert.original import Original
 from ..convert.rope import with_positions_of
 from ..errors import ConfigError
 from ..measure.calibration import CalibrationConfig, CalibrationSet, build_calibration, require_ids_below
+from ..measure.context import context_tokens
 from ..measure.run import resolve_device
 from ..measure.stream import StreamedModel
 from ..measure.tokenizer import Tokenizer, leading_ids, load_tokenizer
@@ -37,6 +37,7 @@ __all__ = [
     "NeedleLength",
     "NeedleModel",
     "NeedleReport",
+    "check_needle",
     "evaluate_needle",
     "needle_prompts",
 ]
@@ -196,27 +197,8 @@ def evaluate_needle(
     source, others = open_pair(original, quantized)
     lengths = sorted(set(config.lengths))
     runnable = [source, *(with_positions_of(source, other) for other in others)]
-    for model in runnable:
-        context = language_config(model).get("max_position_embeddings")
-        if isinstance(context, int) and lengths[-1] > context:
-            raise ConfigError(
-                f"needle: length {lengths[-1]}, but {model_name(model)} has positions for {context}. Ask for less."
-            )
-    tokenizer = load_tokenizer(source.directory)
+    prompts, description = _all_prompts(runnable, config)
     device = resolve_device(config.device)
-    prompts, description = [], ""
-    for length in lengths:
-        rows = build_calibration(
-            tokenizer,
-            CalibrationConfig(
-                source=config.text, column=config.column, rows=config.samples, row_tokens=length, seed=config.seed
-            ),
-            vocab_size=vocab_size_of(source),
-            part="evaluation",
-        )
-        prompts.append(needle_prompts(tokenizer, rows, seed=config.seed))
-        require_ids_below(prompts[-1].tokens, vocab_size_of(source), tokenizer)
-        description = rows.description
     base: list[tuple[Tensor, Tensor]] = []
     models = []
     for number, (model, run) in enumerate(zip((source, *others), runnable, strict=True)):
@@ -233,6 +215,42 @@ def evaluate_needle(
         device=device_name(device),
         seconds=time.monotonic() - start,
     )
+
+
+def check_needle(original: Original, quantized: Sequence[str | Path], config: NeedleConfig) -> None:
+    """Refuse what ``evaluate_needle`` would refuse before it runs a model, for callers with other work before it.
+
+    Raises:
+        BpwiseError: As ``evaluate_needle``.
+    """
+    source, others = open_pair(original, quantized)
+    _all_prompts([source, *(with_positions_of(source, other) for other in others)], config)
+
+
+def _all_prompts(models: Sequence[TensorSource], config: NeedleConfig) -> tuple[list[NeedlePrompts], str]:
+    # Prompts of every length, the shortest first, with the first model's tokenizer; and what the text is.
+    source, lengths = models[0], sorted(set(config.lengths))
+    for model in models:
+        context = context_tokens(model)
+        if context is not None and lengths[-1] > context:
+            raise ConfigError(
+                f"needle: length {lengths[-1]}, but {model_name(model)} has positions for {context}. Ask for less."
+            )
+    tokenizer = load_tokenizer(source.directory)
+    prompts, description = [], ""
+    for length in lengths:
+        rows = build_calibration(
+            tokenizer,
+            CalibrationConfig(
+                source=config.text, column=config.column, rows=config.samples, row_tokens=length, seed=config.seed
+            ),
+            vocab_size=vocab_size_of(source),
+            part="evaluation",
+        )
+        prompts.append(needle_prompts(tokenizer, rows, seed=config.seed))
+        require_ids_below(prompts[-1].tokens, vocab_size_of(source), tokenizer)
+        description = rows.description
+    return prompts, description
 
 
 def needle_prompts(tokenizer: Tokenizer, rows: CalibrationSet, *, seed: int) -> NeedlePrompts:

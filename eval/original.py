@@ -9,6 +9,7 @@ import torch
 
 from ..convert.checkpoint import TensorSource
 from ..measure.calibration import CalibrationSet
+from ..measure.context import EVALUATION, check_rows
 from ..measure.run import resolve_device
 from ..measure.stream import StreamedModel
 from ..measure.tokenizer import Tokenizer
@@ -16,7 +17,7 @@ from ..progress import Progress, silent
 from .cache import OriginalCache, OriginalState, original_key
 from .config import EvalConfig
 from .drift import Trace
-from .models import DTYPES, check_rows, device_name
+from .models import DTYPES, device_name
 from .passes import last_hidden, mean_bfloat16_nats, mean_floor_nats
 
 __all__ = ["OriginalRun", "run_original"]
@@ -71,9 +72,10 @@ def run_original(
         BpwiseError: As ``compare_models``.
     """
     start = time.monotonic()
-    check_rows(original, rows)
+    check_rows(original, rows, EVALUATION)
     device, dtype = resolve_device(config.device), DTYPES[config.dtype]
     model = StreamedModel(original, device=device, dtype=dtype, offload_dir=config.offload_dir)
+    model.require_tensors()
     state, key = None, ""
     if cache is not None:
         key = original_key(original, rows.tokens, dtype=model.dtype, device=device_name(model.device))

@@ -24,7 +24,9 @@ __all__ = ["main"]
 @click.option("--text", help="Text file, directory, or Hub data set NAME[:CONFIG][:SPLIT]; default: built in.")
 @click.option("--column", help="Column of a data set that holds the text.")
 @click.option("--rows", type=click.IntRange(min=1), default=16, show_default=True, help="Number of rows.")
-@click.option("--row-tokens", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens per row.")
+@click.option(
+    "--row-tokens", type=click.IntRange(min=2), help="Tokens per row.  [default: 1024, or the model's context]"
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Chooses the places.")
 @click.option(
     "--dtype",
@@ -46,7 +48,7 @@ def main(
     text: str | None,
     column: str | None,
     rows: int,
-    row_tokens: int,
+    row_tokens: int | None,
     seed: int,
     dtype: str,
     device: str,

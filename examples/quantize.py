@@ -22,8 +22,8 @@ __all__ = ["main"]
 @click.option("--bpw", default="6.0,4.0,3.0", show_default=True, help="Bitrates, separated by commas.")
 @click.option("--head-bits", default=6, show_default=True, help="Bits of the output head.")
 @click.option("--rows", default=32, show_default=True, help="Calibration rows.")
-@click.option("--row-tokens", default=1024, show_default=True, help="Tokens in each row.")
-def main(model: str, output: Path, bpw: str, head_bits: int, rows: int, row_tokens: int) -> None:
+@click.option("--row-tokens", type=int, help="Tokens in each row.  [default: 1024, or the model's context]")
+def main(model: str, output: Path, bpw: str, head_bits: int, rows: int, row_tokens: int | None) -> None:
     """Quantize MODEL (a directory or a Hub id) to a model directory in OUTPUT for every bitrate."""
     rates = [float(rate) for rate in bpw.split(",")]
     config = bpwise.QuantizeConfig(

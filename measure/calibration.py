@@ -19,10 +19,21 @@ from .rows import read_pool
 from .text import TextSource, read_texts
 from .tokenizer import Tokenizer, chat_template, leading_ids, ordinary_ids, token_fingerprint
 
-__all__ = ["SELF", "CalibrationConfig", "CalibrationSet", "build_calibration", "require_ids_below", "require_tokens"]
+__all__ = [
+    "DEFAULT_ROW_TOKENS",
+    "SELF",
+    "CalibrationConfig",
+    "CalibrationSet",
+    "build_calibration",
+    "require_ids_below",
+    "require_tokens",
+]
 
 SELF = "self"
 """The source that stands for the model itself (see ``generation``). A file of this name can be given as ``./self``."""
+
+DEFAULT_ROW_TOKENS = 1024
+"""Length of rows unless another is asked for, or the model's context is shorter."""
 
 _FORMAT = "bpwise-calibration"
 _FORMAT_VERSION = "1"
@@ -49,7 +60,8 @@ class CalibrationConfig:
         chat_template: Render chat turns with the tokenizer's chat template; without a column they are looked for in
             ``messages``, ``conversations`` and ``conversation``, then in columns of questions and answers.
         rows: Number of rows.
-        row_tokens: Length of each row in tokens, BOS included.
+        row_tokens: Length of each row in tokens, BOS included; None for 1024, or the model's context if that is
+            shorter (see ``context.fit_row_tokens``).
         seed: Chooses the places that rows are taken from, and random tokens.
     """
 
@@ -57,7 +69,7 @@ class CalibrationConfig:
     column: str | None = None
     chat_template: bool = False
     rows: int = 32
-    row_tokens: int = 1024
+    row_tokens: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -68,7 +80,7 @@ class CalibrationConfig:
         """
         if self.rows < 1:
             raise ConfigError(f"rows must be at least 1, got {self.rows}")
-        if self.row_tokens < 2:
+        if self.row_tokens is not None and self.row_tokens < 2:
             raise ConfigError(f"row_tokens must be at least 2, got {self.row_tokens}")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
@@ -76,6 +88,11 @@ class CalibrationConfig:
             raise ConfigError("column and chat_template need a source: the built-in text has no columns")
         if self.source == SELF and (self.column is not None or self.chat_template):
             raise ConfigError("column and chat_template go with a text: what the model writes has no columns")
+
+    @property
+    def tokens_each(self) -> int:
+        """Length of each row in tokens, the default where none is asked for."""
+        return DEFAULT_ROW_TOKENS if self.row_tokens is None else self.row_tokens
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -212,7 +229,7 @@ def build_calibration(
         part: What the rows are for.
 
     Returns:
-        The rows, `config.rows` by `config.row_tokens`.
+        The rows, `config.rows` by `config.tokens_each`.
 
     Raises:
         CalibrationError: The text cannot be read, there is too little of it, the tokenizer has no chat
@@ -221,7 +238,7 @@ def build_calibration(
     bos = leading_ids(tokenizer)
     n_random = _n_random_rows(config, part)
     n_text = config.rows - n_random
-    body_tokens = config.row_tokens - len(bos)
+    body_tokens = config.tokens_each - len(bos)
     generator = torch.Generator().manual_seed(config.seed)
     in_order = part == "evaluation" and config.source is not None
 
@@ -231,7 +248,7 @@ def build_calibration(
     if len(pool.tokens) < n_text * body_tokens:
         raise CalibrationError(
             f"{source.description}: too little text, got {len(pool.tokens)} tokens, expected at least "
-            f"{n_text * body_tokens} for {n_text} rows of {config.row_tokens}. Lower rows or row_tokens, "
+            f"{n_text * body_tokens} for {n_text} rows of {config.tokens_each}. Lower rows or row_tokens, "
             "or add text."
         )
     starts = (
@@ -343,6 +360,5 @@ def _describe(source: TextSource, config: CalibrationConfig, *, n_random: int, i
     how = "consecutive from its start" if in_order else f"at random places (seed {config.seed})"
     random = f", and {n_random} rows of random token ids" if n_random else ""
     begin = "beginning with BOS" if has_bos else "without BOS"
-    return (
-        f"{source.description}: {config.rows - n_random} rows {how}{random}, each of {config.row_tokens} tokens {begin}"
-    )
+    rows = f"{config.rows - n_random} rows {how}{random}, each of {config.tokens_each} tokens {begin}"
+    return f"{source.description}: {rows}"

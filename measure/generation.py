@@ -49,9 +49,9 @@ def write_rows(
     ordinary = torch.tensor(ordinary_ids(tokenizer, vocab_size))
     bos, eos = leading_ids(tokenizer), tokenizer.eos_token_id
     require_ids_below(torch.tensor(bos), vocab_size, tokenizer)
-    if not len(ordinary) or config.row_tokens < len(bos) + 2:
+    if not len(ordinary) or config.tokens_each < len(bos) + 2:
         raise CalibrationError(
-            f"self-calibration: {len(ordinary)} ordinary tokens and rows of {config.row_tokens}, expected some tokens "
+            f"self-calibration: {len(ordinary)} ordinary tokens and rows of {config.tokens_each}, expected some tokens "
             "and at least one to be sampled. Use the model's own tokenizer, and longer rows."
         )
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -70,14 +70,14 @@ def write_rows(
         drawn = torch.randint(len(ordinary), (count, 1), generator=rng, device=device)
         before = torch.tensor([bos] * count, dtype=torch.int64).view(count, -1)
         begun = torch.cat([before, ordinary[drawn.cpu()]], dim=1)
-        rows.append(sample_rows(model, begun, config.row_tokens, allowed.tolist(), rng))
+        rows.append(sample_rows(model, begun, config.tokens_each, allowed.tolist(), rng))
     begin = "beginning with BOS" if bos else "without BOS"
     tokens = torch.cat(rows)
     return CalibrationSet(
         tokens=tokens,
         origins=("written by the model",) * config.rows,
         description=f"written by the model itself (seed {config.seed}): {config.rows} rows, each of "
-        f"{config.row_tokens} tokens {begin}",
+        f"{config.tokens_each} tokens {begin}",
         adds_bos=bool(bos),
         vocabulary=token_fingerprint(tokenizer, tokens),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from ..convert.checkpoint import Checkpoint
 from ..convert.exl2.layout import ROW_MULTIPLE, WIDTHS
 from ..convert.families import HEAD
-from ..convert.files import check_schema
+from ..convert.files import check_schema, require_room
 from ..convert.gguf.types import GgmlType
 from ..convert.language import LanguageModel, language_config, language_model
 from ..convert.original import Original, open_model
@@ -29,6 +29,7 @@ from .calibration import (
     require_ids_below,
     require_tokens,
 )
+from .context import CALIBRATION, check_rows, fit_row_tokens
 from .generation import write_rows
 from .measurement import Measurement
 from .passes import MeasuringPasses
@@ -44,6 +45,7 @@ __all__ = [
     "measure_to_file",
     "measured_rows",
     "measurement_provenance",
+    "require_measurable",
     "resolve_device",
 ]
 
@@ -136,6 +138,18 @@ def measurement_provenance(
         "types": [kind.name for kind in _kinds(config)],
         **({"changes": checkpoint.changes} if checkpoint.changes else {}),
     }
+
+
+def require_measurable(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint that cannot be measured or run, from its config and the headers of its files.
+
+    Raises:
+        CheckpointError: A tensor is missing, of another shape than config.json says, or of a dtype that is not read.
+        UnsupportedModelError: The family is unknown.
+    """
+    for name in sorted(checkpoint.names):
+        checkpoint.require_dtype(name)
+    StreamedModel(checkpoint, device=torch.device("cpu"), dtype=torch.float32)
 
 
 def measure_model(
@@ -236,6 +250,7 @@ def calibration_rows(
     Raises:
         CalibrationError: The text or the tokenizer cannot be read, there is too little text, the model cannot be
             loaded to write it, or rows that are given were made with another vocabulary.
+        ConfigError: Rows are longer than the model's context.
     """
     vocab_size = int(language_config(checkpoint)["vocab_size"])
     if given is not None:
@@ -243,6 +258,7 @@ def calibration_rows(
         if given.vocabulary is not None:
             require_tokens(given, load_tokenizer(checkpoint.directory))
         return given
+    config = replace(config, row_tokens=fit_row_tokens(config.row_tokens, checkpoint, CALIBRATION))
     tokenizer = load_tokenizer(checkpoint.directory)
     if config.source == SELF:
         return write_rows(checkpoint, tokenizer, config, vocab_size=vocab_size, device=resolve_device(device))
@@ -297,6 +313,10 @@ def measure_to_file(
         BpwiseError: As ``measure_model``, ``open_model`` and ``calibration_rows``.
     """
     checkpoint = open_model(model)
+    require_room(output)
+    require_measurable(checkpoint)
+    if calibration is not None:
+        check_rows(checkpoint, calibration, CALIBRATION)
     work = work or output.with_name(f"{output.name}.work")
     rows = calibration_rows(checkpoint, config.calibration, device=config.device, given=calibration)
     with stages_in(work):

@@ -117,7 +117,8 @@ class StreamedModel:
         self._blocks: list[nn.Module] = list(parent)
         for block in self._blocks:
             split_block(block, self.family, self._source.config)
-        _check_parameters(self._source, self._model)
+        for name, parameter in self._model.named_parameters(remove_duplicate=False):
+            _located(self._source, name, parameter.shape, self.embedding_name)
         for index in range(len(self._blocks)):
             parent[index] = _Recorder(self, index)
         self._calls: dict[tuple[int, ...], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
@@ -354,27 +355,30 @@ def whole_model(source: TensorSource, *, device: torch.device, dtype: torch.dtyp
 
 
 def _read(source: LanguageModel, name: str, shape: torch.Size, table: str) -> Tensor:
-    return source.tensor(_stored_name(source, name, shape, table))
+    return source.tensor(_located(source, name, shape, table))
 
 
-def _stored_name(source: LanguageModel, name: str, shape: torch.Size, table: str) -> str:
-    # The name in files of a parameter, which must be stored in its shape.
+def _located(source: LanguageModel, name: str, shape: torch.Size, table: str) -> str:
+    # The name under which a source has a parameter of the model, checked to be there and of the right shape.
     name = source.family.file_name(name)
-    if name == f"{HEAD}.weight" and source.tied_embeddings:
-        name = f"{table}.weight"
-    if source.shape(name) != tuple(shape):
-        raise CheckpointError(
-            f"{source.directory}: config.json does not fit the weights. Got shape {tuple(source.shape(name))} for "
-            f"{name}, expected {tuple(shape)}. The files do not belong together: get the model again."
-        )
-    return name
-
-
-def _check_parameters(source: LanguageModel, model: Any) -> None:
-    embedding = model.get_input_embeddings()
-    table = next(name for name, module in model.named_modules() if module is embedding)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        _stored_name(source, name, parameter.shape, table)
+    if name == f"{HEAD}.weight":
+        if source.tied_embeddings:
+            name = f"{table}.weight"
+        elif name not in source.names:
+            raise CheckpointError(
+                f"{source.directory}: no {name} is stored, but config.json says that the head is not the embedding. "
+                "Set tie_word_embeddings to true there if it is; else get the missing file."
+            )
+    got = source.shape(name)
+    if got == tuple(shape):
+        return name
+    hint = "The files do not belong together."
+    tables = [each for each in (f"{table}.weight", f"{HEAD}.weight") if each in source.names]
+    if name in tables and {source.shape(each) for each in tables} == {(got[0], *shape[1:])}:
+        hint = f"If the vocabulary was resized, as by a merge, set vocab_size to {got[0]} in config.json."
+    raise CheckpointError(
+        f"{source.directory}: {name} has shape {got}, expected {tuple(shape)} from config.json. {hint}"
+    )
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:

@@ -47,6 +47,7 @@ class Forecast:
         bpw: Decoder bits per weight, as asked or as the asked size leaves.
         lowest_bpw: Smallest decoder bits per weight possible.
         highest_bpw: Largest decoder bits per weight possible.
+        quantized: Names of the linears that are quantized, the head among them if it is.
         kept: Decoder linears that stay in float16.
         head_reason: Why the head does though other bits were asked; else None.
         memory_bytes: Expected peak of memory, a rough upper estimate; without states in an offload directory.
@@ -59,6 +60,7 @@ class Forecast:
     bpw: float
     lowest_bpw: float
     highest_bpw: float
+    quantized: tuple[str, ...]
     kept: tuple[KeptLinear, ...]
     head_reason: str | None
     memory_bytes: int
@@ -107,10 +109,10 @@ def forecast_run(
     weights = sum(linear.in_features * linear.out_features for linear in linears)
     vocabulary, hidden = head.out_features, head.in_features
     blocks = [_shapes(source, index) for index in range(source.block_count)]
-    tokens = config.calibration.rows * config.calibration.row_tokens
+    tokens = config.calibration.rows * config.calibration.tokens_each
     state = tokens * hidden * _FLOAT32_BYTES
     kept_tokens = tokens if config.offload_dir is None else 0
-    together = max(config.calibration.row_tokens, MICRO_BATCH_TOKENS)
+    together = max(config.calibration.tokens_each, MICRO_BATCH_TOKENS)
     lowest, highest = scope.bpw_range
     return Forecast(
         decoder_weights=weights,
@@ -119,6 +121,7 @@ def forecast_run(
         bpw=budget_bits / scope.weights if bpw is None else bpw,
         lowest_bpw=lowest,
         highest_bpw=highest,
+        quantized=tuple(x.name for x in (*scope.quantized, *([scope.head] if scope.head else []))),
         memory_bytes=_RUNTIME_BYTES
         + max(
             *(_measuring_memory(block, hidden, kept_tokens, together) for block in blocks),
@@ -145,9 +148,9 @@ def tuning_memory(checkpoint: Checkpoint, config: MeasureConfig) -> int:
     blocks = [_shapes(source, index) for index in range(source.block_count)]
     calibration = config.calibration
     # What both models' last blocks make of all rows, and what enters every block for a step: in files where states are.
-    held = 2 * calibration.rows * calibration.row_tokens + len(blocks) * calibration.row_tokens
+    held = 2 * calibration.rows * calibration.tokens_each + len(blocks) * calibration.tokens_each
     states = 0 if config.offload_dir is not None else held * hidden * _FLOAT32_BYTES
-    block = max(map(_weights, blocks)) + max(_passing(each, hidden, calibration.row_tokens) for each in blocks)
+    block = max(map(_weights, blocks)) + max(_passing(each, hidden, calibration.tokens_each) for each in blocks)
     # Both heads in 16 bits, and what is computed from some logits.
     heads = 2 * vocabulary * hidden * _FLOAT16_BYTES + vocabulary * _LOGITS_TUNED * _FLOAT32_BYTES
     return _RUNTIME_BYTES + states + block + heads

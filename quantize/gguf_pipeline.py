@@ -19,7 +19,7 @@ from ..convert.gguf.base import converter_files, make_base
 from ..convert.gguf.check import check_base
 from ..convert.gguf.ggml import Bytes
 from ..convert.gguf.header import GgufHeader, read_gguf_header
-from ..convert.gguf.imatrix import ImportanceMatrix, imatrix_metadata, read_imatrix
+from ..convert.gguf.imatrix import ImportanceMatrix, imatrix_metadata, read_imatrix, require_fitting
 from ..convert.gguf.mixtures import mixture
 from ..convert.gguf.names import architecture_of, gguf_name, row_order
 from ..convert.gguf.reader import GgufModel
@@ -41,12 +41,12 @@ from .cards import write_card
 from .fallbacks import damping_fallbacks, fallback_entries, fallback_lines
 from .hidden_states import Drift, drift_section
 from .judge import Judge, refuse_marked
-from .obtain import MEASUREMENT_FILE, obtain_measurement
+from .obtain import MEASUREMENT_FILE, load_measurement, obtain_measurement
 from .options import GgufConfig
 from .stages import StageClock, StageCost, cost_line, cost_section
+from .support import largest_file_bytes, require_gguf, require_mixture, require_types
 from .type_plan import TypePlan, make_type_plan
 from .type_rounding import RoundedTypes, round_types, table_importance
-from .vram import room_for_weights
 
 __all__ = [
     "GgufConfig",
@@ -54,6 +54,7 @@ __all__ = [
     "base_path",
     "convert_to_mixture",
     "importance_of",
+    "prepare_base",
     "quantize_to_gguf",
     "refuse_others",
 ]
@@ -148,6 +149,8 @@ def quantize_to_gguf(
     """
     checkpoint = open_model(model)
     refuse_others(output)
+    measured = None if measurement is None else load_measurement(measurement, checkpoint)
+    require_gguf(checkpoint, output, config, measured=measured, rows=calibration)
     work = work or output.with_name(f"{output.name}.work")
     if judge is None and config.evaluate is not None:
         judge = Judge(checkpoint, config.evaluate, progress)
@@ -163,6 +166,7 @@ def convert_to_mixture(
     imatrix: Path | None = None,
     base: Path | None = None,
     llama_cpp: Path | None = None,
+    judge: Judge | None = None,
     progress: Progress = silent,
 ) -> tuple[GgufVerification, tuple[str, ...]]:
     """Quantize a model with one of llama.cpp's fixed mixtures: byte for byte what llama-quantize makes.
@@ -174,6 +178,7 @@ def convert_to_mixture(
         imatrix: An importance matrix in either of llama.cpp's formats.
         base: The model as an unquantized GGUF file; None converts it.
         llama_cpp: As in ``GgufConfig``.
+        judge: What the file will be compared by; its text is checked first. None if it will not be compared.
         progress: Shows how far the writing is.
 
     Returns:
@@ -187,11 +192,18 @@ def convert_to_mixture(
         raise WorkDirectoryError(f"{output}: exists already. Choose another name or delete it.")
     matrix = None if imatrix is None else read_imatrix(imatrix)
     checkpoint = open_model(model)
+    require_mixture(checkpoint, output, chosen, matrix, evaluated=judge is not None)
+    if judge is not None:
+        judge.check_text(None)
     output.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as private:
         made = base or Path(private) / "base.gguf"
         warnings = () if base else _converted(checkpoint, made, llama_cpp)
         header = read_gguf_header(made)
+        if judge is not None:
+            GgufModel.open(made)
+        if matrix is not None:
+            require_fitting(matrix, {name: tensor.shape for name, tensor in header.tensors.items()})
         verification = write_gguf(
             made,
             output,
@@ -243,8 +255,15 @@ def _quantize(
     given, base = base, base or _undamaged(base_path(checkpoint, work, config.llama_cpp))
     # The converter first: should it not know the model, nothing has been measured in vain.
     with clock.stage("convert"):
-        warnings = _converted(checkpoint, base, config.llama_cpp)
+        warnings = prepare_base(checkpoint, base, config)
     header = read_gguf_header(base)
+
+    def check_rows(rows: CalibrationSet) -> None:
+        if judge is not None:
+            judge.check_text(rows)
+        if measurement is None:
+            require_types(checkpoint, config, None, _tensor_bytes(header, checkpoint, config, rows))
+
     measured, rows = obtain_measurement(
         checkpoint,
         config.measure,
@@ -253,10 +272,11 @@ def _quantize(
         progress,
         given=measurement,
         calibration=calibration,
-        check_rows=None if judge is None else judge.check_text,
+        check_rows=check_rows,
     )
     with clock.stage("plan"):
-        plan = _planned(measured, header, checkpoint, config, rows)
+        tensor_bytes = _tensor_bytes(header, checkpoint, config, rows)
+        plan = make_type_plan(measured, bpw=config.bpw, tensor_bytes=tensor_bytes, overrides=config.overrides)
         plan.save(work / "plan.json")
     run = _identity(checkpoint, rows, plan, config, given)
     verification = None
@@ -376,22 +396,34 @@ def _undamaged(base: Path) -> Path:
     return base
 
 
+def prepare_base(checkpoint: Checkpoint, base: Path, config: GgufConfig) -> tuple[str, ...]:
+    """Convert a model to the unquantized file that a run works from, unless it is there; return what was left out.
+
+    Args:
+        checkpoint: The model.
+        base: The file, as ``base_path`` names it.
+        config: Says where the converter is, and whether the file will have to be read.
+
+    Raises:
+        BpwiseError: As ``make_base`` and ``check_base``; or it holds a variant of the architecture that is not read.
+    """
+    warnings = _converted(checkpoint, base, config.llama_cpp)
+    if config.feedback or config.evaluate is not None:
+        GgufModel.open(base)
+    return warnings
+
+
 def _converted(checkpoint: Checkpoint, base: Path, llama_cpp: Path | None) -> tuple[str, ...]:
     if not base.exists():
         make_base(checkpoint, base, llama_cpp=llama_cpp)
     return tuple(check_base(base, checkpoint))
 
 
-def _planned(
-    measurement: Measurement, header: GgufHeader, checkpoint: Checkpoint, config: GgufConfig, rows: CalibrationSet
-) -> TypePlan:
-    if config.bpw is not None:
-        return make_type_plan(measurement, bpw=config.bpw, overrides=config.overrides)
-    max_bytes = config.max_bytes
-    if config.vram_bytes is not None:
-        context = config.context_tokens or int(checkpoint.config["max_position_embeddings"])
-        max_bytes = room_for_weights(config.vram_bytes, checkpoint.config, context)
-    assert max_bytes is not None
+def _tensor_bytes(header: GgufHeader, checkpoint: Checkpoint, config: GgufConfig, rows: CalibrationSet) -> int | None:
+    # What a largest size leaves for tensors beside the file's own metadata; None where bits per weight are asked for.
+    max_bytes = largest_file_bytes(checkpoint, config)
+    if max_bytes is None:
+        return None
     tensors = sum(tensor.size_bytes for tensor in header.tensors.values())
     overhead = planned_bytes(header, {}, file_type=0, metadata=_metadata("0" * 32, rows))
     room = max_bytes - (overhead - tensors) - _ALIGNMENT_BYTES * len(header.tensors)
@@ -400,7 +432,7 @@ def _planned(
             f"a file of {max_bytes} bytes has no room for tensors: metadata and vocabulary take {max_bytes - room}. "
             "Ask for a larger file."
         )
-    return make_type_plan(measurement, tensor_bytes=room, overrides=config.overrides)
+    return room
 
 
 def _identity(

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..convert.exl2.names import HEAD
 from ..convert.exl2.reader import Exl2Model, is_exl2
+from ..convert.files import read_json
 from ..convert.gguf.header import is_gguf, read_gguf_header
 from ..convert.original import open_model
 from ..convert.safetensors_file import load_metadata
@@ -21,6 +22,7 @@ from ..measure.calibration import CalibrationSet
 from ..measure.measurement import HEADER_KEY, Measurement
 from .kept import kept_lines
 from .plan import LinearPlan, Plan
+from .type_plan import TYPE_PLAN_KEY, TypePlan
 
 __all__ = ["Inspection", "inspect_path"]
 
@@ -56,7 +58,7 @@ def inspect_path(path: Path) -> Inspection:
     if is_gguf(path):
         return _gguf(path)
     if path.suffix == ".json":
-        return _plan(path)
+        return _type_plan(path) if TYPE_PLAN_KEY in read_json(path, FormatError) else _plan(path)
     if path.suffix == ".safetensors":
         return _measurement(path) if HEADER_KEY in load_metadata(path) else _calibration(path)
     raise FormatError(
@@ -219,4 +221,30 @@ def _plan(path: Path) -> Inspection:
         ),
         header=("linear", "in x out", "bpw", "damage", "share of rows at each width"),
         rows=tuple(row(p) for p in (*plan.linears, *([plan.head] if plan.head else []))),
+    )
+
+
+def _type_plan(path: Path) -> Inspection:
+    plan = TypePlan.load(path)
+    shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in plan.weights_per_type().items())
+    return Inspection(
+        kind="GGUF plan",
+        facts=(
+            f"{plan.bpw:.4f} bits per weight over all tensors, {plan.stored_bytes / 2**20:.1f} MiB (at most "
+            f"{plan.target_bytes / 2**20:.1f} MiB asked)",
+            f"predicted damage {plan.damage_nats:.6f} nats/token (no plan of this size can go below "
+            f"{plan.lower_bound_nats:.6f})",
+            f"weights: {shares}",
+        ),
+        header=("tensor", "in x out", "type", "bpw", "damage"),
+        rows=tuple(
+            (
+                tensor.name,
+                f"{tensor.row_weights} x {tensor.rows}",
+                tensor.type,
+                f"{tensor.kind.bits_per_weight:.3f}",
+                f"{tensor.damage_nats:.2e}",
+            )
+            for tensor in plan.tensors
+        ),
     )

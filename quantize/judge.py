@@ -13,6 +13,7 @@ from ..eval.models import open_any, vocab_size_of
 from ..eval.original import OriginalRun, run_original
 from ..eval.overlap import CalibrationSpans, refuse_calibration_text, told
 from ..measure.calibration import CalibrationSet
+from ..measure.context import EVALUATION, check_rows
 from ..measure.tokenizer import load_tokenizer
 from ..progress import Progress, silent
 from .cards import card_path
@@ -40,24 +41,30 @@ class Judge:
             checkpoint: The original.
             config: Options of the evaluation.
             progress: Wraps the blocks of each pass.
+
+        Raises:
+            ConfigError: Rows are longer than the original's context.
         """
         self._checkpoint = checkpoint
-        self._config = config
+        self._config = config.fitted(checkpoint)
         self._progress = progress
         self.shared_share: float | None = None
         self._rows: CalibrationSet | None = None
         self._run: OriginalRun | None = None
 
-    def check_text(self, calibration: CalibrationSet) -> None:
-        """Refuse text that was calibrated on, before any long work.
+    def check_text(self, calibration: CalibrationSet | None) -> None:
+        """Refuse text that was calibrated on, and rows that cannot be run, before any long work.
 
         Args:
-            calibration: The calibration rows.
+            calibration: The calibration rows; None if there are none.
 
         Raises:
             CalibrationError: The text overlaps and that is not allowed, cannot be read or is too short.
         """
         rows = self._evaluation_rows()
+        check_rows(self._checkpoint, rows, EVALUATION)
+        if calibration is None:
+            return
         spans = CalibrationSpans.of(calibration, row_tokens=rows.tokens.shape[1])
         self.shared_share = refuse_calibration_text(rows, spans, allowed=self._config.allow_calibration_text)
         self._rows = told(rows, self.shared_share)

@@ -22,7 +22,7 @@ from ..progress import Progress
 from .linears import model_linears
 from .stages import StageClock
 
-__all__ = ["MEASUREMENT_FILE", "obtain_measurement"]
+__all__ = ["MEASUREMENT_FILE", "load_measurement", "obtain_measurement"]
 
 MEASUREMENT_FILE = "measurement.safetensors"
 """Where a run keeps its measurement in the work directory."""
@@ -57,7 +57,7 @@ def obtain_measurement(
     """
     if given is not None:
         checkpoint.prepare_fingerprint(progress)
-        measured = _load(given, checkpoint)
+        measured = load_measurement(given, checkpoint)
         rows = measured_rows(measured)
         if check_rows is not None:
             check_rows(rows)
@@ -72,7 +72,13 @@ def obtain_measurement(
     return measured, rows
 
 
-def _load(path: Path, checkpoint: Checkpoint) -> Measurement:
+def load_measurement(path: Path, checkpoint: Checkpoint) -> Measurement:
+    """Read a measurement of a model.
+
+    Raises:
+        BpwiseError: As ``Measurement.load``.
+        FormatError: It belongs to another model.
+    """
     measurement = Measurement.load(path)
     if measurement.provenance.get("model") != checkpoint.fingerprint:
         raise FormatError(
@@ -99,7 +105,7 @@ def _measured(
         wanted = measurement_provenance(checkpoint, rows, config)
         # One that is damaged, or of another version, is as good as none.
         with suppress(FormatError):
-            measurement = _load(kept, checkpoint)
+            measurement = load_measurement(kept, checkpoint)
             # Types that are not asked for do no harm.
             if wanted == {**measurement.provenance, "types": wanted["types"] and list(measurement.types)}:
                 return measurement

@@ -10,6 +10,9 @@ from ..convert.checkpoint import Checkpoint
 from ..convert.exl2.shards import DEFAULT_SHARD_BYTES
 from ..errors import ConfigError
 from ..eval.config import EvalConfig
+from ..measure.calibration import CalibrationSet
+from ..measure.context import CALIBRATION, fit_row_tokens
+from ..measure.measurement import Measurement
 from ..measure.run import MeasureConfig
 from .cards import check_base_model
 from .forecast import Forecast, forecast_run, tuning_memory
@@ -99,20 +102,40 @@ class QuantizeConfig:
             )
         return None
 
+    def known(self, measured: Measurement | None, rows: CalibrationSet | None) -> QuantizeConfig:
+        """Return the same with the number and length of the rows, and the group size, that are known already.
+
+        Args:
+            measured: A measurement to work from.
+            rows: Calibration rows that are given.
+        """
+        if measured is None and rows is None:
+            return self
+        count, row_tokens = (measured or rows).tokens.shape  # type: ignore[union-attr]
+        calibration = replace(self.measure.calibration, rows=count, row_tokens=row_tokens)
+        group_size = self.measure.group_size if measured is None else measured.group_size
+        return replace(self, measure=replace(self.measure, calibration=calibration, group_size=group_size))
+
     def forecast(self, checkpoint: Checkpoint) -> Forecast:
-        """Return what a run will take; see ``forecast_run`` and ``tuning_memory``."""
+        """Return what a run will take; see ``forecast_run`` and ``tuning_memory``.
+
+        Raises:
+            BpwiseError: As ``forecast_run``; or rows are longer than the model's context.
+        """
+        row_tokens = fit_row_tokens(self.measure.calibration.row_tokens, checkpoint, CALIBRATION)
+        measure = replace(self.measure, calibration=replace(self.measure.calibration, row_tokens=row_tokens))
         forecast = forecast_run(
             checkpoint,
             bpw=self.bpw,
             size=self.size_limit(checkpoint),
             head_bits=self.head_bits,
-            config=self.measure,
+            config=measure,
             overrides=self.overrides,
             keep_fp16=self.keep_fp16,
         )
         if self.effort == "normal":
             return forecast
-        return replace(forecast, memory_bytes=max(forecast.memory_bytes, tuning_memory(checkpoint, self.measure)))
+        return replace(forecast, memory_bytes=max(forecast.memory_bytes, tuning_memory(checkpoint, measure)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,6 @@ from ..convert.content import file_digests
 from ..convert.exl2.manifest import read_manifest
 from ..convert.exl2.verify import Verification, verify_model
 from ..convert.exl2.writer import write_model
-from ..convert.families import require_reader
 from ..convert.hub import side_files
 from ..convert.language import WrittenModel
 from ..convert.original import Original, open_model
@@ -31,12 +30,13 @@ from .fallbacks import damping_fallbacks, fallback_entries, fallback_lines
 from .hidden_states import Drift, drift_section
 from .judge import Judge, refuse_marked
 from .kept import kept_lines
-from .obtain import MEASUREMENT_FILE, obtain_measurement
+from .obtain import MEASUREMENT_FILE, load_measurement, obtain_measurement
 from .options import QuantizeConfig
 from .plan import Plan, make_plan
 from .planning import plan_costs
 from .rounding import RoundConfig, RoundedModel, round_model, tune_model
 from .stages import StageClock, StageCost, cost_line, cost_section
+from .support import require_exl2
 
 __all__ = ["QuantizeConfig", "QuantizeResult", "is_finished", "quantize_model", "report_details"]
 
@@ -124,11 +124,11 @@ def quantize_model(
         BpwiseError: Whatever is wrong with the model, the options, the text or the disk.
     """
     checkpoint = open_model(model)
-    if not config.force:
-        require_reader(checkpoint.config)
-    if measurement is None:  # a given one has a group size of its own, which the plan checks at once
-        config.forecast(checkpoint)
     is_finished(output, model=lambda: checkpoint.fingerprint)
+    if measurement is not None:
+        checkpoint.prepare_fingerprint(progress)
+    measured = None if measurement is None else load_measurement(measurement, checkpoint)
+    require_exl2(checkpoint, output, config, measured=measured, rows=calibration)
     work = work or output.with_name(f"{output.name}.work")
     if judge is None and config.evaluate is not None:
         judge = Judge(checkpoint, config.evaluate, progress)

@@ -13,7 +13,17 @@ from ..errors import BudgetError, ConfigError
 from .kept import ASKED, FLOAT16_BITS, KeptLinear, kept_reasons
 from .linears import Shaped, matching
 
-__all__ = ["AUTO", "HEAD_BITS", "HeadBits", "Scope", "SizeLimit", "WidthOverride", "check_head_bits", "plan_scope"]
+__all__ = [
+    "AUTO",
+    "HEAD_BITS",
+    "HeadBits",
+    "Scope",
+    "SizeLimit",
+    "WidthOverride",
+    "check_head_bits",
+    "plan_scope",
+    "shown_range",
+]
 
 HEAD_BITS = (2, 3, 4, 5, 6, 8, 16)
 """Bits that the output head can be asked to have; 16 leaves it unquantized."""
@@ -167,14 +177,14 @@ class Scope:
             BudgetError: No plan has this size; the message gives the range.
         """
         lowest, highest = self.bpw_range
-        if not lowest <= bpw <= highest:
+        # Both ends of the range can be asked for as they are shown.
+        if not lowest <= bpw <= _round_up(highest):
             raise BudgetError(
                 f"{bpw:g} bits per weight cannot be reached: this model at groups of {self.group_size} rows can have "
-                f"from {math.ceil(lowest * 1e4) / 1e4:.4f} to {math.floor(highest * 1e4) / 1e4:.4f}"
-                f"{self._as_asked()}. Ask for a size in this range."
+                f"from {shown_range(lowest, highest)}{self._as_asked()}. Ask for a size in this range."
             )
         # The product may fall just short of the whole number of bits that it stands for.
-        return int(bpw * self.weights + 1e-3)
+        return min(int(bpw * self.weights + 1e-3), self.bits_range[1])
 
     def budget_bits_within(self, limit: SizeLimit) -> int:
         """Return the bits that are left for the same weights within a size; no more than they can take.
@@ -253,6 +263,16 @@ def plan_scope(
         widths=widths,
         group_size=group_size,
     )
+
+
+def shown_range(lowest: float, highest: float) -> str:
+    """Return a range of bits per weight for a message: four decimals, both ends large enough to be met from below."""
+    return f"{_round_up(lowest):.4f} to {_round_up(highest):.4f}"
+
+
+def _round_up(bpw: float) -> float:
+    # To four decimals; 4.65 * 1e4 is a little above 46500.
+    return math.ceil(round(bpw * 1e4, 6)) / 1e4
 
 
 def check_head_bits(head_bits: HeadBits) -> None:

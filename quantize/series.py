@@ -18,14 +18,16 @@ from ..eval.comparison import Comparison
 from ..eval.models import model_name
 from ..eval.report import JSON_NAME, MARKDOWN_NAME, comparison_table
 from ..measure.calibration import CalibrationSet
+from ..measure.measurement import Measurement
 from ..progress import Progress, silent
 from ..version import __version__
 from .cards import output_name
-from .gguf_pipeline import GgufConfig, GgufResult, base_path, quantize_to_gguf, refuse_others
+from .gguf_pipeline import GgufConfig, GgufResult, base_path, prepare_base, quantize_to_gguf, refuse_others
 from .judge import Judge
-from .obtain import MEASUREMENT_FILE, obtain_measurement
+from .obtain import MEASUREMENT_FILE, load_measurement, obtain_measurement
 from .pipeline import QuantizeConfig, QuantizeResult, is_finished, quantize_model
 from .stages import StageClock
+from .support import require_exl2, require_gguf
 
 __all__ = ["SeriesOutput", "SeriesResult", "output_paths", "quantize_series"]
 
@@ -146,10 +148,13 @@ def quantize_series(
     checkpoint = open_model(model)
     configs = {bpw: _with_rate(config, bpw) for bpw in rates}
     paths = output_paths(config.base_model or model_name(checkpoint), output, config, rates)
-    _check(checkpoint, configs, paths, measured=measurement is not None)
+    measured = None if measurement is None else load_measurement(measurement, checkpoint)
+    _check(checkpoint, configs, paths, measured, calibration)
     work = work or output.with_name(f"{output.name}.work")
     judge = None if config.evaluate is None else Judge(checkpoint, config.evaluate, progress)
     with claimed(work):
+        if isinstance(config, GgufConfig):
+            prepare_base(checkpoint, base_path(checkpoint, work, config.llama_cpp), config)
         if measurement is None:
             measurement = work / "measure" / MEASUREMENT_FILE
             obtain_measurement(
@@ -186,17 +191,17 @@ def _check(
     checkpoint: Checkpoint,
     configs: Mapping[float, QuantizeConfig | GgufConfig],
     paths: Mapping[float, Path],
-    *,
-    measured: bool,
+    measured: Measurement | None,
+    rows: CalibrationSet | None,
 ) -> None:
     # Whatever is in the way or impossible shows before the long work.
     for bpw, config in configs.items():
         if isinstance(config, GgufConfig):
             refuse_others(paths[bpw])
-            continue
-        is_finished(paths[bpw], model=lambda: checkpoint.fingerprint)
-        if not measured:
-            config.forecast(checkpoint)
+            require_gguf(checkpoint, paths[bpw], config, measured=measured, rows=rows)
+        else:
+            is_finished(paths[bpw], model=lambda: checkpoint.fingerprint)
+            require_exl2(checkpoint, paths[bpw], config, measured=measured, rows=rows)
 
 
 def _make(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,11 +18,25 @@ from ..convert.gguf.types import TYPES, GgmlType, ggml_type
 from ..errors import BudgetError, ConfigError, FormatError
 from ..measure.measurement import Measurement
 from .knapsack import choose
+from .linears import Shaped
 from .plan import REMEDY
+from .scope import shown_range
 
-__all__ = ["TYPE_PLAN_VERSION", "Override", "TensorPlan", "TypePlan", "make_type_plan", "size_range"]
+__all__ = [
+    "TYPE_PLAN_KEY",
+    "TYPE_PLAN_VERSION",
+    "Override",
+    "TensorPlan",
+    "TypePlan",
+    "make_type_plan",
+    "require_type_plan",
+    "size_range",
+]
 
 TYPE_PLAN_VERSION = 1
+
+TYPE_PLAN_KEY = "bpwise_type_plan"
+"""Where a file says that it is a GGUF plan, and of which version."""
 
 _UNTOUCHED = "F16"
 """Taken for lossless: its damage is far below that of any quantized type."""
@@ -163,7 +176,7 @@ class TypePlan:
     def save(self, path: Path) -> None:
         """Write the plan as JSON."""
         derived = {"bpw": self.bpw, "predicted_damage_nats": self.damage_nats}
-        write_json(path, {"bpwise_type_plan": TYPE_PLAN_VERSION, **derived, **asdict(self)})
+        write_json(path, {TYPE_PLAN_KEY: TYPE_PLAN_VERSION, **derived, **asdict(self)})
 
     @classmethod
     def load(cls, path: Path) -> TypePlan:
@@ -173,7 +186,7 @@ class TypePlan:
             FormatError: It is not a plan of this version.
         """
         raw = read_json(path, FormatError)
-        if raw.get("bpwise_type_plan") != TYPE_PLAN_VERSION:
+        if raw.get(TYPE_PLAN_KEY) != TYPE_PLAN_VERSION:
             raise FormatError(f"{path}: not a GGUF plan of version {TYPE_PLAN_VERSION}. Make it with `bpwise plan`.")
         return check_schema(raw, cls, FormatError, where=str(path), remedy=REMEDY)
 
@@ -211,13 +224,8 @@ def make_type_plan(
         BudgetError: No plan is that small; the message gives the range that there is.
         ConfigError: The measurement knows no types, or an override matches nothing or does not fit.
     """
-    assert (bpw is None) != (tensor_bytes is None), "one target"
     candidates = _candidates(measurement, overrides)
-    weights = _all_weights(candidates, measurement)
-    # The product may fall just short of the whole number of bytes that it stands for.
-    target = int(bpw * weights / 8 + 1e-3) if bpw is not None else tensor_bytes
-    assert target is not None
-    _check_target(target, candidates, measurement)
+    target = _target(candidates, measurement.other_weights, bpw=bpw, tensor_bytes=tensor_bytes)
     names = [list(tensor.damage_nats) for tensor in candidates]
     sizes = [_sizes(tensor) for tensor in candidates]
     damages = [np.array(list(tensor.damage_nats.values())) for tensor in candidates]
@@ -241,17 +249,52 @@ def make_type_plan(
     )
 
 
+def require_type_plan(
+    linears: Sequence[Shaped],
+    table: Shaped,
+    other_weights: int,
+    types: Sequence[str],
+    *,
+    bpw: float | None = None,
+    tensor_bytes: int | None = None,
+    overrides: Sequence[Override] = (),
+) -> int:
+    """Refuse what ``make_type_plan`` would refuse of any measurement of a model, before there is one.
+
+    Args:
+        linears: Its decoder linears, and its head if that is a tensor of its own.
+        table: Its embeddings: as many inputs as a token has channels, an output for each token.
+        other_weights: Weights in norms and biases.
+        types: Names of the types that are measured.
+        bpw: As ``make_type_plan`` takes it.
+        tensor_bytes: As ``make_type_plan`` takes it.
+        overrides: As ``make_type_plan`` takes them.
+
+    Returns:
+        About the bytes that all tensors will take, met from below.
+
+    Raises:
+        BudgetError: No plan is that small.
+        ConfigError: No types are measured, or an override matches nothing or does not fit.
+    """
+    _require_types(types)
+    tensors = [_undamaged(x.name, x.out_features, x.in_features, types) for x in (*linears, table)]
+    candidates = _restricted(tensors, overrides, types)
+    target = _target(candidates, other_weights, bpw=bpw, tensor_bytes=tensor_bytes)
+    return min(target, _size_range(candidates, other_weights)[1])
+
+
 def size_range(measurement: Measurement, overrides: Sequence[Override] = ()) -> tuple[int, int]:
     """Return the fewest and the most bytes that the tensors of a plan can take.
 
     Raises:
         ConfigError: As ``make_type_plan``.
     """
-    return _size_range(_candidates(measurement, overrides), measurement)
+    return _size_range(_candidates(measurement, overrides), measurement.other_weights)
 
 
-def _size_range(candidates: Sequence[_Tensor], measurement: Measurement) -> tuple[int, int]:
-    other = _OTHER_BYTES * measurement.other_weights
+def _size_range(candidates: Sequence[_Tensor], other_weights: int) -> tuple[int, int]:
+    other = _OTHER_BYTES * other_weights
     sizes = [_sizes(tensor) for tensor in candidates]
     return other + sum(int(size.min()) for size in sizes), other + sum(int(size.max()) for size in sizes)
 
@@ -260,28 +303,34 @@ def _sizes(tensor: _Tensor) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     return np.array([tensor.rows * ggml_type(name).row_bytes(tensor.row_weights) for name in tensor.damage_nats])
 
 
-def _all_weights(candidates: Sequence[_Tensor], measurement: Measurement) -> int:
-    return sum(tensor.rows * tensor.row_weights for tensor in candidates) + measurement.other_weights
-
-
-def _check_target(target_bytes: int, candidates: Sequence[_Tensor], measurement: Measurement) -> None:
-    least, most = _size_range(candidates, measurement)
-    if target_bytes < least:
-        per_byte = 8 / _all_weights(candidates, measurement)
+def _target(candidates: Sequence[_Tensor], other_weights: int, *, bpw: float | None, tensor_bytes: int | None) -> int:
+    # The bytes that a target stands for, as far as they can be reached.
+    assert (bpw is None) != (tensor_bytes is None), "one target"
+    weights = sum(tensor.rows * tensor.row_weights for tensor in candidates) + other_weights
+    # The product may fall just short of the whole number of bytes that it stands for.
+    target = int(bpw * weights / 8 + 1e-3) if bpw is not None else tensor_bytes
+    assert target is not None
+    least, most = _size_range(candidates, other_weights)
+    if target < least:
         raise BudgetError(
-            f"{target_bytes} bytes of tensors ({target_bytes * per_byte:.4f} bits per weight) cannot be reached: this "
-            f"model can have from {least} to {most}, that is {math.ceil(least * per_byte * 1e4) / 1e4:.4f} to "
-            f"{math.floor(most * per_byte * 1e4) / 1e4:.4f} bits per weight. Ask for a size in this range."
+            f"{target} bytes of tensors ({8 * target / weights:.4f} bits per weight) cannot be reached: this model can "
+            f"have from {least} to {most}, that is {shown_range(8 * least / weights, 8 * most / weights)} bits per "
+            "weight. Ask for a size in this range."
+        )
+    return target
+
+
+def _require_types(types: Sequence[str]) -> None:
+    if not types:
+        raise ConfigError(
+            "no GGUF types were measured, because ggml's library is not installed, or was not when the measurement was "
+            "made. Run pip install 'bpwise[gguf]' and measure again."
         )
 
 
 def _candidates(measurement: Measurement, overrides: Sequence[Override]) -> list[_Tensor]:
     # Every tensor with the damage of each type that fits it.
-    if not measurement.types:
-        raise ConfigError(
-            "the measurement knows no GGUF types, because ggml's library was not installed when it was made. "
-            "Run pip install 'bpwise[gguf]' and measure again."
-        )
+    _require_types(measurement.types)
     head, table = measurement.head, measurement.embedding
     tensors = [
         _fitting(measurement, linear.name, linear.out_features, linear.in_features, linear.type_damage_nats)
@@ -289,6 +338,11 @@ def _candidates(measurement: Measurement, overrides: Sequence[Override]) -> list
     ]
     damage = table.type_damage_nats + (head.type_damage_nats if table.tied else 0)
     tensors.append(_fitting(measurement, table.name, table.tokens, table.hidden_size, damage))
+    return _restricted(tensors, overrides, measurement.types)
+
+
+def _restricted(tensors: Sequence[_Tensor], overrides: Sequence[Override], measured: Sequence[str]) -> list[_Tensor]:
+    # The tensors with the types that overrides leave them.
     for override in overrides:
         if not any(override.matches(tensor.name) for tensor in tensors):
             raise ConfigError(
@@ -297,7 +351,7 @@ def _candidates(measurement: Measurement, overrides: Sequence[Override]) -> list
             )
     asked = [next((o for o in reversed(overrides) if o.matches(tensor.name)), None) for tensor in tensors]
     return [
-        _overridden(tensor, override, measurement.types) if override else tensor
+        _overridden(tensor, override, measured) if override else tensor
         for tensor, override in zip(tensors, asked, strict=True)
     ]
 
@@ -313,6 +367,12 @@ def _fitting(
         kind: float(damage) for kind, damage in zip(measurement.types, damage_nats, strict=True) if np.isfinite(damage)
     }
     return _Tensor(name, rows, row_weights, {_UNTOUCHED: 0.0, **fitting})
+
+
+def _undamaged(name: str, rows: int, row_weights: int, types: Sequence[str]) -> _Tensor:
+    # A tensor of which nothing was measured: in no type it costs anything.
+    fitting = (kind for kind in types if ggml_type(kind).fits(row_weights))
+    return _Tensor(name, rows, row_weights, {_UNTOUCHED: 0.0, **dict.fromkeys(fitting, 0.0)})
 
 
 def _overridden(tensor: _Tensor, override: Override, measured: Sequence[str]) -> _Tensor:

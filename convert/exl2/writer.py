@@ -22,7 +22,26 @@ from .shards import DEFAULT_SHARD_BYTES, ShardWriter, tensor_sha256
 from .store import QUANTIZED_SUFFIXES, linear_tensors
 from .verify import Verification, check_rules, verify_model
 
-__all__ = ["write_model"]
+__all__ = ["require_writable", "write_model"]
+
+
+def require_writable(source: TensorSource, linears: Collection[str]) -> None:
+    """Refuse a model that ``write_model`` would refuse, whatever its linears are rounded to.
+
+    Reads every tensor that is carried over, and no weight of a quantized linear.
+
+    Args:
+        source: The original model.
+        linears: Names of the linears to quantize, without ``.weight``.
+
+    Raises:
+        BpwiseError: As ``write_model``.
+    """
+    _checked_config(source, linears, {})
+    quantized = {f"{name}.weight" for name in linears}
+    # Biases of quantized linears are carried over, too.
+    for name in sorted(_carried(source, ()) - quantized, key=model_order):
+        require_float16_range(name, source.tensor(name), CheckpointError)
 
 
 def write_model(
@@ -62,11 +81,8 @@ def write_model(
         VerificationError: Something on the disk does not decode to what was meant.
         WorkDirectoryError: ``out`` is in the way or cannot be written, or the disk is full.
     """
-    config = exl2_config(source.config, quantization, tied_embeddings=source.tied_embeddings)
+    config = _checked_config(source, linears, quantization)
     carried = _carried(source, linears)
-    dense_names = carried | {f"{name}.weight" for name in linears}
-    check_rules(config, linears.keys(), dense_names)
-    _check_shapes(source, linears)
     halved = {f"{name}.{part}" for name in float16 for part in ("weight", "bias")} | head_names(source.names)
     manifest: dict[str, dict[str, str]] = {"linears": {}, "tensors": {}}
     with atomic_directory(Path(out)) as directory:
@@ -83,14 +99,21 @@ def write_model(
         return verify_model(directory)
 
 
-def _carried(source: TensorSource, linears: Mapping[str, Any]) -> set[str]:
+def _checked_config(source: TensorSource, linears: Collection[str], quantization: Mapping[str, Any]) -> dict[str, Any]:
+    config = exl2_config(source.config, quantization, tied_embeddings=source.tied_embeddings)
+    check_rules(config, set(linears), _carried(source, linears) | {f"{name}.weight" for name in linears})
+    _check_shapes(source, linears)
+    return config
+
+
+def _carried(source: TensorSource, linears: Collection[str]) -> set[str]:
     replaced = {f"{name}.{part}" for name in linears for part in ("weight", "bias")}
     if source.tied_embeddings:
         replaced |= head_names(source.names)
     return set(source.names - replaced)
 
 
-def _check_shapes(source: TensorSource, linears: Mapping[str, Any]) -> None:
+def _check_shapes(source: TensorSource, linears: Collection[str]) -> None:
     # The readers' sizes come from the config, so it must agree with the weights before anything is written.
     for name in linears:
         weight = f"{name}.weight"

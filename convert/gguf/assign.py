@@ -12,7 +12,7 @@ from .mixtures import MIXTURES, Mixture, Spot
 from .roles import Role, layer_of, quantizable, role_of, trimmed, writing_order
 from .types import TYPES, GgmlType
 
-__all__ = ["dominant_file_type", "fallback", "mixture_types"]
+__all__ = ["dominant_file_type", "fallback", "mixture_types", "require_importance"]
 
 _OWN_RULES = ("glm5-next", "bailingmoe3")
 """Architectures for which llama.cpp has rules that are not in the tables here."""
@@ -56,11 +56,27 @@ def mixture_types(chosen: Mixture, header: GgufHeader, *, importance: Container[
     for name, kind in result.items():
         known = importance is not None and name in importance
         if not known and _needs_importance(name, kind, chosen) and kind != header.tensors[name].type:
-            raise ConfigError(
-                f"{chosen.name}: {name} at {kind.name} would be garbage without importances, got none. Measure the "
-                "model, or give an imatrix file."
-            )
+            raise _blind(name, kind, chosen)
     return result
+
+
+def require_importance(chosen: Mixture, row_weights: int) -> None:
+    """Refuse a mixture that ``mixture_types`` would refuse without importances, before there is a file.
+
+    It looks at the first query projection: every mixture that needs importances needs them for that.
+
+    Args:
+        chosen: The mixture.
+        row_weights: Inputs of the projection.
+
+    Raises:
+        ConfigError: They would be garbage without importances.
+    """
+    first = Spot(index=0, count=1, queries_per_kv=1, experts=0, falcon=False, importance=False)
+    asked = next((kind for holds, kind in chosen.exceptions.get(Role.Q, ()) if holds(first)), chosen.default)
+    name, kind = "blk.0.attn_q.weight", fallback(TYPES[asked], row_weights)
+    if _needs_importance(name, kind, chosen):
+        raise _blind(name, kind, chosen)
 
 
 def dominant_file_type(types: Mapping[str, GgmlType], header: GgufHeader) -> int:
@@ -150,6 +166,13 @@ def fallback(kind: GgmlType, row_weights: int) -> GgmlType:
         return kind
     smaller = TYPES[_FALLBACKS.get(kind.name, kind.name)]
     return smaller if smaller.fits(row_weights) else TYPES["F16"]
+
+
+def _blind(name: str, kind: GgmlType, chosen: Mixture) -> ConfigError:
+    return ConfigError(
+        f"{chosen.name}: {name} at {kind.name} would be garbage without importances, got none. Measure the model, or "
+        "give an imatrix file."
+    )
 
 
 def _needs_importance(name: str, kind: GgmlType, chosen: Mixture) -> bool:

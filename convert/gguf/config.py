@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import FormatError, UnsupportedModelError
-from .header import GgufHeader
+from .header import GgufHeader, require_whole
 from .names import ROPE_FREQS, Architecture, architecture_of
 
 __all__ = ["config_from_metadata"]
@@ -41,7 +41,7 @@ def config_from_metadata(header: GgufHeader, rope_freqs: NDArray[np.float32] | N
         do. It always has ``head_dim`` and ``tie_word_embeddings``.
 
     Raises:
-        FormatError: Something is missing or makes no sense.
+        FormatError: Something is missing or makes no sense, or the file is one of several parts of a model.
         UnsupportedModelError: The architecture is unknown, or a variant that has no counterpart in Transformers.
     """
     return _Builder(header).config(rope_freqs)
@@ -49,6 +49,7 @@ def config_from_metadata(header: GgufHeader, rope_freqs: NDArray[np.float32] | N
 
 class _Builder:
     def __init__(self, header: GgufHeader) -> None:
+        require_whole(header)
         self._header = header
         self._name = str(header.metadata.get("general.architecture"))
         self._architecture: Architecture = architecture_of(self._name)
@@ -99,8 +100,6 @@ class _Builder:
         return config
 
     def _refuse_variants(self) -> None:
-        if self._single("split.count", 0) not in (0, 1):
-            raise self._unsupported("one of several parts of a model: join them with `llama-gguf-split --merge`")
         if self._get("expert_count", 0):
             raise self._unsupported("a mixture of experts")
         if self._get("attention.sliding_window", 0):
@@ -178,12 +177,9 @@ class _Builder:
         }
 
     def _get(self, key: str, default: Any = None) -> Any:
-        return self._single(f"{self._name}.{key}", default)
-
-    def _single(self, key: str, default: Any) -> Any:
-        value = self._header.metadata.get(key, default)
+        value = self._header.metadata.get(f"{self._name}.{key}", default)
         if isinstance(value, (list, np.ndarray)):
-            raise self._unsupported(f"a list for {key}, one value a block")
+            raise self._unsupported(f"a list for {self._name}.{key}, one value a block")
         return value
 
     def _size(self, key: str, default: int | None = None) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor
 from ...errors import BpwiseError, ConfigError, FormatError, NumericalError, ShapeError
 from .types import TYPES, GgmlType, ggml_type
 
-__all__ = ["TYPES", "Bytes", "GgmlType", "decode", "encode", "ggml_type", "kernels_available"]
+__all__ = ["TYPES", "Bytes", "GgmlType", "decode", "encode", "ggml_type", "kernels_available", "require_kernels"]
 
 Bytes = npt.NDArray[np.uint8]
 """Encoded rows, shape (rows, row_bytes)."""
@@ -44,6 +44,15 @@ _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 def kernels_available() -> bool:
     """Return whether ggml's library is installed; nothing is loaded."""
     return importlib.util.find_spec("libggml") is not None
+
+
+def require_kernels() -> None:
+    """Refuse to go on where ggml's library is not installed; nothing is loaded.
+
+    Raises:
+        BpwiseError: It is not.
+    """
+    _library_file()
 
 
 def encode(weights: Tensor, kind: GgmlType, importance: Tensor | None = None, *, threads: int = 1) -> Bytes:

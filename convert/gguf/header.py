@@ -22,7 +22,7 @@ from ...errors import FormatError
 from ..files import is_lfs_pointer
 from .types import GGML_TYPES, GgmlType
 
-__all__ = ["GGML_TYPES", "GgmlType", "GgufHeader", "GgufTensor", "is_gguf", "read_gguf_header"]
+__all__ = ["GGML_TYPES", "GgmlType", "GgufHeader", "GgufTensor", "is_gguf", "read_gguf_header", "require_whole"]
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -131,6 +131,20 @@ def read_gguf_header(path: Path) -> GgufHeader:
         raise FormatError(
             f"{path}: cannot be read ({cause.strerror}). Check that it exists and is readable."
         ) from cause
+
+
+def require_whole(header: GgufHeader) -> None:
+    """Refuse one of several files that a model is split into.
+
+    Raises:
+        FormatError: It is one.
+    """
+    parts, number = (header.metadata.get(key, default) for key, default in (("split.count", 1), ("split.no", 0)))
+    if isinstance(parts, int) and isinstance(number, int) and parts > 1:
+        raise FormatError(
+            f"{header.path}: part {number + 1} of {parts} of a split model, expected the whole. Join all parts with "
+            "`llama-gguf-split --merge FIRST-PART WHOLE.gguf`."
+        )
 
 
 class _Reader:

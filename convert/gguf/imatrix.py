@@ -8,6 +8,7 @@ strangers: nothing that they say is believed before it is checked against their 
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,13 +18,13 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ...errors import FormatError, ShapeError
+from ...errors import ConfigError, FormatError, ShapeError
 from ..files import atomic_file
 from .emit import ALIGNMENT_BYTES, Planned, entry, header_bytes, padding
 from .header import GgufHeader, is_gguf, read_gguf_header
 from .types import TYPES
 
-__all__ = ["ImportanceMatrix", "imatrix_metadata", "read_imatrix", "write_imatrix"]
+__all__ = ["ImportanceMatrix", "imatrix_metadata", "read_imatrix", "require_fitting", "write_imatrix"]
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _DATASETS, _CHUNKS, _CHUNK_TOKENS = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
@@ -134,6 +135,33 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
             if not bool(torch.isfinite(values).all()) or bool((values < 0).any()):
                 raise _damaged(path, f"{name!r} holds numbers that are NaN, infinite or negative")
     return matrix
+
+
+def require_fitting(matrix: ImportanceMatrix, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse an importance matrix of another model.
+
+    Args:
+        matrix: The matrix.
+        shapes: By tensor name, as in GGUF files, the shape of every tensor of the model: (experts,) rows, row_weights.
+
+    Raises:
+        ConfigError: No name in the matrix is that of a tensor, or a tensor has another number of inputs.
+    """
+    known = sorted(matrix.sums.keys() & shapes.keys())
+    if not known:
+        raise ConfigError(
+            f"importance matrix: none of its {len(matrix.sums)} tensors is in the model, got for example "
+            f"{min(matrix.sums)!r}. Use a matrix that was made with this model."
+        )
+    for name in known:
+        *experts, _, row_weights = (1, *shapes[name]) if len(shapes[name]) == 1 else shapes[name]
+        got, expected = matrix.sums[name].numel(), math.prod(experts) * row_weights
+        # As in llama.cpp, a lookup has no inputs to speak of.
+        if got != expected and name != "token_embd.weight":
+            raise ConfigError(
+                f"importance matrix: {name} has {got} inputs, expected {expected} as in the model. Use a matrix that "
+                "was made with this model."
+            )
 
 
 def write_imatrix(path: Path, matrix: ImportanceMatrix, *, legacy: bool = False) -> None:

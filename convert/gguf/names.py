@@ -17,7 +17,16 @@ from torch import Tensor
 
 from ...errors import UnsupportedModelError
 
-__all__ = ["ROPE_FREQS", "Architecture", "architecture_of", "gguf_name", "hf_name", "row_order", "tensor_shapes"]
+__all__ = [
+    "ROPE_FREQS",
+    "Architecture",
+    "architecture_of",
+    "gguf_name",
+    "hf_name",
+    "known_model_types",
+    "row_order",
+    "tensor_shapes",
+]
 
 ROPE_FREQS = "rope_freqs.weight"
 """Factors that divide the rotary frequencies: how llama.cpp stores ``rope_type: llama3``. No tensor of the model."""
@@ -72,8 +81,10 @@ class Architecture:
     optional_mlp_biases: bool = False
 
 
+_STORED_AS_LLAMA = "mistral"
+"""A model type without an architecture of its own: it differs from llama in nothing that llama.cpp computes."""
+
 _ARCHITECTURES = {
-    # Mistral is stored as llama: the two differ in nothing that llama.cpp computes.
     "llama": Architecture(
         model_type="llama",
         model_class="LlamaForCausalLM",
@@ -101,6 +112,11 @@ def architecture_of(name: object) -> Architecture:
             f"GGUF architecture {name!r} is not supported, expected one of {', '.join(_ARCHITECTURES)}."
         )
     return architecture
+
+
+def known_model_types() -> tuple[str, ...]:
+    """Return the model types, as config.json names them, whose tensors are known by their names in GGUF files."""
+    return tuple(sorted({architecture.model_type for architecture in _ARCHITECTURES.values()} | {_STORED_AS_LLAMA}))
 
 
 def hf_name(name: str) -> str | None:

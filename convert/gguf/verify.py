@@ -47,7 +47,7 @@ def verify_gguf(path: Path) -> GgufVerification:
         path: The file.
 
     Raises:
-        FormatError: A rule of the format is broken, or a value is NaN or infinite.
+        FormatError: A rule of the format is broken, a value is NaN or infinite, or the file is one of several parts.
     """
     header = read_gguf_header(Path(path))
     known = _is_known(header)

@@ -19,7 +19,7 @@ from ...progress import Progress, silent
 from ..files import atomic_file
 from .emit import Planned, entry, header_bytes, padding
 from .ggml import Bytes, decode, encode
-from .header import GgufHeader, GgufTensor, read_gguf_header
+from .header import GgufHeader, GgufTensor, read_gguf_header, require_whole
 from .roles import writing_order
 from .types import GgmlType
 
@@ -169,8 +169,7 @@ def _check_base(header: GgufHeader, types: Mapping[str, GgmlType]) -> None:
     unknown = types.keys() - header.tensors.keys()
     if unknown:
         raise ConfigError(f"{header.path}: no tensor {min(unknown)!r}, got a type for it. Use the names of the file.")
-    if header.metadata.get("split.count", 1) not in (0, 1):
-        raise FormatError(f"{header.path}: one of several parts, expected a model in one file. Convert it again.")
+    require_whole(header)
     for name, kind in types.items():
         stored = header.tensors[name].type
         if stored != kind and stored.name not in ("F32", "F16", "BF16"):

@@ -154,8 +154,16 @@ def test_scales_that_do_not_fit(
         open_model(make(tmp_path / "m", tensors, settings))
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "fp8"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes"])
 def test_other_quantized_models_are_refused(method: str, tmp_path: Path) -> None:
-    path = make(tmp_path / "m", {"a.weight": torch.ones(2, 2)}, {"quant_method": method})
+    tensors = {"a.qweight": torch.ones(2, 2, dtype=torch.int32), "b.weight": torch.ones(2, 2)}
+    path = make(tmp_path / "m", tensors, {"quant_method": method})
     with pytest.raises(CheckpointError, match="already quantized"):
+        open_model(path)
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "fp8", "gptq"])
+def test_settings_left_over_beside_dense_weights(method: str, tmp_path: Path) -> None:
+    path = make(tmp_path / "m", {"a.weight": torch.ones(2, 2).bfloat16()}, {"quant_method": method})
+    with pytest.raises(CheckpointError, match=r"not quantized\. Remove 'quantization_config' from config.json"):
         open_model(path)

@@ -303,6 +303,14 @@ class TestEvaluate:
         assert got[0].summary.kl_nats.value < got[1].summary.kl_nats.value
         assert replace(got[1], seconds=0) == replace(evaluate(original, far, config(text=str(text))), seconds=0)
 
+    def test_rows_that_a_quantized_model_has_no_positions_for(
+        self, make_model: MakeModel, text: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        original, short = make_model("original"), make_model("short", max_position_embeddings=32)
+        monkeypatch.setattr("bpwise.eval.comparison.run_original", lambda *_, **__: pytest.fail("was run"))
+        with pytest.raises(ConfigError, match="rows of 40 tokens, but the model has positions for 32"):
+            list(evaluate_each(original, [short], config(text=str(text))))
+
     def test_states_in_files_change_nothing(self, make_model: MakeModel, text: Path, tmp_path: Path) -> None:
         original, quantized = make_model("original"), make_model("quantized", noise=0.02)
         files = tmp_path / "files"

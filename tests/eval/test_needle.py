@@ -141,6 +141,16 @@ def test_too_short(models: list[Path], text: Path) -> None:
         evaluate_needle(models[0], models[1:], config(text, lengths=(80,)))
 
 
+@pytest.mark.parametrize("length", [80, 129], ids=["too-short", "too-long"])
+def test_the_command_refuses_them_before_it_compares(
+    length: int, models: list[Path], text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bpwise.eval.comparison.evaluate_each", lambda *_, **__: pytest.fail("was compared"))
+    run = CliRunner().invoke(cli, ["eval", *map(str, models), "--text", str(text), "--needle", str(length)])
+    assert run.exit_code == 1
+    assert "needle: " in run.stderr
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"lengths": ()}, {"lengths": (0,)}, {"samples": 0}, {"dtype": "int8"}],

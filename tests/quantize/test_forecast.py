@@ -40,7 +40,8 @@ def test_wide_queries_count(save_model: Any, tmp_path: Path) -> None:
 
 def test_tuning_holds_what_enters_every_block(save_model: Any, tmp_path: Path) -> None:
     # Of one row, however many rows there are; and of all rows what leaves the last.
-    checkpoint = Checkpoint.open(save_model(tmp_path / "deep", num_hidden_layers=24))
+    model = save_model(tmp_path / "deep", num_hidden_layers=24, max_position_embeddings=1 << 20)
+    checkpoint = Checkpoint.open(model)
 
     def memory_bytes(rows: int, effort: Effort, offload_dir: Path | None = None) -> int:
         calibration = CalibrationConfig(rows=rows, row_tokens=1 << 20)

@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,13 @@ class TestCommandLine:
         run = CliRunner().invoke(cli, command, catch_exceptions=False)
         assert run.exit_code == 0, run.output
         assert "model.layers.1.mlp.down_proj" in run.output
+        run = CliRunner().invoke(cli, ["inspect", str(tmp_path / "p.json")], catch_exceptions=False)
+        assert run.exit_code == 0, run.output
+        assert run.output.startswith(f"{tmp_path / 'p.json'}: GGUF plan\n")
+        # As the file has it.
+        for entry in json.loads((tmp_path / "p.json").read_text())["tensors"]:
+            line = next(line for line in run.output.splitlines() if line.startswith(entry["name"] + " "))
+            assert line.split()[1:5] == [str(entry["row_weights"]), "x", str(entry["rows"]), entry["type"]]
         for name in ("i.gguf", "i.dat"):
             run = CliRunner().invoke(cli, ["imatrix", measurement, "-o", str(tmp_path / name)], catch_exceptions=False)
             assert run.exit_code == 0, run.output

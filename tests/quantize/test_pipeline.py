@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,7 +13,9 @@ from bpwise.convert.work import StageDirectory
 from bpwise.eval.layers import linear_costs, plan_beside
 from bpwise.eval.models import open_any
 from bpwise.measure.measurement import Measurement
+from bpwise.measure.run import MeasureConfig
 from bpwise.quantize import obtain, pipeline
+from bpwise.quantize import options as run_options
 from bpwise.quantize.plan import Plan, bpw_range
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
@@ -335,8 +338,9 @@ class TestDryRun:
         assert list(tmp_path.iterdir()) == []
         lines = {line[:14].strip(): line[14:].split() for line in printed.splitlines()}
         lowest, highest = bpw_range(Measurement.load(finished.with_name("out.work") / "measurement.safetensors"))
-        assert lines["possible bpw"][0] == f"{lowest:.4f}"
-        assert lines["possible bpw"][2] == f"{highest:.4f}"
+        # Rounded up, so that both can be asked for.
+        assert lines["possible bpw"][0] == f"{math.ceil(lowest * 10_000) / 10_000:.4f}"
+        assert lines["possible bpw"][2] == f"{math.ceil(highest * 10_000) / 10_000:.4f}"
         original = sum(t.numel() * t.element_size() for t in load_file(tiny_model / "model.safetensors").values())
         written = sum(t.numel() * t.element_size() for t in load_file(finished / "output.safetensors").values())
         assert float(lines["original"][0]) == pytest.approx(original / 2**20, abs=0.051)  # printed with one decimal
@@ -426,7 +430,7 @@ class TestStageByStage:
     ) -> None:
         result = bpwise("quantize", tiny_model, tmp_path / "out", "--bpw", 4.5, *reused(finished), *option)
         assert result.exit_code == 2
-        assert "cannot go with --measurement" in result.stderr
+        assert "no effect with --measurement" in result.stderr
         assert not (tmp_path / "out").exists()
 
     def test_a_dry_run_knows_how_the_measurement_was_made(self, tiny_model: Path, tmp_path: Path) -> None:
@@ -436,7 +440,53 @@ class TestStageByStage:
         printed = succeed(
             "quantize", tiny_model, tmp_path / "out", "--bpw", lowest + 0.01, "-m", measurement, "--dry-run"
         )
-        assert f"{lowest:10.4f} to" in printed
+        assert f"{math.ceil(lowest * 10_000) / 10_000:10.4f} to" in printed
+
+    @pytest.mark.parametrize("option", ["-m", "-c"], ids=["measurement", "saved-rows"])
+    def test_a_dry_run_forecasts_the_run_that_is_asked_for(
+        self, option: str, tiny_model: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[MeasureConfig] = []
+        forecast = run_options.forecast_run
+
+        def remembered(*args: Any, config: MeasureConfig, **settings: Any) -> Any:
+            asked.append(config)
+            return forecast(*args, config=config, **settings)
+
+        monkeypatch.setattr(run_options, "forecast_run", remembered)
+        file = finished.with_name("out.work") / f"{'measurement' if option == '-m' else 'calibration'}.safetensors"
+        folder = tmp_path / "files"
+        succeed(
+            *("quantize", tiny_model, tmp_path / "out", "--bpw", 4.5, option, file),
+            *("--offload-dir", folder, "--device", "cpu", "--dry-run"),
+        )
+        (config,) = asked
+        assert (config.calibration.rows, config.calibration.row_tokens) == (8, 32)  # as TEXT has it
+        assert (config.offload_dir, config.device) == (folder, "cpu")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_dry_run_with_a_measurement_of_another_model(
+        self, save_model: Any, finished: Path, tmp_path: Path
+    ) -> None:
+        other = save_model(tmp_path / "other", seed=1)
+        measurement = finished.with_name("out.work") / "measurement.safetensors"
+        message = refused("quantize", other, tmp_path / "out", "--bpw", 4.5, "-m", measurement, "--dry-run")
+        assert "belongs to another model" in message
+
+    def test_rows_are_as_long_as_a_short_context(self, tiny_model: Path, finished: Path, tmp_path: Path) -> None:
+        # Of 128 tokens, where 1024 are the default.
+        shorter = "rows have 128 tokens instead of 1024: the model's context is no longer"
+        command = ("measure", tiny_model, "-o", tmp_path / "m.safetensors", "-r", 1, "--device", "cpu")
+        result = bpwise(*command)
+        assert result.exit_code == 0
+        assert f"calibration {shorter}" in result.stderr.splitlines()
+        assert Measurement.load(tmp_path / "m.safetensors").tokens.shape == (1, 128)
+        result = bpwise("eval", tiny_model, finished, "-r", 1, "--device", "cpu", "-o", tmp_path / "report")
+        assert result.exit_code == 0
+        assert f"evaluation {shorter}" in result.stderr.splitlines()
+        assert comparison(tmp_path / "report")["row_tokens"] == 128
+        result = bpwise("quantize", tiny_model, tmp_path / "out", "--bpw", 4.5, "--dry-run")
+        assert {f"calibration {shorter}", f"evaluation {shorter}"} <= set(result.stderr.splitlines())
 
     def test_saved_calibration_rows(self, tiny_model: Path, finished: Path, tmp_path: Path) -> None:
         saved = finished.with_name("out.work") / "calibration.safetensors"

@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +151,29 @@ def test_budget_that_overrides_leave_no_room_for() -> None:
     assert f"from {lowest:.3f}"[:10] in str(caught.value)
     with pytest.raises(BudgetError, match="7 bits per weight cannot be reached"):
         make_plan(measured, bpw=7.0, head_bits=6, overrides=parsed("model.*=:5"))
+
+
+@pytest.mark.parametrize("overrides", [(), ("*=4",), ("*=5:6",), ("*.0.*=3", "*.1.*=8")], ids=" ".join)
+def test_both_ends_of_the_named_range_can_be_asked_for(overrides: tuple[str, ...]) -> None:
+    measured = measurement()
+    with pytest.raises(BudgetError) as caught:
+        make_plan(measured, bpw=15.9, head_bits=16, overrides=parsed(*overrides))
+    numbers = (
+        str(caught.value).split("can have from ")[1].split(" with")[0].removesuffix(". Ask for a size in this range.")
+    )
+    least, most = map(float, numbers.split(" to "))
+    assert least <= most
+    for bpw, choose in ((least, min), (most, max)):
+        plan = make_plan(measured, bpw=bpw, head_bits=16, overrides=parsed(*overrides))
+        allowed = {x.name: WIDTHS for x in measured.linears}
+        for override in parsed(*overrides):
+            allowed |= {name: override.widths for name in allowed if fnmatchcase(name, override.pattern)}
+        bits = sum(
+            linear_bits(p.out_features, [RowGroup(choose(allowed[p.name]), n) for n in p.group_rows])
+            for p in plan.linears
+        )
+        assert plan.decoder_bits == bits
+        assert plan.bpw <= bpw < plan.bpw + 1e-4
 
 
 @pytest.mark.parametrize(

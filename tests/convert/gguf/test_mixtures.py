@@ -3,11 +3,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
-from bpwise.convert.gguf.assign import dominant_file_type, fallback, mixture_types
+from bpwise.convert.gguf.assign import dominant_file_type, fallback, mixture_types, require_importance
 from bpwise.convert.gguf.header import read_gguf_header
 from bpwise.convert.gguf.imatrix import ImportanceMatrix
 from bpwise.convert.gguf.mixtures import MIXTURES, mixture
@@ -35,6 +36,20 @@ def test_types_are_those_of_llama_quantize(
             types = mixture_types(MIXTURES[name], header, importance=importance)
             lines = "".join(f"{tensor} {kind.name.upper()}\n" for tensor, kind in types.items())
             assert hashlib.sha256(lines.encode()).hexdigest()[:16] == expected, name
+
+
+def test_what_needs_importances_is_known_before_there_is_a_file(make_gguf: MakeGguf) -> None:
+    # From what llama-quantize says: where it refuses, it is for the query projections among others.
+    compared = 0
+    for model in GOLDEN:
+        tensor = read_gguf_header(make_gguf(model, values=False)).tensors.get("blk.0.attn_q.weight")
+        for name, (blind, _) in GOLDEN[model].items():
+            if tensor is None or tensor.shape[-1] % 32:
+                continue  # fused; or odd, where only other tensors have whole blocks
+            with nullcontext() if blind else pytest.raises(ConfigError, match="garbage without importances"):
+                require_importance(MIXTURES[name], tensor.shape[-1])
+            compared += blind is None
+    assert compared > 10
 
 
 def test_a_small_case_by_hand(make_gguf: MakeGguf) -> None:

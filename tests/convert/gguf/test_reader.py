@@ -196,7 +196,8 @@ class TestRefusals:
             ),
             ({"llama.attention.sliding_window": 128}, UnsupportedModelError, "sliding-window"),
             ({"llama.rope.scaling.type": "longrope"}, UnsupportedModelError, "'longrope'"),
-            ({"split.count": 2}, UnsupportedModelError, "gguf-split"),
+            ({"split.count": 2}, FormatError, r"part 1 of 2 of a split model.*gguf-split --merge"),
+            ({"split.count": 3, "split.no": 2, "general.architecture": None}, FormatError, "part 3 of 3"),
             ({"llama.block_count": 1 << 30}, FormatError, "block_count is 1073741824"),
             ({"llama.block_count": 3}, FormatError, r"missing, the first 'model\.layers\.2\."),
             ({"llama.block_count": 1}, FormatError, r"'blk\.1\..*' does not belong"),
@@ -323,6 +324,11 @@ class TestCommands:
         directory = str(converted["llama"].directory)
         run = CliRunner().invoke(cli, ["dequantize", directory, str(tmp_path / "x"), "--original", directory])
         assert run.exit_code == 2
+        part = rewrite("llama", metadata={"split.count": 3, "split.no": 1})
+        for command in (["verify", str(part)], ["eval", directory, str(part)], ["dequantize", str(part), "out"]):
+            run = CliRunner().invoke(cli, command)
+            assert run.exit_code == 1
+            assert "part 2 of 3 of a split model" in run.output
         (tmp_path / "noise.gguf").write_bytes(b"nothing")
         run = CliRunner().invoke(cli, ["verify", str(tmp_path / "noise.gguf")])
         assert run.exit_code == 1

@@ -1,0 +1,232 @@
+"""What can be refused before long work, from config, headers, options and disk: one function for each kind of output.
+
+They are called wherever a run begins: by the runs themselves, by series before the first output, and by ``--dry-run``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from ..convert.base_card import read_base_card
+from ..convert.checkpoint import FLOAT_DTYPES, Checkpoint
+from ..convert.exl2.carry import copy_side_files
+from ..convert.exl2.names import text_config
+from ..convert.exl2.writer import require_writable
+from ..convert.families import EMBEDDING, require_reader
+from ..convert.files import require_room
+from ..convert.gguf.assign import require_importance
+from ..convert.gguf.ggml import require_kernels
+from ..convert.gguf.imatrix import ImportanceMatrix, require_fitting
+from ..convert.gguf.mixtures import Mixture
+from ..convert.gguf.names import gguf_name, known_model_types
+from ..convert.gguf.types import TYPES
+from ..convert.language import WrittenModel, language_model
+from ..errors import CheckpointError, ConfigError, UnsupportedModelError
+from ..eval.config import EvalConfig
+from ..measure.calibration import CalibrationSet
+from ..measure.context import CALIBRATION, check_rows, context_tokens, fit_row_tokens
+from ..measure.measurement import Measurement
+from ..measure.run import MeasureConfig, require_measurable, resolve_device
+from ..measure.types import measured_types
+from .forecast import Forecast
+from .linears import Linear, model_linears
+from .options import GgufConfig, QuantizeConfig
+from .type_plan import require_type_plan
+from .vram import room_for_weights
+
+__all__ = ["largest_file_bytes", "require_exl2", "require_gguf", "require_mixture", "require_types"]
+
+
+def require_exl2(
+    checkpoint: Checkpoint,
+    output: Path,
+    config: QuantizeConfig,
+    *,
+    measured: Measurement | None = None,
+    rows: CalibrationSet | None = None,
+) -> Forecast:
+    """Refuse what cannot be quantized to EXL2.
+
+    Reads headers and what is carried over: embeddings, norms, biases, parts beside the language model, side files.
+
+    Args:
+        checkpoint: The original.
+        output: Directory to make.
+        config: Options.
+        measured: A measurement to work from; None if there is none yet.
+        rows: Calibration rows that are given; None if they are to be made.
+
+    Returns:
+        What the run will take.
+
+    Raises:
+        BpwiseError: Whatever is wrong with the model, the options or the place of the output.
+    """
+    if not config.force:
+        require_reader(checkpoint.config)
+    _require_run(checkpoint, config.measure, config.evaluate, measured, rows)
+    for name in sorted(checkpoint.names):
+        info = checkpoint.info(name)
+        if info.dtype not in FLOAT_DTYPES:
+            raise CheckpointError(
+                f"{info.file}: tensor {name!r} cannot be carried over, got {str(info.dtype).removeprefix('torch.')}, "
+                "expected float16, bfloat16 or float32. If it is not a weight (a mask, positions), load the model in "
+                "Transformers and save it again: save_pretrained leaves it out."
+            )
+    forecast = config.known(measured, rows).forecast(checkpoint)
+    written = WrittenModel(language_model(checkpoint))
+    require_writable(written, {written.prefix + name for name in forecast.quantized})
+    read_base_card(checkpoint.directory)
+    with TemporaryDirectory() as folder:
+        copy_side_files(checkpoint.directory, Path(folder))
+    if not output.exists():
+        require_room(output, forecast.output_bytes)
+    return forecast
+
+
+def require_gguf(
+    checkpoint: Checkpoint,
+    output: Path,
+    config: GgufConfig,
+    *,
+    measured: Measurement | None = None,
+    rows: CalibrationSet | None = None,
+) -> None:
+    """Refuse what cannot be planned and quantized to GGUF, before it is converted.
+
+    Args:
+        checkpoint: The original.
+        output: File to make.
+        config: Options.
+        measured: A measurement to work from; None if there is none yet.
+        rows: Calibration rows that are given; None if they are to be made.
+
+    Raises:
+        BpwiseError: Whatever is wrong with the model, the options or the place of the output.
+    """
+    _require_known(
+        checkpoint.config,
+        "Give one of llama.cpp's mixtures with --type and --no-eval instead of a size.",
+    )
+    require_kernels()
+    _require_run(checkpoint, config.measure, config.evaluate, measured, rows)
+    tensor_bytes = require_types(checkpoint, config, measured, largest_file_bytes(checkpoint, config))
+    if not output.exists():
+        require_room(output, tensor_bytes)
+
+
+def require_types(
+    checkpoint: Checkpoint, config: GgufConfig, measured: Measurement | None, tensor_bytes: int | None
+) -> int:
+    """Refuse a size or overrides that no plan of a model's tensors can meet.
+
+    Args:
+        checkpoint: The original.
+        config: Options.
+        measured: Says which types are known; None for those that measuring will make known.
+        tensor_bytes: Most bytes that tensors may take; None where bits per weight are asked for.
+
+    Returns:
+        About the bytes that tensors will take.
+
+    Raises:
+        BudgetError: The size is too small.
+        ConfigError: No types are measured, or an override matches nothing or does not fit.
+    """
+    types = [kind.name for kind in measured_types()] if config.measure.types else []
+    source = language_model(checkpoint)
+    linears, head = model_linears(source)
+    tensors = [*linears, *([] if source.tied_embeddings else [head])]
+    planned = {f"{linear.name}.weight" for linear in (*linears, head)} | {EMBEDDING}
+    return require_type_plan(
+        tensors,
+        Linear(EMBEDDING.removesuffix(".weight"), head.in_features, head.out_features),
+        sum(math.prod(source.shape(name)) for name in source.names - planned),
+        types if measured is None else measured.types,
+        bpw=config.bpw,
+        tensor_bytes=tensor_bytes,
+        overrides=config.overrides,
+    )
+
+
+def largest_file_bytes(checkpoint: Checkpoint, config: GgufConfig) -> int | None:
+    """Return how large a GGUF file may be; None where bits per weight are asked for.
+
+    Raises:
+        BudgetError: The memory of the GPU leaves nothing for weights.
+        ConfigError: The length of the context is neither given nor in config.json.
+    """
+    if config.vram_bytes is None:
+        return config.max_bytes
+    source = language_model(checkpoint)
+    context = config.context_tokens or context_tokens(source)
+    if context is None:
+        raise ConfigError("config.json: max_position_embeddings is missing. Give the length of the context: --context.")
+    return room_for_weights(config.vram_bytes, source.config, context)
+
+
+def require_mixture(
+    checkpoint: Checkpoint, output: Path, chosen: Mixture, matrix: ImportanceMatrix | None, *, evaluated: bool
+) -> None:
+    """Refuse what cannot be converted to one of llama.cpp's mixtures, as far as it is known before it is converted.
+
+    Args:
+        checkpoint: The original.
+        output: File to make.
+        chosen: The mixture.
+        matrix: Importances of the inputs; None if there are none.
+        evaluated: Whether the file shall be compared with the original.
+
+    Raises:
+        BpwiseError: ggml's library is not installed.
+        ConfigError: The mixture needs importances, or they are those of another model.
+        UnsupportedModelError: The file could not be read back to be compared.
+        WorkDirectoryError: The file cannot be made there.
+    """
+    require_room(output)
+    if TYPES[chosen.default].quantized:
+        require_kernels()
+    if evaluated:
+        _require_known(text_config(checkpoint.config), "Leave the comparison out with --no-eval.")
+        require_measurable(checkpoint)
+    if checkpoint.config.get("model_type") not in known_model_types():
+        return  # whether llama.cpp's converter knows it shows soon
+    source = language_model(checkpoint)
+    if matrix is None:
+        require_importance(chosen, source.shape("model.layers.0.self_attn.q_proj.weight")[-1])
+    else:
+        require_fitting(matrix, {gguf_name(name) or name: source.shape(name) for name in source.names})
+
+
+def _require_known(config: Mapping[str, Any], hint: str) -> None:
+    model_type = config.get("model_type")
+    if model_type not in known_model_types():
+        raise UnsupportedModelError(
+            f"config.json: GGUF files of model_type {model_type!r} cannot be planned or read back, expected one of "
+            f"{', '.join(known_model_types())}. {hint}"
+        )
+
+
+def _require_run(
+    checkpoint: Checkpoint,
+    measure: MeasureConfig,
+    evaluate: EvalConfig | None,
+    measured: Measurement | None,
+    rows: CalibrationSet | None,
+) -> None:
+    # What does not depend on the format.
+    require_measurable(checkpoint)
+    if measured is not None and rows is not None:
+        raise ConfigError("a measurement brings its own calibration rows, got others too. Leave one of the two out.")
+    for device in {measure.device, *([] if evaluate is None else [evaluate.device])}:
+        resolve_device(device)
+    if evaluate is not None:
+        evaluate.fitted(checkpoint)
+    if rows is not None:
+        check_rows(checkpoint, rows, CALIBRATION)
+    elif measured is None:
+        fit_row_tokens(measure.calibration.row_tokens, checkpoint, CALIBRATION)

@@ -1,0 +1,326 @@
+"""What is refused before long work: nothing is measured, converted or written, whichever way a run is begun."""
+
+import importlib.util
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from bpwise.cli import cli
+from bpwise.convert.checkpoint import Checkpoint
+from bpwise.convert.gguf.imatrix import ImportanceMatrix, write_imatrix
+from bpwise.convert.gguf.writer import write_gguf
+from bpwise.errors import BpwiseError, CalibrationError, ConfigError, UnsupportedModelError, WorkDirectoryError
+from bpwise.eval.config import EvalConfig
+from bpwise.measure.calibration import CalibrationConfig, CalibrationSet
+from bpwise.measure.run import MeasureConfig, measure_to_file
+from bpwise.quantize import gguf_pipeline, obtain
+from bpwise.quantize.gguf_pipeline import GgufConfig, convert_to_mixture, quantize_to_gguf
+from bpwise.quantize.judge import Judge
+from bpwise.quantize.pipeline import QuantizeConfig, quantize_model
+from bpwise.quantize.series import quantize_series
+from bpwise.quantize.type_plan import Override
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
+
+from ..tiny_models import FAMILIES, save_family, save_with_vision
+
+Tensors = dict[str, torch.Tensor]
+
+
+def begun(*_: Any, **__: Any) -> None:
+    pytest.fail("long work was begun")
+
+
+@pytest.fixture(autouse=True)
+def nothing_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(obtain, "measure_model", begun)
+    monkeypatch.setattr("bpwise.measure.run.measure_model", begun)
+    monkeypatch.setattr(gguf_pipeline, "make_base", begun)
+
+
+def bpwise(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, list(map(str, arguments)), catch_exceptions=False)
+
+
+def copied(model: Path, directory: Path, change: Callable[[Tensors], object]) -> Path:
+    """Copy a model with other tensors."""
+    shutil.copytree(model, directory)
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
+def far(name: str) -> Callable[[Tensors], object]:
+    def change(tensors: Tensors) -> None:
+        tensors[name] = tensors[name].bfloat16()
+        tensors[name].view(-1)[5] = 1e5
+
+    return change
+
+
+def rows(count: int, row_tokens: int, largest: int = 255) -> CalibrationSet:
+    tokens = torch.full((count, row_tokens), largest)
+    return CalibrationSet(tokens=tokens, origins=("x",) * count, description="x", adds_bos=False)
+
+
+EXL2_CHANGES: dict[str, tuple[Callable[[Tensors], object], str]] = {
+    "positions": (lambda t: t.update({"model.position_ids": torch.arange(9)[None]}), "position_ids.*got int64"),
+    "mask": (
+        lambda t: t.update({"model.layers.0.self_attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool)}),
+        "self_attn.bias.*got bool",
+    ),
+    "float64": (lambda t: t.update({"model.norm.weight": t["model.norm.weight"].double()}), "norm.weight.*float64"),
+    "embedding": (far("model.embed_tokens.weight"), "embed_tokens.weight: values range from .* to 9984"),
+    "norm": (far("model.layers.1.input_layernorm.weight"), "layers.1.input_layernorm.weight: values range"),
+    "short-norm": (
+        lambda t: t.update({"model.layers.1.post_attention_layernorm.weight": torch.ones(32)}),
+        r"post_attention_layernorm.weight has shape \(32,\), expected \(64,\)",
+    ),
+    "lost-norm": (
+        lambda t: t.pop("model.layers.1.input_layernorm.weight"),
+        "layers.1.input_layernorm.weight' is missing",
+    ),
+    "vocabulary": (
+        lambda t: t.update({n: t[n][:260] for n in ("model.embed_tokens.weight", "lm_head.weight")}),
+        "set vocab_size to 260",
+    ),
+    "one-table": (
+        lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:260]}),
+        r"lm_head.weight has shape \(260, 64\), expected \(264, 64\).*do not belong together",
+    ),
+    "head": (lambda t: t.pop("lm_head.weight"), "Set tie_word_embeddings to true"),
+    "prefix": (
+        lambda t: [t.update({f"module.{name}": t.pop(name)}) for name in list(t)],
+        "'module.model.layers.0.self_attn.q_proj.weight' is there.*another prefix",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EXL2_CHANGES)
+def test_tensors_that_exl2_cannot_hold(case: str, tiny_model: Path, tmp_path: Path) -> None:
+    change, message = EXL2_CHANGES[case]
+    model, out = copied(tiny_model, tmp_path / "m", change), tmp_path / "out"
+    config = QuantizeConfig(bpw=4.5, evaluate=None)
+    with pytest.raises(BpwiseError, match=message):
+        quantize_model(model, out, config)
+    with pytest.raises(BpwiseError, match=message):
+        quantize_series(model, out, config, [4.5, 6.0])
+    dry = bpwise("quantize", model, out, "--bpw", "4.5", "--dry-run")
+    assert dry.exit_code == 1
+    assert dry.stdout == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.parametrize("name", ["README.md", "tokenizer_config.json", "LICENSE"])
+def test_side_files_that_lead_outside(name: str, tiny_model: Path, tmp_path: Path) -> None:
+    model = tmp_path / "m"
+    shutil.copytree(tiny_model, model)
+    (model / name).unlink(missing_ok=True)
+    (model / name).symlink_to("/etc/hostname")
+    with pytest.raises(BpwiseError, match=f"{name}: leads outside"):
+        quantize_model(model, tmp_path / "out", QuantizeConfig(bpw=4.5, evaluate=None))
+
+
+def test_a_bias_that_float16_cannot_hold(tmp_path: Path, byte_tokenizer: Any) -> None:
+    model = save_family(tmp_path / "m", "qwen2", byte_tokenizer)
+    copied(model, tmp_path / "far", far("model.layers.1.self_attn.k_proj.bias"))
+    with pytest.raises(BpwiseError, match=r"k_proj.bias: values range"):
+        quantize_model(tmp_path / "far", tmp_path / "out", QuantizeConfig(bpw=4.5, evaluate=None))
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "mixtral", "phi3", "llava", "qwen2_5_vl"])
+def test_families_that_gguf_plans_do_not_know(kind: str, tmp_path: Path, byte_tokenizer: Any) -> None:
+    save = save_family if kind in FAMILIES else save_with_vision
+    model = save(tmp_path / "m", kind, byte_tokenizer)
+    message = f"model_type '{kind}'.*expected one of llama, mistral, qwen2, qwen3.*--type"
+    for feedback in (True, False):
+        with pytest.raises(UnsupportedModelError, match=message):
+            quantize_to_gguf(model, tmp_path / "x.gguf", GgufConfig(bpw=8, evaluate=None, feedback=feedback))
+    with pytest.raises(UnsupportedModelError, match=message):
+        quantize_to_gguf(model, tmp_path / "x.gguf", GgufConfig(vram_bytes=1 << 31, evaluate=None))
+    with pytest.raises(UnsupportedModelError, match=message):
+        quantize_series(model, tmp_path / "x", GgufConfig(bpw=8, evaluate=None), [8, 6])
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_mixture_that_could_not_be_compared(tmp_path: Path, byte_tokenizer: Any) -> None:
+    model = save_family(tmp_path / "m", "gemma2", byte_tokenizer)
+    result = bpwise("quantize", model, tmp_path / "x.gguf", "--type", "Q8_0", "--eval-rows", "1")
+    assert result.exit_code == 1
+    assert "model_type 'gemma2'" in result.stderr
+    assert "--no-eval" in result.stderr
+    with pytest.raises(pytest.fail.Exception):  # llama.cpp's converter knows it
+        convert_to_mixture(model, tmp_path / "x.gguf", "Q8_0")
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Any) -> Path:
+    """A Llama, and ggml's library to plan it with."""
+    pytest.importorskip("libggml", reason="ggml's library is not installed: pip install 'bpwise[gguf]'")
+    return save_family(tmp_path_factory.mktemp("gguf") / "m", "llama", byte_tokenizer)
+
+
+class TestGguf:
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            # All rows are of 64 or 96 weights: nothing is smaller than 4.5 bits, or 4.25 of MXFP4.
+            ({"bpw": 2}, "cannot be reached"),
+            ({"max_bytes": 30_000}, "cannot be reached"),
+            ({"vram_bytes": 1 << 20, "context_tokens": 64}, "no room for weights"),
+            ({"bpw": 5, "overrides": "blk.0.*=Q4_K"}, "rows of 64 weights, expected a multiple of 256"),
+            ({"bpw": 5, "overrides": "blk.7.*=Q4_0"}, "no tensor has such a name"),
+            # 95232 weights at 2 bytes, 1216 of norms and biases at 4: 16.2017 bits each, met from below.
+            ({"bpw": 5, "overrides": "*=F16"}, "from 195328 to 195328, that is 16.2018 to 16.2018 bits"),
+            ({"bpw": 5, "measure": MeasureConfig(types=False)}, "no GGUF types were measured"),
+        ],
+        ids=lambda value: str(value)[:40],
+    )
+    def test_sizes_and_overrides(self, settings: dict[str, Any], message: str, known: Path, tmp_path: Path) -> None:
+        overrides = tuple(Override.parse(text) for text in [settings.get("overrides")] if text)
+        config = GgufConfig(**{**settings, "overrides": overrides, "evaluate": None})
+        with pytest.raises(BpwiseError, match=message):
+            quantize_to_gguf(known, tmp_path / "x.gguf", config)
+        if config.bpw is not None:
+            with pytest.raises(BpwiseError, match=message):
+                quantize_series(known, tmp_path / "x", config, [config.bpw, 8.5])
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        ("name", "row_weights", "message"),
+        [
+            ("blk.0.attn_q.weight", 128, "blk.0.attn_q.weight has 128 inputs, expected 64"),
+            ("blk.9.ffn_down.weight", 96, "none of its 1 tensors is in the model"),
+        ],
+        ids=["wider", "other-names"],
+    )
+    def test_importances_of_another_model(
+        self, name: str, row_weights: int, message: str, known: Path, tmp_path: Path
+    ) -> None:
+        matrix = tmp_path / "i.gguf"
+        write_imatrix(matrix, ImportanceMatrix.from_means({name: torch.ones(row_weights)}, 10))
+        with pytest.raises(ConfigError, match=message):
+            convert_to_mixture(known, tmp_path / "x.gguf", "Q4_0", imatrix=matrix)
+        assert list(tmp_path.iterdir()) == [matrix]
+
+    def test_a_mixture_that_needs_importances(self, tmp_path: Path, byte_tokenizer: Any) -> None:
+        wide = save_family(tmp_path / "m", "llama", byte_tokenizer, hidden_size=256, intermediate_size=256)
+        with pytest.raises(ConfigError, match="garbage without importances"):
+            convert_to_mixture(wide, tmp_path / "x.gguf", "IQ2_XS")
+
+
+def test_a_base_that_cannot_be_read_back(
+    converted: Any, byte_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bpwise.quantize.judge.load_tokenizer", lambda _: byte_tokenizer)
+    model = converted["mistral"].directory
+    judge = Judge(Checkpoint.open(model), EvalConfig(rows=1, row_tokens=32, device="cpu"))
+    base = tmp_path / "base.gguf"
+    write_gguf(converted["mistral"].file, base, {}, file_type=0, metadata={"llama.attention.sliding_window": 64})
+    calls = {"base": base, "calibration": rows(2, 32)}
+    with pytest.raises(UnsupportedModelError, match="sliding-window"):
+        quantize_to_gguf(model, tmp_path / "x.gguf", GgufConfig(bpw=6, evaluate=None), **calls)
+    with pytest.raises(UnsupportedModelError, match="sliding-window"):
+        convert_to_mixture(model, tmp_path / "x.gguf", "Q8_0", base=base, judge=judge)
+    assert not (tmp_path / "x.gguf").exists()
+
+
+LONG = CalibrationConfig(rows=1, row_tokens=129)
+"""One token more than ``tiny_model`` has positions for."""
+
+
+class TestContext:
+    @pytest.mark.parametrize(
+        ("config", "use"),
+        [
+            (QuantizeConfig(bpw=4.5, evaluate=None, measure=MeasureConfig(calibration=LONG)), "calibration"),
+            (QuantizeConfig(bpw=4.5, evaluate=EvalConfig(row_tokens=129)), "evaluation"),
+            (GgufConfig(bpw=8, evaluate=None, measure=MeasureConfig(calibration=LONG)), "calibration"),
+            (GgufConfig(bpw=8, evaluate=EvalConfig(row_tokens=129)), "evaluation"),
+        ],
+        ids=["exl2", "exl2-evaluation", "gguf", "gguf-evaluation"],
+    )
+    def test_longer_rows(self, config: Any, use: str, tiny_model: Path, tmp_path: Path) -> None:
+        run = quantize_model if isinstance(config, QuantizeConfig) else quantize_to_gguf
+        message = f"{use} text: rows of 129 tokens, but the model has positions for 128"
+        with pytest.raises(ConfigError, match=message):
+            run(tiny_model, tmp_path / "x", config)
+        with pytest.raises(ConfigError, match=message):
+            quantize_series(tiny_model, tmp_path / "x", config, [8.0])
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        ("given", "error", "message"),
+        [
+            (rows(2, 129), ConfigError, "rows of 129 tokens, but the model has positions for 128"),
+            (rows(2, 32, largest=264), CalibrationError, "token id 264, expected ids below the vocabulary size 264"),
+        ],
+        ids=["long", "foreign"],
+    )
+    def test_given_rows(
+        self, given: CalibrationSet, error: type[BpwiseError], message: str, tiny_model: Path, tmp_path: Path
+    ) -> None:
+        given.save(tmp_path / "rows.safetensors")
+        with pytest.raises(error, match=message):
+            quantize_model(tiny_model, tmp_path / "x", QuantizeConfig(bpw=4.5, evaluate=None), calibration=given)
+        with pytest.raises(error, match=message):
+            measure_to_file(tiny_model, tmp_path / "m.safetensors", MeasureConfig(), calibration=given)
+        for command in (
+            ("quantize", tiny_model, tmp_path / "x", "--bpw", 4.5, "--dry-run"),
+            ("measure", tiny_model, "-o", tmp_path / "m.safetensors"),
+        ):
+            result = bpwise(*command, "-c", tmp_path / "rows.safetensors")
+            assert result.exit_code == 1
+        assert [path.name for path in tmp_path.iterdir()] == ["rows.safetensors"]
+
+    def test_commands_refuse_longer_rows(self, tiny_model: Path, tmp_path: Path) -> None:
+        for command in (
+            ("measure", tiny_model, "-o", tmp_path / "m.safetensors", "-l", 129),
+            ("quantize", tiny_model, tmp_path / "x", "--bpw", 4.5, "-l", 129, "--dry-run"),
+            ("quantize", tiny_model, tmp_path / "x.gguf", "--type", "Q8_0", "--eval-row-tokens", 129),
+            ("eval", tiny_model, tiny_model, "-l", 129),
+        ):
+            result = bpwise(*command)
+            assert result.exit_code == 1
+            assert "rows of 129 tokens, but the model has positions for 128" in result.stderr
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_beside_a_measurement(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = SimpleNamespace(tokens=torch.zeros(1, 4), group_size=32)
+    monkeypatch.setattr("bpwise.quantize.pipeline.load_measurement", lambda *_: measured)
+    config = QuantizeConfig(bpw=4.5, evaluate=None)
+    with pytest.raises(ConfigError, match="brings its own calibration rows"):
+        quantize_model(tiny_model, tmp_path / "x", config, measurement=Path("m"), calibration=rows(1, 4))
+
+
+def test_no_library_of_ggml(tmp_path: Path, byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save_family(tmp_path / "m", "qwen3", byte_tokenizer)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: (name != "libggml" and find(name, *rest)) or None
+    )
+    with pytest.raises(BpwiseError, match="ggml's library, which is not installed"):
+        quantize_to_gguf(model, tmp_path / "x.gguf", GgufConfig(bpw=5, evaluate=None))
+    with pytest.raises(BpwiseError, match="ggml's library, which is not installed"):
+        convert_to_mixture(model, tmp_path / "x.gguf", "Q8_0")
+
+
+class TestPlace:
+    def test_below_a_file(self, tiny_model: Path, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        with pytest.raises(WorkDirectoryError, match=r"file is not a directory"):
+            quantize_model(tiny_model, tmp_path / "file" / "out", QuantizeConfig(bpw=4.5, evaluate=None))
+        with pytest.raises(WorkDirectoryError, match=r"file is not a directory"):
+            measure_to_file(tiny_model, tmp_path / "file" / "m.safetensors", MeasureConfig())
+
+    def test_a_disk_that_is_too_small(self, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        # At 4.5 bits two layers of 30720 weights take 34560 bytes; embedding and head beside them.
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=34_560))
+        with pytest.raises(WorkDirectoryError, match="its disk has 34560 free"):
+            quantize_model(tiny_model, tmp_path / "out", QuantizeConfig(bpw=4.5, evaluate=None))
