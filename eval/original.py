@@ -75,7 +75,6 @@ def run_original(
     check_rows(original, rows, EVALUATION)
     device, dtype = resolve_device(config.device), DTYPES[config.dtype]
     model = StreamedModel(original, device=device, dtype=dtype, offload_dir=config.offload_dir)
-    model.require_tensors()
     state, key = None, ""
     if cache is not None:
         key = original_key(original, rows.tokens, dtype=model.dtype, device=device_name(model.device))
