@@ -28,8 +28,9 @@ demo: $(VENV)/installed $(MODEL)/config.json
 	@echo
 	@cat $(DEMO)/report.md
 
+# Ten tests look at the pages in a browser; they say so where no Chromium with its chromedriver is installed.
 test: $(VENV)/installed
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -rs
 
 test-slow: $(VENV)/installed
 	$(BIN)/pytest -q -m slow
