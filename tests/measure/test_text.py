@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -12,6 +13,8 @@ import pytest
 from bpwise.errors import CalibrationError, ConfigError
 from bpwise.measure import builtin_text
 from bpwise.measure.builtin_text import builtin_texts
+from bpwise.measure.chat_rows import render_turns
+from bpwise.measure.chat_template import ChatTemplate
 from bpwise.measure.text import Document, read_texts
 
 ROWS = [{"title": "one", "text": "First text."}, {"title": "two", "text": "Second text."}]
@@ -88,6 +91,16 @@ def test_chat_turns_are_rendered(tmp_path: Path, suffix: str) -> None:
     path = write_rows(tmp_path / f"rows{suffix}", [{"text": "not this", "messages": CHAT}])
     assert texts(path, render_chat=render) == ["user=Hi|assistant=Hello"]
     assert texts(path, render_chat=render, column="text") == ["not this"]
+
+
+def test_chat_turns_that_are_nested_too_deeply(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"messages": [{"role": "tool", "content": ' + '{"a": ' * 900 + '"b"' + "}" * 900 + "}]}")
+    with (
+        ChatTemplate("{{ messages[0].content }}", {}) as template,
+        pytest.raises(CalibrationError, match=r"a\.jsonl: line 1: .*(nested too deeply|RecursionError)"),
+    ):
+        texts(path, render_chat=partial(render_turns, template))
 
 
 def test_chat_turns_without_a_template(tmp_path: Path) -> None:
