@@ -3,7 +3,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import datasets
@@ -13,8 +12,6 @@ import pytest
 from bpwise.errors import CalibrationError, ConfigError
 from bpwise.measure import builtin_text
 from bpwise.measure.builtin_text import builtin_texts
-from bpwise.measure.chat_rows import render_turns
-from bpwise.measure.chat_template import ChatTemplate
 from bpwise.measure.text import Document, read_texts
 
 ROWS = [{"title": "one", "text": "First text."}, {"title": "two", "text": "Second text."}]
@@ -94,13 +91,12 @@ def test_chat_turns_are_rendered(tmp_path: Path, suffix: str) -> None:
 
 
 def test_chat_turns_that_are_nested_too_deeply(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"messages": [{"role": "tool", "content": ' + '{"a": ' * 900 + '"b"' + "}" * 900 + "}]}")
-    with (
-        ChatTemplate("{{ messages[0].content }}", {}) as template,
-        pytest.raises(CalibrationError, match=r"a\.jsonl: line 1: .*(nested too deeply|RecursionError)"),
-    ):
-        texts(path, render_chat=partial(render_turns, template))
+    def render(turns, where) -> str:
+        return render(turns, where)
+
+    path = write_rows(tmp_path / "a.jsonl", [{"messages": CHAT}])
+    with pytest.raises(CalibrationError, match=r"a\.jsonl: line 1: the turns are nested too deeply"):
+        texts(path, render_chat=render)
 
 
 def test_chat_turns_without_a_template(tmp_path: Path) -> None:
