@@ -270,7 +270,12 @@ def _row_documents(
         where = f"{name}: {place}"
         turns = None if render_chat is None else chat_turns(row, column)
         if render_chat is not None and turns is not None:
-            text = render_chat(turns, where)
+            try:
+                text = render_chat(turns, where)
+            except RecursionError as error:
+                raise CalibrationError(
+                    f"{where}: the turns are nested too deeply, expected strings or lists of parts. Remove the row."
+                ) from error
         else:
             if column is None:
                 column = _default_column(row, where, chat=render_chat is not None)

@@ -90,6 +90,15 @@ def test_chat_turns_are_rendered(tmp_path: Path, suffix: str) -> None:
     assert texts(path, render_chat=render, column="text") == ["not this"]
 
 
+def test_chat_turns_that_are_nested_too_deeply(tmp_path: Path) -> None:
+    def render(turns, where) -> str:
+        return render(turns, where)
+
+    path = write_rows(tmp_path / "a.jsonl", [{"messages": CHAT}])
+    with pytest.raises(CalibrationError, match=r"a\.jsonl: line 1: the turns are nested too deeply"):
+        texts(path, render_chat=render)
+
+
 def test_chat_turns_without_a_template(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [{"messages": CHAT}])
     with pytest.raises(CalibrationError, match="turn the chat template on"):
