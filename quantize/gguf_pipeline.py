@@ -232,7 +232,7 @@ def _quantize(
 ) -> GgufResult:
     clock = StageClock()
     checkpoint.prepare_fingerprint(progress)
-    given, base = base, base or base_path(checkpoint, work, config.llama_cpp)
+    base = base or base_path(checkpoint, work, config.llama_cpp)
     # The converter first: should it not know the model, nothing has been measured in vain.
     with clock.stage("convert"):
         warnings = _converted(checkpoint, base, config.llama_cpp)
@@ -250,7 +250,7 @@ def _quantize(
     with clock.stage("plan"):
         plan = _planned(measured, header, checkpoint, config, rows)
         plan.save(work / "plan.json")
-    run = _identity(checkpoint, rows, plan, config, given)
+    run = _identity(checkpoint, rows, plan, config, file_digests([base], FormatError, progress)[0])
     verification = None
     drift: list[Drift] = []
     if not output.exists():
@@ -379,21 +379,18 @@ def _planned(
     return make_type_plan(measurement, tensor_bytes=room, overrides=config.overrides)
 
 
-def _identity(
-    checkpoint: Checkpoint, rows: CalibrationSet, plan: TypePlan, config: GgufConfig, base: Path | None
-) -> str:
+def _identity(checkpoint: Checkpoint, rows: CalibrationSet, plan: TypePlan, config: GgufConfig, base: str) -> str:
     # What the written bytes depend on.
     types = [(tensor.name, tensor.type) for tensor in plan.tensors]
     parts = [
         __version__,
         checkpoint.fingerprint,
-        _carried(checkpoint),
+        base,
         rows.fingerprint,
         plan.measurement,
         types,
         config.feedback,
         str(config.llama_cpp),
-        *([] if base is None else file_digests([base], FormatError)),
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
