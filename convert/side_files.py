@@ -98,6 +98,7 @@ def _any_case(pattern: str) -> str:
 
 DOWNLOADED = (
     CONFIG_FILE,
+    "adapter_config.json",
     "README.md",
     "*.safetensors",
     "*.safetensors.index.json",

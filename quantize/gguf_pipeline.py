@@ -252,7 +252,7 @@ def _quantize(
 ) -> GgufResult:
     clock = StageClock()
     checkpoint.prepare_fingerprint(progress)
-    given, base = base, base or _undamaged(base_path(checkpoint, work, config.llama_cpp))
+    base = base or _undamaged(base_path(checkpoint, work, config.llama_cpp))
     # The converter first: should it not know the model, nothing has been measured in vain.
     with clock.stage("convert"):
         warnings = prepare_base(checkpoint, base, config)
@@ -278,7 +278,7 @@ def _quantize(
         tensor_bytes = _tensor_bytes(header, checkpoint, config, rows)
         plan = make_type_plan(measured, bpw=config.bpw, tensor_bytes=tensor_bytes, overrides=config.overrides)
         plan.save(work / "plan.json")
-    run = _identity(checkpoint, rows, plan, config, given)
+    run = _identity(checkpoint, rows, plan, config, file_digests([base], FormatError, progress)[0])
     verification = None
     fallbacks: dict[str, float] = {}
     drift: list[Drift] = []
@@ -435,21 +435,18 @@ def _tensor_bytes(header: GgufHeader, checkpoint: Checkpoint, config: GgufConfig
     return room
 
 
-def _identity(
-    checkpoint: Checkpoint, rows: CalibrationSet, plan: TypePlan, config: GgufConfig, base: Path | None
-) -> str:
+def _identity(checkpoint: Checkpoint, rows: CalibrationSet, plan: TypePlan, config: GgufConfig, base: str) -> str:
     # What the written bytes depend on.
     types = [(tensor.name, tensor.type) for tensor in plan.tensors]
     parts = [
         __version__,
         checkpoint.fingerprint,
-        _carried(checkpoint),
+        base,
         rows.fingerprint,
         plan.measurement,
         types,
         config.feedback,
         str(config.llama_cpp),
-        *([] if base is None else file_digests([base], FormatError)),
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
