@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from ..convert.checkpoint import Checkpoint
@@ -93,9 +93,11 @@ def _measured(
     kept = work / MEASUREMENT_FILE
     if kept.exists():
         wanted = measurement_provenance(checkpoint, rows, config)
-        # One that is damaged, or of another version, is as good as none.
-        with suppress(FormatError):
-            measurement = _load(kept, checkpoint)
+        try:
+            measurement = Measurement.load(kept)
+        except FormatError as error:
+            warnings.warn(f"{error} It is done now.", stacklevel=2)
+        else:
             # Types that are not asked for do no harm.
             if wanted == {**measurement.provenance, "types": wanted["types"] and list(measurement.types)}:
                 return measurement
