@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from ..errors import BrokenModelError, WorkDirectoryError, printable
+from ..errors import BpwiseWarning, BrokenModelError, WorkDirectoryError, printable
 from .files import write_json
 from .safetensors_file import HeaderEntry, NewTensor, load_tensors, read_entry, read_header, save_tensors
 
@@ -70,7 +70,7 @@ class StageDirectory:
         if not file.exists():
             return False
         if not _is_intact(file, piece):
-            warnings.warn(f"{printable(str(file))}: damaged, so it is made again.", stacklevel=2)
+            warnings.warn(f"{printable(str(file))}: damaged. It is made again now.", BpwiseWarning, stacklevel=2)
             self.discard(piece)
             return False
         self._intact.add(piece)

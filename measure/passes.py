@@ -85,9 +85,11 @@ class MeasuringPasses:
         needed = [index for index in range(last) if not self.pieces.has(f"curves-{index}")]
         needed += [] if self.pieces.has("head") else [last]
         missing = max((index for index in needed if not self.pieces.has(f"input-{index}")), default=-1)
-        hidden: Tensor | None = self.model.embed(self.tokens)  # which makes ready to run blocks, too
+        embedded = self.model.embed(self.tokens)  # which makes ready to run blocks, too
         if missing >= 0 and not self.pieces.has("input-0"):
-            self.pieces.save("input-0", {"hidden": hidden})
+            self.pieces.save("input-0", {"hidden": embedded})
+        hidden: Tensor | None = embedded
+        del embedded
         for index in progress(range(last), "measure: forward"):
             if index >= missing or self.pieces.has(f"input-{index + 1}"):
                 hidden = None

@@ -155,7 +155,11 @@ def _made_gguf(model: GgufModel) -> tuple[tuple[str, str], ...]:
         weights[tensor.type.name] += math.prod(tensor.shape)
     total, data_bytes = sum(weights.values()), sum(tensor.size_bytes for tensor in tensors)
     metadata = model.header.metadata
-    version, calibration = metadata.get("bpwise.version"), metadata.get("bpwise.calibration")
+    # Numbers and arrays, which a file may have there too, say nothing.
+    version, calibration = (
+        value if isinstance(value, str) else None
+        for value in (metadata.get("bpwise.version"), metadata.get("bpwise.calibration"))
+    )
     rows: list[tuple[str, object]] = [
         ("format", "GGUF"),
         ("bits per weight", f"{8 * data_bytes / total:.4f}, over all tensors"),

@@ -312,7 +312,7 @@ def _quantize(
                 metadata=_metadata(run, rows),
                 threads=cores(),
             )
-    elif read_gguf_header(output).metadata.get(_RUN_KEY) != run:
+    elif str(read_gguf_header(output).metadata.get(_RUN_KEY)) != run:
         raise WorkDirectoryError(
             f"{output}: exists already and is not the output of this run. Choose another name or delete it."
         )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from ..convert.checkpoint import Checkpoint
 from ..convert.language import language_model
-from ..errors import FormatError
+from ..errors import BpwiseWarning, FormatError
 from ..measure.calibration import CalibrationSet
 from ..measure.measurement import Measurement
 from ..measure.run import (
@@ -103,9 +103,11 @@ def _measured(
     if kept.exists():
         checkpoint.prepare_fingerprint(progress)
         wanted = measurement_provenance(checkpoint, rows, config)
-        # One that is damaged, or of another version, is as good as none.
-        with suppress(FormatError):
-            measurement = load_measurement(kept, checkpoint)
+        try:
+            measurement = Measurement.load(kept)
+        except FormatError as error:
+            warnings.warn(f"{error} It is measured again now.", BpwiseWarning, stacklevel=2)
+        else:
             # Types that are not asked for do no harm.
             if wanted == {**measurement.provenance, "types": wanted["types"] and list(measurement.types)}:
                 return measurement

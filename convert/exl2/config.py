@@ -93,11 +93,13 @@ def stored_rates(config: Mapping[str, Any]) -> tuple[float | None, int | None]:
     """
     stated = config.get("quantization_config")
     quantization = stated if isinstance(stated, dict) else {}
-    bits, head_bits = quantization.get("bits"), quantization.get("head_bits")
+    bits = _sensible(quantization.get("bits"), (int, float))
+    return None if bits is None else float(bits), _sensible(quantization.get("head_bits"), (int,))
+
+
+def _sensible(bits: Any, types: tuple[type, ...]) -> Any:
     # type() and not isinstance(): JSON's true is a bool, which Python counts as an int.
-    known = type(bits) in (int, float) and 0 < bits <= _MOST_BITS
-    head_known = type(head_bits) is int and 0 < head_bits <= _MOST_BITS
-    return float(bits) if known else None, head_bits if head_known else None
+    return bits if type(bits) in types and 0 < bits <= _MOST_BITS else None
 
 
 def _sliding_window_pattern(kinds: Any) -> int | None:

@@ -101,5 +101,8 @@ def _tensor_infos(tensors: Iterable[Planned], alignment_bytes: int) -> list[byte
 
 
 def _text(value: str) -> bytes:
-    raw = value.encode("utf-8", "surrogateescape")
+    try:
+        raw = value.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # half of a surrogate pair that stands for no byte
+        raw = value.encode("utf-8", "backslashreplace")
     return struct.pack("<Q", len(raw)) + raw

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import resource
 import signal
@@ -118,6 +119,8 @@ def _work(run: Callable[[int], tuple[str, str]], numbers: Sequence[int], seconds
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
+    faulthandler.disable()
+    warnings.simplefilter("ignore")  # which a run would print
     for each in (signal.SIGPROF, signal.SIGALRM):
         signal.signal(each, signal.SIG_DFL)  # ends the process, wherever it is
     for number in numbers:

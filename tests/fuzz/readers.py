@@ -17,8 +17,10 @@ from bpwise.cli import cli
 from bpwise.convert.checkpoint import Checkpoint
 from bpwise.convert.exl2.verify import verify_model
 from bpwise.convert.gguf.emit import Planned, entry, header_bytes, padding
-from bpwise.convert.gguf.imatrix import read_imatrix
+from bpwise.convert.gguf.header import read_gguf_header
+from bpwise.convert.gguf.imatrix import imatrix_metadata, read_imatrix
 from bpwise.convert.gguf.types import ggml_type
+from bpwise.convert.gguf.writer import write_gguf
 from bpwise.convert.original import open_model
 from bpwise.errors import BpwiseError
 from bpwise.eval.cache import OriginalCache, OriginalState
@@ -43,7 +45,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from . import mutations
 from .pool import Outcome, run_all
 
-__all__ = ["READERS", "Reader", "build_seeds", "fuzz"]
+__all__ = ["READERS", "Reader", "build_seeds", "fuzz", "targets_of"]
 
 _TEXT = "The quick brown fox jumps over the lazy dog, and then it sleeps. " * 40
 _TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<eos>{% endfor %}"
@@ -75,6 +77,15 @@ class Reader:
     read: Callable[[Path, Path], None]
 
 
+def targets_of(reader: str, seeds: Path) -> list[tuple[Path, Callable[[bytes, Random], bytes]]]:
+    """Return the files that a reader's mutants are made of, relative to its folder, and what changes each."""
+    folder = seeds / READERS[reader].seeds
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    found = [(path, how) for pattern, how in READERS[reader].targets.items() for path in files if path.match(pattern)]
+    assert found, f"{reader}: nothing in {folder} is to be changed"
+    return found
+
+
 def fuzz(
     reader: str, seeds: Path, scratch: Path, *, mutants: int, seed: int = 0, first: int = 0, workers: int = 1
 ) -> list[Outcome]:
@@ -91,9 +102,7 @@ def fuzz(
     """
     tried = READERS[reader]
     folder = seeds / tried.seeds
-    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    targets = [(path, how) for pattern, how in tried.targets.items() for path in files if path.match(pattern)]
-    assert targets, f"{reader}: nothing in {folder} is to be changed"
+    targets = targets_of(reader, seeds)
 
     def run(number: int) -> tuple[str, str]:
         rng = Random(f"{seed}/{reader}/{number}")
@@ -197,6 +206,7 @@ def _quantized_seeds(folder: Path, made: set[str], work: Path, original: Checkpo
     if "imatrix" in made:
         for suffix in ("gguf", "dat"):
             _run_cli("imatrix", path, "-o", folder / "imatrix" / f"imatrix.{suffix}")
+        _write_gguf(folder / "imatrix" / "base.gguf")
     if "plan" in made:
         _run_cli("plan", path, "--bpw", "4.5", "-o", folder / "plan" / "plan.json")
         if measurement.types:
@@ -354,6 +364,9 @@ def _write_gguf(path: Path) -> None:
         "llama.attention.layer_norm_rms_epsilon": 1e-5,
         "llama.rope.freq_base": 10000.0,
         "llama.rope.dimension_count": 8,
+        "bpwise.version": "0.1.0",
+        "bpwise.calibration": "text",
+        "bpwise.calibration_spans": "2:",
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": [f"t{number}" for number in range(264)],
         "tokenizer.ggml.bos_token_id": 1,
@@ -402,13 +415,8 @@ def _read_measurement(folder: Path, changed: Path) -> None:
         _run_cli("plan", path, "--bpw", "8", "--format", "gguf", "-o", folder / "t.json")
         _run_cli("plan", path, "--html", folder / "page.html")
     _run_cli("imatrix", path, "-o", folder / "i.gguf")
-    round_model(
-        Checkpoint.open(folder / "model"),
-        measurement,
-        _plan_of(measurement),
-        RoundConfig(device="cpu"),
-        folder / "work",
-    )
+    config = QuantizeConfig(bpw=4.5, evaluate=None, measure=MeasureConfig(device="cpu"))
+    quantize_model(folder / "model", folder / "out", config, measurement=path)
 
 
 def _read_pieces(folder: Path, changed: Path) -> None:
@@ -428,11 +436,16 @@ def _read_pieces(folder: Path, changed: Path) -> None:
 
 
 def _read_imatrix(folder: Path, changed: Path) -> None:
-    for path in sorted(folder.iterdir()):
-        matrix = read_imatrix(path)
-        for name in matrix.sums:
-            matrix.mean_squares(name)
-        str(matrix.datasets).encode()
+    matrix = read_imatrix(folder / changed)
+    for name in matrix.sums:
+        matrix.mean_squares(name)
+    base = folder / "base.gguf"
+    types = {
+        name: ggml_type("Q4_0") for name in read_gguf_header(base).tensors if ".attn_" in name and "norm" not in name
+    }
+    notes = imatrix_metadata(matrix, str(changed))
+    write_gguf(base, folder / "out.gguf", types, file_type=2, importance=matrix.mean_squares, metadata=notes)
+    _run_cli("inspect", folder / "out.gguf")
 
 
 def _read_exl2(folder: Path, changed: Path) -> None:
@@ -531,6 +544,8 @@ def _read_gguf(folder: Path, changed: Path) -> None:
     model = open_any(path)
     for name in sorted(model.names):
         model.tensor(name)
+    stored_spans(model)
+    write_card(path)
 
 
 _JSON, _TENSORS = mutations.mutated_json, mutations.mutated_safetensors

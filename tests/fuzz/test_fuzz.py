@@ -1,6 +1,7 @@
 """Readers on mutants of what they take: a few of each in every run, hundreds with ``make fuzz``."""
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -11,11 +12,11 @@ import pytest
 
 from . import mutations
 from .pool import BAD, run_all
-from .readers import READERS, build_seeds, fuzz
+from .readers import READERS, build_seeds, fuzz, targets_of
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="children are limited as on Linux")
 
-SMOKE = {"plan": 60, "measurement": 12, "pieces": 12, "imatrix": 60, "exl2": 16, "provenance": 12, "cache": 40}
+SMOKE = {"plan": 20, "measurement": 4, "pieces": 5, "imatrix": 30, "exl2": 5, "cache": 20}
 """Readers that a default run tries, and on how many mutants."""
 
 
@@ -31,6 +32,14 @@ def broken(reader: str, seeds: Path, scratch: Path, mutants: int, *, seed: int) 
     assert len(outcomes) == mutants
     assert {"ok", "refused"} & {outcome.kind for outcome in outcomes}
     return [f"mutant {each.index}: {each.kind}, {each.detail}" for each in outcomes if each.kind in BAD]
+
+
+@pytest.mark.parametrize("reader", SMOKE)
+def test_what_mutants_are_made_of_is_read(reader: str, smoke_seeds: Path, tmp_path: Path) -> None:
+    # A reader that refused all of it would pass every other test here.
+    shutil.copytree(smoke_seeds / READERS[reader].seeds, tmp_path / "own")
+    for path in {how: path for path, how in targets_of(reader, smoke_seeds)}.values():
+        READERS[reader].read(tmp_path / "own", path)
 
 
 @pytest.mark.parametrize("reader", SMOKE)

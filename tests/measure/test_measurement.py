@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -207,6 +208,87 @@ def test_refuses_other_files(tmp_path: Path, damage: object) -> None:
     with pytest.raises(FormatError, match=r"m\.safetensors.*[Mm]easure") as caught:
         Measurement.load(path)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def _first(value: float) -> Callable[[np.ndarray], np.ndarray]:
+    def change(values: np.ndarray) -> np.ndarray:
+        values = values.copy()
+        values.flat[0] = value
+        return values
+
+    return change
+
+
+BAD_TENSORS = {
+    "repeated-input": ("b.1.order", np.zeros_like),
+    "input-too-large": ("b.1.order", _first(96)),
+    "negative-input": ("b.1.order", _first(-1)),
+    "no-inputs": ("b.1.order", lambda order: order[:0]),
+    "order-in-64-bits": ("b.1.order", lambda order: order.astype(np.int64)),
+    "order-a-matrix": ("b.1.order", lambda order: order[None]),
+    "group-missing": ("b.1.damage_nats", lambda damage: damage[1:]),
+    "width-missing": ("b.1.damage_nats", lambda damage: damage[:, 1:]),
+    "nan-damage": ("b.1.damage_nats", _first(np.nan)),
+    "infinite-damage": ("b.1.damage_nats", _first(np.inf)),
+    "negative-damage": ("b.1.damage_nats", _first(-1.0)),
+    "infinite-fisher": ("b.1.fisher", _first(np.inf)),
+    "scalar-fisher": ("b.1.fisher", lambda fisher: fisher[:1].reshape(())),
+    "input-power-too-short": ("b.1.input_power", lambda power: power[1:]),
+    "coupling-of-others": ("b.1.coupling", lambda coupling: coupling[1:]),
+    "nan-coupling": ("b.1.coupling", _first(np.nan)),
+    "weights-of-fewer-rows": ("b.1.token_weights", lambda weights: weights[1:]),
+    "negative-weight": ("b.1.token_weights", _first(-1)),
+    "nan-type": ("lm_head.type_damage_nats", _first(np.nan)),
+    "one-type-more": ("lm_head.type_damage_nats", lambda damage: np.append(damage, damage[:1])),
+    "empty-embedding": ("model.embed.importance", lambda importance: importance[:0]),
+    "token-beyond-the-vocabulary": ("calibration_tokens", _first(33)),
+    "negative-token": ("calibration_tokens", _first(-1)),
+    "no-tokens": ("calibration_tokens", lambda tokens: tokens[:0]),
+}
+
+
+@pytest.mark.parametrize(("name", "change"), BAD_TENSORS.values(), ids=BAD_TENSORS)
+def test_tensors_that_nothing_can_be_done_with(
+    tmp_path: Path, name: str, change: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    path = tmp_path / "m.safetensors"
+    measurement().save(path)
+    tensors, key, header = read_file(path)
+    tensors[name] = np.ascontiguousarray(change(tensors[name])).reshape(change(tensors[name]).shape)
+    save_file(tensors, path, metadata={key: json.dumps(header)})
+    with pytest.raises(FormatError, match=rf"m\.safetensors: tensor '{re.escape(name)}' .* measure the model again"):
+        Measurement.load(path)
+
+
+BAD_HEADERS = {
+    "no-linears": ({"linears": []}, "linears: .*length >= 1"),
+    "linear-twice": ({"linears": ["b.1", "b.1"]}, ".*different names"),
+    "linear-unknown": ({"linears": ["b.1", "c"]}, "token_weights must name the linears"),
+    "head-a-linear": ({"head": "b.1"}, ".*different names"),
+    "widths-unknown": ({"widths": [8, 7]}, "widths must be some of"),
+    "widths-upside-down": ({"widths": [2, 3, 4, 5, 6, 8]}, "widths must be some of"),
+    "no-widths": ({"widths": []}, "widths: .*length >= 1"),
+    "types-unknown": ({"types": ["Q9_K", "Q8_0"]}, "types must be different types"),
+    "type-twice": ({"types": ["Q8_0", "Q8_0"]}, "types must be different types"),
+    "group-size": ({"group_size": 33}, "group_size must be a multiple of 32"),
+    "group-size-zero": ({"group_size": 0}, r"group_size: .* Got 0\. Expected int >= 1"),
+    "group-size-text": ({"group_size": "32"}, r"group_size: .* Got '32'\. Expected int"),
+    "other-weights": ({"other_weights": -1}, r"other_weights: .* Got -1\. Expected int >= 0"),
+    "damping-zero": ({"damping": {"b.1": 0, "a.0": None, "lm_head": 0.1}}, "damping"),
+    "damping-of-one": ({"damping": {"b.1": 0.1}}, "damping must name the linears and the head"),
+    "tied": ({"embedding": {"name": "model.embed", "tokens": 33, "tied": "yes"}}, r"embedding\.tied: .* Got 'yes'"),
+    "chosen": ({"chosen_tokens": {"x": 1}}, "chosen_tokens must name linears"),
+    "provenance": ({"provenance": []}, r"provenance: .* Got \[\]\. Expected object"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_HEADERS.values(), ids=BAD_HEADERS)
+def test_headers_that_contradict_themselves(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    path = tmp_path / "m.safetensors"
+    measurement().save(path)
+    _rewrite(path, lambda header: {**header, **changes})
+    with pytest.raises(FormatError, match=rf"m\.safetensors: bpwise_measurement: {message}.*measure the model again"):
+        Measurement.load(path)
 
 
 def test_refuses_a_directory(tmp_path: Path) -> None:

@@ -1,9 +1,12 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from bpwise.convert.checkpoint import Checkpoint
+from bpwise.errors import FormatError
 from bpwise.measure.calibration import CalibrationSet
+from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig
 from bpwise.progress import silent
 from bpwise.quantize import obtain
@@ -36,3 +39,37 @@ def test_what_knows_more_is_taken_and_what_knows_less_is_not(
     monkeypatch.setattr(obtain, "measure_model", lambda *_: pytest.fail("was done again"))
     assert "Q4_0" in get(tiny_model, tmp_path, types=False)
     assert "Q4_0" in get(tiny_model, tmp_path, types=True)
+
+
+@pytest.mark.parametrize("damage", ["cut", "other-version"])
+def test_a_damaged_measurement_is_made_again(tiny_model: Path, tmp_path: Path, damage: str) -> None:
+    get(tiny_model, tmp_path, types=False)
+    kept = tmp_path / MEASUREMENT_FILE
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:-5] if damage == "cut" else whole.replace(b'\\"version\\": 5', b'\\"version\\": 4'))
+    assert kept.read_bytes() != whole
+    with pytest.warns(
+        UserWarning, match=r"measure the model again\. It is done now|Measure the model again\. It is done"
+    ):
+        get(tiny_model, tmp_path, types=False)
+    assert kept.read_bytes() == whole
+
+
+def test_a_measurement_of_other_linears_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    get(tiny_model, tmp_path, types=False)
+    measured = Measurement.load(tmp_path / MEASUREMENT_FILE)
+    for changed in (
+        replace(measured, linears=measured.linears[1:]),
+        replace(measured, linears=(replace(measured.linears[0], name="x"), *measured.linears[1:])),
+    ):
+        changed.save(tmp_path / "m.safetensors")
+        with pytest.raises(FormatError, match=r"m\.safetensors: the measurement has other linears than"):
+            obtain_measurement(
+                Checkpoint.open(tiny_model),
+                MeasureConfig(device="cpu"),
+                tmp_path,
+                StageClock(),
+                silent,
+                given=tmp_path / "m.safetensors",
+                calibration=None,
+            )

@@ -3,6 +3,7 @@ import re
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -303,6 +304,34 @@ def test_refuses_other_files(tmp_path: Path, change) -> None:
     (tmp_path / "plan.json").write_text(json.dumps(change(raw)))
     with pytest.raises(FormatError, match=r"plan\.json"):
         Plan.load(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize(
+    ("where", "changes", "message"),
+    [
+        ("linear", {"group_rows": [32]}, r"linears\[0\]: group_rows must add up to in_features"),
+        ("linear", {"group_bits": []}, r"linears\[0\]: group_rows must add up .* group_bits for each"),
+        ("linear", {"in_features": 0}, r"linears\[0\]\.in_features: .* Got 0\. Expected int >= 1"),
+        ("linear", {"out_features": "8"}, r"linears\[0\]\.out_features: .* Got '8'\. Expected int"),
+        ("linear", {"damage_nats": -1}, r"linears\[0\]\.damage_nats: .* Got -1\. Expected float >= 0"),
+        ("head", {"group_bits": [7]}, "head: group_bits must be among"),
+        ("head", {"name": None}, r"head\.name: .* Got None\. Expected str"),
+        ("plan", {"linears": []}, "linears and kept are both empty"),
+        ("plan", {"head_bits": 7}, "head_bits must be one of"),
+        ("plan", {"head_bits": True}, r"head_bits: .* Got True\. Expected int \| str"),
+        ("plan", {"target_bpw": float("inf")}, r"target_bpw: .* Got inf"),
+        ("plan", {"kept": [{"name": "x", "in_features": 1, "out_features": 1}]}, r"kept\[0\]: .*field reason"),
+        ("plan", {"measurement": 10**4000}, r"measurement: .* Got 10+\.\.\.0+\. Expected str"),
+    ],
+)
+def test_refuses_a_damaged_plan(tmp_path: Path, where: str, changes: dict[str, Any], message: str) -> None:
+    path = tmp_path / "plan.json"
+    make_plan(measurement([(64, 40), (96, 64)]), bpw=4.0, head_bits=6).save(path)
+    plan = json.loads(path.read_text())
+    {"plan": plan, "head": plan["head"], "linear": plan["linears"][0]}[where].update(changes)
+    path.write_text(json.dumps(plan))
+    with pytest.raises(FormatError, match=rf"plan\.json: {message}.* make it again with `bpwise plan`"):
+        Plan.load(path)
 
 
 def test_stored_groups_of_a_short_last_group() -> None:

@@ -1,6 +1,7 @@
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -156,4 +157,27 @@ def test_refuses_another_file(tmp_path: Path) -> None:
         TypePlan.load(path)
     path.write_text(json.dumps({"bpwise_type_plan": 1, "tensors": [{"name": "x"}]}))
     with pytest.raises(FormatError, match="damaged"):
+        TypePlan.load(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tensors": []}, "tensors: .*length >= 1"),
+        ({"type": "Q9_K"}, r"tensors\[0\]: type must be one of"),
+        ({"type": "Q4_K", "row_weights": 64}, r"tensors\[0\]: .*row_weights a multiple of its blocks"),
+        ({"rows": 0}, r"tensors\[0\]\.rows: .* Got 0\. Expected int >= 1"),
+        ({"damage_nats": float("nan")}, r"tensors\[0\]\.damage_nats: .* Got nan"),
+        ({"other_weights": "1"}, r"other_weights: .* Got '1'\. Expected int"),
+        ({"lower_bound_nats": None}, r"lower_bound_nats: .* Got None\. Expected float"),
+    ],
+)
+def test_refuses_a_damaged_plan(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    path = tmp_path / "plan.json"
+    make_type_plan(measurement(), bpw=6.0).save(path)
+    plan = json.loads(path.read_text())
+    for key, value in changes.items():
+        (plan if key in plan else plan["tensors"][0])[key] = value
+    path.write_text(json.dumps(plan))
+    with pytest.raises(FormatError, match=rf"plan\.json: {message}.*make it again with `bpwise plan`"):
         TypePlan.load(path)

@@ -229,3 +229,9 @@ def test_a_disk_that_changes_bytes_is_noticed(
     with pytest.raises(VerificationError, match="reads back otherwise"):
         write_gguf(base, tmp_path / "out.gguf", types_of(base, TYPES["Q8_0"]), file_type=7)
     assert [path.name for path in tmp_path.iterdir()] == ["small.gguf"]
+
+
+def test_metadata_hold_any_text() -> None:
+    # Bytes of a path that are no UTF-8 come back as they were; half of a surrogate pair has no bytes.
+    assert entry("a\udcffb")[12:] == b"a\xffb"
+    assert entry("a\ud83db")[12:] == b"a\\ud83db"
