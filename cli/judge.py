@@ -91,7 +91,7 @@ def _verify_gguf(model: Path) -> None:
     "--engine",
     type=click.Choice(["transformers", "llama.cpp"]),
     default="transformers",
-    help="What runs both models; llama.cpp: a GGUF file and --base, on the CPU, whatever --dtype and --device.",
+    help="What runs both models; llama.cpp: a GGUF file and --base, on the CPU.",
 )
 @click.option("--base", type=EXISTING_FILE, help="ORIGINAL as an unquantized GGUF file, for --engine llama.cpp.")
 @click.option(

@@ -109,9 +109,10 @@ class QuantizeConfig:
             measured: A measurement to work from.
             rows: Calibration rows that are given.
         """
-        if measured is None and rows is None:
+        source = rows if measured is None else measured
+        if source is None:
             return self
-        count, row_tokens = (measured or rows).tokens.shape  # type: ignore[union-attr]
+        count, row_tokens = source.tokens.shape
         calibration = replace(self.measure.calibration, rows=count, row_tokens=row_tokens)
         group_size = self.measure.group_size if measured is None else measured.group_size
         return replace(self, measure=replace(self.measure, calibration=calibration, group_size=group_size))

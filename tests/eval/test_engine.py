@@ -166,10 +166,10 @@ class TestCommandLine:
         quantized = requantized(converted["qwen2"].file, tmp_path / "small.gguf", decoded=True)
         text = tmp_path / "text.txt"
         text.write_text(" ".join(map(str, range(200))))
-        options = ["--text", str(text), "-r", "2", "-l", "30", "--device", "cpu"]
+        options = ["--text", str(text), "-r", "2", "-l", "30"]
         command = ["eval", str(original), str(quantized), *options]
         engine = ["--engine", "llama.cpp", "--base", str(converted["qwen2"].file)]
-        for extra in ([], engine):
+        for extra in (["--device", "cpu"], engine):
             run = CliRunner().invoke(cli, [*command, *extra], catch_exceptions=False)
             assert run.exit_code == 0, run.output
             assert "nats per token" in run.output
