@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -101,7 +101,7 @@ __all__ = ["quantize"]
 @click.option("--force-eval-text", is_flag=True, help="Evaluate even on text that is calibrated on.")
 @click.option("--base-model", metavar="ORG/NAME", help="The original's Hub id, for the card.  [default: MODEL's]")
 @click.option("--card", is_flag=True, help="GGUF: write a model card NAME.README.md too, as EXL2 outputs have one.")
-@click.option("--force", is_flag=True, help="EXL2: quantize even what EXL2 readers do not know the architecture of.")
+@click.option("--force", is_flag=True, help="EXL2: quantize even what EXL2 readers do not know or compute otherwise.")
 @click.option("--dry-run", is_flag=True, help="EXL2: print size, bpw range and expected memory; write nothing.")
 @original_options
 @calibration_options
@@ -143,6 +143,7 @@ def quantize(model: str, output: Path, output_format: str | None, **options: Any
 
 
 def _quantize_to_exl2(model: Original, output: Path, evaluate: EvalConfig | None, options: dict[str, Any]) -> None:
+    from ..convert.original import open_model
     from ..quantize.pipeline import QuantizeConfig, quantize_model
     from ..quantize.scope import WidthOverride
 
@@ -173,6 +174,7 @@ def _quantize_to_exl2(model: Original, output: Path, evaluate: EvalConfig | None
         force=options["force"],
     )
     if options["dry_run"]:
+        _print_warnings(config.reader_warnings(open_model(model)))
         known = _config_of(options["measurement"]) if options["measurement"] else measure_config
         for bpw in rates or (None,):
             _print_forecast(model, replace(config, bpw=bpw, measure=known))
@@ -233,8 +235,11 @@ def _run(
     options: dict[str, Any],
 ) -> None:
     # One output, or one for each of several rates.
+    from ..convert.original import open_model
     from ..quantize.series import quantize_series
 
+    checkpoint = open_model(model)
+    _print_warnings(config.reader_warnings(checkpoint))
     shared = {
         "measurement": options["measurement"],
         "calibration": calibration,
@@ -243,35 +248,42 @@ def _run(
     }
     rates = options["bpw"] or ()
     run = partial(quantize_series, rates=rates) if len(rates) > 1 else quantize_one
-    for line in run(model, output, config, **shared).summary_lines():
+    for line in run(checkpoint, output, config, **shared).summary_lines():
         click.echo(line)
 
 
 def _convert_to_mixture(model: Original, output: Path, evaluate: EvalConfig | None, options: dict[str, Any]) -> None:
+    from ..convert.gguf.readers import require_llama_cpp
     from ..convert.original import open_model
     from ..eval.report import summary_lines, write_report
     from ..quantize.gguf_pipeline import convert_to_mixture
     from ..quantize.judge import Judge
 
     refuse_beside("--type", ("measurement", "override", "no_feedback"), "llama.cpp's mixtures do not know it")
+    checkpoint = open_model(model)
+    _print_warnings(require_llama_cpp(checkpoint.config))
     written, warnings = convert_to_mixture(
-        model,
+        checkpoint,
         output,
         options["mixture"],
         imatrix=options["imatrix"],
         llama_cpp=options["llama_cpp"],
         progress=progress_bar,
     )
-    for warning in warnings:
-        click.echo(f"warning     {warning}", err=True)
+    _print_warnings(warnings)
     click.echo(f"size        {written.file_bytes / MIB:.1f} MiB; {written.bpw:.4f} bpw over all tensors -> {output}")
     if evaluate is not None:
-        judge = Judge(open_model(model), evaluate, progress_bar)
+        judge = Judge(checkpoint, evaluate, progress_bar)
         comparison = judge.compare(output, predicted_nats=None)
         write_report(comparison, output.parent, prefix=f"{output.stem}.")
         judge.sentence(output, comparison, predicted_nats=None)
         for line in summary_lines(comparison):
             click.echo(line)
+
+
+def _print_warnings(warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        click.echo(f"warning     {warning}", err=True)
 
 
 def _config_of(measurement: Path) -> MeasureConfig:

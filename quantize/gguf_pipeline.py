@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from ..convert.gguf.imatrix import ImportanceMatrix, imatrix_metadata, read_imat
 from ..convert.gguf.mixtures import mixture
 from ..convert.gguf.names import architecture_of, gguf_name, row_order
 from ..convert.gguf.reader import GgufModel
+from ..convert.gguf.readers import LIMITS_KEY, require_llama_cpp
 from ..convert.gguf.writer import GgufVerification, planned_bytes, write_gguf
 from ..convert.original import Original, open_model
 from ..convert.work import StageDirectory, stages_in
@@ -71,7 +72,7 @@ class GgufResult:
         original_bytes: Size of the original tensors.
         comparison: Original against quantized, or None if evaluation was left out.
         costs: Time and memory of every stage that ran.
-        warnings: What llama.cpp's converter left out.
+        warnings: What llama.cpp computes otherwise than Transformers, and what its converter left out.
         drift: How far the hidden states after each block are from the original's; empty if nothing was rounded now.
         measurement: The measurement file, which serves any other size and format.
     """
@@ -141,6 +142,7 @@ def quantize_to_gguf(
             llama.cpp's converter is not installed.
     """
     checkpoint = open_model(model)
+    config.reader_warnings(checkpoint)
     refuse_others(output)
     work = work or output.with_name(f"{output.name}.work")
     if judge is None and config.evaluate is not None:
@@ -171,7 +173,7 @@ def convert_to_mixture(
         progress: Shows how far the writing is.
 
     Returns:
-        What was read back, and what llama.cpp's converter left out.
+        What was read back, and what llama.cpp computes otherwise than Transformers or its converter left out.
 
     Raises:
         BpwiseError: As ``quantize_to_gguf``.
@@ -181,6 +183,7 @@ def convert_to_mixture(
         raise WorkDirectoryError(f"{output}: exists already. Choose another name or delete it.")
     matrix = None if imatrix is None else read_imatrix(imatrix)
     checkpoint = open_model(model)
+    limits = require_llama_cpp(checkpoint.config)
     output.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as private:
         made = base or Path(private) / "base.gguf"
@@ -196,7 +199,7 @@ def convert_to_mixture(
             threads=cores(),
             progress=progress,
         )
-    return verification, warnings
+    return verification, (*limits, *warnings)
 
 
 def importance_of(measurement: Measurement) -> ImportanceMatrix:
@@ -230,6 +233,7 @@ def _quantize(
     progress: Progress,
 ) -> GgufResult:
     clock = StageClock()
+    limits = config.reader_warnings(checkpoint)
     base = base or base_path(checkpoint, work, config.llama_cpp)
     # The converter first: should it not know the model, nothing has been measured in vain.
     with clock.stage("convert"):
@@ -274,7 +278,7 @@ def _quantize(
                 file_type=dominant_file_type(types, header),
                 encoded=encoded,
                 importance=importance_of(measured).mean_squares,
-                metadata=_metadata(run, rows),
+                metadata=_metadata(run, rows, limits),
                 threads=cores(),
             )
     elif read_gguf_header(output).metadata.get(_RUN_KEY) != run:
@@ -295,7 +299,7 @@ def _quantize(
         original_bytes=checkpoint.total_bytes,
         comparison=comparison,
         costs=tuple(clock.costs),
-        warnings=warnings,
+        warnings=(*limits, *warnings),
         drift=tuple(drift),
         measurement=measurement or work / MEASUREMENT_FILE,
     )
@@ -309,12 +313,13 @@ def _quantize(
     return result
 
 
-def _metadata(run: str, rows: CalibrationSet) -> dict[str, str]:
+def _metadata(run: str, rows: CalibrationSet, limits: Sequence[str]) -> dict[str, str]:
     return {
         _RUN_KEY: run,
         "bpwise.version": __version__,
         "bpwise.calibration": rows.description,
         f"bpwise.{SPANS_KEY}": CalibrationSpans.of(rows).to_text(),
+        **({LIMITS_KEY: "\n".join(limits)} if limits else {}),
     }
 
 
@@ -360,7 +365,8 @@ def _planned(
         max_bytes = room_for_weights(config.vram_bytes, checkpoint.config, context)
     assert max_bytes is not None
     tensors = sum(tensor.size_bytes for tensor in header.tensors.values())
-    overhead = planned_bytes(header, {}, file_type=0, metadata=_metadata("0" * 32, rows))
+    metadata = _metadata("0" * 32, rows, config.reader_warnings(checkpoint))
+    overhead = planned_bytes(header, {}, file_type=0, metadata=metadata)
     room = max_bytes - (overhead - tensors) - _ALIGNMENT_BYTES * len(header.tensors)
     if room <= 0:
         raise BudgetError(

@@ -12,7 +12,6 @@ from pathlib import Path
 from ..convert.checkpoint import Checkpoint
 from ..convert.exl2.verify import MANIFEST_FILE, Verification, verify_model
 from ..convert.exl2.writer import write_model
-from ..convert.families import require_reader
 from ..convert.files import read_json
 from ..convert.language import WrittenModel
 from ..convert.original import Original, open_model
@@ -56,6 +55,7 @@ class QuantizeResult:
             scales were tuned after that.
         measurement: The measurement file, which serves any other bitrate.
         experts: How many experts calibration text hardly reached; None for a model without experts.
+        warnings: What EXL2 readers compute otherwise than Transformers.
     """
 
     output: Path
@@ -68,6 +68,7 @@ class QuantizeResult:
     drift: tuple[Drift, ...]
     measurement: Path
     experts: str | None
+    warnings: tuple[str, ...]
 
     def summary_lines(self) -> list[str]:
         """Return the result as lines for a terminal."""
@@ -79,6 +80,7 @@ class QuantizeResult:
             *(f"float16     {line}" for line in kept_lines(plan.kept, plan.head_reason)),
             f"predicted   {plan.damage_nats:.6f} nats/token, at most {100 * plan.gap:.3f} % above the best possible",
             *([] if self.comparison is None else summary_lines(self.comparison)),
+            *(f"warning     {warning}" for warning in self.warnings),
         ]
         if self.experts is not None:
             lines.append(f"experts     {self.experts}")
@@ -123,8 +125,7 @@ def quantize_model(
         BpwiseError: Whatever is wrong with the model, the options, the text or the disk.
     """
     checkpoint = open_model(model)
-    if not config.force:
-        require_reader(checkpoint.config)
+    config.reader_warnings(checkpoint)
     if measurement is None:  # a given one has a group size of its own, which the plan checks at once
         config.forecast(checkpoint)
     is_finished(output, model=checkpoint.fingerprint)
@@ -198,6 +199,7 @@ def _quantize(
         drift=tuple(drift),
         measurement=measurement or work / MEASUREMENT_FILE,
         experts=measured.experts_sentence,
+        warnings=config.reader_warnings(checkpoint),
     )
     if judge is not None and comparison is not None:
         write_report(comparison, output, {**report_details(result), **judge.details()}, costs=plan_costs(plan))
