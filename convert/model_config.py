@@ -63,9 +63,9 @@ _ACTIVATIONS = ("hidden_act", "hidden_activation")
 def complete_config(config: Mapping[str, Any], path: Path, *, embedding_rows: int | None) -> dict[str, Any]:
     """Return a config with every key of its language model that Transformers' class would fill in.
 
-    Stated values stay as they are, except the rope type ``su``, an older name of ``longrope``, and ``rope_parameters``: they
-    become those that Transformers computes with, whichever key states them. Of a model with several parts the outer config
-    and its ``vision_config`` are completed too.
+    Stated values stay as they are, except the rope type ``su``, an older name of ``longrope``, and ``rope_parameters``:
+    they become those that Transformers computes with, whichever key states them. Of a model with several parts the outer
+    config and its ``vision_config`` are completed too.
 
     Args:
         config: Parsed ``config.json`` of a model type that Transformers knows; not modified.

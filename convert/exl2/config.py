@@ -1,7 +1,7 @@
 """config.json on its way into an EXL2 directory and out of it.
 
-EXL2 readers look for older keys than current Transformers writes, some of them in one place only. Here they are added, the
-newer ones left in place; on the way out they go again.
+EXL2 readers look for older keys than current Transformers writes, some of them in one place only. Here they are added,
+the newer ones left in place; on the way out they go again.
 """
 
 from __future__ import annotations

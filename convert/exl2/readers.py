@@ -35,10 +35,11 @@ _READ_IN_EVERY_FAMILY: Mapping[str, tuple[Any, ...]] = {
     "norm_head": (0,),
     "partial_rotary_factor": (1,),
 }
-"""Keys that EXL2 readers compute with in any model that states them, and the values that change nothing; null never does.
+"""Keys that EXL2 readers compute with in any model that states them, and the values that change nothing, as null does.
 Source: ExLlamaV2 0.3.2, config.py and architecture.py."""
 
-_UNKNOWN = "EXL2 readers do not know the architecture"
+_ANY_LENGTH = "Rows of any length differ from the original."
+_UNKNOWN = "EXL2 readers do not know"
 _FORCE = "Use --force to quantize it nevertheless, for bpwise and Transformers to read."
 
 _SAME = 1e-6
@@ -52,11 +53,11 @@ def require_reader(config: Mapping[str, Any]) -> None:
         config: Parsed config.json, of the whole model.
 
     Raises:
-        UnsupportedModelError: The family is unknown; or readers do not know the first of its ``architectures`` (the message
-            lists those they do), or would compute something else.
+        UnsupportedModelError: The family is unknown; or readers do not know the first of its ``architectures`` (the
+            message lists those they do), or would compute something else.
     """
     refused = "; ".join(dict.fromkeys(_departures(config)))
-    if refused.startswith(_UNKNOWN):
+    if refused.startswith(f"{_UNKNOWN} the architecture"):
         refused += f", expected one of {', '.join(known_readers())}"
     if refused:
         raise UnsupportedModelError(f"config.json: {refused}. {_FORCE}")
@@ -68,10 +69,9 @@ def reader_warnings(config: Mapping[str, Any]) -> tuple[str, ...]:
     Args:
         config: Parsed config.json, of the whole model. What ``require_reader`` refuses of it comes first.
     """
-    return (
-        *(f"{departure}. Rows of any length differ from the original." for departure in dict.fromkeys(_departures(config))),
-        *_limits(config),
-    )
+    departures = dict.fromkeys(_departures(config))
+    refused = (x + ("." if x.startswith(_UNKNOWN) else f". {_ANY_LENGTH}") for x in departures)
+    return (*refused, *_limits(config))
 
 
 def _departures(config: Mapping[str, Any]) -> Iterator[str]:
@@ -79,7 +79,7 @@ def _departures(config: Mapping[str, Any]) -> Iterator[str]:
     name = (config.get("architectures") or [None])[0]
     entry: Family | Composite = composite or family_of(config)
     if name not in entry.readers:
-        yield f"{_UNKNOWN} {name!r}"
+        yield f"{_UNKNOWN} the architecture {name!r}"
         return
     if composite is not None:
         unknown = list(_unknown_parts(config, composite))
@@ -91,7 +91,7 @@ def _departures(config: Mapping[str, Any]) -> Iterator[str]:
         if value is not None and value not in values:
             yield f"{key} is {value!r}, but EXL2 readers take it for {values[0]!r}" if values else _unasked(key, value)
     for key, values in _READ_IN_EVERY_FAMILY.items():
-        value = config.get(key, language.get(key))
+        value = language.get(key) if config.get(key) is None else config[key]
         if value is not None and value not in values and key not in family.reads:
             yield _unasked(key, value)
     yield from _rope_departures(family, _parsed(config))
@@ -109,7 +109,7 @@ def _unknown_parts(config: Mapping[str, Any], composite: Composite) -> Iterator[
     for part, (kind, known) in found.items():
         if known != (None,) and kind not in known:
             yield (
-                f"EXL2 readers do not know {config['architectures'][0]!r} with a {part} of type {kind!r}, expected "
+                f"{_UNKNOWN} {config['architectures'][0]!r} with a {part} of type {kind!r}, expected "
                 f"{' or '.join(map(str, known))}"
             )
 
@@ -118,7 +118,7 @@ def _rope_departures(family: Family, text: Any) -> Iterator[str]:
     rope = full_rope(text)
     kind = rope["rope_type"]
     if kind not in family.rope_types:
-        yield f"EXL2 readers do not know rope_type {kind!r}, expected one of {', '.join(family.rope_types)}"
+        yield f"EXL2 readers leave out rope_type {kind!r}, expected one of {', '.join(family.rope_types)}"
     share = rope.get("partial_rotary_factor", 1.0)
     if share != 1 and "partial_rotary_factor" not in family.reads:
         yield _unasked("partial_rotary_factor", share)
@@ -149,17 +149,17 @@ def _limits(config: Mapping[str, Any]) -> Iterator[str]:
     composite = composite_of(config)
     text, (family, _) = _parsed(config), _language(config)
     if family.quirk and not (family.periodic_windows and "full_attention" not in text.layer_types):
-        yield f"{family.quirk}. Rows of any length differ from the original."
+        yield f"{family.quirk}. {_ANY_LENGTH}"
     window = attention_window(text)
     if window is not None and not family.periodic_windows:
         yield (
-            f"EXL2 readers leave out sliding_window {window}: every token sees all before it. Rows of more than {window} "
-            "tokens differ from the original."
+            f"EXL2 readers leave out sliding_window {window}: every token sees all before it. Rows of more than "
+            f"{window} tokens differ from the original."
         )
     elif window is not None and family.local_rope is None and window_period(text.layer_types) is None:
         yield (
-            "EXL2 readers take layer_types to have a period, so other blocks have the sliding window. Rows of more than "
-            f"{window} tokens differ from the original."
+            "EXL2 readers take layer_types to have a period, so other blocks have the sliding window. Rows of more "
+            f"than {window} tokens differ from the original."
         )
     yield from _rope_limits(text)
     if composite is not None:
@@ -175,13 +175,13 @@ def _rope_limits(text: Any) -> Iterator[str]:
         )
     elif rope["rope_type"] == "yarn" and longest <= trained:
         yield (
-            f"EXL2 readers leave out rope_type 'yarn', since max_position_embeddings is {longest} and the model was trained "
-            f"on {trained}. Rows of any length differ from the original."
+            f"EXL2 readers leave out rope_type 'yarn', since max_position_embeddings is {longest} and the model was "
+            f"trained on {trained}. {_ANY_LENGTH}"
         )
     elif rope["rope_type"] == "yarn":
         yield (
-            f"EXL2 readers take rope_type 'yarn' for one of a model trained on {longest} positions instead of {trained}. "
-            "Rows of any length differ from the original."
+            f"EXL2 readers take rope_type 'yarn' for that of a model trained on {longest} positions instead of "
+            f"{trained}. {_ANY_LENGTH}"
         )
     elif rope["rope_type"] == "longrope" and longest > trained:
         yield (
@@ -195,12 +195,16 @@ def _image_limits(config: Mapping[str, Any], composite: Composite) -> Iterator[s
         for part in key.split("."):
             value = (value or {}).get(part)
         if value is not None and value not in values:
-            yield f"{key} is {value!r}, but EXL2 readers take it for {values[0]!r}. Answers about images differ from the original."
+            yield (
+                f"{key} is {value!r}, but EXL2 readers take it for {values[0]!r}. Answers about images differ from the "
+                "original."
+            )
 
 
 def _language(config: Mapping[str, Any]) -> tuple[Family, Mapping[str, Any]]:
     composite, language = composite_of(config), text_config(config)
-    return family_of(language if composite is None or composite.text is None else {"model_type": composite.text}), language
+    kind = language.get("model_type") if composite is None or composite.text is None else composite.text
+    return family_of({"model_type": kind}), language
 
 
 def _parsed(config: Mapping[str, Any]) -> Any:

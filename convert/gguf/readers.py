@@ -1,6 +1,7 @@
 """What llama.cpp and its converter compute otherwise than Transformers, by the config.json of a model.
 
-Source: the converter's ``conversion/base.py`` and ``conversion/llama.py``, llama.cpp's ``src/models/`` and ``ggml_rope_ext``.
+Source: the converter's ``conversion/base.py`` and ``conversion/llama.py``, llama.cpp's ``src/models/`` and
+``ggml_rope_ext``.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def _departures(language: Mapping[str, Any], rope: Mapping[str, Any]) -> Iterato
         return
     for key, value in _YARN.items():
         if rope.get(key, value) != value:
-            yield f"{key} of rope_type 'yarn' is {rope[key]!r}, but one of Transformers and llama.cpp takes it for {value!r}"
+            yield f"{key} of rope_type 'yarn' is {rope[key]!r}, but Transformers or llama.cpp takes it for {value!r}"
     weights = rope.get("mscale"), rope.get("mscale_all_dim")
     first, second = weights if all(weights) else (1, 0)
     computed = rope.get("attention_factor") or _yarn_attention(rope, first) / _yarn_attention(rope, second)
@@ -92,8 +93,8 @@ def _limits(text: Any) -> Iterator[str]:
     window = attention_window(text)
     if window is not None:
         yield (
-            f"llama.cpp's converter leaves out sliding_window {window}: every token sees all before it. Rows of more than "
-            f"{window} tokens differ from the original."
+            f"llama.cpp's converter leaves out sliding_window {window}: every token sees all before it. Rows of more "
+            f"than {window} tokens differ from the original."
         )
     if full_rope(text)["rope_type"] == "dynamic":
         yield (
