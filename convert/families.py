@@ -183,8 +183,8 @@ _FUSED_MLP = {"mlp.gate_up_proj": _GATE_UP}
 
 _SILU = {"hidden_act": ("silu", "swish")}
 _GELU = ("gelu_pytorch_tanh", "gelu", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_python", "gelu_python_tanh")
-"""Names of the approximation by tanh, which readers compute, and of the exact function: float16 rounds by more than they
-differ."""
+"""Names of the approximation by tanh, which readers compute, and of the exact function: they differ by less than
+float16 rounds."""
 
 _CAUSAL = {"use_bidirectional_attention": (False,)}
 _CAPPED = ("attention_bias", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")

@@ -21,9 +21,6 @@ __all__ = ["LIMITS_KEY", "require_llama_cpp"]
 LIMITS_KEY = "bpwise.limits"
 """Metadata of our own: the sentences that ``require_llama_cpp`` returned for the model, a line each."""
 
-_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-"""Model types that are looked at; the others go through the converter alone."""
-
 _COMPUTED: Mapping[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "is_causal": (True,),
@@ -32,10 +29,18 @@ _COMPUTED: Mapping[str, tuple[Any, ...]] = {
 }
 """Key of config.json -> the values by which llama.cpp computes what Transformers does; null or absent always is."""
 
+_MODEL_TYPES: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
+    "llama": _COMPUTED,
+    "mistral": _COMPUTED,
+    "qwen2": _COMPUTED,
+    "qwen3": {**_COMPUTED, "attention_bias": (False,)},  # it has no bias of o_proj
+}
+"""Model types that are looked at; the others go through the converter alone."""
+
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic")
 
-_YARN: Mapping[str, Any] = {"truncate": True, "extrapolation_factor": 1}
-"""Settings of YaRN that only one of the two knows, and the values that the other takes them for."""
+_YARN: Mapping[str, Any] = {"truncate": True, "beta_fast": 32, "beta_slow": 1}
+"""Settings of YaRN that llama.cpp does not look at here, and what it takes them for."""
 
 _SAME = 1e-6
 """Relative difference of factors that counts as rounding."""
@@ -57,17 +62,24 @@ def require_llama_cpp(config: Mapping[str, Any]) -> tuple[str, ...]:
     if language.get("model_type") not in _MODEL_TYPES:
         return ()
     text = parse_config(config, Path("config.json")).get_text_config()
-    departures = "; ".join(_departures(language, full_rope(text)))
+    departures = "; ".join((*_departures(language), *_rope_departures(full_rope(text))))
     if departures:
         raise UnsupportedModelError(f"config.json: {departures}. A GGUF file of it would be another model.")
     return tuple(_limits(text))
 
 
-def _departures(language: Mapping[str, Any], rope: Mapping[str, Any]) -> Iterator[str]:
-    for key, values in _COMPUTED.items():
+def _departures(language: Mapping[str, Any]) -> Iterator[str]:
+    kind = language["model_type"]
+    computed = {**_MODEL_TYPES[kind]}
+    if kind == "qwen2":
+        computed["head_dim"] = (language["hidden_size"] // language["num_attention_heads"],)
+    for key, values in computed.items():
         value = language.get(key)
         if value is not None and value not in values:
             yield f"{key} is {value!r}, but llama.cpp takes it for {values[0]!r}"
+
+
+def _rope_departures(rope: Mapping[str, Any]) -> Iterator[str]:
     kind = rope["rope_type"]
     if kind not in _ROPE_TYPES:
         yield f"llama.cpp does not know rope_type {kind!r} here, expected one of {', '.join(_ROPE_TYPES)}"
@@ -75,12 +87,11 @@ def _departures(language: Mapping[str, Any], rope: Mapping[str, Any]) -> Iterato
         return
     for key, value in _YARN.items():
         if rope.get(key, value) != value:
-            yield f"{key} of rope_type 'yarn' is {rope[key]!r}, but Transformers or llama.cpp takes it for {value!r}"
+            yield f"{key} of rope_type 'yarn' is {rope[key]!r}, but llama.cpp takes it for {value!r}"
     weights = rope.get("mscale"), rope.get("mscale_all_dim")
     first, second = weights if all(weights) else (1, 0)
     computed = rope.get("attention_factor") or _yarn_attention(rope, first) / _yarn_attention(rope, second)
-    # llama.cpp multiplies its own factor by the file's, which the converter takes from either key.
-    read = _yarn_attention(rope, 1) * (rope.get("attention_factor", rope.get("attn_factor")) or 1.0)
+    read = _yarn_attention(rope, 1)
     if not math.isclose(read, computed, rel_tol=_SAME):
         yield f"rope_type 'yarn' scales attention by {computed:.6g}, but llama.cpp by {read:.6g}"
 
