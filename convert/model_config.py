@@ -64,8 +64,8 @@ def complete_config(config: Mapping[str, Any], path: Path, *, embedding_rows: in
     """Return a config with every key of its language model that Transformers' class would fill in.
 
     Stated values stay as they are, except the rope type ``su``, an older name of ``longrope``, and ``rope_parameters``:
-    they become those that Transformers computes with, whichever key states them. Of a model with several parts the outer
-    config and its ``vision_config`` are completed too.
+    they become those that Transformers computes with, whichever key states them. Of a model with several parts the
+    outer config and its ``vision_config`` are completed too.
 
     Args:
         config: Parsed ``config.json`` of a model type that Transformers knows; not modified.
@@ -158,7 +158,7 @@ def explain_transformers(path: Path) -> Iterator[None]:
 def _complete(part: dict[str, Any], parsed: Any) -> None:
     aliases = {kept: alias for alias, kept in parsed.attribute_map.items()}
     for key, value in _declared(parsed).items():
-        if part.get(key) is None and part.get(aliases.get(key)) is None and value is not None:
+        if part.get(key) is None and part.get(aliases.get(key, key)) is None and value is not None:
             part[key] = value
 
 

@@ -88,8 +88,9 @@ def _rope_departures(rope: Mapping[str, Any]) -> Iterator[str]:
     for key, value in _YARN.items():
         if rope.get(key, value) != value:
             yield f"{key} of rope_type 'yarn' is {rope[key]!r}, but llama.cpp takes it for {value!r}"
-    weights = rope.get("mscale"), rope.get("mscale_all_dim")
-    first, second = weights if all(weights) else (1, 0)
+    first, second = rope.get("mscale"), rope.get("mscale_all_dim")
+    if not first or not second:
+        first, second = 1, 0
     computed = rope.get("attention_factor") or _yarn_attention(rope, first) / _yarn_attention(rope, second)
     read = _yarn_attention(rope, 1)
     if not math.isclose(read, computed, rel_tol=_SAME):
