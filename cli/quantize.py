@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -104,7 +104,7 @@ __all__ = ["quantize"]
 @click.option("--force-eval-text", is_flag=True, help="Evaluate even on text that is calibrated on.")
 @click.option("--base-model", metavar="ORG/NAME", help="The original's Hub id, for the card.  [default: MODEL's]")
 @click.option("--card", is_flag=True, help="GGUF: write a model card NAME.README.md too, as EXL2 outputs have one.")
-@click.option("--force", is_flag=True, help="EXL2: quantize even what EXL2 readers do not know the architecture of.")
+@click.option("--force", is_flag=True, help="EXL2: quantize even what EXL2 readers do not know or compute otherwise.")
 @click.option("--dry-run", is_flag=True, help="EXL2: print size, bpw range and expected memory; write nothing.")
 @original_options
 @calibration_options
@@ -173,6 +173,7 @@ def _quantize_to_exl2(model: Checkpoint, output: Path, evaluate: EvalConfig | No
         force=options["force"],
     )
     if options["dry_run"]:
+        _print_warnings(config.reader_warnings(model))
         for bpw in rates or (None,):
             _print_forecast(model, output, replace(config, bpw=bpw), saved, options["measurement"])
         return
@@ -222,8 +223,11 @@ def _run(
     options: dict[str, Any],
 ) -> None:
     # One output, or one for each of several rates.
+    from ..convert.original import open_model
     from ..quantize.series import quantize_series
 
+    checkpoint = open_model(model)
+    _print_warnings(config.reader_warnings(checkpoint))
     shared = {
         "measurement": options["measurement"],
         "calibration": calibration,
@@ -232,15 +236,18 @@ def _run(
     }
     rates = options["bpw"] or ()
     run = partial(quantize_series, rates=rates) if len(rates) > 1 else quantize_one
+    _print_warnings(config.reader_warnings(model))
     for line in run(model, output, config, **shared).summary_lines():
         say(line)
 
 
 def _convert_to_mixture(model: Checkpoint, output: Path, evaluate: EvalConfig | None, options: dict[str, Any]) -> None:
+    from ..convert.gguf.readers import require_llama_cpp
     from ..eval.report import summary_lines, write_report
     from ..quantize.gguf_pipeline import convert_to_mixture
     from ..quantize.judge import Judge
 
+    _print_warnings(require_llama_cpp(model.config))
     judge = None if evaluate is None else Judge(model, evaluate, progress_bar)
     written, warnings = convert_to_mixture(
         model,
@@ -251,8 +258,7 @@ def _convert_to_mixture(model: Checkpoint, output: Path, evaluate: EvalConfig | 
         judge=judge,
         progress=progress_bar,
     )
-    for warning in warnings:
-        say(f"warning     {warning}", err=True)
+    _print_warnings(warnings)
     say(f"size        {written.file_bytes / MIB:.1f} MiB; {written.bpw:.4f} bpw over all tensors -> {output}")
     if judge is not None:
         comparison = judge.compare(output, predicted_nats=None)
@@ -260,6 +266,11 @@ def _convert_to_mixture(model: Checkpoint, output: Path, evaluate: EvalConfig | 
         judge.sentence(output, comparison, predicted_nats=None)
         for line in summary_lines(comparison):
             say(line)
+
+
+def _print_warnings(warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        say(f"warning     {warning}", err=True)
 
 
 def _print_forecast(

@@ -38,6 +38,7 @@ class Card:
         measured: The table of what it cost: a name, the original's value, the quantized model's; empty if it was not
             measured.
         measured_note: How that was measured.
+        limits: What programs that load it compute otherwise than it was measured, as sentences.
         base: What the original's card says.
     """
 
@@ -49,6 +50,7 @@ class Card:
     made: tuple[tuple[str, str], ...]
     measured: tuple[tuple[str, str, str], ...] = ()
     measured_note: str = ""
+    limits: tuple[str, ...] = ()
     base: BaseCard
 
 
@@ -70,6 +72,7 @@ def render_card(card: Card) -> str:
         table(("", ""), card.made),
         "## What it cost",
         *_measured(card),
+        *_limits(card),
         "## How to load it",
         _loading_exl2(card) if card.format == "exl2" else _loading_gguf(card),
     ]
@@ -98,6 +101,10 @@ def _measured(card: Card) -> list[str]:
     if not card.measured:
         return ["Not measured: this model was not compared with the original."]
     return [table(("", "original", "this model"), card.measured), cell(card.measured_note)]
+
+
+def _limits(card: Card) -> list[str]:
+    return ["## Limits", "\n".join(f"- {cell(limit)}" for limit in card.limits)] if card.limits else []
 
 
 def _loading_exl2(card: Card) -> str:

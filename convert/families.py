@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import UnsupportedModelError
-from .exl2.names import HEAD, text_config
+from .exl2.names import HEAD
 
 __all__ = [
     "EMBEDDING",
@@ -27,7 +27,7 @@ __all__ = [
     "composite_of",
     "family_of",
     "is_known",
-    "require_reader",
+    "known_readers",
 ]
 
 
@@ -100,7 +100,12 @@ class Family:
         multiplier: Key of config.json whose value multiplies what blocks add to the residual stream.
         written_as: Class name that a written model gets, where it differs from the original's.
         prefix: What the names of a written model begin with.
-        taken_for_granted: Values that EXL2 readers take keys of config.json to have, whatever they say.
+        taken_for_granted: Key of config.json -> the values that EXL2 readers compute alike, whatever it says.
+        reads: Keys that EXL2 readers look at in every family and that this one has in Transformers too, computed alike.
+        rope_types: Rope types that readers know; see ``exl2.readers`` for those that they compute otherwise.
+        local_rope: Rope that readers take blocks with a sliding window to have, of a family where it is another one.
+        periodic_windows: Whether readers know the sliding windows: of all blocks but every Nth.
+        quirk: What readers compute otherwise in every model of the family, as a sentence.
         note: What is special, for the table of families in the documentation.
     """
 
@@ -113,7 +118,12 @@ class Family:
     multiplier: str | None = None
     written_as: str | None = None
     prefix: str = ""
-    taken_for_granted: Mapping[str, Any] = field(default_factory=dict)
+    taken_for_granted: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    reads: tuple[str, ...] = ()
+    rope_types: tuple[str, ...] = ("default", "linear", "llama3", "dynamic", "longrope", "yarn")
+    local_rope: Mapping[str, Any] | None = None
+    periodic_windows: bool = False
+    quirk: str = ""
     note: str = ""
 
     blocks = "model.layers"
@@ -176,17 +186,41 @@ def _post_norm(attention: str, mlp: str) -> tuple[Stage, ...]:
 _GEMMA2 = _post_norm("post_attention_layernorm", "post_feedforward_layernorm")
 _FUSED_MLP = {"mlp.gate_up_proj": _GATE_UP}
 
+_SILU = {"hidden_act": ("silu", "swish")}
+_GELU = ("gelu_pytorch_tanh", "gelu", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_python", "gelu_python_tanh")
+"""Names of the approximation by tanh, which readers compute, and of the exact function: they differ by less than
+float16 rounds."""
+
+_CAUSAL = {"use_bidirectional_attention": (False,)}
+_CAPPED = ("attention_bias", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
+_HEAD_NORMS = "EXL2 readers take the norms of queries and keys for layer norms"
+
 _FAMILIES = {
-    "llama": Family(readers=("LlamaForCausalLM",), stages=_PRE_NORM, note="all rope types; biases"),
-    "mistral": Family(readers=("MistralForCausalLM",), stages=_PRE_NORM, note="sliding window"),
+    "llama": Family(
+        readers=("LlamaForCausalLM",),
+        stages=_PRE_NORM,
+        taken_for_granted=_SILU,
+        reads=("attention_bias", "mlp_bias"),
+        note="all rope types; biases",
+    ),
+    "mistral": Family(
+        readers=("MistralForCausalLM",), stages=_PRE_NORM, taken_for_granted=_SILU, note="sliding window"
+    ),
     "mixtral": Family(
         readers=("MixtralForCausalLM",),
         stages=_ATTENTION,
         experts=Experts("mlp.experts", gate="w1", up="w3", down="w2"),
         renamed={"mlp.": "block_sparse_moe."},
+        taken_for_granted={**_SILU, "moe_intermediate_size": ()},
         note="experts",
     ),
-    "qwen2": Family(readers=("Qwen2ForCausalLM",), stages=_PRE_NORM, note="biases of q, k and v"),
+    "qwen2": Family(
+        readers=("Qwen2ForCausalLM",),
+        stages=_PRE_NORM,
+        taken_for_granted=_SILU,
+        reads=("attention_bias",),  # no reader looks at it here: q, k and v always have biases
+        note="biases of q, k and v",
+    ),
     "qwen2_moe": Family(
         readers=(),
         stages=(
@@ -197,18 +231,42 @@ _FAMILIES = {
         experts=Experts("mlp.experts"),
         note="experts beside a shared one",
     ),
-    "qwen3": Family(readers=("Qwen3ForCausalLM",), stages=_PRE_NORM, note="norms of queries and keys"),
+    "qwen3": Family(
+        readers=("Qwen3ForCausalLM",),
+        stages=_PRE_NORM,
+        taken_for_granted={**_SILU, "use_qk_norm": (True,)},
+        reads=("attention_bias", "use_qk_norm"),
+        quirk=_HEAD_NORMS,
+        note="norms of queries and keys",
+    ),
     "qwen3_moe": Family(
         readers=("Qwen3MoeForCausalLM",),
         stages=_PRE_NORM,
         experts=Experts("mlp.experts"),
-        taken_for_granted={"norm_topk_prob": True, "mlp_only_layers": [], "decoder_sparse_step": 1},
+        taken_for_granted={
+            **_SILU,
+            "use_qk_norm": (True,),
+            "norm_topk_prob": (True,),
+            "mlp_only_layers": ([],),
+            "decoder_sparse_step": (1,),
+        },
+        reads=("attention_bias", "use_qk_norm"),
+        quirk=_HEAD_NORMS,
         note="experts; norms of queries and keys",
     ),
-    "gemma": Family(readers=("GemmaForCausalLM",), stages=_PRE_NORM, note="scaled embeddings, norms of 1 + weight"),
+    "gemma": Family(
+        readers=("GemmaForCausalLM",),
+        stages=_PRE_NORM,
+        taken_for_granted={"hidden_act": _GELU, **_CAUSAL},
+        reads=("attention_bias",),
+        note="scaled embeddings, norms of 1 + weight",
+    ),
     "gemma2": Family(
         readers=("Gemma2ForCausalLM",),
         stages=_GEMMA2,
+        taken_for_granted={"hidden_activation": _GELU, **_CAUSAL},
+        reads=_CAPPED,
+        periodic_windows=True,
         note="norms before and after; soft-capping; every other block with a sliding window",
     ),
     "gemma3_text": Family(
@@ -216,6 +274,11 @@ _FAMILIES = {
         stages=_GEMMA2,
         written_as="Gemma3ForConditionalGeneration",
         prefix="language_model.",
+        taken_for_granted={"hidden_activation": _GELU, "use_qk_norm": (True,), **_CAUSAL},
+        reads=(*_CAPPED, "use_qk_norm"),
+        rope_types=("default", "linear"),
+        local_rope={"rope_type": "default", "rope_theta": 10000},
+        periodic_windows=True,
         note="as Gemma 2; norms of queries and keys; five of six blocks with a sliding window and a rope of their own; "
         "written under the names of the model with vision, which are those that readers look for",
     ),
@@ -223,32 +286,56 @@ _FAMILIES = {
         readers=("Phi3ForCausalLM",),
         stages=_PRE_NORM,
         fused={"self_attn.qkv_proj": _QKV, **_FUSED_MLP},
+        taken_for_granted=_SILU,
+        reads=("partial_rotary_factor",),
         note="fused q, k, v and gate, up: split in the output",
     ),
     "granite": Family(
         readers=("GraniteForCausalLM",),
         stages=_PRE_NORM,
         multiplier="residual_multiplier",
-        # They multiply weights of o_proj and down_proj, but not biases.
-        taken_for_granted={"attention_bias": False, "mlp_bias": False},
+        # Its biases are refused: readers multiply weights of o_proj and down_proj, but not biases.
+        taken_for_granted={**_SILU, "attention_bias": (False,), "mlp_bias": (False,)},
+        reads=(
+            "attention_bias",
+            "mlp_bias",
+            "attention_multiplier",
+            "embedding_multiplier",
+            "logits_scaling",
+            "residual_multiplier",
+        ),
         note="multipliers of embeddings, attention, residuals and logits",
     ),
     "glm4": Family(
         readers=("Glm4ForCausalLM",),
         stages=_post_norm("post_self_attn_layernorm", "post_mlp_layernorm"),
         fused=_FUSED_MLP,
+        taken_for_granted=_SILU,
+        reads=("attention_bias", "partial_rotary_factor"),
         note="norms before and after; fused gate, up: split in the output; rope on half of each head",
     ),
-    "cohere": Family(readers=("CohereForCausalLM",), stages=_PRE_NORM, note="attention beside the MLP; scaled logits"),
+    "cohere": Family(
+        readers=("CohereForCausalLM",),
+        stages=_PRE_NORM,
+        taken_for_granted=_SILU,
+        reads=("attention_bias", "logit_scale", "use_qk_norm"),
+        note="attention beside the MLP; scaled logits",
+    ),
     "cohere2": Family(
         readers=("Cohere2ForCausalLM",),
         stages=_PRE_NORM,
+        taken_for_granted=_SILU,
+        reads=("attention_bias", "logit_scale"),
+        periodic_windows=True,
+        quirk="EXL2 readers rotate positions in blocks with full attention too, where this family does not",
         note="attention beside the MLP; scaled logits; three of four blocks with a sliding window, others without rope",
     ),
     "starcoder2": Family(
         readers=("Starcoder2ForCausalLM",),
         stages=(*_ATTENTION, Stage(("mlp.c_fc",)), Stage(("mlp.c_proj",), adds="mlp")),
         mlp=(("mlp.c_fc",), "mlp.c_proj"),
+        taken_for_granted={"hidden_act": _GELU, "use_bias": (True,)},
+        reads=("attention_bias", "mlp_bias"),  # no reader looks at them here: all linears always have biases
         note="no gate in the MLP; biases everywhere: its neurons are reordered instead of c_proj's rows",
     ),
 }
@@ -266,6 +353,7 @@ class Composite:
         vision: Model type that the vision part must have for readers to know it; None for any.
         tower: What readers want the names of the vision part's tensors to begin with, where Transformers leaves out
             the end of it.
+        images: Key of config.json, dotted into a part -> the values of it by which readers make the same of images.
         note: What is special, for the table of families in the documentation.
     """
 
@@ -275,6 +363,7 @@ class Composite:
     languages: tuple[str, ...]
     vision: str | None = None
     tower: str = "vision_tower."
+    images: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     note: str = ""
 
     def file_name(self, other: str) -> str:
@@ -286,10 +375,18 @@ class Composite:
         return plain
 
 
+_PIXTRAL = {
+    "vision_config.hidden_act": ("silu", "swish"),
+    "projector_hidden_act": _GELU,
+    "vision_feature_layer": (-1, [-1]),
+    "vision_feature_select_strategy": ("full",),
+}
+
 _COMPOSITES = {
     "gemma3": Composite(
         readers=("Gemma3ForConditionalGeneration",),
         languages=("gemma3_text",),
+        images={"vision_config.hidden_act": _GELU},
         tower="vision_tower.vision_model.",
         note="Gemma 3 with a SigLIP tower",
     ),
@@ -297,12 +394,14 @@ _COMPOSITES = {
         readers=("LlavaForConditionalGeneration",),
         languages=("llama", "mistral"),
         vision="pixtral",
+        images=_PIXTRAL,
         note="Llama or Mistral with a Pixtral tower",
     ),
     "mistral3": Composite(
         readers=("Mistral3ForConditionalGeneration",),
         languages=("llama", "mistral"),
         vision="pixtral",
+        images=_PIXTRAL,
         note="Mistral with a Pixtral tower and a patch merger",
     ),
     # On text alone their rope of three positions is that of Qwen2.
@@ -311,6 +410,7 @@ _COMPOSITES = {
         readers=("Qwen2VLForConditionalGeneration",),
         languages=("qwen2",),
         prefix="",
+        images={"vision_config.hidden_act": ("quick_gelu",)},
         note="Qwen2 with a tower; measured with the rope of text",
     ),
     "qwen2_5_vl": Composite(
@@ -318,6 +418,7 @@ _COMPOSITES = {
         readers=("Qwen2_5_VLForConditionalGeneration",),
         languages=("qwen2",),
         prefix="",
+        images={"vision_config.hidden_act": ("silu", "swish")},
         note="as Qwen2-VL",
     ),
 }
@@ -349,45 +450,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
     return family
 
 
-def require_reader(config: Mapping[str, Any]) -> None:
-    """Refuse a model that EXL2 readers do not know, though it could be quantized.
-
-    Args:
-        config: Parsed config.json, of the whole model.
-
-    Raises:
-        UnsupportedModelError: They do not know the first of its ``architectures`` (the message lists those they do), or
-            would compute something else.
-    """
-    entry: Family | Composite = composite_of(config) or family_of(config)
-    name = (config.get("architectures") or [None])[0]
-    if name not in entry.readers:
-        entries: list[Family | Composite] = [*_FAMILIES.values(), *_COMPOSITES.values()]
-        known = ", ".join(sorted({name for entry in entries for name in entry.readers}))
-        raise UnsupportedModelError(
-            f"config.json: EXL2 readers do not know the architecture {name!r}, expected one of {known}. {_FORCE}"
-        )
-    if isinstance(entry, Composite):
-        _require_parts(config, entry)
-        return
-    for key, value in entry.taken_for_granted.items():
-        if config.get(key, value) != value:
-            raise UnsupportedModelError(
-                f"config.json: {key} is {config[key]!r}, but EXL2 readers take it for {value!r}. {_FORCE}"
-            )
-
-
-def _require_parts(config: Mapping[str, Any], composite: Composite) -> None:
-    found = {
-        "language model": (composite.text or text_config(config).get("model_type"), composite.languages),
-        "vision part": ((config.get("vision_config") or {}).get("model_type"), (composite.vision,)),
-    }
-    for part, (kind, known) in found.items():
-        if known != (None,) and kind not in known:
-            raise UnsupportedModelError(
-                f"config.json: EXL2 readers do not know {config['architectures'][0]!r} with a {part} of type {kind!r}, "
-                f"expected {' or '.join(map(str, known))}. {_FORCE}"
-            )
-
-
-_FORCE = "Use --force to quantize it nevertheless, for bpwise and Transformers to read."
+def known_readers() -> list[str]:
+    """Return the names of all architectures that EXL2 readers know, sorted."""
+    entries: list[Family | Composite] = [*_FAMILIES.values(), *_COMPOSITES.values()]
+    return sorted({name for entry in entries for name in entry.readers})

@@ -63,8 +63,9 @@ _ACTIVATIONS = ("hidden_act", "hidden_activation")
 def complete_config(config: Mapping[str, Any], path: Path, *, embedding_rows: int | None) -> dict[str, Any]:
     """Return a config with every key of its language model that Transformers' class would fill in.
 
-    Stated values stay as they are, except the rope type ``su``, an older name of ``longrope``. Of a model with several
-    parts only ``text_config`` is completed.
+    Stated values stay as they are, except the rope type ``su``, an older name of ``longrope``, and ``rope_parameters``:
+    they become those that Transformers computes with, whichever key states them. Of a model with several parts the
+    outer config and its ``vision_config`` are completed too.
 
     Args:
         config: Parsed ``config.json`` of a model type that Transformers knows; not modified.
@@ -80,15 +81,20 @@ def complete_config(config: Mapping[str, Any], path: Path, *, embedding_rows: in
     _rename_su(text)
     if embedding_rows is not None and text.get("vocab_size") is None and config.get("vocab_size") is None:
         text["vocab_size"] = embedding_rows
-    parsed = parse_config(result, path).get_text_config()
-    aliases = {kept: alias for alias, kept in parsed.attribute_map.items()}
-    for key, value in _declared(parsed).items():
-        if text.get(key) is None and text.get(aliases.get(key)) is None and value is not None:
-            text[key] = value
+    parsed = parse_config(result, path)
+    language = parsed.get_text_config()
+    _complete(text, language)
+    rope = getattr(language, "rope_parameters", None)
+    if isinstance(rope, dict):
+        text["rope_parameters"] = _without_older_type(rope)
+    if language is not parsed:
+        _complete(result, parsed)
+        if isinstance(result.get("vision_config"), dict):
+            _complete(result["vision_config"], parsed.vision_config)
     _check_heads(text, path)
     _check_experts(text, path)
     _check_padding(text, path)
-    _check_rope(getattr(parsed, "rope_parameters", None), text.get("rope_theta"), path)
+    _check_rope(rope, text.get("rope_theta"), path)
     return result
 
 
@@ -150,12 +156,32 @@ def explain_transformers(path: Path) -> Iterator[None]:
         ) from cause
 
 
+def _complete(part: dict[str, Any], parsed: Any) -> None:
+    aliases = {kept: alias for alias, kept in parsed.attribute_map.items()}
+    for key, value in _declared(parsed).items():
+        if part.get(key) is None and part.get(aliases.get(key, key)) is None and value is not None:
+            part[key] = value
+
+
+def _without_older_type(rope: dict[str, Any]) -> dict[str, Any]:
+    # What it says beside `rope_type` is `mrope` at most, which the sections say too.
+    return {
+        key: _without_older_type(value) if isinstance(value, dict) else deepcopy(value)
+        for key, value in rope.items()
+        if key != "type"
+    }
+
+
 def _declared(parsed: Any) -> dict[str, Any]:
-    # What the model's own class has, without what every Transformers config has.
+    # What the model's own class has, without what every Transformers config has and without its parts.
     from transformers import PretrainedConfig  # noqa: PLC0415 - seconds to import
 
     left_out = PretrainedConfig().to_dict().keys() | _NOT_COMPLETED
-    return {key: value for key, value in parsed.to_dict().items() if key not in left_out and not key.startswith("_")}
+    return {
+        key: value
+        for key, value in parsed.to_dict().items()
+        if key not in left_out and not key.startswith("_") and not key.endswith("_config")
+    }
 
 
 def _rename_su(text: dict[str, Any]) -> None:

@@ -15,8 +15,11 @@ from ..convert.card import HUB_ID, Card, rate_text, render_card
 from ..convert.exl2.config import stored_rates
 from ..convert.exl2.manifest import Changes, Provenance, read_manifest
 from ..convert.exl2.reader import Exl2Model
+from ..convert.exl2.readers import reader_warnings
+from ..convert.families import is_known
 from ..convert.files import Count, NonNegative, Number, check_schema, read_json, write_text
 from ..convert.gguf.reader import GgufModel
+from ..convert.gguf.readers import LIMITS_KEY
 from ..convert.hub import resolve_model
 from ..convert.mark import read_mark
 from ..errors import BrokenModelError, ConfigError, FormatError
@@ -91,10 +94,14 @@ def make_card(output: Path, *, original: str | Path | None = None, base_model: s
     }
     model = open_any(output)
     if isinstance(model, GgufModel):
-        return Card(name=output.stem, format="gguf", file_name=output.name, made=_made_gguf(model), **common)
+        limits = tuple(str(model.header.metadata.get(LIMITS_KEY, "")).splitlines())
+        made = _made_gguf(model)
+        return Card(name=output.stem, format="gguf", file_name=output.name, made=made, limits=limits, **common)
     if not isinstance(model, Exl2Model):
         raise FormatError(f"{output}: not quantized, expected an EXL2 directory or a GGUF file.")
-    return Card(name=_exl2_name(model, base_name), format="exl2", made=_made_exl2(model), **common)
+    limits = reader_warnings(model.config) if is_known(model.config) else ()
+    name = _exl2_name(model, base_name)
+    return Card(name=name, format="exl2", made=_made_exl2(model), limits=limits, **common)
 
 
 def check_base_model(base_model: str | None) -> None:

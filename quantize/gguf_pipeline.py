@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from ..convert.gguf.imatrix import ImportanceMatrix, imatrix_metadata, read_imat
 from ..convert.gguf.mixtures import mixture
 from ..convert.gguf.names import architecture_of, gguf_name, row_order
 from ..convert.gguf.reader import GgufModel
+from ..convert.gguf.readers import LIMITS_KEY, require_llama_cpp
 from ..convert.gguf.writer import GgufVerification, planned_bytes, write_gguf
 from ..convert.original import Original, open_model
 from ..convert.work import StageDirectory, stages_in
@@ -75,7 +76,7 @@ class GgufResult:
         original_bytes: Size of the original tensors.
         comparison: Original against quantized, or None if evaluation was left out.
         costs: Time and memory of every stage that ran.
-        warnings: What llama.cpp's converter left out.
+        warnings: What llama.cpp computes otherwise than Transformers, and what its converter left out.
         fallbacks: As in ``QuantizeResult``; empty if nothing was rounded now.
         drift: How far the hidden states after each block are from the original's; empty if nothing was rounded now.
         measurement: The measurement file, which serves any other size and format.
@@ -148,6 +149,7 @@ def quantize_to_gguf(
             llama.cpp's converter is not installed.
     """
     checkpoint = open_model(model)
+    config.reader_warnings(checkpoint)
     refuse_others(output)
     measured = None if measurement is None else load_measurement(measurement, checkpoint)
     require_gguf(checkpoint, output, config, measured=measured, rows=calibration)
@@ -182,7 +184,7 @@ def convert_to_mixture(
         progress: Shows how far the writing is.
 
     Returns:
-        What was read back, and what llama.cpp's converter left out.
+        What was read back, and what llama.cpp computes otherwise than Transformers or its converter left out.
 
     Raises:
         BpwiseError: As ``quantize_to_gguf``.
@@ -195,6 +197,7 @@ def convert_to_mixture(
     require_mixture(checkpoint, output, chosen, matrix, evaluated=judge is not None)
     if judge is not None:
         judge.check_text(None)
+    limits = require_llama_cpp(checkpoint.config)
     output.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as private:
         made = base or Path(private) / "base.gguf"
@@ -214,7 +217,7 @@ def convert_to_mixture(
             threads=cores(),
             progress=progress,
         )
-    return verification, warnings
+    return verification, (*limits, *warnings)
 
 
 def importance_of(measurement: Measurement) -> ImportanceMatrix:
@@ -251,6 +254,7 @@ def _quantize(
     progress: Progress,
 ) -> GgufResult:
     clock = StageClock()
+    limits = config.reader_warnings(checkpoint)
     checkpoint.prepare_fingerprint(progress)
     base = base or _undamaged(base_path(checkpoint, work, config.llama_cpp))
     # The converter first: should it not know the model, nothing has been measured in vain.
@@ -309,7 +313,7 @@ def _quantize(
                 encoded=encoded,
                 distances=distances,
                 importance=importance_of(measured).mean_squares,
-                metadata=_metadata(run, rows),
+                metadata=_metadata(run, rows, limits),
                 threads=cores(),
             )
     elif str(read_gguf_header(output).metadata.get(_RUN_KEY)) != run:
@@ -330,7 +334,7 @@ def _quantize(
         original_bytes=checkpoint.total_bytes,
         comparison=comparison,
         costs=tuple(clock.costs),
-        warnings=warnings,
+        warnings=(*limits, *warnings),
         fallbacks=fallbacks,
         drift=tuple(drift),
         measurement=measurement or work / MEASUREMENT_FILE,
@@ -345,12 +349,13 @@ def _quantize(
     return result
 
 
-def _metadata(run: str, rows: CalibrationSet) -> dict[str, str]:
+def _metadata(run: str, rows: CalibrationSet, limits: Sequence[str]) -> dict[str, str]:
     return {
         _RUN_KEY: run,
         "bpwise.version": __version__,
         "bpwise.calibration": rows.description,
         f"bpwise.{SPANS_KEY}": CalibrationSpans.of(rows).to_text(),
+        **({LIMITS_KEY: "\n".join(limits)} if limits else {}),
     }
 
 
@@ -425,7 +430,8 @@ def _tensor_bytes(header: GgufHeader, checkpoint: Checkpoint, config: GgufConfig
     if max_bytes is None:
         return None
     tensors = sum(tensor.size_bytes for tensor in header.tensors.values())
-    overhead = planned_bytes(header, {}, file_type=0, metadata=_metadata("0" * 32, rows))
+    metadata = _metadata("0" * 32, rows, config.reader_warnings(checkpoint))
+    overhead = planned_bytes(header, {}, file_type=0, metadata=metadata)
     room = max_bytes - (overhead - tensors) - _ALIGNMENT_BYTES * len(header.tensors)
     if room <= 0:
         raise BudgetError(

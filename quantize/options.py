@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from ..convert.checkpoint import Checkpoint
+from ..convert.exl2.readers import reader_warnings, require_reader
 from ..convert.exl2.shards import DEFAULT_SHARD_BYTES
+from ..convert.gguf.readers import require_llama_cpp
 from ..errors import ConfigError
 from ..eval.config import EvalConfig
 from ..measure.calibration import CalibrationSet
@@ -47,7 +49,7 @@ class QuantizeConfig:
         evaluate: Options of the evaluation, or None to leave it out.
         shard_bytes: Largest output file, in bytes.
         base_model: Hub id of the original for the model card; None takes it from where the original came from.
-        force: Whether to quantize a model of which EXL2 readers do not know the architecture.
+        force: Whether to quantize a model that EXL2 readers do not know, or would compute otherwise.
     """
 
     bpw: float | None = None
@@ -86,6 +88,16 @@ class QuantizeConfig:
         refuse_same_source(self.measure.calibration.source, self.evaluate)
         if self.shard_bytes <= 0:
             raise ConfigError(f"shard_bytes must be positive, got {self.shard_bytes}.")
+
+    def reader_warnings(self, checkpoint: Checkpoint) -> tuple[str, ...]:
+        """Return what EXL2 readers compute otherwise than Transformers, as sentences to show before a run.
+
+        Raises:
+            UnsupportedModelError: They do not know the model or would compute another one, and it is not forced.
+        """
+        if not self.force:
+            require_reader(checkpoint.config)
+        return reader_warnings(checkpoint.config)
 
     def size_limit(self, checkpoint: Checkpoint) -> SizeLimit | None:
         """Return what a model must keep below; None if bits per weight are asked for.
@@ -182,3 +194,11 @@ class GgufConfig:
             raise ConfigError(f"bpw must lie between 1 and 16, got {self.bpw}.")
         check_base_model(self.base_model)
         refuse_same_source(self.measure.calibration.source, self.evaluate)
+
+    def reader_warnings(self, checkpoint: Checkpoint) -> tuple[str, ...]:
+        """Return what llama.cpp computes otherwise than Transformers, as sentences to show before a run.
+
+        Raises:
+            UnsupportedModelError: It would compute another model.
+        """
+        return require_llama_cpp(checkpoint.config)

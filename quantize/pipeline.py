@@ -58,6 +58,7 @@ class QuantizeResult:
             scales were tuned after that.
         measurement: The measurement file, which serves any other bitrate.
         experts: How many experts calibration text hardly reached; None for a model without experts.
+        warnings: What EXL2 readers compute otherwise than Transformers.
     """
 
     output: Path
@@ -70,6 +71,7 @@ class QuantizeResult:
     drift: tuple[Drift, ...]
     measurement: Path
     experts: str | None
+    warnings: tuple[str, ...]
 
     def summary_lines(self) -> list[str]:
         """Return the result as lines for a terminal."""
@@ -81,6 +83,7 @@ class QuantizeResult:
             *(f"float16     {line}" for line in kept_lines(plan.kept, plan.head_reason)),
             f"predicted   {plan.damage_nats:.6f} nats/token, at most {100 * plan.gap:.3f} % above the best possible",
             *([] if self.comparison is None else summary_lines(self.comparison)),
+            *(f"warning     {warning}" for warning in self.warnings),
         ]
         if self.experts is not None:
             lines.append(f"experts     {self.experts}")
@@ -200,6 +203,7 @@ def _quantize(
         drift=tuple(drift),
         measurement=measurement or work / MEASUREMENT_FILE,
         experts=measured.experts_sentence,
+        warnings=config.reader_warnings(checkpoint),
     )
     if judge is not None and comparison is not None:
         write_report(comparison, output, {**report_details(result), **judge.details()}, costs=plan_costs(plan))

@@ -77,15 +77,17 @@ class SeriesResult:
         outputs: One for each bitrate, in the order asked.
         report: The report over all, Markdown.
         measurement: The measurement file, which serves any other bitrate.
+        warnings: What readers of the format compute otherwise than Transformers.
     """
 
     outputs: tuple[SeriesOutput, ...]
     report: Path
     measurement: Path
+    warnings: tuple[str, ...]
 
     def summary_lines(self) -> list[str]:
         """Return the result as lines for a terminal."""
-        lines = []
+        lines = [f"warning     {warning}" for warning in self.warnings]
         for output in self.outputs:
             kl = "" if output.comparison is None else f", KL {output.comparison.summary.kl_nats.value:.3g} nats/token"
             assert output.bpw is not None
@@ -146,6 +148,7 @@ def quantize_series(
     if not rates or len(set(rates)) < len(rates):
         raise ConfigError(f"bitrates: got {list(rates)}, expected at least one, and each once.")
     checkpoint = open_model(model)
+    warnings = config.reader_warnings(checkpoint)
     configs = {bpw: _with_rate(config, bpw) for bpw in rates}
     paths = output_paths(config.base_model or model_name(checkpoint), output, config, rates)
     measured = None if measurement is None else load_measurement(measurement, checkpoint)
@@ -180,7 +183,7 @@ def quantize_series(
             f"{output}: {len(broken)} of {len(outputs)} outputs are broken and marked so: {', '.join(broken)}. "
             f"See {report}."
         )
-    return SeriesResult(outputs=outputs, report=report, measurement=measurement)
+    return SeriesResult(outputs=outputs, report=report, measurement=measurement, warnings=warnings)
 
 
 def _with_rate(config: QuantizeConfig | GgufConfig, bpw: float) -> QuantizeConfig | GgufConfig:

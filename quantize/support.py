@@ -16,7 +16,7 @@ from ..convert.checkpoint import FLOAT_DTYPES, Checkpoint
 from ..convert.exl2.carry import copy_side_files
 from ..convert.exl2.names import text_config
 from ..convert.exl2.writer import require_writable
-from ..convert.families import EMBEDDING, require_reader
+from ..convert.families import EMBEDDING
 from ..convert.files import require_room
 from ..convert.gguf.assign import require_importance
 from ..convert.gguf.ggml import require_kernels
@@ -66,8 +66,7 @@ def require_exl2(
     Raises:
         BpwiseError: Whatever is wrong with the model, the options or the place of the output.
     """
-    if not config.force:
-        require_reader(checkpoint.config)
+    config.reader_warnings(checkpoint)
     _require_run(checkpoint, config.measure, config.evaluate, measured, rows)
     for name in sorted(checkpoint.names):
         info = checkpoint.info(name)

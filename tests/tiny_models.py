@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,26 @@ VISION: dict[str, dict[str, Any]] = {
     },
 }
 
+_ROPE = ("rope_parameters", "layer_types", "head_dim", "attention_bias", "mlp_bias", "use_bidirectional_attention")
+LEFT_OUT: dict[str, tuple[str, ...]] = {
+    "llama": _ROPE,  # meta-llama/Llama-2-7b-hf
+    "mistral": _ROPE,  # mistralai/Mistral-7B-v0.1
+    "mixtral": (*_ROPE, "router_jitter_noise"),  # mistralai/Mixtral-8x7B-v0.1
+    "qwen2": _ROPE,  # Qwen/Qwen2.5-7B
+    "qwen3": _ROPE,  # Qwen/Qwen3-8B
+    "qwen3_moe": _ROPE,  # Qwen/Qwen3-30B-A3B
+    "gemma2": (*_ROPE, "tie_word_embeddings"),  # google/gemma-2-2b
+    "gemma3_text": (*_ROPE, "tie_word_embeddings"),  # google/gemma-3-1b-it
+    "phi3": _ROPE,  # microsoft/Phi-3-mini-4k-instruct
+    "cohere": (*_ROPE, "use_qk_norm"),  # CohereForAI/c4ai-command-r-v01
+    "starcoder2": (*_ROPE, "tie_word_embeddings"),  # bigcode/starcoder2-7b
+    # google/gemma-3-4b-it, as far as these values are the class's own
+    "gemma3": (*_ROPE, "hidden_activation", "rms_norm_eps", "tie_word_embeddings", "final_logit_softcapping"),
+    "llava": (*_ROPE, "rms_norm_eps", "hidden_act", "tie_word_embeddings"),  # mistral-community/pixtral-12b
+    "qwen2_5_vl": _ROPE,  # Qwen/Qwen2.5-VL-7B-Instruct
+}
+"""What makers leave out of their models' files; rotary embeddings stand under older keys there."""
+
 _IMAGES = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3, "rescale_factor": 1 / 255}
 _PIXTRAL = {**_IMAGES, "image_processor_type": "PixtralImageProcessor", "patch_size": {"height": 14, "width": 14}}
 _PIXTRAL |= {"size": {"longest_edge": 28}}
@@ -123,12 +144,50 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
             parameter.copy_(around + 0.1 * noise if "norm" in name and parameter.ndim == 1 else 0.1 * noise)
 
 
+def leave_out(directory: Path, model_type: str) -> None:
+    """Rewrite a model's config.json as its makers write theirs, where that says the same to Transformers."""
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+
+    def meaning(made: dict[str, Any]) -> dict[str, Any]:
+        parsed = AutoConfig.for_model(**deepcopy(made))
+        rope = {key: value for key, value in parsed.get_text_config().rope_parameters.items() if key != "type"}
+        text = {**parsed.get_text_config().to_dict(), "rope_parameters": rope}
+        outer = {key: value for key, value in parsed.to_dict().items() if key not in ("text_config", *text)}
+        return {key: value for key, value in (outer | text).items() if not key.startswith("_")}
+
+    meant = meaning(config)
+    for key in LEFT_OUT.get(model_type, ()):
+        shorter = deepcopy(config)
+        text = shorter.get("text_config", shorter)
+        value = text.pop(key, None)
+        if key == "rope_parameters" and value is not None:
+            text |= older_rope(value)
+        if meaning(shorter) == meant:
+            config = shorter
+    path.write_text(json.dumps(config))
+
+
+def older_rope(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys of Transformers 4 for ``rope_parameters``."""
+    rope = parameters.get("full_attention", parameters)
+    older = {"rope_theta": rope["rope_theta"]}
+    if rope.get("partial_rotary_factor", 1.0) != 1:
+        older["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    if rope is not parameters:
+        older["rope_local_base_freq"] = parameters["sliding_attention"]["rope_theta"]
+    settings = {key: value for key, value in rope.items() if key not in (*older, "rope_type", "partial_rotary_factor")}
+    kind = "mrope" if "mrope_section" in rope else rope["rope_type"]
+    return older if kind == "default" else {**older, "rope_scaling": {"type": kind, **settings}}
+
+
 def save_family(directory: Path, model_type: str, tokenizer: PreTrainedTokenizerFast, **changes: Any) -> Path:
     """Save a tiny model of a family, with a tokenizer beside it."""
     settings = {**SIZES, **FAMILIES[model_type], **changes}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
     randomize(model, 0)
     model.half().save_pretrained(directory)
+    leave_out(directory, model_type)
     tokenizer.save_pretrained(directory)
     return directory
 
@@ -143,6 +202,7 @@ def save_with_vision(
     if rename is not None:
         file = directory / "model.safetensors"
         save_file({rename(name): tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    leave_out(directory, model_type)
     tokenizer.save_pretrained(directory)
     processor = json.dumps({"image_processor": PROCESSORS[model_type], "processor_class": "Any"})
     (directory / "processor_config.json").write_text(processor)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["IMAGE_PROCESSOR_FILE", "PROCESSOR_FILE", "add_vision_keys", "image_processor"]
+__all__ = ["IMAGE_PROCESSOR_FILE", "PROCESSOR_FILE", "add_vision_keys", "image_processor", "remove_vision_keys"]
 
 PROCESSOR_FILE = "processor_config.json"
 """Where Transformers 5 keeps what prepares images."""
@@ -24,6 +24,14 @@ def add_vision_keys(vision: dict[str, Any]) -> None:
         vision.setdefault("rope_theta", rope["rope_theta"])
     if "temporal_patch_size" in vision and "patch_size" in vision:  # Qwen's
         vision.setdefault("spatial_patch_size", vision["patch_size"])
+
+
+def remove_vision_keys(vision: dict[str, Any]) -> None:
+    """Remove what ``add_vision_keys`` adds; changed in place."""
+    if "rope_parameters" in vision:
+        vision.pop("rope_theta", None)
+    if vision.get("spatial_patch_size") == vision.get("patch_size"):
+        vision.pop("spatial_patch_size", None)
 
 
 def image_processor(processor: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -52,7 +52,8 @@ class _Check:
 
     def warnings(self) -> list[str]:
         self._check_context()
-        found = [self._rope(), self._token("bos"), self._token("eos"), self._template(), self._size()]
+        self._check_rope()
+        found = [self._token("bos"), self._token("eos"), self._template(), self._size()]
         return [sentence for sentence in found if sentence]
 
     def _check_context(self) -> None:
@@ -60,7 +61,7 @@ class _Check:
         if isinstance(want, int) and got != want:
             raise self._error("context length", got, want)
 
-    def _rope(self) -> str | None:
+    def _check_rope(self) -> None:
         rope = _rope_parameters(self._config)
         theta = rope.get("rope_theta")
         # llama.cpp takes 10000 where the file says nothing.
@@ -69,27 +70,20 @@ class _Check:
         kind = rope.get("rope_type")
         if kind == "llama3":
             self._llama3(rope)
-            return None
+            return
         if kind == "linear":
             self._scaling("linear", rope, "factor", "factor")
-            return None
+            return
         if kind == "yarn":
             self._scaling("yarn", rope, "factor", "factor")
             self._scaling("yarn", rope, "original_context_length", "original_max_position_embeddings")
-            return None
+            return
         stored = self._get("rope.scaling.type")
         if kind in ("longrope", "su"):
             if stored != "longrope" or not any("rope_factors" in name for name in self._header.tensors):
                 raise self._error("rope scaling", stored, f"{kind} with tensors of factors")
-            return None
-        if kind not in _NO_SCALING:
-            return (
-                f"llama.cpp knows no {kind!r} rope scaling: beyond the model's original context its output differs "
-                "from Transformers'."
-            )
-        if stored not in (None, "none"):
+        elif kind in _NO_SCALING and stored not in (None, "none"):
             raise self._error("rope.scaling.type", stored, "none")
-        return None
 
     def _llama3(self, rope: Mapping[str, Any]) -> None:
         tensor = self._header.tensors.get(_ROPE_FREQS)

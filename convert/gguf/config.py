@@ -133,18 +133,14 @@ class _Builder:
         raise self._unsupported(f"rope scaling {kind!r}")
 
     def _yarn(self, factor: float, context: int) -> dict[str, Any]:
-        if self._float("rope.scaling.yarn_ext_factor", 1.0) != 1:
-            raise self._unsupported("yarn with an extrapolation factor")
-        # llama.cpp multiplies its own default by the file's factor; Transformers' key replaces the default.
-        attention = _yarn_attention(factor, 1.0) * self._float("rope.scaling.attn_factor", 1.0, least=0)
-        attention /= _yarn_attention(factor, self._float("rope.scaling.yarn_log_multiplier", 0.0, least=0))
+        # llama.cpp multiplies its own default by the file's factor; Transformers' key replaces the default. In these
+        # architectures it reads none of yarn_attn_factor, _ext_factor, _beta_fast, _beta_slow and _log_multiplier.
+        default = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
         return {
             "rope_type": "yarn",
             "factor": factor,
             "original_max_position_embeddings": self._size("rope.scaling.original_context_length", context),
-            "attention_factor": attention,
-            "beta_fast": self._float("rope.scaling.yarn_beta_fast", 32.0, least=1e-3),
-            "beta_slow": self._float("rope.scaling.yarn_beta_slow", 1.0, least=1e-3),
+            "attention_factor": default * self._float("rope.scaling.attn_factor", 1.0, least=0),
         }
 
     def _explicit(
@@ -203,10 +199,6 @@ class _Builder:
         return UnsupportedModelError(
             f"{self._header.path}: got {what}, which is not supported for GGUF architecture {self._name!r}."
         )
-
-
-def _yarn_attention(factor: float, weight: float) -> float:
-    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def _llama3_factors(theta: float, head_dim: int, factor: float) -> NDArray[np.float64]:

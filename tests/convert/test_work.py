@@ -72,7 +72,7 @@ def test_a_damaged_piece_counts_as_not_finished(tmp_path: Path, at: float) -> No
     data[int(at * len(data)) if at == 0.5 else int(at)] ^= 1
     file.write_bytes(data)
     again = StageDirectory(tmp_path, "measure", {})
-    with pytest.warns(UserWarning, match=r"x\.safetensors: damaged, so it is made again"):
+    with pytest.warns(UserWarning, match=r"x\.safetensors: damaged\. It is made again"):
         assert not again.has("x")
     assert not file.exists()
     with pytest.raises(WorkDirectoryError, match=r"x\.safetensors: missing or damaged\. Delete .*measure-"):

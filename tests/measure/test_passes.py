@@ -492,7 +492,7 @@ def test_damaged_pieces_are_made_again(whole: Whole, tmp_path: Path, stage: str,
         file = directory / f"{piece}.safetensors"
         file.write_bytes(file.read_bytes()[:-1] + b"?")
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*damaged, so it is made again")  # not of pieces that are not needed
+            warnings.filterwarnings("ignore", ".*damaged. It is made again")  # not of pieces that are not needed
             assert measure(whole.directory, work).to_bytes() == whole.image, piece
 
 

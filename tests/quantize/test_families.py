@@ -9,8 +9,8 @@ import pytest
 import torch
 from bpwise.convert.exl2.dense import dequantize_model
 from bpwise.convert.exl2.reader import Exl2Model
+from bpwise.convert.exl2.readers import require_reader
 from bpwise.convert.exl2.verify import verify_model
-from bpwise.convert.families import require_reader
 from bpwise.convert.language import language_model
 from bpwise.convert.original import open_model
 from bpwise.convert.work import StageDirectory

@@ -49,7 +49,7 @@ def test_a_damaged_measurement_is_made_again(tiny_model: Path, tmp_path: Path, d
     kept.write_bytes(whole[:-5] if damage == "cut" else whole.replace(b'\\"version\\": 5', b'\\"version\\": 4'))
     assert kept.read_bytes() != whole
     with pytest.warns(
-        UserWarning, match=r"measure the model again\. It is done now|Measure the model again\. It is done"
+        UserWarning, match=r"measure the model again\. It is measured again|Measure the model again\. It is measured"
     ):
         get(tiny_model, tmp_path, types=False)
     assert kept.read_bytes() == whole

@@ -248,7 +248,7 @@ def test_damaged_pieces_are_made_again(
     loaded_blocks.clear()
     (file,) = tmp_path.glob(f"rounded-*/{piece}.safetensors")
     file.write_bytes(file.read_bytes()[:-2] + b"??")
-    with pytest.warns(UserWarning, match="damaged, so it is made again"):
+    with pytest.warns(UserWarning, match="damaged. It is made again"):
         resumed = deep.round(plan, tmp_path)
     assert loaded_blocks == ([] if piece == "lm_head" else list(range(LAYERS)))
     assert resumed.drift() == deep_whole.drift()

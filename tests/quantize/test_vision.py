@@ -7,7 +7,7 @@ import pytest
 import torch
 from bpwise.convert.exl2.dense import dequantize_model
 from bpwise.convert.exl2.reader import Exl2Model
-from bpwise.convert.families import require_reader
+from bpwise.convert.exl2.readers import require_reader
 from bpwise.convert.original import open_model
 from bpwise.errors import UnsupportedModelError
 from bpwise.measure.calibration import CalibrationConfig

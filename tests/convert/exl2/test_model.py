@@ -231,7 +231,7 @@ _LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "orig
         (
             {"rope_parameters": {"rope_theta": 1e6, "rope_type": "yarn", "factor": 4.0}},
             1e6,
-            {"type": "yarn", "factor": 4.0},
+            {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},  # readers have no default
         ),
         (
             {"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", **_LLAMA3}},

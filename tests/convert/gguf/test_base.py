@@ -263,10 +263,6 @@ class TestChecking:
         metadata |= {"llama.rope.scaling.original_context_length": 32}
         assert self.check(tmp_path, make_checkpoint(rope_scaling=rope), metadata) == []
 
-    def test_dynamic_scaling_is_said_to_be_lost(self, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-        (sentence,) = self.check(tmp_path, make_checkpoint(rope_scaling={"type": "dynamic", "factor": 2.0}), {})
-        assert "no 'dynamic' rope scaling" in sentence
-
     def test_other_losses_are_said(self, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
         checkpoint = make_checkpoint(bos_token_id=1, eos_token_id=2)
         path = write_gguf_file(tmp_path / "base.gguf", {"tokenizer.ggml.bos_token_id": 5}, {"a": np.ones((2, 2))})

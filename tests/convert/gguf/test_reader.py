@@ -267,8 +267,13 @@ class TestRope:
         got = GgufModel.open(rewrite("yarn", metadata={"qwen2.rope.scaling.attn_factor": 0.5})).config["rope_scaling"]
         assert got["attention_factor"] == pytest.approx(0.5 * (0.1 * np.log(4) + 1))
         assert (got["factor"], got["original_max_position_embeddings"]) == (4, 1024)
-        with pytest.raises(UnsupportedModelError, match="extrapolation"):
-            GgufModel.open(rewrite("yarn", metadata={"qwen2.rope.scaling.yarn_ext_factor": 0.5}))
+
+    def test_yarn_keys_that_llama_cpp_leaves_unread(self, rewrite: Rewrite) -> None:
+        plain = GgufModel.open(rewrite("yarn")).config["rope_scaling"]
+        keys = ("yarn_attn_factor", "yarn_ext_factor", "yarn_beta_fast", "yarn_beta_slow", "yarn_log_multiplier")
+        # Seen by running llama.cpp on such files: its logits stay the same to the bit.
+        path = rewrite("yarn", metadata={f"qwen2.rope.scaling.{key}": 0.5 for key in keys})
+        assert GgufModel.open(path).config["rope_scaling"] == plain
 
     @pytest.mark.parametrize(
         "changes",
