@@ -26,8 +26,10 @@ from .options import (
 )
 
 if TYPE_CHECKING:
+    from ..convert.checkpoint import TensorSource
     from ..convert.original import Original
     from ..eval.comparison import Comparison, EvalConfig
+    from ..eval.layers import LinearCost
     from ..eval.needle import NeedleConfig
     from ..eval.tasks import LoadedTasks
 
@@ -131,10 +133,12 @@ def evaluate(
     from ..eval.png import check_png
     from ..eval.tasks import TaskConfig, load_tasks
 
+    place, prefix = _report_place(quantized, output, engine)
+    forms = [form for form, wanted in (("svg", plots), ("png", png)) if wanted]
+    _check_places(original, options, place, prefix, forms, given=[output, cache_dir])
     source = open_original(original, options)
     if png:
         check_png()
-    forms = [form for form, wanted in (("svg", plots), ("png", png)) if wanted]
     lengths, samples = options.pop("needle"), options.pop("needle_samples")
     asked = {name: options.pop(name) for name in TASK_OPTIONS}
     config = EvalConfig(allow_calibration_text=options.pop("force_eval_text"), **options)
@@ -154,18 +158,43 @@ def evaluate(
             dtype=config.dtype,
             device=config.device,
         )
-    first, prefix = quantized[0], ""
-    if len(quantized) == 1 and first.is_file():
-        prefix = f"{first.stem}."
     if engine == "llama.cpp":
-        prefix += "llama.cpp."
         comparisons = _compared_in_engine(source, quantized, config, base, llama_cpp)
     elif base or llama_cpp:
         raise click.UsageError("--base and --llama-cpp belong to --engine llama.cpp.")
     else:
         cache = None if no_cache else OriginalCache(cache_dir or default_cache_directory())
         comparisons = list(evaluate_each(source, quantized, config, progress_bar, cache=cache))
-    _write_reports(source, comparisons, quantized, loaded, hidden, output, prefix, forms)
+    _write_reports(source, comparisons, quantized, loaded, hidden, place, prefix, forms)
+
+
+def _report_place(quantized: Sequence[Path], output: Path | None, engine: str) -> tuple[Path, str]:
+    # The directory that the report goes into, and what its files' names begin with.
+    first, alone = quantized[0], len(quantized) == 1
+    prefix = f"{first.stem}." if alone and first.is_file() else ""
+    prefix += "llama.cpp." if engine == "llama.cpp" else ""
+    beside = first.parent if first.is_file() else first
+    return output or (beside if alone else Path()), prefix
+
+
+def _check_places(
+    original: str,
+    options: dict[str, Any],
+    place: Path,
+    prefix: str,
+    plots: Sequence[str],
+    *,
+    given: Sequence[Path | None],
+) -> None:
+    from ..convert.places import refuse_inputs, try_directory
+    from ..eval.report import try_report
+
+    read = [path for path in (Path(original), options["lora"]) if path is not None and path.is_dir()]
+    places = [path for path in (*given, options["offload_dir"]) if path is not None]
+    for path in places:
+        refuse_inputs(path, directories=read)
+        try_directory(path)
+    try_report(place, prefix=prefix, plots=plots)
 
 
 def _write_reports(
@@ -174,7 +203,7 @@ def _write_reports(
     quantized: Sequence[Path],
     tasks: LoadedTasks | None,
     needle: NeedleConfig | None,
-    output: Path | None,
+    place: Path,
     prefix: str,
     plots: Sequence[str],
 ) -> None:
@@ -183,23 +212,22 @@ def _write_reports(
     from ..eval.layers import linear_costs, plan_beside
     from ..eval.models import open_any
     from ..eval.needle import evaluate_needle
-    from ..eval.report import joint_lines, summary_lines, write_joint_report, write_report
+    from ..eval.report import earlier_details, joint_lines, summary_lines, write_joint_report, write_report
     from ..eval.tasks import evaluate_tasks
 
-    costs = [linear_costs(open_any(model), plan_beside(model)) for model in quantized]
-    first = quantized[0]
+    models = [open_any(model) for model in quantized]
+    costs = [linear_costs(model, plan_beside(path)) for model, path in zip(models, quantized, strict=True)]
+    details = earlier_details(place, comparisons[0], prefix=prefix) if len(quantized) == 1 else {}
 
     def written(extras: Extras) -> Path:
+        shared: dict[str, Any] = {"extras": extras, "prefix": prefix, "plots": plots}
         if len(quantized) > 1:
-            folder = output or Path()
-            files = write_joint_report(comparisons, folder, costs=costs, extras=extras, prefix=prefix, plots=plots)
-        else:
-            folder = output or (first.parent if first.is_file() else first)
-            files = write_report(comparisons[0], folder, costs=costs[0], extras=extras, prefix=prefix, plots=plots)
-        return files.html
+            return write_joint_report(comparisons, place, costs=costs, **shared).html
+        return write_report(comparisons[0], place, details, costs=costs[0], **shared).html
 
     extras = Extras()
     report = written(extras)
+    _reconsider_marks(quantized, models, comparisons, costs)
     if tasks is not None or needle is not None:
         click.echo(f"report so far: {report}", err=True)
     if tasks is not None:
@@ -212,6 +240,19 @@ def _write_reports(
     for line in (*lines, *extras_lines(extras)):
         click.echo(line)
     click.echo(f"report      {report}")
+
+
+def _reconsider_marks(
+    quantized: Sequence[Path],
+    models: Sequence[TensorSource],
+    comparisons: Sequence[Comparison],
+    costs: Sequence[Sequence[LinearCost]],
+) -> None:
+    from ..quantize.judge import predicted_damage, reconsider_mark
+
+    for path, model, comparison, each in zip(quantized, models, comparisons, costs, strict=True):
+        if reconsider_mark(path, comparison, predicted_nats=predicted_damage(model, each)):
+            click.echo(f"warning: {path} stays marked as broken", err=True)
 
 
 def _compared_in_engine(
@@ -227,7 +268,7 @@ def _compared_in_engine(
 
 
 @cli.command()
-@click.argument("path", type=click.Path(exists=True, path_type=Path))
+@click.argument("path", type=EXISTING_PATH)
 def inspect(path: Path) -> None:
     """Show what is in PATH: an EXL2 or checkpoint directory, a GGUF file, a measurement, calibration set or plan."""
     from ..quantize.inspect import inspect_path

@@ -18,6 +18,7 @@ from .options import (
     KEEP_FP16_OPTION,
     MIB,
     OVERRIDE_OPTION,
+    PATH,
     RATES,
     SIZE,
     TOKENS,
@@ -43,7 +44,7 @@ __all__ = ["quantize"]
 
 @cli.command()
 @click.argument("model")
-@click.argument("output", type=click.Path(path_type=Path))
+@click.argument("output", type=PATH)
 @click.option(
     "--format",
     "output_format",

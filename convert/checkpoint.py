@@ -179,6 +179,11 @@ class Checkpoint:
         return self._directory
 
     @property
+    def directories(self) -> tuple[Path, ...]:
+        """All directories that it is read from."""
+        return (self.directory,)
+
+    @property
     def config(self) -> dict[str, Any]:
         """The parsed ``config.json``; not to be modified."""
         return self._config

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from ..convert.checkpoint import TensorSource
 from ..convert.gguf.reader import GgufModel
 from ..convert.safetensors_file import load_metadata, load_tensors, save_tensors
-from ..errors import FormatError, WorkDirectoryError
+from ..errors import ConfigError, FormatError, WorkDirectoryError
 from ..version import __version__
 
 __all__ = ["OriginalCache", "OriginalState", "default_cache_directory", "original_key"]
@@ -82,9 +83,10 @@ class OriginalCache:
             )
             if metadata.get("digest") != _digest(key, state):
                 return None
-            os.utime(path)
         except (FormatError, KeyError, ValueError, OSError):
             return None
+        with suppress(OSError):  # one that may only be read serves as well
+            os.utime(path)
         return state
 
     def save(self, key: str, state: OriginalState) -> None:
@@ -120,8 +122,17 @@ class OriginalCache:
 
 
 def default_cache_directory() -> Path:
-    """Return where a user's caches lie, as XDG's base directories say: ``~/.cache/bpwise`` unless that was moved."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bpwise"
+    """Return where a user's caches lie, as XDG's base directories say: ``~/.cache/bpwise`` unless that was moved.
+
+    Raises:
+        ConfigError: The user has no home directory, as in some containers.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bpwise"
+    except RuntimeError as cause:
+        raise ConfigError(
+            "cache: there is no home directory to keep the original's evaluation in. Give --cache-dir or --no-cache."
+        ) from cause
 
 
 def original_key(source: TensorSource, tokens: Tensor, *, dtype: torch.dtype, device: str) -> str:

@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..convert.files import atomic_file, write_json
+from ..convert.files import atomic_file, read_json, try_file, write_json
+from ..convert.places import try_directory
+from ..errors import FormatError
 from ..version import __version__
 from .comparison import Comparison
 from .extras import NO_EXTRAS, Extras, extras_content, extras_csv
@@ -38,11 +40,15 @@ __all__ = [
     "Details",
     "Extras",
     "ReportFiles",
+    "carried_over",
     "comparison_table",
+    "earlier_details",
     "joint_lines",
     "joint_markdown",
     "markdown_report",
+    "report_names",
     "summary_lines",
+    "try_report",
     "write_joint_report",
     "write_report",
 ]
@@ -54,6 +60,10 @@ CSV_NAME = "report.csv"
 PLOTS_NAME = "report-plots"
 
 _REPORT_VERSION = 1
+
+
+_OF_EVALUATION = "evaluate"
+"""Entry of a section on stages that belongs to the evaluation itself, and not to how the model was made."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,6 +178,60 @@ def write_joint_report(
         extras=extras,
     )
     return _write(Path(directory), prefix, content, joint_markdown(comparisons, details, extras), page, plots)
+
+
+def report_names(prefix: str = "") -> tuple[str, ...]:
+    """Return the names of all files that a report may have, its drawings apart."""
+    tables = (f"report.{name}.csv" for name in extras_csv(NO_EXTRAS))
+    return tuple(f"{prefix}{name}" for name in (JSON_NAME, CSV_NAME, MARKDOWN_NAME, HTML_NAME, *tables))
+
+
+def try_report(directory: Path, *, prefix: str = "", plots: Sequence[str] = ()) -> None:
+    """Refuse a place that a report cannot be written to, before the long work.
+
+    Args:
+        directory: As in ``write_report``.
+        prefix: As in ``write_report``.
+        plots: As in ``write_report``.
+
+    Raises:
+        WorkDirectoryError: A file of it cannot be made.
+    """
+    for name in report_names(prefix):
+        try_file(directory / name)
+    if plots:
+        try_directory(directory / f"{prefix}{PLOTS_NAME}")
+
+
+def earlier_details(directory: Path, comparison: Comparison, *, prefix: str = "") -> Details:
+    """Return the further sections of the report that is there; none if it is of another model, or cannot be read.
+
+    Args:
+        directory: As in ``write_report``.
+        comparison: What was measured of the model now.
+        prefix: As in ``write_report``.
+    """
+    try:
+        report = read_json(directory / f"{prefix}{JSON_NAME}", FormatError)
+        model = report["comparison"]["quantized"]
+        same = (model["name"], model["stored_bytes"]) == (comparison.quantized.name, comparison.quantized.stored_bytes)
+        sections = {title: dict(section) for title, section in report["details"].items()} if same else {}
+    except (FormatError, KeyError, TypeError, ValueError, AttributeError):
+        return {}
+    for section in sections.values():
+        section.pop(_OF_EVALUATION, None)
+    return sections
+
+
+def carried_over(details: Details, earlier: Details) -> Details:
+    """Return sections with what an earlier report told of the same model's making, which is not done again.
+
+    Args:
+        details: Sections of now.
+        earlier: Those of the earlier report; where both have an entry, it is theirs that tells of the making.
+    """
+    made = {title: {**section, **earlier.get(title, {})} for title, section in details.items()}
+    return {**made, **{title: section for title, section in earlier.items() if title not in made}}
 
 
 def _write(

@@ -14,9 +14,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from ..convert.files import atomic_file
+from ..convert.safetensors_file import load_metadata
 from ..errors import FormatError
 
-__all__ = ["HEADER_KEY", "MEASUREMENT_VERSION", "RARE_TOKENS", "MeasuredLinear", "MeasuredTable", "Measurement"]
+__all__ = [
+    "HEADER_KEY",
+    "MEASUREMENT_VERSION",
+    "RARE_TOKENS",
+    "MeasuredLinear",
+    "MeasuredTable",
+    "Measurement",
+    "is_measurement",
+]
 
 MEASUREMENT_VERSION = 5
 """Raised when the file's content changes meaning; older files are refused."""
@@ -259,3 +268,11 @@ class Measurement:
             group_size=header["group_size"],
             provenance=dict(header["provenance"]),
         )
+
+
+def is_measurement(path: Path) -> bool:
+    """Return whether a file is a measurement, of this version or another."""
+    try:
+        return HEADER_KEY in load_metadata(path, FormatError)
+    except FormatError:
+        return False

@@ -80,6 +80,8 @@ class MeasuringPasses:
 
     def forward(self, progress: Progress) -> None:
         """Keep the input of every block on disk, and the output of the last; rounding in this run reads them again."""
+        if not self._has_all_needed():
+            self.pieces.clear()
         last = self.model.block_count
         embedded = self.model.embed(self.tokens)
         if not self.pieces.has("head") and not self.pieces.has("input-0"):
@@ -94,6 +96,19 @@ class MeasuringPasses:
                 hidden = self._kept(f"input-{index}", "hidden")
             self._forward_block(index, hidden)
             self.pieces.save(f"input-{index + 1}", {"hidden": hidden})
+
+    def _has_all_needed(self) -> bool:
+        # Whether what an earlier run kept is whole as far as this one reads it: files may have gone since.
+        last = self.model.block_count
+        if not self.pieces.has("head"):
+            inputs = [self.pieces.has(f"input-{index}") for index in range(last + 1)]
+            return inputs == sorted(inputs, reverse=True)
+        measured = [self.pieces.has(f"curves-{index}") for index in range(last)]
+        first = measured.index(True) if any(measured) else last
+        needed = [f"curves-{index}" for index in range(first, last)] + [f"input-{index}" for index in range(first)]
+        if first > 0 or not self.pieces.has("embedding"):
+            needed.append(f"gradient-{first}")
+        return all(map(self.pieces.has, needed))
 
     def _kept(self, piece: str, name: str) -> Tensor:
         # A state, in memory or in a file as all are.

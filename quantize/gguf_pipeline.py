@@ -8,13 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
 from ..convert.checkpoint import Checkpoint
+from ..convert.files import private_directory
 from ..convert.gguf.assign import dominant_file_type, mixture_types
-from ..convert.gguf.base import make_base
+from ..convert.gguf.base import converter_digest, make_base
 from ..convert.gguf.check import check_base
 from ..convert.gguf.ggml import Bytes
 from ..convert.gguf.header import GgufHeader, read_gguf_header
@@ -23,26 +23,30 @@ from ..convert.gguf.mixtures import mixture
 from ..convert.gguf.names import architecture_of, gguf_name, row_order
 from ..convert.gguf.reader import GgufModel
 from ..convert.gguf.writer import GgufVerification, planned_bytes, write_gguf
+from ..convert.mark import mark_path
 from ..convert.original import Original, open_model
-from ..convert.work import StageDirectory, stages_in
+from ..convert.places import check_run, refuse_inputs, reserved, work_beside
+from ..convert.work import RunStages, StageDirectory, discard_stage, stages_in
 from ..errors import BudgetError, WorkDirectoryError
 from ..eval.comparison import Comparison
 from ..eval.layers import LinearCost
 from ..eval.overlap import SPANS_KEY, CalibrationSpans
-from ..eval.report import summary_lines, write_report
+from ..eval.report import carried_over, earlier_details, report_names, summary_lines, write_report
 from ..measure.calibration import CalibrationSet
 from ..measure.measurement import Measurement
+from ..measure.run import MEASURED
 from ..progress import Progress, silent
 from ..rounding.parallel import cores
 from ..version import __version__
-from .cards import write_card
+from .cards import card_path, write_card
 from .hidden_states import Drift, drift_section
 from .judge import Judge, refuse_marked
 from .obtain import MEASUREMENT_FILE, obtain_measurement
 from .options import GgufConfig
+from .rounding_pass import ROUNDED
 from .stages import StageClock, StageCost, cost_line, cost_section
 from .type_plan import TypePlan, make_type_plan
-from .type_rounding import RoundedTypes, round_types, table_importance
+from .type_rounding import RoundedTypes, round_types, table_importance, type_rounding_identity
 from .vram import room_for_weights
 
 __all__ = [
@@ -50,10 +54,14 @@ __all__ = [
     "GgufResult",
     "base_path",
     "convert_to_mixture",
+    "discard_base",
     "importance_of",
     "quantize_to_gguf",
     "refuse_others",
 ]
+
+_BASE = "base"
+"""Name of the stage in the work directory that holds the unquantized file."""
 
 _RUN_KEY = "bpwise.run"
 _ALIGNMENT_BYTES = 32
@@ -142,11 +150,13 @@ def quantize_to_gguf(
     """
     checkpoint = open_model(model)
     refuse_others(output)
-    work = work or output.with_name(f"{output.name}.work")
+    work = work or work_beside(output)
+    directories, read = checkpoint.directories, (measurement, base)
+    check_run(output, work, directories=directories, files=read, offload=config.offload_dirs)
     if judge is None and config.evaluate is not None:
         judge = Judge(checkpoint, config.evaluate, progress)
-    with stages_in(work):
-        return _quantize(checkpoint, output, config, measurement, calibration, work, base, judge, progress)
+    with reserved(output, _beside(output)), stages_in(work) as stages:
+        return _quantize(checkpoint, output, config, measurement, calibration, work, stages, base, judge, progress)
 
 
 def convert_to_mixture(
@@ -181,9 +191,9 @@ def convert_to_mixture(
         raise WorkDirectoryError(f"{output}: exists already. Choose another name or delete it.")
     matrix = None if imatrix is None else read_imatrix(imatrix)
     checkpoint = open_model(model)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as private:
-        made = base or Path(private) / "base.gguf"
+    refuse_inputs(output, directories=checkpoint.directories, files=(imatrix, base))
+    with reserved(output, _beside(output)), private_directory(output) as private:
+        made = base or private / "base.gguf"
         warnings = () if base else _converted(checkpoint, made, llama_cpp)
         header = read_gguf_header(made)
         verification = write_gguf(
@@ -225,12 +235,15 @@ def _quantize(
     measurement: Path | None,
     calibration: CalibrationSet | None,
     work: Path,
+    stages: RunStages,
     base: Path | None,
     judge: Judge | None,
     progress: Progress,
 ) -> GgufResult:
     clock = StageClock()
-    base = base or base_path(checkpoint, work, config.llama_cpp)
+    if base is None:
+        base = base_path(checkpoint, work, config.llama_cpp)
+        stages.add(_BASE, _base_identity(checkpoint, config.llama_cpp))
     # The converter first: should it not know the model, nothing has been measured in vain.
     with clock.stage("convert"):
         warnings = _converted(checkpoint, base, config.llama_cpp)
@@ -248,10 +261,13 @@ def _quantize(
     with clock.stage("plan"):
         plan = _planned(measured, header, checkpoint, config, rows)
         plan.save(work / "plan.json")
-    run = _identity(checkpoint, rows, plan, config)
+    stages.add(MEASURED, measured.provenance)
+    stages.add(ROUNDED, type_rounding_identity(checkpoint, plan, config.measure.device))
+    run = _identity(checkpoint, rows, plan, config, base)
     verification = None
     drift: list[Drift] = []
-    if not output.exists():
+    finished = output.exists()
+    if not finished:
         encoded: dict[str, Callable[[], Bytes]] = {}
         if config.feedback:
             with clock.stage("round"):
@@ -301,7 +317,8 @@ def _quantize(
     )
     if judge is not None and comparison is not None:
         costs = [LinearCost(tensor.name, tensor.kind.bits_per_weight, tensor.damage_nats) for tensor in plan.tensors]
-        details = {**_report_details(result), **judge.details()}
+        earlier = earlier_details(output.parent, comparison, prefix=f"{output.stem}.") if finished else {}
+        details = {**carried_over(_report_details(result), earlier), **judge.details()}
         write_report(comparison, output.parent, details, costs=costs, prefix=f"{output.stem}.")
         judge.sentence(output, comparison, predicted_nats=plan.damage_nats)
     if config.card:
@@ -339,8 +356,21 @@ def base_path(checkpoint: Checkpoint, work: Path, llama_cpp: Path | None) -> Pat
         work: Work directory.
         llama_cpp: As in ``GgufConfig``.
     """
-    identity = {"model": checkpoint.fingerprint, "llama_cpp": str(llama_cpp)}
-    return StageDirectory(work, "base", identity).path / "base.gguf"
+    return StageDirectory(work, _BASE, _base_identity(checkpoint, llama_cpp)).path / "base.gguf"
+
+
+def discard_base(checkpoint: Checkpoint, work: Path, llama_cpp: Path | None) -> None:
+    """Delete what ``base_path`` names; its arguments are the same."""
+    discard_stage(work, _BASE, _base_identity(checkpoint, llama_cpp))
+
+
+def _base_identity(checkpoint: Checkpoint, llama_cpp: Path | None) -> dict[str, str]:
+    return {"model": checkpoint.fingerprint, "converter": converter_digest(llama_cpp)}
+
+
+def _beside(output: Path) -> list[str]:
+    # Names of all files that may come to lie beside it.
+    return [*report_names(f"{output.stem}."), card_path(output).name, mark_path(output).name]
 
 
 def _converted(checkpoint: Checkpoint, base: Path, llama_cpp: Path | None) -> tuple[str, ...]:
@@ -370,7 +400,7 @@ def _planned(
     return make_type_plan(measurement, tensor_bytes=room, overrides=config.overrides)
 
 
-def _identity(checkpoint: Checkpoint, rows: CalibrationSet, plan: TypePlan, config: GgufConfig) -> str:
+def _identity(checkpoint: Checkpoint, rows: CalibrationSet, plan: TypePlan, config: GgufConfig, base: Path) -> str:
     # What the written bytes depend on.
     types = [(tensor.name, tensor.type) for tensor in plan.tensors]
     parts = [
@@ -380,7 +410,7 @@ def _identity(checkpoint: Checkpoint, rows: CalibrationSet, plan: TypePlan, conf
         plan.measurement,
         types,
         config.feedback,
-        str(config.llama_cpp),
+        GgufModel.open(base).fingerprint,
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 

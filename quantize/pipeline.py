@@ -16,13 +16,15 @@ from ..convert.families import require_reader
 from ..convert.files import read_json
 from ..convert.language import WrittenModel
 from ..convert.original import Original, open_model
-from ..convert.work import stages_in
+from ..convert.places import check_run, named, reserved, work_beside
+from ..convert.work import RunStages, stages_in
 from ..errors import FormatError, WorkDirectoryError
 from ..eval.comparison import Comparison
 from ..eval.overlap import SPANS_KEY, CalibrationSpans
-from ..eval.report import summary_lines, write_report
+from ..eval.report import carried_over, earlier_details, summary_lines, write_report
 from ..measure.calibration import CalibrationSet
 from ..measure.measurement import Measurement
+from ..measure.run import MEASURED
 from ..progress import Progress, silent
 from ..version import __version__
 from .cards import write_card
@@ -33,7 +35,8 @@ from .obtain import MEASUREMENT_FILE, obtain_measurement
 from .options import QuantizeConfig
 from .plan import Plan, make_plan
 from .planning import plan_costs
-from .rounding import RoundConfig, RoundedModel, round_model, tune_model
+from .rounding import RoundConfig, RoundedModel, round_model, rounding_identity, tune_model
+from .rounding_pass import ROUNDED
 from .stages import StageClock, StageCost, cost_line, cost_section
 
 __all__ = ["QuantizeConfig", "QuantizeResult", "is_finished", "quantize_model", "report_details"]
@@ -127,12 +130,14 @@ def quantize_model(
         require_reader(checkpoint.config)
     if measurement is None:  # a given one has a group size of its own, which the plan checks at once
         config.forecast(checkpoint)
+    output = named(output)
     is_finished(output, model=checkpoint.fingerprint)
-    work = work or output.with_name(f"{output.name}.work")
+    work = work or work_beside(output)
+    check_run(output, work, directories=checkpoint.directories, files=(measurement,), offload=config.offload_dirs)
     if judge is None and config.evaluate is not None:
         judge = Judge(checkpoint, config.evaluate, progress)
-    with stages_in(work):
-        return _quantize(checkpoint, output, config, measurement, calibration, work, judge, progress)
+    with reserved(output), stages_in(work) as stages:
+        return _quantize(checkpoint, output, config, measurement, calibration, work, stages, judge, progress)
 
 
 def _quantize(
@@ -142,6 +147,7 @@ def _quantize(
     measurement: Path | None,
     calibration: CalibrationSet | None,
     work: Path,
+    stages: RunStages,
     judge: Judge | None,
     progress: Progress,
 ) -> QuantizeResult:
@@ -166,14 +172,17 @@ def _quantize(
             keep_fp16=config.keep_fp16,
         )
         plan.save(work / "plan.json")
+    rounding = RoundConfig(device=config.measure.device, offload_dir=config.measure.offload_dir)
+    stages.add(MEASURED, measured.provenance)
+    stages.add(ROUNDED, rounding_identity(checkpoint, plan, rounding))
     run = _identity(checkpoint, rows, plan, config)
     fallbacks: dict[str, float] = {}
     drift: list[Drift] = []
-    if is_finished(output, run=run):
+    finished = is_finished(output, run=run)
+    if finished:
         verification = verify_model(output)
     else:
         with clock.stage("round"):
-            rounding = RoundConfig(device=config.measure.device, offload_dir=config.measure.offload_dir)
             rounded = round_model(checkpoint, measured, plan, rounding, work, progress)
             fallbacks, drift = _fallbacks(rounded, measured), rounded.drift()
         if config.effort == "high":
@@ -200,7 +209,9 @@ def _quantize(
         experts=measured.experts_sentence,
     )
     if judge is not None and comparison is not None:
-        write_report(comparison, output, {**report_details(result), **judge.details()}, costs=plan_costs(plan))
+        earlier = earlier_details(output, comparison) if finished else {}
+        details = {**carried_over(report_details(result), earlier), **judge.details()}
+        write_report(comparison, output, details, costs=plan_costs(plan))
         judge.sentence(output, comparison, predicted_nats=plan.damage_nats)
     write_card(output, original=checkpoint.directory, base_model=config.base_model)
     return result

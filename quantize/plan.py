@@ -19,7 +19,7 @@ from .allocate import allocate
 from .kept import FLOAT16_BITS, KeptLinear
 from .scope import HeadBits, Scope, SizeLimit, WidthOverride, plan_scope
 
-__all__ = ["PLAN_VERSION", "LinearPlan", "Plan", "bpw_range", "make_plan", "measured_limit"]
+__all__ = ["PLAN_VERSION", "LinearPlan", "Plan", "bpw_range", "is_plan", "make_plan", "measured_limit"]
 
 PLAN_VERSION = 2
 
@@ -184,6 +184,14 @@ class Plan:
             )
         except (KeyError, TypeError) as error:
             raise FormatError(f"{path}: the plan is damaged ({error}). Make it again with `bpwise plan`.") from error
+
+
+def is_plan(path: Path) -> bool:
+    """Return whether a file is a plan, of either format and any version."""
+    try:
+        return not {"bpwise_plan", "bpwise_type_plan"}.isdisjoint(read_json(path, FormatError))
+    except FormatError:
+        return False
 
 
 def make_plan(

@@ -30,7 +30,10 @@ from .drift import StageSums
 from .hidden_states import drift_of, last_states
 from .stepped import SteppedForwards
 
-__all__ = ["Rounder", "RoundingPass", "rounding_damping"]
+__all__ = ["ROUNDED", "Rounder", "RoundingPass", "rounding_damping"]
+
+ROUNDED = "rounded"
+"""Name of the stage in the work directory."""
 
 _SLICE_OUTPUTS = 16384
 """Outputs that drift is cancelled for together: 256 MiB in float32 for 4096 inputs."""
@@ -115,7 +118,7 @@ class RoundingPass:
             table: The quantized model's token embeddings, shape (tokens, hidden size), where they differ.
         """
         state = {"original": self.model.embed(self.tokens), "quantized": self.model.embed(self.tokens, table)}
-        finished = max((i for i in range(self.model.block_count) if self.pieces.has(f"state-{i}")), default=-1)
+        finished = self._finished_blocks() - 1
         if finished >= 0:
             state = self._kept(self.pieces, f"state-{finished}")
         for index in progress(range(self.model.block_count), "quantize: round"):
@@ -127,6 +130,15 @@ class RoundingPass:
             self.pieces.discard(f"state-{index - 1}")
             if self.inputs is not None:
                 self.inputs.discard(f"input-{index}")
+
+    def _finished_blocks(self) -> int:
+        # How many of the first blocks an earlier run has rounded: none if any of their pieces has gone since.
+        count = max((i + 1 for i in range(self.model.block_count) if self.pieces.has(f"state-{i}")), default=0)
+        pieces = [f"drift-{index}" for index in range(count)]
+        for index in range(count):
+            for stage in self.model.stages(index):
+                pieces += self._rounded_of(index, stage).values()
+        return count if all(map(self.pieces.has, pieces)) else 0
 
     def _round_block(self, index: int, state: dict[str, Tensor]) -> None:
         # Puts both streams after the block in the place of those before it.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,16 +11,18 @@ from ..convert.checkpoint import Checkpoint
 from ..convert.files import atomic_file, write_json
 from ..convert.markdown import cell, table
 from ..convert.original import Original, open_model
-from ..convert.work import claimed, discard_stages
+from ..convert.places import check_run, named, reserved, work_beside
+from ..convert.work import claimed, discard_stage
 from ..errors import BrokenModelError, ConfigError
 from ..eval.comparison import Comparison
 from ..eval.models import model_name
 from ..eval.report import JSON_NAME, MARKDOWN_NAME, comparison_table
 from ..measure.calibration import CalibrationSet
+from ..measure.run import MEASURED
 from ..progress import Progress, silent
 from ..version import __version__
 from .cards import output_name
-from .gguf_pipeline import GgufConfig, GgufResult, base_path, quantize_to_gguf, refuse_others
+from .gguf_pipeline import GgufConfig, GgufResult, base_path, discard_base, quantize_to_gguf, refuse_others
 from .judge import Judge
 from .obtain import MEASUREMENT_FILE, obtain_measurement
 from .pipeline import QuantizeConfig, QuantizeResult, is_finished, quantize_model
@@ -145,14 +146,18 @@ def quantize_series(
         raise ConfigError(f"bitrates: got {list(rates)}, expected at least one, and each once.")
     checkpoint = open_model(model)
     configs = {bpw: _with_rate(config, bpw) for bpw in rates}
+    output = named(output)
     paths = output_paths(config.base_model or model_name(checkpoint), output, config, rates)
     _check(checkpoint, configs, paths, measured=measurement is not None)
-    work = work or output.with_name(f"{output.name}.work")
+    work = work or work_beside(output)
+    for path in paths.values():
+        own = work / path.name
+        check_run(path, own, directories=checkpoint.directories, files=(measurement,), offload=config.offload_dirs)
     judge = None if config.evaluate is None else Judge(checkpoint, config.evaluate, progress)
-    with claimed(work):
+    with reserved(output), claimed(work):
         if measurement is None:
             measurement = work / "measure" / MEASUREMENT_FILE
-            obtain_measurement(
+            measured, _ = obtain_measurement(
                 checkpoint,
                 config.measure,
                 measurement.parent,
@@ -162,13 +167,13 @@ def quantize_series(
                 calibration=calibration,
                 check_rows=None if judge is None else judge.check_text,
             )
-            discard_stages(measurement.parent)
+            discard_stage(measurement.parent, MEASURED, measured.provenance)
         outputs = tuple(
             _make(checkpoint, paths[bpw], bpw, configs[bpw], measurement, work, judge, progress) for bpw in rates
         )
         if isinstance(config, GgufConfig):
-            shutil.rmtree(base_path(checkpoint, work, config.llama_cpp).parent)
-    report = _write_report(model_name(checkpoint), outputs, output)
+            discard_base(checkpoint, work, config.llama_cpp)
+        report = _write_report(model_name(checkpoint), outputs, output)
     broken = [each.path.name for each in outputs if each.broken is not None]
     if broken:
         raise BrokenModelError(

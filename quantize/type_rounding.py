@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +23,10 @@ from ..rounding.ggml import round_to_type
 from ..rounding.hessian import inverse_factor
 from ..rounding.parallel import cores
 from .hidden_states import Drift, kept_drift
-from .rounding_pass import RoundingPass, rounding_damping
+from .rounding_pass import ROUNDED, RoundingPass, rounding_damping
 from .type_plan import TypePlan
 
-__all__ = ["RoundedTypes", "round_types", "table_importance"]
+__all__ = ["RoundedTypes", "round_types", "table_importance", "type_rounding_identity"]
 
 _SLICE_OUTPUTS = 16384
 """Outputs that are rounded together, each for itself: few enough for the temporaries of an output head to be small."""
@@ -60,6 +61,16 @@ class RoundedTypes:
         return kept_drift(self.pieces, self.blocks)
 
 
+def type_rounding_identity(checkpoint: Checkpoint, plan: TypePlan, device: str) -> dict[str, Any]:
+    """Return all that the pieces of ``round_types`` depend on, as ``StageDirectory`` takes it."""
+    return {
+        "model": checkpoint.fingerprint,
+        "measurement": plan.measurement,
+        "types": {tensor.name: tensor.type for tensor in plan.tensors},
+        "device": resolve_device(device).type,
+    }
+
+
 def round_types(
     checkpoint: Checkpoint,
     measurement: Measurement,
@@ -89,13 +100,7 @@ def round_types(
         NumericalError: NaN or infinity in weights or activations.
     """
     place = resolve_device(device)
-    identity = {
-        "model": checkpoint.fingerprint,
-        "measurement": plan.measurement,
-        "types": {tensor.name: tensor.type for tensor in plan.tensors},
-        "device": place.type,
-    }
-    pieces = StageDirectory(work, "rounded", identity)
+    pieces = StageDirectory(work, ROUNDED, type_rounding_identity(checkpoint, plan, device))
     model = StreamedModel(checkpoint, device=place, dtype=torch.float32, offload_dir=offload_dir)
     inputs = kept_inputs(work, measurement)
     run = RoundingPass(model, measurement, _TypeRounder(plan.kinds), pieces, correct_drift=True, inputs=inputs)
