@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import WorkDirectoryError
 from .group import cli
 from .options import (
     DIRECTORY,
@@ -226,7 +227,13 @@ def _write_reports(
         return write_report(comparisons[0], place, details, costs=costs[0], **shared).html
 
     extras = Extras()
-    report = written(extras)
+    lines = joint_lines(comparisons) if len(quantized) > 1 else summary_lines(comparisons[0])
+    try:
+        report = written(extras)
+    except WorkDirectoryError:  # the place has changed since it was tried: the numbers are not lost with it
+        for line in lines:
+            click.echo(line)
+        raise
     _reconsider_marks(quantized, models, comparisons, costs)
     if tasks is not None or needle is not None:
         click.echo(f"report so far: {report}", err=True)
@@ -236,7 +243,6 @@ def _write_reports(
     if needle is not None:
         extras = replace(extras, needle=evaluate_needle(source, quantized, needle, progress_bar))
         report = written(extras)
-    lines = joint_lines(comparisons) if len(quantized) > 1 else summary_lines(comparisons[0])
     for line in (*lines, *extras_lines(extras)):
         click.echo(line)
     click.echo(f"report      {report}")

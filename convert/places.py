@@ -134,7 +134,7 @@ def check_run(
     files: Iterable[Path | None] = (),
     offload: Iterable[Path | None] = (),
 ) -> None:
-    """Refuse places of a run that stand in each other's way, or cannot be written, before any long work.
+    """Refuse places of a run that stand in each other's way, and directories for hidden states that cannot be written.
 
     Args:
         output: The directory or file that it makes.
@@ -146,7 +146,8 @@ def check_run(
     Raises:
         WorkDirectoryError: One is in the way of another, or cannot be written.
     """
-    others = [work, *(directory for directory in offload if directory is not None)]
+    states = [directory for directory in offload if directory is not None]
+    others = [work, *states]
     for place in (output, *others):
         refuse_inputs(place, directories=directories, files=files)
     with explained(output):
@@ -156,7 +157,7 @@ def check_run(
         raise WorkDirectoryError(
             f"{shown(within[0])}: in the way of the output {shown(output)}. Choose a directory outside of it."
         )
-    for place in others:
+    for place in states:
         try_directory(place)
 
 

@@ -140,7 +140,6 @@ class TestInputs:
             ("model", None, False),
             ("model/work", None, False),
             ("w", "model", False),
-            ("file", None, False),
             ("w", "file/states", False),
         ],
     )
