@@ -273,6 +273,7 @@ def _concerns(cause: OSError, temporary: Path) -> bool:
 def _begin(path: Path, temporary: Path, *, new: bool = False, name: Path | None = None, data: bytes = b"") -> None:
     # A place that cannot be written shows here, under the target's name, and not in a body that does other things too.
     with explained(name or path):
+        str(path).encode()  # reports and terminals show it
         path.parent.mkdir(parents=True, exist_ok=True)
         _refuse_in_the_way(path, new=new)
         try:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..convert.checkpoint import TensorSource
+from ..convert.files import clear_partials
 from ..convert.gguf.reader import GgufModel
 from ..convert.safetensors_file import load_metadata, load_tensors, save_tensors
 from ..errors import ConfigError, FormatError, WorkDirectoryError
@@ -104,6 +105,7 @@ class OriginalCache:
             warnings.warn(f"the original's evaluation is not kept for the next time: {error}", stacklevel=2)
 
     def _prune(self) -> None:
+        clear_partials(self._directory)
         kept = sorted(
             ((status.st_mtime_ns, status.st_size, path) for path, status in self._files()),
             reverse=True,

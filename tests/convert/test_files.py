@@ -126,8 +126,13 @@ class TestAtomicFile:
 
     @pytest.mark.parametrize(
         ("name", "message"),
-        [("n" * 240, "File name too long"), ("a\0b", r"a\\x00b: not a valid path"), ("a\ud800", r"a\\ud800: not a")],
-        ids=["long", "nul", "surrogate"],
+        [
+            ("n" * 240, "File name too long"),
+            ("a\0b", r"a\\x00b: not a valid path"),
+            ("a\ud800", r"a\\ud800: not a valid path"),
+            ("a\udcff", r"a\\udcff: not a valid path"),
+        ],
+        ids=["long", "nul", "surrogate", "latin-1"],
     )
     def test_names_that_cannot_be(self, tmp_path: Path, name: str, message: str) -> None:
         with pytest.raises(WorkDirectoryError, match=message) as caught, atomic_file(tmp_path / name):

@@ -14,6 +14,7 @@ from bpwise.cli import cli
 from bpwise.convert.mark import mark_broken
 from bpwise.convert.places import reserved
 from bpwise.convert.work import StageDirectory
+from bpwise.errors import WorkDirectoryError
 from bpwise.measure.measurement import Measurement
 from bpwise.quantize import obtain
 from click.testing import CliRunner, Result
@@ -133,6 +134,19 @@ class TestReadOnly:
 
         monkeypatch.setattr(Path, "write_bytes", read_only)
         assert "report.json: cannot be written" in refused("eval", tiny_model, copied, "-r", 2, "-l", 32)
+
+
+def test_numbers_are_shown_though_the_report_finds_no_room(
+    tiny_model: Path, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, _: object) -> None:
+        raise WorkDirectoryError(f"{path}: not written, the disk is full")
+
+    monkeypatch.setattr("bpwise.eval.report.write_json", full)
+    result = bpwise("eval", tiny_model, copied, "-r", 2, "-l", 32, "--device", "cpu", "-o", tmp_path / "report")
+    assert result.exit_code == 1
+    assert "report.json: not written" in result.stderr
+    assert "KL" in result.stdout
 
 
 class TestInTheWay:
