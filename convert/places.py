@@ -62,13 +62,16 @@ def try_directory(path: Path) -> None:
     try_file(path / "try", name=path)
 
 
-def refuse_foreign(path: Path, is_ours: Callable[[Path], bool], kind: str) -> None:
+def refuse_foreign(
+    path: Path, is_ours: Callable[[Path], bool], kind: str, *, advice: str = "replace it with --force"
+) -> None:
     """Refuse to replace a file of another kind than the one that is made; an empty file is nobody's.
 
     Args:
         path: The file to be made, or replaced.
         is_ours: Tells whether a file is of the kind that is made.
         kind: That kind, with an article.
+        advice: What else can be done than to choose another path.
 
     Raises:
         WorkDirectoryError: It would be lost.
@@ -78,7 +81,7 @@ def refuse_foreign(path: Path, is_ours: Callable[[Path], bool], kind: str) -> No
     if occupied and not is_ours(path):
         raise WorkDirectoryError(
             f"{shown(path)}: in the way, got another file, expected none or {kind} of bpwise. Choose another path, or "
-            "replace it with --force."
+            f"{advice}."
         )
 
 

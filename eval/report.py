@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..convert.files import atomic_file, read_json, try_file, write_json
-from ..convert.places import try_directory
+from ..convert.places import refuse_foreign, try_directory
 from ..errors import FormatError
 from ..version import __version__
 from .comparison import Comparison
@@ -60,6 +60,9 @@ CSV_NAME = "report.csv"
 PLOTS_NAME = "report-plots"
 
 _REPORT_VERSION = 1
+
+_GENERATOR = b'<meta name="generator" content="bpwise '
+_HEAD_BYTES = 4096
 
 
 _OF_EVALUATION = "evaluate"
@@ -187,7 +190,7 @@ def report_names(prefix: str = "") -> tuple[str, ...]:
 
 
 def try_report(directory: Path, *, prefix: str = "", plots: Sequence[str] = ()) -> None:
-    """Refuse a place that a report cannot be written to, before the long work.
+    """Refuse a place that a report cannot be written to, or where it would replace other files, before the long work.
 
     Args:
         directory: As in ``write_report``.
@@ -195,12 +198,29 @@ def try_report(directory: Path, *, prefix: str = "", plots: Sequence[str] = ()) 
         plots: As in ``write_report``.
 
     Raises:
-        WorkDirectoryError: A file of it cannot be made.
+        WorkDirectoryError: A file of it cannot be made, or is of something else.
     """
+    ours = _is_report(directory / f"{prefix}{JSON_NAME}") or _is_page(directory / f"{prefix}{HTML_NAME}")
     for name in report_names(prefix):
+        refuse_foreign(directory / name, lambda _: ours, "a report", advice="move it away")
         try_file(directory / name)
     if plots:
         try_directory(directory / f"{prefix}{PLOTS_NAME}")
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        return not {"bpwise_report", "bpwise_series"}.isdisjoint(read_json(path, FormatError))
+    except FormatError:
+        return False
+
+
+def _is_page(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return _GENERATOR in file.read(_HEAD_BYTES)
+    except OSError:
+        return False
 
 
 def earlier_details(directory: Path, comparison: Comparison, *, prefix: str = "") -> Details:

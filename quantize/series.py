@@ -16,7 +16,7 @@ from ..convert.work import claimed, discard_stage
 from ..errors import BrokenModelError, ConfigError
 from ..eval.comparison import Comparison
 from ..eval.models import model_name
-from ..eval.report import JSON_NAME, MARKDOWN_NAME, comparison_table
+from ..eval.report import JSON_NAME, MARKDOWN_NAME, comparison_table, try_report
 from ..measure.calibration import CalibrationSet
 from ..measure.run import MEASURED
 from ..progress import Progress, silent
@@ -153,6 +153,7 @@ def quantize_series(
     for path in paths.values():
         own = work / path.name
         check_run(path, own, directories=checkpoint.directories, files=(measurement,), offload=config.offload_dirs)
+    try_report(output)
     judge = None if config.evaluate is None else Judge(checkpoint, config.evaluate, progress)
     with reserved(output), claimed(work):
         if measurement is None:

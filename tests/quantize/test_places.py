@@ -215,6 +215,29 @@ class TestInTheWay:
         assert file.read_bytes() == made
 
     @pytest.mark.usefixtures("no_work")
+    @pytest.mark.parametrize("name", ["report.md", "report.csv", "report.json", "report.html", "report.tasks.csv"])
+    def test_reports_of_others_are_not_replaced(
+        self, name: str, tiny_model: Path, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        Path(name).write_text('{"thesis": "the only copy"}')
+        assert f"{name}: in the way" in refused("eval", tiny_model, copied, copied)  # several: into this directory
+        assert f"{name}: in the way" in refused("quantize", tiny_model, ".", "--bpw", "4.5,3.5", *TEXT)
+        assert Path(name).read_text() == '{"thesis": "the only copy"}'
+
+    def test_a_quantized_model_is_read_as_one_too(self, copied: Path) -> None:
+        before = {path.name for path in copied.iterdir()}
+        assert "read as one model" in refused("dequantize", copied, copied / "dense")
+        assert {path.name for path in copied.iterdir()} == before
+
+    def test_own_reports_are_replaced(self, tiny_model: Path, copied: Path, tmp_path: Path) -> None:
+        command = ("eval", tiny_model, copied, "-r", 2, "-l", 32, "--device", "cpu", "-o", tmp_path / "report")
+        succeed(*command)
+        succeed(*command)
+        (tmp_path / "report" / "report.json").unlink()
+        succeed(*command)
+
+    @pytest.mark.usefixtures("no_work")
     @pytest.mark.parametrize(
         "options", [("--bpw", "4.5"), ("--bpw", "4.5,3.5"), ("--format", "gguf", "--bpw", "5")], ids=" ".join
     )
