@@ -17,7 +17,7 @@ from .rows import read_pool
 from .text import TextSource, read_texts
 from .tokenizer import Tokenizer, chat_renderer, leading_ids, ordinary_ids
 
-__all__ = ["SELF", "CalibrationConfig", "CalibrationSet", "build_calibration"]
+__all__ = ["SELF", "CalibrationConfig", "CalibrationSet", "build_calibration", "is_calibration"]
 
 SELF = "self"
 """The source that stands for the model itself (see ``generation``). A file of this name can be given as ``./self``."""
@@ -290,3 +290,11 @@ def _describe(source: TextSource, config: CalibrationConfig, *, n_random: int, i
     return (
         f"{source.description}: {config.rows - n_random} rows {how}{random}, each of {config.row_tokens} tokens {begin}"
     )
+
+
+def is_calibration(path: Path) -> bool:
+    """Return whether a file is a calibration set, of this version or another."""
+    try:
+        return load_metadata(path, CalibrationError).get("format") == _FORMAT
+    except CalibrationError:
+        return False

@@ -41,7 +41,7 @@ from ..version import __version__
 from .cards import card_path, write_card
 from .hidden_states import Drift, drift_section
 from .judge import Judge, refuse_marked
-from .obtain import MEASUREMENT_FILE, obtain_measurement
+from .obtain import MEASUREMENT_FILE, PLAN_FILE, check_work, obtain_measurement
 from .options import GgufConfig
 from .rounding_pass import ROUNDED
 from .stages import StageClock, StageCost, cost_line, cost_section
@@ -153,6 +153,7 @@ def quantize_to_gguf(
     work = work or work_beside(output)
     directories, read = checkpoint.directories, (measurement, base)
     check_run(output, work, directories=directories, files=read, offload=config.offload_dirs)
+    check_work(work)
     if judge is None and config.evaluate is not None:
         judge = Judge(checkpoint, config.evaluate, progress)
     with reserved(output, _beside(output)), stages_in(work) as stages:
@@ -260,7 +261,7 @@ def _quantize(
     )
     with clock.stage("plan"):
         plan = _planned(measured, header, checkpoint, config, rows)
-        plan.save(work / "plan.json")
+        plan.save(work / PLAN_FILE)
     stages.add(MEASURED, measured.provenance)
     stages.add(ROUNDED, type_rounding_identity(checkpoint, plan, config.measure.device))
     run = _identity(checkpoint, rows, plan, config, base)

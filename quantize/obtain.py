@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..convert.checkpoint import Checkpoint
+from ..convert.places import refuse_foreign
 from ..errors import FormatError
-from ..measure.calibration import CalibrationSet
-from ..measure.measurement import Measurement
+from ..measure.calibration import CalibrationSet, is_calibration
+from ..measure.measurement import Measurement, is_measurement
 from ..measure.run import (
     MeasureConfig,
     calibration_rows,
@@ -17,12 +18,17 @@ from ..measure.run import (
     measurement_provenance,
 )
 from ..progress import Progress
+from .plan import is_plan
 from .stages import StageClock
 
-__all__ = ["MEASUREMENT_FILE", "obtain_measurement"]
+__all__ = ["MEASUREMENT_FILE", "PLAN_FILE", "check_work", "obtain_measurement"]
 
 MEASUREMENT_FILE = "measurement.safetensors"
 """Where a run keeps its measurement in the work directory."""
+
+CALIBRATION_FILE = "calibration.safetensors"
+PLAN_FILE = "plan.json"
+"""Where it keeps its calibration rows, and its plan."""
 
 
 def obtain_measurement(
@@ -64,8 +70,23 @@ def obtain_measurement(
             check_rows(rows)
         with clock.stage("measure"):
             measured = _measured(checkpoint, rows, config, work, progress)
-    rows.save(work / "calibration.safetensors")
+    rows.save(work / CALIBRATION_FILE)
     return measured, rows
+
+
+def check_work(work: Path) -> None:
+    """Refuse a work directory in which a run would replace files that are not a run's.
+
+    Args:
+        work: The directory; it need not exist.
+
+    Raises:
+        WorkDirectoryError: There is such a file.
+    """
+    advice = "name another --work-dir"
+    refuse_foreign(work / MEASUREMENT_FILE, is_measurement, "a measurement", advice=advice)
+    refuse_foreign(work / CALIBRATION_FILE, is_calibration, "a calibration set", advice=advice)
+    refuse_foreign(work / PLAN_FILE, is_plan, "a plan", advice=advice)
 
 
 def _load(path: Path, checkpoint: Checkpoint) -> Measurement:
@@ -77,12 +98,21 @@ def _load(path: Path, checkpoint: Checkpoint) -> Measurement:
     return measurement
 
 
+def _kept(path: Path) -> Measurement | None:
+    if not path.exists():
+        return None
+    try:
+        return Measurement.load(path)
+    except FormatError:  # damaged, or of another version: it is made again
+        return None
+
+
 def _measured(
     checkpoint: Checkpoint, rows: CalibrationSet, config: MeasureConfig, work: Path, progress: Progress
 ) -> Measurement:
     kept = work / MEASUREMENT_FILE
-    if kept.exists():
-        measurement = Measurement.load(kept)
+    measurement = _kept(kept)
+    if measurement is not None:
         wanted = measurement_provenance(checkpoint, rows, config)
         # Types that are not asked for do no harm.
         if wanted == {**measurement.provenance, "types": wanted["types"] and list(measurement.types)}:

@@ -31,7 +31,7 @@ from .cards import write_card
 from .hidden_states import Drift, drift_section
 from .judge import Judge, refuse_marked
 from .kept import kept_lines
-from .obtain import MEASUREMENT_FILE, obtain_measurement
+from .obtain import MEASUREMENT_FILE, PLAN_FILE, check_work, obtain_measurement
 from .options import QuantizeConfig
 from .plan import Plan, make_plan
 from .planning import plan_costs
@@ -134,6 +134,7 @@ def quantize_model(
     is_finished(output, model=checkpoint.fingerprint)
     work = work or work_beside(output)
     check_run(output, work, directories=checkpoint.directories, files=(measurement,), offload=config.offload_dirs)
+    check_work(work)
     if judge is None and config.evaluate is not None:
         judge = Judge(checkpoint, config.evaluate, progress)
     with reserved(output), stages_in(work) as stages:
@@ -171,7 +172,7 @@ def _quantize(
             overrides=config.overrides,
             keep_fp16=config.keep_fp16,
         )
-        plan.save(work / "plan.json")
+        plan.save(work / PLAN_FILE)
     rounding = RoundConfig(device=config.measure.device, offload_dir=config.measure.offload_dir)
     stages.add(MEASURED, measured.provenance)
     stages.add(ROUNDED, rounding_identity(checkpoint, plan, rounding))

@@ -24,7 +24,7 @@ from ..version import __version__
 from .cards import output_name
 from .gguf_pipeline import GgufConfig, GgufResult, base_path, discard_base, quantize_to_gguf, refuse_others
 from .judge import Judge
-from .obtain import MEASUREMENT_FILE, obtain_measurement
+from .obtain import MEASUREMENT_FILE, check_work, obtain_measurement
 from .pipeline import QuantizeConfig, QuantizeResult, is_finished, quantize_model
 from .stages import StageClock
 
@@ -153,6 +153,8 @@ def quantize_series(
     for path in paths.values():
         own = work / path.name
         check_run(path, own, directories=checkpoint.directories, files=(measurement,), offload=config.offload_dirs)
+        check_work(own)
+    check_work(work / "measure")
     try_report(output)
     judge = None if config.evaluate is None else Judge(checkpoint, config.evaluate, progress)
     with reserved(output), claimed(work):

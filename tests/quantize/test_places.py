@@ -16,7 +16,7 @@ from bpwise.convert.places import reserved
 from bpwise.convert.work import StageDirectory
 from bpwise.errors import WorkDirectoryError
 from bpwise.measure.measurement import Measurement
-from bpwise.quantize import obtain
+from bpwise.quantize import judge, obtain
 from click.testing import CliRunner, Result
 
 TEXT = ("--rows", "4", "--row-tokens", "32", "--device", "cpu")
@@ -80,6 +80,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bpwise.measure.run.measure_model", fail)
     monkeypatch.setattr("bpwise.measure.run.calibration_rows", fail)
     monkeypatch.setattr("bpwise.eval.comparison.evaluation_rows", fail)
+    monkeypatch.setattr(judge, "evaluation_rows", fail)
 
 
 class TestReadOnly:
@@ -270,6 +271,32 @@ def test_a_home_as_work_directory(tiny_model: Path, measurement: Path, tmp_path:
     left = {path.relative_to(home) for path in home.rglob("*") if "q" not in path.relative_to(home).parts}
     assert left == before | made
     assert (home / "q" / "output.safetensors").is_file()
+
+
+class TestWorkDirectoriesWithFiles:
+    @pytest.mark.usefixtures("no_work")
+    @pytest.mark.parametrize("output", ["out", "out.gguf"])
+    @pytest.mark.parametrize("name", ["plan.json", "measurement.safetensors", "calibration.safetensors"])
+    def test_those_of_others_are_not_replaced(self, name: str, output: str, tiny_model: Path, tmp_path: Path) -> None:
+        (tmp_path / name).write_text('{"format_version": "1.2"}')  # as another program's plan.json
+        command = ("quantize", tiny_model, tmp_path / output, "--bpw", 5, *TEXT, "--work-dir", tmp_path)
+        assert f"{name}: in the way" in refused(*command)
+        assert (tmp_path / name).read_text() == '{"format_version": "1.2"}'
+
+    @pytest.mark.parametrize("damage", ["cut", "other-version"])
+    def test_a_measurement_that_cannot_be_read_is_made_again(
+        self, damage: str, tiny_model: Path, measurement: Path, tmp_path: Path
+    ) -> None:
+        kept = tmp_path / "out.work" / "measurement.safetensors"
+        kept.parent.mkdir()
+        content = measurement.read_bytes()
+        if damage == "other-version":
+            kept.write_bytes(content.replace(b'\\"version\\": 5', b'\\"version\\": 4'))
+            assert kept.read_bytes() != content
+        else:
+            kept.touch()
+        succeed("quantize", tiny_model, tmp_path / "out", "--bpw", 4.5, *TEXT, "--no-eval")
+        assert kept.read_bytes() == content
 
 
 class TestNamesOfOutputs:
@@ -474,8 +501,6 @@ class TestMarks:
     def test_one_that_finds_it_broken_does_not(
         self, known: bool, tiny_model: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from bpwise.quantize import judge
-
         # What counts as broken is moved to below what the model has.
         measured = report(copied)["comparison"]["summary"]["kl_nats"]["value"]
         monkeypatch.setattr(judge, "BROKEN_NATS", measured / 10)
@@ -492,8 +517,6 @@ class TestMarks:
     def test_what_was_foreseen_is_not_broken(
         self, tiny_model: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from bpwise.quantize import judge
-
         monkeypatch.setattr(judge, "BROKEN_NATS", 1e-9)  # the plan foresaw a fifth of it or more
         mark_broken(copied, "It was.")
         succeed("eval", tiny_model, copied, *self.EVAL)
