@@ -131,14 +131,15 @@ def quantize_model(
     if measurement is None:  # a given one has a group size of its own, which the plan checks at once
         config.forecast(checkpoint)
     output = named(output)
-    is_finished(output, model=checkpoint.fingerprint)
     work = work or work_beside(output)
     check_run(output, work, directories=checkpoint.directories, files=(measurement,), offload=config.offload_dirs)
     check_work(work)
     if judge is None and config.evaluate is not None:
         judge = Judge(checkpoint, config.evaluate, progress)
-    with reserved(output), stages_in(work) as stages:
-        return _quantize(checkpoint, output, config, measurement, calibration, work, stages, judge, progress)
+    with reserved(output):
+        is_finished(output, model=checkpoint.fingerprint)
+        with stages_in(work) as stages:
+            return _quantize(checkpoint, output, config, measurement, calibration, work, stages, judge, progress)
 
 
 def _quantize(

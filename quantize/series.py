@@ -199,11 +199,12 @@ def _check(
 ) -> None:
     # Whatever is in the way or impossible shows before the long work.
     for bpw, config in configs.items():
-        if isinstance(config, GgufConfig):
-            refuse_others(paths[bpw])
-            continue
-        is_finished(paths[bpw], model=checkpoint.fingerprint)
-        if not measured:
+        with reserved(paths[bpw]):
+            if isinstance(config, GgufConfig):
+                refuse_others(paths[bpw])
+            else:
+                is_finished(paths[bpw], model=checkpoint.fingerprint)
+        if isinstance(config, QuantizeConfig) and not measured:
             config.forecast(checkpoint)
 
 

@@ -423,6 +423,19 @@ class TestGone:
         }
 
 
+def test_a_directory_that_was_being_filled_when_the_run_was_killed(
+    tiny_model: Path, finished: Path, measurement: Path, tmp_path: Path
+) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    out = tmp_path / "out"
+    (out / f".out.partial-{ended.pid}-00ff00ff").mkdir(parents=True)
+    (out / f".out.partial-{ended.pid}-00ff00ff" / "output-00001.partial").write_text("half")
+    succeed("quantize", tiny_model, out, "--bpw", 4.5, "--no-eval", "--device", "cpu", "-m", measurement)
+    assert weights(out) == weights(finished)
+    assert not list(out.glob(".*"))
+
+
 def test_what_a_killed_run_left_goes(tiny_model: Path, copied: Path) -> None:
     # Killed after the output was there and before its stages were let go.
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
