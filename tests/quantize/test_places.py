@@ -137,6 +137,12 @@ class TestReadOnly:
         assert "report.json: cannot be written" in refused("eval", tiny_model, copied, "-r", 2, "-l", 32)
 
 
+@pytest.mark.usefixtures("no_work")
+def test_a_place_for_drawings_that_is_none(tiny_model: Path, copied: Path) -> None:
+    (copied / "report-plots").write_text("")
+    assert "report-plots: in the way" in refused("eval", tiny_model, copied, "--plots")
+
+
 def test_numbers_are_shown_though_the_report_finds_no_room(
     tiny_model: Path, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
