@@ -46,7 +46,13 @@ from .options import GgufConfig
 from .rounding_pass import ROUNDED
 from .stages import StageClock, StageCost, cost_line, cost_section
 from .type_plan import TypePlan, make_type_plan
-from .type_rounding import RoundedTypes, round_types, table_importance, type_rounding_identity
+from .type_rounding import (
+    RoundedTypes,
+    round_types,
+    table_importance,
+    type_rounding_identity,
+    types_rounded_before,
+)
 from .vram import room_for_weights
 
 __all__ = [
@@ -298,6 +304,9 @@ def _quantize(
         raise WorkDirectoryError(
             f"{output}: exists already and is not the output of this run. Choose another name or delete it."
         )
+    else:
+        before = types_rounded_before(checkpoint, plan, work, device=config.measure.device)
+        drift = [] if before is None else before.drift()  # cut off while it was evaluated
     comparison = None
     if judge is None:
         refuse_marked(output)

@@ -35,7 +35,7 @@ from .obtain import MEASUREMENT_FILE, PLAN_FILE, check_work, obtain_measurement
 from .options import QuantizeConfig
 from .plan import Plan, make_plan
 from .planning import plan_costs
-from .rounding import RoundConfig, RoundedModel, round_model, rounding_identity, tune_model
+from .rounding import RoundConfig, RoundedModel, round_model, rounded_before, rounding_identity, tune_model
 from .rounding_pass import ROUNDED
 from .stages import StageClock, StageCost, cost_line, cost_section
 
@@ -183,6 +183,9 @@ def _quantize(
     finished = is_finished(output, run=run)
     if finished:
         verification = verify_model(output)
+        before = rounded_before(checkpoint, plan, rounding, work)
+        if before is not None:  # cut off while it was evaluated
+            fallbacks, drift = _fallbacks(before, measured), [] if config.effort == "high" else before.drift()
     else:
         with clock.stage("round"):
             rounded = round_model(checkpoint, measured, plan, rounding, work, progress)

@@ -30,7 +30,7 @@ from .plan import LinearPlan, Plan
 from .rounding_pass import ROUNDED, RoundingPass, rounding_damping
 from .tuning import tune_scales
 
-__all__ = ["RoundConfig", "RoundedModel", "round_model", "rounding_identity", "tune_model"]
+__all__ = ["RoundConfig", "RoundedModel", "round_model", "rounded_before", "rounding_identity", "tune_model"]
 
 _TUNED = "tuned"
 """Piece with what tuning found."""
@@ -168,6 +168,24 @@ def round_model(
         run.head()
         names.append(HEAD)
     return RoundedModel(tuple(names), model.block_count, pieces, source)
+
+
+def rounded_before(checkpoint: Checkpoint, plan: Plan, config: RoundConfig, work: Path) -> RoundedModel | None:
+    """Return what an earlier run rounded that was cut off before its end, None if that is not there, or not all of it.
+
+    Args:
+        checkpoint: As for ``round_model``.
+        plan: As for ``round_model``.
+        config: As for ``round_model``.
+        work: As for ``round_model``.
+    """
+    pieces = StageDirectory.existing(work, ROUNDED, rounding_identity(checkpoint, plan, config))
+    source = language_model(checkpoint)
+    names = (*(p.name for p in plan.linears), *([] if plan.head is None else [HEAD]))
+    drifts = [f"drift-{index}" for index in range(source.block_count)]
+    if pieces is None or not all(map(pieces.has, [*names, *drifts])):
+        return None
+    return RoundedModel(names, source.block_count, pieces, source)
 
 
 def tune_model(

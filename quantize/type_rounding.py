@@ -14,6 +14,7 @@ from torch import Tensor
 from ..convert.checkpoint import Checkpoint
 from ..convert.gguf.ggml import Bytes, decode, encode
 from ..convert.gguf.types import GgmlType
+from ..convert.language import language_model
 from ..convert.work import StageDirectory
 from ..measure.measurement import MeasuredLinear, Measurement
 from ..measure.run import kept_inputs, resolve_device
@@ -26,7 +27,7 @@ from .hidden_states import Drift, kept_drift
 from .rounding_pass import ROUNDED, RoundingPass, rounding_damping
 from .type_plan import TypePlan
 
-__all__ = ["RoundedTypes", "round_types", "table_importance", "type_rounding_identity"]
+__all__ = ["RoundedTypes", "round_types", "table_importance", "type_rounding_identity", "types_rounded_before"]
 
 _SLICE_OUTPUTS = 16384
 """Outputs that are rounded together, each for itself: few enough for the temporaries of an output head to be small."""
@@ -109,6 +110,23 @@ def round_types(
     if not measurement.embedding.tied:
         run.head()
     return RoundedTypes(tuple(plan.kinds), model.block_count, pieces)
+
+
+def types_rounded_before(checkpoint: Checkpoint, plan: TypePlan, work: Path, *, device: str) -> RoundedTypes | None:
+    """Return what an earlier run rounded that was cut off before its end, None if that is not there, or not all of it.
+
+    Args:
+        checkpoint: As for ``round_types``.
+        plan: As for ``round_types``.
+        work: As for ``round_types``.
+        device: As for ``round_types``.
+    """
+    pieces = StageDirectory.existing(work, ROUNDED, type_rounding_identity(checkpoint, plan, device))
+    blocks = language_model(checkpoint).block_count
+    names = tuple(plan.kinds)
+    if pieces is None or not all(map(pieces.has, [*names, *(f"drift-{index}" for index in range(blocks))])):
+        return None
+    return RoundedTypes(names, blocks, pieces)
 
 
 def table_importance(measurement: Measurement) -> Tensor:

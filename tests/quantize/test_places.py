@@ -475,6 +475,19 @@ class TestReportsAreKept:
         assert {**again[stages], "evaluate": 0} == {**first[stages], "evaluate": 0}
         assert "Drift of the hidden states" in (copied / "report.html").read_text()
 
+    def test_a_run_that_was_cut_off_while_it_was_evaluated(
+        self, tiny_model: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def stop(*_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+        command = ("quantize", tiny_model, tmp_path / "out", "--bpw", 4.5, *TEXT, *EVALUATION)
+        with monkeypatch.context() as patch:
+            patch.setattr(judge.Judge, "compare", stop)
+            assert bpwise(*command).exit_code == 130
+        succeed(*command)
+        assert report(tmp_path / "out")["details"][DRIFT] == report(finished)["details"][DRIFT]
+
     def test_a_report_of_another_model_tells_nothing(self, tiny_model: Path, copied: Path) -> None:
         written = report(copied)
         written["comparison"]["quantized"]["stored_bytes"] += 1
