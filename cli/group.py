@@ -1,10 +1,13 @@
-"""The command group: errors that a user can cause become one sentence and exit code 1, warnings a line."""
+"""The command group: user errors become one sentence and exit code 1, signals 128 + number, warnings a line."""
 
 from __future__ import annotations
 
+import signal
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import click
@@ -17,6 +20,18 @@ from .effects import refuse_without_effect
 __all__ = ["cli", "main"]
 
 
+_STOPPING = ("SIGTERM", "SIGHUP")
+"""Signals that end a run as Ctrl-C does: partial files are deleted, locks let go. Windows lacks the second."""
+
+
+class _Stopped(KeyboardInterrupt):
+    """A signal that asks the process to end: whatever cleans up after Ctrl-C does so after it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
 class _Command(click.Command):
     """Refuses options that have no effect beside the others before it does anything."""
 
@@ -26,7 +41,7 @@ class _Command(click.Command):
 
 
 class _Group(click.Group):
-    """Turns the errors that a user can cause into one sentence and exit code 1."""
+    """Turns the errors that a user can cause into one sentence and exit code 1, and being stopped into 128 + signal."""
 
     command_class = _Command
 
@@ -38,6 +53,12 @@ class _Group(click.Group):
                 return super().invoke(ctx)
         except BpwiseError as error:
             raise click.ClickException(str(error)) from error
+        except KeyboardInterrupt as stop:
+            number = stop.number if isinstance(stop, _Stopped) else int(signal.SIGINT)
+            # Progress bars leave the cursor in their line. A terminal that was closed takes no more words.
+            with suppress(OSError):
+                click.echo(f"\nStopped. {stop}".rstrip(), err=True)
+            raise click.exceptions.Exit(128 + number) from stop
 
 
 def _show_warning(others: Callable[..., None], message: Warning | str, category: type[Warning], *where: Any) -> None:
@@ -56,4 +77,12 @@ def cli() -> None:
 def main() -> None:
     """Entry point of the ``bpwise`` command."""
     give_back_large_blocks()
+    for name in _STOPPING:
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # nohup has it ignored
+            signal.signal(number, _stop)
     cli()
+
+
+def _stop(number: int, _frame: FrameType | None) -> None:
+    raise _Stopped(number)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import printable
+from ..errors import WorkDirectoryError, printable
 from .group import cli
 from .options import (
     DIRECTORY,
@@ -131,9 +131,7 @@ def evaluate(
     Writes report.html, report.md, report.json and report.csv. Reports of a GGUF file MODEL.gguf are named
     MODEL.report.html and so on, of another engine MODEL.llama.cpp.report.html. Several models get one report.
     """
-    from ..convert.content import cache_directory
-    from ..convert.files import require_room
-    from ..eval.cache import OriginalCache
+    from ..eval.cache import OriginalCache, default_cache_directory
     from ..eval.comparison import EvalConfig, evaluate_each
     from ..eval.layers import linear_costs, plan_beside
     from ..eval.models import open_any
@@ -141,10 +139,12 @@ def evaluate(
     from ..eval.png import check_png
     from ..eval.tasks import TaskConfig, load_tasks
 
+    place, prefix = _report_place(quantized, output, engine)
+    forms = [form for form, wanted in (("svg", plots), ("png", png)) if wanted]
+    _check_places(original, options, place, prefix, forms, given=[output, cache_dir])
     source = open_original(original, options)
     if png:
         check_png()
-    forms = [form for form, wanted in (("svg", plots), ("png", png)) if wanted]
     lengths, samples = options.pop("needle"), options.pop("needle_samples")
     asked = {name: options.pop(name) for name in TASK_OPTIONS}
     config = EvalConfig(allow_calibration_text=options.pop("force_eval_text"), **options)
@@ -163,25 +163,43 @@ def evaluate(
             device=config.device,
         )
         check_needle(source, quantized, hidden)
-    first, prefix = quantized[0], ""
-    if len(quantized) == 1 and first.is_file():
-        prefix = f"{first.stem}."
+    # A damaged plan beside a model is found before the long work.
     costs = [linear_costs(open_any(model), plan_beside(model)) for model in quantized]
-    folder = output or _usual_folder(quantized)
-    require_room(folder / "report.html")
     if engine == "llama.cpp":
-        prefix += "llama.cpp."
         comparisons = _compared_in_engine(source, quantized, config, base, llama_cpp)
     else:
-        cache = None if no_cache else OriginalCache(cache_dir or cache_directory())
+        cache = None if no_cache else OriginalCache(cache_dir or default_cache_directory())
         comparisons = list(evaluate_each(source, quantized, config, progress_bar, cache=cache))
-    _write_reports(source, comparisons, quantized, costs, loaded, hidden, folder, prefix, forms)
+    _write_reports(source, comparisons, quantized, costs, loaded, hidden, place, prefix, forms)
 
 
-def _usual_folder(quantized: Sequence[Path]) -> Path:
-    if len(quantized) > 1:
-        return Path()
-    return quantized[0].parent if quantized[0].is_file() else quantized[0]
+def _report_place(quantized: Sequence[Path], output: Path | None, engine: str) -> tuple[Path, str]:
+    # The directory that the report goes into, and what its files' names begin with.
+    first, alone = quantized[0], len(quantized) == 1
+    prefix = f"{first.stem}." if alone and first.is_file() else ""
+    prefix += "llama.cpp." if engine == "llama.cpp" else ""
+    beside = first.parent if first.is_file() else first
+    return output or (beside if alone else Path()), prefix
+
+
+def _check_places(
+    original: str,
+    options: dict[str, Any],
+    place: Path,
+    prefix: str,
+    plots: Sequence[str],
+    *,
+    given: Sequence[Path | None],
+) -> None:
+    from ..convert.places import refuse_inputs, try_directory
+    from ..eval.report import try_report
+
+    read = [path for path in (Path(original), options["lora"]) if path is not None and path.is_dir()]
+    places = [path for path in (*given, options["offload_dir"]) if path is not None]
+    for path in places:
+        refuse_inputs(path, directories=read)
+        try_directory(path)
+    try_report(place, prefix=prefix, plots=plots)
 
 
 def _write_reports(
@@ -191,25 +209,33 @@ def _write_reports(
     costs: Sequence[Sequence[LinearCost]],
     tasks: LoadedTasks | None,
     needle: NeedleConfig | None,
-    folder: Path,
+    place: Path,
     prefix: str,
     plots: Sequence[str],
 ) -> None:
     # The comparisons first: what follows may take hours, and nothing before it is to be lost with it.
     from ..eval.extras import Extras, extras_lines
     from ..eval.needle import evaluate_needle
-    from ..eval.report import joint_lines, summary_lines, write_joint_report, write_report
+    from ..eval.report import earlier_details, joint_lines, summary_lines, write_joint_report, write_report
     from ..eval.tasks import evaluate_tasks
 
+    details = earlier_details(place, comparisons[0], prefix=prefix) if len(quantized) == 1 else {}
+
     def written(extras: Extras) -> Path:
+        shared: dict[str, Any] = {"extras": extras, "prefix": prefix, "plots": plots}
         if len(quantized) > 1:
-            files = write_joint_report(comparisons, folder, costs=costs, extras=extras, prefix=prefix, plots=plots)
-        else:
-            files = write_report(comparisons[0], folder, costs=costs[0], extras=extras, prefix=prefix, plots=plots)
-        return files.html
+            return write_joint_report(comparisons, place, costs=costs, **shared).html
+        return write_report(comparisons[0], place, details, costs=costs[0], **shared).html
 
     extras = Extras()
-    report = written(extras)
+    lines = joint_lines(comparisons) if len(quantized) > 1 else summary_lines(comparisons[0])
+    try:
+        report = written(extras)
+    except WorkDirectoryError:  # the place has changed since it was tried: the numbers are not lost with it
+        for line in lines:
+            say(line)
+        raise
+    _reconsider_marks(quantized, comparisons, costs)
     if tasks is not None or needle is not None:
         say(f"report so far: {report}", err=True)
     if tasks is not None:
@@ -218,10 +244,20 @@ def _write_reports(
     if needle is not None:
         extras = replace(extras, needle=evaluate_needle(source, quantized, needle, progress_bar))
         report = written(extras)
-    lines = joint_lines(comparisons) if len(quantized) > 1 else summary_lines(comparisons[0])
     for line in (*lines, *extras_lines(extras)):
         say(line)
     say(f"report      {report}")
+
+
+def _reconsider_marks(
+    quantized: Sequence[Path], comparisons: Sequence[Comparison], costs: Sequence[Sequence[LinearCost]]
+) -> None:
+    from ..eval.models import open_any
+    from ..quantize.judge import predicted_damage, reconsider_mark
+
+    for path, comparison, each in zip(quantized, comparisons, costs, strict=True):
+        if reconsider_mark(path, comparison, predicted_nats=predicted_damage(open_any(path), each)):
+            say(f"warning     {path} stays marked as broken", err=True)
 
 
 def _compared_in_engine(
@@ -237,7 +273,7 @@ def _compared_in_engine(
 
 
 @cli.command()
-@click.argument("path", type=click.Path(exists=True, path_type=Path))
+@click.argument("path", type=EXISTING_PATH)
 def inspect(path: Path) -> None:
     """Show what is in PATH: an EXL2 or checkpoint directory, a GGUF file, a measurement, calibration set or plan."""
     from ..quantize.inspect import inspect_path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -25,12 +26,14 @@ __all__ = [
     "EXISTING_FILE",
     "EXISTING_PATH",
     "FILE",
+    "FORCE_OPTION",
     "HEAD_BITS_OPTION",
     "KEEP_FP16_OPTION",
     "LENGTHS",
     "MIB",
     "OFFLOAD_OPTION",
     "OVERRIDE_OPTION",
+    "PATH",
     "RATES",
     "ROW_TOKENS_DEFAULT",
     "SIZE",
@@ -58,22 +61,38 @@ ROW_TOKENS_DEFAULT = "[default: 1024, or the model's context if that is shorter]
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-FILE = click.Path(dir_okay=False, path_type=Path)
+class Place(click.Path):
+    """A path; ``~`` is the user's home directory, as a shell leaves it in ``--option=~/x``."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from ..convert.places import named
+
+        text = os.path.expanduser(value)  # noqa: PTH111 - Path's raises where there is no home
+        if not text:
+            self.fail("the path is empty: is a variable of the shell not set?", param, ctx)
+        # "." and ".." get a name, which files beside them are named after.
+        return super().convert(named(Path(text)), param, ctx)
 
 
-EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+FILE = Place(dir_okay=False, path_type=Path)
 
 
-DIRECTORY = click.Path(file_okay=False, path_type=Path)
+EXISTING_FILE = Place(exists=True, dir_okay=False, path_type=Path)
 
 
-EXISTING_DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
+DIRECTORY = Place(file_okay=False, path_type=Path)
 
 
-EXISTING_PATH = click.Path(exists=True, path_type=Path)
+EXISTING_DIRECTORY = Place(exists=True, file_okay=False, path_type=Path)
 
 
-class Size(click.ParamType[int]):
+EXISTING_PATH = Place(exists=True, path_type=Path)
+
+
+PATH = Place(path_type=Path)
+
+
+class Size(click.ParamType):  # type: ignore[type-arg]  # generic only from click 8.4 on
     """A number of bytes, with a unit or without."""
 
     name = "size"
@@ -95,7 +114,7 @@ class Size(click.ParamType[int]):
         return int(float(match[1]) * self._UNITS[match[2]])
 
 
-class Tokens(click.ParamType[int]):
+class Tokens(click.ParamType):  # type: ignore[type-arg]  # generic only from click 8.4 on
     """A number of tokens, in units of 1024 where it ends in ``k``."""
 
     name = "tokens"
@@ -107,7 +126,7 @@ class Tokens(click.ParamType[int]):
         return int(match[1]) * (1024 if match[2] else 1)
 
 
-class Rates(click.ParamType[tuple[float, ...]]):
+class Rates(click.ParamType):  # type: ignore[type-arg]  # generic only from click 8.4 on
     """Bitrates, separated by commas."""
 
     name = "bpw[,bpw...]"
@@ -124,7 +143,7 @@ class Rates(click.ParamType[tuple[float, ...]]):
         return rates
 
 
-class Lengths(click.ParamType[tuple[int, ...]]):
+class Lengths(click.ParamType):  # type: ignore[type-arg]  # generic only from click 8.4 on
     """Numbers of tokens, separated by commas."""
 
     name = "tokens[,tokens...]"
@@ -139,7 +158,7 @@ class Lengths(click.ParamType[tuple[int, ...]]):
         return lengths
 
 
-class Names(click.ParamType[tuple[str, ...]]):
+class Names(click.ParamType):  # type: ignore[type-arg]  # generic only from click 8.4 on
     """Names, separated by commas."""
 
     name = "name[,name...]"
@@ -185,6 +204,9 @@ KEEP_FP16_OPTION = click.option(
     help="EXL2: linears to leave in float16, counted in --bpw: all of an attention block or MLP, as '*.0.mlp.*', or "
     "lm_head. Repeatable.",
 )
+
+
+FORCE_OPTION = click.option("--force", is_flag=True, help="Replace a file of any kind at OUTPUT.")
 
 
 OFFLOAD_OPTION = click.option(

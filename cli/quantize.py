@@ -19,6 +19,7 @@ from .options import (
     KEEP_FP16_OPTION,
     MIB,
     OVERRIDE_OPTION,
+    PATH,
     RATES,
     ROW_TOKENS_DEFAULT,
     SIZE,
@@ -46,7 +47,7 @@ __all__ = ["quantize"]
 
 @cli.command()
 @click.argument("model")
-@click.argument("output", type=click.Path(path_type=Path))
+@click.argument("output", type=PATH)
 @click.option(
     "--format",
     "output_format",

@@ -11,6 +11,7 @@ from .group import cli
 from .options import (
     EXISTING_FILE,
     FILE,
+    FORCE_OPTION,
     HEAD_BITS_OPTION,
     KEEP_FP16_OPTION,
     MIB,
@@ -36,9 +37,10 @@ __all__ = ["imatrix", "measure", "plan"]
 @cli.command()
 @click.argument("model")
 @click.option("-o", "--output", type=FILE, required=True, help="The measurement file to write (.safetensors).")
+@FORCE_OPTION
 @original_options
 @calibration_options
-def measure(model: str, output: Path, **options: Any) -> None:
+def measure(model: str, output: Path, force: bool, **options: Any) -> None:
     """Measure MODEL (a directory or a Hub id) once, for any bitrate; for GGUF too where its extra is installed."""
     from ..convert.original import open_model
     from ..measure.run import measure_to_file
@@ -48,7 +50,13 @@ def measure(model: str, output: Path, **options: Any) -> None:
     if saved is None:
         say_shortened(original, calibration=config.calibration.row_tokens)
     measurement = measure_to_file(
-        original, output, config, work=options["work_dir"], calibration=saved, progress=progress_bar
+        original,
+        output,
+        config,
+        work=options["work_dir"],
+        calibration=saved,
+        force=force,
+        progress=progress_bar,
     )
     if measurement.experts_sentence is not None:
         say(f"experts: {measurement.experts_sentence}")
@@ -72,6 +80,7 @@ def measure(model: str, output: Path, **options: Any) -> None:
     help="Where to save the plan.  [default: plan-BPW.json or plan.json beside MEASUREMENT]",
 )
 @click.option("--html", type=FILE, help="Write a page with the plans of all sizes, in both formats, to choose from.")
+@FORCE_OPTION
 def plan(
     measurement: Path,
     output_format: str,
@@ -82,13 +91,16 @@ def plan(
     keep_fp16: tuple[str, ...],
     output: Path | None,
     html: Path | None,
+    force: bool,
 ) -> None:
     """Choose the bits of every row group, or the type of every tensor, for a size; print and save the plan.
 
     It is made from MEASUREMENT alone.
     """
+    from ..convert.places import check_file
     from ..measure.measurement import Measurement
-    from ..quantize.plan import make_plan, measured_limit
+    from ..quantize.plan import is_plan, make_plan, measured_limit
+    from ..quantize.plan_page import is_plan_page
     from ..quantize.scope import WidthOverride
     from ..quantize.type_plan import Override, make_type_plan
 
@@ -96,11 +108,16 @@ def plan(
         raise click.UsageError("--bpw and --max-size are two targets for one plan. Leave one of them out.")
     if bpw is None and max_size is None and html is None:
         raise click.UsageError("give --bpw or --max-size for one plan, or --html for a page with those of all sizes.")
+    wanted = bpw is not None or max_size is not None
+    output = output or measurement.with_name("plan.json" if bpw is None else f"plan-{bpw:g}.json")
+    if wanted:
+        check_file(output, is_plan, "a plan", read=measurement, force=force)
+    if html is not None:
+        check_file(html, is_plan_page, "a page of plans", read=measurement, force=force)
     measured = Measurement.load(measurement)
     gguf = output_format == "gguf"
     overrides = () if gguf else tuple(map(WidthOverride.parse, override))
-    if bpw is not None or max_size is not None:
-        output = output or measurement.with_name("plan.json" if bpw is None else f"plan-{bpw:g}.json")
+    if wanted:
         if gguf:
             made = make_type_plan(
                 measured, bpw=bpw, tensor_bytes=max_size, overrides=tuple(map(Override.parse, override))
@@ -163,12 +180,15 @@ def _print_types(made: TypePlan, output: Path) -> None:
 @cli.command()
 @click.argument("measurement", type=EXISTING_FILE)
 @click.option("-o", "--output", type=FILE, required=True, help="The file to write; the old format if it ends in .dat.")
-def imatrix(measurement: Path, output: Path) -> None:
+@FORCE_OPTION
+def imatrix(measurement: Path, output: Path, force: bool) -> None:
     """Write what MEASUREMENT says of the inputs as an importance matrix for llama.cpp."""
-    from ..convert.gguf.imatrix import write_imatrix
+    from ..convert.gguf.imatrix import is_own_imatrix, write_imatrix
+    from ..convert.places import check_file
     from ..measure.measurement import Measurement
     from ..quantize.gguf_pipeline import importance_of
 
+    check_file(output, is_own_imatrix, "an importance matrix", read=measurement, force=force)
     matrix = importance_of(Measurement.load(measurement))
     write_imatrix(output, matrix, legacy=output.suffix.lower() == ".dat")
     say(f"{len(matrix.sums)} tensors -> {output}")

@@ -193,6 +193,11 @@ class Checkpoint:
         return self._directory
 
     @property
+    def directories(self) -> tuple[Path, ...]:
+        """All directories that it is read from."""
+        return (self.directory,)
+
+    @property
     def config(self) -> dict[str, Any]:
         """The parsed ``config.json``, of a known family completed by ``complete_config``; not to be modified."""
         return self._config

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
 from pathlib import Path
 
 from ..errors import CheckpointError, WorkDirectoryError
-from .files import is_lfs_pointer
+from .files import DISK_FULL, is_lfs_pointer
 from .side_files import CONFIG_FILE, DOWNLOADED, NOT_DOWNLOADED, TEMPLATE_DIRECTORY, is_side_file
 
 __all__ = ["confined_file", "list_directory", "require_own_files", "resolve_model", "side_files"]
@@ -29,7 +28,7 @@ def resolve_model(model: str) -> Path:
             of reach while the model is not in the local cache.
         WorkDirectoryError: The disk of the Hub's cache is full.
     """
-    path = Path(model)
+    path = Path(os.path.expanduser(model))  # noqa: PTH111 - Path's raises where there is no home
     if model and path.is_dir():
         return path
     if (model and path.exists()) or not _HUB_ID.fullmatch(model):
@@ -76,7 +75,7 @@ def _download(model: str) -> Path:
             "HF_HUB_OFFLINE if it is set, or give a local directory."
         ) from cause
     except failures as cause:
-        if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
+        if isinstance(cause, OSError) and cause.errno in DISK_FULL:
             raise WorkDirectoryError(
                 f"{model}: not downloaded, the disk of the Hub's cache is full. Free some space, or set "
                 "HF_HOME to a directory on another disk."

@@ -151,6 +151,11 @@ class LoraView(CheckpointView):
         self._names = names | self._merged.keys() | self._replaced.keys()
 
     @property
+    def directories(self) -> tuple[Path, ...]:
+        """The base's directories, and the adapter's."""
+        return (*self._base.directories, self._adapter)
+
+    @property
     def names(self) -> frozenset[str]:
         """Full names of all tensors: the base's, and a head of its own if the adapter has one for a tied model."""
         return self._names

@@ -78,6 +78,11 @@ class CheckpointView(Checkpoint):
         return self._base.directory
 
     @property
+    def directories(self) -> tuple[Path, ...]:
+        """All directories that the base is read from."""
+        return self._base.directories
+
+    @property
     def config(self) -> dict[str, Any]:
         """The base's ``config.json``; not to be modified."""
         return self._base.config

@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
-from ..errors import BpwiseWarning, BrokenModelError, WorkDirectoryError, printable
-from .files import write_json
+from ..errors import BpwiseWarning, BrokenModelError, WorkDirectoryError
+from .files import clear_partials, explained, read_json, shown, write_json
+from .places import locked, named, try_directory
 from .safetensors_file import HeaderEntry, NewTensor, load_tensors, read_entry, read_header, save_tensors
 
-__all__ = ["StageDirectory", "claimed", "discard_stages", "stages_in"]
+__all__ = ["RunStages", "StageDirectory", "claimed", "discard_stage", "stages_in"]
+
+_IDENTITY = "identity.json"
+_SUFFIX = ".safetensors"
 
 _CHECKSUM = "checksum"
 _READ_BYTES = 16 << 20
@@ -31,7 +34,8 @@ class StageDirectory:
 
     The directory's name ends in a digest of everything that the pieces depend on (model, calibration, options), so
     pieces of different runs never mix, and the same run finds its own again. Pieces are complete files only, with a
-    checksum: one that is damaged counts as not finished, and is made again.
+    checksum: one that is damaged counts as not finished, and is made again. Some may have gone since they were made, as
+    cleaners of temporary directories take what is oldest: whoever goes on looks.
 
     Attributes:
         path: The directory, ``WORK/STAGE-DIGEST``.
@@ -50,8 +54,8 @@ class StageDirectory:
         """
         self._intact: set[str] = set()
         self.path = _path(work, stage, identity)
-        if not (self.path / "identity.json").exists():
-            write_json(self.path / "identity.json", dict(identity))
+        if not (self.path / _IDENTITY).exists():
+            write_json(self.path / _IDENTITY, dict(identity))
 
     @classmethod
     def existing(cls, work: Path, stage: str, identity: Mapping[str, Any]) -> StageDirectory | None:
@@ -64,20 +68,27 @@ class StageDirectory:
         Raises:
             WorkDirectoryError: It is damaged, and cannot be deleted.
         """
-        if piece in self._intact:
-            return True
         file = self._file(piece)
         if not file.exists():
             return False
-        if not _is_intact(file, piece):
-            warnings.warn(f"{printable(str(file))}: damaged. It is made again now.", BpwiseWarning, stacklevel=2)
+        if piece not in self._intact and not _is_intact(file, piece):
+            warnings.warn(f"{shown(file)}: damaged. It is made again now.", BpwiseWarning, stacklevel=2)
             self.discard(piece)
             return False
         self._intact.add(piece)
         return True
 
     def save(self, piece: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep a piece: it is there completely or not at all."""
+        """Keep a piece: it is there completely or not at all.
+
+        Raises:
+            WorkDirectoryError: It cannot be written, or the directory has gone, and all earlier pieces with it.
+        """
+        if not (self.path / _IDENTITY).exists():
+            raise WorkDirectoryError(
+                f"{shown(self.path)}: the work directory has gone while it was in use. Run the same command again, "
+                "with a --work-dir that nothing clears up."
+            )
         here = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         parts = {name: [tensor.reshape(-1).view(torch.uint8).numpy().data] for name, tensor in here.items()}
         described = {name: f"{tensor.dtype} {tuple(tensor.shape)}" for name, tensor in here.items()}
@@ -88,14 +99,17 @@ class StageDirectory:
         """Return the tensors of a finished piece, each in what ``new`` made for it.
 
         Raises:
-            WorkDirectoryError: It is missing or damaged.
+            WorkDirectoryError: It has gone, or is damaged. It is let go, so that the next run makes it again.
         """
-        if not self.has(piece):
-            raise WorkDirectoryError(
-                f"{self._file(piece)}: missing or damaged. Delete {self.path} and run the same command again: what was "
-                "in it is made anew."
-            )
-        return load_tensors(self._file(piece), WorkDirectoryError, new=new)
+        if self.has(piece):
+            try:
+                return load_tensors(self._file(piece), WorkDirectoryError, new=new)
+            except WorkDirectoryError:  # it has changed since it was looked at
+                self.discard(piece)
+        raise WorkDirectoryError(
+            f"{shown(self._file(piece))}: a piece of finished work has gone, or is damaged. Run the same command "
+            "again: it makes what is missing."
+        )
 
     def number(self, piece: str, name: str) -> float | None:
         """Return a number that a finished piece keeps under a name, None if there is none; reads nothing else of it."""
@@ -117,12 +131,15 @@ class StageDirectory:
             ) from error
 
     def _file(self, piece: str) -> Path:
-        return self.path / f"{piece}.safetensors"
+        return self.path / f"{piece}{_SUFFIX}"
 
 
 def _path(work: Path, stage: str, identity: Mapping[str, Any]) -> Path:
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    return work / f"{stage}-{digest}"
+    return work / f"{stage}-{_digest(identity)}"
+
+
+def _digest(identity: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _is_intact(file: Path, piece: str) -> bool:
@@ -156,55 +173,96 @@ def _stored_bytes(path: Path, entry: HeaderEntry) -> Iterator[bytes]:
 
 @contextmanager
 def claimed(work: Path) -> Iterator[None]:
-    """Keep a work directory to one run; it goes afterwards if nothing is left in it.
-
-    The operating system lets go of the claim when the process ends, however it does.
+    """Keep a work directory to one run; if the run made it, it goes afterwards if nothing is left in it.
 
     Raises:
-        WorkDirectoryError: Another run works there, or the directory cannot be made.
+        WorkDirectoryError: Another run works there, or files cannot be made in it.
+        KeyboardInterrupt: As it comes, with a sentence on what is kept.
     """
-    lock = FileLock(work / ".lock", timeout=0)
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout as error:
-        raise WorkDirectoryError(
-            f"{work}: another run is at work there. Wait until it has ended, or name another --work-dir."
-        ) from error
-    except OSError as error:
-        raise WorkDirectoryError(
-            f"{work}: cannot be used as a work directory ({error.strerror}). Name another --work-dir."
-        ) from error
-    try:
-        yield
-    finally:
-        (work / ".lock").unlink(missing_ok=True)
-        lock.release()
+    work = named(work)
+    try_directory(work)
+    emptied = _has_stages(work)
+    with locked(work / ".lock", work, "name another --work-dir"):
+        clear_partials(work)
+        try:
+            yield
+        except KeyboardInterrupt as stop:
+            stop.args = (f"The same command goes on where it stopped, from what is finished in {shown(work)}.",)
+            raise
+    if emptied:
         with suppress(OSError):
             work.rmdir()
 
 
-def discard_stages(work: Path) -> None:
-    """Delete all stage directories of a run that is complete; files beside them (measurement, plan) stay."""
-    for path in work.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
+class RunStages:
+    """The stages of one run, which are let go when it is complete. Nothing else in the work directory is touched."""
+
+    def __init__(self, work: Path) -> None:
+        """Begin without any.
+
+        Args:
+            work: The run's work directory.
+        """
+        self._work = work
+        self._stages: list[tuple[str, Mapping[str, Any]]] = []
+
+    def add(self, stage: str, identity: Mapping[str, Any]) -> None:
+        """Name a stage of the run, whether its directory was made now, by an earlier run that was cut off, or not."""
+        self._stages.append((stage, identity))
+
+    def discard(self) -> None:
+        """Delete the directories of all stages."""
+        for stage, identity in self._stages:
+            discard_stage(self._work, stage, identity)
+
+
+def discard_stage(work: Path, stage: str, identity: Mapping[str, Any]) -> None:
+    """Delete the directory of a stage, if it is there and says itself that it is that.
+
+    Args:
+        work: The run's work directory.
+        stage: Name of the stage.
+        identity: As for ``StageDirectory``.
+    """
+    path = _path(work, stage, identity)
+    if _carries_identity(path):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
-def stages_in(work: Path) -> Iterator[None]:
-    """Claim a work directory for stages; what they keep in it goes at the end, unless the run is cut off.
+def stages_in(work: Path) -> Iterator[RunStages]:
+    """Claim a work directory for a run; its stages go at the end, unless the run is cut off.
 
     Args:
         work: The directory.
+
+    Yields:
+        What the run names its stages to.
 
     Raises:
         BpwiseError: As ``claimed``.
     """
     with claimed(work):
+        stages = RunStages(work)
         try:
-            yield
+            yield stages
         except BrokenModelError:  # nothing is left to go on with
-            discard_stages(work)
+            stages.discard()
             raise
-        discard_stages(work)
+        stages.discard()
+
+
+def _has_stages(work: Path) -> bool:
+    with explained(work):
+        return work.is_dir() and any(map(_carries_identity, work.iterdir()))
+
+
+def _carries_identity(path: Path) -> bool:
+    # The name ends in the digest of what the file in it says: no other program's directory does.
+    file = path / _IDENTITY
+    if path.is_symlink() or not file.is_file():
+        return False
+    try:
+        return path.name.endswith(f"-{_digest(read_json(file, WorkDirectoryError))}")
+    except WorkDirectoryError:
+        return False

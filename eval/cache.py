@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +17,13 @@ import torch
 from torch import Tensor
 
 from ..convert.checkpoint import TensorSource
+from ..convert.content import cache_directory
+from ..convert.files import clear_partials
 from ..convert.safetensors_file import load_metadata, load_tensors, save_tensors
-from ..errors import BpwiseWarning, FormatError, WorkDirectoryError
+from ..errors import BpwiseWarning, ConfigError, FormatError, WorkDirectoryError
 from ..version import __version__
 
-__all__ = ["OriginalCache", "OriginalState", "original_key"]
+__all__ = ["OriginalCache", "OriginalState", "default_cache_directory", "original_key"]
 
 _VERSION = 2
 _SUFFIX = ".original.safetensors"
@@ -81,9 +84,10 @@ class OriginalCache:
             )
             if metadata.get("digest") != _digest(key, state):
                 return None
-            os.utime(path)
         except (FormatError, KeyError, ValueError, OverflowError, OSError):
             return None
+        with suppress(OSError):  # one that may only be read serves as well
+            os.utime(path)
         return state
 
     def save(self, key: str, state: OriginalState) -> None:
@@ -103,6 +107,7 @@ class OriginalCache:
             )
 
     def _prune(self) -> None:
+        clear_partials(self._directory)
         kept = sorted(
             ((status.st_mtime_ns, status.st_size, path) for path, status in self._files()),
             reverse=True,
@@ -118,6 +123,20 @@ class OriginalCache:
 
     def _path(self, key: str) -> Path:
         return self._directory / f"{key}{_SUFFIX}"
+
+
+def default_cache_directory() -> Path:
+    """Return where a user's caches lie; see ``cache_directory``.
+
+    Raises:
+        ConfigError: The user has no home directory, as in some containers.
+    """
+    try:
+        return cache_directory()
+    except RuntimeError as cause:
+        raise ConfigError(
+            "cache: there is no home directory to keep the original's evaluation in. Give --cache-dir or --no-cache."
+        ) from cause
 
 
 def original_key(source: TensorSource, tokens: Tensor, *, dtype: torch.dtype, device: str) -> str:

@@ -13,6 +13,7 @@ from ..convert.exl2.reader import Exl2Model
 from ..convert.files import NonNegative, Number, check_schema, read_json
 from ..convert.gguf.reader import GgufModel
 from ..convert.gguf.types import TYPES
+from ..convert.places import named, work_beside
 from ..errors import FormatError
 
 __all__ = ["LinearCost", "linear_costs", "plan_beside"]
@@ -68,9 +69,10 @@ def linear_costs(model: TensorSource, plan: Path | None = None) -> tuple[LinearC
 
 
 def plan_beside(model: Path) -> Path | None:
-    """Return the plan in the work directory that `bpwise quantize` leaves beside a model, if there is one."""
-    path = model.with_name(f"{model.name}.work") / "plan.json"
-    return path if path.is_file() else None
+    """Return the plan in the work directory that `bpwise quantize` leaves beside a model, or a series, if any."""
+    model = named(model)
+    paths = [work_beside(model) / "plan.json", work_beside(model.parent) / model.name / "plan.json"]
+    return next((path for path in paths if path.is_file()), None)
 
 
 def _stored_bpw(model: TensorSource) -> dict[str, float]:

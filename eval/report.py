@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..convert.files import atomic_file, write_json, write_text
+from ..convert.files import atomic_file, read_json, try_file, write_json, write_text
+from ..convert.places import refuse_foreign, try_directory
+from ..errors import FormatError
 from ..version import __version__
 from .comparison import Comparison
 from .extras import NO_EXTRAS, Extras, extras_content, extras_csv
@@ -39,11 +41,15 @@ __all__ = [
     "Details",
     "Extras",
     "ReportFiles",
+    "carried_over",
     "comparison_table",
+    "earlier_details",
     "joint_lines",
     "joint_markdown",
     "markdown_report",
+    "report_names",
     "summary_lines",
+    "try_report",
     "write_joint_report",
     "write_report",
 ]
@@ -55,6 +61,13 @@ CSV_NAME = "report.csv"
 PLOTS_NAME = "report-plots"
 
 _REPORT_VERSION = 1
+
+_GENERATOR = b'<meta name="generator" content="bpwise '
+_HEAD_BYTES = 4096
+
+
+_OF_EVALUATION = "evaluate"
+"""Entry of a section on stages that belongs to the evaluation itself, and not to how the model was made."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,6 +182,77 @@ def write_joint_report(
         extras=extras,
     )
     return _write(Path(directory), prefix, content, joint_markdown(comparisons, details, extras), page, plots)
+
+
+def report_names(prefix: str = "") -> tuple[str, ...]:
+    """Return the names of all files that a report may have, its drawings apart."""
+    tables = (f"report.{name}.csv" for name in extras_csv(NO_EXTRAS))
+    return tuple(f"{prefix}{name}" for name in (JSON_NAME, CSV_NAME, MARKDOWN_NAME, HTML_NAME, *tables))
+
+
+def try_report(directory: Path, *, prefix: str = "", plots: Sequence[str] = ()) -> None:
+    """Refuse a place that a report cannot be written to, or where it would replace other files, before the long work.
+
+    Args:
+        directory: As in ``write_report``.
+        prefix: As in ``write_report``.
+        plots: As in ``write_report``.
+
+    Raises:
+        WorkDirectoryError: A file of it cannot be made, or is of something else.
+    """
+    ours = _is_report(directory / f"{prefix}{JSON_NAME}") or _is_page(directory / f"{prefix}{HTML_NAME}")
+    for name in report_names(prefix):
+        refuse_foreign(directory / name, lambda _: ours, "a report", advice="move it away")
+        try_file(directory / name)
+    if plots:
+        try_directory(directory / f"{prefix}{PLOTS_NAME}")
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        return not {"bpwise_report", "bpwise_series"}.isdisjoint(read_json(path, FormatError))
+    except FormatError:
+        return False
+
+
+def _is_page(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return _GENERATOR in file.read(_HEAD_BYTES)
+    except OSError:
+        return False
+
+
+def earlier_details(directory: Path, comparison: Comparison, *, prefix: str = "") -> Details:
+    """Return the further sections of the report that is there; none if it is of another model, or cannot be read.
+
+    Args:
+        directory: As in ``write_report``.
+        comparison: What was measured of the model now.
+        prefix: As in ``write_report``.
+    """
+    try:
+        report = read_json(directory / f"{prefix}{JSON_NAME}", FormatError)
+        model = report["comparison"]["quantized"]
+        same = (model["name"], model["stored_bytes"]) == (comparison.quantized.name, comparison.quantized.stored_bytes)
+        sections = {title: dict(section) for title, section in report["details"].items()} if same else {}
+    except (FormatError, KeyError, TypeError, ValueError, AttributeError):
+        return {}
+    for section in sections.values():
+        section.pop(_OF_EVALUATION, None)
+    return sections
+
+
+def carried_over(details: Details, earlier: Details) -> Details:
+    """Return sections with what an earlier report told of the same model's making, which is not done again.
+
+    Args:
+        details: Sections of now.
+        earlier: Those of the earlier report; where both have an entry, it is theirs that tells of the making.
+    """
+    made = {title: {**section, **earlier.get(title, {})} for title, section in details.items()}
+    return {**made, **{title: section for title, section in earlier.items() if title not in made}}
 
 
 def _write(

@@ -25,6 +25,7 @@ __all__ = [
     "CalibrationConfig",
     "CalibrationSet",
     "build_calibration",
+    "is_calibration",
     "require_ids_below",
     "require_tokens",
 ]
@@ -362,3 +363,11 @@ def _describe(source: TextSource, config: CalibrationConfig, *, n_random: int, i
     begin = "beginning with BOS" if has_bos else "without BOS"
     rows = f"{config.rows - n_random} rows {how}{random}, each of {config.tokens_each} tokens {begin}"
     return f"{source.description}: {rows}"
+
+
+def is_calibration(path: Path) -> bool:
+    """Return whether a file is a calibration set, of this version or another."""
+    try:
+        return load_metadata(path, CalibrationError).get("format") == _FORMAT
+    except CalibrationError:
+        return False

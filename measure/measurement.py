@@ -14,9 +14,19 @@ from safetensors.numpy import save
 
 from ..convert.exl2.layout import group_rows
 from ..convert.files import atomic_file
+from ..convert.safetensors_file import load_metadata
+from ..errors import FormatError
 from .measurement_file import HEADER_KEY, MeasuredTensors, read_measurement
 
-__all__ = ["HEADER_KEY", "MEASUREMENT_VERSION", "RARE_TOKENS", "MeasuredLinear", "MeasuredTable", "Measurement"]
+__all__ = [
+    "HEADER_KEY",
+    "MEASUREMENT_VERSION",
+    "RARE_TOKENS",
+    "MeasuredLinear",
+    "MeasuredTable",
+    "Measurement",
+    "is_measurement",
+]
 
 MEASUREMENT_VERSION = 5
 """Raised when the file's content changes meaning; older files are refused."""
@@ -257,6 +267,14 @@ class Measurement:
             group_size=header.group_size,
             provenance=header.provenance,
         )
+
+
+def is_measurement(path: Path) -> bool:
+    """Return whether a file is a measurement, of this version or another."""
+    try:
+        return HEADER_KEY in load_metadata(path, FormatError)
+    except FormatError:
+        return False
 
 
 def _of_types(tensors: MeasuredTensors, name: str, types: int) -> NDArray[np.float32]:

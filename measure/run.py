@@ -13,10 +13,11 @@ import torch
 from ..convert.checkpoint import Checkpoint
 from ..convert.exl2.layout import ROW_MULTIPLE, WIDTHS
 from ..convert.families import HEAD
-from ..convert.files import check_schema, require_room
+from ..convert.files import check_schema
 from ..convert.gguf.types import GgmlType
 from ..convert.language import LanguageModel, language_config, language_model
 from ..convert.original import Original, open_model
+from ..convert.places import check_run, refuse_foreign, reserved, work_beside
 from ..convert.work import StageDirectory, stages_in
 from ..errors import ConfigError, FormatError
 from ..progress import Progress, silent
@@ -31,13 +32,14 @@ from .calibration import (
 )
 from .context import CALIBRATION, check_rows, fit_row_tokens
 from .generation import write_rows
-from .measurement import Measurement
+from .measurement import Measurement, is_measurement
 from .passes import MeasuringPasses
 from .stream import StreamedModel
 from .tokenizer import load_tokenizer
 from .types import measured_types
 
 __all__ = [
+    "MEASURED",
     "MeasureConfig",
     "calibration_rows",
     "kept_inputs",
@@ -48,6 +50,10 @@ __all__ = [
     "require_measurable",
     "resolve_device",
 ]
+
+
+MEASURED = "measure"
+"""Name of the stage in the work directory; a measurement's provenance is its identity."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,7 +184,7 @@ def measure_model(
     device = resolve_device(config.device)
     checkpoint.prepare_fingerprint(progress)
     provenance = measurement_provenance(checkpoint, calibration, config)
-    pieces = StageDirectory(work, "measure", provenance)
+    pieces = StageDirectory(work, MEASURED, provenance)
     source = language_model(checkpoint)
     model = StreamedModel(source, device=device, dtype=torch.float32, offload_dir=config.offload_dir)
     kinds = _kinds(config)
@@ -224,7 +230,7 @@ def kept_inputs(work: Path, measurement: Measurement) -> StageDirectory | None:
     Until the run ends, piece ``input-N`` holds what enters block N, over all calibration rows: ``hidden``, float32,
     shape (rows, tokens, hidden size).
     """
-    return StageDirectory.existing(work, "measure", measurement.provenance)
+    return StageDirectory.existing(work, MEASURED, measurement.provenance)
 
 
 def _kinds(config: MeasureConfig) -> tuple[GgmlType, ...]:
@@ -294,32 +300,41 @@ def measure_to_file(
     *,
     work: Path | None = None,
     calibration: CalibrationSet | None = None,
+    force: bool = False,
     progress: Progress = silent,
 ) -> Measurement:
     """Measure a model and keep the measurement in a file.
 
     Args:
         model: A local directory, a hub id, or what ``open_model`` made of one.
-        output: The file to write; an existing one is replaced.
+        output: The file to write; an older measurement is replaced.
         config: Options.
         work: Work directory; default ``OUTPUT.work``. What it holds is let go when the measurement is complete.
         calibration: Rows to use instead of those that ``config.calibration`` describes.
+        force: Whether any other file is replaced too.
         progress: Shows how far the passes are.
 
     Returns:
         The measurement.
 
     Raises:
-        BpwiseError: As ``measure_model``, ``open_model`` and ``calibration_rows``.
+        BpwiseError: As ``measure_model``, ``open_model`` and ``calibration_rows``; or the output is in the way of
+            something, or cannot be written.
     """
     checkpoint = open_model(model)
-    require_room(output)
+    work = work or work_beside(output)
+    text = config.calibration.source
+    files = () if text is None else (Path(text),)
+    check_run(output, work, directories=checkpoint.directories, files=files, offload=(config.offload_dir,))
+    if not force:
+        refuse_foreign(output, is_measurement, "a measurement")
     require_measurable(checkpoint)
     if calibration is not None:
         check_rows(checkpoint, calibration, CALIBRATION)
-    work = work or output.with_name(f"{output.name}.work")
-    rows = calibration_rows(checkpoint, config.calibration, device=config.device, given=calibration)
-    with stages_in(work):
+    with reserved(output), stages_in(work) as stages:
+        rows = calibration_rows(checkpoint, config.calibration, device=config.device, given=calibration)
+        checkpoint.prepare_fingerprint(progress)
+        stages.add(MEASURED, measurement_provenance(checkpoint, rows, config))
         measurement = measure_model(checkpoint, rows, config, work, progress)
         measurement.save(output)
     return measurement

@@ -8,14 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
 from ..convert.checkpoint import Checkpoint
 from ..convert.content import file_digests
+from ..convert.files import private_directory
 from ..convert.gguf.assign import dominant_file_type, mixture_types
-from ..convert.gguf.base import converter_files, make_base
+from ..convert.gguf.base import converter_digest, converter_files, make_base
 from ..convert.gguf.check import check_base
 from ..convert.gguf.ggml import Bytes
 from ..convert.gguf.header import GgufHeader, read_gguf_header
@@ -25,40 +26,53 @@ from ..convert.gguf.names import architecture_of, gguf_name, row_order
 from ..convert.gguf.reader import GgufModel
 from ..convert.gguf.readers import LIMITS_KEY, require_llama_cpp
 from ..convert.gguf.writer import GgufVerification, planned_bytes, write_gguf
+from ..convert.mark import mark_path
 from ..convert.original import Original, open_model
-from ..convert.work import StageDirectory, stages_in
+from ..convert.places import check_run, refuse_inputs, reserved, work_beside
+from ..convert.work import RunStages, StageDirectory, discard_stage, stages_in
 from ..errors import BudgetError, CheckpointError, FormatError, UnsupportedModelError, WorkDirectoryError
 from ..eval.comparison import Comparison
 from ..eval.layers import LinearCost
 from ..eval.overlap import SPANS_KEY, CalibrationSpans
-from ..eval.report import summary_lines, write_report
+from ..eval.report import carried_over, earlier_details, report_names, summary_lines, write_report
 from ..measure.calibration import CalibrationSet
 from ..measure.measurement import Measurement
-from ..measure.run import measured_rows
+from ..measure.run import MEASURED, measured_rows
 from ..progress import Progress, silent
 from ..rounding.parallel import cores
 from ..version import __version__
-from .cards import write_card
+from .cards import card_path, write_card
 from .fallbacks import damping_fallbacks, fallback_entries, fallback_lines
 from .hidden_states import Drift, drift_section
 from .judge import Judge, refuse_marked
-from .obtain import MEASUREMENT_FILE, load_measurement, obtain_measurement
+from .obtain import MEASUREMENT_FILE, PLAN_FILE, check_work, load_measurement, obtain_measurement
 from .options import GgufConfig
+from .rounding_pass import ROUNDED
 from .stages import StageClock, StageCost, cost_line, cost_section
 from .support import largest_file_bytes, require_gguf, require_mixture, require_types
 from .type_plan import TypePlan, make_type_plan
-from .type_rounding import RoundedTypes, round_types, table_importance
+from .type_rounding import (
+    RoundedTypes,
+    round_types,
+    table_importance,
+    type_rounding_identity,
+    types_rounded_before,
+)
 
 __all__ = [
     "GgufConfig",
     "GgufResult",
     "base_path",
     "convert_to_mixture",
+    "discard_base",
     "importance_of",
     "prepare_base",
     "quantize_to_gguf",
     "refuse_others",
 ]
+
+_BASE = "base"
+"""Name of the stage in the work directory that holds the unquantized file."""
 
 _RUN_KEY = "bpwise.run"
 _ALIGNMENT_BYTES = 32
@@ -151,13 +165,17 @@ def quantize_to_gguf(
     checkpoint = open_model(model)
     config.reader_warnings(checkpoint)
     refuse_others(output)
+    work = work or work_beside(output)
+    directories, read = checkpoint.directories, (measurement, base)
+    check_run(output, work, directories=directories, files=read, offload=config.offload_dirs)
+    check_work(work)
+    checkpoint.prepare_fingerprint(progress)
     measured = None if measurement is None else load_measurement(measurement, checkpoint)
     require_gguf(checkpoint, output, config, measured=measured, rows=calibration)
-    work = work or output.with_name(f"{output.name}.work")
     if judge is None and config.evaluate is not None:
         judge = Judge(checkpoint, config.evaluate, progress)
-    with stages_in(work):
-        return _quantize(checkpoint, output, config, measurement, calibration, work, base, judge, progress)
+    with reserved(output, _beside(output)), stages_in(work) as stages:
+        return _quantize(checkpoint, output, config, measurement, calibration, work, stages, base, judge, progress)
 
 
 def convert_to_mixture(
@@ -194,13 +212,13 @@ def convert_to_mixture(
         raise WorkDirectoryError(f"{output}: exists already. Choose another name or delete it.")
     matrix = None if imatrix is None else read_imatrix(imatrix)
     checkpoint = open_model(model)
+    refuse_inputs(output, directories=checkpoint.directories, files=(imatrix, base))
     require_mixture(checkpoint, output, chosen, matrix, evaluated=judge is not None)
     if judge is not None:
         judge.check_text(None)
     limits = require_llama_cpp(checkpoint.config)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as private:
-        made = base or Path(private) / "base.gguf"
+    with reserved(output, _beside(output)), private_directory(output) as private:
+        made = base or private / "base.gguf"
         warnings = () if base else _converted(checkpoint, made, llama_cpp)
         header = read_gguf_header(made)
         if judge is not None:
@@ -249,14 +267,16 @@ def _quantize(
     measurement: Path | None,
     calibration: CalibrationSet | None,
     work: Path,
+    stages: RunStages,
     base: Path | None,
     judge: Judge | None,
     progress: Progress,
 ) -> GgufResult:
     clock = StageClock()
     limits = config.reader_warnings(checkpoint)
-    checkpoint.prepare_fingerprint(progress)
-    base = base or _undamaged(base_path(checkpoint, work, config.llama_cpp))
+    if base is None:
+        base = _undamaged(base_path(checkpoint, work, config.llama_cpp))
+        stages.add(_BASE, _base_identity(checkpoint, config.llama_cpp))
     # The converter first: should it not know the model, nothing has been measured in vain.
     with clock.stage("convert"):
         warnings = prepare_base(checkpoint, base, config)
@@ -281,14 +301,14 @@ def _quantize(
     with clock.stage("plan"):
         tensor_bytes = _tensor_bytes(header, checkpoint, config, rows)
         plan = make_type_plan(measured, bpw=config.bpw, tensor_bytes=tensor_bytes, overrides=config.overrides)
-        plan.save(work / "plan.json")
+        plan.save(work / PLAN_FILE)
+    stages.add(MEASURED, measured.provenance)
+    stages.add(ROUNDED, type_rounding_identity(checkpoint, plan, config.measure.device))
     run = _identity(checkpoint, rows, plan, config, file_digests([base], FormatError, progress)[0])
     verification = None
-    fallbacks: dict[str, float] = {}
-    drift: list[Drift] = []
-    if not output.exists():
-        encoded: dict[str, Callable[[], Bytes]] = {}
-        distances: dict[str, float] = {}
+    rounded: RoundedTypes | None = None
+    finished = output.exists()
+    if not finished:
         if config.feedback:
             with clock.stage("round"):
                 rounded = round_types(
@@ -300,9 +320,6 @@ def _quantize(
                     offload_dir=config.measure.offload_dir,
                     progress=progress,
                 )
-                encoded, drift = _in_file_order(rounded, base), rounded.drift()
-                distances = {_gguf_name(name): distance for name, distance in rounded.distances().items()}
-                fallbacks = damping_fallbacks(measured, rounded.dampings())
         with clock.stage("write and verify"):
             types = {_gguf_name(name): kind for name, kind in plan.kinds.items()}
             verification = write_gguf(
@@ -310,8 +327,8 @@ def _quantize(
                 output,
                 types,
                 file_type=dominant_file_type(types, header),
-                encoded=encoded,
-                distances=distances,
+                encoded={} if rounded is None else _in_file_order(rounded, base),
+                distances={} if rounded is None else _distances(rounded),
                 importance=importance_of(measured).mean_squares,
                 metadata=_metadata(run, rows, limits),
                 threads=cores(),
@@ -320,6 +337,9 @@ def _quantize(
         raise WorkDirectoryError(
             f"{output}: exists already and is not the output of this run. Choose another name or delete it."
         )
+    else:
+        # There, if the run was cut off while it was evaluated.
+        rounded = types_rounded_before(checkpoint, plan, work, device=config.measure.device)
     comparison = None
     if judge is None:
         refuse_marked(output)
@@ -335,13 +355,14 @@ def _quantize(
         comparison=comparison,
         costs=tuple(clock.costs),
         warnings=(*limits, *warnings),
-        fallbacks=fallbacks,
-        drift=tuple(drift),
+        fallbacks={} if rounded is None else damping_fallbacks(measured, rounded.dampings()),
+        drift=() if rounded is None else tuple(rounded.drift()),
         measurement=measurement or work / MEASUREMENT_FILE,
     )
     if judge is not None and comparison is not None:
         costs = [LinearCost(tensor.name, tensor.kind.bits_per_weight, tensor.damage_nats) for tensor in plan.tensors]
-        details = {**_report_details(result), **judge.details()}
+        earlier = earlier_details(output.parent, comparison, prefix=f"{output.stem}.") if finished else {}
+        details = {**carried_over(_report_details(result), earlier), **judge.details()}
         write_report(comparison, output.parent, details, costs=costs, prefix=f"{output.stem}.")
         judge.sentence(output, comparison, predicted_nats=plan.damage_nats)
     if config.card:
@@ -380,8 +401,25 @@ def base_path(checkpoint: Checkpoint, work: Path, llama_cpp: Path | None) -> Pat
         work: Work directory.
         llama_cpp: As in ``GgufConfig``.
     """
-    identity = {"model": checkpoint.fingerprint, "files": _carried(checkpoint), "llama_cpp": str(llama_cpp)}
-    return StageDirectory(work, "base", identity).path / "base.gguf"
+    return StageDirectory(work, _BASE, _base_identity(checkpoint, llama_cpp)).path / "base.gguf"
+
+
+def discard_base(checkpoint: Checkpoint, work: Path, llama_cpp: Path | None) -> None:
+    """Delete what ``base_path`` names; its arguments are the same."""
+    discard_stage(work, _BASE, _base_identity(checkpoint, llama_cpp))
+
+
+def _base_identity(checkpoint: Checkpoint, llama_cpp: Path | None) -> dict[str, Any]:
+    return {
+        "model": checkpoint.fingerprint,
+        "files": _carried(checkpoint),
+        "converter": converter_digest(llama_cpp),
+    }
+
+
+def _beside(output: Path) -> list[str]:
+    # Names of all files that may come to lie beside it.
+    return [*report_names(f"{output.stem}."), card_path(output).name, mark_path(output).name]
 
 
 def _carried(checkpoint: Checkpoint) -> dict[str, str]:
@@ -452,9 +490,12 @@ def _identity(checkpoint: Checkpoint, rows: CalibrationSet, plan: TypePlan, conf
         plan.measurement,
         types,
         config.feedback,
-        str(config.llama_cpp),
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _distances(rounded: RoundedTypes) -> dict[str, float]:
+    return {_gguf_name(name): distance for name, distance in rounded.distances().items()}
 
 
 def _in_file_order(rounded: RoundedTypes, base: Path) -> dict[str, Callable[[], Bytes]]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
-from ..convert.checkpoint import Checkpoint
+from ..convert.checkpoint import Checkpoint, TensorSource
+from ..convert.exl2.manifest import read_manifest
+from ..convert.exl2.reader import Exl2Model
 from ..convert.mark import clear_mark, mark_broken, read_mark
 from ..errors import BrokenModelError, ConfigError, NumericalError
 from ..eval.comparison import Comparison, EvalConfig, compare_with, evaluation_rows
+from ..eval.layers import LinearCost
 from ..eval.models import open_any, vocab_size_of
 from ..eval.original import OriginalRun, run_original
 from ..eval.overlap import CalibrationSpans, refuse_calibration_text, told
@@ -18,7 +22,16 @@ from ..measure.tokenizer import load_tokenizer
 from ..progress import Progress, silent
 from .cards import card_path
 
-__all__ = ["BROKEN_NATS", "BROKEN_RATIO", "Judge", "broken_because", "refuse_marked", "refuse_same_source"]
+__all__ = [
+    "BROKEN_NATS",
+    "BROKEN_RATIO",
+    "Judge",
+    "broken_because",
+    "predicted_damage",
+    "reconsider_mark",
+    "refuse_marked",
+    "refuse_same_source",
+]
 
 BROKEN_NATS = 1.0
 """Mean KL divergence in nats per token above which a model is useless, unless so much was asked for."""
@@ -147,6 +160,41 @@ def broken_because(kl_nats: float, predicted_nats: float | None) -> str | None:
         f"Its mean KL divergence from the original is {kl_nats:.3g} nats per token, but the plan predicted "
         f"{predicted_nats:.3g}: more than {BROKEN_NATS:g} nat and more than {BROKEN_RATIO:g} times the prediction."
     )
+
+
+def reconsider_mark(output: Path, comparison: Comparison, *, predicted_nats: float | None) -> bool:
+    """Take the mark of an output away if an evaluation finds nothing wrong with it; return whether it has one still.
+
+    Without a prediction only a damage that no model is called broken for clears it.
+
+    Args:
+        output: EXL2 directory or GGUF file.
+        comparison: What was measured.
+        predicted_nats: Damage that the plan predicted, in nats per token; None if it is not known.
+
+    Raises:
+        WorkDirectoryError: The mark cannot be deleted.
+    """
+    if read_mark(output) is None:
+        return False
+    if broken_because(comparison.summary.kl_nats.value, predicted_nats or 0.0) is not None:
+        return True
+    clear_mark(output)
+    return False
+
+
+def predicted_damage(model: TensorSource, costs: Sequence[LinearCost]) -> float | None:
+    """Return the damage that a quantized model's plan predicted, in nats per token, None if that is not known.
+
+    Args:
+        model: EXL2 model or GGUF file.
+        costs: What is known of its linears.
+    """
+    manifest = read_manifest(model.directory) if isinstance(model, Exl2Model) else None
+    if manifest is not None and manifest.provenance.predicted_damage_nats is not None:
+        return manifest.provenance.predicted_damage_nats
+    known = [cost.damage_nats for cost in costs if cost.damage_nats is not None]
+    return sum(known) if known else None
 
 
 def refuse_marked(output: Path) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from ..convert.checkpoint import Checkpoint
 from ..convert.language import language_model
+from ..convert.places import refuse_foreign
 from ..errors import BpwiseWarning, FormatError
-from ..measure.calibration import CalibrationSet
-from ..measure.measurement import Measurement
+from ..measure.calibration import CalibrationSet, is_calibration
+from ..measure.measurement import Measurement, is_measurement
 from ..measure.run import (
     MeasureConfig,
     calibration_rows,
@@ -20,12 +21,17 @@ from ..measure.run import (
 )
 from ..progress import Progress
 from .linears import model_linears
+from .plan import is_plan
 from .stages import StageClock
 
-__all__ = ["MEASUREMENT_FILE", "load_measurement", "obtain_measurement"]
+__all__ = ["MEASUREMENT_FILE", "PLAN_FILE", "check_work", "load_measurement", "obtain_measurement"]
 
 MEASUREMENT_FILE = "measurement.safetensors"
 """Where a run keeps its measurement in the work directory."""
+
+CALIBRATION_FILE = "calibration.safetensors"
+PLAN_FILE = "plan.json"
+"""Where it keeps its calibration rows, and its plan."""
 
 
 def obtain_measurement(
@@ -68,8 +74,23 @@ def obtain_measurement(
             check_rows(rows)
         with clock.stage("measure"):
             measured = _measured(checkpoint, rows, config, work, progress)
-    rows.save(work / "calibration.safetensors")
+    rows.save(work / CALIBRATION_FILE)
     return measured, rows
+
+
+def check_work(work: Path) -> None:
+    """Refuse a work directory in which a run would replace files that are not a run's.
+
+    Args:
+        work: The directory; it need not exist.
+
+    Raises:
+        WorkDirectoryError: There is such a file.
+    """
+    advice = "name another --work-dir"
+    refuse_foreign(work / MEASUREMENT_FILE, is_measurement, "a measurement", advice=advice)
+    refuse_foreign(work / CALIBRATION_FILE, is_calibration, "a calibration set", advice=advice)
+    refuse_foreign(work / PLAN_FILE, is_plan, "a plan", advice=advice)
 
 
 def load_measurement(path: Path, checkpoint: Checkpoint) -> Measurement:

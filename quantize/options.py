@@ -89,6 +89,11 @@ class QuantizeConfig:
         if self.shard_bytes <= 0:
             raise ConfigError(f"shard_bytes must be positive, got {self.shard_bytes}.")
 
+    @property
+    def offload_dirs(self) -> tuple[Path | None, ...]:
+        """Where hidden states are kept, or None: of measuring and rounding, and of the evaluation."""
+        return self.measure.offload_dir, None if self.evaluate is None else self.evaluate.offload_dir
+
     def reader_warnings(self, checkpoint: Checkpoint) -> tuple[str, ...]:
         """Return what EXL2 readers compute otherwise than Transformers, as sentences to show before a run.
 
@@ -194,6 +199,11 @@ class GgufConfig:
             raise ConfigError(f"bpw must lie between 1 and 16, got {self.bpw}.")
         check_base_model(self.base_model)
         refuse_same_source(self.measure.calibration.source, self.evaluate)
+
+    @property
+    def offload_dirs(self) -> tuple[Path | None, ...]:
+        """As ``QuantizeConfig.offload_dirs``."""
+        return self.measure.offload_dir, None if self.evaluate is None else self.evaluate.offload_dir
 
     def reader_warnings(self, checkpoint: Checkpoint) -> tuple[str, ...]:
         """Return what llama.cpp computes otherwise than Transformers, as sentences to show before a run.

@@ -17,12 +17,15 @@ from ..convert.exl2.writer import write_model
 from ..convert.hub import side_files
 from ..convert.language import WrittenModel
 from ..convert.original import Original, open_model
-from ..convert.work import stages_in
+from ..convert.places import check_run, named, reserved, work_beside
+from ..convert.work import RunStages, stages_in
 from ..errors import CheckpointError, WorkDirectoryError
 from ..eval.comparison import Comparison
 from ..eval.overlap import SPANS_KEY, CalibrationSpans
-from ..eval.report import summary_lines, write_report
+from ..eval.report import carried_over, earlier_details, summary_lines, write_report
 from ..measure.calibration import CalibrationSet
+from ..measure.measurement import Measurement
+from ..measure.run import MEASURED
 from ..progress import Progress, silent
 from ..version import __version__
 from .cards import write_card
@@ -30,11 +33,12 @@ from .fallbacks import damping_fallbacks, fallback_entries, fallback_lines
 from .hidden_states import Drift, drift_section
 from .judge import Judge, refuse_marked
 from .kept import kept_lines
-from .obtain import MEASUREMENT_FILE, load_measurement, obtain_measurement
+from .obtain import MEASUREMENT_FILE, PLAN_FILE, check_work, load_measurement, obtain_measurement
 from .options import QuantizeConfig
 from .plan import Plan, make_plan
 from .planning import plan_costs
-from .rounding import RoundConfig, RoundedModel, round_model, tune_model
+from .rounding import RoundConfig, RoundedModel, round_model, rounded_before, rounding_identity, tune_model
+from .rounding_pass import ROUNDED
 from .stages import StageClock, StageCost, cost_line, cost_section
 from .support import require_exl2
 
@@ -127,16 +131,20 @@ def quantize_model(
         BpwiseError: Whatever is wrong with the model, the options, the text or the disk.
     """
     checkpoint = open_model(model)
-    is_finished(output, model=lambda: checkpoint.fingerprint)
+    output = named(output)
+    work = work or work_beside(output)
+    check_run(output, work, directories=checkpoint.directories, files=(measurement,), offload=config.offload_dirs)
+    check_work(work)
     if measurement is not None:
         checkpoint.prepare_fingerprint(progress)
     measured = None if measurement is None else load_measurement(measurement, checkpoint)
     require_exl2(checkpoint, output, config, measured=measured, rows=calibration)
-    work = work or output.with_name(f"{output.name}.work")
     if judge is None and config.evaluate is not None:
         judge = Judge(checkpoint, config.evaluate, progress)
-    with stages_in(work):
-        return _quantize(checkpoint, output, config, measurement, calibration, work, judge, progress)
+    with reserved(output):
+        is_finished(output, model=lambda: checkpoint.fingerprint)
+        with stages_in(work) as stages:
+            return _quantize(checkpoint, output, config, measurement, calibration, work, stages, judge, progress)
 
 
 def _quantize(
@@ -146,6 +154,7 @@ def _quantize(
     measurement: Path | None,
     calibration: CalibrationSet | None,
     work: Path,
+    stages: RunStages,
     judge: Judge | None,
     progress: Progress,
 ) -> QuantizeResult:
@@ -169,18 +178,23 @@ def _quantize(
             overrides=config.overrides,
             keep_fp16=config.keep_fp16,
         )
-        plan.save(work / "plan.json")
+        plan.save(work / PLAN_FILE)
+    rounding = RoundConfig(device=config.measure.device, offload_dir=config.measure.offload_dir)
+    stages.add(MEASURED, measured.provenance)
+    stages.add(ROUNDED, rounding_identity(checkpoint, plan, rounding))
     run = _identity(checkpoint, rows, plan, config)
     fallbacks: dict[str, float] = {}
     drift: list[Drift] = []
-    if is_finished(output, run=lambda: run):
+    finished = is_finished(output, run=lambda: run)
+    if finished:
         verification = verify_model(output)
+        before = rounded_before(checkpoint, plan, rounding, work)
+        if before is not None:  # cut off while it was evaluated
+            fallbacks, drift = _fallbacks(before, measured), [] if config.effort == "high" else before.drift()
     else:
         with clock.stage("round"):
-            rounding = RoundConfig(device=config.measure.device, offload_dir=config.measure.offload_dir)
             rounded = round_model(checkpoint, measured, plan, rounding, work, progress)
-            dampings = {name: rounded.damping(name) for name in rounded.names}
-            fallbacks, drift = damping_fallbacks(measured, dampings), rounded.drift()
+            fallbacks, drift = _fallbacks(rounded, measured), rounded.drift()
         if config.effort == "high":
             with clock.stage("tune"):
                 rounded, drift = tune_model(rounded, measured, rounding, progress), []
@@ -206,7 +220,9 @@ def _quantize(
         warnings=config.reader_warnings(checkpoint),
     )
     if judge is not None and comparison is not None:
-        write_report(comparison, output, {**report_details(result), **judge.details()}, costs=plan_costs(plan))
+        earlier = earlier_details(output, comparison) if finished else {}
+        details = {**carried_over(report_details(result), earlier), **judge.details()}
+        write_report(comparison, output, details, costs=plan_costs(plan))
         judge.sentence(output, comparison, predicted_nats=plan.damage_nats)
     write_card(output, original=checkpoint.directory, base_model=config.base_model)
     return result
@@ -260,6 +276,10 @@ def _identity(checkpoint: Checkpoint, rows: CalibrationSet, plan: Plan, config: 
         config.shard_bytes,
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _fallbacks(rounded: RoundedModel, measurement: Measurement) -> dict[str, float]:
+    return damping_fallbacks(measurement, {name: rounded.damping(name) for name in rounded.names})
 
 
 def is_finished(output: Path, **expected: Callable[[], str]) -> bool:

@@ -19,7 +19,7 @@ from .allocate import allocate
 from .kept import FLOAT16_BITS, KeptLinear
 from .scope import AUTO, HEAD_BITS, HeadBits, Scope, SizeLimit, WidthOverride, plan_scope
 
-__all__ = ["PLAN_VERSION", "REMEDY", "LinearPlan", "Plan", "bpw_range", "make_plan", "measured_limit"]
+__all__ = ["PLAN_VERSION", "REMEDY", "LinearPlan", "Plan", "bpw_range", "is_plan", "make_plan", "measured_limit"]
 
 PLAN_VERSION = 2
 
@@ -197,6 +197,14 @@ class Plan:
         if raw.get("bpwise_plan") != PLAN_VERSION:
             raise FormatError(f"{path}: not a plan of version {PLAN_VERSION}. Make it again with `bpwise plan`.")
         return check_schema(raw, cls, FormatError, where=str(path), remedy=REMEDY)
+
+
+def is_plan(path: Path) -> bool:
+    """Return whether a file is a plan, of either format and any version."""
+    try:
+        return not {"bpwise_plan", "bpwise_type_plan"}.isdisjoint(read_json(path, FormatError))
+    except FormatError:
+        return False
 
 
 def make_plan(

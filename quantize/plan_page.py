@@ -19,7 +19,20 @@ from ..version import __version__
 from .planning import PlanPoint, exl2_points, gguf_points
 from .scope import HeadBits, WidthOverride
 
-__all__ = ["plan_page", "write_plan_page"]
+__all__ = ["is_plan_page", "plan_page", "write_plan_page"]
+
+_OWN = (b'<meta name="generator" content="bpwise ', b"<title>Plans for ")
+_HEAD_BYTES = 4096
+
+
+def is_plan_page(path: Path) -> bool:
+    """Return whether a file is a page that ``write_plan_page`` made."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD_BYTES)
+    except OSError:
+        return False
+    return all(sign in head for sign in _OWN)
 
 
 def plan_page(formats: Mapping[str, Sequence[PlanPoint]], *, model: str, facts: Mapping[str, str]) -> str:

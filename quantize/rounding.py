@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,10 +27,10 @@ from ..rounding.feedback import round_linear_
 from ..rounding.hessian import inverse_factor
 from .hidden_states import Drift, kept_drift, last_states
 from .plan import LinearPlan, Plan
-from .rounding_pass import RoundingPass, rounding_damping
+from .rounding_pass import ROUNDED, RoundingPass, rounding_damping
 from .tuning import tune_scales
 
-__all__ = ["RoundConfig", "RoundedModel", "round_model", "tune_model"]
+__all__ = ["RoundConfig", "RoundedModel", "round_model", "rounded_before", "rounding_identity", "tune_model"]
 
 _TUNED = "tuned"
 """Piece with what tuning found."""
@@ -112,6 +113,18 @@ class RoundedModel:
         return kept_drift(self.pieces, self.blocks)
 
 
+def rounding_identity(checkpoint: Checkpoint, plan: Plan, config: RoundConfig) -> dict[str, Any]:
+    """Return all that the pieces of ``round_model`` depend on, as ``StageDirectory`` takes it."""
+    return {
+        "model": checkpoint.fingerprint,
+        "measurement": plan.measurement,
+        "groups": [[p.name, p.group_bits, p.group_rows] for p in (*plan.linears, *([plan.head] if plan.head else []))],
+        "correct_drift": config.correct_drift,
+        "couple_outputs": config.couple_outputs,
+        "device": resolve_device(config.device).type,
+    }
+
+
 def round_model(
     checkpoint: Checkpoint,
     measurement: Measurement,
@@ -137,15 +150,7 @@ def round_model(
         NumericalError: NaN or infinity in activations.
     """
     device = resolve_device(config.device)
-    identity = {
-        "model": checkpoint.fingerprint,
-        "measurement": plan.measurement,
-        "groups": [[p.name, p.group_bits, p.group_rows] for p in (*plan.linears, *([plan.head] if plan.head else []))],
-        "correct_drift": config.correct_drift,
-        "couple_outputs": config.couple_outputs,
-        "device": device.type,
-    }
-    pieces = StageDirectory(work, "rounded", identity)
+    pieces = StageDirectory(work, ROUNDED, rounding_identity(checkpoint, plan, config))
     source = language_model(checkpoint)
     model = StreamedModel(source, device=device, dtype=torch.float32, offload_dir=config.offload_dir)
     rounder = _Exl2Rounder(plan, couple_outputs=config.couple_outputs)
@@ -165,6 +170,24 @@ def round_model(
         run.head()
         names.append(HEAD)
     return RoundedModel(tuple(names), model.block_count, pieces, source)
+
+
+def rounded_before(checkpoint: Checkpoint, plan: Plan, config: RoundConfig, work: Path) -> RoundedModel | None:
+    """Return what an earlier run rounded that was cut off before its end, None if that is not there, or not all of it.
+
+    Args:
+        checkpoint: As for ``round_model``.
+        plan: As for ``round_model``.
+        config: As for ``round_model``.
+        work: As for ``round_model``.
+    """
+    pieces = StageDirectory.existing(work, ROUNDED, rounding_identity(checkpoint, plan, config))
+    source = language_model(checkpoint)
+    names = (*(p.name for p in plan.linears), *([] if plan.head is None else [HEAD]))
+    drifts = [f"drift-{index}" for index in range(source.block_count)]
+    if pieces is None or not all(map(pieces.has, [*names, *drifts])):
+        return None
+    return RoundedModel(names, source.block_count, pieces, source)
 
 
 def tune_model(

@@ -30,7 +30,10 @@ from .drift import StageSums
 from .hidden_states import drift_of, last_states
 from .stepped import SteppedForwards
 
-__all__ = ["Rounder", "RoundingPass", "rounding_damping"]
+__all__ = ["ROUNDED", "Rounder", "RoundingPass", "rounding_damping"]
+
+ROUNDED = "rounded"
+"""Name of the stage in the work directory."""
 
 _SLICE_OUTPUTS = 16384
 """Outputs that drift is cancelled for together: 256 MiB in float32 for 4096 inputs."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,19 +11,29 @@ from ..convert.checkpoint import Checkpoint
 from ..convert.files import write_json, write_text
 from ..convert.markdown import cell, table
 from ..convert.original import Original, open_model
-from ..convert.work import claimed, discard_stages
+from ..convert.places import check_run, named, reserved, work_beside
+from ..convert.work import claimed, discard_stage
 from ..errors import BrokenModelError, ConfigError
 from ..eval.comparison import Comparison
 from ..eval.models import model_name
-from ..eval.report import JSON_NAME, MARKDOWN_NAME, comparison_table
+from ..eval.report import JSON_NAME, MARKDOWN_NAME, comparison_table, try_report
 from ..measure.calibration import CalibrationSet
 from ..measure.measurement import Measurement
+from ..measure.run import MEASURED
 from ..progress import Progress, silent
 from ..version import __version__
 from .cards import output_name
-from .gguf_pipeline import GgufConfig, GgufResult, base_path, prepare_base, quantize_to_gguf, refuse_others
+from .gguf_pipeline import (
+    GgufConfig,
+    GgufResult,
+    base_path,
+    discard_base,
+    prepare_base,
+    quantize_to_gguf,
+    refuse_others,
+)
 from .judge import Judge
-from .obtain import MEASUREMENT_FILE, load_measurement, obtain_measurement
+from .obtain import MEASUREMENT_FILE, check_work, load_measurement, obtain_measurement
 from .pipeline import QuantizeConfig, QuantizeResult, is_finished, quantize_model
 from .stages import StageClock
 from .support import require_exl2, require_gguf
@@ -150,17 +159,26 @@ def quantize_series(
     checkpoint = open_model(model)
     warnings = config.reader_warnings(checkpoint)
     configs = {bpw: _with_rate(config, bpw) for bpw in rates}
+    output = named(output)
     paths = output_paths(config.base_model or model_name(checkpoint), output, config, rates)
+    work = work or work_beside(output)
+    for path in paths.values():
+        own = work / path.name
+        check_run(path, own, directories=checkpoint.directories, files=(measurement,), offload=config.offload_dirs)
+        check_work(own)
+    check_work(work / "measure")
+    try_report(output)
+    if measurement is not None:
+        checkpoint.prepare_fingerprint(progress)
     measured = None if measurement is None else load_measurement(measurement, checkpoint)
     _check(checkpoint, configs, paths, measured, calibration)
-    work = work or output.with_name(f"{output.name}.work")
     judge = None if config.evaluate is None else Judge(checkpoint, config.evaluate, progress)
-    with claimed(work):
+    with reserved(output), claimed(work):
         if isinstance(config, GgufConfig):
             prepare_base(checkpoint, base_path(checkpoint, work, config.llama_cpp), config)
         if measurement is None:
             measurement = work / "measure" / MEASUREMENT_FILE
-            obtain_measurement(
+            measured, _ = obtain_measurement(
                 checkpoint,
                 config.measure,
                 measurement.parent,
@@ -170,13 +188,13 @@ def quantize_series(
                 calibration=calibration,
                 check_rows=None if judge is None else judge.check_text,
             )
-            discard_stages(measurement.parent)
+            discard_stage(measurement.parent, MEASURED, measured.provenance)
         outputs = tuple(
             _make(checkpoint, paths[bpw], bpw, configs[bpw], measurement, work, judge, progress) for bpw in rates
         )
         if isinstance(config, GgufConfig):
-            shutil.rmtree(base_path(checkpoint, work, config.llama_cpp).parent)
-    report = _write_report(model_name(checkpoint), outputs, output)
+            discard_base(checkpoint, work, config.llama_cpp)
+        report = _write_report(model_name(checkpoint), outputs, output)
     broken = [each.path.name for each in outputs if each.broken is not None]
     if broken:
         raise BrokenModelError(
@@ -199,11 +217,14 @@ def _check(
 ) -> None:
     # Whatever is in the way or impossible shows before the long work.
     for bpw, config in configs.items():
+        with reserved(paths[bpw]):
+            if isinstance(config, GgufConfig):
+                refuse_others(paths[bpw])
+            else:
+                is_finished(paths[bpw], model=lambda: checkpoint.fingerprint)
         if isinstance(config, GgufConfig):
-            refuse_others(paths[bpw])
             require_gguf(checkpoint, paths[bpw], config, measured=measured, rows=rows)
         else:
-            is_finished(paths[bpw], model=lambda: checkpoint.fingerprint)
             require_exl2(checkpoint, paths[bpw], config, measured=measured, rows=rows)
 
 

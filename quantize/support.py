@@ -186,7 +186,6 @@ def require_mixture(
         UnsupportedModelError: The file could not be read back to be compared.
         WorkDirectoryError: The file cannot be made there.
     """
-    require_room(output)
     if TYPES[chosen.default].quantized:
         require_kernels()
     if evaluated:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +24,10 @@ from ..rounding.ggml import round_to_type
 from ..rounding.hessian import inverse_factor
 from ..rounding.parallel import cores
 from .hidden_states import Drift, kept_drift
-from .rounding_pass import RoundingPass, rounding_damping
+from .rounding_pass import ROUNDED, RoundingPass, rounding_damping
 from .type_plan import TypePlan
 
-__all__ = ["RoundedTypes", "round_types", "table_importance"]
+__all__ = ["RoundedTypes", "round_types", "table_importance", "type_rounding_identity", "types_rounded_before"]
 
 _SLICE_OUTPUTS = 16384
 """Outputs that are rounded together, each for itself: few enough for the temporaries of an output head to be small."""
@@ -68,6 +69,16 @@ class RoundedTypes:
         return kept_drift(self.pieces, self.blocks)
 
 
+def type_rounding_identity(checkpoint: Checkpoint, plan: TypePlan, device: str) -> dict[str, Any]:
+    """Return all that the pieces of ``round_types`` depend on, as ``StageDirectory`` takes it."""
+    return {
+        "model": checkpoint.fingerprint,
+        "measurement": plan.measurement,
+        "types": {tensor.name: tensor.type for tensor in plan.tensors},
+        "device": resolve_device(device).type,
+    }
+
+
 def round_types(
     checkpoint: Checkpoint,
     measurement: Measurement,
@@ -97,13 +108,7 @@ def round_types(
         NumericalError: NaN or infinity in weights or activations.
     """
     place = resolve_device(device)
-    identity = {
-        "model": checkpoint.fingerprint,
-        "measurement": plan.measurement,
-        "types": {tensor.name: tensor.type for tensor in plan.tensors},
-        "device": place.type,
-    }
-    pieces = StageDirectory(work, "rounded", identity)
+    pieces = StageDirectory(work, ROUNDED, type_rounding_identity(checkpoint, plan, device))
     source = language_model(checkpoint)
     model = StreamedModel(source, device=place, dtype=torch.float32, offload_dir=offload_dir)
     inputs = kept_inputs(work, measurement)
@@ -113,6 +118,23 @@ def round_types(
     if not measurement.embedding.tied:
         run.head()
     return RoundedTypes(tuple(plan.kinds), model.block_count, pieces)
+
+
+def types_rounded_before(checkpoint: Checkpoint, plan: TypePlan, work: Path, *, device: str) -> RoundedTypes | None:
+    """Return what an earlier run rounded that was cut off before its end, None if that is not there, or not all of it.
+
+    Args:
+        checkpoint: As for ``round_types``.
+        plan: As for ``round_types``.
+        work: As for ``round_types``.
+        device: As for ``round_types``.
+    """
+    pieces = StageDirectory.existing(work, ROUNDED, type_rounding_identity(checkpoint, plan, device))
+    blocks = language_model(checkpoint).block_count
+    names = tuple(plan.kinds)
+    if pieces is None or not all(map(pieces.has, [*names, *(f"drift-{index}" for index in range(blocks))])):
+        return None
+    return RoundedTypes(names, blocks, pieces)
 
 
 def table_importance(measurement: Measurement) -> Tensor:

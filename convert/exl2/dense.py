@@ -8,6 +8,7 @@ from ...errors import FormatError
 from ..checkpoint import TensorSource
 from ..files import atomic_directory, write_json
 from ..language import FusedModel
+from ..places import named, refuse_inputs, reserved
 from .carry import copy_side_files, require_float16_range
 from .names import model_order
 from .reader import Exl2Model
@@ -35,7 +36,9 @@ def dequantize_model(directory: Path, out: Path, *, shard_bytes: int = DENSE_SHA
         WorkDirectoryError: ``out`` is in the way or cannot be written, or the disk is full.
     """
     model = Exl2Model.open(directory)
-    with atomic_directory(Path(out)) as target:
+    out = named(Path(out))
+    refuse_inputs(out, directories=(model.directory,))
+    with reserved(out), atomic_directory(out) as target:
         copy_side_files(model.directory, target)  # first: what is wrong with them shows before the long work
         fused = FusedModel(model)
         write_dense(fused, target, shard_bytes=shard_bytes)

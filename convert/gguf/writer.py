@@ -118,7 +118,7 @@ def write_gguf(
 
     Args:
         base: The unquantized model, in one file; its tensors are F32, F16 or BF16.
-        output: File to make or replace.
+        output: File to make; it must not exist.
         types: By name of tensor, the type to store it in; what is missing stays as it is.
         file_type: Number for ``general.file_type``: that of a mixture, or ``dominant_file_type``.
         encoded: By name of tensor, a function that makes its finished bytes, uint8, shape (rows, row_bytes) with all
@@ -141,7 +141,7 @@ def write_gguf(
         NumericalError: Weights or importances are not finite, or out of a type's range.
         ShapeError: A row is not a whole number of blocks, or importances or finished bytes have a wrong shape.
         VerificationError: What is on the disk is not what was meant.
-        WorkDirectoryError: ``output`` cannot be written, or the disk is full.
+        WorkDirectoryError: ``output`` exists or cannot be written, or the disk is full.
     """
     header = read_gguf_header(Path(base))
     _check_base(header, types)
@@ -152,7 +152,7 @@ def write_gguf(
     if unknown:
         raise ConfigError(f"{base}: no tensor {min(unknown)!r}, got finished bytes for it. Use the names of the file.")
     written: dict[str, _Written] = {}
-    with atomic_file(Path(output)) as temporary:
+    with atomic_file(Path(output), new=True) as temporary:
         with header.path.open("rb") as source, temporary.open("wb") as target:
             target.write(start)
             for tensor in progress(planned, "writing"):

@@ -1,7 +1,11 @@
 import errno
+import io
 import json
 import os
+import re
 import stat
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -15,9 +19,12 @@ from bpwise.convert.files import (
     Positive,
     atomic_directory,
     atomic_file,
+    clear_partials,
     parse_schema,
+    private_directory,
     read_json,
     read_schema,
+    try_file,
     write_json,
 )
 from bpwise.convert.safetensors_file import load_metadata, load_tensors, save_tensors
@@ -27,6 +34,18 @@ from safetensors.torch import load_file, save_file
 
 def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
+
+
+def refuse_writing(monkeypatch: pytest.MonkeyPatch, error: int) -> None:
+    """Have the system refuse to open any file for writing."""
+    opened = io.open
+
+    def refuse(file: Any, mode: str = "r", *rest: Any, **options: Any) -> Any:
+        if set(mode) & set("wax+"):
+            raise OSError(error, os.strerror(error), str(file))
+        return opened(file, mode, *rest, **options)
+
+    monkeypatch.setattr(io, "open", refuse)
 
 
 class TestAtomicFile:
@@ -90,6 +109,67 @@ class TestAtomicFile:
             write_json(tmp_path / "x", {})
         assert names(tmp_path) == []
 
+    @pytest.mark.parametrize("error", [errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EIO])
+    def test_a_place_that_refuses_shows_before_the_body(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
+    ) -> None:
+        # Tests may run as root, for whom few places are read-only: the system's answer is given for it.
+        refuse_writing(monkeypatch, error)
+        with pytest.raises(WorkDirectoryError) as caught, atomic_file(tmp_path / "x"):
+            pytest.fail("the body must not run")
+        assert str(caught.value).startswith(f"{tmp_path / 'x'}: cannot be written ({os.strerror(error)}). Choose")
+
+    def test_a_disk_that_becomes_read_only_meanwhile(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def write(temporary: Path) -> None:
+            with temporary.open("wb"):
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+        with pytest.raises(WorkDirectoryError, match="x: cannot be written"), atomic_file(tmp_path / "x") as temporary:
+            write(temporary)
+        with pytest.raises(WorkDirectoryError, match="y: cannot be written"), atomic_file(tmp_path / "y") as temporary:
+            refuse_writing(monkeypatch, errno.EACCES)
+            temporary.write_text("x")
+        assert names(tmp_path) == []
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("n" * 240, "File name too long"),
+            ("a\0b", r"a\\x00b: not a valid path"),
+            ("a\ud800", r"a\\ud800: not a valid path"),
+            ("a\udcff", r"a\\udcff: not a valid path"),
+        ],
+        ids=["long", "nul", "surrogate", "latin-1"],
+    )
+    def test_names_that_cannot_be(self, tmp_path: Path, name: str, message: str) -> None:
+        with pytest.raises(WorkDirectoryError, match=message) as caught, atomic_file(tmp_path / name):
+            pytest.fail("the body must not run")
+        str(caught.value).encode()
+        assert names(tmp_path) == []
+
+    @pytest.mark.parametrize("kind", ["device", "pipe"])
+    def test_devices_and_pipes_are_not_replaced(self, tmp_path: Path, kind: str) -> None:
+        path = tmp_path / "x"
+        if kind == "device":
+            path.symlink_to("/dev/null")
+        else:
+            os.mkfifo(path)
+        with pytest.raises(WorkDirectoryError, match="got a device or a pipe"), atomic_file(path):
+            pytest.fail("the body must not run")
+        assert not path.is_file()
+
+    @pytest.mark.parametrize("late", [False, True], ids=["before", "during"])
+    def test_a_new_file_replaces_nothing(self, tmp_path: Path, late: bool) -> None:
+        path = tmp_path / "x"
+        if not late:
+            path.write_text("theirs")
+        with pytest.raises(WorkDirectoryError, match="in the way"), atomic_file(path, new=True) as temporary:
+            assert late, "the body must not run"
+            temporary.write_text("ours")
+            path.write_text("theirs")
+        assert path.read_text() == "theirs"
+        assert names(tmp_path) == ["x"]
+
     def test_other_errors_of_the_body_stay_what_they_are(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError), atomic_file(tmp_path / "x"):
             (tmp_path / "missing").read_text()
@@ -151,6 +231,36 @@ class TestAtomicDirectory:
         assert (tmp_path / "out").is_symlink()
         assert (tmp_path / "disk" / "x").read_text() == "1"
 
+    def test_an_existing_directory_stays_the_same(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        # It may be where a disk is mounted, or where a shell stands.
+        path = tmp_path / "out"
+        path.mkdir()
+        inode = path.stat().st_ino
+        monkeypatch.chdir(path)
+        with atomic_directory(Path()) as temporary:
+            for name in ("config.json", "weights"):
+                (temporary / name).write_text("1")
+            assert not Path("weights").exists()
+        assert names(path) == names(Path()) == ["config.json", "weights"]
+        assert path.stat().st_ino == inode
+        assert names(tmp_path) == ["out"]
+
+    def test_an_existing_directory_is_emptied_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = tmp_path / "out"
+        path.mkdir()
+        rename = Path.rename
+
+        def fail_at_config(self: Path, target: Path) -> Path:
+            if self.name == "config.json":
+                raise OSError(errno.EIO, "broken")
+            return rename(self, target)
+
+        monkeypatch.setattr(Path, "rename", fail_at_config)
+        with pytest.raises(WorkDirectoryError, match="broken"), atomic_directory(path) as temporary:
+            for name in ("config.json", "weights"):
+                (temporary / name).write_text("1")
+        assert names(path) == []
+
     def test_flushes_every_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         flushed = set()
         monkeypatch.setattr(os, "fsync", lambda fd: flushed.add(os.fstat(fd).st_ino))
@@ -160,6 +270,45 @@ class TestAtomicDirectory:
             (temporary / "y").write_text("2")
         paths = [tmp_path, *(tmp_path).rglob("*")]
         assert flushed == {path.stat().st_ino for path in paths}
+
+
+class TestTrying:
+    def test_leaves_nothing(self, tmp_path: Path) -> None:
+        (tmp_path / "old").write_text("old")
+        for path in (tmp_path / "new", tmp_path / "old", tmp_path / "a" / "b" / "c"):
+            try_file(path)
+        assert names(tmp_path) == ["old"]
+        assert (tmp_path / "old").read_text() == "old"
+
+    def test_a_full_disk_shows(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        refuse_writing(monkeypatch, errno.ENOSPC)
+        with pytest.raises(WorkDirectoryError, match="x: not written, the disk is full"):
+            try_file(tmp_path / "a" / "x")
+        assert names(tmp_path) == []
+
+
+def test_a_private_directory_goes(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), private_directory(tmp_path / "x") as directory:
+        (directory / "big").write_text("big")
+        assert re.fullmatch(rf"\.x\.partial-{os.getpid()}-[0-9a-f]{{8}}", directory.name)
+        raise KeyboardInterrupt
+    assert names(tmp_path) == []
+
+
+def test_partials_of_the_dead_go(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    dead = f"partial-{ended.pid}-00ff00ff"
+    (tmp_path / f".x.{dead}").mkdir()
+    (tmp_path / f".x.{dead}" / "big").write_text("")
+    for name in (f".y.{dead}", f".x.partial-{os.getppid()}-00ff00ff", f".x.{dead}.txt", "x", f"x.{dead}"):
+        (tmp_path / name).write_text("")
+    clear_partials(tmp_path, {"x"})
+    kept = {f".y.{dead}", f".x.partial-{os.getppid()}-00ff00ff", f".x.{dead}.txt", "x", f"x.{dead}"}
+    assert set(names(tmp_path)) == kept
+    clear_partials(tmp_path)
+    assert set(names(tmp_path)) == kept - {f".y.{dead}"}
+    clear_partials(tmp_path / "none")
 
 
 class TestJson:

@@ -164,6 +164,11 @@ class TestBesideVision:
         assert merged.names == tensors_of(base).keys() | {name}
 
 
+def test_is_read_from_both_directories(make_model: MakeModel, tmp_path: Path) -> None:
+    base, adapter = make_model("base"), make_adapter(tmp_path / "a")
+    assert open_model(base, lora=adapter).directories == (base, adapter)
+
+
 def test_kept_in_the_dtype_of_the_base(make_model: MakeModel, tmp_path: Path) -> None:
     base = make_model("base")
     half = {name: tensor.bfloat16() for name, tensor in tensors_of(base).items()}

@@ -1,5 +1,8 @@
+import errno
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +13,7 @@ import pytest
 import torch
 from bpwise.errors import ConfigError
 from bpwise.eval import cache as cache_module
-from bpwise.eval.cache import OriginalCache, OriginalState, original_key
+from bpwise.eval.cache import OriginalCache, OriginalState, default_cache_directory, original_key
 from bpwise.eval.comparison import Comparison, EvalConfig, compare_models, compare_with
 from bpwise.eval.divergence import TokenStatistics, token_statistics
 from bpwise.eval.models import open_any
@@ -277,6 +280,31 @@ class TestCache:
         with pytest.warns(UserWarning, match="not kept for the next time"):
             cache.save("key", state_of(torch.zeros(1, 2, 3)))
         assert cache.load("key") is None
+
+    def test_one_that_may_only_be_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def read_only(*_: Any, **__: Any) -> None:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+        cache = OriginalCache(tmp_path)
+        cache.save("key", state_of(torch.zeros(1, 2, 3)))
+        monkeypatch.setattr(os, "utime", read_only)
+        assert cache.load("key") is not None
+
+    def test_without_a_home(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def no_home() -> Path:
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(Path, "home", no_home)
+        with pytest.raises(ConfigError, match="--cache-dir or --no-cache"):
+            default_cache_directory()
+
+    def test_what_a_killed_run_left_goes(self, tmp_path: Path) -> None:
+        with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+            pass
+        (tmp_path / f".old.original.safetensors.partial-{ended.pid}-00ff00ff").write_text("half")
+        OriginalCache(tmp_path).save("key", state_of(torch.zeros(1, 2, 3)))
+        assert [path.name for path in tmp_path.iterdir()] == ["key.original.safetensors"]
 
     def test_oldest_go(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         cache = OriginalCache(tmp_path)

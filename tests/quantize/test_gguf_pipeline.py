@@ -11,7 +11,7 @@ from bpwise.convert.checkpoint import Checkpoint
 from bpwise.convert.gguf.header import read_gguf_header
 from bpwise.convert.gguf.imatrix import read_imatrix
 from bpwise.convert.gguf.reader import GgufModel
-from bpwise.errors import BrokenModelError, BudgetError, ConfigError, WorkDirectoryError
+from bpwise.errors import BrokenModelError, BudgetError, ConfigError, FormatError, WorkDirectoryError
 from bpwise.eval.comparison import EvalConfig, compare_models
 from bpwise.eval.overlap import shared_share, stored_spans
 from bpwise.measure.calibration import CalibrationSet
@@ -36,7 +36,7 @@ def rows(count: int = 12) -> CalibrationSet:
 
 
 def quantize(directory: Path, output: Path, *, count: int = 12, **settings: Any) -> GgufResult:
-    given = {key: settings.pop(key) for key in ("measurement", "work") if key in settings}
+    given = {key: settings.pop(key) for key in ("measurement", "work", "base") if key in settings}
     if not {"max_bytes", "vram_bytes"} & settings.keys():
         settings.setdefault("bpw", 5.5)
     config = GgufConfig(**{"evaluate": None, **settings})
@@ -111,6 +111,42 @@ def test_refuses_what_is_in_the_way(made: dict[str, GgufResult], converted: Any,
         quantize(converted["mistral"].directory, output, bpw=6.0, measurement=made["mistral"].measurement)
     with pytest.raises(WorkDirectoryError, match="exists already"):
         convert_to_mixture(converted["mistral"].directory, output, "Q8_0")
+
+
+def test_the_run_depends_on_what_the_base_holds(made: dict[str, GgufResult], converted: Any, tmp_path: Path) -> None:
+    directory, output, base = converted["mistral"].directory, tmp_path / "x.gguf", tmp_path / "base.gguf"
+    settings = {"measurement": made["mistral"].measurement, "feedback": False}
+    shutil.copyfile(converted["mistral"].file, base)
+    quantize(directory, output, base=base, **settings)
+    before = output.read_bytes()
+    base.rename(tmp_path / "moved.gguf")  # where it lies does not matter
+    quantize(directory, output, base=tmp_path / "moved.gguf", **settings)
+    name = b"general.name"
+    changed = bytearray((tmp_path / "moved.gguf").read_bytes())
+    start = changed.index(name) + len(name) + 4 + 8  # behind the type and the length of its value
+    changed[start] ^= 1
+    base.write_bytes(changed)
+    with pytest.raises(WorkDirectoryError, match="not the output of this run"):
+        quantize(directory, output, base=base, **settings)
+    assert output.read_bytes() == before
+
+
+def test_what_appears_meanwhile_is_not_replaced(made: dict[str, GgufResult], converted: Any, tmp_path: Path) -> None:
+    output = tmp_path / "x.gguf"
+    config = GgufConfig(bpw=5.5, evaluate=None, feedback=False)
+
+    def progress(items: Any, stage: str) -> Any:
+        output.write_text("theirs")
+        return items
+
+    with pytest.raises(WorkDirectoryError, match=r"x\.gguf: in the way"):
+        convert_to_mixture(
+            converted["mistral"].directory, output, "Q8_0", base=converted["mistral"].file, progress=progress
+        )
+    assert output.read_text() == "theirs"
+    with pytest.raises(FormatError):
+        quantize_to_gguf(converted["mistral"].directory, output, config, measurement=made["mistral"].measurement)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
 
 
 def test_a_largest_size_holds_for_the_whole_file(made: dict[str, GgufResult], converted: Any, tmp_path: Path) -> None:
@@ -213,6 +249,22 @@ class TestCommandLine:
         new, old = (read_imatrix(tmp_path / name) for name in ("i.gguf", "i.dat"))
         assert new.sums.keys() == old.sums.keys()
 
+    def test_an_imatrix_of_others_is_replaced_only_by_force(
+        self, made: dict[str, GgufResult], converted: Any, tmp_path: Path
+    ) -> None:
+        # llama-imatrix may have worked on it for hours. The older format does not say whose it is.
+        command = ["imatrix", str(made["mistral"].measurement), "-o"]
+        own, legacy, model = tmp_path / "own.gguf", tmp_path / "i.dat", tmp_path / "model.gguf"
+        shutil.copyfile(converted["mistral"].file, model)
+        for path, allowed in ((own, True), (legacy, False), (model, False)):
+            CliRunner().invoke(cli, [*command, str(path)])
+            before = path.read_bytes()
+            run = CliRunner().invoke(cli, [*command, str(path)])
+            assert (run.exit_code == 0) == allowed
+            assert path.read_bytes() == before
+            assert CliRunner().invoke(cli, [*command, str(path), "--force"]).exit_code == 0
+        assert read_imatrix(model).sums.keys() == read_imatrix(own).sums.keys()
+
     @pytest.mark.parametrize(
         "options",
         [
@@ -257,8 +309,15 @@ class TestHonesty:
         assert not (tmp_path / "x.gguf.work" / "base.gguf").exists()
         with pytest.raises(BrokenModelError, match="marked as broken by an earlier run"):
             quantize(directory, output, measurement=measurement)
+        first = json.loads((tmp_path / "x.report.json").read_text())["details"]
         quantize(directory, output, **settings)
         assert not (tmp_path / "x.gguf.BROKEN.md").exists()
+        # The report of the same command again tells of the making what the first one told.
+        again = json.loads((tmp_path / "x.report.json").read_text())["details"]
+        assert {title: section for title, section in again.items() if "Drift" in title or title == "Plan"} == {
+            title: section for title, section in first.items() if "Drift" in title or title == "Plan"
+        }
+        assert len(again) == len(first) == 5
 
     def test_remembers_what_it_was_calibrated_on(self, made: dict[str, GgufResult]) -> None:
         spans = stored_spans(GgufModel.open(made["llama3"].output))

@@ -116,7 +116,7 @@ def test_goes_on_where_it_was_cut_off(
 
     with monkeypatch.context() as patch:
         patch.setattr("bpwise.cli.quantize.progress_bar", progress)
-        assert CliRunner().invoke(cli, list(map(str, command))).exit_code == 1
+        assert CliRunner().invoke(cli, list(map(str, command))).exit_code == 130
     assert (tmp_path / "out" / NAMES[0]).is_dir()
     assert not (tmp_path / "out" / NAMES[1]).exists()
     before = (tmp_path / "out" / NAMES[0] / "output.safetensors").stat().st_mtime_ns

@@ -204,7 +204,7 @@ def test_it_goes_on_where_it_was_cut_off(
     with monkeypatch.context() as patch:
         patch.setattr("bpwise.cli.quantize.progress_bar", progress)
         cut = bpwise("quantize", tiny_model, tmp_path / "out", "--bpw", 3, "--no-eval", *options)
-    assert cut.exit_code == 1
+    assert cut.exit_code == 130
     assert not (tmp_path / "out").exists()
     steps = []
     add_gradient = tuning._add_gradient

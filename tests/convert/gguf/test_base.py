@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from bpwise.convert.checkpoint import Checkpoint
-from bpwise.convert.gguf.base import base_type, find_converter, make_base
+from bpwise.convert.gguf.base import base_type, converter_digest, find_converter, make_base
 from bpwise.convert.gguf.check import check_base
 from bpwise.convert.gguf.emit import Planned, entry, header_bytes, padding
 from bpwise.convert.gguf.header import read_gguf_header
 from bpwise.convert.gguf.types import TYPES
-from bpwise.errors import BpwiseError, CheckpointError, FormatError, VerificationError
+from bpwise.errors import BpwiseError, CheckpointError, FormatError, VerificationError, WorkDirectoryError
 from safetensors.torch import save_file
 
 MakeCheckpoint = Callable[..., Checkpoint]
@@ -36,6 +37,11 @@ if mode == "fail":
     print("Traceback (most recent call last):", file=sys.stderr)
     print("NotImplementedError: Architecture 'X' not supported!", file=sys.stderr)
     sys.exit(1)
+if mode == "import":
+    import tables_of_its_own
+if mode == "full":
+    out.write_bytes(bytes(4400))
+    raise OSError("6144 requested and 4400 written")
 if mode == "garbage":
     out.write_bytes(b"not a model")
 if mode == "good":
@@ -154,6 +160,43 @@ class TestConverting:
         with pytest.raises(error, match=message):
             make_base(make_checkpoint(), tmp_path / "out" / "base.gguf", llama_cpp=fake)
         assert not list((tmp_path / "out").iterdir())
+
+    def test_a_converter_that_is_not_whole(self, make_checkpoint: MakeCheckpoint, fake: Path, tmp_path: Path) -> None:
+        # The model is not to blame, so nobody is sent to look whether llama.cpp supports it.
+        (fake / "mode").write_text("import")
+        checkpoint = make_checkpoint()
+        with pytest.raises(BpwiseError, match=r"lacks something of its own .*'tables_of_its_own'.*Install") as caught:
+            make_base(checkpoint, tmp_path / "out" / "base.gguf", llama_cpp=fake)
+        assert str(caught.value).startswith(f"{fake}: ")
+        assert "supports this model" not in str(caught.value)
+        # Modules beside it are found, as by any script.
+        (fake / "tables_of_its_own.py").write_text("")
+        with pytest.raises(CheckpointError, match="converter failed"):
+            make_base(checkpoint, tmp_path / "out" / "base.gguf", llama_cpp=fake)
+
+    def test_a_disk_that_is_full_for_the_converter(
+        self, make_checkpoint: MakeCheckpoint, fake: Path, tmp_path: Path
+    ) -> None:
+        resource = pytest.importorskip("resource")
+        (fake / "mode").write_text("full")
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        try:
+            with pytest.raises(WorkDirectoryError, match=r"base\.gguf: not written, the disk is full"):
+                make_base(make_checkpoint(), tmp_path / "out" / "base.gguf", llama_cpp=fake)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert not list((tmp_path / "out").iterdir())
+
+    def test_the_digest_is_of_the_sources(self, fake: Path, tmp_path: Path) -> None:
+        (fake / "gguf").mkdir()
+        (fake / "gguf" / "constants.py").write_text("A = 1")
+        first = converter_digest(fake)
+        shutil.copytree(fake, tmp_path / "elsewhere")
+        (fake / "README.md").write_text("")
+        assert first == converter_digest(fake) == converter_digest(tmp_path / "elsewhere")
+        (fake / "gguf" / "constants.py").write_text("A = 2")
+        assert converter_digest(fake) != first
 
     def test_files_that_lead_outside_are_refused(
         self, make_checkpoint: MakeCheckpoint, fake: Path, tmp_path: Path
