@@ -90,10 +90,13 @@ def list_directory(directory: Path) -> list[Path]:
     """Return what is in a directory, sorted by name.
 
     Raises:
-        CheckpointError: It cannot be listed.
+        CheckpointError: It cannot be listed, or nothing in it may be looked at.
     """
     try:
-        return sorted(directory.iterdir())
+        found = sorted(directory.iterdir())
+        if found:
+            found[0].lstat()
+        return found
     except OSError as cause:
         raise CheckpointError(f"{directory}: cannot be listed ({cause.strerror}). Check its permissions.") from cause
 
