@@ -3,7 +3,8 @@
 from typing import Any
 
 import pytest
-from bpwise.convert.exl2.config import dense_config, exl2_config
+from bpwise.convert.exl2.config import dense_config, exl2_config, stored_rates
+from bpwise.convert.exl2.names import config_features, model_order
 from transformers import AutoConfig
 
 BASE = {"architectures": ["SomeForCausalLM"]}
@@ -71,3 +72,32 @@ def test_rope_scaling_comes_back(kind: str) -> None:
     scaling = {key: kind, "factor": 4.0, "original_max_position_embeddings": 64}
     made = written(rope_theta=10000.0, rope_scaling=dict(scaling))
     assert dense_config(made, tied_embeddings=False)["rope_scaling"] == scaling
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [
+        ({"bits": 4, "head_bits": 6}, (4.0, 6)),
+        ({"bits": 4.25, "head_bits": None}, (4.25, None)),
+        ({"bits": 10**400, "head_bits": 10**400}, (None, None)),
+        ({"bits": float("nan"), "head_bits": 6.0}, (None, None)),
+        ({"bits": True, "head_bits": True}, (None, None)),
+        ({"bits": "4", "head_bits": [6]}, (None, None)),
+        ([], (None, None)),
+        (None, (None, None)),
+    ],
+)
+def test_rates_that_other_programs_state(stated: Any, expected: tuple[float | None, int | None]) -> None:
+    assert stored_rates({"quantization_config": stated}) == expected
+
+
+def test_names_that_only_look_like_numbers() -> None:
+    names = ["model.layers.10.x", "model.layers.9.x", "model.layers.\u00b2.x", f"model.layers.{'9' * 5000}.x"]
+    assert sorted(names, key=model_order)[:2] == ["model.layers.9.x", "model.layers.10.x"]
+
+
+def test_a_config_without_heads() -> None:
+    assert config_features("model.layers.0.self_attn.q_proj", {"hidden_size": 64, "num_attention_heads": 0}) == (
+        64,
+        None,
+    )
