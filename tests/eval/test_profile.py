@@ -240,7 +240,7 @@ class TestCache:
         (path / "model.safetensors").touch()
         assert len({before, *others, key()}) == 6
 
-    @pytest.mark.parametrize("damage", ["cut", "flipped", "floor", "nonsense"])
+    @pytest.mark.parametrize("damage", ["cut", "flipped", "floor", "beyond-floats", "nonsense"])
     def test_damage_is_absence(self, tmp_path: Path, damage: str) -> None:
         cache = OriginalCache(tmp_path)
         state = state_of(torch.randn(2, 3, 4).bfloat16())
@@ -260,6 +260,8 @@ class TestCache:
             content[-3] ^= 1
         elif damage == "floor":
             content = content.replace((1e-9).hex().encode(), (2e-9).hex().encode().ljust(len((1e-9).hex())))
+        elif damage == "beyond-floats":
+            content = content.replace((1e-9).hex().encode(), b"0x1p99999".ljust(len((1e-9).hex())))
         else:
             content = bytearray(b"x")
         path.write_bytes(content)

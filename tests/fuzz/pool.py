@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import resource
 import signal
 import traceback
 import warnings
@@ -113,6 +112,8 @@ def _parsed(line: str) -> Outcome:
 
 
 def _work(run: Callable[[int], tuple[str, str]], numbers: Sequence[int], seconds: float, writing: int) -> None:
+    import resource  # not on Windows
+
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + _MEMORY_BYTES, resource.RLIM_INFINITY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -34,11 +34,11 @@ from bpwise.measure.text import read_texts
 from bpwise.measure.tokenizer import chat_renderer, load_tokenizer
 from bpwise.quantize.cards import write_card
 from bpwise.quantize.pipeline import QuantizeConfig, is_finished, quantize_model
-from bpwise.quantize.plan import Plan
+from bpwise.quantize.plan import Plan, make_plan
 from bpwise.quantize.rounding import RoundConfig, round_model
 from bpwise.quantize.type_plan import TypePlan
 from click.testing import CliRunner
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -253,8 +253,6 @@ def _piece_seeds(to: Path, original: Checkpoint, rows: CalibrationSet, config: M
 
 
 def _plan_of(measurement: Measurement) -> Plan:
-    from bpwise.quantize.plan import make_plan
-
     return make_plan(measurement, bpw=4.5, head_bits=6)
 
 
@@ -296,8 +294,6 @@ def _save_model(directory: Path) -> Path:
 
 def _shard(model: Path, to: Path) -> None:
     _copy(model, to)
-    from safetensors.torch import load_file
-
     tensors = load_file(to / "model.safetensors")
     (to / "model.safetensors").unlink()
     weight_map = {}

@@ -85,6 +85,24 @@ def test_a_damaged_report(out: Path, report: str) -> None:
     assert "report" in result.stderr
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"adapters": 3},
+        {"adapters": [{"sha256": "x"}]},
+        {"rope_scale": "2"},
+        {"rope_alpha": float("inf")},
+    ],
+)
+def test_a_damaged_manifest(out: Path, changes: dict[str, object]) -> None:
+    manifest = json.loads((out / "bpwise.json").read_text())
+    manifest["provenance"]["changes"] = changes
+    (out / "bpwise.json").write_text(json.dumps(manifest))
+    result = bpwise("card", out)
+    assert result.exit_code == 1
+    assert "bpwise.json: provenance.changes." in result.stderr
+
+
 def test_a_broken_model_gets_none(out: Path) -> None:
     mark_broken(out, "It is.")
     result = bpwise("card", out)

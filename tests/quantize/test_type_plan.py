@@ -1,13 +1,15 @@
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from bpwise.convert.gguf.types import ggml_type
-from bpwise.errors import BudgetError, ConfigError, FormatError
+from bpwise.errors import BudgetError, ConfigError, FormatError, UnsupportedModelError
 from bpwise.measure.measurement import MeasuredLinear, MeasuredTable, Measurement
+from bpwise.quantize.gguf_pipeline import importance_of
 from bpwise.quantize.type_plan import Override, TypePlan, make_type_plan, size_range
 
 TYPES = ("Q8_0", "Q4_K", "Q4_0")
@@ -181,3 +183,10 @@ def test_refuses_a_damaged_plan(tmp_path: Path, changes: dict[str, Any], message
     path.write_text(json.dumps(plan))
     with pytest.raises(FormatError, match=rf"plan\.json: {message}.*make it again with `bpwise plan`"):
         TypePlan.load(path)
+
+
+def test_importances_of_linears_that_gguf_does_not_know() -> None:
+    measured = measurement()
+    expert = replace(measured.linears[0], name="model.layers.0.block_sparse_moe.experts.0.w1")
+    with pytest.raises(UnsupportedModelError, match=r"experts\.0\.w1: has no name in GGUF"):
+        importance_of(replace(measured, linears=(expert, *measured.linears[1:])))

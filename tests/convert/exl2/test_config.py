@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bpwise.convert.exl2.config import dense_config, exl2_config
+from bpwise.convert.exl2.config import dense_config, exl2_config, stored_rates
+from bpwise.convert.exl2.names import config_features, model_order
 from bpwise.convert.model_config import complete_config
 from transformers import AutoConfig
 
@@ -124,3 +125,32 @@ def test_rope_scaling_comes_back(kind: str, model_type: str, settings: dict[str,
     )
     want = {name: value for name, value in original.get_text_config().rope_parameters.items() if name != "type"}
     assert read_back(made).get_text_config().rope_parameters == want
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [
+        ({"bits": 4, "head_bits": 6}, (4.0, 6)),
+        ({"bits": 4.25, "head_bits": None}, (4.25, None)),
+        ({"bits": 10**400, "head_bits": 10**400}, (None, None)),
+        ({"bits": float("nan"), "head_bits": 6.0}, (None, None)),
+        ({"bits": True, "head_bits": True}, (None, None)),
+        ({"bits": "4", "head_bits": [6]}, (None, None)),
+        ([], (None, None)),
+        (None, (None, None)),
+    ],
+)
+def test_rates_that_other_programs_state(stated: Any, expected: tuple[float | None, int | None]) -> None:
+    assert stored_rates({"quantization_config": stated}) == expected
+
+
+def test_names_that_only_look_like_numbers() -> None:
+    names = ["model.layers.10.x", "model.layers.9.x", "model.layers.\u00b2.x", f"model.layers.{'9' * 5000}.x"]
+    assert sorted(names, key=model_order)[:2] == ["model.layers.9.x", "model.layers.10.x"]
+
+
+def test_a_config_without_heads() -> None:
+    assert config_features("model.layers.0.self_attn.q_proj", {"hidden_size": 64, "num_attention_heads": 0}) == (
+        64,
+        None,
+    )

@@ -403,10 +403,33 @@ def test_verifier_checks_the_config(
 
 def test_damaged_manifest(write: Write) -> None:
     out, _, _ = write()
-    for changes in ({"manifest": []}, {"manifest_version": 2}):
+    digests = {"linears": {}, "tensors": {"x": 1}}
+    for changes in ({"manifest": []}, {"manifest": digests}, {"manifest_version": 2}, {"provenance": {"bpw": "4"}}):
         _edit_json(out / "bpwise.json", **{"manifest_version": 1, **changes})
-        with pytest.raises(FormatError, match="manifest"):
+        with pytest.raises(FormatError, match=r"bpwise\.json: .*quantize again"):
             verify_model(out)
+
+
+HEADERS: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {
+    "scale-missing": ("q_scale_max", lambda x: x[:1], "q_scale_max has shape"),
+    "scales-as-float32": ("q_scale_max", lambda x: x.float(), "q_scale_max: stored as torch.float32"),
+    "a-vector": ("q_weight", lambda x: x.flatten(), "q_weight: shape .* expected a matrix"),
+    "no-words": ("q_weight", lambda x: x[:0], "q_weight: shape .* expected a matrix"),
+    "other-inputs": ("q_invperm", lambda x: x[:32], "q_invperm has shape"),
+    "no-inputs": ("q_invperm", lambda x: x[:0], "q_invperm: shape"),
+    "odd-table": ("q_groups", lambda x: x[:1], "q_groups: shape"),
+}
+
+
+@pytest.mark.parametrize(("suffix", "change", "message"), HEADERS.values(), ids=HEADERS)
+def test_headers_are_checked_when_a_model_is_opened(
+    write: Write, suffix: str, change: Callable[[Tensor], Tensor], message: str
+) -> None:
+    out, _, _ = write()
+    name = f"model.layers.1.mlp.up_proj.{suffix}"
+    _rewrite(out, lambda tensors: tensors.update({name: change(tensors[name]).contiguous()}))
+    with pytest.raises((FormatError, ShapeError), match=message):
+        Exl2Model.open(out)
 
 
 def test_key_in_two_files(write: Write) -> None:
