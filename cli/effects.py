@@ -191,5 +191,5 @@ def refuse_without_effect(context: click.Context) -> None:
         if idle:
             have, them = ("has", "it") if len(idle) == 1 else ("have", "them")
             raise click.UsageError(
-                f"{' and '.join(idle)} {have} no effect {mode.when}: {mode.reason}. Leave {them} out."
+                f"{' and '.join(idle)} {have} no effect {mode.when}: {mode.reason}. Leave {them} out.", context
             )

@@ -79,6 +79,7 @@ def test_refused_with_one_sentence(
     message = result.stderr.splitlines()[-1]
     assert message.startswith(f"Error: {' and '.join(idle)} ha")
     assert "no effect" in message
+    assert result.stderr.startswith(f"Usage: cli {command[0]} ")
     assert list(tmp_path.iterdir()) == []
 
 
