@@ -196,7 +196,7 @@ OTHER: dict[str, Any] = {
     "query_pre_attn_scalar": 100,
     "sliding_window": 24,
     "num_experts_per_tok": 3,
-    "num_local_experts": 5,
+    "num_local_experts": 9,  # no fewer than any class has for a token
     "moe_intermediate_size": 32,
     "max_position_embeddings": 160,
     "use_qk_norm": True,
