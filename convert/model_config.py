@@ -119,6 +119,7 @@ def parse_config(config: Mapping[str, Any], path: Path) -> Any:
         )
     _check_sizes(config, path)
     plain = {key: deepcopy(value) for key, value in config.items() if key not in _NOT_PARSED}
+    _rename_su(text_config(plain))
     with explain_transformers(path):
         parsed = CONFIG_MAPPING[model_type].from_dict(plain)
         text = parsed.get_text_config()
@@ -184,7 +185,7 @@ def _declared(parsed: Any) -> dict[str, Any]:
     }
 
 
-def _rename_su(text: dict[str, Any]) -> None:
+def _rename_su(text: Mapping[str, Any]) -> None:
     for key in ("rope_scaling", "rope_parameters"):
         scaling = text.get(key)
         for name in ("type", "rope_type"):

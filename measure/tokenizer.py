@@ -9,8 +9,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from ..convert.families import is_known
+from ..convert.files import read_json
 from ..convert.hub import require_own_files
-from ..errors import CalibrationError
+from ..convert.model_config import parse_config
+from ..errors import CalibrationError, CheckpointError
 from .chat_template import ChatTemplate
 from .text import valid_unicode
 
@@ -174,15 +177,18 @@ def load_tokenizer(directory: Path) -> LoadedTokenizer:
     Raises:
         CalibrationError: The directory or the files in it are missing, damaged, or need their own code; or the
             tokenizer fails on a letter.
-        CheckpointError: A file leads outside the directory, or is only a pointer of Git LFS.
+        CheckpointError: A file leads outside the directory, or is only a pointer of Git LFS; or config.json is damaged.
     """
     if not directory.is_dir():
         raise CalibrationError(f"{directory}: no such directory. Name the directory of the model.")
     require_own_files(directory)
     from transformers import AutoTokenizer  # noqa: PLC0415 - takes seconds to import
 
+    config = _model_config(directory)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, config=config, local_files_only=True, trust_remote_code=False
+        )
     except BaseException as error:
         if not _is_failure(error):
             raise
@@ -205,6 +211,13 @@ def _is_failure(error: BaseException) -> bool:
 
 def _reason(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:_SHOWN_CHARACTERS]
+
+
+def _model_config(directory: Path) -> Any:
+    # As it is read for the model: Transformers itself does not take all that makers write, as Phi-3's rope type `su`.
+    path = directory / "config.json"
+    config = read_json(path, CheckpointError) if path.is_file() else {}
+    return parse_config(config, path) if is_known(config) else None
 
 
 def leading_ids(tokenizer: Tokenizer) -> list[int]:

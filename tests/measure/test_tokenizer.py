@@ -115,3 +115,13 @@ class TestFingerprint:
     def test_ids_that_the_tokenizer_does_not_have(self) -> None:
         rows = torch.tensor([[0, 7]])
         assert token_fingerprint(self.tokenizer("a"), rows) != token_fingerprint(self.tokenizer(*"abcdefgh"), rows)
+
+
+def test_phi_3_whose_rope_type_is_su(tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    # Transformers 5 does not take such a config, which Phi-3's first files of long contexts have.
+    byte_tokenizer.save_pretrained(tmp_path)
+    factors = {"long_factor": [2.0] * 48, "short_factor": [1.0] * 48}
+    config = {"model_type": "phi3", "original_max_position_embeddings": 64, "rope_scaling": {"type": "su", **factors}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    expected = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))("text")["input_ids"]
+    assert load_tokenizer(tmp_path)("text")["input_ids"] == expected
