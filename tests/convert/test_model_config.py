@@ -60,7 +60,7 @@ def test_the_language_part_is_completed(kind: str, tmp_path: Path) -> None:
     got = complete_config(whole, WHERE, embedding_rows=264)
     assert got["text_config"]["max_position_embeddings"] == expected.max_position_embeddings
     assert got["text_config"]["vocab_size"] == 264  # stored, and not the class's
-    assert got["vision_config"] == whole["vision_config"]
+    assert got["vision_config"].items() >= whole["vision_config"].items()
     assert "max_position_embeddings" not in whole["text_config"], "the original is not modified"
 
 
@@ -85,7 +85,8 @@ def test_su_is_longrope(tmp_path: Path) -> None:
     config = {**SIZES, "model_type": "phi3", "rope_theta": 1e4, "original_max_position_embeddings": 64}
     got = complete_config({**config, "rope_scaling": {"type": "su", **factors}}, WHERE, embedding_rows=None)
     again = parsed_by_transformers(tmp_path / "m", {**config, "rope_scaling": {"type": "longrope", **factors}})
-    assert got["rope_parameters"] == again.rope_parameters
+    want = {key: value for key, value in again.rope_parameters.items() if key != "type"}  # the older of two keys
+    assert got["rope_parameters"] == want
 
 
 LIES: dict[str, tuple[dict[str, Any], str]] = {
