@@ -54,6 +54,9 @@ _LARGEST = {
 }
 """Sizes at least ten times those of any known model: beyond them even an empty model takes minutes to build."""
 
+_MOST_LEVELS = 20
+"""Levels of objects and lists in a config; those of models have five."""
+
 _MAY_BE_ZERO = ("shared_expert_intermediate_size", "num_experts", "num_local_experts")
 """Sizes that are zero where a model has none of these."""
 
@@ -76,6 +79,7 @@ def complete_config(config: Mapping[str, Any], path: Path, *, embedding_rows: in
         CheckpointError: A value is impossible, contradicts another, or Transformers does not accept it.
         UnsupportedModelError: This version of Transformers does not know the model type.
     """
+    _check_parts(config, path)
     result = deepcopy(dict(config))
     text: Any = text_config(result)
     _rename_su(text)
@@ -83,6 +87,11 @@ def complete_config(config: Mapping[str, Any], path: Path, *, embedding_rows: in
         text["vocab_size"] = embedding_rows
     parsed = parse_config(result, path)
     language = parsed.get_text_config()
+    if isinstance(language, Mapping):  # a class without parts keeps what the file has under this key
+        raise CheckpointError(
+            f"{path}: a text_config that no {config['model_type']} model has. Got one in a model of a single part, "
+            "expected its keys at the top level. Move them there, or delete text_config."
+        )
     _complete(text, language)
     rope = getattr(language, "rope_parameters", None)
     if isinstance(rope, dict):
@@ -191,6 +200,20 @@ def _rename_su(text: Mapping[str, Any]) -> None:
         for name in ("type", "rope_type"):
             if isinstance(scaling, dict) and scaling.get(name) == "su":
                 scaling[name] = "longrope"
+
+
+def _check_parts(config: Mapping[str, Any], path: Path) -> None:
+    for key, value in config.items():
+        if key.endswith("_config") and value is not None and not isinstance(value, Mapping):
+            raise CheckpointError(f"{path}: wrong {key}. Got {value!r}, expected an object. Correct it.")
+    level: list[Any] = [config]
+    for _ in range(_MOST_LEVELS):
+        children = [child for part in level for child in (part.values() if isinstance(part, Mapping) else part)]
+        level = [child for child in children if isinstance(child, Mapping | list)]
+    if level:
+        raise CheckpointError(
+            f"{path}: nested too deeply. Got more than {_MOST_LEVELS} levels. The file is damaged: get it again."
+        )
 
 
 def _check_sizes(config: Mapping[str, Any], path: Path) -> None:

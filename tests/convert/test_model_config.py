@@ -123,6 +123,27 @@ def test_what_no_model_can_have_is_refused(changes: dict[str, Any], message: str
     assert message in str(caught.value)
 
 
+def nested(levels: int) -> Any:
+    return [nested(levels - 1)] if levels else 0
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"text_config": []}, "wrong text_config. Got []"),
+        ({"vision_config": 3}, "wrong vision_config. Got 3"),
+        ({"text_config": {"hidden_size": 3}}, "a text_config that no llama model has"),
+        ({"other": nested(300)}, "nested too deeply"),
+    ],
+    ids=["list", "number", "stray", "deep"],
+)
+def test_parts_that_are_no_configs_are_refused(extra: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        complete_config({**SIZES, "model_type": "llama", **extra}, WHERE, embedding_rows=None)
+    assert str(caught.value).startswith("m/config.json: ")
+    assert message in str(caught.value)
+
+
 def test_no_token_has_more_experts_than_there_are() -> None:
     config = {**SIZES, **FAMILIES["mixtral"], "model_type": "mixtral", "num_experts_per_tok": 5}
     with pytest.raises(CheckpointError, match="Got 5, expected at most 4"):

@@ -30,8 +30,7 @@ from bpwise.eval.overlap import stored_spans
 from bpwise.measure.calibration import CalibrationConfig, CalibrationSet, build_calibration
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig, measure_model, measured_rows
-from bpwise.measure.text import read_texts
-from bpwise.measure.tokenizer import chat_renderer, load_tokenizer
+from bpwise.measure.tokenizer import load_tokenizer
 from bpwise.quantize.cards import write_card
 from bpwise.quantize.pipeline import QuantizeConfig, is_finished, quantize_model
 from bpwise.quantize.plan import Plan, make_plan
@@ -440,6 +439,7 @@ def _read_imatrix(folder: Path, changed: Path) -> None:
         name: ggml_type("Q4_0") for name in read_gguf_header(base).tensors if ".attn_" in name and "norm" not in name
     }
     notes = imatrix_metadata(matrix, str(changed))
+    (folder / "out.gguf").unlink(missing_ok=True)
     write_gguf(base, folder / "out.gguf", types, file_type=2, importance=matrix.mean_squares, metadata=notes)
     _run_cli("inspect", folder / "out.gguf")
 
@@ -513,8 +513,8 @@ def _read_tokenizer(folder: Path, changed: Path) -> None:
 
 def _read_template(folder: Path, changed: Path) -> None:
     tokenizer = load_tokenizer(folder / "model")
-    source = read_texts(folder / "chat.jsonl", render_chat=chat_renderer(tokenizer))
-    assert all(isinstance(document.text, str) for document in source.documents())
+    config = CalibrationConfig(source=str(folder / "chat.jsonl"), chat_template=True, rows=2, row_tokens=32)
+    build_calibration(tokenizer, config, vocab_size=264)
 
 
 def _read_text(folder: Path, changed: Path) -> None:
