@@ -224,11 +224,8 @@ def _run(
     options: dict[str, Any],
 ) -> None:
     # One output, or one for each of several rates.
-    from ..convert.original import open_model
     from ..quantize.series import quantize_series
 
-    checkpoint = open_model(model)
-    _print_warnings(config.reader_warnings(checkpoint))
     shared = {
         "measurement": options["measurement"],
         "calibration": calibration,

@@ -407,6 +407,10 @@ def explained(path: Path, *, body_of: Path | None = None) -> Iterator[None]:
                 f"{shown(path)}: not written, the disk is full ({cause.strerror}). Free some space there, or "
                 "choose a path on another disk, and run again."
             ) from cause
+        if isinstance(cause, FileExistsError | NotADirectoryError):
+            raise WorkDirectoryError(
+                f"{shown(path)}: cannot be written, a parent of it is not a directory. Choose another path."
+            ) from cause
         raise WorkDirectoryError(
             f"{shown(path)}: cannot be written ({cause.strerror or cause}). Choose a path that you may write to."
         ) from cause

@@ -139,8 +139,8 @@ class ReplacedWeights(LanguageModel):
             UnsupportedModelError: The family is unknown.
             CheckpointError: The stored tensors are not those of the sizes in config.json.
         """
-        super().__init__(base)
         self._weights = {f"{name}.weight": read for name, read in weights.items()}
+        super().__init__(base)
 
     @property
     def fingerprint(self) -> str:
@@ -181,13 +181,13 @@ def _require_consistent(model: LanguageModel) -> None:
     where, config = model.directory, model.config
     blocks = {name.split(".")[2] for name in model.names if name.startswith(f"{model.family.blocks}.")}
     missing = next((index for index in range(model.block_count) if str(index) not in blocks), None)
+    if missing == 0:
+        model.shape(f"{model.family.linear_names(0, model.family.stages[0])[0]}.weight")  # says what is there instead
     if missing is not None:
         raise CheckpointError(
             f"{where}: the weights lack a block. Got no tensor of {model.family.blocks}.{missing}, expected "
             f"num_hidden_layers {model.block_count} of config.json. Get the missing files, or correct config.json."
         )
-    if EMBEDDING in model.names:
-        _require_shape(model, EMBEDDING, (config.get("vocab_size"), config.get("hidden_size")))
     for block in range(model.block_count):
         stages = model.family.block_stages(block, model.names)
         if not stages:

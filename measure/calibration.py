@@ -277,13 +277,16 @@ def build_calibration(
     )
 
 
-def require_ids_below(tokens: Tensor, vocab_size: int, tokenizer: Tokenizer | None = None) -> None:
+def require_ids_below(
+    tokens: Tensor, vocab_size: int, tokenizer: Tokenizer | None = None, *, use: str = "calibration"
+) -> None:
     """Refuse text with a token that a model's embedding has no row for.
 
     Args:
         tokens: Token ids, of any integer dtype and shape.
         vocab_size: Rows of the model's token embedding.
         tokenizer: What made the ids, to name the token; None if they are of a saved set.
+        use: What the text is for, for the message.
 
     Raises:
         CalibrationError: There is one.
@@ -291,9 +294,9 @@ def require_ids_below(tokens: Tensor, vocab_size: int, tokenizer: Tokenizer | No
     largest = int(tokens.max()) if tokens.numel() else 0
     if largest < vocab_size:
         return
-    got = f"got id {largest}, expected ids below the vocabulary size {vocab_size}"
+    got = f"got token id {largest}, expected ids below the vocabulary size {vocab_size}"
     if tokenizer is None:
-        raise CalibrationError(f"calibration set: its ids do not fit the model, {got}. Build the set with this model.")
+        raise CalibrationError(f"{use} text: {got}. Build the rows with this model's tokenizer.")
     (token,) = tokenizer.convert_ids_to_tokens([largest])
     raise CalibrationError(
         f"tokenizer: its ids do not fit the model, {got}: the text has the token {token!r}. Use the tokenizer that "

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ..convert.checkpoint import TensorSource
 from ..convert.language import language_config
-from ..errors import CalibrationError, ConfigError
-from .calibration import DEFAULT_ROW_TOKENS, CalibrationSet
+from ..errors import ConfigError
+from .calibration import DEFAULT_ROW_TOKENS, CalibrationSet, require_ids_below
 
 __all__ = ["CALIBRATION", "EVALUATION", "check_rows", "context_tokens", "fit_row_tokens", "shortened_line"]
 
@@ -57,12 +57,9 @@ def check_rows(source: TensorSource, rows: CalibrationSet, use: str) -> None:
         CalibrationError: A token id is outside the vocabulary.
         ConfigError: Rows have one token only or are longer than the model's context.
     """
-    largest, vocab_size = int(rows.tokens.max()), language_config(source).get("vocab_size")
-    if isinstance(vocab_size, int) and largest >= vocab_size:
-        raise CalibrationError(
-            f"{use} text: got token id {largest}, expected ids below the vocabulary size {vocab_size}. "
-            "Build the rows with this model's tokenizer."
-        )
+    vocab_size = language_config(source).get("vocab_size")
+    if isinstance(vocab_size, int):
+        require_ids_below(rows.tokens, vocab_size, use=use)
     row_tokens = rows.tokens.shape[1]
     if row_tokens < 2:
         raise ConfigError(f"{use} text: rows of 1 token, expected at least 2: the first is never predicted.")

@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from ..convert.exl2.layout import group_rows
 from ..convert.files import atomic_file
-from ..convert.safetensors_file import load_metadata
-from ..errors import FormatError
 from .measurement_file import HEADER_KEY, MeasuredTensors, read_measurement
 
 __all__ = [
@@ -272,8 +271,9 @@ class Measurement:
 def is_measurement(path: Path) -> bool:
     """Return whether a file is a measurement, of this version or another."""
     try:
-        return HEADER_KEY in load_metadata(path, FormatError)
-    except FormatError:
+        with safe_open(path, "np") as file:
+            return HEADER_KEY in (file.metadata() or {})
+    except (OSError, SafetensorError):
         return False
 
 

@@ -169,13 +169,14 @@ def quantize_to_gguf(
     directories, read = checkpoint.directories, (measurement, base)
     check_run(output, work, directories=directories, files=read, offload=config.offload_dirs)
     check_work(work)
-    checkpoint.prepare_fingerprint(progress)
-    measured = None if measurement is None else load_measurement(measurement, checkpoint)
-    require_gguf(checkpoint, output, config, measured=measured, rows=calibration)
-    if judge is None and config.evaluate is not None:
-        judge = Judge(checkpoint, config.evaluate, progress)
-    with reserved(output, _beside(output)), stages_in(work) as stages:
-        return _quantize(checkpoint, output, config, measurement, calibration, work, stages, base, judge, progress)
+    with reserved(output, _beside(output)):
+        checkpoint.prepare_fingerprint(progress)
+        measured = None if measurement is None else load_measurement(measurement, checkpoint)
+        require_gguf(checkpoint, output, config, measured=measured, rows=calibration)
+        if judge is None and config.evaluate is not None:
+            judge = Judge(checkpoint, config.evaluate, progress)
+        with stages_in(work) as stages:
+            return _quantize(checkpoint, output, config, measurement, calibration, work, stages, base, judge, progress)
 
 
 def convert_to_mixture(
@@ -213,11 +214,11 @@ def convert_to_mixture(
     matrix = None if imatrix is None else read_imatrix(imatrix)
     checkpoint = open_model(model)
     refuse_inputs(output, directories=checkpoint.directories, files=(imatrix, base))
-    require_mixture(checkpoint, output, chosen, matrix, evaluated=judge is not None)
-    if judge is not None:
-        judge.check_text(None)
     limits = require_llama_cpp(checkpoint.config)
     with reserved(output, _beside(output)), private_directory(output) as private:
+        require_mixture(checkpoint, chosen, matrix, evaluated=judge is not None)
+        if judge is not None:
+            judge.check_text(None)
         made = base or private / "base.gguf"
         warnings = () if base else _converted(checkpoint, made, llama_cpp)
         header = read_gguf_header(made)

@@ -135,14 +135,14 @@ def quantize_model(
     work = work or work_beside(output)
     check_run(output, work, directories=checkpoint.directories, files=(measurement,), offload=config.offload_dirs)
     check_work(work)
-    if measurement is not None:
-        checkpoint.prepare_fingerprint(progress)
-    measured = None if measurement is None else load_measurement(measurement, checkpoint)
-    require_exl2(checkpoint, output, config, measured=measured, rows=calibration)
-    if judge is None and config.evaluate is not None:
-        judge = Judge(checkpoint, config.evaluate, progress)
     with reserved(output):
         is_finished(output, model=lambda: checkpoint.fingerprint)
+        if measurement is not None:
+            checkpoint.prepare_fingerprint(progress)
+        measured = None if measurement is None else load_measurement(measurement, checkpoint)
+        require_exl2(checkpoint, output, config, measured=measured, rows=calibration)
+        if judge is None and config.evaluate is not None:
+            judge = Judge(checkpoint, config.evaluate, progress)
         with stages_in(work) as stages:
             return _quantize(checkpoint, output, config, measurement, calibration, work, stages, judge, progress)
 

@@ -169,13 +169,12 @@ def largest_file_bytes(checkpoint: Checkpoint, config: GgufConfig) -> int | None
 
 
 def require_mixture(
-    checkpoint: Checkpoint, output: Path, chosen: Mixture, matrix: ImportanceMatrix | None, *, evaluated: bool
+    checkpoint: Checkpoint, chosen: Mixture, matrix: ImportanceMatrix | None, *, evaluated: bool
 ) -> None:
     """Refuse what cannot be converted to one of llama.cpp's mixtures, as far as it is known before it is converted.
 
     Args:
         checkpoint: The original.
-        output: File to make.
         chosen: The mixture.
         matrix: Importances of the inputs; None if there are none.
         evaluated: Whether the file shall be compared with the original.
@@ -184,7 +183,6 @@ def require_mixture(
         BpwiseError: ggml's library is not installed.
         ConfigError: The mixture needs importances, or they are those of another model.
         UnsupportedModelError: The file could not be read back to be compared.
-        WorkDirectoryError: The file cannot be made there.
     """
     if TYPES[chosen.default].quantized:
         require_kernels()

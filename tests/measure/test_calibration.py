@@ -225,7 +225,7 @@ class TestUserText:
         assert build(tmp_path / "a.txt", rows=2, row_tokens=61).tokens[1, -1] == EOS
 
     def test_ids_outside_the_model(self, numbered: Path) -> None:
-        message = r"got id 256, expected ids below the vocabulary size 200: the text has the token '<bos>'"
+        message = r"got token id 256, expected ids below the vocabulary size 200: the text has the token '<bos>'"
         with pytest.raises(CalibrationError, match=message):
             build(numbered, rows=1, row_tokens=8, vocab_size=200)
 
@@ -420,7 +420,7 @@ class TestVocabulary:
     def test_ids_beyond_it(self) -> None:
         rows = torch.tensor([[1, 300]])
         require_ids_below(rows, 301)
-        with pytest.raises(CalibrationError, match=r"calibration set: .*got id 300, .* vocabulary size 300\."):
+        with pytest.raises(CalibrationError, match=r"calibration text: got token id 300, .* vocabulary size 300\."):
             require_ids_below(rows, 300)
 
     def test_ids_that_mean_something_else(self) -> None:

@@ -314,9 +314,9 @@ def test_no_library_of_ggml(tmp_path: Path, byte_tokenizer: Any, monkeypatch: py
 class TestPlace:
     def test_below_a_file(self, tiny_model: Path, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
-        with pytest.raises(WorkDirectoryError, match=r"file is not a directory"):
+        with pytest.raises(WorkDirectoryError, match=r"a parent of it is not a directory"):
             quantize_model(tiny_model, tmp_path / "file" / "out", QuantizeConfig(bpw=4.5, evaluate=None))
-        with pytest.raises(WorkDirectoryError, match=r"file is not a directory"):
+        with pytest.raises(WorkDirectoryError, match=r"a parent of it is not a directory"):
             measure_to_file(tiny_model, tmp_path / "file" / "m.safetensors", MeasureConfig())
 
     def test_a_disk_that_is_too_small(self, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

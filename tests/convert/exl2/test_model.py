@@ -386,7 +386,11 @@ def test_verifier_refuses(change: Callable[[dict[str, Tensor]], Any], message: s
     ("changes", "error", "message"),
     [
         ({"architectures": ["A", "B"]}, FormatError, "exactly one name"),
-        ({"rope_scaling": {"type": "a", "rope_type": "a"}}, FormatError, "both type and rope_type"),
+        (
+            {"rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 2.0}},
+            FormatError,
+            "both type and rope_type",
+        ),
         ({"vocab_size": 200}, ShapeError, "lm_head"),
         ({"hidden_size": 96}, ShapeError, "q_invperm|q_weight"),
         ({"vocab_size": 99}, VerificationError, "lm_head"),

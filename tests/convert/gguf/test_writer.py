@@ -107,6 +107,7 @@ def test_finished_bytes_may_be_as_far_away_as_they_were_meant_to_be(make_gguf: M
     assert distance > 1.5 * float(original.square().sum())
 
     def write(**meant: float) -> None:
+        (tmp_path / "out.gguf").unlink(missing_ok=True)
         distances = {name: meant["distance"]} if meant else {}
         ready = {name: lambda: moved}
         write_gguf(base, tmp_path / "out.gguf", types_of(base, kind), file_type=7, encoded=ready, distances=distances)
