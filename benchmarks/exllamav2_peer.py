@@ -28,8 +28,9 @@ import click
 from bpwise.convert.checkpoint import Checkpoint
 from bpwise.convert.exl2.config import exl2_config
 from bpwise.convert.exl2.verify import verify_model
-from bpwise.convert.files import atomic_directory, read_json, write_json
+from bpwise.convert.files import atomic_directory, write_json
 from bpwise.convert.original import open_model
+from bpwise.convert.schemas import read_json
 from bpwise.errors import BpwiseError, ConfigError, WorkDirectoryError
 from bpwise.measure.calibration import CalibrationConfig, CalibrationSet
 from bpwise.measure.run import calibration_rows

@@ -19,10 +19,10 @@ from ..progress import Progress, silent
 from .content import file_digests
 from .exl2.names import text_config
 from .families import is_known
-from .files import read_json, read_schema
 from .hub import confined_file, list_directory, require_own_files, resolve_model
 from .model_config import complete_config
 from .safetensors_file import HeaderEntry, SafetensorsHeader, read_entry, read_header
+from .schemas import read_json, read_schema
 
 __all__ = [
     "FLOAT_DTYPES",

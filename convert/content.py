@@ -29,7 +29,8 @@ import msgspec
 
 from ..errors import BpwiseError, FormatError, WorkDirectoryError
 from ..progress import Progress, silent
-from .files import read_schema, write_json
+from .files import write_json
+from .schemas import read_schema
 
 __all__ = ["cache_directory", "file_digests"]
 

@@ -25,10 +25,10 @@ from ..errors import CheckpointError
 from .checkpoint import Checkpoint, TensorInfo, embedding_name, head_name, require_finite
 from .content import file_digests
 from .families import HEAD, composite_of
-from .files import read_schema
 from .hub import confined_file
 from .language import plain_name
 from .safetensors_file import SafetensorsHeader, read_entry, read_header
+from .schemas import read_schema
 from .views import CheckpointView
 
 __all__ = ["LoraView"]

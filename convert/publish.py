@@ -16,10 +16,10 @@ from .exl2.config import stored_rates
 from .exl2.manifest import MANIFEST_FILE
 from .exl2.reader import is_exl2
 from .exl2.verify import verify_model
-from .files import read_json
 from .gguf.verify import verify_gguf
 from .hub import confined_file, list_directory
 from .mark import read_mark
+from .schemas import read_json
 from .side_files import TEMPLATE_DIRECTORY, is_side_file
 
 if TYPE_CHECKING:

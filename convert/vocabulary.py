@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import BpwiseWarning, CheckpointError
 from .checkpoint import Checkpoint, embedding_name
-from .files import read_json
+from .schemas import read_json
 
 __all__ = ["tokens_beyond", "warn_of_tokens_beyond"]
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ..errors import BpwiseWarning, BrokenModelError, WorkDirectoryError
-from .files import clear_partials, explained, read_json, shown, write_json
+from .files import clear_partials, explained, shown, write_json
 from .places import locked, named, try_directory
 from .safetensors_file import HeaderEntry, NewTensor, load_tensors, read_entry, read_header, save_tensors
+from .schemas import read_json
 
 __all__ = ["RunStages", "StageDirectory", "claimed", "discard_stage", "stages_in"]
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from ..convert.checkpoint import TensorSource
 from ..convert.exl2.reader import Exl2Model
-from ..convert.files import NonNegative, Number, check_schema, read_json
 from ..convert.gguf.reader import GgufModel
 from ..convert.gguf.types import TYPES
 from ..convert.places import named, work_beside
+from ..convert.schemas import NonNegative, Number, check_schema, read_json
 from ..errors import FormatError
 
 __all__ = ["LinearCost", "linear_costs", "plan_beside"]

@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..convert.files import atomic_file, read_json, try_file, write_json, write_text
+from ..convert.files import atomic_file, try_file, write_json, write_text
 from ..convert.places import refuse_foreign, try_directory
+from ..convert.schemas import read_json
 from ..errors import FormatError
 from ..version import __version__
 from .comparison import Comparison

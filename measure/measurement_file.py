@@ -17,8 +17,8 @@ from numpy.typing import DTypeLike, NDArray
 from safetensors import safe_open
 
 from ..convert.exl2.layout import ROW_MULTIPLE, WIDTHS
-from ..convert.files import Count, Positive, check_schema, parse_schema
 from ..convert.gguf.types import TYPES
+from ..convert.schemas import Count, Positive, check_schema, parse_schema
 from ..errors import FormatError
 
 __all__ = ["HEADER_KEY", "EmbeddingHeader", "MeasuredTensors", "MeasurementHeader", "read_measurement"]

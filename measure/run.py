@@ -13,11 +13,11 @@ import torch
 from ..convert.checkpoint import Checkpoint
 from ..convert.exl2.layout import ROW_MULTIPLE, WIDTHS
 from ..convert.families import HEAD
-from ..convert.files import check_schema
 from ..convert.gguf.types import GgmlType
 from ..convert.language import LanguageModel, language_config, language_model
 from ..convert.original import Original, open_model
 from ..convert.places import check_run, refuse_foreign, reserved, work_beside
+from ..convert.schemas import check_schema
 from ..convert.work import StageDirectory, stages_in
 from ..errors import ConfigError, FormatError
 from ..progress import Progress, silent

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ..convert.families import is_known
-from ..convert.files import read_json
 from ..convert.hub import require_own_files
 from ..convert.model_config import parse_config
+from ..convert.schemas import read_json
 from ..errors import CalibrationError, CheckpointError
 from .chat_template import ChatTemplate
 from .text import valid_unicode

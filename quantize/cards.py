@@ -17,11 +17,12 @@ from ..convert.exl2.manifest import Changes, Provenance, read_manifest
 from ..convert.exl2.reader import Exl2Model
 from ..convert.exl2.readers import reader_warnings
 from ..convert.families import is_known
-from ..convert.files import Count, NonNegative, Number, check_schema, read_json, write_text
+from ..convert.files import write_text
 from ..convert.gguf.reader import GgufModel
 from ..convert.gguf.readers import LIMITS_KEY
 from ..convert.hub import resolve_model
 from ..convert.mark import read_mark
+from ..convert.schemas import Count, NonNegative, Number, check_schema, read_json
 from ..errors import BrokenModelError, ConfigError, FormatError
 from ..eval.models import model_name, open_any
 from ..eval.report import JSON_NAME

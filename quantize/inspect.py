@@ -13,10 +13,10 @@ import numpy as np
 
 from ..convert.exl2.names import HEAD
 from ..convert.exl2.reader import Exl2Model, is_exl2
-from ..convert.files import read_json
 from ..convert.gguf.header import is_gguf, read_gguf_header
 from ..convert.original import open_model
 from ..convert.safetensors_file import load_metadata
+from ..convert.schemas import read_json
 from ..errors import FormatError
 from ..measure.calibration import CalibrationSet
 from ..measure.measurement import HEADER_KEY, Measurement

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ..convert.exl2.layout import MAX_ROWS, ROW_MULTIPLE
 from ..convert.families import HEAD
-from ..convert.files import Positive
+from ..convert.schemas import Positive
 from ..errors import ConfigError
 from .linears import Shaped, matching, unit_of
 

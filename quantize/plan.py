@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from ..convert.exl2.layout import WIDTHS, RowGroup, group_rows, linear_bits, padded_columns
-from ..convert.files import NonNegative, Number, Positive, check_schema, read_json, write_json
+from ..convert.files import write_json
+from ..convert.schemas import NonNegative, Number, Positive, check_schema, read_json
 from ..errors import FormatError
 from ..measure.measurement import MeasuredLinear, Measurement
 from .allocate import allocate

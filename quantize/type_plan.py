@@ -12,9 +12,10 @@ from typing import Annotated
 import msgspec
 import numpy as np
 
-from ..convert.files import Count, Number, Positive, check_schema, read_json, write_json
+from ..convert.files import write_json
 from ..convert.gguf.names import gguf_name
 from ..convert.gguf.types import TYPES, GgmlType, ggml_type
+from ..convert.schemas import Count, Number, Positive, check_schema, read_json
 from ..errors import BudgetError, ConfigError, FormatError
 from ..measure.measurement import Measurement
 from .knapsack import choose

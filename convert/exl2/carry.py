@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ...errors import BpwiseError, CheckpointError
-from ..files import read_json, write_json
+from ..files import write_json
 from ..hub import confined_file, side_files
+from ..schemas import read_json
 from .vision import IMAGE_PROCESSOR_FILE, PROCESSOR_FILE, image_processor
 
 __all__ = ["copy_side_files", "require_float16_range"]

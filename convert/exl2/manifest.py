@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import FormatError
-from ..files import Count, NonNegative, Number, check_schema, read_json
 from ..hub import confined_file
+from ..schemas import Count, NonNegative, Number, check_schema, read_json
 
 __all__ = ["MANIFEST_FILE", "MANIFEST_VERSION", "Changes", "Manifest", "Provenance", "read_manifest"]
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from ...errors import CheckpointError, FormatError, ShapeError
 from ..checkpoint import Checkpoint, confined_file, embedding_rows
 from ..families import is_known
-from ..files import read_json
 from ..model_config import complete_config
 from ..safetensors_file import HeaderEntry, SafetensorsHeader, read_entry, read_header
+from ..schemas import read_json
 from .config import dense_config
 from .linear import QuantizedLinear
 from .names import config_features, head_names, is_linear, model_order

@@ -23,8 +23,9 @@ from ...errors import BpwiseError, CheckpointError
 from ..base_card import CARD_NAME
 from ..checkpoint import Checkpoint
 from ..exl2.shards import DEFAULT_SHARD_BYTES, ShardWriter
-from ..files import DISK_FULL, atomic_file, private_directory, read_json
+from ..files import DISK_FULL, atomic_file, private_directory
 from ..hub import confined_file, side_files
+from ..schemas import read_json
 from ..side_files import CONFIG_FILE, SETTINGS
 from ..views import CheckpointView
 from .header import read_gguf_header

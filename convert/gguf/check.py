@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...errors import CheckpointError, VerificationError
 from ..checkpoint import Checkpoint
-from ..files import read_json
+from ..schemas import read_json
 from .header import GgufHeader, read_gguf_header
 
 __all__ = ["check_base"]

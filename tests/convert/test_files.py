@@ -13,21 +13,9 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgspec
 import pytest
 import torch
-from bpwise.convert.files import (
-    Count,
-    Number,
-    Positive,
-    atomic_directory,
-    atomic_file,
-    clear_partials,
-    parse_schema,
-    private_directory,
-    read_json,
-    read_schema,
-    try_file,
-    write_json,
-)
+from bpwise.convert.files import atomic_directory, atomic_file, clear_partials, private_directory, try_file, write_json
 from bpwise.convert.safetensors_file import load_metadata, load_tensors, save_tensors
+from bpwise.convert.schemas import Count, Number, Positive, parse_schema, read_json, read_schema
 from bpwise.errors import ConfigError, FormatError, NumericalError, WorkDirectoryError
 from safetensors.torch import load_file, save_file
 
