@@ -16,6 +16,7 @@ from ..errors import BpwiseError, BpwiseWarning
 from ..version import __version__
 from .allocator import give_back_large_blocks
 from .effects import refuse_without_effect
+from .output import say
 
 __all__ = ["cli", "main"]
 
@@ -57,13 +58,14 @@ class _Group(click.Group):
             number = stop.number if isinstance(stop, _Stopped) else int(signal.SIGINT)
             # Progress bars leave the cursor in their line. A terminal that was closed takes no more words.
             with suppress(OSError):
-                click.echo(f"\nStopped. {stop}".rstrip(), err=True)
+                say("", err=True)
+                say(f"Stopped. {stop}".rstrip(), err=True)
             raise click.exceptions.Exit(128 + number) from stop
 
 
 def _show_warning(others: Callable[..., None], message: Warning | str, category: type[Warning], *where: Any) -> None:
     if issubclass(category, BpwiseWarning):
-        click.echo(f"warning     {message}", err=True)
+        say(f"warning     {message}", err=True)
     else:
         others(message, category, *where)
 
@@ -85,4 +87,7 @@ def main() -> None:
 
 
 def _stop(number: int, _frame: FrameType | None) -> None:
+    for name in _STOPPING:  # a second one must not stop the cleaning up
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     raise _Stopped(number)

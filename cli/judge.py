@@ -29,7 +29,7 @@ from .options import (
 from .output import say
 
 if TYPE_CHECKING:
-    from ..convert.original import Original
+    from ..convert.checkpoint import TensorSource
     from ..eval.comparison import Comparison, EvalConfig
     from ..eval.layers import LinearCost
     from ..eval.needle import NeedleConfig
@@ -142,13 +142,13 @@ def evaluate(
     place, prefix = _report_place(quantized, output, engine)
     forms = [form for form, wanted in (("svg", plots), ("png", png)) if wanted]
     _check_places(original, options, place, prefix, forms, given=[output, cache_dir])
-    source = open_original(original, options)
+    source = open_any(open_original(original, options))
     if png:
         check_png()
     lengths, samples = options.pop("needle"), options.pop("needle_samples")
     asked = {name: options.pop(name) for name in TASK_OPTIONS}
     config = EvalConfig(allow_calibration_text=options.pop("force_eval_text"), **options)
-    say_shortened(open_any(source), evaluation=config.row_tokens)
+    say_shortened(source, evaluation=config.row_tokens)
     loaded, hidden = None, None
     if asked["tasks"]:
         loaded = load_tasks(TaskConfig(**asked, dtype=config.dtype, device=config.device))
@@ -203,7 +203,7 @@ def _check_places(
 
 
 def _write_reports(
-    source: Original,
+    source: TensorSource,
     comparisons: Sequence[Comparison],
     quantized: Sequence[Path],
     costs: Sequence[Sequence[LinearCost]],
@@ -261,7 +261,7 @@ def _reconsider_marks(
 
 
 def _compared_in_engine(
-    source: Original, quantized: Sequence[Path], config: EvalConfig, base: Path | None, llama_cpp: Path | None
+    source: TensorSource, quantized: Sequence[Path], config: EvalConfig, base: Path | None, llama_cpp: Path | None
 ) -> list[Comparison]:
     from ..eval.engine import evaluate_in_engine
 

@@ -275,10 +275,6 @@ def explained(path: Path, *, body_of: Path | None = None) -> Iterator[None]:
                 f"{shown(path)}: not written, the disk is full ({cause.strerror}). Free some space there, or "
                 "choose a path on another disk, and run again."
             ) from cause
-        if isinstance(cause, FileExistsError | NotADirectoryError):
-            raise WorkDirectoryError(
-                f"{shown(path)}: cannot be written, a parent of it is not a directory. Choose another path."
-            ) from cause
         raise WorkDirectoryError(
             f"{shown(path)}: cannot be written ({cause.strerror or cause}). Choose a path that you may write to."
         ) from cause
@@ -293,7 +289,12 @@ def _begin(path: Path, temporary: Path, *, new: bool = False, name: Path | None 
     # A place that cannot be written shows here, under the target's name, and not in a body that does other things too.
     with explained(name or path):
         str(path).encode()  # reports and terminals show it
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as cause:
+            raise WorkDirectoryError(
+                f"{shown(name or path)}: cannot be written, a parent of it is not a directory. Choose another path."
+            ) from cause
         _refuse_in_the_way(path, new=new)
         try:
             temporary.write_bytes(data)

@@ -55,6 +55,7 @@ class StageDirectory:
         """
         self._intact: set[str] = set()
         self.path = _path(work, stage, identity)
+        clear_partials(self.path)
         if not (self.path / _IDENTITY).exists():
             write_json(self.path / _IDENTITY, dict(identity))
 

@@ -138,7 +138,9 @@ def evaluation_rows(tokenizer: Tokenizer, config: EvalConfig, *, vocab_size: int
     return build_calibration(tokenizer, config.calibration_config(), vocab_size=vocab_size, part="evaluation")
 
 
-def evaluate(original: Original, quantized: str | Path, config: EvalConfig, progress: Progress = silent) -> Comparison:
+def evaluate(
+    original: Original | TensorSource, quantized: str | Path, config: EvalConfig, progress: Progress = silent
+) -> Comparison:
     """Compare a quantized model with its original on held-out text.
 
     Args:
@@ -155,7 +157,7 @@ def evaluate(original: Original, quantized: str | Path, config: EvalConfig, prog
 
 
 def evaluate_each(
-    original: Original,
+    original: Original | TensorSource,
     quantized: Sequence[str | Path],
     config: EvalConfig,
     progress: Progress = silent,

@@ -42,7 +42,7 @@ _SAME_MODEL_NATS = 0.01
 
 
 def evaluate_in_engine(
-    original: Original,
+    original: Original | TensorSource,
     quantized: Path,
     config: EvalConfig,
     progress: Progress = silent,

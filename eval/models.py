@@ -20,6 +20,7 @@ __all__ = [
     "ModelSummary",
     "check_vocabularies",
     "device_name",
+    "directory_name",
     "model_name",
     "open_any",
     "open_pair",
@@ -49,19 +50,19 @@ class ModelSummary:
     bits_per_parameter: float | None
 
 
-def open_any(model: Original) -> TensorSource:
+def open_any(model: Original | TensorSource) -> TensorSource:
     """Open an EXL2 model, a GGUF file or an unquantized checkpoint.
 
     Args:
-        model: A local directory or GGUF file (``Path`` or ``str``), a Hugging Face Hub id (``str`` only), or what
-            ``open_model`` made of one.
+        model: A local directory or GGUF file (``Path`` or ``str``), a Hugging Face Hub id (``str`` only), or an open
+            model, which is returned as it is.
 
     Raises:
         CheckpointError: It cannot be found, or its files are missing, unsafe or inconsistent.
         FormatError: It is an EXL2 or GGUF model that breaks the format's rules.
         UnsupportedModelError: It is a GGUF file of an architecture that is unknown.
     """
-    if isinstance(model, Checkpoint):
+    if not isinstance(model, str | Path):
         return model
     if Path(model).is_file():
         return GgufModel.open(Path(model))
@@ -69,7 +70,9 @@ def open_any(model: Original) -> TensorSource:
     return Exl2Model.open(directory) if is_exl2(directory) else open_model(directory)
 
 
-def open_pair(original: Original, quantized: Sequence[str | Path]) -> tuple[TensorSource, list[TensorSource]]:
+def open_pair(
+    original: Original | TensorSource, quantized: Sequence[str | Path]
+) -> tuple[TensorSource, list[TensorSource]]:
     """Open an original and what was made of it, and check that they can be compared.
 
     Args:
@@ -138,8 +141,13 @@ def model_name(source: TensorSource) -> str:
     """Return the name of a model's file or directory, or its Hub id."""
     if isinstance(source, GgufModel):
         return source.path.name
+    return directory_name(source.directory)
+
+
+def directory_name(directory: Path) -> str:
+    """Return the name of a model's directory, or its Hub id if it lies in the Hub's cache."""
     # A snapshot in the Hub's cache lies in models--OWNER--NAME/snapshots/REVISION.
-    resolved = source.directory.resolve()
+    resolved = directory.resolve()
     repository = resolved.parent.parent.name
     if resolved.parent.name == "snapshots" and repository.startswith("models--"):
         return repository.removeprefix("models--").replace("--", "/")

@@ -175,7 +175,10 @@ class NeedlePrompts:
 
 
 def evaluate_needle(
-    original: Original, quantized: Sequence[str | Path], config: NeedleConfig, progress: Progress = silent
+    original: Original | TensorSource,
+    quantized: Sequence[str | Path],
+    config: NeedleConfig,
+    progress: Progress = silent,
 ) -> NeedleReport:
     """Hide the same needles from an original and from quantized models.
 
@@ -217,7 +220,7 @@ def evaluate_needle(
     )
 
 
-def check_needle(original: Original, quantized: Sequence[str | Path], config: NeedleConfig) -> None:
+def check_needle(original: Original | TensorSource, quantized: Sequence[str | Path], config: NeedleConfig) -> None:
     """Refuse what ``evaluate_needle`` would refuse before it runs a model, for callers with other work before it.
 
     Raises:

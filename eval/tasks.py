@@ -177,7 +177,7 @@ def _set_fewshot(task: Any, number: int | None) -> None:
 
 
 def evaluate_tasks(
-    original: Original, quantized: Sequence[str | Path], loaded: LoadedTasks, progress: Progress = silent
+    original: Original | TensorSource, quantized: Sequence[str | Path], loaded: LoadedTasks, progress: Progress = silent
 ) -> TaskReport:
     """Ask an original and quantized models the same questions, and compare their answers question by question.
 

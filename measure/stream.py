@@ -117,8 +117,9 @@ class StreamedModel:
         self._blocks: list[nn.Module] = list(parent)
         for block in self._blocks:
             split_block(block, self.family, self._source.config)
+        table = self.embedding_name
         for name, parameter in self._model.named_parameters(remove_duplicate=False):
-            _located(self._source, name, parameter.shape, self.embedding_name)
+            _located(self._source, name, parameter.shape, table)
         for index in range(len(self._blocks)):
             parent[index] = _Recorder(self, index)
         self._calls: dict[tuple[int, ...], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
@@ -309,12 +310,12 @@ class StreamedModel:
 
     @contextmanager
     def _loaded(self, module: nn.Module, name: str, skip: str | None = None) -> Iterator[nn.Module]:
-        empty = dict(module.named_parameters(remove_duplicate=False))
+        empty, table = dict(module.named_parameters(remove_duplicate=False)), self.embedding_name
         for inner, parameter in empty.items():
             full = f"{name}.{inner}" if name else inner
             if skip is None or not full.startswith(f"{skip}."):
                 dtype = None if full == f"{HEAD}.weight" else self.dtype
-                weight = _read(self._source, full, parameter.shape, self.embedding_name)
+                weight = _read(self._source, full, parameter.shape, table)
                 _set_parameter(module, inner, _parameter(weight.to(device=self.device, dtype=dtype)))
                 del weight
         try:

@@ -24,7 +24,7 @@ from ..convert.hub import resolve_model
 from ..convert.mark import read_mark
 from ..convert.schemas import Count, NonNegative, Number, check_schema, read_json
 from ..errors import BrokenModelError, ConfigError, FormatError
-from ..eval.models import model_name, open_any
+from ..eval.models import directory_name, open_any
 from ..eval.report import JSON_NAME
 
 __all__ = ["card_path", "check_base_model", "make_card", "output_name", "write_card"]
@@ -119,7 +119,7 @@ def _base_name(report: _Report | None, directory: Path | None, base_model: str |
     if base_model is not None:
         return base_model
     if directory is not None:
-        return model_name(open_any(directory))
+        return directory_name(directory)
     return "the original" if report is None else report.original.name
 
 

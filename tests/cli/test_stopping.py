@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 
 WAIT = """
+import signal
 import time
 from pathlib import Path
 from bpwise.cli.group import cli, main
 from bpwise.convert.files import atomic_directory, atomic_file
 from bpwise.convert.places import reserved
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
 @cli.command()
 def wait():

@@ -235,14 +235,6 @@ class TestRefusals:
         with pytest.raises(CheckpointError, match="300 tokens, expected 264"):
             evaluate(original, quantized, config())
 
-    def test_no_vocabulary_size(self, make_model: MakeModel) -> None:
-        path = make_model("original")
-        settings = json.loads((path / "config.json").read_text())
-        del settings["vocab_size"]
-        (path / "config.json").write_text(json.dumps(settings))
-        with pytest.raises(CheckpointError, match="vocab_size"):
-            compare_models(open_any(path), open_any(path), rows_of(), config())
-
     @pytest.mark.parametrize(
         ("rows", "error", "message"),
         [

@@ -236,8 +236,12 @@ class TestCache:
 
         before = key()
         others = [key(changed), key(tokens.view(-1, 6)), key(dtype=torch.bfloat16), key(device="cuda")]
+        weights = path / "model.safetensors"
+        weights.touch()
         assert key() == before
-        (path / "model.safetensors").touch()
+        data = bytearray(weights.read_bytes())
+        data[-1] ^= 1
+        weights.write_bytes(data)
         assert len({before, *others, key()}) == 6
 
     @pytest.mark.parametrize("damage", ["cut", "flipped", "floor", "beyond-floats", "nonsense"])
