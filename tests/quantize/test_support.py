@@ -387,7 +387,7 @@ def test_a_missing_converter_shows_before_the_model_is_read(
         lambda: quantize_series(known, tmp_path / "x", config, [8, 6]),
         lambda: convert_to_mixture(known, tmp_path / "x.gguf", "Q4_0", llama_cpp=nowhere),
     ):
-        with pytest.raises(BpwiseError, match="nowhere: llama.cpp's converter is not there"):
+        with pytest.raises(BpwiseError, match=r"nowhere: llama\.cpp's converter is not there"):
             run()
     assert list(tmp_path.iterdir()) == []
 
