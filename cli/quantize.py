@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -152,8 +152,10 @@ def _check_usage(output: Path, gguf: bool, options: dict[str, Any]) -> None:
 
 
 def _quantize_to_exl2(model: Checkpoint, output: Path, evaluate: EvalConfig | None, options: dict[str, Any]) -> None:
+    from ..eval.models import model_name
     from ..quantize.pipeline import QuantizeConfig, quantize_model
     from ..quantize.scope import WidthOverride
+    from ..quantize.series import output_paths
 
     measure_config, saved = _measuring(model, options, types=False)
     rates = options["bpw"] or ()
@@ -175,8 +177,12 @@ def _quantize_to_exl2(model: Checkpoint, output: Path, evaluate: EvalConfig | No
     )
     if options["dry_run"]:
         _print_warnings(config.reader_warnings(model))
-        for bpw in rates or (None,):
-            _print_forecast(model, output, replace(config, bpw=bpw), saved, options["measurement"])
+        if len(rates) > 1:
+            paths = output_paths(config.base_model or model_name(model), output, config, rates)
+            outputs = {path: replace(config, bpw=bpw) for bpw, path in paths.items()}
+        else:
+            outputs = {output: config}
+        _print_forecasts(model, outputs, saved, options["measurement"])
         return
     _run(quantize_model, model, output, config, saved, options)
 
@@ -241,11 +247,14 @@ def _run(
 
 def _convert_to_mixture(model: Checkpoint, output: Path, evaluate: EvalConfig | None, options: dict[str, Any]) -> None:
     from ..convert.gguf.readers import require_llama_cpp
-    from ..eval.report import summary_lines, write_report
+    from ..eval.report import summary_lines, try_report, write_report
     from ..quantize.gguf_pipeline import convert_to_mixture
     from ..quantize.judge import Judge
 
-    _print_warnings(require_llama_cpp(model.config))
+    limits = require_llama_cpp(model.config)
+    _print_warnings(limits)
+    if evaluate is not None:
+        try_report(output.parent, prefix=f"{output.stem}.")
     judge = None if evaluate is None else Judge(model, evaluate, progress_bar)
     written, warnings = convert_to_mixture(
         model,
@@ -256,7 +265,7 @@ def _convert_to_mixture(model: Checkpoint, output: Path, evaluate: EvalConfig | 
         judge=judge,
         progress=progress_bar,
     )
-    _print_warnings(warnings)
+    _print_warnings(warning for warning in warnings if warning not in limits)
     say(f"size        {written.file_bytes / MIB:.1f} MiB; {written.bpw:.4f} bpw over all tensors -> {output}")
     if judge is not None:
         comparison = judge.compare(output, predicted_nats=None)
@@ -271,20 +280,21 @@ def _print_warnings(warnings: Iterable[str]) -> None:
         say(f"warning     {warning}", err=True)
 
 
-def _print_forecast(
-    model: Checkpoint, output: Path, config: QuantizeConfig, rows: CalibrationSet | None, measurement: Path | None
+def _print_forecasts(
+    model: Checkpoint, outputs: Mapping[Path, QuantizeConfig], rows: CalibrationSet | None, measurement: Path | None
 ) -> None:
     from ..quantize.kept import kept_lines
     from ..quantize.obtain import load_measurement
     from ..quantize.scope import shown_range
     from ..quantize.support import require_exl2
 
-    measured = None if measurement is None else load_measurement(measurement, model)
-    forecast = require_exl2(model, output, config, measured=measured, rows=rows)
-    say(f"original      {forecast.original_bytes / MIB:10.1f} MiB")
-    say(f"quantized     {forecast.output_bytes / MIB:10.1f} MiB at {forecast.bpw:g} bpw, head bits {config.head_bits}")
-    say(f"possible bpw  {shown_range(forecast.lowest_bpw, forecast.highest_bpw):>20}")
-    for line in kept_lines(forecast.kept, forecast.head_reason):
-        say(f"float16       {line}")
-    say(f"memory        {forecast.memory_bytes / MIB:10.0f} MiB at most, roughly")
-    say(f"work on disk  {forecast.disk_bytes / MIB:10.0f} MiB at most, roughly")
+    measured = None if measurement is None else load_measurement(measurement, model, progress_bar)
+    for output, forecast in require_exl2(model, outputs, measured=measured, rows=rows).items():
+        bits = outputs[output].head_bits
+        say(f"original      {forecast.original_bytes / MIB:10.1f} MiB")
+        say(f"quantized     {forecast.output_bytes / MIB:10.1f} MiB at {forecast.bpw:g} bpw, head bits {bits}")
+        say(f"possible bpw  {shown_range(forecast.lowest_bpw, forecast.highest_bpw):>20}")
+        for line in kept_lines(forecast.kept, forecast.head_reason):
+            say(f"float16       {line}")
+        say(f"memory        {forecast.memory_bytes / MIB:10.0f} MiB at most, roughly")
+        say(f"work on disk  {forecast.disk_bytes / MIB:10.0f} MiB at most, roughly")

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..convert.checkpoint import TensorSource
+from ..convert.checkpoint import Checkpoint, TensorSource
 from ..convert.original import Original
 from ..convert.rope import with_positions_of
 from ..measure.calibration import CalibrationSet, build_calibration
@@ -190,6 +190,8 @@ def evaluate_each(
     allowed = config.allow_calibration_text
     shares = [refuse_calibration_text(rows, stored_spans(other), allowed=allowed) for other in others]
     rows = told(rows, max((share for share in shares if share is not None), default=None))
+    if isinstance(source, Checkpoint):  # cache and report name it by its fingerprint
+        source.prepare_fingerprint(progress)
     run = run_original(source, rows, config, progress, tokenizer=tokenizer, cache=cache)
     for other in others:
         yield compare_with(run, other, progress)

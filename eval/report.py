@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,9 +64,16 @@ PLOTS_NAME = "report-plots"
 
 _REPORT_VERSION = 1
 
-_GENERATOR = b'<meta name="generator" content="bpwise '
-_HEAD_BYTES = 4096
+_OURS = {
+    ".json": re.compile(rb'\A\{\s*"bpwise_(report|series)"'),
+    ".csv": re.compile(rb"\Amodel,(stored_bytes,bits_per_parameter|task,part_of|length,depth),"),
+    # A row of every report on comparisons, and the title of one on a series.
+    ".md": re.compile(rb"^\| bpwise \| |\A# .* bitrates, from one measurement$", re.MULTILINE),
+    ".html": re.compile(re.escape(b'<meta name="generator" content="bpwise ')),
+}
+"""What tells files of a report from those of others, by their suffix."""
 
+_MOST_BYTES = 1 << 20
 
 _OF_EVALUATION = "evaluate"
 """Entry of a section on stages that belongs to the evaluation itself, and not to how the model was made."""
@@ -202,25 +210,18 @@ def try_report(directory: Path, *, prefix: str = "", plots: Sequence[str] = ()) 
     Raises:
         WorkDirectoryError: A file of it cannot be made, or is of something else.
     """
-    ours = _is_report(directory / f"{prefix}{JSON_NAME}") or _is_page(directory / f"{prefix}{HTML_NAME}")
     for name in report_names(prefix):
-        refuse_foreign(directory / name, lambda _: ours, "a report", advice="move it away")
+        refuse_foreign(directory / name, _is_report, "a report", advice="move it away")
         try_file(directory / name)
     if plots:
         try_directory(directory / f"{prefix}{PLOTS_NAME}")
 
 
 def _is_report(path: Path) -> bool:
-    try:
-        return not {"bpwise_report", "bpwise_series"}.isdisjoint(read_json(path, FormatError))
-    except FormatError:
-        return False
-
-
-def _is_page(path: Path) -> bool:
+    # Each file is asked itself: one of ours does not make those of others beside it ours. One that was cut is ours.
     try:
         with path.open("rb") as file:
-            return _GENERATOR in file.read(_HEAD_BYTES)
+            return _OURS[path.suffix].search(file.read(_MOST_BYTES)) is not None
     except OSError:
         return False
 

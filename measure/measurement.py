@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from ..convert.exl2.layout import group_rows
@@ -32,6 +31,9 @@ MEASUREMENT_VERSION = 5
 
 RARE_TOKENS = 100
 """An expert that fewer calibration tokens chose is reported: its statistics are mostly those of other tokens."""
+
+_LENGTH_BYTES = 8
+"""Of the header's length, with which a safetensors file begins."""
 
 _FIELDS = ("damage_nats", "order", "fisher", "input_power", "coupling", "type_damage_nats")
 _TABLE_FIELDS = ("importance", "type_damage_nats")
@@ -269,11 +271,12 @@ class Measurement:
 
 
 def is_measurement(path: Path) -> bool:
-    """Return whether a file is a measurement, of this version or another."""
+    """Return whether a file is a measurement, of this version or another; behind its head it may be damaged."""
+    begin = f'{{"__metadata__":{{"{HEADER_KEY}":'.encode()
     try:
-        with safe_open(path, "np") as file:
-            return HEADER_KEY in (file.metadata() or {})
-    except (OSError, SafetensorError):
+        with path.open("rb") as file:
+            return file.read(_LENGTH_BYTES + len(begin)).endswith(begin)
+    except OSError:
         return False
 
 

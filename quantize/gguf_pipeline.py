@@ -8,16 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..convert.checkpoint import Checkpoint
 from ..convert.content import file_digests
-from ..convert.files import private_directory
+from ..convert.files import private_directory, require_room
 from ..convert.gguf.assign import dominant_file_type, mixture_types
-from ..convert.gguf.base import converter_digest, converter_files, make_base
-from ..convert.gguf.check import check_base
+from ..convert.gguf.base import find_converter
 from ..convert.gguf.ggml import Bytes
 from ..convert.gguf.header import GgufHeader, read_gguf_header
 from ..convert.gguf.imatrix import ImportanceMatrix, imatrix_metadata, read_imatrix, require_fitting
@@ -28,13 +26,13 @@ from ..convert.gguf.readers import LIMITS_KEY, require_llama_cpp
 from ..convert.gguf.writer import GgufVerification, planned_bytes, write_gguf
 from ..convert.mark import mark_path
 from ..convert.original import Original, open_model
-from ..convert.places import check_run, refuse_inputs, reserved, work_beside
-from ..convert.work import RunStages, StageDirectory, discard_stage, stages_in
-from ..errors import BudgetError, CheckpointError, FormatError, UnsupportedModelError, WorkDirectoryError
+from ..convert.places import check_run, refuse_foreign, refuse_inputs, reserved, work_beside
+from ..convert.work import RunStages, stages_in
+from ..errors import BudgetError, FormatError, UnsupportedModelError, WorkDirectoryError
 from ..eval.comparison import Comparison
 from ..eval.layers import LinearCost
 from ..eval.overlap import SPANS_KEY, CalibrationSpans
-from ..eval.report import carried_over, earlier_details, report_names, summary_lines, write_report
+from ..eval.report import carried_over, earlier_details, report_names, summary_lines, try_report, write_report
 from ..measure.calibration import CalibrationSet
 from ..measure.measurement import Measurement
 from ..measure.run import MEASURED, measured_rows
@@ -43,13 +41,14 @@ from ..rounding.parallel import cores
 from ..version import __version__
 from .cards import card_path, write_card
 from .fallbacks import damping_fallbacks, fallback_entries, fallback_lines
+from .gguf_base import BASE, base_identity, base_path, base_to_make, converted, prepare_base
 from .hidden_states import Drift, drift_section
 from .judge import Judge, refuse_marked
-from .obtain import MEASUREMENT_FILE, PLAN_FILE, check_work, load_measurement, obtain_measurement
+from .obtain import MEASUREMENT_FILE, PLAN_FILE, GivenMeasurement, check_work, obtain_measurement
 from .options import GgufConfig
 from .rounding_pass import ROUNDED
 from .stages import StageClock, StageCost, cost_line, cost_section
-from .support import largest_file_bytes, require_gguf, require_mixture, require_types
+from .support import largest_file_bytes, require_gguf, require_gguf_tools, require_mixture, require_types
 from .type_plan import TypePlan, make_type_plan
 from .type_rounding import (
     RoundedTypes,
@@ -62,17 +61,16 @@ from .type_rounding import (
 __all__ = [
     "GgufConfig",
     "GgufResult",
-    "base_path",
     "convert_to_mixture",
-    "discard_base",
+    "files_beside",
     "importance_of",
-    "prepare_base",
+    "make_gguf",
     "quantize_to_gguf",
     "refuse_others",
 ]
 
-_BASE = "base"
-"""Name of the stage in the work directory that holds the unquantized file."""
+_CARD_SENTENCE = b"quantized to a GGUF file with bpwise."
+"""What cards of GGUF files say."""
 
 _RUN_KEY = "bpwise.run"
 _ALIGNMENT_BYTES = 32
@@ -163,20 +161,52 @@ def quantize_to_gguf(
             llama.cpp's converter is not installed.
     """
     checkpoint = open_model(model)
-    config.reader_warnings(checkpoint)
-    refuse_others(output)
+    require_gguf_tools(checkpoint, config, base=base)
+    refuse_others(output, config)
     work = work or work_beside(output)
     directories, read = checkpoint.directories, (measurement, base)
     check_run(output, work, directories=directories, files=read, offload=config.offload_dirs)
     check_work(work)
-    with reserved(output, _beside(output)):
-        checkpoint.prepare_fingerprint(progress)
-        measured = None if measurement is None else load_measurement(measurement, checkpoint)
-        require_gguf(checkpoint, output, config, measured=measured, rows=calibration)
+    with reserved(output, files_beside(output)):
+        given = GivenMeasurement.load(measurement, checkpoint, progress)
+        require_gguf(
+            checkpoint,
+            {output: config},
+            base=base_to_make(work) if base is None else None,
+            measured=None if given is None else given.measurement,
+            rows=calibration,
+        )
         if judge is None and config.evaluate is not None:
             judge = Judge(checkpoint, config.evaluate, progress)
-        with stages_in(work) as stages:
-            return _quantize(checkpoint, output, config, measurement, calibration, work, stages, base, judge, progress)
+        return make_gguf(checkpoint, output, config, given, calibration, work, base, judge, progress)
+
+
+def make_gguf(
+    checkpoint: Checkpoint,
+    output: Path,
+    config: GgufConfig,
+    given: GivenMeasurement | None,
+    calibration: CalibrationSet | None,
+    work: Path,
+    base: Path | None,
+    judge: Judge | None,
+    progress: Progress,
+) -> GgufResult:
+    """Quantize a model as ``quantize_to_gguf`` does once it has made sure of all that may be in the way.
+
+    Args:
+        checkpoint: The model.
+        output: As for ``quantize_to_gguf``.
+        config: As for ``quantize_to_gguf``.
+        given: The measurement that was given, as it was read; None measures first.
+        calibration: As for ``quantize_to_gguf``.
+        work: Work directory.
+        base: As for ``quantize_to_gguf``.
+        judge: What evaluates; None leaves that out.
+        progress: As for ``quantize_to_gguf``.
+    """
+    with stages_in(work) as stages:
+        return _quantize(checkpoint, output, config, given, calibration, work, stages, base, judge, progress)
 
 
 def convert_to_mixture(
@@ -215,12 +245,15 @@ def convert_to_mixture(
     checkpoint = open_model(model)
     refuse_inputs(output, directories=checkpoint.directories, files=(imatrix, base))
     limits = require_llama_cpp(checkpoint.config)
-    with reserved(output, _beside(output)), private_directory(output) as private:
+    with reserved(output, files_beside(output)), private_directory(output) as private:
         require_mixture(checkpoint, chosen, matrix, evaluated=judge is not None)
+        if base is None:
+            find_converter(llama_cpp)
+            require_room(output, checkpoint.total_bytes)
         if judge is not None:
             judge.check_text(None)
         made = base or private / "base.gguf"
-        warnings = () if base else _converted(checkpoint, made, llama_cpp)
+        left_out = () if base else converted(checkpoint, made, llama_cpp)
         header = read_gguf_header(made)
         if judge is not None:
             GgufModel.open(made)
@@ -236,7 +269,7 @@ def convert_to_mixture(
             threads=cores(),
             progress=progress,
         )
-    return verification, (*limits, *warnings)
+    return verification, (*limits, *left_out)
 
 
 def importance_of(measurement: Measurement) -> ImportanceMatrix:
@@ -265,7 +298,7 @@ def _quantize(
     checkpoint: Checkpoint,
     output: Path,
     config: GgufConfig,
-    measurement: Path | None,
+    given: GivenMeasurement | None,
     calibration: CalibrationSet | None,
     work: Path,
     stages: RunStages,
@@ -275,18 +308,19 @@ def _quantize(
 ) -> GgufResult:
     clock = StageClock()
     limits = config.reader_warnings(checkpoint)
+    checkpoint.prepare_fingerprint(progress)
     if base is None:
-        base = _undamaged(base_path(checkpoint, work, config.llama_cpp))
-        stages.add(_BASE, _base_identity(checkpoint, config.llama_cpp))
+        base = base_path(checkpoint, work, config.llama_cpp)
+        stages.add(BASE, base_identity(checkpoint, config.llama_cpp))
     # The converter first: should it not know the model, nothing has been measured in vain.
     with clock.stage("convert"):
-        warnings = prepare_base(checkpoint, base, config)
+        left_out = prepare_base(checkpoint, base, config)
     header = read_gguf_header(base)
 
     def check_rows(rows: CalibrationSet) -> None:
         if judge is not None:
             judge.check_text(rows)
-        if measurement is None:
+        if given is None:
             require_types(checkpoint, config, None, _tensor_bytes(header, checkpoint, config, rows))
 
     measured, rows = obtain_measurement(
@@ -295,7 +329,7 @@ def _quantize(
         work,
         clock,
         progress,
-        given=measurement,
+        given=given,
         calibration=calibration,
         check_rows=check_rows,
     )
@@ -306,41 +340,18 @@ def _quantize(
     stages.add(MEASURED, measured.provenance)
     stages.add(ROUNDED, type_rounding_identity(checkpoint, plan, config.measure.device))
     run = _identity(checkpoint, rows, plan, config, file_digests([base], FormatError, progress)[0])
-    verification = None
-    rounded: RoundedTypes | None = None
     finished = output.exists()
-    if not finished:
-        if config.feedback:
-            with clock.stage("round"):
-                rounded = round_types(
-                    checkpoint,
-                    measured,
-                    plan,
-                    work,
-                    device=config.measure.device,
-                    offload_dir=config.measure.offload_dir,
-                    progress=progress,
-                )
-        with clock.stage("write and verify"):
-            types = {_gguf_name(name): kind for name, kind in plan.kinds.items()}
-            verification = write_gguf(
-                base,
-                output,
-                types,
-                file_type=dominant_file_type(types, header),
-                encoded={} if rounded is None else _in_file_order(rounded, base),
-                distances={} if rounded is None else _distances(rounded),
-                importance=importance_of(measured).mean_squares,
-                metadata=_metadata(run, rows, limits),
-                threads=cores(),
-            )
-    elif str(read_gguf_header(output).metadata.get(_RUN_KEY)) != run:
-        raise WorkDirectoryError(
-            f"{output}: exists already and is not the output of this run. Choose another name or delete it."
-        )
-    else:
+    verification, rounded = None, None
+    if finished:
+        _refuse_other_runs(output, run)
         # There, if the run was cut off while it was evaluated.
         rounded = types_rounded_before(checkpoint, plan, work, device=config.measure.device)
+    else:
+        if config.feedback:
+            with clock.stage("round"):
+                rounded = _round(checkpoint, measured, plan, work, config, progress)
+        with clock.stage("write and verify"):
+            verification = _write(base, output, plan, rounded, measured, _metadata(run, rows, limits))
     comparison = None
     if judge is None:
         refuse_marked(output)
@@ -355,20 +366,63 @@ def _quantize(
         original_bytes=checkpoint.total_bytes,
         comparison=comparison,
         costs=tuple(clock.costs),
-        warnings=(*limits, *warnings),
+        warnings=(*limits, *left_out),
         fallbacks={} if rounded is None else damping_fallbacks(measured, rounded.dampings()),
         drift=() if rounded is None else tuple(rounded.drift()),
-        measurement=measurement or work / MEASUREMENT_FILE,
+        measurement=work / MEASUREMENT_FILE if given is None else given.path,
     )
     if judge is not None and comparison is not None:
-        costs = [LinearCost(tensor.name, tensor.kind.bits_per_weight, tensor.damage_nats) for tensor in plan.tensors]
-        earlier = earlier_details(output.parent, comparison, prefix=f"{output.stem}.") if finished else {}
-        details = {**carried_over(_report_details(result), earlier), **judge.details()}
-        write_report(comparison, output.parent, details, costs=costs, prefix=f"{output.stem}.")
-        judge.sentence(output, comparison, predicted_nats=plan.damage_nats)
+        _report(result, comparison, judge, finished=finished)
     if config.card:
         write_card(output, original=checkpoint.directory, base_model=config.base_model)
     return result
+
+
+def _round(
+    checkpoint: Checkpoint, measured: Measurement, plan: TypePlan, work: Path, config: GgufConfig, progress: Progress
+) -> RoundedTypes:
+    return round_types(
+        checkpoint,
+        measured,
+        plan,
+        work,
+        device=config.measure.device,
+        offload_dir=config.measure.offload_dir,
+        progress=progress,
+    )
+
+
+def _write(
+    base: Path,
+    output: Path,
+    plan: TypePlan,
+    rounded: RoundedTypes | None,
+    measured: Measurement,
+    metadata: Mapping[str, str],
+) -> GgufVerification:
+    types = {_gguf_name(name): kind for name, kind in plan.kinds.items()}
+    return write_gguf(
+        base,
+        output,
+        types,
+        file_type=dominant_file_type(types, read_gguf_header(base)),
+        encoded={} if rounded is None else _in_file_order(rounded, base),
+        distances={} if rounded is None else _distances(rounded),
+        importance=importance_of(measured).mean_squares,
+        metadata=metadata,
+        threads=cores(),
+    )
+
+
+def _report(result: GgufResult, comparison: Comparison, judge: Judge, *, finished: bool) -> None:
+    # The report beside the file; of a finished one, with what an earlier report told of its making.
+    output, plan = result.output, result.plan
+    directory, prefix = output.parent, f"{output.stem}."
+    costs = [LinearCost(tensor.name, tensor.kind.bits_per_weight, tensor.damage_nats) for tensor in plan.tensors]
+    earlier = earlier_details(directory, comparison, prefix=prefix) if finished else {}
+    details = {**carried_over(_report_details(result), earlier), **judge.details()}
+    write_report(comparison, directory, details, costs=costs, prefix=prefix)
+    judge.sentence(output, comparison, predicted_nats=plan.damage_nats)
 
 
 def _metadata(run: str, rows: CalibrationSet, limits: Sequence[str]) -> dict[str, str]:
@@ -381,86 +435,44 @@ def _metadata(run: str, rows: CalibrationSet, limits: Sequence[str]) -> dict[str
     }
 
 
-def refuse_others(output: Path) -> None:
+def refuse_others(output: Path, config: GgufConfig) -> None:
     """Refuse an output that is no file of ours; whether it is this run's own shows when the plan is known.
 
+    Args:
+        output: The file to make, with report and card beside it.
+        config: Says which of the two are made.
+
     Raises:
-        WorkDirectoryError: It is something else.
+        WorkDirectoryError: It is something else, or files of others lie where report and card shall be.
         FormatError: It is no GGUF file.
     """
-    if output.exists() and (output.is_dir() or _RUN_KEY not in read_gguf_header(output).metadata):
+    if output.exists():
+        _refuse_other_runs(output, None)
+    if config.evaluate is not None:
+        try_report(output.parent, prefix=f"{output.stem}.")
+    if config.card:
+        refuse_foreign(card_path(output), _is_card, "a card", advice="move it away")
+
+
+def _refuse_other_runs(output: Path, run: str | None) -> None:
+    # None: of whichever run it is.
+    found = None if output.is_dir() else read_gguf_header(output).metadata.get(_RUN_KEY)
+    if found is None or (run is not None and str(found) != run):
         raise WorkDirectoryError(
             f"{output}: exists already and is not the output of this run. Choose another name or delete it."
         )
 
 
-def base_path(checkpoint: Checkpoint, work: Path, llama_cpp: Path | None) -> Path:
-    """Return where a run keeps the model as an unquantized GGUF file: as any piece, never mixed with another run's.
-
-    Args:
-        checkpoint: The model.
-        work: Work directory.
-        llama_cpp: As in ``GgufConfig``.
-    """
-    return StageDirectory(work, _BASE, _base_identity(checkpoint, llama_cpp)).path / "base.gguf"
+def _is_card(path: Path) -> bool:
+    try:
+        return _CARD_SENTENCE in path.read_bytes()
+    except OSError:
+        return False
 
 
-def discard_base(checkpoint: Checkpoint, work: Path, llama_cpp: Path | None) -> None:
-    """Delete what ``base_path`` names; its arguments are the same."""
-    discard_stage(work, _BASE, _base_identity(checkpoint, llama_cpp))
-
-
-def _base_identity(checkpoint: Checkpoint, llama_cpp: Path | None) -> dict[str, Any]:
-    return {
-        "model": checkpoint.fingerprint,
-        "files": _carried(checkpoint),
-        "converter": converter_digest(llama_cpp),
-    }
-
-
-def _beside(output: Path) -> list[str]:
-    # Names of all files that may come to lie beside it.
+def files_beside(output: Path) -> list[str]:
+    """Return the names of all files that may come to lie beside an output."""
     return [*report_names(f"{output.stem}."), card_path(output).name, mark_path(output).name]
-
-
-def _carried(checkpoint: Checkpoint) -> dict[str, str]:
-    # The vocabulary and the chat templates in a GGUF file are those of the files that the converter saw.
-    names = converter_files(checkpoint.directory)
-    digests = file_digests([checkpoint.file(name) for name in names], CheckpointError)
-    return dict(zip(names, digests, strict=True))
-
-
-def _undamaged(base: Path) -> Path:
-    # What an earlier run converted and cannot be read any more is converted again.
-    if base.exists():
-        try:
-            read_gguf_header(base)
-        except FormatError:
-            base.unlink()
-    return base
-
-
-def prepare_base(checkpoint: Checkpoint, base: Path, config: GgufConfig) -> tuple[str, ...]:
-    """Convert a model to the unquantized file that a run works from, unless it is there; return what was left out.
-
-    Args:
-        checkpoint: The model.
-        base: The file, as ``base_path`` names it.
-        config: Says where the converter is, and whether the file will have to be read.
-
-    Raises:
-        BpwiseError: As ``make_base`` and ``check_base``; or it holds a variant of the architecture that is not read.
-    """
-    warnings = _converted(checkpoint, base, config.llama_cpp)
-    if config.feedback or config.evaluate is not None:
-        GgufModel.open(base)
-    return warnings
-
-
-def _converted(checkpoint: Checkpoint, base: Path, llama_cpp: Path | None) -> tuple[str, ...]:
-    if not base.exists():
-        make_base(checkpoint, base, llama_cpp=llama_cpp)
-    return tuple(check_base(base, checkpoint))
 
 
 def _tensor_bytes(header: GgufHeader, checkpoint: Checkpoint, config: GgufConfig, rows: CalibrationSet) -> int | None:

@@ -18,7 +18,8 @@ from ..eval.original import OriginalRun, run_original
 from ..eval.overlap import CalibrationSpans, refuse_calibration_text, told
 from ..measure.calibration import CalibrationSet
 from ..measure.context import EVALUATION, check_rows
-from ..measure.tokenizer import load_tokenizer
+from ..measure.run import resolve_device
+from ..measure.tokenizer import Tokenizer, load_tokenizer
 from ..progress import Progress, silent
 from .cards import card_path
 
@@ -56,12 +57,14 @@ class Judge:
             progress: Wraps the blocks of each pass.
 
         Raises:
-            ConfigError: Rows are longer than the original's context.
+            ConfigError: Rows are longer than the original's context, or the device is not there.
         """
+        resolve_device(config.device)
         self._checkpoint = checkpoint
         self._config = config.fitted(checkpoint)
         self._progress = progress
         self.shared_share: float | None = None
+        self._tokenizer: Tokenizer | None = None
         self._rows: CalibrationSet | None = None
         self._run: OriginalRun | None = None
 
@@ -94,9 +97,11 @@ class Judge:
             BpwiseError: As ``run_original`` and ``compare_with``.
         """
         if self._run is None:
-            tokenizer = load_tokenizer(self._checkpoint.directory)
             rows = self._evaluation_rows()
-            self._run = run_original(self._checkpoint, rows, self._config, self._progress, tokenizer=tokenizer)
+            self._checkpoint.prepare_fingerprint(self._progress)
+            self._run = run_original(
+                self._checkpoint, rows, self._config, self._progress, tokenizer=self._loaded_tokenizer()
+            )
         model = open_any(output)
         try:
             comparison = compare_with(self._run, model, self._progress)
@@ -131,10 +136,14 @@ class Judge:
 
     def _evaluation_rows(self) -> CalibrationSet:
         if self._rows is None:
-            tokenizer = load_tokenizer(self._checkpoint.directory)
             vocab_size = vocab_size_of(self._checkpoint)
-            self._rows = evaluation_rows(tokenizer, self._config, vocab_size=vocab_size)
+            self._rows = evaluation_rows(self._loaded_tokenizer(), self._config, vocab_size=vocab_size)
         return self._rows
+
+    def _loaded_tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self._checkpoint.directory)
+        return self._tokenizer
 
     def _broken(self, output: Path, reason: str) -> BrokenModelError:
         card_path(output).unlink(missing_ok=True)

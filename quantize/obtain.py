@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..convert.checkpoint import Checkpoint
+from ..convert.families import EMBEDDING
 from ..convert.language import language_model
 from ..convert.places import refuse_foreign
 from ..errors import BpwiseWarning, FormatError
@@ -19,12 +21,19 @@ from ..measure.run import (
     measured_rows,
     measurement_provenance,
 )
-from ..progress import Progress
+from ..progress import Progress, silent
 from .linears import model_linears
 from .plan import is_plan
 from .stages import StageClock
 
-__all__ = ["MEASUREMENT_FILE", "PLAN_FILE", "check_work", "load_measurement", "obtain_measurement"]
+__all__ = [
+    "MEASUREMENT_FILE",
+    "PLAN_FILE",
+    "GivenMeasurement",
+    "check_work",
+    "load_measurement",
+    "obtain_measurement",
+]
 
 MEASUREMENT_FILE = "measurement.safetensors"
 """Where a run keeps its measurement in the work directory."""
@@ -34,6 +43,24 @@ PLAN_FILE = "plan.json"
 """Where it keeps its calibration rows, and its plan."""
 
 
+@dataclass(frozen=True, slots=True)
+class GivenMeasurement:
+    """A measurement to work from, read once.
+
+    Attributes:
+        path: Its file.
+        measurement: What it holds.
+    """
+
+    path: Path
+    measurement: Measurement
+
+    @classmethod
+    def load(cls, path: Path | None, checkpoint: Checkpoint, progress: Progress) -> GivenMeasurement | None:
+        """Read a measurement as ``load_measurement``; None if there is no file of one."""
+        return None if path is None else cls(path, load_measurement(path, checkpoint, progress))
+
+
 def obtain_measurement(
     checkpoint: Checkpoint,
     config: MeasureConfig,
@@ -41,7 +68,7 @@ def obtain_measurement(
     clock: StageClock,
     progress: Progress,
     *,
-    given: Path | None,
+    given: GivenMeasurement | None,
     calibration: CalibrationSet | None,
     check_rows: Callable[[CalibrationSet], object] | None = None,
 ) -> tuple[Measurement, CalibrationSet]:
@@ -58,13 +85,10 @@ def obtain_measurement(
         check_rows: Called with the rows before the long work; it may raise.
 
     Raises:
-        BpwiseError: As ``Measurement.load``, ``calibration_rows`` and ``measure_model``; or the measurement belongs to
-            another model.
+        BpwiseError: As ``calibration_rows`` and ``measure_model``.
     """
     if given is not None:
-        checkpoint.prepare_fingerprint(progress)
-        measured = load_measurement(given, checkpoint)
-        rows = measured_rows(measured)
+        measured, rows = given.measurement, measured_rows(given.measurement)
         if check_rows is not None:
             check_rows(rows)
     else:
@@ -93,28 +117,48 @@ def check_work(work: Path) -> None:
     refuse_foreign(work / PLAN_FILE, is_plan, "a plan", advice=advice)
 
 
-def load_measurement(path: Path, checkpoint: Checkpoint) -> Measurement:
+def load_measurement(path: Path, checkpoint: Checkpoint, progress: Progress = silent) -> Measurement:
     """Read a measurement of a model.
 
+    Args:
+        path: The file.
+        checkpoint: The model.
+        progress: Wraps what is read of the model to know it.
+
     Raises:
-        BpwiseError: As ``Measurement.load``.
+        BpwiseError: As ``Measurement.load`` and ``measured_rows``.
         FormatError: It belongs to another model.
     """
     measurement = Measurement.load(path)
+    measured_rows(measurement)
+    checkpoint.prepare_fingerprint(progress)
     if measurement.provenance.get("model") != checkpoint.fingerprint:
         raise FormatError(
             f"{path}: the measurement belongs to another model than {checkpoint.directory}, or to what its files were "
             "before they changed, or to an earlier version of bpwise, which looked only at samples of the weights. "
             "Measure this model again."
         )
-    linears, head = model_linears(language_model(checkpoint))
+    source = language_model(checkpoint)
+    linears, head = model_linears(source)
     measured = [(x.name, x.in_features, x.out_features) for x in (*measurement.linears, measurement.head)]
     if measured != [(x.name, x.in_features, x.out_features) for x in (*linears, head)]:
         raise FormatError(
             f"{path}: the measurement has other linears than {checkpoint.directory}. Got {len(measured)}. Expected "
             f"{len(linears) + 1} with the model's names and shapes. It is damaged: measure the model again."
         )
+    table = measurement.embedding
+    got = (f"{table.name}.weight", (table.tokens, table.hidden_size), table.tied)
+    if got != (EMBEDDING, source.shape(EMBEDDING), source.tied_embeddings):
+        raise FormatError(
+            f"{path}: the measurement has other token embeddings than {checkpoint.directory}. Got {_table(*got)}. "
+            f"Expected {_table(EMBEDDING, source.shape(EMBEDDING), source.tied_embeddings)}. It is damaged: measure "
+            "the model again."
+        )
     return measurement
+
+
+def _table(name: str, shape: tuple[int, ...], tied: bool) -> str:
+    return f"{name} of {' x '.join(map(str, shape))}, {'the' if tied else 'not the'} output head too"
 
 
 def _measured(

@@ -33,16 +33,23 @@ from .fallbacks import damping_fallbacks, fallback_entries, fallback_lines
 from .hidden_states import Drift, drift_section
 from .judge import Judge, refuse_marked
 from .kept import kept_lines
-from .obtain import MEASUREMENT_FILE, PLAN_FILE, check_work, load_measurement, obtain_measurement
+from .obtain import MEASUREMENT_FILE, PLAN_FILE, GivenMeasurement, check_work, obtain_measurement
 from .options import QuantizeConfig
 from .plan import Plan, make_plan
 from .planning import plan_costs
 from .rounding import RoundConfig, RoundedModel, round_model, rounded_before, rounding_identity, tune_model
 from .rounding_pass import ROUNDED
 from .stages import StageClock, StageCost, cost_line, cost_section
-from .support import require_exl2
+from .support import exists, require_exl2
 
-__all__ = ["QuantizeConfig", "QuantizeResult", "is_finished", "quantize_model", "report_details"]
+__all__ = [
+    "QuantizeConfig",
+    "QuantizeResult",
+    "is_finished",
+    "make_exl2",
+    "quantize_model",
+    "report_details",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,22 +143,49 @@ def quantize_model(
     check_run(output, work, directories=checkpoint.directories, files=(measurement,), offload=config.offload_dirs)
     check_work(work)
     with reserved(output):
-        is_finished(output, model=lambda: checkpoint.fingerprint)
-        if measurement is not None:
+        if exists(output):
             checkpoint.prepare_fingerprint(progress)
-        measured = None if measurement is None else load_measurement(measurement, checkpoint)
-        require_exl2(checkpoint, output, config, measured=measured, rows=calibration)
+        is_finished(output, model=lambda: checkpoint.fingerprint)
+        given = GivenMeasurement.load(measurement, checkpoint, progress)
+        require_exl2(
+            checkpoint, {output: config}, measured=None if given is None else given.measurement, rows=calibration
+        )
         if judge is None and config.evaluate is not None:
             judge = Judge(checkpoint, config.evaluate, progress)
-        with stages_in(work) as stages:
-            return _quantize(checkpoint, output, config, measurement, calibration, work, stages, judge, progress)
+        return make_exl2(checkpoint, output, config, given, calibration, work, judge, progress)
+
+
+def make_exl2(
+    checkpoint: Checkpoint,
+    output: Path,
+    config: QuantizeConfig,
+    given: GivenMeasurement | None,
+    calibration: CalibrationSet | None,
+    work: Path,
+    judge: Judge | None,
+    progress: Progress,
+) -> QuantizeResult:
+    """Quantize a model as ``quantize_model`` does once it has made sure of all that may be in the way.
+
+    Args:
+        checkpoint: The model.
+        output: As for ``quantize_model``.
+        config: As for ``quantize_model``.
+        given: The measurement that was given, as it was read; None measures first.
+        calibration: As for ``quantize_model``.
+        work: Work directory.
+        judge: What evaluates; None leaves that out.
+        progress: As for ``quantize_model``.
+    """
+    with stages_in(work) as stages:
+        return _quantize(checkpoint, output, config, given, calibration, work, stages, judge, progress)
 
 
 def _quantize(
     checkpoint: Checkpoint,
     output: Path,
     config: QuantizeConfig,
-    measurement: Path | None,
+    given: GivenMeasurement | None,
     calibration: CalibrationSet | None,
     work: Path,
     stages: RunStages,
@@ -165,7 +199,7 @@ def _quantize(
         work,
         clock,
         progress,
-        given=measurement,
+        given=given,
         calibration=calibration,
         check_rows=None if judge is None else judge.check_text,
     )
@@ -215,7 +249,7 @@ def _quantize(
         costs=tuple(clock.costs),
         fallbacks=fallbacks,
         drift=tuple(drift),
-        measurement=measurement or work / MEASUREMENT_FILE,
+        measurement=work / MEASUREMENT_FILE if given is None else given.path,
         experts=measured.experts_sentence,
         warnings=config.reader_warnings(checkpoint),
     )
@@ -293,7 +327,7 @@ def is_finished(output: Path, **expected: Callable[[], str]) -> bool:
     Raises:
         WorkDirectoryError: Something else is in the way.
     """
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    if not exists(output):
         return False
     manifest = read_manifest(output) if output.is_dir() else None
     if manifest is not None and all(getattr(manifest.provenance, key) == value() for key, value in expected.items()):

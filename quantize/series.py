@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..convert.checkpoint import Checkpoint
 from ..convert.files import write_json, write_text
@@ -23,24 +23,19 @@ from ..measure.run import MEASURED
 from ..progress import Progress, silent
 from ..version import __version__
 from .cards import output_name
-from .gguf_pipeline import (
-    GgufConfig,
-    GgufResult,
-    base_path,
-    discard_base,
-    prepare_base,
-    quantize_to_gguf,
-    refuse_others,
-)
+from .gguf_base import base_path, base_to_make, discard_base, prepare_base
+from .gguf_pipeline import GgufConfig, GgufResult, files_beside, make_gguf, refuse_others
 from .judge import Judge
-from .obtain import MEASUREMENT_FILE, check_work, load_measurement, obtain_measurement
-from .pipeline import QuantizeConfig, QuantizeResult, is_finished, quantize_model
+from .obtain import MEASUREMENT_FILE, GivenMeasurement, check_work, obtain_measurement
+from .pipeline import QuantizeConfig, QuantizeResult, is_finished, make_exl2
 from .stages import StageClock
-from .support import require_exl2, require_gguf
+from .support import exists, require_exl2, require_gguf, require_gguf_tools
 
 __all__ = ["SeriesOutput", "SeriesResult", "output_paths", "quantize_series"]
 
 _SERIES_VERSION = 1
+
+_Config = TypeVar("_Config", QuantizeConfig, GgufConfig)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +153,8 @@ def quantize_series(
         raise ConfigError(f"bitrates: got {list(rates)}, expected at least one, and each once.")
     checkpoint = open_model(model)
     warnings = config.reader_warnings(checkpoint)
-    configs = {bpw: _with_rate(config, bpw) for bpw in rates}
+    if isinstance(config, GgufConfig):
+        require_gguf_tools(checkpoint, config)
     output = named(output)
     paths = output_paths(config.base_model or model_name(checkpoint), output, config, rates)
     work = work or work_beside(output)
@@ -168,29 +164,29 @@ def quantize_series(
         check_work(own)
     check_work(work / "measure")
     try_report(output)
-    if measurement is not None:
-        checkpoint.prepare_fingerprint(progress)
-    measured = None if measurement is None else load_measurement(measurement, checkpoint)
-    _check(checkpoint, configs, paths, measured, calibration)
+    given = GivenMeasurement.load(measurement, checkpoint, progress)
+    _check(checkpoint, config, paths, work, None if given is None else given.measurement, calibration, progress)
     judge = None if config.evaluate is None else Judge(checkpoint, config.evaluate, progress)
     with reserved(output), claimed(work):
         if isinstance(config, GgufConfig):
+            checkpoint.prepare_fingerprint(progress)
             prepare_base(checkpoint, base_path(checkpoint, work, config.llama_cpp), config)
-        if measurement is None:
-            measurement = work / "measure" / MEASUREMENT_FILE
+        if given is None:
+            file = work / "measure" / MEASUREMENT_FILE
             measured, _ = obtain_measurement(
                 checkpoint,
                 config.measure,
-                measurement.parent,
+                file.parent,
                 StageClock(),
                 progress,
                 given=None,
                 calibration=calibration,
                 check_rows=None if judge is None else judge.check_text,
             )
-            discard_stage(measurement.parent, MEASURED, measured.provenance)
+            discard_stage(file.parent, MEASURED, measured.provenance)
+            given = GivenMeasurement(file, measured)
         outputs = tuple(
-            _make(checkpoint, paths[bpw], bpw, configs[bpw], measurement, work, judge, progress) for bpw in rates
+            _make(checkpoint, path, bpw, config, given, work, judge, progress) for bpw, path in paths.items()
         )
         if isinstance(config, GgufConfig):
             discard_base(checkpoint, work, config.llama_cpp)
@@ -201,31 +197,37 @@ def quantize_series(
             f"{output}: {len(broken)} of {len(outputs)} outputs are broken and marked so: {', '.join(broken)}. "
             f"See {report}."
         )
-    return SeriesResult(outputs=outputs, report=report, measurement=measurement, warnings=warnings)
+    return SeriesResult(outputs=outputs, report=report, measurement=given.path, warnings=warnings)
 
 
-def _with_rate(config: QuantizeConfig | GgufConfig, bpw: float) -> QuantizeConfig | GgufConfig:
+def _with_rate(config: _Config, bpw: float) -> _Config:
     return replace(config, bpw=bpw, max_bytes=None, vram_bytes=None)
 
 
 def _check(
     checkpoint: Checkpoint,
-    configs: Mapping[float, QuantizeConfig | GgufConfig],
+    config: QuantizeConfig | GgufConfig,
     paths: Mapping[float, Path],
+    work: Path,
     measured: Measurement | None,
     rows: CalibrationSet | None,
+    progress: Progress,
 ) -> None:
     # Whatever is in the way or impossible shows before the long work.
-    for bpw, config in configs.items():
-        with reserved(paths[bpw]):
-            if isinstance(config, GgufConfig):
-                refuse_others(paths[bpw])
-            else:
-                is_finished(paths[bpw], model=lambda: checkpoint.fingerprint)
-        if isinstance(config, GgufConfig):
-            require_gguf(checkpoint, paths[bpw], config, measured=measured, rows=rows)
-        else:
-            require_exl2(checkpoint, paths[bpw], config, measured=measured, rows=rows)
+    if isinstance(config, GgufConfig):
+        for path in paths.values():
+            with reserved(path, files_beside(path)):
+                refuse_others(path, config)
+        files = {path: _with_rate(config, bpw) for bpw, path in paths.items()}
+        require_gguf(checkpoint, files, base=base_to_make(work), measured=measured, rows=rows)
+        return
+    if any(map(exists, paths.values())):
+        checkpoint.prepare_fingerprint(progress)
+    for path in paths.values():
+        with reserved(path):
+            is_finished(path, model=lambda: checkpoint.fingerprint)
+    directories = {path: _with_rate(config, bpw) for bpw, path in paths.items()}
+    require_exl2(checkpoint, directories, measured=measured, rows=rows)
 
 
 def _make(
@@ -233,7 +235,7 @@ def _make(
     path: Path,
     bpw: float,
     config: QuantizeConfig | GgufConfig,
-    measurement: Path,
+    given: GivenMeasurement,
     work: Path,
     judge: Judge | None,
     progress: Progress,
@@ -242,13 +244,11 @@ def _make(
     try:
         if isinstance(config, GgufConfig):
             base = base_path(checkpoint, work, config.llama_cpp)  # one for all sizes
-            file = quantize_to_gguf(
-                checkpoint, path, config, measurement=measurement, work=own, base=base, judge=judge, progress=progress
-            )
+            with reserved(path, files_beside(path)):
+                file = make_gguf(checkpoint, path, _with_rate(config, bpw), given, None, own, base, judge, progress)
             return _of_file(bpw, file)
-        made = quantize_model(
-            checkpoint, path, config, measurement=measurement, work=own, judge=judge, progress=progress
-        )
+        with reserved(path):
+            made = make_exl2(checkpoint, path, _with_rate(config, bpw), given, None, own, judge, progress)
         return _of_directory(bpw, made)
     except BrokenModelError as cause:
         return SeriesOutput(path=path, asked_bpw=bpw, broken=str(cause))

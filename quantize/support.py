@@ -6,23 +6,26 @@ They are called wherever a run begins: by the runs themselves, by series before 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..convert.base_card import read_base_card
 from ..convert.checkpoint import FLOAT_DTYPES, Checkpoint
-from ..convert.exl2.carry import copy_side_files
+from ..convert.exl2.carry import require_side_files
 from ..convert.exl2.names import text_config
+from ..convert.exl2.readers import require_reader
 from ..convert.exl2.writer import require_writable
 from ..convert.families import EMBEDDING
-from ..convert.files import require_room
+from ..convert.files import explained, require_room
 from ..convert.gguf.assign import require_importance
+from ..convert.gguf.base import find_converter
 from ..convert.gguf.ggml import require_kernels
 from ..convert.gguf.imatrix import ImportanceMatrix, require_fitting
 from ..convert.gguf.mixtures import Mixture
 from ..convert.gguf.names import gguf_name, known_model_types
+from ..convert.gguf.readers import require_llama_cpp
 from ..convert.gguf.types import TYPES
 from ..convert.language import WrittenModel, language_model
 from ..errors import CheckpointError, ConfigError, UnsupportedModelError
@@ -38,35 +41,54 @@ from .options import GgufConfig, QuantizeConfig
 from .type_plan import require_type_plan
 from .vram import room_for_weights
 
-__all__ = ["largest_file_bytes", "require_exl2", "require_gguf", "require_mixture", "require_types"]
+__all__ = [
+    "exists",
+    "largest_file_bytes",
+    "require_exl2",
+    "require_gguf",
+    "require_gguf_tools",
+    "require_mixture",
+    "require_types",
+]
+
+
+def exists(output: Path) -> bool:
+    """Return whether an output is there; an empty directory is still to be filled.
+
+    Raises:
+        WorkDirectoryError: It cannot be looked at.
+    """
+    with explained(output):
+        return any(output.iterdir()) if output.is_dir() else output.exists()
 
 
 def require_exl2(
     checkpoint: Checkpoint,
-    output: Path,
-    config: QuantizeConfig,
+    outputs: Mapping[Path, QuantizeConfig],
     *,
     measured: Measurement | None = None,
     rows: CalibrationSet | None = None,
-) -> Forecast:
+) -> dict[Path, Forecast]:
     """Refuse what cannot be quantized to EXL2.
 
-    Reads headers and what is carried over: embeddings, norms, biases, parts beside the language model, side files.
+    Reads headers and what is carried over: embeddings, norms, biases, parts beside the language model, side files. All
+    of this is done once, however many outputs there are.
 
     Args:
         checkpoint: The original.
-        output: Directory to make.
-        config: Options.
+        outputs: Options of each directory to make, at least one; they may differ in their targets only.
         measured: A measurement to work from; None if there is none yet.
         rows: Calibration rows that are given; None if they are to be made.
 
     Returns:
-        What the run will take.
+        What the run will take for each output.
 
     Raises:
-        BpwiseError: Whatever is wrong with the model, the options or the place of the output.
+        BpwiseError: Whatever is wrong with the model, the options or the places of the outputs.
     """
-    config.reader_warnings(checkpoint)
+    config = next(iter(outputs.values()))
+    if not config.force:
+        require_reader(checkpoint.config)
     _require_run(checkpoint, config.measure, config.evaluate, measured, rows)
     for name in sorted(checkpoint.names):
         info = checkpoint.info(name)
@@ -76,22 +98,43 @@ def require_exl2(
                 "expected float16, bfloat16 or float32. If it is not a weight (a mask, positions), load the model in "
                 "Transformers and save it again: save_pretrained leaves it out."
             )
-    forecast = config.known(measured, rows).forecast(checkpoint)
+    forecasts = {output: each.known(measured, rows).forecast(checkpoint) for output, each in outputs.items()}
     written = WrittenModel(language_model(checkpoint))
-    require_writable(written, {written.prefix + name for name in forecast.quantized})
+    # Which linears are quantized does not depend on the target.
+    require_writable(written, {written.prefix + name for name in forecasts[next(iter(outputs))].quantized})
     read_base_card(checkpoint.directory)
-    with TemporaryDirectory() as folder:
-        copy_side_files(checkpoint.directory, Path(folder))
-    if not output.exists():
-        require_room(output, forecast.output_bytes)
-    return forecast
+    require_side_files(checkpoint.directory)
+    _require_room_for({output: forecast.output_bytes for output, forecast in forecasts.items() if not exists(output)})
+    return forecasts
+
+
+def require_gguf_tools(checkpoint: Checkpoint, config: GgufConfig, *, base: Path | None = None) -> None:
+    """Refuse a model that GGUF files are not planned for, or what is not installed: it costs no time to look.
+
+    Args:
+        checkpoint: The original.
+        config: Options.
+        base: The model as an unquantized GGUF file; None if it is to be converted.
+
+    Raises:
+        BpwiseError: ggml's library or llama.cpp's converter is not installed.
+        UnsupportedModelError: The family is unknown, or llama.cpp would compute another model.
+    """
+    require_llama_cpp(checkpoint.config)
+    _require_known(
+        checkpoint.config,
+        "Give one of llama.cpp's mixtures with --type and --no-eval instead of a size.",
+    )
+    require_kernels()
+    if base is None:
+        find_converter(config.llama_cpp)
 
 
 def require_gguf(
     checkpoint: Checkpoint,
-    output: Path,
-    config: GgufConfig,
+    outputs: Mapping[Path, GgufConfig],
     *,
+    base: Path | None,
     measured: Measurement | None = None,
     rows: CalibrationSet | None = None,
 ) -> None:
@@ -99,23 +142,22 @@ def require_gguf(
 
     Args:
         checkpoint: The original.
-        output: File to make.
-        config: Options.
+        outputs: Options of each file to make, at least one; they may differ in their targets only.
+        base: About where the model will be converted to; None if it is converted already.
         measured: A measurement to work from; None if there is none yet.
         rows: Calibration rows that are given; None if they are to be made.
 
     Raises:
-        BpwiseError: Whatever is wrong with the model, the options or the place of the output.
+        BpwiseError: Whatever is wrong with the model, the options or the places of the outputs.
     """
-    _require_known(
-        checkpoint.config,
-        "Give one of llama.cpp's mixtures with --type and --no-eval instead of a size.",
-    )
-    require_kernels()
+    config = next(iter(outputs.values()))
     _require_run(checkpoint, config.measure, config.evaluate, measured, rows)
-    tensor_bytes = require_types(checkpoint, config, measured, largest_file_bytes(checkpoint, config))
-    if not output.exists():
-        require_room(output, tensor_bytes)
+    sizes = {
+        output: require_types(checkpoint, each, measured, largest_file_bytes(checkpoint, each))
+        for output, each in outputs.items()
+    }
+    made = {output: size for output, size in sizes.items() if not exists(output)}
+    _require_room_for(made if base is None else {**made, base: checkpoint.total_bytes})
 
 
 def require_types(
@@ -196,6 +238,19 @@ def require_mixture(
         require_importance(chosen, source.shape("model.layers.0.self_attn.q_proj.weight")[-1])
     else:
         require_fitting(matrix, {gguf_name(name) or name: source.shape(name) for name in source.names})
+
+
+def _require_room_for(sizes: Mapping[Path, int]) -> None:
+    # What is made on one disk must fit there together.
+    disks: dict[int, dict[Path, int]] = {}
+    for path, size in sizes.items():
+        place = path / "*" if path.is_dir() else path
+        with explained(path):
+            existing = next(each for each in place.absolute().parents if each.exists())
+            disks.setdefault(existing.stat().st_dev, {})[place] = size
+    for made in disks.values():
+        together = Path(os.path.commonpath([path.absolute().parent for path in made])) / "*"
+        require_room(next(iter(made)) if len(made) == 1 else together, sum(made.values()))
 
 
 def _require_known(config: Mapping[str, Any], hint: str) -> None:

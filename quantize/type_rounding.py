@@ -173,9 +173,11 @@ class _TypeRounder:
         kept = self._encoded(measured, target, gram)
         # Drift may have moved weights far, zeros above all: not by their size can a reader tell that they are in place.
         original = self._source.tensor(f"{measured.name}.weight")
-        made = self.decoded(measured.name, kept)
-        parts = zip(made.split(_SLICE_OUTPUTS), original.split(_SLICE_OUTPUTS), strict=True)
-        squares = [(part - weight.float()).square().sum(dim=1).sum(dtype=torch.float64) for part, weight in parts]
+        parts = zip(kept["data"].split(_SLICE_OUTPUTS), original.split(_SLICE_OUTPUTS), strict=True)
+        squares = [
+            (self.decoded(measured.name, {"data": data}) - weight.float()).square().sum(dim=1).sum(dtype=torch.float64)
+            for data, weight in parts
+        ]
         return {**kept, "distance": torch.stack(squares).sum()}
 
     def _encoded(self, measured: MeasuredLinear, target: Tensor, gram: Tensor) -> dict[str, Tensor]:

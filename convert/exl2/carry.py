@@ -14,7 +14,7 @@ from ..hub import confined_file, side_files
 from ..schemas import read_json
 from .vision import IMAGE_PROCESSOR_FILE, PROCESSOR_FILE, image_processor
 
-__all__ = ["copy_side_files", "require_float16_range"]
+__all__ = ["copy_side_files", "require_float16_range", "require_side_files"]
 
 _FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _FLOAT16_MAX = 65504.0
@@ -39,6 +39,19 @@ def copy_side_files(source: Path, target: Path) -> None:
         images = image_processor(read_json(target / PROCESSOR_FILE, CheckpointError))
         if images is not None:
             write_json(target / IMAGE_PROCESSOR_FILE, images)
+
+
+def require_side_files(source: Path) -> None:
+    """Refuse side files that ``copy_side_files`` would refuse; nothing is copied.
+
+    Args:
+        source: Model directory that they will be copied from.
+
+    Raises:
+        CheckpointError: As ``copy_side_files``.
+    """
+    if PROCESSOR_FILE in side_files(source):
+        image_processor(read_json(confined_file(source, PROCESSOR_FILE), CheckpointError))
 
 
 def require_float16_range(name: str, tensor: Tensor, error: type[BpwiseError]) -> None:

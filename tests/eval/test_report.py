@@ -6,7 +6,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from bpwise.errors import NumericalError
+from bpwise.errors import NumericalError, WorkDirectoryError
 from bpwise.eval.comparison import Comparison
 from bpwise.eval.estimate import Estimate
 from bpwise.eval.layers import LinearCost
@@ -16,7 +16,9 @@ from bpwise.eval.report import (
     joint_lines,
     joint_markdown,
     markdown_report,
+    report_names,
     summary_lines,
+    try_report,
     write_joint_report,
     write_report,
 )
@@ -232,3 +234,26 @@ def test_any_name_can_be_written(comparison: Comparison, tmp_path: Path) -> None
         (row,) = csv.DictReader(file)
     assert row["model"].replace("\\udcff", "\udcff") == name
     assert json.loads(files.json.read_text(encoding="utf-8"))["comparison"]["quantized"]["name"] == name
+
+
+@pytest.mark.parametrize("theirs", report_names())
+def test_files_of_others_are_theirs_beside_a_report_of_ours(
+    theirs: str, comparison: Comparison, tmp_path: Path
+) -> None:
+    write_report(comparison, tmp_path)
+    try_report(tmp_path)
+    (tmp_path / theirs).write_text('{"thesis": "the only copy"}')
+    with pytest.raises(WorkDirectoryError, match=f"{theirs}: in the way"):
+        try_report(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["report.json", "report.csv", "report.md", "report.html"])
+def test_each_file_of_a_report_is_known_alone(name: str, comparison: Comparison, tmp_path: Path) -> None:
+    write_report(comparison, tmp_path)
+    for path in tmp_path.iterdir():
+        if path.name != name:
+            path.unlink()
+    try_report(tmp_path)
+    (tmp_path / name).unlink()
+    write_joint_report([comparison, comparison], tmp_path)
+    try_report(tmp_path)

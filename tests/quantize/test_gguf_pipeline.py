@@ -16,7 +16,7 @@ from bpwise.eval.comparison import EvalConfig, compare_models
 from bpwise.eval.overlap import shared_share, stored_spans
 from bpwise.measure.calibration import CalibrationSet
 from bpwise.measure.measurement import Measurement
-from bpwise.quantize import judge
+from bpwise.quantize import gguf_base, judge
 from bpwise.quantize.gguf_pipeline import GgufConfig, GgufResult, convert_to_mixture, importance_of, quantize_to_gguf
 from bpwise.quantize.series import quantize_series
 from bpwise.quantize.type_plan import Override
@@ -346,3 +346,22 @@ def test_several_sizes_from_one_measurement(made: dict[str, GgufResult], convert
     assert card.data.library_name == "gguf"
     assert "5.4" in next(line for line in card.text.splitlines() if line.startswith("| bits per weight"))
     assert "random ids" in card.text
+
+
+@pytest.mark.parametrize("series", [False, True], ids=["one", "series"])
+def test_a_damaged_base_is_converted_again(
+    series: bool, made: dict[str, GgufResult], converted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, work = converted["mistral"].directory, tmp_path / "work"
+    settings = {"measurement": made["mistral"].measurement, "work": work}
+    monkeypatch.setattr(
+        gguf_base, "make_base", lambda _, output, **__: shutil.copyfile(converted["mistral"].file, output)
+    )
+    base = gguf_base.base_path(Checkpoint.open(directory), work, None)
+    base.write_bytes(converted["mistral"].file.read_bytes()[:100])
+    config = GgufConfig(bpw=6.5, evaluate=None, feedback=False)
+    with pytest.warns(UserWarning, match=r"base\.gguf: .* It is converted again now"):
+        if series:
+            quantize_series(directory, tmp_path / "out", config, [6.5, 5.5], **settings)
+        else:
+            quantize_to_gguf(directory, tmp_path / "out.gguf", config, **settings)

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 from bpwise.cli import cli
+from bpwise.convert.checkpoint import Checkpoint
 from bpwise.convert.mark import clear_mark, mark_broken, mark_path, read_mark
-from bpwise.errors import BrokenModelError
+from bpwise.errors import BrokenModelError, ConfigError
 from bpwise.eval.comparison import EvalConfig
 from bpwise.measure.calibration import CalibrationConfig
 from bpwise.measure.run import MeasureConfig
-from bpwise.quantize.judge import broken_because
+from bpwise.quantize.judge import Judge, broken_because
 from bpwise.quantize.pipeline import QuantizeConfig, quantize_model
 from bpwise.quantize.rounding import RoundedModel
 from click.testing import CliRunner, Result
@@ -215,3 +216,11 @@ def test_copies_keep_their_mark(finished: Path, tmp_path: Path) -> None:
     verified = bpwise("verify", tmp_path / "b")
     assert verified.exit_code == 0  # its bytes are what was meant
     assert "is marked as broken. It is." in verified.stderr
+
+
+def test_a_device_that_is_not_there_shows_first(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="device 'cuda:99' cannot be used here"):
+        Judge(Checkpoint.open(tiny_model), EvalConfig(device="cuda:99"))
+    result = bpwise("quantize", tiny_model, tmp_path / "x.gguf", "--type", "Q8_0", "--device", "cuda:99")
+    assert result.exit_code == 1
+    assert "device 'cuda:99' cannot be used here" in result.stderr

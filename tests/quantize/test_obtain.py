@@ -10,7 +10,7 @@ from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig
 from bpwise.progress import silent
 from bpwise.quantize import obtain
-from bpwise.quantize.obtain import MEASUREMENT_FILE, obtain_measurement
+from bpwise.quantize.obtain import MEASUREMENT_FILE, load_measurement, obtain_measurement
 from bpwise.quantize.stages import StageClock
 
 
@@ -64,12 +64,29 @@ def test_a_measurement_of_other_linears_is_refused(tiny_model: Path, tmp_path: P
     ):
         changed.save(tmp_path / "m.safetensors")
         with pytest.raises(FormatError, match=r"m\.safetensors: the measurement has other linears than"):
-            obtain_measurement(
-                Checkpoint.open(tiny_model),
-                MeasureConfig(device="cpu"),
-                tmp_path,
-                StageClock(),
-                silent,
-                given=tmp_path / "m.safetensors",
-                calibration=None,
-            )
+            load_measurement(tmp_path / "m.safetensors", Checkpoint.open(tiny_model))
+
+
+def test_a_measurement_of_other_embeddings_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    get(tiny_model, tmp_path, types=False)
+    measured, checkpoint = Measurement.load(tmp_path / MEASUREMENT_FILE), Checkpoint.open(tiny_model)
+    assert load_measurement(tmp_path / MEASUREMENT_FILE, checkpoint).fingerprint == measured.fingerprint
+    table = measured.embedding
+    for changes in (
+        {"name": "model.embed"},
+        {"tokens": table.tokens + 1},
+        {"importance": table.importance[1:]},
+        {"tied": True},
+    ):
+        replace(measured, embedding=replace(table, **changes)).save(tmp_path / "m.safetensors")
+        with pytest.raises(FormatError, match=r"m\.safetensors: .* other token embeddings .*Expected .* of 264 x 64"):
+            load_measurement(tmp_path / "m.safetensors", checkpoint)
+
+
+def test_a_measurement_that_does_not_describe_its_rows_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    get(tiny_model, tmp_path, types=False)
+    measured = Measurement.load(tmp_path / MEASUREMENT_FILE)
+    provenance = {key: value for key, value in measured.provenance.items() if key != "calibration_text"}
+    replace(measured, provenance=provenance).save(tmp_path / "m.safetensors")
+    with pytest.raises(FormatError, match="calibration_text"):
+        load_measurement(tmp_path / "m.safetensors", Checkpoint.open(tiny_model))

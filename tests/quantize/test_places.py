@@ -289,7 +289,7 @@ class TestWorkDirectoriesWithFiles:
         assert f"{name}: in the way" in refused(*command)
         assert (tmp_path / name).read_text() == '{"format_version": "1.2"}'
 
-    @pytest.mark.parametrize("damage", ["cut", "other-version"])
+    @pytest.mark.parametrize("damage", ["empty", "cut", "other-version"])
     def test_a_measurement_that_cannot_be_read_is_made_again(
         self, damage: str, tiny_model: Path, measurement: Path, tmp_path: Path
     ) -> None:
@@ -300,7 +300,10 @@ class TestWorkDirectoriesWithFiles:
             kept.write_bytes(content.replace(b'\\"version\\": 5', b'\\"version\\": 4'))
             assert kept.read_bytes() != content
         else:
-            kept.touch()
+            kept.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
+        if damage == "cut":
+            rows = measurement.with_name("calibration.safetensors").read_bytes()
+            (kept.parent / "calibration.safetensors").write_bytes(rows[: len(rows) // 2])
         succeed("quantize", tiny_model, tmp_path / "out", "--bpw", 4.5, *TEXT, "--no-eval")
         assert kept.read_bytes() == content
 
@@ -495,9 +498,9 @@ class TestReportsAreKept:
         succeed("quantize", tiny_model, copied, "--bpw", 4.5, *TEXT, *EVALUATION)
         assert DRIFT not in report(copied)["details"]
 
-    @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"comparison": 3, "details": 4}'])
+    @pytest.mark.parametrize("content", ["", ", ", ": 1}", ': 1, "comparison": 3, "details": 4}'])
     def test_a_damaged_report_is_no_harm(self, content: str, tiny_model: Path, copied: Path) -> None:
-        (copied / "report.json").write_text(content)
+        (copied / "report.json").write_text(f'{{"bpwise_report"{content}')
         succeed("eval", tiny_model, copied, "-r", 2, "-l", 32, "--device", "cpu")
         assert report(copied)["comparison"]["rows"] == 2
 

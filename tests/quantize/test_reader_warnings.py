@@ -10,7 +10,7 @@ import torch
 from bpwise.cli import cli
 from bpwise.convert.gguf.header import read_gguf_header
 from bpwise.measure.calibration import CalibrationSet
-from bpwise.quantize import gguf_pipeline, pipeline, series
+from bpwise.quantize import gguf_base, gguf_pipeline, pipeline, series
 from bpwise.quantize.gguf_pipeline import GgufConfig, quantize_to_gguf
 from click.testing import CliRunner, Result
 from transformers import MistralConfig
@@ -40,7 +40,7 @@ def no_long_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in (pipeline, gguf_pipeline, series):
         monkeypatch.setattr(module, "obtain_measurement", measured)
-    monkeypatch.setattr(gguf_pipeline, "make_base", measured)
+    monkeypatch.setattr(gguf_base, "make_base", measured)
 
 
 def test_a_window_is_said_three_times(windowed: Path, tmp_path: Path) -> None:
@@ -110,3 +110,18 @@ def test_a_gguf_file_carries_it(converted: Any, tmp_path: Path) -> None:
     assert "\n".join(result.summary_lines()).count(sentence) == 1
     assert read_gguf_header(result.output).metadata["bpwise.limits"] == sentence
     assert (tmp_path / "out.README.md").read_text().count(f"## Limits\n\n- {sentence}\n") == 1
+
+
+def test_a_mixture_says_it_once(converted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("libggml", reason="ggml's library is not installed: pip install 'bpwise[gguf]'")
+    model, base = tmp_path / "model", converted["mistral"].file
+    shutil.copytree(converted["mistral"].directory, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "sliding_window": 48}))
+    monkeypatch.setattr(gguf_base, "make_base", lambda _, output, **__: shutil.copyfile(base, output))
+    monkeypatch.setattr(gguf_base, "check_base", lambda *_: ["The converter left something out."])
+    result = bpwise("quantize", model, tmp_path / "out.gguf", "--type", "Q8_0", "--no-eval")
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr.count(WINDOW) == 1
+    assert result.stderr.endswith("warning     The converter left something out.\n")
+    assert "warning" not in result.stdout

@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 from bpwise.cli import cli
+from bpwise.convert.checkpoint import Checkpoint
 from bpwise.errors import ConfigError
 from bpwise.eval import passes
-from bpwise.quantize import obtain, pipeline
+from bpwise.measure.tokenizer import load_tokenizer
+from bpwise.progress import silent
+from bpwise.quantize import obtain, pipeline, support
 from bpwise.quantize.pipeline import QuantizeConfig
 from bpwise.quantize.rounding import RoundedModel
 from bpwise.quantize.series import quantize_series
@@ -191,3 +194,49 @@ def test_dry_run_of_several(tiny_model: Path, tmp_path: Path) -> None:
     assert "at 6 bpw" in result.stdout
     assert "at 4.5 bpw" in result.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("rates", ["4.5", "6.0,4.5"], ids=["one", "series"])
+def test_looks_and_reads_once(
+    rates: str, tiny_model: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            seen.append(name)
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(support, "require_writable", counted("tensors", support.require_writable))
+    monkeypatch.setattr(obtain, "load_measurement", counted("measurement", obtain.load_measurement))
+    monkeypatch.setattr("bpwise.quantize.judge.load_tokenizer", counted("tokenizer", load_tokenizer))
+    measurement = finished.with_name("out.work") / "measure" / "measurement.safetensors"
+    options = ("--device", "cpu", "-m", measurement, "--eval-rows", 2, "--eval-row-tokens", 32)
+    assert bpwise("quantize", tiny_model, tmp_path / "out", "--bpw", rates, *options).exit_code == 0
+    assert sorted(seen) == ["measurement", "tensors", "tokenizer"]
+
+
+@pytest.mark.parametrize("rates", ["4.5", "6.0,4.5"], ids=["one", "series"])
+def test_the_model_is_never_read_in_silence(
+    rates: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Checkpoint._fingerprint
+
+    def shown(self: Checkpoint, progress: Any) -> str:
+        assert progress is not silent or self.directory != tiny_model
+        return read(self, progress)
+
+    monkeypatch.setattr(Checkpoint, "_fingerprint", shown)
+    command = ("quantize", tiny_model, tmp_path / "out", "--bpw", rates, *TEXT, "--no-eval")
+    for _ in range(2):  # the second finds the output there
+        assert bpwise(*command).exit_code == 0
+    model = next((tmp_path / "out").glob("**/output.safetensors")).parent
+    for cache in ((), ("--no-cache",)):
+        assert bpwise("eval", tiny_model, model, "-r", 2, "-l", 32, "--device", "cpu", *cache).exit_code == 0
+    work = tmp_path / "out.work"
+    measurement = next(work.glob("**/measurement.safetensors"))
+    assert (
+        bpwise("quantize", tiny_model, tmp_path / "new", "--bpw", rates, "-m", measurement, "--dry-run").exit_code == 0
+    )

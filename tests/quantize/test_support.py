@@ -17,11 +17,11 @@ from bpwise.errors import BpwiseError, CalibrationError, ConfigError, Unsupporte
 from bpwise.eval.config import EvalConfig
 from bpwise.measure.calibration import CalibrationConfig, CalibrationSet
 from bpwise.measure.run import MeasureConfig, measure_to_file
-from bpwise.quantize import gguf_pipeline, obtain
+from bpwise.quantize import gguf_base, obtain, support
 from bpwise.quantize.gguf_pipeline import GgufConfig, convert_to_mixture, quantize_to_gguf
 from bpwise.quantize.judge import Judge
 from bpwise.quantize.pipeline import QuantizeConfig, quantize_model
-from bpwise.quantize.series import quantize_series
+from bpwise.quantize.series import output_paths, quantize_series
 from bpwise.quantize.type_plan import Override
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
@@ -39,7 +39,7 @@ def begun(*_: Any, **__: Any) -> None:
 def nothing_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(obtain, "measure_model", begun)
     monkeypatch.setattr("bpwise.measure.run.measure_model", begun)
-    monkeypatch.setattr(gguf_pipeline, "make_base", begun)
+    monkeypatch.setattr(gguf_base, "make_base", begun)
 
 
 def bpwise(*arguments: object) -> Result:
@@ -124,6 +124,19 @@ def test_side_files_that_lead_outside(name: str, tiny_model: Path, tmp_path: Pat
     (model / name).symlink_to("/etc/hostname")
     with pytest.raises(BpwiseError, match=f"{name}: leads outside"):
         quantize_model(model, tmp_path / "out", QuantizeConfig(bpw=4.5, evaluate=None))
+
+
+def test_side_files_are_looked_at_where_they_are(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A temporary directory may have no room for a tokenizer of 30 MB, and nothing of it is needed.
+    shutil.copytree(tiny_model, tmp_path / "m")
+    monkeypatch.setattr(shutil, "copyfile", begun)
+    assert bpwise("quantize", tmp_path / "m", tmp_path / "out", "--bpw", 4.5, "--dry-run").exit_code == 0
+    (tmp_path / "m" / "processor_config.json").write_text("{")
+    dry = bpwise("quantize", tmp_path / "m", tmp_path / "out", "--bpw", 4.5, "--dry-run")
+    assert dry.exit_code == 1
+    assert "processor_config.json" in dry.stderr
 
 
 def test_a_bias_that_float16_cannot_hold(tmp_path: Path, byte_tokenizer: Any) -> None:
@@ -293,7 +306,7 @@ class TestContext:
 
 def test_rows_beside_a_measurement(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = SimpleNamespace(tokens=torch.zeros(1, 4), group_size=32)
-    monkeypatch.setattr("bpwise.quantize.pipeline.load_measurement", lambda *_: measured)
+    monkeypatch.setattr(obtain, "load_measurement", lambda *_: measured)
     config = QuantizeConfig(bpw=4.5, evaluate=None)
     with pytest.raises(ConfigError, match="brings its own calibration rows"):
         quantize_model(tiny_model, tmp_path / "x", config, measurement=Path("m"), calibration=rows(1, 4))
@@ -324,3 +337,73 @@ class TestPlace:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=34_560))
         with pytest.raises(WorkDirectoryError, match="its disk has 34560 free"):
             quantize_model(tiny_model, tmp_path / "out", QuantizeConfig(bpw=4.5, evaluate=None))
+
+    def test_a_series_takes_what_its_outputs_take_together(
+        self, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        config, rates = QuantizeConfig(bpw=4.5, evaluate=None), [4.5, 6.0]
+        # Each alone, by the headers; two layers of 30720 weights at 1.5 bits more are 11520 bytes.
+        small = config.forecast(Checkpoint.open(tiny_model)).output_bytes
+        together = 2 * small + 11_520
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=together - 1))
+        with pytest.raises(WorkDirectoryError, match=rf"out/\*: will take {together} bytes, but its disk has"):
+            quantize_series(tiny_model, tmp_path / "out", config, rates)
+        paths = output_paths("tiny", tmp_path / "out", config, rates)
+        for path in paths.values():
+            path.mkdir(parents=True)
+        with pytest.raises(WorkDirectoryError, match=f"will take {together} bytes"):  # they are still empty
+            quantize_series(tiny_model, tmp_path / "out", config, rates)
+        (paths[6.0] / "config.json").write_text("{}")
+        outputs = {path: QuantizeConfig(bpw=bpw, evaluate=None) for bpw, path in paths.items()}
+        assert list(support.require_exl2(Checkpoint.open(tiny_model), outputs)) == list(outputs)  # it is there
+
+    def test_gguf_needs_room_for_the_unquantized_file_too(
+        self, known: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        stored = sum(tensor.nbytes for tensor in load_file(known / "model.safetensors").values())
+        monkeypatch.setattr(gguf_base, "make_base", begun)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=stored - 1))
+        with pytest.raises(WorkDirectoryError, match=f"x.gguf: will take {stored} bytes"):
+            convert_to_mixture(known, tmp_path / "x.gguf", "Q4_0")
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=stored + 1000))
+        for run in (
+            lambda: quantize_to_gguf(known, tmp_path / "x.gguf", GgufConfig(bpw=8, evaluate=None)),
+            lambda: quantize_series(known, tmp_path / "x", GgufConfig(bpw=8, evaluate=None), [8, 6]),
+        ):
+            with pytest.raises(WorkDirectoryError, match=r"\*: will take .* bytes, but its disk has"):
+                run()
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_converter_shows_before_the_model_is_read(
+    known: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Checkpoint, "_fingerprint", begun)
+    nowhere = tmp_path / "nowhere"
+    config = GgufConfig(bpw=8, evaluate=None, llama_cpp=nowhere)
+    for run in (
+        lambda: quantize_to_gguf(known, tmp_path / "x.gguf", config),
+        lambda: quantize_to_gguf(known, tmp_path / "x.gguf", config, measurement=tmp_path / "m"),
+        lambda: quantize_series(known, tmp_path / "x", config, [8, 6]),
+        lambda: convert_to_mixture(known, tmp_path / "x.gguf", "Q4_0", llama_cpp=nowhere),
+    ):
+        with pytest.raises(BpwiseError, match=r"nowhere: llama\.cpp's converter is not there"):
+            run()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_others_beside_a_gguf_file(known: Path, tmp_path: Path) -> None:
+    for name, config in (
+        ("x.report.md", GgufConfig(bpw=8)),
+        ("x.report.json", GgufConfig(bpw=8)),
+        ("x.README.md", GgufConfig(bpw=8, evaluate=None, card=True)),
+    ):
+        (tmp_path / name).write_text("# The only copy")
+        with pytest.raises(WorkDirectoryError, match=f"{name}: in the way"):
+            quantize_to_gguf(known, tmp_path / "x.gguf", config)
+        assert (tmp_path / name).read_text() == "# The only copy"
+        (tmp_path / name).unlink()
+    (tmp_path / "x.report.html").write_text("<p>the only copy")
+    refused = bpwise("quantize", known, tmp_path / "x.gguf", "--type", "Q4_0")
+    assert refused.exit_code == 1
+    assert "x.report.html: in the way" in refused.stderr

@@ -1,13 +1,16 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from bpwise.convert.checkpoint import Checkpoint
 from bpwise.convert.gguf.ggml import decode, encode
+from bpwise.convert.gguf.types import GgmlType
 from bpwise.measure.calibration import CalibrationSet
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig, measure_model
+from bpwise.quantize import type_rounding
 from bpwise.quantize.type_plan import Override, TypePlan, make_type_plan
 from bpwise.quantize.type_rounding import RoundedTypes, round_types, table_importance
 from torch import Tensor, nn
@@ -121,9 +124,18 @@ def test_reports_drift_and_damping(untied: Case) -> None:
     assert all(damping > 0 for damping in dampings.values())
 
 
-def test_distances_are_those_of_what_a_reader_sees(untied: Case) -> None:
+def test_distances_are_those_of_what_a_reader_sees(untied: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = untied.plan(COARSE)
-    rounded = untied.round(plan)
+    lengths: list[int] = []
+
+    def decoded(data: Any, kind: GgmlType, **options: Any) -> Tensor:
+        lengths.append(len(data))
+        return decode(data, kind, **options)
+
+    monkeypatch.setattr(type_rounding, "_SLICE_OUTPUTS", 40)
+    monkeypatch.setattr(type_rounding, "decode", decoded)
+    rounded = untied.round(plan, "slices")
+    assert lengths.count(264) == 1  # the embeddings' table; of the head, which is as large, only slices
     for name, distance in rounded.distances().items():
         weight = untied.checkpoint.tensor(f"{name}.weight").double()
         made = decode(rounded.data(name), plan.kinds[name]).double()
