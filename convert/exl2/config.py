@@ -88,7 +88,8 @@ def exl2_config(config: Mapping[str, Any], quantization: Mapping[str, Any], *, t
     for key, older in _OLDER_NAMES.items():
         if key in text:
             text[older] = text[key]
-    period = window_period(text.get("layer_types") or ())
+    kinds = text.get("layer_types")  # anything at all where the model's class declares no such field
+    period = window_period(kinds) if isinstance(kinds, list) else None
     if period is not None:
         result["sliding_window_pattern"] = period
     if text is not result:
