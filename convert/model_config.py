@@ -84,7 +84,7 @@ _ROPE_NEEDS: Mapping[str, tuple[str, ...]] = {
     "dynamic": ("factor",),
     "proportional": ("factor",),
     "yarn": ("factor", "original_max_position_embeddings"),
-    "longrope": ("original_max_position_embeddings", *_ROPE_LISTS),
+    "longrope": ("original_max_position_embeddings",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 """What Transformers computes with as it stands; of other keys it takes null for the default."""
@@ -298,10 +298,10 @@ def _check_rope(parameters: Any, text: Mapping[str, Any], path: Path) -> None:
 
     if not isinstance(parameters, Mapping):
         return
-    one = "rope_type" in parameters
+    by_kind = [value for key, value in parameters.items() if key.endswith("_attention") and value is not None]
     head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-    for rope in [parameters] if one else [value for value in parameters.values() if isinstance(value, Mapping)]:
-        kind = rope.get("rope_type")
+    for rope in by_kind or [parameters]:
+        kind = rope.get("rope_type") if isinstance(rope, Mapping) else rope
         known = ["default", *ROPE_INIT_FUNCTIONS]
         if kind not in known:
             raise CheckpointError(
@@ -309,7 +309,7 @@ def _check_rope(parameters: Any, text: Mapping[str, Any], path: Path) -> None:
             )
         for key, expected in _impossible(rope, head_dim):
             raise CheckpointError(f"{path}: impossible {key}. Got {rope.get(key)!r}, expected {expected}. Correct it.")
-    stated, used = text.get("rope_theta"), parameters.get("full_attention", parameters).get("rope_theta")
+    stated, used = text.get("rope_theta"), (parameters.get("full_attention") or parameters).get("rope_theta")
     if stated is not None and used is not None and stated != used:
         raise CheckpointError(
             f"{path}: two different rotary bases. Got rope_theta {stated!r} at the top level and {used!r} in "
@@ -331,8 +331,8 @@ def _impossible(rope: Mapping[str, Any], head_dim: int) -> Iterator[tuple[str, s
     if not _is_number(share, _POSITIVE, 1):
         yield "partial_rotary_factor", "a number from 0 to 1"
     pairs = int(head_dim * share) // 2
-    for key in _ROPE_LISTS:
-        factors = stated[key] if key in checked else [1] * pairs
+    for key in _ROPE_LISTS if rope["rope_type"] == "longrope" else ():
+        factors = stated[key]
         if not isinstance(factors, list) or [_is_number(each, _POSITIVE) for each in factors] != [True] * pairs:
             yield key, f"a list of {pairs} positive numbers, as many as head_dim {head_dim} has rotated pairs"
     if rope["rope_type"] == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:

@@ -160,7 +160,7 @@ def _add_rope_keys(text: dict[str, Any]) -> None:
     if not isinstance(rope, dict):
         return
     # Of one set per layer type: readers know the local layers' base themselves.
-    rope = rope.get("full_attention", rope)
+    rope = rope.get("full_attention") or rope
     for key in ("rope_theta", "partial_rotary_factor"):
         if key in rope:
             text[key] = rope[key]

@@ -116,6 +116,10 @@ LIES: dict[str, tuple[dict[str, Any], str]] = {
         {"rope_scaling": {"type": "linear", "factor": 2.0, "partial_rotary_factor": None}},
         "impossible partial_rotary_factor. Got None",
     ),
+    "rope-of-a-kind": (
+        {"rope_parameters": {"full_attention": "x", "rope_type": "default", "rope_theta": 1e4}},
+        "unknown rope_type. Got 'x'",
+    ),
     "linear-list": ({"rope_scaling": {"type": "linear", "factor": [2.0]}}, "impossible factor. Got [2.0]"),
     "dynamic-text": ({"rope_scaling": {"type": "dynamic", "factor": "2"}}, "impossible factor. Got '2'"),
     "activation": ({"hidden_act": "silu_and_mul"}, "unknown hidden_act. Got 'silu_and_mul'"),
