@@ -22,9 +22,11 @@ __all__ = [
     "VerificationError",
     "WorkDirectoryError",
     "printable",
+    "reason",
 ]
 
 _MOST_CHARACTERS = 2000
+_MOST_REASON_CHARACTERS = 200
 
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """What a terminal acts on (C0, C1, DEL), what reorders or breaks a line, and surrogates, which no encoding has."""
@@ -48,6 +50,11 @@ def printable(text: str, limit: int = _MOST_CHARACTERS) -> str:
         for part in parts
     )
     return shown if len(shown) <= limit else f"{shown[: start - 3]}...{shown[-end:]}"
+
+
+def reason(error: BaseException) -> str:
+    """Return the start of what another library's error says, as one line; its type where it says nothing."""
+    return " ".join(str(error).split())[:_MOST_REASON_CHARACTERS] or type(error).__name__
 
 
 class BpwiseError(Exception):

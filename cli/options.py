@@ -108,9 +108,9 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic only from clic
     }
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([a-z]*)", str(value).lower())
+        match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?) *([a-z]*)", str(value).lower())
         if match is None or match[2] not in self._UNITS:
-            self.fail(f"{value!r} is no size, expected for example 5GB, 700MiB or a number of bytes.", param, ctx)
+            self.fail(f"{value!r} is not a valid size. Use 5GB, 700MiB or a number of bytes.", param, ctx)
         return int(float(match[1]) * self._UNITS[match[2]])
 
 
@@ -120,9 +120,9 @@ class Tokens(click.ParamType):  # type: ignore[type-arg]  # generic only from cl
     name = "tokens"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        match = re.fullmatch(r"([1-9][0-9]*)(k?)", str(value).lower())
+        match = re.fullmatch(r"([1-9][0-9]{0,17})(k?)", str(value).lower())
         if match is None:
-            self.fail(f"{value!r} is no number of tokens, expected for example 32768 or 32k.", param, ctx)
+            self.fail(f"{value!r} is not a valid number of tokens. Use 32768 or 32k.", param, ctx)
         return int(match[1]) * (1024 if match[2] else 1)
 
 
@@ -137,7 +137,7 @@ class Rates(click.ParamType):  # type: ignore[type-arg]  # generic only from cli
         try:
             rates = tuple(float(part) for part in str(value).split(","))
         except ValueError:
-            self.fail(f"{value!r} is no bitrate, expected for example 4.5, or several as 8.0,6.0,4.5.", param, ctx)
+            self.fail(f"{value!r} is not a valid bitrate. Use 4.5, or several as 8.0,6.0,4.5.", param, ctx)
         if len(set(rates)) < len(rates):
             self.fail(f"{value!r} names a bitrate twice.", param, ctx)
         return rates
@@ -151,10 +151,10 @@ class Lengths(click.ParamType):  # type: ignore[type-arg]  # generic only from c
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
         if isinstance(value, tuple):
             return value
-        found = [re.fullmatch(r"([1-9][0-9]*) *(k?)", part.strip().lower()) for part in str(value).split(",")]
+        found = [re.fullmatch(r"([1-9][0-9]{0,17}) *(k?)", part.strip().lower()) for part in str(value).split(",")]
         lengths = tuple(int(match[1]) * (1024 if match[2] else 1) for match in found if match)
         if len(lengths) < len(found):
-            self.fail(f"{value!r} is no list of lengths, expected for example 1k,4k,16k (1k is 1024).", param, ctx)
+            self.fail(f"{value!r} is not a valid list of lengths. Use 1k,4k,16k (1k is 1024).", param, ctx)
         return lengths
 
 

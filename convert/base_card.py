@@ -99,14 +99,14 @@ def parse_base_card(text: str) -> BaseCard:
 
 
 def _front_matter(text: str, notes: list[str]) -> Mapping[str, Any]:
-    problem = "is no mapping"
+    problem = "is not a mapping"
     if len(text) > _MOST_FRONT_CHARACTERS:
         problem = "is too long"
     else:
         try:
             entries = yaml.load(text, Loader=yaml.BaseLoader)  # strings, lists and mappings only
         except (yaml.YAMLError, RecursionError, ValueError):
-            problem = "is no valid YAML"
+            problem = "is not valid YAML"
         else:
             if entries is None or entries == "":
                 return {}

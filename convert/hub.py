@@ -135,11 +135,12 @@ def require_own_files(directory: Path) -> None:
     Raises:
         CheckpointError: As ``side_files``.
     """
-    names = set(side_files(directory))
+    lists_tokenizers = "tokenizer_config.json" in side_files(directory)
+    names: set[str] = set()
     for path in list_directory(directory):
         if path.name in (CONFIG_FILE, "README.md") or path.suffix == ".model":
             names |= set() if path.is_dir() else {path.name}
-    if "tokenizer_config.json" in names:
+    if lists_tokenizers:
         names |= _named_tokenizers(directory / "tokenizer_config.json")
     for name in names:
         confined_file(directory, name)

@@ -289,7 +289,7 @@ class LoraView(CheckpointView):
                 "weights. The adapter was made for another model: name the one it was trained on."
             )
         if len(self._base.shape(self._base_name(name))) != 2 and "lora_" in stored:
-            raise CheckpointError(f"{self._where}: tensor {stored!r} is of {name!r}, which is no matrix.")
+            raise CheckpointError(f"{self._where}: tensor {stored!r} is of {name!r}, which is not a matrix.")
 
     def _require_shape(self, stored: str, got: tuple[int, ...], expected: tuple[int, ...], name: str) -> None:
         if got != expected:

@@ -6,6 +6,7 @@ completed config, so that what is measured, written and forecast is what Transfo
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -60,6 +61,34 @@ _MOST_LEVELS = 20
 _MAY_BE_ZERO = ("shared_expert_intermediate_size", "num_experts", "num_local_experts")
 """Sizes that are zero where a model has none of these."""
 
+_POSITIVE = sys.float_info.min
+
+_ROPE_NUMBERS: Mapping[str, float] = {
+    "rope_theta": _POSITIVE,
+    "factor": _POSITIVE,
+    "attention_factor": _POSITIVE,
+    "mscale": 0,
+    "mscale_all_dim": 0,
+    "beta_fast": _POSITIVE,
+    "beta_slow": _POSITIVE,
+    "low_freq_factor": _POSITIVE,
+    "high_freq_factor": _POSITIVE,
+    "original_max_position_embeddings": 2,  # its logarithm divides
+}
+"""Numbers in rope_parameters, and the least that each can be."""
+
+_ROPE_LISTS = ("short_factor", "long_factor")
+
+_ROPE_NEEDS: Mapping[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "proportional": ("factor",),
+    "yarn": ("factor", "original_max_position_embeddings"),
+    "longrope": ("original_max_position_embeddings",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+"""What Transformers computes with as it stands; of other keys it takes null for the default."""
+
 _ACTIVATIONS = ("hidden_act", "hidden_activation")
 
 
@@ -103,7 +132,7 @@ def complete_config(config: Mapping[str, Any], path: Path, *, embedding_rows: in
     _check_heads(text, path)
     _check_experts(text, path)
     _check_padding(text, path)
-    _check_rope(rope, text.get("rope_theta"), path)
+    _check_rope(rope, text, path)
     return result
 
 
@@ -203,6 +232,11 @@ def _rename_su(text: Mapping[str, Any]) -> None:
 
 
 def _check_parts(config: Mapping[str, Any], path: Path) -> None:
+    names = config.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise CheckpointError(
+            f"{path}: wrong architectures. Got {names!r}, expected a list of names of model classes. Correct it."
+        )
     for key, value in config.items():
         if key.endswith("_config") and value is not None and not isinstance(value, Mapping):
             raise CheckpointError(f"{path}: wrong {key}. Got {value!r}, expected an object. Correct it.")
@@ -258,33 +292,53 @@ def _check_padding(text: Mapping[str, Any], path: Path) -> None:
         )
 
 
-def _check_rope(parameters: Any, stated: Any, path: Path) -> None:
-    # Parameters as Transformers understands them, and the base at the top level of the file.
+def _check_rope(parameters: Any, text: Mapping[str, Any], path: Path) -> None:
+    # Parameters as Transformers understands them, and what stands beside them.
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: PLC0415 - seconds to import
 
     if not isinstance(parameters, Mapping):
         return
-    kinds = [value for value in parameters.values() if isinstance(value, Mapping)] or [parameters]
-    for rope in kinds:
-        kind, theta = rope.get("rope_type"), rope.get("rope_theta")
+    by_kind = [value for key, value in parameters.items() if key.endswith("_attention") and value is not None]
+    head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+    for rope in by_kind or [parameters]:
+        kind = rope.get("rope_type") if isinstance(rope, Mapping) else rope
         known = ["default", *ROPE_INIT_FUNCTIONS]
         if kind not in known:
             raise CheckpointError(
                 f"{path}: unknown rope_type. Got {kind!r}, expected one of {', '.join(known)}. Correct it."
             )
-        if not isinstance(theta, int | float) or not 0 < theta < float("inf"):
-            raise CheckpointError(
-                f"{path}: impossible rope_theta. Got {theta!r}, expected a positive number. Correct it."
-            )
-        share = rope.get("partial_rotary_factor")
-        if share is not None and not (isinstance(share, int | float) and 0 < share <= 1):
-            raise CheckpointError(
-                f"{path}: impossible partial_rotary_factor. Got {share!r}, expected a number from 0 to 1. Correct it."
-            )
-    used = parameters.get("full_attention", parameters).get("rope_theta")
+        for key, expected in _impossible(rope, head_dim):
+            raise CheckpointError(f"{path}: impossible {key}. Got {rope.get(key)!r}, expected {expected}. Correct it.")
+    stated, used = text.get("rope_theta"), (parameters.get("full_attention") or parameters).get("rope_theta")
     if stated is not None and used is not None and stated != used:
         raise CheckpointError(
             f"{path}: two different rotary bases. Got rope_theta {stated!r} at the top level and {used!r} in "
             "rope_parameters, expected the same. Transformers uses the second, other readers the first: delete the "
             "wrong one."
         )
+
+
+def _impossible(rope: Mapping[str, Any], head_dim: int) -> Iterator[tuple[str, str]]:
+    # Keys, and what is expected of them.
+    needed = ("rope_theta", "partial_rotary_factor", *_ROPE_NEEDS.get(rope["rope_type"], ()))
+    stated = {"rope_theta": None, **rope}
+    checked = [key for key in stated if stated[key] is not None or key in needed]
+    for key in checked:
+        least = _ROPE_NUMBERS.get(key)
+        if least is not None and not _is_number(stated[key], least):
+            yield key, f"a number from {least} on" if least != _POSITIVE else "a positive number"
+    share = stated.get("partial_rotary_factor", 1)
+    if not _is_number(share, _POSITIVE, 1):
+        yield "partial_rotary_factor", "a number from 0 to 1"
+    pairs = int(head_dim * share) // 2
+    for key in _ROPE_LISTS if rope["rope_type"] == "longrope" else ():
+        factors = stated[key]
+        if not isinstance(factors, list) or [_is_number(each, _POSITIVE) for each in factors] != [True] * pairs:
+            yield key, f"a list of {pairs} positive numbers, as many as head_dim {head_dim} has rotated pairs"
+    if rope["rope_type"] == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
+        yield "high_freq_factor", f"more than low_freq_factor, {rope['low_freq_factor']!r}"
+
+
+def _is_number(value: Any, least: float, most: float = sys.float_info.max) -> bool:
+    # JSON's true is a bool, which Python counts as an int.
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most

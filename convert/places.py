@@ -96,7 +96,7 @@ def check_file(path: Path, is_ours: Callable[[Path], bool], kind: str, *, read: 
         force: Whether a file of any other kind is replaced too.
 
     Raises:
-        WorkDirectoryError: It is so.
+        WorkDirectoryError: The file cannot be written, or holds something else.
     """
     refuse_inputs(path, files=(read,))
     if not force:
@@ -126,7 +126,9 @@ def refuse_inputs(output: Path, *, directories: Iterable[Path] = (), files: Iter
                 )
         for file in files:
             if file is not None and file.resolve() == real:
-                raise WorkDirectoryError(f"{shown(output)}: is read too. Choose another path for the output.")
+                raise WorkDirectoryError(
+                    f"{shown(output)}: is an input of this run. Expected another path. Choose one."
+                )
 
 
 def check_run(
@@ -188,7 +190,8 @@ def locked(file: Path, what: Path, advice: str) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: the file system has no locks
         reason = getattr(error, "strerror", None) or error
         raise WorkDirectoryError(
-            f"{shown(what)}: cannot be written and locked ({reason}). Free the place, or {advice}."
+            f"{shown(what)}: cannot be locked. Got {reason}. Expected a writable directory on a file system with "
+            f"locks. Correct its permissions, or {advice}."
         ) from error
     try:
         yield

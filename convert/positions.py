@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-__all__ = ["attention_window", "full_rope", "window_period"]
+__all__ = ["attention_window", "full_rope", "stated_rope", "window_period"]
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
@@ -21,9 +21,10 @@ def attention_window(text: Any) -> int | None:
         The window in tokens, the current one included; None if no block has one, or none that is shorter than the
         model's longest row.
     """
-    window = getattr(text, "sliding_window", None)
-    by_block = any(field.name == "layer_types" for field in fields(text))
-    if not window or (by_block and _SLIDING not in text.layer_types):
+    # A config object keeps whatever the file states; its class computes with the fields that it declares.
+    declared = {field.name for field in fields(text)}
+    window = text.sliding_window if "sliding_window" in declared else None
+    if not window or ("layer_types" in declared and _SLIDING not in text.layer_types):
         return None
     return int(window) if window < text.max_position_embeddings else None
 
@@ -37,6 +38,23 @@ def full_rope(text: Any) -> dict[str, Any]:
     parameters: dict[str, Any] = text.rope_parameters
     full = parameters.get(_FULL)
     return full if isinstance(full, dict) else parameters
+
+
+def stated_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return rope_type, rope_theta and what belongs to them, in the names of Transformers 5; of two ropes as above.
+
+    Args:
+        config: config.json of a language model, of a family that is known here or not.
+    """
+    found = config.get("rope_parameters") or config.get("rope_scaling")
+    found = found if isinstance(found, dict) else {}
+    full = found.get(_FULL)
+    rope = dict(full if isinstance(full, dict) else found)
+    rope.setdefault("rope_type", rope.get("type"))
+    rope.setdefault("rope_theta", config.get("rope_theta"))
+    if rope["rope_type"] == "yarn":
+        rope.setdefault("original_max_position_embeddings", config.get("original_max_position_embeddings"))
+    return rope
 
 
 def window_period(kinds: Sequence[str]) -> int | None:

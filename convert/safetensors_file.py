@@ -137,7 +137,7 @@ def read_header(path: Path, error: type[BpwiseError]) -> SafetensorsHeader:
             if header_bytes > _MAX_HEADER_BYTES:
                 raise error(
                     f"{path}: header too large, got {header_bytes} bytes, expected at most "
-                    f"{_MAX_HEADER_BYTES}. This is no safetensors file, or a damaged one."
+                    f"{_MAX_HEADER_BYTES}. This is not a safetensors file, or a damaged one."
                 )
             if _LENGTH_BYTES + header_bytes > file_bytes:
                 raise error(

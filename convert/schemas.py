@@ -123,8 +123,8 @@ def check_schema(
         found = _EXPECTED.fullmatch(problem)
         if found is None:
             raise error(f"{at}: {problem.replace('`', '')}. {remedy}") from cause
-        # msgspec does not tell the keys of free mappings.
-        got = found[2] if "[...]" in place else reprlib.repr(_value_at(value, place))
+        # msgspec does not tell the keys of free mappings, and of a value there its type alone.
+        got = (found[2] or "a value out of range") if "[...]" in place else reprlib.repr(_value_at(value, place))
         expected = found[1].replace("`", "")
         raise error(f"{at}: not a valid value. Got {got}. Expected {expected}. {remedy}") from cause
 

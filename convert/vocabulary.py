@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..errors import BpwiseWarning, CheckpointError
-from .checkpoint import Checkpoint, embedding_name
+from .checkpoint import Checkpoint, embedding_rows
 from .schemas import read_json
 
 __all__ = ["tokens_beyond", "warn_of_tokens_beyond"]
@@ -24,12 +24,11 @@ def tokens_beyond(checkpoint: Checkpoint) -> dict[int, str]:
     So it is with tokens that were added for a chat format to a model whose embedding was not resized.
 
     Args:
-        checkpoint: The model. Of files that cannot be read nothing is said here: who loads the tokenizer finds out.
+        checkpoint: The model. Of files that cannot be read nothing is said here: `load_tokenizer` reports them.
     """
-    name = embedding_name(checkpoint)
-    if name is None:
+    rows = embedding_rows(checkpoint)
+    if rows is None:
         return {}
-    rows = checkpoint.shape(name)[0]
     found = {id_: token for id_, token in _tokens(checkpoint) if type(id_) is int and id_ >= rows}
     return {id_: token for id_, token in sorted(found.items()) if isinstance(token, str)}
 
@@ -41,7 +40,7 @@ def warn_of_tokens_beyond(checkpoint: Checkpoint) -> None:
         return
     shown = [f"{token[:_SHOWN_CHARACTERS]!r} ({id_})" for id_, token in list(beyond.items())[:_SHOWN_TOKENS]]
     more = f" and {len(beyond) - _SHOWN_TOKENS} more" if len(beyond) > _SHOWN_TOKENS else ""
-    rows = checkpoint.shape(str(embedding_name(checkpoint)))[0]
+    rows = embedding_rows(checkpoint)
     warnings.warn(
         f"{checkpoint.directory}: the tokenizer has tokens beyond the vocabulary. Got {', '.join(shown)}{more}. "
         f"Expected ids below the {rows} rows of the embedding. Text with these tokens cannot be run: keep them out of "

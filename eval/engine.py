@@ -121,8 +121,8 @@ def compare_in_engine(
         if floor_nats > _SAME_MODEL_NATS:
             raise CheckpointError(
                 f"{base.path}: run by llama.cpp it is {floor_nats:.3g} nats per token away from "
-                f"{model_name(original)}, expected less than {_SAME_MODEL_NATS}: it is no conversion of that model, or "
-                "lost something of it (rope scaling). Convert the original again."
+                f"{model_name(original)}, expected less than {_SAME_MODEL_NATS}: it is not a conversion of that model, "
+                "or lost something of it (rope scaling). Convert the original again."
             )
         parts = (_row(first, second, rows.tokens[row]) for row in progress(range(count), "evaluate: llama.cpp"))
         statistics = TokenStatistics.joined(parts, count * (row_tokens - 1))

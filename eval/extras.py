@@ -31,7 +31,7 @@ __all__ = [
 
 TASKS_NOTE = (
     "± is one standard error over the questions; differences are paired over the same questions, and changed is the "
-    "share of them that is scored otherwise, either way. Without ±: the score is no mean over questions."
+    "share of them that is scored otherwise, either way. Without ±: the score is not a mean over questions."
 )
 
 NEEDLE_NOTE = (

@@ -20,7 +20,7 @@ import torch
 from ..convert.checkpoint import TensorSource
 from ..convert.original import Original
 from ..convert.rope import with_positions_of
-from ..errors import BpwiseError, ConfigError
+from ..errors import BpwiseError, ConfigError, reason
 from ..measure.calibration import require_ids_below
 from ..measure.chat_template import ChatTemplate, RefusedChatError
 from ..measure.run import resolve_device
@@ -144,7 +144,9 @@ def load_tasks(config: TaskConfig) -> LoadedTasks:
         if not found:
             near = difflib.get_close_matches(pattern, manager.all_tasks, _SUGGESTIONS)
             advice = f"Close to it are: {', '.join(near)}." if near else "`lm-eval ls tasks` lists them."
-            raise ConfigError(f"tasks: lm-eval knows no {pattern!r}, expected the name of a task or group. {advice}")
+            raise ConfigError(
+                f"tasks: lm-eval does not know {pattern!r}, expected the name of a task or group. {advice}"
+            )
         names += [name for name in found if name not in names]
     objects: dict[str, Any] = {}
     for name in names:
@@ -152,10 +154,9 @@ def load_tasks(config: TaskConfig) -> LoadedTasks:
             with _quiet():
                 found = manager.load([name])
         except Exception as error:  # whatever data sets, their files and the tasks' own code raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigError(
-                f"tasks: {name} cannot be loaded ({reason}), expected its definition and its questions on the Hub or "
-                "in local files. Check the network and the paths in its definition."
+                f"tasks: {name} cannot be loaded ({reason(error)}), expected its definition and its questions on "
+                "the Hub or in local files. Check the network and the paths in its definition."
             ) from error
         objects.update({name: found["groups"][name]} if name in found["groups"] else found["tasks"])
     try:

@@ -291,7 +291,7 @@ def require_ids_below(
         use: What the text is for, for the message.
 
     Raises:
-        CalibrationError: There is one.
+        CalibrationError: An id is outside the vocabulary.
     """
     largest = int(tokens.max()) if tokens.numel() else 0
     if largest < vocab_size:
@@ -314,7 +314,7 @@ def require_tokens(rows: CalibrationSet, tokenizer: Tokenizer) -> None:
         tokenizer: The model's.
 
     Raises:
-        CalibrationError: They do.
+        CalibrationError: The ids stand for other tokens.
     """
     if rows.vocabulary is not None and token_fingerprint(tokenizer, rows.tokens) != rows.vocabulary:
         raise CalibrationError(

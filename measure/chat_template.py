@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..errors import CalibrationError
+from ..errors import CalibrationError, reason
 
 __all__ = ["ChatTemplate", "RefusedChatError", "serve"]
 
@@ -38,8 +38,6 @@ _MEMORY_BYTES = 512 << 20
 _MOST_CHARACTERS = 1 << 20
 _MOST_GROWTH = 16
 """Longest text of one chat: so many characters, and so many more for each of its turns as JSON."""
-
-_SHOWN_CHARACTERS = 200
 
 _PROBLEMS = {
     "damaged": "the chat template is not valid ({reason}). Get chat_template.jinja or tokenizer_config.json again.",
@@ -219,11 +217,11 @@ def _answered(render: Callable[[bytes], bytes], line: bytes) -> bytes:
     except MemoryError:
         return _reply(problem="memory")
     except jinja2.TemplateSyntaxError as error:
-        return _reply(problem="damaged", reason=_reason(error))
+        return _reply(problem="damaged", reason=reason(error))
     except jinja2.TemplateError as error:
-        return _reply(problem="refused", reason=_reason(error))
+        return _reply(problem="refused", reason=reason(error))
     except Exception as error:  # a template is a program: it raises whatever Python can raise
-        return _reply(problem="failed", reason=f"{type(error).__name__}: {_reason(error)}")
+        return _reply(problem="failed", reason=f"{type(error).__name__}: {reason(error)}")
     finally:
         if sys.platform != "win32":
             signal.setitimer(signal.ITIMER_PROF, 0)
@@ -231,10 +229,6 @@ def _answered(render: Callable[[bytes], bytes], line: bytes) -> bytes:
 
 def _reply(**entries: str | int) -> bytes:
     return json.dumps(entries).encode() + b"\n"
-
-
-def _reason(error: Exception) -> str:
-    return ascii(" ".join(str(error).split())[:_SHOWN_CHARACTERS])[1:-1] or "without a reason"
 
 
 def _limit_memory() -> None:

@@ -69,5 +69,6 @@ def check_rows(source: TensorSource, rows: CalibrationSet, use: str) -> None:
 def _refuse_longer(row_tokens: int, context: int | None, use: str) -> None:
     if context is not None and row_tokens > context:
         raise ConfigError(
-            f"{use} text: rows of {row_tokens} tokens, but the model has positions for {context}. Lower row_tokens."
+            f"{use} text: rows of {row_tokens} tokens, but the model has positions for {context}. Ask for "
+            "shorter rows (--row-tokens)."
         )

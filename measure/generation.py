@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..convert.checkpoint import Checkpoint
-from ..errors import CalibrationError
+from ..errors import CalibrationError, reason
 from .calibration import CalibrationConfig, CalibrationSet, require_ids_below
 from .stream import whole_model
 from .tokenizer import Tokenizer, leading_ids, ordinary_ids, token_fingerprint
@@ -60,7 +60,7 @@ def write_rows(
     except RuntimeError as error:  # too little memory
         raise CalibrationError(
             f"{checkpoint.directory}: the model cannot be loaded as a whole to write its calibration text "
-            f"({str(error).splitlines()[0]}). Name a text for --calibration."
+            f"({reason(error)}). Name a text for --calibration."
         ) from error
     allowed = torch.cat([ordinary, torch.tensor([eos])]) if eos is not None and eos < vocab_size else ordinary
     rng = torch.Generator(device).manual_seed(config.seed)

@@ -27,7 +27,6 @@ from .calibration import (
     CalibrationConfig,
     CalibrationSet,
     build_calibration,
-    require_ids_below,
     require_tokens,
 )
 from .context import CALIBRATION, check_rows, fit_row_tokens
@@ -258,14 +257,13 @@ def calibration_rows(
             loaded to write it, or rows that are given were made with another vocabulary.
         ConfigError: Rows are longer than the model's context.
     """
-    vocab_size = int(language_config(checkpoint)["vocab_size"])
     if given is not None:
-        require_ids_below(given.tokens, vocab_size)
+        check_rows(checkpoint, given, CALIBRATION)
         if given.vocabulary is not None:
             require_tokens(given, load_tokenizer(checkpoint.directory))
         return given
     config = replace(config, row_tokens=fit_row_tokens(config.row_tokens, checkpoint, CALIBRATION))
-    tokenizer = load_tokenizer(checkpoint.directory)
+    tokenizer, vocab_size = load_tokenizer(checkpoint.directory), int(language_config(checkpoint)["vocab_size"])
     if config.source == SELF:
         return write_rows(checkpoint, tokenizer, config, vocab_size=vocab_size, device=resolve_device(device))
     return build_calibration(tokenizer, config, vocab_size=vocab_size)
@@ -309,7 +307,8 @@ def measure_to_file(
         model: A local directory, a hub id, or what ``open_model`` made of one.
         output: The file to write; an older measurement is replaced.
         config: Options.
-        work: Work directory; default ``OUTPUT.work``. What it holds is let go when the measurement is complete.
+        work: Work directory; default ``OUTPUT.work``. Its resume artifacts are deleted when the measurement is
+            complete.
         calibration: Rows to use instead of those that ``config.calibration`` describes.
         force: Whether any other file is replaced too.
         progress: Shows how far the passes are.

@@ -10,7 +10,7 @@ from glob import escape as glob_escape
 from pathlib import Path
 from typing import Any
 
-from ..errors import CalibrationError
+from ..errors import CalibrationError, reason
 from .chat_rows import CHAT_COLUMNS, chat_turns
 
 __all__ = [
@@ -121,7 +121,7 @@ def read_texts(source: str | Path, *, column: str | None = None, render_chat: Ch
         exists, is_directory = path.exists(), path.is_dir()
     except (OSError, ValueError) as error:  # a name that is too long, or holds a NUL
         raise CalibrationError(
-            f"{str(source)[:_SHOWN_CHARACTERS]!r}: not a path ({_first_line(error)}). Check the path."
+            f"{str(source)[:_SHOWN_CHARACTERS]!r}: not a path ({reason(error)}). Check the path."
         ) from error
     if is_directory:
         return _directory_source(path, rows_to_documents)
@@ -215,7 +215,7 @@ def _table_rows(builder: str, path: Path) -> _Rows:
             yield f"row {number}", row
     except Exception as error:  # whatever the datasets library and pyarrow raise
         raise CalibrationError(
-            f"{path}: cannot be read as {builder} data ({_first_line(error)}). Write the file anew."
+            f"{path}: cannot be read as {builder} data ({reason(error)}). Write the file anew."
         ) from error
 
 
@@ -244,7 +244,7 @@ def _hub_source(source: str, rows_to_documents: _RowReader) -> TextSource:
 def _hub_error(source: str, error: Exception) -> CalibrationError:
     return CalibrationError(
         f"{source}: no such file or directory, and reading it as the Hub data set name[:config][:split] "
-        f"failed ({_first_line(error)}). Check the name and the network, or use a local file or the "
+        f"failed ({reason(error)}). Check the name and the network, or use a local file or the "
         "built-in text."
     )
 
@@ -329,7 +329,3 @@ def _empty(where: str) -> CalibrationError:
 
 def _listed(row: Mapping[str, Any]) -> str:
     return ", ".join(repr(str(name)) for name in row) or "none"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:_SHOWN_CHARACTERS]

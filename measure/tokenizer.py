@@ -13,7 +13,7 @@ from ..convert.families import is_known
 from ..convert.hub import require_own_files
 from ..convert.model_config import parse_config
 from ..convert.schemas import read_json
-from ..errors import CalibrationError, CheckpointError
+from ..errors import CalibrationError, CheckpointError, reason
 from .chat_template import ChatTemplate
 from .text import valid_unicode
 
@@ -26,8 +26,6 @@ __all__ = [
     "ordinary_ids",
     "token_fingerprint",
 ]
-
-_SHOWN_CHARACTERS = 200
 
 
 class Tokenizer(Protocol):
@@ -160,8 +158,8 @@ class LoadedTokenizer:
             if not _is_failure(error):
                 raise
             raise CalibrationError(
-                f"{self._directory}: its tokenizer fails ({_reason(error)}). The tokenizer's files are damaged, or do "
-                "not belong together. Get them again."
+                f"{self._directory}: its tokenizer fails ({reason(error)}). The tokenizer's files are damaged, or "
+                "do not belong together. Get them again."
             ) from error
 
 
@@ -193,8 +191,8 @@ def load_tokenizer(directory: Path) -> LoadedTokenizer:
         if not _is_failure(error):
             raise
         raise CalibrationError(
-            f"{directory}: its tokenizer cannot be loaded ({_reason(error)}), expected tokenizer.json or other files "
-            "that Transformers reads without code of the model's own. Copy the model's tokenizer files there."
+            f"{directory}: its tokenizer cannot be loaded ({reason(error)}), expected tokenizer.json or other "
+            "files that Transformers reads without code of the model's own. Copy the model's tokenizer files there."
         ) from error
     loaded = LoadedTokenizer(directory, tokenizer)
     leading_ids(loaded)  # one that fails on any text does so here, not after long work
@@ -207,10 +205,6 @@ def _is_failure(error: BaseException) -> bool:
     The tokenizers library raises bare Exceptions. Its panics are no Exceptions, and their class cannot be imported.
     """
     return isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:_SHOWN_CHARACTERS]
 
 
 def _model_config(directory: Path) -> Any:

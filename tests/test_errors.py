@@ -5,7 +5,7 @@ import time
 import unicodedata
 
 import pytest
-from bpwise.errors import BpwiseError, CheckpointError, ShapeError, printable
+from bpwise.errors import BpwiseError, CheckpointError, ShapeError, printable, reason
 
 
 def test_plain_text_stays() -> None:
@@ -55,3 +55,10 @@ def test_every_error_is_one_line() -> None:
         assert str(error).isprintable()
         assert len(str(error)) <= 2000
     assert str(pickle.loads(pickle.dumps(CheckpointError("\x1b")))) == r"\x1b"
+
+
+def test_what_libraries_say_becomes_one_short_line() -> None:
+    assert reason(ValueError("  one\n\ttwo  ")) == "one two"
+    assert reason(KeyError()) == "KeyError"
+    assert reason(OSError(" \n")) == "OSError"
+    assert reason(RuntimeError("x" * 1000)) == "x" * 200

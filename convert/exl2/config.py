@@ -88,7 +88,8 @@ def exl2_config(config: Mapping[str, Any], quantization: Mapping[str, Any], *, t
     for key, older in _OLDER_NAMES.items():
         if key in text:
             text[older] = text[key]
-    period = window_period(text.get("layer_types") or ())
+    kinds = text.get("layer_types")  # anything at all where the model's class declares no such field
+    period = window_period(kinds) if isinstance(kinds, list) else None
     if period is not None:
         result["sliding_window_pattern"] = period
     if text is not result:
@@ -159,7 +160,7 @@ def _add_rope_keys(text: dict[str, Any]) -> None:
     if not isinstance(rope, dict):
         return
     # Of one set per layer type: readers know the local layers' base themselves.
-    rope = rope.get("full_attention", rope)
+    rope = rope.get("full_attention") or rope
     for key in ("rope_theta", "partial_rotary_factor"):
         if key in rope:
             text[key] = rope[key]

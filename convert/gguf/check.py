@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...errors import CheckpointError, VerificationError
 from ..checkpoint import Checkpoint
+from ..positions import stated_rope
 from ..schemas import read_json
 from .header import GgufHeader, read_gguf_header
 
@@ -62,7 +63,7 @@ class _Check:
             raise self._error("context length", got, want)
 
     def _check_rope(self) -> None:
-        rope = _rope_parameters(self._config)
+        rope = stated_rope(self._config)
         theta = rope.get("rope_theta")
         # llama.cpp takes 10000 where the file says nothing.
         if isinstance(theta, int | float) and not _near(self._get("rope.freq_base", 10000.0), theta):
@@ -147,19 +148,6 @@ class _Check:
             f"{self._header.path}: wrong {what}, got {got}, expected {expected} from config.json. Try another version "
             "of llama.cpp's converter."
         )
-
-
-def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return rope_type, rope_theta and what belongs to them, in the names of Transformers 5."""
-    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if isinstance(found.get("full_attention"), dict):
-        found = found["full_attention"]
-    rope = dict(found)
-    rope.setdefault("rope_type", rope.get("type"))
-    rope.setdefault("rope_theta", config.get("rope_theta"))
-    if rope["rope_type"] == "yarn":
-        rope.setdefault("original_max_position_embeddings", config.get("original_max_position_embeddings"))
-    return rope
 
 
 def _llama3_factors(rope: Mapping[str, Any], head_dim: int) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 from ...errors import UnsupportedModelError
 from ..exl2.names import text_config
 from ..model_config import parse_config
-from ..positions import attention_window, full_rope
+from ..positions import attention_window, full_rope, stated_rope
 
 __all__ = ["LIMITS_KEY", "require_llama_cpp"]
 
@@ -35,9 +35,12 @@ _MODEL_TYPES: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "qwen2": _COMPUTED,
     "qwen3": {**_COMPUTED, "attention_bias": (False,)},  # it has no bias of o_proj
 }
-"""Model types that are looked at; the others go through the converter alone."""
+"""Model types that are looked at as a whole; of the others only rope_type is."""
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic")
+
+_COMPUTED_ROPE_TYPES = (None, "none", "default", "linear", "llama3", "yarn", "longrope", "su", "proportional", "mrope")
+"""Those that llama.cpp computes in some model type; None where config.json has none."""
 
 _YARN: Mapping[str, Any] = {"truncate": True, "beta_fast": 32, "beta_slow": 1}
 """Settings of YaRN that llama.cpp does not look at here, and what it takes them for."""
@@ -53,19 +56,21 @@ def require_llama_cpp(config: Mapping[str, Any]) -> tuple[str, ...]:
         config: Parsed config.json, of the whole model.
 
     Returns:
-        Sentences to show, with the rows that they matter for; none for model types that are not looked at.
+        Sentences to show, with the rows that they matter for.
 
     Raises:
         UnsupportedModelError: llama.cpp would compute another model on rows of any length.
     """
     language = text_config(config)
     if language.get("model_type") not in _MODEL_TYPES:
-        return ()
+        return tuple(_rope_limits(language))
     text = parse_config(config, Path("config.json")).get_text_config()
     departures = "; ".join((*_departures(language), *_rope_departures(full_rope(text))))
     if departures:
-        raise UnsupportedModelError(f"config.json: {departures}. A GGUF file of it would be another model.")
-    return tuple(_limits(text))
+        raise UnsupportedModelError(
+            f"config.json: {departures}. A GGUF file of it would be another model. Choose an EXL2 output."
+        )
+    return (*_window_limits(text), *_rope_limits(language))
 
 
 def _departures(language: Mapping[str, Any]) -> Iterator[str]:
@@ -86,8 +91,10 @@ def _rope_departures(rope: Mapping[str, Any]) -> Iterator[str]:
     if kind != "yarn":
         return
     for key, value in _YARN.items():
-        if rope.get(key, value) != value:
-            yield f"{key} of rope_type 'yarn' is {rope[key]!r}, but llama.cpp takes it for {value!r}"
+        stated = rope.get(key, value)
+        # Transformers takes null for the default, but that of truncate for false.
+        if stated != value and (stated is not None or key == "truncate"):
+            yield f"{key} of rope_type 'yarn' is {stated!r}, but llama.cpp takes it for {value!r}"
     first, second = rope.get("mscale"), rope.get("mscale_all_dim")
     if not first or not second:
         first, second = 1, 0
@@ -101,15 +108,17 @@ def _yarn_attention(rope: Mapping[str, Any], weight: float) -> float:
     return 0.1 * weight * math.log(rope["factor"]) + 1.0 if rope["factor"] > 1 else 1.0
 
 
-def _limits(text: Any) -> Iterator[str]:
+def _window_limits(text: Any) -> Iterator[str]:
     window = attention_window(text)
     if window is not None:
         yield (
             f"llama.cpp's converter leaves out sliding_window {window}: every token sees all before it. Rows of more "
             f"than {window} tokens differ from the original."
         )
-    if full_rope(text)["rope_type"] == "dynamic":
-        yield (
-            "llama.cpp leaves out rope_type 'dynamic'. Rows of more than "
-            f"{text.max_position_embeddings} tokens differ from the original."
-        )
+
+
+def _rope_limits(language: Mapping[str, Any]) -> Iterator[str]:
+    kind = stated_rope(language)["rope_type"]
+    if kind not in _COMPUTED_ROPE_TYPES:
+        longest = language.get("max_position_embeddings", "max_position_embeddings")
+        yield f"llama.cpp leaves out rope_type {kind!r}. Rows of more than {longest} tokens differ from the original."

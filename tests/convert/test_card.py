@@ -96,15 +96,15 @@ def test_an_original_that_is_not_on_the_hub(card: Card) -> None:
 @pytest.mark.parametrize(
     ("front", "note"),
     [
-        ("license: [mit\n", "is no valid YAML"),
-        ("- a\n- b\n", "is no mapping"),
+        ("license: [mit\n", "is not valid YAML"),
+        ("- a\n- b\n", "is not a mapping"),
         ("a: " + "x" * 70000 + "\n", "is too long"),
-        ("a: " + "[" * 30000 + "\n", "is no valid YAML"),
+        ("a: " + "[" * 30000 + "\n", "is not valid YAML"),
         ("license: {a: b}\n", "`license` cannot be read"),
         ("license: " + "m" * 501 + "\n", "`license` cannot be read"),
         ("license: mit\nlanguage: [en, {a: b}]\n", "`language` cannot be read"),
-        ("? [a]\n: b\n", "is no valid YAML"),
-        ("license: mit\ttab: : x\n", "is no valid YAML"),
+        ("? [a]\n: b\n", "is not valid YAML"),
+        ("license: mit\ttab: : x\n", "is not valid YAML"),
     ],
     ids=["open", "list", "long", "deep", "mapping", "long-value", "nested", "unhashable", "colon"],
 )

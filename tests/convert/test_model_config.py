@@ -12,7 +12,7 @@ from bpwise.convert.language import language_model
 from bpwise.convert.model_config import complete_config
 from bpwise.errors import CheckpointError, UnsupportedModelError
 from bpwise.measure.stream import StreamedModel
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..tiny_models import FAMILIES, SIZES, VISION
 
@@ -110,8 +110,24 @@ LIES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "rope-share": ({"partial_rotary_factor": 64}, "impossible partial_rotary_factor. Got 64"),
     "rope-type-list": ({"rope_scaling": {"type": ["linear"]}}, "unknown rope_type. Got ['linear']"),
+    "rope-base-bool": ({"rope_theta": True}, "impossible rope_theta. Got True, expected a positive number"),
+    "rope-base-huge": ({"rope_theta": 10**400}, "impossible rope_theta. Got 1000"),
+    "rope-share-null": (
+        {"rope_scaling": {"type": "linear", "factor": 2.0, "partial_rotary_factor": None}},
+        "impossible partial_rotary_factor. Got None",
+    ),
+    "rope-of-a-kind": (
+        {"rope_parameters": {"full_attention": "x", "rope_type": "default", "rope_theta": 1e4}},
+        "unknown rope_type. Got 'x'",
+    ),
+    "linear-list": ({"rope_scaling": {"type": "linear", "factor": [2.0]}}, "impossible factor. Got [2.0]"),
+    "dynamic-text": ({"rope_scaling": {"type": "dynamic", "factor": "2"}}, "impossible factor. Got '2'"),
     "activation": ({"hidden_act": "silu_and_mul"}, "unknown hidden_act. Got 'silu_and_mul'"),
     "activation-list": ({"hidden_act": ["silu"]}, "hidden_act"),
+    "architectures-text": ({"architectures": "LlamaForCausalLM"}, "wrong architectures. Got 'LlamaForCausalLM'"),
+    "architectures-object": ({"architectures": {"a": 1}}, "wrong architectures. Got {'a': 1}"),
+    "architectures-number": ({"architectures": 5}, "wrong architectures. Got 5"),
+    "architectures-numbers": ({"architectures": [5]}, "wrong architectures. Got [5]"),
 }
 
 
@@ -121,6 +137,60 @@ def test_what_no_model_can_have_is_refused(changes: dict[str, Any], message: str
         complete_config({**SIZES, "model_type": "llama", **changes}, WHERE, embedding_rows=264)
     assert str(caught.value).startswith("m/config.json: ")
     assert message in str(caught.value)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 64}
+LONGROPE = {"rope_type": "longrope", "long_factor": [2.0] * 8, "short_factor": [1.0] * 8}
+LONGROPE |= {"original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("rope", "key", "values"),
+    [
+        (YARN, "factor", (None, "4", 0, -1.0, True, [4.0], float("nan"), float("inf"), 10**400)),
+        (YARN, "attention_factor", ("x", True, 0, -1.0, [1.0])),
+        (YARN, "mscale", ("a", True, -1.0, {})),
+        (YARN, "mscale_all_dim", ("a", True, -1.0)),
+        (YARN, "beta_fast", ("3", True, -32, float("nan"))),
+        (YARN, "beta_slow", ("1", True, -1)),
+        (YARN, "original_max_position_embeddings", (None, "64", True, 0, 1)),
+        (LLAMA3, "low_freq_factor", (None, "1", True, 0, 4.0)),
+        (LLAMA3, "high_freq_factor", (None, "4", True, 1.0)),
+        (LLAMA3, "original_max_position_embeddings", (None, "64", 0)),
+        (LONGROPE, "original_max_position_embeddings", ("64", True, 0, 1)),
+        (LONGROPE, "short_factor", (None, "x", 1.0, [0.0] * 8, [True] * 8, ["1"] * 8, [None] * 8, [1.0] * 5, [1.0])),
+        (LONGROPE, "long_factor", (None, {"a": 1}, [-1.0] * 8, [float("nan")] * 8)),
+    ],
+)
+def test_no_rope_has_such_numbers(rope: dict[str, Any], key: str, values: tuple[Any, ...]) -> None:
+    for value in values:
+        config = {**SIZES, "model_type": "llama", "rope_scaling": {**rope, key: value}}
+        with pytest.raises(CheckpointError) as caught:
+            complete_config(config, WHERE, embedding_rows=None)
+        message = str(caught.value)
+        # What Transformers stumbles over itself is said in its own words.
+        assert message.startswith("m/config.json: ")
+        assert any(x in message for x in (f"impossible {key}. Got ", "impossible high_freq_factor", "does not accept"))
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {**YARN, "mscale": 0, "mscale_all_dim": 0},  # as in DeepSeek's files
+        {**YARN, **dict.fromkeys(("attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow"))},
+        {**LONGROPE, "factor": None},
+        {"rope_type": "default", "factor": None},
+    ],
+    ids=["zero", "yarn-null", "longrope-null", "default-null"],
+)
+def test_ropes_that_transformers_computes_are_accepted(rope: dict[str, Any], tmp_path: Path) -> None:
+    config = {**SIZES, "model_type": "llama", "rope_scaling": rope}
+    model = AutoModelForCausalLM.from_config(parsed_by_transformers(tmp_path / "m", config))
+    assert torch.isfinite(model(torch.tensor([[1, 2]])).logits).all()
+    got = complete_config(config, WHERE, embedding_rows=None)["rope_parameters"]
+    assert got.items() >= rope.items()
 
 
 def nested(levels: int) -> Any:

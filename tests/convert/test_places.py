@@ -8,6 +8,7 @@ import pytest
 from bpwise.convert.places import (
     check_file,
     check_run,
+    locked,
     named,
     refuse_foreign,
     refuse_inputs,
@@ -72,6 +73,16 @@ class TestReserved:
         with FileLock(tmp_path / ".m.gguf.lock"), busy, reserved(tmp_path / "m.gguf"):
             pytest.fail("both make it")
 
+    @pytest.mark.parametrize("place", ["file/x.lock", "n" * 260], ids=["file", "long"])
+    def test_a_place_without_locks(self, tmp_path: Path, place: str) -> None:
+        (tmp_path / "file").write_text("")
+        what = pytest.raises(
+            WorkDirectoryError, match=r"out: cannot be locked\. Got .*\. Expected a writable directory"
+        )
+        with what, locked(tmp_path / place, tmp_path / "out", "choose another output"):
+            pytest.fail("it is not locked")
+        assert listing(tmp_path) == {"file"}
+
     def test_takes_away_what_the_dead_left(self, tmp_path: Path) -> None:
         with subprocess.Popen([sys.executable, "-c", ""]) as ended:
             pass
@@ -124,7 +135,7 @@ class TestInputs:
         (tmp_path / "m").write_text("")
         (tmp_path / "link").symlink_to("m")
         for output in ("m", "link"):
-            with pytest.raises(WorkDirectoryError, match="is read too"):
+            with pytest.raises(WorkDirectoryError, match="is an input of this run"):
                 refuse_inputs(tmp_path / output, files=[None, tmp_path / "m"])
         refuse_inputs(tmp_path / "model-2", directories=[tmp_path / "model"], files=[tmp_path / "m"])
 
@@ -175,7 +186,7 @@ class TestFiles:
         with pytest.raises(WorkDirectoryError, match="in the way"):
             check_file(tmp_path / "x", lambda _: False, "a plan", read=tmp_path / "y", force=False)
         check_file(tmp_path / "x", lambda _: False, "a plan", read=tmp_path / "y", force=True)
-        with pytest.raises(WorkDirectoryError, match="is read too"):
+        with pytest.raises(WorkDirectoryError, match="is an input of this run"):
             check_file(tmp_path / "y", lambda _: False, "a plan", read=tmp_path / "y", force=True)
 
     def test_directories(self, tmp_path: Path) -> None:

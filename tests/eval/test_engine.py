@@ -137,7 +137,7 @@ class TestCompareInEngine:
 
     def test_base_of_another_model(self, library: LlamaLibrary, converted: Any) -> None:
         source, base = Checkpoint.open(converted["llama"].directory), GgufModel.open(converted["gradient"].file)
-        with pytest.raises(CheckpointError, match="no conversion of that model"):
+        with pytest.raises(CheckpointError, match="not a conversion of that model"):
             compare_in_engine(source, base, base, rows_of(1, 30), library)
 
     def test_base_is_quantized(self, library: LlamaLibrary, converted: Any, tmp_path: Path) -> None:

@@ -182,4 +182,4 @@ def test_command(models: list[Path], text: Path, tmp_path: Path) -> None:
 def test_command_refuses(models: list[Path], value: str) -> None:
     run = CliRunner().invoke(cli, ["eval", *map(str, models), f"--needle={value}"])
     assert run.exit_code == 2
-    assert "is no list of lengths, expected for example 1k,4k,16k" in run.output
+    assert "is not a valid list of lengths. Use 1k,4k,16k" in run.output

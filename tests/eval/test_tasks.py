@@ -279,7 +279,7 @@ class TestPairing:
 
 class TestRefusals:
     def test_unknown_task(self, definitions: Path) -> None:
-        with pytest.raises(ConfigError, match=r"knows no 'pik', .* Close to it are: pick"):
+        with pytest.raises(ConfigError, match=r"does not know 'pik', .* Close to it are: pick"):
             load_tasks(config(definitions, "pik"))
         with pytest.raises(ConfigError, match=r"`lm-eval ls tasks` lists them"):
             load_tasks(config(definitions, "xyz"))

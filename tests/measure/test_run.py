@@ -7,7 +7,7 @@ import pytest
 import torch
 from bpwise.cli import cli
 from bpwise.convert.original import open_model
-from bpwise.errors import CalibrationError
+from bpwise.errors import CalibrationError, ConfigError
 from bpwise.measure.calibration import CalibrationConfig, CalibrationSet
 from bpwise.measure.run import calibration_rows
 from click.testing import CliRunner, Result
@@ -49,6 +49,13 @@ def test_given_rows_beyond_the_vocabulary_are_refused(make_model: MakeModel, tmp
     assert refused.exit_code == 1
     assert "got token id 281, expected ids below the vocabulary size 264" in refused.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_given_rows_longer_than_the_context_are_refused(make_model: MakeModel) -> None:
+    checkpoint = open_model(make_model("m", max_position_embeddings=32))
+    rows = CalibrationSet(tokens=torch.zeros(1, 33, dtype=torch.int64), origins=("a",), description="", adds_bos=False)
+    with pytest.raises(ConfigError, match=r"rows of 33 tokens, .* positions for 32\. Ask for shorter rows"):
+        calibration_rows(checkpoint, CONFIG, given=rows)
 
 
 def test_text_with_a_token_beyond_the_embedding(make_model: MakeModel, tmp_path: Path) -> None:

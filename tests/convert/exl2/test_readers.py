@@ -435,6 +435,8 @@ LONG = {"max_position_embeddings": 4096}
     ("config", "expected"),
     [
         (llama(), []),
+        (llama(sliding_window=16, layer_types=["sliding_attention"] * 2, **LONG), []),  # no fields of the class
+        (llama(sliding_window="x"), []),
         (model("mistral", **LONG), ["sliding_window 16: .*Rows of more than 16 tokens"]),
         (model("mistral", sliding_window=None), []),
         (model("mistral", sliding_window=128), []),  # no shorter than the longest row

@@ -24,7 +24,10 @@ def config(kind: str, **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
 def test_another_activation_is_refused(kind: str) -> None:
     assert require_llama_cpp(config(kind, hidden_act="swish", sliding_window=None)) == ()
-    with pytest.raises(UnsupportedModelError, match=r"^config\.json: hidden_act is 'gelu', but llama\.cpp .* 'silu'\."):
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"^config\.json: hidden_act is 'gelu', but llama\.cpp .* 'silu'\. .* Choose an EXL2 output\.$",
+    ):
         require_llama_cpp(config(kind, hidden_act="gelu"))
 
 
@@ -47,6 +50,7 @@ def test_what_llama_cpp_cannot_load_is_refused(kind: str, changes: dict[str, Any
         ({"num_local_experts": 4}, "num_local_experts is 4, but llama.cpp takes it for 0"),
         ({"rope_parameters": {"rope_type": "proportional", "factor": 2.0, **ROPE}}, "rope_type 'proportional'"),
         ({"rope_parameters": {"rope_type": "longrope", **FACTORS, **ROPE}}, "rope_type 'longrope'"),
+        ({"rope_parameters": {**YARN, "truncate": None}}, "truncate of rope_type 'yarn' is None, but .* for True"),
         ({"rope_parameters": {**YARN, "truncate": False}}, "truncate of rope_type 'yarn' is False"),
         ({"rope_parameters": {**YARN, "beta_slow": 2.0}}, "beta_slow of rope_type 'yarn' is 2.0, but .* for 1"),
         ({"rope_parameters": {**YARN, "attention_factor": 1.5}}, r"by 1\.5, but llama\.cpp by 1\.20794"),
@@ -62,7 +66,12 @@ def test_other_models_are_refused(changes: dict[str, Any], message: str) -> None
     ("made", "expected"),
     [
         (config("llama"), []),
+        (config("llama", sliding_window=64), []),  # no field of Transformers' class
+        (config("llama", sliding_window=64, layer_types=["sliding_attention"] * 32), []),
+        (config("llama", sliding_window="x"), []),
+        (config("granite", sliding_window="x"), []),
         (config("llama", rope_parameters=YARN), []),
+        (config("llama", rope_parameters={**YARN, "beta_fast": None, "beta_slow": None}), []),  # the defaults
         (config("llama", rope_parameters={**YARN, "attention_factor": 0.1 * math.log(8) + 1, "beta_fast": 32}), []),
         (config("mistral", sliding_window=1024), ["sliding_window 1024: .*Rows of more than 1024 tokens"]),
         (config("mistral", sliding_window=4096), []),
@@ -74,6 +83,16 @@ def test_other_models_are_refused(changes: dict[str, Any], message: str) -> None
             ["'dynamic'. Rows of more than 4096 tokens"],
         ),
         (config("gemma2", hidden_activation="relu"), []),  # its file is the converter's alone
+        (
+            config("granite", rope_parameters={"rope_type": "dynamic", "factor": 2.0, **ROPE}),
+            ["'dynamic'. Rows of more than 4096 tokens"],
+        ),
+        (config("granite", rope_parameters={"rope_type": "longrope", **FACTORS, **ROPE}), []),
+        (
+            {"model_type": "unknown", "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            ["'dynamic'. Rows of more than max_position_embeddings tokens"],
+        ),
+        ({"model_type": "unknown", "rope_scaling": "x"}, []),
     ],
 )
 def test_what_matters_for_some_rows_is_said_with_their_length(made: dict[str, Any], expected: list[str]) -> None:
