@@ -78,7 +78,7 @@ class Failing:
     ],
 )
 def test_every_use_is_explained(use: Callable[[Any], object], tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match=rf"^{tmp_path}: its tokenizer fails \(first line\)\."):
+    with pytest.raises(CalibrationError, match=rf"^{tmp_path}: its tokenizer fails \(first line second\)\."):
         use(LoadedTokenizer(tmp_path, Failing(RuntimeError("first line\nsecond"))))
     with pytest.raises(KeyboardInterrupt):
         use(LoadedTokenizer(tmp_path, Failing(KeyboardInterrupt())))
