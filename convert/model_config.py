@@ -55,6 +55,9 @@ _LARGEST = {
 }
 """Sizes at least ten times those of any known model: beyond them even an empty model takes minutes to build."""
 
+_PARTS = ("text_config", "vision_config")
+"""Keys of the configs of a model's parts. Others may end in ``_config`` too: SmolLM2 ships ``is_llama_config: true``."""
+
 _MOST_LEVELS = 20
 """Levels of objects and lists in a config; those of models have five."""
 
@@ -237,8 +240,9 @@ def _check_parts(config: Mapping[str, Any], path: Path) -> None:
         raise CheckpointError(
             f"{path}: wrong architectures. Got {names!r}, expected a list of names of model classes. Correct it."
         )
-    for key, value in config.items():
-        if key.endswith("_config") and value is not None and not isinstance(value, Mapping):
+    for key in _PARTS:
+        value = config.get(key)
+        if value is not None and not isinstance(value, Mapping):
             raise CheckpointError(f"{path}: wrong {key}. Got {value!r}, expected an object. Correct it.")
     level: list[Any] = [config]
     for _ in range(_MOST_LEVELS):
