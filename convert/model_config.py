@@ -56,7 +56,7 @@ _LARGEST = {
 """Sizes at least ten times those of any known model: beyond them even an empty model takes minutes to build."""
 
 _PARTS = ("text_config", "vision_config")
-"""Keys of the configs of a model's parts. Others may end in ``_config`` too: SmolLM2 ships ``is_llama_config: true``."""
+"""Configs of a model's parts. Other keys may end in ``_config`` too: SmolLM2 ships ``is_llama_config: true``."""
 
 _MOST_LEVELS = 20
 """Levels of objects and lists in a config; those of models have five."""
