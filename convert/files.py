@@ -27,6 +27,7 @@ __all__ = [
     "clear_partials",
     "explained",
     "is_lfs_pointer",
+    "metadata_begins",
     "private_directory",
     "require_room",
     "shown",
@@ -46,6 +47,9 @@ _WRITING = DISK_FULL | {errno.EROFS}
 """What only writing can meet, so that it needs no name of a file to tell whose error it is."""
 
 _PROBE_BYTES = 4096
+
+_LENGTH_BYTES = 8
+"""At the beginning of a safetensors file: the length of its header."""
 
 _PARTIAL = re.compile(r"\.(?P<name>.+)\.partial-(?P<process>[0-9]+)-[0-9a-f]{8}", re.DOTALL)
 
@@ -379,6 +383,21 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def metadata_begins(path: Path, start: str) -> bool:
+    """Return whether the metadata at the head of a safetensors file begins so; what comes after may be damaged.
+
+    Args:
+        path: The file, which need not exist.
+        start: The first entry or its beginning, as compact JSON.
+    """
+    head = f'{{"__metadata__":{{{start}'.encode()
+    try:
+        with path.open("rb") as file:
+            return file.read(_LENGTH_BYTES + len(head)).endswith(head)
+    except OSError:
+        return False
 
 
 def is_lfs_pointer(path: Path) -> bool:

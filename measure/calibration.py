@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..convert.files import metadata_begins
 from ..convert.safetensors_file import load_metadata, load_tensors, save_tensors
 from ..errors import CalibrationError, ConfigError, ShapeError
 from .builtin_text import TextUse, builtin_texts
@@ -38,8 +39,6 @@ DEFAULT_ROW_TOKENS = 1024
 
 _FORMAT = "bpwise-calibration"
 _FORMAT_VERSION = "1"
-_LENGTH_BYTES = 8
-"""Of the header's length, with which a safetensors file begins."""
 
 # ExLlamaV2's standard calibration set has about this share of rows of random tokens. They reach embedding
 # rows and channels that its text leaves unused; more of them would pull the statistics away from real text.
@@ -372,9 +371,4 @@ def _describe(source: TextSource, config: CalibrationConfig, *, n_random: int, i
 
 def is_calibration(path: Path) -> bool:
     """Return whether a file is a calibration set, of this version or another; behind its head it may be damaged."""
-    begin = f'{{"__metadata__":{{"format":"{_FORMAT}",'.encode()
-    try:
-        with path.open("rb") as file:
-            return file.read(_LENGTH_BYTES + len(begin)).endswith(begin)
-    except OSError:
-        return False
+    return metadata_begins(path, f'"format":"{_FORMAT}",')

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from ..convert.exl2.layout import group_rows
-from ..convert.files import atomic_file
+from ..convert.files import atomic_file, metadata_begins
 from .measurement_file import HEADER_KEY, MeasuredTensors, read_measurement
 
 __all__ = [
@@ -31,9 +31,6 @@ MEASUREMENT_VERSION = 5
 
 RARE_TOKENS = 100
 """An expert that fewer calibration tokens chose is reported: its statistics are mostly those of other tokens."""
-
-_LENGTH_BYTES = 8
-"""Of the header's length, with which a safetensors file begins."""
 
 _FIELDS = ("damage_nats", "order", "fisher", "input_power", "coupling", "type_damage_nats")
 _TABLE_FIELDS = ("importance", "type_damage_nats")
@@ -272,12 +269,7 @@ class Measurement:
 
 def is_measurement(path: Path) -> bool:
     """Return whether a file is a measurement, of this version or another; behind its head it may be damaged."""
-    begin = f'{{"__metadata__":{{"{HEADER_KEY}":'.encode()
-    try:
-        with path.open("rb") as file:
-            return file.read(_LENGTH_BYTES + len(begin)).endswith(begin)
-    except OSError:
-        return False
+    return metadata_begins(path, f'"{HEADER_KEY}":')
 
 
 def _of_types(tensors: MeasuredTensors, name: str, types: int) -> NDArray[np.float32]:
