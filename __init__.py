@@ -14,38 +14,38 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .convert.exl2.dense import dequantize_model as dequantize
-    from .convert.exl2.verify import verify_model as verify
-    from .convert.original import open_model
+    from .checkpoint.source.original import open_model
+    from .convert.dense import dequantize_model as dequantize
+    from .convert.exl2.file.verify import verify_model as verify
+    from .convert.exl2.plan.plan import Plan
+    from .convert.exl2.plan.plan import make_plan as plan
     from .errors import BpwiseError
     from .eval.comparison import EvalConfig, evaluate
-    from .measure.calibration import CalibrationConfig, CalibrationSet
     from .measure.measurement import Measurement
     from .measure.run import MeasureConfig
     from .measure.run import measure_to_file as measure
+    from .measure.text.calibration import CalibrationConfig, CalibrationSet
     from .quantize.inspect import inspect_path as inspect
     from .quantize.pipeline import QuantizeConfig
     from .quantize.pipeline import quantize_model as quantize
-    from .quantize.plan import Plan
-    from .quantize.plan import make_plan as plan
     from .quantize.series import quantize_series
 
 _HOMES = {
     "BpwiseError": ("errors", "BpwiseError"),
-    "CalibrationConfig": ("measure.calibration", "CalibrationConfig"),
-    "CalibrationSet": ("measure.calibration", "CalibrationSet"),
+    "CalibrationConfig": ("measure.text.calibration", "CalibrationConfig"),
+    "CalibrationSet": ("measure.text.calibration", "CalibrationSet"),
     "EvalConfig": ("eval.comparison", "EvalConfig"),
     "MeasureConfig": ("measure.run", "MeasureConfig"),
     "Measurement": ("measure.measurement", "Measurement"),
-    "Plan": ("quantize.plan", "Plan"),
+    "Plan": ("convert.exl2.plan.plan", "Plan"),
     "QuantizeConfig": ("quantize.pipeline", "QuantizeConfig"),
-    "dequantize": ("convert.exl2.dense", "dequantize_model"),
+    "dequantize": ("convert.dense", "dequantize_model"),
     "evaluate": ("eval.comparison", "evaluate"),
     "inspect": ("quantize.inspect", "inspect_path"),
-    "open_model": ("convert.original", "open_model"),
-    "plan": ("quantize.plan", "make_plan"),
+    "open_model": ("checkpoint.source.original", "open_model"),
+    "plan": ("convert.exl2.plan.plan", "make_plan"),
     "quantize_series": ("quantize.series", "quantize_series"),
-    "verify": ("convert.exl2.verify", "verify_model"),
+    "verify": ("convert.exl2.file.verify", "verify_model"),
 }
 
 __all__ = [

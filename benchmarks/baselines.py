@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from bpwise.convert.exl2.layout import WIDTHS, RowGroup, group_rows, linear_bits, padded_columns
+from bpwise.convert.exl2.file.layout import WIDTHS, RowGroup, group_rows, linear_bits, padded_columns
+from bpwise.convert.exl2.plan.plan import LinearPlan, Plan
+from bpwise.convert.exl2.rounding.feedback import round_linear
 from bpwise.errors import BudgetError
 from bpwise.measure.measurement import MeasuredLinear, Measurement
-from bpwise.quantize.plan import LinearPlan, Plan
-from bpwise.rounding.feedback import round_linear
 from torch import Tensor
 
 __all__ = ["Widths", "round_to_nearest", "uniform_plan"]

@@ -25,15 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import click
-from bpwise.convert.checkpoint import Checkpoint
-from bpwise.convert.exl2.config import exl2_config
-from bpwise.convert.exl2.verify import verify_model
-from bpwise.convert.files import atomic_directory, write_json
-from bpwise.convert.original import open_model
-from bpwise.convert.schemas import read_json
+from bpwise.checkpoint.files.atomic import atomic_directory, write_json
+from bpwise.checkpoint.files.schemas import read_json
+from bpwise.checkpoint.source.checkpoint import Checkpoint
+from bpwise.checkpoint.source.original import open_model
+from bpwise.convert.exl2.file.config import exl2_config
+from bpwise.convert.exl2.file.verify import verify_model
 from bpwise.errors import BpwiseError, ConfigError, WorkDirectoryError
-from bpwise.measure.calibration import CalibrationConfig, CalibrationSet
 from bpwise.measure.run import calibration_rows
+from bpwise.measure.text.calibration import CalibrationConfig, CalibrationSet
 from safetensors.torch import save_file
 
 __all__ = ["HEAD_BITS", "VERSION", "PeerConfig", "PeerResult", "convert", "main"]

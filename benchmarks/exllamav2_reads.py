@@ -21,9 +21,9 @@ from typing import Any
 import click
 import exllamav2_standin
 import torch
-from bpwise.convert.exl2.dense import dequantize_model
-from bpwise.convert.exl2.names import text_config
-from bpwise.convert.exl2.reader import Exl2Model
+from bpwise.checkpoint.model.names import text_config
+from bpwise.convert.dense import dequantize_model
+from bpwise.convert.exl2.file.reader import Exl2Model
 from bpwise.errors import BpwiseError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText

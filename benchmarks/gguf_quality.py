@@ -22,23 +22,23 @@ from typing import Any
 
 import click
 import torch
-from bpwise.convert.checkpoint import Checkpoint
-from bpwise.convert.families import HEAD
-from bpwise.convert.files import atomic_file
-from bpwise.convert.gguf.base import make_base
-from bpwise.convert.gguf.imatrix import ImportanceMatrix, write_imatrix
-from bpwise.convert.gguf.names import gguf_name
-from bpwise.convert.gguf.reader import GgufModel
-from bpwise.convert.original import open_model
+from bpwise.checkpoint.files.atomic import atomic_file
+from bpwise.checkpoint.model.families import HEAD
+from bpwise.checkpoint.source.checkpoint import Checkpoint
+from bpwise.checkpoint.source.original import open_model
+from bpwise.convert.gguf.file.names import gguf_name
+from bpwise.convert.gguf.file.reader import GgufModel
+from bpwise.convert.gguf.llama_cpp.converter import make_base
+from bpwise.convert.gguf.llama_cpp.imatrix import ImportanceMatrix, write_imatrix
 from bpwise.errors import BpwiseError
 from bpwise.eval.comparison import EvalConfig, compare_with, evaluation_rows
 from bpwise.eval.original import OriginalRun, run_original
-from bpwise.measure.calibration import CalibrationConfig, CalibrationSet
 from bpwise.measure.measurement import Measurement
+from bpwise.measure.model.stream import StreamedModel, micro_batches
 from bpwise.measure.run import MeasureConfig, measure_to_file, measured_rows
-from bpwise.measure.statistics import tapped_inputs
-from bpwise.measure.stream import StreamedModel, micro_batches
-from bpwise.measure.tokenizer import load_tokenizer
+from bpwise.measure.statistics.inputs import tapped_inputs
+from bpwise.measure.text.calibration import CalibrationConfig, CalibrationSet
+from bpwise.measure.text.tokenizer import load_tokenizer
 from bpwise.quantize.gguf_pipeline import GgufConfig, convert_to_mixture, quantize_to_gguf
 from torch import Tensor
 from tqdm import tqdm

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import click
 import torch
-from bpwise.convert.files import atomic_directory
+from bpwise.checkpoint.files.atomic import atomic_directory
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor

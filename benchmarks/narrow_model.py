@@ -19,9 +19,9 @@ from typing import Any
 
 import click
 import torch
-from bpwise.convert.original import open_model
-from bpwise.measure.calibration import CalibrationConfig
+from bpwise.checkpoint.source.original import open_model
 from bpwise.measure.run import calibration_rows
+from bpwise.measure.text.calibration import CalibrationConfig
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 

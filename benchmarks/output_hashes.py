@@ -54,7 +54,16 @@ def main() -> None:
 
 
 def _run(model: Path, output: Path, options: list[str]) -> dict[str, str]:
-    command = [sys.executable, "-c", "from bpwise.cli import main; main()", "quantize", str(model), str(output), "--no-eval", *options]
+    command = [
+        sys.executable,
+        "-c",
+        "from bpwise.cli import main; main()",
+        "quantize",
+        str(model),
+        str(output),
+        "--no-eval",
+        *options,
+    ]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     found = {}
     for made in sorted(output.iterdir()):
@@ -85,7 +94,7 @@ def _bytes(path: Path, name: str) -> memoryview:
 
 
 def _of_gguf(path: Path) -> str:
-    from gguf import GGUFReader
+    from gguf import GGUFReader  # noqa: PLC0415 - an extra
 
     tensors = GGUFReader(path).tensors
     return _digest({tensor.name: hashlib.sha256(tensor.data.tobytes()).hexdigest() for tensor in tensors})

@@ -26,16 +26,17 @@ import click
 import exllamav2_peer
 import numpy as np
 from baselines import round_to_nearest
-from bpwise.convert.checkpoint import Checkpoint, TensorSource
-from bpwise.convert.exl2.reader import Exl2Model
-from bpwise.convert.exl2.verify import verify_model
-from bpwise.convert.files import atomic_file
-from bpwise.convert.language import ReplacedWeights
-from bpwise.convert.original import open_model
+from bpwise.checkpoint.files.atomic import atomic_file
+from bpwise.checkpoint.source.checkpoint import Checkpoint, TensorSource
+from bpwise.checkpoint.source.language import ReplacedWeights
+from bpwise.checkpoint.source.original import open_model
+from bpwise.convert.exl2.file.reader import Exl2Model
+from bpwise.convert.exl2.file.verify import verify_model
+from bpwise.convert.exl2.plan.plan import Plan
+from bpwise.convert.exl2.rounding.rounder import RoundConfig, round_model, tune_model
 from bpwise.errors import BpwiseError
 from bpwise.eval.comparison import EvalConfig, compare_with, evaluation_rows
 from bpwise.eval.original import OriginalRun, run_original
-from bpwise.measure.calibration import CalibrationConfig, CalibrationSet
 from bpwise.measure.measurement import MeasuredLinear, Measurement
 from bpwise.measure.run import (
     MeasureConfig,
@@ -44,9 +45,8 @@ from bpwise.measure.run import (
     measurement_provenance,
     resolve_device,
 )
-from bpwise.measure.tokenizer import load_tokenizer
-from bpwise.quantize.plan import Plan
-from bpwise.quantize.rounding import RoundConfig, round_model, tune_model
+from bpwise.measure.text.calibration import CalibrationConfig, CalibrationSet
+from bpwise.measure.text.tokenizer import load_tokenizer
 from torch import Tensor
 from tqdm import tqdm
 from variants import OURS, PEER, VARIANTS, Variant, changed_measuring

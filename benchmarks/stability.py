@@ -17,11 +17,11 @@ from pathlib import Path
 
 import click
 import numpy as np
+from bpwise.convert.exl2.plan.plan import Plan, make_plan
 from bpwise.errors import BpwiseError
-from bpwise.measure.calibration import CalibrationConfig
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig, measure_to_file
-from bpwise.quantize.plan import Plan, make_plan
+from bpwise.measure.text.calibration import CalibrationConfig
 from quality import progress_bar
 
 __all__ = ["Stability", "compare", "main"]

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from baselines import uniform_plan
-from bpwise.measure import curves, passes, statistics
+from bpwise.convert.exl2.plan.plan import Plan, make_plan
+from bpwise.convert.exl2.rounding import curves
+from bpwise.measure import passes
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig
-from bpwise.quantize.plan import Plan, make_plan
+from bpwise.measure.statistics import inputs as statistics
 from torch import Tensor
 
 __all__ = ["OURS", "PEER", "VARIANTS", "Variant", "changed_measuring"]

@@ -29,11 +29,11 @@ from .options import (
 from .output import say
 
 if TYPE_CHECKING:
-    from ..convert.checkpoint import TensorSource
+    from ..checkpoint.source.checkpoint import TensorSource
     from ..eval.comparison import Comparison, EvalConfig
-    from ..eval.layers import LinearCost
-    from ..eval.needle import NeedleConfig
-    from ..eval.tasks import LoadedTasks
+    from ..eval.report.layers import LinearCost
+    from ..eval.tasks.benchmarks import LoadedTasks
+    from ..eval.tasks.needle import NeedleConfig
 
 __all__ = ["dequantize", "evaluate", "inspect", "verify"]
 
@@ -44,8 +44,8 @@ _MOST_CELL_CHARACTERS = 200
 @click.argument("model", type=EXISTING_PATH)
 def verify(model: Path) -> None:
     """Read every tensor of MODEL (an EXL2 directory or a GGUF file) back and compare it with what was meant."""
-    from ..convert.exl2.verify import verify_model
-    from ..convert.mark import read_mark
+    from ..convert.exl2.file.verify import verify_model
+    from ..convert.publishing.mark import read_mark
 
     reason = read_mark(model)
     if reason is not None:
@@ -65,7 +65,7 @@ def verify(model: Path) -> None:
 
 
 def _verify_gguf(model: Path) -> None:
-    from ..convert.gguf.verify import verify_gguf
+    from ..convert.gguf.file.verify import verify_gguf
 
     found = verify_gguf(model)
     types = ", ".join(f"{count} {name}" for name, count in found.tensors_by_type.items())
@@ -133,11 +133,11 @@ def evaluate(
     """
     from ..eval.cache import OriginalCache, default_cache_directory
     from ..eval.comparison import EvalConfig, evaluate_each
-    from ..eval.layers import linear_costs, plan_beside
     from ..eval.models import open_any
-    from ..eval.needle import NeedleConfig, check_needle
-    from ..eval.png import check_png
-    from ..eval.tasks import TaskConfig, load_tasks
+    from ..eval.report.layers import linear_costs, plan_beside
+    from ..eval.report.png import check_png
+    from ..eval.tasks.benchmarks import TaskConfig, load_tasks
+    from ..eval.tasks.needle import NeedleConfig, check_needle
 
     place, prefix = _report_place(quantized, output, engine)
     forms = [form for form, wanted in (("svg", plots), ("png", png)) if wanted]
@@ -191,8 +191,8 @@ def _check_places(
     *,
     given: Sequence[Path | None],
 ) -> None:
-    from ..convert.places import refuse_inputs, try_directory
-    from ..eval.report import try_report
+    from ..checkpoint.files.paths import refuse_inputs, try_directory
+    from ..eval.report.report import try_report
 
     read = [path for path in (Path(original), options["lora"]) if path is not None and path.is_dir()]
     places = [path for path in (*given, options["offload_dir"]) if path is not None]
@@ -214,10 +214,10 @@ def _write_reports(
     plots: Sequence[str],
 ) -> None:
     # The comparisons first: what follows may take hours, and nothing before it is to be lost with it.
-    from ..eval.extras import Extras, extras_lines
-    from ..eval.needle import evaluate_needle
-    from ..eval.report import earlier_details, joint_lines, summary_lines, write_joint_report, write_report
-    from ..eval.tasks import evaluate_tasks
+    from ..eval.report.extras import Extras, extras_lines
+    from ..eval.report.report import earlier_details, joint_lines, summary_lines, write_joint_report, write_report
+    from ..eval.tasks.benchmarks import evaluate_tasks
+    from ..eval.tasks.needle import evaluate_needle
 
     details = earlier_details(place, comparisons[0], prefix=prefix) if len(quantized) == 1 else {}
 
@@ -263,7 +263,7 @@ def _reconsider_marks(
 def _compared_in_engine(
     source: TensorSource, quantized: Sequence[Path], config: EvalConfig, base: Path | None, llama_cpp: Path | None
 ) -> list[Comparison]:
-    from ..eval.engine import evaluate_in_engine
+    from ..eval.engines.engine import evaluate_in_engine
 
     if base is None:
         raise click.UsageError("--engine llama.cpp needs --base: the original as an unquantized GGUF file.")
@@ -299,7 +299,7 @@ def dequantize(model: Path, output: Path, original: Path | None) -> None:
 
     Transformers loads it anywhere.
     """
-    from ..convert.exl2.dense import dequantize_model
+    from ..convert.dense import dequantize_model
     from ..convert.gguf.dense import dequantize_gguf
 
     if model.is_file():

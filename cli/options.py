@@ -14,11 +14,11 @@ from ..errors import printable
 from .output import say
 
 if TYPE_CHECKING:
-    from ..convert.checkpoint import TensorSource
-    from ..convert.original import Original
-    from ..measure.calibration import CalibrationSet
+    from ..checkpoint.source.checkpoint import TensorSource
+    from ..checkpoint.source.original import Original
+    from ..convert.exl2.plan.problem import HeadBits
     from ..measure.run import MeasureConfig
-    from ..quantize.scope import HeadBits
+    from ..measure.text.calibration import CalibrationSet
 
 __all__ = [
     "DIRECTORY",
@@ -65,7 +65,7 @@ class Place(click.Path):
     """A path; ``~`` is the user's home directory, as a shell leaves it in ``--option=~/x``."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        from ..convert.places import named
+        from ..checkpoint.files.paths import named
 
         text = os.path.expanduser(value)  # noqa: PTH111 - Path's raises where there is no home
         if not text:
@@ -231,7 +231,7 @@ def original_options(command: Command) -> Command:
 
 def open_original(model: str, options: dict[str, Any]) -> Original:
     """Take what ``original_options`` were given out of a command's options; return the model with those changes."""
-    from ..convert.original import open_model
+    from ..checkpoint.source.original import open_model
 
     changes = {name: options.pop(name) for name in ("lora", "rope_scale", "rope_alpha")}
     return model if all(value is None for value in changes.values()) else open_model(model, **changes)
@@ -305,8 +305,8 @@ def extra_options(command: Command) -> Command:
 
 def read_measure_config(options: dict[str, Any], *, types: bool) -> tuple[MeasureConfig, CalibrationSet | None]:
     """Return what ``calibration_options`` were given as: the config, and the calibration set if one is named."""
-    from ..measure.calibration import CalibrationConfig, CalibrationSet
     from ..measure.run import MeasureConfig
+    from ..measure.text.calibration import CalibrationConfig, CalibrationSet
 
     source = options["calibration"]
     saved = CalibrationSet.load(Path(source)) if source and source.endswith(".safetensors") else None
@@ -342,7 +342,7 @@ def say_shortened(source: TensorSource, **asked: int | None) -> None:
     Raises:
         ConfigError: Rows are longer than the model's context.
     """
-    from ..measure.context import shortened_line
+    from ..measure.text.context import shortened_line
 
     for use, row_tokens in asked.items():
         line = shortened_line(row_tokens, source, use)

@@ -28,7 +28,7 @@ def card(model: Path, original: str | None, base_model: str | None) -> None:
 
     The numbers are those of its report, which `bpwise eval` writes.
     """
-    from ..quantize.cards import write_card
+    from ..convert.publishing.cards import write_card
 
     if original is None:
         say("no --original: licence, language and the original's card are not carried over", err=True)
@@ -47,8 +47,8 @@ def push(output: Path, target: str, branch: bool, public: bool, dry_run: bool) -
     Without NAME it is called by convention, as ORG/Llama-3.2-1B-8.0bpw-8hb-exl2. Models that are marked as broken, or
     that cannot be verified, are refused.
     """
-    from ..convert.publish import find_outputs, plan_uploads
-    from ..convert.publish import push as upload
+    from ..convert.publishing.push import find_outputs, plan_uploads
+    from ..convert.publishing.push import push as upload
 
     for planned in plan_uploads(find_outputs(output), target, by_branch=branch):
         if dry_run:

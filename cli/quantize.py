@@ -35,10 +35,10 @@ from .options import (
 from .output import say
 
 if TYPE_CHECKING:
-    from ..convert.checkpoint import Checkpoint
+    from ..checkpoint.source.checkpoint import Checkpoint
     from ..eval.comparison import EvalConfig
-    from ..measure.calibration import CalibrationSet
     from ..measure.run import MeasureConfig
+    from ..measure.text.calibration import CalibrationSet
     from ..quantize.gguf_pipeline import GgufConfig, GgufResult
     from ..quantize.pipeline import QuantizeConfig, QuantizeResult
 
@@ -116,7 +116,7 @@ def quantize(model: str, output: Path, output_format: str | None, **options: Any
     report over all. An output whose predictions turn out useless is marked by BROKEN.md, and the exit code is 1. The
     same command run again goes on where it was cut off.
     """
-    from ..convert.original import open_model
+    from ..checkpoint.source.original import open_model
     from ..eval.comparison import EvalConfig
 
     gguf = is_gguf_output({"output_format": output_format, "output": output})
@@ -152,9 +152,9 @@ def _check_usage(output: Path, gguf: bool, options: dict[str, Any]) -> None:
 
 
 def _quantize_to_exl2(model: Checkpoint, output: Path, evaluate: EvalConfig | None, options: dict[str, Any]) -> None:
+    from ..convert.exl2.plan.problem import WidthOverride
     from ..eval.models import model_name
     from ..quantize.pipeline import QuantizeConfig, quantize_model
-    from ..quantize.scope import WidthOverride
     from ..quantize.series import output_paths
 
     measure_config, saved = _measuring(model, options, types=False)
@@ -188,8 +188,8 @@ def _quantize_to_exl2(model: Checkpoint, output: Path, evaluate: EvalConfig | No
 
 
 def _quantize_to_gguf(model: Checkpoint, output: Path, evaluate: EvalConfig | None, options: dict[str, Any]) -> None:
+    from ..convert.gguf.plan import Override
     from ..quantize.gguf_pipeline import GgufConfig, quantize_to_gguf
-    from ..quantize.type_plan import Override
 
     if options["mixture"]:
         _convert_to_mixture(model, output, evaluate, options)
@@ -246,8 +246,8 @@ def _run(
 
 
 def _convert_to_mixture(model: Checkpoint, output: Path, evaluate: EvalConfig | None, options: dict[str, Any]) -> None:
-    from ..convert.gguf.readers import require_llama_cpp
-    from ..eval.report import summary_lines, try_report, write_report
+    from ..convert.gguf.llama_cpp.readers import require_llama_cpp
+    from ..eval.report.report import summary_lines, try_report, write_report
     from ..quantize.gguf_pipeline import convert_to_mixture
     from ..quantize.judge import Judge
 
@@ -283,9 +283,9 @@ def _print_warnings(warnings: Iterable[str]) -> None:
 def _print_forecasts(
     model: Checkpoint, outputs: Mapping[Path, QuantizeConfig], rows: CalibrationSet | None, measurement: Path | None
 ) -> None:
-    from ..quantize.kept import kept_lines
-    from ..quantize.obtain import load_measurement
-    from ..quantize.scope import shown_range
+    from ..convert.exl2.plan.problem import shown_range
+    from ..convert.exl2.plan.unquantized import kept_lines
+    from ..quantize.measuring import load_measurement
     from ..quantize.support import require_exl2
 
     measured = None if measurement is None else load_measurement(measurement, model, progress_bar)

@@ -28,8 +28,8 @@ from .options import (
 from .output import say
 
 if TYPE_CHECKING:
-    from ..quantize.plan import Plan
-    from ..quantize.type_plan import TypePlan
+    from ..convert.exl2.plan.plan import Plan
+    from ..convert.gguf.plan import TypePlan
 
 __all__ = ["imatrix", "measure", "plan"]
 
@@ -42,7 +42,7 @@ __all__ = ["imatrix", "measure", "plan"]
 @calibration_options
 def measure(model: str, output: Path, force: bool, **options: Any) -> None:
     """Measure MODEL (a directory or a Hub id) once, for any bitrate; for GGUF too where its extra is installed."""
-    from ..convert.original import open_model
+    from ..checkpoint.source.original import open_model
     from ..measure.run import measure_to_file
 
     original = open_model(open_original(model, options))
@@ -97,12 +97,12 @@ def plan(
 
     It is made from MEASUREMENT alone.
     """
-    from ..convert.places import check_file
+    from ..checkpoint.files.paths import check_file
+    from ..convert.exl2.plan.plan import is_plan, make_plan, measured_limit
+    from ..convert.exl2.plan.problem import WidthOverride
+    from ..convert.gguf.plan import Override, make_type_plan
     from ..measure.measurement import Measurement
-    from ..quantize.plan import is_plan, make_plan, measured_limit
     from ..quantize.plan_page import is_plan_page
-    from ..quantize.scope import WidthOverride
-    from ..quantize.type_plan import Override, make_type_plan
 
     if bpw is not None and max_size is not None:
         raise click.UsageError("--bpw and --max-size are two targets for one plan. Leave one of them out.")
@@ -147,7 +147,7 @@ def plan(
 
 
 def _print_widths(made: Plan, output: Path) -> None:
-    from ..quantize.kept import kept_lines
+    from ..convert.exl2.plan.unquantized import kept_lines
 
     say(f"{'linear':44} {'bpw':>7} {'damage, nats/token':>19}")
     for linear in (*made.linears, *([made.head] if made.head else [])):
@@ -183,8 +183,8 @@ def _print_types(made: TypePlan, output: Path) -> None:
 @FORCE_OPTION
 def imatrix(measurement: Path, output: Path, force: bool) -> None:
     """Write what MEASUREMENT says of the inputs as an importance matrix for llama.cpp."""
-    from ..convert.gguf.imatrix import is_own_imatrix, write_imatrix
-    from ..convert.places import check_file
+    from ..checkpoint.files.paths import check_file
+    from ..convert.gguf.llama_cpp.imatrix import is_own_imatrix, write_imatrix
     from ..measure.measurement import Measurement
     from ..quantize.gguf_pipeline import importance_of
 

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..convert.checkpoint import TensorSource
-from ..convert.content import cache_directory
-from ..convert.files import clear_partials
-from ..convert.safetensors_file import load_metadata, load_tensors, save_tensors
+from ..checkpoint.files.atomic import clear_partials
+from ..checkpoint.files.digests import cache_directory
+from ..checkpoint.files.safetensors_file import load_metadata, load_tensors, save_tensors
+from ..checkpoint.source.checkpoint import TensorSource
 from ..errors import BpwiseWarning, ConfigError, FormatError, WorkDirectoryError
 from ..version import __version__
 

@@ -9,18 +9,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..convert.checkpoint import Checkpoint, TensorSource
-from ..convert.original import Original
-from ..convert.rope import with_positions_of
-from ..measure.calibration import CalibrationSet, build_calibration
-from ..measure.context import EVALUATION, check_rows
-from ..measure.stream import StreamedModel
-from ..measure.tokenizer import Tokenizer, load_tokenizer
+from ..checkpoint.source.checkpoint import Checkpoint, TensorSource
+from ..checkpoint.source.original import Original
+from ..checkpoint.source.rope import with_positions_of
+from ..measure.model.stream import StreamedModel
+from ..measure.text.calibration import CalibrationSet, build_calibration
+from ..measure.text.context import EVALUATION, check_rows
+from ..measure.text.tokenizer import Tokenizer, load_tokenizer
 from ..progress import Progress, silent
 from .cache import OriginalCache
 from .config import EvalConfig
-from .divergence import Summary
-from .drift import BlockDrift, DriftMeter
+from .metrics.divergence import Summary
+from .metrics.drift import BlockDrift, DriftMeter
+from .metrics.overlap import refuse_calibration_text, stored_spans, told
+from .metrics.passes import last_hidden, paired_statistics
+from .metrics.profile import Profile, profile_of
 from .models import (
     ModelSummary,
     check_vocabularies,
@@ -30,9 +33,6 @@ from .models import (
     vocab_size_of,
 )
 from .original import OriginalRun, run_original
-from .overlap import refuse_calibration_text, stored_spans, told
-from .passes import last_hidden, paired_statistics
-from .profile import Profile, profile_of
 
 __all__ = [
     "Comparison",

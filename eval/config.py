@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..convert.checkpoint import TensorSource
+from ..checkpoint.source.checkpoint import TensorSource
 from ..errors import ConfigError
-from ..measure.calibration import CalibrationConfig
-from ..measure.context import EVALUATION, fit_row_tokens
+from ..measure.text.calibration import CalibrationConfig
+from ..measure.text.context import EVALUATION, fit_row_tokens
 from .models import DTYPES
 
 __all__ = ["EvalConfig"]

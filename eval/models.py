@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from ..convert.checkpoint import Checkpoint, TensorSource, resolve_model
-from ..convert.exl2.reader import Exl2Model, is_exl2
-from ..convert.gguf.reader import GgufModel
-from ..convert.language import language_config
-from ..convert.original import Original, open_model
+from ..checkpoint.source.checkpoint import Checkpoint, TensorSource, resolve_model
+from ..checkpoint.source.language import language_config
+from ..checkpoint.source.original import Original, open_model
+from ..convert.exl2.file.reader import Exl2Model, is_exl2
+from ..convert.gguf.file.reader import GgufModel
 from ..errors import CheckpointError
 
 __all__ = [

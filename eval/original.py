@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 import torch
 
-from ..convert.checkpoint import TensorSource
-from ..measure.calibration import CalibrationSet
-from ..measure.context import EVALUATION, check_rows
+from ..checkpoint.source.checkpoint import TensorSource
+from ..measure.model.stream import StreamedModel
 from ..measure.run import resolve_device
-from ..measure.stream import StreamedModel
-from ..measure.tokenizer import Tokenizer
+from ..measure.text.calibration import CalibrationSet
+from ..measure.text.context import EVALUATION, check_rows
+from ..measure.text.tokenizer import Tokenizer
 from ..progress import Progress, silent
 from .cache import OriginalCache, OriginalState, original_key
 from .config import EvalConfig
-from .drift import Trace
+from .metrics.drift import Trace
+from .metrics.passes import last_hidden, mean_bfloat16_nats, mean_floor_nats
 from .models import DTYPES, device_name
-from .passes import last_hidden, mean_bfloat16_nats, mean_floor_nats
 
 __all__ = ["OriginalRun", "run_original"]
 

@@ -10,10 +10,10 @@ Without ``--source`` the text is that which comes with Python: it is there on ev
 from pathlib import Path
 
 import click
-from bpwise.convert.schemas import read_json
+from bpwise.checkpoint.files.schemas import read_json
 from bpwise.errors import BpwiseError, CalibrationError, printable
-from bpwise.measure.calibration import CalibrationConfig, build_calibration
-from bpwise.measure.tokenizer import load_tokenizer
+from bpwise.measure.text.calibration import CalibrationConfig, build_calibration
+from bpwise.measure.text.tokenizer import load_tokenizer
 
 __all__ = ["main"]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 from bpwise.errors import BpwiseError
 from bpwise.eval.comparison import EvalConfig, evaluate_each
-from bpwise.eval.report import comparison_table, write_joint_report, write_report
+from bpwise.eval.report.report import comparison_table, write_joint_report, write_report
 
 __all__ = ["main"]
 

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from ..convert.exl2.layout import group_rows
-from ..convert.files import atomic_file, metadata_begins
+from ..checkpoint.files.atomic import atomic_file, metadata_begins
+from ..convert.exl2.file.layout import group_rows
 from .measurement_file import HEADER_KEY, MeasuredTensors, read_measurement
 
 __all__ = [
@@ -40,7 +40,7 @@ _TOKENS = "calibration_tokens"
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MeasuredLinear:
-    """One linear's curve, as ``bpwise.measure.curves.ErrorCurve``, in NumPy.
+    """One linear's curve, as ``bpwise.convert.exl2.rounding.curves.ErrorCurve``, in NumPy.
 
     Attributes:
         name: Full name, for example ``model.layers.0.self_attn.q_proj``.
@@ -49,7 +49,7 @@ class MeasuredLinear:
         fisher: float32, shape (out,).
         input_power: float32, shape (K,).
         coupling: float16, shape (out, rank), rank 0 for the head: how outputs act together on the loss, as
-            ``bpwise.measure.sketch.FisherSketch.coupling``.
+            ``bpwise.measure.statistics.sketch.FisherSketch.coupling``.
         token_weights: float16, shape (rows, tokens): what each calibration token counts in the Gram matrix, mean 1.
             Linears of a stage have the same.
         type_damage_nats: Damage in each of the measurement's ``types``, nats per token, float32, shape (types,);

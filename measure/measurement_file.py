@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from safetensors import safe_open
 
-from ..convert.exl2.layout import ROW_MULTIPLE, WIDTHS
-from ..convert.gguf.types import TYPES
-from ..convert.schemas import Count, Positive, check_schema, parse_schema
+from ..checkpoint.files.schemas import Count, Positive, check_schema, parse_schema
+from ..convert.exl2.file.layout import ROW_MULTIPLE, WIDTHS
+from ..convert.gguf.ggml.types import TYPES
 from ..errors import FormatError
 
 __all__ = ["HEADER_KEY", "EmbeddingHeader", "MeasuredTensors", "MeasurementHeader", "read_measurement"]

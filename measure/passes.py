@@ -11,20 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..convert.families import HEAD, Stage
-from ..convert.gguf.ggml import GgmlType
-from ..convert.work import StageDirectory
+from ..checkpoint.files.resume import StageDirectory
+from ..checkpoint.model.families import HEAD, Stage
+from ..convert.exl2.rounding.curves import ErrorCurve, measure_curves
+from ..convert.gguf.ggml.curves import SAMPLED_ROWS, measure_plain_types, measure_types
+from ..convert.gguf.ggml.kernels import GgmlType
+from ..linalg.sampling import systematic_sample
 from ..progress import Progress
-from .curves import ErrorCurve, measure_curves
-from .experts import collect_experts, expert_statistics
-from .heldout import DAMPINGS, judge_halves
 from .measurement import MeasuredLinear, MeasuredTable
-from .positions import position_by_position
-from .sampling import systematic_sample
-from .states import new_state
-from .statistics import StageStatistics, collect, tapped_inputs, tapped_outputs
-from .stream import TAIL_TOKENS, StreamedModel, check_finite, micro_batches
-from .types import SAMPLED_ROWS, measure_plain_types, measure_types
+from .model.positionwise import position_by_position
+from .model.states import new_state
+from .model.stream import TAIL_TOKENS, StreamedModel, check_finite, micro_batches
+from .statistics.experts import collect_experts, expert_statistics
+from .statistics.heldout import DAMPINGS, judge_halves
+from .statistics.inputs import StageStatistics, collect, tapped_inputs, tapped_outputs
 
 __all__ = ["MeasuringPasses"]
 

@@ -10,32 +10,32 @@ from typing import Any
 
 import torch
 
-from ..convert.checkpoint import Checkpoint
-from ..convert.exl2.layout import ROW_MULTIPLE, WIDTHS
-from ..convert.families import HEAD
-from ..convert.gguf.types import GgmlType
-from ..convert.language import LanguageModel, language_config, language_model
-from ..convert.original import Original, open_model
-from ..convert.places import check_run, refuse_foreign, reserved, work_beside
-from ..convert.schemas import check_schema
-from ..convert.work import StageDirectory, stages_in
+from ..checkpoint.files.paths import check_run, refuse_foreign, reserved, work_beside
+from ..checkpoint.files.resume import StageDirectory, stages_in
+from ..checkpoint.files.schemas import check_schema
+from ..checkpoint.model.families import HEAD
+from ..checkpoint.source.checkpoint import Checkpoint
+from ..checkpoint.source.language import LanguageModel, language_config, language_model
+from ..checkpoint.source.original import Original, open_model
+from ..convert.exl2.file.layout import ROW_MULTIPLE, WIDTHS
+from ..convert.gguf.ggml.curves import measured_types
+from ..convert.gguf.ggml.types import GgmlType
 from ..errors import ConfigError, FormatError
 from ..progress import Progress, silent
 from ..version import __version__
-from .calibration import (
+from .measurement import Measurement, is_measurement
+from .model.stream import StreamedModel
+from .passes import MeasuringPasses
+from .text.calibration import (
     SELF,
     CalibrationConfig,
     CalibrationSet,
     build_calibration,
     require_tokens,
 )
-from .context import CALIBRATION, check_rows, fit_row_tokens
-from .generation import write_rows
-from .measurement import Measurement, is_measurement
-from .passes import MeasuringPasses
-from .stream import StreamedModel
-from .tokenizer import load_tokenizer
-from .types import measured_types
+from .text.context import CALIBRATION, check_rows, fit_row_tokens
+from .text.generation import write_rows
+from .text.tokenizer import load_tokenizer
 
 __all__ = [
     "MEASURED",

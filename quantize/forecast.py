@@ -7,17 +7,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..convert.checkpoint import Checkpoint
-from ..convert.families import HEAD, Stage
-from ..convert.language import LanguageModel, language_model
-from ..measure.curves import SAMPLED_COLUMNS
-from ..measure.positions import POSITIONS_AT_ONCE
+from ..checkpoint.model.families import HEAD, Stage
+from ..checkpoint.source.checkpoint import Checkpoint
+from ..checkpoint.source.language import LanguageModel, language_model
+from ..checkpoint.source.linears import model_linears
+from ..convert.exl2.plan.problem import HeadBits, SizeLimit, WidthOverride, plan_scope
+from ..convert.exl2.plan.unquantized import KeptLinear
+from ..convert.exl2.rounding.curves import SAMPLED_COLUMNS
+from ..linalg.parallel import cores
+from ..measure.model.positionwise import POSITIONS_AT_ONCE
+from ..measure.model.stream import MICRO_BATCH_TOKENS
 from ..measure.run import MeasureConfig
-from ..measure.stream import MICRO_BATCH_TOKENS
-from ..rounding.parallel import cores
-from .kept import KeptLinear
-from .linears import model_linears
-from .scope import HeadBits, SizeLimit, WidthOverride, plan_scope
 
 __all__ = ["Forecast", "forecast_run", "tuning_memory"]
 

@@ -11,52 +11,52 @@ from pathlib import Path
 
 import torch
 
-from ..convert.checkpoint import Checkpoint
-from ..convert.content import file_digests
-from ..convert.files import private_directory, require_room
-from ..convert.gguf.assign import dominant_file_type, mixture_types
-from ..convert.gguf.base import find_converter
-from ..convert.gguf.ggml import Bytes
-from ..convert.gguf.header import GgufHeader, read_gguf_header
-from ..convert.gguf.imatrix import ImportanceMatrix, imatrix_metadata, read_imatrix, require_fitting
-from ..convert.gguf.mixtures import mixture
-from ..convert.gguf.names import architecture_of, gguf_name, row_order
-from ..convert.gguf.reader import GgufModel
-from ..convert.gguf.readers import LIMITS_KEY, require_llama_cpp
-from ..convert.gguf.writer import GgufVerification, planned_bytes, write_gguf
-from ..convert.mark import mark_path
-from ..convert.original import Original, open_model
-from ..convert.places import check_run, refuse_foreign, refuse_inputs, reserved, work_beside
-from ..convert.work import RunStages, stages_in
-from ..errors import BudgetError, FormatError, UnsupportedModelError, WorkDirectoryError
-from ..eval.comparison import Comparison
-from ..eval.layers import LinearCost
-from ..eval.overlap import SPANS_KEY, CalibrationSpans
-from ..eval.report import carried_over, earlier_details, report_names, summary_lines, try_report, write_report
-from ..measure.calibration import CalibrationSet
-from ..measure.measurement import Measurement
-from ..measure.run import MEASURED, measured_rows
-from ..progress import Progress, silent
-from ..rounding.parallel import cores
-from ..version import __version__
-from .cards import card_path, write_card
-from .fallbacks import damping_fallbacks, fallback_entries, fallback_lines
-from .gguf_base import BASE, base_identity, base_path, base_to_make, converted, prepare_base
-from .hidden_states import Drift, drift_section
-from .judge import Judge, refuse_marked
-from .obtain import MEASUREMENT_FILE, PLAN_FILE, GivenMeasurement, check_work, obtain_measurement
-from .options import GgufConfig
-from .rounding_pass import ROUNDED
-from .stages import StageClock, StageCost, cost_line, cost_section
-from .support import largest_file_bytes, require_gguf, require_gguf_tools, require_mixture, require_types
-from .type_plan import TypePlan, make_type_plan
-from .type_rounding import (
+from ..checkpoint.files.atomic import private_directory, require_room
+from ..checkpoint.files.digests import file_digests
+from ..checkpoint.files.paths import check_run, refuse_foreign, refuse_inputs, reserved, work_beside
+from ..checkpoint.files.resume import RunStages, stages_in
+from ..checkpoint.source.checkpoint import Checkpoint
+from ..checkpoint.source.original import Original, open_model
+from ..convert.gguf.base import BASE, base_identity, base_path, base_to_make, converted, prepare_base
+from ..convert.gguf.file.header import GgufHeader, read_gguf_header
+from ..convert.gguf.file.names import architecture_of, gguf_name, row_order
+from ..convert.gguf.file.reader import GgufModel
+from ..convert.gguf.file.writer import GgufVerification, planned_bytes, write_gguf
+from ..convert.gguf.ggml.kernels import Bytes
+from ..convert.gguf.llama_cpp.assign import dominant_file_type, mixture_types
+from ..convert.gguf.llama_cpp.converter import find_converter
+from ..convert.gguf.llama_cpp.imatrix import ImportanceMatrix, imatrix_metadata, read_imatrix, require_fitting
+from ..convert.gguf.llama_cpp.mixtures import mixture
+from ..convert.gguf.llama_cpp.readers import LIMITS_KEY, require_llama_cpp
+from ..convert.gguf.plan import TypePlan, make_type_plan
+from ..convert.gguf.rounder import (
     RoundedTypes,
     round_types,
     table_importance,
     type_rounding_identity,
     types_rounded_before,
 )
+from ..convert.publishing.cards import card_path, write_card
+from ..convert.publishing.mark import mark_path
+from ..errors import BudgetError, FormatError, UnsupportedModelError, WorkDirectoryError
+from ..eval.comparison import Comparison
+from ..eval.metrics.overlap import SPANS_KEY, CalibrationSpans
+from ..eval.report.layers import LinearCost
+from ..eval.report.report import carried_over, earlier_details, report_names, summary_lines, try_report, write_report
+from ..linalg.parallel import cores
+from ..measure.measurement import Measurement
+from ..measure.run import MEASURED, measured_rows
+from ..measure.text.calibration import CalibrationSet
+from ..progress import Progress, silent
+from ..version import __version__
+from .costs import StageClock, StageCost, cost_line, cost_section
+from .judge import Judge, refuse_marked
+from .measuring import MEASUREMENT_FILE, PLAN_FILE, GivenMeasurement, check_work, obtain_measurement
+from .options import GgufConfig
+from .rounding.fallbacks import damping_fallbacks, fallback_entries, fallback_lines
+from .rounding.hidden_states import Drift, drift_section
+from .rounding.rounding_pass import ROUNDED
+from .support import largest_file_bytes, require_gguf, require_gguf_tools, require_mixture, require_types
 
 __all__ = [
     "GgufConfig",
@@ -275,7 +275,7 @@ def convert_to_mixture(
 def importance_of(measurement: Measurement) -> ImportanceMatrix:
     """Return the importances that a measurement implies: weighted mean squares of every linear's inputs.
 
-    Tokens count as the end loss says (see ``bpwise.measure.statistics``), where llama.cpp's own tool counts all alike.
+    Tokens count as the end loss says (see ``bpwise.measure.statistics.inputs``), where llama.cpp counts all alike.
 
     Raises:
         UnsupportedModelError: A linear has no name in llama.cpp.

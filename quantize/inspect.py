@@ -11,18 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from ..convert.exl2.names import HEAD
-from ..convert.exl2.reader import Exl2Model, is_exl2
-from ..convert.gguf.header import is_gguf, read_gguf_header
-from ..convert.original import open_model
-from ..convert.safetensors_file import load_metadata
-from ..convert.schemas import read_json
+from ..checkpoint.files.safetensors_file import load_metadata
+from ..checkpoint.files.schemas import read_json
+from ..checkpoint.model.names import HEAD
+from ..checkpoint.source.original import open_model
+from ..convert.exl2.file.reader import Exl2Model, is_exl2
+from ..convert.exl2.plan.plan import LinearPlan, Plan
+from ..convert.exl2.plan.unquantized import kept_lines
+from ..convert.gguf.file.header import is_gguf, read_gguf_header
+from ..convert.gguf.plan import TYPE_PLAN_KEY, TypePlan
 from ..errors import FormatError
-from ..measure.calibration import CalibrationSet
 from ..measure.measurement import HEADER_KEY, Measurement
-from .kept import kept_lines
-from .plan import LinearPlan, Plan
-from .type_plan import TYPE_PLAN_KEY, TypePlan
+from ..measure.text.calibration import CalibrationSet
 
 __all__ = ["Inspection", "inspect_path"]
 

@@ -6,22 +6,22 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..convert.checkpoint import Checkpoint, TensorSource
-from ..convert.exl2.manifest import read_manifest
-from ..convert.exl2.reader import Exl2Model
-from ..convert.mark import clear_mark, mark_broken, read_mark
+from ..checkpoint.source.checkpoint import Checkpoint, TensorSource
+from ..convert.exl2.file.manifest import read_manifest
+from ..convert.exl2.file.reader import Exl2Model
+from ..convert.publishing.cards import card_path
+from ..convert.publishing.mark import clear_mark, mark_broken, read_mark
 from ..errors import BrokenModelError, ConfigError, NumericalError
 from ..eval.comparison import Comparison, EvalConfig, compare_with, evaluation_rows
-from ..eval.layers import LinearCost
+from ..eval.metrics.overlap import CalibrationSpans, refuse_calibration_text, told
 from ..eval.models import open_any, vocab_size_of
 from ..eval.original import OriginalRun, run_original
-from ..eval.overlap import CalibrationSpans, refuse_calibration_text, told
-from ..measure.calibration import CalibrationSet
-from ..measure.context import EVALUATION, check_rows
+from ..eval.report.layers import LinearCost
 from ..measure.run import resolve_device
-from ..measure.tokenizer import Tokenizer, load_tokenizer
+from ..measure.text.calibration import CalibrationSet
+from ..measure.text.context import EVALUATION, check_rows
+from ..measure.text.tokenizer import Tokenizer, load_tokenizer
 from ..progress import Progress, silent
-from .cards import card_path
 
 __all__ = [
     "BROKEN_NATS",

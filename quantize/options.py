@@ -6,23 +6,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from ..convert.checkpoint import Checkpoint
+from ..checkpoint.files.shards import DEFAULT_SHARD_BYTES
+from ..checkpoint.source.checkpoint import Checkpoint
+from ..convert.exl2.plan.problem import HeadBits, SizeLimit, WidthOverride, check_head_bits
+from ..convert.exl2.plan.size_limit import disk_limit, gpu_limit
 from ..convert.exl2.readers import reader_warnings, require_reader
-from ..convert.exl2.shards import DEFAULT_SHARD_BYTES
-from ..convert.gguf.readers import require_llama_cpp
+from ..convert.gguf.llama_cpp.readers import require_llama_cpp
+from ..convert.gguf.plan import Override
+from ..convert.publishing.cards import check_base_model
+from ..convert.vram import CACHE_BITS
 from ..errors import ConfigError
 from ..eval.config import EvalConfig
-from ..measure.calibration import CalibrationSet
-from ..measure.context import CALIBRATION, fit_row_tokens
 from ..measure.measurement import Measurement
 from ..measure.run import MeasureConfig
-from .cards import check_base_model
+from ..measure.text.calibration import CalibrationSet
+from ..measure.text.context import CALIBRATION, fit_row_tokens
 from .forecast import Forecast, forecast_run, tuning_memory
 from .judge import refuse_same_source
-from .scope import HeadBits, SizeLimit, WidthOverride, check_head_bits
-from .size_limit import disk_limit, gpu_limit
-from .type_plan import Override
-from .vram import CACHE_BITS
 
 __all__ = ["Effort", "GgufConfig", "QuantizeConfig"]
 

@@ -9,37 +9,44 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ..convert.checkpoint import Checkpoint
-from ..convert.content import file_digests
-from ..convert.exl2.manifest import read_manifest
-from ..convert.exl2.verify import Verification, verify_model
-from ..convert.exl2.writer import write_model
-from ..convert.hub import side_files
-from ..convert.language import WrittenModel
-from ..convert.original import Original, open_model
-from ..convert.places import check_run, named, reserved, work_beside
-from ..convert.work import RunStages, stages_in
+from ..checkpoint.files.digests import file_digests
+from ..checkpoint.files.paths import check_run, named, reserved, work_beside
+from ..checkpoint.files.resume import RunStages, stages_in
+from ..checkpoint.source.checkpoint import Checkpoint
+from ..checkpoint.source.hub import side_files
+from ..checkpoint.source.language import WrittenModel
+from ..checkpoint.source.original import Original, open_model
+from ..convert.exl2.file.manifest import read_manifest
+from ..convert.exl2.file.verify import Verification, verify_model
+from ..convert.exl2.file.writer import write_model
+from ..convert.exl2.plan.plan import Plan, make_plan
+from ..convert.exl2.plan.unquantized import kept_lines
+from ..convert.exl2.rounding.rounder import (
+    RoundConfig,
+    RoundedModel,
+    round_model,
+    rounded_before,
+    rounding_identity,
+    tune_model,
+)
+from ..convert.publishing.cards import write_card
 from ..errors import CheckpointError, WorkDirectoryError
 from ..eval.comparison import Comparison
-from ..eval.overlap import SPANS_KEY, CalibrationSpans
-from ..eval.report import carried_over, earlier_details, summary_lines, write_report
-from ..measure.calibration import CalibrationSet
+from ..eval.metrics.overlap import SPANS_KEY, CalibrationSpans
+from ..eval.report.report import carried_over, earlier_details, summary_lines, write_report
 from ..measure.measurement import Measurement
 from ..measure.run import MEASURED
+from ..measure.text.calibration import CalibrationSet
 from ..progress import Progress, silent
 from ..version import __version__
-from .cards import write_card
-from .fallbacks import damping_fallbacks, fallback_entries, fallback_lines
-from .hidden_states import Drift, drift_section
+from .costs import StageClock, StageCost, cost_line, cost_section
 from .judge import Judge, refuse_marked
-from .kept import kept_lines
-from .obtain import MEASUREMENT_FILE, PLAN_FILE, GivenMeasurement, check_work, obtain_measurement
+from .measuring import MEASUREMENT_FILE, PLAN_FILE, GivenMeasurement, check_work, obtain_measurement
 from .options import QuantizeConfig
-from .plan import Plan, make_plan
 from .planning import plan_costs
-from .rounding import RoundConfig, RoundedModel, round_model, rounded_before, rounding_identity, tune_model
-from .rounding_pass import ROUNDED
-from .stages import StageClock, StageCost, cost_line, cost_section
+from .rounding.fallbacks import damping_fallbacks, fallback_entries, fallback_lines
+from .rounding.hidden_states import Drift, drift_section
+from .rounding.rounding_pass import ROUNDED
 from .support import exists, require_exl2
 
 __all__ = [

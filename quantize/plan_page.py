@@ -10,14 +10,14 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from ..convert.files import write_text
-from ..eval.charts import bits_map, planned_chart
-from ..eval.format import nats, visible
-from ..eval.html import page_style, script_hash
+from ..checkpoint.files.atomic import write_text
+from ..convert.exl2.plan.problem import HeadBits, WidthOverride
+from ..eval.report.charts import bits_map, planned_chart
+from ..eval.report.html import page_style, script_hash
+from ..eval.report.numbers import nats, visible
 from ..measure.measurement import Measurement
 from ..version import __version__
 from .planning import PlanPoint, exl2_points, gguf_points
-from .scope import HeadBits, WidthOverride
 
 __all__ = ["is_plan_page", "plan_page", "write_plan_page"]
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..eval.layers import LinearCost
+from ..convert.exl2.plan.plan import Plan, bpw_range, make_plan, measured_limit
+from ..convert.exl2.plan.problem import HeadBits, WidthOverride
+from ..convert.exl2.plan.unquantized import FLOAT16_BITS
+from ..convert.gguf.plan import make_type_plan, size_range
+from ..eval.report.layers import LinearCost
 from ..measure.measurement import Measurement
-from .kept import FLOAT16_BITS
-from .plan import Plan, bpw_range, make_plan, measured_limit
-from .scope import HeadBits, WidthOverride
-from .type_plan import make_type_plan, size_range
 
 __all__ = ["PlanPoint", "exl2_points", "gguf_points", "plan_costs"]
 

@@ -7,28 +7,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..convert.checkpoint import Checkpoint
-from ..convert.files import write_json, write_text
-from ..convert.markdown import cell, table
-from ..convert.original import Original, open_model
-from ..convert.places import check_run, named, reserved, work_beside
-from ..convert.work import claimed, discard_stage
+from ..checkpoint.files.atomic import write_json, write_text
+from ..checkpoint.files.paths import check_run, named, reserved, work_beside
+from ..checkpoint.files.resume import claimed, discard_stage
+from ..checkpoint.source.checkpoint import Checkpoint
+from ..checkpoint.source.original import Original, open_model
+from ..convert.gguf.base import base_path, base_to_make, discard_base, prepare_base
+from ..convert.publishing.cards import output_name
 from ..errors import BrokenModelError, ConfigError
 from ..eval.comparison import Comparison
 from ..eval.models import model_name
-from ..eval.report import JSON_NAME, MARKDOWN_NAME, comparison_table, try_report
-from ..measure.calibration import CalibrationSet
+from ..eval.report.report import JSON_NAME, MARKDOWN_NAME, comparison_table, try_report
 from ..measure.measurement import Measurement
 from ..measure.run import MEASURED
+from ..measure.text.calibration import CalibrationSet
 from ..progress import Progress, silent
+from ..tables import cell, table
 from ..version import __version__
-from .cards import output_name
-from .gguf_base import base_path, base_to_make, discard_base, prepare_base
+from .costs import StageClock
 from .gguf_pipeline import GgufConfig, GgufResult, files_beside, make_gguf, refuse_others
 from .judge import Judge
-from .obtain import MEASUREMENT_FILE, GivenMeasurement, check_work, obtain_measurement
+from .measuring import MEASUREMENT_FILE, GivenMeasurement, check_work, obtain_measurement
 from .pipeline import QuantizeConfig, QuantizeResult, is_finished, make_exl2
-from .stages import StageClock
 from .support import exists, require_exl2, require_gguf, require_gguf_tools
 
 __all__ = ["SeriesOutput", "SeriesResult", "output_paths", "quantize_series"]

@@ -11,35 +11,35 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..convert.base_card import read_base_card
-from ..convert.checkpoint import FLOAT_DTYPES, Checkpoint
-from ..convert.exl2.carry import require_side_files
-from ..convert.exl2.names import text_config
+from ..checkpoint.files.atomic import explained, require_room
+from ..checkpoint.model.families import EMBEDDING
+from ..checkpoint.model.names import text_config
+from ..checkpoint.source.checkpoint import FLOAT_DTYPES, Checkpoint
+from ..checkpoint.source.language import WrittenModel, language_model
+from ..checkpoint.source.linears import Linear, model_linears
+from ..convert.exl2.file.carry import require_side_files
+from ..convert.exl2.file.writer import require_writable
 from ..convert.exl2.readers import require_reader
-from ..convert.exl2.writer import require_writable
-from ..convert.families import EMBEDDING
-from ..convert.files import explained, require_room
-from ..convert.gguf.assign import require_importance
-from ..convert.gguf.base import find_converter
-from ..convert.gguf.ggml import require_kernels
-from ..convert.gguf.imatrix import ImportanceMatrix, require_fitting
-from ..convert.gguf.mixtures import Mixture
-from ..convert.gguf.names import gguf_name, known_model_types
-from ..convert.gguf.readers import require_llama_cpp
-from ..convert.gguf.types import TYPES
-from ..convert.language import WrittenModel, language_model
+from ..convert.gguf.file.names import gguf_name, known_model_types
+from ..convert.gguf.ggml.curves import measured_types
+from ..convert.gguf.ggml.kernels import require_kernels
+from ..convert.gguf.ggml.types import TYPES
+from ..convert.gguf.llama_cpp.assign import require_importance
+from ..convert.gguf.llama_cpp.converter import find_converter
+from ..convert.gguf.llama_cpp.imatrix import ImportanceMatrix, require_fitting
+from ..convert.gguf.llama_cpp.mixtures import Mixture
+from ..convert.gguf.llama_cpp.readers import require_llama_cpp
+from ..convert.gguf.plan import require_type_plan
+from ..convert.publishing.base_card import read_base_card
+from ..convert.vram import room_for_weights
 from ..errors import CheckpointError, ConfigError, UnsupportedModelError
 from ..eval.config import EvalConfig
-from ..measure.calibration import CalibrationSet
-from ..measure.context import CALIBRATION, check_rows, context_tokens, fit_row_tokens
 from ..measure.measurement import Measurement
 from ..measure.run import MeasureConfig, require_measurable, resolve_device
-from ..measure.types import measured_types
+from ..measure.text.calibration import CalibrationSet
+from ..measure.text.context import CALIBRATION, check_rows, context_tokens, fit_row_tokens
 from .forecast import Forecast
-from .linears import Linear, model_linears
 from .options import GgufConfig, QuantizeConfig
-from .type_plan import require_type_plan
-from .vram import room_for_weights
 
 __all__ = [
     "exists",

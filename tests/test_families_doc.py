@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from bpwise.convert.families import composite_of, family_of
+from bpwise.checkpoint.model.families import composite_of, family_of
 from bpwise.errors import UnsupportedModelError
 
 DOC = Path(__file__).parents[1] / "docs" / "families.md"

@@ -11,9 +11,9 @@ import pytest
 import torch
 from bpwise.cli import cli
 from bpwise.cli.options import progress_bar
-from bpwise.convert.exl2.layout import RowGroup
-from bpwise.convert.exl2.linear import QuantizedLinear
-from bpwise.convert.exl2.store import linear_tensors
+from bpwise.convert.exl2.file.layout import RowGroup
+from bpwise.convert.exl2.file.linear import QuantizedLinear
+from bpwise.convert.exl2.file.store import linear_tensors
 from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 

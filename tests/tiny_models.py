@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bpwise.measure.stream import StreamedModel
+from bpwise.measure.model.stream import StreamedModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ...checkpoint.model.config import parse_config
+from ...checkpoint.model.families import Composite, Family, composite_of, family_of, known_readers
+from ...checkpoint.model.names import text_config
+from ...checkpoint.model.positions import attention_window, full_rope, window_period
 from ...errors import UnsupportedModelError
-from ..families import Composite, Family, composite_of, family_of, known_readers
-from ..model_config import parse_config
-from ..positions import attention_window, full_rope, window_period
-from .names import text_config
 
 __all__ = ["reader_warnings", "require_reader"]
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ...checkpoint.files.atomic import atomic_directory, write_json
+from ...checkpoint.files.paths import named, refuse_inputs, reserved
 from ...errors import CheckpointError
-from ..exl2.carry import copy_side_files
-from ..exl2.dense import DENSE_SHARD_BYTES, write_dense
-from ..files import atomic_directory, write_json
-from ..places import named, refuse_inputs, reserved
-from .reader import GgufModel
+from ..dense import DENSE_SHARD_BYTES, write_dense
+from ..exl2.file.carry import copy_side_files
+from .file.reader import GgufModel
 
 __all__ = ["dequantize_gguf"]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bpwise.measure.calibration import CalibrationConfig
 from bpwise.measure.run import MeasureConfig
+from bpwise.measure.text.calibration import CalibrationConfig
 from bpwise.quantize.pipeline import QuantizeConfig, quantize_model
 from transformers import PreTrainedTokenizerFast
 

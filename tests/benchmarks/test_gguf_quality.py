@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from bpwise.convert.checkpoint import Checkpoint
+from bpwise.checkpoint.source.checkpoint import Checkpoint
 from transformers import AutoModelForCausalLM
 
 pytest.importorskip("libggml", reason="ggml's library is not installed: pip install 'bpwise[gguf]'")

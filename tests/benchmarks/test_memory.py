@@ -6,8 +6,8 @@ from types import ModuleType
 
 import pytest
 import torch
-from bpwise.convert.checkpoint import Checkpoint
-from bpwise.measure.tokenizer import load_tokenizer
+from bpwise.checkpoint.source.checkpoint import Checkpoint
+from bpwise.measure.text.tokenizer import load_tokenizer
 from click.testing import CliRunner
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from bpwise.convert.exl2.layout import padded_columns
-from bpwise.convert.language import ReplacedWeights
-from bpwise.convert.original import open_model
+from bpwise.checkpoint.source.language import ReplacedWeights
+from bpwise.checkpoint.source.original import open_model
+from bpwise.convert.exl2.file.layout import padded_columns
+from bpwise.convert.exl2.plan.plan import Plan
 from bpwise.eval.comparison import EvalConfig
 from bpwise.measure import passes
-from bpwise.measure.calibration import CalibrationConfig
 from bpwise.measure.run import MeasureConfig
-from bpwise.measure.statistics import StageStatistics
-from bpwise.quantize.plan import Plan
+from bpwise.measure.statistics.inputs import StageStatistics
+from bpwise.measure.text.calibration import CalibrationConfig
 from click.testing import CliRunner, Result
 from transformers import AutoModelForCausalLM
 

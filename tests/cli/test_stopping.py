@@ -13,8 +13,8 @@ import signal
 import time
 from pathlib import Path
 from bpwise.cli.group import cli, main
-from bpwise.convert.files import atomic_directory, atomic_file
-from bpwise.convert.places import reserved
+from bpwise.checkpoint.files.atomic import atomic_directory, atomic_file
+from bpwise.checkpoint.files.paths import reserved
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 

@@ -3,11 +3,11 @@ from typing import Any
 import pytest
 import torch
 from bpwise.eval.comparison import Comparison
-from bpwise.eval.divergence import Summary, TokenStatistics, token_statistics
-from bpwise.eval.estimate import Estimate
+from bpwise.eval.metrics.divergence import Summary, TokenStatistics, token_statistics
+from bpwise.eval.metrics.estimate import Estimate
+from bpwise.eval.metrics.profile import profile_of
 from bpwise.eval.models import ModelSummary
-from bpwise.eval.profile import profile_of
-from bpwise.measure.calibration import CalibrationSet
+from bpwise.measure.text.calibration import CalibrationSet
 
 VOCABULARY = 30
 

@@ -8,16 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.cli import cli
-from bpwise.convert.checkpoint import Checkpoint
-from bpwise.convert.exl2.dense import dequantize_model
-from bpwise.convert.exl2.layout import RowGroup
-from bpwise.convert.exl2.linear import QuantizedLinear
-from bpwise.convert.exl2.reader import Exl2Model
-from bpwise.convert.exl2.writer import write_model
+from bpwise.convert.dense import dequantize_model
+from bpwise.convert.exl2.file.layout import RowGroup
+from bpwise.convert.exl2.file.linear import QuantizedLinear
+from bpwise.convert.exl2.file.reader import Exl2Model
+from bpwise.convert.exl2.file.writer import write_model
 from bpwise.errors import CalibrationError, CheckpointError, ConfigError, NumericalError
 from bpwise.eval import original as original_module
-from bpwise.eval import passes as passes_module
 from bpwise.eval.comparison import (
     Comparison,
     EvalConfig,
@@ -27,11 +26,12 @@ from bpwise.eval.comparison import (
     evaluate_each,
     evaluation_rows,
 )
+from bpwise.eval.metrics import passes as passes_module
 from bpwise.eval.models import open_any
 from bpwise.eval.original import run_original
-from bpwise.measure.calibration import CalibrationSet
-from bpwise.measure.stream import whole_model
-from bpwise.measure.tokenizer import load_tokenizer
+from bpwise.measure.model.stream import whole_model
+from bpwise.measure.text.calibration import CalibrationSet
+from bpwise.measure.text.tokenizer import load_tokenizer
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 import pytest
-from bpwise.measure.calibration import CalibrationSet
+from bpwise.measure.text.calibration import CalibrationSet
 from click.testing import CliRunner
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast

@@ -13,29 +13,29 @@ from typing import Any
 
 import numpy as np
 import torch
+from bpwise.checkpoint.source.checkpoint import Checkpoint
+from bpwise.checkpoint.source.original import open_model
 from bpwise.cli import cli
-from bpwise.convert.checkpoint import Checkpoint
-from bpwise.convert.exl2.verify import verify_model
-from bpwise.convert.gguf.emit import Planned, entry, header_bytes, padding
-from bpwise.convert.gguf.header import read_gguf_header
-from bpwise.convert.gguf.imatrix import imatrix_metadata, read_imatrix
-from bpwise.convert.gguf.types import ggml_type
-from bpwise.convert.gguf.writer import write_gguf
-from bpwise.convert.original import open_model
+from bpwise.convert.exl2.file.verify import verify_model
+from bpwise.convert.exl2.plan.plan import Plan, make_plan
+from bpwise.convert.exl2.rounding.rounder import RoundConfig, round_model
+from bpwise.convert.gguf.file.emit import Planned, entry, header_bytes, padding
+from bpwise.convert.gguf.file.header import read_gguf_header
+from bpwise.convert.gguf.file.writer import write_gguf
+from bpwise.convert.gguf.ggml.types import ggml_type
+from bpwise.convert.gguf.llama_cpp.imatrix import imatrix_metadata, read_imatrix
+from bpwise.convert.gguf.plan import TypePlan
+from bpwise.convert.publishing.cards import write_card
 from bpwise.errors import BpwiseError
 from bpwise.eval.cache import OriginalCache, OriginalState
-from bpwise.eval.layers import linear_costs
+from bpwise.eval.metrics.overlap import stored_spans
 from bpwise.eval.models import open_any
-from bpwise.eval.overlap import stored_spans
-from bpwise.measure.calibration import CalibrationConfig, CalibrationSet, build_calibration
+from bpwise.eval.report.layers import linear_costs
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig, measure_model, measured_rows
-from bpwise.measure.tokenizer import load_tokenizer
-from bpwise.quantize.cards import write_card
+from bpwise.measure.text.calibration import CalibrationConfig, CalibrationSet, build_calibration
+from bpwise.measure.text.tokenizer import load_tokenizer
 from bpwise.quantize.pipeline import QuantizeConfig, is_finished, quantize_model
-from bpwise.quantize.plan import Plan, make_plan
-from bpwise.quantize.rounding import RoundConfig, round_model
-from bpwise.quantize.type_plan import TypePlan
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bpwise.convert.exl2.verify import verify_model
+from bpwise.convert.exl2.file.verify import verify_model
 from bpwise.eval.comparison import EvalConfig
-from bpwise.measure.calibration import CalibrationConfig
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig, measure_to_file
+from bpwise.measure.text.calibration import CalibrationConfig
 from bpwise.quantize.pipeline import QuantizeConfig, quantize_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

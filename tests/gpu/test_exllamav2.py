@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from bpwise.convert.exl2.dense import dequantize_model
-from bpwise.convert.exl2.reader import Exl2Model
-from bpwise.measure.calibration import CalibrationConfig
+from bpwise.convert.dense import dequantize_model
+from bpwise.convert.exl2.file.reader import Exl2Model
 from bpwise.measure.run import MeasureConfig
+from bpwise.measure.text.calibration import CalibrationConfig
 from bpwise.quantize.pipeline import QuantizeConfig, quantize_model
 from transformers import LlamaForCausalLM
 

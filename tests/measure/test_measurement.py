@@ -341,7 +341,9 @@ def test_how_many_tokens_chose_an_expert_is_kept(tmp_path: Path) -> None:
     assert measurement().experts_sentence is None
 
 
-@pytest.mark.parametrize("module", ["bpwise", "bpwise.cli", "bpwise.measure.measurement", "bpwise.quantize.plan"])
+@pytest.mark.parametrize(
+    "module", ["bpwise", "bpwise.cli", "bpwise.measure.measurement", "bpwise.convert.exl2.plan.plan"]
+)
 def test_no_torch_needed(module: str) -> None:
     code = f"import sys, {module}; print(*sorted({{'torch', 'transformers', 'datasets'}} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -355,7 +357,7 @@ import sys
 from pathlib import Path
 sys.modules["torch"] = None  # importing it fails
 from bpwise.measure.measurement import Measurement
-from bpwise.quantize.plan import make_plan
+from bpwise.convert.exl2.plan.plan import make_plan
 make_plan(Measurement.load(Path(sys.argv[1])), bpw=9.5, head_bits=6)
 """
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "m.safetensors")], check=True)

@@ -9,19 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bpwise.convert.checkpoint import Checkpoint
-from bpwise.convert.exl2.layout import RowGroup
-from bpwise.convert.work import StageDirectory
+from bpwise.checkpoint.files.resume import StageDirectory
+from bpwise.checkpoint.source.checkpoint import Checkpoint
+from bpwise.convert.exl2.file.layout import RowGroup
+from bpwise.convert.exl2.rounding.feedback import round_linear
 from bpwise.errors import ConfigError, NumericalError
+from bpwise.linalg.row_groups import grouped_rows
 from bpwise.measure import passes
-from bpwise.measure.calibration import CalibrationSet
-from bpwise.measure.heldout import DAMPINGS, HeldOut
 from bpwise.measure.measurement import MeasuredLinear, Measurement
-from bpwise.measure.row_groups import grouped_rows
+from bpwise.measure.model.stream import StreamedModel
 from bpwise.measure.run import MeasureConfig, measure_model, measure_to_file, measured_rows, resolve_device
-from bpwise.measure.sketch import COUPLING_RANK
-from bpwise.measure.stream import StreamedModel
-from bpwise.rounding.feedback import round_linear
+from bpwise.measure.statistics.heldout import DAMPINGS, HeldOut
+from bpwise.measure.statistics.sketch import COUPLING_RANK
+from bpwise.measure.text.calibration import CalibrationSet
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 
@@ -165,7 +165,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
         patch.setattr(passes, "measure_curves", spied_curves)
         patch.setattr(passes, "_signs", spied_signs)
-        patch.setattr("bpwise.measure.stream.MICRO_BATCH_TOKENS", 5 * 32)  # 5 + 5 + 2 rows
+        patch.setattr("bpwise.measure.model.stream.MICRO_BATCH_TOKENS", 5 * 32)  # 5 + 5 + 2 rows
 
         def spied_halves(_weights: Sequence[Tensor], of_stage: Sequence[Tensor], *_: Any, **_options: Any) -> HeldOut:
             halves.append([gram.clone() for gram in of_stage])

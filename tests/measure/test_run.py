@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from bpwise.checkpoint.source.original import open_model
 from bpwise.cli import cli
-from bpwise.convert.original import open_model
 from bpwise.errors import CalibrationError, ConfigError
-from bpwise.measure.calibration import CalibrationConfig, CalibrationSet
 from bpwise.measure.run import calibration_rows
+from bpwise.measure.text.calibration import CalibrationConfig, CalibrationSet
 from click.testing import CliRunner, Result
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast

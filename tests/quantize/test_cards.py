@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from bpwise.cli import cli
-from bpwise.convert.mark import mark_broken
-from bpwise.quantize.cards import output_name
+from bpwise.convert.publishing.cards import output_name
+from bpwise.convert.publishing.mark import mark_broken
 from click.testing import CliRunner, Result
 from huggingface_hub import ModelCard
 

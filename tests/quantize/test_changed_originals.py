@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from bpwise.checkpoint.source.original import open_model
 from bpwise.cli import cli
-from bpwise.convert.exl2.reader import Exl2Model
-from bpwise.convert.gguf.base import make_base
-from bpwise.convert.gguf.check import check_base
-from bpwise.convert.gguf.header import read_gguf_header
-from bpwise.convert.gguf.reader import GgufModel
-from bpwise.convert.original import open_model
+from bpwise.convert.exl2.file.reader import Exl2Model
+from bpwise.convert.gguf.file.header import read_gguf_header
+from bpwise.convert.gguf.file.reader import GgufModel
+from bpwise.convert.gguf.llama_cpp.check import check_base
+from bpwise.convert.gguf.llama_cpp.converter import make_base
 from bpwise.measure.measurement import Measurement
 from bpwise.quantize.gguf_pipeline import base_path
 from click.testing import CliRunner

@@ -7,22 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from bpwise.convert.exl2.dense import dequantize_model
-from bpwise.convert.exl2.reader import Exl2Model
+from bpwise.checkpoint.files.resume import StageDirectory
+from bpwise.checkpoint.source.language import language_model
+from bpwise.checkpoint.source.original import open_model
+from bpwise.convert.dense import dequantize_model
+from bpwise.convert.exl2.file.reader import Exl2Model
+from bpwise.convert.exl2.file.verify import verify_model
 from bpwise.convert.exl2.readers import require_reader
-from bpwise.convert.exl2.verify import verify_model
-from bpwise.convert.language import language_model
-from bpwise.convert.original import open_model
-from bpwise.convert.work import StageDirectory
 from bpwise.errors import UnsupportedModelError
-from bpwise.measure.calibration import CalibrationConfig
 from bpwise.measure.measurement import MeasuredLinear, Measurement
+from bpwise.measure.model.stream import StreamedModel
 from bpwise.measure.run import MeasureConfig
-from bpwise.measure.stream import StreamedModel
+from bpwise.measure.text.calibration import CalibrationConfig
 from bpwise.progress import silent
-from bpwise.quantize.hidden_states import kept_drift
 from bpwise.quantize.pipeline import QuantizeConfig, quantize_model
-from bpwise.quantize.rounding_pass import RoundingPass
+from bpwise.quantize.rounding.hidden_states import kept_drift
+from bpwise.quantize.rounding.rounding_pass import RoundingPass
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ..tiny_models import FAMILIES, save_family, streamed_logits
@@ -78,7 +78,7 @@ def test_streaming_gives_what_transformers_gives(quantized: tuple[Path, Path, An
 def test_without_errors_there_is_no_drift_to_correct(
     quantized: tuple[Path, Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offloaded: bool
 ) -> None:
-    monkeypatch.setattr("bpwise.measure.stream.MICRO_BATCH_TOKENS", 32)  # a row
+    monkeypatch.setattr("bpwise.measure.model.stream.MICRO_BATCH_TOKENS", 32)  # a row
     original, _, result = quantized
     model = StreamedModel(
         language_model(open_model(original)),
@@ -98,7 +98,9 @@ def test_without_errors_there_is_no_drift_to_correct(
 def test_every_linear_is_rounded_on_its_own_tokens_weights(
     quantized: tuple[Path, Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bpwise.quantize.drift.thinned", lambda weights, _rng: (torch.arange(len(weights)), weights))
+    monkeypatch.setattr(
+        "bpwise.quantize.rounding.drift.thinned", lambda weights, _rng: (torch.arange(len(weights)), weights)
+    )
     original, _, result = quantized
     measurement = Measurement.load(result.measurement)
     model = StreamedModel(language_model(open_model(original)), device=torch.device("cpu"), dtype=torch.float32)

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.cli import cli
-from bpwise.convert.checkpoint import Checkpoint
-from bpwise.measure.calibration import CalibrationSet
+from bpwise.convert.exl2.plan.plan import Plan, make_plan
+from bpwise.convert.exl2.rounding.rounder import RoundConfig, round_model
+from bpwise.convert.vram import exl2_beside_weights
 from bpwise.measure.run import MeasureConfig, measure_model
-from bpwise.quantize.plan import Plan, make_plan
-from bpwise.quantize.rounding import RoundConfig, round_model
-from bpwise.quantize.vram import exl2_beside_weights
+from bpwise.measure.text.calibration import CalibrationSet
 from click.testing import CliRunner
 from safetensors.torch import load_file
 from torch import Tensor

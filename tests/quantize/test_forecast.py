@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from bpwise.convert.checkpoint import Checkpoint
-from bpwise.measure.calibration import CalibrationConfig
+from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.measure.run import MeasureConfig
+from bpwise.measure.text.calibration import CalibrationConfig
 from bpwise.quantize.forecast import forecast_run
 from bpwise.quantize.options import Effort, QuantizeConfig
 from transformers import Qwen3Config

@@ -6,21 +6,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.cli import cli
-from bpwise.convert.checkpoint import Checkpoint
-from bpwise.convert.gguf.header import read_gguf_header
-from bpwise.convert.gguf.imatrix import read_imatrix
-from bpwise.convert.gguf.reader import GgufModel
+from bpwise.convert.gguf import base as gguf_base
+from bpwise.convert.gguf.file.header import read_gguf_header
+from bpwise.convert.gguf.file.reader import GgufModel
+from bpwise.convert.gguf.llama_cpp.imatrix import read_imatrix
+from bpwise.convert.gguf.plan import Override
+from bpwise.convert.vram import room_for_weights
 from bpwise.errors import BrokenModelError, BudgetError, ConfigError, FormatError, WorkDirectoryError
 from bpwise.eval.comparison import EvalConfig, compare_models
-from bpwise.eval.overlap import shared_share, stored_spans
-from bpwise.measure.calibration import CalibrationSet
+from bpwise.eval.metrics.overlap import shared_share, stored_spans
 from bpwise.measure.measurement import Measurement
-from bpwise.quantize import gguf_base, judge
+from bpwise.measure.text.calibration import CalibrationSet
+from bpwise.quantize import judge
 from bpwise.quantize.gguf_pipeline import GgufConfig, GgufResult, convert_to_mixture, importance_of, quantize_to_gguf
 from bpwise.quantize.series import quantize_series
-from bpwise.quantize.type_plan import Override
-from bpwise.quantize.vram import room_for_weights
 from click.testing import CliRunner
 from huggingface_hub import ModelCard
 
@@ -83,8 +84,8 @@ def test_costs_about_what_was_predicted_and_less_than_llama_quantize(
 @pytest.mark.parametrize("name", FAMILIES)
 def test_llama_cpp_loads_it_and_sees_the_same_weights(name: str, made: dict[str, GgufResult], converted: Any) -> None:
     pytest.importorskip("xllamacpp", reason="the engine is not installed: pip install 'bpwise[gguf]'")
-    from bpwise.eval.engine import compare_in_engine
-    from bpwise.eval.llamacpp import load_library
+    from bpwise.eval.engines.engine import compare_in_engine
+    from bpwise.eval.engines.llamacpp import load_library
 
     source, base = Checkpoint.open(converted[name].directory), GgufModel.open(converted[name].file)
     file = GgufModel.open(made[name].output)

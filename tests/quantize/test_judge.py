@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.cli import cli
-from bpwise.convert.checkpoint import Checkpoint
-from bpwise.convert.mark import clear_mark, mark_broken, mark_path, read_mark
+from bpwise.convert.exl2.rounding.rounder import RoundedModel
+from bpwise.convert.publishing.mark import clear_mark, mark_broken, mark_path, read_mark
 from bpwise.errors import BrokenModelError, ConfigError
 from bpwise.eval.comparison import EvalConfig
-from bpwise.measure.calibration import CalibrationConfig
 from bpwise.measure.run import MeasureConfig
+from bpwise.measure.text.calibration import CalibrationConfig
 from bpwise.quantize.judge import Judge, broken_because
 from bpwise.quantize.pipeline import QuantizeConfig, quantize_model
-from bpwise.quantize.rounding import RoundedModel
 from click.testing import CliRunner, Result
 
 TEXT = ("--rows", "8", "--row-tokens", "32", "--device", "cpu")
@@ -160,7 +160,7 @@ class TestEvaluationText:
     def test_refused_before_the_long_work(
         self, tiny_model: Path, words: Path, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from bpwise.quantize import obtain
+        from bpwise.quantize import measuring as obtain
 
         monkeypatch.setattr(obtain, "measure_model", lambda *_: pytest.fail("was measured"))
         result = bpwise(

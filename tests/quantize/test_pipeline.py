@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bpwise.checkpoint.files.resume import StageDirectory
 from bpwise.cli import cli
-from bpwise.convert.work import StageDirectory
-from bpwise.eval.layers import linear_costs, plan_beside
+from bpwise.convert.exl2.plan.plan import Plan, bpw_range
 from bpwise.eval.models import open_any
+from bpwise.eval.report.layers import linear_costs, plan_beside
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig
-from bpwise.quantize import obtain, pipeline
+from bpwise.quantize import measuring as obtain
 from bpwise.quantize import options as run_options
-from bpwise.quantize.plan import Plan, bpw_range
+from bpwise.quantize import pipeline
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen2Config
@@ -325,7 +326,7 @@ class TestInterrupted:
 
         arguments = rounding_only(tiny_model, tmp_path / "out", finished)
         with monkeypatch.context() as patch:
-            patch.setattr("bpwise.convert.exl2.writer.copy_side_files", interrupt)
+            patch.setattr("bpwise.convert.exl2.file.writer.copy_side_files", interrupt)
             result = bpwise(*arguments)
         assert result.exit_code == 130
         assert {path.name for path in tmp_path.iterdir()} == {"out.work"}

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bpwise.checkpoint.files.paths import reserved
+from bpwise.checkpoint.files.resume import StageDirectory
 from bpwise.cli import cli
-from bpwise.convert.mark import mark_broken
-from bpwise.convert.places import reserved
-from bpwise.convert.work import StageDirectory
+from bpwise.convert.publishing.mark import mark_broken
 from bpwise.errors import WorkDirectoryError
 from bpwise.measure.measurement import Measurement
-from bpwise.quantize import judge, obtain
+from bpwise.quantize import judge
+from bpwise.quantize import measuring as obtain
 from click.testing import CliRunner, Result
 
 TEXT = ("--rows", "4", "--row-tokens", "32", "--device", "cpu")
@@ -149,7 +150,7 @@ def test_numbers_are_shown_though_the_report_finds_no_room(
     def full(path: Path, _: object) -> None:
         raise WorkDirectoryError(f"{path}: not written, the disk is full")
 
-    monkeypatch.setattr("bpwise.eval.report.write_json", full)
+    monkeypatch.setattr("bpwise.eval.report.report.write_json", full)
     result = bpwise("eval", tiny_model, copied, "-r", 2, "-l", 32, "--device", "cpu", "-o", tmp_path / "report")
     assert result.exit_code == 1
     assert "report.json: not written" in result.stderr

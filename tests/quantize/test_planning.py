@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.cli import cli
-from bpwise.convert.checkpoint import Checkpoint
-from bpwise.measure.calibration import CalibrationSet
+from bpwise.convert.exl2.plan.plan import make_plan
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig, measure_model
-from bpwise.quantize.plan import make_plan
+from bpwise.measure.text.calibration import CalibrationSet
 from bpwise.quantize.plan_page import plan_page
 from bpwise.quantize.planning import PlanPoint, exl2_points, gguf_points
 from click.testing import CliRunner

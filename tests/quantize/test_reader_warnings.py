@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from bpwise.cli import cli
-from bpwise.convert.gguf.header import read_gguf_header
-from bpwise.measure.calibration import CalibrationSet
-from bpwise.quantize import gguf_base, gguf_pipeline, pipeline, series
+from bpwise.convert.gguf import base as gguf_base
+from bpwise.convert.gguf.file.header import read_gguf_header
+from bpwise.measure.text.calibration import CalibrationSet
+from bpwise.quantize import gguf_pipeline, pipeline, series
 from bpwise.quantize.gguf_pipeline import GgufConfig, quantize_to_gguf
 from click.testing import CliRunner, Result
 from transformers import MistralConfig

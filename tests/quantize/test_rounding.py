@@ -7,17 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from bpwise.convert.checkpoint import Checkpoint
-from bpwise.convert.exl2.linear import QuantizedLinear
-from bpwise.measure import states, stream
-from bpwise.measure.calibration import CalibrationSet
+from bpwise.checkpoint.source.checkpoint import Checkpoint
+from bpwise.convert.exl2.file.linear import QuantizedLinear
+from bpwise.convert.exl2.plan.plan import Plan, make_plan
+from bpwise.convert.exl2.rounding import rounder as rounding
+from bpwise.convert.exl2.rounding.rounder import RoundConfig, RoundedModel, round_model
 from bpwise.measure.measurement import Measurement
+from bpwise.measure.model import states, stream
+from bpwise.measure.model.stream import StreamedModel
 from bpwise.measure.run import MeasureConfig, measure_model
-from bpwise.measure.stream import StreamedModel
-from bpwise.quantize import drift, rounding, rounding_pass
-from bpwise.quantize.plan import Plan, make_plan
-from bpwise.quantize.rounding import RoundConfig, RoundedModel, round_model
-from bpwise.quantize.rounding_pass import RoundingPass, _shifted
+from bpwise.measure.text.calibration import CalibrationSet
+from bpwise.quantize.rounding import drift, rounding_pass
+from bpwise.quantize.rounding.rounding_pass import RoundingPass, _shifted
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -299,7 +300,7 @@ def test_other_options_do_not_take_over_pieces(deep: Measured, deep_whole: Round
 def test_micro_batches_do_not_matter(
     deep: Measured, deep_whole: RoundedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bpwise.measure.stream.MICRO_BATCH_TOKENS", 7 * 32)  # 7 + 7 + 7 + 3 rows
+    monkeypatch.setattr("bpwise.measure.model.stream.MICRO_BATCH_TOKENS", 7 * 32)  # 7 + 7 + 7 + 3 rows
     parts = deep.round(deep.plan(4.5), tmp_path)
     ids = token_ids(8, seed=5)
     original = deep.dense()

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.cli import cli
-from bpwise.convert.checkpoint import Checkpoint
+from bpwise.convert.exl2.rounding.rounder import RoundedModel
 from bpwise.errors import ConfigError
-from bpwise.eval import passes
-from bpwise.measure.tokenizer import load_tokenizer
+from bpwise.eval.metrics import passes
+from bpwise.measure.text.tokenizer import load_tokenizer
 from bpwise.progress import silent
-from bpwise.quantize import obtain, pipeline, support
+from bpwise.quantize import measuring as obtain
+from bpwise.quantize import pipeline, support
 from bpwise.quantize.pipeline import QuantizeConfig
-from bpwise.quantize.rounding import RoundedModel
 from bpwise.quantize.series import quantize_series
 from click.testing import CliRunner, Result
 

@@ -9,20 +9,22 @@ from typing import Any
 
 import pytest
 import torch
+from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.cli import cli
-from bpwise.convert.checkpoint import Checkpoint
-from bpwise.convert.gguf.imatrix import ImportanceMatrix, write_imatrix
-from bpwise.convert.gguf.writer import write_gguf
+from bpwise.convert.gguf import base as gguf_base
+from bpwise.convert.gguf.file.writer import write_gguf
+from bpwise.convert.gguf.llama_cpp.imatrix import ImportanceMatrix, write_imatrix
+from bpwise.convert.gguf.plan import Override
 from bpwise.errors import BpwiseError, CalibrationError, ConfigError, UnsupportedModelError, WorkDirectoryError
 from bpwise.eval.config import EvalConfig
-from bpwise.measure.calibration import CalibrationConfig, CalibrationSet
 from bpwise.measure.run import MeasureConfig, measure_to_file
-from bpwise.quantize import gguf_base, obtain, support
+from bpwise.measure.text.calibration import CalibrationConfig, CalibrationSet
+from bpwise.quantize import measuring as obtain
+from bpwise.quantize import support
 from bpwise.quantize.gguf_pipeline import GgufConfig, convert_to_mixture, quantize_to_gguf
 from bpwise.quantize.judge import Judge
 from bpwise.quantize.pipeline import QuantizeConfig, quantize_model
 from bpwise.quantize.series import output_paths, quantize_series
-from bpwise.quantize.type_plan import Override
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 

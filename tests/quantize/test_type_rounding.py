@@ -4,19 +4,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bpwise.convert.checkpoint import Checkpoint
-from bpwise.convert.gguf.ggml import decode, encode
-from bpwise.convert.gguf.types import GgmlType
-from bpwise.measure.calibration import CalibrationSet
+from bpwise.checkpoint.source.checkpoint import Checkpoint
+from bpwise.convert.gguf import rounder as type_rounding
+from bpwise.convert.gguf.ggml.kernels import decode, encode
+from bpwise.convert.gguf.ggml.types import GgmlType
+from bpwise.convert.gguf.plan import Override, TypePlan, make_type_plan
+from bpwise.convert.gguf.rounder import RoundedTypes, round_types, table_importance
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig, measure_model
-from bpwise.quantize import type_rounding
-from bpwise.quantize.type_plan import Override, TypePlan, make_type_plan
-from bpwise.quantize.type_rounding import RoundedTypes, round_types, table_importance
+from bpwise.measure.text.calibration import CalibrationSet
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from .conftest import SaveModel
+from ..conftest import SaveModel
 
 pytest.importorskip("libggml", reason="ggml's library is not installed: pip install 'bpwise[gguf]'")
 
@@ -99,7 +99,7 @@ def test_an_unquantized_type_keeps_the_weights_where_nothing_drifts(untied: Case
 def test_finished_blocks_are_not_done_again(untied: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = untied.plan(COARSE)
     whole = untied.round(plan)
-    monkeypatch.setattr("bpwise.quantize.type_rounding.round_to_type", None)
+    monkeypatch.setattr("bpwise.convert.gguf.rounder.round_to_type", None)
     again = untied.round(plan)
     assert np.array_equal(whole.data("lm_head"), again.data("lm_head"))
     assert whole.data("lm_head").shape == (264, 64 // 32 * 18)

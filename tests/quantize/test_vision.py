@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from bpwise.convert.exl2.dense import dequantize_model
-from bpwise.convert.exl2.reader import Exl2Model
+from bpwise.checkpoint.source.original import open_model
+from bpwise.convert.dense import dequantize_model
+from bpwise.convert.exl2.file.reader import Exl2Model
 from bpwise.convert.exl2.readers import require_reader
-from bpwise.convert.original import open_model
 from bpwise.errors import UnsupportedModelError
-from bpwise.measure.calibration import CalibrationConfig
 from bpwise.measure.run import MeasureConfig
+from bpwise.measure.text.calibration import CalibrationConfig
 from bpwise.quantize.pipeline import QuantizeConfig, quantize_model
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bpwise.convert.exl2.layout import RowGroup
-from bpwise.convert.exl2.linear import QuantizedLinear
+from bpwise.convert.exl2.file.layout import RowGroup
+from bpwise.convert.exl2.file.linear import QuantizedLinear
 from safetensors.torch import save_file
 from torch import Tensor
 

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bpwise.convert.exl2.config import dense_config, exl2_config, stored_rates
-from bpwise.convert.exl2.names import config_features, model_order
-from bpwise.convert.model_config import complete_config
+from bpwise.checkpoint.model.config import complete_config
+from bpwise.checkpoint.model.names import config_features, model_order
+from bpwise.convert.exl2.file.config import dense_config, exl2_config, stored_rates
 from transformers import AutoConfig
 
 BASE = {"architectures": ["SomeForCausalLM"]}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from bpwise.convert.exl2.reader import Exl2Model
+from bpwise.convert.exl2.file.reader import Exl2Model
 from safetensors.torch import load_file
 
 DEMO = Path(__file__).parents[3] / "models" / "SmolLM2-135M-Instruct-8.0bpw-8hb-exl2"

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from bpwise.convert.checkpoint import Checkpoint
-from bpwise.convert.exl2.dense import dequantize_model
-from bpwise.convert.exl2.linear import QuantizedLinear
-from bpwise.convert.exl2.reader import Exl2Model, is_exl2
-from bpwise.convert.exl2.verify import Verification, verify_model
-from bpwise.convert.exl2.writer import write_model
+from bpwise.checkpoint.source.checkpoint import Checkpoint
+from bpwise.convert.dense import dequantize_model
+from bpwise.convert.exl2.file.linear import QuantizedLinear
+from bpwise.convert.exl2.file.reader import Exl2Model, is_exl2
+from bpwise.convert.exl2.file.verify import Verification, verify_model
+from bpwise.convert.exl2.file.writer import write_model
 from bpwise.errors import (
     CheckpointError,
     FormatError,
@@ -300,7 +300,7 @@ def test_failure_leaves_nothing_behind(
 
 
 def test_wrong_bytes_never_get_into_place(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bpwise.convert.exl2 import writer
+    from bpwise.convert.exl2.file import writer
 
     packed = writer.linear_tensors
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bpwise.convert.exl2.layout import WIDTHS
-from bpwise.convert.exl2.pack import pack_codes, pack_scale_codes, unpack_codes, unpack_scale_codes
+from bpwise.convert.exl2.file.layout import WIDTHS
+from bpwise.convert.exl2.file.pack import pack_codes, pack_scale_codes, unpack_codes, unpack_scale_codes
 from bpwise.errors import FormatError, ShapeError
 from torch import Tensor
 

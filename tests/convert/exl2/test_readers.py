@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bpwise.convert.exl2.config import dense_config, exl2_config
+from bpwise.checkpoint.model.config import complete_config
+from bpwise.checkpoint.model.families import composite_of, family_of
+from bpwise.convert.exl2.file.config import dense_config, exl2_config
 from bpwise.convert.exl2.readers import reader_warnings, require_reader
-from bpwise.convert.families import composite_of, family_of
-from bpwise.convert.model_config import complete_config
 from bpwise.errors import UnsupportedModelError
 from transformers import AutoConfig
 

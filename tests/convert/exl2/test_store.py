@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from bpwise.convert.exl2 import linear as linear_module
-from bpwise.convert.exl2.layout import RowGroup, linear_bits
-from bpwise.convert.exl2.linear import QuantizedLinear, effective_scale
-from bpwise.convert.exl2.store import linear_from_tensors, linear_tensors
+from bpwise.convert.exl2.file import linear as linear_module
+from bpwise.convert.exl2.file.layout import RowGroup, linear_bits
+from bpwise.convert.exl2.file.linear import QuantizedLinear, effective_scale
+from bpwise.convert.exl2.file.store import linear_from_tensors, linear_tensors
 from bpwise.errors import BpwiseError, FormatError, ShapeError
 from torch import Tensor
 

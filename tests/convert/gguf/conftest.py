@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bpwise.convert.gguf.emit import Planned, entry, header_bytes, padding
-from bpwise.convert.gguf.imatrix import ImportanceMatrix
-from bpwise.convert.gguf.types import ggml_type
+from bpwise.convert.gguf.file.emit import Planned, entry, header_bytes, padding
+from bpwise.convert.gguf.ggml.types import ggml_type
+from bpwise.convert.gguf.llama_cpp.imatrix import ImportanceMatrix
 
 Shapes = dict[str, tuple[int, ...]]
 

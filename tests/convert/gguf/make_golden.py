@@ -15,8 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bpwise.convert.gguf.imatrix import write_imatrix
-from bpwise.convert.gguf.mixtures import MIXTURES
+from bpwise.convert.gguf.llama_cpp.imatrix import write_imatrix
+from bpwise.convert.gguf.llama_cpp.mixtures import MIXTURES
 
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import MODELS, importance_of, write_model

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bpwise.convert.checkpoint import Checkpoint
-from bpwise.convert.gguf.base import base_type, converter_digest, find_converter, make_base
-from bpwise.convert.gguf.check import check_base
-from bpwise.convert.gguf.emit import Planned, entry, header_bytes, padding
-from bpwise.convert.gguf.header import read_gguf_header
-from bpwise.convert.gguf.types import TYPES
+from bpwise.checkpoint.source.checkpoint import Checkpoint
+from bpwise.convert.gguf.file.emit import Planned, entry, header_bytes, padding
+from bpwise.convert.gguf.file.header import read_gguf_header
+from bpwise.convert.gguf.ggml.types import TYPES
+from bpwise.convert.gguf.llama_cpp.check import check_base
+from bpwise.convert.gguf.llama_cpp.converter import base_type, converter_digest, find_converter, make_base
 from bpwise.errors import BpwiseError, CheckpointError, FormatError, VerificationError, WorkDirectoryError
 from safetensors.torch import save_file
 
@@ -213,7 +213,7 @@ class TestConverting:
             find_converter(tmp_path / "nowhere")
 
     def test_the_default_place(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        from bpwise.convert.gguf import base
+        from bpwise.convert.gguf.llama_cpp import converter as base
 
         assert base._DEFAULT.is_relative_to(sys.prefix)
         monkeypatch.setattr(base, "_DEFAULT", tmp_path)

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from bpwise.convert.gguf.blocks import GRID_TYPES, repack, unpack
-from bpwise.convert.gguf.ggml import Bytes, GgmlType, ggml_type
+from bpwise.convert.gguf.ggml.blocks import GRID_TYPES, repack, unpack
+from bpwise.convert.gguf.ggml.kernels import Bytes, GgmlType, ggml_type
 from bpwise.errors import ConfigError, FormatError, ShapeError
 from torch import Tensor
 

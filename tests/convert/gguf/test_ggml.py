@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from bpwise.convert.gguf.ggml import TYPES, GgmlType, decode, encode, ggml_type
-from bpwise.convert.gguf.types import GGML_TYPES
+from bpwise.convert.gguf.ggml.kernels import TYPES, GgmlType, decode, encode, ggml_type
+from bpwise.convert.gguf.ggml.types import GGML_TYPES
 from bpwise.errors import BpwiseError, ConfigError, FormatError, NumericalError, ShapeError
 from torch import Tensor
 
@@ -79,7 +79,7 @@ def test_encodes_as_the_python_package_does(name: str) -> None:
 @needs_kernels
 @pytest.mark.parametrize("kind", FLOATS, ids=lambda kind: kind.name)
 def test_encodes_floats_as_the_library_does(kind: GgmlType) -> None:
-    from bpwise.convert.gguf.ggml import _library
+    from bpwise.convert.gguf.ggml.kernels import _library
 
     weights = matrix()
     weights[0, :4] = torch.tensor([0.0, -0.0, 1e-40, 65504.0])
@@ -99,7 +99,7 @@ def test_threads_do_not_change_the_bytes(kind: GgmlType) -> None:
 @needs_kernels
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_the_library_asks_for_importances_where_the_table_says(kind: GgmlType) -> None:
-    from bpwise.convert.gguf.ggml import _library
+    from bpwise.convert.gguf.ggml.kernels import _library
 
     assert (
         bool(_library().ggml_quantize_requires_imatrix(kind.id) & 0xFF) == kind.needs_importance
@@ -177,7 +177,7 @@ def test_refuses_shapes_that_are_not_whole_blocks() -> None:
 
 
 def test_a_missing_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bpwise.convert.gguf import ggml
+    from bpwise.convert.gguf.ggml.kernels import kernels as ggml
 
     ggml._library.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -187,7 +187,7 @@ def test_a_missing_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_table_needs_no_library() -> None:
-    code = "import sys, bpwise.convert.gguf.ggml as g; g.ggml_type('Q4_K'); "
+    code = "import sys, bpwise.convert.gguf.ggml.kernels as g; g.ggml_type('Q4_K'); "
     code += "assert not {'libggml', 'gguf'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 

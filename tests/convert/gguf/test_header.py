@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bpwise.convert.gguf.header import GGML_TYPES, is_gguf, read_gguf_header
+from bpwise.convert.gguf.file.header import GGML_TYPES, is_gguf, read_gguf_header
 from bpwise.errors import BpwiseError, FormatError
 
 

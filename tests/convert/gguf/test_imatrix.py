@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bpwise.convert.gguf.imatrix import ImportanceMatrix, imatrix_metadata, read_imatrix, write_imatrix
+from bpwise.convert.gguf.llama_cpp.imatrix import ImportanceMatrix, imatrix_metadata, read_imatrix, write_imatrix
 from bpwise.errors import FormatError, ShapeError
 
 gguf = pytest.importorskip("gguf", reason="needs the extra bpwise[gguf]")

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bpwise.convert.gguf.assign import dominant_file_type, fallback, mixture_types, require_importance
-from bpwise.convert.gguf.header import read_gguf_header
-from bpwise.convert.gguf.imatrix import ImportanceMatrix
-from bpwise.convert.gguf.mixtures import MIXTURES, mixture
-from bpwise.convert.gguf.roles import quantizable
-from bpwise.convert.gguf.types import TYPES, ggml_type
+from bpwise.convert.gguf.file.header import read_gguf_header
+from bpwise.convert.gguf.file.roles import quantizable
+from bpwise.convert.gguf.ggml.types import TYPES, ggml_type
+from bpwise.convert.gguf.llama_cpp.assign import dominant_file_type, fallback, mixture_types, require_importance
+from bpwise.convert.gguf.llama_cpp.imatrix import ImportanceMatrix
+from bpwise.convert.gguf.llama_cpp.mixtures import MIXTURES, mixture
 from bpwise.errors import ConfigError, UnsupportedModelError
 
 # What llama-quantize --dry-run says; make_golden.py tells how it was made.

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.cli import cli
-from bpwise.convert.checkpoint import Checkpoint
 from bpwise.convert.gguf.dense import dequantize_gguf
-from bpwise.convert.gguf.names import architecture_of, gguf_name, hf_name, row_order
-from bpwise.convert.gguf.reader import GgufModel
-from bpwise.convert.gguf.verify import verify_gguf
+from bpwise.convert.gguf.file.names import architecture_of, gguf_name, hf_name, row_order
+from bpwise.convert.gguf.file.reader import GgufModel
+from bpwise.convert.gguf.file.verify import verify_gguf
 from bpwise.errors import BpwiseError, CheckpointError, FormatError, UnsupportedModelError
-from bpwise.measure.stream import StreamedModel
+from bpwise.measure.model.stream import StreamedModel
 from click.testing import CliRunner
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -160,7 +160,7 @@ class TestQuantized:
     def test_pieces(self, rewrite: Rewrite, monkeypatch: pytest.MonkeyPatch) -> None:
         model = GgufModel.open(rewrite("qwen3", kind="Q8_0"))
         whole = {name: model.tensor(name) for name in model.names}
-        monkeypatch.setattr("bpwise.convert.gguf.reader._PIECE_WEIGHTS", 200)
+        monkeypatch.setattr("bpwise.convert.gguf.file.reader._PIECE_WEIGHTS", 200)
         assert all(torch.equal(model.tensor(name), whole[name]) for name in model.names)
 
     def test_not_finite(self, rewrite: Rewrite) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bpwise.convert.gguf.readers import require_llama_cpp
-from bpwise.convert.model_config import complete_config
+from bpwise.checkpoint.model.config import complete_config
+from bpwise.convert.gguf.llama_cpp.readers import require_llama_cpp
 from bpwise.errors import UnsupportedModelError
 from transformers import AutoConfig
 

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bpwise.convert.gguf import writer
-from bpwise.convert.gguf.assign import mixture_types
-from bpwise.convert.gguf.emit import entry
-from bpwise.convert.gguf.ggml import decode, encode
-from bpwise.convert.gguf.header import read_gguf_header
-from bpwise.convert.gguf.imatrix import ImportanceMatrix, imatrix_metadata
-from bpwise.convert.gguf.mixtures import mixture
-from bpwise.convert.gguf.types import TYPES, GgmlType
-from bpwise.convert.gguf.writer import planned_bytes, write_gguf
+from bpwise.convert.gguf.file import writer
+from bpwise.convert.gguf.file.emit import entry
+from bpwise.convert.gguf.file.header import read_gguf_header
+from bpwise.convert.gguf.file.writer import planned_bytes, write_gguf
+from bpwise.convert.gguf.ggml.kernels import decode, encode
+from bpwise.convert.gguf.ggml.types import TYPES, GgmlType
+from bpwise.convert.gguf.llama_cpp.assign import mixture_types
+from bpwise.convert.gguf.llama_cpp.imatrix import ImportanceMatrix, imatrix_metadata
+from bpwise.convert.gguf.llama_cpp.mixtures import mixture
 from bpwise.errors import ConfigError, FormatError, NumericalError, ShapeError, VerificationError
 
 if importlib.util.find_spec("libggml") is None:

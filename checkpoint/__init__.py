@@ -1,0 +1,1 @@
+"""Originals on disk: files, what kind of model they hold, and reading them."""

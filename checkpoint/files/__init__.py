@@ -1,0 +1,1 @@
+"""Files: atomic writing, safetensors, JSON schemas, digests, paths, resume artifacts."""

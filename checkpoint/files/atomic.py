@@ -1,0 +1,415 @@
+"""Atomic writing: a file or a directory is there completely, or not at all.
+
+Everything is built under a hidden temporary name next to its target, flushed to the disk and renamed into
+place. A run that is killed leaves at most a ``.NAME.partial-...`` behind, which nothing loads, and which the next run
+that makes the same output takes away.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from ...errors import NumericalError, WorkDirectoryError
+
+__all__ = [
+    "DISK_FULL",
+    "atomic_directory",
+    "atomic_file",
+    "clear_partials",
+    "explained",
+    "is_lfs_pointer",
+    "metadata_begins",
+    "private_directory",
+    "require_room",
+    "shown",
+    "try_file",
+    "write_json",
+    "write_text",
+]
+
+_LFS_START = b"version https://git-lfs.github.com/spec/v1"
+_LFS_MOST_BYTES = 1024
+"""Git LFS itself takes nothing larger for a pointer."""
+
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""What the system says where there is no room: on the disk, in a quota, or under a limit on the size of files."""
+
+_WRITING = DISK_FULL | {errno.EROFS}
+"""What only writing can meet, so that it needs no name of a file to tell whose error it is."""
+
+_PROBE_BYTES = 4096
+
+_LENGTH_BYTES = 8
+"""At the beginning of a safetensors file: the length of its header."""
+
+_PARTIAL = re.compile(r"\.(?P<name>.+)\.partial-(?P<process>[0-9]+)-[0-9a-f]{8}", re.DOTALL)
+
+
+@contextmanager
+def atomic_file(path: Path, *, new: bool = False) -> Iterator[Path]:
+    """Yield a temporary path to write; on success it replaces ``path`` in one step.
+
+    Missing parent directories are made. An existing file is replaced, and stays untouched if the body raises.
+
+    Args:
+        path: The file to make.
+        new: Whether a file that exists is in the way (looked at before and after the body), not replaced.
+
+    Yields:
+        A hidden sibling of ``path`` that does not exist yet; the body must create it and close it.
+
+    Raises:
+        WorkDirectoryError: ``path`` is a directory or a device, or in the way; the disk is full, or the place cannot be
+            written.
+    """
+    path = Path(path)
+    temporary = _sibling(path)
+    _begin(path, temporary, new=new)
+    try:
+        with explained(path, body_of=temporary):
+            yield temporary
+        assert temporary.is_file(), f"{path}: the body wrote nothing"
+        with explained(path):
+            _refuse_in_the_way(path, new=new)
+            _sync(temporary)
+            temporary.replace(path)
+            _sync(path.parent)
+    except BaseException:  # Ctrl-C too: whatever ends the body, no partial file stays behind.
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield a temporary directory to fill; on success it becomes ``path`` in one step.
+
+    Missing parent directories are made. A symbolic link is followed, so the result stands where it points. An empty
+    directory that exists is not replaced but filled, ``config.json`` last: it may be where a disk is mounted, or the
+    current directory of a shell.
+
+    Args:
+        path: The directory to make: it must not exist, or be an empty directory.
+
+    Yields:
+        An existing, empty, hidden directory beside ``path``, or in it if that exists.
+
+    Raises:
+        WorkDirectoryError: ``path`` is a file or a directory with something in it (looked at before and after
+            the body), the disk is full, or the place cannot be written.
+    """
+    path = Path(path)
+    _refuse_occupied(path)
+    with explained(path):
+        target = path.resolve()
+        filled = target.is_dir()
+        temporary = _sibling(target / target.name if filled else target)
+        temporary.mkdir(parents=True)
+    try:
+        with explained(path, body_of=temporary):
+            yield temporary
+        _refuse_occupied(path, but=temporary.name)
+        with explained(path):
+            _sync_tree(temporary)
+            if filled:
+                _move_up(temporary, target)
+            else:
+                temporary.replace(target)
+            _sync(target.parent)
+    except BaseException:  # Ctrl-C too: whatever ends the body, no partial directory stays behind.
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def require_room(path: Path, size_bytes: int) -> None:
+    """Refuse a disk that has too little room for what is to be made, before the work that makes it.
+
+    Args:
+        path: The file or directory to make.
+        size_bytes: The least that it will take.
+
+    Raises:
+        WorkDirectoryError: The disk has less free.
+    """
+    with explained(path):
+        free = shutil.disk_usage(next(each for each in Path(path).absolute().parents if each.exists())).free
+    if free < size_bytes:
+        raise WorkDirectoryError(
+            f"{shown(path)}: will take {size_bytes} bytes, but its disk has {free} free. Free some space there, or "
+            "choose a path on another disk."
+        )
+
+
+@contextmanager
+def private_directory(path: Path) -> Iterator[Path]:
+    """Yield an empty hidden directory beside ``path``, for files that help to make it; it goes when the body ends.
+
+    Args:
+        path: The file that is being made; missing parent directories are made.
+
+    Raises:
+        WorkDirectoryError: The place cannot be written, or the disk is full.
+    """
+    directory = _sibling(Path(path))
+    with explained(path):
+        directory.mkdir(parents=True)
+    try:
+        with explained(path, body_of=directory):
+            yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def try_file(path: Path, *, name: Path | None = None) -> None:
+    """Refuse a place where no file can be made, before any long work; nothing is left there.
+
+    Args:
+        path: The file that is to be made later. One that exists stays as it is.
+        name: What to call the place; None for ``path``.
+
+    Raises:
+        WorkDirectoryError: As ``atomic_file``.
+    """
+    path = Path(path)
+    with explained(name or path):
+        missing = [each for each in path.parents if not each.exists()]
+    try:
+        _begin(path, _sibling(path), name=name, data=bytes(_PROBE_BYTES))
+    finally:
+        for directory in missing:
+            with suppress(OSError):
+                directory.rmdir()
+
+
+def clear_partials(directory: Path, names: Collection[str] | None = None) -> None:
+    """Delete what killed runs left half made in a directory; whoever calls keeps other runs from making the same.
+
+    What a process that still lives is making stays.
+
+    Args:
+        directory: The directory, which need not exist.
+        names: Names of the files or directories that were to be made; None for all.
+    """
+    try:
+        found = [(path, _PARTIAL.fullmatch(path.name)) for path in directory.iterdir()]
+    except OSError:  # it is not there, or not to be read: nothing can be taken away
+        return
+    for path, match in found:
+        if match is None or (names is not None and match["name"] not in names) or _lives(int(match["process"])):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as JSON, atomically: indented by 1, keys in their order, a newline at the end.
+
+    Args:
+        path: The file to make or replace.
+        value: Anything that ``json`` can write.
+
+    Raises:
+        NumericalError: ``value`` holds a NaN or an infinity, which JSON has no name for.
+        WorkDirectoryError: The file cannot be written.
+    """
+    try:
+        text = json.dumps(value, indent=1, allow_nan=False)
+    except ValueError as cause:
+        raise NumericalError(
+            f"{path}: not written, expected finite numbers only ({cause}). The computation before it went wrong."
+        ) from cause
+    with atomic_file(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text as UTF-8, atomically.
+
+    Args:
+        path: The file to make or replace.
+        text: Any text: of names that came from outside, halves of surrogate pairs are written as escapes.
+
+    Raises:
+        WorkDirectoryError: The file cannot be written.
+    """
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
+
+
+def shown(path: Path) -> str:
+    """Return a path as messages can hold it: bytes that are no UTF-8 and control characters escaped."""
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in str(path))
+
+
+@contextmanager
+def explained(path: Path, *, body_of: Path | None = None) -> Iterator[None]:
+    """Turn what the system refuses into an error that names the target, not a temporary file.
+
+    Args:
+        path: What is to be made.
+        body_of: The temporary file or directory that stands for it, where other files are worked with too: what does
+            not concern it stays as it is.
+
+    Raises:
+        WorkDirectoryError: The disk is full, or the place cannot be written.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError) as cause:  # a NUL, half of a surrogate pair; before Python 3.13, a loop of links
+        if body_of is not None:
+            raise
+        raise WorkDirectoryError(f"{shown(path)}: not a valid path ({cause}). Choose another one.") from cause
+    except OSError as cause:
+        if body_of is not None and cause.errno not in _WRITING and not _concerns(cause, body_of):
+            raise
+        if cause.errno in DISK_FULL:
+            raise WorkDirectoryError(
+                f"{shown(path)}: not written, the disk is full ({cause.strerror}). Free some space there, or "
+                "choose a path on another disk, and run again."
+            ) from cause
+        raise WorkDirectoryError(
+            f"{shown(path)}: cannot be written ({cause.strerror or cause}). Choose a path that you may write to."
+        ) from cause
+
+
+def _concerns(cause: OSError, temporary: Path) -> bool:
+    names = [Path(os.fsdecode(name)) for name in (cause.filename, cause.filename2) if isinstance(name, str | bytes)]
+    return any(name == temporary or temporary in name.parents for name in names)
+
+
+def _begin(path: Path, temporary: Path, *, new: bool = False, name: Path | None = None, data: bytes = b"") -> None:
+    # A place that cannot be written shows here, under the target's name, and not in a body that does other things too.
+    with explained(name or path):
+        str(path).encode()  # reports and terminals show it
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as cause:
+            raise WorkDirectoryError(
+                f"{shown(name or path)}: cannot be written, a parent of it is not a directory. Choose another path."
+            ) from cause
+        _refuse_in_the_way(path, new=new)
+        try:
+            temporary.write_bytes(data)
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
+
+
+def _refuse_in_the_way(path: Path, *, new: bool) -> None:
+    if path.is_dir():
+        raise WorkDirectoryError(f"{shown(path)}: in the way, got a directory, expected a file. Choose another path.")
+    if path.exists() and not path.is_file():
+        raise WorkDirectoryError(
+            f"{shown(path)}: in the way, got a device or a pipe, expected a file. Choose another path."
+        )
+    if new and path.exists():
+        raise WorkDirectoryError(
+            f"{shown(path)}: in the way, got a file, expected no such path. Remove it, or choose another path."
+        )
+
+
+def _move_up(temporary: Path, target: Path) -> None:
+    # No loader takes a directory without config.json for a model.
+    moved: list[Path] = []
+    try:
+        for entry in sorted(temporary.iterdir(), key=lambda entry: (entry.name == "config.json", entry.name)):
+            entry.rename(target / entry.name)
+            moved.append(target / entry.name)
+    except BaseException:
+        for path in moved:
+            path.rename(temporary / path.name)
+        raise
+    temporary.rmdir()
+    _sync(target)
+
+
+def _lives(process: int) -> bool:
+    if process == os.getpid():  # a number that is used again, as in every new container
+        return False
+    if os.name == "nt":  # where asking would end the process
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _sibling(path: Path) -> Path:
+    # The process id tells whose it is; the random part keeps threads and recycled ids apart.
+    return path.parent / f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def _refuse_occupied(path: Path, but: str = "") -> None:
+    with explained(path):
+        if path.is_dir():
+            if any(entry.name != but for entry in path.iterdir()):
+                raise WorkDirectoryError(
+                    f"{shown(path)}: in the way, got a directory with files in it, expected none or an empty one. "
+                    "Remove it, or choose another path."
+                )
+        elif path.exists():
+            raise WorkDirectoryError(
+                f"{shown(path)}: in the way, got a file, expected no such path. Choose another path."
+            )
+
+
+def _sync_tree(directory: Path) -> None:
+    for entry in directory.rglob("*"):
+        if not entry.is_symlink():
+            _sync(entry)
+    _sync(directory)
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # Windows cannot open a directory, and needs no such flush.
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def metadata_begins(path: Path, start: str) -> bool:
+    """Return whether the metadata at the head of a safetensors file begins so; what comes after may be damaged.
+
+    Args:
+        path: The file, which need not exist.
+        start: The first entry or its beginning, as compact JSON.
+    """
+    head = f'{{"__metadata__":{{{start}'.encode()
+    try:
+        with path.open("rb") as file:
+            return file.read(_LENGTH_BYTES + len(head)).endswith(head)
+    except OSError:
+        return False
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Return whether a file is what ``git clone`` leaves in the place of a large one where Git LFS is not installed.
+
+    Args:
+        path: A regular file.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    if path.stat().st_size > _LFS_MOST_BYTES:
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_LFS_START)) == _LFS_START

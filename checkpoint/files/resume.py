@@ -1,0 +1,270 @@
+"""Work directories: a stage keeps every finished piece on disk, so that a run that was cut off goes on from there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import BpwiseWarning, BrokenModelError, WorkDirectoryError
+from .atomic import clear_partials, explained, shown, write_json
+from .paths import locked, named, try_directory
+from .safetensors_file import HeaderEntry, NewTensor, load_tensors, read_entry, read_header, save_tensors
+from .schemas import read_json
+
+__all__ = ["RunStages", "StageDirectory", "claimed", "discard_stage", "stages_in"]
+
+_IDENTITY = "identity.json"
+_SUFFIX = ".safetensors"
+
+_CHECKSUM = "checksum"
+_READ_BYTES = 16 << 20
+
+
+class StageDirectory:
+    """The finished pieces of one stage of one run.
+
+    The directory's name ends in a digest of everything that the pieces depend on (model, calibration, options), so
+    pieces of different runs never mix, and the same run finds its own again. Pieces are complete files only, with a
+    checksum: one that is damaged counts as not finished, and is made again. Some may have gone since they were made, as
+    cleaners of temporary directories take what is oldest: whoever goes on looks.
+
+    Attributes:
+        path: The directory, ``WORK/STAGE-DIGEST``.
+    """
+
+    def __init__(self, work: Path, stage: str, identity: Mapping[str, Any]) -> None:
+        """Open or make the directory.
+
+        Args:
+            work: The run's work directory.
+            stage: Name of the stage.
+            identity: Plain JSON: all that the pieces depend on. Kept in ``identity.json`` for people.
+
+        Raises:
+            WorkDirectoryError: The directory cannot be made.
+        """
+        self._intact: set[str] = set()
+        self.path = _path(work, stage, identity)
+        clear_partials(self.path)
+        if not (self.path / _IDENTITY).exists():
+            write_json(self.path / _IDENTITY, dict(identity))
+
+    @classmethod
+    def existing(cls, work: Path, stage: str, identity: Mapping[str, Any]) -> StageDirectory | None:
+        """Return the directory of a stage that has begun, None where there is none."""
+        return cls(work, stage, identity) if _path(work, stage, identity).exists() else None
+
+    def has(self, piece: str) -> bool:
+        """Whether a piece is finished and undamaged; one that another process wrote is read for that, once.
+
+        Raises:
+            WorkDirectoryError: It is damaged, and cannot be deleted.
+        """
+        file = self._file(piece)
+        if not file.exists():
+            return False
+        if piece not in self._intact and not _is_intact(file, piece):
+            warnings.warn(f"{shown(file)}: damaged. It is made again now.", BpwiseWarning, stacklevel=2)
+            self.discard(piece)
+            return False
+        self._intact.add(piece)
+        return True
+
+    def save(self, piece: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep a piece: it is there completely or not at all.
+
+        Raises:
+            WorkDirectoryError: It cannot be written, or the directory has gone, and all earlier pieces with it.
+        """
+        if not (self.path / _IDENTITY).exists():
+            raise WorkDirectoryError(
+                f"{shown(self.path)}: the work directory has gone while it was in use. Run the same command again, "
+                "with a --work-dir that nothing clears up."
+            )
+        here = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        parts = {name: [tensor.reshape(-1).view(torch.uint8).numpy().data] for name, tensor in here.items()}
+        described = {name: f"{tensor.dtype} {tuple(tensor.shape)}" for name, tensor in here.items()}
+        save_tensors(self._file(piece), here, {_CHECKSUM: _checksum(piece, described, parts)})
+        self._intact.add(piece)
+
+    def load(self, piece: str, new: NewTensor = torch.empty) -> dict[str, Tensor]:
+        """Return the tensors of a finished piece, each in what ``new`` made for it.
+
+        Raises:
+            WorkDirectoryError: It has gone, or is damaged. It is let go, so that the next run makes it again.
+        """
+        if self.has(piece):
+            try:
+                return load_tensors(self._file(piece), WorkDirectoryError, new=new)
+            except WorkDirectoryError:  # it has changed since it was looked at
+                self.discard(piece)
+        raise WorkDirectoryError(
+            f"{shown(self._file(piece))}: a piece of finished work has gone, or is damaged. Run the same command "
+            "again: it makes what is missing."
+        )
+
+    def number(self, piece: str, name: str) -> float | None:
+        """Return a number that a finished piece keeps under a name, None if there is none; reads nothing else of it."""
+        entry = read_header(self._file(piece), WorkDirectoryError).entries.get(name)
+        return None if entry is None else float(read_entry(self._file(piece), entry, WorkDirectoryError))
+
+    def discard(self, piece: str) -> None:
+        """Let a piece go that no later step needs.
+
+        Raises:
+            WorkDirectoryError: It cannot be deleted.
+        """
+        self._intact.discard(piece)
+        try:
+            self._file(piece).unlink(missing_ok=True)
+        except OSError as error:
+            raise WorkDirectoryError(
+                f"{self._file(piece)}: cannot be deleted ({error.strerror}). Delete it by hand."
+            ) from error
+
+    def _file(self, piece: str) -> Path:
+        return self.path / f"{piece}{_SUFFIX}"
+
+
+def _path(work: Path, stage: str, identity: Mapping[str, Any]) -> Path:
+    return work / f"{stage}-{_digest(identity)}"
+
+
+def _digest(identity: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _is_intact(file: Path, piece: str) -> bool:
+    try:
+        header = read_header(file, WorkDirectoryError)
+        described = {name: f"{entry.dtype} {entry.shape}" for name, entry in header.entries.items()}
+        parts = {name: _stored_bytes(file, entry) for name, entry in header.entries.items()}
+        return header.metadata.get(_CHECKSUM) == _checksum(piece, described, parts)
+    except (WorkDirectoryError, OSError):
+        return False
+
+
+def _checksum(piece: str, described: Mapping[str, str], parts: Mapping[str, Iterable[bytes | memoryview]]) -> str:
+    # CRC-32 of everything, the piece's name too: it tells damage, at several GB a second; nobody forges pieces.
+    total = zlib.crc32(piece.encode())
+    for name in sorted(described):
+        own = zlib.crc32(f"{name} {described[name]}".encode())
+        for part in parts[name]:
+            own = zlib.crc32(part, own)
+        total = zlib.crc32(own.to_bytes(4, "little"), total)
+    return f"{total:08x}"
+
+
+def _stored_bytes(path: Path, entry: HeaderEntry) -> Iterator[bytes]:
+    # A tensor's data, a part at a time: states of all rows are as large as memory may be.
+    with path.open("rb") as file:
+        file.seek(entry.offset_bytes)
+        for first in range(0, entry.size_bytes, _READ_BYTES):
+            yield file.read(min(_READ_BYTES, entry.size_bytes - first))
+
+
+@contextmanager
+def claimed(work: Path) -> Iterator[None]:
+    """Keep a work directory to one run; if the run made it, it goes afterwards if nothing is left in it.
+
+    Raises:
+        WorkDirectoryError: Another run works there, or files cannot be made in it.
+        KeyboardInterrupt: As it comes, with a sentence on what is kept.
+    """
+    work = named(work)
+    try_directory(work)
+    emptied = _has_stages(work)
+    with locked(work / ".lock", work, "name another --work-dir"):
+        clear_partials(work)
+        try:
+            yield
+        except KeyboardInterrupt as stop:
+            stop.args = (f"The same command goes on where it stopped, from what is finished in {shown(work)}.",)
+            raise
+    if emptied:
+        with suppress(OSError):
+            work.rmdir()
+
+
+class RunStages:
+    """The stages of one run, which are let go when it is complete. Nothing else in the work directory is touched."""
+
+    def __init__(self, work: Path) -> None:
+        """Begin without any.
+
+        Args:
+            work: The run's work directory.
+        """
+        self._work = work
+        self._stages: list[tuple[str, Mapping[str, Any]]] = []
+
+    def add(self, stage: str, identity: Mapping[str, Any]) -> None:
+        """Name a stage of the run, whether its directory was made now, by an earlier run that was cut off, or not."""
+        self._stages.append((stage, identity))
+
+    def discard(self) -> None:
+        """Delete the directories of all stages."""
+        for stage, identity in self._stages:
+            discard_stage(self._work, stage, identity)
+
+
+def discard_stage(work: Path, stage: str, identity: Mapping[str, Any]) -> None:
+    """Delete the directory of a stage, if it is there and says itself that it is that.
+
+    Args:
+        work: The run's work directory.
+        stage: Name of the stage.
+        identity: As for ``StageDirectory``.
+    """
+    path = _path(work, stage, identity)
+    if _carries_identity(path):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def stages_in(work: Path) -> Iterator[RunStages]:
+    """Claim a work directory for a run; its stages go at the end, unless the run is cut off.
+
+    Args:
+        work: The directory.
+
+    Yields:
+        What the run names its stages to.
+
+    Raises:
+        BpwiseError: As ``claimed``.
+    """
+    with claimed(work):
+        stages = RunStages(work)
+        try:
+            yield stages
+        except BrokenModelError:  # nothing is left to go on with
+            stages.discard()
+            raise
+        stages.discard()
+
+
+def _has_stages(work: Path) -> bool:
+    with explained(work):
+        return work.is_dir() and any(map(_carries_identity, work.iterdir()))
+
+
+def _carries_identity(path: Path) -> bool:
+    # The name ends in the digest of what the file in it says: no other program's directory does.
+    file = path / _IDENTITY
+    if path.is_symlink() or not file.is_file():
+        return False
+    try:
+        return path.name.endswith(f"-{_digest(read_json(file, WorkDirectoryError))}")
+    except WorkDirectoryError:
+        return False

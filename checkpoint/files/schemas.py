@@ -1,0 +1,145 @@
+"""Reading JSON: every type and every range in it is checked against a schema, once, where it comes in."""
+
+from __future__ import annotations
+
+import json
+import re
+import reprlib
+import sys
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, cast
+
+import msgspec
+
+from ...errors import BpwiseError
+
+__all__ = [
+    "Count",
+    "NonNegative",
+    "Number",
+    "Positive",
+    "check_schema",
+    "parse_schema",
+    "read_json",
+    "read_schema",
+]
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+"""In schemas: how many of something, 0 too."""
+
+Positive = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
+"""In schemas: a size, at least 1."""
+
+NonNegative = Annotated[float, msgspec.Meta(ge=0, le=sys.float_info.max)]
+"""In schemas: a number from 0 on, neither NaN nor infinite."""
+
+Number = Annotated[float, msgspec.Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
+"""In schemas: a number, neither NaN nor infinite."""
+
+_Schema = TypeVar("_Schema")
+
+_REMEDY = "The file is damaged: make or get it again."
+
+_EXPECTED = re.compile(r"Expected (.*?)(?:, got `(.*)`)?")
+
+
+def read_json(path: Path, error: type[BpwiseError]) -> dict[str, Any]:
+    """Read a JSON file whose top level is an object.
+
+    NaN and Infinity are accepted: published ``config.json`` files hold them.
+
+    Args:
+        path: The file.
+        error: What to raise.
+
+    Raises:
+        BpwiseError: As the type given by ``error``: the file is missing, unreadable, not JSON or not an
+            object.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as cause:
+        raise error(f"{path}: cannot be read ({cause.strerror}). Check that it exists and is readable.") from cause
+    return _parsed(data, str(path), error)
+
+
+def read_schema(path: Path, schema: type[_Schema], error: type[BpwiseError], *, remedy: str = _REMEDY) -> _Schema:
+    """Read a JSON file that has a schema.
+
+    Args:
+        path: The file.
+        schema: As ``check_schema`` takes it.
+        error: What to raise.
+        remedy: The last sentence of the message: what to do.
+
+    Raises:
+        BpwiseError: As the type given by ``error``: as ``read_json`` and ``check_schema``.
+    """
+    return check_schema(read_json(path, error), schema, error, where=str(path), remedy=remedy)
+
+
+def parse_schema(
+    text: str, schema: type[_Schema], error: type[BpwiseError], *, where: str, remedy: str = _REMEDY
+) -> _Schema:
+    """Read JSON that has a schema from a text, such as an entry of another file's metadata.
+
+    Args:
+        text: A JSON object.
+        schema: As ``check_schema`` takes it.
+        error: What to raise.
+        where: The file, and the place in it.
+        remedy: The last sentence of the message: what to do.
+
+    Raises:
+        BpwiseError: As the type given by ``error``: as ``read_json`` and ``check_schema``.
+    """
+    data = text.encode("utf-8", "surrogatepass")
+    return check_schema(_parsed(data, where, error), schema, error, where=where, remedy=remedy)
+
+
+def check_schema(
+    value: Any, schema: type[_Schema], error: type[BpwiseError], *, where: str, remedy: str = _REMEDY
+) -> _Schema:
+    """Return parsed JSON as what its schema says, every type and every range in it checked.
+
+    Args:
+        value: What ``read_json`` returned, or a part of it.
+        schema: A dataclass, a ``TypedDict`` or another type that msgspec knows, with ranges as ``msgspec.Meta``. What
+            it does not name may be there too. Its ``__post_init__`` raises ``ValueError`` for what types cannot say.
+        error: What to raise.
+        where: The file, and the place in it.
+        remedy: The last sentence of the message: what to do.
+
+    Raises:
+        BpwiseError: As the type given by ``error``: something is missing, of another type or out of range.
+    """
+    try:
+        return msgspec.convert(value, schema, strict=True)
+    except UnicodeEncodeError as cause:  # half of a surrogate pair: valid JSON
+        raise error(f"{where}: the key {cause.object!r} is not valid Unicode. {remedy}") from cause
+    except msgspec.ValidationError as cause:
+        problem, _, place = str(cause).removesuffix("`").partition(" - at `$")
+        at = f"{where}: {place.removeprefix('.')}" if place else where
+        found = _EXPECTED.fullmatch(problem)
+        if found is None:
+            raise error(f"{at}: {problem.replace('`', '')}. {remedy}") from cause
+        # msgspec does not tell the keys of free mappings, and of a value there its type alone.
+        got = (found[2] or "a value out of range") if "[...]" in place else reprlib.repr(_value_at(value, place))
+        expected = found[1].replace("`", "")
+        raise error(f"{at}: not a valid value. Got {got}. Expected {expected}. {remedy}") from cause
+
+
+def _value_at(value: Any, place: str) -> Any:
+    for name, index in re.findall(r"\.(\w+)|\[(\d+)\]", place):
+        value = value[name] if name else value[int(index)]
+    return value
+
+
+def _parsed(data: bytes, where: str, error: type[BpwiseError]) -> dict[str, Any]:
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as cause:
+        raise error(f"{where}: not valid JSON ({cause}). The file is damaged: make or get it again.") from cause
+    if not isinstance(value, dict):
+        raise error(f"{where}: wrong JSON, got {type(value).__name__} at the top level, expected an object.")
+    return cast("dict[str, Any]", value)

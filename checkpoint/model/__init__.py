@@ -1,0 +1,1 @@
+"""Kinds of model: their config, families and tensor names."""

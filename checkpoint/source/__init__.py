@@ -1,0 +1,1 @@
+"""Reading an original: download, tensors by name, adapters, float8, positions."""

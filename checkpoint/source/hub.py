@@ -1,0 +1,229 @@
+"""Where a model's files come from, the disk or the Hugging Face Hub, and which files belong to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+from ...errors import CheckpointError, WorkDirectoryError
+from ..files.atomic import DISK_FULL, is_lfs_pointer
+from .side_files import CONFIG_FILE, DOWNLOADED, NOT_DOWNLOADED, TEMPLATE_DIRECTORY, is_side_file
+
+__all__ = ["confined_file", "list_directory", "require_own_files", "resolve_model", "side_files"]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+_SHARED_BLOB = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
+
+
+def resolve_model(model: str) -> Path:
+    """Return the local directory of a model, downloading it from the Hugging Face Hub if need be.
+
+    Args:
+        model: An existing directory, or a Hub id such as ``org/name``. A directory wins over a Hub id.
+
+    Raises:
+        CheckpointError: Neither a directory nor a Hub id; or the Hub has no such model, guards it, or is out
+            of reach while the model is not in the local cache.
+        WorkDirectoryError: The disk of the Hub's cache is full.
+    """
+    path = Path(os.path.expanduser(model))  # noqa: PTH111 - Path's raises where there is no home
+    if model and path.is_dir():
+        return path
+    if (model and path.exists()) or not _HUB_ID.fullmatch(model):
+        got = "a file" if model and path.exists() else "nothing there"
+        raise CheckpointError(
+            f"{model or '(empty)'}: no model, got {got}, expected a directory, or a Hugging Face Hub id "
+            "such as org/name. Check the path."
+        )
+    return _download(model)
+
+
+def _download(model: str) -> Path:
+    # Imported here: a local model needs neither the import time nor the network stack.
+    from huggingface_hub import snapshot_download  # noqa: PLC0415
+    from huggingface_hub.errors import (  # noqa: PLC0415
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    # The base classes of HfHubHTTPError name the HTTP client that the installed version uses (requests,
+    # httpx, ...): through them connection errors are caught without importing a client that may not be there.
+    failures: tuple[type[Exception], ...] = (
+        OSError,
+        *(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)),
+    )
+    where = f"{model}: no such directory, and as a Hugging Face Hub id"
+    try:
+        return Path(snapshot_download(model, allow_patterns=list(DOWNLOADED), ignore_patterns=list(NOT_DOWNLOADED)))
+    except GatedRepoError as cause:
+        raise CheckpointError(
+            f"{where} it is gated. Accept its terms at https://huggingface.co/{model}, then run `hf auth login`."
+        ) from cause
+    except (RepositoryNotFoundError, HFValidationError) as cause:
+        raise CheckpointError(
+            f"{where} it was not found. Check the spelling; for a private model run `hf auth login` first."
+        ) from cause
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError) as cause:
+        raise CheckpointError(
+            f"{where} it is not in the local cache and the Hub cannot be reached. Check the network, unset "
+            "HF_HUB_OFFLINE if it is set, or give a local directory."
+        ) from cause
+    except failures as cause:
+        if isinstance(cause, OSError) and cause.errno in DISK_FULL:
+            raise WorkDirectoryError(
+                f"{model}: not downloaded, the disk of the Hub's cache is full. Free some space, or set "
+                "HF_HOME to a directory on another disk."
+            ) from cause
+        raise CheckpointError(
+            f"{where} it could not be downloaded ({type(cause).__name__}: {cause}). Try again, or give a "
+            "local directory."
+        ) from cause
+
+
+def list_directory(directory: Path) -> list[Path]:
+    """Return what is in a directory, sorted by name.
+
+    Raises:
+        CheckpointError: It cannot be listed, or nothing in it may be looked at.
+    """
+    try:
+        found = sorted(directory.iterdir())
+        if found:
+            found[0].lstat()
+        return found
+    except OSError as cause:
+        raise CheckpointError(f"{directory}: cannot be listed ({cause.strerror}). Check its permissions.") from cause
+
+
+def side_files(directory: Path) -> list[str]:
+    """Return the names of a model's side files, relative to its directory, each checked as in ``confined_file``.
+
+    Args:
+        directory: The model directory.
+
+    Raises:
+        CheckpointError: A file of such a name leads outside, is no regular file, or stands for one that is not there;
+            or the directory cannot be listed.
+    """
+    found = []
+    for path in list_directory(directory):
+        if path.name == TEMPLATE_DIRECTORY and path.is_dir():
+            found += [f"{path.name}/{template.name}" for template in list_directory(path)]
+        elif not path.is_dir():
+            found.append(path.name)
+    names = [name for name in found if is_side_file(name)]
+    for name in names:
+        confined_file(directory, name)
+    return names
+
+
+def require_own_files(directory: Path) -> None:
+    """Check every file that a library may read when it is handed a model directory, as in ``confined_file``.
+
+    Beside side files these are vocabularies of any name that ends in ``.model``, and what tokenizer_config.json lists
+    as ``fast_tokenizer_files``: Transformers' tokenizers look for both.
+
+    Args:
+        directory: The model directory.
+
+    Raises:
+        CheckpointError: As ``side_files``.
+    """
+    lists_tokenizers = "tokenizer_config.json" in side_files(directory)
+    names: set[str] = set()
+    for path in list_directory(directory):
+        if path.name in (CONFIG_FILE, "README.md") or path.suffix == ".model":
+            names |= set() if path.is_dir() else {path.name}
+    if lists_tokenizers:
+        names |= _named_tokenizers(directory / "tokenizer_config.json")
+    for name in names:
+        confined_file(directory, name)
+
+
+def _named_tokenizers(path: Path) -> set[str]:
+    # What is wrong with the file itself is for its reader to say.
+    try:
+        settings = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return set()
+    names = settings.get("fast_tokenizer_files") if isinstance(settings, dict) else None
+    listed = names if isinstance(names, list) else []
+    return {name for name in listed if isinstance(name, str) and _reaches(path.parent, name)}
+
+
+def _reaches(directory: Path, name: str) -> bool:
+    # Lists name files for other versions of Transformers too, which need not be there.
+    return Path(name).name != name or os.path.lexists(directory / name)
+
+
+def confined_file(directory: Path, name: str) -> Path:
+    """Return ``directory / name`` after checking that it is a regular file that belongs to the directory.
+
+    A symbolic link must end inside the directory or, in the layout of the Hub's cache
+    (``models--*/snapshots/REVISION``), inside the ``blobs`` folder of the same ``models--*`` directory or
+    be an entry of the cache's shared ``blobs``.
+    Use it for every file whose name or content came from the model, above all before copying one.
+
+    Args:
+        directory: The model directory.
+        name: Relative name with forward slashes.
+
+    Raises:
+        CheckpointError: The file is missing, no regular file, a pointer of Git LFS, or lies outside.
+    """
+    relative = Path(name)
+    unsafe = relative.is_absolute() or ".." in relative.parts or relative.drive or "\\" in name or "\0" in name
+    if unsafe or not _encodable(name):
+        raise CheckpointError(
+            f"{directory}: unsafe file name, got {name!r:.200}, expected one inside the directory. "
+            "Do not use this model unless you trust its source."
+        )
+    path = directory / relative
+    try:
+        root, target = directory.resolve(), path.resolve()
+        regular = target.is_file()
+        readable = os.access(target, os.R_OK)
+        pointer = regular and readable and is_lfs_pointer(target)
+    except PermissionError as cause:
+        raise CheckpointError(f"{path}: cannot be read ({cause.strerror}). Check its permissions.") from cause
+    except (OSError, RuntimeError) as cause:  # RuntimeError: a loop of links, before Python 3.13.
+        raise CheckpointError(f"{path}: cannot be followed ({cause}). Get the model again.") from cause
+    if not target.is_relative_to(root) and not _in_hub_store(root, target):
+        raise CheckpointError(
+            f"{path}: leads outside the model directory, got {target}, expected a file in {root}. "
+            "Replace the link by the file itself if you trust it."
+        )
+    if not regular:
+        raise CheckpointError(f"{path}: missing, or not a regular file. The checkpoint is incomplete: get it again.")
+    if not readable:
+        raise CheckpointError(f"{path}: cannot be read (Permission denied). Check its permissions.")
+    if pointer:
+        raise CheckpointError(f"{path}: a Git LFS pointer, not the file itself. Run `git lfs pull` in {directory}.")
+    return path
+
+
+def _encodable(name: str) -> bool:
+    # JSON can hold half of a surrogate pair, which no file's name can.
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _in_hub_store(root: Path, target: Path) -> bool:
+    # A cache holds models--*/snapshots/REVISION/NAME -> models--*/blobs/HASH, which may in turn be a link
+    # into a store that all models share: blobs/HA/HASH, next to the models--* directories.
+    for parent in root.parents:
+        if parent.name.startswith("models--") and root.is_relative_to(parent / "snapshots"):
+            if target.is_relative_to(parent / "blobs"):
+                return True
+            shared = parent.parent / "blobs"
+            return target.is_relative_to(shared) and bool(_SHARED_BLOB.fullmatch(target.relative_to(shared).as_posix()))
+    return False

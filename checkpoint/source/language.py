@@ -1,0 +1,337 @@
+"""The language model inside a checkpoint, under the names that EXL2 files give its tensors.
+
+Checkpoints differ in what they call things: models with vision put a prefix before the language model's names, some
+families store several linears as one tensor. Everything that measures, rounds or evaluates sees them through
+``LanguageModel``: names begin with ``model.`` or are ``lm_head.weight``, and every linear is a tensor of its own.
+``WrittenModel`` gives the names that go into an EXL2 directory, ``FusedModel`` those that Transformers expects.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import CheckpointError
+from ..model.families import EMBEDDING, HEAD, Family, composite_of, family_of
+from ..model.names import config_features, text_config
+from .checkpoint import TensorInfo, TensorSource
+from .views import SourceView
+
+__all__ = [
+    "FusedModel",
+    "LanguageModel",
+    "ReplacedWeights",
+    "WrittenModel",
+    "language_config",
+    "language_model",
+    "plain_name",
+]
+
+_PREFIXES = (
+    ("language_model.model.", "model."),
+    ("model.language_model.", "model."),
+    ("language_model.lm_head.", f"{HEAD}."),
+)
+"""What the names of a language model inside of another begin with, and what that stands for: as the Hub's checkpoints
+have it, as Transformers 5 has it in memory, and the head."""
+
+
+class LanguageModel(SourceView):
+    """The language model of a source.
+
+    Attributes:
+        others: Tensors of the source that are not the language model's, under their names there.
+        family: How it is cut.
+    """
+
+    def __init__(self, base: TensorSource) -> None:
+        """Map the names; reads no weights.
+
+        Raises:
+            UnsupportedModelError: The family is unknown.
+            CheckpointError: The stored tensors are not those of the sizes in config.json.
+        """
+        super().__init__(base)
+        self._config = language_config(base)
+        self.family: Family = family_of(self._config)
+        composite = composite_of(base.config) is not None or bool(self.family.prefix)
+        self._stored: dict[str, str] = {}
+        self._rows: dict[str, slice] = {}
+        others = set()
+        for name in base.names:
+            plain = plain_name(name, composite=composite)
+            if plain is None:
+                others.add(name)
+            else:
+                self._map(plain, name)
+        self.others = frozenset(others)
+        self._names = frozenset(self._stored)
+        _require_consistent(self)
+
+    def _map(self, plain: str, stored: str) -> None:
+        module, _, kind = plain.rpartition(".")
+        fused = next((key for key in self.family.fused if module.endswith(f".{key}")), None)
+        if fused is None:
+            self._stored[plain] = stored
+            return
+        block, first = module.removesuffix(fused), 0
+        for part in self.family.fused[fused]:
+            features = config_features(block + part, self._config)[1] or 0
+            self._stored[f"{block}{part}.{kind}"] = stored
+            self._rows[f"{block}{part}.{kind}"] = slice(first, first + features)
+            first += features
+        if self.base.shape(stored)[0] != first:
+            raise CheckpointError(
+                f"{self.directory}: {stored} has {self.base.shape(stored)[0]} rows, expected {first} by config.json. "
+                "The files do not belong together."
+            )
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The language model's own config; not to be modified."""
+        return self._config
+
+    @property
+    def block_count(self) -> int:
+        """Number of decoder blocks."""
+        return int(self._config["num_hidden_layers"])
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Full names of the language model's tensors."""
+        return self._names
+
+    def stored_bytes(self, name: str) -> int:
+        """Return the size of a tensor of a checkpoint, in bytes."""
+        base: Any = self.base
+        info: TensorInfo = base.info(self._stored.get(name, name))
+        return info.size_bytes * math.prod(self.shape(name)) // max(math.prod(info.shape), 1)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the sizes of a tensor's dimensions without loading it."""
+        shape = self.base.shape(self._stored.get(name, name))
+        rows = self._rows.get(name)
+        return shape if rows is None else (rows.stop - rows.start, *shape[1:])
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor in its stored dtype, on the CPU, in memory of its own."""
+        tensor = self.base.tensor(self._stored.get(name, name))
+        rows = self._rows.get(name)
+        return tensor if rows is None else tensor[rows].clone()
+
+
+class ReplacedWeights(LanguageModel):
+    """A language model seen with other weights in some of its linears; writes nothing to disk."""
+
+    def __init__(self, base: TensorSource, weights: Mapping[str, Callable[[], Tensor]]) -> None:
+        """Hold what to read.
+
+        Args:
+            base: Where all other tensors come from, as ``LanguageModel`` takes it.
+            weights: For each replaced linear, by its name in the language model, a function that returns its weight,
+                shape (out, in).
+
+        Raises:
+            UnsupportedModelError: The family is unknown.
+            CheckpointError: The stored tensors are not those of the sizes in config.json.
+        """
+        self._weights = {f"{name}.weight": read for name, read in weights.items()}
+        super().__init__(base)
+
+    @property
+    def fingerprint(self) -> str:
+        """The model's fingerprint, marked."""
+        return f"{super().fingerprint}, weights replaced"
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Full names of all tensors, a head that a tied model has got of its own among them."""
+        return super().names | self._weights.keys()
+
+    @property
+    def tied_embeddings(self) -> bool:
+        """Whether the output head is the token embedding; a replaced one is not."""
+        return super().tied_embeddings and f"{HEAD}.weight" not in self._weights
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the sizes of a tensor's dimensions."""
+        return super().shape(EMBEDDING if name == f"{HEAD}.weight" and name not in super().names else name)
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor: one that is replaced wherever its function puts it, others on the CPU."""
+        read = self._weights.get(name)
+        return super().tensor(name) if read is None else read()
+
+
+def language_model(source: TensorSource) -> LanguageModel:
+    """Return the view of a source as a language model; a view is returned as it is.
+
+    Raises:
+        UnsupportedModelError: The family is unknown.
+    """
+    return source if isinstance(source, LanguageModel) else LanguageModel(source)
+
+
+def _require_consistent(model: LanguageModel) -> None:
+    # Before anything of the sizes in config.json is built.
+    where, config = model.directory, model.config
+    blocks = {name.split(".")[2] for name in model.names if name.startswith(f"{model.family.blocks}.")}
+    missing = next((index for index in range(model.block_count) if str(index) not in blocks), None)
+    if missing == 0:
+        model.shape(f"{model.family.linear_names(0, model.family.stages[0])[0]}.weight")  # says what is there instead
+    if missing is not None:
+        raise CheckpointError(
+            f"{where}: the weights lack a block. Got no tensor of {model.family.blocks}.{missing}, expected "
+            f"num_hidden_layers {model.block_count} of config.json. Get the missing files, or correct config.json."
+        )
+    for block in range(model.block_count):
+        stages = model.family.block_stages(block, model.names)
+        if not stages:
+            raise CheckpointError(
+                f"{where}: {model.family.blocks}.{block} has no linears. Got none, expected those of a "
+                f"{config.get('model_type')} block. Get the model again."
+            )
+        for stage in stages:
+            for name in model.family.linear_names(block, stage):
+                rows, columns = config_features(name, config)
+                _require_shape(model, f"{name}.weight", (columns, rows))
+
+
+def _require_shape(model: LanguageModel, name: str, expected: tuple[Any, Any]) -> None:
+    shape = model.shape(name)
+    if len(shape) != 2 or any(want is not None and got != want for got, want in zip(shape, expected, strict=True)):
+        raise CheckpointError(
+            f"{model.directory}: config.json does not fit the weights. Got shape {shape} for {name}, expected "
+            f"{expected}. The files do not belong together: get the model again."
+        )
+
+
+def language_config(source: TensorSource) -> dict[str, Any]:
+    """Return the config of the language model in a source, as if it stood alone."""
+    whole = source.config
+    composite = composite_of(whole)
+    if composite is None:
+        return whole
+    config = {**text_config(whole)}
+    config.pop("vision_config", None)
+    if composite.text is not None:
+        config["model_type"] = composite.text
+        for key in ("rope_scaling", "rope_parameters"):
+            if "mrope_section" in (config.get(key) or {}):
+                config[key] = {"rope_type": "default", "rope_theta": _rope_theta(config)}
+    for key in ("tie_word_embeddings", "vocab_size"):
+        if key in whole:
+            config.setdefault(key, whole[key])
+    return config
+
+
+def _rope_theta(config: Mapping[str, Any]) -> Any:
+    parameters = config.get("rope_parameters") or {}
+    return config.get("rope_theta", parameters.get("rope_theta"))
+
+
+def plain_name(name: str, *, composite: bool) -> str | None:
+    """Return the name that a tensor has in a language model alone; None if it belongs to another part.
+
+    Args:
+        name: Its name in a checkpoint, an adapter, or in memory.
+        composite: Whether the model has other parts beside the language model.
+    """
+    if composite:
+        for prefix, stands_for in _PREFIXES:
+            if name.startswith(prefix):
+                return stands_for + name.removeprefix(prefix)
+    parts = ("model.layers.", "model.embed_tokens.", "model.norm.", f"{HEAD}.")
+    return name if not composite or name.startswith(parts) else None
+
+
+class WrittenModel(SourceView):
+    """A source under the names that EXL2 readers look for: prefix and other parts included."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        """Map the names; reads no weights."""
+        super().__init__(model.base)
+        self._model = model
+        composite = composite_of(model.base.config)
+        self.prefix = model.family.prefix if composite is None else composite.prefix
+        self._others = {name if composite is None else composite.file_name(name): name for name in model.others}
+        self._names = frozenset({self.prefix + name for name in model.names} | self._others.keys())
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The whole model's config, its architecture as readers know it; not to be modified."""
+        config = self.base.config
+        written = self._model.family.written_as
+        if written is None or composite_of(config) is not None:
+            return config
+        return {**config, "architectures": [written]}
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Full names of all tensors."""
+        return self._names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the sizes of a tensor's dimensions without loading it."""
+        if name in self._others:
+            return self.base.shape(self._others[name])
+        return self._model.shape(name.removeprefix(self.prefix))
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor in its stored dtype, on the CPU, in memory of its own."""
+        if name in self._others:
+            return self.base.tensor(self._others[name])
+        return self._model.tensor(name.removeprefix(self.prefix))
+
+
+class FusedModel(SourceView):
+    """A model in parts under the names that Transformers loads: fused where it fuses."""
+
+    def __init__(self, base: TensorSource) -> None:
+        """Map the names; reads no weights.
+
+        Raises:
+            UnsupportedModelError: The family is unknown.
+        """
+        super().__init__(base)
+        model = language_model(base)
+        self._family, self._alone = model.family, composite_of(base.config) is None
+        stored = {name: name for name in base.names}
+        if self._alone and model.family.prefix:
+            stored = {name.removeprefix(model.family.prefix): name for name in base.names}
+        self._parts: dict[str, tuple[str, ...]] = {name: (at,) for name, at in stored.items()}
+        for fused, parts in model.family.fused.items():
+            for name in stored:
+                module, _, kind = name.rpartition(".")
+                if not module.endswith(f".{parts[0]}"):
+                    continue
+                block = module.removesuffix(parts[0])
+                for part in parts:
+                    self._parts.pop(f"{block}{part}.{kind}", None)
+                self._parts[f"{block}{fused}.{kind}"] = tuple(stored[f"{block}{part}.{kind}"] for part in parts)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """That of what is viewed, its architecture as Transformers knows it; not to be modified."""
+        if self._family.written_as is None or not self._alone:
+            return self.base.config
+        return {**self.base.config, "architectures": [x for x in self._family.readers if x != self._family.written_as]}
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Full names of all tensors."""
+        return frozenset(self._parts)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the sizes of a tensor's dimensions without loading it."""
+        shapes = [self.base.shape(part) for part in self._parts[name]]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor, on the CPU, in memory of its own."""
+        parts = [self.base.tensor(part) for part in self._parts[name]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,0 +1,119 @@
+"""Models seen through a change: dequantized, merged with an adapter, with other positions or under other names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ...progress import Progress
+from .checkpoint import Checkpoint, TensorInfo, TensorSource
+
+__all__ = ["CheckpointView", "SourceView"]
+
+
+class SourceView:
+    """Another source as it is; what a view changes, its class overrides.
+
+    Attributes:
+        base: What is viewed.
+    """
+
+    def __init__(self, base: TensorSource) -> None:
+        """Look at a source."""
+        self.base = base
+
+    @property
+    def directory(self) -> Path:
+        """Where ``config.json`` and the tokenizer's files are."""
+        return self.base.directory
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """That of what is viewed; not to be modified."""
+        return self.base.config
+
+    @property
+    def fingerprint(self) -> str:
+        """That of what is viewed."""
+        return self.base.fingerprint
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Full names of all tensors."""
+        return self.base.names
+
+    @property
+    def tied_embeddings(self) -> bool:
+        """Whether the output head is the token embedding."""
+        return self.base.tied_embeddings
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the sizes of a tensor's dimensions without loading it."""
+        return self.base.shape(name)
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor in its stored dtype, on the CPU, in memory of its own."""
+        return self.base.tensor(name)
+
+
+class CheckpointView(Checkpoint):
+    """Another checkpoint as it is; what a view changes, its class overrides. Views may lie on views.
+
+    Names, shapes, dtypes and sizes are those of what is read; ``directory`` and the files in it are the base's.
+    """
+
+    def __init__(self, base: Checkpoint) -> None:
+        """Look at a checkpoint.
+
+        Args:
+            base: A directory's checkpoint, or a view of one.
+        """
+        self._base = base
+
+    @property
+    def directory(self) -> Path:
+        """The base's model directory."""
+        return self._base.directory
+
+    @property
+    def directories(self) -> tuple[Path, ...]:
+        """All directories that the base is read from."""
+        return self._base.directories
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The base's ``config.json``; not to be modified."""
+        return self._base.config
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Full names of all tensors."""
+        return self._base.names
+
+    @property
+    def fingerprint(self) -> str:
+        """The base's fingerprint, for a view that follows from the base alone."""
+        return self._base.fingerprint
+
+    def prepare_fingerprint(self, progress: Progress) -> None:
+        """Read what the base's fingerprint is made of, showing how far it is."""
+        self._base.prepare_fingerprint(progress)
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What the base and this view change while reading."""
+        return self._base.changes
+
+    def info(self, name: str) -> TensorInfo:
+        """Return shape, dtype and size of a tensor as it is read, and the file that holds it."""
+        return self._base.info(name)
+
+    def tensor(self, name: str) -> Tensor:
+        """Load one tensor; see ``Checkpoint.tensor``."""
+        return self._base.tensor(name)
+
+    def stored(self, name: str) -> Tensor:
+        """Load one tensor as it lies in the base's file."""
+        return self._base.stored(name)

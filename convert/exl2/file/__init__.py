@@ -1,0 +1,1 @@
+"""EXL2 bit for bit: layout, packing, reading, writing, verification."""

@@ -1,0 +1,256 @@
+"""An EXL2 directory read back: as integers, or as the dense float16 model that it decodes to."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ....checkpoint.files.safetensors_file import HeaderEntry, SafetensorsHeader, read_entry, read_header
+from ....checkpoint.files.schemas import read_json
+from ....checkpoint.model.config import complete_config
+from ....checkpoint.model.families import is_known
+from ....checkpoint.model.names import config_features, head_names, is_linear, model_order
+from ....checkpoint.source.checkpoint import Checkpoint, confined_file, embedding_rows
+from ....errors import CheckpointError, FormatError, ShapeError
+from .config import dense_config
+from .linear import QuantizedLinear
+from .store import QUANTIZED_SUFFIXES, check_stored, linear_from_tensors
+
+__all__ = ["Exl2Model", "is_exl2"]
+
+_MARK = ".q_weight"
+# `q_perm` and `q_group_map` may be stored too; readers compute them anew.
+_HIDDEN_SUFFIXES = (*QUANTIZED_SUFFIXES, "q_perm", "q_group_map")
+
+
+def is_exl2(directory: Path) -> bool:
+    """Return whether a directory holds an EXL2 model: some tensor's name ends in ``.q_weight``.
+
+    Raises:
+        FormatError: A safetensors file in it is damaged.
+        CheckpointError: A safetensors file in it leads outside of it.
+    """
+    return Path(directory).is_dir() and any(
+        name.endswith(_MARK) for header in _headers(Path(directory)).values() for name in header.entries
+    )
+
+
+class Exl2Model:
+    """A quantized model on disk, read lazily; nothing stays open, so it may be pickled.
+
+    It is a ``TensorSource``: what streams a dense checkpoint can stream this, and sees every quantized linear
+    as its decoded float16 ``<name>.weight``.
+    """
+
+    def __init__(self, directory: Path, config: dict[str, Any], files: dict[str, SafetensorsHeader]) -> None:
+        """Hold checked parts; use ``Exl2Model.open`` to make them from a directory.
+
+        Args:
+            directory: The model directory.
+            config: Parsed ``config.json``.
+            files: Header of every safetensors file by name; no tensor is in two of them.
+        """
+        self._directory = directory
+        self._stored_config = config
+        self._places: dict[str, tuple[str, HeaderEntry]] = {
+            name: (file, entry) for file, header in files.items() for name, entry in header.entries.items()
+        }
+        self._files = files
+        self._linears = tuple(sorted(name.removesuffix(_MARK) for name in self._places if name.endswith(_MARK)))
+        quantized = set(self._linears)
+        hidden = {f"{linear}.{suffix}" for linear in quantized for suffix in _HIDDEN_SUFFIXES}
+        # If both forms of a linear are stored, readers take the quantized one.
+        self._names = frozenset(self._places.keys() - hidden | {f"{linear}.weight" for linear in quantized})
+
+    @classmethod
+    def open(cls, directory: Path) -> Exl2Model:
+        """Read config.json and the headers of all safetensors files.
+
+        Args:
+            directory: A local EXL2 directory.
+
+        Raises:
+            FormatError: No tensor is quantized, one is stored twice or not as the format demands, or a file is damaged.
+            ShapeError: A tensor of a quantized linear does not have the shape that the config or the others demand.
+            CheckpointError: config.json is missing or damaged, or a file leads outside the directory.
+        """
+        directory = Path(directory)
+        config = read_json(confined_file(directory, "config.json"), CheckpointError)
+        files = _headers(directory)
+        holder: dict[str, str] = {}
+        for file, header in files.items():
+            for name in header.entries:
+                if name in holder:
+                    raise FormatError(
+                        f"{directory}: tensor {name!r} is stored twice, got {holder[name]} and {file}, "
+                        "expected one "
+                        "file. Remove the file that does not belong to the model."
+                    )
+                holder[name] = file
+        if not any(name.endswith(_MARK) for name in holder):
+            raise FormatError(
+                f"{directory}: no EXL2 model, got {len(holder)} tensors and none named *{_MARK}. Check the path."
+            )
+        model = cls(directory, config, files)
+        model._check_linears()
+        return model
+
+    def _check_linears(self) -> None:
+        # What the headers tell already: evaluation would find it out in its middle only.
+        stored = {name: (entry.dtype, entry.shape) for name, (_, entry) in self._places.items()}
+        for linear in self._linears:
+            check_stored(linear, stored, self._out_features(linear))
+            (rows,), expected = stored[f"{linear}.q_invperm"][1], config_features(linear, self._stored_config)[0]
+            if expected is not None and rows != expected:
+                raise ShapeError(linear, "q_invperm", got=(rows,), expected=(expected,))
+
+    @property
+    def directory(self) -> Path:
+        """The model directory."""
+        return self._directory
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json of the dense model that this one decodes to; not to be modified.
+
+        It has no ``quantization_config``, and ``tie_word_embeddings`` says what :attr:`tied_embeddings` says.
+        """
+        return dense_config(self._complete_config, tied_embeddings=self.tied_embeddings)
+
+    @cached_property
+    def _complete_config(self) -> dict[str, Any]:
+        if not is_known(self._stored_config):
+            return self._stored_config
+        path = self._directory / "config.json"
+        return complete_config(self._stored_config, path, embedding_rows=embedding_rows(self))
+
+    @property
+    def stored_config(self) -> dict[str, Any]:
+        """config.json as it stands in the directory; not to be modified."""
+        return self._stored_config
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identifies config and weights, made as :attr:`Checkpoint.fingerprint` is."""
+        return Checkpoint(self._directory, self._stored_config, self._files).fingerprint
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of all tensors of the dense model."""
+        return self._names
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Names of the quantized linears, without ``.weight``, sorted."""
+        return self._linears
+
+    @property
+    def float16_linears(self) -> tuple[str, ...]:
+        """Names of the decoder's linears that are stored unquantized, without ``.weight``, in model order."""
+        blocks = {f"{head}.layers." for head, found, _ in (x.partition(".layers.") for x in self._linears) if found}
+        weights = {name.removesuffix(".weight") for name in self._names if name.endswith(".weight")}
+        found = (name for name in weights - set(self._linears) if is_linear(name) and name.startswith(tuple(blocks)))
+        return tuple(sorted(found, key=model_order))
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of all safetensors files, headers included, in bytes."""
+        return sum(header.file_bytes for header in self._files.values())
+
+    @property
+    def tied_embeddings(self) -> bool:
+        """Whether the output head is the token embedding: only if no head is stored, quantized or not."""
+        if head_names(self._names):
+            return False
+        return self._stored_config.get("tie_word_embeddings") is not False
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor of the dense model without decoding it.
+
+        Raises:
+            CheckpointError: There is no tensor of that name.
+            FormatError: A part of the quantized linear is missing.
+        """
+        linear, _, part = name.rpartition(".")
+        if linear in self._linears and part in ("weight", "bias"):
+            self._require(name)
+            if part == "bias":
+                return (self._out_features(linear),)
+            return (self._out_features(linear), *self._entry(f"{linear}.q_invperm")[1].shape)
+        return self._require(name)[1].shape
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor of the dense model, on the CPU, in memory of its own.
+
+        Args:
+            name: Full name, such as ``model.layers.0.mlp.up_proj.weight``.
+
+        Returns:
+            The decoded weight, float16, shape (out, K), or the bias without padding, float16, shape (out,),
+            of a quantized linear; any other tensor as stored.
+
+        Raises:
+            CheckpointError: There is no tensor of that name.
+            FormatError: What is stored breaks the rules of the format.
+        """
+        linear, _, part = name.rpartition(".")
+        if linear in self._linears and part == "weight":
+            return self.linear(linear).dequantize()
+        self._require(name)
+        stored = self._read(name)
+        if linear in self._linears and part == "bias":
+            return stored[: self._out_features(linear)].clone()
+        return stored
+
+    def linear(self, name: str) -> QuantizedLinear:
+        """Return one quantized linear as integers, without padding.
+
+        Raises:
+            CheckpointError: There is no quantized linear of that name.
+            FormatError: What is stored breaks the rules of the format.
+            ShapeError: A tensor does not have the shape that the config or the other tensors demand.
+        """
+        if name not in self._linears:
+            raise CheckpointError(f"{self._directory}: no quantized linear {name!r}, got {len(self._linears)} others.")
+        parts = [f"{name}.{suffix}" for suffix in (*QUANTIZED_SUFFIXES, "bias")]
+        tensors = {part: self._read(part) for part in parts if part in self._places}
+        return linear_from_tensors(name, tensors, self._out_features(name))
+
+    def stored_bytes(self, name: str) -> int:
+        """Return the size of a quantized linear's tensors in bytes, padding and overheads included, bias excluded.
+
+        Raises:
+            FormatError: A part of it is missing.
+        """
+        return sum(self._entry(f"{name}.{suffix}")[1].size_bytes for suffix in QUANTIZED_SUFFIXES)
+
+    def _out_features(self, linear: str) -> int:
+        # A name that the table does not know is taken to have no padding.
+        known = config_features(linear, self._complete_config)[1]
+        shape = self._entry(f"{linear}{_MARK}")[1].shape
+        return known if known is not None else int(shape[-1]) if shape else 0
+
+    def _require(self, name: str) -> tuple[str, HeaderEntry]:
+        if name not in self._names:
+            raise CheckpointError(f"{self._directory}: tensor {name!r} is missing, got {len(self._names)} others.")
+        linear, _, part = name.rpartition(".")
+        if part == "weight" and linear in self._linears:
+            return self._entry(f"{linear}{_MARK}")
+        return self._entry(name)
+
+    def _entry(self, stored_name: str) -> tuple[str, HeaderEntry]:
+        if stored_name not in self._places:
+            raise FormatError(f"{self._directory}: {stored_name} is missing. The model is incomplete.")
+        return self._places[stored_name]
+
+    def _read(self, stored_name: str) -> Tensor:
+        file, entry = self._entry(stored_name)
+        return read_entry(confined_file(self._directory, file), entry, FormatError)
+
+
+def _headers(directory: Path) -> dict[str, SafetensorsHeader]:
+    names = sorted(path.name for path in directory.glob("*.safetensors") if not path.name.startswith("."))
+    return {name: read_header(confined_file(directory, name), FormatError) for name in names}

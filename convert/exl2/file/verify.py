@@ -1,0 +1,192 @@
+"""Reads a finished EXL2 model back from the disk and compares it with what was meant."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ....checkpoint.files.shards import tensor_sha256
+from ....checkpoint.model.names import HEAD, config_features, head_names
+from ....errors import FormatError, VerificationError
+from .carry import require_float16_range
+from .linear import QuantizedLinear
+from .manifest import read_manifest
+from .reader import Exl2Model
+
+__all__ = ["Verification", "check_rules", "verify_model"]
+
+_DENSE_BITS = 16.0
+_SHOWN = 5
+
+# Readers build these blocks as one: either all of their linears are quantized, or none is.
+_BLOCKS = (
+    ("q_proj", "k_proj", "v_proj", "o_proj"),
+    ("gate_proj", "up_proj", "down_proj"),
+    ("w1", "w2", "w3"),
+    ("c_fc", "c_proj"),
+)
+
+# Of an MLP: what reads its neurons, and what makes them.
+_MLPS = {"down_proj": ("gate_proj", "up_proj"), "c_proj": ("c_fc",)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """What was read back, and what it takes.
+
+    Attributes:
+        linears: Number of quantized linears decoded, the head included.
+        tensors: Number of other tensors read.
+        float16_linears: Of them, linears of the decoder that are not quantized.
+        had_manifest: Whether a manifest was there to compare with; without one only the format's rules were
+            checked.
+        decoder_bits: Stored bits of all linears but the head, padding and overheads included, 16 for each weight of
+            those that are not quantized.
+        decoder_weights: Number of weights in them, padding excluded.
+        head_bpw: Bits per weight of the output head with overheads; 16 if it is not quantized.
+        file_bytes: Size of all safetensors files, in bytes.
+    """
+
+    linears: int
+    tensors: int
+    float16_linears: int
+    had_manifest: bool
+    decoder_bits: int
+    decoder_weights: int
+    head_bpw: float
+    file_bytes: int
+
+    @property
+    def decoder_bpw(self) -> float:
+        """Average bits per weight over all linears but the head; 0 if there are none."""
+        return self.decoder_bits / self.decoder_weights if self.decoder_weights else 0.0
+
+
+def verify_model(directory: Path) -> Verification:
+    """Read every tensor of an EXL2 model, check the format's rules and compare with the model's manifest.
+
+    Args:
+        directory: An EXL2 directory, by whatever program; only bpwise's own have a manifest.
+
+    Raises:
+        FormatError: A rule of the format is broken.
+        ShapeError: A tensor does not have the shape that the config demands.
+        VerificationError: A tensor does not decode to what the manifest says, is missing or unexpected.
+    """
+    model = Exl2Model.open(directory)
+    check_rules(model.stored_config, frozenset(model.linears), model.names)
+    record = read_manifest(model.directory)
+    manifest = None if record is None else {"linears": record.manifest.linears, "tensors": record.manifest.tensors}
+    found: dict[str, dict[str, str]] = {"linears": {}, "tensors": {}}
+    decoder_bits = decoder_weights = 0
+    head_bpw = _DENSE_BITS
+    for name in model.linears:
+        linear = model.linear(name)
+        _check_linear(model, name, linear)
+        if manifest is not None:
+            found["linears"][name] = tensor_sha256(linear.dequantize())
+        weights = linear.in_features * linear.out_features
+        if name.split(".")[-1] == HEAD:
+            head_bpw = linear.stored_bits / weights
+        else:
+            decoder_bits += linear.stored_bits
+            decoder_weights += weights
+    for name in model.float16_linears:
+        weights = math.prod(model.shape(f"{name}.weight"))
+        decoder_bits += int(_DENSE_BITS) * weights
+        decoder_weights += weights
+    others = sorted(model.names - {f"{name}.weight" for name in model.linears})
+    for name in others:
+        tensor = model.tensor(name)
+        require_float16_range(name, tensor, FormatError)
+        found["tensors"][name] = tensor_sha256(tensor) if manifest is not None else ""
+    if manifest is not None:
+        _compare(found, manifest)
+    return Verification(
+        linears=len(model.linears),
+        tensors=len(others),
+        float16_linears=len(model.float16_linears),
+        had_manifest=manifest is not None,
+        decoder_bits=decoder_bits,
+        decoder_weights=decoder_weights,
+        head_bpw=head_bpw,
+        file_bytes=model.file_bytes,
+    )
+
+
+def check_rules(config: Mapping[str, Any], quantized: Set[str], names: Set[str]) -> None:
+    """Check the rules that need no tensor: the config's keys, and what may be quantized beside what.
+
+    Args:
+        config: config.json of the EXL2 model.
+        quantized: Names of the quantized linears.
+        names: Names of all tensors of the dense model, the quantized linears' weights included.
+
+    Raises:
+        FormatError: A rule is broken.
+    """
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or len(architectures) != 1:
+        raise FormatError(f"config.json: architectures is {architectures!r}, expected a list with exactly one name.")
+    scaling = config.get("rope_scaling")
+    if isinstance(scaling, dict) and "type" in scaling and "rope_type" in scaling:
+        raise FormatError("config.json: rope_scaling holds both type and rope_type, expected one of them.")
+    if not head_names(names) and config.get("tie_word_embeddings") is False:
+        raise FormatError(f"{HEAD}: not stored, but tie_word_embeddings is false in config.json.")
+    for linear in sorted(quantized):
+        block, _, last = linear.rpartition(".")
+        rows = config_features(linear, config)[0]
+        if last in _MLPS and rows is not None and rows % 32:
+            raise FormatError(f"{linear}: {rows} input features, expected a multiple of 32 in a quantized MLP.")
+        for members in _BLOCKS:
+            dense = [f"{block}.{member}" for member in members if last in members]
+            dense = [member for member in dense if f"{member}.weight" in names and member not in quantized]
+            if dense:
+                raise FormatError(
+                    f"{linear}: quantized, but {', '.join(dense)} not. Readers need all of a block quantized or none."
+                )
+
+
+def _check_linear(model: Exl2Model, name: str, linear: QuantizedLinear) -> None:
+    block, _, last = name.rpartition(".")
+    biased = any(f"{block}.{member}.bias" in model.names for member in _MLPS.get(last, ()))
+    if biased and not torch.equal(linear.order, torch.arange(linear.in_features)):
+        raise FormatError(
+            f"{name}: its rows are reordered, but readers do not reorder the biases of the linears before it along. "
+            "Quantize it in the order of its input features."
+        )
+
+
+def _compare(found: Mapping[str, Mapping[str, str]], manifest: Mapping[str, Mapping[str, str]]) -> None:
+    missing, unexpected, different = set(), set(), set()
+    for part in ("linears", "tensors"):
+        missing |= manifest[part].keys() - found[part].keys()
+        unexpected |= found[part].keys() - manifest[part].keys()
+        common = manifest[part].keys() & found[part].keys()
+        different |= {name for name in common if manifest[part][name] != found[part][name]}
+    problems = [
+        f"{len(names)} {what}: {_first(names)}"
+        for what, names in (
+            ("decode differently", different),
+            ("missing", missing),
+            ("unexpected", unexpected),
+        )
+        if names
+    ]
+    if problems:
+        raise VerificationError(
+            f"the model on disk is not what was meant, {'; '.join(problems)}. Write it again; if this "
+            "happens twice, "
+            "check the disk and the memory."
+        )
+
+
+def _first(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    more = "" if len(ordered) <= _SHOWN else f" and {len(ordered) - _SHOWN} more"
+    return ", ".join(ordered[:_SHOWN]) + more

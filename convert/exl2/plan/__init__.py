@@ -1,0 +1,1 @@
+"""EXL2 plans: bits of every row group of every linear."""

@@ -1,0 +1,110 @@
+"""Linears that stay in float16: because they were asked to, or because EXL2 cannot hold them.
+
+EXL2 readers build attention and MLP of a layer each as one, so whole *units* stay (``linears.unit_of``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
+
+from ....checkpoint.files.schemas import Positive
+from ....checkpoint.model.families import HEAD
+from ....checkpoint.source.linears import Shaped, matching, unit_of
+from ....errors import ConfigError
+from ..file.layout import MAX_ROWS, ROW_MULTIPLE
+
+__all__ = ["ASKED", "FLOAT16_BITS", "KeptLinear", "kept_lines", "kept_reasons"]
+
+FLOAT16_BITS = 16
+
+ASKED = "asked for"
+"""Reason of what the user wants to keep."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptLinear:
+    """A linear that stays in float16.
+
+    Attributes:
+        name: Full name.
+        in_features: Number of input features.
+        out_features: Number of outputs.
+        reason: Why.
+    """
+
+    name: str
+    in_features: Positive
+    out_features: Positive
+    reason: str
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return self.in_features * self.out_features
+
+    @property
+    def stored_bits(self) -> int:
+        """Stored size in bits."""
+        return FLOAT16_BITS * self.weights
+
+
+def kept_lines(kept: Iterable[KeptLinear], head_reason: str | None) -> list[str]:
+    """Return what stays in float16, and why, one line a reason."""
+    counts: dict[str, list[int]] = {}
+    for linear in kept:
+        counts.setdefault(linear.reason, []).append(linear.weights)
+    lines = [f"{len(sizes)} linears, {sum(sizes)} weights: {reason}" for reason, sizes in counts.items()]
+    return [*lines, *([f"{HEAD}: {head_reason}"] if head_reason else [])]
+
+
+def kept_reasons(decoder: Sequence[Shaped], head: Shaped, patterns: Sequence[str]) -> dict[str, str]:
+    """Return why each linear that stays in float16 does, by its name.
+
+    Args:
+        decoder: The decoder's linears.
+        head: The output head.
+        patterns: Shell patterns of linears that the user wants to keep.
+
+    Raises:
+        ConfigError: A pattern matches nothing, or together they match a part of a unit only.
+    """
+    units: dict[str, list[str]] = {}
+    for linear in (*decoder, head):
+        units.setdefault(unit_of(linear.name), []).append(linear.name)
+    reasons: dict[str, str] = {}
+    for linear in (*decoder, head):
+        if linear.in_features % ROW_MULTIPLE or linear.in_features > MAX_ROWS:
+            why = (
+                f"{linear.name.rpartition('.')[2]} has {linear.in_features} input features, EXL2 needs a multiple of "
+                f"{ROW_MULTIPLE} up to {MAX_ROWS}"
+            )
+            reasons |= dict.fromkeys(units[unit_of(linear.name)], why)
+    asked: set[str] = set()
+    for pattern in patterns:
+        matched = matching(pattern, (linear.name for linear in (*decoder, head)))
+        if not matched:
+            raise ConfigError(f"--keep-fp16 {pattern}: no linear has such a name. `bpwise plan` lists the names.")
+        asked |= matched
+    _refuse_parts(units, asked, reasons.keys())
+    return {**dict.fromkeys(asked, ASKED), **reasons}
+
+
+def _refuse_parts(units: Mapping[str, Sequence[str]], asked: Set[str], unfit: Set[str]) -> None:
+    missing = {
+        unit: [name for name in names if name not in asked and name not in unfit]
+        for unit, names in units.items()
+        if not asked.isdisjoint(names)
+    }
+    partial = [unit for unit, names in missing.items() if names]
+    if not partial:
+        return
+    unit = partial[0]
+    hint, likewise = f"{unit}.*", ""
+    if len(partial) > 1:
+        hint, likewise = f"*.{unit.rpartition('.')[2]}.*", f" (and likewise in {len(partial) - 1} more)"
+    raise ConfigError(
+        f"--keep-fp16: {', '.join(name for name in units[unit] if name in asked)} would stay in float16 without "
+        f"{', '.join(missing[unit])}{likewise}, but EXL2 readers need all linears of {unit} quantized or none. "
+        f"Keep those too, for example with --keep-fp16 '{hint}'."
+    )

@@ -1,0 +1,1 @@
+"""Error curves of the EXL2 grid, and rounding to it."""

@@ -1,0 +1,1 @@
+"""GGUF bit for bit: header, names, reading, writing, verification."""

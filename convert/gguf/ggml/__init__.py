@@ -1,0 +1,1 @@
+"""The types of ggml: their curves, and rounding to them."""

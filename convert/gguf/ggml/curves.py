@@ -1,0 +1,157 @@
+"""What every tensor would cost in each of ggml's types: one number a type, since a type goes to a whole tensor.
+
+Damage is that of the error curves (``curves``), from the same statistics, with the feedback that rounding will have.
+The output head and the embeddings are rounded without feedback where they are one table: its two uses ask for
+different feedback.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ....linalg.hessian import inverse_factor
+from ....linalg.parallel import run_all
+from ....linalg.sampling import systematic_sample
+from .blocks import GRID_TYPES
+from .kernels import TYPES, GgmlType, decode, encode, kernels_available
+from .rounding import errors_on_types, rounded_together
+
+__all__ = ["SAMPLED_ROWS", "measure_plain_types", "measure_types", "measured_types"]
+
+SAMPLED_ROWS = 128
+"""Rows of a tensor, that is outputs or tokens, that its damage is measured on."""
+
+_SEARCHED_ROWS = 32
+"""How many of them are for types whose codes stand for several weights: ggml searches tables for these codes, which
+takes several times as long as all other types together. What such a type costs relative to another is good to 2 %."""
+
+_TINY = 1e-30
+"""Keeps errors that are zero from being divided by."""
+
+_LEFT_OUT = ("F32", "F16", "BF16", "TQ1_0", "TQ2_0")
+"""Floating-point types cost nothing worth measuring; the ternary types are made for models trained on them."""
+
+
+def measured_types() -> tuple[GgmlType, ...]:
+    """Return the types that are measured, the largest first; none where ggml's library is not installed."""
+    return tuple(kind for kind in TYPES.values() if kind.name not in _LEFT_OUT) if kernels_available() else ()
+
+
+def measure_types(
+    weights: Sequence[Tensor],
+    gram: Tensor,
+    fishers: Sequence[Tensor],
+    kinds: Sequence[GgmlType],
+    *,
+    damping: float,
+    inflation: float = 1.0,
+) -> list[Tensor]:
+    """Measure the linears that share one input, rounded with feedback. A pure function of its arguments.
+
+    Args:
+        weights: Each linear's weight, floating point, shape (K, out): the transpose of a Hugging Face weight.
+        gram: H, weighted mean of x x^T over tokens, float32, shape (K, K).
+        fishers: Fisher weights of each linear's outputs, float32, shape (out,).
+        kinds: The types.
+        damping: First damping to try, relative to the mean of H's diagonal.
+        inflation: Damage on other tokens than those of H, relative to that on H (see ``heldout``).
+
+    Returns:
+        Damage of each linear in each type, nats per token, float32, shape (types,); infinite where K is no whole number
+        of the type's blocks.
+    """
+    upper = inverse_factor(gram, damping).upper
+    groups = rounded_together([kind for kind in kinds if kind.fits(len(gram))])
+    samples = [_Sample.of(fisher) for fisher in fishers]
+    tasks = [
+        partial(errors_on_types, weight[:, sample.rows_for(group)].float().contiguous(), upper, group)
+        for weight, sample in zip(weights, samples, strict=True)
+        for group in groups
+    ]
+    found = iter(run_all(tasks, gram.device))
+    damages = []
+    for sample in samples:
+        errors = {kind: own for group in groups for kind, own in zip(group, next(found), strict=True)}
+        known = sample.damages(errors)
+        if not bool(gram.any()):  # The input is zero on every token, and so is whatever an error makes of it.
+            known = dict.fromkeys(known, 0.0)
+        damages.append(inflation * torch.tensor([known.get(kind, math.inf) for kind in kinds]))
+    return damages
+
+
+def measure_plain_types(
+    weight: Tensor, gram: Tensor, row_weights: Tensor, kinds: Sequence[GgmlType], *, inflation: float = 1.0
+) -> Tensor:
+    """Measure one tensor rounded without feedback.
+
+    Args:
+        weight: The transpose of the tensor as it is stored, floating point, shape (K, rows): outputs of a linear, or
+            the embeddings of some tokens.
+        gram: What an error in a row costs, float32, shape (K, K): H as above, or the diagonal Fisher of an embedding.
+        row_weights: Fisher weight of each output, or share of each token among all tokens, float32, shape (rows,).
+        kinds: As above.
+        inflation: As above.
+
+    Returns:
+        ``0.5 * sum_r row_weights_r (dW^T gram dW)_rr`` in each type, nats per token, float32, shape (types,), infinite
+        as above.
+    """
+    importance = gram.diagonal().cpu()
+    rows, shares = systematic_sample(row_weights, SAMPLED_ROWS)
+    sampled = weight[:, rows].float().contiguous()
+
+    def damage(kind: GgmlType) -> float:
+        if not kind.fits(len(weight)):
+            return math.inf
+        decoded = decode(encode(sampled.T.contiguous().cpu(), kind, importance), kind)
+        error = sampled - decoded.T.to(sampled.device)
+        return 0.5 * float(((gram @ error) * error).sum(dim=0) @ shares)
+
+    return inflation * torch.tensor(run_all([partial(damage, kind) for kind in kinds], gram.device))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Sample:
+    """Outputs of a linear that its damage is measured on.
+
+    Attributes:
+        rows: Their indices.
+        shares: What each stands for, in units of the Fisher information.
+        few: Those of them, as indices into ``rows``, that take part in types with searched codes.
+        few_shares: What each of these stands for.
+    """
+
+    rows: Tensor
+    shares: Tensor
+    few: Tensor
+    few_shares: Tensor
+
+    @classmethod
+    def of(cls, fisher: Tensor) -> _Sample:
+        rows, shares = systematic_sample(fisher, SAMPLED_ROWS)
+        return cls(rows, shares, *systematic_sample(shares, _SEARCHED_ROWS))
+
+    def rows_for(self, group: Sequence[GgmlType]) -> Tensor:
+        """Return the outputs that the types of a group are measured on."""
+        return self.rows[self.few] if _searched(group[0]) else self.rows
+
+    def damages(self, errors: Mapping[GgmlType, Tensor]) -> dict[GgmlType, float]:
+        """Return each type's damage, given its errors on the outputs that ``rows_for`` says."""
+        plain = [kind for kind in errors if not _searched(kind)]
+        known = {kind: 0.5 * float(errors[kind] @ self.shares) for kind in plain}
+        scale = 0.5
+        if plain:  # the few outputs are to all as they are in the coarsest of the other types
+            coarsest = min(plain, key=lambda kind: kind.bits_per_weight)
+            scale = known[coarsest] / max(float(errors[coarsest][self.few] @ self.few_shares), _TINY)
+        searched = (kind for kind in errors if _searched(kind))
+        return known | {kind: scale * float(errors[kind] @ self.few_shares) for kind in searched}
+
+
+def _searched(kind: GgmlType) -> bool:
+    return kind.name not in GRID_TYPES and kind.name.startswith("IQ")

@@ -1,0 +1,1 @@
+"""What is taken from llama.cpp and made for it: converter, mixtures, importance matrices."""

@@ -1,0 +1,1 @@
+"""Cards of quantized models, marks of broken ones, uploads to the Hub."""

@@ -1,0 +1,258 @@
+"""Uploads of quantized models to the Hugging Face Hub: which files, under which name, and what is refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...checkpoint.files.schemas import read_json
+from ...checkpoint.source.hub import confined_file, list_directory
+from ...checkpoint.source.side_files import TEMPLATE_DIRECTORY, is_side_file
+from ...errors import CheckpointError, FormatError, PublishError
+from ..exl2.file.config import stored_rates
+from ..exl2.file.manifest import MANIFEST_FILE
+from ..exl2.file.reader import is_exl2
+from ..exl2.file.verify import verify_model
+from ..gguf.file.verify import verify_gguf
+from .base_card import CARD_NAME
+from .card import HUB_ID, rate_text
+from .mark import read_mark
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+__all__ = ["Upload", "find_outputs", "plan_uploads", "push"]
+
+_PUBLISHED = ("*.safetensors", "*.safetensors.index.json", "config.json", MANIFEST_FILE, CARD_NAME, "report.*")
+"""What is published beside a model's side files."""
+
+_RATE = re.compile(r"-(\d+(?:\.\d+)?)bpw(?:-(\d+)hb)?(?:-exl2)?$")
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Upload:
+    """One commit to the Hub.
+
+    Attributes:
+        output: The model's directory or GGUF file.
+        repo: Hub id of the repository.
+        branch: Branch of it; None for the main one.
+        files: Path in the repository, and the file here.
+        left_out: Names in the directory that are not published.
+    """
+
+    output: Path
+    repo: str
+    branch: str | None
+    files: tuple[tuple[str, Path], ...]
+    left_out: tuple[str, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all files."""
+        return sum(path.stat().st_size for _, path in self.files)
+
+    def summary_lines(self) -> list[str]:
+        """Return what would be uploaded, as lines for a terminal."""
+        where = f"{self.repo}{f', branch {self.branch}' if self.branch else ''}"
+        lines = [f"{self.output} -> https://huggingface.co/{where}: {self.total_bytes / 1e6:.1f} MB"]
+        if not any(".report." in f".{name}" for name, _ in self.files) and len(self.files) > 1:
+            lines.append("  warning: it was not compared with the original")
+        lines += [f"  {name}  {path.stat().st_size} bytes" for name, path in self.files]
+        return [*lines, *(f"  not published: {name}" for name in self.left_out)]
+
+
+def find_outputs(path: Path) -> list[Path]:
+    """Return the models of a path: itself, or those that a series made in it.
+
+    Raises:
+        PublishError: There is none.
+        FormatError: A safetensors file is damaged.
+        CheckpointError: A safetensors file is a link that leads outside.
+    """
+    if path.is_file() or is_exl2(path):
+        return [path]
+    found = [
+        each for each in sorted(path.iterdir()) if each.suffix.lower() == ".gguf" or (each.is_dir() and is_exl2(each))
+    ]
+    if not found:
+        raise PublishError(f"{path}: no quantized model, expected an EXL2 directory, a GGUF file or a folder of them.")
+    return found
+
+
+def plan_uploads(outputs: Sequence[Path], target: str, *, by_branch: bool = False) -> list[Upload]:
+    """Say what goes where; everything is verified first.
+
+    Names by convention: an EXL2 model ``ORG/Llama-3.2-1B-8.0bpw-8hb-exl2``, or with branches ``ORG/Llama-3.2-1B-exl2``
+    and its branch ``8.0bpw``; GGUF files all in ``ORG/Llama-3.2-1B-GGUF``, or with branches in one each. Where a main
+    branch would have no card, the first model's is its front page.
+
+    Args:
+        outputs: EXL2 directories or GGUF files.
+        target: ``ORG/NAME``, or ``ORG/`` to name by convention.
+        by_branch: One repository with a branch for each bitrate, instead of a repository for each.
+
+    Raises:
+        PublishError: A model is marked as broken or cannot be verified, has no card, or two would have the same place.
+        BpwiseError: As ``verify_model`` and ``verify_gguf``.
+    """
+    owner, _, name = target.partition("/")
+    if not _NAME.fullmatch(owner) or "/" not in target or (name and not HUB_ID.fullmatch(target)):
+        raise PublishError(f"{target}: no place on the Hub, expected ORG/NAME, or ORG/ to name it by convention.")
+    for output in outputs:
+        _check(output)
+    uploads = [_upload(output, owner, name, by_branch) for output in outputs]
+    uploads = _front_pages(uploads) + uploads
+    places: dict[tuple[str, str | None, str], Path] = {}
+    for upload in uploads:
+        for file, _ in upload.files:
+            taken = places.setdefault((upload.repo, upload.branch, file), upload.output)
+            if taken != upload.output:
+                raise PublishError(
+                    f"{upload.output}: would replace {file} of {taken} in {upload.repo}. Use --branch, or ORG/ to give "
+                    "each a repository of its own."
+                )
+    return uploads
+
+
+def push(upload: Upload, *, public: bool = False, api: HfApi | None = None) -> str:
+    """Upload one model in one commit; repository and branch are made if they are missing.
+
+    Args:
+        upload: What, and where.
+        public: Whether a new repository is public. An existing public one is not written to unless this is set.
+        api: The Hub's client; None uses the stored login.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        PublishError: The Hub refuses, or cannot be reached; or the repository is public and ``public`` is not set.
+    """
+    # Imported here: planning needs no network stack.
+    from huggingface_hub import CommitOperationAdd, HfApi  # noqa: PLC0415
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError  # noqa: PLC0415
+
+    api = api or HfApi()
+    # The base classes name the HTTP client that the installed version uses: see hub.py.
+    clients = tuple(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
+    failures: tuple[type[Exception], ...] = (OSError, HFValidationError, LocalTokenNotFoundError, *clients)
+    try:
+        api.create_repo(upload.repo, private=not public, exist_ok=True)
+        if not public and not api.repo_info(upload.repo).private:
+            raise PublishError(
+                f"{upload.repo}: is public already, expected a private one. Add --public to publish there."
+            )
+        if upload.branch is not None:
+            api.create_branch(upload.repo, branch=upload.branch, exist_ok=True)
+        operations: list[Any] = [CommitOperationAdd(name, str(path)) for name, path in upload.files]
+        commit = api.create_commit(
+            upload.repo, operations, commit_message=f"Upload {upload.output.name}", revision=upload.branch
+        )
+    except failures as cause:
+        raise PublishError(
+            f"{upload.repo}: not uploaded ({type(cause).__name__}: {cause}). Run `hf auth login`, check the name and "
+            "your rights to it, and run the same command again."
+        ) from cause
+    return str(commit.commit_url)
+
+
+def _check(output: Path) -> None:
+    reason = read_mark(output)
+    if reason is not None:
+        raise PublishError(f"{output}: not published, it is marked as broken. {reason}")
+    if not _card(output).is_file():
+        raise PublishError(
+            f"{output}: not published, it has no model card {_card(output).name}. Run `bpwise card`, or finish the run."
+        )
+    if output.is_dir():
+        if not verify_model(output).had_manifest:
+            raise PublishError(
+                f"{output}: not published, without {MANIFEST_FILE} it cannot be verified. Quantize it with bpwise."
+            )
+        return
+    verify_gguf(output)
+
+
+def _upload(output: Path, owner: str, name: str, by_branch: bool) -> Upload:
+    base, rate, head_bits = _named(output)
+    suffix = "exl2" if output.is_dir() else "GGUF"
+    if name:
+        repo = f"{owner}/{name}"
+    elif by_branch or suffix == "GGUF":
+        repo = f"{owner}/{base}-{suffix}"
+    else:
+        head = f"-{head_bits}hb" if head_bits else ""
+        repo = f"{owner}/{base}-{rate}bpw{head}-exl2"
+    if not HUB_ID.fullmatch(repo):
+        raise PublishError(f"{repo}: no name that the Hub takes. Give one, as ORG/NAME.")
+    if output.is_dir():
+        files, left_out = _directory_files(output)
+    else:
+        beside = sorted(output.parent.glob(f"{output.stem}.report.*"))
+        files, left_out = [(path.name, path) for path in (output, *beside)], []
+        files.append((CARD_NAME if by_branch else f"{output.stem}.{CARD_NAME}", _card(output)))
+    return Upload(
+        output=output,
+        repo=repo,
+        branch=f"{rate}bpw" if by_branch else None,
+        files=tuple(files),
+        left_out=tuple(left_out),
+    )
+
+
+def _front_pages(uploads: Sequence[Upload]) -> list[Upload]:
+    """Return a card for the front page of every repository whose main branch gets none: that of its first model."""
+    with_page = {each.repo for each in uploads if each.branch is None and CARD_NAME in dict(each.files)}
+    pages: dict[str, Upload] = {}
+    for each in uploads:
+        if each.repo not in with_page:
+            pages.setdefault(
+                each.repo, replace(each, branch=None, files=((CARD_NAME, _card(each.output)),), left_out=())
+            )
+    return list(pages.values())
+
+
+def _named(output: Path) -> tuple[str, str, str | None]:
+    """Return the original's name, the bitrate and the head's bits, as a name by convention has them."""
+    stem = output.name if output.is_dir() else output.stem
+    found = _RATE.search(stem)
+    if found is not None:
+        return stem[: found.start()], rate_text(float(found[1])), found[2]
+    if output.is_dir():
+        bits, head_bits = stored_rates(read_json(confined_file(output, "config.json"), FormatError))
+        if bits is not None:
+            # The card's title has the original's name.
+            text = (output / CARD_NAME).read_text(encoding="utf-8", errors="replace")
+            title = re.search(r"^# (\S+)$", text, re.MULTILINE)
+            named = None if title is None else _RATE.search(title[1])
+            base = stem if title is None or named is None else title[1][: named.start()]
+            return base, rate_text(bits), None if head_bits is None else str(head_bits)
+    raise PublishError(f"{output}: its name tells no bitrate, expected one as NAME-4.5bpw. Rename it.")
+
+
+def _card(output: Path) -> Path:
+    return output / CARD_NAME if output.is_dir() else output.with_name(f"{output.stem}.{CARD_NAME}")
+
+
+def _directory_files(output: Path) -> tuple[list[tuple[str, Path]], list[str]]:
+    entries = list_directory(output)
+    templates = output / TEMPLATE_DIRECTORY
+    if templates.is_dir():
+        entries = [path for path in entries if path != templates] + list_directory(templates)
+    files, left_out = [], []
+    for path in entries:
+        name = path.relative_to(output).as_posix()
+        published = is_side_file(name) or any(fnmatchcase(name, pattern) for pattern in _PUBLISHED)
+        if published and not path.is_dir():
+            if path.is_symlink():
+                raise CheckpointError(f"{path}: is a link, expected a file. Replace it by what it points to.")
+            files.append((name, confined_file(output, name)))
+        else:
+            left_out.append(name)
+    return files, left_out

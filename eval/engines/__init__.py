@@ -1,0 +1,1 @@
+"""Engines other than Transformers that run models for the evaluation."""

@@ -1,0 +1,184 @@
+"""The original and a GGUF file compared by llama.cpp itself: both sides' logits are the engine's.
+
+Logits of llama.cpp and of Transformers are never mixed: even the same weights differ by what the two round on the way
+(llama.cpp multiplies quantized weights with activations that it rounds to 8 bits). So the original runs in llama.cpp
+too, from an unquantized GGUF file of it, the base. Only the floor looks across: it is the base in llama.cpp against
+the original in float64, and shows that the base is the original.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...checkpoint.source.checkpoint import TensorSource
+from ...checkpoint.source.original import Original
+from ...convert.gguf.file.reader import GgufModel
+from ...errors import CheckpointError, ConfigError
+from ...measure.text.calibration import CalibrationSet
+from ...measure.text.context import EVALUATION, check_rows
+from ...measure.text.tokenizer import Tokenizer, load_tokenizer
+from ...progress import Progress, silent
+from ..comparison import Comparison, EvalConfig, evaluation_rows
+from ..metrics.divergence import TokenStatistics, token_statistics
+from ..metrics.overlap import refuse_calibration_text, stored_spans, told
+from ..metrics.passes import exact_logits
+from ..metrics.profile import profile_of
+from ..models import model_name, open_pair, summarize_model, vocab_size_of
+from .llamacpp import EngineModel, LlamaLibrary, load_library
+
+__all__ = ["compare_in_engine", "evaluate_in_engine"]
+
+_FLOOR_TOKENS = 512
+"""Length of the text that the floor is measured on, as in ``comparison``."""
+
+_SAME_MODEL_NATS = 0.01
+"""Largest floor of a base that is believed to be the original: float16 weights cost some 1e-5, 8-bit ones 1e-3."""
+
+
+def evaluate_in_engine(
+    original: Original | TensorSource,
+    quantized: Path,
+    config: EvalConfig,
+    progress: Progress = silent,
+    *,
+    base: Path,
+    llama_cpp: Path | None = None,
+) -> Comparison:
+    """Compare a GGUF file with its original on held-out text, both run by llama.cpp.
+
+    Args:
+        original: Directory or Hub id of the original, whose tokenizer makes the token ids for both.
+        quantized: The GGUF file.
+        config: Options; its dtype and device are not read, llama.cpp runs on the CPU.
+        progress: Wraps the rows.
+        base: The original as an unquantized GGUF file (F32, BF16 or F16).
+        llama_cpp: A built llama.cpp; None for the one in the ``xllamacpp`` wheel.
+
+    Raises:
+        BpwiseError: As ``open_pair``, ``evaluation_rows``, ``load_library`` and ``compare_in_engine``.
+    """
+    library = load_library(llama_cpp)
+    source, (base_model, other) = open_pair(original, [base, quantized])
+    tokenizer = load_tokenizer(source.directory)
+    rows = evaluation_rows(tokenizer, config.fitted(source), vocab_size=vocab_size_of(source))
+    rows = told(rows, refuse_calibration_text(rows, stored_spans(other), allowed=config.allow_calibration_text))
+    return compare_in_engine(source, base_model, other, rows, library, progress, tokenizer=tokenizer)
+
+
+def compare_in_engine(
+    original: TensorSource,
+    base: TensorSource,
+    quantized: TensorSource,
+    rows: CalibrationSet,
+    library: LlamaLibrary,
+    progress: Progress = silent,
+    *,
+    tokenizer: Tokenizer | None = None,
+) -> Comparison:
+    """Compare two GGUF files on the same tokens, both run by llama.cpp, with the statistics of ``compare_models``.
+
+    Each row is run on its own, from its first token. In memory are both files, and logits of at most 256 positions of
+    each.
+
+    Args:
+        original: The model that was quantized, for the floor and the report.
+        base: A GGUF file of the same, unquantized.
+        quantized: A GGUF file of what became of it.
+        rows: The text.
+        library: Runs both.
+        progress: Wraps the rows.
+        tokenizer: Decodes the worst tokens; None leaves their ids only.
+
+    Raises:
+        CheckpointError: llama.cpp cannot load a file, or the base is not the original.
+        ConfigError: A model is no GGUF file, the base is quantized, or rows do not fit.
+        CalibrationError: A token id of the rows is outside the vocabulary.
+        NumericalError: NaN or infinity in logits.
+    """
+    start = time.monotonic()
+    if not isinstance(base, GgufModel) or not isinstance(quantized, GgufModel):
+        wrong = quantized if isinstance(base, GgufModel) else base
+        raise ConfigError(f"{model_name(wrong)}: not a GGUF file, and llama.cpp runs no others.")
+    weights = _weights_of(base)
+    for source in (original, base, quantized):
+        check_rows(source, rows, EVALUATION)
+    count, row_tokens = rows.tokens.shape
+    floor_tokens = min(row_tokens, _FLOOR_TOKENS)
+    exact = exact_logits(original, rows.tokens[:1, :floor_tokens], progress)
+    threads = torch.get_num_threads()
+    with (
+        library.model(base.path, row_tokens=row_tokens, threads=threads) as first,
+        library.model(quantized.path, row_tokens=row_tokens, threads=threads) as second,
+    ):
+        _check_sizes(first, second, vocab_size_of(original))
+        floor_nats = _floor_nats(first, exact, rows.tokens[0])
+        if floor_nats > _SAME_MODEL_NATS:
+            raise CheckpointError(
+                f"{base.path}: run by llama.cpp it is {floor_nats:.3g} nats per token away from "
+                f"{model_name(original)}, expected less than {_SAME_MODEL_NATS}: it is not a conversion of that model, "
+                "or lost something of it (rope scaling). Convert the original again."
+            )
+        parts = (_row(first, second, rows.tokens[row]) for row in progress(range(count), "evaluate: llama.cpp"))
+        statistics = TokenStatistics.joined(parts, count * (row_tokens - 1))
+    parameters = sum(math.prod(original.shape(name)) for name in original.names)
+    return Comparison(
+        original=summarize_model(original, parameters),
+        quantized=summarize_model(quantized, parameters),
+        summary=statistics.summary(count),
+        profile=profile_of(statistics, rows, tokenizer),
+        floor_nats=floor_nats,
+        floor_tokens=floor_tokens,
+        text=rows.description,
+        text_fingerprint=rows.fingerprint,
+        rows=count,
+        row_tokens=row_tokens,
+        stride=row_tokens,
+        adds_bos=rows.adds_bos,
+        dtype=weights,
+        device="cpu",
+        seconds=time.monotonic() - start,
+        engine=f"{library.description} with a float32 cache, the original from {base.path.name}",
+    )
+
+
+def _weights_of(base: GgufModel) -> str:
+    types = {name: base.stored(name).type for name in base.names}
+    quantized = [name for name, kind in types.items() if kind.quantized]
+    if quantized:
+        raise ConfigError(
+            f"{base.path}: {quantized[0]} is stored as {types[quantized[0]].name}, expected an unquantized base. "
+            "Convert the original with --outtype f32."
+        )
+    # Vectors are float32 in any base: it is the matrices that tell bases apart.
+    (kind, _), *_ = Counter(kind.name for name, kind in types.items() if len(base.shape(name)) > 1).most_common(1)
+    return {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[kind]
+
+
+def _check_sizes(first: EngineModel, second: EngineModel, vocab_size: int) -> None:
+    for model in (first, second):
+        if model.vocab_size != vocab_size:
+            raise CheckpointError(
+                f"GGUF: llama.cpp sees a vocabulary of {model.vocab_size} tokens, expected {vocab_size} as in the "
+                "original. Convert it again."
+            )
+
+
+def _row(first: EngineModel, second: EngineModel, tokens: Tensor) -> TokenStatistics:
+    parts, position = [], 0
+    for ours, theirs in zip(first.logits(tokens), second.logits(tokens), strict=True):
+        targets = tokens[position + 1 : position + 1 + len(ours)]  # one fewer at the end of the row, so maybe none
+        if len(targets):
+            parts.append(token_statistics(ours[: len(targets)], theirs[: len(targets)], targets))
+        position += len(ours)
+    return TokenStatistics.joined(parts, len(tokens) - 1)
+
+
+def _floor_nats(base: EngineModel, exact: Tensor, tokens: Tensor) -> float:
+    got = torch.cat(list(base.logits(tokens[: len(exact)])))
+    return float(token_statistics(exact, got, tokens[1 : len(exact) + 1]).kl_nats.double().mean())

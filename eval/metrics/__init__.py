@@ -1,0 +1,1 @@
+"""Numbers that compare a quantized model with its original."""

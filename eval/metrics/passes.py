@@ -1,0 +1,193 @@
+"""Passes of streamed models over rows: hidden states first, then the logits of two models side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from ...checkpoint.source.checkpoint import TensorSource
+from ...errors import NumericalError
+from ...measure.model.positionwise import position_by_position
+from ...measure.model.stream import TAIL_TOKENS, StreamedModel, micro_batches
+from ...progress import Progress
+from .divergence import TokenStatistics, token_statistics
+
+__all__ = ["exact_logits", "last_hidden", "mean_bfloat16_nats", "mean_floor_nats", "paired_statistics"]
+
+
+def last_hidden(
+    model: StreamedModel,
+    tokens: Tensor,
+    role: str,
+    progress: Progress,
+    *,
+    watch: Callable[[Tensor], None] | None = None,
+) -> Tensor:
+    """Run all blocks of a model, one after another.
+
+    Args:
+        model: The model.
+        tokens: Token ids, int64, shape (rows, tokens).
+        role: What the model is, for messages.
+        progress: Wraps the blocks.
+        watch: Is handed the hidden states after the embedding and after each block; it may not keep them.
+
+    Returns:
+        Output of the last block, shape (rows, tokens, hidden size), in the model's dtype, on the CPU.
+
+    Raises:
+        NumericalError: NaN or infinity; the message names the role and the block.
+    """
+    hidden = model.embed(tokens)
+    _check_finite(hidden, f"{role}, embedding", model.dtype)
+    if watch is not None:
+        watch(hidden)
+    for index in progress(range(model.block_count), f"evaluate: {role}"):
+        with torch.no_grad(), model.block(index) as block, position_by_position(block, model.stages(index)):
+            for batch in micro_batches(*tokens.shape):
+                hidden[batch] = model.run_block(index, hidden[batch].to(model.device)).cpu()
+        _check_finite(hidden, f"{role}, {model.block_name(index)}", model.dtype)
+        if watch is not None:
+            watch(hidden)
+    return hidden
+
+
+def paired_statistics(
+    original: StreamedModel,
+    quantized: StreamedModel,
+    original_hidden: Tensor,
+    quantized_hidden: Tensor,
+    tokens: Tensor,
+    progress: Progress,
+) -> TokenStatistics:
+    """Compare what two models predict, at all positions but the last of each row.
+
+    Args:
+        original: The original.
+        quantized: The quantized model, on the same device.
+        original_hidden: What ``last_hidden`` made of the original, shape (rows, tokens, hidden size).
+        quantized_hidden: The same of the quantized model.
+        tokens: Token ids, int64, shape (rows, tokens), at least two a row.
+        progress: Wraps the rows.
+
+    Returns:
+        Statistics of rows * (tokens - 1) predictions, row after row, on the CPU.
+
+    Raises:
+        NumericalError: NaN or infinity in logits; the message names the model.
+    """
+    predictions = tokens.shape[1] - 1
+
+    def parts() -> Iterator[TokenStatistics]:
+        for row in progress(range(len(tokens)), "evaluate: logits"):
+            for positions in _slices(predictions):
+                first = _logits(original, original_hidden[row, positions], "original model")
+                second = _logits(quantized, quantized_hidden[row, positions], "quantized model")
+                yield token_statistics(first, second, tokens[row, 1:][positions].to(second.device))
+
+    with torch.no_grad(), original.tail(), quantized.tail():
+        return TokenStatistics.joined(parts(), len(tokens) * predictions)
+
+
+def mean_floor_nats(
+    source: TensorSource, model: StreamedModel, hidden: Tensor, tokens: Tensor, progress: Progress
+) -> float:
+    """Measure what arithmetic alone does: the original as it is evaluated, against itself in float64 on the CPU.
+
+    Transformers computes norms and rotary embeddings in float32 whatever the dtype; they stay so.
+
+    Args:
+        source: The original.
+        model: The original as it is evaluated.
+        hidden: What ``last_hidden`` made of it, shape (1, tokens, hidden size).
+        tokens: Token ids, int64, shape (1, tokens), at least two.
+        progress: Wraps the blocks.
+
+    Returns:
+        Mean KL divergence in nats per token.
+
+    Raises:
+        NumericalError: NaN or infinity in hidden states or logits.
+    """
+    slices = _slices(tokens.shape[1] - 1)
+    references = exact_logits(source, tokens, progress).split([s.stop - s.start for s in slices])
+    parts = []
+    with torch.no_grad(), model.tail():
+        for positions, reference in zip(slices, references, strict=True):
+            logits = _logits(model, hidden[0, positions], "original model").cpu()
+            parts.append(token_statistics(reference, logits, tokens[0, 1:][positions]))
+    return float(TokenStatistics.joined(parts, tokens.shape[1] - 1).kl_nats.double().mean())
+
+
+def mean_bfloat16_nats(
+    source: TensorSource, model: StreamedModel, hidden: Tensor, tokens: Tensor, progress: Progress
+) -> float:
+    """Measure what running the original in bfloat16, as is usual, does to it: against itself in float32.
+
+    Args:
+        source: The original.
+        model: The original as it is evaluated; where its dtype is one of the two, it does not run again.
+        hidden: What ``last_hidden`` made of it, shape (rows, tokens, hidden size).
+        tokens: Token ids, int64, shape (rows, tokens), at least two a row.
+        progress: Wraps the blocks.
+
+    Returns:
+        Mean KL divergence in nats per token, both on the model's device.
+
+    Raises:
+        NumericalError: NaN or infinity in hidden states or logits.
+    """
+    runs = {model.dtype: (model, hidden)}
+    for dtype in (torch.float32, torch.bfloat16):
+        if dtype not in runs:
+            other = StreamedModel(source, device=model.device, dtype=dtype)
+            role = f"original model in {str(dtype).removeprefix('torch.')}"
+            runs[dtype] = other, last_hidden(other, tokens, role, progress)
+    (exact, exact_hidden), (rounded, rounded_hidden) = runs[torch.float32], runs[torch.bfloat16]
+    statistics = paired_statistics(exact, rounded, exact_hidden, rounded_hidden, tokens, progress)
+    return float(statistics.kl_nats.double().mean())
+
+
+def exact_logits(source: TensorSource, tokens: Tensor, progress: Progress) -> Tensor:
+    """Return what a model predicts in float64 on the CPU, at all positions but the last.
+
+    Args:
+        source: The model.
+        tokens: Token ids, int64, shape (1, tokens), at least two.
+        progress: Wraps the blocks.
+
+    Returns:
+        Logits, float32, shape (tokens - 1, vocabulary). Rounding them so does not show in a KL divergence: its effect
+        is quadratic.
+
+    Raises:
+        NumericalError: NaN or infinity in hidden states or logits.
+    """
+    role = "original model in float64"
+    exact = StreamedModel(source, device=torch.device("cpu"), dtype=torch.float64)
+    hidden = last_hidden(exact, tokens, role, progress)
+    # The head is held here and let go before another one is: in float64 it is as large as both of a comparison.
+    with torch.no_grad(), exact.tail():
+        return torch.cat([_logits(exact, hidden[0, s], role).float() for s in _slices(tokens.shape[1] - 1)])
+
+
+def _slices(positions: int) -> list[slice]:
+    return [slice(first, min(first + TAIL_TOKENS, positions)) for first in range(0, positions, TAIL_TOKENS)]
+
+
+def _logits(model: StreamedModel, hidden: Tensor, role: str) -> Tensor:
+    logits = model.logits(hidden[None].to(model.device))[0]
+    _check_finite(logits, f"{role}, output head", model.dtype)
+    return logits
+
+
+def _check_finite(tensor: Tensor, where: str, dtype: torch.dtype) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        advice = (
+            "Evaluate in bfloat16 or float32, which reach further."
+            if dtype == torch.float16
+            else "The model's weights are broken: quantize, or get it, again."
+        )
+        raise NumericalError(f"{where}: NaN or infinity when run in {str(dtype).removeprefix('torch.')}. {advice}")

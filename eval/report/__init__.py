@@ -1,0 +1,1 @@
+"""Reports: tables and charts, as HTML, Markdown, JSON, CSV and images."""

@@ -1,0 +1,180 @@
+"""Drawings as SVG text: scales, axes and marks. Colours are CSS variables, so that light and dark share one drawing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from .numbers import visible
+
+__all__ = ["STYLE", "Axis", "Drawing", "linear_axis", "log_axis", "series_color"]
+
+_SERIES = 8
+_GOOD_STEPS = (1, 2, 2.5, 5, 10)
+_LABEL_CHARACTERS = 26
+
+STYLE = """
+.bp { --bp-ink: #1d2530; --bp-muted: #5d6878; --bp-grid: #e3e7ec; --bp-paper: #ffffff; --bp-heat: #c2410c;
+  --bp-cool: #0b62a8; --bp-0: #0b62a8; --bp-1: #c2410c; --bp-2: #0f7b5f; --bp-3: #8a3fa0; --bp-4: #946200;
+  --bp-5: #c0266d; --bp-6: #4b5563; --bp-7: #1a8fb5; }
+@media (prefers-color-scheme: dark) { .bp { --bp-ink: #e6e9ee; --bp-muted: #9aa5b4; --bp-grid: #2c343f;
+  --bp-paper: #171c23; --bp-heat: #fb923c; --bp-cool: #58a9f0; --bp-0: #58a9f0; --bp-1: #fb923c; --bp-2: #3fc39b;
+  --bp-3: #c78ade; --bp-4: #dfb040; --bp-5: #f27cb1; --bp-6: #aeb6c2; --bp-7: #62cbe8; } }
+svg.bp { font: 12px system-ui, sans-serif; fill: var(--bp-ink); overflow: visible; }
+svg.bp .title { font-weight: 600; font-size: 14px; }
+svg.bp .small { fill: var(--bp-muted); }
+svg.bp .grid { stroke: var(--bp-grid); stroke-width: 1; }
+svg.bp .paper { fill: var(--bp-paper); }
+svg.bp path.mark { fill: none; stroke-width: 2; }
+""".strip()
+"""What drawings need, in a page or in a file of their own."""
+
+
+def series_color(index: int) -> str:
+    """Return the colour of the model with this index; there are eight, chosen to differ for the colour-blind too."""
+    return f"var(--bp-{index % _SERIES})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Axis:
+    """Maps numbers to a length.
+
+    Attributes:
+        low: Number at the start.
+        high: Number at the end.
+        ticks: Numbers to write on it.
+        log: Whether equal ratios take equal lengths.
+    """
+
+    low: float
+    high: float
+    ticks: tuple[float, ...]
+    log: bool = False
+
+    def share(self, value: float) -> float:
+        """Return where a number lies, 0 at the start and 1 at the end; numbers beyond the ends lie at them."""
+        value = min(max(value, self.low), self.high)
+        if self.log:
+            return math.log(value / self.low) / math.log(self.high / self.low)
+        return (value - self.low) / (self.high - self.low)
+
+
+def linear_axis(low: float, high: float, count: int = 5) -> Axis:
+    """Return an axis from a little below ``low`` to a little above ``high``, with about ``count`` round ticks."""
+    span = high - low or abs(high) or 1.0
+    exact = span / count
+    power = 10.0 ** math.floor(math.log10(exact))
+    step = next(power * good for good in _GOOD_STEPS if power * good >= exact * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    last = max(last, first + 1)
+    return Axis(low=first * step, high=last * step, ticks=tuple(n * step for n in range(first, last + 1)))
+
+
+def log_axis(low: float, high: float) -> Axis:
+    """Return a logarithmic axis around two positive numbers, with ticks at 1, 2 and 5 or at powers of ten only."""
+    decades = math.log10(high / low)
+    marks = (1, 2, 5) if decades < 2 else (1,)
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1
+    numbers = [mark * 10.0**power for power in range(first, last + 1) for mark in marks]
+    start = max((n for n in numbers if n <= low * (1 + 1e-9)), default=low)
+    end = min((n for n in numbers if n >= high * (1 - 1e-9) and n > start), default=high)
+    ticks = [n for n in numbers if start <= n <= end]
+    every = math.ceil(len(ticks) / 8)
+    return Axis(low=start, high=end, ticks=tuple(ticks[::every]), log=True)
+
+
+class Drawing:
+    """An SVG drawing that grows. Text is escaped; every mark has the class ``mark`` and says what it is on hovering."""
+
+    def __init__(self, width: float, height: float, title: str) -> None:
+        """Begin a drawing.
+
+        Args:
+            width: In the units of all lengths: CSS pixels if it is not scaled.
+            height: Likewise.
+            title: Stands at the top.
+        """
+        self.width = width
+        self.height = height
+        self.title = title
+        self._parts: list[str] = []
+        self.text(0, 13, title, kind="title")
+
+    def text(
+        self, x: float, y: float, content: str, *, anchor: str = "start", kind: str = "", color: str | None = None
+    ) -> None:
+        """Write a line; ``anchor`` is ``start``, ``middle`` or ``end``, ``kind`` a CSS class."""
+        style = f' style="fill:{color}"' if color else ""
+        self._parts.append(
+            f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}"{style}>{_safe(content)}</text>'
+        )
+
+    def line(self, x1: float, y1: float, x2: float, y2: float, *, color: str | None = None, width: float = 1) -> None:
+        """Draw a straight line; without a colour it belongs to the grid."""
+        look = f'style="stroke:{color};stroke-width:{width:g}"' if color else 'class="grid"'
+        self._parts.append(f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" {look}/>')
+
+    def rectangle(  # the four sides, and how it looks
+        self, x: float, y: float, width: float, height: float, *, color: str, hint: str, opacity: float = 1.0
+    ) -> None:
+        """Draw a filled rectangle."""
+        self._parts.append(
+            f'<rect class="mark" x="{x:.2f}" y="{y:.2f}" width="{max(width, 0):.2f}" height="{max(height, 0):.2f}" '
+            f'style="fill:{color};fill-opacity:{opacity:.3f}"><title>{_safe(hint)}</title></rect>'
+        )
+
+    def swatch(self, x: float, y: float, width: float, height: float, *, color: str, opacity: float = 1.0) -> None:
+        """Draw a piece of a legend."""
+        self._parts.append(
+            f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:g}" height="{height:g}" '
+            f'style="fill:{color};fill-opacity:{opacity:.3f}"/>'
+        )
+
+    def dot(self, x: float, y: float, *, color: str, hint: str, radius: float = 4) -> None:
+        """Draw a filled circle."""
+        self._parts.append(
+            f'<circle class="mark" cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}" style="fill:{color}">'
+            f"<title>{_safe(hint)}</title></circle>"
+        )
+
+    def path(self, points: Sequence[tuple[float, float]], *, color: str, hint: str) -> None:
+        """Draw a line through points."""
+        data = " ".join(f"{'L' if number else 'M'}{x:.1f} {y:.1f}" for number, (x, y) in enumerate(points))
+        self._parts.append(f'<path class="mark" d="{data}" style="stroke:{color}"><title>{_safe(hint)}</title></path>')
+
+    def legend(self, names: Sequence[str], y: float, *, columns: int = 2) -> float:
+        """Name the series in their colours from ``y`` downwards; return where the legend ends."""
+        for number, name in enumerate(names):
+            row, column = divmod(number, columns)
+            x, line = column * self.width / columns, y + 17 * row
+            self.swatch(x, line - 9, 10, 10, color=series_color(number))
+            self.text(x + 15, line, shortened(name))
+        return y + 17 * math.ceil(len(names) / columns)
+
+    def render(self, *, standalone: bool = False) -> str:
+        """Return the SVG element; ``standalone`` makes it a file of its own, with style and background."""
+        box = f'viewBox="0 0 {self.width:g} {self.height:g}" width="{self.width:g}" height="{self.height:g}"'
+        style = ""
+        if standalone:
+            box = f'viewBox="-12 -12 {self.width + 24:g} {self.height + 24:g}" width="{self.width + 24:g}"'
+            back = f'<rect class="paper" x="-12" y="-12" width="{self.width + 24:g}" height="{self.height + 24:g}"/>'
+            style = f"<style>{STYLE}</style>{back}"
+        body = "\n".join(self._parts)
+        return (
+            f'<svg xmlns="http://www.w3.org/2000/svg" class="bp" {box} role="img" aria-label="{_safe(self.title)}">'
+            f"{style}\n{body}\n</svg>"
+        )
+
+
+def shortened(text: str) -> str:
+    """Return text that fits a label; the middle goes, because names differ at their ends."""
+    if len(text) <= _LABEL_CHARACTERS:
+        return text
+    half = (_LABEL_CHARACTERS - 1) // 2
+    return f"{text[:half]}…{text[-half:]}"
+
+
+def _safe(text: str) -> str:
+    return escape(visible(text, spaces=False))

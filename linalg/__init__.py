@@ -1,0 +1,1 @@
+"""Pure tensor and array maths that formats share: Hessian factors, sampling, knapsacks."""

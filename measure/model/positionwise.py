@@ -1,0 +1,79 @@
+"""The parts of a block that see one position at a time, run over a few thousand positions at a time.
+
+An MLP widens its input several times: over a whole row of 128k tokens that is gigabytes, a dozen times over in the
+backward pass. Attention must see the row whole (``attention``), an MLP need not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...checkpoint.model.families import Stage
+
+__all__ = ["POSITIONS_AT_ONCE", "position_by_position"]
+
+POSITIONS_AT_ONCE = 4096
+"""Positions that go through together, and up to which nothing is cut: twice a micro-batch of short rows."""
+
+
+@contextmanager
+def position_by_position(block: nn.Module, stages: Sequence[Stage]) -> Iterator[None]:
+    """Cut long rows before they enter the parts of a block that do not mix positions.
+
+    Forward and backward pass both work through one piece after another; the backward pass runs a piece forward again,
+    with gradients, so that what hooks on linears see is one piece of a row after another.
+
+    Args:
+        block: A decoder block.
+        stages: Its stages; the first of them belongs to what mixes positions.
+    """
+    mixing, *others = (stage.linears[0].partition(".")[0] for stage in stages)
+    modules: list[Any] = [block.get_submodule(name) for name in sorted({*others} - {mixing})]
+    for module in modules:
+        module.forward = _in_pieces(module.forward)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+def _in_pieces(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if hidden_states.shape[:-1].numel() <= POSITIONS_AT_ONCE or args or kwargs:
+            return forward(hidden_states, *args, **kwargs)
+        return _Pieces.apply(forward, hidden_states)  # type: ignore[no-untyped-call] # torch has none
+
+    return run
+
+
+def _cut(hidden: Tensor) -> list[Tensor]:
+    # Views, row after row, so that tokens come in the order in which a whole batch has them.
+    return [piece[None] for row in hidden for piece in row.split(POSITIONS_AT_ONCE)]
+
+
+class _Pieces(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        ctx.forward = forward
+        ctx.save_for_backward(hidden)
+        output = torch.empty_like(hidden)
+        for piece, result in zip(_cut(hidden), _cut(output), strict=True):
+            result.copy_(forward(piece))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        (hidden,) = ctx.saved_tensors
+        before = torch.empty_like(hidden)
+        for piece, gradient, result in zip(_cut(hidden), _cut(gradients[0]), _cut(before), strict=True):
+            own = piece.detach().requires_grad_()
+            with torch.enable_grad():
+                output = ctx.forward(own)
+            result.copy_(torch.autograd.grad(output, own, gradient)[0])
+        return None, before

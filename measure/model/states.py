@@ -1,0 +1,51 @@
+"""Hidden states of all tokens at once: in memory, or in files that the operating system pages in and out."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...errors import WorkDirectoryError
+
+__all__ = ["new_state"]
+
+
+def new_state(shape: Sequence[int], dtype: torch.dtype, directory: Path | None) -> Tensor:
+    """Return a tensor to be filled.
+
+    A file has no name, so that nothing of it is left when the tensor goes, or the process ends in whatever way. Its
+    pages count as resident while they are in memory, but the system writes them out when memory is needed.
+
+    Args:
+        shape: Its shape.
+        dtype: Its dtype.
+        directory: Directory to make a file in; it is made too. None for memory.
+
+    Raises:
+        WorkDirectoryError: The file cannot be made.
+    """
+    size_bytes = math.prod(shape) * dtype.itemsize
+    if directory is None or size_bytes == 0:
+        return torch.empty(*shape, dtype=dtype)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as file:
+            # Written in advance where that is possible: without room, a page that is touched ends the process.
+            getattr(os, "posix_fallocate", _lengthen)(file.fileno(), 0, size_bytes)
+            return torch.frombuffer(mmap.mmap(file.fileno(), size_bytes), dtype=dtype).view(*shape)
+    except OSError as error:
+        raise WorkDirectoryError(
+            f"{directory}: no place for {size_bytes / 2**20:.0f} MiB of hidden states ({error.strerror}). Free some "
+            "space, or name another --offload-dir."
+        ) from error
+
+
+def _lengthen(file: int, _offset_bytes: int, size_bytes: int) -> None:
+    os.ftruncate(file, size_bytes)

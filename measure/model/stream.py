@@ -1,0 +1,421 @@
+"""Running a model with one decoder block's weights in memory at a time.
+
+Transformers builds the model on the meta device, and its own forward prepares what blocks are given (masks, rotary
+embeddings, positions): in the skeleton every block is replaced by a recorder. One run of the skeleton records each
+block's arguments; the blocks are then run one after another over all rows; a last run of the skeleton, into which the
+final hidden states are injected, applies whatever the model does after its blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...checkpoint.model.config import explain_transformers, parse_config
+from ...checkpoint.model.families import HEAD, Family, Stage
+from ...checkpoint.source.checkpoint import TensorSource
+from ...checkpoint.source.language import LanguageModel, language_model
+from ...errors import CheckpointError, NumericalError
+from .attention import attention_for
+from .cast_linear import StoredLinear
+from .normless import hold_small_states, norms_of_stream
+from .states import new_state
+from .surgery import split_block
+
+__all__ = ["MICRO_BATCH_TOKENS", "TAIL_TOKENS", "StreamedModel", "check_finite", "micro_batches", "whole_model"]
+
+MICRO_BATCH_TOKENS = 2048
+"""Tokens that go through a block together: enough to keep a processor busy, few enough to stay small in memory."""
+
+TAIL_TOKENS = 256
+"""Positions whose logits are held at once, of each model: 128 MiB in float32 for a vocabulary of 128k."""
+
+_META = torch.device("meta")
+
+
+def micro_batches(rows: int, row_tokens: int) -> list[slice]:
+    """Cut rows into micro-batches of about 2048 tokens, at least one row each."""
+    size = max(1, MICRO_BATCH_TOKENS // row_tokens)
+    return [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
+
+
+def check_finite(tensor: Tensor, where: str, what: str = "activations") -> None:
+    """Raise if a tensor holds NaN or infinity.
+
+    Args:
+        tensor: Any shape, floating point.
+        where: Name of a module.
+        what: What of it the tensor holds, in the plural.
+
+    Raises:
+        NumericalError: It does.
+    """
+    extremes = torch.stack(torch.aminmax(tensor))  # NaN goes through; one pass over memory, unlike isfinite
+    if not bool(torch.isfinite(extremes).all()):
+        raise NumericalError(
+            f"{where}: NaN or infinity in the {what}. Check that the original model runs in this dtype."
+        )
+
+
+class _EndOfEmbedding(Exception):
+    """Stops the skeleton's forward once every block's arguments are recorded."""
+
+
+class _Recorder(nn.Module):
+    """Stands in for one decoder block in the skeleton."""
+
+    def __init__(self, owner: StreamedModel, index: int) -> None:
+        super().__init__()
+        self._record = owner._record
+        self._index = index
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self._record(self._index, hidden_states, args, kwargs)
+
+
+class StreamedModel:
+    """A causal language model whose weights are read when they are needed and let go afterwards.
+
+    Attributes:
+        family: How its blocks are cut into linears.
+        device: Where blocks run.
+        dtype: Floating dtype of weights and activations while running.
+        offload_dir: Where hidden states of all rows are kept; None for memory.
+    """
+
+    def __init__(
+        self, source: TensorSource, *, device: torch.device, dtype: torch.dtype, offload_dir: Path | None = None
+    ) -> None:
+        """Build the skeleton; reads no weights.
+
+        Args:
+            source: Where configuration and tensors come from.
+            device: Where blocks run.
+            dtype: Floating dtype of weights and activations.
+            offload_dir: A directory for hidden states of all rows; None keeps them in memory.
+
+        Raises:
+            UnsupportedModelError: Neither bpwise nor Transformers knows the model type.
+            CheckpointError: Transformers does not accept config.json, or a tensor is missing or has another shape than
+                config.json says.
+        """
+        self._source = language_model(source)
+        self.family: Family = self._source.family
+        self.device = device
+        self.dtype = dtype
+        self.offload_dir = offload_dir
+        self._model: Any = _build_skeleton(self._source, self._source.config, dtype, device)
+        self._model.set_submodule(HEAD, StoredLinear(self._model.get_submodule(HEAD)))
+        for norm in norms_of_stream(self._model, self.family):
+            hold_small_states(norm)
+        parent = self._model.get_submodule(self.family.blocks)
+        self._blocks: list[nn.Module] = list(parent)
+        for block in self._blocks:
+            split_block(block, self.family, self._source.config)
+        table = self.embedding_name
+        for name, parameter in self._model.named_parameters(remove_duplicate=False):
+            _located(self._source, name, parameter.shape, table)
+        for index in range(len(self._blocks)):
+            parent[index] = _Recorder(self, index)
+        self._calls: dict[tuple[int, ...], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self._embedded: Tensor | None = None
+        self._injected: Tensor | None = None
+
+    @property
+    def block_count(self) -> int:
+        """Number of decoder blocks."""
+        return len(self._blocks)
+
+    @property
+    def hidden_size(self) -> int:
+        """Length of a token's hidden state."""
+        return int(self._model.get_input_embeddings().weight.shape[1])
+
+    @property
+    def embedding_name(self) -> str:
+        """Full name of the module that holds the token embeddings."""
+        return self._name_of(self._model.get_input_embeddings())
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the token embeddings."""
+        return int(self._model.get_input_embeddings().weight.shape[0])
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output head is the table of token embeddings."""
+        return self._source.tied_embeddings
+
+    def embeddings(self, tokens: Tensor) -> Tensor:
+        """Return the embeddings of some tokens as they are stored, shape (tokens, hidden size), on the device."""
+        return self._source.tensor(f"{self.embedding_name}.weight")[tokens].to(self.device, self.dtype)
+
+    def stages(self, index: int) -> tuple[Stage, ...]:
+        """Return the stages of a block, in the order in which it computes them; those of experts come last."""
+        return self.family.block_stages(index, self._source.names)
+
+    @property
+    def multiplier(self) -> float:
+        """What blocks multiply their outputs by before they add them to the residual stream."""
+        key = self.family.multiplier
+        return 1.0 if key is None else float(self._source.config.get(key, 1.0))
+
+    def block_name(self, index: int) -> str:
+        """Return a block's full name, for messages and tensor names."""
+        return f"{self.family.blocks}.{index}"
+
+    def embed(self, tokens: Tensor, table: Tensor | None = None) -> Tensor:
+        """Return the hidden states that enter the first block, and record what blocks are called with.
+
+        Args:
+            tokens: Token ids, int64, shape (rows, tokens), on any device.
+            table: Token embeddings to take in the place of the model's own, shape (vocabulary, hidden size).
+
+        Returns:
+            Shape (rows, tokens, hidden size), on the CPU, a new state.
+        """
+        state = self.new_state(tokens)
+        with torch.no_grad(), self._embedding_table(table) as rows_of:
+            for batch in micro_batches(*tokens.shape):
+                state[batch] = self._run_embedding(rows_of(tokens[batch])).cpu()
+        return state
+
+    def new_state(self, tokens: Tensor, width: int | None = None) -> Tensor:
+        """Return a tensor for something of every token, in memory or, if there is one, in the offload directory.
+
+        Args:
+            tokens: Token ids, shape (rows, tokens).
+            width: How much of it; None for a hidden state.
+
+        Returns:
+            Shape (rows, tokens, width), on the CPU, to be filled.
+
+        Raises:
+            WorkDirectoryError: The offload directory has no place for it.
+        """
+        return new_state((*tokens.shape, width or self.hidden_size), self.dtype, self.offload_dir)
+
+    def embedding_gradient(self, tokens: Tensor, gradient: Tensor) -> Tensor:
+        """Return the gradient at each token's embedding, as it is stored, from that at the first block's input.
+
+        They differ where a family scales its embeddings (Gemma, Granite), or does anything else with them on the way.
+
+        Args:
+            tokens: Token ids, int64, shape (rows, tokens).
+            gradient: At the first block's input, shape (rows, tokens, hidden size).
+
+        Returns:
+            Same shape as ``gradient``, on the CPU.
+        """
+        embedding = self._model.get_input_embeddings()
+        before = self.new_state(tokens)
+        with self._embedding_table() as rows_of:
+            for batch in micro_batches(*tokens.shape):
+                embedded = self._run_embedding(rows_of(tokens[batch]))
+                own = embedding.weight
+                (part,) = torch.autograd.grad(embedded, own, gradient[batch].to(own))
+                before[batch] = part.view(before[batch].shape).cpu()
+        return before
+
+    @contextmanager
+    def _embedding_table(self, table: Tensor | None = None) -> Iterator[Callable[[Tensor], Tensor]]:
+        # Yields what gives the embedding the rows of some tokens alone, each token a row of its own, so that none
+        # shares its gradient, and returns their places in it. The table as a whole stays as it is stored.
+        embedding = self._model.get_input_embeddings()
+        if table is None:
+            name = f"{self.embedding_name}.weight"
+            table = _read(self._source, name, embedding.weight.shape, self.embedding_name)
+        empty, padding = embedding.weight, embedding.padding_idx
+
+        def rows_of(tokens: Tensor) -> Tensor:
+            embedding.weight = nn.Parameter(table[tokens.flatten()].to(self.device, self.dtype))
+            return torch.arange(tokens.numel(), device=self.device).view(tokens.shape)
+
+        try:
+            embedding.padding_idx = None  # no row is without gradient
+            yield rows_of
+        finally:
+            embedding.weight, embedding.padding_idx = empty, padding
+
+    def _run_embedding(self, tokens: Tensor) -> Tensor:
+        with suppress(_EndOfEmbedding):
+            self._model(input_ids=tokens, use_cache=False)
+        assert self._embedded is not None
+        embedded, self._embedded = self._embedded, None
+        return embedded
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[Any]:
+        """Hold one block's weights on the device; they go when the context ends."""
+        with self._loaded(self._blocks[index], self.block_name(index)) as module:
+            yield module
+
+    def run_block(self, index: int, hidden: Tensor) -> Tensor:
+        """Run one loaded block.
+
+        Args:
+            index: Which block; it must be held by ``block``.
+            hidden: One micro-batch of hidden states, shape (rows, tokens, hidden size), on the device. ``embed`` must
+                have seen a micro-batch of the same rows and tokens.
+
+        Returns:
+            The block's output, same shape.
+        """
+        args, kwargs = self._calls[tuple(hidden.shape[:2])][index]
+        output = self._blocks[index](hidden, *args, **kwargs)
+        states: Tensor = output[0] if isinstance(output, tuple) else output
+        return states
+
+    @contextmanager
+    def tail(self) -> Iterator[Any]:
+        """Hold everything outside the blocks (final norm, head) on the device; yields the head, a ``StoredLinear``."""
+        head = self._model.get_submodule(HEAD)
+        with self._loaded(self._model, "", skip=self.embedding_name):
+            yield head
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Apply what the model does after its blocks. ``tail`` must be held.
+
+        Args:
+            hidden: Output of the last block, shape (rows, tokens, hidden size), on the device.
+
+        Returns:
+            Shape (rows, tokens, vocabulary).
+        """
+        self._injected = hidden
+        try:
+            logits: Tensor = self._model(inputs_embeds=hidden.detach(), use_cache=False).logits
+        finally:
+            self._injected = None
+        return logits
+
+    def _record(self, index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        if self._injected is not None:
+            return self._injected
+        calls = self._calls.setdefault(tuple(hidden.shape[:2]), [((), {})] * self.block_count)
+        calls[index] = (args, kwargs)
+        if index == self.block_count - 1:
+            self._embedded = hidden
+            raise _EndOfEmbedding
+        return hidden
+
+    def _name_of(self, module: nn.Module) -> str:
+        names: Iterator[str] = (name for name, candidate in self._model.named_modules() if candidate is module)
+        return next(names)
+
+    @contextmanager
+    def _loaded(self, module: nn.Module, name: str, skip: str | None = None) -> Iterator[nn.Module]:
+        empty, table = dict(module.named_parameters(remove_duplicate=False)), self.embedding_name
+        for inner, parameter in empty.items():
+            full = f"{name}.{inner}" if name else inner
+            if skip is None or not full.startswith(f"{skip}."):
+                dtype = None if full == f"{HEAD}.weight" else self.dtype
+                weight = _read(self._source, full, parameter.shape, table)
+                _set_parameter(module, inner, _parameter(weight.to(device=self.device, dtype=dtype)))
+                del weight
+        try:
+            yield module
+        finally:
+            for inner, parameter in empty.items():
+                _set_parameter(module, inner, parameter)
+
+
+def whole_model(source: TensorSource, *, device: torch.device, dtype: torch.dtype) -> Any:
+    """Return a model with all of its weights in memory, as Transformers itself would load it.
+
+    Args:
+        source: Where configuration and tensors come from; what is quantized is decoded.
+        device: Where the model is put.
+        dtype: Floating dtype of all weights.
+
+    Returns:
+        A ``PreTrainedModel`` in evaluation mode. Its output head shares the token embeddings' memory where the source
+        has no head of its own.
+
+    Raises:
+        UnsupportedModelError: Transformers does not know the model type.
+        CheckpointError: A tensor is missing or has another shape than config.json says.
+    """
+    language = language_model(source)
+    config = {**language.config, "tie_word_embeddings": language.tied_embeddings}
+    model = _build_skeleton(language, config, dtype, device, pads=True)
+    for block in model.get_submodule(language.family.blocks):
+        split_block(block, language.family, config)
+    embedding = model.get_input_embeddings()
+    table = next(name for name, module in model.named_modules() if module is embedding)
+    for name, parameter in list(model.named_parameters()):  # a tied head is left out here, and follows at the end
+        stored = _read(language, name, parameter.shape, table)
+        _set_parameter(model, name, _parameter(stored.to(device, dtype)))
+    model.tie_weights()
+    return model
+
+
+def _read(source: LanguageModel, name: str, shape: torch.Size, table: str) -> Tensor:
+    return source.tensor(_located(source, name, shape, table))
+
+
+def _located(source: LanguageModel, name: str, shape: torch.Size, table: str) -> str:
+    # The name under which a source has a parameter of the model, checked to be there and of the right shape.
+    name = source.family.file_name(name)
+    if name == f"{HEAD}.weight":
+        if source.tied_embeddings:
+            name = f"{table}.weight"
+        elif name not in source.names:
+            raise CheckpointError(
+                f"{source.directory}: no {name} is stored, but config.json says that the head is not the embedding. "
+                "Set tie_word_embeddings to true there if it is; else get the missing file."
+            )
+    got = source.shape(name)
+    if got == tuple(shape):
+        return name
+    hint = "The files do not belong together."
+    tables = [each for each in (f"{table}.weight", f"{HEAD}.weight") if each in source.names]
+    if name in tables and {source.shape(each) for each in tables} == {(got[0], *shape[1:])}:
+        hint = f"If the vocabulary was resized, as by a merge, set vocab_size to {got[0]} in config.json."
+    raise CheckpointError(
+        f"{source.directory}: {name} has shape {got}, expected {tuple(shape)} from config.json. {hint}"
+    )
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def _build_skeleton(
+    source: LanguageModel, config: dict[str, Any], dtype: torch.dtype, device: torch.device, *, pads: bool = False
+) -> Any:
+    path = source.directory / "config.json"
+    parsed = parse_config(config, path)
+    with explain_transformers(path):
+        return _meta_model(parsed, dtype, device, pads=pads)
+
+
+def _meta_model(parsed: Any, dtype: torch.dtype, device: torch.device, *, pads: bool) -> Any:
+    # The model on the meta device. Where rows are padded, attention is Transformers' own, which heeds it.
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415 - seconds to import, and only needed here
+
+    with _META:
+        kind = AutoModelForCausalLM._model_mapping[type(parsed)]
+        plain_attention = "sdpa" if kind._supports_sdpa else "eager"
+        attention = plain_attention if pads else attention_for(kind)
+        model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, attn_implementation=attention)
+    model.eval()
+    # Buffers that no checkpoint holds (rotary frequencies) are computed by the model's own initialisation, in
+    # float32 whatever the dtype of the weights: rounding them ruins long contexts.
+    for module in model.modules():
+        names = module._non_persistent_buffers_set
+        for name in names:
+            setattr(module, name, torch.empty_like(getattr(module, name), device=device))
+        if names:
+            model._init_weights(module)
+    return model
+
+
+def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    path, _, leaf = name.rpartition(".")
+    module.get_submodule(path).register_parameter(leaf, parameter)

@@ -1,0 +1,1 @@
+"""Statistics of the inputs and outputs of linears."""

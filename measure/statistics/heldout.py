@@ -1,0 +1,105 @@
+"""How much to damp a Gram matrix, and how far to trust it: what feedback fitted on half of the rows does on the others.
+
+Feedback fits the calibration tokens, and the fewer effective tokens there are, the better it fits them and the worse
+all others. Damping holds it back. Each stage needs its own: on SmolLM2 with 8 rows of 1024 tokens the best lies between
+1 % (q, k, v) and 80 % (down) of the diagonal.
+
+Nothing is rounded to find out. With H the damped Gram matrix of the fit and H^-1 = U^T U, error feedback turns the
+rounding errors d_k of the rows, which are as good as independent, into ``dW = -U^T diag(1 / U_kk) d``. Their variance
+goes with the square of the row's scales, and that with the mean square s_k of its weights, in which the rows of a group
+agree (see ``row_groups``). So on tokens with the Gram matrix M the damage should be proportional to
+``sum_k s_k (U M U^T)_kk / U_kk^2``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...linalg.hessian import inverse_factor
+from ...linalg.row_groups import row_powers
+
+__all__ = ["DAMPINGS", "HeldOut", "judge_halves"]
+
+DAMPINGS = (0.02, 0.1, 0.5)
+"""Dampings to choose from, relative to the mean of the Gram matrix's diagonal."""
+
+_WITHOUT_HALVES = 0.2
+"""Damping where there is only one row, so that nothing can be held out."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """What the halves say of each other.
+
+    Attributes:
+        damping: The damping whose feedback, fitted on one half, costs least on the other.
+        inflation: Damage on tokens that were not seen, relative to the damage that the fit reports, damping included.
+    """
+
+    damping: float
+    inflation: float
+
+
+class _Trial(NamedTuple):
+    """Expected damage: as the damped fit reports it, on the tokens of the fit, and on the other half."""
+
+    reported: float
+    own: float
+    other: float
+
+
+def judge_halves(
+    weights: Sequence[Tensor],
+    grams: Sequence[Tensor],
+    fishers: Sequence[Tensor],
+    *,
+    dampings: Sequence[float] = DAMPINGS,
+) -> HeldOut:
+    """Try the feedback of one stage, fitted on each half of the calibration rows, on the other.
+
+    What a fit on n tokens loses on others, compared with its own, falls as 1 / n. So the fit on both halves is expected
+    midway between what a fit on one half does on that half and on the other.
+
+    Args:
+        weights: Weight of each linear of the stage, floating point, shape (K, out).
+        grams: Gram matrix of each half, float32, shape (K, K).
+        fishers: Fisher weights of each linear's outputs, float32, shape (out,).
+        dampings: Dampings to choose from.
+
+    Returns:
+        The choice; an inflation of 1 where one half is empty, or all weights are zero or next to it.
+    """
+    power = sum(map(row_powers, weights, fishers), torch.zeros(len(grams[0]), device=grams[0].device))
+    if not (all(bool(gram.any()) for gram in grams) and bool(power.any())):
+        return HeldOut(dampings[0] if len(dampings) == 1 else _WITHOUT_HALVES, 1.0)
+    there = _trials(power, grams[0], grams[1], dampings)
+    best = min(range(len(dampings)), key=lambda index: there[index].other)
+    (back,) = _trials(power, grams[1], grams[0], dampings[best : best + 1])
+    both = there[best], back
+    reported = sum(trial.reported for trial in both)
+    if not reported > 0:  # too little for float32
+        return HeldOut(dampings[best], 1.0)
+    return HeldOut(dampings[best], sum(trial.own + trial.other for trial in both) / 2 / reported)
+
+
+def _trials(power: Tensor, fit: Tensor, other: Tensor, dampings: Sequence[float]) -> list[_Trial]:
+    order = fit.diagonal().argsort(descending=True, stable=True)
+    other = other[order[:, None], order]
+    power = power[order]
+    trials = []
+    for damping in dampings:
+        factor = inverse_factor(fit, damping, order=order, dtype=torch.float32)  # to compare, that is precise enough
+        pivots = factor.upper.diagonal()
+        reported = float(power @ pivots.square().reciprocal())
+        feedback = factor.upper.div_(pivots.clone()[:, None])
+        held_out = float(power @ (feedback @ other).mul_(feedback).sum(dim=1))
+        # The damped matrix is that of the fit plus a multiple of one.
+        added = damping * float(fit.diagonal().mean()) * float(power @ feedback.square_().sum(dim=1))
+        trials.append(_Trial(reported, reported - added, held_out))
+        del factor, pivots, feedback  # views of one large matrix, which the next one need not stand beside
+    return trials

@@ -1,0 +1,181 @@
+"""The measurement that a run works from: one that was given, one that an earlier run left behind, or a new one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..checkpoint.files.paths import refuse_foreign
+from ..checkpoint.model.families import EMBEDDING
+from ..checkpoint.source.checkpoint import Checkpoint
+from ..checkpoint.source.language import language_model
+from ..checkpoint.source.linears import model_linears
+from ..convert.exl2.plan.plan import is_plan
+from ..errors import BpwiseWarning, FormatError
+from ..measure.measurement import Measurement, is_measurement
+from ..measure.run import (
+    MeasureConfig,
+    calibration_rows,
+    measure_model,
+    measured_rows,
+    measurement_provenance,
+)
+from ..measure.text.calibration import CalibrationSet, is_calibration
+from ..progress import Progress, silent
+from .costs import StageClock
+
+__all__ = [
+    "MEASUREMENT_FILE",
+    "PLAN_FILE",
+    "GivenMeasurement",
+    "check_work",
+    "load_measurement",
+    "obtain_measurement",
+]
+
+MEASUREMENT_FILE = "measurement.safetensors"
+"""Where a run keeps its measurement in the work directory."""
+
+CALIBRATION_FILE = "calibration.safetensors"
+PLAN_FILE = "plan.json"
+"""Where it keeps its calibration rows, and its plan."""
+
+
+@dataclass(frozen=True, slots=True)
+class GivenMeasurement:
+    """A measurement to work from, read once.
+
+    Attributes:
+        path: Its file.
+        measurement: What it holds.
+    """
+
+    path: Path
+    measurement: Measurement
+
+    @classmethod
+    def load(cls, path: Path | None, checkpoint: Checkpoint, progress: Progress) -> GivenMeasurement | None:
+        """Read a measurement as ``load_measurement``; None if there is no file of one."""
+        return None if path is None else cls(path, load_measurement(path, checkpoint, progress))
+
+
+def obtain_measurement(
+    checkpoint: Checkpoint,
+    config: MeasureConfig,
+    work: Path,
+    clock: StageClock,
+    progress: Progress,
+    *,
+    given: GivenMeasurement | None,
+    calibration: CalibrationSet | None,
+    check_rows: Callable[[CalibrationSet], object] | None = None,
+) -> tuple[Measurement, CalibrationSet]:
+    """Return a model's measurement and its calibration rows, which are saved in the work directory.
+
+    Args:
+        checkpoint: The model.
+        config: How to measure, where there is no measurement yet.
+        work: Work directory; a new measurement is kept in it.
+        clock: Takes the time of what is done.
+        progress: Wraps the blocks of each pass.
+        given: A measurement of this model; None looks into the work directory, or measures.
+        calibration: Rows to use instead of those that ``config.calibration`` describes; not with ``given``.
+        check_rows: Called with the rows before the long work; it may raise.
+
+    Raises:
+        BpwiseError: As ``calibration_rows`` and ``measure_model``.
+    """
+    if given is not None:
+        measured, rows = given.measurement, measured_rows(given.measurement)
+        if check_rows is not None:
+            check_rows(rows)
+    else:
+        with clock.stage("calibration text"):
+            rows = calibration_rows(checkpoint, config.calibration, device=config.device, given=calibration)
+        if check_rows is not None:
+            check_rows(rows)
+        with clock.stage("measure"):
+            measured = _measured(checkpoint, rows, config, work, progress)
+    rows.save(work / CALIBRATION_FILE)
+    return measured, rows
+
+
+def check_work(work: Path) -> None:
+    """Refuse a work directory in which a run would replace files that are not a run's.
+
+    Args:
+        work: The directory; it need not exist.
+
+    Raises:
+        WorkDirectoryError: There is such a file.
+    """
+    advice = "name another --work-dir"
+    refuse_foreign(work / MEASUREMENT_FILE, is_measurement, "a measurement", advice=advice)
+    refuse_foreign(work / CALIBRATION_FILE, is_calibration, "a calibration set", advice=advice)
+    refuse_foreign(work / PLAN_FILE, is_plan, "a plan", advice=advice)
+
+
+def load_measurement(path: Path, checkpoint: Checkpoint, progress: Progress = silent) -> Measurement:
+    """Read a measurement of a model.
+
+    Args:
+        path: The file.
+        checkpoint: The model.
+        progress: Wraps what is read of the model to know it.
+
+    Raises:
+        BpwiseError: As ``Measurement.load`` and ``measured_rows``.
+        FormatError: It belongs to another model.
+    """
+    measurement = Measurement.load(path)
+    measured_rows(measurement)
+    checkpoint.prepare_fingerprint(progress)
+    if measurement.provenance.get("model") != checkpoint.fingerprint:
+        raise FormatError(
+            f"{path}: the measurement belongs to another model than {checkpoint.directory}, or to what its files were "
+            "before they changed, or to an earlier version of bpwise, which looked only at samples of the weights. "
+            "Measure this model again."
+        )
+    source = language_model(checkpoint)
+    linears, head = model_linears(source)
+    measured = [(x.name, x.in_features, x.out_features) for x in (*measurement.linears, measurement.head)]
+    if measured != [(x.name, x.in_features, x.out_features) for x in (*linears, head)]:
+        raise FormatError(
+            f"{path}: the measurement has other linears than {checkpoint.directory}. Got {len(measured)}. Expected "
+            f"{len(linears) + 1} with the model's names and shapes. It is damaged: measure the model again."
+        )
+    table = measurement.embedding
+    got = (f"{table.name}.weight", (table.tokens, table.hidden_size), table.tied)
+    if got != (EMBEDDING, source.shape(EMBEDDING), source.tied_embeddings):
+        raise FormatError(
+            f"{path}: the measurement has other token embeddings than {checkpoint.directory}. Got {_table(*got)}. "
+            f"Expected {_table(EMBEDDING, source.shape(EMBEDDING), source.tied_embeddings)}. It is damaged: measure "
+            "the model again."
+        )
+    return measurement
+
+
+def _table(name: str, shape: tuple[int, ...], tied: bool) -> str:
+    return f"{name} of {' x '.join(map(str, shape))}, {'the' if tied else 'not the'} output head too"
+
+
+def _measured(
+    checkpoint: Checkpoint, rows: CalibrationSet, config: MeasureConfig, work: Path, progress: Progress
+) -> Measurement:
+    kept = work / MEASUREMENT_FILE
+    if kept.exists():
+        checkpoint.prepare_fingerprint(progress)
+        wanted = measurement_provenance(checkpoint, rows, config)
+        try:
+            measurement = Measurement.load(kept)
+        except FormatError as error:
+            warnings.warn(f"{error} It is measured again now.", BpwiseWarning, stacklevel=2)
+        else:
+            # Types that are not asked for do no harm.
+            if wanted == {**measurement.provenance, "types": wanted["types"] and list(measurement.types)}:
+                return measurement
+    measurement = measure_model(checkpoint, rows, config, work, progress)
+    measurement.save(kept)
+    return measurement

@@ -1,0 +1,1 @@
+"""The rounding pass through a model, block by block."""

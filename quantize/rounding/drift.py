@@ -1,0 +1,169 @@
+"""Cancelling drift: where a stage's weight should move before it is rounded.
+
+Legend, per stage: X original inputs, Y quantized inputs (tokens, K); W weight (K, out); H = mean y y^T, weighted, as
+every mean here, by what each token counts in the end loss (see ``measure.statistics``). With T the original's output
+and S what Y makes of the unrounded weight, ``argmin ||Y V - T||^2 + ridge ||V - W||^2`` is
+``V = W + (H + ridge)^-1 mean y^T (t - s)``. Source: the first step of Qronos (Zhang et al., arXiv 2505.11695),
+with the residual stream's own drift included where a stage's output joins it.
+
+Where a norm stands between a linear's output o and the stream, what arrives is ``o g / rms(o)`` with the norm's weight
+g. With the root mean square of the *original's* o in the place of rms(o) that is linear again: T - S is multiplied by
+it, and the columns of V are what the norm's weight makes of the linear's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...checkpoint.model.families import Stage
+from ...linalg.hessian import damped_solve
+from ...linalg.sampling import thinned
+from ...measure.statistics.inputs import WeightedGram, tokens_of_halves
+
+__all__ = ["StageSums"]
+
+_RIDGES = (0.2, 0.6, 2.0, 6.0)
+"""Ridges of the drift correction to choose from, relative to the mean of H's diagonal. With a few thousand calibration
+tokens 2 is best on held-out text, with tens of thousands 0.5; 0.02, which suits rounding, overfits either."""
+
+_LEAST_GAIN = 1e-3
+"""Outputs that a norm scales down to less than this, relative to the largest, are not moved to cancel drift."""
+
+_TRIED_COLUMNS = 128
+"""Columns of the shift, evenly spread, that the ridge is chosen on."""
+
+_TINY = 1e-30
+"""Keeps sums that are zero from being divided by."""
+
+
+class StageSums:
+    """What one stage's rounding is computed from, summed over micro-batches of the quantized stream.
+
+    Every second row goes to the second of two halves, so that what is fitted on one can be judged on the other.
+    """
+
+    def __init__(self, module: Any, stage: Stage, device: torch.device, gains: Tensor | None = None) -> None:
+        """Start from nothing.
+
+        Args:
+            module: The stage's linear, unrounded; of several any one, as they share their input.
+            stage: The stage.
+            device: Where the sums are kept.
+            gains: What each output is multiplied by before it joins the residual stream, shape (out,); None for 1.
+        """
+        self._module = module
+        self._joins = stage.adds is not None
+        self._gains = torch.ones(module.out_features, device=device) if gains is None else gains
+        columns = module.out_features if self._joins else module.in_features
+        self._halves = [_Half(module.in_features, columns, device) for _ in range(2)]
+
+    def add(
+        self,
+        first_row: int,
+        inputs: Tensor,
+        target: Tensor,
+        weights: Tensor,
+        sizes: Tensor | None = None,
+    ) -> None:
+        """Add a micro-batch.
+
+        Args:
+            first_row: Index of its first row among all calibration rows.
+            inputs: y, the stage's inputs in the quantized stream, shape (rows, tokens, K) or (rows * tokens, K).
+            target: The original's input of the stage or, where it joins the residual stream, the original's sum there
+                less what the output is added to.
+            weights: Weight of each token, shape (rows, tokens).
+            sizes: What the original's output of each token is divided by before it joins the stream, shape (rows,
+                tokens, 1); None for 1.
+        """
+        inputs = inputs.view(*weights.shape, -1)
+        missing = target.to(inputs.device).view(*weights.shape, -1)
+        if not self._joins:
+            missing = missing - inputs
+        if sizes is not None:
+            missing = missing * sizes.to(inputs.device)
+        if self._joins and self._module.bias is not None:
+            missing = missing - self._module.bias * self._gains
+        row_tokens = weights.shape[1]
+        halves = tokens_of_halves(first_row * row_tokens, weights.numel(), row_tokens)
+        for half, tokens in zip(self._halves, halves, strict=True):
+            of_half = tokens.to(inputs.device)
+            half.add(inputs.flatten(0, 1)[of_half], missing.flatten(0, 1)[of_half], weights.flatten()[of_half])
+
+    def add_tokens(self, rows: Tensor, inputs: Tensor, target: Tensor, weights: Tensor) -> None:
+        """Add single tokens of a stage whose output stays inside the block.
+
+        Args:
+            rows: Index of each one's row among all calibration rows, int64, shape (tokens,).
+            inputs: y, shape (tokens, K).
+            target: The original's inputs, shape (tokens, K).
+            weights: Shape (tokens,).
+        """
+        for parity, half in enumerate(self._halves):
+            of_half = (rows % 2 == parity).to(inputs.device)
+            half.add(inputs[of_half], (target - inputs)[of_half], weights[of_half])
+
+    def solved(self, *, correct_drift: bool) -> tuple[Tensor, Tensor | None]:
+        """Return H, and the shift of the weight that cancels drift, (K, out) for a joining stage, else (K, K).
+
+        The ridge is the one whose fit on one half leaves least drift on the other; there is no shift where none of them
+        leaves less than there was. Ends the summing.
+        """
+        weights = [half.gram.weight for half in self._halves]
+        shares = [weight / max(sum(weights), _TINY) for weight in weights]
+        grams = [half.gram.mean() for half in self._halves]
+        missing = [half.missing.div_(max(half.gram.weight, _TINY)) for half in self._halves]
+        self._halves.clear()
+        if self._joins:  # what the unrounded weight makes of y is not missing: mean y^T (y W) = H W
+            made = self._module.weight.T * self._gains
+            missing = [part.addmm_(gram, made, alpha=-1) for part, gram in zip(missing, grams, strict=True)]
+        ridge = self._best_ridge(grams, missing) if correct_drift and min(weights) > 0 else None
+        gram, drift = (_weighted_sum_(parts, shares) for parts in (grams, missing))
+        if ridge is None:
+            return gram, None
+        shift = damped_solve(gram, drift, ridge)
+        return gram, shift if not self._joins else _undone(shift, self._gains)
+
+    def _best_ridge(self, grams: Sequence[Tensor], missing: Sequence[Tensor]) -> float | None:
+        # The one whose fit on the first half leaves least drift on the second; None if none leaves less than there was.
+        step = -(-missing[0].shape[1] // _TRIED_COLUMNS)
+        tried = [part[:, ::step].contiguous() for part in missing]
+        left = [_drift_left(damped_solve(grams[0], tried[0], ridge), grams[1], tried[1]) for ridge in _RIDGES]
+        return _RIDGES[left.index(min(left))] if min(left) < 0 else None
+
+
+class _Half:
+    """Sums over half of the rows."""
+
+    def __init__(self, width: int, columns: int, device: torch.device) -> None:
+        self.gram = WeightedGram(width, device)
+        self.missing = torch.zeros(width, columns, device=device)
+        self._rng = torch.Generator().manual_seed(0)
+
+    def add(self, inputs: Tensor, missing: Tensor, weights: Tensor) -> None:
+        kept, weights = thinned(weights, self._rng)
+        inputs = inputs[kept]
+        self.gram.add(inputs, weights)
+        self.missing.addmm_((inputs * weights[:, None]).T, missing[kept])
+
+
+def _weighted_sum_(parts: list[Tensor], weights: Sequence[float]) -> Tensor:
+    # In the memory of the first of two; the other goes.
+    first, second = parts
+    parts.clear()
+    return first.mul_(weights[0]).add_(second, alpha=weights[1])
+
+
+def _undone(shift: Tensor, gains: Tensor) -> Tensor:
+    # The shift of the linear's own outputs; those that hardly arrive anywhere stay.
+    arrives = gains.abs() > _LEAST_GAIN * gains.abs().max()
+    return torch.where(arrives, shift / torch.where(arrives, gains, 1), 0)
+
+
+def _drift_left(shift: Tensor, gram: Tensor, missing: Tensor) -> float:
+    # Mean of |y V - m|^2 - |m|^2 over tokens of which only mean y y^T and mean y^T m are known; negative if V helps.
+    return float(((gram @ shift - 2 * missing) * shift).sum())

@@ -1,0 +1,69 @@
+"""What the rounding pass leaves of hidden states: how far they are off after every block, and what leaves the last."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...checkpoint.files.resume import StageDirectory
+from ...measure.model.states import new_state
+
+__all__ = ["Drift", "drift_of", "drift_section", "kept_drift", "last_states"]
+
+_TINY = 1e-30
+"""Keeps states that are zero from being divided by."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drift:
+    """Distance of hidden states from the original's, relative to their norm, as root mean squares over tokens.
+
+    Attributes:
+        first_token: Of the first token of every row, whose activations are by far the largest in many models.
+        other_tokens: Of all others.
+    """
+
+    first_token: float
+    other_tokens: float
+
+
+def kept_drift(pieces: StageDirectory, blocks: int) -> list[Drift]:
+    """Return how far the hidden states after every block were from the original's, over the calibration rows."""
+    kept = (pieces.load(f"drift-{index}")["drift"].tolist() for index in range(blocks))
+    return [Drift(first_token=first, other_tokens=others) for first, others in kept]
+
+
+def last_states(pieces: StageDirectory, blocks: int, offload_dir: Path | None) -> dict[str, Tensor]:
+    """Return what the last blocks of both models make of the calibration rows: ``original`` and ``quantized``.
+
+    Float32, shape (rows, tokens, hidden size), on the CPU. All blocks must have been rounded.
+    """
+    return pieces.load(f"state-{blocks - 1}", partial(new_state, directory=offload_dir))
+
+
+def drift_section(drift: Sequence[Drift]) -> dict[str, dict[str, str | float]]:
+    """Return what a report says of the drift: section -> entry -> value; nothing where there is none."""
+    entries: dict[str, str | float] = {
+        f"block {index}": f"{each.first_token:.2%}, {each.other_tokens:.2%}" for index, each in enumerate(drift)
+    }
+    return {"Drift of the hidden states (first token, other tokens; relative)": entries} if entries else {}
+
+
+def drift_of(original: Tensor, quantized: Tensor) -> Tensor:
+    """Return how far hidden states are from the original's, as ``Drift`` has it: of first and of other tokens.
+
+    Args:
+        original: The original's, shape (rows, tokens, hidden size).
+        quantized: The quantized model's.
+
+    Returns:
+        Shape (2,), dimensionless.
+    """
+    errors, sizes = (x.square().sum(dim=-1) for x in (quantized - original, original))
+    parts = [(errors[:, :1], sizes[:, :1]), (errors[:, 1:], sizes[:, 1:])]
+    return torch.stack([error.sum() / size.sum().clamp(min=_TINY) for error, size in parts]).sqrt()

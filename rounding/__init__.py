@@ -1,1 +1,0 @@
-"""Pure tensor maths of quantizing one linear: the grid, the scale search, rounding with error feedback."""

@@ -1,0 +1,192 @@
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bpwise.convert.gguf.ggml.types import ggml_type
+from bpwise.convert.gguf.plan import Override, TypePlan, make_type_plan, size_range
+from bpwise.errors import BudgetError, ConfigError, FormatError, UnsupportedModelError
+from bpwise.measure.measurement import MeasuredLinear, MeasuredTable, Measurement
+from bpwise.quantize.gguf_pipeline import importance_of
+
+TYPES = ("Q8_0", "Q4_K", "Q4_0")
+BITS = {"F16": 16.0, "Q8_0": 8.5, "Q4_K": 4.5, "Q4_0": 4.5}
+
+
+def linear(name: str, rows: int, width: int, damage: float) -> MeasuredLinear:
+    damages = [damage / 256, damage * 0.8 if width % 256 == 0 else np.inf, damage]
+    return MeasuredLinear(
+        name=name,
+        damage_nats=np.zeros((width // 32, 1), dtype=np.float32),
+        order=np.arange(width, dtype=np.int32),
+        fisher=np.ones(rows, dtype=np.float32),
+        input_power=np.ones(width, dtype=np.float32),
+        coupling=np.zeros((rows, 0), dtype=np.float16),
+        token_weights=np.ones((1, 4), dtype=np.float16),
+        type_damage_nats=np.array(damages, dtype=np.float32),
+        damping=0.02,
+    )
+
+
+def measurement(*, tied: bool = True, types: tuple[str, ...] = TYPES) -> Measurement:
+    return Measurement(
+        linears=(
+            linear("model.layers.0.self_attn.q_proj", 96, 96, 0.03),
+            linear("model.layers.0.mlp.down_proj", 96, 256, 0.05),
+            linear("model.layers.1.mlp.down_proj", 96, 256, 0.001),
+        ),
+        head=linear("lm_head", 320, 96, 0.02),
+        embedding=MeasuredTable(
+            name="model.embed_tokens",
+            tokens=320,
+            importance=np.ones(96, dtype=np.float32),
+            type_damage_nats=np.array([0.0, np.inf, 0.01], dtype=np.float32),
+            tied=tied,
+        ),
+        other_weights=500,
+        tokens=np.zeros((1, 4), dtype=np.int32),
+        widths=(4,),
+        types=types,
+        group_size=32,
+        provenance={"model": "x"},
+    )
+
+
+def shapes(tied: bool) -> dict[str, tuple[int, int]]:
+    found = {
+        "model.layers.0.self_attn.q_proj": (96, 96),
+        "model.layers.0.mlp.down_proj": (96, 256),
+        "model.layers.1.mlp.down_proj": (96, 256),
+        "model.embed_tokens": (320, 96),
+    }
+    return found if tied else {**found, "lm_head": (320, 96)}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("bpw", [5.0, 6.3, 9.0, 12.5])
+def test_no_other_choice_within_the_size_has_less_damage(bpw: float, tied: bool) -> None:
+    plan = make_type_plan(measurement(tied=tied), bpw=bpw)
+    sizes = shapes(tied)
+    budget_bits = bpw * (sum(rows * width for rows, width in sizes.values()) + 500) - 32 * 500
+    damages = {x.name: dict(zip(TYPES, x.type_damage_nats, strict=True)) for x in measurement().linears}
+    damages["lm_head"] = dict(zip(TYPES, measurement().head.type_damage_nats, strict=True))
+    damages["model.embed_tokens"] = {"Q8_0": 0.0, "Q4_0": 0.01}
+    if tied:  # one table, both uses
+        damages["model.embed_tokens"] = {k: d + damages["lm_head"][k] for k, d in damages["model.embed_tokens"].items()}
+    best = min(
+        sum({**damages[name], "F16": 0.0}[kind] for name, kind in zip(sizes, choice, strict=True))
+        for choice in itertools.product(*([k for k in BITS if k != "Q4_K" or w % 256 == 0] for _, w in sizes.values()))
+        if sum(BITS[kind] * rows * width for kind, (rows, width) in zip(choice, sizes.values(), strict=True))
+        <= budget_bits
+    )
+    assert {tensor.name for tensor in plan.tensors} == set(sizes)
+    assert plan.bpw <= bpw
+    assert plan.damage_nats == pytest.approx(best, rel=1e-6)
+    assert plan.gap == 0.0
+
+
+def test_counts_norms_as_float32() -> None:
+    plan = make_type_plan(measurement(), tensor_bytes=size_range(measurement())[1])
+    weights = sum(rows * width for rows, width in shapes(True).values())
+    assert plan.weights == weights + 500
+    assert plan.stored_bytes == 2 * weights + 4 * 500
+    assert plan.weights_per_type() == {"F16": 1.0}
+
+
+def test_a_target_in_bytes() -> None:
+    least, most = size_range(measurement())
+    assert make_type_plan(measurement(), tensor_bytes=least).stored_bytes == least
+    assert make_type_plan(measurement(), tensor_bytes=most).stored_bytes == most
+    with pytest.raises(BudgetError, match=f"from {least} to {most}"):
+        make_type_plan(measurement(), tensor_bytes=least - 1)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["model.layers.*.mlp.down_proj", "*.down_proj.weight", "blk.*.ffn_down.weight", "blk.[01].ffn_down"],
+)
+def test_overrides_by_either_name(pattern: str) -> None:
+    plan = make_type_plan(measurement(), bpw=9.0, overrides=[Override.parse(f"{pattern}=q4_0")])
+    kinds = plan.kinds
+    assert kinds["model.layers.0.mlp.down_proj"].name == kinds["model.layers.1.mlp.down_proj"].name == "Q4_0"
+    assert kinds["model.layers.0.self_attn.q_proj"].name != "Q4_0"
+
+
+def test_the_last_override_wins() -> None:
+    overrides = [Override.parse("*=Q8_0"), Override.parse("blk.1.*=Q4_K"), Override.parse("blk.0.ffn_down=F16")]
+    kinds = make_type_plan(measurement(), bpw=10.0, overrides=overrides).kinds
+    assert [kinds[name].name for name in shapes(True)] == ["Q8_0", "F16", "Q4_K", "Q8_0"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("blk.7.*=Q8_0", "no tensor"),
+        ("*.q_proj=Q4_K", "multiple of 256"),
+        ("*.down_proj=Q6_K", "does not know this type"),
+    ],
+)
+def test_refuses_an_override_that_cannot_be(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_type_plan(measurement(), bpw=6.0, overrides=[Override.parse(override)])
+
+
+@pytest.mark.parametrize("text", ["blk.0", "=Q8_0", "blk.0=Q9"])
+def test_refuses_an_override_of_another_form(text: str) -> None:
+    with pytest.raises(ConfigError):
+        Override.parse(text)
+
+
+def test_refuses_a_measurement_without_types() -> None:
+    with pytest.raises(ConfigError, match=r"bpwise\[gguf\]"):
+        make_type_plan(measurement(types=()), bpw=6.0)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    plan = make_type_plan(measurement(), bpw=6.0)
+    plan.save(tmp_path / "plan.json")
+    assert TypePlan.load(tmp_path / "plan.json") == plan
+    assert plan.tensors[0].kind == ggml_type(plan.tensors[0].type)
+
+
+def test_refuses_another_file(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({"bpwise_plan": 1}))
+    with pytest.raises(FormatError, match="not a GGUF plan"):
+        TypePlan.load(path)
+    path.write_text(json.dumps({"bpwise_type_plan": 1, "tensors": [{"name": "x"}]}))
+    with pytest.raises(FormatError, match="damaged"):
+        TypePlan.load(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tensors": []}, "tensors: .*length >= 1"),
+        ({"type": "Q9_K"}, r"tensors\[0\]: type must be one of"),
+        ({"type": "Q4_K", "row_weights": 64}, r"tensors\[0\]: .*row_weights a multiple of its blocks"),
+        ({"rows": 0}, r"tensors\[0\]\.rows: .* Got 0\. Expected int >= 1"),
+        ({"damage_nats": float("nan")}, r"tensors\[0\]\.damage_nats: .* Got nan"),
+        ({"other_weights": "1"}, r"other_weights: .* Got '1'\. Expected int"),
+        ({"lower_bound_nats": None}, r"lower_bound_nats: .* Got None\. Expected float"),
+    ],
+)
+def test_refuses_a_damaged_plan(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    path = tmp_path / "plan.json"
+    make_type_plan(measurement(), bpw=6.0).save(path)
+    plan = json.loads(path.read_text())
+    for key, value in changes.items():
+        (plan if key in plan else plan["tensors"][0])[key] = value
+    path.write_text(json.dumps(plan))
+    with pytest.raises(FormatError, match=rf"plan\.json: {message}.*make it again with `bpwise plan`"):
+        TypePlan.load(path)
+
+
+def test_importances_of_linears_that_gguf_does_not_know() -> None:
+    measured = measurement()
+    expert = replace(measured.linears[0], name="model.layers.0.block_sparse_moe.experts.0.w1")
+    with pytest.raises(UnsupportedModelError, match=r"experts\.0\.w1: has no name in GGUF"):
+        importance_of(replace(measured, linears=(expert, *measured.linears[1:])))

@@ -1,0 +1,225 @@
+"""llama.cpp as the judge, against Transformers on the same weights: real library, small random models."""
+
+import ctypes
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bpwise.checkpoint.source.checkpoint import Checkpoint
+from bpwise.cli import cli
+from bpwise.convert.gguf.file.reader import GgufModel
+from bpwise.errors import CheckpointError, ConfigError
+from bpwise.eval.comparison import EvalConfig, compare_models, evaluate
+from bpwise.eval.engines import llamacpp
+from bpwise.eval.engines.engine import compare_in_engine
+from bpwise.eval.engines.llamacpp import LlamaLibrary, load_library
+from bpwise.measure.text.calibration import CalibrationSet
+from click.testing import CliRunner
+from transformers import AutoConfig, AutoModelForCausalLM
+
+gguf = pytest.importorskip("gguf")
+pytest.importorskip("xllamacpp")
+
+ALL = ("llama", "gradient", "llama3", "llama3-other", "linear", "yarn", "mistral", "three-heads", "qwen2", "qwen3")
+
+
+@pytest.fixture(scope="module")
+def library() -> LlamaLibrary:
+    return load_library()
+
+
+def rows_of(rows: int, row_tokens: int) -> CalibrationSet:
+    tokens = torch.randint(320, (rows, row_tokens), generator=torch.Generator().manual_seed(2))
+    return CalibrationSet(tokens=tokens, origins=("random",) * rows, description="random ids", adds_bos=False)
+
+
+def requantized(source: Path, target: Path, *, decoded: bool) -> Path:
+    """Round all matrices to Q8_0 or, with the same values, to what Q8_0 decodes to."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(key, field.contents(), field.types[0], sub_type=sub_type)
+    kind = gguf.GGMLQuantizationType.Q8_0
+    for tensor in reader.tensors:
+        values = np.array(tensor.data)
+        if values.ndim == 1:
+            writer.add_tensor(tensor.name, values)
+        elif decoded:
+            writer.add_tensor(tensor.name, gguf.quants.dequantize(gguf.quants.quantize(values, kind), kind))
+        else:
+            writer.add_tensor(tensor.name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+def far_divergence(library: LlamaLibrary, model: Any, tokens: int, first: int) -> tuple[float, float]:
+    """Mean KL divergence of llama.cpp, and of Transformers from the GGUF file's config, from Transformers' original.
+
+    Over positions from ``first`` on, in nats per token.
+    """
+    ids = rows_of(1, tokens).tokens
+    with library.model(model.file, row_tokens=tokens, threads=1) as engine:
+        engines = torch.cat(list(engine.logits(ids[0])))[first:].double().log_softmax(-1)
+    # The wanted dtype from the start: rotary frequencies must never pass through another.
+    original = AutoModelForCausalLM.from_pretrained(model.directory, dtype=torch.float32)
+    read = GgufModel.open(model.file)
+    rebuilt = AutoModelForCausalLM.from_config(AutoConfig.for_model(**read.config), dtype=torch.float32)
+    missing, unexpected = rebuilt.load_state_dict({name: read.tensor(name) for name in read.names}, strict=False)
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"}  # if it is tied
+    with torch.no_grad():
+        expected, again = (each(ids).logits[0, first:].double().log_softmax(-1) for each in (original, rebuilt))
+    kl = [float((expected.exp() * (expected - other)).sum(-1).mean()) for other in (engines, again)]
+    return kl[0], kl[1]
+
+
+class TestLongContext:
+    @pytest.mark.parametrize("name", ALL)
+    def test_beyond_1000(self, library: LlamaLibrary, converted: Any, name: str) -> None:
+        engine, rebuilt = far_divergence(library, converted[name], 1300, 1000)
+        # llama.cpp multiplies frequencies up in float32, Transformers takes powers: that alone gives some 1e-10.
+        assert abs(engine) < 1e-8
+        assert abs(rebuilt) < 1e-8
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", ["gradient", "llama3"])
+    def test_beyond_32k(self, library: LlamaLibrary, converted: Any, name: str) -> None:
+        engine, rebuilt = far_divergence(library, converted[name], 33300, 32768)
+        # The same differences of frequencies turn angles 30 times as far, and the divergence is quadratic in them.
+        assert abs(engine) < 1e-6
+        assert abs(rebuilt) < 1e-6
+
+
+class TestCompareInEngine:
+    def test_agrees_with_transformers_on_decoded_weights(
+        self, library: LlamaLibrary, converted: Any, tmp_path: Path
+    ) -> None:
+        # Rows end within a batch of llama.cpp's, at its end, and one token after it.
+        source, base = Checkpoint.open(converted["llama"].directory), GgufModel.open(converted["llama"].file)
+        other = GgufModel.open(requantized(base.path, tmp_path / "q.gguf", decoded=True))
+        for row_tokens in (40, 256, 257):
+            rows = rows_of(3, row_tokens)
+            got = compare_in_engine(source, base, other, rows, library)
+            expected = compare_models(source, other, rows, EvalConfig(device="cpu"))
+            for name in ("kl_nats", "original_perplexity", "quantized_perplexity", "top1_agreement"):
+                value, reference = getattr(got.summary, name).value, getattr(expected.summary, name).value
+                # Both in float32, so apart by about 1e-6 of the logits.
+                assert value == pytest.approx(reference, rel=1e-3), name
+            assert got.summary.kl_nats.value > 1e-5
+            assert got.floor_nats < 1e-8
+            assert got.predicted_tokens == 3 * (row_tokens - 1)
+            assert (got.original.name, got.quantized.name) == ("llama", "q.gguf")
+            assert got.quantized.stored_bytes == (tmp_path / "q.gguf").stat().st_size
+            assert "xllamacpp" in got.engine
+            assert got.dtype == "float32"
+
+    def test_quantized_weights(self, library: LlamaLibrary, converted: Any, tmp_path: Path) -> None:
+        source, base = Checkpoint.open(converted["qwen3"].directory), GgufModel.open(converted["qwen3"].file)
+        other = GgufModel.open(requantized(base.path, tmp_path / "q.gguf", decoded=False))
+        got = compare_in_engine(source, base, other, rows_of(2, 64), library).summary.kl_nats.value
+        plain = compare_models(source, other, rows_of(2, 64), EvalConfig(device="cpu")).summary.kl_nats.value
+        # llama.cpp rounds the activations that meet Q8_0 weights to 8 bits as well: a multiple, but no other size.
+        assert plain < got < 20 * plain
+
+    def test_same_file(self, library: LlamaLibrary, converted: Any) -> None:
+        source, base = Checkpoint.open(converted["llama"].directory), GgufModel.open(converted["llama"].file)
+        got = compare_in_engine(source, base, base, rows_of(1, 30), library)
+        assert got.summary.kl_nats.value == 0
+        assert got.within_floor
+
+    def test_base_of_another_model(self, library: LlamaLibrary, converted: Any) -> None:
+        source, base = Checkpoint.open(converted["llama"].directory), GgufModel.open(converted["gradient"].file)
+        with pytest.raises(CheckpointError, match="not a conversion of that model"):
+            compare_in_engine(source, base, base, rows_of(1, 30), library)
+
+    def test_base_is_quantized(self, library: LlamaLibrary, converted: Any, tmp_path: Path) -> None:
+        source = Checkpoint.open(converted["llama"].directory)
+        base = GgufModel.open(requantized(converted["llama"].file, tmp_path / "q.gguf", decoded=False))
+        with pytest.raises(ConfigError, match="stored as Q8_0, expected an unquantized base"):
+            compare_in_engine(source, base, base, rows_of(1, 30), library)
+        with pytest.raises(ConfigError, match="llama: not a GGUF file"):
+            compare_in_engine(source, base, source, rows_of(1, 30), library)
+        with pytest.raises(ConfigError, match="positions for 4096"):
+            base = GgufModel.open(converted["llama"].file)
+            compare_in_engine(source, base, base, rows_of(1, 4097), library)
+
+
+ENDS = ("csv", "html", "json", "md")
+
+
+class TestCommandLine:
+    def test_reports_lie_beside_the_file(
+        self, converted: Any, byte_tokenizer: Any, tmp_path: Path, library: LlamaLibrary
+    ) -> None:
+        original = tmp_path / "original"
+        shutil.copytree(converted["qwen2"].directory, original)
+        (original / "tokenizer.model").unlink()
+        byte_tokenizer.save_pretrained(original)
+        quantized = requantized(converted["qwen2"].file, tmp_path / "small.gguf", decoded=True)
+        text = tmp_path / "text.txt"
+        text.write_text(" ".join(map(str, range(200))))
+        options = ["--text", str(text), "-r", "2", "-l", "30"]
+        command = ["eval", str(original), str(quantized), *options]
+        engine = ["--engine", "llama.cpp", "--base", str(converted["qwen2"].file)]
+        for extra in (["--device", "cpu"], engine):
+            run = CliRunner().invoke(cli, [*command, *extra], catch_exceptions=False)
+            assert run.exit_code == 0, run.output
+            assert "nats per token" in run.output
+        reports = sorted(path.name for path in tmp_path.glob("small.*") if path != quantized)
+        assert reports == [f"small.{kind}report.{end}" for kind in ("llama.cpp.", "") for end in ENDS]
+        assert "| run by | Transformers |" in (tmp_path / "small.report.md").read_text()
+        assert "| run by | llama.cpp (xllamacpp" in (tmp_path / "small.llama.cpp.report.md").read_text()
+        plain = evaluate(original, quantized, EvalConfig(text=str(text), rows=2, row_tokens=30, device="cpu"))
+        assert plain.quantized.stored_bytes == quantized.stat().st_size
+        for wrong in (engine[:2], engine[2:]):
+            assert CliRunner().invoke(cli, [*command, *wrong]).exit_code == 2
+
+
+class TestLibrary:
+    def test_refuses_a_file(self, library: LlamaLibrary, tmp_path: Path) -> None:
+        path = tmp_path / "x.gguf"
+        path.write_bytes(b"GGUF and nothing more")
+        with (
+            pytest.raises(CheckpointError, match=r"llama\.cpp cannot load it .*version"),
+            library.model(path, row_tokens=8, threads=1),
+        ):
+            pass
+
+    def test_other_layout(self, monkeypatch: pytest.MonkeyPatch, library: LlamaLibrary) -> None:
+        monkeypatch.setattr(llamacpp, "_DEFAULTS", {**llamacpp._DEFAULTS, "type_k": 7})
+        with pytest.raises(ConfigError, match=r"has type_k = 1 by default, expected 7.*xllamacpp=="):
+            LlamaLibrary(library._path, "again")
+
+    def test_other_version(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(llamacpp, "XLLAMACPP_VERSION", "1.2.3")
+        llamacpp._load.cache_clear()
+        try:
+            with pytest.raises(ConfigError, match=r"expected 1\.2\.3"):
+                load_library()
+        finally:
+            llamacpp._load.cache_clear()
+
+    def test_directory(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="no shared library"):
+            load_library(tmp_path)
+        (tmp_path / "build" / "bin").mkdir(parents=True)
+        (tmp_path / "build" / "bin" / "libllama.so").write_bytes(b"no library")
+        with pytest.raises(ConfigError, match="cannot be loaded"):
+            load_library(tmp_path)
+
+    def test_fields_stand_where_c_puts_them(self) -> None:
+        # From the header of llama.cpp: 22 fields of 4 bytes, two pointers, two enumerations.
+        parameters = llamacpp._ContextParameters
+        assert parameters.n_threads.offset == 28
+        assert parameters.flash_attn_type.offset == 52
+        assert parameters.cb_eval.offset == 88
+        assert (parameters.type_k.offset, parameters.type_v.offset) == (104, 108)
+        assert ctypes.sizeof(llamacpp._Batch) == 56

@@ -1,0 +1,147 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from bpwise.convert.exl2.file.layout import RowGroup
+from bpwise.convert.exl2.file.linear import QuantizedLinear
+from bpwise.convert.exl2.file.reader import Exl2Model
+from bpwise.convert.exl2.file.writer import write_model
+from bpwise.convert.exl2.plan.plan import LinearPlan, Plan
+from bpwise.convert.gguf.file.reader import GgufModel
+from bpwise.convert.gguf.ggml.types import ggml_type
+from bpwise.convert.gguf.plan import TensorPlan, TypePlan
+from bpwise.errors import FormatError
+from bpwise.eval.models import open_any
+from bpwise.eval.report.layers import LinearCost, linear_costs, plan_beside
+
+NAMES = [f"model.layers.{block}.self_attn.{name}_proj" for block in range(2) for name in "qkvo"]
+
+
+def linear(rows: int, columns: int) -> QuantizedLinear:
+    return QuantizedLinear(
+        groups=(RowGroup(5, 32), *((RowGroup(3, rows - 32),) if rows > 32 else ())),
+        codes=torch.zeros(rows, columns, dtype=torch.uint8),
+        scale_codes=torch.zeros(2 if rows > 32 else 1, columns, dtype=torch.uint8),
+        ceilings=torch.full((2 if rows > 32 else 1,), 0.1).half(),
+        order=torch.arange(rows),
+    )
+
+
+@pytest.fixture
+def model(make_model: Callable[..., Path], tmp_path: Path) -> Path:
+    source = open_any(make_model("original", hidden_size=64))
+    shapes = {name: source.shape(f"{name}.weight") for name in NAMES}
+    write_model(
+        source,
+        {name: (lambda shape=shape: linear(shape[1], shape[0])) for name, shape in shapes.items()},
+        tmp_path / "exl2",
+        quantization={
+            "version": "0.3.2",
+            "bits": 4.0,
+            "head_bits": 16,
+            "calibration": {"rows": 1, "length": 8, "dataset": "none"},
+        },
+        provenance={},
+    )
+    return tmp_path / "exl2"
+
+
+def plan_of(model: Path, bits: tuple[int, int] = (5, 3)) -> Path:
+    source = open_any(model)
+    plans = [
+        LinearPlan(
+            name=name,
+            in_features=64,
+            out_features=source.shape(f"{name}.weight")[0],
+            group_rows=(32, 32),
+            group_bits=bits,
+            damage_nats=0.001 * number,
+        )
+        for number, name in enumerate(NAMES)
+    ]
+    path = model.with_name(f"{model.name}.work") / "plan.json"
+    Plan(linears=tuple(plans), head=None, target_bpw=4.0, head_bits=16, lower_bound_nats=0.0, measurement="m").save(
+        path
+    )
+    return path
+
+
+def test_names() -> None:
+    inside, outside = LinearCost("model.layers.12.mlp.down_proj", 4.0), LinearCost("lm_head", 6.0)
+    assert (inside.block, inside.kind) == (12, "down_proj")
+    assert (outside.block, outside.kind) == (None, "lm_head")
+    assert LinearCost("model.layers.3.mlp.experts.11.up_proj", 4.0).block == 3
+
+
+def test_exl2_and_its_plan(model: Path) -> None:
+    assert plan_beside(model) is None
+    source = open_any(model)
+    assert isinstance(source, Exl2Model)
+    bare = linear_costs(source)
+    inner = {f"model.layers.{i}.mlp.{x}_proj": 16.0 for i in (0, 1) for x in ("gate", "up", "down")}
+    assert {cost.name: cost.bpw for cost in bare if cost.name not in NAMES} == inner  # they stayed in float16
+    assert len(bare) == len(NAMES) + len(inner)
+    expected = {name: source.linear(name).stored_bits for name in NAMES}
+    for cost in (cost for cost in bare if cost.name in NAMES):
+        assert cost.bpw == expected[cost.name] / (64 * source.shape(f"{cost.name}.weight")[0])
+        assert cost.damage_nats is None
+    path = plan_of(model)
+    assert plan_beside(model) == path
+    damages = {cost.name: cost.damage_nats for cost in linear_costs(source, path) if cost.name in NAMES}
+    assert damages == {name: 0.001 * number for number, name in enumerate(NAMES)}
+
+
+def test_plan_of_another_size_is_not_believed(model: Path) -> None:
+    assert {cost.damage_nats for cost in linear_costs(open_any(model), plan_of(model, (6, 3)))} == {None}
+
+
+def test_damaged_plan(model: Path) -> None:
+    path = plan_of(model)
+    tensor = {"name": "x", "type": "Q9_K", "damage_nats": 0.1}
+    unknown = [
+        {"bpwise_type_plan": 1, "tensors": [{**tensor, **changes}]} for changes in ({}, {"type": "F16", "name": 1})
+    ]
+    for content in ({}, {"linears": [{"name": "x"}], "head": None}, {"bpwise_type_plan": 1, "tensors": 5}, *unknown):
+        path.write_text(json.dumps(content))
+        with pytest.raises(FormatError, match="The plan is damaged: make it again"):
+            linear_costs(open_any(model), path)
+
+
+def test_unquantized_models_have_none(make_model: Callable[..., Path]) -> None:
+    assert linear_costs(open_any(make_model("original"))) == ()
+
+
+def test_gguf_and_its_plan(tmp_path: Path) -> None:
+    types = {"model.embed_tokens": "Q8_0", "model.layers.10.mlp.up_proj": "Q4_0", "model.layers.9.mlp.up_proj": "Q6_K"}
+
+    class File(GgufModel):
+        """Only what is asked of it: names, shapes and types."""
+
+        def __init__(self) -> None:
+            self._names = frozenset({*(f"{name}.weight" for name in types), "model.norm.weight"})
+
+        def shape(self, name: str) -> tuple[int, ...]:
+            return (256,) if "norm" in name else (4, 256)
+
+        def stored(self, name: str) -> Any:
+            return SimpleNamespace(type=ggml_type(types[name.removesuffix(".weight")]))
+
+    file = cast("GgufModel", File())
+    costs = linear_costs(file)
+    assert [(cost.name, cost.bpw) for cost in costs] == [
+        ("model.embed_tokens", 8.5),
+        ("model.layers.9.mlp.up_proj", 6.5625),
+        ("model.layers.10.mlp.up_proj", 4.5),
+    ]
+    tensors = [
+        TensorPlan(name=name, rows=4, row_weights=256, type=kind, damage_nats=0.25) for name, kind in types.items()
+    ]
+    path = tmp_path / "plan.json"
+    TypePlan(tensors=tuple(tensors), other_weights=256, target_bytes=9999, lower_bound_nats=0.0, measurement="m").save(
+        path
+    )
+    assert {cost.damage_nats for cost in linear_costs(file, path)} == {0.25}

@@ -1,0 +1,259 @@
+import csv
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from bpwise.errors import NumericalError, WorkDirectoryError
+from bpwise.eval.comparison import Comparison
+from bpwise.eval.metrics.estimate import Estimate
+from bpwise.eval.models import ModelSummary
+from bpwise.eval.report.layers import LinearCost
+from bpwise.eval.report.report import (
+    comparison_table,
+    joint_lines,
+    joint_markdown,
+    markdown_report,
+    report_names,
+    summary_lines,
+    try_report,
+    write_joint_report,
+    write_report,
+)
+from bpwise.eval.report.verdict import LEVELS, headline, verdict, verdict_sentence
+
+
+def with_kl(comparison: Comparison, kl: Estimate) -> Comparison:
+    return replace(comparison, summary=replace(comparison.summary, kl_nats=kl))
+
+
+def table_rows(markdown: str) -> dict[str, list[str]]:
+    rows = [line.strip("| ").split(" | ") for line in markdown.splitlines() if line.startswith("| ")]
+    return {row[0]: [cell.strip() for cell in row[1:]] for row in rows}
+
+
+def test_markdown(comparison: Comparison) -> None:
+    text = markdown_report(comparison)
+    assert text.startswith("# llama-4bpw against llama\n")
+    assert text.splitlines()[2] == (
+        "**0.0123 nats/token, top-1 agreement 93.44 %: close to the original (judged on 4 rows of text only).**"
+    )
+    summary = text.splitlines()[4]
+    assert "1020 tokens" in summary
+    assert "0.0123 nats per token" in summary
+    assert "93.44 %" in summary
+    assert "10.250 instead of 10.000 (+2.50 ± 0.31 %)" in summary
+    rows = table_rows(text)
+    assert rows["perplexity"] == ["10.000 ± 0.500", "10.250 ± 0.520", "+0.250 ± 0.031"]
+    assert rows["mean KL divergence, nats per token"][-1] == "0.01234 ± 0.00045"
+    assert rows["same most likely token (top-1)"][-1] == "93.44 ± 0.21 %"
+    assert rows["shared among the five most likely (top-5)"][-1] == "95.12 ± 0.19 %"
+    assert rows["change of the true token's probability, mean"][-1] == "-0.123 ± 0.031 %"
+    assert rows["the same, root mean square"][-1] == "3.45 ± 0.11 %"
+    assert list(rows)[list(rows).index("1 to 1") :][:4] == ["1 to 1", "2 to 3", "4 to 7", "8 to 15"]
+    assert rows["prose"][0] == "2"
+    assert rows["size of the weights"][:2] == ["16.0 MB", "4.1 MB"]
+    assert [rows[name] for name in ("median", "99 % below", "largest")] == [["0.007"], ["0.1"], ["1.25"]]
+    assert "stride 256" in rows["window and stride"][0]
+    assert rows["BOS"] == ["each row begins with it"]
+    assert rows["dtype and device"] == ["float32 on cpu"]
+    assert "2.5e-09 nats per token: mean KL divergence of the original in float32" in rows["floor"][0]
+    assert rows["text"] == ["some text: 4 rows"]
+    assert "within the floor" not in text
+
+
+def test_within_the_floor_is_said(comparison: Comparison) -> None:
+    tiny = with_kl(comparison, Estimate(2e-9, 1e-10))
+    assert "within the floor of 2.5e-09" in markdown_report(tiny)
+    assert "within the floor" in summary_lines(tiny)[-1]
+    assert len(summary_lines(comparison)) == 3
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected"),
+    [
+        (Estimate(0.00146, 0.00008), "0.001460 ± 0.000080"),
+        (Estimate(1.5, None), "1.5"),
+        (Estimate(3e-6, 2e-7), "3e-06 ± 2e-07"),
+        (Estimate(0.0, 0.0), "0 ± 0"),
+        (Estimate(-1e-12, None), "-1e-12"),
+        (Estimate(0.01, 0.0), "0.0100 ± 0.0000"),
+    ],
+    ids=["eight-bit", "one-row", "tiny", "zero", "negative", "no-error"],
+)
+def test_divergences_keep_their_digits(comparison: Comparison, kl: Estimate, expected: str) -> None:
+    rows = table_rows(markdown_report(with_kl(comparison, kl)))
+    assert rows["mean"] == [expected]
+
+
+def test_terminal(comparison: Comparison) -> None:
+    text = "\n".join(summary_lines(comparison))
+    for part in ("10.000 ± 0.500 -> 10.250 ± 0.520", "+0.250 ± 0.031", "0.01234 ± 0.00045", "93.44 ± 0.21 %"):
+        assert part in text
+
+
+def test_table_of_several(comparison: Comparison) -> None:
+    other = replace(
+        comparison, quantized=ModelSummary(name="b", fingerprint="", stored_bytes=None, bits_per_parameter=None)
+    )
+    rows = table_rows(comparison_table([comparison, other]))
+    assert list(rows) == ["model", "---", "llama", "llama-4bpw", "b"]
+    assert rows["llama"] == ["16.0 MB", "16.000", "10.000 ± 0.500", "", "0", "100 %"]
+    assert rows["llama-4bpw"][-2:] == ["0.01234 ± 0.00045", "93.44 ± 0.21 %"]
+    assert rows["b"][:2] == ["", ""]
+
+
+def test_files(comparison: Comparison, tmp_path: Path) -> None:
+    details = {"Time": {"measure": 12.5, "round": "3 min"}, "Size": {"bpw": 4.0999999, "bytes": 123456789}}
+    files = write_report(comparison, tmp_path / "new", details)
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
+        f"report.{end}" for end in ("csv", "html", "json", "md")
+    ]
+    assert files.plots == ()
+    json_path, markdown_path = files.json, files.markdown
+    content = json.loads(json_path.read_text())
+    assert content["bpwise_report"] == 1
+    assert content["details"] == details
+    assert content["comparison"]["summary"]["kl_nats"] == {"value": 0.01234, "standard_error": 0.00045}
+    assert content["comparison"]["quantized"]["stored_bytes"] == 4_100_000
+    assert content["comparison"]["predicted_tokens"] == 1020
+    assert content["comparison"]["within_floor"] is False
+    text = markdown_path.read_text()
+    assert text == markdown_report(comparison, details)
+    assert text.index("## Time") < text.index("## Size")
+    assert table_rows(text)["round"] == ["3 min"]
+    assert table_rows(text)["bpw"] == ["4.1"]
+    assert table_rows(text)["bytes"] == ["123456789"]
+    write_report(comparison, tmp_path / "new")
+    assert json.loads(json_path.read_text())["details"] == {}
+
+
+def test_csv(comparison: Comparison, tmp_path: Path) -> None:
+    risky = replace(comparison, quantized=replace(comparison.quantized, name="=1+1", stored_bytes=None))
+    with write_joint_report([comparison, risky], tmp_path).csv.open(newline="") as file:
+        first, second = csv.DictReader(file)
+    assert first["model"] == "llama-4bpw"
+    assert float(first["kl_nats"]) == 0.01234
+    assert float(first["kl_nats_standard_error"]) == 0.00045
+    assert float(first["kl_p999_nats"]) == 0.4
+    assert (second["model"], second["stored_bytes"]) == ("'=1+1", "")
+
+
+def test_joint_report(comparison: Comparison, tmp_path: Path) -> None:
+    means = comparison.profile.row_means
+    worse = with_kl(comparison, Estimate(0.5, 0.01))
+    worse = replace(
+        worse,
+        quantized=replace(worse.quantized, name="b|c"),
+        profile=replace(
+            worse.profile, row_means=replace(means, kl_nats=tuple(value + 0.25 for value in means.kl_nats))
+        ),
+    )
+    costs = [[LinearCost("model.layers.0.mlp.up_proj", 4.5, 1e-3)], []]
+    files = write_joint_report([comparison, worse], tmp_path, {"Time": {"all": 3.0}}, costs=costs, plots=["svg"])
+    content = json.loads(files.json.read_text())
+    assert [each["quantized"]["name"] for each in content["comparisons"]] == ["llama-4bpw", "b|c"]
+    (pair,) = content["paired"]
+    assert pair["kl_nats"] == {"value": pytest.approx(0.25), "standard_error": pytest.approx(0.0, abs=1e-12)}
+    assert pair["kl_interval"]["low"] == pytest.approx(0.25)
+    assert content["linears"][0][0] == {"name": "model.layers.0.mlp.up_proj", "bpw": 4.5, "damage_nats": 1e-3}
+    text = files.markdown.read_text()
+    assert text == joint_markdown([comparison, worse], {"Time": {"all": 3.0}})
+    assert "| llama-4bpw | b\\|c | +0.25 (+0.25 to +0.25) |" in text
+    assert {path.stem for path in files.plots} == {
+        "histogram", "kinds", "map-bits-1", "map-damage-1", "positions", "size"
+    }  # fmt: skip
+    for path in files.plots:
+        ElementTree.parse(path)
+    assert len(joint_lines([comparison, worse])) == 3
+    assert (
+        "| llama-4bpw | 0.007 | 0.03 | 0.1 | 0.4 | 1.25 | 95.12 ± 0.19 % | -0.123 ± 0.031 % | 3.45 ± 0.11 % |" in text
+    )
+    assert "Differences between the models" not in joint_markdown([comparison])
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected"),
+    [
+        (1e-9, "the same as the original as far as can be measured"),
+        (0.0009, "indistinguishable in use"),
+        (0.002, "indistinguishable in use"),
+        (0.0055, "very close to the original"),
+        (0.031, "close to the original"),
+        (0.1, "noticeably different from the original"),
+        (0.3, "damaged"),
+        (2.0, "badly damaged"),
+    ],
+)
+def test_verdict(comparison: Comparison, kl: float, expected: str) -> None:
+    measured = with_kl(comparison, Estimate(kl, 0.1))
+    assert verdict(measured) == expected
+    assert verdict_sentence(replace(measured, rows=8)).endswith(f"nats/token, top-1 agreement 93.44 %: {expected}.")
+
+
+def test_headline_of_several(comparison: Comparison) -> None:
+    assert [limit for limit, _ in LEVELS] == sorted(limit for limit, _ in LEVELS)
+    several = [
+        replace(with_kl(comparison, Estimate(kl, None)), quantized=ModelSummary(
+            name=name, fingerprint="", stored_bytes=size, bits_per_parameter=None))
+        for name, kl, size in (("large", 0.0005, 9), ("middle", 0.0015, 8), ("small", 0.1, 4))
+    ]  # fmt: skip
+    text = headline(several)
+    assert text.startswith("Closest to the original: large. 0.0005 nats/token")
+    assert "Smallest that is indistinguishable in use: middle. 0.0015" in text
+    assert "small." not in text
+
+
+def test_no_nan_in_json(comparison: Comparison, tmp_path: Path) -> None:
+    with pytest.raises(NumericalError, match=r"report\.json"):
+        write_report(comparison, tmp_path, {"Damage": {"predicted": math.nan}})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_cannot_break_the_table(comparison: Comparison) -> None:
+    hostile = replace(comparison, text="a | b\n\n# c <script>&amp;")
+    lines = markdown_report(hostile).splitlines()
+    assert "| text | a \\| b # c &lt;script>&amp;amp; |" in lines
+
+
+def test_any_name_can_be_written(comparison: Comparison, tmp_path: Path) -> None:
+    # Half of a surrogate pair stands for a byte that is no UTF-8 in the name of a file.
+    name = "a\udcff\x1b[31m|b\\|c\u202e<i>[x](y)\n# d"
+    hostile = replace(comparison, quantized=replace(comparison.quantized, name=name), text=name)
+    costs = (LinearCost(f"model.layers.0.{name}", 4.0, 0.1), LinearCost("model.layers.1.x", 4.0, 0.1))
+    files = write_report(hostile, tmp_path, costs=costs, plots=["svg"])
+    markdown = files.markdown.read_text(encoding="utf-8")
+    assert markdown.replace("\n", "").isprintable()
+    assert "\n# d" not in markdown and "<i>" not in markdown
+    assert "<i>" not in files.html.read_text(encoding="utf-8")
+    for drawing in files.plots:
+        ElementTree.fromstring(drawing.read_text(encoding="utf-8"))
+    with files.csv.open(encoding="utf-8", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["model"].replace("\\udcff", "\udcff") == name
+    assert json.loads(files.json.read_text(encoding="utf-8"))["comparison"]["quantized"]["name"] == name
+
+
+@pytest.mark.parametrize("theirs", report_names())
+def test_files_of_others_are_theirs_beside_a_report_of_ours(
+    theirs: str, comparison: Comparison, tmp_path: Path
+) -> None:
+    write_report(comparison, tmp_path)
+    try_report(tmp_path)
+    (tmp_path / theirs).write_text('{"thesis": "the only copy"}')
+    with pytest.raises(WorkDirectoryError, match=f"{theirs}: in the way"):
+        try_report(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["report.json", "report.csv", "report.md", "report.html"])
+def test_each_file_of_a_report_is_known_alone(name: str, comparison: Comparison, tmp_path: Path) -> None:
+    write_report(comparison, tmp_path)
+    for path in tmp_path.iterdir():
+        if path.name != name:
+            path.unlink()
+    try_report(tmp_path)
+    (tmp_path / name).unlink()
+    write_joint_report([comparison, comparison], tmp_path)
+    try_report(tmp_path)

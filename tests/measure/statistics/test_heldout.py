@@ -1,0 +1,78 @@
+import pytest
+import torch
+from bpwise.convert.exl2.file.layout import RowGroup
+from bpwise.convert.exl2.rounding.feedback import round_linear
+from bpwise.measure.statistics.heldout import DAMPINGS, HeldOut, judge_halves
+from torch import Tensor
+
+ROWS, OUTPUTS = 96, 40
+
+
+def tokens(count: int, seed: int) -> Tensor:
+    """Inputs that lie near a few directions, as activations do."""
+    rng = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(ROWS, ROWS, generator=torch.Generator().manual_seed(9))
+    mixing *= torch.logspace(0, -1.5, ROWS)[:, None]
+    return torch.randn(count, ROWS, generator=rng) @ mixing
+
+
+def gram(inputs: Tensor) -> Tensor:
+    return inputs.T @ inputs / len(inputs)
+
+
+def judged(count: int, **options: tuple[float, ...]) -> HeldOut:
+    weight = torch.randn(ROWS, OUTPUTS, generator=torch.Generator().manual_seed(3)) * 0.05
+    halves = [gram(tokens(count // 2, seed)) for seed in (1, 2)]
+    fishers = [torch.ones(10), torch.ones(30)]
+    return judge_halves([weight[:, :10], weight[:, 10:]], halves, fishers, **options)
+
+
+def damage(fit: Tensor, other: Tensor, damping: float) -> tuple[float, float]:
+    """Damage of rounding on one Gram matrix, by its definition: as the damped matrix has it, and on another one."""
+    weight = torch.randn(ROWS, OUTPUTS, generator=torch.Generator().manual_seed(3)) * 0.05
+    damped = fit.double() + damping * fit.diagonal().mean() * torch.eye(ROWS)
+    order = fit.diagonal().argsort(descending=True)
+    upper = torch.linalg.cholesky(torch.linalg.inv(damped[order][:, order]), upper=True).float()
+    linear, _ = round_linear(weight, upper, [RowGroup(4, 32)] * 3, order, torch.ones(OUTPUTS))
+    change = linear.dequantize().T.double() - weight
+    return tuple(float((change * (matrix @ change)).sum()) for matrix in (damped, other.double()))
+
+
+def test_fewer_tokens_need_more_damping_and_are_trusted_less() -> None:
+    assert judged(60).damping > judged(20000).damping == DAMPINGS[0]
+    few, many = (judged(count, dampings=(0.02,)) for count in (60, 20000))
+    assert few.inflation > 1.5
+    assert many.inflation < 1  # what is reported includes the damping
+
+
+def test_the_choice_is_the_best_on_the_other_half() -> None:
+    first, second = (gram(tokens(60, seed)) for seed in (1, 2))
+    costs = {damping: damage(first, second, damping)[1] for damping in DAMPINGS}
+    assert costs[judged(120).damping] < 1.02 * min(costs.values()) < 0.9 * max(costs.values())
+
+
+def test_inflation_is_what_unseen_tokens_show() -> None:
+    for count in (60, 100, 200, 400, 1000):
+        chosen = judged(count)
+        fit = gram(torch.cat([tokens(count // 2, 1), tokens(count // 2, 2)]))
+        reported, unseen = damage(fit, gram(tokens(20000, 5)), chosen.damping)
+        # One cut of the tokens; and the law holds for small excesses.
+        assert chosen.inflation == pytest.approx(unseen / reported, rel=0.15)
+
+
+def test_a_given_damping_is_kept() -> None:
+    assert judged(60, dampings=(0.33,)).damping == 0.33
+
+
+def test_nothing_to_hold_out() -> None:
+    weight = torch.ones(ROWS, OUTPUTS)
+    halves = [gram(tokens(50, 1)), torch.zeros(ROWS, ROWS)]
+    assert judge_halves([weight], halves, [torch.ones(OUTPUTS)]) == HeldOut(0.2, 1.0)
+    assert judge_halves([weight], halves, [torch.ones(OUTPUTS)], dampings=(0.1,)) == HeldOut(0.1, 1.0)
+
+
+def test_damage_too_small_for_float32() -> None:
+    halves = [1e-10 * gram(tokens(50, seed)) for seed in (1, 2)]
+    found = judge_halves([torch.full((ROWS, OUTPUTS), 1e-4)], halves, [torch.full((OUTPUTS,), 1e-37)])
+    assert found.inflation == 1.0
+    assert found.damping in DAMPINGS

@@ -1,0 +1,86 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from bpwise.checkpoint.source.checkpoint import Checkpoint
+from bpwise.errors import CalibrationError, ConfigError
+from bpwise.measure.run import calibration_rows
+from bpwise.measure.text.calibration import SELF, CalibrationConfig
+from bpwise.measure.text.generation import sample_rows
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+VOCAB_SIZE = 264
+BOS, EOS = 256, 257
+
+
+def written(directory: Path, **options: int) -> Tensor:
+    config = CalibrationConfig(source=SELF, **options)
+    rows = calibration_rows(Checkpoint.open(directory), config, device="cpu")
+    assert rows.description.startswith("written by the model itself")
+    assert rows.adds_bos
+    return rows.tokens
+
+
+@pytest.fixture
+def model_directory(make_model: Callable[..., Path]) -> Path:
+    return make_model("model", vocab_size=VOCAB_SIZE)
+
+
+def test_rows_have_the_shape_that_was_asked_for(model_directory: Path) -> None:
+    tokens = written(model_directory, rows=35, row_tokens=12)  # more rows than are written together
+    assert tokens.shape == (35, 12)
+    assert bool((tokens[:, 0] == BOS).all())
+    # Bytes and the end of text; neither BOS inside a row nor ids that no token has.
+    assert bool(((tokens[:, 1:] < BOS) | (tokens[:, 1:] == EOS)).all())
+    assert len(tokens[:, 1].unique()) > 25
+
+
+def test_the_seed_decides(model_directory: Path) -> None:
+    first, again, other = (written(model_directory, rows=4, row_tokens=10, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_tokens_follow_the_models_distribution(model_directory: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32).eval()
+    begun = torch.full((400, 2), 65)
+    rows = sample_rows(model, begun, 14, range(BOS), torch.Generator().manual_seed(0))
+    # Without a cache and all at once: -log p of the tokens has the distribution's entropy as its mean.
+    with torch.no_grad():
+        logs = model(rows).logits[:, 1:-1, :BOS].double().log_softmax(dim=-1)
+    surprise = -logs.gather(2, rows[:, 2:, None])[..., 0]
+    entropy = -(logs.exp() * logs).sum(dim=-1)
+    excess = surprise - entropy
+    error = float(excess.std()) / excess.numel() ** 0.5
+    assert abs(float(excess.mean())) < 4 * error
+    # Far from uniform, of which log 256 would be the mean.
+    assert float(entropy.mean()) < 5.3
+    # The first tokens after the same beginning: each as often as its probability says.
+    counts = torch.bincount(rows[:, 2], minlength=BOS).double()
+    expected = 400 * logs[0, 0].exp()
+    common = expected > 5
+    assert float(((counts - expected).square() / expected)[common].sum()) < int(common.sum()) + 5 * (
+        2 * int(common.sum()) ** 0.5 + 1
+    )
+
+
+def test_columns_are_those_of_texts() -> None:
+    with pytest.raises(ConfigError, match="no columns"):
+        CalibrationConfig(source=SELF, column="text")
+
+
+def test_a_model_that_cannot_be_loaded_is_named(model_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_args: object, **_options: object) -> None:
+        raise RuntimeError("not enough memory: you tried to allocate 16 GB")
+
+    monkeypatch.setattr("bpwise.measure.text.generation.whole_model", no_memory)
+    with pytest.raises(CalibrationError, match=r"cannot be loaded as a whole .*not enough memory"):
+        written(model_directory, rows=1, row_tokens=8)
+
+
+def test_a_first_token_beyond_the_embedding(make_model: Callable[..., Path]) -> None:
+    directory = make_model("model", vocab_size=BOS)
+    with pytest.raises(CalibrationError, match="got token id 256, expected ids below the vocabulary size 256"):
+        written(directory, rows=1, row_tokens=8)
