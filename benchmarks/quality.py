@@ -28,7 +28,7 @@ import numpy as np
 from baselines import round_to_nearest
 from bpwise.checkpoint.files.atomic import atomic_file
 from bpwise.checkpoint.source.checkpoint import Checkpoint, TensorSource
-from bpwise.checkpoint.source.language import ReplacedWeights
+from bpwise.checkpoint.source.language import WeightOverlay
 from bpwise.checkpoint.source.original import open_model
 from bpwise.convert.exl2.file.reader import Exl2Model
 from bpwise.convert.exl2.file.verify import verify_model
@@ -208,7 +208,7 @@ def _convert(benchmark: Benchmark, bpw: float, out: Path) -> None:
         exllamav2_peer.convert(benchmark.model, out, config, benchmark.calibration, benchmark.work / PEER)
 
 
-def _round(benchmark: Benchmark, variant: Variant, measurement: Measurement, plan: Plan, work: Path) -> ReplacedWeights:
+def _round(benchmark: Benchmark, variant: Variant, measurement: Measurement, plan: Plan, work: Path) -> WeightOverlay:
     checkpoint = benchmark.checkpoint
     device = resolve_device(benchmark.config.device)
     linears = {p.name: p for p in (*plan.linears, *([plan.head] if plan.head else []))}
@@ -219,7 +219,7 @@ def _round(benchmark: Benchmark, variant: Variant, measurement: Measurement, pla
             stored = "model.embed_tokens" if tied else name
             return round_to_nearest(checkpoint.tensor(f"{stored}.weight"), linears[name], device)
 
-        return ReplacedWeights(checkpoint, {name: partial(nearest, name) for name in linears})
+        return WeightOverlay(checkpoint, {name: partial(nearest, name) for name in linears})
     config = RoundConfig(device=benchmark.config.device, **variant.rounding)
     rounded = round_model(checkpoint, measurement, plan, config, work, progress_bar)
     if variant.tunes_scales:
@@ -228,7 +228,7 @@ def _round(benchmark: Benchmark, variant: Variant, measurement: Measurement, pla
     def read(name: str) -> Tensor:
         return rounded.linear(name).dequantize()
 
-    return ReplacedWeights(checkpoint, {name: partial(read, name) for name in rounded.names})
+    return WeightOverlay(checkpoint, {name: partial(read, name) for name in rounded.names})
 
 
 def load_results(path: Path, identity: Mapping[str, Any]) -> dict[tuple[str, float], Result]:

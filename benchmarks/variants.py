@@ -28,12 +28,12 @@ MakePlan = Callable[[Measurement, float, int], Plan]
 @contextmanager
 def _tokens_alike() -> Iterator[None]:
     """Have every token count the same in Gram matrices."""
-    thinned = statistics.thinned
-    statistics.thinned = lambda weights, _rng: (torch.arange(len(weights)), torch.ones_like(weights))
+    subsample_tokens = statistics.subsample_tokens
+    statistics.subsample_tokens = lambda weights, _rng: (torch.arange(len(weights)), torch.ones_like(weights))
     try:
         yield
     finally:
-        statistics.thinned = thinned
+        statistics.subsample_tokens = subsample_tokens
 
 
 @contextmanager

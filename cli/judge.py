@@ -134,7 +134,7 @@ def evaluate(
     from ..eval.cache import OriginalCache, default_cache_directory
     from ..eval.comparison import EvalConfig, evaluate_each
     from ..eval.models import open_any
-    from ..eval.report.layers import linear_costs, plan_beside
+    from ..eval.report.layers import find_plan, linear_costs
     from ..eval.report.png import check_png
     from ..eval.tasks.benchmarks import TaskConfig, load_tasks
     from ..eval.tasks.needle import NeedleConfig, check_needle
@@ -164,7 +164,7 @@ def evaluate(
         )
         check_needle(source, quantized, hidden)
     # A damaged plan beside a model is found before the long work.
-    costs = [linear_costs(open_any(model), plan_beside(model)) for model in quantized]
+    costs = [linear_costs(open_any(model), find_plan(model)) for model in quantized]
     if engine == "llama.cpp":
         comparisons = _compared_in_engine(source, quantized, config, base, llama_cpp)
     else:

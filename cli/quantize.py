@@ -270,7 +270,7 @@ def _convert_to_mixture(model: Checkpoint, output: Path, evaluate: EvalConfig | 
     if judge is not None:
         comparison = judge.compare(output, predicted_nats=None)
         write_report(comparison, output.parent, prefix=f"{output.stem}.")
-        judge.sentence(output, comparison, predicted_nats=None)
+        judge.mark_if_broken(output, comparison, predicted_nats=None)
         for line in summary_lines(comparison):
             say(line)
 
@@ -284,7 +284,7 @@ def _print_forecasts(
     model: Checkpoint, outputs: Mapping[Path, QuantizeConfig], rows: CalibrationSet | None, measurement: Path | None
 ) -> None:
     from ..convert.exl2.plan.problem import shown_range
-    from ..convert.exl2.plan.unquantized import kept_lines
+    from ..convert.exl2.plan.unquantized import unquantized_lines
     from ..quantize.measuring import load_measurement
     from ..quantize.support import require_exl2
 
@@ -294,7 +294,7 @@ def _print_forecasts(
         say(f"original      {forecast.original_bytes / MIB:10.1f} MiB")
         say(f"quantized     {forecast.output_bytes / MIB:10.1f} MiB at {forecast.bpw:g} bpw, head bits {bits}")
         say(f"possible bpw  {shown_range(forecast.lowest_bpw, forecast.highest_bpw):>20}")
-        for line in kept_lines(forecast.kept, forecast.head_reason):
+        for line in unquantized_lines(forecast.kept, forecast.head_reason):
             say(f"float16       {line}")
         say(f"memory        {forecast.memory_bytes / MIB:10.0f} MiB at most, roughly")
         say(f"work on disk  {forecast.disk_bytes / MIB:10.0f} MiB at most, roughly")

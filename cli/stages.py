@@ -147,14 +147,14 @@ def plan(
 
 
 def _print_widths(made: Plan, output: Path) -> None:
-    from ..convert.exl2.plan.unquantized import kept_lines
+    from ..convert.exl2.plan.unquantized import unquantized_lines
 
     say(f"{'linear':44} {'bpw':>7} {'damage, nats/token':>19}")
     for linear in (*made.linears, *([made.head] if made.head else [])):
         say(f"{linear.name:44} {linear.bpw:7.3f} {linear.damage_nats:19.3e}")
     for kept in made.kept:
         say(f"{kept.name:44} {'float16':>7}")
-    for line in kept_lines(made.kept, made.head_reason):
+    for line in unquantized_lines(made.kept, made.head_reason):
         say(f"in float16: {line}")
     shares = ", ".join(f"{bits} bits {100 * share:.1f} %" for bits, share in made.weights_per_width().items())
     say(f"decoder weights: {shares}")

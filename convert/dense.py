@@ -9,7 +9,7 @@ from ..checkpoint.files.paths import named, refuse_inputs, reserved
 from ..checkpoint.files.shards import ShardWriter
 from ..checkpoint.model.names import model_order
 from ..checkpoint.source.checkpoint import TensorSource
-from ..checkpoint.source.language import FusedModel
+from ..checkpoint.source.language import HfNames
 from ..errors import FormatError
 from .exl2.file.carry import copy_side_files, require_float16_range
 from .exl2.file.reader import Exl2Model
@@ -40,7 +40,7 @@ def dequantize_model(directory: Path, out: Path, *, shard_bytes: int = DENSE_SHA
     refuse_inputs(out, directories=(model.directory,))
     with reserved(out), atomic_directory(out) as target:
         copy_side_files(model.directory, target)  # first: what is wrong with them shows before the long work
-        fused = FusedModel(model)
+        fused = HfNames(model)
         write_dense(fused, target, shard_bytes=shard_bytes)
         write_json(target / "config.json", fused.config)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import BudgetError
 
-__all__ = ["CACHE_BITS", "cache_bytes", "exl2_beside_weights", "room_for_weights"]
+__all__ = ["CACHE_BITS", "cache_bytes", "exl2_overhead_bytes", "room_for_weights"]
 
 _RUNTIME_BYTES = 300 << 20
 """What the driver and its kernels take, roughly: it differs from card to card."""
@@ -57,7 +57,7 @@ def room_for_weights(vram_bytes: int, config: Mapping[str, Any], context_tokens:
     return vram_bytes - _taken(vram_bytes, cache_bytes(config, context_tokens), batch, context_tokens)
 
 
-def exl2_beside_weights(
+def exl2_overhead_bytes(
     vram_bytes: int, config: Mapping[str, Any], context_tokens: int, *, cache_bits: int = 16
 ) -> int:
     """Return what ExLlamaV2 takes beside the weights: the cache, what its loader reserves, and the runtime.

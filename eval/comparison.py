@@ -21,7 +21,7 @@ from .cache import OriginalCache
 from .config import EvalConfig
 from .metrics.divergence import Summary
 from .metrics.drift import BlockDrift, DriftMeter
-from .metrics.overlap import refuse_calibration_text, stored_spans, told
+from .metrics.overlap import refuse_calibration_text, stored_spans, with_overlap_warning
 from .metrics.passes import last_hidden, paired_statistics
 from .metrics.profile import Profile, profile_of
 from .models import (
@@ -189,7 +189,7 @@ def evaluate_each(
         check_rows(with_positions_of(source, other), rows, EVALUATION)
     allowed = config.allow_calibration_text
     shares = [refuse_calibration_text(rows, stored_spans(other), allowed=allowed) for other in others]
-    rows = told(rows, max((share for share in shares if share is not None), default=None))
+    rows = with_overlap_warning(rows, max((share for share in shares if share is not None), default=None))
     if isinstance(source, Checkpoint):  # cache and report name it by its fingerprint
         source.prepare_fingerprint(progress)
     run = run_original(source, rows, config, progress, tokenizer=tokenizer, cache=cache)

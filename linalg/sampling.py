@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .precision import in_float64
 
-__all__ = ["systematic_sample", "thinned"]
+__all__ = ["subsample_tokens", "systematic_sample"]
 
 _LIMITS = (2.0, 1.0, 0.5)
 """Weights below which tokens are thinned out, relative to the mean."""
@@ -39,7 +39,7 @@ def systematic_sample(weights: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return chosen.to(weights.device), (shares * share).float().to(weights.device)
 
 
-def thinned(weights: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+def subsample_tokens(weights: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """Choose the tokens that weighted sums are taken over: most of them weigh so little that few do.
 
     A token below a limit stays with a probability of its share of that, and then weighs as much: expectations are those

@@ -11,20 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoint.files.resume import StageDirectory
-from ..checkpoint.model.families import HEAD, Stage
+from ..checkpoint.files.resume import ResumeStore
+from ..checkpoint.model.families import HEAD, InputGroup
 from ..convert.exl2.rounding.curves import ErrorCurve, measure_curves
 from ..convert.gguf.ggml.curves import SAMPLED_ROWS, measure_plain_types, measure_types
 from ..convert.gguf.ggml.kernels import GgmlType
 from ..linalg.sampling import systematic_sample
 from ..progress import Progress
 from .measurement import MeasuredLinear, MeasuredTable
-from .model.positionwise import position_by_position
+from .model.positionwise import chunked_positionwise
 from .model.states import new_state
 from .model.stream import TAIL_TOKENS, StreamedModel, check_finite, micro_batches
 from .statistics.experts import collect_experts, expert_statistics
-from .statistics.heldout import DAMPINGS, judge_halves
-from .statistics.inputs import StageStatistics, collect, tapped_inputs, tapped_outputs
+from .statistics.heldout import DAMPINGS, cross_validate_damping
+from .statistics.inputs import InputStatistics, collect, tapped_inputs, tapped_outputs
 
 __all__ = ["MeasuringPasses"]
 
@@ -39,13 +39,13 @@ _LARGEST_WEIGHT = 65504.0
 
 
 class MeasuringPasses:
-    """One run of the measuring stage: what its passes share. Every finished block is kept in ``pieces``."""
+    """One run of the measuring stage: what its passes share. Every finished block is kept in ``artifacts``."""
 
     def __init__(
         self,
         model: StreamedModel,
         tokens: Tensor,
-        pieces: StageDirectory,
+        artifacts: ResumeStore,
         *,
         widths: Sequence[int],
         kinds: Sequence[GgmlType],
@@ -59,7 +59,7 @@ class MeasuringPasses:
         Args:
             model: The model to measure.
             tokens: Calibration rows, int64, shape (rows, tokens).
-            pieces: Where finished blocks are kept.
+            artifacts: Where finished blocks are kept.
             widths: Bit widths of the curves.
             kinds: ggml's types to measure.
             group_size: Rows of a group.
@@ -69,7 +69,7 @@ class MeasuringPasses:
         """
         self.model = model
         self.tokens = tokens
-        self.pieces = pieces
+        self.artifacts = artifacts
         self.widths = widths
         self.kinds = kinds
         self.group_size = group_size
@@ -82,59 +82,59 @@ class MeasuringPasses:
         """Keep the input of every block on disk, and the output of the last; rounding in this run reads them again."""
         last = self.model.block_count
         self._discard_unusable()
-        needed = [index for index in range(last) if not self.pieces.has(f"curves-{index}")]
-        needed += [] if self.pieces.has("head") else [last]
-        missing = max((index for index in needed if not self.pieces.has(f"input-{index}")), default=-1)
+        needed = [index for index in range(last) if not self.artifacts.has(f"curves-{index}")]
+        needed += [] if self.artifacts.has("head") else [last]
+        missing = max((index for index in needed if not self.artifacts.has(f"input-{index}")), default=-1)
         embedded = self.model.embed(self.tokens)  # which makes ready to run blocks, too
-        if missing >= 0 and not self.pieces.has("input-0"):
-            self.pieces.save("input-0", {"hidden": embedded})
+        if missing >= 0 and not self.artifacts.has("input-0"):
+            self.artifacts.save("input-0", {"hidden": embedded})
         hidden: Tensor | None = embedded
         del embedded
         for index in progress(range(last), "measure: forward"):
-            if index >= missing or self.pieces.has(f"input-{index + 1}"):
+            if index >= missing or self.artifacts.has(f"input-{index + 1}"):
                 hidden = None
                 continue
             if hidden is None:
                 hidden = self._kept(f"input-{index}", "hidden")
             self._forward_block(index, hidden)
-            self.pieces.save(f"input-{index + 1}", {"hidden": hidden})
+            self.artifacts.save(f"input-{index + 1}", {"hidden": hidden})
 
     def _discard_unusable(self) -> None:
         # The backward pass goes on with a gradient, from block to block. Where that is gone, by damage or because a
         # finished block has to be done again, it begins anew at the head; blocks below are not affected.
-        waiting = [index for index in range(self.model.block_count) if not self.pieces.has(f"curves-{index}")]
-        waiting += [] if self.pieces.has("embedding") else [-1]
+        waiting = [index for index in range(self.model.block_count) if not self.artifacts.has(f"curves-{index}")]
+        waiting += [] if self.artifacts.has("embedding") else [-1]
         if not waiting:
             return
         last = max(waiting)
-        if not self.pieces.has(f"gradient-{last + 1}"):
-            self.pieces.discard("head")
+        if not self.artifacts.has(f"gradient-{last + 1}"):
+            self.artifacts.discard("head")
             last = self.model.block_count
         for index in range(max(0, min(waiting)), last):
-            self.pieces.discard(f"curves-{index}")
+            self.artifacts.discard(f"curves-{index}")
 
-    def _kept(self, piece: str, name: str) -> Tensor:
+    def _kept(self, artifact: str, name: str) -> Tensor:
         # A state, in memory or in a file as all are.
-        return self.pieces.load(piece, partial(new_state, directory=self.model.offload_dir))[name]
+        return self.artifacts.load(artifact, partial(new_state, directory=self.model.offload_dir))[name]
 
     def _forward_block(self, index: int, hidden: Tensor) -> None:
         # Puts the block's output in the place of its input.
         stages = self.model.stages(index)
-        with torch.no_grad(), self.model.block(index) as block, position_by_position(block, stages):
+        with torch.no_grad(), self.model.block(index) as block, chunked_positionwise(block, stages):
             for batch in self.batches:
                 hidden[batch] = self.model.run_block(index, hidden[batch].to(self.model.device)).cpu()
         check_finite(hidden, self.model.block_name(index))
 
     def head(self) -> None:
         """Probe the logits, keep the gradient at the last block's output, measure the head."""
-        if self.pieces.has("head"):
+        if self.artifacts.has("head"):
             return
         last = self.model.block_count
         hidden = self._kept(f"input-{last}", "hidden")
         rng = np.random.default_rng(self.seed)
         gradient = self.model.new_state(self.tokens)
         with self.model.tail() as head, tapped_inputs(head, [""]) as taps, tapped_outputs(head, [""]) as raw:
-            sums = StageStatistics(head.in_features, self.tokens.shape[1], self.model.device)
+            sums = InputStatistics(head.in_features, self.tokens.shape[1], self.model.device)
             flat, flat_gradient = hidden.flatten(0, 1), gradient.view(-1, hidden.shape[-1])
             errors = torch.empty(TAIL_TOKENS, head.out_features, device=self.model.device)
             for first in range(0, flat.shape[0], TAIL_TOKENS):
@@ -150,15 +150,15 @@ class MeasuringPasses:
                 flat_gradient[first : first + TAIL_TOKENS] = part.grad[0].cpu()
             check_finite(gradient, "output head", "gradients")
             curves, types = self._curves({HEAD: head}, sums)
-        self.pieces.save(f"gradient-{last}", {"gradient": gradient})
+        self.artifacts.save(f"gradient-{last}", {"gradient": gradient})
         none = torch.empty(head.out_features, 0)  # its outputs are rounded each for itself
-        self.pieces.save("head", self._pack(curves, types, sums.scaled_weights(), {HEAD: none}))
+        self.artifacts.save("head", self._pack(curves, types, sums.scaled_weights(), {HEAD: none}))
 
     def backward(self, progress: Progress) -> None:
         """Go back through the blocks: statistics, then curves, block by block."""
         gradient: Tensor | None = None
         for index in progress(range(self.model.block_count - 1, -1, -1), "measure: backward, curves"):
-            if self.pieces.has(f"curves-{index}"):
+            if self.artifacts.has(f"curves-{index}"):
                 continue
             if gradient is None:
                 gradient = self._kept(f"gradient-{index + 1}", "gradient")
@@ -171,7 +171,7 @@ class MeasuringPasses:
                 with (
                     collect(block, shared, self.tokens.shape[1]) as statistics,
                     collect_experts(block, self.model.family.experts_path, experts, self.tokens.numel()) as seen,
-                    position_by_position(block, stages),
+                    chunked_positionwise(block, stages),
                 ):
                     self._backward_block(index, hidden, gradient, statistics)
                 del hidden
@@ -184,11 +184,11 @@ class MeasuringPasses:
                     for name in self.model.family.linear_names(index, stage):
                         packed[f"{name}|chosen_tokens"] = torch.tensor(chosen)
             # The gradient first: a run cut off between the two repeats this block from an unchanged input.
-            self.pieces.save(f"gradient-{index}", {"gradient": gradient})
-            self.pieces.save(f"curves-{index}", packed)
-            self.pieces.discard(f"gradient-{index + 1}")
+            self.artifacts.save(f"gradient-{index}", {"gradient": gradient})
+            self.artifacts.save(f"curves-{index}", packed)
+            self.artifacts.discard(f"gradient-{index + 1}")
 
-    def _measured_stage(self, index: int, block: Any, stage: Stage, sums: StageStatistics) -> dict[str, Tensor]:
+    def _measured_stage(self, index: int, block: Any, stage: InputGroup, sums: InputStatistics) -> dict[str, Tensor]:
         names = self.model.family.linear_names(index, stage)
         modules = [block.get_submodule(inner) for inner in stage.linears]
         couplings = {n: sums.couplings[i].coupling(sums.fisher[i]) for n, i in zip(names, stage.linears, strict=True)}
@@ -201,7 +201,7 @@ class MeasuringPasses:
         index: int,
         hidden: Tensor,
         gradient: Tensor,
-        statistics: Sequence[StageStatistics],
+        statistics: Sequence[InputStatistics],
     ) -> None:
         # Puts the gradient at the block's input in the place of that at its output.
         for batch in self.batches:
@@ -214,7 +214,7 @@ class MeasuringPasses:
         check_finite(gradient, self.model.block_name(index), "gradients")
 
     def _curves(
-        self, linears: dict[str, Any], sums: StageStatistics
+        self, linears: dict[str, Any], sums: InputStatistics
     ) -> tuple[dict[str, ErrorCurve], dict[str, Tensor]]:
         # Damage of every row group at every width, and of every linear in every one of ggml's types.
         weights = [module.weight.detach().T for module in linears.values()]
@@ -225,7 +225,7 @@ class MeasuringPasses:
             check_finite(fisher, name, "squared gradients")
         for sums_of_half in (*halves, torch.tensor(totals)):
             check_finite(sums_of_half, next(iter(linears)), "weighted inputs")
-        judged = judge_halves(weights, halves, fishers, dampings=self.dampings)
+        judged = cross_validate_damping(weights, halves, fishers, dampings=self.dampings)
         first, second = (half.mul_(total) for total, half in zip(totals, halves, strict=True))
         gram = first.add_(second).div_(max(sum(totals), _TINY))
         del halves, second
@@ -236,22 +236,29 @@ class MeasuringPasses:
             widths=self.widths,
             group_size=self.group_size,
             damping=judged.damping,
-            inflation=judged.inflation,
+            generalization_ratio=judged.generalization_ratio,
         )
         for name, curve in zip(linears, curves, strict=True):
             check_finite(curve.damage_nats, name, "predicted damages")
         if HEAD in linears and self.model.tied:
             (weight,), (fisher,) = weights, fishers
-            types = [measure_plain_types(weight, gram, fisher, self.kinds, inflation=judged.inflation)]
+            types = [
+                measure_plain_types(weight, gram, fisher, self.kinds, generalization_ratio=judged.generalization_ratio)
+            ]
         else:
             types = measure_types(
-                weights, gram, fishers, self.kinds, damping=judged.damping, inflation=judged.inflation
+                weights,
+                gram,
+                fishers,
+                self.kinds,
+                damping=judged.damping,
+                generalization_ratio=judged.generalization_ratio,
             )
         return dict(zip(linears, curves, strict=True)), dict(zip(linears, types, strict=True))
 
     def embedding(self) -> None:
         """Measure the token embeddings; the backward pass has ended."""
-        if self.pieces.has("embedding"):
+        if self.artifacts.has("embedding"):
             return
         gradient = self.model.embedding_gradient(self.tokens, self._kept("gradient-0", "gradient"))
         squares = gradient.flatten(0, 1).square()
@@ -264,16 +271,16 @@ class MeasuringPasses:
         rows, shares = systematic_sample(uses, SAMPLED_ROWS)
         table = self.model.embeddings(rows).float().T
         damage = measure_plain_types(table, fisher.diag(), shares, self.kinds)
-        self.pieces.save("embedding", {"importance": fisher, "type_damage_nats": damage})
+        self.artifacts.save("embedding", {"importance": fisher, "type_damage_nats": damage})
 
     def measured_embedding(self) -> MeasuredTable:
         """Return the measured token embeddings."""
-        piece = self.pieces.load("embedding")
+        artifact = self.artifacts.load("embedding")
         return MeasuredTable(
             name=self.model.embedding_name,
             tokens=self.model.vocabulary,
-            importance=piece["importance"].numpy(),
-            type_damage_nats=piece["type_damage_nats"].numpy(),
+            importance=artifact["importance"].numpy(),
+            type_damage_nats=artifact["type_damage_nats"].numpy(),
             tied=self.model.tied,
         )
 
@@ -294,9 +301,9 @@ class MeasuringPasses:
             packed[f"{name}|token_weights"] = kept
         return packed
 
-    def finished(self, piece: str) -> dict[str, MeasuredLinear]:
-        """Return the measured linears of a finished piece, by name."""
-        return _unpack(self.pieces.load(piece))
+    def finished(self, artifact: str) -> dict[str, MeasuredLinear]:
+        """Return the measured linears of a finished artifact, by name."""
+        return _unpack(self.artifacts.load(artifact))
 
 
 def _slopes(logits: Tensor, output: Tensor) -> Tensor | None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.files.paths import check_run, refuse_foreign, reserved, work_beside
-from ..checkpoint.files.resume import StageDirectory, stages_in
+from ..checkpoint.files.resume import ResumeStore, run_artifacts
 from ..checkpoint.files.schemas import check_schema
 from ..checkpoint.model.families import HEAD
 from ..checkpoint.source.checkpoint import Checkpoint
@@ -183,14 +183,14 @@ def measure_model(
     device = resolve_device(config.device)
     checkpoint.prepare_fingerprint(progress)
     provenance = measurement_provenance(checkpoint, calibration, config)
-    pieces = StageDirectory(work, MEASURED, provenance)
+    artifacts = ResumeStore(work, MEASURED, provenance)
     source = language_model(checkpoint)
     model = StreamedModel(source, device=device, dtype=torch.float32, offload_dir=config.offload_dir)
     kinds = _kinds(config)
     run = MeasuringPasses(
         model,
         calibration.tokens,
-        pieces,
+        artifacts,
         widths=WIDTHS,
         kinds=kinds,
         group_size=config.group_size,
@@ -223,13 +223,13 @@ def measure_model(
     )
 
 
-def kept_inputs(work: Path, measurement: Measurement) -> StageDirectory | None:
-    """Return the pieces of a measuring stage that ran in the same work directory, None if it did not.
+def kept_inputs(work: Path, measurement: Measurement) -> ResumeStore | None:
+    """Return the artifacts of a measuring stage that ran in the same work directory, None if it did not.
 
-    Until the run ends, piece ``input-N`` holds what enters block N, over all calibration rows: ``hidden``, float32,
+    Until the run ends, artifact ``input-N`` holds what enters block N, over all calibration rows: ``hidden``, float32,
     shape (rows, tokens, hidden size).
     """
-    return StageDirectory.existing(work, MEASURED, measurement.provenance)
+    return ResumeStore.existing(work, MEASURED, measurement.provenance)
 
 
 def _kinds(config: MeasureConfig) -> tuple[GgmlType, ...]:
@@ -330,7 +330,7 @@ def measure_to_file(
     require_measurable(checkpoint)
     if calibration is not None:
         check_rows(checkpoint, calibration, CALIBRATION)
-    with reserved(output), stages_in(work) as stages:
+    with reserved(output), run_artifacts(work) as stages:
         rows = calibration_rows(checkpoint, config.calibration, device=config.device, given=calibration)
         checkpoint.prepare_fingerprint(progress)
         stages.add(MEASURED, measurement_provenance(checkpoint, rows, config))

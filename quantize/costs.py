@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["StageClock", "StageCost", "cost_line", "cost_section"]
+__all__ = ["StepClock", "StepCost", "cost_line", "cost_section"]
 
 _SAMPLING_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StageCost:
+class StepCost:
     """What one stage took.
 
     Attributes:
@@ -31,12 +31,12 @@ class StageCost:
     peak_bytes: int
 
 
-def cost_line(cost: StageCost) -> str:
+def cost_line(cost: StepCost) -> str:
     """Return a stage's cost as a line for a terminal."""
     return f"stage       {cost.stage:18} {cost.seconds:8.1f} s  {cost.peak_bytes / 2**20:7.0f} MiB"
 
 
-def cost_section(costs: Sequence[StageCost]) -> dict[str, dict[str, str | float]]:
+def cost_section(costs: Sequence[StepCost]) -> dict[str, dict[str, str | float]]:
     """Return what a report says of the stages' costs: section -> entry -> value."""
     entries: dict[str, str | float] = {
         cost.stage: f"{cost.seconds:.1f} s, {cost.peak_bytes / 2**20:.0f} MiB" for cost in costs
@@ -44,7 +44,7 @@ def cost_section(costs: Sequence[StageCost]) -> dict[str, dict[str, str | float]
     return {"Stages (seconds, peak MiB)": entries}
 
 
-class StageClock:
+class StepClock:
     """Collects the costs of stages as they run.
 
     Attributes:
@@ -53,7 +53,7 @@ class StageClock:
 
     def __init__(self) -> None:
         """Start with nothing measured."""
-        self.costs: list[StageCost] = []
+        self.costs: list[StepCost] = []
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -68,7 +68,7 @@ class StageClock:
             sampler.stop()
         highest = _highest_bytes()
         peak = highest if highest > before or not sampler.peak_bytes else sampler.peak_bytes
-        self.costs.append(StageCost(stage=name, seconds=time.perf_counter() - started, peak_bytes=peak))
+        self.costs.append(StepCost(stage=name, seconds=time.perf_counter() - started, peak_bytes=peak))
 
 
 class _Sampler(threading.Thread):

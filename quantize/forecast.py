@@ -7,15 +7,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..checkpoint.model.families import HEAD, Stage
+from ..checkpoint.model.families import HEAD, InputGroup
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..checkpoint.source.language import LanguageModel, language_model
 from ..checkpoint.source.linears import model_linears
-from ..convert.exl2.plan.problem import HeadBits, SizeLimit, WidthOverride, plan_scope
-from ..convert.exl2.plan.unquantized import KeptLinear
+from ..convert.exl2.plan.problem import HeadBits, SizeLimit, WidthOverride, allocation_problem
+from ..convert.exl2.plan.unquantized import UnquantizedLinear
 from ..convert.exl2.rounding.curves import SAMPLED_COLUMNS
 from ..linalg.parallel import cores
-from ..measure.model.positionwise import POSITIONS_AT_ONCE
+from ..measure.model.positionwise import CHUNK_POSITIONS
 from ..measure.model.stream import MICRO_BATCH_TOKENS
 from ..measure.run import MeasureConfig
 
@@ -61,7 +61,7 @@ class Forecast:
     lowest_bpw: float
     highest_bpw: float
     quantized: tuple[str, ...]
-    kept: tuple[KeptLinear, ...]
+    kept: tuple[UnquantizedLinear, ...]
     head_reason: str | None
     memory_bytes: int
     disk_bytes: int
@@ -90,14 +90,14 @@ def forecast_run(
 
     Raises:
         UnsupportedModelError: The family is unknown.
-        ConfigError: As ``plan_scope``.
+        ConfigError: As ``allocation_problem``.
         BudgetError: No plan has this size.
         CheckpointError: A tensor that the family should have is missing.
     """
     assert (bpw is None) != (size is None), "one target"
     source = language_model(checkpoint)
     linears, head = model_linears(source)
-    scope = plan_scope(
+    scope = allocation_problem(
         linears, head, group_size=config.group_size, head_bits=head_bits, overrides=overrides, keep_fp16=keep_fp16
     )
     budget_bits = scope.budget_bits(bpw) if bpw is not None else 0
@@ -156,9 +156,9 @@ def tuning_memory(checkpoint: Checkpoint, config: MeasureConfig) -> int:
     return _RUNTIME_BYTES + states + block + heads
 
 
-def _shapes(source: LanguageModel, index: int) -> dict[Stage, dict[str, tuple[int, int]]]:
+def _shapes(source: LanguageModel, index: int) -> dict[InputGroup, dict[str, tuple[int, int]]]:
     # (out, in) of the linears of a block's stages.
-    shapes: dict[Stage, dict[str, tuple[int, int]]] = {}
+    shapes: dict[InputGroup, dict[str, tuple[int, int]]] = {}
     for stage in source.family.block_stages(index, source.names):
         for name in source.family.linear_names(index, stage):
             columns, rows = source.shape(f"{name}.weight")
@@ -167,7 +167,7 @@ def _shapes(source: LanguageModel, index: int) -> dict[Stage, dict[str, tuple[in
 
 
 def _measuring_memory(
-    block: dict[Stage, dict[str, tuple[int, int]]], hidden: int, kept_tokens: int, together: int
+    block: dict[InputGroup, dict[str, tuple[int, int]]], hidden: int, kept_tokens: int, together: int
 ) -> int:
     # Gram matrices of each half of the calibration rows; of experts only one at a time is worked on.
     inputs = _inputs(block)
@@ -181,14 +181,14 @@ def _measuring_memory(
     return _weights(block) + grams + states + _passing(block, hidden, together) + max(factor, curves)
 
 
-def _passing(block: dict[Stage, dict[str, tuple[int, int]]], hidden: int, together: int) -> int:
+def _passing(block: dict[InputGroup, dict[str, tuple[int, int]]], hidden: int, together: int) -> int:
     # What a micro-batch leaves for its backward pass.
-    in_mlp = min(together, POSITIONS_AT_ONCE)
+    in_mlp = min(together, CHUNK_POSITIONS)
     return (8 * in_mlp * max(_inputs(block).values()) + 16 * together * hidden) * _FLOAT32_BYTES
 
 
 def _rounding_memory(
-    block: dict[Stage, dict[str, tuple[int, int]]], hidden: int, kept_tokens: int, together: int
+    block: dict[InputGroup, dict[str, tuple[int, int]]], hidden: int, kept_tokens: int, together: int
 ) -> int:
     # States of the original after the block and of the quantized model before, and what the stages should see or make
     # (three at the attention's output, one at the end). In every waiting forward pass the stream, twice, and at the
@@ -201,7 +201,7 @@ def _rounding_memory(
     )
     states = max(5 * state + waiting * attention, 3 * state + waiting * max(inputs.values())) + 2 * waiting * hidden
     # A micro-batch's pass, and the sums over it.
-    passing = (4 * min(together, POSITIONS_AT_ONCE) * max(inputs.values()) + 16 * together * hidden) * _FLOAT32_BYTES
+    passing = (4 * min(together, CHUNK_POSITIONS) * max(inputs.values()) + 16 * together * hidden) * _FLOAT32_BYTES
     # The Gram matrix; for each linear at work it again in float64, and its factor; weights and by how much they move.
     factors = (
         rows**2 * (_FLOAT32_BYTES + min(cores(), len(block[stage])) * (_FLOAT32_BYTES + _FLOAT64_BYTES))
@@ -220,9 +220,9 @@ def _head_memory(vocabulary: int, hidden: int, kept_tokens: int) -> int:
     return states + max(rounding, evaluating)
 
 
-def _inputs(block: dict[Stage, dict[str, tuple[int, int]]]) -> dict[Stage, int]:
+def _inputs(block: dict[InputGroup, dict[str, tuple[int, int]]]) -> dict[InputGroup, int]:
     return {stage: next(iter(linears.values()))[1] for stage, linears in block.items()}
 
 
-def _weights(block: dict[Stage, dict[str, tuple[int, int]]]) -> int:
+def _weights(block: dict[InputGroup, dict[str, tuple[int, int]]]) -> int:
     return sum(math.prod(shape) for linears in block.values() for shape in linears.values()) * _FLOAT32_BYTES

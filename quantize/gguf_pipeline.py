@@ -14,7 +14,7 @@ import torch
 from ..checkpoint.files.atomic import private_directory, require_room
 from ..checkpoint.files.digests import file_digests
 from ..checkpoint.files.paths import check_run, refuse_foreign, refuse_inputs, reserved, work_beside
-from ..checkpoint.files.resume import RunStages, stages_in
+from ..checkpoint.files.resume import RunArtifacts, run_artifacts
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..checkpoint.source.original import Original, open_model
 from ..convert.gguf.base import BASE, base_identity, base_path, base_to_make, converted, prepare_base
@@ -49,9 +49,9 @@ from ..measure.run import MEASURED, measured_rows
 from ..measure.text.calibration import CalibrationSet
 from ..progress import Progress, silent
 from ..version import __version__
-from .costs import StageClock, StageCost, cost_line, cost_section
+from .costs import StepClock, StepCost, cost_line, cost_section
 from .judge import Judge, refuse_marked
-from .measuring import MEASUREMENT_FILE, PLAN_FILE, GivenMeasurement, check_work, obtain_measurement
+from .measuring import MEASUREMENT_FILE, PLAN_FILE, GivenMeasurement, check_work, load_or_measure
 from .options import GgufConfig
 from .rounding.fallbacks import damping_fallbacks, fallback_entries, fallback_lines
 from .rounding.hidden_states import Drift, drift_section
@@ -100,7 +100,7 @@ class GgufResult:
     file_bytes: int
     original_bytes: int
     comparison: Comparison | None
-    costs: tuple[StageCost, ...]
+    costs: tuple[StepCost, ...]
     warnings: tuple[str, ...]
     fallbacks: Mapping[str, float]
     drift: tuple[Drift, ...]
@@ -205,7 +205,7 @@ def make_gguf(
         judge: What evaluates; None leaves that out.
         progress: As for ``quantize_to_gguf``.
     """
-    with stages_in(work) as stages:
+    with run_artifacts(work) as stages:
         return _quantize(checkpoint, output, config, given, calibration, work, stages, base, judge, progress)
 
 
@@ -301,12 +301,12 @@ def _quantize(
     given: GivenMeasurement | None,
     calibration: CalibrationSet | None,
     work: Path,
-    stages: RunStages,
+    stages: RunArtifacts,
     base: Path | None,
     judge: Judge | None,
     progress: Progress,
 ) -> GgufResult:
-    clock = StageClock()
+    clock = StepClock()
     limits = config.reader_warnings(checkpoint)
     checkpoint.prepare_fingerprint(progress)
     if base is None:
@@ -323,7 +323,7 @@ def _quantize(
         if given is None:
             require_types(checkpoint, config, None, _tensor_bytes(header, checkpoint, config, rows))
 
-    measured, rows = obtain_measurement(
+    measured, rows = load_or_measure(
         checkpoint,
         config.measure,
         work,
@@ -422,7 +422,7 @@ def _report(result: GgufResult, comparison: Comparison, judge: Judge, *, finishe
     earlier = earlier_details(directory, comparison, prefix=prefix) if finished else {}
     details = {**carried_over(_report_details(result), earlier), **judge.details()}
     write_report(comparison, directory, details, costs=costs, prefix=prefix)
-    judge.sentence(output, comparison, predicted_nats=plan.damage_nats)
+    judge.mark_if_broken(output, comparison, predicted_nats=plan.damage_nats)
 
 
 def _metadata(run: str, rows: CalibrationSet, limits: Sequence[str]) -> dict[str, str]:

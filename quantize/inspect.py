@@ -17,7 +17,7 @@ from ..checkpoint.model.names import HEAD
 from ..checkpoint.source.original import open_model
 from ..convert.exl2.file.reader import Exl2Model, is_exl2
 from ..convert.exl2.plan.plan import LinearPlan, Plan
-from ..convert.exl2.plan.unquantized import kept_lines
+from ..convert.exl2.plan.unquantized import unquantized_lines
 from ..convert.gguf.file.header import is_gguf, read_gguf_header
 from ..convert.gguf.plan import TYPE_PLAN_KEY, TypePlan
 from ..errors import FormatError
@@ -217,7 +217,7 @@ def _plan(path: Path) -> Inspection:
             f"(asked {plan.target_bpw:g}, head {plan.head_bits})",
             f"predicted damage {plan.damage_nats:.6f} nats/token, of it {plan.decoder_damage_nats:.6f} in the decoder "
             f"(no plan of this size can go below {plan.lower_bound_nats:.6f})",
-            *(f"in float16: {line}" for line in kept_lines(plan.kept, plan.head_reason)),
+            *(f"in float16: {line}" for line in unquantized_lines(plan.kept, plan.head_reason)),
         ),
         header=("linear", "in x out", "bpw", "damage", "share of rows at each width"),
         rows=tuple(row(p) for p in (*plan.linears, *([plan.head] if plan.head else []))),

@@ -13,7 +13,7 @@ from ..convert.publishing.cards import card_path
 from ..convert.publishing.mark import clear_mark, mark_broken, read_mark
 from ..errors import BrokenModelError, ConfigError, NumericalError
 from ..eval.comparison import Comparison, EvalConfig, compare_with, evaluation_rows
-from ..eval.metrics.overlap import CalibrationSpans, refuse_calibration_text, told
+from ..eval.metrics.overlap import CalibrationSpans, refuse_calibration_text, with_overlap_warning
 from ..eval.models import open_any, vocab_size_of
 from ..eval.original import OriginalRun, run_original
 from ..eval.report.layers import LinearCost
@@ -83,7 +83,7 @@ class Judge:
             return
         spans = CalibrationSpans.of(calibration, row_tokens=rows.tokens.shape[1])
         self.shared_share = refuse_calibration_text(rows, spans, allowed=self._config.allow_calibration_text)
-        self._rows = told(rows, self.shared_share)
+        self._rows = with_overlap_warning(rows, self.shared_share)
 
     def compare(self, output: Path, *, predicted_nats: float | None) -> Comparison:
         """Compare an output with the original; what cannot even be compared is marked as broken.
@@ -112,7 +112,7 @@ class Judge:
             predicted = "" if predicted_nats is None else f" The plan predicted {predicted_nats:.3g} nats per token."
             raise self._broken(output, f"{cause}{predicted}") from cause
 
-    def sentence(self, output: Path, comparison: Comparison, *, predicted_nats: float | None) -> None:
+    def mark_if_broken(self, output: Path, comparison: Comparison, *, predicted_nats: float | None) -> None:
         """Mark an output as broken if its damage is far beyond what was predicted; else take an old mark away.
 
         Args:

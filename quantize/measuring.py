@@ -24,7 +24,7 @@ from ..measure.run import (
 )
 from ..measure.text.calibration import CalibrationSet, is_calibration
 from ..progress import Progress, silent
-from .costs import StageClock
+from .costs import StepClock
 
 __all__ = [
     "MEASUREMENT_FILE",
@@ -32,7 +32,7 @@ __all__ = [
     "GivenMeasurement",
     "check_work",
     "load_measurement",
-    "obtain_measurement",
+    "load_or_measure",
 ]
 
 MEASUREMENT_FILE = "measurement.safetensors"
@@ -61,11 +61,11 @@ class GivenMeasurement:
         return None if path is None else cls(path, load_measurement(path, checkpoint, progress))
 
 
-def obtain_measurement(
+def load_or_measure(
     checkpoint: Checkpoint,
     config: MeasureConfig,
     work: Path,
-    clock: StageClock,
+    clock: StepClock,
     progress: Progress,
     *,
     given: GivenMeasurement | None,

@@ -11,16 +11,16 @@ from pathlib import Path
 
 from ..checkpoint.files.digests import file_digests
 from ..checkpoint.files.paths import check_run, named, reserved, work_beside
-from ..checkpoint.files.resume import RunStages, stages_in
+from ..checkpoint.files.resume import RunArtifacts, run_artifacts
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..checkpoint.source.hub import side_files
-from ..checkpoint.source.language import WrittenModel
+from ..checkpoint.source.language import Exl2Names
 from ..checkpoint.source.original import Original, open_model
 from ..convert.exl2.file.manifest import read_manifest
 from ..convert.exl2.file.verify import Verification, verify_model
 from ..convert.exl2.file.writer import write_model
 from ..convert.exl2.plan.plan import Plan, make_plan
-from ..convert.exl2.plan.unquantized import kept_lines
+from ..convert.exl2.plan.unquantized import unquantized_lines
 from ..convert.exl2.rounding.rounder import (
     RoundConfig,
     RoundedModel,
@@ -39,9 +39,9 @@ from ..measure.run import MEASURED
 from ..measure.text.calibration import CalibrationSet
 from ..progress import Progress, silent
 from ..version import __version__
-from .costs import StageClock, StageCost, cost_line, cost_section
+from .costs import StepClock, StepCost, cost_line, cost_section
 from .judge import Judge, refuse_marked
-from .measuring import MEASUREMENT_FILE, PLAN_FILE, GivenMeasurement, check_work, obtain_measurement
+from .measuring import MEASUREMENT_FILE, PLAN_FILE, GivenMeasurement, check_work, load_or_measure
 from .options import QuantizeConfig
 from .planning import plan_costs
 from .rounding.fallbacks import damping_fallbacks, fallback_entries, fallback_lines
@@ -84,7 +84,7 @@ class QuantizeResult:
     verification: Verification
     original_bytes: int
     comparison: Comparison | None
-    costs: tuple[StageCost, ...]
+    costs: tuple[StepCost, ...]
     fallbacks: Mapping[str, float]
     drift: tuple[Drift, ...]
     measurement: Path
@@ -98,7 +98,7 @@ class QuantizeResult:
             f"size        {verified.file_bytes / 2**20:.1f} MiB, {verified.file_bytes / self.original_bytes:.1%} of the"
             f" original; decoder {verified.decoder_bpw:.4f} bpw (asked {plan.target_bpw:g}), "
             f"head {verified.head_bpw:.4f} bpw",
-            *(f"float16     {line}" for line in kept_lines(plan.kept, plan.head_reason)),
+            *(f"float16     {line}" for line in unquantized_lines(plan.kept, plan.head_reason)),
             f"predicted   {plan.damage_nats:.6f} nats/token, at most {100 * plan.gap:.3f} % above the best possible",
             *([] if self.comparison is None else summary_lines(self.comparison)),
             *(f"warning     {warning}" for warning in self.warnings),
@@ -184,7 +184,7 @@ def make_exl2(
         judge: What evaluates; None leaves that out.
         progress: As for ``quantize_model``.
     """
-    with stages_in(work) as stages:
+    with run_artifacts(work) as stages:
         return _quantize(checkpoint, output, config, given, calibration, work, stages, judge, progress)
 
 
@@ -195,12 +195,12 @@ def _quantize(
     given: GivenMeasurement | None,
     calibration: CalibrationSet | None,
     work: Path,
-    stages: RunStages,
+    stages: RunArtifacts,
     judge: Judge | None,
     progress: Progress,
 ) -> QuantizeResult:
-    clock = StageClock()
-    measured, rows = obtain_measurement(
+    clock = StepClock()
+    measured, rows = load_or_measure(
         checkpoint,
         config.measure,
         work,
@@ -264,7 +264,7 @@ def _quantize(
         earlier = earlier_details(output, comparison) if finished else {}
         details = {**carried_over(report_details(result), earlier), **judge.details()}
         write_report(comparison, output, details, costs=plan_costs(plan))
-        judge.sentence(output, comparison, predicted_nats=plan.damage_nats)
+        judge.mark_if_broken(output, comparison, predicted_nats=plan.damage_nats)
     write_card(output, original=checkpoint.directory, base_model=config.base_model)
     return result
 
@@ -291,7 +291,7 @@ def report_details(result: QuantizeResult) -> dict[str, dict[str, str | float]]:
             },
             **{
                 f"in float16, reason {number}": line
-                for number, line in enumerate(kept_lines(plan.kept, plan.head_reason), 1)
+                for number, line in enumerate(unquantized_lines(plan.kept, plan.head_reason), 1)
             },
             **({} if result.experts is None else {"experts": result.experts}),
             **fallback_entries(result.fallbacks),
@@ -354,7 +354,7 @@ def _write(
     run: str,
 ) -> Verification:
     row_count, row_tokens = rows.tokens.shape
-    written = WrittenModel(rounded.source)
+    written = Exl2Names(rounded.source)
     return write_model(
         written,
         {written.prefix + name: partial(rounded.linear, name) for name in rounded.names},

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from ..checkpoint.files.atomic import write_json, write_text
 from ..checkpoint.files.paths import check_run, named, reserved, work_beside
-from ..checkpoint.files.resume import claimed, discard_stage
+from ..checkpoint.files.resume import discard_artifacts, locked_work
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..checkpoint.source.original import Original, open_model
 from ..convert.gguf.base import base_path, base_to_make, discard_base, prepare_base
@@ -24,10 +24,10 @@ from ..measure.text.calibration import CalibrationSet
 from ..progress import Progress, silent
 from ..tables import cell, table
 from ..version import __version__
-from .costs import StageClock
+from .costs import StepClock
 from .gguf_pipeline import GgufConfig, GgufResult, files_beside, make_gguf, refuse_others
 from .judge import Judge
-from .measuring import MEASUREMENT_FILE, GivenMeasurement, check_work, obtain_measurement
+from .measuring import MEASUREMENT_FILE, GivenMeasurement, check_work, load_or_measure
 from .pipeline import QuantizeConfig, QuantizeResult, is_finished, make_exl2
 from .support import exists, require_exl2, require_gguf, require_gguf_tools
 
@@ -167,23 +167,23 @@ def quantize_series(
     given = GivenMeasurement.load(measurement, checkpoint, progress)
     _check(checkpoint, config, paths, work, None if given is None else given.measurement, calibration, progress)
     judge = None if config.evaluate is None else Judge(checkpoint, config.evaluate, progress)
-    with reserved(output), claimed(work):
+    with reserved(output), locked_work(work):
         if isinstance(config, GgufConfig):
             checkpoint.prepare_fingerprint(progress)
             prepare_base(checkpoint, base_path(checkpoint, work, config.llama_cpp), config)
         if given is None:
             file = work / "measure" / MEASUREMENT_FILE
-            measured, _ = obtain_measurement(
+            measured, _ = load_or_measure(
                 checkpoint,
                 config.measure,
                 file.parent,
-                StageClock(),
+                StepClock(),
                 progress,
                 given=None,
                 calibration=calibration,
                 check_rows=None if judge is None else judge.check_text,
             )
-            discard_stage(file.parent, MEASURED, measured.provenance)
+            discard_artifacts(file.parent, MEASURED, measured.provenance)
             given = GivenMeasurement(file, measured)
         outputs = tuple(
             _make(checkpoint, path, bpw, config, given, work, judge, progress) for bpw, path in paths.items()

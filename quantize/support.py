@@ -15,7 +15,7 @@ from ..checkpoint.files.atomic import explained, require_room
 from ..checkpoint.model.families import EMBEDDING
 from ..checkpoint.model.names import text_config
 from ..checkpoint.source.checkpoint import FLOAT_DTYPES, Checkpoint
-from ..checkpoint.source.language import WrittenModel, language_model
+from ..checkpoint.source.language import Exl2Names, language_model
 from ..checkpoint.source.linears import Linear, model_linears
 from ..convert.exl2.file.carry import require_side_files
 from ..convert.exl2.file.writer import require_writable
@@ -99,7 +99,7 @@ def require_exl2(
                 "Transformers and save it again: save_pretrained leaves it out."
             )
     forecasts = {output: each.known(measured, rows).forecast(checkpoint) for output, each in outputs.items()}
-    written = WrittenModel(language_model(checkpoint))
+    written = Exl2Names(language_model(checkpoint))
     # Which linears are quantized does not depend on the target.
     require_writable(written, {written.prefix + name for name in forecasts[next(iter(outputs))].quantized})
     read_base_card(checkpoint.directory)

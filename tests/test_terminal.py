@@ -76,7 +76,7 @@ def exl2(tmp_path: Path) -> Path:
         groups=(RowGroup(4, 32),),
         codes=torch.zeros(32, 32, dtype=torch.uint8),
         scale_codes=torch.zeros(1, 32, dtype=torch.uint8),
-        ceilings=torch.ones(1, dtype=torch.float16),
+        max_scales=torch.ones(1, dtype=torch.float16),
         order=torch.arange(32),
     )
     save_file(linear_tensors(f"model.{EVIL}.weird", linear), directory / "output.safetensors")

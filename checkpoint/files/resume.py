@@ -1,4 +1,4 @@
-"""Work directories: a stage keeps every finished piece on disk, so that a run that was cut off goes on from there."""
+"""Work directories: a step keeps every finished artifact on disk, so that a run that was cut off goes on from there."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .paths import locked, named, try_directory
 from .safetensors_file import HeaderEntry, NewTensor, load_tensors, read_entry, read_header, save_tensors
 from .schemas import read_json
 
-__all__ = ["RunStages", "StageDirectory", "claimed", "discard_stage", "stages_in"]
+__all__ = ["ResumeStore", "RunArtifacts", "discard_artifacts", "locked_work", "run_artifacts"]
 
 _IDENTITY = "identity.json"
 _SUFFIX = ".safetensors"
@@ -30,11 +30,11 @@ _CHECKSUM = "checksum"
 _READ_BYTES = 16 << 20
 
 
-class StageDirectory:
-    """The finished pieces of one stage of one run.
+class ResumeStore:
+    """The finished artifacts of one stage of one run.
 
-    The directory's name ends in a digest of everything that the pieces depend on (model, calibration, options), so
-    pieces of different runs never mix, and the same run finds its own again. Pieces are complete files only, with a
+    The directory's name ends in a digest of everything that the artifacts depend on (model, calibration, options), so
+    artifacts of different runs never mix, and the same run finds its own again. Pieces are complete files only, with a
     checksum: one that is damaged counts as not finished, and is made again. Some may have gone since they were made, as
     cleaners of temporary directories take what is oldest: whoever goes on looks.
 
@@ -48,7 +48,7 @@ class StageDirectory:
         Args:
             work: The run's work directory.
             stage: Name of the stage.
-            identity: Plain JSON: all that the pieces depend on. Kept in ``identity.json`` for people.
+            identity: Plain JSON: all that the artifacts depend on. Kept in ``identity.json`` for people.
 
         Raises:
             WorkDirectoryError: The directory cannot be made.
@@ -60,31 +60,31 @@ class StageDirectory:
             write_json(self.path / _IDENTITY, dict(identity))
 
     @classmethod
-    def existing(cls, work: Path, stage: str, identity: Mapping[str, Any]) -> StageDirectory | None:
+    def existing(cls, work: Path, stage: str, identity: Mapping[str, Any]) -> ResumeStore | None:
         """Return the directory of a stage that has begun, None where there is none."""
         return cls(work, stage, identity) if _path(work, stage, identity).exists() else None
 
-    def has(self, piece: str) -> bool:
-        """Whether a piece is finished and undamaged; one that another process wrote is read for that, once.
+    def has(self, artifact: str) -> bool:
+        """Whether a artifact is finished and undamaged; one that another process wrote is read for that, once.
 
         Raises:
             WorkDirectoryError: It is damaged, and cannot be deleted.
         """
-        file = self._file(piece)
+        file = self._file(artifact)
         if not file.exists():
             return False
-        if piece not in self._intact and not _is_intact(file, piece):
+        if artifact not in self._intact and not _is_intact(file, artifact):
             warnings.warn(f"{shown(file)}: damaged. It is made again now.", BpwiseWarning, stacklevel=2)
-            self.discard(piece)
+            self.discard(artifact)
             return False
-        self._intact.add(piece)
+        self._intact.add(artifact)
         return True
 
-    def save(self, piece: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep a piece: it is there completely or not at all.
+    def save(self, artifact: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep a artifact: it is there completely or not at all.
 
         Raises:
-            WorkDirectoryError: It cannot be written, or the directory has gone, and all earlier pieces with it.
+            WorkDirectoryError: It cannot be written, or the directory has gone, and all earlier artifacts with it.
         """
         if not (self.path / _IDENTITY).exists():
             raise WorkDirectoryError(
@@ -94,46 +94,46 @@ class StageDirectory:
         here = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         parts = {name: [tensor.reshape(-1).view(torch.uint8).numpy().data] for name, tensor in here.items()}
         described = {name: f"{tensor.dtype} {tuple(tensor.shape)}" for name, tensor in here.items()}
-        save_tensors(self._file(piece), here, {_CHECKSUM: _checksum(piece, described, parts)})
-        self._intact.add(piece)
+        save_tensors(self._file(artifact), here, {_CHECKSUM: _checksum(artifact, described, parts)})
+        self._intact.add(artifact)
 
-    def load(self, piece: str, new: NewTensor = torch.empty) -> dict[str, Tensor]:
-        """Return the tensors of a finished piece, each in what ``new`` made for it.
+    def load(self, artifact: str, new: NewTensor = torch.empty) -> dict[str, Tensor]:
+        """Return the tensors of a finished artifact, each in what ``new`` made for it.
 
         Raises:
             WorkDirectoryError: It has gone, or is damaged. It is let go, so that the next run makes it again.
         """
-        if self.has(piece):
+        if self.has(artifact):
             try:
-                return load_tensors(self._file(piece), WorkDirectoryError, new=new)
+                return load_tensors(self._file(artifact), WorkDirectoryError, new=new)
             except WorkDirectoryError:  # it has changed since it was looked at
-                self.discard(piece)
+                self.discard(artifact)
         raise WorkDirectoryError(
-            f"{shown(self._file(piece))}: a piece of finished work has gone, or is damaged. Run the same command "
+            f"{shown(self._file(artifact))}: a artifact of finished work has gone, or is damaged. Run the same command "
             "again: it makes what is missing."
         )
 
-    def number(self, piece: str, name: str) -> float | None:
-        """Return a number that a finished piece keeps under a name, None if there is none; reads nothing else of it."""
-        entry = read_header(self._file(piece), WorkDirectoryError).entries.get(name)
-        return None if entry is None else float(read_entry(self._file(piece), entry, WorkDirectoryError))
+    def number(self, artifact: str, name: str) -> float | None:
+        """Return a number that an artifact keeps under a name, None if there is none; reads nothing else of it."""
+        entry = read_header(self._file(artifact), WorkDirectoryError).entries.get(name)
+        return None if entry is None else float(read_entry(self._file(artifact), entry, WorkDirectoryError))
 
-    def discard(self, piece: str) -> None:
-        """Let a piece go that no later step needs.
+    def discard(self, artifact: str) -> None:
+        """Let a artifact go that no later step needs.
 
         Raises:
             WorkDirectoryError: It cannot be deleted.
         """
-        self._intact.discard(piece)
+        self._intact.discard(artifact)
         try:
-            self._file(piece).unlink(missing_ok=True)
+            self._file(artifact).unlink(missing_ok=True)
         except OSError as error:
             raise WorkDirectoryError(
-                f"{self._file(piece)}: cannot be deleted ({error.strerror}). Delete it by hand."
+                f"{self._file(artifact)}: cannot be deleted ({error.strerror}). Delete it by hand."
             ) from error
 
-    def _file(self, piece: str) -> Path:
-        return self.path / f"{piece}{_SUFFIX}"
+    def _file(self, artifact: str) -> Path:
+        return self.path / f"{artifact}{_SUFFIX}"
 
 
 def _path(work: Path, stage: str, identity: Mapping[str, Any]) -> Path:
@@ -144,19 +144,19 @@ def _digest(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _is_intact(file: Path, piece: str) -> bool:
+def _is_intact(file: Path, artifact: str) -> bool:
     try:
         header = read_header(file, WorkDirectoryError)
         described = {name: f"{entry.dtype} {entry.shape}" for name, entry in header.entries.items()}
         parts = {name: _stored_bytes(file, entry) for name, entry in header.entries.items()}
-        return header.metadata.get(_CHECKSUM) == _checksum(piece, described, parts)
+        return header.metadata.get(_CHECKSUM) == _checksum(artifact, described, parts)
     except (WorkDirectoryError, OSError):
         return False
 
 
-def _checksum(piece: str, described: Mapping[str, str], parts: Mapping[str, Iterable[bytes | memoryview]]) -> str:
-    # CRC-32 of everything, the piece's name too: it tells damage, at several GB a second; nobody forges pieces.
-    total = zlib.crc32(piece.encode())
+def _checksum(artifact: str, described: Mapping[str, str], parts: Mapping[str, Iterable[bytes | memoryview]]) -> str:
+    # CRC-32 of everything, the artifact's name too: it tells damage, at several GB a second; nobody forges artifacts.
+    total = zlib.crc32(artifact.encode())
     for name in sorted(described):
         own = zlib.crc32(f"{name} {described[name]}".encode())
         for part in parts[name]:
@@ -174,7 +174,7 @@ def _stored_bytes(path: Path, entry: HeaderEntry) -> Iterator[bytes]:
 
 
 @contextmanager
-def claimed(work: Path) -> Iterator[None]:
+def locked_work(work: Path) -> Iterator[None]:
     """Keep a work directory to one run; if the run made it, it goes afterwards if nothing is left in it.
 
     Raises:
@@ -196,7 +196,7 @@ def claimed(work: Path) -> Iterator[None]:
             work.rmdir()
 
 
-class RunStages:
+class RunArtifacts:
     """The stages of one run, which are let go when it is complete. Nothing else in the work directory is touched."""
 
     def __init__(self, work: Path) -> None:
@@ -215,16 +215,16 @@ class RunStages:
     def discard(self) -> None:
         """Delete the directories of all stages."""
         for stage, identity in self._stages:
-            discard_stage(self._work, stage, identity)
+            discard_artifacts(self._work, stage, identity)
 
 
-def discard_stage(work: Path, stage: str, identity: Mapping[str, Any]) -> None:
+def discard_artifacts(work: Path, stage: str, identity: Mapping[str, Any]) -> None:
     """Delete the directory of a stage, if it is there and says itself that it is that.
 
     Args:
         work: The run's work directory.
         stage: Name of the stage.
-        identity: As for ``StageDirectory``.
+        identity: As for ``ResumeStore``.
     """
     path = _path(work, stage, identity)
     if _carries_identity(path):
@@ -232,7 +232,7 @@ def discard_stage(work: Path, stage: str, identity: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def stages_in(work: Path) -> Iterator[RunStages]:
+def run_artifacts(work: Path) -> Iterator[RunArtifacts]:
     """Claim a work directory for a run; its stages go at the end, unless the run is cut off.
 
     Args:
@@ -242,10 +242,10 @@ def stages_in(work: Path) -> Iterator[RunStages]:
         What the run names its stages to.
 
     Raises:
-        BpwiseError: As ``claimed``.
+        BpwiseError: As ``locked_work``.
     """
-    with claimed(work):
-        stages = RunStages(work)
+    with locked_work(work):
+        stages = RunArtifacts(work)
         try:
             yield stages
         except BrokenModelError:  # nothing is left to go on with

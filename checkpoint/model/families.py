@@ -23,7 +23,7 @@ __all__ = [
     "Composite",
     "Experts",
     "Family",
-    "Stage",
+    "InputGroup",
     "composite_of",
     "family_of",
     "is_known",
@@ -36,7 +36,7 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class InputGroup:
     """Linears of a block that read the same input and share its statistics.
 
     Queries, keys and values are stages of their own: their gradients lie on different tokens, so that one Gram matrix
@@ -77,12 +77,12 @@ class Experts:
     up: str = "up_proj"
     down: str = "down_proj"
 
-    def stages(self, expert: int) -> tuple[Stage, Stage]:
+    def stages(self, expert: int) -> tuple[InputGroup, InputGroup]:
         """Return the two stages of one expert."""
         prefix = f"{self.path}.{expert}"
         return (
-            Stage((f"{prefix}.{self.gate}", f"{prefix}.{self.up}"), expert=expert),
-            Stage((f"{prefix}.{self.down}",), expert=expert),
+            InputGroup((f"{prefix}.{self.gate}", f"{prefix}.{self.up}"), expert=expert),
+            InputGroup((f"{prefix}.{self.down}",), expert=expert),
         )
 
 
@@ -100,7 +100,7 @@ class Family:
         multiplier: Key of config.json whose value multiplies what blocks add to the residual stream.
         written_as: Class name that a written model gets, where it differs from the original's.
         prefix: What the names of a written model begin with.
-        taken_for_granted: Key of config.json -> the values that EXL2 readers compute alike, whatever it says.
+        reader_assumptions: Key of config.json -> the values that EXL2 readers compute alike, whatever it says.
         reads: Keys that EXL2 readers look at in every family and that this one has in Transformers too, computed alike.
         rope_types: Rope types that readers know; see ``exl2.readers`` for those that they compute otherwise.
         local_rope: Rope that readers take blocks with a sliding window to have, of a family where it is another one.
@@ -110,7 +110,7 @@ class Family:
     """
 
     readers: tuple[str, ...]
-    stages: tuple[Stage, ...]
+    stages: tuple[InputGroup, ...]
     experts: Experts | None = None
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     mlp: tuple[tuple[str, ...], str] = (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
@@ -118,7 +118,7 @@ class Family:
     multiplier: str | None = None
     written_as: str | None = None
     prefix: str = ""
-    taken_for_granted: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    reader_assumptions: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     reads: tuple[str, ...] = ()
     rope_types: tuple[str, ...] = ("default", "linear", "llama3", "dynamic", "longrope", "yarn")
     local_rope: Mapping[str, Any] | None = None
@@ -134,7 +134,7 @@ class Family:
         """Module that holds the experts, inside the block; empty where there are none."""
         return "" if self.experts is None else self.experts.path
 
-    def block_stages(self, index: int, names: Collection[str]) -> tuple[Stage, ...]:
+    def block_stages(self, index: int, names: Collection[str]) -> tuple[InputGroup, ...]:
         """Return the stages of one block: those of which any linear is stored.
 
         Args:
@@ -149,10 +149,10 @@ class Family:
                 number += 1
         return tuple(stages)
 
-    def _stored(self, index: int, stage: Stage, names: Collection[str]) -> bool:
+    def _stored(self, index: int, stage: InputGroup, names: Collection[str]) -> bool:
         return any(f"{name}.weight" in names for name in self.linear_names(index, stage))
 
-    def linear_names(self, block: int, stage: Stage) -> tuple[str, ...]:
+    def linear_names(self, block: int, stage: InputGroup) -> tuple[str, ...]:
         """Return the full names of a stage's linears in one block."""
         return tuple(self.file_name(f"{self.blocks}.{block}.{name}") for name in stage.linears)
 
@@ -168,18 +168,18 @@ class Family:
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 
-_EACH_OF_QKV = tuple(Stage((name,)) for name in _QKV)
-_ATTENTION = (*_EACH_OF_QKV, Stage(("self_attn.o_proj",), adds="self_attn"))
-_GATED_MLP = (Stage(_GATE_UP), Stage(("mlp.down_proj",), adds="mlp"))
+_EACH_OF_QKV = tuple(InputGroup((name,)) for name in _QKV)
+_ATTENTION = (*_EACH_OF_QKV, InputGroup(("self_attn.o_proj",), adds="self_attn"))
+_GATED_MLP = (InputGroup(_GATE_UP), InputGroup(("mlp.down_proj",), adds="mlp"))
 _PRE_NORM = (*_ATTENTION, *_GATED_MLP)
 
 
-def _post_norm(attention: str, mlp: str) -> tuple[Stage, ...]:
+def _post_norm(attention: str, mlp: str) -> tuple[InputGroup, ...]:
     return (
         *_EACH_OF_QKV,
-        Stage(("self_attn.o_proj",), adds=attention, normed=True),
-        Stage(_GATE_UP),
-        Stage(("mlp.down_proj",), adds=mlp, normed=True),
+        InputGroup(("self_attn.o_proj",), adds=attention, normed=True),
+        InputGroup(_GATE_UP),
+        InputGroup(("mlp.down_proj",), adds=mlp, normed=True),
     )
 
 
@@ -199,25 +199,25 @@ _FAMILIES = {
     "llama": Family(
         readers=("LlamaForCausalLM",),
         stages=_PRE_NORM,
-        taken_for_granted=_SILU,
+        reader_assumptions=_SILU,
         reads=("attention_bias", "mlp_bias"),
         note="all rope types; biases",
     ),
     "mistral": Family(
-        readers=("MistralForCausalLM",), stages=_PRE_NORM, taken_for_granted=_SILU, note="sliding window"
+        readers=("MistralForCausalLM",), stages=_PRE_NORM, reader_assumptions=_SILU, note="sliding window"
     ),
     "mixtral": Family(
         readers=("MixtralForCausalLM",),
         stages=_ATTENTION,
         experts=Experts("mlp.experts", gate="w1", up="w3", down="w2"),
         renamed={"mlp.": "block_sparse_moe."},
-        taken_for_granted={**_SILU, "moe_intermediate_size": ()},
+        reader_assumptions={**_SILU, "moe_intermediate_size": ()},
         note="experts",
     ),
     "qwen2": Family(
         readers=("Qwen2ForCausalLM",),
         stages=_PRE_NORM,
-        taken_for_granted=_SILU,
+        reader_assumptions=_SILU,
         reads=("attention_bias",),  # no reader looks at it here: q, k and v always have biases
         note="biases of q, k and v",
     ),
@@ -225,8 +225,8 @@ _FAMILIES = {
         readers=(),
         stages=(
             *_PRE_NORM,
-            Stage(("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")),
-            Stage(("mlp.shared_expert.down_proj",)),
+            InputGroup(("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")),
+            InputGroup(("mlp.shared_expert.down_proj",)),
         ),
         experts=Experts("mlp.experts"),
         note="experts beside a shared one",
@@ -234,7 +234,7 @@ _FAMILIES = {
     "qwen3": Family(
         readers=("Qwen3ForCausalLM",),
         stages=_PRE_NORM,
-        taken_for_granted={**_SILU, "use_qk_norm": (True,)},
+        reader_assumptions={**_SILU, "use_qk_norm": (True,)},
         reads=("attention_bias", "use_qk_norm"),
         quirk=_HEAD_NORMS,
         note="norms of queries and keys",
@@ -243,7 +243,7 @@ _FAMILIES = {
         readers=("Qwen3MoeForCausalLM",),
         stages=_PRE_NORM,
         experts=Experts("mlp.experts"),
-        taken_for_granted={
+        reader_assumptions={
             **_SILU,
             "use_qk_norm": (True,),
             "norm_topk_prob": (True,),
@@ -257,14 +257,14 @@ _FAMILIES = {
     "gemma": Family(
         readers=("GemmaForCausalLM",),
         stages=_PRE_NORM,
-        taken_for_granted={"hidden_act": _GELU, **_CAUSAL},
+        reader_assumptions={"hidden_act": _GELU, **_CAUSAL},
         reads=("attention_bias",),
         note="scaled embeddings, norms of 1 + weight",
     ),
     "gemma2": Family(
         readers=("Gemma2ForCausalLM",),
         stages=_GEMMA2,
-        taken_for_granted={"hidden_activation": _GELU, **_CAUSAL},
+        reader_assumptions={"hidden_activation": _GELU, **_CAUSAL},
         reads=_CAPPED,
         periodic_windows=True,
         note="norms before and after; soft-capping; every other block with a sliding window",
@@ -274,7 +274,7 @@ _FAMILIES = {
         stages=_GEMMA2,
         written_as="Gemma3ForConditionalGeneration",
         prefix="language_model.",
-        taken_for_granted={"hidden_activation": _GELU, "use_qk_norm": (True,), **_CAUSAL},
+        reader_assumptions={"hidden_activation": _GELU, "use_qk_norm": (True,), **_CAUSAL},
         reads=(*_CAPPED, "use_qk_norm"),
         rope_types=("default", "linear"),
         local_rope={"rope_type": "default", "rope_theta": 10000},
@@ -286,7 +286,7 @@ _FAMILIES = {
         readers=("Phi3ForCausalLM",),
         stages=_PRE_NORM,
         fused={"self_attn.qkv_proj": _QKV, **_FUSED_MLP},
-        taken_for_granted=_SILU,
+        reader_assumptions=_SILU,
         reads=("partial_rotary_factor",),
         note="fused q, k, v and gate, up: split in the output",
     ),
@@ -295,7 +295,7 @@ _FAMILIES = {
         stages=_PRE_NORM,
         multiplier="residual_multiplier",
         # Its biases are refused: readers multiply weights of o_proj and down_proj, but not biases.
-        taken_for_granted={**_SILU, "attention_bias": (False,), "mlp_bias": (False,)},
+        reader_assumptions={**_SILU, "attention_bias": (False,), "mlp_bias": (False,)},
         reads=(
             "attention_bias",
             "mlp_bias",
@@ -310,21 +310,21 @@ _FAMILIES = {
         readers=("Glm4ForCausalLM",),
         stages=_post_norm("post_self_attn_layernorm", "post_mlp_layernorm"),
         fused=_FUSED_MLP,
-        taken_for_granted=_SILU,
+        reader_assumptions=_SILU,
         reads=("attention_bias", "partial_rotary_factor"),
         note="norms before and after; fused gate, up: split in the output; rope on half of each head",
     ),
     "cohere": Family(
         readers=("CohereForCausalLM",),
         stages=_PRE_NORM,
-        taken_for_granted=_SILU,
+        reader_assumptions=_SILU,
         reads=("attention_bias", "logit_scale", "use_qk_norm"),
         note="attention beside the MLP; scaled logits",
     ),
     "cohere2": Family(
         readers=("Cohere2ForCausalLM",),
         stages=_PRE_NORM,
-        taken_for_granted=_SILU,
+        reader_assumptions=_SILU,
         reads=("attention_bias", "logit_scale"),
         periodic_windows=True,
         quirk="EXL2 readers rotate positions in blocks with full attention too, where this family does not",
@@ -332,9 +332,9 @@ _FAMILIES = {
     ),
     "starcoder2": Family(
         readers=("Starcoder2ForCausalLM",),
-        stages=(*_ATTENTION, Stage(("mlp.c_fc",)), Stage(("mlp.c_proj",), adds="mlp")),
+        stages=(*_ATTENTION, InputGroup(("mlp.c_fc",)), InputGroup(("mlp.c_proj",), adds="mlp")),
         mlp=(("mlp.c_fc",), "mlp.c_proj"),
-        taken_for_granted={"hidden_act": _GELU, "use_bias": (True,)},
+        reader_assumptions={"hidden_act": _GELU, "use_bias": (True,)},
         reads=("attention_bias", "mlp_bias"),  # no reader looks at them here: all linears always have biases
         note="no gate in the MLP; biases everywhere: its neurons are reordered instead of c_proj's rows",
     ),

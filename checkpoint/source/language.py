@@ -3,7 +3,7 @@
 Checkpoints differ in what they call things: models with vision put a prefix before the language model's names, some
 families store several linears as one tensor. Everything that measures, rounds or evaluates sees them through
 ``LanguageModel``: names begin with ``model.`` or are ``lm_head.weight``, and every linear is a tensor of its own.
-``WrittenModel`` gives the names that go into an EXL2 directory, ``FusedModel`` those that Transformers expects.
+``Exl2Names`` gives the names that go into an EXL2 directory, ``HfNames`` those that Transformers expects.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from .checkpoint import TensorInfo, TensorSource
 from .views import SourceView
 
 __all__ = [
-    "FusedModel",
+    "Exl2Names",
+    "HfNames",
     "LanguageModel",
-    "ReplacedWeights",
-    "WrittenModel",
+    "WeightOverlay",
     "language_config",
     "language_model",
     "plain_name",
@@ -124,7 +124,7 @@ class LanguageModel(SourceView):
         return tensor if rows is None else tensor[rows].clone()
 
 
-class ReplacedWeights(LanguageModel):
+class WeightOverlay(LanguageModel):
     """A language model seen with other weights in some of its linears; writes nothing to disk."""
 
     def __init__(self, base: TensorSource, weights: Mapping[str, Callable[[], Tensor]]) -> None:
@@ -249,7 +249,7 @@ def plain_name(name: str, *, composite: bool) -> str | None:
     return name if not composite or name.startswith(parts) else None
 
 
-class WrittenModel(SourceView):
+class Exl2Names(SourceView):
     """A source under the names that EXL2 readers look for: prefix and other parts included."""
 
     def __init__(self, model: LanguageModel) -> None:
@@ -288,7 +288,7 @@ class WrittenModel(SourceView):
         return self._model.tensor(name.removeprefix(self.prefix))
 
 
-class FusedModel(SourceView):
+class HfNames(SourceView):
     """A model in parts under the names that Transformers loads: fused where it fuses."""
 
     def __init__(self, base: TensorSource) -> None:

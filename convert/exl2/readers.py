@@ -86,7 +86,7 @@ def _departures(config: Mapping[str, Any]) -> Iterator[str]:
         yield from unknown
         if unknown:
             return
-    for key, values in family.taken_for_granted.items():
+    for key, values in family.reader_assumptions.items():
         value = language.get(key)
         if value is not None and value not in values:
             yield f"{key} is {value!r}, but EXL2 readers take it for {values[0]!r}" if values else _unasked(key, value)

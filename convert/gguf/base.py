@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...checkpoint.files.digests import file_digests
-from ...checkpoint.files.resume import StageDirectory, discard_stage
+from ...checkpoint.files.resume import ResumeStore, discard_artifacts
 from ...checkpoint.source.checkpoint import Checkpoint
 from ...errors import BpwiseWarning, CheckpointError, FormatError
 from ...quantize.options import GgufConfig
@@ -25,7 +25,7 @@ _FILE = "base.gguf"
 
 
 def base_path(checkpoint: Checkpoint, work: Path, llama_cpp: Path | None) -> Path:
-    """Return where a run keeps the model as an unquantized GGUF file: as any piece, never mixed with another run's.
+    """Return where a run keeps the model as an unquantized GGUF file: as any artifact, never mixed with another run's.
 
     What an earlier run converted and cannot be read any more is let go.
 
@@ -34,7 +34,7 @@ def base_path(checkpoint: Checkpoint, work: Path, llama_cpp: Path | None) -> Pat
         work: Work directory.
         llama_cpp: As in ``GgufConfig``.
     """
-    base = StageDirectory(work, BASE, base_identity(checkpoint, llama_cpp)).path / _FILE
+    base = ResumeStore(work, BASE, base_identity(checkpoint, llama_cpp)).path / _FILE
     if base.exists():
         try:
             read_gguf_header(base)
@@ -51,11 +51,11 @@ def base_to_make(work: Path) -> Path | None:
 
 def discard_base(checkpoint: Checkpoint, work: Path, llama_cpp: Path | None) -> None:
     """Delete what ``base_path`` names; its arguments are the same."""
-    discard_stage(work, BASE, base_identity(checkpoint, llama_cpp))
+    discard_artifacts(work, BASE, base_identity(checkpoint, llama_cpp))
 
 
 def base_identity(checkpoint: Checkpoint, llama_cpp: Path | None) -> dict[str, Any]:
-    """Return all that the file depends on, as ``StageDirectory`` takes it."""
+    """Return all that the file depends on, as ``ResumeStore`` takes it."""
     return {
         "model": checkpoint.fingerprint,
         "files": _carried(checkpoint),

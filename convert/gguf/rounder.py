@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...checkpoint.files.resume import StageDirectory
+from ...checkpoint.files.resume import ResumeStore
 from ...checkpoint.source.checkpoint import Checkpoint
 from ...checkpoint.source.language import LanguageModel, language_model
 from ...linalg.hessian import inverse_factor
@@ -40,16 +40,16 @@ class RoundedTypes:
     Attributes:
         names: Full names of the linears, and of the token embeddings, without ``.weight``.
         blocks: Number of decoder blocks.
-        pieces: Where they are kept.
+        artifacts: Where they are kept.
     """
 
     names: tuple[str, ...]
     blocks: int
-    pieces: StageDirectory
+    artifacts: ResumeStore
 
     def data(self, name: str) -> Bytes:
         """Return the encoded rows of a tensor, in the order of the original's: uint8, shape (rows, row_bytes)."""
-        data: Bytes = self.pieces.load(name)["data"].numpy()
+        data: Bytes = self.artifacts.load(name)["data"].numpy()
         return data
 
     def dampings(self) -> dict[str, float]:
@@ -61,16 +61,16 @@ class RoundedTypes:
         return self._numbers("distance")
 
     def _numbers(self, key: str) -> dict[str, float]:
-        found = ((name, self.pieces.number(name, key)) for name in self.names)
+        found = ((name, self.artifacts.number(name, key)) for name in self.names)
         return {name: number for name, number in found if number is not None}
 
     def drift(self) -> list[Drift]:
         """Return how far the hidden states after every block are from the original's, over the calibration rows."""
-        return kept_drift(self.pieces, self.blocks)
+        return kept_drift(self.artifacts, self.blocks)
 
 
 def type_rounding_identity(checkpoint: Checkpoint, plan: TypePlan, device: str) -> dict[str, Any]:
-    """Return all that the pieces of ``round_types`` depend on, as ``StageDirectory`` takes it."""
+    """Return all that the artifacts of ``round_types`` depend on, as ``ResumeStore`` takes it."""
     return {
         "model": checkpoint.fingerprint,
         "measurement": plan.measurement,
@@ -108,16 +108,18 @@ def round_types(
         NumericalError: NaN or infinity in weights or activations.
     """
     place = resolve_device(device)
-    pieces = StageDirectory(work, ROUNDED, type_rounding_identity(checkpoint, plan, device))
+    artifacts = ResumeStore(work, ROUNDED, type_rounding_identity(checkpoint, plan, device))
     source = language_model(checkpoint)
     model = StreamedModel(source, device=place, dtype=torch.float32, offload_dir=offload_dir)
     inputs = kept_inputs(work, measurement)
-    run = RoundingPass(model, measurement, _TypeRounder(plan.kinds, source), pieces, correct_drift=True, inputs=inputs)
-    table = _rounded_table(checkpoint, measurement, plan, pieces)
+    run = RoundingPass(
+        model, measurement, _TypeRounder(plan.kinds, source), artifacts, correct_drift=True, inputs=inputs
+    )
+    table = _rounded_table(checkpoint, measurement, plan, artifacts)
     run.blocks(progress, table)
     if not measurement.embedding.tied:
         run.head()
-    return RoundedTypes(tuple(plan.kinds), model.block_count, pieces)
+    return RoundedTypes(tuple(plan.kinds), model.block_count, artifacts)
 
 
 def types_rounded_before(checkpoint: Checkpoint, plan: TypePlan, work: Path, *, device: str) -> RoundedTypes | None:
@@ -129,12 +131,12 @@ def types_rounded_before(checkpoint: Checkpoint, plan: TypePlan, work: Path, *, 
         work: As for ``round_types``.
         device: As for ``round_types``.
     """
-    pieces = StageDirectory.existing(work, ROUNDED, type_rounding_identity(checkpoint, plan, device))
+    artifacts = ResumeStore.existing(work, ROUNDED, type_rounding_identity(checkpoint, plan, device))
     blocks = language_model(checkpoint).block_count
     names = tuple(plan.kinds)
-    if pieces is None or not all(map(pieces.has, [*names, *(f"drift-{index}" for index in range(blocks))])):
+    if artifacts is None or not all(map(artifacts.has, [*names, *(f"drift-{index}" for index in range(blocks))])):
         return None
-    return RoundedTypes(names, blocks, pieces)
+    return RoundedTypes(names, blocks, artifacts)
 
 
 def table_importance(measurement: Measurement) -> Tensor:
@@ -150,15 +152,15 @@ def table_importance(measurement: Measurement) -> Tensor:
     return importance
 
 
-def _rounded_table(checkpoint: Checkpoint, measurement: Measurement, plan: TypePlan, pieces: StageDirectory) -> Tensor:
+def _rounded_table(checkpoint: Checkpoint, measurement: Measurement, plan: TypePlan, artifacts: ResumeStore) -> Tensor:
     # Its rows are rounded each for itself: see ``bpwise.convert.gguf.ggml.curves``.
     name = measurement.embedding.name
     kind = plan.kinds[name]
-    if not pieces.has(name):
+    if not artifacts.has(name):
         weight = checkpoint.tensor(f"{name}.weight").float()
         importance = table_importance(measurement) if kind.quantized else None
-        pieces.save(name, {"data": torch.from_numpy(encode(weight, kind, importance, threads=cores()))})
-    return decode(pieces.load(name)["data"].numpy(), kind, threads=cores())
+        artifacts.save(name, {"data": torch.from_numpy(encode(weight, kind, importance, threads=cores()))})
+    return decode(artifacts.load(name)["data"].numpy(), kind, threads=cores())
 
 
 class _TypeRounder:

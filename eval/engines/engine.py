@@ -26,7 +26,7 @@ from ...measure.text.tokenizer import Tokenizer, load_tokenizer
 from ...progress import Progress, silent
 from ..comparison import Comparison, EvalConfig, evaluation_rows
 from ..metrics.divergence import TokenStatistics, token_statistics
-from ..metrics.overlap import refuse_calibration_text, stored_spans, told
+from ..metrics.overlap import refuse_calibration_text, stored_spans, with_overlap_warning
 from ..metrics.passes import exact_logits
 from ..metrics.profile import profile_of
 from ..models import model_name, open_pair, summarize_model, vocab_size_of
@@ -67,7 +67,9 @@ def evaluate_in_engine(
     source, (base_model, other) = open_pair(original, [base, quantized])
     tokenizer = load_tokenizer(source.directory)
     rows = evaluation_rows(tokenizer, config.fitted(source), vocab_size=vocab_size_of(source))
-    rows = told(rows, refuse_calibration_text(rows, stored_spans(other), allowed=config.allow_calibration_text))
+    rows = with_overlap_warning(
+        rows, refuse_calibration_text(rows, stored_spans(other), allowed=config.allow_calibration_text)
+    )
     return compare_in_engine(source, base_model, other, rows, library, progress, tokenizer=tokenizer)
 
 

@@ -22,7 +22,14 @@ from ...convert.gguf.file.reader import GgufModel
 from ...errors import CalibrationError, FormatError
 from ...measure.text.calibration import CalibrationSet
 
-__all__ = ["SPANS_KEY", "CalibrationSpans", "refuse_calibration_text", "shared_share", "stored_spans", "told"]
+__all__ = [
+    "SPANS_KEY",
+    "CalibrationSpans",
+    "refuse_calibration_text",
+    "shared_share",
+    "stored_spans",
+    "with_overlap_warning",
+]
 
 SPANS_KEY = "calibration_spans"
 """Where the manifest of an EXL2 model holds its spans; in a GGUF file's metadata ``bpwise.`` stands before it."""
@@ -133,7 +140,7 @@ def refuse_calibration_text(
     return share
 
 
-def told(rows: CalibrationSet, share: float | None) -> CalibrationSet:
+def with_overlap_warning(rows: CalibrationSet, share: float | None) -> CalibrationSet:
     """Return evaluation rows whose description, which all reports repeat, says if they are not held out.
 
     Args:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...checkpoint.source.checkpoint import TensorSource
 from ...errors import NumericalError
-from ...measure.model.positionwise import position_by_position
+from ...measure.model.positionwise import chunked_positionwise
 from ...measure.model.stream import TAIL_TOKENS, StreamedModel, micro_batches
 from ...progress import Progress
 from .divergence import TokenStatistics, token_statistics
@@ -45,7 +45,7 @@ def last_hidden(
     if watch is not None:
         watch(hidden)
     for index in progress(range(model.block_count), f"evaluate: {role}"):
-        with torch.no_grad(), model.block(index) as block, position_by_position(block, model.stages(index)):
+        with torch.no_grad(), model.block(index) as block, chunked_positionwise(block, model.stages(index)):
             for batch in micro_batches(*tokens.shape):
                 hidden[batch] = model.run_block(index, hidden[batch].to(model.device)).cpu()
         _check_finite(hidden, f"{role}, {model.block_name(index)}", model.dtype)

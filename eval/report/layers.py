@@ -16,7 +16,7 @@ from ...convert.gguf.file.reader import GgufModel
 from ...convert.gguf.ggml.types import TYPES
 from ...errors import FormatError
 
-__all__ = ["LinearCost", "linear_costs", "plan_beside"]
+__all__ = ["LinearCost", "find_plan", "linear_costs"]
 
 _REMEDY = "The plan is damaged: make it again with `bpwise plan`, or delete it."
 
@@ -68,7 +68,7 @@ def linear_costs(model: TensorSource, plan: Path | None = None) -> tuple[LinearC
     return tuple(LinearCost(name, bpw, planned[name][1] if name in planned else None) for name, bpw in stored.items())
 
 
-def plan_beside(model: Path) -> Path | None:
+def find_plan(model: Path) -> Path | None:
     """Return the plan in the work directory that `bpwise quantize` leaves beside a model, or a series, if any."""
     model = named(model)
     paths = [work_beside(model) / "plan.json", work_beside(model.parent) / model.name / "plan.json"]

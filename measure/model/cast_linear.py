@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["StoredLinear"]
+__all__ = ["CastOnUseLinear"]
 
 _SLICE_OUTPUTS = 8192
 """Outputs whose weights are brought into another dtype at once: 128 MiB in float32 for 4096 inputs."""
 
 
-class StoredLinear(nn.Linear):
+class CastOnUseLinear(nn.Linear):
     """A linear whose weight may have another dtype than its inputs and its outputs; it gets no gradient."""
 
     def __init__(self, linear: nn.Linear) -> None:

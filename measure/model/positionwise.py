@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...checkpoint.model.families import Stage
+from ...checkpoint.model.families import InputGroup
 
-__all__ = ["POSITIONS_AT_ONCE", "position_by_position"]
+__all__ = ["CHUNK_POSITIONS", "chunked_positionwise"]
 
-POSITIONS_AT_ONCE = 4096
+CHUNK_POSITIONS = 4096
 """Positions that go through together, and up to which nothing is cut: twice a micro-batch of short rows."""
 
 
 @contextmanager
-def position_by_position(block: nn.Module, stages: Sequence[Stage]) -> Iterator[None]:
+def chunked_positionwise(block: nn.Module, stages: Sequence[InputGroup]) -> Iterator[None]:
     """Cut long rows before they enter the parts of a block that do not mix positions.
 
     Forward and backward pass both work through one piece after another; the backward pass runs a piece forward again,
@@ -45,7 +45,7 @@ def position_by_position(block: nn.Module, stages: Sequence[Stage]) -> Iterator[
 
 def _in_pieces(forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if hidden_states.shape[:-1].numel() <= POSITIONS_AT_ONCE or args or kwargs:
+        if hidden_states.shape[:-1].numel() <= CHUNK_POSITIONS or args or kwargs:
             return forward(hidden_states, *args, **kwargs)
         return _Pieces.apply(forward, hidden_states)  # type: ignore[no-untyped-call] # torch has none
 
@@ -54,7 +54,7 @@ def _in_pieces(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 def _cut(hidden: Tensor) -> list[Tensor]:
     # Views, row after row, so that tokens come in the order in which a whole batch has them.
-    return [piece[None] for row in hidden for piece in row.split(POSITIONS_AT_ONCE)]
+    return [piece[None] for row in hidden for piece in row.split(CHUNK_POSITIONS)]
 
 
 class _Pieces(torch.autograd.Function):

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from ...checkpoint.model.config import explain_transformers, parse_config
-from ...checkpoint.model.families import HEAD, Family, Stage
+from ...checkpoint.model.families import HEAD, Family, InputGroup
 from ...checkpoint.source.checkpoint import TensorSource
 from ...checkpoint.source.language import LanguageModel, language_model
 from ...errors import CheckpointError, NumericalError
 from .attention import attention_for
-from .cast_linear import StoredLinear
+from .cast_linear import CastOnUseLinear
 from .normless import hold_small_states, norms_of_stream
 from .states import new_state
 from .surgery import split_block
@@ -110,7 +110,7 @@ class StreamedModel:
         self.dtype = dtype
         self.offload_dir = offload_dir
         self._model: Any = _build_skeleton(self._source, self._source.config, dtype, device)
-        self._model.set_submodule(HEAD, StoredLinear(self._model.get_submodule(HEAD)))
+        self._model.set_submodule(HEAD, CastOnUseLinear(self._model.get_submodule(HEAD)))
         for norm in norms_of_stream(self._model, self.family):
             hold_small_states(norm)
         parent = self._model.get_submodule(self.family.blocks)
@@ -155,7 +155,7 @@ class StreamedModel:
         """Return the embeddings of some tokens as they are stored, shape (tokens, hidden size), on the device."""
         return self._source.tensor(f"{self.embedding_name}.weight")[tokens].to(self.device, self.dtype)
 
-    def stages(self, index: int) -> tuple[Stage, ...]:
+    def stages(self, index: int) -> tuple[InputGroup, ...]:
         """Return the stages of a block, in the order in which it computes them; those of experts come last."""
         return self.family.block_stages(index, self._source.names)
 
@@ -273,7 +273,7 @@ class StreamedModel:
 
     @contextmanager
     def tail(self) -> Iterator[Any]:
-        """Hold everything outside the blocks (final norm, head) on the device; yields the head, a ``StoredLinear``."""
+        """Hold all outside the blocks (final norm, head) on the device; yields the head, a ``CastOnUseLinear``."""
         head = self._model.get_submodule(HEAD)
         with self._loaded(self._model, "", skip=self.embedding_name):
             yield head

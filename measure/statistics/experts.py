@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...checkpoint.model.families import Stage
+from ...checkpoint.model.families import InputGroup
 from ..model.surgery import Expert
-from .inputs import StageStatistics, tokens_of_halves
+from .inputs import InputStatistics, tokens_of_halves
 from .sketch import FisherSketch
 
 __all__ = ["ExpertInputs", "ExpertSums", "collect_experts", "expert_of", "expert_stages", "expert_statistics"]
@@ -29,16 +29,16 @@ _OTHERS_WEIGHT = 0.1
 """What a token that did not choose an expert counts for it, relative to the mean of those that did."""
 
 
-def expert_stages(stages: Sequence[Stage]) -> dict[int, tuple[Stage, Stage]]:
+def expert_stages(stages: Sequence[InputGroup]) -> dict[int, tuple[InputGroup, InputGroup]]:
     """Return the two stages of every expert among a block's stages: those that make its neurons, and read them."""
-    found: dict[int, list[Stage]] = {}
+    found: dict[int, list[InputGroup]] = {}
     for stage in stages:
         if stage.expert is not None:
             found.setdefault(stage.expert, []).append(stage)
     return {number: (pair[0], pair[1]) for number, pair in found.items()}
 
 
-def expert_of(block: nn.Module, stage: Stage) -> Expert:
+def expert_of(block: nn.Module, stage: InputGroup) -> Expert:
     """Return the module of the expert that a stage belongs to."""
     module = block.get_submodule(stage.linears[0].rpartition(".")[0])
     assert isinstance(module, Expert)
@@ -97,11 +97,11 @@ class ExpertInputs:
     inputs: Tensor
     first_token: int
     next_token: int
-    sums: dict[Stage, ExpertSums]
+    sums: dict[InputGroup, ExpertSums]
 
 
 @contextmanager
-def collect_experts(block: nn.Module, path: str, stages: Sequence[Stage], tokens: int) -> Iterator[ExpertInputs]:
+def collect_experts(block: nn.Module, path: str, stages: Sequence[InputGroup], tokens: int) -> Iterator[ExpertInputs]:
     """Collect what gradients tell of experts while forward and backward passes run through a block.
 
     Args:
@@ -138,7 +138,7 @@ def collect_experts(block: nn.Module, path: str, stages: Sequence[Stage], tokens
             handle.remove()
 
 
-def _output_hook(seen: ExpertInputs, stage: Stage, name: str, expert: Expert) -> Any:
+def _output_hook(seen: ExpertInputs, stage: InputGroup, name: str, expert: Expert) -> Any:
     def hook(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
         if not torch.is_grad_enabled():
             return
@@ -149,8 +149,8 @@ def _output_hook(seen: ExpertInputs, stage: Stage, name: str, expert: Expert) ->
 
 
 def expert_statistics(
-    block: nn.Module, stages: Sequence[Stage], seen: ExpertInputs, row_tokens: int, *, all_tokens: bool
-) -> Iterator[tuple[Stage, int, StageStatistics]]:
+    block: nn.Module, stages: Sequence[InputGroup], seen: ExpertInputs, row_tokens: int, *, all_tokens: bool
+) -> Iterator[tuple[InputGroup, int, InputStatistics]]:
     """Yield the statistics of experts, stage by stage, as if other stages' had been collected.
 
     Args:
@@ -179,20 +179,20 @@ def expert_statistics(
 
 def _statistics(
     block: nn.Module,
-    stage: Stage,
+    stage: InputGroup,
     seen: ExpertInputs,
     row_tokens: int,
     neurons_of: Callable[[Tensor], Tensor] | None,
     *,
     all_tokens: bool,
     seed: int,
-) -> StageStatistics:
+) -> InputStatistics:
     # Gram matrices and token weights; what enters the stage is the experts' common input, or what `neurons_of` makes of
     # it.
     linear: Any = block.get_submodule(stage.linears[0])
     weights = seen.sums[stage].weights
     weights = _with_others(weights, len(weights) if all_tokens else linear.in_features, seed=seed)
-    sums = StageStatistics(linear.in_features, row_tokens, linear.weight.device)
+    sums = InputStatistics(linear.in_features, row_tokens, linear.weight.device)
     for half, of_half in zip(sums.halves, tokens_of_halves(0, len(weights), row_tokens), strict=True):
         tokens = of_half[weights[of_half] > 0]
         inputs = seen.inputs[tokens].to(linear.weight.device)
@@ -202,7 +202,7 @@ def _statistics(
     return sums
 
 
-def _mean_fishers(seen: ExpertInputs, stages: Sequence[Stage]) -> list[Tensor]:
+def _mean_fishers(seen: ExpertInputs, stages: Sequence[InputGroup]) -> list[Tensor]:
     # Of each linear in its place in the stage: the mean over all tokens of all experts.
     reached = [stage for stage in stages if seen.sums[stage].fisher]
     tokens = sum(seen.sums[stage].tokens for stage in reached)

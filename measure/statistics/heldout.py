@@ -23,7 +23,7 @@ from torch import Tensor
 from ...linalg.hessian import inverse_factor
 from ...linalg.row_groups import row_powers
 
-__all__ = ["DAMPINGS", "HeldOut", "judge_halves"]
+__all__ = ["DAMPINGS", "HeldOut", "cross_validate_damping"]
 
 DAMPINGS = (0.02, 0.1, 0.5)
 """Dampings to choose from, relative to the mean of the Gram matrix's diagonal."""
@@ -38,11 +38,11 @@ class HeldOut:
 
     Attributes:
         damping: The damping whose feedback, fitted on one half, costs least on the other.
-        inflation: Damage on tokens that were not seen, relative to the damage that the fit reports, damping included.
+        generalization_ratio: Damage on unseen tokens, relative to what the fit reports, damping included.
     """
 
     damping: float
-    inflation: float
+    generalization_ratio: float
 
 
 class _Trial(NamedTuple):
@@ -53,7 +53,7 @@ class _Trial(NamedTuple):
     other: float
 
 
-def judge_halves(
+def cross_validate_damping(
     weights: Sequence[Tensor],
     grams: Sequence[Tensor],
     fishers: Sequence[Tensor],
@@ -72,7 +72,7 @@ def judge_halves(
         dampings: Dampings to choose from.
 
     Returns:
-        The choice; an inflation of 1 where one half is empty, or all weights are zero or next to it.
+        The choice; an generalization ratio of 1 where one half is empty, or all weights are zero or next to it.
     """
     power = sum(map(row_powers, weights, fishers), torch.zeros(len(grams[0]), device=grams[0].device))
     if not (all(bool(gram.any()) for gram in grams) and bool(power.any())):

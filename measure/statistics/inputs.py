@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...checkpoint.model.families import Stage
-from ...linalg.sampling import thinned
+from ...checkpoint.model.families import InputGroup
+from ...linalg.sampling import subsample_tokens
 from .sketch import FisherSketch
 
-__all__ = ["StageStatistics", "WeightedGram", "collect", "tapped_inputs", "tapped_outputs", "tokens_of_halves"]
+__all__ = ["InputStatistics", "WeightedGram", "collect", "tapped_inputs", "tapped_outputs", "tokens_of_halves"]
 
 _GRAM_BLOCK = 256
 """Columns of a Gram matrix that are summed together; only blocks on and above the diagonal are."""
@@ -96,7 +96,7 @@ def tokens_of_halves(first_token: int, count: int, row_tokens: int) -> list[Tens
     return [(rows % 2 == parity).nonzero()[:, 0] for parity in range(2)]
 
 
-class StageStatistics:
+class InputStatistics:
     """Sums over tokens for one stage. Tokens come in the order of the calibration rows, from the first of them.
 
     Tokens whose input is next to zero count nothing, as no error of a weight shows there, however large gradients are:
@@ -174,7 +174,7 @@ class StageStatistics:
         halves = tokens_of_halves(self.tokens, len(self._weights), self._row_tokens)
         for half, tokens in zip(self.halves, halves, strict=True):
             of_half = tokens.to(self._weights.device)
-            kept, given = thinned(self._weights[of_half], self._rng)
+            kept, given = subsample_tokens(self._weights[of_half], self._rng)
             half.add(self._inputs[of_half[kept]], given)
         self.token_weights.append(self._weights.cpu())
         self._inputs = self._weights = None
@@ -192,7 +192,7 @@ class StageStatistics:
 
 
 @contextmanager
-def collect(block: nn.Module, stages: Sequence[Stage], row_tokens: int) -> Iterator[list[StageStatistics]]:
+def collect(block: nn.Module, stages: Sequence[InputGroup], row_tokens: int) -> Iterator[list[InputStatistics]]:
     """Collect statistics of every stage while forward and backward passes run through a block.
 
     Args:
@@ -201,13 +201,13 @@ def collect(block: nn.Module, stages: Sequence[Stage], row_tokens: int) -> Itera
         row_tokens: Tokens of a calibration row.
 
     Yields:
-        One ``StageStatistics`` a stage; the caller ends each micro-batch after its backward pass.
+        One ``InputStatistics`` a stage; the caller ends each micro-batch after its backward pass.
     """
     statistics, handles = [], []
     for stage in stages:
         first: Any = block.get_submodule(stage.linears[0])
         least = _NO_NORM if stage.reads_stream else _NO_INPUT
-        sums = StageStatistics(first.in_features, row_tokens, first.weight.device, least_input=least)
+        sums = InputStatistics(first.in_features, row_tokens, first.weight.device, least_input=least)
         statistics.append(sums)
         handles.append(first.register_forward_pre_hook(_input_hook(sums)))
         for name in stage.linears:
@@ -219,7 +219,7 @@ def collect(block: nn.Module, stages: Sequence[Stage], row_tokens: int) -> Itera
             handle.remove()
 
 
-def _input_hook(sums: StageStatistics) -> Any:
+def _input_hook(sums: InputStatistics) -> Any:
     def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if torch.is_grad_enabled():  # else a backward pass will run this again
             sums.see_inputs(args[0])
@@ -227,7 +227,7 @@ def _input_hook(sums: StageStatistics) -> Any:
     return hook
 
 
-def _output_hook(sums: StageStatistics, name: str) -> Any:
+def _output_hook(sums: InputStatistics, name: str) -> Any:
     def hook(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
         if not torch.is_grad_enabled():
             return

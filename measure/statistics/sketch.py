@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...linalg.precision import in_float64
-from ...linalg.sampling import thinned
+from ...linalg.sampling import subsample_tokens
 
 __all__ = ["COUPLING_RANK", "FisherSketch"]
 
@@ -45,7 +45,7 @@ class FisherSketch:
             gradients: g of each, float32, shape (tokens, outputs).
             squares: |g|^2 of each, shape (tokens,).
         """
-        kept, given = thinned(squares, self._rng)
+        kept, given = subsample_tokens(squares, self._rng)
         gradients = gradients[kept] * (given / squares[kept].clamp(min=_TINY)).sqrt()[:, None]
         self._sums.addmm_(gradients.T, gradients @ self._directions)
 

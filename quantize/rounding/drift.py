@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checkpoint.model.families import Stage
+from ...checkpoint.model.families import InputGroup
 from ...linalg.hessian import damped_solve
-from ...linalg.sampling import thinned
+from ...linalg.sampling import subsample_tokens
 from ...measure.statistics.inputs import WeightedGram, tokens_of_halves
 
-__all__ = ["StageSums"]
+__all__ = ["InputSums"]
 
 _RIDGES = (0.2, 0.6, 2.0, 6.0)
 """Ridges of the drift correction to choose from, relative to the mean of H's diagonal. With a few thousand calibration
@@ -40,13 +40,13 @@ _TINY = 1e-30
 """Keeps sums that are zero from being divided by."""
 
 
-class StageSums:
+class InputSums:
     """What one stage's rounding is computed from, summed over micro-batches of the quantized stream.
 
     Every second row goes to the second of two halves, so that what is fitted on one can be judged on the other.
     """
 
-    def __init__(self, module: Any, stage: Stage, device: torch.device, gains: Tensor | None = None) -> None:
+    def __init__(self, module: Any, stage: InputGroup, device: torch.device, gains: Tensor | None = None) -> None:
         """Start from nothing.
 
         Args:
@@ -145,7 +145,7 @@ class _Half:
         self._rng = torch.Generator().manual_seed(0)
 
     def add(self, inputs: Tensor, missing: Tensor, weights: Tensor) -> None:
-        kept, weights = thinned(weights, self._rng)
+        kept, weights = subsample_tokens(weights, self._rng)
         inputs = inputs[kept]
         self.gram.add(inputs, weights)
         self.missing.addmm_((inputs * weights[:, None]).T, missing[kept])

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...checkpoint.files.resume import StageDirectory
+from ...checkpoint.files.resume import ResumeStore
 from ...measure.model.states import new_state
 
 __all__ = ["Drift", "drift_of", "drift_section", "kept_drift", "last_states"]
@@ -32,18 +32,18 @@ class Drift:
     other_tokens: float
 
 
-def kept_drift(pieces: StageDirectory, blocks: int) -> list[Drift]:
+def kept_drift(artifacts: ResumeStore, blocks: int) -> list[Drift]:
     """Return how far the hidden states after every block were from the original's, over the calibration rows."""
-    kept = (pieces.load(f"drift-{index}")["drift"].tolist() for index in range(blocks))
+    kept = (artifacts.load(f"drift-{index}")["drift"].tolist() for index in range(blocks))
     return [Drift(first_token=first, other_tokens=others) for first, others in kept]
 
 
-def last_states(pieces: StageDirectory, blocks: int, offload_dir: Path | None) -> dict[str, Tensor]:
+def last_states(artifacts: ResumeStore, blocks: int, offload_dir: Path | None) -> dict[str, Tensor]:
     """Return what the last blocks of both models make of the calibration rows: ``original`` and ``quantized``.
 
     Float32, shape (rows, tokens, hidden size), on the CPU. All blocks must have been rounded.
     """
-    return pieces.load(f"state-{blocks - 1}", partial(new_state, directory=offload_dir))
+    return artifacts.load(f"state-{blocks - 1}", partial(new_state, directory=offload_dir))
 
 
 def drift_section(drift: Sequence[Drift]) -> dict[str, dict[str, str | float]]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["SteppedForwards"]
+__all__ = ["PausableForwards"]
 
 
 class _Abandoned(BaseException):
@@ -75,7 +75,7 @@ class _Forward:
             self._has_stopped.release()
 
 
-class SteppedForwards:
+class PausableForwards:
     """Forward passes of one module over several micro-batches, stop by stop."""
 
     def __init__(
@@ -107,7 +107,7 @@ class SteppedForwards:
         self._outputs = tuple(outputs)
         self._handles: list[Any] = []
 
-    def __enter__(self) -> SteppedForwards:
+    def __enter__(self) -> PausableForwards:
         """Start watching."""
         for name in self._stops:
             module = self._module.get_submodule(name)

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ...checkpoint.files.resume import StageDirectory
-from ...checkpoint.model.families import HEAD, Stage
+from ...checkpoint.files.resume import ResumeStore
+from ...checkpoint.model.families import HEAD, InputGroup
 from ...linalg.parallel import run_all
 from ...measure.measurement import MeasuredLinear, Measurement
 from ...measure.model.states import new_state
@@ -26,9 +26,9 @@ from ...measure.statistics.experts import expert_of, expert_stages
 from ...measure.statistics.heldout import DAMPINGS
 from ...measure.statistics.inputs import tapped_inputs, tapped_outputs
 from ...progress import Progress
-from .drift import StageSums
+from .drift import InputSums
 from .hidden_states import drift_of, last_states
-from .pausable import SteppedForwards
+from .pausable import PausableForwards
 
 __all__ = ["ROUNDED", "Rounder", "RoundingPass", "rounding_damping"]
 
@@ -83,11 +83,11 @@ class RoundingPass:
         model: StreamedModel,
         measurement: Measurement,
         rounder: Rounder,
-        pieces: StageDirectory,
+        artifacts: ResumeStore,
         *,
         correct_drift: bool,
         kept: Collection[str] = (),
-        inputs: StageDirectory | None = None,
+        inputs: ResumeStore | None = None,
     ) -> None:
         """Prepare a run.
 
@@ -95,7 +95,7 @@ class RoundingPass:
             model: The original.
             measurement: Gives the calibration rows, and what is known of each linear.
             rounder: Rounds single linears.
-            pieces: Where finished linears are kept, by name.
+            artifacts: Where finished linears are kept, by name.
             correct_drift: Whether weights are moved toward the original's outputs before they are rounded.
             kept: Linears that stay as they are, in float16.
             inputs: What enters the original's blocks, if it is at hand (see ``bpwise.measure.run.kept_inputs``).
@@ -104,7 +104,7 @@ class RoundingPass:
         self.tokens = torch.from_numpy(measurement.tokens).long()
         self.measured = {linear.name: linear for linear in (*measurement.linears, measurement.head)}
         self.rounder = rounder
-        self.pieces = pieces
+        self.artifacts = artifacts
         self.correct_drift = correct_drift
         self.kept = frozenset(kept)
         self.inputs = inputs
@@ -120,25 +120,25 @@ class RoundingPass:
         state = {"original": self.model.embed(self.tokens), "quantized": self.model.embed(self.tokens, table)}
         finished = self._finished()
         if finished >= 0:
-            state = self._kept(self.pieces, f"state-{finished}")
+            state = self._kept(self.artifacts, f"state-{finished}")
         for index in progress(range(self.model.block_count), "quantize: round"):
             if index <= finished:
                 continue
             self._round_block(index, state)
-            self.pieces.save(f"drift-{index}", {"drift": drift_of(**state)})
-            self.pieces.save(f"state-{index}", state)
-            self.pieces.discard(f"state-{index - 1}")
+            self.artifacts.save(f"drift-{index}", {"drift": drift_of(**state)})
+            self.artifacts.save(f"state-{index}", state)
+            self.artifacts.discard(f"state-{index - 1}")
             if self.inputs is not None:
                 self.inputs.discard(f"input-{index}")
 
     def _finished(self) -> int:
         # The last block that need not be done again, with all before it; -1 if there is none. A block that has lost a
-        # piece is done again from the first on: states in between are not kept.
-        finished = max((i for i in range(self.model.block_count) if self.pieces.has(f"state-{i}")), default=-1)
+        # artifact is done again from the first on: states in between are not kept.
+        finished = max((i for i in range(self.model.block_count) if self.artifacts.has(f"state-{i}")), default=-1)
         for index in range(finished + 1):
             names = [name for stage in self.model.stages(index) for name in self._rounded_of(index, stage).values()]
-            if not all(self.pieces.has(piece) for piece in (f"drift-{index}", *names)):
-                self.pieces.discard(f"state-{finished}")
+            if not all(self.artifacts.has(artifact) for artifact in (f"drift-{index}", *names)):
+                self.artifacts.discard(f"state-{finished}")
                 return -1
         return finished
 
@@ -164,7 +164,7 @@ class RoundingPass:
             gains = {stage.linears[0]: self._gains(block, stage) for stage in shared}  # runs norms watched below
             # All that waiting passes hold is little beside a CPU's memory, but not beside that of a small GPU.
             waiting = self.model.device.type == "cpu" and self.model.offload_dir is None
-            with SteppedForwards(block, stops, adding, runs, waiting=waiting) as forwards:
+            with PausableForwards(block, stops, adding, runs, waiting=waiting) as forwards:
                 for stage in shared:
                     rounded = self._rounded_of(index, stage)
                     if not rounded:
@@ -174,7 +174,7 @@ class RoundingPass:
                     names = list(rounded.values())
                     weights = self._token_weights(names[0])
                     target, sizes = wanted[stage.linears[0]]
-                    sums = StageSums(modules[0], stage, self.model.device, gains[stage.linears[0]])
+                    sums = InputSums(modules[0], stage, self.model.device, gains[stage.linears[0]])
                     for position, batch in enumerate(self.batches):
                         seen = forwards.advance(position)
                         for name in adding:
@@ -200,7 +200,7 @@ class RoundingPass:
             target.sub_(added.view(target.shape).to(target.device), alpha=self.model.multiplier)
 
     def _round_experts(
-        self, index: int, block: Any, stages: Sequence[Stage], original: Tensor, quantized: Tensor
+        self, index: int, block: Any, stages: Sequence[InputGroup], original: Tensor, quantized: Tensor
     ) -> None:
         # One expert after another, on the tokens that it was measured on: (tokens, hidden size) of all rows.
         row_tokens = self.tokens.shape[1]
@@ -216,7 +216,7 @@ class RoundingPass:
                 if number == 1:
                     inputs[1] = expert.neurons(inputs[1])
                 modules = [block.get_submodule(inner) for inner in stage.linears]
-                sums = StageSums(modules[0], stage, self.model.device)
+                sums = InputSums(modules[0], stage, self.model.device)
                 given = weights[number][tokens[number].to(weights[number].device)]
                 sums.add_tokens(tokens[number] // row_tokens, inputs[number], targets[number], given)
                 gram, shift = sums.solved(correct_drift=self.correct_drift)
@@ -231,7 +231,7 @@ class RoundingPass:
         ]
         run_all(tasks, self.model.device)
 
-    def _gains(self, block: Any, stage: Stage) -> Tensor | None:
+    def _gains(self, block: Any, stage: InputGroup) -> Tensor | None:
         # What every output of a stage is multiplied by on its way into the residual stream, its norm's size apart.
         if stage.adds is None:
             return None
@@ -241,7 +241,7 @@ class RoundingPass:
             gains = gains * block.get_submodule(stage.adds)(torch.ones_like(gains)).float()
         return gains
 
-    def _rounded_of(self, index: int, stage: Stage) -> dict[str, str]:
+    def _rounded_of(self, index: int, stage: InputGroup) -> dict[str, str]:
         # The linears of a stage that do not stay as they are: full names, by those in the block.
         names = self.model.family.linear_names(index, stage)
         return {inner: name for inner, name in zip(stage.linears, names, strict=True) if name not in self.kept}
@@ -306,10 +306,10 @@ class RoundingPass:
             targets[name] = self.model.new_state(self.tokens, values.shape[-1])
         targets[name][batch] = values.cpu().view(targets[name][batch].shape)
 
-    def _kept(self, pieces: StageDirectory, piece: str) -> dict[str, Tensor]:
-        return pieces.load(piece, partial(new_state, directory=self.model.offload_dir))
+    def _kept(self, artifacts: ResumeStore, artifact: str) -> dict[str, Tensor]:
+        return artifacts.load(artifact, partial(new_state, directory=self.model.offload_dir))
 
-    def _known_output(self, index: int, stages: Sequence[Stage]) -> Tensor | None:
+    def _known_output(self, index: int, stages: Sequence[InputGroup]) -> Tensor | None:
         # The original block's output, where its last stage need not run: it only adds this stage's part.
         plain = all(stage.expert is None and not stage.normed for stage in stages)
         ends = len(stages) > 1 and stages[-1].adds is not None and stages[-2].adds is None
@@ -336,11 +336,11 @@ class RoundingPass:
 
     def head(self) -> None:
         """Round the output head on what the quantized decoder gives it."""
-        if self.pieces.has(HEAD):
+        if self.artifacts.has(HEAD):
             return
-        state = last_states(self.pieces, self.model.block_count, self.model.offload_dir)
+        state = last_states(self.artifacts, self.model.block_count, self.model.offload_dir)
         with torch.no_grad(), self.model.tail() as head:
-            sums = StageSums(head, Stage((HEAD,)), self.model.device)
+            sums = InputSums(head, InputGroup((HEAD,)), self.model.device)
             weights = self._token_weights(HEAD)
             for batch in self.batches:
                 wanted, inputs = (self._head_input(head, state[key][batch]) for key in ("original", "quantized"))
@@ -365,7 +365,7 @@ class RoundingPass:
 
     def _rounded(self, name: str, target: Tensor, gram: Tensor) -> dict[str, Tensor]:
         kept = self.rounder.round_(self.measured[name], target, gram)
-        self.pieces.save(name, kept)
+        self.artifacts.save(name, kept)
         return kept
 
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from bpwise.checkpoint.source.language import ReplacedWeights
+from bpwise.checkpoint.source.language import WeightOverlay
 from bpwise.checkpoint.source.original import open_model
 from bpwise.convert.exl2.file.layout import padded_columns
 from bpwise.convert.exl2.plan.plan import Plan
 from bpwise.eval.comparison import EvalConfig
 from bpwise.measure import passes
 from bpwise.measure.run import MeasureConfig
-from bpwise.measure.statistics.inputs import StageStatistics
+from bpwise.measure.statistics.inputs import InputStatistics
 from bpwise.measure.text.calibration import CalibrationConfig
 from click.testing import CliRunner, Result
 from transformers import AutoModelForCausalLM
@@ -57,13 +57,13 @@ def measurement(quality: ModuleType, benchmark: Any) -> Any:
 def test_a_tied_models_replaced_head_is_run(make_model: Callable[..., Path]) -> None:
     tied = open_model(make_model("tied", tie_word_embeddings=True))
     head = torch.randn(tied.shape("model.embed_tokens.weight"), generator=torch.Generator().manual_seed(0))
-    replaced = ReplacedWeights(tied, {"lm_head": lambda: head})
+    replaced = WeightOverlay(tied, {"lm_head": lambda: head})
     tokens = torch.arange(12).view(2, 6)
     model = AutoModelForCausalLM.from_pretrained(tied.directory, dtype=torch.float32)
     with torch.no_grad():
         states = model.model(tokens).last_hidden_state
     torch.testing.assert_close(streamed_logits(replaced, tokens), states @ head.T, rtol=1e-4, atol=1e-4)
-    unchanged = ReplacedWeights(tied, {})
+    unchanged = WeightOverlay(tied, {})
     torch.testing.assert_close(streamed_logits(unchanged, tokens), model(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
@@ -105,7 +105,7 @@ def test_the_table_compares_all_variants_and_a_rerun_only_reads(
 
 def test_alike_is_undone_afterwards(quality: ModuleType) -> None:
     def mean() -> float:
-        sums = StageStatistics(1, 2, torch.device("cpu"))
+        sums = InputStatistics(1, 2, torch.device("cpu"))
         sums.see_inputs(torch.tensor([[[1.0], [2.0]]]))
         sums.see_gradient("a", torch.tensor([[[300.0], [0.0]]]))
         sums.end_batch()
@@ -180,7 +180,7 @@ def test_rounding_to_nearest_is_close_at_8_bits(baselines: ModuleType, benchmark
 
 def test_replaced_weights_stream_like_a_checkpoint(benchmark: Any) -> None:
     source, name = benchmark.checkpoint, "model.layers.0.self_attn.q_proj"
-    replaced = ReplacedWeights(source, {name: lambda: torch.zeros(1)})
+    replaced = WeightOverlay(source, {name: lambda: torch.zeros(1)})
     assert torch.equal(replaced.tensor(f"{name}.weight"), torch.zeros(1))
     other = "model.norm.weight"
     assert torch.equal(replaced.tensor(other), source.tensor(other))

@@ -1,5 +1,5 @@
 import pytest
-from bpwise.convert.vram import cache_bytes, exl2_beside_weights, room_for_weights
+from bpwise.convert.vram import cache_bytes, exl2_overhead_bytes, room_for_weights
 from bpwise.errors import BudgetError
 
 LLAMA_3_8B = {
@@ -46,9 +46,9 @@ def test_beside_the_weights_in_exllamav2() -> None:
     head = 2 * 4096 * 128256
     attention = 4 * 32 * (2048**2 * 190 // 2048)
     whole = (1 << 30) + tables + state + mask + head + attention + (300 << 20)
-    assert exl2_beside_weights(24 << 30, LLAMA_3_8B, 8192) == whole
+    assert exl2_overhead_bytes(24 << 30, LLAMA_3_8B, 8192) == whole
     # A cache of 4 bits takes 9/32 of it, and one layer's keys and values decoded.
     small = (1 << 30) * 9 // 32 + 2 * 2 * 8 * 128 * 8192
-    assert exl2_beside_weights(24 << 30, LLAMA_3_8B, 8192, cache_bits=4) == whole - (1 << 30) + small
+    assert exl2_overhead_bytes(24 << 30, LLAMA_3_8B, 8192, cache_bits=4) == whole - (1 << 30) + small
     with pytest.raises(BudgetError, match="shorter context"):
-        exl2_beside_weights(8 << 30, LLAMA_3_8B, 1 << 20)
+        exl2_overhead_bytes(8 << 30, LLAMA_3_8B, 1 << 20)

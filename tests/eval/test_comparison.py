@@ -356,7 +356,7 @@ def _random_linear(shape: tuple[int, ...]) -> QuantizedLinear:
         groups=(RowGroup(4, rows),),
         codes=torch.randint(0, 16, (rows, out_features), generator=rng, dtype=torch.uint8),
         scale_codes=torch.randint(0, 16, (1, out_features), generator=rng, dtype=torch.uint8),
-        ceilings=torch.full((1,), 0.1).half(),
+        max_scales=torch.full((1,), 0.1).half(),
         order=torch.randperm(rows, generator=rng),
     )
 

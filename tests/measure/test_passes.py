@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bpwise.checkpoint.files.resume import StageDirectory
+from bpwise.checkpoint.files.resume import ResumeStore
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.convert.exl2.file.layout import RowGroup
 from bpwise.convert.exl2.rounding.feedback import round_linear
@@ -171,9 +171,9 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
             halves.append([gram.clone() for gram in of_stage])
             return HeldOut(0.02, 1.0)
 
-        patch.setattr(passes, "judge_halves", spied_halves)
+        patch.setattr(passes, "cross_validate_damping", spied_halves)
         for room in ("statistics", "sketch"):
-            patch.setattr(f"bpwise.measure.{room}.thinned", lambda weights, _rng: (slice(None), weights))
+            patch.setattr(f"bpwise.measure.{room}.subsample_tokens", lambda weights, _rng: (slice(None), weights))
         measurement = measure(directory, place / "work")
     assert len(signs) > 1  # 384 positions go through the head in more than one part
     yield Run(
@@ -318,9 +318,11 @@ def test_damping_is_chosen_for_each_stage(tmp_path: Path) -> None:
 def test_damage_is_that_on_held_out_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = save_model(tmp_path / "model", CONFIGS["llama"])
     made = []
-    for inflation in (1.0, 2.5):
-        monkeypatch.setattr(passes, "judge_halves", lambda *_args, held=inflation, **_options: HeldOut(0.02, held))
-        made.append(measure(directory, tmp_path / f"work-{inflation}"))
+    for generalization_ratio in (1.0, 2.5):
+        monkeypatch.setattr(
+            passes, "cross_validate_damping", lambda *_args, held=generalization_ratio, **_options: HeldOut(0.02, held)
+        )
+        made.append(measure(directory, tmp_path / f"work-{generalization_ratio}"))
     for plain, inflated in zip(made[0].linears, made[1].linears, strict=True):
         assert np.allclose(2.5 * plain.damage_nats, inflated.damage_nats)
 
@@ -445,18 +447,18 @@ def test_states_in_files_change_nothing(whole: Whole, tmp_path: Path, cut: bool)
 
 
 def test_a_cut_after_every_piece_does_not_show(whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The finest grain: every run dies right after the first piece that was never there before, and before anything else
-    # happens. (What belongs to one block is kept in two pieces: a cut between them repeats the first.)
-    save = StageDirectory.save
+    # The finest grain: every run dies right after the first artifact that was not there, and before anything else
+    # happens. (What belongs to one block is kept in two artifacts: a cut between them repeats the first.)
+    save = ResumeStore.save
     saved: list[str] = []
 
-    def save_and_die(self: StageDirectory, piece: str, *args: Any) -> None:
-        save(self, piece, *args)
-        if piece not in saved:
-            saved.append(piece)
+    def save_and_die(self: ResumeStore, artifact: str, *args: Any) -> None:
+        save(self, artifact, *args)
+        if artifact not in saved:
+            saved.append(artifact)
             raise Killed
 
-    monkeypatch.setattr(StageDirectory, "save", save_and_die)
+    monkeypatch.setattr(ResumeStore, "save", save_and_die)
     for _ in range(30):
         try:
             resumed = measure(whole.directory, tmp_path / "work")
@@ -468,7 +470,7 @@ def test_a_cut_after_every_piece_does_not_show(whole: Whole, tmp_path: Path, mon
 
 
 @pytest.mark.parametrize(
-    ("stage", "after", "pieces"),
+    ("stage", "after", "artifacts"),
     [
         ("measure: forward", 2, ["input-1", "input-2"]),
         ("measure: backward, curves", 1, ["input-1", "curves-2", "gradient-2", "head"]),
@@ -476,7 +478,9 @@ def test_a_cut_after_every_piece_does_not_show(whole: Whole, tmp_path: Path, mon
     ],
     ids=["forward", "backward", "finished"],
 )
-def test_damaged_pieces_are_made_again(whole: Whole, tmp_path: Path, stage: str, after: int, pieces: list[str]) -> None:
+def test_damaged_pieces_are_made_again(
+    whole: Whole, tmp_path: Path, stage: str, after: int, artifacts: list[str]
+) -> None:
     work = tmp_path / "work"
     if stage:
         with pytest.raises(Killed):
@@ -484,16 +488,16 @@ def test_damaged_pieces_are_made_again(whole: Whole, tmp_path: Path, stage: str,
     else:
         measure(whole.directory, work)
     shutil.copytree(work, tmp_path / "cut-off")
-    for number, piece in enumerate(pieces):  # each together with the one before it
+    for number, artifact in enumerate(artifacts):  # each together with the one before it
         shutil.rmtree(work)
         shutil.copytree(tmp_path / "cut-off", work)
         (directory,) = work.iterdir()
-        (directory / f"{pieces[number - 1]}.safetensors").unlink()
-        file = directory / f"{piece}.safetensors"
+        (directory / f"{artifacts[number - 1]}.safetensors").unlink()
+        file = directory / f"{artifact}.safetensors"
         file.write_bytes(file.read_bytes()[:-1] + b"?")
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*damaged. It is made again")  # not of pieces that are not needed
-            assert measure(whole.directory, work).to_bytes() == whole.image, piece
+            warnings.filterwarnings("ignore", ".*damaged. It is made again")  # not of artifacts that are not needed
+            assert measure(whole.directory, work).to_bytes() == whole.image, artifact
 
 
 def test_other_options_do_not_take_over_pieces(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from bpwise.checkpoint.files.resume import StageDirectory
+from bpwise.checkpoint.files.resume import ResumeStore
 from bpwise.checkpoint.source.language import language_model
 from bpwise.checkpoint.source.original import open_model
 from bpwise.convert.dense import dequantize_model
@@ -86,11 +86,11 @@ def test_without_errors_there_is_no_drift_to_correct(
         dtype=torch.float32,
         offload_dir=tmp_path / "states" if offloaded else None,
     )
-    pieces = StageDirectory(tmp_path, "exact", {})
-    run = RoundingPass(model, Measurement.load(result.measurement), Exact(), pieces, correct_drift=True)
+    artifacts = ResumeStore(tmp_path, "exact", {})
+    run = RoundingPass(model, Measurement.load(result.measurement), Exact(), artifacts, correct_drift=True)
     assert len(run.batches) == 4
     run.blocks(silent)
-    drifts = kept_drift(pieces, model.block_count)
+    drifts = kept_drift(artifacts, model.block_count)
     # Float32. A stage that looked for what another adds to the stream would move its weights by as much.
     assert max(max(drift.first_token, drift.other_tokens) for drift in drifts) < 1e-4
 
@@ -99,13 +99,13 @@ def test_every_linear_is_rounded_on_its_own_tokens_weights(
     quantized: tuple[Path, Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "bpwise.quantize.rounding.drift.thinned", lambda weights, _rng: (torch.arange(len(weights)), weights)
+        "bpwise.quantize.rounding.drift.subsample_tokens", lambda weights, _rng: (torch.arange(len(weights)), weights)
     )
     original, _, result = quantized
     measurement = Measurement.load(result.measurement)
     model = StreamedModel(language_model(open_model(original)), device=torch.device("cpu"), dtype=torch.float32)
     rounder = Exact()
-    RoundingPass(model, measurement, rounder, StageDirectory(tmp_path, "e", {}), correct_drift=False).blocks(silent)
+    RoundingPass(model, measurement, rounder, ResumeStore(tmp_path, "e", {}), correct_drift=False).blocks(silent)
 
     inputs: dict[str, torch.Tensor] = {}
     dense = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)

@@ -10,7 +10,7 @@ from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.cli import cli
 from bpwise.convert.exl2.plan.plan import Plan, make_plan
 from bpwise.convert.exl2.rounding.rounder import RoundConfig, round_model
-from bpwise.convert.vram import exl2_beside_weights
+from bpwise.convert.vram import exl2_overhead_bytes
 from bpwise.measure.run import MeasureConfig, measure_model
 from bpwise.measure.text.calibration import CalibrationSet
 from click.testing import CliRunner
@@ -139,7 +139,7 @@ def test_drift_is_cancelled_around_what_stays(save_model: Any, tmp_path: Path, k
         quantized.model.norm.register_forward_pre_hook(lambda _m, args, seen=seen: seen.append(args[0]))
         with torch.no_grad():
             quantized(input_ids=ids)
-        state = rounded.pieces.load("state-2")["quantized"]
+        state = rounded.artifacts.load("state-2")["quantized"]
         assert float((seen[0] - state).norm() / state.norm()) < 2e-3  # those are in float16 there
     assert errors[1] < errors[0]
 
@@ -190,7 +190,7 @@ def test_largest_size(
 def test_gpu_memory(mixed: tuple[Path, str], tiny_model: Path, tmp_path: Path) -> None:
     measurement = mixed[0].with_name("out.work") / "measurement.safetensors"
     config = json.loads((tiny_model / "config.json").read_text())
-    beside = [exl2_beside_weights(1 << 40, config, tokens, cache_bits=8) for tokens in (1024, 1028)]
+    beside = [exl2_overhead_bytes(1 << 40, config, tokens, cache_bits=8) for tokens in (1024, 1028)]
     vram = beside[0] + 75_000
     for context, taken in zip(("1k", "1028"), beside, strict=True):
         out = tmp_path / context

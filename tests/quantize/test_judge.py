@@ -37,7 +37,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
 
     def spoiled(self: RoundedModel, name: str) -> Any:
         linear = whole(self, name)
-        return replace(linear, ceilings=(linear.ceilings.float() * factor).half())
+        return replace(linear, max_scales=(linear.max_scales.float() * factor).half())
 
     monkeypatch.setattr(RoundedModel, "linear", spoiled)
 

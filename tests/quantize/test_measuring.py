@@ -10,8 +10,8 @@ from bpwise.measure.run import MeasureConfig
 from bpwise.measure.text.calibration import CalibrationSet
 from bpwise.progress import silent
 from bpwise.quantize import measuring as obtain
-from bpwise.quantize.costs import StageClock
-from bpwise.quantize.measuring import MEASUREMENT_FILE, load_measurement, obtain_measurement
+from bpwise.quantize.costs import StepClock
+from bpwise.quantize.measuring import MEASUREMENT_FILE, load_measurement, load_or_measure
 
 
 def rows() -> CalibrationSet:
@@ -21,8 +21,8 @@ def rows() -> CalibrationSet:
 
 def get(model: Path, work: Path, **settings: bool) -> tuple[str, ...]:
     config = MeasureConfig(device="cpu", **settings)
-    measured, kept = obtain_measurement(
-        Checkpoint.open(model), config, work, StageClock(), silent, given=None, calibration=rows()
+    measured, kept = load_or_measure(
+        Checkpoint.open(model), config, work, StepClock(), silent, given=None, calibration=rows()
     )
     assert kept.fingerprint == rows().fingerprint
     return measured.types

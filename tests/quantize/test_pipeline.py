@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bpwise.checkpoint.files.resume import StageDirectory
+from bpwise.checkpoint.files.resume import ResumeStore
 from bpwise.cli import cli
 from bpwise.convert.exl2.plan.plan import Plan, bpw_range
 from bpwise.eval.models import open_any
-from bpwise.eval.report.layers import linear_costs, plan_beside
+from bpwise.eval.report.layers import find_plan, linear_costs
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig
 from bpwise.quantize import measuring as obtain
@@ -133,7 +133,7 @@ class TestQuantize:
             {"name": each.name, "bpw": each.bpw, "damage_nats": each.damage_nats} for each in (*plan.linears, plan.head)
         ]
         # What the model itself says, and a plan that is found beside it, come to the same.
-        found = linear_costs(open_any(finished), plan_beside(finished))
+        found = linear_costs(open_any(finished), find_plan(finished))
         assert {cost.name: (pytest.approx(cost.bpw), cost.damage_nats) for cost in found} == {
             each["name"]: (each["bpw"], each["damage_nats"]) for each in linears
         }
@@ -302,16 +302,16 @@ class TestInterrupted:
         self, tiny_model: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         arguments = rounding_only(tiny_model, tmp_path / "out", finished)
-        save = StageDirectory.save
+        save = ResumeStore.save
         saved: list[str] = []
 
-        def save_and_die(self: StageDirectory, piece: str, *rest: Any) -> None:
-            save(self, piece, *rest)
-            if piece not in saved:
-                saved.append(piece)
+        def save_and_die(self: ResumeStore, artifact: str, *rest: Any) -> None:
+            save(self, artifact, *rest)
+            if artifact not in saved:
+                saved.append(artifact)
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(StageDirectory, "save", save_and_die)
+        monkeypatch.setattr(ResumeStore, "save", save_and_die)
         for _ in range(40):
             if bpwise(*arguments).exit_code == 0:
                 break

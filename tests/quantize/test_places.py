@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from bpwise.checkpoint.files.paths import reserved
-from bpwise.checkpoint.files.resume import StageDirectory
+from bpwise.checkpoint.files.resume import ResumeStore
 from bpwise.cli import cli
 from bpwise.convert.publishing.mark import mark_broken
 from bpwise.errors import WorkDirectoryError
@@ -270,7 +270,7 @@ def test_a_home_as_work_directory(tiny_model: Path, measurement: Path, tmp_path:
     (home / "photos" / "2020" / "1.jpg").write_text("the only copy")
     (home / ".ssh").mkdir()
     # What another run keeps there to go on with is not this run's either.
-    StageDirectory(home, "rounded", {"model": "another"})
+    ResumeStore(home, "rounded", {"model": "another"})
     before = {path.relative_to(home) for path in home.rglob("*")}
     command = ("--bpw", 4.5, "--no-eval", "--device", "cpu", "--work-dir", home)
     succeed("quantize", tiny_model, tmp_path / "home" / "q", *command, "-m", measurement)
@@ -452,7 +452,7 @@ def test_what_a_killed_run_left_goes(tiny_model: Path, copied: Path) -> None:
         pass
     dead = f"partial-{ended.pid}-00ff00ff"
     work = copied.with_name("out.work")
-    stage = StageDirectory(work, "measure", Measurement.load(work / "measurement.safetensors").provenance)
+    stage = ResumeStore(work, "measure", Measurement.load(work / "measurement.safetensors").provenance)
     (stage.path / f".input-0.safetensors.{dead}").write_text("half")
     (copied.parent / f".out.{dead}").mkdir()
     (copied.parent / f".out.{dead}" / "output-00001.partial").write_text("half")

@@ -40,7 +40,7 @@ def no_long_work(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("measured")
 
     for module in (pipeline, gguf_pipeline, series):
-        monkeypatch.setattr(module, "obtain_measurement", measured)
+        monkeypatch.setattr(module, "load_or_measure", measured)
     monkeypatch.setattr(gguf_base, "make_base", measured)
 
 

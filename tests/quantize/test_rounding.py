@@ -81,7 +81,7 @@ def deep(save_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Measured:
 
 def assert_equal_linears(one: QuantizedLinear, other: QuantizedLinear) -> None:
     assert one.groups == other.groups
-    for field in ("codes", "scale_codes", "ceilings", "order"):
+    for field in ("codes", "scale_codes", "max_scales", "order"):
         assert torch.equal(getattr(one, field), getattr(other, field)), field
 
 

@@ -141,7 +141,7 @@ def test_a_broken_one_does_not_stop_the_others(
 
     def spoiled(self: RoundedModel, name: str) -> Any:
         linear = whole(self, name)
-        return replace(linear, ceilings=(linear.ceilings.float() * 12).half())
+        return replace(linear, max_scales=(linear.max_scales.float() * 12).half())
 
     def write_first_badly(*args: Any) -> Any:
         with pytest.MonkeyPatch.context() as patch:

@@ -36,7 +36,7 @@ MAX_ROWS = 65536
 
 @dataclass(frozen=True, slots=True)
 class RowGroup:
-    """Consecutive stored rows that share a bit width and a scale ceiling.
+    """Consecutive stored rows that share a bit width and a scale largest scale.
 
     Attributes:
         bits: Bits per weight code, one of ``WIDTHS``.
@@ -55,7 +55,7 @@ def padded_columns(out_features: int) -> int:
 def linear_bits(out_features: int, groups: Iterable[RowGroup]) -> int:
     """Return the stored size of one linear in bits, all five ``q_*`` tensors counted, bias left out.
 
-    Source: format document, section 5: codes, a 16-bit ceiling and two 16-bit entries per group, 4-bit scale
+    Source: format document, section 5: codes, a 16-bit largest scale and two 16-bit entries per group, 4-bit scale
     codes, 32 bits of permutation per row.
     """
     columns = padded_columns(out_features)

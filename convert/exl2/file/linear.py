@@ -16,17 +16,17 @@ _CHUNK_ELEMENTS = 1 << 22
 """Weights decoded at a time: bounds the float32 temporaries to 16 MiB each."""
 
 
-def effective_scale(ceilings: Tensor, scale_codes: Tensor) -> Tensor:
+def effective_scale(max_scales: Tensor, scale_codes: Tensor) -> Tensor:
     """Return the scale that EXL2 readers use, with both of their fp16 roundings.
 
     Args:
-        ceilings: ``q_scale_max``, float16, shape (...); one per group.
+        max_scales: ``q_scale_max``, float16, shape (...); one per group.
         scale_codes: Integers 0 to 15, shape (..., N).
 
     Returns:
-        ``fp16((code + 1)^2 * fp16(ceiling / 256))``, float16, shape (..., N).
+        ``fp16((code + 1)^2 * fp16(max_scale / 256))``, float16, shape (..., N).
     """
-    unit = (ceilings.float() / 256).half().float()
+    unit = (max_scales.float() / 256).half().float()
     return (unit.unsqueeze(-1) * (scale_codes.float() + 1).square()).half()
 
 
@@ -38,7 +38,7 @@ class QuantizedLinear:
         groups: Row groups in stored order, widths never increasing, rows summing to K.
         codes: Weight codes, uint8, shape (K, out); a code c of width b means the integer c - 2^(b-1).
         scale_codes: Scale codes 0 to 15, uint8, shape (groups, out).
-        ceilings: Scale ceilings, float16, shape (groups,), finite and not negative.
+        max_scales: Scale largest scales, float16, shape (groups,), finite and not negative.
         order: Input feature of each stored row, int64, shape (K,), a permutation.
         bias: float16, shape (out,), or None.
     """
@@ -46,7 +46,7 @@ class QuantizedLinear:
     groups: tuple[RowGroup, ...]
     codes: Tensor
     scale_codes: Tensor
-    ceilings: Tensor
+    max_scales: Tensor
     order: Tensor
     bias: Tensor | None = None
 
@@ -80,19 +80,19 @@ class QuantizedLinear:
 
         Raises:
             ShapeError: Two of the tensors disagree in shape.
-            FormatError: A width, group, ceiling, code or the permutation is not what the format allows.
+            FormatError: A width, group, largest scale, code or the permutation is not what the format allows.
         """
         self._validate_shapes(name)
         self._validate_groups(name)
         rows = self.in_features
-        if not bool(torch.isfinite(self.ceilings).all() and (self.ceilings >= 0).all()):
-            raise FormatError(f"{name}: scale ceilings must be finite and not negative.")
+        if not bool(torch.isfinite(self.max_scales).all() and (self.max_scales >= 0).all()):
+            raise FormatError(f"{name}: scale largest scales must be finite and not negative.")
         if not torch.equal(self.order.sort().values, torch.arange(rows, device=self.order.device)):
             raise FormatError(f"{name}: the row order is not a permutation of 0 to {rows - 1}.")
         if int(self.scale_codes.max()) > 15:
             raise FormatError(f"{name}: scale codes must be from 0 to 15, got {int(self.scale_codes.max())}.")
         # The largest magnitude is 2^(b-1) steps; from 65520 on, fp16 rounds to infinity.
-        scales = effective_scale(self.ceilings, self.scale_codes.amax(dim=1, keepdim=True)).float().flatten()
+        scales = effective_scale(self.max_scales, self.scale_codes.amax(dim=1, keepdim=True)).float().flatten()
         first = 0
         for group, scale in zip(self.groups, scales.tolist(), strict=True):
             largest = int(self.codes[first : first + group.rows].max())
@@ -110,7 +110,7 @@ class QuantizedLinear:
         expected: dict[str, tuple[Tensor, tuple[int, ...], torch.dtype]] = {
             "codes": (self.codes, (rows, columns), torch.uint8),
             "scale codes": (self.scale_codes, (count, columns), torch.uint8),
-            "scale ceilings": (self.ceilings, (count,), torch.float16),
+            "scale largest scales": (self.max_scales, (count,), torch.float16),
             "row order": (self.order, (rows,), torch.int64),
         }
         if self.bias is not None:
@@ -153,6 +153,6 @@ class QuantizedLinear:
         step = max(1, _CHUNK_ELEMENTS // self.in_features)
         for first in range(0, self.out_features, step):
             columns = slice(first, first + step)
-            scale = effective_scale(self.ceilings, self.scale_codes[:, columns]).float()
+            scale = effective_scale(self.max_scales, self.scale_codes[:, columns]).float()
             weight[columns] = self.codes[stored_row, columns].float().sub_(half).mul_(scale[group]).half().T
         return weight

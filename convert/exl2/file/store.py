@@ -64,7 +64,7 @@ def linear_tensors(name: str, linear: QuantizedLinear) -> dict[str, Tensor]:
     tensors = {
         "q_weight": torch.cat(words),
         "q_scale": pack_scale_codes(scale_codes),
-        "q_scale_max": linear.ceilings.cpu().contiguous(),
+        "q_scale_max": linear.max_scales.cpu().contiguous(),
         "q_groups": torch.tensor(table, dtype=torch.int16),
         "q_invperm": linear.order.cpu().argsort().to(torch.int32),
     }
@@ -111,7 +111,7 @@ def linear_from_tensors(name: str, tensors: Mapping[str, Tensor], out_features: 
         groups=groups,
         codes=codes,
         scale_codes=unpack_scale_codes(found["q_scale"])[:, :out_features].contiguous(),
-        ceilings=found["q_scale_max"],
+        max_scales=found["q_scale_max"],
         order=invperm.argsort(),
         bias=bias,
     )

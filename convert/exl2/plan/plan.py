@@ -17,8 +17,8 @@ from ....errors import FormatError
 from ....linalg.allocate import allocate
 from ....measure.measurement import MeasuredLinear, Measurement
 from ..file.layout import WIDTHS, RowGroup, group_rows, linear_bits, padded_columns
-from .problem import AUTO, HEAD_BITS, HeadBits, Scope, SizeLimit, WidthOverride, plan_scope
-from .unquantized import FLOAT16_BITS, KeptLinear
+from .problem import AUTO, HEAD_BITS, AllocationProblem, HeadBits, SizeLimit, WidthOverride, allocation_problem
+from .unquantized import FLOAT16_BITS, UnquantizedLinear
 
 __all__ = ["PLAN_VERSION", "REMEDY", "LinearPlan", "Plan", "bpw_range", "is_plan", "make_plan", "measured_limit"]
 
@@ -109,7 +109,7 @@ class Plan:
     head_bits: HeadBits
     lower_bound_nats: Number
     measurement: str
-    kept: tuple[KeptLinear, ...] = ()
+    kept: tuple[UnquantizedLinear, ...] = ()
     head_reason: str | None = None
 
     def __post_init__(self) -> None:
@@ -235,7 +235,7 @@ def make_plan(
         The plan of least predicted damage.
 
     Raises:
-        ConfigError: As ``plan_scope``.
+        ConfigError: As ``allocation_problem``.
         BudgetError: No plan has this size; the message gives the range that there is.
     """
     assert (bpw is None) != (size is None), "one target"
@@ -265,7 +265,7 @@ def make_plan(
 
 
 def _allocated(
-    linears: Sequence[MeasuredLinear], measurement: Measurement, scope: Scope, budget_bits: int
+    linears: Sequence[MeasuredLinear], measurement: Measurement, scope: AllocationProblem, budget_bits: int
 ) -> tuple[list[LinearPlan], float]:
     # The linears' plans within a common budget, overheads included, and a lower bound of their damage.
     rows = [group_rows(linear.in_features, measurement.group_size) for linear in linears]
@@ -330,8 +330,8 @@ def measured_limit(measurement: Measurement, max_bytes: int) -> SizeLimit:
 
 def _scope(
     measurement: Measurement, head_bits: HeadBits, overrides: Sequence[WidthOverride], keep_fp16: Sequence[str]
-) -> Scope:
-    return plan_scope(
+) -> AllocationProblem:
+    return allocation_problem(
         measurement.linears,
         measurement.head,
         group_size=measurement.group_size,

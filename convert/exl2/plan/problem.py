@@ -11,17 +11,17 @@ from typing import Literal
 from ....checkpoint.source.linears import Shaped, matching
 from ....errors import BudgetError, ConfigError
 from ..file.layout import WIDTHS, RowGroup, group_rows, linear_bits
-from .unquantized import ASKED, FLOAT16_BITS, KeptLinear, kept_reasons
+from .unquantized import ASKED, FLOAT16_BITS, UnquantizedLinear, unquantized_reasons
 
 __all__ = [
     "AUTO",
     "HEAD_BITS",
+    "AllocationProblem",
     "HeadBits",
-    "Scope",
     "SizeLimit",
     "WidthOverride",
+    "allocation_problem",
     "check_head_bits",
-    "plan_scope",
     "shown_range",
 ]
 
@@ -102,7 +102,7 @@ class SizeLimit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scope:
+class AllocationProblem:
     """What a plan decides on.
 
     Attributes:
@@ -116,7 +116,7 @@ class Scope:
     """
 
     quantized: tuple[Shaped, ...]
-    kept: tuple[KeptLinear, ...]
+    kept: tuple[UnquantizedLinear, ...]
     head: Shaped | None
     head_reason: str | None
     head_bits: HeadBits
@@ -208,7 +208,7 @@ class Scope:
         return "" if free and not self.kept else " with these overrides and linears in float16"
 
 
-def plan_scope(
+def allocation_problem(
     decoder: Sequence[Shaped],
     head: Shaped,
     *,
@@ -216,7 +216,7 @@ def plan_scope(
     head_bits: HeadBits,
     overrides: Sequence[WidthOverride] = (),
     keep_fp16: Sequence[str] = (),
-) -> Scope:
+) -> AllocationProblem:
     """Find out what a plan decides on.
 
     Args:
@@ -232,7 +232,7 @@ def plan_scope(
             or nothing is left to quantize.
     """
     check_head_bits(head_bits)
-    reasons = kept_reasons(decoder, head, keep_fp16)
+    reasons = unquantized_reasons(decoder, head, keep_fp16)
     if head_bits == FLOAT16_BITS:
         reasons.setdefault(head.name, ASKED)
     quantized = tuple(linear for linear in decoder if linear.name not in reasons)
@@ -250,10 +250,12 @@ def plan_scope(
     widths: dict[str, tuple[int, ...]] = dict.fromkeys(names, WIDTHS)
     for override in overrides:
         widths |= dict.fromkeys(matching(override.pattern, names), override.widths)
-    return Scope(
+    return AllocationProblem(
         quantized=quantized,
         kept=tuple(
-            KeptLinear(name=x.name, in_features=x.in_features, out_features=x.out_features, reason=reasons[x.name])
+            UnquantizedLinear(
+                name=x.name, in_features=x.in_features, out_features=x.out_features, reason=reasons[x.name]
+            )
             for x in decoder
             if x.name in reasons
         ),

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from ....checkpoint.files.shards import header_bytes
 from ....checkpoint.model.families import EMBEDDING
 from ....checkpoint.source.checkpoint import Checkpoint
-from ....checkpoint.source.language import LanguageModel, WrittenModel, language_model
+from ....checkpoint.source.language import Exl2Names, LanguageModel, language_model
 from ....checkpoint.source.linears import Linear, model_linears
-from ...vram import exl2_beside_weights
+from ...vram import exl2_overhead_bytes
 from ..file.layout import padded_columns
 from ..file.store import QUANTIZED_SUFFIXES
 from .problem import SizeLimit
@@ -35,7 +35,7 @@ def disk_limit(checkpoint: Checkpoint, max_bytes: int, *, shard_bytes: int) -> S
     carried = source.names - replaced
     parts = (*QUANTIZED_SUFFIXES, "bias")  # as the writer announces them
     names = carried | source.others | {f"{linear.name}.{part}" for linear in (*linears, head) for part in parts}
-    prefix = WrittenModel(source).prefix
+    prefix = Exl2Names(source).prefix
     files = 1 + 2 * max_bytes // shard_bytes
     taken = sum(source.stored_bytes(name) for name in source.names & replaced)
     data = checkpoint.total_bytes - taken + sum(biases.values())
@@ -53,7 +53,7 @@ def gpu_limit(checkpoint: Checkpoint, vram_bytes: int, *, context_tokens: int | 
         checkpoint: The original model.
         vram_bytes: Memory of the GPU.
         context_tokens: Length of the context to keep in it; None for the model's own.
-        cache_bits: As ``exl2_beside_weights`` takes them.
+        cache_bits: As ``exl2_overhead_bytes`` takes them.
 
     Raises:
         BudgetError: Nothing is left for weights.
@@ -64,7 +64,7 @@ def gpu_limit(checkpoint: Checkpoint, vram_bytes: int, *, context_tokens: int | 
     # Norms and biases. The table of embeddings stays in main memory.
     others = source.names - planned - {EMBEDDING}
     context = context_tokens or int(source.config["max_position_embeddings"])
-    beside = exl2_beside_weights(vram_bytes, source.config, context, cache_bits=cache_bits)
+    beside = exl2_overhead_bytes(vram_bytes, source.config, context, cache_bits=cache_bits)
     return SizeLimit(
         total_bytes=vram_bytes,
         other_bytes=beside + sum(_FLOAT16_BYTES * math.prod(source.shape(name)) for name in others),

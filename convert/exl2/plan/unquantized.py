@@ -14,7 +14,7 @@ from ....checkpoint.source.linears import Shaped, matching, unit_of
 from ....errors import ConfigError
 from ..file.layout import MAX_ROWS, ROW_MULTIPLE
 
-__all__ = ["ASKED", "FLOAT16_BITS", "KeptLinear", "kept_lines", "kept_reasons"]
+__all__ = ["ASKED", "FLOAT16_BITS", "UnquantizedLinear", "unquantized_lines", "unquantized_reasons"]
 
 FLOAT16_BITS = 16
 
@@ -23,7 +23,7 @@ ASKED = "asked for"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KeptLinear:
+class UnquantizedLinear:
     """A linear that stays in float16.
 
     Attributes:
@@ -49,7 +49,7 @@ class KeptLinear:
         return FLOAT16_BITS * self.weights
 
 
-def kept_lines(kept: Iterable[KeptLinear], head_reason: str | None) -> list[str]:
+def unquantized_lines(kept: Iterable[UnquantizedLinear], head_reason: str | None) -> list[str]:
     """Return what stays in float16, and why, one line a reason."""
     counts: dict[str, list[int]] = {}
     for linear in kept:
@@ -58,7 +58,7 @@ def kept_lines(kept: Iterable[KeptLinear], head_reason: str | None) -> list[str]
     return [*lines, *([f"{HEAD}: {head_reason}"] if head_reason else [])]
 
 
-def kept_reasons(decoder: Sequence[Shaped], head: Shaped, patterns: Sequence[str]) -> dict[str, str]:
+def unquantized_reasons(decoder: Sequence[Shaped], head: Shaped, patterns: Sequence[str]) -> dict[str, str]:
     """Return why each linear that stays in float16 does, by its name.
 
     Args:

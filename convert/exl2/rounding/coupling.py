@@ -28,19 +28,19 @@ _DAMPING = 0.1
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OutputFeedback:
-    """The sets of a linear's outputs, and how each answers to the errors of those before it.
+    """The sets of a linear's outputs, and how each makes up for the errors of those before it.
 
     Set s of n takes the outputs s, s + n, s + 2 n ...: the neighbours of an output, which correlate with it most, are
     in other sets. Sets that come out one short are filled up with zeros.
 
     Attributes:
         factor: V of each set, float32, shape (sets, columns, rank).
-        answers: For each set, ``(1 + V_R^T D_R^-1 V_R)^-1 V_C^T D_C^-1`` with R the columns from this set on and C
+        gains: For each set, ``(1 + V_R^T D_R^-1 V_R)^-1 V_C^T D_C^-1`` with R the columns from this set on and C
             those of the set itself, float32, shape (sets, rank, columns). A set moves by -(dW_D V_D) times this.
     """
 
     factor: Tensor
-    answers: Tensor
+    gains: Tensor
 
     @classmethod
     def of(cls, fisher: Tensor, coupling: Tensor) -> OutputFeedback | None:
@@ -63,8 +63,8 @@ class OutputFeedback:
         # From the last set to the first: every set sees itself and those after it.
         inner = (factors.mT @ scaled).flip(0).cumsum(dim=0).flip(0)
         inner = inner + torch.eye(rank, dtype=inner.dtype, device=inner.device)
-        answers = torch.linalg.solve(inner, scaled.mT)
-        return cls(factors.float().to(fisher.device), answers.float().to(fisher.device))
+        gains = torch.linalg.solve(inner, scaled.mT)
+        return cls(factors.float().to(fisher.device), gains.float().to(fisher.device))
 
 
 def in_sets(values: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def round_in_sets(targets: Tensor, feedback: Tensor, half: int, scales: Tensor, 
     Returns:
         Codes, float32, shape (rows, out).
     """
-    (rows, out), (sets, rank, columns) = targets.shape, outputs.answers.shape
+    (rows, out), (sets, rank, columns) = targets.shape, outputs.gains.shape
     scale = in_sets(scales)  # (sets, columns), 0 in the padding
     factor = outputs.factor * scale[:, :, None]
     last = rows + sets - 1
@@ -99,12 +99,12 @@ def round_in_sets(targets: Tensor, feedback: Tensor, half: int, scales: Tensor, 
     wanted = targets.new_zeros(last, sets, columns)
     skewed = ((rows, sets, columns), (sets * columns, (sets + 1) * columns, 1))
     wanted.as_strided(*skewed).copy_(in_sets(targets).transpose(0, 1))
-    # A step's shift is one product: (what was seen of the sets before, feedback) times (answers, own errors so far).
+    # A step's shift is one product: (what was seen of the sets before, feedback) times (gains, own errors so far).
     left = targets.new_zeros(last, sets, rank + last)
     width = rank + last
     left.as_strided((rows, sets, rows), (sets * width, (sets + 1) * width + 1, 1), rank).copy_(-feedback[:, None])
     right = targets.new_zeros(sets, width, columns)
-    right[:, :rank] = outputs.answers / torch.where(scale > 0, scale, 1)[:, None]
+    right[:, :rank] = outputs.gains / torch.where(scale > 0, scale, 1)[:, None]
     codes = torch.empty_like(wanted)
     seen = targets.new_zeros(sets, 1, rank)
     for step, (plain, shifts) in enumerate(zip(wanted.unsqueeze(2), left.unsqueeze(2), strict=True)):

@@ -52,7 +52,7 @@ def measure_curves(
     widths: Sequence[int],
     group_size: int,
     damping: float,
-    inflation: float = 1.0,
+    generalization_ratio: float = 1.0,
 ) -> list[ErrorCurve]:
     """Measure the linears that share one input, each in a row order of its own. A pure function of its arguments.
 
@@ -67,7 +67,7 @@ def measure_curves(
         widths: Bit widths to try.
         group_size: Rows of a group.
         damping: First damping to try, relative to the mean of H's diagonal.
-        inflation: Damage on other tokens than those of H, relative to that on H (see ``heldout``).
+        generalization_ratio: Damage on other tokens than those of H, relative to that on H (see ``heldout``).
 
     Returns:
         One curve per linear.
@@ -90,7 +90,7 @@ def measure_curves(
         damages = [torch.zeros_like(damage) for damage in damages]
     return [
         ErrorCurve(
-            damage_nats=inflation * damage,
+            damage_nats=generalization_ratio * damage,
             order=order,
             fisher=fisher,
             input_power=power,

@@ -7,7 +7,7 @@ exactly tr(dW^T H dW): every e^2 is that weight's share of the layer's output er
 Source: Frantar et al., GPTQ (arXiv 2210.17323), section 3.3, with its Cholesky form read from left to right.
 
 Feedback between outputs (``coupling``) goes on inside each row group: given the group's targets, which hold the
-feedback of all earlier rows, set after set of columns answers to what the sets before it missed in these rows.
+feedback of all earlier rows, set after set of columns makes up for what the sets before it missed in these rows.
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ def round_linear_(
     for part in work.split(_CHUNK_COLUMNS, dim=1):
         part.copy_(part[order])
     codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
-    ceilings, scale_codes, errors = [], [], []
+    max_scales, scale_codes, errors = [], [], []
     first = 0
     for group in groups:
         rows = slice(first, first + group.rows)
         (grid,) = _round_group(work, codes, upper, rows, [group.bits], column_weights, outputs)
-        ceilings.append(grid.ceiling)
+        max_scales.append(grid.max_scale)
         scale_codes.append(grid.codes)
         errors.append(work[rows].square().sum(dim=0))
         first += group.rows
@@ -80,7 +80,7 @@ def round_linear_(
         groups=tuple(groups),
         codes=codes,
         scale_codes=torch.stack(scale_codes),
-        ceilings=torch.stack(ceilings),
+        max_scales=torch.stack(max_scales),
         order=order,
     )
     return linear, torch.stack(errors)

@@ -1,7 +1,7 @@
-"""The EXL2 grid of one row group: which ceiling and which scale codes cost least.
+"""The EXL2 grid of one row group: which largest scale and which scale codes cost least.
 
 A column's scale in a group is ``fp16((code + 1)^2 * unit)`` with a 4-bit code and a unit shared by all columns of
-the group (``fp16(ceiling / 256)``). Adjacent codes differ by 13 % at the top and by a factor of four at the bottom, and
+the group (``fp16(max_scale / 256)``). Adjacent codes differ by 13 % at the top and by a factor of four at the bottom;
 the unit is coarse where it is subnormal, so the search runs against the scales that a reader will really compute.
 """
 
@@ -47,12 +47,12 @@ class GroupGrid:
     """Chosen scales of one row group.
 
     Attributes:
-        ceiling: ``q_scale_max``, float16, shape ().
+        max_scale: ``q_scale_max``, float16, shape ().
         codes: Scale codes 0 to 15, uint8, shape (columns,).
         scales: The scales that a reader computes from the two, float32, shape (columns,).
     """
 
-    ceiling: Tensor
+    max_scale: Tensor
     codes: Tensor
     scales: Tensor
 
@@ -60,14 +60,14 @@ class GroupGrid:
 def search_grids(
     targets: Tensor, row_weights: Tensor, column_weights: Tensor, widths: Sequence[int]
 ) -> list[GroupGrid]:
-    """Choose ceiling and scale codes that minimise the weighted squared rounding error of row groups.
+    """Choose largest scale and scale codes that minimise the weighted squared rounding error of row groups.
 
     Args:
         targets: Weights to represent, groups of one shape, float32, shape (targets, rows, columns).
         row_weights: Cost of a squared error in each row, float32, shape (rows,), common to all targets; 1 / U_kk^2
             under error feedback.
         column_weights: Cost of a squared error in each column, float32, shape (columns,), common to all. Only weighs
-            columns against each other in the choice of their common ceiling.
+            columns against each other in the choice of their common largest scale.
         widths: Width of each target's codes, 2 to 8 bits.
 
     Returns:
@@ -96,10 +96,10 @@ def search_grids(
 
     nearest = ((wanted / best_unit[:, None]).sqrt() - 1).round()
     codes = torch.stack([(nearest + shift).clamp(0, 15) for shift in (-1, 0, 1)])
-    ceilings = (best_unit * 256).half()
-    chosen = _at_least_error(codes, _errors(targets, effective_scale(ceilings, codes).float(), row_weights, widths))
-    scales = effective_scale(ceilings, chosen).float()
-    return [GroupGrid(*parts) for parts in zip(ceilings, chosen.to(torch.uint8), scales, strict=True)]
+    max_scales = (best_unit * 256).half()
+    chosen = _at_least_error(codes, _errors(targets, effective_scale(max_scales, codes).float(), row_weights, widths))
+    scales = effective_scale(max_scales, chosen).float()
+    return [GroupGrid(*parts) for parts in zip(max_scales, chosen.to(torch.uint8), scales, strict=True)]
 
 
 def _at_least_error(values: Tensor, errors: Tensor) -> Tensor:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....checkpoint.files.resume import StageDirectory
+from ....checkpoint.files.resume import ResumeStore
 from ....checkpoint.model.families import HEAD
 from ....checkpoint.source.checkpoint import Checkpoint
-from ....checkpoint.source.language import LanguageModel, ReplacedWeights, language_model
+from ....checkpoint.source.language import LanguageModel, WeightOverlay, language_model
 from ....linalg.hessian import inverse_factor
 from ....measure.measurement import MeasuredLinear, Measurement
 from ....measure.model.stream import StreamedModel
@@ -60,15 +60,15 @@ class RoundedModel:
     Attributes:
         names: Full names of the linears, in model order, the head last.
         blocks: Number of decoder blocks.
-        pieces: Where they are kept.
+        artifacts: Where they are kept.
         source: The original.
-        tuned: What tuning multiplies the ceilings of the decoder's linears by, float32, shape (groups,); empty
+        tuned: What tuning multiplies the largest scales of the decoder's linears by, float32, shape (groups,); empty
             without.
     """
 
     names: tuple[str, ...]
     blocks: int
-    pieces: StageDirectory
+    artifacts: ResumeStore
     source: LanguageModel
     tuned: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -78,16 +78,16 @@ class RoundedModel:
         Readers do not reorder the biases of an MLP along with the rows of its last linear. In an MLP that has some, the
         neurons themselves are reordered instead, which changes nothing for the model around it.
         """
-        linear = _unpack(self.pieces.load(name))
+        linear = _unpack(self.artifacts.load(name))
         if name in self.tuned:
-            linear = replace(linear, ceilings=(linear.ceilings.float() * self.tuned[name]).half())
+            linear = replace(linear, max_scales=(linear.max_scales.float() * self.tuned[name]).half())
         makers, reader = self.source.family.mlp
         block = next((name.removesuffix(x) for x in (*makers, reader) if name.endswith(f".{x}")), None)
         if block is None or f"{block}{makers[0]}.bias" not in self.source.names:
             return linear
         if name == block + reader:
             return replace(linear, order=torch.arange(linear.in_features))
-        neurons = self.pieces.load(block + reader)["order"]
+        neurons = self.artifacts.load(block + reader)["order"]
         return replace(
             linear,
             codes=linear.codes[:, neurons],
@@ -100,21 +100,21 @@ class RoundedModel:
 
         Float16, shape (out, K), on the device.
         """
-        return _unpack({key: value.to(device) for key, value in self.pieces.load(name).items()}).dequantize()
+        return _unpack({key: value.to(device) for key, value in self.artifacts.load(name).items()}).dequantize()
 
     def damping(self, name: str) -> float:
         """Return the relative damping that the linear's rounding took; infinite if it went without feedback."""
-        damping = self.pieces.number(name, "damping")
+        damping = self.artifacts.number(name, "damping")
         assert damping is not None
         return damping
 
     def drift(self) -> list[Drift]:
         """Return how far the hidden states after every block are from the original's, over the calibration rows."""
-        return kept_drift(self.pieces, self.blocks)
+        return kept_drift(self.artifacts, self.blocks)
 
 
 def rounding_identity(checkpoint: Checkpoint, plan: Plan, config: RoundConfig) -> dict[str, Any]:
-    """Return all that the pieces of ``round_model`` depend on, as ``StageDirectory`` takes it."""
+    """Return all that the artifacts of ``round_model`` depend on, as ``ResumeStore`` takes it."""
     return {
         "model": checkpoint.fingerprint,
         "measurement": plan.measurement,
@@ -150,7 +150,7 @@ def round_model(
         NumericalError: NaN or infinity in activations.
     """
     device = resolve_device(config.device)
-    pieces = StageDirectory(work, ROUNDED, rounding_identity(checkpoint, plan, config))
+    artifacts = ResumeStore(work, ROUNDED, rounding_identity(checkpoint, plan, config))
     source = language_model(checkpoint)
     model = StreamedModel(source, device=device, dtype=torch.float32, offload_dir=config.offload_dir)
     rounder = _Exl2Rounder(plan, couple_outputs=config.couple_outputs)
@@ -159,7 +159,7 @@ def round_model(
         model,
         measurement,
         rounder,
-        pieces,
+        artifacts,
         correct_drift=config.correct_drift,
         kept=kept,
         inputs=kept_inputs(work, measurement),
@@ -169,7 +169,7 @@ def round_model(
     if plan.head is not None:
         run.head()
         names.append(HEAD)
-    return RoundedModel(tuple(names), model.block_count, pieces, source)
+    return RoundedModel(tuple(names), model.block_count, artifacts, source)
 
 
 def rounded_before(checkpoint: Checkpoint, plan: Plan, config: RoundConfig, work: Path) -> RoundedModel | None:
@@ -181,13 +181,13 @@ def rounded_before(checkpoint: Checkpoint, plan: Plan, config: RoundConfig, work
         config: As for ``round_model``.
         work: As for ``round_model``.
     """
-    pieces = StageDirectory.existing(work, ROUNDED, rounding_identity(checkpoint, plan, config))
+    artifacts = ResumeStore.existing(work, ROUNDED, rounding_identity(checkpoint, plan, config))
     source = language_model(checkpoint)
     names = (*(p.name for p in plan.linears), *([] if plan.head is None else [HEAD]))
     drifts = [f"drift-{index}" for index in range(source.block_count)]
-    if pieces is None or not all(map(pieces.has, [*names, *drifts])):
+    if artifacts is None or not all(map(artifacts.has, [*names, *drifts])):
         return None
-    return RoundedModel(names, source.block_count, pieces, source)
+    return RoundedModel(names, source.block_count, artifacts, source)
 
 
 def tune_model(
@@ -202,25 +202,25 @@ def tune_model(
         progress: Wraps the steps.
 
     Returns:
-        The same linears with other ceilings; the head stays as it is.
+        The same linears with other largest scales; the head stays as it is.
 
     Raises:
         NumericalError: NaN or infinity in activations or gradients.
     """
-    pieces, device = rounded.pieces, resolve_device(config.device)
-    if not pieces.has(_TUNED):
-        source = ReplacedWeights(
+    artifacts, device = rounded.artifacts, resolve_device(config.device)
+    if not artifacts.has(_TUNED):
+        source = WeightOverlay(
             rounded.source.base, {name: partial(rounded.decoded, name, device) for name in rounded.names}
         )
         original, quantized = (
             StreamedModel(each, device=device, dtype=torch.float32, offload_dir=config.offload_dir)
             for each in (rounded.source, source)
         )
-        groups = {name: _unpack(pieces.load(name)).group_of_input for name in rounded.names if name != HEAD}
+        groups = {name: _unpack(artifacts.load(name)).group_of_input for name in rounded.names if name != HEAD}
         tokens = torch.from_numpy(measurement.tokens).long()
-        wanted = last_states(pieces, rounded.blocks, config.offload_dir)["original"]
-        pieces.save(_TUNED, tune_scales(original, quantized, groups, tokens, wanted, pieces, progress))
-    return replace(rounded, tuned=pieces.load(_TUNED))
+        wanted = last_states(artifacts, rounded.blocks, config.offload_dir)["original"]
+        artifacts.save(_TUNED, tune_scales(original, quantized, groups, tokens, wanted, artifacts, progress))
+    return replace(rounded, tuned=artifacts.load(_TUNED))
 
 
 class _Exl2Rounder:
@@ -258,7 +258,7 @@ def _pack(linear: QuantizedLinear, damping: float) -> dict[str, Tensor]:
         "groups": torch.tensor([[group.bits, group.rows] for group in linear.groups]),
         "codes": linear.codes,
         "scale_codes": linear.scale_codes,
-        "ceilings": linear.ceilings,
+        "max_scales": linear.max_scales,
         "order": linear.order,
         "damping": torch.tensor(damping),
     }
@@ -269,6 +269,6 @@ def _unpack(tensors: dict[str, Tensor]) -> QuantizedLinear:
         groups=tuple(RowGroup(bits, rows) for bits, rows in tensors["groups"].tolist()),
         codes=tensors["codes"],
         scale_codes=tensors["scale_codes"],
-        ceilings=tensors["ceilings"],
+        max_scales=tensors["max_scales"],
         order=tensors["order"],
     )

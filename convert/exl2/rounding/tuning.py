@@ -1,7 +1,7 @@
 """Tuning: once every linear is rounded, the decoder's scales are fitted to what the original predicts, group by group.
 
 Rounding has every block follow the original's, one after another. What it cannot make good adds up through the model,
-and no block sees what comes of it at the end. A ceiling scales a whole row group, and there are few of them (a few
+and no block sees what comes of it at the end. A largest scale holds for a whole row group, and there are few (a few
 thousand where there are a hundred million weights), so that they can be learned from the calibration rows without
 learning these by heart: one step of Adam for every 1024 tokens, down the KL divergence from the original's predictions.
 Codes and scale codes stay as they are, and so does the size.
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
-from ....checkpoint.files.resume import StageDirectory
-from ....measure.model.positionwise import position_by_position
+from ....checkpoint.files.resume import ResumeStore
+from ....measure.model.positionwise import chunked_positionwise
 from ....measure.model.stream import TAIL_TOKENS, StreamedModel, check_finite
 from ....progress import Progress
 
@@ -117,7 +117,7 @@ def tune_scales(
     groups: Mapping[str, Tensor],
     tokens: Tensor,
     wanted: Tensor,
-    pieces: StageDirectory,
+    artifacts: ResumeStore,
     progress: Progress,
 ) -> dict[str, Tensor]:
     """Fit a factor for every row group to the original's predictions, in one pass over the calibration rows.
@@ -128,7 +128,7 @@ def tune_scales(
         groups: As ``GroupScales`` takes them.
         tokens: Calibration rows, int64, shape (rows, tokens).
         wanted: What the original's last block makes of them, shape (rows, tokens, hidden size), on the CPU.
-        pieces: Where finished steps are kept.
+        artifacts: Where finished steps are kept.
         progress: Wraps the steps.
 
     Returns:
@@ -141,7 +141,7 @@ def tune_scales(
     optimizer = torch.optim.Adam([scales.logs], betas=_DECAYS)
     order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))
     batches = order.split(max(1, _STEP_TOKENS // tokens.shape[1]))
-    finished, size = _resume(pieces, scales.logs, optimizer)
+    finished, size = _resume(artifacts, scales.logs, optimizer)
     with original.tail(), quantized.tail():
         for step in progress(range(len(batches)), "quantize: tune"):
             if step < finished:
@@ -154,7 +154,7 @@ def tune_scales(
                 size = math.sqrt(max(divergence, 0.0))
             optimizer.param_groups[0]["lr"] = _RATE * size * _share(step, len(batches))
             optimizer.step()
-            _keep(pieces, scales.logs, optimizer, size)
+            _keep(artifacts, scales.logs, optimizer, size)
     return scales.factors()
 
 
@@ -163,20 +163,20 @@ def _share(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / _WARM_STEPS) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def _resume(pieces: StageDirectory, logs: Tensor, optimizer: torch.optim.Adam) -> tuple[int, float]:
+def _resume(artifacts: ResumeStore, logs: Tensor, optimizer: torch.optim.Adam) -> tuple[int, float]:
     # Finished steps, and the root of the first step's divergence.
-    if not pieces.has(_STATE):
+    if not artifacts.has(_STATE):
         return 0, 0.0
-    state = pieces.load(_STATE)
+    state = artifacts.load(_STATE)
     logs.data.copy_(state.pop("logs"))
     size = float(state.pop("size"))
     optimizer.state[logs] = state
     return int(state["step"]), size
 
 
-def _keep(pieces: StageDirectory, logs: Tensor, optimizer: torch.optim.Adam, size: float) -> None:
+def _keep(artifacts: ResumeStore, logs: Tensor, optimizer: torch.optim.Adam, size: float) -> None:
     tensors = {"logs": logs.detach(), "size": torch.tensor(size, dtype=torch.float64)}
-    pieces.save(_STATE, {**tensors, **optimizer.state[logs]})
+    artifacts.save(_STATE, {**tensors, **optimizer.state[logs]})
 
 
 def _add_gradient(
@@ -212,7 +212,7 @@ def _running(model: StreamedModel, scales: GroupScales, index: int) -> Iterator[
         for stage, of_stage in zip(stages, names, strict=True)
         for inner, name in zip(stage.linears, of_stage, strict=True)
     }
-    with model.block(index) as block, position_by_position(block, stages), scales.applied(block, linears):
+    with model.block(index) as block, chunked_positionwise(block, stages), scales.applied(block, linears):
         yield
 
 

@@ -50,7 +50,7 @@ def measure_types(
     kinds: Sequence[GgmlType],
     *,
     damping: float,
-    inflation: float = 1.0,
+    generalization_ratio: float = 1.0,
 ) -> list[Tensor]:
     """Measure the linears that share one input, rounded with feedback. A pure function of its arguments.
 
@@ -60,7 +60,7 @@ def measure_types(
         fishers: Fisher weights of each linear's outputs, float32, shape (out,).
         kinds: The types.
         damping: First damping to try, relative to the mean of H's diagonal.
-        inflation: Damage on other tokens than those of H, relative to that on H (see ``heldout``).
+        generalization_ratio: Damage on other tokens than those of H, relative to that on H (see ``heldout``).
 
     Returns:
         Damage of each linear in each type, nats per token, float32, shape (types,); infinite where K is no whole number
@@ -81,12 +81,12 @@ def measure_types(
         known = sample.damages(errors)
         if not bool(gram.any()):  # The input is zero on every token, and so is whatever an error makes of it.
             known = dict.fromkeys(known, 0.0)
-        damages.append(inflation * torch.tensor([known.get(kind, math.inf) for kind in kinds]))
+        damages.append(generalization_ratio * torch.tensor([known.get(kind, math.inf) for kind in kinds]))
     return damages
 
 
 def measure_plain_types(
-    weight: Tensor, gram: Tensor, row_weights: Tensor, kinds: Sequence[GgmlType], *, inflation: float = 1.0
+    weight: Tensor, gram: Tensor, row_weights: Tensor, kinds: Sequence[GgmlType], *, generalization_ratio: float = 1.0
 ) -> Tensor:
     """Measure one tensor rounded without feedback.
 
@@ -96,7 +96,7 @@ def measure_plain_types(
         gram: What an error in a row costs, float32, shape (K, K): H as above, or the diagonal Fisher of an embedding.
         row_weights: Fisher weight of each output, or share of each token among all tokens, float32, shape (rows,).
         kinds: As above.
-        inflation: As above.
+        generalization_ratio: As above.
 
     Returns:
         ``0.5 * sum_r row_weights_r (dW^T gram dW)_rr`` in each type, nats per token, float32, shape (types,), infinite
@@ -113,7 +113,7 @@ def measure_plain_types(
         error = sampled - decoded.T.to(sampled.device)
         return 0.5 * float(((gram @ error) * error).sum(dim=0) @ shares)
 
-    return inflation * torch.tensor(run_all([partial(damage, kind) for kind in kinds], gram.device))
+    return generalization_ratio * torch.tensor(run_all([partial(damage, kind) for kind in kinds], gram.device))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bpwise.checkpoint.files.resume import StageDirectory, claimed, discard_stage, stages_in
+from bpwise.checkpoint.files.resume import ResumeStore, discard_artifacts, locked_work, run_artifacts
 from bpwise.errors import BrokenModelError, WorkDirectoryError
 
 CLAIM = """
@@ -27,15 +27,15 @@ def files(directory: Path) -> set[str]:
     return {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
 
 
-def make_stage(work: Path, identity: dict[str, int]) -> StageDirectory:
-    stage = StageDirectory(work, "measure", identity)
+def make_stage(work: Path, identity: dict[str, int]) -> ResumeStore:
+    stage = ResumeStore(work, "measure", identity)
     stage.save("x", {"t": torch.zeros(1)})
     return stage
 
 
-def piece_file(work: Path, piece: str) -> Path:
+def piece_file(work: Path, artifact: str) -> Path:
     (directory,) = work.iterdir()
-    return directory / f"{piece}.safetensors"
+    return directory / f"{artifact}.safetensors"
 
 
 def test_pieces_come_back(tmp_path: Path) -> None:
@@ -45,24 +45,26 @@ def test_pieces_come_back(tmp_path: Path) -> None:
         "c": torch.zeros(0, 2),
         "d": torch.ones(3) > 0,
     }
-    StageDirectory(tmp_path, "measure", {}).save("x", tensors)
-    read = StageDirectory(tmp_path, "measure", {}).load("x")
+    ResumeStore(tmp_path, "measure", {}).save("x", tensors)
+    read = ResumeStore(tmp_path, "measure", {}).load("x")
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[name], tensors[name]) and read[name].dtype == tensors[name].dtype for name in tensors)
 
 
 @pytest.mark.parametrize("at", [0, 4, 8, 40, 0.5, -1])
 def test_a_damaged_piece_counts_as_not_finished(tmp_path: Path, at: float) -> None:
-    StageDirectory(tmp_path, "measure", {}).save("x", {"a": torch.arange(100.0), "b": torch.ones(2, 2)})
+    ResumeStore(tmp_path, "measure", {}).save("x", {"a": torch.arange(100.0), "b": torch.ones(2, 2)})
     file = piece_file(tmp_path, "x")
     data = bytearray(file.read_bytes())
     data[int(at * len(data)) if at == 0.5 else int(at)] ^= 1
     file.write_bytes(data)
-    again = StageDirectory(tmp_path, "measure", {})
+    again = ResumeStore(tmp_path, "measure", {})
     with pytest.warns(UserWarning, match=r"x\.safetensors: damaged\. It is made again"):
         assert not again.has("x")
     assert not file.exists()
-    with pytest.raises(WorkDirectoryError, match=r"x\.safetensors: a piece of finished work has gone, or is damaged"):
+    with pytest.raises(
+        WorkDirectoryError, match=r"x\.safetensors: a artifact of finished work has gone, or is damaged"
+    ):
         again.load("x")
     again.save("x", {"a": torch.zeros(1)})
     assert again.has("x")
@@ -70,9 +72,9 @@ def test_a_damaged_piece_counts_as_not_finished(tmp_path: Path, at: float) -> No
 
 @pytest.mark.parametrize("change", ["cut", "empty", "another", "shape", "not-a-file"])
 def test_other_damage(tmp_path: Path, change: str) -> None:
-    pieces = StageDirectory(tmp_path, "measure", {})
-    pieces.save("x", {"a": torch.arange(100.0)})
-    pieces.save("y", {"a": torch.arange(100.0) + 1})
+    artifacts = ResumeStore(tmp_path, "measure", {})
+    artifacts.save("x", {"a": torch.arange(100.0)})
+    artifacts.save("y", {"a": torch.arange(100.0) + 1})
     file, other = piece_file(tmp_path, "x"), piece_file(tmp_path, "y")
     if change == "not-a-file":
         file.unlink()
@@ -87,13 +89,19 @@ def test_other_damage(tmp_path: Path, change: str) -> None:
         }
         file.write_bytes(new[change])
     with pytest.warns(UserWarning, match="damaged"):
-        assert not StageDirectory(tmp_path, "measure", {}).has("x")
+        assert not ResumeStore(tmp_path, "measure", {}).has("x")
 
 
 def test_a_single_number_of_a_piece(tmp_path: Path) -> None:
-    pieces = StageDirectory(tmp_path, "stage", {})
-    pieces.save("piece", {"data": torch.ones(3), "damping": torch.tensor(float("inf")), "distance": torch.tensor(0.25)})
-    assert [pieces.number("piece", name) for name in ("damping", "distance", "other")] == [float("inf"), 0.25, None]
+    artifacts = ResumeStore(tmp_path, "stage", {})
+    artifacts.save(
+        "artifact", {"data": torch.ones(3), "damping": torch.tensor(float("inf")), "distance": torch.tensor(0.25)}
+    )
+    assert [artifacts.number("artifact", name) for name in ("damping", "distance", "other")] == [
+        float("inf"),
+        0.25,
+        None,
+    ]
 
 
 class TestClaim:
@@ -103,15 +111,15 @@ class TestClaim:
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
             assert other.stdout is not None
             assert other.stdout.readline() == "claimed\n"
-            with pytest.raises(WorkDirectoryError, match=r"out\.work: in use by another bpwise run"), claimed(work):
+            with pytest.raises(WorkDirectoryError, match=r"out\.work: in use by another bpwise run"), locked_work(work):
                 pytest.fail("both are at work")
             other.kill()
-        with claimed(work):  # a run that was killed leaves no claim behind
+        with locked_work(work):  # a run that was killed leaves no claim behind
             assert work.is_dir()
 
     def test_an_empty_work_directory_goes(self, tmp_path: Path) -> None:
         work = tmp_path / "deep" / "work"
-        with stages_in(work) as stages:
+        with run_artifacts(work) as stages:
             make_stage(work, ONE)
             stages.add("measure", ONE)
         assert list(tmp_path.iterdir()) == []
@@ -119,27 +127,27 @@ class TestClaim:
     def test_one_that_an_earlier_run_made_goes_too(self, tmp_path: Path) -> None:
         work = tmp_path / "work"
         make_stage(work, ONE)
-        with stages_in(work) as stages:
+        with run_artifacts(work) as stages:
             stages.add("measure", ONE)
         assert not work.exists()
 
     def test_an_empty_directory_of_somebody_stays(self, tmp_path: Path) -> None:
-        with stages_in(tmp_path) as stages:
+        with run_artifacts(tmp_path) as stages:
             make_stage(tmp_path, ONE)
             stages.add("measure", ONE)
         assert list(tmp_path.iterdir()) == []
 
     def test_what_is_left_stays(self, tmp_path: Path) -> None:
-        with pytest.raises(ZeroDivisionError), stages_in(tmp_path / "work") as stages:
+        with pytest.raises(ZeroDivisionError), run_artifacts(tmp_path / "work") as stages:
             make_stage(tmp_path / "work", ONE)
             stages.add("measure", ONE)
             _ = 1 / 0
-        with claimed(tmp_path / "work"):
-            assert StageDirectory(tmp_path / "work", "measure", ONE).has("x")
+        with locked_work(tmp_path / "work"):
+            assert ResumeStore(tmp_path / "work", "measure", ONE).has("x")
 
     def test_a_file_in_the_way(self, tmp_path: Path) -> None:
         (tmp_path / "work").write_text("")
-        with pytest.raises(WorkDirectoryError, match="work: in the way, got a file"), claimed(tmp_path / "work"):
+        with pytest.raises(WorkDirectoryError, match="work: in the way, got a file"), locked_work(tmp_path / "work"):
             pytest.fail("there is no directory")
 
     def test_what_a_killed_run_was_writing_goes(self, tmp_path: Path) -> None:
@@ -147,19 +155,19 @@ class TestClaim:
             pass
         (tmp_path / f".measurement.safetensors.partial-{ended.pid}-0123abcd").write_text("half")
         (tmp_path / f".measurement.safetensors.partial-{os.getppid()}-0123abcd").write_text("by a process that lives")
-        with claimed(tmp_path):
+        with locked_work(tmp_path):
             names = files(tmp_path) - {".lock"}
         assert names == {f".measurement.safetensors.partial-{os.getppid()}-0123abcd"}
 
     def test_it_may_go_while_it_is_claimed(self, tmp_path: Path) -> None:
-        with stages_in(tmp_path / "work") as stages:
+        with run_artifacts(tmp_path / "work") as stages:
             stages.add("measure", ONE)
             shutil.rmtree(tmp_path / "work")
         assert list(tmp_path.iterdir()) == []
 
     def test_ctrl_c_tells_where_the_work_is(self, tmp_path: Path) -> None:
         sentence = f"The same command goes on where it stopped, from what is finished in {tmp_path}"
-        with pytest.raises(KeyboardInterrupt, match=re.escape(sentence)), claimed(tmp_path):
+        with pytest.raises(KeyboardInterrupt, match=re.escape(sentence)), locked_work(tmp_path):
             raise KeyboardInterrupt
 
 
@@ -175,14 +183,14 @@ class TestDiscarding:
         (tmp_path / "project" / "identity.json").write_text(json.dumps(ONE))
         make_stage(tmp_path, OTHER)
         theirs = files(tmp_path)
-        with stages_in(tmp_path) as stages:
+        with run_artifacts(tmp_path) as stages:
             make_stage(tmp_path, ONE)
             stages.add("measure", ONE)
         assert files(tmp_path) == theirs
 
     def test_a_broken_model_leaves_nothing_to_go_on_with(self, tmp_path: Path) -> None:
         (tmp_path / "photos").mkdir()
-        with pytest.raises(BrokenModelError), stages_in(tmp_path) as stages:
+        with pytest.raises(BrokenModelError), run_artifacts(tmp_path) as stages:
             make_stage(tmp_path, ONE)
             stages.add("measure", ONE)
             raise BrokenModelError
@@ -195,14 +203,14 @@ class TestDiscarding:
             (path / "identity.json").unlink()
         else:
             (path / "identity.json").write_text(content)
-        discard_stage(tmp_path, "measure", ONE)
+        discard_artifacts(tmp_path, "measure", ONE)
         assert (path / "x.safetensors").exists()
 
     def test_links_are_not_followed(self, tmp_path: Path) -> None:
         path = make_stage(tmp_path / "elsewhere", ONE).path
         (tmp_path / "work").mkdir()
         (tmp_path / "work" / path.name).symlink_to(path)
-        discard_stage(tmp_path / "work", "measure", ONE)
+        discard_artifacts(tmp_path / "work", "measure", ONE)
         assert (path / "x.safetensors").exists()
 
 

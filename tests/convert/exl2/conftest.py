@@ -46,7 +46,7 @@ def _naive_decode(name: str, tensors: Mapping[str, Tensor]) -> tuple[np.ndarray,
     """Return (codes [K, N] in stored order, weight [N, K] in float16), with plain integers, bit by bit."""
     words = tensors[f"{name}.q_weight"].numpy().view(np.uint32)
     scale_words = tensors[f"{name}.q_scale"].numpy().view(np.uint32)
-    ceilings = tensors[f"{name}.q_scale_max"].numpy()
+    max_scales = tensors[f"{name}.q_scale_max"].numpy()
     table = tensors[f"{name}.q_groups"].tolist()
     invperm = tensors[f"{name}.q_invperm"].tolist()
     total_words, columns = words.shape
@@ -55,7 +55,7 @@ def _naive_decode(name: str, tensors: Mapping[str, Tensor]) -> tuple[np.ndarray,
     ends = [*table[3::2], total_words]
     row = 0
     for group, (bits, first, last) in enumerate(zip(table[0::2], table[1::2], ends, strict=True)):
-        t = np.float16(float(ceilings[group]) / 256)
+        t = np.float16(float(max_scales[group]) / 256)
         for column in range(columns):
             stream = sum(int(words[w, column]) << (32 * (w - first)) for w in range(first, last))
             s = (int(scale_words[group, column // 8]) >> (4 * (column % 8))) & 15
@@ -90,12 +90,12 @@ def random_linear(
     codes = [torch.randint(0, 1 << bits, (n, out_features), generator=rng, dtype=torch.uint8) for bits, n in groups]
     shape = (len(groups), out_features)
     # Ceilings from 1e-4 to 1e-1: most of them divide into subnormal steps, which is where readers round.
-    ceilings = (10 ** (torch.rand(len(groups), generator=rng) * 3 - 4)).half()
+    max_scales = (10 ** (torch.rand(len(groups), generator=rng) * 3 - 4)).half()
     return QuantizedLinear(
         groups=tuple(RowGroup(bits, n) for bits, n in groups),
         codes=torch.cat(codes),
         scale_codes=torch.randint(0, 16, shape, generator=rng, dtype=torch.uint8),
-        ceilings=ceilings,
+        max_scales=max_scales,
         order=torch.randperm(rows, generator=rng) if reorder else torch.arange(rows),
         bias=torch.randn(out_features, generator=rng).half() if bias else None,
     )

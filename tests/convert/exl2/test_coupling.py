@@ -58,7 +58,7 @@ class Problem:
 
 def steps(linear: QuantizedLinear) -> tuple[Tensor, Tensor]:
     """Scale and half range of every weight as the format document says, stored order, float64."""
-    units = (linear.ceilings.float() / 256).half().float()
+    units = (linear.max_scales.float() / 256).half().float()
     scales = (units[:, None] * (linear.scale_codes.float() + 1) ** 2).half().double()
     halves = [torch.full((group.rows, scales.shape[1]), 2.0 ** (group.bits - 1)) for group in linear.groups]
     rows = torch.tensor([group.rows for group in linear.groups])

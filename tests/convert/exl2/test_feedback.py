@@ -41,7 +41,7 @@ class Problem:
 
 def reader_scales(linear: QuantizedLinear) -> Tensor:
     """Scale of every weight as the format document says, stored order, float64, shape (K, out)."""
-    units = (linear.ceilings.float() / 256).half().float()
+    units = (linear.max_scales.float() / 256).half().float()
     scales = (units[:, None] * (linear.scale_codes.float() + 1) ** 2).half().double()
     return torch.cat([scales[i].expand(group.rows, -1) for i, group in enumerate(linear.groups)])
 
@@ -241,8 +241,8 @@ def test_rounds_in_the_memory_of_its_weight(monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(problem.weight, given)
     monkeypatch.setattr(feedback, "_CHUNK_COLUMNS", 7)  # columns in six slices, the last of them short
     sliced, sliced_errors = round_linear_(given, problem.upper, groups, problem.order, problem.column_weights)
-    # Nothing of a column depends on the others but the group's ceiling, which all of them choose together.
-    assert torch.equal(sliced.ceilings, at_once.ceilings)
+    # Nothing of a column depends on the others but the group's largest scale, which all of them choose together.
+    assert torch.equal(sliced.max_scales, at_once.max_scales)
     assert torch.equal(sliced.scale_codes, at_once.scale_codes)
     assert torch.equal(sliced.codes, at_once.codes)
     torch.testing.assert_close(sliced_errors, errors)

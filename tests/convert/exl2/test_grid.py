@@ -23,21 +23,21 @@ def column_errors(target: Tensor, scales: Tensor, row_weights: Tensor, bits: int
     return ((rounded - target).square() * row_weights.double()[:, None]).sum(dim=-2)
 
 
-def reader_scales(ceilings: Tensor) -> Tensor:
-    """All 16 scales of each ceiling, as the format document says, shape (ceilings, 16)."""
-    units = (ceilings.float() / 256).half().float()
+def reader_scales(max_scales: Tensor) -> Tensor:
+    """All 16 scales of each largest scale, as the format document says, shape (largest scales, 16)."""
+    units = (max_scales.float() / 256).half().float()
     return (units[:, None] * torch.tensor([(s + 1) ** 2 for s in range(16)])).half()
 
 
 def brute_force(target: Tensor, row_weights: Tensor, column_weights: Tensor, bits: int) -> float:
-    """Least error over some 60 ceilings around the largest weight, every column with its best code of 16."""
+    """Least error over some 60 largest scales around the largest weight, every column with its best code of 16."""
     largest = float(target.abs().max()) / ((1 << (bits - 1)) - 0.5)
-    ceilings = largest * torch.logspace(math.log10(0.35), math.log10(1.4), 60)
+    max_scales = largest * torch.logspace(math.log10(0.35), math.log10(1.4), 60)
     # Where those are fewer than 60 steps of the subnormal unit, all that there are.
     steps = torch.arange(1, 61) * 2.0**-16
-    ceilings = torch.cat([ceilings, steps[(steps > 0.35 * largest) & (steps < 2 * largest + 2.0**-16)]])
+    max_scales = torch.cat([max_scales, steps[(steps > 0.35 * largest) & (steps < 2 * largest + 2.0**-16)]])
     best = math.inf
-    for scales in reader_scales(ceilings.clamp(min=2.0**-16).half().unique()):
+    for scales in reader_scales(max_scales.clamp(min=2.0**-16).half().unique()):
         errors = column_errors(target, scales[:, None].expand(16, target.shape[1]), row_weights, bits)
         best = min(best, float((errors.amin(dim=0) * column_weights.double()).sum()))
     return best
@@ -63,13 +63,13 @@ def group(kind: str, seed: int, *, rows: int = 32, columns: int = 24) -> tuple[T
 
 
 def assert_representable(grid: GroupGrid, columns: int) -> None:
-    assert grid.ceiling.dtype == torch.float16
-    assert grid.ceiling.shape == ()
-    assert 0 <= float(grid.ceiling) < math.inf
+    assert grid.max_scale.dtype == torch.float16
+    assert grid.max_scale.shape == ()
+    assert 0 <= float(grid.max_scale) < math.inf
     assert grid.codes.dtype == torch.uint8
     assert grid.codes.shape == (columns,)
     assert int(grid.codes.max()) <= 15
-    table = reader_scales(grid.ceiling[None])[0]
+    table = reader_scales(grid.max_scale[None])[0]
     assert torch.equal(grid.scales, table[grid.codes.long()].float())
 
 
@@ -89,7 +89,7 @@ def test_close_to_brute_force(kind: str, bits: int) -> None:
         assert_representable(grid, target.shape[1])
         found = cost(grid, target, row_weights, column_weights, bits)
         logs.append(math.log(found / brute_force(target, row_weights, column_weights, bits)))
-    # Columns far below the largest have coarse codes (4 : 1 at the bottom), so the ceiling's position matters more.
+    # Columns far below the largest have coarse codes (4 : 1 at the bottom), so where the largest scale lies matters.
     extra = 1.08 if kind == "unequal-columns" and bits >= 5 else 1.0
     assert math.exp(sum(logs) / len(logs)) < extra * _ALLOWANCE[bits]
 
@@ -97,7 +97,7 @@ def test_close_to_brute_force(kind: str, bits: int) -> None:
 @pytest.mark.parametrize("kind", ["normal", "heavy-tailed"])
 @pytest.mark.parametrize("bits", [6, 8])
 def test_many_columns_share_a_ceiling_that_none_pays_for(bits: int, kind: str) -> None:
-    # As wide as real layers: the best ceiling leaves the largest column unclipped, since clipping it by 9 % costs 20
+    # As wide as real layers: the best scale leaves the largest column unclipped, since clipping it by 9 % costs 20
     # times its error at 8 bits, more than all others together have. (Column scales 13 % apart put other columns' two
     # candidates outside the range of trial scales; that must not drown what the largest column says.)
     target, row_weights, column_weights = group(kind, 0, rows=64, columns=576)
@@ -122,20 +122,20 @@ def test_one_column(bits: int) -> None:
         assert_representable(grid, 1)
         found = cost(grid, target, row_weights, column_weights, bits)
         logs.append(math.log(found / brute_force(target, row_weights, column_weights, bits)))
-    # Brute force fits the ceiling to these very 32 weights, whose error at many bits is jagged; the search tries only
-    # 8 ceilings. Some percent are lost, of a case that models do not have.
+    # Brute force fits the scale to these very 32 weights, whose error at many bits is jagged; the search tries only
+    # 8 largest scales. Some percent are lost, of a case that models do not have.
     assert math.exp(sum(logs) / len(logs)) < {2: 1.03, 3: 1.05, 4: 1.09, 5: 1.12, 6: 1.18, 8: 1.32}[bits]
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_every_column_has_its_best_code(bits: int) -> None:
-    # Given the ceiling that was chosen, no other code would have been much better: the search looks at the three codes
+    # Given the scale that was chosen, no other code would have been much better: the search looks at the three codes
     # around the best of ten trial scales. Between those the error jumps a little where codes are many.
     ratios = []
     for seed in range(4):
         target, row_weights, column_weights = group("heavy-tailed", seed)
         grid = search_grid(target, row_weights, column_weights, bits)
-        scales = reader_scales(grid.ceiling[None])[0]
+        scales = reader_scales(grid.max_scale[None])[0]
         every = column_errors(target, scales[:, None].expand(16, 24), row_weights, bits)
         chosen = column_errors(target, grid.scales, row_weights, bits)
         ratios.append(float(chosen.sum() / every.amin(dim=0).sum()))
@@ -155,7 +155,7 @@ def test_zero_columns_do_not_touch_the_others(bits: int) -> None:
     alone = search_grid(target, row_weights, column_weights, bits)
     padded = torch.cat([target, torch.zeros(32, 8)], dim=1)
     both = search_grid(padded, row_weights, torch.cat([column_weights, torch.ones(8)]), bits)
-    assert torch.equal(both.ceiling, alone.ceiling)
+    assert torch.equal(both.max_scale, alone.max_scale)
     assert torch.equal(both.codes[:24], alone.codes)
 
 

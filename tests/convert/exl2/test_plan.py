@@ -69,7 +69,7 @@ def naive_bits(plan: LinearPlan) -> int:
         groups=plan.stored_groups,
         codes=torch.zeros(plan.in_features, plan.out_features, dtype=torch.uint8),
         scale_codes=torch.zeros(len(plan.group_rows), plan.out_features, dtype=torch.uint8),
-        ceilings=torch.ones(len(plan.group_rows), dtype=torch.float16),
+        max_scales=torch.ones(len(plan.group_rows), dtype=torch.float16),
         order=torch.arange(plan.in_features),
     )
     return sum(8 * tensor.numel() * tensor.element_size() for tensor in linear_tensors(plan.name, stored).values())

@@ -10,7 +10,7 @@ import pytest
 from bpwise.convert.exl2.file.layout import RowGroup, linear_bits
 from bpwise.convert.exl2.plan.plan import Plan, bpw_range, make_plan, measured_limit
 from bpwise.convert.exl2.plan.problem import SizeLimit, WidthOverride
-from bpwise.convert.exl2.plan.unquantized import kept_lines
+from bpwise.convert.exl2.plan.unquantized import unquantized_lines
 from bpwise.errors import BudgetError, ConfigError
 from bpwise.measure.measurement import MeasuredLinear, MeasuredTable, Measurement
 
@@ -254,7 +254,7 @@ def test_what_exl2_cannot_hold_stays_with_its_unit() -> None:
     shapes = [(f"model.layers.{i}.{x}", 80 if "down" in x else 64, 64) for i in range(2) for x in ATTENTION + MLP]
     plan = make_plan(measurement(shapes), bpw=9.0, head_bits=6)
     assert [x.name for x in plan.kept] == [f"model.layers.{i}.{x}" for i in range(2) for x in MLP]
-    (line,) = kept_lines(plan.kept, plan.head_reason)
+    (line,) = unquantized_lines(plan.kept, plan.head_reason)
     assert line.startswith("6 linears, 26624 weights: down_proj has 80 input features")
     assert "multiple of 32" in line
     with pytest.raises(ConfigError, match="nothing is left to quantize"):
@@ -265,7 +265,7 @@ def test_head_that_exl2_cannot_hold() -> None:
     plan = make_plan(measurement(head=48), bpw=5.0, head_bits=6)
     assert plan.head is None
     assert "48 input features" in str(plan.head_reason)
-    assert kept_lines(plan.kept, plan.head_reason) == [f"lm_head: {plan.head_reason}"]
+    assert unquantized_lines(plan.kept, plan.head_reason) == [f"lm_head: {plan.head_reason}"]
 
 
 @pytest.mark.parametrize("head_bits", [6, 16, "auto"])

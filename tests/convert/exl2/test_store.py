@@ -44,7 +44,7 @@ def test_agrees_with_the_naive_decoder(
 
     back = linear_from_tensors("l", tensors, out)
     assert back.groups == linear.groups
-    for part in ("codes", "scale_codes", "ceilings", "order", "bias"):
+    for part in ("codes", "scale_codes", "max_scales", "order", "bias"):
         assert torch.equal(getattr(back, part), getattr(linear, part)), part
 
 
@@ -80,9 +80,9 @@ def test_dtypes_and_padding(make_linear: Callable[..., QuantizedLinear]) -> None
 
 def test_effective_scale_rounds_twice() -> None:
     # A 256th of it lies halfway between 65 and 66 subnormal steps of 2^-24; a tie goes to the even one.
-    ceiling = torch.tensor([65.5 * 2.0**-16], dtype=torch.float16)
+    max_scale = torch.tensor([65.5 * 2.0**-16], dtype=torch.float16)
     expected = torch.tensor([[66 * 2.0**-24, 66 * 2.0**-16]], dtype=torch.float16)
-    assert torch.equal(effective_scale(ceiling, torch.tensor([[0, 15]])), expected)
+    assert torch.equal(effective_scale(max_scale, torch.tensor([[0, 15]])), expected)
 
 
 def _break(key: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], None]:
@@ -121,9 +121,9 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor]], Any], type[BpwiseError], 
     "width-increases": (_break("l.q_groups", lambda t: t[[2, 1, 0, 1]]), FormatError, "offsets"),
     "row-count": (_break("l.q_weight", lambda t: torch.cat([t, t[:3]])), ShapeError, "q_invperm"),
     "not-a-permutation": (_break("l.q_invperm", _put(0, 96)), FormatError, "not a permutation"),
-    "infinite-ceiling": (_break("l.q_scale_max", _put(0, float("inf"))), FormatError, "finite"),
-    "negative-ceiling": (_break("l.q_scale_max", _put(1, -0.5)), FormatError, "not negative"),
-    "too-large-a-ceiling": (_break("l.q_scale_max", _put(0, 60000.0)), FormatError, "fp16 can hold"),
+    "infinite-largest scale": (_break("l.q_scale_max", _put(0, float("inf"))), FormatError, "finite"),
+    "negative-largest scale": (_break("l.q_scale_max", _put(1, -0.5)), FormatError, "not negative"),
+    "too-large-a-largest scale": (_break("l.q_scale_max", _put(0, 60000.0)), FormatError, "fp16 can hold"),
 }
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from bpwise.checkpoint.files.resume import StageDirectory
-from bpwise.checkpoint.source.language import ReplacedWeights
+from bpwise.checkpoint.files.resume import ResumeStore
+from bpwise.checkpoint.source.language import WeightOverlay
 from bpwise.checkpoint.source.original import open_model
 from bpwise.cli import cli
 from bpwise.convert.exl2.file.reader import Exl2Model
@@ -72,7 +72,7 @@ def shuffled_groups(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_the_gradient_is_that_of_the_whole_model(
     family: str, at_once: int, make_family: MakeFamily, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(positions, "POSITIONS_AT_ONCE", at_once)  # MLPs in pieces of a row, too
+    monkeypatch.setattr(positions, "CHUNK_POSITIONS", at_once)  # MLPs in artifacts of a row, too
     directory = make_family(family)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     weights = noisy_linears(model)
@@ -90,7 +90,7 @@ def test_the_gradient_is_that_of_the_whole_model(
     original = open_model(directory)
     wanted = streamed(original)
     states = last_hidden(wanted, tokens, "original", silent)
-    quantized = streamed(ReplacedWeights(original, {name: lambda w=w: w for name, w in weights.items()}))
+    quantized = streamed(WeightOverlay(original, {name: lambda w=w: w for name, w in weights.items()}))
     scales = GroupScales(groups, torch.device("cpu"))
     with wanted.tail(), quantized.tail():
         found = _add_gradient(wanted, quantized, scales, tokens, states)
@@ -120,10 +120,10 @@ def test_scales_that_are_off_are_found(tiny_model: Path, tmp_path: Path) -> None
     off = {name: torch.exp(0.1 * torch.randn(int(of.max()) + 1, generator=rng)) for name, of in groups.items()}
     spoilt = {name: weights[f"{name}.weight"].detach() * off[name][of] for name, of in groups.items()}
     tokens, others = torch.randint(0, 264, (2, 128, 32), generator=rng)
-    quantized = streamed(ReplacedWeights(original, {name: lambda w=w: w for name, w in spoilt.items()}))
-    pieces = StageDirectory(tmp_path, "rounded", {})
+    quantized = streamed(WeightOverlay(original, {name: lambda w=w: w for name, w in spoilt.items()}))
+    artifacts = ResumeStore(tmp_path, "rounded", {})
     wanted = last_hidden(streamed(original), tokens, "original", silent)
-    factors = tune_scales(streamed(original), quantized, groups, tokens, wanted, pieces, silent)
+    factors = tune_scales(streamed(original), quantized, groups, tokens, wanted, artifacts, silent)
 
     def divergence_with(weights: dict[str, Tensor]) -> float:
         changed = {f"{name}.weight": weight for name, weight in weights.items()}
@@ -239,12 +239,12 @@ def test_an_mlp_with_biases_is_scaled_in_its_own_order(make_family: MakeFamily, 
     written = replace(rounded, tuned=factors)
     expected = []
     for name in (down, up):
-        pieces = rounded.pieces.load(name)
-        stored_rows = pieces["groups"][:, 1]
+        artifacts = rounded.artifacts.load(name)
+        stored_rows = artifacts["groups"][:, 1]
         of_stored = factors[name].repeat_interleave(stored_rows)
         of_inputs = torch.empty_like(of_stored)
-        of_inputs[pieces["order"]] = of_stored
-        expected.append(rounding._unpack(pieces).dequantize().float() * of_inputs)
+        of_inputs[artifacts["order"]] = of_stored
+        expected.append(rounding._unpack(artifacts).dequantize().float() * of_inputs)
     found = [written.linear(name).dequantize().float() for name in (down, up)]
     # Without what lies between the two, the order of the neurons does not matter.
     # Ceilings, units and scales are each rounded to float16, by up to 0.1 % where they are small.

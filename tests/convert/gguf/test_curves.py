@@ -30,7 +30,7 @@ def plain_damage(weight: Tensor, gram: Tensor, row_weights: Tensor, name: str) -
 
 def test_plain_damage_is_that_of_the_definition() -> None:
     weight, gram, fisher = matrix(96, 40), gram_of(96), torch.rand(40)
-    found = measure_plain_types(weight, gram, fisher, KINDS, inflation=1.5).tolist()
+    found = measure_plain_types(weight, gram, fisher, KINDS, generalization_ratio=1.5).tolist()
     assert found[0] == pytest.approx(1.5 * plain_damage(weight, gram, fisher, "Q8_0"), rel=1e-4)
     assert found[1] == math.inf  # 96 inputs are no whole number of blocks of 256
     assert found[2] == pytest.approx(1.5 * plain_damage(weight, gram, fisher, "Q4_0"), rel=1e-4)

@@ -72,7 +72,7 @@ def output(make_model: Callable[..., Path], tmp_path: Path) -> Path:
             groups=(RowGroup(4, rows),),
             codes=torch.randint(0, 16, (rows, columns), generator=rng, dtype=torch.uint8),
             scale_codes=torch.randint(0, 16, (1, columns), generator=rng, dtype=torch.uint8),
-            ceilings=torch.full((1,), 0.1).half(),
+            max_scales=torch.full((1,), 0.1).half(),
             order=torch.randperm(rows, generator=rng),
         )
 

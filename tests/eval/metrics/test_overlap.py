@@ -1,7 +1,7 @@
 import pytest
 import torch
 from bpwise.errors import CalibrationError, FormatError
-from bpwise.eval.metrics.overlap import CalibrationSpans, refuse_calibration_text, shared_share, told
+from bpwise.eval.metrics.overlap import CalibrationSpans, refuse_calibration_text, shared_share, with_overlap_warning
 from bpwise.measure.text.calibration import CalibrationSet
 
 
@@ -75,10 +75,10 @@ def test_short_rows() -> None:
 
 def test_told_once_and_only_if_it_matters() -> None:
     rows = rows_of(text(90, 6).view(3, 30))
-    assert told(rows, None) is told(rows, 0.005) is rows
-    once = told(rows, 0.25)
+    assert with_overlap_warning(rows, None) is with_overlap_warning(rows, 0.005) is rows
+    once = with_overlap_warning(rows, 0.25)
     assert once.description == "NOT HELD OUT, at least 25% of it was calibrated on: t"
-    assert told(once, 0.25) is once
+    assert with_overlap_warning(once, 0.25) is once
     assert once.fingerprint == rows.fingerprint
 
 

@@ -16,7 +16,7 @@ from bpwise.convert.gguf.ggml.types import ggml_type
 from bpwise.convert.gguf.plan import TensorPlan, TypePlan
 from bpwise.errors import FormatError
 from bpwise.eval.models import open_any
-from bpwise.eval.report.layers import LinearCost, linear_costs, plan_beside
+from bpwise.eval.report.layers import LinearCost, find_plan, linear_costs
 
 NAMES = [f"model.layers.{block}.self_attn.{name}_proj" for block in range(2) for name in "qkvo"]
 
@@ -26,7 +26,7 @@ def linear(rows: int, columns: int) -> QuantizedLinear:
         groups=(RowGroup(5, 32), *((RowGroup(3, rows - 32),) if rows > 32 else ())),
         codes=torch.zeros(rows, columns, dtype=torch.uint8),
         scale_codes=torch.zeros(2 if rows > 32 else 1, columns, dtype=torch.uint8),
-        ceilings=torch.full((2 if rows > 32 else 1,), 0.1).half(),
+        max_scales=torch.full((2 if rows > 32 else 1,), 0.1).half(),
         order=torch.arange(rows),
     )
 
@@ -78,7 +78,7 @@ def test_names() -> None:
 
 
 def test_exl2_and_its_plan(model: Path) -> None:
-    assert plan_beside(model) is None
+    assert find_plan(model) is None
     source = open_any(model)
     assert isinstance(source, Exl2Model)
     bare = linear_costs(source)
@@ -90,7 +90,7 @@ def test_exl2_and_its_plan(model: Path) -> None:
         assert cost.bpw == expected[cost.name] / (64 * source.shape(f"{cost.name}.weight")[0])
         assert cost.damage_nats is None
     path = plan_of(model)
-    assert plan_beside(model) == path
+    assert find_plan(model) == path
     damages = {cost.name: cost.damage_nats for cost in linear_costs(source, path) if cost.name in NAMES}
     assert damages == {name: 0.001 * number for number, name in enumerate(NAMES)}
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from bpwise.measure.model import cast_linear as head
-from bpwise.measure.model.cast_linear import StoredLinear
+from bpwise.measure.model.cast_linear import CastOnUseLinear
 from torch import Tensor, nn
 
 
@@ -16,7 +16,7 @@ def test_agrees_with_a_linear_in_the_dtype_of_the_run(
     rng = torch.Generator().manual_seed(0)
     plain = nn.Linear(16, 20, bias=bias)
     weight = torch.randn(20, 16, generator=rng).to(stored)
-    sliced = StoredLinear(plain)
+    sliced = CastOnUseLinear(plain)
     sliced.weight = nn.Parameter(weight, requires_grad=False)
     sliced.bias = plain.bias
     plain.weight = nn.Parameter(weight.float())

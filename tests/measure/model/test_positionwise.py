@@ -4,22 +4,22 @@ from typing import Any
 
 import pytest
 import torch
-from bpwise.checkpoint.model.families import Stage
+from bpwise.checkpoint.model.families import InputGroup
 from bpwise.checkpoint.source.original import open_model
 from bpwise.measure.model import positionwise as positions
-from bpwise.measure.model.positionwise import position_by_position
+from bpwise.measure.model.positionwise import chunked_positionwise
 from bpwise.measure.model.stream import StreamedModel
 from bpwise.measure.statistics import inputs as statistics
 from bpwise.measure.statistics.experts import ExpertInputs, collect_experts
-from bpwise.measure.statistics.inputs import StageStatistics, collect
+from bpwise.measure.statistics.inputs import InputStatistics, collect
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 STAGES = (
-    Stage(("self_attn.q_proj",)),
-    Stage(("mlp.gate_proj", "mlp.up_proj")),
-    Stage(("mlp.down_proj",)),
+    InputGroup(("self_attn.q_proj",)),
+    InputGroup(("mlp.gate_proj", "mlp.up_proj")),
+    InputGroup(("mlp.down_proj",)),
 )
 
 
@@ -53,7 +53,7 @@ class Block(nn.Module):
         return result
 
 
-def run(block: Block, *, cut: bool) -> tuple[Tensor, Tensor, list[StageStatistics]]:
+def run(block: Block, *, cut: bool) -> tuple[Tensor, Tensor, list[InputStatistics]]:
     """Two rows of 19 tokens, one after the other."""
     rng = torch.Generator().manual_seed(1)
     outputs, gradients = [], []
@@ -61,7 +61,7 @@ def run(block: Block, *, cut: bool) -> tuple[Tensor, Tensor, list[StageStatistic
     with collect(block, STAGES, 19) as sums:
         for _ in range(2):
             hidden = torch.randn(1, 19, 4, generator=rng).requires_grad_()
-            with position_by_position(block, STAGES) if cut else nullcontext():
+            with chunked_positionwise(block, STAGES) if cut else nullcontext():
                 output = block(hidden)
                 output.backward(torch.randn(output.shape, generator=rng))
             for each in sums:
@@ -77,8 +77,8 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     def all_of_them(weights: Tensor, rng: Any) -> tuple[Tensor, Tensor]:
         return torch.arange(len(weights)), weights
 
-    monkeypatch.setattr(positions, "POSITIONS_AT_ONCE", 5)
-    monkeypatch.setattr(statistics, "thinned", all_of_them)  # which tokens are left out is chance
+    monkeypatch.setattr(positions, "CHUNK_POSITIONS", 5)
+    monkeypatch.setattr(statistics, "subsample_tokens", all_of_them)  # which tokens are left out is chance
 
 
 def test_the_same_numbers() -> None:
@@ -109,7 +109,7 @@ def test_without_gradients() -> None:
     with torch.no_grad():
         expected = block(hidden)
         block.mlp.longest = 0
-        with position_by_position(block, STAGES):
+        with chunked_positionwise(block, STAGES):
             torch.testing.assert_close(block(hidden), expected)
         assert block.mlp.longest == 5
         block(hidden)
@@ -118,7 +118,7 @@ def test_without_gradients() -> None:
 
 def test_short_rows_are_not_touched() -> None:
     block = Block()
-    with position_by_position(block, STAGES):
+    with chunked_positionwise(block, STAGES):
         block(torch.randn(1, 5, 4))
     assert block.mlp.longest == 5
 
@@ -140,13 +140,13 @@ def test_linears_and_experts_see_one_piece_after_another(
     stages = model.stages(0)
     mixed = [stage for stage in stages if stage.expert is not None]
 
-    def passes() -> tuple[Tensor, ExpertInputs, list[StageStatistics]]:
+    def passes() -> tuple[Tensor, ExpertInputs, list[InputStatistics]]:
         before = torch.empty_like(hidden)
         with (
             model.block(0) as block,
             collect(block, [stage for stage in stages if stage.expert is None], 19) as sums,
             collect_experts(block, model.family.experts_path, mixed, tokens.numel()) as seen,
-            position_by_position(block, stages),
+            chunked_positionwise(block, stages),
         ):
             for row in range(2):
                 own = hidden[row : row + 1].clone().requires_grad_()
@@ -157,7 +157,7 @@ def test_linears_and_experts_see_one_piece_after_another(
         return before, seen, sums
 
     cut_before, cut_seen, cut_sums = passes()
-    monkeypatch.setattr(positions, "POSITIONS_AT_ONCE", 100)
+    monkeypatch.setattr(positions, "CHUNK_POSITIONS", 100)
     before, seen, sums = passes()
     close = {"rtol": 1e-4, "atol": 1e-6}
     torch.testing.assert_close(cut_before, before, **close)

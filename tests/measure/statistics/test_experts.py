@@ -152,7 +152,7 @@ def run_of(directory: Path, work: Path, rows: int, **settings: Any) -> Run:
         patch.setattr(passes, "measure_curves", spied_curves)
         patch.setattr(passes.MeasuringPasses, "_curves", spied_stage)
         patch.setattr("bpwise.measure.model.stream.MICRO_BATCH_TOKENS", 5 * ROW_TOKENS)  # several micro-batches
-        patch.setattr(passes, "judge_halves", lambda *_args, **_options: HeldOut(0.02, 1.0))
+        patch.setattr(passes, "cross_validate_damping", lambda *_args, **_options: HeldOut(0.02, 1.0))
         config = MeasureConfig(device="cpu", group_size=64, types=False, **settings)
         measurement = measure_model(Checkpoint.open(directory), chosen, config, work)
     plain = torch.where(torch.cat(signs) < 0, -1.0, 1.0)

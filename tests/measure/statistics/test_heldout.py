@@ -2,7 +2,7 @@ import pytest
 import torch
 from bpwise.convert.exl2.file.layout import RowGroup
 from bpwise.convert.exl2.rounding.feedback import round_linear
-from bpwise.measure.statistics.heldout import DAMPINGS, HeldOut, judge_halves
+from bpwise.measure.statistics.heldout import DAMPINGS, HeldOut, cross_validate_damping
 from torch import Tensor
 
 ROWS, OUTPUTS = 96, 40
@@ -24,7 +24,7 @@ def judged(count: int, **options: tuple[float, ...]) -> HeldOut:
     weight = torch.randn(ROWS, OUTPUTS, generator=torch.Generator().manual_seed(3)) * 0.05
     halves = [gram(tokens(count // 2, seed)) for seed in (1, 2)]
     fishers = [torch.ones(10), torch.ones(30)]
-    return judge_halves([weight[:, :10], weight[:, 10:]], halves, fishers, **options)
+    return cross_validate_damping([weight[:, :10], weight[:, 10:]], halves, fishers, **options)
 
 
 def damage(fit: Tensor, other: Tensor, damping: float) -> tuple[float, float]:
@@ -41,8 +41,8 @@ def damage(fit: Tensor, other: Tensor, damping: float) -> tuple[float, float]:
 def test_fewer_tokens_need_more_damping_and_are_trusted_less() -> None:
     assert judged(60).damping > judged(20000).damping == DAMPINGS[0]
     few, many = (judged(count, dampings=(0.02,)) for count in (60, 20000))
-    assert few.inflation > 1.5
-    assert many.inflation < 1  # what is reported includes the damping
+    assert few.generalization_ratio > 1.5
+    assert many.generalization_ratio < 1  # what is reported includes the damping
 
 
 def test_the_choice_is_the_best_on_the_other_half() -> None:
@@ -57,7 +57,7 @@ def test_inflation_is_what_unseen_tokens_show() -> None:
         fit = gram(torch.cat([tokens(count // 2, 1), tokens(count // 2, 2)]))
         reported, unseen = damage(fit, gram(tokens(20000, 5)), chosen.damping)
         # One cut of the tokens; and the law holds for small excesses.
-        assert chosen.inflation == pytest.approx(unseen / reported, rel=0.15)
+        assert chosen.generalization_ratio == pytest.approx(unseen / reported, rel=0.15)
 
 
 def test_a_given_damping_is_kept() -> None:
@@ -67,12 +67,12 @@ def test_a_given_damping_is_kept() -> None:
 def test_nothing_to_hold_out() -> None:
     weight = torch.ones(ROWS, OUTPUTS)
     halves = [gram(tokens(50, 1)), torch.zeros(ROWS, ROWS)]
-    assert judge_halves([weight], halves, [torch.ones(OUTPUTS)]) == HeldOut(0.2, 1.0)
-    assert judge_halves([weight], halves, [torch.ones(OUTPUTS)], dampings=(0.1,)) == HeldOut(0.1, 1.0)
+    assert cross_validate_damping([weight], halves, [torch.ones(OUTPUTS)]) == HeldOut(0.2, 1.0)
+    assert cross_validate_damping([weight], halves, [torch.ones(OUTPUTS)], dampings=(0.1,)) == HeldOut(0.1, 1.0)
 
 
 def test_damage_too_small_for_float32() -> None:
     halves = [1e-10 * gram(tokens(50, seed)) for seed in (1, 2)]
-    found = judge_halves([torch.full((ROWS, OUTPUTS), 1e-4)], halves, [torch.full((OUTPUTS,), 1e-37)])
-    assert found.inflation == 1.0
+    found = cross_validate_damping([torch.full((ROWS, OUTPUTS), 1e-4)], halves, [torch.full((OUTPUTS,), 1e-37)])
+    assert found.generalization_ratio == 1.0
     assert found.damping in DAMPINGS

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 from bpwise.convert.exl2.rounding.curves import SAMPLED_COLUMNS, measure_curves
-from bpwise.linalg.sampling import thinned
+from bpwise.linalg.sampling import subsample_tokens
 from bpwise.measure.statistics import inputs as statistics
-from bpwise.measure.statistics.inputs import StageStatistics, WeightedGram, tokens_of_halves
+from bpwise.measure.statistics.inputs import InputStatistics, WeightedGram, tokens_of_halves
 
 CPU = torch.device("cpu")
 
@@ -58,7 +58,7 @@ def test_tokens_without_input_count_nothing() -> None:
     x[:, 2] *= 1e-6
     g[:, 2] *= 1e18
     x[1, 4], g[1, 4] = 0, float("inf")
-    sums = StageStatistics(4, 6, CPU)
+    sums = InputStatistics(4, 6, CPU)
     sums.see_inputs(x)
     sums.see_gradient("a", g)
     sums.end_batch()
@@ -72,7 +72,7 @@ def test_tokens_without_input_count_nothing() -> None:
 
 
 def test_a_stage_without_any_input_keeps_its_gradients() -> None:
-    sums = StageStatistics(2, 3, CPU)
+    sums = InputStatistics(2, 3, CPU)
     sums.see_inputs(torch.zeros(1, 3, 2))
     sums.see_gradient("a", torch.ones(1, 3, 4))
     sums.end_batch()
@@ -86,7 +86,7 @@ def test_gram_without_weight_is_zero() -> None:
 
 
 def test_token_weights_are_scaled_to_mean_one() -> None:
-    sums = StageStatistics(2, 2, CPU)
+    sums = InputStatistics(2, 2, CPU)
     for scale in (1.0, 2.0):
         sums.see_inputs(torch.ones(1, 2, 2))
         sums.see_gradient("a", torch.full((1, 2, 3), scale))
@@ -99,7 +99,7 @@ def test_token_weights_are_scaled_to_mean_one() -> None:
 
 
 def test_no_gradient_at_all_weighs_tokens_alike() -> None:
-    sums = StageStatistics(2, 3, CPU)
+    sums = InputStatistics(2, 3, CPU)
     sums.see_inputs(torch.ones(1, 3, 2))
     sums.see_gradient("a", torch.zeros(1, 3, 4))
     sums.end_batch()
@@ -129,7 +129,7 @@ def test_thinned_sums_are_those_of_all_tokens_on_average() -> None:
     values = torch.randn(400, generator=rng)
     draws = []
     for _ in range(2000):
-        kept, given = thinned(weights, rng)
+        kept, given = subsample_tokens(weights, rng)
         assert bool((given >= weights.mean()).all())
         draws.append(float((given * values[kept]).sum()))
     mean, error = np.mean(draws), np.std(draws) / len(draws) ** 0.5
@@ -139,13 +139,13 @@ def test_thinned_sums_are_those_of_all_tokens_on_average() -> None:
 
 def test_thinning_keeps_the_heaviest_as_they_are() -> None:
     weights = torch.tensor([1.0, 2.0, 100.0, 3.0, 80.0])
-    kept, given = thinned(weights, torch.Generator().manual_seed(0))
+    kept, given = subsample_tokens(weights, torch.Generator().manual_seed(0))
     heavy = {int(index): float(weight) for index, weight in zip(kept, given, strict=True) if index in (2, 4)}
     assert heavy == {2: 100.0, 4: 80.0}
 
 
 @pytest.mark.parametrize(("weights", "kept"), [(torch.full((50,), 0.3), 50), (torch.zeros(50), 0)])
 def test_thinning_leaves_equal_weights_alone(weights: torch.Tensor, kept: int) -> None:
-    indices, given = thinned(weights, torch.Generator().manual_seed(0))
+    indices, given = subsample_tokens(weights, torch.Generator().manual_seed(0))
     assert indices.tolist() == list(range(kept))
     assert torch.equal(given, weights[:kept])

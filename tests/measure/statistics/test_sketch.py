@@ -10,7 +10,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums over every token, as the formulas have them."""
-    monkeypatch.setattr(sketch, "thinned", lambda weights, _rng: (slice(None), weights))
+    monkeypatch.setattr(sketch, "subsample_tokens", lambda weights, _rng: (slice(None), weights))
 
 
 def gradients(outputs: int, tokens: int = 4000) -> Tensor:

@@ -1,20 +1,20 @@
 import pytest
 import torch
-from bpwise.checkpoint.model.families import Stage
+from bpwise.checkpoint.model.families import InputGroup
 from bpwise.quantize.rounding import drift
-from bpwise.quantize.rounding.drift import StageSums
+from bpwise.quantize.rounding.drift import InputSums
 from torch import Tensor, nn
 
 ROWS, TOKENS, WIDTH, OUT = 40, 16, 6, 4
 CPU = torch.device("cpu")
-INSIDE = Stage(("linear",))
-JOINING = Stage(("linear",), adds="norm")
+INSIDE = InputGroup(("linear",))
+JOINING = InputGroup(("linear",), adds="norm")
 
 
 @pytest.fixture(autouse=True)
 def all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums over every token, as the formulas here have them."""
-    monkeypatch.setattr(drift, "thinned", lambda weights, _rng: (slice(None), weights))
+    monkeypatch.setattr(drift, "subsample_tokens", lambda weights, _rng: (slice(None), weights))
 
 
 def linear() -> nn.Linear:
@@ -26,8 +26,8 @@ def tokens(width: int, seed: int) -> Tensor:
     return torch.randn(ROWS, TOKENS, width, generator=torch.Generator().manual_seed(seed))
 
 
-def summed(stage: Stage, module: nn.Linear, inputs: Tensor, target: Tensor, weights: Tensor) -> StageSums:
-    sums = StageSums(module, stage, CPU)
+def summed(stage: InputGroup, module: nn.Linear, inputs: Tensor, target: Tensor, weights: Tensor) -> InputSums:
+    sums = InputSums(module, stage, CPU)
     for batch in (slice(0, 7), slice(7, 8), slice(8, ROWS)):  # odd cuts: a row's half does not depend on its batch
         sums.add(batch.start, inputs[batch], target[batch], weights[batch])
     return sums
@@ -95,7 +95,7 @@ def test_no_correction_wanted_or_possible() -> None:
     gram, shift = summed(INSIDE, linear(), inputs, 2 * inputs, 0 * weights).solved(correct_drift=True)
     assert shift is None
     assert not gram.any()
-    one_row = StageSums(linear(), INSIDE, CPU)
+    one_row = InputSums(linear(), INSIDE, CPU)
     one_row.add(0, inputs[:1], 2 * inputs[:1], weights[:1])
     gram, shift = one_row.solved(correct_drift=True)
     assert shift is None

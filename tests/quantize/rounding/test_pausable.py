@@ -3,7 +3,7 @@ from functools import partial
 
 import pytest
 import torch
-from bpwise.quantize.rounding.pausable import SteppedForwards
+from bpwise.quantize.rounding.pausable import PausableForwards
 from torch import Tensor, nn
 
 
@@ -21,9 +21,9 @@ class Block(nn.Module):
         return hidden + self.second(self.norm(hidden))
 
 
-def stepped(block: Block, batches: list[Tensor], waiting: bool = True) -> SteppedForwards:
+def stepped(block: Block, batches: list[Tensor], waiting: bool = True) -> PausableForwards:
     runs = [partial(block, batch) for batch in batches]
-    return SteppedForwards(block, ["first", "second"], ["norm"], runs, waiting=waiting)
+    return PausableForwards(block, ["first", "second"], ["norm"], runs, waiting=waiting)
 
 
 def batches() -> list[Tensor]:
