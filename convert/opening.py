@@ -1,0 +1,32 @@
+"""Opening models of any kind: finished ones of every format, and originals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..checkpoint.source.checkpoint import TensorSource, resolve_model
+from ..checkpoint.source.original import Original, open_model
+from .registry import format_of
+
+__all__ = ["open_any"]
+
+
+def open_any(model: Original | TensorSource) -> TensorSource:
+    """Open a quantized model of any format, or an unquantized checkpoint.
+
+    Args:
+        model: A local directory or file (``Path`` or ``str``), a Hugging Face Hub id (``str`` only), or an open model,
+            which is returned as it is.
+
+    Raises:
+        CheckpointError: It cannot be found, or its files are missing, unsafe or inconsistent.
+        FormatError: It is a quantized model that breaks its format's rules.
+        UnsupportedModelError: It is a quantized model of an architecture that is unknown.
+    """
+    if not isinstance(model, str | Path):
+        return model
+    path = Path(model)
+    if not path.is_file():
+        path = resolve_model(model) if isinstance(model, str) else model
+    format_ = format_of(path)
+    return open_model(path) if format_ is None else format_.open(path)

@@ -1,0 +1,85 @@
+"""Options that only one format knows, declared once: as fields of its ``Options``, from which commands take theirs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+__all__ = ["Conflict", "FormatOptions", "Option", "option", "options_of"]
+
+Kind = Literal["text", "flag", "negated", "file", "directory", "mebibytes", "integer"]
+Command = Literal["measure", "plan", "quantize"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """How a command offers a field.
+
+    Attributes:
+        flags: Its names on the command line, the long one last.
+        help: What it does; begins with a verb or a noun and names units.
+        commands: The commands that take it.
+        kind: What its text is: ``flag`` is false unless given, ``negated`` true unless given, ``file`` and
+            ``directory`` must exist.
+        choices: The texts that are allowed; empty for any.
+        repeatable: Whether it may be given several times; the field is a tuple then.
+        metavar: What help calls the value; None for the usual.
+        parse: Makes the field's value of the text, or of each of the texts.
+    """
+
+    flags: tuple[str, ...]
+    help: str
+    commands: tuple[Command, ...] = ("quantize",)
+    kind: Kind = "text"
+    choices: tuple[str, ...] = ()
+    repeatable: bool = False
+    metavar: str | None = None
+    parse: Callable[[Any], Any] | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the command's parameter."""
+        return self.flags[-1].lstrip("-").replace("-", "_")
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """A way to use a command, and the options that have no effect then.
+
+    Attributes:
+        when: What it is called in a message, after "has no effect".
+        applies: Whether a command's parameters, by name, ask for it.
+        options: Names of the parameters without effect.
+        reason: Goes on after a colon.
+    """
+
+    when: str
+    applies: Callable[[Mapping[str, Any]], bool]
+    options: tuple[str, ...]
+    reason: str
+
+
+class FormatOptions:
+    """Base of every format's ``Options``: a frozen, keyword-only dataclass whose fields were made by ``option``."""
+
+    __slots__ = ()
+
+
+def option(*flags: str, default: Any, help: str, **settings: Any) -> Any:  # noqa: A002 - click calls it so
+    """Return a dataclass field that commands offer as an option.
+
+    Args:
+        *flags: As for ``Option``.
+        default: The field's default.
+        help: As for ``Option``.
+        **settings: The other attributes of ``Option``.
+    """
+    return dataclasses.field(default=default, metadata={"option": Option(flags=flags, help=help, **settings)})
+
+
+def options_of(options: type[FormatOptions], command: Command) -> dict[str, Option]:
+    """Return the options of a command that a format's ``Options`` declare, by field."""
+    declared = {each.name: each.metadata["option"] for each in dataclasses.fields(options)}  # type: ignore[arg-type]
+    return {name: each for name, each in declared.items() if command in each.commands}

@@ -1,0 +1,102 @@
+"""All formats, one line each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.files.schemas import read_json
+from ..errors import FormatError
+from .format import Format, Plan
+
+__all__ = [
+    "PLAN_KEY",
+    "format_asking",
+    "format_named",
+    "format_naming",
+    "format_of",
+    "formats",
+    "is_plan",
+    "load_plan",
+    "registered",
+]
+
+_FORMATS: dict[str, str | Format] = {
+    "exl2": ".exl2.format",
+    "gguf": ".gguf.format",
+}
+"""By name, the module that holds the format as ``FORMAT``; it is imported when it is first asked for."""
+
+PLAN_KEY = "bpwise_plan"
+"""Where a plan's file says of which version it is; beside it, ``format`` says of which format."""
+
+
+def formats() -> dict[str, Format]:
+    """Return all formats by name; the first is that of an output whose name says nothing."""
+    return {name: format_named(name) for name in _FORMATS}
+
+
+def format_named(name: str) -> Format:
+    """Return a format by its name."""
+    found = _FORMATS[name]
+    if isinstance(found, str):
+        loaded: Format = import_module(found, __package__).FORMAT
+        _FORMATS[name] = found = loaded
+    return found
+
+
+def format_of(path: Path) -> Format | None:
+    """Return the format of a finished model, by what is in its file or directory; None if it has none of them.
+
+    Raises:
+        FormatError: A file in it is damaged.
+    """
+    return next((each for each in formats().values() if each.recognises(path)), None)
+
+
+def format_naming(output: Path) -> Format | None:
+    """Return the format whose files are named as an output is; None if its name says nothing."""
+    ending = output.suffix.lower()
+    return next((each for each in formats().values() if each.suffix and each.suffix == ending), None)
+
+
+def format_asking(options: Any) -> Format:
+    """Return the format that options belong to."""
+    return next(each for each in formats().values() if each.Options is type(options))
+
+
+def is_plan(path: Path) -> bool:
+    """Return whether a file is a plan, of any format and version."""
+    try:
+        return PLAN_KEY in read_json(path, FormatError)
+    except FormatError:
+        return False
+
+
+def load_plan(path: Path) -> Plan:
+    """Read a plan, of whatever format.
+
+    Raises:
+        FormatError: It is none, is damaged, or is of another version.
+    """
+    raw = read_json(path, FormatError)
+    name = raw.get("format")
+    if PLAN_KEY not in raw or name not in _FORMATS:
+        raise FormatError(
+            f"{path}: not a plan. Got format {name!r}. Expected one of {', '.join(_FORMATS)}. "
+            "Make it again with `bpwise plan`."
+        )
+    return format_named(str(name)).load_plan(raw, str(path))
+
+
+@contextmanager
+def registered(format: Format) -> Iterator[None]:  # noqa: A002 - the word of this room
+    """Add a format while the body runs: for trying one out."""
+    _FORMATS[format.name] = format
+    try:
+        yield
+    finally:
+        del _FORMATS[format.name]
