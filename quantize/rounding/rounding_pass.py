@@ -8,59 +8,34 @@ feedback by a rounder, which knows the format.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...checkpoint.files.resume import ResumeStore
 from ...checkpoint.model.families import HEAD, InputGroup
+from ...convert.format import Rounder
+from ...convert.rounded import RoundedModel, drift_of
 from ...linalg.parallel import run_all
-from ...measure.measurement import MeasuredLinear, Measurement
+from ...measure.measurement import Measurement
 from ...measure.model.states import new_state
 from ...measure.model.stream import StreamedModel, check_finite, micro_batches
 from ...measure.statistics.experts import expert_of, expert_stages
-from ...measure.statistics.heldout import DAMPINGS
 from ...measure.statistics.inputs import tapped_inputs, tapped_outputs
 from ...progress import Progress
 from .drift import InputSums
-from .hidden_states import drift_of, last_states
 from .pausable import PausableForwards
 
-__all__ = ["ROUNDED", "Rounder", "RoundingPass", "rounding_damping"]
+__all__ = ["ROUNDED", "RoundingPass"]
 
 ROUNDED = "rounded"
 """Name of the stage in the work directory."""
 
 _SLICE_OUTPUTS = 16384
 """Outputs that drift is cancelled for together: 256 MiB in float32 for 4096 inputs."""
-
-
-class Rounder(Protocol):
-    """Rounds single linears to one format."""
-
-    def round_(self, measured: MeasuredLinear, target: Tensor, gram: Tensor) -> dict[str, Tensor]:
-        """Round one linear.
-
-        Args:
-            measured: What is known of it.
-            target: The weight to represent, float32, shape (K, out), contiguous; its memory may be used.
-            gram: Weighted mean of x x^T over the quantized model's inputs, float32, shape (K, K).
-
-        Returns:
-            What to keep, by name.
-        """
-
-    def decoded(self, name: str, kept: dict[str, Tensor]) -> Tensor:
-        """Return the weight that a reader makes of what was kept of a linear, shape (out, K)."""
-
-
-def rounding_damping(measured: MeasuredLinear) -> float:
-    """Return the relative damping to round a linear with: the measured one, or the largest where none was enough."""
-    return measured.damping if math.isfinite(measured.damping) else DAMPINGS[-1]
 
 
 class _HeadReached(Exception):
@@ -83,10 +58,9 @@ class RoundingPass:
         model: StreamedModel,
         measurement: Measurement,
         rounder: Rounder,
-        artifacts: ResumeStore,
+        store: ResumeStore,
         *,
-        correct_drift: bool,
-        kept: Collection[str] = (),
+        correct_drift: bool = True,
         inputs: ResumeStore | None = None,
     ) -> None:
         """Prepare a run.
@@ -95,18 +69,16 @@ class RoundingPass:
             model: The original.
             measurement: Gives the calibration rows, and what is known of each linear.
             rounder: Rounds single linears.
-            artifacts: Where finished linears are kept, by name.
+            store: Where finished linears are kept, by name.
             correct_drift: Whether weights are moved toward the original's outputs before they are rounded.
-            kept: Linears that stay as they are, in float16.
             inputs: What enters the original's blocks, if it is at hand (see ``bpwise.measure.run.kept_inputs``).
         """
         self.model = model
         self.tokens = torch.from_numpy(measurement.tokens).long()
         self.measured = {linear.name: linear for linear in (*measurement.linears, measurement.head)}
         self.rounder = rounder
-        self.artifacts = artifacts
+        self.store = store
         self.correct_drift = correct_drift
-        self.kept = frozenset(kept)
         self.inputs = inputs
         self.batches = micro_batches(*self.tokens.shape)
 
@@ -120,25 +92,25 @@ class RoundingPass:
         state = {"original": self.model.embed(self.tokens), "quantized": self.model.embed(self.tokens, table)}
         finished = self._finished()
         if finished >= 0:
-            state = self._kept(self.artifacts, f"state-{finished}")
+            state = self._states(self.store, f"state-{finished}")
         for index in progress(range(self.model.block_count), "quantize: round"):
             if index <= finished:
                 continue
             self._round_block(index, state)
-            self.artifacts.save(f"drift-{index}", {"drift": drift_of(**state)})
-            self.artifacts.save(f"state-{index}", state)
-            self.artifacts.discard(f"state-{index - 1}")
+            self.store.save(f"drift-{index}", {"drift": drift_of(**state)})
+            self.store.save(f"state-{index}", state)
+            self.store.discard(f"state-{index - 1}")
             if self.inputs is not None:
                 self.inputs.discard(f"input-{index}")
 
     def _finished(self) -> int:
         # The last block that need not be done again, with all before it; -1 if there is none. A block that has lost a
         # artifact is done again from the first on: states in between are not kept.
-        finished = max((i for i in range(self.model.block_count) if self.artifacts.has(f"state-{i}")), default=-1)
+        finished = max((i for i in range(self.model.block_count) if self.store.has(f"state-{i}")), default=-1)
         for index in range(finished + 1):
             names = [name for stage in self.model.stages(index) for name in self._rounded_of(index, stage).values()]
-            if not all(self.artifacts.has(artifact) for artifact in (f"drift-{index}", *names)):
-                self.artifacts.discard(f"state-{finished}")
+            if not all(self.store.has(artifact) for artifact in (f"drift-{index}", *names)):
+                self.store.discard(f"state-{finished}")
                 return -1
         return finished
 
@@ -244,7 +216,11 @@ class RoundingPass:
     def _rounded_of(self, index: int, stage: InputGroup) -> dict[str, str]:
         # The linears of a stage that do not stay as they are: full names, by those in the block.
         names = self.model.family.linear_names(index, stage)
-        return {inner: name for inner, name in zip(stage.linears, names, strict=True) if name not in self.kept}
+        return {
+            inner: name
+            for inner, name in zip(stage.linears, names, strict=True)
+            if name not in self.rounder.unquantized
+        }
 
     def _on_device(self, values: Tensor) -> Tensor:
         return values.to(self.model.device)
@@ -306,8 +282,8 @@ class RoundingPass:
             targets[name] = self.model.new_state(self.tokens, values.shape[-1])
         targets[name][batch] = values.cpu().view(targets[name][batch].shape)
 
-    def _kept(self, artifacts: ResumeStore, artifact: str) -> dict[str, Tensor]:
-        return artifacts.load(artifact, partial(new_state, directory=self.model.offload_dir))
+    def _states(self, store: ResumeStore, artifact: str) -> dict[str, Tensor]:
+        return store.load(artifact, partial(new_state, directory=self.model.offload_dir))
 
     def _known_output(self, index: int, stages: Sequence[InputGroup]) -> Tensor | None:
         # The original block's output, where its last stage need not run: it only adds this stage's part.
@@ -315,7 +291,7 @@ class RoundingPass:
         ends = len(stages) > 1 and stages[-1].adds is not None and stages[-2].adds is None
         if self.inputs is None or not self.inputs.has(f"input-{index + 1}") or not (plain and ends):
             return None
-        return self._kept(self.inputs, f"input-{index + 1}")["hidden"]
+        return self._states(self.inputs, f"input-{index + 1}")["hidden"]
 
     def _run_until(self, index: int, hidden: Tensor, batch: slice, module: nn.Module) -> None:
         # Hooks that are there already see the module's input.
@@ -336,9 +312,9 @@ class RoundingPass:
 
     def head(self) -> None:
         """Round the output head on what the quantized decoder gives it."""
-        if self.artifacts.has(HEAD):
+        if self.store.has(HEAD):
             return
-        state = last_states(self.artifacts, self.model.block_count, self.model.offload_dir)
+        state = RoundedModel((), self.model.block_count, self.store).last_states(self.model.offload_dir)
         with torch.no_grad(), self.model.tail() as head:
             sums = InputSums(head, InputGroup((HEAD,)), self.model.device)
             weights = self._token_weights(HEAD)
@@ -364,8 +340,8 @@ class RoundingPass:
         raise AssertionError("the model calls its head")
 
     def _rounded(self, name: str, target: Tensor, gram: Tensor) -> dict[str, Tensor]:
-        kept = self.rounder.round_(self.measured[name], target, gram)
-        self.artifacts.save(name, kept)
+        kept = self.rounder.round_linear(self.measured[name], target, gram)
+        self.store.save(name, kept)
         return kept
 
 

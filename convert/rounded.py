@@ -1,0 +1,99 @@
+"""What the rounding pass leaves: encoded linears, and how far hidden states are off after every block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.files.resume import ResumeStore
+from ..measure.measurement import MeasuredLinear
+from ..measure.model.states import new_state
+from ..measure.statistics.heldout import DAMPINGS
+
+__all__ = ["Drift", "RoundedModel", "drift_of", "drift_section", "rounding_damping"]
+
+_TINY = 1e-30
+"""Keeps states that are zero from being divided by."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drift:
+    """Distance of hidden states from the original's, relative to their norm, as root mean squares over tokens.
+
+    Attributes:
+        first_token: Of the first token of every row, whose activations are by far the largest in many models.
+        other_tokens: Of all others.
+    """
+
+    first_token: float
+    other_tokens: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RoundedModel:
+    """The encoded linears of a model, on disk until they are asked for.
+
+    Attributes:
+        names: Full names of all that is encoded, as ``Rounder.names``.
+        blocks: Number of decoder blocks.
+        store: Holds the rounder's artifacts by name, and the hidden states.
+    """
+
+    names: tuple[str, ...]
+    blocks: int
+    store: ResumeStore
+
+    def artifact(self, name: str) -> dict[str, Tensor]:
+        """Return what the rounder kept of a linear or of the token embeddings."""
+        return self.store.load(name)
+
+    def numbers(self, key: str) -> dict[str, float]:
+        """Return the numbers that artifacts keep under a key, by linear; without those that have none."""
+        found = ((name, self.store.number(name, key)) for name in self.names)
+        return {name: number for name, number in found if number is not None}
+
+    def drift(self) -> list[Drift]:
+        """Return how far the hidden states after every block are from the original's, over the calibration rows."""
+        kept = (self.store.load(f"drift-{index}")["drift"].tolist() for index in range(self.blocks))
+        return [Drift(first_token=first, other_tokens=others) for first, others in kept]
+
+    def last_states(self, offload_dir: Path | None) -> dict[str, Tensor]:
+        """Return what the last blocks of both models make of the calibration rows: ``original`` and ``quantized``.
+
+        Float32, shape (rows, tokens, hidden size), on the CPU.
+        """
+        return self.store.load(f"state-{self.blocks - 1}", partial(new_state, directory=offload_dir))
+
+
+def drift_section(drift: Sequence[Drift]) -> dict[str, dict[str, str | float]]:
+    """Return what a report says of the drift: section -> entry -> value; nothing where there is none."""
+    entries: dict[str, str | float] = {
+        f"block {index}": f"{each.first_token:.2%}, {each.other_tokens:.2%}" for index, each in enumerate(drift)
+    }
+    return {"Drift of the hidden states (first token, other tokens; relative)": entries} if entries else {}
+
+
+def drift_of(original: Tensor, quantized: Tensor) -> Tensor:
+    """Return how far hidden states are from the original's, as ``Drift`` has it: of first and of other tokens.
+
+    Args:
+        original: The original's, shape (rows, tokens, hidden size).
+        quantized: The quantized model's.
+
+    Returns:
+        Shape (2,), dimensionless.
+    """
+    errors, sizes = (x.square().sum(dim=-1) for x in (quantized - original, original))
+    parts = [(errors[:, :1], sizes[:, :1]), (errors[:, 1:], sizes[:, 1:])]
+    return torch.stack([error.sum() / size.sum().clamp(min=_TINY) for error, size in parts]).sqrt()
+
+
+def rounding_damping(measured: MeasuredLinear) -> float:
+    """Return the relative damping to round a linear with: the measured one, or the largest where none was enough."""
+    return measured.damping if math.isfinite(measured.damping) else DAMPINGS[-1]
