@@ -19,6 +19,7 @@ from ..tables import Table
 from .options import Conflict, FormatOptions
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from ..checkpoint.source.checkpoint import Checkpoint
@@ -151,7 +152,7 @@ class SizeForecast:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
-    """Where an output comes from, for its metadata.
+    """Origin of an output, for its metadata.
 
     Attributes:
         version: Version of bpwise.
@@ -268,8 +269,10 @@ class QuantizedModel(ABC):
 class Plan(ABC):
     """What every linear or tensor of a model gets. Made from a measurement, saved as JSON."""
 
-    damage_nats: float | None
-    """Predicted damage, nats per token; None where nothing was measured."""
+    @property
+    @abstractmethod
+    def damage_nats(self) -> float | None:
+        """Predicted damage, nats per token; None where nothing was measured."""
 
     @property
     @abstractmethod
@@ -315,14 +318,12 @@ class Rounder(ABC):
         identity: What its artifacts depend on beside model, measurement and plan, as plain JSON.
         unquantized: Linears that stay as they are, in float16.
         table: Name of the token embeddings, if they are rounded too: before all else, since blocks read them.
-        refines: Whether ``refine`` does something.
     """
 
     names: tuple[str, ...]
     identity: Mapping[str, Any]
     unquantized: frozenset[str] = frozenset()
     table: str | None = None
-    refines: bool = False
 
     @abstractmethod
     def round_linear(self, measured: MeasuredLinear, target: Tensor, gram: Tensor) -> dict[str, Tensor]:
@@ -346,9 +347,6 @@ class Rounder(ABC):
         """Round the token embeddings; return what to keep."""
         raise NotImplementedError
 
-    def refine(self, rounded: RoundedModel, progress: Progress) -> None:
-        """Improve on all that was rounded, end to end; what it finds it keeps in the same store."""
-
 
 class Conversion(ABC):
     """One original on its way into a format.
@@ -362,6 +360,12 @@ class Conversion(ABC):
     """Whether plans are made from a measurement."""
     writes_card: bool = True
     """Whether a model card belongs to every output."""
+    refines: bool = False
+    """Whether ``refine`` does something."""
+    inputs: tuple[Path, ...] = ()
+    """Files that are read beside the original."""
+    notes: tuple[str, ...] = ()
+    """What ``prepare`` found that a user should know, as sentences."""
 
     def __init__(self, checkpoint: Checkpoint, options: Any) -> None:
         """Hold both; nothing is read.
@@ -390,12 +394,15 @@ class Conversion(ABC):
         """
 
     @abstractmethod
-    def forecast(self, target: Target, measured: Measurement | None) -> SizeForecast:
+    def forecast(
+        self, target: Target | None, measured: Measurement | None, provenance: Provenance | None = None
+    ) -> SizeForecast:
         """Return what an output will take, from shapes alone.
 
         Args:
-            target: How large it may be.
+            target: How large it may be; None if ``measures`` is false.
             measured: A measurement that plans will be made from; None if there is none yet.
+            provenance: What the output's metadata will say; None if that is not known yet.
 
         Raises:
             BudgetError: No plan has this size.
@@ -408,6 +415,17 @@ class Conversion(ABC):
         Raises:
             BpwiseError: What is wrong.
         """
+
+    def require_readable(self) -> None:
+        """Refuse what could not be read back to be evaluated, as far as is known: before ``prepare``, and after it.
+
+        Raises:
+            UnsupportedModelError: The output could not be opened.
+        """
+
+    def scratch(self, work: Path) -> Mapping[Path, int]:
+        """Return the files that ``prepare`` will make in a work directory, and about how large, in bytes."""
+        return {}
 
     def prepare(self, work: Path, progress: Progress) -> tuple[tuple[str, Mapping[str, Any]], ...]:
         """Make what a run needs before anything is measured.
@@ -435,15 +453,40 @@ class Conversion(ABC):
         """
 
     @abstractmethod
-    def rounder(self, plan: Plan, measurement: Measurement | None) -> Rounder | None:
+    def identity(self) -> Any:
+        """Return what written bytes depend on beside original, calibration rows and plan, as plain JSON."""
+
+    @abstractmethod
+    def rounder(self, plan: Any, measurement: Measurement) -> Rounder | None:
         """Return what rounds linears; None where the writer does it alone."""
+
+    def refine(
+        self,
+        rounded: RoundedModel,
+        measurement: Measurement,
+        device: torch.device,
+        offload_dir: Path | None,
+        progress: Progress,
+    ) -> None:
+        """Improve on all that was rounded, end to end; what is found is kept in the same store.
+
+        Args:
+            rounded: What the rounder made.
+            measurement: Gives the calibration rows.
+            device: Where models run.
+            offload_dir: Directory for files with hidden states; None keeps them in memory.
+            progress: Wraps the steps.
+
+        Raises:
+            NumericalError: NaN or infinity in activations or gradients.
+        """
 
     @abstractmethod
     def write(
         self,
         rounded: RoundedModel | None,
         output: Path,
-        plan: Plan,
+        plan: Any,
         measurement: Measurement | None,
         provenance: Provenance,
         progress: Progress,

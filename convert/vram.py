@@ -1,4 +1,4 @@
-"""What a model takes on a GPU beside its weights, all layers on it: cache, activations, runtime."""
+"""The cache of a context on a GPU, as bytes; what else readers take there is their formats'."""
 
 from __future__ import annotations
 
@@ -7,110 +7,48 @@ from typing import Any
 
 from ..errors import BudgetError
 
-__all__ = ["CACHE_BITS", "cache_bytes", "exl2_overhead_bytes", "room_for_weights"]
+__all__ = ["RUNTIME_BYTES", "cache_elements", "head_dim", "key_value_heads", "require_room_for_weights"]
 
-_RUNTIME_BYTES = 300 << 20
+RUNTIME_BYTES = 300 << 20
 """What the driver and its kernels take, roughly: it differs from card to card."""
 
-_BATCH_TOKENS = 512
-"""Tokens that llama.cpp computes at once unless told otherwise (``--ubatch-size``)."""
 
-_EXL2_BATCH_TOKENS = 2048
-"""Tokens that ExLlamaV2 computes at once unless told otherwise (config.py: ``max_input_len``)."""
-
-_EXL2_UNPACKED_WEIGHTS = 512 << 20
-"""Most weights that ExLlamaV2 decodes at once (config.py: ``max_dq_size``)."""
-
-_CACHED_PAIR_BITS = {16: 32, 8: 8 + 8 + 1, 6: 8 + 4 + 1, 4: 4 + 4 + 1}
-"""Bits of a key and a value together in each of ExLlamaV2's caches (cache.py: float16, Q8, Q6, Q4): the quantized ones
-have a float16 scale for 32 elements, and Q6 keeps keys in 8 and values in 4 bits. llama.cpp's default is float16."""
-
-CACHE_BITS = tuple(_CACHED_PAIR_BITS)
-"""Bits by which ExLlamaV2's caches are called."""
-
-
-def cache_bytes(config: Mapping[str, Any], context_tokens: int, *, cache_bits: int = 16) -> int:
-    """Return the size of the keys and values of a whole context.
+def cache_elements(config: Mapping[str, Any], context_tokens: int) -> int:
+    """Return how many keys a whole context has; it has as many values.
 
     Args:
         config: The model's config.json.
         context_tokens: Length of the context.
-        cache_bits: 16 for float16, or ExLlamaV2's caches of 8, 6 or 4 bits.
     """
-    width = _keys(config) * _head_dim(config)
-    return int(config["num_hidden_layers"] * width * context_tokens * _CACHED_PAIR_BITS[cache_bits] // 8)
+    return int(config["num_hidden_layers"] * key_value_heads(config) * head_dim(config) * context_tokens)
 
 
-def room_for_weights(vram_bytes: int, config: Mapping[str, Any], context_tokens: int) -> int:
-    """Return what llama.cpp leaves for the file beside the cache, a batch's activations and logits, and the runtime.
+def head_dim(config: Mapping[str, Any]) -> int:
+    """Return the size of an attention head."""
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+def key_value_heads(config: Mapping[str, Any]) -> int:
+    """Return the number of key and value heads."""
+    return int(config.get("num_key_value_heads") or config["num_attention_heads"])
+
+
+def require_room_for_weights(vram_bytes: int, cache_bytes: int, batch_bytes: int, context_tokens: int) -> int:
+    """Return what is taken beside the weights.
 
     Args:
         vram_bytes: Memory of the GPU.
-        config: The model's config.json.
-        context_tokens: Length of the context to keep in it.
+        cache_bytes: Size of the cache.
+        batch_bytes: What computing a batch takes.
+        context_tokens: Length of the context.
 
     Raises:
         BudgetError: Nothing is left.
     """
-    widest = max(config["vocab_size"], config["intermediate_size"])
-    batch = 4 * _BATCH_TOKENS * (widest + 4 * config["hidden_size"])
-    return vram_bytes - _taken(vram_bytes, cache_bytes(config, context_tokens), batch, context_tokens)
-
-
-def exl2_overhead_bytes(
-    vram_bytes: int, config: Mapping[str, Any], context_tokens: int, *, cache_bits: int = 16
-) -> int:
-    """Return what ExLlamaV2 takes beside the weights: the cache, what its loader reserves, and the runtime.
-
-    Source: ExLlamaV2 0.3.2, ``set_device_map`` in model.py and the ``temp_*_size`` functions of attn.py, mlp.py and
-    linear.py, for one sequence and with flash attention.
-
-    Args:
-        vram_bytes: Memory of the GPU.
-        config: The model's config.json.
-        context_tokens: Length of the context to keep in it.
-        cache_bits: As in ``cache_bytes``.
-
-    Raises:
-        BudgetError: Nothing is left for weights.
-    """
-    hidden, inner, vocabulary = (config[key] for key in ("hidden_size", "intermediate_size", "vocab_size"))
-    heads, queries = config["num_attention_heads"], config["num_attention_heads"] * _head_dim(config)
-    keys = _keys(config) * _head_dim(config)
-    batch = min(_EXL2_BATCH_TOKENS, context_tokens)
-    cache = cache_bytes(config, context_tokens, cache_bits=cache_bits)
-    if cache_bits != 16:  # keys and values of one layer, decoded
-        cache += 2 * 2 * keys * context_tokens
-    expanded = 2 * queries * context_tokens if queries != keys else 0
-    attention = batch * (max(queries, hidden) + queries + 2 * keys) + expanded + _unpacked(hidden * queries)
-    mlp = batch * (hidden + 2 * max(hidden, inner)) + _unpacked(hidden * inner)
-    elements = (
-        2 * _head_dim(config) * context_tokens  # sines and cosines
-        + batch * hidden
-        + batch**2  # the mask
-        + max(attention, mlp, _unpacked(hidden * vocabulary))
-        + 2 * 190 * _EXL2_BATCH_TOKENS * heads  # attention itself: 190 is attn.py's
-    )
-    return _taken(vram_bytes, cache, 2 * elements, context_tokens)
-
-
-def _unpacked(weights: int) -> int:
-    return min(weights, _EXL2_UNPACKED_WEIGHTS)
-
-
-def _head_dim(config: Mapping[str, Any]) -> int:
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-
-
-def _keys(config: Mapping[str, Any]) -> int:
-    return int(config.get("num_key_value_heads") or config["num_attention_heads"])
-
-
-def _taken(vram_bytes: int, cache: int, batch: int, context_tokens: int) -> int:
-    taken = cache + batch + _RUNTIME_BYTES
+    taken = cache_bytes + batch_bytes + RUNTIME_BYTES
     if taken >= vram_bytes:
         raise BudgetError(
             f"{vram_bytes} bytes of GPU memory leave no room for weights: a context of {context_tokens} tokens takes "
-            f"{cache}, batches and runtime {batch + _RUNTIME_BYTES}. Ask for a shorter context."
+            f"{cache_bytes}, batches and runtime {batch_bytes + RUNTIME_BYTES}. Ask for a shorter context."
         )
     return taken

@@ -1,4 +1,4 @@
-"""How long each stage took and how much memory it needed."""
+"""Time and memory of each step."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ _SAMPLING_SECONDS = 0.05
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepCost:
-    """What one stage took.
+    """Cost of one step.
 
     Attributes:
-        stage: Its name.
+        step: Its name.
         seconds: Wall-clock time.
-        peak_bytes: Largest resident memory of the process while the stage ran: exact where it is the largest of the
+        peak_bytes: Largest resident memory of the process while the step ran: exact where it is the largest of the
             whole run, else the largest of 20 samples a second. Outside Linux, the largest so far.
     """
 
-    stage: str
+    step: str
     seconds: float
     peak_bytes: int
 
 
 def cost_line(cost: StepCost) -> str:
-    """Return a stage's cost as a line for a terminal."""
-    return f"stage       {cost.stage:18} {cost.seconds:8.1f} s  {cost.peak_bytes / 2**20:7.0f} MiB"
+    """Return a step's cost as a line for a terminal."""
+    return f"step        {cost.step:18} {cost.seconds:8.1f} s  {cost.peak_bytes / 2**20:7.0f} MiB"
 
 
 def cost_section(costs: Sequence[StepCost]) -> dict[str, dict[str, str | float]]:
-    """Return what a report says of the stages' costs: section -> entry -> value."""
+    """Return what a report says of the steps' costs: section -> entry -> value."""
     entries: dict[str, str | float] = {
-        cost.stage: f"{cost.seconds:.1f} s, {cost.peak_bytes / 2**20:.0f} MiB" for cost in costs
+        cost.step: f"{cost.seconds:.1f} s, {cost.peak_bytes / 2**20:.0f} MiB" for cost in costs
     }
-    return {"Stages (seconds, peak MiB)": entries}
+    return {"Steps (seconds, peak MiB)": entries}
 
 
 class StepClock:
-    """Collects the costs of stages as they run.
+    """Collects the costs of steps as they run.
 
     Attributes:
-        costs: The finished stages, in order.
+        costs: The finished steps, in order.
     """
 
     def __init__(self) -> None:
@@ -56,8 +56,8 @@ class StepClock:
         self.costs: list[StepCost] = []
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Measure the body as one stage."""
+    def step(self, name: str) -> Iterator[None]:
+        """Measure the body as one step."""
         sampler = _Sampler()
         before = _highest_bytes()
         started = time.perf_counter()
@@ -68,7 +68,7 @@ class StepClock:
             sampler.stop()
         highest = _highest_bytes()
         peak = highest if highest > before or not sampler.peak_bytes else sampler.peak_bytes
-        self.costs.append(StepCost(stage=name, seconds=time.perf_counter() - started, peak_bytes=peak))
+        self.costs.append(StepCost(step=name, seconds=time.perf_counter() - started, peak_bytes=peak))
 
 
 class _Sampler(threading.Thread):
@@ -93,7 +93,7 @@ def _resident_bytes() -> int:
 
 
 def _highest_bytes() -> int:
-    # The kernel's high-water mark. It could be reset for each stage, but then `time -v` would report too little.
+    # The kernel's high-water mark. It could be reset for each step, but then `time -v` would report too little.
     highest = _status_bytes("VmHWM")
     if highest:
         return highest

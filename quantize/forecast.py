@@ -1,25 +1,24 @@
-"""What a run will take, from the shapes alone: size, possible bitrates, memory. Reads no weights, writes nothing."""
+"""Forecasts from shapes alone: size, possible bitrates, memory. Reads no weights, writes nothing."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..checkpoint.model.families import HEAD, InputGroup
+from ..checkpoint.model.families import InputGroup
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..checkpoint.source.language import LanguageModel, language_model
 from ..checkpoint.source.linears import model_linears
-from ..convert.exl2.plan.problem import HeadBits, SizeLimit, WidthOverride, allocation_problem
-from ..convert.exl2.plan.unquantized import UnquantizedLinear
-from ..convert.exl2.rounding.curves import SAMPLED_COLUMNS
+from ..convert.format import Conversion, SizeForecast, Target
 from ..linalg.parallel import cores
+from ..measure.measurement import Measurement
 from ..measure.model.positionwise import CHUNK_POSITIONS
 from ..measure.model.stream import MICRO_BATCH_TOKENS
 from ..measure.run import MeasureConfig
+from ..measure.text.context import CALIBRATION, fit_row_tokens
 
-__all__ = ["Forecast", "forecast_run", "tuning_memory"]
+__all__ = ["Forecast", "forecast_run"]
 
 _FLOAT16_BYTES = 2
 _FLOAT32_BYTES = 4
@@ -36,121 +35,111 @@ _RUNTIME_BYTES = 600 << 20
 """Resident memory of Python, PyTorch and Transformers before any weight is read, measured on Linux."""
 
 
+_SAMPLED_OUTPUTS = 128
+"""Outputs of a linear that curves are measured on."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
     """What a run will take.
 
     Attributes:
-        decoder_weights: Weights in the decoder's linears.
+        size: Size of the output, and the bits per weight that there are.
         original_bytes: Size of the original tensors.
-        output_bytes: Size of the quantized tensors at the asked bitrates.
-        bpw: Decoder bits per weight, as asked or as the asked size leaves.
-        lowest_bpw: Smallest decoder bits per weight possible.
-        highest_bpw: Largest decoder bits per weight possible.
-        quantized: Names of the linears that are quantized, the head among them if it is.
-        kept: Decoder linears that stay in float16.
-        head_reason: Why the head does though other bits were asked; else None.
         memory_bytes: Expected peak of memory, a rough upper estimate; without states in an offload directory.
         disk_bytes: Expected peak of the work directory.
     """
 
-    decoder_weights: int
+    size: SizeForecast
     original_bytes: int
-    output_bytes: int
-    bpw: float
-    lowest_bpw: float
-    highest_bpw: float
-    quantized: tuple[str, ...]
-    kept: tuple[UnquantizedLinear, ...]
-    head_reason: str | None
     memory_bytes: int
     disk_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """Numbers of calibration tokens.
+
+    Attributes:
+        all: Of all rows.
+        row: Of one row.
+        resident: Of all rows whose hidden states are kept in memory.
+    """
+
+    all: int
+    row: int
+    resident: int
+
+
 def forecast_run(
-    checkpoint: Checkpoint,
+    conversion: Conversion,
+    target: Target | None,
+    measure: MeasureConfig,
     *,
-    bpw: float | None = None,
-    size: SizeLimit | None = None,
-    head_bits: HeadBits,
-    config: MeasureConfig,
-    overrides: Sequence[WidthOverride] = (),
-    keep_fp16: Sequence[str] = (),
+    measured: Measurement | None = None,
+    rows_shape: tuple[int, int] | None = None,
 ) -> Forecast:
     """Forecast a run of the whole pipeline.
 
     Args:
-        checkpoint: The original model.
-        bpw: As ``make_plan`` takes it.
-        size: As ``make_plan`` takes it.
-        head_bits: As ``make_plan`` takes them.
-        config: Gives group size and the number of calibration tokens.
-        overrides: As ``make_plan`` takes them.
-        keep_fp16: As ``make_plan`` takes them.
+        conversion: The original on its way into a format.
+        target: How large the output may be.
+        measure: Gives the number of calibration tokens.
+        measured: A measurement to work from; None if there is none yet.
+        rows_shape: Number and length of the calibration rows where they are known.
 
     Raises:
-        UnsupportedModelError: The family is unknown.
-        ConfigError: As ``allocation_problem``.
-        BudgetError: No plan has this size.
+        BpwiseError: As ``Conversion.forecast``; or rows are longer than the model's context.
         CheckpointError: A tensor that the family should have is missing.
     """
-    assert (bpw is None) != (size is None), "one target"
+    checkpoint = conversion.checkpoint
+    size = conversion.forecast(target, measured)
+    if not conversion.measures:
+        return Forecast(
+            size=size, original_bytes=checkpoint.total_bytes, memory_bytes=_RUNTIME_BYTES, disk_bytes=size.output_bytes
+        )
     source = language_model(checkpoint)
+    calibration = measure.calibration
+    if rows_shape is None:
+        rows_shape = calibration.rows, fit_row_tokens(calibration.row_tokens, checkpoint, CALIBRATION)
+    rows, row_tokens = rows_shape
+    offloaded = measure.offload_dir is not None
+    tokens = _Tokens(rows * row_tokens, row_tokens, 0 if offloaded else rows * row_tokens)
     linears, head = model_linears(source)
-    scope = allocation_problem(
-        linears, head, group_size=config.group_size, head_bits=head_bits, overrides=overrides, keep_fp16=keep_fp16
-    )
-    budget_bits = scope.budget_bits(bpw) if bpw is not None else 0
-    if size is not None:
-        budget_bits = scope.budget_bits_within(size)
-    stored_head = 0 if source.tied_embeddings else source.stored_bytes(f"{HEAD}.weight")
-    quantized_bytes = (budget_bits + scope.head_alone_bits) // 8 + (stored_head if scope.head is None else 0)
-    other = checkpoint.total_bytes - stored_head - sum(source.stored_bytes(f"{x.name}.weight") for x in linears)
     weights = sum(linear.in_features * linear.out_features for linear in linears)
-    vocabulary, hidden = head.out_features, head.in_features
-    blocks = [_shapes(source, index) for index in range(source.block_count)]
-    tokens = config.calibration.rows * config.calibration.tokens_each
-    state = tokens * hidden * _FLOAT32_BYTES
-    kept_tokens = tokens if config.offload_dir is None else 0
-    together = max(config.calibration.tokens_each, MICRO_BATCH_TOKENS)
-    lowest, highest = scope.bpw_range
+    state = tokens.all * head.in_features * _FLOAT32_BYTES
+    memory = _pass_memory(source, head.out_features, head.in_features, tokens)
+    if conversion.refines:
+        memory = max(memory, _tuning_memory(checkpoint, rows, row_tokens, offloaded=offloaded))
     return Forecast(
-        decoder_weights=weights,
+        size=size,
         original_bytes=checkpoint.total_bytes,
-        output_bytes=other + quantized_bytes,
-        bpw=budget_bits / scope.weights if bpw is None else bpw,
-        lowest_bpw=lowest,
-        highest_bpw=highest,
-        quantized=tuple(x.name for x in (*scope.quantized, *([scope.head] if scope.head else []))),
-        memory_bytes=_RUNTIME_BYTES
-        + max(
-            *(_measuring_memory(block, hidden, kept_tokens, together) for block in blocks),
-            *(_rounding_memory(block, hidden, kept_tokens, together) for block in blocks),
-            _head_memory(vocabulary, hidden, kept_tokens),
-        ),
+        memory_bytes=memory,
         # Inputs of all blocks while measuring, and at first two states while rounding; then a byte per weight.
-        disk_bytes=max((len(blocks) + 5) * state, weights + vocabulary * hidden + 4 * state),
-        kept=scope.kept,
-        head_reason=scope.head_reason,
+        disk_bytes=max((source.block_count + 5) * state, weights + head.out_features * head.in_features + 4 * state),
     )
 
 
-def tuning_memory(checkpoint: Checkpoint, config: MeasureConfig) -> int:
-    """Forecast the peak of memory while scales are tuned, in bytes, as ``Forecast.memory_bytes`` does of all else.
+def _pass_memory(source: LanguageModel, vocabulary: int, hidden: int, tokens: _Tokens) -> int:
+    blocks = [_shapes(source, index) for index in range(source.block_count)]
+    together = max(tokens.row, MICRO_BATCH_TOKENS)
+    return _RUNTIME_BYTES + max(
+        *(_measuring_memory(block, hidden, tokens.resident, together) for block in blocks),
+        *(_rounding_memory(block, hidden, tokens.resident, together) for block in blocks),
+        _head_memory(vocabulary, hidden, tokens.resident),
+    )
 
-    Args:
-        checkpoint: The original model.
-        config: Gives the number of calibration tokens.
-    """
+
+def _tuning_memory(checkpoint: Checkpoint, rows: int, row_tokens: int, *, offloaded: bool) -> int:
+    # While scales are tuned.
     source = language_model(checkpoint)
     _, head = model_linears(source)
     vocabulary, hidden = head.out_features, head.in_features
     blocks = [_shapes(source, index) for index in range(source.block_count)]
-    calibration = config.calibration
     # What both models' last blocks make of all rows, and what enters every block for a step: in files where states are.
-    held = 2 * calibration.rows * calibration.tokens_each + len(blocks) * calibration.tokens_each
-    states = 0 if config.offload_dir is not None else held * hidden * _FLOAT32_BYTES
-    block = max(map(_weights, blocks)) + max(_passing(each, hidden, calibration.tokens_each) for each in blocks)
+    held = 2 * rows * row_tokens + len(blocks) * row_tokens
+    states = 0 if offloaded else held * hidden * _FLOAT32_BYTES
+    block = max(map(_weights, blocks)) + max(_passing(each, hidden, row_tokens) for each in blocks)
     # Both heads in 16 bits, and what is computed from some logits.
     heads = 2 * vocabulary * hidden * _FLOAT16_BYTES + vocabulary * _LOGITS_TUNED * _FLOAT32_BYTES
     return _RUNTIME_BYTES + states + block + heads
@@ -176,7 +165,7 @@ def _measuring_memory(
     states = 2 * kept_tokens * hidden * _FLOAT32_BYTES
     # A half in another order, the damped one and its factor.
     factor = 3 * max(inputs.values()) ** 2 * _FLOAT32_BYTES
-    curves = 4 * cores() * 6 * max(inputs.values()) * SAMPLED_COLUMNS * _FLOAT32_BYTES
+    curves = 4 * cores() * 6 * max(inputs.values()) * _SAMPLED_OUTPUTS * _FLOAT32_BYTES
     # What the passes took, much of it in small pieces, is not all given back to the system.
     return _weights(block) + grams + states + _passing(block, hidden, together) + max(factor, curves)
 

@@ -1,4 +1,4 @@
-"""Plans of all sizes as one HTML page: what to take for how much memory, and what every layer would get."""
+"""Plans of all sizes as one HTML page: which to take for how much memory, and what every layer would get."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..eval.report.html import page_style, script_hash
 from ..eval.report.numbers import nats, visible
 from ..measure.measurement import Measurement
 from ..version import __version__
-from .planning import PlanPoint, exl2_points, gguf_points
+from .planning import PlanPoint, plan_points
 
 __all__ = ["is_plan_page", "plan_page", "write_plan_page"]
 
@@ -35,15 +35,15 @@ def is_plan_page(path: Path) -> bool:
     return all(sign in head for sign in _OWN)
 
 
-def plan_page(formats: Mapping[str, Sequence[PlanPoint]], *, model: str, facts: Mapping[str, str]) -> str:
+def plan_page(points: Mapping[str, Sequence[PlanPoint]], *, model: str, facts: Mapping[str, str]) -> str:
     """Return the page.
 
     Args:
-        formats: Plans by format (``EXL2``, ``GGUF``), the smallest first; formats without any are left out.
+        points: Plans by title of the format, the smallest first; formats without any are left out.
         model: What to call the model.
         facts: Names and values: what was measured, and how.
     """
-    found = {name: list(points) for name, points in formats.items() if points}
+    found = {name: list(each) for name, each in points.items() if each}
     templates = files(__package__)
     script = templates.joinpath("plan.js").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -66,45 +66,42 @@ def plan_page(formats: Mapping[str, Sequence[PlanPoint]], *, model: str, facts: 
 
 
 def write_plan_page(
-    measurement: Measurement,
-    path: Path,
-    *,
-    model: str,
-    head_bits: HeadBits,
-    overrides: Sequence[WidthOverride] = (),
-    keep_fp16: Sequence[str] = (),
+    measurement: Measurement, path: Path, *, model: str, options: Mapping[str, FormatOptions] | None = None
 ) -> None:
-    """Make the plans of all sizes that a measurement allows, and write their page.
+    """Make the plans of all sizes that a measurement allows, in all formats, and write their page.
 
     Args:
         measurement: The measurement.
         path: File to make or replace.
         model: What to call the model.
-        head_bits: Bits of the output head in EXL2, as ``make_plan`` takes them.
-        overrides: For EXL2, as ``make_plan`` takes them.
-        keep_fp16: For EXL2, as ``make_plan`` takes them.
+        options: Options by name of a format; those of others are the default.
+
+    Raises:
+        ConfigError: Options match nothing or contradict each other.
     """
     known = measurement.provenance
     facts = {
         "calibration text": str(known.get("calibration_text", "unknown")),
         "calibration tokens": str(measurement.tokens.size),
-        "head bits in EXL2": str(head_bits),
-        "groups in EXL2": f"{measurement.group_size} input features",
         "measured by": f"bpwise {known.get('bpwise', '')}",
         "measurement": measurement.fingerprint,
     }
-    formats = {"EXL2": exl2_points(measurement, head_bits, overrides, keep_fp16), "GGUF": gguf_points(measurement)}
-    write_text(path, plan_page(formats, model=model, facts=facts))
+    given = options or {}
+    points = {
+        each.title: plan_points(each, measurement, given.get(name) or each.Options())
+        for name, each in formats().items()
+    }
+    write_text(path, plan_page(points, model=model, facts=facts))
 
 
 def _size(point: PlanPoint) -> str:
-    return f"{point.stored_bytes / 1e9:.3f} GB"
+    return f"{point.plan.stored_bytes / 1e9:.3f} GB"
 
 
 def _curve(name: str, points: Sequence[PlanPoint]) -> list[tuple[float, float, str]]:
     return [
         (
-            point.stored_bytes / 1e9,
+            point.plan.stored_bytes / 1e9,
             point.damage_nats,
             f"{name} at {point.bpw:g} bpw: {_size(point)}, {nats(point.damage_nats)} nats/token",
         )
@@ -113,7 +110,7 @@ def _curve(name: str, points: Sequence[PlanPoint]) -> list[tuple[float, float, s
 
 
 def _map(name: str, point: PlanPoint) -> str:
-    drawing = bits_map(point.costs, name)
+    drawing = bits_map(point.plan.costs(), name)
     assert drawing is not None, "a plan has linears"
     return drawing.render()
 
@@ -122,9 +119,9 @@ def _data(point: PlanPoint) -> dict[str, Any]:
     # What the page's script shows of a plan; bits in the order of the map's cells, which is that of the linears.
     return {
         "bpw": point.bpw,
-        "stored_bytes": point.stored_bytes,
-        "shares": ", ".join(f"{name} {100 * share:.1f} %" for name, share in point.shares.items()),
-        "names": [cost.name for cost in point.costs],
-        "bits": [round(cost.bpw, 3) for cost in point.costs],
+        "stored_bytes": point.plan.stored_bytes,
+        "shares": ", ".join(f"{name} {100 * share:.1f} %" for name, share in point.plan.shares().items()),
+        "names": [cost.name for cost in point.plan.costs()],
+        "bits": [round(cost.bpw, 3) for cost in point.plan.costs()],
         "damage": nats(point.damage_nats),
     }

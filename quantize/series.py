@@ -2,40 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ..checkpoint.files.atomic import write_json, write_text
-from ..checkpoint.files.paths import check_run, named, reserved, work_beside
-from ..checkpoint.files.resume import discard_artifacts, locked_work
-from ..checkpoint.source.checkpoint import Checkpoint
+from ..checkpoint.files.paths import named, reserved, work_beside
+from ..checkpoint.files.resume import RunArtifacts, discard_artifacts, locked_work
 from ..checkpoint.source.original import Original, open_model
-from ..convert.gguf.base import base_path, base_to_make, discard_base, prepare_base
-from ..convert.publishing.cards import output_name
+from ..convert.format import Target
 from ..errors import BrokenModelError, ConfigError
 from ..eval.comparison import Comparison
 from ..eval.models import model_name
-from ..eval.report.report import JSON_NAME, MARKDOWN_NAME, comparison_table, try_report
-from ..measure.measurement import Measurement
+from ..eval.report.markdown import comparison_table
+from ..eval.report.report import JSON_NAME, MARKDOWN_NAME, try_report
 from ..measure.run import MEASURED
 from ..measure.text.calibration import CalibrationSet
 from ..progress import Progress, silent
 from ..tables import cell, table
 from ..version import __version__
+from .checks import files_beside, forecast_outputs
+from .config import QuantizeConfig
 from .costs import StepClock
-from .gguf_pipeline import GgufConfig, GgufResult, files_beside, make_gguf, refuse_others
 from .judge import Judge
 from .measuring import MEASUREMENT_FILE, GivenMeasurement, check_work, load_or_measure
-from .pipeline import QuantizeConfig, QuantizeResult, is_finished, make_exl2
-from .support import exists, require_exl2, require_gguf, require_gguf_tools
+from .run import Job, check_output, make_output
 
 __all__ = ["SeriesOutput", "SeriesResult", "output_paths", "quantize_series"]
 
 _SERIES_VERSION = 1
-
-_Config = TypeVar("_Config", QuantizeConfig, GgufConfig)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,10 +39,10 @@ class SeriesOutput:
     """One bitrate of a series.
 
     Attributes:
-        path: EXL2 directory or GGUF file.
+        path: Directory or file.
         asked_bpw: Bits per weight that were asked for.
         bpw: Bits per weight that it has; None if it is broken.
-        file_bytes: Size of its weights, of a GGUF file all of it; None if it is broken.
+        file_bytes: Size of all files with tensors; None if it is broken.
         predicted_nats: Damage that the plan predicts, in nats per token; None if it is broken.
         comparison: The original against it; None if it was not evaluated, or is broken.
         broken: Why it is broken, or None if it is not.
@@ -100,27 +96,22 @@ class SeriesResult:
         return [*lines, f"measurement {self.measurement} serves any other bitrate", f"report      {self.report}"]
 
 
-def output_paths(
-    base_name: str, output: Path, config: QuantizeConfig | GgufConfig, rates: Sequence[float]
-) -> dict[float, Path]:
+def output_paths(base_name: str, output: Path, config: QuantizeConfig, rates: Sequence[float]) -> dict[float, Path]:
     """Return where each bitrate goes: ``OUTPUT/NAME-8.0bpw-6hb-exl2``, or ``OUTPUT/NAME-8.0bpw.gguf``.
 
     Args:
         base_name: Name or Hub id of the original.
         output: The series' directory.
-        config: Says which format, and how many bits the head gets.
+        config: Says which format, and what names tell of its options.
         rates: Bits per weight.
     """
-    if isinstance(config, GgufConfig):
-        return {bpw: output / f"{output_name(base_name, bpw=bpw, exl2=False)}.gguf" for bpw in rates}
-    head_bits = config.head_bits if isinstance(config.head_bits, int) else None
-    return {bpw: output / output_name(base_name, bpw=bpw, head_bits=head_bits) for bpw in rates}
+    return {bpw: output / config.format.output_name(base_name, bpw, config.options) for bpw in rates}
 
 
 def quantize_series(
     model: Original,
     output: Path,
-    config: QuantizeConfig | GgufConfig,
+    config: QuantizeConfig,
     rates: Sequence[float],
     *,
     measurement: Path | None = None,
@@ -133,63 +124,56 @@ def quantize_series(
     A broken output is marked and does not keep the others from being made.
 
     Args:
-        model: A local directory, a hub id, or what ``open_model`` made of one.
+        model: A local directory, a Hub id, or what ``open_model`` made of one.
         output: Directory that the outputs, ``report.md`` and ``report.json`` go into.
-        config: Options of every output, of either format; its target is not read.
+        config: Options of every output; their target is not read.
         rates: Bits per weight, each once.
         measurement: A measurement of this model; None measures first. It brings its calibration rows along.
         calibration: Rows to use instead of those that ``config.measure.calibration`` describes; not with a measurement.
         work: Work directory; default ``OUTPUT.work``.
-        progress: Shows how far the stages are.
+        progress: Shows how far the steps are.
 
     Returns:
         What was made.
 
     Raises:
         BrokenModelError: At least one output is broken; all are made, and the report is written.
-        BpwiseError: As ``quantize_model`` and ``quantize_to_gguf``.
+        BpwiseError: As ``quantize_model``.
+
+    Example:
+        >>> from bpwise import QuantizeConfig, quantize_series
+        >>> quantize_series("llama", "out", QuantizeConfig(), [8.0, 4.0])  # doctest: +SKIP
     """
     if not rates or len(set(rates)) < len(rates):
         raise ConfigError(f"bitrates: got {list(rates)}, expected at least one, and each once.")
     checkpoint = open_model(model)
-    warnings = config.reader_warnings(checkpoint)
-    if isinstance(config, GgufConfig):
-        require_gguf_tools(checkpoint, config)
-    output = named(output)
-    paths = output_paths(config.base_model or model_name(checkpoint), output, config, rates)
+    output = named(Path(output))
     work = work or work_beside(output)
-    for path in paths.values():
-        own = work / path.name
-        check_run(path, own, directories=checkpoint.directories, files=(measurement,), offload=config.offload_dirs)
-        check_work(own)
+    conversion = config.format.conversion(checkpoint, config.options)
+    if not conversion.measures:
+        raise ConfigError("bitrates: these options say by themselves how large an output is. Leave one of them out.")
+    paths = output_paths(config.base_model or model_name(checkpoint), output, config, rates)
+    targets = {path: Target(bpw=bpw) for bpw, path in paths.items()}
+    for path in targets:
+        with reserved(path, files_beside(path, config.format)):
+            check_output(conversion, config, path, work / path.name, measurement, progress)
     check_work(work / "measure")
     try_report(output)
     given = GivenMeasurement.load(measurement, checkpoint, progress)
-    _check(checkpoint, config, paths, work, None if given is None else given.measurement, calibration, progress)
+    measured = None if given is None else given.measurement
+    forecast_outputs(conversion, targets, config.measure, config.evaluate, work, measured=measured, rows=calibration)
     judge = None if config.evaluate is None else Judge(checkpoint, config.evaluate, progress)
+    job = Job(
+        conversion=conversion, config=config, given=given, calibration=calibration, judge=judge, progress=progress
+    )
     with reserved(output), locked_work(work):
-        if isinstance(config, GgufConfig):
-            checkpoint.prepare_fingerprint(progress)
-            prepare_base(checkpoint, base_path(checkpoint, work, config.llama_cpp), config)
-        if given is None:
-            file = work / "measure" / MEASUREMENT_FILE
-            measured, _ = load_or_measure(
-                checkpoint,
-                config.measure,
-                file.parent,
-                StepClock(),
-                progress,
-                given=None,
-                calibration=calibration,
-                check_rows=None if judge is None else judge.check_text,
-            )
-            discard_artifacts(file.parent, MEASURED, measured.provenance)
-            given = GivenMeasurement(file, measured)
-        outputs = tuple(
-            _make(checkpoint, path, bpw, config, given, work, judge, progress) for bpw, path in paths.items()
-        )
-        if isinstance(config, GgufConfig):
-            discard_base(checkpoint, work, config.llama_cpp)
+        shared = RunArtifacts(work)
+        for name, identity in conversion.prepare(work, progress):
+            shared.add(name, identity)
+        given = given or _measured(job, work / "measure")
+        job = replace(job, given=given, calibration=None)
+        outputs = tuple(_make(job, path, target, work) for path, target in targets.items())
+        shared.discard()
         report = _write_report(model_name(checkpoint), outputs, output)
     broken = [each.path.name for each in outputs if each.broken is not None]
     if broken:
@@ -197,82 +181,39 @@ def quantize_series(
             f"{output}: {len(broken)} of {len(outputs)} outputs are broken and marked so: {', '.join(broken)}. "
             f"See {report}."
         )
-    return SeriesResult(outputs=outputs, report=report, measurement=given.path, warnings=warnings)
+    return SeriesResult(outputs=outputs, report=report, measurement=given.path, warnings=conversion.warnings)
 
 
-def _with_rate(config: _Config, bpw: float) -> _Config:
-    return replace(config, bpw=bpw, max_bytes=None, vram_bytes=None)
-
-
-def _check(
-    checkpoint: Checkpoint,
-    config: QuantizeConfig | GgufConfig,
-    paths: Mapping[float, Path],
-    work: Path,
-    measured: Measurement | None,
-    rows: CalibrationSet | None,
-    progress: Progress,
-) -> None:
-    # Whatever is in the way or impossible shows before the long work.
-    if isinstance(config, GgufConfig):
-        for path in paths.values():
-            with reserved(path, files_beside(path)):
-                refuse_others(path, config)
-        files = {path: _with_rate(config, bpw) for bpw, path in paths.items()}
-        require_gguf(checkpoint, files, base=base_to_make(work), measured=measured, rows=rows)
-        return
-    if any(map(exists, paths.values())):
-        checkpoint.prepare_fingerprint(progress)
-    for path in paths.values():
-        with reserved(path):
-            is_finished(path, model=lambda: checkpoint.fingerprint)
-    directories = {path: _with_rate(config, bpw) for bpw, path in paths.items()}
-    require_exl2(checkpoint, directories, measured=measured, rows=rows)
-
-
-def _make(
-    checkpoint: Checkpoint,
-    path: Path,
-    bpw: float,
-    config: QuantizeConfig | GgufConfig,
-    given: GivenMeasurement,
-    work: Path,
-    judge: Judge | None,
-    progress: Progress,
-) -> SeriesOutput:
-    own = work / path.name
-    try:
-        if isinstance(config, GgufConfig):
-            base = base_path(checkpoint, work, config.llama_cpp)  # one for all sizes
-            with reserved(path, files_beside(path)):
-                file = make_gguf(checkpoint, path, _with_rate(config, bpw), given, None, own, base, judge, progress)
-            return _of_file(bpw, file)
-        with reserved(path):
-            made = make_exl2(checkpoint, path, _with_rate(config, bpw), given, None, own, judge, progress)
-        return _of_directory(bpw, made)
-    except BrokenModelError as cause:
-        return SeriesOutput(path=path, asked_bpw=bpw, broken=str(cause))
-
-
-def _of_directory(bpw: float, result: QuantizeResult) -> SeriesOutput:
-    return SeriesOutput(
-        path=result.output,
-        asked_bpw=bpw,
-        bpw=result.verification.decoder_bpw,
-        file_bytes=result.verification.file_bytes,
-        predicted_nats=result.plan.damage_nats,
-        comparison=result.comparison,
+def _measured(job: Job, work: Path) -> GivenMeasurement:
+    measured, _ = load_or_measure(
+        job.checkpoint,
+        job.config.measure,
+        job.config.format.curves(job.config.options),
+        work,
+        StepClock(),
+        job.progress,
+        given=None,
+        calibration=job.calibration,
+        check_rows=None if job.judge is None else job.judge.check_text,
     )
+    discard_artifacts(work, MEASURED, measured.provenance)
+    return GivenMeasurement(work / MEASUREMENT_FILE, measured)
 
 
-def _of_file(bpw: float, result: GgufResult) -> SeriesOutput:
+def _make(job: Job, path: Path, target: Target, work: Path) -> SeriesOutput:
+    assert target.bpw is not None
+    try:
+        with reserved(path, files_beside(path, job.config.format)):
+            made = make_output(job, path, target, work / path.name)
+    except BrokenModelError as cause:
+        return SeriesOutput(path=path, asked_bpw=target.bpw, broken=str(cause))
     return SeriesOutput(
-        path=result.output,
-        asked_bpw=bpw,
-        bpw=result.plan.bpw,
-        file_bytes=result.file_bytes,
-        predicted_nats=result.plan.damage_nats,
-        comparison=result.comparison,
+        path=path,
+        asked_bpw=target.bpw,
+        bpw=made.verification.bpw,
+        file_bytes=made.verification.file_bytes,
+        predicted_nats=made.plan.damage_nats,
+        comparison=made.comparison,
     )
 
 

@@ -1,142 +1,87 @@
-"""Rounding to ggml's types: every linear as its plan says, through the rounding pass, and the token embeddings."""
+"""Rounding to ggml's types: every linear as its plan says, and the token embeddings before all else."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...checkpoint.files.resume import ResumeStore
 from ...checkpoint.source.checkpoint import Checkpoint
-from ...checkpoint.source.language import LanguageModel, language_model
+from ...checkpoint.source.language import language_model
 from ...linalg.hessian import inverse_factor
 from ...linalg.parallel import cores
 from ...measure.measurement import MeasuredLinear, Measurement
-from ...measure.model.stream import StreamedModel
-from ...measure.run import kept_inputs, resolve_device
-from ...progress import Progress, silent
-from ...quantize.rounding.hidden_states import Drift, kept_drift
-from ...quantize.rounding.rounding_pass import ROUNDED, RoundingPass, rounding_damping
-from .ggml.kernels import Bytes, decode, encode
+from ..format import Rounder
+from ..rounded import rounding_damping
+from .ggml.kernels import decode, encode
 from .ggml.rounding import round_to_type
-from .ggml.types import GgmlType
-from .plan import TypePlan
+from .plan import GgufPlan
 
-__all__ = ["RoundedTypes", "round_types", "table_importance", "type_rounding_identity", "types_rounded_before"]
+__all__ = ["GgufRounder", "table_importance"]
 
 _SLICE_OUTPUTS = 16384
 """Outputs that are rounded together, each for itself: few enough for the temporaries of an output head to be small."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class RoundedTypes:
-    """The encoded tensors of a model, on disk until they are asked for.
+class GgufRounder(Rounder):
+    """Rounds single linears to ggml's types, and the token embeddings.
 
-    Attributes:
-        names: Full names of the linears, and of the token embeddings, without ``.weight``.
-        blocks: Number of decoder blocks.
-        artifacts: Where they are kept.
+    Artifacts hold the encoded rows, in the order of the original's, as ``data``: uint8, shape (rows, row_bytes). Of
+    linears also ``distance``, ``||W_hat - W||^2``, since drift may have moved weights far, zeros above all: not by
+    their size can a reader tell that they are in place.
     """
 
-    names: tuple[str, ...]
-    blocks: int
-    artifacts: ResumeStore
+    def __init__(self, plan: GgufPlan, measurement: Measurement, checkpoint: Checkpoint) -> None:
+        """Take what rounding needs beside the linears themselves.
 
-    def data(self, name: str) -> Bytes:
-        """Return the encoded rows of a tensor, in the order of the original's: uint8, shape (rows, row_bytes)."""
-        data: Bytes = self.artifacts.load(name)["data"].numpy()
-        return data
+        Args:
+            plan: Gives each tensor's type.
+            measurement: Says what errors in the token embeddings cost.
+            checkpoint: The original.
+        """
+        self._kinds = plan.kinds
+        self._measurement = measurement
+        self._source = language_model(checkpoint)
+        self.names = tuple(self._kinds)
+        self.identity: Mapping[str, str] = {}
+        self.table = measurement.embedding.name
 
-    def dampings(self) -> dict[str, float]:
-        """Return the relative damping that each linear's rounding took; without those that need no feedback."""
-        return self._numbers("damping")
+    def round_table(self) -> dict[str, Tensor]:
+        """See ``Rounder``. Rows are rounded each for itself: see ``bpwise.convert.gguf.ggml.curves``."""
+        assert self.table is not None
+        kind = self._kinds[self.table]
+        weight = self._source.tensor(f"{self.table}.weight").float()
+        importance = table_importance(self._measurement) if kind.quantized else None
+        return {"data": torch.from_numpy(encode(weight, kind, importance, threads=cores()))}
 
-    def distances(self) -> dict[str, float]:
-        """Return ``||W_hat - W||^2`` of each linear; without what was rounded as it is, not moved to cancel drift."""
-        return self._numbers("distance")
+    def round_linear(self, measured: MeasuredLinear, target: Tensor, gram: Tensor) -> dict[str, Tensor]:
+        """See ``Rounder``."""
+        encoded = self._encoded(measured, target, gram)
+        original = self._source.tensor(f"{measured.name}.weight")
+        parts = zip(encoded["data"].split(_SLICE_OUTPUTS), original.split(_SLICE_OUTPUTS), strict=True)
+        squares = [
+            (decode(data.numpy(), self._kinds[measured.name]) - weight.float())
+            .square()
+            .sum(dim=1)
+            .sum(dtype=torch.float64)
+            for data, weight in parts
+        ]
+        return {**encoded, "distance": torch.stack(squares).sum()}
 
-    def _numbers(self, key: str) -> dict[str, float]:
-        found = ((name, self.artifacts.number(name, key)) for name in self.names)
-        return {name: number for name, number in found if number is not None}
+    def _encoded(self, measured: MeasuredLinear, target: Tensor, gram: Tensor) -> dict[str, Tensor]:
+        kind = self._kinds[measured.name]
+        if not kind.quantized:
+            return {"data": torch.from_numpy(encode(target.T.contiguous().cpu(), kind))}
+        factor = inverse_factor(gram, rounding_damping(measured))
+        parts = [round_to_type(part, factor.upper, kind).data for part in target.split(_SLICE_OUTPUTS, dim=1)]
+        return {"data": torch.from_numpy(np.concatenate(parts)), "damping": torch.tensor(factor.damping)}
 
-    def drift(self) -> list[Drift]:
-        """Return how far the hidden states after every block are from the original's, over the calibration rows."""
-        return kept_drift(self.artifacts, self.blocks)
-
-
-def type_rounding_identity(checkpoint: Checkpoint, plan: TypePlan, device: str) -> dict[str, Any]:
-    """Return all that the artifacts of ``round_types`` depend on, as ``ResumeStore`` takes it."""
-    return {
-        "model": checkpoint.fingerprint,
-        "measurement": plan.measurement,
-        "types": {tensor.name: tensor.type for tensor in plan.tensors},
-        "device": resolve_device(device).type,
-    }
-
-
-def round_types(
-    checkpoint: Checkpoint,
-    measurement: Measurement,
-    plan: TypePlan,
-    work: Path,
-    *,
-    device: str = "auto",
-    offload_dir: Path | None = None,
-    progress: Progress = silent,
-) -> RoundedTypes:
-    """Quantize every tensor as the plan says: the token embeddings first, then block after block, the head last.
-
-    Args:
-        checkpoint: The original model.
-        measurement: Gives the calibration rows, and what is known of each linear.
-        plan: Gives each tensor's type.
-        work: Work directory; finished blocks in it are not done again.
-        device: ``cpu``, ``cuda``, ``cuda:N``, ``mps``, or ``auto`` for the best at hand. ggml's encoder itself always
-            runs on the CPU.
-        offload_dir: As in ``MeasureConfig``.
-        progress: Wraps the blocks.
-
-    Returns:
-        The encoded tensors.
-
-    Raises:
-        NumericalError: NaN or infinity in weights or activations.
-    """
-    place = resolve_device(device)
-    artifacts = ResumeStore(work, ROUNDED, type_rounding_identity(checkpoint, plan, device))
-    source = language_model(checkpoint)
-    model = StreamedModel(source, device=place, dtype=torch.float32, offload_dir=offload_dir)
-    inputs = kept_inputs(work, measurement)
-    run = RoundingPass(
-        model, measurement, _TypeRounder(plan.kinds, source), artifacts, correct_drift=True, inputs=inputs
-    )
-    table = _rounded_table(checkpoint, measurement, plan, artifacts)
-    run.blocks(progress, table)
-    if not measurement.embedding.tied:
-        run.head()
-    return RoundedTypes(tuple(plan.kinds), model.block_count, artifacts)
-
-
-def types_rounded_before(checkpoint: Checkpoint, plan: TypePlan, work: Path, *, device: str) -> RoundedTypes | None:
-    """Return what an earlier run rounded that was cut off before its end, None if that is not there, or not all of it.
-
-    Args:
-        checkpoint: As for ``round_types``.
-        plan: As for ``round_types``.
-        work: As for ``round_types``.
-        device: As for ``round_types``.
-    """
-    artifacts = ResumeStore.existing(work, ROUNDED, type_rounding_identity(checkpoint, plan, device))
-    blocks = language_model(checkpoint).block_count
-    names = tuple(plan.kinds)
-    if artifacts is None or not all(map(artifacts.has, [*names, *(f"drift-{index}" for index in range(blocks))])):
-        return None
-    return RoundedTypes(names, blocks, artifacts)
+    def decoded(self, name: str, artifact: Mapping[str, Tensor]) -> Tensor:
+        """See ``Rounder``."""
+        threads = cores() if name == self.table else 1
+        return decode(artifact["data"].numpy(), self._kinds[name], threads=threads)
 
 
 def table_importance(measurement: Measurement) -> Tensor:
@@ -150,46 +95,3 @@ def table_importance(measurement: Measurement) -> Tensor:
     if table.tied:
         importance = importance + float(head.fisher.sum()) * torch.from_numpy(head.input_power)
     return importance
-
-
-def _rounded_table(checkpoint: Checkpoint, measurement: Measurement, plan: TypePlan, artifacts: ResumeStore) -> Tensor:
-    # Its rows are rounded each for itself: see ``bpwise.convert.gguf.ggml.curves``.
-    name = measurement.embedding.name
-    kind = plan.kinds[name]
-    if not artifacts.has(name):
-        weight = checkpoint.tensor(f"{name}.weight").float()
-        importance = table_importance(measurement) if kind.quantized else None
-        artifacts.save(name, {"data": torch.from_numpy(encode(weight, kind, importance, threads=cores()))})
-    return decode(artifacts.load(name)["data"].numpy(), kind, threads=cores())
-
-
-class _TypeRounder:
-    """Rounds single linears to ggml's types."""
-
-    def __init__(self, kinds: Mapping[str, GgmlType], source: LanguageModel) -> None:
-        self._kinds = kinds
-        self._source = source
-
-    def round_(self, measured: MeasuredLinear, target: Tensor, gram: Tensor) -> dict[str, Tensor]:
-        """See ``Rounder``."""
-        kept = self._encoded(measured, target, gram)
-        # Drift may have moved weights far, zeros above all: not by their size can a reader tell that they are in place.
-        original = self._source.tensor(f"{measured.name}.weight")
-        parts = zip(kept["data"].split(_SLICE_OUTPUTS), original.split(_SLICE_OUTPUTS), strict=True)
-        squares = [
-            (self.decoded(measured.name, {"data": data}) - weight.float()).square().sum(dim=1).sum(dtype=torch.float64)
-            for data, weight in parts
-        ]
-        return {**kept, "distance": torch.stack(squares).sum()}
-
-    def _encoded(self, measured: MeasuredLinear, target: Tensor, gram: Tensor) -> dict[str, Tensor]:
-        kind = self._kinds[measured.name]
-        if not kind.quantized:
-            return {"data": torch.from_numpy(encode(target.T.contiguous().cpu(), kind))}
-        factor = inverse_factor(gram, rounding_damping(measured))
-        parts = [round_to_type(part, factor.upper, kind).data for part in target.split(_SLICE_OUTPUTS, dim=1)]
-        return {"data": torch.from_numpy(np.concatenate(parts)), "damping": torch.tensor(factor.damping)}
-
-    def decoded(self, name: str, kept: dict[str, Tensor]) -> Tensor:
-        """See ``Rounder``."""
-        return decode(kept["data"].numpy(), self._kinds[name])

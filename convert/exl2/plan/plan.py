@@ -1,33 +1,27 @@
-"""The plan: how many bits every row group of every linear gets. Made from a measurement alone, in a second."""
+"""The plan of an EXL2 model: how many bits every row group of every linear gets."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ....checkpoint.files.atomic import write_json
-from ....checkpoint.files.schemas import NonNegative, Number, Positive, check_schema, read_json
+from ....checkpoint.files.schemas import NonNegative, Number, Positive, check_schema
 from ....errors import FormatError
-from ....linalg.allocate import allocate
-from ....measure.measurement import MeasuredLinear, Measurement
-from ..file.layout import WIDTHS, RowGroup, group_rows, linear_bits, padded_columns
-from .problem import AUTO, HEAD_BITS, AllocationProblem, HeadBits, SizeLimit, WidthOverride, allocation_problem
-from .unquantized import FLOAT16_BITS, UnquantizedLinear
+from ....tables import Table
+from ...format import Description, LinearCost, Plan
+from ..file.layout import WIDTHS, RowGroup, linear_bits
+from .problem import AUTO, HEAD_BITS, HeadBits
+from .unquantized import FLOAT16_BITS, UnquantizedLinear, unquantized_lines
 
-__all__ = ["PLAN_VERSION", "REMEDY", "LinearPlan", "Plan", "bpw_range", "is_plan", "make_plan", "measured_limit"]
+__all__ = ["PLAN_VERSION", "Exl2Plan", "LinearPlan", "width_shares"]
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 
-REMEDY = "The plan is damaged: make it again with `bpwise plan`."
-"""What to do about a plan that cannot be read."""
-
-_FLOAT16_BYTES = 2
+_REMEDY = "The plan is damaged: make it again with `bpwise plan`."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +82,7 @@ class LinearPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class Exl2Plan(Plan):
     """Bits of a whole model.
 
     Attributes:
@@ -99,8 +93,9 @@ class Plan:
         head_bits: What was asked of the head: one of ``HEAD_BITS``, or ``AUTO``.
         lower_bound_nats: No allocation within the budgets has a smaller predicted damage.
         measurement: Fingerprint of the measurement behind the plan.
-        kept: Decoder linears that stay in float16, in model order.
+        unquantized: Decoder linears that stay in float16, in model order.
         head_reason: Why the head stays at 16 bits though others were asked; else None.
+        other_bytes: Size of all that is not planned, in bytes, as far as a measurement tells.
     """
 
     linears: tuple[LinearPlan, ...]
@@ -109,8 +104,9 @@ class Plan:
     head_bits: HeadBits
     lower_bound_nats: Number
     measurement: str
-    kept: tuple[UnquantizedLinear, ...] = ()
+    unquantized: tuple[UnquantizedLinear, ...] = ()
     head_reason: str | None = None
+    other_bytes: int = 0
 
     def __post_init__(self) -> None:
         """Check that it is a plan of something.
@@ -118,20 +114,20 @@ class Plan:
         Raises:
             ValueError: There are no linears, or no such bits of a head.
         """
-        if not (self.linears or self.kept):
-            raise ValueError("linears and kept are both empty")
+        if not (self.linears or self.unquantized):
+            raise ValueError("linears and unquantized are both empty")
         if self.head_bits not in (*HEAD_BITS, AUTO):
             raise ValueError(f"head_bits must be one of {HEAD_BITS} or {AUTO!r}")
 
     @property
     def decoder_bits(self) -> int:
         """Stored size of the decoder's linears in bits, those in float16 included."""
-        return sum(p.stored_bits for p in self.linears) + sum(p.stored_bits for p in self.kept)
+        return sum(p.stored_bits for p in self.linears) + sum(p.stored_bits for p in self.unquantized)
 
     @property
     def bpw(self) -> float:
         """Decoder bits per weight: all ``q_*`` bits, and 16 for each weight in float16, over the decoder's weights."""
-        weights = sum(p.weights for p in self.linears) + sum(p.weights for p in self.kept)
+        weights = sum(p.weights for p in self.linears) + sum(p.weights for p in self.unquantized)
         return self.decoder_bits / weights
 
     @property
@@ -158,200 +154,104 @@ class Plan:
         code_bits = sum(bits * count for bits, count in zip(self.head.group_bits, rows, strict=True))
         return round(code_bits / sum(rows))
 
-    def weights_per_width(self) -> dict[int, float]:
+    @property
+    def stored_bytes(self) -> int:
+        """Size of all tensors together, in bytes; metadata and tokenizer excluded."""
+        return self.decoder_bits // 8 + (self.head.stored_bits // 8 if self.head else 0) + self.other_bytes
+
+    def shares(self) -> dict[str, float]:
         """Return the share of the decoder's weights at each width, widest first; 16 bits are those in float16."""
-        counts: Counter[int] = Counter({FLOAT16_BITS: sum(p.weights for p in self.kept)} if self.kept else {})
+        counts: Counter[int] = Counter(
+            {FLOAT16_BITS: sum(p.weights for p in self.unquantized)} if self.unquantized else {}
+        )
         for linear in self.linears:
             for bits, rows in zip(linear.group_bits, linear.group_rows, strict=True):
                 counts[bits] += rows * linear.out_features
         total = sum(counts.values())
-        return {bits: counts[bits] / total for bits in sorted(counts, reverse=True)}
+        return {f"{bits} bits": counts[bits] / total for bits in sorted(counts, reverse=True)}
+
+    def costs(self) -> tuple[LinearCost, ...]:
+        """Return what every linear gets and is expected to cost: those in float16 nothing, a head only if quantized."""
+        costs = [LinearCost(linear.name, linear.bpw, linear.damage_nats) for linear in self.linears]
+        costs += [LinearCost(linear.name, float(FLOAT16_BITS), 0.0) for linear in self.unquantized]
+        costs.sort(key=lambda cost: -1 if cost.block is None else cost.block)
+        return (*costs, *([LinearCost(self.head.name, self.head.bpw, self.head.damage_nats)] if self.head else []))
+
+    def identity(self) -> Any:
+        """Return the measurement behind the plan, and all widths."""
+        linears = (*self.linears, *([self.head] if self.head else []))
+        groups = [[each.name, each.group_bits, each.group_rows] for each in linears]
+        return [self.measurement, self.target_bpw, self.head_bits, groups]
+
+    def describe(self) -> Description:
+        """Return what is in the plan."""
+
+        def row(linear: LinearPlan) -> tuple[str, ...]:
+            size = f"{linear.in_features} x {linear.out_features}"
+            shares = width_shares(linear.group_bits, linear.group_rows)
+            return (linear.name, size, f"{linear.bpw:.3f}", f"{linear.damage_nats:.2e}", shares)
+
+        return Description(
+            kind="EXL2 plan",
+            facts=(
+                f"decoder {self.bpw:.4f} bits per weight, head {self.head.bpw if self.head else 16:.4f} "
+                f"(asked {self.target_bpw:g}, head {self.head_bits})",
+                f"predicted damage {self.damage_nats:.6f} nats/token, of it {self.decoder_damage_nats:.6f} in the "
+                f"decoder (no plan of this size can go below {self.lower_bound_nats:.6f})",
+                *(f"in float16: {line}" for line in unquantized_lines(self.unquantized, self.head_reason)),
+                "decoder weights: " + ", ".join(f"{name} {100 * x:.1f} %" for name, x in self.shares().items()),
+            ),
+            table=Table(
+                ("linear", "in x out", "bpw", "damage, nats/token", "share of rows at each width"),
+                (
+                    *(row(each) for each in (*self.linears, *([self.head] if self.head else []))),
+                    *(
+                        (x.name, f"{x.in_features} x {x.out_features}", "16.000", "", "float16")
+                        for x in self.unquantized
+                    ),
+                ),
+            ),
+        )
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON."""
-        entries = [_to_dict(p) for p in self.linears]
         write_json(
             path,
             {
                 "bpwise_plan": PLAN_VERSION,
+                "format": "exl2",
                 "target_bpw": self.target_bpw,
                 "bpw": self.bpw,
                 "head_bits": self.head_bits,
                 "predicted_damage_nats": self.damage_nats,
                 "lower_bound_nats": self.lower_bound_nats,
                 "measurement": self.measurement,
-                "linears": entries,
+                "linears": [_to_dict(p) for p in self.linears],
                 "head": _to_dict(self.head) if self.head else None,
-                "kept": [asdict(linear) for linear in self.kept],
+                "unquantized": [asdict(linear) for linear in self.unquantized],
                 "head_reason": self.head_reason,
+                "other_bytes": self.other_bytes,
             },
         )
 
     @classmethod
-    def load(cls, path: Path) -> Plan:
-        """Read a plan.
+    def from_json(cls, raw: dict[str, Any], where: str) -> Exl2Plan:
+        """Return the plan that a file holds; see ``Format.load_plan``.
 
         Raises:
             FormatError: It is not a plan of this version.
         """
-        raw = read_json(path, FormatError)
         if raw.get("bpwise_plan") != PLAN_VERSION:
-            raise FormatError(f"{path}: not a plan of version {PLAN_VERSION}. Make it again with `bpwise plan`.")
-        return check_schema(raw, cls, FormatError, where=str(path), remedy=REMEDY)
+            raise FormatError(f"{where}: not a plan of version {PLAN_VERSION}. Make it again with `bpwise plan`.")
+        return check_schema(raw, cls, FormatError, where=where, remedy=_REMEDY)
 
 
-def is_plan(path: Path) -> bool:
-    """Return whether a file is a plan, of either format and any version."""
-    try:
-        return not {"bpwise_plan", "bpwise_type_plan"}.isdisjoint(read_json(path, FormatError))
-    except FormatError:
-        return False
-
-
-def make_plan(
-    measurement: Measurement,
-    *,
-    bpw: float | None = None,
-    size: SizeLimit | None = None,
-    head_bits: HeadBits,
-    overrides: Sequence[WidthOverride] = (),
-    keep_fp16: Sequence[str] = (),
-) -> Plan:
-    """Allocate bits to every row group of the decoder and of the head.
-
-    Args:
-        measurement: The measured curves.
-        bpw: Decoder bits per weight, overheads included, and 16 for each weight in float16; met from below, never
-            exceeded. With ``AUTO`` those of decoder and head together.
-        size: The same as a size of the whole model; one of the two is given.
-        head_bits: Bits of the output head: 2, 3, 4, 5, 6 or 8, as large as if all its codes had that width, though its
-            groups may have others; 16 for unquantized; ``AUTO`` to let it share the decoder's budget.
-        overrides: Widths that linears may have; of several that match, the last. Those of the head go before
-            ``head_bits``.
-        keep_fp16: Shell patterns of linears that stay in float16: whole attention blocks, whole MLPs, or the head. What
-            EXL2 cannot hold stays so anyway.
-
-    Returns:
-        The plan of least predicted damage.
-
-    Raises:
-        ConfigError: As ``allocation_problem``.
-        BudgetError: No plan has this size; the message gives the range that there is.
-    """
-    assert (bpw is None) != (size is None), "one target"
-    measured = {linear.name: linear for linear in (*measurement.linears, measurement.head)}
-    scope = _scope(measurement, head_bits, overrides, keep_fp16)
-    budget = scope.budget_bits(bpw) if bpw is not None else 0
-    if size is not None:
-        budget = scope.budget_bits_within(size)
-        bpw = math.floor(budget / scope.weights * 1e4) / 1e4
-    assert bpw is not None
-    names = [linear.name for linear in (*scope.quantized, *([scope.head] if scope.head and scope.shares else []))]
-    plans, lower_bound = _allocated([measured[name] for name in names], measurement, scope, budget - scope.kept_bits)
-    if scope.head is not None and not scope.shares:
-        head_plans, head_bound = _allocated([measurement.head], measurement, scope, scope.head_alone_bits)
-        plans, lower_bound = [*plans, *head_plans], lower_bound + head_bound
-    count = len(scope.quantized)
-    return Plan(
-        linears=tuple(plans[:count]),
-        head=plans[count] if len(plans) > count else None,
-        target_bpw=bpw,
-        head_bits=head_bits,
-        lower_bound_nats=lower_bound,
-        measurement=measurement.fingerprint,
-        kept=scope.kept,
-        head_reason=scope.head_reason,
-    )
-
-
-def _allocated(
-    linears: Sequence[MeasuredLinear], measurement: Measurement, scope: AllocationProblem, budget_bits: int
-) -> tuple[list[LinearPlan], float]:
-    # The linears' plans within a common budget, overheads included, and a lower bound of their damage.
-    rows = [group_rows(linear.in_features, measurement.group_size) for linear in linears]
-    overhead = sum(
-        linear_bits(linear.out_features, [RowGroup(0, n) for n in counts])
-        for linear, counts in zip(linears, rows, strict=True)
-    )
-    columns = np.concatenate(
-        [
-            np.asarray(counts, dtype=np.int64) * padded_columns(linear.out_features)
-            for linear, counts in zip(linears, rows, strict=True)
-        ]
-    )
-    allowed = [np.isin(measurement.widths, scope.widths[linear.name]) for linear in linears]
-    solved = allocate(
-        np.concatenate([np.where(a, x.damage_nats, np.inf) for x, a in zip(linears, allowed, strict=True)]).astype(
-            np.float64
-        ),
-        columns[:, None] * np.asarray(measurement.widths, dtype=np.int64),
-        budget_bits - overhead,
-    )
-    plans = []
-    first = 0
-    for linear, counts in zip(linears, rows, strict=True):
-        plans.append(_linear_plan(linear, counts, solved.choice[first : first + len(counts)], measurement.widths))
-        first += len(counts)
-    return plans, solved.lower_bound
-
-
-def bpw_range(
-    measurement: Measurement,
-    head_bits: HeadBits = FLOAT16_BITS,
-    overrides: Sequence[WidthOverride] = (),
-    keep_fp16: Sequence[str] = (),
-) -> tuple[float, float]:
-    """Return the smallest and the largest bits per weight that a plan from a measurement can have.
-
-    Args:
-        measurement: The measurement.
-        head_bits: With ``AUTO`` the head counts too, otherwise only the decoder.
-        overrides: As in ``make_plan``.
-        keep_fp16: As in ``make_plan``.
-    """
-    return _scope(measurement, head_bits, overrides, keep_fp16).bpw_range
-
-
-def measured_limit(measurement: Measurement, max_bytes: int) -> SizeLimit:
-    """Return the limit of all tensors, without their files' headers, as far as a measurement tells.
-
-    Args:
-        measurement: Says how many weights there are beside the linears; they are counted at 2 bytes, though those of a
-            float32 checkpoint are carried over in float32.
-        max_bytes: Largest size.
-    """
-    table, head = measurement.embedding, measurement.head
-    return SizeLimit(
-        total_bytes=max_bytes,
-        other_bytes=_FLOAT16_BYTES * (table.tokens * table.hidden_size + measurement.other_weights),
-        float16_head_bytes=0 if table.tied else _FLOAT16_BYTES * head.in_features * head.out_features,
-    )
-
-
-def _scope(
-    measurement: Measurement, head_bits: HeadBits, overrides: Sequence[WidthOverride], keep_fp16: Sequence[str]
-) -> AllocationProblem:
-    return allocation_problem(
-        measurement.linears,
-        measurement.head,
-        group_size=measurement.group_size,
-        head_bits=head_bits,
-        overrides=overrides,
-        keep_fp16=keep_fp16,
-    )
-
-
-def _linear_plan(
-    linear: MeasuredLinear, rows: list[int], choice: np.ndarray[Any, Any], widths: tuple[int, ...]
-) -> LinearPlan:
-    return LinearPlan(
-        name=linear.name,
-        in_features=linear.in_features,
-        out_features=linear.out_features,
-        group_rows=tuple(rows),
-        group_bits=tuple(widths[option] for option in choice),
-        damage_nats=float(linear.damage_nats[np.arange(len(choice)), choice].sum(dtype=np.float64)),
-    )
+def width_shares(bits: Sequence[int], rows: Sequence[int]) -> str:
+    """Return the share of rows at each width as text, widest first."""
+    counts: Counter[int] = Counter()
+    for width, count in zip(bits, rows, strict=True):
+        counts[width] += count
+    return " ".join(f"{width}:{100 * counts[width] / sum(rows):.0f}%" for width in sorted(counts, reverse=True))
 
 
 def _to_dict(plan: LinearPlan) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Literal
 
 from ....checkpoint.source.linears import Shaped, matching
 from ....errors import BudgetError, ConfigError
+from ...rates import round_up, shown_range
 from ..file.layout import WIDTHS, RowGroup, group_rows, linear_bits
 from .unquantized import ASKED, FLOAT16_BITS, UnquantizedLinear, unquantized_reasons
 
@@ -22,7 +22,6 @@ __all__ = [
     "WidthOverride",
     "allocation_problem",
     "check_head_bits",
-    "shown_range",
 ]
 
 HEAD_BITS = (2, 3, 4, 5, 6, 8, 16)
@@ -107,7 +106,7 @@ class AllocationProblem:
 
     Attributes:
         quantized: Decoder linears that are quantized, in model order.
-        kept: Decoder linears that stay in float16.
+        unquantized: Decoder linears that stay in float16.
         head: The output head, or None if it stays in float16.
         head_reason: Why the head stays in float16 though its bits were asked to be others; else None.
         head_bits: What was asked of the head.
@@ -116,7 +115,7 @@ class AllocationProblem:
     """
 
     quantized: tuple[Shaped, ...]
-    kept: tuple[UnquantizedLinear, ...]
+    unquantized: tuple[UnquantizedLinear, ...]
     head: Shaped | None
     head_reason: str | None
     head_bits: HeadBits
@@ -124,25 +123,25 @@ class AllocationProblem:
     group_size: int
 
     @property
-    def shares(self) -> bool:
+    def head_shares_budget(self) -> bool:
         """Whether the head shares the decoder's budget."""
         return self.head is not None and self.head_bits == AUTO
 
     @property
     def weights(self) -> int:
         """Number of weights that bits per weight are counted over: the decoder's, and the head's if it shares."""
-        return sum(x.in_features * x.out_features for x in (*self._budgeted, *self.kept))
+        return sum(x.in_features * x.out_features for x in (*self._budgeted, *self.unquantized))
 
     @property
-    def kept_bits(self) -> int:
+    def unquantized_bits(self) -> int:
         """Bits of the decoder linears that stay in float16: of the budget, but not for the plan to spend."""
-        return sum(linear.stored_bits for linear in self.kept)
+        return sum(linear.stored_bits for linear in self.unquantized)
 
     @property
     def bits_range(self) -> tuple[int, int]:
         """The fewest and the most bits that these weights can take."""
         lowest, highest = (sum(self._bits(x, pick(self.widths[x.name])) for x in self._budgeted) for pick in (min, max))
-        return lowest + self.kept_bits, highest + self.kept_bits
+        return lowest + self.unquantized_bits, highest + self.unquantized_bits
 
     @property
     def bpw_range(self) -> tuple[float, float]:
@@ -156,7 +155,7 @@ class AllocationProblem:
 
         As many as if all its codes had the width asked for, as far as its allowed widths go.
         """
-        if self.head is None or self.shares:
+        if self.head is None or self.head_shares_budget:
             return 0
         assert isinstance(self.head_bits, int)
         allowed = self.widths[self.head.name]
@@ -164,7 +163,7 @@ class AllocationProblem:
 
     @property
     def _budgeted(self) -> tuple[Shaped, ...]:
-        return (*self.quantized, self.head) if self.shares and self.head is not None else self.quantized
+        return (*self.quantized, self.head) if self.head_shares_budget and self.head is not None else self.quantized
 
     def _bits(self, linear: Shaped, width: int) -> int:
         groups = [RowGroup(width, rows) for rows in group_rows(linear.in_features, self.group_size)]
@@ -178,7 +177,7 @@ class AllocationProblem:
         """
         lowest, highest = self.bpw_range
         # Both ends of the range can be asked for as they are shown.
-        if not lowest <= bpw <= _round_up(highest):
+        if not lowest <= bpw <= round_up(highest):
             raise BudgetError(
                 f"{bpw:g} bits per weight cannot be reached: this model at groups of {self.group_size} rows can have "
                 f"from {shown_range(lowest, highest)}{self._as_asked()}. Ask for a size in this range."
@@ -205,7 +204,7 @@ class AllocationProblem:
 
     def _as_asked(self) -> str:
         free = all(len(self.widths[linear.name]) == len(WIDTHS) for linear in self._budgeted)
-        return "" if free and not self.kept else " with these overrides and linears in float16"
+        return "" if free and not self.unquantized else " with these overrides and linears in float16"
 
 
 def allocation_problem(
@@ -252,7 +251,7 @@ def allocation_problem(
         widths |= dict.fromkeys(matching(override.pattern, names), override.widths)
     return AllocationProblem(
         quantized=quantized,
-        kept=tuple(
+        unquantized=tuple(
             UnquantizedLinear(
                 name=x.name, in_features=x.in_features, out_features=x.out_features, reason=reasons[x.name]
             )
@@ -265,16 +264,6 @@ def allocation_problem(
         widths=widths,
         group_size=group_size,
     )
-
-
-def shown_range(lowest: float, highest: float) -> str:
-    """Return a range of bits per weight for a message: four decimals, both ends large enough to be met from below."""
-    return f"{_round_up(lowest):.4f} to {_round_up(highest):.4f}"
-
-
-def _round_up(bpw: float) -> float:
-    # To four decimals; 4.65 * 1e4 is a little above 46500.
-    return math.ceil(round(bpw * 1e4, 6)) / 1e4
 
 
 def check_head_bits(head_bits: HeadBits) -> None:

@@ -10,9 +10,9 @@ from ....checkpoint.model.families import EMBEDDING
 from ....checkpoint.source.checkpoint import Checkpoint
 from ....checkpoint.source.language import Exl2Names, LanguageModel, language_model
 from ....checkpoint.source.linears import Linear, model_linears
-from ...vram import exl2_overhead_bytes
 from ..file.layout import padded_columns
 from ..file.store import QUANTIZED_SUFFIXES
+from ..vram import exl2_overhead_bytes
 from .problem import SizeLimit
 
 __all__ = ["disk_limit", "gpu_limit"]

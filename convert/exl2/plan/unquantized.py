@@ -49,10 +49,10 @@ class UnquantizedLinear:
         return FLOAT16_BITS * self.weights
 
 
-def unquantized_lines(kept: Iterable[UnquantizedLinear], head_reason: str | None) -> list[str]:
+def unquantized_lines(unquantized: Iterable[UnquantizedLinear], head_reason: str | None) -> list[str]:
     """Return what stays in float16, and why, one line a reason."""
     counts: dict[str, list[int]] = {}
-    for linear in kept:
+    for linear in unquantized:
         counts.setdefault(linear.reason, []).append(linear.weights)
     lines = [f"{len(sizes)} linears, {sum(sizes)} weights: {reason}" for reason, sizes in counts.items()]
     return [*lines, *([f"{HEAD}: {head_reason}"] if head_reason else [])]

@@ -1,0 +1,132 @@
+"""What only EXL2 can be asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from ...errors import ConfigError
+from ..options import Conflict, FormatOptions, option
+from .file.layout import ROW_MULTIPLE
+from .plan.problem import AUTO, HEAD_BITS, HeadBits, WidthOverride, check_head_bits
+from .vram import CACHE_BITS
+
+__all__ = ["CONFLICTS", "Effort", "Exl2Options"]
+
+Effort = Literal["normal", "high"]
+
+_MIB = 1 << 20
+
+_SHARD_BYTES = 8192 * _MIB
+"""As the official converter."""
+
+
+def _head_bits(text: str) -> HeadBits:
+    return AUTO if text == AUTO else int(text)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exl2Options(FormatOptions):
+    """Options of an EXL2 output.
+
+    Attributes:
+        head_bits: Bits of the output head: 2, 3, 4, 5, 6, 8, 16 for unquantized, or ``auto``: see ``make_exl2_plan``.
+        overrides: Widths that linears may have: see ``make_exl2_plan``.
+        keep_fp16: Shell patterns of linears that stay in float16: see ``make_exl2_plan``.
+        effort: ``high`` fits the decoder's scales to the original's predictions in the end (see ``tuning``), ``normal``
+            does not.
+        cache_bits: 16 for a float16 cache, or ExLlamaV2's caches of 8, 6 or 4 bits: which the context is kept in.
+        group_size: Input channels that share a width and a scale; a multiple of 32.
+        shard_bytes: Largest output file, in bytes.
+        force: Whether to quantize a model that EXL2 readers do not know, or would compute otherwise.
+    """
+
+    head_bits: HeadBits = option(
+        "-hb",
+        "--head-bits",
+        default=6,
+        choices=(*map(str, HEAD_BITS), AUTO),
+        parse=_head_bits,
+        commands=("plan", "quantize"),
+        help="Bits of the output head; 16: unquantized; auto: as many as pay, out of --bpw for decoder and head "
+        "together.",
+    )
+    overrides: tuple[WidthOverride, ...] = option(
+        "--override",
+        default=(),
+        repeatable=True,
+        metavar="PATTERN=WHAT",
+        parse=WidthOverride.parse,
+        commands=("plan", "quantize"),
+        help="Bits of every row group of linears whose names match (6 exactly, 5: at least, :6 at most, 4:6). "
+        "Repeatable; the last match counts.",
+    )
+    keep_fp16: tuple[str, ...] = option(
+        "--keep-fp16",
+        default=(),
+        repeatable=True,
+        metavar="PATTERN",
+        commands=("plan", "quantize"),
+        help="Linears to leave in float16, counted in --bpw: all of an attention block or MLP, as '*.0.mlp.*', or "
+        "lm_head. Repeatable.",
+    )
+    effort: Effort = option(
+        "--effort",
+        default="normal",
+        choices=get_args(Effort),
+        help="high: after rounding, fit the decoder's scales to what the original predicts; pays at 3 bits and less.",
+    )
+    cache_bits: int = option(
+        "--cache-bits",
+        default=16,
+        choices=tuple(map(str, CACHE_BITS)),
+        parse=int,
+        help="With --vram: which of ExLlamaV2's caches the context is kept in.",
+    )
+    group_size: int = option(
+        "--group-size",
+        default=32,
+        kind="integer",
+        commands=("measure", "quantize"),
+        help="Input channels that share a width and a scale.",
+    )
+    shard_bytes: int = option(
+        "-ss", "--shard-size", default=_SHARD_BYTES, kind="mebibytes", help="Largest output file, MiB."
+    )
+    force: bool = option(
+        "--force", default=False, kind="flag", help="Quantize even what readers do not know or compute otherwise."
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ConfigError: One of them makes no sense.
+        """
+        check_head_bits(self.head_bits)
+        if self.effort not in get_args(Effort):
+            raise ConfigError(f"effort must be one of {get_args(Effort)}, got {self.effort!r}.")
+        if self.cache_bits not in CACHE_BITS:
+            raise ConfigError(f"cache_bits must be one of {CACHE_BITS}, got {self.cache_bits}.")
+        if self.group_size < ROW_MULTIPLE or self.group_size % ROW_MULTIPLE:
+            raise ConfigError(f"group_size must be a positive multiple of {ROW_MULTIPLE}, got {self.group_size}.")
+        if self.shard_bytes <= 0:
+            raise ConfigError(f"shard_bytes must be positive, got {self.shard_bytes}.")
+
+
+def _without_vram(options: Mapping[str, Any]) -> bool:
+    return not options["vram"]
+
+
+CONFLICTS: Mapping[str, tuple[Conflict, ...]] = {
+    "quantize": (
+        Conflict("without --vram", _without_vram, ("cache_bits",), "only the memory of a GPU holds a cache"),
+        Conflict(
+            "with --measurement",
+            lambda options: bool(options["measurement"]),
+            ("group_size",),
+            "it brings its own group size",
+        ),
+    )
+}

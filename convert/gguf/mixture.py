@@ -1,0 +1,166 @@
+"""A GGUF file in one of llama.cpp's fixed mixtures: byte for byte what llama-quantize makes; nothing is measured."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ...checkpoint.model.names import text_config
+from ...checkpoint.source.checkpoint import Checkpoint
+from ...linalg.parallel import cores
+from ...measure.measurement import Measurement
+from ...progress import Progress
+from ...tables import Table
+from ..format import Description, LinearCost, Plan, Provenance, SizeForecast, Target, Verification
+from ..rounded import RoundedModel
+from .conversion import GgufConversion, require_known
+from .file.header import GgufTensor
+from .file.names import gguf_name, known_model_types
+from .file.writer import write_gguf
+from .ggml.kernels import require_kernels
+from .ggml.types import TYPES, GgmlType
+from .llama_cpp.assign import mixture_types, require_importance
+from .llama_cpp.converter import find_converter
+from .llama_cpp.imatrix import imatrix_metadata, read_imatrix, require_fitting
+from .llama_cpp.mixtures import mixture
+from .options import GgufOptions
+
+__all__ = ["MixtureConversion", "MixturePlan"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MixturePlan(Plan):
+    """Types of all tensors as a mixture has them.
+
+    Attributes:
+        name: The mixture.
+        tensors: The unquantized tensors, by their names in the file.
+        types: The type of each.
+    """
+
+    name: str
+    tensors: Mapping[str, GgufTensor]
+    types: Mapping[str, GgmlType]
+
+    @property
+    def damage_nats(self) -> None:
+        """None: nothing was measured."""
+        return
+
+    @property
+    def gap(self) -> float:
+        """0: there is nothing to compare with."""
+        return 0.0
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size of all tensors' data, in bytes."""
+        return sum(
+            math.prod(tensor.shape[:-1]) * self.types[name].row_bytes(tensor.shape[-1])
+            for name, tensor in self.tensors.items()
+        )
+
+    @property
+    def bpw(self) -> float:
+        """Bits per weight over all tensors of the file, as llama.cpp counts."""
+        return 8 * self.stored_bytes / sum(math.prod(tensor.shape) for tensor in self.tensors.values())
+
+    def identity(self) -> Any:
+        """Return the mixture's name and all types."""
+        return [self.name, {name: kind.name for name, kind in self.types.items()}]
+
+    def save(self, path: Path) -> None:
+        """Write nothing: the mixture's name says it all."""
+
+    def costs(self) -> tuple[LinearCost, ...]:
+        """Return what every tensor gets."""
+        return tuple(LinearCost(name, kind.bits_per_weight) for name, kind in self.types.items())
+
+    def shares(self) -> dict[str, float]:
+        """Return the share of all weights in each type, the largest type first."""
+        counts: Counter[str] = Counter()
+        for name, tensor in self.tensors.items():
+            counts[self.types[name].name] += math.prod(tensor.shape)
+        total = sum(counts.values())
+        return {name: counts[name] / total for name in sorted(counts, key=lambda name: -TYPES[name].bits_per_weight)}
+
+    def describe(self) -> Description:
+        """Return what is in the plan."""
+        rows = tuple((name, kind.name, f"{kind.bits_per_weight:.3f}") for name, kind in self.types.items())
+        return Description(kind=f"mixture {self.name}", facts=(), table=Table(("tensor", "type", "bpw"), rows))
+
+
+class MixtureConversion(GgufConversion):
+    """See ``Conversion``."""
+
+    measures = False
+
+    def __init__(self, checkpoint: Checkpoint, options: GgufOptions) -> None:
+        """See ``Conversion``."""
+        super().__init__(checkpoint, options)
+        self._mixture = mixture(options.mixture or "")
+        self._matrix = None if options.imatrix is None else read_imatrix(options.imatrix)
+        self.inputs = (*self.inputs, *(() if options.imatrix is None else (options.imatrix,)))
+
+    def require_support(self) -> None:
+        """Refuse missing tools, and importances that do not fit, as far as that is known before converting."""
+        if TYPES[self._mixture.default].quantized:
+            require_kernels()
+        if self.options.base is None:
+            find_converter(self.options.llama_cpp)
+        if self.checkpoint.config.get("model_type") not in known_model_types():
+            return  # whether llama.cpp's converter knows it shows soon
+        source = self._source
+        if self._matrix is None:
+            require_importance(self._mixture, source.shape("model.layers.0.self_attn.q_proj.weight")[-1])
+        else:
+            require_fitting(self._matrix, {gguf_name(name) or name: source.shape(name) for name in source.names})
+
+    def require_readable(self) -> None:
+        """See ``Conversion``."""
+        require_known(text_config(self.checkpoint.config), "Leave the comparison out with --no-eval.")
+        super().require_readable()
+
+    def forecast(
+        self, target: Target | None, measured: Measurement | None, provenance: Provenance | None = None
+    ) -> SizeForecast:
+        """Return an upper bound: how large a mixture's file is shows once the model is converted."""
+        return SizeForecast(output_bytes=self.checkpoint.total_bytes, bpw=16.0, lowest_bpw=0.0, highest_bpw=16.0)
+
+    @cached_property
+    def _types(self) -> dict[str, GgmlType]:
+        importance = None if self._matrix is None else self._matrix.sums.keys()
+        return mixture_types(self._mixture, self.header, importance=importance)
+
+    def plan(self, measurement: Measurement | None, target: Target | None, provenance: Provenance) -> MixturePlan:
+        """See ``Conversion``."""
+        if self._matrix is not None:
+            require_fitting(self._matrix, {name: tensor.shape for name, tensor in self.header.tensors.items()})
+        return MixturePlan(self._mixture.name, self.header.tensors, self._types)
+
+    def write(
+        self,
+        rounded: RoundedModel | None,
+        output: Path,
+        plan: MixturePlan,
+        measurement: Measurement | None,
+        provenance: Provenance,
+        progress: Progress,
+    ) -> Verification:
+        """See ``Conversion``."""
+        matrix = self._matrix
+        return write_gguf(
+            self.base,
+            output,
+            plan.types,
+            file_type=self._mixture.file_type,
+            importance=None if matrix is None else matrix.mean_squares,
+            metadata={} if matrix is None else imatrix_metadata(matrix, str(self.options.imatrix)),
+            threads=cores(),
+            progress=progress,
+        )

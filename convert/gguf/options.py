@@ -1,0 +1,111 @@
+"""What only GGUF can be asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import ConfigError
+from ..options import Conflict, FormatOptions, option
+from .plan import TypeOverride
+
+__all__ = ["CONFLICTS", "GgufOptions"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufOptions(FormatOptions):
+    """Options of a GGUF output.
+
+    Attributes:
+        overrides: Types that tensors must have.
+        feedback: Whether linears are rounded with error feedback, block after block on what the quantized blocks before
+            give them; otherwise by ggml alone, as llama-quantize does, in seconds. The plan is the same.
+        mixture: One of llama.cpp's fixed mixtures, such as ``Q4_K_M``, instead of a target: byte for byte what
+            llama-quantize makes; nothing is measured.
+        imatrix: With ``mixture``: an importance matrix in either of llama.cpp's formats.
+        llama_cpp: A llama.cpp checkout, or a directory with its converter; None for the usual place.
+        base: The model as an unquantized GGUF file; None converts it.
+        card: Whether a model card ``NAME.README.md`` is written beside the file.
+    """
+
+    overrides: tuple[TypeOverride, ...] = option(
+        "--override",
+        default=(),
+        repeatable=True,
+        metavar="PATTERN=WHAT",
+        parse=TypeOverride.parse,
+        commands=("plan", "quantize"),
+        help="Type of tensors whose names match, as 'blk.0.*=Q8_0'. Repeatable; the last match counts.",
+    )
+    feedback: bool = option(
+        "--no-feedback",
+        default=True,
+        kind="negated",
+        help="Round by ggml alone, in seconds instead of minutes, at two to three times the KL.",
+    )
+    mixture: str | None = option(
+        "--type",
+        default=None,
+        help="One of llama.cpp's fixed mixtures, as Q4_K_M, exactly as llama-quantize makes it.",
+    )
+    imatrix: Path | None = option("--imatrix", default=None, kind="file", help="With --type: an importance matrix.")
+    llama_cpp: Path | None = option(
+        "--llama-cpp",
+        default=None,
+        kind="directory",
+        help="llama.cpp or its converter.  [default: as `make` installs it]",
+    )
+    base: Path | None = option(
+        "--base", default=None, kind="file", help="The model as an unquantized GGUF file: do not convert it."
+    )
+    card: bool = option("--card", default=False, kind="flag", help="Write a model card NAME.README.md too.")
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ConfigError: One of them makes no sense.
+        """
+        if self.imatrix is not None and self.mixture is None:
+            raise ConfigError("imatrix: goes with a mixture only. Otherwise the measurement says what matters.")
+
+
+def _given(name: str) -> Any:
+    return lambda options: bool(options[name])
+
+
+def _only_writes(options: Mapping[str, Any]) -> bool:
+    return bool(options["measurement"] and options["no_feedback"] and options["no_eval"])
+
+
+def _single_without_card(options: Mapping[str, Any]) -> bool:
+    return not options["card"] and len(options["bpw"] or ()) < 2
+
+
+CONFLICTS: Mapping[str, tuple[Conflict, ...]] = {
+    "quantize": (
+        Conflict(
+            "with --type",
+            _given("type"),
+            (
+                *("measurement", "override", "no_feedback", "calibration", "column", "chat_template", "rows"),
+                *("row_tokens", "seed", "damping", "moe_calibrate_all", "force_eval_text"),
+            ),
+            "a mixture of llama.cpp is neither measured nor planned",
+        ),
+        Conflict("without --type", lambda options: not options["type"], ("imatrix",), "the measurement says it all"),
+        Conflict("without --card", _single_without_card, ("base_model",), "it is named in the card"),
+        Conflict(
+            "with --type and --no-eval",
+            lambda options: bool(options["type"] and options["no_eval"]),
+            ("device", "offload_dir"),
+            "nothing is run",
+        ),
+        Conflict(
+            "with --measurement, --no-feedback and --no-eval", _only_writes, ("device", "offload_dir"), "nothing is run"
+        ),
+        Conflict("with --base", _given("base"), ("llama_cpp",), "nothing is converted"),
+    )
+}

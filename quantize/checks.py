@@ -1,0 +1,192 @@
+"""Checks before long work, from config, headers, options and disk: called wherever a run begins, or only forecasts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..checkpoint.files.atomic import explained, require_room
+from ..checkpoint.files.paths import refuse_foreign
+from ..checkpoint.source.checkpoint import Checkpoint
+from ..convert.format import Conversion, Format, Target
+from ..convert.publishing.base_card import read_base_card
+from ..convert.publishing.cards import card_path
+from ..convert.publishing.mark import mark_path
+from ..errors import ConfigError, WorkDirectoryError
+from ..eval.config import EvalConfig
+from ..eval.report.report import report_names, try_report
+from ..measure.measurement import Measurement
+from ..measure.run import MeasureConfig, require_measurable, resolve_device
+from ..measure.text.calibration import CalibrationSet
+from ..measure.text.context import CALIBRATION, check_rows, fit_row_tokens
+from .forecast import Forecast, forecast_run
+
+__all__ = ["ReportPlace", "exists", "forecast_outputs", "output_of", "refuse_others", "report_place"]
+
+_CARD_SENTENCE = b"quantized to "
+"""In the cards of all formats."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReportPlace:
+    """Place of an output's report.
+
+    Attributes:
+        directory: The directory.
+        prefix: Beginning of all its files' names.
+    """
+
+    directory: Path
+    prefix: str
+
+
+def report_place(output: Path, format_: Format) -> ReportPlace:
+    """Return where an output's report goes: into its directory, or beside its file."""
+    return ReportPlace(output.parent, f"{output.stem}.") if format_.suffix else ReportPlace(output, "")
+
+
+def files_beside(output: Path, format_: Format) -> list[str]:
+    """Return the names of all files that may come to lie beside an output that is a file."""
+    if not format_.suffix:
+        return []
+    return [*report_names(f"{output.stem}."), card_path(output).name, mark_path(output).name]
+
+
+def exists(output: Path) -> bool:
+    """Return whether an output is there; an empty directory is still to be filled.
+
+    Raises:
+        WorkDirectoryError: It cannot be looked at.
+    """
+    with explained(output):
+        return any(output.iterdir()) if output.is_dir() else output.exists()
+
+
+def output_of(output: Path, format_: Format, run: str) -> bool:
+    """Return whether the finished output of a run is there.
+
+    Args:
+        output: Where it shall be.
+        format_: Its format.
+        run: What the output says of its run, or the beginning of that.
+
+    Raises:
+        WorkDirectoryError: Something else is in the way.
+    """
+    if not exists(output):
+        return False
+    is_kind = output.is_file() if format_.suffix else output.is_dir()
+    found = format_.run_of(output) if is_kind else None
+    if found is None or not found.startswith(run):
+        raise WorkDirectoryError(
+            f"{output}: exists already and is not the output of this run. Choose another name or delete it."
+        )
+    return True
+
+
+def refuse_others(output: Path, conversion: Conversion, format_: Format, *, evaluated: bool) -> None:
+    """Refuse files of others that an output, its report and its card would replace.
+
+    Args:
+        output: The output.
+        conversion: Says whether a card is written.
+        format_: The output's format.
+        evaluated: Whether a report is written.
+
+    Raises:
+        WorkDirectoryError: There are some.
+    """
+    output_of(output, format_, run_prefix(conversion.checkpoint) if exists(output) else "")
+    place = report_place(output, format_)
+    if format_.suffix and evaluated:
+        try_report(place.directory, prefix=place.prefix)
+    if format_.suffix and conversion.writes_card:
+        refuse_foreign(card_path(output), _is_card, "a card", advice="move it away")
+
+
+def run_prefix(checkpoint: Checkpoint) -> str:
+    """Return what the identities of all runs on a model begin with."""
+    return checkpoint.fingerprint[:8]
+
+
+def _is_card(path: Path) -> bool:
+    try:
+        return _CARD_SENTENCE in path.read_bytes()
+    except OSError:
+        return False
+
+
+def forecast_outputs(
+    conversion: Conversion,
+    targets: Mapping[Path, Target | None],
+    measure: MeasureConfig,
+    evaluate: EvalConfig | None,
+    work: Path,
+    *,
+    measured: Measurement | None = None,
+    rows: CalibrationSet | None = None,
+) -> dict[Path, Forecast]:
+    """Return what a run will take for each output; refuse what cannot be quantized.
+
+    Reads headers and what is carried over as it is, once, however many outputs there are.
+
+    Args:
+        conversion: The original on its way into the format.
+        targets: How large each output may be.
+        measure: Options of measuring.
+        evaluate: Options of the evaluation; None if there is none.
+        work: The run's work directory.
+        measured: A measurement to work from; None if there is none yet.
+        rows: Calibration rows that are given; None if they are to be made.
+
+    Raises:
+        BpwiseError: What is wrong with the model, the options or the places of the outputs.
+    """
+    checkpoint = conversion.checkpoint
+    conversion.require_support()
+    if conversion.measures or evaluate is not None:
+        require_measurable(checkpoint)
+    if measured is not None and rows is not None:
+        raise ConfigError("a measurement brings its own calibration rows, got others too. Leave one of the two out.")
+    for device in {measure.device, *([] if evaluate is None else [evaluate.device])}:
+        resolve_device(device)
+    if evaluate is not None:
+        evaluate.fitted(checkpoint)
+        conversion.require_readable()
+    if rows is not None:
+        check_rows(checkpoint, rows, CALIBRATION)
+    elif measured is None and conversion.measures:
+        fit_row_tokens(measure.calibration.row_tokens, checkpoint, CALIBRATION)
+    known = rows if measured is None else measured
+    shape = None if known is None else (int(known.tokens.shape[0]), int(known.tokens.shape[1]))
+    forecasts = {
+        output: forecast_run(conversion, target, measure, measured=measured, rows_shape=shape)
+        for output, target in targets.items()
+    }
+    conversion.require_writable()
+    if conversion.writes_card:
+        read_base_card(checkpoint.directory)
+    sizes = {output: each.size.output_bytes for output, each in forecasts.items() if not exists(output)}
+    _require_room({**sizes, **conversion.scratch(work)})
+    return forecasts
+
+
+def _require_room(sizes: Mapping[Path, int]) -> None:
+    # What is made on one disk must fit there together.
+    disks: dict[int, dict[Path, int]] = {}
+    for path, size in sizes.items():
+        place = path / "*" if path.is_dir() else path
+        with explained(path):
+            existing = next(each for each in place.absolute().parents if each.exists())
+            disks.setdefault(existing.stat().st_dev, {})[place] = size
+    for made in disks.values():
+        require_room(_together(made), sum(made.values()))
+
+
+def _together(paths: Iterable[Path]) -> Path:
+    several = list(paths)
+    if len(several) == 1:
+        return several[0]
+    return Path(os.path.commonpath([path.absolute().parent for path in several])) / "*"

@@ -1,0 +1,64 @@
+"""Options of a whole run. Each step takes its own part of them; only the run holds all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..convert.format import Format, Target
+from ..convert.options import FormatOptions
+from ..convert.publishing.cards import check_base_model
+from ..convert.registry import format_asking, formats
+from ..errors import ConfigError
+from ..eval.config import EvalConfig
+from ..measure.run import MeasureConfig
+
+__all__ = ["QuantizeConfig"]
+
+
+def _default_options() -> FormatOptions:
+    return next(iter(formats().values())).Options()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeConfig:
+    """Options of a whole run.
+
+    Attributes:
+        target: How large the output may be; None only where the format's options say it all.
+        options: The format's options, which choose the format too.
+        measure: Options of measuring; its calibration rows and device serve rounding too.
+        evaluate: Options of the evaluation, or None to leave it out.
+        base_model: Hub id of the original for the model card; None takes it from where the original came from.
+    """
+
+    target: Target | None = None
+    options: FormatOptions = field(default_factory=_default_options)
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+    evaluate: EvalConfig | None = field(default_factory=EvalConfig)
+    base_model: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check what the parts say of each other.
+
+        Raises:
+            ConfigError: They contradict each other, or the model's id is not one.
+        """
+        check_base_model(self.base_model)
+        calibration = self.measure.calibration.source
+        held_out = self.evaluate is not None and not self.evaluate.allow_calibration_text
+        if held_out and calibration is not None and self.evaluate is not None and calibration == self.evaluate.text:
+            raise ConfigError(
+                f"{calibration}: cannot be calibration and evaluation text at once. Evaluate on other text, or force "
+                "it with --force-eval-text."
+            )
+
+    @property
+    def format(self) -> Format:
+        """The format of the output."""
+        return format_asking(self.options)
+
+    @property
+    def offload_dirs(self) -> tuple[Path | None, ...]:
+        """Directories of hidden states, or None: of measuring and rounding, and of the evaluation."""
+        return self.measure.offload_dir, None if self.evaluate is None else self.evaluate.offload_dir

@@ -1,0 +1,96 @@
+"""Results of a run, for terminals and reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..convert.format import Plan, Verification
+from ..convert.rounded import Drift, drift_section
+from ..eval.comparison import Comparison
+from ..eval.report.markdown import summary_lines
+from .costs import StepCost, cost_line, cost_section
+from .rounding.fallbacks import fallback_entries, fallback_lines
+
+__all__ = ["QuantizeResult", "report_details"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeResult:
+    """Result of a run.
+
+    Attributes:
+        output: The directory or file.
+        plan: What every linear or tensor got, with the predicted damage.
+        verification: What was read back from the written files.
+        original_bytes: Size of the original tensors.
+        comparison: Original against quantized, or None if evaluation was left out.
+        costs: Time and memory of every step that ran.
+        fallbacks: Linears whose Gram matrix could not be factored with the measured damping, and the damping that it
+            took (infinite: rounded without error feedback); empty if nothing was rounded now.
+        drift: How far the hidden states after each block are from the original's; empty if nothing was rounded now, or
+            it was refined after that.
+        measurement: The measurement file, which serves any other bitrate; None if nothing was measured.
+        experts: How many experts calibration text hardly reached; None for a model without experts.
+        warnings: What readers compute otherwise than Transformers, and what could not be carried over.
+    """
+
+    output: Path
+    plan: Plan
+    verification: Verification
+    original_bytes: int
+    comparison: Comparison | None
+    costs: tuple[StepCost, ...]
+    fallbacks: Mapping[str, float]
+    drift: tuple[Drift, ...]
+    measurement: Path | None
+    experts: str | None
+    warnings: tuple[str, ...]
+
+    def summary_lines(self) -> list[str]:
+        """Return the result as lines for a terminal."""
+        plan, verified = self.plan, self.verification
+        rates = ", ".join(f"{part} {bpw:.4f} bpw" for part, bpw in verified.rates.items())
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in plan.shares().items())
+        lines = [
+            f"size        {verified.file_bytes / 2**20:.1f} MiB, {verified.file_bytes / self.original_bytes:.1%} of the"
+            f" original; {rates}",
+            f"weights     {shares}",
+        ]
+        if plan.damage_nats is not None:
+            lines.append(
+                f"predicted   {plan.damage_nats:.6f} nats/token, at most {100 * plan.gap:.3f} % above the best possible"
+            )
+        lines += [] if self.comparison is None else summary_lines(self.comparison)
+        lines += [f"warning     {warning}" for warning in self.warnings]
+        lines += [] if self.experts is None else [f"experts     {self.experts}"]
+        lines += fallback_lines(self.fallbacks)
+        lines += map(cost_line, self.costs)
+        if self.measurement is not None:
+            lines.append(f"measurement {self.measurement} serves any other bitrate")
+        return [*lines, f"output      {self.output}"]
+
+
+def report_details(result: QuantizeResult) -> dict[str, dict[str, str | float]]:
+    """Return what a report should say of the run beside the comparison: section -> entry -> value."""
+    plan, verified = result.plan, result.verification
+    damage = {} if plan.damage_nats is None else {"predicted damage, nats/token": plan.damage_nats}
+    return {
+        "Size": {
+            **{f"bits per weight, {part}": round(bpw, 4) for part, bpw in verified.rates.items()},
+            "quantized files, bytes": verified.file_bytes,
+            "original tensors, bytes": result.original_bytes,
+            "quantized / original": round(verified.file_bytes / result.original_bytes, 4),
+        },
+        "Plan": {
+            **damage,
+            "at most above the best possible, %": round(100 * plan.gap, 3),
+            **{f"weights in {name}, %": round(100 * share, 2) for name, share in plan.shares().items()},
+            **{f"fact {number}": fact for number, fact in enumerate(plan.describe().facts, 1)},
+            **({} if result.experts is None else {"experts": result.experts}),
+            **fallback_entries(result.fallbacks),
+        },
+        **cost_section(result.costs),
+        **drift_section(result.drift),
+    }

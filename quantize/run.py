@@ -1,0 +1,338 @@
+"""The whole pipeline for one output: measure, plan, round, write, evaluate. Every step goes on where it was cut off."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..checkpoint.files.paths import check_run, named, reserved, work_beside
+from ..checkpoint.files.resume import RunArtifacts, run_artifacts
+from ..checkpoint.source.checkpoint import Checkpoint
+from ..checkpoint.source.original import Original, open_model
+from ..convert.format import Conversion, Plan, Provenance, Rounder, Target, Verification
+from ..convert.publishing.cards import write_card
+from ..convert.rounded import RoundedModel
+from ..eval.comparison import Comparison
+from ..eval.metrics.overlap import CalibrationSpans
+from ..eval.report.report import carried_over, earlier_details, write_report
+from ..measure.measurement import Measurement
+from ..measure.run import MEASURED, resolve_device
+from ..measure.text.calibration import CalibrationSet
+from ..progress import Progress, silent
+from ..version import __version__
+from .checks import files_beside, forecast_outputs, output_of, refuse_others, report_place, run_prefix
+from .config import QuantizeConfig
+from .costs import StepClock
+from .judge import Judge, refuse_marked
+from .measuring import MEASUREMENT_FILE, PLAN_FILE, GivenMeasurement, check_work, load_or_measure
+from .result import QuantizeResult, report_details
+from .rounding.fallbacks import damping_fallbacks
+from .rounding.model import RoundConfig, round_model, rounded_before, rounding_identity
+from .rounding.rounding_pass import ROUNDED
+
+__all__ = ["Job", "check_output", "make_output", "quantize_model"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Job:
+    """Everything that the outputs of a run share.
+
+    Attributes:
+        conversion: The original on its way into the format.
+        config: Options; their target is not read.
+        given: The measurement to work from, as it was read; None measures first.
+        calibration: Calibration rows that were given; None makes them.
+        judge: Evaluates outputs; None leaves that out.
+        progress: Shows how far the steps are.
+    """
+
+    conversion: Conversion
+    config: QuantizeConfig
+    given: GivenMeasurement | None
+    calibration: CalibrationSet | None
+    judge: Judge | None
+    progress: Progress
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The original."""
+        return self.conversion.checkpoint
+
+
+def quantize_model(
+    model: Original,
+    output: Path,
+    config: QuantizeConfig,
+    *,
+    measurement: Path | None = None,
+    calibration: CalibrationSet | None = None,
+    work: Path | None = None,
+    judge: Judge | None = None,
+    progress: Progress = silent,
+) -> QuantizeResult:
+    """Quantize a model, and compare the result with the original.
+
+    Args:
+        model: A local directory, a Hub id, or what ``open_model`` made of one.
+        output: Directory or file to make. It must not exist, or be the finished output of this very run.
+        config: Options.
+        measurement: A measurement of this model; None measures first, and keeps the measurement in the work
+            directory. It brings its calibration rows along.
+        calibration: Rows to use instead of those that ``config.measure.calibration`` describes; not with a measurement.
+        work: Work directory; default ``OUTPUT.work``.
+        judge: What evaluates, to be shared with other outputs of the same model; made from ``config.evaluate`` if None.
+        progress: Shows how far the steps are.
+
+    Returns:
+        What was made.
+
+    Raises:
+        BrokenModelError: The output's predictions are useless; it is marked, and the measurement kept.
+        BpwiseError: What is wrong with the model, the options, the text, the tools or the disk.
+
+    Example:
+        >>> from bpwise import QuantizeConfig, Target, quantize_model
+        >>> result = quantize_model("llama", "llama-4bpw", QuantizeConfig(target=Target(bpw=4.0)))  # doctest: +SKIP
+        >>> result.verification.bpw  # doctest: +SKIP
+        3.9998
+    """
+    checkpoint = open_model(model)
+    output = named(Path(output))
+    work = work or work_beside(output)
+    conversion = config.format.conversion(checkpoint, config.options)
+    with reserved(output, files_beside(output, config.format)):
+        check_output(conversion, config, output, work, measurement, progress)
+        given = GivenMeasurement.load(measurement, checkpoint, progress)
+        forecast_outputs(
+            conversion,
+            {output: config.target},
+            config.measure,
+            config.evaluate,
+            work,
+            measured=None if given is None else given.measurement,
+            rows=calibration,
+        )
+        if judge is None and config.evaluate is not None:
+            judge = Judge(checkpoint, config.evaluate, progress)
+        job = Job(
+            conversion=conversion, config=config, given=given, calibration=calibration, judge=judge, progress=progress
+        )
+        return make_output(job, output, config.target, work)
+
+
+def check_output(
+    conversion: Conversion,
+    config: QuantizeConfig,
+    output: Path,
+    work: Path,
+    measurement: Path | None,
+    progress: Progress,
+) -> None:
+    """Refuse places that are in the way of each other, and files of others; costs no time unless the output exists.
+
+    Args:
+        conversion: The original on its way into the format.
+        config: Options.
+        output: Directory or file to make.
+        work: Its work directory.
+        measurement: The measurement to work from, or None.
+        progress: Shows how far the original's fingerprint is.
+
+    Raises:
+        UnsupportedModelError: Readers of the format do not know the model.
+        WorkDirectoryError: A place is in the way, or holds something else.
+    """
+    checkpoint = conversion.checkpoint
+    _ = conversion.warnings
+    read = (measurement, *conversion.inputs)
+    check_run(output, work, directories=checkpoint.directories, files=read, offload=config.offload_dirs)
+    check_work(work)
+    if output.exists():
+        checkpoint.prepare_fingerprint(progress)
+    refuse_others(output, conversion, config.format, evaluated=config.evaluate is not None)
+
+
+def make_output(job: Job, output: Path, target: Target | None, work: Path) -> QuantizeResult:
+    """Quantize a model once it is made sure of all that may be in the way.
+
+    Args:
+        job: What all outputs share.
+        output: As for ``quantize_model``.
+        target: How large it may be.
+        work: Its work directory.
+
+    Raises:
+        BpwiseError: As ``quantize_model``.
+    """
+    with run_artifacts(work) as artifacts:
+        return _OutputRun(job, output, target, work, artifacts).result()
+
+
+class _OutputRun:
+    """The steps for one output, in their order."""
+
+    def __init__(self, job: Job, output: Path, target: Target | None, work: Path, artifacts: RunArtifacts) -> None:
+        self._job = job
+        self._output = output
+        self._target = target
+        self._work = work
+        self._artifacts = artifacts
+        self._clock = StepClock()
+        measure = job.config.measure
+        self._round_config = RoundConfig(device=measure.device, offload_dir=measure.offload_dir)
+
+    def result(self) -> QuantizeResult:
+        job, conversion = self._job, self._job.conversion
+        with self._clock.step("prepare"):
+            for name, identity in conversion.prepare(self._work, job.progress):
+                self._artifacts.add(name, identity)
+        if job.judge is not None:
+            conversion.require_readable()
+        measured, rows = self._measured() if conversion.measures else (None, None)
+        with self._clock.step("plan"):
+            plan = conversion.plan(measured, self._target, self._provenance(rows))
+        if measured is not None:
+            plan.save(self._work / PLAN_FILE)
+        run = self._identity(rows, plan)
+        finished = output_of(self._output, job.config.format, run)
+        verification, rounded = self._written(plan, measured, rows, run, finished=finished)
+        comparison = self._compared(plan)
+        refined = conversion.refines
+        result = QuantizeResult(
+            output=self._output,
+            plan=plan,
+            verification=verification,
+            original_bytes=job.checkpoint.total_bytes,
+            comparison=comparison,
+            costs=tuple(self._clock.costs),
+            fallbacks=_fallbacks(measured, rounded),
+            drift=() if rounded is None or refined else tuple(rounded.drift()),
+            measurement=self._measurement_file(),
+            experts=None if measured is None else measured.experts_sentence,
+            warnings=(*conversion.warnings, *conversion.notes),
+        )
+        self._report(result, finished=finished)
+        return result
+
+    def _measured(self) -> tuple[Measurement, CalibrationSet]:
+        job = self._job
+
+        def check_rows(rows: CalibrationSet) -> None:
+            if job.judge is not None:
+                job.judge.check_text(rows)
+            measured = None if job.given is None else job.given.measurement
+            job.conversion.forecast(self._target, measured, self._provenance(rows))
+
+        measured, rows = load_or_measure(
+            job.checkpoint,
+            job.config.measure,
+            job.config.format.curves(job.config.options),
+            self._work,
+            self._clock,
+            job.progress,
+            given=job.given,
+            calibration=job.calibration,
+            check_rows=check_rows,
+        )
+        self._artifacts.add(MEASURED, measured.provenance)
+        return measured, rows
+
+    def _written(
+        self,
+        plan: Plan,
+        measured: Measurement | None,
+        rows: CalibrationSet | None,
+        run: str,
+        *,
+        finished: bool,
+    ) -> tuple[Verification, RoundedModel | None]:
+        # What was read back, and what was rounded, if that is there.
+        job = self._job
+        rounder = None if measured is None else job.conversion.rounder(plan, measured)
+        if rounder is not None:
+            identity = rounding_identity(job.checkpoint, plan, rounder, self._round_config)
+            self._artifacts.add(ROUNDED, identity)
+        if finished:
+            rounded = None  # there, if the run was cut off while it was evaluated
+            if rounder is not None:
+                rounded = rounded_before(job.checkpoint, plan, rounder, self._round_config, self._work)
+            return job.config.format.verify(self._output), rounded
+        rounded = None if rounder is None or measured is None else self._rounded(plan, measured, rounder)
+        with self._clock.step("write and verify"):
+            verification = job.conversion.write(
+                rounded, self._output, plan, measured, self._provenance(rows, run), job.progress
+            )
+        return verification, rounded
+
+    def _rounded(self, plan: Plan, measured: Measurement, rounder: Rounder) -> RoundedModel:
+        job, config = self._job, self._round_config
+        with self._clock.step("round"):
+            rounded = round_model(job.checkpoint, measured, plan, rounder, config, self._work, job.progress)
+        if job.conversion.refines:
+            with self._clock.step("tune"):
+                device = resolve_device(config.device)
+                job.conversion.refine(rounded, measured, device, config.offload_dir, job.progress)
+        return rounded
+
+    def _compared(self, plan: Plan) -> Comparison | None:
+        judge = self._job.judge
+        if judge is None:
+            refuse_marked(self._output)
+            return None
+        if not self._job.conversion.measures:
+            judge.check_text(None)
+        with self._clock.step("evaluate"):
+            return judge.compare(self._output, predicted_nats=plan.damage_nats)
+
+    def _report(self, result: QuantizeResult, *, finished: bool) -> None:
+        # Of a finished output, with what an earlier report told of its making.
+        job, place = self._job, report_place(self._output, self._job.config.format)
+        if job.judge is not None and result.comparison is not None:
+            directory, prefix = place.directory, place.prefix
+            earlier = earlier_details(directory, result.comparison, prefix=prefix) if finished else {}
+            details = {**carried_over(report_details(result), earlier), **job.judge.details()}
+            write_report(result.comparison, directory, details, costs=result.plan.costs(), prefix=prefix)
+            job.judge.mark_if_broken(self._output, result.comparison, predicted_nats=result.plan.damage_nats)
+        if job.conversion.writes_card:
+            write_card(self._output, original=job.checkpoint.directory, base_model=job.config.base_model)
+
+    def _measurement_file(self) -> Path | None:
+        if not self._job.conversion.measures:
+            return None
+        return self._work / MEASUREMENT_FILE if self._job.given is None else self._job.given.path
+
+    def _provenance(self, rows: CalibrationSet | None, run: str = "0" * 32) -> Provenance:
+        checkpoint, warnings = self._job.checkpoint, self._job.conversion.warnings
+        if rows is None:
+            return Provenance(version=__version__, run=run, model=checkpoint.fingerprint, warnings=warnings)
+        return Provenance(
+            version=__version__,
+            run=run,
+            model=checkpoint.fingerprint,
+            changes=checkpoint.changes,
+            calibration=rows.fingerprint,
+            calibration_text=rows.description,
+            calibration_spans=CalibrationSpans.of(rows).to_text(),
+            calibration_shape=(int(rows.tokens.shape[0]), int(rows.tokens.shape[1])),
+            warnings=warnings,
+        )
+
+    def _identity(self, rows: CalibrationSet | None, plan: Plan) -> str:
+        # What the written bytes depend on; runs on one model begin alike.
+        checkpoint = self._job.checkpoint
+        parts = [
+            __version__,
+            checkpoint.fingerprint,
+            None if rows is None else rows.fingerprint,
+            plan.identity(),
+            self._job.conversion.identity(),
+        ]
+        return run_prefix(checkpoint) + hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+def _fallbacks(measured: Measurement | None, rounded: RoundedModel | None) -> dict[str, float]:
+    if measured is None or rounded is None:
+        return {}
+    return damping_fallbacks(measured, rounded.numbers("damping"))
