@@ -73,6 +73,7 @@ def forecast_run(
     bpw: float | None = None,
     size: SizeLimit | None = None,
     head_bits: HeadBits,
+    group_size: int,
     config: MeasureConfig,
     overrides: Sequence[WidthOverride] = (),
     keep_fp16: Sequence[str] = (),
@@ -84,7 +85,8 @@ def forecast_run(
         bpw: As ``make_plan`` takes it.
         size: As ``make_plan`` takes it.
         head_bits: As ``make_plan`` takes them.
-        config: Gives group size and the number of calibration tokens.
+        group_size: Rows of a group.
+        config: Gives the number of calibration tokens.
         overrides: As ``make_plan`` takes them.
         keep_fp16: As ``make_plan`` takes them.
 
@@ -98,7 +100,7 @@ def forecast_run(
     source = language_model(checkpoint)
     linears, head = model_linears(source)
     scope = allocation_problem(
-        linears, head, group_size=config.group_size, head_bits=head_bits, overrides=overrides, keep_fp16=keep_fp16
+        linears, head, group_size=group_size, head_bits=head_bits, overrides=overrides, keep_fp16=keep_fp16
     )
     budget_bits = scope.budget_bits(bpw) if bpw is not None else 0
     if size is not None:

@@ -91,7 +91,7 @@ class GgufResult:
         warnings: What llama.cpp computes otherwise than Transformers, and what its converter left out.
         fallbacks: As in ``QuantizeResult``; empty if nothing was rounded now.
         drift: How far the hidden states after each block are from the original's; empty if nothing was rounded now.
-        measurement: The measurement file, which serves any other size and format.
+        measurement: The measurement file, which serves any other size.
     """
 
     output: Path
@@ -121,7 +121,7 @@ class GgufResult:
             *fallback_lines(self.fallbacks),
         ]
         lines += map(cost_line, self.costs)
-        lines.append(f"measurement {self.measurement} serves any other size, and EXL2")
+        lines.append(f"measurement {self.measurement} serves any other size")
         lines.append(f"output      {self.output}")
         return lines
 
@@ -326,6 +326,7 @@ def _quantize(
     measured, rows = load_or_measure(
         checkpoint,
         config.measure,
+        config.curves,
         work,
         clock,
         progress,

@@ -8,15 +8,18 @@ from typing import Literal, get_args
 
 from ..checkpoint.files.shards import DEFAULT_SHARD_BYTES
 from ..checkpoint.source.checkpoint import Checkpoint
+from ..convert.exl2.curves import Exl2Curves, exl2_curves
 from ..convert.exl2.plan.problem import HeadBits, SizeLimit, WidthOverride, check_head_bits
 from ..convert.exl2.plan.size_limit import disk_limit, gpu_limit
 from ..convert.exl2.readers import reader_warnings, require_reader
+from ..convert.gguf.curves import GgufCurves
 from ..convert.gguf.llama_cpp.readers import require_llama_cpp
 from ..convert.gguf.plan import Override
 from ..convert.publishing.cards import check_base_model
 from ..convert.vram import CACHE_BITS
 from ..errors import ConfigError
 from ..eval.config import EvalConfig
+from ..measure.curves import CurveMaker
 from ..measure.measurement import Measurement
 from ..measure.run import MeasureConfig
 from ..measure.text.calibration import CalibrationSet
@@ -43,6 +46,7 @@ class QuantizeConfig:
         head_bits: Bits of the output head: 2, 3, 4, 5, 6, 8, 16 for unquantized, or ``auto``: see ``make_plan``.
         overrides: Widths that linears may have: see ``make_plan``.
         keep_fp16: Shell patterns of linears that stay in float16: see ``make_plan``.
+        group_size: Rows that share a bit width and a scale; a multiple of 32.
         effort: ``high`` fits the decoder's scales to the original's predictions in the end (see ``tuning``), ``normal``
             does not.
         measure: Options of the measuring stage; its calibration rows and device serve rounding too.
@@ -60,6 +64,7 @@ class QuantizeConfig:
     head_bits: HeadBits = 6
     overrides: tuple[WidthOverride, ...] = ()
     keep_fp16: tuple[str, ...] = ()
+    group_size: int = 32
     effort: Effort = "normal"
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     evaluate: EvalConfig | None = field(default_factory=EvalConfig)
@@ -82,12 +87,18 @@ class QuantizeConfig:
         if self.cache_bits not in CACHE_BITS:
             raise ConfigError(f"cache_bits must be one of {CACHE_BITS}, got {self.cache_bits}.")
         check_head_bits(self.head_bits)
+        Exl2Curves(self.group_size)
         if self.effort not in get_args(Effort):
             raise ConfigError(f"effort must be one of {get_args(Effort)}, got {self.effort!r}.")
         check_base_model(self.base_model)
         refuse_same_source(self.measure.calibration.source, self.evaluate)
         if self.shard_bytes <= 0:
             raise ConfigError(f"shard_bytes must be positive, got {self.shard_bytes}.")
+
+    @property
+    def curves(self) -> list[CurveMaker]:
+        """What is measured."""
+        return [Exl2Curves(self.group_size)]
 
     @property
     def offload_dirs(self) -> tuple[Path | None, ...]:
@@ -131,8 +142,8 @@ class QuantizeConfig:
             return self
         count, row_tokens = source.tokens.shape
         calibration = replace(self.measure.calibration, rows=count, row_tokens=row_tokens)
-        group_size = self.measure.group_size if measured is None else measured.group_size
-        return replace(self, measure=replace(self.measure, calibration=calibration, group_size=group_size))
+        group_size = self.group_size if measured is None else exl2_curves(measured).group_size
+        return replace(self, measure=replace(self.measure, calibration=calibration), group_size=group_size)
 
     def forecast(self, checkpoint: Checkpoint) -> Forecast:
         """Return what a run will take; see ``forecast_run`` and ``tuning_memory``.
@@ -147,6 +158,7 @@ class QuantizeConfig:
             bpw=self.bpw,
             size=self.size_limit(checkpoint),
             head_bits=self.head_bits,
+            group_size=self.group_size,
             config=measure,
             overrides=self.overrides,
             keep_fp16=self.keep_fp16,
@@ -199,6 +211,12 @@ class GgufConfig:
             raise ConfigError(f"bpw must lie between 1 and 16, got {self.bpw}.")
         check_base_model(self.base_model)
         refuse_same_source(self.measure.calibration.source, self.evaluate)
+
+    @property
+    def curves(self) -> list[CurveMaker]:
+        """What is measured."""
+        made = GgufCurves.installed()
+        return [] if made is None else [made]
 
     @property
     def offload_dirs(self) -> tuple[Path | None, ...]:

@@ -203,6 +203,7 @@ def _quantize(
     measured, rows = load_or_measure(
         checkpoint,
         config.measure,
+        config.curves,
         work,
         clock,
         progress,

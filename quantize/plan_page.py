@@ -89,7 +89,6 @@ def write_plan_page(
         "calibration text": str(known.get("calibration_text", "unknown")),
         "calibration tokens": str(measurement.tokens.size),
         "head bits in EXL2": str(head_bits),
-        "groups in EXL2": f"{measurement.group_size} input features",
         "measured by": f"bpwise {known.get('bpwise', '')}",
         "measurement": measurement.fingerprint,
     }

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..convert.exl2.curves import Exl2Curves
 from ..convert.exl2.plan.plan import Plan, bpw_range, make_plan, measured_limit
 from ..convert.exl2.plan.problem import HeadBits, WidthOverride
 from ..convert.exl2.plan.unquantized import FLOAT16_BITS
+from ..convert.gguf.curves import GgufCurves
 from ..convert.gguf.plan import make_type_plan, size_range
 from ..eval.report.layers import LinearCost
 from ..measure.measurement import Measurement
@@ -48,7 +50,7 @@ def exl2_points(
     overrides: Sequence[WidthOverride] = (),
     keep_fp16: Sequence[str] = (),
 ) -> list[PlanPoint]:
-    """Return EXL2 plans in steps of a quarter bit, the smallest first.
+    """Return EXL2 plans in steps of a quarter bit, the smallest first; none where EXL2 was not measured.
 
     Args:
         measurement: The measured curves.
@@ -59,6 +61,8 @@ def exl2_points(
     Raises:
         ConfigError: As ``make_plan``.
     """
+    if Exl2Curves.name not in measurement.curves:
+        return []
     lowest, highest = bpw_range(measurement, head_bits, overrides, keep_fp16)
     beside = measured_limit(measurement, 0)
     points = []
@@ -86,8 +90,8 @@ def plan_costs(plan: Plan) -> tuple[LinearCost, ...]:
 
 
 def gguf_points(measurement: Measurement) -> list[PlanPoint]:
-    """Return GGUF plans in steps of a quarter bit, the smallest first; none where no types were measured."""
-    if not measurement.types:
+    """Return GGUF plans in steps of a quarter bit, the smallest first; none where GGUF was not measured."""
+    if GgufCurves.name not in measurement.curves:
         return []
     least, most = size_range(measurement)
     weights = make_type_plan(measurement, tensor_bytes=most).weights

@@ -176,6 +176,7 @@ def quantize_series(
             measured, _ = load_or_measure(
                 checkpoint,
                 config.measure,
+                config.curves,
                 file.parent,
                 StepClock(),
                 progress,

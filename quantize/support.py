@@ -20,6 +20,7 @@ from ..checkpoint.source.linears import Linear, model_linears
 from ..convert.exl2.file.carry import require_side_files
 from ..convert.exl2.file.writer import require_writable
 from ..convert.exl2.readers import require_reader
+from ..convert.gguf.curves import gguf_curves
 from ..convert.gguf.file.names import gguf_name, known_model_types
 from ..convert.gguf.ggml.curves import measured_types
 from ..convert.gguf.ggml.kernels import require_kernels
@@ -176,9 +177,9 @@ def require_types(
 
     Raises:
         BudgetError: The size is too small.
-        ConfigError: No types are measured, or an override matches nothing or does not fit.
+        ConfigError: GGUF was not measured, or an override matches nothing or does not fit.
     """
-    types = [kind.name for kind in measured_types()] if config.measure.types else []
+    types = [kind.name for kind in measured_types()] if measured is None else gguf_curves(measured).types
     source = language_model(checkpoint)
     linears, head = model_linears(source)
     tensors = [*linears, *([] if source.tied_embeddings else [head])]
@@ -187,7 +188,7 @@ def require_types(
         tensors,
         Linear(EMBEDDING.removesuffix(".weight"), head.in_features, head.out_features),
         sum(math.prod(source.shape(name)) for name in source.names - planned),
-        types if measured is None else measured.types,
+        types,
         bpw=config.bpw,
         tensor_bytes=tensor_bytes,
         overrides=config.overrides,

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from ...checkpoint.files.atomic import write_json
 from ...checkpoint.files.schemas import Count, Number, Positive, check_schema, read_json
@@ -20,6 +21,7 @@ from ...linalg.knapsack import choose
 from ...measure.measurement import Measurement
 from ..exl2.plan.plan import REMEDY
 from ..exl2.plan.problem import shown_range
+from .curves import gguf_curves
 from .file.names import gguf_name
 from .ggml.types import TYPES, GgmlType, ggml_type
 
@@ -223,7 +225,7 @@ def make_type_plan(
 
     Raises:
         BudgetError: No plan is that small; the message gives the range that there is.
-        ConfigError: The measurement knows no types, or an override matches nothing or does not fit.
+        ConfigError: GGUF was not measured, or an override matches nothing or does not fit.
     """
     candidates = _candidates(measurement, overrides)
     target = _target(candidates, measurement.other_weights, bpw=bpw, tensor_bytes=tensor_bytes)
@@ -276,9 +278,8 @@ def require_type_plan(
 
     Raises:
         BudgetError: No plan is that small.
-        ConfigError: No types are measured, or an override matches nothing or does not fit.
+        ConfigError: An override matches nothing or does not fit.
     """
-    _require_types(types)
     tensors = [_undamaged(x.name, x.out_features, x.in_features, types) for x in (*linears, table)]
     candidates = _restricted(tensors, overrides, types)
     target = _target(candidates, other_weights, bpw=bpw, tensor_bytes=tensor_bytes)
@@ -321,25 +322,17 @@ def _target(candidates: Sequence[_Tensor], other_weights: int, *, bpw: float | N
     return target
 
 
-def _require_types(types: Sequence[str]) -> None:
-    if not types:
-        raise ConfigError(
-            "no GGUF types were measured, because ggml's library is not installed, or was not when the measurement was "
-            "made. Run pip install 'bpwise[gguf]' and measure again."
-        )
-
-
 def _candidates(measurement: Measurement, overrides: Sequence[Override]) -> list[_Tensor]:
     # Every tensor with the damage of each type that fits it.
-    _require_types(measurement.types)
+    curves = gguf_curves(measurement)
     head, table = measurement.head, measurement.embedding
     tensors = [
-        _fitting(measurement, linear.name, linear.out_features, linear.in_features, linear.type_damage_nats)
+        _fitting(curves.types, linear.name, linear.out_features, linear.in_features, curves.damage_nats(linear.name))
         for linear in (*measurement.linears, *([] if table.tied else [head]))
     ]
-    damage = table.type_damage_nats + (head.type_damage_nats if table.tied else 0)
-    tensors.append(_fitting(measurement, table.name, table.tokens, table.hidden_size, damage))
-    return _restricted(tensors, overrides, measurement.types)
+    damage = curves.table_damage_nats + (curves.damage_nats(head.name) if table.tied else 0)
+    tensors.append(_fitting(curves.types, table.name, table.tokens, table.hidden_size, damage))
+    return _restricted(tensors, overrides, curves.types)
 
 
 def _restricted(tensors: Sequence[_Tensor], overrides: Sequence[Override], measured: Sequence[str]) -> list[_Tensor]:
@@ -357,16 +350,8 @@ def _restricted(tensors: Sequence[_Tensor], overrides: Sequence[Override], measu
     ]
 
 
-def _fitting(
-    measurement: Measurement,
-    name: str,
-    rows: int,
-    row_weights: int,
-    damage_nats: np.ndarray[tuple[int], np.dtype[np.float32]],
-) -> _Tensor:
-    fitting = {
-        kind: float(damage) for kind, damage in zip(measurement.types, damage_nats, strict=True) if np.isfinite(damage)
-    }
+def _fitting(types: Sequence[str], name: str, rows: int, row_weights: int, damage_nats: NDArray[np.float32]) -> _Tensor:
+    fitting = {kind: float(damage) for kind, damage in zip(types, damage_nats, strict=True) if np.isfinite(damage)}
     return _Tensor(name, rows, row_weights, {_UNTOUCHED: 0.0, **fitting})
 
 

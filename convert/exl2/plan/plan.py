@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ....checkpoint.files.atomic import write_json
 from ....checkpoint.files.schemas import NonNegative, Number, Positive, check_schema, read_json
 from ....errors import FormatError
 from ....linalg.allocate import allocate
 from ....measure.measurement import MeasuredLinear, Measurement
+from ..curves import Exl2Measured, exl2_curves
 from ..file.layout import WIDTHS, RowGroup, group_rows, linear_bits, padded_columns
 from .problem import AUTO, HEAD_BITS, AllocationProblem, HeadBits, SizeLimit, WidthOverride, allocation_problem
 from .unquantized import FLOAT16_BITS, UnquantizedLinear
@@ -235,21 +237,23 @@ def make_plan(
         The plan of least predicted damage.
 
     Raises:
-        ConfigError: As ``allocation_problem``.
+        ConfigError: As ``allocation_problem``, or EXL2 was not measured.
+        FormatError: EXL2's curves are damaged.
         BudgetError: No plan has this size; the message gives the range that there is.
     """
     assert (bpw is None) != (size is None), "one target"
     measured = {linear.name: linear for linear in (*measurement.linears, measurement.head)}
-    scope = _scope(measurement, head_bits, overrides, keep_fp16)
+    curves = exl2_curves(measurement)
+    scope = _scope(measurement, curves, head_bits, overrides, keep_fp16)
     budget = scope.budget_bits(bpw) if bpw is not None else 0
     if size is not None:
         budget = scope.budget_bits_within(size)
         bpw = math.floor(budget / scope.weights * 1e4) / 1e4
     assert bpw is not None
     names = [linear.name for linear in (*scope.quantized, *([scope.head] if scope.head and scope.shares else []))]
-    plans, lower_bound = _allocated([measured[name] for name in names], measurement, scope, budget - scope.kept_bits)
+    plans, lower_bound = _allocated([measured[name] for name in names], curves, scope, budget - scope.kept_bits)
     if scope.head is not None and not scope.shares:
-        head_plans, head_bound = _allocated([measurement.head], measurement, scope, scope.head_alone_bits)
+        head_plans, head_bound = _allocated([measurement.head], curves, scope, scope.head_alone_bits)
         plans, lower_bound = [*plans, *head_plans], lower_bound + head_bound
     count = len(scope.quantized)
     return Plan(
@@ -265,10 +269,10 @@ def make_plan(
 
 
 def _allocated(
-    linears: Sequence[MeasuredLinear], measurement: Measurement, scope: AllocationProblem, budget_bits: int
+    linears: Sequence[MeasuredLinear], curves: Exl2Measured, scope: AllocationProblem, budget_bits: int
 ) -> tuple[list[LinearPlan], float]:
     # The linears' plans within a common budget, overheads included, and a lower bound of their damage.
-    rows = [group_rows(linear.in_features, measurement.group_size) for linear in linears]
+    rows = [group_rows(linear.in_features, curves.group_size) for linear in linears]
     overhead = sum(
         linear_bits(linear.out_features, [RowGroup(0, n) for n in counts])
         for linear, counts in zip(linears, rows, strict=True)
@@ -279,18 +283,17 @@ def _allocated(
             for linear, counts in zip(linears, rows, strict=True)
         ]
     )
-    allowed = [np.isin(measurement.widths, scope.widths[linear.name]) for linear in linears]
+    damages = [curves.damage_nats(linear.name) for linear in linears]
+    allowed = [np.isin(curves.widths, scope.widths[linear.name]) for linear in linears]
     solved = allocate(
-        np.concatenate([np.where(a, x.damage_nats, np.inf) for x, a in zip(linears, allowed, strict=True)]).astype(
-            np.float64
-        ),
-        columns[:, None] * np.asarray(measurement.widths, dtype=np.int64),
+        np.concatenate([np.where(a, x, np.inf) for x, a in zip(damages, allowed, strict=True)]).astype(np.float64),
+        columns[:, None] * np.asarray(curves.widths, dtype=np.int64),
         budget_bits - overhead,
     )
     plans = []
     first = 0
-    for linear, counts in zip(linears, rows, strict=True):
-        plans.append(_linear_plan(linear, counts, solved.choice[first : first + len(counts)], measurement.widths))
+    for linear, damage, counts in zip(linears, damages, rows, strict=True):
+        plans.append(_linear_plan(linear, damage, counts, solved.choice[first : first + len(counts)], curves.widths))
         first += len(counts)
     return plans, solved.lower_bound
 
@@ -309,7 +312,7 @@ def bpw_range(
         overrides: As in ``make_plan``.
         keep_fp16: As in ``make_plan``.
     """
-    return _scope(measurement, head_bits, overrides, keep_fp16).bpw_range
+    return _scope(measurement, exl2_curves(measurement), head_bits, overrides, keep_fp16).bpw_range
 
 
 def measured_limit(measurement: Measurement, max_bytes: int) -> SizeLimit:
@@ -329,12 +332,16 @@ def measured_limit(measurement: Measurement, max_bytes: int) -> SizeLimit:
 
 
 def _scope(
-    measurement: Measurement, head_bits: HeadBits, overrides: Sequence[WidthOverride], keep_fp16: Sequence[str]
+    measurement: Measurement,
+    curves: Exl2Measured,
+    head_bits: HeadBits,
+    overrides: Sequence[WidthOverride],
+    keep_fp16: Sequence[str],
 ) -> AllocationProblem:
     return allocation_problem(
         measurement.linears,
         measurement.head,
-        group_size=measurement.group_size,
+        group_size=curves.group_size,
         head_bits=head_bits,
         overrides=overrides,
         keep_fp16=keep_fp16,
@@ -342,7 +349,11 @@ def _scope(
 
 
 def _linear_plan(
-    linear: MeasuredLinear, rows: list[int], choice: np.ndarray[Any, Any], widths: tuple[int, ...]
+    linear: MeasuredLinear,
+    damage_nats: NDArray[np.float32],
+    rows: list[int],
+    choice: NDArray[Any],
+    widths: tuple[int, ...],
 ) -> LinearPlan:
     return LinearPlan(
         name=linear.name,
@@ -350,7 +361,7 @@ def _linear_plan(
         out_features=linear.out_features,
         group_rows=tuple(rows),
         group_bits=tuple(widths[option] for option in choice),
-        damage_nats=float(linear.damage_nats[np.arange(len(choice)), choice].sum(dtype=np.float64)),
+        damage_nats=float(damage_nats[np.arange(len(choice)), choice].sum(dtype=np.float64)),
     )
 
 

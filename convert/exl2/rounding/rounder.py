@@ -23,6 +23,7 @@ from ....measure.run import kept_inputs, resolve_device
 from ....progress import Progress, silent
 from ....quantize.rounding.hidden_states import Drift, kept_drift, last_states
 from ....quantize.rounding.rounding_pass import ROUNDED, RoundingPass, rounding_damping
+from ..curves import Exl2Measured, exl2_curves
 from ..file.layout import RowGroup
 from ..file.linear import QuantizedLinear
 from ..plan.plan import LinearPlan, Plan
@@ -153,7 +154,7 @@ def round_model(
     artifacts = ResumeStore(work, ROUNDED, rounding_identity(checkpoint, plan, config))
     source = language_model(checkpoint)
     model = StreamedModel(source, device=device, dtype=torch.float32, offload_dir=config.offload_dir)
-    rounder = _Exl2Rounder(plan, couple_outputs=config.couple_outputs)
+    rounder = _Exl2Rounder(plan, exl2_curves(measurement), couple_outputs=config.couple_outputs)
     kept = [linear.name for linear in plan.kept]
     run = RoundingPass(
         model,
@@ -226,14 +227,15 @@ def tune_model(
 class _Exl2Rounder:
     """Rounds single linears to EXL2."""
 
-    def __init__(self, plan: Plan, *, couple_outputs: bool) -> None:
+    def __init__(self, plan: Plan, curves: Exl2Measured, *, couple_outputs: bool) -> None:
         self._plans = {p.name: p for p in (*plan.linears, *([plan.head] if plan.head else []))}
+        self._curves = curves
         self._couple_outputs = couple_outputs
 
     def round_(self, measured: MeasuredLinear, target: Tensor, gram: Tensor) -> dict[str, Tensor]:
         """See ``Rounder``."""
         plan = self._plans[measured.name]
-        order = _stored_order(plan, measured).to(target.device)
+        order = _stored_order(plan, torch.from_numpy(self._curves.order(plan.name)).long()).to(target.device)
         factor = inverse_factor(gram, rounding_damping(measured), order=order)
         fisher = torch.from_numpy(measured.fisher).to(target.device)
         outputs = OutputFeedback.of(fisher, torch.from_numpy(measured.coupling)) if self._couple_outputs else None
@@ -246,10 +248,9 @@ class _Exl2Rounder:
         return _unpack(kept).dequantize()
 
 
-def _stored_order(plan: LinearPlan, measured: MeasuredLinear) -> Tensor:
+def _stored_order(plan: LinearPlan, order: Tensor) -> Tensor:
     # The measured row order, its groups rearranged by width.
     starts = [0, *itertools.accumulate(plan.group_rows)]
-    order = torch.from_numpy(measured.order).long()
     return torch.cat([order[starts[g] : starts[g] + plan.group_rows[g]] for g in plan.stored_order])
 
 
