@@ -1,7 +1,7 @@
 """bpwise: measure how much each bit matters to a language model, then quantize it to exactly the asked size.
 
-``bpwise.quantize`` and ``bpwise.measure`` run the stages, and ``bpwise.quantize_series`` makes several bitrates from
-one measurement; ``bpwise.plan``, ``bpwise.verify``, ``bpwise.evaluate``, ``bpwise.inspect`` and ``bpwise.dequantize``
+``bpwise.quantize`` and ``bpwise.measure_model`` run the steps, and ``bpwise.quantize_series`` makes several bitrates
+from one measurement; ``bpwise.plan``, ``bpwise.verify``, ``bpwise.evaluate``, ``bpwise.inspect`` and ``bpwise.dequantize``
 are other commands as functions, and ``bpwise.open_model`` says what shall be changed while a model is read. Options
 are frozen config objects. Everything is imported when it is first used, so that ``import bpwise`` is immediate.
 """
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from .errors import BpwiseError
     from .eval.comparison import EvalConfig, evaluate
     from .measure.measurement import Measurement
-    from .measure.run import MeasureConfig
-    from .measure.run import measure_to_file as measure
+    from .measure.run import MeasureConfig, measure_model
     from .measure.text.calibration import CalibrationConfig, CalibrationSet
     from .quantize.inspect import inspect_path as inspect
     from .quantize.pipeline import QuantizeConfig
@@ -42,6 +41,7 @@ _HOMES = {
     "dequantize": ("convert.dense", "dequantize_model"),
     "evaluate": ("eval.comparison", "evaluate"),
     "inspect": ("quantize.inspect", "inspect_path"),
+    "measure_model": ("measure.run", "measure_model"),
     "open_model": ("checkpoint.source.original", "open_model"),
     "plan": ("convert.exl2.plan.plan", "make_plan"),
     "quantize_series": ("quantize.series", "quantize_series"),
@@ -61,7 +61,7 @@ __all__ = [
     "dequantize",
     "evaluate",
     "inspect",
-    "measure",
+    "measure_model",
     "open_model",
     "plan",
     "quantize",
@@ -71,7 +71,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("measure", "quantize"):  # rooms that can be called
+    if name == "quantize":  # a room that can be called
         return importlib.import_module(f".{name}", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

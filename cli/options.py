@@ -303,7 +303,7 @@ def extra_options(command: Command) -> Command:
     return command
 
 
-def read_measure_config(options: dict[str, Any], *, types: bool) -> tuple[MeasureConfig, CalibrationSet | None]:
+def read_measure_config(options: dict[str, Any]) -> tuple[MeasureConfig, CalibrationSet | None]:
     """Return what ``calibration_options`` were given as: the config, and the calibration set if one is named."""
     from ..measure.run import MeasureConfig
     from ..measure.text.calibration import CalibrationConfig, CalibrationSet
@@ -320,11 +320,9 @@ def read_measure_config(options: dict[str, Any], *, types: bool) -> tuple[Measur
     )
     config = MeasureConfig(
         calibration=calibration,
-        group_size=options["group_size"],
         damping=options["damping"],
         moe_calibrate_all=options["moe_calibrate_all"],
         seed=options["seed"],
-        types=types,
         device=options["device"],
         offload_dir=options["offload_dir"],
     )

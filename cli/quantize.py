@@ -157,7 +157,7 @@ def _quantize_to_exl2(model: Checkpoint, output: Path, evaluate: EvalConfig | No
     from ..quantize.pipeline import QuantizeConfig, quantize_model
     from ..quantize.series import output_paths
 
-    measure_config, saved = _measuring(model, options, types=False)
+    measure_config, saved = _measuring(model, options)
     rates = options["bpw"] or ()
     config = QuantizeConfig(
         bpw=rates[0] if rates else None,
@@ -168,6 +168,7 @@ def _quantize_to_exl2(model: Checkpoint, output: Path, evaluate: EvalConfig | No
         head_bits=read_head_bits(options["head_bits"]),
         overrides=tuple(map(WidthOverride.parse, options["override"])),
         keep_fp16=options["keep_fp16"],
+        group_size=options["group_size"],
         effort=options["effort"],
         measure=measure_config,
         evaluate=evaluate,
@@ -194,7 +195,7 @@ def _quantize_to_gguf(model: Checkpoint, output: Path, evaluate: EvalConfig | No
     if options["mixture"]:
         _convert_to_mixture(model, output, evaluate, options)
         return
-    measure_config, saved = _measuring(model, options, types=True)
+    measure_config, saved = _measuring(model, options)
     rates = options["bpw"] or ()
     config = GgufConfig(
         bpw=rates[0] if rates else None,
@@ -212,10 +213,8 @@ def _quantize_to_gguf(model: Checkpoint, output: Path, evaluate: EvalConfig | No
     _run(quantize_to_gguf, model, output, config, saved, options)
 
 
-def _measuring(
-    model: Checkpoint, options: dict[str, Any], *, types: bool
-) -> tuple[MeasureConfig, CalibrationSet | None]:
-    config, saved = read_measure_config(options, types=types)
+def _measuring(model: Checkpoint, options: dict[str, Any]) -> tuple[MeasureConfig, CalibrationSet | None]:
+    config, saved = read_measure_config(options)
     if saved is None and options["measurement"] is None:
         say_shortened(model, calibration=config.calibration.row_tokens)
     return config, saved

@@ -43,16 +43,18 @@ __all__ = ["imatrix", "measure", "plan"]
 def measure(model: str, output: Path, force: bool, **options: Any) -> None:
     """Measure MODEL (a directory or a Hub id) once, for any bitrate; for GGUF too where its extra is installed."""
     from ..checkpoint.source.original import open_model
-    from ..measure.run import measure_to_file
+    from ..measure.run import measure_model
+    from ..quantize.curve_makers import curve_makers
 
     original = open_model(open_original(model, options))
-    config, saved = read_measure_config(options, types=True)
+    config, saved = read_measure_config(options)
     if saved is None:
         say_shortened(original, calibration=config.calibration.row_tokens)
-    measurement = measure_to_file(
+    measurement = measure_model(
         original,
         output,
         config,
+        curves=curve_makers(options["group_size"], types=True),
         work=options["work_dir"],
         calibration=saved,
         force=force,

@@ -1,9 +1,10 @@
-"""The measurement: every linear's error curve and where it came from, in one file. Needs no torch to read."""
+"""The measurement: what is known of every linear, every format's curves, and where they came from. Needs no torch."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,96 +14,118 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from ..checkpoint.files.atomic import atomic_file, metadata_begins
-from ..convert.exl2.file.layout import group_rows
-from .measurement_file import HEADER_KEY, MeasuredTensors, read_measurement
+from ..errors import ConfigError, FormatError
+from .measurement_file import CURVES, HEADER_KEY, MeasuredTensors, read_measurement
 
 __all__ = [
     "HEADER_KEY",
     "MEASUREMENT_VERSION",
     "RARE_TOKENS",
+    "FormatCurves",
     "MeasuredLinear",
     "MeasuredTable",
     "Measurement",
     "is_measurement",
 ]
 
-MEASUREMENT_VERSION = 5
+MEASUREMENT_VERSION = 6
 """Raised when the file's content changes meaning; older files are refused."""
 
 RARE_TOKENS = 100
 """An expert that fewer calibration tokens chose is reported: its statistics are mostly those of other tokens."""
 
-_FIELDS = ("damage_nats", "order", "fisher", "input_power", "coupling", "type_damage_nats")
-_TABLE_FIELDS = ("importance", "type_damage_nats")
+_FIELDS = ("fisher", "input_power", "coupling")
+_IMPORTANCE = "importance"
 _WEIGHTS = "token_weights"
 _TOKENS = "calibration_tokens"
+
+_MEASURE_AGAIN = "Measure the model again with `bpwise measure`."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MeasuredLinear:
-    """One linear's curve, as ``bpwise.convert.exl2.rounding.curves.ErrorCurve``, in NumPy.
+    """What is known of one linear, whatever the format.
 
     Attributes:
         name: Full name, for example ``model.layers.0.self_attn.q_proj``.
-        damage_nats: float32, shape (groups, widths), nats per token.
-        order: Input feature of each row, int32, shape (K,).
-        fisher: float32, shape (out,).
-        input_power: float32, shape (K,).
+        fisher: Mean over tokens of (dL/dy)^2 of each output, float32, shape (out,), nats per squared unit of y.
+        input_power: Weighted mean over tokens of x^2 of each input channel, float32, shape (K,).
         coupling: float16, shape (out, rank), rank 0 for the head: how outputs act together on the loss, as
             ``bpwise.measure.statistics.sketch.FisherSketch.coupling``.
-        token_weights: float16, shape (rows, tokens): what each calibration token counts in the Gram matrix, mean 1.
-            Linears of a stage have the same.
-        type_damage_nats: Damage in each of the measurement's ``types``, nats per token, float32, shape (types,);
-            infinite where the type does not fit the row length.
-        damping: Relative damping of the Gram matrix, for rounding too; infinite where error feedback was given up.
+        token_weights: float16, shape (rows, tokens): what each calibration token counts in the Hessian, mean 1.
+            Linears of an input group have the same.
+        damping: Relative damping of the Hessian, for rounding too: the largest that a measured format took; infinite
+            where error feedback was given up.
         chosen_tokens: How many calibration tokens chose the expert that the linear belongs to; None outside of
             experts.
     """
 
     name: str
-    damage_nats: NDArray[np.float32]
-    order: NDArray[np.int32]
     fisher: NDArray[np.float32]
     input_power: NDArray[np.float32]
     coupling: NDArray[np.float16]
     token_weights: NDArray[np.float16]
-    type_damage_nats: NDArray[np.float32]
     damping: float
     chosen_tokens: int | None = None
 
     @property
     def in_features(self) -> int:
-        """K, the number of input features."""
-        return len(self.order)
+        """K, the number of input channels."""
+        return len(self.input_power)
 
     @property
     def out_features(self) -> int:
-        """Number of outputs, padding excluded."""
+        """Number of output channels, padding excluded."""
         return len(self.fisher)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MeasuredTable:
-    """What the table of token embeddings would cost, as the input of the first block.
+    """What is known of the table of token embeddings, as the input of the first block.
 
     Attributes:
         name: Full name, for example ``model.embed_tokens``.
         tokens: Number of its rows.
         importance: Mean over tokens of (dL/dh)^2 of each element of an embedding h, float32, shape (hidden size,).
-        type_damage_nats: As ``MeasuredLinear.type_damage_nats``.
         tied: Whether it is the output head too. What its errors cost there is measured as the head's.
     """
 
     name: str
     tokens: int
     importance: NDArray[np.float32]
-    type_damage_nats: NDArray[np.float32]
     tied: bool
 
     @property
     def hidden_size(self) -> int:
         """Length of an embedding."""
         return len(self.importance)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class FormatCurves:
+    """The curves of one format, as its ``CurveMaker`` measured them. The format's own reader checks and explains them.
+
+    Attributes:
+        version: Of their meaning.
+        header: What they depend on beside the model, as plain JSON.
+        linears: By linear and by name.
+        table: Those of the token embeddings, by name.
+    """
+
+    version: int
+    header: dict[str, Any]
+    linears: Mapping[str, Mapping[str, NDArray[Any]]]
+    table: Mapping[str, NDArray[Any]]
+
+    def checked(self, where: str, table: str) -> MeasuredTensors:
+        """Return all of them as ``OWNER.NAME``, to be checked as they are taken.
+
+        Args:
+            where: What messages begin with.
+            table: Name of the token embeddings.
+        """
+        owners = {**self.linears, table: self.table}
+        return MeasuredTensors(where, {f"{owner}.{key}": x for owner, own in owners.items() for key, x in own.items()})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -113,12 +136,10 @@ class Measurement:
         linears: Decoder linears in model order.
         head: The output head.
         embedding: The token embeddings.
-        other_weights: Number of weights outside of linears, head and embeddings: norms and biases.
-        tokens: The calibration rows, int32, shape (rows, tokens). Rounding works on the same ones.
-        widths: Bit widths of the curves' columns.
-        types: Names of the ggml types whose damage was measured; none where ggml's library was not installed.
-        group_size: Rows of a group.
-        provenance: Model and calibration fingerprints, calibration description, options, version: plain JSON.
+        other_weights: Number of all weights that belong to none of them.
+        tokens: Token ids of the calibration sequences, int32, shape (rows, tokens).
+        curves: Every measured format's curves, by its name.
+        provenance: Fingerprints, calibration description, options, version: plain JSON.
     """
 
     linears: tuple[MeasuredLinear, ...]
@@ -126,10 +147,35 @@ class Measurement:
     embedding: MeasuredTable
     other_weights: int
     tokens: NDArray[np.int32]
-    widths: tuple[int, ...]
-    types: tuple[str, ...]
-    group_size: int
+    curves: Mapping[str, FormatCurves]
     provenance: dict[str, Any]
+
+    def curves_of(
+        self, name: str, version: int, *, remedy: str = _MEASURE_AGAIN
+    ) -> tuple[FormatCurves, MeasuredTensors]:
+        """Return the curves of a format, and their tensors as ``OWNER.NAME``, for its reader to check.
+
+        Args:
+            name: Name of the format.
+            version: The only version of its curves that its reader takes.
+            remedy: What to do where the format was not measured, as a sentence.
+
+        Raises:
+            ConfigError: The format was not measured.
+            FormatError: Its curves are of another version.
+        """
+        where = f"measurement: {CURVES}{name}"
+        if name not in self.curves:
+            raise ConfigError(
+                f"{where}: this format was not measured. Got {', '.join(self.curves) or 'no curves'}. Expected {name}. "
+                f"{remedy}"
+            )
+        curves = self.curves[name]
+        if curves.version != version:
+            raise FormatError(
+                f"{where}: curves of another version. Got {curves.version}. Expected {version}. {_MEASURE_AGAIN}"
+            )
+        return curves, curves.checked(where, self.embedding.name)
 
     @property
     def without_feedback(self) -> tuple[str, ...]:
@@ -162,22 +208,16 @@ class Measurement:
 
     def to_bytes(self) -> bytes:
         """Return the file's content: a safetensors image with the provenance in its metadata."""
-        tensors = {
-            f"{linear.name}.{field}": np.ascontiguousarray(getattr(linear, field))
-            for linear in (*self.linears, self.head)
-            for field in _FIELDS
-        }
-        for field in _TABLE_FIELDS:
-            tensors[f"{self.embedding.name}.{field}"] = np.ascontiguousarray(getattr(self.embedding, field))
-        tensors[_TOKENS] = np.ascontiguousarray(self.tokens)
+        linears = (*self.linears, self.head)
+        tensors = {f"{linear.name}.{field}": getattr(linear, field) for linear in linears for field in _FIELDS}
+        tensors[f"{self.embedding.name}.{_IMPORTANCE}"] = self.embedding.importance
+        tensors[_TOKENS] = self.tokens
         shared: dict[bytes, str] = {}
-        owners = {
-            linear.name: shared.setdefault(linear.token_weights.tobytes(), linear.name)
-            for linear in (*self.linears, self.head)
-        }
-        for linear in (*self.linears, self.head):
-            if owners[linear.name] == linear.name:
-                tensors[f"{linear.name}.{_WEIGHTS}"] = np.ascontiguousarray(linear.token_weights)
+        owners = {x.name: shared.setdefault(x.token_weights.tobytes(), x.name) for x in linears}
+        tensors |= {f"{x.name}.{_WEIGHTS}": x.token_weights for x in linears if owners[x.name] == x.name}
+        for name, curves in self.curves.items():
+            checked = curves.checked("", self.embedding.name)
+            tensors |= {f"{CURVES}{name}/{key}": values for key, values in checked.tensors.items()}
         header = {
             "version": MEASUREMENT_VERSION,
             "linears": [linear.name for linear in self.linears],
@@ -189,21 +229,17 @@ class Measurement:
             },
             "other_weights": self.other_weights,
             "token_weights": owners,
-            "widths": self.widths,
-            "types": self.types,
-            "group_size": self.group_size,
+            "curves": {
+                name: {"version": curves.version, "header": curves.header} for name, curves in self.curves.items()
+            },
             # JSON knows no infinity: a damping of null means that feedback was given up.
-            "damping": {
-                linear.name: linear.damping if np.isfinite(linear.damping) else None
-                for linear in (*self.linears, self.head)
-            },
-            "chosen_tokens": {
-                linear.name: linear.chosen_tokens for linear in self.linears if linear.chosen_tokens is not None
-            },
+            "damping": {x.name: x.damping if np.isfinite(x.damping) else None for x in linears},
+            "chosen_tokens": {x.name: x.chosen_tokens for x in self.linears if x.chosen_tokens is not None},
             "provenance": self.provenance,
         }
         # One entry only: safetensors writes several in an order that differs from run to run.
-        image: bytes = save(tensors, metadata={HEADER_KEY: json.dumps(header)})
+        contiguous = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
+        image: bytes = save(contiguous, metadata={HEADER_KEY: json.dumps(header)})
         return image
 
     def save(self, path: Path) -> None:
@@ -219,7 +255,6 @@ class Measurement:
             FormatError: It is not a measurement, is damaged, or has another version.
         """
         header, tensors = read_measurement(path, MEASUREMENT_VERSION)
-        types = len(header.types)
         tokens = tensors.take(_TOKENS, np.int32, (None, None))
         if tokens.max() >= header.embedding.tokens:
             most = header.embedding.tokens - 1
@@ -230,22 +265,23 @@ class Measurement:
         }
 
         def linear(name: str) -> MeasuredLinear:
-            order = tensors.order(f"{name}.order")
             fisher = tensors.take(f"{name}.fisher", np.float32, (None,))
-            groups = len(group_rows(len(order), header.group_size))
             damping = header.damping[name]
             return MeasuredLinear(
                 name=name,
-                damage_nats=tensors.take(f"{name}.damage_nats", np.float32, (groups, len(header.widths))),
-                order=order,
                 fisher=fisher,
-                input_power=tensors.take(f"{name}.input_power", np.float32, order.shape),
+                input_power=tensors.take(f"{name}.input_power", np.float32, (None,)),
                 coupling=tensors.take(f"{name}.coupling", np.float16, (len(fisher), None), least=None, empty=True),
                 token_weights=weights[header.token_weights[name]],
-                type_damage_nats=_of_types(tensors, name, types),
                 damping=float("inf") if damping is None else damping,
                 chosen_tokens=header.chosen_tokens.get(name),
             )
+
+        def format_curves(name: str) -> FormatCurves:
+            linears = tensors.curves(name, [*header.linears, header.head, table.name])
+            own = linears.pop(table.name)
+            described = header.curves[name]
+            return FormatCurves(version=described.version, header=described.header, linears=linears, table=own)
 
         table = header.embedding
         return cls(
@@ -254,15 +290,12 @@ class Measurement:
             embedding=MeasuredTable(
                 name=table.name,
                 tokens=table.tokens,
-                importance=tensors.take(f"{table.name}.importance", np.float32, (None,)),
-                type_damage_nats=_of_types(tensors, table.name, types),
+                importance=tensors.take(f"{table.name}.{_IMPORTANCE}", np.float32, (None,)),
                 tied=table.tied,
             ),
             other_weights=header.other_weights,
             tokens=tokens,
-            widths=header.widths,
-            types=header.types,
-            group_size=header.group_size,
+            curves={name: format_curves(name) for name in header.curves},
             provenance=header.provenance,
         )
 
@@ -270,8 +303,3 @@ class Measurement:
 def is_measurement(path: Path) -> bool:
     """Return whether a file is a measurement, of this version or another; behind its head it may be damaged."""
     return metadata_begins(path, f'"{HEADER_KEY}":')
-
-
-def _of_types(tensors: MeasuredTensors, name: str, types: int) -> NDArray[np.float32]:
-    # Rounding errors may leave a damage of nearly nothing a little below it.
-    return tensors.take(f"{name}.type_damage_nats", np.float32, (types,), least=None, infinite=True)

@@ -6,7 +6,7 @@ can index with it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,16 +17,27 @@ from numpy.typing import DTypeLike, NDArray
 from safetensors import safe_open
 
 from ..checkpoint.files.schemas import Count, Positive, check_schema, parse_schema
-from ..convert.exl2.file.layout import ROW_MULTIPLE, WIDTHS
-from ..convert.gguf.ggml.types import TYPES
 from ..errors import FormatError
 
-__all__ = ["HEADER_KEY", "EmbeddingHeader", "MeasuredTensors", "MeasurementHeader", "read_measurement"]
+__all__ = [
+    "CURVES",
+    "HEADER_KEY",
+    "REMEDY",
+    "CurvesHeader",
+    "EmbeddingHeader",
+    "MeasuredTensors",
+    "MeasurementHeader",
+    "read_measurement",
+]
 
 HEADER_KEY = "bpwise_measurement"
 """Metadata entry that tells measurements from other safetensors files."""
 
-_REMEDY = "The measurement is damaged: measure the model again."
+CURVES = "curves/"
+"""What the names of curves begin with; ``FORMAT/LINEAR.NAME`` follows."""
+
+REMEDY = "The measurement is damaged: measure the model again."
+"""What to do about a measurement that cannot be read."""
 
 _Name = Annotated[str, msgspec.Meta(min_length=1)]
 _Damping = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
@@ -42,6 +53,14 @@ class EmbeddingHeader:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CurvesHeader:
+    """What the header says of a format's curves; see ``FormatCurves``."""
+
+    version: Positive
+    header: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MeasurementHeader:
     """The entry of the file's metadata; see ``Measurement``.
 
@@ -51,9 +70,7 @@ class MeasurementHeader:
         embedding: The token embeddings.
         other_weights: Number of all other weights.
         token_weights: By linear, the one that its token weights are stored under.
-        widths: Bit widths of the curves' columns.
-        types: Names of the ggml types.
-        group_size: Rows of a group.
+        curves: By format, what its curves depend on.
         damping: By linear; None where feedback was given up: JSON knows no infinity.
         chosen_tokens: By linear of an expert, the number of tokens that chose it.
         provenance: Where the measurement came from.
@@ -64,9 +81,7 @@ class MeasurementHeader:
     embedding: EmbeddingHeader
     other_weights: Count
     token_weights: dict[str, str]
-    widths: Annotated[tuple[int, ...], msgspec.Meta(min_length=1)]
-    types: tuple[str, ...]
-    group_size: Positive
+    curves: dict[str, CurvesHeader]
     damping: dict[str, _Damping | None]
     chosen_tokens: dict[str, Count]
     provenance: dict[str, Any]
@@ -85,19 +100,20 @@ class MeasurementHeader:
                 raise ValueError(f"{what} must name the linears and the head, each of them once")
         if not self.chosen_tokens.keys() <= set(self.linears):
             raise ValueError("chosen_tokens must name linears")
-        if self.widths != tuple(bits for bits in WIDTHS if bits in self.widths):
-            raise ValueError(f"widths must be some of {WIDTHS}, in this order")
-        if self.group_size % ROW_MULTIPLE:
-            raise ValueError(f"group_size must be a multiple of {ROW_MULTIPLE}")
-        if len(set(self.types)) < len(self.types) or not TYPES.keys() >= set(self.types):
-            raise ValueError("types must be different types of ggml")
+        if any("/" in name for name in self.curves):
+            raise ValueError("curves must name formats")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MeasuredTensors:
-    """The tensors of a file, each checked when it is taken."""
+    """The tensors of a file, or a format's curves, each checked when it is taken.
 
-    path: Path
+    Attributes:
+        where: What messages begin with.
+        tensors: By name.
+    """
+
+    where: str
     tensors: Mapping[str, NDArray[Any]]
 
     def take(
@@ -144,22 +160,32 @@ class MeasuredTensors:
             raise self.error(name, "holds values out of range", f"{values.min()}", f"at least {least:g}")
         return values
 
-    def order(self, name: str) -> NDArray[np.int32]:
-        """Return a tensor that orders the inputs of a linear.
+    def curves(self, format_: str, owners: Collection[str]) -> dict[str, dict[str, NDArray[Any]]]:
+        """Return the curves of a format by owner and name; what they hold its reader checks, but for NaN.
+
+        Args:
+            format_: Name of the format.
+            owners: Names of the linears and of the embeddings.
 
         Raises:
-            FormatError: It is missing, or no permutation.
+            FormatError: One belongs to nothing, or holds NaN.
         """
-        values = self.take(name, np.int32, (None,))
-        if not np.array_equal(np.sort(values), np.arange(len(values), dtype=np.int32)):
-            raise self.error(
-                name, "is not an order", "repeated or missing numbers", f"0 to {len(values) - 1}, each once"
-            )
-        return values
+        curves: dict[str, dict[str, NDArray[Any]]] = {owner: {} for owner in owners}
+        start = f"{CURVES}{format_}/"
+        for name, values in self.tensors.items():
+            if not name.startswith(start):
+                continue
+            owner, _, field = name.removeprefix(start).rpartition(".")
+            if owner not in curves:
+                raise self.error(name, "belongs to nothing", repr(owner), "a linear or the embeddings")
+            if values.dtype.kind == "f" and np.isnan(values).any():
+                raise self.error(name, "holds NaN", "some", "none")
+            curves[owner][field] = values
+        return curves
 
     def error(self, name: str, problem: str, got: str, expected: str) -> FormatError:
         """Return what to raise of a tensor."""
-        return FormatError(f"{self.path}: tensor {name!r} {problem}. Got {got}. Expected {expected}. {_REMEDY}")
+        return FormatError(f"{self.where}: tensor {name!r} {problem}. Got {got}. Expected {expected}. {REMEDY}")
 
 
 def read_measurement(path: Path, version: int) -> tuple[MeasurementHeader, MeasuredTensors]:
@@ -177,18 +203,18 @@ def read_measurement(path: Path, version: int) -> tuple[MeasurementHeader, Measu
             text = (file.metadata() or {}).get(HEADER_KEY)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except Exception as cause:  # the library raises what it likes, for dtypes that NumPy lacks an AttributeError
-        raise FormatError(f"{path}: cannot be read as a measurement ({cause!r}). {_REMEDY}") from cause
+        raise FormatError(f"{path}: cannot be read as a measurement ({cause!r}). {REMEDY}") from cause
     if text is None:
         raise FormatError(
             f"{path}: not a measurement. Got a safetensors file without the entry {HEADER_KEY}. Expected what "
             "`bpwise measure` writes. Check the path."
         )
     where = f"{path}: {HEADER_KEY}"
-    raw = parse_schema(text, dict[str, Any], FormatError, where=where, remedy=_REMEDY)
+    raw = parse_schema(text, dict[str, Any], FormatError, where=where, remedy=REMEDY)
     if raw.get("version") != version:
         raise FormatError(
             f"{path}: measurement of another version. Got {str(raw.get('version'))[:20]}. Expected {version}. Measure "
-            "the model again."
+            "the model again with `bpwise measure`."
         )
-    header = check_schema(raw, MeasurementHeader, FormatError, where=where, remedy=_REMEDY)
-    return header, MeasuredTensors(path, tensors)
+    header = check_schema(raw, MeasurementHeader, FormatError, where=where, remedy=REMEDY)
+    return header, MeasuredTensors(str(path), tensors)

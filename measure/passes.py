@@ -1,55 +1,57 @@
-"""The passes of the measuring stage: forward, head, backward with the curves of each block."""
+"""The passes of the measuring step: forward, head, backward with the curves of each block."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..checkpoint.files.resume import ResumeStore
 from ..checkpoint.model.families import HEAD, InputGroup
-from ..convert.exl2.rounding.curves import ErrorCurve, measure_curves
-from ..convert.gguf.ggml.curves import SAMPLED_ROWS, measure_plain_types, measure_types
-from ..convert.gguf.ggml.kernels import GgmlType
-from ..linalg.sampling import systematic_sample
 from ..progress import Progress
-from .measurement import MeasuredLinear, MeasuredTable
+from .curves import CurveMaker, TableInputs
+from .input_group import TINY, FinishedLinear, finished_linears, measure_group, split_formats
+from .measurement import MeasuredTable
 from .model.positionwise import chunked_positionwise
 from .model.states import new_state
 from .model.stream import TAIL_TOKENS, StreamedModel, check_finite, micro_batches
 from .statistics.experts import collect_experts, expert_statistics
-from .statistics.heldout import DAMPINGS, cross_validate_damping
+from .statistics.heldout import DAMPINGS
 from .statistics.inputs import InputStatistics, collect, tapped_inputs, tapped_outputs
+from .statistics.probes import probe_logits, slopes_of_logits
 
-__all__ = ["MeasuringPasses"]
+__all__ = ["FinishedTable", "MeasuringPasses"]
 
-_CACHED_TOKENS = 16
-"""Positions whose probabilities are worked on together, so that they stay in a processor's cache."""
 
-_TINY = 1e-30
-"""Keeps sums that are zero from being divided by."""
+@dataclass(frozen=True, slots=True, eq=False)
+class FinishedTable:
+    """The token embeddings, measured.
 
-_LARGEST_WEIGHT = 65504.0
-"""Token weights are kept in float16."""
+    Attributes:
+        table: What is known of them whatever the format.
+        curves: Their curves, by format and by name.
+    """
+
+    table: MeasuredTable
+    curves: dict[str, dict[str, NDArray[Any]]]
 
 
 class MeasuringPasses:
-    """One run of the measuring stage: what its passes share. Every finished block is kept in ``artifacts``."""
+    """One run of the measuring step: what its passes share. Every finished block is kept in ``artifacts``."""
 
     def __init__(
         self,
         model: StreamedModel,
         tokens: Tensor,
         artifacts: ResumeStore,
+        makers: Sequence[CurveMaker],
         *,
-        widths: Sequence[int],
-        kinds: Sequence[GgmlType],
-        group_size: int,
         damping: float | None,
         seed: int,
         experts_see_all_tokens: bool,
@@ -58,21 +60,17 @@ class MeasuringPasses:
 
         Args:
             model: The model to measure.
-            tokens: Calibration rows, int64, shape (rows, tokens).
+            tokens: Token ids of the calibration sequences, int64, shape (rows, tokens).
             artifacts: Where finished blocks are kept.
-            widths: Bit widths of the curves.
-            kinds: ggml's types to measure.
-            group_size: Rows of a group.
-            damping: Damping of the Gram matrices, or None to choose it for each stage on held-out rows.
+            makers: The formats' curves.
+            damping: Damping of the Hessians, or None to choose it for each input group on held-out sequences.
             seed: Seed of the random signs that probe the Fisher information.
             experts_see_all_tokens: Whether tokens that did not choose an expert count a little for it, all of them.
         """
         self.model = model
         self.tokens = tokens
         self.artifacts = artifacts
-        self.widths = widths
-        self.kinds = kinds
-        self.group_size = group_size
+        self.makers = makers
         self.dampings = DAMPINGS if damping is None else (damping,)
         self.seed = seed
         self.experts_see_all_tokens = experts_see_all_tokens
@@ -131,28 +129,32 @@ class MeasuringPasses:
             return
         last = self.model.block_count
         hidden = self._kept(f"input-{last}", "hidden")
-        rng = np.random.default_rng(self.seed)
         gradient = self.model.new_state(self.tokens)
-        with self.model.tail() as head, tapped_inputs(head, [""]) as taps, tapped_outputs(head, [""]) as raw:
-            sums = InputStatistics(head.in_features, self.tokens.shape[1], self.model.device)
-            flat, flat_gradient = hidden.flatten(0, 1), gradient.view(-1, hidden.shape[-1])
-            errors = torch.empty(TAIL_TOKENS, head.out_features, device=self.model.device)
-            for first in range(0, flat.shape[0], TAIL_TOKENS):
-                part = flat[None, first : first + TAIL_TOKENS].to(self.model.device).requires_grad_()
+        with self.model.tail() as head:
+            sums = self._probe_logits(head, hidden.flatten(0, 1), gradient.view(-1, hidden.shape[-1]))
+            check_finite(gradient, "output head", "gradients")
+            none = torch.empty(head.out_features, 0)  # its outputs are rounded each for itself
+            packed = self._measured({HEAD: head}, sums, {HEAD: none}, with_feedback=not self.model.tied)
+        self.artifacts.save(f"gradient-{last}", {"gradient": gradient})
+        self.artifacts.save("head", packed)
+
+    def _probe_logits(self, head: Any, hidden: Tensor, gradient: Tensor) -> InputStatistics:
+        # Statistics of the head; the gradient of the probes at the last block's output goes to ``gradient``.
+        rng = np.random.default_rng(self.seed)
+        sums = InputStatistics(head.in_features, self.tokens.shape[1], self.model.device)
+        errors = torch.empty(TAIL_TOKENS, head.out_features, device=self.model.device)
+        with tapped_inputs(head, [""]) as taps, tapped_outputs(head, [""]) as raw:
+            for first in range(0, len(hidden), TAIL_TOKENS):
+                part = hidden[None, first : first + TAIL_TOKENS].to(self.model.device).requires_grad_()
                 logits = self.model.logits(part)
                 sums.see_inputs(taps[""])
-                slopes = _slopes(logits, raw[""])
-                error, outputs, weights = _probe(logits.detach()[0], rng, slopes, errors)
-                sums.see_sums(HEAD, outputs, weights)
+                error, squares = probe_logits(logits.detach()[0], rng, slopes_of_logits(logits, raw[""]), errors)
+                sums.see_sums(HEAD, *squares)
                 sums.end_batch()
                 logits.backward(error[None])
                 assert part.grad is not None
-                flat_gradient[first : first + TAIL_TOKENS] = part.grad[0].cpu()
-            check_finite(gradient, "output head", "gradients")
-            curves, types = self._curves({HEAD: head}, sums)
-        self.artifacts.save(f"gradient-{last}", {"gradient": gradient})
-        none = torch.empty(head.out_features, 0)  # its outputs are rounded each for itself
-        self.artifacts.save("head", self._pack(curves, types, sums.scaled_weights(), {HEAD: none}))
+                gradient[first : first + TAIL_TOKENS] = part.grad[0].cpu()
+        return sums
 
     def backward(self, progress: Progress) -> None:
         """Go back through the blocks: statistics, then curves, block by block."""
@@ -162,39 +164,51 @@ class MeasuringPasses:
                 continue
             if gradient is None:
                 gradient = self._kept(f"gradient-{index + 1}", "gradient")
-            hidden = self._kept(f"input-{index}", "hidden")
-            stages = self.model.stages(index)
-            shared = [stage for stage in stages if stage.expert is None]
-            experts = [stage for stage in stages if stage.expert is not None]
-            packed: dict[str, Tensor] = {}
-            with self.model.block(index) as block:
-                with (
-                    collect(block, shared, self.tokens.shape[1]) as statistics,
-                    collect_experts(block, self.model.family.experts_path, experts, self.tokens.numel()) as seen,
-                    chunked_positionwise(block, stages),
-                ):
-                    self._backward_block(index, hidden, gradient, statistics)
-                del hidden
-                for stage, sums in zip(shared, statistics, strict=True):
-                    packed |= self._measured_stage(index, block, stage, sums)
-                for stage, chosen, sums in expert_statistics(
-                    block, experts, seen, self.tokens.shape[1], all_tokens=self.experts_see_all_tokens
-                ):
-                    packed |= self._measured_stage(index, block, stage, sums)
-                    for name in self.model.family.linear_names(index, stage):
-                        packed[f"{name}|chosen_tokens"] = torch.tensor(chosen)
+            packed = self._measured_block(index, gradient)
             # The gradient first: a run cut off between the two repeats this block from an unchanged input.
             self.artifacts.save(f"gradient-{index}", {"gradient": gradient})
             self.artifacts.save(f"curves-{index}", packed)
             self.artifacts.discard(f"gradient-{index + 1}")
+
+    def _measured_block(self, index: int, gradient: Tensor) -> dict[str, Tensor]:
+        # Puts the gradient at the block's input in the place of that at its output.
+        stages = self.model.stages(index)
+        shared = [stage for stage in stages if stage.expert is None]
+        experts = [stage for stage in stages if stage.expert is not None]
+        packed: dict[str, Tensor] = {}
+        with self.model.block(index) as block:
+            with (
+                collect(block, shared, self.tokens.shape[1]) as statistics,
+                collect_experts(block, self.model.family.experts_path, experts, self.tokens.numel()) as seen,
+                chunked_positionwise(block, stages),
+            ):
+                self._backward_block(index, self._kept(f"input-{index}", "hidden"), gradient, statistics)
+            for stage, sums in zip(shared, statistics, strict=True):
+                packed |= self._measured_stage(index, block, stage, sums)
+            for stage, chosen, sums in expert_statistics(
+                block, experts, seen, self.tokens.shape[1], all_tokens=self.experts_see_all_tokens
+            ):
+                packed |= self._measured_stage(index, block, stage, sums)
+                for name in self.model.family.linear_names(index, stage):
+                    packed[f"{name}|chosen_tokens"] = torch.tensor(chosen)
+        return packed
 
     def _measured_stage(self, index: int, block: Any, stage: InputGroup, sums: InputStatistics) -> dict[str, Tensor]:
         names = self.model.family.linear_names(index, stage)
         modules = [block.get_submodule(inner) for inner in stage.linears]
         couplings = {n: sums.couplings[i].coupling(sums.fisher[i]) for n, i in zip(names, stage.linears, strict=True)}
         sums.fisher = {n: sums.fisher[inner] for n, inner in zip(names, stage.linears, strict=True)}
-        curves, types = self._curves(dict(zip(names, modules, strict=True)), sums)
-        return self._pack(curves, types, sums.scaled_weights(), couplings)
+        return self._measured(dict(zip(names, modules, strict=True)), sums, couplings)
+
+    def _measured(
+        self,
+        linears: Mapping[str, Any],
+        sums: InputStatistics,
+        couplings: Mapping[str, Tensor],
+        *,
+        with_feedback: bool = True,
+    ) -> dict[str, Tensor]:
+        return measure_group(linears, sums, couplings, self.makers, self.dampings, with_feedback=with_feedback)
 
     def _backward_block(
         self,
@@ -213,49 +227,6 @@ class MeasuringPasses:
                 sums.end_batch()
         check_finite(gradient, self.model.block_name(index), "gradients")
 
-    def _curves(
-        self, linears: dict[str, Any], sums: InputStatistics
-    ) -> tuple[dict[str, ErrorCurve], dict[str, Tensor]]:
-        # Damage of every row group at every width, and of every linear in every one of ggml's types.
-        weights = [module.weight.detach().T for module in linears.values()]
-        fishers = [sums.fisher[name] / sums.tokens for name in linears]
-        totals = [half.weight for half in sums.halves]
-        halves = [half.mean() for half in sums.halves]
-        for name, fisher in zip(linears, fishers, strict=True):
-            check_finite(fisher, name, "squared gradients")
-        for sums_of_half in (*halves, torch.tensor(totals)):
-            check_finite(sums_of_half, next(iter(linears)), "weighted inputs")
-        judged = cross_validate_damping(weights, halves, fishers, dampings=self.dampings)
-        first, second = (half.mul_(total) for total, half in zip(totals, halves, strict=True))
-        gram = first.add_(second).div_(max(sum(totals), _TINY))
-        del halves, second
-        curves = measure_curves(
-            weights,
-            gram,
-            fishers,
-            widths=self.widths,
-            group_size=self.group_size,
-            damping=judged.damping,
-            generalization_ratio=judged.generalization_ratio,
-        )
-        for name, curve in zip(linears, curves, strict=True):
-            check_finite(curve.damage_nats, name, "predicted damages")
-        if HEAD in linears and self.model.tied:
-            (weight,), (fisher,) = weights, fishers
-            types = [
-                measure_plain_types(weight, gram, fisher, self.kinds, generalization_ratio=judged.generalization_ratio)
-            ]
-        else:
-            types = measure_types(
-                weights,
-                gram,
-                fishers,
-                self.kinds,
-                damping=judged.damping,
-                generalization_ratio=judged.generalization_ratio,
-            )
-        return dict(zip(linears, curves, strict=True)), dict(zip(linears, types, strict=True))
-
     def embedding(self) -> None:
         """Measure the token embeddings; the backward pass has ended."""
         if self.artifacts.has("embedding"):
@@ -264,100 +235,36 @@ class MeasuringPasses:
         squares = gradient.flatten(0, 1).square()
         total = squares.sum()
         check_finite(total, self.model.embedding_name, "squared gradients")
-        fisher = squares.mean(dim=0)
-        # As in a Gram matrix, a token counts what its gradients say.
-        weights = squares.sum(dim=1) / max(float(total), _TINY)
+        # As in a Hessian, a token counts what its gradients say.
+        weights = squares.sum(dim=1) / max(float(total), TINY)
         uses = torch.zeros(self.model.vocabulary).index_add_(0, self.tokens.flatten(), weights)
-        rows, shares = systematic_sample(uses, SAMPLED_ROWS)
-        table = self.model.embeddings(rows).float().T
-        damage = measure_plain_types(table, fisher.diag(), shares, self.kinds)
-        self.artifacts.save("embedding", {"importance": fisher, "type_damage_nats": damage})
+        inputs = TableInputs(embeddings=self.model.embeddings, uses=uses, fisher=squares.mean(dim=0))
+        measured = {
+            f"{maker.name}/{key}": tensor for maker in self.makers for key, tensor in maker.table(inputs).items()
+        }
+        self.artifacts.save("embedding", {"importance": inputs.fisher, **measured})
 
-    def measured_embedding(self) -> MeasuredTable:
+    def finished_embedding(self) -> FinishedTable:
         """Return the measured token embeddings."""
         artifact = self.artifacts.load("embedding")
-        return MeasuredTable(
+        table = MeasuredTable(
             name=self.model.embedding_name,
             tokens=self.model.vocabulary,
             importance=artifact["importance"].numpy(),
-            type_damage_nats=artifact["type_damage_nats"].numpy(),
             tied=self.model.tied,
         )
+        return FinishedTable(table, split_formats(artifact))
 
-    def _pack(
-        self,
-        curves: dict[str, ErrorCurve],
-        types: dict[str, Tensor],
-        weights: Tensor,
-        couplings: dict[str, Tensor],
-    ) -> dict[str, Tensor]:
-        packed: dict[str, Tensor] = {}
-        kept = weights.clamp(max=_LARGEST_WEIGHT).half().view(self.tokens.shape)
-        for name, curve in curves.items():
-            for key, value in asdict(curve).items():
-                packed[f"{name}|{key}"] = torch.as_tensor(value).cpu()
-            packed[f"{name}|type_damage_nats"] = types[name]
-            packed[f"{name}|coupling"] = couplings[name].half().cpu()
-            packed[f"{name}|token_weights"] = kept
-        return packed
+    def finished_linears(self) -> list[FinishedLinear]:
+        """Return the measured linears of the decoder, in model order."""
+        return [
+            measured[name]
+            for index in range(self.model.block_count)
+            for measured in [self.finished(f"curves-{index}")]
+            for stage in self.model.stages(index)
+            for name in self.model.family.linear_names(index, stage)
+        ]
 
-    def finished(self, artifact: str) -> dict[str, MeasuredLinear]:
+    def finished(self, artifact: str) -> dict[str, FinishedLinear]:
         """Return the measured linears of a finished artifact, by name."""
-        return _unpack(self.artifacts.load(artifact))
-
-
-def _slopes(logits: Tensor, output: Tensor) -> Tensor | None:
-    # How much each logit moves with the head's output, where models scale or cap it; None where they do not.
-    if output is logits:
-        return None
-    (slopes,) = torch.autograd.grad(logits.sum(), output, retain_graph=True)
-    return slopes.flatten(0, -2)
-
-
-def _probe(
-    logits: Tensor, rng: np.random.Generator, slopes: Tensor | None, out: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    # A random direction with the logits' Fisher matrix F = diag(p) - p p^T as its covariance, in the first rows of
-    # ``out``: F p^-1/2 z with random signs z. p - t of a sampled target t has the same covariance, but where the model
-    # is nearly sure of a token all of its size hangs on the rare draw of another one. And the sums over tokens and over
-    # the vocabulary of the mean square, p (1 - p).
-    probe = out[: len(logits)]
-    outputs = torch.zeros(logits.shape[1], device=logits.device)
-    weights = []
-    for first, probabilities in zip(range(0, len(probe), _CACHED_TOKENS), probe.split(_CACHED_TOKENS), strict=True):
-        torch.softmax(logits[first : first + _CACHED_TOKENS], dim=-1, out=probabilities)
-        squares = torch.addcmul(probabilities, probabilities, probabilities, value=-1)
-        if slopes is not None:
-            squares *= slopes[first : first + _CACHED_TOKENS].square()
-        outputs += squares.sum(dim=0)
-        weights.append(squares.sum(dim=1))
-        signed = probabilities.sqrt().copysign_(_signs(probabilities.shape, rng).to(logits.device))
-        probabilities.mul_(-signed.sum(dim=1, keepdim=True)).add_(signed)
-    return probe, outputs, torch.cat(weights)
-
-
-def _signs(shape: torch.Size, rng: np.random.Generator) -> Tensor:
-    # Numbers of random sign, int8. From the CPU for every device, so that all measure the same.
-    return torch.from_numpy(rng.integers(-128, 128, shape, dtype=np.int8))
-
-
-def _unpack(tensors: dict[str, Tensor]) -> dict[str, MeasuredLinear]:
-    linears: dict[str, dict[str, Any]] = {}
-    for key, tensor in tensors.items():
-        name, field_name = key.split("|")
-        linears.setdefault(name, {})[field_name] = tensor
-    return {
-        name: MeasuredLinear(
-            name=name,
-            damage_nats=fields["damage_nats"].numpy(),
-            order=fields["order"].int().numpy(),
-            fisher=fields["fisher"].numpy(),
-            input_power=fields["input_power"].numpy(),
-            coupling=fields["coupling"].numpy(),
-            token_weights=fields["token_weights"].numpy(),
-            type_damage_nats=fields["type_damage_nats"].numpy(),
-            damping=float(fields["damping"]),
-            chosen_tokens=int(fields["chosen_tokens"]) if "chosen_tokens" in fields else None,
-        )
-        for name, fields in linears.items()
-    }
+        return finished_linears(self.artifacts.load(artifact))

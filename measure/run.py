@@ -1,4 +1,4 @@
-"""The measuring stage: one forward and one backward pass over the calibration rows, block by block, then curves."""
+"""The measuring step: one forward and one backward pass over the calibration rows, block by block, then curves."""
 
 from __future__ import annotations
 
@@ -17,13 +17,11 @@ from ..checkpoint.model.families import HEAD
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..checkpoint.source.language import LanguageModel, language_config, language_model
 from ..checkpoint.source.original import Original, open_model
-from ..convert.exl2.file.layout import ROW_MULTIPLE, WIDTHS
-from ..convert.gguf.ggml.curves import measured_types
-from ..convert.gguf.ggml.types import GgmlType
 from ..errors import ConfigError, FormatError
 from ..progress import Progress, silent
 from ..version import __version__
-from .measurement import Measurement, is_measurement
+from .curves import CurveMaker
+from .measurement import FormatCurves, Measurement, is_measurement
 from .model.stream import StreamedModel
 from .passes import MeasuringPasses
 from .text.calibration import (
@@ -42,8 +40,8 @@ __all__ = [
     "MeasureConfig",
     "calibration_rows",
     "kept_inputs",
+    "measure_checkpoint",
     "measure_model",
-    "measure_to_file",
     "measured_rows",
     "measurement_provenance",
     "require_measurable",
@@ -52,7 +50,7 @@ __all__ = [
 
 
 MEASURED = "measure"
-"""Name of the stage in the work directory; a measurement's provenance is its identity."""
+"""Name of the step in the work directory; a measurement's provenance is its identity."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,28 +64,23 @@ class _RowsProvenance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasureConfig:
-    """Options of the measuring stage.
+    """Options of the measuring step.
 
     Attributes:
         calibration: Which text, and how much of it.
-        group_size: Rows that share a bit width and a scale; a multiple of 32.
-        damping: What is added to the diagonal of every Gram matrix, relative to its mean, dimensionless; None chooses
-            for each stage what serves rows best that were held out.
+        damping: What is added to the diagonal of every Hessian, relative to its mean, dimensionless; None chooses for
+            each input group what serves held-out sequences best.
         seed: Seed of the random signs that probe the Fisher information.
         moe_calibrate_all: Whether all tokens are run through all experts of a mixture: those that did not choose an
             expert count a tenth of those that did. Otherwise only experts that few tokens choose see others.
-        types: Whether the damage of ggml's types is measured too, where ggml's library is installed: 5 s for a block of
-            SmolLM2-135M on two cores.
         device: ``cpu``, ``cuda``, ``cuda:N``, ``mps``, or ``auto`` for the best at hand.
         offload_dir: Directory for files with the hidden states of all rows; None keeps them in memory.
     """
 
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
-    group_size: int = 32
     damping: float | None = None
     seed: int = 0
     moe_calibrate_all: bool = False
-    types: bool = True
     device: str = "auto"
     offload_dir: Path | None = None
 
@@ -97,8 +90,6 @@ class MeasureConfig:
         Raises:
             ConfigError: One of them makes no sense.
         """
-        if self.group_size < ROW_MULTIPLE or self.group_size % ROW_MULTIPLE:
-            raise ConfigError(f"group_size must be a positive multiple of {ROW_MULTIPLE}, got {self.group_size}.")
         if self.damping is not None and not 0 < self.damping < 1:
             raise ConfigError(f"damping must lie between 0 and 1, got {self.damping}.")
 
@@ -122,7 +113,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def measurement_provenance(
-    checkpoint: Checkpoint, calibration: CalibrationSet, config: MeasureConfig
+    checkpoint: Checkpoint, calibration: CalibrationSet, config: MeasureConfig, curves: Sequence[CurveMaker]
 ) -> dict[str, Any]:
     """Return all that a measurement depends on, as plain JSON: the same provenance means the same measurement."""
     rows, row_tokens = calibration.tokens.shape
@@ -135,12 +126,11 @@ def measurement_provenance(
         "calibration_adds_bos": calibration.adds_bos,
         "rows": rows,
         "row_tokens": row_tokens,
-        "group_size": config.group_size,
         "damping": config.damping,
         "seed": config.seed,
         "moe_calibrate_all": config.moe_calibrate_all,
         "device": resolve_device(config.device).type,
-        "types": [kind.name for kind in _kinds(config)],
+        "curves": {maker.name: {"version": maker.version, "header": dict(maker.header)} for maker in curves},
         **({"changes": checkpoint.changes} if checkpoint.changes else {}),
     }
 
@@ -157,19 +147,21 @@ def require_measurable(checkpoint: Checkpoint) -> None:
     StreamedModel(checkpoint, device=torch.device("cpu"), dtype=torch.float32)
 
 
-def measure_model(
+def measure_checkpoint(
     checkpoint: Checkpoint,
     calibration: CalibrationSet,
     config: MeasureConfig,
+    curves: Sequence[CurveMaker],
     work: Path,
     progress: Progress = silent,
 ) -> Measurement:
-    """Measure every linear of a model's decoder, and its head.
+    """Measure every linear of a model's decoder, its head and its token embeddings.
 
     Args:
         checkpoint: The model.
         calibration: Token ids, shape (rows, tokens).
         config: Options; ``config.calibration`` is not read here.
+        curves: The formats to measure, each once.
         work: Work directory; finished blocks in it are not done again.
         progress: Wraps the blocks of each pass.
 
@@ -182,18 +174,13 @@ def measure_model(
     """
     device = resolve_device(config.device)
     checkpoint.prepare_fingerprint(progress)
-    provenance = measurement_provenance(checkpoint, calibration, config)
-    artifacts = ResumeStore(work, MEASURED, provenance)
+    provenance = measurement_provenance(checkpoint, calibration, config, curves)
     source = language_model(checkpoint)
-    model = StreamedModel(source, device=device, dtype=torch.float32, offload_dir=config.offload_dir)
-    kinds = _kinds(config)
     run = MeasuringPasses(
-        model,
+        StreamedModel(source, device=device, dtype=torch.float32, offload_dir=config.offload_dir),
         calibration.tokens,
-        artifacts,
-        widths=WIDTHS,
-        kinds=kinds,
-        group_size=config.group_size,
+        ResumeStore(work, MEASURED, provenance),
+        curves,
         damping=config.damping,
         seed=config.seed,
         experts_see_all_tokens=config.moe_calibrate_all,
@@ -202,38 +189,33 @@ def measure_model(
     run.head()
     run.backward(progress)
     run.embedding()
-    linears = tuple(
-        measured[name]
-        for index in range(model.block_count)
-        for measured in [run.finished(f"curves-{index}")]
-        for stage in model.stages(index)
-        for name in model.family.linear_names(index, stage)
-    )
-    head, embedding = run.finished("head")[HEAD], run.measured_embedding()
+    linears, head, embedding = run.finished_linears(), run.finished("head")[HEAD], run.finished_embedding()
     return Measurement(
-        linears=linears,
-        head=head,
-        embedding=embedding,
-        other_weights=_other_weights(source, [*(linear.name for linear in linears), HEAD, embedding.name]),
+        linears=tuple(each.linear for each in linears),
+        head=head.linear,
+        embedding=embedding.table,
+        other_weights=_other_weights(source, [*(x.linear.name for x in (*linears, head)), embedding.table.name]),
         tokens=calibration.tokens.int().numpy(),
-        widths=WIDTHS,
-        types=tuple(kind.name for kind in kinds),
-        group_size=config.group_size,
+        curves={
+            maker.name: FormatCurves(
+                version=maker.version,
+                header=dict(maker.header),
+                linears={each.linear.name: each.curves.get(maker.name, {}) for each in (*linears, head)},
+                table=embedding.curves.get(maker.name, {}),
+            )
+            for maker in curves
+        },
         provenance=provenance,
     )
 
 
 def kept_inputs(work: Path, measurement: Measurement) -> ResumeStore | None:
-    """Return the artifacts of a measuring stage that ran in the same work directory, None if it did not.
+    """Return the artifacts of a measuring step that ran in the same work directory, None if it did not.
 
     Until the run ends, artifact ``input-N`` holds what enters block N, over all calibration rows: ``hidden``, float32,
     shape (rows, tokens, hidden size).
     """
     return ResumeStore.existing(work, MEASURED, measurement.provenance)
-
-
-def _kinds(config: MeasureConfig) -> tuple[GgmlType, ...]:
-    return measured_types() if config.types else ()
 
 
 def _other_weights(source: LanguageModel, quantized: Sequence[str]) -> int:
@@ -291,11 +273,12 @@ def measured_rows(measurement: Measurement) -> CalibrationSet:
     )
 
 
-def measure_to_file(
+def measure_model(
     model: Original,
     output: Path,
     config: MeasureConfig,
     *,
+    curves: Sequence[CurveMaker],
     work: Path | None = None,
     calibration: CalibrationSet | None = None,
     force: bool = False,
@@ -307,6 +290,7 @@ def measure_to_file(
         model: A local directory, a hub id, or what ``open_model`` made of one.
         output: The file to write; an older measurement is replaced.
         config: Options.
+        curves: The formats to measure, each once.
         work: Work directory; default ``OUTPUT.work``. Its resume artifacts are deleted when the measurement is
             complete.
         calibration: Rows to use instead of those that ``config.calibration`` describes.
@@ -317,7 +301,7 @@ def measure_to_file(
         The measurement.
 
     Raises:
-        BpwiseError: As ``measure_model``, ``open_model`` and ``calibration_rows``; or the output is in the way of
+        BpwiseError: As ``measure_checkpoint``, ``open_model`` and ``calibration_rows``; or the output is in the way of
             something, or cannot be written.
     """
     checkpoint = open_model(model)
@@ -330,10 +314,10 @@ def measure_to_file(
     require_measurable(checkpoint)
     if calibration is not None:
         check_rows(checkpoint, calibration, CALIBRATION)
-    with reserved(output), run_artifacts(work) as stages:
+    with reserved(output), run_artifacts(work) as artifacts:
         rows = calibration_rows(checkpoint, config.calibration, device=config.device, given=calibration)
         checkpoint.prepare_fingerprint(progress)
-        stages.add(MEASURED, measurement_provenance(checkpoint, rows, config))
-        measurement = measure_model(checkpoint, rows, config, work, progress)
+        artifacts.add(MEASURED, measurement_provenance(checkpoint, rows, config, curves))
+        measurement = measure_checkpoint(checkpoint, rows, config, curves, work, progress)
         measurement.save(output)
     return measurement

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..checkpoint.files.safetensors_file import load_metadata
 from ..checkpoint.files.schemas import read_json
@@ -21,7 +22,7 @@ from ..convert.exl2.plan.unquantized import unquantized_lines
 from ..convert.gguf.file.header import is_gguf, read_gguf_header
 from ..convert.gguf.plan import TYPE_PLAN_KEY, TypePlan
 from ..errors import FormatError
-from ..measure.measurement import HEADER_KEY, Measurement
+from ..measure.measurement import HEADER_KEY, FormatCurves, Measurement
 from ..measure.text.calibration import CalibrationSet
 
 __all__ = ["Inspection", "inspect_path"]
@@ -168,13 +169,16 @@ def _metadata_value(value: Any) -> str:
 
 def _measurement(path: Path) -> Inspection:
     measurement = Measurement.load(path)
+    linears = (*measurement.linears, measurement.head)
+    names = [linear.name for linear in linears]
+    columns = [_damages(name, curves, names) for name, curves in measurement.curves.items()]
     rows = [
         (
             linear.name,
             f"{linear.in_features} x {linear.out_features}",
-            *(f"{damage:.2e}" for damage in linear.damage_nats.sum(axis=0)),
+            *(f"{damage:.2e}" for _, damages in columns for damage in damages[index]),
         )
-        for linear in (*measurement.linears, measurement.head)
+        for index, linear in enumerate(linears)
     ]
     facts = {key: value for key, value in measurement.provenance.items() if not isinstance(value, list)}
     if measurement.experts_sentence is not None:
@@ -182,9 +186,19 @@ def _measurement(path: Path) -> Inspection:
     return Inspection(
         kind="measurement",
         facts=tuple(f"{key}: {value}" for key, value in facts.items()),
-        header=("linear, damage in nats/token", "in x out", *(f"{bits} bits" for bits in measurement.widths)),
+        header=("linear, damage in nats/token", "in x out", *(title for titles, _ in columns for title in titles)),
         rows=tuple(rows),
     )
+
+
+def _damages(name: str, curves: FormatCurves, linears: Sequence[str]) -> tuple[list[str], list[NDArray[Any]]]:
+    # Titles, and the damage of each linear in each of the format's choices; nothing where a header names none.
+    choices = next((value for value in curves.header.values() if isinstance(value, list)), [])
+    damages = [curves.linears[linear].get("damage_nats", np.zeros(0)) for linear in linears]
+    if not all(damage.ndim and damage.shape[-1] == len(choices) for damage in damages):
+        return [], [np.zeros(0)] * len(linears)
+    sums = [damage.reshape(-1, len(choices)).sum(axis=0) for damage in damages]
+    return [f"{name} {choice}" for choice in choices], sums
 
 
 def _calibration(path: Path) -> Inspection:

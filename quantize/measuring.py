@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint.files.paths import refuse_foreign
 from ..checkpoint.model.families import EMBEDDING
@@ -14,11 +15,12 @@ from ..checkpoint.source.language import language_model
 from ..checkpoint.source.linears import model_linears
 from ..convert.exl2.plan.plan import is_plan
 from ..errors import BpwiseWarning, FormatError
+from ..measure.curves import CurveMaker
 from ..measure.measurement import Measurement, is_measurement
 from ..measure.run import (
     MeasureConfig,
     calibration_rows,
-    measure_model,
+    measure_checkpoint,
     measured_rows,
     measurement_provenance,
 )
@@ -64,6 +66,7 @@ class GivenMeasurement:
 def load_or_measure(
     checkpoint: Checkpoint,
     config: MeasureConfig,
+    curves: Sequence[CurveMaker],
     work: Path,
     clock: StepClock,
     progress: Progress,
@@ -77,6 +80,7 @@ def load_or_measure(
     Args:
         checkpoint: The model.
         config: How to measure, where there is no measurement yet.
+        curves: The formats to measure then.
         work: Work directory; a new measurement is kept in it.
         clock: Takes the time of what is done.
         progress: Wraps the blocks of each pass.
@@ -85,7 +89,7 @@ def load_or_measure(
         check_rows: Called with the rows before the long work; it may raise.
 
     Raises:
-        BpwiseError: As ``calibration_rows`` and ``measure_model``.
+        BpwiseError: As ``calibration_rows`` and ``measure_checkpoint``.
     """
     if given is not None:
         measured, rows = given.measurement, measured_rows(given.measurement)
@@ -97,7 +101,7 @@ def load_or_measure(
         if check_rows is not None:
             check_rows(rows)
         with clock.stage("measure"):
-            measured = _measured(checkpoint, rows, config, work, progress)
+            measured = _measured(checkpoint, rows, config, curves, work, progress)
     rows.save(work / CALIBRATION_FILE)
     return measured, rows
 
@@ -162,20 +166,33 @@ def _table(name: str, shape: tuple[int, ...], tied: bool) -> str:
 
 
 def _measured(
-    checkpoint: Checkpoint, rows: CalibrationSet, config: MeasureConfig, work: Path, progress: Progress
+    checkpoint: Checkpoint,
+    rows: CalibrationSet,
+    config: MeasureConfig,
+    curves: Sequence[CurveMaker],
+    work: Path,
+    progress: Progress,
 ) -> Measurement:
     kept = work / MEASUREMENT_FILE
     if kept.exists():
         checkpoint.prepare_fingerprint(progress)
-        wanted = measurement_provenance(checkpoint, rows, config)
+        wanted = measurement_provenance(checkpoint, rows, config, curves)
         try:
             measurement = Measurement.load(kept)
         except FormatError as error:
             warnings.warn(f"{error} It is measured again now.", BpwiseWarning, stacklevel=2)
         else:
-            # Types that are not asked for do no harm.
-            if wanted == {**measurement.provenance, "types": wanted["types"] and list(measurement.types)}:
+            if _serves(measurement.provenance, wanted):
                 return measurement
-    measurement = measure_model(checkpoint, rows, config, work, progress)
+    measurement = measure_checkpoint(checkpoint, rows, config, curves, work, progress)
     measurement.save(kept)
     return measurement
+
+
+def _serves(measured: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    # Curves that are not asked for do no harm.
+    curves = measured.get("curves")
+    return isinstance(curves, dict) and {**measured, "curves": {**curves, **wanted["curves"]}} == {
+        **wanted,
+        "curves": curves,
+    }

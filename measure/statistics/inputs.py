@@ -109,6 +109,7 @@ class InputStatistics:
         couplings: Per linear whose gradients were seen, the sketch of the Fisher matrix of its outputs.
         token_weights: Per micro-batch or piece of it, the weight of each token, float32, shape (tokens,), on the CPU:
             the sum of (dL/dy)^2 over all outputs of all linears, not scaled.
+        row_tokens: Tokens of a calibration row.
     """
 
     def __init__(self, width: int, row_tokens: int, device: torch.device, *, least_input: float = _NO_INPUT) -> None:
@@ -124,7 +125,7 @@ class InputStatistics:
         self.fisher: dict[str, Tensor] = {}
         self.couplings: dict[str, FisherSketch] = {}
         self.token_weights: list[Tensor] = []
-        self._row_tokens = row_tokens
+        self.row_tokens = row_tokens
         self._least_input = least_input
         self._rng = torch.Generator().manual_seed(0)
         self._inputs: Tensor | None = None
@@ -171,7 +172,7 @@ class InputStatistics:
         """Add up the micro-batch: all its inputs and gradients have been seen."""
         assert self._inputs is not None
         assert self._weights is not None
-        halves = tokens_of_halves(self.tokens, len(self._weights), self._row_tokens)
+        halves = tokens_of_halves(self.tokens, len(self._weights), self.row_tokens)
         for half, tokens in zip(self.halves, halves, strict=True):
             of_half = tokens.to(self._weights.device)
             kept, given = subsample_tokens(self._weights[of_half], self._rng)

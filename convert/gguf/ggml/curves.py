@@ -1,8 +1,7 @@
 """What every tensor would cost in each of ggml's types: one number a type, since a type goes to a whole tensor.
 
-Damage is that of the error curves (``curves``), from the same statistics, with the feedback that rounding will have.
-The output head and the embeddings are rounded without feedback where they are one table: its two uses ask for
-different feedback.
+Damage is that of ``bpwise.measure.curves``, with the feedback that rounding will have. The output head and the
+embeddings are rounded without feedback where they are one table: its two uses ask for different feedback.
 """
 
 from __future__ import annotations
@@ -18,11 +17,12 @@ from torch import Tensor
 from ....linalg.hessian import inverse_factor
 from ....linalg.parallel import run_all
 from ....linalg.sampling import systematic_sample
+from ....measure.curves import CurveInputs, LinearCurves, TableInputs
 from .blocks import GRID_TYPES
 from .kernels import TYPES, GgmlType, decode, encode, kernels_available
 from .rounding import errors_on_types, rounded_together
 
-__all__ = ["SAMPLED_ROWS", "measure_plain_types", "measure_types", "measured_types"]
+__all__ = ["SAMPLED_ROWS", "measure_plain_types", "measure_table", "measure_types", "measured_types"]
 
 SAMPLED_ROWS = 128
 """Rows of a tensor, that is outputs or tokens, that its damage is measured on."""
@@ -43,46 +43,50 @@ def measured_types() -> tuple[GgmlType, ...]:
     return tuple(kind for kind in TYPES.values() if kind.name not in _LEFT_OUT) if kernels_available() else ()
 
 
-def measure_types(
-    weights: Sequence[Tensor],
-    gram: Tensor,
-    fishers: Sequence[Tensor],
-    kinds: Sequence[GgmlType],
-    *,
-    damping: float,
-    generalization_ratio: float = 1.0,
-) -> list[Tensor]:
-    """Measure the linears that share one input, rounded with feedback. A pure function of its arguments.
+def measure_types(inputs: CurveInputs, kinds: Sequence[GgmlType]) -> list[LinearCurves]:
+    """Measure the linears of an input group, rounded with feedback. A pure function of its arguments.
 
     Args:
-        weights: Each linear's weight, floating point, shape (K, out): the transpose of a Hugging Face weight.
-        gram: H, weighted mean of x x^T over tokens, float32, shape (K, K).
-        fishers: Fisher weights of each linear's outputs, float32, shape (out,).
+        inputs: The linears.
         kinds: The types.
-        damping: First damping to try, relative to the mean of H's diagonal.
-        generalization_ratio: Damage on other tokens than those of H, relative to that on H (see ``heldout``).
 
     Returns:
-        Damage of each linear in each type, nats per token, float32, shape (types,); infinite where K is no whole number
-        of the type's blocks.
+        For each linear ``damage_nats`` in each type, nats per token, float32, shape (types,); infinite where K is no
+        whole number of the type's blocks.
     """
-    upper = inverse_factor(gram, damping).upper
+    gram = inputs.gram
+    factor = inverse_factor(gram, inputs.damping)
     groups = rounded_together([kind for kind in kinds if kind.fits(len(gram))])
-    samples = [_Sample.of(fisher) for fisher in fishers]
+    samples = [_Sample.of(fisher) for fisher in inputs.fishers]
     tasks = [
-        partial(errors_on_types, weight[:, sample.rows_for(group)].float().contiguous(), upper, group)
-        for weight, sample in zip(weights, samples, strict=True)
+        partial(errors_on_types, weight[:, sample.rows_for(group)].float().contiguous(), factor.upper, group)
+        for weight, sample in zip(inputs.weights, samples, strict=True)
         for group in groups
     ]
     found = iter(run_all(tasks, gram.device))
-    damages = []
+    curves = []
     for sample in samples:
         errors = {kind: own for group in groups for kind, own in zip(group, next(found), strict=True)}
         known = sample.damages(errors)
         if not bool(gram.any()):  # The input is zero on every token, and so is whatever an error makes of it.
             known = dict.fromkeys(known, 0.0)
-        damages.append(generalization_ratio * torch.tensor([known.get(kind, math.inf) for kind in kinds]))
-    return damages
+        damage = inputs.generalization_ratio * torch.tensor([known.get(kind, math.inf) for kind in kinds])
+        curves.append(LinearCurves(tensors={"damage_nats": damage}, damping=factor.damping))
+    return curves
+
+
+def measure_table(inputs: TableInputs, kinds: Sequence[GgmlType]) -> Tensor:
+    """Measure the token embeddings on a sample of tokens that stands for all.
+
+    Args:
+        inputs: The table.
+        kinds: The types.
+
+    Returns:
+        As ``measure_plain_types``.
+    """
+    rows, shares = systematic_sample(inputs.uses, SAMPLED_ROWS)
+    return measure_plain_types(inputs.embeddings(rows).float().T, inputs.fisher.diag(), shares, kinds)
 
 
 def measure_plain_types(
@@ -93,14 +97,14 @@ def measure_plain_types(
     Args:
         weight: The transpose of the tensor as it is stored, floating point, shape (K, rows): outputs of a linear, or
             the embeddings of some tokens.
-        gram: What an error in a row costs, float32, shape (K, K): H as above, or the diagonal Fisher of an embedding.
+        gram: What an error in a row costs, float32, shape (K, K): H, or the diagonal Fisher of an embedding.
         row_weights: Fisher weight of each output, or share of each token among all tokens, float32, shape (rows,).
-        kinds: As above.
-        generalization_ratio: As above.
+        kinds: The types.
+        generalization_ratio: As ``CurveInputs`` has it.
 
     Returns:
-        ``0.5 * sum_r row_weights_r (dW^T gram dW)_rr`` in each type, nats per token, float32, shape (types,), infinite
-        as above.
+        ``0.5 * sum_r row_weights_r (dW^T gram dW)_rr`` in each type, nats per token, float32, shape (types,); infinite
+        where a row is no whole number of the type's blocks.
     """
     importance = gram.diagonal().cpu()
     rows, shares = systematic_sample(row_weights, SAMPLED_ROWS)

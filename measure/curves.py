@@ -1,0 +1,94 @@
+"""Error curves: what a format measures of every linear. Formats hand them in; measuring knows none of them.
+
+Damage of an error ``dW`` is ``0.5 * sum_n F_n (dW^T H dW)_nn``, the second-order KL divergence between the original
+and the damaged model, nats per token: F is the Fisher information of a linear's outputs, taken as diagonal, and H its
+Hessian, the mean of ``x x^T`` over tokens weighted by what each counts (see ``statistics``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["CurveInputs", "CurveMaker", "LinearCurves", "TableInputs"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CurveInputs:
+    """The linears of one input group; none of the tensors may be modified.
+
+    Attributes:
+        names: Their full names.
+        weights: Each linear's weight, floating point, shape (K, out): the transpose of a Hugging Face weight.
+        gram: H, float32, shape (K, K).
+        fishers: F of each linear, mean over tokens of (dL/dy)^2, float32, shape (out,).
+        damping: First damping of H to try, relative to the mean of its diagonal, dimensionless.
+        generalization_ratio: Damage on other tokens than those of H, relative to that on H (see ``heldout``).
+        with_feedback: Whether rounding will feed errors back where a format can; false for an output head that is the
+            table of token embeddings too, whose two uses ask for different feedback.
+    """
+
+    names: tuple[str, ...]
+    weights: Sequence[Tensor]
+    gram: Tensor
+    fishers: Sequence[Tensor]
+    damping: float
+    generalization_ratio: float = 1.0
+    with_feedback: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TableInputs:
+    """The table of token embeddings, as the input of the first block.
+
+    Attributes:
+        embeddings: Reads the embeddings of tokens, int64, shape (tokens,): shape (tokens, hidden size).
+        uses: What each token of the vocabulary counts, float32, shape (vocabulary,), sum 1.
+        fisher: Mean over tokens of (dL/dh)^2 of each element of an embedding h, float32, shape (hidden size,).
+    """
+
+    embeddings: Callable[[Tensor], Tensor]
+    uses: Tensor
+    fisher: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LinearCurves:
+    """What a format measured of one linear.
+
+    Attributes:
+        tensors: By name, without dots or slashes. ``damage_nats``, nats per token, float32, is among them: its last
+            axis runs over the widths or types that the linear can have, and the damage of a linear in one of them is
+            the sum over all other axes.
+        damping: Relative damping that the factorisation of H took; infinite where none helped, so that rounding will
+            go without feedback.
+    """
+
+    tensors: Mapping[str, Tensor]
+    damping: float
+
+
+class CurveMaker(Protocol):
+    """Measures the curves of one format."""
+
+    @property
+    def name(self) -> str:
+        """Name of the format; its curves lie under it in a measurement."""
+
+    @property
+    def version(self) -> int:
+        """Raised when tensors or header change meaning."""
+
+    @property
+    def header(self) -> Mapping[str, Any]:
+        """What curves depend on beside the model, as plain JSON; its one list names the choices of the last axis."""
+
+    def linears(self, inputs: CurveInputs) -> list[LinearCurves]:
+        """Measure the linears of one input group; a pure function of its arguments."""
+
+    def table(self, inputs: TableInputs) -> Mapping[str, Tensor]:
+        """Measure the token embeddings; empty for a format that does not quantize them."""

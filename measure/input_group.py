@@ -1,0 +1,138 @@
+"""One input group, once its statistics are summed: damping, curves, and all of it as the tensors of an artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .curves import CurveInputs, CurveMaker
+from .measurement import MeasuredLinear
+from .model.stream import check_finite
+from .statistics.heldout import cross_validate_damping
+from .statistics.inputs import InputStatistics
+
+__all__ = ["TINY", "FinishedLinear", "finished_linears", "measure_group", "split_formats"]
+
+TINY = 1e-30
+"""Keeps sums that are zero from being divided by."""
+
+_LARGEST_WEIGHT = 65504.0
+"""Token weights are kept in float16."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FinishedLinear:
+    """One linear, measured.
+
+    Attributes:
+        linear: What is known of it whatever the format.
+        curves: Its curves, by format and by name.
+    """
+
+    linear: MeasuredLinear
+    curves: dict[str, dict[str, NDArray[Any]]]
+
+
+def measure_group(
+    linears: Mapping[str, Any],
+    sums: InputStatistics,
+    couplings: Mapping[str, Tensor],
+    makers: Sequence[CurveMaker],
+    dampings: Sequence[float],
+    *,
+    with_feedback: bool,
+) -> dict[str, Tensor]:
+    """Measure the linears of an input group in every format.
+
+    Args:
+        linears: By full name.
+        sums: Their statistics, ``fisher`` by the same names; its memory is used.
+        couplings: How their outputs act together, shape (out, rank), by name.
+        makers: The formats' curves.
+        dampings: Dampings of the Hessian to choose from, on held-out sequences.
+        with_feedback: As ``CurveInputs`` has it.
+
+    Returns:
+        What ``finished_linears`` reads, for an artifact.
+
+    Raises:
+        NumericalError: NaN or infinity in statistics or damages.
+    """
+    weights = [module.weight.detach().T for module in linears.values()]
+    fishers = [sums.fisher[name] / sums.tokens for name in linears]
+    totals = [half.weight for half in sums.halves]
+    halves = [half.mean() for half in sums.halves]
+    for name, fisher in zip(linears, fishers, strict=True):
+        check_finite(fisher, name, "squared gradients")
+    for sums_of_half in (*halves, torch.tensor(totals)):
+        check_finite(sums_of_half, next(iter(linears)), "weighted inputs")
+    judged = cross_validate_damping(weights, halves, fishers, dampings=dampings)
+    first, second = (half.mul_(total) for total, half in zip(totals, halves, strict=True))
+    gram = first.add_(second).div_(max(sum(totals), TINY))
+    del halves, second
+    inputs = CurveInputs(
+        names=tuple(linears),
+        weights=weights,
+        gram=gram,
+        fishers=fishers,
+        damping=judged.damping,
+        generalization_ratio=judged.generalization_ratio,
+        with_feedback=with_feedback,
+    )
+    curves = {maker.name: maker.linears(inputs) for maker in makers}
+    power = gram.diagonal().clone()
+    token_weights = sums.scaled_weights().clamp(max=_LARGEST_WEIGHT).half().view(-1, sums.row_tokens)
+    packed: dict[str, Tensor] = {}
+    for index, (name, fisher) in enumerate(zip(linears, fishers, strict=True)):
+        own = {format_: each[index] for format_, each in curves.items()}
+        fields = {
+            "fisher": fisher,
+            "input_power": power,
+            "coupling": couplings[name].half(),
+            "token_weights": token_weights,
+            "damping": torch.tensor(max((each.damping for each in own.values()), default=judged.damping)),
+            **{f"{format_}/{key}": x for format_, each in own.items() for key, x in each.tensors.items()},
+        }
+        packed |= {f"{name}|{field}": tensor for field, tensor in fields.items()}
+    return packed
+
+
+def finished_linears(artifact: Mapping[str, Tensor]) -> dict[str, FinishedLinear]:
+    """Return the linears of an artifact, by name.
+
+    Args:
+        artifact: What ``measure_group`` returned, of any number of groups; and for experts ``NAME|chosen_tokens``.
+    """
+    linears: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in artifact.items():
+        name, field = key.split("|")
+        linears.setdefault(name, {})[field] = tensor
+    return {name: _finished(name, fields) for name, fields in linears.items()}
+
+
+def _finished(name: str, fields: Mapping[str, Tensor]) -> FinishedLinear:
+    linear = MeasuredLinear(
+        name=name,
+        fisher=fields["fisher"].numpy(),
+        input_power=fields["input_power"].numpy(),
+        coupling=fields["coupling"].numpy(),
+        token_weights=fields["token_weights"].numpy(),
+        damping=float(fields["damping"]),
+        chosen_tokens=int(fields["chosen_tokens"]) if "chosen_tokens" in fields else None,
+    )
+    return FinishedLinear(linear, split_formats(fields))
+
+
+def split_formats(fields: Mapping[str, Tensor]) -> dict[str, dict[str, NDArray[Any]]]:
+    """Return the tensors called ``FORMAT/NAME``, by format and name."""
+    formats: dict[str, dict[str, NDArray[Any]]] = {}
+    for field, tensor in fields.items():
+        format_, slash, key = field.partition("/")
+        if slash:
+            formats.setdefault(format_, {})[key] = tensor.numpy()
+    return formats
