@@ -11,6 +11,7 @@ from ..convert.publishing.cards import check_base_model
 from ..convert.registry import format_asking, formats
 from ..errors import ConfigError
 from ..eval.config import EvalConfig
+from ..measure.curves import CurveMaker
 from ..measure.run import MeasureConfig
 
 __all__ = ["QuantizeConfig"]
@@ -57,6 +58,12 @@ class QuantizeConfig:
     def format(self) -> Format:
         """The format of the output."""
         return format_asking(self.options)
+
+    @property
+    def curves(self) -> tuple[CurveMaker, ...]:
+        """Curves to measure: those of the output's format."""
+        maker = self.format.curves(self.options)
+        return () if maker is None else (maker,)
 
     @property
     def offload_dirs(self) -> tuple[Path | None, ...]:

@@ -13,7 +13,7 @@ from ..checkpoint.model.families import EMBEDDING
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..checkpoint.source.language import language_model
 from ..checkpoint.source.linears import model_linears
-from ..convert.exl2.plan.plan import is_plan
+from ..convert.registry import is_plan
 from ..errors import BpwiseWarning, FormatError
 from ..measure.curves import CurveMaker
 from ..measure.measurement import Measurement, is_measurement
@@ -96,11 +96,11 @@ def load_or_measure(
         if check_rows is not None:
             check_rows(rows)
     else:
-        with clock.stage("calibration text"):
+        with clock.step("calibration text"):
             rows = calibration_rows(checkpoint, config.calibration, device=config.device, given=calibration)
         if check_rows is not None:
             check_rows(rows)
-        with clock.stage("measure"):
+        with clock.step("measure"):
             measured = _measured(checkpoint, rows, config, curves, work, progress)
     rows.save(work / CALIBRATION_FILE)
     return measured, rows

@@ -11,7 +11,8 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from ..checkpoint.files.atomic import write_text
-from ..convert.exl2.plan.problem import HeadBits, WidthOverride
+from ..convert.options import FormatOptions
+from ..convert.registry import formats
 from ..eval.report.charts import bits_map, planned_chart
 from ..eval.report.html import page_style, script_hash
 from ..eval.report.numbers import nats, visible

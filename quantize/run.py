@@ -228,7 +228,7 @@ class _OutputRun:
         measured, rows = load_or_measure(
             job.checkpoint,
             job.config.measure,
-            job.config.format.curves(job.config.options),
+            job.config.curves,
             self._work,
             self._clock,
             job.progress,

@@ -188,7 +188,7 @@ def _measured(job: Job, work: Path) -> GivenMeasurement:
     measured, _ = load_or_measure(
         job.checkpoint,
         job.config.measure,
-        job.config.format.curves(job.config.options),
+        job.config.curves,
         work,
         StepClock(),
         job.progress,

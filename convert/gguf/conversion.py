@@ -25,7 +25,8 @@ from .file.header import GgufHeader, read_gguf_header
 from .file.names import architecture_of, known_model_types, row_order
 from .file.reader import GgufModel
 from .file.writer import planned_bytes, write_gguf
-from .ggml.curves import gguf_curves, measured_types
+from .curves import gguf_curves
+from .ggml.curves import measured_types
 from .ggml.kernels import Bytes, require_kernels
 from .llama_cpp.assign import dominant_file_type
 from .llama_cpp.converter import find_converter

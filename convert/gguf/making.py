@@ -12,7 +12,7 @@ from ...errors import BudgetError, ConfigError
 from ...linalg.knapsack import choose
 from ...measure.measurement import Measurement
 from ..rates import shown_range
-from .ggml.curves import gguf_curves
+from .curves import gguf_curves
 from .ggml.types import ggml_type
 from .plan import OTHER_BYTES, GgufPlan, TensorPlan, TypeOverride
 
