@@ -17,17 +17,19 @@ from ..checkpoint.files.paths import check_run, refuse_foreign, refuse_inputs, r
 from ..checkpoint.files.resume import RunArtifacts, run_artifacts
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..checkpoint.source.original import Original, open_model
+from ..convert.format import LinearCost, Verification
 from ..convert.gguf.base import BASE, base_identity, base_path, base_to_make, converted, prepare_base
 from ..convert.gguf.file.header import GgufHeader, read_gguf_header
+from ..convert.gguf.file.metadata import CALIBRATION_KEY, LIMITS_KEY, RUN_KEY, SPANS_KEY, VERSION_KEY
 from ..convert.gguf.file.names import architecture_of, gguf_name, row_order
 from ..convert.gguf.file.reader import GgufModel
-from ..convert.gguf.file.writer import GgufVerification, planned_bytes, write_gguf
+from ..convert.gguf.file.writer import planned_bytes, write_gguf
 from ..convert.gguf.ggml.kernels import Bytes
 from ..convert.gguf.llama_cpp.assign import dominant_file_type, mixture_types
 from ..convert.gguf.llama_cpp.converter import find_converter
 from ..convert.gguf.llama_cpp.imatrix import ImportanceMatrix, imatrix_metadata, read_imatrix, require_fitting
 from ..convert.gguf.llama_cpp.mixtures import mixture
-from ..convert.gguf.llama_cpp.readers import LIMITS_KEY, require_llama_cpp
+from ..convert.gguf.llama_cpp.readers import require_llama_cpp
 from ..convert.gguf.plan import TypePlan, make_type_plan
 from ..convert.gguf.rounder import (
     RoundedTypes,
@@ -40,8 +42,7 @@ from ..convert.publishing.cards import card_path, write_card
 from ..convert.publishing.mark import mark_path
 from ..errors import BudgetError, FormatError, UnsupportedModelError, WorkDirectoryError
 from ..eval.comparison import Comparison
-from ..eval.metrics.overlap import SPANS_KEY, CalibrationSpans
-from ..eval.report.layers import LinearCost
+from ..eval.metrics.overlap import CalibrationSpans
 from ..eval.report.report import carried_over, earlier_details, report_names, summary_lines, try_report, write_report
 from ..linalg.parallel import cores
 from ..measure.measurement import Measurement
@@ -72,7 +73,6 @@ __all__ = [
 _CARD_SENTENCE = b"quantized to a GGUF file with bpwise."
 """What cards of GGUF files say."""
 
-_RUN_KEY = "bpwise.run"
 _ALIGNMENT_BYTES = 32
 
 
@@ -96,7 +96,7 @@ class GgufResult:
 
     output: Path
     plan: TypePlan
-    verification: GgufVerification | None
+    verification: Verification | None
     file_bytes: int
     original_bytes: int
     comparison: Comparison | None
@@ -219,7 +219,7 @@ def convert_to_mixture(
     llama_cpp: Path | None = None,
     judge: Judge | None = None,
     progress: Progress = silent,
-) -> tuple[GgufVerification, tuple[str, ...]]:
+) -> tuple[Verification, tuple[str, ...]]:
     """Quantize a model with one of llama.cpp's fixed mixtures: byte for byte what llama-quantize makes.
 
     Args:
@@ -399,7 +399,7 @@ def _write(
     rounded: RoundedTypes | None,
     measured: Measurement,
     metadata: Mapping[str, str],
-) -> GgufVerification:
+) -> Verification:
     types = {_gguf_name(name): kind for name, kind in plan.kinds.items()}
     return write_gguf(
         base,
@@ -427,10 +427,10 @@ def _report(result: GgufResult, comparison: Comparison, judge: Judge, *, finishe
 
 def _metadata(run: str, rows: CalibrationSet, limits: Sequence[str]) -> dict[str, str]:
     return {
-        _RUN_KEY: run,
-        "bpwise.version": __version__,
-        "bpwise.calibration": rows.description,
-        f"bpwise.{SPANS_KEY}": CalibrationSpans.of(rows).to_text(),
+        RUN_KEY: run,
+        VERSION_KEY: __version__,
+        CALIBRATION_KEY: rows.description,
+        SPANS_KEY: CalibrationSpans.of(rows).to_text(),
         **({LIMITS_KEY: "\n".join(limits)} if limits else {}),
     }
 
@@ -456,7 +456,7 @@ def refuse_others(output: Path, config: GgufConfig) -> None:
 
 def _refuse_other_runs(output: Path, run: str | None) -> None:
     # None: of whichever run it is.
-    found = None if output.is_dir() else read_gguf_header(output).metadata.get(_RUN_KEY)
+    found = None if output.is_dir() else read_gguf_header(output).metadata.get(RUN_KEY)
     if found is None or (run is not None and str(found) != run):
         raise WorkDirectoryError(
             f"{output}: exists already and is not the output of this run. Choose another name or delete it."

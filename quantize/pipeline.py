@@ -17,7 +17,7 @@ from ..checkpoint.source.hub import side_files
 from ..checkpoint.source.language import Exl2Names
 from ..checkpoint.source.original import Original, open_model
 from ..convert.exl2.file.manifest import read_manifest
-from ..convert.exl2.file.verify import Verification, verify_model
+from ..convert.exl2.file.verify import verify_exl2
 from ..convert.exl2.file.writer import write_model
 from ..convert.exl2.plan.plan import Plan, make_plan
 from ..convert.exl2.plan.unquantized import unquantized_lines
@@ -29,10 +29,11 @@ from ..convert.exl2.rounding.rounder import (
     rounding_identity,
     tune_model,
 )
+from ..convert.format import Verification
 from ..convert.publishing.cards import write_card
 from ..errors import CheckpointError, WorkDirectoryError
 from ..eval.comparison import Comparison
-from ..eval.metrics.overlap import SPANS_KEY, CalibrationSpans
+from ..eval.metrics.overlap import CalibrationSpans
 from ..eval.report.report import carried_over, earlier_details, summary_lines, write_report
 from ..measure.measurement import Measurement
 from ..measure.run import MEASURED
@@ -96,8 +97,8 @@ class QuantizeResult:
         plan, verified = self.plan, self.verification
         lines = [
             f"size        {verified.file_bytes / 2**20:.1f} MiB, {verified.file_bytes / self.original_bytes:.1%} of the"
-            f" original; decoder {verified.decoder_bpw:.4f} bpw (asked {plan.target_bpw:g}), "
-            f"head {verified.head_bpw:.4f} bpw",
+            f" original; decoder {verified.bpw:.4f} bpw (asked {plan.target_bpw:g}), "
+            f"head {verified.rates['head']:.4f} bpw",
             *(f"float16     {line}" for line in unquantized_lines(plan.kept, plan.head_reason)),
             f"predicted   {plan.damage_nats:.6f} nats/token, at most {100 * plan.gap:.3f} % above the best possible",
             *([] if self.comparison is None else summary_lines(self.comparison)),
@@ -228,7 +229,7 @@ def _quantize(
     drift: list[Drift] = []
     finished = is_finished(output, run=lambda: run)
     if finished:
-        verification = verify_model(output)
+        verification = verify_exl2(output)
         before = rounded_before(checkpoint, plan, rounding, work)
         if before is not None:  # cut off while it was evaluated
             fallbacks, drift = _fallbacks(before, measured), [] if config.effort == "high" else before.drift()
@@ -274,9 +275,9 @@ def report_details(result: QuantizeResult) -> dict[str, dict[str, str | float]]:
     plan, verified = result.plan, result.verification
     return {
         "Size": {
-            "decoder bits per weight": round(verified.decoder_bpw, 4),
+            "decoder bits per weight": round(verified.bpw, 4),
             "asked": plan.target_bpw,
-            "head bits per weight": round(verified.head_bpw, 4),
+            "head bits per weight": round(verified.rates["head"], 4),
             "quantized files, bytes": verified.file_bytes,
             "original tensors, bytes": result.original_bytes,
             "quantized / original": round(verified.file_bytes / result.original_bytes, 4),
@@ -371,7 +372,7 @@ def _write(
             "model": checkpoint.fingerprint,
             **({"changes": checkpoint.changes} if checkpoint.changes else {}),
             "calibration": rows.fingerprint,
-            SPANS_KEY: CalibrationSpans.of(rows).to_text(),
+            "calibration_spans": CalibrationSpans.of(rows).to_text(),
             "measurement": plan.measurement,
             "bpw": plan.bpw,
             "head_bits": plan.head_bits,

@@ -10,8 +10,8 @@ import numpy as np
 from ..convert.exl2.plan.plan import Plan, bpw_range, make_plan, measured_limit
 from ..convert.exl2.plan.problem import HeadBits, WidthOverride
 from ..convert.exl2.plan.unquantized import FLOAT16_BITS
+from ..convert.format import LinearCost
 from ..convert.gguf.plan import make_type_plan, size_range
-from ..eval.report.layers import LinearCost
 from ..measure.measurement import Measurement
 
 __all__ = ["PlanPoint", "exl2_points", "gguf_points", "plan_costs"]

@@ -13,7 +13,7 @@ from ..checkpoint.files.resume import discard_artifacts, locked_work
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..checkpoint.source.original import Original, open_model
 from ..convert.gguf.base import base_path, base_to_make, discard_base, prepare_base
-from ..convert.publishing.cards import output_name
+from ..convert.registry import format_named
 from ..errors import BrokenModelError, ConfigError
 from ..eval.comparison import Comparison
 from ..eval.models import model_name
@@ -111,10 +111,8 @@ def output_paths(
         config: Says which format, and how many bits the head gets.
         rates: Bits per weight.
     """
-    if isinstance(config, GgufConfig):
-        return {bpw: output / f"{output_name(base_name, bpw=bpw, exl2=False)}.gguf" for bpw in rates}
-    head_bits = config.head_bits if isinstance(config.head_bits, int) else None
-    return {bpw: output / output_name(base_name, bpw=bpw, head_bits=head_bits) for bpw in rates}
+    format_ = format_named("gguf" if isinstance(config, GgufConfig) else "exl2")
+    return {bpw: output / format_.output_name(base_name, bpw, config) for bpw in rates}
 
 
 def quantize_series(
@@ -258,7 +256,7 @@ def _of_directory(bpw: float, result: QuantizeResult) -> SeriesOutput:
     return SeriesOutput(
         path=result.output,
         asked_bpw=bpw,
-        bpw=result.verification.decoder_bpw,
+        bpw=result.verification.bpw,
         file_bytes=result.verification.file_bytes,
         predicted_nats=result.plan.damage_nats,
         comparison=result.comparison,

@@ -17,7 +17,7 @@ from ..checkpoint.model.names import text_config
 from ..checkpoint.source.checkpoint import FLOAT_DTYPES, Checkpoint
 from ..checkpoint.source.language import Exl2Names, language_model
 from ..checkpoint.source.linears import Linear, model_linears
-from ..convert.exl2.file.carry import require_side_files
+from ..convert.exl2.file.vision import require_side_files
 from ..convert.exl2.file.writer import require_writable
 from ..convert.exl2.readers import require_reader
 from ..convert.gguf.file.names import gguf_name, known_model_types
