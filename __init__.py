@@ -16,9 +16,9 @@ from .version import __version__
 if TYPE_CHECKING:
     from .checkpoint.source.original import open_model
     from .convert.dense import dequantize_model as dequantize
-    from .convert.exl2.file.verify import verify_model as verify
     from .convert.exl2.plan.plan import Plan
     from .convert.exl2.plan.plan import make_plan as plan
+    from .convert.opening import verify_model as verify
     from .errors import BpwiseError
     from .eval.comparison import EvalConfig, evaluate
     from .measure.measurement import Measurement
@@ -45,7 +45,7 @@ _HOMES = {
     "open_model": ("checkpoint.source.original", "open_model"),
     "plan": ("convert.exl2.plan.plan", "make_plan"),
     "quantize_series": ("quantize.series", "quantize_series"),
-    "verify": ("convert.exl2.file.verify", "verify_model"),
+    "verify": ("convert.opening", "verify_model"),
 }
 
 __all__ = [

@@ -30,7 +30,7 @@ from bpwise.checkpoint.files.schemas import read_json
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.checkpoint.source.original import open_model
 from bpwise.convert.exl2.file.config import exl2_config
-from bpwise.convert.exl2.file.verify import verify_model
+from bpwise.convert.opening import verify_model
 from bpwise.errors import BpwiseError, ConfigError, WorkDirectoryError
 from bpwise.measure.run import calibration_rows
 from bpwise.measure.text.calibration import CalibrationConfig, CalibrationSet
@@ -151,8 +151,8 @@ def convert(
     shutil.rmtree(job)
     return PeerResult(
         directory=out,
-        decoder_bpw=found.decoder_bpw,
-        head_bpw=found.head_bpw,
+        decoder_bpw=found.rates["decoder"],
+        head_bpw=found.rates["head"],
         file_bytes=found.file_bytes,
         measure_seconds=measured - start,
         quantize_seconds=time.monotonic() - measured,

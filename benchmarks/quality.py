@@ -31,9 +31,9 @@ from bpwise.checkpoint.source.checkpoint import Checkpoint, TensorSource
 from bpwise.checkpoint.source.language import WeightOverlay
 from bpwise.checkpoint.source.original import open_model
 from bpwise.convert.exl2.file.reader import Exl2Model
-from bpwise.convert.exl2.file.verify import verify_model
 from bpwise.convert.exl2.plan.plan import Plan
 from bpwise.convert.exl2.rounding.rounder import RoundConfig, round_model, tune_model
+from bpwise.convert.opening import verify_model
 from bpwise.errors import BpwiseError
 from bpwise.eval.comparison import EvalConfig, compare_with, evaluation_rows
 from bpwise.eval.original import OriginalRun, run_original
@@ -175,7 +175,7 @@ def run_variant(benchmark: Benchmark, original: OriginalRun, key: str, bpw: floa
         _convert(benchmark, bpw, work)
         seconds = time.monotonic() - start
         written = verify_model(work)
-        quantized, sizes = Exl2Model.open(work), (written.decoder_bpw, written.head_bpw)
+        quantized, sizes = Exl2Model.open(work), (written.rates["decoder"], written.rates["head"])
     else:
         measurement = measured(benchmark, variant)
         plan = variant.plan(measurement, bpw, head_bits_at(bpw))

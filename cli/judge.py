@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import WorkDirectoryError, printable
+from ..errors import WorkDirectoryError
 from .group import cli
 from .options import (
     DIRECTORY,
@@ -30,49 +30,31 @@ from .output import say
 
 if TYPE_CHECKING:
     from ..checkpoint.source.checkpoint import TensorSource
+    from ..convert.format import LinearCost
     from ..eval.comparison import Comparison, EvalConfig
-    from ..eval.report.layers import LinearCost
     from ..eval.tasks.benchmarks import LoadedTasks
     from ..eval.tasks.needle import NeedleConfig
 
 __all__ = ["dequantize", "evaluate", "inspect", "verify"]
-
-_MOST_CELL_CHARACTERS = 200
 
 
 @cli.command()
 @click.argument("model", type=EXISTING_PATH)
 def verify(model: Path) -> None:
     """Read every tensor of MODEL (an EXL2 directory or a GGUF file) back and compare it with what was meant."""
-    from ..convert.exl2.file.verify import verify_model
+    from ..convert.opening import verify_model
     from ..convert.publishing.mark import read_mark
 
     reason = read_mark(model)
     if reason is not None:
         say(f"warning: {model} is marked as broken. {reason}", err=True)
-    if model.is_file():
-        _verify_gguf(model)
-        return
     found = verify_model(model)
-    say(
-        f"{model}: {found.linears} quantized linears and {found.tensors} other tensors "
-        + ("decode to what was meant." if found.had_manifest else "follow the format (no manifest to compare with).")
-    )
-    float16 = f" ({found.float16_linears} linears in float16)" if found.float16_linears else ""
-    say(
-        f"decoder {found.decoder_bpw:.4f} bpw{float16}, head {found.head_bpw:.4f} bpw, {found.file_bytes / MIB:.1f} MiB"
-    )
-
-
-def _verify_gguf(model: Path) -> None:
-    from ..convert.gguf.file.verify import verify_gguf
-
-    found = verify_gguf(model)
-    types = ", ".join(f"{count} {name}" for name, count in found.tensors_by_type.items())
-    say(f"{model}: {sum(found.tensors_by_type.values())} tensors decode to finite values ({types}).")
-    if not found.known_architecture:
-        say(f"architecture {found.architecture!r} is not known: names and shapes were not checked", err=True)
-    say(f"{found.bpw:.4f} bpw over all tensors, {found.file_bytes / MIB:.1f} MiB")
+    outcome = "what was meant" if found.compared else "finite values by the format's rules (nothing to compare with)"
+    say(f"{model}: {found.quantized} quantized and {found.others} other tensors decode to {outcome}.")
+    rates = [f"{part} {bpw:.4f} bpw" for part, bpw in found.rates.items()]
+    say(", ".join((*rates, *found.facts, f"{found.file_bytes / MIB:.1f} MiB")))
+    for warning in found.warnings:
+        say(f"warning: {warning}", err=True)
 
 
 @cli.command(name="eval")
@@ -131,9 +113,9 @@ def evaluate(
     Writes report.html, report.md, report.json and report.csv. Reports of a GGUF file MODEL.gguf are named
     MODEL.report.html and so on, of another engine MODEL.llama.cpp.report.html. Several models get one report.
     """
+    from ..convert.opening import open_any
     from ..eval.cache import OriginalCache, default_cache_directory
     from ..eval.comparison import EvalConfig, evaluate_each
-    from ..eval.models import open_any
     from ..eval.report.layers import find_plan, linear_costs
     from ..eval.report.png import check_png
     from ..eval.tasks.benchmarks import TaskConfig, load_tasks
@@ -175,11 +157,12 @@ def evaluate(
 
 def _report_place(quantized: Sequence[Path], output: Path | None, engine: str) -> tuple[Path, str]:
     # The directory that the report goes into, and what its files' names begin with.
-    first, alone = quantized[0], len(quantized) == 1
-    prefix = f"{first.stem}." if alone and first.is_file() else ""
-    prefix += "llama.cpp." if engine == "llama.cpp" else ""
-    beside = first.parent if first.is_file() else first
-    return output or (beside if alone else Path()), prefix
+    from ..checkpoint.files.paths import companion
+    from ..convert.publishing.names import REPORT_FILE
+
+    usual = companion(quantized[0], REPORT_FILE) if len(quantized) == 1 else Path(REPORT_FILE)
+    prefix = usual.name.removesuffix(REPORT_FILE) + ("llama.cpp." if engine == "llama.cpp" else "")
+    return output or usual.parent, prefix
 
 
 def _check_places(
@@ -252,7 +235,7 @@ def _write_reports(
 def _reconsider_marks(
     quantized: Sequence[Path], comparisons: Sequence[Comparison], costs: Sequence[Sequence[LinearCost]]
 ) -> None:
-    from ..eval.models import open_any
+    from ..convert.opening import open_any
     from ..quantize.judge import predicted_damage, reconsider_mark
 
     for path, comparison, each in zip(quantized, comparisons, costs, strict=True):
@@ -282,10 +265,8 @@ def inspect(path: Path) -> None:
     say(f"{path}: {found.kind}")
     for fact in found.facts:
         say(f"  {fact}")
-    rows = [[printable(cell, _MOST_CELL_CHARACTERS) for cell in row] for row in (found.header, *found.rows)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    for line in found.table.to_lines():
+        say(line)
 
 
 @cli.command()
@@ -300,12 +281,7 @@ def dequantize(model: Path, output: Path, original: Path | None) -> None:
     Transformers loads it anywhere.
     """
     from ..convert.dense import dequantize_model
-    from ..convert.gguf.dense import dequantize_gguf
 
-    if model.is_file():
-        dequantize_gguf(model, output, original=original)
-        if original is None:
-            say("no tokenizer was written: name the original model's directory with --original", err=True)
-    else:
-        dequantize_model(model, output)
+    if not dequantize_model(model, output, original=original):
+        say("no tokenizer was written: name the original model's directory with --original", err=True)
     say(f"dense float16 checkpoint -> {output}")

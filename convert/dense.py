@@ -1,4 +1,4 @@
-"""Turns an EXL2 model back into a plain float16 checkpoint that Transformers loads."""
+"""Turns a quantized model back into a plain float16 checkpoint that Transformers loads."""
 
 from __future__ import annotations
 
@@ -9,53 +9,59 @@ from ..checkpoint.files.paths import named, refuse_inputs, reserved
 from ..checkpoint.files.shards import ShardWriter
 from ..checkpoint.model.names import model_order
 from ..checkpoint.source.checkpoint import TensorSource
-from ..checkpoint.source.language import HfNames
-from ..errors import FormatError
-from .exl2.file.carry import copy_side_files, require_float16_range
-from .exl2.file.reader import Exl2Model
+from ..errors import CheckpointError, FormatError
+from .carry import copy_side_files, require_float16_range
+from .registry import require_format
 
-__all__ = ["DENSE_SHARD_BYTES", "dequantize_model", "write_dense"]
+__all__ = ["DENSE_SHARD_BYTES", "dequantize_model"]
 
 DENSE_SHARD_BYTES = 5120 << 20
 """Largest file, in bytes; as Transformers shards by default or smaller."""
 
 
-def dequantize_model(directory: Path, out: Path, *, shard_bytes: int = DENSE_SHARD_BYTES) -> None:
-    """Write the dense float16 checkpoint that an EXL2 model decodes to.
+def dequantize_model(
+    path: Path, out: Path, *, original: Path | None = None, shard_bytes: int = DENSE_SHARD_BYTES
+) -> bool:
+    """Write the dense float16 checkpoint that a quantized model decodes to.
 
     A model whose head is quantized becomes untied, since its head is no longer its embedding.
 
     Args:
-        directory: An EXL2 directory.
+        path: A quantized model of any format.
         out: Directory to make; it must not exist, or be empty.
+        original: Model directory to copy tokenizer, generation and licence files from. None takes the model's own, if
+            it is a directory; what a model in one file tells of its tokenizer does not make it whole.
         shard_bytes: Largest weight file in bytes; only a single larger tensor may exceed it.
+
+    Returns:
+        Whether there was a directory to copy such files from.
 
     Raises:
         FormatError: What is stored breaks a rule of the format, or does not fit float16.
-        CheckpointError: config.json is missing or damaged, or a file leads outside the directory.
+        UnsupportedModelError: The architecture is unknown.
+        CheckpointError: config.json is missing or damaged, or a file leads outside its directory.
         WorkDirectoryError: ``out`` is in the way or cannot be written, or the disk is full.
     """
-    model = Exl2Model.open(directory)
+    path = Path(path)
+    model = require_format(path).open(path)
+    if original is not None and not original.is_dir():
+        raise CheckpointError(
+            f"{original}: no directory, expected the original's, to copy its tokenizer. Check the path."
+        )
+    source = original or (model.directory if model.directory == model.path else None)
     out = named(Path(out))
-    refuse_inputs(out, directories=(model.directory,))
+    refuse_inputs(out, directories=[each for each in (source, path) if each is not None])
     with reserved(out), atomic_directory(out) as target:
-        copy_side_files(model.directory, target)  # first: what is wrong with them shows before the long work
-        fused = HfNames(model)
-        write_dense(fused, target, shard_bytes=shard_bytes)
-        write_json(target / "config.json", fused.config)
+        if source is not None:
+            copy_side_files(source, target)  # first: what is wrong with them shows before the long work
+        dense = model.as_transformers()
+        _write(dense, target, shard_bytes=shard_bytes)
+        write_json(target / "config.json", {**dense.config, "torch_dtype": "float16"})
+    return source is not None
 
 
-def write_dense(model: TensorSource, target: Path, *, shard_bytes: int) -> None:
-    """Write all tensors of a model as float16, with an index where there are several files.
-
-    Args:
-        model: What is decoded.
-        target: Existing directory.
-        shard_bytes: Largest weight file in bytes; only a single larger tensor may exceed it.
-
-    Raises:
-        FormatError: A value does not fit float16.
-    """
+def _write(model: TensorSource, target: Path, *, shard_bytes: int) -> None:
+    # All tensors as float16, with an index where there are several files.
     with ShardWriter(target, "model", names=model.names, shard_bytes=shard_bytes) as shards:
         for name in sorted(model.names, key=model_order):
             tensor = model.tensor(name)

@@ -7,6 +7,7 @@ one that is complete in 150 lines.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ..checkpoint.source.checkpoint import Checkpoint
+    from ..checkpoint.source.checkpoint import Checkpoint, TensorSource
     from ..measure.curves import CurveMaker
     from ..measure.measurement import MeasuredLinear, Measurement
     from ..progress import Progress
@@ -42,6 +43,9 @@ __all__ = [
     "Target",
     "Verification",
 ]
+
+
+_IN_BLOCK = re.compile(r"(?:[^.]+\.)+?(\d{1,9})\..+", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +89,17 @@ class LinearCost:
     name: str
     bpw: float
     damage_nats: float | None = None
+
+    @property
+    def block(self) -> int | None:
+        """Index of the decoder block; None outside of them."""
+        match = _IN_BLOCK.fullmatch(self.name)
+        return int(match[1]) if match else None
+
+    @property
+    def kind(self) -> str:
+        """Last part of the name, as ``q_proj``: what blocks have in common."""
+        return self.name.rpartition(".")[2]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,8 +197,9 @@ class CardFacts:
     """What a model card says of the format.
 
     Attributes:
-        name: Name of the model by convention, as ``Llama-3.2-1B-8.0bpw-8hb-exl2``.
-        kind: What it is, with an article: ``an EXL2 model``.
+        name: Name of the model by convention: that of its original, ``-``, and a rate, as ``8.0bpw``; a format may add
+            more behind.
+        kind: What it is, with an article.
         library: The Hub's ``library_name``.
         made: What was done: names and values.
         limits: What programs that load it compute otherwise than it was measured, as sentences.
@@ -203,6 +219,8 @@ class QuantizedModel(ABC):
 
     format: ClassVar[str]
     """Name of its format."""
+    engines: ClassVar[tuple[str, ...]] = ()
+    """Engines of ``bpwise.eval.engines`` that run it as it is stored, beside Transformers."""
 
     @property
     @abstractmethod
@@ -210,9 +228,9 @@ class QuantizedModel(ABC):
         """The directory or file."""
 
     @property
-    @abstractmethod
     def directory(self) -> Path:
-        """Where the tokenizer's files may be."""
+        """Where the tokenizer's files may be; ``path`` itself if the model comes with them."""
+        return self.path if self.path.is_dir() else self.path.parent
 
     @property
     @abstractmethod
@@ -254,6 +272,15 @@ class QuantizedModel(ABC):
     @abstractmethod
     def describe(self) -> Description:
         """Return what is in it."""
+
+    def as_transformers(self) -> TensorSource:
+        """Return the dense model with the names and the config that Transformers loads."""
+        return self
+
+    @property
+    def matrix_dtype(self) -> str | None:
+        """Dtype that its matrices are stored in, as ``float16``; None if a tensor is quantized, as is the rule."""
+        return None
 
     @property
     def predicted_damage_nats(self) -> float | None:
@@ -521,6 +548,10 @@ class Format(ABC):
     """Options without effect beside others, by command."""
     bpw_means: ClassVar[str] = "of all weights"
     """What a target in bits per weight counts."""
+    own_files: ClassVar[tuple[str, ...]] = ("*.safetensors", "*.safetensors.index.json", "config.json")
+    """Patterns of the files that make up a model in a directory, side files excluded."""
+    keeps_digests: ClassVar[bool] = True
+    """Whether outputs hold digests of what they must decode to, for ``verify`` to compare with."""
 
     @abstractmethod
     def recognises(self, path: Path) -> bool:
@@ -533,6 +564,14 @@ class Format(ABC):
         Raises:
             BpwiseError: It breaks the format's rules.
         """
+
+    def describe(self, path: Path) -> Description:
+        """Return what is in a finished model.
+
+        Raises:
+            BpwiseError: It breaks the format's rules.
+        """
+        return self.open(path).describe()
 
     @abstractmethod
     def verify(self, path: Path) -> Verification:

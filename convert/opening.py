@@ -1,4 +1,4 @@
-"""Opening models of any kind: finished ones of every format, and originals."""
+"""Finished models of every format, opened and verified; and originals beside them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from pathlib import Path
 
 from ..checkpoint.source.checkpoint import TensorSource, resolve_model
 from ..checkpoint.source.original import Original, open_model
-from .registry import format_of
+from .format import Verification
+from .registry import format_of, require_format
 
-__all__ = ["open_any"]
+__all__ = ["open_any", "verify_model"]
 
 
 def open_any(model: Original | TensorSource) -> TensorSource:
@@ -30,3 +31,18 @@ def open_any(model: Original | TensorSource) -> TensorSource:
         path = resolve_model(model) if isinstance(model, str) else model
     format_ = format_of(path)
     return open_model(path) if format_ is None else format_.open(path)
+
+
+def verify_model(path: Path) -> Verification:
+    """Read every tensor of a quantized model back, and compare it with what was meant as far as that is known.
+
+    Args:
+        path: A model of any format, by whatever program.
+
+    Raises:
+        FormatError: It is not a quantized model, or breaks a rule of its format.
+        ShapeError: A tensor does not have the shape that the model's config demands.
+        VerificationError: A tensor does not decode to what was meant, is missing or unexpected.
+    """
+    path = Path(path)
+    return require_format(path).verify(path)

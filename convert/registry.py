@@ -22,6 +22,7 @@ __all__ = [
     "is_plan",
     "load_plan",
     "registered",
+    "require_format",
 ]
 
 _FORMATS: dict[str, str | Format] = {
@@ -55,6 +56,19 @@ def format_of(path: Path) -> Format | None:
         FormatError: A file in it is damaged.
     """
     return next((each for each in formats().values() if each.recognises(path)), None)
+
+
+def require_format(path: Path) -> Format:
+    """Return the format of a finished model.
+
+    Raises:
+        FormatError: It has none of them, or a file in it is damaged.
+    """
+    found = format_of(path)
+    if found is None:
+        titles = ", ".join(each.title for each in formats().values())
+        raise FormatError(f"{path}: not a quantized model. Expected one of the formats {titles}. Check the path.")
+    return found
 
 
 def format_naming(output: Path) -> Format | None:

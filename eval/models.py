@@ -1,4 +1,4 @@
-"""Opening models of any kind, checking that they fit each other, and what a report says of them."""
+"""An original and what was made of it: opened, checked to fit each other, and summarized for a report."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint.source.checkpoint import Checkpoint, TensorSource, resolve_model
+from ..checkpoint.source.checkpoint import Checkpoint, TensorSource
+from ..checkpoint.source.hub import directory_name
 from ..checkpoint.source.language import language_config
-from ..checkpoint.source.original import Original, open_model
-from ..convert.exl2.file.reader import Exl2Model, is_exl2
-from ..convert.gguf.file.reader import GgufModel
+from ..checkpoint.source.original import Original
+from ..convert.format import QuantizedModel
+from ..convert.opening import open_any
 from ..errors import CheckpointError
 
 __all__ = [
@@ -20,9 +21,7 @@ __all__ = [
     "ModelSummary",
     "check_vocabularies",
     "device_name",
-    "directory_name",
     "model_name",
-    "open_any",
     "open_pair",
     "summarize_model",
     "vocab_size_of",
@@ -37,9 +36,9 @@ class ModelSummary:
     """What a report says of a model.
 
     Attributes:
-        name: Name of its directory, or its Hub id.
+        name: Name of its file or directory, or its Hub id.
         fingerprint: Tells models apart.
-        stored_bytes: Size of its weights on disk, of a GGUF file all of it; None if they are not on disk.
+        stored_bytes: Size of all files with weights; None if they are not on disk.
         bits_per_parameter: Those bytes in bits over the parameters *of the original*, embeddings and all overheads
             included; None if they are not on disk.
     """
@@ -50,26 +49,6 @@ class ModelSummary:
     bits_per_parameter: float | None
 
 
-def open_any(model: Original | TensorSource) -> TensorSource:
-    """Open an EXL2 model, a GGUF file or an unquantized checkpoint.
-
-    Args:
-        model: A local directory or GGUF file (``Path`` or ``str``), a Hugging Face Hub id (``str`` only), or an open
-            model, which is returned as it is.
-
-    Raises:
-        CheckpointError: It cannot be found, or its files are missing, unsafe or inconsistent.
-        FormatError: It is an EXL2 or GGUF model that breaks the format's rules.
-        UnsupportedModelError: It is a GGUF file of an architecture that is unknown.
-    """
-    if not isinstance(model, str | Path):
-        return model
-    if Path(model).is_file():
-        return GgufModel.open(Path(model))
-    directory = resolve_model(model) if isinstance(model, str) else model
-    return Exl2Model.open(directory) if is_exl2(directory) else open_model(directory)
-
-
 def open_pair(
     original: Original | TensorSource, quantized: Sequence[str | Path]
 ) -> tuple[TensorSource, list[TensorSource]]:
@@ -77,7 +56,7 @@ def open_pair(
 
     Args:
         original: Directory or Hub id of the original, or what ``open_model`` made of it.
-        quantized: Directories, GGUF files or Hub ids of the quantized models.
+        quantized: Directories, files or Hub ids of the quantized models.
 
     Raises:
         BpwiseError: As ``open_any``.
@@ -125,7 +104,7 @@ def summarize_model(source: TensorSource, parameters: int) -> ModelSummary:
         parameters: Number of parameters of the original.
     """
     stored_bytes: int | None = None
-    if isinstance(source, (Exl2Model, GgufModel)):
+    if isinstance(source, QuantizedModel):
         stored_bytes = source.file_bytes
     elif isinstance(source, Checkpoint):
         stored_bytes = source.total_bytes
@@ -139,19 +118,9 @@ def summarize_model(source: TensorSource, parameters: int) -> ModelSummary:
 
 def model_name(source: TensorSource) -> str:
     """Return the name of a model's file or directory, or its Hub id."""
-    if isinstance(source, GgufModel):
+    if isinstance(source, QuantizedModel) and source.path != source.directory:
         return source.path.name
     return directory_name(source.directory)
-
-
-def directory_name(directory: Path) -> str:
-    """Return the name of a model's directory, or its Hub id if it lies in the Hub's cache."""
-    # A snapshot in the Hub's cache lies in models--OWNER--NAME/snapshots/REVISION.
-    resolved = directory.resolve()
-    repository = resolved.parent.parent.name
-    if resolved.parent.name == "snapshots" and repository.startswith("models--"):
-        return repository.removeprefix("models--").replace("--", "/")
-    return resolved.name
 
 
 def device_name(device: torch.device) -> str:

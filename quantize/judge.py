@@ -7,16 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..checkpoint.source.checkpoint import Checkpoint, TensorSource
-from ..convert.exl2.file.manifest import read_manifest
-from ..convert.exl2.file.reader import Exl2Model
+from ..convert.format import LinearCost, QuantizedModel
+from ..convert.opening import open_any
 from ..convert.publishing.cards import card_path
 from ..convert.publishing.mark import clear_mark, mark_broken, read_mark
 from ..errors import BrokenModelError, ConfigError, NumericalError
 from ..eval.comparison import Comparison, EvalConfig, compare_with, evaluation_rows
 from ..eval.metrics.overlap import CalibrationSpans, refuse_calibration_text, with_overlap_warning
-from ..eval.models import open_any, vocab_size_of
+from ..eval.models import vocab_size_of
 from ..eval.original import OriginalRun, run_original
-from ..eval.report.layers import LinearCost
 from ..measure.run import resolve_device
 from ..measure.text.calibration import CalibrationSet
 from ..measure.text.context import EVALUATION, check_rows
@@ -89,7 +88,7 @@ class Judge:
         """Compare an output with the original; what cannot even be compared is marked as broken.
 
         Args:
-            output: EXL2 directory or GGUF file.
+            output: A quantized model.
             predicted_nats: Damage that the plan predicted, in nats per token; None if there was no plan.
 
         Raises:
@@ -116,7 +115,7 @@ class Judge:
         """Mark an output as broken if its damage is far beyond what was predicted; else take an old mark away.
 
         Args:
-            output: EXL2 directory or GGUF file.
+            output: A quantized model.
             comparison: What was measured.
             predicted_nats: As in ``compare``; without it a large damage may be what was asked for.
 
@@ -177,7 +176,7 @@ def reconsider_mark(output: Path, comparison: Comparison, *, predicted_nats: flo
     Without a prediction only a damage that no model is called broken for clears it.
 
     Args:
-        output: EXL2 directory or GGUF file.
+        output: A quantized model.
         comparison: What was measured.
         predicted_nats: Damage that the plan predicted, in nats per token; None if it is not known.
 
@@ -196,12 +195,11 @@ def predicted_damage(model: TensorSource, costs: Sequence[LinearCost]) -> float 
     """Return the damage that a quantized model's plan predicted, in nats per token, None if that is not known.
 
     Args:
-        model: EXL2 model or GGUF file.
+        model: The model.
         costs: What is known of its linears.
     """
-    manifest = read_manifest(model.directory) if isinstance(model, Exl2Model) else None
-    if manifest is not None and manifest.provenance.predicted_damage_nats is not None:
-        return manifest.provenance.predicted_damage_nats
+    if isinstance(model, QuantizedModel) and model.predicted_damage_nats is not None:
+        return model.predicted_damage_nats
     known = [cost.damage_nats for cost in costs if cost.damage_nats is not None]
     return sum(known) if known else None
 

@@ -14,6 +14,7 @@ from .atomic import clear_partials, explained, shown, try_file
 __all__ = [
     "check_file",
     "check_run",
+    "companion",
     "locked",
     "named",
     "refuse_foreign",
@@ -44,6 +45,19 @@ def work_beside(output: Path) -> Path:
     """
     output = named(output)
     return output.parent / f"{output.name}.work"
+
+
+def companion(output: Path, name: str, *, whole_name: bool = False) -> Path:
+    """Return where a file that belongs to a model stands: in its directory, or beside its file as ``STEM.name``.
+
+    Args:
+        output: The model's directory or file; one that does not exist is taken for a file.
+        name: What the file is called in a directory.
+        whole_name: Whether the file's suffix stays in the name, as in ``STEM.SUFFIX.name``.
+    """
+    if output.is_dir():
+        return output / name
+    return output.with_name(f"{output.name if whole_name else output.stem}.{name}")
 
 
 def try_directory(path: Path) -> None:

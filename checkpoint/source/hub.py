@@ -86,6 +86,16 @@ def _download(model: str) -> Path:
         ) from cause
 
 
+def directory_name(directory: Path) -> str:
+    """Return the name of a model's directory, or its Hub id if it lies in the Hub's cache."""
+    # A snapshot in the Hub's cache lies in models--OWNER--NAME/snapshots/REVISION.
+    resolved = directory.resolve()
+    repository = resolved.parent.parent.name
+    if resolved.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/")
+    return resolved.name
+
+
 def list_directory(directory: Path) -> list[Path]:
     """Return what is in a directory, sorted by name.
 

@@ -21,27 +21,25 @@ from ...progress import Progress
 from ..format import Conversion, Plan, Provenance, SizeForecast, Target, Verification
 from ..rounded import RoundedModel
 from .base import BASE, base_identity, base_path, base_to_make, converted
+from .curves import gguf_curves
 from .file.header import GgufHeader, read_gguf_header
+from .file.metadata import CALIBRATION_KEY, LIMITS_KEY, RUN_KEY, SPANS_KEY, VERSION_KEY
 from .file.names import architecture_of, known_model_types, row_order
 from .file.reader import GgufModel
 from .file.writer import planned_bytes, write_gguf
-from .curves import gguf_curves
 from .ggml.curves import measured_types
 from .ggml.kernels import Bytes, require_kernels
 from .llama_cpp.assign import dominant_file_type
 from .llama_cpp.converter import find_converter
 from .llama_cpp.importance import importance_of, tensor_name
-from .llama_cpp.readers import LIMITS_KEY, require_llama_cpp
+from .llama_cpp.readers import require_llama_cpp
 from .llama_cpp.vram import room_for_weights
 from .making import make_gguf_plan, require_gguf_plan
 from .options import GgufOptions
 from .plan import GgufPlan
 from .rounder import GgufRounder
 
-__all__ = ["RUN_KEY", "GgufConversion", "require_known"]
-
-RUN_KEY = "bpwise.run"
-"""Where a file's metadata say which run made it."""
+__all__ = ["GgufConversion", "require_known"]
 
 _ALIGNMENT_BYTES = 32
 
@@ -241,8 +239,8 @@ def require_known(config: Mapping[str, Any], hint: str) -> None:
 def _metadata(provenance: Provenance) -> dict[str, str]:
     return {
         RUN_KEY: provenance.run,
-        "bpwise.version": provenance.version,
-        "bpwise.calibration": provenance.calibration_text,
-        "bpwise.calibration_spans": provenance.calibration_spans,
+        VERSION_KEY: provenance.version,
+        CALIBRATION_KEY: provenance.calibration_text,
+        SPANS_KEY: provenance.calibration_spans,
         **({LIMITS_KEY: "\n".join(provenance.warnings)} if provenance.warnings else {}),
     }

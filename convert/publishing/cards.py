@@ -2,60 +2,35 @@
 
 from __future__ import annotations
 
-import math
-import re
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ...checkpoint.files.atomic import write_text
+from ...checkpoint.files.paths import companion
 from ...checkpoint.files.schemas import Count, NonNegative, Number, check_schema, read_json
-from ...checkpoint.model.families import is_known
-from ...checkpoint.source.hub import resolve_model
+from ...checkpoint.source.hub import directory_name, resolve_model
 from ...errors import BrokenModelError, ConfigError, FormatError
-from ...eval.models import directory_name, open_any
-from ...eval.report.report import JSON_NAME
-from ..exl2.file.config import stored_rates
-from ..exl2.file.manifest import Changes, Provenance, read_manifest
-from ..exl2.file.reader import Exl2Model
-from ..exl2.readers import reader_warnings
-from ..gguf.file.reader import GgufModel
-from ..gguf.llama_cpp.readers import LIMITS_KEY
+from ..registry import require_format
 from .base_card import CARD_NAME, BaseCard, read_base_card
-from .card import HUB_ID, Card, rate_text, render_card
+from .card import Card, render_card
 from .mark import read_mark
+from .names import HUB_ID, REPORT_FILE
 
-__all__ = ["card_path", "check_base_model", "make_card", "output_name", "write_card"]
+__all__ = ["card_path", "check_base_model", "make_card", "write_card"]
 
 _NO_CARD = BaseCard(notes=("The original's card was not at hand: licence and language are not carried over.",))
-_FINISHED_NAME = re.compile(r"-(exl2|\d+(\.\d+)?bpw)$", re.IGNORECASE)
 
 
 def card_path(output: Path) -> Path:
-    """Return where the card of a model lies: ``OUT/README.md``, or ``NAME.README.md`` beside ``NAME.gguf``."""
-    return output / CARD_NAME if output.is_dir() else output.with_name(f"{output.stem}.{CARD_NAME}")
-
-
-def output_name(base_name: str, *, bpw: float, head_bits: int | None = None, exl2: bool = True) -> str:
-    """Return the name by convention: ``Llama-3.2-1B-8.0bpw-8hb-exl2``, or ``Llama-3.2-1B-4.5bpw`` for a GGUF file.
-
-    Args:
-        base_name: Name of the original; of a Hub id the part after the owner.
-        bpw: Bits per weight that were asked for.
-        head_bits: Bits of the head; None leaves them out.
-        exl2: Whether it is an EXL2 model.
-    """
-    head = "" if head_bits is None else f"-{head_bits}hb"
-    return f"{base_name.rpartition('/')[2]}-{rate_text(bpw)}bpw{head}{'-exl2' if exl2 else ''}"
+    """Return where the card of a model lies: ``OUT/README.md``, or ``STEM.README.md`` beside a file."""
+    return companion(output, CARD_NAME)
 
 
 def write_card(output: Path, *, original: str | Path | None = None, base_model: str | None = None) -> Path:
     """Write the card of an output; an older one is replaced.
 
     Args:
-        output: EXL2 directory or GGUF file.
+        output: A quantized model of any format.
         original: Directory or Hub id of the original, whose card is taken over; None does without.
         base_model: Hub id of the original; None takes ``original``'s if it came from the Hub.
 
@@ -64,8 +39,8 @@ def write_card(output: Path, *, original: str | Path | None = None, base_model: 
 
     Raises:
         BrokenModelError: The model is marked as broken.
-        ConfigError: ``base_model`` is no Hub id.
-        FormatError: It is no quantized model, or its report is damaged.
+        ConfigError: ``base_model`` is not a Hub id.
+        FormatError: It is not a quantized model, or its report is damaged.
         CheckpointError: The original cannot be found, or its card leads outside its directory.
         WorkDirectoryError: The card cannot be written.
     """
@@ -86,23 +61,16 @@ def make_card(output: Path, *, original: str | Path | None = None, base_model: s
     base_name = _base_name(report, directory, base_model)
     if base_model is None and HUB_ID.fullmatch(base_name):
         base_model = base_name
-    common: dict[str, Any] = {
-        "base_name": base_name,
-        "base_model": base_model,
-        "base": _NO_CARD if directory is None else read_base_card(directory),
-        "measured": _measured(report),
-        "measured_note": _measured_note(report),
-    }
-    model = open_any(output)
-    if isinstance(model, GgufModel):
-        limits = tuple(str(model.header.metadata.get(LIMITS_KEY, "")).splitlines())
-        made = _made_gguf(model)
-        return Card(name=output.stem, format="gguf", file_name=output.name, made=made, limits=limits, **common)
-    if not isinstance(model, Exl2Model):
-        raise FormatError(f"{output}: not quantized, expected an EXL2 directory or a GGUF file.")
-    limits = reader_warnings(model.config) if is_known(model.config) else ()
-    name = _exl2_name(model, base_name)
-    return Card(name=name, format="exl2", made=_made_exl2(model), limits=limits, **common)
+    format_ = require_format(output)
+    return Card(
+        facts=format_.card(format_.open(output), base_name),
+        format=format_.name,
+        base_name=base_name,
+        base_model=base_model,
+        base=_NO_CARD if directory is None else read_base_card(directory),
+        measured=_measured(report),
+        measured_note=_measured_note(report),
+    )
 
 
 def check_base_model(base_model: str | None) -> None:
@@ -121,83 +89,6 @@ def _base_name(report: _Report | None, directory: Path | None, base_model: str |
     if directory is not None:
         return directory_name(directory)
     return "the original" if report is None else report.original.name
-
-
-def _exl2_name(model: Exl2Model, base_name: str) -> str:
-    bits, head_bits = stored_rates(model.stored_config)
-    if _FINISHED_NAME.search(model.directory.name) or bits is None:
-        return model.directory.name
-    return output_name(base_name, bpw=bits, head_bits=head_bits)
-
-
-def _made_exl2(model: Exl2Model) -> tuple[tuple[str, str], ...]:
-    quantization = _mapping(model.stored_config.get("quantization_config"))
-    manifest = read_manifest(model.directory)
-    provenance = Provenance() if manifest is None else manifest.provenance
-    calibration = _mapping(quantization.get("calibration"))
-    bits, head_bits = stored_rates(model.stored_config)
-    decoder_bpw = bits if provenance.bpw is None else provenance.bpw
-    rows: list[tuple[str, object]] = [
-        ("format", "EXL2"),
-        (
-            "decoder",
-            _with_unit(decoder_bpw, "bits per weight, all overheads counted"),
-        ),
-        ("left in float16", _with_unit(provenance.float16_linears or None, "linears of the decoder")),
-        ("output head", _with_unit(head_bits, "bits")),
-        ("size of the weights", f"{model.file_bytes / 1e9:.3f} GB"),
-        ("changed while reading", _changes(provenance.changes)),
-        ("calibration", calibration.get("dataset")),
-        ("calibration rows", _with_unit(calibration.get("rows"), f"of {calibration.get('length')} tokens")),
-        ("predicted damage", _with_unit(provenance.predicted_damage_nats, "nats per token")),
-        ("scales", "fitted to the original's predictions" if provenance.effort == "high" else None),
-        ("made with", f"bpwise {provenance.bpwise or quantization.get('version')}"),
-    ]
-    return tuple((name, str(value)) for name, value in rows if value is not None)
-
-
-def _made_gguf(model: GgufModel) -> tuple[tuple[str, str], ...]:
-    tensors = model.header.tensors.values()
-    weights = Counter[str]()
-    for tensor in tensors:
-        weights[tensor.type.name] += math.prod(tensor.shape)
-    total, data_bytes = sum(weights.values()), sum(tensor.size_bytes for tensor in tensors)
-    metadata = model.header.metadata
-    # Numbers and arrays, which a file may have there too, say nothing.
-    version, calibration = (
-        value if isinstance(value, str) else None
-        for value in (metadata.get("bpwise.version"), metadata.get("bpwise.calibration"))
-    )
-    rows: list[tuple[str, object]] = [
-        ("format", "GGUF"),
-        ("bits per weight", f"{8 * data_bytes / total:.4f}, over all tensors"),
-        ("types", ", ".join(f"{name} {count / total:.1%}" for name, count in weights.most_common())),
-        ("size of the file", f"{model.file_bytes / 1e9:.3f} GB"),
-        ("calibration", calibration),
-        ("made with", f"bpwise {version}" if version else "bpwise, as llama-quantize does"),
-    ]
-    return tuple((name, str(value)) for name, value in rows if value is not None)
-
-
-def _changes(changes: Changes) -> str | None:
-    parts = [f"merged with the adapter {adapter.name}" for adapter in changes.adapters]
-    for value, meaning in (
-        (changes.rope_scale, "positions divided by"),
-        (changes.rope_alpha, "base of the positions for NTK alpha"),
-    ):
-        if value is not None:
-            parts.append(f"{meaning} {value:g} (in config.json: give loaders no -rs or -ra)")
-    return "; ".join(parts) or None
-
-
-def _mapping(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _with_unit(value: object, unit: str) -> str | None:
-    if not isinstance(value, int | float):
-        return None
-    return f"{value if isinstance(value, int) else format(value, '.4g')} {unit}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -251,7 +142,7 @@ class _Report:
 
 
 def _report(output: Path) -> _Report | None:
-    path = output / JSON_NAME if output.is_dir() else output.with_name(f"{output.stem}.{JSON_NAME}")
+    path = companion(output, REPORT_FILE)
     if not path.exists():
         return None
     remedy = "The report is damaged, or of another version: evaluate again."

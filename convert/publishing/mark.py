@@ -1,10 +1,11 @@
-"""The mark of a broken model: a file in its directory, or beside its GGUF file, that says what was measured."""
+"""The mark of a broken model: a file in its directory, or beside its file, that says what was measured."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from ...checkpoint.files.atomic import write_text
+from ...checkpoint.files.paths import companion
 from ...errors import WorkDirectoryError
 
 __all__ = ["MARK_NAME", "clear_mark", "mark_broken", "mark_path", "read_mark"]
@@ -18,12 +19,12 @@ _MOST_BYTES = 1 << 16
 
 
 def mark_path(output: Path) -> Path:
-    """Return where the mark of a model lies: ``OUT/BROKEN.md``, or ``NAME.gguf.BROKEN.md`` beside a GGUF file.
+    """Return where the mark of a model lies: ``OUT/BROKEN.md``, or ``FILE.BROKEN.md`` beside a file.
 
     Args:
         output: The model's directory or file.
     """
-    return output / MARK_NAME if output.is_dir() else output.with_name(f"{output.name}.{MARK_NAME}")
+    return companion(output, MARK_NAME, whole_name=True)
 
 
 def mark_broken(output: Path, reason: str) -> Path:

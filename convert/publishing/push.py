@@ -9,28 +9,24 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...checkpoint.files.schemas import read_json
 from ...checkpoint.source.hub import confined_file, list_directory
 from ...checkpoint.source.side_files import TEMPLATE_DIRECTORY, is_side_file
-from ...errors import CheckpointError, FormatError, PublishError
-from ..exl2.file.config import stored_rates
-from ..exl2.file.manifest import MANIFEST_FILE
-from ..exl2.file.reader import is_exl2
-from ..exl2.file.verify import verify_model
-from ..gguf.file.verify import verify_gguf
+from ...errors import CheckpointError, PublishError
+from ..format import Format
+from ..registry import format_of, formats, require_format
 from .base_card import CARD_NAME
-from .card import HUB_ID, rate_text
+from .cards import card_path
 from .mark import read_mark
+from .names import HUB_ID, RATE, rate_text
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 __all__ = ["Upload", "find_outputs", "plan_uploads", "push"]
 
-_PUBLISHED = ("*.safetensors", "*.safetensors.index.json", "config.json", MANIFEST_FILE, CARD_NAME, "report.*")
-"""What is published beside a model's side files."""
+_PUBLISHED = (CARD_NAME, "report.*")
+"""What is published beside a model's own files and its side files."""
 
-_RATE = re.compile(r"-(\d+(?:\.\d+)?)bpw(?:-(\d+)hb)?(?:-exl2)?$")
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
@@ -39,7 +35,7 @@ class Upload:
     """One commit to the Hub.
 
     Attributes:
-        output: The model's directory or GGUF file.
+        output: The model's directory or file.
         repo: Hub id of the repository.
         branch: Branch of it; None for the main one.
         files: Path in the repository, and the file here.
@@ -75,31 +71,30 @@ def find_outputs(path: Path) -> list[Path]:
         FormatError: A safetensors file is damaged.
         CheckpointError: A safetensors file is a link that leads outside.
     """
-    if path.is_file() or is_exl2(path):
+    if format_of(path) is not None:
         return [path]
-    found = [
-        each for each in sorted(path.iterdir()) if each.suffix.lower() == ".gguf" or (each.is_dir() and is_exl2(each))
-    ]
+    found = [each for each in sorted(path.iterdir()) if format_of(each) is not None] if path.is_dir() else []
     if not found:
-        raise PublishError(f"{path}: no quantized model, expected an EXL2 directory, a GGUF file or a folder of them.")
+        titles = ", ".join(each.title for each in formats().values())
+        raise PublishError(f"{path}: no quantized model. Expected one of the formats {titles}, or a folder of them.")
     return found
 
 
 def plan_uploads(outputs: Sequence[Path], target: str, *, by_branch: bool = False) -> list[Upload]:
     """Say what goes where; everything is verified first.
 
-    Names by convention: an EXL2 model ``ORG/Llama-3.2-1B-8.0bpw-8hb-exl2``, or with branches ``ORG/Llama-3.2-1B-exl2``
-    and its branch ``8.0bpw``; GGUF files all in ``ORG/Llama-3.2-1B-GGUF``, or with branches in one each. Where a main
+    Names by convention: a directory ``ORG/Llama-3.2-1B-8.0bpw-8hb-exl2``, or with branches ``ORG/Llama-3.2-1B-exl2``
+    and its branch ``8.0bpw``; files all in ``ORG/Llama-3.2-1B-GGUF``, or with branches in one each. Where a main
     branch would have no card, the first model's is its front page.
 
     Args:
-        outputs: EXL2 directories or GGUF files.
+        outputs: Quantized models of any format.
         target: ``ORG/NAME``, or ``ORG/`` to name by convention.
         by_branch: One repository with a branch for each bitrate, instead of a repository for each.
 
     Raises:
         PublishError: A model is marked as broken or cannot be verified, has no card, or two would have the same place.
-        BpwiseError: As ``verify_model`` and ``verify_gguf``.
+        BpwiseError: As ``verify_model``.
     """
     owner, _, name = target.partition("/")
     if not _NAME.fullmatch(owner) or "/" not in target or (name and not HUB_ID.fullmatch(target)):
@@ -166,37 +161,39 @@ def _check(output: Path) -> None:
     reason = read_mark(output)
     if reason is not None:
         raise PublishError(f"{output}: not published, it is marked as broken. {reason}")
-    if not _card(output).is_file():
+    if not card_path(output).is_file():
         raise PublishError(
-            f"{output}: not published, it has no model card {_card(output).name}. Run `bpwise card`, or finish the run."
+            f"{output}: not published, it has no model card {card_path(output).name}. Run `bpwise card`, or finish the "
+            "run."
         )
-    if output.is_dir():
-        if not verify_model(output).had_manifest:
-            raise PublishError(
-                f"{output}: not published, without {MANIFEST_FILE} it cannot be verified. Quantize it with bpwise."
-            )
-        return
-    verify_gguf(output)
+    format_ = require_format(output)
+    if not format_.verify(output).compared and format_.keeps_digests:
+        raise PublishError(
+            f"{output}: not published, it does not say what it must decode to, so it cannot be verified. Quantize it "
+            "with bpwise."
+        )
 
 
 def _upload(output: Path, owner: str, name: str, by_branch: bool) -> Upload:
-    base, rate, head_bits = _named(output)
-    suffix = "exl2" if output.is_dir() else "GGUF"
+    format_ = require_format(output)
+    base, rate, more = _named(output, format_)
+    alone = not format_.suffix  # directories do not share a repository
+    tag = format_.name if alone else format_.title
     if name:
         repo = f"{owner}/{name}"
-    elif by_branch or suffix == "GGUF":
-        repo = f"{owner}/{base}-{suffix}"
+    elif alone and not by_branch:
+        repo = f"{owner}/{'-'.join((base, f'{rate}bpw', *(each for each in more if each != tag), tag))}"
     else:
-        head = f"-{head_bits}hb" if head_bits else ""
-        repo = f"{owner}/{base}-{rate}bpw{head}-exl2"
+        repo = f"{owner}/{base}-{tag}"
     if not HUB_ID.fullmatch(repo):
-        raise PublishError(f"{repo}: no name that the Hub takes. Give one, as ORG/NAME.")
-    if output.is_dir():
-        files, left_out = _directory_files(output)
+        raise PublishError(f"{repo}: not a name that the Hub takes. Give one, as ORG/NAME.")
+    if alone:
+        files, left_out = _directory_files(output, format_)
     else:
         beside = sorted(output.parent.glob(f"{output.stem}.report.*"))
         files, left_out = [(path.name, path) for path in (output, *beside)], []
-        files.append((CARD_NAME if by_branch else f"{output.stem}.{CARD_NAME}", _card(output)))
+        card = card_path(output)
+        files.append((CARD_NAME if by_branch else card.name, card))
     return Upload(
         output=output,
         repo=repo,
@@ -213,34 +210,27 @@ def _front_pages(uploads: Sequence[Upload]) -> list[Upload]:
     for each in uploads:
         if each.repo not in with_page:
             pages.setdefault(
-                each.repo, replace(each, branch=None, files=((CARD_NAME, _card(each.output)),), left_out=())
+                each.repo, replace(each, branch=None, files=((CARD_NAME, card_path(each.output)),), left_out=())
             )
     return list(pages.values())
 
 
-def _named(output: Path) -> tuple[str, str, str | None]:
-    """Return the original's name, the bitrate and the head's bits, as a name by convention has them."""
-    stem = output.name if output.is_dir() else output.stem
-    found = _RATE.search(stem)
-    if found is not None:
-        return stem[: found.start()], rate_text(float(found[1])), found[2]
-    if output.is_dir():
-        bits, head_bits = stored_rates(read_json(confined_file(output, "config.json"), FormatError))
-        if bits is not None:
-            # The card's title has the original's name.
-            text = (output / CARD_NAME).read_text(encoding="utf-8", errors="replace")
-            title = re.search(r"^# (\S+)$", text, re.MULTILINE)
-            named = None if title is None else _RATE.search(title[1])
-            base = stem if title is None or named is None else title[1][: named.start()]
-            return base, rate_text(bits), None if head_bits is None else str(head_bits)
-    raise PublishError(f"{output}: its name tells no bitrate, expected one as NAME-4.5bpw. Rename it.")
+def _named(output: Path, format_: Format) -> tuple[str, str, list[str]]:
+    """Return the original's name, the bitrate, and what the format adds, as a name by convention has them."""
+    name = output.stem if format_.suffix else output.name
+    if not RATE.search(name) and not format_.suffix:
+        # The card's title has the original's name, and the model its rate.
+        text = card_path(output).read_text(encoding="utf-8", errors="replace")
+        title = re.search(r"^# (\S+)$", text, re.MULTILINE)
+        base = name if title is None else RATE.sub("", title[1])
+        name = format_.card(format_.open(output), base).name
+    found = RATE.search(name)
+    if found is None:
+        raise PublishError(f"{output}: its name tells no bitrate, expected one as NAME-4.5bpw. Rename it.")
+    return name[: found.start()], rate_text(float(found[1])), name[found.end(1) :].split("-")[1:]
 
 
-def _card(output: Path) -> Path:
-    return output / CARD_NAME if output.is_dir() else output.with_name(f"{output.stem}.{CARD_NAME}")
-
-
-def _directory_files(output: Path) -> tuple[list[tuple[str, Path]], list[str]]:
+def _directory_files(output: Path, format_: Format) -> tuple[list[tuple[str, Path]], list[str]]:
     entries = list_directory(output)
     templates = output / TEMPLATE_DIRECTORY
     if templates.is_dir():
@@ -248,7 +238,9 @@ def _directory_files(output: Path) -> tuple[list[tuple[str, Path]], list[str]]:
     files, left_out = [], []
     for path in entries:
         name = path.relative_to(output).as_posix()
-        published = is_side_file(name) or any(fnmatchcase(name, pattern) for pattern in _PUBLISHED)
+        published = is_side_file(name) or any(
+            fnmatchcase(name, pattern) for pattern in (*format_.own_files, *_PUBLISHED)
+        )
         if published and not path.is_dir():
             if path.is_symlink():
                 raise CheckpointError(f"{path}: is a link, expected a file. Replace it by what it points to.")

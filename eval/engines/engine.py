@@ -1,8 +1,8 @@
-"""The original and a GGUF file compared by llama.cpp itself: both sides' logits are the engine's.
+"""The original and a quantized file compared by llama.cpp itself: both sides' logits are the engine's.
 
 Logits of llama.cpp and of Transformers are never mixed: even the same weights differ by what the two round on the way
 (llama.cpp multiplies quantized weights with activations that it rounds to 8 bits). So the original runs in llama.cpp
-too, from an unquantized GGUF file of it, the base. Only the floor looks across: it is the base in llama.cpp against
+too, from an unquantized file of it, the base. Only the floor looks across: it is the base in llama.cpp against
 the original in float64, and shows that the base is the original.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from ...checkpoint.source.checkpoint import TensorSource
 from ...checkpoint.source.original import Original
-from ...convert.gguf.file.reader import GgufModel
+from ...convert.format import QuantizedModel
 from ...errors import CheckpointError, ConfigError
 from ...measure.text.calibration import CalibrationSet
 from ...measure.text.context import EVALUATION, check_rows
@@ -32,7 +31,10 @@ from ..metrics.profile import profile_of
 from ..models import model_name, open_pair, summarize_model, vocab_size_of
 from .llamacpp import EngineModel, LlamaLibrary, load_library
 
-__all__ = ["compare_in_engine", "evaluate_in_engine"]
+__all__ = ["ENGINE", "compare_in_engine", "evaluate_in_engine"]
+
+ENGINE = "llama.cpp"
+"""As models name it that can be run by it."""
 
 _FLOOR_TOKENS = 512
 """Length of the text that the floor is measured on, as in ``comparison``."""
@@ -50,14 +52,14 @@ def evaluate_in_engine(
     base: Path,
     llama_cpp: Path | None = None,
 ) -> Comparison:
-    """Compare a GGUF file with its original on held-out text, both run by llama.cpp.
+    """Compare a quantized file with its original on held-out text, both run by llama.cpp.
 
     Args:
         original: Directory or Hub id of the original, whose tokenizer makes the token ids for both.
-        quantized: The GGUF file.
+        quantized: The file.
         config: Options; its dtype and device are not read, llama.cpp runs on the CPU.
         progress: Wraps the rows.
-        base: The original as an unquantized GGUF file (F32, BF16 or F16).
+        base: The original as an unquantized file that llama.cpp runs.
         llama_cpp: A built llama.cpp; None for the one in the ``xllamacpp`` wheel.
 
     Raises:
@@ -83,15 +85,15 @@ def compare_in_engine(
     *,
     tokenizer: Tokenizer | None = None,
 ) -> Comparison:
-    """Compare two GGUF files on the same tokens, both run by llama.cpp, with the statistics of ``compare_models``.
+    """Compare two files on the same tokens, both run by llama.cpp, with the statistics of ``compare_models``.
 
     Each row is run on its own, from its first token. In memory are both files, and logits of at most 256 positions of
     each.
 
     Args:
         original: The model that was quantized, for the floor and the report.
-        base: A GGUF file of the same, unquantized.
-        quantized: A GGUF file of what became of it.
+        base: A file of the same that llama.cpp runs, unquantized.
+        quantized: A file of what became of it.
         rows: The text.
         library: Runs both.
         progress: Wraps the rows.
@@ -99,15 +101,15 @@ def compare_in_engine(
 
     Raises:
         CheckpointError: llama.cpp cannot load a file, or the base is not the original.
-        ConfigError: A model is no GGUF file, the base is quantized, or rows do not fit.
+        ConfigError: A model is none that llama.cpp runs, the base is quantized, or rows do not fit.
         CalibrationError: A token id of the rows is outside the vocabulary.
         NumericalError: NaN or infinity in logits.
     """
     start = time.monotonic()
-    if not isinstance(base, GgufModel) or not isinstance(quantized, GgufModel):
-        wrong = quantized if isinstance(base, GgufModel) else base
-        raise ConfigError(f"{model_name(wrong)}: not a GGUF file, and llama.cpp runs no others.")
-    weights = _weights_of(base)
+    base, quantized = _runnable(base), _runnable(quantized)
+    weights = base.matrix_dtype
+    if weights is None:
+        raise ConfigError(f"{base.path}: quantized. Expected an unquantized base. Convert the original as it is.")
     for source in (original, base, quantized):
         check_rows(source, rows, EVALUATION)
     count, row_tokens = rows.tokens.shape
@@ -149,24 +151,17 @@ def compare_in_engine(
     )
 
 
-def _weights_of(base: GgufModel) -> str:
-    types = {name: base.stored(name).type for name in base.names}
-    quantized = [name for name, kind in types.items() if kind.quantized]
-    if quantized:
-        raise ConfigError(
-            f"{base.path}: {quantized[0]} is stored as {types[quantized[0]].name}, expected an unquantized base. "
-            "Convert the original with --outtype f32."
-        )
-    # Vectors are float32 in any base: it is the matrices that tell bases apart.
-    (kind, _), *_ = Counter(kind.name for name, kind in types.items() if len(base.shape(name)) > 1).most_common(1)
-    return {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[kind]
+def _runnable(model: TensorSource) -> QuantizedModel:
+    if isinstance(model, QuantizedModel) and ENGINE in model.engines:
+        return model
+    raise ConfigError(f"{model_name(model)}: not a model that {ENGINE} runs. Convert it first.")
 
 
 def _check_sizes(first: EngineModel, second: EngineModel, vocab_size: int) -> None:
     for model in (first, second):
         if model.vocab_size != vocab_size:
             raise CheckpointError(
-                f"GGUF: llama.cpp sees a vocabulary of {model.vocab_size} tokens, expected {vocab_size} as in the "
+                f"{ENGINE}: sees a vocabulary of {model.vocab_size} tokens, expected {vocab_size} as in the "
                 "original. Convert it again."
             )
 

@@ -16,23 +16,17 @@ import torch
 from torch import Tensor
 
 from ...checkpoint.source.checkpoint import TensorSource
-from ...convert.exl2.file.manifest import read_manifest
-from ...convert.exl2.file.reader import Exl2Model
-from ...convert.gguf.file.reader import GgufModel
+from ...convert.format import QuantizedModel
 from ...errors import CalibrationError, FormatError
 from ...measure.text.calibration import CalibrationSet
 
 __all__ = [
-    "SPANS_KEY",
     "CalibrationSpans",
     "refuse_calibration_text",
     "shared_share",
     "stored_spans",
     "with_overlap_warning",
 ]
-
-SPANS_KEY = "calibration_spans"
-"""Where the manifest of an EXL2 model holds its spans; in a GGUF file's metadata ``bpwise.`` stands before it."""
 
 _SPAN_TOKENS = 64
 
@@ -86,7 +80,8 @@ class CalibrationSpans:
         found = _TEXT_FORM.fullmatch(text) if isinstance(text, str) else None
         if found is None:
             raise FormatError(
-                f"{SPANS_KEY}: got {str(text)[:40]!r}, expected a length and hashes. The model's metadata are damaged."
+                f"calibration_spans: got {str(text)[:40]!r}, expected a length and hashes. The model's metadata are "
+                "damaged."
             )
         hashes = bytes.fromhex(found[2])
         return cls(int(found[1]), frozenset(hashes[at : at + _HASH_BYTES] for at in range(0, len(hashes), _HASH_BYTES)))
@@ -158,12 +153,7 @@ def stored_spans(model: TensorSource) -> CalibrationSpans | None:
     Raises:
         FormatError: It says it in a way that cannot be read.
     """
-    text: object = None
-    if isinstance(model, GgufModel):
-        text = model.header.metadata.get(f"bpwise.{SPANS_KEY}")
-    elif isinstance(model, Exl2Model):
-        manifest = read_manifest(model.directory)
-        text = None if manifest is None else manifest.provenance.calibration_spans
+    text = model.calibration_spans if isinstance(model, QuantizedModel) else None
     return None if text is None else CalibrationSpans.from_text(text)
 
 

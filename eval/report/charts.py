@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
+from ...convert.format import LinearCost
 from ..comparison import Comparison
 from ..metrics.estimate import Estimate
 from ..tasks.needle import DEPTHS, NeedleModel
-from .layers import LinearCost
 from .numbers import nats
 from .svg import Axis, Drawing, linear_axis, log_axis, series_color, shortened
 

@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from ...convert.format import LinearCost
 from ...version import __version__
 from ..comparison import Comparison
 from ..metrics.estimate import CONFIDENCE, Estimate, confidence_interval
@@ -37,7 +38,6 @@ from .extras import (
     task_methods,
     task_rows,
 )
-from .layers import LinearCost
 from .numbers import nats, percent, perplexity, visible
 from .svg import STYLE, Drawing, series_color
 from .verdict import headline, verdict

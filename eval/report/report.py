@@ -13,13 +13,14 @@ from typing import Any
 from ...checkpoint.files.atomic import atomic_file, try_file, write_json, write_text
 from ...checkpoint.files.paths import refuse_foreign, try_directory
 from ...checkpoint.files.schemas import read_json
+from ...convert.format import LinearCost
+from ...convert.publishing.names import REPORT_FILE
 from ...errors import FormatError
 from ...version import __version__
 from ..comparison import Comparison
 from ..metrics.paired import paired_differences
 from .extras import NO_EXTRAS, Extras, extras_content, extras_csv
 from .html import HtmlReport, charts_of, html_report
-from .layers import LinearCost
 from .markdown import (
     Details,
     comparison_table,
@@ -56,7 +57,7 @@ __all__ = [
     "write_report",
 ]
 
-JSON_NAME = "report.json"
+JSON_NAME = REPORT_FILE
 MARKDOWN_NAME = "report.md"
 HTML_NAME = "report.html"
 CSV_NAME = "report.csv"

@@ -15,6 +15,7 @@ from bpwise.convert.exl2.file.layout import RowGroup
 from bpwise.convert.exl2.file.linear import QuantizedLinear
 from bpwise.convert.exl2.file.reader import Exl2Model
 from bpwise.convert.exl2.file.writer import write_model
+from bpwise.convert.opening import open_any
 from bpwise.errors import CalibrationError, CheckpointError, ConfigError, NumericalError
 from bpwise.eval import original as original_module
 from bpwise.eval.comparison import (
@@ -27,7 +28,6 @@ from bpwise.eval.comparison import (
     evaluation_rows,
 )
 from bpwise.eval.metrics import passes as passes_module
-from bpwise.eval.models import open_any
 from bpwise.eval.original import run_original
 from bpwise.measure.model.stream import whole_model
 from bpwise.measure.text.calibration import CalibrationSet

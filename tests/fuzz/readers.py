@@ -16,7 +16,6 @@ import torch
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.checkpoint.source.original import open_model
 from bpwise.cli import cli
-from bpwise.convert.exl2.file.verify import verify_model
 from bpwise.convert.exl2.plan.plan import Plan, make_plan
 from bpwise.convert.exl2.rounding.rounder import RoundConfig, round_model
 from bpwise.convert.gguf.file.emit import Planned, entry, header_bytes, padding
@@ -25,11 +24,11 @@ from bpwise.convert.gguf.file.writer import write_gguf
 from bpwise.convert.gguf.ggml.types import ggml_type
 from bpwise.convert.gguf.llama_cpp.imatrix import imatrix_metadata, read_imatrix
 from bpwise.convert.gguf.plan import TypePlan
+from bpwise.convert.opening import open_any, verify_model
 from bpwise.convert.publishing.cards import write_card
 from bpwise.errors import BpwiseError
 from bpwise.eval.cache import OriginalCache, OriginalState
 from bpwise.eval.metrics.overlap import stored_spans
-from bpwise.eval.models import open_any
 from bpwise.eval.report.layers import linear_costs
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig, measure_model, measured_rows

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bpwise.convert.exl2.file.verify import verify_model
+from bpwise.convert.opening import verify_model
 from bpwise.eval.comparison import EvalConfig
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig, measure_to_file
@@ -49,8 +49,8 @@ def test_the_output_verifies_and_is_as_good(make_model: Callable[..., Path], tmp
         )
         result = quantize_model(model, tmp_path / device, config, measurement=measurement)
         verified = verify_model(tmp_path / device)
-        assert verified.had_manifest
-        assert verified.decoder_bpw <= bpw
+        assert verified.compared
+        assert verified.bpw <= bpw
         assert result.comparison is not None
         divergences[device] = result.comparison.summary.kl_nats.value
     # One plan, one text: the same but for ties in rounding, whose effects error feedback carries on.

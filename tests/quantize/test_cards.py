@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 from bpwise.cli import cli
-from bpwise.convert.publishing.cards import output_name
+from bpwise.convert.exl2.card import exl2_name
 from bpwise.convert.publishing.mark import mark_broken
+from bpwise.convert.publishing.names import convention_name
 from click.testing import CliRunner, Result
 from huggingface_hub import ModelCard
 
@@ -112,11 +113,11 @@ def test_a_broken_model_gets_none(out: Path) -> None:
 
 def test_refusals(out: Path, model: Path, tmp_path: Path) -> None:
     assert "expected a Hub id" in bpwise("card", out, "--base-model", "https://x/y").stderr
-    assert "not quantized" in bpwise("card", model).stderr
+    assert "not a quantized model" in bpwise("card", model).stderr
     assert "expected a Hub id" in bpwise("quantize", model, tmp_path / "o", *OPTIONS, "--base-model", "../x").stderr
 
 
 def test_names() -> None:
-    assert output_name("meta-llama/Llama-3.2-1B", bpw=8, head_bits=8) == "Llama-3.2-1B-8.0bpw-8hb-exl2"
-    assert output_name("Llama-3.2-1B", bpw=4.25, exl2=False) == "Llama-3.2-1B-4.25bpw"
-    assert output_name("x", bpw=3) == "x-3.0bpw-exl2"
+    assert exl2_name("meta-llama/Llama-3.2-1B", 8, 8) == "Llama-3.2-1B-8.0bpw-8hb-exl2"
+    assert exl2_name("x", 3, None) == "x-3.0bpw-exl2"
+    assert convention_name("Llama-3.2-1B", 4.25) == "Llama-3.2-1B-4.25bpw"

@@ -12,8 +12,8 @@ from bpwise.checkpoint.source.language import language_model
 from bpwise.checkpoint.source.original import open_model
 from bpwise.convert.dense import dequantize_model
 from bpwise.convert.exl2.file.reader import Exl2Model
-from bpwise.convert.exl2.file.verify import verify_model
 from bpwise.convert.exl2.readers import require_reader
+from bpwise.convert.opening import verify_model
 from bpwise.errors import UnsupportedModelError
 from bpwise.measure.measurement import MeasuredLinear, Measurement
 from bpwise.measure.model.stream import StreamedModel
@@ -164,7 +164,7 @@ def test_every_linear_of_every_block_is_quantized(quantized: tuple[Path, Path, A
         "self_attn.q_norm.weight",
         "self_attn.k_norm.weight",
     }
-    assert verify_model(output).decoder_bpw <= 7.5
+    assert verify_model(output).bpw <= 7.5
     assert len(result.plan.linears) + 1 == len(written.linears)
 
 

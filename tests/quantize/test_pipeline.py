@@ -11,7 +11,7 @@ import torch
 from bpwise.checkpoint.files.resume import ResumeStore
 from bpwise.cli import cli
 from bpwise.convert.exl2.plan.plan import Plan, bpw_range
-from bpwise.eval.models import open_any
+from bpwise.convert.opening import open_any
 from bpwise.eval.report.layers import find_plan, linear_costs
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -13,15 +15,20 @@ from ....checkpoint.files.schemas import read_json
 from ....checkpoint.model.config import complete_config
 from ....checkpoint.model.families import is_known
 from ....checkpoint.model.names import config_features, head_names, is_linear, model_order
-from ....checkpoint.source.checkpoint import Checkpoint, confined_file, embedding_rows
+from ....checkpoint.source.checkpoint import Checkpoint, TensorSource, confined_file, embedding_rows
+from ....checkpoint.source.language import HfNames
 from ....errors import CheckpointError, FormatError, ShapeError
+from ...format import Description, QuantizedModel
 from .config import dense_config
+from .describe import describe_exl2
 from .linear import QuantizedLinear
+from .manifest import Manifest, read_manifest
 from .store import QUANTIZED_SUFFIXES, check_stored, linear_from_tensors
 
 __all__ = ["Exl2Model", "is_exl2"]
 
 _MARK = ".q_weight"
+_DENSE_BITS = 16
 # `q_perm` and `q_group_map` may be stored too; readers compute them anew.
 _HIDDEN_SUFFIXES = (*QUANTIZED_SUFFIXES, "q_perm", "q_group_map")
 
@@ -38,12 +45,13 @@ def is_exl2(directory: Path) -> bool:
     )
 
 
-class Exl2Model:
+class Exl2Model(QuantizedModel):
     """A quantized model on disk, read lazily; nothing stays open, so it may be pickled.
 
-    It is a ``TensorSource``: what streams a dense checkpoint can stream this, and sees every quantized linear
-    as its decoded float16 ``<name>.weight``.
+    Every quantized linear is seen as its decoded float16 ``<name>.weight``.
     """
+
+    format: ClassVar[str] = "exl2"
 
     def __init__(self, directory: Path, config: dict[str, Any], files: dict[str, SafetensorsHeader]) -> None:
         """Hold checked parts; use ``Exl2Model.open`` to make them from a directory.
@@ -80,20 +88,7 @@ class Exl2Model:
         directory = Path(directory)
         config = read_json(confined_file(directory, "config.json"), CheckpointError)
         files = _headers(directory)
-        holder: dict[str, str] = {}
-        for file, header in files.items():
-            for name in header.entries:
-                if name in holder:
-                    raise FormatError(
-                        f"{directory}: tensor {name!r} is stored twice, got {holder[name]} and {file}, "
-                        "expected one "
-                        "file. Remove the file that does not belong to the model."
-                    )
-                holder[name] = file
-        if not any(name.endswith(_MARK) for name in holder):
-            raise FormatError(
-                f"{directory}: no EXL2 model, got {len(holder)} tensors and none named *{_MARK}. Check the path."
-            )
+        _check_files(directory, files)
         model = cls(directory, config, files)
         model._check_linears()
         return model
@@ -108,7 +103,7 @@ class Exl2Model:
                 raise ShapeError(linear, "q_invperm", got=(rows,), expected=(expected,))
 
     @property
-    def directory(self) -> Path:
+    def path(self) -> Path:
         """The model directory."""
         return self._directory
 
@@ -136,6 +131,25 @@ class Exl2Model:
     def fingerprint(self) -> str:
         """Identifies config and weights, made as :attr:`Checkpoint.fingerprint` is."""
         return Checkpoint(self._directory, self._stored_config, self._files).fingerprint
+
+    @cached_property
+    def manifest(self) -> Manifest | None:
+        """What the model says of itself; None if it is not bpwise's.
+
+        Raises:
+            FormatError: It is damaged, or of another version.
+        """
+        return read_manifest(self._directory)
+
+    @property
+    def predicted_damage_nats(self) -> float | None:
+        """Damage that its plan predicted, nats per token; None if it does not say."""
+        return None if self.manifest is None else self.manifest.provenance.predicted_damage_nats
+
+    @property
+    def calibration_spans(self) -> str | None:
+        """Hashes of its calibration text; None if it does not say."""
+        return None if self.manifest is None else self.manifest.provenance.calibration_spans
 
     @property
     def names(self) -> frozenset[str]:
@@ -219,13 +233,32 @@ class Exl2Model:
         tensors = {part: self._read(part) for part in parts if part in self._places}
         return linear_from_tensors(name, tensors, self._out_features(name))
 
-    def stored_bytes(self, name: str) -> int:
-        """Return the size of a quantized linear's tensors in bytes, padding and overheads included, bias excluded.
+    def stored_bpw(self) -> dict[str, float]:
+        """Return the bits per weight of every linear, padding and overheads included, in model order."""
+        return {name: bits / weights for name, (bits, weights) in self.stored_sizes().items()}
+
+    def stored_sizes(self) -> dict[str, tuple[int, int]]:
+        """Return of every linear its stored bits, padding included and bias excluded, and its number of weights.
 
         Raises:
             FormatError: A part of it is missing.
         """
-        return sum(self._entry(f"{name}.{suffix}")[1].size_bytes for suffix in QUANTIZED_SUFFIXES)
+        sizes = {}
+        for name in sorted((*self._linears, *self.float16_linears), key=model_order):
+            weights = math.prod(self.shape(f"{name}.weight"))
+            bits = _DENSE_BITS * weights
+            if name in self._linears:
+                bits = 8 * sum(self._entry(f"{name}.{suffix}")[1].size_bytes for suffix in QUANTIZED_SUFFIXES)
+            sizes[name] = (bits, weights)
+        return sizes
+
+    def as_transformers(self) -> TensorSource:
+        """Return the dense model with the names and the config that Transformers loads."""
+        return HfNames(self)
+
+    def describe(self) -> Description:
+        """Return what is in it."""
+        return describe_exl2(self)
 
     def _out_features(self, linear: str) -> int:
         # A name that the table does not know is taken to have no padding.
@@ -249,6 +282,22 @@ class Exl2Model:
     def _read(self, stored_name: str) -> Tensor:
         file, entry = self._entry(stored_name)
         return read_entry(confined_file(self._directory, file), entry, FormatError)
+
+
+def _check_files(directory: Path, files: Mapping[str, SafetensorsHeader]) -> None:
+    holder: dict[str, str] = {}
+    for file, header in files.items():
+        for name in header.entries:
+            if name in holder:
+                raise FormatError(
+                    f"{directory}: tensor {name!r} is stored twice, got {holder[name]} and {file}, expected one file. "
+                    "Remove the file that does not belong to the model."
+                )
+            holder[name] = file
+    if not any(name.endswith(_MARK) for name in holder):
+        raise FormatError(
+            f"{directory}: not an EXL2 model. Got {len(holder)} tensors. Expected some named *{_MARK}. Check the path."
+        )
 
 
 def _headers(directory: Path) -> dict[str, SafetensorsHeader]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Set
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +11,14 @@ import torch
 from ....checkpoint.files.shards import tensor_sha256
 from ....checkpoint.model.names import HEAD, config_features, head_names
 from ....errors import FormatError, VerificationError
-from .carry import require_float16_range
+from ...carry import require_float16_range
+from ...format import Verification
 from .linear import QuantizedLinear
-from .manifest import read_manifest
+from .rates import decoder_bpw, head_bpw
 from .reader import Exl2Model
 
-__all__ = ["Verification", "check_rules", "verify_model"]
+__all__ = ["check_rules", "verify_exl2"]
 
-_DENSE_BITS = 16.0
 _SHOWN = 5
 
 # Readers build these blocks as one: either all of their linears are quantized, or none is.
@@ -35,39 +33,7 @@ _BLOCKS = (
 _MLPS = {"down_proj": ("gate_proj", "up_proj"), "c_proj": ("c_fc",)}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verification:
-    """What was read back, and what it takes.
-
-    Attributes:
-        linears: Number of quantized linears decoded, the head included.
-        tensors: Number of other tensors read.
-        float16_linears: Of them, linears of the decoder that are not quantized.
-        had_manifest: Whether a manifest was there to compare with; without one only the format's rules were
-            checked.
-        decoder_bits: Stored bits of all linears but the head, padding and overheads included, 16 for each weight of
-            those that are not quantized.
-        decoder_weights: Number of weights in them, padding excluded.
-        head_bpw: Bits per weight of the output head with overheads; 16 if it is not quantized.
-        file_bytes: Size of all safetensors files, in bytes.
-    """
-
-    linears: int
-    tensors: int
-    float16_linears: int
-    had_manifest: bool
-    decoder_bits: int
-    decoder_weights: int
-    head_bpw: float
-    file_bytes: int
-
-    @property
-    def decoder_bpw(self) -> float:
-        """Average bits per weight over all linears but the head; 0 if there are none."""
-        return self.decoder_bits / self.decoder_weights if self.decoder_weights else 0.0
-
-
-def verify_model(directory: Path) -> Verification:
+def verify_exl2(directory: Path) -> Verification:
     """Read every tensor of an EXL2 model, check the format's rules and compare with the model's manifest.
 
     Args:
@@ -80,26 +46,14 @@ def verify_model(directory: Path) -> Verification:
     """
     model = Exl2Model.open(directory)
     check_rules(model.stored_config, frozenset(model.linears), model.names)
-    record = read_manifest(model.directory)
+    record = model.manifest
     manifest = None if record is None else {"linears": record.manifest.linears, "tensors": record.manifest.tensors}
     found: dict[str, dict[str, str]] = {"linears": {}, "tensors": {}}
-    decoder_bits = decoder_weights = 0
-    head_bpw = _DENSE_BITS
     for name in model.linears:
         linear = model.linear(name)
         _check_linear(model, name, linear)
         if manifest is not None:
             found["linears"][name] = tensor_sha256(linear.dequantize())
-        weights = linear.in_features * linear.out_features
-        if name.split(".")[-1] == HEAD:
-            head_bpw = linear.stored_bits / weights
-        else:
-            decoder_bits += linear.stored_bits
-            decoder_weights += weights
-    for name in model.float16_linears:
-        weights = math.prod(model.shape(f"{name}.weight"))
-        decoder_bits += int(_DENSE_BITS) * weights
-        decoder_weights += weights
     others = sorted(model.names - {f"{name}.weight" for name in model.linears})
     for name in others:
         tensor = model.tensor(name)
@@ -107,15 +61,14 @@ def verify_model(directory: Path) -> Verification:
         found["tensors"][name] = tensor_sha256(tensor) if manifest is not None else ""
     if manifest is not None:
         _compare(found, manifest)
+    float16 = len(model.float16_linears)
     return Verification(
-        linears=len(model.linears),
-        tensors=len(others),
-        float16_linears=len(model.float16_linears),
-        had_manifest=manifest is not None,
-        decoder_bits=decoder_bits,
-        decoder_weights=decoder_weights,
-        head_bpw=head_bpw,
+        quantized=len(model.linears),
+        others=len(others),
+        rates={"decoder": decoder_bpw(model), "head": head_bpw(model)},
         file_bytes=model.file_bytes,
+        compared=manifest is not None,
+        facts=(f"{float16} linears of the decoder in float16",) if float16 else (),
     )
 
 

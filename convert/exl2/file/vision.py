@@ -6,14 +6,20 @@ Source: ExLlamaV2 0.3.2, config.py. It refuses a model with vision that lacks an
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-__all__ = ["IMAGE_PROCESSOR_FILE", "PROCESSOR_FILE", "add_vision_keys", "image_processor", "remove_vision_keys"]
+from ....checkpoint.files.atomic import write_json
+from ....checkpoint.files.schemas import read_json
+from ....checkpoint.source.hub import confined_file, side_files
+from ....errors import CheckpointError
 
-PROCESSOR_FILE = "processor_config.json"
+__all__ = ["add_image_processor", "add_vision_keys", "remove_vision_keys", "require_side_files"]
+
+_PROCESSOR_FILE = "processor_config.json"
 """Where Transformers 5 keeps what prepares images."""
 
-IMAGE_PROCESSOR_FILE = "preprocessor_config.json"
+_IMAGE_PROCESSOR_FILE = "preprocessor_config.json"
 """Where older ones kept it, and readers look."""
 
 
@@ -34,8 +40,37 @@ def remove_vision_keys(vision: dict[str, Any]) -> None:
         vision.pop("spatial_patch_size", None)
 
 
-def image_processor(processor: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return what preprocessor_config.json must hold, from what stands in processor_config.json; None if not there."""
+def add_image_processor(directory: Path) -> None:
+    """Give what prepares images the file of its own in which readers look, if it has none.
+
+    Args:
+        directory: Model directory, with side files.
+
+    Raises:
+        CheckpointError: processor_config.json is damaged.
+    """
+    path = directory / _PROCESSOR_FILE
+    if path.exists() and not (directory / _IMAGE_PROCESSOR_FILE).exists():
+        images = _image_processor(read_json(path, CheckpointError))
+        if images is not None:
+            write_json(directory / _IMAGE_PROCESSOR_FILE, images)
+
+
+def require_side_files(source: Path) -> None:
+    """Refuse side files that cannot be copied, or that ``add_image_processor`` would refuse; nothing is written.
+
+    Args:
+        source: Model directory that they will be copied from.
+
+    Raises:
+        CheckpointError: As ``side_files`` and ``add_image_processor``.
+    """
+    if _PROCESSOR_FILE in side_files(source):
+        _image_processor(read_json(confined_file(source, _PROCESSOR_FILE), CheckpointError))
+
+
+def _image_processor(processor: Mapping[str, Any]) -> dict[str, Any] | None:
+    # What preprocessor_config.json must hold; None if it is not there.
     images = processor.get("image_processor")
     if not isinstance(images, Mapping):
         return None

@@ -15,12 +15,14 @@ from ....checkpoint.files.shards import DEFAULT_SHARD_BYTES, ShardWriter, tensor
 from ....checkpoint.model.names import HEAD, config_features, head_names, model_order
 from ....checkpoint.source.checkpoint import TensorSource
 from ....errors import CheckpointError, FormatError, ShapeError
-from .carry import copy_side_files, require_float16_range
+from ...carry import copy_side_files, require_float16_range
+from ...format import Verification
 from .config import exl2_config
 from .linear import QuantizedLinear
 from .manifest import MANIFEST_FILE, MANIFEST_VERSION
 from .store import QUANTIZED_SUFFIXES, linear_tensors
-from .verify import Verification, check_rules, verify_model
+from .verify import check_rules, verify_exl2
+from .vision import add_image_processor
 
 __all__ = ["require_writable", "write_model"]
 
@@ -96,7 +98,8 @@ def write_model(
         record = {"manifest_version": MANIFEST_VERSION, "provenance": dict(provenance), "manifest": manifest}
         write_json(directory / MANIFEST_FILE, record)
         copy_side_files(source.directory, directory)
-        return verify_model(directory)
+        add_image_processor(directory)
+        return verify_exl2(directory)
 
 
 def _checked_config(source: TensorSource, linears: Collection[str], quantization: Mapping[str, Any]) -> dict[str, Any]:

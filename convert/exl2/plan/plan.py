@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,12 @@ from ....checkpoint.files.schemas import NonNegative, Number, Positive, check_sc
 from ....errors import FormatError
 from ....tables import Table
 from ...format import Description, LinearCost, Plan
+from ..file.describe import width_shares
 from ..file.layout import WIDTHS, RowGroup, linear_bits
 from .problem import AUTO, HEAD_BITS, HeadBits
 from .unquantized import FLOAT16_BITS, UnquantizedLinear, unquantized_lines
 
-__all__ = ["PLAN_VERSION", "Exl2Plan", "LinearPlan", "width_shares"]
+__all__ = ["PLAN_VERSION", "Exl2Plan", "LinearPlan"]
 
 PLAN_VERSION = 3
 
@@ -244,14 +244,6 @@ class Exl2Plan(Plan):
         if raw.get("bpwise_plan") != PLAN_VERSION:
             raise FormatError(f"{where}: not a plan of version {PLAN_VERSION}. Make it again with `bpwise plan`.")
         return check_schema(raw, cls, FormatError, where=where, remedy=_REMEDY)
-
-
-def width_shares(bits: Sequence[int], rows: Sequence[int]) -> str:
-    """Return the share of rows at each width as text, widest first."""
-    counts: Counter[int] = Counter()
-    for width, count in zip(bits, rows, strict=True):
-        counts[width] += count
-    return " ".join(f"{width}:{100 * counts[width] / sum(rows):.0f}%" for width in sorted(counts, reverse=True))
 
 
 def _to_dict(plan: LinearPlan) -> dict[str, Any]:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ....checkpoint.files.digests import file_digests
+from ....checkpoint.model.names import model_order
 from ....errors import CheckpointError, FormatError
+from ...format import Description, QuantizedModel
 from .config import config_from_metadata
+from .describe import describe_gguf
 from .header import GgufHeader, GgufTensor, is_gguf, read_gguf_header
+from .metadata import SPANS_KEY
 from .names import ROPE_FREQS, architecture_of, hf_name, row_order, tensor_shapes
 
 __all__ = ["GgufModel", "is_gguf", "read_values"]
@@ -33,11 +38,11 @@ _PIECE_WEIGHTS = 1 << 20
 """Weights decoded at once: decoding in NumPy takes some ten times the result's memory."""
 
 
-class GgufModel:
-    """A model in one GGUF file, read lazily; nothing stays open, so it may be pickled.
+class GgufModel(QuantizedModel):
+    """A model in one GGUF file, read lazily; nothing stays open, so it may be pickled."""
 
-    It is a ``TensorSource``: what streams a checkpoint can stream this, and sees what llama.cpp's weights decode to.
-    """
+    format: ClassVar[str] = "gguf"
+    engines: ClassVar[tuple[str, ...]] = ("llama.cpp",)
 
     def __init__(self, header: GgufHeader, config: dict[str, Any]) -> None:
         """Hold checked parts; use ``GgufModel.open`` to make them from a file.
@@ -79,11 +84,6 @@ class GgufModel:
         return self._header.path
 
     @property
-    def directory(self) -> Path:
-        """Where the file lies; the model's tokenizer may lie beside it."""
-        return self._header.path.parent
-
-    @property
     def header(self) -> GgufHeader:
         """Metadata, and the tensors as they stand in the file."""
         return self._header
@@ -113,6 +113,21 @@ class GgufModel:
         """Number of weights; a tied head does not count again."""
         return sum(math.prod(info.shape) for info in self._places.values())
 
+    @property
+    def matrix_dtype(self) -> str | None:
+        """Dtype that most of its matrices are stored in; None if a tensor is quantized."""
+        if any(info.type.quantized for info in self._places.values()):
+            return None
+        # Vectors are float32 in any file: it is the matrices that tell files apart.
+        (name, _), *_ = Counter(info.type.name for info in self._places.values() if len(info.shape) > 1).most_common(1)
+        return str(_FLOATS[name]).removeprefix("torch.")
+
+    @property
+    def calibration_spans(self) -> str | None:
+        """Hashes of its calibration text; None if it does not say."""
+        spans = self._header.metadata.get(SPANS_KEY)
+        return None if spans is None else str(spans)
+
     @cached_property
     def fingerprint(self) -> str:
         """32 hexadecimal digits that identify the model, made of the whole file as :attr:`Checkpoint.fingerprint` is.
@@ -129,6 +144,15 @@ class GgufModel:
             CheckpointError: There is no tensor of that name.
         """
         return self.stored(name).shape
+
+    def stored_bpw(self) -> dict[str, float]:
+        """Return the bits per weight of every matrix, in model order."""
+        names = sorted((x for x in self.names if x.endswith(".weight") and len(self.shape(x)) > 1), key=model_order)
+        return {name.removesuffix(".weight"): self.stored(name).type.bits_per_weight for name in names}
+
+    def describe(self) -> Description:
+        """Return what is in it."""
+        return describe_gguf(self._header)
 
     def stored(self, name: str) -> GgufTensor:
         """Return what is known of a tensor without loading it.

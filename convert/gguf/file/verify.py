@@ -2,45 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from ....errors import FormatError, UnsupportedModelError
+from ...format import Verification
+from .describe import all_tensors_bpw, types_text
 from .header import GgufHeader, read_gguf_header
 from .reader import GgufModel, read_values
 
-__all__ = ["GgufVerification", "verify_gguf"]
+__all__ = ["verification_of", "verify_gguf"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GgufVerification:
-    """What was read back, and what it takes.
-
-    Attributes:
-        architecture: As the file names it.
-        known_architecture: Whether names and shapes of all tensors were checked against the metadata, too.
-        tensors_by_type: Number of tensors of each type.
-        weights: Number of values in all tensors.
-        tensor_bits: Stored bits of all tensors, scales included, padding not.
-        file_bytes: Size of the file, in bytes.
-    """
-
-    architecture: str
-    known_architecture: bool
-    tensors_by_type: Mapping[str, int]
-    weights: int
-    tensor_bits: int
-    file_bytes: int
-
-    @property
-    def bpw(self) -> float:
-        """Average bits per weight over all tensors; 0 if there are none."""
-        return self.tensor_bits / self.weights if self.weights else 0.0
-
-
-def verify_gguf(path: Path) -> GgufVerification:
+def verify_gguf(path: Path) -> Verification:
     """Decode every tensor of a GGUF file, by whatever program, and check that it is finite and by the rules.
 
     Args:
@@ -52,7 +25,6 @@ def verify_gguf(path: Path) -> GgufVerification:
     header = read_gguf_header(Path(path))
     known = _is_known(header)
     _check_end(header)
-    counts: dict[str, int] = {}
     for tensor in header.tensors.values():
         if len(tensor.shape) == 1 and tensor.type.quantized:
             raise FormatError(
@@ -60,14 +32,29 @@ def verify_gguf(path: Path) -> GgufVerification:
                 "with such vectors directly. Quantize again."
             )
         read_values(header.path, tensor)
-        counts[tensor.type.name] = counts.get(tensor.type.name, 0) + 1
-    return GgufVerification(
-        architecture=str(header.metadata.get("general.architecture")),
-        known_architecture=known,
-        tensors_by_type=counts,
-        weights=sum(math.prod(tensor.shape) for tensor in header.tensors.values()),
-        tensor_bits=8 * sum(tensor.size_bytes for tensor in header.tensors.values()),
+    architecture = header.metadata.get("general.architecture")
+    unknown = f"architecture {architecture!r} is not known: names and shapes were not checked"
+    return verification_of(header, compared=False, warnings=() if known else (unknown,))
+
+
+def verification_of(header: GgufHeader, *, compared: bool, warnings: tuple[str, ...] = ()) -> Verification:
+    """Return what a file with these tensors takes.
+
+    Args:
+        header: The file's, all of whose tensors were read back.
+        compared: Whether they were compared with what was meant.
+        warnings: What could not be checked, as lines.
+    """
+    tensors = header.tensors.values()
+    quantized = sum(tensor.type.quantized for tensor in tensors)
+    return Verification(
+        quantized=quantized,
+        others=len(tensors) - quantized,
+        rates={"all tensors": all_tensors_bpw(tensors)},
         file_bytes=header.file_bytes,
+        compared=compared,
+        facts=(f"types: {types_text(tensors)}",),
+        warnings=warnings,
     )
 
 

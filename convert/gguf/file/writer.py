@@ -6,7 +6,6 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,13 +16,15 @@ from torch import Tensor
 from ....checkpoint.files.atomic import atomic_file
 from ....errors import ConfigError, FormatError, NumericalError, ShapeError, VerificationError
 from ....progress import Progress, silent
+from ...format import Verification
 from ..ggml.kernels import Bytes, decode, encode
 from ..ggml.types import GgmlType
 from .emit import Planned, entry, header_bytes, padding
 from .header import GgufHeader, GgufTensor, read_gguf_header, require_whole
 from .roles import writing_order
+from .verify import verification_of
 
-__all__ = ["GgufVerification", "planned_bytes", "write_gguf"]
+__all__ = ["planned_bytes", "write_gguf"]
 
 _QUANTIZATION_VERSION = 2
 """ggml's ``GGML_QNT_VERSION``."""
@@ -41,41 +42,6 @@ _LARGEST_ERROR = 1.5
 _DISTANCE_TOLERANCE = 0.05
 """How far the distance of finished bytes from the weights may be from what it was meant to be, relative to it; and
 relative to the weights' own squares a fiftieth of that, for the base's rounding to F16 or BF16."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GgufVerification:
-    """What was read back from a finished file.
-
-    Attributes:
-        tensors: Number of tensors.
-        quantized: Number of tensors that were encoded.
-        weights: Number of weights in all tensors.
-        data_bits: Bits of all tensors' data, padding between them excluded.
-        file_bytes: Size of the file.
-        errors: By name of encoded tensor, ``||W_hat - W||^2 / ||W||^2`` over all weights, dimensionless; infinite where
-            rounding moved weights that were all zero.
-    """
-
-    tensors: int
-    quantized: int
-    weights: int
-    data_bits: int
-    file_bytes: int
-    errors: Mapping[str, float]
-
-    @property
-    def bpw(self) -> float:
-        """Bits per weight over all tensors, scales included, metadata excluded."""
-        return self.data_bits / self.weights
-
-
-@dataclass(frozen=True, slots=True)
-class _Written:
-    """What a tensor's data was meant to be: its SHA-256, and its error if it was encoded."""
-
-    sha256: str
-    error: float | None
 
 
 def planned_bytes(
@@ -111,7 +77,7 @@ def write_gguf(
     metadata: Mapping[str, Any] | None = None,
     threads: int = 1,
     progress: Progress = silent,
-) -> GgufVerification:
+) -> Verification:
     """Quantize a GGUF file; ``output`` appears only once all of it has been read back and found right.
 
     With the types of a mixture and the same importances the file is byte for byte llama-quantize's own.
@@ -151,7 +117,7 @@ def write_gguf(
     unknown = ready.keys() - header.tensors.keys()
     if unknown:
         raise ConfigError(f"{base}: no tensor {min(unknown)!r}, got finished bytes for it. Use the names of the file.")
-    written: dict[str, _Written] = {}
+    written: dict[str, str] = {}
     with atomic_file(Path(output), new=True) as temporary:
         with header.path.open("rb") as source, temporary.open("wb") as target:
             target.write(start)
@@ -238,8 +204,8 @@ class _Job:
             else:
                 yield self._encoded(weights, first), weights
 
-    def write(self, slabs: Iterator[tuple[Bytes, Tensor | None]], target: BinaryIO) -> _Written:
-        """Write the slabs and return what they were."""
+    def write(self, slabs: Iterator[tuple[Bytes, Tensor | None]], target: BinaryIO) -> str:
+        """Write the slabs, check that they decode to what they stand for, and return their SHA-256."""
         digest, error, energy, compared = hashlib.sha256(), 0.0, 0.0, False
         for data, weights in slabs:
             raw = np.ascontiguousarray(data).data
@@ -251,7 +217,7 @@ class _Job:
                 energy += _energy(weights)
                 compared = True
         if not compared:
-            return _Written(digest.hexdigest(), None)
+            return digest.hexdigest()
         relative = error / energy if energy else (0.0 if error == 0 else math.inf)
         if self._distance is not None:
             slack = _DISTANCE_TOLERANCE * (self._distance + energy / 50)
@@ -259,7 +225,7 @@ class _Job:
                 raise self._wrong(f"a squared distance of {error:.3g} from its weights", f"{self._distance:.3g}")
         elif not relative < _LARGEST_ERROR:
             raise self._wrong(f"a relative squared error of {relative:.3g}", f"less than {_LARGEST_ERROR}")
-        return _Written(digest.hexdigest(), relative)
+        return digest.hexdigest()
 
     def _wrong(self, got: str, expected: str) -> VerificationError:
         return VerificationError(
@@ -323,9 +289,7 @@ def _energy(matrix: Tensor) -> float:
     return float(matrix.square().sum(dim=1).sum(dtype=torch.float64))
 
 
-def _verify(
-    path: Path, output: Path, start: bytes, planned: list[Planned], written: Mapping[str, _Written]
-) -> GgufVerification:
+def _verify(path: Path, output: Path, start: bytes, planned: list[Planned], written: Mapping[str, str]) -> Verification:
     """Read the file from the disk and compare it with what was meant."""
     with path.open("rb") as file:
         if file.read(len(start)) != start:
@@ -338,17 +302,9 @@ def _verify(
         raise VerificationError(f"{output}: the tensors read back are not those that were written. Check the disk.")
     with path.open("rb") as file:
         for tensor in header.tensors.values():
-            if _sha256(file, tensor) != written[tensor.name].sha256:
+            if _sha256(file, tensor) != written[tensor.name]:
                 raise VerificationError(f"{output}: tensor {tensor.name!r} reads back otherwise. Check the disk.")
-    errors = {name: record.error for name, record in written.items() if record.error is not None}
-    return GgufVerification(
-        tensors=len(planned),
-        quantized=len(errors),
-        weights=sum(math.prod(tensor.shape) for tensor in planned),
-        data_bits=8 * sum(tensor.size_bytes for tensor in planned),
-        file_bytes=header.file_bytes,
-        errors=errors,
-    )
+    return verification_of(header, compared=True)
 
 
 def _sha256(file: BinaryIO, tensor: GgufTensor) -> str:

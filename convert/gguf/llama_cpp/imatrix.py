@@ -23,6 +23,7 @@ from ....errors import ConfigError, FormatError, ShapeError
 from ....version import __version__
 from ..file.emit import ALIGNMENT_BYTES, Planned, entry, header_bytes, padding
 from ..file.header import GgufHeader, is_gguf, read_gguf_header
+from ..file.metadata import VERSION_KEY
 from ..ggml.types import TYPES
 
 __all__ = [
@@ -35,7 +36,6 @@ __all__ = [
 ]
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
-_VERSION = "bpwise.version"
 _DATASETS, _CHUNKS, _CHUNK_TOKENS = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
 
 _MAX_NAME_BYTES = 1024
@@ -179,7 +179,7 @@ def is_own_imatrix(path: Path) -> bool:
     The older format does not say who made it.
     """
     try:
-        return is_gguf(path) and {_VERSION, _DATASETS} <= read_gguf_header(path).metadata.keys()
+        return is_gguf(path) and {VERSION_KEY, _DATASETS} <= read_gguf_header(path).metadata.keys()
     except (OSError, FormatError):
         return False
 
@@ -297,7 +297,7 @@ class _Legacy:
 def _write_gguf(file: BinaryIO, matrix: ImportanceMatrix) -> None:
     entries = {
         "general.type": entry("imatrix"),
-        _VERSION: entry(__version__),
+        VERSION_KEY: entry(__version__),
         _DATASETS: entry(list(matrix.datasets)),
         _CHUNKS: entry(matrix.chunks),
         _CHUNK_TOKENS: entry(matrix.chunk_tokens),

@@ -16,10 +16,7 @@ from ....checkpoint.model.names import text_config
 from ....checkpoint.model.positions import attention_window, full_rope, stated_rope
 from ....errors import UnsupportedModelError
 
-__all__ = ["LIMITS_KEY", "require_llama_cpp"]
-
-LIMITS_KEY = "bpwise.limits"
-"""Metadata of our own: the sentences that ``require_llama_cpp`` returned for the model, a line each."""
+__all__ = ["require_llama_cpp"]
 
 _COMPUTED: Mapping[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),

@@ -15,8 +15,9 @@ from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.convert.dense import dequantize_model
 from bpwise.convert.exl2.file.linear import QuantizedLinear
 from bpwise.convert.exl2.file.reader import Exl2Model, is_exl2
-from bpwise.convert.exl2.file.verify import Verification, verify_model
+from bpwise.convert.exl2.file.verify import verify_exl2
 from bpwise.convert.exl2.file.writer import write_model
+from bpwise.convert.format import Verification
 from bpwise.errors import (
     CheckpointError,
     FormatError,
@@ -83,8 +84,8 @@ def test_writes_what_transformers_then_loads(
 ) -> None:
     out, linears, result = write(tied=tied, biases=biases, head=head, reorder=not biases)
     source = load_file(tmp_path / "llama" / "model.safetensors")
-    assert result == verify_model(out)
-    assert result.had_manifest and result.linears == len(linears)
+    assert result == verify_exl2(out)
+    assert result.compared and result.quantized == len(linears)
     assert is_exl2(out) and not is_exl2(tmp_path / "llama")
 
     dequantize_model(out, tmp_path / "dense")
@@ -139,10 +140,11 @@ def test_directory_is_what_readers_expect(write: Write) -> None:
     assert result.file_bytes == (out / "output.safetensors").stat().st_size
     # The head: 64 rows, 128 stored columns for 100, 8 and 6 bits, two groups.
     head_bits = 32 * 128 * 14 + 2 * (48 + 4 * 128) + 64 * 32
-    assert result.head_bpw == pytest.approx(head_bits / 6400, rel=1e-12)
+    assert result.rates["head"] == pytest.approx(head_bits / 6400, rel=1e-12)
     per_layer = 96 * 64 + 2 * 48 * 64 + 64 * 96 + 3 * 96 * 64
-    assert result.decoder_weights == 2 * per_layer
-    assert result.decoder_bpw == result.decoder_bits / result.decoder_weights
+    sizes = [size for name, size in Exl2Model.open(out).stored_sizes().items() if name != "lm_head"]
+    assert sum(weights for _, weights in sizes) == 2 * per_layer
+    assert result.bpw == result.rates["decoder"] == sum(bits for bits, _ in sizes) / (2 * per_layer)
 
 
 def test_tensors_are_aligned_and_in_model_order(write: Write) -> None:
@@ -161,7 +163,7 @@ def test_tensors_are_aligned_and_in_model_order(write: Write) -> None:
 def test_unquantized_head_becomes_float16(write: Write) -> None:
     out, _, result = write(head=False)
     assert load_file(out / "output.safetensors")["lm_head.weight"].dtype == torch.float16
-    assert result.head_bpw == 16
+    assert result.rates["head"] == 16
 
 
 def test_shards(write: Write, tmp_path: Path) -> None:
@@ -327,7 +329,7 @@ def test_verifier_sees_a_flipped_bit(write: Write) -> None:
         changed[8 + length + header[name]["data_offsets"][0]] ^= 4
         path.write_bytes(changed)
         with pytest.raises(VerificationError, match=f"1 decode differently: {expected}"):
-            verify_model(out)
+            verify_exl2(out)
 
 
 def test_verifier_sees_missing_and_unexpected_tensors(write: Write) -> None:
@@ -338,14 +340,14 @@ def test_verifier_sees_missing_and_unexpected_tensors(write: Write) -> None:
 
     _rewrite(out, rename)
     with pytest.raises(VerificationError, match=r"1 missing: model\.norm\.weight; 1 unexpected: other\.weight"):
-        verify_model(out)
+        verify_exl2(out)
 
 
 def test_models_of_other_programs_have_no_manifest(write: Write) -> None:
     out, _, result = write()
     (out / "bpwise.json").unlink()
-    other = verify_model(out)
-    assert not other.had_manifest and other.decoder_bits == result.decoder_bits
+    other = verify_exl2(out)
+    assert not other.compared and other.rates == result.rates
 
 
 def _drop(name: str) -> Callable[[dict[str, Tensor]], Any]:
@@ -379,7 +381,7 @@ def test_verifier_refuses(change: Callable[[dict[str, Tensor]], Any], message: s
     out, _, _ = write()
     _rewrite(out, change)
     with pytest.raises(FormatError, match=message):
-        verify_model(out)
+        verify_exl2(out)
 
 
 @pytest.mark.parametrize(
@@ -402,7 +404,7 @@ def test_verifier_checks_the_config(
     out, _, _ = write()
     _edit_json(out / "config.json", **changes)
     with pytest.raises(error, match=message):
-        verify_model(out)
+        verify_exl2(out)
 
 
 def test_damaged_manifest(write: Write) -> None:
@@ -411,7 +413,7 @@ def test_damaged_manifest(write: Write) -> None:
     for changes in ({"manifest": []}, {"manifest": digests}, {"manifest_version": 2}, {"provenance": {"bpw": "4"}}):
         _edit_json(out / "bpwise.json", **{"manifest_version": 1, **changes})
         with pytest.raises(FormatError, match=r"bpwise\.json: .*quantize again"):
-            verify_model(out)
+            verify_exl2(out)
 
 
 HEADERS: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {
@@ -446,7 +448,7 @@ def test_key_in_two_files(write: Write) -> None:
 def test_dense_directory_is_no_exl2_model(make_llama: Callable[..., Path]) -> None:
     directory = make_llama()
     assert not is_exl2(directory) and not is_exl2(directory / "missing")
-    with pytest.raises(FormatError, match="no EXL2 model"):
+    with pytest.raises(FormatError, match="not an EXL2 model"):
         Exl2Model.open(directory)
 
 

@@ -67,7 +67,7 @@ def test_writes_llama_quantizes_own_file(
     assert hashlib.sha256((tmp_path / "out.gguf").read_bytes()).hexdigest() == GOLDEN[model][name]
     assert result.file_bytes == planned_bytes(header, types, file_type=chosen.file_type, metadata=metadata)
     assert result.file_bytes == (tmp_path / "out.gguf").stat().st_size
-    assert result.tensors == len(header.tensors)
+    assert result.quantized + result.others == len(header.tensors) and result.compared
 
 
 def types_of(base: Path, kind: GgmlType) -> dict[str, GgmlType]:
@@ -77,16 +77,14 @@ def types_of(base: Path, kind: GgmlType) -> dict[str, GgmlType]:
 def test_takes_finished_bytes(make_gguf: MakeGguf, tmp_path: Path) -> None:
     base, kind = make_gguf("small"), TYPES["Q8_0"]
     weights = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)) * 0.05
-    plain = write_gguf(base, tmp_path / "plain.gguf", types_of(base, kind), file_type=7)
+    write_gguf(base, tmp_path / "plain.gguf", types_of(base, kind), file_type=7)
     tensor = read_gguf_header(tmp_path / "plain.gguf").tensors["blk.1.attn_q.weight"]
     raw = (tmp_path / "plain.gguf").read_bytes()[tensor.offset_bytes :][: tensor.size_bytes]
     mine = np.frombuffer(raw, dtype=np.uint8).reshape(256, -1).copy()
     mine[:, 5] += 1
     ready = {"blk.1.attn_q.weight": lambda: mine}
-    result = write_gguf(base, tmp_path / "ours.gguf", types_of(base, kind), file_type=7, encoded=ready)
+    write_gguf(base, tmp_path / "ours.gguf", types_of(base, kind), file_type=7, encoded=ready)
     assert (tmp_path / "ours.gguf").read_bytes()[tensor.offset_bytes :][: tensor.size_bytes] == mine.tobytes()
-    assert result.errors["blk.1.attn_q.weight"] > plain.errors["blk.1.attn_q.weight"]
-    assert result.errors["blk.0.attn_q.weight"] == plain.errors["blk.0.attn_q.weight"]
     # Bytes of another matrix are no rounding of this one.
     other = {"blk.1.attn_q.weight": lambda: encode(weights, kind)}
     with pytest.raises(VerificationError, match=r"blk\.1\.attn_q\.weight: at Q8_0 it decodes to something else"):
@@ -118,7 +116,7 @@ def test_finished_bytes_may_be_as_far_away_as_they_were_meant_to_be(make_gguf: M
             write(**wrong)
 
 
-def test_errors_are_those_of_the_decoded_weights(make_gguf: MakeGguf, tmp_path: Path) -> None:
+def test_weights_stay_near_and_sizes_are_told(make_gguf: MakeGguf, tmp_path: Path) -> None:
     base = make_gguf("small")
     result = write_gguf(base, tmp_path / "out.gguf", types_of(base, TYPES["Q4_0"]), file_type=2)
     name = "blk.0.ffn_up.weight"
@@ -129,10 +127,8 @@ def test_errors_are_those_of_the_decoded_weights(make_gguf: MakeGguf, tmp_path: 
         )
         for path, t in tensors
     )
-    expected = float(((after - before).double() ** 2).sum() / (before.double() ** 2).sum())
-    # Float32 sums of 256 squares: about 1e-7 relative.
-    assert result.errors[name] == pytest.approx(expected, rel=1e-5)
-    assert result.quantized == len(result.errors) == 15
+    assert 0 < float((after - before).square().sum() / before.square().sum()) < 0.02
+    assert result.quantized == 15
     assert 4.5 <= result.bpw < 4.6
 
 

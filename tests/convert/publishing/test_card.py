@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from bpwise.convert.exl2 import card as exl2
+from bpwise.convert.format import CardFacts
+from bpwise.convert.gguf import card as gguf
 from bpwise.convert.publishing.base_card import BaseCard, parse_base_card, read_base_card
-from bpwise.convert.publishing.card import Card, rate_text, render_card
+from bpwise.convert.publishing.card import Card, render_card
+from bpwise.convert.publishing.names import pasteable, rate_text
 from bpwise.errors import CheckpointError
 from huggingface_hub import ModelCard
 
@@ -36,11 +40,17 @@ and the end.
 @pytest.fixture
 def card() -> Card:
     return Card(
-        name="Llama-3.2-1B-8.0bpw-8hb-exl2",
+        facts=CardFacts(
+            name="Llama-3.2-1B-8.0bpw-8hb-exl2",
+            kind="an EXL2 model",
+            library="exllamav2",
+            made=(("format", "EXL2"), ("calibration", "a | b")),
+            limits=(),
+            loading=exl2.loading("Llama-3.2-1B-8.0bpw-8hb-exl2"),
+        ),
         format="exl2",
         base_name="meta-llama/Llama-3.2-1B",
         base_model="meta-llama/Llama-3.2-1B",
-        made=(("format", "EXL2"), ("calibration", "a | b")),
         measured=(("perplexity", "10.0 ± 0.5", "10.1 ± 0.5"),),
         measured_note="Over 7 tokens.",
         base=parse_base_card(BASE),
@@ -78,7 +88,8 @@ def test_what_people_read(card: Card) -> None:
 
 
 def test_a_gguf_file(card: Card) -> None:
-    made = render_card(replace(card, name="x", format="gguf", file_name="x y;rm.gguf", measured=()))
+    facts = replace(card.facts, name="x", loading=gguf.loading(pasteable("x y;rm.gguf")))
+    made = render_card(replace(card, facts=facts, format="gguf", measured=()))
     assert ModelCard(made).data.tags[0] == "gguf"
     assert "llama-cli --model x-y-rm.gguf " in made
     assert "Not measured" in made

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from bpwise.convert.opening import open_any
 from bpwise.eval.comparison import EvalConfig, compare_models
 from bpwise.eval.metrics.drift import watched_positions
-from bpwise.eval.models import open_any
 from bpwise.measure.text.calibration import CalibrationSet
 from transformers import AutoModelForCausalLM
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bpwise.convert.opening import open_any
 from bpwise.errors import ConfigError
 from bpwise.eval import cache as cache_module
 from bpwise.eval.cache import OriginalCache, OriginalState, default_cache_directory, original_key
@@ -18,7 +19,6 @@ from bpwise.eval.comparison import Comparison, EvalConfig, compare_models, compa
 from bpwise.eval.metrics.divergence import TokenStatistics, token_statistics
 from bpwise.eval.metrics.paired import paired_differences
 from bpwise.eval.metrics.profile import Profile, profile_of
-from bpwise.eval.models import open_any
 from bpwise.eval.original import run_original
 from bpwise.measure.text.calibration import CalibrationSet
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bpwise.convert.format import LinearCost
 from bpwise.eval.comparison import Comparison
 from bpwise.eval.metrics.drift import BlockDrift
 from bpwise.eval.metrics.estimate import Estimate
 from bpwise.eval.report.extras import Extras
-from bpwise.eval.report.layers import LinearCost
 from bpwise.eval.report.report import write_joint_report, write_report
 from bpwise.eval.tasks.benchmarks import TaskReport
 from bpwise.eval.tasks.needle import DEPTHS, NeedleCell, NeedleLength, NeedleModel, NeedleReport

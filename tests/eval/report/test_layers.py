@@ -11,12 +11,13 @@ from bpwise.convert.exl2.file.linear import QuantizedLinear
 from bpwise.convert.exl2.file.reader import Exl2Model
 from bpwise.convert.exl2.file.writer import write_model
 from bpwise.convert.exl2.plan.plan import LinearPlan, Plan
+from bpwise.convert.format import LinearCost
 from bpwise.convert.gguf.file.reader import GgufModel
 from bpwise.convert.gguf.ggml.types import ggml_type
 from bpwise.convert.gguf.plan import TensorPlan, TypePlan
+from bpwise.convert.opening import open_any
 from bpwise.errors import FormatError
-from bpwise.eval.models import open_any
-from bpwise.eval.report.layers import LinearCost, find_plan, linear_costs
+from bpwise.eval.report.layers import find_plan, linear_costs
 
 NAMES = [f"model.layers.{block}.self_attn.{name}_proj" for block in range(2) for name in "qkvo"]
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from bpwise.convert.format import LinearCost
 from bpwise.errors import NumericalError, WorkDirectoryError
 from bpwise.eval.comparison import Comparison
 from bpwise.eval.metrics.estimate import Estimate
 from bpwise.eval.models import ModelSummary
-from bpwise.eval.report.layers import LinearCost
 from bpwise.eval.report.report import (
     comparison_table,
     joint_lines,

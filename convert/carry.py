@@ -1,0 +1,56 @@
+"""Parts of a model that outputs take over: files beside the weights, and tensors as they are."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.source.hub import confined_file, side_files
+from ..errors import BpwiseError
+
+__all__ = ["copy_side_files", "require_float16_range"]
+
+_FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_FLOAT16_MAX = 65504.0
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy a model's side files, as ``side_files`` names them; links are replaced by content.
+
+    Args:
+        source: Model directory to copy from.
+        target: Existing directory to copy into.
+
+    Raises:
+        CheckpointError: As ``side_files``.
+    """
+    for name in side_files(source):
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(confined_file(source, name), target / name)
+
+
+def require_float16_range(name: str, tensor: Tensor, error: type[BpwiseError]) -> None:
+    """Check that a tensor can be loaded as float16.
+
+    Args:
+        name: Full name of the tensor.
+        tensor: Of any shape and dtype.
+        error: What to raise.
+
+    Raises:
+        BpwiseError: As the type given by ``error``: the dtype is not float16, bfloat16 or float32, or a value
+            is NaN or of a magnitude beyond 65504.
+    """
+    if tensor.dtype not in _FLOAT_DTYPES:
+        raise error(f"{name}: stored as {tensor.dtype}, expected float16, bfloat16 or float32.")
+    if not tensor.numel():
+        return
+    low, high = (float(end) for end in tensor.aminmax())
+    if not max(-low, high) <= _FLOAT16_MAX:
+        raise error(
+            f"{name}: values range from {low} to {high}, expected at most {_FLOAT16_MAX} in magnitude. "
+            "Readers load this tensor as float16; the model cannot be stored without changing it."
+        )

@@ -1,0 +1,107 @@
+"""EXL2 as a format: a directory of safetensors files that ExLlamaV2 and TabbyAPI load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..format import CardFacts, Conversion, Format, Plan, QuantizedModel, Verification
+from .file.manifest import MANIFEST_FILE, read_manifest
+from .options import CONFLICTS, Exl2Options
+
+if TYPE_CHECKING:
+    from ...checkpoint.source.checkpoint import Checkpoint
+    from ...measure.curves import CurveMaker
+    from ...measure.measurement import Measurement
+
+__all__ = ["FORMAT", "Exl2Format"]
+
+
+class Exl2Format(Format):
+    """All that is special to EXL2."""
+
+    name = "exl2"
+    title = "EXL2"
+    bpw_means = "of all linears but the head"
+    Options = Exl2Options
+    conflicts = CONFLICTS
+    own_files = (*Format.own_files, MANIFEST_FILE)
+
+    def recognises(self, path: Path) -> bool:
+        """Return whether a directory is an EXL2 model, by whatever program."""
+        from .file.reader import is_exl2
+
+        return is_exl2(path)
+
+    def open(self, path: Path) -> QuantizedModel:
+        """Open an EXL2 directory; see ``Exl2Model.open``."""
+        from .file.reader import Exl2Model
+
+        return Exl2Model.open(path)
+
+    def verify(self, path: Path) -> Verification:
+        """Read every tensor back; see ``verify_exl2``."""
+        from .file.verify import verify_exl2
+
+        return verify_exl2(path)
+
+    def card(self, model: QuantizedModel, base_name: str) -> CardFacts:
+        """Return what a card says of a model; ``base_name`` is what the original is called."""
+        from .card import exl2_card
+        from .file.reader import Exl2Model
+
+        assert isinstance(model, Exl2Model)
+        return exl2_card(model, base_name)
+
+    def output_name(self, base_name: str, bpw: float, options: Any) -> str:
+        """Return the name of an output by convention: ``Llama-3.2-1B-8.0bpw-8hb-exl2``."""
+        from .card import exl2_name
+
+        return exl2_name(base_name, bpw, options.head_bits if isinstance(options.head_bits, int) else None)
+
+    def run_of(self, path: Path) -> str | None:
+        """Return what the manifest of a directory says of its run; None if it has none."""
+        manifest = read_manifest(path) if path.is_dir() else None
+        return None if manifest is None else manifest.provenance.run
+
+    def curves(self, options: Any) -> CurveMaker:
+        """Return what measures every row group at every width."""
+        from .curves import Exl2Curves
+
+        return Exl2Curves(options.group_size)
+
+    def load_plan(self, raw: dict[str, Any], where: str) -> Plan:
+        """Return the plan that a JSON file holds."""
+        from .plan.plan import Exl2Plan
+
+        return Exl2Plan.from_json(raw, where)
+
+    def plan(self, measurement: Measurement, options: Any, *, bpw: float | None, max_bytes: int | None) -> Plan:
+        """Return a plan made from a measurement alone; see ``make_exl2_plan``."""
+        from .plan.making import make_exl2_plan, measured_limit
+
+        return make_exl2_plan(
+            measurement,
+            bpw=bpw,
+            size=None if max_bytes is None else measured_limit(measurement, max_bytes),
+            head_bits=options.head_bits,
+            overrides=options.overrides,
+            keep_fp16=options.keep_fp16,
+        )
+
+    def bpw_range(self, measurement: Measurement, options: Any) -> tuple[float, float] | None:
+        """Return the smallest and largest bits per weight of the decoder."""
+        from .plan.making import exl2_bpw_range
+
+        if self.name not in measurement.curves:
+            return None
+        return exl2_bpw_range(measurement, options.head_bits, options.overrides, options.keep_fp16)
+
+    def conversion(self, checkpoint: Checkpoint, options: Any) -> Conversion:
+        """Return an original on its way to EXL2."""
+        from .conversion import Exl2Conversion
+
+        return Exl2Conversion(checkpoint, options)
+
+
+FORMAT = Exl2Format()

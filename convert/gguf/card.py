@@ -1,0 +1,66 @@
+"""What a model card says of a GGUF file."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+from ..format import CardFacts
+from ..publishing.names import pasteable
+from .file.describe import all_tensors_bpw
+from .file.metadata import CALIBRATION_KEY, LIMITS_KEY, VERSION_KEY
+from .file.reader import GgufModel
+
+__all__ = ["gguf_card", "loading"]
+
+
+def gguf_card(model: GgufModel) -> CardFacts:
+    """Return what a card says of a file."""
+    return CardFacts(
+        name=model.path.stem,
+        kind="a GGUF file",
+        library="gguf",
+        made=_made(model),
+        limits=tuple(str(model.header.metadata.get(LIMITS_KEY, "")).splitlines()),
+        loading=loading(pasteable(model.path.name)),
+    )
+
+
+def loading(file: str) -> str:
+    """Return how to load a file, as Markdown; its name must be harmless in a shell."""
+    return f"""**llama.cpp**
+
+```sh
+llama-cli --model {file} --prompt "Once upon a time"
+llama-server --model {file}
+```
+
+**Transformers**: decode it into a plain float16 checkpoint first (`pip install bpwise`); ORIGINAL is the original's
+directory, which has the tokenizer:
+
+```sh
+bpwise dequantize {file} dense --original ORIGINAL
+```
+
+**ExLlamaV2** and **TabbyAPI** do not read GGUF. `bpwise quantize ORIGINAL OUT --bpw BITS` makes an EXL2 model of the
+original."""
+
+
+def _made(model: GgufModel) -> tuple[tuple[str, str], ...]:
+    tensors, metadata = model.header.tensors.values(), model.header.metadata
+    weights = Counter[str]()
+    for tensor in tensors:
+        weights[tensor.type.name] += math.prod(tensor.shape)
+    # Numbers and arrays, which a file may have there too, say nothing.
+    version, calibration = (
+        value if isinstance(value, str) else None for value in map(metadata.get, (VERSION_KEY, CALIBRATION_KEY))
+    )
+    rows: list[tuple[str, object]] = [
+        ("format", "GGUF"),
+        ("bits per weight", f"{all_tensors_bpw(tensors):.4f}, over all tensors"),
+        ("types", ", ".join(f"{name} {count / weights.total():.1%}" for name, count in weights.most_common())),
+        ("size of the file", f"{model.file_bytes / 1e9:.3f} GB"),
+        ("calibration", calibration),
+        ("made with", f"bpwise {version}" if version else "bpwise, as llama-quantize does"),
+    ]
+    return tuple((name, str(value)) for name, value in rows if value is not None)

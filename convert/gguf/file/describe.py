@@ -1,0 +1,66 @@
+"""Description of a GGUF file for people."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from ....tables import Table
+from ...format import Description
+from .header import GgufHeader, GgufTensor
+
+__all__ = ["all_tensors_bpw", "describe_gguf", "types_text"]
+
+_SHOWN_VALUES = 8
+_SHOWN_CHARACTERS = 100
+
+
+def describe_gguf(header: GgufHeader) -> Description:
+    """Return what a GGUF file says of itself, of whatever architecture."""
+    tensors = header.tensors.values()
+    weights = sum(math.prod(tensor.shape) for tensor in tensors)
+    return Description(
+        kind=f"GGUF file, version {header.version}",
+        facts=(
+            f"{len(tensors)} tensors, {weights / 1e6:.1f} million weights, {header.file_bytes / 2**20:.1f} MiB",
+            f"bits per weight: {all_tensors_bpw(tensors):.4f}, with metadata "
+            f"{8 * header.file_bytes / max(weights, 1):.4f}",
+            f"types: {types_text(tensors)}",
+            *(f"{key}: {_metadata_value(value)}" for key, value in header.metadata.items()),
+        ),
+        table=Table(
+            ("tensor", "shape", "type", "bpw"),
+            tuple(
+                (
+                    tensor.name,
+                    " x ".join(map(str, tensor.shape)),
+                    tensor.type.name,
+                    f"{tensor.type.bits_per_weight:.4g}",
+                )
+                for tensor in tensors
+            ),
+        ),
+    )
+
+
+def all_tensors_bpw(tensors: Iterable[GgufTensor]) -> float:
+    """Return the bits per weight over all tensors, scales included, padding and metadata excluded; 0 without any."""
+    sizes = [(8 * tensor.size_bytes, math.prod(tensor.shape)) for tensor in tensors]
+    return sum(bits for bits, _ in sizes) / max(1, sum(weights for _, weights in sizes))
+
+
+def types_text(tensors: Iterable[GgufTensor]) -> str:
+    """Return the number of tensors of each type, the most frequent first, as ``5 F32, 3 Q8_0``."""
+    counts = Counter(tensor.type.name for tensor in tensors)
+    return ", ".join(f"{count} {name}" for name, count in counts.most_common())
+
+
+def _metadata_value(value: Any) -> str:
+    if isinstance(value, (list, np.ndarray)):
+        return f"{len(value)} values" if len(value) > _SHOWN_VALUES else ", ".join(map(str, value))
+    text = str(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."

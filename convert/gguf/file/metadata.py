@@ -1,0 +1,20 @@
+"""Keys of bpwise's own in a GGUF file's metadata: where the file comes from."""
+
+from __future__ import annotations
+
+__all__ = ["CALIBRATION_KEY", "LIMITS_KEY", "RUN_KEY", "SPANS_KEY", "VERSION_KEY"]
+
+CALIBRATION_KEY = "bpwise.calibration"
+"""Text that the model was calibrated on, in words."""
+
+LIMITS_KEY = "bpwise.limits"
+"""Sentences that ``require_llama_cpp`` returned for the model, a line each."""
+
+RUN_KEY = "bpwise.run"
+"""Identifies the run that wrote the file."""
+
+SPANS_KEY = "bpwise.calibration_spans"
+"""Hashes of the calibration text."""
+
+VERSION_KEY = "bpwise.version"
+"""Version of bpwise that wrote the file."""

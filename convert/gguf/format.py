@@ -1,0 +1,116 @@
+"""GGUF as a format: one file that llama.cpp and all that is built on it load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..format import CardFacts, Conversion, Description, Format, Plan, QuantizedModel, Verification
+from .options import CONFLICTS, GgufOptions
+
+if TYPE_CHECKING:
+    from ...checkpoint.source.checkpoint import Checkpoint
+    from ...measure.curves import CurveMaker
+    from ...measure.measurement import Measurement
+
+__all__ = ["FORMAT", "GgufFormat"]
+
+_HIGHEST_BPW = 8.5
+"""Q8_0: above it the damage is below what evaluation can see."""
+
+
+class GgufFormat(Format):
+    """All that is special to GGUF."""
+
+    name = "gguf"
+    title = "GGUF"
+    suffix = ".gguf"
+    bpw_means = "of all tensors"
+    keeps_digests = False
+    Options = GgufOptions
+    conflicts = CONFLICTS
+
+    def recognises(self, path: Path) -> bool:
+        """Return whether a file is a GGUF file, or is named as one: what is wrong with it shows when it is opened."""
+        from .file.header import is_gguf
+
+        return is_gguf(path) or (path.suffix.lower() == self.suffix and path.is_file())
+
+    def open(self, path: Path) -> QuantizedModel:
+        """Open a GGUF file; see ``GgufModel.open``."""
+        from .file.reader import GgufModel
+
+        return GgufModel.open(path)
+
+    def describe(self, path: Path) -> Description:
+        """Return what is in a GGUF file, of whatever architecture."""
+        from .file.describe import describe_gguf
+        from .file.header import read_gguf_header
+
+        return describe_gguf(read_gguf_header(path))
+
+    def verify(self, path: Path) -> Verification:
+        """Decode every tensor; see ``verify_gguf``."""
+        from .file.verify import verify_gguf
+
+        return verify_gguf(path)
+
+    def card(self, model: QuantizedModel, base_name: str) -> CardFacts:
+        """Return what a card says of a model, whatever the original is called."""
+        from .card import gguf_card
+        from .file.reader import GgufModel
+
+        assert isinstance(model, GgufModel)
+        return gguf_card(model)
+
+    def output_name(self, base_name: str, bpw: float, options: Any) -> str:
+        """Return the name of an output by convention: ``Llama-3.2-1B-4.5bpw.gguf``."""
+        from ..publishing.names import convention_name
+
+        return f"{convention_name(base_name, bpw)}{self.suffix}"
+
+    def run_of(self, path: Path) -> str | None:
+        """Return what a file says of its run; None if it does not."""
+        from .file.header import read_gguf_header
+        from .file.metadata import RUN_KEY
+
+        run = None if path.is_dir() else read_gguf_header(path).metadata.get(RUN_KEY)
+        return None if run is None else str(run)
+
+    def curves(self, options: Any) -> CurveMaker | None:
+        """Return what measures every tensor in every type; None where ggml's library is not installed."""
+        from .curves import GgufCurves
+
+        return GgufCurves.installed()
+
+    def load_plan(self, raw: dict[str, Any], where: str) -> Plan:
+        """Return the plan that a JSON file holds."""
+        from .plan import GgufPlan
+
+        return GgufPlan.from_json(raw, where)
+
+    def plan(self, measurement: Measurement, options: Any, *, bpw: float | None, max_bytes: int | None) -> Plan:
+        """Return a plan made from a measurement alone; see ``make_gguf_plan``."""
+        from .making import make_gguf_plan
+
+        return make_gguf_plan(measurement, bpw=bpw, tensor_bytes=max_bytes, overrides=options.overrides)
+
+    def bpw_range(self, measurement: Measurement, options: Any) -> tuple[float, float] | None:
+        """Return the smallest bits per weight over all tensors, and the largest worth planning."""
+        from .making import make_gguf_plan, size_range
+
+        if self.name not in measurement.curves:
+            return None
+        least, most = size_range(measurement, options.overrides)
+        weights = make_gguf_plan(measurement, tensor_bytes=most, overrides=options.overrides).weights
+        return 8 * least / weights, min(_HIGHEST_BPW, 8 * most / weights)
+
+    def conversion(self, checkpoint: Checkpoint, options: Any) -> Conversion:
+        """Return an original on its way to a GGUF file."""
+        from .conversion import GgufConversion
+        from .mixture import MixtureConversion
+
+        return (GgufConversion if options.mixture is None else MixtureConversion)(checkpoint, options)
+
+
+FORMAT = GgufFormat()
