@@ -20,7 +20,7 @@ from ...progress import Progress
 from ..format import Conversion, Provenance, SizeForecast, Target, Verification
 from ..rounded import RoundedModel
 from .curves import exl2_curves
-from .file.carry import require_side_files
+from .file.vision import require_side_files
 from .file.writer import require_writable, write_model
 from .options import Exl2Options
 from .plan.making import make_exl2_plan

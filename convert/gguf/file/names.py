@@ -10,10 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
 
 from ....errors import UnsupportedModelError
 
@@ -163,6 +161,8 @@ def row_order(name: str, architecture: Architecture, config: Mapping[str, Any]) 
     else:
         return None
     rows = heads * config["head_dim"]
+    import torch  # noqa: PLC0415 - names are asked for without any tensor
+
     return torch.arange(rows).view(heads, 2, config["head_dim"] // 2).transpose(1, 2).reshape(-1)
 
 
