@@ -140,7 +140,7 @@ MODES: Mapping[str, tuple[Mode, ...]] = {
         Mode(
             "with --engine llama.cpp",
             lambda options: options["engine"] == "llama.cpp",
-            ("tasks", "needle", "rope_scale", "rope_alpha", "dtype", *_RUNNING, "cache_dir", "no_cache"),
+            ("tasks", "needle", "dtype", *_RUNNING, "cache_dir", "no_cache"),
             "llama.cpp runs the files as they are, on the CPU",
         ),
         Mode(

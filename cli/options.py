@@ -218,23 +218,16 @@ OFFLOAD_OPTION = click.option(
 
 def original_options(command: Command) -> Command:
     """Give a command the options that change a model while it is read."""
-    for option in reversed(
-        (
-            click.option("--lora", type=EXISTING_DIRECTORY, help="PEFT adapter to merge into the model while reading."),
-            click.option("-rs", "--rope-scale", type=float, help="Divide positions by this: linear scaling."),
-            click.option("-ra", "--rope-alpha", type=float, help="NTK alpha: raise the base of the positions."),
-        )
-    ):
-        command = option(command)
-    return command
+    lora = click.option("--lora", type=EXISTING_DIRECTORY, help="PEFT adapter to merge into the model while reading.")
+    return lora(command)
 
 
 def open_original(model: str, options: dict[str, Any]) -> Original:
     """Take what ``original_options`` were given out of a command's options; return the model with those changes."""
     from ..checkpoint.source.original import open_model
 
-    changes = {name: options.pop(name) for name in ("lora", "rope_scale", "rope_alpha")}
-    return model if all(value is None for value in changes.values()) else open_model(model, **changes)
+    lora = options.pop("lora")
+    return model if lora is None else open_model(model, lora=lora)
 
 
 def calibration_options(command: Command) -> Command:
