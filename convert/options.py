@@ -67,7 +67,7 @@ class FormatOptions:
     __slots__ = ()
 
 
-def option(*flags: str, default: Any, help: str, **settings: Any) -> Any:
+def option(*flags: str, default: Any, help: str, **settings: Any) -> Any:  # noqa: A002 - click calls it so
     """Return a dataclass field that commands offer as an option.
 
     Args:

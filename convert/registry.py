@@ -93,7 +93,7 @@ def load_plan(path: Path) -> Plan:
 
 
 @contextmanager
-def registered(format: Format) -> Iterator[None]:
+def registered(format: Format) -> Iterator[None]:  # noqa: A002 - the word of this room
     """Add a format while the body runs: for trying one out."""
     _FORMATS[format.name] = format
     try:
