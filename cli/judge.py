@@ -134,8 +134,8 @@ def evaluate(
     from ..eval.cache import OriginalCache, default_cache_directory
     from ..eval.comparison import EvalConfig, evaluate_each
     from ..eval.models import open_any
+    from ..eval.report.drawings.png import check_png
     from ..eval.report.layers import find_plan, linear_costs
-    from ..eval.report.png import check_png
     from ..eval.tasks.benchmarks import TaskConfig, load_tasks
     from ..eval.tasks.needle import NeedleConfig, check_needle
 
@@ -206,7 +206,7 @@ def _write_reports(
     source: TensorSource,
     comparisons: Sequence[Comparison],
     quantized: Sequence[Path],
-    costs: Sequence[Sequence[LinearCost]],
+    costs: Sequence[tuple[LinearCost, ...]],
     tasks: LoadedTasks | None,
     needle: NeedleConfig | None,
     place: Path,
@@ -214,18 +214,18 @@ def _write_reports(
     plots: Sequence[str],
 ) -> None:
     # The comparisons first: what follows may take hours, and nothing before it is to be lost with it.
+    from ..eval.report.content import Report
     from ..eval.report.extras import Extras, extras_lines
-    from ..eval.report.report import earlier_details, joint_lines, summary_lines, write_joint_report, write_report
+    from ..eval.report.markdown import joint_lines, summary_lines
+    from ..eval.report.report import earlier_details, write_report
     from ..eval.tasks.benchmarks import evaluate_tasks
     from ..eval.tasks.needle import evaluate_needle
 
     details = earlier_details(place, comparisons[0], prefix=prefix) if len(quantized) == 1 else {}
 
     def written(extras: Extras) -> Path:
-        shared: dict[str, Any] = {"extras": extras, "prefix": prefix, "plots": plots}
-        if len(quantized) > 1:
-            return write_joint_report(comparisons, place, costs=costs, **shared).html
-        return write_report(comparisons[0], place, details, costs=costs[0], **shared).html
+        shown = Report(comparisons=tuple(comparisons), costs=tuple(costs), details=details, extras=extras)
+        return write_report(shown, place, prefix=prefix, plots=plots).html
 
     extras = Extras()
     lines = joint_lines(comparisons) if len(quantized) > 1 else summary_lines(comparisons[0])
@@ -250,7 +250,7 @@ def _write_reports(
 
 
 def _reconsider_marks(
-    quantized: Sequence[Path], comparisons: Sequence[Comparison], costs: Sequence[Sequence[LinearCost]]
+    quantized: Sequence[Path], comparisons: Sequence[Comparison], costs: Sequence[tuple[LinearCost, ...]]
 ) -> None:
     from ..eval.models import open_any
     from ..quantize.judge import predicted_damage, reconsider_mark

@@ -247,7 +247,9 @@ def _run(
 
 def _convert_to_mixture(model: Checkpoint, output: Path, evaluate: EvalConfig | None, options: dict[str, Any]) -> None:
     from ..convert.gguf.llama_cpp.readers import require_llama_cpp
-    from ..eval.report.report import summary_lines, try_report, write_report
+    from ..eval.report.content import Report
+    from ..eval.report.markdown import summary_lines
+    from ..eval.report.report import try_report, write_report
     from ..quantize.gguf_pipeline import convert_to_mixture
     from ..quantize.judge import Judge
 
@@ -269,7 +271,7 @@ def _convert_to_mixture(model: Checkpoint, output: Path, evaluate: EvalConfig | 
     say(f"size        {written.file_bytes / MIB:.1f} MiB; {written.bpw:.4f} bpw over all tensors -> {output}")
     if judge is not None:
         comparison = judge.compare(output, predicted_nats=None)
-        write_report(comparison, output.parent, prefix=f"{output.stem}.")
+        write_report(Report(comparisons=(comparison,)), output.parent, prefix=f"{output.stem}.")
         judge.mark_if_broken(output, comparison, predicted_nats=None)
         for line in summary_lines(comparison):
             say(line)

@@ -41,8 +41,10 @@ from ..convert.publishing.mark import mark_path
 from ..errors import BudgetError, FormatError, UnsupportedModelError, WorkDirectoryError
 from ..eval.comparison import Comparison
 from ..eval.metrics.overlap import SPANS_KEY, CalibrationSpans
+from ..eval.report.content import Report
 from ..eval.report.layers import LinearCost
-from ..eval.report.report import carried_over, earlier_details, report_names, summary_lines, try_report, write_report
+from ..eval.report.markdown import summary_lines
+from ..eval.report.report import carried_over, earlier_details, report_names, try_report, write_report
 from ..linalg.parallel import cores
 from ..measure.measurement import Measurement
 from ..measure.run import MEASURED, measured_rows
@@ -418,10 +420,10 @@ def _report(result: GgufResult, comparison: Comparison, judge: Judge, *, finishe
     # The report beside the file; of a finished one, with what an earlier report told of its making.
     output, plan = result.output, result.plan
     directory, prefix = output.parent, f"{output.stem}."
-    costs = [LinearCost(tensor.name, tensor.kind.bits_per_weight, tensor.damage_nats) for tensor in plan.tensors]
+    costs = tuple(LinearCost(each.name, each.kind.bits_per_weight, each.damage_nats) for each in plan.tensors)
     earlier = earlier_details(directory, comparison, prefix=prefix) if finished else {}
     details = {**carried_over(_report_details(result), earlier), **judge.details()}
-    write_report(comparison, directory, details, costs=costs, prefix=prefix)
+    write_report(Report(comparisons=(comparison,), costs=(costs,), details=details), directory, prefix=prefix)
     judge.mark_if_broken(output, comparison, predicted_nats=plan.damage_nats)
 
 

@@ -33,7 +33,9 @@ from ..convert.publishing.cards import write_card
 from ..errors import CheckpointError, WorkDirectoryError
 from ..eval.comparison import Comparison
 from ..eval.metrics.overlap import SPANS_KEY, CalibrationSpans
-from ..eval.report.report import carried_over, earlier_details, summary_lines, write_report
+from ..eval.report.content import Report
+from ..eval.report.markdown import summary_lines
+from ..eval.report.report import carried_over, earlier_details, write_report
 from ..measure.measurement import Measurement
 from ..measure.run import MEASURED
 from ..measure.text.calibration import CalibrationSet
@@ -263,7 +265,7 @@ def _quantize(
     if judge is not None and comparison is not None:
         earlier = earlier_details(output, comparison) if finished else {}
         details = {**carried_over(report_details(result), earlier), **judge.details()}
-        write_report(comparison, output, details, costs=plan_costs(plan))
+        write_report(Report(comparisons=(comparison,), costs=(plan_costs(plan),), details=details), output)
         judge.mark_if_broken(output, comparison, predicted_nats=plan.damage_nats)
     write_card(output, original=checkpoint.directory, base_model=config.base_model)
     return result
