@@ -1,8 +1,8 @@
 """bpwise: measure how much each bit matters to a language model, then quantize it to exactly the asked size.
 
-``bpwise.quantize`` and ``bpwise.measure_model`` run the steps, and ``bpwise.quantize_series`` makes several bitrates
-from one measurement; ``bpwise.plan``, ``bpwise.verify``, ``bpwise.evaluate``, ``bpwise.inspect`` and ``bpwise.dequantize``
-are other commands as functions, and ``bpwise.open_model`` says what shall be changed while a model is read. Options
+The steps as functions: ``measure_model``, ``make_plan``, ``quantize_model`` (all steps), ``quantize_series`` (several
+bitrates from one measurement), ``evaluate_models``. What was made: ``verify_model``, ``inspect_path``,
+``dequantize_model``, ``write_card``, ``push_model``. ``open_model`` says what is changed while a model is read. Options
 are frozen config objects. Everything is imported when it is first used, so that ``import bpwise`` is immediate.
 """
 
@@ -15,37 +15,47 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .checkpoint.source.original import open_model
-    from .convert.dense import dequantize_model as dequantize
-    from .convert.exl2.plan.plan import Plan
-    from .convert.exl2.plan.plan import make_plan as plan
-    from .convert.opening import verify_model as verify
+    from .convert.dense import dequantize_model
+    from .convert.format import Plan, Target
+    from .convert.opening import verify_model
+    from .convert.publishing.cards import write_card
+    from .convert.publishing.push import push_model
+    from .convert.registry import Exl2Options, GgufOptions, export_imatrix
     from .errors import BpwiseError
-    from .eval.comparison import EvalConfig, evaluate
+    from .eval.comparison import EvalConfig, evaluate_models
     from .measure.measurement import Measurement
     from .measure.run import MeasureConfig, measure_model
     from .measure.text.calibration import CalibrationConfig, CalibrationSet
-    from .quantize.inspect import inspect_path as inspect
-    from .quantize.pipeline import QuantizeConfig
-    from .quantize.pipeline import quantize_model as quantize
+    from .quantize.config import QuantizeConfig
+    from .quantize.inspect import inspect_path
+    from .quantize.planning import make_plan
+    from .quantize.run import quantize_model
     from .quantize.series import quantize_series
 
 _HOMES = {
-    "BpwiseError": ("errors", "BpwiseError"),
-    "CalibrationConfig": ("measure.text.calibration", "CalibrationConfig"),
-    "CalibrationSet": ("measure.text.calibration", "CalibrationSet"),
-    "EvalConfig": ("eval.comparison", "EvalConfig"),
-    "MeasureConfig": ("measure.run", "MeasureConfig"),
-    "Measurement": ("measure.measurement", "Measurement"),
-    "Plan": ("convert.exl2.plan.plan", "Plan"),
-    "QuantizeConfig": ("quantize.pipeline", "QuantizeConfig"),
-    "dequantize": ("convert.dense", "dequantize_model"),
-    "evaluate": ("eval.comparison", "evaluate"),
-    "inspect": ("quantize.inspect", "inspect_path"),
-    "measure_model": ("measure.run", "measure_model"),
-    "open_model": ("checkpoint.source.original", "open_model"),
-    "plan": ("convert.exl2.plan.plan", "make_plan"),
-    "quantize_series": ("quantize.series", "quantize_series"),
-    "verify": ("convert.opening", "verify_model"),
+    "BpwiseError": "errors",
+    "CalibrationConfig": "measure.text.calibration",
+    "CalibrationSet": "measure.text.calibration",
+    "EvalConfig": "eval.comparison",
+    "Exl2Options": "convert.registry",
+    "GgufOptions": "convert.registry",
+    "MeasureConfig": "measure.run",
+    "Measurement": "measure.measurement",
+    "Plan": "convert.format",
+    "QuantizeConfig": "quantize.config",
+    "Target": "convert.format",
+    "dequantize_model": "convert.dense",
+    "evaluate_models": "eval.comparison",
+    "export_imatrix": "convert.registry",
+    "inspect_path": "quantize.inspect",
+    "make_plan": "quantize.planning",
+    "measure_model": "measure.run",
+    "open_model": "checkpoint.source.original",
+    "push_model": "convert.publishing.push",
+    "quantize_model": "quantize.run",
+    "quantize_series": "quantize.series",
+    "verify_model": "convert.opening",
+    "write_card": "convert.publishing.cards",
 }
 
 __all__ = [
@@ -53,27 +63,30 @@ __all__ = [
     "CalibrationConfig",
     "CalibrationSet",
     "EvalConfig",
+    "Exl2Options",
+    "GgufOptions",
     "MeasureConfig",
     "Measurement",
     "Plan",
     "QuantizeConfig",
+    "Target",
     "__version__",
-    "dequantize",
-    "evaluate",
-    "inspect",
+    "dequantize_model",
+    "evaluate_models",
+    "export_imatrix",
+    "inspect_path",
+    "make_plan",
     "measure_model",
     "open_model",
-    "plan",
-    "quantize",
+    "push_model",
+    "quantize_model",
     "quantize_series",
-    "verify",
+    "verify_model",
+    "write_card",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "quantize":  # a room that can be called
-        return importlib.import_module(f".{name}", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, attribute = _HOMES[name]
-    return getattr(importlib.import_module(f".{module}", __name__), attribute)
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,6 +1,6 @@
-"""The command line: one command a stage. Commands parse, call the library and print; no maths, no state."""
+"""The command line: one command a step. Commands parse, call the library and print; no maths, no state."""
 
-from . import judge, publish, quantize, stages
+from . import judge, publish, quantize, steps
 from .group import cli, main
 
-__all__ = ["cli", "judge", "main", "publish", "quantize", "stages"]
+__all__ = ["cli", "judge", "main", "publish", "quantize", "steps"]

@@ -5,28 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from ..errors import WorkDirectoryError
 from .group import cli
 from .options import (
-    DIRECTORY,
-    EXISTING_DIRECTORY,
-    EXISTING_FILE,
-    EXISTING_PATH,
-    MIB,
     OFFLOAD_OPTION,
     ROW_TOKENS_DEFAULT,
-    TASK_OPTIONS,
+    OriginalArguments,
+    TaskArguments,
     extra_options,
-    open_original,
     original_options,
     progress_bar,
     say_shortened,
 )
 from .output import say
+from .types import DIRECTORY, EXISTING_DIRECTORY, EXISTING_FILE, EXISTING_PATH, MIB
 
 if TYPE_CHECKING:
     from ..checkpoint.source.checkpoint import TensorSource
@@ -106,7 +102,17 @@ def evaluate(
     png: bool,
     cache_dir: Path | None,
     no_cache: bool,
-    **options: Any,
+    text: str | None,
+    column: str | None,
+    rows: int,
+    row_tokens: int | None,
+    seed: int,
+    dtype: str,
+    device: str,
+    offload_dir: Path | None,
+    force_eval_text: bool,
+    changes: OriginalArguments,
+    extra: TaskArguments,
 ) -> None:
     """Compare QUANTIZED (directories or GGUF files) with ORIGINAL: perplexity, KL divergence, agreement.
 
@@ -116,35 +122,32 @@ def evaluate(
     from ..convert.opening import open_any
     from ..eval.cache import OriginalCache, default_cache_directory
     from ..eval.comparison import EvalConfig, evaluate_each
+    from ..eval.report.drawings.png import check_png
     from ..eval.report.layers import find_plan, linear_costs
-    from ..eval.report.png import check_png
-    from ..eval.tasks.benchmarks import TaskConfig, load_tasks
-    from ..eval.tasks.needle import NeedleConfig, check_needle
+    from ..eval.tasks.needle import check_needle
 
     place, prefix = _report_place(quantized, output, engine)
     forms = [form for form, wanted in (("svg", plots), ("png", png)) if wanted]
-    _check_places(original, options, place, prefix, forms, given=[output, cache_dir])
-    source = open_any(open_original(original, options))
+    read = [path for path in (Path(original), changes.lora) if path is not None and path.is_dir()]
+    _check_places(read, [output, cache_dir, offload_dir], place, prefix, forms)
+    source = open_any(changes.open(original))
     if png:
         check_png()
-    lengths, samples = options.pop("needle"), options.pop("needle_samples")
-    asked = {name: options.pop(name) for name in TASK_OPTIONS}
-    config = EvalConfig(allow_calibration_text=options.pop("force_eval_text"), **options)
+    config = EvalConfig(
+        text=text,
+        column=column,
+        rows=rows,
+        row_tokens=row_tokens,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        allow_calibration_text=force_eval_text,
+        offload_dir=offload_dir,
+    )
     say_shortened(source, evaluation=config.row_tokens)
-    loaded, hidden = None, None
-    if asked["tasks"]:
-        loaded = load_tasks(TaskConfig(**asked, dtype=config.dtype, device=config.device))
-    if lengths:
-        hidden = NeedleConfig(
-            lengths=lengths,
-            samples=samples,
-            text=config.text,
-            column=config.column,
-            seed=config.seed,
-            dtype=config.dtype,
-            device=config.device,
-        )
-        check_needle(source, quantized, hidden)
+    loaded, needle = extra.benchmarks(config), extra.haystacks(config)
+    if needle is not None:
+        check_needle(source, quantized, needle)
     # A damaged plan beside a model is found before the long work.
     costs = [linear_costs(open_any(model), find_plan(model)) for model in quantized]
     if engine == "llama.cpp":
@@ -152,7 +155,7 @@ def evaluate(
     else:
         cache = None if no_cache else OriginalCache(cache_dir or default_cache_directory())
         comparisons = list(evaluate_each(source, quantized, config, progress_bar, cache=cache))
-    _write_reports(source, comparisons, quantized, costs, loaded, hidden, place, prefix, forms)
+    _write_reports(source, comparisons, quantized, costs, loaded, needle, place, prefix, forms)
 
 
 def _report_place(quantized: Sequence[Path], output: Path | None, engine: str) -> tuple[Path, str]:
@@ -166,30 +169,23 @@ def _report_place(quantized: Sequence[Path], output: Path | None, engine: str) -
 
 
 def _check_places(
-    original: str,
-    options: dict[str, Any],
-    place: Path,
-    prefix: str,
-    plots: Sequence[str],
-    *,
-    given: Sequence[Path | None],
+    read: Sequence[Path], places: Sequence[Path | None], report: Path, prefix: str, plots: Sequence[str]
 ) -> None:
     from ..checkpoint.files.paths import refuse_inputs, try_directory
     from ..eval.report.report import try_report
 
-    read = [path for path in (Path(original), options["lora"]) if path is not None and path.is_dir()]
-    places = [path for path in (*given, options["offload_dir"]) if path is not None]
     for path in places:
-        refuse_inputs(path, directories=read)
-        try_directory(path)
-    try_report(place, prefix=prefix, plots=plots)
+        if path is not None:
+            refuse_inputs(path, directories=read)
+            try_directory(path)
+    try_report(report, prefix=prefix, plots=plots)
 
 
 def _write_reports(
     source: TensorSource,
     comparisons: Sequence[Comparison],
     quantized: Sequence[Path],
-    costs: Sequence[Sequence[LinearCost]],
+    costs: Sequence[tuple[LinearCost, ...]],
     tasks: LoadedTasks | None,
     needle: NeedleConfig | None,
     place: Path,
@@ -197,18 +193,18 @@ def _write_reports(
     plots: Sequence[str],
 ) -> None:
     # The comparisons first: what follows may take hours, and nothing before it is to be lost with it.
+    from ..eval.report.content import Report
     from ..eval.report.extras import Extras, extras_lines
-    from ..eval.report.report import earlier_details, joint_lines, summary_lines, write_joint_report, write_report
+    from ..eval.report.markdown import joint_lines, summary_lines
+    from ..eval.report.report import earlier_details, write_report
     from ..eval.tasks.benchmarks import evaluate_tasks
     from ..eval.tasks.needle import evaluate_needle
 
     details = earlier_details(place, comparisons[0], prefix=prefix) if len(quantized) == 1 else {}
 
     def written(extras: Extras) -> Path:
-        shared: dict[str, Any] = {"extras": extras, "prefix": prefix, "plots": plots}
-        if len(quantized) > 1:
-            return write_joint_report(comparisons, place, costs=costs, **shared).html
-        return write_report(comparisons[0], place, details, costs=costs[0], **shared).html
+        shown = Report(comparisons=tuple(comparisons), costs=tuple(costs), details=details, extras=extras)
+        return write_report(shown, place, prefix=prefix, plots=plots).html
 
     extras = Extras()
     lines = joint_lines(comparisons) if len(quantized) > 1 else summary_lines(comparisons[0])
@@ -233,7 +229,7 @@ def _write_reports(
 
 
 def _reconsider_marks(
-    quantized: Sequence[Path], comparisons: Sequence[Comparison], costs: Sequence[Sequence[LinearCost]]
+    quantized: Sequence[Path], comparisons: Sequence[Comparison], costs: Sequence[tuple[LinearCost, ...]]
 ) -> None:
     from ..convert.opening import open_any
     from ..quantize.judge import predicted_damage, reconsider_mark

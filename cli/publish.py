@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from .group import cli
-from .options import (
-    EXISTING_PATH,
-)
 from .output import say
-
-if TYPE_CHECKING:
-    pass
+from .types import EXISTING_PATH
 
 __all__ = ["card", "push"]
 
@@ -47,12 +41,11 @@ def push(output: Path, target: str, branch: bool, public: bool, dry_run: bool) -
     Without NAME it is called by convention, as ORG/Llama-3.2-1B-8.0bpw-8hb-exl2. Models that are marked as broken, or
     that cannot be verified, are refused.
     """
-    from ..convert.publishing.push import find_outputs, plan_uploads
-    from ..convert.publishing.push import push as upload
+    from ..convert.publishing.push import find_outputs, plan_uploads, push_model
 
     for planned in plan_uploads(find_outputs(output), target, by_branch=branch):
         if dry_run:
             for line in planned.summary_lines():
                 say(line)
         else:
-            say(f"{planned.output} -> {upload(planned, public=public)}")
+            say(f"{planned.output} -> {push_model(planned, public=public)}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +33,7 @@ __all__ = [
     "CardFacts",
     "Conversion",
     "Description",
+    "Export",
     "Format",
     "LinearCost",
     "Plan",
@@ -533,6 +534,27 @@ class Conversion(ABC):
         """
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Export:
+    """A file for other programs that a format makes of a measurement alone.
+
+    Attributes:
+        name: Name of the command.
+        kind: What the file is, with an article.
+        help: What the command does.
+        output_help: What its output is.
+        write: Writes it; returns the number of tensors in it.
+        is_own: Returns whether a file is one that bpwise wrote.
+    """
+
+    name: str
+    kind: str
+    help: str
+    output_help: str
+    write: Callable[[Measurement, Path], int]
+    is_own: Callable[[Path], bool]
+
+
 class Format(ABC):
     """All that is special to a format, behind one object; ``bpwise.convert.registry`` names them all."""
 
@@ -548,6 +570,8 @@ class Format(ABC):
     """Options without effect beside others, by command."""
     bpw_means: ClassVar[str] = "of all weights"
     """What a target in bits per weight counts."""
+    exports: ClassVar[Sequence[Export]] = ()
+    """Files for other programs that it makes of measurements."""
     own_files: ClassVar[tuple[str, ...]] = ("*.safetensors", "*.safetensors.index.json", "config.json")
     """Patterns of the files that make up a model in a directory, side files excluded."""
     keeps_digests: ClassVar[bool] = True

@@ -6,14 +6,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.files.schemas import read_json
 from ..errors import FormatError
 from .format import Format, Plan
 
+if TYPE_CHECKING:
+    from .exl2.options import Exl2Options
+    from .gguf.llama_cpp.importance import export_imatrix
+    from .gguf.options import GgufOptions
+
 __all__ = [
     "PLAN_KEY",
+    "Exl2Options",
+    "GgufOptions",
+    "export_imatrix",
     "format_asking",
     "format_named",
     "format_naming",
@@ -30,6 +38,13 @@ _FORMATS: dict[str, str | Format] = {
     "gguf": ".gguf.format",
 }
 """By name, the module that holds the format as ``FORMAT``; it is imported when it is first asked for."""
+
+_PUBLIC = {
+    "Exl2Options": ".exl2.options",
+    "GgufOptions": ".gguf.options",
+    "export_imatrix": ".gguf.llama_cpp.importance",
+}
+"""Homes of the public names that belong to one format."""
 
 PLAN_KEY = "bpwise_plan"
 """Where a plan's file says of which version it is; beside it, ``format`` says of which format."""
@@ -114,3 +129,9 @@ def registered(format: Format) -> Iterator[None]:
         yield
     finally:
         del _FORMATS[format.name]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name], __package__), name)

@@ -11,7 +11,6 @@ from typing import Any
 
 from ..checkpoint.source.checkpoint import Checkpoint, TensorSource
 from ..checkpoint.source.original import Original
-from ..checkpoint.source.rope import with_positions_of
 from ..measure.model.stream import StreamedModel
 from ..measure.text.calibration import CalibrationSet, build_calibration
 from ..measure.text.context import EVALUATION, check_rows
@@ -39,8 +38,8 @@ __all__ = [
     "EvalConfig",
     "compare_models",
     "compare_with",
-    "evaluate",
     "evaluate_each",
+    "evaluate_models",
     "evaluation_rows",
 ]
 
@@ -138,7 +137,7 @@ def evaluation_rows(tokenizer: Tokenizer, config: EvalConfig, *, vocab_size: int
     return build_calibration(tokenizer, config.calibration_config(), vocab_size=vocab_size, part="evaluation")
 
 
-def evaluate(
+def evaluate_models(
     original: Original | TensorSource, quantized: str | Path, config: EvalConfig, progress: Progress = silent
 ) -> Comparison:
     """Compare a quantized model with its original on held-out text.
@@ -186,7 +185,7 @@ def evaluate_each(
     tokenizer = load_tokenizer(source.directory)
     rows = evaluation_rows(tokenizer, config.fitted(source), vocab_size=vocab_size_of(source))
     for other in others:
-        check_rows(with_positions_of(source, other), rows, EVALUATION)
+        check_rows(other, rows, EVALUATION)
     allowed = config.allow_calibration_text
     shares = [refuse_calibration_text(rows, stored_spans(other), allowed=allowed) for other in others]
     rows = with_overlap_warning(rows, max((share for share in shares if share is not None), default=None))
@@ -245,9 +244,8 @@ def compare_with(run: OriginalRun, quantized: TensorSource, progress: Progress =
     """
     start = time.monotonic()
     check_vocabularies(run.source, quantized)
-    runnable = with_positions_of(run.source, quantized)
-    check_rows(runnable, run.rows, EVALUATION)
-    model = StreamedModel(runnable, device=run.model.device, dtype=run.model.dtype, offload_dir=run.model.offload_dir)
+    check_rows(quantized, run.rows, EVALUATION)
+    model = StreamedModel(quantized, device=run.model.device, dtype=run.model.dtype, offload_dir=run.model.offload_dir)
     rows, row_tokens = run.rows.tokens.shape
     alike = model.block_count == run.model.block_count and model.hidden_size == run.model.hidden_size
     meter = DriftMeter(run.state.trace, row_tokens) if alike else None

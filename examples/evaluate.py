@@ -13,7 +13,9 @@ from pathlib import Path
 import click
 from bpwise.errors import BpwiseError
 from bpwise.eval.comparison import EvalConfig, evaluate_each
-from bpwise.eval.report.report import comparison_table, write_joint_report, write_report
+from bpwise.eval.report.content import Report
+from bpwise.eval.report.report import write_report
+from bpwise.eval.report.tables import models_table
 
 __all__ = ["main"]
 
@@ -63,13 +65,13 @@ def main(
         for number, comparison in enumerate(evaluate_each(original, quantized, config), start=1):
             comparisons.append(comparison)
             if report is not None:
-                write_report(comparison, report / str(number))
+                write_report(Report(comparisons=(comparison,)), report / str(number))
         if report is not None:
-            write_joint_report(comparisons, report, plots=["svg"])
+            write_report(Report(comparisons=tuple(comparisons)), report, plots=["svg"])
     except BpwiseError as error:
         raise click.ClickException(str(error)) from error
 
-    click.echo(comparison_table(comparisons))
+    click.echo("\n".join(models_table(comparisons).to_lines()))
     click.echo(f"\n{comparisons[0].text}; floor {comparisons[0].floor_nats:.2g} nats per token.")
 
 

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from ..checkpoint.files.atomic import write_text
 from ..convert.options import FormatOptions
 from ..convert.registry import formats
-from ..eval.report.charts import bits_map, planned_chart
-from ..eval.report.html import page_style, script_hash
-from ..eval.report.numbers import nats, visible
+from ..eval.metrics.numbers import nats
+from ..eval.report.drawings.charts import planned_chart
+from ..eval.report.drawings.maps import bits_map
+from ..eval.report.html import render_page
 from ..measure.measurement import Measurement
-from ..version import __version__
+from ..tables import Table
 from .planning import PlanPoint, plan_points
 
 __all__ = ["is_plan_page", "plan_page", "write_plan_page"]
@@ -45,24 +44,15 @@ def plan_page(points: Mapping[str, Sequence[PlanPoint]], *, model: str, facts: M
         facts: Names and values: what was measured, and how.
     """
     found = {name: list(each) for name, each in points.items() if each}
-    templates = files(__package__)
-    script = templates.joinpath("plan.js").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["visible"] = visible
-    template = environment.from_string(templates.joinpath("plan.html.j2").read_text(encoding="utf-8"))
-    return template.render(
+    return render_page(
+        __package__,
+        "plan",
         model=model,
-        facts=facts,
-        formats=found,
-        chart=Markup(planned_chart({name: _curve(name, points) for name, points in found.items()}).render()),
+        facts=Table.of_facts(facts.items()),
+        tables={name: _table(name, points) for name, points in found.items()},
+        chart=Markup(planned_chart({name: _curve(points) for name, points in found.items()}).render()),
         maps={name: Markup(_map(name, points[-1])) for name, points in found.items()},
         data={name: [_data(point) for point in points] for name, points in found.items()},
-        size=_size,
-        nats=nats,
-        version=__version__,
-        style=page_style(),
-        script=Markup(script),
-        script_hash=script_hash(script),
     )
 
 
@@ -99,13 +89,15 @@ def _size(point: PlanPoint) -> str:
     return f"{point.plan.stored_bytes / 1e9:.3f} GB"
 
 
-def _curve(name: str, points: Sequence[PlanPoint]) -> list[tuple[float, float, str]]:
+def _table(name: str, points: Sequence[PlanPoint]) -> Table:
+    bits = f"bits per weight{' of the decoder' if name == 'EXL2' else ''}"
+    rows = [(f"{point.bpw}", _size(point), nats(point.damage_nats)) for point in points]
+    return Table.of((bits, "size of the tensors", "predicted damage, nats/token"), rows)
+
+
+def _curve(points: Sequence[PlanPoint]) -> list[tuple[float, float, str]]:
     return [
-        (
-            point.plan.stored_bytes / 1e9,
-            point.damage_nats,
-            f"{name} at {point.bpw:g} bpw: {_size(point)}, {nats(point.damage_nats)} nats/token",
-        )
+        (point.plan.stored_bytes / 1e9, point.damage_nats, f"nats at {point.bpw:g} bpw, {_size(point)}")
         for point in points
     ]
 

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from ..convert.format import Format, Plan
+from ..convert.options import FormatOptions
+from ..convert.registry import format_asking, formats
 from ..measure.measurement import Measurement
 
-__all__ = ["PlanPoint", "plan_points"]
+__all__ = ["PlanPoint", "make_plan", "plan_points"]
 
 _STEP_BPW = 0.25
 """Distance of the plans, in bits per weight."""
@@ -30,6 +32,38 @@ class PlanPoint:
     bpw: float
     plan: Plan
     damage_nats: float
+
+
+def make_plan(
+    measurement: Measurement,
+    *,
+    bpw: float | None = None,
+    max_bytes: int | None = None,
+    options: FormatOptions | None = None,
+) -> Plan:
+    """Choose what every linear or tensor gets, from a measurement alone.
+
+    Args:
+        measurement: The measured curves.
+        bpw: Bits per weight, as the format counts them; met from below, never exceeded.
+        max_bytes: The same as a size of all tensors, in bytes; one of the two is given.
+        options: The format's options, which choose the format too; None for the first format's defaults.
+
+    Returns:
+        The plan of least predicted damage.
+
+    Raises:
+        BudgetError: No plan has this size; the message gives the range that there is.
+        ConfigError: The format was not measured, or options match nothing.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from bpwise import Measurement, make_plan
+        >>> plan = make_plan(Measurement.load(Path("m.safetensors")), bpw=4.0)  # doctest: +SKIP
+        >>> plan.save(Path("plan.json"))  # doctest: +SKIP
+    """
+    options = options or next(iter(formats().values())).Options()
+    return format_asking(options).plan(measurement, options, bpw=bpw, max_bytes=max_bytes)
 
 
 def plan_points(format_: Format, measurement: Measurement, options: Any) -> list[PlanPoint]:

@@ -15,12 +15,12 @@ from ..convert.format import Target
 from ..errors import BrokenModelError, ConfigError
 from ..eval.comparison import Comparison
 from ..eval.models import model_name
-from ..eval.report.markdown import comparison_table
 from ..eval.report.report import JSON_NAME, MARKDOWN_NAME, try_report
+from ..eval.report.tables import models_table
 from ..measure.run import MEASURED
 from ..measure.text.calibration import CalibrationSet
 from ..progress import Progress, silent
-from ..tables import cell, table
+from ..tables import Table, cell
 from ..version import __version__
 from .checks import files_beside, forecast_outputs
 from .config import QuantizeConfig
@@ -234,7 +234,7 @@ def _markdown(original: str, outputs: Sequence[SeriesOutput]) -> str:
     head = ("model", "asked, bpw", "bpw", "size of the weights", "predicted KL, nats per token", "measured")
     sections = [
         f"# {cell(original)} at {len(outputs)} bitrates, from one measurement",
-        table(head, [_row(output) for output in outputs]),
+        Table.of(head, map(_row, outputs)).to_markdown(),
         *(f"**{cell(output.path.name)} is broken:** {cell(output.broken)}" for output in outputs if output.broken),
     ]
     comparisons = [output.comparison for output in outputs if output.comparison is not None]
@@ -242,7 +242,7 @@ def _markdown(original: str, outputs: Sequence[SeriesOutput]) -> str:
         first = comparisons[0]
         sections += [
             "## Against the original",
-            comparison_table(comparisons),
+            models_table(comparisons).to_markdown(),
             f"Over {first.predicted_tokens} tokens ({cell(first.text)}), fingerprint {first.text_fingerprint}; "
             f"{cell(first.engine)}, {first.dtype} on {cell(first.device)}; floor {first.floor_nats:.2g} nats per "
             "token. Numbers after ± are one standard error. Each model's own report has the rest.",

@@ -7,7 +7,6 @@ from pathlib import Path
 from .checkpoint import Checkpoint, resolve_model
 from .float8 import dequantized
 from .lora import LoraView
-from .rope import RopeChange, RopeView
 from .vocabulary import warn_of_tokens_beyond
 
 __all__ = ["Original", "open_model"]
@@ -16,13 +15,7 @@ Original = str | Path | Checkpoint
 """A model directory, a Hub id (``str`` only), or what ``open_model`` made of one."""
 
 
-def open_model(
-    model: Original,
-    *,
-    lora: Path | None = None,
-    rope_scale: float | None = None,
-    rope_alpha: float | None = None,
-) -> Checkpoint:
+def open_model(model: Original, *, lora: Path | None = None) -> Checkpoint:
     """Open a model, with what shall be changed while it is read; float8 weights are dequantized.
 
     Tokenizer and model first meet here: tokens that the embedding has no row for are warned of, once for a run.
@@ -31,13 +24,10 @@ def open_model(
     Args:
         model: A local directory (``Path`` or ``str``), a Hugging Face Hub id (``str`` only), or an open checkpoint.
         lora: Directory of a PEFT adapter to merge into the weights; see ``LoraView``.
-        rope_scale: What positions are divided by; see ``RopeChange``.
-        rope_alpha: NTK alpha; see ``RopeChange``.
 
     Raises:
         CheckpointError: The model cannot be found or downloaded, ``Checkpoint.open`` refuses it, it is quantized in a
             way that is not read, or the adapter does not fit.
-        ConfigError: Its positions cannot be changed so.
     """
     if isinstance(model, Checkpoint):
         checkpoint = model
@@ -47,6 +37,4 @@ def open_model(
         warn_of_tokens_beyond(checkpoint)
     if lora is not None:
         checkpoint = LoraView(checkpoint, lora)
-    if rope_scale is not None or rope_alpha is not None:
-        checkpoint = RopeView(checkpoint, RopeChange(scale=rope_scale, alpha=rope_alpha))
     return checkpoint

@@ -1,4 +1,4 @@
-"""Models seen through a change: dequantized, merged with an adapter, with other positions or under other names."""
+"""Models seen through a change: dequantized, merged with an adapter or under other names."""
 
 from __future__ import annotations
 

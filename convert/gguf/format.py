@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..format import CardFacts, Conversion, Description, Format, Plan, QuantizedModel, Verification
+from ..format import CardFacts, Conversion, Description, Export, Format, Plan, QuantizedModel, Verification
 from .options import CONFLICTS, GgufOptions
 
 if TYPE_CHECKING:
@@ -19,6 +19,18 @@ _HIGHEST_BPW = 8.5
 """Q8_0: above it the damage is below what evaluation can see."""
 
 
+def _write_imatrix(measurement: Measurement, output: Path) -> int:
+    from .llama_cpp.importance import export_imatrix
+
+    return export_imatrix(measurement, output)
+
+
+def _is_own_imatrix(path: Path) -> bool:
+    from .llama_cpp.imatrix import is_own_imatrix
+
+    return is_own_imatrix(path)
+
+
 class GgufFormat(Format):
     """All that is special to GGUF."""
 
@@ -29,6 +41,16 @@ class GgufFormat(Format):
     keeps_digests = False
     Options = GgufOptions
     conflicts = CONFLICTS
+    exports = (
+        Export(
+            name="imatrix",
+            kind="an importance matrix",
+            help="Write what MEASUREMENT says of the inputs as an importance matrix for llama.cpp.",
+            output_help="The file to write; the old format if it ends in .dat.",
+            write=_write_imatrix,
+            is_own=_is_own_imatrix,
+        ),
+    )
 
     def recognises(self, path: Path) -> bool:
         """Return whether a file is a GGUF file, or is named as one: what is wrong with it shows when it is opened."""

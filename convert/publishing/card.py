@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from ...tables import cell, table
+from ...tables import Table, cell
 from ..format import CardFacts
 from ..registry import formats
 from .base_card import BaseCard
@@ -51,7 +51,7 @@ def render_card(card: Card) -> str:
         f"{base}, quantized to {card.facts.kind} with bpwise.",
         *(f"> **Note.** {cell(note)}" for note in card.base.notes),
         "## What was done",
-        table(("", ""), card.facts.made),
+        Table.of_facts(card.facts.made).to_markdown(),
         "## What it cost",
         *_measured(card),
         *_limits(card),
@@ -83,7 +83,7 @@ def _front_matter(card: Card) -> dict[str, Any]:
 def _measured(card: Card) -> list[str]:
     if not card.measured:
         return ["Not measured: this model was not compared with the original."]
-    return [table(("", "original", "this model"), card.measured), cell(card.measured_note)]
+    return [Table.of(("", "original", "this model"), card.measured).to_markdown(), cell(card.measured_note)]
 
 
 def _limits(card: Card) -> list[str]:

@@ -22,7 +22,7 @@ from .names import HUB_ID, RATE, rate_text
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-__all__ = ["Upload", "find_outputs", "plan_uploads", "push"]
+__all__ = ["Upload", "find_outputs", "plan_uploads", "push_model"]
 
 _PUBLISHED = (CARD_NAME, "report.*")
 """What is published beside a model's own files and its side files."""
@@ -115,7 +115,7 @@ def plan_uploads(outputs: Sequence[Path], target: str, *, by_branch: bool = Fals
     return uploads
 
 
-def push(upload: Upload, *, public: bool = False, api: HfApi | None = None) -> str:
+def push_model(upload: Upload, *, public: bool = False, api: HfApi | None = None) -> str:
     """Upload one model in one commit; repository and branch are made if they are missing.
 
     Args:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from ..comparison import Comparison
 from ..metrics.estimate import Estimate
-from .numbers import nats, percent
+from ..metrics.numbers import estimate, nats, percent
 
-__all__ = ["LEVELS", "headline", "verdict", "verdict_sentence"]
+__all__ = ["LEVELS", "headline", "sentence", "verdict", "verdict_sentence"]
 
 LEVELS = (
     # Llama 3 8B as llama.cpp's Q8_0 loses 0.0014 nats per token, EXL2 at 8.0 bpw 0.001. Nobody has told either from the
@@ -68,6 +68,20 @@ def headline(comparisons: Sequence[Comparison]) -> str:
     if smallest is not None and smallest is not closest:
         sentences.append(f"Smallest that is {LEVELS[0][1]}: {smallest.quantized.name}. {verdict_sentence(smallest)}")
     return " ".join(sentences)
+
+
+def sentence(comparison: Comparison) -> str:
+    """Return the result on one model as a sentence."""
+    summary = comparison.summary
+    change = summary.perplexity_ratio
+    relative = estimate(change.scaled(100 * (change.value - 1), 100), 2, "+")
+    return (
+        f"Over {comparison.predicted_tokens} tokens of evaluation text the quantized model's predictions are "
+        f"{nats(summary.kl_nats.value)} nats per token away from the original's (mean KL divergence), "
+        f"{percent(Estimate(summary.top1_agreement.value, None))} of its most likely next tokens are the same, "
+        f"and its perplexity is {summary.quantized_perplexity.value:.3f} instead of "
+        f"{summary.original_perplexity.value:.3f} ({relative} %)."
+    )
 
 
 def _counted(rows: int) -> str:

@@ -19,7 +19,6 @@ import torch
 
 from ...checkpoint.source.checkpoint import TensorSource
 from ...checkpoint.source.original import Original
-from ...checkpoint.source.rope import with_positions_of
 from ...errors import BpwiseError, ConfigError, reason
 from ...measure.model.stream import whole_model
 from ...measure.run import resolve_device
@@ -202,11 +201,11 @@ def evaluate_tasks(
     if config.apply_chat_template and not tokenizer.chat_template:
         raise ConfigError(f"{source.directory}: the tokenizer has no chat template. Leave --apply-chat-template out.")
     device = resolve_device(config.device)
-    models = [source, *(with_positions_of(source, other) for other in others)]
     with ExitStack() as opened:
         template = opened.enter_context(chat_template(tokenizer)) if config.apply_chat_template else None
         results = [
-            _run(model, source.directory, tokenizer, template, loaded, device) for model in progress(models, "tasks")
+            _run(model, source.directory, tokenizer, template, loaded, device)
+            for model in progress([source, *others], "tasks")
         ]
     return TaskReport(
         original=model_name(source),

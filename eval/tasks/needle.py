@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ...checkpoint.source.checkpoint import TensorSource
 from ...checkpoint.source.original import Original
-from ...checkpoint.source.rope import with_positions_of
 from ...errors import ConfigError
 from ...measure.model.stream import StreamedModel
 from ...measure.run import resolve_device
@@ -199,13 +198,12 @@ def evaluate_needle(
     start = time.monotonic()
     source, others = open_pair(original, quantized)
     lengths = sorted(set(config.lengths))
-    runnable = [source, *(with_positions_of(source, other) for other in others)]
-    prompts, description = _all_prompts(runnable, config)
+    prompts, description = _all_prompts([source, *others], config)
     device = resolve_device(config.device)
     base: list[tuple[Tensor, Tensor]] = []
     models = []
-    for number, (model, run) in enumerate(zip((source, *others), runnable, strict=True)):
-        streamed = StreamedModel(run, device=device, dtype=DTYPES[config.dtype])
+    for number, model in enumerate((source, *others)):
+        streamed = StreamedModel(model, device=device, dtype=DTYPES[config.dtype])
         role = "quantized model" if number else "original model"
         outcomes = [_ask(streamed, each, role, config.samples, progress) for each in prompts]
         base = base or outcomes
@@ -227,7 +225,7 @@ def check_needle(original: Original | TensorSource, quantized: Sequence[str | Pa
         BpwiseError: As ``evaluate_needle``.
     """
     source, others = open_pair(original, quantized)
-    _all_prompts([source, *(with_positions_of(source, other) for other in others)], config)
+    _all_prompts([source, *others], config)
 
 
 def _all_prompts(models: Sequence[TensorSource], config: NeedleConfig) -> tuple[list[NeedlePrompts], str]:

@@ -64,7 +64,6 @@ def bpwise(*arguments: str) -> Result:
         ((*EVAL, "--needle-samples", "2"), ["--needle-samples"]),
         ((*EVAL, "--engine", "llama.cpp", "--dtype", "float16"), ["--dtype"]),
         ((*EVAL, "--engine", "llama.cpp", "--tasks", "mmlu", "--no-cache"), ["--tasks", "--no-cache"]),
-        ((*EVAL, "--engine", "llama.cpp", "-rs", "2"), ["--rope-scale"]),
         (("dequantize", HERE, "out", "--original", HERE), ["--original"]),
         (("quantize", "./no-model", "out.GGUF", "--bpw", "4", "--head-bits", "8"), ["--head-bits"]),
     ],

@@ -23,8 +23,8 @@ from bpwise.eval.comparison import (
     EvalConfig,
     compare_models,
     compare_with,
-    evaluate,
     evaluate_each,
+    evaluate_models,
     evaluation_rows,
 )
 from bpwise.eval.metrics import passes as passes_module
@@ -233,7 +233,7 @@ class TestRefusals:
         with pytest.raises(CheckpointError, match="300 tokens, expected 264"):
             compare_models(open_any(original), open_any(quantized), rows_of(), config())
         with pytest.raises(CheckpointError, match="300 tokens, expected 264"):
-            evaluate(original, quantized, config())
+            evaluate_models(original, quantized, config())
 
     @pytest.mark.parametrize(
         ("rows", "error", "message"),
@@ -273,7 +273,7 @@ class TestEvaluate:
 
     def test_own_text(self, make_model: MakeModel, text: Path) -> None:
         original, quantized = make_model("original"), make_model("quantized", noise=0.02)
-        got = evaluate(str(original), quantized, config(text=str(text)))
+        got = evaluate_models(str(original), quantized, config(text=str(text)))
         encoded = load_tokenizer(original)(text.read_text(), add_special_tokens=False)["input_ids"]
         # 40 tokens a row, the first of them BOS (id 256).
         tokens = torch.tensor([[256, *encoded[row * 39 : row * 39 + 39]] for row in range(3)])
@@ -284,7 +284,7 @@ class TestEvaluate:
     def test_built_in_text_is_the_evaluation_part(self, make_model: MakeModel) -> None:
         original = make_model("original")
         rows = evaluation_rows(load_tokenizer(original), config(), vocab_size=264)
-        got = evaluate(original, original, config())
+        got = evaluate_models(original, original, config())
         assert "evaluation part" in got.text
         assert got.text_fingerprint == rows.fingerprint
 
@@ -293,7 +293,7 @@ class TestEvaluate:
         got = list(evaluate_each(original, [near, far], config(text=str(text))))
         assert [each.quantized.name for each in got] == ["near", "far"]
         assert got[0].summary.kl_nats.value < got[1].summary.kl_nats.value
-        assert replace(got[1], seconds=0) == replace(evaluate(original, far, config(text=str(text))), seconds=0)
+        assert replace(got[1], seconds=0) == replace(evaluate_models(original, far, config(text=str(text))), seconds=0)
 
     def test_rows_that_a_quantized_model_has_no_positions_for(
         self, make_model: MakeModel, text: Path, monkeypatch: pytest.MonkeyPatch
@@ -307,14 +307,14 @@ class TestEvaluate:
         original, quantized = make_model("original"), make_model("quantized", noise=0.02)
         files = tmp_path / "files"
         plain, offloaded = (
-            evaluate(original, quantized, config(text=str(text), offload_dir=place)) for place in (None, files)
+            evaluate_models(original, quantized, config(text=str(text), offload_dir=place)) for place in (None, files)
         )
         assert replace(offloaded, seconds=0) == replace(plain, seconds=0)
         assert not list(files.iterdir())
 
     def test_missing_model_is_found_before_anything_runs(self, make_model: MakeModel, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="absent"):
-            evaluate(make_model("original"), tmp_path / "absent", config(text="unread"))
+            evaluate_models(make_model("original"), tmp_path / "absent", config(text="unread"))
 
     def test_exl2_model(self, make_model: MakeModel, tmp_path: Path, text: Path) -> None:
         # The dense copy is float16 throughout, so what is not quantized must be so from the start.
@@ -338,8 +338,8 @@ class TestEvaluate:
         with torch.no_grad():
             expected = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)(tokens).logits
             assert torch.equal(whole(tokens).logits, expected)
-        got = evaluate(original, exl2, config(text=str(text)))
-        same = evaluate(original, dense, config(text=str(text)))
+        got = evaluate_models(original, exl2, config(text=str(text)))
+        same = evaluate_models(original, dense, config(text=str(text)))
         assert got.summary == same.summary
         assert got.quantized.stored_bytes == sum(path.stat().st_size for path in exl2.glob("*.safetensors"))
 

@@ -215,7 +215,7 @@ def _quantized_seeds(folder: Path, made: set[str], work: Path, original: Checkpo
             original.directory, output, QuantizeConfig(bpw=4.5, evaluate=None, measure=config), measurement=path
         )
         manifest = json.loads((output / "bpwise.json").read_text())
-        manifest["provenance"]["changes"] = {"adapters": [{"name": "a", "sha256": "0"}], "rope_scale": 2.0}
+        manifest["provenance"]["changes"] = {"adapters": [{"name": "a", "sha256": "0"}]}
         (output / "bpwise.json").write_text(json.dumps(manifest))
         for name in made & {"exl2", "plan"}:
             _copy(output, folder / name / "exl2")

@@ -86,15 +86,7 @@ def test_a_damaged_report(out: Path, report: str) -> None:
     assert "report" in result.stderr
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"adapters": 3},
-        {"adapters": [{"sha256": "x"}]},
-        {"rope_scale": "2"},
-        {"rope_alpha": float("inf")},
-    ],
-)
+@pytest.mark.parametrize("changes", [{"adapters": 3}, {"adapters": [{"sha256": "x"}]}])
 def test_a_damaged_manifest(out: Path, changes: dict[str, object]) -> None:
     manifest = json.loads((out / "bpwise.json").read_text())
     manifest["provenance"]["changes"] = changes

@@ -74,14 +74,27 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_adapter(tmp_path_factory.mktemp("adapters") / "adapter", 64)
 
 
+def stretched(model: Path, directory: Path, **changes: object) -> Path:
+    """Copy a model, its config edited."""
+    shutil.copytree(model, directory)
+    config = json.loads((directory / "config.json").read_text())
+    config.pop("rope_parameters", None)
+    (directory / "config.json").write_text(json.dumps({**config, **changes}))
+    return directory
+
+
 def test_float8_adapter_and_positions_to_exl2(float8_model: Path, adapter: Path, tmp_path: Path) -> None:
-    out, changes = tmp_path / "out", ("--lora", adapter, "--rope-scale", 4, "--rope-alpha", 2)
+    out, changes = tmp_path / "out", ("--lora", adapter)
+    scaling = {"rope_type": "linear", "factor": 4.0}
+    base, length = 10000.0 * 2 ** (16 / 14), 128 * 4 * 2
+    positions = {"rope_scaling": scaling, "rope_theta": base, "max_position_embeddings": length}
+    float8_model = stretched(float8_model, tmp_path / "stretched", **positions)
     bpwise("quantize", float8_model, out, "--bpw", 8, *TEXT, *changes)
     config = json.loads((out / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "exl2"
     assert config["rope_scaling"] == {"type": "linear", "factor": 4.0}
-    assert config["rope_theta"] == pytest.approx(10000.0 * 2 ** (16 / 14))
-    assert config["max_position_embeddings"] == 128 * 4 * 2
+    assert config["rope_theta"] == pytest.approx(base)
+    assert config["max_position_embeddings"] == length
     written, source = Exl2Model.open(out), open_model(float8_model, lora=adapter)
     assert not any("scale_inv" in name for name in written.names)
     plain = open_model(float8_model).tensor(f"{Q}.weight")
@@ -89,7 +102,6 @@ def test_float8_adapter_and_positions_to_exl2(float8_model: Path, adapter: Path,
     assert float((got - merged).norm()) < 0.1 * float((got - plain.float()).norm())
     provenance = json.loads((out / "bpwise.json").read_text())["provenance"]["changes"]
     assert provenance["adapters"][0]["name"] == "adapter"
-    assert (provenance["rope_scale"], provenance["rope_alpha"]) == (4.0, 2.0)
     assert "merged with the adapter adapter" in (out / "README.md").read_text()
     # At 8 bits the output is nearly the changed original: had either side run at other positions, it were not.
     found = json.loads((out / "report.json").read_text())["comparison"]["summary"]["kl_nats"]["value"]
@@ -109,7 +121,12 @@ def test_longer_rows_than_the_model_was_made_for(tiny_model: Path, tmp_path: Pat
     result = CliRunner().invoke(cli, [str(x) for x in ("eval", tiny_model, other, *long)])
     assert result.exit_code == 1
     assert "positions for 128" in result.stderr
-    bpwise("eval", tiny_model, other, *long, "--rope-scale", 2)
+    changes = {
+        "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
+        "max_position_embeddings": 256,
+    }
+    original, other = stretched(tiny_model, tmp_path / "a", **changes), stretched(other, tmp_path / "b", **changes)
+    bpwise("eval", original, other, *long)
     found = json.loads((tmp_path / "report.json").read_text())["comparison"]
     assert found["summary"]["kl_nats"]["value"] < 0.01
     assert found["profile"]["positions"][-1]["last"] == 199
@@ -167,11 +184,13 @@ def test_float8_and_adapter_to_gguf(converted: Any, tmp_path: Path) -> None:
     pytest.importorskip("libggml", reason="ggml's library is not installed: pip install 'bpwise[gguf]'")
     original = to_float8(converted["mistral"].directory, tmp_path / "float8")
     features = open_model(original).shape(f"{Q}.weight")[0]
-    source = open_model(original, lora=make_adapter(tmp_path / "adapter", features), rope_scale=4.0)
+    linear = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    original = stretched(original, tmp_path / "stretched", rope_parameters=linear)
+    source = open_model(original, lora=make_adapter(tmp_path / "adapter", features))
     make_base(source, tmp_path / "base.gguf")
     model = GgufModel.open(tmp_path / "base.gguf")
     for name in source.names:
         torch.testing.assert_close(model.tensor(name).float(), source.tensor(name).float(), msg=name)
     assert read_gguf_header(tmp_path / "base.gguf").metadata["llama.rope.scaling.factor"] == 4.0
     assert check_base(tmp_path / "base.gguf", source) == []
-    assert {path.name for path in tmp_path.iterdir()} == {"float8", "adapter", "base.gguf"}
+    assert {path.name for path in tmp_path.iterdir()} == {"float8", "stretched", "adapter", "base.gguf"}

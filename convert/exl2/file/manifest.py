@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ....checkpoint.files.schemas import Count, NonNegative, Number, check_schema, read_json
+from ....checkpoint.files.schemas import Count, NonNegative, check_schema, read_json
 from ....checkpoint.source.hub import confined_file
 from ....errors import FormatError
 
@@ -32,13 +32,9 @@ class Changes:
 
     Attributes:
         adapters: Adapters merged into it.
-        rope_scale: What positions were divided by.
-        rope_alpha: NTK alpha.
     """
 
     adapters: tuple[_Adapter, ...] = ()
-    rope_scale: Number | None = None
-    rope_alpha: Number | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,8 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-
 from ....errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "ROPE_FREQS",

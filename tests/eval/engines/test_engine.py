@@ -12,7 +12,7 @@ from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.cli import cli
 from bpwise.convert.gguf.file.reader import GgufModel
 from bpwise.errors import CheckpointError, ConfigError
-from bpwise.eval.comparison import EvalConfig, compare_models, evaluate
+from bpwise.eval.comparison import EvalConfig, compare_models, evaluate_models
 from bpwise.eval.engines import llamacpp
 from bpwise.eval.engines.engine import compare_in_engine
 from bpwise.eval.engines.llamacpp import LlamaLibrary, load_library
@@ -177,7 +177,7 @@ class TestCommandLine:
         assert reports == [f"small.{kind}report.{end}" for kind in ("llama.cpp.", "") for end in ENDS]
         assert "| run by | Transformers |" in (tmp_path / "small.report.md").read_text()
         assert "| run by | llama.cpp (xllamacpp" in (tmp_path / "small.llama.cpp.report.md").read_text()
-        plain = evaluate(original, quantized, EvalConfig(text=str(text), rows=2, row_tokens=30, device="cpu"))
+        plain = evaluate_models(original, quantized, EvalConfig(text=str(text), rows=2, row_tokens=30, device="cpu"))
         assert plain.quantized.stored_bytes == quantized.stat().st_size
         for wrong in (engine[:2], engine[2:]):
             assert CliRunner().invoke(cli, [*command, *wrong]).exit_code == 2

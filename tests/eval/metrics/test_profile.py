@@ -17,9 +17,9 @@ from bpwise.eval import cache as cache_module
 from bpwise.eval.cache import OriginalCache, OriginalState, default_cache_directory, original_key
 from bpwise.eval.comparison import Comparison, EvalConfig, compare_models, compare_with
 from bpwise.eval.metrics.divergence import TokenStatistics, token_statistics
-from bpwise.eval.metrics.paired import paired_differences
 from bpwise.eval.metrics.profile import Profile, profile_of
 from bpwise.eval.original import run_original
+from bpwise.eval.report.paired import paired_differences
 from bpwise.measure.text.calibration import CalibrationSet
 
 MakeModel = Callable[..., Path]

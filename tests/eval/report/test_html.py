@@ -11,8 +11,9 @@ from bpwise.convert.format import LinearCost
 from bpwise.eval.comparison import Comparison
 from bpwise.eval.metrics.drift import BlockDrift
 from bpwise.eval.metrics.estimate import Estimate
+from bpwise.eval.report.content import Report
 from bpwise.eval.report.extras import Extras
-from bpwise.eval.report.report import write_joint_report, write_report
+from bpwise.eval.report.report import write_report
 from bpwise.eval.tasks.benchmarks import TaskReport
 from bpwise.eval.tasks.needle import DEPTHS, NeedleCell, NeedleLength, NeedleModel, NeedleReport
 from bpwise.eval.tasks.scores import QuantizedScore, TaskScore
@@ -20,13 +21,13 @@ from bpwise.eval.tasks.scores import QuantizedScore, TaskScore
 HOSTILE = "</script><img src=x onerror=alert(1)>\u202e&\"'"
 
 
-def costs(blocks: int = 3) -> list[LinearCost]:
+def costs(blocks: int = 3) -> tuple[LinearCost, ...]:
     linears = [
         LinearCost(f"model.layers.{block}.{kind}", 3 + (block + place) % 6, 10.0 ** -(block + place))
         for block in range(blocks)
         for place, kind in enumerate(("self_attn.q_proj", "mlp.down_proj"))
     ]
-    return [*linears, LinearCost("lm_head", 6.0, 1e-4)]
+    return (*linears, LinearCost("lm_head", 6.0, 1e-4))
 
 
 def variant(comparison: Comparison, name: str, kl: float, size: int) -> Comparison:
@@ -118,9 +119,8 @@ def several(comparison: Comparison) -> list[Comparison]:
 def write(several: list[Comparison], folder: Path) -> Path:
     details = {HOSTILE: {"a": HOSTILE, "b": 1.5}}
     names = [several[0].original.name, *(each.quantized.name for each in several)]
-    return write_joint_report(
-        several, folder, details, costs=[costs(), costs(), []], extras=extras(names), plots=["svg"]
-    ).html
+    report = Report(comparisons=tuple(several), details=details, costs=(costs(), costs(), ()), extras=extras(names))
+    return write_report(report, folder, plots=["svg"]).html
 
 
 class TestText:
@@ -135,7 +135,8 @@ class TestText:
     def test_everything_is_escaped(self, several: list[Comparison], tmp_path: Path) -> None:
         hostile = replace(several[1], text=HOSTILE, original=replace(several[1].original, name=HOSTILE))
         details, more = {"x": {HOSTILE: HOSTILE}}, extras([HOSTILE] * 2)
-        single = write_report(hostile, tmp_path / "single", details, costs=costs(), extras=more, plots=["svg"])
+        report = Report(comparisons=(hostile,), details=details, costs=(costs(),), extras=more)
+        single = write_report(report, tmp_path / "single", plots=["svg"])
         for text in (write(several, tmp_path).read_text(), single.html.read_text()):
             assert "<img" not in text
             assert "alert(1)</script>" not in text
@@ -162,12 +163,14 @@ class TestText:
         assert [row["difference"] for row in rows[:2]] == ["", "-0.025"]
         assert {row["part_of"] for row in rows} == {"", HOSTILE}
         assert (tmp_path / "report.needle.csv").exists()
-        write_joint_report(several, tmp_path)  # without benchmarks: their tables are not of this report
+        write_report(
+            Report(comparisons=tuple(several)), tmp_path
+        )  # without benchmarks: their tables are not of this report
         assert not list(tmp_path.glob("report.*.csv"))
 
     def test_below_bfloat16(self, comparison: Comparison, tmp_path: Path) -> None:
         tiny = variant(comparison, "tiny", 5e-6, 1)
-        files = write_report(tiny, tmp_path)
+        files = write_report(Report(comparisons=(tiny,)), tmp_path)
         assert "less than running the original in bfloat16" in files.html.read_text()
         assert "below 1e-05 nats per token: less than running the original in bfloat16" in files.markdown.read_text()
 
@@ -180,7 +183,7 @@ class TestText:
             original_choices=tuple(replace(choice, text=None) for choice in worst.original_choices),
         )
         profile = replace(comparison.profile, worst=(bare,))
-        text = write_report(replace(comparison, profile=profile), tmp_path).html.read_text()
+        text = write_report(Report(comparisons=(replace(comparison, profile=profile),)), tmp_path).html.read_text()
         assert f"#{worst.original.id}</mark>" in text
         assert " ".join(map(str, worst.context_ids)) in text
 
@@ -188,7 +191,7 @@ class TestText:
         alone = replace(
             comparison, summary=replace(comparison.summary, kl_nats=Estimate(0.0, None)), rows=1, floor_nats=0.0
         )
-        text = write_report(alone, tmp_path).html.read_text()
+        text = write_report(Report(comparisons=(alone,)), tmp_path).html.read_text()
         assert "as far as can be measured" in text
         assert "judged on 1 row of text" in text
 
@@ -231,7 +234,7 @@ class TestBrowser:
         assert len(marks) == 14
 
     def test_bars_of_a_single_model(self, browser: Any, comparison: Comparison, tmp_path: Path) -> None:
-        show(browser, write_report(comparison, tmp_path).html)
+        show(browser, write_report(Report(comparisons=(comparison,)), tmp_path).html)
         assert browser.get_log("browser") == []
         count = browser.execute_script(
             "return document.querySelectorAll('svg')[0].querySelectorAll('rect.mark').length"
@@ -251,15 +254,15 @@ class TestBrowser:
     def test_table_sorts(self, browser: Any, several: list[Comparison], tmp_path: Path) -> None:
         show(browser, write(several, tmp_path))
         buttons = browser.find_elements("css selector", "#models th button")
-        assert column(browser, 1) == ["0.0009", "0.3", "0.0001"]
+        assert column(browser, 1) == ["0.0", "0.0009", "0.3", "0.0001"]
         buttons[1].click()
-        assert column(browser, 1) == ["0.0001", "0.0009", "0.3"]
+        assert column(browser, 1) == ["0.0", "0.0001", "0.0009", "0.3"]
         buttons[1].click()
-        assert column(browser, 1) == ["0.3", "0.0009", "0.0001"]
+        assert column(browser, 1) == ["0.3", "0.0009", "0.0001", "0.0"]
         heads = browser.find_elements("css selector", "#models th")
         assert [head.get_attribute("aria-sort") for head in heads][:3] == [None, "descending", None]
         buttons[3].click()  # sizes: as numbers 11 MB is more than 9 MB
-        assert column(browser, 3) == ["3000000", "9000000", "11000000"]
+        assert column(browser, 3) == ["3000000", "9000000", "11000000", "16000000"]
         buttons[0].click()  # names: numbers in them count as numbers too
         names = column(browser, 0)
         assert names.index("m-8bpw") < names.index("m-10bpw")

@@ -4,14 +4,14 @@ import sys
 
 import numpy as np
 import pytest
-from bpwise.eval.report.svg import Drawing, series_color
+from bpwise.eval.report.drawings.svg import Drawing, series_color
 
 pytest.importorskip("resvg_py", reason="PNG files are drawn by resvg_py: pip install 'bpwise[png]'")
 image = pytest.importorskip("matplotlib.image", reason="matplotlib reads PNG files")
 
 
 def test_pixels_have_the_light_colours() -> None:
-    from bpwise.eval.report.png import png_bytes
+    from bpwise.eval.report.drawings.png import png_bytes
 
     drawing = Drawing(100, 80, "")
     drawing.rectangle(20, 30, 40, 20, color=series_color(1), hint="a bar")
@@ -33,7 +33,7 @@ def test_renderer_is_missing() -> None:
 import sys
 sys.modules["resvg_py"] = None
 from bpwise.errors import BpwiseError
-from bpwise.eval.report.png import check_png
+from bpwise.eval.report.drawings.png import check_png
 try:
     check_png()
 except BpwiseError as error:

@@ -385,8 +385,7 @@ def test_comparison_is_written_before_the_tasks_run(
     assert "comparison" in json.loads((tmp_path / "report" / "report.json").read_text())
 
 
-@pytest.mark.parametrize("option", ["--tasks=mmlu", "--rope-alpha=2"])
-def test_command_refuses_another_engine(models: tuple[Path, Path], option: str) -> None:
-    run = CliRunner().invoke(cli, ["eval", *map(str, models), "--engine", "llama.cpp", option])
+def test_command_refuses_another_engine(models: tuple[Path, Path]) -> None:
+    run = CliRunner().invoke(cli, ["eval", *map(str, models), "--engine", "llama.cpp", "--tasks", "mmlu"])
     assert run.exit_code == 2
-    assert f"{option.partition('=')[0]} has no effect with --engine llama.cpp" in run.output
+    assert "--tasks has no effect with --engine llama.cpp" in run.output

@@ -11,7 +11,7 @@ import torch
 
 from ...errors import ConfigError
 from ..comparison import Comparison
-from .estimate import Estimate, Interval, confidence_interval, mean_over_rows
+from ..metrics.estimate import Estimate, Interval, confidence_interval, mean_over_rows
 
 __all__ = ["PairedDifference", "check_comparable", "paired_differences"]
 

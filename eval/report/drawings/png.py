@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ...errors import BpwiseError
+from ....errors import BpwiseError
 from .svg import STYLE, Drawing
 
 __all__ = ["check_png", "png_bytes"]

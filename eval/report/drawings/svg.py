@@ -7,9 +7,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from .numbers import visible
+from ...metrics.numbers import visible
 
-__all__ = ["STYLE", "Axis", "Drawing", "linear_axis", "log_axis", "series_color"]
+__all__ = [
+    "LOG_RATIO",
+    "STYLE",
+    "WIDTH",
+    "Axis",
+    "Drawing",
+    "linear_axis",
+    "log_axis",
+    "series_color",
+    "short_number",
+    "shortened",
+]
+
+WIDTH = 400
+"""Of a chart, and of a map at least."""
+
+LOG_RATIO = 8
+"""Where the largest number is that many times the smallest, a logarithmic axis shows more."""
 
 _SERIES = 8
 _GOOD_STEPS = (1, 2, 2.5, 5, 10)
@@ -166,6 +183,16 @@ class Drawing:
             f'<svg xmlns="http://www.w3.org/2000/svg" class="bp" {box} role="img" aria-label="{_safe(self.title)}">'
             f"{style}\n{body}\n</svg>"
         )
+
+
+def short_number(value: float) -> str:
+    """Return a number with at most three digits, of small and large ones the power of ten."""
+    if value == 0:
+        return "0"
+    if 1e-3 <= abs(value) < 1e4:
+        return f"{value:.3g}"
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 
 
 def shortened(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ..metrics.estimate import Estimate
+from .estimate import Estimate
 
 __all__ = ["estimate", "nats", "percent", "perplexity", "visible"]
 

@@ -1,0 +1,145 @@
+"""Single steps: ``measure``, ``plan``, and what formats export of a measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from ..convert.format import Export
+from ..convert.registry import formats
+from .format_options import FormatChoice, format_options
+from .group import cli
+from .options import (
+    FORCE_OPTION,
+    MeasuringArguments,
+    OriginalArguments,
+    calibration_options,
+    original_options,
+    progress_bar,
+    say_shortened,
+)
+from .output import say
+from .types import EXISTING_FILE, FILE, SIZE
+
+__all__ = ["measure", "plan"]
+
+
+@cli.command()
+@click.argument("model")
+@click.option("-o", "--output", type=FILE, required=True, help="The measurement file to write (.safetensors).")
+@FORCE_OPTION
+@format_options("measure")
+@original_options
+@calibration_options
+def measure(
+    model: str,
+    output: Path,
+    force: bool,
+    choice: FormatChoice,
+    changes: OriginalArguments,
+    measuring: MeasuringArguments,
+) -> None:
+    """Measure MODEL (a directory or a Hub id) once, for any bitrate in all formats whose extras are installed."""
+    from ..checkpoint.source.original import open_model
+    from ..measure.run import measure_model
+
+    source = open_model(changes.open(model))
+    if measuring.saved is None:
+        say_shortened(source, calibration=measuring.config.calibration.row_tokens)
+    makers = [each.curves(choice.all[name]) for name, each in formats().items()]
+    measurement = measure_model(
+        source,
+        output,
+        measuring.config,
+        curves=[maker for maker in makers if maker is not None],
+        work=measuring.work_dir,
+        calibration=measuring.saved,
+        force=force,
+        progress=progress_bar,
+    )
+    if measurement.experts_sentence is not None:
+        say(f"experts: {measurement.experts_sentence}")
+    say(f"{len(measurement.linears)} linears measured for {', '.join(measurement.curves)} -> {output}")
+
+
+@cli.command()
+@click.argument("measurement", type=EXISTING_FILE)
+@click.option(
+    "--format", "output_format", type=click.Choice(list(formats())), help="Kind of output.  [default: the first]"
+)
+@click.option("-b", "--bpw", type=float, help="Bits per weight, as `bpwise quantize` takes them.")
+@click.option("--max-size", type=SIZE, help="Largest size of all tensors, as 5GB or 700MiB, instead of --bpw.")
+@format_options("plan")
+@click.option(
+    "-o",
+    "--output",
+    "saved",
+    type=FILE,
+    help="Where to save the plan.  [default: plan-BPW.json or plan.json beside MEASUREMENT]",
+)
+@click.option("--html", type=FILE, help="Write a page with the plans of all sizes, in all formats, to choose from.")
+@FORCE_OPTION
+def plan(
+    measurement: Path,
+    bpw: float | None,
+    max_size: int | None,
+    saved: Path | None,
+    html: Path | None,
+    force: bool,
+    choice: FormatChoice,
+) -> None:
+    """Choose the bits of every row group, or the type of every tensor, for a size; print and save the plan.
+
+    It is made from MEASUREMENT alone.
+    """
+    from ..checkpoint.files.paths import check_file
+    from ..convert.registry import is_plan
+    from ..measure.measurement import Measurement
+    from ..quantize.plan_page import is_plan_page, write_plan_page
+
+    if bpw is not None and max_size is not None:
+        raise click.UsageError("--bpw and --max-size are two targets for one plan. Leave one of them out.")
+    if bpw is None and max_size is None and html is None:
+        raise click.UsageError("give --bpw or --max-size for one plan, or --html for a page with those of all sizes.")
+    single = bpw is not None or max_size is not None
+    output = saved or measurement.with_name("plan.json" if bpw is None else f"plan-{bpw:g}.json")
+    if single:
+        check_file(output, is_plan, "a plan", read=measurement, force=force)
+    if html is not None:
+        check_file(html, is_plan_page, "a page of plans", read=measurement, force=force)
+    measured = Measurement.load(measurement)
+    if single:
+        made = choice.format.plan(measured, choice.options, bpw=bpw, max_bytes=max_size)
+        made.save(output)
+        described = made.describe()
+        for line in (*described.table.to_lines(), *described.facts):
+            say(line)
+        say(f"{made.bpw:.4f} bpw, at most {100 * made.gap:.3f} % above the best possible -> {output}")
+    if html is not None:
+        options = {choice.format.name: choice.options}
+        write_plan_page(measured, html, model=measurement.stem, options=options)
+        say(f"plans of all sizes -> {html}")
+    for name in measured.without_feedback:
+        say(f"fallback: {name} was measured without error feedback", err=True)
+
+
+def _export_command(export: Export) -> Callable[..., None]:
+    @cli.command(name=export.name, help=export.help)
+    @click.argument("measurement", type=EXISTING_FILE)
+    @click.option("-o", "--output", type=FILE, required=True, help=export.output_help)
+    @FORCE_OPTION
+    def run(measurement: Path, output: Path, force: bool) -> None:
+        from ..checkpoint.files.paths import check_file
+        from ..measure.measurement import Measurement
+
+        check_file(output, export.is_own, export.kind, read=measurement, force=force)
+        say(f"{export.write(Measurement.load(measurement), output)} tensors -> {output}")
+
+    return run
+
+
+for _format in formats().values():
+    for _export in _format.exports:
+        _export_command(_export)

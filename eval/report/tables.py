@@ -1,0 +1,228 @@
+"""Tables of a report: made once here, written as Markdown, HTML, CSV or lines elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from ...tables import NotedCell, Table
+from ...version import __version__
+from ..comparison import Comparison
+from ..metrics.estimate import Estimate, Interval, confidence_interval
+from ..metrics.numbers import estimate, nats, percent, perplexity
+from ..models import ModelSummary
+from .drawings.svg import series_color
+from .paired import PairedDifference
+from .verdict import verdict
+
+__all__ = [
+    "Details",
+    "detail_tables",
+    "drift_table",
+    "flat",
+    "kinds_table",
+    "methods_table",
+    "models_records",
+    "models_table",
+    "paired_table",
+    "percentiles_table",
+    "positions_table",
+]
+
+Details = Mapping[str, Mapping[str, str | float]]
+"""More sections of a report: titles, and for each the rows of its table."""
+
+_DRIFT_ROWS = 9
+"""Blocks that a table shows of the drift, evenly spread; the drawing and JSON show all."""
+
+
+def models_table(comparisons: Sequence[Comparison]) -> Table:
+    """Return a row for the original and one for each quantized model, in the comparisons' order.
+
+    Args:
+        comparisons: At least one; all with the same original on the same text.
+    """
+    first = comparisons[0]
+    exact = NotedCell("100 %", key=1.0)
+    base = first.summary.original_perplexity
+    head = ("model", "KL, nats/token", "top-1 agreement", "size", "top-5 agreement", "perplexity", "Δp, RMS")
+    original = (
+        first.original.name,
+        NotedCell("0", key=0.0),
+        exact,
+        _size(first.original),
+        exact,
+        NotedCell(perplexity(base), key=base.value),
+        NotedCell("0", key=0.0),
+    )
+    return Table.of(head, [original, *(_model_row(number, each) for number, each in enumerate(comparisons))])
+
+
+def _model_row(number: int, comparison: Comparison) -> tuple[NotedCell, ...]:
+    summary = comparison.summary
+    interval = confidence_interval(summary.kl_nats, comparison.rows)
+    # With very few rows the interval reaches below zero, where no divergence lies.
+    reach = "" if interval is None else f"{max(0.0, interval.low):.3g} to {interval.high:.3g}"
+    ppl, rms = summary.quantized_perplexity, summary.probability_change_rms
+    return (
+        NotedCell(comparison.quantized.name, verdict(comparison), color=series_color(number)),
+        NotedCell(nats(summary.kl_nats), reach, summary.kl_nats.value),
+        NotedCell(percent(summary.top1_agreement), key=summary.top1_agreement.value),
+        _size(comparison.quantized),
+        NotedCell(percent(summary.top5_agreement), key=summary.top5_agreement.value),
+        NotedCell(perplexity(ppl), perplexity(summary.perplexity_difference, "+"), ppl.value),
+        NotedCell(percent(rms), f"mean {percent(summary.probability_change, '+')}", rms.value),
+    )
+
+
+def _size(model: ModelSummary) -> NotedCell:
+    if model.stored_bytes is None:
+        return NotedCell("unknown", key=-1.0)
+    bits = "" if model.bits_per_parameter is None else f"{model.bits_per_parameter:.3f} bits/parameter"
+    return NotedCell(f"{model.stored_bytes / 1e6:.1f} MB", bits, model.stored_bytes)
+
+
+def models_records(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
+    """Return a record for each quantized model, every number with all its digits."""
+    return [
+        {
+            "model": each.quantized.name,
+            "stored_bytes": each.quantized.stored_bytes,
+            "bits_per_parameter": each.quantized.bits_per_parameter,
+            **flat(asdict(each.summary)),
+            "floor_nats": each.floor_nats,
+            "bfloat16_floor_nats": each.bfloat16_floor_nats,
+            "text_fingerprint": each.text_fingerprint,
+        }
+        for each in comparisons
+    ]
+
+
+def flat(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record with the value and the standard error of estimates as two entries."""
+    result: dict[str, Any] = {}
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            result[key], result[f"{key}_standard_error"] = value["value"], value["standard_error"]
+        else:
+            result[key] = value
+    return result
+
+
+def percentiles_table(comparisons: Sequence[Comparison]) -> Table:
+    """Return how the KL divergence of tokens is spread, a row for each model."""
+    head = ("median", "90 % below", "99 % below", "99.9 % below", "largest", "floor of the mean", "bfloat16 alone")
+    rows = []
+    for each in comparisons:
+        kl = each.summary
+        quantiles = (kl.kl_median_nats, kl.kl_p90_nats, kl.kl_p99_nats, kl.kl_p999_nats, kl.kl_max_nats)
+        values = (*quantiles, each.floor_nats, each.bfloat16_floor_nats)
+        rows.append((each.quantized.name, *("unknown" if value is None else nats(value) for value in values)))
+    return Table.of(("model", *head), rows)
+
+
+def paired_table(paired: Iterable[PairedDifference]) -> Table:
+    """Return differences between models, with their confidence intervals."""
+    head = ("first", "second", "KL, nats/token", "perplexity ratio", "top-1 agreement")
+    rows = [
+        (
+            pair.first,
+            pair.second,
+            _with_interval(pair.kl_nats, pair.kl_interval, "+.3g"),
+            _with_interval(pair.perplexity_ratio, pair.perplexity_interval, ".5f"),
+            _with_interval(pair.top1_agreement, pair.top1_interval, "+.2f", 100, " %"),
+        )
+        for pair in paired
+    ]
+    return Table.of(head, rows)
+
+
+def _with_interval(
+    value: Estimate, interval: Interval | None, form: str, scale: float = 1.0, unit: str = ""
+) -> NotedCell:
+    note = "" if interval is None else f"{scale * interval.low:{form}} to {scale * interval.high:{form}}"
+    return NotedCell(f"{scale * value.value:{form}}{unit}", note)
+
+
+def positions_table(comparison: Comparison) -> Table:
+    """Return the damage by the number of tokens that a prediction sees."""
+    head = ("tokens before the predicted one", "KL, nats/token", "top-1 agreement", "perplexity ratio")
+    rows = [
+        (
+            f"{each.first} to {each.last}",
+            nats(each.kl_nats),
+            percent(each.top1_agreement),
+            estimate(each.perplexity_ratio, 4),
+            estimate(each.original_perplexity, 4),
+        )
+        for each in comparison.profile.positions
+    ]
+    return Table.of((*head, "perplexity, original"), rows)
+
+
+def kinds_table(comparison: Comparison) -> Table:
+    """Return the damage on each kind of text."""
+    rows = [
+        (
+            each.kind,
+            str(each.rows),
+            nats(each.kl_nats),
+            percent(each.top1_agreement),
+            estimate(each.perplexity_ratio, 4),
+        )
+        for each in comparison.profile.kinds
+    ]
+    return Table.of(("kind of text", "rows", "KL, nats/token", "top-1 agreement", "perplexity ratio"), rows)
+
+
+def drift_table(comparisons: Sequence[Comparison]) -> Table | None:
+    """Return the relative error of hidden states after some blocks; None if it is not known of every model."""
+    if not all(each.drift for each in comparisons):
+        return None
+    count = min(len(each.drift) for each in comparisons)
+    names = [""] if len(comparisons) == 1 else [f"{each.quantized.name}, " for each in comparisons]
+    head = ["after", *(f"{name}{which}" for name in names for which in ("tokens but the first", "first token"))]
+    rows = []
+    for number in sorted({round(step * (count - 1) / (_DRIFT_ROWS - 1)) for step in range(_DRIFT_ROWS)}):
+        places = [each.drift[number] for each in comparisons]
+        block = places[0].block
+        cells = [nats(error) for place in places for error in (place.error, place.first_token)]
+        rows.append(("the token embeddings" if block is None else f"block {block}", *cells))
+    return Table.of(head, rows)
+
+
+def methods_table(comparisons: Sequence[Comparison]) -> Table:
+    """Return how it was measured."""
+    first = comparisons[0]
+    window = f"{first.rows} rows of {first.row_tokens} tokens, stride {first.stride}: none sees another"
+    facts = [
+        ("text", first.text),
+        ("fingerprint of the token ids", first.text_fingerprint),
+        ("window and stride", window),
+        ("BOS", "each row begins with it" if first.adds_bos else "none, as the tokenizer adds none"),
+        ("predicted tokens", f"{first.predicted_tokens}: all but the first of each row"),
+        ("run by", first.engine),
+        ("dtype and device", f"{first.dtype} on {first.device}"),
+        ("floor", f"{nats(first.floor_nats)} nats per token: {first.floor_definition}"),
+    ]
+    if first.bfloat16_floor_nats is not None:
+        meaning = (
+            "mean KL divergence of the original in bfloat16 from itself in float32, both on "
+            f"{first.device}, over the same {first.floor_tokens} tokens"
+        )
+        facts.append(("bfloat16 alone", f"{nats(first.bfloat16_floor_nats)} nats per token: {meaning}"))
+    facts.append(("original", f"{first.original.name}, fingerprint {first.original.fingerprint}"))
+    facts += [("quantized", f"{each.quantized.name}, fingerprint {each.quantized.fingerprint}") for each in comparisons]
+    if len(comparisons) == 1:
+        facts.append(("time", f"{first.seconds:.1f} s"))
+    return Table.of_facts([*facts, ("bpwise", __version__)])
+
+
+def detail_tables(details: Details) -> list[tuple[str, Table]]:
+    """Return further sections: their titles, and their tables."""
+    return [
+        (title, Table.of_facts((name, f"{value:.6g}" if isinstance(value, float) else str(value))
+                               for name, value in section.items()))
+        for title, section in details.items()
+    ]  # fmt: skip
