@@ -108,14 +108,7 @@ def _made(model: Exl2Model) -> tuple[tuple[str, str], ...]:
 
 
 def _changes(changes: Changes) -> str | None:
-    parts = [f"merged with the adapter {adapter.name}" for adapter in changes.adapters]
-    for value, meaning in (
-        (changes.rope_scale, "positions divided by"),
-        (changes.rope_alpha, "base of the positions for NTK alpha"),
-    ):
-        if value is not None:
-            parts.append(f"{meaning} {value:g} (in config.json: give loaders no -rs or -ra)")
-    return "; ".join(parts) or None
+    return "; ".join(f"merged with the adapter {adapter.name}" for adapter in changes.adapters) or None
 
 
 def _mapping(value: object) -> Mapping[str, Any]:
