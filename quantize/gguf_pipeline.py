@@ -38,6 +38,7 @@ from ..convert.gguf.rounder import (
 )
 from ..convert.publishing.cards import card_path, write_card
 from ..convert.publishing.mark import mark_path
+from ..convert.rounded import Drift, drift_section
 from ..errors import BudgetError, FormatError, UnsupportedModelError, WorkDirectoryError
 from ..eval.comparison import Comparison
 from ..eval.metrics.overlap import SPANS_KEY, CalibrationSpans
@@ -54,7 +55,6 @@ from .judge import Judge, refuse_marked
 from .measuring import MEASUREMENT_FILE, PLAN_FILE, GivenMeasurement, check_work, load_or_measure
 from .options import GgufConfig
 from .rounding.fallbacks import damping_fallbacks, fallback_entries, fallback_lines
-from .rounding.hidden_states import Drift, drift_section
 from .rounding.rounding_pass import ROUNDED
 from .support import largest_file_bytes, require_gguf, require_gguf_tools, require_mixture, require_types
 

@@ -30,6 +30,7 @@ from ..convert.exl2.rounding.rounder import (
     tune_model,
 )
 from ..convert.publishing.cards import write_card
+from ..convert.rounded import Drift, drift_section
 from ..errors import CheckpointError, WorkDirectoryError
 from ..eval.comparison import Comparison
 from ..eval.metrics.overlap import SPANS_KEY, CalibrationSpans
@@ -45,7 +46,6 @@ from .measuring import MEASUREMENT_FILE, PLAN_FILE, GivenMeasurement, check_work
 from .options import QuantizeConfig
 from .planning import plan_costs
 from .rounding.fallbacks import damping_fallbacks, fallback_entries, fallback_lines
-from .rounding.hidden_states import Drift, drift_section
 from .rounding.rounding_pass import ROUNDED
 from .support import exists, require_exl2
 

@@ -20,8 +20,8 @@ from ...measure.measurement import MeasuredLinear, Measurement
 from ...measure.model.stream import StreamedModel
 from ...measure.run import kept_inputs, resolve_device
 from ...progress import Progress, silent
-from ...quantize.rounding.hidden_states import Drift, kept_drift
-from ...quantize.rounding.rounding_pass import ROUNDED, RoundingPass, rounding_damping
+from ...quantize.rounding.rounding_pass import ROUNDED, RoundingPass
+from ..rounded import Drift, RoundedModel, rounding_damping
 from .ggml.kernels import Bytes, decode, encode
 from .ggml.rounding import round_to_type
 from .ggml.types import GgmlType
@@ -66,7 +66,7 @@ class RoundedTypes:
 
     def drift(self) -> list[Drift]:
         """Return how far the hidden states after every block are from the original's, over the calibration rows."""
-        return kept_drift(self.artifacts, self.blocks)
+        return RoundedModel(self.names, self.blocks, self.artifacts).drift()
 
 
 def type_rounding_identity(checkpoint: Checkpoint, plan: TypePlan, device: str) -> dict[str, Any]:
@@ -112,9 +112,8 @@ def round_types(
     source = language_model(checkpoint)
     model = StreamedModel(source, device=place, dtype=torch.float32, offload_dir=offload_dir)
     inputs = kept_inputs(work, measurement)
-    run = RoundingPass(
-        model, measurement, _TypeRounder(plan.kinds, source), artifacts, correct_drift=True, inputs=inputs
-    )
+    rounder: Any = _TypeRounder(plan.kinds, source)
+    run = RoundingPass(model, measurement, rounder, artifacts, correct_drift=True, inputs=inputs)
     table = _rounded_table(checkpoint, measurement, plan, artifacts)
     run.blocks(progress, table)
     if not measurement.embedding.tied:
@@ -169,8 +168,9 @@ class _TypeRounder:
     def __init__(self, kinds: Mapping[str, GgmlType], source: LanguageModel) -> None:
         self._kinds = kinds
         self._source = source
+        self.unquantized: frozenset[str] = frozenset()
 
-    def round_(self, measured: MeasuredLinear, target: Tensor, gram: Tensor) -> dict[str, Tensor]:
+    def round_linear(self, measured: MeasuredLinear, target: Tensor, gram: Tensor) -> dict[str, Tensor]:
         """See ``Rounder``."""
         kept = self._encoded(measured, target, gram)
         # Drift may have moved weights far, zeros above all: not by their size can a reader tell that they are in place.

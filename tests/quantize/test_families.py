@@ -14,6 +14,7 @@ from bpwise.convert.dense import dequantize_model
 from bpwise.convert.exl2.file.reader import Exl2Model
 from bpwise.convert.exl2.file.verify import verify_model
 from bpwise.convert.exl2.readers import require_reader
+from bpwise.convert.rounded import RoundedModel
 from bpwise.errors import UnsupportedModelError
 from bpwise.measure.measurement import MeasuredLinear, Measurement
 from bpwise.measure.model.stream import StreamedModel
@@ -21,7 +22,6 @@ from bpwise.measure.run import MeasureConfig
 from bpwise.measure.text.calibration import CalibrationConfig
 from bpwise.progress import silent
 from bpwise.quantize.pipeline import QuantizeConfig, quantize_model
-from bpwise.quantize.rounding.hidden_states import kept_drift
 from bpwise.quantize.rounding.rounding_pass import RoundingPass
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -35,8 +35,11 @@ class Exact:
 
     def __init__(self) -> None:
         self.grams: dict[str, torch.Tensor] = {}
+        self.unquantized: frozenset[str] = frozenset()
 
-    def round_(self, measured: MeasuredLinear, target: torch.Tensor, gram: torch.Tensor) -> dict[str, torch.Tensor]:
+    def round_linear(
+        self, measured: MeasuredLinear, target: torch.Tensor, gram: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         self.grams[measured.name] = gram.clone()
         return {"weight": target.T.contiguous()}
 
@@ -90,7 +93,7 @@ def test_without_errors_there_is_no_drift_to_correct(
     run = RoundingPass(model, Measurement.load(result.measurement), Exact(), artifacts, correct_drift=True)
     assert len(run.batches) == 4
     run.blocks(silent)
-    drifts = kept_drift(artifacts, model.block_count)
+    drifts = RoundedModel((), model.block_count, artifacts).drift()
     # Float32. A stage that looked for what another adds to the stream would move its weights by as much.
     assert max(max(drift.first_token, drift.other_tokens) for drift in drifts) < 1e-4
 

@@ -21,8 +21,9 @@ from ....measure.measurement import MeasuredLinear, Measurement
 from ....measure.model.stream import StreamedModel
 from ....measure.run import kept_inputs, resolve_device
 from ....progress import Progress, silent
-from ....quantize.rounding.hidden_states import Drift, kept_drift, last_states
-from ....quantize.rounding.rounding_pass import ROUNDED, RoundingPass, rounding_damping
+from ....quantize.rounding.rounding_pass import ROUNDED, RoundingPass
+from ... import rounded as any_format
+from ...rounded import Drift, rounding_damping
 from ..file.layout import RowGroup
 from ..file.linear import QuantizedLinear
 from ..plan.plan import LinearPlan, Plan
@@ -110,7 +111,7 @@ class RoundedModel:
 
     def drift(self) -> list[Drift]:
         """Return how far the hidden states after every block are from the original's, over the calibration rows."""
-        return kept_drift(self.artifacts, self.blocks)
+        return any_format.RoundedModel(self.names, self.blocks, self.artifacts).drift()
 
 
 def rounding_identity(checkpoint: Checkpoint, plan: Plan, config: RoundConfig) -> dict[str, Any]:
@@ -153,15 +154,13 @@ def round_model(
     artifacts = ResumeStore(work, ROUNDED, rounding_identity(checkpoint, plan, config))
     source = language_model(checkpoint)
     model = StreamedModel(source, device=device, dtype=torch.float32, offload_dir=config.offload_dir)
-    rounder = _Exl2Rounder(plan, couple_outputs=config.couple_outputs)
-    kept = [linear.name for linear in plan.kept]
+    rounder: Any = _Exl2Rounder(plan, couple_outputs=config.couple_outputs)
     run = RoundingPass(
         model,
         measurement,
         rounder,
         artifacts,
         correct_drift=config.correct_drift,
-        kept=kept,
         inputs=kept_inputs(work, measurement),
     )
     run.blocks(progress)
@@ -218,7 +217,8 @@ def tune_model(
         )
         groups = {name: _unpack(artifacts.load(name)).group_of_input for name in rounded.names if name != HEAD}
         tokens = torch.from_numpy(measurement.tokens).long()
-        wanted = last_states(artifacts, rounded.blocks, config.offload_dir)["original"]
+        states = any_format.RoundedModel(rounded.names, rounded.blocks, artifacts).last_states(config.offload_dir)
+        wanted = states["original"]
         artifacts.save(_TUNED, tune_scales(original, quantized, groups, tokens, wanted, artifacts, progress))
     return replace(rounded, tuned=artifacts.load(_TUNED))
 
@@ -229,8 +229,9 @@ class _Exl2Rounder:
     def __init__(self, plan: Plan, *, couple_outputs: bool) -> None:
         self._plans = {p.name: p for p in (*plan.linears, *([plan.head] if plan.head else []))}
         self._couple_outputs = couple_outputs
+        self.unquantized = frozenset(linear.name for linear in plan.kept)
 
-    def round_(self, measured: MeasuredLinear, target: Tensor, gram: Tensor) -> dict[str, Tensor]:
+    def round_linear(self, measured: MeasuredLinear, target: Tensor, gram: Tensor) -> dict[str, Tensor]:
         """See ``Rounder``."""
         plan = self._plans[measured.name]
         order = _stored_order(plan, measured).to(target.device)
