@@ -119,7 +119,7 @@ class MeasuringPasses:
 
     def _forward_block(self, index: int, hidden: Tensor) -> None:
         # Puts the block's output in the place of its input.
-        stages = self.model.stages(index)
+        stages = self.model.input_groups(index)
         with torch.no_grad(), self.model.block(index) as block, chunked_positionwise(block, stages):
             for batch in self.batches:
                 hidden[batch] = self.model.run_block(index, hidden[batch].to(self.model.device)).cpu()
@@ -163,7 +163,7 @@ class MeasuringPasses:
             if gradient is None:
                 gradient = self._kept(f"gradient-{index + 1}", "gradient")
             hidden = self._kept(f"input-{index}", "hidden")
-            stages = self.model.stages(index)
+            stages = self.model.input_groups(index)
             shared = [stage for stage in stages if stage.expert is None]
             experts = [stage for stage in stages if stage.expert is not None]
             packed: dict[str, Tensor] = {}

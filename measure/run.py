@@ -206,7 +206,7 @@ def measure_model(
         measured[name]
         for index in range(model.block_count)
         for measured in [run.finished(f"curves-{index}")]
-        for stage in model.stages(index)
+        for stage in model.input_groups(index)
         for name in model.family.linear_names(index, stage)
     )
     head, embedding = run.finished("head")[HEAD], run.measured_embedding()
