@@ -117,7 +117,7 @@ class MeasuringPasses:
 
     def _forward_block(self, index: int, hidden: Tensor) -> None:
         # Puts the block's output in the place of its input.
-        stages = self.model.stages(index)
+        stages = self.model.input_groups(index)
         with torch.no_grad(), self.model.block(index) as block, chunked_positionwise(block, stages):
             for batch in self.batches:
                 hidden[batch] = self.model.run_block(index, hidden[batch].to(self.model.device)).cpu()
@@ -172,7 +172,7 @@ class MeasuringPasses:
 
     def _measured_block(self, index: int, gradient: Tensor) -> dict[str, Tensor]:
         # Puts the gradient at the block's input in the place of that at its output.
-        stages = self.model.stages(index)
+        stages = self.model.input_groups(index)
         shared = [stage for stage in stages if stage.expert is None]
         experts = [stage for stage in stages if stage.expert is not None]
         packed: dict[str, Tensor] = {}
@@ -261,7 +261,7 @@ class MeasuringPasses:
             measured[name]
             for index in range(self.model.block_count)
             for measured in [self.finished(f"curves-{index}")]
-            for stage in self.model.stages(index)
+            for stage in self.model.input_groups(index)
             for name in self.model.family.linear_names(index, stage)
         ]
 

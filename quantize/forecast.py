@@ -148,7 +148,7 @@ def _tuning_memory(checkpoint: Checkpoint, rows: int, row_tokens: int, *, offloa
 def _shapes(source: LanguageModel, index: int) -> dict[InputGroup, dict[str, tuple[int, int]]]:
     # (out, in) of the linears of a block's stages.
     shapes: dict[InputGroup, dict[str, tuple[int, int]]] = {}
-    for stage in source.family.block_stages(index, source.names):
+    for stage in source.family.input_groups(index, source.names):
         for name in source.family.linear_names(index, stage):
             columns, rows = source.shape(f"{name}.weight")
             shapes.setdefault(stage, {})[name] = columns, rows

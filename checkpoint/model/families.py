@@ -56,6 +56,16 @@ class InputGroup:
     expert: int | None = None
 
     @property
+    def first(self) -> str:
+        """The first of the linears: its input is that of all."""
+        return self.linears[0]
+
+    @property
+    def joins_stream(self) -> bool:
+        """Whether the output is added to the residual stream."""
+        return self.adds is not None
+
+    @property
     def reads_stream(self) -> bool:
         """Whether the linears read what a norm makes of the residual stream, and not values or neurons."""
         return self.adds is None and not self.linears[0].endswith((".down_proj", ".w2"))
@@ -134,8 +144,8 @@ class Family:
         """Module that holds the experts, inside the block; empty where there are none."""
         return "" if self.experts is None else self.experts.path
 
-    def block_stages(self, index: int, names: Collection[str]) -> tuple[InputGroup, ...]:
-        """Return the stages of one block: those of which any linear is stored.
+    def input_groups(self, index: int, names: Collection[str]) -> tuple[InputGroup, ...]:
+        """Return the input groups of one block: those of which any linear is stored.
 
         Args:
             index: Which block.

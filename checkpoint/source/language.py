@@ -189,7 +189,7 @@ def _require_consistent(model: LanguageModel) -> None:
             f"num_hidden_layers {model.block_count} of config.json. Get the missing files, or correct config.json."
         )
     for block in range(model.block_count):
-        stages = model.family.block_stages(block, model.names)
+        stages = model.family.input_groups(block, model.names)
         if not stages:
             raise CheckpointError(
                 f"{where}: {model.family.blocks}.{block} has no linears. Got none, expected those of a "

@@ -52,7 +52,7 @@ def model_linears(source: LanguageModel) -> tuple[list[Linear], Linear]:
     family = source.family
     linears = []
     for block in range(source.block_count):
-        for stage in family.block_stages(block, source.names):
+        for stage in family.input_groups(block, source.names):
             for name in family.linear_names(block, stage):
                 columns, rows = source.shape(f"{name}.weight")
                 linears.append(Linear(name, rows, columns))

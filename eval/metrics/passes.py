@@ -45,7 +45,7 @@ def last_hidden(
     if watch is not None:
         watch(hidden)
     for index in progress(range(model.block_count), f"evaluate: {role}"):
-        with torch.no_grad(), model.block(index) as block, chunked_positionwise(block, model.stages(index)):
+        with torch.no_grad(), model.block(index) as block, chunked_positionwise(block, model.input_groups(index)):
             for batch in micro_batches(*tokens.shape):
                 hidden[batch] = model.run_block(index, hidden[batch].to(model.device)).cpu()
         _check_finite(hidden, f"{role}, {model.block_name(index)}", model.dtype)

@@ -155,9 +155,9 @@ class StreamedModel:
         """Return the embeddings of some tokens as they are stored, shape (tokens, hidden size), on the device."""
         return self._source.tensor(f"{self.embedding_name}.weight")[tokens].to(self.device, self.dtype)
 
-    def stages(self, index: int) -> tuple[InputGroup, ...]:
-        """Return the stages of a block, in the order in which it computes them; those of experts come last."""
-        return self.family.block_stages(index, self._source.names)
+    def input_groups(self, index: int) -> tuple[InputGroup, ...]:
+        """Return the input groups of a block, in the order in which it computes them; those of experts come last."""
+        return self.family.input_groups(index, self._source.names)
 
     @property
     def multiplier(self) -> float:

@@ -1,10 +1,11 @@
-"""Cancelling drift: where a stage's weight should move before it is rounded.
+"""Cancelling drift: where the weights of an input group should move before they are rounded.
 
-Legend, per stage: X original inputs, Y quantized inputs (tokens, K); W weight (K, out); H = mean y y^T, weighted, as
-every mean here, by what each token counts in the end loss (see ``measure.statistics``). With T the original's output
+Legend, per input group: X original inputs, Y quantized inputs (tokens, K); W weight (K, out); H = mean y y^T, weighted,
+as every mean here, by what each token counts in the end loss (see ``measure.statistics``). With T the original's output
 and S what Y makes of the unrounded weight, ``argmin ||Y V - T||^2 + ridge ||V - W||^2`` is
-``V = W + (H + ridge)^-1 mean y^T (t - s)``. Source: the first step of Qronos (Zhang et al., arXiv 2505.11695),
-with the residual stream's own drift included where a stage's output joins it.
+``V = W + (H + ridge)^-1 mean y^T (t - s)``. Inside the block, where t = x W and s = y W, that is ``V = W + shift W``
+with ``shift = (H + ridge)^-1 mean y^T (x - y)``, one for all linears of the group. Source: the first step of Qronos
+(Zhang et al., arXiv 2505.11695), with the residual stream's own drift included where a group's output joins it.
 
 Where a norm stands between a linear's output o and the stream, what arrives is ``o g / rms(o)`` with the norm's weight
 g. With the root mean square of the *original's* o in the place of rms(o) that is linear again: T - S is multiplied by
@@ -24,11 +25,14 @@ from ...linalg.hessian import damped_solve
 from ...linalg.sampling import subsample_tokens
 from ...measure.statistics.inputs import WeightedGram, tokens_of_halves
 
-__all__ = ["InputSums"]
+__all__ = ["InputSums", "shifted"]
 
 _RIDGES = (0.2, 0.6, 2.0, 6.0)
 """Ridges of the drift correction to choose from, relative to the mean of H's diagonal. With a few thousand calibration
 tokens 2 is best on held-out text, with tens of thousands 0.5; 0.02, which suits rounding, overfits either."""
+
+_SLICE_OUTPUTS = 16384
+"""Outputs that drift is cancelled for together: 256 MiB in float32 for 4096 inputs."""
 
 _LEAST_GAIN = 1e-3
 """Outputs that a norm scales down to less than this, relative to the largest, are not moved to cancel drift."""
@@ -41,22 +45,22 @@ _TINY = 1e-30
 
 
 class InputSums:
-    """What one stage's rounding is computed from, summed over micro-batches of the quantized stream.
+    """Sums over micro-batches of the quantized stream that one input group's rounding is computed from.
 
     Every second row goes to the second of two halves, so that what is fitted on one can be judged on the other.
     """
 
-    def __init__(self, module: Any, stage: InputGroup, device: torch.device, gains: Tensor | None = None) -> None:
+    def __init__(self, module: Any, group: InputGroup, device: torch.device, gains: Tensor | None = None) -> None:
         """Start from nothing.
 
         Args:
-            module: The stage's linear, unrounded; of several any one, as they share their input.
-            stage: The stage.
+            module: The group's linear, unrounded; of several any one, as they share their input.
+            group: The input group.
             device: Where the sums are kept.
             gains: What each output is multiplied by before it joins the residual stream, shape (out,); None for 1.
         """
         self._module = module
-        self._joins = stage.adds is not None
+        self._joins = group.joins_stream
         self._gains = torch.ones(module.out_features, device=device) if gains is None else gains
         columns = module.out_features if self._joins else module.in_features
         self._halves = [_Half(module.in_features, columns, device) for _ in range(2)]
@@ -73,8 +77,8 @@ class InputSums:
 
         Args:
             first_row: Index of its first row among all calibration rows.
-            inputs: y, the stage's inputs in the quantized stream, shape (rows, tokens, K) or (rows * tokens, K).
-            target: The original's input of the stage or, where it joins the residual stream, the original's sum there
+            inputs: y, the group's inputs in the quantized stream, shape (rows, tokens, K) or (rows * tokens, K).
+            target: The original's input of the group or, where it joins the residual stream, the original's sum there
                 less what the output is added to.
             weights: Weight of each token, shape (rows, tokens).
             sizes: What the original's output of each token is divided by before it joins the stream, shape (rows,
@@ -95,7 +99,7 @@ class InputSums:
             half.add(inputs.flatten(0, 1)[of_half], missing.flatten(0, 1)[of_half], weights.flatten()[of_half])
 
     def add_tokens(self, rows: Tensor, inputs: Tensor, target: Tensor, weights: Tensor) -> None:
-        """Add single tokens of a stage whose output stays inside the block.
+        """Add single tokens of a group whose output stays inside the block.
 
         Args:
             rows: Index of each one's row among all calibration rows, int64, shape (tokens,).
@@ -108,7 +112,7 @@ class InputSums:
             half.add(inputs[of_half], (target - inputs)[of_half], weights[of_half])
 
     def solved(self, *, correct_drift: bool) -> tuple[Tensor, Tensor | None]:
-        """Return H, and the shift of the weight that cancels drift, (K, out) for a joining stage, else (K, K).
+        """Return H, and the shift of the weight that cancels drift, (K, out) for a joining group, else (K, K).
 
         The ridge is the one whose fit on one half leaves least drift on the other; there is no shift where none of them
         leaves less than there was. Ends the summing.
@@ -136,6 +140,24 @@ class InputSums:
         return _RIDGES[left.index(min(left))] if min(left) < 0 else None
 
 
+def shifted(weight: Tensor, shift: Tensor | None, *, joins: bool) -> Tensor:
+    """Return V, the weight to round, float32, shape (K, out), contiguous, in memory of its own.
+
+    Args:
+        weight: W as the module has it, any floating dtype, shape (out, K). It gets no second copy in its own dtype.
+        shift: As ``InputSums.solved`` returns it; None to leave W where it is.
+        joins: Whether the output joins the residual stream: V = W + shift, else V = W + shift W.
+    """
+    moved = torch.empty(weight.T.shape, device=weight.device)
+    for first in range(0, len(weight), _SLICE_OUTPUTS):
+        columns = slice(first, first + _SLICE_OUTPUTS)
+        plain = weight[columns].float().T
+        if shift is not None:
+            plain = plain + shift[:, columns] if joins else torch.addmm(plain, shift, plain)
+        moved[:, columns] = plain
+    return moved
+
+
 class _Half:
     """Sums over half of the rows."""
 
@@ -145,10 +167,10 @@ class _Half:
         self._rng = torch.Generator().manual_seed(0)
 
     def add(self, inputs: Tensor, missing: Tensor, weights: Tensor) -> None:
-        kept, weights = subsample_tokens(weights, self._rng)
-        inputs = inputs[kept]
+        drawn, weights = subsample_tokens(weights, self._rng)
+        inputs = inputs[drawn]
         self.gram.add(inputs, weights)
-        self.missing.addmm_((inputs * weights[:, None]).T, missing[kept])
+        self.missing.addmm_((inputs * weights[:, None]).T, missing[drawn])
 
 
 def _weighted_sum_(parts: list[Tensor], weights: Sequence[float]) -> Tensor:

@@ -109,7 +109,7 @@ def rounded_before(
     """
     store = ResumeStore.existing(work, ROUNDED, rounding_identity(checkpoint, plan, rounder, config))
     blocks = language_model(checkpoint).block_count
-    wanted = [*rounder.names, *(f"drift-{index}" for index in range(blocks))]
-    if store is None or not all(map(store.has, wanted)):
+    artifacts = [*rounder.names, *(f"drift-{index}" for index in range(blocks))]
+    if store is None or not all(map(store.has, artifacts)):
         return None
     return RoundedModel(rounder.names, blocks, store)

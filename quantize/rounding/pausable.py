@@ -1,9 +1,9 @@
-"""Forward passes that stop at given places inside a module, and go on when told to.
+"""Forward passes that pause at chosen places inside a module, and go on one by one.
 
-Rounding needs the inputs of one stage of a block from *all* micro-batches before it can set the stage's weights, and
-only then can the forward pass go on. Each micro-batch's forward runs in a thread of its own that waits at the stops, so
-nothing is computed twice and only what the forward itself still needs is kept. Where that is too much, a forward is
-ended at each stop and begun anew for the next. One thread runs at a time.
+Rounding needs what one input group of a block reads in *all* micro-batches before it can set the group's weights, and
+only then can the forward pass go on. Each micro-batch's forward runs in a thread of its own that pauses at the stops,
+so nothing is computed twice and only what the forward itself still needs is in memory. Where that is too much, a
+forward is ended at each stop and begun anew for the next. One thread runs at a time.
 """
 
 from __future__ import annotations
@@ -16,11 +16,43 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["PausableForwards"]
+__all__ = ["PausableForwards", "run_until"]
+
+
+class _Reached(Exception):
+    """Ends a forward at a module."""
+
+    def __init__(self, inputs: Tensor) -> None:
+        super().__init__()
+        self.inputs = inputs
+
+
+def run_until(module: nn.Module, run: Callable[[], object]) -> Tensor:
+    """Run a forward up to one module, and no further.
+
+    Args:
+        module: Where it ends; the forward calls it with its input as the first argument.
+        run: The forward.
+
+    Returns:
+        The module's input. Hooks that the module had before have seen it too.
+    """
+
+    def stop(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        raise _Reached(args[0])
+
+    handle = module.register_forward_pre_hook(stop)
+    try:
+        run()
+    except _Reached as reached:
+        return reached.inputs
+    finally:
+        handle.remove()
+    raise AssertionError("the forward calls the module")
 
 
 class _Abandoned(BaseException):
-    """Ends the forward of a thread whose result is not wanted any more."""
+    """Ends the forward of a thread whose result is not needed any more."""
 
 
 class _Forward:
@@ -47,7 +79,7 @@ class _Forward:
             raise self.error
 
     def stop(self) -> None:
-        """Wait, inside the thread, until told to go on."""
+        """Pause, inside the thread, until ``advance`` is called again."""
         self._has_stopped.release()
         self._may_go.acquire()
         if self._abandoned:
@@ -85,20 +117,20 @@ class PausableForwards:
         outputs: Sequence[str],
         runs: Sequence[Callable[[], Tensor]],
         *,
-        waiting: bool = True,
+        keep_paused: bool = True,
     ) -> None:
         """Prepare the passes; nothing runs yet.
 
         Args:
             module: What ``runs`` call; its submodules are watched while the context lasts.
             stops: Submodules before which every pass stops, in the order in which the module calls them.
-            outputs: Submodules whose output is kept until the next stop; of several outputs the first.
+            outputs: Submodules whose output is tapped until the next stop; of several outputs the first.
             runs: One forward for each micro-batch.
-            waiting: Whether all passes wait at a stop together; else only the latest does, and the others are run from
-                their beginning again.
+            keep_paused: Whether all passes pause at a stop together; else only the latest does, and the others are run
+                from their beginning again.
         """
         self._runs = tuple(runs)
-        self._waiting = waiting
+        self._keep_paused = keep_paused
         self._passed = [0] * len(runs)
         self._forwards = [_Forward(run) for run in runs]
         self._current = self._forwards[0]
@@ -113,7 +145,7 @@ class PausableForwards:
             module = self._module.get_submodule(name)
             self._handles.append(module.register_forward_pre_hook(self._stop_at(name), with_kwargs=True))
         for name in self._outputs:
-            self._handles.append(self._module.get_submodule(name).register_forward_hook(self._keep(name)))
+            self._handles.append(self._module.get_submodule(name).register_forward_hook(self._tap(name)))
         return self
 
     def __exit__(
@@ -132,10 +164,10 @@ class PausableForwards:
             number: Index of the micro-batch.
 
         Returns:
-            By name of the submodule, its input where the pass stopped, and the outputs seen since the last stop; empty
+            Taps by name of the submodule: its input where the pass stopped, and the outputs since the last stop; empty
             when the pass goes on. Whatever the pass raises is raised here.
         """
-        if not self._waiting:
+        if not self._keep_paused:
             self._current.abandon()
             self._forwards[number] = _Forward(self._runs[number], self._passed[number])
             self._passed[number] += 1
@@ -154,7 +186,7 @@ class PausableForwards:
     def _stop_at(self, name: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
             forward = self._current
-            if forward.passed:  # its stage is finished
+            if forward.passed:  # its linears are rounded
                 forward.passed -= 1
                 forward.taps.clear()
                 return
@@ -164,7 +196,7 @@ class PausableForwards:
 
         return hook
 
-    def _keep(self, name: str) -> Any:
+    def _tap(self, name: str) -> Any:
         def hook(_module: nn.Module, _args: tuple[Tensor, ...], output: Any) -> None:
             self._current.taps[name] = output[0] if isinstance(output, tuple) else output
 

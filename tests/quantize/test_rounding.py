@@ -17,8 +17,8 @@ from bpwise.measure.model import states, stream
 from bpwise.measure.model.stream import StreamedModel
 from bpwise.measure.run import MeasureConfig, measure_model
 from bpwise.measure.text.calibration import CalibrationSet
-from bpwise.quantize.rounding import drift, rounding_pass
-from bpwise.quantize.rounding.rounding_pass import RoundingPass, _shifted
+from bpwise.quantize.rounding import drift, targets
+from bpwise.quantize.rounding.drift import shifted
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -339,8 +339,8 @@ def test_states_that_measuring_left_behind_are_not_computed_again(
     plan = measured.plan(4.0)
     fresh = measured.round(plan, tmp_path / "fresh")
     stopped = []
-    run_until = RoundingPass._run_until
-    monkeypatch.setattr(RoundingPass, "_run_until", lambda *args: stopped.append(args) or run_until(*args))
+    run_until = targets.run_until
+    monkeypatch.setattr(targets, "run_until", lambda *args: stopped.append(args) or run_until(*args))
     shutil.copytree(measured.work, tmp_path / "same")
     again = measured.round(plan, tmp_path / "same")
     assert fresh.names == again.names
@@ -371,15 +371,15 @@ def test_states_in_files_change_nothing(
 @pytest.mark.parametrize("joins", [True, False], ids=["joins-the-stream", "inside"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 def test_a_weight_is_shifted_in_slices(joins: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounding_pass, "_SLICE_OUTPUTS", 7)
+    monkeypatch.setattr(drift, "_SLICE_OUTPUTS", 7)
     rng = torch.Generator().manual_seed(0)
     weight = torch.randn(20, 16, generator=rng).to(dtype)
     shift = torch.randn(16, 20 if joins else 16, generator=rng)
     plain = weight.double().T
     expected = plain + (shift.double() if joins else shift.double() @ plain)
     # float32 sums of 16 products around 1
-    torch.testing.assert_close(_shifted(weight, shift, joins), expected.float(), rtol=1e-5, atol=1e-5)
-    unmoved = _shifted(weight, None, joins)
+    torch.testing.assert_close(shifted(weight, shift, joins=joins), expected.float(), rtol=1e-5, atol=1e-5)
+    unmoved = shifted(weight, None, joins=joins)
     assert torch.equal(unmoved, plain.float())
     assert unmoved.is_contiguous()
     unmoved.zero_()

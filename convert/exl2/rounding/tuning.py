@@ -205,7 +205,7 @@ def _add_gradient(
 
 @contextmanager
 def _running(model: StreamedModel, scales: GroupScales, index: int) -> Iterator[None]:
-    stages = model.stages(index)
+    stages = model.input_groups(index)
     names = [model.family.linear_names(index, stage) for stage in stages]
     linears = {
         inner: name

@@ -137,7 +137,7 @@ def test_linears_and_experts_see_one_piece_after_another(
     tokens = torch.randint(0, 48, (2, 19), generator=torch.Generator().manual_seed(1))
     hidden = model.embed(tokens[:1]).repeat(2, 1, 1) + torch.randn(2, 19, 32)
     gradient = torch.randn(2, 19, 32)
-    stages = model.stages(0)
+    stages = model.input_groups(0)
     mixed = [stage for stage in stages if stage.expert is not None]
 
     def passes() -> tuple[Tensor, ExpertInputs, list[InputStatistics]]:

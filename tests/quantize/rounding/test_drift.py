@@ -26,8 +26,8 @@ def tokens(width: int, seed: int) -> Tensor:
     return torch.randn(ROWS, TOKENS, width, generator=torch.Generator().manual_seed(seed))
 
 
-def summed(stage: InputGroup, module: nn.Linear, inputs: Tensor, target: Tensor, weights: Tensor) -> InputSums:
-    sums = InputSums(module, stage, CPU)
+def summed(group: InputGroup, module: nn.Linear, inputs: Tensor, target: Tensor, weights: Tensor) -> InputSums:
+    sums = InputSums(module, group, CPU)
     for batch in (slice(0, 7), slice(7, 8), slice(8, ROWS)):  # odd cuts: a row's half does not depend on its batch
         sums.add(batch.start, inputs[batch], target[batch], weights[batch])
     return sums
@@ -41,7 +41,7 @@ def naive(inputs: Tensor, missing: Tensor, weights: Tensor, ridge: float) -> tup
     return gram, torch.linalg.solve(damped, (w * y).T @ m / w.sum())
 
 
-def test_stage_inside_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_group_inside_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drift, "_RIDGES", (0.7,))
     inputs, weights = tokens(WIDTH, 1), tokens(1, 2)[..., 0].square()
     target = inputs @ (torch.eye(WIDTH) + 0.3 * torch.randn(WIDTH, WIDTH)) + 0.1 * tokens(WIDTH, 3)
@@ -52,7 +52,7 @@ def test_stage_inside_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.allclose(shift.double(), expected, atol=1e-5)
 
 
-def test_stage_that_joins_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_group_that_joins_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drift, "_RIDGES", (0.2,))
     module, inputs, stream = linear(), tokens(WIDTH, 1), tokens(OUT, 4)
     weights = torch.ones(ROWS, TOKENS)

@@ -3,7 +3,7 @@ from functools import partial
 
 import pytest
 import torch
-from bpwise.quantize.rounding.pausable import PausableForwards
+from bpwise.quantize.rounding.pausable import PausableForwards, run_until
 from torch import Tensor, nn
 
 
@@ -21,9 +21,9 @@ class Block(nn.Module):
         return hidden + self.second(self.norm(hidden))
 
 
-def stepped(block: Block, batches: list[Tensor], waiting: bool = True) -> PausableForwards:
+def pausable(block: Block, batches: list[Tensor], keep_paused: bool = True) -> PausableForwards:
     runs = [partial(block, batch) for batch in batches]
-    return PausableForwards(block, ["first", "second"], ["norm"], runs, waiting=waiting)
+    return PausableForwards(block, ["first", "second"], ["norm"], runs, keep_paused=keep_paused)
 
 
 def batches() -> list[Tensor]:
@@ -31,19 +31,19 @@ def batches() -> list[Tensor]:
     return [torch.randn(3, 4, generator=rng) for _ in range(3)]
 
 
-@pytest.mark.parametrize("waiting", [True, False])
-def test_weights_set_between_stops_are_used(waiting: bool) -> None:
+@pytest.mark.parametrize("keep_paused", [True, False])
+def test_weights_set_between_stops_are_used(keep_paused: bool) -> None:
     block, inputs = Block(), batches()
     twice, thrice = 2 * torch.eye(4), 3 * torch.eye(4)
-    with torch.no_grad(), stepped(block, inputs, waiting) as forwards:
+    with torch.no_grad(), pausable(block, inputs, keep_paused) as forwards:
         for number, batch in enumerate(inputs):
             assert torch.equal(forwards.advance(number)["first"], batch)
         block.first.weight.copy_(twice)
         for number, batch in enumerate(inputs):
-            seen = forwards.advance(number)
-            assert torch.equal(seen["second"], 3 * batch)
-            assert torch.equal(seen["norm"], 3 * batch)
-            assert "first" not in seen
+            taps = forwards.advance(number)
+            assert torch.equal(taps["second"], 3 * batch)
+            assert torch.equal(taps["norm"], 3 * batch)
+            assert "first" not in taps
         block.second.weight.copy_(thrice)
         for number, batch in enumerate(inputs):
             assert torch.equal(forwards.finish(number), 12 * batch)
@@ -51,7 +51,7 @@ def test_weights_set_between_stops_are_used(waiting: bool) -> None:
 
 def test_no_gradients_are_kept() -> None:
     block, inputs = Block(), batches()
-    with stepped(block, inputs[:1]) as forwards:
+    with pausable(block, inputs[:1]) as forwards:
         forwards.advance(0)
         forwards.advance(0)
         assert not forwards.finish(0).requires_grad
@@ -60,7 +60,7 @@ def test_no_gradients_are_kept() -> None:
 def test_error_inside_a_pass_is_raised_and_threads_end() -> None:
     block, inputs = Block(), [*batches()[:2], torch.ones(3, 5)]
     before = threading.active_count()
-    with pytest.raises(RuntimeError, match="shapes"), stepped(block, inputs) as forwards:
+    with pytest.raises(RuntimeError, match="shapes"), pausable(block, inputs) as forwards:
         for number in range(3):
             forwards.advance(number)
         for number in range(3):
@@ -69,22 +69,31 @@ def test_error_inside_a_pass_is_raised_and_threads_end() -> None:
     block(inputs[0])  # nothing stops it any more
 
 
-def test_leaving_early_ends_waiting_passes() -> None:
+def test_leaving_early_ends_paused_passes() -> None:
     block, inputs = Block(), batches()
     before = threading.active_count()
-    with stepped(block, inputs) as forwards:
+    with pausable(block, inputs) as forwards:
         forwards.advance(0)
         forwards.advance(1)
         assert threading.active_count() == before + 2
     assert threading.active_count() == before
 
 
-def test_passes_that_do_not_wait_are_ended_one_by_one() -> None:
+def test_passes_that_are_not_kept_are_ended_one_by_one() -> None:
     block, inputs = Block(), batches()
     before = threading.active_count()
-    with stepped(block, inputs, waiting=False) as forwards:
+    with pausable(block, inputs, keep_paused=False) as forwards:
         for _ in range(2):
             for number in range(3):
                 forwards.advance(number)
                 assert threading.active_count() == before + 1
     assert threading.active_count() == before
+
+
+def test_a_forward_ends_at_a_module() -> None:
+    block, batch = Block(), batches()[0]
+    expected = batch + block.first(batch)
+    with torch.no_grad():
+        assert torch.equal(run_until(block.second, partial(block, batch)), expected)
+        block.second.weight.zero_()
+        assert torch.equal(block(batch), expected)  # nothing ends it any more

@@ -1,0 +1,131 @@
+"""Rounding one block, input group by input group, each on what the groups rounded before it make of their inputs.
+
+Notes:
+    For the linears W, shape (K, out), of one input group, with the inputs y that they get in the quantized model and
+    d, what these miss of their targets (``targets``); means are weighted by what each token counts in the end loss:
+
+    1. ``H = mean y y^T`` and ``mean y^T d`` are summed over all micro-batches, forward by forward  (``_sum_inputs``)
+    2. ``V = W + (H + ridge)^-1 mean y^T d`` cancels drift                                          (``drift``)
+    3. V is rounded with error feedback: with ``U^T U = (H + damping)^-1``, row i becomes q_i, and its error
+       ``e_i = (v_i - q_i) / U_ii`` is fed into the rows after it, ``v_j -= U_ij e_i``              (``Rounder``)
+    4. Q, as a reader will decode it, takes the place of W; the forwards go on to the next group    (``pausable``)
+
+    Sources: 2 is the first step of Qronos (Zhang et al., arXiv 2505.11695), 3 is GPTQ (Frantar et al., arXiv
+    2210.17323, section 3.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...checkpoint.model.families import InputGroup
+from ...measure.model.stream import StreamedModel, check_finite
+from .drift import InputSums
+from .experts import round_experts_
+from .linears import LinearRounder
+from .pausable import PausableForwards
+from .targets import Targets, experts_input, run_micro_batch, subtract_
+
+__all__ = ["BlockRounding"]
+
+
+class BlockRounding:
+    """One block on its way from the original's weights to the quantized ones.
+
+    Attributes:
+        groups: Input groups with something to round, in the order of computation; in the place of all experts' groups
+            ``experts_input``.
+    """
+
+    def __init__(
+        self, model: StreamedModel, index: int, block: Any, linears: LinearRounder, batches: Sequence[slice]
+    ) -> None:
+        """Look at the block's input groups; nothing is rounded.
+
+        Args:
+            model: The original.
+            index: Which block.
+            block: The block, its weights loaded.
+            linears: Rounds them.
+            batches: The micro-batches.
+        """
+        self._model = model
+        self._index = index
+        self._block = block
+        self._linears = linears
+        self._batches = batches
+        self._all_groups = model.input_groups(index)
+        self._names = {group: linears.names_of(index, group) for group in self._all_groups}
+        self._experts_input = experts_input(model.family)
+        self._experts = [group for group in self._all_groups if group.expert is not None and self._names[group]]
+        self.groups = [group for group in self._all_groups if group.expert is None and self._names[group]]
+        if self._experts:
+            self.groups.append(self._experts_input)
+
+    def round_(self, targets: Targets, stream: Tensor) -> None:
+        """Round the block's linears, and run the block so.
+
+        Args:
+            targets: Targets of ``groups``, by the original; each is let go once its group's inputs are summed.
+            stream: What enters the block in the quantized model, shape (rows, tokens, hidden size), on the CPU. In its
+                place comes what leaves it.
+
+        Raises:
+            NumericalError: NaN or infinity leaves it.
+        """
+        subtract_(targets, stream)
+        self._cast_unquantized_()
+        with self._forwards(stream) as forwards:
+            for group in self.groups:
+                if group is self._experts_input:
+                    self._round_experts_(targets, forwards)
+                else:
+                    sums = self._sum_inputs(group, targets, forwards)
+                    self._linears.round_group_(self._block, group, self._names[group], sums)
+            for number, batch in enumerate(self._batches):
+                stream[batch] = forwards.finish(number).cpu()
+        check_finite(stream, f"{self._model.block_name(self._index)}, quantized")
+
+    def _cast_unquantized_(self) -> None:
+        # Writers keep in float16 what is not rounded.
+        for group, names in self._names.items():
+            for inner in set(group.linears) - names.keys():
+                weight = self._block.get_submodule(inner).weight
+                weight.copy_(weight.half())
+
+    def _forwards(self, stream: Tensor) -> PausableForwards:
+        # All that paused forwards hold is little beside a CPU's memory, but not beside that of a small GPU.
+        keep_paused = self._model.device.type == "cpu" and self._model.offload_dir is None
+        stops = [group.first for group in self.groups]
+        runs = [partial(run_micro_batch, self._model, self._index, stream, batch) for batch in self._batches]
+        return PausableForwards(self._block, stops, self._adding(), runs, keep_paused=keep_paused)
+
+    def _adding(self) -> list[str]:
+        return [group.adds for group in self._all_groups if group.adds]
+
+    def _sum_inputs(self, group: InputGroup, targets: Targets, forwards: PausableForwards) -> InputSums:
+        # Run every forward up to the group. Its target, and all taps, go when this ends.
+        target = targets[group]
+        weights = self._linears.token_weights(next(iter(self._names[group].values())))
+        module = self._block.get_submodule(next(iter(self._names[group])))
+        sums = InputSums(module, group, self._model.device, target.gains)
+        for number, batch in enumerate(self._batches):
+            taps = forwards.advance(number)
+            for name in self._adding():
+                if name in taps:
+                    subtract_(targets, taps[name], batch, self._model.multiplier)
+            sizes = None if target.sizes is None else target.sizes[batch]
+            sums.add(batch.start, taps[group.first], target.values[batch], weights[batch], sizes)
+        targets.pop(group)
+        return sums
+
+    def _round_experts_(self, targets: Targets, forwards: PausableForwards) -> None:
+        path = self._experts_input.first
+        inputs = torch.cat([forwards.advance(number)[path].cpu() for number in range(len(self._batches))])
+        original = targets.pop(self._experts_input).values
+        round_experts_(self._linears, self._index, self._block, self._experts, original, inputs)

@@ -1,0 +1,192 @@
+"""Targets of a block's linears: what the original sees and makes where they stand.
+
+Notes:
+    A linear whose output stays inside the block has the original's input as its target. One whose output joins the
+    residual stream should bring the quantized stream to where the original's is. With the streams r and r' into the
+    block, what the original's modules add to it, a_1, a_2, ..., what the quantized block's do, a'_1, a'_2, ..., and
+    the family's multiplier m, the i-th of them should add
+
+        t_i = (r + m a_1 + ... + m a_i) - (r' + m a'_1 + ... + m a'_(i-1)).
+
+    The first bracket is computed here, all that the quantized model makes is subtracted (``subtract_``) as it arrives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...checkpoint.model.families import Family, InputGroup
+from ...measure.model.stream import StreamedModel, check_finite, micro_batches
+from ...measure.statistics.inputs import tapped_inputs, tapped_outputs
+from .pausable import run_until
+
+__all__ = ["OriginalBlock", "Target", "Targets", "experts_input", "run_micro_batch", "subtract_"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Target:
+    """Target of one input group.
+
+    Attributes:
+        values: The original's input of the group or, where it joins the residual stream, what it should add, shape
+            (rows, tokens, width), on the CPU.
+        sizes: Where a norm follows, what it divides the original's output of each token by, shape (rows, tokens, 1).
+        gains: Where the group joins the stream, what each output is multiplied by on its way into it, the norm's
+            division apart, shape (out,), on the device.
+    """
+
+    values: Tensor
+    sizes: Tensor | None
+    gains: Tensor | None
+
+
+Targets = dict[InputGroup, Target]
+"""Targets of the groups of a block that have not been rounded yet."""
+
+
+def experts_input(family: Family) -> InputGroup:
+    """Return the group that stands for all experts, whose common input is that of the module that holds them."""
+    return InputGroup((family.experts_path,))
+
+
+def subtract_(targets: Targets, arrived: Tensor, batch: slice = slice(None), multiplier: float = 1.0) -> None:
+    """Subtract what is in the quantized stream by now from all that should be added to it.
+
+    Args:
+        targets: Targets of the groups to come.
+        arrived: Part of the quantized stream, of the tokens of ``batch``.
+        batch: Rows that it belongs to.
+        multiplier: What it is multiplied by.
+    """
+    for group, target in targets.items():
+        if group.joins_stream:
+            missing = target.values[batch]
+            missing.sub_(arrived.view(missing.shape).to(missing.device), alpha=multiplier)
+
+
+def run_micro_batch(model: StreamedModel, index: int, hidden: Tensor, batch: slice) -> Tensor:
+    """Return what a block, which must be loaded, makes of a micro-batch of the hidden states, on the device."""
+    return model.run_block(index, hidden[batch].to(model.device))
+
+
+class OriginalBlock:
+    """One block of the original, its weights loaded and not rounded yet."""
+
+    def __init__(
+        self, model: StreamedModel, index: int, block: Any, tokens: Tensor, groups: Collection[InputGroup]
+    ) -> None:
+        """Hold what a run needs; nothing runs.
+
+        Args:
+            model: The original.
+            index: Which block.
+            block: The block.
+            tokens: The calibration rows, shape (rows, tokens).
+            groups: Groups to find targets of; ``experts_input`` may be among them.
+        """
+        self._model = model
+        self._index = index
+        self._block = block
+        self._tokens = tokens
+        self._groups = groups
+        self._all_groups = model.input_groups(index)
+        self._joining = [group for group in self._all_groups if group.joins_stream]
+        self._values: dict[str, Tensor] = {}
+
+    @property
+    def last_group_only_adds(self) -> bool:
+        """Whether the last group need not run where the block's output is known."""
+        plain = all(group.expert is None and not group.normed for group in self._all_groups)
+        return plain and [group.joins_stream for group in self._all_groups[-2:]] == [False, True]
+
+    def run(self, hidden: Tensor, known: Tensor | None) -> tuple[Targets, Tensor]:
+        """Run the block on all rows.
+
+        Args:
+            hidden: What enters it, shape (rows, tokens, hidden size), on the CPU.
+            known: What leaves it, if that is known and ``last_group_only_adds``.
+
+        Returns:
+            The targets, nothing of the quantized model subtracted from them, and what leaves the block.
+
+        Raises:
+            NumericalError: NaN or infinity leaves it.
+        """
+        reading = [group.first for group in self._groups if not group.joins_stream]
+        norms = [group.adds for group in self._groups if group.adds and group.normed]
+        adding = [group.adds for group in self._joining if group.adds]
+        output = self._model.new_state(self._tokens) if known is None else known
+        for batch in micro_batches(*self._tokens.shape):
+            forward = partial(run_micro_batch, self._model, self._index, hidden, batch)
+            with (
+                tapped_inputs(self._block, [*reading, *norms]) as inputs,
+                tapped_outputs(self._block, adding) as added,
+            ):
+                if known is None:
+                    output[batch] = forward().cpu()
+                else:
+                    run_until(self._block.get_submodule(self._all_groups[-2].first), forward)
+            self._record_inputs(batch, {name: inputs[name] for name in reading})
+            self._record_sums(batch, hidden, added, known)
+            self._record_sizes(batch, {name: inputs[name] for name in norms})
+        check_finite(output, self._model.block_name(self._index))
+        return self._targets(), output
+
+    def _record_inputs(self, batch: slice, inputs: Mapping[str, Tensor]) -> None:
+        # Groups that read the same tensor, as queries, keys and values do, have one target in memory.
+        first_with: dict[int, str] = {}
+        for name, values in inputs.items():
+            first = first_with.setdefault(id(values), name)
+            if first == name:
+                self._record(name, batch, values)
+            else:
+                self._values[name] = self._values[first]
+
+    def _record_sums(self, batch: slice, hidden: Tensor, added: Mapping[str, Tensor], known: Tensor | None) -> None:
+        # The original's stream after every module that adds to it.
+        stream = hidden[batch].to(self._model.device)
+        for group in self._joining:
+            if known is not None and group is self._joining[-1]:
+                stream = known[batch]
+            elif group.adds:
+                stream = stream + self._model.multiplier * added[group.adds]
+            if group in self._groups:
+                self._record(group.first, batch, stream)
+
+    def _record_sizes(self, batch: slice, outputs: Mapping[str, Tensor]) -> None:
+        # Root mean squares of what norms divide by them.
+        for name, values in outputs.items():
+            self._record(name, batch, values.square().mean(dim=-1, keepdim=True).sqrt())
+
+    def _record(self, name: str, batch: slice, values: Tensor) -> None:
+        # Values of a micro-batch's tokens, among those of all tokens.
+        if name not in self._values:
+            self._values[name] = self._model.new_state(self._tokens, values.shape[-1])
+        of_batch = self._values[name][batch]
+        of_batch.copy_(values.view(of_batch.shape))
+
+    def _targets(self) -> Targets:
+        values, self._values = self._values, {}
+        return {
+            group: Target(
+                values=values[group.first],
+                sizes=values[group.adds] if group.adds and group.normed else None,
+                gains=self._gains(group),
+            )
+            for group in self._groups
+        }
+
+    def _gains(self, group: InputGroup) -> Tensor | None:
+        if group.adds is None:
+            return None
+        module: Any = self._block.get_submodule(group.first)
+        gains = torch.full((module.out_features,), self._model.multiplier, device=self._model.device)
+        if group.normed:
+            gains = gains * self._block.get_submodule(group.adds)(torch.ones_like(gains)).float()
+        return gains
