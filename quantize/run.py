@@ -16,6 +16,7 @@ from ..convert.publishing.cards import write_card
 from ..convert.rounded import RoundedModel
 from ..eval.comparison import Comparison
 from ..eval.metrics.overlap import CalibrationSpans
+from ..eval.report.content import Report
 from ..eval.report.report import carried_over, earlier_details, write_report
 from ..measure.measurement import Measurement
 from ..measure.run import MEASURED, resolve_device
@@ -292,8 +293,12 @@ class _OutputRun:
         if job.judge is not None and result.comparison is not None:
             directory, prefix = place.directory, place.prefix
             earlier = earlier_details(directory, result.comparison, prefix=prefix) if finished else {}
-            details = {**carried_over(report_details(result), earlier), **job.judge.details()}
-            write_report(result.comparison, directory, details, costs=result.plan.costs(), prefix=prefix)
+            report = Report(
+                comparisons=(result.comparison,),
+                costs=(result.plan.costs(),),
+                details={**carried_over(report_details(result), earlier), **job.judge.details()},
+            )
+            write_report(report, directory, prefix=prefix)
             job.judge.mark_if_broken(self._output, result.comparison, predicted_nats=result.plan.damage_nats)
         if job.conversion.writes_card:
             write_card(self._output, original=job.checkpoint.directory, base_model=job.config.base_model)

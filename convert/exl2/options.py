@@ -23,7 +23,7 @@ _SHARD_BYTES = 8192 * _MIB
 
 
 def _head_bits(text: str) -> HeadBits:
-    return AUTO if text == AUTO else int(text)
+    return "auto" if text == AUTO else int(text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

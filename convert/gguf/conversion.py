@@ -158,7 +158,7 @@ class GgufConversion(Conversion):
         self,
         rounded: RoundedModel | None,
         output: Path,
-        plan: GgufPlan,
+        plan: Any,
         measurement: Measurement | None,
         provenance: Provenance,
         progress: Progress,

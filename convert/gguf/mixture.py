@@ -147,7 +147,7 @@ class MixtureConversion(GgufConversion):
         self,
         rounded: RoundedModel | None,
         output: Path,
-        plan: MixturePlan,
+        plan: Any,
         measurement: Measurement | None,
         provenance: Provenance,
         progress: Progress,
