@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from html import escape
 
-from ...metrics.numbers import visible
-
 __all__ = [
     "LOG_RATIO",
     "STYLE",
@@ -21,6 +19,7 @@ __all__ = [
     "series_color",
     "short_number",
     "shortened",
+    "visible",
 ]
 
 WIDTH = 400
@@ -32,6 +31,8 @@ LOG_RATIO = 8
 _SERIES = 8
 _GOOD_STEPS = (1, 2, 2.5, 5, 10)
 _LABEL_CHARACTERS = 26
+
+_SIGNS = {" ": "␣", "\n": "⏎", "\t": "⇥"}
 
 STYLE = """
 .bp { --bp-ink: #1d2530; --bp-muted: #5d6878; --bp-grid: #e3e7ec; --bp-paper: #ffffff; --bp-heat: #c2410c;
@@ -196,6 +197,24 @@ def shortened(text: str) -> str:
         return text
     half = (_LABEL_CHARACTERS - 1) // 2
     return f"{text[:half]}…{text[-half:]}"
+
+
+def visible(text: str, *, spaces: bool = True) -> str:
+    """Return text with a sign for everything that would not be seen, or would reorder what is around it.
+
+    Args:
+        text: What a token decodes to, or a piece of text.
+        spaces: Whether spaces get a sign too; line breaks then lose their effect, otherwise they keep it.
+    """
+
+    def shown(sign: str) -> str:
+        if sign == " " and not spaces:
+            return sign
+        if sign == "\n" and not spaces:
+            return "⏎\n"
+        return _SIGNS.get(sign) or (sign if sign.isprintable() else repr(sign)[1:-1])
+
+    return "".join(map(shown, text))
 
 
 def _safe(text: str) -> str:
