@@ -102,7 +102,8 @@ class Table:
             kind: CSS class; ``sortable`` gives titles a button and cells what they are sorted by.
             id: The element's id; empty for none.
         """
-        name = Markup(' id="{}"').format(id) if id else ""
+        given = {key: value for key, value in (("id", id), ("class", kind)) if value}
+        attributes = Markup("").join(Markup(' {}="{}"').format(*pair) for pair in given.items())
         head: list[Markup] = []
         if any(self.header):
             title = Markup('<th><button type="button">{}</button></th>' if kind == "sortable" else "<th>{}</th>")
@@ -111,7 +112,7 @@ class Table:
         rows = [Markup("").join(_html_cell(each, i, kind) for i, each in enumerate(row)) for row in self.rows]
         body = Markup("\n").join(Markup("<tr>{}</tr>").format(row) for row in rows)
         inside = Markup("\n").join([*head, Markup("<tbody>\n{}\n</tbody>").format(body)])
-        return Markup('<table{} class="{}">\n{}\n</table>').format(name, kind, inside)
+        return Markup("<table{}>\n{}\n</table>").format(attributes, inside)
 
 
 def cell(text: str) -> str:

@@ -71,7 +71,7 @@ def main(
     except BpwiseError as error:
         raise click.ClickException(str(error)) from error
 
-    click.echo("\n".join(models_table(comparisons).to_lines()))
+    click.echo(models_table(comparisons).to_markdown())
     click.echo(f"\n{comparisons[0].text}; floor {comparisons[0].floor_nats:.2g} nats per token.")
 
 

@@ -6,12 +6,10 @@ import math
 
 from .estimate import Estimate
 
-__all__ = ["estimate", "nats", "percent", "perplexity", "visible"]
+__all__ = ["estimate", "nats", "percent", "perplexity"]
 
 _SMALL_NATS = 1e-4
 """Below it a divergence is written with an exponent."""
-
-_SIGNS = {" ": "␣", "\n": "⏎", "\t": "⇥"}
 
 
 def perplexity(value: Estimate, sign: str = "") -> str:
@@ -54,21 +52,3 @@ def estimate(number: Estimate, decimals: int, sign: str = "") -> str:
     if error > 0:
         decimals = max(decimals, min(decimals + 3, 1 - math.floor(math.log10(error))))
     return f"{value:{sign}.{decimals}f} ± {error:.{decimals}f}"
-
-
-def visible(text: str, *, spaces: bool = True) -> str:
-    """Return text with a sign for everything that would not be seen, or would reorder what is around it.
-
-    Args:
-        text: What a token decodes to, or a piece of text.
-        spaces: Whether spaces get a sign too; line breaks then lose their effect, otherwise they keep it.
-    """
-
-    def shown(sign: str) -> str:
-        if sign == " " and not spaces:
-            return sign
-        if sign == "\n" and not spaces:
-            return "⏎\n"
-        return _SIGNS.get(sign) or (sign if sign.isprintable() else repr(sign)[1:-1])
-
-    return "".join(map(shown, text))

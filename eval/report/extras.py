@@ -104,28 +104,20 @@ def tasks_table(report: TaskReport, *, parts: bool = False) -> Table:
     for score in report.scores:
         if (score.part_of is not None) is parts:
             metric = score.metric if score.filter == "none" else f"{score.metric} ({score.filter})"
-            shown = [f"{_value(each.score.value, score)} ({_difference(each, score)})" for each in score.quantized]
             fewshot = "" if score.fewshot is None else str(score.fewshot)
-            original = _score(score.original, score)
+            original, shown = _shown(score.original, score), [_beside(each, score) for each in score.quantized]
             rows.append((f"{score.task} {metric}", fewshot, str(score.questions), original, *shown))
     return Table.of(("benchmark", "few-shot", "questions", report.original, *report.quantized), rows)
 
 
-def _is_share(score: TaskScore) -> bool:
-    return score.higher_is_better is not False and 0 <= score.original.value <= 1
+def _shown(value: Estimate, score: TaskScore, sign: str = "") -> str:
+    share = score.higher_is_better is not False and 0 <= score.original.value <= 1
+    return percent(value, sign) if share else estimate(value, 3, sign)
 
 
-def _value(value: float, score: TaskScore) -> str:
-    return percent(Estimate(value, None)) if _is_share(score) else f"{value:.4g}"
-
-
-def _score(value: Estimate, score: TaskScore) -> str:
-    return percent(value) if _is_share(score) else estimate(value, 3)
-
-
-def _difference(each: QuantizedScore, score: TaskScore) -> str:
-    text = percent(each.difference, "+") if _is_share(score) else estimate(each.difference, 3, "+")
-    return text if each.changed is None else f"{text}; {100 * each.changed:.1f} % changed"
+def _beside(each: QuantizedScore, score: TaskScore) -> str:
+    changed = "" if each.changed is None else f"; {100 * each.changed:.1f} % changed"
+    return f"{_shown(Estimate(each.score.value, None), score)} ({_shown(each.difference, score, '+')}{changed})"
 
 
 def task_methods(report: TaskReport) -> Table:

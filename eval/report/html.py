@@ -13,12 +13,12 @@ from markupsafe import Markup
 
 from ...version import __version__
 from ..metrics.estimate import CONFIDENCE
-from ..metrics.numbers import nats, visible
+from ..metrics.numbers import nats
 from ..metrics.profile import Choice
 from .content import Report
 from .drawings.charts import drift_chart, histogram_chart, kinds_chart, positions_chart, size_chart
 from .drawings.maps import bits_map, damage_map, needle_map
-from .drawings.svg import STYLE, Drawing
+from .drawings.svg import STYLE, Drawing, visible
 from .extras import NEEDLE_NOTE, TASKS_NOTE, Extras, needle_methods, needle_table, task_methods, tasks_table
 from .tables import detail_tables, methods_table, models_table, paired_table, percentiles_table
 from .verdict import headline

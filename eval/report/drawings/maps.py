@@ -106,7 +106,7 @@ def _heat_map(
 def _heat_legend(drawing: Drawing, x: float, y: float, scale: Axis, color: str, unit: str) -> None:
     drawing.text(x - 8, y, short_number(scale.low), anchor="end", kind="small")
     for step in range(_LEGEND_STEPS):
-        drawing.swatch(x + 8 * step, y - 9, 8, 10, color=color, opacity=_shade(step / (_LEGEND_STEPS - 1)))
+        drawing.rectangle(x + 8 * step, y - 9, 8, 10, color=color, opacity=_shade(step / (_LEGEND_STEPS - 1)))
     drawing.text(x + 8 * _LEGEND_STEPS + 8, y, f"{short_number(scale.high)} {unit}", kind="small")
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
-
-from ...metrics.numbers import visible
 
 __all__ = [
     "LOG_RATIO",
@@ -20,6 +19,7 @@ __all__ = [
     "series_color",
     "short_number",
     "shortened",
+    "visible",
 ]
 
 WIDTH = 400
@@ -31,6 +31,8 @@ LOG_RATIO = 8
 _SERIES = 8
 _GOOD_STEPS = (1, 2, 2.5, 5, 10)
 _LABEL_CHARACTERS = 26
+
+_SIGNS = {" ": "␣", "\n": "⏎", "\t": "⇥"}
 
 STYLE = """
 .bp { --bp-ink: #1d2530; --bp-muted: #5d6878; --bp-grid: #e3e7ec; --bp-paper: #ffffff; --bp-heat: #c2410c;
@@ -119,54 +121,48 @@ class Drawing:
         self._parts: list[str] = []
         self.text(0, 13, title, kind="title")
 
-    def text(
-        self, x: float, y: float, content: str, *, anchor: str = "start", kind: str = "", color: str | None = None
-    ) -> None:
-        """Write a line; ``anchor`` is ``start``, ``middle`` or ``end``, ``kind`` a CSS class."""
-        style = f' style="fill:{color}"' if color else ""
-        self._parts.append(
-            f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}"{style}>{_safe(content)}</text>'
-        )
+    def _add(self, tag: str, content: str = "", **attributes: str | float) -> None:
+        shown = ""
+        for name, value in attributes.items():
+            text = value if isinstance(value, str) else f"{round(value, 2):g}"
+            shown += f' {name.strip("_").replace("_", "-")}="{text}"'
+        self._parts.append(f"<{tag}{shown}>{content}</{tag}>")
 
-    def line(self, x1: float, y1: float, x2: float, y2: float, *, color: str | None = None, width: float = 1) -> None:
+    def _mark(self, tag: str, hint: str, **attributes: str | float) -> None:
+        self._add(tag, f"<title>{_safe(hint)}</title>", class_="mark", **attributes)
+
+    def text(self, x: float, y: float, content: str, *, anchor: str = "start", kind: str = "") -> None:
+        """Write a line; ``anchor`` is ``start``, ``middle`` or ``end``, ``kind`` a CSS class."""
+        self._add("text", _safe(content), x=x, y=y, text_anchor=anchor, class_=kind)
+
+    def line(self, x1: float, y1: float, x2: float, y2: float, *, color: str = "", width: float = 1) -> None:
         """Draw a straight line; without a colour it belongs to the grid."""
-        look = f'style="stroke:{color};stroke-width:{width:g}"' if color else 'class="grid"'
-        self._parts.append(f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" {look}/>')
+        look = {"style": f"stroke:{color};stroke-width:{width:g}"} if color else {"class": "grid"}
+        self._add("line", x1=x1, y1=y1, x2=x2, y2=y2, **look)
 
     def rectangle(  # the four sides, and how it looks
-        self, x: float, y: float, width: float, height: float, *, color: str, hint: str, opacity: float = 1.0
+        self, x: float, y: float, width: float, height: float, *, color: str, hint: str = "", opacity: float = 1.0
     ) -> None:
-        """Draw a filled rectangle."""
-        self._parts.append(
-            f'<rect class="mark" x="{x:.2f}" y="{y:.2f}" width="{max(width, 0):.2f}" height="{max(height, 0):.2f}" '
-            f'style="fill:{color};fill-opacity:{opacity:.3f}"><title>{_safe(hint)}</title></rect>'
-        )
-
-    def swatch(self, x: float, y: float, width: float, height: float, *, color: str, opacity: float = 1.0) -> None:
-        """Draw a piece of a legend."""
-        self._parts.append(
-            f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:g}" height="{height:g}" '
-            f'style="fill:{color};fill-opacity:{opacity:.3f}"/>'
-        )
+        """Draw a filled rectangle; without a hint it is no mark, but a piece of a legend."""
+        add = partial(self._mark, "rect", hint) if hint else partial(self._add, "rect")
+        style = f"fill:{color};fill-opacity:{opacity:.3f}"
+        add(x=x, y=y, width=max(width, 0), height=max(height, 0), style=style)
 
     def dot(self, x: float, y: float, *, color: str, hint: str, radius: float = 4) -> None:
         """Draw a filled circle."""
-        self._parts.append(
-            f'<circle class="mark" cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}" style="fill:{color}">'
-            f"<title>{_safe(hint)}</title></circle>"
-        )
+        self._mark("circle", hint, cx=x, cy=y, r=radius, style=f"fill:{color}")
 
     def path(self, points: Sequence[tuple[float, float]], *, color: str, hint: str) -> None:
         """Draw a line through points."""
         data = " ".join(f"{'L' if number else 'M'}{x:.1f} {y:.1f}" for number, (x, y) in enumerate(points))
-        self._parts.append(f'<path class="mark" d="{data}" style="stroke:{color}"><title>{_safe(hint)}</title></path>')
+        self._mark("path", hint, d=data, style=f"stroke:{color}")
 
     def legend(self, names: Sequence[str], y: float, *, columns: int = 2) -> float:
         """Name the series in their colours from ``y`` downwards; return where the legend ends."""
         for number, name in enumerate(names):
             row, column = divmod(number, columns)
             x, line = column * self.width / columns, y + 17 * row
-            self.swatch(x, line - 9, 10, 10, color=series_color(number))
+            self.rectangle(x, line - 9, 10, 10, color=series_color(number))
             self.text(x + 15, line, shortened(name))
         return y + 17 * math.ceil(len(names) / columns)
 
@@ -201,6 +197,24 @@ def shortened(text: str) -> str:
         return text
     half = (_LABEL_CHARACTERS - 1) // 2
     return f"{text[:half]}…{text[-half:]}"
+
+
+def visible(text: str, *, spaces: bool = True) -> str:
+    """Return text with a sign for everything that would not be seen, or would reorder what is around it.
+
+    Args:
+        text: What a token decodes to, or a piece of text.
+        spaces: Whether spaces get a sign too; line breaks then lose their effect, otherwise they keep it.
+    """
+
+    def shown(sign: str) -> str:
+        if sign == " " and not spaces:
+            return sign
+        if sign == "\n" and not spaces:
+            return "⏎\n"
+        return _SIGNS.get(sign) or (sign if sign.isprintable() else repr(sign)[1:-1])
+
+    return "".join(map(shown, text))
 
 
 def _safe(text: str) -> str:

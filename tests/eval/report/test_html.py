@@ -163,9 +163,8 @@ class TestText:
         assert [row["difference"] for row in rows[:2]] == ["", "-0.025"]
         assert {row["part_of"] for row in rows} == {"", HOSTILE}
         assert (tmp_path / "report.needle.csv").exists()
-        write_report(
-            Report(comparisons=tuple(several)), tmp_path
-        )  # without benchmarks: their tables are not of this report
+        # Without benchmarks: their tables are not of this report.
+        write_report(Report(comparisons=tuple(several)), tmp_path)
         assert not list(tmp_path.glob("report.*.csv"))
 
     def test_below_bfloat16(self, comparison: Comparison, tmp_path: Path) -> None:
