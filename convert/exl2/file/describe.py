@@ -1,4 +1,4 @@
-"""Description of an EXL2 model for people."""
+"""Description of an EXL2 model for people: what each linear got, and the average of the decoder and the head."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ....checkpoint.model.names import HEAD
 from ....tables import Table
 from ...format import Description
-from .rates import decoder_bpw
 
 if TYPE_CHECKING:
     from .reader import Exl2Model
 
-__all__ = ["describe_exl2", "width_shares"]
+__all__ = ["decoder_bpw", "describe_exl2", "head_bpw", "width_shares"]
 
 
 def describe_exl2(model: Exl2Model) -> Description:
@@ -43,6 +43,17 @@ def describe_exl2(model: Exl2Model) -> Description:
     )
 
 
+def decoder_bpw(model: Exl2Model) -> float:
+    """Return the average over all linears but the head, overheads included, 16 for those in float16; 0 without any."""
+    sizes = [size for name, size in model.stored_sizes().items() if not _is_head(name)]
+    return sum(bits for bits, _ in sizes) / max(1, sum(weights for _, weights in sizes))
+
+
+def head_bpw(model: Exl2Model) -> float:
+    """Return the head's bits per weight with overheads; 16 if it is not quantized."""
+    return next((bpw for name, bpw in model.stored_bpw().items() if _is_head(name)), 16.0)
+
+
 def width_shares(bits: Sequence[int], rows: Sequence[int]) -> str:
     """Return the share of a linear's rows at each width, the largest width first, as ``6:25% 4:75%``.
 
@@ -55,3 +66,7 @@ def width_shares(bits: Sequence[int], rows: Sequence[int]) -> str:
         counts[width] += count
     total = sum(rows)
     return " ".join(f"{width}:{100 * counts[width] / total:.0f}%" for width in sorted(counts, reverse=True))
+
+
+def _is_head(linear: str) -> bool:
+    return linear.rpartition(".")[2] == HEAD

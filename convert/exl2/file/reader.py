@@ -3,46 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ....checkpoint.files.safetensors_file import HeaderEntry, SafetensorsHeader, read_entry, read_header
+from ....checkpoint.files.safetensors_file import HeaderEntry
 from ....checkpoint.files.schemas import read_json
 from ....checkpoint.model.config import complete_config
 from ....checkpoint.model.families import is_known
 from ....checkpoint.model.names import config_features, head_names, is_linear, model_order
 from ....checkpoint.source.checkpoint import Checkpoint, TensorSource, confined_file, embedding_rows
 from ....checkpoint.source.language import HfNames
-from ....errors import CheckpointError, FormatError, ShapeError
+from ....errors import CheckpointError, ShapeError
 from ...format import Description, QuantizedModel
 from .config import dense_config
 from .describe import describe_exl2
 from .linear import QuantizedLinear
 from .manifest import Manifest, read_manifest
 from .store import QUANTIZED_SUFFIXES, check_stored, linear_from_tensors
+from .tensors import MARK, StoredTensors
 
-__all__ = ["Exl2Model", "is_exl2"]
+__all__ = ["Exl2Model"]
 
-_MARK = ".q_weight"
 _DENSE_BITS = 16
 # `q_perm` and `q_group_map` may be stored too; readers compute them anew.
 _HIDDEN_SUFFIXES = (*QUANTIZED_SUFFIXES, "q_perm", "q_group_map")
-
-
-def is_exl2(directory: Path) -> bool:
-    """Return whether a directory holds an EXL2 model: some tensor's name ends in ``.q_weight``.
-
-    Raises:
-        FormatError: A safetensors file in it is damaged.
-        CheckpointError: A safetensors file in it leads outside of it.
-    """
-    return Path(directory).is_dir() and any(
-        name.endswith(_MARK) for header in _headers(Path(directory)).values() for name in header.entries
-    )
 
 
 class Exl2Model(QuantizedModel):
@@ -53,25 +40,20 @@ class Exl2Model(QuantizedModel):
 
     format: ClassVar[str] = "exl2"
 
-    def __init__(self, directory: Path, config: dict[str, Any], files: dict[str, SafetensorsHeader]) -> None:
+    def __init__(self, stored: StoredTensors, config: dict[str, Any]) -> None:
         """Hold checked parts; use ``Exl2Model.open`` to make them from a directory.
 
         Args:
-            directory: The model directory.
+            stored: The directory's tensors.
             config: Parsed ``config.json``.
-            files: Header of every safetensors file by name; no tensor is in two of them.
         """
-        self._directory = directory
+        self._directory = stored.directory
         self._stored_config = config
-        self._places: dict[str, tuple[str, HeaderEntry]] = {
-            name: (file, entry) for file, header in files.items() for name, entry in header.entries.items()
-        }
-        self._files = files
-        self._linears = tuple(sorted(name.removesuffix(_MARK) for name in self._places if name.endswith(_MARK)))
-        quantized = set(self._linears)
-        hidden = {f"{linear}.{suffix}" for linear in quantized for suffix in _HIDDEN_SUFFIXES}
+        self._stored = stored
+        self._linears = stored.linears
+        hidden = {f"{linear}.{suffix}" for linear in self._linears for suffix in _HIDDEN_SUFFIXES}
         # If both forms of a linear are stored, readers take the quantized one.
-        self._names = frozenset(self._places.keys() - hidden | {f"{linear}.weight" for linear in quantized})
+        self._names = frozenset(stored.entries.keys() - hidden | {f"{linear}.weight" for linear in self._linears})
 
     @classmethod
     def open(cls, directory: Path) -> Exl2Model:
@@ -87,15 +69,13 @@ class Exl2Model(QuantizedModel):
         """
         directory = Path(directory)
         config = read_json(confined_file(directory, "config.json"), CheckpointError)
-        files = _headers(directory)
-        _check_files(directory, files)
-        model = cls(directory, config, files)
+        model = cls(StoredTensors(directory), config)
         model._check_linears()
         return model
 
     def _check_linears(self) -> None:
         # What the headers tell already: evaluation would find it out in its middle only.
-        stored = {name: (entry.dtype, entry.shape) for name, (_, entry) in self._places.items()}
+        stored = {name: (entry.dtype, entry.shape) for name, entry in self._stored.entries.items()}
         for linear in self._linears:
             check_stored(linear, stored, self._out_features(linear))
             (rows,), expected = stored[f"{linear}.q_invperm"][1], config_features(linear, self._stored_config)[0]
@@ -130,7 +110,7 @@ class Exl2Model(QuantizedModel):
     @cached_property
     def fingerprint(self) -> str:
         """Identifies config and weights, made as :attr:`Checkpoint.fingerprint` is."""
-        return Checkpoint(self._directory, self._stored_config, self._files).fingerprint
+        return Checkpoint(self._directory, self._stored_config, self._stored.files).fingerprint
 
     @cached_property
     def manifest(self) -> Manifest | None:
@@ -172,7 +152,7 @@ class Exl2Model(QuantizedModel):
     @property
     def file_bytes(self) -> int:
         """Size of all safetensors files, headers included, in bytes."""
-        return sum(header.file_bytes for header in self._files.values())
+        return sum(header.file_bytes for header in self._stored.files.values())
 
     @property
     def tied_embeddings(self) -> bool:
@@ -193,8 +173,8 @@ class Exl2Model(QuantizedModel):
             self._require(name)
             if part == "bias":
                 return (self._out_features(linear),)
-            return (self._out_features(linear), *self._entry(f"{linear}.q_invperm")[1].shape)
-        return self._require(name)[1].shape
+            return (self._out_features(linear), *self._stored.entry(f"{linear}.q_invperm").shape)
+        return self._require(name).shape
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor of the dense model, on the CPU, in memory of its own.
@@ -214,7 +194,7 @@ class Exl2Model(QuantizedModel):
         if linear in self._linears and part == "weight":
             return self.linear(linear).dequantize()
         self._require(name)
-        stored = self._read(name)
+        stored = self._stored.read(name)
         if linear in self._linears and part == "bias":
             return stored[: self._out_features(linear)].clone()
         return stored
@@ -230,7 +210,7 @@ class Exl2Model(QuantizedModel):
         if name not in self._linears:
             raise CheckpointError(f"{self._directory}: no quantized linear {name!r}, got {len(self._linears)} others.")
         parts = [f"{name}.{suffix}" for suffix in (*QUANTIZED_SUFFIXES, "bias")]
-        tensors = {part: self._read(part) for part in parts if part in self._places}
+        tensors = {part: self._stored.read(part) for part in parts if part in self._stored.entries}
         return linear_from_tensors(name, tensors, self._out_features(name))
 
     def stored_bpw(self) -> dict[str, float]:
@@ -246,9 +226,7 @@ class Exl2Model(QuantizedModel):
         sizes = {}
         for name in sorted((*self._linears, *self.float16_linears), key=model_order):
             weights = math.prod(self.shape(f"{name}.weight"))
-            bits = _DENSE_BITS * weights
-            if name in self._linears:
-                bits = 8 * sum(self._entry(f"{name}.{suffix}")[1].size_bytes for suffix in QUANTIZED_SUFFIXES)
+            bits = self._stored.linear_bits(name) if name in self._linears else _DENSE_BITS * weights
             sizes[name] = (bits, weights)
         return sizes
 
@@ -263,43 +241,13 @@ class Exl2Model(QuantizedModel):
     def _out_features(self, linear: str) -> int:
         # A name that the table does not know is taken to have no padding.
         known = config_features(linear, self._complete_config)[1]
-        shape = self._entry(f"{linear}{_MARK}")[1].shape
+        shape = self._stored.entry(f"{linear}{MARK}").shape
         return known if known is not None else int(shape[-1]) if shape else 0
 
-    def _require(self, name: str) -> tuple[str, HeaderEntry]:
+    def _require(self, name: str) -> HeaderEntry:
         if name not in self._names:
             raise CheckpointError(f"{self._directory}: tensor {name!r} is missing, got {len(self._names)} others.")
         linear, _, part = name.rpartition(".")
         if part == "weight" and linear in self._linears:
-            return self._entry(f"{linear}{_MARK}")
-        return self._entry(name)
-
-    def _entry(self, stored_name: str) -> tuple[str, HeaderEntry]:
-        if stored_name not in self._places:
-            raise FormatError(f"{self._directory}: {stored_name} is missing. The model is incomplete.")
-        return self._places[stored_name]
-
-    def _read(self, stored_name: str) -> Tensor:
-        file, entry = self._entry(stored_name)
-        return read_entry(confined_file(self._directory, file), entry, FormatError)
-
-
-def _check_files(directory: Path, files: Mapping[str, SafetensorsHeader]) -> None:
-    holder: dict[str, str] = {}
-    for file, header in files.items():
-        for name in header.entries:
-            if name in holder:
-                raise FormatError(
-                    f"{directory}: tensor {name!r} is stored twice, got {holder[name]} and {file}, expected one file. "
-                    "Remove the file that does not belong to the model."
-                )
-            holder[name] = file
-    if not any(name.endswith(_MARK) for name in holder):
-        raise FormatError(
-            f"{directory}: not an EXL2 model. Got {len(holder)} tensors. Expected some named *{_MARK}. Check the path."
-        )
-
-
-def _headers(directory: Path) -> dict[str, SafetensorsHeader]:
-    names = sorted(path.name for path in directory.glob("*.safetensors") if not path.name.startswith("."))
-    return {name: read_header(confined_file(directory, name), FormatError) for name in names}
+            return self._stored.entry(f"{linear}{MARK}")
+        return self._stored.entry(name)

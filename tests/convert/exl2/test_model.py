@@ -14,7 +14,8 @@ import torch
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.convert.dense import dequantize_model
 from bpwise.convert.exl2.file.linear import QuantizedLinear
-from bpwise.convert.exl2.file.reader import Exl2Model, is_exl2
+from bpwise.convert.exl2.file.reader import Exl2Model
+from bpwise.convert.exl2.file.tensors import is_exl2
 from bpwise.convert.exl2.file.verify import verify_exl2
 from bpwise.convert.exl2.file.writer import write_model
 from bpwise.convert.format import QuantizedModel, Verification
