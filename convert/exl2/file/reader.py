@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,7 +18,7 @@ from ....checkpoint.source.language import HfNames
 from ....errors import CheckpointError, ShapeError
 from ...format import Description, QuantizedModel
 from .config import dense_config
-from .describe import describe_exl2
+from .describe import describe_exl2, stored_sizes
 from .linear import QuantizedLinear
 from .manifest import Manifest, read_manifest
 from .store import QUANTIZED_SUFFIXES, check_stored, linear_from_tensors
@@ -27,7 +26,6 @@ from .tensors import MARK, StoredTensors
 
 __all__ = ["Exl2Model"]
 
-_DENSE_BITS = 16
 # `q_perm` and `q_group_map` may be stored too; readers compute them anew.
 _HIDDEN_SUFFIXES = (*QUANTIZED_SUFFIXES, "q_perm", "q_group_map")
 
@@ -36,6 +34,9 @@ class Exl2Model(QuantizedModel):
     """A quantized model on disk, read lazily; nothing stays open, so it may be pickled.
 
     Every quantized linear is seen as its decoded float16 ``<name>.weight``.
+
+    Attributes:
+        stored: The tensors as they are stored.
     """
 
     format: ClassVar[str] = "exl2"
@@ -49,7 +50,7 @@ class Exl2Model(QuantizedModel):
         """
         self._directory = stored.directory
         self._stored_config = config
-        self._stored = stored
+        self.stored = stored
         self._linears = stored.linears
         hidden = {f"{linear}.{suffix}" for linear in self._linears for suffix in _HIDDEN_SUFFIXES}
         # If both forms of a linear are stored, readers take the quantized one.
@@ -70,17 +71,8 @@ class Exl2Model(QuantizedModel):
         directory = Path(directory)
         config = read_json(confined_file(directory, "config.json"), CheckpointError)
         model = cls(StoredTensors(directory), config)
-        model._check_linears()
+        _check_linears(model)
         return model
-
-    def _check_linears(self) -> None:
-        # What the headers tell already: evaluation would find it out in its middle only.
-        stored = {name: (entry.dtype, entry.shape) for name, entry in self._stored.entries.items()}
-        for linear in self._linears:
-            check_stored(linear, stored, self._out_features(linear))
-            (rows,), expected = stored[f"{linear}.q_invperm"][1], config_features(linear, self._stored_config)[0]
-            if expected is not None and rows != expected:
-                raise ShapeError(linear, "q_invperm", got=(rows,), expected=(expected,))
 
     @property
     def path(self) -> Path:
@@ -110,7 +102,7 @@ class Exl2Model(QuantizedModel):
     @cached_property
     def fingerprint(self) -> str:
         """Identifies config and weights, made as :attr:`Checkpoint.fingerprint` is."""
-        return Checkpoint(self._directory, self._stored_config, self._stored.files).fingerprint
+        return Checkpoint(self._directory, self._stored_config, self.stored.files).fingerprint
 
     @cached_property
     def manifest(self) -> Manifest | None:
@@ -152,7 +144,7 @@ class Exl2Model(QuantizedModel):
     @property
     def file_bytes(self) -> int:
         """Size of all safetensors files, headers included, in bytes."""
-        return sum(header.file_bytes for header in self._stored.files.values())
+        return sum(header.file_bytes for header in self.stored.files.values())
 
     @property
     def tied_embeddings(self) -> bool:
@@ -172,8 +164,8 @@ class Exl2Model(QuantizedModel):
         if linear in self._linears and part in ("weight", "bias"):
             self._require(name)
             if part == "bias":
-                return (self._out_features(linear),)
-            return (self._out_features(linear), *self._stored.entry(f"{linear}.q_invperm").shape)
+                return (self.out_features(linear),)
+            return (self.out_features(linear), *self.stored.entry(f"{linear}.q_invperm").shape)
         return self._require(name).shape
 
     def tensor(self, name: str) -> Tensor:
@@ -194,9 +186,9 @@ class Exl2Model(QuantizedModel):
         if linear in self._linears and part == "weight":
             return self.linear(linear).dequantize()
         self._require(name)
-        stored = self._stored.read(name)
+        stored = self.stored.read(name)
         if linear in self._linears and part == "bias":
-            return stored[: self._out_features(linear)].clone()
+            return stored[: self.out_features(linear)].clone()
         return stored
 
     def linear(self, name: str) -> QuantizedLinear:
@@ -210,25 +202,12 @@ class Exl2Model(QuantizedModel):
         if name not in self._linears:
             raise CheckpointError(f"{self._directory}: no quantized linear {name!r}, got {len(self._linears)} others.")
         parts = [f"{name}.{suffix}" for suffix in (*QUANTIZED_SUFFIXES, "bias")]
-        tensors = {part: self._stored.read(part) for part in parts if part in self._stored.entries}
-        return linear_from_tensors(name, tensors, self._out_features(name))
+        tensors = {part: self.stored.read(part) for part in parts if part in self.stored.entries}
+        return linear_from_tensors(name, tensors, self.out_features(name))
 
     def stored_bpw(self) -> dict[str, float]:
         """Return the bits per weight of every linear, padding and overheads included, in model order."""
-        return {name: bits / weights for name, (bits, weights) in self.stored_sizes().items()}
-
-    def stored_sizes(self) -> dict[str, tuple[int, int]]:
-        """Return of every linear its stored bits, padding included and bias excluded, and its number of weights.
-
-        Raises:
-            FormatError: A part of it is missing.
-        """
-        sizes = {}
-        for name in sorted((*self._linears, *self.float16_linears), key=model_order):
-            weights = math.prod(self.shape(f"{name}.weight"))
-            bits = self._stored.linear_bits(name) if name in self._linears else _DENSE_BITS * weights
-            sizes[name] = (bits, weights)
-        return sizes
+        return {name: bits / weights for name, (bits, weights) in stored_sizes(self).items()}
 
     def as_transformers(self) -> TensorSource:
         """Return the dense model with the names and the config that Transformers loads."""
@@ -238,10 +217,11 @@ class Exl2Model(QuantizedModel):
         """Return what is in it."""
         return describe_exl2(self)
 
-    def _out_features(self, linear: str) -> int:
+    def out_features(self, linear: str) -> int:
+        """Return the number of output channels of a quantized linear, without padding."""
         # A name that the table does not know is taken to have no padding.
         known = config_features(linear, self._complete_config)[1]
-        shape = self._stored.entry(f"{linear}{MARK}").shape
+        shape = self.stored.entry(f"{linear}{MARK}").shape
         return known if known is not None else int(shape[-1]) if shape else 0
 
     def _require(self, name: str) -> HeaderEntry:
@@ -249,5 +229,15 @@ class Exl2Model(QuantizedModel):
             raise CheckpointError(f"{self._directory}: tensor {name!r} is missing, got {len(self._names)} others.")
         linear, _, part = name.rpartition(".")
         if part == "weight" and linear in self._linears:
-            return self._stored.entry(f"{linear}{MARK}")
-        return self._stored.entry(name)
+            return self.stored.entry(f"{linear}{MARK}")
+        return self.stored.entry(name)
+
+
+def _check_linears(model: Exl2Model) -> None:
+    # What the headers tell already: evaluation would find it out in its middle only.
+    stored = {name: (entry.dtype, entry.shape) for name, entry in model.stored.entries.items()}
+    for linear in model.linears:
+        check_stored(linear, stored, model.out_features(linear))
+        (rows,), expected = stored[f"{linear}.q_invperm"][1], config_features(linear, model.stored_config)[0]
+        if expected is not None and rows != expected:
+            raise ShapeError(linear, "q_invperm", got=(rows,), expected=(expected,))

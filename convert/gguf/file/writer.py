@@ -110,8 +110,7 @@ def write_gguf(
         WorkDirectoryError: ``output`` exists or cannot be written, or the disk is full.
     """
     header = read_gguf_header(Path(base))
-    ready = dict(encoded or {})
-    _check_base(header, types, ready)
+    _check_base(header, types, encoded or {})
     planned = _plan(header, types)
     start = header_bytes(_entries(header, file_type, metadata or {}), planned, header.alignment_bytes)
     written: dict[str, str] = {}
@@ -120,7 +119,7 @@ def write_gguf(
             target.write(start)
             for tensor in progress(planned, "writing"):
                 job = _Job(header, tensor, importance, (distances or {}).get(tensor.name), threads)
-                slabs = job.slabs(source, ready.get(tensor.name))
+                slabs = job.slabs(source, (encoded or {}).get(tensor.name))
                 written[tensor.name] = job.write(slabs, target)
                 target.write(bytes(padding(tensor.size_bytes, header.alignment_bytes)))
             target.flush()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.convert.dense import dequantize_model
+from bpwise.convert.exl2.file.describe import stored_sizes
 from bpwise.convert.exl2.file.linear import QuantizedLinear
 from bpwise.convert.exl2.file.reader import Exl2Model
 from bpwise.convert.exl2.file.tensors import is_exl2
@@ -145,7 +146,7 @@ def test_directory_is_what_readers_expect(write: Write) -> None:
     head_bits = 32 * 128 * 14 + 2 * (48 + 4 * 128) + 64 * 32
     assert result.rates["head"] == pytest.approx(head_bits / 6400, rel=1e-12)
     per_layer = 96 * 64 + 2 * 48 * 64 + 64 * 96 + 3 * 96 * 64
-    sizes = [size for name, size in Exl2Model.open(out).stored_sizes().items() if name != "lm_head"]
+    sizes = [size for name, size in stored_sizes(Exl2Model.open(out)).items() if name != "lm_head"]
     assert sum(weights for _, weights in sizes) == 2 * per_layer
     assert result.bpw == result.rates["decoder"] == sum(bits for bits, _ in sizes) / (2 * per_layer)
 
