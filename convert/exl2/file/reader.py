@@ -48,7 +48,6 @@ class Exl2Model(QuantizedModel):
             stored: The directory's tensors.
             config: Parsed ``config.json``.
         """
-        self._directory = stored.directory
         self._stored_config = config
         self.stored = stored
         self._linears = stored.linears
@@ -77,7 +76,7 @@ class Exl2Model(QuantizedModel):
     @property
     def path(self) -> Path:
         """The model directory."""
-        return self._directory
+        return self.stored.directory
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -91,7 +90,7 @@ class Exl2Model(QuantizedModel):
     def _complete_config(self) -> dict[str, Any]:
         if not is_known(self._stored_config):
             return self._stored_config
-        path = self._directory / "config.json"
+        path = self.path / "config.json"
         return complete_config(self._stored_config, path, embedding_rows=embedding_rows(self))
 
     @property
@@ -102,7 +101,7 @@ class Exl2Model(QuantizedModel):
     @cached_property
     def fingerprint(self) -> str:
         """Identifies config and weights, made as :attr:`Checkpoint.fingerprint` is."""
-        return Checkpoint(self._directory, self._stored_config, self.stored.files).fingerprint
+        return Checkpoint(self.path, self._stored_config, self.stored.files).fingerprint
 
     @cached_property
     def manifest(self) -> Manifest | None:
@@ -111,7 +110,7 @@ class Exl2Model(QuantizedModel):
         Raises:
             FormatError: It is damaged, or of another version.
         """
-        return read_manifest(self._directory)
+        return read_manifest(self.path)
 
     @property
     def predicted_damage_nats(self) -> float | None:
@@ -200,7 +199,7 @@ class Exl2Model(QuantizedModel):
             ShapeError: A tensor does not have the shape that the config or the other tensors demand.
         """
         if name not in self._linears:
-            raise CheckpointError(f"{self._directory}: no quantized linear {name!r}, got {len(self._linears)} others.")
+            raise CheckpointError(f"{self.path}: no quantized linear {name!r}, got {len(self._linears)} others.")
         parts = [f"{name}.{suffix}" for suffix in (*QUANTIZED_SUFFIXES, "bias")]
         tensors = {part: self.stored.read(part) for part in parts if part in self.stored.entries}
         return linear_from_tensors(name, tensors, self.out_features(name))
@@ -226,7 +225,7 @@ class Exl2Model(QuantizedModel):
 
     def _require(self, name: str) -> HeaderEntry:
         if name not in self._names:
-            raise CheckpointError(f"{self._directory}: tensor {name!r} is missing, got {len(self._names)} others.")
+            raise CheckpointError(f"{self.path}: tensor {name!r} is missing, got {len(self._names)} others.")
         linear, _, part = name.rpartition(".")
         if part == "weight" and linear in self._linears:
             return self.stored.entry(f"{linear}{MARK}")
