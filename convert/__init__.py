@@ -1,1 +1,1 @@
-"""Bytes on disk: checkpoints, EXL2 directories. Knows no model and no maths."""
+"""Formats: all that is special to each, behind one protocol; and cards and uploads of finished models."""

@@ -29,7 +29,7 @@ class Exl2Format(Format):
 
     def recognises(self, path: Path) -> bool:
         """Return whether a directory is an EXL2 model, by whatever program."""
-        from .file.reader import is_exl2
+        from .file.tensors import is_exl2
 
         return is_exl2(path)
 

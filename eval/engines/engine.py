@@ -115,21 +115,7 @@ def compare_in_engine(
     count, row_tokens = rows.tokens.shape
     floor_tokens = min(row_tokens, _FLOOR_TOKENS)
     exact = exact_logits(original, rows.tokens[:1, :floor_tokens], progress)
-    threads = torch.get_num_threads()
-    with (
-        library.model(base.path, row_tokens=row_tokens, threads=threads) as first,
-        library.model(quantized.path, row_tokens=row_tokens, threads=threads) as second,
-    ):
-        _check_sizes(first, second, vocab_size_of(original))
-        floor_nats = _floor_nats(first, exact, rows.tokens[0])
-        if floor_nats > _SAME_MODEL_NATS:
-            raise CheckpointError(
-                f"{base.path}: run by llama.cpp it is {floor_nats:.3g} nats per token away from "
-                f"{model_name(original)}, expected less than {_SAME_MODEL_NATS}: it is not a conversion of that model, "
-                "or lost something of it (rope scaling). Convert the original again."
-            )
-        parts = (_row(first, second, rows.tokens[row]) for row in progress(range(count), "evaluate: llama.cpp"))
-        statistics = TokenStatistics.joined(parts, count * (row_tokens - 1))
+    statistics, floor_nats = _run(base, quantized, rows, exact, library, progress)
     parameters = sum(math.prod(original.shape(name)) for name in original.names)
     return Comparison(
         original=summarize_model(original, parameters),
@@ -155,6 +141,33 @@ def _runnable(model: TensorSource) -> QuantizedModel:
     if isinstance(model, QuantizedModel) and ENGINE in model.engines:
         return model
     raise ConfigError(f"{model_name(model)}: not a model that {ENGINE} runs. Convert it first.")
+
+
+def _run(
+    base: QuantizedModel,
+    quantized: QuantizedModel,
+    rows: CalibrationSet,
+    exact: Tensor,
+    library: LlamaLibrary,
+    progress: Progress,
+) -> tuple[TokenStatistics, float]:
+    """Run both, and return what is known of every token, and the floor; ``exact`` is of the first row's start."""
+    count, row_tokens = rows.tokens.shape
+    threads = torch.get_num_threads()
+    with (
+        library.model(base.path, row_tokens=row_tokens, threads=threads) as first,
+        library.model(quantized.path, row_tokens=row_tokens, threads=threads) as second,
+    ):
+        _check_sizes(first, second, exact.shape[-1])
+        floor_nats = _floor_nats(first, exact, rows.tokens[0])
+        if floor_nats > _SAME_MODEL_NATS:
+            raise CheckpointError(
+                f"{base.path}: run by {ENGINE} it is {floor_nats:.3g} nats per token away from the original, expected "
+                f"less than {_SAME_MODEL_NATS}: it is not a conversion of that model, or lost something of it (rope "
+                "scaling). Convert the original again."
+            )
+        parts = (_row(first, second, rows.tokens[row]) for row in progress(range(count), f"evaluate: {ENGINE}"))
+        return TokenStatistics.joined(parts, count * (row_tokens - 1)), floor_nats
 
 
 def _check_sizes(first: EngineModel, second: EngineModel, vocab_size: int) -> None:

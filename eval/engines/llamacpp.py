@@ -1,4 +1,4 @@
-"""llama.cpp as a library: logits of a GGUF file on given token ids, through its C interface and ctypes.
+"""llama.cpp as a library: logits of a model file on given token ids, through its C interface and ctypes.
 
 The C interface passes structs by value, and their fields move between versions. So the wheel that brings the library
 is pinned to one version, and any library is asked for its default parameters first: the fields that are used here
@@ -196,7 +196,7 @@ class LlamaLibrary:
 
     @contextmanager
     def model(self, path: Path, *, row_tokens: int, threads: int) -> Iterator[EngineModel]:
-        """Load a GGUF file, and free it when the context ends.
+        """Load a model file, and free it when the context ends.
 
         Args:
             path: The file.

@@ -181,12 +181,12 @@ def evaluate_tasks(
 ) -> TaskReport:
     """Ask an original and quantized models the same questions, and compare their answers question by question.
 
-    One model after the other is held in memory whole, in ``config.dtype``; EXL2 directories and GGUF files are decoded
-    by bpwise. All use the original's tokenizer, chat template and ``generation_config.json``.
+    One model after the other is held in memory whole, in ``config.dtype``; quantized ones are decoded by bpwise. All
+    use the original's tokenizer, chat template and ``generation_config.json``.
 
     Args:
         original: Directory or Hub id of the original, or what ``open_model`` made of it.
-        quantized: Directories, GGUF files or Hub ids of the quantized models.
+        quantized: Directories, files or Hub ids of the quantized models.
         loaded: The questions.
         progress: Wraps the models; lm-eval shows its own progress within each.
 

@@ -186,7 +186,7 @@ def evaluate_needle(
 
     Args:
         original: Directory or Hub id of the original, whose tokenizer makes the token ids for all.
-        quantized: Directories, GGUF files or Hub ids of the quantized models.
+        quantized: Directories, files or Hub ids of the quantized models.
         config: Options.
         progress: Wraps the blocks of each pass.
 

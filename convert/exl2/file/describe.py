@@ -1,19 +1,22 @@
-"""Description of an EXL2 model for people."""
+"""Description of an EXL2 model for people: what each linear got, and the average of the decoder and the head."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ....checkpoint.model.names import HEAD, model_order
 from ....tables import Table
 from ...format import Description
-from .rates import decoder_bpw
 
 if TYPE_CHECKING:
     from .reader import Exl2Model
 
-__all__ = ["describe_exl2", "width_shares"]
+__all__ = ["decoder_bpw", "describe_exl2", "head_bpw", "stored_sizes", "width_shares"]
+
+_DENSE_BITS = 16
 
 
 def describe_exl2(model: Exl2Model) -> Description:
@@ -43,6 +46,30 @@ def describe_exl2(model: Exl2Model) -> Description:
     )
 
 
+def stored_sizes(model: Exl2Model) -> dict[str, tuple[int, int]]:
+    """Return of every linear, in model order, its stored bits, padding included and biases not, and its weights.
+
+    Raises:
+        FormatError: A part of it is missing.
+    """
+    sizes = {}
+    for name in sorted((*model.linears, *model.float16_linears), key=model_order):
+        weights = math.prod(model.shape(f"{name}.weight"))
+        sizes[name] = (model.stored.linear_bits(name) if name in model.linears else _DENSE_BITS * weights, weights)
+    return sizes
+
+
+def decoder_bpw(model: Exl2Model) -> float:
+    """Return the average over all linears but the head, overheads included, 16 for those in float16; 0 without any."""
+    sizes = [size for name, size in stored_sizes(model).items() if not _is_head(name)]
+    return sum(bits for bits, _ in sizes) / max(1, sum(weights for _, weights in sizes))
+
+
+def head_bpw(model: Exl2Model) -> float:
+    """Return the head's bits per weight with overheads; 16 if it is not quantized."""
+    return next((bpw for name, bpw in model.stored_bpw().items() if _is_head(name)), float(_DENSE_BITS))
+
+
 def width_shares(bits: Sequence[int], rows: Sequence[int]) -> str:
     """Return the share of a linear's rows at each width, the largest width first, as ``6:25% 4:75%``.
 
@@ -55,3 +82,7 @@ def width_shares(bits: Sequence[int], rows: Sequence[int]) -> str:
         counts[width] += count
     total = sum(rows)
     return " ".join(f"{width}:{100 * counts[width] / total:.0f}%" for width in sorted(counts, reverse=True))
+
+
+def _is_head(linear: str) -> bool:
+    return linear.rpartition(".")[2] == HEAD

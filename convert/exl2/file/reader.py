@@ -2,76 +2,58 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ....checkpoint.files.safetensors_file import HeaderEntry, SafetensorsHeader, read_entry, read_header
+from ....checkpoint.files.safetensors_file import HeaderEntry
 from ....checkpoint.files.schemas import read_json
 from ....checkpoint.model.config import complete_config
 from ....checkpoint.model.families import is_known
 from ....checkpoint.model.names import config_features, head_names, is_linear, model_order
 from ....checkpoint.source.checkpoint import Checkpoint, TensorSource, confined_file, embedding_rows
 from ....checkpoint.source.language import HfNames
-from ....errors import CheckpointError, FormatError, ShapeError
+from ....errors import CheckpointError, ShapeError
 from ...format import Description, QuantizedModel
 from .config import dense_config
-from .describe import describe_exl2
+from .describe import describe_exl2, stored_sizes
 from .linear import QuantizedLinear
 from .manifest import Manifest, read_manifest
 from .store import QUANTIZED_SUFFIXES, check_stored, linear_from_tensors
+from .tensors import MARK, StoredTensors
 
-__all__ = ["Exl2Model", "is_exl2"]
+__all__ = ["Exl2Model"]
 
-_MARK = ".q_weight"
-_DENSE_BITS = 16
 # `q_perm` and `q_group_map` may be stored too; readers compute them anew.
 _HIDDEN_SUFFIXES = (*QUANTIZED_SUFFIXES, "q_perm", "q_group_map")
-
-
-def is_exl2(directory: Path) -> bool:
-    """Return whether a directory holds an EXL2 model: some tensor's name ends in ``.q_weight``.
-
-    Raises:
-        FormatError: A safetensors file in it is damaged.
-        CheckpointError: A safetensors file in it leads outside of it.
-    """
-    return Path(directory).is_dir() and any(
-        name.endswith(_MARK) for header in _headers(Path(directory)).values() for name in header.entries
-    )
 
 
 class Exl2Model(QuantizedModel):
     """A quantized model on disk, read lazily; nothing stays open, so it may be pickled.
 
     Every quantized linear is seen as its decoded float16 ``<name>.weight``.
+
+    Attributes:
+        stored: The tensors as they are stored.
     """
 
     format: ClassVar[str] = "exl2"
 
-    def __init__(self, directory: Path, config: dict[str, Any], files: dict[str, SafetensorsHeader]) -> None:
+    def __init__(self, stored: StoredTensors, config: dict[str, Any]) -> None:
         """Hold checked parts; use ``Exl2Model.open`` to make them from a directory.
 
         Args:
-            directory: The model directory.
+            stored: The directory's tensors.
             config: Parsed ``config.json``.
-            files: Header of every safetensors file by name; no tensor is in two of them.
         """
-        self._directory = directory
         self._stored_config = config
-        self._places: dict[str, tuple[str, HeaderEntry]] = {
-            name: (file, entry) for file, header in files.items() for name, entry in header.entries.items()
-        }
-        self._files = files
-        self._linears = tuple(sorted(name.removesuffix(_MARK) for name in self._places if name.endswith(_MARK)))
-        quantized = set(self._linears)
-        hidden = {f"{linear}.{suffix}" for linear in quantized for suffix in _HIDDEN_SUFFIXES}
+        self.stored = stored
+        self._linears = stored.linears
+        hidden = {f"{linear}.{suffix}" for linear in self._linears for suffix in _HIDDEN_SUFFIXES}
         # If both forms of a linear are stored, readers take the quantized one.
-        self._names = frozenset(self._places.keys() - hidden | {f"{linear}.weight" for linear in quantized})
+        self._names = frozenset(stored.entries.keys() - hidden | {f"{linear}.weight" for linear in self._linears})
 
     @classmethod
     def open(cls, directory: Path) -> Exl2Model:
@@ -87,25 +69,14 @@ class Exl2Model(QuantizedModel):
         """
         directory = Path(directory)
         config = read_json(confined_file(directory, "config.json"), CheckpointError)
-        files = _headers(directory)
-        _check_files(directory, files)
-        model = cls(directory, config, files)
-        model._check_linears()
+        model = cls(StoredTensors(directory), config)
+        _check_linears(model)
         return model
-
-    def _check_linears(self) -> None:
-        # What the headers tell already: evaluation would find it out in its middle only.
-        stored = {name: (entry.dtype, entry.shape) for name, (_, entry) in self._places.items()}
-        for linear in self._linears:
-            check_stored(linear, stored, self._out_features(linear))
-            (rows,), expected = stored[f"{linear}.q_invperm"][1], config_features(linear, self._stored_config)[0]
-            if expected is not None and rows != expected:
-                raise ShapeError(linear, "q_invperm", got=(rows,), expected=(expected,))
 
     @property
     def path(self) -> Path:
         """The model directory."""
-        return self._directory
+        return self.stored.directory
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -119,7 +90,7 @@ class Exl2Model(QuantizedModel):
     def _complete_config(self) -> dict[str, Any]:
         if not is_known(self._stored_config):
             return self._stored_config
-        path = self._directory / "config.json"
+        path = self.path / "config.json"
         return complete_config(self._stored_config, path, embedding_rows=embedding_rows(self))
 
     @property
@@ -130,7 +101,7 @@ class Exl2Model(QuantizedModel):
     @cached_property
     def fingerprint(self) -> str:
         """Identifies config and weights, made as :attr:`Checkpoint.fingerprint` is."""
-        return Checkpoint(self._directory, self._stored_config, self._files).fingerprint
+        return Checkpoint(self.path, self._stored_config, self.stored.files).fingerprint
 
     @cached_property
     def manifest(self) -> Manifest | None:
@@ -139,7 +110,7 @@ class Exl2Model(QuantizedModel):
         Raises:
             FormatError: It is damaged, or of another version.
         """
-        return read_manifest(self._directory)
+        return read_manifest(self.path)
 
     @property
     def predicted_damage_nats(self) -> float | None:
@@ -172,7 +143,7 @@ class Exl2Model(QuantizedModel):
     @property
     def file_bytes(self) -> int:
         """Size of all safetensors files, headers included, in bytes."""
-        return sum(header.file_bytes for header in self._files.values())
+        return sum(header.file_bytes for header in self.stored.files.values())
 
     @property
     def tied_embeddings(self) -> bool:
@@ -192,9 +163,9 @@ class Exl2Model(QuantizedModel):
         if linear in self._linears and part in ("weight", "bias"):
             self._require(name)
             if part == "bias":
-                return (self._out_features(linear),)
-            return (self._out_features(linear), *self._entry(f"{linear}.q_invperm")[1].shape)
-        return self._require(name)[1].shape
+                return (self.out_features(linear),)
+            return (self.out_features(linear), *self.stored.entry(f"{linear}.q_invperm").shape)
+        return self._require(name).shape
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor of the dense model, on the CPU, in memory of its own.
@@ -214,9 +185,9 @@ class Exl2Model(QuantizedModel):
         if linear in self._linears and part == "weight":
             return self.linear(linear).dequantize()
         self._require(name)
-        stored = self._read(name)
+        stored = self.stored.read(name)
         if linear in self._linears and part == "bias":
-            return stored[: self._out_features(linear)].clone()
+            return stored[: self.out_features(linear)].clone()
         return stored
 
     def linear(self, name: str) -> QuantizedLinear:
@@ -228,29 +199,14 @@ class Exl2Model(QuantizedModel):
             ShapeError: A tensor does not have the shape that the config or the other tensors demand.
         """
         if name not in self._linears:
-            raise CheckpointError(f"{self._directory}: no quantized linear {name!r}, got {len(self._linears)} others.")
+            raise CheckpointError(f"{self.path}: no quantized linear {name!r}, got {len(self._linears)} others.")
         parts = [f"{name}.{suffix}" for suffix in (*QUANTIZED_SUFFIXES, "bias")]
-        tensors = {part: self._read(part) for part in parts if part in self._places}
-        return linear_from_tensors(name, tensors, self._out_features(name))
+        tensors = {part: self.stored.read(part) for part in parts if part in self.stored.entries}
+        return linear_from_tensors(name, tensors, self.out_features(name))
 
     def stored_bpw(self) -> dict[str, float]:
         """Return the bits per weight of every linear, padding and overheads included, in model order."""
-        return {name: bits / weights for name, (bits, weights) in self.stored_sizes().items()}
-
-    def stored_sizes(self) -> dict[str, tuple[int, int]]:
-        """Return of every linear its stored bits, padding included and bias excluded, and its number of weights.
-
-        Raises:
-            FormatError: A part of it is missing.
-        """
-        sizes = {}
-        for name in sorted((*self._linears, *self.float16_linears), key=model_order):
-            weights = math.prod(self.shape(f"{name}.weight"))
-            bits = _DENSE_BITS * weights
-            if name in self._linears:
-                bits = 8 * sum(self._entry(f"{name}.{suffix}")[1].size_bytes for suffix in QUANTIZED_SUFFIXES)
-            sizes[name] = (bits, weights)
-        return sizes
+        return {name: bits / weights for name, (bits, weights) in stored_sizes(self).items()}
 
     def as_transformers(self) -> TensorSource:
         """Return the dense model with the names and the config that Transformers loads."""
@@ -260,46 +216,27 @@ class Exl2Model(QuantizedModel):
         """Return what is in it."""
         return describe_exl2(self)
 
-    def _out_features(self, linear: str) -> int:
+    def out_features(self, linear: str) -> int:
+        """Return the number of output channels of a quantized linear, without padding."""
         # A name that the table does not know is taken to have no padding.
         known = config_features(linear, self._complete_config)[1]
-        shape = self._entry(f"{linear}{_MARK}")[1].shape
+        shape = self.stored.entry(f"{linear}{MARK}").shape
         return known if known is not None else int(shape[-1]) if shape else 0
 
-    def _require(self, name: str) -> tuple[str, HeaderEntry]:
+    def _require(self, name: str) -> HeaderEntry:
         if name not in self._names:
-            raise CheckpointError(f"{self._directory}: tensor {name!r} is missing, got {len(self._names)} others.")
+            raise CheckpointError(f"{self.path}: tensor {name!r} is missing, got {len(self._names)} others.")
         linear, _, part = name.rpartition(".")
         if part == "weight" and linear in self._linears:
-            return self._entry(f"{linear}{_MARK}")
-        return self._entry(name)
-
-    def _entry(self, stored_name: str) -> tuple[str, HeaderEntry]:
-        if stored_name not in self._places:
-            raise FormatError(f"{self._directory}: {stored_name} is missing. The model is incomplete.")
-        return self._places[stored_name]
-
-    def _read(self, stored_name: str) -> Tensor:
-        file, entry = self._entry(stored_name)
-        return read_entry(confined_file(self._directory, file), entry, FormatError)
+            return self.stored.entry(f"{linear}{MARK}")
+        return self.stored.entry(name)
 
 
-def _check_files(directory: Path, files: Mapping[str, SafetensorsHeader]) -> None:
-    holder: dict[str, str] = {}
-    for file, header in files.items():
-        for name in header.entries:
-            if name in holder:
-                raise FormatError(
-                    f"{directory}: tensor {name!r} is stored twice, got {holder[name]} and {file}, expected one file. "
-                    "Remove the file that does not belong to the model."
-                )
-            holder[name] = file
-    if not any(name.endswith(_MARK) for name in holder):
-        raise FormatError(
-            f"{directory}: not an EXL2 model. Got {len(holder)} tensors. Expected some named *{_MARK}. Check the path."
-        )
-
-
-def _headers(directory: Path) -> dict[str, SafetensorsHeader]:
-    names = sorted(path.name for path in directory.glob("*.safetensors") if not path.name.startswith("."))
-    return {name: read_header(confined_file(directory, name), FormatError) for name in names}
+def _check_linears(model: Exl2Model) -> None:
+    # What the headers tell already: evaluation would find it out in its middle only.
+    stored = {name: (entry.dtype, entry.shape) for name, entry in model.stored.entries.items()}
+    for linear in model.linears:
+        check_stored(linear, stored, model.out_features(linear))
+        (rows,), expected = stored[f"{linear}.q_invperm"][1], config_features(linear, model.stored_config)[0]
+        if expected is not None and rows != expected:
+            raise ShapeError(linear, "q_invperm", got=(rows,), expected=(expected,))

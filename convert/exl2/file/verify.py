@@ -13,8 +13,8 @@ from ....checkpoint.model.names import HEAD, config_features, head_names
 from ....errors import FormatError, VerificationError
 from ...carry import require_float16_range
 from ...format import Verification
+from .describe import decoder_bpw, head_bpw
 from .linear import QuantizedLinear
-from .rates import decoder_bpw, head_bpw
 from .reader import Exl2Model
 
 __all__ = ["check_rules", "verify_exl2"]

@@ -110,20 +110,16 @@ def write_gguf(
         WorkDirectoryError: ``output`` exists or cannot be written, or the disk is full.
     """
     header = read_gguf_header(Path(base))
-    _check_base(header, types)
+    _check_base(header, types, encoded or {})
     planned = _plan(header, types)
     start = header_bytes(_entries(header, file_type, metadata or {}), planned, header.alignment_bytes)
-    ready = dict(encoded or {})
-    unknown = ready.keys() - header.tensors.keys()
-    if unknown:
-        raise ConfigError(f"{base}: no tensor {min(unknown)!r}, got finished bytes for it. Use the names of the file.")
     written: dict[str, str] = {}
     with atomic_file(Path(output), new=True) as temporary:
         with header.path.open("rb") as source, temporary.open("wb") as target:
             target.write(start)
             for tensor in progress(planned, "writing"):
                 job = _Job(header, tensor, importance, (distances or {}).get(tensor.name), threads)
-                slabs = job.slabs(source, ready.get(tensor.name))
+                slabs = job.slabs(source, (encoded or {}).get(tensor.name))
                 written[tensor.name] = job.write(slabs, target)
                 target.write(bytes(padding(tensor.size_bytes, header.alignment_bytes)))
             target.flush()
@@ -131,10 +127,13 @@ def write_gguf(
         return _verify(temporary, Path(output), start, planned, written)
 
 
-def _check_base(header: GgufHeader, types: Mapping[str, GgmlType]) -> None:
-    unknown = types.keys() - header.tensors.keys()
-    if unknown:
-        raise ConfigError(f"{header.path}: no tensor {min(unknown)!r}, got a type for it. Use the names of the file.")
+def _check_base(header: GgufHeader, types: Mapping[str, GgmlType], ready: Mapping[str, object]) -> None:
+    for names, what in ((types.keys(), "a type"), (ready.keys(), "finished bytes")):
+        unknown = names - header.tensors.keys()
+        if unknown:
+            raise ConfigError(
+                f"{header.path}: no tensor {min(unknown)!r}, got {what} for it. Use the names of the file."
+            )
     require_whole(header)
     for name, kind in types.items():
         stored = header.tensors[name].type

@@ -8,6 +8,7 @@ import pytest
 from bpwise.checkpoint.files.paths import (
     check_file,
     check_run,
+    companion,
     locked,
     named,
     refuse_foreign,
@@ -22,6 +23,13 @@ from filelock import FileLock
 
 def listing(directory: Path) -> set[str]:
     return {path.relative_to(directory).as_posix() for path in directory.rglob("*")}
+
+
+def test_companions_stand_in_a_directory_or_beside_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "m-4.5bpw.gguf"
+    assert companion(tmp_path, "README.md") == tmp_path / "README.md"
+    assert companion(file, "README.md") == tmp_path / "m-4.5bpw.README.md"
+    assert companion(file, "README.md", whole_name=True) == tmp_path / "m-4.5bpw.gguf.README.md"
 
 
 class TestNames:

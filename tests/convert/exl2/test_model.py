@@ -13,11 +13,15 @@ import pytest
 import torch
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.convert.dense import dequantize_model
+from bpwise.convert.exl2.file.describe import stored_sizes
 from bpwise.convert.exl2.file.linear import QuantizedLinear
-from bpwise.convert.exl2.file.reader import Exl2Model, is_exl2
+from bpwise.convert.exl2.file.reader import Exl2Model
+from bpwise.convert.exl2.file.tensors import is_exl2
 from bpwise.convert.exl2.file.verify import verify_exl2
 from bpwise.convert.exl2.file.writer import write_model
-from bpwise.convert.format import Verification
+from bpwise.convert.format import QuantizedModel, Verification
+from bpwise.convert.opening import open_any, verify_model
+from bpwise.convert.registry import require_format
 from bpwise.errors import (
     CheckpointError,
     FormatError,
@@ -142,7 +146,7 @@ def test_directory_is_what_readers_expect(write: Write) -> None:
     head_bits = 32 * 128 * 14 + 2 * (48 + 4 * 128) + 64 * 32
     assert result.rates["head"] == pytest.approx(head_bits / 6400, rel=1e-12)
     per_layer = 96 * 64 + 2 * 48 * 64 + 64 * 96 + 3 * 96 * 64
-    sizes = [size for name, size in Exl2Model.open(out).stored_sizes().items() if name != "lm_head"]
+    sizes = [size for name, size in stored_sizes(Exl2Model.open(out)).items() if name != "lm_head"]
     assert sum(weights for _, weights in sizes) == 2 * per_layer
     assert result.bpw == result.rates["decoder"] == sum(bits for bits, _ in sizes) / (2 * per_layer)
 
@@ -535,3 +539,27 @@ def test_unquantized_values_beyond_float16(
             quantization=quantization,
             provenance={},
         )
+
+
+def test_the_format_knows_its_models(write: Write, tmp_path: Path) -> None:
+    out, linears, result = write()
+    format_ = require_format(out)
+    assert format_.name == Exl2Model.format == "exl2"
+    assert verify_model(out) == result
+    model = open_any(out)
+    assert isinstance(model, QuantizedModel)
+    assert (model.path, model.directory) == (out, out)
+    assert model.stored_bpw().keys() == linears.keys()
+    assert (model.calibration_spans, model.predicted_damage_nats, model.matrix_dtype) == (None, None, None)
+    assert {name: row[1] for name, *row in format_.describe(out).table.rows} == {
+        name: f"{bpw:.3f}" for name, bpw in model.stored_bpw().items()
+    }
+    assert format_.run_of(out) is None
+    _edit_json(out / "bpwise.json", provenance={"run": "r", "calibration_spans": "3:", "predicted_damage_nats": 0.5})
+    assert format_.run_of(out) == "r"
+    said = format_.open(out)
+    assert (said.calibration_spans, said.predicted_damage_nats) == ("3:", 0.5)
+    assert format_.run_of(tmp_path / "nothing") is None
+    for other in (tmp_path / "llama", out / "config.json"):
+        with pytest.raises(FormatError, match="not a quantized model"):
+            verify_model(other)

@@ -15,9 +15,11 @@ import torch
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.cli import cli
 from bpwise.convert.dense import dequantize_model
+from bpwise.convert.gguf.file.metadata import RUN_KEY, SPANS_KEY
 from bpwise.convert.gguf.file.names import architecture_of, gguf_name, hf_name, row_order
 from bpwise.convert.gguf.file.reader import GgufModel
 from bpwise.convert.gguf.file.verify import verify_gguf
+from bpwise.convert.registry import require_format
 from bpwise.errors import BpwiseError, CheckpointError, FormatError, UnsupportedModelError
 from bpwise.measure.model.stream import StreamedModel
 from click.testing import CliRunner
@@ -338,6 +340,19 @@ class TestCommands:
         run = CliRunner().invoke(cli, ["verify", str(tmp_path / "noise.gguf")])
         assert run.exit_code == 1
         assert "begin with 'GGUF'" in run.output
+
+    def test_the_format_knows_its_files(self, rewrite: Rewrite, converted: Any) -> None:
+        path = rewrite("llama", kind="Q8_0", metadata={RUN_KEY: "r", SPANS_KEY: "3:"})
+        format_ = require_format(path)
+        model = format_.open(path)
+        assert format_.name == model.format == "gguf"
+        assert (model.path, model.directory) == (path, path.parent)
+        assert (format_.run_of(path), model.calibration_spans, model.matrix_dtype) == ("r", "3:", None)
+        assert format_.open(converted["llama"].file).matrix_dtype == "float32"
+        matrices = {name for name in model.names if len(model.shape(name)) == 2}
+        assert model.stored_bpw() == {name.removesuffix(".weight"): 8.5 for name in matrices}
+        assert next(iter(model.stored_bpw())) == "model.embed_tokens"
+        assert format_.output_name("org/L-1B", 4.5, None) == "L-1B-4.5bpw.gguf"
 
     def test_architecture_that_is_not_known(self, rewrite: Rewrite) -> None:
         found = verify_gguf(rewrite("gradient", metadata={"general.architecture": "gpt2"}))
