@@ -1,9 +1,10 @@
 """bpwise: measure how much each bit matters to a language model, then quantize it to exactly the asked size.
 
 ``bpwise.quantize`` and ``bpwise.measure_model`` run the steps, and ``bpwise.quantize_series`` makes several bitrates
-from one measurement; ``bpwise.plan``, ``bpwise.verify``, ``bpwise.evaluate``, ``bpwise.inspect`` and ``bpwise.dequantize``
-are other commands as functions, and ``bpwise.open_model`` says what shall be changed while a model is read. Options
-are frozen config objects. Everything is imported when it is first used, so that ``import bpwise`` is immediate.
+from one measurement; ``bpwise.plan``, ``bpwise.verify``, ``bpwise.evaluate``, ``bpwise.inspect`` and
+``bpwise.dequantize`` are other commands as functions, and ``bpwise.open_model`` says what shall be changed while a
+model is read. Options are frozen config objects. Everything is imported when it is first used, so that
+``import bpwise`` is immediate.
 """
 
 from __future__ import annotations
