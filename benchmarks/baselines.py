@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from bpwise.convert.exl2.curves import exl2_curves
 from bpwise.convert.exl2.file.layout import WIDTHS, RowGroup, group_rows, linear_bits, padded_columns
 from bpwise.convert.exl2.plan.plan import LinearPlan, Plan
 from bpwise.convert.exl2.rounding.feedback import round_linear
@@ -56,12 +57,12 @@ def uniform_plan(measurement: Measurement, bpw: float, head_bits: int) -> Plan:
     Raises:
         BudgetError: Not even the smallest width fits.
     """
-    budget = _budget_bits(measurement, bpw)
+    budget, group_size = _budget_bits(measurement, bpw), exl2_curves(measurement).group_size
     for bits in WIDTHS:
-        plan = [_uniform(linear, measurement.group_size, bits) for linear in measurement.linears]
+        plan = [_uniform(linear, group_size, bits) for linear in measurement.linears]
         if sum(widths.stored_bits for widths in plan) <= budget:
             _spend(plan, budget)
-            return _plan_of(measurement, plan, bpw, head_bits)
+            return _plan_of(measurement, [*plan, _uniform(measurement.head, group_size, head_bits)], bpw, head_bits)
     raise BudgetError(f"{bpw:g} bits per weight: too few for uniform widths on this model. Ask for more.")
 
 
@@ -92,7 +93,7 @@ def _spend(plan: Sequence[Widths], budget: int) -> None:
 
 
 def _plan_of(measurement: Measurement, chosen: Sequence[Widths], bpw: float, head_bits: int) -> Plan:
-    *linears, head = map(_linear_plan, [*chosen, _uniform(measurement.head, measurement.group_size, head_bits)])
+    *linears, head = map(_linear_plan, chosen)
     return Plan(
         linears=tuple(linears),
         head=head,

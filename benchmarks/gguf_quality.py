@@ -26,8 +26,10 @@ from bpwise.checkpoint.files.atomic import atomic_file
 from bpwise.checkpoint.model.families import HEAD
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.checkpoint.source.original import open_model
+from bpwise.convert.gguf.curves import GgufCurves
 from bpwise.convert.gguf.file.names import gguf_name
 from bpwise.convert.gguf.file.reader import GgufModel
+from bpwise.convert.gguf.ggml.curves import measured_types
 from bpwise.convert.gguf.llama_cpp.converter import make_base
 from bpwise.convert.gguf.llama_cpp.imatrix import ImportanceMatrix, write_imatrix
 from bpwise.errors import BpwiseError
@@ -35,7 +37,7 @@ from bpwise.eval.comparison import EvalConfig, compare_with, evaluation_rows
 from bpwise.eval.original import OriginalRun, run_original
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.model.stream import StreamedModel, micro_batches
-from bpwise.measure.run import MeasureConfig, measure_to_file, measured_rows
+from bpwise.measure.run import MeasureConfig, measure_model, measured_rows
 from bpwise.measure.statistics.inputs import tapped_inputs
 from bpwise.measure.text.calibration import CalibrationConfig, CalibrationSet
 from bpwise.measure.text.tokenizer import load_tokenizer
@@ -223,7 +225,8 @@ def main(model: str, types: str, work_dir: Path, measurement: Path | None, **num
             measurement = work_dir / "measurement.safetensors"
             if not measurement.exists():
                 calibration = CalibrationConfig(rows=numbers["rows"], row_tokens=numbers["row_tokens"])
-                measure_to_file(model, measurement, MeasureConfig(calibration=calibration), progress=tqdm)
+                config, curves = MeasureConfig(calibration=calibration), [GgufCurves(measured_types())]
+                measure_model(model, measurement, config, curves=curves, progress=tqdm)
         tokens: CalibrationSet = measured_rows(Measurement.load(measurement))
         imatrix, base = work_dir / "imatrix.gguf", work_dir / "base.gguf"
         if not imatrix.exists():

@@ -30,6 +30,7 @@ from bpwise.checkpoint.files.atomic import atomic_file
 from bpwise.checkpoint.source.checkpoint import Checkpoint, TensorSource
 from bpwise.checkpoint.source.language import WeightOverlay
 from bpwise.checkpoint.source.original import open_model
+from bpwise.convert.exl2.curves import Exl2Curves
 from bpwise.convert.exl2.file.reader import Exl2Model
 from bpwise.convert.exl2.plan.plan import Plan
 from bpwise.convert.exl2.rounding.rounder import RoundConfig, round_model, tune_model
@@ -41,7 +42,7 @@ from bpwise.measure.measurement import MeasuredLinear, Measurement
 from bpwise.measure.run import (
     MeasureConfig,
     calibration_rows,
-    measure_to_file,
+    measure_model,
     measurement_provenance,
     resolve_device,
 )
@@ -110,7 +111,7 @@ class Benchmark:
     @property
     def identity(self) -> dict[str, Any]:
         """All that results depend on beside the code, as plain JSON."""
-        provenance = measurement_provenance(self.checkpoint, self.calibration, self.config)
+        provenance = measurement_provenance(self.checkpoint, self.calibration, self.config, [])
         return {"measured": provenance, "evaluation": self.evaluation.fingerprint}
 
 
@@ -134,17 +135,18 @@ def prepare(
 
 def measured(benchmark: Benchmark, variant: Variant) -> Measurement:
     """Return the measurement that a variant needs, made now unless the work directory holds it."""
-    config = replace(benchmark.config, group_size=variant.group_size, damping=variant.damping)
+    config, curves = replace(benchmark.config, damping=variant.damping), [Exl2Curves(variant.group_size)]
     kept = benchmark.work / f"measurement-{variant.measurement}.safetensors"
     measurement = Measurement.load(kept) if kept.exists() else None
-    provenance = measurement_provenance(benchmark.checkpoint, benchmark.calibration, config)
+    provenance = measurement_provenance(benchmark.checkpoint, benchmark.calibration, config, curves)
     if measurement is None or measurement.provenance != provenance:
         start = time.monotonic()
         with changed_measuring(variant):
-            measurement = measure_to_file(
+            measurement = measure_model(
                 benchmark.model,
                 kept,
                 config,
+                curves=curves,
                 work=benchmark.work / f"measure-{variant.measurement}",
                 calibration=benchmark.calibration,
                 progress=progress_bar,
@@ -338,7 +340,7 @@ def main(
         raise click.UsageError("the variant exllamav2 needs --exllamav2. Name its folder or leave the variant out.")
     try:
         calibration = CalibrationConfig(rows=rows, row_tokens=row_tokens, seed=seed)
-        config = MeasureConfig(calibration=calibration, types=False, seed=seed, device=device)
+        config = MeasureConfig(calibration=calibration, seed=seed, device=device)
         eval_config = EvalConfig(rows=eval_rows, row_tokens=eval_row_tokens, seed=seed, device=device)
         benchmark = prepare(model, config, eval_config, work_dir, package)
         results = compare_all(benchmark, variants, targets)

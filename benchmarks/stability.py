@@ -17,10 +17,11 @@ from pathlib import Path
 
 import click
 import numpy as np
+from bpwise.convert.exl2.curves import Exl2Curves
 from bpwise.convert.exl2.plan.plan import Plan, make_plan
 from bpwise.errors import BpwiseError
 from bpwise.measure.measurement import Measurement
-from bpwise.measure.run import MeasureConfig, measure_to_file
+from bpwise.measure.run import MeasureConfig, measure_model
 from bpwise.measure.text.calibration import CalibrationConfig
 from quality import progress_bar
 
@@ -101,8 +102,8 @@ def _measured(model: str, rows: int, row_tokens: int, seed: int, device: str, wo
     if kept.exists():
         return Measurement.load(kept)
     calibration = CalibrationConfig(rows=rows, row_tokens=row_tokens, seed=seed)
-    config = MeasureConfig(calibration=calibration, types=False, seed=seed, device=device)
-    return measure_to_file(model, kept, config, progress=progress_bar)
+    config = MeasureConfig(calibration=calibration, seed=seed, device=device)
+    return measure_model(model, kept, config, curves=[Exl2Curves()], progress=progress_bar)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,11 +11,9 @@ import torch
 from baselines import uniform_plan
 from bpwise.convert.exl2.plan.plan import Plan, make_plan
 from bpwise.convert.exl2.rounding import curves
-from bpwise.measure import passes
+from bpwise.measure.curves import CurveInputs, LinearCurves
 from bpwise.measure.measurement import Measurement
-from bpwise.measure.run import MeasureConfig
 from bpwise.measure.statistics import inputs as statistics
-from torch import Tensor
 
 __all__ = ["OURS", "PEER", "VARIANTS", "Variant", "changed_measuring"]
 
@@ -39,18 +37,18 @@ def _tokens_alike() -> Iterator[None]:
 @contextmanager
 def _rows_by_activity() -> Iterator[None]:
     """Have rows sorted by the power of their inputs (GPTQ's act-order), and groups cut in that order."""
-    measure, grouped = passes.measure_curves, curves.grouped_rows
+    measure, grouped = curves.measure_curves, curves.grouped_rows
 
-    def by_activity(weights: Sequence[Tensor], gram: Tensor, *others: Any, **options: Any) -> list[curves.ErrorCurve]:
-        order = gram.diagonal().argsort(descending=True, stable=True)
+    def by_activity(inputs: CurveInputs, *others: Any) -> list[LinearCurves]:
+        order = inputs.gram.diagonal().argsort(descending=True, stable=True)
         curves.grouped_rows = lambda *_: order
-        return measure(weights, gram, *others, **options)
+        return measure(inputs, *others)
 
-    passes.measure_curves = by_activity
+    curves.measure_curves = by_activity
     try:
         yield
     finally:
-        passes.measure_curves, curves.grouped_rows = measure, grouped
+        curves.measure_curves, curves.grouped_rows = measure, grouped
 
 
 def _best_plan(measurement: Measurement, bpw: float, head_bits: int) -> Plan:
@@ -74,7 +72,7 @@ class Variant:
     """
 
     title: str
-    group_size: int = MeasureConfig().group_size
+    group_size: int = 32
     damping: float | None = None
     tokens_alike: bool = False
     rows_by_activity: bool = False

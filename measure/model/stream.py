@@ -16,14 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...checkpoint.model.config import explain_transformers, parse_config
 from ...checkpoint.model.families import HEAD, Family, InputGroup
 from ...checkpoint.source.checkpoint import TensorSource
-from ...checkpoint.source.language import LanguageModel, language_model
-from ...errors import CheckpointError, NumericalError
-from .attention import attention_for
+from ...checkpoint.source.language import language_model
+from ...errors import NumericalError
 from .cast_linear import CastOnUseLinear
 from .normless import hold_small_states, norms_of_stream
+from .skeleton import build_skeleton, embedding_name, frozen_parameter, read_weight, set_parameter, stored_name
 from .states import new_state
 from .surgery import split_block
 
@@ -34,8 +33,6 @@ MICRO_BATCH_TOKENS = 2048
 
 TAIL_TOKENS = 256
 """Positions whose logits are held at once, of each model: 128 MiB in float32 for a vocabulary of 128k."""
-
-_META = torch.device("meta")
 
 
 def micro_batches(rows: int, row_tokens: int) -> list[slice]:
@@ -109,7 +106,7 @@ class StreamedModel:
         self.device = device
         self.dtype = dtype
         self.offload_dir = offload_dir
-        self._model: Any = _build_skeleton(self._source, self._source.config, dtype, device)
+        self._model: Any = build_skeleton(self._source, self._source.config, dtype, device)
         self._model.set_submodule(HEAD, CastOnUseLinear(self._model.get_submodule(HEAD)))
         for norm in norms_of_stream(self._model, self.family):
             hold_small_states(norm)
@@ -119,7 +116,7 @@ class StreamedModel:
             split_block(block, self.family, self._source.config)
         table = self.embedding_name
         for name, parameter in self._model.named_parameters(remove_duplicate=False):
-            _located(self._source, name, parameter.shape, table)
+            stored_name(self._source, name, parameter.shape, table)
         for index in range(len(self._blocks)):
             parent[index] = _Recorder(self, index)
         self._calls: dict[tuple[int, ...], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
@@ -139,7 +136,7 @@ class StreamedModel:
     @property
     def embedding_name(self) -> str:
         """Full name of the module that holds the token embeddings."""
-        return self._name_of(self._model.get_input_embeddings())
+        return embedding_name(self._model)
 
     @property
     def vocabulary(self) -> int:
@@ -229,7 +226,7 @@ class StreamedModel:
         embedding = self._model.get_input_embeddings()
         if table is None:
             name = f"{self.embedding_name}.weight"
-            table = _read(self._source, name, embedding.weight.shape, self.embedding_name)
+            table = read_weight(self._source, name, embedding.weight.shape, self.embedding_name)
         empty, padding = embedding.weight, embedding.padding_idx
 
         def rows_of(tokens: Tensor) -> Tensor:
@@ -304,10 +301,6 @@ class StreamedModel:
             raise _EndOfEmbedding
         return hidden
 
-    def _name_of(self, module: nn.Module) -> str:
-        names: Iterator[str] = (name for name, candidate in self._model.named_modules() if candidate is module)
-        return next(names)
-
     @contextmanager
     def _loaded(self, module: nn.Module, name: str, skip: str | None = None) -> Iterator[nn.Module]:
         empty, table = dict(module.named_parameters(remove_duplicate=False)), self.embedding_name
@@ -315,14 +308,14 @@ class StreamedModel:
             full = f"{name}.{inner}" if name else inner
             if skip is None or not full.startswith(f"{skip}."):
                 dtype = None if full == f"{HEAD}.weight" else self.dtype
-                weight = _read(self._source, full, parameter.shape, table)
-                _set_parameter(module, inner, _parameter(weight.to(device=self.device, dtype=dtype)))
+                weight = read_weight(self._source, full, parameter.shape, table)
+                set_parameter(module, inner, frozen_parameter(weight.to(device=self.device, dtype=dtype)))
                 del weight
         try:
             yield module
         finally:
             for inner, parameter in empty.items():
-                _set_parameter(module, inner, parameter)
+                set_parameter(module, inner, parameter)
 
 
 def whole_model(source: TensorSource, *, device: torch.device, dtype: torch.dtype) -> Any:
@@ -343,79 +336,12 @@ def whole_model(source: TensorSource, *, device: torch.device, dtype: torch.dtyp
     """
     language = language_model(source)
     config = {**language.config, "tie_word_embeddings": language.tied_embeddings}
-    model = _build_skeleton(language, config, dtype, device, pads=True)
+    model = build_skeleton(language, config, dtype, device, pads=True)
     for block in model.get_submodule(language.family.blocks):
         split_block(block, language.family, config)
-    embedding = model.get_input_embeddings()
-    table = next(name for name, module in model.named_modules() if module is embedding)
+    table = embedding_name(model)
     for name, parameter in list(model.named_parameters()):  # a tied head is left out here, and follows at the end
-        stored = _read(language, name, parameter.shape, table)
-        _set_parameter(model, name, _parameter(stored.to(device, dtype)))
+        stored = read_weight(language, name, parameter.shape, table)
+        set_parameter(model, name, frozen_parameter(stored.to(device, dtype)))
     model.tie_weights()
     return model
-
-
-def _read(source: LanguageModel, name: str, shape: torch.Size, table: str) -> Tensor:
-    return source.tensor(_located(source, name, shape, table))
-
-
-def _located(source: LanguageModel, name: str, shape: torch.Size, table: str) -> str:
-    # The name under which a source has a parameter of the model, checked to be there and of the right shape.
-    name = source.family.file_name(name)
-    if name == f"{HEAD}.weight":
-        if source.tied_embeddings:
-            name = f"{table}.weight"
-        elif name not in source.names:
-            raise CheckpointError(
-                f"{source.directory}: no {name} is stored, but config.json says that the head is not the embedding. "
-                "Set tie_word_embeddings to true there if it is; else get the missing file."
-            )
-    got = source.shape(name)
-    if got == tuple(shape):
-        return name
-    hint = "The files do not belong together."
-    tables = [each for each in (f"{table}.weight", f"{HEAD}.weight") if each in source.names]
-    if name in tables and {source.shape(each) for each in tables} == {(got[0], *shape[1:])}:
-        hint = f"If the vocabulary was resized, as by a merge, set vocab_size to {got[0]} in config.json."
-    raise CheckpointError(
-        f"{source.directory}: {name} has shape {got}, expected {tuple(shape)} from config.json. {hint}"
-    )
-
-
-def _parameter(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)
-
-
-def _build_skeleton(
-    source: LanguageModel, config: dict[str, Any], dtype: torch.dtype, device: torch.device, *, pads: bool = False
-) -> Any:
-    path = source.directory / "config.json"
-    parsed = parse_config(config, path)
-    with explain_transformers(path):
-        return _meta_model(parsed, dtype, device, pads=pads)
-
-
-def _meta_model(parsed: Any, dtype: torch.dtype, device: torch.device, *, pads: bool) -> Any:
-    # The model on the meta device. Where rows are padded, attention is Transformers' own, which heeds it.
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415 - seconds to import, and only needed here
-
-    with _META:
-        kind = AutoModelForCausalLM._model_mapping[type(parsed)]
-        plain_attention = "sdpa" if kind._supports_sdpa else "eager"
-        attention = plain_attention if pads else attention_for(kind)
-        model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, attn_implementation=attention)
-    model.eval()
-    # Buffers that no checkpoint holds (rotary frequencies) are computed by the model's own initialisation, in
-    # float32 whatever the dtype of the weights: rounding them ruins long contexts.
-    for module in model.modules():
-        names = module._non_persistent_buffers_set
-        for name in names:
-            setattr(module, name, torch.empty_like(getattr(module, name), device=device))
-        if names:
-            model._init_weights(module)
-    return model
-
-
-def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    path, _, leaf = name.rpartition(".")
-    module.get_submodule(path).register_parameter(leaf, parameter)

@@ -16,9 +16,10 @@ from ...checkpoint.files.safetensors_file import load_metadata, load_tensors, sa
 from ...errors import CalibrationError, ConfigError, ShapeError
 from .builtin_text import TextUse, builtin_texts
 from .chat_rows import render_turns
-from .rows import read_pool
+from .random_rows import RANDOM_ORIGIN, n_random_rows, random_ids
+from .rows import read_pool, spread_starts
 from .sources import TextSource, read_texts
-from .tokenizer import Tokenizer, chat_template, leading_ids, ordinary_ids, token_fingerprint
+from .tokenizer import Tokenizer, chat_template, leading_ids, token_fingerprint
 
 __all__ = [
     "DEFAULT_ROW_TOKENS",
@@ -39,14 +40,6 @@ DEFAULT_ROW_TOKENS = 1024
 
 _FORMAT = "bpwise-calibration"
 _FORMAT_VERSION = "1"
-
-# ExLlamaV2's standard calibration set has about this share of rows of random tokens. They reach embedding
-# rows and channels that its text leaves unused; more of them would pull the statistics away from real text.
-_ROWS_PER_RANDOM_ROW = 16
-# With fewer rows than this every one is needed for text.
-_MIN_ROWS_FOR_RANDOM = 8
-
-_RANDOM_ORIGIN = "random token ids"
 
 _SHOWN_CHARACTERS = 40
 
@@ -238,7 +231,7 @@ def build_calibration(
             template though one is asked for, or its ids do not fit the model.
     """
     bos = leading_ids(tokenizer)
-    n_random = _n_random_rows(config, part)
+    n_random = n_random_rows(config.rows) if part == "calibration" and config.source is None else 0
     n_text = config.rows - n_random
     body_tokens = config.tokens_each - len(bos)
     generator = torch.Generator().manual_seed(config.seed)
@@ -256,17 +249,15 @@ def build_calibration(
     starts = (
         [row * body_tokens for row in range(n_text)]
         if in_order
-        else _spread_starts(len(pool.tokens), n_text, body_tokens, generator)
+        else spread_starts(len(pool.tokens), n_text, body_tokens, generator)
     )
     rows = [bos + pool.tokens[start : start + body_tokens] for start in starts]
     origins = [pool.origin_at(start) for start in starts]
     if in_order:
         origins = [f"{origin}: window {number}" for number, origin in enumerate(origins)]
     if n_random:
-        allowed = torch.tensor(_checked_ordinary_ids(tokenizer, vocab_size))
-        drawn = torch.randint(len(allowed), (n_random, body_tokens), generator=generator)
-        rows += [bos + ids for ids in allowed[drawn].tolist()]
-        origins += [_RANDOM_ORIGIN] * n_random
+        rows += [bos + ids for ids in random_ids(tokenizer, vocab_size, (n_random, body_tokens), generator)]
+        origins += [RANDOM_ORIGIN] * n_random
     tokens = torch.tensor(rows, dtype=torch.int64)
     require_ids_below(tokens, vocab_size, tokenizer)
     return CalibrationSet(
@@ -330,35 +321,6 @@ def _open_source(tokenizer: Tokenizer, config: CalibrationConfig, part: TextUse,
     if config.chat_template:
         render_chat = partial(render_turns, opened.enter_context(chat_template(tokenizer)))
     return read_texts(config.source, column=config.column, render_chat=render_chat)
-
-
-def _n_random_rows(config: CalibrationConfig, part: TextUse) -> int:
-    if part != "calibration" or config.source is not None or config.rows < _MIN_ROWS_FOR_RANDOM:
-        return 0
-    return max(1, config.rows // _ROWS_PER_RANDOM_ROW)
-
-
-def _checked_ordinary_ids(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
-    allowed = ordinary_ids(tokenizer, vocab_size)
-    if not allowed:
-        raise CalibrationError(
-            f"tokenizer: no ordinary token has an id below the vocabulary size {vocab_size}, expected some. "
-            "Use the tokenizer that belongs to the model."
-        )
-    return allowed
-
-
-def _spread_starts(n_tokens: int, rows: int, body_tokens: int, generator: torch.Generator) -> list[int]:
-    """Return ascending starts of windows that do not overlap, one at random in each of `rows` shares."""
-    slots = n_tokens // body_tokens
-    spare_tokens = n_tokens - slots * body_tokens
-    phase = int(torch.randint(spare_tokens + 1, (), generator=generator))
-    starts = []
-    for row in range(rows):
-        low, high = row * slots // rows, (row + 1) * slots // rows
-        slot = low + int(torch.randint(high - low, (), generator=generator))
-        starts.append(phase + slot * body_tokens)
-    return starts
 
 
 def _describe(source: TextSource, config: CalibrationConfig, *, n_random: int, in_order: bool, has_bos: bool) -> str:

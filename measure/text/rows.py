@@ -4,10 +4,12 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import torch
+
 from .sources import Document, TextPart, TextSource
 from .tokenizer import Tokenizer, leading_ids
 
-__all__ = ["TokenPool", "read_pool"]
+__all__ = ["TokenPool", "read_pool", "spread_starts"]
 
 # Rows are drawn from this many times the tokens that they hold: random places, without reading everything.
 _POOL_FACTOR = 4
@@ -152,6 +154,26 @@ def read_pool(source: TextSource, tokenizer: Tokenizer, *, rows: int, body_token
             break
         used[number] = part.fill(used[number] + missing)
     return _concatenated(parts, used)
+
+
+def spread_starts(n_tokens: int, rows: int, body_tokens: int, generator: torch.Generator) -> list[int]:
+    """Return ascending starts of windows that do not overlap, one at random in each of `rows` shares.
+
+    Args:
+        n_tokens: Tokens of the pool, at least those of all rows.
+        rows: Number of rows.
+        body_tokens: Tokens of a row, without BOS.
+        generator: Draws the places.
+    """
+    slots = n_tokens // body_tokens
+    spare_tokens = n_tokens - slots * body_tokens
+    phase = int(torch.randint(spare_tokens + 1, (), generator=generator))
+    starts = []
+    for row in range(rows):
+        low, high = row * slots // rows, (row + 1) * slots // rows
+        slot = low + int(torch.randint(high - low, (), generator=generator))
+        starts.append(phase + slot * body_tokens)
+    return starts
 
 
 def _concatenated(parts: list[_PartTokens], used: list[int]) -> TokenPool:

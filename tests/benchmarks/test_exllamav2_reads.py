@@ -91,7 +91,7 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: PreTraine
     for name, (kind, changes) in models.items():
         save = save_with_vision if kind in VISION else save_family
         original = save(folder / "model", kind, byte_tokenizer, **changes)
-        measure = MeasureConfig(calibration=CalibrationConfig(rows=2, row_tokens=32), types=False, device="cpu")
+        measure = MeasureConfig(calibration=CalibrationConfig(rows=2, row_tokens=32), device="cpu")
         config = QuantizeConfig(bpw=5.5, head_bits=8, measure=measure, evaluate=None, force=name in OTHERWISE)
         quantize_model(original, folder / name, config)
         shutil.rmtree(original)

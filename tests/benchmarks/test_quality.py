@@ -10,16 +10,17 @@ import pytest
 import torch
 from bpwise.checkpoint.source.language import WeightOverlay
 from bpwise.checkpoint.source.original import open_model
+from bpwise.convert.exl2.curves import Exl2Curves
 from bpwise.convert.exl2.file.layout import padded_columns
 from bpwise.convert.exl2.plan.plan import Plan
 from bpwise.eval.comparison import EvalConfig
-from bpwise.measure import passes
 from bpwise.measure.run import MeasureConfig
 from bpwise.measure.statistics.inputs import InputStatistics
 from bpwise.measure.text.calibration import CalibrationConfig
 from click.testing import CliRunner, Result
 from transformers import AutoModelForCausalLM
 
+from ..measured import group_of
 from ..tiny_models import streamed_logits
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -98,7 +99,7 @@ def test_the_table_compares_all_variants_and_a_rerun_only_reads(
     kept = (tmp_path / "work" / "results.jsonl").read_text()
     assert len(kept.splitlines()) == 2 * len(COMPARED)
     monkeypatch.delattr(quality, "run_original")
-    monkeypatch.delattr(quality, "measure_to_file")
+    monkeypatch.delattr(quality, "measure_model")
     assert run(quality, model, tmp_path / "work").stdout == first.stdout
     assert (tmp_path / "work" / "results.jsonl").read_text() == kept
 
@@ -124,9 +125,8 @@ def test_rows_by_activity_are_undone_afterwards(quality: ModuleType) -> None:
     gram = x.T @ x / 200
 
     def order() -> list[int]:
-        options = {"widths": (4,), "group_size": 32, "damping": 0.02}
-        (curve,) = passes.measure_curves([weight], gram, [torch.ones(8)], **options)
-        found: list[int] = curve.order.tolist()
+        (curve,) = Exl2Curves(32).linears(group_of([weight], gram, [torch.ones(8)], damping=0.02))
+        found: list[int] = curve.tensors["order"].tolist()
         return found
 
     own, by_activity = order(), gram.diagonal().argsort(descending=True).tolist()

@@ -6,18 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bpwise.measure.measurement import MeasuredLinear, MeasuredTable, Measurement
+from bpwise.measure.measurement import Measurement
 from click.testing import CliRunner
 
-WIDTHS = (8, 6, 5, 4, 3, 2)
-
-EMBEDDING = MeasuredTable(
-    name="embed",
-    tokens=100,
-    importance=np.ones(64, dtype=np.float32),
-    type_damage_nats=np.zeros(0, dtype=np.float32),
-    tied=False,
-)
+from ..measured import EXL2, WIDTHS, bare_measurement, exl2_of
 
 
 @pytest.fixture
@@ -26,33 +18,12 @@ def stability(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("stability")
 
 
-def linear(name: str, damage: float) -> MeasuredLinear:
-    curve = damage * 4.0 ** -np.array(WIDTHS)
-    return MeasuredLinear(
-        name=name,
-        damage_nats=np.tile(curve, (4, 1)).astype(np.float32),
-        order=np.arange(128, dtype=np.int32),
-        fisher=np.ones(64, dtype=np.float32),
-        input_power=np.ones(128, dtype=np.float32),
-        coupling=np.zeros((64, 0), dtype=np.float16),
-        token_weights=np.ones((1, 4), dtype=np.float16),
-        type_damage_nats=np.zeros(0, dtype=np.float32),
-        damping=0.02,
-    )
-
-
 def measurement(first: float, second: float) -> Measurement:
-    return Measurement(
-        linears=(linear("a", first), linear("b", second)),
-        head=linear("lm_head", 1.0),
-        embedding=EMBEDDING,
-        other_weights=0,
-        tokens=np.zeros((1, 4), dtype=np.int32),
-        widths=WIDTHS,
-        types=(),
-        group_size=32,
-        provenance={"first": first},
-    )
+    scales = {"a": first, "b": second, "lm_head": 1.0}
+    damages = {name: np.tile(scale * 4.0 ** -np.array(WIDTHS), (4, 1)) for name, scale in scales.items()}
+    orders = dict.fromkeys(scales, np.arange(128, dtype=np.int32))
+    curves = {EXL2: exl2_of(damages, orders, 32)}
+    return bare_measurement(dict.fromkeys(scales, (128, 64)), curves, provenance={"first": first})
 
 
 def test_equal_measurements_agree(stability: ModuleType) -> None:

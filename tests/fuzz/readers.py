@@ -16,8 +16,10 @@ import torch
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.checkpoint.source.original import open_model
 from bpwise.cli import cli
+from bpwise.convert.exl2.curves import Exl2Curves
 from bpwise.convert.exl2.plan.plan import Plan, make_plan
 from bpwise.convert.exl2.rounding.rounder import RoundConfig, round_model
+from bpwise.convert.gguf.curves import GgufCurves
 from bpwise.convert.gguf.file.emit import Planned, entry, header_bytes, padding
 from bpwise.convert.gguf.file.header import read_gguf_header
 from bpwise.convert.gguf.file.writer import write_gguf
@@ -31,9 +33,10 @@ from bpwise.eval.cache import OriginalCache, OriginalState
 from bpwise.eval.metrics.overlap import stored_spans
 from bpwise.eval.report.layers import linear_costs
 from bpwise.measure.measurement import Measurement
-from bpwise.measure.run import MeasureConfig, measure_model, measured_rows
+from bpwise.measure.run import MeasureConfig, measure_checkpoint, measured_rows
 from bpwise.measure.text.calibration import CalibrationConfig, CalibrationSet, build_calibration
 from bpwise.measure.text.tokenizer import load_tokenizer
+from bpwise.quantize.curve_makers import curve_makers
 from bpwise.quantize.pipeline import QuantizeConfig, is_finished, quantize_model
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
@@ -195,7 +198,7 @@ def _state() -> OriginalState:
 
 def _quantized_seeds(folder: Path, made: set[str], work: Path, original: Checkpoint, rows: CalibrationSet) -> None:
     config = MeasureConfig(device="cpu")
-    measurement = measure_model(original, rows, config, work / "measuring")
+    measurement = measure_checkpoint(original, rows, config, curve_makers(types=True), work / "measuring")
     path = work / "measurement.safetensors"
     measurement.save(path)
     if "measurement" in made:
@@ -207,7 +210,7 @@ def _quantized_seeds(folder: Path, made: set[str], work: Path, original: Checkpo
         _write_gguf(folder / "imatrix" / "base.gguf")
     if "plan" in made:
         _run_cli("plan", path, "--bpw", "4.5", "-o", folder / "plan" / "plan.json")
-        if measurement.types:
+        if GgufCurves.name in measurement.curves:
             _run_cli("plan", path, "--bpw", "8", "--format", "gguf", "-o", folder / "plan" / "types.json")
     if made & {"exl2", "plan"}:
         output = work / "exl2"
@@ -244,7 +247,7 @@ def _piece_seeds(to: Path, original: Checkpoint, rows: CalibrationSet, config: M
                 yield item
 
         with suppress(_CutOff):
-            measure_model(original, rows, config, to / f"work-{number}", cut)
+            measure_checkpoint(original, rows, config, curve_makers(types=True), to / f"work-{number}", cut)
     measurement = Measurement.load(work / "measurement.safetensors")
     measurement.save(to / "measurement.safetensors")
     round_model(original, measurement, _plan_of(measurement), RoundConfig(device="cpu"), to / "work-rounded")
@@ -425,7 +428,7 @@ def _read_pieces(folder: Path, changed: Path) -> None:
             rounded.linear(name).dequantize()
         return
     rows = CalibrationSet.load(folder / "rows.safetensors")
-    measurement = measure_model(original, rows, MeasureConfig(device="cpu"), work)
+    measurement = measure_checkpoint(original, rows, MeasureConfig(device="cpu"), curve_makers(types=True), work)
     assert measurement.to_bytes() == (folder / "measurement.safetensors").read_bytes(), "damage went through in silence"
 
 
@@ -501,7 +504,7 @@ def _read_config(folder: Path, changed: Path) -> None:
 def _read_config_and_run(folder: Path, changed: Path) -> None:
     model = open_model(folder / "model")
     rows = CalibrationSet.load(folder / "rows.safetensors")
-    measure_model(model, rows, MeasureConfig(device="cpu", types=False), folder / "work")
+    measure_checkpoint(model, rows, MeasureConfig(device="cpu"), [Exl2Curves()], folder / "work")
 
 
 def _read_tokenizer(folder: Path, changed: Path) -> None:

@@ -6,6 +6,8 @@ import torch
 from bpwise.convert.exl2.rounding.curves import measure_curves
 from bpwise.linalg.row_groups import grouped_rows, row_powers
 
+from ..measured import group_of
+
 
 def damage_beyond_geometric_mean(costs: torch.Tensor, powers: torch.Tensor, order: torch.Tensor, size: int) -> float:
     """The formula of the module's docstring, plainly: mean over rows, nats."""
@@ -88,14 +90,12 @@ def test_every_linear_of_a_stage_has_groups_of_its_own(rng: np.random.Generator)
     gram = x.T @ x / 400
     weights = [torch.from_numpy(rng.normal(size=(96, 24)) * rng.lognormal(sigma=0.4, size=(96, 1))) for _ in range(2)]
     fishers = [lognormal(rng, 24, 1.0) for _ in range(2)]
-    options = {"widths": (4, 2), "group_size": 32, "damping": 0.02}
-    together = measure_curves(weights, gram, fishers, **options)
-    assert together[0].order.tolist() != together[1].order.tolist()
+    together = measure_curves(group_of(weights, gram, fishers, damping=0.02), (4, 2), 32)
+    assert together[0].tensors["order"].tolist() != together[1].tensors["order"].tolist()
     damped = gram.double() + 0.02 * gram.diagonal().mean() * torch.eye(96)
     costs = (1 / torch.linalg.inv(damped).diagonal()).float()
     for curve, weight, fisher in zip(together, weights, fishers, strict=True):
         powers = (weight.square() @ fisher.double()).float()
-        assert torch.equal(curve.order, grouped_rows(costs, powers, 32))
-        (alone,) = measure_curves([weight], gram, [fisher], **options)
-        assert torch.equal(curve.order, alone.order)
-        assert torch.equal(curve.damage_nats, alone.damage_nats)
+        assert torch.equal(curve.tensors["order"], grouped_rows(costs, powers, 32).int())
+        (alone,) = measure_curves(group_of([weight], gram, [fisher], damping=0.02), (4, 2), 32)
+        assert all(torch.equal(curve.tensors[key], alone.tensors[key]) for key in ("order", "damage_nats"))

@@ -10,27 +10,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bpwise.errors import BpwiseError, FormatError
-from bpwise.measure.measurement import MeasuredLinear, MeasuredTable, Measurement
+from bpwise.errors import BpwiseError, ConfigError, FormatError
+from bpwise.measure.measurement import FormatCurves, MeasuredLinear, MeasuredTable, Measurement
 from safetensors import safe_open
 from safetensors.numpy import save_file
-
-WIDTHS = (8, 6, 5, 4, 3, 2)
 
 
 def linear(name: str, rows: int, columns: int, *, damping: float = 0.02, seed: int = 0) -> MeasuredLinear:
     rng = np.random.default_rng(seed)
     return MeasuredLinear(
         name=name,
-        damage_nats=rng.random((-(-rows // 64), len(WIDTHS)), dtype=np.float32),
-        order=rng.permutation(rows).astype(np.int32),
         fisher=rng.random(columns, dtype=np.float32),
         input_power=rng.random(rows, dtype=np.float32),
         coupling=rng.random((columns, 0 if name == "lm_head" else 3)).astype(np.float16),
         # The head alone has weights of its own.
         token_weights=np.random.default_rng(name == "lm_head").random((3, 8)).astype(np.float16),
-        # A type that does not fit has an infinite damage.
-        type_damage_nats=np.array([rng.random(), np.inf], dtype=np.float32),
         damping=damping,
     )
 
@@ -40,9 +34,26 @@ def table(*, tied: bool = True) -> MeasuredTable:
         name="model.embed",
         tokens=33,
         importance=np.linspace(0, 1, 64, dtype=np.float32),
-        type_damage_nats=np.array([0.5, np.inf], dtype=np.float32),
         tied=tied,
     )
+
+
+def curves(*, seed: int = 0, group_size: int = 64) -> dict[str, FormatCurves]:
+    """Of two formats, one of which measures the table too and has damages that are infinite."""
+    rng = np.random.default_rng(seed)
+    widths = {
+        name: {
+            "damage_nats": rng.random((-(-size // 64), 6), dtype=np.float32),
+            "order": rng.permutation(size).astype(np.int32),
+        }
+        for name, size in (("b.1", 96), ("a.0", 64), ("lm_head", 64))
+    }
+    types = {name: {"damage_nats": np.array([0.5, np.inf], dtype=np.float32)} for name in widths}
+    header = {"widths": [8, 6, 5, 4, 3, 2], "group_size": group_size}
+    return {
+        "one": FormatCurves(version=3, header=header, linears=widths, table={}),
+        "two": FormatCurves(version=1, header={"types": ["a", "b"]}, linears=types, table=types["b.1"]),
+    }
 
 
 def measurement(**changes: object) -> Measurement:
@@ -52,9 +63,7 @@ def measurement(**changes: object) -> Measurement:
         "embedding": table(),
         "other_weights": 12,
         "tokens": np.arange(24, dtype=np.int32).reshape(3, 8),
-        "widths": WIDTHS,
-        "types": ("Q8_0", "Q4_K"),
-        "group_size": 64,
+        "curves": curves(),
         "provenance": {"model": "abc", "rows": 3, "text": "ünï", "nested": {"x": [1, None]}},
     }
     return Measurement(**{**settings, **changes})
@@ -63,7 +72,7 @@ def measurement(**changes: object) -> Measurement:
 def assert_same(one: MeasuredLinear, other: MeasuredLinear) -> None:
     assert one.name == other.name
     assert one.damping == other.damping
-    for field in ("damage_nats", "order", "fisher", "input_power", "coupling", "token_weights", "type_damage_nats"):
+    for field in ("fisher", "input_power", "coupling", "token_weights"):
         a, b = getattr(one, field), getattr(other, field)
         assert a.dtype == b.dtype
         assert np.array_equal(a, b)
@@ -79,11 +88,19 @@ def test_round_trip(tmp_path: Path) -> None:
     assert (read.embedding.name, read.embedding.tokens, read.embedding.tied) == ("model.embed", 33, True)
     assert read.embedding.hidden_size == 64
     assert np.array_equal(read.embedding.importance, made.embedding.importance)
-    assert np.array_equal(read.embedding.type_damage_nats, made.embedding.type_damage_nats)
     assert read.other_weights == 12
-    assert read.types == ("Q8_0", "Q4_K")
-    assert read.widths == WIDTHS
-    assert read.group_size == 64
+    assert read.curves.keys() == made.curves.keys()
+    for name, own in read.curves.items():
+        expected = made.curves[name]
+        assert (own.version, own.header) == (expected.version, expected.header)
+        for found, wanted in (
+            (own.table, expected.table),
+            *((own.linears[x], expected.linears[x]) for x in own.linears),
+        ):
+            assert found.keys() == wanted.keys()
+            for field, values in found.items():
+                assert values.dtype == wanted[field].dtype
+                assert np.array_equal(values, wanted[field])
     assert np.array_equal(read.tokens, made.tokens)
     assert read.provenance == made.provenance
     assert read.fingerprint == made.fingerprint
@@ -96,18 +113,21 @@ def test_any_safetensors_reader_can_open_it(tmp_path: Path) -> None:
     made.save(tmp_path / "m.safetensors")
     with safe_open(tmp_path / "m.safetensors", framework="numpy") as file:
         assert np.array_equal(file.get_tensor("lm_head.fisher"), made.head.fisher)
+        order = file.get_tensor("curves/one/b.1.order")
+    assert np.array_equal(order, made.curves["one"].linears["b.1"]["order"])
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"group_size": 32},
+        {"curves": curves(group_size=32)},
+        {"curves": curves(seed=1)},
         {"provenance": {"model": "abd"}},
         {"head": linear("lm_head", 64, 33, seed=3)},
         {"embedding": table(tied=False)},
         {"linears": (linear("b.1", 96, 5), linear("a.0", 64, 40, damping=0.2, seed=1))},
     ],
-    ids=["group-size", "provenance", "curves", "embedding", "damping"],
+    ids=["curves-header", "curves", "provenance", "head", "embedding", "damping"],
 )
 def test_fingerprint_sees(changes: dict[str, object]) -> None:
     assert measurement(**changes).fingerprint != measurement().fingerprint
@@ -161,7 +181,7 @@ def header_of_another_type(path: Path) -> None:
 
 
 def drop_a_tensor(path: Path) -> None:
-    _rewrite(path, lambda header: header, without="b.1.order")
+    _rewrite(path, lambda header: header, without="b.1.fisher")
 
 
 def broken_json(path: Path) -> None:
@@ -220,26 +240,14 @@ def _first(value: float) -> Callable[[np.ndarray], np.ndarray]:
 
 
 BAD_TENSORS = {
-    "repeated-input": ("b.1.order", np.zeros_like),
-    "input-too-large": ("b.1.order", _first(96)),
-    "negative-input": ("b.1.order", _first(-1)),
-    "no-inputs": ("b.1.order", lambda order: order[:0]),
-    "order-in-64-bits": ("b.1.order", lambda order: order.astype(np.int64)),
-    "order-a-matrix": ("b.1.order", lambda order: order[None]),
-    "group-missing": ("b.1.damage_nats", lambda damage: damage[1:]),
-    "width-missing": ("b.1.damage_nats", lambda damage: damage[:, 1:]),
-    "nan-damage": ("b.1.damage_nats", _first(np.nan)),
-    "infinite-damage": ("b.1.damage_nats", _first(np.inf)),
-    "negative-damage": ("b.1.damage_nats", _first(-1.0)),
     "infinite-fisher": ("b.1.fisher", _first(np.inf)),
     "scalar-fisher": ("b.1.fisher", lambda fisher: fisher[:1].reshape(())),
-    "input-power-too-short": ("b.1.input_power", lambda power: power[1:]),
+    "input-power-a-matrix": ("b.1.input_power", lambda power: power[None]),
     "coupling-of-others": ("b.1.coupling", lambda coupling: coupling[1:]),
     "nan-coupling": ("b.1.coupling", _first(np.nan)),
     "weights-of-fewer-rows": ("b.1.token_weights", lambda weights: weights[1:]),
     "negative-weight": ("b.1.token_weights", _first(-1)),
-    "nan-type": ("lm_head.type_damage_nats", _first(np.nan)),
-    "one-type-more": ("lm_head.type_damage_nats", lambda damage: np.append(damage, damage[:1])),
+    "nan-damage": ("curves/two/lm_head.damage_nats", _first(np.nan)),
     "empty-embedding": ("model.embed.importance", lambda importance: importance[:0]),
     "token-beyond-the-vocabulary": ("calibration_tokens", _first(33)),
     "negative-token": ("calibration_tokens", _first(-1)),
@@ -265,14 +273,9 @@ BAD_HEADERS = {
     "linear-twice": ({"linears": ["b.1", "b.1"]}, ".*different names"),
     "linear-unknown": ({"linears": ["b.1", "c"]}, "token_weights must name the linears"),
     "head-a-linear": ({"head": "b.1"}, ".*different names"),
-    "widths-unknown": ({"widths": [8, 7]}, "widths must be some of"),
-    "widths-upside-down": ({"widths": [2, 3, 4, 5, 6, 8]}, "widths must be some of"),
-    "no-widths": ({"widths": []}, "widths: .*length >= 1"),
-    "types-unknown": ({"types": ["Q9_K", "Q8_0"]}, "types must be different types"),
-    "type-twice": ({"types": ["Q8_0", "Q8_0"]}, "types must be different types"),
-    "group-size": ({"group_size": 33}, "group_size must be a multiple of 32"),
-    "group-size-zero": ({"group_size": 0}, r"group_size: .* Got 0\. Expected int >= 1"),
-    "group-size-text": ({"group_size": "32"}, r"group_size: .* Got '32'\. Expected int"),
+    "curves-without-version": ({"curves": {"one": {"header": {}}}}, "curves"),
+    "curves-version": ({"curves": {"one": {"version": 0, "header": {}}}}, r"curves.*version: .* Expected int >= 1"),
+    "curves-of-a-path": ({"curves": {"a/b": {"version": 1, "header": {}}}}, "curves must name formats"),
     "other-weights": ({"other_weights": -1}, r"other_weights: .* Got -1\. Expected int >= 0"),
     "damping-zero": ({"damping": {"b.1": 0, "a.0": None, "lm_head": 0.1}}, "damping"),
     "damping-of-one": ({"damping": {"b.1": 0.1}}, "damping must name the linears and the head"),
@@ -289,6 +292,27 @@ def test_headers_that_contradict_themselves(tmp_path: Path, changes: dict[str, A
     _rewrite(path, lambda header: {**header, **changes})
     with pytest.raises(FormatError, match=rf"m\.safetensors: bpwise_measurement: {message}.*measure the model again"):
         Measurement.load(path)
+
+
+def test_curves_that_belong_to_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    measurement().save(path)
+    tensors, key, header = read_file(path)
+    tensors["curves/one/c.damage_nats"] = np.zeros(3, np.float32)
+    save_file(tensors, path, metadata={key: json.dumps(header)})
+    with pytest.raises(FormatError, match=r"tensor 'curves/one/c\.damage_nats' belongs to nothing\. Got 'c'"):
+        Measurement.load(path)
+
+
+def test_curves_of_a_format() -> None:
+    made = measurement()
+    found, tensors = made.curves_of("two", 1)
+    assert found.header == {"types": ["a", "b"]}
+    assert tensors.take("model.embed.damage_nats", np.float32, (2,), infinite=True)[0] == 0.5
+    with pytest.raises(ConfigError, match=r"^measurement: curves/three: .* Got one, two\. Expected three\. Measure"):
+        made.curves_of("three", 1)
+    with pytest.raises(FormatError, match=r"^measurement: curves/one: .* Got 3\. Expected 1\. Measure the model again"):
+        made.curves_of("one", 1)
 
 
 def test_refuses_a_directory(tmp_path: Path) -> None:
@@ -331,7 +355,7 @@ def test_how_many_tokens_chose_an_expert_is_kept(tmp_path: Path) -> None:
         replace(linear(f"model.layers.0.experts.{number}.w1", 64, 40), chosen_tokens=tokens)
         for number, tokens in enumerate((99, 100))
     )
-    made = measurement(linears=(linear("b.1", 96, 5), few, many))
+    made = measurement(linears=(linear("b.1", 96, 5), few, many), curves={})
     made.save(tmp_path / "m.safetensors")
     again = Measurement.load(tmp_path / "m.safetensors")
     assert [x.chosen_tokens for x in (*again.linears, again.head)] == [None, 99, 100, None]
@@ -351,7 +375,8 @@ def test_no_torch_needed(module: str) -> None:
 
 
 def test_planning_works_without_torch(tmp_path: Path) -> None:
-    measurement().save(tmp_path / "m.safetensors")
+    made = measurement()
+    replace(made, curves={"exl2": replace(made.curves["one"], version=1)}).save(tmp_path / "m.safetensors")
     code = """
 import sys
 from pathlib import Path

@@ -1,3 +1,4 @@
+import itertools
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,19 +12,26 @@ import pytest
 import torch
 from bpwise.checkpoint.files.resume import ResumeStore
 from bpwise.checkpoint.source.checkpoint import Checkpoint
+from bpwise.convert.exl2.curves import Exl2Curves
 from bpwise.convert.exl2.file.layout import RowGroup
 from bpwise.convert.exl2.rounding.feedback import round_linear
+from bpwise.convert.gguf.curves import GgufCurves
 from bpwise.errors import ConfigError, NumericalError
 from bpwise.linalg.row_groups import grouped_rows
-from bpwise.measure import passes
+from bpwise.measure import input_group
+from bpwise.measure.curves import CurveInputs, CurveMaker, LinearCurves, TableInputs
 from bpwise.measure.measurement import MeasuredLinear, Measurement
 from bpwise.measure.model.stream import StreamedModel
-from bpwise.measure.run import MeasureConfig, measure_model, measure_to_file, measured_rows, resolve_device
+from bpwise.measure.run import MeasureConfig, measure_checkpoint, measure_model, measured_rows, resolve_device
+from bpwise.measure.statistics import probes
 from bpwise.measure.statistics.heldout import DAMPINGS, HeldOut
 from bpwise.measure.statistics.sketch import COUPLING_RANK
 from bpwise.measure.text.calibration import CalibrationSet
+from bpwise.progress import Progress, silent
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
+
+from ..measured import WIDTHS, SeenCurves, damage_of, order_of
 
 SIZES = {
     "vocab_size": 96,
@@ -38,7 +46,8 @@ CONFIGS = {
     "llama": LlamaConfig(**SIZES, tie_word_embeddings=False),
     "qwen2-tied": Qwen2Config(**SIZES, tie_word_embeddings=True),
 }
-CONFIG = MeasureConfig(device="cpu", group_size=64)
+CONFIG = MeasureConfig(device="cpu")
+GGUF = [curves for curves in [GgufCurves.installed()] if curves is not None]
 INNER = (
     "self_attn.q_proj",
     "self_attn.k_proj",
@@ -68,10 +77,12 @@ def rows(count: int = 12) -> CalibrationSet:
     return CalibrationSet(tokens=ids, origins=("random",) * count, description="random ids", adds_bos=False)
 
 
-def measure(directory: Path, work: Path, progress: Any = None, **settings: Any) -> Measurement:
-    config = MeasureConfig(**{"device": "cpu", "group_size": 64, **settings})
-    extra = () if progress is None else (progress,)
-    return measure_model(Checkpoint.open(directory), rows(), config, work, *extra)
+def measure(
+    directory: Path, work: Path, progress: Progress = silent, curves: CurveMaker | None = None, **settings: Any
+) -> Measurement:
+    makers = [Exl2Curves(64), *GGUF] if curves is None else [curves]
+    config = MeasureConfig(device="cpu", **settings)
+    return measure_checkpoint(Checkpoint.open(directory), rows(), config, makers, work, progress)
 
 
 @dataclass
@@ -149,37 +160,33 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     """One measurement in small micro-batches, with the Gram matrices and the signs that it made."""
     place = tmp_path_factory.mktemp("run")
     directory = save_model(place / "model", CONFIGS[request.param])
-    grams: list[Tensor] = []
+    seen = SeenCurves(64)
     halves: list[list[Tensor]] = []
     signs: list[Tensor] = []
     with pytest.MonkeyPatch.context() as patch:
-        curves, draw = passes.measure_curves, passes._signs
-
-        def spied_curves(weights: Sequence[Tensor], gram: Tensor, *args: Any, **kwargs: Any) -> Any:
-            grams.append(gram.clone())
-            return curves(weights, gram, *args, **kwargs)
+        draw = probes._signs
 
         def spied_signs(*args: Any) -> Tensor:
             signs.append(draw(*args))
             return signs[-1]
 
-        patch.setattr(passes, "measure_curves", spied_curves)
-        patch.setattr(passes, "_signs", spied_signs)
+        patch.setattr(probes, "_signs", spied_signs)
         patch.setattr("bpwise.measure.model.stream.MICRO_BATCH_TOKENS", 5 * 32)  # 5 + 5 + 2 rows
 
         def spied_halves(_weights: Sequence[Tensor], of_stage: Sequence[Tensor], *_: Any, **_options: Any) -> HeldOut:
             halves.append([gram.clone() for gram in of_stage])
             return HeldOut(0.02, 1.0)
 
-        patch.setattr(passes, "cross_validate_damping", spied_halves)
-        for room in ("statistics", "sketch"):
-            patch.setattr(f"bpwise.measure.{room}.subsample_tokens", lambda weights, _rng: (slice(None), weights))
-        measurement = measure(directory, place / "work")
+        patch.setattr(input_group, "cross_validate_damping", spied_halves)
+        for module in ("inputs", "sketch"):
+            name = f"bpwise.measure.statistics.{module}.subsample_tokens"
+            patch.setattr(name, lambda weights, _rng: (slice(None), weights))
+        measurement = measure(directory, place / "work", curves=seen)
     assert len(signs) > 1  # 384 positions go through the head in more than one part
     yield Run(
         directory,
         measurement,
-        grams,
+        [inputs.gram for inputs in seen.seen],
         halves,
         by_plain_backward(directory, torch.where(torch.cat(signs) < 0, -1.0, 1.0)),
     )
@@ -192,7 +199,8 @@ def block_names(layer: int) -> list[str]:
 def test_every_linear_in_model_order(run: Run) -> None:
     assert [x.name for x in run.measurement.linears] == block_names(0) + block_names(1)
     assert run.measurement.head.name == "lm_head"
-    assert run.measurement.widths == (8, 6, 5, 4, 3, 2)
+    assert list(run.measurement.curves["exl2"].linears) == block_names(0) + block_names(1) + ["lm_head"]
+    assert run.measurement.curves["exl2"].header == {"widths": [8, 6, 5, 4, 3, 2], "group_size": 64}
 
 
 # The order in which the passes reach the stages: the head, then the blocks from the last to the first.
@@ -267,7 +275,8 @@ def test_rows_are_grouped_by_what_errors_cost_and_by_their_weights(run: Run) -> 
         powers = fisher @ source.tensor(stored).double().square()
         expected = grouped_rows(costs.float(), powers.float(), 64)
         groups, wanted = (
-            [set(part.tolist()) for part in order.split(64)] for order in (torch.from_numpy(linear.order), expected)
+            [set(part.tolist()) for part in order.split(64)]
+            for order in (torch.from_numpy(order_of(run.measurement, linear.name)), expected)
         )
         assert groups == wanted, linear.name
 
@@ -284,13 +293,13 @@ def test_damage_is_the_second_order_divergence(run: Run, name: str, bits: int) -
     weight = source.tensor(stored).float()
     gram, fisher = run.expected.gram[name], run.expected.fisher[name]
     damped = gram + 0.02 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
-    order = torch.from_numpy(linear.order).long()
+    order = torch.from_numpy(order_of(run.measurement, name)).long()
     upper = torch.linalg.cholesky(torch.linalg.inv(damped[order][:, order]), upper=True).float()
     groups = [RowGroup(bits, 64), *([RowGroup(bits, 32)] if len(gram) == 96 else [])]
     rounded, _ = round_linear(weight.T.contiguous(), upper, groups, order, fisher.float())
     delta = rounded.dequantize().double() - weight.double()
     expected = 0.5 * float((fisher * torch.einsum("ni,ij,nj->n", delta, damped, delta)).sum())
-    got = float(linear.damage_nats[:, linear.damage_nats.shape[1] - 1 - (2, 3, 4, 5, 6, 8).index(bits)].sum())
+    got = float(damage_of(run.measurement, name)[:, WIDTHS.index(bits)].sum())
     # float16 rounding of the decoded weight (up to 1 % at 8 bits), and weights near the middle between two codes that
     # fall to the other side with a Gram matrix from another arithmetic.
     assert got == pytest.approx(expected, rel=0.02)
@@ -298,8 +307,9 @@ def test_damage_is_the_second_order_divergence(run: Run, name: str, bits: int) -
 
 def test_damage_grows_as_bits_shrink(run: Run) -> None:
     for linear in (*run.measurement.linears, run.measurement.head):
-        assert linear.damage_nats.shape == (-(-linear.in_features // 64), 6)
-        assert bool((np.diff(linear.damage_nats.sum(axis=0)) > 0).all()), linear.name
+        damage = damage_of(run.measurement, linear.name)
+        assert damage.shape == (-(-linear.in_features // 64), 6)
+        assert bool((np.diff(damage.sum(axis=0)) > 0).all()), linear.name
 
 
 def test_damping_is_recorded(run: Run) -> None:
@@ -320,38 +330,41 @@ def test_damage_is_that_on_held_out_rows(tmp_path: Path, monkeypatch: pytest.Mon
     made = []
     for generalization_ratio in (1.0, 2.5):
         monkeypatch.setattr(
-            passes, "cross_validate_damping", lambda *_args, held=generalization_ratio, **_options: HeldOut(0.02, held)
+            input_group,
+            "cross_validate_damping",
+            lambda *_args, held=generalization_ratio, **_options: HeldOut(0.02, held),
         )
         made.append(measure(directory, tmp_path / f"work-{generalization_ratio}"))
-    for plain, inflated in zip(made[0].linears, made[1].linears, strict=True):
-        assert np.allclose(2.5 * plain.damage_nats, inflated.damage_nats)
+    for format_, linear in itertools.product(made[0].curves, made[0].linears):
+        plain, inflated = (damage_of(each, linear.name, format_) for each in made)
+        assert np.allclose(2.5 * plain, inflated)
 
 
 def test_probes_have_the_fisher_matrix_of_the_logits_as_their_covariance() -> None:
     probabilities = torch.tensor([0.0, 0.5, 0.25, 0.0, 0.2, 0.05, 0.0], dtype=torch.float64)
     logits = probabilities.log().float().expand(40000, -1)
     rng = np.random.default_rng(0)
-    probes, outputs, weights = passes._probe(logits, rng, None, torch.empty(logits.shape))
+    drawn, (outputs, weights) = probes.probe_logits(logits, rng, None, torch.empty(logits.shape))
     expected = probabilities.diag() - probabilities[:, None] * probabilities
     # Products of two entries are below 1: standard errors below 1 / sqrt(40000) = 0.005.
-    assert float((probes.T @ probes / len(probes) - expected).abs().max()) < 0.01
-    assert float(probes.mean(dim=0).abs().max()) < 0.01
-    assert torch.allclose(outputs / len(probes), expected.diagonal().float(), rtol=1e-4)
-    assert torch.allclose(weights, expected.diagonal().sum().float().expand(len(probes)), rtol=1e-4)
+    assert float((drawn.T @ drawn / len(drawn) - expected).abs().max()) < 0.01
+    assert float(drawn.mean(dim=0).abs().max()) < 0.01
+    assert torch.allclose(outputs / len(drawn), expected.diagonal().float(), rtol=1e-4)
+    assert torch.allclose(weights, expected.diagonal().sum().float().expand(len(drawn)), rtol=1e-4)
 
 
 def test_probes_where_the_model_is_nearly_sure_differ_little_in_size() -> None:
     rare = 0.001
     logits = torch.tensor([1 - rare, rare]).log().expand(1000, -1)
-    probes, _, _ = passes._probe(logits, np.random.default_rng(0), None, torch.empty(logits.shape))
-    sizes = probes.square().sum(dim=1)
+    drawn, _ = probes.probe_logits(logits, np.random.default_rng(0), None, torch.empty(logits.shape))
+    sizes = drawn.square().sum(dim=1)
     mean = 2 * rare * (1 - rare)
     # Of a sampled target one in a thousand would have a thousand times the mean and the others nothing.
     assert bool(((sizes > 0.5 * mean) & (sizes < 2 * mean)).all())
 
 
 def test_signs_are_those_of_fair_coins() -> None:
-    signs = passes._signs(torch.Size((50, 1001)), np.random.default_rng(0))
+    signs = probes._signs(torch.Size((50, 1001)), np.random.default_rng(0))
     assert signs.shape == (50, 1001)
     negative = (signs < 0).double()
     # Standard errors: 0.5 / sqrt(50050) = 0.0022 of all, 0.5 / sqrt(50) = 0.07 of a column.
@@ -531,11 +544,10 @@ def test_infinity_names_the_block(tmp_path: Path, layer: int) -> None:
 def test_input_width_that_exl2_cannot_hold_is_measured(tmp_path: Path) -> None:
     # The plan leaves such a linear unquantized; GGUF has types for it.
     directory = save_model(tmp_path / "model", LlamaConfig(**{**SIZES, "intermediate_size": 80}))
-    measured = {linear.name: linear for linear in measure(directory, tmp_path / "work").linears}
-    down = measured["model.layers.0.mlp.down_proj"]
-    assert down.damage_nats.shape == (2, 6)  # rows of 64 and of 16
-    assert bool((down.damage_nats > 0).all())
-    assert bool((np.diff(down.damage_nats.sum(axis=0)) > 0).all())
+    damage = damage_of(measure(directory, tmp_path / "work"), "model.layers.0.mlp.down_proj")
+    assert damage.shape == (2, 6)  # rows of 64 and of 16
+    assert bool((damage > 0).all())
+    assert bool((np.diff(damage.sum(axis=0)) > 0).all())
 
 
 def test_dead_inputs_are_measured(tmp_path: Path) -> None:
@@ -544,9 +556,8 @@ def test_dead_inputs_are_measured(tmp_path: Path) -> None:
 
     directory = save_model(tmp_path / "model", CONFIGS["llama"], kill)
     measured = measure(directory, tmp_path / "work")
-    down = next(x for x in measured.linears if x.name == "model.layers.0.mlp.down_proj")
-    assert sorted(down.order.tolist()) == list(range(96))
-    assert all(np.isfinite(x.damage_nats).all() for x in measured.linears)
+    assert sorted(order_of(measured, "model.layers.0.mlp.down_proj").tolist()) == list(range(96))
+    assert all(np.isfinite(damage_of(measured, x.name)).all() for x in measured.linears)
 
 
 def test_input_that_is_always_zero_costs_nothing(tmp_path: Path) -> None:
@@ -558,13 +569,50 @@ def test_input_that_is_always_zero_costs_nothing(tmp_path: Path) -> None:
     down = next(x for x in measured.linears if x.name == "model.layers.0.mlp.down_proj")
     assert down.damping == float("inf")
     # dW^T H dW with H = 0: bits must not go to where no error can show.
-    assert not down.damage_nats.any()
+    assert not damage_of(measured, down.name).any()
+
+
+class Constant:
+    """A format of another kind: each linear has a damage, one expert of it says, and a damping."""
+
+    name = "constant"
+    version = 7
+    header = {"choices": ["all"]}  # noqa: RUF012 - as a format has it
+
+    def __init__(self, damping: float) -> None:
+        self.damping = damping
+
+    def linears(self, inputs: CurveInputs) -> list[LinearCurves]:
+        assert inputs.with_feedback
+        return [LinearCurves(tensors={"damage_nats": torch.ones(1)}, damping=self.damping) for _ in inputs.names]
+
+    def table(self, inputs: TableInputs) -> dict[str, Tensor]:
+        assert inputs.embeddings(torch.tensor([3, 5])).shape == (2, 64)
+        assert float(inputs.uses.sum()) == pytest.approx(1, abs=1e-4)
+        return {"damage_nats": inputs.fisher.sum()[None]}
+
+
+@pytest.mark.parametrize("damping", [0.001, 10.0, float("inf")])
+def test_formats_are_measured_each_for_itself(tmp_path: Path, damping: float) -> None:
+    directory = save_model(tmp_path / "model", CONFIGS["llama"])
+    checkpoint, own, other = Checkpoint.open(directory), Exl2Curves(64), Constant(damping)
+    config = MeasureConfig(device="cpu", damping=0.02)
+    alone = measure_checkpoint(checkpoint, rows(), config, [own], tmp_path / "alone")
+    both = measure_checkpoint(checkpoint, rows(), config, [other, own], tmp_path / "both")
+    assert list(both.curves) == ["constant", "exl2"]
+    for linear, again in zip((*alone.linears, alone.head), (*both.linears, both.head), strict=True):
+        assert np.array_equal(damage_of(alone, linear.name), damage_of(both, linear.name))
+        assert np.array_equal(linear.fisher, again.fisher)
+        assert linear.damping == pytest.approx(0.02)
+        assert again.damping == pytest.approx(max(0.02, damping))  # the largest that a format took
+    assert both.provenance["curves"]["constant"] == {"version": 7, "header": {"choices": ["all"]}}
+    assert both.curves["constant"].table["damage_nats"][0] == pytest.approx(float(both.embedding.importance.sum()))
 
 
 def test_to_file(tmp_path: Path) -> None:
     directory = save_model(tmp_path / "model", CONFIGS["llama"])
     output = tmp_path / "new" / "m.safetensors"
-    made = measure_to_file(directory, output, CONFIG, calibration=rows())
+    made = measure_model(directory, output, CONFIG, curves=[Exl2Curves(64), *GGUF], calibration=rows())
     assert Measurement.load(output).to_bytes() == made.to_bytes()
     assert made.to_bytes() == measure(directory, tmp_path / "work").to_bytes()
     assert [path.name for path in output.parent.iterdir()] == ["m.safetensors"]  # nothing of the work is left
@@ -573,8 +621,6 @@ def test_to_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"group_size": 48}, "group_size must be a positive multiple of 32, got 48"),
-        ({"group_size": 0}, "group_size must be a positive multiple of 32, got 0"),
         ({"damping": 0.0}, "damping must lie between 0 and 1, got 0.0"),
         ({"damping": 1.0}, "damping must lie between 0 and 1, got 1.0"),
     ],

@@ -61,7 +61,7 @@ def quantized(
 ) -> Iterator[tuple[Path, Path, Any]]:
     folder = tmp_path_factory.mktemp(request.param)
     original = save_family(folder / "model", request.param, byte_tokenizer)
-    measure = MeasureConfig(calibration=CalibrationConfig(rows=4, row_tokens=32), types=False, device="cpu")
+    measure = MeasureConfig(calibration=CalibrationConfig(rows=4, row_tokens=32), device="cpu")
     config = QuantizeConfig(bpw=7.5, head_bits=8, measure=measure, evaluate=None, force=request.param in UNREAD)
     result = quantize_model(original, folder / "out", config)
     yield original, folder / "out", result
@@ -131,7 +131,7 @@ def test_every_linear_is_rounded_on_its_own_tokens_weights(
 
 def test_an_mlp_beside_attention_stays(tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast) -> None:
     original = save_family(tmp_path / "model", "cohere", byte_tokenizer)
-    measure = MeasureConfig(calibration=CalibrationConfig(rows=4, row_tokens=32), types=False, device="cpu")
+    measure = MeasureConfig(calibration=CalibrationConfig(rows=4, row_tokens=32), device="cpu")
     config = QuantizeConfig(bpw=13.0, head_bits=8, keep_fp16=("*.mlp.*",), measure=measure, evaluate=None)
     output = quantize_model(original, tmp_path / "out", config).output
     verify_model(output)

@@ -8,10 +8,11 @@ import pytest
 import torch
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.cli import cli
+from bpwise.convert.exl2.curves import Exl2Curves
 from bpwise.convert.exl2.plan.plan import Plan, make_plan
 from bpwise.convert.exl2.rounding.rounder import RoundConfig, round_model
 from bpwise.convert.vram import exl2_overhead_bytes
-from bpwise.measure.run import MeasureConfig, measure_model
+from bpwise.measure.run import MeasureConfig, measure_checkpoint
 from bpwise.measure.text.calibration import CalibrationSet
 from click.testing import CliRunner
 from safetensors.torch import load_file
@@ -121,7 +122,7 @@ def test_drift_is_cancelled_around_what_stays(save_model: Any, tmp_path: Path, k
     ids = torch.randint(0, 264, (96, 32), generator=torch.Generator().manual_seed(1))
     rows = CalibrationSet(tokens=ids, origins=("random",) * 96, description="random", adds_bos=False)
     checkpoint = Checkpoint.open(model)
-    measured = measure_model(checkpoint, rows, MeasureConfig(device="cpu"), tmp_path)
+    measured = measure_checkpoint(checkpoint, rows, MeasureConfig(device="cpu"), [Exl2Curves()], tmp_path)
     lowest = {"*.self_attn.*": 8.0, "*.mlp.*": 11.0, "*.0.*": 7.5}[kept[0]]
     plan = make_plan(measured, bpw=lowest, head_bits=16, keep_fp16=kept)
     held_out = torch.randint(0, 264, (16, 32), generator=torch.Generator().manual_seed(9))

@@ -162,7 +162,7 @@ class TestEvaluationText:
     ) -> None:
         from bpwise.quantize import measuring as obtain
 
-        monkeypatch.setattr(obtain, "measure_model", lambda *_: pytest.fail("was measured"))
+        monkeypatch.setattr(obtain, "measure_checkpoint", lambda *_: pytest.fail("was measured"))
         result = bpwise(
             *("quantize", tiny_model, tmp_path / "out", "--bpw", 4.5, "-c", words, "-r", 40, "-l", 100),
             *("--device", "cpu", "--eval-text", copied, "--eval-rows", 8, "--eval-row-tokens", 100),

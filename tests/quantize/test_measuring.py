@@ -4,6 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 from bpwise.checkpoint.source.checkpoint import Checkpoint
+from bpwise.convert.exl2.curves import Exl2Curves
+from bpwise.convert.gguf.curves import GgufCurves
+from bpwise.convert.gguf.ggml.curves import measured_types
 from bpwise.errors import FormatError
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig
@@ -19,44 +22,50 @@ def rows() -> CalibrationSet:
     return CalibrationSet(tokens=ids, origins=("random",) * 4, description="random ids", adds_bos=False)
 
 
-def get(model: Path, work: Path, **settings: bool) -> tuple[str, ...]:
-    config = MeasureConfig(device="cpu", **settings)
+def get(model: Path, work: Path, *, types: bool = False, group_size: int = 32) -> set[str]:
+    curves = [Exl2Curves(group_size), *([GgufCurves(measured_types())] if types else [])]
     measured, kept = load_or_measure(
-        Checkpoint.open(model), config, work, StepClock(), silent, given=None, calibration=rows()
+        Checkpoint.open(model),
+        MeasureConfig(device="cpu"),
+        curves,
+        work,
+        StepClock(),
+        silent,
+        given=None,
+        calibration=rows(),
     )
     assert kept.fingerprint == rows().fingerprint
-    return measured.types
+    return set(measured.curves)
 
 
 def test_what_knows_more_is_taken_and_what_knows_less_is_not(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("libggml", reason="ggml's library is not installed: pip install 'bpwise[gguf]'")
-    assert get(tiny_model, tmp_path, types=False) == ()
+    assert get(tiny_model, tmp_path) == {"exl2"}
     first = (tmp_path / MEASUREMENT_FILE).read_bytes()
-    assert "Q4_0" in get(tiny_model, tmp_path, types=True)
+    assert get(tiny_model, tmp_path, types=True) == {"exl2", "gguf"}
     assert (tmp_path / MEASUREMENT_FILE).read_bytes() != first
-    monkeypatch.setattr(obtain, "measure_model", lambda *_: pytest.fail("was done again"))
-    assert "Q4_0" in get(tiny_model, tmp_path, types=False)
-    assert "Q4_0" in get(tiny_model, tmp_path, types=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(obtain, "measure_checkpoint", lambda *_: pytest.fail("was done again"))
+        assert get(tiny_model, tmp_path) == get(tiny_model, tmp_path, types=True) == {"exl2", "gguf"}
+    assert get(tiny_model, tmp_path, group_size=64) == {"exl2"}  # groups of 32 do not serve
 
 
 @pytest.mark.parametrize("damage", ["cut", "other-version"])
 def test_a_damaged_measurement_is_made_again(tiny_model: Path, tmp_path: Path, damage: str) -> None:
-    get(tiny_model, tmp_path, types=False)
+    get(tiny_model, tmp_path)
     kept = tmp_path / MEASUREMENT_FILE
     whole = kept.read_bytes()
-    kept.write_bytes(whole[:-5] if damage == "cut" else whole.replace(b'\\"version\\": 5', b'\\"version\\": 4'))
+    kept.write_bytes(whole[:-5] if damage == "cut" else whole.replace(b'\\"version\\": 6', b'\\"version\\": 5'))
     assert kept.read_bytes() != whole
-    with pytest.warns(
-        UserWarning, match=r"measure the model again\. It is measured again|Measure the model again\. It is measured"
-    ):
-        get(tiny_model, tmp_path, types=False)
+    with pytest.warns(UserWarning, match=r"[Mm]easure the model again( with `bpwise measure`)?\. It is measured again"):
+        get(tiny_model, tmp_path)
     assert kept.read_bytes() == whole
 
 
 def test_a_measurement_of_other_linears_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    get(tiny_model, tmp_path, types=False)
+    get(tiny_model, tmp_path)
     measured = Measurement.load(tmp_path / MEASUREMENT_FILE)
     for changed in (
         replace(measured, linears=measured.linears[1:]),
@@ -68,7 +77,7 @@ def test_a_measurement_of_other_linears_is_refused(tiny_model: Path, tmp_path: P
 
 
 def test_a_measurement_of_other_embeddings_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    get(tiny_model, tmp_path, types=False)
+    get(tiny_model, tmp_path)
     measured, checkpoint = Measurement.load(tmp_path / MEASUREMENT_FILE), Checkpoint.open(tiny_model)
     assert load_measurement(tmp_path / MEASUREMENT_FILE, checkpoint).fingerprint == measured.fingerprint
     table = measured.embedding
@@ -84,7 +93,7 @@ def test_a_measurement_of_other_embeddings_is_refused(tiny_model: Path, tmp_path
 
 
 def test_a_measurement_that_does_not_describe_its_rows_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    get(tiny_model, tmp_path, types=False)
+    get(tiny_model, tmp_path)
     measured = Measurement.load(tmp_path / MEASUREMENT_FILE)
     provenance = {key: value for key, value in measured.provenance.items() if key != "calibration_text"}
     replace(measured, provenance=provenance).save(tmp_path / "m.safetensors")

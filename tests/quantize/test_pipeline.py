@@ -106,7 +106,7 @@ def forbid_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def not_again(*_: Any, **__: Any) -> None:
         pytest.fail("was done again")
 
-    monkeypatch.setattr(obtain, "measure_model", not_again)
+    monkeypatch.setattr(obtain, "measure_checkpoint", not_again)
     for name in ("round_model", "write_model"):
         monkeypatch.setattr(pipeline, name, not_again)
 
@@ -410,7 +410,7 @@ class TestStageByStage:
     def test_one_measurement_serves_other_sizes(
         self, tiny_model: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(obtain, "measure_model", lambda *_: pytest.fail("was done again"))
+        monkeypatch.setattr(obtain, "measure_checkpoint", lambda *_: pytest.fail("was done again"))
         measurement = finished.with_name("out.work") / "measurement.safetensors"
         quantize(tiny_model, tmp_path / "out", 6.0, "-m", measurement, "--head-bits", 16, "--no-eval")
         assert 6.0 - 0.02 < decoder_bpw(tmp_path / "out") <= 6.0

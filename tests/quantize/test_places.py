@@ -77,8 +77,8 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         pytest.fail("began to work")
 
-    monkeypatch.setattr(obtain, "measure_model", fail)
-    monkeypatch.setattr("bpwise.measure.run.measure_model", fail)
+    monkeypatch.setattr(obtain, "measure_checkpoint", fail)
+    monkeypatch.setattr("bpwise.measure.run.measure_checkpoint", fail)
     monkeypatch.setattr("bpwise.measure.run.calibration_rows", fail)
     monkeypatch.setattr("bpwise.eval.comparison.evaluation_rows", fail)
     monkeypatch.setattr(judge, "evaluation_rows", fail)

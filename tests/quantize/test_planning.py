@@ -9,8 +9,9 @@ from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.cli import cli
 from bpwise.convert.exl2.plan.plan import make_plan
 from bpwise.measure.measurement import Measurement
-from bpwise.measure.run import MeasureConfig, measure_model
+from bpwise.measure.run import MeasureConfig, measure_checkpoint
 from bpwise.measure.text.calibration import CalibrationSet
+from bpwise.quantize.curve_makers import curve_makers
 from bpwise.quantize.plan_page import plan_page
 from bpwise.quantize.planning import PlanPoint, exl2_points, gguf_points
 from click.testing import CliRunner
@@ -21,7 +22,9 @@ def measurement(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> M
     ids = torch.randint(0, 264, (4, 32), generator=torch.Generator().manual_seed(1))
     rows = CalibrationSet(tokens=ids, origins=("random",) * 4, description="<random> ids", adds_bos=False)
     folder = tmp_path_factory.mktemp("measured")
-    made = measure_model(Checkpoint.open(tiny_model), rows, MeasureConfig(device="cpu"), folder)
+    made = measure_checkpoint(
+        Checkpoint.open(tiny_model), rows, MeasureConfig(device="cpu"), curve_makers(types=True), folder
+    )
     made.save(folder / "m.safetensors")
     return Measurement.load(folder / "m.safetensors")
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from bpwise.checkpoint.source.checkpoint import Checkpoint
+from bpwise.convert.exl2.curves import Exl2Curves
 from bpwise.convert.exl2.file.linear import QuantizedLinear
 from bpwise.convert.exl2.plan.plan import Plan, make_plan
 from bpwise.convert.exl2.rounding import rounder as rounding
@@ -15,12 +16,14 @@ from bpwise.convert.exl2.rounding.rounder import RoundConfig, RoundedModel, roun
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.model import states, stream
 from bpwise.measure.model.stream import StreamedModel
-from bpwise.measure.run import MeasureConfig, measure_model
+from bpwise.measure.run import MeasureConfig, measure_checkpoint
 from bpwise.measure.text.calibration import CalibrationSet
 from bpwise.quantize.rounding import drift, targets
 from bpwise.quantize.rounding.drift import shifted
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
+
+from ..measured import order_of
 
 VOCABULARY = 264
 LAYERS = 4
@@ -61,9 +64,11 @@ class Measured:
 
 
 def measured_model(directory: Path, place: Path) -> Measured:
-    config = MeasureConfig(group_size=32, device="cpu")
+    config = MeasureConfig(device="cpu")
     work = place / "measuring"
-    return Measured(directory, measure_model(Checkpoint.open(directory), calibration(), config, work), work)
+    return Measured(
+        directory, measure_checkpoint(Checkpoint.open(directory), calibration(), config, [Exl2Curves()], work), work
+    )
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +114,8 @@ def test_linears_are_as_planned(measured: Measured, tmp_path: Path, head_bits: i
         for group, g in zip(linear.groups, p.stored_order, strict=True):
             assert (group.bits, group.rows) == (p.group_bits[g], p.group_rows[g])
             rows = linear.order[first : first + group.rows]
-            assert rows.tolist() == curves[p.name].order[32 * g : 32 * g + group.rows].tolist()
+            order = order_of(measured.measurement, p.name)
+            assert rows.tolist() == order[32 * g : 32 * g + group.rows].tolist()
             first += group.rows
         assert rounded.damping(p.name) == pytest.approx(curves[p.name].damping)
 

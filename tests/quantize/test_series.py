@@ -60,7 +60,7 @@ def count(patch: pytest.MonkeyPatch) -> dict[str, int]:
 
     from bpwise.eval import comparison, original
 
-    patch.setattr(obtain, "measure_model", counted(obtain.measure_model, lambda *_: "measured"))
+    patch.setattr(obtain, "measure_checkpoint", counted(obtain.measure_checkpoint, lambda *_: "measured"))
     last_hidden = counted(passes.last_hidden, lambda model, tokens, role, progress: role)
     patch.setattr(passes, "last_hidden", last_hidden)
     patch.setattr(comparison, "last_hidden", last_hidden)
@@ -124,7 +124,7 @@ def test_goes_on_where_it_was_cut_off(
     assert (tmp_path / "out" / NAMES[0]).is_dir()
     assert not (tmp_path / "out" / NAMES[1]).exists()
     before = (tmp_path / "out" / NAMES[0] / "output.safetensors").stat().st_mtime_ns
-    monkeypatch.setattr(obtain, "measure_model", lambda *_: pytest.fail("was done again"))
+    monkeypatch.setattr(obtain, "measure_checkpoint", lambda *_: pytest.fail("was done again"))
     assert bpwise(*command).exit_code == 0
     assert (tmp_path / "out" / NAMES[0] / "output.safetensors").stat().st_mtime_ns == before
     for name in NAMES:
@@ -165,7 +165,7 @@ def test_a_broken_one_does_not_stop_the_others(
 
 
 def test_what_is_in_the_way_shows_first(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(obtain, "measure_model", lambda *_: pytest.fail("was measured"))
+    monkeypatch.setattr(obtain, "measure_checkpoint", lambda *_: pytest.fail("was measured"))
     (tmp_path / NAMES[1]).mkdir()
     (tmp_path / NAMES[1] / "thesis.txt").write_text("the only copy")
     assert "exists already" in bpwise("quantize", tiny_model, tmp_path, "--bpw", "6.0,4.5", *TEXT).stderr

@@ -17,7 +17,7 @@ from bpwise.convert.gguf.llama_cpp.imatrix import ImportanceMatrix, write_imatri
 from bpwise.convert.gguf.plan import Override
 from bpwise.errors import BpwiseError, CalibrationError, ConfigError, UnsupportedModelError, WorkDirectoryError
 from bpwise.eval.config import EvalConfig
-from bpwise.measure.run import MeasureConfig, measure_to_file
+from bpwise.measure.run import MeasureConfig, measure_model
 from bpwise.measure.text.calibration import CalibrationConfig, CalibrationSet
 from bpwise.quantize import measuring as obtain
 from bpwise.quantize import support
@@ -39,8 +39,8 @@ def begun(*_: Any, **__: Any) -> None:
 
 @pytest.fixture(autouse=True)
 def nothing_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(obtain, "measure_model", begun)
-    monkeypatch.setattr("bpwise.measure.run.measure_model", begun)
+    monkeypatch.setattr(obtain, "measure_checkpoint", begun)
+    monkeypatch.setattr("bpwise.measure.run.measure_checkpoint", begun)
     monkeypatch.setattr(gguf_base, "make_base", begun)
 
 
@@ -192,7 +192,6 @@ class TestGguf:
             ({"bpw": 5, "overrides": "blk.7.*=Q4_0"}, "no tensor has such a name"),
             # 95232 weights at 2 bytes, 1216 of norms and biases at 4: 16.2017 bits each, met from below.
             ({"bpw": 5, "overrides": "*=F16"}, "from 195328 to 195328, that is 16.2018 to 16.2018 bits"),
-            ({"bpw": 5, "measure": MeasureConfig(types=False)}, "no GGUF types were measured"),
         ],
         ids=lambda value: str(value)[:40],
     )
@@ -284,7 +283,7 @@ class TestContext:
         with pytest.raises(error, match=message):
             quantize_model(tiny_model, tmp_path / "x", QuantizeConfig(bpw=4.5, evaluate=None), calibration=given)
         with pytest.raises(error, match=message):
-            measure_to_file(tiny_model, tmp_path / "m.safetensors", MeasureConfig(), calibration=given)
+            measure_model(tiny_model, tmp_path / "m.safetensors", MeasureConfig(), curves=[], calibration=given)
         for command in (
             ("quantize", tiny_model, tmp_path / "x", "--bpw", 4.5, "--dry-run"),
             ("measure", tiny_model, "-o", tmp_path / "m.safetensors"),
@@ -307,7 +306,7 @@ class TestContext:
 
 
 def test_rows_beside_a_measurement(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = SimpleNamespace(tokens=torch.zeros(1, 4), group_size=32)
+    measured = SimpleNamespace(tokens=torch.zeros(1, 4))
     monkeypatch.setattr(obtain, "load_measurement", lambda *_: measured)
     config = QuantizeConfig(bpw=4.5, evaluate=None)
     with pytest.raises(ConfigError, match="brings its own calibration rows"):
@@ -332,7 +331,7 @@ class TestPlace:
         with pytest.raises(WorkDirectoryError, match=r"a parent of it is not a directory"):
             quantize_model(tiny_model, tmp_path / "file" / "out", QuantizeConfig(bpw=4.5, evaluate=None))
         with pytest.raises(WorkDirectoryError, match=r"a parent of it is not a directory"):
-            measure_to_file(tiny_model, tmp_path / "file" / "m.safetensors", MeasureConfig())
+            measure_model(tiny_model, tmp_path / "file" / "m.safetensors", MeasureConfig(), curves=[])
 
     def test_a_disk_that_is_too_small(self, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         # At 4.5 bits two layers of 30720 weights take 34560 bytes; embedding and head beside them.

@@ -6,12 +6,14 @@ import pytest
 import torch
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.convert.gguf import rounder as type_rounding
+from bpwise.convert.gguf.curves import GgufCurves
+from bpwise.convert.gguf.ggml.curves import measured_types
 from bpwise.convert.gguf.ggml.kernels import decode, encode
 from bpwise.convert.gguf.ggml.types import GgmlType
 from bpwise.convert.gguf.plan import Override, TypePlan, make_type_plan
 from bpwise.convert.gguf.rounder import RoundedTypes, round_types, table_importance
 from bpwise.measure.measurement import Measurement
-from bpwise.measure.run import MeasureConfig, measure_model
+from bpwise.measure.run import MeasureConfig, measure_checkpoint
 from bpwise.measure.text.calibration import CalibrationSet
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -34,7 +36,9 @@ class Case:
         self.checkpoint = Checkpoint.open(directory)
         self.work = work
         config = MeasureConfig(device="cpu")
-        self.measurement: Measurement = measure_model(self.checkpoint, rows(), config, work / "measure")
+        self.measurement: Measurement = measure_checkpoint(
+            self.checkpoint, rows(), config, [GgufCurves(measured_types())], work / "measure"
+        )
 
     def plan(self, overrides: list[str]) -> TypePlan:
         return make_type_plan(self.measurement, bpw=16.5, overrides=list(map(Override.parse, overrides)))

@@ -58,7 +58,7 @@ def quantized(
 ) -> tuple[str, Path, Path]:
     folder = tmp_path_factory.mktemp(request.param)
     original = save_with_vision(folder / "model", request.param, byte_tokenizer)
-    measure = MeasureConfig(calibration=CalibrationConfig(rows=4, row_tokens=32), types=False, device="cpu")
+    measure = MeasureConfig(calibration=CalibrationConfig(rows=4, row_tokens=32), device="cpu")
     quantize_model(original, folder / "out", QuantizeConfig(bpw=7.5, head_bits=8, measure=measure, evaluate=None))
     return request.param, original, folder / "out"
 

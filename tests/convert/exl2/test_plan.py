@@ -1,5 +1,6 @@
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -8,56 +9,35 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bpwise.convert.exl2.curves import Exl2Curves
 from bpwise.convert.exl2.file.layout import RowGroup, padded_columns
 from bpwise.convert.exl2.file.linear import QuantizedLinear
 from bpwise.convert.exl2.file.store import linear_tensors
 from bpwise.convert.exl2.plan.plan import LinearPlan, Plan, bpw_range, make_plan
 from bpwise.errors import BudgetError, ConfigError, FormatError
-from bpwise.measure.measurement import MeasuredLinear, MeasuredTable, Measurement
+from bpwise.measure.measurement import Measurement
+from numpy.typing import NDArray
 
-WIDTHS = (8, 6, 5, 4, 3, 2)
-EMBEDDING = MeasuredTable(
-    name="embed",
-    tokens=100,
-    importance=np.ones(64, dtype=np.float32),
-    type_damage_nats=np.zeros(0, dtype=np.float32),
-    tied=False,
-)
-
-
-def linear(name: str, rows: int, columns: int, rng: np.random.Generator, size: int) -> MeasuredLinear:
-    groups = -(-rows // size)
-    weight = 10 ** rng.uniform(-3, 0, (groups, 1))
-    damage = weight * 4.0 ** -np.array(WIDTHS) * rng.uniform(0.9, 1.1, (groups, len(WIDTHS)))
-    return MeasuredLinear(
-        name=name,
-        damage_nats=damage.astype(np.float32),
-        order=rng.permutation(rows).astype(np.int32),
-        fisher=rng.random(columns, dtype=np.float32),
-        input_power=rng.random(rows, dtype=np.float32),
-        coupling=np.zeros((columns, 0), dtype=np.float16),
-        token_weights=np.ones((1, 4), dtype=np.float16),
-        type_damage_nats=np.zeros(0, dtype=np.float32),
-        damping=0.02,
-    )
+from ...measured import EXL2, WIDTHS, bare_measurement, damage_of, exl2_of, with_tensor
 
 
 def measurement(
-    shapes: list[tuple[int, int]] | None = None, *, group_size: int = 64, seed: int = 0, head: int = 100
+    shapes: list[tuple[int, int]] | None = None,
+    *,
+    group_size: int = 64,
+    seed: int = 0,
+    head: tuple[int, int] = (64, 100),
 ) -> Measurement:
     rng = np.random.default_rng(seed)
     shapes = shapes or [(64, 40), (96, 64), (160, 33), (64, 64)] * 5
-    return Measurement(
-        linears=tuple(linear(f"l.{i}", *shape, rng, group_size) for i, shape in enumerate(shapes)),
-        head=linear("lm_head", 64, head, rng, group_size),
-        embedding=EMBEDDING,
-        other_weights=0,
-        tokens=np.zeros((1, 4), dtype=np.int32),
-        widths=WIDTHS,
-        types=(),
-        group_size=group_size,
-        provenance={"model": "x"},
-    )
+    named = {**{f"l.{i}": shape for i, shape in enumerate(shapes)}, "lm_head": head}
+    damages, orders = {}, {}
+    for name, (rows, _) in named.items():
+        groups = -(-rows // group_size)
+        weight = 10 ** rng.uniform(-3, 0, (groups, 1))
+        damages[name] = weight * 4.0 ** -np.array(WIDTHS) * rng.uniform(0.9, 1.1, (groups, len(WIDTHS)))
+        orders[name] = rng.permutation(rows).astype(np.int32)
+    return bare_measurement(named, {EXL2: exl2_of(damages, orders, group_size)})
 
 
 MANY_GROUPS = [(1024, 32 * (1 + i % 4)) for i in range(80)]
@@ -111,11 +91,12 @@ def test_damage_is_looked_up_in_the_curves() -> None:
     total = 0.0
     for p, curve in zip(plan.linears, measured.linears, strict=True):
         assert p.name == curve.name
-        expected = sum(float(curve.damage_nats[g, WIDTHS.index(bits)]) for g, bits in enumerate(p.group_bits))
+        damage = damage_of(measured, p.name)
+        expected = sum(float(damage[g, WIDTHS.index(bits)]) for g, bits in enumerate(p.group_bits))
         assert p.damage_nats == pytest.approx(expected)
         total += expected
     assert plan.head is not None
-    head = sum(float(measured.head.damage_nats[g, WIDTHS.index(b)]) for g, b in enumerate(plan.head.group_bits))
+    head = sum(float(damage_of(measured, "lm_head")[g, WIDTHS.index(b)]) for g, b in enumerate(plan.head.group_bits))
     assert plan.decoder_damage_nats == pytest.approx(total)
     assert plan.damage_nats == pytest.approx(total + head)
     assert plan.lower_bound_nats <= total + head
@@ -125,8 +106,7 @@ def test_damage_is_looked_up_in_the_curves() -> None:
 def test_costly_groups_get_more_bits() -> None:
     measured = measurement()
     costly = measured.linears[3]
-    raised = replace(costly, damage_nats=costly.damage_nats * 1000)
-    changed = replace(measured, linears=(*measured.linears[:3], raised, *measured.linears[4:]))
+    changed = with_tensor(measured, EXL2, costly.name, "damage_nats", 1000 * damage_of(measured, costly.name))
     before = make_plan(measured, bpw=4.0, head_bits=6).linears[3]
     after = make_plan(changed, bpw=4.0, head_bits=6).linears[3]
     assert after.bpw > before.bpw + 1
@@ -214,15 +194,14 @@ def test_range_in_the_message_can_be_had(seed: int) -> None:
 
 @pytest.mark.parametrize("head_bits", [2, 3, 4, 5, 6, 8])
 def test_head_bits(head_bits: int) -> None:
-    measured = measurement(head=96)
-    measured = replace(measured, head=linear("lm_head", 640, 96, np.random.default_rng(5), 64))
+    measured = measurement(head=(640, 96))
     plan = make_plan(measured, bpw=4.0, head_bits=head_bits)
     assert plan.head is not None
     uniform = replace(plan.head, group_bits=(head_bits,) * 10)
     assert plan.head.stored_bits <= uniform.stored_bits
     column = WIDTHS.index(head_bits)
     # The same size as with one width for all, and no more damage; its groups differ a thousandfold in weight.
-    assert plan.head.damage_nats <= measured.head.damage_nats[:, column].sum() * (1 + 1e-6)
+    assert plan.head.damage_nats <= damage_of(measured, "lm_head")[:, column].sum() * (1 + 1e-6)
     assert (set(plan.head.group_bits) == {head_bits}) == (head_bits in (2, 8))
     assert plan.head_bits == plan.head_code_bits == head_bits
     assert plan.linears == make_plan(measured, bpw=4.0, head_bits=16).linears  # the decoder's budget is its own
@@ -339,3 +318,69 @@ def test_stored_groups_of_a_short_last_group() -> None:
         name="l", in_features=160, out_features=8, group_rows=(64, 64, 32), group_bits=(2, 4, 8), damage_nats=0.0
     )
     assert plan.stored_groups == (RowGroup(8, 32), RowGroup(4, 64), RowGroup(2, 64))
+
+
+def test_a_format_that_was_not_measured() -> None:
+    with pytest.raises(
+        ConfigError, match=r"curves/exl2: this format was not measured. Got no curves.*`bpwise measure`"
+    ):
+        make_plan(replace(measurement(), curves={}), bpw=4.5, head_bits=6)
+
+
+def _first(value: float) -> Callable[[NDArray[Any]], NDArray[Any]]:
+    def change(values: NDArray[Any]) -> NDArray[Any]:
+        values = values.copy()
+        values.flat[0] = value
+        return values
+
+    return change
+
+
+BAD_CURVES = {
+    "repeated-input": ("order", np.zeros_like),
+    "input-too-large": ("order", _first(96)),
+    "negative-input": ("order", _first(-1)),
+    "no-inputs": ("order", lambda order: order[:0]),
+    "order-in-64-bits": ("order", lambda order: order.astype(np.int64)),
+    "order-a-matrix": ("order", lambda order: order[None]),
+    "group-missing": ("damage_nats", lambda damage: damage[1:]),
+    "width-missing": ("damage_nats", lambda damage: damage[:, 1:]),
+    "nan-damage": ("damage_nats", _first(np.nan)),
+    "infinite-damage": ("damage_nats", _first(np.inf)),
+    "negative-damage": ("damage_nats", _first(-1.0)),
+}
+
+
+@pytest.mark.parametrize(("field", "change"), BAD_CURVES.values(), ids=BAD_CURVES)
+def test_curves_that_nothing_can_be_done_with(field: str, change: Callable[[NDArray[Any]], NDArray[Any]]) -> None:
+    made = measurement([(96, 5)])
+    values = change(made.curves[EXL2].linears["l.0"][field])
+    message = rf"^measurement: curves/exl2: tensor 'l\.0\.{field}' .* measure the model again"
+    with pytest.raises(FormatError, match=message):
+        make_plan(with_tensor(made, EXL2, "l.0", field, values), bpw=4.5, head_bits=6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"widths": [8, 7]}, "widths must be some of"),
+        ({"widths": [2, 3, 4, 5, 6, 8]}, "widths must be some of"),
+        ({"widths": []}, "widths: .*length >= 1"),
+        ({"group_size": 33}, "group_size must be a multiple of 32"),
+        ({"group_size": 0}, r"group_size: .* Got 0\. Expected int >= 1"),
+        ({"group_size": "32"}, r"group_size: .* Got '32'\. Expected int"),
+    ],
+    ids=str,
+)
+def test_curves_that_say_what_exl2_has_not(changes: dict[str, Any], message: str) -> None:
+    made = measurement()
+    curves = made.curves[EXL2]
+    changed = replace(made, curves={EXL2: replace(curves, header={**curves.header, **changes})})
+    with pytest.raises(FormatError, match=rf"^measurement: curves/exl2: header.*{message}.*measure the model again"):
+        make_plan(changed, bpw=4.5, head_bits=6)
+
+
+@pytest.mark.parametrize("group_size", [48, 0, -32])
+def test_groups_that_cannot_be_measured(group_size: int) -> None:
+    with pytest.raises(ConfigError, match=f"group_size must be a positive multiple of 32, got {group_size}"):
+        Exl2Curves(group_size)

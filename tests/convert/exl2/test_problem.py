@@ -4,6 +4,7 @@ import itertools
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,28 +13,19 @@ from bpwise.convert.exl2.plan.plan import Plan, bpw_range, make_plan, measured_l
 from bpwise.convert.exl2.plan.problem import SizeLimit, WidthOverride
 from bpwise.convert.exl2.plan.unquantized import unquantized_lines
 from bpwise.errors import BudgetError, ConfigError
-from bpwise.measure.measurement import MeasuredLinear, MeasuredTable, Measurement
+from bpwise.measure.measurement import Measurement
+from numpy.typing import NDArray
 
-WIDTHS = (8, 6, 5, 4, 3, 2)
+from ...measured import EXL2, WIDTHS, bare_measurement, damage_of, exl2_of
+
 ATTENTION = [f"self_attn.{x}_proj" for x in "qkvo"]
 MLP = [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
 
 
-def linear(name: str, rows: int, columns: int, rng: np.random.Generator, *, convex: bool = True) -> MeasuredLinear:
+def damage(rows: int, rng: np.random.Generator) -> NDArray[Any]:
     groups = -(-rows // 32)
     scale = 10 ** rng.uniform(-2, 0, (groups, 1))
-    curve = 4.0 ** -np.array(WIDTHS) if convex else np.sort(rng.random((groups, len(WIDTHS))), axis=1)
-    return MeasuredLinear(
-        name=name,
-        damage_nats=(scale * curve * rng.uniform(0.9, 1.1, (groups, len(WIDTHS)))).astype(np.float32),
-        order=np.arange(rows, dtype=np.int32),
-        fisher=np.ones(columns, dtype=np.float32),
-        input_power=np.ones(rows, dtype=np.float32),
-        coupling=np.zeros((columns, 0), dtype=np.float16),
-        token_weights=np.ones((1, 4), dtype=np.float16),
-        type_damage_nats=np.zeros(0, dtype=np.float32),
-        damping=0.02,
-    )
+    return (scale * 4.0 ** -np.array(WIDTHS) * rng.uniform(0.9, 1.1, (groups, len(WIDTHS)))).astype(np.float32)
 
 
 def measurement(
@@ -42,23 +34,12 @@ def measurement(
     rng = np.random.default_rng(seed)
     if linears is None:
         linears = [(f"model.layers.{i}.{x}", 96 if "down" in x else 64, 64) for i in range(3) for x in ATTENTION + MLP]
-    return Measurement(
-        linears=tuple(linear(*each, rng) for each in linears),
-        head=linear("lm_head", head, 100, rng),
-        embedding=MeasuredTable(
-            name="model.embed_tokens",
-            tokens=100,
-            importance=np.ones(64, dtype=np.float32),
-            type_damage_nats=np.zeros(0, dtype=np.float32),
-            tied=tied,
-        ),
-        other_weights=7 * 64,
-        tokens=np.zeros((1, 4), dtype=np.int32),
-        widths=WIDTHS,
-        types=(),
-        group_size=32,
-        provenance={"model": "x"},
-    )
+    shapes = {name: (rows, columns) for name, rows, columns in (*linears, ("lm_head", head, 100))}
+    damages = {name: damage(rows, rng) for name, (rows, _) in shapes.items()}
+    orders = {name: np.arange(rows, dtype=np.int32) for name, (rows, _) in shapes.items()}
+    made = bare_measurement(shapes, {EXL2: exl2_of(damages, orders, 32)}, other_weights=7 * 64)
+    table = replace(made.embedding, importance=np.ones(64, dtype=np.float32), tied=tied)
+    return replace(made, embedding=table)
 
 
 def parsed(*texts: str) -> tuple[WidthOverride, ...]:
@@ -106,7 +87,7 @@ def test_constrained_optimum_against_brute_force(seed: int) -> None:
     found: list[tuple[float, float]] = []
     names = ["model.layers.0.a", "model.layers.0.a", "model.layers.1.a", "model.layers.1.b"]
     weights = sum(rows * columns for rows, columns in sizes.values())
-    curves = {x.name: x.damage_nats for x in measured.linears}
+    curves = {x.name: damage_of(measured, x.name) for x in measured.linears}
     for choice in itertools.product(*(allowed[name] for name in names)):
         groups = {name: [bits for at, bits in zip(names, choice, strict=True) if at == name] for name in sizes}
         bits = sum(linear_bits(sizes[n][1], [RowGroup(b, 32) for b in each]) for n, each in groups.items())

@@ -10,6 +10,7 @@ from bpwise.checkpoint.files.resume import ResumeStore
 from bpwise.checkpoint.source.language import WeightOverlay
 from bpwise.checkpoint.source.original import open_model
 from bpwise.cli import cli
+from bpwise.convert.exl2.curves import Exl2Curves
 from bpwise.convert.exl2.file.reader import Exl2Model
 from bpwise.convert.exl2.plan.plan import make_plan
 from bpwise.convert.exl2.rounding import rounder as rounding
@@ -20,7 +21,7 @@ from bpwise.eval.metrics.passes import last_hidden
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.model import positionwise as positions
 from bpwise.measure.model.stream import StreamedModel
-from bpwise.measure.run import MeasureConfig, calibration_rows, measure_model
+from bpwise.measure.run import MeasureConfig, calibration_rows, measure_checkpoint
 from bpwise.measure.text.calibration import CalibrationConfig
 from bpwise.progress import silent
 from click.testing import CliRunner
@@ -229,8 +230,10 @@ def test_experts_are_tuned_too(make_family: MakeFamily, tmp_path: Path) -> None:
 def test_an_mlp_with_biases_is_scaled_in_its_own_order(make_family: MakeFamily, tmp_path: Path) -> None:
     # Its neurons are written in another order than they are rounded and tuned in.
     checkpoint = open_model(make_family("starcoder2"))
-    config = MeasureConfig(calibration=CalibrationConfig(rows=4, row_tokens=32), types=False, device="cpu")
-    measurement = measure_model(checkpoint, calibration_rows(checkpoint, config.calibration), config, tmp_path / "work")
+    config = MeasureConfig(calibration=CalibrationConfig(rows=4, row_tokens=32), device="cpu")
+    measurement = measure_checkpoint(
+        checkpoint, calibration_rows(checkpoint, config.calibration), config, [Exl2Curves()], tmp_path / "work"
+    )
     plan = make_plan(measurement, bpw=4.0, head_bits=6)
     rounded = round_model(checkpoint, measurement, plan, RoundConfig(device="cpu"), tmp_path / "work")
     rng = torch.Generator().manual_seed(0)

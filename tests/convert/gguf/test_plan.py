@@ -1,5 +1,6 @@
 import itertools
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,50 +10,30 @@ import pytest
 from bpwise.convert.gguf.ggml.types import ggml_type
 from bpwise.convert.gguf.plan import Override, TypePlan, make_type_plan, size_range
 from bpwise.errors import BudgetError, ConfigError, FormatError, UnsupportedModelError
-from bpwise.measure.measurement import MeasuredLinear, MeasuredTable, Measurement
+from bpwise.measure.measurement import Measurement
 from bpwise.quantize.gguf_pipeline import importance_of
+from numpy.typing import NDArray
+
+from ...measured import GGUF, bare_measurement, damage_of, gguf_of, with_tensor
 
 TYPES = ("Q8_0", "Q4_K", "Q4_0")
 BITS = {"F16": 16.0, "Q8_0": 8.5, "Q4_K": 4.5, "Q4_0": 4.5}
 
 
-def linear(name: str, rows: int, width: int, damage: float) -> MeasuredLinear:
-    damages = [damage / 256, damage * 0.8 if width % 256 == 0 else np.inf, damage]
-    return MeasuredLinear(
-        name=name,
-        damage_nats=np.zeros((width // 32, 1), dtype=np.float32),
-        order=np.arange(width, dtype=np.int32),
-        fisher=np.ones(rows, dtype=np.float32),
-        input_power=np.ones(width, dtype=np.float32),
-        coupling=np.zeros((rows, 0), dtype=np.float16),
-        token_weights=np.ones((1, 4), dtype=np.float16),
-        type_damage_nats=np.array(damages, dtype=np.float32),
-        damping=0.02,
-    )
+def damage(width: int, scale: float) -> NDArray[np.float32]:
+    damages = [scale / 256, scale * 0.8 if width % 256 == 0 else np.inf, scale]
+    return np.array(damages, dtype=np.float32)
 
 
-def measurement(*, tied: bool = True, types: tuple[str, ...] = TYPES) -> Measurement:
-    return Measurement(
-        linears=(
-            linear("model.layers.0.self_attn.q_proj", 96, 96, 0.03),
-            linear("model.layers.0.mlp.down_proj", 96, 256, 0.05),
-            linear("model.layers.1.mlp.down_proj", 96, 256, 0.001),
-        ),
-        head=linear("lm_head", 320, 96, 0.02),
-        embedding=MeasuredTable(
-            name="model.embed_tokens",
-            tokens=320,
-            importance=np.ones(96, dtype=np.float32),
-            type_damage_nats=np.array([0.0, np.inf, 0.01], dtype=np.float32),
-            tied=tied,
-        ),
-        other_weights=500,
-        tokens=np.zeros((1, 4), dtype=np.int32),
-        widths=(4,),
-        types=types,
-        group_size=32,
-        provenance={"model": "x"},
-    )
+def measurement(*, tied: bool = True) -> Measurement:
+    names = ("0.self_attn.q_proj", "0.mlp.down_proj", "1.mlp.down_proj")
+    named = dict(zip((f"model.layers.{x}" for x in names), ((96, 96), (256, 96), (256, 96)), strict=True))
+    named["lm_head"] = (96, 320)
+    scales = dict(zip(named, (0.03, 0.05, 0.001, 0.02), strict=True))
+    damages = {name: damage(width, scales[name]) for name, (width, _) in named.items()}
+    curves = gguf_of(TYPES, damages, np.array([0.0, np.inf, 0.01], dtype=np.float32))
+    made = bare_measurement(named, {GGUF: curves}, other_weights=500)
+    return replace(made, embedding=replace(made.embedding, tokens=320, tied=tied))
 
 
 def shapes(tied: bool) -> dict[str, tuple[int, int]]:
@@ -71,8 +52,8 @@ def test_no_other_choice_within_the_size_has_less_damage(bpw: float, tied: bool)
     plan = make_type_plan(measurement(tied=tied), bpw=bpw)
     sizes = shapes(tied)
     budget_bits = bpw * (sum(rows * width for rows, width in sizes.values()) + 500) - 32 * 500
-    damages = {x.name: dict(zip(TYPES, x.type_damage_nats, strict=True)) for x in measurement().linears}
-    damages["lm_head"] = dict(zip(TYPES, measurement().head.type_damage_nats, strict=True))
+    names = [*shapes(True), "lm_head"]
+    damages = {x: dict(zip(TYPES, damage_of(measurement(), x, GGUF), strict=True)) for x in names if "embed" not in x}
     damages["model.embed_tokens"] = {"Q8_0": 0.0, "Q4_0": 0.01}
     if tied:  # one table, both uses
         damages["model.embed_tokens"] = {k: d + damages["lm_head"][k] for k, d in damages["model.embed_tokens"].items()}
@@ -142,7 +123,41 @@ def test_refuses_an_override_of_another_form(text: str) -> None:
 
 def test_refuses_a_measurement_without_types() -> None:
     with pytest.raises(ConfigError, match=r"bpwise\[gguf\]"):
-        make_type_plan(measurement(types=()), bpw=6.0)
+        make_type_plan(replace(measurement(), curves={}), bpw=6.0)
+    curves = measurement().curves[GGUF]
+    with pytest.raises(FormatError, match=r"of another version. Got 2. Expected 1. Measure the model again"):
+        make_type_plan(replace(measurement(), curves={GGUF: replace(curves, version=2)}), bpw=6.0)
+
+
+NAME = "model.layers.0.mlp.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: with_tensor(x, GGUF, NAME, "damage_nats", np.ones(2, dtype=np.float32)), "wrong dtype or shape"),
+        (lambda x: with_tensor(x, GGUF, "lm_head", "other", np.ones(2)), None),
+        (
+            lambda x: replace(x, curves={GGUF: replace(x.curves[GGUF], table={})}),
+            "embed_tokens.damage_nats' is missing",
+        ),
+        (lambda x: with_header(x, ["Q9_K", "Q8_0", "Q4_0"]), "types must be different types"),
+        (lambda x: with_header(x, ["Q8_0", "Q8_0", "Q4_0"]), "types must be different types"),
+        (lambda x: with_header(x, []), "types: .*length >= 1"),
+    ],
+    ids=["one-type-less", "another-tensor", "no-table", "types-unknown", "type-twice", "no-types"],
+)
+def test_damaged_curves(change: Callable[[Measurement], Measurement], message: str | None) -> None:
+    changed = change(measurement())
+    if message is None:
+        assert make_type_plan(changed, bpw=6.0).bpw <= 6
+        return
+    with pytest.raises(FormatError, match=rf"measurement: curves/gguf: .*{message}.*measure the model again"):
+        make_type_plan(changed, bpw=6.0)
+
+
+def with_header(made: Measurement, types: list[str]) -> Measurement:
+    return replace(made, curves={GGUF: replace(made.curves[GGUF], header={"types": types})})
 
 
 def test_round_trip(tmp_path: Path) -> None:

@@ -96,14 +96,15 @@ import torch
 from bpwise.checkpoint.source.original import open_model
 from bpwise.eval.comparison import EvalConfig, compare_models
 from bpwise.measure.text.calibration import CalibrationSet
-from bpwise.measure.run import MeasureConfig, measure_model
+from bpwise.convert.exl2.curves import Exl2Curves
+from bpwise.measure.run import MeasureConfig, measure_checkpoint
 
 torch.set_num_threads(1)
 tokens = torch.randint(0, 64, (1, 34000), generator=torch.Generator().manual_seed(0))
 rows = CalibrationSet(tokens=tokens, origins=("random",), description="random ids", adds_bos=False)
 model, other = (open_model(Path(path)) for path in sys.argv[1:3])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-measured = measure_model(model, rows, MeasureConfig(types=False, device="cpu"), Path(sys.argv[3]))
+measured = measure_checkpoint(model, rows, MeasureConfig(device="cpu"), [Exl2Curves()], Path(sys.argv[3]))
 assert measured.linears[0].token_weights.shape == (1, 34000)
 found = compare_models(model, other, rows, EvalConfig(device="cpu"))
 assert (found.profile.positions[-1].first, found.profile.positions[-1].last) == (32768, 33999)

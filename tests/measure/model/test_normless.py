@@ -8,15 +8,17 @@ import pytest
 import torch
 from bpwise.checkpoint.model.families import family_of
 from bpwise.checkpoint.source.checkpoint import Checkpoint
+from bpwise.convert.exl2.curves import Exl2Curves
 from bpwise.errors import NumericalError
-from bpwise.measure import passes
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.model.normless import hold_small_states, norms_of_stream
-from bpwise.measure.run import MeasureConfig, measure_model
+from bpwise.measure.run import MeasureConfig, measure_checkpoint
+from bpwise.measure.statistics import probes
 from bpwise.measure.text.calibration import CalibrationSet
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ...measured import damage_of
 from ...tiny_models import FAMILIES, SIZES, randomize
 
 ROWS, TOKENS, BOS = 4, 24, 3
@@ -47,8 +49,8 @@ def save_model(
 
 def measure(directory: Path, work: Path, **options: object) -> Measurement:
     calibration = CalibrationSet(tokens=rows(), origins=("r",) * ROWS, description="random ids", adds_bos=True)
-    config = MeasureConfig(device="cpu", group_size=32, types=False, **options)  # type: ignore[arg-type]
-    return measure_model(Checkpoint.open(directory), calibration, config, work)
+    config = MeasureConfig(device="cpu", **options)  # type: ignore[arg-type]
+    return measure_checkpoint(Checkpoint.open(directory), calibration, config, [Exl2Curves()], work)
 
 
 def gradients_of_others(directory: Path, signs: Tensor) -> dict[str, Tensor]:
@@ -78,13 +80,13 @@ def test_a_zero_bos_stays_out_of_the_statistics(
     model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     signs: list[Tensor] = []
-    draw = passes._signs
+    draw = probes._signs
 
     def spied(*args: object) -> Tensor:
         signs.append(draw(*args))  # type: ignore[arg-type]
         return signs[-1]
 
-    monkeypatch.setattr(passes, "_signs", spied)
+    monkeypatch.setattr(probes, "_signs", spied)
     directory = save_model(tmp_path / "model", model_type, bos=0)
     measured = measure(directory, tmp_path / "work")
     expected = gradients_of_others(directory, torch.where(torch.cat(signs) < 0, -1.0, 1.0))
@@ -115,7 +117,7 @@ def test_a_bos_that_was_never_trained_does_not_hide_the_others(model_type: str, 
 def test_gradients_do_not_overflow_in_deep_models(tmp_path: Path) -> None:
     sizes = {"num_hidden_layers": 14, "hidden_size": 32, "intermediate_size": 32}  # a thousandfold at 28 norms
     measured = measure(save_model(tmp_path / "model", "llama", bos=0, **sizes), tmp_path / "work")
-    assert all(np.isfinite(linear.damage_nats).all() for linear in measured.linears)
+    assert all(np.isfinite(damage_of(measured, linear.name)).all() for linear in measured.linears)
     assert not any(linear.token_weights[:, 0].any() for linear in measured.linears)
 
 

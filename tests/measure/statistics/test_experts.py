@@ -1,6 +1,6 @@
 """Statistics of experts, beside plain autograd over a whole Mixtral in float64."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,17 @@ import torch
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.convert.exl2.plan.plan import make_plan
 from bpwise.convert.exl2.rounding.rounder import RoundConfig, round_model
-from bpwise.measure import passes
+from bpwise.measure import input_group
 from bpwise.measure.measurement import MeasuredLinear, Measurement
-from bpwise.measure.run import MeasureConfig, measure_model
+from bpwise.measure.run import MeasureConfig, measure_checkpoint
+from bpwise.measure.statistics import probes
 from bpwise.measure.statistics.heldout import HeldOut
 from bpwise.measure.text.calibration import CalibrationSet
 from torch import Tensor
 from torch.nn.functional import linear, silu
 from transformers import AutoModelForCausalLM, MixtralConfig
+
+from ...measured import SeenCurves, damage_of
 
 HIDDEN, NEURONS, BLOCKS, EXPERTS = 64, 96, 2, 5
 UNCHOSEN = 4
@@ -128,34 +131,23 @@ class Run:
 
 
 def run_of(directory: Path, work: Path, rows: int, **settings: Any) -> Run:
-    grams: dict[str, Tensor] = {}
+    curves = SeenCurves(64)
     signs: list[Tensor] = []
     chosen = calibration(rows)
     with pytest.MonkeyPatch.context() as patch:
-        draw, curves = passes._signs, passes.measure_curves
-        of_stage = passes.MeasuringPasses._curves
+        draw = probes._signs
 
         def spied_signs(*args: Any) -> Tensor:
             signs.append(draw(*args))
             return signs[-1]
 
-        def spied_curves(weights: Sequence[Tensor], gram: Tensor, *args: Any, **kwargs: Any) -> Any:
-            grams["latest"] = gram.clone()
-            return curves(weights, gram, *args, **kwargs)
-
-        def spied_stage(self: Any, linears: dict[str, Any], sums: Any) -> Any:
-            made = of_stage(self, linears, sums)
-            grams.update(dict.fromkeys(linears, grams["latest"]))
-            return made
-
-        patch.setattr(passes, "_signs", spied_signs)
-        patch.setattr(passes, "measure_curves", spied_curves)
-        patch.setattr(passes.MeasuringPasses, "_curves", spied_stage)
+        patch.setattr(probes, "_signs", spied_signs)
         patch.setattr("bpwise.measure.model.stream.MICRO_BATCH_TOKENS", 5 * ROW_TOKENS)  # several micro-batches
-        patch.setattr(passes, "cross_validate_damping", lambda *_args, **_options: HeldOut(0.02, 1.0))
-        config = MeasureConfig(device="cpu", group_size=64, types=False, **settings)
-        measurement = measure_model(Checkpoint.open(directory), chosen, config, work)
+        patch.setattr(input_group, "cross_validate_damping", lambda *_args, **_options: HeldOut(0.02, 1.0))
+        config = MeasureConfig(device="cpu", **settings)
+        measurement = measure_checkpoint(Checkpoint.open(directory), chosen, config, [curves], work)
     plain = torch.where(torch.cat(signs) < 0, -1.0, 1.0)
+    grams = {name: inputs.gram for inputs in curves.seen for name in inputs.names}
     return Run(measurement, grams, by_plain_backward(directory, chosen.tokens, plain))
 
 
@@ -258,7 +250,7 @@ def test_an_expert_that_no_token_chooses(directory: Path, run: Run, tmp_path: Pa
     for block in range(BLOCKS):
         for name in ("w1", "w2", "w3"):
             measured = run.linear(block, UNCHOSEN, name)
-            damage = torch.from_numpy(measured.damage_nats)
+            damage = torch.from_numpy(damage_of(run.measurement, measured.name))
             assert bool((damage > 0).all())
             assert bool(damage.isfinite().all())
             weight = rounded.source.tensor(f"{measured.name}.weight").float()

@@ -6,6 +6,8 @@ from bpwise.linalg.sampling import subsample_tokens
 from bpwise.measure.statistics import inputs as statistics
 from bpwise.measure.statistics.inputs import InputStatistics, WeightedGram, tokens_of_halves
 
+from ...measured import group_of
+
 CPU = torch.device("cpu")
 
 
@@ -112,10 +114,10 @@ def test_a_sample_of_the_outputs_stands_for_all(monkeypatch: pytest.MonkeyPatch)
     weight = torch.randn(64, 4 * SAMPLED_COLUMNS, generator=rng)
     # Over four orders of magnitude, as real ones are: a few outputs carry most of the damage.
     fisher = 10 ** (4 * torch.rand(4 * SAMPLED_COLUMNS, generator=rng))
-    options = {"widths": (8, 4, 2), "group_size": 32, "damping": 0.02}
-    sampled = measure_curves([weight], x.T @ x / 200, [fisher], **options)[0].damage_nats
+    inputs = group_of([weight], x.T @ x / 200, [fisher], damping=0.02)
+    sampled = measure_curves(inputs, (8, 4, 2), 32)[0].tensors["damage_nats"]
     monkeypatch.setattr("bpwise.convert.exl2.rounding.curves.SAMPLED_COLUMNS", 1 << 20)
-    whole = measure_curves([weight], x.T @ x / 200, [fisher], **options)[0].damage_nats
+    whole = measure_curves(inputs, (8, 4, 2), 32)[0].tensors["damage_nats"]
     assert sampled.shape == whole.shape == (2, 3)
     # Columns of equal statistics, 512 of them: a spread of some 30 % of their errors averages out to 1.5 %,
     # that of the 128 of the sample to 3 %: up to two and a half deviations, twelve times.

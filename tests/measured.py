@@ -1,0 +1,102 @@
+"""Measurements that tests make up, and what tests of measuring hand in."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from bpwise.convert.exl2.curves import Exl2Curves
+from bpwise.convert.gguf.curves import GgufCurves
+from bpwise.measure.curves import CurveInputs, LinearCurves
+from bpwise.measure.measurement import FormatCurves, MeasuredLinear, MeasuredTable, Measurement
+from numpy.typing import NDArray
+
+WIDTHS = (8, 6, 5, 4, 3, 2)
+EXL2 = Exl2Curves.name
+GGUF = GgufCurves.name
+
+Damages = Mapping[str, NDArray[np.float32]]
+
+
+def bare_linear(name: str, rows: int, columns: int) -> MeasuredLinear:
+    """A linear of which nothing is known."""
+    return MeasuredLinear(
+        name=name,
+        fisher=np.ones(columns, dtype=np.float32),
+        input_power=np.ones(rows, dtype=np.float32),
+        coupling=np.zeros((columns, 0), dtype=np.float16),
+        token_weights=np.ones((1, 4), dtype=np.float16),
+        damping=0.02,
+    )
+
+
+def bare_measurement(
+    shapes: Mapping[str, tuple[int, int]], curves: Mapping[str, FormatCurves], **changes: Any
+) -> Measurement:
+    """A measurement of linears by name, (rows, columns) of each, the head last."""
+    *linears, head = (bare_linear(name, *shape) for name, shape in shapes.items())
+    table = MeasuredTable(
+        name="model.embed_tokens", tokens=100, importance=np.ones(head.in_features, dtype=np.float32), tied=False
+    )
+    settings = {
+        "linears": tuple(linears),
+        "head": head,
+        "embedding": table,
+        "other_weights": 0,
+        "tokens": np.zeros((1, 4), dtype=np.int32),
+        "curves": curves,
+        "provenance": {"model": "x"},
+    }
+    return Measurement(**{**settings, **changes})
+
+
+def exl2_of(damages: Damages, orders: Mapping[str, NDArray[np.int32]], group_size: int) -> FormatCurves:
+    """EXL2's curves."""
+    linears = {name: {"damage_nats": damages[name].astype(np.float32), "order": orders[name]} for name in damages}
+    return FormatCurves(version=1, header={"widths": list(WIDTHS), "group_size": group_size}, linears=linears, table={})
+
+
+def gguf_of(types: tuple[str, ...], damages: Damages, table: NDArray[np.float32]) -> FormatCurves:
+    """GGUF's curves."""
+    linears = {name: {"damage_nats": damage} for name, damage in damages.items()}
+    return FormatCurves(version=1, header={"types": list(types)}, linears=linears, table={"damage_nats": table})
+
+
+def damage_of(measurement: Measurement, name: str, format_: str = EXL2) -> NDArray[np.float32]:
+    """Damage of a linear, as a format measured it."""
+    damage: NDArray[np.float32] = measurement.curves[format_].linears[name]["damage_nats"]
+    return damage
+
+
+def order_of(measurement: Measurement, name: str) -> NDArray[np.int32]:
+    """Row order of a linear in EXL2."""
+    order: NDArray[np.int32] = measurement.curves[EXL2].linears[name]["order"]
+    return order
+
+
+def with_tensor(measurement: Measurement, format_: str, name: str, field: str, values: NDArray[Any]) -> Measurement:
+    """The same measurement with one tensor of a format's curves replaced."""
+    curves = measurement.curves[format_]
+    linears = {**curves.linears, name: {**curves.linears[name], field: values}}
+    return replace(measurement, curves={**measurement.curves, format_: replace(curves, linears=linears)})
+
+
+def group_of(
+    weights: list[torch.Tensor], gram: torch.Tensor, fishers: list[torch.Tensor], **options: Any
+) -> CurveInputs:
+    """Linears of an input group for a format to measure."""
+    names = tuple(f"l.{index}" for index in range(len(weights)))
+    return CurveInputs(**{"names": names, "weights": weights, "gram": gram, "fishers": fishers, **options})
+
+
+class SeenCurves(Exl2Curves):
+    """EXL2's curves, and what they were measured on, in the order of the passes."""
+
+    def __init__(self, group_size: int = 32) -> None:
+        super().__init__(group_size)
+        self.seen: list[CurveInputs] = []
+
+    def linears(self, inputs: CurveInputs) -> list[LinearCurves]:
+        self.seen.append(replace(inputs, gram=inputs.gram.clone()))
+        return super().linears(inputs)
