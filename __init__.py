@@ -15,9 +15,10 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .checkpoint.source.original import open_model
+    from .convert.conversion import Target
     from .convert.dense import dequantize_model
-    from .convert.format import Plan, Target
     from .convert.opening import verify_model
+    from .convert.plan import Plan
     from .convert.publishing.cards import write_card
     from .convert.publishing.push import push_model
     from .convert.registry import Exl2Options, GgufOptions, export_imatrix
@@ -41,9 +42,9 @@ _HOMES = {
     "GgufOptions": "convert.registry",
     "MeasureConfig": "measure.run",
     "Measurement": "measure.measurement",
-    "Plan": "convert.format",
+    "Plan": "convert.plan",
     "QuantizeConfig": "quantize.config",
-    "Target": "convert.format",
+    "Target": "convert.conversion",
     "dequantize_model": "convert.dense",
     "evaluate_models": "eval.comparison",
     "export_imatrix": "convert.registry",

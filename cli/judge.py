@@ -26,7 +26,7 @@ from .types import DIRECTORY, EXISTING_DIRECTORY, EXISTING_FILE, EXISTING_PATH, 
 
 if TYPE_CHECKING:
     from ..checkpoint.source.checkpoint import TensorSource
-    from ..convert.format import LinearCost
+    from ..convert.plan import LinearCost
     from ..eval.comparison import Comparison, EvalConfig
     from ..eval.tasks.benchmarks import LoadedTasks
     from ..eval.tasks.needle import NeedleConfig

@@ -80,7 +80,7 @@ def quantize(
     where it was cut off.
     """
     from ..checkpoint.source.original import open_model
-    from ..convert.format import Target
+    from ..convert.conversion import Target
     from ..quantize.config import QuantizeConfig
     from ..quantize.run import quantize_model
     from ..quantize.series import quantize_series
@@ -155,7 +155,7 @@ def _print_forecasts(
     measuring: MeasuringArguments,
 ) -> None:
     from ..checkpoint.files.paths import work_beside
-    from ..convert.format import Target
+    from ..convert.conversion import Target
     from ..eval.models import model_name
     from ..quantize.checks import forecast_outputs
     from ..quantize.measuring import load_measurement
@@ -179,7 +179,7 @@ def _print_forecasts(
 
 
 def _print_forecast(forecast: Forecast) -> None:
-    from ..convert.rates import shown_range
+    from ..convert.plan import shown_range
 
     size = forecast.size
     say(f"original      {forecast.original_bytes / MIB:10.1f} MiB")

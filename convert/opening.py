@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..checkpoint.source.checkpoint import TensorSource, resolve_model
 from ..checkpoint.source.original import Original, open_model
-from .format import Verification
+from .model import Verification
 from .registry import format_of, require_format
 
 __all__ = ["open_any", "verify_model"]

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.files.schemas import read_json
 from ..errors import FormatError
-from .format import Format, Plan
+from .format import Format
+from .plan import Plan
 
 if TYPE_CHECKING:
     from .exl2.options import Exl2Options

@@ -12,7 +12,7 @@ from ..checkpoint.source.checkpoint import Checkpoint, TensorSource
 from ..checkpoint.source.hub import directory_name
 from ..checkpoint.source.language import language_config
 from ..checkpoint.source.original import Original
-from ..convert.format import QuantizedModel
+from ..convert.model import QuantizedModel
 from ..convert.opening import open_any
 from ..errors import CheckpointError
 

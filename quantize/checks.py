@@ -10,7 +10,8 @@ from pathlib import Path
 from ..checkpoint.files.atomic import explained, require_room
 from ..checkpoint.files.paths import refuse_foreign
 from ..checkpoint.source.checkpoint import Checkpoint
-from ..convert.format import Conversion, Format, Target
+from ..convert.conversion import Conversion, Target
+from ..convert.format import Format
 from ..convert.publishing.base_card import read_base_card
 from ..convert.publishing.cards import card_path
 from ..convert.publishing.mark import mark_path

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..convert.format import Format, Target
+from ..convert.conversion import Target
+from ..convert.format import Format
 from ..convert.options import FormatOptions
 from ..convert.publishing.cards import check_base_model
 from ..convert.registry import format_asking, formats

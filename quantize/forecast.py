@@ -10,7 +10,7 @@ from ..checkpoint.model.families import InputGroup
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..checkpoint.source.language import LanguageModel, language_model
 from ..checkpoint.source.linears import model_linears
-from ..convert.format import Conversion, SizeForecast, Target
+from ..convert.conversion import Conversion, SizeForecast, Target
 from ..linalg.parallel import cores
 from ..measure.measurement import Measurement
 from ..measure.model.positionwise import CHUNK_POSITIONS

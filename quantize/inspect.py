@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..checkpoint.files.safetensors_file import load_metadata
 from ..checkpoint.source.original import open_model
-from ..convert.format import Description
+from ..convert.model import Description
 from ..convert.registry import format_of, formats, load_plan
 from ..errors import FormatError
 from ..measure.measurement import HEADER_KEY, FormatCurves, Measurement

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..checkpoint.source.checkpoint import Checkpoint, TensorSource
-from ..convert.format import LinearCost, QuantizedModel
+from ..convert.model import QuantizedModel
 from ..convert.opening import open_any
+from ..convert.plan import LinearCost
 from ..convert.publishing.cards import card_path
 from ..convert.publishing.mark import clear_mark, mark_broken, read_mark
 from ..errors import BrokenModelError, ConfigError, NumericalError

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from ..convert.format import Format, Plan
+from ..convert.format import Format
 from ..convert.options import FormatOptions
+from ..convert.plan import Plan
 from ..convert.registry import format_asking, formats
 from ..measure.measurement import Measurement
 

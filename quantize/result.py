@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..convert.format import Plan, Verification
-from ..convert.rounded import Drift, drift_section
+from ..convert.model import Verification
+from ..convert.plan import Plan
+from ..convert.rounding import Drift, drift_section
 from ..eval.comparison import Comparison
 from ..eval.report.markdown import summary_lines
 from .costs import StepCost, cost_line, cost_section

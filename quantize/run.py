@@ -11,9 +11,11 @@ from ..checkpoint.files.paths import check_run, named, reserved, work_beside
 from ..checkpoint.files.resume import RunArtifacts, run_artifacts
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..checkpoint.source.original import Original, open_model
-from ..convert.format import Conversion, Plan, Provenance, Rounder, Target, Verification
+from ..convert.conversion import Conversion, Provenance, Target
+from ..convert.model import Verification
+from ..convert.plan import Plan
 from ..convert.publishing.cards import write_card
-from ..convert.rounded import RoundedModel
+from ..convert.rounding import RoundedModel, Rounder
 from ..eval.comparison import Comparison
 from ..eval.metrics.overlap import CalibrationSpans
 from ..eval.report.content import Report

@@ -11,7 +11,7 @@ from ..checkpoint.files.atomic import write_json, write_text
 from ..checkpoint.files.paths import named, reserved, work_beside
 from ..checkpoint.files.resume import RunArtifacts, discard_artifacts, locked_work
 from ..checkpoint.source.original import Original, open_model
-from ..convert.format import Target
+from ..convert.conversion import Target
 from ..errors import BrokenModelError, ConfigError
 from ..eval.comparison import Comparison
 from ..eval.models import model_name

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...checkpoint.model.families import is_known
-from ..format import CardFacts
+from ..model import CardFacts
 from ..publishing.names import RATE, convention_name, pasteable
 from .file.config import stored_rates
 from .file.manifest import Changes, Provenance

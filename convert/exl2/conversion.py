@@ -17,8 +17,9 @@ from ...checkpoint.source.linears import model_linears
 from ...errors import CheckpointError
 from ...measure.measurement import Measurement
 from ...progress import Progress
-from ..format import Conversion, Provenance, SizeForecast, Target, Verification
-from ..rounded import RoundedModel
+from ..conversion import Conversion, Provenance, SizeForecast, Target
+from ..model import Verification
+from ..rounding import RoundedModel
 from .curves import exl2_curves
 from .file.vision import require_side_files
 from .file.writer import require_writable, write_model

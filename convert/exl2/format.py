@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..format import CardFacts, Conversion, Format, Plan, QuantizedModel, Verification
+from ..conversion import Conversion
+from ..format import Format
+from ..model import CardFacts, QuantizedModel, Verification
+from ..plan import Plan
 from .file.manifest import MANIFEST_FILE, read_manifest
 from .options import CONFLICTS, Exl2Options
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
-from ..format import CardFacts
+from ..model import CardFacts
 from ..publishing.names import pasteable
 from .file.describe import all_tensors_bpw
 from .file.metadata import CALIBRATION_KEY, LIMITS_KEY, VERSION_KEY

@@ -18,8 +18,10 @@ from ...linalg.parallel import cores
 from ...measure.measurement import Measurement
 from ...measure.text.context import context_tokens
 from ...progress import Progress
-from ..format import Conversion, Plan, Provenance, SizeForecast, Target, Verification
-from ..rounded import RoundedModel
+from ..conversion import Conversion, Provenance, SizeForecast, Target
+from ..model import Verification
+from ..plan import Plan
+from ..rounding import RoundedModel
 from .base import BASE, base_identity, base_path, base_to_make, converted
 from .curves import gguf_curves
 from .file.header import GgufHeader, read_gguf_header

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..format import CardFacts, Conversion, Description, Export, Format, Plan, QuantizedModel, Verification
+from ..conversion import Conversion
+from ..format import Export, Format
+from ..model import CardFacts, Description, QuantizedModel, Verification
+from ..plan import Plan
 from .options import CONFLICTS, GgufOptions
 
 if TYPE_CHECKING:

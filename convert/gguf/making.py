@@ -11,7 +11,7 @@ from ...checkpoint.source.linears import Shaped
 from ...errors import BudgetError, ConfigError
 from ...linalg.knapsack import choose
 from ...measure.measurement import Measurement
-from ..rates import shown_range
+from ..plan import shown_range
 from .curves import gguf_curves
 from .ggml.types import ggml_type
 from .plan import OTHER_BYTES, GgufPlan, TensorPlan, TypeOverride

@@ -16,8 +16,10 @@ from ...linalg.parallel import cores
 from ...measure.measurement import Measurement
 from ...progress import Progress
 from ...tables import Table
-from ..format import Description, LinearCost, Plan, Provenance, SizeForecast, Target, Verification
-from ..rounded import RoundedModel
+from ..conversion import Provenance, SizeForecast, Target
+from ..model import Description, Verification
+from ..plan import LinearCost, Plan
+from ..rounding import RoundedModel
 from .conversion import GgufConversion, require_known
 from .file.header import GgufTensor
 from .file.names import gguf_name, known_model_types

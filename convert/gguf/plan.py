@@ -14,7 +14,8 @@ from ...checkpoint.files.atomic import write_json
 from ...checkpoint.files.schemas import Count, Number, Positive, check_schema
 from ...errors import ConfigError, FormatError
 from ...tables import Table
-from ..format import Description, LinearCost, Plan
+from ..model import Description
+from ..plan import LinearCost, Plan
 from .file.names import gguf_name
 from .ggml.types import TYPES, GgmlType, ggml_type
 

@@ -13,8 +13,7 @@ from ...checkpoint.source.language import language_model
 from ...linalg.hessian import inverse_factor
 from ...linalg.parallel import cores
 from ...measure.measurement import MeasuredLinear, Measurement
-from ..format import Rounder
-from ..rounded import rounding_damping
+from ..rounding import Rounder, rounding_damping
 from .ggml.kernels import decode, encode
 from .ggml.rounding import round_to_type
 from .plan import GgufPlan

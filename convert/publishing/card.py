@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from ...tables import Table, cell
-from ..format import CardFacts
+from ..model import CardFacts
 from ..registry import formats
 from .base_card import BaseCard
 

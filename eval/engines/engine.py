@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...checkpoint.source.checkpoint import TensorSource
 from ...checkpoint.source.original import Original
-from ...convert.format import QuantizedModel
+from ...convert.model import QuantizedModel
 from ...errors import CheckpointError, ConfigError
 from ...measure.text.calibration import CalibrationSet
 from ...measure.text.context import EVALUATION, check_rows

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...checkpoint.source.checkpoint import TensorSource
-from ...convert.format import QuantizedModel
+from ...convert.model import QuantizedModel
 from ...errors import CalibrationError, FormatError
 from ...measure.text.calibration import CalibrationSet
 

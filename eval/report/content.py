@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ...convert.format import LinearCost
+from ...convert.plan import LinearCost
 from ...version import __version__
 from ..comparison import Comparison
 from .extras import NO_EXTRAS, Extras, extras_content

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...checkpoint.files.resume import ResumeStore
 from ...checkpoint.model.families import HEAD, InputGroup
-from ...convert.rounded import RoundedModel
+from ...convert.rounding import RoundedModel
 from ...linalg.parallel import run_all
 from ...measure.model.stream import StreamedModel
 from .drift import InputSums, shifted

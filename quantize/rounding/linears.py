@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...checkpoint.files.resume import ResumeStore
 from ...checkpoint.model.families import InputGroup
-from ...convert.format import Rounder
+from ...convert.rounding import Rounder
 from ...linalg.parallel import run_all
 from ...measure.measurement import Measurement
 from ...measure.model.stream import StreamedModel

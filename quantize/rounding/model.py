@@ -12,8 +12,8 @@ from ...checkpoint.files.resume import ResumeStore
 from ...checkpoint.model.families import HEAD
 from ...checkpoint.source.checkpoint import Checkpoint
 from ...checkpoint.source.language import language_model
-from ...convert.format import Plan, Rounder
-from ...convert.rounded import RoundedModel
+from ...convert.plan import Plan
+from ...convert.rounding import RoundedModel, Rounder
 from ...measure.measurement import Measurement
 from ...measure.model.stream import StreamedModel
 from ...measure.run import kept_inputs, resolve_device

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from ...checkpoint.files.resume import ResumeStore
 from ...checkpoint.model.families import HEAD
-from ...convert.format import Rounder
-from ...convert.rounded import drift_of
+from ...convert.rounding import Rounder, drift_of
 from ...measure.measurement import Measurement
 from ...measure.model.states import new_state
 from ...measure.model.stream import StreamedModel, micro_batches

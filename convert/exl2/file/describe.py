@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ....checkpoint.model.names import HEAD, model_order
 from ....tables import Table
-from ...format import Description
+from ...model import Description
 
 if TYPE_CHECKING:
     from .reader import Exl2Model

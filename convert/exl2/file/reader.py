@@ -16,7 +16,7 @@ from ....checkpoint.model.names import config_features, head_names, is_linear, m
 from ....checkpoint.source.checkpoint import Checkpoint, TensorSource, confined_file, embedding_rows
 from ....checkpoint.source.language import HfNames
 from ....errors import CheckpointError, ShapeError
-from ...format import Description, QuantizedModel
+from ...model import Description, QuantizedModel
 from .config import dense_config
 from .describe import describe_exl2, stored_sizes
 from .linear import QuantizedLinear

@@ -12,7 +12,7 @@ from ....checkpoint.files.shards import tensor_sha256
 from ....checkpoint.model.names import HEAD, config_features, head_names
 from ....errors import FormatError, VerificationError
 from ...carry import require_float16_range
-from ...format import Verification
+from ...model import Verification
 from .describe import decoder_bpw, head_bpw
 from .linear import QuantizedLinear
 from .reader import Exl2Model

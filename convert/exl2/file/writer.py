@@ -16,7 +16,7 @@ from ....checkpoint.model.names import HEAD, config_features, head_names, model_
 from ....checkpoint.source.checkpoint import TensorSource
 from ....errors import CheckpointError, FormatError, ShapeError
 from ...carry import copy_side_files, require_float16_range
-from ...format import Verification
+from ...model import Verification
 from .config import exl2_config
 from .linear import QuantizedLinear
 from .manifest import MANIFEST_FILE, MANIFEST_VERSION

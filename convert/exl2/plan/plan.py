@@ -11,7 +11,8 @@ from ....checkpoint.files.atomic import write_json
 from ....checkpoint.files.schemas import NonNegative, Number, Positive, check_schema
 from ....errors import FormatError
 from ....tables import Table
-from ...format import Description, LinearCost, Plan
+from ...model import Description
+from ...plan import LinearCost, Plan
 from ..file.describe import width_shares
 from ..file.layout import WIDTHS, RowGroup, linear_bits
 from .problem import AUTO, HEAD_BITS, HeadBits

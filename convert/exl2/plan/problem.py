@@ -9,7 +9,7 @@ from typing import Literal
 
 from ....checkpoint.source.linears import Shaped, matching
 from ....errors import BudgetError, ConfigError
-from ...rates import round_up, shown_range
+from ...plan import round_up, shown_range
 from ..file.layout import WIDTHS, RowGroup, group_rows, linear_bits
 from .unquantized import ASKED, FLOAT16_BITS, UnquantizedLinear, unquantized_reasons
 

@@ -18,8 +18,7 @@ from ....linalg.hessian import inverse_factor
 from ....measure.measurement import MeasuredLinear, Measurement
 from ....measure.model.stream import StreamedModel
 from ....progress import Progress
-from ...format import Rounder
-from ...rounded import RoundedModel, rounding_damping
+from ...rounding import RoundedModel, Rounder, rounding_damping
 from ..curves import exl2_curves
 from ..file.layout import RowGroup
 from ..file.linear import QuantizedLinear

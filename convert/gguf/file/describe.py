@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ....tables import Table
-from ...format import Description
+from ...model import Description
 from .header import GgufHeader, GgufTensor
 
 __all__ = ["all_tensors_bpw", "describe_gguf", "types_text"]

@@ -15,7 +15,7 @@ from torch import Tensor
 from ....checkpoint.files.digests import file_digests
 from ....checkpoint.model.names import model_order
 from ....errors import CheckpointError, FormatError
-from ...format import Description, QuantizedModel
+from ...model import Description, QuantizedModel
 from .config import config_from_metadata
 from .describe import describe_gguf
 from .header import GgufHeader, GgufTensor, is_gguf, read_gguf_header

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ....errors import FormatError, UnsupportedModelError
-from ...format import Verification
+from ...model import Verification
 from .describe import all_tensors_bpw, types_text
 from .header import GgufHeader, read_gguf_header
 from .reader import GgufModel, read_values

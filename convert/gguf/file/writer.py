@@ -16,7 +16,7 @@ from torch import Tensor
 from ....checkpoint.files.atomic import atomic_file
 from ....errors import ConfigError, FormatError, NumericalError, ShapeError, VerificationError
 from ....progress import Progress, silent
-from ...format import Verification
+from ...model import Verification
 from ..ggml.kernels import Bytes, decode, encode
 from ..ggml.types import GgmlType
 from .emit import Planned, entry, header_bytes, padding

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from statistics import fmean
 
-from ....convert.format import LinearCost
+from ....convert.plan import LinearCost
 from ...tasks.needle import DEPTHS, NeedleModel
 from .svg import LOG_RATIO, WIDTH, Axis, Drawing, short_number, shortened
 

@@ -19,7 +19,7 @@ from bpwise.convert.exl2.file.reader import Exl2Model
 from bpwise.convert.exl2.file.tensors import is_exl2
 from bpwise.convert.exl2.file.verify import verify_exl2
 from bpwise.convert.exl2.file.writer import write_model
-from bpwise.convert.format import QuantizedModel, Verification
+from bpwise.convert.model import QuantizedModel, Verification
 from bpwise.convert.opening import open_any, verify_model
 from bpwise.convert.registry import require_format
 from bpwise.errors import (

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bpwise.convert.format import LinearCost
+from bpwise.convert.plan import LinearCost
 from bpwise.eval.comparison import Comparison
 from bpwise.eval.metrics.drift import BlockDrift
 from bpwise.eval.metrics.estimate import Estimate

@@ -11,11 +11,11 @@ from bpwise.convert.exl2.file.linear import QuantizedLinear
 from bpwise.convert.exl2.file.reader import Exl2Model
 from bpwise.convert.exl2.file.writer import write_model
 from bpwise.convert.exl2.plan.plan import LinearPlan, Plan
-from bpwise.convert.format import LinearCost
 from bpwise.convert.gguf.file.reader import GgufModel
 from bpwise.convert.gguf.ggml.types import ggml_type
 from bpwise.convert.gguf.plan import TensorPlan, TypePlan
 from bpwise.convert.opening import open_any
+from bpwise.convert.plan import LinearCost
 from bpwise.errors import FormatError
 from bpwise.eval.report.layers import find_plan, linear_costs
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from bpwise.convert.format import LinearCost
+from bpwise.convert.plan import LinearCost
 from bpwise.errors import NumericalError, WorkDirectoryError
 from bpwise.eval.comparison import Comparison
 from bpwise.eval.metrics.estimate import Estimate

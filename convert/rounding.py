@@ -1,12 +1,14 @@
-"""What the rounding pass leaves: encoded linears, and how far hidden states are off after every block."""
+"""Rounding: what a format does to single linears, and what the rounding pass leaves of a whole model."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from ..measure.measurement import MeasuredLinear
 from ..measure.model.states import new_state
 from ..measure.statistics.heldout import DAMPINGS
 
-__all__ = ["Drift", "RoundedModel", "drift_of", "drift_section", "rounding_damping"]
+__all__ = ["Drift", "RoundedModel", "Rounder", "drift_of", "drift_section", "rounding_damping"]
 
 _TINY = 1e-30
 """Keeps states that are zero from being divided by."""
@@ -69,6 +71,44 @@ class RoundedModel:
         Float32, shape (rows, tokens, hidden size), on the CPU.
         """
         return self.store.load(f"state-{self.blocks - 1}", partial(new_state, directory=offload_dir))
+
+
+class Rounder(ABC):
+    """Rounds the linears of one model, one by one, as its plan says.
+
+    Attributes:
+        names: Full names of all that is rounded, in the order in which it is written.
+        identity: What its artifacts depend on beside model, measurement and plan, as plain JSON.
+        unquantized: Linears that stay as they are, in float16.
+        table: Name of the token embeddings, if they are rounded too: before all else, since blocks read them.
+    """
+
+    names: tuple[str, ...]
+    identity: Mapping[str, Any]
+    unquantized: frozenset[str] = frozenset()
+    table: str | None = None
+
+    @abstractmethod
+    def round_linear(self, measured: MeasuredLinear, target: Tensor, gram: Tensor) -> dict[str, Tensor]:
+        """Round one linear.
+
+        Args:
+            measured: What is known of it.
+            target: The weight to represent, float32, shape (K, out), contiguous; its memory may be used.
+            gram: Weighted mean of x x^T over the quantized model's inputs, float32, shape (K, K).
+
+        Returns:
+            What to keep, by name. A ``damping`` among it is what its Hessian was factored with, relative; infinite
+            where it went without error feedback.
+        """
+
+    @abstractmethod
+    def decoded(self, name: str, artifact: Mapping[str, Tensor]) -> Tensor:
+        """Return the weight that a reader makes of what was kept, shape (out, K), on the device of what was kept."""
+
+    def round_table(self) -> dict[str, Tensor]:
+        """Round the token embeddings; return what to keep."""
+        raise NotImplementedError
 
 
 def drift_section(drift: Sequence[Drift]) -> dict[str, dict[str, str | float]]:

@@ -1,0 +1,256 @@
+"""Originals on their way into a format."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError
+from .model import Verification
+from .plan import Plan
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..checkpoint.source.checkpoint import Checkpoint
+    from ..measure.measurement import Measurement
+    from ..progress import Progress
+    from .rounding import RoundedModel, Rounder
+
+__all__ = ["Conversion", "Provenance", "SizeForecast", "Target"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """How large an output may be; exactly one of the three is given.
+
+    Attributes:
+        bpw: Bits per weight, as the format counts them; met from below, never exceeded.
+        max_bytes: Largest size of all files with tensors together.
+        vram_bytes: Memory of a GPU that weights, cache and what the reader needs beside them should fit into.
+        context_tokens: With ``vram_bytes``: length of the context whose cache should fit; None for the model's own.
+    """
+
+    bpw: float | None = None
+    max_bytes: int | None = None
+    vram_bytes: int | None = None
+    context_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ConfigError: None or several are given, or one makes no sense.
+        """
+        if sum(each is not None for each in (self.bpw, self.max_bytes, self.vram_bytes)) != 1:
+            raise ConfigError("one target is needed: bits per weight, a largest size, or the memory of a GPU.")
+        if self.bpw is not None and not 1 <= self.bpw <= 16:
+            raise ConfigError(f"bpw must lie between 1 and 16, got {self.bpw}.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SizeForecast:
+    """What an output will take, from shapes alone.
+
+    Attributes:
+        output_bytes: Size of its tensors, roughly.
+        bpw: Bits per weight, as asked or as the asked size leaves.
+        lowest_bpw: Smallest bits per weight possible.
+        highest_bpw: Largest bits per weight possible.
+        facts: What else there is to say, as lines.
+    """
+
+    output_bytes: int
+    bpw: float
+    lowest_bpw: float
+    highest_bpw: float
+    facts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """Origin of an output, for its metadata.
+
+    Attributes:
+        version: Version of bpwise.
+        run: Identifies the run: what the written bytes depend on.
+        model: Fingerprint of the original.
+        changes: What was changed while the original was read, as plain JSON.
+        calibration: Fingerprint of the calibration rows; empty where nothing was calibrated, as are the next three.
+        calibration_text: What they are.
+        calibration_spans: Hashes of them (see ``bpwise.eval.metrics.overlap``).
+        calibration_shape: Their number, and the tokens in each.
+        warnings: What readers of the format compute otherwise than Transformers, as sentences.
+    """
+
+    version: str
+    run: str
+    model: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    calibration: str = ""
+    calibration_text: str = ""
+    calibration_spans: str = ""
+    calibration_shape: tuple[int, int] = (0, 0)
+    warnings: tuple[str, ...] = ()
+
+
+class Conversion(ABC):
+    """One original on its way into a format.
+
+    Attributes:
+        checkpoint: The original.
+        options: The format's options.
+    """
+
+    measures: bool = True
+    """Whether plans are made from a measurement."""
+    writes_card: bool = True
+    """Whether a model card belongs to every output."""
+    refines: bool = False
+    """Whether ``refine`` does something."""
+    inputs: tuple[Path, ...] = ()
+    """Files that are read beside the original."""
+    notes: tuple[str, ...] = ()
+    """What ``prepare`` found that a user should know, as sentences."""
+
+    def __init__(self, checkpoint: Checkpoint, options: Any) -> None:
+        """Hold both; nothing is read.
+
+        Args:
+            checkpoint: The original.
+            options: The format's options.
+        """
+        self.checkpoint = checkpoint
+        self.options = options
+
+    @cached_property
+    def warnings(self) -> tuple[str, ...]:
+        """What readers of the format compute otherwise than Transformers, as sentences.
+
+        Raises:
+            UnsupportedModelError: They do not know the model, or would compute another one.
+        """
+        return ()
+
+    def require_support(self) -> None:
+        """Refuse a model that the format cannot hold, or tools that are missing; costs next to no time.
+
+        Raises:
+            BpwiseError: What is wrong.
+        """
+
+    @abstractmethod
+    def forecast(
+        self, target: Target | None, measured: Measurement | None, provenance: Provenance | None = None
+    ) -> SizeForecast:
+        """Return what an output will take, from shapes alone.
+
+        Args:
+            target: How large it may be; None if ``measures`` is false.
+            measured: A measurement that plans will be made from; None if there is none yet.
+            provenance: What the output's metadata will say; None if that is not known yet.
+
+        Raises:
+            BudgetError: No plan has this size.
+            ConfigError: Options match nothing or contradict each other.
+        """
+
+    def require_writable(self) -> None:
+        """Refuse what the writer would refuse at its end; reads what is carried over as it is.
+
+        Raises:
+            BpwiseError: What is wrong.
+        """
+
+    def require_readable(self) -> None:
+        """Refuse what could not be read back to be evaluated, as far as is known: before ``prepare``, and after it.
+
+        Raises:
+            UnsupportedModelError: The output could not be opened.
+        """
+
+    def scratch(self, work: Path) -> Mapping[Path, int]:
+        """Return the files that ``prepare`` will make in a work directory, and about how large, in bytes."""
+        return {}
+
+    def prepare(self, work: Path, progress: Progress) -> tuple[tuple[str, Mapping[str, Any]], ...]:
+        """Make what a run needs before anything is measured.
+
+        Args:
+            work: Work directory to keep it in.
+            progress: Shows how far it is.
+
+        Returns:
+            Names and identities of the resume stores it lies in.
+        """
+        return ()
+
+    @abstractmethod
+    def plan(self, measurement: Measurement | None, target: Target | None, provenance: Provenance) -> Plan:
+        """Choose what every linear or tensor gets.
+
+        Args:
+            measurement: What was measured; None if ``measures`` is false.
+            target: How large the output may be; None if ``measures`` is false.
+            provenance: What the output's metadata will say; its run may be a placeholder of the same length.
+
+        Raises:
+            BudgetError: No plan has this size.
+        """
+
+    @abstractmethod
+    def identity(self) -> Any:
+        """Return what written bytes depend on beside original, calibration rows and plan, as plain JSON."""
+
+    @abstractmethod
+    def rounder(self, plan: Any, measurement: Measurement) -> Rounder | None:
+        """Return what rounds linears; None where the writer does it alone."""
+
+    def refine(
+        self,
+        rounded: RoundedModel,
+        measurement: Measurement,
+        device: torch.device,
+        offload_dir: Path | None,
+        progress: Progress,
+    ) -> None:
+        """Improve on all that was rounded, end to end; what is found is kept in the same store.
+
+        Args:
+            rounded: What the rounder made.
+            measurement: Gives the calibration rows.
+            device: Where models run.
+            offload_dir: Directory for files with hidden states; None keeps them in memory.
+            progress: Wraps the steps.
+
+        Raises:
+            NumericalError: NaN or infinity in activations or gradients.
+        """
+
+    @abstractmethod
+    def write(
+        self,
+        rounded: RoundedModel | None,
+        output: Path,
+        plan: Any,
+        measurement: Measurement | None,
+        provenance: Provenance,
+        progress: Progress,
+    ) -> Verification:
+        """Write the output, which appears only once everything in it has been read back and found right.
+
+        Args:
+            rounded: What the rounder made; None if there was none.
+            output: Directory or file to make.
+            plan: What every linear or tensor gets.
+            measurement: What was measured; None if ``measures`` is false.
+            provenance: What the output says of where it comes from.
+            progress: Shows how far the writing is.
+
+        Raises:
+            BpwiseError: It cannot be written, or does not read back as it was meant.
+        """

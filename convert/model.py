@@ -1,0 +1,163 @@
+"""Finished models: opened, described, verified."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..tables import Table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..checkpoint.source.checkpoint import TensorSource
+
+__all__ = ["CardFacts", "Description", "QuantizedModel", "Verification"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """What is in a file or directory, for people.
+
+    Attributes:
+        kind: What the thing is.
+        facts: Lines about the whole.
+        table: One row for each linear or tensor.
+    """
+
+    kind: str
+    facts: tuple[str, ...]
+    table: Table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """What was read back of a finished model.
+
+    Attributes:
+        quantized: Number of quantized linears or tensors that were decoded.
+        others: Number of other tensors that were read.
+        rates: Bits per weight with all overheads, by part of the model; the first is what a target in bits means.
+        file_bytes: Size of all files with tensors, in bytes.
+        compared: Whether everything was compared with what was meant. Otherwise only the format's rules were checked,
+            and that all values are finite.
+        facts: What else there is to say, as lines.
+        warnings: What could not be checked, as lines.
+    """
+
+    quantized: int
+    others: int
+    rates: Mapping[str, float]
+    file_bytes: int
+    compared: bool
+    facts: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def bpw(self) -> float:
+        """Bits per weight as a target in bits means them."""
+        return next(iter(self.rates.values()))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CardFacts:
+    """What a model card says of the format.
+
+    Attributes:
+        name: Name of the model by convention: that of its original, ``-``, and a rate, as ``8.0bpw``; a format may add
+            more behind.
+        kind: What it is, with an article.
+        library: The Hub's ``library_name``.
+        made: What was done: names and values.
+        limits: What programs that load it compute otherwise than it was measured, as sentences.
+        loading: How to load it, as Markdown.
+    """
+
+    name: str
+    kind: str
+    library: str
+    made: tuple[tuple[str, str], ...]
+    limits: tuple[str, ...]
+    loading: str
+
+
+class QuantizedModel(ABC):
+    """A finished model, opened: a ``TensorSource`` that decodes to dense weights, and what it says of itself."""
+
+    format: ClassVar[str]
+    """Name of its format."""
+    engines: ClassVar[tuple[str, ...]] = ()
+    """Engines of ``bpwise.eval.engines`` that run it as it is stored, beside Transformers."""
+
+    @property
+    @abstractmethod
+    def path(self) -> Path:
+        """The directory or file."""
+
+    @property
+    def directory(self) -> Path:
+        """Where the tokenizer's files may be; ``path`` itself if the model comes with them."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @property
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """config.json of the dense model; not to be modified."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Identifies the model."""
+
+    @property
+    @abstractmethod
+    def names(self) -> frozenset[str]:
+        """Full names of all tensors of the dense model, as Transformers has them."""
+
+    @property
+    @abstractmethod
+    def tied_embeddings(self) -> bool:
+        """Whether the output head is the token embedding."""
+
+    @property
+    @abstractmethod
+    def file_bytes(self) -> int:
+        """Size of all files with tensors, in bytes."""
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor of the dense model without decoding it."""
+
+    @abstractmethod
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor of the dense model, decoded, on the CPU, in memory of its own."""
+
+    @abstractmethod
+    def stored_bpw(self) -> dict[str, float]:
+        """Return the bits per weight of every linear, overheads included, in model order."""
+
+    @abstractmethod
+    def describe(self) -> Description:
+        """Return what is in it."""
+
+    def as_transformers(self) -> TensorSource:
+        """Return the dense model with the names and the config that Transformers loads."""
+        return self
+
+    @property
+    def matrix_dtype(self) -> str | None:
+        """Dtype that its matrices are stored in, as ``float16``; None if a tensor is quantized, as is the rule."""
+        return None
+
+    @property
+    def predicted_damage_nats(self) -> float | None:
+        """Damage that its plan predicted, nats per token; None if it does not say."""
+        return None
+
+    @property
+    def calibration_spans(self) -> str | None:
+        """Hashes of its calibration text, as ``Provenance.calibration_spans``; None if it does not say."""
+        return None

@@ -1,0 +1,96 @@
+"""Plans: what every linear or tensor of a model gets, and what that is expected to cost."""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .model import Description
+
+__all__ = ["LinearCost", "Plan", "round_up", "shown_range"]
+
+_IN_BLOCK = re.compile(r"(?:[^.]+\.)+?(\d{1,9})\..+", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class LinearCost:
+    """Size and expected damage of one linear, or of the token embeddings.
+
+    Attributes:
+        name: Full name of the module.
+        bpw: Bits per weight, overheads included.
+        damage_nats: Damage that the plan predicted, nats per token; None if it is not known.
+    """
+
+    name: str
+    bpw: float
+    damage_nats: float | None = None
+
+    @property
+    def block(self) -> int | None:
+        """Index of the decoder block; None outside of them."""
+        match = _IN_BLOCK.fullmatch(self.name)
+        return int(match[1]) if match else None
+
+    @property
+    def kind(self) -> str:
+        """Last part of the name, as ``q_proj``: what blocks have in common."""
+        return self.name.rpartition(".")[2]
+
+
+class Plan(ABC):
+    """What every linear or tensor of a model gets. Made from a measurement, saved as JSON."""
+
+    @property
+    @abstractmethod
+    def damage_nats(self) -> float | None:
+        """Predicted damage, nats per token; None where nothing was measured."""
+
+    @property
+    @abstractmethod
+    def bpw(self) -> float:
+        """Bits per weight as a target in bits means them."""
+
+    @property
+    @abstractmethod
+    def gap(self) -> float:
+        """How far the predicted damage may be above the best possible, as a fraction of it."""
+
+    @abstractmethod
+    def identity(self) -> Any:
+        """Return all of it that rounding and written bytes depend on, as plain JSON."""
+
+    @abstractmethod
+    def save(self, path: Path) -> None:
+        """Write it as JSON."""
+
+    @abstractmethod
+    def costs(self) -> tuple[LinearCost, ...]:
+        """Return what every linear gets and is expected to cost, in model order."""
+
+    @abstractmethod
+    def shares(self) -> dict[str, float]:
+        """Return the share of the planned weights in each width or type, the largest first."""
+
+    @abstractmethod
+    def describe(self) -> Description:
+        """Return what is in it."""
+
+    @property
+    @abstractmethod
+    def stored_bytes(self) -> int:
+        """Size of all tensors together, roughly, in bytes."""
+
+
+def shown_range(lowest: float, highest: float) -> str:
+    """Return a range of bits per weight for a message: four decimals, both ends large enough to be met from below."""
+    return f"{round_up(lowest):.4f} to {round_up(highest):.4f}"
+
+
+def round_up(bpw: float) -> float:
+    """Return bits per weight rounded up to four decimals; 4.65 * 1e4 is a little above 46500."""
+    return math.ceil(round(bpw * 1e4, 6)) / 1e4
