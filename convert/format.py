@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .model import CardFacts, Description, QuantizedModel, Verification, verify_values
+from .names import convention_name
 from .options import Conflict, FormatOptions
 from .plan import Plan
-from .publishing.names import convention_name
 
 if TYPE_CHECKING:
     from ..checkpoint.source.checkpoint import Checkpoint
