@@ -133,7 +133,7 @@ BEFORE = [
     "import bpwise.quantize.pipeline, bpwise.measure.run",
     "import bpwise.convert.exl2.plan.plan, bpwise.measure.measurement",
     "from bpwise.measure.text.calibration import CalibrationConfig",
-    "from bpwise import measure, quantize",
+    "from bpwise import measure_model, quantize",
     "import bpwise.eval.comparison, bpwise.cli",
     "from bpwise import *",
 ]
@@ -149,9 +149,9 @@ for before in {BEFORE!r}:
         del sys.modules[name]
     exec(before, {{}})
     import bpwise
-    for name in ("quantize", "measure", "plan", "verify", "evaluate", "inspect", "dequantize"):
+    for name in ("quantize", "measure_model", "plan", "verify", "evaluate", "inspect", "dequantize"):
         assert callable(getattr(bpwise, name)), (before, name)
-    for function in (bpwise.quantize, bpwise.measure):
+    for function in (bpwise.quantize, bpwise.measure_model):
         try:
             function()
         except TypeError as error:
