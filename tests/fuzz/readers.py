@@ -408,7 +408,7 @@ def _read_measurement(folder: Path, changed: Path) -> None:
     assert measured_rows(measurement).tokens.numel()
     _run_cli("inspect", path)
     _run_cli("plan", path, "--bpw", "4.5", "--head-bits", "auto", "-o", folder / "p.json")
-    if measurement.types:
+    if GgufCurves.name in measurement.curves:
         _run_cli("plan", path, "--bpw", "8", "--format", "gguf", "-o", folder / "t.json")
         _run_cli("plan", path, "--html", folder / "page.html")
     _run_cli("imatrix", path, "-o", folder / "i.gguf")
