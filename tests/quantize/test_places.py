@@ -298,7 +298,7 @@ class TestWorkDirectoriesWithFiles:
         kept.parent.mkdir()
         content = measurement.read_bytes()
         if damage == "other-version":
-            kept.write_bytes(content.replace(b'\\"version\\": 5', b'\\"version\\": 4'))
+            kept.write_bytes(content.replace(b'\\"version\\": 6', b'\\"version\\": 5'))
             assert kept.read_bytes() != content
         else:
             kept.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
@@ -475,8 +475,8 @@ class TestReportsAreKept:
         again = report(copied)["details"]
         assert again[DRIFT] == first[DRIFT]
         assert again["Plan"]["damping of model.layers.0.self_attn.q_proj"] == 0.5
-        stages = "Stages (seconds, peak MiB)"
-        assert {**again[stages], "evaluate": 0} == {**first[stages], "evaluate": 0}
+        steps = "Steps (seconds, peak MiB)"
+        assert {**again[steps], "evaluate": 0} == {**first[steps], "evaluate": 0}
         assert "Drift of the hidden states" in (copied / "report.html").read_text()
 
     def test_a_run_that_was_cut_off_while_it_was_evaluated(
@@ -511,7 +511,7 @@ class TestReportsAreKept:
         first, again = report(finished)["details"], report(copied)["details"]
         assert again[DRIFT] == first[DRIFT]
         assert again["Plan"] == first["Plan"]
-        assert "evaluate" not in again["Stages (seconds, peak MiB)"]
+        assert "evaluate" not in again["Steps (seconds, peak MiB)"]
         damages = [{each["name"]: each["damage_nats"] for each in report(x)["linears"]} for x in (finished, copied)]
         assert damages[0] == damages[1]
 
