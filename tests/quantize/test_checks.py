@@ -28,6 +28,8 @@ from safetensors.torch import load_file, save_file
 from ..tiny_models import FAMILIES, save_family, save_with_vision
 from .runs import bpwise, exl2, gguf
 
+CONVERTER = "convert.gguf.base.make_base"
+
 Tensors = dict[str, torch.Tensor]
 
 

@@ -109,9 +109,7 @@ def test_a_gguf_file_carries_it(converted: Any, tmp_path: Path) -> None:
     assert (tmp_path / "out.README.md").read_text().count(f"## Limits\n\n- {sentence}\n") == 1
 
 
-def test_a_mixture_says_it_before_and_in_the_end(
-    converted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_mixture_says_it_twice(converted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("libggml", reason="ggml's library is not installed: pip install 'bpwise[gguf]'")
     model, base = tmp_path / "model", converted["mistral"].file
     shutil.copytree(converted["mistral"].directory, model)
