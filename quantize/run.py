@@ -302,6 +302,7 @@ class _OutputRun:
 
     def _provenance(self, rows: CalibrationSet | None, run: str = "0" * 32) -> Provenance:
         checkpoint, warnings = self._job.checkpoint, self._job.conversion.warnings
+        checkpoint.prepare_fingerprint(self._job.progress)
         if rows is None:
             return Provenance(version=__version__, run=run, model=checkpoint.fingerprint, warnings=warnings)
         return Provenance(

@@ -136,7 +136,8 @@ class MixtureConversion(GgufConversion):
         """Return what the mixture's default type takes, roughly: all types show once the model is converted."""
         bpw = TYPES[self._mixture.default].bits_per_weight
         output_bytes = int(self.checkpoint.parameter_count * bpw / 8)
-        return SizeForecast(output_bytes=output_bytes, bpw=bpw, lowest_bpw=bpw, highest_bpw=bpw)
+        facts = ("roughly: all types show once the model is converted",)
+        return SizeForecast(output_bytes=output_bytes, bpw=bpw, lowest_bpw=bpw, highest_bpw=bpw, facts=facts)
 
     @cached_property
     def _types(self) -> dict[str, GgmlType]:
