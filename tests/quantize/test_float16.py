@@ -6,18 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.cli import cli
-from bpwise.convert.exl2.curves import Exl2Curves
-from bpwise.convert.exl2.plan.plan import Plan, make_plan
-from bpwise.convert.exl2.rounding.rounder import RoundConfig, round_model
-from bpwise.convert.vram import exl2_overhead_bytes
-from bpwise.measure.run import MeasureConfig, measure_checkpoint
-from bpwise.measure.text.calibration import CalibrationSet
+from bpwise.convert.exl2.plan.plan import Exl2Plan
+from bpwise.convert.exl2.vram import exl2_overhead_bytes
+from bpwise.convert.registry import load_plan
 from click.testing import CliRunner
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
+
+from ..rounded import calibration, measured_model, token_ids
 
 MLP = [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
 TEXT = ("--rows", "8", "--row-tokens", "32", "--device", "cpu", "--eval-rows", "2", "--eval-row-tokens", "32")
@@ -35,8 +33,11 @@ def stored(directory: Path) -> dict[str, Tensor]:
     return {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
-def plan_of(out: Path) -> Plan:
-    return Plan.load(out.with_name(f"{out.name}.work") / "plan.json")
+def plan_of(path: Path) -> Exl2Plan:
+    """The plan of an output, or in a file."""
+    plan = load_plan(path if path.is_file() else path.with_name(f"{path.name}.work") / "plan.json")
+    assert isinstance(plan, Exl2Plan)
+    return plan
 
 
 @pytest.fixture(scope="module")
@@ -119,29 +120,23 @@ class TestMixedModel:
 @pytest.mark.parametrize("kept", [("*.self_attn.*",), ("*.mlp.*",), ("*.0.*",)], ids=["attention", "mlp", "block"])
 def test_drift_is_cancelled_around_what_stays(save_model: Any, tmp_path: Path, kept: tuple[str, ...]) -> None:
     model = save_model(tmp_path / "model", num_hidden_layers=3)
-    ids = torch.randint(0, 264, (96, 32), generator=torch.Generator().manual_seed(1))
-    rows = CalibrationSet(tokens=ids, origins=("random",) * 96, description="random", adds_bos=False)
-    checkpoint = Checkpoint.open(model)
-    measured = measure_checkpoint(checkpoint, rows, MeasureConfig(device="cpu"), [Exl2Curves()], tmp_path)
+    measured = measured_model(model, tmp_path, rows=96)
     lowest = {"*.self_attn.*": 8.0, "*.mlp.*": 11.0, "*.0.*": 7.5}[kept[0]]
-    plan = make_plan(measured, bpw=lowest, head_bits=16, keep_fp16=kept)
-    held_out = torch.randint(0, 264, (16, 32), generator=torch.Generator().manual_seed(9))
+    plan = measured.plan(lowest, 16, keep_fp16=kept)
+    held_out = token_ids(16, seed=9)
     errors = []
     for correct_drift in (False, True):
-        config = RoundConfig(correct_drift=correct_drift, device="cpu")
-        rounded = round_model(checkpoint, measured, plan, config, tmp_path / str(correct_drift))
+        rounded = measured.round(plan, tmp_path / str(correct_drift), correct_drift=correct_drift)
         assert set(rounded.names) == {p.name for p in plan.linears}
-        original, quantized = (AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32) for _ in range(2))
-        for name in rounded.names:
-            quantized.get_submodule(name).weight.data = rounded.linear(name).dequantize().float()
+        original, quantized = measured.dense(), measured.dense(rounded)
         states = [m(input_ids=held_out, output_hidden_states=True).hidden_states[-1] for m in (original, quantized)]
         errors.append(float((states[1] - states[0]).detach().square().mean()))
         # What rounding saw is what the model makes of the rounded weights beside the original ones.
         seen: list[Tensor] = []
         quantized.model.norm.register_forward_pre_hook(lambda _m, args, seen=seen: seen.append(args[0]))
         with torch.no_grad():
-            quantized(input_ids=ids)
-        state = rounded.artifacts.load("state-2")["quantized"]
+            quantized(input_ids=calibration(96).tokens)
+        state = rounded.store.load("state-2")["quantized"]
         assert float((seen[0] - state).norm() / state.norm()) < 2e-3  # those are in float16 there
     assert errors[1] < errors[0]
 
@@ -229,8 +224,8 @@ def test_plan_command(mixed: tuple[Path, str], tmp_path: Path) -> None:
     options = ("--override", "*.down_proj=5:", "--keep-fp16", "*.0.self_attn.*", "--override", "lm_head=8")
     page = tmp_path / "plans.html"
     printed = run("plan", measurement, "--max-size", "170000", *options, "-o", tmp_path / "p.json", "--html", page)
-    plan = Plan.load(tmp_path / "p.json")
-    assert [x.name for x in plan.kept] == [f"model.layers.0.self_attn.{x}_proj" for x in "qkvo"]
+    plan = plan_of(tmp_path / "p.json")
+    assert [x.name for x in plan.unquantized] == [f"model.layers.0.self_attn.{x}_proj" for x in "qkvo"]
     assert all(min(p.group_bits) >= 5 for p in plan.linears if p.name.endswith("down_proj"))
     assert "in float16: 4 linears, 12288 weights: asked for" in printed
     assert page.exists()
