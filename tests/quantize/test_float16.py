@@ -72,8 +72,10 @@ class TestMixedModel:
 
     def test_what_is_said(self, mixed: tuple[Path, str]) -> None:
         out, printed = mixed
-        assert "float16     3 linears, 18432 weights: asked for" in printed
-        assert f"decoder {plan_of(out).bpw:.4f} bpw (asked 8)" in printed
+        assert "in float16: 3 linears, 18432 weights: asked for" in printed
+        plan = plan_of(out)
+        assert plan.head is not None
+        assert f"decoder {plan.bpw:.4f} bits per weight, head {plan.head.bpw:.4f} (asked 8, head 6)" in printed
         report = json.loads((out / "report.json").read_text())
         costs = {each["name"]: each for each in report["linears"]}
         assert costs["model.layers.0.mlp.up_proj"] == {
@@ -144,14 +146,14 @@ def test_drift_is_cancelled_around_what_stays(save_model: Any, tmp_path: Path, k
 def test_width_that_exl2_cannot_hold(save_model: Any, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", kind=Qwen2Config, intermediate_size=80)
     printed = run("quantize", model, tmp_path / "out", "--bpw", 11, *TEXT)
-    assert "float16     6 linears" in printed
+    assert "in float16: 6 linears" in printed
     assert "down_proj has 80 input features" in printed
     assert "down_proj has 80 input features" in (tmp_path / "out" / "report.md").read_text()
     tensors = stored(tmp_path / "out")
     assert tensors["model.layers.1.mlp.down_proj.weight"].dtype == torch.float16
     assert "model.layers.1.self_attn.q_proj.q_weight" in tensors
     run("verify", tmp_path / "out")
-    assert "float16       6 linears" in run("quantize", model, tmp_path / "x", "--bpw", 11, *TEXT, "--dry-run")
+    assert "in float16: 6 linears" in run("quantize", model, tmp_path / "x", "--bpw", 11, *TEXT, "--dry-run")
 
 
 def test_nothing_fits(save_model: Any, tmp_path: Path) -> None:
