@@ -205,6 +205,12 @@ def forecast_outputs(
         fit_row_tokens(measure.calibration.row_tokens, checkpoint, CALIBRATION)
     known = rows if measured is None else measured
     shape = None if known is None else (int(known.tokens.shape[0]), int(known.tokens.shape[1]))
+    if any((target is not None) != conversion.measures for target in targets.values()):
+        raise ConfigError(
+            "target: got none, expected bits per weight, a largest size, or the memory of a GPU."
+            if conversion.measures
+            else "target: got one, expected none beside options that say the size. Leave one of them out."
+        )
     forecasts = {
         output: forecast_run(conversion, target, measure, measured=measured, rows_shape=shape)
         for output, target in targets.items()

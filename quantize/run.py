@@ -175,6 +175,8 @@ class _OutputRun:
 
     def result(self) -> QuantizeResult:
         job, conversion = self._job, self._job.conversion
+        if job.judge is not None and not conversion.measures:
+            job.judge.check_text(None)
         with self._clock.step("prepare"):
             for name, identity in conversion.prepare(self._work, job.progress):
                 self._artifacts.add(name, identity)
@@ -274,8 +276,6 @@ class _OutputRun:
         if judge is None:
             refuse_marked(self._output)
             return None
-        if not self._job.conversion.measures:
-            judge.check_text(None)
         with self._clock.step("evaluate"):
             return judge.compare(self._output, predicted_nats=plan.damage_nats)
 

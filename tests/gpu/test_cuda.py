@@ -6,13 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bpwise.convert.conversion import Target
 from bpwise.convert.exl2.curves import Exl2Curves
 from bpwise.convert.opening import verify_model
 from bpwise.eval.comparison import EvalConfig
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig, measure_model
 from bpwise.measure.text.calibration import CalibrationConfig
-from bpwise.quantize.pipeline import QuantizeConfig, quantize_model
+from bpwise.quantize.config import QuantizeConfig
+from bpwise.quantize.run import quantize_model
 
 from ..measured import damage_of
 
@@ -48,7 +50,7 @@ def test_the_output_verifies_and_is_as_good(make_model: Callable[..., Path], tmp
     divergences = {}
     for device in ("cpu", "cuda"):
         config = QuantizeConfig(
-            bpw=bpw,
+            target=Target(bpw=bpw),
             measure=options(device),
             evaluate=EvalConfig(rows=8, row_tokens=128, device="cpu"),
         )
@@ -64,9 +66,12 @@ def test_the_output_verifies_and_is_as_good(make_model: Callable[..., Path], tmp
 
 def test_a_run_from_nothing_works(make_model: Callable[..., Path], tmp_path: Path) -> None:
     config = QuantizeConfig(
-        bpw=4.5, measure=options("cuda"), evaluate=EvalConfig(rows=4, row_tokens=128, device="cuda")
+        target=Target(bpw=4.5),
+        measure=options("cuda"),
+        evaluate=EvalConfig(rows=4, row_tokens=128, device="cuda"),
     )
     result = quantize_model(make_model("m", **SIZES), tmp_path / "out", config)
     assert result.comparison is not None
     assert 0 < result.comparison.summary.kl_nats.value < 1
+    assert result.measurement is not None
     assert Measurement.load(result.measurement).provenance["device"] == "cuda"

@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from bpwise.convert.conversion import Target
 from bpwise.convert.dense import dequantize_model
 from bpwise.convert.exl2.file.reader import Exl2Model
+from bpwise.convert.exl2.options import Exl2Options
 from bpwise.measure.run import MeasureConfig
 from bpwise.measure.text.calibration import CalibrationConfig
-from bpwise.quantize.pipeline import QuantizeConfig, quantize_model
+from bpwise.quantize.config import QuantizeConfig
+from bpwise.quantize.run import quantize_model
 from transformers import LlamaForCausalLM
 
 pytestmark = [
@@ -48,8 +51,8 @@ def quantized(request: pytest.FixtureRequest, exllamav2: Any, make_model: Callab
         change=_shrink,
     )
     config = QuantizeConfig(
-        bpw=4.3,
-        head_bits=int(head_bits),
+        target=Target(bpw=4.3),
+        options=Exl2Options(head_bits=int(head_bits)),
         measure=MeasureConfig(calibration=CalibrationConfig(rows=8, row_tokens=128), device="cpu"),
         evaluate=None,
     )

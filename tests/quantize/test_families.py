@@ -1,7 +1,7 @@
 """Every family through the whole line: measured, quantized, written, read back, loaded by Transformers."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +10,22 @@ import torch
 from bpwise.checkpoint.files.resume import ResumeStore
 from bpwise.checkpoint.source.language import language_model
 from bpwise.checkpoint.source.original import open_model
+from bpwise.convert.conversion import Target
 from bpwise.convert.dense import dequantize_model
 from bpwise.convert.exl2.file.reader import Exl2Model
+from bpwise.convert.exl2.options import Exl2Options
 from bpwise.convert.exl2.readers import require_reader
 from bpwise.convert.opening import verify_model
+from bpwise.convert.rounding import RoundedModel, Rounder
 from bpwise.errors import UnsupportedModelError
 from bpwise.measure.measurement import MeasuredLinear, Measurement
 from bpwise.measure.model.stream import StreamedModel
 from bpwise.measure.run import MeasureConfig
 from bpwise.measure.text.calibration import CalibrationConfig
 from bpwise.progress import silent
-from bpwise.quantize.pipeline import QuantizeConfig, quantize_model
-from bpwise.quantize.rounding.hidden_states import kept_drift
+from bpwise.quantize.config import QuantizeConfig
 from bpwise.quantize.rounding.rounding_pass import RoundingPass
+from bpwise.quantize.run import quantize_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ..tiny_models import FAMILIES, save_family, streamed_logits
@@ -30,18 +33,23 @@ from ..tiny_models import FAMILIES, save_family, streamed_logits
 UNREAD = {"qwen2_moe"}
 
 
-class Exact:
+class Exact(Rounder):
     """Rounds nothing: a linear becomes what it should be. Keeps the Gram matrices that it gets."""
 
+    names = ()
+
     def __init__(self) -> None:
+        self.identity = {}
         self.grams: dict[str, torch.Tensor] = {}
 
-    def round_(self, measured: MeasuredLinear, target: torch.Tensor, gram: torch.Tensor) -> dict[str, torch.Tensor]:
+    def round_linear(
+        self, measured: MeasuredLinear, target: torch.Tensor, gram: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         self.grams[measured.name] = gram.clone()
         return {"weight": target.T.contiguous()}
 
-    def decoded(self, _name: str, kept: dict[str, torch.Tensor]) -> torch.Tensor:
-        return kept["weight"]
+    def decoded(self, name: str, artifact: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return artifact["weight"]
 
 
 def logits_of(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
@@ -62,7 +70,8 @@ def quantized(
     folder = tmp_path_factory.mktemp(request.param)
     original = save_family(folder / "model", request.param, byte_tokenizer)
     measure = MeasureConfig(calibration=CalibrationConfig(rows=4, row_tokens=32), device="cpu")
-    config = QuantizeConfig(bpw=7.5, head_bits=8, measure=measure, evaluate=None, force=request.param in UNREAD)
+    options = Exl2Options(head_bits=8, force=request.param in UNREAD)
+    config = QuantizeConfig(target=Target(bpw=7.5), options=options, measure=measure, evaluate=None)
     result = quantize_model(original, folder / "out", config)
     yield original, folder / "out", result
 
@@ -90,7 +99,7 @@ def test_without_errors_there_is_no_drift_to_correct(
     run = RoundingPass(model, Measurement.load(result.measurement), Exact(), artifacts, correct_drift=True)
     assert len(run.batches) == 4
     run.blocks(silent)
-    drifts = kept_drift(artifacts, model.block_count)
+    drifts = RoundedModel((), model.block_count, artifacts).drift()
     # Float32. A stage that looked for what another adds to the stream would move its weights by as much.
     assert max(max(drift.first_token, drift.other_tokens) for drift in drifts) < 1e-4
 
@@ -132,7 +141,8 @@ def test_every_linear_is_rounded_on_its_own_tokens_weights(
 def test_an_mlp_beside_attention_stays(tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast) -> None:
     original = save_family(tmp_path / "model", "cohere", byte_tokenizer)
     measure = MeasureConfig(calibration=CalibrationConfig(rows=4, row_tokens=32), device="cpu")
-    config = QuantizeConfig(bpw=13.0, head_bits=8, keep_fp16=("*.mlp.*",), measure=measure, evaluate=None)
+    options = Exl2Options(head_bits=8, keep_fp16=("*.mlp.*",))
+    config = QuantizeConfig(target=Target(bpw=13.0), options=options, measure=measure, evaluate=None)
     output = quantize_model(original, tmp_path / "out", config).output
     verify_model(output)
     written = Exl2Model.open(output)

@@ -6,18 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.cli import cli
-from bpwise.convert.exl2.curves import Exl2Curves
-from bpwise.convert.exl2.plan.plan import Plan, make_plan
-from bpwise.convert.exl2.rounding.rounder import RoundConfig, round_model
-from bpwise.convert.vram import exl2_overhead_bytes
-from bpwise.measure.run import MeasureConfig, measure_checkpoint
-from bpwise.measure.text.calibration import CalibrationSet
+from bpwise.convert.exl2.plan.plan import Exl2Plan
+from bpwise.convert.exl2.vram import exl2_overhead_bytes
+from bpwise.convert.registry import load_plan
 from click.testing import CliRunner
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
+
+from ..rounded import calibration, measured_model, token_ids
 
 MLP = [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
 TEXT = ("--rows", "8", "--row-tokens", "32", "--device", "cpu", "--eval-rows", "2", "--eval-row-tokens", "32")
@@ -35,8 +33,11 @@ def stored(directory: Path) -> dict[str, Tensor]:
     return {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
-def plan_of(out: Path) -> Plan:
-    return Plan.load(out.with_name(f"{out.name}.work") / "plan.json")
+def plan_of(path: Path) -> Exl2Plan:
+    """The plan of an output, or in a file."""
+    plan = load_plan(path if path.is_file() else path.with_name(f"{path.name}.work") / "plan.json")
+    assert isinstance(plan, Exl2Plan)
+    return plan
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +72,10 @@ class TestMixedModel:
 
     def test_what_is_said(self, mixed: tuple[Path, str]) -> None:
         out, printed = mixed
-        assert "float16     3 linears, 18432 weights: asked for" in printed
-        assert f"decoder {plan_of(out).bpw:.4f} bpw (asked 8)" in printed
+        assert "in float16: 3 linears, 18432 weights: asked for" in printed
+        plan = plan_of(out)
+        assert plan.head is not None
+        assert f"decoder {plan.bpw:.4f} bits per weight, head {plan.head.bpw:.4f} (asked 8, head 6)" in printed
         report = json.loads((out / "report.json").read_text())
         costs = {each["name"]: each for each in report["linears"]}
         assert costs["model.layers.0.mlp.up_proj"] == {
@@ -119,29 +122,23 @@ class TestMixedModel:
 @pytest.mark.parametrize("kept", [("*.self_attn.*",), ("*.mlp.*",), ("*.0.*",)], ids=["attention", "mlp", "block"])
 def test_drift_is_cancelled_around_what_stays(save_model: Any, tmp_path: Path, kept: tuple[str, ...]) -> None:
     model = save_model(tmp_path / "model", num_hidden_layers=3)
-    ids = torch.randint(0, 264, (96, 32), generator=torch.Generator().manual_seed(1))
-    rows = CalibrationSet(tokens=ids, origins=("random",) * 96, description="random", adds_bos=False)
-    checkpoint = Checkpoint.open(model)
-    measured = measure_checkpoint(checkpoint, rows, MeasureConfig(device="cpu"), [Exl2Curves()], tmp_path)
+    measured = measured_model(model, tmp_path, rows=96)
     lowest = {"*.self_attn.*": 8.0, "*.mlp.*": 11.0, "*.0.*": 7.5}[kept[0]]
-    plan = make_plan(measured, bpw=lowest, head_bits=16, keep_fp16=kept)
-    held_out = torch.randint(0, 264, (16, 32), generator=torch.Generator().manual_seed(9))
+    plan = measured.plan(lowest, 16, keep_fp16=kept)
+    held_out = token_ids(16, seed=9)
     errors = []
     for correct_drift in (False, True):
-        config = RoundConfig(correct_drift=correct_drift, device="cpu")
-        rounded = round_model(checkpoint, measured, plan, config, tmp_path / str(correct_drift))
+        rounded = measured.round(plan, tmp_path / str(correct_drift), correct_drift=correct_drift)
         assert set(rounded.names) == {p.name for p in plan.linears}
-        original, quantized = (AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32) for _ in range(2))
-        for name in rounded.names:
-            quantized.get_submodule(name).weight.data = rounded.linear(name).dequantize().float()
+        original, quantized = measured.dense(), measured.dense(rounded)
         states = [m(input_ids=held_out, output_hidden_states=True).hidden_states[-1] for m in (original, quantized)]
         errors.append(float((states[1] - states[0]).detach().square().mean()))
         # What rounding saw is what the model makes of the rounded weights beside the original ones.
         seen: list[Tensor] = []
         quantized.model.norm.register_forward_pre_hook(lambda _m, args, seen=seen: seen.append(args[0]))
         with torch.no_grad():
-            quantized(input_ids=ids)
-        state = rounded.artifacts.load("state-2")["quantized"]
+            quantized(input_ids=calibration(96).tokens)
+        state = rounded.store.load("state-2")["quantized"]
         assert float((seen[0] - state).norm() / state.norm()) < 2e-3  # those are in float16 there
     assert errors[1] < errors[0]
 
@@ -149,14 +146,14 @@ def test_drift_is_cancelled_around_what_stays(save_model: Any, tmp_path: Path, k
 def test_width_that_exl2_cannot_hold(save_model: Any, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", kind=Qwen2Config, intermediate_size=80)
     printed = run("quantize", model, tmp_path / "out", "--bpw", 11, *TEXT)
-    assert "float16     6 linears" in printed
+    assert "in float16: 6 linears" in printed
     assert "down_proj has 80 input features" in printed
     assert "down_proj has 80 input features" in (tmp_path / "out" / "report.md").read_text()
     tensors = stored(tmp_path / "out")
     assert tensors["model.layers.1.mlp.down_proj.weight"].dtype == torch.float16
     assert "model.layers.1.self_attn.q_proj.q_weight" in tensors
     run("verify", tmp_path / "out")
-    assert "float16       6 linears" in run("quantize", model, tmp_path / "x", "--bpw", 11, *TEXT, "--dry-run")
+    assert "in float16: 6 linears" in run("quantize", model, tmp_path / "x", "--bpw", 11, *TEXT, "--dry-run")
 
 
 def test_nothing_fits(save_model: Any, tmp_path: Path) -> None:
@@ -229,8 +226,8 @@ def test_plan_command(mixed: tuple[Path, str], tmp_path: Path) -> None:
     options = ("--override", "*.down_proj=5:", "--keep-fp16", "*.0.self_attn.*", "--override", "lm_head=8")
     page = tmp_path / "plans.html"
     printed = run("plan", measurement, "--max-size", "170000", *options, "-o", tmp_path / "p.json", "--html", page)
-    plan = Plan.load(tmp_path / "p.json")
-    assert [x.name for x in plan.kept] == [f"model.layers.0.self_attn.{x}_proj" for x in "qkvo"]
+    plan = plan_of(tmp_path / "p.json")
+    assert [x.name for x in plan.unquantized] == [f"model.layers.0.self_attn.{x}_proj" for x in "qkvo"]
     assert all(min(p.group_bits) >= 5 for p in plan.linears if p.name.endswith("down_proj"))
     assert "in float16: 4 linears, 12288 weights: asked for" in printed
     assert page.exists()

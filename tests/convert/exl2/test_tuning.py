@@ -1,6 +1,5 @@
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +9,14 @@ from bpwise.checkpoint.files.resume import ResumeStore
 from bpwise.checkpoint.source.language import WeightOverlay
 from bpwise.checkpoint.source.original import open_model
 from bpwise.cli import cli
-from bpwise.convert.exl2.curves import Exl2Curves
 from bpwise.convert.exl2.file.reader import Exl2Model
-from bpwise.convert.exl2.plan.plan import make_plan
 from bpwise.convert.exl2.rounding import rounder as rounding
 from bpwise.convert.exl2.rounding import tuning
-from bpwise.convert.exl2.rounding.rounder import RoundConfig, round_model
 from bpwise.convert.exl2.rounding.tuning import GroupScales, _add_gradient, tune_scales
 from bpwise.eval.metrics.passes import last_hidden
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.model import positionwise as positions
 from bpwise.measure.model.stream import StreamedModel
-from bpwise.measure.run import MeasureConfig, calibration_rows, measure_checkpoint
-from bpwise.measure.text.calibration import CalibrationConfig
 from bpwise.progress import silent
 from click.testing import CliRunner
 from safetensors.torch import load_file
@@ -30,6 +24,7 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from ...rounded import measured_model
 from ...tiny_models import save_family
 
 MakeFamily = Callable[[str], Path]
@@ -229,26 +224,21 @@ def test_experts_are_tuned_too(make_family: MakeFamily, tmp_path: Path) -> None:
 
 def test_an_mlp_with_biases_is_scaled_in_its_own_order(make_family: MakeFamily, tmp_path: Path) -> None:
     # Its neurons are written in another order than they are rounded and tuned in.
-    checkpoint = open_model(make_family("starcoder2"))
-    config = MeasureConfig(calibration=CalibrationConfig(rows=4, row_tokens=32), device="cpu")
-    measurement = measure_checkpoint(
-        checkpoint, calibration_rows(checkpoint, config.calibration), config, [Exl2Curves()], tmp_path / "work"
-    )
-    plan = make_plan(measurement, bpw=4.0, head_bits=6)
-    rounded = round_model(checkpoint, measurement, plan, RoundConfig(device="cpu"), tmp_path / "work")
+    measured = measured_model(make_family("starcoder2"), tmp_path, rows=4)
+    rounded = measured.round(measured.plan(4.0), tmp_path / "work")
     rng = torch.Generator().manual_seed(0)
     up, down = ("model.layers.0.mlp.c_fc", "model.layers.0.mlp.c_proj")
     factors = {up: torch.rand(2, generator=rng) + 0.5, down: torch.rand(3, generator=rng) + 0.5}
-    written = replace(rounded, tuned=factors)
     expected = []
     for name in (down, up):
-        artifacts = rounded.artifacts.load(name)
-        stored_rows = artifacts["groups"][:, 1]
+        artifact = rounded.artifact(name)
+        stored_rows = artifact["groups"][:, 1]
         of_stored = factors[name].repeat_interleave(stored_rows)
         of_inputs = torch.empty_like(of_stored)
-        of_inputs[artifacts["order"]] = of_stored
-        expected.append(rounding._unpack(artifacts).dequantize().float() * of_inputs)
-    found = [written.linear(name).dequantize().float() for name in (down, up)]
+        of_inputs[artifact["order"]] = of_stored
+        expected.append(rounding._unpack(artifact).dequantize().float() * of_inputs)
+    rounded.store.save(rounding._TUNED, factors)
+    found = [measured.linear(rounded, name).dequantize().float() for name in (down, up)]
     # Without what lies between the two, the order of the neurons does not matter.
     # Ceilings, units and scales are each rounded to float16, by up to 0.1 % where they are small.
     torch.testing.assert_close(found[0] @ found[1], expected[0] @ expected[1], rtol=5e-3, atol=1e-3)

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 from bpwise.convert.gguf.ggml.types import ggml_type
-from bpwise.convert.gguf.plan import Override, TypePlan, make_type_plan, size_range
+from bpwise.convert.gguf.llama_cpp.importance import importance_of
+from bpwise.convert.gguf.making import make_gguf_plan, size_range
+from bpwise.convert.gguf.plan import TypeOverride
+from bpwise.convert.registry import load_plan
 from bpwise.errors import BudgetError, ConfigError, FormatError, UnsupportedModelError
 from bpwise.measure.measurement import Measurement
-from bpwise.quantize.gguf_pipeline import importance_of
 from numpy.typing import NDArray
 
 from ...measured import GGUF, bare_measurement, damage_of, gguf_of, with_tensor
@@ -49,7 +51,7 @@ def shapes(tied: bool) -> dict[str, tuple[int, int]]:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("bpw", [5.0, 6.3, 9.0, 12.5])
 def test_no_other_choice_within_the_size_has_less_damage(bpw: float, tied: bool) -> None:
-    plan = make_type_plan(measurement(tied=tied), bpw=bpw)
+    plan = make_gguf_plan(measurement(tied=tied), bpw=bpw)
     sizes = shapes(tied)
     budget_bits = bpw * (sum(rows * width for rows, width in sizes.values()) + 500) - 32 * 500
     names = [*shapes(True), "lm_head"]
@@ -70,19 +72,19 @@ def test_no_other_choice_within_the_size_has_less_damage(bpw: float, tied: bool)
 
 
 def test_counts_norms_as_float32() -> None:
-    plan = make_type_plan(measurement(), tensor_bytes=size_range(measurement())[1])
+    plan = make_gguf_plan(measurement(), tensor_bytes=size_range(measurement())[1])
     weights = sum(rows * width for rows, width in shapes(True).values())
     assert plan.weights == weights + 500
     assert plan.stored_bytes == 2 * weights + 4 * 500
-    assert plan.weights_per_type() == {"F16": 1.0}
+    assert plan.shares() == {"F16": 1.0}
 
 
 def test_a_target_in_bytes() -> None:
     least, most = size_range(measurement())
-    assert make_type_plan(measurement(), tensor_bytes=least).stored_bytes == least
-    assert make_type_plan(measurement(), tensor_bytes=most).stored_bytes == most
+    assert make_gguf_plan(measurement(), tensor_bytes=least).stored_bytes == least
+    assert make_gguf_plan(measurement(), tensor_bytes=most).stored_bytes == most
     with pytest.raises(BudgetError, match=f"from {least} to {most}"):
-        make_type_plan(measurement(), tensor_bytes=least - 1)
+        make_gguf_plan(measurement(), tensor_bytes=least - 1)
 
 
 @pytest.mark.parametrize(
@@ -90,15 +92,19 @@ def test_a_target_in_bytes() -> None:
     ["model.layers.*.mlp.down_proj", "*.down_proj.weight", "blk.*.ffn_down.weight", "blk.[01].ffn_down"],
 )
 def test_overrides_by_either_name(pattern: str) -> None:
-    plan = make_type_plan(measurement(), bpw=9.0, overrides=[Override.parse(f"{pattern}=q4_0")])
+    plan = make_gguf_plan(measurement(), bpw=9.0, overrides=[TypeOverride.parse(f"{pattern}=q4_0")])
     kinds = plan.kinds
     assert kinds["model.layers.0.mlp.down_proj"].name == kinds["model.layers.1.mlp.down_proj"].name == "Q4_0"
     assert kinds["model.layers.0.self_attn.q_proj"].name != "Q4_0"
 
 
 def test_the_last_override_wins() -> None:
-    overrides = [Override.parse("*=Q8_0"), Override.parse("blk.1.*=Q4_K"), Override.parse("blk.0.ffn_down=F16")]
-    kinds = make_type_plan(measurement(), bpw=10.0, overrides=overrides).kinds
+    overrides = [
+        TypeOverride.parse("*=Q8_0"),
+        TypeOverride.parse("blk.1.*=Q4_K"),
+        TypeOverride.parse("blk.0.ffn_down=F16"),
+    ]
+    kinds = make_gguf_plan(measurement(), bpw=10.0, overrides=overrides).kinds
     assert [kinds[name].name for name in shapes(True)] == ["Q8_0", "F16", "Q4_K", "Q8_0"]
 
 
@@ -112,21 +118,21 @@ def test_the_last_override_wins() -> None:
 )
 def test_refuses_an_override_that_cannot_be(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        make_type_plan(measurement(), bpw=6.0, overrides=[Override.parse(override)])
+        make_gguf_plan(measurement(), bpw=6.0, overrides=[TypeOverride.parse(override)])
 
 
 @pytest.mark.parametrize("text", ["blk.0", "=Q8_0", "blk.0=Q9"])
 def test_refuses_an_override_of_another_form(text: str) -> None:
     with pytest.raises(ConfigError):
-        Override.parse(text)
+        TypeOverride.parse(text)
 
 
 def test_refuses_a_measurement_without_types() -> None:
     with pytest.raises(ConfigError, match=r"bpwise\[gguf\]"):
-        make_type_plan(replace(measurement(), curves={}), bpw=6.0)
+        make_gguf_plan(replace(measurement(), curves={}), bpw=6.0)
     curves = measurement().curves[GGUF]
     with pytest.raises(FormatError, match=r"of another version. Got 2. Expected 1. Measure the model again"):
-        make_type_plan(replace(measurement(), curves={GGUF: replace(curves, version=2)}), bpw=6.0)
+        make_gguf_plan(replace(measurement(), curves={GGUF: replace(curves, version=2)}), bpw=6.0)
 
 
 NAME = "model.layers.0.mlp.down_proj"
@@ -150,10 +156,10 @@ NAME = "model.layers.0.mlp.down_proj"
 def test_damaged_curves(change: Callable[[Measurement], Measurement], message: str | None) -> None:
     changed = change(measurement())
     if message is None:
-        assert make_type_plan(changed, bpw=6.0).bpw <= 6
+        assert make_gguf_plan(changed, bpw=6.0).bpw <= 6
         return
     with pytest.raises(FormatError, match=rf"measurement: curves/gguf: .*{message}.*measure the model again"):
-        make_type_plan(changed, bpw=6.0)
+        make_gguf_plan(changed, bpw=6.0)
 
 
 def with_header(made: Measurement, types: list[str]) -> Measurement:
@@ -161,20 +167,23 @@ def with_header(made: Measurement, types: list[str]) -> Measurement:
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    plan = make_type_plan(measurement(), bpw=6.0)
+    plan = make_gguf_plan(measurement(), bpw=6.0)
     plan.save(tmp_path / "plan.json")
-    assert TypePlan.load(tmp_path / "plan.json") == plan
+    assert load_plan(tmp_path / "plan.json") == plan
     assert plan.tensors[0].kind == ggml_type(plan.tensors[0].type)
 
 
 def test_refuses_another_file(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
-    path.write_text(json.dumps({"bpwise_plan": 1}))
-    with pytest.raises(FormatError, match="not a GGUF plan"):
-        TypePlan.load(path)
-    path.write_text(json.dumps({"bpwise_type_plan": 1, "tensors": [{"name": "x"}]}))
+    path.write_text(json.dumps({"bpwise_type_plan": 1}))
+    with pytest.raises(FormatError, match="not a plan"):
+        load_plan(path)
+    path.write_text(json.dumps({"bpwise_plan": 1, "format": "gguf"}))
+    with pytest.raises(FormatError, match="not a GGUF plan of version 2"):
+        load_plan(path)
+    path.write_text(json.dumps({"bpwise_plan": 2, "format": "gguf", "tensors": [{"name": "x"}]}))
     with pytest.raises(FormatError, match="damaged"):
-        TypePlan.load(path)
+        load_plan(path)
 
 
 @pytest.mark.parametrize(
@@ -191,13 +200,13 @@ def test_refuses_another_file(tmp_path: Path) -> None:
 )
 def test_refuses_a_damaged_plan(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     path = tmp_path / "plan.json"
-    make_type_plan(measurement(), bpw=6.0).save(path)
+    make_gguf_plan(measurement(), bpw=6.0).save(path)
     plan = json.loads(path.read_text())
     for key, value in changes.items():
         (plan if key in plan else plan["tensors"][0])[key] = value
     path.write_text(json.dumps(plan))
     with pytest.raises(FormatError, match=rf"plan\.json: {message}.*make it again with `bpwise plan`"):
-        TypePlan.load(path)
+        load_plan(path)
 
 
 def test_importances_of_linears_that_gguf_does_not_know() -> None:

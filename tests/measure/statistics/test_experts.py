@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 from bpwise.checkpoint.source.checkpoint import Checkpoint
-from bpwise.convert.exl2.plan.plan import make_plan
-from bpwise.convert.exl2.rounding.rounder import RoundConfig, round_model
+from bpwise.checkpoint.source.language import language_model
 from bpwise.measure import input_group
 from bpwise.measure.measurement import MeasuredLinear, Measurement
 from bpwise.measure.run import MeasureConfig, measure_checkpoint
@@ -21,6 +20,7 @@ from torch.nn.functional import linear, silu
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from ...measured import SeenCurves, damage_of
+from ...rounded import Measured
 
 HIDDEN, NEURONS, BLOCKS, EXPERTS = 64, 96, 2, 5
 UNCHOSEN = 4
@@ -245,16 +245,18 @@ def test_all_tokens_count_if_asked(directory: Path, tmp_path: Path) -> None:
 
 
 def test_an_expert_that_no_token_chooses(directory: Path, run: Run, tmp_path: Path) -> None:
-    plan = make_plan(run.measurement, bpw=5.0, head_bits=6)
-    rounded = round_model(Checkpoint.open(directory), run.measurement, plan, RoundConfig(device="cpu"), tmp_path)
+    made = Measured(directory, run.measurement, tmp_path)
+    plan = made.plan(5.0)
+    rounded = made.round(plan, tmp_path)
+    source = language_model(Checkpoint.open(directory))
     for block in range(BLOCKS):
         for name in ("w1", "w2", "w3"):
             measured = run.linear(block, UNCHOSEN, name)
             damage = torch.from_numpy(damage_of(run.measurement, measured.name))
             assert bool((damage > 0).all())
             assert bool(damage.isfinite().all())
-            weight = rounded.source.tensor(f"{measured.name}.weight").float()
-            error = rounded.linear(measured.name).dequantize().float() - weight
+            weight = source.tensor(f"{measured.name}.weight").float()
+            error = made.linear(rounded, measured.name).dequantize().float() - weight
             width = next(x for x in plan.linears if x.name == measured.name).bpw
             # Rounding to nearest makes an error of about 2 ** (1 - bits) of a normal weight's size.
             assert float(error.norm() / weight.norm()) < 2 ** (2 - width)

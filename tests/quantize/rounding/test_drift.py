@@ -2,7 +2,7 @@ import pytest
 import torch
 from bpwise.checkpoint.model.families import InputGroup
 from bpwise.quantize.rounding import drift
-from bpwise.quantize.rounding.drift import InputSums
+from bpwise.quantize.rounding.drift import InputSums, shifted
 from torch import Tensor, nn
 
 ROWS, TOKENS, WIDTH, OUT = 40, 16, 6, 4
@@ -100,3 +100,21 @@ def test_no_correction_wanted_or_possible() -> None:
     gram, shift = one_row.solved(correct_drift=True)
     assert shift is None
     assert torch.allclose(gram, inputs[0].T @ inputs[0] / TOKENS, atol=1e-5)
+
+
+@pytest.mark.parametrize("joins", [True, False], ids=["joins-the-stream", "inside"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+def test_a_weight_is_shifted_in_slices(joins: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drift, "_SLICE_OUTPUTS", 7)
+    rng = torch.Generator().manual_seed(0)
+    weight = torch.randn(20, 16, generator=rng).to(dtype)
+    shift = torch.randn(16, 20 if joins else 16, generator=rng)
+    plain = weight.double().T
+    expected = plain + (shift.double() if joins else shift.double() @ plain)
+    # float32 sums of 16 products around 1
+    torch.testing.assert_close(shifted(weight, shift, joins=joins), expected.float(), rtol=1e-5, atol=1e-5)
+    unmoved = shifted(weight, None, joins=joins)
+    assert torch.equal(unmoved, plain.float())
+    assert unmoved.is_contiguous()
+    unmoved.zero_()
+    assert bool(weight.any())  # it has memory of its own

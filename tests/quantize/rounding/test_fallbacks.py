@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 from bpwise.cli import cli
+from bpwise.convert.conversion import Target
 from bpwise.convert.gguf.file.header import read_gguf_header
+from bpwise.convert.gguf.options import GgufOptions
 from bpwise.eval.comparison import EvalConfig
 from bpwise.measure.text.calibration import CalibrationSet
 from bpwise.quantize import judge
-from bpwise.quantize.gguf_pipeline import GgufConfig, quantize_to_gguf
+from bpwise.quantize.config import QuantizeConfig
 from bpwise.quantize.rounding.fallbacks import fallback_entries, fallback_lines
+from bpwise.quantize.run import quantize_model
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
@@ -76,8 +79,12 @@ def test_gguf_reports_it_and_keeps_to_types_that_fit(
             file.write(bytes(tensor.size_bytes))
     ids = torch.randint(0, 320, (12, 32), generator=torch.Generator().manual_seed(1))
     rows = CalibrationSet(tokens=ids, origins=("random",) * 12, description="random ids", adds_bos=False)
-    config = GgufConfig(bpw=5.5, evaluate=EvalConfig(rows=2, row_tokens=32, device="cpu"))
-    result = quantize_to_gguf(model, tmp_path / "out.gguf", config, calibration=rows, base=base)
+    config = QuantizeConfig(
+        target=Target(bpw=5.5),
+        options=GgufOptions(base=base),
+        evaluate=EvalConfig(rows=2, row_tokens=32, device="cpu"),
+    )
+    result = quantize_model(model, tmp_path / "out.gguf", config, calibration=rows)
     assert {tensor.kind.block_weights for tensor in result.plan.tensors} <= {1, 32}
     assert result.fallbacks == {DOWN: math.inf}
     assert f"fallback    {DOWN}: {WORDS}" in result.summary_lines()

@@ -5,20 +5,23 @@ import numpy as np
 import pytest
 import torch
 from bpwise.checkpoint.source.checkpoint import Checkpoint
-from bpwise.convert.gguf import rounder as type_rounding
+from bpwise.convert.gguf import rounder
 from bpwise.convert.gguf.curves import GgufCurves
 from bpwise.convert.gguf.ggml.curves import measured_types
 from bpwise.convert.gguf.ggml.kernels import decode, encode
 from bpwise.convert.gguf.ggml.types import GgmlType
-from bpwise.convert.gguf.plan import Override, TypePlan, make_type_plan
-from bpwise.convert.gguf.rounder import RoundedTypes, round_types, table_importance
+from bpwise.convert.gguf.making import make_gguf_plan
+from bpwise.convert.gguf.plan import GgufPlan, TypeOverride
+from bpwise.convert.gguf.rounder import GgufRounder, table_importance
+from bpwise.convert.rounding import RoundedModel
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig, measure_checkpoint
 from bpwise.measure.text.calibration import CalibrationSet
+from bpwise.quantize.rounding.model import RoundConfig, round_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from ..conftest import SaveModel
+from ...conftest import SaveModel
 
 pytest.importorskip("libggml", reason="ggml's library is not installed: pip install 'bpwise[gguf]'")
 
@@ -40,14 +43,20 @@ class Case:
             self.checkpoint, rows(), config, [GgufCurves(measured_types())], work / "measure"
         )
 
-    def plan(self, overrides: list[str]) -> TypePlan:
-        return make_type_plan(self.measurement, bpw=16.5, overrides=list(map(Override.parse, overrides)))
+    def plan(self, overrides: list[str]) -> GgufPlan:
+        return make_gguf_plan(self.measurement, bpw=16.5, overrides=list(map(TypeOverride.parse, overrides)))
 
-    def round(self, plan: TypePlan, work: str = "round") -> RoundedTypes:
-        return round_types(self.checkpoint, self.measurement, plan, self.work / work, device="cpu")
+    def round(self, plan: GgufPlan, work: str = "round") -> RoundedModel:
+        made = GgufRounder(plan, self.measurement, self.checkpoint)
+        config = RoundConfig(device="cpu")
+        return round_model(self.checkpoint, self.measurement, plan, made, config, self.work / work)
 
-    def decoded(self, rounded: RoundedTypes, plan: TypePlan) -> dict[str, Tensor]:
-        return {name: decode(rounded.data(name), kind) for name, kind in plan.kinds.items()}
+    def decoded(self, rounded: RoundedModel, plan: GgufPlan) -> dict[str, Tensor]:
+        return {name: decode(data(rounded, name), kind) for name, kind in plan.kinds.items()}
+
+
+def data(rounded: RoundedModel, name: str) -> Any:
+    return rounded.artifact(name)["data"].numpy()
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +82,7 @@ def kl_from_original(directory: Path, weights: dict[str, Tensor]) -> float:
     return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
 
-def plain(case: Case, name: str, plan: TypePlan) -> Tensor:
+def plain(case: Case, name: str, plan: GgufPlan) -> Tensor:
     kind = plan.kinds[name]
     return decode(encode(case.checkpoint.tensor(f"{name}.weight").float(), kind), kind)
 
@@ -105,8 +114,8 @@ def test_finished_blocks_are_not_done_again(untied: Case, monkeypatch: pytest.Mo
     whole = untied.round(plan)
     monkeypatch.setattr("bpwise.convert.gguf.rounder.round_to_type", None)
     again = untied.round(plan)
-    assert np.array_equal(whole.data("lm_head"), again.data("lm_head"))
-    assert whole.data("lm_head").shape == (264, 64 // 32 * 18)
+    assert np.array_equal(data(whole, "lm_head"), data(again, "lm_head"))
+    assert data(whole, "lm_head").shape == (264, 64 // 32 * 18)
 
 
 def test_importance_of_a_table_counts_both_uses(tied: Case, untied: Case) -> None:
@@ -123,8 +132,8 @@ def test_reports_drift_and_damping(untied: Case) -> None:
     plan = untied.plan(COARSE)
     rounded = untied.round(plan)
     assert len(rounded.drift()) == 2
-    dampings = rounded.dampings()
-    assert dampings.keys() == rounded.distances().keys() == set(plan.kinds) - {"model.embed_tokens"}
+    dampings = rounded.numbers("damping")
+    assert dampings.keys() == rounded.numbers("distance").keys() == set(plan.kinds) - {"model.embed_tokens"}
     assert all(damping > 0 for damping in dampings.values())
 
 
@@ -132,15 +141,15 @@ def test_distances_are_those_of_what_a_reader_sees(untied: Case, monkeypatch: py
     plan = untied.plan(COARSE)
     lengths: list[int] = []
 
-    def decoded(data: Any, kind: GgmlType, **options: Any) -> Tensor:
-        lengths.append(len(data))
-        return decode(data, kind, **options)
+    def decoded(encoded: Any, kind: GgmlType, **options: Any) -> Tensor:
+        lengths.append(len(encoded))
+        return decode(encoded, kind, **options)
 
-    monkeypatch.setattr(type_rounding, "_SLICE_OUTPUTS", 40)
-    monkeypatch.setattr(type_rounding, "decode", decoded)
+    monkeypatch.setattr(rounder, "_SLICE_OUTPUTS", 40)
+    monkeypatch.setattr(rounder, "decode", decoded)
     rounded = untied.round(plan, "slices")
     assert lengths.count(264) == 1  # the embeddings' table; of the head, which is as large, only slices
-    for name, distance in rounded.distances().items():
+    for name, distance in rounded.numbers("distance").items():
         weight = untied.checkpoint.tensor(f"{name}.weight").double()
-        made = decode(rounded.data(name), plan.kinds[name]).double()
+        made = decode(data(rounded, name), plan.kinds[name]).double()
         assert distance == pytest.approx(float((made - weight).square().sum()), rel=1e-5)

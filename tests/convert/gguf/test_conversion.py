@@ -8,19 +8,24 @@ import pytest
 import torch
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.cli import cli
+from bpwise.convert.conversion import Target
 from bpwise.convert.gguf import base as gguf_base
 from bpwise.convert.gguf.file.header import read_gguf_header
 from bpwise.convert.gguf.file.reader import GgufModel
 from bpwise.convert.gguf.llama_cpp.imatrix import read_imatrix
-from bpwise.convert.gguf.plan import Override
-from bpwise.convert.vram import room_for_weights
-from bpwise.errors import BrokenModelError, BudgetError, ConfigError, FormatError, WorkDirectoryError
+from bpwise.convert.gguf.llama_cpp.importance import importance_of
+from bpwise.convert.gguf.llama_cpp.vram import room_for_weights
+from bpwise.convert.gguf.options import GgufOptions
+from bpwise.convert.gguf.plan import TypeOverride
+from bpwise.errors import BrokenModelError, BudgetError, CalibrationError, ConfigError, FormatError, WorkDirectoryError
 from bpwise.eval.comparison import EvalConfig, compare_models
 from bpwise.eval.metrics.overlap import shared_share, stored_spans
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.text.calibration import CalibrationSet
 from bpwise.quantize import judge
-from bpwise.quantize.gguf_pipeline import GgufConfig, GgufResult, convert_to_mixture, importance_of, quantize_to_gguf
+from bpwise.quantize.config import QuantizeConfig
+from bpwise.quantize.result import QuantizeResult
+from bpwise.quantize.run import quantize_model
 from bpwise.quantize.series import quantize_series
 from click.testing import CliRunner
 from huggingface_hub import ModelCard
@@ -28,6 +33,7 @@ from huggingface_hub import ModelCard
 pytest.importorskip("libggml", reason="ggml's library is not installed: pip install 'bpwise[gguf]'")
 pytest.importorskip("gguf", reason="the gguf package is not installed: pip install 'bpwise[gguf]'")
 
+TARGET = Target(bpw=5.5)
 FAMILIES = ["llama3", "mistral", "qwen2", "qwen3"]
 
 
@@ -36,13 +42,24 @@ def rows(count: int = 12) -> CalibrationSet:
     return CalibrationSet(tokens=ids, origins=("random",) * count, description="random ids", adds_bos=False)
 
 
-def quantize(directory: Path, output: Path, *, count: int = 12, **settings: Any) -> GgufResult:
-    given = {key: settings.pop(key) for key in ("measurement", "work", "base") if key in settings}
-    if not {"max_bytes", "vram_bytes"} & settings.keys():
-        settings.setdefault("bpw", 5.5)
-    config = GgufConfig(**{"evaluate": None, **settings})
-    calibration = None if "measurement" in given else rows(count)
-    return quantize_to_gguf(directory, output, config, calibration=calibration, **given)
+def quantize(
+    directory: Path,
+    output: Path,
+    *,
+    target: Target | None = TARGET,
+    evaluate: EvalConfig | None = None,
+    measurement: Path | None = None,
+    count: int = 12,
+    **options: Any,
+) -> QuantizeResult:
+    config = QuantizeConfig(target=target, options=GgufOptions(**options), evaluate=evaluate)
+    calibration = rows(count) if measurement is None else None
+    return quantize_model(directory, output, config, measurement=measurement, calibration=calibration)
+
+
+def to_mixture(directory: Path, output: Path, name: str, **options: Any) -> QuantizeResult:
+    config = QuantizeConfig(options=GgufOptions(mixture=name, **options), evaluate=None)
+    return quantize_model(directory, output, config)
 
 
 def kl(directory: Path, file: Path) -> float:
@@ -51,13 +68,13 @@ def kl(directory: Path, file: Path) -> float:
 
 
 @pytest.fixture(scope="module")
-def made(converted: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, GgufResult]:
+def made(converted: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, QuantizeResult]:
     folder = tmp_path_factory.mktemp("made")
     return {name: quantize(converted[name].directory, folder / f"{name}.gguf") for name in FAMILIES}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_file_is_what_was_planned(name: str, made: dict[str, GgufResult], converted: Any) -> None:
+def test_file_is_what_was_planned(name: str, made: dict[str, QuantizeResult], converted: Any) -> None:
     result = made[name]
     model = GgufModel.open(result.output)
     assert {f"{tensor.name}.weight": tensor.type for tensor in result.plan.tensors} == {
@@ -71,18 +88,20 @@ def test_file_is_what_was_planned(name: str, made: dict[str, GgufResult], conver
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_costs_about_what_was_predicted_and_less_than_llama_quantize(
-    name: str, made: dict[str, GgufResult], converted: Any, tmp_path: Path
+    name: str, made: dict[str, QuantizeResult], converted: Any, tmp_path: Path
 ) -> None:
     directory = converted[name].directory
     ours = kl(directory, made[name].output)
-    convert_to_mixture(directory, tmp_path / "theirs.gguf", "Q5_0")  # 5.5 bits and more, and none of it measured
-    assert (tmp_path / "theirs.gguf").stat().st_size >= made[name].file_bytes - 4096
+    to_mixture(directory, tmp_path / "theirs.gguf", "Q5_0")  # 5.5 bits and more, and none of it measured
+    assert (tmp_path / "theirs.gguf").stat().st_size >= made[name].verification.file_bytes - 4096
     assert ours < 0.9 * kl(directory, tmp_path / "theirs.gguf")
     assert 0.3 < made[name].plan.damage_nats / ours < 3
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_llama_cpp_loads_it_and_sees_the_same_weights(name: str, made: dict[str, GgufResult], converted: Any) -> None:
+def test_llama_cpp_loads_it_and_sees_the_same_weights(
+    name: str, made: dict[str, QuantizeResult], converted: Any
+) -> None:
     pytest.importorskip("xllamacpp", reason="the engine is not installed: pip install 'bpwise[gguf]'")
     from bpwise.eval.engines.engine import compare_in_engine
     from bpwise.eval.engines.llamacpp import load_library
@@ -94,27 +113,31 @@ def test_llama_cpp_loads_it_and_sees_the_same_weights(name: str, made: dict[str,
     assert engine == pytest.approx(kl(converted[name].directory, made[name].output), rel=0.5)
 
 
-def test_the_same_run_again_changes_nothing(made: dict[str, GgufResult], converted: Any) -> None:
+def test_the_same_run_again_changes_nothing(made: dict[str, QuantizeResult], converted: Any) -> None:
     output = made["mistral"].output
     before = output.stat()
     again = quantize(converted["mistral"].directory, output)
-    assert again.verification is None
+    assert again.verification.file_bytes == before.st_size
     assert output.stat().st_mtime_ns == before.st_mtime_ns
 
 
-def test_refuses_what_is_in_the_way(made: dict[str, GgufResult], converted: Any, tmp_path: Path) -> None:
+def test_refuses_what_is_in_the_way(made: dict[str, QuantizeResult], converted: Any, tmp_path: Path) -> None:
     output = tmp_path / "x.gguf"
     shutil.copyfile(converted["mistral"].file, output)
     with pytest.raises(WorkDirectoryError, match="not the output of this run"):
         quantize(converted["mistral"].directory, output)
     shutil.copyfile(made["mistral"].output, output)
     with pytest.raises(WorkDirectoryError, match="not the output of this run"):
-        quantize(converted["mistral"].directory, output, bpw=6.0, measurement=made["mistral"].measurement)
+        quantize(
+            converted["mistral"].directory, output, target=Target(bpw=6.0), measurement=made["mistral"].measurement
+        )
     with pytest.raises(WorkDirectoryError, match="exists already"):
-        convert_to_mixture(converted["mistral"].directory, output, "Q8_0")
+        to_mixture(converted["mistral"].directory, output, "Q8_0")
 
 
-def test_the_run_depends_on_what_the_base_holds(made: dict[str, GgufResult], converted: Any, tmp_path: Path) -> None:
+def test_the_run_depends_on_what_the_base_holds(
+    made: dict[str, QuantizeResult], converted: Any, tmp_path: Path
+) -> None:
     directory, output, base = converted["mistral"].directory, tmp_path / "x.gguf", tmp_path / "base.gguf"
     settings = {"measurement": made["mistral"].measurement, "feedback": False}
     shutil.copyfile(converted["mistral"].file, base)
@@ -132,44 +155,64 @@ def test_the_run_depends_on_what_the_base_holds(made: dict[str, GgufResult], con
     assert output.read_bytes() == before
 
 
-def test_what_appears_meanwhile_is_not_replaced(made: dict[str, GgufResult], converted: Any, tmp_path: Path) -> None:
+def test_what_appears_meanwhile_is_not_replaced(
+    made: dict[str, QuantizeResult], converted: Any, tmp_path: Path
+) -> None:
     output = tmp_path / "x.gguf"
-    config = GgufConfig(bpw=5.5, evaluate=None, feedback=False)
+    mixture = QuantizeConfig(options=GgufOptions(mixture="Q8_0", base=converted["mistral"].file), evaluate=None)
 
     def progress(items: Any, stage: str) -> Any:
         output.write_text("theirs")
         return items
 
     with pytest.raises(WorkDirectoryError, match=r"x\.gguf: in the way"):
-        convert_to_mixture(
-            converted["mistral"].directory, output, "Q8_0", base=converted["mistral"].file, progress=progress
-        )
+        quantize_model(converted["mistral"].directory, output, mixture, progress=progress)
     assert output.read_text() == "theirs"
     with pytest.raises(FormatError):
-        quantize_to_gguf(converted["mistral"].directory, output, config, measurement=made["mistral"].measurement)
+        quantize(converted["mistral"].directory, output, feedback=False, measurement=made["mistral"].measurement)
     assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
 
 
-def test_a_largest_size_holds_for_the_whole_file(made: dict[str, GgufResult], converted: Any, tmp_path: Path) -> None:
-    name, size = "qwen3", made["qwen3"].file_bytes + 20_000
+def test_a_largest_size_holds_for_the_whole_file(
+    made: dict[str, QuantizeResult], converted: Any, tmp_path: Path
+) -> None:
+    name, size = "qwen3", made["qwen3"].verification.file_bytes + 20_000
     result = quantize(
-        converted[name].directory, tmp_path / "x.gguf", max_bytes=size, measurement=made[name].measurement
+        converted[name].directory,
+        tmp_path / "x.gguf",
+        target=Target(max_bytes=size),
+        measurement=made[name].measurement,
     )
-    assert size - 12_000 < result.file_bytes == (tmp_path / "x.gguf").stat().st_size <= size
+    assert size - 12_000 < result.verification.file_bytes == (tmp_path / "x.gguf").stat().st_size <= size
     with pytest.raises(BudgetError):
-        quantize(converted[name].directory, tmp_path / "y.gguf", max_bytes=9_000, measurement=made[name].measurement)
+        quantize(
+            converted[name].directory,
+            tmp_path / "y.gguf",
+            target=Target(max_bytes=9_000),
+            measurement=made[name].measurement,
+        )
     assert not (tmp_path / "y.gguf").exists()
 
 
-def test_a_gpu_that_the_cache_fits_into_too(made: dict[str, GgufResult], converted: Any, tmp_path: Path) -> None:
+def test_a_gpu_that_the_cache_fits_into_too(made: dict[str, QuantizeResult], converted: Any, tmp_path: Path) -> None:
     name = "qwen3"
     taken = (1 << 30) - room_for_weights(1 << 30, Checkpoint.open(converted[name].directory).config, 64)
-    settings = {"measurement": made[name].measurement, "feedback": False, "context_tokens": 64}
-    size = made[name].file_bytes + 20_000
-    result = quantize(converted[name].directory, tmp_path / "x.gguf", vram_bytes=taken + size, **settings)
-    assert size - 12_000 < result.file_bytes <= size
+    settings = {"measurement": made[name].measurement, "feedback": False}
+    size = made[name].verification.file_bytes + 20_000
+    result = quantize(
+        converted[name].directory,
+        tmp_path / "x.gguf",
+        target=Target(vram_bytes=taken + size, context_tokens=64),
+        **settings,
+    )
+    assert size - 12_000 < result.verification.file_bytes <= size
     with pytest.raises(BudgetError, match="shorter context"):
-        quantize(converted[name].directory, tmp_path / "y.gguf", vram_bytes=1 << 20, **settings)
+        quantize(
+            converted[name].directory,
+            tmp_path / "y.gguf",
+            target=Target(vram_bytes=1 << 20, context_tokens=64),
+            **settings,
+        )
 
 
 def test_without_feedback_ggml_rounds_alone(converted: Any, tmp_path: Path) -> None:
@@ -181,22 +224,22 @@ def test_without_feedback_ggml_rounds_alone(converted: Any, tmp_path: Path) -> N
     assert kl(directory, fed_back.output) < 0.8 * kl(directory, result.output)
 
 
-def test_overrides_and_report(made: dict[str, GgufResult], converted: Any, tmp_path: Path) -> None:
+def test_overrides_and_report(made: dict[str, QuantizeResult], converted: Any, tmp_path: Path) -> None:
     name = "mistral"
     result = quantize(
         converted[name].directory,
         tmp_path / "x.gguf",
-        bpw=6.5,
+        target=Target(bpw=6.5),
         measurement=made[name].measurement,
-        overrides=(Override.parse("blk.0.attn_v=F16"),),
+        overrides=(TypeOverride.parse("blk.0.attn_v=F16"),),
     )
     assert read_gguf_header(result.output).tensors["blk.0.attn_v.weight"].type.name == "F16"
     lines = "\n".join(result.summary_lines())
-    assert "bpw over all tensors" in lines
+    assert "; all tensors 6.4" in lines
     assert "predicted" in lines
 
 
-def test_importances_are_those_of_the_measurement(made: dict[str, GgufResult]) -> None:
+def test_importances_are_those_of_the_measurement(made: dict[str, QuantizeResult]) -> None:
     measured = Measurement.load(made["llama3"].measurement)
     matrix = importance_of(measured)
     power = matrix.mean_squares("blk.1.ffn_down.weight")
@@ -212,7 +255,42 @@ def test_importances_are_those_of_the_measurement(made: dict[str, GgufResult]) -
 )
 def test_refuses_other_targets(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
-        GgufConfig(**settings)
+        Target(**settings)
+
+
+@pytest.mark.parametrize("target", [None, Target(bpw=5.5)], ids=["none", "one-beside-a-mixture"])
+def test_a_target_goes_with_whatever_is_planned(target: Target | None, converted: Any, tmp_path: Path) -> None:
+    mixture = None if target is None else "Q8_0"
+    with pytest.raises(ConfigError, match="target"):
+        quantize(converted["mistral"].directory, tmp_path / "x.gguf", target=target, mixture=mixture)
+
+
+def test_text_that_a_mixture_cannot_be_evaluated_on_is_refused_before_it_is_made(
+    converted: Any, byte_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judge, "load_tokenizer", lambda _: byte_tokenizer)  # the model's own needs more packages
+    monkeypatch.setattr(gguf_base, "make_base", lambda *_, **__: pytest.fail("was converted"))
+    text = tmp_path / "short.txt"
+    text.write_text("short")
+    config = QuantizeConfig(options=GgufOptions(mixture="Q8_0"), evaluate=EvalConfig(text=str(text), device="cpu"))
+    with pytest.raises(CalibrationError):
+        quantize_model(converted["mistral"].directory, tmp_path / "x.gguf", config)
+
+
+def test_a_mixture_is_evaluated_and_has_a_card(
+    converted: Any, byte_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judge, "load_tokenizer", lambda _: byte_tokenizer)  # the model's own needs more packages
+    model = converted["mistral"]
+    config = QuantizeConfig(
+        options=GgufOptions(mixture="Q8_0", base=model.file, card=True),
+        evaluate=EvalConfig(rows=2, row_tokens=32, device="cpu"),
+    )
+    result = quantize_model(model.directory, tmp_path / "x.gguf", config)
+    assert result.measurement is None
+    assert result.comparison is not None
+    assert (tmp_path / "x.report.json").is_file()
+    assert "quantized to a GGUF file with bpwise" in (tmp_path / "x.README.md").read_text()
 
 
 class TestCommandLine:
@@ -227,11 +305,11 @@ class TestCommandLine:
         ]
         run = CliRunner().invoke(cli, command, catch_exceptions=False)
         assert run.exit_code == 0, run.output
-        assert "bpw over all tensors" in run.output
+        assert "; all tensors 8." in run.output
         assert read_gguf_header(tmp_path / "x.gguf").metadata["general.file_type"] == 7
         assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
 
-    def test_plan_and_imatrix(self, made: dict[str, GgufResult], tmp_path: Path) -> None:
+    def test_plan_and_imatrix(self, made: dict[str, QuantizeResult], tmp_path: Path) -> None:
         measurement = str(made["mistral"].measurement)
         command = ["plan", measurement, "--format", "gguf", "-b", "6", "-o", str(tmp_path / "p.json")]
         run = CliRunner().invoke(cli, command, catch_exceptions=False)
@@ -251,7 +329,7 @@ class TestCommandLine:
         assert new.sums.keys() == old.sums.keys()
 
     def test_an_imatrix_of_others_is_replaced_only_by_force(
-        self, made: dict[str, GgufResult], converted: Any, tmp_path: Path
+        self, made: dict[str, QuantizeResult], converted: Any, tmp_path: Path
     ) -> None:
         # llama-imatrix may have worked on it for hours. The older format does not say whose it is.
         command = ["imatrix", str(made["mistral"].measurement), "-o"]
@@ -289,7 +367,7 @@ class TestCommandLine:
 class TestHonesty:
     def test_a_broken_file_is_marked(
         self,
-        made: dict[str, GgufResult],
+        made: dict[str, QuantizeResult],
         converted: Any,
         byte_tokenizer: Any,
         tmp_path: Path,
@@ -320,16 +398,16 @@ class TestHonesty:
         }
         assert len(again) == len(first) == 5
 
-    def test_remembers_what_it_was_calibrated_on(self, made: dict[str, GgufResult]) -> None:
+    def test_remembers_what_it_was_calibrated_on(self, made: dict[str, QuantizeResult]) -> None:
         spans = stored_spans(GgufModel.open(made["llama3"].output))
         assert spans is not None
         assert shared_share(rows(), spans) == 1
         assert shared_share(rows(40), spans) == pytest.approx(12 / 40)  # the first twelve are the same
 
 
-def test_several_sizes_from_one_measurement(made: dict[str, GgufResult], converted: Any, tmp_path: Path) -> None:
+def test_several_sizes_from_one_measurement(made: dict[str, QuantizeResult], converted: Any, tmp_path: Path) -> None:
     directory = converted["mistral"].directory
-    config = GgufConfig(bpw=5.5, evaluate=None, card=True)
+    config = QuantizeConfig(options=GgufOptions(card=True), evaluate=None)
     result = quantize_series(directory, tmp_path / "out", config, [6.5, 5.5], measurement=made["mistral"].measurement)
     assert [output.path.name for output in result.outputs] == ["mistral-6.5bpw.gguf", "mistral-5.5bpw.gguf"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
@@ -351,7 +429,7 @@ def test_several_sizes_from_one_measurement(made: dict[str, GgufResult], convert
 
 @pytest.mark.parametrize("series", [False, True], ids=["one", "series"])
 def test_a_damaged_base_is_converted_again(
-    series: bool, made: dict[str, GgufResult], converted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    series: bool, made: dict[str, QuantizeResult], converted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory, work = converted["mistral"].directory, tmp_path / "work"
     settings = {"measurement": made["mistral"].measurement, "work": work}
@@ -360,9 +438,9 @@ def test_a_damaged_base_is_converted_again(
     )
     base = gguf_base.base_path(Checkpoint.open(directory), work, None)
     base.write_bytes(converted["mistral"].file.read_bytes()[:100])
-    config = GgufConfig(bpw=6.5, evaluate=None, feedback=False)
+    config = QuantizeConfig(target=Target(bpw=6.5), options=GgufOptions(feedback=False), evaluate=None)
     with pytest.warns(UserWarning, match=r"base\.gguf: .* It is converted again now"):
         if series:
             quantize_series(directory, tmp_path / "out", config, [6.5, 5.5], **settings)
         else:
-            quantize_to_gguf(directory, tmp_path / "out.gguf", config, **settings)
+            quantize_model(directory, tmp_path / "out.gguf", config, **settings)
