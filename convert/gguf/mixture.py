@@ -100,8 +100,6 @@ class MixturePlan(Plan):
 class MixtureConversion(GgufConversion):
     """See ``Conversion``."""
 
-    measures = False
-
     def __init__(self, checkpoint: Checkpoint, options: GgufOptions) -> None:
         """See ``Conversion``."""
         super().__init__(checkpoint, options)
@@ -132,7 +130,13 @@ class MixtureConversion(GgufConversion):
         self, target: Target | None, measured: Measurement | None, provenance: Provenance | None = None
     ) -> SizeForecast:
         """Return an upper bound: how large a mixture's file is shows once the model is converted."""
-        return SizeForecast(output_bytes=self.checkpoint.total_bytes, bpw=16.0, lowest_bpw=0.0, highest_bpw=16.0)
+        return SizeForecast(
+            output_bytes=self.checkpoint.total_bytes,
+            bpw=16.0,
+            lowest_bpw=0.0,
+            highest_bpw=16.0,
+            facts=("an upper bound: how large the file is shows once the model is converted",),
+        )
 
     @cached_property
     def _types(self) -> dict[str, GgmlType]:
