@@ -106,8 +106,6 @@ class Conversion(ABC):
         options: The format's options.
     """
 
-    measures: bool = True
-    """Whether plans are made from a measurement."""
     writes_card: bool = True
     """Whether a model card belongs to every output."""
     refines: bool = False
@@ -126,6 +124,11 @@ class Conversion(ABC):
         """
         self.checkpoint = checkpoint
         self.options = options
+
+    @property
+    def measures(self) -> bool:
+        """Whether plans are made from a measurement."""
+        return bool(self.options.measures)
 
     @cached_property
     def warnings(self) -> tuple[str, ...]:

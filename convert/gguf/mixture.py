@@ -102,8 +102,6 @@ class MixturePlan(Plan):
 class MixtureConversion(GgufConversion):
     """See ``Conversion``."""
 
-    measures = False
-
     def __init__(self, checkpoint: Checkpoint, options: GgufOptions) -> None:
         """See ``Conversion``."""
         super().__init__(checkpoint, options)
