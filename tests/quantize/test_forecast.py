@@ -4,11 +4,20 @@ from pathlib import Path
 from typing import Any
 
 from bpwise.checkpoint.source.checkpoint import Checkpoint
+from bpwise.convert.conversion import Target
+from bpwise.convert.exl2.conversion import Exl2Conversion
+from bpwise.convert.exl2.options import Effort, Exl2Options
 from bpwise.measure.run import MeasureConfig
-from bpwise.measure.text.calibration import CalibrationConfig
 from bpwise.quantize.forecast import forecast_run
-from bpwise.quantize.options import Effort, QuantizeConfig
 from transformers import Qwen3Config
+
+
+def memory(
+    checkpoint: Checkpoint, shape: tuple[int, int], *, offload_dir: Path | None = None, effort: Effort = "normal"
+) -> int:
+    conversion = Exl2Conversion(checkpoint, Exl2Options(effort=effort))
+    measure = MeasureConfig(offload_dir=offload_dir)
+    return forecast_run(conversion, Target(bpw=4.0), measure, rows_shape=shape).memory_bytes
 
 
 def test_states_in_files_do_not_count(tiny_model: Path) -> None:
@@ -16,8 +25,7 @@ def test_states_in_files_do_not_count(tiny_model: Path) -> None:
     hidden = checkpoint.config["hidden_size"]
 
     def memory_bytes(rows: int, offload_dir: Path | None) -> int:
-        config = MeasureConfig(calibration=CalibrationConfig(rows=rows, row_tokens=1024), offload_dir=offload_dir)
-        return forecast_run(checkpoint, bpw=4.0, head_bits=6, group_size=32, config=config).memory_bytes
+        return memory(checkpoint, (rows, 1024), offload_dir=offload_dir)
 
     # With so many tokens of so small a model, rounding a block needs most. A state is 4 bytes a token and channel.
     state = 1 << 20 << 2
@@ -31,8 +39,7 @@ def test_wide_queries_count(save_model: Any, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(model)
 
     def memory_bytes(rows: int) -> int:
-        config = MeasureConfig(calibration=CalibrationConfig(rows=rows, row_tokens=1024))
-        return forecast_run(checkpoint, bpw=4.0, head_bits=6, group_size=32, config=config).memory_bytes
+        return memory(checkpoint, (rows, 1024))
 
     features = 5 * 64 + 2 * 64 + 8 * 64 + 2 * 2 * 64 + 8 * 64
     assert memory_bytes(2048) - memory_bytes(1024) >= (1 << 20) * features * 4
@@ -44,9 +51,7 @@ def test_tuning_holds_what_enters_every_block(save_model: Any, tmp_path: Path) -
     checkpoint = Checkpoint.open(model)
 
     def memory_bytes(rows: int, effort: Effort, offload_dir: Path | None = None) -> int:
-        calibration = CalibrationConfig(rows=rows, row_tokens=1 << 20)
-        measure = MeasureConfig(calibration=calibration, offload_dir=offload_dir)
-        return QuantizeConfig(bpw=4.0, measure=measure, effort=effort).forecast(checkpoint).memory_bytes
+        return memory(checkpoint, (rows, 1 << 20), offload_dir=offload_dir, effort=effort)
 
     state = (1 << 20) * checkpoint.config["hidden_size"] * 4
     assert memory_bytes(1, "high") >= 25 * state
