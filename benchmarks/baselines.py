@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from bpwise.convert.exl2.curves import exl2_curves
 from bpwise.convert.exl2.file.layout import WIDTHS, RowGroup, group_rows, linear_bits, padded_columns
-from bpwise.convert.exl2.plan.plan import LinearPlan, Plan
+from bpwise.convert.exl2.plan.measured import exl2_curves
+from bpwise.convert.exl2.plan.plan import Exl2Plan, LinearPlan
 from bpwise.convert.exl2.rounding.feedback import round_linear
 from bpwise.errors import BudgetError
 from bpwise.measure.measurement import MeasuredLinear, Measurement
@@ -43,7 +43,7 @@ def _budget_bits(measurement: Measurement, bpw: float) -> int:
     return int(bpw * sum(linear.in_features * linear.out_features for linear in measurement.linears))
 
 
-def uniform_plan(measurement: Measurement, bpw: float, head_bits: int) -> Plan:
+def uniform_plan(measurement: Measurement, bpw: float, head_bits: int) -> Exl2Plan:
     """Give every linear the same share of rows at each of two neighbouring widths, the wider rows first.
 
     Args:
@@ -92,9 +92,9 @@ def _spend(plan: Sequence[Widths], budget: int) -> None:
             left -= cost
 
 
-def _plan_of(measurement: Measurement, chosen: Sequence[Widths], bpw: float, head_bits: int) -> Plan:
+def _plan_of(measurement: Measurement, chosen: Sequence[Widths], bpw: float, head_bits: int) -> Exl2Plan:
     *linears, head = map(_linear_plan, chosen)
-    return Plan(
+    return Exl2Plan(
         linears=tuple(linears),
         head=head,
         target_bpw=bpw,

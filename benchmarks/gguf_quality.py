@@ -26,12 +26,14 @@ from bpwise.checkpoint.files.atomic import atomic_file
 from bpwise.checkpoint.model.families import HEAD
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.checkpoint.source.original import open_model
+from bpwise.convert.conversion import Target
 from bpwise.convert.gguf.curves import GgufCurves
 from bpwise.convert.gguf.file.names import gguf_name
 from bpwise.convert.gguf.file.reader import GgufModel
 from bpwise.convert.gguf.ggml.curves import measured_types
 from bpwise.convert.gguf.llama_cpp.converter import make_base
 from bpwise.convert.gguf.llama_cpp.imatrix import ImportanceMatrix, write_imatrix
+from bpwise.convert.gguf.options import GgufOptions
 from bpwise.errors import BpwiseError
 from bpwise.eval.comparison import EvalConfig, compare_with, evaluation_rows
 from bpwise.eval.original import OriginalRun, run_original
@@ -41,7 +43,8 @@ from bpwise.measure.run import MeasureConfig, measure_model, measured_rows
 from bpwise.measure.statistics.inputs import tapped_inputs
 from bpwise.measure.text.calibration import CalibrationConfig, CalibrationSet
 from bpwise.measure.text.tokenizer import load_tokenizer
-from bpwise.quantize.gguf_pipeline import GgufConfig, convert_to_mixture, quantize_to_gguf
+from bpwise.quantize.config import QuantizeConfig
+from bpwise.quantize.run import quantize_model
 from torch import Tensor
 from tqdm import tqdm
 
@@ -160,16 +163,15 @@ class _Benchmark:
         if (mixture, "llama-quantize") not in done:
             with self._file(f"{mixture}.gguf") as output:
                 start = time.monotonic()
-                convert_to_mixture(self.checkpoint.directory, output, mixture, imatrix=imatrix, base=base)
+                options = GgufOptions(mixture=mixture, imatrix=imatrix, base=base)
+                quantize_model(self.checkpoint, output, QuantizeConfig(options=options, evaluate=None))
                 done[mixture, "llama-quantize"] = self._judge(mixture, "llama-quantize", output, None, start)
         if (mixture, "bpwise") not in done:
             size = done[mixture, "llama-quantize"].file_bytes
             with self._file(f"{mixture}-bpwise.gguf") as output:
                 start = time.monotonic()
-                config = GgufConfig(max_bytes=size, evaluate=None)
-                made = quantize_to_gguf(
-                    self.checkpoint.directory, output, config, measurement=self.measurement, progress=tqdm
-                )
+                config = QuantizeConfig(target=Target(max_bytes=size), options=GgufOptions(base=base), evaluate=None)
+                made = quantize_model(self.checkpoint, output, config, measurement=self.measurement, progress=tqdm)
                 self._judge(mixture, "bpwise", output, made.plan.damage_nats, start)
 
     @contextmanager

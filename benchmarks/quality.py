@@ -28,12 +28,12 @@ import numpy as np
 from baselines import round_to_nearest
 from bpwise.checkpoint.files.atomic import atomic_file
 from bpwise.checkpoint.source.checkpoint import Checkpoint, TensorSource
-from bpwise.checkpoint.source.language import WeightOverlay
+from bpwise.checkpoint.source.language import WeightOverlay, language_model
 from bpwise.checkpoint.source.original import open_model
 from bpwise.convert.exl2.curves import Exl2Curves
 from bpwise.convert.exl2.file.reader import Exl2Model
-from bpwise.convert.exl2.plan.plan import Plan
-from bpwise.convert.exl2.rounding.rounder import RoundConfig, round_model, tune_model
+from bpwise.convert.exl2.plan.plan import Exl2Plan
+from bpwise.convert.exl2.rounding.rounder import Exl2Rounder, rounded_linear, tune_rounded
 from bpwise.convert.opening import verify_model
 from bpwise.errors import BpwiseError
 from bpwise.eval.comparison import EvalConfig, compare_with, evaluation_rows
@@ -48,6 +48,7 @@ from bpwise.measure.run import (
 )
 from bpwise.measure.text.calibration import CalibrationConfig, CalibrationSet
 from bpwise.measure.text.tokenizer import load_tokenizer
+from bpwise.quantize.rounding.model import RoundConfig, round_model
 from torch import Tensor
 from tqdm import tqdm
 from variants import OURS, PEER, VARIANTS, Variant, changed_measuring
@@ -210,7 +211,9 @@ def _convert(benchmark: Benchmark, bpw: float, out: Path) -> None:
         exllamav2_peer.convert(benchmark.model, out, config, benchmark.calibration, benchmark.work / PEER)
 
 
-def _round(benchmark: Benchmark, variant: Variant, measurement: Measurement, plan: Plan, work: Path) -> WeightOverlay:
+def _round(
+    benchmark: Benchmark, variant: Variant, measurement: Measurement, plan: Exl2Plan, work: Path
+) -> WeightOverlay:
     checkpoint = benchmark.checkpoint
     device = resolve_device(benchmark.config.device)
     linears = {p.name: p for p in (*plan.linears, *([plan.head] if plan.head else []))}
@@ -222,13 +225,15 @@ def _round(benchmark: Benchmark, variant: Variant, measurement: Measurement, pla
             return round_to_nearest(checkpoint.tensor(f"{stored}.weight"), linears[name], device)
 
         return WeightOverlay(checkpoint, {name: partial(nearest, name) for name in linears})
-    config = RoundConfig(device=benchmark.config.device, **variant.rounding)
-    rounded = round_model(checkpoint, measurement, plan, config, work, progress_bar)
+    config = RoundConfig(correct_drift=variant.correct_drift, device=benchmark.config.device)
+    rounder = Exl2Rounder(plan, measurement, couple_outputs=variant.couple_outputs)
+    rounded = round_model(checkpoint, measurement, plan, rounder, config, work, progress_bar)
+    source = language_model(checkpoint)
     if variant.tunes_scales:
-        rounded = tune_model(rounded, measurement, config, progress_bar)
+        tune_rounded(rounded, source, measurement, device, None, progress_bar)
 
     def read(name: str) -> Tensor:
-        return rounded.linear(name).dequantize()
+        return rounded_linear(rounded, source, name).dequantize()
 
     return WeightOverlay(checkpoint, {name: partial(read, name) for name in rounded.names})
 

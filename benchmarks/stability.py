@@ -18,7 +18,8 @@ from pathlib import Path
 import click
 import numpy as np
 from bpwise.convert.exl2.curves import Exl2Curves
-from bpwise.convert.exl2.plan.plan import Plan, make_plan
+from bpwise.convert.exl2.plan.making import make_exl2_plan
+from bpwise.convert.exl2.plan.plan import Exl2Plan
 from bpwise.errors import BpwiseError
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig, measure_model
@@ -47,7 +48,7 @@ class Stability:
 
 def compare(measurements: Sequence[Measurement], bpw: float) -> Stability:
     """Compare the plans of several measurements of one model at one size."""
-    plans = [make_plan(measurement, bpw=bpw, head_bits=16) for measurement in measurements]
+    plans = [make_exl2_plan(measurement, bpw=bpw, head_bits=16) for measurement in measurements]
     excesses, differences = [], []
     for (own, plan), (_, other) in itertools.permutations(zip(measurements, plans, strict=True), 2):
         excesses.append(_damage_with_sizes_of(own, other) / plan.decoder_damage_nats - 1)
@@ -61,12 +62,12 @@ def compare(measurements: Sequence[Measurement], bpw: float) -> Stability:
     )
 
 
-def _damage_with_sizes_of(measurement: Measurement, other: Plan) -> float:
+def _damage_with_sizes_of(measurement: Measurement, other: Exl2Plan) -> float:
     # Groups are cut in each measurement's own row order, so only whole linears can be given another plan's size.
     total = 0.0
     for linear, sizes in zip(measurement.linears, other.linears, strict=True):
         alone = replace(measurement, linears=(linear,))
-        total += make_plan(alone, bpw=sizes.bpw + 1e-9, head_bits=16).decoder_damage_nats
+        total += make_exl2_plan(alone, bpw=sizes.bpw + 1e-9, head_bits=16).decoder_damage_nats
     return total
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from baselines import uniform_plan
-from bpwise.convert.exl2.plan.plan import Plan, make_plan
+from bpwise.convert.exl2.plan.making import make_exl2_plan
+from bpwise.convert.exl2.plan.plan import Exl2Plan
 from bpwise.convert.exl2.rounding import curves
 from bpwise.measure.curves import CurveInputs, LinearCurves
 from bpwise.measure.measurement import Measurement
@@ -20,7 +21,7 @@ __all__ = ["OURS", "PEER", "VARIANTS", "Variant", "changed_measuring"]
 PEER = "exllamav2"
 OURS = "bpwise"
 
-MakePlan = Callable[[Measurement, float, int], Plan]
+MakePlan = Callable[[Measurement, float, int], Exl2Plan]
 
 
 @contextmanager
@@ -51,8 +52,8 @@ def _rows_by_activity() -> Iterator[None]:
         curves.measure_curves, curves.grouped_rows = measure, grouped
 
 
-def _best_plan(measurement: Measurement, bpw: float, head_bits: int) -> Plan:
-    return make_plan(measurement, bpw=bpw, head_bits=head_bits)
+def _best_plan(measurement: Measurement, bpw: float, head_bits: int) -> Exl2Plan:
+    return make_exl2_plan(measurement, bpw=bpw, head_bits=head_bits)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +67,8 @@ class Variant:
         tokens_alike: Whether every calibration token counts the same.
         rows_by_activity: Whether rows are grouped by the power of their inputs alone.
         plan: Chooses the widths.
-        rounding: Changes to the rounding stage's options.
+        couple_outputs: Whether outputs make up for each other's errors.
+        correct_drift: Whether weights are moved toward the original's outputs before they are rounded.
         tunes_scales: Whether scales are fitted to the original's predictions in the end.
         feedback: Whether errors are fed back, and blocks rounded on quantized inputs.
     """
@@ -77,7 +79,8 @@ class Variant:
     tokens_alike: bool = False
     rows_by_activity: bool = False
     plan: MakePlan = _best_plan
-    rounding: Mapping[str, Any] = field(default_factory=dict)
+    couple_outputs: bool = True
+    correct_drift: bool = True
     tunes_scales: bool = False
     feedback: bool = True
 
@@ -95,8 +98,8 @@ VARIANTS = {
     "uniform": Variant(title="uniform widths", plan=uniform_plan),
     "alike": Variant(title="all tokens count alike", tokens_alike=True),
     "damping": Variant(title="damping of 2 % everywhere", damping=0.02),
-    "one-sided": Variant(title="outputs do not answer to each other", rounding={"couple_outputs": False}),
-    "no-drift": Variant(title="drift not corrected", rounding={"correct_drift": False}),
+    "one-sided": Variant(title="outputs do not make up for each other's errors", couple_outputs=False),
+    "no-drift": Variant(title="drift not corrected", correct_drift=False),
     "by-activity": Variant(title="rows grouped by activity alone", rows_by_activity=True),
     "group-64": Variant(title="groups of 64", group_size=64),
     "group-128": Variant(title="groups of 128", group_size=128),

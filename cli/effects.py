@@ -40,6 +40,10 @@ def _only_page(options: Options) -> bool:
     return options["html"] is not None and options["bpw"] is None and options["max_size"] is None
 
 
+def _writes_one_format(options: Options) -> bool:
+    return options.get("html") is None  # a page of plans shows all formats
+
+
 _TEXT = ("calibration", "column", "chat_template", "rows", "row_tokens", "seed")
 _MEASURING = (*_TEXT, "damping", "moe_calibrate_all")
 _RUNNING = ("device", "offload_dir")
@@ -140,9 +144,11 @@ def refuse_without_effect(context: click.Context) -> None:
 def _conflicts(command: str, parameters: Options) -> Iterator[Conflict]:
     if command in ("plan", "quantize"):
         chosen = chosen_format(parameters)
+        others: dict[str, list[str]] = {}
         for name, declared in owners(command).items():
             if chosen not in declared:
-                titles = " and ".join(each.title for each in declared)
-                yield Conflict(f"with an output in {chosen.title}", lambda _: True, (name,), f"for {titles} only")
+                others.setdefault(" and ".join(each.title for each in declared), []).append(name)
+        for titles, names in others.items():
+            yield Conflict(f"with an output in {chosen.title}", _writes_one_format, tuple(names), f"for {titles} only")
         yield from chosen.conflicts.get(command, ())
     yield from CONFLICTS.get(command, ())

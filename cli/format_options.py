@@ -23,7 +23,7 @@ FORMAT_OPTION = click.option(
     "--format",
     "output_format",
     type=click.Choice(list(formats())),
-    help="Kind of output.  [default: as OUTPUT is named, else the first]",
+    help=f"Kind of output.  [default: as OUTPUT is named, else {next(iter(formats()))}]",
 )
 
 
@@ -90,7 +90,7 @@ def _click_option(group: list[tuple[Format, Option]]) -> Callable[[Command], Com
     # One option, though several formats may declare it.
     first = group[0][1]
     several = len(formats()) > 1
-    text = " ".join(f"{each.title}: {option.help}" if several else option.help for each, option in group)
+    text = " ".join(f"{each.title}: {option.described}" if several else option.described for each, option in group)
     if first.kind in ("flag", "negated"):
         return click.option(*first.flags, is_flag=True, default=None, help=text)
     choices = [choice for _, option in group for choice in option.choices]

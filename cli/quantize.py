@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..convert.registry import format_naming
 from .format_options import FORMAT_OPTION, FormatChoice, format_options
 from .group import cli
 from .options import (
@@ -87,6 +88,7 @@ def quantize(
 
     rates = bpw or ()
     given = [each for each in (bpw, max_size, vram) if each is not None]
+    _check_usage(output, choice, len(given), several=len(rates) > 1)
     targets = [Target(bpw=rate) for rate in rates]
     if not rates and given:
         targets = [Target(max_bytes=max_size, vram_bytes=vram, context_tokens=context)]
@@ -99,13 +101,11 @@ def quantize(
         base_model=base_model,
     )
     source = open_model(changes.open(model))
-    conversion = choice.format.conversion(source, choice.options)
-    _check_usage(output, choice, conversion.measures, len(given), several=len(rates) > 1)
     if evaluate is not None:
         say_shortened(source, evaluation=evaluate.row_tokens)
-    if measuring.saved is None and measurement is None and conversion.measures:
+    if measuring.saved is None and measurement is None and choice.options.measures:
         say_shortened(source, calibration=measuring.config.calibration.row_tokens)
-    _print_warnings(conversion.warnings)
+    _print_warnings(choice.format.conversion(source, choice.options).warnings)
     if dry_run:
         _print_forecasts(source, output, config, rates, measurement, measuring)
         return
@@ -123,21 +123,19 @@ def quantize(
         say(line)
 
 
-def _check_usage(output: Path, choice: FormatChoice, measures: bool, targets: int, *, several: bool) -> None:
+def _check_usage(output: Path, choice: FormatChoice, targets: int, *, several: bool) -> None:
     # One target, and an OUTPUT that is named as what it is.
-    title, suffix = choice.format.title, choice.format.suffix
-    if targets != (1 if measures else 0):
-        known = "one of --bpw, --max-size and --vram" if measures else "no target beside --type"
-        raise click.UsageError(f"a {title} output needs {known}.")
-    from ..convert.registry import format_naming
-
+    if choice.options.measures and targets != 1:
+        raise click.UsageError("an output needs one target. Give one of --bpw, --max-size and --vram.")
+    if targets and not choice.options.measures:
+        raise click.UsageError("these options say all of an output. Leave --bpw, --max-size and --vram out.")
     named = format_naming(output)
     if named is not None and named is not choice.format:
         raise click.UsageError(
             f"{output} is named as a {named.title} file, but --format {choice.format.name} makes something else. Name "
             "it otherwise."
         )
-    if suffix and named is not None and several:
+    if named is not None and several:
         raise click.UsageError(f"several bitrates make several files: name a directory, with --format {named.name}.")
 
 

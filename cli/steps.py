@@ -67,7 +67,10 @@ def measure(
 @cli.command()
 @click.argument("measurement", type=EXISTING_FILE)
 @click.option(
-    "--format", "output_format", type=click.Choice(list(formats())), help="Kind of output.  [default: the first]"
+    "--format",
+    "output_format",
+    type=click.Choice(list(formats())),
+    help=f"Kind of output.  [default: {next(iter(formats()))}]",
 )
 @click.option("-b", "--bpw", type=float, help="Bits per weight, as `bpwise quantize` takes them.")
 @click.option("--max-size", type=SIZE, help="Largest size of all tensors, as 5GB or 700MiB, instead of --bpw.")
@@ -118,8 +121,7 @@ def plan(
             say(line)
         say(f"{made.bpw:.4f} bpw, at most {100 * made.gap:.3f} % above the best possible -> {output}")
     if html is not None:
-        options = {choice.format.name: choice.options}
-        write_plan_page(measured, html, model=measurement.stem, options=options)
+        write_plan_page(measured, html, model=measurement.stem, options=choice.all)
         say(f"plans of all sizes -> {html}")
     for name in measured.without_feedback:
         say(f"fallback: {name} was measured without error feedback", err=True)

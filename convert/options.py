@@ -12,6 +12,8 @@ __all__ = ["Conflict", "FormatOptions", "Option", "option", "options_of"]
 Kind = Literal["text", "flag", "negated", "file", "directory", "mebibytes", "integer"]
 Command = Literal["measure", "plan", "quantize"]
 
+_MIB = 1 << 20
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
@@ -27,6 +29,7 @@ class Option:
         repeatable: Whether it may be given several times; the field is a tuple then.
         metavar: What help calls the value; None for the usual.
         parse: Makes the field's value of the text, or of each of the texts.
+        default: The field's default.
     """
 
     flags: tuple[str, ...]
@@ -37,6 +40,14 @@ class Option:
     repeatable: bool = False
     metavar: str | None = None
     parse: Callable[[Any], Any] | None = None
+    default: Any = None
+
+    @property
+    def described(self) -> str:
+        """The help, with the default as a user would give it; without where leaving the option out says it all."""
+        if self.kind in ("flag", "negated") or self.default in (None, ()):
+            return self.help
+        return f"{self.help}  [default: {self.default // _MIB if self.kind == 'mebibytes' else self.default}]"
 
     @property
     def name(self) -> str:
@@ -66,6 +77,11 @@ class FormatOptions:
 
     __slots__ = ()
 
+    @property
+    def measures(self) -> bool:
+        """Whether plans are made from a measurement, for a target."""
+        return True
+
 
 def option(*flags: str, default: Any, help: str, **settings: Any) -> Any:
     """Return a dataclass field that commands offer as an option.
@@ -76,7 +92,8 @@ def option(*flags: str, default: Any, help: str, **settings: Any) -> Any:
         help: As for ``Option``.
         **settings: The other attributes of ``Option``.
     """
-    return dataclasses.field(default=default, metadata={"option": Option(flags=flags, help=help, **settings)})
+    declared = Option(flags=flags, default=default, help=help, **settings)
+    return dataclasses.field(default=default, metadata={"option": declared})
 
 
 def options_of(options: type[FormatOptions], command: Command) -> dict[str, Option]:

@@ -114,12 +114,12 @@ def load_plan(path: Path) -> Plan:
     """
     raw = read_json(path, FormatError)
     name = raw.get("format")
-    if PLAN_KEY not in raw or name not in _FORMATS:
+    if PLAN_KEY not in raw or not isinstance(name, str) or name not in _FORMATS:
         raise FormatError(
             f"{path}: not a plan. Got format {name!r}. Expected one of {', '.join(_FORMATS)}. "
             "Make it again with `bpwise plan`."
         )
-    return format_named(str(name)).load_plan(raw, str(path))
+    return format_named(name).load_plan(raw, str(path))
 
 
 @contextmanager

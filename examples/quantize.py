@@ -27,8 +27,7 @@ def main(model: str, output: Path, bpw: str, head_bits: int, rows: int, row_toke
     """Quantize MODEL (a directory or a Hub id) to a model directory in OUTPUT for every bitrate."""
     rates = [float(rate) for rate in bpw.split(",")]
     config = bpwise.QuantizeConfig(
-        bpw=rates[0],  # replaced by each in turn
-        head_bits=head_bits,
+        options=bpwise.Exl2Options(head_bits=head_bits),
         measure=bpwise.MeasureConfig(calibration=bpwise.CalibrationConfig(rows=rows, row_tokens=row_tokens)),
         evaluate=bpwise.EvalConfig(rows=4, row_tokens=row_tokens),
     )

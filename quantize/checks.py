@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.files.atomic import explained, require_room
-from ..checkpoint.files.paths import refuse_foreign
+from ..checkpoint.files.paths import check_run, refuse_foreign
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..convert.conversion import Conversion, Target
 from ..convert.format import Format
@@ -22,9 +22,21 @@ from ..measure.measurement import Measurement
 from ..measure.run import MeasureConfig, require_measurable, resolve_device
 from ..measure.text.calibration import CalibrationSet
 from ..measure.text.context import CALIBRATION, check_rows, fit_row_tokens
+from ..progress import Progress
+from .config import QuantizeConfig
 from .forecast import Forecast, forecast_run
+from .measuring import check_work
 
-__all__ = ["ReportPlace", "exists", "forecast_outputs", "output_of", "refuse_others", "report_place"]
+__all__ = [
+    "ReportPlace",
+    "check_output",
+    "exists",
+    "forecast_outputs",
+    "output_of",
+    "report_place",
+    "require_convertible",
+    "run_prefix",
+]
 
 _CARD_SENTENCE = b"quantized to "
 """In the cards of all formats."""
@@ -87,18 +99,38 @@ def output_of(output: Path, format_: Format, run: str) -> bool:
     return True
 
 
-def refuse_others(output: Path, conversion: Conversion, format_: Format, *, evaluated: bool) -> None:
-    """Refuse files of others that an output, its report and its card would replace.
+def check_output(
+    conversion: Conversion,
+    config: QuantizeConfig,
+    output: Path,
+    work: Path,
+    measurement: Path | None,
+    progress: Progress,
+) -> None:
+    """Refuse places that are in the way of each other, and files of others; costs no time unless the output exists.
 
     Args:
-        output: The output.
-        conversion: Says whether a card is written.
-        format_: The output's format.
-        evaluated: Whether a report is written.
+        conversion: The original on its way into the format.
+        config: Options.
+        output: Directory or file to make.
+        work: Its work directory.
+        measurement: The measurement to work from, or None.
+        progress: Shows how far the original's fingerprint is.
 
     Raises:
-        WorkDirectoryError: There are some.
+        WorkDirectoryError: A place is in the way, or holds something else.
     """
+    checkpoint = conversion.checkpoint
+    read = (measurement, *conversion.inputs)
+    check_run(output, work, directories=checkpoint.directories, files=read, offload=config.offload_dirs)
+    check_work(work)
+    if output.exists():
+        checkpoint.prepare_fingerprint(progress)
+    _refuse_others(output, conversion, config.format, evaluated=config.evaluate is not None)
+
+
+def _refuse_others(output: Path, conversion: Conversion, format_: Format, *, evaluated: bool) -> None:
+    # Files of others that an output, its report and its card would replace.
     output_of(output, format_, run_prefix(conversion.checkpoint) if exists(output) else "")
     place = report_place(output, format_)
     if format_.suffix and evaluated:
@@ -117,6 +149,17 @@ def _is_card(path: Path) -> bool:
         return _CARD_SENTENCE in path.read_bytes()
     except OSError:
         return False
+
+
+def require_convertible(conversion: Conversion) -> None:
+    """Refuse a model that the format or its readers do not know, and missing tools; costs next to no time.
+
+    Raises:
+        UnsupportedModelError: The model is not known, or readers would compute another one.
+        BpwiseError: A tool is not installed, or an option does not fit the model.
+    """
+    _ = conversion.warnings
+    conversion.require_support()
 
 
 def forecast_outputs(
@@ -146,7 +189,7 @@ def forecast_outputs(
         BpwiseError: What is wrong with the model, the options or the places of the outputs.
     """
     checkpoint = conversion.checkpoint
-    conversion.require_support()
+    require_convertible(conversion)
     if conversion.measures or evaluate is not None:
         require_measurable(checkpoint)
     if measured is not None and rows is not None:

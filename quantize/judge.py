@@ -12,7 +12,7 @@ from ..convert.opening import open_any
 from ..convert.plan import LinearCost
 from ..convert.publishing.cards import card_path
 from ..convert.publishing.mark import clear_mark, mark_broken, read_mark
-from ..errors import BrokenModelError, ConfigError, NumericalError
+from ..errors import BrokenModelError, NumericalError
 from ..eval.comparison import Comparison, EvalConfig, compare_with, evaluation_rows
 from ..eval.metrics.overlap import CalibrationSpans, refuse_calibration_text, with_overlap_warning
 from ..eval.models import vocab_size_of
@@ -31,7 +31,6 @@ __all__ = [
     "predicted_damage",
     "reconsider_mark",
     "refuse_marked",
-    "refuse_same_source",
 ]
 
 BROKEN_NATS = 1.0
@@ -215,23 +214,4 @@ def refuse_marked(output: Path) -> None:
     if reason is not None:
         raise BrokenModelError(
             f"{output}: marked as broken by an earlier run. {reason} Evaluate it again, or delete it."
-        )
-
-
-def refuse_same_source(calibration: str | None, evaluate: EvalConfig | None) -> None:
-    """Refuse one and the same text for both uses, by its name alone.
-
-    Args:
-        calibration: Where the calibration text comes from; None for the built-in text.
-        evaluate: Options of the evaluation, or None if there is none.
-
-    Raises:
-        ConfigError: Both are the same, and that is not allowed.
-    """
-    if evaluate is None or evaluate.allow_calibration_text or calibration is None:
-        return
-    if calibration == evaluate.text:
-        raise ConfigError(
-            f"{calibration}: cannot be calibration and evaluation text at once. Evaluate on other text, or force it "
-            "with --force-eval-text."
         )

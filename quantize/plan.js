@@ -3,10 +3,10 @@ const plans = JSON.parse(document.getElementById("plans").textContent);
 const slider = document.getElementById("slider");
 const memory = document.getElementById("memory");
 const show = (id, text) => { document.getElementById(id).textContent = text; };
-const chosen = () => document.querySelector("input[name=format]:checked").value;
+const chosen = () => document.querySelector("input[name=format]:checked");
 
 function update() {
-  const format = chosen();
+  const format = chosen().value;
   const points = plans[format];
   slider.max = points.length - 1;
   const point = points[Math.min(Number(slider.value), points.length - 1)];
@@ -14,7 +14,7 @@ function update() {
   show("size", `${(point.stored_bytes / 1e9).toFixed(3)} GB`);
   show("damage", `${point.damage} nats/token`);
   show("shares", point.shares);
-  const output = format === "GGUF" ? "OUT.gguf" : "OUT";
+  const output = `OUT${chosen().dataset.suffix}`;
   show("command", `bpwise quantize MODEL ${output} --bpw ${point.bpw} --measurement M`);
   for (const map of document.querySelectorAll("[data-map]")) {
     map.hidden = map.dataset.map !== format;
@@ -32,7 +32,7 @@ function update() {
 
 function fit() {
   const room = Number(memory.value) * 1e9;
-  const points = plans[chosen()];
+  const points = plans[chosen().value];
   const fitting = points.filter((point) => point.stored_bytes <= room).length;
   show("fits", room > 0 && fitting === 0 ? "No plan is that small." : "");
   if (room > 0) {
@@ -46,6 +46,6 @@ memory.addEventListener("input", fit);
 for (const choice of document.querySelectorAll("input[name=format]")) {
   choice.addEventListener("change", fit);
 }
-slider.max = plans[chosen()].length - 1;
-slider.value = plans[chosen()].findIndex((point) => point.bpw >= 4.5);
+slider.max = plans[chosen().value].length - 1;
+slider.value = plans[chosen().value].findIndex((point) => point.bpw >= 4.5);
 update();

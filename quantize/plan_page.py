@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
 from ..checkpoint.files.atomic import write_text
-from ..convert.options import FormatOptions
-from ..convert.registry import formats
+from ..convert.format import Format
+from ..convert.options import FormatOptions, options_of
+from ..convert.registry import format_named, formats
 from ..eval.metrics.numbers import nats
 from ..eval.report.drawings.charts import planned_chart
 from ..eval.report.drawings.maps import bits_map
@@ -39,17 +40,19 @@ def plan_page(points: Mapping[str, Sequence[PlanPoint]], *, model: str, facts: M
     """Return the page.
 
     Args:
-        points: Plans by title of the format, the smallest first; formats without any are left out.
+        points: Plans by name of the format, the smallest first; formats without any are left out.
         model: What to call the model.
         facts: Names and values: what was measured, and how.
     """
-    found = {name: list(each) for name, each in points.items() if each}
+    shown = {format_named(name): each for name, each in points.items() if each}
+    found = {each.title: points for each, points in shown.items()}
     return render_page(
         __package__,
         "plan",
         model=model,
         facts=Table.of_facts(facts.items()),
-        tables={name: _table(name, points) for name, points in found.items()},
+        suffixes={each.title: each.suffix for each in shown},
+        tables={each.title: _table(each, points) for each, points in shown.items()},
         chart=Markup(planned_chart({name: _curve(points) for name, points in found.items()}).render()),
         maps={name: Markup(_map(name, points[-1])) for name, points in found.items()},
         data={name: [_data(point) for point in points] for name, points in found.items()},
@@ -71,28 +74,37 @@ def write_plan_page(
         ConfigError: Options match nothing or contradict each other.
     """
     known = measurement.provenance
+    given = {name: each.Options() for name, each in formats().items()} | dict(options or {})
     facts = {
         "calibration text": str(known.get("calibration_text", "unknown")),
         "calibration tokens": str(measurement.tokens.size),
+        **{key: value for each in formats().values() for key, value in _options(each, given[each.name], measurement)},
         "measured by": f"bpwise {known.get('bpwise', '')}",
         "measurement": measurement.fingerprint,
     }
-    given = options or {}
-    points = {
-        each.title: plan_points(each, measurement, given.get(name) or each.Options())
-        for name, each in formats().items()
-    }
+    points = {name: plan_points(each, measurement, given[name]) for name, each in formats().items()}
     write_text(path, plan_page(points, model=model, facts=facts))
+
+
+def _options(format_: Format, options: FormatOptions, measurement: Measurement) -> Iterator[tuple[str, str]]:
+    # What plans of a format depend on beside the size: what was measured for it, and what it was asked.
+    if format_.name not in measurement.curves:
+        return
+    asked = {each.name: getattr(options, field) for field, each in options_of(format_.Options, "plan").items()}
+    for name, value in {**measurement.curves[format_.name].header, **asked}.items():
+        if isinstance(value, int | str):
+            yield f"{name.replace('_', ' ')} in {format_.title}", str(value)
 
 
 def _size(point: PlanPoint) -> str:
     return f"{point.plan.stored_bytes / 1e9:.3f} GB"
 
 
-def _table(name: str, points: Sequence[PlanPoint]) -> Table:
-    bits = f"bits per weight{' of the decoder' if name == 'EXL2' else ''}"
+def _table(format_: Format, points: Sequence[PlanPoint]) -> Table:
     rows = [(f"{point.bpw}", _size(point), nats(point.damage_nats)) for point in points]
-    return Table.of((bits, "size of the tensors", "predicted damage, nats/token"), rows)
+    return Table.of(
+        (f"bits per weight {format_.bpw_means}", "size of the tensors", "predicted damage, nats/token"), rows
+    )
 
 
 def _curve(points: Sequence[PlanPoint]) -> list[tuple[float, float, str]]:

@@ -53,16 +53,11 @@ class QuantizeResult:
         """Return the result as lines for a terminal."""
         plan, verified = self.plan, self.verification
         rates = ", ".join(f"{part} {bpw:.4f} bpw" for part, bpw in verified.rates.items())
-        shares = ", ".join(f"{name} {share:.1%}" for name, share in plan.shares().items())
         lines = [
             f"size        {verified.file_bytes / 2**20:.1f} MiB, {verified.file_bytes / self.original_bytes:.1%} of the"
             f" original; {rates}",
-            f"weights     {shares}",
+            *(f"plan        {fact}" for fact in plan.describe().facts),
         ]
-        if plan.damage_nats is not None:
-            lines.append(
-                f"predicted   {plan.damage_nats:.6f} nats/token, at most {100 * plan.gap:.3f} % above the best possible"
-            )
         lines += [] if self.comparison is None else summary_lines(self.comparison)
         lines += [f"warning     {warning}" for warning in self.warnings]
         lines += [] if self.experts is None else [f"experts     {self.experts}"]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..checkpoint.files.paths import check_run, named, reserved, work_beside
+from ..checkpoint.files.paths import named, reserved, work_beside
 from ..checkpoint.files.resume import RunArtifacts, run_artifacts
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..checkpoint.source.original import Original, open_model
@@ -15,7 +16,7 @@ from ..convert.conversion import Conversion, Provenance, Target
 from ..convert.model import Verification
 from ..convert.plan import Plan
 from ..convert.publishing.cards import write_card
-from ..convert.rounding import RoundedModel, Rounder
+from ..convert.rounding import Drift, RoundedModel, Rounder
 from ..eval.comparison import Comparison
 from ..eval.metrics.overlap import CalibrationSpans
 from ..eval.report.content import Report
@@ -25,17 +26,25 @@ from ..measure.run import MEASURED, resolve_device
 from ..measure.text.calibration import CalibrationSet
 from ..progress import Progress, silent
 from ..version import __version__
-from .checks import files_beside, forecast_outputs, output_of, refuse_others, report_place, run_prefix
+from .checks import (
+    check_output,
+    files_beside,
+    forecast_outputs,
+    output_of,
+    report_place,
+    require_convertible,
+    run_prefix,
+)
 from .config import QuantizeConfig
 from .costs import StepClock
 from .judge import Judge, refuse_marked
-from .measuring import MEASUREMENT_FILE, PLAN_FILE, GivenMeasurement, check_work, load_or_measure
+from .measuring import MEASUREMENT_FILE, PLAN_FILE, GivenMeasurement, load_or_measure
 from .result import QuantizeResult, report_details
 from .rounding.fallbacks import damping_fallbacks
 from .rounding.model import RoundConfig, round_model, rounded_before, rounding_identity
 from .rounding.rounding_pass import ROUNDED
 
-__all__ = ["Job", "check_output", "make_output", "quantize_model"]
+__all__ = ["Job", "make_output", "quantize_model"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -105,6 +114,7 @@ def quantize_model(
     output = named(Path(output))
     work = work or work_beside(output)
     conversion = config.format.conversion(checkpoint, config.options)
+    require_convertible(conversion)
     with reserved(output, files_beside(output, config.format)):
         check_output(conversion, config, output, work, measurement, progress)
         given = GivenMeasurement.load(measurement, checkpoint, progress)
@@ -125,38 +135,6 @@ def quantize_model(
         return make_output(job, output, config.target, work)
 
 
-def check_output(
-    conversion: Conversion,
-    config: QuantizeConfig,
-    output: Path,
-    work: Path,
-    measurement: Path | None,
-    progress: Progress,
-) -> None:
-    """Refuse places that are in the way of each other, and files of others; costs no time unless the output exists.
-
-    Args:
-        conversion: The original on its way into the format.
-        config: Options.
-        output: Directory or file to make.
-        work: Its work directory.
-        measurement: The measurement to work from, or None.
-        progress: Shows how far the original's fingerprint is.
-
-    Raises:
-        UnsupportedModelError: Readers of the format do not know the model.
-        WorkDirectoryError: A place is in the way, or holds something else.
-    """
-    checkpoint = conversion.checkpoint
-    _ = conversion.warnings
-    read = (measurement, *conversion.inputs)
-    check_run(output, work, directories=checkpoint.directories, files=read, offload=config.offload_dirs)
-    check_work(work)
-    if output.exists():
-        checkpoint.prepare_fingerprint(progress)
-    refuse_others(output, conversion, config.format, evaluated=config.evaluate is not None)
-
-
 def make_output(job: Job, output: Path, target: Target | None, work: Path) -> QuantizeResult:
     """Quantize a model once it is made sure of all that may be in the way.
 
@@ -171,6 +149,15 @@ def make_output(job: Job, output: Path, target: Target | None, work: Path) -> Qu
     """
     with run_artifacts(work) as artifacts:
         return _OutputRun(job, output, target, work, artifacts).result()
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """An output that is there, and what is known of its rounding; see ``QuantizeResult``."""
+
+    verification: Verification
+    fallbacks: Mapping[str, float] = field(default_factory=dict)
+    drift: tuple[Drift, ...] = ()
 
 
 class _OutputRun:
@@ -202,18 +189,17 @@ class _OutputRun:
             plan.save(self._work / PLAN_FILE)
         run = self._identity(rows, plan)
         finished = output_of(self._output, job.config.format, run)
-        verification, rounded = self._written(plan, measured, rows, run, finished=finished)
+        made = self._made(plan, measured, rows, run, finished=finished)
         comparison = self._compared(plan)
-        refined = conversion.refines
         result = QuantizeResult(
             output=self._output,
             plan=plan,
-            verification=verification,
+            verification=made.verification,
             original_bytes=job.checkpoint.total_bytes,
             comparison=comparison,
             costs=tuple(self._clock.costs),
-            fallbacks=_fallbacks(measured, rounded),
-            drift=() if rounded is None or refined else tuple(rounded.drift()),
+            fallbacks=made.fallbacks,
+            drift=made.drift,
             measurement=self._measurement_file(),
             experts=None if measured is None else measured.experts_sentence,
             warnings=(*conversion.warnings, *conversion.notes),
@@ -244,7 +230,7 @@ class _OutputRun:
         self._artifacts.add(MEASURED, measured.provenance)
         return measured, rows
 
-    def _written(
+    def _made(
         self,
         plan: Plan,
         measured: Measurement | None,
@@ -252,24 +238,28 @@ class _OutputRun:
         run: str,
         *,
         finished: bool,
-    ) -> tuple[Verification, RoundedModel | None]:
-        # What was read back, and what was rounded, if that is there.
-        job = self._job
+    ) -> _Made:
+        job, config = self._job, self._round_config
         rounder = None if measured is None else job.conversion.rounder(plan, measured)
+        rounded = None
         if rounder is not None:
-            identity = rounding_identity(job.checkpoint, plan, rounder, self._round_config)
-            self._artifacts.add(ROUNDED, identity)
+            self._artifacts.add(ROUNDED, rounding_identity(job.checkpoint, plan, rounder, config))
         if finished:
-            rounded = None  # there, if the run was cut off while it was evaluated
-            if rounder is not None:
-                rounded = rounded_before(job.checkpoint, plan, rounder, self._round_config, self._work)
-            return job.config.format.verify(self._output), rounded
-        rounded = None if rounder is None or measured is None else self._rounded(plan, measured, rounder)
-        with self._clock.step("write and verify"):
-            verification = job.conversion.write(
-                rounded, self._output, plan, measured, self._provenance(rows, run), job.progress
-            )
-        return verification, rounded
+            if rounder is not None:  # there, if the run was cut off while it was evaluated
+                rounded = rounded_before(job.checkpoint, plan, rounder, config, self._work)
+            verification = job.config.format.verify(self._output)
+        else:
+            if rounder is not None and measured is not None:
+                rounded = self._rounded(plan, measured, rounder)
+            with self._clock.step("write and verify"):
+                verification = job.conversion.write(
+                    rounded, self._output, plan, measured, self._provenance(rows, run), job.progress
+                )
+        if rounded is None or measured is None:
+            return _Made(verification)
+        # Now: what is in the work directory may go while the output is evaluated.
+        drift = () if job.conversion.refines else tuple(rounded.drift())
+        return _Made(verification, damping_fallbacks(measured, rounded.numbers("damping")), drift)
 
     def _rounded(self, plan: Plan, measured: Measurement, rounder: Rounder) -> RoundedModel:
         job, config = self._job, self._round_config
@@ -312,6 +302,7 @@ class _OutputRun:
 
     def _provenance(self, rows: CalibrationSet | None, run: str = "0" * 32) -> Provenance:
         checkpoint, warnings = self._job.checkpoint, self._job.conversion.warnings
+        checkpoint.prepare_fingerprint(self._job.progress)
         if rows is None:
             return Provenance(version=__version__, run=run, model=checkpoint.fingerprint, warnings=warnings)
         return Provenance(
@@ -337,9 +328,3 @@ class _OutputRun:
             self._job.conversion.identity(),
         ]
         return run_prefix(checkpoint) + hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
-
-
-def _fallbacks(measured: Measurement | None, rounded: RoundedModel | None) -> dict[str, float]:
-    if measured is None or rounded is None:
-        return {}
-    return damping_fallbacks(measured, rounded.numbers("damping"))

@@ -22,12 +22,12 @@ from ..measure.text.calibration import CalibrationSet
 from ..progress import Progress, silent
 from ..tables import Table, cell
 from ..version import __version__
-from .checks import files_beside, forecast_outputs
+from .checks import check_output, files_beside, forecast_outputs, require_convertible
 from .config import QuantizeConfig
 from .costs import StepClock
 from .judge import Judge
 from .measuring import MEASUREMENT_FILE, GivenMeasurement, check_work, load_or_measure
-from .run import Job, check_output, make_output
+from .run import Job, make_output
 
 __all__ = ["SeriesOutput", "SeriesResult", "output_paths", "quantize_series"]
 
@@ -152,6 +152,7 @@ def quantize_series(
     conversion = config.format.conversion(checkpoint, config.options)
     if not conversion.measures:
         raise ConfigError("bitrates: these options say by themselves how large an output is. Leave one of them out.")
+    require_convertible(conversion)
     paths = output_paths(config.base_model or model_name(checkpoint), output, config, rates)
     targets = {path: Target(bpw=bpw) for bpw, path in paths.items()}
     for path in targets:

@@ -125,6 +125,8 @@ class GgufConversion(Conversion):
             self.checkpoint.prepare_fingerprint(progress)
             self._base = base_path(self.checkpoint, work, self.options.llama_cpp)
         self.notes = converted(self.checkpoint, self._base, self.options.llama_cpp)
+        if self.measures and self.options.feedback:
+            GgufModel.open(self._base)  # rounding will
         if self.options.base is not None:
             return ()
         return ((BASE, base_identity(self.checkpoint, self.options.llama_cpp)),)

@@ -93,14 +93,14 @@ class MixturePlan(Plan):
 
     def describe(self) -> Description:
         """Return what is in the plan."""
+        shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in self.shares().items())
+        facts = (f"{self.bpw:.4f} bits per weight over all tensors", f"weights: {shares}")
         rows = tuple((name, kind.name, f"{kind.bits_per_weight:.3f}") for name, kind in self.types.items())
-        return Description(kind=f"mixture {self.name}", facts=(), table=Table(("tensor", "type", "bpw"), rows))
+        return Description(kind=f"mixture {self.name}", facts=facts, table=Table(("tensor", "type", "bpw"), rows))
 
 
 class MixtureConversion(GgufConversion):
     """See ``Conversion``."""
-
-    measures = False
 
     def __init__(self, checkpoint: Checkpoint, options: GgufOptions) -> None:
         """See ``Conversion``."""
@@ -135,8 +135,11 @@ class MixtureConversion(GgufConversion):
     def forecast(
         self, target: Target | None, measured: Measurement | None, provenance: Provenance | None = None
     ) -> SizeForecast:
-        """Return an upper bound: how large a mixture's file is shows once the model is converted."""
-        return SizeForecast(output_bytes=self.checkpoint.total_bytes, bpw=16.0, lowest_bpw=0.0, highest_bpw=16.0)
+        """Return what the mixture's default type takes, roughly: all types show once the model is converted."""
+        bpw = TYPES[self._mixture.default].bits_per_weight
+        output_bytes = int(self.checkpoint.parameter_count * bpw / 8)
+        facts = ("roughly: all types show once the model is converted",)
+        return SizeForecast(output_bytes=output_bytes, bpw=bpw, lowest_bpw=bpw, highest_bpw=bpw, facts=facts)
 
     @cached_property
     def _types(self) -> dict[str, GgmlType]:

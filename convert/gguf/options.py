@@ -62,6 +62,11 @@ class GgufOptions(FormatOptions):
     )
     card: bool = option("--card", default=False, kind="flag", help="Write a model card NAME.README.md too.")
 
+    @property
+    def measures(self) -> bool:
+        """Whether types are chosen from a measurement: not those of a mixture."""
+        return self.mixture is None
+
     def __post_init__(self) -> None:
         """Check the values.
 

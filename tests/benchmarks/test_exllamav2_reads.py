@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bpwise.convert.conversion import Target
+from bpwise.convert.exl2.options import Exl2Options
 from bpwise.measure.run import MeasureConfig
 from bpwise.measure.text.calibration import CalibrationConfig
-from bpwise.quantize.pipeline import QuantizeConfig, quantize_model
+from bpwise.quantize.config import QuantizeConfig
+from bpwise.quantize.run import quantize_model
 from transformers import PreTrainedTokenizerFast
 
 from ..convert.exl2.test_readers import KINDS, PUBLISHED, original, published, taken, written
@@ -92,7 +95,8 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: PreTraine
         save = save_with_vision if kind in VISION else save_family
         original = save(folder / "model", kind, byte_tokenizer, **changes)
         measure = MeasureConfig(calibration=CalibrationConfig(rows=2, row_tokens=32), device="cpu")
-        config = QuantizeConfig(bpw=5.5, head_bits=8, measure=measure, evaluate=None, force=name in OTHERWISE)
+        options = Exl2Options(head_bits=8, force=name in OTHERWISE)
+        config = QuantizeConfig(target=Target(bpw=5.5), options=options, measure=measure, evaluate=None)
         quantize_model(original, folder / name, config)
         shutil.rmtree(original)
     run = subprocess.run(

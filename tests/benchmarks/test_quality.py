@@ -12,7 +12,7 @@ from bpwise.checkpoint.source.language import WeightOverlay
 from bpwise.checkpoint.source.original import open_model
 from bpwise.convert.exl2.curves import Exl2Curves
 from bpwise.convert.exl2.file.layout import padded_columns
-from bpwise.convert.exl2.plan.plan import Plan
+from bpwise.convert.exl2.plan.plan import Exl2Plan
 from bpwise.eval.comparison import EvalConfig
 from bpwise.measure.run import MeasureConfig
 from bpwise.measure.statistics.inputs import InputStatistics
@@ -24,7 +24,7 @@ from ..measured import group_of
 from ..tiny_models import streamed_logits
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-COMPARED = ("rtn", "uniform", "alike", "group-64", "no-drift", "bpwise")
+COMPARED = ("rtn", "uniform", "alike", "one-sided", "group-64", "no-drift", "bpwise")
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_rows_by_activity_are_undone_afterwards(quality: ModuleType) -> None:
 
 @pytest.mark.parametrize("target", [6.5, 5.0, 3.71])
 def test_uniform_plans_fill_the_budget_to_a_row_group(baselines: ModuleType, measurement: Any, target: float) -> None:
-    plan: Plan = baselines.uniform_plan(measurement, target, 6)
+    plan: Exl2Plan = baselines.uniform_plan(measurement, target, 6)
     weights = sum(linear.weights for linear in plan.linears)
     step = max(max(p.group_rows) * padded_columns(p.out_features) * 2 for p in plan.linears)
     unspent = target * weights - sum(linear.stored_bits for linear in plan.linears)
@@ -149,7 +149,7 @@ def test_uniform_plans_fill_the_budget_to_a_row_group(baselines: ModuleType, mea
 
 
 def test_uniform_plans_have_two_neighbouring_widths_in_equal_shares(baselines: ModuleType, measurement: Any) -> None:
-    plan: Plan = baselines.uniform_plan(measurement, 5.2, 6)
+    plan: Exl2Plan = baselines.uniform_plan(measurement, 5.2, 6)
     wide_groups, counts = [], []
     for linear in plan.linears:
         assert set(linear.group_bits) <= {4, 5}

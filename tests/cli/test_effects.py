@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-import click
 import pytest
 from bpwise.cli import cli
-from bpwise.cli.effects import MODES
+from bpwise.cli.effects import CONFLICTS
+from bpwise.convert.registry import formats
 from click.testing import CliRunner, Result
 
 EXL2 = ("quantize", "./no-model", "out", "--bpw", "4")
@@ -37,15 +37,15 @@ def bpwise(*arguments: str) -> Result:
         ((*GGUF, "--keep-fp16", "lm_head"), ["--keep-fp16"]),
         ((*GGUF, "--shard-size", "100"), ["--shard-size"]),
         ((*GGUF, "--force"), ["--force"]),
-        ((*GGUF, "--dry-run"), ["--dry-run"]),
+        ((*GGUF, "--group-size", "64"), ["--group-size"]),
         ((*GGUF, "--vram", "8GB", "--cache-bits", "8"), ["--cache-bits"]),
         ((*GGUF, "--imatrix", __file__), ["--imatrix"]),
         ((*GGUF, "--base-model", "org/name"), ["--base-model"]),
         ((*GGUF, "-m", __file__, "--no-feedback", "--no-eval", "--device", "cpu"), ["--device"]),
-        ((*TYPE, "--card", "--base-model", "org/name"), ["--card", "--base-model"]),
-        ((*TYPE, "--work-dir", "work"), ["--work-dir"]),
+        ((*TYPE, "--base-model", "org/name"), ["--base-model"]),
+        ((*GGUF, "--base", __file__, "--llama-cpp", HERE), ["--llama-cpp"]),
         ((*TYPE, "-c", "text.txt"), ["--calibration"]),
-        ((*TYPE, "--rows", "8", "--group-size", "64"), ["--rows", "--group-size"]),
+        ((*TYPE, "--rows", "8", "--seed", "1"), ["--rows", "--seed"]),
         ((*TYPE, "--override", "*=Q8_0"), ["--override"]),
         ((*TYPE, "-m", __file__), ["--measurement"]),
         ((*TYPE, "--force-eval-text"), ["--force-eval-text"]),
@@ -94,7 +94,10 @@ def test_refused_with_one_sentence(
         (*GGUF, "--card", "--base-model", "org/name"),
         ("quantize", "./no-model", "out", "--format", "gguf", "--bpw", "4,5", "--base-model", "org/name"),
         (*GGUF, "-m", __file__, "--no-eval", "--device", "cpu"),
+        (*GGUF, "--dry-run"),
         (*TYPE, "--imatrix", __file__, "--device", "cpu"),
+        (*TYPE, "--card", "--base-model", "org/name"),
+        (*TYPE, "--work-dir", "work"),
         (*PLAN, "--format", "gguf", "--html", "page.html", "-b", "4", "--head-bits", "8"),
         (*EVAL, "--text", "text.txt", "--seed", "1", "--needle", "1k"),
         (*EVAL, "--tasks", "mmlu", "--limit", "10"),
@@ -109,10 +112,10 @@ def test_taken_where_they_have_one(command: tuple[str, ...], tmp_path: Path, mon
 
 
 def test_the_table_names_options_that_there_are() -> None:
-    for name, modes in MODES.items():
-        command = cli.commands[name]
-        assert isinstance(command, click.Command)
-        assert {option for mode in modes for option in mode.options} <= {each.name for each in command.params}
+    tables = [CONFLICTS, *(each.conflicts for each in formats().values())]
+    for name, conflicts in (pair for table in tables for pair in table.items()):
+        known = {each.name for each in cli.commands[name].params}
+        assert {option for conflict in conflicts for option in conflict.options} <= known
 
 
 def test_an_output_named_as_a_file_is_no_directory() -> None:

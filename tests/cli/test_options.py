@@ -1,10 +1,13 @@
 import ast
+import re
 from pathlib import Path
 
 import bpwise
 import pytest
 from bpwise.cli import cli
-from bpwise.cli.options import LENGTHS, SIZE, TOKENS
+from bpwise.cli.types import LENGTHS, SIZE, TOKENS
+from bpwise.convert.options import options_of
+from bpwise.convert.registry import formats
 from click.testing import CliRunner
 
 FILES = sorted((Path(bpwise.__file__).parent / "cli").glob("*.py"))
@@ -43,3 +46,49 @@ def test_what_is_no_bitrate_is_refused() -> None:
     result = CliRunner().invoke(cli, ["quantize", "--bpw", "x"], catch_exceptions=False)
     assert result.exit_code == 2
     assert "'x' is not a valid bitrate. Use 4.5, or several as 8.0,6.0,4.5." in result.stderr
+
+
+DEFAULTS = {
+    "--format": "as OUTPUT is named, else exl2",
+    "--head-bits": "6",
+    "--override": None,
+    "--keep-fp16": None,
+    "--effort": "normal",
+    "--cache-bits": "16",
+    "--group-size": "32",
+    "--shard-size": "8192",
+    "--force": None,
+    "--no-feedback": None,
+    "--type": None,
+    "--imatrix": None,
+    "--llama-cpp": "as `make` installs it",
+    "--base": None,
+    "--card": None,
+}
+
+
+def test_help_shows_the_defaults_of_formats_options() -> None:
+    text = CliRunner().invoke(cli, ["quantize", "--help"], terminal_width=200).output
+    # An option goes from its flags to those of the next, which stand two columns from the left.
+    options = [" ".join(each.split()) for each in re.split(r"\n  (?=-)", text)]
+    declared = [each for form in formats().values() for each in options_of(form.Options, "quantize").values()]
+    assert {*(each.flags[-1] for each in declared), "--format"} == set(DEFAULTS)
+    for flag, default in DEFAULTS.items():
+        (option,) = (each for each in options if re.match(rf"(-\w+, )?{flag} ", each))
+        assert re.findall(r"\[default: ([^]]*)\]", option) == ([] if default is None else [default]), option
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["out"], "an output needs one target. Give one of --bpw, --max-size and --vram."),
+        (["out", "-b", "4", "--max-size", "1GB"], "an output needs one target"),
+        (["out.gguf", "-b", "4", "--type", "Q8_0"], "Leave --bpw, --max-size and --vram out."),
+        (["out.gguf", "-b", "4,5"], "several bitrates make several files: name a directory, with --format gguf."),
+        (["out.gguf", "-b", "4", "--format", "exl2"], "out.gguf is named as a GGUF file"),
+    ],
+)
+def test_usage_is_checked_before_a_model_is_looked_for(arguments: list[str], problem: str) -> None:
+    result = CliRunner().invoke(cli, ["quantize", "./no-model", *arguments], catch_exceptions=False)
+    assert result.exit_code == 2
+    assert problem in result.stderr

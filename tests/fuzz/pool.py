@@ -151,7 +151,6 @@ def _where(error: BaseException) -> str:
 
 
 def _package_frames(error: BaseException) -> Iterator[traceback.FrameSummary]:
-    rooms = ("cli", "quantize", "eval", "measure", "rounding", "convert")
     for frame in traceback.extract_tb(error.__traceback__):
-        if any(f"/bpwise/{room}/" in frame.filename for room in rooms):
+        if "/bpwise/" in frame.filename and "/bpwise/tests/" not in frame.filename:
             yield frame

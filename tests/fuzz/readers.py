@@ -14,30 +14,38 @@ from typing import Any
 import numpy as np
 import torch
 from bpwise.checkpoint.source.checkpoint import Checkpoint
+from bpwise.checkpoint.source.language import language_model
 from bpwise.checkpoint.source.original import open_model
 from bpwise.cli import cli
+from bpwise.convert.conversion import Target
 from bpwise.convert.exl2.curves import Exl2Curves
-from bpwise.convert.exl2.plan.plan import Plan, make_plan
-from bpwise.convert.exl2.rounding.rounder import RoundConfig, round_model
+from bpwise.convert.exl2.plan.making import make_exl2_plan
+from bpwise.convert.exl2.plan.plan import Exl2Plan
+from bpwise.convert.exl2.rounding.rounder import Exl2Rounder, rounded_linear
 from bpwise.convert.gguf.curves import GgufCurves
 from bpwise.convert.gguf.file.emit import Planned, entry, header_bytes, padding
 from bpwise.convert.gguf.file.header import read_gguf_header
 from bpwise.convert.gguf.file.writer import write_gguf
 from bpwise.convert.gguf.ggml.types import ggml_type
 from bpwise.convert.gguf.llama_cpp.imatrix import imatrix_metadata, read_imatrix
-from bpwise.convert.gguf.plan import TypePlan
+from bpwise.convert.gguf.plan import GgufPlan
 from bpwise.convert.opening import open_any, verify_model
 from bpwise.convert.publishing.cards import write_card
+from bpwise.convert.registry import load_plan, require_format
+from bpwise.convert.rounding import RoundedModel
 from bpwise.errors import BpwiseError
 from bpwise.eval.cache import OriginalCache, OriginalState
 from bpwise.eval.metrics.overlap import stored_spans
 from bpwise.eval.report.layers import linear_costs
+from bpwise.measure.curves import CurveMaker
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig, measure_checkpoint, measured_rows
 from bpwise.measure.text.calibration import CalibrationConfig, CalibrationSet, build_calibration
 from bpwise.measure.text.tokenizer import load_tokenizer
-from bpwise.quantize.curve_makers import curve_makers
-from bpwise.quantize.pipeline import QuantizeConfig, is_finished, quantize_model
+from bpwise.quantize.checks import output_of
+from bpwise.quantize.config import QuantizeConfig
+from bpwise.quantize.rounding.model import RoundConfig, round_model
+from bpwise.quantize.run import quantize_model
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -50,6 +58,8 @@ __all__ = ["READERS", "Reader", "build_seeds", "fuzz", "targets_of"]
 
 _TEXT = "The quick brown fox jumps over the lazy dog, and then it sleeps. " * 40
 _TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<eos>{% endfor %}"
+
+_TO_4_5_BPW = QuantizeConfig(target=Target(bpw=4.5), evaluate=None, measure=MeasureConfig(device="cpu"))
 
 MOST_CHARACTERS = 4000
 """Longest message that is still one for people."""
@@ -198,7 +208,7 @@ def _state() -> OriginalState:
 
 def _quantized_seeds(folder: Path, made: set[str], work: Path, original: Checkpoint, rows: CalibrationSet) -> None:
     config = MeasureConfig(device="cpu")
-    measurement = measure_checkpoint(original, rows, config, curve_makers(types=True), work / "measuring")
+    measurement = measure_checkpoint(original, rows, config, _makers(), work / "measuring")
     path = work / "measurement.safetensors"
     measurement.save(path)
     if "measurement" in made:
@@ -214,9 +224,7 @@ def _quantized_seeds(folder: Path, made: set[str], work: Path, original: Checkpo
             _run_cli("plan", path, "--bpw", "8", "--format", "gguf", "-o", folder / "plan" / "types.json")
     if made & {"exl2", "plan"}:
         output = work / "exl2"
-        quantize_model(
-            original.directory, output, QuantizeConfig(bpw=4.5, evaluate=None, measure=config), measurement=path
-        )
+        quantize_model(original.directory, output, _TO_4_5_BPW, measurement=path)
         manifest = json.loads((output / "bpwise.json").read_text())
         manifest["provenance"]["changes"] = {"adapters": [{"name": "a", "sha256": "0"}]}
         (output / "bpwise.json").write_text(json.dumps(manifest))
@@ -247,14 +255,20 @@ def _piece_seeds(to: Path, original: Checkpoint, rows: CalibrationSet, config: M
                 yield item
 
         with suppress(_CutOff):
-            measure_checkpoint(original, rows, config, curve_makers(types=True), to / f"work-{number}", cut)
+            measure_checkpoint(original, rows, config, _makers(), to / f"work-{number}", cut)
     measurement = Measurement.load(work / "measurement.safetensors")
     measurement.save(to / "measurement.safetensors")
-    round_model(original, measurement, _plan_of(measurement), RoundConfig(device="cpu"), to / "work-rounded")
+    _rounded(original, measurement, to / "work-rounded")
 
 
-def _plan_of(measurement: Measurement) -> Plan:
-    return make_plan(measurement, bpw=4.5, head_bits=6)
+def _makers() -> list[CurveMaker]:
+    return [maker for maker in (Exl2Curves(), GgufCurves.installed()) if maker is not None]
+
+
+def _rounded(original: Checkpoint, measurement: Measurement, work: Path) -> RoundedModel:
+    plan = make_exl2_plan(measurement, bpw=4.5, head_bits=6)
+    rounder = Exl2Rounder(plan, measurement)
+    return round_model(original, measurement, plan, rounder, RoundConfig(device="cpu"), work)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -391,15 +405,14 @@ def _read_plan(folder: Path, changed: Path) -> None:
         path = folder / name
         if path.exists():
             linear_costs(open_any(folder / "exl2"), path)
-    plan = Plan.load(folder / "plan.json")
-    plan.save(folder / "again.json")
-    plan.weights_per_width()
-    _ = (plan.gap, plan.head_code_bits, [linear.stored_groups for linear in plan.linears])
-    if (folder / "types.json").exists():
-        types = TypePlan.load(folder / "types.json")
-        _ = (types.bpw, types.gap, types.kinds, types.weights_per_type())
-        types.save(folder / "again.json")
-    _run_cli("inspect", folder / "plan.json")
+            plan = load_plan(path)
+            plan.save(folder / "again.json")
+            _ = (plan.bpw, plan.gap, plan.damage_nats, plan.stored_bytes, plan.shares(), plan.identity())
+            if isinstance(plan, Exl2Plan):
+                _ = (plan.head_code_bits, [linear.stored_groups for linear in plan.linears])
+            if isinstance(plan, GgufPlan):
+                _ = plan.kinds
+            _run_cli("inspect", path)
 
 
 def _read_measurement(folder: Path, changed: Path) -> None:
@@ -408,12 +421,11 @@ def _read_measurement(folder: Path, changed: Path) -> None:
     assert measured_rows(measurement).tokens.numel()
     _run_cli("inspect", path)
     _run_cli("plan", path, "--bpw", "4.5", "--head-bits", "auto", "-o", folder / "p.json")
-    if measurement.types:
+    if GgufCurves.name in measurement.curves:
         _run_cli("plan", path, "--bpw", "8", "--format", "gguf", "-o", folder / "t.json")
         _run_cli("plan", path, "--html", folder / "page.html")
     _run_cli("imatrix", path, "-o", folder / "i.gguf")
-    config = QuantizeConfig(bpw=4.5, evaluate=None, measure=MeasureConfig(device="cpu"))
-    quantize_model(folder / "model", folder / "out", config, measurement=path)
+    quantize_model(folder / "model", folder / "out", _TO_4_5_BPW, measurement=path)
 
 
 def _read_pieces(folder: Path, changed: Path) -> None:
@@ -421,14 +433,15 @@ def _read_pieces(folder: Path, changed: Path) -> None:
     work = folder / changed.parts[0]
     if work.name == "work-rounded":
         measurement = Measurement.load(folder / "measurement.safetensors")
-        rounded = round_model(original, measurement, _plan_of(measurement), RoundConfig(device="cpu"), work)
+        rounded = _rounded(original, measurement, work)
         rounded.drift()
+        rounded.numbers("damping")
+        source = language_model(original)
         for name in rounded.names:
-            rounded.damping(name)
-            rounded.linear(name).dequantize()
+            rounded_linear(rounded, source, name).dequantize()
         return
     rows = CalibrationSet.load(folder / "rows.safetensors")
-    measurement = measure_checkpoint(original, rows, MeasureConfig(device="cpu"), curve_makers(types=True), work)
+    measurement = measure_checkpoint(original, rows, MeasureConfig(device="cpu"), _makers(), work)
     assert measurement.to_bytes() == (folder / "measurement.safetensors").read_bytes(), "damage went through in silence"
 
 
@@ -476,7 +489,7 @@ def _read_output(folder: Path, changed: Path) -> None:
     _run_cli("push", output, "org/name", "--dry-run")
     write_card(output, original=folder / "model")
     with suppress(BpwiseError):  # that it is another's
-        is_finished(output, model=lambda: "another")
+        output_of(output, require_format(output), "another")
 
 
 def _read_checkpoint(folder: Path, changed: Path) -> None:

@@ -5,18 +5,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-from bpwise.cli import cli
 from bpwise.convert.exl2.card import exl2_name
+from bpwise.convert.names import convention_name
 from bpwise.convert.publishing.mark import mark_broken
-from bpwise.convert.publishing.names import convention_name
-from click.testing import CliRunner, Result
 from huggingface_hub import ModelCard
 
-OPTIONS = ("--bpw", "4.5", "--rows", "8", "--row-tokens", "32", "--device", "cpu", "--eval-rows", "2")
+from .runs import TEXT, bpwise
 
-
-def bpwise(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments], catch_exceptions=False)
+OPTIONS = ("--bpw", "4.5", *TEXT, "--eval-rows", "2")
 
 
 @pytest.fixture(scope="module")

@@ -9,27 +9,18 @@ from typing import Any
 import pytest
 import torch
 from bpwise.checkpoint.source.original import open_model
-from bpwise.cli import cli
 from bpwise.convert.exl2.file.reader import Exl2Model
+from bpwise.convert.gguf.base import base_path
 from bpwise.convert.gguf.file.header import read_gguf_header
 from bpwise.convert.gguf.file.reader import GgufModel
 from bpwise.convert.gguf.llama_cpp.check import check_base
 from bpwise.convert.gguf.llama_cpp.converter import make_base
 from bpwise.measure.measurement import Measurement
-from bpwise.quantize.gguf_pipeline import base_path
-from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-TEXT = ("--rows", "8", "--row-tokens", "32", "--device", "cpu", "--eval-rows", "2", "--eval-row-tokens", "32")
+from .runs import EVALUATION, TEXT, refused, succeed
+
 Q = "model.layers.0.self_attn.q_proj"
-
-
-def bpwise(*arguments: object) -> str:
-    result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.stderr
-    return result.stdout
 
 
 def to_float8(source: Path, directory: Path) -> Path:
@@ -89,7 +80,7 @@ def test_float8_adapter_and_positions_to_exl2(float8_model: Path, adapter: Path,
     base, length = 10000.0 * 2 ** (16 / 14), 128 * 4 * 2
     positions = {"rope_scaling": scaling, "rope_theta": base, "max_position_embeddings": length}
     float8_model = stretched(float8_model, tmp_path / "stretched", **positions)
-    bpwise("quantize", float8_model, out, "--bpw", 8, *TEXT, *changes)
+    succeed("quantize", float8_model, out, "--bpw", 8, *TEXT, *EVALUATION, *changes)
     config = json.loads((out / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "exl2"
     assert config["rope_scaling"] == {"type": "linear", "factor": 4.0}
@@ -106,27 +97,25 @@ def test_float8_adapter_and_positions_to_exl2(float8_model: Path, adapter: Path,
     # At 8 bits the output is nearly the changed original: had either side run at other positions, it were not.
     found = json.loads((out / "report.json").read_text())["comparison"]["summary"]["kl_nats"]["value"]
     assert found < 0.01
-    bpwise("eval", float8_model, out, *changes, "-r", 2, "-l", 32, "--no-cache", "--device", "cpu")
+    succeed("eval", float8_model, out, *changes, "-r", 2, "-l", 32, "--no-cache", "--device", "cpu")
     again = json.loads((out / "report.json").read_text())["comparison"]["summary"]["kl_nats"]["value"]
     assert again == pytest.approx(found, rel=1e-6)
-    bpwise("eval", float8_model, out, "-r", 2, "-l", 32, "--no-cache", "--device", "cpu")
+    succeed("eval", float8_model, out, "-r", 2, "-l", 32, "--no-cache", "--device", "cpu")
     unchanged = json.loads((out / "report.json").read_text())["comparison"]["summary"]["kl_nats"]["value"]
     assert unchanged > 10 * found
 
 
 def test_longer_rows_than_the_model_was_made_for(tiny_model: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
-    bpwise("quantize", tiny_model, other, "--bpw", 8, *TEXT, "--no-eval")
+    succeed("quantize", tiny_model, other, "--bpw", 8, *TEXT, "--no-eval")
     long = ("-r", 1, "-l", 200, "--no-cache", "--device", "cpu", "-o", tmp_path)
-    result = CliRunner().invoke(cli, [str(x) for x in ("eval", tiny_model, other, *long)])
-    assert result.exit_code == 1
-    assert "positions for 128" in result.stderr
+    assert "positions for 128" in refused("eval", tiny_model, other, *long)
     changes = {
         "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
         "max_position_embeddings": 256,
     }
     original, other = stretched(tiny_model, tmp_path / "a", **changes), stretched(other, tmp_path / "b", **changes)
-    bpwise("eval", original, other, *long)
+    succeed("eval", original, other, *long)
     found = json.loads((tmp_path / "report.json").read_text())["comparison"]
     assert found["summary"]["kl_nats"]["value"] < 0.01
     assert found["profile"]["positions"][-1]["last"] == 199
@@ -134,38 +123,31 @@ def test_longer_rows_than_the_model_was_made_for(tiny_model: Path, tmp_path: Pat
 
 def test_a_measurement_is_of_the_changed_model(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
     file = tmp_path / "m.safetensors"
-    bpwise("measure", tiny_model, "-o", file, *TEXT[:6], "--lora", adapter)
+    succeed("measure", tiny_model, "-o", file, *TEXT, "--lora", adapter)
     assert Measurement.load(file).provenance["changes"]["adapters"][0]["name"] == "adapter"
     plain = ("quantize", tiny_model, tmp_path / "out", "--bpw", 4.5, "-m", file, "--no-eval", "--device", "cpu")
-    result = CliRunner().invoke(cli, [str(x) for x in plain])
-    assert result.exit_code == 1
-    assert "another model" in result.stderr
-    bpwise(*plain, "--lora", adapter)
+    assert "another model" in refused(*plain)
+    succeed(*plain, "--lora", adapter)
 
 
 def test_an_original_that_changes_in_place(tiny_model: Path, tmp_path: Path) -> None:
     model, out, file = tmp_path / "model", tmp_path / "out", tmp_path / "m.safetensors"
     shutil.copytree(tiny_model, model)
-    bpwise("measure", model, "-o", file, *TEXT[:6])
+    succeed("measure", model, "-o", file, *TEXT)
     command = ("quantize", model, out, "--bpw", 4.5, "-m", file, "--no-eval", "--device", "cpu")
-    bpwise(*command)
-
-    def refused() -> str:
-        result = CliRunner().invoke(cli, [str(argument) for argument in command])
-        assert result.exit_code == 1
-        return result.stderr
+    succeed(*command)
 
     (model / "chat_template.jinja").write_text("{{ other }}")
-    assert "is not the output of this run" in refused()
+    assert "is not the output of this run" in refused(*command)
     (model / "chat_template.jinja").unlink()
     weights = model / "model.safetensors"
     status = weights.stat()
     save_file({name: -tensor for name, tensor in load_file(weights).items()}, weights, metadata={"format": "pt"})
     os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert weights.stat().st_size == status.st_size
-    assert "is not the output of this run" in refused()
+    assert "is not the output of this run" in refused(*command)
     shutil.rmtree(out)
-    assert "or to what its files were before they changed" in refused()
+    assert "or to what its files were before they changed" in refused(*command)
 
 
 def test_a_base_belongs_to_tokenizer_and_templates(tiny_model: Path, tmp_path: Path) -> None:

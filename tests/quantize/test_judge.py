@@ -9,37 +9,27 @@ from typing import Any
 
 import pytest
 from bpwise.checkpoint.source.checkpoint import Checkpoint
-from bpwise.cli import cli
-from bpwise.convert.exl2.rounding.rounder import RoundedModel
+from bpwise.convert.exl2.rounding.rounder import rounded_linear
 from bpwise.convert.publishing.mark import clear_mark, mark_broken, mark_path, read_mark
 from bpwise.errors import BrokenModelError, ConfigError
-from bpwise.eval.comparison import EvalConfig
+from bpwise.eval.config import EvalConfig
 from bpwise.measure.run import MeasureConfig
 from bpwise.measure.text.calibration import CalibrationConfig
 from bpwise.quantize.judge import Judge, broken_because
-from bpwise.quantize.pipeline import QuantizeConfig, quantize_model
-from click.testing import CliRunner, Result
+from bpwise.quantize.run import quantize_model
+from click.testing import Result
 
-TEXT = ("--rows", "8", "--row-tokens", "32", "--device", "cpu")
-EVALUATION = ("--eval-rows", "2", "--eval-row-tokens", "32")
-
-
-def bpwise(*arguments: object) -> Result:
-    result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
+from .runs import EVALUATION, TEXT, bpwise, exl2, measurement_of
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
-    """From now on rounding gives every linear scales that are too large."""
-    whole = RoundedModel.linear
+    """From now on every linear is written with scales that are too large."""
 
-    def spoiled(self: RoundedModel, name: str) -> Any:
-        linear = whole(self, name)
+    def spoiled(*arguments: Any) -> Any:
+        linear = rounded_linear(*arguments)
         return replace(linear, max_scales=(linear.max_scales.float() * factor).half())
 
-    monkeypatch.setattr(RoundedModel, "linear", spoiled)
+    monkeypatch.setattr("bpwise.convert.exl2.conversion.rounded_linear", spoiled)
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +42,9 @@ def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture
 def command(tiny_model: Path, finished: Path, tmp_path: Path) -> Callable[..., Result]:
     """Quantize from the finished run's measurement to tmp_path/out."""
-    measurement = finished.with_name("out.work") / "measurement.safetensors"
 
     def run(*options: object) -> Result:
-        common = ("--bpw", 4.5, "--device", "cpu", "-m", measurement)
+        common = ("--bpw", 4.5, "--device", "cpu", "-m", measurement_of(finished))
         return bpwise("quantize", tiny_model, tmp_path / "out", *common, *options)
 
     return run
@@ -118,15 +107,12 @@ class TestBroken:
     ) -> None:
         out = tmp_path / "out"
         spoil(monkeypatch, 3000)  # beyond float16, which the original is not
-        config = QuantizeConfig(
-            bpw=4.5,
+        config = exl2(
             measure=MeasureConfig(device="cpu"),
             evaluate=EvalConfig(rows=2, row_tokens=32, device="cpu", dtype="float16"),
         )
         with pytest.raises(BrokenModelError, match=r"broken. quantized model, .*: NaN or infinity"):
-            quantize_model(
-                tiny_model, out, config, measurement=finished.with_name("out.work") / "measurement.safetensors"
-            )
+            quantize_model(tiny_model, out, config, measurement=measurement_of(finished))
         assert "NaN or infinity" in (read_mark(out) or "")
         assert not (out / "report.json").exists()
 
@@ -160,9 +146,7 @@ class TestEvaluationText:
     def test_refused_before_the_long_work(
         self, tiny_model: Path, words: Path, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from bpwise.quantize import measuring as obtain
-
-        monkeypatch.setattr(obtain, "measure_checkpoint", lambda *_: pytest.fail("was measured"))
+        monkeypatch.setattr("bpwise.quantize.measuring.measure_checkpoint", lambda *_: pytest.fail("was measured"))
         result = bpwise(
             *("quantize", tiny_model, tmp_path / "out", "--bpw", 4.5, "-c", words, "-r", 40, "-l", 100),
             *("--device", "cpu", "--eval-text", copied, "--eval-rows", 8, "--eval-row-tokens", 100),
@@ -196,12 +180,10 @@ class TestEvaluationText:
         assert bpwise(*again).exit_code == 0
 
     def test_the_same_name(self) -> None:
-        from bpwise.errors import ConfigError
-
         measure = MeasureConfig(calibration=CalibrationConfig(source="a.txt"))
         with pytest.raises(ConfigError, match=r"a\.txt: cannot be calibration and evaluation text at once"):
-            QuantizeConfig(bpw=4, measure=measure, evaluate=EvalConfig(text="a.txt"))
-        QuantizeConfig(bpw=4, measure=measure, evaluate=EvalConfig(text="a.txt", allow_calibration_text=True))
+            exl2(measure=measure, evaluate=EvalConfig(text="a.txt"))
+        exl2(measure=measure, evaluate=EvalConfig(text="a.txt", allow_calibration_text=True))
 
     def test_held_out_text_is_said_to_be(self, finished: Path) -> None:
         section = json.loads((finished / "report.json").read_text())["details"]["Evaluation text"]

@@ -12,36 +12,15 @@ from typing import Any
 import pytest
 from bpwise.checkpoint.files.paths import reserved
 from bpwise.checkpoint.files.resume import ResumeStore
-from bpwise.cli import cli
 from bpwise.convert.publishing.mark import mark_broken
 from bpwise.errors import WorkDirectoryError
 from bpwise.measure.measurement import Measurement
 from bpwise.quantize import judge
 from bpwise.quantize import measuring as obtain
-from click.testing import CliRunner, Result
 
-TEXT = ("--rows", "4", "--row-tokens", "32", "--device", "cpu")
-EVALUATION = ("--eval-rows", "2", "--eval-row-tokens", "32")
+from .runs import EVALUATION, TEXT, bpwise, measurement_of, refused, succeed
+
 DRIFT = "Drift of the hidden states (first token, other tokens; relative)"
-
-
-def bpwise(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments], catch_exceptions=False)
-
-
-def succeed(*arguments: object) -> str:
-    result = bpwise(*arguments)
-    assert result.exit_code == 0, result.stderr
-    return result.stdout
-
-
-def refused(*arguments: object) -> str:
-    result = bpwise(*arguments)
-    assert result.exit_code == 1, result.output
-    assert result.stdout == ""
-    last = result.stderr.splitlines()[-1]
-    assert last.startswith("Error: ")
-    return last
 
 
 def weights(directory: Path) -> bytes:
@@ -63,7 +42,7 @@ def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def measurement(finished: Path) -> Path:
-    return finished.with_name("out.work") / "measurement.safetensors"
+    return measurement_of(finished)
 
 
 @pytest.fixture
@@ -298,7 +277,7 @@ class TestWorkDirectoriesWithFiles:
         kept.parent.mkdir()
         content = measurement.read_bytes()
         if damage == "other-version":
-            kept.write_bytes(content.replace(b'\\"version\\": 5', b'\\"version\\": 4'))
+            kept.write_bytes(content.replace(b'\\"version\\": 6', b'\\"version\\": 5'))
             assert kept.read_bytes() != content
         else:
             kept.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
@@ -475,8 +454,8 @@ class TestReportsAreKept:
         again = report(copied)["details"]
         assert again[DRIFT] == first[DRIFT]
         assert again["Plan"]["damping of model.layers.0.self_attn.q_proj"] == 0.5
-        stages = "Stages (seconds, peak MiB)"
-        assert {**again[stages], "evaluate": 0} == {**first[stages], "evaluate": 0}
+        steps = "Steps (seconds, peak MiB)"
+        assert {**again[steps], "evaluate": 0} == {**first[steps], "evaluate": 0}
         assert "Drift of the hidden states" in (copied / "report.html").read_text()
 
     def test_a_run_that_was_cut_off_while_it_was_evaluated(
@@ -511,7 +490,7 @@ class TestReportsAreKept:
         first, again = report(finished)["details"], report(copied)["details"]
         assert again[DRIFT] == first[DRIFT]
         assert again["Plan"] == first["Plan"]
-        assert "evaluate" not in again["Stages (seconds, peak MiB)"]
+        assert "evaluate" not in again["Steps (seconds, peak MiB)"]
         damages = [{each["name"]: each["damage_nats"] for each in report(x)["linears"]} for x in (finished, copied)]
         assert damages[0] == damages[1]
 

@@ -7,13 +7,16 @@ import pytest
 import torch
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.cli import cli
-from bpwise.convert.exl2.plan.plan import make_plan
+from bpwise.convert.exl2.curves import Exl2Curves
+from bpwise.convert.exl2.options import Exl2Options
+from bpwise.convert.exl2.plan.making import make_exl2_plan
+from bpwise.convert.gguf.curves import GgufCurves
+from bpwise.convert.registry import format_named
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig, measure_checkpoint
 from bpwise.measure.text.calibration import CalibrationSet
-from bpwise.quantize.curve_makers import curve_makers
 from bpwise.quantize.plan_page import plan_page
-from bpwise.quantize.planning import PlanPoint, exl2_points, gguf_points
+from bpwise.quantize.planning import PlanPoint, make_plan, plan_points
 from click.testing import CliRunner
 
 
@@ -23,45 +26,55 @@ def measurement(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> M
     rows = CalibrationSet(tokens=ids, origins=("random",) * 4, description="<random> ids", adds_bos=False)
     folder = tmp_path_factory.mktemp("measured")
     made = measure_checkpoint(
-        Checkpoint.open(tiny_model), rows, MeasureConfig(device="cpu"), curve_makers(types=True), folder
+        Checkpoint.open(tiny_model),
+        rows,
+        MeasureConfig(device="cpu"),
+        [maker for maker in (Exl2Curves(), GgufCurves.installed()) if maker is not None],
+        folder,
     )
     made.save(folder / "m.safetensors")
     return Measurement.load(folder / "m.safetensors")
 
 
+def points_of(measurement: Measurement, name: str, **options: Any) -> list[PlanPoint]:
+    format_ = format_named(name)
+    return plan_points(format_, measurement, format_.Options(**options))
+
+
 def falls(points: list[PlanPoint]) -> bool:
-    sizes, damages = [p.stored_bytes for p in points], [p.damage_nats for p in points]
+    sizes, damages = [p.plan.stored_bytes for p in points], [p.damage_nats for p in points]
     return sizes == sorted(sizes) and damages == sorted(damages, reverse=True)
 
 
 def test_exl2_plans_are_those_of_single_sizes(measurement: Measurement) -> None:
-    points = exl2_points(measurement, 6)
+    points = points_of(measurement, "exl2")
     assert len(points) > 15
     assert falls(points)
     point = next(point for point in points if point.bpw == 4.5)
-    plan = make_plan(measurement, bpw=4.5, head_bits=6)
+    plan = make_exl2_plan(measurement, bpw=4.5, head_bits=6)
     assert plan.head is not None
+    assert point.plan == plan == make_plan(measurement, bpw=4.5, options=Exl2Options())
     assert point.damage_nats == plan.damage_nats
-    assert len(point.costs) == 15
+    assert len(plan.costs()) == 15
     # Embeddings of 264 x 64 and five norms of 64 stay in float16.
     carried = 2 * (264 * 64 + 5 * 64)
-    assert point.stored_bytes == (sum(p.stored_bits for p in plan.linears) + plan.head.stored_bits) // 8 + carried
-    whole = next(p for p in exl2_points(measurement, 16) if p.bpw == 4.5)
-    assert whole.stored_bytes == sum(p.stored_bits for p in plan.linears) // 8 + carried + 2 * 264 * 64
+    assert point.plan.stored_bytes == (sum(p.stored_bits for p in plan.linears) + plan.head.stored_bits) // 8 + carried
+    whole = next(p for p in points_of(measurement, "exl2", head_bits=16) if p.bpw == 4.5)
+    assert whole.plan.stored_bytes == sum(p.stored_bits for p in plan.linears) // 8 + carried + 2 * 264 * 64
 
 
 def test_gguf_plans(measurement: Measurement) -> None:
     pytest.importorskip("libggml", reason="ggml's library is not installed: pip install 'bpwise[gguf]'")
-    points = gguf_points(measurement)
+    points = points_of(measurement, "gguf")
     assert len(points) > 12
     assert falls(points)
     weights = sum(p.numel() for p in (torch.empty(264, 64), torch.empty(264, 64)))
-    assert all(8 * p.stored_bytes / weights > p.bpw for p in points)  # there is more than head and embeddings
+    assert all(8 * p.plan.stored_bytes / weights > p.bpw for p in points)  # there is more than head and embeddings
     assert points[-1].bpw == 8.5
 
 
 def test_page_escapes_what_it_shows(measurement: Measurement) -> None:
-    page = plan_page({"EXL2": exl2_points(measurement, 6), "GGUF": []}, model="<b>m</b>", facts={"text": "<i>&"})
+    page = plan_page({"exl2": points_of(measurement, "exl2"), "gguf": []}, model="<b>m</b>", facts={"text": "<i>&"})
     assert "<b>m" not in page
     assert "<i>" not in page
     assert "GGUF" not in re.sub(r"<script>.*", "", page, flags=re.S)  # nothing was measured for it
@@ -76,14 +89,17 @@ def test_command_writes_it(measurement: Measurement, tmp_path: Path) -> None:
     command = ["plan", str(tmp_path / "m.safetensors"), "--html", str(tmp_path / "p.html")]
     run = CliRunner().invoke(cli, command, catch_exceptions=False)
     assert run.exit_code == 0, run.output
-    assert "&lt;random&gt; ids" in (tmp_path / "p.html").read_text()
+    page = (tmp_path / "p.html").read_text()
+    assert "&lt;random&gt; ids" in page
+    assert re.search(r"head bits in EXL2.*\n?.*<td>6</td>", page)
+    assert re.search(r"group size in EXL2.*\n?.*<td>32</td>", page)
     assert not list(tmp_path.glob("plan-*.json"))
     assert CliRunner().invoke(cli, command[:2]).exit_code == 2
 
 
 def test_in_a_browser(measurement: Measurement, browser: Any, tmp_path: Path) -> None:
     pytest.importorskip("libggml", reason="ggml's library is not installed: pip install 'bpwise[gguf]'")
-    points = {"EXL2": exl2_points(measurement, 6), "GGUF": gguf_points(measurement)}
+    points = {"exl2": points_of(measurement, "exl2"), "gguf": points_of(measurement, "gguf")}
     (tmp_path / "p.html").write_text(plan_page(points, model="m", facts={}))
     browser.get((tmp_path / "p.html").as_uri())
     assert browser.get_log("browser") == []
@@ -100,15 +116,14 @@ def test_in_a_browser(measurement: Measurement, browser: Any, tmp_path: Path) ->
         browser.execute_script(script, element, value)
 
     assert shown()["bpw"] == "4.5 bpw"
-    act("#slider", str(len(points["EXL2"]) - 1), "input")
-    assert shown()["bpw"] == f"{points['EXL2'][-1].bpw:g} bpw"
-    fitting = [p for p in points["EXL2"] if p.stored_bytes <= 80_000][-1]
+    act("#slider", str(len(points["exl2"]) - 1), "input")
+    assert shown()["bpw"] == f"{points['exl2'][-1].bpw:g} bpw"
+    fitting = [p for p in points["exl2"] if p.plan.stored_bytes <= 80_000][-1]
     act("#memory", "0.00008", "input")
     assert shown()["bpw"] == f"{fitting.bpw:g} bpw"
     hint = "return document.querySelector('[data-map=EXL2] rect.mark title').textContent"
-    assert (
-        browser.execute_script(hint) == f"{fitting.costs[0].name}: {round(fitting.costs[0].bpw, 3):g} bits per weight"
-    )
+    first = fitting.plan.costs()[0]
+    assert browser.execute_script(hint) == f"{first.name}: {round(first.bpw, 3):g} bits per weight"
     act("#memory", "0.00000001", "input")
     assert shown()["fits"] == "No plan is that small."
     act("#memory", "", "input")

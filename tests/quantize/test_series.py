@@ -8,24 +8,20 @@ from typing import Any
 
 import pytest
 from bpwise.checkpoint.source.checkpoint import Checkpoint
-from bpwise.cli import cli
-from bpwise.convert.exl2.rounding.rounder import RoundedModel
+from bpwise.convert.exl2.conversion import Exl2Conversion
+from bpwise.convert.exl2.rounding.rounder import rounded_linear
 from bpwise.errors import ConfigError
 from bpwise.eval.metrics import passes
 from bpwise.measure.text.tokenizer import load_tokenizer
 from bpwise.progress import silent
-from bpwise.quantize import measuring as obtain
-from bpwise.quantize import pipeline, support
-from bpwise.quantize.pipeline import QuantizeConfig
+from bpwise.quantize import measuring, series
 from bpwise.quantize.series import quantize_series
-from click.testing import CliRunner, Result
 
-TEXT = ("--rows", "8", "--row-tokens", "32", "--device", "cpu", "--eval-rows", "2", "--eval-row-tokens", "32")
+from . import runs
+from .runs import EVALUATION, bpwise, exl2
+
+TEXT = (*runs.TEXT, *EVALUATION)
 NAMES = ["tiny-6.0bpw-6hb-exl2", "tiny-4.5bpw-6hb-exl2"]
-
-
-def bpwise(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments], catch_exceptions=False)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +56,7 @@ def count(patch: pytest.MonkeyPatch) -> dict[str, int]:
 
     from bpwise.eval import comparison, original
 
-    patch.setattr(obtain, "measure_checkpoint", counted(obtain.measure_checkpoint, lambda *_: "measured"))
+    patch.setattr(measuring, "measure_checkpoint", counted(measuring.measure_checkpoint, lambda *_: "measured"))
     last_hidden = counted(passes.last_hidden, lambda model, tokens, role, progress: role)
     patch.setattr(passes, "last_hidden", last_hidden)
     patch.setattr(comparison, "last_hidden", last_hidden)
@@ -120,11 +116,11 @@ def test_goes_on_where_it_was_cut_off(
 
     with monkeypatch.context() as patch:
         patch.setattr("bpwise.cli.quantize.progress_bar", progress)
-        assert CliRunner().invoke(cli, list(map(str, command))).exit_code == 130
+        assert bpwise(*command).exit_code == 130
     assert (tmp_path / "out" / NAMES[0]).is_dir()
     assert not (tmp_path / "out" / NAMES[1]).exists()
     before = (tmp_path / "out" / NAMES[0] / "output.safetensors").stat().st_mtime_ns
-    monkeypatch.setattr(obtain, "measure_checkpoint", lambda *_: pytest.fail("was done again"))
+    monkeypatch.setattr(measuring, "measure_checkpoint", lambda *_: pytest.fail("was done again"))
     assert bpwise(*command).exit_code == 0
     assert (tmp_path / "out" / NAMES[0] / "output.safetensors").stat().st_mtime_ns == before
     for name in NAMES:
@@ -137,19 +133,19 @@ def test_a_broken_one_does_not_stop_the_others(
     tiny_model: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measurement = finished.with_name("out.work") / "measure" / "measurement.safetensors"
-    whole, write = RoundedModel.linear, pipeline._write
+    make = series.make_output
 
-    def spoiled(self: RoundedModel, name: str) -> Any:
-        linear = whole(self, name)
+    def spoiled(*args: Any) -> Any:
+        linear = rounded_linear(*args)
         return replace(linear, max_scales=(linear.max_scales.float() * 12).half())
 
-    def write_first_badly(*args: Any) -> Any:
+    def make_first_badly(*args: Any) -> Any:
         with pytest.MonkeyPatch.context() as patch:
-            if "6.0bpw" in args[2].name:
-                patch.setattr(RoundedModel, "linear", spoiled)
-            return write(*args)
+            if "6.0bpw" in args[1].name:
+                patch.setattr("bpwise.convert.exl2.conversion.rounded_linear", spoiled)
+            return make(*args)
 
-    monkeypatch.setattr(pipeline, "_write", write_first_badly)
+    monkeypatch.setattr(series, "make_output", make_first_badly)
     result = bpwise(
         *("quantize", tiny_model, tmp_path / "out", "--bpw", "6.0,4.5", "-m", measurement, "--device", "cpu"),
         *("--eval-rows", 2, "--eval-row-tokens", 32),
@@ -165,7 +161,7 @@ def test_a_broken_one_does_not_stop_the_others(
 
 
 def test_what_is_in_the_way_shows_first(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(obtain, "measure_checkpoint", lambda *_: pytest.fail("was measured"))
+    monkeypatch.setattr(measuring, "measure_checkpoint", lambda *_: pytest.fail("was measured"))
     (tmp_path / NAMES[1]).mkdir()
     (tmp_path / NAMES[1] / "thesis.txt").write_text("the only copy")
     assert "exists already" in bpwise("quantize", tiny_model, tmp_path, "--bpw", "6.0,4.5", *TEXT).stderr
@@ -186,7 +182,7 @@ def test_usage(options: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("rates", [[], [4.0, 4.0]], ids=["none", "twice"])
 def test_rates(tiny_model: Path, tmp_path: Path, rates: list[float]) -> None:
     with pytest.raises(ConfigError, match="bitrates"):
-        quantize_series(tiny_model, tmp_path / "out", QuantizeConfig(bpw=4), rates)
+        quantize_series(tiny_model, tmp_path / "out", exl2(), rates)
 
 
 def test_dry_run_of_several(tiny_model: Path, tmp_path: Path) -> None:
@@ -210,8 +206,9 @@ def test_looks_and_reads_once(
 
         return call
 
-    monkeypatch.setattr(support, "require_writable", counted("tensors", support.require_writable))
-    monkeypatch.setattr(obtain, "load_measurement", counted("measurement", obtain.load_measurement))
+    writable = counted("tensors", Exl2Conversion.require_writable)
+    monkeypatch.setattr(Exl2Conversion, "require_writable", writable)
+    monkeypatch.setattr(measuring, "load_measurement", counted("measurement", measuring.load_measurement))
     monkeypatch.setattr("bpwise.quantize.judge.load_tokenizer", counted("tokenizer", load_tokenizer))
     measurement = finished.with_name("out.work") / "measure" / "measurement.safetensors"
     options = ("--device", "cpu", "-m", measurement, "--eval-rows", 2, "--eval-row-tokens", 32)

@@ -13,7 +13,9 @@ from bpwise.convert.exl2.curves import Exl2Curves
 from bpwise.convert.exl2.file.layout import RowGroup, padded_columns
 from bpwise.convert.exl2.file.linear import QuantizedLinear
 from bpwise.convert.exl2.file.store import linear_tensors
-from bpwise.convert.exl2.plan.plan import LinearPlan, Plan, bpw_range, make_plan
+from bpwise.convert.exl2.plan.making import exl2_bpw_range, make_exl2_plan
+from bpwise.convert.exl2.plan.plan import LinearPlan
+from bpwise.convert.registry import load_plan
 from bpwise.errors import BudgetError, ConfigError, FormatError
 from bpwise.measure.measurement import Measurement
 from numpy.typing import NDArray
@@ -58,7 +60,7 @@ def naive_bits(plan: LinearPlan) -> int:
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("bpw", [4.0, 4.7, 6.0])
 def test_bits_are_those_of_the_stored_tensors(bpw: float, group_size: int) -> None:
-    plan = make_plan(measurement(group_size=group_size), bpw=bpw, head_bits=6)
+    plan = make_exl2_plan(measurement(group_size=group_size), bpw=bpw, head_bits=6)
     bits = weights = 0
     for p in plan.linears:
         assert p.stored_bits == naive_bits(p)
@@ -73,7 +75,7 @@ def test_bits_are_those_of_the_stored_tensors(bpw: float, group_size: int) -> No
 
 @pytest.mark.parametrize("bpw", [2.5, 3.0, 4.0, 4.65, 6.5, 8.0])
 def test_target_is_met_from_below(bpw: float) -> None:
-    plan = make_plan(measurement(MANY_GROUPS), bpw=bpw, head_bits=6)
+    plan = make_exl2_plan(measurement(MANY_GROUPS), bpw=bpw, head_bits=6)
     # 1280 groups; the smallest step of one is 2048 of 5.2 million weights by one bit, 0.0004 bits per weight.
     assert bpw - 0.001 < plan.bpw <= bpw
     assert plan.target_bpw == bpw
@@ -81,13 +83,13 @@ def test_target_is_met_from_below(bpw: float) -> None:
 
 def test_damage_falls_as_bits_grow() -> None:
     measured = measurement(MANY_GROUPS)
-    damages = [make_plan(measured, bpw=bpw, head_bits=6).damage_nats for bpw in np.arange(2.5, 8.1, 0.25)]
+    damages = [make_exl2_plan(measured, bpw=bpw, head_bits=6).damage_nats for bpw in np.arange(2.5, 8.1, 0.25)]
     assert bool((np.diff(damages) < 0).all())
 
 
 def test_damage_is_looked_up_in_the_curves() -> None:
     measured = measurement()
-    plan = make_plan(measured, bpw=4.5, head_bits=5)
+    plan = make_exl2_plan(measured, bpw=4.5, head_bits=5)
     total = 0.0
     for p, curve in zip(plan.linears, measured.linears, strict=True):
         assert p.name == curve.name
@@ -107,14 +109,14 @@ def test_costly_groups_get_more_bits() -> None:
     measured = measurement()
     costly = measured.linears[3]
     changed = with_tensor(measured, EXL2, costly.name, "damage_nats", 1000 * damage_of(measured, costly.name))
-    before = make_plan(measured, bpw=4.0, head_bits=6).linears[3]
-    after = make_plan(changed, bpw=4.0, head_bits=6).linears[3]
+    before = make_exl2_plan(measured, bpw=4.0, head_bits=6).linears[3]
+    after = make_exl2_plan(changed, bpw=4.0, head_bits=6).linears[3]
     assert after.bpw > before.bpw + 1
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 96])
 def test_groups_cover_the_rows(group_size: int) -> None:
-    plan = make_plan(measurement(group_size=group_size), bpw=4.5, head_bits=6)
+    plan = make_exl2_plan(measurement(group_size=group_size), bpw=4.5, head_bits=6)
     for p in plan.linears:
         assert sum(p.group_rows) == p.in_features
         assert all(rows == group_size for rows in p.group_rows[:-1])
@@ -122,7 +124,7 @@ def test_groups_cover_the_rows(group_size: int) -> None:
 
 
 def test_stored_order_never_increases() -> None:
-    plan = make_plan(measurement(MANY_GROUPS), bpw=4.0, head_bits=6)
+    plan = make_exl2_plan(measurement(MANY_GROUPS), bpw=4.0, head_bits=6)
     assert any(list(p.group_bits) != sorted(p.group_bits, reverse=True) for p in plan.linears)  # something to reorder
     for p in plan.linears:
         assert sorted(p.stored_order) == list(range(len(p.group_bits)))
@@ -142,14 +144,14 @@ def test_both_ends_of_the_range_can_be_had(end: int, width: int) -> None:
         rng = np.random.default_rng(seed)
         shapes = [(int(32 * rng.integers(1, 9)), int(rng.integers(1, 200))) for _ in range(7)]
         measured = measurement(shapes, seed=seed)
-        plan = make_plan(measured, bpw=bpw_range(measured)[end], head_bits=16)
+        plan = make_exl2_plan(measured, bpw=exl2_bpw_range(measured)[end], head_bits=16)
         assert {bits for p in plan.linears for bits in p.group_bits} == {width}, seed
 
 
 @pytest.mark.parametrize("width", [2, 8])
 def test_ends_of_the_range_are_the_stored_sizes(width: int) -> None:
     measured = measurement()
-    lowest, highest = bpw_range(measured)
+    lowest, highest = exl2_bpw_range(measured)
     bits = weights = 0
     for curve in measured.linears:
         rows = tuple(min(64, curve.in_features - first) for first in range(0, curve.in_features, 64))
@@ -175,9 +177,9 @@ def range_in(error: BudgetError) -> tuple[float, float]:
 @pytest.mark.parametrize("bpw", [1.0, 2.0, 12.0, float("inf"), float("nan"), -4.0])
 def test_out_of_range_names_the_range(bpw: float) -> None:
     measured = measurement()
-    lowest, highest = bpw_range(measured)
+    lowest, highest = exl2_bpw_range(measured)
     with pytest.raises(BudgetError) as caught:
-        make_plan(measured, bpw=bpw, head_bits=6)
+        make_exl2_plan(measured, bpw=bpw, head_bits=6)
     assert range_in(caught.value) == pytest.approx((lowest, highest), abs=2e-4)  # printed with four decimals
 
 
@@ -187,15 +189,15 @@ def test_range_in_the_message_can_be_had(seed: int) -> None:
     rng = np.random.default_rng(seed)
     measured = measurement([(int(32 * rng.integers(1, 9)), int(rng.integers(1, 200))) for _ in range(7)])
     with pytest.raises(BudgetError) as caught:
-        make_plan(measured, bpw=1.0, head_bits=6)
+        make_exl2_plan(measured, bpw=1.0, head_bits=6)
     for end in range_in(caught.value):
-        assert make_plan(measured, bpw=end, head_bits=6).bpw <= end
+        assert make_exl2_plan(measured, bpw=end, head_bits=6).bpw <= end
 
 
 @pytest.mark.parametrize("head_bits", [2, 3, 4, 5, 6, 8])
 def test_head_bits(head_bits: int) -> None:
     measured = measurement(head=(640, 96))
-    plan = make_plan(measured, bpw=4.0, head_bits=head_bits)
+    plan = make_exl2_plan(measured, bpw=4.0, head_bits=head_bits)
     assert plan.head is not None
     uniform = replace(plan.head, group_bits=(head_bits,) * 10)
     assert plan.head.stored_bits <= uniform.stored_bits
@@ -204,12 +206,12 @@ def test_head_bits(head_bits: int) -> None:
     assert plan.head.damage_nats <= damage_of(measured, "lm_head")[:, column].sum() * (1 + 1e-6)
     assert (set(plan.head.group_bits) == {head_bits}) == (head_bits in (2, 8))
     assert plan.head_bits == plan.head_code_bits == head_bits
-    assert plan.linears == make_plan(measured, bpw=4.0, head_bits=16).linears  # the decoder's budget is its own
+    assert plan.linears == make_exl2_plan(measured, bpw=4.0, head_bits=16).linears  # the decoder's budget is its own
 
 
 def test_head_in_the_common_budget() -> None:
     measured = measurement()
-    plan = make_plan(measured, bpw=4.0, head_bits="auto")
+    plan = make_exl2_plan(measured, bpw=4.0, head_bits="auto")
     assert plan.head is not None
     everything = [*plan.linears, plan.head]
     weights = sum(p.weights for p in everything)
@@ -218,17 +220,17 @@ def test_head_in_the_common_budget() -> None:
     assert 0 <= 4.0 * weights - bits < step
     # No fixed width of the head of any size gives a better model for the same bits.
     for head_bits in (2, 3, 4, 5, 6, 8):
-        fixed = make_plan(measured, bpw=4.0, head_bits=head_bits)
+        fixed = make_exl2_plan(measured, bpw=4.0, head_bits=head_bits)
         assert fixed.head is not None
         left = 4.0 * weights - fixed.head.stored_bits
         decoder_bpw = left / sum(p.weights for p in fixed.linears)
-        other = make_plan(measured, bpw=decoder_bpw, head_bits=head_bits)
+        other = make_exl2_plan(measured, bpw=decoder_bpw, head_bits=head_bits)
         assert plan.damage_nats <= other.damage_nats * (1 + plan.gap)
     assert plan.gap < 0.05
 
 
 def test_unquantized_head() -> None:
-    plan = make_plan(measurement(), bpw=4.0, head_bits=16)
+    plan = make_exl2_plan(measurement(), bpw=4.0, head_bits=16)
     assert plan.head is None
     assert plan.damage_nats == plan.decoder_damage_nats
 
@@ -236,27 +238,28 @@ def test_unquantized_head() -> None:
 @pytest.mark.parametrize("head_bits", [0, 1, 7, 9, 32])
 def test_other_head_bits_are_refused(head_bits: int) -> None:
     with pytest.raises(ConfigError, match=rf"head bits must be one of .*, got {head_bits}"):
-        make_plan(measurement(), bpw=4.0, head_bits=head_bits)
+        make_exl2_plan(measurement(), bpw=4.0, head_bits=head_bits)
 
 
-def test_weights_per_width() -> None:
-    plan = make_plan(measurement(), bpw=4.0, head_bits=6)
+def test_shares() -> None:
+    plan = make_exl2_plan(measurement(), bpw=4.0, head_bits=6)
     counts: dict[int, int] = {}
     for p in plan.linears:
         for bits, rows in zip(p.group_bits, p.group_rows, strict=True):
             counts[bits] = counts.get(bits, 0) + rows * p.out_features
     total = sum(p.in_features * p.out_features for p in plan.linears)
-    assert plan.weights_per_width() == {bits: counts[bits] / total for bits in sorted(counts, reverse=True)}
-    assert list(plan.weights_per_width()) == sorted(counts, reverse=True)
+    expected = {f"{bits} bits": counts[bits] / total for bits in sorted(counts, reverse=True)}
+    assert plan.shares() == expected
+    assert list(plan.shares()) == list(expected)
 
 
 @pytest.mark.parametrize("head_bits", [6, 16])
 def test_save_and_load(tmp_path: Path, head_bits: int) -> None:
     measured = measurement()
-    plan = make_plan(measured, bpw=4.1, head_bits=head_bits)
+    plan = make_exl2_plan(measured, bpw=4.1, head_bits=head_bits)
     assert plan.measurement == measured.fingerprint
     plan.save(tmp_path / "plan.json")
-    read = Plan.load(tmp_path / "plan.json")
+    read = load_plan(tmp_path / "plan.json")
     assert read == plan
     assert read.bpw == plan.bpw
     # People and scripts read it too.
@@ -278,11 +281,11 @@ def test_save_and_load(tmp_path: Path, head_bits: int) -> None:
     ids=["empty", "other-version", "no-linears", "linears-a-number", "linear-without-groups", "head-a-word"],
 )
 def test_refuses_other_files(tmp_path: Path, change) -> None:
-    make_plan(measurement(), bpw=4.0, head_bits=6).save(tmp_path / "plan.json")
+    make_exl2_plan(measurement(), bpw=4.0, head_bits=6).save(tmp_path / "plan.json")
     raw = json.loads((tmp_path / "plan.json").read_text())
     (tmp_path / "plan.json").write_text(json.dumps(change(raw)))
     with pytest.raises(FormatError, match=r"plan\.json"):
-        Plan.load(tmp_path / "plan.json")
+        load_plan(tmp_path / "plan.json")
 
 
 @pytest.mark.parametrize(
@@ -295,22 +298,26 @@ def test_refuses_other_files(tmp_path: Path, change) -> None:
         ("linear", {"damage_nats": -1}, r"linears\[0\]\.damage_nats: .* Got -1\. Expected float >= 0"),
         ("head", {"group_bits": [7]}, "head: group_bits must be among"),
         ("head", {"name": None}, r"head\.name: .* Got None\. Expected str"),
-        ("plan", {"linears": []}, "linears and kept are both empty"),
+        ("plan", {"linears": []}, "linears and unquantized are both empty"),
         ("plan", {"head_bits": 7}, "head_bits must be one of"),
         ("plan", {"head_bits": True}, r"head_bits: .* Got True\. Expected int \| str"),
         ("plan", {"target_bpw": float("inf")}, r"target_bpw: .* Got inf"),
-        ("plan", {"kept": [{"name": "x", "in_features": 1, "out_features": 1}]}, r"kept\[0\]: .*field reason"),
+        (
+            "plan",
+            {"unquantized": [{"name": "x", "in_features": 1, "out_features": 1}]},
+            r"unquantized\[0\]: .*field reason",
+        ),
         ("plan", {"measurement": 10**4000}, r"measurement: .* Got 10+\.\.\.0+\. Expected str"),
     ],
 )
 def test_refuses_a_damaged_plan(tmp_path: Path, where: str, changes: dict[str, Any], message: str) -> None:
     path = tmp_path / "plan.json"
-    make_plan(measurement([(64, 40), (96, 64)]), bpw=4.0, head_bits=6).save(path)
+    make_exl2_plan(measurement([(64, 40), (96, 64)]), bpw=4.0, head_bits=6).save(path)
     plan = json.loads(path.read_text())
     {"plan": plan, "head": plan["head"], "linear": plan["linears"][0]}[where].update(changes)
     path.write_text(json.dumps(plan))
     with pytest.raises(FormatError, match=rf"plan\.json: {message}.* make it again with `bpwise plan`"):
-        Plan.load(path)
+        load_plan(path)
 
 
 def test_stored_groups_of_a_short_last_group() -> None:
@@ -324,7 +331,7 @@ def test_a_format_that_was_not_measured() -> None:
     with pytest.raises(
         ConfigError, match=r"curves/exl2: this format was not measured. Got no curves.*`bpwise measure`"
     ):
-        make_plan(replace(measurement(), curves={}), bpw=4.5, head_bits=6)
+        make_exl2_plan(replace(measurement(), curves={}), bpw=4.5, head_bits=6)
 
 
 def _first(value: float) -> Callable[[NDArray[Any]], NDArray[Any]]:
@@ -357,7 +364,7 @@ def test_curves_that_nothing_can_be_done_with(field: str, change: Callable[[NDAr
     values = change(made.curves[EXL2].linears["l.0"][field])
     message = rf"^measurement: curves/exl2: tensor 'l\.0\.{field}' .* measure the model again"
     with pytest.raises(FormatError, match=message):
-        make_plan(with_tensor(made, EXL2, "l.0", field, values), bpw=4.5, head_bits=6)
+        make_exl2_plan(with_tensor(made, EXL2, "l.0", field, values), bpw=4.5, head_bits=6)
 
 
 @pytest.mark.parametrize(
@@ -377,7 +384,7 @@ def test_curves_that_say_what_exl2_has_not(changes: dict[str, Any], message: str
     curves = made.curves[EXL2]
     changed = replace(made, curves={EXL2: replace(curves, header={**curves.header, **changes})})
     with pytest.raises(FormatError, match=rf"^measurement: curves/exl2: header.*{message}.*measure the model again"):
-        make_plan(changed, bpw=4.5, head_bits=6)
+        make_exl2_plan(changed, bpw=4.5, head_bits=6)
 
 
 @pytest.mark.parametrize("group_size", [48, 0, -32])

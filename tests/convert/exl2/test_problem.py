@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 from bpwise.convert.exl2.file.layout import RowGroup, linear_bits
-from bpwise.convert.exl2.plan.plan import Plan, bpw_range, make_plan, measured_limit
+from bpwise.convert.exl2.plan.making import exl2_bpw_range, make_exl2_plan, measured_limit
+from bpwise.convert.exl2.plan.plan import Exl2Plan
 from bpwise.convert.exl2.plan.problem import SizeLimit, WidthOverride
 from bpwise.convert.exl2.plan.unquantized import unquantized_lines
+from bpwise.convert.registry import load_plan
 from bpwise.errors import BudgetError, ConfigError
 from bpwise.measure.measurement import Measurement
 from numpy.typing import NDArray
@@ -46,7 +48,7 @@ def parsed(*texts: str) -> tuple[WidthOverride, ...]:
     return tuple(map(WidthOverride.parse, texts))
 
 
-def widths_of(plan: Plan) -> dict[str, set[int]]:
+def widths_of(plan: Exl2Plan) -> dict[str, set[int]]:
     return {p.name: set(p.group_bits) for p in (*plan.linears, *([plan.head] if plan.head else []))}
 
 
@@ -94,11 +96,11 @@ def test_constrained_optimum_against_brute_force(seed: int) -> None:
         damage = sum(curves[n][i, WIDTHS.index(b)] for n, each in groups.items() for i, b in enumerate(each))
         found.append((bits / weights, float(damage)))
     lowest, highest = min(x for x, _ in found), max(x for x, _ in found)
-    assert bpw_range(measured, overrides=overrides) == pytest.approx((lowest, highest), rel=1e-12)
+    assert exl2_bpw_range(measured, overrides=overrides) == pytest.approx((lowest, highest), rel=1e-12)
     exact = 0
     targets = rng.uniform(lowest, highest, 12)
     for bpw in targets:
-        plan = make_plan(measured, bpw=bpw, head_bits=16, overrides=overrides)
+        plan = make_exl2_plan(measured, bpw=bpw, head_bits=16, overrides=overrides)
         best = min(damage for size, damage in found if size <= bpw)
         assert plan.bpw <= bpw
         assert all(widths <= set(allowed[name]) for name, widths in widths_of(plan).items())
@@ -109,7 +111,9 @@ def test_constrained_optimum_against_brute_force(seed: int) -> None:
 
 
 def test_the_last_override_counts() -> None:
-    plan = make_plan(measurement(), bpw=4.75, head_bits=16, overrides=parsed("*=4", "*.1.*=6", "*.1.mlp.*.weight=:3"))
+    plan = make_exl2_plan(
+        measurement(), bpw=4.75, head_bits=16, overrides=parsed("*=4", "*.1.*=6", "*.1.mlp.*.weight=:3")
+    )
     for name, widths in widths_of(plan).items():
         expected = {4} if ".1." not in name else {6} if "self_attn" in name else {3, 2}
         assert widths <= expected, name
@@ -117,8 +121,8 @@ def test_the_last_override_counts() -> None:
 
 def test_constraints_cost_damage() -> None:
     measured = measurement()
-    free = make_plan(measured, bpw=4.5, head_bits=6)
-    bound = make_plan(measured, bpw=4.5, head_bits=6, overrides=parsed("*.0.*=5:"))
+    free = make_exl2_plan(measured, bpw=4.5, head_bits=6)
+    bound = make_exl2_plan(measured, bpw=4.5, head_bits=6, overrides=parsed("*.0.*=5:"))
     assert bound.damage_nats > free.damage_nats
     assert 4.4 < bound.bpw <= 4.5
     assert bound.head == free.head
@@ -127,25 +131,25 @@ def test_constraints_cost_damage() -> None:
 def test_budget_that_overrides_leave_no_room_for() -> None:
     measured = measurement()
     with pytest.raises(BudgetError, match="with these overrides") as caught:
-        make_plan(measured, bpw=3.0, head_bits=6, overrides=parsed("*=4:"))
-    lowest, _ = bpw_range(measured, overrides=parsed("*=4:"))
+        make_exl2_plan(measured, bpw=3.0, head_bits=6, overrides=parsed("*=4:"))
+    lowest, _ = exl2_bpw_range(measured, overrides=parsed("*=4:"))
     assert f"from {lowest:.3f}"[:10] in str(caught.value)
     with pytest.raises(BudgetError, match="7 bits per weight cannot be reached"):
-        make_plan(measured, bpw=7.0, head_bits=6, overrides=parsed("model.*=:5"))
+        make_exl2_plan(measured, bpw=7.0, head_bits=6, overrides=parsed("model.*=:5"))
 
 
 @pytest.mark.parametrize("overrides", [(), ("*=4",), ("*=5:6",), ("*.0.*=3", "*.1.*=8")], ids=" ".join)
 def test_both_ends_of_the_named_range_can_be_asked_for(overrides: tuple[str, ...]) -> None:
     measured = measurement()
     with pytest.raises(BudgetError) as caught:
-        make_plan(measured, bpw=15.9, head_bits=16, overrides=parsed(*overrides))
+        make_exl2_plan(measured, bpw=15.9, head_bits=16, overrides=parsed(*overrides))
     numbers = (
         str(caught.value).split("can have from ")[1].split(" with")[0].removesuffix(". Ask for a size in this range.")
     )
     least, most = map(float, numbers.split(" to "))
     assert least <= most
     for bpw, choose in ((least, min), (most, max)):
-        plan = make_plan(measured, bpw=bpw, head_bits=16, overrides=parsed(*overrides))
+        plan = make_exl2_plan(measured, bpw=bpw, head_bits=16, overrides=parsed(*overrides))
         allowed = {x.name: WIDTHS for x in measured.linears}
         for override in parsed(*overrides):
             allowed |= {name: override.widths for name in allowed if fnmatchcase(name, override.pattern)}
@@ -162,14 +166,14 @@ def test_both_ends_of_the_named_range_can_be_asked_for(overrides: tuple[str, ...
     [("lm_head=8", 6, {8}), ("lm_head=:4", 6, {4}), ("lm_head=3", 8, {3}), ("lm_head=8", "auto", {8})],
 )
 def test_override_of_the_head(text: str, head_bits: int, expected: set[int]) -> None:
-    plan = make_plan(measurement(), bpw=5.0, head_bits=head_bits, overrides=parsed(text))  # type: ignore[arg-type]
+    plan = make_exl2_plan(measurement(), bpw=5.0, head_bits=head_bits, overrides=parsed(text))  # type: ignore[arg-type]
     assert plan.head is not None
     assert set(plan.head.group_bits) == expected
 
 
 def test_override_of_the_head_within_its_bits() -> None:
     measured = measurement(head=640)
-    plan = make_plan(measured, bpw=5.0, head_bits=6, overrides=parsed("lm_head=5:"))
+    plan = make_exl2_plan(measured, bpw=5.0, head_bits=6, overrides=parsed("lm_head=5:"))
     assert plan.head is not None
     assert min(plan.head.group_bits) == 5
     assert plan.head.stored_bits <= replace(plan.head, group_bits=(6,) * 20).stored_bits
@@ -200,7 +204,7 @@ def test_override_of_the_head_within_its_bits() -> None:
 )
 def test_what_is_refused(override: str, keep: tuple[str, ...], head_bits: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        make_plan(measurement(), bpw=5.0, head_bits=head_bits, overrides=parsed(override), keep_fp16=keep)
+        make_exl2_plan(measurement(), bpw=5.0, head_bits=head_bits, overrides=parsed(override), keep_fp16=keep)
 
 
 @pytest.mark.parametrize("bpw", [5.0, 6.5, 9.0])
@@ -208,45 +212,45 @@ def test_float16_counts_in_the_budget(bpw: float, tmp_path: Path) -> None:
     measured = measurement()
     # A unit may be put together from several patterns.
     keep = ("*.1.mlp.gate_proj", "*.1.mlp.[ud]*_proj.weight")
-    plan = make_plan(measured, bpw=bpw, head_bits=6, keep_fp16=keep)
+    plan = make_exl2_plan(measured, bpw=bpw, head_bits=6, keep_fp16=keep)
     names = [f"model.layers.1.{x}" for x in MLP]
-    assert [x.name for x in plan.kept] == names
+    assert [x.name for x in plan.unquantized] == names
     assert [p.name for p in plan.linears] == [x.name for x in measured.linears if x.name not in names]
     weights = sum(x.in_features * x.out_features for x in measured.linears)
-    kept_bits = 16 * (2 * 64 * 64 + 96 * 64)
-    bits = kept_bits + sum(linear_bits(p.out_features, p.stored_groups) for p in plan.linears)
+    float16_bits = 16 * (2 * 64 * 64 + 96 * 64)
+    bits = float16_bits + sum(linear_bits(p.out_features, p.stored_groups) for p in plan.linears)
     assert plan.bpw == pytest.approx(bits / weights, rel=1e-12)
     assert bpw - 0.1 < plan.bpw <= bpw  # the largest step of a group: 2 bits of 32 x 64 of 92160 weights
-    assert plan.weights_per_width()[16] == pytest.approx(kept_bits / 16 / weights)
+    assert plan.shares()["16 bits"] == pytest.approx(float16_bits / 16 / weights)
     plan.save(tmp_path / "plan.json")
-    assert Plan.load(tmp_path / "plan.json") == plan
+    assert load_plan(tmp_path / "plan.json") == plan
 
 
 def test_head_in_float16() -> None:
     measured = measurement()
     for head_bits in (6, "auto"):
-        plan = make_plan(measured, bpw=5.0, head_bits=head_bits, keep_fp16=("lm_head",))  # type: ignore[arg-type]
+        plan = make_exl2_plan(measured, bpw=5.0, head_bits=head_bits, keep_fp16=("lm_head",))  # type: ignore[arg-type]
         assert (plan.head, plan.head_reason) == (None, "asked for")
-        assert plan.linears == make_plan(measured, bpw=5.0, head_bits=16).linears
-    assert make_plan(measured, bpw=5.0, head_bits=16).head_reason is None
+        assert plan.linears == make_exl2_plan(measured, bpw=5.0, head_bits=16).linears
+    assert make_exl2_plan(measured, bpw=5.0, head_bits=16).head_reason is None
 
 
 def test_what_exl2_cannot_hold_stays_with_its_unit() -> None:
     shapes = [(f"model.layers.{i}.{x}", 80 if "down" in x else 64, 64) for i in range(2) for x in ATTENTION + MLP]
-    plan = make_plan(measurement(shapes), bpw=9.0, head_bits=6)
-    assert [x.name for x in plan.kept] == [f"model.layers.{i}.{x}" for i in range(2) for x in MLP]
-    (line,) = unquantized_lines(plan.kept, plan.head_reason)
+    plan = make_exl2_plan(measurement(shapes), bpw=9.0, head_bits=6)
+    assert [x.name for x in plan.unquantized] == [f"model.layers.{i}.{x}" for i in range(2) for x in MLP]
+    (line,) = unquantized_lines(plan.unquantized, plan.head_reason)
     assert line.startswith("6 linears, 26624 weights: down_proj has 80 input features")
     assert "multiple of 32" in line
     with pytest.raises(ConfigError, match="nothing is left to quantize"):
-        make_plan(measurement([("model.layers.0.mlp.down_proj", 80, 64)]), bpw=9.0, head_bits=6)
+        make_exl2_plan(measurement([("model.layers.0.mlp.down_proj", 80, 64)]), bpw=9.0, head_bits=6)
 
 
 def test_head_that_exl2_cannot_hold() -> None:
-    plan = make_plan(measurement(head=48), bpw=5.0, head_bits=6)
+    plan = make_exl2_plan(measurement(head=48), bpw=5.0, head_bits=6)
     assert plan.head is None
     assert "48 input features" in str(plan.head_reason)
-    assert unquantized_lines(plan.kept, plan.head_reason) == [f"lm_head: {plan.head_reason}"]
+    assert unquantized_lines(plan.unquantized, plan.head_reason) == [f"lm_head: {plan.head_reason}"]
 
 
 @pytest.mark.parametrize("head_bits", [6, 16, "auto"])
@@ -254,7 +258,7 @@ def test_head_that_exl2_cannot_hold() -> None:
 def test_size_of_everything(tied: bool, head_bits: int) -> None:
     measured = measurement(tied=tied)
     for max_bytes in (90_000, 100_000, 110_000):
-        plan = make_plan(
+        plan = make_exl2_plan(
             measured, size=measured_limit(measured, max_bytes), head_bits=head_bits, keep_fp16=("*.2.self_attn.*",)
         )
         # Embeddings, norms, linears as stored, those in float16, and the head where it is a tensor of its own.
@@ -269,7 +273,7 @@ def test_size_of_everything(tied: bool, head_bits: int) -> None:
 
 def test_more_room_than_there_is_use_for() -> None:
     measured = measurement()
-    plan = make_plan(measured, size=measured_limit(measured, 1 << 30), head_bits=6)
+    plan = make_exl2_plan(measured, size=measured_limit(measured, 1 << 30), head_bits=6)
     assert {bits for p in plan.linears for bits in p.group_bits} == {8}
     assert plan.target_bpw <= plan.bpw < plan.target_bpw + 1e-4
 
@@ -278,7 +282,7 @@ def test_size_that_cannot_be_had() -> None:
     with pytest.raises(
         BudgetError, match=r"20000 bytes cannot be reached: .* takes 7000, and the whole from"
     ) as caught:
-        make_plan(
+        make_exl2_plan(
             measurement(),
             size=SizeLimit(total_bytes=20_000, other_bytes=7_000, float16_head_bytes=0),
             head_bits=16,
@@ -286,5 +290,5 @@ def test_size_that_cannot_be_had() -> None:
     least, most = (int(word) for word in str(caught.value).split("from ")[1].split(". Ask")[0].split(" to "))
     for total, width in ((least, 2), (most, 8)):
         size = SizeLimit(total_bytes=total, other_bytes=7_000, float16_head_bytes=0)
-        plan = make_plan(measurement(), size=size, head_bits=16)
+        plan = make_exl2_plan(measurement(), size=size, head_bits=16)
         assert {bits for p in plan.linears for bits in p.group_bits} == {width}

@@ -10,10 +10,10 @@ from bpwise.convert.exl2.file.layout import RowGroup
 from bpwise.convert.exl2.file.linear import QuantizedLinear
 from bpwise.convert.exl2.file.reader import Exl2Model
 from bpwise.convert.exl2.file.writer import write_model
-from bpwise.convert.exl2.plan.plan import LinearPlan, Plan
+from bpwise.convert.exl2.plan.plan import Exl2Plan, LinearPlan
 from bpwise.convert.gguf.file.reader import GgufModel
 from bpwise.convert.gguf.ggml.types import ggml_type
-from bpwise.convert.gguf.plan import TensorPlan, TypePlan
+from bpwise.convert.gguf.plan import GgufPlan, TensorPlan
 from bpwise.convert.opening import open_any
 from bpwise.convert.plan import LinearCost
 from bpwise.errors import FormatError
@@ -65,7 +65,7 @@ def plan_of(model: Path, bits: tuple[int, int] = (5, 3)) -> Path:
         for number, name in enumerate(NAMES)
     ]
     path = model.with_name(f"{model.name}.work") / "plan.json"
-    Plan(linears=tuple(plans), head=None, target_bpw=4.0, head_bits=16, lower_bound_nats=0.0, measurement="m").save(
+    Exl2Plan(linears=tuple(plans), head=None, target_bpw=4.0, head_bits=16, lower_bound_nats=0.0, measurement="m").save(
         path
     )
     return path
@@ -100,16 +100,29 @@ def test_plan_of_another_size_is_not_believed(model: Path) -> None:
     assert {cost.damage_nats for cost in linear_costs(open_any(model), plan_of(model, (6, 3)))} == {None}
 
 
-def test_damaged_plan(model: Path) -> None:
+EXL2, GGUF = {"bpwise_plan": 3, "format": "exl2"}, {"bpwise_plan": 2, "format": "gguf"}
+NO_TYPE = {"name": "x", "type": "Q9_K", "damage_nats": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "not a plan. Got format None. Expected one of exl2, gguf"),
+        ({"format": "exl2"}, "not a plan"),
+        ({**EXL2, "format": ["exl2"]}, "not a plan"),
+        ({**EXL2, "bpwise_plan": 2}, "not a plan of version 3"),
+        ({**EXL2, "linears": [{"name": "x"}], "head": None}, "The plan is damaged"),
+        ({**GGUF, "tensors": 5}, "The plan is damaged"),
+        ({**GGUF, "tensors": [NO_TYPE]}, "The plan is damaged"),
+        ({**GGUF, "tensors": [{**NO_TYPE, "type": "F16", "name": 1}]}, "The plan is damaged"),
+    ],
+    ids=["empty", "no-version", "format-a-list", "old", "linear", "tensors-a-number", "no-such-type", "name-a-number"],
+)
+def test_damaged_plan(model: Path, content: dict[str, Any], message: str) -> None:
     path = plan_of(model)
-    tensor = {"name": "x", "type": "Q9_K", "damage_nats": 0.1}
-    unknown = [
-        {"bpwise_type_plan": 1, "tensors": [{**tensor, **changes}]} for changes in ({}, {"type": "F16", "name": 1})
-    ]
-    for content in ({}, {"linears": [{"name": "x"}], "head": None}, {"bpwise_type_plan": 1, "tensors": 5}, *unknown):
-        path.write_text(json.dumps(content))
-        with pytest.raises(FormatError, match="The plan is damaged: make it again"):
-            linear_costs(open_any(model), path)
+    path.write_text(json.dumps(content))
+    with pytest.raises(FormatError, match=rf"plan\.json: .*{message}.*[Mm]ake it again with `bpwise plan`"):
+        linear_costs(open_any(model), path)
 
 
 def test_unquantized_models_have_none(make_model: Callable[..., Path]) -> None:
@@ -142,7 +155,7 @@ def test_gguf_and_its_plan(tmp_path: Path) -> None:
         TensorPlan(name=name, rows=4, row_weights=256, type=kind, damage_nats=0.25) for name, kind in types.items()
     ]
     path = tmp_path / "plan.json"
-    TypePlan(tensors=tuple(tensors), other_weights=256, target_bytes=9999, lower_bound_nats=0.0, measurement="m").save(
+    GgufPlan(tensors=tuple(tensors), other_weights=256, target_bytes=9999, lower_bound_nats=0.0, measurement="m").save(
         path
     )
     assert {cost.damage_nats for cost in linear_costs(file, path)} == {0.25}

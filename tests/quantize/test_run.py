@@ -10,45 +10,20 @@ import pytest
 import torch
 from bpwise.checkpoint.files.resume import ResumeStore
 from bpwise.cli import cli
-from bpwise.convert.exl2.plan.plan import Plan, bpw_range
+from bpwise.convert.exl2.curves import exl2_curves
+from bpwise.convert.exl2.plan.making import exl2_bpw_range
 from bpwise.convert.opening import open_any
+from bpwise.convert.registry import load_plan
 from bpwise.eval.report.layers import find_plan, linear_costs
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig
-from bpwise.quantize import measuring as obtain
-from bpwise.quantize import options as run_options
-from bpwise.quantize import pipeline
-from click.testing import CliRunner, Result
+from bpwise.quantize import checks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-TEXT = ("--rows", "8", "--row-tokens", "32", "--group-size", "32", "--device", "cpu")
-EVALUATION = ("--eval-rows", "2", "--eval-row-tokens", "32")
+from .runs import EVALUATION, TEXT, bpwise, measurement_of, refused, succeed
+
 PARTS = ("q_weight", "q_scale", "q_scale_max", "q_groups", "q_invperm")
-
-
-def bpwise(*arguments: object) -> Result:
-    result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception  # a bug: it keeps its traceback
-    return result
-
-
-def succeed(*arguments: object) -> str:
-    result = bpwise(*arguments)
-    assert result.exit_code == 0, result.stderr
-    return result.stdout
-
-
-def refused(*arguments: object) -> str:
-    """Run a command that must fail as a user's mistake does: exit code 1, one sentence."""
-    result = bpwise(*arguments)
-    assert result.exit_code == 1
-    assert result.stdout == ""
-    message = result.stderr.splitlines()[-1]
-    assert message.startswith("Error: ")
-    assert "Traceback" not in result.stderr
-    return message
 
 
 def quantize(model: Path, out: Path, bpw: float = 4.5, *options: object) -> str:
@@ -58,7 +33,7 @@ def quantize(model: Path, out: Path, bpw: float = 4.5, *options: object) -> str:
 
 def reused(finished: Path) -> tuple[object, ...]:
     """Options that take over what an earlier run measured, where a test is about later stages."""
-    return "--device", "cpu", "-m", finished.with_name("out.work") / "measurement.safetensors"
+    return "--device", "cpu", "-m", measurement_of(finished)
 
 
 def rounding_only(model: Path, out: Path, finished: Path) -> tuple[object, ...]:
@@ -106,9 +81,12 @@ def forbid_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def not_again(*_: Any, **__: Any) -> None:
         pytest.fail("was done again")
 
-    monkeypatch.setattr(obtain, "measure_checkpoint", not_again)
-    for name in ("round_model", "write_model"):
-        monkeypatch.setattr(pipeline, name, not_again)
+    for place in (
+        "quantize.measuring.measure_checkpoint",
+        "quantize.run.round_model",
+        "convert.exl2.conversion.write_model",
+    ):
+        monkeypatch.setattr(f"bpwise.{place}", not_again)
 
 
 class TestQuantize:
@@ -127,7 +105,7 @@ class TestQuantize:
 
     def test_report_has_the_bits_and_damage_of_every_linear(self, finished: Path) -> None:
         linears = json.loads((finished / "report.json").read_text())["linears"]
-        plan = Plan.load(finished.with_name("out.work") / "plan.json")
+        plan = load_plan(finished.with_name("out.work") / "plan.json")
         assert plan.head is not None
         assert linears == [
             {"name": each.name, "bpw": each.bpw, "damage_nats": each.damage_nats} for each in (*plan.linears, plan.head)
@@ -145,7 +123,8 @@ class TestQuantize:
 
     def test_summary_tells_the_size(self, tiny_model: Path, out: Path) -> None:
         printed = quantize(tiny_model, out)
-        assert f"decoder {decoder_bpw(out):.4f} bpw (asked 4.5)" in printed
+        assert f"decoder {decoder_bpw(out):.4f} bpw" in printed
+        assert "(asked 4.5, " in printed
         assert str(out) in printed
 
     def test_work_is_cleared_but_for_what_serves_again(self, finished: Path) -> None:
@@ -156,12 +135,12 @@ class TestQuantize:
             "plan.json",
         }
         assert (
-            Plan.load(work / "plan.json").measurement == Measurement.load(work / "measurement.safetensors").fingerprint
+            load_plan(work / "plan.json").measurement == Measurement.load(work / "measurement.safetensors").fingerprint
         )
 
     def test_prediction_has_the_right_size(self, finished: Path) -> None:
         # Second order, Fisher and Gram independent: within a factor of five of what is measured on other text.
-        predicted = Plan.load(finished.with_name("out.work") / "plan.json").damage_nats
+        predicted = load_plan(finished.with_name("out.work") / "plan.json").damage_nats
         measured = comparison(finished)["summary"]["kl_nats"]["value"]
         assert predicted / 5 < measured < predicted * 5
 
@@ -177,7 +156,7 @@ class TestQuantize:
         # Moved away and its work directory deleted: measured again, but not rounded again.
         shutil.rmtree(out.with_name("out.work"))
         before = content(out)
-        monkeypatch.setattr(pipeline, "round_model", lambda *_: pytest.fail("was done again"))
+        monkeypatch.setattr("bpwise.quantize.run.round_model", lambda *_: pytest.fail("was done again"))
         quantize(tiny_model, out)
         assert content(out) == before
 
@@ -246,7 +225,7 @@ class TestQuantize:
         assert "KL" not in printed
 
     def test_shards(self, tiny_model: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("bpwise.cli.quantize.MIB", 20000)
+        monkeypatch.setattr("bpwise.cli.format_options.MIB", 20000)
         quantize(tiny_model, tmp_path / "out", 4.5, "--no-eval", "--shard-size", 1, *reused(finished))
         files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
         assert len(files) > 2
@@ -339,7 +318,7 @@ class TestDryRun:
         printed = succeed("quantize", tiny_model, tmp_path / "out", "--bpw", 4.5, *TEXT, "--dry-run")
         assert list(tmp_path.iterdir()) == []
         lines = {line[:14].strip(): line[14:].split() for line in printed.splitlines()}
-        lowest, highest = bpw_range(Measurement.load(finished.with_name("out.work") / "measurement.safetensors"))
+        lowest, highest = exl2_bpw_range(Measurement.load(measurement_of(finished)))
         # Rounded up, so that both can be asked for.
         assert lines["possible bpw"][0] == f"{math.ceil(lowest * 10_000) / 10_000:.4f}"
         assert lines["possible bpw"][2] == f"{math.ceil(highest * 10_000) / 10_000:.4f}"
@@ -358,15 +337,16 @@ class TestStageByStage:
     def test_all_commands_in_turn(self, tiny_model: Path, finished: Path, tmp_path: Path) -> None:
         measurement, plan = tmp_path / "m.safetensors", tmp_path / "plan.json"
         assert "14 linears measured" in succeed("measure", tiny_model, "-o", measurement, *TEXT)
-        kept = finished.with_name("out.work") / "measurement.safetensors"
+        kept = measurement_of(finished)
         alone, within = Measurement.load(measurement), Measurement.load(kept)
-        for one, other in zip((*alone.linears, alone.head), (*within.linears, within.head), strict=True):
-            assert np.array_equal(one.damage_nats, other.damage_nats)
-        assert within.types == ()  # EXL2 needs none
+        one, other = exl2_curves(alone), exl2_curves(within)
+        for linear in (*alone.linears, alone.head):
+            assert np.array_equal(one.damage_nats(linear.name), other.damage_nats(linear.name))
+        assert set(within.curves) == {"exl2"}  # a run measures for its own format only
 
         printed = succeed("plan", measurement, "--bpw", 4.5, "-o", plan)
-        made = Plan.load(plan)
-        assert f"decoder {made.bpw:.4f} bpw" in printed
+        made = load_plan(plan)
+        assert f"{made.bpw:.4f} bpw, at most" in printed
         assert all(p.name in printed for p in made.linears)
 
         out = tmp_path / "out"
@@ -405,13 +385,13 @@ class TestStageByStage:
     def test_plan_goes_beside_the_measurement(self, out: Path) -> None:
         work = out.with_name("out.work")
         succeed("plan", work / "measurement.safetensors", "--bpw", 5.25)
-        assert Plan.load(work / "plan-5.25.json").target_bpw == 5.25
+        assert load_plan(work / "plan-5.25.json").target_bpw == 5.25
 
     def test_one_measurement_serves_other_sizes(
         self, tiny_model: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(obtain, "measure_checkpoint", lambda *_: pytest.fail("was done again"))
-        measurement = finished.with_name("out.work") / "measurement.safetensors"
+        monkeypatch.setattr("bpwise.quantize.measuring.measure_checkpoint", lambda *_: pytest.fail("was done again"))
+        measurement = measurement_of(finished)
         quantize(tiny_model, tmp_path / "out", 6.0, "-m", measurement, "--head-bits", 16, "--no-eval")
         assert 6.0 - 0.02 < decoder_bpw(tmp_path / "out") <= 6.0
         stored = load_file(tmp_path / "out" / "output.safetensors")
@@ -420,7 +400,7 @@ class TestStageByStage:
     def test_a_measurement_has_its_own_range_of_sizes(self, tiny_model: Path, tmp_path: Path) -> None:
         measurement = tmp_path / "m.safetensors"
         succeed("measure", tiny_model, "-o", measurement, *TEXT, "--group-size", 64)
-        lowest, _ = bpw_range(Measurement.load(measurement))  # below that of the default groups of 32
+        lowest, _ = exl2_bpw_range(Measurement.load(measurement))  # below that of the default groups of 32
         quantize(tiny_model, tmp_path / "out", lowest + 0.001, "-m", measurement, "--no-eval")
         assert decoder_bpw(tmp_path / "out") == pytest.approx(lowest, abs=0.002)
 
@@ -438,7 +418,7 @@ class TestStageByStage:
     def test_a_dry_run_knows_how_the_measurement_was_made(self, tiny_model: Path, tmp_path: Path) -> None:
         measurement = tmp_path / "m.safetensors"
         succeed("measure", tiny_model, "-o", measurement, *TEXT, "--group-size", 64)
-        lowest, _ = bpw_range(Measurement.load(measurement))  # below that of the default groups of 32
+        lowest, _ = exl2_bpw_range(Measurement.load(measurement))  # below that of the default groups of 32
         printed = succeed(
             "quantize", tiny_model, tmp_path / "out", "--bpw", lowest + 0.01, "-m", measurement, "--dry-run"
         )
@@ -448,22 +428,22 @@ class TestStageByStage:
     def test_a_dry_run_forecasts_the_run_that_is_asked_for(
         self, option: str, tiny_model: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        asked: list[MeasureConfig] = []
-        forecast = run_options.forecast_run
+        asked: list[tuple[MeasureConfig, tuple[int, int]]] = []
+        forecast = checks.forecast_run
 
-        def remembered(*args: Any, config: MeasureConfig, **settings: Any) -> Any:
-            asked.append(config)
-            return forecast(*args, config=config, **settings)
+        def remembered(conversion: Any, target: Any, config: MeasureConfig, **settings: Any) -> Any:
+            asked.append((config, settings["rows_shape"]))
+            return forecast(conversion, target, config, **settings)
 
-        monkeypatch.setattr(run_options, "forecast_run", remembered)
+        monkeypatch.setattr(checks, "forecast_run", remembered)
         file = finished.with_name("out.work") / f"{'measurement' if option == '-m' else 'calibration'}.safetensors"
         folder = tmp_path / "files"
         succeed(
             *("quantize", tiny_model, tmp_path / "out", "--bpw", 4.5, option, file),
             *("--offload-dir", folder, "--device", "cpu", "--dry-run"),
         )
-        (config,) = asked
-        assert (config.calibration.rows, config.calibration.row_tokens) == (8, 32)  # as TEXT has it
+        ((config, rows_shape),) = asked
+        assert rows_shape == (8, 32)  # as TEXT has it
         assert (config.offload_dir, config.device) == (folder, "cpu")
         assert list(tmp_path.iterdir()) == []
 
@@ -471,7 +451,7 @@ class TestStageByStage:
         self, save_model: Any, finished: Path, tmp_path: Path
     ) -> None:
         other = save_model(tmp_path / "other", seed=1)
-        measurement = finished.with_name("out.work") / "measurement.safetensors"
+        measurement = measurement_of(finished)
         message = refused("quantize", other, tmp_path / "out", "--bpw", 4.5, "-m", measurement, "--dry-run")
         assert "belongs to another model" in message
 
@@ -500,9 +480,9 @@ class TestStageByStage:
         [
             ("out", ["EXL2 model", "15 quantized linears", "model.layers.1.mlp.down_proj", "lm_head"]),
             ("model", ["checkpoint", "model_type llama", "model.layers.1.mlp.down_proj.weight", "96"]),
-            ("measurement.safetensors", ["measurement", "8 bits", "model.layers.1.mlp.down_proj", "lm_head"]),
+            ("measurement.safetensors", ["measurement", "exl2 8", "model.layers.1.mlp.down_proj", "lm_head"]),
             ("calibration.safetensors", ["calibration set", "8 rows of 32 tokens", "prose"]),
-            ("plan.json", ["plan", "asked 4.5", "model.layers.1.mlp.down_proj", "lm_head"]),
+            ("plan.json", ["EXL2 plan", "asked 4.5", "model.layers.1.mlp.down_proj", "lm_head"]),
         ],
     )
     def test_inspect(self, tiny_model: Path, finished: Path, what: str, expected: list[str]) -> None:
@@ -521,7 +501,7 @@ class TestStageByStage:
 class TestRefusals:
     def test_measurement_of_another_model(self, save_model: Any, finished: Path, tmp_path: Path) -> None:
         other = save_model(tmp_path / "other", seed=1)
-        measurement = finished.with_name("out.work") / "measurement.safetensors"
+        measurement = measurement_of(finished)
         message = refused("quantize", other, tmp_path / "out", "--bpw", 4.5, "--device", "cpu", "-m", measurement)
         assert "belongs to another model" in message
         assert not (tmp_path / "out").exists()
@@ -535,11 +515,12 @@ class TestRefusals:
 
     @pytest.mark.parametrize("bpw", ["1.5", "16.5", "nan"])
     def test_size_that_makes_no_sense(self, tiny_model: Path, tmp_path: Path, bpw: str) -> None:
-        assert "bpw" in refused("quantize", tiny_model, tmp_path / "out", "--bpw", bpw, *TEXT)
+        message = refused("quantize", tiny_model, tmp_path / "out", "--bpw", bpw, *TEXT)
+        assert "bpw" in message or f"{bpw} bits per weight cannot be reached" in message
         assert list(tmp_path.iterdir()) == []
 
     def test_size_out_of_range_names_the_range(self, finished: Path, tmp_path: Path) -> None:
-        measurement = finished.with_name("out.work") / "measurement.safetensors"
+        measurement = measurement_of(finished)
         message = refused("plan", measurement, "--bpw", 2, "-o", tmp_path / "plan.json")
         assert "2 bits per weight cannot be reached" in message
         assert not (tmp_path / "plan.json").exists()

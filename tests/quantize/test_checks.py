@@ -3,6 +3,7 @@
 import importlib.util
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,25 +11,24 @@ from typing import Any
 import pytest
 import torch
 from bpwise.checkpoint.source.checkpoint import Checkpoint
-from bpwise.cli import cli
-from bpwise.convert.gguf import base as gguf_base
+from bpwise.convert.conversion import Target
 from bpwise.convert.gguf.file.writer import write_gguf
 from bpwise.convert.gguf.llama_cpp.imatrix import ImportanceMatrix, write_imatrix
-from bpwise.convert.gguf.plan import Override
+from bpwise.convert.gguf.plan import TypeOverride
 from bpwise.errors import BpwiseError, CalibrationError, ConfigError, UnsupportedModelError, WorkDirectoryError
 from bpwise.eval.config import EvalConfig
 from bpwise.measure.run import MeasureConfig, measure_model
 from bpwise.measure.text.calibration import CalibrationConfig, CalibrationSet
-from bpwise.quantize import measuring as obtain
-from bpwise.quantize import support
-from bpwise.quantize.gguf_pipeline import GgufConfig, convert_to_mixture, quantize_to_gguf
-from bpwise.quantize.judge import Judge
-from bpwise.quantize.pipeline import QuantizeConfig, quantize_model
+from bpwise.quantize.checks import forecast_outputs
+from bpwise.quantize.config import QuantizeConfig
+from bpwise.quantize.run import quantize_model
 from bpwise.quantize.series import output_paths, quantize_series
-from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from ..tiny_models import FAMILIES, save_family, save_with_vision
+from .runs import bpwise, exl2, gguf
+
+CONVERTER = "convert.gguf.base.make_base"
 
 Tensors = dict[str, torch.Tensor]
 
@@ -39,13 +39,12 @@ def begun(*_: Any, **__: Any) -> None:
 
 @pytest.fixture(autouse=True)
 def nothing_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(obtain, "measure_checkpoint", begun)
-    monkeypatch.setattr("bpwise.measure.run.measure_checkpoint", begun)
-    monkeypatch.setattr(gguf_base, "make_base", begun)
-
-
-def bpwise(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, list(map(str, arguments)), catch_exceptions=False)
+    for place in (
+        "quantize.measuring.measure_checkpoint",
+        "measure.run.measure_checkpoint",
+        "convert.gguf.base.make_base",
+    ):
+        monkeypatch.setattr(f"bpwise.{place}", begun)
 
 
 def copied(model: Path, directory: Path, change: Callable[[Tensors], object]) -> Path:
@@ -107,7 +106,7 @@ EXL2_CHANGES: dict[str, tuple[Callable[[Tensors], object], str]] = {
 def test_tensors_that_exl2_cannot_hold(case: str, tiny_model: Path, tmp_path: Path) -> None:
     change, message = EXL2_CHANGES[case]
     model, out = copied(tiny_model, tmp_path / "m", change), tmp_path / "out"
-    config = QuantizeConfig(bpw=4.5, evaluate=None)
+    config = exl2()
     with pytest.raises(BpwiseError, match=message):
         quantize_model(model, out, config)
     with pytest.raises(BpwiseError, match=message):
@@ -125,7 +124,7 @@ def test_side_files_that_lead_outside(name: str, tiny_model: Path, tmp_path: Pat
     (model / name).unlink(missing_ok=True)
     (model / name).symlink_to("/etc/hostname")
     with pytest.raises(BpwiseError, match=f"{name}: leads outside"):
-        quantize_model(model, tmp_path / "out", QuantizeConfig(bpw=4.5, evaluate=None))
+        quantize_model(model, tmp_path / "out", exl2())
 
 
 def test_side_files_are_looked_at_where_they_are(
@@ -145,7 +144,7 @@ def test_a_bias_that_float16_cannot_hold(tmp_path: Path, byte_tokenizer: Any) ->
     model = save_family(tmp_path / "m", "qwen2", byte_tokenizer)
     copied(model, tmp_path / "far", far("model.layers.1.self_attn.k_proj.bias"))
     with pytest.raises(BpwiseError, match=r"k_proj.bias: values range"):
-        quantize_model(tmp_path / "far", tmp_path / "out", QuantizeConfig(bpw=4.5, evaluate=None))
+        quantize_model(tmp_path / "far", tmp_path / "out", exl2())
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "mixtral", "phi3", "llava", "qwen2_5_vl"])
@@ -155,11 +154,11 @@ def test_families_that_gguf_plans_do_not_know(kind: str, tmp_path: Path, byte_to
     message = f"model_type '{kind}'.*expected one of llama, mistral, qwen2, qwen3.*--type"
     for feedback in (True, False):
         with pytest.raises(UnsupportedModelError, match=message):
-            quantize_to_gguf(model, tmp_path / "x.gguf", GgufConfig(bpw=8, evaluate=None, feedback=feedback))
+            quantize_model(model, tmp_path / "x.gguf", gguf(8, feedback=feedback))
     with pytest.raises(UnsupportedModelError, match=message):
-        quantize_to_gguf(model, tmp_path / "x.gguf", GgufConfig(vram_bytes=1 << 31, evaluate=None))
+        quantize_model(model, tmp_path / "x.gguf", gguf(target=Target(vram_bytes=1 << 31)))
     with pytest.raises(UnsupportedModelError, match=message):
-        quantize_series(model, tmp_path / "x", GgufConfig(bpw=8, evaluate=None), [8, 6])
+        quantize_series(model, tmp_path / "x", gguf(), [8, 6])
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
@@ -170,7 +169,7 @@ def test_a_mixture_that_could_not_be_compared(tmp_path: Path, byte_tokenizer: An
     assert "model_type 'gemma2'" in result.stderr
     assert "--no-eval" in result.stderr
     with pytest.raises(pytest.fail.Exception):  # llama.cpp's converter knows it
-        convert_to_mixture(model, tmp_path / "x.gguf", "Q8_0")
+        quantize_model(model, tmp_path / "x.gguf", gguf(mixture="Q8_0"))
 
 
 @pytest.fixture(scope="module")
@@ -182,27 +181,28 @@ def known(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Any) -> Path
 
 class TestGguf:
     @pytest.mark.parametrize(
-        ("settings", "message"),
+        ("target", "overrides", "message"),
         [
             # All rows are of 64 or 96 weights: nothing is smaller than 4.5 bits, or 4.25 of MXFP4.
-            ({"bpw": 2}, "cannot be reached"),
-            ({"max_bytes": 30_000}, "cannot be reached"),
-            ({"vram_bytes": 1 << 20, "context_tokens": 64}, "no room for weights"),
-            ({"bpw": 5, "overrides": "blk.0.*=Q4_K"}, "rows of 64 weights, expected a multiple of 256"),
-            ({"bpw": 5, "overrides": "blk.7.*=Q4_0"}, "no tensor has such a name"),
+            ({"bpw": 2}, [], "cannot be reached"),
+            ({"max_bytes": 30_000}, [], "cannot be reached"),
+            ({"vram_bytes": 1 << 20, "context_tokens": 64}, [], "no room for weights"),
+            ({"bpw": 5}, ["blk.0.*=Q4_K"], "rows of 64 weights, expected a multiple of 256"),
+            ({"bpw": 5}, ["blk.7.*=Q4_0"], "no tensor has such a name"),
             # 95232 weights at 2 bytes, 1216 of norms and biases at 4: 16.2017 bits each, met from below.
-            ({"bpw": 5, "overrides": "*=F16"}, "from 195328 to 195328, that is 16.2018 to 16.2018 bits"),
+            ({"bpw": 5}, ["*=F16"], "from 195328 to 195328, that is 16.2018 to 16.2018 bits"),
         ],
         ids=lambda value: str(value)[:40],
     )
-    def test_sizes_and_overrides(self, settings: dict[str, Any], message: str, known: Path, tmp_path: Path) -> None:
-        overrides = tuple(Override.parse(text) for text in [settings.get("overrides")] if text)
-        config = GgufConfig(**{**settings, "overrides": overrides, "evaluate": None})
+    def test_sizes_and_overrides(
+        self, target: dict[str, Any], overrides: list[str], message: str, known: Path, tmp_path: Path
+    ) -> None:
+        config = gguf(target=Target(**target), overrides=tuple(map(TypeOverride.parse, overrides)))
         with pytest.raises(BpwiseError, match=message):
-            quantize_to_gguf(known, tmp_path / "x.gguf", config)
-        if config.bpw is not None:
+            quantize_model(known, tmp_path / "x.gguf", config)
+        if "bpw" in target:
             with pytest.raises(BpwiseError, match=message):
-                quantize_series(known, tmp_path / "x", config, [config.bpw, 8.5])
+                quantize_series(known, tmp_path / "x", config, [target["bpw"], 8.5])
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize(
@@ -219,13 +219,13 @@ class TestGguf:
         matrix = tmp_path / "i.gguf"
         write_imatrix(matrix, ImportanceMatrix.from_means({name: torch.ones(row_weights)}, 10))
         with pytest.raises(ConfigError, match=message):
-            convert_to_mixture(known, tmp_path / "x.gguf", "Q4_0", imatrix=matrix)
+            quantize_model(known, tmp_path / "x.gguf", gguf(mixture="Q4_0", imatrix=matrix))
         assert list(tmp_path.iterdir()) == [matrix]
 
     def test_a_mixture_that_needs_importances(self, tmp_path: Path, byte_tokenizer: Any) -> None:
         wide = save_family(tmp_path / "m", "llama", byte_tokenizer, hidden_size=256, intermediate_size=256)
         with pytest.raises(ConfigError, match="garbage without importances"):
-            convert_to_mixture(wide, tmp_path / "x.gguf", "IQ2_XS")
+            quantize_model(wide, tmp_path / "x.gguf", gguf(mixture="IQ2_XS"))
 
 
 def test_a_base_that_cannot_be_read_back(
@@ -233,16 +233,17 @@ def test_a_base_that_cannot_be_read_back(
 ) -> None:
     monkeypatch.setattr("bpwise.quantize.judge.load_tokenizer", lambda _: byte_tokenizer)
     model = converted["mistral"].directory
-    judge = Judge(Checkpoint.open(model), EvalConfig(rows=1, row_tokens=32, device="cpu"))
+    evaluate = EvalConfig(rows=1, row_tokens=32, device="cpu")
     base = tmp_path / "base.gguf"
     write_gguf(converted["mistral"].file, base, {}, file_type=0, metadata={"llama.attention.sliding_window": 64})
-    calls = {"base": base, "calibration": rows(2, 32)}
     with pytest.raises(UnsupportedModelError, match="sliding-window"):
-        quantize_to_gguf(model, tmp_path / "x.gguf", GgufConfig(bpw=6, evaluate=None), **calls)
+        quantize_model(model, tmp_path / "x.gguf", gguf(6, base=base), calibration=rows(2, 32))
     with pytest.raises(UnsupportedModelError, match="sliding-window"):
-        convert_to_mixture(model, tmp_path / "x.gguf", "Q8_0", base=base, judge=judge)
+        quantize_model(model, tmp_path / "x.gguf", gguf(mixture="Q8_0", base=base, evaluate=evaluate))
     assert not (tmp_path / "x.gguf").exists()
 
+
+Q4_0 = {"mixture": "Q4_0"}
 
 LONG = CalibrationConfig(rows=1, row_tokens=129)
 """One token more than ``tiny_model`` has positions for."""
@@ -252,18 +253,17 @@ class TestContext:
     @pytest.mark.parametrize(
         ("config", "use"),
         [
-            (QuantizeConfig(bpw=4.5, evaluate=None, measure=MeasureConfig(calibration=LONG)), "calibration"),
-            (QuantizeConfig(bpw=4.5, evaluate=EvalConfig(row_tokens=129)), "evaluation"),
-            (GgufConfig(bpw=8, evaluate=None, measure=MeasureConfig(calibration=LONG)), "calibration"),
-            (GgufConfig(bpw=8, evaluate=EvalConfig(row_tokens=129)), "evaluation"),
+            (exl2(measure=MeasureConfig(calibration=LONG)), "calibration"),
+            (exl2(evaluate=EvalConfig(row_tokens=129)), "evaluation"),
+            (gguf(8, measure=MeasureConfig(calibration=LONG)), "calibration"),
+            (gguf(8, evaluate=EvalConfig(row_tokens=129)), "evaluation"),
         ],
         ids=["exl2", "exl2-evaluation", "gguf", "gguf-evaluation"],
     )
-    def test_longer_rows(self, config: Any, use: str, tiny_model: Path, tmp_path: Path) -> None:
-        run = quantize_model if isinstance(config, QuantizeConfig) else quantize_to_gguf
+    def test_longer_rows(self, config: QuantizeConfig, use: str, tiny_model: Path, tmp_path: Path) -> None:
         message = f"{use} text: rows of 129 tokens, but the model has positions for 128"
         with pytest.raises(ConfigError, match=message):
-            run(tiny_model, tmp_path / "x", config)
+            quantize_model(tiny_model, tmp_path / "x", config)
         with pytest.raises(ConfigError, match=message):
             quantize_series(tiny_model, tmp_path / "x", config, [8.0])
         assert list(tmp_path.iterdir()) == []
@@ -281,7 +281,7 @@ class TestContext:
     ) -> None:
         given.save(tmp_path / "rows.safetensors")
         with pytest.raises(error, match=message):
-            quantize_model(tiny_model, tmp_path / "x", QuantizeConfig(bpw=4.5, evaluate=None), calibration=given)
+            quantize_model(tiny_model, tmp_path / "x", exl2(), calibration=given)
         with pytest.raises(error, match=message):
             measure_model(tiny_model, tmp_path / "m.safetensors", MeasureConfig(), curves=[], calibration=given)
         for command in (
@@ -307,10 +307,9 @@ class TestContext:
 
 def test_rows_beside_a_measurement(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = SimpleNamespace(tokens=torch.zeros(1, 4))
-    monkeypatch.setattr(obtain, "load_measurement", lambda *_: measured)
-    config = QuantizeConfig(bpw=4.5, evaluate=None)
+    monkeypatch.setattr("bpwise.quantize.measuring.load_measurement", lambda *_: measured)
     with pytest.raises(ConfigError, match="brings its own calibration rows"):
-        quantize_model(tiny_model, tmp_path / "x", config, measurement=Path("m"), calibration=rows(1, 4))
+        quantize_model(tiny_model, tmp_path / "x", exl2(), measurement=Path("m"), calibration=rows(1, 4))
 
 
 def test_no_library_of_ggml(tmp_path: Path, byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,16 +319,16 @@ def test_no_library_of_ggml(tmp_path: Path, byte_tokenizer: Any, monkeypatch: py
         importlib.util, "find_spec", lambda name, *rest: (name != "libggml" and find(name, *rest)) or None
     )
     with pytest.raises(BpwiseError, match="ggml's library, which is not installed"):
-        quantize_to_gguf(model, tmp_path / "x.gguf", GgufConfig(bpw=5, evaluate=None))
+        quantize_model(model, tmp_path / "x.gguf", gguf(5))
     with pytest.raises(BpwiseError, match="ggml's library, which is not installed"):
-        convert_to_mixture(model, tmp_path / "x.gguf", "Q8_0")
+        quantize_model(model, tmp_path / "x.gguf", gguf(mixture="Q8_0"))
 
 
 class TestPlace:
     def test_below_a_file(self, tiny_model: Path, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
         with pytest.raises(WorkDirectoryError, match=r"a parent of it is not a directory"):
-            quantize_model(tiny_model, tmp_path / "file" / "out", QuantizeConfig(bpw=4.5, evaluate=None))
+            quantize_model(tiny_model, tmp_path / "file" / "out", exl2())
         with pytest.raises(WorkDirectoryError, match=r"a parent of it is not a directory"):
             measure_model(tiny_model, tmp_path / "file" / "m.safetensors", MeasureConfig(), curves=[])
 
@@ -337,14 +336,15 @@ class TestPlace:
         # At 4.5 bits two layers of 30720 weights take 34560 bytes; embedding and head beside them.
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=34_560))
         with pytest.raises(WorkDirectoryError, match="its disk has 34560 free"):
-            quantize_model(tiny_model, tmp_path / "out", QuantizeConfig(bpw=4.5, evaluate=None))
+            quantize_model(tiny_model, tmp_path / "out", exl2())
 
     def test_a_series_takes_what_its_outputs_take_together(
         self, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        config, rates = QuantizeConfig(bpw=4.5, evaluate=None), [4.5, 6.0]
+        config, rates = exl2(), [4.5, 6.0]
         # Each alone, by the headers; two layers of 30720 weights at 1.5 bits more are 11520 bytes.
-        small = config.forecast(Checkpoint.open(tiny_model)).output_bytes
+        conversion = config.format.conversion(Checkpoint.open(tiny_model), config.options)
+        small = conversion.forecast(config.target, None).output_bytes
         together = 2 * small + 11_520
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=together - 1))
         with pytest.raises(WorkDirectoryError, match=rf"out/\*: will take {together} bytes, but its disk has"):
@@ -355,22 +355,17 @@ class TestPlace:
         with pytest.raises(WorkDirectoryError, match=f"will take {together} bytes"):  # they are still empty
             quantize_series(tiny_model, tmp_path / "out", config, rates)
         (paths[6.0] / "config.json").write_text("{}")
-        outputs = {path: QuantizeConfig(bpw=bpw, evaluate=None) for bpw, path in paths.items()}
-        assert list(support.require_exl2(Checkpoint.open(tiny_model), outputs)) == list(outputs)  # it is there
+        targets = {path: Target(bpw=bpw) for bpw, path in paths.items()}
+        found = forecast_outputs(conversion, targets, config.measure, None, tmp_path / "work")
+        assert list(found) == list(targets)  # it is there
 
     def test_gguf_needs_room_for_the_unquantized_file_too(
         self, known: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         stored = sum(tensor.nbytes for tensor in load_file(known / "model.safetensors").values())
-        monkeypatch.setattr(gguf_base, "make_base", begun)
-        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=stored - 1))
-        with pytest.raises(WorkDirectoryError, match=f"x.gguf: will take {stored} bytes"):
-            convert_to_mixture(known, tmp_path / "x.gguf", "Q4_0")
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=stored + 1000))
-        for run in (
-            lambda: quantize_to_gguf(known, tmp_path / "x.gguf", GgufConfig(bpw=8, evaluate=None)),
-            lambda: quantize_series(known, tmp_path / "x", GgufConfig(bpw=8, evaluate=None), [8, 6]),
-        ):
+        runs = [partial(quantize_model, known, tmp_path / "x.gguf", gguf(**options)) for options in ({"bpw": 8}, Q4_0)]
+        for run in (*runs, partial(quantize_series, known, tmp_path / "x", gguf(), [8, 6])):
             with pytest.raises(WorkDirectoryError, match=r"\*: will take .* bytes, but its disk has"):
                 run()
         assert list(tmp_path.iterdir()) == []
@@ -381,12 +376,12 @@ def test_a_missing_converter_shows_before_the_model_is_read(
 ) -> None:
     monkeypatch.setattr(Checkpoint, "_fingerprint", begun)
     nowhere = tmp_path / "nowhere"
-    config = GgufConfig(bpw=8, evaluate=None, llama_cpp=nowhere)
+    config = gguf(8, llama_cpp=nowhere)
     for run in (
-        lambda: quantize_to_gguf(known, tmp_path / "x.gguf", config),
-        lambda: quantize_to_gguf(known, tmp_path / "x.gguf", config, measurement=tmp_path / "m"),
-        lambda: quantize_series(known, tmp_path / "x", config, [8, 6]),
-        lambda: convert_to_mixture(known, tmp_path / "x.gguf", "Q4_0", llama_cpp=nowhere),
+        partial(quantize_model, known, tmp_path / "x.gguf", config),
+        partial(quantize_model, known, tmp_path / "x.gguf", config, measurement=tmp_path / "m"),
+        partial(quantize_series, known, tmp_path / "x", config, [8, 6]),
+        partial(quantize_model, known, tmp_path / "x.gguf", gguf(llama_cpp=nowhere, **Q4_0)),
     ):
         with pytest.raises(BpwiseError, match=r"nowhere: llama\.cpp's converter is not there"):
             run()
@@ -395,13 +390,13 @@ def test_a_missing_converter_shows_before_the_model_is_read(
 
 def test_files_of_others_beside_a_gguf_file(known: Path, tmp_path: Path) -> None:
     for name, config in (
-        ("x.report.md", GgufConfig(bpw=8)),
-        ("x.report.json", GgufConfig(bpw=8)),
-        ("x.README.md", GgufConfig(bpw=8, evaluate=None, card=True)),
+        ("x.report.md", gguf(8, evaluate=EvalConfig())),
+        ("x.report.json", gguf(8, evaluate=EvalConfig())),
+        ("x.README.md", gguf(8, card=True)),
     ):
         (tmp_path / name).write_text("# The only copy")
         with pytest.raises(WorkDirectoryError, match=f"{name}: in the way"):
-            quantize_to_gguf(known, tmp_path / "x.gguf", config)
+            quantize_model(known, tmp_path / "x.gguf", config)
         assert (tmp_path / name).read_text() == "# The only copy"
         (tmp_path / name).unlink()
     (tmp_path / "x.report.html").write_text("<p>the only copy")
