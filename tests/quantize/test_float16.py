@@ -8,7 +8,7 @@ import pytest
 import torch
 from bpwise.cli import cli
 from bpwise.convert.exl2.plan.plan import Exl2Plan
-from bpwise.convert.exl2.vram import exl2_overhead_bytes
+from bpwise.convert.exl2.plan.vram import exl2_overhead_bytes
 from bpwise.convert.registry import load_plan
 from click.testing import CliRunner
 from safetensors.torch import load_file

@@ -10,8 +10,8 @@ import pytest
 import torch
 from bpwise.checkpoint.files.resume import ResumeStore
 from bpwise.cli import cli
-from bpwise.convert.exl2.curves import exl2_curves
 from bpwise.convert.exl2.plan.making import exl2_bpw_range
+from bpwise.convert.exl2.plan.measured import exl2_curves
 from bpwise.convert.opening import open_any
 from bpwise.convert.registry import load_plan
 from bpwise.eval.report.layers import find_plan, linear_costs
