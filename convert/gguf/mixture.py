@@ -28,7 +28,7 @@ from .ggml.kernels import require_kernels
 from .ggml.types import TYPES, GgmlType
 from .llama_cpp.assign import mixture_types, require_importance
 from .llama_cpp.converter import find_converter
-from .llama_cpp.imatrix import imatrix_metadata, read_imatrix, require_fitting
+from .llama_cpp.imatrix import ImportanceMatrix, imatrix_metadata, read_imatrix, require_fitting
 from .llama_cpp.mixtures import mixture
 from .options import GgufOptions
 
@@ -106,8 +106,11 @@ class MixtureConversion(GgufConversion):
         """See ``Conversion``."""
         super().__init__(checkpoint, options)
         self._mixture = mixture(options.mixture or "")
-        self._matrix = None if options.imatrix is None else read_imatrix(options.imatrix)
         self.inputs = (*self.inputs, *(() if options.imatrix is None else (options.imatrix,)))
+
+    @cached_property
+    def _matrix(self) -> ImportanceMatrix | None:
+        return None if self.options.imatrix is None else read_imatrix(self.options.imatrix)
 
     def require_support(self) -> None:
         """Refuse missing tools, and importances that do not fit, as far as that is known before converting."""
@@ -115,13 +118,14 @@ class MixtureConversion(GgufConversion):
             require_kernels()
         if self.options.base is None:
             find_converter(self.options.llama_cpp)
+        matrix = self._matrix
         if self.checkpoint.config.get("model_type") not in known_model_types():
             return  # whether llama.cpp's converter knows it shows soon
         source = self._source
-        if self._matrix is None:
+        if matrix is None:
             require_importance(self._mixture, source.shape("model.layers.0.self_attn.q_proj.weight")[-1])
         else:
-            require_fitting(self._matrix, {gguf_name(name) or name: source.shape(name) for name in source.names})
+            require_fitting(matrix, {gguf_name(name) or name: source.shape(name) for name in source.names})
 
     def require_readable(self) -> None:
         """See ``Conversion``."""

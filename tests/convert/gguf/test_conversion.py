@@ -17,7 +17,7 @@ from bpwise.convert.gguf.llama_cpp.importance import importance_of
 from bpwise.convert.gguf.llama_cpp.vram import room_for_weights
 from bpwise.convert.gguf.options import GgufOptions
 from bpwise.convert.gguf.plan import TypeOverride
-from bpwise.errors import BrokenModelError, BudgetError, CalibrationError, ConfigError, FormatError, WorkDirectoryError
+from bpwise.errors import BrokenModelError, BudgetError, ConfigError, FormatError, WorkDirectoryError
 from bpwise.eval.comparison import EvalConfig, compare_models
 from bpwise.eval.metrics.overlap import shared_share, stored_spans
 from bpwise.measure.measurement import Measurement
@@ -32,6 +32,8 @@ from huggingface_hub import ModelCard
 
 pytest.importorskip("libggml", reason="ggml's library is not installed: pip install 'bpwise[gguf]'")
 pytest.importorskip("gguf", reason="the gguf package is not installed: pip install 'bpwise[gguf]'")
+
+Made = dict[str, QuantizeResult]
 
 TARGET = Target(bpw=5.5)
 FAMILIES = ["llama3", "mistral", "qwen2", "qwen3"]
@@ -68,13 +70,13 @@ def kl(directory: Path, file: Path) -> float:
 
 
 @pytest.fixture(scope="module")
-def made(converted: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, QuantizeResult]:
+def made(converted: Any, tmp_path_factory: pytest.TempPathFactory) -> Made:
     folder = tmp_path_factory.mktemp("made")
     return {name: quantize(converted[name].directory, folder / f"{name}.gguf") for name in FAMILIES}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_file_is_what_was_planned(name: str, made: dict[str, QuantizeResult], converted: Any) -> None:
+def test_file_is_what_was_planned(name: str, made: Made, converted: Any) -> None:
     result = made[name]
     model = GgufModel.open(result.output)
     assert {f"{tensor.name}.weight": tensor.type for tensor in result.plan.tensors} == {
@@ -88,7 +90,7 @@ def test_file_is_what_was_planned(name: str, made: dict[str, QuantizeResult], co
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_costs_about_what_was_predicted_and_less_than_llama_quantize(
-    name: str, made: dict[str, QuantizeResult], converted: Any, tmp_path: Path
+    name: str, made: Made, converted: Any, tmp_path: Path
 ) -> None:
     directory = converted[name].directory
     ours = kl(directory, made[name].output)
@@ -99,9 +101,7 @@ def test_costs_about_what_was_predicted_and_less_than_llama_quantize(
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_llama_cpp_loads_it_and_sees_the_same_weights(
-    name: str, made: dict[str, QuantizeResult], converted: Any
-) -> None:
+def test_llama_cpp_loads_it_and_sees_the_same_weights(name: str, made: Made, converted: Any) -> None:
     pytest.importorskip("xllamacpp", reason="the engine is not installed: pip install 'bpwise[gguf]'")
     from bpwise.eval.engines.engine import compare_in_engine
     from bpwise.eval.engines.llamacpp import load_library
@@ -113,7 +113,7 @@ def test_llama_cpp_loads_it_and_sees_the_same_weights(
     assert engine == pytest.approx(kl(converted[name].directory, made[name].output), rel=0.5)
 
 
-def test_the_same_run_again_changes_nothing(made: dict[str, QuantizeResult], converted: Any) -> None:
+def test_the_same_run_again_changes_nothing(made: Made, converted: Any) -> None:
     output = made["mistral"].output
     before = output.stat()
     again = quantize(converted["mistral"].directory, output)
@@ -121,7 +121,7 @@ def test_the_same_run_again_changes_nothing(made: dict[str, QuantizeResult], con
     assert output.stat().st_mtime_ns == before.st_mtime_ns
 
 
-def test_refuses_what_is_in_the_way(made: dict[str, QuantizeResult], converted: Any, tmp_path: Path) -> None:
+def test_refuses_what_is_in_the_way(made: Made, converted: Any, tmp_path: Path) -> None:
     output = tmp_path / "x.gguf"
     shutil.copyfile(converted["mistral"].file, output)
     with pytest.raises(WorkDirectoryError, match="not the output of this run"):
@@ -135,9 +135,7 @@ def test_refuses_what_is_in_the_way(made: dict[str, QuantizeResult], converted: 
         to_mixture(converted["mistral"].directory, output, "Q8_0")
 
 
-def test_the_run_depends_on_what_the_base_holds(
-    made: dict[str, QuantizeResult], converted: Any, tmp_path: Path
-) -> None:
+def test_the_run_depends_on_what_the_base_holds(made: Made, converted: Any, tmp_path: Path) -> None:
     directory, output, base = converted["mistral"].directory, tmp_path / "x.gguf", tmp_path / "base.gguf"
     settings = {"measurement": made["mistral"].measurement, "feedback": False}
     shutil.copyfile(converted["mistral"].file, base)
@@ -155,9 +153,7 @@ def test_the_run_depends_on_what_the_base_holds(
     assert output.read_bytes() == before
 
 
-def test_what_appears_meanwhile_is_not_replaced(
-    made: dict[str, QuantizeResult], converted: Any, tmp_path: Path
-) -> None:
+def test_what_appears_meanwhile_is_not_replaced(made: Made, converted: Any, tmp_path: Path) -> None:
     output = tmp_path / "x.gguf"
     mixture = QuantizeConfig(options=GgufOptions(mixture="Q8_0", base=converted["mistral"].file), evaluate=None)
 
@@ -173,9 +169,7 @@ def test_what_appears_meanwhile_is_not_replaced(
     assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
 
 
-def test_a_largest_size_holds_for_the_whole_file(
-    made: dict[str, QuantizeResult], converted: Any, tmp_path: Path
-) -> None:
+def test_a_largest_size_holds_for_the_whole_file(made: Made, converted: Any, tmp_path: Path) -> None:
     name, size = "qwen3", made["qwen3"].verification.file_bytes + 20_000
     result = quantize(
         converted[name].directory,
@@ -194,7 +188,7 @@ def test_a_largest_size_holds_for_the_whole_file(
     assert not (tmp_path / "y.gguf").exists()
 
 
-def test_a_gpu_that_the_cache_fits_into_too(made: dict[str, QuantizeResult], converted: Any, tmp_path: Path) -> None:
+def test_a_gpu_that_the_cache_fits_into_too(made: Made, converted: Any, tmp_path: Path) -> None:
     name = "qwen3"
     taken = (1 << 30) - room_for_weights(1 << 30, Checkpoint.open(converted[name].directory).config, 64)
     settings = {"measurement": made[name].measurement, "feedback": False}
@@ -224,7 +218,7 @@ def test_without_feedback_ggml_rounds_alone(converted: Any, tmp_path: Path) -> N
     assert kl(directory, fed_back.output) < 0.8 * kl(directory, result.output)
 
 
-def test_overrides_and_report(made: dict[str, QuantizeResult], converted: Any, tmp_path: Path) -> None:
+def test_overrides_and_report(made: Made, converted: Any, tmp_path: Path) -> None:
     name = "mistral"
     result = quantize(
         converted[name].directory,
@@ -239,7 +233,7 @@ def test_overrides_and_report(made: dict[str, QuantizeResult], converted: Any, t
     assert "predicted" in lines
 
 
-def test_importances_are_those_of_the_measurement(made: dict[str, QuantizeResult]) -> None:
+def test_importances_are_those_of_the_measurement(made: Made) -> None:
     measured = Measurement.load(made["llama3"].measurement)
     matrix = importance_of(measured)
     power = matrix.mean_squares("blk.1.ffn_down.weight")
@@ -265,51 +259,8 @@ def test_a_target_goes_with_whatever_is_planned(target: Target | None, converted
         quantize(converted["mistral"].directory, tmp_path / "x.gguf", target=target, mixture=mixture)
 
 
-def test_text_that_a_mixture_cannot_be_evaluated_on_is_refused_before_it_is_made(
-    converted: Any, byte_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(judge, "load_tokenizer", lambda _: byte_tokenizer)  # the model's own needs more packages
-    monkeypatch.setattr(gguf_base, "make_base", lambda *_, **__: pytest.fail("was converted"))
-    text = tmp_path / "short.txt"
-    text.write_text("short")
-    config = QuantizeConfig(options=GgufOptions(mixture="Q8_0"), evaluate=EvalConfig(text=str(text), device="cpu"))
-    with pytest.raises(CalibrationError):
-        quantize_model(converted["mistral"].directory, tmp_path / "x.gguf", config)
-
-
-def test_a_mixture_is_evaluated_and_has_a_card(
-    converted: Any, byte_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(judge, "load_tokenizer", lambda _: byte_tokenizer)  # the model's own needs more packages
-    model = converted["mistral"]
-    config = QuantizeConfig(
-        options=GgufOptions(mixture="Q8_0", base=model.file, card=True),
-        evaluate=EvalConfig(rows=2, row_tokens=32, device="cpu"),
-    )
-    result = quantize_model(model.directory, tmp_path / "x.gguf", config)
-    assert result.measurement is None
-    assert result.comparison is not None
-    assert (tmp_path / "x.report.json").is_file()
-    assert "quantized to a GGUF file with bpwise" in (tmp_path / "x.README.md").read_text()
-
-
 class TestCommandLine:
-    def test_a_mixture(self, converted: Any, tmp_path: Path) -> None:
-        command = [
-            "quantize",
-            str(converted["qwen2"].directory),
-            str(tmp_path / "x.gguf"),
-            "--type",
-            "q8_0",
-            "--no-eval",
-        ]
-        run = CliRunner().invoke(cli, command, catch_exceptions=False)
-        assert run.exit_code == 0, run.output
-        assert "; all tensors 8." in run.output
-        assert read_gguf_header(tmp_path / "x.gguf").metadata["general.file_type"] == 7
-        assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
-
-    def test_plan_and_imatrix(self, made: dict[str, QuantizeResult], tmp_path: Path) -> None:
+    def test_plan_and_imatrix(self, made: Made, tmp_path: Path) -> None:
         measurement = str(made["mistral"].measurement)
         command = ["plan", measurement, "--format", "gguf", "-b", "6", "-o", str(tmp_path / "p.json")]
         run = CliRunner().invoke(cli, command, catch_exceptions=False)
@@ -328,9 +279,7 @@ class TestCommandLine:
         new, old = (read_imatrix(tmp_path / name) for name in ("i.gguf", "i.dat"))
         assert new.sums.keys() == old.sums.keys()
 
-    def test_an_imatrix_of_others_is_replaced_only_by_force(
-        self, made: dict[str, QuantizeResult], converted: Any, tmp_path: Path
-    ) -> None:
+    def test_an_imatrix_of_others_is_replaced_only_by_force(self, made: Made, converted: Any, tmp_path: Path) -> None:
         # llama-imatrix may have worked on it for hours. The older format does not say whose it is.
         command = ["imatrix", str(made["mistral"].measurement), "-o"]
         own, legacy, model = tmp_path / "own.gguf", tmp_path / "i.dat", tmp_path / "model.gguf"
@@ -367,7 +316,7 @@ class TestCommandLine:
 class TestHonesty:
     def test_a_broken_file_is_marked(
         self,
-        made: dict[str, QuantizeResult],
+        made: Made,
         converted: Any,
         byte_tokenizer: Any,
         tmp_path: Path,
@@ -398,14 +347,14 @@ class TestHonesty:
         }
         assert len(again) == len(first) == 5
 
-    def test_remembers_what_it_was_calibrated_on(self, made: dict[str, QuantizeResult]) -> None:
+    def test_remembers_what_it_was_calibrated_on(self, made: Made) -> None:
         spans = stored_spans(GgufModel.open(made["llama3"].output))
         assert spans is not None
         assert shared_share(rows(), spans) == 1
         assert shared_share(rows(40), spans) == pytest.approx(12 / 40)  # the first twelve are the same
 
 
-def test_several_sizes_from_one_measurement(made: dict[str, QuantizeResult], converted: Any, tmp_path: Path) -> None:
+def test_several_sizes_from_one_measurement(made: Made, converted: Any, tmp_path: Path) -> None:
     directory = converted["mistral"].directory
     config = QuantizeConfig(options=GgufOptions(card=True), evaluate=None)
     result = quantize_series(directory, tmp_path / "out", config, [6.5, 5.5], measurement=made["mistral"].measurement)
@@ -429,7 +378,7 @@ def test_several_sizes_from_one_measurement(made: dict[str, QuantizeResult], con
 
 @pytest.mark.parametrize("series", [False, True], ids=["one", "series"])
 def test_a_damaged_base_is_converted_again(
-    series: bool, made: dict[str, QuantizeResult], converted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    series: bool, made: Made, converted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory, work = converted["mistral"].directory, tmp_path / "work"
     settings = {"measurement": made["mistral"].measurement, "work": work}
