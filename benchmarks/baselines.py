@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from bpwise.convert.exl2.curves import exl2_curves
 from bpwise.convert.exl2.file.layout import WIDTHS, RowGroup, group_rows, linear_bits, padded_columns
+from bpwise.convert.exl2.plan.measured import exl2_curves
 from bpwise.convert.exl2.plan.plan import Exl2Plan, LinearPlan
 from bpwise.convert.exl2.rounding.feedback import round_linear
 from bpwise.errors import BudgetError

@@ -161,7 +161,7 @@ def evaluate(
 def _report_place(quantized: Sequence[Path], output: Path | None, engine: str) -> tuple[Path, str]:
     # The directory that the report goes into, and what its files' names begin with.
     from ..checkpoint.files.paths import companion
-    from ..convert.publishing.names import REPORT_FILE
+    from ..convert.names import REPORT_FILE
 
     usual = companion(quantized[0], REPORT_FILE) if len(quantized) == 1 else Path(REPORT_FILE)
     prefix = usual.name.removesuffix(REPORT_FILE) + ("llama.cpp." if engine == "llama.cpp" else "")

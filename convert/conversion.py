@@ -146,7 +146,6 @@ class Conversion(ABC):
             BpwiseError: What is wrong.
         """
 
-    @abstractmethod
     def forecast(
         self, target: Target | None, measured: Measurement | None, provenance: Provenance | None = None
     ) -> SizeForecast:
@@ -161,6 +160,8 @@ class Conversion(ABC):
             BudgetError: No plan has this size.
             ConfigError: Options match nothing or contradict each other.
         """
+        bpw = 16.0 if target is None or target.bpw is None else target.bpw
+        return SizeForecast(output_bytes=self.checkpoint.total_bytes, bpw=bpw, lowest_bpw=0.0, highest_bpw=16.0)
 
     def require_writable(self) -> None:
         """Refuse what the writer would refuse at its end; reads what is carried over as it is.
@@ -192,7 +193,6 @@ class Conversion(ABC):
         """
         return ()
 
-    @abstractmethod
     def plan(self, measurement: Measurement | None, target: Target | None, provenance: Provenance) -> Plan:
         """Choose what every linear or tensor gets.
 
@@ -204,10 +204,15 @@ class Conversion(ABC):
         Raises:
             BudgetError: No plan has this size.
         """
+        from .registry import format_asking  # noqa: PLC0415 - it holds the formats, which hold this
 
-    @abstractmethod
+        assert measurement is not None, "nothing is measured for this format"
+        assert target is not None, "nothing is asked of this format"
+        return format_asking(self.options).plan(measurement, self.options, bpw=target.bpw, max_bytes=target.max_bytes)
+
     def identity(self) -> Any:
         """Return what written bytes depend on beside original, calibration rows and plan, as plain JSON."""
+        return None
 
     @abstractmethod
     def rounder(self, plan: Any, measurement: Measurement) -> Rounder | None:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .model import CardFacts, Description, QuantizedModel, Verification
+from .model import CardFacts, Description, QuantizedModel, Verification, verify_values
+from .names import convention_name
 from .options import Conflict, FormatOptions
 from .plan import Plan
 
@@ -89,7 +90,6 @@ class Format(ABC):
         """
         return self.open(path).describe()
 
-    @abstractmethod
     def verify(self, path: Path) -> Verification:
         """Read every tensor back, and compare it with what was meant as far as that is known.
 
@@ -97,22 +97,30 @@ class Format(ABC):
             FormatError: A rule of the format is broken.
             VerificationError: A tensor does not decode to what was meant.
         """
+        return verify_values(self.open(path))
 
-    @abstractmethod
     def card(self, model: QuantizedModel, base_name: str) -> CardFacts:
         """Return what a card says of a model; ``base_name`` is what the original is called."""
+        return CardFacts(
+            name=model.path.name,
+            kind=f"a {self.title} model",
+            library=self.name,
+            made=(("format", self.title), ("size of the weights", f"{model.file_bytes / 1e9:.3f} GB")),
+            limits=(),
+            loading="Decode it with `bpwise dequantize`; Transformers loads the result.",
+        )
 
-    @abstractmethod
     def output_name(self, base_name: str, bpw: float, options: Any) -> str:
         """Return the name of an output by convention, suffix included."""
+        return convention_name(base_name, bpw, self.name) + self.suffix
 
-    @abstractmethod
     def run_of(self, path: Path) -> str | None:
         """Return what a finished output says of its run (``Provenance.run``); None if it is not bpwise's.
 
         Raises:
-            FormatError: It is not a model of this format, or damaged.
+            FormatError: It is damaged.
         """
+        return self.open(path).run if self.recognises(path) else None
 
     @abstractmethod
     def curves(self, options: Any) -> CurveMaker | None:
@@ -138,9 +146,9 @@ class Format(ABC):
             BudgetError: No plan has this size.
         """
 
-    @abstractmethod
     def bpw_range(self, measurement: Measurement, options: Any) -> tuple[float, float] | None:
         """Return the smallest and largest bits per weight worth planning; None if the format was not measured."""
+        return None
 
     @abstractmethod
     def conversion(self, checkpoint: Checkpoint, options: Any) -> Conversion:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ..checkpoint.model.names import head_names
+from ..errors import VerificationError
 from ..tables import Table
 
 if TYPE_CHECKING:
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
 
     from ..checkpoint.source.checkpoint import TensorSource
 
-__all__ = ["CardFacts", "Description", "QuantizedModel", "Verification"]
+__all__ = ["CardFacts", "Description", "QuantizedModel", "Verification", "verify_values"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +92,8 @@ class QuantizedModel(ABC):
 
     format: ClassVar[str]
     """Name of its format."""
+    run: str | None = None
+    """What it says of the run that made it; None if that was not bpwise's."""
     engines: ClassVar[tuple[str, ...]] = ()
     """Engines of ``bpwise.eval.engines`` that run it as it is stored, beside Transformers."""
 
@@ -118,18 +123,18 @@ class QuantizedModel(ABC):
         """Full names of all tensors of the dense model, as Transformers has them."""
 
     @property
-    @abstractmethod
     def tied_embeddings(self) -> bool:
-        """Whether the output head is the token embedding."""
+        """Whether the output head is the token embedding: by default if no head is stored."""
+        return not head_names(self.names)
 
     @property
     @abstractmethod
     def file_bytes(self) -> int:
         """Size of all files with tensors, in bytes."""
 
-    @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a tensor of the dense model without decoding it."""
+        """Return the shape of a tensor of the dense model, without decoding it where a format can."""
+        return tuple(self.tensor(name).shape)
 
     @abstractmethod
     def tensor(self, name: str) -> Tensor:
@@ -139,9 +144,12 @@ class QuantizedModel(ABC):
     def stored_bpw(self) -> dict[str, float]:
         """Return the bits per weight of every linear, overheads included, in model order."""
 
-    @abstractmethod
     def describe(self) -> Description:
         """Return what is in it."""
+        bpw = self.stored_bpw()
+        rows = tuple((name, f"{bpw[name]:.3f}") for name in bpw)
+        facts = (f"{len(bpw)} linears, {self.file_bytes / 2**20:.1f} MiB of tensors",)
+        return Description(kind=f"{self.format} model", facts=facts, table=Table(("linear", "bpw"), rows))
 
     def as_transformers(self) -> TensorSource:
         """Return the dense model with the names and the config that Transformers loads."""
@@ -161,3 +169,28 @@ class QuantizedModel(ABC):
     def calibration_spans(self) -> str | None:
         """Hashes of its calibration text, as ``Provenance.calibration_spans``; None if it does not say."""
         return None
+
+
+def verify_values(model: QuantizedModel) -> Verification:
+    """Read every tensor of a model back, and check that its values are finite.
+
+    Raises:
+        VerificationError: One is not.
+    """
+    weights: Counter[str] = Counter()
+    for name in sorted(model.names):
+        tensor = model.tensor(name)
+        if not bool(tensor.isfinite().all()):
+            raise VerificationError(
+                f"{model.path}: {name} holds NaN or infinite values. Expected none. Write it again."
+            )
+        weights[name.removesuffix(".weight")] = tensor.numel()
+    bpw = model.stored_bpw()
+    total = sum(weights[name] for name in bpw)
+    return Verification(
+        quantized=len(bpw),
+        others=len(model.names) - len(bpw),
+        rates={"all linears": sum(bpw[name] * weights[name] for name in bpw) / max(total, 1)},
+        file_bytes=model.file_bytes,
+        compared=False,
+    )

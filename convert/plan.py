@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from ..checkpoint.files.atomic import write_json
+from ..tables import Table
 from .model import Description
 
 __all__ = ["LinearCost", "Plan", "round_up", "shown_range"]
@@ -24,11 +27,13 @@ class LinearCost:
         name: Full name of the module.
         bpw: Bits per weight, overheads included.
         damage_nats: Damage that the plan predicted, nats per token; None if it is not known.
+        weights: Number of its weights; 0 where that does not matter.
     """
 
     name: str
     bpw: float
     damage_nats: float | None = None
+    weights: int = 0
 
     @property
     def block(self) -> int | None:
@@ -43,47 +48,65 @@ class LinearCost:
 
 
 class Plan(ABC):
-    """What every linear or tensor of a model gets. Made from a measurement, saved as JSON."""
+    """What every linear or tensor of a model gets. Made from a measurement, saved as JSON.
 
-    @property
-    @abstractmethod
-    def damage_nats(self) -> float | None:
-        """Predicted damage, nats per token; None where nothing was measured."""
+    A plan is a dataclass; by default all that it tells follows from its ``costs``.
+    """
 
-    @property
-    @abstractmethod
-    def bpw(self) -> float:
-        """Bits per weight as a target in bits means them."""
-
-    @property
-    @abstractmethod
-    def gap(self) -> float:
-        """How far the predicted damage may be above the best possible, as a fraction of it."""
-
-    @abstractmethod
-    def identity(self) -> Any:
-        """Return all of it that rounding and written bytes depend on, as plain JSON."""
-
-    @abstractmethod
-    def save(self, path: Path) -> None:
-        """Write it as JSON."""
+    format: ClassVar[str]
+    """Name of its format."""
 
     @abstractmethod
     def costs(self) -> tuple[LinearCost, ...]:
         """Return what every linear gets and is expected to cost, in model order."""
 
-    @abstractmethod
-    def shares(self) -> dict[str, float]:
-        """Return the share of the planned weights in each width or type, the largest first."""
-
-    @abstractmethod
-    def describe(self) -> Description:
-        """Return what is in it."""
+    @property
+    def damage_nats(self) -> float | None:
+        """Predicted damage, nats per token; None where nothing was measured."""
+        return sum(cost.damage_nats or 0.0 for cost in self.costs())
 
     @property
-    @abstractmethod
+    def bpw(self) -> float:
+        """Bits per weight as a target in bits means them."""
+        costs = self.costs()
+        return sum(cost.weights * cost.bpw for cost in costs) / sum(cost.weights for cost in costs)
+
+    @property
+    def gap(self) -> float:
+        """How far the predicted damage may be above the best possible, as a fraction of it."""
+        return 0.0
+
+    @property
     def stored_bytes(self) -> int:
         """Size of all tensors together, roughly, in bytes."""
+        return round(sum(cost.weights * cost.bpw for cost in self.costs()) / 8)
+
+    def shares(self) -> dict[str, float]:
+        """Return the share of the planned weights in each width or type, the largest first."""
+        counts: Counter[float] = Counter()
+        for cost in self.costs():
+            counts[cost.bpw] += cost.weights
+        return {f"{bpw:g} bits": counts[bpw] / counts.total() for bpw in sorted(counts, reverse=True)}
+
+    def identity(self) -> Any:
+        """Return all of it that rounding and written bytes depend on, as plain JSON."""
+        return self._entries()
+
+    def describe(self) -> Description:
+        """Return what is in it."""
+        rows = tuple((cost.name, f"{cost.bpw:.3f}", f"{cost.damage_nats or 0:.2e}") for cost in self.costs())
+        return Description(
+            kind=f"plan for {self.format}",
+            facts=(f"{self.bpw:.4f} bits per weight, predicted damage {self.damage_nats or 0:.6f} nats/token",),
+            table=Table(("linear", "bpw", "damage, nats/token"), rows),
+        )
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON."""
+        write_json(path, {"bpwise_plan": 1, "format": self.format, **self._entries()})
+
+    def _entries(self) -> dict[str, Any]:
+        return asdict(self)  # type: ignore[call-overload,no-any-return]  # formats' plans are dataclasses
 
 
 def shown_range(lowest: float, highest: float) -> str:

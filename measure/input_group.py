@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .curves import CurveInputs, CurveMaker
+from .curves import CurveInputs, CurveMaker, LinearCurves
 from .measurement import MeasuredLinear
 from .model.stream import check_finite
 from .statistics.heldout import cross_validate_damping
@@ -85,17 +85,26 @@ def measure_group(
         with_feedback=with_feedback,
     )
     curves = {maker.name: maker.linears(inputs) for maker in makers}
-    power = gram.diagonal().clone()
+    return _packed(inputs, curves, couplings, sums)
+
+
+def _packed(
+    inputs: CurveInputs,
+    curves: Mapping[str, Sequence[LinearCurves]],
+    couplings: Mapping[str, Tensor],
+    sums: InputStatistics,
+) -> dict[str, Tensor]:
+    power = inputs.gram.diagonal().clone()
     token_weights = sums.scaled_weights().clamp(max=_LARGEST_WEIGHT).half().view(-1, sums.row_tokens)
     packed: dict[str, Tensor] = {}
-    for index, (name, fisher) in enumerate(zip(linears, fishers, strict=True)):
+    for index, (name, fisher) in enumerate(zip(inputs.names, inputs.fishers, strict=True)):
         own = {format_: each[index] for format_, each in curves.items()}
         fields = {
             "fisher": fisher,
             "input_power": power,
             "coupling": couplings[name].half(),
             "token_weights": token_weights,
-            "damping": torch.tensor(max((each.damping for each in own.values()), default=judged.damping)),
+            "damping": torch.tensor(max((each.damping for each in own.values()), default=inputs.damping)),
             **{f"{format_}/{key}": x for format_, each in own.items() for key, x in each.tensors.items()},
         }
         packed |= {f"{name}|{field}": tensor for field, tensor in fields.items()}

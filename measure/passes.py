@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,7 +26,7 @@ from .statistics.heldout import DAMPINGS
 from .statistics.inputs import InputStatistics, collect, tapped_inputs, tapped_outputs
 from .statistics.probes import probe_logits, slopes_of_logits
 
-__all__ = ["FinishedTable", "MeasuringPasses"]
+__all__ = ["MeasuringPasses", "finished_decoder", "finished_embedding", "finished_head"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -134,7 +134,8 @@ class MeasuringPasses:
             sums = self._probe_logits(head, hidden.flatten(0, 1), gradient.view(-1, hidden.shape[-1]))
             check_finite(gradient, "output head", "gradients")
             none = torch.empty(head.out_features, 0)  # its outputs are rounded each for itself
-            packed = self._measured({HEAD: head}, sums, {HEAD: none}, with_feedback=not self.model.tied)
+            feedback = not self.model.tied
+            packed = measure_group({HEAD: head}, sums, {HEAD: none}, self.makers, self.dampings, with_feedback=feedback)
         self.artifacts.save(f"gradient-{last}", {"gradient": gradient})
         self.artifacts.save("head", packed)
 
@@ -198,17 +199,8 @@ class MeasuringPasses:
         modules = [block.get_submodule(inner) for inner in stage.linears]
         couplings = {n: sums.couplings[i].coupling(sums.fisher[i]) for n, i in zip(names, stage.linears, strict=True)}
         sums.fisher = {n: sums.fisher[inner] for n, inner in zip(names, stage.linears, strict=True)}
-        return self._measured(dict(zip(names, modules, strict=True)), sums, couplings)
-
-    def _measured(
-        self,
-        linears: Mapping[str, Any],
-        sums: InputStatistics,
-        couplings: Mapping[str, Tensor],
-        *,
-        with_feedback: bool = True,
-    ) -> dict[str, Tensor]:
-        return measure_group(linears, sums, couplings, self.makers, self.dampings, with_feedback=with_feedback)
+        linears = dict(zip(names, modules, strict=True))
+        return measure_group(linears, sums, couplings, self.makers, self.dampings, with_feedback=True)
 
     def _backward_block(
         self,
@@ -244,27 +236,30 @@ class MeasuringPasses:
         }
         self.artifacts.save("embedding", {"importance": inputs.fisher, **measured})
 
-    def finished_embedding(self) -> FinishedTable:
-        """Return the measured token embeddings."""
-        artifact = self.artifacts.load("embedding")
-        table = MeasuredTable(
-            name=self.model.embedding_name,
-            tokens=self.model.vocabulary,
-            importance=artifact["importance"].numpy(),
-            tied=self.model.tied,
-        )
-        return FinishedTable(table, split_formats(artifact))
 
-    def finished_linears(self) -> list[FinishedLinear]:
-        """Return the measured linears of the decoder, in model order."""
-        return [
-            measured[name]
-            for index in range(self.model.block_count)
-            for measured in [self.finished(f"curves-{index}")]
-            for stage in self.model.input_groups(index)
-            for name in self.model.family.linear_names(index, stage)
-        ]
+def finished_embedding(model: StreamedModel, artifacts: ResumeStore) -> FinishedTable:
+    """Return the measured token embeddings of a finished run."""
+    artifact = artifacts.load("embedding")
+    table = MeasuredTable(
+        name=model.embedding_name,
+        tokens=model.vocabulary,
+        importance=artifact["importance"].numpy(),
+        tied=model.tied,
+    )
+    return FinishedTable(table, split_formats(artifact))
 
-    def finished(self, artifact: str) -> dict[str, FinishedLinear]:
-        """Return the measured linears of a finished artifact, by name."""
-        return finished_linears(self.artifacts.load(artifact))
+
+def finished_decoder(model: StreamedModel, artifacts: ResumeStore) -> list[FinishedLinear]:
+    """Return the measured linears of the decoder of a finished run, in model order."""
+    return [
+        measured[name]
+        for index in range(model.block_count)
+        for measured in [finished_linears(artifacts.load(f"curves-{index}"))]
+        for group in model.input_groups(index)
+        for name in model.family.linear_names(index, group)
+    ]
+
+
+def finished_head(artifacts: ResumeStore) -> FinishedLinear:
+    """Return the measured output head of a finished run."""
+    return finished_linears(artifacts.load("head"))[HEAD]

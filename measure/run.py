@@ -13,7 +13,6 @@ import torch
 from ..checkpoint.files.paths import check_run, refuse_foreign, reserved, work_beside
 from ..checkpoint.files.resume import ResumeStore, run_artifacts
 from ..checkpoint.files.schemas import check_schema
-from ..checkpoint.model.families import HEAD
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..checkpoint.source.language import LanguageModel, language_config, language_model
 from ..checkpoint.source.original import Original, open_model
@@ -23,7 +22,7 @@ from ..version import __version__
 from .curves import CurveMaker
 from .measurement import FormatCurves, Measurement, is_measurement
 from .model.stream import StreamedModel
-from .passes import MeasuringPasses
+from .passes import MeasuringPasses, finished_decoder, finished_embedding, finished_head
 from .text.calibration import (
     SELF,
     CalibrationConfig,
@@ -172,10 +171,9 @@ def measure_checkpoint(
         UnsupportedModelError: The family is unknown, or the MLPs have biases.
         NumericalError: NaN or infinity in activations or gradients.
     """
-    device = resolve_device(config.device)
     checkpoint.prepare_fingerprint(progress)
     provenance = measurement_provenance(checkpoint, calibration, config, curves)
-    source = language_model(checkpoint)
+    source, device = language_model(checkpoint), resolve_device(config.device)
     run = MeasuringPasses(
         StreamedModel(source, device=device, dtype=torch.float32, offload_dir=config.offload_dir),
         calibration.tokens,
@@ -189,7 +187,8 @@ def measure_checkpoint(
     run.head()
     run.backward(progress)
     run.embedding()
-    linears, head, embedding = run.finished_linears(), run.finished("head")[HEAD], run.finished_embedding()
+    linears, head = finished_decoder(run.model, run.artifacts), finished_head(run.artifacts)
+    embedding = finished_embedding(run.model, run.artifacts)
     return Measurement(
         linears=tuple(each.linear for each in linears),
         head=head.linear,

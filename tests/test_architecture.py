@@ -4,6 +4,7 @@ import ast
 import importlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import bpwise
@@ -14,7 +15,7 @@ ROOMS = ["cli", "quantize", "eval", "convert", "measure", "linalg", "checkpoint"
 """From the top down: each may import those below it."""
 
 GROUND = {"errors", "progress", "tables", "version"}
-"""Below all rooms; these import each other never."""
+"""Below all rooms; only tables imports another of these."""
 
 
 def room_files() -> list[Path]:
@@ -54,8 +55,8 @@ def imported(path: Path) -> set[tuple[str, ...]]:
 def rank(parts: tuple[str, ...]) -> int:
     """Height of a module's room: 0 for the ground."""
     if parts[0] in GROUND:
-        return 0
-    return len(ROOMS) - ROOMS.index(parts[0])
+        return int(parts[0] == "tables")  # which makes what it is given printable: errors do that
+    return len(ROOMS) - ROOMS.index(parts[0]) + 1
 
 
 def name_of(path: Path) -> str:
@@ -78,15 +79,86 @@ def test_imports_run_downhill(path: Path) -> None:
             assert rank(parts) < rank(here), f"{path}: imports {where}, which is not below it"
 
 
+INNER = {
+    "checkpoint": ["source", "model", "files"],
+    "measure": [".", "text", "statistics", "model"],
+    "convert": ["exl2", "gguf", "publishing", "."],
+    "convert/exl2": [".", "rounding", "plan", "file"],
+    "convert/gguf": [".", "llama_cpp", "file", "ggml"],
+    "eval": ["report", "tasks", "engines", ".", "metrics"],
+    "eval/report": [".", "drawings"],
+    "quantize": [".", "rounding"],
+}
+"""Inside the rooms, too: folders from the top down; ``.`` stands for a room's own modules."""
+
+REGISTRY = ("convert", "registry")
+"""Names all formats, which import what stands beside it."""
+
+
+def inner_steps(path: Path) -> Iterator[tuple[str, str, str]]:
+    """The folder that holds a module and another that it imports, and where in it each of the two lies."""
+    here = dotted(path)
+    for parts in imported(path):
+        common = 0
+        while common < min(len(here), len(parts)) and here[common] == parts[common]:
+            common += 1
+        folder = ROOT.joinpath(*here[:common])
+        if 0 < common < len(here) and folder.is_dir():
+            first, second = (
+                rest[0] if rest and (folder / rest[0]).is_dir() else "." for rest in (here[common:], parts[common:])
+            )
+            if first != second:
+                yield "/".join(here[:common]), first, second
+
+
+@pytest.mark.parametrize("path", NOT_ROOT)
+def test_imports_run_downhill_inside_the_rooms(path: Path) -> None:
+    if dotted(path) == REGISTRY:
+        return
+    for folder, here, there in inner_steps(path):
+        assert INNER[folder].index(here) < INNER[folder].index(there), f"{path}: {folder}/{there} is not below {here}"
+
+
+def test_inner_folders_are_all_in_order() -> None:
+    for folder in {path.parent for path in room_files()} - {ROOT}:
+        inner = {each.name for each in folder.iterdir() if (each / "__init__.py").exists()}
+        assert inner == set(INNER.get("/".join(folder.relative_to(ROOT).parts), ["."])) - {"."}
+
+
 def test_imports_are_found() -> None:
-    # The test above would pass if it saw nothing.
+    # The tests above would pass if they saw nothing.
     found = {name_of(path): imported(path) for path in room_files()}
-    assert ("measure", "run") in found["quantize/options"]
-    assert ("errors",) in found["convert/exl2/store"]
-    assert ("convert", "exl2", "linear") in found["rounding/feedback"]
-    assert ("quantize", "pipeline") in found["cli/quantize"]  # inside a function
-    assert rank(("cli", "quantize")) > rank(("quantize", "plan")) > rank(("eval", "report")) > rank(("measure", "run"))
-    assert rank(("measure",)) > rank(("rounding", "grid")) > rank(("convert", "files")) > rank(("errors",)) == 0
+    assert ("measure", "run") in found["quantize/config"]
+    assert ("errors",) in found["convert/exl2/file/store"]
+    assert ("convert", "exl2", "file", "linear") in found["convert/exl2/rounding/feedback"]
+    assert ("quantize", "run") in found["cli/quantize"]  # inside a function
+    assert (
+        rank(("cli", "quantize")) > rank(("quantize", "run")) > rank(("eval", "report")) > rank(("convert", "format"))
+    )
+    assert rank(("convert",)) > rank(("measure",)) > rank(("linalg", "hessian")) > rank(("checkpoint", "files"))
+    assert rank(("checkpoint",)) > rank(("errors",)) == 0
+    steps = {step for path in room_files() for step in inner_steps(path)}
+    assert ("eval", "report", "metrics") in steps
+    assert ("convert/exl2", "plan", "file") in steps
+
+
+MOST_FILES, MOST_LINES, MOST_FUNCTION_LINES, MOST_CLASS_LINES = 12, 350, 60, 200
+
+
+def test_folders_are_small() -> None:
+    for folder in {path.parent for path in room_files()} - {ROOT}:
+        assert len(list(folder.glob("*.py"))) <= MOST_FILES, folder
+
+
+@pytest.mark.parametrize("path", MODULES)
+def test_modules_functions_and_classes_are_short(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MOST_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            most = MOST_CLASS_LINES if isinstance(node, ast.ClassDef) else MOST_FUNCTION_LINES
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno < most, node.name
 
 
 def test_every_package_is_installed() -> None:
@@ -128,48 +200,13 @@ def test_everything_exported_resolves() -> None:
         _ = bpwise.nonsense
 
 
-BEFORE = [
-    "",
-    "import bpwise.quantize.pipeline, bpwise.measure.run",
-    "import bpwise.convert.exl2.plan.plan, bpwise.measure.measurement",
-    "from bpwise.measure.text.calibration import CalibrationConfig",
-    "from bpwise import measure, quantize",
-    "import bpwise.eval.comparison, bpwise.cli",
-    "from bpwise import *",
-]
-
-
-def test_stages_can_be_called_whatever_was_imported() -> None:
-    # Importing a submodule binds its package's name, which must not hide the function of that name.
-    code = f"""
-import sys
-import torch, transformers  # once for all rounds
-for before in {BEFORE!r}:
-    for name in [name for name in sys.modules if name.split(".")[0] == "bpwise"]:
-        del sys.modules[name]
-    exec(before, {{}})
-    import bpwise
-    for name in ("quantize", "measure", "plan", "verify", "evaluate", "inspect", "dequantize"):
-        assert callable(getattr(bpwise, name)), (before, name)
-    for function in (bpwise.quantize, bpwise.measure):
-        try:
-            function()
-        except TypeError as error:
-            assert "missing" in str(error), (before, error)  # it was called, without its arguments
-        else:
-            raise SystemExit(f"{{before}}: was not called")
-"""
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-
-
 def test_importing_changes_nothing() -> None:
     # No environment variables, signal handlers or seeds; torch is imported first, so that its own changes do not count.
     code = """
 import os, random, signal, torch, transformers
 before = dict(os.environ), signal.getsignal(signal.SIGINT), torch.get_num_threads(), torch.is_grad_enabled()
 state, python_state = torch.random.get_rng_state(), random.getstate()
-import bpwise.cli, bpwise.quantize.pipeline, bpwise.quantize.inspect, bpwise.convert.dense, bpwise.eval.report.report
+import bpwise.cli, bpwise.quantize.run, bpwise.quantize.inspect, bpwise.convert.dense, bpwise.eval.report.report
 after = dict(os.environ), signal.getsignal(signal.SIGINT), torch.get_num_threads(), torch.is_grad_enabled()
 assert before == after
 assert torch.equal(state, torch.random.get_rng_state()) and python_state == random.getstate()

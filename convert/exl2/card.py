@@ -7,7 +7,7 @@ from typing import Any
 
 from ...checkpoint.model.families import is_known
 from ..model import CardFacts
-from ..publishing.names import RATE, convention_name, pasteable
+from ..names import RATE, convention_name, pasteable
 from .file.config import stored_rates
 from .file.manifest import Changes, Provenance
 from .file.reader import Exl2Model

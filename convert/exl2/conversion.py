@@ -20,11 +20,11 @@ from ...progress import Progress
 from ..conversion import Conversion, Provenance, SizeForecast, Target
 from ..model import Verification
 from ..rounding import RoundedModel
-from .curves import exl2_curves
 from .file.vision import require_side_files
 from .file.writer import require_writable, write_model
 from .options import Exl2Options
 from .plan.making import make_exl2_plan
+from .plan.measured import exl2_curves
 from .plan.plan import Exl2Plan
 from .plan.problem import AllocationProblem, SizeLimit, allocation_problem
 from .plan.size_limit import disk_limit, gpu_limit

@@ -10,7 +10,7 @@ from ...errors import ConfigError
 from ..options import Conflict, FormatOptions, option
 from .file.layout import ROW_MULTIPLE
 from .plan.problem import AUTO, HEAD_BITS, HeadBits, WidthOverride, check_head_bits
-from .vram import CACHE_BITS
+from .plan.vram import CACHE_BITS
 
 __all__ = ["CONFLICTS", "Effort", "Exl2Options"]
 

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 
 from ..model import CardFacts
-from ..publishing.names import pasteable
+from ..names import pasteable
 from .file.describe import all_tensors_bpw
 from .file.metadata import CALIBRATION_KEY, LIMITS_KEY, VERSION_KEY
 from .file.reader import GgufModel

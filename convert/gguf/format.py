@@ -90,7 +90,7 @@ class GgufFormat(Format):
 
     def output_name(self, base_name: str, bpw: float, options: Any) -> str:
         """Return the name of an output by convention: ``Llama-3.2-1B-4.5bpw.gguf``."""
-        from ..publishing.names import convention_name
+        from ..names import convention_name
 
         return f"{convention_name(base_name, bpw)}{self.suffix}"
 

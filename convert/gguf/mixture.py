@@ -129,14 +129,11 @@ class MixtureConversion(GgufConversion):
     def forecast(
         self, target: Target | None, measured: Measurement | None, provenance: Provenance | None = None
     ) -> SizeForecast:
-        """Return an upper bound: how large a mixture's file is shows once the model is converted."""
-        return SizeForecast(
-            output_bytes=self.checkpoint.total_bytes,
-            bpw=16.0,
-            lowest_bpw=0.0,
-            highest_bpw=16.0,
-            facts=("an upper bound: how large the file is shows once the model is converted",),
-        )
+        """Return what the mixture's default type takes, roughly: all types show once the model is converted."""
+        bpw = TYPES[self._mixture.default].bits_per_weight
+        output_bytes = int(self.checkpoint.parameter_count * bpw / 8)
+        facts = ("roughly: all types show once the model is converted",)
+        return SizeForecast(output_bytes=output_bytes, bpw=bpw, lowest_bpw=bpw, highest_bpw=bpw, facts=facts)
 
     @cached_property
     def _types(self) -> dict[str, GgmlType]:

@@ -16,9 +16,10 @@ from ...measure.measurement import MeasuredLinear, Measurement
 from ..rounding import Rounder, rounding_damping
 from .ggml.kernels import decode, encode
 from .ggml.rounding import round_to_type
+from .llama_cpp.importance import table_importance
 from .plan import GgufPlan
 
-__all__ = ["GgufRounder", "table_importance"]
+__all__ = ["GgufRounder"]
 
 _SLICE_OUTPUTS = 16384
 """Outputs that are rounded together, each for itself: few enough for the temporaries of an output head to be small."""
@@ -81,16 +82,3 @@ class GgufRounder(Rounder):
         """See ``Rounder``."""
         threads = cores() if name == self.table else 1
         return decode(artifact["data"].numpy(), self._kinds[name], threads=threads)
-
-
-def table_importance(measurement: Measurement) -> Tensor:
-    """Return what squared errors in each column of the token embeddings cost, float32, shape (hidden size,).
-
-    A table that is the output head too costs there what its inputs weigh, summed over its rows, and as embeddings what
-    the gradients say, summed over the rows that each token reads.
-    """
-    table, head = measurement.embedding, measurement.head
-    importance = torch.from_numpy(table.importance)
-    if table.tied:
-        importance = importance + float(head.fisher.sum()) * torch.from_numpy(head.input_power)
-    return importance

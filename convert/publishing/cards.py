@@ -10,11 +10,11 @@ from ...checkpoint.files.paths import companion
 from ...checkpoint.files.schemas import Count, NonNegative, Number, check_schema, read_json
 from ...checkpoint.source.hub import directory_name, resolve_model
 from ...errors import BrokenModelError, ConfigError, FormatError
+from ..names import HUB_ID, REPORT_FILE
 from ..registry import require_format
 from .base_card import CARD_NAME, BaseCard, read_base_card
 from .card import Card, render_card
 from .mark import read_mark
-from .names import HUB_ID, REPORT_FILE
 
 __all__ = ["card_path", "check_base_model", "make_card", "write_card"]
 

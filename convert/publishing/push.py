@@ -13,11 +13,11 @@ from ...checkpoint.source.hub import confined_file, list_directory
 from ...checkpoint.source.side_files import TEMPLATE_DIRECTORY, is_side_file
 from ...errors import CheckpointError, PublishError
 from ..format import Format
+from ..names import HUB_ID, RATE, rate_text
 from ..registry import format_of, formats, require_format
 from .base_card import CARD_NAME
 from .cards import card_path
 from .mark import read_mark
-from .names import HUB_ID, RATE, rate_text
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

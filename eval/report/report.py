@@ -11,7 +11,7 @@ from typing import Any
 from ...checkpoint.files.atomic import atomic_file, try_file, write_json, write_text
 from ...checkpoint.files.paths import refuse_foreign, try_directory
 from ...checkpoint.files.schemas import read_json
-from ...convert.publishing.names import REPORT_FILE
+from ...convert.names import REPORT_FILE
 from ...errors import FormatError
 from ...tables import Table
 from ..comparison import Comparison

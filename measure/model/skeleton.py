@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +15,16 @@ from ...checkpoint.source.language import LanguageModel
 from ...errors import CheckpointError
 from .attention import attention_for
 
-__all__ = ["build_skeleton", "embedding_name", "frozen_parameter", "read_weight", "set_parameter", "stored_name"]
+__all__ = [
+    "build_skeleton",
+    "embedding_name",
+    "embedding_rows",
+    "frozen_parameter",
+    "loaded_weights",
+    "read_weight",
+    "set_parameter",
+    "stored_name",
+]
 
 _META = torch.device("meta")
 
@@ -114,3 +125,66 @@ def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None
     """Put a parameter into a module, under its full name there."""
     path, _, leaf = name.rpartition(".")
     module.get_submodule(path).register_parameter(leaf, parameter)
+
+
+@contextmanager
+def loaded_weights(
+    source: LanguageModel, module: nn.Module, name: str, table: str, device: torch.device, dtype: torch.dtype
+) -> Iterator[None]:
+    """Hold the weights of a module on a device while the body runs; an output head's in the dtype it is stored in.
+
+    Args:
+        source: Where tensors come from.
+        module: A decoder block, or the whole skeleton, of which only what is outside the blocks holds weights.
+        name: Full name of the module; empty for the skeleton, whose token embeddings stay out.
+        table: Full name of the module that holds the token embeddings.
+        device: Where the weights go.
+        dtype: Their floating dtype.
+    """
+    empty = dict(module.named_parameters(remove_duplicate=False))
+    for inner, parameter in empty.items():
+        full = f"{name}.{inner}" if name else inner
+        if name or not full.startswith(f"{table}."):
+            kept = None if full == f"{HEAD}.weight" else dtype
+            weight = read_weight(source, full, parameter.shape, table)
+            set_parameter(module, inner, frozen_parameter(weight.to(device=device, dtype=kept)))
+            del weight
+    try:
+        yield
+    finally:
+        for inner, parameter in empty.items():
+            set_parameter(module, inner, parameter)
+
+
+@contextmanager
+def embedding_rows(
+    source: LanguageModel, model: Any, table: Tensor | None, device: torch.device, dtype: torch.dtype
+) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Give a skeleton's embedding the rows of some tokens alone; the table as a whole stays as it is stored.
+
+    Args:
+        source: Where the table comes from.
+        model: The skeleton.
+        table: Token embeddings, shape (vocabulary, hidden size); None for the model's own.
+        device: Where the rows go.
+        dtype: Their floating dtype.
+
+    Yields:
+        A function that takes token ids and returns their places among the rows: each token has one of its own, so that
+        none shares its gradient.
+    """
+    embedding = model.get_input_embeddings()
+    if table is None:
+        name = embedding_name(model)
+        table = read_weight(source, f"{name}.weight", embedding.weight.shape, name)
+    empty, padding = embedding.weight, embedding.padding_idx
+
+    def rows_of(tokens: Tensor) -> Tensor:
+        embedding.weight = nn.Parameter(table[tokens.flatten()].to(device, dtype))
+        return torch.arange(tokens.numel(), device=device).view(tokens.shape)
+
+    try:
+        embedding.padding_idx = None  # no row is without gradient
+        yield rows_of
+    finally:
+        embedding.weight, embedding.padding_idx = empty, padding

@@ -8,7 +8,7 @@ final hidden states are injected, applies whatever the model does after its bloc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,16 @@ from ...checkpoint.source.language import language_model
 from ...errors import NumericalError
 from .cast_linear import CastOnUseLinear
 from .normless import hold_small_states, norms_of_stream
-from .skeleton import build_skeleton, embedding_name, frozen_parameter, read_weight, set_parameter, stored_name
+from .skeleton import (
+    build_skeleton,
+    embedding_name,
+    embedding_rows,
+    frozen_parameter,
+    loaded_weights,
+    read_weight,
+    set_parameter,
+    stored_name,
+)
 from .states import new_state
 from .surgery import split_block
 
@@ -167,30 +176,24 @@ class StreamedModel:
         return f"{self.family.blocks}.{index}"
 
     def embed(self, tokens: Tensor, table: Tensor | None = None) -> Tensor:
-        """Return the hidden states that enter the first block, and record what blocks are called with.
+        """Return what enters the first block, (rows, tokens, hidden size) on the CPU; record how blocks are called.
 
         Args:
             tokens: Token ids, int64, shape (rows, tokens), on any device.
             table: Token embeddings to take in the place of the model's own, shape (vocabulary, hidden size).
-
-        Returns:
-            Shape (rows, tokens, hidden size), on the CPU, a new state.
         """
         state = self.new_state(tokens)
-        with torch.no_grad(), self._embedding_table(table) as rows_of:
+        with torch.no_grad(), embedding_rows(self._source, self._model, table, self.device, self.dtype) as rows_of:
             for batch in micro_batches(*tokens.shape):
                 state[batch] = self._run_embedding(rows_of(tokens[batch])).cpu()
         return state
 
     def new_state(self, tokens: Tensor, width: int | None = None) -> Tensor:
-        """Return a tensor for something of every token, in memory or, if there is one, in the offload directory.
+        """Return a tensor to be filled, shape (rows, tokens, width), in memory or in files of the offload directory.
 
         Args:
             tokens: Token ids, shape (rows, tokens).
-            width: How much of it; None for a hidden state.
-
-        Returns:
-            Shape (rows, tokens, width), on the CPU, to be filled.
+            width: Values of every token; None for a hidden state.
 
         Raises:
             WorkDirectoryError: The offload directory has no place for it.
@@ -211,33 +214,13 @@ class StreamedModel:
         """
         embedding = self._model.get_input_embeddings()
         before = self.new_state(tokens)
-        with self._embedding_table() as rows_of:
+        with embedding_rows(self._source, self._model, None, self.device, self.dtype) as rows_of:
             for batch in micro_batches(*tokens.shape):
                 embedded = self._run_embedding(rows_of(tokens[batch]))
                 own = embedding.weight
                 (part,) = torch.autograd.grad(embedded, own, gradient[batch].to(own))
                 before[batch] = part.view(before[batch].shape).cpu()
         return before
-
-    @contextmanager
-    def _embedding_table(self, table: Tensor | None = None) -> Iterator[Callable[[Tensor], Tensor]]:
-        # Yields what gives the embedding the rows of some tokens alone, each token a row of its own, so that none
-        # shares its gradient, and returns their places in it. The table as a whole stays as it is stored.
-        embedding = self._model.get_input_embeddings()
-        if table is None:
-            name = f"{self.embedding_name}.weight"
-            table = read_weight(self._source, name, embedding.weight.shape, self.embedding_name)
-        empty, padding = embedding.weight, embedding.padding_idx
-
-        def rows_of(tokens: Tensor) -> Tensor:
-            embedding.weight = nn.Parameter(table[tokens.flatten()].to(self.device, self.dtype))
-            return torch.arange(tokens.numel(), device=self.device).view(tokens.shape)
-
-        try:
-            embedding.padding_idx = None  # no row is without gradient
-            yield rows_of
-        finally:
-            embedding.weight, embedding.padding_idx = empty, padding
 
     def _run_embedding(self, tokens: Tensor) -> Tensor:
         with suppress(_EndOfEmbedding):
@@ -249,7 +232,8 @@ class StreamedModel:
     @contextmanager
     def block(self, index: int) -> Iterator[Any]:
         """Hold one block's weights on the device; they go when the context ends."""
-        with self._loaded(self._blocks[index], self.block_name(index)) as module:
+        module, table = self._blocks[index], self.embedding_name
+        with loaded_weights(self._source, module, self.block_name(index), table, self.device, self.dtype):
             yield module
 
     def run_block(self, index: int, hidden: Tensor) -> Tensor:
@@ -272,7 +256,7 @@ class StreamedModel:
     def tail(self) -> Iterator[Any]:
         """Hold all outside the blocks (final norm, head) on the device; yields the head, a ``CastOnUseLinear``."""
         head = self._model.get_submodule(HEAD)
-        with self._loaded(self._model, "", skip=self.embedding_name):
+        with loaded_weights(self._source, self._model, "", self.embedding_name, self.device, self.dtype):
             yield head
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -300,22 +284,6 @@ class StreamedModel:
             self._embedded = hidden
             raise _EndOfEmbedding
         return hidden
-
-    @contextmanager
-    def _loaded(self, module: nn.Module, name: str, skip: str | None = None) -> Iterator[nn.Module]:
-        empty, table = dict(module.named_parameters(remove_duplicate=False)), self.embedding_name
-        for inner, parameter in empty.items():
-            full = f"{name}.{inner}" if name else inner
-            if skip is None or not full.startswith(f"{skip}."):
-                dtype = None if full == f"{HEAD}.weight" else self.dtype
-                weight = read_weight(self._source, full, parameter.shape, table)
-                set_parameter(module, inner, frozen_parameter(weight.to(device=self.device, dtype=dtype)))
-                del weight
-        try:
-            yield module
-        finally:
-            for inner, parameter in empty.items():
-                set_parameter(module, inner, parameter)
 
 
 def whole_model(source: TensorSource, *, device: torch.device, dtype: torch.dtype) -> Any:

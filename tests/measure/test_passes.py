@@ -287,7 +287,6 @@ def test_rows_are_grouped_by_what_errors_cost_and_by_their_weights(run: Run) -> 
     ["model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj", "model.layers.0.mlp.gate_proj", "lm_head"],
 )
 def test_damage_is_the_second_order_divergence(run: Run, name: str, bits: int) -> None:
-    linear = run.linear(name)
     source = Checkpoint.open(run.directory)
     stored = f"{name}.weight" if f"{name}.weight" in source.names else "model.embed_tokens.weight"
     weight = source.tensor(stored).float()

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from bpwise.cli import cli
 from bpwise.convert.exl2.card import exl2_name
+from bpwise.convert.names import convention_name
 from bpwise.convert.publishing.mark import mark_broken
-from bpwise.convert.publishing.names import convention_name
 from click.testing import CliRunner, Result
 from huggingface_hub import ModelCard
 

@@ -17,7 +17,7 @@ def test_states_in_files_do_not_count(tiny_model: Path) -> None:
 
     def memory_bytes(rows: int, offload_dir: Path | None) -> int:
         config = MeasureConfig(calibration=CalibrationConfig(rows=rows, row_tokens=1024), offload_dir=offload_dir)
-        return forecast_run(checkpoint, bpw=4.0, head_bits=6, config=config).memory_bytes
+        return forecast_run(checkpoint, bpw=4.0, head_bits=6, group_size=32, config=config).memory_bytes
 
     # With so many tokens of so small a model, rounding a block needs most. A state is 4 bytes a token and channel.
     state = 1 << 20 << 2
@@ -32,7 +32,7 @@ def test_wide_queries_count(save_model: Any, tmp_path: Path) -> None:
 
     def memory_bytes(rows: int) -> int:
         config = MeasureConfig(calibration=CalibrationConfig(rows=rows, row_tokens=1024))
-        return forecast_run(checkpoint, bpw=4.0, head_bits=6, config=config).memory_bytes
+        return forecast_run(checkpoint, bpw=4.0, head_bits=6, group_size=32, config=config).memory_bytes
 
     features = 5 * 64 + 2 * 64 + 8 * 64 + 2 * 2 * 64 + 8 * 64
     assert memory_bytes(2048) - memory_bytes(1024) >= (1 << 20) * features * 4

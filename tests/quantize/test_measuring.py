@@ -68,8 +68,8 @@ def test_a_measurement_of_other_linears_is_refused(tiny_model: Path, tmp_path: P
     get(tiny_model, tmp_path)
     measured = Measurement.load(tmp_path / MEASUREMENT_FILE)
     for changed in (
-        replace(measured, linears=measured.linears[1:]),
-        replace(measured, linears=(replace(measured.linears[0], name="x"), *measured.linears[1:])),
+        replace(measured, linears=measured.linears[1:], curves={}),
+        replace(measured, linears=(replace(measured.linears[0], name="x"), *measured.linears[1:]), curves={}),
     ):
         changed.save(tmp_path / "m.safetensors")
         with pytest.raises(FormatError, match=r"m\.safetensors: the measurement has other linears than"):

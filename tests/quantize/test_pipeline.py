@@ -22,6 +22,8 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from ..measured import damage_of
+
 TEXT = ("--rows", "8", "--row-tokens", "32", "--group-size", "32", "--device", "cpu")
 EVALUATION = ("--eval-rows", "2", "--eval-row-tokens", "32")
 PARTS = ("q_weight", "q_scale", "q_scale_max", "q_groups", "q_invperm")
@@ -361,8 +363,8 @@ class TestStageByStage:
         kept = finished.with_name("out.work") / "measurement.safetensors"
         alone, within = Measurement.load(measurement), Measurement.load(kept)
         for one, other in zip((*alone.linears, alone.head), (*within.linears, within.head), strict=True):
-            assert np.array_equal(one.damage_nats, other.damage_nats)
-        assert within.types == ()  # EXL2 needs none
+            assert np.array_equal(damage_of(alone, one.name), damage_of(within, other.name))
+        assert list(within.curves) == ["exl2"]  # a run measures what it needs
 
         printed = succeed("plan", measurement, "--bpw", 4.5, "-o", plan)
         made = Plan.load(plan)
@@ -500,7 +502,7 @@ class TestStageByStage:
         [
             ("out", ["EXL2 model", "15 quantized linears", "model.layers.1.mlp.down_proj", "lm_head"]),
             ("model", ["checkpoint", "model_type llama", "model.layers.1.mlp.down_proj.weight", "96"]),
-            ("measurement.safetensors", ["measurement", "8 bits", "model.layers.1.mlp.down_proj", "lm_head"]),
+            ("measurement.safetensors", ["measurement", "exl2 8", "model.layers.1.mlp.down_proj", "lm_head"]),
             ("calibration.safetensors", ["calibration set", "8 rows of 32 tokens", "prose"]),
             ("plan.json", ["plan", "asked 4.5", "model.layers.1.mlp.down_proj", "lm_head"]),
         ],

@@ -9,8 +9,8 @@ import numpy as np
 
 from ....linalg.allocate import allocate
 from ....measure.measurement import MeasuredLinear, Measurement
-from ..curves import Exl2Measured, exl2_curves
 from ..file.layout import RowGroup, group_rows, linear_bits, padded_columns
+from .measured import Exl2Measured, exl2_curves
 from .plan import Exl2Plan, LinearPlan
 from .problem import AllocationProblem, HeadBits, SizeLimit, WidthOverride, allocation_problem
 from .unquantized import FLOAT16_BITS

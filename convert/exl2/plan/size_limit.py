@@ -12,8 +12,8 @@ from ....checkpoint.source.language import Exl2Names, LanguageModel, language_mo
 from ....checkpoint.source.linears import Linear, model_linears
 from ..file.layout import padded_columns
 from ..file.store import QUANTIZED_SUFFIXES
-from ..vram import exl2_overhead_bytes
 from .problem import SizeLimit
+from .vram import exl2_overhead_bytes
 
 __all__ = ["disk_limit", "gpu_limit"]
 

@@ -19,9 +19,9 @@ from ....measure.measurement import MeasuredLinear, Measurement
 from ....measure.model.stream import StreamedModel
 from ....progress import Progress
 from ...rounding import RoundedModel, Rounder, rounding_damping
-from ..curves import exl2_curves
 from ..file.layout import RowGroup
 from ..file.linear import QuantizedLinear
+from ..plan.measured import exl2_curves
 from ..plan.plan import Exl2Plan, LinearPlan
 from .coupling import OutputFeedback
 from .feedback import round_linear_

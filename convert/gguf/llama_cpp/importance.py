@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ....errors import UnsupportedModelError
 from ....measure.measurement import Measurement
 from ....measure.run import measured_rows
 from ..file.names import gguf_name
-from ..rounder import table_importance
 from .imatrix import ImportanceMatrix, write_imatrix
 
-__all__ = ["export_imatrix", "importance_of", "tensor_name"]
+__all__ = ["export_imatrix", "importance_of", "table_importance", "tensor_name"]
 
 
 def importance_of(measurement: Measurement) -> ImportanceMatrix:
@@ -36,6 +36,19 @@ def importance_of(measurement: Measurement) -> ImportanceMatrix:
         chunks=rows,
         chunk_tokens=row_tokens,
     )
+
+
+def table_importance(measurement: Measurement) -> Tensor:
+    """Return what squared errors in each column of the token embeddings cost, float32, shape (hidden size,).
+
+    A table that is the output head too costs there what its inputs weigh, summed over its rows, and as embeddings what
+    the gradients say, summed over the rows that each token reads.
+    """
+    table, head = measurement.embedding, measurement.head
+    importance = torch.from_numpy(table.importance)
+    if table.tied:
+        importance = importance + float(head.fisher.sum()) * torch.from_numpy(head.input_power)
+    return importance
 
 
 def export_imatrix(measurement: Measurement, output: Path) -> int:

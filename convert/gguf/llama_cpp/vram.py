@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ...vram import cache_elements, require_room_for_weights
+from ....checkpoint.model.cache import cache_elements, require_room_for_weights
 
 __all__ = ["room_for_weights"]
 

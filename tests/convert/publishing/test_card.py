@@ -9,9 +9,9 @@ import yaml
 from bpwise.convert.exl2 import card as exl2
 from bpwise.convert.gguf import card as gguf
 from bpwise.convert.model import CardFacts
+from bpwise.convert.names import pasteable, rate_text
 from bpwise.convert.publishing.base_card import BaseCard, parse_base_card, read_base_card
 from bpwise.convert.publishing.card import Card, render_card
-from bpwise.convert.publishing.names import pasteable, rate_text
 from bpwise.errors import CheckpointError
 from huggingface_hub import ModelCard
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import BudgetError
+from ...errors import BudgetError
 
 __all__ = ["RUNTIME_BYTES", "cache_elements", "head_dim", "key_value_heads", "require_room_for_weights"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..vram import cache_elements, head_dim, key_value_heads, require_room_for_weights
+from ....checkpoint.model.cache import cache_elements, head_dim, key_value_heads, require_room_for_weights
 
 __all__ = ["CACHE_BITS", "exl2_cache_bytes", "exl2_overhead_bytes"]
 
