@@ -1,8 +1,8 @@
 import pytest
-from bpwise.convert.exl2.vram import exl2_cache_bytes, exl2_overhead_bytes
+from bpwise.convert.exl2.plan.vram import exl2_cache_bytes, exl2_overhead_bytes
 from bpwise.errors import BudgetError
 
-from ..test_vram import LLAMA_3_8B
+from ...checkpoint.model.test_cache import LLAMA_3_8B
 
 
 def test_caches() -> None:

@@ -2,7 +2,7 @@ import pytest
 from bpwise.convert.gguf.llama_cpp.vram import room_for_weights
 from bpwise.errors import BudgetError
 
-from ..test_vram import LLAMA_3_8B
+from ...checkpoint.model.test_cache import LLAMA_3_8B
 
 
 def test_what_is_left() -> None:

@@ -1,4 +1,4 @@
-from bpwise.convert.vram import cache_elements
+from bpwise.checkpoint.model.cache import cache_elements
 
 LLAMA_3_8B = {
     "num_hidden_layers": 32,
