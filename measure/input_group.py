@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .curves import CurveInputs, CurveMaker
+from .curves import CurveInputs, CurveMaker, LinearCurves
 from .measurement import MeasuredLinear
 from .model.stream import check_finite
 from .statistics.heldout import cross_validate_damping
@@ -85,21 +85,23 @@ def measure_group(
         with_feedback=with_feedback,
     )
     curves = {maker.name: maker.linears(inputs) for maker in makers}
-    power = gram.diagonal().clone()
-    token_weights = sums.scaled_weights().clamp(max=_LARGEST_WEIGHT).half().view(-1, sums.row_tokens)
+    common = {
+        "input_power": gram.diagonal().clone(),
+        "token_weights": sums.scaled_weights().clamp(max=_LARGEST_WEIGHT).half().view(-1, sums.row_tokens),
+    }
     packed: dict[str, Tensor] = {}
     for index, (name, fisher) in enumerate(zip(linears, fishers, strict=True)):
-        own = {format_: each[index] for format_, each in curves.items()}
-        fields = {
-            "fisher": fisher,
-            "input_power": power,
-            "coupling": couplings[name].half(),
-            "token_weights": token_weights,
-            "damping": torch.tensor(max((each.damping for each in own.values()), default=judged.damping)),
-            **{f"{format_}/{key}": x for format_, each in own.items() for key, x in each.tensors.items()},
-        }
-        packed |= {f"{name}|{field}": tensor for field, tensor in fields.items()}
+        own = {"fisher": fisher, "coupling": couplings[name].half()}
+        measured = _curve_fields({format_: each[index] for format_, each in curves.items()}, judged.damping)
+        packed |= {f"{name}|{field}": tensor for field, tensor in (common | own | measured).items()}
     return packed
+
+
+def _curve_fields(curves: Mapping[str, LinearCurves], damping: float) -> dict[str, Tensor]:
+    return {
+        "damping": torch.tensor(max((each.damping for each in curves.values()), default=damping)),
+        **{f"{format_}/{key}": x for format_, each in curves.items() for key, x in each.tensors.items()},
+    }
 
 
 def finished_linears(artifact: Mapping[str, Tensor]) -> dict[str, FinishedLinear]:

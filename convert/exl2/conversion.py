@@ -10,7 +10,8 @@ import torch
 
 from ...checkpoint.files.digests import file_digests
 from ...checkpoint.model.families import HEAD
-from ...checkpoint.source.checkpoint import FLOAT_DTYPES, Checkpoint
+from ...checkpoint.source.checkpoint import Checkpoint
+from ...checkpoint.source.dtypes import FLOAT_DTYPES
 from ...checkpoint.source.hub import side_files
 from ...checkpoint.source.language import LanguageModel, language_model
 from ...checkpoint.source.linears import model_linears

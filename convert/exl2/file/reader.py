@@ -13,7 +13,8 @@ from ....checkpoint.files.schemas import read_json
 from ....checkpoint.model.config import complete_config
 from ....checkpoint.model.families import is_known
 from ....checkpoint.model.names import config_features, head_names, is_linear, model_order
-from ....checkpoint.source.checkpoint import Checkpoint, TensorSource, confined_file, embedding_rows
+from ....checkpoint.source.checkpoint import Checkpoint, TensorSource, embedding_rows
+from ....checkpoint.source.hub import confined_file
 from ....errors import CheckpointError, ShapeError
 from ...model import Description, QuantizedModel
 from ..describe import describe_exl2, stored_sizes

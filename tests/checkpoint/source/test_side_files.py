@@ -122,7 +122,9 @@ def test_what_is_none(name: str) -> None:
     assert not is_side_file(name)
 
 
-@pytest.mark.parametrize("name", ["LICENSE-2.0", "LICENSE-MODEL", "License.pdf", "third_party_notices.html", "eula.RTF"])
+@pytest.mark.parametrize(
+    "name", ["LICENSE-2.0", "LICENSE-MODEL", "License.pdf", "third_party_notices.html", "eula.RTF"]
+)
 def test_legal_texts(name: str) -> None:
     assert is_side_file(name)
 
