@@ -98,7 +98,7 @@ class BrokenModelError(BpwiseError):
 
 
 class FormatError(BpwiseError):
-    """A file that bpwise (or an EXL2 writer) should have made breaks its format's rules."""
+    """A file of a format's own, by bpwise or another program, breaks the format's rules."""
 
 
 class VerificationError(BpwiseError):

@@ -5,15 +5,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from ..checkpoint.source.dtypes import FLOAT_DTYPES
 from ..checkpoint.source.hub import confined_file, side_files
 from ..errors import BpwiseError
 
 __all__ = ["copy_side_files", "require_float16_range"]
 
-_FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _FLOAT16_MAX = 65504.0
 
 
@@ -44,7 +43,7 @@ def require_float16_range(name: str, tensor: Tensor, error: type[BpwiseError]) -
         BpwiseError: As the type given by ``error``: the dtype is not float16, bfloat16 or float32, or a value
             is NaN or of a magnitude beyond 65504.
     """
-    if tensor.dtype not in _FLOAT_DTYPES:
+    if tensor.dtype not in FLOAT_DTYPES:
         raise error(f"{name}: stored as {tensor.dtype}, expected float16, bfloat16 or float32.")
     if not tensor.numel():
         return

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..checkpoint.source.checkpoint import TensorSource, resolve_model
+from ..checkpoint.source.checkpoint import TensorSource
+from ..checkpoint.source.hub import resolve_model
 from ..checkpoint.source.original import Original, open_model
 from .model import Verification
 from .registry import format_of, require_format

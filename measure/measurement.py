@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from ..checkpoint.files.atomic import atomic_file, metadata_begins
+from ..checkpoint.files.atomic import atomic_file
+from ..checkpoint.files.heads import metadata_begins
 from ..errors import ConfigError, FormatError
 from .measurement_file import CURVES, HEADER_KEY, MeasuredTensors, read_measurement
 

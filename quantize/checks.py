@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint.files.atomic import explained, require_room
+from ..checkpoint.files.disk_errors import explained, require_room
 from ..checkpoint.files.paths import check_run, refuse_foreign
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..convert.conversion import Conversion, Target

@@ -7,7 +7,6 @@ that makes the same output takes away.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -19,37 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import NumericalError, WorkDirectoryError
+from .disk_errors import explained, shown
 
 __all__ = [
-    "DISK_FULL",
     "atomic_directory",
     "atomic_file",
     "clear_partials",
-    "explained",
-    "is_lfs_pointer",
-    "metadata_begins",
     "private_directory",
-    "require_room",
-    "shown",
     "try_file",
     "write_json",
     "write_text",
 ]
 
-_LFS_START = b"version https://git-lfs.github.com/spec/v1"
-_LFS_MOST_BYTES = 1024
-"""Git LFS itself takes nothing larger for a pointer."""
-
-DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-"""What the system says where there is no room: on the disk, in a quota, or under a limit on the size of files."""
-
-_WRITING = DISK_FULL | {errno.EROFS}
-"""What only writing can meet, so that it needs no name of a file to tell whose error it is."""
-
 _PROBE_BYTES = 4096
-
-_LENGTH_BYTES = 8
-"""At the beginning of a safetensors file: the length of its header."""
 
 _PARTIAL = re.compile(r"\.(?P<name>.+)\.partial-(?P<process>[0-9]+)-[0-9a-f]{8}", re.DOTALL)
 
@@ -128,25 +109,6 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     except BaseException:  # Ctrl-C too: whatever ends the body, no partial directory stays behind.
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-def require_room(path: Path, size_bytes: int) -> None:
-    """Refuse a disk that has too little room for what is to be made, before the work that makes it.
-
-    Args:
-        path: The file or directory to make.
-        size_bytes: The least that it will take.
-
-    Raises:
-        WorkDirectoryError: The disk has less free.
-    """
-    with explained(path):
-        free = shutil.disk_usage(next(each for each in Path(path).absolute().parents if each.exists())).free
-    if free < size_bytes:
-        raise WorkDirectoryError(
-            f"{shown(path)}: will take {size_bytes} bytes, but its disk has {free} free. Free some space there, or "
-            "choose a path on another disk."
-        )
 
 
 @contextmanager
@@ -248,47 +210,6 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
-def shown(path: Path) -> str:
-    """Return a path as messages can hold it: bytes that are no UTF-8 and control characters escaped."""
-    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in str(path))
-
-
-@contextmanager
-def explained(path: Path, *, body_of: Path | None = None) -> Iterator[None]:
-    """Turn what the system refuses into an error that names the target, not a temporary file.
-
-    Args:
-        path: What is to be made.
-        body_of: The temporary file or directory that stands for it, where other files are worked with too: what does
-            not concern it stays as it is.
-
-    Raises:
-        WorkDirectoryError: The disk is full, or the place cannot be written.
-    """
-    try:
-        yield
-    except (ValueError, RuntimeError) as cause:  # a NUL, half of a surrogate pair; before Python 3.13, a loop of links
-        if body_of is not None:
-            raise
-        raise WorkDirectoryError(f"{shown(path)}: not a valid path ({cause}). Choose another one.") from cause
-    except OSError as cause:
-        if body_of is not None and cause.errno not in _WRITING and not _concerns(cause, body_of):
-            raise
-        if cause.errno in DISK_FULL:
-            raise WorkDirectoryError(
-                f"{shown(path)}: not written, the disk is full ({cause.strerror}). Free some space there, or "
-                "choose a path on another disk, and run again."
-            ) from cause
-        raise WorkDirectoryError(
-            f"{shown(path)}: cannot be written ({cause.strerror or cause}). Choose a path that you may write to."
-        ) from cause
-
-
-def _concerns(cause: OSError, temporary: Path) -> bool:
-    names = [Path(os.fsdecode(name)) for name in (cause.filename, cause.filename2) if isinstance(name, str | bytes)]
-    return any(name == temporary or temporary in name.parents for name in names)
-
-
 def _begin(path: Path, temporary: Path, *, new: bool = False, name: Path | None = None, data: bytes = b"") -> None:
     # A place that cannot be written shows here, under the target's name, and not in a body that does other things too.
     with explained(name or path):
@@ -383,33 +304,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def metadata_begins(path: Path, start: str) -> bool:
-    """Return whether the metadata at the head of a safetensors file begins so; what comes after may be damaged.
-
-    Args:
-        path: The file, which need not exist.
-        start: The first entry or its beginning, as compact JSON.
-    """
-    head = f'{{"__metadata__":{{{start}'.encode()
-    try:
-        with path.open("rb") as file:
-            return file.read(_LENGTH_BYTES + len(head)).endswith(head)
-    except OSError:
-        return False
-
-
-def is_lfs_pointer(path: Path) -> bool:
-    """Return whether a file is what ``git clone`` leaves in the place of a large one where Git LFS is not installed.
-
-    Args:
-        path: A regular file.
-
-    Raises:
-        OSError: It cannot be read.
-    """
-    if path.stat().st_size > _LFS_MOST_BYTES:
-        return False
-    with path.open("rb") as file:
-        return file.read(len(_LFS_START)) == _LFS_START

@@ -9,7 +9,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ...errors import WorkDirectoryError
-from .atomic import clear_partials, explained, shown, try_file
+from .atomic import clear_partials, try_file
+from .disk_errors import explained, shown
 
 __all__ = [
     "check_file",

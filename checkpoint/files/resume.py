@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ...errors import BpwiseWarning, BrokenModelError, WorkDirectoryError
-from .atomic import clear_partials, explained, shown, write_json
+from .atomic import clear_partials, write_json
+from .disk_errors import explained, shown
 from .paths import locked, named, try_directory
 from .safetensors_file import HeaderEntry, NewTensor, load_tensors, read_entry, read_header, save_tensors
 from .schemas import read_json

@@ -7,13 +7,32 @@ alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-__all__ = ["HEAD", "config_features", "head_names", "is_linear", "model_order", "text_config"]
+__all__ = [
+    "HEAD",
+    "config_features",
+    "embedding_name",
+    "head_name",
+    "head_names",
+    "is_linear",
+    "model_order",
+    "text_config",
+]
 
 HEAD = "lm_head"
 """Name of the output head, the one linear outside the decoder."""
+
+_HEADS = (f"{HEAD}.weight", f"language_model.{HEAD}.weight")
+_EMBEDDINGS = (
+    "model.embed_tokens.weight",
+    "embed_tokens.weight",
+    "transformer.wte.weight",
+    "wte.weight",
+    "language_model.model.embed_tokens.weight",
+    "model.language_model.embed_tokens.weight",
+)
 
 # For the last component of a linear's name: the config sizes that give its (input, output) features.
 _FEATURES = {
@@ -67,6 +86,16 @@ def config_features(name: str, config: Mapping[str, Any]) -> tuple[int | None, i
         sizes[key] = count * head_size if isinstance(count, int) and isinstance(head_size, int) else None
     first, second = (sizes[key] if isinstance(sizes[key], int) else None for key in wanted)
     return first, second
+
+
+def embedding_name(names: Collection[str]) -> str | None:
+    """Return the name of the table of token embeddings, or None if no tensor has one of the usual names."""
+    return next((name for name in _EMBEDDINGS if name in names), None)
+
+
+def head_name(names: Collection[str]) -> str | None:
+    """Return the name of the output head's weight, or None if none is stored."""
+    return next((name for name in _HEADS if name in names), None)
 
 
 def head_names(names: Iterable[str]) -> set[str]:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
-from .checkpoint import FLOAT_DTYPES, QUANTIZED_KEYS, Checkpoint, TensorInfo, require_finite
+from .checkpoint import QUANTIZED_KEYS, Checkpoint, TensorInfo
+from .dtypes import FLOAT_DTYPES, require_finite
 from .views import CheckpointView
 
 __all__ = ["Float8View", "dequantized"]

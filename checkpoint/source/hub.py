@@ -8,7 +8,8 @@ import re
 from pathlib import Path
 
 from ...errors import CheckpointError, WorkDirectoryError
-from ..files.atomic import DISK_FULL, is_lfs_pointer
+from ..files.disk_errors import DISK_FULL
+from ..files.heads import is_lfs_pointer
 from .side_files import CONFIG_FILE, DOWNLOADED, NOT_DOWNLOADED, TEMPLATE_DIRECTORY, is_side_file
 
 __all__ = ["confined_file", "list_directory", "require_own_files", "resolve_model", "side_files"]

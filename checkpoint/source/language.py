@@ -1,9 +1,8 @@
-"""The language model inside a checkpoint, under the names that EXL2 files give its tensors.
+"""The language model inside a checkpoint, its linears one tensor each.
 
 Checkpoints differ in what they call things: models with vision put a prefix before the language model's names, some
 families store several linears as one tensor. Everything that measures, rounds or evaluates sees them through
 ``LanguageModel``: names begin with ``model.`` or are ``lm_head.weight``, and every linear is a tensor of its own.
-``Exl2Names`` gives the names that go into an EXL2 directory, ``HfNames`` those that Transformers expects.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
@@ -22,8 +20,6 @@ from .checkpoint import TensorInfo, TensorSource
 from .views import SourceView
 
 __all__ = [
-    "Exl2Names",
-    "HfNames",
     "LanguageModel",
     "WeightOverlay",
     "language_config",
@@ -58,7 +54,7 @@ class LanguageModel(SourceView):
         super().__init__(base)
         self._config = language_config(base)
         self.family: Family = family_of(self._config)
-        composite = composite_of(base.config) is not None or bool(self.family.prefix)
+        composite = composite_of(base.config) is not None or self.family.wrapped
         self._stored: dict[str, str] = {}
         self._rows: dict[str, slice] = {}
         others = set()
@@ -247,91 +243,3 @@ def plain_name(name: str, *, composite: bool) -> str | None:
                 return stands_for + name.removeprefix(prefix)
     parts = ("model.layers.", "model.embed_tokens.", "model.norm.", f"{HEAD}.")
     return name if not composite or name.startswith(parts) else None
-
-
-class Exl2Names(SourceView):
-    """A source under the names that EXL2 readers look for: prefix and other parts included."""
-
-    def __init__(self, model: LanguageModel) -> None:
-        """Map the names; reads no weights."""
-        super().__init__(model.base)
-        self._model = model
-        composite = composite_of(model.base.config)
-        self.prefix = model.family.prefix if composite is None else composite.prefix
-        self._others = {name if composite is None else composite.file_name(name): name for name in model.others}
-        self._names = frozenset({self.prefix + name for name in model.names} | self._others.keys())
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The whole model's config, its architecture as readers know it; not to be modified."""
-        config = self.base.config
-        written = self._model.family.written_as
-        if written is None or composite_of(config) is not None:
-            return config
-        return {**config, "architectures": [written]}
-
-    @property
-    def names(self) -> frozenset[str]:
-        """Full names of all tensors."""
-        return self._names
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the sizes of a tensor's dimensions without loading it."""
-        if name in self._others:
-            return self.base.shape(self._others[name])
-        return self._model.shape(name.removeprefix(self.prefix))
-
-    def tensor(self, name: str) -> Tensor:
-        """Return a tensor in its stored dtype, on the CPU, in memory of its own."""
-        if name in self._others:
-            return self.base.tensor(self._others[name])
-        return self._model.tensor(name.removeprefix(self.prefix))
-
-
-class HfNames(SourceView):
-    """A model in parts under the names that Transformers loads: fused where it fuses."""
-
-    def __init__(self, base: TensorSource) -> None:
-        """Map the names; reads no weights.
-
-        Raises:
-            UnsupportedModelError: The family is unknown.
-        """
-        super().__init__(base)
-        model = language_model(base)
-        self._family, self._alone = model.family, composite_of(base.config) is None
-        stored = {name: name for name in base.names}
-        if self._alone and model.family.prefix:
-            stored = {name.removeprefix(model.family.prefix): name for name in base.names}
-        self._parts: dict[str, tuple[str, ...]] = {name: (at,) for name, at in stored.items()}
-        for fused, parts in model.family.fused.items():
-            for name in stored:
-                module, _, kind = name.rpartition(".")
-                if not module.endswith(f".{parts[0]}"):
-                    continue
-                block = module.removesuffix(parts[0])
-                for part in parts:
-                    self._parts.pop(f"{block}{part}.{kind}", None)
-                self._parts[f"{block}{fused}.{kind}"] = tuple(stored[f"{block}{part}.{kind}"] for part in parts)
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """That of what is viewed, its architecture as Transformers knows it; not to be modified."""
-        if self._family.written_as is None or not self._alone:
-            return self.base.config
-        return {**self.base.config, "architectures": [x for x in self._family.readers if x != self._family.written_as]}
-
-    @property
-    def names(self) -> frozenset[str]:
-        """Full names of all tensors."""
-        return frozenset(self._parts)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the sizes of a tensor's dimensions without loading it."""
-        shapes = [self.base.shape(part) for part in self._parts[name]]
-        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
-
-    def tensor(self, name: str) -> Tensor:
-        """Return a tensor, on the CPU, in memory of its own."""
-        parts = [self.base.tensor(part) for part in self._parts[name]]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)

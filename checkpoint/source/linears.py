@@ -1,8 +1,7 @@
-"""The linears of a model by name and shape: which belong together, and which a pattern means."""
+"""The linears of a model by name and shape, and those that a pattern means."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -13,9 +12,7 @@ from ..model.families import EMBEDDING, HEAD
 if TYPE_CHECKING:
     from .language import LanguageModel  # which needs torch; plans do not
 
-__all__ = ["Linear", "Shaped", "matching", "model_linears", "unit_of"]
-
-_UNIT = re.compile(r"((?:[^.]+\.)+?\d+\.[^.]+)\..+", re.ASCII)
+__all__ = ["Linear", "Shaped", "matching", "model_linears"]
 
 
 class Shaped(Protocol):
@@ -58,19 +55,6 @@ def model_linears(source: LanguageModel) -> tuple[list[Linear], Linear]:
                 linears.append(Linear(name, rows, columns))
     vocabulary, hidden = source.shape(EMBEDDING)
     return linears, Linear(HEAD, hidden, vocabulary)
-
-
-def unit_of(name: str) -> str:
-    """Return what EXL2 readers build as one: all linears of it are quantized, or none is.
-
-    Source: format document, section 6. It is ``model.layers.0.self_attn`` or ``model.layers.0.mlp``, whatever they are
-    made of; anything outside the blocks is a unit of its own.
-
-    Args:
-        name: Full name of a linear.
-    """
-    match = _UNIT.fullmatch(name)
-    return match[1] if match else name
 
 
 def matching(pattern: str, names: Iterable[str]) -> set[str]:

@@ -26,7 +26,9 @@ from ..files.digests import file_digests
 from ..files.safetensors_file import SafetensorsHeader, read_entry, read_header
 from ..files.schemas import read_schema
 from ..model.families import HEAD, composite_of
-from .checkpoint import Checkpoint, TensorInfo, embedding_name, head_name, require_finite
+from ..model.names import embedding_name, head_name
+from .checkpoint import Checkpoint, TensorInfo
+from .dtypes import require_finite
 from .hub import confined_file
 from .language import plain_name
 from .views import CheckpointView
@@ -140,8 +142,8 @@ class LoraView(CheckpointView):
         tied = base.tied_embeddings
         self._composite = composite_of(base.config) is not None
         self._base_names = {self._plain(name): name for name in base.names}
-        self._head = head_name(base) or _HEAD_WEIGHT
-        self._own_head = embedding_name(base) if tied else None
+        self._head = head_name(base.names) or _HEAD_WEIGHT
+        self._own_head = embedding_name(base.names) if tied else None
         self._merged: dict[str, _Low] = {}
         self._replaced: dict[str, str] = {}
         self._find_places()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .checkpoint import Checkpoint, resolve_model
+from .checkpoint import Checkpoint
 from .float8 import dequantized
+from .hub import resolve_model
 from .lora import LoraView
 from .vocabulary import warn_of_tokens_beyond
 

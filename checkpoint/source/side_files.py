@@ -1,6 +1,6 @@
 """Names of the files that belong to a model beside its config and weights: one list for all that moves models.
 
-Downloads, EXL2 outputs, llama.cpp's converter, dequantized checkpoints and uploads take the same ones. The names are
+Downloads, outputs, converters, dequantized checkpoints and uploads take the same ones. The names are
 those that Transformers' ``save_pretrained`` and mistral-common write, and those of licences and of the notices that
 licences ask to hand on.
 """
@@ -61,22 +61,11 @@ _LEGAL = (
     "*terms*of*use*",
 )
 
-_PATTERNS = (*SETTINGS, *_VOCABULARIES, *_TEMPLATES, *_LEGAL)
+_FILES = (*SETTINGS, *_VOCABULARIES, *_TEMPLATES)
+_PATTERNS = (*_FILES, *_LEGAL)
 
-_WEIGHTS_OR_CODE = (
-    ".safetensors",
-    ".gguf",
-    ".onnx",
-    ".h5",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".pkl",
-    ".pickle",
-    ".ckpt",
-    ".py",
-)
-"""Ends of names that no pattern lets through: ``license_head.bin`` is no licence."""
+_TEXTS = (".txt", ".md", ".rst", ".htm", ".html", ".pdf", ".rtf", ".doc", ".docx", ".odt")
+"""Ends that the names of legal texts may have: ``license_head.bin`` is no licence."""
 
 
 def is_side_file(name: str) -> bool:
@@ -85,11 +74,13 @@ def is_side_file(name: str) -> bool:
     Case does not count: licences come as LICENSE and as License.txt.
     """
     folder, _, last = name.lower().rpartition("/")
-    if last.startswith(".") or last.endswith(_WEIGHTS_OR_CODE):
+    if last.startswith("."):
         return False
     if folder:
         return folder == TEMPLATE_DIRECTORY and last.endswith(".jinja")
-    return any(fnmatchcase(last, pattern) for pattern in _PATTERNS)
+    _, dot, end = last.rpartition(".")
+    patterns = _PATTERNS if not dot or end.isdigit() or last.endswith(_TEXTS) else _FILES
+    return any(fnmatchcase(last, pattern) for pattern in patterns)
 
 
 def _any_case(pattern: str) -> str:
@@ -113,6 +104,5 @@ NOT_DOWNLOADED = (
     "*/*.safetensors",
     "*/*.safetensors.index.json",
     "consolidated*.safetensors",
-    *(f"*{_any_case(end)}" for end in _WEIGHTS_OR_CODE if end != ".safetensors"),
 )
-"""The same weights in other layouts (``original/``, ``metal/``, Mistral's own), and what is never a side file."""
+"""The same weights in other layouts: ``original/``, ``metal/``, Mistral's own."""

@@ -10,9 +10,10 @@ import torch
 
 from ...checkpoint.files.digests import file_digests
 from ...checkpoint.model.families import HEAD
-from ...checkpoint.source.checkpoint import FLOAT_DTYPES, Checkpoint
+from ...checkpoint.source.checkpoint import Checkpoint
+from ...checkpoint.source.dtypes import FLOAT_DTYPES
 from ...checkpoint.source.hub import side_files
-from ...checkpoint.source.language import Exl2Names, LanguageModel, language_model
+from ...checkpoint.source.language import LanguageModel, language_model
 from ...checkpoint.source.linears import model_linears
 from ...errors import CheckpointError
 from ...measure.measurement import Measurement
@@ -20,7 +21,8 @@ from ...progress import Progress
 from ..conversion import Conversion, Provenance, SizeForecast, Target
 from ..model import Verification
 from ..rounding import RoundedModel
-from .file.vision import require_side_files
+from .file.config import require_side_files
+from .file.names import Exl2Names
 from .file.writer import require_writable, write_model
 from .options import Exl2Options
 from .plan.making import make_exl2_plan

@@ -1,4 +1,4 @@
-"""What EXL2 readers compute otherwise than Transformers, by the config.json of a model: refused, or warned of.
+"""Differences between EXL2 readers and Transformers, by the config.json of a model: refused, or warned of.
 
 Source: ExLlamaV2 0.3.2 (``config.py``, ``architecture.py``, ``rope.py``, ``model.py``).
 """
@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ...checkpoint.model.config import parse_config
-from ...checkpoint.model.families import Composite, Family, composite_of, family_of, known_readers
+from ...checkpoint.model.families import composite_of, family_of
 from ...checkpoint.model.names import text_config
 from ...checkpoint.model.positions import attention_window, full_rope, window_period
 from ...errors import UnsupportedModelError
+from .reader_table import ReaderComposite, ReaderFamily, known_architectures, reader_composite, reader_family
 
 __all__ = ["reader_warnings", "require_reader"]
 
@@ -58,7 +59,7 @@ def require_reader(config: Mapping[str, Any]) -> None:
     """
     refused = "; ".join(dict.fromkeys(_departures(config)))
     if refused.startswith(f"{_UNKNOWN} the architecture"):
-        refused += f", expected one of {', '.join(known_readers())}"
+        refused += f", expected one of {', '.join(known_architectures())}"
     if refused:
         raise UnsupportedModelError(f"config.json: {refused}. {_FORCE}")
 
@@ -75,10 +76,10 @@ def reader_warnings(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _departures(config: Mapping[str, Any]) -> Iterator[str]:
-    composite, (family, language) = composite_of(config), _language(config)
+    family, language = _language(config)
+    composite = None if composite_of(config) is None else reader_composite(config)
     name = (config.get("architectures") or [None])[0]
-    entry: Family | Composite = composite or family_of(config)
-    if name not in entry.readers:
+    if name not in (composite or family).architectures:
         yield f"{_UNKNOWN} the architecture {name!r}"
         return
     if composite is not None:
@@ -86,7 +87,7 @@ def _departures(config: Mapping[str, Any]) -> Iterator[str]:
         yield from unknown
         if unknown:
             return
-    for key, values in family.reader_assumptions.items():
+    for key, values in family.assumptions.items():
         value = language.get(key)
         if value is not None and value not in values:
             yield f"{key} is {value!r}, but EXL2 readers take it for {values[0]!r}" if values else _unasked(key, value)
@@ -101,9 +102,9 @@ def _unasked(key: str, value: Any) -> str:
     return f"{key} is {value!r}, which EXL2 readers compute with and Transformers does not"
 
 
-def _unknown_parts(config: Mapping[str, Any], composite: Composite) -> Iterator[str]:
+def _unknown_parts(config: Mapping[str, Any], composite: ReaderComposite) -> Iterator[str]:
     found = {
-        "language model": (composite.text or text_config(config).get("model_type"), composite.languages),
+        "language model": (_language_type(config), composite.languages),
         "vision part": ((config.get("vision_config") or {}).get("model_type"), (composite.vision,)),
     }
     for part, (kind, known) in found.items():
@@ -114,7 +115,7 @@ def _unknown_parts(config: Mapping[str, Any], composite: Composite) -> Iterator[
             )
 
 
-def _rope_departures(family: Family, text: Any) -> Iterator[str]:
+def _rope_departures(family: ReaderFamily, text: Any) -> Iterator[str]:
     rope = full_rope(text)
     kind = rope["rope_type"]
     if kind not in family.rope_types:
@@ -146,7 +147,6 @@ def _longrope_attention(factor: float, trained: int) -> float:
 
 
 def _limits(config: Mapping[str, Any]) -> Iterator[str]:
-    composite = composite_of(config)
     text, (family, _) = _parsed(config), _language(config)
     if family.quirk and not (family.periodic_windows and "full_attention" not in text.layer_types):
         yield f"{family.quirk}. {_ANY_LENGTH}"
@@ -162,8 +162,8 @@ def _limits(config: Mapping[str, Any]) -> Iterator[str]:
             f"than {window} tokens differ from the original."
         )
     yield from _rope_limits(text)
-    if composite is not None:
-        yield from _image_limits(config, composite)
+    if composite_of(config) is not None:
+        yield from _image_limits(config, reader_composite(config))
 
 
 def _rope_limits(text: Any) -> Iterator[str]:
@@ -189,7 +189,7 @@ def _rope_limits(text: Any) -> Iterator[str]:
         )
 
 
-def _image_limits(config: Mapping[str, Any], composite: Composite) -> Iterator[str]:
+def _image_limits(config: Mapping[str, Any], composite: ReaderComposite) -> Iterator[str]:
     for key, values in composite.images.items():
         value: Any = config
         for part in key.split("."):
@@ -201,10 +201,15 @@ def _image_limits(config: Mapping[str, Any], composite: Composite) -> Iterator[s
             )
 
 
-def _language(config: Mapping[str, Any]) -> tuple[Family, Mapping[str, Any]]:
-    composite, language = composite_of(config), text_config(config)
-    kind = language.get("model_type") if composite is None or composite.text is None else composite.text
-    return family_of({"model_type": kind}), language
+def _language(config: Mapping[str, Any]) -> tuple[ReaderFamily, Mapping[str, Any]]:
+    alone = {"model_type": _language_type(config)}
+    family_of(alone)  # refuses a family that is not in the table
+    return reader_family(alone), text_config(config)
+
+
+def _language_type(config: Mapping[str, Any]) -> Any:
+    composite = composite_of(config)
+    return (composite and composite.text) or text_config(config).get("model_type")
 
 
 def _parsed(config: Mapping[str, Any]) -> Any:

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...checkpoint.files.atomic import metadata_begins
+from ...checkpoint.files.heads import metadata_begins
 from ...checkpoint.files.safetensors_file import load_metadata, load_tensors, save_tensors
 from ...errors import CalibrationError, ConfigError, ShapeError
 from .builtin_text import TextUse, builtin_texts
 from .chat_rows import render_turns
 from .random_rows import RANDOM_ORIGIN, n_random_rows, random_ids
-from .rows import read_pool, spread_starts
+from .rows import TokenPool, read_pool, spread_starts
 from .sources import TextSource, read_texts
 from .tokenizer import Tokenizer, chat_template, leading_ids, token_fingerprint
 
@@ -232,20 +232,10 @@ def build_calibration(
     """
     bos = leading_ids(tokenizer)
     n_random = n_random_rows(config.rows) if part == "calibration" and config.source is None else 0
-    n_text = config.rows - n_random
-    body_tokens = config.tokens_each - len(bos)
+    n_text, body_tokens = config.rows - n_random, config.tokens_each - len(bos)
     generator = torch.Generator().manual_seed(config.seed)
     in_order = part == "evaluation" and config.source is not None
-
-    with ExitStack() as opened:
-        source = _open_source(tokenizer, config, part, opened)
-        pool = read_pool(source, tokenizer, rows=n_text, body_tokens=body_tokens, in_order=in_order)
-    if len(pool.tokens) < n_text * body_tokens:
-        raise CalibrationError(
-            f"{source.description}: too little text, got {len(pool.tokens)} tokens, expected at least "
-            f"{n_text * body_tokens} for {n_text} rows of {config.tokens_each}. Lower rows or row_tokens, "
-            "or add text."
-        )
+    source, pool = _read_text(tokenizer, config, part, n_text, body_tokens, in_order=in_order)
     starts = (
         [row * body_tokens for row in range(n_text)]
         if in_order
@@ -311,6 +301,20 @@ def require_tokens(rows: CalibrationSet, tokenizer: Tokenizer) -> None:
             "calibration set: it was made with another tokenizer. Got ids that stand for other tokens in this model's "
             "vocabulary. Build the set with this model."
         )
+
+
+def _read_text(
+    tokenizer: Tokenizer, config: CalibrationConfig, part: TextUse, rows: int, body_tokens: int, *, in_order: bool
+) -> tuple[TextSource, TokenPool]:
+    with ExitStack() as opened:
+        source = _open_source(tokenizer, config, part, opened)
+        pool = read_pool(source, tokenizer, rows=rows, body_tokens=body_tokens, in_order=in_order)
+    if len(pool.tokens) < rows * body_tokens:
+        raise CalibrationError(
+            f"{source.description}: too little text, got {len(pool.tokens)} tokens, expected at least "
+            f"{rows * body_tokens} for {rows} rows of {config.tokens_each}. Lower rows or row_tokens, or add text."
+        )
+    return source, pool
 
 
 def _open_source(tokenizer: Tokenizer, config: CalibrationConfig, part: TextUse, opened: ExitStack) -> TextSource:

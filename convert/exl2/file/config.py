@@ -1,21 +1,25 @@
-"""config.json on its way into an EXL2 directory and out of it.
+"""Settings on their way into an EXL2 directory and out of it: config.json, and what prepares images.
 
-EXL2 readers look for older keys than current Transformers writes, some of them in one place only. Here they are added,
-the newer ones left in place; on the way out they go again.
+EXL2 readers look for older keys than current Transformers writes, some of them in one place or file only. Here they are
+added, the newer ones left in place; on the way out they go again. Source: ExLlamaV2 0.3.2, config.py. It refuses a
+model with vision that lacks any of this, for text too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
+from ....checkpoint.files.atomic import write_json
+from ....checkpoint.files.schemas import read_json
 from ....checkpoint.model.names import text_config
 from ....checkpoint.model.positions import window_period
-from ....errors import UnsupportedModelError
-from .vision import add_vision_keys, remove_vision_keys
+from ....checkpoint.source.hub import confined_file, side_files
+from ....errors import CheckpointError, UnsupportedModelError
 
-__all__ = ["dense_config", "exl2_config", "stored_rates"]
+__all__ = ["add_image_processor", "dense_config", "exl2_config", "require_side_files", "stored_rates"]
 
 _MOST_BITS = 16
 
@@ -58,6 +62,13 @@ _AT_THE_TOP_FIRST = (
 """Keys that readers take from outside of ``text_config`` where they stand in both places, unlike Transformers."""
 
 
+_PROCESSOR_FILE = "processor_config.json"
+"""Where Transformers 5 keeps what prepares images."""
+
+_IMAGE_PROCESSOR_FILE = "preprocessor_config.json"
+"""Where older ones kept it, and readers look."""
+
+
 def exl2_config(config: Mapping[str, Any], quantization: Mapping[str, Any], *, tied_embeddings: bool) -> dict[str, Any]:
     """Return the config.json of a quantized model.
 
@@ -84,7 +95,7 @@ def exl2_config(config: Mapping[str, Any], quantization: Mapping[str, Any], *, t
     _add_rope_keys(text)
     vision = result.get("vision_config")
     if isinstance(vision, dict):
-        add_vision_keys(vision)
+        _add_vision_keys(vision)
     for key, older in _OLDER_NAMES.items():
         if key in text:
             text[older] = text[key]
@@ -119,7 +130,7 @@ def dense_config(config: Mapping[str, Any], *, tied_embeddings: bool) -> dict[st
         for key in _OLDER_ROPE_KEYS:
             text.pop(key, None)
     if isinstance(result.get("vision_config"), dict):
-        remove_vision_keys(result["vision_config"])
+        _remove_vision_keys(result["vision_config"])
     if "layer_types" in text:
         result.pop("sliding_window_pattern", None)
     for key, older in _OLDER_NAMES.items():
@@ -139,6 +150,35 @@ def stored_rates(config: Mapping[str, Any]) -> tuple[float | None, int | None]:
     quantization = stated if isinstance(stated, dict) else {}
     bits = _sensible(quantization.get("bits"), (int, float))
     return None if bits is None else float(bits), _sensible(quantization.get("head_bits"), (int,))
+
+
+def add_image_processor(directory: Path) -> None:
+    """Give what prepares images the file of its own in which readers look, if it has none.
+
+    Args:
+        directory: Model directory, with side files.
+
+    Raises:
+        CheckpointError: processor_config.json is damaged.
+    """
+    path = directory / _PROCESSOR_FILE
+    if path.exists() and not (directory / _IMAGE_PROCESSOR_FILE).exists():
+        images = _image_processor(read_json(path, CheckpointError))
+        if images is not None:
+            write_json(directory / _IMAGE_PROCESSOR_FILE, images)
+
+
+def require_side_files(source: Path) -> None:
+    """Refuse side files that cannot be copied, or that ``add_image_processor`` would refuse; nothing is written.
+
+    Args:
+        source: Model directory that they will be copied from.
+
+    Raises:
+        CheckpointError: As ``side_files`` and ``add_image_processor``.
+    """
+    if _PROCESSOR_FILE in side_files(source):
+        _image_processor(read_json(confined_file(source, _PROCESSOR_FILE), CheckpointError))
 
 
 def _sensible(bits: Any, types: tuple[type, ...]) -> Any:
@@ -174,3 +214,31 @@ def _add_rope_keys(text: dict[str, Any]) -> None:
         text["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
     settings = {key: value for key, value in rope.items() if key not in ("rope_theta", "rope_type", "type")}
     text["rope_scaling"] = {"type" if kind in _TYPES_UNDER_OLD_KEY else "rope_type": kind, **settings}
+
+
+def _add_vision_keys(vision: dict[str, Any]) -> None:
+    """Add older keys to the ``vision_config`` of a config.json; changed in place."""
+    rope = vision.get("rope_parameters")
+    if isinstance(rope, Mapping) and "rope_theta" in rope:
+        vision.setdefault("rope_theta", rope["rope_theta"])
+    if "temporal_patch_size" in vision and "patch_size" in vision:  # Qwen's
+        vision.setdefault("spatial_patch_size", vision["patch_size"])
+
+
+def _remove_vision_keys(vision: dict[str, Any]) -> None:
+    """Remove what ``_add_vision_keys`` adds; changed in place."""
+    if "rope_parameters" in vision:
+        vision.pop("rope_theta", None)
+    if vision.get("spatial_patch_size") == vision.get("patch_size"):
+        vision.pop("spatial_patch_size", None)
+
+
+def _image_processor(processor: Mapping[str, Any]) -> dict[str, Any] | None:
+    # What preprocessor_config.json must hold; None if it is not there.
+    images = processor.get("image_processor")
+    if not isinstance(images, Mapping):
+        return None
+    size = images.get("size")
+    pixels = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"} if "merge_size" in images else {}  # Qwen's
+    found = {ours: size[theirs] for ours, theirs in pixels.items() if isinstance(size, Mapping) and theirs in size}
+    return {**found, **images}

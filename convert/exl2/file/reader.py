@@ -13,14 +13,15 @@ from ....checkpoint.files.schemas import read_json
 from ....checkpoint.model.config import complete_config
 from ....checkpoint.model.families import is_known
 from ....checkpoint.model.names import config_features, head_names, is_linear, model_order
-from ....checkpoint.source.checkpoint import Checkpoint, TensorSource, confined_file, embedding_rows
-from ....checkpoint.source.language import HfNames
+from ....checkpoint.source.checkpoint import Checkpoint, TensorSource, embedding_rows
+from ....checkpoint.source.hub import confined_file
 from ....errors import CheckpointError, ShapeError
 from ...model import Description, QuantizedModel
+from ..describe import describe_exl2, stored_sizes
 from .config import dense_config
-from .describe import describe_exl2, stored_sizes
 from .linear import QuantizedLinear
 from .manifest import Manifest, read_manifest
+from .names import HfNames
 from .store import QUANTIZED_SUFFIXES, check_stored, linear_from_tensors
 from .tensors import MARK, StoredTensors
 

@@ -17,12 +17,11 @@ from ....checkpoint.source.checkpoint import TensorSource
 from ....errors import CheckpointError, FormatError, ShapeError
 from ...carry import copy_side_files, require_float16_range
 from ...model import Verification
-from .config import exl2_config
+from .config import add_image_processor, exl2_config
 from .linear import QuantizedLinear
 from .manifest import MANIFEST_FILE, MANIFEST_VERSION
 from .store import QUANTIZED_SUFFIXES, linear_tensors
 from .verify import check_rules, verify_exl2
-from .vision import add_image_processor
 
 __all__ = ["require_writable", "write_model"]
 

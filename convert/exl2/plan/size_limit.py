@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from ....checkpoint.files.shards import header_bytes
 from ....checkpoint.model.families import EMBEDDING
 from ....checkpoint.source.checkpoint import Checkpoint
-from ....checkpoint.source.language import Exl2Names, LanguageModel, language_model
+from ....checkpoint.source.language import LanguageModel, language_model
 from ....checkpoint.source.linears import Linear, model_linears
 from ..file.layout import padded_columns
+from ..file.names import Exl2Names
 from ..file.store import QUANTIZED_SUFFIXES
 from .problem import SizeLimit
 from .vram import exl2_overhead_bytes

@@ -1,16 +1,17 @@
 """Linears that stay in float16: because they were asked to, or because EXL2 cannot hold them.
 
-EXL2 readers build attention and MLP of a layer each as one, so whole *units* stay (``linears.unit_of``).
+EXL2 readers build attention and MLP of a layer each as one, so whole *units* stay (``_unit_of``).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from ....checkpoint.files.schemas import Positive
 from ....checkpoint.model.families import HEAD
-from ....checkpoint.source.linears import Shaped, matching, unit_of
+from ....checkpoint.source.linears import Shaped, matching
 from ....errors import ConfigError
 from ..file.layout import MAX_ROWS, ROW_MULTIPLE
 
@@ -20,6 +21,8 @@ FLOAT16_BITS = 16
 
 ASKED = "asked for"
 """Reason of what the user wants to keep."""
+
+_UNIT = re.compile(r"((?:[^.]+\.)+?\d+\.[^.]+)\..+", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +52,19 @@ class UnquantizedLinear:
         return FLOAT16_BITS * self.weights
 
 
+def _unit_of(name: str) -> str:
+    """Return what EXL2 readers build as one: all linears of it are quantized, or none is.
+
+    Source: format document, section 6. It is ``model.layers.0.self_attn`` or ``model.layers.0.mlp``, whatever they are
+    made of; anything outside the blocks is a unit of its own.
+
+    Args:
+        name: Full name of a linear.
+    """
+    match = _UNIT.fullmatch(name)
+    return match[1] if match else name
+
+
 def unquantized_lines(unquantized: Iterable[UnquantizedLinear], head_reason: str | None) -> list[str]:
     """Return what stays in float16, and why, one line a reason."""
     counts: dict[str, list[int]] = {}
@@ -71,7 +87,7 @@ def unquantized_reasons(decoder: Sequence[Shaped], head: Shaped, patterns: Seque
     """
     units: dict[str, list[str]] = {}
     for linear in (*decoder, head):
-        units.setdefault(unit_of(linear.name), []).append(linear.name)
+        units.setdefault(_unit_of(linear.name), []).append(linear.name)
     reasons: dict[str, str] = {}
     for linear in (*decoder, head):
         if linear.in_features % ROW_MULTIPLE or linear.in_features > MAX_ROWS:
@@ -79,7 +95,7 @@ def unquantized_reasons(decoder: Sequence[Shaped], head: Shaped, patterns: Seque
                 f"{linear.name.rpartition('.')[2]} has {linear.in_features} input features, EXL2 needs a multiple of "
                 f"{ROW_MULTIPLE} up to {MAX_ROWS}"
             )
-            reasons |= dict.fromkeys(units[unit_of(linear.name)], why)
+            reasons |= dict.fromkeys(units[_unit_of(linear.name)], why)
     asked: set[str] = set()
     for pattern in patterns:
         matched = matching(pattern, (linear.name for linear in (*decoder, head)))

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ....checkpoint.files.atomic import is_lfs_pointer
+from ....checkpoint.files.heads import is_lfs_pointer
 from ....errors import FormatError
 from ..ggml.types import GGML_TYPES, GgmlType
 

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from ....checkpoint.files.atomic import DISK_FULL, atomic_file, private_directory
+from ....checkpoint.files.atomic import atomic_file, private_directory
+from ....checkpoint.files.disk_errors import DISK_FULL
 from ....checkpoint.files.schemas import read_json
 from ....checkpoint.files.shards import DEFAULT_SHARD_BYTES, ShardWriter
 from ....checkpoint.source.checkpoint import Checkpoint

@@ -103,6 +103,7 @@ def test_downloads(listing: str) -> None:
     [
         "license_head.safetensors",
         "LICENSE.bin",
+        "NOTICE.gguf",
         "notice.py",
         ".license",
         "NOTICE/x.txt",
@@ -119,6 +120,13 @@ def test_downloads(listing: str) -> None:
 )
 def test_what_is_none(name: str) -> None:
     assert not is_side_file(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["LICENSE-2.0", "LICENSE-MODEL", "License.pdf", "third_party_notices.html", "eula.RTF"]
+)
+def test_legal_texts(name: str) -> None:
+    assert is_side_file(name)
 
 
 def as_link_outside(path: Path) -> None:

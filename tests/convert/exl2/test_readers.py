@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 from bpwise.checkpoint.model.config import complete_config
-from bpwise.checkpoint.model.families import composite_of, family_of
+from bpwise.checkpoint.model.families import composite_of
 from bpwise.convert.exl2.file.config import dense_config, exl2_config
+from bpwise.convert.exl2.reader_table import reader_composite, reader_family
 from bpwise.convert.exl2.readers import reader_warnings, require_reader
 from bpwise.errors import UnsupportedModelError
 from transformers import AutoConfig
@@ -227,8 +228,8 @@ def original(kind: str) -> dict[str, Any]:
         text["layer_types"] = AutoConfig.for_model(
             text["model_type"], num_hidden_layers=6, sliding_window=24
         ).layer_types
-    entry = composite_of(config) or family_of(config)
-    return {**config, "architectures": [(entry.readers or ("Qwen2MoeForCausalLM",))[0]]}
+    known = (reader_composite if composite_of(config) else reader_family)(config).architectures
+    return {**config, "architectures": [(known or ("Qwen2MoeForCausalLM",))[0]]}
 
 
 def complete(config: dict[str, Any]) -> dict[str, Any]:
@@ -326,7 +327,7 @@ def model(kind: str, **changes: Any) -> dict[str, Any]:
     config = AutoConfig.for_model(kind, **{**SIZES, **FAMILIES[kind], **plain}).to_dict() | changes
     if "rope_scaling" in changes:
         del config["rope_parameters"]
-    return complete({**config, "architectures": [family_of(config).readers[0]]})
+    return complete({**config, "architectures": [reader_family(config).architectures[0]]})
 
 
 ROPE = {"rope_theta": 10000.0}

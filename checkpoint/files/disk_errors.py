@@ -1,0 +1,80 @@
+"""Refusals of the system while something is written, as errors that name the target: a full disk, a path, rights."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ...errors import WorkDirectoryError
+
+__all__ = ["DISK_FULL", "explained", "require_room", "shown"]
+
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""What the system says where there is no room: on the disk, in a quota, or under a limit on the size of files."""
+
+_WRITING = DISK_FULL | {errno.EROFS}
+"""What only writing can meet, so that it needs no name of a file to tell whose error it is."""
+
+
+def require_room(path: Path, size_bytes: int) -> None:
+    """Refuse a disk that has too little room for what is to be made, before the work that makes it.
+
+    Args:
+        path: The file or directory to make.
+        size_bytes: The least that it will take.
+
+    Raises:
+        WorkDirectoryError: The disk has less free.
+    """
+    with explained(path):
+        free = shutil.disk_usage(next(each for each in Path(path).absolute().parents if each.exists())).free
+    if free < size_bytes:
+        raise WorkDirectoryError(
+            f"{shown(path)}: will take {size_bytes} bytes, but its disk has {free} free. Free some space there, or "
+            "choose a path on another disk."
+        )
+
+
+def shown(path: Path) -> str:
+    """Return a path as messages can hold it: bytes that are no UTF-8 and control characters escaped."""
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in str(path))
+
+
+@contextmanager
+def explained(path: Path, *, body_of: Path | None = None) -> Iterator[None]:
+    """Turn what the system refuses into an error that names the target, not a temporary file.
+
+    Args:
+        path: What is to be made.
+        body_of: The temporary file or directory that stands for it, where other files are worked with too: what does
+            not concern it stays as it is.
+
+    Raises:
+        WorkDirectoryError: The disk is full, or the place cannot be written.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError) as cause:  # a NUL, half of a surrogate pair; before Python 3.13, a loop of links
+        if body_of is not None:
+            raise
+        raise WorkDirectoryError(f"{shown(path)}: not a valid path ({cause}). Choose another one.") from cause
+    except OSError as cause:
+        if body_of is not None and cause.errno not in _WRITING and not _concerns(cause, body_of):
+            raise
+        if cause.errno in DISK_FULL:
+            raise WorkDirectoryError(
+                f"{shown(path)}: not written, the disk is full ({cause.strerror}). Free some space there, or "
+                "choose a path on another disk, and run again."
+            ) from cause
+        raise WorkDirectoryError(
+            f"{shown(path)}: cannot be written ({cause.strerror or cause}). Choose a path that you may write to."
+        ) from cause
+
+
+def _concerns(cause: OSError, temporary: Path) -> bool:
+    names = [Path(os.fsdecode(name)) for name in (cause.filename, cause.filename2) if isinstance(name, str | bytes)]
+    return any(name == temporary or temporary in name.parents for name in names)
