@@ -41,6 +41,12 @@ def dequantize_model(
         UnsupportedModelError: The architecture is unknown.
         CheckpointError: config.json is missing or damaged, or a file leads outside its directory.
         WorkDirectoryError: ``out`` is in the way or cannot be written, or the disk is full.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from bpwise import dequantize_model
+        >>> dequantize_model(Path("llama-6bpw"), Path("dense"))
+        True
     """
     path = Path(path)
     model = require_format(path).open(path)

@@ -44,6 +44,12 @@ def verify_model(path: Path) -> Verification:
         FormatError: It is not a quantized model, or breaks a rule of its format.
         ShapeError: A tensor does not have the shape that the model's config demands.
         VerificationError: A tensor does not decode to what was meant, is missing or unexpected.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from bpwise import verify_model
+        >>> verify_model(Path("llama-6bpw")).compared
+        True
     """
     path = Path(path)
     return require_format(path).verify(path)

@@ -151,6 +151,12 @@ def evaluate_models(
 
     Raises:
         BpwiseError: As ``open_any``, ``evaluation_rows`` and ``compare_models``.
+
+    Example:
+        >>> from bpwise import EvalConfig, evaluate_models
+        >>> comparison = evaluate_models("llama", "llama-6bpw", EvalConfig(rows=4))
+        >>> 0 < comparison.summary.kl_nats.value < 0.1
+        True
     """
     return next(evaluate_each(original, [quantized], config, progress))
 

@@ -6,6 +6,12 @@ saved per bit; the Lagrangian dual at the last price bounds what any choice coul
 is filled by the upgrades that save most and still fit. No torch, no model: a second for billions of weights.
 Source: Everett, Generalized Lagrange multiplier method (Operations Research 11, 1963), and the greedy solution of the
 linear multiple-choice knapsack (Zemel, 1980).
+
+Notes:
+    Minimise ``sum_g D_g(o_g)`` over options o_g with ``sum_g B_g(o_g) <= B``. For every price p >= 0 per bit
+    ``L(p) = sum_g min_o (D_g(o) + p B_g(o)) - p B`` is at most the minimum. The walk takes upgrades in order of their
+    slopes ``(D_g(o) - D_g(o')) / (B_g(o') - B_g(o))``; with p the slope at which the budget ends, ``damage - L(p)``
+    bounds how far the choice is from the best.
 """
 
 from __future__ import annotations

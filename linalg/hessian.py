@@ -1,4 +1,11 @@
-"""The factor of a Gram matrix's inverse that error feedback needs, safely damped."""
+"""The factor of a Gram matrix's inverse that error feedback needs, safely damped.
+
+Notes:
+    With d = damping * mean(diag H): ``(H + d I)^-1 = U^T U``, U upper triangular. Rounding row k, with all rows before
+    it done and those after it free to answer, costs ``e_k^2`` with ``e_k = (w_k - q_k) / U_kk``; the rows after it take
+    over ``U_kj e_k``. Source: GPTQ (Frantar et al., arXiv 2210.17323), section 3.3, steps 2 and 3: the Cholesky factor
+    of the inverse, and damping.
+"""
 
 from __future__ import annotations
 

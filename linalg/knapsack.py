@@ -5,6 +5,12 @@ option's reduced cost is how much it adds to the dual bound; a choice whose redu
 between the bound and a known solution cannot be better than that. So few partial choices are left to go through, and
 of those of equal size only the best. Source: Dyer, Kayal and Walker, A branch and bound algorithm for solving the
 multiple-choice knapsack problem (Journal of Computational and Applied Mathematics 11, 1984).
+
+Notes:
+    Minimise ``sum_i D_i(o_i)`` with ``sum_i B_i(o_i) <= B``. At the price p that maximises the dual bound
+    ``L = sum_i min_o (D_i(o) + p B_i(o)) - p B``, the reduced cost is ``r_i(o) = D_i(o) + p B_i(o) - min`` over the
+    item's options. A choice within the budget has ``D >= L + sum_i r_i(o_i)``; so with a solution of damage D* only
+    choices with ``sum_i r_i(o_i) <= D* - L`` need be looked at.
 """
 
 from __future__ import annotations

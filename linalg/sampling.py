@@ -1,4 +1,12 @@
-"""Samples that stand for all: systematic sampling with probability proportional to size, and thinning."""
+"""Samples that stand for all: systematic sampling with probability proportional to size, and thinning.
+
+Notes:
+    Thinning with the limit t: a token of weight w stays with probability ``min(1, w / t)`` and then weighs
+    ``max(w, t)``, so that ``E sum w' x x^T = sum w x x^T``. Source: threshold sampling, Duffield, Lund and Thorup (IEEE
+    Transactions on Information Theory 51, 2005). Systematic sampling in n shares: item i gets as many shares of
+    ``sum w / n`` as there are j with ``(j + 1/2) sum w / n`` in its part of the cumulative sum. Source: Madow (Annals
+    of Mathematical Statistics 20, 1949).
+"""
 
 from __future__ import annotations
 

@@ -302,6 +302,14 @@ def measure_model(
     Raises:
         BpwiseError: As ``measure_checkpoint``, ``open_model`` and ``calibration_rows``; or the output is in the way of
             something, or cannot be written.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from bpwise import MeasureConfig, QuantizeConfig, measure_model
+        >>> curves = QuantizeConfig().curves  # of the first format; other options give those of others
+        >>> measurement = measure_model("llama", Path("new.safetensors"), MeasureConfig(), curves=curves)
+        >>> list(measurement.curves)
+        ['exl2']
     """
     checkpoint = open_model(model)
     work = work or work_beside(output)

@@ -26,6 +26,12 @@ def inspect_path(path: Path) -> Description:
 
     Raises:
         BpwiseError: It is none of these, or damaged.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from bpwise import inspect_path
+        >>> inspect_path(Path("m.safetensors")).kind
+        'measurement'
     """
     format_ = format_of(path)
     if format_ is not None:

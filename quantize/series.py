@@ -141,8 +141,11 @@ def quantize_series(
         BpwiseError: As ``quantize_model``.
 
     Example:
+        >>> from pathlib import Path
         >>> from bpwise import QuantizeConfig, quantize_series
-        >>> quantize_series("llama", "out", QuantizeConfig(), [8.0, 4.0])  # doctest: +SKIP
+        >>> result = quantize_series("llama", Path("series"), QuantizeConfig(), [8.0, 4.0])
+        >>> [output.path.name for output in result.outputs]
+        ['llama-8.0bpw-6hb-exl2', 'llama-4.0bpw-6hb-exl2']
     """
     if not rates or len(set(rates)) < len(rates):
         raise ConfigError(f"bitrates: got {list(rates)}, expected at least one, and each once.")

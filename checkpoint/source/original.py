@@ -29,6 +29,11 @@ def open_model(model: Original, *, lora: Path | None = None) -> Checkpoint:
     Raises:
         CheckpointError: The model cannot be found or downloaded, ``Checkpoint.open`` refuses it, it is quantized in a
             way that is not read, or the adapter does not fit.
+
+    Example:
+        >>> from bpwise import open_model
+        >>> open_model("llama").config["model_type"]
+        'llama'
     """
     if isinstance(model, Checkpoint):
         checkpoint = model

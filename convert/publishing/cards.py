@@ -43,6 +43,12 @@ def write_card(output: Path, *, original: str | Path | None = None, base_model: 
         FormatError: It is not a quantized model, or its report is damaged.
         CheckpointError: The original cannot be found, or its card leads outside its directory.
         WorkDirectoryError: The card cannot be written.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from bpwise import write_card
+        >>> write_card(Path("llama-6bpw"), original="llama", base_model="me/llama").name
+        'README.md'
     """
     card = make_card(output, original=original, base_model=base_model)
     path = card_path(output)

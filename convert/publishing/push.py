@@ -128,6 +128,15 @@ def push_model(upload: Upload, *, public: bool = False, api: HfApi | None = None
 
     Raises:
         PublishError: The Hub refuses, or cannot be reached; or the repository is public and ``public`` is not set.
+
+    Example:
+        What goes where is planned first; ``push_model(upload)`` then uploads it.
+
+        >>> from pathlib import Path
+        >>> from bpwise.convert.publishing.push import plan_uploads
+        >>> (upload,) = plan_uploads([Path("llama-6bpw")], "me/")
+        >>> upload.repo
+        'me/llama-6.0bpw-6hb-exl2'
     """
     # Imported here: planning needs no network stack.
     from huggingface_hub import CommitOperationAdd, HfApi  # noqa: PLC0415

@@ -9,6 +9,12 @@ rounding errors d_k of the rows, which are as good as independent, into ``dW = -
 goes with the square of the row's scales, and that with the mean square s_k of its weights, in which the rows of a group
 agree (see ``row_groups``). So on tokens with the Gram matrix M the damage should be proportional to
 ``sum_k s_k (U M U^T)_kk / U_kk^2``.
+
+Notes:
+    With A and B the halves, s_k as above, ``D(M) = sum_k s_k (U M U^T)_kk / U_kk^2`` and U fitted on A with damping d:
+    ``reported = sum_k s_k / U_kk^2 = D(H_A + d mean(diag H_A) I)``, own = D(H_A), other = D(H_B). The damping is the d
+    of least other. The generalization ratio is ``(own + other) / 2 / reported``, each summed over the fits on A and on
+    B.
 """
 
 from __future__ import annotations

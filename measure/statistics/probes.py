@@ -1,4 +1,11 @@
-"""Random probes of the logits: directions whose covariance is the logits' Fisher matrix."""
+"""Random probes of the logits: directions whose covariance is the logits' Fisher matrix.
+
+Notes:
+    With p the predicted probabilities and z random signs, ``v = sqrt(p) z - p (sqrt(p) . z)`` has mean 0 and covariance
+    ``diag(p) - p p^T``, the Fisher matrix of the logits a. For a small change da,
+    ``KL ~ 0.5 da^T (diag(p) - p p^T) da``, so ``0.5 E (v . da)^2`` is the divergence in nats. Source: random signs,
+    Hutchinson (1990); the Fisher matrix of a softmax and its root, Martens (arXiv 1412.1193).
+"""
 
 from __future__ import annotations
 

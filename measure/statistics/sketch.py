@@ -5,6 +5,10 @@ use lies in its leading directions (32 of them bring the whole of what the full 
 multiplied by a few random directions while tokens stream by.
 Source: Nystrom approximation from a sketch, Tropp et al., Fixed-rank approximation of a positive-semidefinite matrix
 from streaming data (2017), algorithm 3.
+
+Notes:
+    With random orthonormal directions O, shape (out, 64), and ``Y = G O``, summed over tokens as ``g (g^T O)``:
+    ``G ~ Y (O^T Y)^-1 Y^T``, cut to its 32 leading eigenvectors V V^T. What is kept is ``C = diag(G)^-1/2 V``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,13 @@
-"""Error curves: what every row group of a linear would cost at every bit width."""
+"""Error curves: what every row group of a linear would cost at every bit width.
+
+Notes:
+    ``damage[g, b] = 0.5 r sum_n F_n sum_{k in g} e_kn(b)^2``, e being what error feedback leaves when all groups have
+    width b (``feedback.errors_by_group``), F_n the Fisher weight of an output, r the generalization ratio
+    (``heldout``). The sum over n runs over a sample of outputs whose weights stand for all F. Since
+    ``sum_k e_kn^2 = (dW^T H dW)_nn``, the sum over g is the damage that ``bpwise.measure.curves`` defines. Source: GPTQ
+    (arXiv 2210.17323) for e; that its squares add up to the linear's error lets every group be booked, and planned, by
+    itself.
+"""
 
 from __future__ import annotations
 

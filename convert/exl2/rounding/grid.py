@@ -3,6 +3,12 @@
 A column's scale in a group is ``fp16((code + 1)^2 * unit)`` with a 4-bit code and a unit shared by all columns of
 the group (``fp16(max_scale / 256)``). Adjacent codes differ by 13 % at the top and by a factor of four at the bottom;
 the unit is coarse where it is subnormal, so the search runs against the scales that a reader will really compute.
+
+Notes:
+    With q_kn = clamp(round(w_kn / s), -2^(b-1), 2^(b-1) - 1) the error of column n at scale s and width b is
+    ``E_n(s) = sum_k (w_kn - s q_kn)^2 / U_kk^2``. The group's unit u, and with it ``max_scale = 256 u``, minimises
+    ``sum_n F_n min_c E_n((c + 1)^2 u)``; then every column takes its best code c, 0 to 15. Weights 1 / U_kk^2 are what
+    an error costs under feedback (see ``feedback``); F_n is the Fisher weight of the column.
 """
 
 from __future__ import annotations

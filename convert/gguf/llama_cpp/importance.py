@@ -64,6 +64,12 @@ def export_imatrix(measurement: Measurement, output: Path) -> int:
     Raises:
         UnsupportedModelError: A linear has no name in llama.cpp.
         WorkDirectoryError: The file cannot be written.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from bpwise import Measurement, export_imatrix
+        >>> export_imatrix(Measurement.load(Path("m.safetensors")), Path("imatrix.gguf"))
+        16
     """
     matrix = importance_of(measurement)
     write_imatrix(output, matrix, legacy=output.suffix.lower() == ".dat")
