@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL := models/SmolLM2-135M-Instruct
 DEMO := models/SmolLM2-135M-Instruct-8.0bpw-8hb-exl2
-ROOMS := checkpoint linalg measure convert eval quantize cli
+ROOMS := cli quantize eval convert measure linalg checkpoint
 # Of `make fuzz`, of each reader.
 MUTANTS ?= 500
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .measure.text.calibration import CalibrationConfig, CalibrationSet
     from .quantize.config import QuantizeConfig
     from .quantize.inspect import inspect_path
-    from .quantize.planning import make_plan
+    from .quantize.planning.plans import make_plan
     from .quantize.run import quantize_model
     from .quantize.series import quantize_series
 
@@ -49,7 +49,7 @@ _HOMES = {
     "evaluate_models": "eval.comparison",
     "export_imatrix": "convert.registry",
     "inspect_path": "quantize.inspect",
-    "make_plan": "quantize.planning",
+    "make_plan": "quantize.planning.plans",
     "measure_model": "measure.run",
     "open_model": "checkpoint.source.original",
     "push_model": "convert.publishing.push",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -17,6 +17,7 @@ from .options import (
     OriginalArguments,
     TaskArguments,
     extra_options,
+    grouped,
     original_options,
     progress_bar,
     say_shortened,
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from ..eval.tasks.needle import NeedleConfig
 
 __all__ = ["dequantize", "evaluate", "inspect", "verify"]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 @cli.command()
@@ -53,18 +56,39 @@ def verify(model: Path) -> None:
         say(f"warning: {warning}", err=True)
 
 
+def text_options(command: Command) -> Command:
+    """Give a command the options of an evaluation; it gets them as ``config``."""
+    declared = (
+        click.option(
+            "--text", help="Text to evaluate on: file, directory or Hub data set.  [default: Python's own text]"
+        ),
+        click.option("--column", help="Column of the data set that holds the text."),
+        click.option("-r", "--rows", type=click.IntRange(1), default=16, help="Rows, each a window of its own."),
+        click.option("-l", "--row-tokens", type=click.IntRange(2), help=f"Tokens in each row.  {ROW_TOKENS_DEFAULT}"),
+        click.option(
+            "--seed", type=int, default=0, help="Chooses the places that rows of Python's own text are taken from."
+        ),
+        click.option(
+            "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", help="Arithmetic."
+        ),
+        click.option("--device", default="auto", help="cpu, cuda, cuda:N, mps or auto."),
+        OFFLOAD_OPTION,
+        click.option("--force-eval-text", is_flag=True, help="Evaluate even on text that QUANTIZED was calibrated on."),
+    )
+    names = ("text", "column", "rows", "row_tokens", "seed", "dtype", "device", "offload_dir", "force_eval_text")
+    return grouped(command, declared, "config", names, _eval_config)
+
+
+def _eval_config(*, force_eval_text: bool, **options: Any) -> EvalConfig:
+    from ..eval.config import EvalConfig
+
+    return EvalConfig(allow_calibration_text=force_eval_text, **options)
+
+
 @cli.command(name="eval")
 @click.argument("original")
 @click.argument("quantized", nargs=-1, required=True, type=EXISTING_PATH)
-@click.option("--text", help="Text to evaluate on: file, directory or Hub data set.  [default: Python's own text]")
-@click.option("--column", help="Column of the data set that holds the text.")
-@click.option("-r", "--rows", type=click.IntRange(1), default=16, help="Rows, each a window of its own.")
-@click.option("-l", "--row-tokens", type=click.IntRange(2), help=f"Tokens in each row.  {ROW_TOKENS_DEFAULT}")
-@click.option("--seed", type=int, default=0, help="Chooses the places that rows of Python's own text are taken from.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", help="Arithmetic.")
-@click.option("--device", default="auto", help="cpu, cuda, cuda:N, mps or auto.")
-@OFFLOAD_OPTION
-@click.option("--force-eval-text", is_flag=True, help="Evaluate even on text that QUANTIZED was calibrated on.")
+@text_options
 @click.option(
     "--engine",
     type=click.Choice(["transformers", "llama.cpp"]),
@@ -102,15 +126,7 @@ def evaluate(
     png: bool,
     cache_dir: Path | None,
     no_cache: bool,
-    text: str | None,
-    column: str | None,
-    rows: int,
-    row_tokens: int | None,
-    seed: int,
-    dtype: str,
-    device: str,
-    offload_dir: Path | None,
-    force_eval_text: bool,
+    config: EvalConfig,
     changes: OriginalArguments,
     extra: TaskArguments,
 ) -> None:
@@ -121,7 +137,7 @@ def evaluate(
     """
     from ..convert.opening import open_any
     from ..eval.cache import OriginalCache, default_cache_directory
-    from ..eval.comparison import EvalConfig, evaluate_each
+    from ..eval.comparison import evaluate_each
     from ..eval.report.drawings.png import check_png
     from ..eval.report.layers import find_plan, linear_costs
     from ..eval.tasks.needle import check_needle
@@ -129,21 +145,10 @@ def evaluate(
     place, prefix = _report_place(quantized, output, engine)
     forms = [form for form, wanted in (("svg", plots), ("png", png)) if wanted]
     read = [path for path in (Path(original), changes.lora) if path is not None and path.is_dir()]
-    _check_places(read, [output, cache_dir, offload_dir], place, prefix, forms)
+    _check_places(read, [output, cache_dir, config.offload_dir], place, prefix, forms)
     source = open_any(changes.open(original))
     if png:
         check_png()
-    config = EvalConfig(
-        text=text,
-        column=column,
-        rows=rows,
-        row_tokens=row_tokens,
-        seed=seed,
-        dtype=dtype,
-        device=device,
-        allow_calibration_text=force_eval_text,
-        offload_dir=offload_dir,
-    )
     say_shortened(source, evaluation=config.row_tokens)
     loaded, needle = extra.benchmarks(config), extra.haystacks(config)
     if needle is not None:

@@ -100,7 +100,7 @@ def plan(
     from ..checkpoint.files.paths import check_file
     from ..convert.registry import is_plan
     from ..measure.measurement import Measurement
-    from ..quantize.plan_page import is_plan_page, write_plan_page
+    from ..quantize.planning.page import is_plan_page, write_plan_page
 
     if bpw is not None and max_size is not None:
         raise click.UsageError("--bpw and --max-size are two targets for one plan. Leave one of them out.")

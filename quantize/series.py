@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -171,13 +171,7 @@ def quantize_series(
         conversion=conversion, config=config, given=given, calibration=calibration, judge=judge, progress=progress
     )
     with reserved(output), locked_work(work):
-        shared = RunArtifacts(work)
-        for name, identity in conversion.prepare(work, progress):
-            shared.add(name, identity)
-        given = given or _measured(job, work / "measure")
-        job = replace(job, given=given, calibration=None)
-        outputs = tuple(_make(job, path, target, work) for path, target in targets.items())
-        shared.discard()
+        outputs, used = _make_all(job, targets, work)
         report = _write_report(model_name(checkpoint), outputs, output)
     broken = [each.path.name for each in outputs if each.broken is not None]
     if broken:
@@ -185,7 +179,19 @@ def quantize_series(
             f"{output}: {len(broken)} of {len(outputs)} outputs are broken and marked so: {', '.join(broken)}. "
             f"See {report}."
         )
-    return SeriesResult(outputs=outputs, report=report, measurement=given.path, warnings=conversion.warnings)
+    return SeriesResult(outputs=outputs, report=report, measurement=used, warnings=conversion.warnings)
+
+
+def _make_all(job: Job, targets: Mapping[Path, Target], work: Path) -> tuple[tuple[SeriesOutput, ...], Path]:
+    # The outputs, and the measurement file that they were made from.
+    shared = RunArtifacts(work)
+    for name, identity in job.conversion.prepare(work, job.progress):
+        shared.add(name, identity)
+    given = job.given or _measured(job, work / "measure")
+    job = replace(job, given=given, calibration=None)
+    outputs = tuple(_make(job, path, target, work) for path, target in targets.items())
+    shared.discard()
+    return outputs, given.path
 
 
 def _measured(job: Job, work: Path) -> GivenMeasurement:

@@ -87,7 +87,7 @@ INNER = {
     "convert/gguf": [".", "llama_cpp", "file", "ggml"],
     "eval": ["report", "tasks", "engines", ".", "metrics"],
     "eval/report": [".", "drawings"],
-    "quantize": [".", "rounding"],
+    "quantize": [".", "planning", "rounding"],
 }
 """Inside the rooms, too: folders from the top down; ``.`` stands for a room's own modules."""
 
@@ -150,6 +150,16 @@ def test_folders_are_small() -> None:
         assert len(list(folder.glob("*.py"))) <= MOST_FILES, folder
 
 
+def lines_of(node: ast.AST) -> int:
+    """Lines of a function or class, its own docstring aside."""
+    assert isinstance(node, ast.FunctionDef | ast.ClassDef)
+    assert node.end_lineno is not None
+    documented = 0
+    if ast.get_docstring(node) is not None:
+        documented = (node.body[0].end_lineno or 0) - node.body[0].lineno + 1
+    return node.end_lineno - node.lineno + 1 - documented
+
+
 @pytest.mark.parametrize("path", MODULES)
 def test_modules_functions_and_classes_are_short(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
@@ -157,8 +167,7 @@ def test_modules_functions_and_classes_are_short(path: Path) -> None:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             most = MOST_CLASS_LINES if isinstance(node, ast.ClassDef) else MOST_FUNCTION_LINES
-            assert node.end_lineno is not None
-            assert node.end_lineno - node.lineno < most, node.name
+            assert lines_of(node) <= most, node.name
 
 
 def test_every_package_is_installed() -> None:

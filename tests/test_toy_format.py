@@ -22,7 +22,7 @@ from bpwise.measure.run import MeasureConfig, measure_model
 from bpwise.measure.text.calibration import CalibrationConfig
 from bpwise.quantize.config import QuantizeConfig
 from bpwise.quantize.inspect import inspect_path
-from bpwise.quantize.planning import make_plan
+from bpwise.quantize.planning.plans import make_plan
 from bpwise.quantize.run import quantize_model
 from bpwise.quantize.series import quantize_series
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
+from ..files.dtypes import FLOAT_DTYPES, require_finite
 from .checkpoint import QUANTIZED_KEYS, Checkpoint, TensorInfo
-from .dtypes import FLOAT_DTYPES, require_finite
 from .views import CheckpointView
 
 __all__ = ["Float8View", "dequantized"]

@@ -15,8 +15,8 @@ from bpwise.convert.registry import format_named
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig, measure_checkpoint
 from bpwise.measure.text.calibration import CalibrationSet
-from bpwise.quantize.plan_page import plan_page
-from bpwise.quantize.planning import PlanPoint, make_plan, plan_points
+from bpwise.quantize.planning.page import plan_page
+from bpwise.quantize.planning.plans import PlanPoint, make_plan, plan_points
 from click.testing import CliRunner
 
 

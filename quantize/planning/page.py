@@ -8,17 +8,17 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ..checkpoint.files.atomic import write_text
-from ..convert.format import Format
-from ..convert.options import FormatOptions, options_of
-from ..convert.registry import format_named, formats
-from ..eval.metrics.numbers import nats
-from ..eval.report.drawings.charts import planned_chart
-from ..eval.report.drawings.maps import bits_map
-from ..eval.report.html import render_page
-from ..measure.measurement import Measurement
-from ..tables import Table
-from .planning import PlanPoint, plan_points
+from ...checkpoint.files.atomic import write_text
+from ...convert.format import Format
+from ...convert.options import FormatOptions, options_of
+from ...convert.registry import format_named, formats
+from ...eval.metrics.numbers import nats
+from ...eval.report.drawings.charts import planned_chart
+from ...eval.report.drawings.maps import bits_map
+from ...eval.report.html import render_page
+from ...measure.measurement import Measurement
+from ...tables import Table
+from .plans import PlanPoint, plan_points
 
 __all__ = ["is_plan_page", "plan_page", "write_plan_page"]
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from ..convert.format import Format
-from ..convert.options import FormatOptions
-from ..convert.plan import Plan
-from ..convert.registry import format_asking, formats
-from ..measure.measurement import Measurement
+from ...convert.format import Format
+from ...convert.options import FormatOptions
+from ...convert.plan import Plan
+from ...convert.registry import format_asking, formats
+from ...measure.measurement import Measurement
 
 __all__ = ["PlanPoint", "make_plan", "plan_points"]
 

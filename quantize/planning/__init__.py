@@ -1,0 +1,1 @@
+"""Plans of all sizes before anything is quantized, and their page."""
