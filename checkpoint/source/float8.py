@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
-from .checkpoint import QUANTIZED_KEYS, Checkpoint, TensorInfo
+from ..model.config import QUANTIZED_KEYS
+from .checkpoint import Checkpoint, TensorInfo
 from .dtypes import FLOAT_DTYPES, require_finite
 from .views import CheckpointView
 
