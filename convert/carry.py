@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..checkpoint.source.dtypes import FLOAT_DTYPES
+from ..checkpoint.files.dtypes import FLOAT_DTYPES
 from ..checkpoint.source.hub import confined_file, side_files
 from ..errors import BpwiseError
 

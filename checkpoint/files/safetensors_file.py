@@ -172,8 +172,7 @@ def read_entry(path: Path, entry: HeaderEntry, error: type[BpwiseError], new: Ne
         The tensor, of ``entry.shape`` and ``entry.dtype``, on the CPU.
 
     Raises:
-        BpwiseError: As the type given by ``error``: the file cannot be read, or was cut since its header was
-            read.
+        BpwiseError: As the type given by ``error``: the file cannot be read, or was cut since its header was read.
     """
     data = new((entry.size_bytes,), dtype=torch.uint8)
     with explained_reading(path, error), path.open("rb") as file:
@@ -329,8 +328,7 @@ def _is_sizes(value: Any) -> bool:
 def _check_coverage(
     entries: dict[str, HeaderEntry], data_offset: int, file_bytes: int, path: Path, error: type[BpwiseError]
 ) -> None:
-    # Data must run gapless to the end of the file: no tensor shares bytes with another, and nothing is
-    # hidden.
+    # Data must run gapless to the end of the file: no tensor shares bytes with another, and nothing is hidden.
     position = data_offset
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset_bytes, item[1].size_bytes)):
         if entry.offset_bytes != position:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
+from ..files.dtypes import FLOAT_DTYPES, require_finite
 from ..model.config import QUANTIZED_KEYS
 from .checkpoint import Checkpoint, TensorInfo
-from .dtypes import FLOAT_DTYPES, require_finite
 from .views import CheckpointView
 
 __all__ = ["Float8View", "dequantized"]

@@ -23,12 +23,12 @@ from torch import Tensor
 
 from ...errors import CheckpointError
 from ..files.digests import file_digests
+from ..files.dtypes import require_finite
 from ..files.safetensors_file import SafetensorsHeader, read_entry, read_header
 from ..files.schemas import read_schema
 from ..model.families import HEAD, composite_of
 from ..model.names import embedding_name, head_name
 from .checkpoint import Checkpoint, TensorInfo
-from .dtypes import require_finite
 from .hub import confined_file
 from .language import plain_name
 from .views import CheckpointView

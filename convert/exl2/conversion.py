@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from ...checkpoint.files.digests import file_digests
+from ...checkpoint.files.dtypes import FLOAT_DTYPES
 from ...checkpoint.model.families import HEAD
 from ...checkpoint.source.checkpoint import Checkpoint
-from ...checkpoint.source.dtypes import FLOAT_DTYPES
 from ...checkpoint.source.hub import side_files
 from ...checkpoint.source.language import LanguageModel, language_model
 from ...checkpoint.source.linears import model_linears
