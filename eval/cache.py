@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..checkpoint.files.atomic import clear_partials
 from ..checkpoint.files.digests import cache_directory
-from ..checkpoint.files.safetensors_file import load_metadata, load_tensors, save_tensors
+from ..checkpoint.files.safetensors_file import load_metadata, load_tensors, save_tensors, tensor_bytes
 from ..checkpoint.source.checkpoint import TensorSource
 from ..errors import BpwiseWarning, ConfigError, FormatError, WorkDirectoryError
 from ..version import __version__
@@ -170,5 +170,5 @@ def _digest(key: str, state: OriginalState) -> str:
     digest = hashlib.sha256(f"{key} {numbers}\n".encode())
     for tensor in (state.hidden, state.trace):
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(tensor_bytes(tensor))
     return digest.hexdigest()

@@ -71,7 +71,7 @@ def choose(damages: Sequence[NDArray[np.float64]], sizes: Sequence[NDArray[np.in
     values = [damage + price * size for damage, size in zip(damages, sizes, strict=True)]
     bound = max(0.0, sum(float(value.min()) for value in values) - price * budget)
     reduced = [value - value.min() for value in values]
-    least = [_least_size(damage, size) for damage, size in zip(damages, sizes, strict=True)]
+    least = [int(size[np.isfinite(damage)].min()) for damage, size in zip(damages, sizes, strict=True)]
     # The gap is not known before there is a solution: start from a narrow one and widen it until a solution shows.
     spread = sorted(float(cost) for costs in reduced for cost in costs if 0 < cost < np.inf)
     gap = spread[0] if spread else 0.0
@@ -87,10 +87,6 @@ def choose(damages: Sequence[NDArray[np.float64]], sizes: Sequence[NDArray[np.in
             gap = excess
         else:
             gap *= 4
-
-
-def _least_size(damage: NDArray[np.float64], size: NDArray[np.int64]) -> int:
-    return int(size[np.isfinite(damage)].min())
 
 
 def _best_price(damages: Sequence[NDArray[np.float64]], sizes: Sequence[NDArray[np.int64]], budget: int) -> float:

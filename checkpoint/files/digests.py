@@ -30,6 +30,7 @@ import msgspec
 from ...errors import BpwiseError, FormatError, WorkDirectoryError
 from ...progress import Progress, silent
 from .atomic import write_json
+from .disk_errors import explained_reading
 from .schemas import read_schema
 
 __all__ = ["cache_directory", "file_digests"]
@@ -107,10 +108,8 @@ def file_digests(paths: Sequence[Path], error: type[BpwiseError], progress: Prog
 
 
 def _state(path: Path, error: type[BpwiseError]) -> list[int]:
-    try:
+    with explained_reading(path, error):
         status = path.stat()
-    except OSError as cause:
-        raise error(f"{path}: cannot be read ({cause.strerror}). Check that it exists and is readable.") from cause
     return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
@@ -134,14 +133,11 @@ def _read(files: dict[str, tuple[Path, list[int]]], error: type[BpwiseError], pr
 def _chunk_digest(path: Path, start: int, error: type[BpwiseError]) -> bytes:
     digest, left = hashlib.sha256(), _CHUNK_BYTES
     piece = memoryview(bytearray(_READ_BYTES))
-    try:
-        with path.open("rb", buffering=0) as file:
-            file.seek(start)
-            while left and (count := file.readinto(piece[:left])):
-                digest.update(piece[:count])
-                left -= count
-    except OSError as cause:
-        raise error(f"{path}: cannot be read ({cause.strerror}). Check the disk.") from cause
+    with explained_reading(path, error, advice="Check the disk."), path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while left and (count := file.readinto(piece[:left])):
+            digest.update(piece[:count])
+            left -= count
     return digest.digest()
 
 

@@ -1,4 +1,4 @@
-"""Refusals of the system while something is written, as errors that name the target: a full disk, a path, rights."""
+"""Refusals of the system, as errors that name the file and say what to do: a full disk, a path, rights."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ...errors import WorkDirectoryError
+from ...errors import BpwiseError, WorkDirectoryError
 
-__all__ = ["DISK_FULL", "explained", "require_room", "shown"]
+__all__ = ["DISK_FULL", "delete_file", "explained", "explained_reading", "require_room", "shown"]
 
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """What the system says where there is no room: on the disk, in a quota, or under a limit on the size of files."""
@@ -73,6 +73,38 @@ def explained(path: Path, *, body_of: Path | None = None) -> Iterator[None]:
         raise WorkDirectoryError(
             f"{shown(path)}: cannot be written ({cause.strerror or cause}). Choose a path that you may write to."
         ) from cause
+
+
+@contextmanager
+def explained_reading(
+    path: Path, error: type[BpwiseError], *, advice: str = "Check that it exists and is readable."
+) -> Iterator[None]:
+    """Turn what the system refuses while a file is read into an error that names it.
+
+    Args:
+        path: The file.
+        error: What to raise.
+        advice: The last sentence of the message: what to do.
+
+    Raises:
+        BpwiseError: As the type given by ``error``.
+    """
+    try:
+        yield
+    except OSError as cause:
+        raise error(f"{path}: cannot be read ({cause.strerror}). {advice}") from cause
+
+
+def delete_file(path: Path) -> None:
+    """Delete a file, if it is there.
+
+    Raises:
+        WorkDirectoryError: It cannot be deleted.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as cause:
+        raise WorkDirectoryError(f"{path}: cannot be deleted ({cause.strerror}). Delete it by hand.") from cause
 
 
 def _concerns(cause: OSError, temporary: Path) -> bool:

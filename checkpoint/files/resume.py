@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ...errors import BpwiseWarning, BrokenModelError, WorkDirectoryError
 from .atomic import clear_partials, write_json
-from .disk_errors import explained, shown
+from .disk_errors import delete_file, explained, shown
 from .paths import locked, named, try_directory
-from .safetensors_file import HeaderEntry, NewTensor, load_tensors, read_entry, read_header, save_tensors
+from .safetensors_file import HeaderEntry, NewTensor, load_tensors, read_entry, read_header, save_tensors, tensor_bytes
 from .schemas import read_json
 
 __all__ = ["ResumeStore", "RunArtifacts", "discard_artifacts", "locked_work", "run_artifacts"]
@@ -35,7 +35,7 @@ class ResumeStore:
     """The finished artifacts of one stage of one run.
 
     The directory's name ends in a digest of everything that the artifacts depend on (model, calibration, options), so
-    artifacts of different runs never mix, and the same run finds its own again. Pieces are complete files only, with a
+    artifacts of different runs never mix, and the same run finds its own again. They are complete files only, with a
     checksum: one that is damaged counts as not finished, and is made again. Some may have gone since they were made, as
     cleaners of temporary directories take what is oldest: whoever goes on looks.
 
@@ -66,7 +66,7 @@ class ResumeStore:
         return cls(work, stage, identity) if _path(work, stage, identity).exists() else None
 
     def has(self, artifact: str) -> bool:
-        """Whether a artifact is finished and undamaged; one that another process wrote is read for that, once.
+        """Whether an artifact is finished and undamaged; one that another process wrote is read for that, once.
 
         Raises:
             WorkDirectoryError: It is damaged, and cannot be deleted.
@@ -82,7 +82,7 @@ class ResumeStore:
         return True
 
     def save(self, artifact: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep a artifact: it is there completely or not at all.
+        """Keep an artifact: it is there completely or not at all.
 
         Raises:
             WorkDirectoryError: It cannot be written, or the directory has gone, and all earlier artifacts with it.
@@ -93,7 +93,7 @@ class ResumeStore:
                 "with a --work-dir that nothing clears up."
             )
         here = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        parts = {name: [tensor.reshape(-1).view(torch.uint8).numpy().data] for name, tensor in here.items()}
+        parts = {name: [tensor_bytes(tensor)] for name, tensor in here.items()}
         described = {name: f"{tensor.dtype} {tuple(tensor.shape)}" for name, tensor in here.items()}
         save_tensors(self._file(artifact), here, {_CHECKSUM: _checksum(artifact, described, parts)})
         self._intact.add(artifact)
@@ -110,8 +110,8 @@ class ResumeStore:
             except WorkDirectoryError:  # it has changed since it was looked at
                 self.discard(artifact)
         raise WorkDirectoryError(
-            f"{shown(self._file(artifact))}: a artifact of finished work has gone, or is damaged. Run the same command "
-            "again: it makes what is missing."
+            f"{shown(self._file(artifact))}: an artifact of finished work has gone, or is damaged. Run the same "
+            "command again: it makes what is missing."
         )
 
     def number(self, artifact: str, name: str) -> float | None:
@@ -120,18 +120,13 @@ class ResumeStore:
         return None if entry is None else float(read_entry(self._file(artifact), entry, WorkDirectoryError))
 
     def discard(self, artifact: str) -> None:
-        """Let a artifact go that no later step needs.
+        """Let an artifact go that no later step needs.
 
         Raises:
             WorkDirectoryError: It cannot be deleted.
         """
         self._intact.discard(artifact)
-        try:
-            self._file(artifact).unlink(missing_ok=True)
-        except OSError as error:
-            raise WorkDirectoryError(
-                f"{self._file(artifact)}: cannot be deleted ({error.strerror}). Delete it by hand."
-            ) from error
+        delete_file(self._file(artifact))
 
     def _file(self, artifact: str) -> Path:
         return self.path / f"{artifact}{_SUFFIX}"

@@ -24,8 +24,10 @@ from torch import Tensor
 
 from ...errors import BpwiseError, FormatError
 from .atomic import atomic_file
+from .disk_errors import explained_reading
 
 __all__ = [
+    "DTYPE_NAMES",
     "HeaderEntry",
     "NewTensor",
     "SafetensorsHeader",
@@ -34,6 +36,7 @@ __all__ = [
     "read_entry",
     "read_header",
     "save_tensors",
+    "tensor_bytes",
     "write_tensors",
 ]
 
@@ -66,7 +69,8 @@ _DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+"""Names that headers have for dtypes."""
 
 
 class NewTensor(Protocol):
@@ -125,7 +129,7 @@ def read_header(path: Path, error: type[BpwiseError]) -> SafetensorsHeader:
     Raises:
         BpwiseError: As the type given by ``error``: the file is missing, truncated, corrupt or malicious.
     """
-    try:
+    with explained_reading(path, error):
         file_bytes = path.stat().st_size
         with path.open("rb") as file:
             prefix = file.read(_LENGTH_BYTES)
@@ -145,8 +149,6 @@ def read_header(path: Path, error: type[BpwiseError]) -> SafetensorsHeader:
                     f"after the first {_LENGTH_BYTES}. Get the file again."
                 )
             raw = file.read(header_bytes)
-    except OSError as cause:
-        raise error(f"{path}: cannot be read ({cause.strerror}). Check that it exists and is readable.") from cause
     fields = _parse(raw, path, error)
     metadata = _checked_metadata(fields.pop("__metadata__", None), path, error)
     data_offset = _LENGTH_BYTES + header_bytes
@@ -170,16 +172,12 @@ def read_entry(path: Path, entry: HeaderEntry, error: type[BpwiseError], new: Ne
         The tensor, of ``entry.shape`` and ``entry.dtype``, on the CPU.
 
     Raises:
-        BpwiseError: As the type given by ``error``: the file cannot be read, or was cut since its header was
-            read.
+        BpwiseError: As the type given by ``error``: the file cannot be read, or was cut since its header was read.
     """
     data = new((entry.size_bytes,), dtype=torch.uint8)
-    try:
-        with path.open("rb") as file:
-            file.seek(entry.offset_bytes)
-            got = file.readinto(data.numpy().data)
-    except OSError as cause:
-        raise error(f"{path}: cannot be read ({cause.strerror}). Check that it exists and is readable.") from cause
+    with explained_reading(path, error), path.open("rb") as file:
+        file.seek(entry.offset_bytes)
+        got = file.readinto(data.numpy().data)
     if got != entry.size_bytes:
         raise error(
             f"{path}: changed while in use, got {got} bytes at {entry.offset_bytes}, expected "
@@ -206,7 +204,7 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mappi
         tensor = tensors[name]
         begin, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {
-            "dtype": _NAMES[tensor.dtype],
+            "dtype": DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }
@@ -214,8 +212,13 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mappi
     raw += b" " * (-len(raw) % _ALIGNMENT_BYTES)
     file.write(struct.pack("<Q", len(raw)) + raw)
     for name in order:
-        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-        file.write(flat.view(torch.uint8).numpy().data)
+        file.write(tensor_bytes(tensors[name].cpu()))
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a CPU tensor as safetensors stores them."""
+    # Little-endian machines only, like PyTorch's own builds.
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -325,8 +328,7 @@ def _is_sizes(value: Any) -> bool:
 def _check_coverage(
     entries: dict[str, HeaderEntry], data_offset: int, file_bytes: int, path: Path, error: type[BpwiseError]
 ) -> None:
-    # Data must run gapless to the end of the file: no tensor shares bytes with another, and nothing is
-    # hidden.
+    # Data must run gapless to the end of the file: no tensor shares bytes with another, and nothing is hidden.
     position = data_offset
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset_bytes, item[1].size_bytes)):
         if entry.offset_bytes != position:

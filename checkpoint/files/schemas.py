@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar, cast
 import msgspec
 
 from ...errors import BpwiseError
+from .disk_errors import explained_reading
 
 __all__ = [
     "Count",
@@ -56,26 +57,23 @@ def read_json(path: Path, error: type[BpwiseError]) -> dict[str, Any]:
         BpwiseError: As the type given by ``error``: the file is missing, unreadable, not JSON or not an
             object.
     """
-    try:
+    with explained_reading(path, error):
         data = Path(path).read_bytes()
-    except OSError as cause:
-        raise error(f"{path}: cannot be read ({cause.strerror}). Check that it exists and is readable.") from cause
     return _parsed(data, str(path), error)
 
 
-def read_schema(path: Path, schema: type[_Schema], error: type[BpwiseError], *, remedy: str = _REMEDY) -> _Schema:
+def read_schema(path: Path, schema: type[_Schema], error: type[BpwiseError]) -> _Schema:
     """Read a JSON file that has a schema.
 
     Args:
         path: The file.
         schema: As ``check_schema`` takes it.
         error: What to raise.
-        remedy: The last sentence of the message: what to do.
 
     Raises:
         BpwiseError: As the type given by ``error``: as ``read_json`` and ``check_schema``.
     """
-    return check_schema(read_json(path, error), schema, error, where=str(path), remedy=remedy)
+    return check_schema(read_json(path, error), schema, error, where=str(path))
 
 
 def parse_schema(

@@ -14,21 +14,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-import torch
 from torch import Tensor
+
+from .safetensors_file import DTYPE_NAMES, tensor_bytes
 
 __all__ = ["DEFAULT_SHARD_BYTES", "ShardWriter", "header_bytes", "tensor_sha256"]
 
 DEFAULT_SHARD_BYTES = 8192 << 20
 """Largest file, in bytes, unless a single linear is larger: 8192 MiB, as the official converter."""
-
-_DTYPE_NAMES = {
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.int16: "I16",
-    torch.int32: "I32",
-}
 
 _ALIGNMENT_BYTES = 8
 
@@ -137,10 +130,10 @@ class ShardWriter:
 
     def _append(self, name: str, tensor: Tensor) -> None:
         assert self._file is not None
-        data = _bytes_of(tensor)
+        data = tensor_bytes(tensor)
         self._file.write(data)
         self._entries[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "dtype": DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [self._data_bytes, self._data_bytes + data.nbytes],
         }
@@ -162,9 +155,4 @@ class ShardWriter:
 
 def tensor_sha256(tensor: Tensor) -> str:
     """Return the SHA-256, in hexadecimal, of a CPU tensor's bytes as safetensors would store them."""
-    return hashlib.sha256(_bytes_of(tensor)).hexdigest()
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    # Little-endian machines only, like PyTorch's own builds.
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()

@@ -13,12 +13,15 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from ...errors import BpwiseError, CheckpointError, UnsupportedModelError
+from ...errors import BpwiseError, CheckpointError, UnsupportedModelError, reason
 from .names import text_config
 
-__all__ = ["complete_config", "explain_transformers", "parse_config"]
+__all__ = ["QUANTIZED_KEYS", "complete_config", "explain_transformers", "parse_config"]
 
-_NOT_PARSED = ("quantization_config", "compression_config", "auto_map")
+QUANTIZED_KEYS = ("quantization_config", "compression_config")
+"""Keys that say how weights are quantized."""
+
+_NOT_PARSED = (*QUANTIZED_KEYS, "auto_map")
 """Keys that Transformers must not act on: weights come from our own readers, and code of the model's own never runs."""
 
 _NOT_COMPLETED = frozenset(
@@ -191,10 +194,9 @@ def explain_transformers(path: Path) -> Iterator[None]:
     except (BpwiseError, MemoryError):
         raise
     except Exception as cause:
-        reason = " ".join(str(cause).split()) or "no reason given"
         raise CheckpointError(
-            f"{path}: Transformers does not accept this config ({type(cause).__name__}: {reason}). Correct it or get "
-            "it again."
+            f"{path}: Transformers does not accept this config ({type(cause).__name__}: {reason(cause)}). Correct it "
+            "or get it again."
         ) from cause
 
 

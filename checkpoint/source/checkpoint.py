@@ -19,21 +19,18 @@ from ..files.digests import file_digests
 from ..files.dtypes import FLOAT_DTYPES, require_finite, require_readable
 from ..files.safetensors_file import HeaderEntry, SafetensorsHeader, read_entry
 from ..files.schemas import read_json
-from ..model.config import complete_config
+from ..model.config import QUANTIZED_KEYS, complete_config
 from ..model.families import is_known
 from ..model.names import embedding_name, head_name, text_config
 from .hub import confined_file, require_own_files
 from .index import refuse_adapter, weight_headers
 
 __all__ = [
-    "QUANTIZED_KEYS",
     "Checkpoint",
     "TensorInfo",
     "TensorSource",
     "embedding_rows",
 ]
-
-QUANTIZED_KEYS = ("quantization_config", "compression_config")
 
 
 class TensorSource(Protocol):

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ...errors import CheckpointError
 from ..files.dtypes import FLOAT_DTYPES, require_finite
-from .checkpoint import QUANTIZED_KEYS, Checkpoint, TensorInfo
+from ..model.config import QUANTIZED_KEYS
+from .checkpoint import Checkpoint, TensorInfo
 from .views import CheckpointView
 
 __all__ = ["Float8View", "dequantized"]

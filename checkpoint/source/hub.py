@@ -12,7 +12,15 @@ from ..files.disk_errors import DISK_FULL
 from ..files.heads import is_lfs_pointer
 from .side_files import CONFIG_FILE, DOWNLOADED, NOT_DOWNLOADED, TEMPLATE_DIRECTORY, is_side_file
 
-__all__ = ["confined_file", "list_directory", "require_own_files", "resolve_model", "side_files"]
+__all__ = [
+    "confined_file",
+    "connection_failures",
+    "directory_name",
+    "list_directory",
+    "require_own_files",
+    "resolve_model",
+    "side_files",
+]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _SHARED_BLOB = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
@@ -46,19 +54,12 @@ def _download(model: str) -> Path:
     from huggingface_hub import snapshot_download  # noqa: PLC0415
     from huggingface_hub.errors import (  # noqa: PLC0415
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
     )
 
-    # The base classes of HfHubHTTPError name the HTTP client that the installed version uses (requests,
-    # httpx, ...): through them connection errors are caught without importing a client that may not be there.
-    failures: tuple[type[Exception], ...] = (
-        OSError,
-        *(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)),
-    )
     where = f"{model}: no such directory, and as a Hugging Face Hub id"
     try:
         return Path(snapshot_download(model, allow_patterns=list(DOWNLOADED), ignore_patterns=list(NOT_DOWNLOADED)))
@@ -75,7 +76,7 @@ def _download(model: str) -> Path:
             f"{where} it is not in the local cache and the Hub cannot be reached. Check the network, unset "
             "HF_HUB_OFFLINE if it is set, or give a local directory."
         ) from cause
-    except failures as cause:
+    except connection_failures() as cause:
         if isinstance(cause, OSError) and cause.errno in DISK_FULL:
             raise WorkDirectoryError(
                 f"{model}: not downloaded, the disk of the Hub's cache is full. Free some space, or set "
@@ -85,6 +86,15 @@ def _download(model: str) -> Path:
             f"{where} it could not be downloaded ({type(cause).__name__}: {cause}). Try again, or give a "
             "local directory."
         ) from cause
+
+
+def connection_failures() -> tuple[type[Exception], ...]:
+    """Return what the Hub's client raises where a connection fails, beside errors of its own."""
+    from huggingface_hub.errors import HfHubHTTPError  # noqa: PLC0415 - as above
+
+    # The base classes of HfHubHTTPError name the HTTP client that the installed version uses (requests,
+    # httpx, ...): through them connection errors are caught without importing a client that may not be there.
+    return (OSError, *(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)))
 
 
 def directory_name(directory: Path) -> str:

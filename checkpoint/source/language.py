@@ -16,6 +16,7 @@ from torch import Tensor
 from ...errors import CheckpointError
 from ..model.families import EMBEDDING, HEAD, Family, composite_of, family_of
 from ..model.names import config_features, text_config
+from ..model.positions import stated_rope
 from .checkpoint import TensorInfo, TensorSource
 from .views import SourceView
 
@@ -218,16 +219,11 @@ def language_config(source: TensorSource) -> dict[str, Any]:
         config["model_type"] = composite.text
         for key in ("rope_scaling", "rope_parameters"):
             if "mrope_section" in (config.get(key) or {}):
-                config[key] = {"rope_type": "default", "rope_theta": _rope_theta(config)}
+                config[key] = {"rope_type": "default", "rope_theta": stated_rope(config)["rope_theta"]}
     for key in ("tie_word_embeddings", "vocab_size"):
         if key in whole:
             config.setdefault(key, whole[key])
     return config
-
-
-def _rope_theta(config: Mapping[str, Any]) -> Any:
-    parameters = config.get("rope_parameters") or {}
-    return config.get("rope_theta", parameters.get("rope_theta"))
 
 
 def plain_name(name: str, *, composite: bool) -> str | None:

@@ -54,37 +54,13 @@ _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 _HEAD_WEIGHT = f"{HEAD}.weight"
 
-_REFUSED = (
-    "lora_bias",
-    "layer_replication",
-    "trainable_token_indices",
-    "target_parameters",
-    "alora_invocation_tokens",
-    "use_qalora",
-    "use_bdlora",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-)
-"""Entries of the config that change what is computed in a way that is not merged here."""
-
 _Number = TypeVar("_Number", int, float)
 _Rank = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
 _Alpha = Annotated[float, msgspec.Meta(ge=-1e9, le=1e9)]
 
 
-class _Settings(msgspec.Struct):
-    # What is read of adapter_config.json.
-    peft_type: str | None = None
-    r: _Rank | None = None
-    lora_alpha: _Alpha | None = None
-    rank_pattern: dict[str, _Rank] | None = None
-    alpha_pattern: dict[str, _Alpha] | None = None
-    bias: str = "none"
-    init_lora_weights: bool | str | None = True
-    use_dora: bool | None = None
-    use_rslora: bool | None = None
-    fan_in_fan_out: bool | None = None
+class _Refused(msgspec.Struct):
+    # Entries of adapter_config.json that change what is computed in a way that is not merged here.
     lora_bias: Any = None
     layer_replication: Any = None
     trainable_token_indices: Any = None
@@ -95,6 +71,20 @@ class _Settings(msgspec.Struct):
     arrow_config: Any = None
     kasa_config: Any = None
     monteclora_config: Any = None
+
+
+class _Settings(_Refused):
+    # All that is read of it.
+    peft_type: str | None = None
+    r: _Rank | None = None
+    lora_alpha: _Alpha | None = None
+    rank_pattern: dict[str, _Rank] | None = None
+    alpha_pattern: dict[str, _Alpha] | None = None
+    bias: str = "none"
+    init_lora_weights: bool | str | None = True
+    use_dora: bool | None = None
+    use_rslora: bool | None = None
+    fan_in_fan_out: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +117,9 @@ class LoraView(CheckpointView):
         """
         super().__init__(base)
         self._adapter = Path(adapter)
-        if not self._adapter.is_dir():
-            raise CheckpointError(f"{adapter}: no adapter, expected a directory with {_CONFIG}. Check the path.")
         if not os.path.lexists(self._adapter / _CONFIG):
-            raise CheckpointError(f"{adapter}: no adapter, got a directory without {_CONFIG}. Check the path.")
+            got = f"a directory without {_CONFIG}" if self._adapter.is_dir() else "no directory"
+            raise CheckpointError(f"{adapter}: no adapter, got {got}. Check the path.")
         self._settings = read_schema(confined_file(self._adapter, _CONFIG), _Settings, CheckpointError)
         _check_settings(self._settings, self._adapter / _CONFIG)
         if not (self._adapter / _WEIGHTS).exists() and (self._adapter / _PICKLE).exists():
@@ -318,7 +307,7 @@ def _check_settings(settings: _Settings, path: Path) -> None:
             f"{path}: the adapter began as {start!r:.200}, which changes the base's weights too, expected a plain "
             "start. Convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)."
         )
-    for key in _REFUSED:
+    for key in _Refused.__struct_fields__:
         if getattr(settings, key):
             raise CheckpointError(
                 f"{path}: the adapter has {key} set to {getattr(settings, key)!r:.200}, which cannot be merged here. "

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from ...checkpoint.files.disk_errors import explained_reading
 from ...checkpoint.source.hub import confined_file
 from ...errors import CheckpointError
 
@@ -60,11 +61,8 @@ def read_base_card(directory: Path) -> BaseCard:
     if not path.is_symlink() and not path.exists():
         return BaseCard(notes=("The original model has no card: licence and language are not known here.",))
     path = confined_file(directory, CARD_NAME)
-    try:
-        with path.open("rb") as file:
-            data = file.read(_MOST_CARD_BYTES + 1)
-    except OSError as cause:
-        raise CheckpointError(f"{path}: cannot be read ({cause.strerror}). Check its permissions.") from cause
+    with explained_reading(path, CheckpointError), path.open("rb") as file:
+        data = file.read(_MOST_CARD_BYTES + 1)
     if len(data) > _MOST_CARD_BYTES:
         return BaseCard(notes=(f"The original model's card is larger than {_MOST_CARD_BYTES >> 20} MiB: left out.",))
     return parse_base_card(data.decode("utf-8", errors="replace"))

@@ -74,8 +74,8 @@ def make_card(output: Path, *, original: str | Path | None = None, base_model: s
         base_name=base_name,
         base_model=base_model,
         base=_NO_CARD if directory is None else read_base_card(directory),
-        measured=_measured(report),
-        measured_note=_measured_note(report),
+        measured=() if report is None else report.rows(),
+        measured_note="" if report is None else report.note(),
     )
 
 
@@ -146,6 +146,24 @@ class _Report:
     engine: str
     dtype: str
 
+    def rows(self) -> tuple[tuple[str, str, str], ...]:
+        """Return the table of a card: a name, the original's value, the quantized model's."""
+        summary = self.summary
+        return (
+            ("size", self.original.size, self.quantized.size),
+            ("perplexity", summary.original_perplexity.text(), summary.quantized_perplexity.text()),
+            ("mean KL divergence, nats per token", "0", summary.kl_nats.text()),
+            ("KL divergence, 99 % of tokens below", "0", f"{summary.kl_p99_nats:.3g}"),
+            ("same most likely token", "100 %", f"{summary.top1_agreement.text(100)} %"),
+        )
+
+    def note(self) -> str:
+        """Return how it was measured."""
+        return (
+            f"Over {self.predicted_tokens} tokens of text ({self.text}), run by {self.engine} in {self.dtype}. "
+            "Numbers after ± are one standard error."
+        )
+
 
 def _report(output: Path) -> _Report | None:
     path = companion(output, REPORT_FILE)
@@ -154,25 +172,3 @@ def _report(output: Path) -> _Report | None:
     remedy = "The report is damaged, or of another version: evaluate again."
     raw = read_json(path, FormatError).get("comparison")
     return check_schema(raw, _Report, FormatError, where=f"{path}: comparison", remedy=remedy)
-
-
-def _measured(report: _Report | None) -> tuple[tuple[str, str, str], ...]:
-    if report is None:
-        return ()
-    summary = report.summary
-    return (
-        ("size", report.original.size, report.quantized.size),
-        ("perplexity", summary.original_perplexity.text(), summary.quantized_perplexity.text()),
-        ("mean KL divergence, nats per token", "0", summary.kl_nats.text()),
-        ("KL divergence, 99 % of tokens below", "0", f"{summary.kl_p99_nats:.3g}"),
-        ("same most likely token", "100 %", f"{summary.top1_agreement.text(100)} %"),
-    )
-
-
-def _measured_note(report: _Report | None) -> str:
-    if report is None:
-        return ""
-    return (
-        f"Over {report.predicted_tokens} tokens of text ({report.text}), run by {report.engine} in {report.dtype}. "
-        "Numbers after ± are one standard error."
-    )

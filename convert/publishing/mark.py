@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...checkpoint.files.atomic import write_text
+from ...checkpoint.files.disk_errors import delete_file
 from ...checkpoint.files.paths import companion
-from ...errors import WorkDirectoryError
 
 __all__ = ["MARK_NAME", "clear_mark", "mark_broken", "mark_path", "read_mark"]
 
@@ -51,11 +51,7 @@ def clear_mark(output: Path) -> None:
     Raises:
         WorkDirectoryError: It cannot be deleted.
     """
-    path = mark_path(output)
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as cause:
-        raise WorkDirectoryError(f"{path}: cannot be deleted ({cause.strerror}). Delete it by hand.") from cause
+    delete_file(mark_path(output))
 
 
 def read_mark(output: Path) -> str | None:

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...checkpoint.source.hub import confined_file, list_directory
+from ...checkpoint.source.hub import confined_file, connection_failures, list_directory
 from ...checkpoint.source.side_files import TEMPLATE_DIRECTORY, is_side_file
 from ...errors import CheckpointError, PublishError
 from ..format import Format
@@ -26,8 +26,6 @@ __all__ = ["Upload", "find_outputs", "plan_uploads", "push_model"]
 
 _PUBLISHED = (CARD_NAME, "report.*")
 """What is published beside a model's own files and its side files."""
-
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +95,7 @@ def plan_uploads(outputs: Sequence[Path], target: str, *, by_branch: bool = Fals
         BpwiseError: As ``verify_model``.
     """
     owner, _, name = target.partition("/")
-    if not _NAME.fullmatch(owner) or "/" not in target or (name and not HUB_ID.fullmatch(target)):
+    if not HUB_ID.fullmatch(target if name else f"{target}NAME"):
         raise PublishError(f"{target}: no place on the Hub, expected ORG/NAME, or ORG/ to name it by convention.")
     for output in outputs:
         _check(output)
@@ -140,12 +138,10 @@ def push_model(upload: Upload, *, public: bool = False, api: HfApi | None = None
     """
     # Imported here: planning needs no network stack.
     from huggingface_hub import CommitOperationAdd, HfApi  # noqa: PLC0415
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError  # noqa: PLC0415
+    from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError  # noqa: PLC0415
 
     api = api or HfApi()
-    # The base classes name the HTTP client that the installed version uses: see hub.py.
-    clients = tuple(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
-    failures: tuple[type[Exception], ...] = (OSError, HFValidationError, LocalTokenNotFoundError, *clients)
+    failures: tuple[type[Exception], ...] = (HFValidationError, LocalTokenNotFoundError, *connection_failures())
     try:
         api.create_repo(upload.repo, private=not public, exist_ok=True)
         if not public and not api.repo_info(upload.repo).private:

@@ -1,4 +1,4 @@
-"""Taking apart what Transformers keeps in one module and EXL2 files in several: fused linears, experts.
+"""Taking apart what Transformers keeps in one module and ``LanguageModel`` in several: fused linears, experts.
 
 The modules that a block calls stay where they are; they call the parts, which stand under the parts' own names.
 """

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ....checkpoint.files.disk_errors import explained_reading
 from ....checkpoint.files.heads import is_lfs_pointer
 from ....errors import FormatError
 from ..ggml.types import GGML_TYPES, GgmlType
@@ -121,16 +122,12 @@ def read_gguf_header(path: Path) -> GgufHeader:
         FormatError: It is no GGUF file of version 2 or 3, or something in it contradicts the file's size or itself.
     """
     path = Path(path)
-    try:
+    with explained_reading(path, FormatError):
         if path.is_file() and is_lfs_pointer(path):
             raise FormatError(f"{path}: a Git LFS pointer, not the file itself. Run `git lfs pull` in {path.parent}.")
         with path.open("rb") as file:
             file_bytes = path.stat().st_size
             return _Reader(path, file, file_bytes).header()
-    except OSError as cause:
-        raise FormatError(
-            f"{path}: cannot be read ({cause.strerror}). Check that it exists and is readable."
-        ) from cause
 
 
 def require_whole(header: GgufHeader) -> None:

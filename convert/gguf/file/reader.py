@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ....checkpoint.files.digests import file_digests
+from ....checkpoint.files.disk_errors import explained_reading
 from ....checkpoint.model.names import model_order
 from ....errors import CheckpointError, FormatError
 from ...model import Description, QuantizedModel
@@ -210,15 +211,12 @@ def read_values(path: Path, tensor: GgufTensor) -> Tensor:
     rows = math.prod(tensor.shape[:-1])
     step = max(1, _PIECE_WEIGHTS // width)
     values = torch.empty((rows, width), dtype=_DENSE.get(tensor.type.name, torch.float32))
-    try:
-        with path.open("rb") as file:
-            # Read and not memory-mapped: should the file shrink meanwhile, a read comes up short, a map kills us.
-            file.seek(tensor.offset_bytes)
-            for first in range(0, rows, step):
-                piece = values[first : first + step]
-                piece.copy_(_decode(_read(path, file, len(piece) * row_bytes), tensor, len(piece)))
-    except OSError as cause:
-        raise FormatError(f"{path}: cannot be read ({cause.strerror}). Check the disk.") from cause
+    with explained_reading(path, FormatError, advice="Check the disk."), path.open("rb") as file:
+        # Read and not memory-mapped: should the file shrink meanwhile, a read comes up short, a map kills us.
+        file.seek(tensor.offset_bytes)
+        for first in range(0, rows, step):
+            piece = values[first : first + step]
+            piece.copy_(_decode(_read(path, file, len(piece) * row_bytes), tensor, len(piece)))
     if not all(map(torch.isfinite, values.aminmax())):
         bad = int((~torch.isfinite(values)).sum())
         raise FormatError(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ....checkpoint.files.atomic import atomic_file
+from ....checkpoint.files.disk_errors import explained_reading
 from ....errors import ConfigError, FormatError, ShapeError
 from ....version import __version__
 from ..file.emit import ALIGNMENT_BYTES, Planned, entry, header_bytes, padding
@@ -133,12 +134,8 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
         FormatError: The file cannot be read, is damaged or crafted, or holds numbers that are no sums of squares.
     """
     path = Path(path)
-    try:
+    with explained_reading(path, FormatError):
         matrix = _read_gguf(path) if is_gguf(path) else _Legacy(path).matrix()
-    except OSError as cause:
-        raise FormatError(
-            f"{path}: cannot be read ({cause.strerror}). Check that it exists and is readable."
-        ) from cause
     for name in matrix.sums:
         for values in (matrix.sums[name], matrix.counts[name]):
             if not bool(torch.isfinite(values).all()) or bool((values < 0).any()):

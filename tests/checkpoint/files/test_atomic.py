@@ -22,7 +22,7 @@ from bpwise.checkpoint.files.atomic import (
     write_json,
 )
 from bpwise.checkpoint.files.safetensors_file import load_metadata, load_tensors, save_tensors
-from bpwise.checkpoint.files.schemas import Count, Number, Positive, parse_schema, read_json, read_schema
+from bpwise.checkpoint.files.schemas import Count, Number, Positive, check_schema, parse_schema, read_json, read_schema
 from bpwise.errors import ConfigError, FormatError, NumericalError, WorkDirectoryError
 from safetensors.torch import load_file, save_file
 
@@ -471,9 +471,10 @@ class TestSchema:
         ],
     )
     def test_refuses_in_a_sentence(self, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-        (tmp_path / "x.json").write_text(json.dumps({**self.GOOD, **changes}))
+        path = tmp_path / "x.json"
+        path.write_text(json.dumps({**self.GOOD, **changes}))
         with pytest.raises(ConfigError, match=message):
-            read_schema(tmp_path / "x.json", Whole, ConfigError, remedy="Do it again.")
+            check_schema(read_json(path, ConfigError), Whole, ConfigError, where=str(path), remedy="Do it again.")
 
     @pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' + "9" * 5000 + "}", "{", "[]", ""])
     def test_refuses_what_is_no_object(self, text: str) -> None:

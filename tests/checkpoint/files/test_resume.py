@@ -14,8 +14,8 @@ from bpwise.errors import BrokenModelError, WorkDirectoryError
 CLAIM = """
 import sys
 from pathlib import Path
-from bpwise.checkpoint.files.resume import claimed
-with claimed(Path(sys.argv[1])):
+from bpwise.checkpoint.files.resume import locked_work
+with locked_work(Path(sys.argv[1])):
     print("claimed", flush=True)
     sys.stdin.readline()
 """
@@ -63,7 +63,7 @@ def test_a_damaged_piece_counts_as_not_finished(tmp_path: Path, at: float) -> No
         assert not again.has("x")
     assert not file.exists()
     with pytest.raises(
-        WorkDirectoryError, match=r"x\.safetensors: a artifact of finished work has gone, or is damaged"
+        WorkDirectoryError, match=r"x\.safetensors: an artifact of finished work has gone, or is damaged"
     ):
         again.load("x")
     again.save("x", {"a": torch.zeros(1)})
