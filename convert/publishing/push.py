@@ -134,7 +134,7 @@ def push_model(upload: Upload, *, public: bool = False, api: HfApi | None = None
         >>> from bpwise.convert.publishing.push import plan_uploads
         >>> (upload,) = plan_uploads([Path("llama-6bpw")], "me/")
         >>> upload.repo
-        'me/llama-6.0bpw-6hb-exl2'
+        'me/llama-6.0bpw-exl2'
     """
     # Imported here: planning needs no network stack.
     from huggingface_hub import CommitOperationAdd, HfApi  # noqa: PLC0415
