@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,9 +14,11 @@ from .group import cli
 from .options import (
     OFFLOAD_OPTION,
     ROW_TOKENS_DEFAULT,
+    Command,
     OriginalArguments,
     TaskArguments,
     extra_options,
+    grouped,
     original_options,
     progress_bar,
     say_shortened,
@@ -53,18 +55,42 @@ def verify(model: Path) -> None:
         say(f"warning: {warning}", err=True)
 
 
+def _config_options(command: Command) -> Command:
+    # Options of the comparison; the command gets them as ``config``.
+    declared = (
+        click.option(
+            "--text", help="Text to evaluate on: file, directory or Hub data set.  [default: Python's own text]"
+        ),
+        click.option("--column", help="Column of the data set that holds the text."),
+        click.option("-r", "--rows", type=click.IntRange(1), default=16, help="Rows, each a window of its own."),
+        click.option("-l", "--row-tokens", type=click.IntRange(2), help=f"Tokens in each row.  {ROW_TOKENS_DEFAULT}"),
+        click.option(
+            "--seed", type=int, default=0, help="Chooses the places that rows of Python's own text are taken from."
+        ),
+        click.option(
+            "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", help="Arithmetic."
+        ),
+        click.option("--device", default="auto", help="cpu, cuda, cuda:N, mps or auto."),
+        OFFLOAD_OPTION,
+        click.option("--force-eval-text", is_flag=True, help="Evaluate even on text that QUANTIZED was calibrated on."),
+    )
+    names = (
+        *("text", "column", "rows", "row_tokens", "seed", "dtype", "device"),
+        *("offload_dir", "force_eval_text"),
+    )
+    return grouped(command, declared, "config", names, _config)
+
+
+def _config(*, force_eval_text: bool, **given: Any) -> EvalConfig:
+    from ..eval.config import EvalConfig
+
+    return EvalConfig(allow_calibration_text=force_eval_text, **given)
+
+
 @cli.command(name="eval")
 @click.argument("original")
 @click.argument("quantized", nargs=-1, required=True, type=EXISTING_PATH)
-@click.option("--text", help="Text to evaluate on: file, directory or Hub data set.  [default: Python's own text]")
-@click.option("--column", help="Column of the data set that holds the text.")
-@click.option("-r", "--rows", type=click.IntRange(1), default=16, help="Rows, each a window of its own.")
-@click.option("-l", "--row-tokens", type=click.IntRange(2), help=f"Tokens in each row.  {ROW_TOKENS_DEFAULT}")
-@click.option("--seed", type=int, default=0, help="Chooses the places that rows of Python's own text are taken from.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", help="Arithmetic.")
-@click.option("--device", default="auto", help="cpu, cuda, cuda:N, mps or auto.")
-@OFFLOAD_OPTION
-@click.option("--force-eval-text", is_flag=True, help="Evaluate even on text that QUANTIZED was calibrated on.")
+@_config_options
 @click.option(
     "--engine",
     type=click.Choice(["transformers", "llama.cpp"]),
@@ -102,15 +128,7 @@ def evaluate(
     png: bool,
     cache_dir: Path | None,
     no_cache: bool,
-    text: str | None,
-    column: str | None,
-    rows: int,
-    row_tokens: int | None,
-    seed: int,
-    dtype: str,
-    device: str,
-    offload_dir: Path | None,
-    force_eval_text: bool,
+    config: EvalConfig,
     changes: OriginalArguments,
     extra: TaskArguments,
 ) -> None:
@@ -121,7 +139,7 @@ def evaluate(
     """
     from ..convert.opening import open_any
     from ..eval.cache import OriginalCache, default_cache_directory
-    from ..eval.comparison import EvalConfig, evaluate_each
+    from ..eval.comparison import evaluate_each
     from ..eval.report.drawings.png import check_png
     from ..eval.report.layers import find_plan, linear_costs
     from ..eval.tasks.needle import check_needle
@@ -129,21 +147,10 @@ def evaluate(
     place, prefix = _report_place(quantized, output, engine)
     forms = [form for form, wanted in (("svg", plots), ("png", png)) if wanted]
     read = [path for path in (Path(original), changes.lora) if path is not None and path.is_dir()]
-    _check_places(read, [output, cache_dir, offload_dir], place, prefix, forms)
+    _check_places(read, [output, cache_dir, config.offload_dir], place, prefix, forms)
     source = open_any(changes.open(original))
     if png:
         check_png()
-    config = EvalConfig(
-        text=text,
-        column=column,
-        rows=rows,
-        row_tokens=row_tokens,
-        seed=seed,
-        dtype=dtype,
-        device=device,
-        allow_calibration_text=force_eval_text,
-        offload_dir=offload_dir,
-    )
     say_shortened(source, evaluation=config.row_tokens)
     loaded, needle = extra.benchmarks(config), extra.haystacks(config)
     if needle is not None:
@@ -245,7 +252,9 @@ def _compared_in_engine(
     from ..eval.engines.engine import evaluate_in_engine
 
     if base is None:
-        raise click.UsageError("--engine llama.cpp needs --base: the original as an unquantized GGUF file.")
+        raise click.UsageError(
+            "--engine llama.cpp needs --base. Give the original as an unquantized file of llama.cpp's."
+        )
     return [
         evaluate_in_engine(source, model, config, progress_bar, base=base, llama_cpp=llama_cpp) for model in quantized
     ]

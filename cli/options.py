@@ -34,6 +34,7 @@ __all__ = [
     "calibration_options",
     "evaluation_options",
     "extra_options",
+    "grouped",
     "original_options",
     "progress_bar",
     "say_shortened",
@@ -80,7 +81,7 @@ def original_options(command: Command) -> Command:
     declared = (
         click.option("--lora", type=EXISTING_DIRECTORY, help="PEFT adapter to merge into the model while reading."),
     )
-    return _grouped(command, declared, "changes", ("lora",), OriginalArguments)
+    return grouped(command, declared, "changes", ("lora",), OriginalArguments)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +134,7 @@ def calibration_options(command: Command) -> Command:
         *("calibration", "column", "chat_template", "rows", "row_tokens", "seed", "damping", "moe_calibrate_all"),
         *("device", "offload_dir", "work_dir"),
     )
-    return _grouped(command, declared, "measuring", names, _measuring)
+    return grouped(command, declared, "measuring", names, _measuring)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,13 +176,22 @@ def evaluation_options(command: Command) -> Command:
         click.option("--force-eval-text", is_flag=True, help="Evaluate even on text that is calibrated on."),
     )
     names = ("eval_text", "eval_rows", "eval_row_tokens", "no_eval", "force_eval_text")
-    return _grouped(command, declared, "evaluation", names, EvaluationArguments)
+    return grouped(command, declared, "evaluation", names, EvaluationArguments)
 
 
-def _grouped(
+def grouped(
     command: Command, declared: Sequence[Any], name: str, parameters: Sequence[str], make: Callable[..., Any]
 ) -> Command:
-    # The command takes what is made of a group of options, as one argument.
+    """Give a command a group of options; it gets what is made of them as one argument.
+
+    Args:
+        command: The command.
+        declared: The options, in the order of the help.
+        name: The argument.
+        parameters: Names of the options' parameters.
+        make: Makes the argument of them.
+    """
+
     @functools.wraps(command)
     def run(**given: Any) -> Any:
         group = {parameter: given.pop(parameter) for parameter in parameters}
@@ -268,7 +278,7 @@ def extra_options(command: Command) -> Command:
         *("tasks", "num_fewshot", "limit", "include_path", "batch_size", "apply_chat_template"),
         *("needle", "needle_samples"),
     )
-    return _grouped(command, declared, "extra", names, TaskArguments)
+    return grouped(command, declared, "extra", names, TaskArguments)
 
 
 def _measuring(

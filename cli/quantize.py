@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from ..convert.registry import format_naming
+from ..convert.registry import format_naming, formats
 from .format_options import FORMAT_OPTION, FormatChoice, format_options
 from .group import cli
 from .options import (
+    Command,
     MeasuringArguments,
     OriginalArguments,
     calibration_options,
     evaluation_options,
+    grouped,
     original_options,
     progress_bar,
     say_shortened,
@@ -25,27 +28,75 @@ from .types import EXISTING_FILE, MIB, PATH, RATES, SIZE, TOKENS
 
 if TYPE_CHECKING:
     from ..checkpoint.source.checkpoint import Checkpoint
+    from ..convert.conversion import Target
     from ..quantize.config import QuantizeConfig
     from ..quantize.forecast import Forecast
     from .options import EvaluationArguments
 
 __all__ = ["quantize"]
 
+_BPW_MEANS = "; ".join(f"{each.title}, {each.bpw_means}" for each in formats().values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetArguments:
+    """What ``_target_options`` were given."""
+
+    bpw: tuple[float, ...] | None
+    max_size: int | None
+    vram: int | None
+    context: int | None
+
+    @property
+    def count(self) -> int:
+        """Number of ways in which a size was given."""
+        return sum(each is not None for each in (self.bpw, self.max_size, self.vram))
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The bitrates."""
+        return self.bpw or ()
+
+    @property
+    def several(self) -> bool:
+        """Whether there are several outputs to make."""
+        return len(self.rates) > 1
+
+    def all(self) -> list[Target]:
+        """Return the target of every output; none where nothing was given."""
+        from ..convert.conversion import Target
+
+        if self.rates or not self.count:
+            return [Target(bpw=rate) for rate in self.rates]
+        return [Target(max_bytes=self.max_size, vram_bytes=self.vram, context_tokens=self.context)]
+
+
+def _target_options(command: Command) -> Command:
+    # Options that say how large an output may be; the command gets them as ``targets``.
+    declared = (
+        click.option(
+            "-b",
+            "--bpw",
+            type=RATES,
+            help=f"Bits per weight, overheads included: {_BPW_MEANS}. Several, as 8.0,6.0,4.5, make several outputs in "
+            "the directory OUTPUT from one measurement.",
+        ),
+        click.option(
+            "--max-size", type=SIZE, help="Largest size of the file or files, as 5GB or 700MiB, instead of --bpw."
+        ),
+        click.option(
+            "--vram", type=SIZE, help="Memory of a GPU to fit into, cache of --context included, instead of --bpw."
+        ),
+        click.option("--context", type=TOKENS, help="With --vram: tokens of context, as 32k.  [default: the model's]"),
+    )
+    return grouped(command, declared, "targets", ("bpw", "max_size", "vram", "context"), TargetArguments)
+
 
 @cli.command()
 @click.argument("model")
 @click.argument("output", type=PATH)
 @FORMAT_OPTION
-@click.option(
-    "-b",
-    "--bpw",
-    type=RATES,
-    help="Bits per weight: EXL2, of the decoder with overheads; GGUF, of all tensors. Several, as 8.0,6.0,4.5, make "
-    "several outputs in the directory OUTPUT from one measurement.",
-)
-@click.option("--max-size", type=SIZE, help="Largest size of the file or files, as 5GB or 700MiB, instead of --bpw.")
-@click.option("--vram", type=SIZE, help="Memory of a GPU to fit into, cache of --context included, instead of --bpw.")
-@click.option("--context", type=TOKENS, help="With --vram: tokens of context, as 32k.  [default: the model's]")
+@_target_options
 @click.option(
     "-m",
     "--measurement",
@@ -61,10 +112,7 @@ __all__ = ["quantize"]
 def quantize(
     model: str,
     output: Path,
-    bpw: tuple[float, ...] | None,
-    max_size: int | None,
-    vram: int | None,
-    context: int | None,
+    targets: TargetArguments,
     measurement: Path | None,
     base_model: str | None,
     dry_run: bool,
@@ -81,20 +129,15 @@ def quantize(
     where it was cut off.
     """
     from ..checkpoint.source.original import open_model
-    from ..convert.conversion import Target
     from ..quantize.config import QuantizeConfig
     from ..quantize.run import quantize_model
     from ..quantize.series import quantize_series
 
-    rates = bpw or ()
-    given = [each for each in (bpw, max_size, vram) if each is not None]
-    _check_usage(output, choice, len(given), several=len(rates) > 1)
-    targets = [Target(bpw=rate) for rate in rates]
-    if not rates and given:
-        targets = [Target(max_bytes=max_size, vram_bytes=vram, context_tokens=context)]
+    _check_usage(output, choice, targets)
+    wanted = targets.all()
     evaluate = evaluation.config(measuring.config)
     config = QuantizeConfig(
-        target=targets[0] if len(given) == 1 else None,
+        target=wanted[0] if wanted else None,
         options=choice.options,
         measure=measuring.config,
         evaluate=evaluate,
@@ -107,7 +150,7 @@ def quantize(
         say_shortened(source, calibration=measuring.config.calibration.row_tokens)
     _print_warnings(choice.format.conversion(source, choice.options).warnings)
     if dry_run:
-        _print_forecasts(source, output, config, rates, measurement, measuring)
+        _print_forecasts(source, output, config, targets.rates, measurement, measuring)
         return
     shared = {
         "measurement": measurement,
@@ -115,19 +158,19 @@ def quantize(
         "work": measuring.work_dir,
         "progress": progress_bar,
     }
-    if len(rates) > 1:
-        lines = quantize_series(source, output, config, rates, **shared).summary_lines()  # type: ignore[arg-type]
+    if targets.several:
+        lines = quantize_series(source, output, config, targets.rates, **shared).summary_lines()  # type: ignore[arg-type]
     else:
         lines = quantize_model(source, output, config, **shared).summary_lines()  # type: ignore[arg-type]
     for line in lines:
         say(line)
 
 
-def _check_usage(output: Path, choice: FormatChoice, targets: int, *, several: bool) -> None:
+def _check_usage(output: Path, choice: FormatChoice, targets: TargetArguments) -> None:
     # One target, and an OUTPUT that is named as what it is.
-    if choice.options.measures and targets != 1:
+    if choice.options.measures and targets.count != 1:
         raise click.UsageError("an output needs one target. Give one of --bpw, --max-size and --vram.")
-    if targets and not choice.options.measures:
+    if targets.count and not choice.options.measures:
         raise click.UsageError("these options say all of an output. Leave --bpw, --max-size and --vram out.")
     named = format_naming(output)
     if named is not None and named is not choice.format:
@@ -135,7 +178,7 @@ def _check_usage(output: Path, choice: FormatChoice, targets: int, *, several: b
             f"{output} is named as a {named.title} file, but --format {choice.format.name} makes something else. Name "
             "it otherwise."
         )
-    if named is not None and several:
+    if named is not None and targets.several:
         raise click.UsageError(f"several bitrates make several files: name a directory, with --format {named.name}.")
 
 
