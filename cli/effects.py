@@ -112,7 +112,10 @@ CONFLICTS: Mapping[str, tuple[Conflict, ...]] = {
     ),
     "dequantize": (
         Conflict(
-            "with an EXL2 directory", lambda options: options["model"].is_dir(), ("original",), "it has its tokenizer"
+            "with a model that is a directory",
+            lambda options: options["model"].is_dir(),
+            ("original",),
+            "it has its tokenizer",
         ),
     ),
 }

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +14,7 @@ from .group import cli
 from .options import (
     OFFLOAD_OPTION,
     ROW_TOKENS_DEFAULT,
+    Command,
     OriginalArguments,
     TaskArguments,
     extra_options,
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     from ..eval.tasks.needle import NeedleConfig
 
 __all__ = ["dequantize", "evaluate", "inspect", "verify"]
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 @cli.command()
@@ -56,8 +55,8 @@ def verify(model: Path) -> None:
         say(f"warning: {warning}", err=True)
 
 
-def text_options(command: Command) -> Command:
-    """Give a command the options of an evaluation; it gets them as ``config``."""
+def _config_options(command: Command) -> Command:
+    # Options of the comparison; the command gets them as ``config``.
     declared = (
         click.option(
             "--text", help="Text to evaluate on: file, directory or Hub data set.  [default: Python's own text]"
@@ -75,20 +74,23 @@ def text_options(command: Command) -> Command:
         OFFLOAD_OPTION,
         click.option("--force-eval-text", is_flag=True, help="Evaluate even on text that QUANTIZED was calibrated on."),
     )
-    names = ("text", "column", "rows", "row_tokens", "seed", "dtype", "device", "offload_dir", "force_eval_text")
-    return grouped(command, declared, "config", names, _eval_config)
+    names = (
+        *("text", "column", "rows", "row_tokens", "seed", "dtype", "device"),
+        *("offload_dir", "force_eval_text"),
+    )
+    return grouped(command, declared, "config", names, _config)
 
 
-def _eval_config(*, force_eval_text: bool, **options: Any) -> EvalConfig:
+def _config(*, force_eval_text: bool, **given: Any) -> EvalConfig:
     from ..eval.config import EvalConfig
 
-    return EvalConfig(allow_calibration_text=force_eval_text, **options)
+    return EvalConfig(allow_calibration_text=force_eval_text, **given)
 
 
 @cli.command(name="eval")
 @click.argument("original")
 @click.argument("quantized", nargs=-1, required=True, type=EXISTING_PATH)
-@text_options
+@_config_options
 @click.option(
     "--engine",
     type=click.Choice(["transformers", "llama.cpp"]),
@@ -250,7 +252,9 @@ def _compared_in_engine(
     from ..eval.engines.engine import evaluate_in_engine
 
     if base is None:
-        raise click.UsageError("--engine llama.cpp needs --base: the original as an unquantized GGUF file.")
+        raise click.UsageError(
+            "--engine llama.cpp needs --base. Give the original as an unquantized file of llama.cpp's."
+        )
     return [
         evaluate_in_engine(source, model, config, progress_bar, base=base, llama_cpp=llama_cpp) for model in quantized
     ]

@@ -182,14 +182,14 @@ def evaluation_options(command: Command) -> Command:
 def grouped(
     command: Command, declared: Sequence[Any], name: str, parameters: Sequence[str], make: Callable[..., Any]
 ) -> Command:
-    """Give a command options that it takes as one argument.
+    """Give a command a group of options; it gets what is made of them as one argument.
 
     Args:
         command: The command.
-        declared: The options.
-        name: Name of the argument.
-        parameters: Names of the options' values.
-        make: Makes the argument of these.
+        declared: The options, in the order of the help.
+        name: The argument.
+        parameters: Names of the options' parameters.
+        make: Makes the argument of them.
     """
 
     @functools.wraps(command)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,6 +13,7 @@ from ..convert.registry import format_naming, formats
 from .format_options import FORMAT_OPTION, FormatChoice, format_options
 from .group import cli
 from .options import (
+    Command,
     MeasuringArguments,
     OriginalArguments,
     calibration_options,
@@ -34,14 +35,12 @@ if TYPE_CHECKING:
 
 __all__ = ["quantize"]
 
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-_MEANINGS = "; ".join(f"{each.title}, {each.bpw_means}" for each in formats().values())
+_BPW_MEANS = "; ".join(f"{each.title}, {each.bpw_means}" for each in formats().values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetArguments:
-    """What ``target_options`` were given."""
+    """What ``_target_options`` were given."""
 
     bpw: tuple[float, ...] | None
     max_size: int | None
@@ -49,34 +48,38 @@ class TargetArguments:
     context: int | None
 
     @property
+    def count(self) -> int:
+        """Number of ways in which a size was given."""
+        return sum(each is not None for each in (self.bpw, self.max_size, self.vram))
+
+    @property
     def rates(self) -> tuple[float, ...]:
-        """Bits per weight, one for each output."""
+        """The bitrates."""
         return self.bpw or ()
 
     @property
-    def given(self) -> int:
-        """Number of targets that were given; several bitrates are one."""
-        return sum(each is not None for each in (self.bpw, self.max_size, self.vram))
+    def several(self) -> bool:
+        """Whether there are several outputs to make."""
+        return len(self.rates) > 1
 
-    def target(self) -> Target | None:
-        """Return the target of an output, of several the first's; None if none was given."""
+    def all(self) -> list[Target]:
+        """Return the target of every output; none where nothing was given."""
         from ..convert.conversion import Target
 
-        if not self.given:
-            return None
-        bpw = self.rates[0] if self.rates else None
-        return Target(bpw=bpw, max_bytes=self.max_size, vram_bytes=self.vram, context_tokens=self.context)
+        if self.rates or not self.count:
+            return [Target(bpw=rate) for rate in self.rates]
+        return [Target(max_bytes=self.max_size, vram_bytes=self.vram, context_tokens=self.context)]
 
 
-def target_options(command: Command) -> Command:
-    """Give a command the options that say how large outputs may be; it gets them as ``size``."""
+def _target_options(command: Command) -> Command:
+    # Options that say how large an output may be; the command gets them as ``targets``.
     declared = (
         click.option(
             "-b",
             "--bpw",
             type=RATES,
-            help=f"Bits per weight: {_MEANINGS}. Several, as 8.0,6.0,4.5, make "
-            "several outputs in the directory OUTPUT from one measurement.",
+            help=f"Bits per weight, overheads included: {_BPW_MEANS}. Several, as 8.0,6.0,4.5, make several outputs in "
+            "the directory OUTPUT from one measurement.",
         ),
         click.option(
             "--max-size", type=SIZE, help="Largest size of the file or files, as 5GB or 700MiB, instead of --bpw."
@@ -86,13 +89,14 @@ def target_options(command: Command) -> Command:
         ),
         click.option("--context", type=TOKENS, help="With --vram: tokens of context, as 32k.  [default: the model's]"),
     )
-    return grouped(command, declared, "size", ("bpw", "max_size", "vram", "context"), TargetArguments)
+    return grouped(command, declared, "targets", ("bpw", "max_size", "vram", "context"), TargetArguments)
 
 
 @cli.command()
 @click.argument("model")
 @click.argument("output", type=PATH)
 @FORMAT_OPTION
+@_target_options
 @click.option(
     "-m",
     "--measurement",
@@ -101,7 +105,6 @@ def target_options(command: Command) -> Command:
 )
 @click.option("--base-model", metavar="ORG/NAME", help="The original's Hub id, for the card.  [default: MODEL's]")
 @click.option("--dry-run", is_flag=True, help="Print size, bpw range and expected memory; write nothing.")
-@target_options
 @format_options("quantize")
 @evaluation_options
 @original_options
@@ -109,11 +112,11 @@ def target_options(command: Command) -> Command:
 def quantize(
     model: str,
     output: Path,
+    targets: TargetArguments,
     measurement: Path | None,
     base_model: str | None,
     dry_run: bool,
     choice: FormatChoice,
-    size: TargetArguments,
     evaluation: EvaluationArguments,
     changes: OriginalArguments,
     measuring: MeasuringArguments,
@@ -130,10 +133,11 @@ def quantize(
     from ..quantize.run import quantize_model
     from ..quantize.series import quantize_series
 
-    _check_usage(output, choice, size)
+    _check_usage(output, choice, targets)
+    wanted = targets.all()
     evaluate = evaluation.config(measuring.config)
     config = QuantizeConfig(
-        target=size.target(),
+        target=wanted[0] if wanted else None,
         options=choice.options,
         measure=measuring.config,
         evaluate=evaluate,
@@ -146,7 +150,7 @@ def quantize(
         say_shortened(source, calibration=measuring.config.calibration.row_tokens)
     _print_warnings(choice.format.conversion(source, choice.options).warnings)
     if dry_run:
-        _print_forecasts(source, output, config, size.rates, measurement, measuring)
+        _print_forecasts(source, output, config, targets.rates, measurement, measuring)
         return
     shared = {
         "measurement": measurement,
@@ -154,19 +158,19 @@ def quantize(
         "work": measuring.work_dir,
         "progress": progress_bar,
     }
-    if len(size.rates) > 1:
-        lines = quantize_series(source, output, config, size.rates, **shared).summary_lines()  # type: ignore[arg-type]
+    if targets.several:
+        lines = quantize_series(source, output, config, targets.rates, **shared).summary_lines()  # type: ignore[arg-type]
     else:
         lines = quantize_model(source, output, config, **shared).summary_lines()  # type: ignore[arg-type]
     for line in lines:
         say(line)
 
 
-def _check_usage(output: Path, choice: FormatChoice, size: TargetArguments) -> None:
+def _check_usage(output: Path, choice: FormatChoice, targets: TargetArguments) -> None:
     # One target, and an OUTPUT that is named as what it is.
-    if choice.options.measures and size.given != 1:
+    if choice.options.measures and targets.count != 1:
         raise click.UsageError("an output needs one target. Give one of --bpw, --max-size and --vram.")
-    if size.given and not choice.options.measures:
+    if targets.count and not choice.options.measures:
         raise click.UsageError("these options say all of an output. Leave --bpw, --max-size and --vram out.")
     named = format_naming(output)
     if named is not None and named is not choice.format:
@@ -174,7 +178,7 @@ def _check_usage(output: Path, choice: FormatChoice, size: TargetArguments) -> N
             f"{output} is named as a {named.title} file, but --format {choice.format.name} makes something else. Name "
             "it otherwise."
         )
-    if named is not None and len(size.rates) > 1:
+    if named is not None and targets.several:
         raise click.UsageError(f"several bitrates make several files: name a directory, with --format {named.name}.")
 
 
