@@ -47,9 +47,11 @@ class Target:
             ConfigError: None or several are given, or one makes no sense.
         """
         if sum(each is not None for each in (self.bpw, self.max_bytes, self.vram_bytes)) != 1:
-            raise ConfigError("one target is needed: bits per weight, a largest size, or the memory of a GPU.")
+            raise ConfigError(
+                "target: none, or several. Expected bits per weight, a largest size or the memory of a GPU. Give one."
+            )
         if self.bpw is not None and not 1 <= self.bpw <= 16:
-            raise ConfigError(f"bpw must lie between 1 and 16, got {self.bpw}.")
+            raise ConfigError(f"bpw: not usable. Got {self.bpw}. Expected a value between 1 and 16. Choose another.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

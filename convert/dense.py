@@ -52,7 +52,7 @@ def dequantize_model(
     model = require_format(path).open(path)
     if original is not None and not original.is_dir():
         raise CheckpointError(
-            f"{original}: no directory, expected the original's, to copy its tokenizer. Check the path."
+            f"{original}: no directory. Expected the original's, to copy its tokenizer. Check the path."
         )
     source = original or (model.directory if model.directory == model.path else None)
     out = named(Path(out))

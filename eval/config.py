@@ -49,7 +49,9 @@ class EvalConfig:
             ConfigError: One of them makes no sense.
         """
         if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
+            raise ConfigError(
+                f"dtype: not usable. Got {self.dtype!r}. Expected one of {', '.join(DTYPES)}. Choose another."
+            )
         self.calibration_config()
 
     def fitted(self, source: TensorSource) -> EvalConfig:

@@ -77,7 +77,9 @@ def vocab_size_of(source: TensorSource) -> int:
     """
     size = language_config(source).get("vocab_size")
     if not isinstance(size, int):
-        raise CheckpointError(f"{source.directory}: vocab_size in config.json is {size!r}, expected a number.")
+        raise CheckpointError(
+            f"{source.directory}: vocab_size in config.json is {size!r}. Expected a number. Get the model again."
+        )
     return size
 
 
@@ -90,7 +92,7 @@ def check_vocabularies(original: TensorSource, quantized: TensorSource) -> None:
     got, expected = vocab_size_of(quantized), vocab_size_of(original)
     if got != expected:
         raise CheckpointError(
-            f"{model_name(quantized)}: the vocabulary has {got} tokens, expected {expected} as in "
+            f"{model_name(quantized)}: the vocabulary has {got} tokens. Expected {expected} as in "
             f"{model_name(original)}. Only models with the same vocabulary can be compared: name the original that was "
             "quantized."
         )

@@ -90,7 +90,9 @@ class MeasureConfig:
             ConfigError: One of them makes no sense.
         """
         if self.damping is not None and not 0 < self.damping < 1:
-            raise ConfigError(f"damping must lie between 0 and 1, got {self.damping}.")
+            raise ConfigError(
+                f"damping: not usable. Got {self.damping}. Expected a value between 0 and 1. Choose another."
+            )
 
 
 def resolve_device(name: str) -> torch.device:
@@ -107,7 +109,9 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {name!r} cannot be used here ({error}). Try 'cpu' or 'auto'.") from error
+        raise ConfigError(
+            f"device: cannot be used here ({error}). Got {name!r}. Expected one that there is. Try 'cpu' or 'auto'."
+        ) from error
     return device
 
 

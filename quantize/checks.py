@@ -193,7 +193,7 @@ def forecast_outputs(
     if conversion.measures or evaluate is not None:
         require_measurable(checkpoint)
     if measured is not None and rows is not None:
-        raise ConfigError("a measurement brings its own calibration rows, got others too. Leave one of the two out.")
+        raise ConfigError("measurement: brings its own calibration rows. Got others too. Leave one of the two out.")
     for device in {measure.device, *([] if evaluate is None else [evaluate.device])}:
         resolve_device(device)
     if evaluate is not None:

@@ -105,7 +105,9 @@ class Judge:
         try:
             comparison = compare_with(self._run, model, self._progress)
             if not math.isfinite(comparison.summary.kl_nats.value):
-                raise NumericalError("quantized model: its mean KL divergence from the original is not finite.")
+                raise NumericalError(
+                    "quantized model: its mean KL divergence from the original is not finite. Check the original model."
+                )
             return comparison
         except NumericalError as cause:
             predicted = "" if predicted_nats is None else f" The plan predicted {predicted_nats:.3g} nats per token."

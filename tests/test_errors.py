@@ -1,9 +1,15 @@
 """Messages: one line, bounded, and nothing in them that a terminal acts on."""
 
+import ast
 import pickle
+import re
 import time
 import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
 
+import bpwise
+import bpwise.errors
 import pytest
 from bpwise.errors import BpwiseError, CheckpointError, ShapeError, printable, reason
 
@@ -62,3 +68,44 @@ def test_what_libraries_say_becomes_one_short_line() -> None:
     assert reason(KeyError()) == "KeyError"
     assert reason(OSError(" \n")) == "OSError"
     assert reason(RuntimeError("x" * 1000)) == "x" * 200
+
+
+ROOT = Path(bpwise.__file__).parent
+RAISED = {kind.__name__ for kind in vars(bpwise.errors).values() if isinstance(kind, type)} - {"ShapeError"}
+"""All kinds of errors whose messages are written where they are raised."""
+
+
+def written(node: ast.expr) -> str | None:
+    """A message as it stands in the code, ``<>`` for what is put into it; None where it is made elsewhere."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(part.value if isinstance(part, ast.Constant) else "<>" for part in node.values)
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
+
+
+def messages() -> Iterator[tuple[str, str]]:
+    for room in ("checkpoint", "linalg", "measure", "convert", "eval", "quantize", "cli"):
+        for path in sorted((ROOT / room).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in RAISED:
+                    text = written(node.args[0]) if node.args else None
+                    if text is not None:
+                        yield f"{path.relative_to(ROOT)}:{node.lineno}", text
+
+
+MESSAGES = list(messages())
+
+
+def test_messages_are_found() -> None:
+    assert len(MESSAGES) > 300
+
+
+@pytest.mark.parametrize("text", [pytest.param(text, id=place) for place, text in MESSAGES])
+def test_messages_have_one_shape(text: str) -> None:
+    # WHERE: problem. Got X. Expected Y. Do Z. What was got and expected are sentences of their own, if they are said.
+    assert re.match(r".{1,120}?: |<>", text), "begins with the place"
+    assert not re.search(", got |, expected ", text)
+    if not text.endswith("<>"):  # which holds the advice
+        sentences = re.split(r"(?<=[.!?>)]) (?=[A-Z`<])", text)
+        assert text.endswith(".")
+        assert len(sentences) > 1, "says what to do"
+        assert not sentences[-1].startswith(("Got ", "Expected ")), "ends in what to do"

@@ -54,7 +54,7 @@ def test_names_in_messages(tmp_path: Path) -> None:
     (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
     result = run("inspect", directory)
     assert result.exit_code == 1
-    assert "unknown dtype, got 'F99'" in result.stderr
+    assert "unknown dtype. Got 'F99'" in result.stderr
 
 
 def test_half_of_a_surrogate_pair(tmp_path: Path) -> None:

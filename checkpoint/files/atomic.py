@@ -190,7 +190,7 @@ def write_json(path: Path, value: Any) -> None:
         text = json.dumps(value, indent=1, allow_nan=False)
     except ValueError as cause:
         raise NumericalError(
-            f"{path}: not written, expected finite numbers only ({cause}). The computation before it went wrong."
+            f"{path}: not written. Expected finite numbers only ({cause}). The computation before it went wrong."
         ) from cause
     with atomic_file(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
@@ -230,14 +230,14 @@ def _begin(path: Path, temporary: Path, *, new: bool = False, name: Path | None 
 
 def _refuse_in_the_way(path: Path, *, new: bool) -> None:
     if path.is_dir():
-        raise WorkDirectoryError(f"{shown(path)}: in the way, got a directory, expected a file. Choose another path.")
+        raise WorkDirectoryError(f"{shown(path)}: in the way. Got a directory. Expected a file. Choose another path.")
     if path.exists() and not path.is_file():
         raise WorkDirectoryError(
-            f"{shown(path)}: in the way, got a device or a pipe, expected a file. Choose another path."
+            f"{shown(path)}: in the way. Got a device or a pipe. Expected a file. Choose another path."
         )
     if new and path.exists():
         raise WorkDirectoryError(
-            f"{shown(path)}: in the way, got a file, expected no such path. Remove it, or choose another path."
+            f"{shown(path)}: in the way. Got a file. Expected no such path. Remove it, or choose another path."
         )
 
 
@@ -280,12 +280,12 @@ def _refuse_occupied(path: Path, but: str = "") -> None:
         if path.is_dir():
             if any(entry.name != but for entry in path.iterdir()):
                 raise WorkDirectoryError(
-                    f"{shown(path)}: in the way, got a directory with files in it, expected none or an empty one. "
+                    f"{shown(path)}: in the way. Got a directory with files in it. Expected none or an empty one. "
                     "Remove it, or choose another path."
                 )
         elif path.exists():
             raise WorkDirectoryError(
-                f"{shown(path)}: in the way, got a file, expected no such path. Choose another path."
+                f"{shown(path)}: in the way. Got a file. Expected no such path. Choose another path."
             )
 
 

@@ -35,7 +35,7 @@ def require_readable(dtype: torch.dtype, where: str) -> None:
     """
     if dtype not in FLOAT_DTYPES + _INTEGER_DTYPES:
         raise CheckpointError(
-            f"{where} has an unsupported dtype, got {str(dtype).removeprefix('torch.')}, expected float32, float16 or "
+            f"{where} has an unsupported dtype. Got {str(dtype).removeprefix('torch.')}. Expected float32, float16 or "
             "bfloat16 (or integers). Use the model's unquantized release, or save it in bfloat16."
         )
 
@@ -54,6 +54,6 @@ def require_finite(tensor: Tensor, where: str) -> None:
     if tensor.numel() and not all(map(torch.isfinite, tensor.aminmax())):
         bad = int((~torch.isfinite(tensor)).sum())
         raise CheckpointError(
-            f"{where} holds NaN or infinite values, got {bad} of {tensor.numel()}, expected none. "
+            f"{where} holds NaN or infinite values. Got {bad} of {tensor.numel()}. Expected none. "
             "The checkpoint is damaged: get it again, or use another one."
         )

@@ -73,7 +73,7 @@ def try_directory(path: Path) -> None:
     with explained(path):
         in_the_way = path.exists() and not path.is_dir()
     if in_the_way:
-        raise WorkDirectoryError(f"{shown(path)}: in the way, got a file, expected a directory. Choose another path.")
+        raise WorkDirectoryError(f"{shown(path)}: in the way. Got a file. Expected a directory. Choose another path.")
     try_file(path / "try", name=path)
 
 
@@ -95,7 +95,7 @@ def refuse_foreign(
         occupied = path.is_file() and path.stat().st_size > 0
     if occupied and not is_ours(path):
         raise WorkDirectoryError(
-            f"{shown(path)}: in the way, got another file, expected none or {kind} of bpwise. Choose another path, or "
+            f"{shown(path)}: in the way. Got another file. Expected none or {kind} of bpwise. Choose another path, or "
             f"{advice}."
         )
 

@@ -124,8 +124,8 @@ def complete_config(config: Mapping[str, Any], path: Path, *, embedding_rows: in
     language = parsed.get_text_config()
     if isinstance(language, Mapping):  # a class without parts keeps what the file has under this key
         raise CheckpointError(
-            f"{path}: a text_config that no {config['model_type']} model has. Got one in a model of a single part, "
-            "expected its keys at the top level. Move them there, or delete text_config."
+            f"{path}: a text_config that no {config['model_type']} model has. Got one in a model of a single part. "
+            "Expected its keys at the top level. Move them there, or delete text_config."
         )
     _complete(text, language)
     rope = getattr(language, "rope_parameters", None)
@@ -171,7 +171,7 @@ def parse_config(config: Mapping[str, Any], path: Path) -> Any:
         name = getattr(text, key, None)
         if name is not None and (not isinstance(name, str) or name not in ACT2FN):
             raise CheckpointError(
-                f"{path}: unknown {key}. Got {name!r}, expected an activation that Transformers knows, such as 'silu' "
+                f"{path}: unknown {key}. Got {name!r}. Expected an activation that Transformers knows, such as 'silu' "
                 "or 'gelu_pytorch_tanh'. Correct it."
             )
     return parsed
@@ -240,12 +240,12 @@ def _check_parts(config: Mapping[str, Any], path: Path) -> None:
     names = config.get("architectures")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise CheckpointError(
-            f"{path}: wrong architectures. Got {names!r}, expected a list of names of model classes. Correct it."
+            f"{path}: wrong architectures. Got {names!r}. Expected a list of names of model classes. Correct it."
         )
     for key in _PARTS:
         value = config.get(key)
         if value is not None and not isinstance(value, Mapping):
-            raise CheckpointError(f"{path}: wrong {key}. Got {value!r}, expected an object. Correct it.")
+            raise CheckpointError(f"{path}: wrong {key}. Got {value!r}. Expected an object. Correct it.")
     level: list[Any] = [config]
     for _ in range(_MOST_LEVELS):
         children = [child for part in level for child in (part.values() if isinstance(part, Mapping) else part)]
@@ -266,7 +266,7 @@ def _check_sizes(config: Mapping[str, Any], path: Path) -> None:
             smallest = 0 if key in _MAY_BE_ZERO else 1
             if isinstance(value, int | float) and not smallest <= value <= largest:
                 raise CheckpointError(
-                    f"{path}: impossible {key}. Got {value!r}, expected a whole number from {smallest} to {largest}. "
+                    f"{path}: impossible {key}. Got {value!r}. Expected a whole number from {smallest} to {largest}. "
                     "Correct it."
                 )
 
@@ -275,8 +275,8 @@ def _check_heads(text: Mapping[str, Any], path: Path) -> None:
     heads, groups = text.get("num_attention_heads"), text.get("num_key_value_heads")
     if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
         raise CheckpointError(
-            f"{path}: num_attention_heads and num_key_value_heads do not fit together. Got {heads} and {groups}, "
-            "expected the first to be a multiple of the second. Correct them."
+            f"{path}: num_attention_heads and num_key_value_heads do not fit together. Got {heads} and {groups}. "
+            "Expected the first to be a multiple of the second. Correct them."
         )
 
 
@@ -284,7 +284,7 @@ def _check_experts(text: Mapping[str, Any], path: Path) -> None:
     chosen, experts = text.get("num_experts_per_tok"), text.get("num_experts") or text.get("num_local_experts")
     if isinstance(chosen, int) and isinstance(experts, int) and chosen > experts:
         raise CheckpointError(
-            f"{path}: num_experts_per_tok is larger than the number of experts. Got {chosen}, expected at most "
+            f"{path}: num_experts_per_tok is larger than the number of experts. Got {chosen}. Expected at most "
             f"{experts}. Correct it."
         )
 
@@ -293,7 +293,7 @@ def _check_padding(text: Mapping[str, Any], path: Path) -> None:
     padding, vocabulary = text.get("pad_token_id"), text.get("vocab_size")
     if isinstance(padding, int) and isinstance(vocabulary, int) and not -vocabulary <= padding < vocabulary:
         raise CheckpointError(
-            f"{path}: pad_token_id is outside the vocabulary. Got {padding}, expected an id below vocab_size, "
+            f"{path}: pad_token_id is outside the vocabulary. Got {padding}. Expected an id below vocab_size, "
             f"{vocabulary}. Set it to null."
         )
 
@@ -311,15 +311,15 @@ def _check_rope(parameters: Any, text: Mapping[str, Any], path: Path) -> None:
         known = ["default", *ROPE_INIT_FUNCTIONS]
         if kind not in known:
             raise CheckpointError(
-                f"{path}: unknown rope_type. Got {kind!r}, expected one of {', '.join(known)}. Correct it."
+                f"{path}: unknown rope_type. Got {kind!r}. Expected one of {', '.join(known)}. Correct it."
             )
         for key, expected in _impossible(rope, head_dim):
-            raise CheckpointError(f"{path}: impossible {key}. Got {rope.get(key)!r}, expected {expected}. Correct it.")
+            raise CheckpointError(f"{path}: impossible {key}. Got {rope.get(key)!r}. Expected {expected}. Correct it.")
     stated, used = text.get("rope_theta"), (parameters.get("full_attention") or parameters).get("rope_theta")
     if stated is not None and used is not None and stated != used:
         raise CheckpointError(
             f"{path}: two different rotary bases. Got rope_theta {stated!r} at the top level and {used!r} in "
-            "rope_parameters, expected the same. Transformers uses the second, other readers the first: delete the "
+            "rope_parameters. Expected the same. Transformers uses the second, other readers the first: delete the "
             "wrong one."
         )
 

@@ -280,6 +280,6 @@ def family_of(config: Mapping[str, Any]) -> Family:
     if family is None:
         known = ", ".join(sorted(_FAMILIES.keys() | _COMPOSITES.keys()))
         raise UnsupportedModelError(
-            f"config.json: model_type {model_type!r} is not supported, expected one of {known}."
+            f"config.json: model_type {model_type!r} is not supported. Expected one of {known}. Choose another model."
         )
     return family

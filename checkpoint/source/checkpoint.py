@@ -119,7 +119,7 @@ class Checkpoint:
         if not directory.is_dir():
             got = "a file" if directory.exists() else "nothing there"
             raise CheckpointError(
-                f"{directory}: no model directory, got {got}, expected a directory with config.json and "
+                f"{directory}: no model directory. Got {got}. Expected a directory with config.json and "
                 "safetensors files. Check the path."
             )
         refuse_adapter(directory)
@@ -276,7 +276,7 @@ class Checkpoint:
             return self._places[name]
         except KeyError:
             raise CheckpointError(
-                f"{self._directory}: tensor {name!r} is missing, got {len(self._places)} other tensors. "
+                f"{self._directory}: tensor {name!r} is missing. Got {len(self._places)} other tensors. "
                 f"{_missing_hint(name, sorted(self._places))}"
             ) from None
 
@@ -291,14 +291,14 @@ def _check_config(config: dict[str, Any], path: Path, *, quantized: bool) -> Non
     for key in QUANTIZED_KEYS:
         if config.get(key) is not None and not quantized:
             raise CheckpointError(
-                f"{path}: the model is already quantized, got {key!r}, expected unquantized weights. "
+                f"{path}: the model is already quantized. Got {key!r}. Expected unquantized weights. "
                 "Use the original model."
             )
     for part in (config, text_config(config)):
         flag = part.get("tie_word_embeddings")
         if flag is not None and not isinstance(flag, bool):
             raise CheckpointError(
-                f"{path}: wrong tie_word_embeddings, got {flag!r}, expected true or false. Correct it."
+                f"{path}: wrong tie_word_embeddings. Got {flag!r}. Expected true or false. Correct it."
             )
 
 

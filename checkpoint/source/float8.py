@@ -62,7 +62,7 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
             )
         if method not in _METHODS or torch.float8_e4m3fn not in dtypes:
             raise CheckpointError(
-                f"{path}: the model is already quantized, got {key!r} with method {method!r}, expected unquantized or "
+                f"{path}: the model is already quantized. Got {key!r} with method {method!r}. Expected unquantized or "
                 "8-bit floating-point weights. Use the original model."
             )
         return Float8View(checkpoint)
@@ -161,7 +161,7 @@ def _block(config: dict[str, Any]) -> tuple[int, int] | None:
         return None
     if not (isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)):
         raise CheckpointError(
-            f"config.json: the size of float8 blocks is {block!r}, expected two numbers. Get the model again."
+            f"config.json: the size of float8 blocks is {block!r}. Expected two numbers. Get the model again."
         )
     return block[0], block[1]
 
@@ -181,6 +181,6 @@ def _check_scale(base: Checkpoint, name: str, scale: str, block: tuple[int, int]
         fits, expected = got == sizes, f"{sizes} for blocks of {block[0]} x {block[1]}"
     if not fits:
         raise CheckpointError(
-            f"{base.info(scale).file}: tensor {scale!r} has a wrong shape, got {got}, expected {expected} beside a "
+            f"{base.info(scale).file}: tensor {scale!r} has a wrong shape. Got {got}. Expected {expected} beside a "
             f"weight of {shape}. The checkpoint is damaged: get it again."
         )

@@ -43,7 +43,7 @@ def resolve_model(model: str) -> Path:
     if (model and path.exists()) or not _HUB_ID.fullmatch(model):
         got = "a file" if model and path.exists() else "nothing there"
         raise CheckpointError(
-            f"{model or '(empty)'}: no model, got {got}, expected a directory, or a Hugging Face Hub id "
+            f"{model or '(empty)'}: no model. Got {got}. Expected a directory, or a Hugging Face Hub id "
             "such as org/name. Check the path."
         )
     return _download(model)
@@ -202,7 +202,7 @@ def confined_file(directory: Path, name: str) -> Path:
     unsafe = relative.is_absolute() or ".." in relative.parts or relative.drive or "\\" in name or "\0" in name
     if unsafe or not _encodable(name):
         raise CheckpointError(
-            f"{directory}: unsafe file name, got {name!r:.200}, expected one inside the directory. "
+            f"{directory}: unsafe file name. Got {name!r:.200}. Expected one inside the directory. "
             "Do not use this model unless you trust its source."
         )
     path = directory / relative
@@ -217,7 +217,7 @@ def confined_file(directory: Path, name: str) -> Path:
         raise CheckpointError(f"{path}: cannot be followed ({cause}). Get the model again.") from cause
     if not target.is_relative_to(root) and not _in_hub_store(root, target):
         raise CheckpointError(
-            f"{path}: leads outside the model directory, got {target}, expected a file in {root}. "
+            f"{path}: leads outside the model directory. Got {target}. Expected a file in {root}. "
             "Replace the link by the file itself if you trust it."
         )
     if not regular:

@@ -62,7 +62,7 @@ def refuse_adapter(directory: Path) -> None:
         return
     base = read_json(confined_file(directory, _ADAPTER), CheckpointError).get("base_model_name_or_path")
     raise CheckpointError(
-        f"{directory}: a LoRA adapter, not a model, got {_ADAPTER} without weights of a model. Give the base model"
+        f"{directory}: a LoRA adapter, not a model. Got {_ADAPTER} without weights of a model. Give the base model"
         f"{f' ({base!r:.200})' if isinstance(base, str) and base else ''} as MODEL, and this directory with --lora."
     )
 
@@ -74,27 +74,29 @@ def _single_weight_file(directory: Path) -> str:
         return found[0]
     if found:
         raise CheckpointError(
-            f"{directory}: unclear weights, got {len(found)} safetensors files, expected {_WEIGHTS}, "
+            f"{directory}: unclear weights. Got {len(found)} safetensors files. Expected {_WEIGHTS}, "
             f"{_INDEX} or a single file. Get the index file too."
         )
     pickles = [name for name in files if name.endswith(_PICKLES)]
     if pickles:
         raise CheckpointError(
-            f"{directory}: pickled weights can run code, got {pickles[0]!r}, expected safetensors. Convert "
+            f"{directory}: pickled weights can run code. Got {pickles[0]!r}. Expected safetensors. Convert "
             "the model with Transformers' save_pretrained(safe_serialization=True)."
         )
-    raise CheckpointError(f"{directory}: no weights, got no safetensors file, expected {_WEIGHTS} or {_INDEX}.")
+    raise CheckpointError(
+        f"{directory}: no weights. Got no safetensors file. Expected {_WEIGHTS} or {_INDEX}. Get the model again."
+    )
 
 
 def _read_index(directory: Path) -> dict[str, str]:
     path = confined_file(directory, _INDEX)
     weight_map = read_schema(path, _Index, CheckpointError).weight_map
     if not weight_map:
-        raise CheckpointError(f"{path}: empty weight_map, expected names of tensors and files. Get it again.")
+        raise CheckpointError(f"{path}: empty weight_map. Expected names of tensors and files. Get it again.")
     for name, shard in weight_map.items():
         if not shard.endswith(".safetensors"):
             raise CheckpointError(
-                f"{path}: wrong file for tensor {name!r:.200}, got {shard!r:.200}, expected a .safetensors file. "
+                f"{path}: wrong file for tensor {name!r:.200}. Got {shard!r:.200}. Expected a .safetensors file. "
                 "Get it again."
             )
     return weight_map
@@ -106,8 +108,8 @@ def _check_shards(directory: Path, headers: dict[str, SafetensorsHeader], weight
         for name in header.entries:
             if name in holder:
                 raise CheckpointError(
-                    f"{directory}: tensor {name!r} is stored twice, got {holder[name]} and {shard}, "
-                    "expected one file. Get the model again."
+                    f"{directory}: tensor {name!r} is stored twice. Got {holder[name]} and {shard}. "
+                    "Expected one file. Get the model again."
                 )
             holder[name] = shard
     for name, shard in weight_map.items():
@@ -119,8 +121,8 @@ def _check_shards(directory: Path, headers: dict[str, SafetensorsHeader], weight
             )
         if holder[name] != shard:
             raise CheckpointError(
-                f"{directory / _INDEX}: wrong file for tensor {name!r}, got {shard}, expected "
+                f"{directory / _INDEX}: wrong file for tensor {name!r}. Got {shard}. Expected "
                 f"{holder[name]}, which holds it. Get the model again."
             )
     if not holder:
-        raise CheckpointError(f"{directory}: no weights, got files without tensors. Get the model again.")
+        raise CheckpointError(f"{directory}: no weights. Got files without tensors. Get the model again.")

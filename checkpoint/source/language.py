@@ -83,7 +83,7 @@ class LanguageModel(SourceView):
             first += features
         if self.base.shape(stored)[0] != first:
             raise CheckpointError(
-                f"{self.directory}: {stored} has {self.base.shape(stored)[0]} rows, expected {first} by config.json. "
+                f"{self.directory}: {stored} has {self.base.shape(stored)[0]} rows. Expected {first} by config.json. "
                 "The files do not belong together."
             )
 
@@ -182,14 +182,14 @@ def _require_consistent(model: LanguageModel) -> None:
         model.shape(f"{model.family.linear_names(0, model.family.stages[0])[0]}.weight")  # says what is there instead
     if missing is not None:
         raise CheckpointError(
-            f"{where}: the weights lack a block. Got no tensor of {model.family.blocks}.{missing}, expected "
+            f"{where}: the weights lack a block. Got no tensor of {model.family.blocks}.{missing}. Expected "
             f"num_hidden_layers {model.block_count} of config.json. Get the missing files, or correct config.json."
         )
     for block in range(model.block_count):
         stages = model.family.input_groups(block, model.names)
         if not stages:
             raise CheckpointError(
-                f"{where}: {model.family.blocks}.{block} has no linears. Got none, expected those of a "
+                f"{where}: {model.family.blocks}.{block} has no linears. Got none. Expected those of a "
                 f"{config.get('model_type')} block. Get the model again."
             )
         for stage in stages:
@@ -202,7 +202,7 @@ def _require_shape(model: LanguageModel, name: str, expected: tuple[Any, Any]) -
     shape = model.shape(name)
     if len(shape) != 2 or any(want is not None and got != want for got, want in zip(shape, expected, strict=True)):
         raise CheckpointError(
-            f"{model.directory}: config.json does not fit the weights. Got shape {shape} for {name}, expected "
+            f"{model.directory}: config.json does not fit the weights. Got shape {shape} for {name}. Expected "
             f"{expected}. The files do not belong together: get the model again."
         )
 

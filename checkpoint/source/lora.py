@@ -119,12 +119,12 @@ class LoraView(CheckpointView):
         self._adapter = Path(adapter)
         if not os.path.lexists(self._adapter / _CONFIG):
             got = f"a directory without {_CONFIG}" if self._adapter.is_dir() else "no directory"
-            raise CheckpointError(f"{adapter}: no adapter, got {got}. Check the path.")
+            raise CheckpointError(f"{adapter}: no adapter. Got {got}. Check the path.")
         self._settings = read_schema(confined_file(self._adapter, _CONFIG), _Settings, CheckpointError)
         _check_settings(self._settings, self._adapter / _CONFIG)
         if not (self._adapter / _WEIGHTS).exists() and (self._adapter / _PICKLE).exists():
             raise CheckpointError(
-                f"{adapter}: pickled weights can run code, got {_PICKLE}, expected {_WEIGHTS}. Save the adapter "
+                f"{adapter}: pickled weights can run code. Got {_PICKLE}. Expected {_WEIGHTS}. Save the adapter "
                 "again with PEFT's save_pretrained, which writes safetensors."
             )
         self._header: SafetensorsHeader = read_header(confined_file(self._adapter, _WEIGHTS), CheckpointError)
@@ -243,7 +243,7 @@ class LoraView(CheckpointView):
             expected.add("magnitude")
         if parts.keys() != expected:
             raise CheckpointError(
-                f"{self._where}: module {module!r} has tensors for {sorted(parts)}, expected {sorted(expected)}. "
+                f"{self._where}: module {module!r} has tensors for {sorted(parts)}. Expected {sorted(expected)}. "
                 "The adapter is damaged, or of a kind that cannot be merged."
             )
         # An embedding's matrices make what its table is transposed.
@@ -259,7 +259,7 @@ class LoraView(CheckpointView):
         alpha = _by_pattern(self._settings.alpha_pattern, module, self._settings.lora_alpha, config)
         if rank is None or alpha is None:
             raise CheckpointError(
-                f"{config}: r is {rank!r} and lora_alpha {alpha!r} for {module!r}, expected a "
+                f"{config}: r is {rank!r} and lora_alpha {alpha!r} for {module!r}. Expected a "
                 "positive whole number and a number. Get the adapter again."
             )
         shape = self._base.shape(self._base_name(name))
@@ -280,12 +280,14 @@ class LoraView(CheckpointView):
                 "weights. The adapter was made for another model: name the one it was trained on."
             )
         if len(self._base.shape(self._base_name(name))) != 2 and "lora_" in stored:
-            raise CheckpointError(f"{self._where}: tensor {stored!r} is of {name!r}, which is not a matrix.")
+            raise CheckpointError(
+                f"{self._where}: tensor {stored!r} is of {name!r}, which is not a matrix. Get the model again."
+            )
 
     def _require_shape(self, stored: str, got: tuple[int, ...], expected: tuple[int, ...], name: str) -> None:
         if got != expected:
             raise CheckpointError(
-                f"{self._where}: tensor {stored!r} has a wrong shape, got {got}, expected {expected} beside {name!r} "
+                f"{self._where}: tensor {stored!r} has a wrong shape. Got {got}. Expected {expected} beside {name!r} "
                 f"of {self._base.directory}. The adapter does not belong to this model."
             )
 
@@ -293,18 +295,18 @@ class LoraView(CheckpointView):
 def _check_settings(settings: _Settings, path: Path) -> None:
     if settings.peft_type != "LORA":
         raise CheckpointError(
-            f"{path}: the adapter's peft_type is {settings.peft_type!r:.200}, expected 'LORA': no other kind can be "
+            f"{path}: the adapter's peft_type is {settings.peft_type!r:.200}. Expected 'LORA': no other kind can be "
             "merged here. Merge it with PEFT's merge_and_unload."
         )
     if settings.bias != "none":
         raise CheckpointError(
-            f"{path}: the adapter has biases of its own, bias is {settings.bias!r:.200}, expected 'none'. Merge it "
+            f"{path}: the adapter has biases of its own, bias is {settings.bias!r:.200}. Expected 'none'. Merge it "
             "with PEFT's merge_and_unload."
         )
     start = settings.init_lora_weights
     if start not in _PLAIN_STARTS:
         raise CheckpointError(
-            f"{path}: the adapter began as {start!r:.200}, which changes the base's weights too, expected a plain "
+            f"{path}: the adapter began as {start!r:.200}, which changes the base's weights too. Expected a plain "
             "start. Convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)."
         )
     for key in _Refused.__struct_fields__:

@@ -64,8 +64,8 @@ class Exl2Conversion(Conversion):
             info = self.checkpoint.info(name)
             if info.dtype not in FLOAT_DTYPES:
                 raise CheckpointError(
-                    f"{info.file}: tensor {name!r} cannot be carried over, got "
-                    f"{str(info.dtype).removeprefix('torch.')}, expected float16, bfloat16 or float32. If it is not a "
+                    f"{info.file}: tensor {name!r} cannot be carried over. Got "
+                    f"{str(info.dtype).removeprefix('torch.')}. Expected float16, bfloat16 or float32. If it is not a "
                     "weight (a mask, positions), load the model in Transformers and save it again: save_pretrained "
                     "leaves it out."
                 )

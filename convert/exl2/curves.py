@@ -37,7 +37,10 @@ class Exl2Curves:
             ConfigError: It is none.
         """
         if group_size < ROW_MULTIPLE or group_size % ROW_MULTIPLE:
-            raise ConfigError(f"group_size must be a positive multiple of {ROW_MULTIPLE}, got {group_size}.")
+            raise ConfigError(
+                f"group_size: not usable. Got {group_size}. Expected a positive multiple of {ROW_MULTIPLE}."
+                " Choose another."
+            )
         self.group_size = group_size
 
     @property

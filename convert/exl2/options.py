@@ -106,13 +106,22 @@ class Exl2Options(FormatOptions):
         """
         check_head_bits(self.head_bits)
         if self.effort not in get_args(Effort):
-            raise ConfigError(f"effort must be one of {get_args(Effort)}, got {self.effort!r}.")
+            raise ConfigError(
+                f"effort: not usable. Got {self.effort!r}. Expected one of {get_args(Effort)}. Choose another."
+            )
         if self.cache_bits not in CACHE_BITS:
-            raise ConfigError(f"cache_bits must be one of {CACHE_BITS}, got {self.cache_bits}.")
+            raise ConfigError(
+                f"cache_bits: not usable. Got {self.cache_bits}. Expected one of {CACHE_BITS}. Choose another."
+            )
         if self.group_size < ROW_MULTIPLE or self.group_size % ROW_MULTIPLE:
-            raise ConfigError(f"group_size must be a positive multiple of {ROW_MULTIPLE}, got {self.group_size}.")
+            raise ConfigError(
+                f"group_size: not usable. Got {self.group_size}. Expected a positive multiple of {ROW_MULTIPLE}."
+                " Choose another."
+            )
         if self.shard_bytes <= 0:
-            raise ConfigError(f"shard_bytes must be positive, got {self.shard_bytes}.")
+            raise ConfigError(
+                f"shard_bytes: not usable. Got {self.shard_bytes}. Expected a positive number. Choose another."
+            )
 
 
 def _without_vram(options: Mapping[str, Any]) -> bool:

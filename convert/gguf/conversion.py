@@ -235,7 +235,7 @@ def require_known(config: Mapping[str, Any], hint: str) -> None:
     model_type = config.get("model_type")
     if model_type not in known_model_types():
         raise UnsupportedModelError(
-            f"config.json: GGUF files of model_type {model_type!r} cannot be planned or read back, expected one of "
+            f"config.json: GGUF files of model_type {model_type!r} cannot be planned or read back. Expected one of "
             f"{', '.join(known_model_types())}. {hint}"
         )
 

@@ -217,9 +217,11 @@ def _overridden(tensor: _Tensor, override: TypeOverride, measured: Sequence[str]
     kind = override.kind
     if not kind.fits(tensor.row_weights):
         raise ConfigError(
-            f"--override {override.pattern}={kind.name}: {tensor.name} has rows of {tensor.row_weights} weights, "
-            f"expected a multiple of {kind.block_weights} for this type. Choose one of {', '.join(tensor.damage_nats)}."
+            f"--override {override.pattern}={kind.name}: {tensor.name} has rows of {tensor.row_weights} weights. "
+            f"Expected a multiple of {kind.block_weights} for this type. Choose one of {', '.join(tensor.damage_nats)}."
         )
     if kind.quantized and kind.name not in measured:
-        raise ConfigError(f"--override {override.pattern}={kind.name}: the measurement does not know this type.")
+        raise ConfigError(
+            f"--override {override.pattern}={kind.name}: the measurement does not know this type. Choose another."
+        )
     return _Tensor(tensor.name, tensor.rows, tensor.row_weights, {kind.name: tensor.damage_nats.get(kind.name, 0.0)})

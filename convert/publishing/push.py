@@ -74,7 +74,10 @@ def find_outputs(path: Path) -> list[Path]:
     found = [each for each in sorted(path.iterdir()) if format_of(each) is not None] if path.is_dir() else []
     if not found:
         titles = ", ".join(each.title for each in formats().values())
-        raise PublishError(f"{path}: no quantized model. Expected one of the formats {titles}, or a folder of them.")
+        raise PublishError(
+            f"{path}: no quantized model. Expected one of the formats {titles}, or a folder of them."
+            " Choose another name."
+        )
     return found
 
 
@@ -96,7 +99,9 @@ def plan_uploads(outputs: Sequence[Path], target: str, *, by_branch: bool = Fals
     """
     owner, _, name = target.partition("/")
     if not HUB_ID.fullmatch(target if name else f"{target}NAME"):
-        raise PublishError(f"{target}: no place on the Hub, expected ORG/NAME, or ORG/ to name it by convention.")
+        raise PublishError(
+            f"{target}: no place on the Hub. Expected ORG/NAME, or ORG/ to name it by convention. Choose another name."
+        )
     for output in outputs:
         _check(output)
     uploads = [_upload(output, owner, name, by_branch) for output in outputs]
@@ -146,7 +151,7 @@ def push_model(upload: Upload, *, public: bool = False, api: HfApi | None = None
         api.create_repo(upload.repo, private=not public, exist_ok=True)
         if not public and not api.repo_info(upload.repo).private:
             raise PublishError(
-                f"{upload.repo}: is public already, expected a private one. Add --public to publish there."
+                f"{upload.repo}: is public already. Expected a private one. Add --public to publish there."
             )
         if upload.branch is not None:
             api.create_branch(upload.repo, branch=upload.branch, exist_ok=True)
@@ -231,7 +236,7 @@ def _named(output: Path, format_: Format) -> tuple[str, str, list[str]]:
         name = format_.card(format_.open(output), base).name
     found = RATE.search(name)
     if found is None:
-        raise PublishError(f"{output}: its name tells no bitrate, expected one as NAME-4.5bpw. Rename it.")
+        raise PublishError(f"{output}: its name tells no bitrate. Expected one as NAME-4.5bpw. Rename it.")
     return name[: found.start()], rate_text(float(found[1])), name[found.end(1) :].split("-")[1:]
 
 
@@ -248,7 +253,7 @@ def _directory_files(output: Path, format_: Format) -> tuple[list[tuple[str, Pat
         )
         if published and not path.is_dir():
             if path.is_symlink():
-                raise CheckpointError(f"{path}: is a link, expected a file. Replace it by what it points to.")
+                raise CheckpointError(f"{path}: is a link. Expected a file. Replace it by what it points to.")
             files.append((name, confined_file(output, name)))
         else:
             left_out.append(name)

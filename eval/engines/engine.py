@@ -162,7 +162,7 @@ def _run(
         floor_nats = _floor_nats(first, exact, rows.tokens[0])
         if floor_nats > _SAME_MODEL_NATS:
             raise CheckpointError(
-                f"{base.path}: run by {ENGINE} it is {floor_nats:.3g} nats per token away from the original, expected "
+                f"{base.path}: run by {ENGINE} it is {floor_nats:.3g} nats per token away from the original. Expected "
                 f"less than {_SAME_MODEL_NATS}: it is not a conversion of that model, or lost something of it (rope "
                 "scaling). Convert the original again."
             )
@@ -174,7 +174,7 @@ def _check_sizes(first: EngineModel, second: EngineModel, vocab_size: int) -> No
     for model in (first, second):
         if model.vocab_size != vocab_size:
             raise CheckpointError(
-                f"{ENGINE}: sees a vocabulary of {model.vocab_size} tokens, expected {vocab_size} as in the "
+                f"{ENGINE}: sees a vocabulary of {model.vocab_size} tokens. Expected {vocab_size} as in the "
                 "original. Convert it again."
             )
 

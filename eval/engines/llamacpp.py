@@ -169,7 +169,9 @@ class LlamaLibrary:
         try:
             self._library = ctypes.CDLL(str(path))
         except OSError as cause:
-            raise ConfigError(f"{path}: cannot be loaded ({cause}), expected llama.cpp's shared library.") from cause
+            raise ConfigError(
+                f"{path}: cannot be loaded ({cause}). Expected llama.cpp's shared library. Choose another."
+            ) from cause
         for name, (result, arguments) in _FUNCTIONS.items():
             function = getattr(self._library, name, None)
             if function is None:
@@ -285,7 +287,10 @@ class EngineModel:
             batch = _Batch(n_tokens=len(ids), token=ids.ctypes.data, logits=wanted.ctypes.data)
             code = library.call("llama_decode", self._context, batch)
             if code != 0:
-                raise NumericalError(f"{self._path}: llama.cpp failed with code {code} ({library.complaint()}).")
+                raise NumericalError(
+                    f"{self._path}: llama.cpp failed with code {code} ({library.complaint()})."
+                    " Check the original model."
+                )
             pointer = library.call("llama_get_logits", self._context)
             values = torch.from_numpy(np.ctypeslib.as_array(pointer, (len(ids), self.vocab_size)).copy())
             if not all(map(torch.isfinite, values.aminmax())):
@@ -313,7 +318,7 @@ def _load(directory: Path | None) -> LlamaLibrary:
                 if (directory / folder / name).is_file():
                     return LlamaLibrary(directory / folder / name, f"llama.cpp in {directory.name}")
         raise ConfigError(
-            f"{directory}: no shared library of llama.cpp, expected {_LIBRARY_NAMES[0]} in it or in build/bin. "
+            f"{directory}: no shared library of llama.cpp. Expected {_LIBRARY_NAMES[0]} in it or in build/bin. "
             "Build it with -DBUILD_SHARED_LIBS=ON."
         )
     install = f"Install it: pip install xllamacpp=={XLLAMACPP_VERSION}, or name a built llama.cpp with --llama-cpp."
@@ -324,7 +329,7 @@ def _load(directory: Path | None) -> LlamaLibrary:
     with suppress(importlib.metadata.PackageNotFoundError):
         version = importlib.metadata.version("xllamacpp")
     if version != XLLAMACPP_VERSION:
-        raise ConfigError(f"llama.cpp: got xllamacpp {version}, expected {XLLAMACPP_VERSION}. {install}")
+        raise ConfigError(f"llama.cpp: got xllamacpp {version}. Expected {XLLAMACPP_VERSION}. {install}")
     suffix = ".pyd" if sys.platform == "win32" else ".so"
     files = sorted(Path(found.submodule_search_locations[0]).glob(f"xllamacpp*{suffix}"))
     if not files:

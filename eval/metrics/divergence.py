@@ -236,7 +236,7 @@ def _perplexity(nll_nats: Tensor, role: str) -> Estimate:
     mean = mean_over_rows(nll_nats)
     if not mean.value < _MAX_NLL_NATS:
         raise NumericalError(
-            f"{role} model: mean negative log-likelihood {mean.value:.3g} nats per token, expected less than "
+            f"{role} model: mean negative log-likelihood {mean.value:.3g} nats per token. Expected less than "
             f"{_MAX_NLL_NATS:.0f}: it predicts worse than at random. Its weights are broken."
         )
     return mean.scaled(math.exp(mean.value), math.exp(mean.value))

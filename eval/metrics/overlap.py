@@ -80,7 +80,7 @@ class CalibrationSpans:
         found = _TEXT_FORM.fullmatch(text) if isinstance(text, str) else None
         if found is None:
             raise FormatError(
-                f"calibration_spans: got {str(text)[:40]!r}, expected a length and hashes. The model's metadata are "
+                f"calibration_spans: got {str(text)[:40]!r}. Expected a length and hashes. The model's metadata are "
                 "damaged."
             )
         hashes = bytes.fromhex(found[2])
@@ -128,7 +128,7 @@ def refuse_calibration_text(
     few = 0 if spans is None else _MOST_SPANS * spans.span_tokens / _body(rows).numel()
     if share is not None and share > max(_MOST_SHARED, few) and not allowed:
         raise CalibrationError(
-            f"evaluation text: at least {share:.1%} of its tokens are in the calibration text, expected none: damage "
+            f"evaluation text: at least {share:.1%} of its tokens are in the calibration text. Expected none: damage "
             "would look smaller than it is. Evaluate on other text, or force it with --force-eval-text "
             "(allow_calibration_text)."
         )

@@ -54,7 +54,7 @@ def check_comparable(comparisons: Sequence[Comparison]) -> None:
         ConfigError: There is none, or they differ in original, text, dtype or engine.
     """
     if not comparisons:
-        raise ConfigError("report: no comparisons, expected at least one.")
+        raise ConfigError("report: no comparisons. Expected at least one. Give one.")
     first = comparisons[0]
     for other in comparisons[1:]:
         for what in ("original", "text_fingerprint", "dtype", "engine"):
@@ -62,7 +62,7 @@ def check_comparable(comparisons: Sequence[Comparison]) -> None:
             if got != expected:
                 raise ConfigError(
                     f"report: {other.quantized.name} was compared with another {what.replace('_', ' ')} than "
-                    f"{first.quantized.name}, got {got}, expected {expected}. Evaluate both in one run."
+                    f"{first.quantized.name}. Got {got}. Expected {expected}. Evaluate both in one run."
                 )
 
 

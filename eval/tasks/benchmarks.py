@@ -69,15 +69,19 @@ class TaskConfig:
             ConfigError: One of them makes no sense.
         """
         if not self.tasks:
-            raise ConfigError("tasks: none given, expected names such as mmlu or arc_challenge.")
+            raise ConfigError("tasks: none given. Expected names such as mmlu or arc_challenge. Name some.")
         if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
+            raise ConfigError(
+                f"dtype: not usable. Got {self.dtype!r}. Expected one of {', '.join(DTYPES)}. Choose another."
+            )
         if self.limit is not None and self.limit <= 0:
-            raise ConfigError(f"limit must be above 0, got {self.limit:g}.")
+            raise ConfigError(f"limit: not usable. Got {self.limit:g}. Expected above 0. Choose another.")
         if self.num_fewshot is not None and self.num_fewshot < 0:
-            raise ConfigError(f"num_fewshot must be 0 or more, got {self.num_fewshot}.")
+            raise ConfigError(f"num_fewshot: not usable. Got {self.num_fewshot}. Expected 0 or more. Choose another.")
         if self.batch_size.partition(":")[0] != "auto" and not (self.batch_size.isdecimal() and int(self.batch_size)):
-            raise ConfigError(f"batch_size must be a positive number or auto, got {self.batch_size!r}.")
+            raise ConfigError(
+                f"batch_size: not usable. Got {self.batch_size!r}. Expected a positive number or auto. Choose another."
+            )
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -144,7 +148,7 @@ def load_tasks(config: TaskConfig) -> LoadedTasks:
             near = difflib.get_close_matches(pattern, manager.all_tasks, _SUGGESTIONS)
             advice = f"Close to it are: {', '.join(near)}." if near else "`lm-eval ls tasks` lists them."
             raise ConfigError(
-                f"tasks: lm-eval does not know {pattern!r}, expected the name of a task or group. {advice}"
+                f"tasks: lm-eval does not know {pattern!r}. Expected the name of a task or group. {advice}"
             )
         names += [name for name in found if name not in names]
     objects: dict[str, Any] = {}
@@ -154,7 +158,7 @@ def load_tasks(config: TaskConfig) -> LoadedTasks:
                 found = manager.load([name])
         except Exception as error:  # whatever data sets, their files and the tasks' own code raise
             raise ConfigError(
-                f"tasks: {name} cannot be loaded ({reason(error)}), expected its definition and its questions on "
+                f"tasks: {name} cannot be loaded ({reason(error)}). Expected its definition and its questions on "
                 "the Hub or in local files. Check the network and the paths in its definition."
             ) from error
         objects.update({name: found["groups"][name]} if name in found["groups"] else found["tasks"])
@@ -164,7 +168,9 @@ def load_tasks(config: TaskConfig) -> LoadedTasks:
         raise ConfigError(f"tasks: {error}. Ask for one of them.") from error
     for name, task in content["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
-            raise ConfigError(f"tasks: {name} runs code that the model writes, which bpwise does not do.")
+            raise ConfigError(
+                f"tasks: {name} runs code that the model writes, which bpwise does not do. Choose another."
+            )
         _set_fewshot(task, config.num_fewshot)
     return LoadedTasks(config=config, asked=tuple(objects), content=content)
 
@@ -297,7 +303,7 @@ def _task_manager(include_path: Path | None) -> Any:
         from lm_eval.tasks import TaskManager  # noqa: PLC0415
     except ImportError as error:
         raise BpwiseError(
-            f"Benchmarks are run by lm-eval, which is not installed ({error}). Run: pip install 'bpwise[tasks]'"
+            f"Benchmarks are run by lm-eval, which is not installed ({error}). Run: pip install 'bpwise[tasks]'."
         ) from error
     with _quiet():
         return TaskManager(include_path=None if include_path is None else str(include_path))

@@ -81,11 +81,13 @@ class NeedleConfig:
             ConfigError: One of them makes no sense.
         """
         if not self.lengths or min(self.lengths) < 1:
-            raise ConfigError(f"needle: lengths must be numbers of tokens, got {self.lengths}.")
+            raise ConfigError(f"needle: lengths must be numbers of tokens. Got {self.lengths}. Choose another.")
         if self.samples < 1:
-            raise ConfigError(f"needle: samples must be at least 1, got {self.samples}.")
+            raise ConfigError(f"needle: samples must be at least 1. Got {self.samples}. Choose another.")
         if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
+            raise ConfigError(
+                f"dtype: not usable. Got {self.dtype!r}. Expected one of {', '.join(DTYPES)}. Choose another."
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -282,7 +284,7 @@ def needle_prompts(tokenizer: Tokenizer, rows: CalibrationSet, *, seed: int) -> 
         room = length - len(lead) - len(needle) - len(ending)
         if room < len(needle):
             raise ConfigError(
-                f"needle: {length} tokens are too few for a text with needle, question and answer, expected at least "
+                f"needle: {length} tokens are too few for a text with needle, question and answer. Expected at least "
                 f"{length - room + len(needle)}. Ask for longer prompts."
             )
         # Tokenizers may join the number's beginning with what is before it: the answer is what is not the question's.

@@ -70,7 +70,7 @@ def stored_name(source: LanguageModel, name: str, shape: torch.Size, table: str)
     if name in tables and {source.shape(each) for each in tables} == {(got[0], *shape[1:])}:
         hint = f"If the vocabulary was resized, as by a merge, set vocab_size to {got[0]} in config.json."
     raise CheckpointError(
-        f"{source.directory}: {name} has shape {got}, expected {tuple(shape)} from config.json. {hint}"
+        f"{source.directory}: {name} has shape {got}. Expected {tuple(shape)} from config.json. {hint}"
     )
 
 

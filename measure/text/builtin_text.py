@@ -59,7 +59,9 @@ def builtin_texts(use: TextUse, *, order: int = 0) -> TextSource:
         CalibrationError: This Python comes without its standard library's sources.
     """
     if use not in get_args(TextUse):
-        raise ConfigError(f"part of the built-in text: got {use!r}, expected one of {get_args(TextUse)}.")
+        raise ConfigError(
+            f"part of the built-in text: got {use!r}. Expected one of {get_args(TextUse)}. Choose another."
+        )
     root = Path(sysconfig.get_paths()["stdlib"])
     modules = {name: path for name, path in _modules(root).items() if _use_of(name) == use}
     topics = {name: text for name, text in _topics().items() if _use_of(name) == use}

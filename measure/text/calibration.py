@@ -74,15 +74,17 @@ class CalibrationConfig:
             ConfigError: A number is out of range, or a column is named where there is none.
         """
         if self.rows < 1:
-            raise ConfigError(f"rows must be at least 1, got {self.rows}")
+            raise ConfigError(f"rows: not usable. Got {self.rows}. Expected at least 1. Choose another.")
         if self.row_tokens is not None and self.row_tokens < 2:
-            raise ConfigError(f"row_tokens must be at least 2, got {self.row_tokens}")
+            raise ConfigError(f"row_tokens: not usable. Got {self.row_tokens}. Expected at least 2. Choose another.")
         if not 0 <= self.seed < 2**63:
-            raise ConfigError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
+            raise ConfigError(f"seed: not usable. Got {self.seed}. Expected from 0 to 2**63 - 1. Choose another.")
         if self.source is None and (self.column is not None or self.chat_template):
-            raise ConfigError("column and chat_template need a source: the built-in text has no columns")
+            raise ConfigError("column, chat_template: need a text; the built-in one has no columns. Leave them out.")
         if self.source == SELF and (self.column is not None or self.chat_template):
-            raise ConfigError("column and chat_template go with a text: what the model writes has no columns")
+            raise ConfigError(
+                "column, chat_template: need a text; what the model writes has no columns. Leave them out."
+            )
 
     @property
     def tokens_each(self) -> int:
@@ -122,7 +124,7 @@ class CalibrationSet:
             )
         if self.tokens.dtype != torch.int64 or self.tokens.numel() == 0 or int(self.tokens.min()) < 0:
             raise CalibrationError(
-                f"calibration set: got {self.tokens.numel()} tokens of {self.tokens.dtype}, expected at "
+                f"calibration set: got {self.tokens.numel()} tokens of {self.tokens.dtype}. Expected at "
                 "least one, int64 and not negative. Build the set anew."
             )
 
@@ -175,9 +177,9 @@ class CalibrationSet:
         kind, version = metadata.get("format"), metadata.get("version")
         if (kind, version) != (_FORMAT, _FORMAT_VERSION):
             raise CalibrationError(
-                f"{path}: not a calibration set of this version, got format {str(kind)[:_SHOWN_CHARACTERS]} version "
-                f"{str(version)[:_SHOWN_CHARACTERS]}, "
-                f"expected {_FORMAT} version {_FORMAT_VERSION}. Build the set anew."
+                f"{path}: not a calibration set of this version. Got format {str(kind)[:_SHOWN_CHARACTERS]} version "
+                f"{str(version)[:_SHOWN_CHARACTERS]}. "
+                f"Expected {_FORMAT} version {_FORMAT_VERSION}. Build the set anew."
             )
         tensors = load_tensors(path, CalibrationError)
         try:
@@ -193,7 +195,7 @@ class CalibrationSet:
             raise CalibrationError(f"{path}: damaged calibration set ({error}). Build the set anew.") from error
         if loaded.fingerprint != metadata.get("fingerprint"):
             raise CalibrationError(
-                f"{path}: the contents were changed, got fingerprint {loaded.fingerprint}, expected "
+                f"{path}: the contents were changed. Got fingerprint {loaded.fingerprint}. Expected "
                 f"{str(metadata.get('fingerprint'))[:_SHOWN_CHARACTERS]}. Build the set anew."
             )
         return loaded
@@ -311,7 +313,7 @@ def _read_text(
         pool = read_pool(source, tokenizer, rows=rows, body_tokens=body_tokens, in_order=in_order)
     if len(pool.tokens) < rows * body_tokens:
         raise CalibrationError(
-            f"{source.description}: too little text, got {len(pool.tokens)} tokens, expected at least "
+            f"{source.description}: too little text. Got {len(pool.tokens)} tokens. Expected at least "
             f"{rows * body_tokens} for {rows} rows of {config.tokens_each}. Lower rows or row_tokens, or add text."
         )
     return source, pool

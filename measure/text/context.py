@@ -62,7 +62,9 @@ def check_rows(source: TensorSource, rows: CalibrationSet, use: str) -> None:
         require_ids_below(rows.tokens, vocab_size, use=use)
     row_tokens = rows.tokens.shape[1]
     if row_tokens < 2:
-        raise ConfigError(f"{use} text: rows of 1 token, expected at least 2: the first is never predicted.")
+        raise ConfigError(
+            f"{use} text: rows of 1 token. Expected at least 2: the first is never predicted. Choose another."
+        )
     _refuse_longer(row_tokens, context_tokens(source), use)
 
 

@@ -51,7 +51,7 @@ def write_rows(
     require_ids_below(torch.tensor(bos), vocab_size, tokenizer)
     if not len(ordinary) or config.tokens_each < len(bos) + 2:
         raise CalibrationError(
-            f"self-calibration: {len(ordinary)} ordinary tokens and rows of {config.tokens_each}, expected some tokens "
+            f"self-calibration: {len(ordinary)} ordinary tokens and rows of {config.tokens_each}. Expected some tokens "
             "and at least one to be sampled. Use the model's own tokenizer, and longer rows."
         )
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16

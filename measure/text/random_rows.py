@@ -38,7 +38,7 @@ def random_ids(
     allowed = torch.tensor(ordinary_ids(tokenizer, vocab_size))
     if not len(allowed):
         raise CalibrationError(
-            f"tokenizer: no ordinary token has an id below the vocabulary size {vocab_size}, expected some. "
+            f"tokenizer: no ordinary token has an id below the vocabulary size {vocab_size}. Expected some. "
             "Use the tokenizer that belongs to the model."
         )
     ids: list[list[int]] = allowed[torch.randint(len(allowed), shape, generator=generator)].tolist()

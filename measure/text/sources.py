@@ -128,7 +128,7 @@ def read_texts(source: str | Path, *, column: str | None = None, render_chat: Ch
     if exists:
         if path.suffix not in TEXT_SUFFIXES:
             raise CalibrationError(
-                f"{path}: unknown kind of text file, got suffix {path.suffix!r}, expected one of "
+                f"{path}: unknown kind of text file. Got suffix {path.suffix!r}. Expected one of "
                 f"{', '.join(TEXT_SUFFIXES)}. Convert the file, or rename it if only its name is wrong."
             )
         part = _file_part(path, path.name, rows_to_documents)
@@ -151,7 +151,7 @@ def _directory_source(directory: Path, rows_to_documents: _RowReader) -> TextSou
     )
     if not files:
         raise CalibrationError(
-            f"{directory}: no text files in this directory, expected at least one of type "
+            f"{directory}: no text files in this directory. Expected at least one of type "
             f"{', '.join(TEXT_SUFFIXES)}. Put text there, or name another source."
         )
     parts = tuple(_file_part(path, path.relative_to(directory).as_posix(), rows_to_documents) for path in files)
@@ -192,11 +192,11 @@ def _json_object(line: str, where: str) -> Mapping[str, Any]:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise CalibrationError(
-            f"{where}: invalid JSON ({error}), expected one object per line. Repair or remove the line."
+            f"{where}: invalid JSON ({error}). Expected one object per line. Repair or remove the line."
         ) from error
     if not isinstance(row, dict):
         raise CalibrationError(
-            f'{where}: got a JSON {type(row).__name__}, expected one object per line. Wrap it as {{"text": ...}}.'
+            f'{where}: got a JSON {type(row).__name__}. Expected one object per line. Wrap it as {{"text": ...}}.'
         )
     return row
 
@@ -274,7 +274,7 @@ def _row_documents(
                 text = render_chat(turns, where)
             except RecursionError as error:
                 raise CalibrationError(
-                    f"{where}: the turns are nested too deeply, expected strings or lists of parts. Remove the row."
+                    f"{where}: the turns are nested too deeply. Expected strings or lists of parts. Remove the row."
                 ) from error
         else:
             if column is None:
@@ -311,10 +311,10 @@ def _cell_text(value: object, where: str) -> str:
         return value
     if isinstance(value, list) and all(isinstance(turn, Mapping) for turn in value):
         raise CalibrationError(
-            f"{where}: holds chat turns, expected text. Turn the chat template on, or name another column."
+            f"{where}: holds chat turns. Expected text. Turn the chat template on, or name another column."
         )
     raise CalibrationError(
-        f"{where}: got {type(value).__name__}, expected text (or chat turns: a list of objects). Name another column."
+        f"{where}: got {type(value).__name__}. Expected text (or chat turns: a list of objects). Name another column."
     )
 
 

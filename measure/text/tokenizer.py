@@ -191,7 +191,7 @@ def load_tokenizer(directory: Path) -> LoadedTokenizer:
         if not _is_failure(error):
             raise
         raise CalibrationError(
-            f"{directory}: its tokenizer cannot be loaded ({reason(error)}), expected tokenizer.json or other "
+            f"{directory}: its tokenizer cannot be loaded ({reason(error)}). Expected tokenizer.json or other "
             "files that Transformers reads without code of the model's own. Copy the model's tokenizer files there."
         ) from error
     loaded = LoadedTokenizer(directory, tokenizer)

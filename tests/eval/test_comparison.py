@@ -230,15 +230,15 @@ class TestRefusals:
 
     def test_vocabularies_differ(self, make_model: MakeModel) -> None:
         original, quantized = make_model("original"), make_model("quantized", vocab_size=300)
-        with pytest.raises(CheckpointError, match="300 tokens, expected 264"):
+        with pytest.raises(CheckpointError, match=r"300 tokens. Expected 264"):
             compare_models(open_any(original), open_any(quantized), rows_of(), config())
-        with pytest.raises(CheckpointError, match="300 tokens, expected 264"):
+        with pytest.raises(CheckpointError, match=r"300 tokens. Expected 264"):
             evaluate_models(original, quantized, config())
 
     @pytest.mark.parametrize(
         ("rows", "error", "message"),
         [
-            (rows_of(largest=264), CalibrationError, "got token id 264, expected ids below"),
+            (rows_of(largest=264), CalibrationError, "got token id 264. Expected ids below"),
             (rows_of(3, 1), ConfigError, "rows of 1 token"),
             (rows_of(1, 129), ConfigError, "rows of 129 tokens, but .* has positions for 128"),
         ],

@@ -620,8 +620,8 @@ def test_to_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"damping": 0.0}, "damping must lie between 0 and 1, got 0.0"),
-        ({"damping": 1.0}, "damping must lie between 0 and 1, got 1.0"),
+        ({"damping": 0.0}, "damping must lie between 0 and 1. Got 0.0"),
+        ({"damping": 1.0}, "damping must lie between 0 and 1. Got 1.0"),
     ],
     ids=lambda value: "-".join(map(str, *value.items())) if isinstance(value, dict) else "",
 )

@@ -47,7 +47,7 @@ def test_given_rows_beyond_the_vocabulary_are_refused(make_model: MakeModel, tmp
     options = ("-o", tmp_path / "out") if command == "measure" else (tmp_path / "out", "--bpw", 4.5, "--no-eval")
     refused = run(command, make_model("m"), *options, "-c", tmp_path / "rows.safetensors")
     assert refused.exit_code == 1
-    assert "got token id 281, expected ids below the vocabulary size 264" in refused.stderr
+    assert "got token id 281. Expected ids below the vocabulary size 264" in refused.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -69,5 +69,5 @@ def test_text_with_a_token_beyond_the_embedding(make_model: MakeModel, tmp_path:
     warned, error = refused.stderr.splitlines()
     assert warned.startswith("warning ")
     assert "'<|im_start|>' (258)" in warned
-    assert error.startswith("Error: tokenizer: its ids do not fit the model, got token id 258")
+    assert error.startswith("Error: tokenizer: its ids do not fit the model. Got token id 258")
     assert "the token '<|im_start|>'" in error

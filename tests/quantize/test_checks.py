@@ -80,7 +80,7 @@ EXL2_CHANGES: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "norm": (far("model.layers.1.input_layernorm.weight"), "layers.1.input_layernorm.weight: values range"),
     "short-norm": (
         lambda t: t.update({"model.layers.1.post_attention_layernorm.weight": torch.ones(32)}),
-        r"post_attention_layernorm.weight has shape \(32,\), expected \(64,\)",
+        r"post_attention_layernorm.weight has shape \(32,\). Expected \(64,\)",
     ),
     "lost-norm": (
         lambda t: t.pop("model.layers.1.input_layernorm.weight"),
@@ -92,7 +92,7 @@ EXL2_CHANGES: dict[str, tuple[Callable[[Tensors], object], str]] = {
     ),
     "one-table": (
         lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:260]}),
-        r"lm_head.weight has shape \(260, 64\), expected \(264, 64\).*do not belong together",
+        r"lm_head.weight has shape \(260, 64\). Expected \(264, 64\).*do not belong together",
     ),
     "head": (lambda t: t.pop("lm_head.weight"), "Set tie_word_embeddings to true"),
     "prefix": (
@@ -187,7 +187,7 @@ class TestGguf:
             ({"bpw": 2}, [], "cannot be reached"),
             ({"max_bytes": 30_000}, [], "cannot be reached"),
             ({"vram_bytes": 1 << 20, "context_tokens": 64}, [], "no room for weights"),
-            ({"bpw": 5}, ["blk.0.*=Q4_K"], "rows of 64 weights, expected a multiple of 256"),
+            ({"bpw": 5}, ["blk.0.*=Q4_K"], "rows of 64 weights. Expected a multiple of 256"),
             ({"bpw": 5}, ["blk.7.*=Q4_0"], "no tensor has such a name"),
             # 95232 weights at 2 bytes, 1216 of norms and biases at 4: 16.2017 bits each, met from below.
             ({"bpw": 5}, ["*=F16"], "from 195328 to 195328, that is 16.2018 to 16.2018 bits"),
@@ -208,7 +208,7 @@ class TestGguf:
     @pytest.mark.parametrize(
         ("name", "row_weights", "message"),
         [
-            ("blk.0.attn_q.weight", 128, "blk.0.attn_q.weight has 128 inputs, expected 64"),
+            ("blk.0.attn_q.weight", 128, "blk.0.attn_q.weight has 128 inputs. Expected 64"),
             ("blk.9.ffn_down.weight", 96, "none of its 1 tensors is in the model"),
         ],
         ids=["wider", "other-names"],
@@ -272,7 +272,7 @@ class TestContext:
         ("given", "error", "message"),
         [
             (rows(2, 129), ConfigError, "rows of 129 tokens, but the model has positions for 128"),
-            (rows(2, 32, largest=264), CalibrationError, "token id 264, expected ids below the vocabulary size 264"),
+            (rows(2, 32, largest=264), CalibrationError, "token id 264. Expected ids below the vocabulary size 264"),
         ],
         ids=["long", "foreign"],
     )

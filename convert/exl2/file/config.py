@@ -88,7 +88,7 @@ def exl2_config(config: Mapping[str, Any], quantization: Mapping[str, Any], *, t
     names = result.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise UnsupportedModelError(
-            f"config.json: architectures is {names!r}, expected a list with one name. Add the model class's name."
+            f"config.json: architectures is {names!r}. Expected a list with one name. Add the model class's name."
         )
     result["architectures"] = names[:1]
     text: Any = text_config(result)

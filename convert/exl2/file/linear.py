@@ -86,25 +86,41 @@ class QuantizedLinear:
         self._validate_groups(name)
         rows = self.in_features
         if not bool(torch.isfinite(self.max_scales).all() and (self.max_scales >= 0).all()):
-            raise FormatError(f"{name}: scale largest scales must be finite and not negative.")
+            raise FormatError(
+                f"{name}: largest scales must be finite and not negative. The file is damaged: make it again."
+            )
         if not torch.equal(self.order.sort().values, torch.arange(rows, device=self.order.device)):
-            raise FormatError(f"{name}: the row order is not a permutation of 0 to {rows - 1}.")
+            raise FormatError(
+                f"{name}: the row order is not a permutation of 0 to {rows - 1}. The file is damaged: make it again."
+            )
         if int(self.scale_codes.max()) > 15:
-            raise FormatError(f"{name}: scale codes must be from 0 to 15, got {int(self.scale_codes.max())}.")
+            raise FormatError(
+                f"{name}: scale codes must be from 0 to 15. Got {int(self.scale_codes.max())}."
+                " The file is damaged: make it again."
+            )
         # The largest magnitude is 2^(b-1) steps; from 65520 on, fp16 rounds to infinity.
         scales = effective_scale(self.max_scales, self.scale_codes.amax(dim=1, keepdim=True)).float().flatten()
         first = 0
         for group, scale in zip(self.groups, scales.tolist(), strict=True):
             largest = int(self.codes[first : first + group.rows].max())
             if largest >= 1 << group.bits:
-                raise FormatError(f"{name}: code {largest} does not fit in a {group.bits}-bit group.")
+                raise FormatError(
+                    f"{name}: code {largest} does not fit in a {group.bits}-bit group."
+                    " The file is damaged: make it again."
+                )
             if scale * (1 << (group.bits - 1)) >= 65520:
-                raise FormatError(f"{name}: scale {scale} in a {group.bits}-bit group exceeds what fp16 can hold.")
+                raise FormatError(
+                    f"{name}: scale {scale} in a {group.bits}-bit group exceeds what fp16 can hold."
+                    " The file is damaged: make it again."
+                )
             first += group.rows
 
     def _validate_shapes(self, name: str) -> None:
         if self.codes.ndim != 2 or 0 in self.codes.shape:
-            raise FormatError(f"{name}: codes have shape {tuple(self.codes.shape)}, expected a matrix (K, out).")
+            raise FormatError(
+                f"{name}: codes have shape {tuple(self.codes.shape)}. Expected a matrix (K, out)."
+                " The file is damaged: make it again."
+            )
         rows, columns = self.in_features, self.out_features
         count = len(self.groups)
         expected: dict[str, tuple[Tensor, tuple[int, ...], torch.dtype]] = {
@@ -119,24 +135,37 @@ class QuantizedLinear:
             if tuple(tensor.shape) != shape:
                 raise ShapeError(name, what, got=tuple(tensor.shape), expected=shape)
             if tensor.dtype != dtype:
-                raise FormatError(f"{name}: {what} are stored as {tensor.dtype}, expected {dtype}.")
+                raise FormatError(
+                    f"{name}: {what} are stored as {tensor.dtype}. Expected {dtype}."
+                    " The file is damaged: make it again."
+                )
 
     def _validate_groups(self, name: str) -> None:
         widths = [g.bits for g in self.groups]
         if not widths or any(b not in WIDTHS for b in widths):
-            raise FormatError(f"{name}: bit widths must be among {WIDTHS}, got {sorted(set(widths))}.")
+            raise FormatError(
+                f"{name}: bit widths must be among {WIDTHS}. Got {sorted(set(widths))}."
+                " The file is damaged: make it again."
+            )
         if widths != sorted(widths, reverse=True):
-            raise FormatError(f"{name}: bit widths must never increase from group to group, got {widths}.")
+            raise FormatError(
+                f"{name}: bit widths must never increase from group to group. Got {widths}."
+                " The file is damaged: make it again."
+            )
         for index, group in enumerate(self.groups):
             multiple = ROW_MULTIPLE // 2 if group.bits == 2 and index == len(widths) - 1 else ROW_MULTIPLE
             if group.rows <= 0 or group.rows % multiple:
                 raise FormatError(
-                    f"{name}: group {index} of {group.bits} bits has {group.rows} rows, "
-                    f"expected a positive multiple of {multiple}."
+                    f"{name}: group {index} of {group.bits} bits has {group.rows} rows. "
+                    f"Expected a positive multiple of {multiple}."
+                    " The file is damaged: make it again."
                 )
         total = sum(g.rows for g in self.groups)
         if total != self.in_features or total > MAX_ROWS:
-            raise FormatError(f"{name}: groups hold {total} rows, expected {self.in_features} and at most {MAX_ROWS}.")
+            raise FormatError(
+                f"{name}: groups hold {total} rows. Expected {self.in_features} and at most {MAX_ROWS}."
+                " The file is damaged: make it again."
+            )
 
     def dequantize(self) -> Tensor:
         """Return the dense weight as a Hugging Face linear holds it: float16, shape (out, K).

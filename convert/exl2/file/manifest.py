@@ -98,5 +98,5 @@ def read_manifest(directory: Path) -> Manifest | None:
     raw = read_json(path, FormatError)
     version = raw.get("manifest_version")
     if version != MANIFEST_VERSION:
-        raise FormatError(f"{path}: manifest_version is {version!r}, expected {MANIFEST_VERSION}. {_REMEDY}")
+        raise FormatError(f"{path}: manifest_version is {version!r}. Expected {MANIFEST_VERSION}. {_REMEDY}")
     return check_schema(raw, Manifest, FormatError, where=str(path), remedy=_REMEDY)

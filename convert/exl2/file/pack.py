@@ -41,7 +41,10 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     rows, columns = codes.shape
     period, words_per_period = _period("pack_codes", rows, bits)
     if codes.numel() and int(codes.max()) >= 1 << bits:
-        raise FormatError(f"pack_codes: a code is {int(codes.max())}, expected less than {1 << bits}.")
+        raise FormatError(
+            f"pack_codes: a code is {int(codes.max())}. Expected less than {1 << bits}."
+            " The file is damaged: make it again."
+        )
     words = codes.new_zeros((rows // period, words_per_period, columns), dtype=torch.int32)
     by_period = codes.reshape(rows // period, period, columns)
     for row in range(period):
@@ -102,9 +105,14 @@ def pack_scale_codes(codes: Tensor) -> Tensor:
     _require_matrix("pack_scale_codes", codes, torch.uint8)
     groups, columns = codes.shape
     if columns % _SCALES_PER_WORD:
-        raise FormatError(f"pack_scale_codes: got {columns} columns, expected a multiple of {_SCALES_PER_WORD}.")
+        raise FormatError(
+            f"pack_scale_codes: got {columns} columns. Expected a multiple of {_SCALES_PER_WORD}."
+            " The file is damaged: make it again."
+        )
     if codes.numel() and int(codes.max()) >= 1 << _SCALE_BITS:
-        raise FormatError(f"pack_scale_codes: a code is {int(codes.max())}, expected at most 15.")
+        raise FormatError(
+            f"pack_scale_codes: a code is {int(codes.max())}. Expected at most 15. The file is damaged: make it again."
+        )
     by_word = codes.reshape(groups, columns // _SCALES_PER_WORD, _SCALES_PER_WORD)
     words = codes.new_zeros(by_word.shape[:2], dtype=torch.int32)
     for index in range(_SCALES_PER_WORD):
@@ -132,15 +140,21 @@ def unpack_scale_codes(words: Tensor) -> Tensor:
 def _period(where: str, rows: int, bits: int) -> tuple[int, int]:
     # 32 rows fill `bits` words. The format's one exception, 16 rows of 2 bits, fill exactly one word.
     if bits not in WIDTHS:
-        raise FormatError(f"{where}: bit width is {bits}, expected one of {WIDTHS}.")
+        raise FormatError(
+            f"{where}: bit width is {bits}. Expected one of {WIDTHS}. The file is damaged: make it again."
+        )
     period = 16 if bits == 2 else _WORD_BITS
     if rows % period:
-        raise FormatError(f"{where}: got {rows} rows of {bits} bits, expected a multiple of {period}.")
+        raise FormatError(
+            f"{where}: got {rows} rows of {bits} bits. Expected a multiple of {period}."
+            " The file is damaged: make it again."
+        )
     return period, period * bits // _WORD_BITS
 
 
 def _require_matrix(where: str, tensor: Tensor, dtype: torch.dtype) -> None:
     if tensor.dtype != dtype or tensor.ndim != 2:
         raise FormatError(
-            f"{where}: got a {tensor.dtype} tensor of {tensor.ndim} dimensions, expected a {dtype} matrix."
+            f"{where}: got a {tensor.dtype} tensor of {tensor.ndim} dimensions. Expected a {dtype} matrix."
+            " The file is damaged: make it again."
         )

@@ -200,7 +200,9 @@ class Exl2Model(QuantizedModel):
             ShapeError: A tensor does not have the shape that the config or the other tensors demand.
         """
         if name not in self._linears:
-            raise CheckpointError(f"{self.path}: no quantized linear {name!r}, got {len(self._linears)} others.")
+            raise CheckpointError(
+                f"{self.path}: no quantized linear {name!r}. Got {len(self._linears)} others. Get the model again."
+            )
         parts = [f"{name}.{suffix}" for suffix in (*QUANTIZED_SUFFIXES, "bias")]
         tensors = {part: self.stored.read(part) for part in parts if part in self.stored.entries}
         return linear_from_tensors(name, tensors, self.out_features(name))
@@ -226,7 +228,9 @@ class Exl2Model(QuantizedModel):
 
     def _require(self, name: str) -> HeaderEntry:
         if name not in self._names:
-            raise CheckpointError(f"{self.path}: tensor {name!r} is missing, got {len(self._names)} others.")
+            raise CheckpointError(
+                f"{self.path}: tensor {name!r} is missing. Got {len(self._names)} others. Get the model again."
+            )
         linear, _, part = name.rpartition(".")
         if part == "weight" and linear in self._linears:
             return self.stored.entry(f"{linear}{MARK}")

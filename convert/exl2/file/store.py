@@ -95,7 +95,10 @@ def linear_from_tensors(name: str, tensors: Mapping[str, Tensor], out_features: 
     _require_shape(name, "q_invperm", tuple(invperm.shape), (sum(group.rows for group in groups),))
     rows = int(invperm.shape[0])
     if rows > MAX_ROWS or not torch.equal(invperm.sort().values, torch.arange(rows, dtype=torch.int32)):
-        raise FormatError(f"{name}.q_invperm: not a permutation of 0 to {rows - 1} (at most {MAX_ROWS} rows).")
+        raise FormatError(
+            f"{name}.q_invperm: not a permutation of 0 to {rows - 1} (at most {MAX_ROWS} rows)."
+            " The file is damaged: make it again."
+        )
 
     codes = torch.empty((rows, out_features), dtype=torch.uint8)
     first_row = first_word = 0
@@ -138,15 +141,25 @@ def check_stored(name: str, stored: Mapping[str, tuple[torch.dtype, tuple[int, .
                 continue
             raise FormatError(f"{key}: missing. All of {', '.join(QUANTIZED_SUFFIXES)} must be stored.")
         if stored[key][0] != dtype:
-            raise FormatError(f"{key}: stored as {stored[key][0]}, expected {dtype}.")
+            raise FormatError(
+                f"{key}: stored as {stored[key][0]}. Expected {dtype}. The file is damaged: make it again."
+            )
     shapes = {suffix: stored[f"{name}.{suffix}"][1] for suffix in QUANTIZED_SUFFIXES}
     columns, weight, table = padded_columns(out_features), shapes["q_weight"], shapes["q_groups"]
     if len(weight) != 2 or 0 in weight:
-        raise FormatError(f"{name}.q_weight: shape {weight}, expected a matrix (words, {columns}).")
+        raise FormatError(
+            f"{name}.q_weight: shape {weight}. Expected a matrix (words, {columns})."
+            " The file is damaged: make it again."
+        )
     if len(table) != 1 or not table[0] or table[0] % 2:
-        raise FormatError(f"{name}.q_groups: shape {table}, expected (2 * groups,).")
+        raise FormatError(
+            f"{name}.q_groups: shape {table}. Expected (2 * groups,). The file is damaged: make it again."
+        )
     if len(shapes["q_invperm"]) != 1 or not 0 < shapes["q_invperm"][0] <= MAX_ROWS:
-        raise FormatError(f"{name}.q_invperm: shape {shapes['q_invperm']}, expected (rows,), at most {MAX_ROWS}.")
+        raise FormatError(
+            f"{name}.q_invperm: shape {shapes['q_invperm']}. Expected (rows,), at most {MAX_ROWS}."
+            " The file is damaged: make it again."
+        )
     groups = table[0] // 2
     _require_shape(name, "q_weight", weight, (weight[0], columns))
     _require_shape(name, "q_scale", shapes["q_scale"], (groups, columns // 8))
@@ -165,14 +178,22 @@ def _groups(name: str, table: Tensor, total_words: int) -> tuple[RowGroup, ...]:
     key = f"{name}.q_groups"
     widths, offsets = table[0::2].tolist(), [*table[1::2].tolist(), total_words]
     if any(bits not in WIDTHS for bits in widths):
-        raise FormatError(f"{key}: bit widths {sorted(set(widths))}, expected only {WIDTHS}.")
+        raise FormatError(
+            f"{key}: bit widths {sorted(set(widths))}. Expected only {WIDTHS}. The file is damaged: make it again."
+        )
     if offsets[0] != 0 or any(a >= b for a, b in pairwise(offsets)):
-        raise FormatError(f"{key}: word offsets must start at 0 and increase up to {total_words}, got {offsets}.")
+        raise FormatError(
+            f"{key}: word offsets must start at 0 and increase up to {total_words}. Got {offsets}."
+            " The file is damaged: make it again."
+        )
     groups = []
     for index, bits in enumerate(widths):
         rows, rest = divmod((offsets[index + 1] - offsets[index]) * 32, bits)
         if rest or rows % 16 or (rows % 32 and bits != 2):
             words = offsets[index + 1] - offsets[index]
-            raise FormatError(f"{key}: group {index} has {words} words of {bits}-bit rows, not whole 32-row blocks.")
+            raise FormatError(
+                f"{key}: group {index} has {words} words of {bits}-bit rows, not whole 32-row blocks."
+                " The file is damaged: make it again."
+            )
         groups.append(RowGroup(bits, rows))
     return tuple(groups)

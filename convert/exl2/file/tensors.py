@@ -54,7 +54,7 @@ class StoredTensors:
             for name, entry in header.entries.items():
                 if name in self._holders:
                     raise FormatError(
-                        f"{directory}: tensor {name!r} is stored twice, got {self._holders[name]} and {file}, expected "
+                        f"{directory}: tensor {name!r} is stored twice. Got {self._holders[name]} and {file}. Expected "
                         "one file. Remove the file that does not belong to the model."
                     )
                 self._holders[name], self.entries[name] = file, entry

@@ -85,17 +85,28 @@ def check_rules(config: Mapping[str, Any], quantized: Set[str], names: Set[str])
     """
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1:
-        raise FormatError(f"config.json: architectures is {architectures!r}, expected a list with exactly one name.")
+        raise FormatError(
+            f"config.json: architectures is {architectures!r}. Expected a list with exactly one name."
+            " The file is damaged: make it again."
+        )
     scaling = config.get("rope_scaling")
     if isinstance(scaling, dict) and "type" in scaling and "rope_type" in scaling:
-        raise FormatError("config.json: rope_scaling holds both type and rope_type, expected one of them.")
+        raise FormatError(
+            "config.json: rope_scaling holds both type and rope_type. Expected one of them."
+            " The file is damaged: make it again."
+        )
     if not head_names(names) and config.get("tie_word_embeddings") is False:
-        raise FormatError(f"{HEAD}: not stored, but tie_word_embeddings is false in config.json.")
+        raise FormatError(
+            f"{HEAD}: not stored, but tie_word_embeddings is false in config.json. The file is damaged: make it again."
+        )
     for linear in sorted(quantized):
         block, _, last = linear.rpartition(".")
         rows = config_features(linear, config)[0]
         if last in _MLPS and rows is not None and rows % 32:
-            raise FormatError(f"{linear}: {rows} input features, expected a multiple of 32 in a quantized MLP.")
+            raise FormatError(
+                f"{linear}: {rows} input features. Expected a multiple of 32 in a quantized MLP."
+                " The file is damaged: make it again."
+            )
         for members in _BLOCKS:
             dense = [f"{block}.{member}" for member in members if last in members]
             dense = [member for member in dense if f"{member}.weight" in names and member not in quantized]
@@ -133,7 +144,7 @@ def _compare(found: Mapping[str, Mapping[str, str]], manifest: Mapping[str, Mapp
     ]
     if problems:
         raise VerificationError(
-            f"the model on disk is not what was meant, {'; '.join(problems)}. Write it again; if this "
+            f"model on disk: not what was meant, {'; '.join(problems)}. Write it again; if this "
             "happens twice, "
             "check the disk and the memory."
         )

@@ -122,7 +122,10 @@ def _check_shapes(source: TensorSource, linears: Collection[str]) -> None:
         if weight not in source.names:
             if name.endswith(HEAD) and source.tied_embeddings:
                 continue
-            raise FormatError(f"{name}: to be quantized, but the source model has no tensor {weight}.")
+            raise FormatError(
+                f"{name}: to be quantized, but the source model has no tensor {weight}."
+                " The file is damaged: make it again."
+            )
         rows, columns = config_features(name, source.config)
         shape = source.shape(weight)
         expected = (columns or shape[0], rows or shape[-1])

@@ -57,7 +57,7 @@ class WidthOverride:
         """
         if not self.widths:
             raise ConfigError(
-                f"--override {self.pattern}: no width of EXL2 from {self.least} to {self.most} bits, expected some of "
+                f"--override {self.pattern}: no width of EXL2 from {self.least} to {self.most} bits. Expected some of "
                 f"{sorted(WIDTHS)}. To leave linears unquantized, use --keep-fp16."
             )
 
@@ -77,8 +77,9 @@ class WidthOverride:
         match = _BITS.fullmatch(bits)
         if not pattern or match is None or not (match[1] or match[3]):
             raise ConfigError(
-                f"--override: got {text!r}, expected PATTERN=BITS with bits as 6, 5: (at least), :6 (at most) or 4:6, "
+                f"--override: got {text!r}. Expected PATTERN=BITS with bits as 6, 5: (at least), :6 (at most) or 4:6, "
                 "for example '*.down_proj=5:'."
+                " Choose another."
             )
         least = int(match[1] or min(WIDTHS))
         most = int(match[3] or max(WIDTHS)) if match[2] else least
@@ -237,7 +238,9 @@ def allocation_problem(
     quantized = tuple(linear for linear in decoder if linear.name not in reasons)
     if not quantized:
         why = "; ".join(sorted({reasons[linear.name] for linear in decoder}))
-        raise ConfigError(f"all linears of the decoder would stay in float16 ({why}): nothing is left to quantize.")
+        raise ConfigError(
+            f"decoder: all linears would stay in float16 ({why}), nothing is left to quantize. Keep fewer of them."
+        )
     names = {linear.name for linear in (*quantized, head)} - reasons.keys()
     for override in overrides:
         if not matching(override.pattern, names):
@@ -273,4 +276,6 @@ def check_head_bits(head_bits: HeadBits) -> None:
         ConfigError: The message lists those that there are.
     """
     if head_bits != AUTO and head_bits not in HEAD_BITS:
-        raise ConfigError(f"head bits must be one of {HEAD_BITS} or {AUTO!r}, got {head_bits!r}.")
+        raise ConfigError(
+            f"head bits: not usable. Got {head_bits!r}. Expected one of {HEAD_BITS} or {AUTO!r}. Choose another."
+        )

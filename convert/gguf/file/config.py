@@ -198,6 +198,7 @@ class _Builder:
     def _unsupported(self, what: str) -> UnsupportedModelError:
         return UnsupportedModelError(
             f"{self._header.path}: got {what}, which is not supported for GGUF architecture {self._name!r}."
+            " Choose another model."
         )
 
 

@@ -65,7 +65,8 @@ def entry(value: Any) -> bytes:
     if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
         return struct.pack("<IIQ", _ARRAY, _STRING, len(value)) + b"".join(map(_text, value))
     raise FormatError(
-        f"GGUF metadata: cannot store {value!r}, expected a bool, str, float, list of str or 32-bit number."
+        f"GGUF metadata: cannot store {value!r}. Expected a bool, str, float, list of str or 32-bit number."
+        " The file is damaged: make it again."
     )
 
 

@@ -139,7 +139,7 @@ def require_whole(header: GgufHeader) -> None:
     parts, number = (header.metadata.get(key, default) for key, default in (("split.count", 1), ("split.no", 0)))
     if isinstance(parts, int) and isinstance(number, int) and parts > 1:
         raise FormatError(
-            f"{header.path}: part {number + 1} of {parts} of a split model, expected the whole. Join all parts with "
+            f"{header.path}: part {number + 1} of {parts} of a split model. Expected the whole. Join all parts with "
             "`llama-gguf-split --merge FIRST-PART WHOLE.gguf`."
         )
 

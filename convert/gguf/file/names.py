@@ -109,7 +109,8 @@ def architecture_of(name: object) -> Architecture:
     architecture = _ARCHITECTURES.get(str(name))
     if architecture is None:
         raise UnsupportedModelError(
-            f"GGUF architecture {name!r} is not supported, expected one of {', '.join(_ARCHITECTURES)}."
+            f"general.architecture: not supported. Got {name!r}. Expected one of {', '.join(_ARCHITECTURES)}."
+            " Choose another model."
         )
     return architecture
 

@@ -73,7 +73,7 @@ class GgufModel(QuantizedModel):
         rope = header.tensors.get(ROPE_FREQS)
         if rope is not None and rope.type.name != "F32":
             raise FormatError(
-                f"{path}: {ROPE_FREQS} is of type {rope.type.name}, expected F32. Convert the model again."
+                f"{path}: {ROPE_FREQS} is of type {rope.type.name}. Expected F32. Convert the model again."
             )
         config = config_from_metadata(header, read_values(header.path, rope).numpy() if rope else None)
         _check_tensors(header, tensor_shapes(architecture_of(header.metadata["general.architecture"]), config))
@@ -165,7 +165,9 @@ class GgufModel(QuantizedModel):
             CheckpointError: There is no tensor of that name.
         """
         if name not in self._places:
-            raise CheckpointError(f"{self.path}: tensor {name!r} is missing, got {len(self._places)} others.")
+            raise CheckpointError(
+                f"{self.path}: tensor {name!r} is missing. Got {len(self._places)} others. Get the model again."
+            )
         return self._places[name]
 
     def tensor(self, name: str) -> Tensor:
@@ -220,7 +222,7 @@ def read_values(path: Path, tensor: GgufTensor) -> Tensor:
     if not all(map(torch.isfinite, values.aminmax())):
         bad = int((~torch.isfinite(values)).sum())
         raise FormatError(
-            f"{path}: tensor {tensor.name!r} holds NaN or infinite values, got {bad} of {values.numel()}, expected "
+            f"{path}: tensor {tensor.name!r} holds NaN or infinite values. Got {bad} of {values.numel()}. Expected "
             "none. The file is damaged: get or make it again."
         )
     return values.view(tensor.shape)
@@ -269,10 +271,13 @@ def _check_tensors(header: GgufHeader, shapes: dict[str, tuple[int, ...]]) -> No
                 f"{header.metadata['general.architecture']!r} with this metadata. Convert the model again."
             )
         if info.type.name not in _FLOATS and not info.type.quantized:
-            raise FormatError(f"{header.path}: tensor {name!r} is of type {info.type.name}, expected floating point.")
+            raise FormatError(
+                f"{header.path}: tensor {name!r} is of type {info.type.name}. Expected floating point."
+                " The file is damaged: make it again."
+            )
         if info.shape != shapes[ours]:
             raise FormatError(
-                f"{header.path}: tensor {name!r} has shape {info.shape}, expected {shapes[ours]} from the metadata. "
+                f"{header.path}: tensor {name!r} has shape {info.shape}. Expected {shapes[ours]} from the metadata. "
                 "Convert the model again."
             )
         seen[ours] = name

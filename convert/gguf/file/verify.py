@@ -28,7 +28,7 @@ def verify_gguf(path: Path) -> Verification:
     for tensor in header.tensors.values():
         if len(tensor.shape) == 1 and tensor.type.quantized:
             raise FormatError(
-                f"{path}: {tensor.name!r} is a vector of type {tensor.type.name}, expected F32: llama.cpp computes "
+                f"{path}: {tensor.name!r} is a vector of type {tensor.type.name}. Expected F32: llama.cpp computes "
                 "with such vectors directly. Quantize again."
             )
         read_values(header.path, tensor)
@@ -70,6 +70,6 @@ def _check_end(header: GgufHeader) -> None:
     end = max((t.offset_bytes + t.size_bytes for t in header.tensors.values()), default=header.data_offset_bytes)
     if header.file_bytes - end >= header.alignment_bytes:
         raise FormatError(
-            f"{header.path}: {header.file_bytes - end} bytes follow the last tensor, expected less than the "
+            f"{header.path}: {header.file_bytes - end} bytes follow the last tensor. Expected less than the "
             f"{header.alignment_bytes} that padding may take. Something was appended: get or make the file again."
         )

@@ -132,14 +132,14 @@ def _check_base(header: GgufHeader, types: Mapping[str, GgmlType], ready: Mappin
         unknown = names - header.tensors.keys()
         if unknown:
             raise ConfigError(
-                f"{header.path}: no tensor {min(unknown)!r}, got {what} for it. Use the names of the file."
+                f"{header.path}: no tensor {min(unknown)!r}. Got {what} for it. Use the names of the file."
             )
     require_whole(header)
     for name, kind in types.items():
         stored = header.tensors[name].type
         if stored != kind and stored.name not in ("F32", "F16", "BF16"):
             raise FormatError(
-                f"{header.path}: tensor {name!r} is already quantized, got {stored.name}, expected F32, F16 or BF16. "
+                f"{header.path}: tensor {name!r} is already quantized. Got {stored.name}. Expected F32, F16 or BF16. "
                 "Use the unquantized model."
             )
 
@@ -228,7 +228,7 @@ class _Job:
 
     def _wrong(self, got: str, expected: str) -> VerificationError:
         return VerificationError(
-            f"{self._planned.name}: at {self._planned.type.name} it decodes to something else, got {got}, expected "
+            f"{self._planned.name}: at {self._planned.type.name} it decodes to something else. Got {got}. Expected "
             f"{expected}. This is a bug, or the weights cannot be held by this type: choose another one."
         )
 

@@ -144,7 +144,10 @@ def repack(data: Bytes, kind: GgmlType, codes: Tensor) -> Bytes:
         raise ShapeError(f"repack {kind.name}", "codes", got=tuple(codes.shape), expected=expected)
     if codes.dtype != torch.uint8 or (codes.numel() and int(codes.max()) >= len(layout.levels)):
         got = f"{codes.dtype} up to {int(codes.max()) if codes.numel() else 0}"
-        raise FormatError(f"repack {kind.name}: wrong codes, got {got}, expected uint8 below {len(layout.levels)}.")
+        raise FormatError(
+            f"repack {kind.name}: wrong codes. Got {got}. Expected uint8 below {len(layout.levels)}."
+            " The file is damaged: make it again."
+        )
     stored = codes.cpu().contiguous().numpy().reshape(len(blocks), kind.block_weights) ^ np.uint8(layout.flip)
     shift = 0
     for plane in layout.planes:
@@ -158,15 +161,17 @@ def _layout(kind: GgmlType) -> _Layout:
         return _LAYOUTS[kind.name]
     except KeyError:
         raise ConfigError(
-            f"{kind.name}: codes no single weights, got this type, expected one of {', '.join(_LAYOUTS)}."
+            f"{kind.name}: codes no single weights. Got this type. Expected one of {', '.join(_LAYOUTS)}."
+            " Choose another."
         ) from None
 
 
 def _as_blocks(where: str, data: Bytes, kind: GgmlType) -> Bytes:
     if data.ndim != 2 or data.dtype != np.uint8 or data.shape[1] % kind.block_bytes:
         raise FormatError(
-            f"{where} {kind.name}: got {data.dtype} of shape {data.shape}, expected uint8 rows of whole "
+            f"{where} {kind.name}: got {data.dtype} of shape {data.shape}. Expected uint8 rows of whole "
             f"{kind.block_bytes}-byte blocks."
+            " The file is damaged: make it again."
         )
     return data.reshape(-1, kind.block_bytes)
 

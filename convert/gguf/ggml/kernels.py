@@ -77,7 +77,8 @@ def encode(weights: Tensor, kind: GgmlType, importance: Tensor | None = None, *,
     where = f"encode to {kind.name}"
     if weights.ndim != 2 or weights.dtype != torch.float32 or weights.device.type != "cpu":
         raise FormatError(
-            f"{where}: got a {weights.dtype} tensor of {weights.ndim} dimensions, expected a CPU float32 matrix."
+            f"{where}: got a {weights.dtype} tensor of {weights.ndim} dimensions. Expected a CPU float32 matrix."
+            " The file is damaged: make it again."
         )
     rows, row_weights = weights.shape
     row_bytes = kind.row_bytes(row_weights)
@@ -130,8 +131,9 @@ def decode(data: Bytes, kind: GgmlType, *, threads: int = 1) -> Tensor:
     """
     if data.ndim != 2 or data.dtype != np.uint8 or data.shape[1] % kind.block_bytes:
         raise FormatError(
-            f"decode from {kind.name}: got {data.dtype} of shape {data.shape}, expected uint8 rows of whole "
+            f"decode from {kind.name}: got {data.dtype} of shape {data.shape}. Expected uint8 rows of whole "
             f"{kind.block_bytes}-byte blocks."
+            " The file is damaged: make it again."
         )
     data = np.ascontiguousarray(data)
     rows, row_weights = data.shape[0], data.shape[1] // kind.block_bytes * kind.block_weights
@@ -158,11 +160,11 @@ def _largest_weight(where: str, weights: Tensor, kind: GgmlType) -> float:
     largest = max(-low, high)
     if not (np.isfinite(low) and np.isfinite(high)):
         raise NumericalError(
-            f"{where}: weights hold NaN or infinite values, expected finite ones. Look at what made them."
+            f"{where}: weights hold NaN or infinite values. Expected finite ones. Look at what made them."
         )
     if largest > _LARGEST_WEIGHT and kind.name not in ("F32", "BF16"):
         raise NumericalError(
-            f"{where}: a weight is {largest:g}, expected at most {_LARGEST_WEIGHT:g}, float16's largest. "
+            f"{where}: a weight is {largest:g}. Expected at most {_LARGEST_WEIGHT:g}, float16's largest. "
             "Store this tensor as BF16."
         )
     return largest
@@ -172,15 +174,18 @@ def _check_importance(where: str, importance: Tensor, row_weights: int, largest_
     if tuple(importance.shape) != (row_weights,):
         raise ShapeError(where, "importances", got=tuple(importance.shape), expected=(row_weights,))
     if importance.dtype != torch.float32 or importance.device.type != "cpu":
-        raise FormatError(f"{where}: importances are {importance.dtype} on {importance.device}, expected CPU float32.")
+        raise FormatError(
+            f"{where}: importances are {importance.dtype} on {importance.device}. Expected CPU float32."
+            " The file is damaged: make it again."
+        )
     if not bool(torch.isfinite(importance).all()) or bool((importance < 0).any()):
         raise NumericalError(
-            f"{where}: importances are NaN, infinite or negative, expected mean squares. Measure again."
+            f"{where}: importances are NaN, infinite or negative. Expected mean squares. Measure again."
         )
     if importance.numel() and float(importance.max()) * largest_weight > _LARGEST_PRODUCT:
         raise NumericalError(
-            f"{where}: importance {float(importance.max()):g} at weights up to {largest_weight:g} overflows ggml, "
-            f"expected a product of at most {_LARGEST_PRODUCT:g}. Divide the importances by their mean."
+            f"{where}: importance {float(importance.max()):g} at weights up to {largest_weight:g} overflows ggml. "
+            f"Expected a product of at most {_LARGEST_PRODUCT:g}. Divide the importances by their mean."
         )
 
 
@@ -217,9 +222,9 @@ def _library() -> ctypes.CDLL:
         got = library.ggml_blck_size(kind.id), library.ggml_type_size(kind.id)
         if got != (kind.block_weights, kind.block_bytes):
             raise BpwiseError(
-                f"ggml's library: {kind.name} has blocks of {got[0]} weights in {got[1]} bytes, expected "
+                f"ggml's library: {kind.name} has blocks of {got[0]} weights in {got[1]} bytes. Expected "
                 f"{kind.block_weights} in {kind.block_bytes}. Install the version that bpwise names: "
-                "pip install 'bpwise[gguf]'"
+                "pip install 'bpwise[gguf]'."
             )
     return library
 
@@ -228,14 +233,14 @@ def _library_file() -> Path:
     # find_spec and not import: nothing of the package but this one file is wanted.
     found = importlib.util.find_spec("libggml")
     if found is None or not found.submodule_search_locations:
-        raise BpwiseError("GGUF output needs ggml's library, which is not installed. Run: pip install 'bpwise[gguf]'")
+        raise BpwiseError("GGUF output needs ggml's library, which is not installed. Run: pip install 'bpwise[gguf]'.")
     root = Path(next(iter(found.submodule_search_locations)))
     for folder in ("lib64", "lib", "bin"):
         for name in ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll", "libggml-base.dll"):
             if (root / folder / name).is_file():
                 return root / folder / name
     raise BpwiseError(
-        f"{root}: no ggml-base library in it. Install it again: pip install --force-reinstall 'bpwise[gguf]'"
+        f"{root}: no ggml-base library in it. Install it again: pip install --force-reinstall 'bpwise[gguf]'."
     )
 
 

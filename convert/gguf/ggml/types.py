@@ -128,4 +128,6 @@ def ggml_type(name: str) -> GgmlType:
     try:
         return TYPES[name.upper()]
     except KeyError:
-        raise ConfigError(f"ggml type: unknown name, got {name!r}, expected one of {', '.join(TYPES)}.") from None
+        raise ConfigError(
+            f"ggml type: unknown name. Got {name!r}. Expected one of {', '.join(TYPES)}. Choose another."
+        ) from None

@@ -170,7 +170,7 @@ def fallback(kind: GgmlType, row_weights: int) -> GgmlType:
 
 def _blind(name: str, kind: GgmlType, chosen: Mixture) -> ConfigError:
     return ConfigError(
-        f"{chosen.name}: {name} at {kind.name} would be garbage without importances, got none. Measure the model, or "
+        f"{chosen.name}: {name} at {kind.name} would be garbage without importances. Got none. Measure the model, or "
         "give an imatrix file."
     )
 

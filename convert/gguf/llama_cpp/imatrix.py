@@ -156,7 +156,7 @@ def require_fitting(matrix: ImportanceMatrix, shapes: Mapping[str, tuple[int, ..
     known = sorted(matrix.sums.keys() & shapes.keys())
     if not known:
         raise ConfigError(
-            f"importance matrix: none of its {len(matrix.sums)} tensors is in the model, got for example "
+            f"importance matrix: none of its {len(matrix.sums)} tensors is in the model. Got for example "
             f"{min(matrix.sums)!r}. Use a matrix that was made with this model."
         )
     for name in known:
@@ -165,7 +165,7 @@ def require_fitting(matrix: ImportanceMatrix, shapes: Mapping[str, tuple[int, ..
         # As in llama.cpp, a lookup has no inputs to speak of.
         if got != expected and name != "token_embd.weight":
             raise ConfigError(
-                f"importance matrix: {name} has {got} inputs, expected {expected} as in the model. Use a matrix that "
+                f"importance matrix: {name} has {got} inputs. Expected {expected} as in the model. Use a matrix that "
                 "was made with this model."
             )
 

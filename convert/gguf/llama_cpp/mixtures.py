@@ -328,5 +328,7 @@ def mixture(name: str) -> Mixture:
     key = name.upper()
     found = MIXTURES.get(_ALIASES.get(key, key))
     if found is None:
-        raise ConfigError(f"mixture: unknown name, got {name!r}, expected one of {', '.join(MIXTURES)}.")
+        raise ConfigError(
+            f"mixture: unknown name. Got {name!r}. Expected one of {', '.join(MIXTURES)}. Choose another."
+        )
     return found

@@ -23,7 +23,7 @@ def check_png() -> None:
         import resvg_py  # noqa: F401, PLC0415 - an extra
     except ImportError as error:
         raise BpwiseError(
-            "PNG files are drawn by resvg, which is not installed. Run: pip install 'bpwise[png]'"
+            "PNG files are drawn by resvg, which is not installed. Run: pip install 'bpwise[png]'."
         ) from error
 
 

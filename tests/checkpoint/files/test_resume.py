@@ -147,7 +147,7 @@ class TestClaim:
 
     def test_a_file_in_the_way(self, tmp_path: Path) -> None:
         (tmp_path / "work").write_text("")
-        with pytest.raises(WorkDirectoryError, match="work: in the way, got a file"), locked_work(tmp_path / "work"):
+        with pytest.raises(WorkDirectoryError, match=r"work: in the way. Got a file"), locked_work(tmp_path / "work"):
             pytest.fail("there is no directory")
 
     def test_what_a_killed_run_was_writing_goes(self, tmp_path: Path) -> None:

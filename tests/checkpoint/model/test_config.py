@@ -99,7 +99,7 @@ LIES: dict[str, tuple[dict[str, Any], str]] = {
         {"num_key_value_heads": 3},
         "num_attention_heads and num_key_value_heads do not fit together. Got 4 and 3",
     ),
-    "text": ({"hidden_size": "64"}, "Field 'hidden_size' expected int, got str"),
+    "text": ({"hidden_size": "64"}, "Field 'hidden_size' expected int. Got str"),
     "heads": ({"num_attention_heads": 5, "num_key_value_heads": 5}, "not a multiple of the number of attention heads"),
     "padding": ({"pad_token_id": 300}, "pad_token_id is outside the vocabulary. Got 300"),
     "rope-type": ({"rope_scaling": {"type": "ntk-by-parts", "factor": 4.0}}, "unknown rope_type. Got 'ntk-by-parts'"),
@@ -111,7 +111,7 @@ LIES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "rope-share": ({"partial_rotary_factor": 64}, "impossible partial_rotary_factor. Got 64"),
     "rope-type-list": ({"rope_scaling": {"type": ["linear"]}}, "unknown rope_type. Got ['linear']"),
-    "rope-base-bool": ({"rope_theta": True}, "impossible rope_theta. Got True, expected a positive number"),
+    "rope-base-bool": ({"rope_theta": True}, "impossible rope_theta. Got True. Expected a positive number"),
     "rope-base-huge": ({"rope_theta": 10**400}, "impossible rope_theta. Got 1000"),
     "rope-share-null": (
         {"rope_scaling": {"type": "linear", "factor": 2.0, "partial_rotary_factor": None}},
@@ -217,7 +217,7 @@ def test_parts_that_are_no_configs_are_refused(extra: dict[str, Any], message: s
 
 def test_no_token_has_more_experts_than_there_are() -> None:
     config = {**SIZES, **FAMILIES["mixtral"], "model_type": "mixtral", "num_experts_per_tok": 5}
-    with pytest.raises(CheckpointError, match="Got 5, expected at most 4"):
+    with pytest.raises(CheckpointError, match=r"Got 5. Expected at most 4"):
         complete_config(config, WHERE, embedding_rows=None)
 
 
@@ -234,9 +234,9 @@ def change_config(directory: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_hidden_layers": 3}, r"Got no tensor of model\.layers\.2, expected num_hidden_layers 3"),
-        ({"intermediate_size": 96}, r"Got shape \(64, 32\) for \S+mlp\.\S+\.weight, expected \(96, 32\)"),
-        ({"head_dim": 16}, r"Got shape \(32, 32\) for \S+q_proj\.weight, expected \(64, 32\)"),
+        ({"num_hidden_layers": 3}, r"Got no tensor of model\.layers\.2. Expected num_hidden_layers 3"),
+        ({"intermediate_size": 96}, r"Got shape \(64, 32\) for \S+mlp\.\S+\.weight. Expected \(96, 32\)"),
+        ({"head_dim": 16}, r"Got shape \(32, 32\) for \S+q_proj\.weight. Expected \(64, 32\)"),
     ],
     ids=["blocks", "neurons", "heads"],
 )
@@ -253,7 +253,7 @@ def test_sizes_are_compared_with_the_weights(
     ("changes", "message"),
     [
         ({"attention_bias": True}, r"self_attn\.\w_proj\.bias' is missing"),
-        ({"vocab_size": 300}, r"model\.embed_tokens\.weight has shape \(264, 32\), expected \(300, 32\)"),
+        ({"vocab_size": 300}, r"model\.embed_tokens\.weight has shape \(264, 32\). Expected \(300, 32\)"),
     ],
     ids=["biases", "vocabulary"],
 )

@@ -139,7 +139,7 @@ class TestReading:
         bad = torch.zeros(1001, dtype=dtype)
         bad[777] = value
         checkpoint = Checkpoint.open(make(tmp_path, {"bad": bad}))
-        message = r"model\.safetensors: tensor 'bad' holds NaN or infinite values, got 1 of 1001"
+        message = r"model\.safetensors: tensor 'bad' holds NaN or infinite values. Got 1 of 1001"
         with pytest.raises(CheckpointError, match=message):
             checkpoint.tensor("bad")
 
@@ -199,7 +199,7 @@ class TestTiedEmbeddings:
     @pytest.mark.parametrize("part", ["", "text_config"])
     def test_wrong_type(self, tmp_path: Path, part: str) -> None:
         flag = {"tie_word_embeddings": "false"}
-        with pytest.raises(CheckpointError, match="wrong tie_word_embeddings, got 'false'"):
+        with pytest.raises(CheckpointError, match=r"wrong tie_word_embeddings. Got 'false'"):
             Checkpoint.open(make(tmp_path, config={"model_type": "x", **({part: flag} if part else flag)}))
 
 
@@ -353,7 +353,7 @@ class TestRefusedDirectories:
                 id="missing-tensor",
             ),
             pytest.param(indexed({"x": "b.safetensors", "y": "a.safetensors"}), "wrong file for tensor", id="swapped"),
-            pytest.param(duplicate, r"'x' is stored twice, got a\.safetensors and b", id="duplicate"),
+            pytest.param(duplicate, r"'x' is stored twice. Got a\.safetensors and b", id="duplicate"),
         ],
     )
     def test_is_refused(self, tmp_path: Path, build: Callable[[Path], None], message: str) -> None:
@@ -424,8 +424,8 @@ class TestRefusedHeaders:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            pytest.param(b"", "truncated, got 0 bytes", id="empty"),
-            pytest.param(b"\1\0\0", "truncated, got 3 bytes", id="no-length"),
+            pytest.param(b"", "truncated. Got 0 bytes", id="empty"),
+            pytest.param(b"\1\0\0", "truncated. Got 3 bytes", id="no-length"),
             pytest.param(raw_safetensors(b"{}", length=2**63), "header too large", id="length-2^63"),
             pytest.param(raw_safetensors(b"{}", length=100_000_001), "header too large", id="100MB"),
             pytest.param(raw_safetensors(b"{}", length=3), "expected a header of 3 bytes", id="longer-than-file"),
@@ -436,7 +436,7 @@ class TestRefusedHeaders:
             pytest.param(raw_safetensors({"__metadata__": {"a": 1}}), "__metadata__", id="metadata"),
             pytest.param(raw_safetensors({"a": 1}), "wrong header entry", id="entry-number"),
             pytest.param(raw_safetensors({"a": {"dtype": "U8"}}), "wrong header entry", id="entry-fields"),
-            pytest.param(raw_safetensors({"a": entry(0, 1, dtype="F4")}, b"1"), "unknown dtype, got 'F4'", id="dtype"),
+            pytest.param(raw_safetensors({"a": entry(0, 1, dtype="F4")}, b"1"), "unknown dtype. Got 'F4'", id="dtype"),
             pytest.param(raw_safetensors({"a": entry(0, 1) | {"dtype": []}}, b"1"), "unknown dtype", id="dtype-list"),
             pytest.param(raw_safetensors({"a": entry(0, 1, [-1])}, b"1"), "impossible shape", id="negative-size"),
             pytest.param(raw_safetensors({"a": entry(0, 1, [True])}, b"1"), "impossible shape", id="bool-size"),

@@ -122,7 +122,7 @@ def with_nan() -> Tensor:
 @pytest.mark.parametrize(
     ("weight", "scale", "message"),
     [
-        (with_nan(), scales(1, 1), "NaN or infinite values, got 1 of 16"),
+        (with_nan(), scales(1, 1), "NaN or infinite values. Got 1 of 16"),
         (codes(4, 4), torch.tensor([[float("inf")]]), "NaN or infinite values"),
         (codes(4, 4), torch.tensor([[3e38]]), "dequantized, holds NaN or infinite"),
     ],
@@ -137,9 +137,9 @@ def test_values_that_are_no_numbers(weight: Tensor, scale: Tensor, message: str,
 @pytest.mark.parametrize(
     ("settings", "shape", "grid", "message"),
     [
-        (BLOCKS, (256, 256), (2, 1), r"got \(2, 1\), expected \(2, 2\) for blocks of 128 x 128"),
-        (BLOCKS, (256, 256), (1, 1), r"got \(1, 1\), expected \(2, 2\)"),
-        (TENSOR, (6, 4), (3,), r"got \(3,\), expected \(\) or \(6, 1\)"),
+        (BLOCKS, (256, 256), (2, 1), r"got \(2, 1\). Expected \(2, 2\) for blocks of 128 x 128"),
+        (BLOCKS, (256, 256), (1, 1), r"got \(1, 1\). Expected \(2, 2\)"),
+        (TENSOR, (6, 4), (3,), r"got \(3,\). Expected \(\) or \(6, 1\)"),
         (TENSOR, (6, 4), (1, 4), r"got \(1, 4\)"),
         (TENSOR, (6, 4), None, "there is no a.weight_scale_inv or a.weight_scale"),
         ({**BLOCKS, "weight_block_size": [0, 128]}, (6, 4), (1, 1), "expected two numbers"),

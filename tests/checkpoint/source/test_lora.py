@@ -228,12 +228,12 @@ DOWN, UP = f"{PREFIX}{Q}.lora_A.weight", f"{PREFIX}{Q}.lora_B.weight"
 @pytest.mark.parametrize(
     ("tensors", "config", "message"),
     [
-        (None, {"peft_type": "LOHA"}, "peft_type is 'LOHA', expected 'LORA'"),
+        (None, {"peft_type": "LOHA"}, "peft_type is 'LOHA'. Expected 'LORA'"),
         (None, {"bias": "all"}, "biases of its own"),
         (None, {"init_lora_weights": "pissa"}, "began as 'pissa'"),
         (None, {"lora_bias": True}, "lora_bias set to True"),
         (None, {"layer_replication": [[0, 2]]}, "layer_replication"),
-        (None, {"r": 4}, r"got \(2, 32\), expected \(4, 32\)"),
+        (None, {"r": 4}, r"got \(2, 32\). Expected \(4, 32\)"),
         (None, {"r": "two"}, r"r: not a valid value\. Got 'two'\. Expected int \| null"),
         (None, {"r": None}, "r is None and lora_alpha 6.0 for"),
         (None, {"r": 0}, r"r: not a valid value\. Got 0\. Expected int >= 1"),
@@ -260,9 +260,9 @@ DOWN, UP = f"{PREFIX}{Q}.lora_A.weight", f"{PREFIX}{Q}.lora_B.weight"
         (None, {"use_dora": True}, "expected .*magnitude"),
         ({}, {}, "no tensors"),
         ({DOWN: normal(2, 32)}, {}, "has tensors for .*down"),
-        ({DOWN: normal(2, 16), UP: normal(32, 2)}, {}, r"got \(2, 16\), expected \(2, 32\)"),
+        ({DOWN: normal(2, 16), UP: normal(32, 2)}, {}, r"got \(2, 16\). Expected \(2, 32\)"),
         ({DOWN.replace("q_proj", "z_proj"): normal(2, 32)}, {}, "made for another model"),
-        ({f"{PREFIX}{EMBED}": normal(265, 32)}, {}, r"got \(265, 32\), expected \(264, 32\)"),
+        ({f"{PREFIX}{EMBED}": normal(265, 32)}, {}, r"got \(265, 32\). Expected \(264, 32\)"),
         ({f"{PREFIX}{Q}.lora_E": normal(2, 1)}, {}, "made for another model"),
     ],
     ids=[
@@ -302,7 +302,7 @@ def test_pickles_are_refused(make_model: MakeModel, tmp_path: Path) -> None:
 def test_no_adapter_there(make_model: MakeModel, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no adapter"):
         open_model(make_model("base"), lora=tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match=r"no adapter, got a directory without adapter_config\.json"):
+    with pytest.raises(CheckpointError, match=r"no adapter. Got a directory without adapter_config\.json"):
         open_model(make_model("base"), lora=make_model("other"))
 
 

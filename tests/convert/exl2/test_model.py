@@ -445,7 +445,7 @@ def test_headers_are_checked_when_a_model_is_opened(
 def test_key_in_two_files(write: Write) -> None:
     out, _, _ = write()
     save_file({"model.norm.weight": torch.zeros(64)}, out / "more.safetensors")
-    with pytest.raises(FormatError, match=r"stored twice, got more\.safetensors and output"):
+    with pytest.raises(FormatError, match=r"stored twice. Got more\.safetensors and output"):
         Exl2Model.open(out)
 
 

@@ -263,18 +263,18 @@ class TestChecking:
     @pytest.mark.parametrize(
         ("config", "metadata", "message"),
         [
-            ({"rope_theta": 5e5}, {}, "wrong rope.freq_base, got None, expected 500000"),
+            ({"rope_theta": 5e5}, {}, "wrong rope.freq_base. Got None. Expected 500000"),
             ({"rope_parameters": {"rope_theta": 5e5}}, {"llama.rope.freq_base": 1e4}, "wrong rope.freq_base"),
-            ({}, {"llama.context_length": 64}, "wrong context length, got 64, expected 128"),
-            ({"rope_scaling": {"type": "linear", "factor": 4.0}}, {}, "wrong rope.scaling.type, got None"),
+            ({}, {"llama.context_length": 64}, "wrong context length. Got 64. Expected 128"),
+            ({"rope_scaling": {"type": "linear", "factor": 4.0}}, {}, "wrong rope.scaling.type. Got None"),
             (
                 {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
                 {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0},
                 "wrong rope.scaling.original_context_length",
             ),
-            ({"rope_parameters": LLAMA3}, {"llama.rope.freq_base": 5e5}, "wrong rope_freqs.*, got no such tensor"),
+            ({"rope_parameters": LLAMA3}, {"llama.rope.freq_base": 5e5}, "wrong rope_freqs.*. Got no such tensor"),
             ({"rope_scaling": LONGROPE}, {"llama.rope.scaling.type": "longrope"}, "tensors of factors"),
-            ({}, {"llama.rope.scaling.type": "linear"}, "wrong rope.scaling.type, got linear, expected none"),
+            ({}, {"llama.rope.scaling.type": "linear"}, "wrong rope.scaling.type. Got linear. Expected none"),
         ],
         ids=["base-missing", "base", "context", "linear", "yarn", "llama3", "longrope", "unasked"],
     )

@@ -55,7 +55,7 @@ def test_sizes() -> None:
     assert not kind.fits(576)
     with pytest.raises(ShapeError, match="Q4_K"):
         kind.row_bytes(576)
-    with pytest.raises(ConfigError, match="'Q4_Z', expected one of F32"):
+    with pytest.raises(ConfigError, match=r"'Q4_Z'. Expected one of F32"):
         ggml_type("Q4_Z")
 
 

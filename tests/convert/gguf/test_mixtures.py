@@ -75,7 +75,7 @@ def test_a_tensor_without_importances_in_a_matrix_of_others(
 def test_names() -> None:
     assert mixture("q3_k") is MIXTURES["Q3_K_M"]
     assert mixture("iq4_xs").file_type == 30
-    with pytest.raises(ConfigError, match="'Q9', expected one of F32, F16"):
+    with pytest.raises(ConfigError, match=r"'Q9'. Expected one of F32, F16"):
         mixture("Q9")
 
 

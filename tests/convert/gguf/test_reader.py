@@ -171,7 +171,7 @@ class TestQuantized:
         data = bytearray(path.read_bytes())
         data[info.offset_bytes : info.offset_bytes + 2] = np.float16(np.nan).tobytes()  # the first block's scale
         path.write_bytes(data)
-        with pytest.raises(FormatError, match=r"blk\.1\.ffn_up\.weight' holds NaN or infinite values, got 32 of"):
+        with pytest.raises(FormatError, match=r"blk\.1\.ffn_up\.weight' holds NaN or infinite values. Got 32 of"):
             GgufModel.open(path).tensor("model.layers.1.mlp.up_proj.weight")
         with pytest.raises(FormatError, match="NaN"):
             verify_gguf(path)
@@ -219,9 +219,9 @@ class TestRefusals:
         [
             ({"output_norm.weight": None}, r"1 tensors are missing, the first 'model\.norm\.weight'"),
             ({"blk.0.attn_q.scale": np.ones(4, np.float32)}, "does not belong"),
-            ({"rope_freqs.weight": np.ones(8, np.float32)}, r"shape \(8,\), expected \(16,\)"),
+            ({"rope_freqs.weight": np.ones(8, np.float32)}, r"shape \(8,\). Expected \(16,\)"),
             ({"rope_freqs.weight": np.zeros(16, np.float32)}, "not positive"),
-            ({"output_norm.weight": np.ones(64, np.int32)}, "type I32, expected floating point"),
+            ({"output_norm.weight": np.ones(64, np.int32)}, "type I32. Expected floating point"),
             ({"token_embd.weight": None}, "token_embd"),
         ],
     )

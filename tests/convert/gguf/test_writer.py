@@ -178,7 +178,7 @@ def test_refuses_types(
 def test_refuses_a_quantized_base(make_gguf: MakeGguf, tmp_path: Path) -> None:
     base = make_gguf("small")
     write_gguf(base, tmp_path / "a.gguf", types_of(base, TYPES["Q8_0"]), file_type=7)
-    with pytest.raises(FormatError, match="already quantized, got Q8_0"):
+    with pytest.raises(FormatError, match=r"already quantized. Got Q8_0"):
         write_gguf(tmp_path / "a.gguf", tmp_path / "b.gguf", types_of(base, TYPES["Q4_0"]), file_type=2)
     # But what stays as it is may be copied.
     write_gguf(tmp_path / "a.gguf", tmp_path / "c.gguf", types_of(base, TYPES["Q8_0"]), file_type=7)

@@ -195,7 +195,7 @@ class TestLibrary:
 
     def test_other_layout(self, monkeypatch: pytest.MonkeyPatch, library: LlamaLibrary) -> None:
         monkeypatch.setattr(llamacpp, "_DEFAULTS", {**llamacpp._DEFAULTS, "type_k": 7})
-        with pytest.raises(ConfigError, match=r"has type_k = 1 by default, expected 7.*xllamacpp=="):
+        with pytest.raises(ConfigError, match=r"has type_k = 1 by default. Expected 7.*xllamacpp=="):
             LlamaLibrary(library._path, "again")
 
     def test_other_version(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -292,7 +292,7 @@ def test_weights_that_the_config_contradicts(llama: Path) -> None:
     config = json.loads((llama / "config.json").read_text())
     (llama / "config.json").write_text(json.dumps({**config, "intermediate_size": 128}))
     with pytest.raises(
-        CheckpointError, match=r"Got shape \(96, 64\) for \S+mlp\.gate_proj\.weight, expected \(128, 64\)"
+        CheckpointError, match=r"Got shape \(96, 64\) for \S+mlp\.gate_proj\.weight. Expected \(128, 64\)"
     ):
         stream(llama)
 

@@ -64,8 +64,8 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"rows": 0}, "rows must be at least 1, got 0"),
-            ({"row_tokens": 1}, "row_tokens must be at least 2, got 1"),
+            ({"rows": 0}, "rows must be at least 1. Got 0"),
+            ({"row_tokens": 1}, "row_tokens must be at least 2. Got 1"),
             ({"seed": -1}, "seed must be from 0"),
             ({"column": "text"}, "need a source"),
             ({"chat_template": True}, "need a source"),
@@ -216,7 +216,7 @@ class TestUserText:
     @pytest.mark.parametrize("part", ["calibration", "evaluation"])
     def test_too_little_text(self, tmp_path: Path, part: str) -> None:
         (tmp_path / "a.txt").write_text("x" * 98)
-        message = r"a\.txt: too little text, got 9[89] tokens, expected at least 120 for 2 rows of 61\. Lower rows"
+        message = r"a\.txt: too little text. Got 9[89] tokens. Expected at least 120 for 2 rows of 61\. Lower rows"
         with pytest.raises(CalibrationError, match=message):
             build(tmp_path / "a.txt", rows=2, row_tokens=61, part=part)
 
@@ -225,7 +225,7 @@ class TestUserText:
         assert build(tmp_path / "a.txt", rows=2, row_tokens=61).tokens[1, -1] == EOS
 
     def test_ids_outside_the_model(self, numbered: Path) -> None:
-        message = r"got token id 256, expected ids below the vocabulary size 200: the text has the token '<bos>'"
+        message = r"got token id 256. Expected ids below the vocabulary size 200: the text has the token '<bos>'"
         with pytest.raises(CalibrationError, match=message):
             build(numbered, rows=1, row_tokens=8, vocab_size=200)
 
@@ -372,7 +372,7 @@ class TestSet:
         [
             (
                 {"version": "2"},
-                "got format bpwise-calibration version 2, expected bpwise-calibration version 1",
+                "got format bpwise-calibration version 2. Expected bpwise-calibration version 1",
             ),
             ({"format": "pt"}, "not a calibration set"),
             ({"origins": "["}, "damaged"),

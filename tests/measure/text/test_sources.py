@@ -109,7 +109,7 @@ def test_chat_turns_without_a_template(tmp_path: Path) -> None:
 
 def test_a_column_that_is_no_text(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [{"text": 3}])
-    with pytest.raises(CalibrationError, match=r"rows.jsonl: line 1, column 'text': got int, expected text"):
+    with pytest.raises(CalibrationError, match=r"rows.jsonl: line 1, column 'text': got int. Expected text"):
         texts(path)
 
 
@@ -154,7 +154,7 @@ def test_a_path_object_is_never_a_hub_data_set() -> None:
 
 def test_unknown_suffix_lists_the_known(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(CalibrationError, match=r"'\.csv', expected one of \.txt, \.jsonl, \.parquet, \.arrow"):
+    with pytest.raises(CalibrationError, match=r"'\.csv'. Expected one of \.txt, \.jsonl, \.parquet, \.arrow"):
         read_texts(tmp_path / "a.csv")
 
 
@@ -382,5 +382,5 @@ class TestBuiltin:
         assert origins == [f"code: {broken}"]
 
     def test_unknown_use(self) -> None:
-        with pytest.raises(ConfigError, match=r"got 'test', expected one of \('calibration', 'evaluation'\)"):
+        with pytest.raises(ConfigError, match=r"got 'test'. Expected one of \('calibration', 'evaluation'\)"):
             builtin_texts("test")
