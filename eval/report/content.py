@@ -53,7 +53,10 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it in types that JSON has; of one model flat, of several as lists."""
-        costs = [[asdict(cost) for cost in each] for each in self.costs]
+        costs = [
+            [{"name": x.name, "bpw": x.bpw, "damage_nats": x.damage_nats} for x in each]  # not all tell their weights
+            for each in self.costs
+        ]
         if len(self.comparisons) == 1:
             (only,) = self.comparisons
             models: dict[str, Any] = {
