@@ -83,7 +83,7 @@ INNER = {
     "checkpoint": ["source", "model", "files"],
     "measure": [".", "text", "statistics", "model"],
     "convert": ["exl2", "gguf", "publishing", "."],
-    "convert/exl2": [".", "rounding", "plan", "file"],
+    "convert/exl2": [".", "rounding", "plan", "file", "readers"],
     "convert/gguf": [".", "llama_cpp", "file", "ggml"],
     "eval": ["report", "tasks", "engines", ".", "metrics"],
     "eval/report": [".", "drawings"],

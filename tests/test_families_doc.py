@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from bpwise.checkpoint.model.families import composite_of, family_of
-from bpwise.convert.exl2.reader_table import reader_composite, reader_family
+from bpwise.convert.exl2.readers.table import reader_composite, reader_family
 from bpwise.errors import UnsupportedModelError
 
 DOC = Path(__file__).parents[1] / "docs" / "families.md"

@@ -11,7 +11,7 @@ from ..names import RATE, convention_name, pasteable
 from .file.config import stored_rates
 from .file.manifest import Changes, Provenance
 from .file.reader import Exl2Model
-from .readers import reader_warnings
+from .readers.limits import reader_warnings
 
 __all__ = ["exl2_card", "exl2_name", "loading"]
 

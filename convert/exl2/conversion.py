@@ -22,7 +22,6 @@ from ..conversion import Conversion, Provenance, SizeForecast, Target
 from ..model import Verification
 from ..rounding import RoundedModel
 from .file.config import require_side_files
-from .file.names import Exl2Names
 from .file.writer import require_writable, write_model
 from .options import Exl2Options
 from .plan.making import make_exl2_plan
@@ -31,7 +30,8 @@ from .plan.plan import Exl2Plan
 from .plan.problem import AllocationProblem, SizeLimit, allocation_problem
 from .plan.size_limit import disk_limit, gpu_limit
 from .plan.unquantized import unquantized_lines
-from .readers import reader_warnings, require_reader
+from .readers.limits import reader_warnings, require_reader
+from .readers.names import Exl2Names
 from .rounding.rounder import Exl2Rounder, rounded_linear, tune_rounded
 
 __all__ = ["Exl2Conversion"]

@@ -14,7 +14,7 @@ from bpwise.convert.conversion import Target
 from bpwise.convert.dense import dequantize_model
 from bpwise.convert.exl2.file.reader import Exl2Model
 from bpwise.convert.exl2.options import Exl2Options
-from bpwise.convert.exl2.readers import require_reader
+from bpwise.convert.exl2.readers.limits import require_reader
 from bpwise.convert.opening import verify_model
 from bpwise.convert.rounding import RoundedModel, Rounder
 from bpwise.errors import UnsupportedModelError

@@ -8,7 +8,7 @@ import torch
 from bpwise.checkpoint.source.original import open_model
 from bpwise.convert.dense import dequantize_model
 from bpwise.convert.exl2.file.reader import Exl2Model
-from bpwise.convert.exl2.readers import require_reader
+from bpwise.convert.exl2.readers.limits import require_reader
 from bpwise.errors import UnsupportedModelError
 from bpwise.measure.run import MeasureConfig
 from bpwise.measure.text.calibration import CalibrationConfig

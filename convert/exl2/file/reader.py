@@ -17,11 +17,11 @@ from ....checkpoint.source.checkpoint import Checkpoint, TensorSource, embedding
 from ....checkpoint.source.hub import confined_file
 from ....errors import CheckpointError, ShapeError
 from ...model import Description, QuantizedModel
-from ..describe import describe_exl2, stored_sizes
+from ..readers.names import HfNames
 from .config import dense_config
+from .describe import describe_exl2, stored_sizes
 from .linear import QuantizedLinear
 from .manifest import Manifest, read_manifest
-from .names import HfNames
 from .store import QUANTIZED_SUFFIXES, check_stored, linear_from_tensors
 from .tensors import MARK, StoredTensors
 

@@ -13,7 +13,7 @@ from ....checkpoint.model.names import HEAD, config_features, head_names
 from ....errors import FormatError, VerificationError
 from ...carry import require_float16_range
 from ...model import Verification
-from ..describe import decoder_bpw, head_bpw
+from .describe import decoder_bpw, head_bpw
 from .linear import QuantizedLinear
 from .reader import Exl2Model
 

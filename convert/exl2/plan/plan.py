@@ -13,7 +13,7 @@ from ....errors import FormatError
 from ....tables import Table
 from ...model import Description
 from ...plan import LinearCost, Plan
-from ..describe import width_shares
+from ..file.describe import width_shares
 from ..file.layout import WIDTHS, RowGroup, linear_bits
 from .problem import AUTO, HEAD_BITS, HeadBits
 from .unquantized import FLOAT16_BITS, UnquantizedLinear, unquantized_lines

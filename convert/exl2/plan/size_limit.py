@@ -11,8 +11,8 @@ from ....checkpoint.source.checkpoint import Checkpoint
 from ....checkpoint.source.language import LanguageModel, language_model
 from ....checkpoint.source.linears import Linear, model_linears
 from ..file.layout import padded_columns
-from ..file.names import Exl2Names
 from ..file.store import QUANTIZED_SUFFIXES
+from ..readers.names import Exl2Names
 from .problem import SizeLimit
 from .vram import exl2_overhead_bytes
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.convert.dense import dequantize_model
-from bpwise.convert.exl2.describe import stored_sizes
+from bpwise.convert.exl2.file.describe import stored_sizes
 from bpwise.convert.exl2.file.linear import QuantizedLinear
 from bpwise.convert.exl2.file.reader import Exl2Model
 from bpwise.convert.exl2.file.tensors import is_exl2

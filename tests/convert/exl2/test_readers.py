@@ -9,8 +9,8 @@ import pytest
 from bpwise.checkpoint.model.config import complete_config
 from bpwise.checkpoint.model.families import composite_of
 from bpwise.convert.exl2.file.config import dense_config, exl2_config
-from bpwise.convert.exl2.reader_table import reader_composite, reader_family
-from bpwise.convert.exl2.readers import reader_warnings, require_reader
+from bpwise.convert.exl2.readers.limits import reader_warnings, require_reader
+from bpwise.convert.exl2.readers.table import reader_composite, reader_family
 from bpwise.errors import UnsupportedModelError
 from transformers import AutoConfig
 

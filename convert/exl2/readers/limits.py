@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...checkpoint.model.config import parse_config
-from ...checkpoint.model.families import composite_of, family_of
-from ...checkpoint.model.names import text_config
-from ...checkpoint.model.positions import attention_window, full_rope, window_period
-from ...errors import UnsupportedModelError
-from .reader_table import ReaderComposite, ReaderFamily, known_architectures, reader_composite, reader_family
+from ....checkpoint.model.config import parse_config
+from ....checkpoint.model.families import composite_of, family_of
+from ....checkpoint.model.names import text_config
+from ....checkpoint.model.positions import attention_window, full_rope, window_period
+from ....errors import UnsupportedModelError
+from .table import ReaderComposite, ReaderFamily, known_architectures, reader_composite, reader_family
 
 __all__ = ["reader_warnings", "require_reader"]
 

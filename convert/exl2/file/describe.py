@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ...checkpoint.model.names import HEAD, model_order
-from ...tables import Table
-from ..model import Description
+from ....checkpoint.model.names import HEAD, model_order
+from ....tables import Table
+from ...model import Description
 
 if TYPE_CHECKING:
-    from .file.reader import Exl2Model
+    from .reader import Exl2Model
 
 __all__ = ["decoder_bpw", "describe_exl2", "head_bpw", "stored_sizes", "width_shares"]
 

@@ -11,7 +11,7 @@ from ....checkpoint.model.families import composite_of
 from ....checkpoint.source.checkpoint import TensorSource
 from ....checkpoint.source.language import LanguageModel, language_model
 from ....checkpoint.source.views import SourceView
-from ..reader_table import ReaderFamily, reader_composite, reader_family
+from .table import ReaderFamily, reader_composite, reader_family
 
 __all__ = ["Exl2Names", "HfNames"]
 
