@@ -359,7 +359,7 @@ IRREGULAR = ["full_attention", "sliding_attention", "sliding_attention"]
         ),
         (
             llama(rope_parameters={"rope_type": "proportional", **ROPE, "factor": 2.0}),
-            "leave out rope_type 'proportional'. Expected one of default, linear",
+            "leave out rope_type 'proportional', expected one of default, linear",
         ),
         (
             model("gemma3_text", rope_parameters={"full_attention": GEMMA3_FULL, "sliding_attention": GEMMA3_LOCAL}),
@@ -373,7 +373,7 @@ IRREGULAR = ["full_attention", "sliding_attention", "sliding_attention"]
                     "sliding_attention": {**GEMMA3_LOCAL, "rope_theta": 10000.0},
                 },
             ),
-            "leave out rope_type 'yarn'. Expected one of default, linear",
+            "leave out rope_type 'yarn', expected one of default, linear",
         ),
         (model("gemma3_text", num_hidden_layers=3, layer_types=IRREGULAR), "layer_types has no period"),
         (
