@@ -9,13 +9,13 @@ __all__ = ["Progress", "silent"]
 
 
 class Progress(Protocol):
-    """Wraps the items of a stage, as ``tqdm.tqdm`` does."""
+    """Wraps the items of a step, as ``tqdm.tqdm`` does."""
 
-    def __call__(self, items: Sequence[Any], stage: str) -> Iterable[Any]:
-        """Return an iterable over ``items`` that shows how far ``stage`` has come."""
+    def __call__(self, items: Sequence[Any], step: str) -> Iterable[Any]:
+        """Return an iterable over ``items`` that shows how far ``step`` has come."""
 
 
-def silent(items: Sequence[Any], stage: str) -> Iterable[Any]:
+def silent(items: Sequence[Any], step: str) -> Iterable[Any]:
     """Show nothing."""
-    del stage
+    del step
     return items

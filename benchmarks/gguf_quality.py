@@ -93,7 +93,7 @@ def input_mean_squares(checkpoint: Checkpoint, tokens: Tensor) -> ImportanceMatr
     means: dict[str, Tensor] = {}
     for index in tqdm(range(model.block_count), desc="importance matrix"):
         output = torch.empty_like(hidden)
-        firsts = [stage.linears[0] for stage in model.family.stages]
+        firsts = [stage.linears[0] for stage in model.family.groups]
         sums: dict[str, Tensor] = {}
         with model.block(index) as block, tapped_inputs(block, firsts) as taps:
             for batch in micro_batches(*tokens.shape):
@@ -102,7 +102,7 @@ def input_mean_squares(checkpoint: Checkpoint, tokens: Tensor) -> ImportanceMatr
                     square = taps[name].flatten(0, 1).double().square().sum(dim=0)
                     sums[name] = sums[name] + square if name in sums else square
         hidden = output
-        for stage in model.family.stages:
+        for stage in model.family.groups:
             for name in model.family.linear_names(index, stage):
                 means[_name(name)] = (sums[stage.linears[0]] / tokens.numel()).float()
     if not model.tied:

@@ -121,7 +121,7 @@ def calibration_options(command: Command) -> Command:
         click.option(
             "--damping",
             type=float,
-            help="Damping of the Gram matrices, relative.  [default: chosen for each stage on held-out rows]",
+            help="Damping of the Hessians, relative.  [default: chosen for each input group on held-out rows]",
         ),
         click.option(
             "--moe-calibrate-all", is_flag=True, help="Run all tokens through all experts, not only few-used ones."
@@ -337,9 +337,9 @@ def say_shortened(source: TensorSource, **asked: int | None) -> None:
             say(line, err=True)
 
 
-def progress_bar(items: Sequence[Any], stage: str) -> Iterable[Any]:
-    """Show on stderr how far a stage is; see ``Progress``."""
+def progress_bar(items: Sequence[Any], step: str) -> Iterable[Any]:
+    """Show on stderr how far a step is; see ``Progress``."""
     from tqdm import tqdm
 
-    bar: Iterable[Any] = tqdm(items, desc=printable(stage, _MOST_LABEL_CHARACTERS), unit="block", dynamic_ncols=True)
+    bar: Iterable[Any] = tqdm(items, desc=printable(step, _MOST_LABEL_CHARACTERS), unit="block", dynamic_ncols=True)
     return bar

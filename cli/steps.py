@@ -101,6 +101,7 @@ def plan(
     from ..convert.registry import is_plan
     from ..measure.measurement import Measurement
     from ..quantize.planning.page import is_plan_page, write_plan_page
+    from ..quantize.planning.plans import make_plan
 
     if bpw is not None and max_size is not None:
         raise click.UsageError("--bpw and --max-size are two targets for one plan. Leave one of them out.")
@@ -114,12 +115,13 @@ def plan(
         check_file(html, is_plan_page, "a page of plans", read=measurement, force=force)
     measured = Measurement.load(measurement)
     if single:
-        made = choice.format.plan(measured, choice.options, bpw=bpw, max_bytes=max_size)
+        made = make_plan(measured, bpw=bpw, max_bytes=max_size, options=choice.options)
         made.save(output)
         described = made.describe()
         for line in (*described.table.to_lines(), *described.facts):
             say(line)
-        say(f"{made.bpw:.4f} bpw, at most {100 * made.gap:.3f} % above the best possible -> {output}")
+        above = "" if made.gap is None else f", at most {100 * made.gap:.3f} % above the best possible"
+        say(f"{made.bpw:.4f} bpw{above} -> {output}")
     if html is not None:
         write_plan_page(measured, html, model=measurement.stem, options=choice.all)
         say(f"plans of all sizes -> {html}")

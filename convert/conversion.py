@@ -162,6 +162,8 @@ class Conversion(ABC):
             BudgetError: No plan has this size.
             ConfigError: Options match nothing or contradict each other.
         """
+        if target is not None and target.vram_bytes is not None:
+            raise ConfigError("--vram: not known how much memory this format's readers take. Give --bpw or --max-size.")
         bpw = 16.0 if target is None or target.bpw is None else target.bpw
         return SizeForecast(output_bytes=self.checkpoint.total_bytes, bpw=bpw, lowest_bpw=0.0, highest_bpw=16.0)
 

@@ -62,7 +62,7 @@ class Plan(ABC):
 
     @property
     def damage_nats(self) -> float | None:
-        """Predicted damage, nats per token; None where nothing was measured."""
+        """Predicted damage, nats per token; formats whose plans need no measurement return None for such."""
         return sum(cost.damage_nats or 0.0 for cost in self.costs())
 
     @property
@@ -72,9 +72,9 @@ class Plan(ABC):
         return sum(cost.weights * cost.bpw for cost in costs) / sum(cost.weights for cost in costs)
 
     @property
-    def gap(self) -> float:
-        """How far the predicted damage may be above the best possible, as a fraction of it."""
-        return 0.0
+    def gap(self) -> float | None:
+        """How far the predicted damage may be above the best possible, as a fraction of it; None if it is not known."""
+        return None
 
     @property
     def stored_bytes(self) -> int:

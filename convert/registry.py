@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.files.schemas import read_json
-from ..errors import FormatError
+from ..errors import ConfigError, FormatError
 from .format import Format
 from .plan import Plan
 
@@ -28,6 +28,7 @@ __all__ = [
     "format_naming",
     "format_of",
     "formats",
+    "is_older_plan",
     "is_plan",
     "load_plan",
     "registered",
@@ -49,6 +50,9 @@ _PUBLIC = {
 
 PLAN_KEY = "bpwise_plan"
 """Where a plan's file says of which version it is; beside it, ``format`` says of which format."""
+
+_OLDER_KEY = "bpwise_type_plan"
+"""The same in some plans of an earlier version."""
 
 
 def formats() -> dict[str, Format]:
@@ -94,16 +98,29 @@ def format_naming(output: Path) -> Format | None:
 
 
 def format_asking(options: Any) -> Format:
-    """Return the format that options belong to."""
-    return next(each for each in formats().values() if each.Options is type(options))
+    """Return the format that options belong to.
+
+    Raises:
+        ConfigError: They are no format's.
+    """
+    for each in formats().values():
+        if each.Options is type(options):
+            return each
+    known = ", ".join(each.Options.__name__ for each in formats().values())
+    raise ConfigError(f"options: not a format's. Got {options!r}. Expected an object of {known}. Make one.")
 
 
 def is_plan(path: Path) -> bool:
     """Return whether a file is a plan, of any format and version."""
     try:
-        return PLAN_KEY in read_json(path, FormatError)
+        return not {PLAN_KEY, _OLDER_KEY}.isdisjoint(read_json(path, FormatError))
     except FormatError:
         return False
+
+
+def is_older_plan(path: Path) -> bool:
+    """Return whether a file is a plan of an earlier version, which did not say its format."""
+    return is_plan(path) and "format" not in read_json(path, FormatError)
 
 
 def load_plan(path: Path) -> Plan:
@@ -125,11 +142,13 @@ def load_plan(path: Path) -> Plan:
 @contextmanager
 def registered(format: Format) -> Iterator[None]:
     """Add a format while the body runs: for trying one out."""
+    before = dict(_FORMATS)
     _FORMATS[format.name] = format
     try:
         yield
     finally:
-        del _FORMATS[format.name]
+        _FORMATS.clear()
+        _FORMATS.update(before)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Options of the evaluation stage."""
+"""Options of the evaluation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["EvalConfig"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalConfig:
-    """Options of the evaluation stage.
+    """Options of the evaluation.
 
     Attributes:
         text: Text file, directory of such files, or Hub data set ``name[:config][:split]``; None for the evaluation

@@ -117,8 +117,8 @@ class MeasuringPasses:
 
     def _forward_block(self, index: int, hidden: Tensor) -> None:
         # Puts the block's output in the place of its input.
-        stages = self.model.input_groups(index)
-        with torch.no_grad(), self.model.block(index) as block, chunked_positionwise(block, stages):
+        groups = self.model.input_groups(index)
+        with torch.no_grad(), self.model.block(index) as block, chunked_positionwise(block, groups):
             for batch in self.batches:
                 hidden[batch] = self.model.run_block(index, hidden[batch].to(self.model.device)).cpu()
         check_finite(hidden, self.model.block_name(index))
@@ -173,32 +173,32 @@ class MeasuringPasses:
 
     def _measured_block(self, index: int, gradient: Tensor) -> dict[str, Tensor]:
         # Puts the gradient at the block's input in the place of that at its output.
-        stages = self.model.input_groups(index)
-        shared = [stage for stage in stages if stage.expert is None]
-        experts = [stage for stage in stages if stage.expert is not None]
+        groups = self.model.input_groups(index)
+        shared = [group for group in groups if group.expert is None]
+        experts = [group for group in groups if group.expert is not None]
         packed: dict[str, Tensor] = {}
         with self.model.block(index) as block:
             with (
                 collect(block, shared, self.tokens.shape[1]) as statistics,
                 collect_experts(block, self.model.family.experts_path, experts, self.tokens.numel()) as seen,
-                chunked_positionwise(block, stages),
+                chunked_positionwise(block, groups),
             ):
                 self._backward_block(index, self._kept(f"input-{index}", "hidden"), gradient, statistics)
-            for stage, sums in zip(shared, statistics, strict=True):
-                packed |= self._measured_stage(index, block, stage, sums)
-            for stage, chosen, sums in expert_statistics(
+            for group, sums in zip(shared, statistics, strict=True):
+                packed |= self._measured_stage(index, block, group, sums)
+            for group, chosen, sums in expert_statistics(
                 block, experts, seen, self.tokens.shape[1], all_tokens=self.experts_see_all_tokens
             ):
-                packed |= self._measured_stage(index, block, stage, sums)
-                for name in self.model.family.linear_names(index, stage):
+                packed |= self._measured_stage(index, block, group, sums)
+                for name in self.model.family.linear_names(index, group):
                     packed[f"{name}|chosen_tokens"] = torch.tensor(chosen)
         return packed
 
-    def _measured_stage(self, index: int, block: Any, stage: InputGroup, sums: InputStatistics) -> dict[str, Tensor]:
-        names = self.model.family.linear_names(index, stage)
-        modules = [block.get_submodule(inner) for inner in stage.linears]
-        couplings = {n: sums.couplings[i].coupling(sums.fisher[i]) for n, i in zip(names, stage.linears, strict=True)}
-        sums.fisher = {n: sums.fisher[inner] for n, inner in zip(names, stage.linears, strict=True)}
+    def _measured_stage(self, index: int, block: Any, group: InputGroup, sums: InputStatistics) -> dict[str, Tensor]:
+        names = self.model.family.linear_names(index, group)
+        modules = [block.get_submodule(inner) for inner in group.linears]
+        couplings = {n: sums.couplings[i].coupling(sums.fisher[i]) for n, i in zip(names, group.linears, strict=True)}
+        sums.fisher = {n: sums.fisher[inner] for n, inner in zip(names, group.linears, strict=True)}
         linears = dict(zip(names, modules, strict=True))
         return measure_group(linears, sums, couplings, self.makers, self.dampings, with_feedback=True)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..checkpoint.files.disk_errors import explained, require_room
@@ -30,6 +31,7 @@ from .measuring import check_work
 __all__ = [
     "ReportPlace",
     "check_output",
+    "check_places",
     "exists",
     "forecast_outputs",
     "output_of",
@@ -38,7 +40,7 @@ __all__ = [
     "run_prefix",
 ]
 
-_CARD_SENTENCE = b"quantized to "
+_CARD_SENTENCE = re.compile(rb"quantized to .{1,80} with bpwise\.")
 """In the cards of all formats."""
 
 
@@ -88,6 +90,8 @@ def output_of(output: Path, format_: Format, run: str) -> bool:
     Raises:
         WorkDirectoryError: Something else is in the way.
     """
+    if format_.suffix and output.is_dir():
+        raise WorkDirectoryError(f"{output}: in the way. Got a directory. Expected no such path. Choose another name.")
     if not exists(output):
         return False
     is_kind = output.is_file() if format_.suffix else output.is_dir()
@@ -99,15 +103,10 @@ def output_of(output: Path, format_: Format, run: str) -> bool:
     return True
 
 
-def check_output(
-    conversion: Conversion,
-    config: QuantizeConfig,
-    output: Path,
-    work: Path,
-    measurement: Path | None,
-    progress: Progress,
+def check_places(
+    conversion: Conversion, config: QuantizeConfig, output: Path, work: Path, measurement: Path | None
 ) -> None:
-    """Refuse places that are in the way of each other, and files of others; costs no time unless the output exists.
+    """Refuse places that are in the way of each other, before anything is made in them.
 
     Args:
         conversion: The original on its way into the format.
@@ -115,25 +114,37 @@ def check_output(
         output: Directory or file to make.
         work: Its work directory.
         measurement: The measurement to work from, or None.
+
+    Raises:
+        WorkDirectoryError: A place is in the way of another.
+    """
+    read = (measurement, *conversion.inputs)
+    directories = conversion.checkpoint.directories
+    check_run(output, work, directories=directories, files=read, offload=config.offload_dirs)
+    check_work(work)
+
+
+def check_output(conversion: Conversion, config: QuantizeConfig, output: Path, progress: Progress) -> None:
+    """Refuse an output that is there and not this run's, and files of others that report and card would replace.
+
+    Costs no time unless the output exists.
+
+    Args:
+        conversion: The original on its way into the format.
+        config: Options.
+        output: Directory or file to make.
         progress: Shows how far the original's fingerprint is.
 
     Raises:
-        WorkDirectoryError: A place is in the way, or holds something else.
+        WorkDirectoryError: There is something else.
+        FormatError: What is there is damaged.
     """
-    checkpoint = conversion.checkpoint
-    read = (measurement, *conversion.inputs)
-    check_run(output, work, directories=checkpoint.directories, files=read, offload=config.offload_dirs)
-    check_work(work)
-    if output.exists():
-        checkpoint.prepare_fingerprint(progress)
-    _refuse_others(output, conversion, config.format, evaluated=config.evaluate is not None)
-
-
-def _refuse_others(output: Path, conversion: Conversion, format_: Format, *, evaluated: bool) -> None:
-    # Files of others that an output, its report and its card would replace.
-    output_of(output, format_, run_prefix(conversion.checkpoint) if exists(output) else "")
+    format_ = config.format
+    if output_of(output, format_, ""):
+        conversion.checkpoint.prepare_fingerprint(progress)
+        output_of(output, format_, run_prefix(conversion.checkpoint))
     place = report_place(output, format_)
-    if format_.suffix and evaluated:
+    if format_.suffix and config.evaluate is not None:
         try_report(place.directory, prefix=place.prefix)
     if format_.suffix and conversion.writes_card:
         refuse_foreign(card_path(output), _is_card, "a card", advice="move it away")
@@ -146,7 +157,7 @@ def run_prefix(checkpoint: Checkpoint) -> str:
 
 def _is_card(path: Path) -> bool:
     try:
-        return _CARD_SENTENCE in path.read_bytes()
+        return _CARD_SENTENCE.search(path.read_bytes()) is not None
     except OSError:
         return False
 
@@ -207,19 +218,20 @@ def forecast_outputs(
     shape = None if known is None else (int(known.tokens.shape[0]), int(known.tokens.shape[1]))
     if any((target is not None) != conversion.measures for target in targets.values()):
         raise ConfigError(
-            "target: got none, expected bits per weight, a largest size, or the memory of a GPU."
+            "target: got none. Expected bits per weight, a largest size, or the memory of a GPU. Give one."
             if conversion.measures
-            else "target: got one, expected none beside options that say the size. Leave one of them out."
+            else "target: got one. Expected none beside options that say the size. Leave one of them out."
         )
-    forecasts = {
-        output: forecast_run(conversion, target, measure, measured=measured, rows_shape=shape)
-        for output, target in targets.items()
-    }
+    scratch = conversion.scratch(work)
+    forecasts = {}
+    for output, target in targets.items():
+        forecast = forecast_run(conversion, target, measure, measured=measured, rows_shape=shape)
+        forecasts[output] = replace(forecast, disk_bytes=forecast.disk_bytes + sum(scratch.values()))
     conversion.require_writable()
     if conversion.writes_card:
         read_base_card(checkpoint.directory)
     sizes = {output: each.size.output_bytes for output, each in forecasts.items() if not exists(output)}
-    _require_room({**sizes, **conversion.scratch(work)})
+    _require_room({**sizes, **scratch})
     return forecasts
 
 

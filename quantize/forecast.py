@@ -146,12 +146,12 @@ def _tuning_memory(checkpoint: Checkpoint, rows: int, row_tokens: int, *, offloa
 
 
 def _shapes(source: LanguageModel, index: int) -> dict[InputGroup, dict[str, tuple[int, int]]]:
-    # (out, in) of the linears of a block's stages.
+    # (out, in) of the linears of a block's input groups.
     shapes: dict[InputGroup, dict[str, tuple[int, int]]] = {}
-    for stage in source.family.input_groups(index, source.names):
-        for name in source.family.linear_names(index, stage):
+    for group in source.family.input_groups(index, source.names):
+        for name in source.family.linear_names(index, group):
             columns, rows = source.shape(f"{name}.weight")
-            shapes.setdefault(stage, {})[name] = columns, rows
+            shapes.setdefault(group, {})[name] = columns, rows
     return shapes
 
 
@@ -160,7 +160,7 @@ def _measuring_memory(
 ) -> int:
     # Gram matrices of each half of the calibration rows; of experts only one at a time is worked on.
     inputs = _inputs(block)
-    grams = sum(2 * rows**2 for stage, rows in inputs.items() if stage.expert in (None, 0)) * _FLOAT32_BYTES
+    grams = sum(2 * rows**2 for group, rows in inputs.items() if group.expert in (None, 0)) * _FLOAT32_BYTES
     # States and gradients of all tokens.
     states = 2 * kept_tokens * hidden * _FLOAT32_BYTES
     # A half in another order, the damped one and its factor.
@@ -179,23 +179,23 @@ def _passing(block: dict[InputGroup, dict[str, tuple[int, int]]], hidden: int, t
 def _rounding_memory(
     block: dict[InputGroup, dict[str, tuple[int, int]]], hidden: int, kept_tokens: int, together: int
 ) -> int:
-    # States of the original after the block and of the quantized model before, and what the stages should see or make
+    # States of the original after the block and of the quantized model before, and what its groups should see or make
     # (three at the attention's output, one at the end). In every waiting forward pass the stream, twice, and at the
-    # attention's output its queries, keys and values and what came of them; at the end the last stage's inputs.
+    # attention's output its queries, keys and values and what came of them; at the end the last input group's inputs.
     inputs = _inputs(block)
     state, waiting = kept_tokens * hidden * _FLOAT32_BYTES, (kept_tokens or together) * _FLOAT32_BYTES
-    before = list(itertools.takewhile(lambda stage: stage.adds is None, block))
+    before = list(itertools.takewhile(lambda group: group.adds is None, block))
     attention = (
-        sum(columns for stage in before for columns, _ in block[stage].values()) + list(inputs.values())[len(before)]
+        sum(columns for group in before for columns, _ in block[group].values()) + list(inputs.values())[len(before)]
     )
     states = max(5 * state + waiting * attention, 3 * state + waiting * max(inputs.values())) + 2 * waiting * hidden
     # A micro-batch's pass, and the sums over it.
     passing = (4 * min(together, CHUNK_POSITIONS) * max(inputs.values()) + 16 * together * hidden) * _FLOAT32_BYTES
     # The Gram matrix; for each linear at work it again in float64, and its factor; weights and by how much they move.
     factors = (
-        rows**2 * (_FLOAT32_BYTES + min(cores(), len(block[stage])) * (_FLOAT32_BYTES + _FLOAT64_BYTES))
-        + sum(2 * math.prod(shape) for shape in block[stage].values()) * _FLOAT32_BYTES
-        for stage, rows in inputs.items()
+        rows**2 * (_FLOAT32_BYTES + min(cores(), len(block[group])) * (_FLOAT32_BYTES + _FLOAT64_BYTES))
+        + sum(2 * math.prod(shape) for shape in block[group].values()) * _FLOAT32_BYTES
+        for group, rows in inputs.items()
     )
     return _weights(block) + states + passing + max(factors)
 
@@ -210,7 +210,7 @@ def _head_memory(vocabulary: int, hidden: int, kept_tokens: int) -> int:
 
 
 def _inputs(block: dict[InputGroup, dict[str, tuple[int, int]]]) -> dict[InputGroup, int]:
-    return {stage: next(iter(linears.values()))[1] for stage, linears in block.items()}
+    return {group: next(iter(linears.values()))[1] for group, linears in block.items()}
 
 
 def _weights(block: dict[InputGroup, dict[str, tuple[int, int]]]) -> int:

@@ -97,7 +97,7 @@ def _damages(name: str, curves: FormatCurves, linears: Sequence[str]) -> tuple[l
     # Titles, and the damage of each linear in each of the format's choices; nothing where a header names none.
     choices = next((value for value in curves.header.values() if isinstance(value, list)), [])
     damages = [curves.linears[linear].get("damage_nats", np.zeros(0)) for linear in linears]
-    if not all(damage.ndim and damage.shape[-1] == len(choices) for damage in damages):
+    if not choices or not all(damage.ndim and damage.shape[-1] == len(choices) for damage in damages):
         return [], [np.zeros(0)] * len(linears)
     sums = [damage.reshape(-1, len(choices)).sum(axis=0) for damage in damages]
     return [f"{name} {choice}" for choice in choices], sums

@@ -29,9 +29,9 @@ class QuantizeResult:
         comparison: Original against quantized, or None if evaluation was left out.
         costs: Time and memory of every step that ran.
         fallbacks: Linears whose Gram matrix could not be factored with the measured damping, and the damping that it
-            took (infinite: rounded without error feedback); empty if nothing was rounded now.
-        drift: How far the hidden states after each block are from the original's; empty if nothing was rounded now, or
-            it was refined after that.
+            took (infinite: rounded without error feedback); empty if the work directory holds no rounded model.
+        drift: How far the hidden states after each block are from the original's; empty if the work directory holds no
+            rounded model, or it was refined after that.
         measurement: The measurement file, which serves any other bitrate; None if nothing was measured.
         experts: How many experts calibration text hardly reached; None for a model without experts.
         warnings: What readers compute otherwise than Transformers, and what could not be carried over.
@@ -71,7 +71,11 @@ class QuantizeResult:
 def report_details(result: QuantizeResult) -> dict[str, dict[str, str | float]]:
     """Return what a report should say of the run beside the comparison: section -> entry -> value."""
     plan, verified = result.plan, result.verification
-    damage = {} if plan.damage_nats is None else {"predicted damage, nats/token": plan.damage_nats}
+    predicted: dict[str, float] = {}
+    if plan.damage_nats is not None:
+        predicted["predicted damage, nats/token"] = plan.damage_nats
+    if plan.gap is not None:
+        predicted["at most above the best possible, %"] = round(100 * plan.gap, 3)
     return {
         "Size": {
             **{f"bits per weight, {part}": round(bpw, 4) for part, bpw in verified.rates.items()},
@@ -80,8 +84,7 @@ def report_details(result: QuantizeResult) -> dict[str, dict[str, str | float]]:
             "quantized / original": round(verified.file_bytes / result.original_bytes, 4),
         },
         "Plan": {
-            **damage,
-            "at most above the best possible, %": round(100 * plan.gap, 3),
+            **predicted,
             **{f"weights in {name}, %": round(100 * share, 2) for name, share in plan.shares().items()},
             **{f"fact {number}": fact for number, fact in enumerate(plan.describe().facts, 1)},
             **({} if result.experts is None else {"experts": result.experts}),

@@ -28,6 +28,7 @@ from ..progress import Progress, silent
 from ..version import __version__
 from .checks import (
     check_output,
+    check_places,
     files_beside,
     forecast_outputs,
     output_of,
@@ -116,8 +117,9 @@ def quantize_model(
     work = work or work_beside(output)
     conversion = config.format.conversion(checkpoint, config.options)
     require_convertible(conversion)
+    check_places(conversion, config, output, work, measurement)
     with reserved(output, files_beside(output, config.format)):
-        check_output(conversion, config, output, work, measurement, progress)
+        check_output(conversion, config, output, progress)
         given = GivenMeasurement.load(measurement, checkpoint, progress)
         forecast_outputs(
             conversion,
@@ -248,7 +250,8 @@ class _OutputRun:
         if finished:
             if rounder is not None:  # there, if the run was cut off while it was evaluated
                 rounded = rounded_before(job.checkpoint, plan, rounder, config, self._work)
-            verification = job.config.format.verify(self._output)
+            with self._clock.step("verify"):
+                verification = job.config.format.verify(self._output)
         else:
             if rounder is not None and measured is not None:
                 rounded = self._rounded(plan, measured, rounder)

@@ -22,7 +22,7 @@ from ..measure.text.calibration import CalibrationSet
 from ..progress import Progress, silent
 from ..tables import Table, cell
 from ..version import __version__
-from .checks import check_output, files_beside, forecast_outputs, require_convertible
+from .checks import check_output, check_places, files_beside, forecast_outputs, require_convertible
 from .config import QuantizeConfig
 from .costs import StepClock
 from .judge import Judge
@@ -159,8 +159,9 @@ def quantize_series(
     paths = output_paths(config.base_model or model_name(checkpoint), output, config, rates)
     targets = {path: Target(bpw=bpw) for bpw, path in paths.items()}
     for path in targets:
+        check_places(conversion, config, path, work / path.name, measurement)
         with reserved(path, files_beside(path, config.format)):
-            check_output(conversion, config, path, work / path.name, measurement, progress)
+            check_output(conversion, config, path, progress)
     check_work(work / "measure")
     try_report(output)
     given = GivenMeasurement.load(measurement, checkpoint, progress)

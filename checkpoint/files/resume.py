@@ -32,7 +32,7 @@ _READ_BYTES = 16 << 20
 
 
 class ResumeStore:
-    """The finished artifacts of one stage of one run.
+    """The finished artifacts of one step of one run.
 
     The directory's name ends in a digest of everything that the artifacts depend on (model, calibration, options), so
     artifacts of different runs never mix, and the same run finds its own again. They are complete files only, with a
@@ -40,30 +40,30 @@ class ResumeStore:
     cleaners of temporary directories take what is oldest: whoever goes on looks.
 
     Attributes:
-        path: The directory, ``WORK/STAGE-DIGEST``.
+        path: The directory, ``WORK/STEP-DIGEST``.
     """
 
-    def __init__(self, work: Path, stage: str, identity: Mapping[str, Any]) -> None:
+    def __init__(self, work: Path, step: str, identity: Mapping[str, Any]) -> None:
         """Open or make the directory.
 
         Args:
             work: The run's work directory.
-            stage: Name of the stage.
+            step: Name of the step.
             identity: Plain JSON: all that the artifacts depend on. Kept in ``identity.json`` for people.
 
         Raises:
             WorkDirectoryError: The directory cannot be made.
         """
         self._intact: set[str] = set()
-        self.path = _path(work, stage, identity)
+        self.path = _path(work, step, identity)
         clear_partials(self.path)
         if not (self.path / _IDENTITY).exists():
             write_json(self.path / _IDENTITY, dict(identity))
 
     @classmethod
-    def existing(cls, work: Path, stage: str, identity: Mapping[str, Any]) -> ResumeStore | None:
-        """Return the directory of a stage that has begun, None where there is none."""
-        return cls(work, stage, identity) if _path(work, stage, identity).exists() else None
+    def existing(cls, work: Path, step: str, identity: Mapping[str, Any]) -> ResumeStore | None:
+        """Return the directory of a step that has begun, None where there is none."""
+        return cls(work, step, identity) if _path(work, step, identity).exists() else None
 
     def has(self, artifact: str) -> bool:
         """Whether an artifact is finished and undamaged; one that another process wrote is read for that, once.
@@ -132,8 +132,8 @@ class ResumeStore:
         return self.path / f"{artifact}{_SUFFIX}"
 
 
-def _path(work: Path, stage: str, identity: Mapping[str, Any]) -> Path:
-    return work / f"{stage}-{_digest(identity)}"
+def _path(work: Path, step: str, identity: Mapping[str, Any]) -> Path:
+    return work / f"{step}-{_digest(identity)}"
 
 
 def _digest(identity: Mapping[str, Any]) -> str:
@@ -179,7 +179,7 @@ def locked_work(work: Path) -> Iterator[None]:
     """
     work = named(work)
     try_directory(work)
-    emptied = _has_stages(work)
+    emptied = _has_steps(work)
     with locked(work / ".lock", work, "name another --work-dir"):
         clear_partials(work)
         try:
@@ -193,7 +193,7 @@ def locked_work(work: Path) -> Iterator[None]:
 
 
 class RunArtifacts:
-    """The stages of one run, which are let go when it is complete. Nothing else in the work directory is touched."""
+    """The steps of one run, which are let go when it is complete. Nothing else in the work directory is touched."""
 
     def __init__(self, work: Path) -> None:
         """Begin without any.
@@ -202,55 +202,55 @@ class RunArtifacts:
             work: The run's work directory.
         """
         self._work = work
-        self._stages: list[tuple[str, Mapping[str, Any]]] = []
+        self._steps: list[tuple[str, Mapping[str, Any]]] = []
 
-    def add(self, stage: str, identity: Mapping[str, Any]) -> None:
-        """Name a stage of the run, whether its directory was made now, by an earlier run that was cut off, or not."""
-        self._stages.append((stage, identity))
+    def add(self, step: str, identity: Mapping[str, Any]) -> None:
+        """Name a step of the run, whether its directory was made now, by an earlier run that was cut off, or not."""
+        self._steps.append((step, identity))
 
     def discard(self) -> None:
-        """Delete the directories of all stages."""
-        for stage, identity in self._stages:
-            discard_artifacts(self._work, stage, identity)
+        """Delete the directories of all steps."""
+        for step, identity in self._steps:
+            discard_artifacts(self._work, step, identity)
 
 
-def discard_artifacts(work: Path, stage: str, identity: Mapping[str, Any]) -> None:
-    """Delete the directory of a stage, if it is there and says itself that it is that.
+def discard_artifacts(work: Path, step: str, identity: Mapping[str, Any]) -> None:
+    """Delete the directory of a step, if it is there and says itself that it is that.
 
     Args:
         work: The run's work directory.
-        stage: Name of the stage.
+        step: Name of the step.
         identity: As for ``ResumeStore``.
     """
-    path = _path(work, stage, identity)
+    path = _path(work, step, identity)
     if _carries_identity(path):
         shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
 def run_artifacts(work: Path) -> Iterator[RunArtifacts]:
-    """Claim a work directory for a run; its stages go at the end, unless the run is cut off.
+    """Claim a work directory for a run; its steps go at the end, unless the run is cut off.
 
     Args:
         work: The directory.
 
     Yields:
-        What the run names its stages to.
+        What the run names its steps to.
 
     Raises:
         BpwiseError: As ``locked_work``.
     """
     with locked_work(work):
-        stages = RunArtifacts(work)
+        steps = RunArtifacts(work)
         try:
-            yield stages
+            yield steps
         except BrokenModelError:  # nothing is left to go on with
-            stages.discard()
+            steps.discard()
             raise
-        stages.discard()
+        steps.discard()
 
 
-def _has_stages(work: Path) -> bool:
+def _has_steps(work: Path) -> bool:
     with explained(work):
         return work.is_dir() and any(map(_carries_identity, work.iterdir()))
 

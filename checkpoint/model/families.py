@@ -1,7 +1,7 @@
 """How each model family is cut into blocks and linears, and what its tensors are called: data, one entry a family.
 
-A block is worked through in stages. The linears of a stage read one common input and share its Gram matrix, and none
-of them depends on the others. Stages come in the order in which the block computes them.
+A block is worked through in input groups. The linears of one read a common input and share its Hessian, and none
+of them depends on the others. Input groups come in the order in which the block computes them.
 
 Names inside a block are one linear each; where Transformers has one module for several of them, or keeps experts in one
 tensor, ``measure.model.surgery`` takes it apart. Source: Transformers 5 (``modeling_*.py``, ``conversion_mapping.py``).
@@ -37,14 +37,14 @@ EMBEDDING = "model.embed_tokens.weight"
 class InputGroup:
     """Linears of a block that read the same input and share its statistics.
 
-    Queries, keys and values are stages of their own: their gradients lie on different tokens, so that one Gram matrix
+    Queries, keys and values are groups of their own: their gradients lie on different tokens, so that one Hessian
     for all three would take queries for several times less than they matter.
 
     Attributes:
         linears: Names inside the block, for example ``self_attn.q_proj``.
-        adds: Module whose output is added to the residual stream once the stage is done; None for a stage whose output
+        adds: Module whose output is added to the residual stream once the group is done; None for a group whose output
             stays inside the block.
-        normed: Whether that module is a norm, which the stage's one linear feeds.
+        normed: Whether that module is a norm, which the input group's one linear feeds.
         expert: Number of the expert that the linears belong to; None outside of experts.
     """
 
@@ -85,8 +85,8 @@ class Experts:
     up: str = "up_proj"
     down: str = "down_proj"
 
-    def stages(self, expert: int) -> tuple[InputGroup, InputGroup]:
-        """Return the two stages of one expert."""
+    def groups(self, expert: int) -> tuple[InputGroup, InputGroup]:
+        """Return the two input groups of one expert."""
         prefix = f"{self.path}.{expert}"
         return (
             InputGroup((f"{prefix}.{self.gate}", f"{prefix}.{self.up}"), expert=expert),
@@ -99,8 +99,8 @@ class Family:
     """Architecture families that share names and structure.
 
     Attributes:
-        stages: Stages of decoder blocks, in the order of computation. A block has those whose linears are stored.
-        experts: The experts of blocks that have some; their stages come after the others.
+        groups: Input groups of decoder blocks, in the order of computation. A block has those whose linears are stored.
+        experts: The experts of blocks that have some; their input groups come after the others.
         fused: Modules of Transformers that are several linears: name inside the block -> names of its parts.
         mlp: The linears of an MLP that make its neurons, and the one that reads them.
         renamed: Start of a module's name inside the block in Transformers -> start of its name in files.
@@ -109,7 +109,7 @@ class Family:
         note: What is special, for the table of families in the documentation.
     """
 
-    stages: tuple[InputGroup, ...]
+    groups: tuple[InputGroup, ...]
     experts: Experts | None = None
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     mlp: tuple[tuple[str, ...], str] = (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
@@ -133,20 +133,20 @@ class Family:
             index: Which block.
             names: Names of the language model's tensors.
         """
-        stages = [stage for stage in self.stages if self._stored(index, stage, names)]
+        groups = [group for group in self.groups if self._stored(index, group, names)]
         if self.experts is not None:
             number = 0
-            while self._stored(index, (pair := self.experts.stages(number))[0], names):
-                stages += pair
+            while self._stored(index, (pair := self.experts.groups(number))[0], names):
+                groups += pair
                 number += 1
-        return tuple(stages)
+        return tuple(groups)
 
-    def _stored(self, index: int, stage: InputGroup, names: Collection[str]) -> bool:
-        return any(f"{name}.weight" in names for name in self.linear_names(index, stage))
+    def _stored(self, index: int, group: InputGroup, names: Collection[str]) -> bool:
+        return any(f"{name}.weight" in names for name in self.linear_names(index, group))
 
-    def linear_names(self, block: int, stage: InputGroup) -> tuple[str, ...]:
-        """Return the full names of a stage's linears in one block."""
-        return tuple(self.file_name(f"{self.blocks}.{block}.{name}") for name in stage.linears)
+    def linear_names(self, block: int, group: InputGroup) -> tuple[str, ...]:
+        """Return the full names of an input group's linears in one block."""
+        return tuple(self.file_name(f"{self.blocks}.{block}.{name}") for name in group.linears)
 
     def file_name(self, name: str) -> str:
         """Return the name in files of a module or parameter that the model has under a full name."""
@@ -179,17 +179,17 @@ _GEMMA2 = _post_norm("post_attention_layernorm", "post_feedforward_layernorm")
 _FUSED_MLP = {"mlp.gate_up_proj": _GATE_UP}
 
 _FAMILIES = {
-    "llama": Family(stages=_PRE_NORM, note="all rope types; biases"),
-    "mistral": Family(stages=_PRE_NORM, note="sliding window"),
+    "llama": Family(groups=_PRE_NORM, note="all rope types; biases"),
+    "mistral": Family(groups=_PRE_NORM, note="sliding window"),
     "mixtral": Family(
-        stages=_ATTENTION,
+        groups=_ATTENTION,
         experts=Experts("mlp.experts", gate="w1", up="w3", down="w2"),
         renamed={"mlp.": "block_sparse_moe."},
         note="experts",
     ),
-    "qwen2": Family(stages=_PRE_NORM, note="biases of q, k and v"),
+    "qwen2": Family(groups=_PRE_NORM, note="biases of q, k and v"),
     "qwen2_moe": Family(
-        stages=(
+        groups=(
             *_PRE_NORM,
             InputGroup(("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")),
             InputGroup(("mlp.shared_expert.down_proj",)),
@@ -197,39 +197,39 @@ _FAMILIES = {
         experts=Experts("mlp.experts"),
         note="experts beside a shared one",
     ),
-    "qwen3": Family(stages=_PRE_NORM, note="norms of queries and keys"),
-    "qwen3_moe": Family(stages=_PRE_NORM, experts=Experts("mlp.experts"), note="experts; norms of queries and keys"),
-    "gemma": Family(stages=_PRE_NORM, note="scaled embeddings, norms of 1 + weight"),
+    "qwen3": Family(groups=_PRE_NORM, note="norms of queries and keys"),
+    "qwen3_moe": Family(groups=_PRE_NORM, experts=Experts("mlp.experts"), note="experts; norms of queries and keys"),
+    "gemma": Family(groups=_PRE_NORM, note="scaled embeddings, norms of 1 + weight"),
     "gemma2": Family(
-        stages=_GEMMA2, note="norms before and after; soft-capping; every other block with a sliding window"
+        groups=_GEMMA2, note="norms before and after; soft-capping; every other block with a sliding window"
     ),
     "gemma3_text": Family(
-        stages=_GEMMA2,
+        groups=_GEMMA2,
         wrapped=True,
         note="as Gemma 2; norms of queries and keys; five of six blocks with a sliding window and a rope of their own",
     ),
     "phi3": Family(
-        stages=_PRE_NORM,
+        groups=_PRE_NORM,
         fused={"self_attn.qkv_proj": _QKV, **_FUSED_MLP},
         note="fused q, k, v and gate, up: split in the output",
     ),
     "granite": Family(
-        stages=_PRE_NORM,
+        groups=_PRE_NORM,
         multiplier="residual_multiplier",
         note="multipliers of embeddings, attention, residuals and logits",
     ),
     "glm4": Family(
-        stages=_post_norm("post_self_attn_layernorm", "post_mlp_layernorm"),
+        groups=_post_norm("post_self_attn_layernorm", "post_mlp_layernorm"),
         fused=_FUSED_MLP,
         note="norms before and after; fused gate, up: split in the output; rope on half of each head",
     ),
-    "cohere": Family(stages=_PRE_NORM, note="attention beside the MLP; scaled logits"),
+    "cohere": Family(groups=_PRE_NORM, note="attention beside the MLP; scaled logits"),
     "cohere2": Family(
-        stages=_PRE_NORM,
+        groups=_PRE_NORM,
         note="attention beside the MLP; scaled logits; three of four blocks with a sliding window, others without rope",
     ),
     "starcoder2": Family(
-        stages=(*_ATTENTION, InputGroup(("mlp.c_fc",)), InputGroup(("mlp.c_proj",), adds="mlp")),
+        groups=(*_ATTENTION, InputGroup(("mlp.c_fc",)), InputGroup(("mlp.c_proj",), adds="mlp")),
         mlp=(("mlp.c_fc",), "mlp.c_proj"),
         note="no gate in the MLP; biases everywhere: its neurons are reordered instead of c_proj's rows",
     ),

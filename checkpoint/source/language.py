@@ -179,21 +179,22 @@ def _require_consistent(model: LanguageModel) -> None:
     blocks = {name.split(".")[2] for name in model.names if name.startswith(f"{model.family.blocks}.")}
     missing = next((index for index in range(model.block_count) if str(index) not in blocks), None)
     if missing == 0:
-        model.shape(f"{model.family.linear_names(0, model.family.stages[0])[0]}.weight")  # says what is there instead
+        first = model.family.linear_names(0, model.family.groups[0])[0]
+        model.shape(f"{first}.weight")  # says what is there instead
     if missing is not None:
         raise CheckpointError(
             f"{where}: the weights lack a block. Got no tensor of {model.family.blocks}.{missing}. Expected "
             f"num_hidden_layers {model.block_count} of config.json. Get the missing files, or correct config.json."
         )
     for block in range(model.block_count):
-        stages = model.family.input_groups(block, model.names)
-        if not stages:
+        groups = model.family.input_groups(block, model.names)
+        if not groups:
             raise CheckpointError(
                 f"{where}: {model.family.blocks}.{block} has no linears. Got none. Expected those of a "
                 f"{config.get('model_type')} block. Get the model again."
             )
-        for stage in stages:
-            for name in model.family.linear_names(block, stage):
+        for group in groups:
+            for name in model.family.linear_names(block, group):
                 rows, columns = config_features(name, config)
                 _require_shape(model, f"{name}.weight", (columns, rows))
 

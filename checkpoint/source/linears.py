@@ -49,8 +49,8 @@ def model_linears(source: LanguageModel) -> tuple[list[Linear], Linear]:
     family = source.family
     linears = []
     for block in range(source.block_count):
-        for stage in family.input_groups(block, source.names):
-            for name in family.linear_names(block, stage):
+        for group in family.input_groups(block, source.names):
+            for name in family.linear_names(block, group):
                 columns, rows = source.shape(f"{name}.weight")
                 linears.append(Linear(name, rows, columns))
     vocabulary, hidden = source.shape(EMBEDDING)

@@ -155,7 +155,10 @@ class Exl2Conversion(Conversion):
         written = Exl2Names(self._source)
         return write_model(
             written,
-            {written.prefix + name: partial(rounded_linear, rounded, self._source, name) for name in rounded.names},
+            {
+                written.prefix + name: partial(rounded_linear, rounded, self._source, name, tuned=self.refines)
+                for name in rounded.names
+            },
             output,
             quantization={
                 "version": provenance.version,

@@ -17,7 +17,7 @@ from .llama_cpp.converter import converter_digest, converter_files, make_base
 __all__ = ["BASE", "base_identity", "base_path", "base_to_make", "converted"]
 
 BASE = "base"
-"""Name of the stage in the work directory that holds the file."""
+"""Name of the step in the work directory that holds the file."""
 
 _FILE = "base.gguf"
 

@@ -57,6 +57,7 @@ class GgufConversion(Conversion):
         self.writes_card = options.card
         self.inputs = () if options.base is None else (options.base,)
         self._base: Path | None = None
+        self._base_digest = ""
 
     @cached_property
     def warnings(self) -> tuple[str, ...]:
@@ -125,6 +126,8 @@ class GgufConversion(Conversion):
             self.checkpoint.prepare_fingerprint(progress)
             self._base = base_path(self.checkpoint, work, self.options.llama_cpp)
         self.notes = converted(self.checkpoint, self._base, self.options.llama_cpp)
+        if self.measures:  # otherwise the file says nothing of its run
+            self._base_digest = file_digests([self._base], FormatError, progress)[0]
         if self.measures and self.options.feedback:
             GgufModel.open(self._base)  # rounding will
         if self.options.base is not None:
@@ -152,7 +155,7 @@ class GgufConversion(Conversion):
 
     def identity(self) -> Any:
         """See ``Conversion``."""
-        return [file_digests([self.base], FormatError)[0], self.options.feedback]
+        return [self._base_digest, self.options.feedback]
 
     def rounder(self, plan: GgufPlan, measurement: Measurement) -> GgufRounder | None:
         """See ``Conversion``."""

@@ -55,11 +55,6 @@ class MixturePlan(Plan):
         return
 
     @property
-    def gap(self) -> float:
-        """0: there is nothing to compare with."""
-        return 0.0
-
-    @property
     def stored_bytes(self) -> int:
         """Size of all tensors' data, in bytes."""
         return sum(

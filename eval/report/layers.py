@@ -9,7 +9,7 @@ from ...checkpoint.files.paths import named, work_beside
 from ...checkpoint.source.checkpoint import TensorSource
 from ...convert.model import QuantizedModel
 from ...convert.plan import LinearCost
-from ...convert.registry import load_plan
+from ...convert.registry import is_older_plan, load_plan
 
 __all__ = ["find_plan", "linear_costs"]
 
@@ -19,14 +19,18 @@ def linear_costs(model: TensorSource, plan: Path | None = None) -> tuple[LinearC
 
     Args:
         model: A quantized model; of others nothing is returned.
-        plan: ``plan.json`` of the run that made it. A plan of other bits than the model has is of another model: the
-            damage is then unknown.
+        plan: ``plan.json`` of the run that made it. A plan of other bits than the model has is of another model, and
+            what one of an earlier version says is not read: the damage is then unknown.
 
     Raises:
         FormatError: The plan is damaged.
     """
     stored = model.stored_bpw() if isinstance(model, QuantizedModel) else {}
-    planned = {} if plan is None else {cost.name: (cost.bpw, cost.damage_nats) for cost in load_plan(plan).costs()}
+    planned = (
+        {}
+        if plan is None or is_older_plan(plan)
+        else {cost.name: (cost.bpw, cost.damage_nats) for cost in load_plan(plan).costs()}
+    )
     if not all(math.isclose(stored.get(name, 0.0), bpw, rel_tol=1e-6) for name, (bpw, _) in planned.items()):
         planned = {}
     return tuple(LinearCost(name, bpw, planned[name][1] if name in planned else None) for name, bpw in stored.items())

@@ -54,7 +54,7 @@ _OURS = {
 _MOST_BYTES = 1 << 20
 
 _OF_EVALUATION = "evaluate"
-"""Entry of a section on stages that belongs to the evaluation itself, and not to how the model was made."""
+"""Entry of a section on steps that belongs to the evaluation itself, and not to how the model was made."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

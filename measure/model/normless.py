@@ -37,7 +37,7 @@ def norms_of_stream(model: nn.Module, family: Family) -> Iterator[nn.Module]:
     own = [*parent.named_children()]
     for block in model.get_submodule(family.blocks).children():
         own += block.named_children()
-    others = {stage.adds for stage in family.stages if stage.normed}
+    others = {group.adds for group in family.groups if group.normed}
     for name, module in own:
         if type(module).__name__.endswith("Norm") and name not in others:
             yield module

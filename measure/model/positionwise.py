@@ -22,7 +22,7 @@ CHUNK_POSITIONS = 4096
 
 
 @contextmanager
-def chunked_positionwise(block: nn.Module, stages: Sequence[InputGroup]) -> Iterator[None]:
+def chunked_positionwise(block: nn.Module, groups: Sequence[InputGroup]) -> Iterator[None]:
     """Cut long rows before they enter the parts of a block that do not mix positions.
 
     Forward and backward pass both work through one piece after another; the backward pass runs a piece forward again,
@@ -30,9 +30,9 @@ def chunked_positionwise(block: nn.Module, stages: Sequence[InputGroup]) -> Iter
 
     Args:
         block: A decoder block.
-        stages: Its stages; the first of them belongs to what mixes positions.
+        groups: Its input groups; the first of them belongs to what mixes positions.
     """
-    mixing, *others = (stage.linears[0].partition(".")[0] for stage in stages)
+    mixing, *others = (group.linears[0].partition(".")[0] for group in groups)
     modules: list[Any] = [block.get_submodule(name) for name in sorted({*others} - {mixing})]
     for module in modules:
         module.forward = _in_pieces(module.forward)

@@ -29,25 +29,25 @@ _OTHERS_WEIGHT = 0.1
 """What a token that did not choose an expert counts for it, relative to the mean of those that did."""
 
 
-def expert_stages(stages: Sequence[InputGroup]) -> dict[int, tuple[InputGroup, InputGroup]]:
-    """Return the two stages of every expert among a block's stages: those that make its neurons, and read them."""
+def expert_stages(groups: Sequence[InputGroup]) -> dict[int, tuple[InputGroup, InputGroup]]:
+    """Return the two input groups of every expert in a block: those that make its neurons, and read them."""
     found: dict[int, list[InputGroup]] = {}
-    for stage in stages:
-        if stage.expert is not None:
-            found.setdefault(stage.expert, []).append(stage)
+    for group in groups:
+        if group.expert is not None:
+            found.setdefault(group.expert, []).append(group)
     return {number: (pair[0], pair[1]) for number, pair in found.items()}
 
 
-def expert_of(block: nn.Module, stage: InputGroup) -> Expert:
-    """Return the module of the expert that a stage belongs to."""
-    module = block.get_submodule(stage.linears[0].rpartition(".")[0])
+def expert_of(block: nn.Module, group: InputGroup) -> Expert:
+    """Return the module of the expert that an input group belongs to."""
+    module = block.get_submodule(group.linears[0].rpartition(".")[0])
     assert isinstance(module, Expert)
     return module
 
 
 @dataclass(eq=False)
 class ExpertSums:
-    """Sums over tokens for one stage of one expert.
+    """Sums over tokens for one input group of one expert.
 
     Attributes:
         fisher: Per linear, the sum over tokens of (dL/dy)^2, float32, shape (out,).
@@ -91,7 +91,7 @@ class ExpertInputs:
         inputs: Common input of the experts, float32, shape (tokens, hidden size), on the CPU.
         first_token: Index of the first token of the micro-batch under way, or of its piece, among those of all rows.
         next_token: The same of the next one; they come in order.
-        sums: Per stage, in their order.
+        sums: Per input group, in their order.
     """
 
     inputs: Tensor
@@ -101,19 +101,19 @@ class ExpertInputs:
 
 
 @contextmanager
-def collect_experts(block: nn.Module, path: str, stages: Sequence[InputGroup], tokens: int) -> Iterator[ExpertInputs]:
+def collect_experts(block: nn.Module, path: str, groups: Sequence[InputGroup], tokens: int) -> Iterator[ExpertInputs]:
     """Collect what gradients tell of experts while forward and backward passes run through a block.
 
     Args:
         block: A decoder block, its weights loaded.
         path: Module that holds the experts.
-        stages: The experts' stages; none where the block has no experts.
+        groups: The experts' input groups; none where the block has no experts.
         tokens: Number of tokens of all calibration rows.
 
     Yields:
         The sums.
     """
-    seen = ExpertInputs(torch.empty(0), 0, 0, {stage: ExpertSums({}, {}, torch.zeros(tokens)) for stage in stages})
+    seen = ExpertInputs(torch.empty(0), 0, 0, {group: ExpertSums({}, {}, torch.zeros(tokens)) for group in groups})
     handles = []
 
     def keep_inputs(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -125,12 +125,12 @@ def collect_experts(block: nn.Module, path: str, stages: Sequence[InputGroup], t
         seen.first_token, seen.next_token = seen.next_token, seen.next_token + len(hidden)
         seen.inputs[seen.first_token : seen.next_token] = hidden
 
-    if stages:
+    if groups:
         handles.append(block.get_submodule(path).register_forward_pre_hook(keep_inputs))
-    for stage in stages:
-        expert = expert_of(block, stage)
-        for name in stage.linears:
-            handles.append(block.get_submodule(name).register_forward_hook(_output_hook(seen, stage, name, expert)))
+    for group in groups:
+        expert = expert_of(block, group)
+        for name in group.linears:
+            handles.append(block.get_submodule(name).register_forward_hook(_output_hook(seen, group, name, expert)))
     try:
         yield seen
     finally:
@@ -138,48 +138,48 @@ def collect_experts(block: nn.Module, path: str, stages: Sequence[InputGroup], t
             handle.remove()
 
 
-def _output_hook(seen: ExpertInputs, stage: InputGroup, name: str, expert: Expert) -> Any:
+def _output_hook(seen: ExpertInputs, group: InputGroup, name: str, expert: Expert) -> Any:
     def hook(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
         if not torch.is_grad_enabled():
             return
         tokens = seen.first_token + expert.tokens
-        output.register_hook(lambda gradient: seen.sums[stage].see_gradient(name, gradient, tokens))
+        output.register_hook(lambda gradient: seen.sums[group].see_gradient(name, gradient, tokens))
 
     return hook
 
 
 def expert_statistics(
-    block: nn.Module, stages: Sequence[InputGroup], seen: ExpertInputs, row_tokens: int, *, all_tokens: bool
+    block: nn.Module, groups: Sequence[InputGroup], seen: ExpertInputs, row_tokens: int, *, all_tokens: bool
 ) -> Iterator[tuple[InputGroup, int, InputStatistics]]:
-    """Yield the statistics of experts, stage by stage, as if other stages' had been collected.
+    """Yield the statistics of experts, input group by input group, as if other input groups' had been collected.
 
     Args:
         block: The block, its weights loaded.
-        stages: The experts' stages.
+        groups: The experts' input groups.
         seen: What the backward pass collected of them.
         row_tokens: Tokens of a calibration row.
         all_tokens: Whether all tokens that did not choose an expert are added, not only as many as are missing.
 
     Yields:
-        A stage, how many tokens chose its expert, and the statistics.
+        An input group, how many tokens chose its expert, and the statistics.
     """
-    pairs = expert_stages(stages)
+    pairs = expert_stages(groups)
     means = [_mean_fishers(seen, [pair[position] for pair in pairs.values()]) for position in range(2)]
     for number, pair in pairs.items():
         chosen = seen.sums[pair[0]].tokens
-        for position, stage in enumerate(pair):
-            neurons_of = expert_of(block, stage).neurons if position else None
-            sums = _statistics(block, stage, seen, row_tokens, neurons_of, all_tokens=all_tokens, seed=number)
-            own = seen.sums[stage]
-            for name, mean in zip(stage.linears, means[position], strict=True):
+        for position, group in enumerate(pair):
+            neurons_of = expert_of(block, group).neurons if position else None
+            sums = _statistics(block, group, seen, row_tokens, neurons_of, all_tokens=all_tokens, seed=number)
+            own = seen.sums[group]
+            for name, mean in zip(group.linears, means[position], strict=True):
                 sums.fisher[name] = own.fisher[name] + mean if name in own.fisher else mean
                 sums.couplings[name] = own.couplings.get(name) or FisherSketch(len(mean), mean.device)
-            yield stage, chosen, sums
+            yield group, chosen, sums
 
 
 def _statistics(
     block: nn.Module,
-    stage: InputGroup,
+    group: InputGroup,
     seen: ExpertInputs,
     row_tokens: int,
     neurons_of: Callable[[Tensor], Tensor] | None,
@@ -187,10 +187,10 @@ def _statistics(
     all_tokens: bool,
     seed: int,
 ) -> InputStatistics:
-    # Gram matrices and token weights; what enters the stage is the experts' common input, or what `neurons_of` makes of
+    # Gram matrices and token weights; what enters the group is the experts' common input, or what `neurons_of` makes of
     # it.
-    linear: Any = block.get_submodule(stage.linears[0])
-    weights = seen.sums[stage].weights
+    linear: Any = block.get_submodule(group.linears[0])
+    weights = seen.sums[group].weights
     weights = _with_others(weights, len(weights) if all_tokens else linear.in_features, seed=seed)
     sums = InputStatistics(linear.in_features, row_tokens, linear.weight.device)
     for half, of_half in zip(sums.halves, tokens_of_halves(0, len(weights), row_tokens), strict=True):
@@ -202,11 +202,11 @@ def _statistics(
     return sums
 
 
-def _mean_fishers(seen: ExpertInputs, stages: Sequence[InputGroup]) -> list[Tensor]:
-    # Of each linear in its place in the stage: the mean over all tokens of all experts.
-    reached = [stage for stage in stages if seen.sums[stage].fisher]
-    tokens = sum(seen.sums[stage].tokens for stage in reached)
-    columns = zip(*([seen.sums[stage].fisher[name] for name in stage.linears] for stage in reached), strict=True)
+def _mean_fishers(seen: ExpertInputs, groups: Sequence[InputGroup]) -> list[Tensor]:
+    # Of each linear in its place in the input group: the mean over all tokens of all experts.
+    reached = [group for group in groups if seen.sums[group].fisher]
+    tokens = sum(seen.sums[group].tokens for group in reached)
+    columns = zip(*([seen.sums[group].fisher[name] for name in group.linears] for group in reached), strict=True)
     return [torch.stack(column).sum(dim=0) / max(tokens, 1) for column in columns]
 
 

@@ -1,7 +1,7 @@
 """How much to damp a Gram matrix, and how far to trust it: what feedback fitted on half of the rows does on the others.
 
 Feedback fits the calibration tokens, and the fewer effective tokens there are, the better it fits them and the worse
-all others. Damping holds it back. Each stage needs its own: on SmolLM2 with 8 rows of 1024 tokens the best lies between
+all others. Damping holds it back. Each input group needs its own: on SmolLM2 with 8 rows of 1024 tokens it is between
 1 % (q, k, v) and 80 % (down) of the diagonal.
 
 Nothing is rounded to find out. With H the damped Gram matrix of the fit and H^-1 = U^T U, error feedback turns the
@@ -66,13 +66,13 @@ def cross_validate_damping(
     *,
     dampings: Sequence[float] = DAMPINGS,
 ) -> HeldOut:
-    """Try the feedback of one stage, fitted on each half of the calibration rows, on the other.
+    """Try the feedback of one input group, fitted on each half of the calibration rows, on the other.
 
     What a fit on n tokens loses on others, compared with its own, falls as 1 / n. So the fit on both halves is expected
     midway between what a fit on one half does on that half and on the other.
 
     Args:
-        weights: Weight of each linear of the stage, floating point, shape (K, out).
+        weights: Weight of each linear of the input group, floating point, shape (K, out).
         grams: Gram matrix of each half, float32, shape (K, K).
         fishers: Fisher weights of each linear's outputs, float32, shape (out,).
         dampings: Dampings to choose from.

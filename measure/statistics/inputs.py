@@ -97,13 +97,13 @@ def tokens_of_halves(first_token: int, count: int, row_tokens: int) -> list[Tens
 
 
 class InputStatistics:
-    """Sums over tokens for one stage. Tokens come in the order of the calibration rows, from the first of them.
+    """Sums over tokens for one input group. Tokens come in the order of the calibration rows, from the first of them.
 
     Tokens whose input is next to zero count nothing, as no error of a weight shows there, however large gradients are:
     they grow a thousandfold where a zero passes a norm (see ``normless``).
 
     Attributes:
-        halves: Weighted mean of x x^T, x being the stage's common input, over every even row and every odd one.
+        halves: Weighted mean of x x^T, x being the input group's common input, over every even row and every odd one.
         fisher: Per linear, the sum over tokens of (dL/dy)^2, float32, shape (out,), nats per squared unit
             of y.
         couplings: Per linear whose gradients were seen, the sketch of the Fisher matrix of its outputs.
@@ -116,7 +116,7 @@ class InputStatistics:
         """Start from nothing.
 
         Args:
-            width: Length K of the stage's input.
+            width: Length K of the input group's input.
             row_tokens: Tokens of a calibration row.
             device: Where the sums are kept.
             least_input: Length up to which an input is taken for zero, relative to the median token's.
@@ -142,7 +142,7 @@ class InputStatistics:
         self._inputs = inputs.detach().flatten(0, -2).float()
         lengths = torch.linalg.vector_norm(self._inputs, dim=1)
         zero = lengths <= self._least_input * lengths.median()
-        # Of a stage that has no input at all, gradients still tell its outputs apart.
+        # Of an input group that has no input at all, gradients still tell its outputs apart.
         self._left_out = zero if bool(zero.any()) and not bool(zero.all()) else None
 
     def see_gradient(self, linear: str, gradient: Tensor) -> None:
@@ -193,25 +193,25 @@ class InputStatistics:
 
 
 @contextmanager
-def collect(block: nn.Module, stages: Sequence[InputGroup], row_tokens: int) -> Iterator[list[InputStatistics]]:
-    """Collect statistics of every stage while forward and backward passes run through a block.
+def collect(block: nn.Module, groups: Sequence[InputGroup], row_tokens: int) -> Iterator[list[InputStatistics]]:
+    """Collect statistics of every input group while forward and backward passes run through a block.
 
     Args:
         block: A decoder block, its weights loaded.
-        stages: Its stages.
+        groups: Its input groups.
         row_tokens: Tokens of a calibration row.
 
     Yields:
-        One ``InputStatistics`` a stage; the caller ends each micro-batch after its backward pass.
+        One ``InputStatistics`` an input group; the caller ends each micro-batch after its backward pass.
     """
     statistics, handles = [], []
-    for stage in stages:
-        first: Any = block.get_submodule(stage.linears[0])
-        least = _NO_NORM if stage.reads_stream else _NO_INPUT
+    for group in groups:
+        first: Any = block.get_submodule(group.linears[0])
+        least = _NO_NORM if group.reads_stream else _NO_INPUT
         sums = InputStatistics(first.in_features, row_tokens, first.weight.device, least_input=least)
         statistics.append(sums)
         handles.append(first.register_forward_pre_hook(_input_hook(sums)))
-        for name in stage.linears:
+        for name in group.linears:
             handles.append(block.get_submodule(name).register_forward_hook(_output_hook(sums, name)))
     try:
         yield statistics

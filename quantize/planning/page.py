@@ -12,6 +12,7 @@ from ...checkpoint.files.atomic import write_text
 from ...convert.format import Format
 from ...convert.options import FormatOptions, options_of
 from ...convert.registry import format_named, formats
+from ...errors import ConfigError
 from ...eval.metrics.numbers import nats
 from ...eval.report.drawings.charts import planned_chart
 from ...eval.report.drawings.maps import bits_map
@@ -71,7 +72,7 @@ def write_plan_page(
         options: Options by name of a format; those of others are the default.
 
     Raises:
-        ConfigError: Options match nothing or contradict each other.
+        ConfigError: Options match nothing or contradict each other, or no format was measured.
     """
     known = measurement.provenance
     given = {name: each.Options() for name, each in formats().items()} | dict(options or {})
@@ -83,6 +84,11 @@ def write_plan_page(
         "measurement": measurement.fingerprint,
     }
     points = {name: plan_points(each, measurement, given[name]) for name, each in formats().items()}
+    if not any(points.values()):
+        raise ConfigError(
+            f"measurement: no plans can be made. Got curves of {', '.join(measurement.curves) or 'no format'}."
+            f" Expected curves of {' or '.join(formats())}. Measure again."
+        )
     write_text(path, plan_page(points, model=model, facts=facts))
 
 

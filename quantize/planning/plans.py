@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ...convert.conversion import Target
 from ...convert.format import Format
 from ...convert.options import FormatOptions
 from ...convert.plan import Plan
@@ -55,7 +56,7 @@ def make_plan(
 
     Raises:
         BudgetError: No plan has this size; the message gives the range that there is.
-        ConfigError: The format was not measured, or options match nothing.
+        ConfigError: Not exactly one size is given, the format was not measured, or options match nothing.
 
     Example:
         >>> from pathlib import Path
@@ -66,7 +67,8 @@ def make_plan(
         >>> plan.save(Path("plan.json"))
     """
     options = options or next(iter(formats().values())).Options()
-    return format_asking(options).plan(measurement, options, bpw=bpw, max_bytes=max_bytes)
+    target = Target(bpw=bpw, max_bytes=max_bytes)
+    return format_asking(options).plan(measurement, options, bpw=target.bpw, max_bytes=target.max_bytes)
 
 
 def plan_points(format_: Format, measurement: Measurement, options: Any) -> list[PlanPoint]:

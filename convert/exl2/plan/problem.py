@@ -275,7 +275,7 @@ def check_head_bits(head_bits: HeadBits) -> None:
     Raises:
         ConfigError: The message lists those that there are.
     """
-    if head_bits != AUTO and head_bits not in HEAD_BITS:
+    if head_bits != AUTO and not (isinstance(head_bits, int) and head_bits in HEAD_BITS):
         raise ConfigError(
             f"head bits: not usable. Got {head_bits!r}. Expected one of {HEAD_BITS} or {AUTO!r}. Choose another."
         )

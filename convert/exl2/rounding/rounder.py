@@ -74,8 +74,8 @@ class Exl2Rounder(Rounder):
         return torch.cat([order[starts[g] : starts[g] + plan.group_rows[g]] for g in plan.stored_order])
 
 
-def rounded_linear(rounded: RoundedModel, source: LanguageModel, name: str) -> QuantizedLinear:
-    """Return one linear as it is to be written, its scales tuned if they were.
+def rounded_linear(rounded: RoundedModel, source: LanguageModel, name: str, *, tuned: bool) -> QuantizedLinear:
+    """Return one linear as it is to be written.
 
     Readers do not reorder the biases of an MLP along with the rows of its last linear. In an MLP that has some, the
     neurons themselves are reordered instead, which changes nothing for the model around it.
@@ -84,11 +84,12 @@ def rounded_linear(rounded: RoundedModel, source: LanguageModel, name: str) -> Q
         rounded: What rounding made.
         source: The original.
         name: Full name of the linear.
+        tuned: Whether its scales are those that ``tune_rounded`` found.
     """
     linear = _unpack(rounded.artifact(name))
-    tuned = rounded.store.load(_TUNED) if rounded.store.has(_TUNED) else {}
-    if name in tuned:
-        linear = replace(linear, max_scales=(linear.max_scales.float() * tuned[name]).half())
+    factors = rounded.store.load(_TUNED) if tuned else {}
+    if name in factors:
+        linear = replace(linear, max_scales=(linear.max_scales.float() * factors[name]).half())
     makers, reader = source.family.mlp
     block = next((name.removesuffix(x) for x in (*makers, reader) if name.endswith(f".{x}")), None)
     if block is None or f"{block}{makers[0]}.bias" not in source.names:

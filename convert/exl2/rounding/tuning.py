@@ -211,14 +211,14 @@ def _add_gradient(
 
 @contextmanager
 def _running(model: StreamedModel, scales: GroupScales, index: int) -> Iterator[None]:
-    stages = model.input_groups(index)
-    names = [model.family.linear_names(index, stage) for stage in stages]
+    input_groups = model.input_groups(index)
+    names = [model.family.linear_names(index, each) for each in input_groups]
     linears = {
         inner: name
-        for stage, of_stage in zip(stages, names, strict=True)
-        for inner, name in zip(stage.linears, of_stage, strict=True)
+        for each, of_each in zip(input_groups, names, strict=True)
+        for inner, name in zip(each.linears, of_each, strict=True)
     }
-    with model.block(index) as block, chunked_positionwise(block, stages), scales.applied(block, linears):
+    with model.block(index) as block, chunked_positionwise(block, input_groups), scales.applied(block, linears):
         yield
 
 
