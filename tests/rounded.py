@@ -11,7 +11,7 @@ from bpwise.convert.exl2.curves import Exl2Curves
 from bpwise.convert.exl2.file.linear import QuantizedLinear
 from bpwise.convert.exl2.plan.making import make_exl2_plan
 from bpwise.convert.exl2.plan.plan import Exl2Plan
-from bpwise.convert.exl2.rounding.rounder import Exl2Rounder, rounded_linear
+from bpwise.convert.exl2.rounding.rounder import _TUNED, Exl2Rounder, rounded_linear
 from bpwise.convert.rounding import RoundedModel
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig, measure_checkpoint
@@ -65,7 +65,8 @@ class Measured:
         )
 
     def linear(self, rounded: RoundedModel, name: str) -> QuantizedLinear:
-        return rounded_linear(rounded, language_model(Checkpoint.open(self.directory)), name)
+        source = language_model(Checkpoint.open(self.directory))
+        return rounded_linear(rounded, source, name, tuned=rounded.store.has(_TUNED))
 
     def dense(self, rounded: RoundedModel | None = None) -> Any:
         """The model as Transformers runs it, with its weights replaced by the decoded ones."""

@@ -438,7 +438,7 @@ def _read_pieces(folder: Path, changed: Path) -> None:
         rounded.numbers("damping")
         source = language_model(original)
         for name in rounded.names:
-            rounded_linear(rounded, source, name).dequantize()
+            rounded_linear(rounded, source, name, tuned=False).dequantize()
         return
     rows = CalibrationSet.load(folder / "rows.safetensors")
     measurement = measure_checkpoint(original, rows, MeasureConfig(device="cpu"), _makers(), work)

@@ -25,8 +25,8 @@ from .runs import EVALUATION, TEXT, bpwise, exl2, measurement_of
 def spoil(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
     """From now on every linear is written with scales that are too large."""
 
-    def spoiled(*arguments: Any) -> Any:
-        linear = rounded_linear(*arguments)
+    def spoiled(*arguments: Any, **named: Any) -> Any:
+        linear = rounded_linear(*arguments, **named)
         return replace(linear, max_scales=(linear.max_scales.float() * factor).half())
 
     monkeypatch.setattr("bpwise.convert.exl2.conversion.rounded_linear", spoiled)
@@ -201,7 +201,7 @@ def test_copies_keep_their_mark(finished: Path, tmp_path: Path) -> None:
 
 
 def test_a_device_that_is_not_there_shows_first(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="device 'cuda:99' cannot be used here"):
+    with pytest.raises(ConfigError, match="device: cannot be used here .*Got 'cuda:99'"):
         Judge(Checkpoint.open(tiny_model), EvalConfig(device="cuda:99"))
     result = bpwise("quantize", tiny_model, tmp_path / "x.gguf", "--type", "Q8_0", "--device", "cuda:99")
     assert result.exit_code == 1

@@ -135,8 +135,8 @@ def test_a_broken_one_does_not_stop_the_others(
     measurement = finished.with_name("out.work") / "measure" / "measurement.safetensors"
     make = series.make_output
 
-    def spoiled(*args: Any) -> Any:
-        linear = rounded_linear(*args)
+    def spoiled(*args: Any, **named: Any) -> Any:
+        linear = rounded_linear(*args, **named)
         return replace(linear, max_scales=(linear.max_scales.float() * 12).half())
 
     def make_first_badly(*args: Any) -> Any:

@@ -213,6 +213,22 @@ def test_it_goes_on_where_it_was_cut_off(
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_scales_that_were_tuned_before_a_kill_are_no_part_of_an_untuned_model(
+    tiny_model: Path, measured: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    quantize(tiny_model, tmp_path / "whole", *measured)
+    with monkeypatch.context() as patch:
+        patch.setattr("bpwise.convert.exl2.conversion.write_model", killed)
+        arguments = ("--bpw", 3, "--no-eval", "--effort", "high", *measured)
+        assert bpwise("quantize", tiny_model, tmp_path / "out", *arguments).exit_code == 130
+    quantize(tiny_model, tmp_path / "out", *measured)
+    for name in ("output.safetensors", "config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 def test_experts_are_tuned_too(make_family: MakeFamily, tmp_path: Path) -> None:
     model = make_family("qwen3_moe")
     for effort in ("normal", "high"):

@@ -133,6 +133,15 @@ def test_refuses_what_is_in_the_way(made: Made, converted: Any, tmp_path: Path) 
         )
     with pytest.raises(WorkDirectoryError, match="exists already"):
         to_mixture(converted["mistral"].directory, output, "Q8_0")
+    (tmp_path / "directory.gguf").mkdir()
+    with pytest.raises(WorkDirectoryError, match=r"in the way. Got a directory"):
+        quantize(converted["mistral"].directory, tmp_path / "directory.gguf")
+    assert not any((tmp_path / "directory.gguf").iterdir())
+    card = tmp_path / "mine.README.md"
+    card.write_text("I quantized to 4 bits with bpwise once.")
+    with pytest.raises(WorkDirectoryError, match="a card of bpwise"):
+        to_mixture(converted["mistral"].directory, tmp_path / "mine.gguf", "Q8_0", card=True)
+    assert card.read_text() == "I quantized to 4 bits with bpwise once."
 
 
 def test_the_run_depends_on_what_the_base_holds(made: Made, converted: Any, tmp_path: Path) -> None:
