@@ -201,8 +201,8 @@ def test_copies_keep_their_mark(finished: Path, tmp_path: Path) -> None:
 
 
 def test_a_device_that_is_not_there_shows_first(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="device: cannot be used here .*Got 'cuda:99'"):
+    with pytest.raises(ConfigError, match=r"device: cannot be used here .*Got 'cuda:99'"):
         Judge(Checkpoint.open(tiny_model), EvalConfig(device="cuda:99"))
     result = bpwise("quantize", tiny_model, tmp_path / "x.gguf", "--type", "Q8_0", "--device", "cuda:99")
     assert result.exit_code == 1
-    assert "device 'cuda:99' cannot be used here" in result.stderr
+    assert "device: cannot be used here" in result.stderr
