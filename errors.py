@@ -1,7 +1,7 @@
 """Every error that a user can cause, in one tree.
 
-A message is one sentence or two: where, what is wrong, got X, expected Y, what to do. The command line prints
-it and exits with 1; a bug keeps its traceback.
+A message reads ``WHERE: problem. Got X. Expected Y. Do Z.`` The command line prints it and exits
+with 1; a bug keeps its traceback.
 """
 
 import re
@@ -117,5 +117,5 @@ class ShapeError(BpwiseError):
     """A tensor does not have the shape that its place demands."""
 
     def __init__(self, where: str, what: str, *, got: tuple[int, ...], expected: tuple[int, ...]) -> None:
-        """Say where, what, got and expected in one sentence."""
-        super().__init__(f"{where}: {what} has shape {tuple(got)}, expected {tuple(expected)}.")
+        """Say where, what, got and expected."""
+        super().__init__(f"{where}: {what} has shape {tuple(got)}. Expected {tuple(expected)}.")

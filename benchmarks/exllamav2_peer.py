@@ -134,7 +134,7 @@ def convert(
             ``WORK/convert.log``), or what it wrote breaks the format's rules.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise WorkDirectoryError(f"{out}: in the way, expected nothing or an empty directory. Choose another path.")
+        raise WorkDirectoryError(f"{out}: in the way. Expected nothing or an empty directory. Choose another path.")
     checkpoint = open_model(model)
     work = work.resolve()
     rows = _prepare(checkpoint, calibration, config, work)

@@ -44,12 +44,12 @@ def require_float16_range(name: str, tensor: Tensor, error: type[BpwiseError]) -
             is NaN or of a magnitude beyond 65504.
     """
     if tensor.dtype not in FLOAT_DTYPES:
-        raise error(f"{name}: stored as {tensor.dtype}, expected float16, bfloat16 or float32.")
+        raise error(f"{name}: stored as {tensor.dtype}. Expected float16, bfloat16 or float32.")
     if not tensor.numel():
         return
     low, high = (float(end) for end in tensor.aminmax())
     if not max(-low, high) <= _FLOAT16_MAX:
         raise error(
-            f"{name}: values range from {low} to {high}, expected at most {_FLOAT16_MAX} in magnitude. "
+            f"{name}: values range from {low} to {high}. Expected at most {_FLOAT16_MAX} in magnitude. "
             "Readers load this tensor as float16; the model cannot be stored without changing it."
         )

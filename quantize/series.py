@@ -148,7 +148,9 @@ def quantize_series(
         ['llama-8.0bpw-6hb-exl2', 'llama-4.0bpw-6hb-exl2']
     """
     if not rates or len(set(rates)) < len(rates):
-        raise ConfigError(f"bitrates: got {list(rates)}. Expected at least one, and each once. Choose another.")
+        raise ConfigError(
+            f"bitrates: not usable. Got {list(rates)}. Expected at least one, and each once. Choose another."
+        )
     checkpoint = open_model(model)
     output = named(Path(output))
     work = work or work_beside(output)

@@ -95,6 +95,27 @@ def messages() -> Iterator[tuple[str, str]]:
 MESSAGES = list(messages())
 
 
+def through_helpers() -> Iterator[tuple[str, str]]:
+    """What is handed to ``self._error(...)``, ``_damaged(...)`` or a parameter ``error``, which add to it."""
+    for room in ("checkpoint", "linalg", "measure", "convert", "eval", "quantize", "cli"):
+        for path in sorted((ROOT / room).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if not (isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)):
+                    continue
+                function = node.exc.func
+                name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+                texts = [written(each) for each in node.exc.args]
+                for text in texts if name not in RAISED else ():
+                    if text is not None:
+                        yield f"{path.relative_to(ROOT)}:{node.lineno}", text
+
+
+def test_what_helpers_are_handed_is_written_in_sentences_too() -> None:
+    found = list(through_helpers())
+    assert len(found) > 50
+    assert [place for place, text in found if re.search("[,:] (got|expected) ", text)] == []
+
+
 def test_messages_are_found() -> None:
     assert len(MESSAGES) > 300
 
@@ -103,7 +124,7 @@ def test_messages_are_found() -> None:
 def test_messages_have_one_shape(text: str) -> None:
     # WHERE: problem. Got X. Expected Y. Do Z. What was got and expected are sentences of their own, if they are said.
     assert re.match(r".{1,120}?: |<>", text), "begins with the place"
-    assert not re.search(", got |, expected ", text)
+    assert not re.search("[,:] (got|expected) ", text)
     if not text.endswith("<>"):  # which holds the advice
         sentences = re.split(r"(?<=[.!?>)]) (?=[A-Z`<])", text)
         assert text.endswith(".")

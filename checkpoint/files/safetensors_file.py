@@ -135,17 +135,17 @@ def read_header(path: Path, error: type[BpwiseError]) -> SafetensorsHeader:
             prefix = file.read(_LENGTH_BYTES)
             if len(prefix) < _LENGTH_BYTES:
                 raise error(
-                    f"{path}: truncated, got {file_bytes} bytes, expected at least {_LENGTH_BYTES}. Get the file again."
+                    f"{path}: truncated. Got {file_bytes} bytes. Expected at least {_LENGTH_BYTES}. Get the file again."
                 )
             (header_bytes,) = struct.unpack("<Q", prefix)
             if header_bytes > _MAX_HEADER_BYTES:
                 raise error(
-                    f"{path}: header too large, got {header_bytes} bytes, expected at most "
+                    f"{path}: header too large. Got {header_bytes} bytes. Expected at most "
                     f"{_MAX_HEADER_BYTES}. This is not a safetensors file, or a damaged one."
                 )
             if _LENGTH_BYTES + header_bytes > file_bytes:
                 raise error(
-                    f"{path}: truncated, got {file_bytes} bytes, expected a header of {header_bytes} bytes "
+                    f"{path}: truncated. Got {file_bytes} bytes. Expected a header of {header_bytes} bytes "
                     f"after the first {_LENGTH_BYTES}. Get the file again."
                 )
             raw = file.read(header_bytes)
@@ -180,7 +180,7 @@ def read_entry(path: Path, entry: HeaderEntry, error: type[BpwiseError], new: Ne
         got = file.readinto(data.numpy().data)
     if got != entry.size_bytes:
         raise error(
-            f"{path}: changed while in use, got {got} bytes at {entry.offset_bytes}, expected "
+            f"{path}: changed while in use. Got {got} bytes at {entry.offset_bytes}. Expected "
             f"{entry.size_bytes}. Leave the file alone and run again."
         )
     return data.view(entry.dtype).reshape(entry.shape)
@@ -281,7 +281,7 @@ def _parse(raw: bytes, path: Path, error: type[BpwiseError]) -> dict[str, Any]:
     except (ValueError, RecursionError) as cause:
         raise error(f"{path}: the header is not valid JSON ({cause}). The file is damaged: get it again.") from cause
     if not isinstance(fields, dict):
-        raise error(f"{path}: wrong header, got a JSON {type(fields).__name__}, expected an object. Get it again.")
+        raise error(f"{path}: wrong header. Got a JSON {type(fields).__name__}. Expected an object. Get it again.")
     try:
         "".join(fields).encode("utf-8")
     except UnicodeEncodeError as cause:  # half of a surrogate pair, which the reference implementation refuses too
@@ -293,18 +293,18 @@ def _checked_metadata(value: Any, path: Path, error: type[BpwiseError]) -> dict[
     if value is None:
         return {}
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-        raise error(f"{path}: wrong __metadata__ in the header, expected an object of strings. Get the file again.")
+        raise error(f"{path}: wrong __metadata__ in the header. Expected an object of strings. Get the file again.")
     return cast("dict[str, str]", value)
 
 
 def _checked_entry(value: Any, data_offset: int, where: str, error: type[BpwiseError]) -> HeaderEntry:
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        raise error(f"{where}: wrong header entry, expected dtype, shape and data_offsets. Get the file again.")
+        raise error(f"{where}: wrong header entry. Expected dtype, shape and data_offsets. Get the file again.")
     shape, offsets = value["shape"], value["data_offsets"]
     dtype = _DTYPES.get(value["dtype"]) if isinstance(value["dtype"], str) else None
     if dtype is None:
         raise error(
-            f"{where}: unknown dtype, got {value['dtype']!r}, expected one of {', '.join(_DTYPES)}. "
+            f"{where}: unknown dtype. Got {value['dtype']!r}. Expected one of {', '.join(_DTYPES)}. "
             "Use the model's bfloat16 or float16 release."
         )
     if not _is_sizes(shape) or len(shape) > _MAX_DIMENSIONS or math.prod(n for n in shape if n) >= 2**63:
@@ -314,7 +314,7 @@ def _checked_entry(value: Any, data_offset: int, where: str, error: type[BpwiseE
     size = offsets[1] - offsets[0]
     if size != math.prod(shape) * dtype.itemsize:
         raise error(
-            f"{where}: wrong data size, got {size} bytes, expected {math.prod(shape) * dtype.itemsize} for "
+            f"{where}: wrong data size. Got {size} bytes. Expected {math.prod(shape) * dtype.itemsize} for "
             f"shape {tuple(shape)} in {value['dtype']}. Get the file again from its source."
         )
     return HeaderEntry(tuple(shape), dtype, data_offset + offsets[0], size)
@@ -334,16 +334,16 @@ def _check_coverage(
         if entry.offset_bytes != position:
             what = "overlaps another tensor" if entry.offset_bytes < position else "leaves a gap before it"
             raise error(
-                f"{path}: tensor {name!r} {what}, got offset {entry.offset_bytes - data_offset}, expected "
+                f"{path}: tensor {name!r} {what}. Got offset {entry.offset_bytes - data_offset}. Expected "
                 f"{position - data_offset}. The file is damaged or forged: get it again from its source."
             )
         position += entry.size_bytes
         if position > file_bytes:
             raise error(
-                f"{path}: truncated, got {file_bytes} bytes, expected tensor {name!r} to end at {position}. "
+                f"{path}: truncated. Got {file_bytes} bytes. Expected tensor {name!r} to end at {position}. "
                 "Get the file again."
             )
     if position != file_bytes:
         raise error(
-            f"{path}: wrong size, got {file_bytes} bytes, expected {position} from the header. Get the file again."
+            f"{path}: wrong size. Got {file_bytes} bytes. Expected {position} from the header. Get the file again."
         )

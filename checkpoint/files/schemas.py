@@ -139,5 +139,5 @@ def _parsed(data: bytes, where: str, error: type[BpwiseError]) -> dict[str, Any]
     except (ValueError, RecursionError) as cause:
         raise error(f"{where}: not valid JSON ({cause}). The file is damaged: make or get it again.") from cause
     if not isinstance(value, dict):
-        raise error(f"{where}: wrong JSON, got {type(value).__name__} at the top level, expected an object.")
+        raise error(f"{where}: wrong JSON. Got {type(value).__name__} at the top level. Expected an object.")
     return cast("dict[str, Any]", value)

@@ -52,7 +52,7 @@ class TypeOverride:
         pattern, equals, name = text.rpartition("=")
         if not (pattern and equals):
             raise ConfigError(
-                f"--override: got {text!r}. Expected PATTERN=TYPE, for example 'blk.0.*=Q8_0'. Correct it."
+                f"--override: not usable. Got {text!r}. Expected PATTERN=TYPE, for example 'blk.0.*=Q8_0'. Correct it."
             )
         return cls(pattern, ggml_type(name))
 

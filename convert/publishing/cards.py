@@ -86,7 +86,9 @@ def check_base_model(base_model: str | None) -> None:
         ConfigError: It is something else.
     """
     if base_model is not None and not HUB_ID.fullmatch(base_model):
-        raise ConfigError(f"base model: got {base_model!r}. Expected a Hub id such as org/name. Choose another.")
+        raise ConfigError(
+            f"base model: not usable. Got {base_model!r}. Expected a Hub id such as org/name. Choose another."
+        )
 
 
 def _base_name(report: _Report | None, directory: Path | None, base_model: str | None) -> str:

@@ -183,7 +183,7 @@ class LlamaLibrary:
         found = self.call("llama_context_default_params")
         for name, expected in _DEFAULTS.items():
             if getattr(found, name) != expected:
-                raise self._unknown(f"has {name} = {getattr(found, name)} by default, expected {expected}")
+                raise self._unknown(f"has {name} = {getattr(found, name)} by default. Expected {expected}")
         self.call("llama_backend_init")
 
     def call(self, name: str, *arguments: Any) -> Any:
@@ -329,7 +329,7 @@ def _load(directory: Path | None) -> LlamaLibrary:
     with suppress(importlib.metadata.PackageNotFoundError):
         version = importlib.metadata.version("xllamacpp")
     if version != XLLAMACPP_VERSION:
-        raise ConfigError(f"llama.cpp: got xllamacpp {version}. Expected {XLLAMACPP_VERSION}. {install}")
+        raise ConfigError(f"llama.cpp: not usable. Got xllamacpp {version}. Expected {XLLAMACPP_VERSION}. {install}")
     suffix = ".pyd" if sys.platform == "win32" else ".so"
     files = sorted(Path(found.submodule_search_locations[0]).glob(f"xllamacpp*{suffix}"))
     if not files:

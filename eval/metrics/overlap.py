@@ -80,7 +80,8 @@ class CalibrationSpans:
         found = _TEXT_FORM.fullmatch(text) if isinstance(text, str) else None
         if found is None:
             raise FormatError(
-                f"calibration_spans: got {str(text)[:40]!r}. Expected a length and hashes. The model's metadata are "
+                f"calibration_spans: not usable. Got {str(text)[:40]!r}."
+                " Expected a length and hashes. The model's metadata are "
                 "damaged."
             )
         hashes = bytes.fromhex(found[2])

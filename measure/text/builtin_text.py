@@ -60,7 +60,7 @@ def builtin_texts(use: TextUse, *, order: int = 0) -> TextSource:
     """
     if use not in get_args(TextUse):
         raise ConfigError(
-            f"part of the built-in text: got {use!r}. Expected one of {get_args(TextUse)}. Choose another."
+            f"part of the built-in text: not usable. Got {use!r}. Expected one of {get_args(TextUse)}. Choose another."
         )
     root = Path(sysconfig.get_paths()["stdlib"])
     modules = {name: path for name, path in _modules(root).items() if _use_of(name) == use}

@@ -124,7 +124,7 @@ class CalibrationSet:
             )
         if self.tokens.dtype != torch.int64 or self.tokens.numel() == 0 or int(self.tokens.min()) < 0:
             raise CalibrationError(
-                f"calibration set: got {self.tokens.numel()} tokens of {self.tokens.dtype}. Expected at "
+                f"calibration set: not usable. Got {self.tokens.numel()} tokens of {self.tokens.dtype}. Expected at "
                 "least one, int64 and not negative. Build the set anew."
             )
 
@@ -278,12 +278,12 @@ def require_ids_below(
     largest = int(tokens.max()) if tokens.numel() else 0
     if largest < vocab_size:
         return
-    got = f"got token id {largest}, expected ids below the vocabulary size {vocab_size}"
+    got = f"Got token id {largest}. Expected ids below the vocabulary size {vocab_size}"
     if tokenizer is None:
-        raise CalibrationError(f"{use} text: {got}. Build the rows with this model's tokenizer.")
+        raise CalibrationError(f"{use} text: not of this model. {got}. Build the rows with this model's tokenizer.")
     (token,) = tokenizer.convert_ids_to_tokens([largest])
     raise CalibrationError(
-        f"tokenizer: its ids do not fit the model, {got}: the text has the token {token!r}. Use the tokenizer that "
+        f"tokenizer: its ids do not fit the model. {got}. The text has the token {token!r}. Use the tokenizer that "
         "belongs to the model, text without that token, or resize the model's embedding."
     )
 

@@ -196,7 +196,8 @@ def _json_object(line: str, where: str) -> Mapping[str, Any]:
         ) from error
     if not isinstance(row, dict):
         raise CalibrationError(
-            f'{where}: got a JSON {type(row).__name__}. Expected one object per line. Wrap it as {{"text": ...}}.'
+            f"{where}: not usable. Got a JSON {type(row).__name__}."
+            f' Expected one object per line. Wrap it as {{"text": ...}}.'
         )
     return row
 
@@ -314,7 +315,8 @@ def _cell_text(value: object, where: str) -> str:
             f"{where}: holds chat turns. Expected text. Turn the chat template on, or name another column."
         )
     raise CalibrationError(
-        f"{where}: got {type(value).__name__}. Expected text (or chat turns: a list of objects). Name another column."
+        f"{where}: not usable. Got {type(value).__name__}."
+        " Expected text (or chat turns: a list of objects). Name another column."
     )
 
 

@@ -238,7 +238,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("rows", "error", "message"),
         [
-            (rows_of(largest=264), CalibrationError, "got token id 264. Expected ids below"),
+            (rows_of(largest=264), CalibrationError, "Got token id 264. Expected ids below"),
             (rows_of(3, 1), ConfigError, "rows of 1 token"),
             (rows_of(1, 129), ConfigError, "rows of 129 tokens, but .* has positions for 128"),
         ],

@@ -47,7 +47,7 @@ def test_given_rows_beyond_the_vocabulary_are_refused(make_model: MakeModel, tmp
     options = ("-o", tmp_path / "out") if command == "measure" else (tmp_path / "out", "--bpw", 4.5, "--no-eval")
     refused = run(command, make_model("m"), *options, "-c", tmp_path / "rows.safetensors")
     assert refused.exit_code == 1
-    assert "got token id 281. Expected ids below the vocabulary size 264" in refused.stderr
+    assert "Got token id 281. Expected ids below the vocabulary size 264" in refused.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -100,9 +100,9 @@ def test_a_broken_model_gets_none(out: Path) -> None:
 
 
 def test_refusals(out: Path, model: Path, tmp_path: Path) -> None:
-    assert "expected a Hub id" in bpwise("card", out, "--base-model", "https://x/y").stderr
+    assert "Expected a Hub id" in bpwise("card", out, "--base-model", "https://x/y").stderr
     assert "not a quantized model" in bpwise("card", model).stderr
-    assert "expected a Hub id" in bpwise("quantize", model, tmp_path / "o", *OPTIONS, "--base-model", "../x").stderr
+    assert "Expected a Hub id" in bpwise("quantize", model, tmp_path / "o", *OPTIONS, "--base-model", "../x").stderr
 
 
 def test_names() -> None:

@@ -106,7 +106,7 @@ def pack_scale_codes(codes: Tensor) -> Tensor:
     groups, columns = codes.shape
     if columns % _SCALES_PER_WORD:
         raise FormatError(
-            f"pack_scale_codes: got {columns} columns. Expected a multiple of {_SCALES_PER_WORD}."
+            f"pack_scale_codes: not usable. Got {columns} columns. Expected a multiple of {_SCALES_PER_WORD}."
             " The file is damaged: make it again."
         )
     if codes.numel() and int(codes.max()) >= 1 << _SCALE_BITS:
@@ -146,7 +146,7 @@ def _period(where: str, rows: int, bits: int) -> tuple[int, int]:
     period = 16 if bits == 2 else _WORD_BITS
     if rows % period:
         raise FormatError(
-            f"{where}: got {rows} rows of {bits} bits. Expected a multiple of {period}."
+            f"{where}: not usable. Got {rows} rows of {bits} bits. Expected a multiple of {period}."
             " The file is damaged: make it again."
         )
     return period, period * bits // _WORD_BITS
@@ -155,6 +155,6 @@ def _period(where: str, rows: int, bits: int) -> tuple[int, int]:
 def _require_matrix(where: str, tensor: Tensor, dtype: torch.dtype) -> None:
     if tensor.dtype != dtype or tensor.ndim != 2:
         raise FormatError(
-            f"{where}: got a {tensor.dtype} tensor of {tensor.ndim} dimensions. Expected a {dtype} matrix."
+            f"{where}: not usable. Got a {tensor.dtype} tensor of {tensor.ndim} dimensions. Expected a {dtype} matrix."
             " The file is damaged: make it again."
         )

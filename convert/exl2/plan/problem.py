@@ -77,7 +77,8 @@ class WidthOverride:
         match = _BITS.fullmatch(bits)
         if not pattern or match is None or not (match[1] or match[3]):
             raise ConfigError(
-                f"--override: got {text!r}. Expected PATTERN=BITS with bits as 6, 5: (at least), :6 (at most) or 4:6, "
+                f"--override: not usable. Got {text!r}."
+                " Expected PATTERN=BITS with bits as 6, 5: (at least), :6 (at most) or 4:6, "
                 "for example '*.down_proj=5:'."
                 " Choose another."
             )

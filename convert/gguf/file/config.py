@@ -147,7 +147,7 @@ class _Builder:
         self, factors: NDArray[np.float32], theta: float, head_dim: int, context: int
     ) -> dict[str, Any] | None:
         if factors.shape != (head_dim // 2,):
-            raise self._error(f"{ROPE_FREQS} has shape {factors.shape}, expected ({head_dim // 2},)")
+            raise self._error(f"{ROPE_FREQS} has shape {factors.shape}. Expected ({head_dim // 2},)")
         if not np.isfinite(factors).all() or factors.min() <= 0:
             raise self._error(f"{ROPE_FREQS} holds factors that are not positive")
         if np.all(factors == 1):
@@ -181,14 +181,14 @@ class _Builder:
     def _size(self, key: str, default: int | None = None) -> int:
         value = self._get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < _MAX_SIZE:
-            raise self._error(f"metadata {self._name}.{key} is {_shown(value)}, expected a positive whole number")
+            raise self._error(f"metadata {self._name}.{key} is {_shown(value)}. Expected a positive whole number")
         return value
 
     def _float(self, key: str, default: float | None = None, *, least: float = -math.inf) -> float:
         value = self._get(key, default)
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         if not number or value < least:
-            raise self._error(f"metadata {self._name}.{key} is {_shown(value)}, expected a number from {least:g} on")
+            raise self._error(f"metadata {self._name}.{key} is {_shown(value)}. Expected a number from {least:g} on")
         # Without the digits that float32 does not have: 1e-05 and not 9.999999747378752e-06.
         return _plain_float(value)
 
@@ -197,7 +197,7 @@ class _Builder:
 
     def _unsupported(self, what: str) -> UnsupportedModelError:
         return UnsupportedModelError(
-            f"{self._header.path}: got {what}, which is not supported for GGUF architecture {self._name!r}."
+            f"{self._header.path}: not supported for GGUF architecture {self._name!r}. Got {what}."
             " Choose another model."
         )
 

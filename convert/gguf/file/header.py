@@ -158,11 +158,11 @@ class _Reader:
 
     def header(self) -> GgufHeader:
         if self._bytes(4, "magic") != _MAGIC:
-            raise self._error("no GGUF file, expected it to begin with 'GGUF'. Check the path")
+            raise self._error("no GGUF file. Expected it to begin with 'GGUF'. Check the path")
         version = self._number("<I", "version")
         if version not in _VERSIONS:
             what = "big-endian files are not supported" if version & 0xFFFF == 0 else "convert the model again"
-            raise self._error(f"GGUF version {version}, expected 2 or 3: {what}")
+            raise self._error(f"GGUF version {version}. Expected 2 or 3: {what}")
         tensor_count = self._count("tensors", _MIN_TENSOR_BYTES)
         entry_count = self._count("metadata entries", _MIN_ENTRY_BYTES)
         metadata: dict[str, Any] = {}
@@ -202,7 +202,7 @@ class _Reader:
             size = math.prod(shape) // kind.block_weights * kind.block_bytes
             if offset != expected:
                 raise self._error(
-                    f"tensor {name!r} lies at offset {offset}, expected {expected}, after the one before it"
+                    f"tensor {name!r} lies at offset {offset}. Expected {expected}, after the one before it"
                 )
             if data_offset + offset + size > self._file_bytes:
                 raise self._error(
@@ -215,10 +215,10 @@ class _Reader:
     def _tensor_info(self) -> tuple[str, GgmlType, tuple[int, ...], int]:
         name = self._string("the name of a tensor")
         if not name or len(name.encode("utf-8", "surrogateescape")) >= _MAX_NAME_BYTES:
-            raise self._error(f"a tensor's name is {name!r}, expected 1 to {_MAX_NAME_BYTES - 1} bytes")
+            raise self._error(f"a tensor's name is {name!r}. Expected 1 to {_MAX_NAME_BYTES - 1} bytes")
         dimensions = self._number("<I", name)
         if not 1 <= dimensions <= _MAX_DIMENSIONS:
-            raise self._error(f"tensor {name!r} has {dimensions} dimensions, expected 1 to {_MAX_DIMENSIONS}")
+            raise self._error(f"tensor {name!r} has {dimensions} dimensions. Expected 1 to {_MAX_DIMENSIONS}")
         inner_first = struct.unpack(f"<{dimensions}Q", self._bytes(8 * dimensions, name))
         number = self._number("<I", name)
         offset = self._number("<Q", name)
@@ -232,7 +232,7 @@ class _Reader:
             raise self._error(f"tensor {name!r} has impossible dimensions {inner_first}")
         if inner_first[0] % kind.block_weights:
             raise self._error(
-                f"tensor {name!r} has rows of {inner_first[0]} weights, expected a multiple of {kind.block_weights} "
+                f"tensor {name!r} has rows of {inner_first[0]} weights. Expected a multiple of {kind.block_weights} "
                 f"for {kind.name}"
             )
         return name, kind, tuple(reversed(inner_first)), offset
@@ -240,7 +240,7 @@ class _Reader:
     def _alignment(self, metadata: dict[str, Any]) -> int:
         alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or not 1 <= alignment <= _MAX_ALIGNMENT or alignment & (alignment - 1):
-            raise self._error(f"general.alignment is {alignment!r}, expected a power of two")
+            raise self._error(f"general.alignment is {alignment!r}. Expected a power of two")
         return alignment
 
     def _value(self, kind: int, key: str) -> Any:
@@ -258,7 +258,7 @@ class _Reader:
         if kind == _STRING:
             return [self._string(key) for _ in range(self._count(f"strings of {key!r}", 8))]
         if kind not in _SCALARS:
-            raise self._error(f"metadata {key!r} is an array of type {kind}, expected numbers or strings")
+            raise self._error(f"metadata {key!r} is an array of type {kind}. Expected numbers or strings")
         dtype = np.dtype(_SCALARS[kind])
         count = self._count(f"numbers of {key!r}", dtype.itemsize)
         return np.frombuffer(self._bytes(count * dtype.itemsize, key), dtype)

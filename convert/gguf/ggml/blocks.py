@@ -169,7 +169,7 @@ def _layout(kind: GgmlType) -> _Layout:
 def _as_blocks(where: str, data: Bytes, kind: GgmlType) -> Bytes:
     if data.ndim != 2 or data.dtype != np.uint8 or data.shape[1] % kind.block_bytes:
         raise FormatError(
-            f"{where} {kind.name}: got {data.dtype} of shape {data.shape}. Expected uint8 rows of whole "
+            f"{where} {kind.name}: not usable. Got {data.dtype} of shape {data.shape}. Expected uint8 rows of whole "
             f"{kind.block_bytes}-byte blocks."
             " The file is damaged: make it again."
         )

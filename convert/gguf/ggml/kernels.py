@@ -77,7 +77,8 @@ def encode(weights: Tensor, kind: GgmlType, importance: Tensor | None = None, *,
     where = f"encode to {kind.name}"
     if weights.ndim != 2 or weights.dtype != torch.float32 or weights.device.type != "cpu":
         raise FormatError(
-            f"{where}: got a {weights.dtype} tensor of {weights.ndim} dimensions. Expected a CPU float32 matrix."
+            f"{where}: not usable. Got a {weights.dtype} tensor of {weights.ndim} dimensions."
+            " Expected a CPU float32 matrix."
             " The file is damaged: make it again."
         )
     rows, row_weights = weights.shape
@@ -131,7 +132,8 @@ def decode(data: Bytes, kind: GgmlType, *, threads: int = 1) -> Tensor:
     """
     if data.ndim != 2 or data.dtype != np.uint8 or data.shape[1] % kind.block_bytes:
         raise FormatError(
-            f"decode from {kind.name}: got {data.dtype} of shape {data.shape}. Expected uint8 rows of whole "
+            f"decode from {kind.name}: not usable. Got {data.dtype} of shape {data.shape}."
+            " Expected uint8 rows of whole "
             f"{kind.block_bytes}-byte blocks."
             " The file is damaged: make it again."
         )

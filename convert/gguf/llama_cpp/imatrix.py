@@ -203,7 +203,7 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
     header = read_gguf_header(path)
     names = [name.removesuffix(_SUMS) for name in header.tensors if name.endswith(_SUMS)]
     if not names:
-        raise _damaged(path, f"no importance matrix, expected tensors named like blk.0.attn_q.weight{_SUMS}")
+        raise _damaged(path, f"no importance matrix. Expected tensors named like blk.0.attn_q.weight{_SUMS}")
     sums, counts = {}, {}
     for name in names:
         if name + _COUNTS not in header.tensors:
@@ -225,7 +225,7 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
 def _values(header: GgufHeader, name: str) -> Tensor:
     tensor = header.tensors[name]
     if tensor.type.name != "F32":
-        raise _damaged(header.path, f"{name!r} is of type {tensor.type.name}, expected F32")
+        raise _damaged(header.path, f"{name!r} is of type {tensor.type.name}. Expected F32")
     with header.path.open("rb") as file:
         file.seek(tensor.offset_bytes)
         data = bytearray(file.read(tensor.size_bytes))
@@ -246,7 +246,7 @@ class _Legacy:
     def matrix(self) -> ImportanceMatrix:
         number = self._number("entries")
         if number < 1:
-            raise _damaged(self._path, f"no importance matrix, got {number} entries")
+            raise _damaged(self._path, f"no importance matrix. Got {number} entries")
         sums: dict[str, Tensor] = {}
         counts: dict[str, Tensor] = {}
         for _ in range(number):

@@ -149,7 +149,7 @@ class TestAtomicFile:
             path.symlink_to("/dev/null")
         else:
             os.mkfifo(path)
-        with pytest.raises(WorkDirectoryError, match="got a device or a pipe"), atomic_file(path):
+        with pytest.raises(WorkDirectoryError, match="Got a device or a pipe"), atomic_file(path):
             pytest.fail("the body must not run")
         assert not path.is_file()
 
@@ -328,7 +328,7 @@ class TestJson:
             (b"\xff\xfe", "not valid JSON"),
             (b"[" * 200_000, "not valid JSON"),
             (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"),
-            (b"[1]", "got list"),
+            (b"[1]", "Got list"),
         ],
         ids=["missing", "cut", "not-utf8", "too-deep", "huge-number", "no-object"],
     )

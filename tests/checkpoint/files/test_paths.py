@@ -184,7 +184,7 @@ class TestFiles:
         path.write_text(content)
         with ExitStack() as stack:
             if content == "theirs":
-                stack.enter_context(pytest.raises(WorkDirectoryError, match="expected none or a plan of bpwise"))
+                stack.enter_context(pytest.raises(WorkDirectoryError, match="Expected none or a plan of bpwise"))
             refuse_foreign(path, lambda file: file.read_text() == "ours", "a plan")
         assert path.read_text() == content
 

@@ -99,7 +99,7 @@ LIES: dict[str, tuple[dict[str, Any], str]] = {
         {"num_key_value_heads": 3},
         "num_attention_heads and num_key_value_heads do not fit together. Got 4 and 3",
     ),
-    "text": ({"hidden_size": "64"}, "Field 'hidden_size' expected int. Got str"),
+    "text": ({"hidden_size": "64"}, "Field 'hidden_size' expected int, got str"),
     "heads": ({"num_attention_heads": 5, "num_key_value_heads": 5}, "not a multiple of the number of attention heads"),
     "padding": ({"pad_token_id": 300}, "pad_token_id is outside the vocabulary. Got 300"),
     "rope-type": ({"rope_scaling": {"type": "ntk-by-parts", "factor": 4.0}}, "unknown rope_type. Got 'ntk-by-parts'"),

@@ -147,7 +147,7 @@ class TestReading:
     def test_unsupported_dtypes_are_refused_when_asked_for(self, tmp_path: Path, dtype: torch.dtype) -> None:
         checkpoint = Checkpoint.open(make(tmp_path, {"x": torch.ones(2).to(dtype), "ok": torch.ones(1)}))
         assert checkpoint.tensor("ok").item() == 1
-        with pytest.raises(CheckpointError, match="expected float32, float16 or bfloat16"):
+        with pytest.raises(CheckpointError, match="Expected float32, float16 or bfloat16"):
             checkpoint.tensor("x")
 
 
@@ -316,17 +316,17 @@ class TestRefusedDirectories:
     @pytest.mark.parametrize(
         ("build", "message"),
         [
-            pytest.param(no_directory, "got nothing there", id="no-directory"),
-            pytest.param(a_file, "got a file", id="a-file"),
+            pytest.param(no_directory, "Got nothing there", id="no-directory"),
+            pytest.param(a_file, "Got a file", id="a-file"),
             pytest.param(empty, r"config\.json: missing", id="no-config"),
             pytest.param(config_garbage, "not valid JSON", id="config-garbage"),
             pytest.param(config_only, "no safetensors file", id="no-weights"),
-            pytest.param(odd_tie, "expected true or false", id="odd-tie-flag"),
+            pytest.param(odd_tie, "Expected true or false", id="odd-tie-flag"),
             pytest.param(quantized, "already quantized", id="quantized"),
             pytest.param(pickled("pytorch_model.bin"), "save_pretrained", id="pickle-bin"),
             pytest.param(pickled("model.pt"), "save_pretrained", id="pickle-pt"),
             pytest.param(pickled("consolidated.00.pth"), "save_pretrained", id="pickle-pth"),
-            pytest.param(two_unindexed, "got 2 safetensors files", id="two-unindexed"),
+            pytest.param(two_unindexed, "Got 2 safetensors files", id="two-unindexed"),
             pytest.param(no_tensors, "files without tensors", id="no-tensors"),
             pytest.param(fifo, "not a regular file", id="fifo"),
             pytest.param(link("model.safetensors", "../outside/model.safetensors"), "leads outside", id="link"),
@@ -340,7 +340,7 @@ class TestRefusedDirectories:
             pytest.param(indexed({"x": "a\0.safetensors"}), "unsafe file name", id="nul"),
             pytest.param(indexed({"x": "a" * 300 + ".safetensors"}), "cannot be followed|missing", id="long"),
             pytest.param(indexed({"x": "c.safetensors"}), r"c\.safetensors: missing", id="missing-shard"),
-            pytest.param(indexed({"x": "pytorch_model.bin"}), "expected a .safetensors file", id="pickle-shard"),
+            pytest.param(indexed({"x": "pytorch_model.bin"}), "Expected a .safetensors file", id="pickle-shard"),
             pytest.param(indexed({"x": 1}), r"Got int. Expected str", id="number-shard"),
             pytest.param(
                 indexed(["x"]), r"weight_map: not a valid value\. Got \['x'\]\. Expected object", id="map-is-a-list"
@@ -428,11 +428,11 @@ class TestRefusedHeaders:
             pytest.param(b"\1\0\0", "truncated. Got 3 bytes", id="no-length"),
             pytest.param(raw_safetensors(b"{}", length=2**63), "header too large", id="length-2^63"),
             pytest.param(raw_safetensors(b"{}", length=100_000_001), "header too large", id="100MB"),
-            pytest.param(raw_safetensors(b"{}", length=3), "expected a header of 3 bytes", id="longer-than-file"),
+            pytest.param(raw_safetensors(b"{}", length=3), "Expected a header of 3 bytes", id="longer-than-file"),
             pytest.param(raw_safetensors(b"{,}"), "not valid JSON", id="garbage"),
             pytest.param(raw_safetensors(b"\xff{}"), "not valid JSON", id="not-utf8"),
             pytest.param(raw_safetensors(b"[" * 100_000), "not valid JSON", id="deep"),
-            pytest.param(raw_safetensors([]), "got a JSON list", id="list"),
+            pytest.param(raw_safetensors([]), "Got a JSON list", id="list"),
             pytest.param(raw_safetensors({"__metadata__": {"a": 1}}), "__metadata__", id="metadata"),
             pytest.param(raw_safetensors({"a": 1}), "wrong header entry", id="entry-number"),
             pytest.param(raw_safetensors({"a": {"dtype": "U8"}}), "wrong header entry", id="entry-fields"),
@@ -453,7 +453,7 @@ class TestRefusedHeaders:
             ),
             pytest.param(raw_safetensors({"a": entry(0, 9)}, b"1"), "truncated", id="out-of-range"),
             pytest.param(
-                raw_safetensors({"a": entry(0, 10**15)}, b"1"), "expected tensor 'a' to end at", id="petabyte"
+                raw_safetensors({"a": entry(0, 10**15)}, b"1"), "Expected tensor 'a' to end at", id="petabyte"
             ),
             pytest.param(raw_safetensors({"a": entry(1, 2)}, b"12"), "leaves a gap", id="gap"),
             pytest.param(
@@ -464,7 +464,7 @@ class TestRefusedHeaders:
                 "'b' overlaps",
                 id="same-bytes",
             ),
-            pytest.param(raw_safetensors({"a": entry(0, 1)}, b"12"), "wrong size, got", id="hidden-tail"),
+            pytest.param(raw_safetensors({"a": entry(0, 1)}, b"12"), "wrong size. Got", id="hidden-tail"),
             pytest.param(
                 raw_safetensors(
                     b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}, '
@@ -540,13 +540,13 @@ class TestHub:
     ) -> None:
         monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked"))
         monkeypatch.chdir(tmp_path)
-        with pytest.raises(CheckpointError, match="expected a directory, or a Hugging Face Hub id"):
+        with pytest.raises(CheckpointError, match="Expected a directory, or a Hugging Face Hub id"):
             resolve_model(model)
 
     def test_a_file_is_no_model(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "model.gguf").write_text("")
         monkeypatch.chdir(tmp_path)
-        with pytest.raises(CheckpointError, match="got a file"):
+        with pytest.raises(CheckpointError, match="Got a file"):
             resolve_model("model.gguf")
 
     @pytest.mark.parametrize(
@@ -617,7 +617,7 @@ class TestAdapters:
     def test_as_a_model(self, config: bool, adapter: Path) -> None:
         if config:
             (adapter / "config.json").write_text("{}")
-        message = r"a LoRA adapter, not a model, .* Give the base model \('org/base'\) as MODEL, .* with --lora"
+        message = r"a LoRA adapter, not a model. .* Give the base model \('org/base'\) as MODEL, .* with --lora"
         with pytest.raises(CheckpointError, match=message):
             Checkpoint.open(adapter)
 

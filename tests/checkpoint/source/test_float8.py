@@ -137,12 +137,12 @@ def test_values_that_are_no_numbers(weight: Tensor, scale: Tensor, message: str,
 @pytest.mark.parametrize(
     ("settings", "shape", "grid", "message"),
     [
-        (BLOCKS, (256, 256), (2, 1), r"got \(2, 1\). Expected \(2, 2\) for blocks of 128 x 128"),
-        (BLOCKS, (256, 256), (1, 1), r"got \(1, 1\). Expected \(2, 2\)"),
-        (TENSOR, (6, 4), (3,), r"got \(3,\). Expected \(\) or \(6, 1\)"),
-        (TENSOR, (6, 4), (1, 4), r"got \(1, 4\)"),
+        (BLOCKS, (256, 256), (2, 1), r"Got \(2, 1\). Expected \(2, 2\) for blocks of 128 x 128"),
+        (BLOCKS, (256, 256), (1, 1), r"Got \(1, 1\). Expected \(2, 2\)"),
+        (TENSOR, (6, 4), (3,), r"Got \(3,\). Expected \(\) or \(6, 1\)"),
+        (TENSOR, (6, 4), (1, 4), r"Got \(1, 4\)"),
         (TENSOR, (6, 4), None, "there is no a.weight_scale_inv or a.weight_scale"),
-        ({**BLOCKS, "weight_block_size": [0, 128]}, (6, 4), (1, 1), "expected two numbers"),
+        ({**BLOCKS, "weight_block_size": [0, 128]}, (6, 4), (1, 1), "Expected two numbers"),
     ],
     ids=["blocks", "one-for-many", "shards", "columns", "none", "block-size"],
 )

@@ -423,8 +423,8 @@ def test_damaged_manifest(write: Write) -> None:
 HEADERS: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {
     "scale-missing": ("q_scale_max", lambda x: x[:1], "q_scale_max has shape"),
     "scales-as-float32": ("q_scale_max", lambda x: x.float(), "q_scale_max: stored as torch.float32"),
-    "a-vector": ("q_weight", lambda x: x.flatten(), "q_weight: shape .* expected a matrix"),
-    "no-words": ("q_weight", lambda x: x[:0], "q_weight: shape .* expected a matrix"),
+    "a-vector": ("q_weight", lambda x: x.flatten(), "q_weight: shape .* Expected a matrix"),
+    "no-words": ("q_weight", lambda x: x[:0], "q_weight: shape .* Expected a matrix"),
     "other-inputs": ("q_invperm", lambda x: x[:32], "q_invperm has shape"),
     "no-inputs": ("q_invperm", lambda x: x[:0], "q_invperm: shape"),
     "odd-table": ("q_groups", lambda x: x[:1], "q_groups: shape"),

@@ -162,7 +162,7 @@ CHANGES: dict[str, tuple[dict[str, Any], type[BpwiseError], str]] = {
     "too-few-rows": ({"groups": (RowGroup(4, 32), RowGroup(3, 32))}, FormatError, "hold 64 rows"),
     "code-dtype": ({"codes": torch.zeros(96, 40, dtype=torch.int32)}, FormatError, "codes"),
     "code-too-large": ({"codes": torch.full((96, 40), 9, dtype=torch.uint8)}, FormatError, "3-bit group"),
-    "no-columns": ({"codes": torch.zeros(96, 0, dtype=torch.uint8)}, FormatError, "expected a matrix"),
+    "no-columns": ({"codes": torch.zeros(96, 0, dtype=torch.uint8)}, FormatError, "Expected a matrix"),
     "scale-code": ({"scale_codes": torch.full((2, 40), 16, dtype=torch.uint8)}, FormatError, "0 to 15"),
     "order": ({"order": torch.zeros(96, dtype=torch.int64)}, FormatError, "permutation"),
     "bias": ({"bias": torch.zeros(64, dtype=torch.float16)}, ShapeError, "bias"),

@@ -170,14 +170,14 @@ def test_refuses_importances(weight: Tensor, error: type[Exception]) -> None:
 def test_refuses_shapes_that_are_not_whole_blocks() -> None:
     with pytest.raises(ShapeError):
         encode(torch.zeros(2, 576), ggml_type("Q4_K"))
-    with pytest.raises(FormatError, match="expected a CPU float32 matrix"):
+    with pytest.raises(FormatError, match="Expected a CPU float32 matrix"):
         encode(torch.zeros(2, 512).half(), ggml_type("Q4_K"))
     with pytest.raises(FormatError, match="144-byte blocks"):
         decode(np.zeros((2, 143), dtype=np.uint8), ggml_type("Q4_K"))
 
 
 def test_a_missing_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bpwise.convert.gguf.ggml.kernels import kernels as ggml
+    from bpwise.convert.gguf.ggml import kernels as ggml
 
     ggml._library.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

@@ -188,7 +188,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("changes", "error", "message"),
         [
-            ({"general.architecture": "gpt2"}, UnsupportedModelError, "expected one of llama, qwen2, qwen3"),
+            ({"general.architecture": "gpt2"}, UnsupportedModelError, "Expected one of llama, qwen2, qwen3"),
             ({"llama.expert_count": 8}, UnsupportedModelError, "mixture of experts"),
             ({"llama.rope.dimension_count": 8}, UnsupportedModelError, "a part of each head"),
             (

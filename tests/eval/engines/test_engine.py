@@ -202,7 +202,7 @@ class TestLibrary:
         monkeypatch.setattr(llamacpp, "XLLAMACPP_VERSION", "1.2.3")
         llamacpp._load.cache_clear()
         try:
-            with pytest.raises(ConfigError, match=r"expected 1\.2\.3"):
+            with pytest.raises(ConfigError, match=r"Expected 1\.2\.3"):
                 load_library()
         finally:
             llamacpp._load.cache_clear()

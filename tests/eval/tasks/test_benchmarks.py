@@ -314,7 +314,7 @@ class TestRefusals:
         loaded = load_tasks(config(definitions, "write", apply_chat_template=True, limit=1))
         with (
             pytest.warns(BpwiseWarning, match="im_start"),
-            pytest.raises(CalibrationError, match=r"got token id 264, .* the text has the token '<\|im_start\|>'"),
+            pytest.raises(CalibrationError, match=r"Got token id 264, .* The text has the token '<\|im_start\|>'"),
         ):
             evaluate_tasks(models[0], [models[1]], loaded)
 

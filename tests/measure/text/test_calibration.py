@@ -64,11 +64,11 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"rows": 0}, "rows must be at least 1. Got 0"),
-            ({"row_tokens": 1}, "row_tokens must be at least 2. Got 1"),
-            ({"seed": -1}, "seed must be from 0"),
-            ({"column": "text"}, "need a source"),
-            ({"chat_template": True}, "need a source"),
+            ({"rows": 0}, "rows: not usable. Got 0"),
+            ({"row_tokens": 1}, "row_tokens: not usable. Got 1"),
+            ({"seed": -1}, "seed: not usable. .* from 0"),
+            ({"column": "text"}, "need a text"),
+            ({"chat_template": True}, "need a text"),
         ],
         ids=lambda value: str(value) if isinstance(value, dict) else "",
     )
@@ -225,7 +225,7 @@ class TestUserText:
         assert build(tmp_path / "a.txt", rows=2, row_tokens=61).tokens[1, -1] == EOS
 
     def test_ids_outside_the_model(self, numbered: Path) -> None:
-        message = r"got token id 256. Expected ids below the vocabulary size 200: the text has the token '<bos>'"
+        message = r"Got token id 256. Expected ids below the vocabulary size 200. The text has the token '<bos>'"
         with pytest.raises(CalibrationError, match=message):
             build(numbered, rows=1, row_tokens=8, vocab_size=200)
 
@@ -372,7 +372,7 @@ class TestSet:
         [
             (
                 {"version": "2"},
-                "got format bpwise-calibration version 2. Expected bpwise-calibration version 1",
+                "Got format bpwise-calibration version 2. Expected bpwise-calibration version 1",
             ),
             ({"format": "pt"}, "not a calibration set"),
             ({"origins": "["}, "damaged"),
@@ -420,7 +420,7 @@ class TestVocabulary:
     def test_ids_beyond_it(self) -> None:
         rows = torch.tensor([[1, 300]])
         require_ids_below(rows, 301)
-        with pytest.raises(CalibrationError, match=r"calibration text: got token id 300, .* vocabulary size 300\."):
+        with pytest.raises(CalibrationError, match=r"calibration text: .* Got token id 300, .* vocabulary size 300\."):
             require_ids_below(rows, 300)
 
     def test_ids_that_mean_something_else(self) -> None:

@@ -82,5 +82,5 @@ def test_a_model_that_cannot_be_loaded_is_named(model_directory: Path, monkeypat
 
 def test_a_first_token_beyond_the_embedding(make_model: Callable[..., Path]) -> None:
     directory = make_model("model", vocab_size=BOS)
-    with pytest.raises(CalibrationError, match=r"got token id 256. Expected ids below the vocabulary size 256"):
+    with pytest.raises(CalibrationError, match=r"Got token id 256. Expected ids below the vocabulary size 256"):
         written(directory, rows=1, row_tokens=8)

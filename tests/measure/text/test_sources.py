@@ -109,7 +109,9 @@ def test_chat_turns_without_a_template(tmp_path: Path) -> None:
 
 def test_a_column_that_is_no_text(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [{"text": 3}])
-    with pytest.raises(CalibrationError, match=r"rows.jsonl: line 1, column 'text': got int. Expected text"):
+    with pytest.raises(
+        CalibrationError, match=r"rows.jsonl: line 1, column 'text': not usable. Got int. Expected text"
+    ):
         texts(path)
 
 
@@ -160,7 +162,7 @@ def test_unknown_suffix_lists_the_known(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [('{"text": ', "line 3: invalid JSON"), ('["a"]', "line 3: got a JSON list")],
+    [('{"text": ', "line 3: invalid JSON"), ('["a"]', "line 3: not usable. Got a JSON list")],
     ids=["cut-off", "no-object"],
 )
 def test_bad_json_names_the_line(tmp_path: Path, line: str, message: str) -> None:
@@ -382,5 +384,5 @@ class TestBuiltin:
         assert origins == [f"code: {broken}"]
 
     def test_unknown_use(self) -> None:
-        with pytest.raises(ConfigError, match=r"got 'test'. Expected one of \('calibration', 'evaluation'\)"):
+        with pytest.raises(ConfigError, match=r"Got 'test'. Expected one of \('calibration', 'evaluation'\)"):
             builtin_texts("test")
