@@ -250,8 +250,7 @@ class _OutputRun:
         if finished:
             if rounder is not None:  # there, if the run was cut off while it was evaluated
                 rounded = rounded_before(job.checkpoint, plan, rounder, config, self._work)
-            with self._clock.step("verify"):
-                verification = job.config.format.verify(self._output)
+            verification = job.config.format.verify(self._output)
         else:
             if rounder is not None and measured is not None:
                 rounded = self._rounded(plan, measured, rounder)

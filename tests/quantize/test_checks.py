@@ -70,10 +70,10 @@ def rows(count: int, row_tokens: int, largest: int = 255) -> CalibrationSet:
 
 
 EXL2_CHANGES: dict[str, tuple[Callable[[Tensors], object], str]] = {
-    "positions": (lambda t: t.update({"model.position_ids": torch.arange(9)[None]}), "position_ids.*got int64"),
+    "positions": (lambda t: t.update({"model.position_ids": torch.arange(9)[None]}), "position_ids.*Got int64"),
     "mask": (
         lambda t: t.update({"model.layers.0.self_attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool)}),
-        "self_attn.bias.*got bool",
+        "self_attn.bias.*Got bool",
     ),
     "float64": (lambda t: t.update({"model.norm.weight": t["model.norm.weight"].double()}), "norm.weight.*float64"),
     "embedding": (far("model.embed_tokens.weight"), "embed_tokens.weight: values range from .* to 9984"),
@@ -151,7 +151,7 @@ def test_a_bias_that_float16_cannot_hold(tmp_path: Path, byte_tokenizer: Any) ->
 def test_families_that_gguf_plans_do_not_know(kind: str, tmp_path: Path, byte_tokenizer: Any) -> None:
     save = save_family if kind in FAMILIES else save_with_vision
     model = save(tmp_path / "m", kind, byte_tokenizer)
-    message = f"model_type '{kind}'.*expected one of llama, mistral, qwen2, qwen3.*--type"
+    message = f"model_type '{kind}'.*Expected one of llama, mistral, qwen2, qwen3.*--type"
     for feedback in (True, False):
         with pytest.raises(UnsupportedModelError, match=message):
             quantize_model(model, tmp_path / "x.gguf", gguf(8, feedback=feedback))

@@ -279,7 +279,7 @@ class TestPairing:
 
 class TestRefusals:
     def test_unknown_task(self, definitions: Path) -> None:
-        with pytest.raises(ConfigError, match=r"does not know 'pik', .* Close to it are: pick"):
+        with pytest.raises(ConfigError, match=r"does not know 'pik'. .* Close to it are: pick"):
             load_tasks(config(definitions, "pik"))
         with pytest.raises(ConfigError, match=r"`lm-eval ls tasks` lists them"):
             load_tasks(config(definitions, "xyz"))
@@ -314,7 +314,7 @@ class TestRefusals:
         loaded = load_tasks(config(definitions, "write", apply_chat_template=True, limit=1))
         with (
             pytest.warns(BpwiseWarning, match="im_start"),
-            pytest.raises(CalibrationError, match=r"Got token id 264, .* The text has the token '<\|im_start\|>'"),
+            pytest.raises(CalibrationError, match=r"Got token id 264. .* The text has the token '<\|im_start\|>'"),
         ):
             evaluate_tasks(models[0], [models[1]], loaded)
 
@@ -350,7 +350,7 @@ except BpwiseError as error:
     print(error)
 """
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        assert run.stdout.strip().endswith("Run: pip install 'bpwise[tasks]'")
+        assert run.stdout.strip().endswith("Run: pip install 'bpwise[tasks]'.")
 
 
 def test_command(models: tuple[Path, Path], definitions: Path, tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def test_longer_than_the_context(models: list[Path], text: Path) -> None:
 
 
 def test_too_short(models: list[Path], text: Path) -> None:
-    with pytest.raises(ConfigError, match=r"80 tokens are too few .* expected at least"):
+    with pytest.raises(ConfigError, match=r"80 tokens are too few .* Expected at least"):
         evaluate_needle(models[0], models[1:], config(text, lengths=(80,)))
 
 
