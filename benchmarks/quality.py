@@ -233,7 +233,7 @@ def _round(
         tune_rounded(rounded, source, measurement, device, None, progress_bar)
 
     def read(name: str) -> Tensor:
-        return rounded_linear(rounded, source, name).dequantize()
+        return rounded_linear(rounded, source, name, tuned=False).dequantize()
 
     return WeightOverlay(checkpoint, {name: partial(read, name) for name in rounded.names})
 

@@ -137,8 +137,8 @@ def test_readers_know_it(quantized: tuple[str, Path, Path]) -> None:
 @pytest.mark.parametrize(
     ("part", "kind", "message"),
     [
-        ("vision_config", "clip_vision_model", "a vision part of type 'clip_vision_model'. Expected pixtral"),
-        ("text_config", "qwen2", "a language model of type 'qwen2'. Expected llama or mistral"),
+        ("vision_config", "clip_vision_model", "a vision part of type 'clip_vision_model', expected pixtral"),
+        ("text_config", "qwen2", "a language model of type 'qwen2', expected llama or mistral"),
     ],
 )
 def test_parts_that_readers_do_not_know(part: str, kind: str, message: str) -> None:
