@@ -251,7 +251,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize(
         ("changes", "message"),
-        [({"dtype": "float64"}, "dtype must be one of"), ({"rows": 0}, "rows"), ({"column": "text"}, "source")],
+        [({"dtype": "float64"}, "dtype: not usable"), ({"rows": 0}, "rows"), ({"column": "text"}, "need a text")],
         ids=["dtype", "rows", "column"],
     )
     def test_config(self, changes: dict[str, Any], message: str) -> None:

@@ -382,7 +382,7 @@ import sys
 from pathlib import Path
 sys.modules["torch"] = None  # importing it fails
 from bpwise.measure.measurement import Measurement
-from bpwise.convert.exl2.plan.plan import make_plan
-make_plan(Measurement.load(Path(sys.argv[1])), bpw=9.5, head_bits=6)
+from bpwise.convert.exl2.plan.making import make_exl2_plan
+make_exl2_plan(Measurement.load(Path(sys.argv[1])), bpw=9.5, head_bits=6)
 """
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "m.safetensors")], check=True)

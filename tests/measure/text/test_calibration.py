@@ -420,7 +420,7 @@ class TestVocabulary:
     def test_ids_beyond_it(self) -> None:
         rows = torch.tensor([[1, 300]])
         require_ids_below(rows, 301)
-        with pytest.raises(CalibrationError, match=r"calibration text: .* Got token id 300, .* vocabulary size 300\."):
+        with pytest.raises(CalibrationError, match=r"calibration text: .* Got token id 300. .* vocabulary size 300\."):
             require_ids_below(rows, 300)
 
     def test_ids_that_mean_something_else(self) -> None:
