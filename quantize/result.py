@@ -86,7 +86,7 @@ def report_details(result: QuantizeResult) -> dict[str, dict[str, str | float]]:
         "Plan": {
             **predicted,
             **{f"weights in {name}, %": round(100 * share, 2) for name, share in plan.shares().items()},
-            **{f"fact {number}": fact for number, fact in enumerate(plan.describe().facts, 1)},
+            "in words": "; ".join(plan.describe().facts),
             **({} if result.experts is None else {"experts": result.experts}),
             **fallback_entries(result.fallbacks),
         },
