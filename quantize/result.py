@@ -33,6 +33,7 @@ class QuantizeResult:
         drift: How far the hidden states after each block are from the original's; empty if the work directory holds no
             rounded model, or it was refined after that.
         measurement: The measurement file, which serves any other bitrate; None if nothing was measured.
+        report: The page with the comparison; None if evaluation was left out.
         experts: How many experts calibration text hardly reached; None for a model without experts.
         warnings: What readers compute otherwise than Transformers, and what could not be carried over.
     """
@@ -46,6 +47,7 @@ class QuantizeResult:
     fallbacks: Mapping[str, float]
     drift: tuple[Drift, ...]
     measurement: Path | None
+    report: Path | None
     experts: str | None
     warnings: tuple[str, ...]
 
@@ -65,6 +67,8 @@ class QuantizeResult:
         lines += map(cost_line, self.costs)
         if self.measurement is not None:
             lines.append(f"measurement {self.measurement} serves any other bitrate")
+        if self.report is not None:
+            lines.append(f"report      {self.report}")
         return [*lines, f"output      {self.output}"]
 
 

@@ -194,6 +194,7 @@ class _OutputRun:
         finished = output_of(self._output, job.config.format, run)
         made = self._made(plan, measured, rows, run, finished=finished)
         comparison = self._compared(plan)
+        place = report_place(self._output, job.config.format)
         result = QuantizeResult(
             output=self._output,
             plan=plan,
@@ -204,6 +205,7 @@ class _OutputRun:
             fallbacks=made.fallbacks,
             drift=made.drift,
             measurement=self._measurement_file(),
+            report=None if comparison is None else place.directory / f"{place.prefix}report.html",
             experts=None if measured is None else measured.experts_sentence,
             warnings=(*conversion.warnings, *conversion.notes),
         )
