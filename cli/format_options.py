@@ -71,7 +71,7 @@ def format_options(name: CommandName) -> Callable[[Command], Command]:
         def run(**parameters: Any) -> Any:
             format_ = chosen_format(parameters)
             given = {parameter: parameters.pop(parameter) for parameter in owners(name)}
-            chosen = formats() if name == "measure" else {format_.name}  # which is for all formats
+            chosen = {format_.name} if "output_format" in parameters else formats()  # a command for all formats
             options = {each.name: _read(each, name, given, chosen=each.name in chosen) for each in formats().values()}
             parameters.pop("output_format", None)
             return command(**parameters, choice=FormatChoice(format_, options))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,6 +30,7 @@ from .llama_cpp.converter import find_converter
 from .llama_cpp.imatrix import ImportanceMatrix, imatrix_metadata, read_imatrix, require_fitting
 from .llama_cpp.mixtures import mixture
 from .options import GgufOptions
+from .plan import type_shares
 
 __all__ = ["MixtureConversion", "MixturePlan"]
 
@@ -80,11 +80,7 @@ class MixturePlan(Plan):
 
     def shares(self) -> dict[str, float]:
         """Return the share of all weights in each type, the largest type first."""
-        counts: Counter[str] = Counter()
-        for name, tensor in self.tensors.items():
-            counts[self.types[name].name] += math.prod(tensor.shape)
-        total = sum(counts.values())
-        return {name: counts[name] / total for name in sorted(counts, key=lambda name: -TYPES[name].bits_per_weight)}
+        return type_shares((self.types[name], math.prod(tensor.shape)) for name, tensor in self.tensors.items())
 
     def describe(self) -> Description:
         """Return what is in the plan."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,7 +20,7 @@ from ..plan import LinearCost, Plan
 from .file.names import gguf_name
 from .ggml.types import TYPES, GgmlType, ggml_type
 
-__all__ = ["OTHER_BYTES", "PLAN_VERSION", "GgufPlan", "TensorPlan", "TypeOverride"]
+__all__ = ["OTHER_BYTES", "PLAN_VERSION", "GgufPlan", "TensorPlan", "TypeOverride", "type_shares"]
 
 PLAN_VERSION = 2
 
@@ -27,6 +28,19 @@ _REMEDY = "The plan is damaged: make it again with `bpwise plan`."
 
 OTHER_BYTES = 4
 """Norms and biases are stored as F32, as llama.cpp's converter does."""
+
+
+def type_shares(weights: Iterable[tuple[GgmlType, int]]) -> dict[str, float]:
+    """Return the share of all weights in each type, the largest type first.
+
+    Args:
+        weights: Type and number of weights of every tensor.
+    """
+    counts: Counter[GgmlType] = Counter()
+    for kind, count in weights:
+        counts[kind] += count
+    largest_first = sorted(counts, key=lambda kind: -kind.bits_per_weight)
+    return {kind.name: counts[kind] / counts.total() for kind in largest_first}
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,13 +165,7 @@ class GgufPlan(Plan):
 
     def shares(self) -> dict[str, float]:
         """Return the share of all planned weights in each type, the largest type first."""
-        counts: Counter[str] = Counter()
-        for tensor in self.tensors:
-            counts[tensor.type] += tensor.rows * tensor.row_weights
-        total = sum(counts.values())
-        return {
-            name: counts[name] / total for name in sorted(counts, key=lambda name: -ggml_type(name).bits_per_weight)
-        }
+        return type_shares((tensor.kind, tensor.rows * tensor.row_weights) for tensor in self.tensors)
 
     def costs(self) -> tuple[LinearCost, ...]:
         """Return what every tensor gets and is expected to cost."""

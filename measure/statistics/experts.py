@@ -11,7 +11,7 @@ And no expert is taken to matter nothing: one token more, of the mean gradient o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,7 +114,6 @@ def collect_experts(block: nn.Module, path: str, groups: Sequence[InputGroup], t
         The sums.
     """
     seen = ExpertInputs(torch.empty(0), 0, 0, {group: ExpertSums({}, {}, torch.zeros(tokens)) for group in groups})
-    handles = []
 
     def keep_inputs(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if not torch.is_grad_enabled():  # a backward pass will run this again
@@ -125,17 +124,15 @@ def collect_experts(block: nn.Module, path: str, groups: Sequence[InputGroup], t
         seen.first_token, seen.next_token = seen.next_token, seen.next_token + len(hidden)
         seen.inputs[seen.first_token : seen.next_token] = hidden
 
-    if groups:
-        handles.append(block.get_submodule(path).register_forward_pre_hook(keep_inputs))
-    for group in groups:
-        expert = expert_of(block, group)
-        for name in group.linears:
-            handles.append(block.get_submodule(name).register_forward_hook(_output_hook(seen, group, name, expert)))
-    try:
+    with ExitStack() as hooks:
+        if groups:
+            hooks.enter_context(block.get_submodule(path).register_forward_pre_hook(keep_inputs))
+        for group in groups:
+            expert = expert_of(block, group)
+            for name in group.linears:
+                hook = _output_hook(seen, group, name, expert)
+                hooks.enter_context(block.get_submodule(name).register_forward_hook(hook))
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _output_hook(seen: ExpertInputs, group: InputGroup, name: str, expert: Expert) -> Any:

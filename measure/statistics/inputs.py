@@ -13,7 +13,7 @@ al., arXiv 2505.07004) weights by groups of outputs. How outputs act together is
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -204,20 +204,17 @@ def collect(block: nn.Module, groups: Sequence[InputGroup], row_tokens: int) -> 
     Yields:
         One ``InputStatistics`` an input group; the caller ends each micro-batch after its backward pass.
     """
-    statistics, handles = [], []
-    for group in groups:
-        first: Any = block.get_submodule(group.linears[0])
-        least = _NO_NORM if group.reads_stream else _NO_INPUT
-        sums = InputStatistics(first.in_features, row_tokens, first.weight.device, least_input=least)
-        statistics.append(sums)
-        handles.append(first.register_forward_pre_hook(_input_hook(sums)))
-        for name in group.linears:
-            handles.append(block.get_submodule(name).register_forward_hook(_output_hook(sums, name)))
-    try:
+    statistics = []
+    with ExitStack() as hooks:
+        for group in groups:
+            first: Any = block.get_submodule(group.linears[0])
+            least = _NO_NORM if group.reads_stream else _NO_INPUT
+            sums = InputStatistics(first.in_features, row_tokens, first.weight.device, least_input=least)
+            statistics.append(sums)
+            hooks.enter_context(first.register_forward_pre_hook(_input_hook(sums)))
+            for name in group.linears:
+                hooks.enter_context(block.get_submodule(name).register_forward_hook(_output_hook(sums, name)))
         yield statistics
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _input_hook(sums: InputStatistics) -> Any:
@@ -256,12 +253,10 @@ def tapped_inputs(block: nn.Module, names: Sequence[str]) -> Iterator[dict[str, 
 
         return hook
 
-    handles = [block.get_submodule(name).register_forward_pre_hook(tap(name), with_kwargs=True) for name in names]
-    try:
+    with ExitStack() as hooks:
+        for name in names:
+            hooks.enter_context(block.get_submodule(name).register_forward_pre_hook(tap(name), with_kwargs=True))
         yield taps
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -283,9 +278,7 @@ def tapped_outputs(block: nn.Module, names: Sequence[str]) -> Iterator[dict[str,
 
         return hook
 
-    handles = [block.get_submodule(name).register_forward_hook(tap(name)) for name in names]
-    try:
+    with ExitStack() as hooks:
+        for name in names:
+            hooks.enter_context(block.get_submodule(name).register_forward_hook(tap(name)))
         yield taps
-    finally:
-        for handle in handles:
-            handle.remove()
