@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..checkpoint.files.resume import ResumeStore
-from ..checkpoint.model.families import HEAD, InputGroup
+from ..checkpoint.model.families import HEAD
+from ..checkpoint.model.structure import InputGroup
 from ..progress import Progress
 from .curves import CurveMaker, TableInputs
 from .input_group import TINY, FinishedLinear, finished_linears, measure_group, split_formats

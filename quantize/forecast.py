@@ -6,7 +6,7 @@ import itertools
 import math
 from dataclasses import dataclass
 
-from ..checkpoint.model.families import InputGroup
+from ..checkpoint.model.structure import InputGroup
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..checkpoint.source.language import LanguageModel, language_model
 from ..checkpoint.source.linears import model_linears

@@ -15,6 +15,7 @@ from typing import Any
 
 from ...errors import UnsupportedModelError
 from .names import HEAD
+from .structure import InputGroup
 
 __all__ = [
     "EMBEDDING",
@@ -22,7 +23,6 @@ __all__ = [
     "Composite",
     "Experts",
     "Family",
-    "InputGroup",
     "composite_of",
     "family_of",
     "is_known",
@@ -31,42 +31,6 @@ __all__ = [
 
 EMBEDDING = "model.embed_tokens.weight"
 """Full name of the table of token embeddings."""
-
-
-@dataclass(frozen=True, slots=True)
-class InputGroup:
-    """Linears of a block that read the same input and share its statistics.
-
-    Queries, keys and values are groups of their own: their gradients lie on different tokens, so that one Hessian
-    for all three would take queries for several times less than they matter.
-
-    Attributes:
-        linears: Names inside the block, for example ``self_attn.q_proj``.
-        adds: Module whose output is added to the residual stream once the group is done; None for a group whose output
-            stays inside the block.
-        normed: Whether that module is a norm, which the input group's one linear feeds.
-        expert: Number of the expert that the linears belong to; None outside of experts.
-    """
-
-    linears: tuple[str, ...]
-    adds: str | None = None
-    normed: bool = False
-    expert: int | None = None
-
-    @property
-    def first(self) -> str:
-        """The first of the linears: its input is that of all."""
-        return self.linears[0]
-
-    @property
-    def joins_stream(self) -> bool:
-        """Whether the output is added to the residual stream."""
-        return self.adds is not None
-
-    @property
-    def reads_stream(self) -> bool:
-        """Whether the linears read what a norm makes of the residual stream, and not values or neurons."""
-        return self.adds is None and not self.linears[0].endswith((".down_proj", ".w2"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +53,7 @@ class Experts:
         """Return the two input groups of one expert."""
         prefix = f"{self.path}.{expert}"
         return (
-            InputGroup((f"{prefix}.{self.gate}", f"{prefix}.{self.up}"), expert=expert),
+            InputGroup((f"{prefix}.{self.gate}", f"{prefix}.{self.up}"), expert=expert, reads_stream=True),
             InputGroup((f"{prefix}.{self.down}",), expert=expert),
         )
 
@@ -160,9 +124,9 @@ class Family:
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 
-_EACH_OF_QKV = tuple(InputGroup((name,)) for name in _QKV)
+_EACH_OF_QKV = tuple(InputGroup((name,), reads_stream=True) for name in _QKV)
 _ATTENTION = (*_EACH_OF_QKV, InputGroup(("self_attn.o_proj",), adds="self_attn"))
-_GATED_MLP = (InputGroup(_GATE_UP), InputGroup(("mlp.down_proj",), adds="mlp"))
+_GATED_MLP = (InputGroup(_GATE_UP, reads_stream=True), InputGroup(("mlp.down_proj",), adds="mlp"))
 _PRE_NORM = (*_ATTENTION, *_GATED_MLP)
 
 
@@ -170,7 +134,7 @@ def _post_norm(attention: str, mlp: str) -> tuple[InputGroup, ...]:
     return (
         *_EACH_OF_QKV,
         InputGroup(("self_attn.o_proj",), adds=attention, normed=True),
-        InputGroup(_GATE_UP),
+        InputGroup(_GATE_UP, reads_stream=True),
         InputGroup(("mlp.down_proj",), adds=mlp, normed=True),
     )
 
@@ -191,7 +155,7 @@ _FAMILIES = {
     "qwen2_moe": Family(
         groups=(
             *_PRE_NORM,
-            InputGroup(("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")),
+            InputGroup(("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"), reads_stream=True),
             InputGroup(("mlp.shared_expert.down_proj",)),
         ),
         experts=Experts("mlp.experts"),
@@ -229,7 +193,7 @@ _FAMILIES = {
         note="attention beside the MLP; scaled logits; three of four blocks with a sliding window, others without rope",
     ),
     "starcoder2": Family(
-        groups=(*_ATTENTION, InputGroup(("mlp.c_fc",)), InputGroup(("mlp.c_proj",), adds="mlp")),
+        groups=(*_ATTENTION, InputGroup(("mlp.c_fc",), reads_stream=True), InputGroup(("mlp.c_proj",), adds="mlp")),
         mlp=(("mlp.c_fc",), "mlp.c_proj"),
         note="no gate in the MLP; biases everywhere: its neurons are reordered instead of c_proj's rows",
     ),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...checkpoint.model.families import InputGroup
+from ...checkpoint.model.structure import InputGroup
 
 __all__ = ["CHUNK_POSITIONS", "chunked_positionwise"]
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...checkpoint.model.families import HEAD, Family, InputGroup
+from ...checkpoint.model.families import HEAD, Family
+from ...checkpoint.model.structure import InputGroup
 from ...checkpoint.source.checkpoint import TensorSource
 from ...checkpoint.source.language import language_model
 from ...errors import NumericalError

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...checkpoint.model.families import InputGroup
+from ...checkpoint.model.structure import InputGroup
 from ..model.surgery import Expert
 from .inputs import InputStatistics, tokens_of_halves
 from .sketch import FisherSketch

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...checkpoint.model.families import InputGroup
+from ...checkpoint.model.structure import InputGroup
 from ...linalg.sampling import subsample_tokens
 from .sketch import FisherSketch
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checkpoint.model.families import InputGroup
+from ...checkpoint.model.structure import InputGroup
 from ...measure.model.stream import StreamedModel, check_finite
 from .drift import InputSums
 from .experts import round_experts_

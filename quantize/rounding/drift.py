@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checkpoint.model.families import InputGroup
+from ...checkpoint.model.structure import InputGroup
 from ...linalg.hessian import damped_solve
 from ...linalg.sampling import subsample_tokens
 from ...measure.statistics.inputs import WeightedGram, tokens_of_halves

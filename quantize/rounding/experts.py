@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...checkpoint.model.families import InputGroup
+from ...checkpoint.model.structure import InputGroup
 from ...measure.statistics.experts import expert_of, expert_stages
 from .drift import InputSums
 from .linears import LinearRounder

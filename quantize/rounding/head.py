@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ...checkpoint.files.resume import ResumeStore
-from ...checkpoint.model.families import HEAD, InputGroup
+from ...checkpoint.model.families import HEAD
+from ...checkpoint.model.structure import InputGroup
 from ...convert.rounding import RoundedModel
 from ...linalg.parallel import run_all
 from ...measure.model.stream import StreamedModel

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...checkpoint.files.resume import ResumeStore
-from ...checkpoint.model.families import InputGroup
+from ...checkpoint.model.structure import InputGroup
 from ...convert.rounding import Rounder
 from ...linalg.parallel import run_all
 from ...measure.measurement import Measurement

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checkpoint.model.families import Family, InputGroup
+from ...checkpoint.model.families import Family
+from ...checkpoint.model.structure import InputGroup
 from ...measure.model.stream import StreamedModel, check_finite, micro_batches
 from ...measure.statistics.inputs import tapped_inputs, tapped_outputs
 from .pausable import run_until

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from bpwise.checkpoint.model.families import InputGroup
+from bpwise.checkpoint.model.structure import InputGroup
 from bpwise.checkpoint.source.original import open_model
 from bpwise.measure.model import positionwise as positions
 from bpwise.measure.model.positionwise import chunked_positionwise

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from bpwise.checkpoint.model.families import InputGroup
+from bpwise.checkpoint.model.structure import InputGroup
 from bpwise.quantize.rounding import drift
 from bpwise.quantize.rounding.drift import InputSums, shifted
 from torch import Tensor, nn
