@@ -38,7 +38,8 @@ from bpwise.errors import BpwiseError
 from bpwise.eval.comparison import EvalConfig, compare_with, evaluation_rows
 from bpwise.eval.original import OriginalRun, run_original
 from bpwise.measure.measurement import Measurement
-from bpwise.measure.model.stream import StreamedModel, micro_batches
+from bpwise.measure.model.batches import micro_batches
+from bpwise.measure.model.stream import StreamedModel
 from bpwise.measure.run import MeasureConfig, measure_model, measured_rows
 from bpwise.measure.statistics.inputs import tapped_inputs
 from bpwise.measure.text.calibration import CalibrationConfig, CalibrationSet

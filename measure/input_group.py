@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .curves import CurveInputs, CurveMaker, LinearCurves
 from .measurement import MeasuredLinear
-from .model.stream import check_finite
+from .model.batches import check_finite
 from .statistics.heldout import cross_validate_damping
 from .statistics.inputs import InputStatistics
 

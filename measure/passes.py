@@ -13,15 +13,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..checkpoint.files.resume import ResumeStore
-from ..checkpoint.model.families import HEAD
 from ..checkpoint.model.structure import InputGroup
 from ..progress import Progress
 from .curves import CurveMaker, TableInputs
 from .input_group import TINY, FinishedLinear, finished_linears, measure_group, split_formats
+from .layers.linears import linear_of
+from .layers.positionwise import chunked_positionwise
 from .measurement import MeasuredTable
-from .model.positionwise import chunked_positionwise
+from .model.batches import TAIL_TOKENS, check_finite, micro_batches
+from .model.state_gradients import StateGradients
 from .model.states import new_state
-from .model.stream import TAIL_TOKENS, StreamedModel, check_finite, micro_batches
+from .model.stream import StreamedModel
 from .statistics.experts import collect_experts, expert_statistics
 from .statistics.heldout import DAMPINGS
 from .statistics.inputs import InputStatistics, collect, tapped_inputs, tapped_outputs
@@ -76,6 +78,7 @@ class MeasuringPasses:
         self.seed = seed
         self.experts_see_all_tokens = experts_see_all_tokens
         self.batches = micro_batches(*tokens.shape)
+        self._state_gradients = StateGradients({})
 
     def forward(self, progress: Progress) -> None:
         """Keep the input of every block on disk, and the output of the last; rounding in this run reads them again."""
@@ -90,11 +93,11 @@ class MeasuringPasses:
         hidden: Tensor | None = embedded
         del embedded
         for index in progress(range(last), "measure: forward"):
-            if index >= missing or self.artifacts.has(f"input-{index + 1}"):
+            if not self.model.calls.hands_state and (index >= missing or self.artifacts.has(f"input-{index + 1}")):
                 hidden = None
                 continue
             if hidden is None:
-                hidden = self._kept(f"input-{index}", "hidden")
+                hidden = self._artifact(f"input-{index}")["hidden"]
             self._forward_block(index, hidden)
             self.artifacts.save(f"input-{index + 1}", {"hidden": hidden})
 
@@ -112,16 +115,17 @@ class MeasuringPasses:
         for index in range(max(0, min(waiting)), last):
             self.artifacts.discard(f"curves-{index}")
 
-    def _kept(self, artifact: str, name: str) -> Tensor:
-        # A state, in memory or in a file as all are.
-        return self.artifacts.load(artifact, partial(new_state, directory=self.model.offload_dir))[name]
+    def _artifact(self, name: str) -> dict[str, Tensor]:
+        # States, in memory or in files as all are.
+        return self.artifacts.load(name, partial(new_state, directory=self.model.offload_dir))
 
     def _forward_block(self, index: int, hidden: Tensor) -> None:
         # Puts the block's output in the place of its input.
-        groups = self.model.input_groups(index)
-        with torch.no_grad(), self.model.block(index) as block, chunked_positionwise(block, groups):
+        structure = self.model.structure(index)
+        with torch.no_grad(), self.model.block(index) as block, chunked_positionwise(block, structure):
             for batch in self.batches:
-                hidden[batch] = self.model.run_block(index, hidden[batch].to(self.model.device)).cpu()
+                inputs = hidden[batch].to(self.model.device)
+                hidden[batch] = self.model.run_block(index, inputs, batch.start).cpu()
         check_finite(hidden, self.model.block_name(index))
 
     def head(self) -> None:
@@ -129,14 +133,14 @@ class MeasuringPasses:
         if self.artifacts.has("head"):
             return
         last = self.model.block_count
-        hidden = self._kept(f"input-{last}", "hidden")
-        gradient = self.model.new_state(self.tokens)
+        hidden = self._artifact(f"input-{last}")["hidden"]
+        gradient = self.model.new_state(self.tokens, hidden.shape[-1])
         with self.model.tail() as head:
             sums = self._probe_logits(head, hidden.flatten(0, 1), gradient.view(-1, hidden.shape[-1]))
             check_finite(gradient, "output head", "gradients")
+            name, feedback = self.model.source.head_name, not self.model.tied
             none = torch.empty(head.out_features, 0)  # its outputs are rounded each for itself
-            feedback = not self.model.tied
-            packed = measure_group({HEAD: head}, sums, {HEAD: none}, self.makers, self.dampings, with_feedback=feedback)
+            packed = measure_group({name: head}, sums, {name: none}, self.makers, self.dampings, with_feedback=feedback)
         self.artifacts.save(f"gradient-{last}", {"gradient": gradient})
         self.artifacts.save("head", packed)
 
@@ -151,7 +155,7 @@ class MeasuringPasses:
                 logits = self.model.logits(part)
                 sums.see_inputs(taps[""])
                 error, squares = probe_logits(logits.detach()[0], rng, slopes_of_logits(logits, raw[""]), errors)
-                sums.see_sums(HEAD, *squares)
+                sums.see_sums(self.model.source.head_name, *squares)
                 sums.end_batch()
                 logits.backward(error[None])
                 assert part.grad is not None
@@ -165,39 +169,39 @@ class MeasuringPasses:
             if self.artifacts.has(f"curves-{index}"):
                 continue
             if gradient is None:
-                gradient = self._kept(f"gradient-{index + 1}", "gradient")
+                artifact = self._artifact(f"gradient-{index + 1}")
+                gradient = artifact.pop("gradient")
+                self._state_gradients = StateGradients(artifact)
             packed = self._measured_block(index, gradient)
             # The gradient first: a run cut off between the two repeats this block from an unchanged input.
-            self.artifacts.save(f"gradient-{index}", {"gradient": gradient})
+            self.artifacts.save(f"gradient-{index}", {"gradient": gradient, **self._state_gradients.pending})
             self.artifacts.save(f"curves-{index}", packed)
             self.artifacts.discard(f"gradient-{index + 1}")
 
     def _measured_block(self, index: int, gradient: Tensor) -> dict[str, Tensor]:
         # Puts the gradient at the block's input in the place of that at its output.
-        groups = self.model.input_groups(index)
-        shared = [group for group in groups if group.expert is None]
-        experts = [group for group in groups if group.expert is not None]
+        structure = self.model.structure(index)
         packed: dict[str, Tensor] = {}
         with self.model.block(index) as block:
             with (
-                collect(block, shared, self.tokens.shape[1]) as statistics,
-                collect_experts(block, self.model.family.experts_path, experts, self.tokens.numel()) as seen,
-                chunked_positionwise(block, groups),
+                collect(block, structure, self.tokens.shape[1]) as statistics,
+                collect_experts(block, structure, self.tokens.numel()) as seen,
+                chunked_positionwise(block, structure),
             ):
-                self._backward_block(index, self._kept(f"input-{index}", "hidden"), gradient, statistics)
-            for group, sums in zip(shared, statistics, strict=True):
+                self._backward_block(index, self._artifact(f"input-{index}")["hidden"], gradient, statistics)
+            for group, sums in zip(structure.plain_groups, statistics, strict=True):
                 packed |= self._measured_stage(index, block, group, sums)
             for group, chosen, sums in expert_statistics(
-                block, experts, seen, self.tokens.shape[1], all_tokens=self.experts_see_all_tokens
+                block, structure, seen, self.tokens.shape[1], all_tokens=self.experts_see_all_tokens
             ):
                 packed |= self._measured_stage(index, block, group, sums)
-                for name in self.model.family.linear_names(index, group):
+                for name in self.model.linear_names(index, group):
                     packed[f"{name}|chosen_tokens"] = torch.tensor(chosen)
         return packed
 
     def _measured_stage(self, index: int, block: Any, group: InputGroup, sums: InputStatistics) -> dict[str, Tensor]:
-        names = self.model.family.linear_names(index, group)
-        modules = [block.get_submodule(inner) for inner in group.linears]
+        names, structure = self.model.linear_names(index, group), self.model.structure(index)
+        modules = [linear_of(block, structure, inner) for inner in group.linears]
         couplings = {n: sums.couplings[i].coupling(sums.fisher[i]) for n, i in zip(names, group.linears, strict=True)}
         sums.fisher = {n: sums.fisher[inner] for n, inner in zip(names, group.linears, strict=True)}
         linears = dict(zip(names, modules, strict=True))
@@ -213,7 +217,12 @@ class MeasuringPasses:
         # Puts the gradient at the block's input in the place of that at its output.
         for batch in self.batches:
             inputs = hidden[batch].to(self.model.device).requires_grad_()
-            self.model.run_block(index, inputs).backward(gradient[batch].to(self.model.device))
+            self._state_gradients.backward(
+                self.model.calls.states(batch.start),
+                partial(self.model.run_block, index, inputs, batch.start),
+                gradient[batch].to(self.model.device),
+                batch.start,
+            )
             assert inputs.grad is not None
             gradient[batch] = inputs.grad.cpu()
             for sums in statistics:
@@ -224,10 +233,10 @@ class MeasuringPasses:
         """Measure the token embeddings; the backward pass has ended."""
         if self.artifacts.has("embedding"):
             return
-        gradient = self.model.embedding_gradient(self.tokens, self._kept("gradient-0", "gradient"))
+        gradient = self.model.embedding_gradient(self.tokens, self._artifact("gradient-0")["gradient"])
         squares = gradient.flatten(0, 1).square()
         total = squares.sum()
-        check_finite(total, self.model.embedding_name, "squared gradients")
+        check_finite(total, self.model.source.embedding_name, "squared gradients")
         # As in a Hessian, a token counts what its gradients say.
         weights = squares.sum(dim=1) / max(float(total), TINY)
         uses = torch.zeros(self.model.vocabulary).index_add_(0, self.tokens.flatten(), weights)
@@ -242,7 +251,7 @@ def finished_embedding(model: StreamedModel, artifacts: ResumeStore) -> Finished
     """Return the measured token embeddings of a finished run."""
     artifact = artifacts.load("embedding")
     table = MeasuredTable(
-        name=model.embedding_name,
+        name=model.source.embedding_name,
         tokens=model.vocabulary,
         importance=artifact["importance"].numpy(),
         tied=model.tied,
@@ -256,11 +265,12 @@ def finished_decoder(model: StreamedModel, artifacts: ResumeStore) -> list[Finis
         measured[name]
         for index in range(model.block_count)
         for measured in [finished_linears(artifacts.load(f"curves-{index}"))]
-        for group in model.input_groups(index)
-        for name in model.family.linear_names(index, group)
+        for group in model.structure(index).groups
+        for name in model.linear_names(index, group)
     ]
 
 
 def finished_head(artifacts: ResumeStore) -> FinishedLinear:
     """Return the measured output head of a finished run."""
-    return finished_linears(artifacts.load("head"))[HEAD]
+    (head,) = finished_linears(artifacts.load("head")).values()
+    return head

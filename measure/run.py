@@ -21,6 +21,7 @@ from ..progress import Progress, silent
 from ..version import __version__
 from .curves import CurveMaker
 from .measurement import FormatCurves, Measurement, is_measurement
+from .model.replay import check_replay
 from .model.stream import StreamedModel
 from .passes import MeasuringPasses, finished_decoder, finished_embedding, finished_head
 from .text.calibration import (
@@ -187,6 +188,8 @@ def measure_checkpoint(
         seed=config.seed,
         experts_see_all_tokens=config.moe_calibrate_all,
     )
+    if source.family is None:
+        check_replay(run.model)
     run.forward(progress)
     run.head()
     run.backward(progress)

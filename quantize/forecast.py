@@ -12,9 +12,9 @@ from ..checkpoint.source.language import LanguageModel, language_model
 from ..checkpoint.source.linears import model_linears
 from ..convert.conversion import Conversion, SizeForecast, Target
 from ..linalg.parallel import cores
+from ..measure.layers.positionwise import CHUNK_POSITIONS
 from ..measure.measurement import Measurement
-from ..measure.model.positionwise import CHUNK_POSITIONS
-from ..measure.model.stream import MICRO_BATCH_TOKENS
+from ..measure.model.batches import MICRO_BATCH_TOKENS
 from ..measure.run import MeasureConfig
 from ..measure.text.context import CALIBRATION, fit_row_tokens
 
@@ -148,8 +148,8 @@ def _tuning_memory(checkpoint: Checkpoint, rows: int, row_tokens: int, *, offloa
 def _shapes(source: LanguageModel, index: int) -> dict[InputGroup, dict[str, tuple[int, int]]]:
     # (out, in) of the linears of a block's input groups.
     shapes: dict[InputGroup, dict[str, tuple[int, int]]] = {}
-    for group in source.family.input_groups(index, source.names):
-        for name in source.family.linear_names(index, group):
+    for group in source.structure.structures[index].groups:
+        for name in source.linear_names(index, group):
             columns, rows = source.shape(f"{name}.weight")
             shapes.setdefault(group, {})[name] = columns, rows
     return shapes

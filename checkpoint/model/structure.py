@@ -80,6 +80,11 @@ class BlockStructure:
     routers: tuple[str, ...] = ()
     experts: tuple[str, ...] = ()
 
+    @property
+    def plain_groups(self) -> tuple[InputGroup, ...]:
+        """The input groups outside of experts."""
+        return tuple(group for group in self.groups if group.expert is None)
+
 
 @dataclass(frozen=True, slots=True)
 class ModelStructure:

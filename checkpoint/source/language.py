@@ -102,6 +102,78 @@ class LanguageModel(SourceView):
         """Full names of the language model's tensors."""
         return self._names
 
+    blocks = "model.layers"
+    head_name = "lm_head"
+    embedding_name = "model.embed_tokens"
+
+    @property
+    def structure(self):  # SHIM
+        if not hasattr(self, "_structure"):
+            from dataclasses import replace
+
+            from ..model.structure import BlockStructure, LinearPlace, ModelStructure
+
+            key = self.family.multiplier
+            scale = 1.0 if key is None else float(self.config.get(key, 1.0))
+            out = []
+            for i in range(self.block_count):
+                groups, places, paths = [], {}, ()
+                ex = self.family.experts
+                for g in self.family.input_groups(i, self.names):
+                    if g.adds:
+                        g = replace(g, scale=scale)
+                    groups.append(g)
+                    if g.expert is not None:
+                        paths = (ex.path,)
+                        for n, full in zip(g.linears, self.linear_names(i, g)):
+                            kind = n.rpartition(".")[2]
+                            w = self.shape(f"{full}.weight")[0]
+                            if kind == ex.down:
+                                places[n] = LinearPlace(f"{ex.path}.down_proj", g.expert)
+                            else:
+                                first = 0 if kind == ex.gate else w
+                                places[n] = LinearPlace(f"{ex.path}.gate_up_proj", g.expert, (first, first + w))
+                out.append(BlockStructure(tuple(groups), places, (), paths))
+            self._structure = ModelStructure(self.blocks, self.embedding_name, self.head_name, tuple(out))
+        return self._structure
+
+    def linear_names(self, block, group):
+        return self.family.linear_names(block, group)
+
+    def _parts(self, name):
+        ex = self.family.experts
+        if ex is None or f".{ex.path}." not in name:
+            return None
+        head, _, kind = name.rpartition(".")
+        if kind not in ("gate_up_proj", "down_proj"):
+            return None
+        kinds = (ex.gate, ex.up) if kind == "gate_up_proj" else (ex.down,)
+        out, e = [], 0
+        while True:
+            full = [self.family.file_name(f"{head}.{e}.{k}") + ".weight" for k in kinds]
+            if full[0] not in self.names:
+                return out
+            out.append(full)
+            e += 1
+
+    def has_parameter(self, name):
+        return bool(self._parts(name)) or self.family.file_name(name) in self.names
+
+    def parameter_shape(self, name):
+        parts = self._parts(name)
+        if parts:
+            s = [self.shape(p) for p in parts[0]]
+            return (len(parts), sum(x[0] for x in s), s[0][1])
+        return self.shape(self.family.file_name(name))
+
+    def parameter(self, name):
+        parts = self._parts(name)
+        if parts:
+            import torch
+
+            return torch.stack([torch.cat([self.tensor(x) for x in p]) for p in parts])
+        return self.tensor(self.family.file_name(name))
+
     def stored_bytes(self, name: str) -> int:
         """Return the size of a tensor of a checkpoint, in bytes."""
         base: Any = self.base

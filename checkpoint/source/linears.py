@@ -46,11 +46,10 @@ def model_linears(source: LanguageModel) -> tuple[list[Linear], Linear]:
     Raises:
         CheckpointError: A tensor that the family should have is missing.
     """
-    family = source.family
     linears = []
     for block in range(source.block_count):
-        for group in family.input_groups(block, source.names):
-            for name in family.linear_names(block, group):
+        for group in source.structure.structures[block].groups:
+            for name in source.linear_names(block, group):
                 columns, rows = source.shape(f"{name}.weight")
                 linears.append(Linear(name, rows, columns))
     vocabulary, hidden = source.shape(EMBEDDING)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ...checkpoint.source.checkpoint import TensorSource
 from ...errors import NumericalError
-from ...measure.model.positionwise import chunked_positionwise
-from ...measure.model.stream import TAIL_TOKENS, StreamedModel, micro_batches
+from ...measure.layers.positionwise import chunked_positionwise
+from ...measure.model.batches import TAIL_TOKENS, micro_batches
+from ...measure.model.stream import StreamedModel
 from ...progress import Progress
 from .divergence import TokenStatistics, token_statistics
 
@@ -45,9 +46,9 @@ def last_hidden(
     if watch is not None:
         watch(hidden)
     for index in progress(range(model.block_count), f"evaluate: {role}"):
-        with torch.no_grad(), model.block(index) as block, chunked_positionwise(block, model.input_groups(index)):
+        with torch.no_grad(), model.block(index) as block, chunked_positionwise(block, model.structure(index)):
             for batch in micro_batches(*tokens.shape):
-                hidden[batch] = model.run_block(index, hidden[batch].to(model.device)).cpu()
+                hidden[batch] = model.run_block(index, hidden[batch].to(model.device), batch.start).cpu()
         _check_finite(hidden, f"{role}, {model.block_name(index)}", model.dtype)
         if watch is not None:
             watch(hidden)

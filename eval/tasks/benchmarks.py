@@ -20,7 +20,7 @@ import torch
 from ...checkpoint.source.checkpoint import TensorSource
 from ...checkpoint.source.original import Original
 from ...errors import BpwiseError, ConfigError, reason
-from ...measure.model.stream import whole_model
+from ...measure.model.whole import whole_model
 from ...measure.run import resolve_device
 from ...measure.text.calibration import require_ids_below
 from ...measure.text.chat_template import ChatTemplate, RefusedChatError

@@ -1,98 +1,46 @@
 """Running a model with one decoder block's weights in memory at a time.
 
 Transformers builds the model on the meta device, and its own forward prepares what blocks are given (masks, rotary
-embeddings, positions): in the skeleton every block is replaced by a recorder. One run of the skeleton records each
-block's arguments; the blocks are then run one after another over all rows; a last run of the skeleton, into which the
-final hidden states are injected, applies whatever the model does after its blocks.
+embeddings, positions): in the skeleton a recorder takes the place of every block's forward. One run of the skeleton
+records each block's arguments; the blocks are then run one after another over all rows; a last run of the skeleton,
+into which the final hidden states are injected, applies whatever the model does after its blocks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...checkpoint.model.families import HEAD, Family
-from ...checkpoint.model.structure import InputGroup
+from ...checkpoint.model.structure import BlockStructure, InputGroup
 from ...checkpoint.source.checkpoint import TensorSource
-from ...checkpoint.source.language import language_model
-from ...errors import NumericalError
-from .cast_linear import CastOnUseLinear
-from .normless import hold_small_states, norms_of_stream
-from .skeleton import (
-    build_skeleton,
-    embedding_name,
-    embedding_rows,
-    frozen_parameter,
-    loaded_weights,
-    read_weight,
-    set_parameter,
-    stored_name,
-)
+from ...checkpoint.source.language import LanguageModel, language_model
+from ..layers.cast_linear import CastOnUseLinear
+from ..layers.normless import hold_small_states, norms_of_stream
+from .batches import micro_batches
+from .calls import Calls
+from .outside import OutsideWeights
+from .recorder import Recorder
+from .skeleton import build_skeleton, loaded_weights, require_stored
 from .states import new_state
 from .surgery import split_block
 
-__all__ = ["MICRO_BATCH_TOKENS", "TAIL_TOKENS", "StreamedModel", "check_finite", "micro_batches", "whole_model"]
-
-MICRO_BATCH_TOKENS = 2048
-"""Tokens that go through a block together: enough to keep a processor busy, few enough to stay small in memory."""
-
-TAIL_TOKENS = 256
-"""Positions whose logits are held at once, of each model: 128 MiB in float32 for a vocabulary of 128k."""
-
-
-def micro_batches(rows: int, row_tokens: int) -> list[slice]:
-    """Cut rows into micro-batches of about 2048 tokens, at least one row each."""
-    size = max(1, MICRO_BATCH_TOKENS // row_tokens)
-    return [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
-
-
-def check_finite(tensor: Tensor, where: str, what: str = "activations") -> None:
-    """Raise if a tensor holds NaN or infinity.
-
-    Args:
-        tensor: Any shape, floating point.
-        where: Name of a module.
-        what: What of it the tensor holds, in the plural.
-
-    Raises:
-        NumericalError: It does.
-    """
-    extremes = torch.stack(torch.aminmax(tensor))  # NaN goes through; one pass over memory, unlike isfinite
-    if not bool(torch.isfinite(extremes).all()):
-        raise NumericalError(
-            f"{where}: NaN or infinity in the {what}. Check that the original model runs in this dtype."
-        )
-
-
-class _EndOfEmbedding(Exception):
-    """Stops the skeleton's forward once every block's arguments are recorded."""
-
-
-class _Recorder(nn.Module):
-    """Stands in for one decoder block in the skeleton."""
-
-    def __init__(self, owner: StreamedModel, index: int) -> None:
-        super().__init__()
-        self._record = owner._record
-        self._index = index
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self._record(self._index, hidden_states, args, kwargs)
+__all__ = ["StreamedModel"]
 
 
 class StreamedModel:
     """A causal language model whose weights are read when they are needed and let go afterwards.
 
     Attributes:
-        family: How its blocks are cut into linears.
+        source: Where configuration and tensors come from.
         device: Where blocks run.
         dtype: Floating dtype of weights and activations while running.
         offload_dir: Where hidden states of all rows are kept; None for memory.
+        calls: How blocks are called, as ``embed`` recorded it.
     """
 
     def __init__(
@@ -107,31 +55,26 @@ class StreamedModel:
             offload_dir: A directory for hidden states of all rows; None keeps them in memory.
 
         Raises:
-            UnsupportedModelError: Neither bpwise nor Transformers knows the model type.
+            UnsupportedModelError: Transformers does not know the model type.
             CheckpointError: Transformers does not accept config.json, or a tensor is missing or has another shape than
                 config.json says.
         """
-        self._source = language_model(source)
-        self.family: Family = self._source.family
+        self.source: LanguageModel = language_model(source)
         self.device = device
         self.dtype = dtype
         self.offload_dir = offload_dir
-        self._model: Any = build_skeleton(self._source, self._source.config, dtype, device)
-        self._model.set_submodule(HEAD, CastOnUseLinear(self._model.get_submodule(HEAD)))
-        for norm in norms_of_stream(self._model, self.family):
-            hold_small_states(norm)
-        parent = self._model.get_submodule(self.family.blocks)
-        self._blocks: list[nn.Module] = list(parent)
+        self._model: Any = build_skeleton(self.source, self.source.config, dtype, device)
+        self._blocks: list[Any] = list(self._model.get_submodule(self.source.blocks))
         for block in self._blocks:
-            split_block(block, self.family, self._source.config)
-        table = self.embedding_name
-        for name, parameter in self._model.named_parameters(remove_duplicate=False):
-            stored_name(self._source, name, parameter.shape, table)
-        for index in range(len(self._blocks)):
-            parent[index] = _Recorder(self, index)
-        self._calls: dict[tuple[int, ...], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
-        self._embedded: Tensor | None = None
-        self._injected: Tensor | None = None
+            split_block(block, self.source.family, self.source.config)
+        require_stored(self.source, self._model)
+        self._model.set_submodule(self.source.head_name, CastOnUseLinear(self._model.get_output_embeddings()))
+        groups = [group for each in self.source.structure.structures for group in each.groups]
+        for norm in norms_of_stream(self._model, self.source.blocks, groups):
+            hold_small_states(norm)
+        self._outside = OutsideWeights(self._model, self.source.blocks, self._read, self._place)
+        self._recorder = Recorder(self._model, self._blocks, str(self.source.directory / "config.json"))
+        self.calls = Calls()
 
     @property
     def block_count(self) -> int:
@@ -140,13 +83,8 @@ class StreamedModel:
 
     @property
     def hidden_size(self) -> int:
-        """Length of a token's hidden state."""
+        """Length of a token's embedding."""
         return int(self._model.get_input_embeddings().weight.shape[1])
-
-    @property
-    def embedding_name(self) -> str:
-        """Full name of the module that holds the token embeddings."""
-        return embedding_name(self._model)
 
     @property
     def vocabulary(self) -> int:
@@ -156,37 +94,47 @@ class StreamedModel:
     @property
     def tied(self) -> bool:
         """Whether the output head is the table of token embeddings."""
-        return self._source.tied_embeddings
+        return self.source.tied_embeddings
 
     def embeddings(self, tokens: Tensor) -> Tensor:
         """Return the embeddings of some tokens as they are stored, shape (tokens, hidden size), on the device."""
-        return self._source.tensor(f"{self.embedding_name}.weight")[tokens].to(self.device, self.dtype)
+        return self.source.tensor(f"{self.source.embedding_name}.weight")[tokens].to(self.device, self.dtype)
 
-    def input_groups(self, index: int) -> tuple[InputGroup, ...]:
-        """Return the input groups of a block, in the order in which it computes them; those of experts come last."""
-        return self.family.input_groups(index, self._source.names)
+    def structure(self, index: int) -> BlockStructure:
+        """Return the structure of a block."""
+        return self.source.structure.structures[index]
 
-    @property
-    def multiplier(self) -> float:
-        """What blocks multiply their outputs by before they add them to the residual stream."""
-        key = self.family.multiplier
-        return 1.0 if key is None else float(self._source.config.get(key, 1.0))
+    def linear_names(self, index: int, group: InputGroup) -> tuple[str, ...]:
+        """Return the full names of an input group's linears in one block."""
+        return self.source.linear_names(index, group)
 
     def block_name(self, index: int) -> str:
         """Return a block's full name, for messages and tensor names."""
-        return f"{self.family.blocks}.{index}"
+        return f"{self.source.blocks}.{index}"
 
-    def embed(self, tokens: Tensor, table: Tensor | None = None) -> Tensor:
-        """Return what enters the first block, (rows, tokens, hidden size) on the CPU; record how blocks are called.
+    def embed(
+        self, tokens: Tensor, table: Tensor | None = None, calls: Calls | None = None, first_row: int = 0
+    ) -> Tensor:
+        """Return what enters the first block, on the CPU; record how blocks are called.
 
         Args:
-            tokens: Token ids, int64, shape (rows, tokens), on any device.
-            table: Token embeddings to take in the place of the model's own, shape (vocabulary, hidden size).
+            tokens: Token ids, int64, shape (rows, tokens).
+            table: Token embeddings to use instead of the model's own, shape (vocabulary, hidden size).
+            calls: Where to record; None for the model's own record, which ``run_block`` looks at.
+            first_row: Number of the first row, as ``run_block`` takes it.
+
+        Returns:
+            Shape (rows, tokens, width): a token's hidden states one after another where the model has several.
         """
-        state = self.new_state(tokens)
-        with torch.no_grad(), embedding_rows(self._source, self._model, table, self.device, self.dtype) as rows_of:
+        tables = {} if table is None else {self.source.embedding_name: table}
+        state: Tensor | None = None
+        with torch.no_grad(), self._outside.held(tables):
             for batch in micro_batches(*tokens.shape):
-                state[batch] = self._run_embedding(rows_of(tokens[batch])).cpu()
+                embedded = self._record(tokens[batch], first_row + batch.start, calls or self.calls)
+                if state is None:
+                    state = self.new_state(tokens, embedded.shape[-1])
+                state[batch] = embedded.cpu()
+        assert state is not None
         return state
 
     def new_state(self, tokens: Tensor, width: int | None = None) -> Tensor:
@@ -194,7 +142,7 @@ class StreamedModel:
 
         Args:
             tokens: Token ids, shape (rows, tokens).
-            width: Values of every token; None for a hidden state.
+            width: Values of every token; None for an embedding.
 
         Raises:
             WorkDirectoryError: The offload directory has no place for it.
@@ -208,109 +156,99 @@ class StreamedModel:
 
         Args:
             tokens: Token ids, int64, shape (rows, tokens).
-            gradient: At the first block's input, shape (rows, tokens, hidden size).
+            gradient: At the first block's input, shape (rows, tokens, width).
 
         Returns:
-            Same shape as ``gradient``, on the CPU.
+            Shape (rows, tokens, hidden size), on the CPU.
         """
         embedding = self._model.get_input_embeddings()
         before = self.new_state(tokens)
-        with embedding_rows(self._source, self._model, None, self.device, self.dtype) as rows_of:
+        with self._outside.held():
             for batch in micro_batches(*tokens.shape):
-                embedded = self._run_embedding(rows_of(tokens[batch]))
+                embedded = self._record(tokens[batch], batch.start, Calls())
                 own = embedding.weight
                 (part,) = torch.autograd.grad(embedded, own, gradient[batch].to(own))
                 before[batch] = part.view(before[batch].shape).cpu()
         return before
 
-    def _run_embedding(self, tokens: Tensor) -> Tensor:
-        with suppress(_EndOfEmbedding):
-            self._model(input_ids=tokens, use_cache=False)
-        assert self._embedded is not None
-        embedded, self._embedded = self._embedded, None
-        return embedded
+    def _record(self, tokens: Tensor, first_row: int, calls: Calls) -> Tensor:
+        return _as_state(self._recorder.record(tokens.to(self.device), first_row, calls))
 
     @contextmanager
     def block(self, index: int) -> Iterator[Any]:
         """Hold one block's weights on the device; they go when the context ends."""
-        module, table = self._blocks[index], self.embedding_name
-        with loaded_weights(self._source, module, self.block_name(index), table, self.device, self.dtype):
-            yield module
+        name = self.block_name(index)
+        with loaded_weights(self._blocks[index], lambda inner: self._read(f"{name}.{inner}"), self._place):
+            yield self._blocks[index]
 
-    def run_block(self, index: int, hidden: Tensor) -> Tensor:
+    def run_block(self, index: int, hidden: Tensor, first_row: int = 0, calls: Calls | None = None) -> Tensor:
         """Run one loaded block.
 
         Args:
             index: Which block; it must be held by ``block``.
-            hidden: One micro-batch of hidden states, shape (rows, tokens, hidden size), on the device. ``embed`` must
+            hidden: One micro-batch of hidden states, shape (rows, tokens, width), on the device. ``embed`` must
                 have seen a micro-batch of the same rows and tokens.
+            first_row: The first of its rows among all.
+            calls: As ``embed`` recorded them.
 
         Returns:
             The block's output, same shape.
         """
-        args, kwargs = self._calls[tuple(hidden.shape[:2])][index]
-        output = self._blocks[index](hidden, *args, **kwargs)
+        own = _as_hidden(hidden, self.hidden_size)
+        args, kwargs = (calls or self.calls).of(index, first_row, tuple(own.shape))
+        output = self._blocks[index](own, *args, **kwargs)
         states: Tensor = output[0] if isinstance(output, tuple) else output
-        return states
+        return _as_state(states)
 
     @contextmanager
     def tail(self) -> Iterator[Any]:
-        """Hold all outside the blocks (final norm, head) on the device; yields the head, a ``CastOnUseLinear``."""
-        head = self._model.get_submodule(HEAD)
-        with loaded_weights(self._source, self._model, "", self.embedding_name, self.device, self.dtype):
+        """Hold what runs after the blocks (final norm, head) on the device; yields the head, a ``CastOnUseLinear``."""
+        head = self._model.get_submodule(self.source.head_name)
+        with self._outside.held():
+            self._outside.load(head)
             yield head
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply what the model does after its blocks. ``tail`` must be held.
 
         Args:
-            hidden: Output of the last block, shape (rows, tokens, hidden size), on the device.
+            hidden: Output of the last block, shape (rows, tokens, width), on the device.
 
         Returns:
             Shape (rows, tokens, vocabulary).
         """
-        self._injected = hidden
-        try:
-            logits: Tensor = self._model(inputs_embeds=hidden.detach(), use_cache=False).logits
-        finally:
-            self._injected = None
-        return logits
+        with self._outside.blank_tables():
+            return self._recorder.logits(_as_hidden(hidden, self.hidden_size))
 
-    def _record(self, index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        if self._injected is not None:
-            return self._injected
-        calls = self._calls.setdefault(tuple(hidden.shape[:2]), [((), {})] * self.block_count)
-        calls[index] = (args, kwargs)
-        if index == self.block_count - 1:
-            self._embedded = hidden
-            raise _EndOfEmbedding
-        return hidden
+    def run_in_place(self, index: int, tokens: Tensor) -> Tensor:
+        """Run one loaded block inside the model's own forward, blocks before it handing on what they get.
+
+        Args:
+            index: Which block; it must be held by ``block``.
+            tokens: Token ids of one micro-batch, int64, shape (rows, tokens).
+
+        Returns:
+            The block's output, shape (rows, tokens, width).
+        """
+        with self._outside.held():
+            return _as_state(self._recorder.run_in_place(index, tokens.to(self.device)))
+
+    def _read(self, name: str) -> Tensor:
+        if name == f"{self.source.head_name}.weight" and self.tied:
+            name = f"{self.source.embedding_name}.weight"
+        return self.source.parameter(name)
+
+    def _place(self, name: str, tensor: Tensor) -> Tensor:
+        kept = not tensor.is_floating_point() or name == f"{self.source.head_name}.weight"
+        return tensor.to(device=self.device, dtype=None if kept else self.dtype)
 
 
-def whole_model(source: TensorSource, *, device: torch.device, dtype: torch.dtype) -> Any:
-    """Return a model with all of its weights in memory, as Transformers itself would load it.
+def _as_state(hidden: Tensor) -> Tensor:
+    # Several hidden states of a token (Gemma 3n has four, outermost) become one long one.
+    return hidden if hidden.ndim == 3 else hidden.permute(1, 2, 0, 3).flatten(2)
 
-    Args:
-        source: Where configuration and tensors come from; what is quantized is decoded.
-        device: Where the model is put.
-        dtype: Floating dtype of all weights.
 
-    Returns:
-        A ``PreTrainedModel`` in evaluation mode. Its output head shares the token embeddings' memory where the source
-        has no head of its own.
-
-    Raises:
-        UnsupportedModelError: Transformers does not know the model type.
-        CheckpointError: A tensor is missing or has another shape than config.json says.
-    """
-    language = language_model(source)
-    config = {**language.config, "tie_word_embeddings": language.tied_embeddings}
-    model = build_skeleton(language, config, dtype, device, pads=True)
-    for block in model.get_submodule(language.family.blocks):
-        split_block(block, language.family, config)
-    table = embedding_name(model)
-    for name, parameter in list(model.named_parameters()):  # a tied head is left out here, and follows at the end
-        stored = read_weight(language, name, parameter.shape, table)
-        set_parameter(model, name, frozen_parameter(stored.to(device, dtype)))
-    model.tie_weights()
-    return model
+def _as_hidden(state: Tensor, hidden_size: int) -> Tensor:
+    if state.shape[-1] == hidden_size:
+        return state
+    return state.unflatten(2, (-1, hidden_size)).permute(2, 0, 1, 3)

@@ -11,38 +11,23 @@ And no expert is taken to matter nothing: one token more, of the mean gradient o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from ...checkpoint.model.structure import InputGroup
-from ..model.surgery import Expert
+from ...checkpoint.model.structure import BlockStructure, InputGroup
+from ..layers.experts import ExpertProduct, expert_pairs, neurons_of_expert, watched_experts
+from ..layers.linears import LinearView, linear_of
 from .inputs import InputStatistics, tokens_of_halves
 from .sketch import FisherSketch
 
-__all__ = ["ExpertInputs", "ExpertSums", "collect_experts", "expert_of", "expert_stages", "expert_statistics"]
+__all__ = ["ExpertInputs", "ExpertSums", "collect_experts", "expert_statistics"]
 
 _OTHERS_WEIGHT = 0.1
 """What a token that did not choose an expert counts for it, relative to the mean of those that did."""
-
-
-def expert_stages(groups: Sequence[InputGroup]) -> dict[int, tuple[InputGroup, InputGroup]]:
-    """Return the two input groups of every expert in a block: those that make its neurons, and read them."""
-    found: dict[int, list[InputGroup]] = {}
-    for group in groups:
-        if group.expert is not None:
-            found.setdefault(group.expert, []).append(group)
-    return {number: (pair[0], pair[1]) for number, pair in found.items()}
-
-
-def expert_of(block: nn.Module, group: InputGroup) -> Expert:
-    """Return the module of the expert that an input group belongs to."""
-    module = block.get_submodule(group.linears[0].rpartition(".")[0])
-    assert isinstance(module, Expert)
-    return module
 
 
 @dataclass(eq=False)
@@ -101,19 +86,41 @@ class ExpertInputs:
 
 
 @contextmanager
-def collect_experts(block: nn.Module, path: str, groups: Sequence[InputGroup], tokens: int) -> Iterator[ExpertInputs]:
+def collect_experts(block: nn.Module, structure: BlockStructure, tokens: int) -> Iterator[ExpertInputs]:
     """Collect what gradients tell of experts while forward and backward passes run through a block.
 
     Args:
         block: A decoder block, its weights loaded.
-        path: Module that holds the experts.
-        groups: The experts' input groups; none where the block has no experts.
+        structure: Its structure; it may have no experts.
         tokens: Number of tokens of all calibration rows.
 
     Yields:
         The sums.
     """
+    groups = [group for group in structure.groups if group.expert is not None]
     seen = ExpertInputs(torch.empty(0), 0, 0, {group: ExpertSums({}, {}, torch.zeros(tokens)) for group in groups})
+    if not groups:
+        yield seen
+        return
+    owners = {name: seen.sums[group] for group in groups for name in group.linears}
+    (path,) = structure.experts
+    linears: dict[tuple[str, int | None], list[str]] = {}
+    for name in owners:
+        place = structure.places[name]
+        linears.setdefault((place.parameter.removeprefix(f"{path}."), place.expert), []).append(name)
+
+    def see(product: ExpertProduct) -> None:
+        if not product.output.requires_grad:
+            return
+        order = product.tokens.argsort()  # as they come in the rows, whatever the order of choices
+        tokens_seen = seen.first_token + product.tokens[order]
+
+        def hook(gradient: Tensor) -> None:
+            for name in linears[product.parameter, product.expert]:
+                first, last = structure.places[name].rows or (0, gradient.shape[1])
+                owners[name].see_gradient(name, gradient[order, first:last], tokens_seen)
+
+        product.output.register_hook(hook)
 
     def keep_inputs(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if not torch.is_grad_enabled():  # a backward pass will run this again
@@ -124,35 +131,19 @@ def collect_experts(block: nn.Module, path: str, groups: Sequence[InputGroup], t
         seen.first_token, seen.next_token = seen.next_token, seen.next_token + len(hidden)
         seen.inputs[seen.first_token : seen.next_token] = hidden
 
-    with ExitStack() as hooks:
-        if groups:
-            hooks.enter_context(block.get_submodule(path).register_forward_pre_hook(keep_inputs))
-        for group in groups:
-            expert = expert_of(block, group)
-            for name in group.linears:
-                hook = _output_hook(seen, group, name, expert)
-                hooks.enter_context(block.get_submodule(name).register_forward_hook(hook))
+    module = block.get_submodule(path)
+    with watched_experts(module, see), module.register_forward_pre_hook(keep_inputs):
         yield seen
 
 
-def _output_hook(seen: ExpertInputs, group: InputGroup, name: str, expert: Expert) -> Any:
-    def hook(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
-        if not torch.is_grad_enabled():
-            return
-        tokens = seen.first_token + expert.tokens
-        output.register_hook(lambda gradient: seen.sums[group].see_gradient(name, gradient, tokens))
-
-    return hook
-
-
 def expert_statistics(
-    block: nn.Module, groups: Sequence[InputGroup], seen: ExpertInputs, row_tokens: int, *, all_tokens: bool
+    block: nn.Module, structure: BlockStructure, seen: ExpertInputs, row_tokens: int, *, all_tokens: bool
 ) -> Iterator[tuple[InputGroup, int, InputStatistics]]:
     """Yield the statistics of experts, input group by input group, as if other input groups' had been collected.
 
     Args:
         block: The block, its weights loaded.
-        groups: The experts' input groups.
+        structure: Its structure.
         seen: What the backward pass collected of them.
         row_tokens: Tokens of a calibration row.
         all_tokens: Whether all tokens that did not choose an expert are added, not only as many as are missing.
@@ -160,22 +151,26 @@ def expert_statistics(
     Yields:
         An input group, how many tokens chose its expert, and the statistics.
     """
-    pairs = expert_stages(groups)
-    means = [_mean_fishers(seen, [pair[position] for pair in pairs.values()]) for position in range(2)]
-    for number, pair in pairs.items():
-        chosen = seen.sums[pair[0]].tokens
-        for position, group in enumerate(pair):
-            neurons_of = expert_of(block, group).neurons if position else None
-            sums = _statistics(block, group, seen, row_tokens, neurons_of, all_tokens=all_tokens, seed=number)
+    pairs = list(expert_pairs(structure))
+    means = [_mean_fishers(seen, [pair[position] for pair in pairs]) for position in (1, 2)]
+    for path, neurons, output in pairs:
+        number = neurons.expert
+        assert number is not None
+        chosen = seen.sums[neurons].tokens
+        last = structure.places[output.first].parameter.removeprefix(f"{path}.")
+        reads_neurons = partial(neurons_of_expert, block.get_submodule(path), number, last)
+        for group, mean_fishers, neurons_of in ((neurons, means[0], None), (output, means[1], reads_neurons)):
+            linear = linear_of(block, structure, group.first)
+            sums = _statistics(linear, group, seen, row_tokens, neurons_of, all_tokens=all_tokens, seed=number)
             own = seen.sums[group]
-            for name, mean in zip(group.linears, means[position], strict=True):
+            for name, mean in zip(group.linears, mean_fishers, strict=True):
                 sums.fisher[name] = own.fisher[name] + mean if name in own.fisher else mean
                 sums.couplings[name] = own.couplings.get(name) or FisherSketch(len(mean), mean.device)
             yield group, chosen, sums
 
 
 def _statistics(
-    block: nn.Module,
+    linear: LinearView,
     group: InputGroup,
     seen: ExpertInputs,
     row_tokens: int,
@@ -186,15 +181,15 @@ def _statistics(
 ) -> InputStatistics:
     # Gram matrices and token weights; what enters the group is the experts' common input, or what `neurons_of` makes of
     # it.
-    linear: Any = block.get_submodule(group.linears[0])
     weights = seen.sums[group].weights
+    device = linear.weight.device
     weights = _with_others(weights, len(weights) if all_tokens else linear.in_features, seed=seed)
-    sums = InputStatistics(linear.in_features, row_tokens, linear.weight.device)
+    sums = InputStatistics(linear.in_features, row_tokens, device)
     for half, of_half in zip(sums.halves, tokens_of_halves(0, len(weights), row_tokens), strict=True):
         tokens = of_half[weights[of_half] > 0]
-        inputs = seen.inputs[tokens].to(linear.weight.device)
+        inputs = seen.inputs[tokens].to(device)
         with torch.no_grad():
-            half.add(inputs if neurons_of is None else neurons_of(inputs), weights[tokens].to(linear.weight.device))
+            half.add(inputs if neurons_of is None else neurons_of(inputs), weights[tokens].to(device))
     sums.token_weights = [weights]
     return sums
 

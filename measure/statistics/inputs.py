@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...checkpoint.model.structure import InputGroup
+from ...checkpoint.model.structure import BlockStructure
 from ...linalg.sampling import subsample_tokens
+from ..layers.linears import linear_of
 from .sketch import FisherSketch
 
 __all__ = ["InputStatistics", "WeightedGram", "collect", "tapped_inputs", "tapped_outputs", "tokens_of_halves"]
@@ -193,12 +194,12 @@ class InputStatistics:
 
 
 @contextmanager
-def collect(block: nn.Module, groups: Sequence[InputGroup], row_tokens: int) -> Iterator[list[InputStatistics]]:
-    """Collect statistics of every input group while forward and backward passes run through a block.
+def collect(block: nn.Module, structure: BlockStructure, row_tokens: int) -> Iterator[list[InputStatistics]]:
+    """Collect statistics of every input group outside of experts while passes run through a block.
 
     Args:
         block: A decoder block, its weights loaded.
-        groups: Its input groups.
+        structure: Its structure.
         row_tokens: Tokens of a calibration row.
 
     Yields:
@@ -206,12 +207,12 @@ def collect(block: nn.Module, groups: Sequence[InputGroup], row_tokens: int) -> 
     """
     statistics = []
     with ExitStack() as hooks:
-        for group in groups:
-            first: Any = block.get_submodule(group.linears[0])
+        for group in structure.plain_groups:
+            first = linear_of(block, structure, group.first)
             least = _NO_NORM if group.reads_stream else _NO_INPUT
             sums = InputStatistics(first.in_features, row_tokens, first.weight.device, least_input=least)
             statistics.append(sums)
-            hooks.enter_context(first.register_forward_pre_hook(_input_hook(sums)))
+            hooks.enter_context(block.get_submodule(group.first).register_forward_pre_hook(_input_hook(sums)))
             for name in group.linears:
                 hooks.enter_context(block.get_submodule(name).register_forward_hook(_output_hook(sums, name)))
         yield statistics

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...checkpoint.source.checkpoint import Checkpoint
 from ...errors import CalibrationError, reason
-from ..model.stream import whole_model
+from ..model.whole import whole_model
 from .calibration import CalibrationConfig, CalibrationSet, require_ids_below
 from .tokenizer import Tokenizer, leading_ids, ordinary_ids, token_fingerprint
 

@@ -24,7 +24,10 @@ import torch
 from torch import Tensor
 
 from ...checkpoint.model.structure import InputGroup
-from ...measure.model.stream import StreamedModel, check_finite
+from ...measure.layers.linears import linear_of
+from ...measure.model.batches import check_finite
+from ...measure.model.calls import Calls
+from ...measure.model.stream import StreamedModel
 from .drift import InputSums
 from .experts import round_experts_
 from .linears import LinearRounder
@@ -43,7 +46,13 @@ class BlockRounding:
     """
 
     def __init__(
-        self, model: StreamedModel, index: int, block: Any, linears: LinearRounder, batches: Sequence[slice]
+        self,
+        model: StreamedModel,
+        index: int,
+        block: Any,
+        linears: LinearRounder,
+        batches: Sequence[slice],
+        calls: Calls | None = None,
     ) -> None:
         """Look at the block's input groups; nothing is rounded.
 
@@ -53,18 +62,21 @@ class BlockRounding:
             block: The block, its weights loaded.
             linears: Rounds them.
             batches: The micro-batches.
+            calls: How blocks of the quantized model are called; None where that is as in the original.
         """
+        self._calls = calls
         self._model = model
         self._index = index
         self._block = block
         self._linears = linears
         self._batches = batches
-        self._all_groups = model.input_groups(index)
+        self._structure = model.structure(index)
+        self._all_groups = self._structure.groups
         self._names = {group: linears.names_of(index, group) for group in self._all_groups}
-        self._experts_input = experts_input(model.family)
+        self._experts_input = experts_input(self._structure)
         self._experts = [group for group in self._all_groups if group.expert is not None and self._names[group]]
         self.groups = [group for group in self._all_groups if group.expert is None and self._names[group]]
-        if self._experts:
+        if self._experts and self._experts_input is not None:
             self.groups.append(self._experts_input)
 
     def round_(self, targets: Targets, stream: Tensor) -> None:
@@ -86,7 +98,7 @@ class BlockRounding:
                     self._round_experts_(targets, forwards)
                 else:
                     sums = self._sum_inputs(group, targets, forwards)
-                    self._linears.round_group_(self._block, group, self._names[group], sums)
+                    self._linears.round_group_(self._index, self._block, group, self._names[group], sums)
             for number, batch in enumerate(self._batches):
                 stream[batch] = forwards.finish(number).cpu()
         check_finite(stream, f"{self._model.block_name(self._index)}, quantized")
@@ -95,37 +107,41 @@ class BlockRounding:
         # Writers keep in float16 what is not rounded.
         for group, names in self._names.items():
             for inner in set(group.linears) - names.keys():
-                weight = self._block.get_submodule(inner).weight
+                weight = linear_of(self._block, self._structure, inner).weight
                 weight.copy_(weight.half())
 
     def _forwards(self, stream: Tensor) -> PausableForwards:
         # All that paused forwards hold is little beside a CPU's memory, but not beside that of a small GPU.
         keep_paused = self._model.device.type == "cpu" and self._model.offload_dir is None
         stops = [group.first for group in self.groups]
-        runs = [partial(run_micro_batch, self._model, self._index, stream, batch) for batch in self._batches]
-        return PausableForwards(self._block, stops, self._adding(), runs, keep_paused=keep_paused)
+        runs = [
+            partial(run_micro_batch, self._model, self._index, stream, batch, self._calls) for batch in self._batches
+        ]
+        return PausableForwards(self._block, stops, list(self._adding()), runs, keep_paused=keep_paused)
 
-    def _adding(self) -> list[str]:
-        return [group.adds for group in self._all_groups if group.adds]
+    def _adding(self) -> dict[str, float]:
+        # Modules whose outputs join the residual stream, and at which scales.
+        return {group.adds: group.scale for group in self._all_groups if group.adds}
 
     def _sum_inputs(self, group: InputGroup, targets: Targets, forwards: PausableForwards) -> InputSums:
         # Run every forward up to the group. Its target, and all taps, go when this ends.
         target = targets[group]
         weights = self._linears.token_weights(next(iter(self._names[group].values())))
-        module = self._block.get_submodule(next(iter(self._names[group])))
+        module = linear_of(self._block, self._structure, next(iter(self._names[group])))
         sums = InputSums(module, group, self._model.device, target.gains)
         for number, batch in enumerate(self._batches):
             taps = forwards.advance(number)
-            for name in self._adding():
+            for name, scale in self._adding().items():
                 if name in taps:
-                    subtract_(targets, taps[name], batch, self._model.multiplier)
+                    subtract_(targets, taps[name], batch, scale)
             sizes = None if target.sizes is None else target.sizes[batch]
             sums.add(batch.start, taps[group.first], target.values[batch], weights[batch], sizes)
         targets.pop(group)
         return sums
 
     def _round_experts_(self, targets: Targets, forwards: PausableForwards) -> None:
+        assert self._experts_input is not None
         path = self._experts_input.first
         inputs = torch.cat([forwards.advance(number)[path].cpu() for number in range(len(self._batches))])
         original = targets.pop(self._experts_input).values
-        round_experts_(self._linears, self._index, self._block, self._experts, original, inputs)
+        round_experts_(self._linears, self._index, self._block, self._structure, self._experts, original, inputs)

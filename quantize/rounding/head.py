@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ...checkpoint.files.resume import ResumeStore
-from ...checkpoint.model.families import HEAD
 from ...checkpoint.model.structure import InputGroup
 from ...convert.rounding import RoundedModel
 from ...linalg.parallel import run_all
@@ -32,17 +31,19 @@ def round_head(model: StreamedModel, linears: LinearRounder, store: ResumeStore,
         batches: The micro-batches.
     """
     with torch.no_grad(), model.tail() as head:
-        sums = _sum_inputs(model, head, linears.token_weights(HEAD), store, batches)
+        sums = _sum_inputs(model, head, linears.token_weights(model.source.head_name), store, batches)
         gram, shift = sums.solved(correct_drift=linears.correct_drift)
         target = shifted(head.weight, shift, joins=False)
-    run_all([partial(linears.round_linear, HEAD, target, gram)], model.device)  # its own weight has been let go
+    run_all(
+        [partial(linears.round_linear, model.source.head_name, target, gram)], model.device
+    )  # its own weight has been let go
 
 
 def _sum_inputs(
     model: StreamedModel, head: Any, weights: Tensor, store: ResumeStore, batches: Sequence[slice]
 ) -> InputSums:
     states = RoundedModel((), model.block_count, store).last_states(model.offload_dir)
-    sums = InputSums(head, InputGroup((HEAD,)), model.device)
+    sums = InputSums(head, InputGroup((model.source.head_name,)), model.device)
     for batch in batches:
         target, inputs = (_head_input(model, head, states[key][batch]) for key in ("original", "quantized"))
         sums.add(batch.start, inputs, target, weights[batch])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from ...checkpoint.files.resume import ResumeStore
 from ...checkpoint.model.structure import InputGroup
 from ...convert.rounding import Rounder
 from ...linalg.parallel import run_all
+from ...measure.layers.linears import LinearView, linear_of
 from ...measure.measurement import Measurement
 from ...measure.model.stream import StreamedModel
 from .drift import InputSums, shifted
@@ -48,37 +48,41 @@ class LinearRounder:
         """
         self.device = model.device
         self.correct_drift = correct_drift
-        self._family = model.family
+        self._model = model
         self._measured = {linear.name: linear for linear in (*measurement.linears, measurement.head)}
         self._rounder = rounder
         self._store = store
 
     def names_of(self, block: int, group: InputGroup) -> dict[str, str]:
         """Return the linears of a group that do not stay as they are: full names, by those in the block."""
-        names = zip(group.linears, self._family.linear_names(block, group), strict=True)
+        names = zip(group.linears, self._model.linear_names(block, group), strict=True)
         return {inner: name for inner, name in names if name not in self._rounder.unquantized}
 
     def token_weights(self, name: str) -> Tensor:
         """Return what each calibration token counts for a linear, float32, shape (rows, tokens), on the device."""
         return torch.from_numpy(self._measured[name].token_weights).to(self.device).float()
 
-    def round_group_(self, block: nn.Module, group: InputGroup, names: Mapping[str, str], sums: InputSums) -> None:
+    def round_group_(
+        self, index: int, block: nn.Module, group: InputGroup, names: Mapping[str, str], sums: InputSums
+    ) -> None:
         """Round linears that share their input, each on its own; their weights become what a reader will decode.
 
         Args:
-            block: The block that holds them.
+            index: Which block holds them.
+            block: The block.
             group: Their input group.
             names: Which of it are rounded, as ``names_of`` returns them.
             sums: Over all inputs of the group; used up.
         """
         gram, shift = sums.solved(correct_drift=self.correct_drift)
-        modules = {name: block.get_submodule(inner) for inner, name in names.items()}
+        structure = self._model.structure(index)
+        modules = {name: linear_of(block, structure, inner) for inner, name in names.items()}
         run_all(
             [partial(self._round_, name, each, gram, shift, group.joins_stream) for name, each in modules.items()],
             self.device,
         )
 
-    def _round_(self, name: str, module: Any, gram: Tensor, shift: Tensor | None, joins: bool) -> None:
+    def _round_(self, name: str, module: LinearView, gram: Tensor, shift: Tensor | None, joins: bool) -> None:
         artifact = self.round_linear(name, shifted(module.weight, shift, joins=joins), gram)
         module.weight.copy_(self._rounder.decoded(name, artifact))
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from ...checkpoint.files.resume import ResumeStore
-from ...checkpoint.model.families import HEAD
 from ...checkpoint.source.checkpoint import Checkpoint
 from ...checkpoint.source.language import language_model
 from ...convert.plan import Plan
@@ -90,7 +89,7 @@ def round_model(
             store.save(rounder.table, rounder.round_table())
         table = rounder.decoded(rounder.table, store.load(rounder.table))
     run.blocks(progress, table)
-    if HEAD in rounder.names:
+    if model.source.head_name in rounder.names:
         run.head()
     return RoundedModel(rounder.names, model.block_count, store)
 

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from ...checkpoint.files.resume import ResumeStore
-from ...checkpoint.model.families import HEAD
 from ...convert.rounding import Rounder, drift_of
 from ...measure.measurement import Measurement
+from ...measure.model.batches import micro_batches
+from ...measure.model.calls import Calls
 from ...measure.model.states import new_state
-from ...measure.model.stream import StreamedModel, micro_batches
+from ...measure.model.stream import StreamedModel
 from ...progress import Progress
 from .block import BlockRounding
 from .head import round_head
@@ -60,6 +61,7 @@ class RoundingPass:
         self.linears = LinearRounder(model, measurement, rounder, store, correct_drift=correct_drift)
         self.store = store
         self.inputs = inputs
+        self._quantized_calls = Calls()
 
     def blocks(self, progress: Progress, table: Tensor | None = None) -> None:
         """Round all decoder blocks, in order.
@@ -68,7 +70,10 @@ class RoundingPass:
             progress: Wraps the blocks.
             table: The quantized model's token embeddings, shape (tokens, hidden size), where they differ.
         """
-        streams = {"original": self.model.embed(self.tokens), "quantized": self.model.embed(self.tokens, table)}
+        streams = {
+            "original": self.model.embed(self.tokens),
+            "quantized": self.model.embed(self.tokens, table, self._quantized_calls),
+        }
         finished = self._finished()
         if finished >= 0:
             streams = self._load(self.store, f"state-{finished}")
@@ -84,17 +89,18 @@ class RoundingPass:
 
     def head(self) -> None:
         """Round the output head on what the quantized decoder gives it."""
-        if not self.store.has(HEAD):
+        if not self.store.has(self.model.source.head_name):
             round_head(self.model, self.linears, self.store, self.batches)
 
     def _finished(self) -> int:
         # The last block that need not be done again, with all before it; -1 if there is none. Where a block has lost an
-        # artifact, all are done again from the first on: states in between are not kept.
+        # artifact, all are done again from the first on: states in between are not kept. So they are where blocks hand
+        # keys and values to later ones, which are in memory only.
         finished = max((i for i in range(self.model.block_count) if self.store.has(f"state-{i}")), default=-1)
         for index in range(finished + 1):
-            groups = self.model.input_groups(index)
+            groups = self.model.structure(index).groups
             names = [name for group in groups for name in self.linears.names_of(index, group).values()]
-            if not all(map(self.store.has, [f"drift-{index}", *names])):
+            if self.model.calls.hands_state or not all(map(self.store.has, [f"drift-{index}", *names])):
                 self.store.discard(f"state-{finished}")
                 return -1
         return finished
@@ -102,7 +108,7 @@ class RoundingPass:
     def _round_block_(self, index: int, streams: dict[str, Tensor]) -> None:
         # In the place of both streams into the block come those out of it.
         with torch.no_grad(), self.model.block(index) as block:
-            rounding = BlockRounding(self.model, index, block, self.linears, self.batches)
+            rounding = BlockRounding(self.model, index, block, self.linears, self.batches, self._quantized_calls)
             original = OriginalBlock(self.model, index, block, self.tokens, rounding.groups)
             known = self._output_of(index) if original.last_group_only_adds else None
             targets, streams["original"] = original.run(streams.pop("original"), known)

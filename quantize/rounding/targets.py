@@ -4,9 +4,9 @@ Notes:
     A linear whose output stays inside the block has the original's input as its target. One whose output joins the
     residual stream should bring the quantized stream to where the original's is. With the streams r and r' into the
     block, what the original's modules add to it, a_1, a_2, ..., what the quantized block's do, a'_1, a'_2, ..., and
-    the family's multiplier m, the i-th of them should add
+    the scales m_1, m_2, ... of these sums, the i-th of them should add
 
-        t_i = (r + m a_1 + ... + m a_i) - (r' + m a'_1 + ... + m a'_(i-1)).
+        t_i = (r + m_1 a_1 + ... + m_i a_i) - (r' + m_1 a'_1 + ... + m_(i-1) a'_(i-1)).
 
     The first bracket is computed here, all that the quantized model makes is subtracted (``subtract_``) as it arrives.
 """
@@ -21,9 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checkpoint.model.families import Family
-from ...checkpoint.model.structure import InputGroup
-from ...measure.model.stream import StreamedModel, check_finite, micro_batches
+from ...checkpoint.model.structure import BlockStructure, InputGroup
+from ...measure.layers.linears import linear_of
+from ...measure.model.batches import check_finite, micro_batches
+from ...measure.model.calls import Calls
+from ...measure.model.stream import StreamedModel
 from ...measure.statistics.inputs import tapped_inputs, tapped_outputs
 from .pausable import run_until
 
@@ -51,9 +53,13 @@ Targets = dict[InputGroup, Target]
 """Targets of the groups of a block that have not been rounded yet."""
 
 
-def experts_input(family: Family) -> InputGroup:
-    """Return the group that stands for all experts, whose common input is that of the module that holds them."""
-    return InputGroup((family.experts_path,))
+def experts_input(structure: BlockStructure) -> InputGroup | None:
+    """Return the group that stands for all experts of a block: their common input is that of the module around them.
+
+    Args:
+        structure: The block's structure; None is returned where it has no experts.
+    """
+    return InputGroup(structure.experts) if structure.experts else None
 
 
 def subtract_(targets: Targets, arrived: Tensor, batch: slice = slice(None), multiplier: float = 1.0) -> None:
@@ -71,9 +77,11 @@ def subtract_(targets: Targets, arrived: Tensor, batch: slice = slice(None), mul
             missing.sub_(arrived.view(missing.shape).to(missing.device), alpha=multiplier)
 
 
-def run_micro_batch(model: StreamedModel, index: int, hidden: Tensor, batch: slice) -> Tensor:
+def run_micro_batch(
+    model: StreamedModel, index: int, hidden: Tensor, batch: slice, calls: Calls | None = None
+) -> Tensor:
     """Return what a block, which must be loaded, makes of a micro-batch of the hidden states, on the device."""
-    return model.run_block(index, hidden[batch].to(model.device))
+    return model.run_block(index, hidden[batch].to(model.device), batch.start, calls)
 
 
 class OriginalBlock:
@@ -96,15 +104,16 @@ class OriginalBlock:
         self._block = block
         self._tokens = tokens
         self._groups = groups
-        self._all_groups = model.input_groups(index)
+        self._all_groups = model.structure(index).groups
         self._joining = [group for group in self._all_groups if group.joins_stream]
         self._values: dict[str, Tensor] = {}
 
     @property
     def last_group_only_adds(self) -> bool:
         """Whether the last group need not run where the block's output is known."""
+        known = self._model.source.family is not None  # else something may follow the last sum
         plain = all(group.expert is None and not group.normed for group in self._all_groups)
-        return plain and [group.joins_stream for group in self._all_groups[-2:]] == [False, True]
+        return known and plain and [group.joins_stream for group in self._all_groups[-2:]] == [False, True]
 
     def run(self, hidden: Tensor, known: Tensor | None) -> tuple[Targets, Tensor]:
         """Run the block on all rows.
@@ -156,7 +165,7 @@ class OriginalBlock:
             if known is not None and group is self._joining[-1]:
                 stream = known[batch]
             elif group.adds:
-                stream = stream + self._model.multiplier * added[group.adds]
+                stream = stream + group.scale * added[group.adds]
             if group in self._groups:
                 self._record(group.first, batch, stream)
 
@@ -186,8 +195,8 @@ class OriginalBlock:
     def _gains(self, group: InputGroup) -> Tensor | None:
         if group.adds is None:
             return None
-        module: Any = self._block.get_submodule(group.first)
-        gains = torch.full((module.out_features,), self._model.multiplier, device=self._model.device)
+        linear = linear_of(self._block, self._model.structure(self._index), group.first)
+        gains = torch.full((linear.out_features,), group.scale, device=self._model.device)
         if group.normed:
             gains = gains * self._block.get_submodule(group.adds)(torch.ones_like(gains)).float()
         return gains

@@ -29,7 +29,7 @@ from bpwise.eval.comparison import (
 )
 from bpwise.eval.metrics import passes as passes_module
 from bpwise.eval.original import run_original
-from bpwise.measure.model.stream import whole_model
+from bpwise.measure.model.whole import whole_model
 from bpwise.measure.text.calibration import CalibrationSet
 from bpwise.measure.text.tokenizer import load_tokenizer
 from click.testing import CliRunner

@@ -171,7 +171,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
             return signs[-1]
 
         patch.setattr(probes, "_signs", spied_signs)
-        patch.setattr("bpwise.measure.model.stream.MICRO_BATCH_TOKENS", 5 * 32)  # 5 + 5 + 2 rows
+        patch.setattr("bpwise.measure.model.batches.MICRO_BATCH_TOKENS", 5 * 32)  # 5 + 5 + 2 rows
 
         def spied_halves(_weights: Sequence[Tensor], of_stage: Sequence[Tensor], *_: Any, **_options: Any) -> HeldOut:
             halves.append([gram.clone() for gram in of_stage])

@@ -87,7 +87,7 @@ def test_streaming_gives_what_transformers_gives(quantized: tuple[Path, Path, An
 def test_without_errors_there_is_no_drift_to_correct(
     quantized: tuple[Path, Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offloaded: bool
 ) -> None:
-    monkeypatch.setattr("bpwise.measure.model.stream.MICRO_BATCH_TOKENS", 32)  # a row
+    monkeypatch.setattr("bpwise.measure.model.batches.MICRO_BATCH_TOKENS", 32)  # a row
     original, _, result = quantized
     model = StreamedModel(
         language_model(open_model(original)),

@@ -22,7 +22,7 @@ from ....linalg.parallel import run_all
 from ....linalg.row_groups import grouped_rows, row_powers
 from ....linalg.sampling import systematic_sample
 from ....measure.curves import CurveInputs, LinearCurves
-from ....measure.model.stream import check_finite
+from ....measure.model.batches import check_finite
 from ..file.layout import group_rows
 from .feedback import errors_by_group
 

@@ -18,8 +18,9 @@ Notes:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,8 +28,12 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
 from ....checkpoint.files.resume import ResumeStore
-from ....measure.model.positionwise import chunked_positionwise
-from ....measure.model.stream import TAIL_TOKENS, StreamedModel, check_finite
+from ....checkpoint.model.structure import BlockStructure, LinearPlace
+from ....measure.layers.experts import ExpertProduct, watched_experts
+from ....measure.layers.linears import LinearView, linear_of
+from ....measure.layers.positionwise import chunked_positionwise
+from ....measure.model.batches import TAIL_TOKENS, check_finite
+from ....measure.model.stream import StreamedModel
 from ....progress import Progress
 
 __all__ = ["GroupScales", "tune_scales"]
@@ -80,39 +85,66 @@ class GroupScales:
         return {name: self.logs.detach()[place].exp() for name, place in self._places.items()}
 
     @contextmanager
-    def applied(self, block: nn.Module, linears: Mapping[str, str]) -> Iterator[None]:
+    def applied(self, block: nn.Module, structure: BlockStructure, linears: Mapping[str, str]) -> Iterator[None]:
         """Scale what enters the linears of a block; a backward pass in this context adds to the gradient.
 
         Args:
-            block: A decoder block.
+            block: A decoder block whose weights go when the context ends: those of experts are scaled themselves.
+            structure: Its structure.
             linears: Full names of its linears, by those in the block; those without groups are left alone.
         """
-        handles = [
-            block.get_submodule(inner).register_forward_pre_hook(self._hook(name))
-            for inner, name in linears.items()
-            if name in self._places
-        ]
-        try:
+        experts: dict[str, list[tuple[LinearView, LinearPlace, str]]] = {}
+        with ExitStack() as hooks:
+            for inner, name in linears.items():
+                if name not in self._places:
+                    continue
+                place = structure.places.get(inner)
+                if place is None or place.expert is None:
+                    module = block.get_submodule(inner)
+                    hooks.enter_context(module.register_forward_pre_hook(self._hook(name)))
+                else:
+                    linear = linear_of(block, structure, inner)
+                    linear.weight.mul_(self._factors(name))
+                    experts.setdefault(place.parameter.rpartition(".")[0], []).append((linear, place, name))
+            for path, own in experts.items():
+                see = partial(self._see_product, path, own)
+                hooks.enter_context(watched_experts(block.get_submodule(path), see))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
+
+    def _factors(self, name: str) -> Tensor:
+        # Of each input feature.
+        return self.logs.detach()[self._places[name]].exp()[self._groups[name]].to(self._device)
+
+    def _see_product(
+        self, path: str, linears: Sequence[tuple[LinearView, LinearPlace, str]], product: ExpertProduct
+    ) -> None:
+        if not product.output.requires_grad:
+            return
+        inputs = product.inputs.detach()
+
+        def hook(gradient: Tensor) -> None:
+            for linear, place, name in linears:
+                if (place.parameter, place.expert) == (f"{path}.{product.parameter}", product.expert):
+                    first, last = place.rows or (0, gradient.shape[1])
+                    self._add(name, gradient[:, first:last] @ linear.weight, inputs)
+
+        product.output.register_hook(hook)
+
+    def _add(self, name: str, gradient: Tensor, inputs: Tensor) -> None:
+        # The gradient at the scaled inputs, and these; or the same divided and multiplied by the factors.
+        of_features = (gradient * inputs).flatten(0, -2).sum(dim=0)
+        # On the CPU, where sums have an order.
+        self.gradient[self._places[name]].index_add_(0, self._groups[name], of_features.cpu())
 
     def _hook(self, name: str) -> Any:
-        place = self._places[name]
-        factors = self.logs.detach()[place].exp()[self._groups[name]].to(self._device)
+        factors = self._factors(name)
 
         def scale(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             scaled = args[0] * factors
             if scaled.requires_grad:
                 seen = scaled.detach()
-                scaled.register_hook(lambda gradient: add(gradient, seen))
+                scaled.register_hook(lambda gradient: self._add(name, gradient, seen))
             return (scaled, *args[1:])
-
-        def add(gradient: Tensor, seen: Tensor) -> None:
-            of_features = (gradient * seen).flatten(0, -2).sum(dim=0)
-            # On the CPU, where sums have an order.
-            self.gradient[place].index_add_(0, self._groups[name], of_features.cpu())
 
         return scale
 
@@ -211,14 +243,17 @@ def _add_gradient(
 
 @contextmanager
 def _running(model: StreamedModel, scales: GroupScales, index: int) -> Iterator[None]:
-    input_groups = model.input_groups(index)
-    names = [model.family.linear_names(index, each) for each in input_groups]
+    structure = model.structure(index)
     linears = {
         inner: name
-        for each, of_each in zip(input_groups, names, strict=True)
-        for inner, name in zip(each.linears, of_each, strict=True)
+        for group in structure.groups
+        for inner, name in zip(group.linears, model.linear_names(index, group), strict=True)
     }
-    with model.block(index) as block, chunked_positionwise(block, input_groups), scales.applied(block, linears):
+    with (
+        model.block(index) as block,
+        chunked_positionwise(block, structure),
+        scales.applied(block, structure, linears),
+    ):
         yield
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from bpwise.checkpoint.files.resume import ResumeStore
+from bpwise.checkpoint.model.structure import BlockStructure
 from bpwise.checkpoint.source.language import WeightOverlay
 from bpwise.checkpoint.source.original import open_model
 from bpwise.cli import cli
@@ -14,8 +15,8 @@ from bpwise.convert.exl2.rounding import rounder as rounding
 from bpwise.convert.exl2.rounding import tuning
 from bpwise.convert.exl2.rounding.tuning import GroupScales, _add_gradient, tune_scales
 from bpwise.eval.metrics.passes import last_hidden
+from bpwise.measure.layers import positionwise as positions
 from bpwise.measure.measurement import Measurement
-from bpwise.measure.model import positionwise as positions
 from bpwise.measure.model.stream import StreamedModel
 from bpwise.progress import silent
 from click.testing import CliRunner
@@ -100,7 +101,7 @@ def test_factors_scale_the_inputs_of_their_groups() -> None:
     scales = GroupScales({"full.name": torch.tensor([1, 0, 1, 0])}, torch.device("cpu"))
     scales.logs.data.copy_(torch.tensor([2.0, 0.5]).log())
     weight, inputs = linear[0].weight.detach(), torch.randn(5, 4)
-    with scales.applied(linear, {"0": "full.name"}):
+    with scales.applied(linear, BlockStructure(()), {"0": "full.name"}):
         scaled = linear(inputs)
     torch.testing.assert_close(scaled, inputs @ (weight * torch.tensor([0.5, 2.0, 0.5, 2.0])).T)
     torch.testing.assert_close(linear(inputs), inputs @ weight.T)

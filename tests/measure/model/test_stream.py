@@ -10,7 +10,9 @@ import pytest
 import torch
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.errors import CheckpointError, NumericalError, UnsupportedModelError
-from bpwise.measure.model.stream import StreamedModel, check_finite, micro_batches, whole_model
+from bpwise.measure.model.batches import check_finite, micro_batches
+from bpwise.measure.model.stream import StreamedModel
+from bpwise.measure.model.whole import whole_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -126,7 +128,7 @@ def test_whole_model_is_that_of_transformers(model_directory: Path) -> None:
 
 @pytest.mark.parametrize("rows", [1, 4, 5], ids=["one-row", "whole-batches", "short-last-batch"])
 def test_micro_batches(llama: Path, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    monkeypatch.setattr("bpwise.measure.model.stream.MICRO_BATCH_TOKENS", 64)
+    monkeypatch.setattr("bpwise.measure.model.batches.MICRO_BATCH_TOKENS", 64)
     assert [batch.stop - batch.start for batch in micro_batches(rows, 32)] == [2] * (rows // 2) + [1] * (rows % 2)
     ids = tokens(rows)
     assert_same_logits(streamed_logits(stream(llama), ids), reference_logits(llama, ids))
@@ -210,7 +212,7 @@ def test_one_block_in_memory_at_a_time(llama: Path) -> None:
         with torch.no_grad(), model.tail() as head:
             assert head.weight.shape == (SIZES["vocab_size"], SIZES["hidden_size"])
             model.logits(hidden)
-            assert loaded() == tail_size
+            assert loaded() == tail_size + SIZES["hidden_size"]  # and one embedding
         assert loaded() == 0
 
 
@@ -242,6 +244,7 @@ def test_only_what_is_needed_is_read(llama: Path) -> None:
         assert all(name.startswith("model.layers.1.") for name in read)
     read.clear()
     with model.tail():
+        model.logits(torch.zeros(1, 2, SIZES["hidden_size"]))
         assert sorted(read) == ["lm_head.weight", "model.norm.weight"]
 
 

@@ -142,7 +142,7 @@ def run_of(directory: Path, work: Path, rows: int, **settings: Any) -> Run:
             return signs[-1]
 
         patch.setattr(probes, "_signs", spied_signs)
-        patch.setattr("bpwise.measure.model.stream.MICRO_BATCH_TOKENS", 5 * ROW_TOKENS)  # several micro-batches
+        patch.setattr("bpwise.measure.model.batches.MICRO_BATCH_TOKENS", 5 * ROW_TOKENS)  # several micro-batches
         patch.setattr(input_group, "cross_validate_damping", lambda *_args, **_options: HeldOut(0.02, 1.0))
         config = MeasureConfig(device="cpu", **settings)
         measurement = measure_checkpoint(Checkpoint.open(directory), chosen, config, [curves], work)

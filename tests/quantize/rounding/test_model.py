@@ -190,7 +190,7 @@ def test_other_options_do_not_take_over_pieces(deep: Measured, deep_whole: Round
 def test_micro_batches_do_not_matter(
     deep: Measured, deep_whole: RoundedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bpwise.measure.model.stream.MICRO_BATCH_TOKENS", 7 * 32)  # 7 + 7 + 7 + 3 rows
+    monkeypatch.setattr("bpwise.measure.model.batches.MICRO_BATCH_TOKENS", 7 * 32)  # 7 + 7 + 7 + 3 rows
     parts = deep.round(deep.plan(4.5), tmp_path)
     ids = token_ids(8, seed=5)
     original = deep.dense()

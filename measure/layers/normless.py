@@ -9,13 +9,13 @@ linears are zero no error of a weight shows. So norms take such a state for a co
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...checkpoint.model.families import Family
+from ...checkpoint.model.structure import InputGroup
 
 __all__ = ["hold_small_states", "norms_of_stream"]
 
@@ -24,20 +24,20 @@ _SMALL = 0.05
 large as usual, their squares 400 times: less than what the other tokens of a row come to."""
 
 
-def norms_of_stream(model: nn.Module, family: Family) -> Iterator[nn.Module]:
+def norms_of_stream(model: nn.Module, blocks: str, groups: Iterable[InputGroup]) -> Iterator[nn.Module]:
     """Yield the norms of a model that the residual stream enters, as it is: those of its blocks, and the last.
 
     What comes out of a linear may pass a norm too; there small values are as good as large ones.
 
     Args:
         model: A causal language model of Transformers.
-        family: Its family.
+        blocks: Name of its list of decoder blocks.
+        groups: Input groups of all blocks.
     """
-    parent = model.get_submodule(family.blocks.rpartition(".")[0])
-    own = [*parent.named_children()]
-    for block in model.get_submodule(family.blocks).children():
+    own = [*model.get_submodule(blocks.rpartition(".")[0]).named_children()]
+    for block in model.get_submodule(blocks).children():
         own += block.named_children()
-    others = {group.adds for group in family.groups if group.normed}
+    others = {group.adds for group in groups if group.normed}
     for name, module in own:
         if type(module).__name__.endswith("Norm") and name not in others:
             yield module

@@ -10,8 +10,8 @@ from bpwise.checkpoint.model.families import family_of
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.convert.exl2.curves import Exl2Curves
 from bpwise.errors import NumericalError
+from bpwise.measure.layers.normless import hold_small_states, norms_of_stream
 from bpwise.measure.measurement import Measurement
-from bpwise.measure.model.normless import hold_small_states, norms_of_stream
 from bpwise.measure.run import MeasureConfig, measure_checkpoint
 from bpwise.measure.statistics import probes
 from bpwise.measure.text.calibration import CalibrationSet
@@ -128,7 +128,7 @@ def test_norms_of_the_stream(model_type: str) -> None:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
     blocks = settings["num_hidden_layers"]
     a_block = 1 if model_type.startswith("cohere") else 2  # attention beside the MLP: both read one norm
-    norms = list(norms_of_stream(model, family_of({"model_type": model_type})))
+    norms = list(norms_of_stream(model, "model.layers", family_of({"model_type": model_type}).groups))
     assert len(norms) == len(set(norms)) == a_block * blocks + 1
     assert all(norm.weight.shape == (settings["hidden_size"],) for norm in norms)
 

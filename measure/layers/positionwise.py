@@ -6,14 +6,14 @@ backward pass. Attention must see the row whole (``attention``), an MLP need not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...checkpoint.model.structure import InputGroup
+from ...checkpoint.model.structure import BlockStructure
 
 __all__ = ["CHUNK_POSITIONS", "chunked_positionwise"]
 
@@ -22,7 +22,7 @@ CHUNK_POSITIONS = 4096
 
 
 @contextmanager
-def chunked_positionwise(block: nn.Module, groups: Sequence[InputGroup]) -> Iterator[None]:
+def chunked_positionwise(block: nn.Module, structure: BlockStructure) -> Iterator[None]:
     """Cut long rows before they enter the parts of a block that do not mix positions.
 
     Forward and backward pass both work through one piece after another; the backward pass runs a piece forward again,
@@ -30,10 +30,11 @@ def chunked_positionwise(block: nn.Module, groups: Sequence[InputGroup]) -> Iter
 
     Args:
         block: A decoder block.
-        groups: Its input groups; the first of them belongs to what mixes positions.
+        structure: Its structure; the first input group belongs to what mixes positions, and so does what convolves.
     """
-    mixing, *others = (group.linears[0].partition(".")[0] for group in groups)
-    modules: list[Any] = [block.get_submodule(name) for name in sorted({*others} - {mixing})]
+    mixing, *others = (group.first.partition(".")[0] for group in structure.groups)
+    found = (block.get_submodule(name) for name in sorted({*others} - {mixing}))
+    modules: list[Any] = [each for each in found if not any(isinstance(inner, nn.Conv1d) for inner in each.modules())]
     for module in modules:
         module.forward = _in_pieces(module.forward)
     try:

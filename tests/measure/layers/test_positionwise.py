@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from bpwise.checkpoint.model.structure import InputGroup
+from bpwise.checkpoint.model.structure import BlockStructure, InputGroup
 from bpwise.checkpoint.source.original import open_model
-from bpwise.measure.model import positionwise as positions
-from bpwise.measure.model.positionwise import chunked_positionwise
+from bpwise.measure.layers import positionwise as positions
+from bpwise.measure.layers.positionwise import chunked_positionwise
 from bpwise.measure.model.stream import StreamedModel
 from bpwise.measure.statistics import inputs as statistics
 from bpwise.measure.statistics.experts import ExpertInputs, collect_experts
@@ -21,6 +21,7 @@ STAGES = (
     InputGroup(("mlp.gate_proj", "mlp.up_proj")),
     InputGroup(("mlp.down_proj",)),
 )
+STRUCTURE = BlockStructure(STAGES)
 
 
 class Mlp(nn.Module):
@@ -58,10 +59,10 @@ def run(block: Block, *, cut: bool) -> tuple[Tensor, Tensor, list[InputStatistic
     rng = torch.Generator().manual_seed(1)
     outputs, gradients = [], []
     block.mlp.longest = 0
-    with collect(block, STAGES, 19) as sums:
+    with collect(block, STRUCTURE, 19) as sums:
         for _ in range(2):
             hidden = torch.randn(1, 19, 4, generator=rng).requires_grad_()
-            with chunked_positionwise(block, STAGES) if cut else nullcontext():
+            with chunked_positionwise(block, STRUCTURE) if cut else nullcontext():
                 output = block(hidden)
                 output.backward(torch.randn(output.shape, generator=rng))
             for each in sums:
@@ -109,7 +110,7 @@ def test_without_gradients() -> None:
     with torch.no_grad():
         expected = block(hidden)
         block.mlp.longest = 0
-        with chunked_positionwise(block, STAGES):
+        with chunked_positionwise(block, STRUCTURE):
             torch.testing.assert_close(block(hidden), expected)
         assert block.mlp.longest == 5
         block(hidden)
@@ -118,7 +119,7 @@ def test_without_gradients() -> None:
 
 def test_short_rows_are_not_touched() -> None:
     block = Block()
-    with chunked_positionwise(block, STAGES):
+    with chunked_positionwise(block, STRUCTURE):
         block(torch.randn(1, 5, 4))
     assert block.mlp.longest == 5
 
@@ -137,20 +138,20 @@ def test_linears_and_experts_see_one_piece_after_another(
     tokens = torch.randint(0, 48, (2, 19), generator=torch.Generator().manual_seed(1))
     hidden = model.embed(tokens[:1]).repeat(2, 1, 1) + torch.randn(2, 19, 32)
     gradient = torch.randn(2, 19, 32)
-    stages = model.input_groups(0)
-    mixed = [stage for stage in stages if stage.expert is not None]
+    structure = model.structure(0)
+    mixed = [group for group in structure.groups if group.expert is not None]
 
     def passes() -> tuple[Tensor, ExpertInputs, list[InputStatistics]]:
         before = torch.empty_like(hidden)
         with (
             model.block(0) as block,
-            collect(block, [stage for stage in stages if stage.expert is None], 19) as sums,
-            collect_experts(block, model.family.experts_path, mixed, tokens.numel()) as seen,
-            chunked_positionwise(block, stages),
+            collect(block, structure, 19) as sums,
+            collect_experts(block, structure, tokens.numel()) as seen,
+            chunked_positionwise(block, structure),
         ):
             for row in range(2):
                 own = hidden[row : row + 1].clone().requires_grad_()
-                model.run_block(0, own).backward(gradient[row : row + 1])
+                model.run_block(0, own, row).backward(gradient[row : row + 1])
                 before[row : row + 1] = own.grad
                 for each in sums:
                     each.end_batch()

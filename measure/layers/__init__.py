@@ -1,0 +1,1 @@
+"""Parts of a block, made to need little memory or to be watched."""
