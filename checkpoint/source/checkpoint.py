@@ -62,6 +62,9 @@ class TensorSource(Protocol):
     def tensor(self, name: str) -> Tensor:
         """Return a tensor in its stored dtype, on the CPU, in memory of its own."""
 
+    def entry(self, name: str, index: int) -> Tensor:
+        """Return one entry of a tensor's first dimension, reading no other where that can be."""
+
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:

@@ -28,10 +28,10 @@ from ..files.dtypes import require_finite
 from ..files.safetensors_file import SafetensorsHeader, read_entry, read_header
 from ..files.schemas import read_schema
 from ..model.families import HEAD, composite_of
+from ..loading.listed import plain_name
 from ..model.names import embedding_name, head_name
 from .checkpoint import Checkpoint, TensorInfo
 from .hub import confined_file
-from .language import plain_name
 from .views import CheckpointView
 
 __all__ = ["LoraView"]

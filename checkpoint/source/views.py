@@ -60,6 +60,10 @@ class SourceView:
         """Return a tensor in its stored dtype, on the CPU, in memory of its own."""
         return self.base.tensor(name)
 
+    def entry(self, name: str, index: int) -> Tensor:
+        """Return one entry of a tensor's first dimension."""
+        return self.tensor(name)[index].clone()
+
 
 class CheckpointView(Checkpoint):
     """Another checkpoint as it is; what a view changes, its class overrides. Views may lie on views.

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from bpwise.checkpoint.model.loading import LoadPlan
+from bpwise.checkpoint.loading.plan import LoadPlan
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.checkpoint.source.original import open_model
 from bpwise.errors import CheckpointError, UnsupportedModelError
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, __version__, conversion_mapping
 
-from tests.decoders import DECODERS, SIZES, save_decoder, save_random
+from tests.saved_decoders import DECODERS, SIZES, save_decoder, save_random
 from tests.tiny_models import FAMILIES
 
 MODELS = {**DECODERS, **{name: (name, settings) for name, settings in FAMILIES.items()}}

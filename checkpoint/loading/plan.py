@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...errors import BpwiseError, CheckpointError, UnsupportedModelError, reason
 
-__all__ = ["LoadPlan"]
+__all__ = ["LoadPlan", "Read", "ReadEntry"]
 
 Read = Callable[[str], Tensor]
 """Returns a stored tensor by its name."""
@@ -66,6 +66,7 @@ class LoadPlan:
         """
         self._model = model
         self._where = where
+        self._stored = stored
         self._shapes = {name: tuple(each.shape) for name, each in model.state_dict().items()}
         with self._explained("read the names"):
             recipes, unused = _recipes(model, stored)
@@ -119,10 +120,38 @@ class LoadPlan:
         recipe = self._of[name]
         if recipe.converter is None:
             return read_entry(recipe.parts[0][1], expert)
+        if _only_turns(recipe.converter):
+            return self._turned(recipe, name, lambda stored: read_entry(stored, expert))
         parts = self._parts_of_expert(recipe, expert)
         if parts is None:
             return self.make(name, read)[expert].clone()
         return self._convert(_Recipe(recipe.name, parts, recipe.converter), read)[name][0]
+
+    def stored_rows(self, name: str, expert: int, rows: tuple[int, int] | None) -> str | None:
+        """Return the stored tensor that is a part of one expert's matrix; None if no single one is.
+
+        Args:
+            name: The name in the model of a parameter that stacks experts.
+            expert: Index into its first dimension.
+            rows: First row of the part and the one after the last; None for the whole matrix.
+        """
+        recipe = self._of[name]
+        parts = None if recipe.converter is None else self._parts_of_expert(recipe, expert)
+        first = 0
+        for _, stored in parts or ():
+            size = self._stored[stored][0]
+            if (first, first + size) == (rows or (0, self._shapes[name][1])):
+                return stored
+            first += size
+        return None
+
+    def _turned(self, recipe: _Recipe, name: str, read_expert: Read) -> Tensor:
+        stored = recipe.parts[0][1]
+        one = read_expert(stored)
+        for turn in recipe.converter.operations:
+            if not (turn.check_dims and self._stored[stored] == self._shapes[name]):
+                one = one.transpose(turn.dim0 - 1, turn.dim1 - 1)
+        return one.contiguous()
 
     def _parts_of_expert(self, recipe: _Recipe, expert: int) -> tuple[tuple[str, str], ...] | None:
         # None if the conversion mixes experts, or may.
@@ -130,7 +159,7 @@ class LoadPlan:
 
         first, *others = recipe.converter.operations
         stacks = isinstance(first, MergeModulelist) and first.dim == 0
-        if not stacks or not all(isinstance(other, Concatenate) and other.dim > 0 for other in others):
+        if not stacks or not all(isinstance(other, Concatenate) and other.dim == 1 for other in others):
             return None
         by_pattern = defaultdict(list)
         for pattern, stored in recipe.parts:
@@ -189,6 +218,12 @@ class LoadPlan:
                 f"{self._where}: Transformers {__version__} cannot {what} by its conversion mapping "
                 f"({type(cause).__name__}: {reason(cause)}). Install a version that bpwise names in its requirements."
             ) from cause
+
+
+def _only_turns(converter: Any) -> bool:
+    from transformers.core_model_loading import Transpose  # noqa: PLC0415 - seconds to import
+
+    return all(isinstance(each, Transpose) and 0 not in (each.dim0, each.dim1) for each in converter.operations)
 
 
 def _recipes(model: Any, stored: Mapping[str, tuple[int, ...]]) -> tuple[list[_Recipe], list[str]]:
