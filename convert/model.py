@@ -140,6 +140,10 @@ class QuantizedModel(ABC):
     def tensor(self, name: str) -> Tensor:
         """Return a tensor of the dense model, decoded, on the CPU, in memory of its own."""
 
+    def entry(self, name: str, index: int) -> Tensor:
+        """Return one entry of a tensor's first dimension, as one of stacked experts."""
+        return self.tensor(name)[index].clone()
+
     @abstractmethod
     def stored_bpw(self) -> dict[str, float]:
         """Return the bits per weight of every linear, overheads included, in model order."""

@@ -188,7 +188,7 @@ def measure_checkpoint(
         seed=config.seed,
         experts_see_all_tokens=config.moe_calibrate_all,
     )
-    if source.family is None:
+    if source.listed is None:
         check_replay(run.model)
     run.forward(progress)
     run.head()

@@ -149,7 +149,7 @@ def _shapes(source: LanguageModel, index: int) -> dict[InputGroup, dict[str, tup
     # (out, in) of the linears of a block's input groups.
     shapes: dict[InputGroup, dict[str, tuple[int, int]]] = {}
     for group in source.structure.structures[index].groups:
-        for name in source.linear_names(index, group):
+        for name in (f"{source.blocks}.{index}.{each}" for each in group.linears):
             columns, rows = source.shape(f"{name}.weight")
             shapes.setdefault(group, {})[name] = columns, rows
     return shapes

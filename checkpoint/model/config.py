@@ -6,7 +6,6 @@ completed config, so that what is measured, written and forecast is what Transfo
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -15,8 +14,9 @@ from typing import Any
 
 from ...errors import BpwiseError, CheckpointError, UnsupportedModelError, reason
 from .names import text_config
+from .positions import check_rope
 
-__all__ = ["QUANTIZED_KEYS", "complete_config", "explain_transformers", "parse_config"]
+__all__ = ["QUANTIZED_KEYS", "complete_config", "decoder_config", "explain_transformers", "parse_config"]
 
 QUANTIZED_KEYS = ("quantization_config", "compression_config")
 """Keys that say how weights are quantized."""
@@ -58,6 +58,16 @@ _LARGEST = {
 }
 """Sizes at least ten times those of any known model: beyond them even an empty model takes minutes to build."""
 
+_ALWAYS_THERE = (
+    "num_hidden_layers",
+    "hidden_size",
+    "vocab_size",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+)
+"""Keys that callers read of any decoder, by these names, even where a class has others: GPT-2's ``n_layer``."""
+
 _PARTS = ("text_config", "vision_config")
 """Configs of a model's parts. Other keys may end in ``_config`` too: SmolLM2 ships ``is_llama_config: true``."""
 
@@ -66,34 +76,6 @@ _MOST_LEVELS = 20
 
 _MAY_BE_ZERO = ("shared_expert_intermediate_size", "num_experts", "num_local_experts")
 """Sizes that are zero where a model has none of these."""
-
-_POSITIVE = sys.float_info.min
-
-_ROPE_NUMBERS: Mapping[str, float] = {
-    "rope_theta": _POSITIVE,
-    "factor": _POSITIVE,
-    "attention_factor": _POSITIVE,
-    "mscale": 0,
-    "mscale_all_dim": 0,
-    "beta_fast": _POSITIVE,
-    "beta_slow": _POSITIVE,
-    "low_freq_factor": _POSITIVE,
-    "high_freq_factor": _POSITIVE,
-    "original_max_position_embeddings": 2,  # its logarithm divides
-}
-"""Numbers in rope_parameters, and the least that each can be."""
-
-_ROPE_LISTS = ("short_factor", "long_factor")
-
-_ROPE_NEEDS: Mapping[str, tuple[str, ...]] = {
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "proportional": ("factor",),
-    "yarn": ("factor", "original_max_position_embeddings"),
-    "longrope": ("original_max_position_embeddings",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-"""What Transformers computes with as it stands; of other keys it takes null for the default."""
 
 _ACTIVATIONS = ("hidden_act", "hidden_activation")
 
@@ -121,12 +103,7 @@ def complete_config(config: Mapping[str, Any], path: Path, *, embedding_rows: in
     if embedding_rows is not None and text.get("vocab_size") is None and config.get("vocab_size") is None:
         text["vocab_size"] = embedding_rows
     parsed = parse_config(result, path)
-    language = parsed.get_text_config()
-    if isinstance(language, Mapping):  # a class without parts keeps what the file has under this key
-        raise CheckpointError(
-            f"{path}: a text_config that no {config['model_type']} model has. Got one in a model of a single part. "
-            "Expected its keys at the top level. Move them there, or delete text_config."
-        )
+    language = _text_of(parsed, path)
     _complete(text, language)
     rope = getattr(language, "rope_parameters", None)
     if isinstance(rope, dict):
@@ -138,7 +115,32 @@ def complete_config(config: Mapping[str, Any], path: Path, *, embedding_rows: in
     _check_heads(text, path)
     _check_experts(text, path)
     _check_padding(text, path)
-    _check_rope(rope, text, path)
+    check_rope(rope, text, path)
+    return result
+
+
+def decoder_config(alone: Mapping[str, Any], whole: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return the config of a language model of any type, with what Transformers' class fills in.
+
+    Args:
+        alone: Config of the language model as its file has it.
+        whole: Parsed ``config.json``; the same, or that of a model of which the language model is a part.
+        path: Its file, for messages.
+
+    Raises:
+        CheckpointError: Transformers does not accept a value.
+        UnsupportedModelError: This version of Transformers does not know the model type.
+    """
+    _check_parts(whole, path)
+    parsed = parse_config(whole, path)
+    text = _text_of(parsed, path)
+    result = {**alone, "model_type": text.model_type}
+    _complete(result, text)
+    for part in (text, parsed):
+        for key in _ALWAYS_THERE:
+            value = getattr(part, key, None)
+            if result.get(key) is None and value is not None:
+                result[key] = value
     return result
 
 
@@ -153,13 +155,15 @@ def parse_config(config: Mapping[str, Any], path: Path) -> Any:
         CheckpointError: A size is impossible, an activation unknown, or Transformers does not accept a value.
         UnsupportedModelError: This version of Transformers does not know the model type.
     """
-    from transformers.activations import ACT2FN  # noqa: PLC0415 - seconds to import
+    from transformers import __version__  # noqa: PLC0415 - seconds to import
+    from transformers.activations import ACT2FN  # noqa: PLC0415
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: PLC0415
 
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise UnsupportedModelError(
-            f"{path}: this version of Transformers does not know model_type {model_type!r}. Upgrade Transformers."
+            f"{path}: Transformers {__version__} does not know model_type {model_type!r}. Expected one that it has "
+            "code for: code that comes with a model is never run. Upgrade Transformers, or choose another model."
         )
     _check_sizes(config, path)
     plain = {key: deepcopy(value) for key, value in config.items() if key not in _NOT_PARSED}
@@ -198,6 +202,16 @@ def explain_transformers(path: Path) -> Iterator[None]:
             f"{path}: Transformers does not accept this config ({type(cause).__name__}: {reason(cause)}). Correct it "
             "or get it again."
         ) from cause
+
+
+def _text_of(parsed: Any, path: Path) -> Any:
+    text = parsed.get_text_config()
+    if isinstance(text, Mapping):  # a class without parts keeps what the file has under this key
+        raise CheckpointError(
+            f"{path}: a text_config that no {parsed.model_type} model has. Got one in a model of a single part. "
+            "Expected its keys at the top level. Move them there, or delete text_config."
+        )
+    return text
 
 
 def _complete(part: dict[str, Any], parsed: Any) -> None:
@@ -296,55 +310,3 @@ def _check_padding(text: Mapping[str, Any], path: Path) -> None:
             f"{path}: pad_token_id is outside the vocabulary. Got {padding}. Expected an id below vocab_size, "
             f"{vocabulary}. Set it to null."
         )
-
-
-def _check_rope(parameters: Any, text: Mapping[str, Any], path: Path) -> None:
-    # Parameters as Transformers understands them, and what stands beside them.
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: PLC0415 - seconds to import
-
-    if not isinstance(parameters, Mapping):
-        return
-    by_kind = [value for key, value in parameters.items() if key.endswith("_attention") and value is not None]
-    head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-    for rope in by_kind or [parameters]:
-        kind = rope.get("rope_type") if isinstance(rope, Mapping) else rope
-        known = ["default", *ROPE_INIT_FUNCTIONS]
-        if kind not in known:
-            raise CheckpointError(
-                f"{path}: unknown rope_type. Got {kind!r}. Expected one of {', '.join(known)}. Correct it."
-            )
-        for key, expected in _impossible(rope, head_dim):
-            raise CheckpointError(f"{path}: impossible {key}. Got {rope.get(key)!r}. Expected {expected}. Correct it.")
-    stated, used = text.get("rope_theta"), (parameters.get("full_attention") or parameters).get("rope_theta")
-    if stated is not None and used is not None and stated != used:
-        raise CheckpointError(
-            f"{path}: two different rotary bases. Got rope_theta {stated!r} at the top level and {used!r} in "
-            "rope_parameters. Expected the same. Transformers uses the second, other readers the first: delete the "
-            "wrong one."
-        )
-
-
-def _impossible(rope: Mapping[str, Any], head_dim: int) -> Iterator[tuple[str, str]]:
-    # Keys, and what is expected of them.
-    needed = ("rope_theta", "partial_rotary_factor", *_ROPE_NEEDS.get(rope["rope_type"], ()))
-    stated = {"rope_theta": None, **rope}
-    checked = [key for key in stated if stated[key] is not None or key in needed]
-    for key in checked:
-        least = _ROPE_NUMBERS.get(key)
-        if least is not None and not _is_number(stated[key], least):
-            yield key, f"a number from {least} on" if least != _POSITIVE else "a positive number"
-    share = stated.get("partial_rotary_factor", 1)
-    if not _is_number(share, _POSITIVE, 1):
-        yield "partial_rotary_factor", "a number from 0 to 1"
-    pairs = int(head_dim * share) // 2
-    for key in _ROPE_LISTS if rope["rope_type"] == "longrope" else ():
-        factors = stated[key]
-        if not isinstance(factors, list) or [_is_number(each, _POSITIVE) for each in factors] != [True] * pairs:
-            yield key, f"a list of {pairs} positive numbers, as many as head_dim {head_dim} has rotated pairs"
-    if rope["rope_type"] == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
-        yield "high_freq_factor", f"more than low_freq_factor, {rope['low_freq_factor']!r}"
-
-
-def _is_number(value: Any, least: float, most: float = sys.float_info.max) -> bool:
-    # JSON's true is a bool, which Python counts as an int.
-    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most

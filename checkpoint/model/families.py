@@ -10,12 +10,12 @@ tensor, ``measure.model.surgery`` takes it apart. Source: Transformers 5 (``mode
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...errors import UnsupportedModelError
-from .names import HEAD
-from .structure import InputGroup
+from .names import HEAD, config_features, text_config
+from .structure import BlockStructure, InputGroup, LinearPlace
 
 __all__ = [
     "EMBEDDING",
@@ -26,6 +26,7 @@ __all__ = [
     "composite_of",
     "family_of",
     "is_known",
+    "listed_family",
 ]
 
 
@@ -111,6 +112,51 @@ class Family:
     def linear_names(self, block: int, group: InputGroup) -> tuple[str, ...]:
         """Return the full names of an input group's linears in one block."""
         return tuple(self.file_name(f"{self.blocks}.{block}.{name}") for name in group.linears)
+
+    def structure(self, index: int, names: Collection[str], config: Mapping[str, Any]) -> BlockStructure:
+        """Return the linears of one block, under their names in files.
+
+        Args:
+            index: Which block.
+            names: Names of the language model's tensors.
+            config: The language model's config, which gives the sizes of what is fused.
+        """
+        groups = self.input_groups(index, names)
+        prefix = f"{self.blocks}.{index}."
+        inside = {name: self.file_name(prefix + name).removeprefix(prefix) for each in groups for name in each.linears}
+        scale = 1.0 if self.multiplier is None else float(config[self.multiplier])
+        return BlockStructure(
+            groups=tuple(
+                replace(
+                    each,
+                    linears=tuple(inside[name] for name in each.linears),
+                    scale=scale if each.joins_stream else each.scale,
+                )
+                for each in groups
+            ),
+            places={inside[name]: self.place(name, config) for name in inside},
+            experts=(self.experts_path,) if any(each.expert is not None for each in groups) else (),
+        )
+
+    def place(self, name: str, config: Mapping[str, Any]) -> LinearPlace:
+        """Return where the weight of a linear lies in a block of Transformers' model.
+
+        Args:
+            name: Its name inside the block, as in ``groups``.
+            config: The language model's config.
+        """
+        outputs = config_features(name, config)[1] or 0
+        for fused, parts in self.fused.items():
+            if name in parts:
+                first = sum(config_features(part, config)[1] or 0 for part in parts[: parts.index(name)])
+                return LinearPlace(f"{fused}.weight", rows=(first, first + outputs))
+        if self.experts is not None and name.startswith(f"{self.experts.path}."):
+            number, kind = name.removeprefix(f"{self.experts.path}.").split(".")
+            if kind == self.experts.down:
+                return LinearPlace(f"{self.experts.path}.down_proj", expert=int(number))
+            rows = (0, outputs) if kind == self.experts.gate else (outputs, 2 * outputs)
+            return LinearPlace(f"{self.experts.path}.gate_up_proj", expert=int(number), rows=rows)
+        return LinearPlace(f"{name}.weight")
 
     def file_name(self, name: str) -> str:
         """Return the name in files of a module or parameter that the model has under a full name."""
@@ -220,17 +266,29 @@ _COMPOSITES = {
     # On text alone their rope of three positions is that of Qwen2.
     "qwen2_vl": Composite(text="qwen2", note="Qwen2 with a tower; measured with the rope of text"),
     "qwen2_5_vl": Composite(text="qwen2", note="as Qwen2-VL"),
+    "qwen3_vl": Composite(text="qwen3", note="Qwen3 with a tower; measured with the rope of text"),
+    "qwen3_vl_moe": Composite(text="qwen3_moe", note="Qwen3-MoE with a tower; measured with the rope of text"),
 }
 
 
 def composite_of(config: Mapping[str, Any]) -> Composite | None:
-    """Return the entry of a model with several parts, by ``model_type``; None for a language model alone."""
-    return _COMPOSITES.get(str(config.get("model_type")))
+    """Return what is known of a model with several parts, whether it is listed here or not.
+
+    Returns:
+        None for a language model alone.
+    """
+    listed = _COMPOSITES.get(str(config.get("model_type")))
+    return Composite() if listed is None and text_config(config) is not config else listed
 
 
 def is_known(config: Mapping[str, Any]) -> bool:
     """Return whether ``model_type`` names a family or a model of several parts that stands in the tables here."""
     return str(config.get("model_type")) in _FAMILIES.keys() | _COMPOSITES.keys()
+
+
+def listed_family(config: Mapping[str, Any]) -> Family | None:
+    """Return the family of a language model by ``model_type``; None if it is not listed here."""
+    return _FAMILIES.get(str(config.get("model_type")))
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
@@ -240,7 +298,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
         UnsupportedModelError: The model type is unknown; the message lists those that are known.
     """
     model_type = config.get("model_type")
-    family = _FAMILIES.get(str(model_type))
+    family = listed_family(config)
     if family is None:
         known = ", ".join(sorted(_FAMILIES.keys() | _COMPOSITES.keys()))
         raise UnsupportedModelError(

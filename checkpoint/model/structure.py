@@ -101,3 +101,18 @@ class ModelStructure:
     embedding: str
     head: str
     structures: tuple[BlockStructure, ...]
+
+    def linears_in(self, parameter: str) -> dict[str, LinearPlace]:
+        """Return the weights of linears that lie in a parameter of a block, and where in it.
+
+        Args:
+            parameter: Its full name in Transformers' model.
+
+        Returns:
+            Places by the full names of weights, as ``model.layers.0.mlp.experts.3.down_proj.weight``.
+        """
+        index, _, inner = parameter.removeprefix(f"{self.blocks}.").partition(".")
+        if not parameter.startswith(f"{self.blocks}.") or not index.isdecimal():
+            return {}
+        places = self.structures[int(index)].places.items()
+        return {f"{self.blocks}.{index}.{name}.weight": place for name, place in places if place.parameter == inner}

@@ -62,6 +62,9 @@ class TensorSource(Protocol):
     def tensor(self, name: str) -> Tensor:
         """Return a tensor in its stored dtype, on the CPU, in memory of its own."""
 
+    def entry(self, name: str, index: int) -> Tensor:
+        """Return one entry of a tensor's first dimension, reading no other where that can be."""
+
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
@@ -166,20 +169,8 @@ class Checkpoint:
 
     @cached_property
     def tied_embeddings(self) -> bool:
-        """Whether the output head is the token embedding, by the rules of Transformers.
-
-        ``tie_word_embeddings`` of the config, or of the language model's part of it, decides, and a true one over a
-        false one, except that a stored head that differs from the embedding is a head of its own (looking loads both,
-        once). Where the config is silent, the head is tied if it is not stored.
-        """
-        flags = [part.get("tie_word_embeddings") for part in (self.config, text_config(self.config))]
-        flag = next((flag for flag in (True, False) if flag in flags), None)
-        head, embedding = head_name(self.names), embedding_name(self.names)
-        if head is None:
-            return flag is not False
-        if not flag or embedding is None:
-            return bool(flag)
-        return self.shape(head) == self.shape(embedding) and torch.equal(self.tensor(head), self.tensor(embedding))
+        """Whether the output head is the token embedding, by the rules of Transformers; see ``_is_tied``."""
+        return _is_tied(self)
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -248,7 +239,18 @@ class Checkpoint:
             CheckpointError: The tensor is missing, of another dtype, or holds NaN or infinite values.
         """
         self.require_dtype(name)
-        tensor = self.stored(name)
+        return self._finite(name, self.stored(name))
+
+    def entry(self, name: str, index: int) -> Tensor:
+        """Load one entry of a tensor's first dimension, as one of stacked experts, reading no other; see ``tensor``.
+
+        Raises:
+            CheckpointError: As ``tensor``.
+        """
+        self.require_dtype(name)
+        return self._finite(name, self.stored(name, index))
+
+    def _finite(self, name: str, tensor: Tensor) -> Tensor:
         if tensor.dtype in FLOAT_DTYPES:
             require_finite(tensor, f"{self.info(name).file}: tensor {name!r}")
         return tensor
@@ -262,14 +264,17 @@ class Checkpoint:
         info = self.info(name)
         require_readable(info.dtype, f"{info.file}: tensor {name!r}")
 
-    def stored(self, name: str) -> Tensor:
-        """Load one tensor as it lies in its file, of whatever dtype, with its values unchecked.
+    def stored(self, name: str, index: int | None = None) -> Tensor:
+        """Load one tensor, or one entry of its first dimension, as it lies in its file, with its values unchecked.
 
         Raises:
             CheckpointError: The tensor is missing, or its file is damaged.
         """
-        shard, entry = self._place(name)
-        return read_entry(self.file(shard), entry, CheckpointError)
+        shard, place = self._place(name)
+        if index is not None:
+            size = place.size_bytes // place.shape[0]
+            place = HeaderEntry(place.shape[1:], place.dtype, place.offset_bytes + index * size, size)
+        return read_entry(self.file(shard), place, CheckpointError)
 
     def _place(self, name: str) -> tuple[str, HeaderEntry]:
         try:
@@ -279,6 +284,23 @@ class Checkpoint:
                 f"{self._directory}: tensor {name!r} is missing. Got {len(self._places)} other tensors. "
                 f"{_missing_hint(name, sorted(self._places))}"
             ) from None
+
+
+def _is_tied(source: TensorSource) -> bool:
+    """Return whether the output head is the token embedding.
+
+    ``tie_word_embeddings`` of the config, or of the language model's part of it, decides, and a true one over a
+    false one, except that a stored head that differs from the embedding is a head of its own (looking loads both).
+    Where the config is silent, the head is tied if it is not stored.
+    """
+    flags = [part.get("tie_word_embeddings") for part in (source.config, text_config(source.config))]
+    flag = next((flag for flag in (True, False) if flag in flags), None)
+    head, embedding = head_name(source.names), embedding_name(source.names)
+    if head is None:
+        return flag is not False
+    if not flag or embedding is None:
+        return bool(flag)
+    return source.shape(head) == source.shape(embedding) and torch.equal(source.tensor(head), source.tensor(embedding))
 
 
 def embedding_rows(source: TensorSource) -> int | None:

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
-from ..files.dtypes import FLOAT_DTYPES, require_finite
+from ..files.dtypes import require_finite
 from ..model.config import QUANTIZED_KEYS
 from .checkpoint import Checkpoint, TensorInfo
-from .views import CheckpointView
+from .views import DequantizedView
 
-__all__ = ["Float8View", "dequantized"]
+__all__ = ["Float8View"]
 
-_METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors")
 _SCALES = ("_scale_inv", "_scale")
 _BLOCK = 128
 """Rows and columns of a block where the config does not say."""
@@ -42,34 +41,7 @@ _RUNTIME_SCALES = tuple(
 )
 
 
-def dequantized(checkpoint: Checkpoint) -> Checkpoint:
-    """Return a checkpoint with dense weights: itself if they are, a view if they are in float8.
-
-    Raises:
-        CheckpointError: The weights are quantized in another way, or a scale is missing or of a wrong shape.
-    """
-    path = checkpoint.directory / "config.json"
-    for key in QUANTIZED_KEYS:
-        settings = checkpoint.config.get(key)
-        if settings is None:
-            continue
-        method = settings.get("quant_method") if isinstance(settings, dict) else None
-        dtypes = {checkpoint.info(name).dtype for name in checkpoint.names}
-        if dtypes <= set(FLOAT_DTYPES):
-            raise CheckpointError(
-                f"{path}: {key!r} names the method {method!r}, but the weights are not quantized. "
-                f"Remove {key!r} from config.json if it was left over."
-            )
-        if method not in _METHODS or torch.float8_e4m3fn not in dtypes:
-            raise CheckpointError(
-                f"{path}: the model is already quantized. Got {key!r} with method {method!r}. Expected unquantized or "
-                "8-bit floating-point weights. Use the original model."
-            )
-        return Float8View(checkpoint)
-    return checkpoint
-
-
-class Float8View(CheckpointView):
+class Float8View(DequantizedView):
     """A float8 checkpoint as the dense one that it stands for.
 
     Weights are multiplied in float32 and rounded to the dtype that config.json names (bfloat16 if it names none), as
@@ -86,7 +58,6 @@ class Float8View(CheckpointView):
             CheckpointError: A scale is missing or of a wrong shape.
         """
         super().__init__(base)
-        self._dtype = _dtype(base.config)
         block = _block(base.config)
         self._scales: dict[str, str] = {}
         for name in sorted(base.names):
@@ -102,11 +73,6 @@ class Float8View(CheckpointView):
         hidden = {name for name in base.names if name.endswith(_RUNTIME_SCALES)}
         self._names = base.names - hidden - set(self._scales.values())
         self._block = block or (_BLOCK, _BLOCK)
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The base's config without what says that it is quantized."""
-        return {key: value for key, value in self._base.config.items() if key not in QUANTIZED_KEYS}
 
     @property
     def names(self) -> frozenset[str]:
@@ -128,8 +94,27 @@ class Float8View(CheckpointView):
         """
         if name not in self._scales:
             return self._base.tensor(name)
-        weight = self._base.stored(name).float()
-        scale = self._base.tensor(self._scales[name]).float()
+        scale = self._base.tensor(self._scales[name])
+        return self._dense(name, self._base.stored(name), scale)
+
+    def entry(self, name: str, index: int) -> Tensor:
+        """Load one entry of a tensor's first dimension, dequantized.
+
+        Raises:
+            CheckpointError: As ``tensor``.
+        """
+        if name not in self._scales:
+            return self._base.entry(name, index)
+        scale = self._scales[name]
+        stack = self._base.shape(name)
+        if len(stack) < 3:
+            return super().entry(name, index)
+        own = self._base.shape(scale)[:1] == stack[:1]
+        scales = self._base.entry(scale, index) if own else self._base.tensor(scale)
+        return self._dense(name, self._base.stored(name, index), scales)
+
+    def _dense(self, name: str, codes: Tensor, scale: Tensor) -> Tensor:
+        weight, scale = codes.float(), scale.float()
         if scale.numel() == 1:
             weight *= scale.reshape(())
         elif scale.shape == _per_row(weight.shape, scale.shape):
@@ -143,11 +128,6 @@ class Float8View(CheckpointView):
         result = weight.to(self._dtype)
         require_finite(result, f"{self.info(name).file}: tensor {name!r}, dequantized,")
         return result
-
-
-def _dtype(config: dict[str, Any]) -> torch.dtype:
-    named = config.get("dtype") or config.get("torch_dtype")
-    return next((dtype for dtype in FLOAT_DTYPES if str(dtype) == f"torch.{named}"), torch.bfloat16)
 
 
 def _block(config: dict[str, Any]) -> tuple[int, int] | None:

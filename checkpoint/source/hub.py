@@ -10,7 +10,7 @@ from pathlib import Path
 from ...errors import CheckpointError, WorkDirectoryError
 from ..files.disk_errors import DISK_FULL
 from ..files.heads import is_lfs_pointer
-from .side_files import CONFIG_FILE, DOWNLOADED, NOT_DOWNLOADED, TEMPLATE_DIRECTORY, is_side_file
+from ..files.side_files import CONFIG_FILE, DOWNLOADED, NOT_DOWNLOADED, TEMPLATE_DIRECTORY, is_side_file
 
 __all__ = [
     "confined_file",

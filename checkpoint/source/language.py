@@ -2,90 +2,68 @@
 
 Checkpoints differ in what they call things: models with vision put a prefix before the language model's names, some
 families store several linears as one tensor. Everything that measures, rounds or evaluates sees them through
-``LanguageModel``: names begin with ``model.`` or are ``lm_head.weight``, and every linear is a tensor of its own.
+``LanguageModel``: every linear is a tensor of its own, of shape (out, in).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
-from ..model.families import EMBEDDING, HEAD, Family, composite_of, family_of
-from ..model.names import config_features, text_config
+from ..loading.discovered import DiscoveredTensors
+from ..loading.listed import ListedTensors
+from ..loading.memory import assembled, model_in_memory
+from ..model.config import decoder_config
+from ..model.families import Composite, Family, composite_of, family_of, is_known, listed_family
+from ..model.names import text_config
 from ..model.positions import stated_rope
-from .checkpoint import TensorInfo, TensorSource
+from ..model.structure import ModelStructure
+from .checkpoint import Checkpoint, TensorInfo, TensorSource
 from .views import SourceView
 
-__all__ = [
-    "LanguageModel",
-    "WeightOverlay",
-    "language_config",
-    "language_model",
-    "plain_name",
-]
-
-_PREFIXES = (
-    ("language_model.model.", "model."),
-    ("model.language_model.", "model."),
-    ("language_model.lm_head.", f"{HEAD}."),
-)
-"""What the names of a language model inside of another begin with, and what that stands for: as the Hub's checkpoints
-have it, as Transformers 5 has it in memory, and the head."""
+__all__ = ["LanguageModel", "WeightOverlay", "language_config", "language_model"]
 
 
 class LanguageModel(SourceView):
     """The language model of a source.
 
+    Tensors of families that are listed have the names that checkpoints give them. Those of others have the names of
+    Transformers' model, except that stacked experts are one linear each, as
+    ``model.layers.0.mlp.experts.3.down_proj.weight``.
+
     Attributes:
         others: Tensors of the source that are not the language model's, under their names there.
-        family: How it is cut.
+        blocks: Full name of the list of decoder blocks; block i is ``{blocks}.{i}``.
+        block_count: Number of decoder blocks.
+        embedding_name: Full name of the module that holds the token embeddings.
+        head_name: Full name of the output head.
     """
 
     def __init__(self, base: TensorSource) -> None:
         """Map the names; reads no weights.
 
         Raises:
-            UnsupportedModelError: The family is unknown.
+            UnsupportedModelError: Transformers does not run it as a decoder.
             CheckpointError: The stored tensors are not those of the sizes in config.json.
         """
         super().__init__(base)
         self._config = language_config(base)
-        self.family: Family = family_of(self._config)
-        composite = composite_of(base.config) is not None or self.family.wrapped
-        self._stored: dict[str, str] = {}
-        self._rows: dict[str, slice] = {}
-        others = set()
-        for name in base.names:
-            plain = plain_name(name, composite=composite)
-            if plain is None:
-                others.add(name)
-            else:
-                self._map(plain, name)
-        self.others = frozenset(others)
-        self._names = frozenset(self._stored)
-        _require_consistent(self)
-
-    def _map(self, plain: str, stored: str) -> None:
-        module, _, kind = plain.rpartition(".")
-        fused = next((key for key in self.family.fused if module.endswith(f".{key}")), None)
-        if fused is None:
-            self._stored[plain] = stored
-            return
-        block, first = module.removesuffix(fused), 0
-        for part in self.family.fused[fused]:
-            features = config_features(block + part, self._config)[1] or 0
-            self._stored[f"{block}{part}.{kind}"] = stored
-            self._rows[f"{block}{part}.{kind}"] = slice(first, first + features)
-            first += features
-        if self.base.shape(stored)[0] != first:
-            raise CheckpointError(
-                f"{self.directory}: {stored} has {self.base.shape(stored)[0]} rows. Expected {first} by config.json. "
-                "The files do not belong together."
-            )
+        self._listed = listed_family(self._config) if _is_listed(base.config, self._config) else None
+        inside = composite_of(base.config) is not None
+        self._tensors: ListedTensors | DiscoveredTensors
+        if self._listed is not None:
+            self._tensors = ListedTensors(self._listed, base, self._config, inside=inside)
+        else:
+            self._tensors = DiscoveredTensors(model_in_memory(base, self._config, inside=inside), base, _discover)
+        self.others = self._tensors.others
+        self.blocks, self.block_count = self._tensors.blocks, self._tensors.block_count
+        self.embedding_name, self.head_name = self._tensors.embedding, self._tensors.head
 
     @property
     def config(self) -> dict[str, Any]:
@@ -93,104 +71,99 @@ class LanguageModel(SourceView):
         return self._config
 
     @property
-    def block_count(self) -> int:
-        """Number of decoder blocks."""
-        return int(self._config["num_hidden_layers"])
+    def listed(self) -> Family | None:
+        """How it is cut, of a family that is listed; None for others."""
+        return self._listed
+
+    @property
+    def family(self) -> Family:
+        """How it is cut, of a family that is listed.
+
+        Raises:
+            UnsupportedModelError: It is not.
+        """
+        return family_of(self._config) if self._listed is None else self._listed
+
+    @property
+    def structure(self) -> ModelStructure:
+        """Its input groups, and where in Transformers' model their linears lie; found by a trace if it is not listed.
+
+        Raises:
+            UnsupportedModelError: The trace fails.
+        """
+        return self._tensors.structure
 
     @property
     def names(self) -> frozenset[str]:
         """Full names of the language model's tensors."""
-        return self._names
-
-    blocks = "model.layers"
-    head_name = "lm_head"
-    embedding_name = "model.embed_tokens"
+        return self._tensors.names
 
     @property
-    def structure(self):  # SHIM
-        if not hasattr(self, "_structure"):
-            from dataclasses import replace
+    def tied_embeddings(self) -> bool:
+        """Whether the output head is the token embedding."""
+        return self._ties
 
-            from ..model.structure import BlockStructure, LinearPlace, ModelStructure
-
-            key = self.family.multiplier
-            scale = 1.0 if key is None else float(self.config.get(key, 1.0))
-            out = []
-            for i in range(self.block_count):
-                groups, places, paths = [], {}, ()
-                ex = self.family.experts
-                for g in self.family.input_groups(i, self.names):
-                    if g.adds:
-                        g = replace(g, scale=scale)
-                    groups.append(g)
-                    if g.expert is not None:
-                        paths = (ex.path,)
-                        for n, full in zip(g.linears, self.linear_names(i, g)):
-                            kind = n.rpartition(".")[2]
-                            w = self.shape(f"{full}.weight")[0]
-                            if kind == ex.down:
-                                places[n] = LinearPlace(f"{ex.path}.down_proj", g.expert)
-                            else:
-                                first = 0 if kind == ex.gate else w
-                                places[n] = LinearPlace(f"{ex.path}.gate_up_proj", g.expert, (first, first + w))
-                out.append(BlockStructure(tuple(groups), places, (), paths))
-            self._structure = ModelStructure(self.blocks, self.embedding_name, self.head_name, tuple(out))
-        return self._structure
-
-    def linear_names(self, block, group):
-        return self.family.linear_names(block, group)
-
-    def _parts(self, name):
-        ex = self.family.experts
-        if ex is None or f".{ex.path}." not in name:
-            return None
-        head, _, kind = name.rpartition(".")
-        if kind not in ("gate_up_proj", "down_proj"):
-            return None
-        kinds = (ex.gate, ex.up) if kind == "gate_up_proj" else (ex.down,)
-        out, e = [], 0
-        while True:
-            full = [self.family.file_name(f"{head}.{e}.{k}") + ".weight" for k in kinds]
-            if full[0] not in self.names:
-                return out
-            out.append(full)
-            e += 1
-
-    def has_parameter(self, name):
-        return bool(self._parts(name)) or self.family.file_name(name) in self.names
-
-    def parameter_shape(self, name):
-        parts = self._parts(name)
-        if parts:
-            s = [self.shape(p) for p in parts[0]]
-            return (len(parts), sum(x[0] for x in s), s[0][1])
-        return self.shape(self.family.file_name(name))
-
-    def parameter(self, name):
-        parts = self._parts(name)
-        if parts:
-            import torch
-
-            return torch.stack([torch.cat([self.tensor(x) for x in p]) for p in parts])
-        return self.tensor(self.family.file_name(name))
+    @cached_property
+    def _ties(self) -> bool:
+        if self._listed is not None or not isinstance(self.base, Checkpoint):
+            return self.base.tied_embeddings
+        # As Transformers: one that is stored and differs is a head of its own, whatever the config says.
+        head, embedding = f"{self.head_name}.weight", f"{self.embedding_name}.weight"
+        flag = bool(self._config["tie_word_embeddings"])
+        stored = self._tensors.parameter_shape(head) is not None
+        return flag and (not stored or torch.equal(self._tensors.parameter(head), self._tensors.parameter(embedding)))
 
     def stored_bytes(self, name: str) -> int:
-        """Return the size of a tensor of a checkpoint, in bytes."""
+        """Return the size of a tensor of a checkpoint, in bytes; of a part of what is stored, its share."""
         base: Any = self.base
-        info: TensorInfo = base.info(self._stored.get(name, name))
-        return info.size_bytes * math.prod(self.shape(name)) // max(math.prod(info.shape), 1)
+        infos: list[TensorInfo] = [base.info(each) for each in self._tensors.sources(name)]
+        elements = sum(math.prod(info.shape) for info in infos)
+        return sum(info.size_bytes for info in infos) * math.prod(self.shape(name)) // max(elements, 1)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the sizes of a tensor's dimensions without loading it."""
-        shape = self.base.shape(self._stored.get(name, name))
-        rows = self._rows.get(name)
-        return shape if rows is None else (rows.stop - rows.start, *shape[1:])
+        return self._tensors.shape(name)
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor in its stored dtype, on the CPU, in memory of its own."""
-        tensor = self.base.tensor(self._stored.get(name, name))
-        rows = self._rows.get(name)
-        return tensor if rows is None else tensor[rows].clone()
+        return self._tensors.tensor(name)
+
+    def has_parameter(self, name: str) -> bool:
+        """Return whether something is stored for a parameter or persistent buffer of Transformers' model."""
+        return self._tensors.parameter_shape(self._untied(name)) is not None
+
+    def parameter_shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of what ``parameter`` returns.
+
+        Raises:
+            CheckpointError: Nothing is stored for it.
+        """
+        shape = self._tensors.parameter_shape(self._untied(name))
+        if shape is None:
+            raise CheckpointError(
+                f"{self.directory}: nothing is stored for {name}. Got {len(self.base.names)} tensors of other names. "
+                "Get the missing files, or correct config.json."
+            )
+        return shape
+
+    def parameter(self, name: str) -> Tensor:
+        """Return a parameter or persistent buffer of Transformers' model as it is there: stacked, fused, turned.
+
+        Args:
+            name: Its full name in Transformers' model; of a listed family also that of a fused linear's part.
+
+        Returns:
+            The tensor in its stored dtype, on the CPU, in memory of its own; of a tied head, the token embeddings.
+
+        Raises:
+            CheckpointError: Nothing is stored for it.
+        """
+        self.parameter_shape(name)
+        return self._tensors.parameter(self._untied(name))
+
+    def _untied(self, name: str) -> str:
+        tied = name == f"{self.head_name}.weight" and self.tied_embeddings
+        return f"{self.embedding_name}.weight" if tied else name
 
 
 class WeightOverlay(LanguageModel):
@@ -205,7 +178,7 @@ class WeightOverlay(LanguageModel):
                 shape (out, in).
 
         Raises:
-            UnsupportedModelError: The family is unknown.
+            UnsupportedModelError: Transformers does not run it as a decoder.
             CheckpointError: The stored tensors are not those of the sizes in config.json.
         """
         self._weights = {f"{name}.weight": read for name, read in weights.items()}
@@ -224,68 +197,71 @@ class WeightOverlay(LanguageModel):
     @property
     def tied_embeddings(self) -> bool:
         """Whether the output head is the token embedding; a replaced one is not."""
-        return super().tied_embeddings and f"{HEAD}.weight" not in self._weights
+        return super().tied_embeddings and f"{self.head_name}.weight" not in self._weights
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the sizes of a tensor's dimensions."""
-        return super().shape(EMBEDDING if name == f"{HEAD}.weight" and name not in super().names else name)
+        new_head = name == f"{self.head_name}.weight" and name not in super().names
+        return super().shape(f"{self.embedding_name}.weight" if new_head else name)
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor: one that is replaced wherever its function puts it, others on the CPU."""
         read = self._weights.get(name)
         return super().tensor(name) if read is None else read()
 
+    def has_parameter(self, name: str) -> bool:
+        """Return whether something is stored for a parameter of Transformers' model, or takes its place."""
+        return name in self._weights or super().has_parameter(name)
+
+    def parameter_shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of what ``parameter`` returns."""
+        new_head = name == f"{self.head_name}.weight" and name in self._weights
+        return self.shape(name) if new_head else super().parameter_shape(name)
+
+    def parameter(self, name: str) -> Tensor:
+        """Return a parameter of Transformers' model, with the other weights in their places."""
+        linears = self.structure.linears_in(name)
+        if name in self._weights and not (name in linears and linears[name].turned):
+            return self.tensor(name)
+        if linears.keys() & self._weights.keys():
+            return assembled(linears, self.parameter_shape(name), self.tensor)
+        return super().parameter(name)
+
 
 def language_model(source: TensorSource) -> LanguageModel:
     """Return the view of a source as a language model; a view is returned as it is.
 
     Raises:
-        UnsupportedModelError: The family is unknown.
+        UnsupportedModelError: Transformers does not run it as a decoder.
     """
     return source if isinstance(source, LanguageModel) else LanguageModel(source)
 
 
-def _require_consistent(model: LanguageModel) -> None:
-    # Before anything of the sizes in config.json is built.
-    where, config = model.directory, model.config
-    blocks = {name.split(".")[2] for name in model.names if name.startswith(f"{model.family.blocks}.")}
-    missing = next((index for index in range(model.block_count) if str(index) not in blocks), None)
-    if missing == 0:
-        first = model.family.linear_names(0, model.family.groups[0])[0]
-        model.shape(f"{first}.weight")  # says what is there instead
-    if missing is not None:
-        raise CheckpointError(
-            f"{where}: the weights lack a block. Got no tensor of {model.family.blocks}.{missing}. Expected "
-            f"num_hidden_layers {model.block_count} of config.json. Get the missing files, or correct config.json."
-        )
-    for block in range(model.block_count):
-        groups = model.family.input_groups(block, model.names)
-        if not groups:
-            raise CheckpointError(
-                f"{where}: {model.family.blocks}.{block} has no linears. Got none. Expected those of a "
-                f"{config.get('model_type')} block. Get the model again."
-            )
-        for group in groups:
-            for name in model.family.linear_names(block, group):
-                rows, columns = config_features(name, config)
-                _require_shape(model, f"{name}.weight", (columns, rows))
+def _discover(skeleton: Any) -> ModelStructure:
+    from ..trace.model import discover  # noqa: PLC0415 - only for families that are not listed
 
-
-def _require_shape(model: LanguageModel, name: str, expected: tuple[Any, Any]) -> None:
-    shape = model.shape(name)
-    if len(shape) != 2 or any(want is not None and got != want for got, want in zip(shape, expected, strict=True)):
-        raise CheckpointError(
-            f"{model.directory}: config.json does not fit the weights. Got shape {shape} for {name}. Expected "
-            f"{expected}. The files do not belong together: get the model again."
-        )
+    return discover(skeleton)
 
 
 def language_config(source: TensorSource) -> dict[str, Any]:
-    """Return the config of the language model in a source, as if it stood alone."""
+    """Return the config of the language model in a source, as if it stood alone.
+
+    Raises:
+        UnsupportedModelError: Transformers does not know the model type.
+        CheckpointError: Transformers does not accept the config.
+    """
     whole = source.config
     composite = composite_of(whole)
-    if composite is None:
-        return whole
+    config = whole if composite is None else _alone(whole, composite)
+    return config if _is_listed(whole, config) else decoder_config(config, whole, source.directory / "config.json")
+
+
+def _is_listed(whole: Mapping[str, Any], alone: Mapping[str, Any]) -> bool:
+    # A config that was opened is complete then. Of a listed family inside of an unknown whole, names are unknown.
+    return is_known(whole) and listed_family(alone) is not None
+
+
+def _alone(whole: Mapping[str, Any], composite: Composite) -> dict[str, Any]:
     config = {**text_config(whole)}
     config.pop("vision_config", None)
     if composite.text is not None:
@@ -297,18 +273,3 @@ def language_config(source: TensorSource) -> dict[str, Any]:
         if key in whole:
             config.setdefault(key, whole[key])
     return config
-
-
-def plain_name(name: str, *, composite: bool) -> str | None:
-    """Return the name that a tensor has in a language model alone; None if it belongs to another part.
-
-    Args:
-        name: Its name in a checkpoint, an adapter, or in memory.
-        composite: Whether the model has other parts beside the language model.
-    """
-    if composite:
-        for prefix, stands_for in _PREFIXES:
-            if name.startswith(prefix):
-                return stands_for + name.removeprefix(prefix)
-    parts = ("model.layers.", "model.embed_tokens.", "model.norm.", f"{HEAD}.")
-    return name if not composite or name.startswith(parts) else None

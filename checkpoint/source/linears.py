@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Protocol
 
-from ..model.families import EMBEDDING, HEAD
-
 if TYPE_CHECKING:
     from .language import LanguageModel  # which needs torch; plans do not
 
@@ -47,13 +45,12 @@ def model_linears(source: LanguageModel) -> tuple[list[Linear], Linear]:
         CheckpointError: A tensor that the family should have is missing.
     """
     linears = []
-    for block in range(source.block_count):
-        for group in source.structure.structures[block].groups:
-            for name in source.linear_names(block, group):
-                columns, rows = source.shape(f"{name}.weight")
-                linears.append(Linear(name, rows, columns))
-    vocabulary, hidden = source.shape(EMBEDDING)
-    return linears, Linear(HEAD, hidden, vocabulary)
+    for index, block in enumerate(source.structure.structures):
+        for name in (f"{source.blocks}.{index}.{each}" for group in block.groups for each in group.linears):
+            outputs, inputs = source.shape(f"{name}.weight")
+            linears.append(Linear(name, inputs, outputs))
+    vocabulary, hidden = source.shape(f"{source.embedding_name}.weight")
+    return linears, Linear(source.head_name, hidden, vocabulary)
 
 
 def matching(pattern: str, names: Iterable[str]) -> set[str]:

@@ -12,6 +12,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,11 +27,11 @@ from ..files.digests import file_digests
 from ..files.dtypes import require_finite
 from ..files.safetensors_file import SafetensorsHeader, read_entry, read_header
 from ..files.schemas import read_schema
+from ..loading.listed import plain_name
 from ..model.families import HEAD, composite_of
 from ..model.names import embedding_name, head_name
 from .checkpoint import Checkpoint, TensorInfo
 from .hub import confined_file
-from .language import plain_name
 from .views import CheckpointView
 
 __all__ = ["LoraView"]
@@ -139,7 +140,7 @@ class LoraView(CheckpointView):
         if not self._merged and not self._replaced:
             raise CheckpointError(f"{self._where}: no tensors, so there is nothing to merge. Get the adapter again.")
         names = base.names - {self._head} if tied else base.names
-        self._names = names | self._merged.keys() | self._replaced.keys()
+        self._names = names | self._changed
 
     @property
     def directories(self) -> tuple[Path, ...]:
@@ -183,6 +184,14 @@ class LoraView(CheckpointView):
         result = result.to(self.info(name).dtype)
         require_finite(result, where)
         return result
+
+    def entry(self, name: str, index: int) -> Tensor:
+        """Load one entry of a tensor's first dimension; see ``Checkpoint.entry``."""
+        return super().entry(name, index) if name in self._changed else self._base.entry(self._base_name(name), index)
+
+    @property
+    def _changed(self) -> AbstractSet[str]:
+        return self._merged.keys() | self._replaced.keys()
 
     @property
     def _where(self) -> Path:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...progress import Progress
+from ..files.dtypes import FLOAT_DTYPES
+from ..model.config import QUANTIZED_KEYS
 from .checkpoint import Checkpoint, TensorInfo, TensorSource
 
-__all__ = ["CheckpointView", "SourceView"]
+__all__ = ["CheckpointView", "DequantizedView", "SourceView"]
 
 
 class SourceView:
@@ -56,6 +59,10 @@ class SourceView:
     def tensor(self, name: str) -> Tensor:
         """Return a tensor in its stored dtype, on the CPU, in memory of its own."""
         return self.base.tensor(name)
+
+    def entry(self, name: str, index: int) -> Tensor:
+        """Return one entry of a tensor's first dimension."""
+        return self.tensor(name)[index].clone()
 
 
 class CheckpointView(Checkpoint):
@@ -114,6 +121,31 @@ class CheckpointView(Checkpoint):
         """Load one tensor; see ``Checkpoint.tensor``."""
         return self._base.tensor(name)
 
-    def stored(self, name: str) -> Tensor:
-        """Load one tensor as it lies in the base's file."""
-        return self._base.stored(name)
+    def entry(self, name: str, index: int) -> Tensor:
+        """Load one entry of a tensor's first dimension; see ``Checkpoint.entry``."""
+        return self.tensor(name)[index].clone()
+
+    def stored(self, name: str, index: int | None = None) -> Tensor:
+        """Load one tensor, or one entry of its first dimension, as it lies in the base's file."""
+        return self._base.stored(name, index)
+
+
+class DequantizedView(CheckpointView):
+    """A quantized checkpoint as the dense one that it stands for; weights get the dtype that config.json names."""
+
+    _names: frozenset[str]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The base's config without what says that it is quantized."""
+        return {key: value for key, value in self._base.config.items() if key not in QUANTIZED_KEYS}
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of all dense tensors."""
+        return self._names
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        named = self._base.config.get("dtype") or self._base.config.get("torch_dtype")
+        return next((dtype for dtype in FLOAT_DTYPES if str(dtype) == f"torch.{named}"), torch.bfloat16)

@@ -9,8 +9,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...checkpoint.files.side_files import TEMPLATE_DIRECTORY, is_side_file
 from ...checkpoint.source.hub import confined_file, connection_failures, list_directory
-from ...checkpoint.source.side_files import TEMPLATE_DIRECTORY, is_side_file
 from ...errors import CheckpointError, PublishError
 from ..format import Format
 from ..names import HUB_ID, RATE, rate_text

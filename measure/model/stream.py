@@ -66,7 +66,7 @@ class StreamedModel:
         self._model: Any = build_skeleton(self.source, self.source.config, dtype, device)
         self._blocks: list[Any] = list(self._model.get_submodule(self.source.blocks))
         for block in self._blocks:
-            split_block(block, self.source.family, self.source.config)
+            split_block(block, self.source.listed, self.source.config)
         require_stored(self.source, self._model)
         self._model.set_submodule(self.source.head_name, CastOnUseLinear(self._model.get_output_embeddings()))
         groups = [group for each in self.source.structure.structures for group in each.groups]
@@ -106,7 +106,7 @@ class StreamedModel:
 
     def linear_names(self, index: int, group: InputGroup) -> tuple[str, ...]:
         """Return the full names of an input group's linears in one block."""
-        return self.source.linear_names(index, group)
+        return tuple(f"{self.block_name(index)}.{name}" for name in group.linears)
 
     def block_name(self, index: int) -> str:
         """Return a block's full name, for messages and tensor names."""

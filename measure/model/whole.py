@@ -34,7 +34,7 @@ def whole_model(source: TensorSource, *, device: torch.device, dtype: torch.dtyp
     config = {**language.config, "tie_word_embeddings": language.tied_embeddings}
     model = build_skeleton(language, config, dtype, device, pads=True)
     for block in model.get_submodule(language.blocks):
-        split_block(block, language.family, config)
+        split_block(block, language.listed, config)
     head = f"{language.head_name}.weight"
     for name in stored_tensors(model):
         if name != head or not language.tied_embeddings:

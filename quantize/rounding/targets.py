@@ -111,7 +111,7 @@ class OriginalBlock:
     @property
     def last_group_only_adds(self) -> bool:
         """Whether the last group need not run where the block's output is known."""
-        known = self._model.source.family is not None  # else something may follow the last sum
+        known = self._model.source.listed is not None  # else something may follow the last sum
         plain = all(group.expert is None and not group.normed for group in self._all_groups)
         return known and plain and [group.joins_stream for group in self._all_groups[-2:]] == [False, True]
 

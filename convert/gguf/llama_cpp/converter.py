@@ -23,9 +23,9 @@ from ....checkpoint.files.atomic import atomic_file, private_directory
 from ....checkpoint.files.disk_errors import DISK_FULL
 from ....checkpoint.files.schemas import read_json
 from ....checkpoint.files.shards import DEFAULT_SHARD_BYTES, ShardWriter
+from ....checkpoint.files.side_files import CONFIG_FILE, SETTINGS
 from ....checkpoint.source.checkpoint import Checkpoint
 from ....checkpoint.source.hub import confined_file, side_files
-from ....checkpoint.source.side_files import CONFIG_FILE, SETTINGS
 from ....checkpoint.source.views import CheckpointView
 from ....errors import BpwiseError, CheckpointError
 from ...publishing.base_card import CARD_NAME

@@ -89,7 +89,17 @@ def test_experts_in_one_tensor(tmp_path: Path) -> None:
     tensors = {"experts.up_proj": weight, "experts.up_proj_scale_inv": scale}
     model = open_model(make(tmp_path / "m", tensors, BLOCKS, torch_dtype="float32"))
     for expert in range(2):
-        assert torch.equal(model.tensor("experts.up_proj")[expert], by_blocks(weight[expert], scale[expert], 128, 128))
+        expected = by_blocks(weight[expert], scale[expert], 128, 128)
+        assert torch.equal(model.tensor("experts.up_proj")[expert], expected)
+        assert torch.equal(model.entry("experts.up_proj", expert), expected)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2, 6), (2, 6, 1)], ids=["whole", "one", "flat-row", "row"])
+def test_one_expert_of_a_tensor(shape: tuple[int, ...], tmp_path: Path) -> None:
+    tensors = {"experts.up_proj": codes(2, 6, 4), "experts.up_proj_scale": scales(*shape)}
+    model = open_model(make(tmp_path / "m", tensors, TENSOR, torch_dtype="float32"))
+    for expert in range(2):
+        assert torch.equal(model.entry("experts.up_proj", expert), model.tensor("experts.up_proj")[expert])
 
 
 def test_block_structure_of_compressed_tensors(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from bpwise.checkpoint.files.side_files import DOWNLOADED, NOT_DOWNLOADED, is_side_file
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.checkpoint.source.hub import require_own_files, side_files
-from bpwise.checkpoint.source.side_files import DOWNLOADED, NOT_DOWNLOADED, is_side_file
 from bpwise.convert.carry import copy_side_files
 from bpwise.errors import CheckpointError
 from bpwise.measure.text.tokenizer import load_tokenizer

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from bpwise.measure.layers.attention import MaskRule, attention_for
 from bpwise.measure.layers import attention
+from bpwise.measure.layers.attention import MaskRule, attention_for
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 

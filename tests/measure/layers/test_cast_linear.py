@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from bpwise.measure.layers.cast_linear import CastOnUseLinear
 from bpwise.measure.layers import cast_linear as head
+from bpwise.measure.layers.cast_linear import CastOnUseLinear
 from torch import Tensor, nn
 
 

@@ -1,0 +1,1 @@
+"""Language models as Transformers has them in memory, and reading them from what checkpoints store."""

@@ -1,0 +1,1 @@
+"""The structure of models, found by watching their blocks compute."""
