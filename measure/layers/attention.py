@@ -60,6 +60,12 @@ class MaskRule:
         """All of it, bool, shape (rows, 1, queries, keys)."""
         return self._part(0, self.length, 0, self.length)
 
+    def __getitem__(self, parts: tuple[slice, ...]) -> MaskRule:
+        """Return all of it, as a model that could leave out positions asks for; there is no part."""
+        if any(part.start or part.stop is not None for part in parts):
+            raise TypeError("a rule has no parts")
+        return self
+
     def seen(self, first: int, last: int) -> tuple[slice, Tensor]:
         """Return which keys the queries from ``first`` to before ``last`` see, and the mask between the two."""
         low, high = 0, self.length
@@ -83,8 +89,10 @@ def attention_for(model_class: Any) -> str:
 
     It is the one of this module wherever the class lets its attention be chosen, else the class's own.
     """
+    if not model_class._supports_sdpa:
+        return "eager"  # it has something that no other attention has, as the sinks of gpt-oss
     if not model_class._supports_attention_backend:
-        return "sdpa" if model_class._supports_sdpa else "eager"
+        return "sdpa"
     from transformers import AttentionInterface, AttentionMaskInterface  # noqa: PLC0415 - seconds to import
 
     AttentionInterface.register(_NAME, attention_in_parts)

@@ -59,15 +59,26 @@ def _meta_model(parsed: Any, dtype: torch.dtype, device: torch.device, *, pads: 
         if hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("eager")  # one expert after another, which can be watched
     model.eval()
+    _compute_buffers(model, device)
+    return model
+
+
+def _compute_buffers(model: Any, device: torch.device) -> None:
     # Buffers that no checkpoint holds (rotary frequencies) are computed by the model's own initialisation, in
     # float32 whatever the dtype of the weights: rounding them ruins long contexts.
-    for module in model.modules():
-        names = module._non_persistent_buffers_set
-        for name in names:
+    from transformers import PreTrainedModel  # noqa: PLC0415 - seconds to import
+
+    owners = {"": model}
+    asked = []
+    for path, module in model.named_modules():
+        owners[path] = module if isinstance(module, PreTrainedModel) else owners[path.rpartition(".")[0]]
+        for name in module._non_persistent_buffers_set:
             setattr(module, name, torch.empty_like(getattr(module, name), device=device))
-        if names:
-            model._init_weights(module)
-    return model
+        # A model may compute those of its blocks for them.
+        if module._non_persistent_buffers_set or owners[path] is module:
+            asked.append((owners[path], module))
+    for owner, module in reversed(asked):
+        owner._init_weights(module)
 
 
 def require_stored(source: LanguageModel, model: nn.Module) -> None:
