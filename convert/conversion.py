@@ -174,6 +174,10 @@ class Conversion(ABC):
             BpwiseError: What is wrong.
         """
 
+    def beside(self, output: Path) -> tuple[Path, ...]:
+        """Return the files of this format that ``write`` makes beside an output, or finds there from an earlier run."""
+        return ()
+
     def require_readable(self) -> None:
         """Refuse what could not be read back to be evaluated, as far as is known: before ``prepare``, and after it.
 
@@ -181,16 +185,20 @@ class Conversion(ABC):
             UnsupportedModelError: The output could not be opened.
         """
 
-    def scratch(self, work: Path) -> Mapping[Path, int]:
-        """Return the files that ``prepare`` will make in a work directory, and about how large, in bytes."""
+    def scratch(self, work: Path, measurement: Path | None = None) -> Mapping[Path, int]:
+        """Return the files that ``prepare`` will make, and about how large, in bytes; arguments as there."""
         return {}
 
-    def prepare(self, work: Path, progress: Progress) -> tuple[tuple[str, Mapping[str, Any]], ...]:
+    def prepare(
+        self, work: Path, progress: Progress, measurement: Path | None = None
+    ) -> tuple[tuple[str, Mapping[str, Any]], ...]:
         """Make what a run needs before anything is measured.
 
         Args:
             work: Work directory to keep it in.
             progress: Shows how far it is.
+            measurement: File of the measurement that the run works from; what serves other runs too may be kept beside
+                it. None if there is none yet.
 
         Returns:
             Names and identities of the resume stores it lies in.

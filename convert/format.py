@@ -122,6 +122,14 @@ class Format(ABC):
         """
         return self.open(path).run if self.recognises(path) else None
 
+    def companions(self, output: Path) -> tuple[Path, ...]:
+        """Return the files beside a finished output that belong to its model, are none by themselves, and go with it.
+
+        Raises:
+            FormatError: One of them is damaged.
+        """
+        return ()
+
     @abstractmethod
     def curves(self, options: Any) -> CurveMaker | None:
         """Return what measures this format's curves; None where what it needs is not installed."""

@@ -62,11 +62,12 @@ def report_place(output: Path, format_: Format) -> ReportPlace:
     return ReportPlace(output.parent, f"{output.stem}.") if format_.suffix else ReportPlace(output, "")
 
 
-def files_beside(output: Path, format_: Format) -> list[str]:
+def files_beside(output: Path, conversion: Conversion, format_: Format) -> list[str]:
     """Return the names of all files that may come to lie beside an output that is a file."""
     if not format_.suffix:
         return []
-    return [*report_names(f"{output.stem}."), card_path(output).name, mark_path(output).name]
+    own = [path.name for path in conversion.beside(output)]
+    return [*own, *report_names(f"{output.stem}."), card_path(output).name, mark_path(output).name]
 
 
 def exists(output: Path) -> bool:
@@ -140,9 +141,10 @@ def check_output(conversion: Conversion, config: QuantizeConfig, output: Path, p
         FormatError: What is there is damaged.
     """
     format_ = config.format
-    if output_of(output, format_, ""):
-        conversion.checkpoint.prepare_fingerprint(progress)
-        output_of(output, format_, run_prefix(conversion.checkpoint))
+    for path in (output, *conversion.beside(output)):
+        if output_of(path, format_, ""):
+            conversion.checkpoint.prepare_fingerprint(progress)
+            output_of(path, format_, run_prefix(conversion.checkpoint))
     place = report_place(output, format_)
     if format_.suffix and config.evaluate is not None:
         try_report(place.directory, prefix=place.prefix)
@@ -181,6 +183,7 @@ def forecast_outputs(
     work: Path,
     *,
     measured: Measurement | None = None,
+    measurement: Path | None = None,
     rows: CalibrationSet | None = None,
 ) -> dict[Path, Forecast]:
     """Return what a run will take for each output; refuse what cannot be quantized.
@@ -194,6 +197,7 @@ def forecast_outputs(
         evaluate: Options of the evaluation; None if there is none.
         work: The run's work directory.
         measured: A measurement to work from; None if there is none yet.
+        measurement: Its file.
         rows: Calibration rows that are given; None if they are to be made.
 
     Raises:
@@ -222,7 +226,7 @@ def forecast_outputs(
             if conversion.measures
             else "target: got one. Expected none beside options that say the size. Leave one of them out."
         )
-    scratch = conversion.scratch(work)
+    scratch = conversion.scratch(work, measurement)
     forecasts = {}
     for output, target in targets.items():
         forecast = forecast_run(conversion, target, measure, measured=measured, rows_shape=shape)

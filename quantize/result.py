@@ -36,6 +36,7 @@ class QuantizeResult:
         report: The page with the comparison; None if evaluation was left out.
         experts: How many experts calibration text hardly reached; None for a model without experts.
         warnings: What readers compute otherwise than Transformers, and what could not be carried over.
+        beside: Files that belong to the output and lie beside it.
     """
 
     output: Path
@@ -50,6 +51,7 @@ class QuantizeResult:
     report: Path | None
     experts: str | None
     warnings: tuple[str, ...]
+    beside: tuple[Path, ...] = ()
 
     def summary_lines(self) -> list[str]:
         """Return the result as lines for a terminal."""
@@ -69,6 +71,7 @@ class QuantizeResult:
             lines.append(f"measurement {self.measurement} serves any other bitrate")
         if self.report is not None:
             lines.append(f"report      {self.report}")
+        lines += [f"beside      {path}" for path in self.beside]
         return [*lines, f"output      {self.output}"]
 
 

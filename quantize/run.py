@@ -73,6 +73,11 @@ class Job:
         """The original."""
         return self.conversion.checkpoint
 
+    @property
+    def measurement(self) -> Path | None:
+        """File of the measurement that was given."""
+        return None if self.given is None else self.given.path
+
 
 def quantize_model(
     model: Original,
@@ -118,7 +123,7 @@ def quantize_model(
     conversion = config.format.conversion(checkpoint, config.options)
     require_convertible(conversion)
     check_places(conversion, config, output, work, measurement)
-    with reserved(output, files_beside(output, config.format)):
+    with reserved(output, files_beside(output, conversion, config.format)):
         check_output(conversion, config, output, progress)
         given = GivenMeasurement.load(measurement, checkpoint, progress)
         forecast_outputs(
@@ -128,6 +133,7 @@ def quantize_model(
             config.evaluate,
             work,
             measured=None if given is None else given.measurement,
+            measurement=measurement,
             rows=calibration,
         )
         if judge is None and config.evaluate is not None:
@@ -181,7 +187,7 @@ class _OutputRun:
         if job.judge is not None and not conversion.measures:
             job.judge.check_text(None)
         with self._clock.step("prepare"):
-            for name, identity in conversion.prepare(self._work, job.progress):
+            for name, identity in conversion.prepare(self._work, job.progress, job.measurement):
                 self._artifacts.add(name, identity)
         if job.judge is not None:
             conversion.require_readable()
@@ -208,6 +214,7 @@ class _OutputRun:
             report=None if comparison is None else place.directory / f"{place.prefix}report.html",
             experts=None if measured is None else measured.experts_sentence,
             warnings=(*conversion.warnings, *conversion.notes),
+            beside=tuple(filter(Path.exists, conversion.beside(self._output))),
         )
         self._report(result, finished=finished)
         return result
@@ -303,7 +310,7 @@ class _OutputRun:
     def _measurement_file(self) -> Path | None:
         if not self._job.conversion.measures:
             return None
-        return self._work / MEASUREMENT_FILE if self._job.given is None else self._job.given.path
+        return self._job.measurement or self._work / MEASUREMENT_FILE
 
     def _provenance(self, rows: CalibrationSet | None, run: str = "0" * 32) -> Provenance:
         checkpoint, warnings = self._job.checkpoint, self._job.conversion.warnings

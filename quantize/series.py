@@ -162,13 +162,22 @@ def quantize_series(
     targets = {path: Target(bpw=bpw) for bpw, path in paths.items()}
     for path in targets:
         check_places(conversion, config, path, work / path.name, measurement)
-        with reserved(path, files_beside(path, config.format)):
+        with reserved(path, files_beside(path, conversion, config.format)):
             check_output(conversion, config, path, progress)
     check_work(work / "measure")
     try_report(output)
     given = GivenMeasurement.load(measurement, checkpoint, progress)
     measured = None if given is None else given.measurement
-    forecast_outputs(conversion, targets, config.measure, config.evaluate, work, measured=measured, rows=calibration)
+    forecast_outputs(
+        conversion,
+        targets,
+        config.measure,
+        config.evaluate,
+        work,
+        measured=measured,
+        measurement=measurement,
+        rows=calibration,
+    )
     judge = None if config.evaluate is None else Judge(checkpoint, config.evaluate, progress)
     job = Job(
         conversion=conversion, config=config, given=given, calibration=calibration, judge=judge, progress=progress
@@ -188,7 +197,7 @@ def quantize_series(
 def _make_all(job: Job, targets: Mapping[Path, Target], work: Path) -> tuple[tuple[SeriesOutput, ...], Path]:
     # The outputs, and the measurement file that they were made from.
     shared = RunArtifacts(work)
-    for name, identity in job.conversion.prepare(work, job.progress):
+    for name, identity in job.conversion.prepare(work, job.progress, job.measurement):
         shared.add(name, identity)
     given = job.given or _measured(job, work / "measure")
     job = replace(job, given=given, calibration=None)
@@ -216,7 +225,7 @@ def _measured(job: Job, work: Path) -> GivenMeasurement:
 def _make(job: Job, path: Path, target: Target, work: Path) -> SeriesOutput:
     assert target.bpw is not None
     try:
-        with reserved(path, files_beside(path, job.config.format)):
+        with reserved(path, files_beside(path, job.conversion, job.config.format)):
             made = make_output(job, path, target, work / path.name)
     except BrokenModelError as cause:
         return SeriesOutput(path=path, asked_bpw=target.bpw, broken=str(cause))

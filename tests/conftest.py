@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from bpwise.convert.gguf.llama_cpp import fetch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
@@ -110,11 +111,19 @@ def browser() -> Iterator[Any]:
     opened.quit()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def nothing_fetched() -> Iterator[None]:
+    """Keeps tests from fetching llama.cpp's converter: `make` has done so once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fetch, "_URL", "http://127.0.0.1:9/")
+        yield
+
+
 def llama_cpp_dir() -> Path:
     """Where llama.cpp's converter is; skips the test if it, or what it imports, is missing."""
-    directory = Path(sys.prefix) / "share" / "bpwise" / "llama.cpp"
-    if not (directory / "convert_hf_to_gguf.py").is_file():
-        pytest.skip(f"llama.cpp's converter is not in {directory}")
+    directory = fetch.fetched_converter()
+    if directory is None:
+        pytest.skip(f"llama.cpp's converter is not in {fetch.data_directory()}: run `make` to fetch it")
     pytest.importorskip("sentencepiece", reason="llama.cpp's converter needs sentencepiece")
     return directory
 

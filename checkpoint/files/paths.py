@@ -182,18 +182,19 @@ def check_run(
 
 
 @contextmanager
-def locked(file: Path, what: Path, advice: str) -> Iterator[None]:
+def locked(file: Path, what: Path, advice: str, *, wait: bool = False) -> Iterator[None]:
     """Hold a lock; the operating system lets go of it when the process ends, however it does.
 
     Args:
         file: The lock file. Missing directories are made for it, and go again if nothing is left in them.
         what: What is locked, to begin messages with.
         advice: What else can be done than to wait, to end them with.
+        wait: Whether to wait as long as another process holds it.
 
     Raises:
         WorkDirectoryError: Another process holds it, or the place has no locks or cannot be written.
     """
-    lock = FileLock(file, timeout=0)
+    lock = FileLock(file, timeout=-1 if wait else 0)
     try:
         missing = [each for each in file.parents if not each.exists()]
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from ..conversion import Conversion, Provenance, SizeForecast, Target
 from ..model import Verification
 from ..plan import Plan
 from ..rounding import RoundedModel
-from .base import BASE, base_identity, base_path, base_to_make, converted
+from .base import BASE, base_identity, base_path, base_to_make, converted, projector_path, write_projector
 from .curves import gguf_curves
 from .file.header import GgufHeader, read_gguf_header
 from .file.metadata import CALIBRATION_KEY, LIMITS_KEY, RUN_KEY, SPANS_KEY, VERSION_KEY
@@ -74,7 +74,11 @@ class GgufConversion(Conversion):
             self.checkpoint.config, "Give one of llama.cpp's mixtures with --type and --no-eval instead of a size."
         )
         require_kernels()
-        if self.options.base is None:
+        self.require_converter()
+
+    def require_converter(self) -> None:
+        """Refuse a place of the converter where it is not; where none is named, it is fetched when it is needed."""
+        if self.options.llama_cpp is not None and self.options.base is None:
             find_converter(self.options.llama_cpp)
 
     def forecast(
@@ -106,25 +110,40 @@ class GgufConversion(Conversion):
             highest_bpw=8 * limits.most_bytes / weights,
         )
 
+    def beside(self, output: Path) -> tuple[Path, ...]:
+        """Return the file with what the model sees images with, if it does. See ``Conversion``."""
+        path = None if self.options.base is not None else projector_path(self.checkpoint, output)
+        return () if path is None else (path,)
+
+    def write_beside(self, output: Path) -> None:
+        """Write the files of ``beside``; a note says so where the converter makes none."""
+        for path in self.beside(output):
+            missing = write_projector(self.checkpoint, path, self.options.llama_cpp)
+            if missing is not None and missing not in self.notes:
+                self.notes = (*self.notes, missing)
+
     def require_readable(self) -> None:
         """See ``Conversion``."""
         if self._base is not None:
             GgufModel.open(self._base)
 
-    def scratch(self, work: Path) -> Mapping[Path, int]:
+    def scratch(self, work: Path, measurement: Path | None = None) -> Mapping[Path, int]:
         """See ``Conversion``."""
-        base = base_to_make(work)
+        base = base_to_make(self.checkpoint, work, measurement)
         return {} if base is None or self.options.base is not None else {base: self.checkpoint.total_bytes}
 
-    def prepare(self, work: Path, progress: Progress) -> tuple[tuple[str, Mapping[str, Any]], ...]:
+    def prepare(
+        self, work: Path, progress: Progress, measurement: Path | None = None
+    ) -> tuple[tuple[str, Mapping[str, Any]], ...]:
         """Convert the model to the unquantized file that is quantized. See ``Conversion``."""
         if self._base is not None:
             return ()
         if self.options.base is not None:
             self._base = self.options.base
         else:
+            find_converter(self.options.llama_cpp, progress)
             self.checkpoint.prepare_fingerprint(progress)
-            self._base = base_path(self.checkpoint, work, self.options.llama_cpp)
+            self._base = base_path(self.checkpoint, work, self.options.llama_cpp, measurement)
         self.notes = converted(self.checkpoint, self._base, self.options.llama_cpp)
         if self.measures:  # otherwise the file says nothing of its run
             self._base_digest = file_digests([self._base], FormatError, progress)[0]
@@ -172,6 +191,7 @@ class GgufConversion(Conversion):
     ) -> Verification:
         """See ``Conversion``."""
         assert measurement is not None
+        self.write_beside(output)  # first: an output that is there is complete
         types = {tensor_name(name): kind for name, kind in plan.kinds.items()}
         distances = {} if rounded is None else rounded.numbers("distance")
         return write_gguf(

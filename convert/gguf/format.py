@@ -102,6 +102,12 @@ class GgufFormat(Format):
         run = None if path.is_dir() else read_gguf_header(path).metadata.get(RUN_KEY)
         return None if run is None else str(run)
 
+    def companions(self, output: Path) -> tuple[Path, ...]:
+        """Return what the model sees images with: files of bpwise's own that tell the same model as the output."""
+        run = self.run_of(output)
+        found = () if run is None else sorted(output.parent.glob("mmproj-*.gguf"))
+        return tuple(path for path in found if path != output and (self.run_of(path) or "")[:8] == (run or "")[:8])
+
     def curves(self, options: Any) -> CurveMaker | None:
         """Return what measures every tensor in every type; None where ggml's library is not installed."""
         from .curves import GgufCurves

@@ -26,7 +26,6 @@ from .file.writer import write_gguf
 from .ggml.kernels import require_kernels
 from .ggml.types import TYPES, GgmlType
 from .llama_cpp.assign import mixture_types, require_importance
-from .llama_cpp.converter import find_converter
 from .llama_cpp.imatrix import ImportanceMatrix, imatrix_metadata, read_imatrix, require_fitting
 from .llama_cpp.mixtures import mixture
 from .options import GgufOptions
@@ -107,8 +106,7 @@ class MixtureConversion(GgufConversion):
         """Refuse missing tools, and importances that do not fit, as far as that is known before converting."""
         if TYPES[self._mixture.default].quantized:
             require_kernels()
-        if self.options.base is None:
-            find_converter(self.options.llama_cpp)
+        self.require_converter()
         matrix = self._matrix
         if self.checkpoint.config.get("model_type") not in known_model_types():
             return  # whether llama.cpp's converter knows it shows soon
@@ -154,6 +152,7 @@ class MixtureConversion(GgufConversion):
     ) -> Verification:
         """See ``Conversion``."""
         matrix = self._matrix
+        self.write_beside(output)
         return write_gguf(
             self.base,
             output,

@@ -25,7 +25,7 @@ class GgufOptions(FormatOptions):
         mixture: One of llama.cpp's fixed mixtures, such as ``Q4_K_M``, instead of a target: byte for byte what
             llama-quantize makes; nothing is measured.
         imatrix: With ``mixture``: an importance matrix in either of llama.cpp's formats.
-        llama_cpp: A llama.cpp checkout, or a directory with its converter; None for the usual place.
+        llama_cpp: A checkout of llama.cpp, whose converter is taken; None for the one that is fetched from PyPI.
         base: The model as an unquantized GGUF file; None converts it.
         card: Whether a model card ``NAME.README.md`` is written beside the file.
     """
@@ -55,7 +55,7 @@ class GgufOptions(FormatOptions):
         "--llama-cpp",
         default=None,
         kind="directory",
-        help="llama.cpp or its converter.  [default: as `make` installs it]",
+        help="A checkout of llama.cpp with a newer converter.  [default: one fetched from PyPI]",
     )
     base: Path | None = option(
         "--base", default=None, kind="file", help="The model as an unquantized GGUF file: do not convert it."

