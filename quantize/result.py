@@ -36,6 +36,7 @@ class QuantizeResult:
         report: The page with the comparison; None if evaluation was left out.
         experts: How many experts calibration text hardly reached; None for a model without experts.
         warnings: What readers compute otherwise than Transformers, and what could not be carried over.
+        details: What was found of the original on its way, for the report: section -> entry -> value.
     """
 
     output: Path
@@ -50,6 +51,7 @@ class QuantizeResult:
     report: Path | None
     experts: str | None
     warnings: tuple[str, ...]
+    details: Mapping[str, Mapping[str, str | float]]
 
     def summary_lines(self) -> list[str]:
         """Return the result as lines for a terminal."""
@@ -94,6 +96,7 @@ def report_details(result: QuantizeResult) -> dict[str, dict[str, str | float]]:
             **({} if result.experts is None else {"experts": result.experts}),
             **fallback_entries(result.fallbacks),
         },
+        **{section: dict(entries) for section, entries in result.details.items()},
         **cost_section(result.costs),
         **drift_section(result.drift),
     }

@@ -208,6 +208,7 @@ class _OutputRun:
             report=None if comparison is None else place.directory / f"{place.prefix}report.html",
             experts=None if measured is None else measured.experts_sentence,
             warnings=(*conversion.warnings, *conversion.notes),
+            details=conversion.details,
         )
         self._report(result, finished=finished)
         return result
