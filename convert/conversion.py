@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
@@ -116,6 +117,8 @@ class Conversion(ABC):
     """Files that are read beside the original."""
     notes: tuple[str, ...] = ()
     """What ``prepare`` found that a user should know, as sentences."""
+    details: Mapping[str, Mapping[str, str | float]] = MappingProxyType({})
+    """What it found, for reports: section -> entry -> value."""
 
     def __init__(self, checkpoint: Checkpoint, options: Any) -> None:
         """Hold both; nothing is read.

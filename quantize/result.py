@@ -37,6 +37,7 @@ class QuantizeResult:
         experts: How many experts calibration text hardly reached; None for a model without experts.
         warnings: What readers compute otherwise than Transformers, and what could not be carried over.
         beside: Files that belong to the output and lie beside it.
+        details: What was found of the original on its way, for the report: section -> entry -> value.
     """
 
     output: Path
@@ -51,6 +52,7 @@ class QuantizeResult:
     report: Path | None
     experts: str | None
     warnings: tuple[str, ...]
+    details: Mapping[str, Mapping[str, str | float]]
     beside: tuple[Path, ...] = ()
 
     def summary_lines(self) -> list[str]:
@@ -97,6 +99,7 @@ def report_details(result: QuantizeResult) -> dict[str, dict[str, str | float]]:
             **({} if result.experts is None else {"experts": result.experts}),
             **fallback_entries(result.fallbacks),
         },
+        **{section: dict(entries) for section, entries in result.details.items()},
         **cost_section(result.costs),
         **drift_section(result.drift),
     }

@@ -215,6 +215,7 @@ class _OutputRun:
             experts=None if measured is None else measured.experts_sentence,
             warnings=(*conversion.warnings, *conversion.notes),
             beside=tuple(filter(Path.exists, conversion.beside(self._output))),
+            details=conversion.details,
         )
         self._report(result, finished=finished)
         return result

@@ -169,7 +169,7 @@ def parse_config(config: Mapping[str, Any], path: Path) -> Any:
     plain = {key: deepcopy(value) for key, value in config.items() if key not in _NOT_PARSED}
     _rename_su(text_config(plain))
     with explain_transformers(path):
-        parsed = CONFIG_MAPPING[model_type].from_dict(plain)
+        parsed = (kind := CONFIG_MAPPING[model_type]).from_dict(kind._decode_special_floats(plain))  # infinities
         text = parsed.get_text_config()
     for key in _ACTIVATIONS:
         name = getattr(text, key, None)

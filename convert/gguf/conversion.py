@@ -24,6 +24,7 @@ from ..plan import Plan
 from ..rounding import RoundedModel
 from .base import BASE, base_identity, base_path, base_to_make, converted, projector_path, write_projector
 from .curves import gguf_curves
+from .engine.gate import gate_once
 from .file.header import GgufHeader, read_gguf_header
 from .file.metadata import CALIBRATION_KEY, LIMITS_KEY, RUN_KEY, SPANS_KEY, VERSION_KEY
 from .file.names import architecture_of, known_model_types, row_order
@@ -44,6 +45,9 @@ from .rounder import GgufRounder
 __all__ = ["GgufConversion", "require_known"]
 
 _ALIGNMENT_BYTES = 32
+
+_GATE = ".gate.json"
+"""What came out of running the base in llama.cpp, beside a base of our own."""
 
 
 class GgufConversion(Conversion):
@@ -144,7 +148,12 @@ class GgufConversion(Conversion):
             find_converter(self.options.llama_cpp, progress)
             self.checkpoint.prepare_fingerprint(progress)
             self._base = base_path(self.checkpoint, work, self.options.llama_cpp, measurement)
-        self.notes = converted(self.checkpoint, self._base, self.options.llama_cpp)
+        notes = converted(self.checkpoint, self._base, self.options.llama_cpp)
+        kept = None if self.options.base is not None else self._base.with_suffix(_GATE)
+        gate = gate_once(self._base, self.checkpoint, work, kept=kept)
+        gate.require()
+        self.notes = (*notes, *gate.notes)
+        self.details = {"Base": {"in llama.cpp": gate.sentence}}
         if self.measures:  # otherwise the file says nothing of its run
             self._base_digest = file_digests([self._base], FormatError, progress)[0]
         if self.measures and self.options.feedback:

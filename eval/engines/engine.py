@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...checkpoint.source.checkpoint import TensorSource
 from ...checkpoint.source.original import Original
+from ...convert.gguf.engine.library import EngineModel, LlamaLibrary, load_library
 from ...convert.model import QuantizedModel
 from ...errors import CheckpointError, ConfigError
 from ...measure.text.calibration import CalibrationSet
@@ -29,7 +30,6 @@ from ..metrics.overlap import refuse_calibration_text, stored_spans, with_overla
 from ..metrics.passes import exact_logits
 from ..metrics.profile import profile_of
 from ..models import model_name, open_pair, summarize_model, vocab_size_of
-from .llamacpp import EngineModel, LlamaLibrary, load_library
 
 __all__ = ["ENGINE", "compare_in_engine", "evaluate_in_engine"]
 

@@ -103,8 +103,8 @@ def test_costs_about_what_was_predicted_and_less_than_llama_quantize(
 @pytest.mark.parametrize("name", FAMILIES)
 def test_llama_cpp_loads_it_and_sees_the_same_weights(name: str, made: Made, converted: Any) -> None:
     pytest.importorskip("xllamacpp", reason="the engine is not installed: pip install 'bpwise[gguf]'")
+    from bpwise.convert.gguf.engine.library import load_library
     from bpwise.eval.engines.engine import compare_in_engine
-    from bpwise.eval.engines.llamacpp import load_library
 
     source, base = Checkpoint.open(converted[name].directory), GgufModel.open(converted[name].file)
     file = GgufModel.open(made[name].output)
@@ -354,7 +354,7 @@ class TestHonesty:
         assert {title: section for title, section in again.items() if "Drift" in title or title == "Plan"} == {
             title: section for title, section in first.items() if "Drift" in title or title == "Plan"
         }
-        assert len(again) == len(first) == 5
+        assert len(again) == len(first) == 6
 
     def test_remembers_what_it_was_calibrated_on(self, made: Made) -> None:
         spans = stored_spans(GgufModel.open(made["llama3"].output))

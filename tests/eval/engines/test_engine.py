@@ -1,6 +1,5 @@
 """llama.cpp as the judge, against Transformers on the same weights: real library, small random models."""
 
-import ctypes
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,11 @@ import pytest
 import torch
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.cli import cli
+from bpwise.convert.gguf.engine.library import LlamaLibrary, load_library
 from bpwise.convert.gguf.file.reader import GgufModel
 from bpwise.errors import CheckpointError, ConfigError
 from bpwise.eval.comparison import EvalConfig, compare_models, evaluate_models
-from bpwise.eval.engines import llamacpp
 from bpwise.eval.engines.engine import compare_in_engine
-from bpwise.eval.engines.llamacpp import LlamaLibrary, load_library
 from bpwise.measure.text.calibration import CalibrationSet
 from click.testing import CliRunner
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -181,45 +179,3 @@ class TestCommandLine:
         assert plain.quantized.stored_bytes == quantized.stat().st_size
         for wrong in (engine[:2], engine[2:]):
             assert CliRunner().invoke(cli, [*command, *wrong]).exit_code == 2
-
-
-class TestLibrary:
-    def test_refuses_a_file(self, library: LlamaLibrary, tmp_path: Path) -> None:
-        path = tmp_path / "x.gguf"
-        path.write_bytes(b"GGUF and nothing more")
-        with (
-            pytest.raises(CheckpointError, match=r"llama\.cpp cannot load it .*version"),
-            library.model(path, row_tokens=8, threads=1),
-        ):
-            pass
-
-    def test_other_layout(self, monkeypatch: pytest.MonkeyPatch, library: LlamaLibrary) -> None:
-        monkeypatch.setattr(llamacpp, "_DEFAULTS", {**llamacpp._DEFAULTS, "type_k": 7})
-        with pytest.raises(ConfigError, match=r"has type_k = 1 by default. Expected 7.*xllamacpp=="):
-            LlamaLibrary(library._path, "again")
-
-    def test_other_version(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(llamacpp, "XLLAMACPP_VERSION", "1.2.3")
-        llamacpp._load.cache_clear()
-        try:
-            with pytest.raises(ConfigError, match=r"Expected 1\.2\.3"):
-                load_library()
-        finally:
-            llamacpp._load.cache_clear()
-
-    def test_directory(self, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match="no shared library"):
-            load_library(tmp_path)
-        (tmp_path / "build" / "bin").mkdir(parents=True)
-        (tmp_path / "build" / "bin" / "libllama.so").write_bytes(b"no library")
-        with pytest.raises(ConfigError, match="cannot be loaded"):
-            load_library(tmp_path)
-
-    def test_fields_stand_where_c_puts_them(self) -> None:
-        # From the header of llama.cpp: 22 fields of 4 bytes, two pointers, two enumerations.
-        parameters = llamacpp._ContextParameters
-        assert parameters.n_threads.offset == 28
-        assert parameters.flash_attn_type.offset == 52
-        assert parameters.cb_eval.offset == 88
-        assert (parameters.type_k.offset, parameters.type_v.offset) == (104, 108)
-        assert ctypes.sizeof(llamacpp._Batch) == 56
