@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
+import torch
+
+from ...checkpoint.files.resume import ResumeStore
 from ...checkpoint.model.names import model_order
 from ...checkpoint.source.language import LanguageModel
 from ...checkpoint.source.linears import model_linears
@@ -12,36 +16,35 @@ from ...progress import Progress, silent
 from .file.header import GgufHeader, GgufTensor
 from .file.reader import read_values
 from .file.roles import Role, layer_of, role_of
-from .rows.matching import LEAST_COLUMNS, LinearOutputs
+from .plan.layout import matrices_of
+from .rows.matching import LinearOutputs
 from .rows.rowmap import RowMap, TensorRows
+from .rows.text import map_from_text, map_to_text
 
-__all__ = ["build_map", "matrices_of", "require_held"]
+__all__ = ["ROWS", "build_map", "kept_map", "require_held"]
 
-_HALVES = ("F16", "BF16")
+ROWS = "rows"
+"""Name of the step in the work directory that holds the map."""
 
 _OUTSIDE = -1
 """Number of the block, as ``layer_of`` gives it, of what belongs to none."""
 
 
-def matrices_of(header: GgufHeader) -> dict[str, GgufTensor]:
-    """Return the tensors of an unquantized file that may be quantized, as far as their types tell.
-
-    llama.cpp's converter leaves what must not be quantized (routers, convolutions) in F32 if it may write 16 bits. In a
-    file that is F32 throughout any matrix may be one.
+def kept_map(store: ResumeStore | None, source: LanguageModel, header: GgufHeader, progress: Progress) -> RowMap:
+    """Return the map of an unquantized file, from a resume store if it is there, and kept there otherwise.
 
     Args:
-        header: The file's.
-
-    Returns:
-        Those with rows that are worth it, by name.
+        store: Where it is kept; None for nowhere.
+        source: As for ``build_map``.
+        header: As for ``build_map``.
+        progress: As for ``build_map``.
     """
-    tensors = header.tensors
-    kinds = _HALVES if any(each.type.name in _HALVES for each in tensors.values()) else ("F32",)
-    return {
-        name: each
-        for name, each in tensors.items()
-        if len(each.shape) > 1 and each.shape[-1] >= LEAST_COLUMNS and each.type.name in kinds
-    }
+    if store is not None and store.has(ROWS):
+        return map_from_text(bytes(store.load(ROWS)["text"].tolist()).decode("ascii"), str(store.path))
+    rows = build_map(source, header, progress)
+    if store is not None:
+        store.save(ROWS, {"text": torch.tensor(list(map_to_text(rows).encode("ascii")), dtype=torch.uint8)})
+    return rows
 
 
 def build_map(source: LanguageModel, header: GgufHeader, progress: Progress = silent) -> RowMap:
@@ -55,7 +58,7 @@ def build_map(source: LanguageModel, header: GgufHeader, progress: Progress = si
     Raises:
         FormatError: A tensor cannot be read.
     """
-    tensors = matrices_of(header)
+    tensors = {name: header.tensors[name] for name in matrices_of(header.tensors)}
     names: dict[int, list[str]] = {}
     for name in tensors:
         names.setdefault(layer_of(name), []).append(name)
@@ -75,24 +78,30 @@ def build_map(source: LanguageModel, header: GgufHeader, progress: Progress = si
     return RowMap({name: found[name] for name in header.tensors if name in found}, unexplained)
 
 
-def require_held(rows: RowMap, header: GgufHeader, linears: Mapping[str, int]) -> None:
-    """Refuse a file that lacks outputs of linears.
+def require_held(rows: RowMap, source: LanguageModel, where: Path) -> None:
+    """Refuse a file that lacks outputs of a model's linears.
+
+    Those of a block that has matrices which are not explained may be in them: MLA's keys are stored turned.
 
     Args:
         rows: The file's map.
-        header: The file's.
-        linears: Number of outputs of every linear that it must hold, by full name.
+        source: The model.
+        where: The file.
 
     Raises:
         VerificationError: It lacks some.
     """
-    lacking = rows.missing(linears)
-    if lacking:
-        name = next(iter(lacking))
-        raise VerificationError(
-            f"{header.path}: {len(lacking)} linears are not in the file, or not whole. Got {lacking[name]} of "
-            f"{linears[name]} outputs of {name} nowhere. Expected all. Convert the model again, or choose EXL2."
-        )
+    linears, head = model_linears(source)
+    features = {each.name: each.out_features for each in (*linears, *([] if source.tied_embeddings else [head]))}
+    lacking = rows.missing(features)
+    unsure = {layer_of(name) for name in rows.unexplained}
+    blocks = {name: block for block, names in _linears_by_block(source).items() for name in names}
+    for name, count in lacking.items():
+        if blocks[name] not in unsure:
+            raise VerificationError(
+                f"{where}: {name} is not in the file, or not whole. Got {features[name] - count} of its "
+                f"{features[name]} outputs. Expected all. Convert the model again, or with a newer converter."
+            )
 
 
 def _linears_by_block(source: LanguageModel) -> dict[int, list[str]]:

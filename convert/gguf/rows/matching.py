@@ -16,10 +16,7 @@ from torch import Tensor
 
 from .rowmap import TensorRows
 
-__all__ = ["LEAST_COLUMNS", "LinearOutputs"]
-
-LEAST_COLUMNS = 16
-"""Narrower rows may be alike by chance, and no type of ggml takes them."""
+__all__ = ["LinearOutputs"]
 
 _PIECE_BYTES = 16 << 20
 

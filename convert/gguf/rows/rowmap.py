@@ -15,7 +15,10 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Part", "RowMap", "TensorRows"]
+__all__ = ["LEAST_COLUMNS", "Part", "RowMap", "TensorRows"]
+
+LEAST_COLUMNS = 16
+"""Tensors with narrower rows are left out: rows may be alike by chance, and no type of ggml takes them."""
 
 Indices = NDArray[np.int64]
 
@@ -36,9 +39,9 @@ class Part:
     rows: Indices
     columns: Indices | None
 
-    def is_whole(self, out_features: int) -> bool:
-        """Whether it is a linear of so many outputs in full, its input channels in place."""
-        return self.columns is None and len(self.outputs) == out_features
+    def holds_all(self, out_features: int) -> bool:
+        """Whether it has every output of a linear of so many, each once."""
+        return np.array_equal(self.outputs, np.arange(out_features))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

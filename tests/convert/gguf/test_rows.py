@@ -99,7 +99,7 @@ def test_a_split_linear_and_what_is_missing_of_it() -> None:
     assert [part.tensor for part in parts] == ["a", "b"]
     assert parts[1].outputs.tolist() == [24 * head + 16 + i for head in range(4) for i in range(4)]
     assert parts[1].rows.tolist() == list(range(16))
-    assert not any(part.is_whole(96) for part in parts)
+    assert not any(part.holds_all(96) for part in parts)
     assert rows.missing({"qkvz": 96}) == {"qkvz": 16}
     assert rows.missing({"other": 4}) == {"other": 4}
 
@@ -109,7 +109,7 @@ def test_parts_say_where_rows_go() -> None:
     found = LinearOutputs(W).find(values)
     assert found is not None
     (part,) = RowMap({"t": found}, {}).parts("q")
-    assert part.is_whole(64)
+    assert part.holds_all(64)
     assert part.outputs.tolist() == list(range(64))
     assert torch.equal(values[torch.from_numpy(part.rows)], W["q"])
 
