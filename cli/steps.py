@@ -48,12 +48,11 @@ def measure(
     source = open_model(changes.open(model))
     if measuring.saved is None:
         say_shortened(source, calibration=measuring.config.calibration.row_tokens)
-    makers = [each.curves(choice.all[name]) for name, each in formats().items()]
     measurement = measure_model(
         source,
         output,
         measuring.config,
-        curves=[maker for maker in makers if maker is not None],
+        formats={name: each.conversion(source, choice.all[name]) for name, each in formats().items()},
         work=measuring.work_dir,
         calibration=measuring.saved,
         force=force,

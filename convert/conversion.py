@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..checkpoint.source.checkpoint import Checkpoint
+    from ..measure.curves import CurveMaker
     from ..measure.measurement import Measurement
     from ..progress import Progress
     from .rounding import RoundedModel, Rounder
@@ -207,6 +208,14 @@ class Conversion(ABC):
             Names and identities of the resume stores it lies in.
         """
         return ()
+
+    @abstractmethod
+    def curves(self) -> CurveMaker:
+        """Return what measures the format's curves, once ``prepare`` is done; only asked for if ``measures`` is true.
+
+        Raises:
+            BpwiseError: What ``prepare`` made does not fit the original.
+        """
 
     def plan(self, measurement: Measurement | None, target: Target | None, provenance: Provenance) -> Plan:
         """Choose what every linear or tensor gets.

@@ -20,7 +20,6 @@ from .plan import Plan
 
 if TYPE_CHECKING:
     from ..checkpoint.source.checkpoint import Checkpoint
-    from ..measure.curves import CurveMaker
     from ..measure.measurement import Measurement
     from .conversion import Conversion
 
@@ -129,10 +128,6 @@ class Format(ABC):
             FormatError: One of them is damaged.
         """
         return ()
-
-    @abstractmethod
-    def curves(self, options: Any) -> CurveMaker | None:
-        """Return what measures this format's curves; None where what it needs is not installed."""
 
     @abstractmethod
     def load_plan(self, raw: dict[str, Any], where: str) -> Plan:

@@ -12,9 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
-__all__ = ["CurveInputs", "CurveMaker", "LinearCurves", "TableInputs"]
+    from ..progress import Progress
+
+__all__ = ["CurveInputs", "CurveMaker", "CurveSource", "LinearCurves", "TableInputs"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -92,3 +96,13 @@ class CurveMaker(Protocol):
 
     def table(self, inputs: TableInputs) -> Mapping[str, Tensor]:
         """Measure the token embeddings; empty for a format that does not quantize them."""
+
+
+class CurveSource(Protocol):
+    """A model on its way into a format, as far as measuring is concerned; ``Conversion`` is one."""
+
+    def prepare(self, work: Path, progress: Progress) -> Sequence[tuple[str, Mapping[str, Any]]]:
+        """Make what the curves depend on, in a work directory; return names and identities of its resume stores."""
+
+    def curves(self) -> CurveMaker:
+        """Return what measures the curves; ``prepare`` was called."""

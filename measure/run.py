@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,12 @@ from ..checkpoint.source.original import Original, open_model
 from ..errors import ConfigError, FormatError
 from ..progress import Progress, silent
 from ..version import __version__
-from .curves import CurveMaker
+from .curves import CurveMaker, CurveSource
 from .measurement import FormatCurves, Measurement, is_measurement
 from .model.replay import check_replay
 from .model.stream import StreamedModel
 from .passes import MeasuringPasses, finished_decoder, finished_embedding, finished_head
+from .preparing import prepared_curves
 from .text.calibration import (
     SELF,
     CalibrationConfig,
@@ -134,9 +137,14 @@ def measurement_provenance(
         "seed": config.seed,
         "moe_calibrate_all": config.moe_calibrate_all,
         "device": resolve_device(config.device).type,
-        "curves": {maker.name: {"version": maker.version, "header": dict(maker.header)} for maker in curves},
+        "curves": {maker.name: _digest(maker) for maker in curves},
         **({"changes": checkpoint.changes} if checkpoint.changes else {}),
     }
+
+
+def _digest(curves: CurveMaker) -> str:
+    # Of all that they depend on: a header may describe a whole file.
+    return hashlib.sha256(json.dumps([curves.version, dict(curves.header)]).encode()).hexdigest()[:32]
 
 
 def require_measurable(checkpoint: Checkpoint) -> None:
@@ -284,7 +292,7 @@ def measure_model(
     output: Path,
     config: MeasureConfig,
     *,
-    curves: Sequence[CurveMaker],
+    formats: Mapping[str, CurveSource],
     work: Path | None = None,
     calibration: CalibrationSet | None = None,
     force: bool = False,
@@ -296,7 +304,8 @@ def measure_model(
         model: A local directory, a hub id, or what ``open_model`` made of one.
         output: The file to write; an older measurement is replaced.
         config: Options.
-        curves: The formats to measure, each once.
+        formats: What makes the curves of the formats to measure, by their names: the model on its way into each. One
+            whose tools are missing or do not fit the model is left out with a warning, as long as another is left.
         work: Work directory; default ``OUTPUT.work``. Its resume artifacts are deleted when the measurement is
             complete.
         calibration: Rows to use instead of those that ``config.calibration`` describes.
@@ -312,9 +321,10 @@ def measure_model(
 
     Example:
         >>> from pathlib import Path
-        >>> from bpwise import MeasureConfig, QuantizeConfig, measure_model
-        >>> curves = QuantizeConfig().curves  # of the first format; other options give those of others
-        >>> measurement = measure_model("llama", Path("new.safetensors"), MeasureConfig(), curves=curves)
+        >>> from bpwise import MeasureConfig, QuantizeConfig, measure_model, open_model
+        >>> model = open_model("llama")
+        >>> formats = {"exl2": QuantizeConfig().conversion(model)}  # other options give those of other formats
+        >>> measurement = measure_model(model, Path("new.safetensors"), MeasureConfig(), formats=formats)
         >>> list(measurement.curves)
         ['exl2']
     """
@@ -331,6 +341,7 @@ def measure_model(
     with reserved(output), run_artifacts(work) as artifacts:
         rows = calibration_rows(checkpoint, config.calibration, device=config.device, given=calibration)
         checkpoint.prepare_fingerprint(progress)
+        curves = prepared_curves(formats, work, artifacts, progress)
         artifacts.add(MEASURED, measurement_provenance(checkpoint, rows, config, curves))
         measurement = measure_checkpoint(checkpoint, rows, config, curves, work, progress)
         measurement.save(output)

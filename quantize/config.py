@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..convert.conversion import Target
+from ..checkpoint.source.checkpoint import Checkpoint
+from ..convert.conversion import Conversion, Target
 from ..convert.format import Format
 from ..convert.options import FormatOptions
 from ..convert.publishing.cards import check_base_model
 from ..convert.registry import format_asking, formats
 from ..errors import ConfigError
 from ..eval.config import EvalConfig
-from ..measure.curves import CurveMaker
 from ..measure.run import MeasureConfig
 
 __all__ = ["QuantizeConfig"]
@@ -60,11 +60,9 @@ class QuantizeConfig:
         """The format of the output."""
         return format_asking(self.options)
 
-    @property
-    def curves(self) -> tuple[CurveMaker, ...]:
-        """Curves to measure: those of the output's format."""
-        maker = self.format.curves(self.options)
-        return () if maker is None else (maker,)
+    def conversion(self, checkpoint: Checkpoint) -> Conversion:
+        """Return an original on its way into the format."""
+        return self.format.conversion(checkpoint, self.options)
 
     @property
     def offload_dirs(self) -> tuple[Path | None, ...]:

@@ -66,7 +66,7 @@ class GivenMeasurement:
 def load_or_measure(
     checkpoint: Checkpoint,
     config: MeasureConfig,
-    curves: Sequence[CurveMaker],
+    curves: Callable[[], Sequence[CurveMaker]],
     work: Path,
     clock: StepClock,
     progress: Progress,
@@ -80,7 +80,7 @@ def load_or_measure(
     Args:
         checkpoint: The model.
         config: How to measure, where there is no measurement yet.
-        curves: The formats to measure then.
+        curves: Returns the formats to measure then.
         work: Work directory; a new measurement is kept in it.
         clock: Takes the time of what is done.
         progress: Wraps the blocks of each pass.
@@ -101,7 +101,7 @@ def load_or_measure(
         if check_rows is not None:
             check_rows(rows)
         with clock.step("measure"):
-            measured = _measured(checkpoint, rows, config, curves, work, progress)
+            measured = _measured(checkpoint, rows, config, curves(), work, progress)
     rows.save(work / CALIBRATION_FILE)
     return measured, rows
 

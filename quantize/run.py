@@ -120,7 +120,7 @@ def quantize_model(
     checkpoint = open_model(model)
     output = named(Path(output))
     work = work or work_beside(output)
-    conversion = config.format.conversion(checkpoint, config.options)
+    conversion = config.conversion(checkpoint)
     require_convertible(conversion)
     check_places(conversion, config, output, work, measurement)
     with reserved(output, files_beside(output, conversion, config.format)):
@@ -232,7 +232,7 @@ class _OutputRun:
         measured, rows = load_or_measure(
             job.checkpoint,
             job.config.measure,
-            job.config.curves,
+            lambda: [job.conversion.curves()],
             self._work,
             self._clock,
             job.progress,

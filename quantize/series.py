@@ -154,7 +154,7 @@ def quantize_series(
     checkpoint = open_model(model)
     output = named(Path(output))
     work = work or work_beside(output)
-    conversion = config.format.conversion(checkpoint, config.options)
+    conversion = config.conversion(checkpoint)
     if not conversion.measures:
         raise ConfigError("bitrates: these options say by themselves how large an output is. Leave one of them out.")
     require_convertible(conversion)
@@ -210,7 +210,7 @@ def _measured(job: Job, work: Path) -> GivenMeasurement:
     measured, _ = load_or_measure(
         job.checkpoint,
         job.config.measure,
-        job.config.curves,
+        lambda: [job.conversion.curves()],
         work,
         StepClock(),
         job.progress,

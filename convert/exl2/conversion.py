@@ -21,6 +21,7 @@ from ...progress import Progress
 from ..conversion import Conversion, Provenance, SizeForecast, Target
 from ..model import Verification
 from ..rounding import RoundedModel
+from .curves import Exl2Curves
 from .file.config import require_side_files
 from .file.writer import require_writable, write_model
 from .options import Exl2Options
@@ -106,6 +107,10 @@ class Exl2Conversion(Conversion):
         written = Exl2Names(self._source)
         require_writable(written, {written.prefix + linear.name for linear in quantized})
         require_side_files(self.checkpoint.directory)
+
+    def curves(self) -> Exl2Curves:
+        """See ``Conversion``."""
+        return Exl2Curves(self.options.group_size)
 
     def plan(self, measurement: Measurement | None, target: Target | None, provenance: Provenance) -> Exl2Plan:
         """See ``Conversion``."""

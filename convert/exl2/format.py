@@ -14,7 +14,6 @@ from .options import CONFLICTS, Exl2Options
 
 if TYPE_CHECKING:
     from ...checkpoint.source.checkpoint import Checkpoint
-    from ...measure.curves import CurveMaker
     from ...measure.measurement import Measurement
 
 __all__ = ["FORMAT", "Exl2Format"]
@@ -66,12 +65,6 @@ class Exl2Format(Format):
         """Return what the manifest of a directory says of its run; None if it has none."""
         manifest = read_manifest(path) if path.is_dir() else None
         return None if manifest is None else manifest.provenance.run
-
-    def curves(self, options: Any) -> CurveMaker:
-        """Return what measures every row group at every width."""
-        from .curves import Exl2Curves
-
-        return Exl2Curves(options.group_size)
 
     def load_plan(self, raw: dict[str, Any], where: str) -> Plan:
         """Return the plan that a JSON file holds."""

@@ -3,46 +3,50 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from ...checkpoint.files.digests import file_digests
-from ...checkpoint.model.families import EMBEDDING
+from ...checkpoint.files.resume import ResumeStore
 from ...checkpoint.source.checkpoint import Checkpoint
 from ...checkpoint.source.language import LanguageModel, language_model
 from ...checkpoint.source.linears import Linear, model_linears
-from ...errors import BudgetError, ConfigError, FormatError, UnsupportedModelError
+from ...errors import BudgetError, ConfigError, FormatError
 from ...linalg.parallel import cores
 from ...measure.measurement import Measurement
 from ...measure.text.context import context_tokens
-from ...progress import Progress
+from ...progress import Progress, silent
 from ..conversion import Conversion, Provenance, SizeForecast, Target
 from ..model import Verification
 from ..plan import Plan
 from ..rounding import RoundedModel
 from .base import BASE, base_identity, base_path, base_to_make, converted, projector_path, write_projector
-from .curves import gguf_curves
+from .curves import GgufCurves
 from .engine.gate import gate_once
 from .file.header import GgufHeader, read_gguf_header
-from .file.metadata import CALIBRATION_KEY, LIMITS_KEY, RUN_KEY, SPANS_KEY, VERSION_KEY
-from .file.names import architecture_of, known_model_types, row_order
-from .file.reader import GgufModel
+from .file.metadata import CALIBRATION_KEY, LIMITS_KEY, MAP_KEY, RUN_KEY, SPANS_KEY, VERSION_KEY
 from .file.writer import planned_bytes, write_gguf
 from .ggml.curves import measured_types
 from .ggml.kernels import Bytes, require_kernels
 from .llama_cpp.assign import dominant_file_type
 from .llama_cpp.converter import find_converter
-from .llama_cpp.importance import importance_of, tensor_name
+from .llama_cpp.importance import importance_of
 from .llama_cpp.readers import require_llama_cpp
 from .llama_cpp.vram import room_for_weights
-from .making import make_gguf_plan, require_gguf_plan
+from .mapping import ROWS, kept_map, require_held
 from .options import GgufOptions
-from .plan import GgufPlan
-from .rounder import GgufRounder
+from .plan.layout import Layout
+from .plan.making import make_gguf_plan
+from .plan.measured import gguf_curves
+from .plan.plan import GgufPlan
+from .plan.problem import PlanProblem, estimated_problem, measured_problem, unmeasured_problem
+from .rounder import GgufRounder, rounded_matrices, tensor_distances
+from .rows.rowmap import RowMap
+from .rows.text import map_to_text
 
-__all__ = ["GgufConversion", "require_known"]
+__all__ = ["GgufConversion"]
 
 _ALIGNMENT_BYTES = 32
 
@@ -62,6 +66,8 @@ class GgufConversion(Conversion):
         self.inputs = () if options.base is None else (options.base,)
         self._base: Path | None = None
         self._base_digest = ""
+        self._rows_store: ResumeStore | None = None
+        self._progress: Progress = silent
 
     @cached_property
     def warnings(self) -> tuple[str, ...]:
@@ -73,10 +79,7 @@ class GgufConversion(Conversion):
         return language_model(self.checkpoint)
 
     def require_support(self) -> None:
-        """Refuse a family that GGUF files are not planned for, and missing tools."""
-        require_known(
-            self.checkpoint.config, "Give one of llama.cpp's mixtures with --type and --no-eval instead of a size."
-        )
+        """Refuse missing tools."""
         require_kernels()
         self.require_converter()
 
@@ -90,28 +93,14 @@ class GgufConversion(Conversion):
     ) -> SizeForecast:
         """See ``Conversion``."""
         assert target is not None
-        types = [kind.name for kind in measured_types()] if measured is None else gguf_curves(measured).types
-        source = self._source
-        linears, head = model_linears(source)
-        tensors = [*linears, *([] if source.tied_embeddings else [head])]
-        planned = {f"{linear.name}.weight" for linear in (*linears, head)} | {EMBEDDING}
-        other_weights = sum(math.prod(source.shape(name)) for name in source.names - planned)
-        table = Linear(EMBEDDING.removesuffix(".weight"), head.in_features, head.out_features)
-        limits = require_gguf_plan(
-            tensors,
-            table,
-            other_weights,
-            types,
-            bpw=target.bpw,
-            tensor_bytes=self._tensor_bytes(target, provenance),
-            overrides=self.options.overrides,
-        )
-        weights = sum(each.in_features * each.out_features for each in (*tensors, table)) + other_weights
+        problem = self._problem(measured)
+        wanted = problem.target_bytes(bpw=target.bpw, tensor_bytes=self._tensor_bytes(target, provenance))
+        least, most = problem.size_range
         return SizeForecast(
-            output_bytes=limits.target_bytes,
-            bpw=8 * limits.target_bytes / weights if target.bpw is None else target.bpw,
-            lowest_bpw=8 * limits.least_bytes / weights,
-            highest_bpw=8 * limits.most_bytes / weights,
+            output_bytes=min(wanted, most),
+            bpw=8 * min(wanted, most) / problem.weights if target.bpw is None else target.bpw,
+            lowest_bpw=8 * least / problem.weights,
+            highest_bpw=8 * most / problem.weights,
         )
 
     def beside(self, output: Path) -> tuple[Path, ...]:
@@ -126,10 +115,20 @@ class GgufConversion(Conversion):
             if missing is not None and missing not in self.notes:
                 self.notes = (*self.notes, missing)
 
-    def require_readable(self) -> None:
-        """See ``Conversion``."""
+    def _problem(self, measured: Measurement | None) -> PlanProblem:
+        overrides = self.options.overrides
+        if measured is not None:
+            return measured_problem(measured, overrides, None if self._base is None else self.layout)
+        types = [kind.name for kind in measured_types()]
+        source = self._source
+        linears, head = model_linears(source)
+        table = Linear(source.embedding_name, head.in_features, head.out_features)
+        matrices = [*linears, *([] if source.tied_embeddings else [head]), table]
         if self._base is not None:
-            GgufModel.open(self._base)
+            return unmeasured_problem(self.layout, [each.name for each in matrices], types, overrides)
+        planned = {f"{linear.name}.weight" for linear in (*matrices, head)}
+        other_weights = sum(math.prod(source.shape(name)) for name in source.names - planned)
+        return estimated_problem(matrices, other_weights, types, overrides)
 
     def scratch(self, work: Path, measurement: Path | None = None) -> Mapping[Path, int]:
         """See ``Conversion``."""
@@ -142,25 +141,27 @@ class GgufConversion(Conversion):
         """Convert the model to the unquantized file that is quantized. See ``Conversion``."""
         if self._base is not None:
             return ()
-        if self.options.base is not None:
-            self._base = self.options.base
-        else:
+        self.require_support()
+        self._progress = progress
+        if self.options.base is None:
             find_converter(self.options.llama_cpp, progress)
-            self.checkpoint.prepare_fingerprint(progress)
-            self._base = base_path(self.checkpoint, work, self.options.llama_cpp, measurement)
-        notes = converted(self.checkpoint, self._base, self.options.llama_cpp)
-        kept = None if self.options.base is not None else self._base.with_suffix(_GATE)
-        gate = gate_once(self._base, self.checkpoint, work, kept=kept)
+        self.checkpoint.prepare_fingerprint(progress)
+        base = self.options.base or base_path(self.checkpoint, work, self.options.llama_cpp, measurement)
+        notes = converted(self.checkpoint, base, self.options.llama_cpp)
+        self._base = base
+        kept = None if self.options.base is not None else base.with_suffix(_GATE)
+        gate = gate_once(base, self.checkpoint, work, kept=kept)
         gate.require()
         self.notes = (*notes, *gate.notes)
         self.details = {"Base": {"in llama.cpp": gate.sentence}}
+        steps: list[tuple[str, Mapping[str, Any]]] = []
+        if self.options.base is None:
+            steps.append((BASE, base_identity(self.checkpoint, self.options.llama_cpp)))
         if self.measures:  # otherwise the file says nothing of its run
-            self._base_digest = file_digests([self._base], FormatError, progress)[0]
-        if self.measures and self.options.feedback:
-            GgufModel.open(self._base)  # rounding will
-        if self.options.base is not None:
-            return ()
-        return ((BASE, base_identity(self.checkpoint, self.options.llama_cpp)),)
+            self._base_digest = file_digests([base], FormatError, progress)[0]
+            steps.append((ROWS, {"model": self.checkpoint.fingerprint, "base": self._base_digest}))
+            self._rows_store = ResumeStore(work, *steps[-1])
+        return tuple(steps)
 
     @property
     def base(self) -> Path:
@@ -173,13 +174,34 @@ class GgufConversion(Conversion):
         """Header of the unquantized file."""
         return read_gguf_header(self.base)
 
+    @cached_property
+    def layout(self) -> Layout:
+        """What the unquantized file holds, and whose rows, once it is prepared."""
+        rows = kept_map(self._rows_store, self._source, self.header, self._progress)
+        if self.measures:
+            require_held(rows, self._source, self.base)
+        return Layout.of(self.header, rows)
+
+    def curves(self) -> GgufCurves:
+        """See ``Conversion``."""
+        source = self._source
+        tied = {source.head_name: source.embedding_name} if source.tied_embeddings else {}
+        return GgufCurves(measured_types(), self.layout, tied)
+
     def plan(self, measurement: Measurement | None, target: Target | None, provenance: Provenance) -> Plan:
         """See ``Conversion``."""
         assert measurement is not None
         assert target is not None
+        if not gguf_curves(measurement).layout.is_like(self.layout):
+            raise FormatError(
+                f"{self.base}: not the GGUF file that was measured. Got tensors of other shapes, or of other rows. "
+                "Expected the measurement's. Measure again, or convert with the same converter."
+            )
         tensor_bytes = self._tensor_bytes(target, provenance)
         overrides = self.options.overrides
-        return make_gguf_plan(measurement, bpw=target.bpw, tensor_bytes=tensor_bytes, overrides=overrides)
+        return make_gguf_plan(
+            measurement, bpw=target.bpw, tensor_bytes=tensor_bytes, overrides=overrides, layout=self.layout
+        )
 
     def identity(self) -> Any:
         """See ``Conversion``."""
@@ -187,7 +209,9 @@ class GgufConversion(Conversion):
 
     def rounder(self, plan: GgufPlan, measurement: Measurement) -> GgufRounder | None:
         """See ``Conversion``."""
-        return GgufRounder(plan, measurement, self.checkpoint) if self.options.feedback else None
+        if not self.options.feedback:
+            return None
+        return GgufRounder(plan, measurement, self.checkpoint, self.layout.rows)
 
     def write(
         self,
@@ -201,31 +225,26 @@ class GgufConversion(Conversion):
         """See ``Conversion``."""
         assert measurement is not None
         self.write_beside(output)  # first: an output that is there is complete
-        types = {tensor_name(name): kind for name, kind in plan.kinds.items()}
-        distances = {} if rounded is None else rounded.numbers("distance")
+        rows = self.layout.rows
         return write_gguf(
             self.base,
             output,
-            types,
-            file_type=dominant_file_type(types, self.header),
-            encoded={} if rounded is None else self._in_file_order(rounded),
-            distances={tensor_name(name): distance for name, distance in distances.items()},
-            importance=importance_of(measurement).mean_squares,
-            metadata=_metadata(provenance),
+            plan.kinds,
+            file_type=dominant_file_type(plan.kinds, self.header),
+            encoded={} if rounded is None else self._encoded(rounded, plan),
+            distances={} if rounded is None else tensor_distances(rounded, rows),
+            importance=importance_of(measurement, self.layout).mean_squares,
+            metadata=_metadata(provenance, rows),
             threads=cores(),
         )
 
-    def _in_file_order(self, rounded: RoundedModel) -> dict[str, Callable[[], Bytes]]:
-        # What makes each tensor's bytes, by its name in the file, with the file's order of rows.
-        model = GgufModel.open(self.base)
-        architecture = architecture_of(model.header.metadata["general.architecture"])
-
-        def data(name: str) -> Bytes:
-            order = row_order(f"{name}.weight", architecture, model.config)
-            rows: Bytes = rounded.artifact(name)["data"].numpy()
-            return rows if order is None else rows[order.numpy()]
-
-        return {tensor_name(name): partial(data, name) for name in rounded.names}
+    def _encoded(self, rounded: RoundedModel, plan: GgufPlan) -> dict[str, Callable[[], Iterator[Bytes]]]:
+        # What makes the matrices of each tensor that was measured, by its name.
+        return {
+            tensor.name: partial(rounded_matrices, rounded, self.layout.rows, tensor.name, tensor.shape)
+            for tensor in plan.tensors
+            if tensor.damage_nats is not None
+        }
 
     def _tensor_bytes(self, target: Target, provenance: Provenance | None) -> int | None:
         # What a largest size leaves for tensors beside the file's own metadata, as far as these are known; None where
@@ -234,7 +253,7 @@ class GgufConversion(Conversion):
         if max_bytes is None or provenance is None or self._base is None:
             return max_bytes
         tensors = sum(tensor.size_bytes for tensor in self.header.tensors.values())
-        overhead = planned_bytes(self.header, {}, file_type=0, metadata=_metadata(provenance))
+        overhead = planned_bytes(self.header, {}, file_type=0, metadata=_metadata(provenance, self.layout.rows))
         room = max_bytes - (overhead - tensors) - _ALIGNMENT_BYTES * len(self.header.tensors)
         if room <= 0:
             raise BudgetError(
@@ -254,26 +273,9 @@ class GgufConversion(Conversion):
         return room_for_weights(target.vram_bytes, self._source.config, context)
 
 
-def require_known(config: Mapping[str, Any], hint: str) -> None:
-    """Refuse a family whose files can be neither planned nor read back.
-
-    Args:
-        config: config.json.
-        hint: What else can be done.
-
-    Raises:
-        UnsupportedModelError: The family is unknown.
-    """
-    model_type = config.get("model_type")
-    if model_type not in known_model_types():
-        raise UnsupportedModelError(
-            f"config.json: GGUF files of model_type {model_type!r} cannot be planned or read back. Expected one of "
-            f"{', '.join(known_model_types())}. {hint}"
-        )
-
-
-def _metadata(provenance: Provenance) -> dict[str, str]:
+def _metadata(provenance: Provenance, rows: RowMap) -> dict[str, str]:
     return {
+        MAP_KEY: map_to_text(rows),
         RUN_KEY: provenance.run,
         VERSION_KEY: provenance.version,
         CALIBRATION_KEY: provenance.calibration_text,

@@ -1,46 +1,24 @@
-"""GGUF's curves in a measurement: what is measured of every tensor, and how it is read again. Needs no torch."""
+"""Measuring GGUF's curves: the damage of every part of a linear that one tensor of the file holds, in every type."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
 
-import msgspec
-import numpy as np
-from numpy.typing import NDArray
+import torch
+from torch import Tensor
 
-from ...checkpoint.files.schemas import check_schema
-from ...errors import FormatError
 from ...measure.curves import CurveInputs, LinearCurves, TableInputs
-from ...measure.measurement import Measurement
-from ...measure.measurement_file import REMEDY, MeasuredTensors
-from .ggml.types import TYPES, GgmlType
+from .ggml.curves import measure_plain_types, measure_table, measure_types
+from .ggml.types import GgmlType
+from .plan.layout import Layout
+from .plan.measured import CURVES_VERSION, NAME
+from .rows.rowmap import Part
+from .rows.slices import gram_of, outputs_of, part_of
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-_NOT_MEASURED = (
-    "Measure the model again with `bpwise measure`, with ggml's library installed: pip install 'bpwise[gguf]'."
-)
-
-__all__ = ["GgufCurves", "GgufMeasured", "gguf_curves"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Header:
-    """What the curves depend on: names of the types, in the order of ``damage_nats``."""
-
-    types: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
-
-    def __post_init__(self) -> None:
-        """Check the types.
-
-        Raises:
-            ValueError: ggml has them not, or one is there twice.
-        """
-        if len(set(self.types)) < len(self.types) or not TYPES.keys() >= set(self.types):
-            raise ValueError("types must be different types of ggml")
+__all__ = ["GgufCurves"]
 
 
 class GgufCurves:
@@ -50,32 +28,53 @@ class GgufCurves:
         name: The format.
         version: Of the curves.
         kinds: The types.
+        layout: The unquantized file that is quantized.
     """
 
-    name = "gguf"
-    version = 1
+    name = NAME
+    version = CURVES_VERSION
 
-    def __init__(self, kinds: Sequence[GgmlType]) -> None:
-        """Choose the types, at least one."""
+    def __init__(self, kinds: Sequence[GgmlType], layout: Layout, holders: Mapping[str, str] | None = None) -> None:
+        """Choose what is measured.
+
+        Args:
+            kinds: The types, at least one.
+            layout: The unquantized file that is quantized.
+            holders: Linears that the file holds as another matrix, by name: a head that is the table of embeddings.
+        """
         self.kinds = tuple(kinds)
+        self.layout = layout
+        self._holders = dict(holders or {})
 
-    @classmethod
-    def installed(cls) -> GgufCurves | None:
-        """Return what measures all types that are worth it; None where ggml's library is not installed."""
-        from .ggml.curves import measured_types  # noqa: PLC0415 - keeps reading free of torch
-
-        kinds = measured_types()
-        return cls(kinds) if kinds else None
-
-    @property
-    def header(self) -> dict[str, list[str]]:
+    @cached_property
+    def header(self) -> dict[str, Any]:
         """See ``CurveMaker``."""
-        return {"types": [kind.name for kind in self.kinds]}
+        return {"types": [kind.name for kind in self.kinds], "file": self.layout.to_json()}
 
     def linears(self, inputs: CurveInputs) -> list[LinearCurves]:
-        """See ``CurveMaker``: ``damage_nats``, shape (types,); infinite where a type does not fit the row length."""
-        from .ggml.curves import measure_plain_types, measure_types  # noqa: PLC0415 - keeps reading free of torch
+        """See ``CurveMaker``: ``damage_nats``, shape (parts, types); infinite where a type does not fit the rows.
 
+        Parts are the tensors that hold outputs of the linear, in the order of ``RowMap.parts``; none where no tensor
+        does.
+        """
+        parts = [self.layout.rows.parts(self._holders.get(name, name)) for name in inputs.names]
+        measured = [[torch.empty(0, len(self.kinds)) for _ in own] for own in parts]
+        dampings = [inputs.damping] * len(parts)
+        for places, pieces in _pieces(inputs, parts):
+            for (linear, part), curves in zip(places, self._measured(pieces), strict=True):
+                measured[linear][part] = curves.tensors["damage_nats"]
+                dampings[linear] = max(dampings[linear], curves.damping)
+        none = torch.empty(0, len(self.kinds))
+        return [
+            LinearCurves(tensors={"damage_nats": torch.stack(own) if own else none}, damping=damping)
+            for own, damping in zip(measured, dampings, strict=True)
+        ]
+
+    def table(self, inputs: TableInputs) -> dict[str, Tensor]:
+        """See ``CurveMaker``: ``damage_nats`` of the embeddings, as the input of the first block, shape (types,)."""
+        return {"damage_nats": measure_table(inputs, self.kinds)}
+
+    def _measured(self, inputs: CurveInputs) -> list[LinearCurves]:
         if inputs.with_feedback:
             return measure_types(inputs, self.kinds)
         damages = [
@@ -87,47 +86,23 @@ class GgufCurves:
         # Nothing was factored, and nothing given up: other formats' dampings hold.
         return [LinearCurves(tensors={"damage_nats": damage}, damping=inputs.damping) for damage in damages]
 
-    def table(self, inputs: TableInputs) -> dict[str, Tensor]:
-        """See ``CurveMaker``: ``damage_nats`` of the embeddings, as the input of the first block, shape (types,)."""
-        from .ggml.curves import measure_table  # noqa: PLC0415 - keeps reading free of torch
 
-        return {"damage_nats": measure_table(inputs, self.kinds)}
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class GgufMeasured:
-    """GGUF's curves of a model.
-
-    Attributes:
-        types: Names of the types that were measured, the largest first.
-        table_damage_nats: Damage of the token embeddings in each type, as the input of the first block, nats per token,
-            shape (types,).
-        tensors: By linear and name.
-    """
-
-    types: tuple[str, ...]
-    table_damage_nats: NDArray[np.float32]
-    tensors: MeasuredTensors
-
-    def damage_nats(self, name: str) -> NDArray[np.float32]:
-        """Return the damage of a linear in each type, nats per token, shape (types,); infinite where none fits."""
-        return self.tensors.tensors[f"{name}.damage_nats"]
-
-
-def gguf_curves(measurement: Measurement) -> GgufMeasured:
-    """Return GGUF's curves, checked.
-
-    Raises:
-        ConfigError: GGUF's types were not measured.
-        FormatError: They are damaged, or of another version.
-    """
-    curves, tensors = measurement.curves_of(GgufCurves.name, GgufCurves.version, remedy=_NOT_MEASURED)
-    known = check_schema(curves.header, _Header, FormatError, where=f"{tensors.where}: header", remedy=REMEDY)
-
-    def damage(name: str) -> NDArray[np.float32]:
-        # Rounding errors may leave a damage of nearly nothing a little below it.
-        return tensors.take(f"{name}.damage_nats", np.float32, (len(known.types),), least=None, infinite=True)
-
-    for linear in (*measurement.linears, measurement.head):
-        damage(linear.name)
-    return GgufMeasured(known.types, damage(measurement.embedding.name), tensors)
+def _pieces(inputs: CurveInputs, parts: Sequence[Sequence[Part]]) -> list[tuple[list[tuple[int, int]], CurveInputs]]:
+    # The parts as linears of their own, those with the same order of columns together; and where each belongs.
+    together: dict[bytes, list[tuple[int, int]]] = {}
+    for linear, own in enumerate(parts):
+        for number, part in enumerate(own):
+            key = b"" if part.columns is None else part.columns.tobytes()
+            together.setdefault(key, []).append((linear, number))
+    pieces = []
+    for places in together.values():
+        taken = [(linear, parts[linear][number]) for linear, number in places]
+        like = replace(
+            inputs,
+            names=tuple(inputs.names[linear] for linear, _ in taken),
+            weights=[part_of(inputs.weights[linear], part) for linear, part in taken],
+            gram=gram_of(inputs.gram, taken[0][1]),
+            fishers=[outputs_of(inputs.fishers[linear], part) for linear, part in taken],
+        )
+        pieces.append((places, like))
+    return pieces

@@ -13,7 +13,6 @@ from .options import CONFLICTS, GgufOptions
 
 if TYPE_CHECKING:
     from ...checkpoint.source.checkpoint import Checkpoint
-    from ...measure.curves import CurveMaker
     from ...measure.measurement import Measurement
 
 __all__ = ["FORMAT", "GgufFormat"]
@@ -108,33 +107,27 @@ class GgufFormat(Format):
         found = () if run is None else sorted(output.parent.glob("mmproj-*.gguf"))
         return tuple(path for path in found if path != output and (self.run_of(path) or "")[:8] == (run or "")[:8])
 
-    def curves(self, options: Any) -> CurveMaker | None:
-        """Return what measures every tensor in every type; None where ggml's library is not installed."""
-        from .curves import GgufCurves
-
-        return GgufCurves.installed()
-
     def load_plan(self, raw: dict[str, Any], where: str) -> Plan:
         """Return the plan that a JSON file holds."""
-        from .plan import GgufPlan
+        from .plan.plan import GgufPlan
 
         return GgufPlan.from_json(raw, where)
 
     def plan(self, measurement: Measurement, options: Any, *, bpw: float | None, max_bytes: int | None) -> Plan:
         """Return a plan made from a measurement alone; see ``make_gguf_plan``."""
-        from .making import make_gguf_plan
+        from .plan.making import make_gguf_plan
 
         return make_gguf_plan(measurement, bpw=bpw, tensor_bytes=max_bytes, overrides=options.overrides)
 
     def bpw_range(self, measurement: Measurement, options: Any) -> tuple[float, float] | None:
         """Return the smallest bits per weight over all tensors, and the largest worth planning."""
-        from .making import make_gguf_plan, size_range
+        from .plan.problem import measured_problem
 
         if self.name not in measurement.curves:
             return None
-        least, most = size_range(measurement, options.overrides)
-        weights = make_gguf_plan(measurement, tensor_bytes=most, overrides=options.overrides).weights
-        return 8 * least / weights, min(_HIGHEST_BPW, 8 * most / weights)
+        problem = measured_problem(measurement, options.overrides)
+        least, most = problem.size_range
+        return 8 * least / problem.weights, min(_HIGHEST_BPW, 8 * most / problem.weights)
 
     def conversion(self, checkpoint: Checkpoint, options: Any) -> Conversion:
         """Return an original on its way to a GGUF file."""

@@ -19,9 +19,8 @@ from ..conversion import Provenance, SizeForecast, Target
 from ..model import Description, Verification
 from ..plan import LinearCost, Plan
 from ..rounding import RoundedModel
-from .conversion import GgufConversion, require_known
+from .conversion import GgufConversion
 from .file.header import GgufTensor
-from .file.names import gguf_name, known_model_types
 from .file.writer import write_gguf
 from .ggml.kernels import require_kernels
 from .ggml.types import TYPES, GgmlType
@@ -29,7 +28,7 @@ from .llama_cpp.assign import mixture_types, require_importance
 from .llama_cpp.imatrix import ImportanceMatrix, imatrix_metadata, read_imatrix, require_fitting
 from .llama_cpp.mixtures import mixture
 from .options import GgufOptions
-from .plan import type_shares
+from .plan.plan import type_shares
 
 __all__ = ["MixtureConversion", "MixturePlan"]
 
@@ -107,19 +106,9 @@ class MixtureConversion(GgufConversion):
         if TYPES[self._mixture.default].quantized:
             require_kernels()
         self.require_converter()
-        matrix = self._matrix
-        if self.checkpoint.config.get("model_type") not in known_model_types():
-            return  # whether llama.cpp's converter knows it shows soon
-        source = self._source
-        if matrix is None:
-            require_importance(self._mixture, source.shape("model.layers.0.self_attn.q_proj.weight")[-1])
-        else:
-            require_fitting(matrix, {gguf_name(name) or name: source.shape(name) for name in source.names})
-
-    def require_readable(self) -> None:
-        """See ``Conversion``."""
-        require_known(text_config(self.checkpoint.config), "Leave the comparison out with --no-eval.")
-        super().require_readable()
+        hidden_size = text_config(self.checkpoint.config).get("hidden_size")
+        if self._matrix is None and isinstance(hidden_size, int):
+            require_importance(self._mixture, hidden_size)
 
     def forecast(
         self, target: Target | None, measured: Measurement | None, provenance: Provenance | None = None

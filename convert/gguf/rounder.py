@@ -1,8 +1,8 @@
-"""Rounding to ggml's types: every linear as its plan says, and the token embeddings before all else."""
+"""Rounding to ggml's types: the parts of every linear as the plan says, and the token embeddings before all else."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -10,16 +10,18 @@ from torch import Tensor
 
 from ...checkpoint.source.checkpoint import Checkpoint
 from ...checkpoint.source.language import language_model
-from ...linalg.hessian import inverse_factor
+from ...linalg.hessian import InverseFactor, inverse_factor
 from ...linalg.parallel import cores
 from ...measure.measurement import MeasuredLinear, Measurement
-from ..rounding import Rounder, rounding_damping
-from .ggml.kernels import decode, encode
+from ..rounding import RoundedModel, Rounder, rounding_damping
+from .ggml.kernels import Bytes, GgmlType, decode, encode
 from .ggml.rounding import round_to_type
 from .llama_cpp.importance import table_importance
-from .plan import GgufPlan
+from .plan.plan import GgufPlan
+from .rows.rowmap import Part, RowMap
+from .rows.slices import gram_of, part_of, put_part_
 
-__all__ = ["GgufRounder"]
+__all__ = ["GgufRounder", "rounded_matrices", "tensor_distances"]
 
 _SLICE_OUTPUTS = 16384
 """Outputs that are rounded together, each for itself: few enough for the temporaries of an output head to be small."""
@@ -28,57 +30,131 @@ _SLICE_OUTPUTS = 16384
 class GgufRounder(Rounder):
     """Rounds single linears to ggml's types, and the token embeddings.
 
-    Artifacts hold the encoded rows, in the order of the original's, as ``data``: uint8, shape (rows, row_bytes). Of
-    linears also ``distance``, ``||W_hat - W||^2``, since drift may have moved weights far, zeros above all: not by
-    their size can a reader tell that they are in place.
+    A linear lies in one tensor of the file or in several, in each of them with the tensor's type. Artifacts hold of the
+    part in ``RowMap.parts`` with number N as ``data.N`` the encoded rows, in the order of the linear's outputs, their
+    columns in the file's order: uint8, shape (outputs, row_bytes). Of linears also ``distance.N``, ``||W_hat - W||^2``,
+    since drift may have moved weights far, zeros above all: not by their size can a reader tell that they are in place.
     """
 
-    def __init__(self, plan: GgufPlan, measurement: Measurement, checkpoint: Checkpoint) -> None:
+    def __init__(self, plan: GgufPlan, measurement: Measurement, checkpoint: Checkpoint, rows: RowMap) -> None:
         """Take what rounding needs beside the linears themselves.
 
         Args:
             plan: Gives each tensor's type.
             measurement: Says what errors in the token embeddings cost.
             checkpoint: The original.
+            rows: Says what the tensors are made of.
         """
-        self._kinds = plan.kinds
+        self._kinds = {tensor.name: tensor.kind for tensor in plan.tensors if tensor.damage_nats is not None}
         self._measurement = measurement
         self._source = language_model(checkpoint)
-        self.names = tuple(self._kinds)
+        self._rows = rows
         self.identity: Mapping[str, str] = {}
-        self.table = measurement.embedding.name
+        linears = [linear.name for linear in (*measurement.linears, measurement.head)]
+        rounded = {
+            name: not self._kinds.keys().isdisjoint(rows.tensors_of(name))
+            for name in (*linears, measurement.embedding.name)
+        }
+        self.names = tuple(name for name, found in rounded.items() if found)
+        self.unquantized = frozenset(name for name in linears if not rounded[name])
+        self.table = measurement.embedding.name if rounded[measurement.embedding.name] else None
 
     def round_table(self) -> dict[str, Tensor]:
         """See ``Rounder``. Rows are rounded each for itself: see ``bpwise.convert.gguf.ggml.curves``."""
         assert self.table is not None
-        kind = self._kinds[self.table]
         weight = self._source.tensor(f"{self.table}.weight").float()
-        importance = table_importance(self._measurement) if kind.quantized else None
-        return {"data": torch.from_numpy(encode(weight, kind, importance, threads=cores()))}
+        made = {}
+        for number, part, kind in self._planned(self.table):
+            importance = table_importance(self._measurement) if kind.quantized else None
+            rows = part_of(weight.T, part).T.contiguous()
+            made[f"data.{number}"] = torch.from_numpy(encode(rows, kind, importance, threads=cores()))
+        return made
 
     def round_linear(self, measured: MeasuredLinear, target: Tensor, gram: Tensor) -> dict[str, Tensor]:
         """See ``Rounder``."""
-        encoded = self._encoded(measured, target, gram)
-        original = self._source.tensor(f"{measured.name}.weight")
-        parts = zip(encoded["data"].split(_SLICE_OUTPUTS), original.split(_SLICE_OUTPUTS), strict=True)
-        squares = [
-            (decode(data.numpy(), self._kinds[measured.name]) - weight.float())
-            .square()
-            .sum(dim=1)
-            .sum(dtype=torch.float64)
-            for data, weight in parts
-        ]
-        return {**encoded, "distance": torch.stack(squares).sum()}
-
-    def _encoded(self, measured: MeasuredLinear, target: Tensor, gram: Tensor) -> dict[str, Tensor]:
-        kind = self._kinds[measured.name]
-        if not kind.quantized:
-            return {"data": torch.from_numpy(encode(target.T.contiguous().cpu(), kind))}
-        factor = inverse_factor(gram, rounding_damping(measured))
-        parts = [round_to_type(part, factor.upper, kind).data for part in target.split(_SLICE_OUTPUTS, dim=1)]
-        return {"data": torch.from_numpy(np.concatenate(parts)), "damping": torch.tensor(factor.damping)}
+        planned = list(self._planned(measured.name))
+        factors: dict[bytes, InverseFactor] = {}
+        made: dict[str, Tensor] = {}
+        for number, part, kind in planned:
+            wanted = part_of(target, part)
+            if kind.quantized:
+                key = b"" if part.columns is None else part.columns.tobytes()
+                if key not in factors:
+                    factors[key] = inverse_factor(gram_of(gram, part), rounding_damping(measured))
+                data = _encoded(wanted, factors[key].upper, kind)
+            else:
+                data = encode(wanted.T.contiguous().cpu(), kind)
+            made[f"data.{number}"] = torch.from_numpy(data)
+        if factors:
+            made["damping"] = torch.tensor(max(factor.damping for factor in factors.values()))
+        original = self._source.tensor(f"{measured.name}.weight").T
+        for number, part, kind in planned:
+            made[f"distance.{number}"] = _distance(made[f"data.{number}"].numpy(), part_of(original, part).T, kind)
+        return made
 
     def decoded(self, name: str, artifact: Mapping[str, Tensor]) -> Tensor:
-        """See ``Rounder``."""
+        """See ``Rounder``. Outputs that no planned tensor holds are the original's."""
         threads = cores() if name == self.table else 1
-        return decode(artifact["data"].numpy(), self._kinds[name], threads=threads)
+        planned = list(self._planned(name))
+        values = [decode(artifact[f"data.{number}"].numpy(), kind, threads=threads) for number, _, kind in planned]
+        part = planned[0][1]
+        if len(planned) == 1 and part.columns is None and part.holds_all(self._source.shape(f"{name}.weight")[0]):
+            return values[0]
+        weight = self._source.tensor(f"{name}.weight").float()
+        for (_, part, _), rows in zip(planned, values, strict=True):
+            put_part_(weight, part, rows)
+        return weight
+
+    def _planned(self, name: str) -> Iterator[tuple[int, Part, GgmlType]]:
+        # Number, part and type of everything of a linear that lies in a tensor that is planned.
+        for number, tensor in enumerate(self._rows.tensors_of(name)):
+            if tensor in self._kinds:
+                yield number, self._rows.tensors[tensor].part(tensor, name), self._kinds[tensor]
+
+
+def rounded_matrices(rounded: RoundedModel, rows: RowMap, tensor: str, shape: tuple[int, ...]) -> Iterator[Bytes]:
+    """Yield a tensor's encoded matrices as the file has them: one, or those of all experts one after another.
+
+    Only the linears of one matrix are in memory at a time.
+
+    Args:
+        rounded: What ``GgufRounder`` made.
+        rows: Its map.
+        tensor: Name of the tensor.
+        shape: Sizes of its dimensions, outermost first.
+    """
+    own = rows.tensors[tensor]
+    count = shape[-2]
+    for first in range(0, len(own.source), count):
+        matrix: Bytes | None = None
+        for source in np.unique(own.source[first : first + count]):
+            linear = own.linears[source]
+            part = own.part(tensor, linear)
+            data = rounded.artifact(linear)[f"data.{rows.tensors_of(linear).index(tensor)}"].numpy()
+            here = (first <= part.rows) & (part.rows < first + count)
+            if matrix is None:
+                matrix = np.empty((count, data.shape[1]), dtype=np.uint8)
+            matrix[part.rows[here] - first] = data[here]
+        assert matrix is not None
+        yield matrix
+
+
+def tensor_distances(rounded: RoundedModel, rows: RowMap) -> dict[str, float]:
+    """Return ``||W_hat - W||^2`` of every tensor of linears that ``GgufRounder`` rounded, by name."""
+    found: dict[str, float] = {}
+    for linear in rounded.names:
+        for number, tensor in enumerate(rows.tensors_of(linear)):
+            distance = rounded.store.number(linear, f"distance.{number}")
+            if distance is not None:
+                found[tensor] = found.get(tensor, 0.0) + distance
+    return found
+
+
+def _encoded(target: Tensor, upper: Tensor, kind: GgmlType) -> Bytes:
+    return np.concatenate([round_to_type(x, upper, kind).data for x in target.split(_SLICE_OUTPUTS, dim=1)])
+
+
+def _distance(data: Bytes, original: Tensor, kind: GgmlType) -> Tensor:
+    slices = [slice(first, first + _SLICE_OUTPUTS) for first in range(0, len(data), _SLICE_OUTPUTS)]
+    missed = ((decode(data[own], kind) - original[own].float()).square().sum(dim=1) for own in slices)
+    return torch.stack([squares.sum(dtype=torch.float64) for squares in missed]).sum()

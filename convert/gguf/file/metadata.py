@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["CALIBRATION_KEY", "LIMITS_KEY", "RUN_KEY", "SPANS_KEY", "VERSION_KEY"]
+__all__ = ["CALIBRATION_KEY", "LIMITS_KEY", "MAP_KEY", "RUN_KEY", "SPANS_KEY", "VERSION_KEY"]
 
 CALIBRATION_KEY = "bpwise.calibration"
 """Text that the model was calibrated on, in words."""
 
 LIMITS_KEY = "bpwise.limits"
 """Sentences that ``require_llama_cpp`` returned for the model, a line each."""
+
+MAP_KEY = "bpwise.map"
+"""Text of the map of rows: whose outputs the rows of matrices are (``rows.text``)."""
 
 RUN_KEY = "bpwise.run"
 """Identifies the run that wrote the file."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from enum import Enum, auto
 
-from .header import GgufHeader, GgufTensor
+from .header import GgufHeader
 
 __all__ = ["Role", "layer_of", "quantizable", "role_of", "trimmed", "writing_order"]
 
@@ -75,11 +75,11 @@ _ROLES = (
 )
 
 
-def quantizable(tensor: GgufTensor) -> bool:
+def quantizable(name: str, shape: tuple[int, ...]) -> bool:
     """Return whether llama.cpp quantizes a tensor at all: matrices of weights, but not norms, routers and the like."""
-    matrix = len(trimmed(tensor.shape)) > 1
-    named = tensor.name.endswith("weight") and tensor.name not in _NEVER_NAMED
-    return matrix and named and not any(part in tensor.name for part in _NEVER)
+    matrix = len(trimmed(shape)) > 1
+    named = name.endswith("weight") and name not in _NEVER_NAMED
+    return matrix and named and not any(part in name for part in _NEVER)
 
 
 def writing_order(header: GgufHeader) -> list[str]:

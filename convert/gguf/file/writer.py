@@ -71,7 +71,7 @@ def write_gguf(
     types: Mapping[str, GgmlType],
     *,
     file_type: int,
-    encoded: Mapping[str, Callable[[], Bytes]] | None = None,
+    encoded: Mapping[str, Callable[[], Iterator[Bytes]]] | None = None,
     distances: Mapping[str, float] | None = None,
     importance: Callable[[str], Tensor | None] | None = None,
     metadata: Mapping[str, Any] | None = None,
@@ -87,8 +87,8 @@ def write_gguf(
         output: File to make; it must not exist.
         types: By name of tensor, the type to store it in; what is missing stays as it is.
         file_type: Number for ``general.file_type``: that of a mixture, or ``dominant_file_type``.
-        encoded: By name of tensor, a function that makes its finished bytes, uint8, shape (rows, row_bytes) with all
-            experts' rows one after the other; called once each. The other tensors are encoded here.
+        encoded: By name of tensor, a function that yields its finished matrices, those of experts one after the other,
+            each uint8, shape (rows, row_bytes); called once each. The other tensors are encoded here.
         distances: By name of such a tensor, ``||W_hat - W||^2`` as it was meant to be, where it was not rounded to stay
             near its weights. The others, and what is encoded here, must not be further from them than zeros are.
         importance: From the name of a tensor to the mean squares of its inputs, float32, shape (experts *
@@ -184,24 +184,26 @@ class _Job:
         self._planned = planned
         self._threads = threads
         self._rows = math.prod(planned.shape[:-1])
+        self._matrix_rows = planned.shape[-2] if len(planned.shape) > 1 else 1
         self._row_weights = planned.shape[-1]
         self._copied = planned.type == self._source.type
         self._importance = None
         if importance is not None and planned.type.quantized and not self._copied:
             self._importance = self._checked(importance(planned.name))
 
-    def slabs(self, source: BinaryIO, make: Callable[[], Bytes] | None) -> Iterator[tuple[Bytes, Tensor | None]]:
+    def slabs(
+        self, source: BinaryIO, make: Callable[[], Iterator[Bytes]] | None
+    ) -> Iterator[tuple[Bytes, Tensor | None]]:
         """Yield the bytes of consecutive rows, with the weights that they stand for unless they are copied."""
         if self._copied and make is None:
             yield from ((piece, None) for piece in self._copies(source))
             return
-        ready = None if make is None else self._finished(make())
+        if make is not None:
+            yield from self._finished(source, make())
+            return
         for first, last in self._ranges():
             weights = self._weights(source, first, last)
-            if ready is not None:
-                yield ready[first:last], weights
-            else:
-                yield self._encoded(weights, first), weights
+            yield self._encoded(weights, first), weights
 
     def write(self, slabs: Iterator[tuple[Bytes, Tensor | None]], target: BinaryIO) -> str:
         """Write the slabs, check that they decode to what they stand for, and return their SHA-256."""
@@ -239,11 +241,10 @@ class _Job:
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
         # A slab never crosses from one expert to the next: each has importances of its own.
-        expert = self._planned.shape[-2] if len(self._planned.shape) > 1 else 1
         step = max(1, _SLAB_WEIGHTS // self._row_weights)
-        for start in range(0, self._rows, expert):
-            for first in range(start, start + expert, step):
-                yield first, min(first + step, start + expert)
+        for start in range(0, self._rows, self._matrix_rows):
+            for first in range(start, start + self._matrix_rows, step):
+                yield first, min(first + step, start + self._matrix_rows)
 
     def _weights(self, source: BinaryIO, first: int, last: int) -> Tensor:
         row_bytes = self._source.type.row_bytes(self._row_weights)
@@ -251,7 +252,7 @@ class _Job:
         return decode(data.reshape(last - first, row_bytes), self._source.type)
 
     def _encoded(self, weights: Tensor, first: int) -> Bytes:
-        expert = first // self._planned.shape[-2] if len(self._planned.shape) > 1 else 0
+        expert = first // self._matrix_rows
         importance = None
         if self._importance is not None:
             importance = self._importance[expert * self._row_weights : (expert + 1) * self._row_weights]
@@ -267,11 +268,16 @@ class _Job:
             raise FormatError(f"{self._path}: has become shorter while it was read. Make it again.")
         return data
 
-    def _finished(self, data: Bytes) -> Bytes:
-        expected = (self._rows, self._planned.type.row_bytes(self._row_weights))
-        if data.shape != expected or data.dtype != np.uint8:
-            raise ShapeError(self._planned.name, "finished data", got=data.shape, expected=expected)
-        return data
+    def _finished(self, source: BinaryIO, matrices: Iterator[Bytes]) -> Iterator[tuple[Bytes, Tensor]]:
+        expected = (self._matrix_rows, self._planned.type.row_bytes(self._row_weights))
+        data = np.empty((0, 0), dtype=np.uint8)
+        for first, last in self._ranges():
+            start = first % self._matrix_rows
+            if not start:
+                data = next(matrices, data[:0])
+            if data.shape != expected or data.dtype != np.uint8:
+                raise ShapeError(self._planned.name, "finished data", got=data.shape, expected=expected)
+            yield data[start : start + last - first], self._weights(source, first, last)
 
     def _checked(self, importance: Tensor | None) -> Tensor | None:
         experts = math.prod(self._planned.shape[:-2])

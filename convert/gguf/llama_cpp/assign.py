@@ -109,7 +109,7 @@ class _Rules:
 
     def type_of(self, tensor: GgufTensor) -> GgmlType:
         default = TYPES[self._chosen.default]
-        if not quantizable(tensor):
+        if not quantizable(tensor.name, tensor.shape):
             return tensor.type
         if not default.quantized:
             return default

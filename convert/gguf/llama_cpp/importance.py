@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ....errors import UnsupportedModelError
-from ....measure.measurement import Measurement
+from ....measure.measurement import MeasuredLinear, Measurement
 from ....measure.run import measured_rows
-from ..file.names import gguf_name
+from ..plan.layout import Layout
+from ..plan.measured import gguf_curves
 from .imatrix import ImportanceMatrix, write_imatrix
 
-__all__ = ["export_imatrix", "importance_of", "table_importance", "tensor_name"]
+__all__ = ["export_imatrix", "importance_of", "table_importance"]
 
 
-def importance_of(measurement: Measurement) -> ImportanceMatrix:
-    """Return the importances that a measurement implies: weighted mean squares of every linear's inputs.
+def importance_of(measurement: Measurement, layout: Layout) -> ImportanceMatrix:
+    """Return the importances that a measurement implies: weighted mean squares of the inputs of every tensor.
 
     Tokens count as the end loss says (see ``bpwise.measure.statistics.inputs``), where llama.cpp counts all alike.
 
-    Raises:
-        UnsupportedModelError: A linear has no name in llama.cpp.
+    Args:
+        measurement: What was measured.
+        layout: The file that the tensors are in.
     """
     table = measurement.embedding
     heads = () if table.tied else (measurement.head,)
-    means = {tensor_name(x.name): torch.from_numpy(x.input_power) for x in (*measurement.linears, *heads)}
-    means[tensor_name(table.name)] = table_importance(measurement)
+    linears = {linear.name: linear for linear in (*measurement.linears, *heads)}
+    means = {
+        name: _means(layout, name, linears)
+        for name, own in layout.rows.tensors.items()
+        if linears.keys() >= set(own.linears)
+    }
+    means |= dict.fromkeys(layout.rows.tensors_of(table.name), table_importance(measurement))
     rows, row_tokens = measurement.tokens.shape
     return ImportanceMatrix.from_means(
         means,
@@ -55,14 +64,15 @@ def export_imatrix(measurement: Measurement, output: Path) -> int:
     """Write what a measurement says of the inputs as an importance matrix for llama.cpp.
 
     Args:
-        measurement: The measurement.
+        measurement: The measurement; GGUF was measured, which says what tensors are called.
         output: File to make or replace; in the old format if it ends in ``.dat``.
 
     Returns:
         The number of tensors in it.
 
     Raises:
-        UnsupportedModelError: A linear has no name in llama.cpp.
+        ConfigError: GGUF was not measured.
+        FormatError: Its curves are damaged, or of another version.
         WorkDirectoryError: The file cannot be written.
 
     Example:
@@ -71,24 +81,30 @@ def export_imatrix(measurement: Measurement, output: Path) -> int:
         >>> export_imatrix(Measurement.load(Path("m.safetensors")), Path("imatrix.gguf"))
         16
     """
-    matrix = importance_of(measurement)
+    matrix = importance_of(measurement, gguf_curves(measurement).layout)
     write_imatrix(output, matrix, legacy=output.suffix.lower() == ".dat")
     return len(matrix.sums)
 
 
-def tensor_name(module: str) -> str:
-    """Return the name that GGUF has for a module's weight.
+def _means(layout: Layout, tensor: str, linears: dict[str, MeasuredLinear]) -> Tensor:
+    # Shape (experts, K), or (K,) of a single matrix.
+    own, shape = layout.rows.tensors[tensor], layout.tensors[tensor].shape
+    count = shape[-2]
+    means = []
+    for first in range(0, math.prod(shape[:-1]), count):
+        source, output = (each[first : first + count] for each in (own.source, own.output))
+        parts = [(linears[own.linears[index]], output[source == index]) for index in np.unique(source)]
+        means.append(_mean(parts))
+    power = np.stack(means) if len(shape) > 2 else means[0]
+    return torch.from_numpy(power if own.columns is None else power[..., own.columns])
 
-    Args:
-        module: Its name in Transformers.
 
-    Raises:
-        UnsupportedModelError: There is none.
-    """
-    name = gguf_name(f"{module}.weight")
-    if name is None:
-        raise UnsupportedModelError(
-            f"{module}: has no name in GGUF. Expected a linear of a family that GGUF output is for (docs/families.md). "
-            "Choose another format."
-        )
-    return name
+def _mean(parts: list[tuple[MeasuredLinear, NDArray[np.int64]]]) -> NDArray[np.float32]:
+    # Linears that were joined to one matrix read the same input, but their tokens count each by its own gradients: a
+    # squared error in a column costs the sum over linears of what their outputs weigh times their power there.
+    if len(parts) == 1:
+        return parts[0][0].input_power
+    weights = np.array([linear.fisher[outputs].sum() for linear, outputs in parts], dtype=np.float64)
+    powers = np.stack([linear.input_power for linear, _ in parts])
+    shares = weights / weights.sum() if weights.any() else np.full(len(parts), 1 / len(parts))
+    return (shares @ powers).astype(np.float32)

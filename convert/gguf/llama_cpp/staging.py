@@ -11,11 +11,11 @@ from typing import Any
 
 from ....checkpoint.files.schemas import read_json
 from ....checkpoint.files.shards import DEFAULT_SHARD_BYTES, ShardWriter
+from ....checkpoint.files.side_files import CONFIG_FILE, SETTINGS
 from ....checkpoint.model.config import QUANTIZED_KEYS
 from ....checkpoint.model.names import text_config
 from ....checkpoint.source.checkpoint import Checkpoint
 from ....checkpoint.source.hub import confined_file, side_files
-from ....checkpoint.files.side_files import CONFIG_FILE, SETTINGS
 from ....checkpoint.source.views import CheckpointView
 from ....errors import CheckpointError
 from ...publishing.base_card import CARD_NAME

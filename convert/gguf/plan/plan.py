@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,23 +12,22 @@ from typing import Annotated, Any
 
 import msgspec
 
-from ...checkpoint.files.atomic import write_json
-from ...checkpoint.files.schemas import Count, Number, Positive, check_schema
-from ...errors import ConfigError, FormatError
-from ...tables import Table
-from ..model import Description
-from ..plan import LinearCost, Plan
-from .file.names import gguf_name
-from .ggml.types import TYPES, GgmlType, ggml_type
+from ....checkpoint.files.atomic import write_json
+from ....checkpoint.files.schemas import Count, Number, Positive, check_schema
+from ....errors import ConfigError, FormatError
+from ....tables import Table
+from ...model import Description
+from ...plan import LinearCost, Plan
+from ..ggml.types import TYPES, GgmlType, ggml_type
 
-__all__ = ["OTHER_BYTES", "PLAN_VERSION", "GgufPlan", "TensorPlan", "TypeOverride", "type_shares"]
+__all__ = ["PLAN_VERSION", "GgufPlan", "TensorPlan", "TypeOverride", "type_shares"]
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 
 _REMEDY = "The plan is damaged: make it again with `bpwise plan`."
 
-OTHER_BYTES = 4
-"""Norms and biases are stored as F32, as llama.cpp's converter does."""
+_SHOWN_PLAIN = 3
+"""Names of plainly rounded tensors that a plan's facts give."""
 
 
 def type_shares(weights: Iterable[tuple[GgmlType, int]]) -> dict[str, float]:
@@ -48,8 +48,8 @@ class TypeOverride:
     """A type that the user asks for.
 
     Attributes:
-        pattern: Shell pattern of tensor names, with or without ``.weight``: those of Transformers
-            (``model.layers.0.*``) or of llama.cpp (``blk.0.*``).
+        pattern: Shell pattern of names, with or without ``.weight``: of a tensor in the file (``blk.0.*``), or of a
+            linear that it is made of (``model.layers.0.*``).
         kind: The type.
     """
 
@@ -70,11 +70,14 @@ class TypeOverride:
             )
         return cls(pattern, ggml_type(name))
 
-    def matches(self, name: str) -> bool:
-        """Return whether the pattern names a linear or the embeddings, by their name in Transformers."""
-        full = f"{name}.weight"
-        theirs = gguf_name(full) or full
-        return any(fnmatchcase(known, self.pattern) for known in (name, full, theirs, theirs.removesuffix(".weight")))
+    def matches(self, names: Iterable[str]) -> bool:
+        """Return whether the pattern means a tensor.
+
+        Args:
+            names: Its name in the file, and those of its linears, each with or without ``.weight``.
+        """
+        bare = (name.removesuffix(".weight") for name in names)
+        return any(fnmatchcase(known, self.pattern) for name in bare for known in (name, f"{name}.weight"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,18 +85,19 @@ class TensorPlan:
     """Type of one tensor.
 
     Attributes:
-        name: Full name of the module in Transformers.
-        rows: Outputs of a linear, or tokens.
-        row_weights: Weights in a row.
+        name: Its name in the file, as ``blk.0.attn_q.weight``.
+        shape: Sizes of its dimensions, outermost first: of stacked experts three.
+        linears: Full names of the linears that it is made of, in Transformers; empty where they are not known.
         type: Name of the type.
-        damage_nats: Predicted damage, nats per token.
+        damage_nats: Predicted damage, nats per token; None where nothing was measured of it, so that it is rounded
+            plainly, by ggml alone.
     """
 
     name: str
-    rows: Positive
-    row_weights: Positive
+    shape: Annotated[tuple[Positive, ...], msgspec.Meta(min_length=1)]
+    linears: tuple[str, ...]
     type: str
-    damage_nats: Number
+    damage_nats: Number | None
 
     def __post_init__(self) -> None:
         """Check the type.
@@ -101,8 +105,8 @@ class TensorPlan:
         Raises:
             ValueError: There is no such type, or rows are not whole blocks of it.
         """
-        if self.type not in TYPES or not TYPES[self.type].fits(self.row_weights):
-            raise ValueError(f"type must be one of {', '.join(TYPES)}, with row_weights a multiple of its blocks")
+        if self.type not in TYPES or not TYPES[self.type].fits(self.shape[-1]):
+            raise ValueError(f"type must be one of {', '.join(TYPES)}, with rows of whole blocks of it")
 
     @property
     def kind(self) -> GgmlType:
@@ -110,9 +114,14 @@ class TensorPlan:
         return ggml_type(self.type)
 
     @property
+    def weights(self) -> int:
+        """Number of its weights."""
+        return math.prod(self.shape)
+
+    @property
     def stored_bytes(self) -> int:
         """Size of the tensor's data."""
-        return self.rows * self.kind.row_bytes(self.row_weights)
+        return math.prod(self.shape[:-1]) * self.kind.row_bytes(self.shape[-1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,8 +129,9 @@ class GgufPlan(Plan):
     """Types of a whole model.
 
     Attributes:
-        tensors: Decoder linears in model order, then the head if it is a tensor of its own, then the embeddings.
-        other_weights: Weights in norms and biases, which stay in F32.
+        tensors: All that is rounded: in model order what was measured, the token embeddings last; then the others.
+        other_weights: Weights in tensors that stay as they are: norms, biases, routers, convolutions.
+        other_bytes: Size of these.
         target_bytes: Most bytes that all tensors together may take.
         lower_bound_nats: No choice within the target has a smaller predicted damage.
         measurement: Fingerprint of the measurement behind the plan.
@@ -129,19 +139,20 @@ class GgufPlan(Plan):
 
     tensors: Annotated[tuple[TensorPlan, ...], msgspec.Meta(min_length=1)]
     other_weights: Count
+    other_bytes: Count
     target_bytes: Count
     lower_bound_nats: Number
     measurement: str
 
     @property
     def weights(self) -> int:
-        """Number of all weights of the model."""
-        return sum(tensor.rows * tensor.row_weights for tensor in self.tensors) + self.other_weights
+        """Number of all weights in the file."""
+        return sum(tensor.weights for tensor in self.tensors) + self.other_weights
 
     @property
     def stored_bytes(self) -> int:
-        """Size of all tensors' data, norms and biases included."""
-        return sum(tensor.stored_bytes for tensor in self.tensors) + OTHER_BYTES * self.other_weights
+        """Size of all tensors' data, of those that stay too."""
+        return sum(tensor.stored_bytes for tensor in self.tensors) + self.other_bytes
 
     @property
     def bpw(self) -> float:
@@ -150,8 +161,8 @@ class GgufPlan(Plan):
 
     @property
     def damage_nats(self) -> float:
-        """Predicted damage, nats per token."""
-        return sum(tensor.damage_nats for tensor in self.tensors)
+        """Predicted damage, nats per token, of all that was measured."""
+        return sum(tensor.damage_nats or 0.0 for tensor in self.tensors)
 
     @property
     def gap(self) -> float:
@@ -160,16 +171,23 @@ class GgufPlan(Plan):
 
     @property
     def kinds(self) -> dict[str, GgmlType]:
-        """Type of every tensor, by the module's name in Transformers."""
+        """Type of every tensor, by its name in the file."""
         return {tensor.name: tensor.kind for tensor in self.tensors}
+
+    @property
+    def plain(self) -> tuple[TensorPlan, ...]:
+        """The tensors of which nothing was measured."""
+        return tuple(tensor for tensor in self.tensors if tensor.damage_nats is None)
 
     def shares(self) -> dict[str, float]:
         """Return the share of all planned weights in each type, the largest type first."""
-        return type_shares((tensor.kind, tensor.rows * tensor.row_weights) for tensor in self.tensors)
+        return type_shares((tensor.kind, tensor.weights) for tensor in self.tensors)
 
     def costs(self) -> tuple[LinearCost, ...]:
         """Return what every tensor gets and is expected to cost."""
-        return tuple(LinearCost(x.name, x.kind.bits_per_weight, x.damage_nats) for x in self.tensors)
+        return tuple(
+            LinearCost(x.name.removesuffix(".weight"), x.kind.bits_per_weight, x.damage_nats) for x in self.tensors
+        )
 
     def identity(self) -> Any:
         """Return the measurement behind the plan, and all types."""
@@ -186,16 +204,17 @@ class GgufPlan(Plan):
                 f"predicted damage {self.damage_nats:.6f} nats/token (no plan of this size can go below "
                 f"{self.lower_bound_nats:.6f})",
                 f"weights: {shares}",
+                *([_plain_fact(self.plain)] if self.plain else []),
             ),
             table=Table(
-                ("tensor", "in x out", "type", "bpw", "damage, nats/token"),
+                ("tensor", "shape", "type", "bpw", "damage, nats/token"),
                 tuple(
                     (
                         tensor.name,
-                        f"{tensor.row_weights} x {tensor.rows}",
+                        " x ".join(map(str, tensor.shape)),
                         tensor.type,
                         f"{tensor.kind.bits_per_weight:.3f}",
-                        f"{tensor.damage_nats:.2e}",
+                        "not measured" if tensor.damage_nats is None else f"{tensor.damage_nats:.2e}",
                     )
                     for tensor in self.tensors
                 ),
@@ -217,3 +236,10 @@ class GgufPlan(Plan):
         if raw.get("bpwise_plan") != PLAN_VERSION:
             raise FormatError(f"{where}: not a GGUF plan of version {PLAN_VERSION}. Make it again with `bpwise plan`.")
         return check_schema(raw, cls, FormatError, where=where, remedy=_REMEDY)
+
+
+def _plain_fact(plain: Sequence[TensorPlan]) -> str:
+    names = ", ".join(tensor.name for tensor in plain[:_SHOWN_PLAIN])
+    more = f" and {len(plain) - _SHOWN_PLAIN} more" if len(plain) > _SHOWN_PLAIN else ""
+    size = sum(tensor.stored_bytes for tensor in plain) / 2**20
+    return f"not measured, rounded by ggml alone: {len(plain)} tensors of {size:.1f} MiB ({names}{more})"

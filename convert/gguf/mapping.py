@@ -1,0 +1,135 @@
+"""The row map of an unquantized GGUF file: found block by block, and kept beside the file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from ...checkpoint.files.resume import ResumeStore
+from ...checkpoint.model.names import model_order
+from ...checkpoint.source.language import LanguageModel
+from ...checkpoint.source.linears import model_linears
+from ...errors import VerificationError
+from ...progress import Progress, silent
+from .file.header import GgufHeader, GgufTensor
+from .file.reader import read_values
+from .file.roles import Role, layer_of, role_of
+from .plan.layout import matrices_of
+from .rows.matching import LinearOutputs
+from .rows.rowmap import RowMap, TensorRows
+from .rows.text import map_from_text, map_to_text
+
+__all__ = ["ROWS", "build_map", "kept_map", "require_held"]
+
+ROWS = "rows"
+"""Name of the step in the work directory that holds the map."""
+
+_OUTSIDE = -1
+"""Number of the block, as ``layer_of`` gives it, of what belongs to none."""
+
+
+def kept_map(store: ResumeStore | None, source: LanguageModel, header: GgufHeader, progress: Progress) -> RowMap:
+    """Return the map of an unquantized file, from a resume store if it is there, and kept there otherwise.
+
+    Args:
+        store: Where it is kept; None for nowhere.
+        source: As for ``build_map``.
+        header: As for ``build_map``.
+        progress: As for ``build_map``.
+    """
+    if store is not None and store.has(ROWS):
+        return map_from_text(bytes(store.load(ROWS)["text"].tolist()).decode("ascii"), str(store.path))
+    rows = build_map(source, header, progress)
+    if store is not None:
+        store.save(ROWS, {"text": torch.tensor(list(map_to_text(rows).encode("ascii")), dtype=torch.uint8)})
+    return rows
+
+
+def build_map(source: LanguageModel, header: GgufHeader, progress: Progress = silent) -> RowMap:
+    """Find where the matrices of an unquantized file come from. In memory is one block of either side at a time.
+
+    Args:
+        source: The model that the file was made of.
+        header: The file's.
+        progress: Wraps the blocks.
+
+    Raises:
+        FormatError: A tensor cannot be read.
+    """
+    tensors = {name: header.tensors[name] for name in matrices_of(header.tensors)}
+    names: dict[int, list[str]] = {}
+    for name in tensors:
+        names.setdefault(layer_of(name), []).append(name)
+    linears = _linears_by_block(source)
+    found: dict[str, TensorRows] = {}
+    unexplained: dict[str, str] = {}
+    for block in progress(sorted(names), "convert: rows"):
+        if block not in linears:
+            unexplained |= dict.fromkeys(names[block], f"block {block} is none of the model's {source.block_count}")
+            continue
+        outputs = LinearOutputs({name: source.tensor(f"{name}.weight") for name in linears[block]})
+        # A head that equals the table of embeddings is told from it by its place.
+        ordered = sorted(names[block], key=lambda name: role_of(name) is not Role.EMBEDDING)
+        held = _held(outputs, header, {name: tensors[name] for name in ordered})
+        found |= held
+        unexplained |= dict.fromkeys((x for x in names[block] if x not in held), "its rows are no linear's")
+    return RowMap({name: found[name] for name in header.tensors if name in found}, unexplained)
+
+
+def require_held(rows: RowMap, source: LanguageModel, where: Path) -> None:
+    """Refuse a file that lacks outputs of a model's linears.
+
+    Those of a block that has matrices which are not explained may be in them: MLA's keys are stored turned.
+
+    Args:
+        rows: The file's map.
+        source: The model.
+        where: The file.
+
+    Raises:
+        VerificationError: It lacks some.
+    """
+    linears, head = model_linears(source)
+    features = {each.name: each.out_features for each in (*linears, *([] if source.tied_embeddings else [head]))}
+    lacking = rows.missing(features)
+    unsure = {layer_of(name) for name in rows.unexplained}
+    blocks = {name: block for block, names in _linears_by_block(source).items() for name in names}
+    for name, count in lacking.items():
+        if blocks[name] not in unsure:
+            raise VerificationError(
+                f"{where}: {name} is not in the file, or not whole. Got {features[name] - count} of its "
+                f"{features[name]} outputs. Expected all. Convert the model again, or with a newer converter."
+            )
+
+
+def _linears_by_block(source: LanguageModel) -> dict[int, list[str]]:
+    # All matrices of the model, by block: those that are measured in their order, then the others.
+    linears, head = model_linears(source)
+    measured = {each.name: place for place, each in enumerate((*linears, head))}
+    matrices = [name.removesuffix(".weight") for name in source.names if name.endswith(".weight")]
+    matrices = [name for name in matrices if len(source.shape(f"{name}.weight")) == 2]
+    last = len(measured)
+    blocks: dict[int, list[str]] = {_OUTSIDE: []}
+    for name in sorted(matrices, key=lambda name: (measured.get(name, last), model_order(name))):
+        rest = name.removeprefix(f"{source.family.blocks}.")
+        block = _OUTSIDE if rest == name else int(rest.partition(".")[0])
+        blocks.setdefault(block, []).append(name)
+    blocks[_OUTSIDE].sort(key=model_order)
+    return blocks
+
+
+def _held(outputs: LinearOutputs, header: GgufHeader, tensors: Mapping[str, GgufTensor]) -> dict[str, TensorRows]:
+    found: dict[str, TensorRows] = {}
+
+    def look(names: Iterable[str], *, reordered: bool) -> None:
+        for name in names:
+            values = read_values(header.path, tensors[name])
+            rows = outputs.find_reordered(values) if reordered else outputs.find(values)
+            if rows is not None:
+                found[name] = rows
+
+    look(tensors, reordered=False)
+    look([name for name in tensors if name not in found], reordered=True)
+    return found

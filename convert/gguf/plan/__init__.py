@@ -1,0 +1,1 @@
+"""Plans: what a file holds, what each type costs, and which type every tensor gets."""

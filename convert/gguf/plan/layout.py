@@ -1,0 +1,139 @@
+"""What an unquantized GGUF file holds, as far as plans need to know it. Needs no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Any
+
+import msgspec
+
+from ....checkpoint.files.schemas import check_schema
+from ....errors import FormatError
+from ..file.header import GgufHeader, GgufTensor
+from ..file.roles import quantizable, trimmed
+from ..ggml.types import GGML_TYPES, GgmlType
+from ..rows.rowmap import LEAST_COLUMNS, RowMap
+from ..rows.text import map_from_text, map_to_text
+
+__all__ = ["Layout", "StoredTensor", "matrices_of"]
+
+_HALVES = ("F16", "BF16")
+
+_KINDS = {kind.name: kind for kind in GGML_TYPES.values()}
+
+_Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor as it is stored.
+
+    Attributes:
+        type: Its type.
+        shape: Sizes of its dimensions, outermost first.
+    """
+
+    type: GgmlType
+    shape: tuple[int, ...]
+
+    @property
+    def weights(self) -> int:
+        """Number of its weights."""
+        return math.prod(self.shape)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size of its data."""
+        return math.prod(self.shape[:-1]) * self.type.row_bytes(self.shape[-1])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Described:
+    """The layout as JSON: type and shape of every tensor, and the map as text."""
+
+    tensors: dict[str, tuple[str, tuple[_Size, ...]]]
+    rows: str
+
+
+class Layout:
+    """An unquantized GGUF file: its tensors, and whose outputs their rows are.
+
+    Attributes:
+        tensors: By name, in the order of the file.
+        rows: Where matrices come from.
+    """
+
+    def __init__(self, tensors: Mapping[str, StoredTensor], rows: RowMap) -> None:
+        """Hold both."""
+        self.tensors = tensors
+        self.rows = rows
+
+    @classmethod
+    def of(cls, header: GgufHeader, rows: RowMap) -> Layout:
+        """Return the layout of a file with a map."""
+        return cls({name: StoredTensor(each.type, each.shape) for name, each in header.tensors.items()}, rows)
+
+    @cached_property
+    def plain(self) -> tuple[str, ...]:
+        """Names of the matrices that can be quantized whatever they are: in 16 bits, and none that llama.cpp keeps."""
+        found = ((name, self.tensors[name]) for name in matrices_of(self.tensors))
+        return tuple(name for name, each in found if each.type.name in _HALVES and quantizable(name, each.shape))
+
+    def is_like(self, other: Layout) -> bool:
+        """Whether another file has the same tensors but for their types, made of the same rows."""
+        return self._identity == other._identity
+
+    @cached_property
+    def _identity(self) -> tuple[dict[str, tuple[int, ...]], str]:
+        shapes = {name: each.shape for name, each in self.tensors.items()}
+        return shapes, map_to_text(RowMap(dict(sorted(self.rows.tensors.items())), {}))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain JSON."""
+        return {
+            "tensors": {name: [each.type.name, list(each.shape)] for name, each in self.tensors.items()},
+            "rows": map_to_text(self.rows),
+        }
+
+    @classmethod
+    def from_json(cls, raw: Any, *, where: str, remedy: str) -> Layout:
+        """Return what ``to_json`` returned.
+
+        Args:
+            raw: Parsed JSON.
+            where: Where it was, to begin messages with.
+            remedy: What to do if it is damaged, as a sentence.
+
+        Raises:
+            FormatError: It is damaged.
+        """
+        known = check_schema(raw, _Described, FormatError, where=where, remedy=remedy)
+        tensors = {}
+        for name, (kind, shape) in known.tensors.items():
+            if kind not in _KINDS or not shape or not _KINDS[kind].fits(shape[-1]):
+                raise FormatError(f"{where}: {name} cannot be stored as it says. Got {kind} of {shape}. {remedy}")
+            tensors[name] = StoredTensor(_KINDS[kind], shape)
+        rows = map_from_text(known.rows, f"{where}: rows")
+        if not rows.fits({name: each.shape for name, each in tensors.items()}):
+            raise FormatError(f"{where}: the map is of other tensors. Got {len(rows.tensors)} in it. {remedy}")
+        return cls(tensors, rows)
+
+
+def matrices_of(tensors: Mapping[str, GgufTensor] | Mapping[str, StoredTensor]) -> tuple[str, ...]:
+    """Return the tensors of an unquantized file that may be quantized, as far as their types tell.
+
+    llama.cpp's converter leaves what must not be quantized (routers, convolutions) in F32 where it may write 16 bits.
+    In a file that is F32 throughout any matrix may be one.
+
+    Args:
+        tensors: By name.
+    """
+    kinds = _HALVES if any(each.type.name in _HALVES for each in tensors.values()) else ("F32",)
+    return tuple(
+        name
+        for name, each in tensors.items()
+        if len(trimmed(each.shape)) > 1 and each.shape[-1] >= LEAST_COLUMNS and each.type.name in kinds
+    )

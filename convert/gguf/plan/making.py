@@ -1,0 +1,66 @@
+"""Making GGUF plans from a measurement alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ....linalg.knapsack import choose
+from ....measure.measurement import Measurement
+from .layout import Layout
+from .plan import GgufPlan, TensorPlan, TypeOverride
+from .problem import measured_problem
+
+__all__ = ["make_gguf_plan"]
+
+
+def make_gguf_plan(
+    measurement: Measurement,
+    *,
+    bpw: float | None = None,
+    tensor_bytes: int | None = None,
+    overrides: Sequence[TypeOverride] = (),
+    layout: Layout | None = None,
+) -> GgufPlan:
+    """Choose a type for every tensor.
+
+    Args:
+        measurement: The measured damages.
+        bpw: Bits per weight over all tensors of the file; met from below, never exceeded. Where it is more than all
+            tensors can take they get their largest types.
+        tensor_bytes: The same as a number of bytes; one of the two is given.
+        overrides: Types that tensors must have; of several that match, the last.
+        layout: The unquantized file that is at hand, as ``measured_problem`` takes it.
+
+    Returns:
+        The plan of least predicted damage.
+
+    Raises:
+        BudgetError: No plan is that small; the message gives the range that there is.
+        ConfigError: No types were measured, or an override matches nothing or does not fit.
+    """
+    problem = measured_problem(measurement, overrides, layout)
+    target = problem.target_bytes(bpw=bpw, tensor_bytes=tensor_bytes)
+    candidates = problem.candidates
+    names = [list(candidate.damage_nats) for candidate in candidates]
+    damages = [np.array(list(candidate.damage_nats.values())) for candidate in candidates]
+    chosen = choose(damages, [candidate.sizes for candidate in candidates], target - problem.other_bytes)
+    tensors = tuple(
+        TensorPlan(
+            name=candidate.name,
+            shape=candidate.shape,
+            linears=candidate.linears,
+            type=kinds[option],
+            damage_nats=candidate.damage_nats[kinds[option]] if candidate.measured else None,
+        )
+        for candidate, kinds, option in zip(candidates, names, chosen.options, strict=True)
+    )
+    return GgufPlan(
+        tensors=tensors,
+        other_weights=problem.other_weights,
+        other_bytes=problem.other_bytes,
+        target_bytes=target,
+        lower_bound_nats=chosen.lower_bound,
+        measurement=measurement.fingerprint,
+    )

@@ -1,0 +1,104 @@
+"""GGUF's curves in a measurement, read and checked. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from ....checkpoint.files.schemas import check_schema
+from ....errors import FormatError
+from ....measure.measurement import MeasuredLinear, Measurement
+from ....measure.measurement_file import REMEDY, MeasuredTensors
+from ..ggml.types import TYPES
+from .layout import Layout
+
+__all__ = ["CURVES_VERSION", "NAME", "GgufMeasured", "gguf_curves", "held_as"]
+
+NAME = "gguf"
+"""Of the format, which its curves lie under."""
+
+CURVES_VERSION = 2
+"""Raised when tensors or header change meaning."""
+
+_NOT_MEASURED = (
+    "Measure the model again with `bpwise measure`, with ggml's library and llama.cpp's converter installed: pip "
+    "install 'bpwise[gguf]'."
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Header:
+    """What the curves depend on: names of the types, in the order of ``damage_nats``, and the file they are for."""
+
+    types: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
+    file: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        """Check the types.
+
+        Raises:
+            ValueError: ggml has them not, or one is there twice.
+        """
+        if len(set(self.types)) < len(self.types) or not TYPES.keys() >= set(self.types):
+            raise ValueError("types must be different types of ggml")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GgufMeasured:
+    """GGUF's curves of a model.
+
+    Attributes:
+        types: Names of the types that were measured, the largest first.
+        layout: The unquantized file that they are for.
+        table_damage_nats: Damage of the token embeddings in each type, as the input of the first block, nats per token,
+            shape (types,).
+        tensors: By linear and name.
+    """
+
+    types: tuple[str, ...]
+    layout: Layout
+    table_damage_nats: NDArray[np.float32]
+    tensors: MeasuredTensors
+
+    def damages(self, linear: str, holder: str) -> Iterator[tuple[str, NDArray[np.float32]]]:
+        """Yield the tensors of the file that hold a linear, and its damage there in each type.
+
+        Damages are nats per token, shape (types,); infinite where a type does not fit the rows.
+
+        Args:
+            linear: Its name.
+            holder: What holds it, as ``held_as`` says.
+        """
+        yield from zip(self.layout.rows.tensors_of(holder), self.tensors.tensors[f"{linear}.damage_nats"], strict=True)
+
+
+def held_as(measurement: Measurement, linear: MeasuredLinear) -> str:
+    """Return the name of the matrix that a file holds a linear as: of a tied head that is the table of embeddings."""
+    tied = linear.name == measurement.head.name and measurement.embedding.tied
+    return measurement.embedding.name if tied else linear.name
+
+
+def gguf_curves(measurement: Measurement) -> GgufMeasured:
+    """Return GGUF's curves, checked.
+
+    Raises:
+        ConfigError: GGUF's types were not measured.
+        FormatError: They are damaged, or of another version.
+    """
+    curves, tensors = measurement.curves_of(NAME, CURVES_VERSION, remedy=_NOT_MEASURED)
+    where = f"{tensors.where}: header"
+    known = check_schema(curves.header, _Header, FormatError, where=where, remedy=REMEDY)
+    layout = Layout.from_json(known.file, where=f"{where}: file", remedy=REMEDY)
+
+    def damage(name: str, *shape: int) -> NDArray[np.float32]:
+        # Rounding errors may leave a damage of nearly nothing a little below it.
+        return tensors.take(f"{name}.damage_nats", np.float32, (*shape, len(known.types)), least=None, infinite=True)
+
+    for linear in (*measurement.linears, measurement.head):
+        damage(linear.name, len(layout.rows.tensors_of(held_as(measurement, linear))))
+    return GgufMeasured(known.types, layout, damage(measurement.embedding.name), tensors)

@@ -1,0 +1,1 @@
+"""Where the rows of a GGUF file come from: found by their values, kept in metadata."""

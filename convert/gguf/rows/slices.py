@@ -1,0 +1,56 @@
+"""Parts of linears cut out of their weights and statistics, and put back."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .rowmap import Part
+
+__all__ = ["gram_of", "outputs_of", "part_of", "put_part_"]
+
+
+def part_of(weight: Tensor, part: Part) -> Tensor:
+    """Return a part of a weight with its columns in the file's order; the weight itself where that is all of it.
+
+    Args:
+        weight: Shape (K, out), the transpose of a Hugging Face weight.
+        part: The part.
+
+    Returns:
+        Shape (K, outputs).
+    """
+    ordered = weight if part.columns is None else weight[_indices(part.columns, weight)]
+    return outputs_of(ordered, part)
+
+
+def outputs_of(values: Tensor, part: Part) -> Tensor:
+    """Return a part's outputs, over which the last dimension runs; the values themselves where these are all."""
+    return values if part.holds_all(values.shape[-1]) else values[..., _indices(part.outputs, values)]
+
+
+def gram_of(gram: Tensor, part: Part) -> Tensor:
+    """Return the Gram matrix of inputs in the file's order of columns, shape (K, K)."""
+    if part.columns is None:
+        return gram
+    columns = _indices(part.columns, gram)
+    return gram[columns][:, columns]
+
+
+def put_part_(weight: Tensor, part: Part, values: Tensor) -> None:
+    """Put the decoded rows of a part where they belong in a Hugging Face weight.
+
+    Args:
+        weight: Shape (out, K); changed.
+        part: The part.
+        values: Its rows in the order of ``part.outputs``, their columns in the file's order, shape (outputs, K).
+    """
+    if part.columns is not None:
+        values = values[:, _indices(np.argsort(part.columns), values)]
+    weight[_indices(part.outputs, weight)] = values.to(weight)
+
+
+def _indices(order: NDArray[np.int64], beside: Tensor) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(order)).to(beside.device)

@@ -1,0 +1,47 @@
+"""Making ready what the curves of several formats depend on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..checkpoint.files.resume import RunArtifacts
+from ..errors import BpwiseError, BpwiseWarning, WorkDirectoryError
+from ..progress import Progress
+from .curves import CurveMaker, CurveSource
+
+__all__ = ["prepared_curves"]
+
+
+def prepared_curves(
+    formats: Mapping[str, CurveSource], work: Path, artifacts: RunArtifacts, progress: Progress
+) -> list[CurveMaker]:
+    """Return the curves of all formats whose tools are there and fit the model; warn of the others.
+
+    Args:
+        formats: The model on its way into each format, by name.
+        work: Work directory.
+        artifacts: Learns of what is kept in it.
+        progress: Shows how far that is.
+
+    Raises:
+        BpwiseError: None can be measured: why not the first.
+        WorkDirectoryError: The work directory is full, or cannot be written.
+    """
+    curves: list[CurveMaker] = []
+    refused: dict[str, BpwiseError] = {}
+    for name, source in formats.items():
+        try:
+            for step, identity in source.prepare(work, progress):
+                artifacts.add(step, identity)
+            curves.append(source.curves())
+        except WorkDirectoryError:
+            raise
+        except BpwiseError as cause:
+            refused[name] = cause
+    if refused and not curves:
+        raise next(iter(refused.values()))
+    for name, reason in refused.items():
+        warnings.warn(f"{name}: not measured. {reason}", BpwiseWarning, stacklevel=2)
+    return curves
