@@ -42,7 +42,7 @@ def randomize(model: nn.Module, seed: int) -> None:
 
 
 def _undo_scales(model: nn.Module) -> None:
-    """Let Gemma's attention and router be as decided as others': what they do not scale by a width, trained weights do."""
+    """Let attention and routers of Gemma be as decided as others': trained weights scale what the code does not."""
     for module in model.modules():
         if getattr(module, "scaling", None) == 1.0 and hasattr(module, "q_norm"):
             module.q_norm.weight.div_(math.sqrt(module.head_dim))
