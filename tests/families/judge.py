@@ -1,0 +1,174 @@
+"""One family on its way to a GGUF file, and what others make of that file: llama.cpp, llama-quantize, Transformers."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from bpwise.checkpoint.source.checkpoint import Checkpoint
+from bpwise.convert.conversion import Target
+from bpwise.convert.dense import dequantize_model
+from bpwise.convert.gguf.base import base_path, converted
+from bpwise.convert.gguf.engine.gate import gate_base
+from bpwise.convert.gguf.engine.library import load_library
+from bpwise.convert.registry import GgufOptions, export_imatrix
+from bpwise.measure.run import MeasureConfig, measure_model
+from bpwise.measure.text.calibration import CalibrationSet
+from bpwise.quantize.config import QuantizeConfig
+from bpwise.quantize.run import quantize_model
+from gguf import GGUFReader, ReaderTensor
+from torch import Tensor
+
+from .models import family_config, model_class
+
+MIXTURE = "Q4_K_M"
+"""What sets the size."""
+
+TABLES = ("token_embd.weight", "per_layer_token_embd.weight")
+"""Read by token id: no inputs, so nothing to feed back."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What came of a family; the last five are unknown without llama-quantize.
+
+    Attributes:
+        gate_nats: KL of llama.cpp on the unquantized file from Transformers on the original, as a run itself finds.
+        reader_nats: KL of llama.cpp on the quantized file from Transformers on what the file decodes to.
+        nats: KL of llama.cpp on the quantized file from Transformers on the original.
+        tensor_bytes: Size of the quantized file's tensors.
+        projector: The file with what the model sees images with.
+        their_nats: As ``nats``, of llama-quantize's file of no smaller size.
+        plain_nats: As ``nats``, of llama-quantize's file with the same types.
+        their_bytes: As ``tensor_bytes``, of llama-quantize's file of no smaller size.
+        matrices: Weights of all tensors that llama-quantize quantizes, but for tables.
+        plain: Of these tensors those that no feedback changed: byte for byte as llama-quantize makes them.
+    """
+
+    gate_nats: float | None
+    reader_nats: float
+    nats: float
+    tensor_bytes: int
+    projector: Path | None
+    their_nats: float | None = None
+    plain_nats: float | None = None
+    their_bytes: int = 0
+    matrices: int = 0
+    plain: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def feedback_share(self) -> float:
+        """Share of the matrices' weights that were rounded with feedback."""
+        return 1 - sum(self.plain.values()) / self.matrices
+
+
+def judge_family(name: str, model: Path, work: Path, llama_cpp: Path, llama_quantize: Path | None) -> Judged:
+    """Quantize a family to the size of llama-quantize's file, and judge both files on other tokens."""
+    checkpoint = Checkpoint.open(model)
+    measurement, imatrix, ours, dense = (
+        work / each for each in ("m.safetensors", "imatrix.gguf", "ours.gguf", "dense")
+    )
+    options = GgufOptions(llama_cpp=llama_cpp)
+    config = QuantizeConfig(target=Target(bpw=4.85), options=options, evaluate=None)
+    measured = measure_model(
+        checkpoint, measurement, MeasureConfig(device="cpu"), curves=config.curves, calibration=_rows()
+    )
+    export_imatrix(measured, imatrix)
+    base = base_path(checkpoint, work, llama_cpp, measurement)
+    converted(checkpoint, base, llama_cpp)
+    theirs = None if llama_quantize is None else LlamaQuantize(llama_quantize, base, imatrix, work)
+    if theirs is not None:
+        config = replace(config, target=Target(max_bytes=theirs.tensor_bytes))
+    quantize_model(checkpoint, ours, config, measurement=measurement)
+    dequantize_model(ours, dense, original=model)
+
+    tokens = torch.randint(3, 250, (4, 128), generator=torch.Generator().manual_seed(1))
+    original, decoded = (transformers_logits(name, each, tokens) for each in (model, dense))
+    found = engine_logits(ours, tokens)
+    judged = Judged(
+        gate_nats=gate_base(base, checkpoint, work).kl_nats,
+        reader_nats=mean_kl(decoded, found),
+        nats=mean_kl(original, found),
+        tensor_bytes=sum(tensor.n_bytes for tensor in tensors_of(ours).values()),
+        projector=next(work.glob("mmproj-*.gguf"), None),
+    )
+    return judged if theirs is None else theirs.compared(judged, ours, original, tokens)
+
+
+class LlamaQuantize:
+    """What llama-quantize makes of an unquantized file, with a measurement's own importances."""
+
+    def __init__(self, program: Path, base: Path, imatrix: Path, work: Path) -> None:
+        self._program, self._base, self._imatrix, self._work = program, base, imatrix, work
+        self._file = self._made("theirs", imatrix, {})
+        self._tensors = tensors_of(self._file)
+        self.tensor_bytes = sum(tensor.n_bytes for tensor in self._tensors.values())
+
+    def compared(self, judged: Judged, ours: Path, original: Tensor, tokens: Tensor) -> Judged:
+        """Return what is known of a file, completed."""
+        tensors = tensors_of(ours)
+        types = {name: tensor.tensor_type.name for name, tensor in tensors.items() if len(tensor.shape) > 1}
+        files = self._made("plain", self._imatrix, types), self._made("plainer", None, types)
+        plain = [tensors_of(file) for file in files]
+        matrices = {
+            name: int(tensor.n_elements)
+            for name, tensor in self._tensors.items()
+            if tensor.tensor_type.name not in ("F32", "F16", "BF16") and name not in TABLES
+        }
+        unchanged = {
+            name: weights
+            for name, weights in matrices.items()
+            if any(np.array_equal(tensors[name].data, each[name].data) for each in plain)
+        }
+        return replace(
+            judged,
+            their_nats=mean_kl(original, engine_logits(self._file, tokens)),
+            plain_nats=mean_kl(original, engine_logits(files[0], tokens)),
+            their_bytes=self.tensor_bytes,
+            matrices=sum(matrices.values()),
+            plain=unchanged,
+        )
+
+    def _made(self, name: str, imatrix: Path | None, types: dict[str, str]) -> Path:
+        output = self._work / f"{name}.gguf"
+        command = [str(self._program), *([] if imatrix is None else ["--imatrix", str(imatrix)])]
+        for tensor, kind in types.items():
+            command += ["--tensor-type", f"^{tensor.replace('.', '[.]')}$={kind.lower()}"]
+        subprocess.run([*command, str(self._base), str(output), MIXTURE, "1"], check=True, capture_output=True)
+        return output
+
+
+def tensors_of(path: Path) -> dict[str, ReaderTensor]:
+    """Return what llama.cpp's own Python package reads of a file."""
+    return {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+
+
+def transformers_logits(name: str, directory: Path, tokens: Tensor) -> Tensor:
+    """Return what Transformers computes with a checkpoint of a family, float32."""
+    loaded = model_class(family_config(name)).from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        logits: Tensor = loaded.eval()(input_ids=tokens, use_cache=False).logits.float()
+    return logits
+
+
+def engine_logits(path: Path, tokens: Tensor) -> Tensor:
+    """Return what llama.cpp computes with a file, float32."""
+    with load_library().model(path, row_tokens=tokens.shape[1], threads=1) as model:
+        return torch.stack([torch.cat(list(model.logits(row))) for row in tokens])
+
+
+def mean_kl(expected: Tensor, found: Tensor) -> float:
+    """Return the mean KL divergence of ``found`` from ``expected``, nats per token."""
+    theirs, ours = (logits[..., : expected.shape[-1]].double().log_softmax(-1) for logits in (expected, found))
+    return float((theirs.exp() * (theirs - ours)).sum(-1).mean())
+
+
+def _rows() -> CalibrationSet:
+    # Text means nothing to random weights.
+    tokens = torch.randint(3, 250, (8, 128), generator=torch.Generator().manual_seed(0))
+    return CalibrationSet(tokens=tokens, origins=("random",) * len(tokens), description="random tokens", adds_bos=False)
