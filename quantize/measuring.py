@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.files.paths import refuse_foreign
-from ..checkpoint.model.families import EMBEDDING
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..checkpoint.source.language import language_model
 from ..checkpoint.source.linears import model_linears
@@ -152,10 +151,11 @@ def load_measurement(path: Path, checkpoint: Checkpoint, progress: Progress = si
         )
     table = measurement.embedding
     got = (f"{table.name}.weight", (table.tokens, table.hidden_size), table.tied)
-    if got != (EMBEDDING, source.shape(EMBEDDING), source.tied_embeddings):
+    table = f"{source.embedding_name}.weight"
+    if got != (table, source.shape(table), source.tied_embeddings):
         raise FormatError(
             f"{path}: the measurement has other token embeddings than {checkpoint.directory}. Got {_table(*got)}. "
-            f"Expected {_table(EMBEDDING, source.shape(EMBEDDING), source.tied_embeddings)}. It is damaged: measure "
+            f"Expected {_table(table, source.shape(table), source.tied_embeddings)}. It is damaged: measure "
             "the model again."
         )
     return measurement

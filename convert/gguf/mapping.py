@@ -113,7 +113,7 @@ def _linears_by_block(source: LanguageModel) -> dict[int, list[str]]:
     last = len(measured)
     blocks: dict[int, list[str]] = {_OUTSIDE: []}
     for name in sorted(matrices, key=lambda name: (measured.get(name, last), model_order(name))):
-        rest = name.removeprefix(f"{source.family.blocks}.")
+        rest = name.removeprefix(f"{source.blocks}.")
         block = _OUTSIDE if rest == name else int(rest.partition(".")[0])
         blocks.setdefault(block, []).append(name)
     blocks[_OUTSIDE].sort(key=model_order)
