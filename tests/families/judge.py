@@ -73,9 +73,8 @@ def judge_family(name: str, model: Path, work: Path, llama_cpp: Path, llama_quan
     )
     options = GgufOptions(llama_cpp=llama_cpp)
     config = QuantizeConfig(target=Target(bpw=4.85), options=options, evaluate=None)
-    measured = measure_model(
-        checkpoint, measurement, MeasureConfig(device="cpu"), curves=config.curves, calibration=_rows()
-    )
+    formats = {"gguf": config.conversion(checkpoint)}
+    measured = measure_model(checkpoint, measurement, MeasureConfig(device="cpu"), formats=formats, calibration=_rows())
     export_imatrix(measured, imatrix)
     base = base_path(checkpoint, work, llama_cpp, measurement)
     converted(checkpoint, base, llama_cpp)
