@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...checkpoint.loading.empty import empty_decoder, require_decoder
 from ...checkpoint.model.config import explain_transformers, parse_config
 from ...checkpoint.model.families import HEAD
 from ...checkpoint.source.language import LanguageModel
@@ -25,8 +26,6 @@ __all__ = [
     "set_parameter",
     "stored_name",
 ]
-
-_META = torch.device("meta")
 
 
 def embedding_name(model: Any) -> str:
@@ -97,19 +96,16 @@ def build_skeleton(
     """
     path = source.directory / "config.json"
     parsed = parse_config(config, path)
+    kind = require_decoder(parsed, path)
+    plain_attention = "sdpa" if kind._supports_sdpa else "eager"
+    attention = plain_attention if pads else attention_for(kind)
+    model = empty_decoder(parsed, path, dtype=dtype, attn_implementation=attention)
     with explain_transformers(path):
-        return _meta_model(parsed, dtype, device, pads=pads)
+        _compute_buffers(model, device)
+    return model
 
 
-def _meta_model(parsed: Any, dtype: torch.dtype, device: torch.device, *, pads: bool) -> Any:
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415 - seconds to import, and only needed here
-
-    with _META:
-        kind = AutoModelForCausalLM._model_mapping[type(parsed)]
-        plain_attention = "sdpa" if kind._supports_sdpa else "eager"
-        attention = plain_attention if pads else attention_for(kind)
-        model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, attn_implementation=attention)
-    model.eval()
+def _compute_buffers(model: Any, device: torch.device) -> None:
     # Buffers that no checkpoint holds (rotary frequencies) are computed by the model's own initialisation, in
     # float32 whatever the dtype of the weights: rounding them ruins long contexts.
     for module in model.modules():
@@ -118,7 +114,6 @@ def _meta_model(parsed: Any, dtype: torch.dtype, device: torch.device, *, pads: 
             setattr(module, name, torch.empty_like(getattr(module, name), device=device))
         if names:
             model._init_weights(module)
-    return model
 
 
 def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
