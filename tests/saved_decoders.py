@@ -153,7 +153,7 @@ COMPOSITES: dict[str, dict[str, Any]] = {
         "vision_config": {**TOWER, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
     },
     "qwen3_vl_moe": {
-        "text_config": {**TEXT, **MROPE, **EXPERTS},
+        "text_config": {**TEXT, **MROPE, **EXPERTS, "moe_intermediate_size": 24},
         "vision_config": {**TOWER, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
     },
     "qwen3_5": {"text_config": {**TEXT, **DELTA}, "vision_config": {**TOWER, "num_position_embeddings": 16}},

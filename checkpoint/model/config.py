@@ -142,7 +142,7 @@ def decoder_config(alone: Mapping[str, Any], whole: Mapping[str, Any], path: Pat
                 result[key] = value
     # The whole decides, by its class where its file is silent, but a part that is said to be tied is.
     stated = [part.get("tie_word_embeddings") for part in (alone, whole)]
-    result["tie_word_embeddings"] = True in stated or bool(parsed.tie_word_embeddings)
+    result["tie_word_embeddings"] = True in stated or getattr(parsed, "tie_word_embeddings", False)
     return result
 
 

@@ -155,6 +155,25 @@ def test_a_block_is_loaded_without_the_others(name: str, tmp_path: Path) -> None
     assert len(read) == len(set(read))
 
 
+@pytest.mark.parametrize("name", ["qwen3_next", "gpt_oss", "mixtral", "minimax_m2"])
+def test_an_expert_is_loaded_without_the_others(name: str, tmp_path: Path) -> None:
+    save(tmp_path, name)
+    read: list[tuple[str, int | None]] = []
+
+    class Watched(Checkpoint):
+        def stored(self, name: str, index: int | None = None) -> Tensor:
+            read.append((name, index))
+            return super().stored(name, index)
+
+    model = LanguageModel(Watched.open(tmp_path))
+    for weight in (each for each in sorted(model.names) if ".experts.3." in each):
+        read.clear()
+        model.tensor(weight)
+        # One matrix, or two of which Transformers makes one.
+        assert 1 <= len(read) <= 2
+        assert all(".experts.3." in stored or index == 3 for stored, index in read)
+
+
 def test_the_skeleton_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_decoder(tmp_path, "qwen3_5")
     built = []
@@ -207,6 +226,21 @@ class TestParts:
         assert model.others == {"model.vision_tower.conv.weight"}
         for name, tensor in expected.items():
             assert torch.equal(model.parameter(name), tensor)
+
+    def test_an_expert_of_a_stack_that_is_stored_turned(self, tmp_path: Path) -> None:
+        config = AutoConfig.for_model("qwen3_vl_moe", **COMPOSITES["qwen3_vl_moe"])
+        fill(AutoModelForMultimodalLM.from_config(config, dtype=torch.bfloat16)).save_pretrained(tmp_path)
+        stack = load_file(tmp_path / "model.safetensors")["model.language_model.layers.1.mlp.experts.gate_up_proj"]
+        assert stack.shape == (4, 32, 2 * 24)
+
+        class Watched(Checkpoint):
+            def stored(self, name: str, index: int | None = None) -> Tensor:
+                assert index == 2
+                return super().stored(name, index)
+
+        model = LanguageModel(Watched.open(tmp_path))
+        up = model.tensor("model.layers.1.mlp.experts.2.up_proj.weight")
+        assert torch.equal(up, stack[2].T[24:])
 
     def test_what_no_text_needs(self, tmp_path: Path) -> None:
         # As Qwen3.5 and GLM have them: blocks that predict further tokens.
