@@ -134,11 +134,17 @@ class ListedTensors:
         rows = self._rows.get(name)
         return tensor if rows is None else tensor[rows].clone()
 
+    def stored_name(self, parameter: str) -> str | None:
+        """Return the stored tensor that a parameter is as it stands; None if there is none such."""
+        plain = plain_name(parameter, composite=self._inside or self._family.wrapped) or parameter
+        name = self._family.file_name(plain)
+        return None if name in self._rows else self._stored.get(name)
+
     def parameter_shape(self, name: str) -> tuple[int, ...] | None:
         """Return the shape of what ``parameter`` returns; None if nothing is stored for it."""
-        name = self._family.file_name(name)
-        if name in self.names:
-            return self.shape(name)
+        in_files = self._family.file_name(name)
+        if in_files in self.names:
+            return self.shape(in_files)
         linears = self.structure.linears_in(name)
         if not linears:
             return None

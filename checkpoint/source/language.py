@@ -60,7 +60,7 @@ class LanguageModel(SourceView):
         if self._listed is not None:
             self._tensors = ListedTensors(self._listed, base, self._config, inside=inside)
         else:
-            self._tensors = DiscoveredTensors(model_in_memory(base, self._config, inside=inside), base, _discover)
+            self._tensors = DiscoveredTensors(model_in_memory(base, self._config, inside=inside), base)
         self.others = self._tensors.others
         self.blocks, self.block_count = self._tensors.blocks, self._tensors.block_count
         self.embedding_name, self.head_name = self._tensors.embedding, self._tensors.head
@@ -127,6 +127,17 @@ class LanguageModel(SourceView):
     def tensor(self, name: str) -> Tensor:
         """Return a tensor in its stored dtype, on the CPU, in memory of its own."""
         return self._tensors.tensor(name)
+
+    def stored_name(self, parameter: str) -> str | None:
+        """Return the tensor of the source that a parameter of Transformers' model is as it stands.
+
+        Args:
+            parameter: Its name in the language model alone, or in the whole that it is a part of.
+
+        Returns:
+            None if there is no such tensor, or the parameter is made of several.
+        """
+        return self._tensors.stored_name(parameter)
 
     def has_parameter(self, name: str) -> bool:
         """Return whether something is stored for a parameter or persistent buffer of Transformers' model."""
@@ -235,12 +246,6 @@ def language_model(source: TensorSource) -> LanguageModel:
         UnsupportedModelError: Transformers does not run it as a decoder.
     """
     return source if isinstance(source, LanguageModel) else LanguageModel(source)
-
-
-def _discover(skeleton: Any) -> ModelStructure:
-    from ..trace.model import discover  # noqa: PLC0415 - only for families that are not listed
-
-    return discover(skeleton)
 
 
 def language_config(source: TensorSource) -> dict[str, Any]:
