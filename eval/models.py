@@ -50,13 +50,13 @@ class ModelSummary:
 
 
 def open_pair(
-    original: Original | TensorSource, quantized: Sequence[str | Path]
+    original: Original | TensorSource, quantized: Sequence[str | Path | TensorSource]
 ) -> tuple[TensorSource, list[TensorSource]]:
     """Open an original and what was made of it, and check that they can be compared.
 
     Args:
         original: Directory or Hub id of the original, or what ``open_model`` made of it.
-        quantized: Directories, files or Hub ids of the quantized models.
+        quantized: Directories, files or Hub ids of the quantized models, or what they were opened as.
 
     Raises:
         BpwiseError: As ``open_any``.

@@ -356,6 +356,7 @@ class TestHonesty:
             title: section for title, section in first.items() if "Drift" in title or title == "Plan"
         }
         assert len(again) == len(first) == 6
+        assert "nats per token from Transformers" in first["Base"]["in llama.cpp"]
 
     def test_remembers_what_it_was_calibrated_on(self, made: Made) -> None:
         spans = stored_spans(GgufModel.open(made["llama3"].output))
