@@ -8,6 +8,7 @@ families store several linears as one tensor. Everything that measures, rounds o
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from .views import SourceView
 
 __all__ = [
     "LanguageModel",
+    "LanguageSource",
     "WeightOverlay",
     "language_config",
     "language_model",
@@ -102,6 +104,10 @@ class LanguageModel(SourceView):
         """Full names of the language model's tensors."""
         return self._names
 
+    def stored_as(self, name: str) -> tuple[str, slice | None]:
+        """Return the name of the source's tensor that holds a tensor, and its rows there; None for all of them."""
+        return self._stored.get(name, name), self._rows.get(name)
+
     def stored_bytes(self, name: str) -> int:
         """Return the size of a tensor of a checkpoint, in bytes."""
         base: Any = self.base
@@ -164,12 +170,23 @@ class WeightOverlay(LanguageModel):
         return super().tensor(name) if read is None else read()
 
 
+class LanguageSource(ABC):
+    """A source that is made of a language model, and not the other way round."""
+
+    @property
+    @abstractmethod
+    def language(self) -> LanguageModel:
+        """The language model."""
+
+
 def language_model(source: TensorSource) -> LanguageModel:
     """Return the view of a source as a language model; a view is returned as it is.
 
     Raises:
         UnsupportedModelError: The family is unknown.
     """
+    if isinstance(source, LanguageSource):
+        return source.language
     return source if isinstance(source, LanguageModel) else LanguageModel(source)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.cli import cli
-from bpwise.convert.gguf.file.reader import GgufModel
+from bpwise.convert.gguf.model.reader import GgufModel
 from bpwise.errors import CheckpointError, ConfigError
 from bpwise.eval.comparison import EvalConfig, compare_models, evaluate_models
 from bpwise.eval.engines import llamacpp
