@@ -63,7 +63,8 @@ def open_pair(
         CheckpointError: The vocabularies differ in size.
     """
     source = open_any(original)
-    others = [open_any(model) for model in quantized]
+    opened = (open_any(model) for model in quantized)
+    others = [model.beside(source) if isinstance(model, QuantizedModel) else model for model in opened]
     for other in others:
         check_vocabularies(source, other)
     return source, others

@@ -74,6 +74,10 @@ class DiscoveredTensors:
         """Return the stored tensor that a parameter is as it stands; None if there is none such."""
         return self._memory.stored_name(parameter)
 
+    def wholes(self) -> dict[str, str]:
+        """Return parameters by the names that Transformers loads them under."""
+        return {self._memory.outer_name(name): name for name in self._memory.names}
+
     def parameter_shape(self, name: str) -> tuple[int, ...] | None:
         """Return the shape of what ``parameter`` returns; None if nothing is stored for it."""
         return self._memory.shape(name) if name in self._memory.names else None

@@ -58,12 +58,14 @@ class ListedTensors:
         self._stored: dict[str, str] = {}
         self._rows: dict[str, slice] = {}
         self._stacked: dict[str, LinearPlace] = {}
+        self._wholes: dict[str, str] = {}
         others = set()
         for name in base.names:
             plain = plain_name(name, composite=inside or family.wrapped)
             if plain is None:
                 others.add(name)
             else:
+                self._wholes[name] = plain
                 self._map(plain, name)
         self.others = frozenset(others)
         self.names = frozenset(self._stored.keys() | self._stacked.keys())
@@ -139,6 +141,10 @@ class ListedTensors:
         plain = plain_name(parameter, composite=self._inside or self._family.wrapped) or parameter
         name = self._family.file_name(plain)
         return None if name in self._rows else self._stored.get(name)
+
+    def wholes(self) -> dict[str, str]:
+        """Return the names of parameters by those of the stored tensors that they are."""
+        return self._wholes
 
     def parameter_shape(self, name: str) -> tuple[int, ...] | None:
         """Return the shape of what ``parameter`` returns; None if nothing is stored for it."""

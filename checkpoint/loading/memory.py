@@ -131,6 +131,10 @@ class ModelInMemory:
         """Return the names of the stored tensors that a parameter is made of."""
         return tuple(self._aliases.get(source, source) for source in self._plan.sources(self._of[name]))
 
+    def outer_name(self, name: str) -> str:
+        """Return what a parameter is called in the whole model that the language model is a part of."""
+        return self._of[name]
+
     def stored_name(self, name: str) -> str | None:
         """Return the stored tensor that a parameter is as it stands; None if it is made of several, or changed."""
         inside = self._of.get(name, name)

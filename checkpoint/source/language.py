@@ -8,6 +8,7 @@ families store several linears as one tensor. Everything that measures, rounds o
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
@@ -27,7 +28,7 @@ from ..model.structure import ModelStructure
 from .checkpoint import Checkpoint, TensorInfo, TensorSource
 from .views import SourceView
 
-__all__ = ["LanguageModel", "WeightOverlay", "language_config", "language_model"]
+__all__ = ["LanguageModel", "LanguageSource", "WeightOverlay", "language_config", "language_model"]
 
 
 class LanguageModel(SourceView):
@@ -112,6 +113,14 @@ class LanguageModel(SourceView):
         flag = bool(self._config["tie_word_embeddings"])
         stored = self._tensors.parameter_shape(head) is not None
         return flag and (not stored or torch.equal(self._tensors.parameter(head), self._tensors.parameter(embedding)))
+
+    def wholes(self) -> dict[str, str]:
+        """Return parameters of Transformers' model by the names that it loads them under, in place of what is stored.
+
+        Of a listed family these are stored tensors; fused ones are left as they are stored. The head of a tied model is
+        not among them.
+        """
+        return self._tensors.wholes()
 
     def stored_bytes(self, name: str) -> int:
         """Return the size of a tensor of a checkpoint, in bytes; of a part of what is stored, its share."""
@@ -239,12 +248,23 @@ class WeightOverlay(LanguageModel):
         return super().parameter(name)
 
 
+class LanguageSource(ABC):
+    """A source that is made of a language model, and not the other way round."""
+
+    @property
+    @abstractmethod
+    def language(self) -> LanguageModel:
+        """The language model."""
+
+
 def language_model(source: TensorSource) -> LanguageModel:
     """Return the view of a source as a language model; a view is returned as it is.
 
     Raises:
         UnsupportedModelError: Transformers does not run it as a decoder.
     """
+    if isinstance(source, LanguageSource):
+        return source.language
     return source if isinstance(source, LanguageModel) else LanguageModel(source)
 
 

@@ -12,12 +12,12 @@ from bpwise.cli import cli
 from bpwise.convert.conversion import Target
 from bpwise.convert.gguf import base as gguf_base
 from bpwise.convert.gguf.file.header import read_gguf_header
-from bpwise.convert.gguf.file.reader import GgufModel
 from bpwise.convert.gguf.llama_cpp.imatrix import read_imatrix
 from bpwise.convert.gguf.llama_cpp.importance import importance_of
 from bpwise.convert.gguf.llama_cpp.vram import room_for_weights
+from bpwise.convert.gguf.model.reader import GgufModel
 from bpwise.convert.gguf.options import GgufOptions
-from bpwise.convert.gguf.plan import TypeOverride
+from bpwise.convert.gguf.plan.plan import TypeOverride
 from bpwise.errors import BrokenModelError, BudgetError, ConfigError, FormatError, WorkDirectoryError
 from bpwise.eval.comparison import EvalConfig, compare_models
 from bpwise.eval.metrics.overlap import shared_share, stored_spans

@@ -10,7 +10,7 @@ import torch
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.cli import cli
 from bpwise.convert.gguf.engine.library import LlamaLibrary, load_library
-from bpwise.convert.gguf.file.reader import GgufModel
+from bpwise.convert.gguf.model.reader import GgufModel
 from bpwise.errors import CheckpointError, ConfigError, UnsupportedModelError
 from bpwise.eval.comparison import EvalConfig, compare_models, evaluate_models
 from bpwise.eval.engines.engine import compare_in_engine, open_for_engine
