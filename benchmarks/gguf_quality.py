@@ -28,11 +28,11 @@ from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.checkpoint.source.original import open_model
 from bpwise.convert.conversion import Target
 from bpwise.convert.gguf.curves import GgufCurves
-from bpwise.convert.gguf.file.names import gguf_name
-from bpwise.convert.gguf.file.reader import GgufModel
 from bpwise.convert.gguf.ggml.curves import measured_types
 from bpwise.convert.gguf.llama_cpp.converter import make_base
 from bpwise.convert.gguf.llama_cpp.imatrix import ImportanceMatrix, write_imatrix
+from bpwise.convert.gguf.model.names import gguf_name
+from bpwise.convert.gguf.model.reader import GgufModel
 from bpwise.convert.gguf.options import GgufOptions
 from bpwise.errors import BpwiseError
 from bpwise.eval.comparison import EvalConfig, compare_with, evaluation_rows

@@ -140,6 +140,7 @@ def evaluate(
     from ..convert.opening import open_any
     from ..eval.cache import OriginalCache, default_cache_directory
     from ..eval.comparison import evaluate_each
+    from ..eval.engines.engine import open_for_engine
     from ..eval.report.drawings.png import check_png
     from ..eval.report.layers import find_plan, linear_costs
     from ..eval.tasks.needle import check_needle
@@ -156,7 +157,7 @@ def evaluate(
     if needle is not None:
         check_needle(source, quantized, needle)
     # A damaged plan beside a model is found before the long work.
-    costs = [linear_costs(open_any(model), find_plan(model)) for model in quantized]
+    costs = [linear_costs(open_for_engine(model), find_plan(model)) for model in quantized]
     if engine == "llama.cpp":
         comparisons = _compared_in_engine(source, quantized, config, base, llama_cpp)
     else:
@@ -238,11 +239,11 @@ def _write_reports(
 def _reconsider_marks(
     quantized: Sequence[Path], comparisons: Sequence[Comparison], costs: Sequence[tuple[LinearCost, ...]]
 ) -> None:
-    from ..convert.opening import open_any
+    from ..eval.engines.engine import open_for_engine
     from ..quantize.judge import predicted_damage, reconsider_mark
 
     for path, comparison, each in zip(quantized, comparisons, costs, strict=True):
-        if reconsider_mark(path, comparison, predicted_nats=predicted_damage(open_any(path), each)):
+        if reconsider_mark(path, comparison, predicted_nats=predicted_damage(open_for_engine(path), each)):
             say(f"warning     {path} stays marked as broken", err=True)
 
 

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from .model import Verification
+from .model import QuantizedModel, Verification
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -241,6 +241,16 @@ class Conversion(ABC):
     @abstractmethod
     def rounder(self, plan: Any, measurement: Measurement) -> Rounder | None:
         """Return what rounds linears; None where the writer does it alone."""
+
+    def opened(self, output: Path) -> QuantizedModel:
+        """Open a finished output as it is evaluated.
+
+        Raises:
+            BpwiseError: It breaks the format's rules.
+        """
+        from .registry import format_asking  # noqa: PLC0415 - it holds the formats, which hold this
+
+        return format_asking(self.options).open(output).beside(self.checkpoint)
 
     def refine(
         self,

@@ -9,8 +9,10 @@ from ..checkpoint.files.paths import named, refuse_inputs, reserved
 from ..checkpoint.files.shards import ShardWriter
 from ..checkpoint.model.names import model_order
 from ..checkpoint.source.checkpoint import TensorSource
+from ..checkpoint.source.original import open_model
 from ..errors import CheckpointError, FormatError
 from .carry import copy_side_files, require_float16_range
+from .model import QuantizedModel
 from .registry import require_format
 
 __all__ = ["DENSE_SHARD_BYTES", "dequantize_model"]
@@ -29,8 +31,9 @@ def dequantize_model(
     Args:
         path: A quantized model of any format.
         out: Directory to make; it must not exist, or be empty.
-        original: Model directory to copy tokenizer, generation and licence files from. None takes the model's own, if
-            it is a directory; what a model in one file tells of its tokenizer does not make it whole.
+        original: Model directory to copy tokenizer, generation and licence files from, and what a model in one file
+            does not tell (see ``QuantizedModel.beside``). None takes the model's own, if it is a directory; what a
+            model in one file tells of its tokenizer does not make it whole.
         shard_bytes: Largest weight file in bytes; only a single larger tensor may exceed it.
 
     Returns:
@@ -49,11 +52,13 @@ def dequantize_model(
         True
     """
     path = Path(path)
-    model = require_format(path).open(path)
+    model: QuantizedModel = require_format(path).open(path)
     if original is not None and not original.is_dir():
         raise CheckpointError(
             f"{original}: no directory. Expected the original's, to copy its tokenizer. Check the path."
         )
+    if original is not None:
+        model = model.beside(open_model(original))
     source = original or (model.directory if model.directory == model.path else None)
     out = named(Path(out))
     refuse_inputs(out, directories=[each for each in (source, path) if each is not None])

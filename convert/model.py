@@ -159,6 +159,14 @@ class QuantizedModel(ABC):
         """Return the dense model with the names and the config that Transformers loads."""
         return self
 
+    def beside(self, original: TensorSource) -> QuantizedModel:
+        """Return the model as it is compared with its original: itself, if it needs nothing of that to be read.
+
+        Args:
+            original: The model that it was made of.
+        """
+        return self
+
     @property
     def matrix_dtype(self) -> str | None:
         """Dtype that its matrices are stored in, as ``float16``; None if a tensor is quantized, as is the rule."""

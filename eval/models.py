@@ -50,20 +50,21 @@ class ModelSummary:
 
 
 def open_pair(
-    original: Original | TensorSource, quantized: Sequence[str | Path]
+    original: Original | TensorSource, quantized: Sequence[str | Path | TensorSource]
 ) -> tuple[TensorSource, list[TensorSource]]:
     """Open an original and what was made of it, and check that they can be compared.
 
     Args:
         original: Directory or Hub id of the original, or what ``open_model`` made of it.
-        quantized: Directories, files or Hub ids of the quantized models.
+        quantized: Directories, files or Hub ids of the quantized models, or what they were opened as.
 
     Raises:
         BpwiseError: As ``open_any``.
         CheckpointError: The vocabularies differ in size.
     """
     source = open_any(original)
-    others = [open_any(model) for model in quantized]
+    opened = (open_any(model) for model in quantized)
+    others = [model.beside(source) if isinstance(model, QuantizedModel) else model for model in opened]
     for other in others:
         check_vocabularies(source, other)
     return source, others

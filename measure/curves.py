@@ -101,8 +101,14 @@ class CurveMaker(Protocol):
 class CurveSource(Protocol):
     """A model on its way into a format, as far as measuring is concerned; ``Conversion`` is one."""
 
-    def prepare(self, work: Path, progress: Progress) -> Sequence[tuple[str, Mapping[str, Any]]]:
-        """Make what the curves depend on, in a work directory; return names and identities of its resume stores."""
+    def prepare(
+        self, work: Path, progress: Progress, measurement: Path | None = None
+    ) -> Sequence[tuple[str, Mapping[str, Any]]]:
+        """Make what the curves depend on, in a work directory or beside a measurement.
+
+        Returns:
+            Names and identities of the resume stores that it lies in.
+        """
 
     def curves(self) -> CurveMaker:
         """Return what measures the curves; ``prepare`` was called."""

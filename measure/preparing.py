@@ -15,12 +15,13 @@ __all__ = ["prepared_curves"]
 
 
 def prepared_curves(
-    formats: Mapping[str, CurveSource], work: Path, artifacts: RunArtifacts, progress: Progress
+    formats: Mapping[str, CurveSource], output: Path, work: Path, artifacts: RunArtifacts, progress: Progress
 ) -> list[CurveMaker]:
     """Return the curves of all formats whose tools are there and fit the model; warn of the others.
 
     Args:
         formats: The model on its way into each format, by name.
+        output: The measurement to make.
         work: Work directory.
         artifacts: Learns of what is kept in it.
         progress: Shows how far that is.
@@ -33,7 +34,7 @@ def prepared_curves(
     refused: dict[str, BpwiseError] = {}
     for name, source in formats.items():
         try:
-            for step, identity in source.prepare(work, progress):
+            for step, identity in source.prepare(work, progress, output):
                 artifacts.add(step, identity)
             curves.append(source.curves())
         except WorkDirectoryError:

@@ -341,7 +341,7 @@ def measure_model(
     with reserved(output), run_artifacts(work) as artifacts:
         rows = calibration_rows(checkpoint, config.calibration, device=config.device, given=calibration)
         checkpoint.prepare_fingerprint(progress)
-        curves = prepared_curves(formats, work, artifacts, progress)
+        curves = prepared_curves(formats, output, work, artifacts, progress)
         artifacts.add(MEASURED, measurement_provenance(checkpoint, rows, config, curves))
         measurement = measure_checkpoint(checkpoint, rows, config, curves, work, progress)
         measurement.save(output)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from ..checkpoint.source.checkpoint import Checkpoint, TensorSource
 from ..convert.model import QuantizedModel
-from ..convert.opening import open_any
 from ..convert.plan import LinearCost
 from ..convert.publishing.cards import card_path
 from ..convert.publishing.mark import clear_mark, mark_broken, read_mark
@@ -84,11 +83,12 @@ class Judge:
         self.shared_share = refuse_calibration_text(rows, spans, allowed=self._config.allow_calibration_text)
         self._rows = with_overlap_warning(rows, self.shared_share)
 
-    def compare(self, output: Path, *, predicted_nats: float | None) -> Comparison:
+    def compare(self, output: Path, model: TensorSource, *, predicted_nats: float | None) -> Comparison:
         """Compare an output with the original; what cannot even be compared is marked as broken.
 
         Args:
             output: A quantized model.
+            model: The same, opened.
             predicted_nats: Damage that the plan predicted, in nats per token; None if there was no plan.
 
         Raises:
@@ -101,7 +101,6 @@ class Judge:
             self._run = run_original(
                 self._checkpoint, rows, self._config, self._progress, tokenizer=self._loaded_tokenizer()
             )
-        model = open_any(output)
         try:
             comparison = compare_with(self._run, model, self._progress)
             if not math.isfinite(comparison.summary.kl_nats.value):

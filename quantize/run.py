@@ -290,7 +290,8 @@ class _OutputRun:
             refuse_marked(self._output)
             return None
         with self._clock.step("evaluate"):
-            return judge.compare(self._output, predicted_nats=plan.damage_nats)
+            model = self._job.conversion.opened(self._output)
+            return judge.compare(self._output, model, predicted_nats=plan.damage_nats)
 
     def _report(self, result: QuantizeResult, *, finished: bool) -> None:
         # Of a finished output, with what an earlier report told of its making.

@@ -80,7 +80,7 @@ def test_imports_run_downhill(path: Path) -> None:
 
 
 INNER = {
-    "checkpoint": ["source", "trace", "model", "files"],
+    "checkpoint": ["source", "loading", "trace", "model", "files"],
     "measure": [".", "text", "statistics", "model", "layers"],
     "convert": ["exl2", "gguf", "publishing", "."],
     "convert/exl2": [".", "rounding", "plan", "file", "readers"],

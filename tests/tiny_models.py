@@ -57,10 +57,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 TEXT = {**SIZES, "head_dim": 16}
 GEMMA = {"sliding_window": 16, "query_pre_attn_scalar": 16, "num_hidden_layers": 6, "tie_word_embeddings": True}
 MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6}}
-TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
 TOWER |= {"image_size": 28, "patch_size": 14}
 PIXTRAL = {**TOWER, "model_type": "pixtral", "head_dim": 16}
-QWEN = {"depth": 1, "num_heads": 2, "patch_size": 14}
+QWEN = {"depth": 3, "num_heads": 2, "patch_size": 14}
 
 VISION: dict[str, dict[str, Any]] = {
     "gemma3": {

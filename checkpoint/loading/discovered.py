@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
 
 from torch import Tensor
 
@@ -27,15 +25,14 @@ class DiscoveredTensors:
         block_count: Their number.
     """
 
-    def __init__(self, memory: ModelInMemory, base: StoredTensors, discover: Callable[[Any], ModelStructure]) -> None:
+    def __init__(self, memory: ModelInMemory, base: StoredTensors) -> None:
         """Hold where to look.
 
         Args:
             memory: The model, and what its parameters are made of.
             base: Where stored tensors are read from.
-            discover: Finds the structure of a model on the meta device.
         """
-        self._memory, self._base, self._discover = memory, base, discover
+        self._memory, self._base = memory, base
         self.others = memory.others
         self.embedding, self.head = memory.embedding, memory.head
         self.blocks, self.block_count = memory.blocks, memory.block_count
@@ -43,7 +40,7 @@ class DiscoveredTensors:
     @property
     def structure(self) -> ModelStructure:
         """Its input groups, and where in Transformers' model their linears lie."""
-        return self._memory.structure(self._discover)
+        return self._memory.structure
 
     @cached_property
     def _places(self) -> dict[str, LinearPlace]:
@@ -72,6 +69,14 @@ class DiscoveredTensors:
     def tensor(self, name: str) -> Tensor:
         """Return a tensor in its stored dtype, on the CPU, in memory of its own."""
         return self._memory.linear(self._place(name), self._base)
+
+    def stored_name(self, parameter: str) -> str | None:
+        """Return the stored tensor that a parameter is as it stands; None if there is none such."""
+        return self._memory.stored_name(parameter)
+
+    def wholes(self) -> dict[str, str]:
+        """Return parameters by the names that Transformers loads them under."""
+        return {self._memory.outer_name(name): name for name in self._memory.names}
 
     def parameter_shape(self, name: str) -> tuple[int, ...] | None:
         """Return the shape of what ``parameter`` returns; None if nothing is stored for it."""

@@ -11,7 +11,7 @@ from torch import nn
 from ...errors import UnsupportedModelError
 from ..model.config import explain_transformers
 
-__all__ = ["block_list", "empty_decoder", "empty_whole", "module_name", "require_decoder"]
+__all__ = ["empty_decoder", "empty_whole", "module_name", "require_decoder"]
 
 
 def require_decoder(parsed: Any, path: Path) -> Any:
@@ -58,7 +58,9 @@ def empty_decoder(parsed: Any, path: Path, **options: Any) -> Any:
 
 
 def empty_whole(parsed: Any, path: Path) -> Any | None:
-    """Return a model of several parts, on the meta device; None if Transformers has none for its config.
+    """Return a model of several parts, on the meta device.
+
+    None if Transformers has none for its config, or cannot build a part: Gemma 3n's tower needs a library of its own.
 
     Args:
         parsed: Transformers' config object of the whole.
@@ -72,17 +74,13 @@ def empty_whole(parsed: Any, path: Path) -> Any | None:
     if type(parsed) not in AutoModelForMultimodalLM._model_mapping:
         return None
     with explain_transformers(path), torch.device("meta"):
-        return AutoModelForMultimodalLM.from_config(parsed)
+        try:
+            return AutoModelForMultimodalLM.from_config(parsed)
+        except ImportError:
+            return None
 
 
 def module_name(model: Any, module: nn.Module) -> str:
     """Return the full name of a module of a model."""
     name: str = next(name for name, each in model.named_modules() if each is module)
-    return name
-
-
-def block_list(model: Any) -> str:
-    """Return the full name of the list of a model's decoder blocks: of all lists of modules that with most weights."""
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    name: str = max(lists, key=lambda name: sum(parameter.numel() for parameter in lists[name].parameters()))
     return name

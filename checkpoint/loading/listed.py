@@ -58,12 +58,14 @@ class ListedTensors:
         self._stored: dict[str, str] = {}
         self._rows: dict[str, slice] = {}
         self._stacked: dict[str, LinearPlace] = {}
+        self._wholes: dict[str, str] = {}
         others = set()
         for name in base.names:
             plain = plain_name(name, composite=inside or family.wrapped)
             if plain is None:
                 others.add(name)
             else:
+                self._wholes[name] = plain
                 self._map(plain, name)
         self.others = frozenset(others)
         self.names = frozenset(self._stored.keys() | self._stacked.keys())
@@ -134,11 +136,21 @@ class ListedTensors:
         rows = self._rows.get(name)
         return tensor if rows is None else tensor[rows].clone()
 
+    def stored_name(self, parameter: str) -> str | None:
+        """Return the stored tensor that a parameter is as it stands; None if there is none such."""
+        plain = plain_name(parameter, composite=self._inside or self._family.wrapped) or parameter
+        name = self._family.file_name(plain)
+        return None if name in self._rows else self._stored.get(name)
+
+    def wholes(self) -> dict[str, str]:
+        """Return the names of parameters by those of the stored tensors that they are."""
+        return self._wholes
+
     def parameter_shape(self, name: str) -> tuple[int, ...] | None:
         """Return the shape of what ``parameter`` returns; None if nothing is stored for it."""
-        name = self._family.file_name(name)
-        if name in self.names:
-            return self.shape(name)
+        in_files = self._family.file_name(name)
+        if in_files in self.names:
+            return self.shape(in_files)
         linears = self.structure.linears_in(name)
         if not linears:
             return None

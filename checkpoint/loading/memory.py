@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -14,7 +15,8 @@ from torch import Tensor
 from ...errors import CheckpointError, UnsupportedModelError
 from ..model.config import parse_config
 from ..model.structure import LinearPlace, ModelStructure
-from .empty import block_list, empty_decoder, empty_whole, module_name
+from ..trace.model import discover, list_of_blocks
+from .empty import empty_decoder, empty_whole, module_name
 from .plan import LoadPlan
 
 __all__ = ["ModelInMemory", "StoredTensors", "assembled", "model_in_memory"]
@@ -80,11 +82,10 @@ class ModelInMemory:
                 does not fit.
         """
         self.skeleton: Any = empty_decoder(parse_config(alone, path), path)
-        self.blocks = block_list(self.skeleton)
+        self.blocks, _ = list_of_blocks(self.skeleton)
         self.embedding = module_name(self.skeleton, self.skeleton.get_input_embeddings())
         self.head = self._head_of(self.skeleton, path)
         self._shapes = {name: tuple(each.shape) for name, each in self.skeleton.state_dict().items()}
-        self._structure: ModelStructure | None = None
         self._aliases: Mapping[str, str] = {}
         self._of = {name: name for name in self._shapes}  # names in the skeleton -> names in the plan
         model = None if whole is None else empty_whole(parse_config(whole, path), path)
@@ -113,15 +114,14 @@ class ModelInMemory:
         tensors = self.skeleton.state_dict(keep_vars=True)
         return tensors[f"{self.head}.weight"] is tensors[f"{self.embedding}.weight"]
 
-    def structure(self, discover: Callable[[Any], ModelStructure]) -> ModelStructure:
-        """Return its structure, found once.
+    @cached_property
+    def structure(self) -> ModelStructure:
+        """Its input groups, and where its linears lie, as a trace finds them.
 
-        Args:
-            discover: Finds the structure of a model on the meta device.
+        Raises:
+            UnsupportedModelError: The trace fails.
         """
-        if self._structure is None:
-            self._structure = discover(self.skeleton)
-        return self._structure
+        return discover(self.skeleton)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a parameter or persistent buffer."""
@@ -130,6 +130,10 @@ class ModelInMemory:
     def sources(self, name: str) -> tuple[str, ...]:
         """Return the names of the stored tensors that a parameter is made of."""
         return tuple(self._aliases.get(source, source) for source in self._plan.sources(self._of[name]))
+
+    def outer_name(self, name: str) -> str:
+        """Return what a parameter is called in the whole model that the language model is a part of."""
+        return self._of[name]
 
     def stored_name(self, name: str) -> str | None:
         """Return the stored tensor that a parameter is as it stands; None if it is made of several, or changed."""

@@ -64,7 +64,6 @@ _ALWAYS_THERE = (
     "vocab_size",
     "num_attention_heads",
     "max_position_embeddings",
-    "tie_word_embeddings",
 )
 """Keys that callers read of any decoder, by these names, even where a class has others: GPT-2's ``n_layer``."""
 
@@ -141,6 +140,9 @@ def decoder_config(alone: Mapping[str, Any], whole: Mapping[str, Any], path: Pat
             value = getattr(part, key, None)
             if result.get(key) is None and value is not None:
                 result[key] = value
+    # The whole decides, by its class where its file is silent, but a part that is said to be tied is.
+    stated = [part.get("tie_word_embeddings") for part in (alone, whole)]
+    result["tie_word_embeddings"] = True in stated or getattr(parsed, "tie_word_embeddings", False)
     return result
 
 
@@ -166,7 +168,7 @@ def parse_config(config: Mapping[str, Any], path: Path) -> Any:
             "code for: code that comes with a model is never run. Upgrade Transformers, or choose another model."
         )
     _check_sizes(config, path)
-    plain = {key: deepcopy(value) for key, value in config.items() if key not in _NOT_PARSED}
+    plain = {key: _with_floats(deepcopy(value)) for key, value in config.items() if key not in _NOT_PARSED}
     _rename_su(text_config(plain))
     with explain_transformers(path):
         parsed = (kind := CONFIG_MAPPING[model_type]).from_dict(kind._decode_special_floats(plain))  # infinities
@@ -202,6 +204,16 @@ def explain_transformers(path: Path) -> Iterator[None]:
             f"{path}: Transformers does not accept this config ({type(cause).__name__}: {reason(cause)}). Correct it "
             "or get it again."
         ) from cause
+
+
+def _with_floats(value: Any) -> Any:
+    # Transformers writes numbers that JSON has no word for as {"__float__": "Infinity"}.
+    if isinstance(value, dict):
+        named = value.get("__float__")
+        if isinstance(named, str) and named in ("Infinity", "-Infinity", "NaN"):
+            return float(named)
+        return {key: _with_floats(each) for key, each in value.items()}
+    return [_with_floats(each) for each in value] if isinstance(value, list) else value
 
 
 def _text_of(parsed: Any, path: Path) -> Any:

@@ -8,6 +8,7 @@ families store several linears as one tensor. Everything that measures, rounds o
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
@@ -27,7 +28,7 @@ from ..model.structure import ModelStructure
 from .checkpoint import Checkpoint, TensorInfo, TensorSource
 from .views import SourceView
 
-__all__ = ["LanguageModel", "WeightOverlay", "language_config", "language_model"]
+__all__ = ["LanguageModel", "LanguageSource", "WeightOverlay", "language_config", "language_model"]
 
 
 class LanguageModel(SourceView):
@@ -60,7 +61,7 @@ class LanguageModel(SourceView):
         if self._listed is not None:
             self._tensors = ListedTensors(self._listed, base, self._config, inside=inside)
         else:
-            self._tensors = DiscoveredTensors(model_in_memory(base, self._config, inside=inside), base, _discover)
+            self._tensors = DiscoveredTensors(model_in_memory(base, self._config, inside=inside), base)
         self.others = self._tensors.others
         self.blocks, self.block_count = self._tensors.blocks, self._tensors.block_count
         self.embedding_name, self.head_name = self._tensors.embedding, self._tensors.head
@@ -113,6 +114,14 @@ class LanguageModel(SourceView):
         stored = self._tensors.parameter_shape(head) is not None
         return flag and (not stored or torch.equal(self._tensors.parameter(head), self._tensors.parameter(embedding)))
 
+    def wholes(self) -> dict[str, str]:
+        """Return parameters of Transformers' model by the names that it loads them under, in place of what is stored.
+
+        Of a listed family these are stored tensors; fused ones are left as they are stored. The head of a tied model is
+        not among them.
+        """
+        return self._tensors.wholes()
+
     def stored_bytes(self, name: str) -> int:
         """Return the size of a tensor of a checkpoint, in bytes; of a part of what is stored, its share."""
         base: Any = self.base
@@ -127,6 +136,17 @@ class LanguageModel(SourceView):
     def tensor(self, name: str) -> Tensor:
         """Return a tensor in its stored dtype, on the CPU, in memory of its own."""
         return self._tensors.tensor(name)
+
+    def stored_name(self, parameter: str) -> str | None:
+        """Return the tensor of the source that a parameter of Transformers' model is as it stands.
+
+        Args:
+            parameter: Its name in the language model alone, or in the whole that it is a part of.
+
+        Returns:
+            None if there is no such tensor, or the parameter is made of several.
+        """
+        return self._tensors.stored_name(parameter)
 
     def has_parameter(self, name: str) -> bool:
         """Return whether something is stored for a parameter or persistent buffer of Transformers' model."""
@@ -228,19 +248,24 @@ class WeightOverlay(LanguageModel):
         return super().parameter(name)
 
 
+class LanguageSource(ABC):
+    """A source that is made of a language model, and not the other way round."""
+
+    @property
+    @abstractmethod
+    def language(self) -> LanguageModel:
+        """The language model."""
+
+
 def language_model(source: TensorSource) -> LanguageModel:
     """Return the view of a source as a language model; a view is returned as it is.
 
     Raises:
         UnsupportedModelError: Transformers does not run it as a decoder.
     """
+    if isinstance(source, LanguageSource):
+        return source.language
     return source if isinstance(source, LanguageModel) else LanguageModel(source)
-
-
-def _discover(skeleton: Any) -> ModelStructure:
-    from ..trace.model import discover  # noqa: PLC0415 - only for families that are not listed
-
-    return discover(skeleton)
 
 
 def language_config(source: TensorSource) -> dict[str, Any]:

@@ -28,10 +28,11 @@ from ..files.dtypes import require_finite
 from ..files.safetensors_file import SafetensorsHeader, read_entry, read_header
 from ..files.schemas import read_schema
 from ..loading.listed import plain_name
-from ..model.families import HEAD, composite_of
+from ..model.families import HEAD, composite_of, is_known
 from ..model.names import embedding_name, head_name
 from .checkpoint import Checkpoint, TensorInfo
 from .hub import confined_file
+from .language import LanguageModel
 from .views import CheckpointView
 
 __all__ = ["LoraView"]
@@ -222,7 +223,9 @@ class LoraView(CheckpointView):
     def _name_in_base(self, name: str) -> str:
         # What the base calls a tensor of the adapter: models with vision have other names in memory than on the Hub.
         plain = self._plain(name)
-        return self._base_names.get(plain, self._head if plain == _HEAD_WEIGHT else name)
+        if plain in self._base_names or plain == _HEAD_WEIGHT:
+            return self._base_names.get(plain, self._head)
+        return name if is_known(self._base.config) else LanguageModel(self._base).stored_name(name) or name
 
     def _find_places(self) -> None:
         modules: dict[str, dict[str, str]] = defaultdict(dict)

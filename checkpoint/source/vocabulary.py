@@ -8,6 +8,7 @@ from typing import Any
 
 from ...errors import BpwiseWarning, CheckpointError
 from ..files.schemas import read_json
+from ..model.names import text_config
 from .checkpoint import Checkpoint, embedding_rows
 
 __all__ = ["tokens_beyond", "warn_of_tokens_beyond"]
@@ -26,7 +27,7 @@ def tokens_beyond(checkpoint: Checkpoint) -> dict[int, str]:
     Args:
         checkpoint: The model. Of files that cannot be read nothing is said here: `load_tokenizer` reports them.
     """
-    rows = embedding_rows(checkpoint)
+    rows = _rows(checkpoint)
     if rows is None:
         return {}
     found = {id_: token for id_, token in _tokens(checkpoint) if type(id_) is int and id_ >= rows}
@@ -40,7 +41,7 @@ def warn_of_tokens_beyond(checkpoint: Checkpoint) -> None:
         return
     shown = [f"{token[:_SHOWN_CHARACTERS]!r} ({id_})" for id_, token in list(beyond.items())[:_SHOWN_TOKENS]]
     more = f" and {len(beyond) - _SHOWN_TOKENS} more" if len(beyond) > _SHOWN_TOKENS else ""
-    rows = embedding_rows(checkpoint)
+    rows = _rows(checkpoint)
     warnings.warn(
         f"{checkpoint.directory}: the tokenizer has tokens beyond the vocabulary. Got {', '.join(shown)}{more}. "
         f"Expected ids below the {rows} rows of the embedding. Text with these tokens cannot be run: keep them out of "
@@ -48,6 +49,13 @@ def warn_of_tokens_beyond(checkpoint: Checkpoint) -> None:
         BpwiseWarning,
         stacklevel=2,
     )
+
+
+def _rows(checkpoint: Checkpoint) -> int | None:
+    # Of an embedding by another name, those that the config states: others would not fit when they are loaded.
+    stored = embedding_rows(checkpoint)
+    stated = text_config(checkpoint.config).get("vocab_size") if stored is None else stored
+    return stated if type(stated) is int else None
 
 
 def _tokens(checkpoint: Checkpoint) -> Iterator[tuple[Any, Any]]:

@@ -9,7 +9,7 @@ from ..model import CardFacts
 from ..names import pasteable
 from .file.describe import all_tensors_bpw
 from .file.metadata import CALIBRATION_KEY, LIMITS_KEY, VERSION_KEY
-from .file.reader import GgufModel
+from .model.reader import GgufModel
 
 __all__ = ["gguf_card", "loading"]
 

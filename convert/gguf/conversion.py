@@ -19,7 +19,7 @@ from ...measure.measurement import Measurement
 from ...measure.text.context import context_tokens
 from ...progress import Progress, silent
 from ..conversion import Conversion, Provenance, SizeForecast, Target
-from ..model import Verification
+from ..model import QuantizedModel, Verification
 from ..plan import Plan
 from ..rounding import RoundedModel
 from .base import BASE, base_identity, base_path, base_to_make, converted, projector_path, write_projector
@@ -35,7 +35,9 @@ from .llama_cpp.converter import find_converter
 from .llama_cpp.importance import importance_of
 from .llama_cpp.readers import require_llama_cpp
 from .llama_cpp.vram import room_for_weights
-from .mapping import ROWS, kept_map, require_held
+from .model.mapped import MappedGguf
+from .model.mapping import ROWS, kept_map, require_held
+from .model.reader import GgufModel
 from .options import GgufOptions
 from .plan.layout import Layout
 from .plan.making import make_gguf_plan
@@ -206,6 +208,11 @@ class GgufConversion(Conversion):
     def identity(self) -> Any:
         """See ``Conversion``."""
         return [self._base_digest, self.options.feedback]
+
+    def opened(self, output: Path) -> QuantizedModel:
+        """See ``Conversion``."""
+        model = GgufModel.open(output)
+        return model if model.stands_alone else MappedGguf(model.header, self.checkpoint, lambda: self.layout.rows)
 
     def rounder(self, plan: GgufPlan, measurement: Measurement) -> GgufRounder | None:
         """See ``Conversion``."""

@@ -62,7 +62,7 @@ class GgufFormat(Format):
 
     def open(self, path: Path) -> QuantizedModel:
         """Open a GGUF file; see ``GgufModel.open``."""
-        from .file.reader import GgufModel
+        from .model.reader import GgufModel
 
         return GgufModel.open(path)
 
@@ -75,14 +75,14 @@ class GgufFormat(Format):
 
     def verify(self, path: Path) -> Verification:
         """Decode every tensor; see ``verify_gguf``."""
-        from .file.verify import verify_gguf
+        from .model.verify import verify_gguf
 
         return verify_gguf(path)
 
     def card(self, model: QuantizedModel, base_name: str) -> CardFacts:
         """Return what a card says of a model, whatever the original is called."""
         from .card import gguf_card
-        from .file.reader import GgufModel
+        from .model.reader import GgufModel
 
         assert isinstance(model, GgufModel)
         return gguf_card(model)

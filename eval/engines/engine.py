@@ -18,8 +18,11 @@ from torch import Tensor
 from ...checkpoint.source.checkpoint import TensorSource
 from ...checkpoint.source.original import Original
 from ...convert.gguf.engine.library import EngineModel, LlamaLibrary, load_library
+from ...convert.gguf.engine.stored import GgufFile
+from ...convert.gguf.file.header import is_gguf
 from ...convert.model import QuantizedModel
-from ...errors import CheckpointError, ConfigError
+from ...convert.opening import open_any
+from ...errors import CheckpointError, ConfigError, UnsupportedModelError
 from ...measure.text.calibration import CalibrationSet
 from ...measure.text.context import EVALUATION, check_rows
 from ...measure.text.tokenizer import Tokenizer, load_tokenizer
@@ -31,7 +34,7 @@ from ..metrics.passes import exact_logits
 from ..metrics.profile import profile_of
 from ..models import model_name, open_pair, summarize_model, vocab_size_of
 
-__all__ = ["ENGINE", "compare_in_engine", "evaluate_in_engine"]
+__all__ = ["ENGINE", "compare_in_engine", "evaluate_in_engine", "open_for_engine"]
 
 ENGINE = "llama.cpp"
 """As models name it that can be run by it."""
@@ -41,6 +44,23 @@ _FLOOR_TOKENS = 512
 
 _SAME_MODEL_NATS = 0.01
 """Largest floor of a base that is believed to be the original: float16 weights cost some 1e-5, 8-bit ones 1e-3."""
+
+
+def open_for_engine(model: str | Path | TensorSource) -> TensorSource:
+    """Open a model that the engine runs: of an architecture that nothing here decodes, what its header says.
+
+    Args:
+        model: A file, or an open model, which is returned as it is.
+
+    Raises:
+        BpwiseError: As ``open_any``.
+    """
+    try:
+        return open_any(model)
+    except UnsupportedModelError:
+        if not is_gguf(Path(str(model))):
+            raise
+        return GgufFile.open(Path(str(model)))
 
 
 def evaluate_in_engine(
@@ -66,7 +86,7 @@ def evaluate_in_engine(
         BpwiseError: As ``open_pair``, ``evaluation_rows``, ``load_library`` and ``compare_in_engine``.
     """
     library = load_library(llama_cpp)
-    source, (base_model, other) = open_pair(original, [base, quantized])
+    source, (base_model, other) = open_pair(original, [open_for_engine(base), open_for_engine(quantized)])
     tokenizer = load_tokenizer(source.directory)
     rows = evaluation_rows(tokenizer, config.fitted(source), vocab_size=vocab_size_of(source))
     rows = with_overlap_warning(

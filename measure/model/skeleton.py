@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...checkpoint.loading.empty import empty_decoder, require_decoder
 from ...checkpoint.model.config import explain_transformers, parse_config
 from ...checkpoint.source.language import LanguageModel
 from ...errors import CheckpointError
@@ -22,8 +23,6 @@ __all__ = [
     "set_tensor",
     "stored_tensors",
 ]
-
-_META = torch.device("meta")
 
 
 def build_skeleton(
@@ -44,22 +43,14 @@ def build_skeleton(
     """
     path = source.directory / "config.json"
     parsed = parse_config(config, path)
+    kind = require_decoder(parsed, path)
+    plain_attention = "sdpa" if kind._supports_sdpa else "eager"
+    attention = plain_attention if pads else attention_for(kind)
+    model = empty_decoder(parsed, path, dtype=dtype, attn_implementation=attention)
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # one expert after another, which can be watched
     with explain_transformers(path):
-        return _meta_model(parsed, dtype, device, pads=pads)
-
-
-def _meta_model(parsed: Any, dtype: torch.dtype, device: torch.device, *, pads: bool) -> Any:
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415 - seconds to import, and only needed here
-
-    with _META:
-        kind = AutoModelForCausalLM._model_mapping[type(parsed)]
-        plain_attention = "sdpa" if kind._supports_sdpa else "eager"
-        attention = plain_attention if pads else attention_for(kind)
-        model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, attn_implementation=attention)
-        if hasattr(model, "set_experts_implementation"):
-            model.set_experts_implementation("eager")  # one expert after another, which can be watched
-    model.eval()
-    _compute_buffers(model, device)
+        _compute_buffers(model, device)
     return model
 
 

@@ -31,7 +31,7 @@ from ...measure.model.stream import StreamedModel
 from .drift import InputSums
 from .experts import round_experts_
 from .linears import LinearRounder
-from .pausable import PausableForwards
+from .pausable import PausableForwards, output_of
 from .targets import Targets, experts_input, run_micro_batch, subtract_
 
 __all__ = ["BlockRounding"]
@@ -78,6 +78,15 @@ class BlockRounding:
         self.groups = [group for group in self._all_groups if group.expert is None and self._names[group]]
         if self._experts and self._experts_input is not None:
             self.groups.append(self._experts_input)
+
+    def sort_groups(self, order: Sequence[str]) -> None:
+        """Put the groups into the order in which the block calls them; it may call experts before other linears.
+
+        Args:
+            order: As ``OriginalBlock.order``.
+        """
+        places = {name: place for place, name in enumerate(order)}
+        self.groups.sort(key=lambda group: places.get(group.first, len(places)))
 
     def round_(self, targets: Targets, stream: Tensor) -> None:
         """Round the block's linears, and run the block so.
@@ -132,8 +141,8 @@ class BlockRounding:
         for number, batch in enumerate(self._batches):
             taps = forwards.advance(number)
             for name, scale in self._adding().items():
-                if name in taps:
-                    subtract_(targets, taps[name], batch, scale)
+                if output_of(name) in taps:
+                    subtract_(targets, taps[output_of(name)], batch, scale)
             sizes = None if target.sizes is None else target.sizes[batch]
             sums.add(batch.start, taps[group.first], target.values[batch], weights[batch], sizes)
         targets.pop(group)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["PausableForwards", "run_until"]
+__all__ = ["PausableForwards", "output_of", "run_until"]
 
 
 class _Reached(Exception):
@@ -49,6 +49,11 @@ def run_until(module: nn.Module, run: Callable[[], object]) -> Tensor:
     finally:
         handle.remove()
     raise AssertionError("the forward calls the module")
+
+
+def output_of(name: str) -> str:
+    """Return what the output of a submodule is tapped as; by its name alone its input is."""
+    return f"{name} output"
 
 
 class _Abandoned(BaseException):
@@ -164,8 +169,8 @@ class PausableForwards:
             number: Index of the micro-batch.
 
         Returns:
-            Taps by name of the submodule: its input where the pass stopped, and the outputs since the last stop; empty
-            when the pass goes on. Whatever the pass raises is raised here.
+            Taps: the input of the submodule where the pass stopped, by its name, and the outputs since the last stop,
+            by ``output_of`` their names; empty when the pass goes on. Whatever the pass raises is raised here.
         """
         if not self._keep_paused:
             self._current.abandon()
@@ -198,6 +203,6 @@ class PausableForwards:
 
     def _tap(self, name: str) -> Any:
         def hook(_module: nn.Module, _args: tuple[Tensor, ...], output: Any) -> None:
-            self._current.taps[name] = output[0] if isinstance(output, tuple) else output
+            self._current.taps[output_of(name)] = output[0] if isinstance(output, tuple) else output
 
         return hook

@@ -112,6 +112,7 @@ class RoundingPass:
             original = OriginalBlock(self.model, index, block, self.tokens, rounding.groups)
             known = self._output_of(index) if original.last_group_only_adds else None
             targets, streams["original"] = original.run(streams.pop("original"), known)
+            rounding.sort_groups(original.order)
             rounding.round_(targets, streams["quantized"])
 
     def _output_of(self, index: int) -> Tensor | None:

@@ -85,7 +85,12 @@ def run_micro_batch(
 
 
 class OriginalBlock:
-    """One block of the original, its weights loaded and not rounded yet."""
+    """One block of the original, its weights loaded and not rounded yet.
+
+    Attributes:
+        order: Names of what groups read their inputs with, in the order in which the block calls them, once it has run;
+            without the last of them where that need not run.
+    """
 
     def __init__(
         self, model: StreamedModel, index: int, block: Any, tokens: Tensor, groups: Collection[InputGroup]
@@ -107,6 +112,7 @@ class OriginalBlock:
         self._all_groups = model.structure(index).groups
         self._joining = [group for group in self._all_groups if group.joins_stream]
         self._values: dict[str, Tensor] = {}
+        self.order: list[str] = []
 
     @property
     def last_group_only_adds(self) -> bool:
@@ -129,19 +135,21 @@ class OriginalBlock:
             NumericalError: NaN or infinity leaves it.
         """
         reading = [group.first for group in self._groups if not group.joins_stream]
+        joining = [group.first for group in self._groups if group.joins_stream]
         norms = [group.adds for group in self._groups if group.adds and group.normed]
         adding = [group.adds for group in self._joining if group.adds]
         output = self._model.new_state(self._tokens) if known is None else known
         for batch in micro_batches(*self._tokens.shape):
             forward = partial(run_micro_batch, self._model, self._index, hidden, batch)
             with (
-                tapped_inputs(self._block, [*reading, *norms]) as inputs,
+                tapped_inputs(self._block, [*reading, *joining, *norms]) as inputs,
                 tapped_outputs(self._block, adding) as added,
             ):
                 if known is None:
                     output[batch] = forward().cpu()
                 else:
                     run_until(self._block.get_submodule(self._all_groups[-2].first), forward)
+            self.order = list(inputs)
             self._record_inputs(batch, {name: inputs[name] for name in reading})
             self._record_sums(batch, hidden, added, known)
             self._record_sizes(batch, {name: inputs[name] for name in norms})

@@ -28,7 +28,7 @@ from bpwise.convert.gguf.file.header import read_gguf_header
 from bpwise.convert.gguf.file.writer import write_gguf
 from bpwise.convert.gguf.ggml.types import ggml_type
 from bpwise.convert.gguf.llama_cpp.imatrix import imatrix_metadata, read_imatrix
-from bpwise.convert.gguf.plan import GgufPlan
+from bpwise.convert.gguf.plan.plan import GgufPlan
 from bpwise.convert.opening import open_any, verify_model
 from bpwise.convert.publishing.cards import write_card
 from bpwise.convert.registry import load_plan, require_format

@@ -12,9 +12,9 @@ from bpwise.checkpoint.source.original import open_model
 from bpwise.convert.exl2.file.reader import Exl2Model
 from bpwise.convert.gguf.base import base_path
 from bpwise.convert.gguf.file.header import read_gguf_header
-from bpwise.convert.gguf.file.reader import GgufModel
 from bpwise.convert.gguf.llama_cpp.check import check_base
 from bpwise.convert.gguf.llama_cpp.converter import make_base
+from bpwise.convert.gguf.model.reader import GgufModel
 from bpwise.measure.measurement import Measurement
 from safetensors.torch import load_file, save_file
 

@@ -14,7 +14,7 @@ from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.convert.conversion import Target
 from bpwise.convert.gguf.file.writer import write_gguf
 from bpwise.convert.gguf.llama_cpp.imatrix import ImportanceMatrix, write_imatrix
-from bpwise.convert.gguf.plan import TypeOverride
+from bpwise.convert.gguf.plan.plan import TypeOverride
 from bpwise.errors import BpwiseError, CalibrationError, ConfigError, UnsupportedModelError, WorkDirectoryError
 from bpwise.eval.config import EvalConfig
 from bpwise.measure.run import MeasureConfig, measure_model

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from ....tables import Table
-from ...model import Description
+from ...model import Description, Verification
 from .header import GgufHeader, GgufTensor
 
-__all__ = ["all_tensors_bpw", "describe_gguf", "types_text"]
+__all__ = ["all_tensors_bpw", "describe_gguf", "types_text", "verification_of"]
 
 _SHOWN_VALUES = 8
 _SHOWN_CHARACTERS = 100
@@ -44,6 +44,27 @@ def describe_gguf(header: GgufHeader) -> Description:
                 for tensor in tensors
             ),
         ),
+    )
+
+
+def verification_of(header: GgufHeader, *, compared: bool, warnings: tuple[str, ...] = ()) -> Verification:
+    """Return what a file with these tensors takes.
+
+    Args:
+        header: The file's, all of whose tensors were read back.
+        compared: Whether they were compared with what was meant.
+        warnings: What could not be checked, as lines.
+    """
+    tensors = header.tensors.values()
+    quantized = sum(tensor.type.quantized for tensor in tensors)
+    return Verification(
+        quantized=quantized,
+        others=len(tensors) - quantized,
+        rates={"all tensors": all_tensors_bpw(tensors)},
+        file_bytes=header.file_bytes,
+        compared=compared,
+        facts=(f"types: {types_text(tensors)}",),
+        warnings=warnings,
     )
 
 

@@ -6,11 +6,18 @@ The facts are those of llama.cpp's ``src/llama-quant.cpp`` and ``src/llama-model
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from enum import Enum, auto
+from typing import Protocol
 
+from ..ggml.types import GgmlType
+from ..rows.rowmap import LEAST_COLUMNS
 from .header import GgufHeader
 
-__all__ = ["Role", "layer_of", "quantizable", "role_of", "trimmed", "writing_order"]
+__all__ = ["HALVES", "Role", "layer_of", "matrices_of", "quantizable", "role_of", "trimmed", "writing_order"]
+
+HALVES = ("F16", "BF16")
+"""Types of 16 bits that the converter stores matrices in."""
 
 _NEVER = (
     "_norm.weight",
@@ -44,6 +51,18 @@ _NEVER = (
 """Tensors whose names hold one of these stay as they are: small, and sensitive."""
 
 _NEVER_NAMED = ("position_embd.weight", "token_types.weight")
+
+
+class Stored(Protocol):
+    """A tensor's type and shape."""
+
+    @property
+    def type(self) -> GgmlType:
+        """How its values are stored."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of its dimensions, outermost first."""
 
 
 class Role(Enum):
@@ -80,6 +99,23 @@ def quantizable(name: str, shape: tuple[int, ...]) -> bool:
     matrix = len(trimmed(shape)) > 1
     named = name.endswith("weight") and name not in _NEVER_NAMED
     return matrix and named and not any(part in name for part in _NEVER)
+
+
+def matrices_of(tensors: Mapping[str, Stored]) -> tuple[str, ...]:
+    """Return the tensors of an unquantized file that may be quantized, as far as their types tell.
+
+    llama.cpp's converter leaves what must not be quantized (routers, convolutions) in F32 where it may write 16 bits.
+    In a file that is F32 throughout any matrix may be one.
+
+    Args:
+        tensors: By name.
+    """
+    kinds = HALVES if any(each.type.name in HALVES for each in tensors.values()) else ("F32",)
+    return tuple(
+        name
+        for name, each in tensors.items()
+        if len(trimmed(each.shape)) > 1 and each.shape[-1] >= LEAST_COLUMNS and each.type.name in kinds
+    )
 
 
 def writing_order(header: GgufHeader) -> list[str]:

@@ -19,10 +19,10 @@ from ....progress import Progress, silent
 from ...model import Verification
 from ..ggml.kernels import Bytes, decode, encode
 from ..ggml.types import GgmlType
+from .describe import verification_of
 from .emit import Planned, entry, header_bytes, padding
 from .header import GgufHeader, GgufTensor, read_gguf_header, require_whole
 from .roles import writing_order
-from .verify import verification_of
 
 __all__ = ["planned_bytes", "write_gguf"]
 

@@ -65,7 +65,7 @@ class _Check:
         want, got = self._config.get("max_position_embeddings"), self._get("context_length")
         if not isinstance(want, int) or got == want:
             return None
-        # llama.cpp takes it for advice, and the converter has its reasons: recurrent models have no longest text.
+        # llama.cpp takes it for advice, and the converter has reasons of its own: recurrent models have no limit.
         return f"The file's context length is {got}, config.json has {want}: the converter decided."
 
     def _check_rope(self) -> None:

@@ -12,15 +12,13 @@ import msgspec
 
 from ....checkpoint.files.schemas import check_schema
 from ....errors import FormatError
-from ..file.header import GgufHeader, GgufTensor
-from ..file.roles import quantizable, trimmed
+from ..file.header import GgufHeader
+from ..file.roles import HALVES, matrices_of, quantizable
 from ..ggml.types import GGML_TYPES, GgmlType
-from ..rows.rowmap import LEAST_COLUMNS, RowMap
+from ..rows.rowmap import RowMap
 from ..rows.text import map_from_text, map_to_text
 
-__all__ = ["Layout", "StoredTensor", "matrices_of"]
-
-_HALVES = ("F16", "BF16")
+__all__ = ["Layout", "StoredTensor"]
 
 _KINDS = {kind.name: kind for kind in GGML_TYPES.values()}
 
@@ -80,7 +78,7 @@ class Layout:
     def plain(self) -> tuple[str, ...]:
         """Names of the matrices that can be quantized whatever they are: in 16 bits, and none that llama.cpp keeps."""
         found = ((name, self.tensors[name]) for name in matrices_of(self.tensors))
-        return tuple(name for name, each in found if each.type.name in _HALVES and quantizable(name, each.shape))
+        return tuple(name for name, each in found if each.type.name in HALVES and quantizable(name, each.shape))
 
     def is_like(self, other: Layout) -> bool:
         """Whether another file has the same tensors but for their types, made of the same rows."""
@@ -120,20 +118,3 @@ class Layout:
         if not rows.fits({name: each.shape for name, each in tensors.items()}):
             raise FormatError(f"{where}: the map is of other tensors. Got {len(rows.tensors)} in it. {remedy}")
         return cls(tensors, rows)
-
-
-def matrices_of(tensors: Mapping[str, GgufTensor] | Mapping[str, StoredTensor]) -> tuple[str, ...]:
-    """Return the tensors of an unquantized file that may be quantized, as far as their types tell.
-
-    llama.cpp's converter leaves what must not be quantized (routers, convolutions) in F32 where it may write 16 bits.
-    In a file that is F32 throughout any matrix may be one.
-
-    Args:
-        tensors: By name.
-    """
-    kinds = _HALVES if any(each.type.name in _HALVES for each in tensors.values()) else ("F32",)
-    return tuple(
-        name
-        for name, each in tensors.items()
-        if len(trimmed(each.shape)) > 1 and each.shape[-1] >= LEAST_COLUMNS and each.type.name in kinds
-    )

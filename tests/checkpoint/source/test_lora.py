@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 from bpwise.checkpoint.source.checkpoint import Checkpoint
+from bpwise.checkpoint.source.language import language_model
 from bpwise.checkpoint.source.original import open_model
 from bpwise.errors import CheckpointError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from tests.saved_decoders import save_decoder
 
 PREFIX = "base_model.model."
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -96,6 +99,26 @@ def test_stored_transposed(tmp_path: Path) -> None:
     merged = open_model(base, lora=make_adapter(tmp_path / "a", parts, fan_in_fan_out=True))
     expected = weight + 3 * (normal(5, 2) @ normal(2, 3)).T
     torch.testing.assert_close(merged.tensor("h.0.c_attn.weight"), expected)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "nemotron_h"])
+def test_stored_under_other_names_than_in_memory(name: str, tmp_path: Path) -> None:
+    # As on the Hub: gpt2 without the prefix of its class, Nemotron-H under an older one.
+    changed = {"gpt2": "transformer.h.1.attn.c_attn", "nemotron_h": "model.layers.1.mixer.shared_experts.up_proj"}[name]
+    model = save_decoder(tmp_path / "base", name)
+    file = tmp_path / "base" / "model.safetensors"
+    weights = {key.removeprefix("transformer."): tensor for key, tensor in load_file(file).items()}
+    save_file(weights, file, {"format": "pt"})
+    assert f"{changed}.weight" not in weights
+    outputs, inputs = model.get_parameter(f"{changed}.weight").shape[:: -1 if name == "gpt2" else 1]
+    low = {"lora_A": normal(2, inputs), "lora_B": normal(outputs, 2, seed=1)}
+    adapter = {f"{PREFIX}{changed}.{part}.weight": tensor for part, tensor in low.items()}
+    merged = open_model(tmp_path / "base", lora=make_adapter(tmp_path / "a", adapter, fan_in_fan_out=name == "gpt2"))
+    change = 3 * low["lora_B"] @ low["lora_A"]
+    expected = model.get_parameter(f"{changed}.weight").float() + (change.T if name == "gpt2" else change)
+    got = language_model(merged).parameter(f"{changed}.weight")
+    torch.testing.assert_close(got, expected.detach().bfloat16())  # float32 in another order, then rounded
+    assert merged.names == weights.keys()
 
 
 class TestTiedHead:

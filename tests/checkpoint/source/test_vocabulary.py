@@ -11,6 +11,8 @@ from bpwise.errors import BpwiseWarning
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from tests.saved_decoders import save_decoder
+
 MakeModel = Callable[..., Path]
 
 
@@ -38,6 +40,13 @@ def test_tokens_that_were_added(make_model: MakeModel) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         open_model(checkpoint)  # once for a run
+
+
+def test_an_embedding_by_a_name_that_is_not_usual(byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    save_decoder(tmp_path, "gpt_neox")  # gpt_neox.embed_in, 96 rows
+    byte_tokenizer.save_pretrained(tmp_path)
+    with pytest.warns(BpwiseWarning, match="the 96 rows of the embedding"):
+        assert min(tokens_beyond(open_model(tmp_path))) == 96
 
 
 def test_many_are_counted(make_model: MakeModel) -> None:

@@ -47,6 +47,13 @@ if mode == "fail":
     sys.exit(1)
 if mode == "import":
     import tables_of_its_own
+if mode == "killed":
+    os.kill(os.getpid(), 9)
+if mode == "differs":
+    again = Path(__file__).parent / "again"
+    said = "KeyError: 'second'" if again.exists() else "KeyError: 'first'"
+    again.touch()
+    sys.exit(said)
 if mode == "full":
     out.write_bytes(bytes(4400))
     raise OSError("6144 requested and 4400 written")
@@ -163,10 +170,17 @@ class TestConverting:
                 r"some-model: llama.cpp's converter failed on this model of type 'llama' \(NotImplementedError: "
                 r"Architecture 'X' not supported!\)\. Look",
             ),
+            (
+                "differs",
+                CheckpointError,
+                r"\(KeyError: 'first', with config\.json as it is; KeyError: 'second', with config\.json as "
+                r"Transformers completes it\)",
+            ),
+            ("killed", CheckpointError, r"\(ended by signal 9, as where memory is short\)"),
             ("nothing", CheckpointError, r"failed on this model of type 'llama' \(it said nothing\)"),
             ("garbage", FormatError, "GGUF"),
         ],
-        ids=["fails", "writes-nothing", "writes-garbage"],
+        ids=["fails", "fails-otherwise", "killed", "writes-nothing", "writes-garbage"],
     )
     def test_failures_leave_nothing(
         self,

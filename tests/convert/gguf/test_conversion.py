@@ -1,6 +1,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,12 @@ from bpwise.cli import cli
 from bpwise.convert.conversion import Target
 from bpwise.convert.gguf import base as gguf_base
 from bpwise.convert.gguf.file.header import read_gguf_header
-from bpwise.convert.gguf.file.reader import GgufModel
 from bpwise.convert.gguf.llama_cpp.imatrix import read_imatrix
 from bpwise.convert.gguf.llama_cpp.importance import importance_of
 from bpwise.convert.gguf.llama_cpp.vram import room_for_weights
+from bpwise.convert.gguf.model.reader import GgufModel
 from bpwise.convert.gguf.options import GgufOptions
-from bpwise.convert.gguf.plan import TypeOverride
+from bpwise.convert.gguf.plan.plan import TypeOverride
 from bpwise.errors import BrokenModelError, BudgetError, ConfigError, FormatError, WorkDirectoryError
 from bpwise.eval.comparison import EvalConfig, compare_models
 from bpwise.eval.metrics.overlap import shared_share, stored_spans
@@ -355,6 +356,7 @@ class TestHonesty:
             title: section for title, section in first.items() if "Drift" in title or title == "Plan"
         }
         assert len(again) == len(first) == 6
+        assert "nats per token from Transformers" in first["Base"]["in llama.cpp"]
 
     def test_remembers_what_it_was_calibrated_on(self, made: Made) -> None:
         spans = stored_spans(GgufModel.open(made["llama3"].output))
@@ -385,20 +387,89 @@ def test_several_sizes_from_one_measurement(made: Made, converted: Any, tmp_path
     assert "random ids" in card.text
 
 
+@pytest.fixture
+def conversions(converted: Any, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Puts a finished file where the converter would be run; tells where."""
+    made: list[Path] = []
+
+    def convert(_: Checkpoint, output: Path, **__: Any) -> None:
+        made.append(output)
+        shutil.copyfile(converted["mistral"].file, output)
+
+    monkeypatch.setattr(gguf_base, "make_base", convert)
+    monkeypatch.setattr(gguf_base, "converter_digest", lambda _: "a converter")
+    monkeypatch.setattr("bpwise.convert.gguf.conversion.find_converter", lambda *_: None)
+    return made
+
+
+@pytest.fixture
+def measurement(made: Made, tmp_path: Path) -> Path:
+    """A measurement of its own, so that what is kept beside it goes with the test."""
+    assert made["mistral"].measurement is not None
+    return Path(shutil.copy(made["mistral"].measurement, tmp_path / "m.safetensors"))
+
+
+def kept(folder: Path) -> list[Path]:
+    return list(folder.rglob("base.gguf"))
+
+
+FAST = QuantizeConfig(target=Target(bpw=6.5), options=GgufOptions(feedback=False), evaluate=None)
+
+
+@pytest.mark.parametrize("series", [False, True], ids=["one", "series"])
+def test_a_base_is_made_once_and_kept_with_the_measurement(
+    series: bool, conversions: list[Path], measurement: Path, converted: Any, tmp_path: Path
+) -> None:
+    directory = converted["mistral"].directory
+    if series:
+        quantize_series(directory, tmp_path / "out", FAST, [6.5, 5.5], measurement=measurement)
+    else:
+        quantize_model(directory, tmp_path / "out.gguf", FAST, measurement=measurement)
+    (base,) = kept(tmp_path)
+    assert base.parent.parent == measurement.parent
+    assert base.parent.name.startswith("m.safetensors.base-")
+    quantize_model(directory, tmp_path / "more.gguf", FAST, measurement=measurement)
+    assert conversions == kept(tmp_path) == [base]
+
+
+def test_another_model_has_another_base(
+    conversions: list[Path], measurement: Path, converted: Any, tmp_path: Path
+) -> None:
+    directory = tmp_path / "model"
+    shutil.copytree(converted["mistral"].directory, directory)
+    checkpoint = Checkpoint.open(directory)
+    before = gguf_base.base_path(checkpoint, tmp_path / "work", None, measurement)
+    (directory / "chat_template.jinja").write_text("{{ x }}")
+    assert gguf_base.base_path(checkpoint, tmp_path / "work", None, measurement) != before
+
+
+def test_a_base_is_kept_where_there_is_room_for_twice_as_much(
+    conversions: list[Path], measurement: Path, converted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = converted["mistral"].directory
+    size = Checkpoint.open(directory).total_bytes
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * size))
+    quantize_model(directory, tmp_path / "out.gguf", FAST, measurement=measurement)
+    assert [path.parent.parent.name for path in conversions] == ["out.gguf.work"]
+    assert kept(tmp_path) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * size + 1))
+    quantize_model(directory, tmp_path / "more.gguf", FAST, measurement=measurement)
+    assert kept(tmp_path) == conversions[1:]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * size))
+    quantize_model(directory, tmp_path / "third.gguf", FAST, measurement=measurement)
+    assert len(conversions) == 2
+
+
 @pytest.mark.parametrize("series", [False, True], ids=["one", "series"])
 def test_a_damaged_base_is_converted_again(
-    series: bool, made: Made, converted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    series: bool, conversions: list[Path], measurement: Path, converted: Any, tmp_path: Path
 ) -> None:
     directory, work = converted["mistral"].directory, tmp_path / "work"
-    settings = {"measurement": made["mistral"].measurement, "work": work}
-    monkeypatch.setattr(
-        gguf_base, "make_base", lambda _, output, **__: shutil.copyfile(converted["mistral"].file, output)
-    )
-    base = gguf_base.base_path(Checkpoint.open(directory), work, None)
+    base = gguf_base.base_path(Checkpoint.open(directory), work, None, measurement)
     base.write_bytes(converted["mistral"].file.read_bytes()[:100])
-    config = QuantizeConfig(target=Target(bpw=6.5), options=GgufOptions(feedback=False), evaluate=None)
     with pytest.warns(UserWarning, match=r"base\.gguf: .* It is converted again now"):
         if series:
-            quantize_series(directory, tmp_path / "out", config, [6.5, 5.5], **settings)
+            quantize_series(directory, tmp_path / "out", FAST, [6.5, 5.5], measurement=measurement, work=work)
         else:
-            quantize_model(directory, tmp_path / "out.gguf", config, **settings)
+            quantize_model(directory, tmp_path / "out.gguf", FAST, measurement=measurement, work=work)
+    assert conversions == [base]

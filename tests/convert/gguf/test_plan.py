@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from bpwise.convert.gguf.ggml.types import ggml_type
 from bpwise.convert.gguf.llama_cpp.importance import importance_of
-from bpwise.convert.gguf.making import make_gguf_plan, size_range
-from bpwise.convert.gguf.plan import TypeOverride
+from bpwise.convert.gguf.plan.making import make_gguf_plan, size_range
+from bpwise.convert.gguf.plan.plan import TypeOverride
 from bpwise.convert.registry import load_plan
 from bpwise.errors import BudgetError, ConfigError, FormatError, UnsupportedModelError
 from bpwise.measure.measurement import Measurement

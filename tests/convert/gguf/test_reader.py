@@ -16,9 +16,9 @@ from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.cli import cli
 from bpwise.convert.dense import dequantize_model
 from bpwise.convert.gguf.file.metadata import RUN_KEY, SPANS_KEY
-from bpwise.convert.gguf.file.names import architecture_of, gguf_name, hf_name, row_order
-from bpwise.convert.gguf.file.reader import GgufModel
-from bpwise.convert.gguf.file.verify import verify_gguf
+from bpwise.convert.gguf.model.names import architecture_of, gguf_name, hf_name, row_order
+from bpwise.convert.gguf.model.reader import GgufModel
+from bpwise.convert.gguf.model.verify import verify_gguf
 from bpwise.convert.registry import require_format
 from bpwise.errors import BpwiseError, CheckpointError, FormatError, UnsupportedModelError
 from bpwise.measure.model.stream import StreamedModel

@@ -10,8 +10,8 @@ from bpwise.convert.gguf.curves import GgufCurves
 from bpwise.convert.gguf.ggml.curves import measured_types
 from bpwise.convert.gguf.ggml.kernels import decode, encode
 from bpwise.convert.gguf.ggml.types import GgmlType
-from bpwise.convert.gguf.making import make_gguf_plan
-from bpwise.convert.gguf.plan import GgufPlan, TypeOverride
+from bpwise.convert.gguf.plan.making import make_gguf_plan
+from bpwise.convert.gguf.plan.plan import GgufPlan, TypeOverride
 from bpwise.convert.gguf.rounder import GgufRounder, table_importance
 from bpwise.convert.rounding import RoundedModel
 from bpwise.measure.measurement import Measurement

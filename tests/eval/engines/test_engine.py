@@ -10,10 +10,10 @@ import torch
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.cli import cli
 from bpwise.convert.gguf.engine.library import LlamaLibrary, load_library
-from bpwise.convert.gguf.file.reader import GgufModel
-from bpwise.errors import CheckpointError, ConfigError
+from bpwise.convert.gguf.model.reader import GgufModel
+from bpwise.errors import CheckpointError, ConfigError, UnsupportedModelError
 from bpwise.eval.comparison import EvalConfig, compare_models, evaluate_models
-from bpwise.eval.engines.engine import compare_in_engine
+from bpwise.eval.engines.engine import compare_in_engine, open_for_engine
 from bpwise.measure.text.calibration import CalibrationSet
 from click.testing import CliRunner
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -34,14 +34,18 @@ def rows_of(rows: int, row_tokens: int) -> CalibrationSet:
     return CalibrationSet(tokens=tokens, origins=("random",) * rows, description="random ids", adds_bos=False)
 
 
-def requantized(source: Path, target: Path, *, decoded: bool) -> Path:
-    """Round all matrices to Q8_0 or, with the same values, to what Q8_0 decodes to."""
+def requantized(source: Path, target: Path, *, decoded: bool, architecture: str | None = None) -> Path:
+    """Round all matrices to Q8_0 or, with the same values, to what Q8_0 decodes to; or give a file another name."""
     reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
+    before = reader.fields["general.architecture"].contents()
+    writer = gguf.GGUFWriter(target, architecture or before)
     for key, field in reader.fields.items():
         if not key.startswith("GGUF.") and key != "general.architecture":
             sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(key, field.contents(), field.types[0], sub_type=sub_type)
+            named = key.replace(f"{before}.", f"{architecture or before}.")
+            writer.add_key_value(named, field.contents(), field.types[0], sub_type=sub_type)
+    if architecture is not None:
+        writer.add_logit_scale(1.0)
     kind = gguf.GGMLQuantizationType.Q8_0
     for tensor in reader.tensors:
         values = np.array(tensor.data)
@@ -127,6 +131,24 @@ class TestCompareInEngine:
         # llama.cpp rounds the activations that meet Q8_0 weights to 8 bits as well: a multiple, but no other size.
         assert plain < got < 20 * plain
 
+    def test_an_architecture_that_nothing_here_decodes(
+        self, library: LlamaLibrary, converted: Any, byte_tokenizer: Any, tmp_path: Path
+    ) -> None:
+        # Granite with a scale of 1 is a llama; its files are run, but not read back.
+        model = converted["llama"]
+        files = [
+            requantized(model.file, tmp_path / f"{name}.gguf", decoded=name == "base", architecture="granite")
+            for name in ("base", "small")
+        ]
+        with pytest.raises(UnsupportedModelError):
+            GgufModel.open(files[0])
+        base, quantized = map(open_for_engine, files)
+        got = compare_in_engine(Checkpoint.open(model.directory), base, quantized, rows_of(2, 64), library)
+        assert 0 < got.summary.kl_nats.value < 0.1
+        assert 0 < got.floor_nats < 0.01  # the base itself is rounded
+        assert (got.dtype, got.quantized.name) == ("float32", "small.gguf")
+        assert got.quantized.stored_bytes == files[1].stat().st_size
+
     def test_same_file(self, library: LlamaLibrary, converted: Any) -> None:
         source, base = Checkpoint.open(converted["llama"].directory), GgufModel.open(converted["llama"].file)
         got = compare_in_engine(source, base, base, rows_of(1, 30), library)
@@ -179,3 +201,24 @@ class TestCommandLine:
         assert plain.quantized.stored_bytes == quantized.stat().st_size
         for wrong in (engine[:2], engine[2:]):
             assert CliRunner().invoke(cli, [*command, *wrong]).exit_code == 2
+
+    def test_a_file_that_only_llama_cpp_knows(self, converted: Any, byte_tokenizer: Any, tmp_path: Path) -> None:
+        original = tmp_path / "original"
+        shutil.copytree(converted["llama"].directory, original)
+        (original / "tokenizer.model").unlink()
+        byte_tokenizer.save_pretrained(original)
+        names = {"base": True, "small": False}
+        for name, decoded in names.items():
+            target = tmp_path / f"{name}.gguf"
+            requantized(converted["llama"].file, target, decoded=decoded, architecture="granite")
+        text = tmp_path / "text.txt"
+        text.write_text(" ".join(map(str, range(200))))
+        command = ["eval", str(original), str(tmp_path / "small.gguf"), "--text", str(text), "-r", "1", "-l", "30"]
+        engine = ["--engine", "llama.cpp", "--base", str(tmp_path / "base.gguf")]
+        run = CliRunner().invoke(cli, [*command, *engine], catch_exceptions=False)
+        assert run.exit_code == 0, run.output
+        assert "nats per token" in run.output
+        assert "model.layers.1.ffn_down" in (tmp_path / "small.llama.cpp.report.json").read_text()
+        run = CliRunner().invoke(cli, [*command, "--device", "cpu"])
+        assert run.exit_code == 1
+        assert "'granite'" in run.output

@@ -11,9 +11,9 @@ from bpwise.convert.exl2.file.linear import QuantizedLinear
 from bpwise.convert.exl2.file.reader import Exl2Model
 from bpwise.convert.exl2.file.writer import write_model
 from bpwise.convert.exl2.plan.plan import Exl2Plan, LinearPlan
-from bpwise.convert.gguf.file.reader import GgufModel
 from bpwise.convert.gguf.ggml.types import ggml_type
-from bpwise.convert.gguf.plan import GgufPlan, TensorPlan
+from bpwise.convert.gguf.model.reader import GgufModel
+from bpwise.convert.gguf.plan.plan import GgufPlan, TensorPlan
 from bpwise.convert.opening import open_any
 from bpwise.convert.plan import LinearCost
 from bpwise.errors import FormatError

@@ -273,11 +273,11 @@ def test_backward_goes_through_a_block(llama: Path) -> None:
     assert torch.allclose(start.grad, inputs[0].grad, atol=1e-5)  # values around 1, float32
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "no_such_model", None])
+@pytest.mark.parametrize("model_type", ["no_such_model", None])
 def test_unknown_model_type(llama: Path, model_type: str | None) -> None:
     config = json.loads((llama / "config.json").read_text())
     (llama / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
-    with pytest.raises(UnsupportedModelError, match=rf"model_type '?{model_type}'? is not supported.*llama"):
+    with pytest.raises(UnsupportedModelError, match=rf"does not know model_type '?{model_type}'?"):
         stream(llama)
 
 
@@ -287,7 +287,7 @@ def test_model_type_that_only_transformers_lacks(llama: Path, monkeypatch: pytes
     monkeypatch.setitem(families._FAMILIES, "llama99", families._FAMILIES["llama"])
     config = json.loads((llama / "config.json").read_text())
     (llama / "config.json").write_text(json.dumps({**config, "model_type": "llama99"}))
-    with pytest.raises(UnsupportedModelError, match="Transformers does not know model_type 'llama99'"):
+    with pytest.raises(UnsupportedModelError, match="does not know model_type 'llama99'"):
         stream(llama)
 
 

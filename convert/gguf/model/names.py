@@ -109,8 +109,8 @@ def architecture_of(name: object) -> Architecture:
     architecture = _ARCHITECTURES.get(str(name))
     if architecture is None:
         raise UnsupportedModelError(
-            f"general.architecture: not supported. Got {name!r}. Expected one of {', '.join(_ARCHITECTURES)}."
-            " Choose another model."
+            f"general.architecture: not readable without the original. Got {name!r}. Expected one of "
+            f"{', '.join(_ARCHITECTURES)}. Name the original beside the file."
         )
     return architecture
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ....errors import FormatError, UnsupportedModelError
-from .header import GgufHeader, require_whole
+from ..file.header import GgufHeader
 from .names import ROPE_FREQS, Architecture, architecture_of
 
 __all__ = ["config_from_metadata"]
@@ -49,7 +49,6 @@ def config_from_metadata(header: GgufHeader, rope_freqs: NDArray[np.float32] | N
 
 class _Builder:
     def __init__(self, header: GgufHeader) -> None:
-        require_whole(header)
         self._header = header
         self._name = str(header.metadata.get("general.architecture"))
         self._architecture: Architecture = architecture_of(self._name)
@@ -197,8 +196,8 @@ class _Builder:
 
     def _unsupported(self, what: str) -> UnsupportedModelError:
         return UnsupportedModelError(
-            f"{self._header.path}: not supported for GGUF architecture {self._name!r}. Got {what}."
-            " Choose another model."
+            f"{self._header.path}: not readable without the original. Got {what}, of GGUF architecture {self._name!r}. "
+            "Name the original beside the file."
         )
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ....errors import FormatError, UnsupportedModelError
+from ....errors import FormatError
 from ...model import Verification
-from .describe import all_tensors_bpw, types_text
-from .header import GgufHeader, read_gguf_header
-from .reader import GgufModel, read_values
+from ..file.describe import verification_of
+from ..file.header import GgufHeader
+from ..file.values import read_values
+from .reader import GgufModel
 
-__all__ = ["verification_of", "verify_gguf"]
+__all__ = ["verify_gguf"]
 
 
 def verify_gguf(path: Path) -> Verification:
@@ -22,8 +23,9 @@ def verify_gguf(path: Path) -> Verification:
     Raises:
         FormatError: A rule of the format is broken, a value is NaN or infinite, or the file is one of several parts.
     """
-    header = read_gguf_header(Path(path))
-    known = _is_known(header)
+    model = GgufModel.open(Path(path))
+    header = model.header
+    known = model.stands_alone or model.own_map is not None
     _check_end(header)
     for tensor in header.tensors.values():
         if len(tensor.shape) == 1 and tensor.type.quantized:
@@ -35,35 +37,6 @@ def verify_gguf(path: Path) -> Verification:
     architecture = header.metadata.get("general.architecture")
     unknown = f"architecture {architecture!r} is not known: names and shapes were not checked"
     return verification_of(header, compared=False, warnings=() if known else (unknown,))
-
-
-def verification_of(header: GgufHeader, *, compared: bool, warnings: tuple[str, ...] = ()) -> Verification:
-    """Return what a file with these tensors takes.
-
-    Args:
-        header: The file's, all of whose tensors were read back.
-        compared: Whether they were compared with what was meant.
-        warnings: What could not be checked, as lines.
-    """
-    tensors = header.tensors.values()
-    quantized = sum(tensor.type.quantized for tensor in tensors)
-    return Verification(
-        quantized=quantized,
-        others=len(tensors) - quantized,
-        rates={"all tensors": all_tensors_bpw(tensors)},
-        file_bytes=header.file_bytes,
-        compared=compared,
-        facts=(f"types: {types_text(tensors)}",),
-        warnings=warnings,
-    )
-
-
-def _is_known(header: GgufHeader) -> bool:
-    try:
-        GgufModel.open(header.path)
-    except UnsupportedModelError:
-        return False
-    return True
 
 
 def _check_end(header: GgufHeader) -> None:

@@ -1,0 +1,1 @@
+"""GGUF files read back as the models that they decode to."""

@@ -1,0 +1,158 @@
+"""A GGUF file read beside its original: linears from the file, by the map of rows, all else from the original."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ....checkpoint.source.checkpoint import TensorSource
+from ....checkpoint.source.language import LanguageSource, WeightOverlay, language_model
+from ....checkpoint.source.views import SourceView
+from ....errors import BpwiseWarning, CheckpointError
+from ..file.header import GgufHeader
+from ..file.values import read_rows
+from ..rows.rowmap import Part, RowMap
+from ..rows.slices import put_part_
+from .mapping import guess_map, require_held
+from .reader import GgufModel
+
+__all__ = ["MappedGguf"]
+
+
+class MappedGguf(GgufModel, LanguageSource):
+    """A file that is a model only beside its original. Norms, biases and what no map explains are the original's."""
+
+    def __init__(self, header: GgufHeader, original: TensorSource, rows: Callable[[], RowMap] | None = None) -> None:
+        """Hold both; nothing is looked for before it is needed.
+
+        Args:
+            header: What stands before the file's data.
+            original: The model that it was made of.
+            rows: Returns the map of a file that does not have one; None finds it by comparing rows.
+        """
+        super().__init__(header, None)
+        self._original = original
+        self._source = language_model(original)
+        self._given = rows
+
+    @cached_property
+    def rows(self) -> RowMap:
+        """Where its matrices come from: as it says itself, as is known, or by comparing rows.
+
+        Raises:
+            FormatError: Its map is damaged.
+            VerificationError: A linear of the original is not in it.
+        """
+        if self.own_map is not None:
+            return self.own_map
+        if self._given is not None:
+            return self._given()
+        rows = guess_map(self._source, self._header)
+        require_held(rows, self._source, self.path, partly=False)
+        return rows
+
+    @cached_property
+    def language(self) -> WeightOverlay:
+        """The original with the file's weights in its linears.
+
+        Raises:
+            CheckpointError: The file is not made of this original.
+            FormatError: As ``rows``.
+            VerificationError: As ``rows``.
+        """
+        linears = {linear for own in self.rows.tensors.values() for linear in own.linears}
+        for linear in sorted(linears):
+            self._require_linear(linear)
+        tensors = self._header.tensors
+        unread = [name for name in self.rows.unexplained if name in tensors and tensors[name].type.quantized]
+        if unread:
+            warnings.warn(
+                f"{self.path}: {len(unread)} tensors are not looked at, the first {unread[0]}. Got none of the "
+                "original's linears in them. What they stand for is taken from the original.",
+                BpwiseWarning,
+                stacklevel=2,
+            )
+        return WeightOverlay(self._original, {linear: partial(self._decoded, linear) for linear in sorted(linears)})
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The original's config, of its language model alone; not to be modified."""
+        return self._source.config
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Full names of all tensors of the original's language model."""
+        return self._source.names
+
+    @property
+    def tied_embeddings(self) -> bool:
+        """Whether the output head is the token embedding, as in the original."""
+        return self._source.tied_embeddings
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the sizes of a tensor's dimensions without loading it."""
+        return self._source.shape(name)
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor: a linear's weight from the file, all others from the original."""
+        return self.language.tensor(name)
+
+    def as_transformers(self) -> TensorSource:
+        """Return the dense model with the names and the config that Transformers loads: the original's."""
+        return _AsOriginal(self._original, self.language)
+
+    def _require_linear(self, linear: str) -> None:
+        name = f"{linear}.weight"
+        shape = self._source.shape(name) if name in self._source.names else (0, 0)
+        for part in self.rows.parts(linear):
+            columns = self._header.tensors[part.tensor].shape[-1]
+            if columns != shape[1] or part.outputs[-1] >= shape[0]:
+                raise CheckpointError(
+                    f"{self.path}: not made of {self._source.directory}. Got {part.outputs[-1] + 1} outputs of "
+                    f"{columns} inputs for {linear}. Expected {shape[0]} of {shape[1]}. Name its own original."
+                )
+
+    def _decoded(self, linear: str) -> Tensor:
+        # Its weight, shape (out, K), in the dtype of the file.
+        parts = self.rows.parts(linear)
+        shape = self._source.shape(f"{linear}.weight")
+        values = [self._read(part) for part in parts]
+        if len(parts) == 1 and parts[0].columns is None and parts[0].holds_all(shape[0]):
+            return values[0]
+        whole = not self.rows.missing({linear: shape[0]})
+        weight = torch.empty(shape) if whole else self._source.tensor(f"{linear}.weight").float()
+        for part, rows in zip(parts, values, strict=True):
+            put_part_(weight, part, rows)
+        return weight
+
+    def _read(self, part: Part) -> Tensor:
+        # The rows of a part in the order of its outputs; of stacked experts only its own are read.
+        first, last = int(part.rows.min()), int(part.rows.max()) + 1
+        values = read_rows(self.path, self._header.tensors[part.tensor], first, last)
+        return values[torch.from_numpy(part.rows - first)]
+
+
+class _AsOriginal(SourceView):
+    """An original with other weights, under the names that Transformers loads."""
+
+    def __init__(self, original: TensorSource, language: WeightOverlay) -> None:
+        super().__init__(original)
+        self._language = language
+        self._wholes = language.wholes()
+
+    @property
+    def names(self) -> frozenset[str]:
+        return self._language.others | self._wholes.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        own = self._wholes.get(name)
+        return self.base.shape(name) if own is None else self._language.parameter_shape(own)
+
+    def tensor(self, name: str) -> Tensor:
+        own = self._wholes.get(name)
+        return self.base.tensor(name) if own is None else self._language.parameter(own)
