@@ -17,7 +17,7 @@ from ...model import Description, QuantizedModel
 from ..file.describe import describe_gguf
 from ..file.header import GgufHeader, GgufTensor, read_gguf_header, require_whole
 from ..file.metadata import SPANS_KEY
-from ..file.reader import read_values
+from ..file.values import read_values
 
 __all__ = ["GgufFile"]
 

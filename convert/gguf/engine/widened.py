@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..file.emit import Planned, entry, header_bytes, padding
 from ..file.header import GgufHeader, GgufTensor
-from ..file.reader import read_values
+from ..file.values import read_values
 from ..ggml.types import ggml_type
 
 __all__ = ["block_of", "float32_bytes", "is_float32", "write_float32"]

@@ -162,7 +162,7 @@ class TestQuantized:
     def test_pieces(self, rewrite: Rewrite, monkeypatch: pytest.MonkeyPatch) -> None:
         model = GgufModel.open(rewrite("qwen3", kind="Q8_0"))
         whole = {name: model.tensor(name) for name in model.names}
-        monkeypatch.setattr("bpwise.convert.gguf.file.reader._PIECE_WEIGHTS", 200)
+        monkeypatch.setattr("bpwise.convert.gguf.file.values._PIECE_WEIGHTS", 200)
         assert all(torch.equal(model.tensor(name), whole[name]) for name in model.names)
 
     def test_not_finite(self, rewrite: Rewrite) -> None:
