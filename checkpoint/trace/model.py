@@ -14,7 +14,7 @@ from ..model.structure import BlockStructure, ModelStructure
 from .block import read_structure
 from .recording import Recording, WithoutValues, record
 
-__all__ = ["discover", "list_of_blocks"]
+__all__ = ["discover"]
 
 _TOKENS = 8
 """Length of the sequence that blocks are traced on."""
@@ -33,14 +33,15 @@ def discover(model: Any) -> ModelStructure:
             block once.
     """
     where = str(model.config.model_type)
-    name, blocks = list_of_blocks(model)
+    name, modules = _list_of_blocks(model)
+    blocks = list(dict.fromkeys(modules))
     watch = _Watch()
     with ExitStack() as stack:
         stack.enter_context(_ready(model))
         for block in blocks:
             stack.enter_context(watch.over(block))
         _run(model, where)
-    if watch.seen != list(blocks):
+    if watch.seen != blocks:
         raise UnsupportedModelError(
             f"{where}: its blocks are not run one after another. Got {len(watch.seen)} calls of the {len(blocks)} "
             f"modules of {name}. Expected each once, in their order. Choose another model."
@@ -53,12 +54,8 @@ def discover(model: Any) -> ModelStructure:
     )
 
 
-def list_of_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Return the decoder blocks of a model, and the full name of their list: that which holds most weights.
-
-    Raises:
-        UnsupportedModelError: The model has no list of modules.
-    """
+def _list_of_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    # That which holds most weights, and its full name.
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     if not lists:
         raise UnsupportedModelError(
