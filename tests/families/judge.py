@@ -11,9 +11,9 @@ import torch
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.convert.conversion import Target
 from bpwise.convert.dense import dequantize_model
-from bpwise.convert.gguf.base import base_path, converted
 from bpwise.convert.gguf.engine.gate import gate_base
 from bpwise.convert.gguf.engine.library import load_library
+from bpwise.convert.gguf.llama_cpp.converter import make_base
 from bpwise.convert.registry import GgufOptions, export_imatrix
 from bpwise.measure.run import MeasureConfig, measure_model
 from bpwise.measure.text.calibration import CalibrationSet
@@ -68,19 +68,17 @@ class Judged:
 def judge_family(name: str, model: Path, work: Path, llama_cpp: Path, llama_quantize: Path | None) -> Judged:
     """Quantize a family to the size of llama-quantize's file, and judge both files on other tokens."""
     checkpoint = Checkpoint.open(model)
-    measurement, imatrix, ours, dense = (
-        work / each for each in ("m.safetensors", "imatrix.gguf", "ours.gguf", "dense")
-    )
-    options = GgufOptions(llama_cpp=llama_cpp)
+    base, measurement, ours, dense = (work / each for each in ("base.gguf", "m.safetensors", "ours.gguf", "dense"))
+    make_base(checkpoint, base, llama_cpp=llama_cpp)
+    # With a file that was given, no other is made of what a model sees images with.
+    options = GgufOptions(llama_cpp=llama_cpp, base=None if "vision_config" in checkpoint.config else base)
     config = QuantizeConfig(target=Target(bpw=4.85), options=options, evaluate=None)
     formats = {"gguf": config.conversion(checkpoint)}
     measured = measure_model(checkpoint, measurement, MeasureConfig(device="cpu"), formats=formats, calibration=_rows())
-    export_imatrix(measured, imatrix)
-    base = base_path(checkpoint, work, llama_cpp, measurement)
-    converted(checkpoint, base, llama_cpp)
-    theirs = None if llama_quantize is None else LlamaQuantize(llama_quantize, base, imatrix, work)
+    export_imatrix(measured, work / "imatrix.gguf")
+    theirs = None if llama_quantize is None else LlamaQuantize(llama_quantize, base, work)
     if theirs is not None:
-        config = replace(config, target=Target(max_bytes=theirs.tensor_bytes))
+        config = replace(config, target=Target(bpw=theirs.bpw))
     quantize_model(checkpoint, ours, config, measurement=measurement)
     dequantize_model(ours, dense, original=model)
 
@@ -100,17 +98,18 @@ def judge_family(name: str, model: Path, work: Path, llama_cpp: Path, llama_quan
 class LlamaQuantize:
     """What llama-quantize makes of an unquantized file, with a measurement's own importances."""
 
-    def __init__(self, program: Path, base: Path, imatrix: Path, work: Path) -> None:
-        self._program, self._base, self._imatrix, self._work = program, base, imatrix, work
-        self._file = self._made("theirs", imatrix, {})
+    def __init__(self, program: Path, base: Path, work: Path) -> None:
+        self._program, self._base, self._work = program, base, work
+        self._file = self._made("theirs", work / "imatrix.gguf", {})
         self._tensors = tensors_of(self._file)
-        self.tensor_bytes = sum(tensor.n_bytes for tensor in self._tensors.values())
+        self._bytes = sum(tensor.n_bytes for tensor in self._tensors.values())
+        self.bpw = 8 * self._bytes / sum(int(tensor.n_elements) for tensor in self._tensors.values())
 
     def compared(self, judged: Judged, ours: Path, original: Tensor, tokens: Tensor) -> Judged:
         """Return what is known of a file, completed."""
         tensors = tensors_of(ours)
         types = {name: tensor.tensor_type.name for name, tensor in tensors.items() if len(tensor.shape) > 1}
-        files = self._made("plain", self._imatrix, types), self._made("plainer", None, types)
+        files = self._made("plain", self._work / "imatrix.gguf", types), self._made("plainer", None, types)
         plain = [tensors_of(file) for file in files]
         matrices = {
             name: int(tensor.n_elements)
@@ -126,7 +125,7 @@ class LlamaQuantize:
             judged,
             their_nats=mean_kl(original, engine_logits(self._file, tokens)),
             plain_nats=mean_kl(original, engine_logits(files[0], tokens)),
-            their_bytes=self.tensor_bytes,
+            their_bytes=self._bytes,
             matrices=sum(matrices.values()),
             plain=unchanged,
         )
