@@ -29,7 +29,13 @@ from .statistics.heldout import DAMPINGS
 from .statistics.inputs import InputStatistics, collect, tapped_inputs, tapped_outputs
 from .statistics.probes import probe_logits, slopes_of_logits
 
-__all__ = ["MeasuringPasses", "finished_decoder", "finished_embedding", "finished_head"]
+__all__ = [
+    "MeasuringPasses",
+    "finished_decoder",
+    "finished_embedding",
+    "finished_head",
+    "finished_layer_embedding",
+]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -215,47 +221,71 @@ class MeasuringPasses:
         statistics: Sequence[InputStatistics],
     ) -> None:
         # Puts the gradient at the block's input in the place of that at its output.
+        of_layer: list[Tensor] = []
         for batch in self.batches:
             inputs = hidden[batch].to(self.model.device).requires_grad_()
+            own = self.model.layer_input(index, inputs, batch.start)
+            own = None if own is None else own.detach().requires_grad_()
             self._state_gradients.backward(
                 self.model.calls.states(batch.start),
-                partial(self.model.run_block, index, inputs, batch.start),
+                partial(self.model.run_block, index, inputs, batch.start, layer_input=own),
                 gradient[batch].to(self.model.device),
                 batch.start,
             )
             assert inputs.grad is not None
             gradient[batch] = inputs.grad.cpu()
+            if own is not None:
+                of_layer.append(torch.zeros(own.shape) if own.grad is None else own.grad.cpu())
             for sums in statistics:
                 sums.end_batch()
         check_finite(gradient, self.model.block_name(index), "gradients")
+        if of_layer:
+            self.artifacts.save(f"layer-gradient-{index}", {"gradient": torch.cat(of_layer)})
 
     def embedding(self) -> None:
-        """Measure the token embeddings; the backward pass has ended."""
+        """Measure the token embeddings, and those that blocks have of their own; the backward pass has ended."""
         if self.artifacts.has("embedding"):
             return
-        gradient = self.model.embedding_gradient(self.tokens, self._artifact("gradient-0")["gradient"])
+        source, gradient = self.model.source, self._artifact("gradient-0")["gradient"]
+        blocks = range(self.model.block_count if source.layer_embedding is not None else 0)
+        of_layers = [self._artifact(f"layer-gradient-{index}")["gradient"] for index in blocks]
+        of_tokens, of_own = self.model.embedding_gradients(self.tokens, gradient, of_layers)
+        if of_own is not None and source.layer_embedding is not None:
+            self.artifacts.save("layer-embedding", self._measured_table(source.layer_embedding, of_own))
+        self.artifacts.save("embedding", self._measured_table(source.embedding_name, of_tokens))
+
+    def _measured_table(self, name: str, gradient: Tensor) -> dict[str, Tensor]:
         squares = gradient.flatten(0, 1).square()
         total = squares.sum()
-        check_finite(total, self.model.source.embedding_name, "squared gradients")
+        check_finite(total, name, "squared gradients")
+        table = f"{name}.weight"
         # As in a Hessian, a token counts what its gradients say.
         weights = squares.sum(dim=1) / max(float(total), TINY)
-        uses = torch.zeros(self.model.vocabulary).index_add_(0, self.tokens.flatten(), weights)
-        inputs = TableInputs(embeddings=self.model.embeddings, uses=uses, fisher=squares.mean(dim=0))
+        rows = self.model.source.parameter_shape(table)[0]
+        uses = torch.zeros(rows).index_add_(0, self.tokens.flatten(), weights)
+        inputs = TableInputs(
+            embeddings=lambda tokens: self.model.embeddings(tokens, table), uses=uses, fisher=squares.mean(dim=0)
+        )
         measured = {
             f"{maker.name}/{key}": tensor for maker in self.makers for key, tensor in maker.table(inputs).items()
         }
-        self.artifacts.save("embedding", {"importance": inputs.fisher, **measured})
+        return {"importance": inputs.fisher, **measured}
 
 
 def finished_embedding(model: StreamedModel, artifacts: ResumeStore) -> FinishedTable:
     """Return the measured token embeddings of a finished run."""
-    artifact = artifacts.load("embedding")
-    table = MeasuredTable(
-        name=model.source.embedding_name,
-        tokens=model.vocabulary,
-        importance=artifact["importance"].numpy(),
-        tied=model.tied,
-    )
+    return _finished_table(model, artifacts.load("embedding"), model.source.embedding_name, tied=model.tied)
+
+
+def finished_layer_embedding(model: StreamedModel, artifacts: ResumeStore) -> FinishedTable | None:
+    """Return the measured embeddings that blocks have of their own, of a finished run; None for most models."""
+    name = model.source.layer_embedding
+    return None if name is None else _finished_table(model, artifacts.load("layer-embedding"), name, tied=False)
+
+
+def _finished_table(model: StreamedModel, artifact: dict[str, Tensor], name: str, *, tied: bool) -> FinishedTable:
+    tokens = model.source.parameter_shape(f"{name}.weight")[0]
+    table = MeasuredTable(name=name, tokens=tokens, importance=artifact["importance"].numpy(), tied=tied)
     return FinishedTable(table, split_formats(artifact))
 
 

@@ -25,7 +25,7 @@ from .curves import CurveMaker, CurveSource
 from .measurement import FormatCurves, Measurement, is_measurement
 from .model.replay import check_replay
 from .model.stream import StreamedModel
-from .passes import MeasuringPasses, finished_decoder, finished_embedding, finished_head
+from .passes import MeasuringPasses, finished_decoder, finished_embedding, finished_head, finished_layer_embedding
 from .preparing import prepared_curves
 from .text.calibration import (
     SELF,
@@ -204,17 +204,25 @@ def measure_checkpoint(
     run.embedding()
     linears, head = finished_decoder(run.model, run.artifacts), finished_head(run.artifacts)
     embedding = finished_embedding(run.model, run.artifacts)
+    of_layers = finished_layer_embedding(run.model, run.artifacts)
+    tables = [embedding, *([] if of_layers is None else [of_layers])]
     return Measurement(
         linears=tuple(each.linear for each in linears),
         head=head.linear,
         embedding=embedding.table,
-        other_weights=_other_weights(source, [*(x.linear.name for x in (*linears, head)), embedding.table.name]),
+        layer_embedding=None if of_layers is None else of_layers.table,
+        other_weights=_other_weights(
+            source, [*(x.linear.name for x in (*linears, head)), *(x.table.name for x in tables)]
+        ),
         tokens=calibration.tokens.int().numpy(),
         curves={
             maker.name: FormatCurves(
                 version=maker.version,
                 header=dict(maker.header),
-                linears={each.linear.name: each.curves.get(maker.name, {}) for each in (*linears, head)},
+                linears={
+                    **{each.linear.name: each.curves.get(maker.name, {}) for each in (*linears, head)},
+                    **{each.table.name: each.curves.get(maker.name, {}) for each in tables[1:]},
+                },
                 table=embedding.curves.get(maker.name, {}),
             )
             for maker in curves

@@ -126,6 +126,9 @@ class GgufConversion(Conversion):
         linears, head = model_linears(source)
         table = Linear(source.embedding_name, head.in_features, head.out_features)
         matrices = [*linears, *([] if source.tied_embeddings else [head]), table]
+        if source.layer_embedding is not None:
+            tokens, width = source.shape(f"{source.layer_embedding}.weight")
+            matrices.append(Linear(source.layer_embedding, width, tokens))
         if self._base is not None:
             return unmeasured_problem(self.layout, [each.name for each in matrices], types, overrides)
         planned = {f"{linear.name}.weight" for linear in (*matrices, head)}
@@ -250,7 +253,7 @@ class GgufConversion(Conversion):
         return {
             tensor.name: partial(rounded_matrices, rounded, self.layout.rows, tensor.name, tensor.shape)
             for tensor in plan.tensors
-            if tensor.damage_nats is not None
+            if tensor.damage_nats is not None and set(tensor.linears) <= set(rounded.names)
         }
 
     def _tensor_bytes(self, target: Target, provenance: Provenance | None) -> int | None:

@@ -8,7 +8,7 @@ into which the final hidden states are injected, applies whatever the model does
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -96,9 +96,9 @@ class StreamedModel:
         """Whether the output head is the table of token embeddings."""
         return self.source.tied_embeddings
 
-    def embeddings(self, tokens: Tensor) -> Tensor:
-        """Return the embeddings of some tokens as they are stored, shape (tokens, hidden size), on the device."""
-        return self.source.tensor(f"{self.source.embedding_name}.weight")[tokens].to(self.device, self.dtype)
+    def embeddings(self, tokens: Tensor, table: str) -> Tensor:
+        """Return the embeddings of some tokens as a table stores them, shape (tokens, width), on the device."""
+        return self.source.parameter(table)[tokens].to(self.device, self.dtype)
 
     def structure(self, index: int) -> BlockStructure:
         """Return the structure of a block."""
@@ -149,27 +149,41 @@ class StreamedModel:
         """
         return new_state((*tokens.shape, width or self.hidden_size), self.dtype, self.offload_dir)
 
-    def embedding_gradient(self, tokens: Tensor, gradient: Tensor) -> Tensor:
-        """Return the gradient at each token's embedding, as it is stored, from that at the first block's input.
+    def embedding_gradients(
+        self, tokens: Tensor, gradient: Tensor, layer_gradients: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the gradients at each token's embeddings, as they are stored, from those at the blocks' inputs.
 
         They differ where a family scales its embeddings (Gemma, Granite), or does anything else with them on the way.
 
         Args:
             tokens: Token ids, int64, shape (rows, tokens).
             gradient: At the first block's input, shape (rows, tokens, width).
+            layer_gradients: At the embeddings of its own that every block reads, each of shape (rows, tokens, layer
+                width); none where the model has no table for them.
 
         Returns:
-            Shape (rows, tokens, hidden size), on the CPU.
+            Those of the token embeddings, shape (rows, tokens, hidden size), and of the embeddings of all blocks, shape
+            (rows, tokens, blocks * layer width); on the CPU.
         """
-        embedding = self._model.get_input_embeddings()
-        before = self.new_state(tokens)
+        names = [self.source.embedding_name, *filter(None, [self.source.layer_embedding if layer_gradients else None])]
+        tables = [self._model.get_submodule(name) for name in names]
+        found = [self.new_state(tokens, table.weight.shape[1]) for table in tables]
         with self._outside.held():
             for batch in micro_batches(*tokens.shape):
-                embedded = self._record(tokens[batch], batch.start, Calls())
-                own = embedding.weight
-                (part,) = torch.autograd.grad(embedded, own, gradient[batch].to(own))
-                before[batch] = part.view(before[batch].shape).cpu()
-        return before
+                calls = Calls()
+                outputs, gradients = [self._record(tokens[batch], batch.start, calls)], [gradient[batch]]
+                shape = tuple(_as_hidden(outputs[0], self.hidden_size).shape)
+                for index, of_block in enumerate(layer_gradients):
+                    own = calls.layer_input(index, batch.start, shape, of_block.shape[-1])
+                    assert own is not None
+                    outputs.append(own)
+                    gradients.append(of_block[batch])
+                weights = [table.weight for table in tables]
+                parts = torch.autograd.grad(outputs, weights, [each.to(self.device, self.dtype) for each in gradients])
+                for state, part in zip(found, parts, strict=True):
+                    state[batch] = part.view(state[batch].shape).cpu()
+        return found[0], found[1] if layer_gradients else None
 
     def _record(self, tokens: Tensor, first_row: int, calls: Calls) -> Tensor:
         return _as_state(self._recorder.record(tokens.to(self.device), first_row, calls))
@@ -181,7 +195,30 @@ class StreamedModel:
         with loaded_weights(self._blocks[index], lambda inner: self._read(f"{name}.{inner}"), self._place):
             yield self._blocks[index]
 
-    def run_block(self, index: int, hidden: Tensor, first_row: int = 0, calls: Calls | None = None) -> Tensor:
+    def layer_input(self, index: int, hidden: Tensor, first_row: int) -> Tensor | None:
+        """Return the embeddings of its own that a block reads for a micro-batch; None where there are none.
+
+        Args:
+            index: Which block.
+            hidden: Its hidden states, shape (rows, tokens, width); ``embed`` has seen it.
+            first_row: The first of its rows among all.
+
+        Returns:
+            Shape (rows, tokens, layer width).
+        """
+        if self.source.layer_embedding is None:
+            return None
+        width = self._model.get_submodule(self.source.layer_embedding).weight.shape[1] // self.block_count
+        return self.calls.layer_input(index, first_row, tuple(_as_hidden(hidden, self.hidden_size).shape), width)
+
+    def run_block(
+        self,
+        index: int,
+        hidden: Tensor,
+        first_row: int = 0,
+        calls: Calls | None = None,
+        layer_input: Tensor | None = None,
+    ) -> Tensor:
         """Run one loaded block.
 
         Args:
@@ -190,12 +227,13 @@ class StreamedModel:
                 have seen a micro-batch of the same rows and tokens.
             first_row: The first of its rows among all.
             calls: As ``embed`` recorded them.
+            layer_input: Stands in for the embeddings of its own that the block reads.
 
         Returns:
             The block's output, same shape.
         """
         own = _as_hidden(hidden, self.hidden_size)
-        args, kwargs = (calls or self.calls).of(index, first_row, tuple(own.shape))
+        args, kwargs = (calls or self.calls).of(index, first_row, tuple(own.shape), layer_input)
         output = self._blocks[index](own, *args, **kwargs)
         states: Tensor = output[0] if isinstance(output, tuple) else output
         return _as_state(states)

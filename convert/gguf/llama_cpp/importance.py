@@ -37,6 +37,9 @@ def importance_of(measurement: Measurement, layout: Layout) -> ImportanceMatrix:
         if linears.keys() >= set(own.linears)
     }
     means |= dict.fromkeys(layout.rows.tensors_of(table.name), table_importance(measurement))
+    own = measurement.layer_embedding
+    if own is not None:
+        means |= dict.fromkeys(layout.rows.tensors_of(own.name), torch.from_numpy(own.importance))
     rows, row_tokens = measurement.tokens.shape
     return ImportanceMatrix.from_means(
         means,

@@ -132,6 +132,12 @@ def measured_problem(
         # Last of all, as its errors act on all.
         damages[tensor] = curves.table_damage_nats + damages.pop(tensor, np.float32(0))
     known = {*(linear.name for linear in measurement.linears), head.name, table.name}
+    own = measurement.layer_embedding
+    if own is not None:
+        known.add(own.name)
+        damages |= dict.fromkeys(
+            curves.layout.rows.tensors_of(own.name), curves.tensors.tensors[f"{own.name}.damage_nats"]
+        )
     return _problem(layout or curves.layout, damages, known, curves.types, overrides)
 
 
