@@ -82,7 +82,7 @@ def test_as_transformers_has_it(name: str, tmp_path: Path) -> None:
             assert torch.equal(model.tensor(f"{prefix}{linear}.weight"), expected), linear
 
 
-@pytest.mark.parametrize("name", sorted(ALL))
+@pytest.mark.parametrize("name", ["deepseek_v3", "gpt2", "gpt_oss", "mixtral", "phi3", "qwen3_5_text"])
 def test_every_stored_byte_counts_once(name: str, tmp_path: Path) -> None:
     save_decoder(tmp_path, name)
     model = opened(tmp_path)
