@@ -17,7 +17,6 @@ class Family:
         source: Hub id of the model whose config.json was shrunk; empty where the file was written with the keys of such
             models, from Transformers' class and what llama.cpp's converter reads.
         known_miss: Why llama.cpp computes another model than Transformers, where it does; empty elsewhere.
-        plain: Patterns of GGUF tensors that are rounded without feedback.
         mtp: Whether models of it come with layers for multi-token prediction that llama.cpp's converter takes over.
         tried: Whether there is a tiny model of it.
     """
@@ -26,7 +25,6 @@ class Family:
     special: str
     source: str = ""
     known_miss: str = ""
-    plain: tuple[str, ...] = ()
     mtp: bool = False
     tried: bool = True
 
@@ -103,7 +101,9 @@ FAMILIES = {
         mtp=True, releases="GLM-4.5, 4.6, 4.7", special="experts beside a shared one, chosen with a bias"
     ),
     "glm4_moe_lite": Family(
-        mtp=True, releases="GLM-4.7-Flash", special="latent attention (MLA); experts beside a shared one"
+        mtp=True,
+        releases="GLM-4.7-Flash",
+        special="latent attention (MLA); experts beside a shared one",
     ),
     "gpt2": Family(
         releases="GPT-2", special="weights stored [in, out]; fused q, k, v", source="openai-community/gpt2-large"

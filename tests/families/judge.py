@@ -14,6 +14,7 @@ from bpwise.convert.dense import dequantize_model
 from bpwise.convert.gguf.engine.gate import gate_base
 from bpwise.convert.gguf.engine.library import load_library
 from bpwise.convert.gguf.llama_cpp.converter import make_base
+from bpwise.convert.gguf.plan.plan import GgufPlan
 from bpwise.convert.registry import GgufOptions, export_imatrix
 from bpwise.measure.run import MeasureConfig, measure_model
 from bpwise.measure.text.calibration import CalibrationSet
@@ -44,6 +45,7 @@ class Judged:
         reader_nats: KL of llama.cpp on the quantized file from Transformers on what the file decodes to.
         nats: KL of llama.cpp on the quantized file from Transformers on the original.
         tensor_bytes: Size of the quantized file's tensors.
+        unmeasured: Tensors of which the plan says that nothing was measured.
         projector: The file with what the model sees images with.
         their_nats: As ``nats``, of llama-quantize's file of no smaller size.
         plain_nats: As ``nats``, of llama-quantize's file with the same types.
@@ -56,6 +58,7 @@ class Judged:
     reader_nats: float
     nats: float
     tensor_bytes: int
+    unmeasured: tuple[str, ...]
     projector: Path | None
     their_nats: float | None = None
     plain_nats: float | None = None
@@ -83,7 +86,8 @@ def judge_family(name: str, model: Path, work: Path, llama_cpp: Path, llama_quan
     theirs = None if llama_quantize is None else LlamaQuantize(llama_quantize, base, work)
     if theirs is not None:
         config = replace(config, target=Target(bpw=theirs.bpw))
-    quantize_model(checkpoint, ours, config, measurement=measurement)
+    plan = quantize_model(checkpoint, ours, config, measurement=measurement).plan
+    assert isinstance(plan, GgufPlan)
     dequantize_model(ours, dense, original=model)
 
     tokens = torch.randint(3, 250, (4, 128), generator=torch.Generator().manual_seed(1))
@@ -94,6 +98,7 @@ def judge_family(name: str, model: Path, work: Path, llama_cpp: Path, llama_quan
         reader_nats=mean_kl(decoded, found),
         nats=mean_kl(original, found),
         tensor_bytes=sum(tensor.n_bytes for tensor in tensors_of(ours).values()),
+        unmeasured=tuple(tensor.name for tensor in plan.tensors if tensor.damage_nats is None),
         projector=next(work.glob("mmproj-*.gguf"), None),
     )
     return judged if theirs is None else theirs.compared(judged, ours, original, tokens)
@@ -140,6 +145,10 @@ class LlamaQuantize:
         output = self._work / f"{name}.gguf"
         command = [str(self._program), *([] if imatrix is None else ["--imatrix", str(imatrix)])]
         for tensor, kind in types.items():
+            if imatrix is None and kind.startswith(
+                ("IQ1", "IQ2", "IQ3_XXS")
+            ):  # llama-quantize makes none of these then
+                continue
             command += ["--tensor-type", f"^{tensor.replace('.', '[.]')}$={kind.lower()}"]
         subprocess.run([*command, str(self._base), str(output), MIXTURE, "1"], check=True, capture_output=True)
         return output
