@@ -151,11 +151,11 @@ def load_measurement(path: Path, checkpoint: Checkpoint, progress: Progress = si
         )
     table = measurement.embedding
     got = (f"{table.name}.weight", (table.tokens, table.hidden_size), table.tied)
-    table = f"{source.embedding_name}.weight"
-    if got != (table, source.shape(table), source.tied_embeddings):
+    name = f"{source.embedding_name}.weight"
+    if got != (name, source.shape(name), source.tied_embeddings):
         raise FormatError(
             f"{path}: the measurement has other token embeddings than {checkpoint.directory}. Got {_table(*got)}. "
-            f"Expected {_table(table, source.shape(table), source.tied_embeddings)}. It is damaged: measure "
+            f"Expected {_table(name, source.shape(name), source.tied_embeddings)}. It is damaged: measure "
             "the model again."
         )
     return measurement

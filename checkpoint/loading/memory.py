@@ -127,7 +127,8 @@ class ModelInMemory:
 
     def outer_name(self, name: str) -> str:
         """Return what a parameter is called in the whole model that the language model is a part of."""
-        return self._of[name]
+        outer: str = self._of[name]
+        return outer
 
     def stored_name(self, name: str) -> str | None:
         """Return the stored tensor that a parameter is as it stands; None if it is made of several, or changed."""

@@ -152,9 +152,15 @@ class GgufConversion(Conversion):
             find_converter(self.options.llama_cpp, progress)
         self.checkpoint.prepare_fingerprint(progress)
         base = self.options.base or base_path(self.checkpoint, work, self.options.llama_cpp, measurement)
-        notes = converted(self.checkpoint, base, self.options.llama_cpp)
-        self._base = base
         kept = None if self.options.base is not None else base.with_suffix(_GATE)
+        # Of two ways to show the model to the converter, the first that llama.cpp then computes rightly.
+        notes = converted(
+            self.checkpoint,
+            base,
+            self.options.llama_cpp,
+            check=lambda made: gate_once(made, self.checkpoint, work, kept=kept).require(),
+        )
+        self._base = base
         gate = gate_once(base, self.checkpoint, work, kept=kept)
         gate.require()
         self.notes = (*notes, *gate.notes)

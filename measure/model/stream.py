@@ -289,4 +289,5 @@ def _as_state(hidden: Tensor) -> Tensor:
 def _as_hidden(state: Tensor, hidden_size: int) -> Tensor:
     if state.shape[-1] == hidden_size:
         return state
-    return state.unflatten(2, (-1, hidden_size)).permute(2, 0, 1, 3)
+    hidden: Tensor = state.unflatten(2, (-1, hidden_size)).permute(2, 0, 1, 3)
+    return hidden
