@@ -84,7 +84,7 @@ INNER = {
     "measure": [".", "text", "statistics", "model"],
     "convert": ["exl2", "gguf", "publishing", "."],
     "convert/exl2": [".", "rounding", "plan", "file", "readers"],
-    "convert/gguf": [".", "llama_cpp", "file", "ggml"],
+    "convert/gguf": [".", "llama_cpp", "plan", "model", "file", "rows", "ggml"],
     "eval": ["report", "tasks", "engines", ".", "metrics"],
     "eval/report": [".", "drawings"],
     "quantize": [".", "planning", "rounding"],
