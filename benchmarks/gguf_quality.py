@@ -27,8 +27,6 @@ from bpwise.checkpoint.model.families import HEAD
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.checkpoint.source.original import open_model
 from bpwise.convert.conversion import Target
-from bpwise.convert.gguf.curves import GgufCurves
-from bpwise.convert.gguf.ggml.curves import measured_types
 from bpwise.convert.gguf.llama_cpp.converter import make_base
 from bpwise.convert.gguf.llama_cpp.imatrix import ImportanceMatrix, write_imatrix
 from bpwise.convert.gguf.model.names import gguf_name
@@ -228,8 +226,9 @@ def main(model: str, types: str, work_dir: Path, measurement: Path | None, **num
             measurement = work_dir / "measurement.safetensors"
             if not measurement.exists():
                 calibration = CalibrationConfig(rows=numbers["rows"], row_tokens=numbers["row_tokens"])
-                config, curves = MeasureConfig(calibration=calibration), [GgufCurves(measured_types())]
-                measure_model(model, measurement, config, curves=curves, progress=tqdm)
+                formats = {"gguf": QuantizeConfig(options=GgufOptions()).conversion(checkpoint)}
+                config = MeasureConfig(calibration=calibration)
+                measure_model(checkpoint, measurement, config, formats=formats, progress=tqdm)
         tokens: CalibrationSet = measured_rows(Measurement.load(measurement))
         imatrix, base = work_dir / "imatrix.gguf", work_dir / "base.gguf"
         if not imatrix.exists():

@@ -190,7 +190,7 @@ class GgufConversion(Conversion):
         """What the unquantized file holds, and whose rows, once it is prepared."""
         rows = kept_map(self._rows_store, self._source, self.header, self._progress)
         if self.measures:
-            require_held(rows, self._source, self.base)
+            require_held(rows, self._source, self.header)
         return Layout.of(self.header, rows)
 
     def curves(self) -> GgufCurves:

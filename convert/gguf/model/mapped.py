@@ -53,7 +53,7 @@ class MappedGguf(GgufModel, LanguageSource):
         if self._given is not None:
             return self._given()
         rows = guess_map(self._source, self._header)
-        require_held(rows, self._source, self.path, partly=False)
+        require_held(rows, self._source, self._header, unquantized=False)
         return rows
 
     @cached_property

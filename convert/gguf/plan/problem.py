@@ -13,6 +13,7 @@ from ....checkpoint.source.linears import Shaped
 from ....errors import BudgetError, ConfigError
 from ....measure.measurement import Measurement
 from ...plan import shown_range
+from ..file.roles import matrices_of
 from ..ggml.types import GgmlType, ggml_type
 from .layout import Layout
 from .measured import gguf_curves, held_as
@@ -191,11 +192,11 @@ def _problem(
     types: Sequence[str],
     overrides: Sequence[TypeOverride],
 ) -> PlanProblem:
-    rows = layout.rows.tensors
+    rows, matrices = layout.rows.tensors, set(matrices_of(layout.tensors))
     candidates = [
         _fitting(name, layout.tensors[name].shape, rows[name].linears, types, damage)
         for name, damage in damages.items()
-        if set(rows[name].linears) <= set(known)  # otherwise a part of it was not measured
+        if name in matrices and set(rows[name].linears) <= set(known)  # otherwise a part of it was not measured
     ]
     measured = {candidate.name for candidate in candidates}
     for name in layout.plain:
