@@ -3,52 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..checkpoint.files.resume import ResumeStore
 from ..checkpoint.model.structure import InputGroup
 from ..progress import Progress
-from .curves import CurveMaker, TableInputs
-from .input_group import TINY, FinishedLinear, finished_linears, measure_group, split_formats
+from .curves import CurveMaker
+from .embeddings import EMBEDDING, LAYER_EMBEDDING, measured_table
+from .input_group import FinishedLinear, finished_linears, measure_group
 from .layers.linears import linear_of
 from .layers.positionwise import chunked_positionwise
-from .measurement import MeasuredTable
 from .model.batches import TAIL_TOKENS, check_finite, micro_batches
 from .model.state_gradients import StateGradients
 from .model.states import new_state
 from .model.stream import StreamedModel
+from .statistics.embedding_gradients import embedding_gradients
 from .statistics.experts import collect_experts, expert_statistics
 from .statistics.heldout import DAMPINGS
 from .statistics.inputs import InputStatistics, collect, tapped_inputs, tapped_outputs
 from .statistics.probes import probe_logits, slopes_of_logits
 
-__all__ = [
-    "MeasuringPasses",
-    "finished_decoder",
-    "finished_embedding",
-    "finished_head",
-    "finished_layer_embedding",
-]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class FinishedTable:
-    """The token embeddings, measured.
-
-    Attributes:
-        table: What is known of them whatever the format.
-        curves: Their curves, by format and by name.
-    """
-
-    table: MeasuredTable
-    curves: dict[str, dict[str, NDArray[Any]]]
+__all__ = ["MeasuringPasses", "finished_decoder", "finished_head"]
 
 
 class MeasuringPasses:
@@ -111,7 +91,7 @@ class MeasuringPasses:
         # The backward pass goes on with a gradient, from block to block. Where that is gone, by damage or because a
         # finished block has to be done again, it begins anew at the head; blocks below are not affected.
         waiting = [index for index in range(self.model.block_count) if not self.artifacts.has(f"curves-{index}")]
-        waiting += [] if self.artifacts.has("embedding") else [-1]
+        waiting += [] if self.artifacts.has(EMBEDDING) else [-1]
         if not waiting:
             return
         last = max(waiting)
@@ -144,7 +124,7 @@ class MeasuringPasses:
         with self.model.tail() as head:
             sums = self._probe_logits(head, hidden.flatten(0, 1), gradient.view(-1, hidden.shape[-1]))
             check_finite(gradient, "output head", "gradients")
-            name, feedback = self.model.source.head_name, not self.model.tied
+            name, feedback = self.model.source.head_name, not self.model.source.tied_embeddings
             none = torch.empty(head.out_features, 0)  # its outputs are rounded each for itself
             packed = measure_group({name: head}, sums, {name: none}, self.makers, self.dampings, with_feedback=feedback)
         self.artifacts.save(f"gradient-{last}", {"gradient": gradient})
@@ -244,49 +224,14 @@ class MeasuringPasses:
 
     def embedding(self) -> None:
         """Measure the token embeddings, and those that blocks have of their own; the backward pass has ended."""
-        if self.artifacts.has("embedding"):
+        if self.artifacts.has(EMBEDDING):
             return
         source, gradient = self.model.source, self._artifact("gradient-0")["gradient"]
         blocks = range(self.model.block_count if source.layer_embedding is not None else 0)
         of_layers = [self._artifact(f"layer-gradient-{index}")["gradient"] for index in blocks]
-        of_tokens, of_own = self.model.embedding_gradients(self.tokens, gradient, of_layers)
-        if of_own is not None and source.layer_embedding is not None:
-            self.artifacts.save("layer-embedding", self._measured_table(source.layer_embedding, of_own))
-        self.artifacts.save("embedding", self._measured_table(source.embedding_name, of_tokens))
-
-    def _measured_table(self, name: str, gradient: Tensor) -> dict[str, Tensor]:
-        squares = gradient.flatten(0, 1).square()
-        total = squares.sum()
-        check_finite(total, name, "squared gradients")
-        table = f"{name}.weight"
-        # As in a Hessian, a token counts what its gradients say.
-        weights = squares.sum(dim=1) / max(float(total), TINY)
-        rows = self.model.source.parameter_shape(table)[0]
-        uses = torch.zeros(rows).index_add_(0, self.tokens.flatten(), weights)
-        inputs = TableInputs(
-            embeddings=lambda tokens: self.model.embeddings(tokens, table), uses=uses, fisher=squares.mean(dim=0)
-        )
-        measured = {
-            f"{maker.name}/{key}": tensor for maker in self.makers for key, tensor in maker.table(inputs).items()
-        }
-        return {"importance": inputs.fisher, **measured}
-
-
-def finished_embedding(model: StreamedModel, artifacts: ResumeStore) -> FinishedTable:
-    """Return the measured token embeddings of a finished run."""
-    return _finished_table(model, artifacts.load("embedding"), model.source.embedding_name, tied=model.tied)
-
-
-def finished_layer_embedding(model: StreamedModel, artifacts: ResumeStore) -> FinishedTable | None:
-    """Return the measured embeddings that blocks have of their own, of a finished run; None for most models."""
-    name = model.source.layer_embedding
-    return None if name is None else _finished_table(model, artifacts.load("layer-embedding"), name, tied=False)
-
-
-def _finished_table(model: StreamedModel, artifact: dict[str, Tensor], name: str, *, tied: bool) -> FinishedTable:
-    tokens = model.source.parameter_shape(f"{name}.weight")[0]
-    table = MeasuredTable(name=name, tokens=tokens, importance=artifact["importance"].numpy(), tied=tied)
-    return FinishedTable(table, split_formats(artifact))
+        for name, of_table in embedding_gradients(self.model, self.tokens, gradient, of_layers).items():
+            artifact = EMBEDDING if name == source.embedding_name else LAYER_EMBEDDING
+            self.artifacts.save(artifact, measured_table(self.model, name, self.tokens, of_table, self.makers))
 
 
 def finished_decoder(model: StreamedModel, artifacts: ResumeStore) -> list[FinishedLinear]:

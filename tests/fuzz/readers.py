@@ -37,9 +37,10 @@ from bpwise.errors import BpwiseError
 from bpwise.eval.cache import OriginalCache, OriginalState
 from bpwise.eval.metrics.overlap import stored_spans
 from bpwise.eval.report.layers import linear_costs
+from bpwise.measure.calibrated import measured_rows
 from bpwise.measure.curves import CurveMaker
 from bpwise.measure.measurement import Measurement
-from bpwise.measure.run import MeasureConfig, measure_checkpoint, measured_rows
+from bpwise.measure.run import MeasureConfig, measure_checkpoint
 from bpwise.measure.text.calibration import CalibrationConfig, CalibrationSet, build_calibration
 from bpwise.measure.text.tokenizer import load_tokenizer
 from bpwise.quantize.checks import output_of

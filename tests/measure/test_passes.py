@@ -18,10 +18,11 @@ from bpwise.convert.exl2.rounding.feedback import round_linear
 from bpwise.errors import ConfigError, NumericalError
 from bpwise.linalg.row_groups import grouped_rows
 from bpwise.measure import input_group
+from bpwise.measure.calibrated import measured_rows
 from bpwise.measure.curves import CurveInputs, CurveMaker, LinearCurves, TableInputs
 from bpwise.measure.measurement import MeasuredLinear, Measurement
 from bpwise.measure.model.stream import StreamedModel
-from bpwise.measure.run import MeasureConfig, measure_checkpoint, measure_model, measured_rows, resolve_device
+from bpwise.measure.run import MeasureConfig, measure_checkpoint, measure_model, resolve_device
 from bpwise.measure.statistics import probes
 from bpwise.measure.statistics.heldout import DAMPINGS, HeldOut
 from bpwise.measure.statistics.sketch import COUPLING_RANK

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ....measure.calibrated import measured_rows
 from ....measure.measurement import MeasuredLinear, Measurement
-from ....measure.run import measured_rows
 from ..plan.layout import Layout
 from ..plan.measured import gguf_curves
 from .imatrix import ImportanceMatrix, write_imatrix
