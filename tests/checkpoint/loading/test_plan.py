@@ -144,6 +144,9 @@ def test_mxfp4(tmp_path: Path) -> None:
     assert (plan.missing, plan.unused) == ((), ())
     for parameter in plan.names:
         assert torch.equal(plan.make(parameter, source.tensor), expected[parameter]), parameter
+    for parameter in stacks(plan):
+        for expert, weight in enumerate(expected[parameter]):
+            assert torch.equal(plan.make_expert(parameter, expert, source.tensor, source.entry), weight)
 
 
 def test_missing_and_unused(tmp_path: Path) -> None:
