@@ -13,7 +13,7 @@ import msgspec
 from ....checkpoint.files.schemas import check_schema
 from ....errors import FormatError
 from ..file.header import GgufHeader
-from ..file.roles import HALVES, matrices_of, quantizable
+from ..file.roles import matrices_of, quantizable
 from ..ggml.types import GGML_TYPES, GgmlType
 from ..rows.rowmap import RowMap
 from ..rows.text import map_from_text, map_to_text
@@ -76,9 +76,8 @@ class Layout:
 
     @cached_property
     def plain(self) -> tuple[str, ...]:
-        """Names of the matrices that can be quantized whatever they are: in 16 bits, and none that llama.cpp keeps."""
-        found = ((name, self.tensors[name]) for name in matrices_of(self.tensors))
-        return tuple(name for name, each in found if each.type.name in HALVES and quantizable(name, each.shape))
+        """Names of the matrices that can be quantized whatever they are: none that llama.cpp or its converter keeps."""
+        return tuple(name for name in matrices_of(self.tensors) if quantizable(name, self.tensors[name].shape))
 
     def is_like(self, other: Layout) -> bool:
         """Whether another file has the same tensors but for their types, made of the same rows."""
