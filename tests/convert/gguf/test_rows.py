@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bpwise.convert.gguf.ggml.curves import measured_types
+from bpwise.convert.gguf.ggml.kernels import decode, encode, ggml_type
+from bpwise.convert.gguf.rows.foreign import LikeOutputs
 from bpwise.convert.gguf.rows.matching import LinearOutputs
 from bpwise.convert.gguf.rows.rowmap import RowMap, TensorRows
 from bpwise.convert.gguf.rows.text import map_from_text, map_to_text
@@ -197,6 +200,49 @@ def test_text_says_it_all() -> None:
     assert map_to_text(again) == text
     # Three blocks take no more orders than one: q's, the joined and the stacked sources, the columns.
     assert len(json.loads(zlib.decompress(base64.b64decode(text)))["orders"]) == 5
+
+
+FOUR_BITS = pytest.mark.skipif(not measured_types(), reason="ggml's library is not installed")
+
+
+def rounded(values: Tensor, kind: str = "Q4_0") -> Tensor:
+    """What a reader makes of a tensor in four bits."""
+    rows = values.float().flatten(0, -2).contiguous()
+    return decode(encode(rows, ggml_type(kind)), ggml_type(kind)).view(values.shape)
+
+
+@FOUR_BITS
+@pytest.mark.parametrize("name", sorted(TENSORS.keys() - {"rows-and-columns"}))
+def test_finds_quantized_rows_by_likeness(name: str) -> None:
+    make, linears = TENSORS[name]
+    weights = {linear: weight.float() for linear, weight in W.items()}
+    rows = LikeOutputs(weights).find(rounded(make()))
+    assert rows is not None
+    assert rows.linears == linears
+    assert torch.equal(rebuilt(rows, weights), make().float().flatten(0, -2))
+
+
+@FOUR_BITS
+def test_likeness_believes_no_other_model() -> None:
+    rng = torch.Generator().manual_seed(9)
+    likes = LikeOutputs({name: torch.randn(W[name].shape, generator=rng) for name in ("q", "v", "out")})
+    for values in (W["q"], W["v"], W["out"], 3 * W["v"]):
+        assert likes.find(rounded(values)) is None
+    assert LikeOutputs({"v": W["v"].float()}).find(rounded(3 * W["v"])) is None
+    assert LikeOutputs({}).find(torch.ones(2, 32)) is None
+
+
+@FOUR_BITS
+def test_likeness_tells_experts_apart() -> None:
+    rng = torch.Generator().manual_seed(8)
+    experts = {f"{e}.{part}": torch.randn(48, 32, generator=rng) for e in range(6) for part in ("gate", "up")}
+    experts["5.up"] = experts["4.up"].clone()  # copies go each to its own
+    likes = LikeOutputs(experts)
+    for part in ("up", "gate"):
+        rows = likes.find(rounded(torch.stack([experts[f"{e}.{part}"] for e in range(6)])))
+        assert rows is not None
+        assert rows.linears == tuple(f"{e}.{part}" for e in range(6))
+        assert rows.output.tolist() == list(range(48)) * 6
 
 
 def test_fits() -> None:
