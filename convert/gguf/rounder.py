@@ -33,7 +33,8 @@ class GgufRounder(Rounder):
     A linear lies in one tensor of the file or in several, in each of them with the tensor's type. Artifacts hold of the
     part in ``RowMap.parts`` with number N as ``data.N`` the encoded rows, in the order of the linear's outputs, their
     columns in the file's order, times its factors: uint8, shape (outputs, row_bytes). Of linears also ``distance.N``,
-    ``||W_hat - W||^2`` of the file's rows, since drift may have moved weights far, zeros above all: not by their size can a reader tell that they are in place.
+    ``||W_hat - W||^2`` of these rows, since drift may have moved weights far, zeros above all: not by their size can a
+    reader tell that they are in place.
     """
 
     def __init__(self, plan: GgufPlan, measurement: Measurement, checkpoint: Checkpoint, rows: RowMap) -> None:
