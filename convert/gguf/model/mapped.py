@@ -122,7 +122,7 @@ class MappedGguf(GgufModel, LanguageSource):
         parts = self.rows.parts(linear)
         shape = self._source.shape(f"{linear}.weight")
         values = [self._read(part) for part in parts]
-        if len(parts) == 1 and parts[0].columns is None and parts[0].holds_all(shape[0]):
+        if len(parts) == 1 and parts[0].is_weight(shape[0]):
             return values[0]
         whole = not self.rows.missing({linear: shape[0]})
         weight = torch.empty(shape) if whole else self._source.tensor(f"{linear}.weight").float()

@@ -147,7 +147,8 @@ def _wide(header: GgufHeader) -> list[str]:
 def _exactly(weights: Mapping[str, Tensor], tensors: Mapping[str, Callable[[], Tensor]]) -> dict[str, TensorRows]:
     outputs = LinearOutputs(weights)
     found = {name: outputs.find(read()) for name, read in tensors.items()}
-    found |= {name: outputs.find_reordered(tensors[name]()) for name, rows in found.items() if rows is None}
+    for find in (outputs.find_reordered, outputs.find_scaled):
+        found |= {name: find(tensors[name]()) for name, rows in found.items() if rows is None}
     return {name: rows for name, rows in found.items() if rows is not None}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any
 
@@ -86,7 +86,9 @@ class Layout:
     @cached_property
     def _identity(self) -> tuple[dict[str, tuple[int, ...]], str]:
         shapes = {name: each.shape for name, each in self.tensors.items()}
-        return shapes, map_to_text(RowMap(dict(sorted(self.rows.tensors.items())), {}))
+        # Factors are known as well as the types allow.
+        rows = {name: replace(own, factors=None) for name, own in sorted(self.rows.tensors.items())}
+        return shapes, map_to_text(RowMap(rows, {}))
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain JSON."""
