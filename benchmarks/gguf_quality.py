@@ -27,8 +27,6 @@ from bpwise.checkpoint.model.families import HEAD
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.checkpoint.source.original import open_model
 from bpwise.convert.conversion import Target
-from bpwise.convert.gguf.curves import GgufCurves
-from bpwise.convert.gguf.ggml.curves import measured_types
 from bpwise.convert.gguf.llama_cpp.converter import make_base
 from bpwise.convert.gguf.llama_cpp.imatrix import ImportanceMatrix, write_imatrix
 from bpwise.convert.gguf.model.names import gguf_name
@@ -37,10 +35,11 @@ from bpwise.convert.gguf.options import GgufOptions
 from bpwise.errors import BpwiseError
 from bpwise.eval.comparison import EvalConfig, compare_with, evaluation_rows
 from bpwise.eval.original import OriginalRun, run_original
+from bpwise.measure.calibrated import measured_rows
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.model.batches import micro_batches
 from bpwise.measure.model.stream import StreamedModel
-from bpwise.measure.run import MeasureConfig, measure_model, measured_rows
+from bpwise.measure.run import MeasureConfig, measure_model
 from bpwise.measure.statistics.inputs import tapped_inputs
 from bpwise.measure.text.calibration import CalibrationConfig, CalibrationSet
 from bpwise.measure.text.tokenizer import load_tokenizer
@@ -94,7 +93,7 @@ def input_mean_squares(checkpoint: Checkpoint, tokens: Tensor) -> ImportanceMatr
     means: dict[str, Tensor] = {}
     for index in tqdm(range(model.block_count), desc="importance matrix"):
         output = torch.empty_like(hidden)
-        firsts = [stage.linears[0] for stage in model.family.groups]
+        firsts = [stage.linears[0] for stage in model.structure(index).groups]
         sums: dict[str, Tensor] = {}
         with model.block(index) as block, tapped_inputs(block, firsts) as taps:
             for batch in micro_batches(*tokens.shape):
@@ -103,10 +102,10 @@ def input_mean_squares(checkpoint: Checkpoint, tokens: Tensor) -> ImportanceMatr
                     square = taps[name].flatten(0, 1).double().square().sum(dim=0)
                     sums[name] = sums[name] + square if name in sums else square
         hidden = output
-        for stage in model.family.groups:
-            for name in model.family.linear_names(index, stage):
+        for stage in model.structure(index).groups:
+            for name in model.linear_names(index, stage):
                 means[_name(name)] = (sums[stage.linears[0]] / tokens.numel()).float()
-    if not model.tied:
+    if not model.source.tied_embeddings:
         with model.tail() as head, tapped_inputs(head, [""]) as taps:
             model.logits(hidden[:1])
             total = torch.zeros_like(taps[""][0, 0], dtype=torch.float64)
@@ -228,8 +227,9 @@ def main(model: str, types: str, work_dir: Path, measurement: Path | None, **num
             measurement = work_dir / "measurement.safetensors"
             if not measurement.exists():
                 calibration = CalibrationConfig(rows=numbers["rows"], row_tokens=numbers["row_tokens"])
-                config, curves = MeasureConfig(calibration=calibration), [GgufCurves(measured_types())]
-                measure_model(model, measurement, config, curves=curves, progress=tqdm)
+                formats = {"gguf": QuantizeConfig(options=GgufOptions()).conversion(checkpoint)}
+                config = MeasureConfig(calibration=calibration)
+                measure_model(checkpoint, measurement, config, formats=formats, progress=tqdm)
         tokens: CalibrationSet = measured_rows(Measurement.load(measurement))
         imatrix, base = work_dir / "imatrix.gguf", work_dir / "base.gguf"
         if not imatrix.exists():

@@ -30,8 +30,8 @@ from bpwise.checkpoint.files.atomic import atomic_file
 from bpwise.checkpoint.source.checkpoint import Checkpoint, TensorSource
 from bpwise.checkpoint.source.language import WeightOverlay, language_model
 from bpwise.checkpoint.source.original import open_model
-from bpwise.convert.exl2.curves import Exl2Curves
 from bpwise.convert.exl2.file.reader import Exl2Model
+from bpwise.convert.exl2.options import Exl2Options
 from bpwise.convert.exl2.plan.plan import Exl2Plan
 from bpwise.convert.exl2.rounding.rounder import Exl2Rounder, rounded_linear, tune_rounded
 from bpwise.convert.opening import verify_model
@@ -48,6 +48,7 @@ from bpwise.measure.run import (
 )
 from bpwise.measure.text.calibration import CalibrationConfig, CalibrationSet
 from bpwise.measure.text.tokenizer import load_tokenizer
+from bpwise.quantize.config import QuantizeConfig
 from bpwise.quantize.rounding.model import RoundConfig, round_model
 from torch import Tensor
 from tqdm import tqdm
@@ -136,10 +137,11 @@ def prepare(
 
 def measured(benchmark: Benchmark, variant: Variant) -> Measurement:
     """Return the measurement that a variant needs, made now unless the work directory holds it."""
-    config, curves = replace(benchmark.config, damping=variant.damping), [Exl2Curves(variant.group_size)]
+    config = replace(benchmark.config, damping=variant.damping)
+    exl2 = QuantizeConfig(options=Exl2Options(group_size=variant.group_size)).conversion(benchmark.checkpoint)
     kept = benchmark.work / f"measurement-{variant.measurement}.safetensors"
     measurement = Measurement.load(kept) if kept.exists() else None
-    provenance = measurement_provenance(benchmark.checkpoint, benchmark.calibration, config, curves)
+    provenance = measurement_provenance(benchmark.checkpoint, benchmark.calibration, config, [exl2.curves()])
     if measurement is None or measurement.provenance != provenance:
         start = time.monotonic()
         with changed_measuring(variant):
@@ -147,7 +149,7 @@ def measured(benchmark: Benchmark, variant: Variant) -> Measurement:
                 benchmark.model,
                 kept,
                 config,
-                curves=curves,
+                formats={"exl2": exl2},
                 work=benchmark.work / f"measure-{variant.measurement}",
                 calibration=benchmark.calibration,
                 progress=progress_bar,

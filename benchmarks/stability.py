@@ -17,13 +17,14 @@ from pathlib import Path
 
 import click
 import numpy as np
-from bpwise.convert.exl2.curves import Exl2Curves
+from bpwise.checkpoint.source.original import open_model
 from bpwise.convert.exl2.plan.making import make_exl2_plan
 from bpwise.convert.exl2.plan.plan import Exl2Plan
 from bpwise.errors import BpwiseError
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig, measure_model
 from bpwise.measure.text.calibration import CalibrationConfig
+from bpwise.quantize.config import QuantizeConfig
 from quality import progress_bar
 
 __all__ = ["Stability", "compare", "main"]
@@ -104,7 +105,9 @@ def _measured(model: str, rows: int, row_tokens: int, seed: int, device: str, wo
         return Measurement.load(kept)
     calibration = CalibrationConfig(rows=rows, row_tokens=row_tokens, seed=seed)
     config = MeasureConfig(calibration=calibration, seed=seed, device=device)
-    return measure_model(model, kept, config, curves=[Exl2Curves()], progress=progress_bar)
+    checkpoint = open_model(model)
+    formats = {"exl2": QuantizeConfig().conversion(checkpoint)}
+    return measure_model(checkpoint, kept, config, formats=formats, progress=progress_bar)
 
 
 if __name__ == "__main__":

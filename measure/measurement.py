@@ -16,7 +16,7 @@ from safetensors.numpy import save
 from ..checkpoint.files.atomic import atomic_file
 from ..checkpoint.files.heads import metadata_begins
 from ..errors import ConfigError, FormatError
-from .measurement_file import CURVES, HEADER_KEY, MeasuredTensors, read_measurement
+from .measurement_file import CURVES, HEADER_KEY, EmbeddingHeader, MeasuredTensors, read_measurement
 
 __all__ = [
     "HEADER_KEY",
@@ -29,7 +29,7 @@ __all__ = [
     "is_measurement",
 ]
 
-MEASUREMENT_VERSION = 6
+MEASUREMENT_VERSION = 7
 """Raised when the file's content changes meaning; older files are refused."""
 
 RARE_TOKENS = 100
@@ -109,7 +109,7 @@ class FormatCurves:
     Attributes:
         version: Of their meaning.
         header: What they depend on beside the model, as plain JSON.
-        linears: By linear and by name.
+        linears: By linear and by name; and those of ``Measurement.layer_embedding``.
         table: Those of the token embeddings, by name.
     """
 
@@ -137,6 +137,7 @@ class Measurement:
         linears: Decoder linears in model order.
         head: The output head.
         embedding: The token embeddings.
+        layer_embedding: The table of embeddings that every block has of its own, side by side; None for most models.
         other_weights: Number of all weights that belong to none of them.
         tokens: Token ids of the calibration sequences, int32, shape (rows, tokens).
         curves: Every measured format's curves, by its name.
@@ -150,6 +151,7 @@ class Measurement:
     tokens: NDArray[np.int32]
     curves: Mapping[str, FormatCurves]
     provenance: dict[str, Any]
+    layer_embedding: MeasuredTable | None = None
 
     def curves_of(
         self, name: str, version: int, *, remedy: str = _MEASURE_AGAIN
@@ -212,6 +214,9 @@ class Measurement:
         linears = (*self.linears, self.head)
         tensors = {f"{linear.name}.{field}": getattr(linear, field) for linear in linears for field in _FIELDS}
         tensors[f"{self.embedding.name}.{_IMPORTANCE}"] = self.embedding.importance
+        own = self.layer_embedding
+        if own is not None:
+            tensors[f"{own.name}.{_IMPORTANCE}"] = own.importance
         tensors[_TOKENS] = self.tokens
         shared: dict[bytes, str] = {}
         owners = {x.name: shared.setdefault(x.token_weights.tobytes(), x.name) for x in linears}
@@ -228,6 +233,7 @@ class Measurement:
                 "tokens": self.embedding.tokens,
                 "tied": self.embedding.tied,
             },
+            "layer_embedding": None if own is None else {"name": own.name, "tokens": own.tokens, "tied": False},
             "other_weights": self.other_weights,
             "token_weights": owners,
             "curves": {
@@ -279,21 +285,26 @@ class Measurement:
             )
 
         def format_curves(name: str) -> FormatCurves:
-            linears = tensors.curves(name, [*header.linears, header.head, table.name])
+            more = [] if header.layer_embedding is None else [header.layer_embedding.name]
+            linears = tensors.curves(name, [*header.linears, header.head, *more, table.name])
             own = linears.pop(table.name)
             described = header.curves[name]
             return FormatCurves(version=described.version, header=described.header, linears=linears, table=own)
+
+        def measured_table(known: EmbeddingHeader) -> MeasuredTable:
+            return MeasuredTable(
+                name=known.name,
+                tokens=known.tokens,
+                importance=tensors.take(f"{known.name}.{_IMPORTANCE}", np.float32, (None,)),
+                tied=known.tied,
+            )
 
         table = header.embedding
         return cls(
             linears=tuple(linear(name) for name in header.linears),
             head=linear(header.head),
-            embedding=MeasuredTable(
-                name=table.name,
-                tokens=table.tokens,
-                importance=tensors.take(f"{table.name}.{_IMPORTANCE}", np.float32, (None,)),
-                tied=table.tied,
-            ),
+            embedding=measured_table(table),
+            layer_embedding=None if header.layer_embedding is None else measured_table(header.layer_embedding),
             other_weights=header.other_weights,
             tokens=tokens,
             curves={name: format_curves(name) for name in header.curves},

@@ -68,6 +68,7 @@ class MeasurementHeader:
         linears: Names of the decoder's linears, in model order.
         head: Name of the output head.
         embedding: The token embeddings.
+        layer_embedding: Those that blocks have of their own; None for most models.
         other_weights: Number of all other weights.
         token_weights: By linear, the one that its token weights are stored under.
         curves: By format, what its curves depend on.
@@ -79,6 +80,7 @@ class MeasurementHeader:
     linears: Annotated[tuple[_Name, ...], msgspec.Meta(min_length=1)]
     head: _Name
     embedding: EmbeddingHeader
+    layer_embedding: EmbeddingHeader | None
     other_weights: Count
     token_weights: dict[str, str]
     curves: dict[str, CurvesHeader]

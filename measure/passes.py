@@ -3,46 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..checkpoint.files.resume import ResumeStore
 from ..checkpoint.model.structure import InputGroup
 from ..progress import Progress
-from .curves import CurveMaker, TableInputs
-from .input_group import TINY, FinishedLinear, finished_linears, measure_group, split_formats
+from .curves import CurveMaker
+from .embeddings import EMBEDDING, LAYER_EMBEDDING, measured_table
+from .input_group import FinishedLinear, finished_linears, measure_group
 from .layers.linears import linear_of
 from .layers.positionwise import chunked_positionwise
-from .measurement import MeasuredTable
 from .model.batches import TAIL_TOKENS, check_finite, micro_batches
 from .model.state_gradients import StateGradients
 from .model.states import new_state
 from .model.stream import StreamedModel
+from .statistics.embedding_gradients import embedding_gradients
 from .statistics.experts import collect_experts, expert_statistics
 from .statistics.heldout import DAMPINGS
 from .statistics.inputs import InputStatistics, collect, tapped_inputs, tapped_outputs
 from .statistics.probes import probe_logits, slopes_of_logits
 
-__all__ = ["MeasuringPasses", "finished_decoder", "finished_embedding", "finished_head"]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class FinishedTable:
-    """The token embeddings, measured.
-
-    Attributes:
-        table: What is known of them whatever the format.
-        curves: Their curves, by format and by name.
-    """
-
-    table: MeasuredTable
-    curves: dict[str, dict[str, NDArray[Any]]]
+__all__ = ["MeasuringPasses", "finished_decoder", "finished_head"]
 
 
 class MeasuringPasses:
@@ -105,7 +91,7 @@ class MeasuringPasses:
         # The backward pass goes on with a gradient, from block to block. Where that is gone, by damage or because a
         # finished block has to be done again, it begins anew at the head; blocks below are not affected.
         waiting = [index for index in range(self.model.block_count) if not self.artifacts.has(f"curves-{index}")]
-        waiting += [] if self.artifacts.has("embedding") else [-1]
+        waiting += [] if self.artifacts.has(EMBEDDING) else [-1]
         if not waiting:
             return
         last = max(waiting)
@@ -138,7 +124,7 @@ class MeasuringPasses:
         with self.model.tail() as head:
             sums = self._probe_logits(head, hidden.flatten(0, 1), gradient.view(-1, hidden.shape[-1]))
             check_finite(gradient, "output head", "gradients")
-            name, feedback = self.model.source.head_name, not self.model.tied
+            name, feedback = self.model.source.head_name, not self.model.source.tied_embeddings
             none = torch.empty(head.out_features, 0)  # its outputs are rounded each for itself
             packed = measure_group({name: head}, sums, {name: none}, self.makers, self.dampings, with_feedback=feedback)
         self.artifacts.save(f"gradient-{last}", {"gradient": gradient})
@@ -215,48 +201,37 @@ class MeasuringPasses:
         statistics: Sequence[InputStatistics],
     ) -> None:
         # Puts the gradient at the block's input in the place of that at its output.
+        of_layer: list[Tensor] = []
         for batch in self.batches:
             inputs = hidden[batch].to(self.model.device).requires_grad_()
+            own = self.model.layer_input(index, inputs, batch.start)
+            own = None if own is None else own.detach().requires_grad_()
             self._state_gradients.backward(
                 self.model.calls.states(batch.start),
-                partial(self.model.run_block, index, inputs, batch.start),
+                partial(self.model.run_block, index, inputs, batch.start, layer_input=own),
                 gradient[batch].to(self.model.device),
                 batch.start,
             )
             assert inputs.grad is not None
             gradient[batch] = inputs.grad.cpu()
+            if own is not None:
+                of_layer.append(torch.zeros(own.shape) if own.grad is None else own.grad.cpu())
             for sums in statistics:
                 sums.end_batch()
         check_finite(gradient, self.model.block_name(index), "gradients")
+        if of_layer:
+            self.artifacts.save(f"layer-gradient-{index}", {"gradient": torch.cat(of_layer)})
 
     def embedding(self) -> None:
-        """Measure the token embeddings; the backward pass has ended."""
-        if self.artifacts.has("embedding"):
+        """Measure the token embeddings, and those that blocks have of their own; the backward pass has ended."""
+        if self.artifacts.has(EMBEDDING):
             return
-        gradient = self.model.embedding_gradient(self.tokens, self._artifact("gradient-0")["gradient"])
-        squares = gradient.flatten(0, 1).square()
-        total = squares.sum()
-        check_finite(total, self.model.source.embedding_name, "squared gradients")
-        # As in a Hessian, a token counts what its gradients say.
-        weights = squares.sum(dim=1) / max(float(total), TINY)
-        uses = torch.zeros(self.model.vocabulary).index_add_(0, self.tokens.flatten(), weights)
-        inputs = TableInputs(embeddings=self.model.embeddings, uses=uses, fisher=squares.mean(dim=0))
-        measured = {
-            f"{maker.name}/{key}": tensor for maker in self.makers for key, tensor in maker.table(inputs).items()
-        }
-        self.artifacts.save("embedding", {"importance": inputs.fisher, **measured})
-
-
-def finished_embedding(model: StreamedModel, artifacts: ResumeStore) -> FinishedTable:
-    """Return the measured token embeddings of a finished run."""
-    artifact = artifacts.load("embedding")
-    table = MeasuredTable(
-        name=model.source.embedding_name,
-        tokens=model.vocabulary,
-        importance=artifact["importance"].numpy(),
-        tied=model.tied,
-    )
-    return FinishedTable(table, split_formats(artifact))
+        source, gradient = self.model.source, self._artifact("gradient-0")["gradient"]
+        blocks = range(self.model.block_count if source.layer_embedding is not None else 0)
+        of_layers = [self._artifact(f"layer-gradient-{index}")["gradient"] for index in blocks]
+        for name, of_table in embedding_gradients(self.model, self.tokens, gradient, of_layers).items():
+            artifact = EMBEDDING if name == source.embedding_name else LAYER_EMBEDDING
+            self.artifacts.save(artifact, measured_table(self.model, name, self.tokens, of_table, self.makers))
 
 
 def finished_decoder(model: StreamedModel, artifacts: ResumeStore) -> list[FinishedLinear]:

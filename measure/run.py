@@ -14,18 +14,18 @@ import torch
 
 from ..checkpoint.files.paths import check_run, refuse_foreign, reserved, work_beside
 from ..checkpoint.files.resume import ResumeStore, run_artifacts
-from ..checkpoint.files.schemas import check_schema
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..checkpoint.source.language import LanguageModel, language_config, language_model
 from ..checkpoint.source.original import Original, open_model
-from ..errors import ConfigError, FormatError
+from ..errors import ConfigError
 from ..progress import Progress, silent
 from ..version import __version__
 from .curves import CurveMaker, CurveSource
+from .embeddings import finished_tables
 from .measurement import FormatCurves, Measurement, is_measurement
 from .model.replay import check_replay
 from .model.stream import StreamedModel
-from .passes import MeasuringPasses, finished_decoder, finished_embedding, finished_head
+from .passes import MeasuringPasses, finished_decoder, finished_head
 from .preparing import prepared_curves
 from .text.calibration import (
     SELF,
@@ -45,7 +45,6 @@ __all__ = [
     "kept_inputs",
     "measure_checkpoint",
     "measure_model",
-    "measured_rows",
     "measurement_provenance",
     "require_measurable",
     "resolve_device",
@@ -54,15 +53,6 @@ __all__ = [
 
 MEASURED = "measure"
 """Name of the step in the work directory; a measurement's provenance is its identity."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _RowsProvenance:
-    """What ``measurement_provenance`` says of the calibration rows."""
-
-    calibration_text: str
-    calibration_origins: tuple[str, ...]
-    calibration_adds_bos: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,18 +193,25 @@ def measure_checkpoint(
     run.backward(progress)
     run.embedding()
     linears, head = finished_decoder(run.model, run.artifacts), finished_head(run.artifacts)
-    embedding = finished_embedding(run.model, run.artifacts)
+    embedding, of_layers = finished_tables(run.model, run.artifacts)
+    tables = [embedding, *([] if of_layers is None else [of_layers])]
     return Measurement(
         linears=tuple(each.linear for each in linears),
         head=head.linear,
         embedding=embedding.table,
-        other_weights=_other_weights(source, [*(x.linear.name for x in (*linears, head)), embedding.table.name]),
+        layer_embedding=None if of_layers is None else of_layers.table,
+        other_weights=_other_weights(
+            source, [*(x.linear.name for x in (*linears, head)), *(x.table.name for x in tables)]
+        ),
         tokens=calibration.tokens.int().numpy(),
         curves={
             maker.name: FormatCurves(
                 version=maker.version,
                 header=dict(maker.header),
-                linears={each.linear.name: each.curves.get(maker.name, {}) for each in (*linears, head)},
+                linears={
+                    **{each.linear.name: each.curves.get(maker.name, {}) for each in (*linears, head)},
+                    **{each.table.name: each.curves.get(maker.name, {}) for each in tables[1:]},
+                },
                 table=embedding.curves.get(maker.name, {}),
             )
             for maker in curves
@@ -263,28 +260,6 @@ def calibration_rows(
     if config.source == SELF:
         return write_rows(checkpoint, tokenizer, config, vocab_size=vocab_size, device=resolve_device(device))
     return build_calibration(tokenizer, config, vocab_size=vocab_size)
-
-
-def measured_rows(measurement: Measurement) -> CalibrationSet:
-    """Return the calibration rows that a measurement was made with.
-
-    Raises:
-        FormatError: The measurement's provenance does not describe them.
-        ShapeError: It describes others.
-    """
-    known = check_schema(
-        measurement.provenance,
-        _RowsProvenance,
-        FormatError,
-        where="measurement: provenance",
-        remedy="The measurement is damaged: measure the model again.",
-    )
-    return CalibrationSet(
-        tokens=torch.from_numpy(measurement.tokens).long(),
-        origins=known.calibration_origins,
-        description=known.calibration_text,
-        adds_bos=known.calibration_adds_bos,
-    )
 
 
 def measure_model(

@@ -14,15 +14,10 @@ from ..checkpoint.source.language import language_model
 from ..checkpoint.source.linears import model_linears
 from ..convert.registry import is_plan
 from ..errors import BpwiseWarning, FormatError
+from ..measure.calibrated import measured_rows
 from ..measure.curves import CurveMaker
 from ..measure.measurement import Measurement, is_measurement
-from ..measure.run import (
-    MeasureConfig,
-    calibration_rows,
-    measure_checkpoint,
-    measured_rows,
-    measurement_provenance,
-)
+from ..measure.run import MeasureConfig, calibration_rows, measure_checkpoint, measurement_provenance
 from ..measure.text.calibration import CalibrationSet, is_calibration
 from ..progress import Progress, silent
 from .costs import StepClock
@@ -151,11 +146,11 @@ def load_measurement(path: Path, checkpoint: Checkpoint, progress: Progress = si
         )
     table = measurement.embedding
     got = (f"{table.name}.weight", (table.tokens, table.hidden_size), table.tied)
-    table = f"{source.embedding_name}.weight"
-    if got != (table, source.shape(table), source.tied_embeddings):
+    name = f"{source.embedding_name}.weight"
+    if got != (name, source.shape(name), source.tied_embeddings):
         raise FormatError(
             f"{path}: the measurement has other token embeddings than {checkpoint.directory}. Got {_table(*got)}. "
-            f"Expected {_table(table, source.shape(table), source.tied_embeddings)}. It is damaged: measure "
+            f"Expected {_table(name, source.shape(name), source.tied_embeddings)}. It is damaged: measure "
             "the model again."
         )
     return measurement

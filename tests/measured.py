@@ -1,15 +1,24 @@
 """Measurements that tests make up, and what tests of measuring hand in."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from bpwise.checkpoint.source.checkpoint import Checkpoint
+from bpwise.checkpoint.source.language import language_model
 from bpwise.convert.exl2.curves import Exl2Curves
 from bpwise.convert.gguf.curves import GgufCurves
-from bpwise.measure.curves import CurveInputs, LinearCurves
+from bpwise.convert.gguf.ggml.curves import measured_types
+from bpwise.convert.gguf.ggml.types import TYPES
+from bpwise.convert.gguf.model.names import gguf_name
+from bpwise.convert.gguf.plan.layout import Layout, StoredTensor
+from bpwise.convert.gguf.rows.rowmap import RowMap, TensorRows
+from bpwise.measure.curves import CurveInputs, CurveMaker, LinearCurves
 from bpwise.measure.measurement import FormatCurves, MeasuredLinear, MeasuredTable, Measurement
+from bpwise.progress import Progress
 from numpy.typing import NDArray
 
 WIDTHS = (8, 6, 5, 4, 3, 2)
@@ -57,10 +66,57 @@ def exl2_of(damages: Damages, orders: Mapping[str, NDArray[np.int32]], group_siz
     return FormatCurves(version=1, header={"widths": list(WIDTHS), "group_size": group_size}, linears=linears, table={})
 
 
-def gguf_of(types: tuple[str, ...], damages: Damages, table: NDArray[np.float32]) -> FormatCurves:
-    """GGUF's curves."""
-    linears = {name: {"damage_nats": damage} for name, damage in damages.items()}
-    return FormatCurves(version=1, header={"types": list(types)}, linears=linears, table={"damage_nats": table})
+def in_place(linear: str, rows: int) -> TensorRows:
+    """A tensor that is a linear as it is."""
+    return TensorRows((linear,), np.zeros(rows, dtype=np.int64), np.arange(rows))
+
+
+def layout_of(
+    matrices: Mapping[str, tuple[int, int]], *, others: Mapping[str, tuple[int, ...]] | None = None, kind: str = "F16"
+) -> Layout:
+    """A file that holds every matrix, (rows, columns) of each by its name in Transformers, as one tensor in place."""
+    names = {linear: gguf_name(f"{linear}.weight") or f"{linear}.weight" for linear in matrices}
+    tensors = {names[linear]: StoredTensor(TYPES[kind], shape) for linear, shape in matrices.items()}
+    tensors |= {name: StoredTensor(TYPES["F32"], shape) for name, shape in (others or {}).items()}
+    return Layout(tensors, RowMap({names[x]: in_place(x, shape[0]) for x, shape in matrices.items()}, {}))
+
+
+def gguf_curves_of(directory: Path) -> list[GgufCurves]:
+    """GGUF's curves of a model, as if its converter changed no row; none where ggml's library is not installed."""
+    return [GgufCurves(measured_types(), *plain_file(directory))] if measured_types() else []
+
+
+def plain_file(directory: Path) -> tuple[Layout, dict[str, str]]:
+    """What ``layout_of`` says of a whole model, and what its head is held as if it is tied."""
+    source = language_model(Checkpoint.open(directory))
+    shapes = {name: source.shape(name) for name in sorted(source.names)}
+    matrices = {name.removesuffix(".weight"): (x[0], x[1]) for name, x in shapes.items() if len(x) == 2}
+    vectors = {gguf_name(name) or name: shape for name, shape in shapes.items() if len(shape) == 1}
+    holders = {"lm_head": "model.embed_tokens"} if source.tied_embeddings else {}
+    return layout_of(matrices, others=vectors), holders
+
+
+@dataclass(frozen=True)
+class Given:
+    """A format whose curves need nothing to be prepared."""
+
+    maker: CurveMaker
+
+    def prepare(self, work: Path, progress: Progress) -> tuple[()]:
+        return ()
+
+    def curves(self) -> CurveMaker:
+        return self.maker
+
+
+def gguf_of(
+    types: tuple[str, ...], damages: Mapping[str, list[NDArray[np.float32]]], table: NDArray[np.float32], layout: Layout
+) -> FormatCurves:
+    """GGUF's curves; of every linear the damages of its parts."""
+    none = np.zeros((0, len(types)), dtype=np.float32)
+    linears = {name: {"damage_nats": np.stack(parts) if parts else none} for name, parts in damages.items()}
+    header = {"types": list(types), "file": layout.to_json()}
+    return FormatCurves(version=2, header=header, linears=linears, table={"damage_nats": table})
 
 
 def damage_of(measurement: Measurement, name: str, format_: str = EXL2) -> NDArray[np.float32]:

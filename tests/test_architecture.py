@@ -84,7 +84,7 @@ INNER = {
     "measure": [".", "text", "statistics", "model", "layers"],
     "convert": ["exl2", "gguf", "publishing", "."],
     "convert/exl2": [".", "rounding", "plan", "file", "readers"],
-    "convert/gguf": [".", "engine", "llama_cpp", "file", "ggml"],
+    "convert/gguf": [".", "engine", "llama_cpp", "plan", "model", "file", "rows", "ggml"],
     "eval": ["report", "tasks", "engines", ".", "metrics"],
     "eval/report": [".", "drawings"],
     "quantize": [".", "planning", "rounding"],

@@ -10,7 +10,18 @@ from typing import Any
 
 import bpwise
 import pytest
-from bpwise import CalibrationConfig, EvalConfig, MeasureConfig, QuantizeConfig, Target, quantize_model
+from bpwise import (
+    CalibrationConfig,
+    EvalConfig,
+    MeasureConfig,
+    QuantizeConfig,
+    Target,
+    measure_model,
+    quantize_model,
+)
+from bpwise.convert.exl2.curves import Exl2Curves
+
+from .measured import Given, gguf_curves_of
 
 README = Path(bpwise.__file__).parent / "README.md"
 FUNCTIONS = [name for name in bpwise.__all__ if inspect.isfunction(getattr(bpwise, name))]
@@ -25,8 +36,10 @@ def made(save_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
         measure=MeasureConfig(calibration=CalibrationConfig(rows=4, row_tokens=64)),
         evaluate=EvalConfig(rows=2, row_tokens=64),
     )
-    quantize_model(save_model(folder / "llama"), folder / "llama-6bpw", config)
-    shutil.copy(folder / "llama-6bpw.work" / "measurement.safetensors", folder / "m.safetensors")
+    model = save_model(folder / "llama")
+    formats = {maker.name: Given(maker) for maker in (Exl2Curves(), *gguf_curves_of(model))}
+    measure_model(model, folder / "m.safetensors", config.measure, formats=formats)
+    quantize_model(model, folder / "llama-6bpw", config, measurement=folder / "m.safetensors")
     return folder
 
 

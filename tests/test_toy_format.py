@@ -27,7 +27,7 @@ from bpwise.quantize.run import quantize_model
 from bpwise.quantize.series import quantize_series
 
 from . import toy_format
-from .toy_format import FORMAT, ToyCurves, ToyOptions
+from .toy_format import FORMAT, ToyOptions
 
 ROOT = Path(bpwise.__file__).parent
 CALIBRATION = CalibrationConfig(rows=4, row_tokens=64)
@@ -82,7 +82,10 @@ def test_goes_the_whole_way(tiny_model: Path, tmp_path: Path) -> None:
 
 def test_plans_from_a_measurement_alone(tiny_model: Path, tmp_path: Path) -> None:
     measured = measure_model(
-        tiny_model, tmp_path / "m.safetensors", MeasureConfig(calibration=CALIBRATION), curves=[ToyCurves()]
+        tiny_model,
+        tmp_path / "m.safetensors",
+        MeasureConfig(calibration=CALIBRATION),
+        formats={"toy": FORMAT.conversion(open_model(tiny_model), ToyOptions())},
     )
     plans = [make_plan(measured, bpw=bpw, options=ToyOptions()) for bpw in (8.0, 12.0, 16.0)]
     assert [plan.bpw <= bpw for plan, bpw in zip(plans, (8, 12, 16), strict=True)] == [True] * 3

@@ -99,6 +99,9 @@ class ToyModel(QuantizedModel):
 
 
 class ToyConversion(Conversion):
+    def curves(self) -> ToyCurves:
+        return ToyCurves()
+
     def rounder(self, plan: ToyPlan, measurement: Any) -> ToyRounder:
         return ToyRounder(plan)
 
@@ -123,9 +126,6 @@ class ToyFormat(Format):
 
     def open(self, path: Path) -> ToyModel:
         return ToyModel(path)
-
-    def curves(self, options: Any) -> ToyCurves:
-        return ToyCurves()
 
     def load_plan(self, raw: dict[str, Any], where: str) -> ToyPlan:
         return check_schema(raw, ToyPlan, FormatError, where=where, remedy="Make it again.")

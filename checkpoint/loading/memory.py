@@ -108,12 +108,6 @@ class ModelInMemory:
         """Number of decoder blocks."""
         return len(self.skeleton.get_submodule(self.blocks))
 
-    @property
-    def tied(self) -> bool:
-        """Whether Transformers ties the output head to the token embeddings, if no head is stored."""
-        tensors = self.skeleton.state_dict(keep_vars=True)
-        return tensors[f"{self.head}.weight"] is tensors[f"{self.embedding}.weight"]
-
     @cached_property
     def structure(self) -> ModelStructure:
         """Its input groups, and where its linears lie, as a trace finds them.
@@ -133,7 +127,8 @@ class ModelInMemory:
 
     def outer_name(self, name: str) -> str:
         """Return what a parameter is called in the whole model that the language model is a part of."""
-        return self._of[name]
+        outer: str = self._of[name]
+        return outer
 
     def stored_name(self, name: str) -> str | None:
         """Return the stored tensor that a parameter is as it stands; None if it is made of several, or changed."""
@@ -207,11 +202,16 @@ class ModelInMemory:
             there.pop()
         head, start = self._head_of(model, path), "".join(f"{each}." for each in own)
         names = {}
-        for name in self._shapes:
-            if name.startswith(f"{self.head}."):
-                names[name] = head + name.removeprefix(self.head)
-            elif name.startswith(start):
-                names[name] = ".".join((*there, name.removeprefix(start)))
+        shapes = {name: tuple(each.shape) for name, each in model.state_dict().items()}
+        for name, shape in self._shapes.items():
+            inside = ".".join((*there, name.removeprefix(start)))
+            names[name] = head + name.removeprefix(self.head) if name.startswith(f"{self.head}.") else inside
+            if shapes.get(names[name]) != shape:
+                raise UnsupportedModelError(
+                    f"{path}: {type(model).__name__} of Transformers does not hold a {type(self.skeleton).__name__}. "
+                    f"Got {shapes.get(names[name])} as the shape of {names[name]}. Expected {shape}. Choose another "
+                    "model."
+                )
         return names
 
     def _missing(self) -> list[str]:

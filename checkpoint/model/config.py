@@ -16,7 +16,14 @@ from ...errors import BpwiseError, CheckpointError, UnsupportedModelError, reaso
 from .names import text_config
 from .positions import check_rope
 
-__all__ = ["QUANTIZED_KEYS", "complete_config", "decoder_config", "explain_transformers", "parse_config"]
+__all__ = [
+    "QUANTIZED_KEYS",
+    "complete_config",
+    "decoder_config",
+    "explain_transformers",
+    "parse_config",
+    "quantization_of",
+]
 
 QUANTIZED_KEYS = ("quantization_config", "compression_config")
 """Keys that say how weights are quantized."""
@@ -77,6 +84,16 @@ _MAY_BE_ZERO = ("shared_expert_intermediate_size", "num_experts", "num_local_exp
 """Sizes that are zero where a model has none of these."""
 
 _ACTIVATIONS = ("hidden_act", "hidden_activation")
+
+
+def quantization_of(config: Mapping[str, Any]) -> tuple[str, Any] | None:
+    """Return the key that says how weights are quantized, and its value; None if none does.
+
+    Args:
+        config: Parsed ``config.json``; the key may stand in the language model's part, too.
+    """
+    parts = (config, text_config(config))
+    return next(((key, part[key]) for part in parts for key in QUANTIZED_KEYS if part.get(key) is not None), None)
 
 
 def complete_config(config: Mapping[str, Any], path: Path, *, embedding_rows: int | None) -> dict[str, Any]:

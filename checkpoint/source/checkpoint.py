@@ -19,7 +19,7 @@ from ..files.digests import file_digests
 from ..files.dtypes import FLOAT_DTYPES, require_finite, require_readable
 from ..files.safetensors_file import HeaderEntry, SafetensorsHeader, read_entry
 from ..files.schemas import read_json
-from ..model.config import QUANTIZED_KEYS, complete_config
+from ..model.config import complete_config, quantization_of
 from ..model.families import is_known
 from ..model.names import embedding_name, head_name, text_config
 from .hub import confined_file, require_own_files
@@ -310,12 +310,12 @@ def embedding_rows(source: TensorSource) -> int | None:
 
 
 def _check_config(config: dict[str, Any], path: Path, *, quantized: bool) -> None:
-    for key in QUANTIZED_KEYS:
-        if config.get(key) is not None and not quantized:
-            raise CheckpointError(
-                f"{path}: the model is already quantized. Got {key!r}. Expected unquantized weights. "
-                "Use the original model."
-            )
+    found = quantization_of(config)
+    if found is not None and not quantized:
+        raise CheckpointError(
+            f"{path}: the model is already quantized. Got {found[0]!r}. Expected unquantized weights. "
+            "Use the original model."
+        )
     for part in (config, text_config(config)):
         flag = part.get("tie_word_embeddings")
         if flag is not None and not isinstance(flag, bool):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...errors import CheckpointError
 from ..files.dtypes import require_finite
-from ..model.config import QUANTIZED_KEYS
+from ..model.config import quantization_of
 from .checkpoint import Checkpoint, TensorInfo
 from .views import DequantizedView
 
@@ -132,7 +132,8 @@ class Float8View(DequantizedView):
 
 def _block(config: dict[str, Any]) -> tuple[int, int] | None:
     # Of a block's rows and columns, as the config names them; None if scales are not of blocks.
-    settings = next(config[key] for key in QUANTIZED_KEYS if config.get(key) is not None)
+    found = quantization_of(config)
+    settings = {} if found is None else found[1]
     groups = settings.get("config_groups")
     weights = [group.get("weights") for group in groups.values()] if isinstance(groups, dict) else []
     named = [settings.get("weight_block_size"), *(w.get("block_structure") for w in weights if isinstance(w, dict))]

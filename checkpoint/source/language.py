@@ -95,6 +95,13 @@ class LanguageModel(SourceView):
         return self._tensors.structure
 
     @property
+    def layer_embedding(self) -> str | None:
+        """Full name of the module with the embeddings that every block has of its own; None for most models."""
+        width = self._config.get("hidden_size_per_layer_input")
+        found = (name for name in self.names if name.endswith("embed_tokens_per_layer.weight"))
+        return next(found, "").removesuffix(".weight") or None if width else None
+
+    @property
     def names(self) -> frozenset[str]:
         """Full names of the language model's tensors."""
         return self._tensors.names
@@ -208,6 +215,13 @@ class WeightOverlay(LanguageModel):
     def fingerprint(self) -> str:
         """The model's fingerprint, marked."""
         return f"{super().fingerprint}, weights replaced"
+
+    @property
+    def layer_embedding(self) -> str | None:
+        """Full name of the module with the embeddings that every block has of its own; None for most models."""
+        width = self._config.get("hidden_size_per_layer_input")
+        found = (name for name in self.names if name.endswith("embed_tokens_per_layer.weight"))
+        return next(found, "").removesuffix(".weight") or None if width else None
 
     @property
     def names(self) -> frozenset[str]:

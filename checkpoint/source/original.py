@@ -8,7 +8,7 @@ import torch
 
 from ...errors import CheckpointError
 from ..files.dtypes import FLOAT_DTYPES
-from ..model.config import QUANTIZED_KEYS
+from ..model.config import quantization_of
 from .checkpoint import Checkpoint
 from .float8 import Float8View
 from .hub import resolve_model
@@ -62,10 +62,10 @@ def open_model(model: Original, *, lora: Path | None = None) -> Checkpoint:
 
 def _dequantized(checkpoint: Checkpoint) -> Checkpoint:
     path = checkpoint.directory / "config.json"
-    key = next((key for key in QUANTIZED_KEYS if checkpoint.config.get(key) is not None), None)
-    if key is None:
+    found = quantization_of(checkpoint.config)
+    if found is None:
         return checkpoint
-    settings = checkpoint.config[key]
+    key, settings = found
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     dtypes = {checkpoint.info(name).dtype for name in checkpoint.names}
     if dtypes <= set(FLOAT_DTYPES):

@@ -138,7 +138,11 @@ class DequantizedView(CheckpointView):
     @property
     def config(self) -> dict[str, Any]:
         """The base's config without what says that it is quantized."""
-        return {key: value for key, value in self._base.config.items() if key not in QUANTIZED_KEYS}
+        config = {key: value for key, value in self._base.config.items() if key not in QUANTIZED_KEYS}
+        if isinstance(config.get("text_config"), dict):
+            text = config["text_config"].items()
+            config["text_config"] = {key: value for key, value in text if key not in QUANTIZED_KEYS}
+        return config
 
     @property
     def names(self) -> frozenset[str]:

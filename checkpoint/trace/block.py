@@ -98,7 +98,7 @@ def _linear(product: Product, flow: Flow) -> _Matrix | None:
     if product.operation not in call.operations or flow.root(call.inputs[0]) != flow.root(product.reads):
         return None
     others = [recording.operations[index] for index in call.operations if index != product.operation]
-    plain = all(flow.looks_at(each) or each.name == "add" for each in others)
+    plain = all(flow.keeps(each) or (each.name == "add" and len(flow.depending(each)) == 1) for each in others)
     return _Matrix(product, call.outputs[0]) if plain and len(call.outputs) == 1 else None
 
 
@@ -134,8 +134,13 @@ def _group(members: Sequence[_Matrix], stream: StreamReading) -> InputGroup:
     join = stream.joins.get(paths[0])
     if join is None:
         return InputGroup(paths, reads_stream=reads_stream)
-    normed = join.norm is not None
-    return InputGroup(paths, join.norm or paths[0], normed, reads_stream=reads_stream, scale=join.scale)
+    return InputGroup(
+        paths,
+        adds=join.norm or join.linear,
+        normed=join.norm is not None,
+        reads_stream=reads_stream,
+        scale=join.scale,
+    )
 
 
 def _expert_groups(groups: Sequence[Sequence[_Matrix]], stream: StreamReading) -> Iterator[InputGroup]:

@@ -33,14 +33,15 @@ def discover(model: Any) -> ModelStructure:
             block once.
     """
     where = str(model.config.model_type)
-    name, blocks = list_of_blocks(model)
+    name, modules = list_of_blocks(model)
+    blocks = list(dict.fromkeys(modules))
     watch = _Watch()
     with ExitStack() as stack:
         stack.enter_context(_ready(model))
         for block in blocks:
             stack.enter_context(watch.over(block))
         _run(model, where)
-    if watch.seen != list(blocks):
+    if watch.seen != blocks:
         raise UnsupportedModelError(
             f"{where}: its blocks are not run one after another. Got {len(watch.seen)} calls of the {len(blocks)} "
             f"modules of {name}. Expected each once, in their order. Choose another model."

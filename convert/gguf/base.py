@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Callable
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -82,19 +83,28 @@ def base_identity(checkpoint: Checkpoint, llama_cpp: Path | None) -> dict[str, A
     }
 
 
-def converted(checkpoint: Checkpoint, base: Path, llama_cpp: Path | None) -> tuple[str, ...]:
+def converted(
+    checkpoint: Checkpoint, base: Path, llama_cpp: Path | None, check: Callable[[Path], object] | None = None
+) -> tuple[str, ...]:
     """Convert a model to a file, unless it is there, and check the file; return what was left out.
 
     Args:
         checkpoint: The model.
         base: The file.
         llama_cpp: As in ``GgufOptions``.
+        check: Looks at a file that was made now; it refuses one by a VerificationError.
 
     Raises:
         BpwiseError: As ``make_base`` and ``check_base``.
     """
+
+    def look(made: Path) -> None:
+        check_base(made, checkpoint, name=base)
+        if check is not None:
+            check(made)
+
     if not base.exists():
-        make_base(checkpoint, base, llama_cpp=llama_cpp, check=lambda made: check_base(made, checkpoint, name=base))
+        make_base(checkpoint, base, llama_cpp=llama_cpp, check=look)
     return tuple(check_base(base, checkpoint))
 
 

@@ -13,6 +13,9 @@ from .model.reader import GgufModel
 
 __all__ = ["gguf_card", "loading"]
 
+_SHOWN_NAMES = 3
+"""Names of tensors in one line."""
+
 
 def gguf_card(model: GgufModel) -> CardFacts:
     """Return what a card says of a file."""
@@ -59,8 +62,20 @@ def _made(model: GgufModel) -> tuple[tuple[str, str], ...]:
         ("format", "GGUF"),
         ("bits per weight", f"{all_tensors_bpw(tensors):.4f}, over all tensors"),
         ("types", ", ".join(f"{name} {count / weights.total():.1%}" for name, count in weights.most_common())),
+        ("rounded without a measurement", _unmeasured(model)),
         ("size of the file", f"{model.file_bytes / 1e9:.3f} GB"),
         ("calibration", calibration),
         ("made with", f"bpwise {version}" if version else "bpwise, as llama-quantize does"),
     ]
     return tuple((name, str(value)) for name, value in rows if value is not None)
+
+
+def _unmeasured(model: GgufModel) -> str | None:
+    # Matrices that are none of the original's linears, as the file says itself.
+    unexplained = {} if model.own_map is None else model.own_map.unexplained
+    tensors = model.header.tensors
+    names = [name for name in unexplained if name in tensors and tensors[name].type.quantized]
+    if not names:
+        return None
+    more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
+    return f"{', '.join(names[:_SHOWN_NAMES])}{more}"

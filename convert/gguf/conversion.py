@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
@@ -12,11 +11,9 @@ from ...checkpoint.files.digests import file_digests
 from ...checkpoint.files.resume import ResumeStore
 from ...checkpoint.source.checkpoint import Checkpoint
 from ...checkpoint.source.language import LanguageModel, language_model
-from ...checkpoint.source.linears import Linear, model_linears
-from ...errors import BudgetError, ConfigError, FormatError
+from ...errors import FormatError
 from ...linalg.parallel import cores
 from ...measure.measurement import Measurement
-from ...measure.text.context import context_tokens
 from ...progress import Progress, silent
 from ..conversion import Conversion, Provenance, SizeForecast, Target
 from ..model import QuantizedModel, Verification
@@ -27,14 +24,13 @@ from .curves import GgufCurves
 from .engine.gate import gate_once
 from .file.header import GgufHeader, read_gguf_header
 from .file.metadata import CALIBRATION_KEY, LIMITS_KEY, MAP_KEY, RUN_KEY, SPANS_KEY, VERSION_KEY
-from .file.writer import planned_bytes, write_gguf
+from .file.writer import write_gguf
 from .ggml.curves import measured_types
 from .ggml.kernels import Bytes, require_kernels
 from .llama_cpp.assign import dominant_file_type
 from .llama_cpp.converter import find_converter
 from .llama_cpp.importance import importance_of
 from .llama_cpp.readers import require_llama_cpp
-from .llama_cpp.vram import room_for_weights
 from .model.mapped import MappedGguf
 from .model.mapping import ROWS, kept_map, require_held
 from .model.reader import GgufModel
@@ -43,14 +39,13 @@ from .plan.layout import Layout
 from .plan.making import make_gguf_plan
 from .plan.measured import gguf_curves
 from .plan.plan import GgufPlan
-from .plan.problem import PlanProblem, estimated_problem, measured_problem, unmeasured_problem
+from .plan.problem import PlanProblem, measured_problem
 from .rounder import GgufRounder, rounded_matrices, tensor_distances
 from .rows.rowmap import RowMap
 from .rows.text import map_to_text
+from .sizes import coming_problem, largest_file, room_for_tensors
 
 __all__ = ["GgufConversion"]
-
-_ALIGNMENT_BYTES = 32
 
 _GATE = ".gate.json"
 """What came out of running the base in llama.cpp, beside a base of our own."""
@@ -119,18 +114,10 @@ class GgufConversion(Conversion):
 
     def _problem(self, measured: Measurement | None) -> PlanProblem:
         overrides = self.options.overrides
+        layout = None if self._base is None else self.layout
         if measured is not None:
-            return measured_problem(measured, overrides, None if self._base is None else self.layout)
-        types = [kind.name for kind in measured_types()]
-        source = self._source
-        linears, head = model_linears(source)
-        table = Linear(source.embedding_name, head.in_features, head.out_features)
-        matrices = [*linears, *([] if source.tied_embeddings else [head]), table]
-        if self._base is not None:
-            return unmeasured_problem(self.layout, [each.name for each in matrices], types, overrides)
-        planned = {f"{linear.name}.weight" for linear in (*matrices, head)}
-        other_weights = sum(math.prod(source.shape(name)) for name in source.names - planned)
-        return estimated_problem(matrices, other_weights, types, overrides)
+            return measured_problem(measured, overrides, layout)
+        return coming_problem(self._source, layout, overrides)
 
     def scratch(self, work: Path, measurement: Path | None = None) -> Mapping[Path, int]:
         """See ``Conversion``."""
@@ -149,9 +136,14 @@ class GgufConversion(Conversion):
             find_converter(self.options.llama_cpp, progress)
         self.checkpoint.prepare_fingerprint(progress)
         base = self.options.base or base_path(self.checkpoint, work, self.options.llama_cpp, measurement)
-        notes = converted(self.checkpoint, base, self.options.llama_cpp)
-        self._base = base
         kept = None if self.options.base is not None else base.with_suffix(_GATE)
+        notes = converted(
+            self.checkpoint,
+            base,
+            self.options.llama_cpp,
+            check=lambda made: gate_once(made, self.checkpoint, work, kept=kept).require(),
+        )
+        self._base = base
         gate = gate_once(base, self.checkpoint, work, kept=kept)
         gate.require()
         self.notes = (*notes, *gate.notes)
@@ -181,7 +173,7 @@ class GgufConversion(Conversion):
         """What the unquantized file holds, and whose rows, once it is prepared."""
         rows = kept_map(self._rows_store, self._source, self.header, self._progress)
         if self.measures:
-            require_held(rows, self._source, self.base)
+            require_held(rows, self._source, self.header)
         return Layout.of(self.header, rows)
 
     def curves(self) -> GgufCurves:
@@ -250,34 +242,16 @@ class GgufConversion(Conversion):
         return {
             tensor.name: partial(rounded_matrices, rounded, self.layout.rows, tensor.name, tensor.shape)
             for tensor in plan.tensors
-            if tensor.damage_nats is not None
+            if tensor.damage_nats is not None and set(tensor.linears) <= set(rounded.names)
         }
 
     def _tensor_bytes(self, target: Target, provenance: Provenance | None) -> int | None:
         # What a largest size leaves for tensors beside the file's own metadata, as far as these are known; None where
         # bits per weight are asked for.
-        max_bytes = self._largest_file(target)
+        max_bytes = largest_file(target, self._source)
         if max_bytes is None or provenance is None or self._base is None:
             return max_bytes
-        tensors = sum(tensor.size_bytes for tensor in self.header.tensors.values())
-        overhead = planned_bytes(self.header, {}, file_type=0, metadata=_metadata(provenance, self.layout.rows))
-        room = max_bytes - (overhead - tensors) - _ALIGNMENT_BYTES * len(self.header.tensors)
-        if room <= 0:
-            raise BudgetError(
-                f"a file of {max_bytes} bytes has no room for tensors: metadata and vocabulary take "
-                f"{max_bytes - room}. Ask for a larger file."
-            )
-        return room
-
-    def _largest_file(self, target: Target) -> int | None:
-        if target.vram_bytes is None:
-            return target.max_bytes
-        context = target.context_tokens or context_tokens(self._source)
-        if context is None:
-            raise ConfigError(
-                "config.json: max_position_embeddings is missing. Give the length of the context: --context."
-            )
-        return room_for_weights(target.vram_bytes, self._source.config, context)
+        return room_for_tensors(max_bytes, self.header, _metadata(provenance, self.layout.rows))
 
 
 def _metadata(provenance: Provenance, rows: RowMap) -> dict[str, str]:

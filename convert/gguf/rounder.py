@@ -19,7 +19,7 @@ from .ggml.rounding import round_to_type
 from .llama_cpp.importance import table_importance
 from .plan.plan import GgufPlan
 from .rows.rowmap import Part, RowMap
-from .rows.slices import gram_of, part_of, put_part_
+from .rows.slices import gram_of, put_part_, stored_part
 
 __all__ = ["GgufRounder", "rounded_matrices", "tensor_distances"]
 
@@ -32,8 +32,9 @@ class GgufRounder(Rounder):
 
     A linear lies in one tensor of the file or in several, in each of them with the tensor's type. Artifacts hold of the
     part in ``RowMap.parts`` with number N as ``data.N`` the encoded rows, in the order of the linear's outputs, their
-    columns in the file's order: uint8, shape (outputs, row_bytes). Of linears also ``distance.N``, ``||W_hat - W||^2``,
-    since drift may have moved weights far, zeros above all: not by their size can a reader tell that they are in place.
+    columns in the file's order, times its factors: uint8, shape (outputs, row_bytes). Of linears also ``distance.N``,
+    ``||W_hat - W||^2`` of these rows, since drift may have moved weights far, zeros above all: not by their size can a
+    reader tell that they are in place.
     """
 
     def __init__(self, plan: GgufPlan, measurement: Measurement, checkpoint: Checkpoint, rows: RowMap) -> None:
@@ -66,7 +67,7 @@ class GgufRounder(Rounder):
         made = {}
         for number, part, kind in self._planned(self.table):
             importance = table_importance(self._measurement) if kind.quantized else None
-            rows = part_of(weight.T, part).T.contiguous()
+            rows = stored_part(weight.T, part).T.contiguous()
             made[f"data.{number}"] = torch.from_numpy(encode(rows, kind, importance, threads=cores()))
         return made
 
@@ -76,7 +77,7 @@ class GgufRounder(Rounder):
         factors: dict[bytes, InverseFactor] = {}
         made: dict[str, Tensor] = {}
         for number, part, kind in planned:
-            wanted = part_of(target, part)
+            wanted = stored_part(target, part)
             if kind.quantized:
                 key = b"" if part.columns is None else part.columns.tobytes()
                 if key not in factors:
@@ -89,7 +90,7 @@ class GgufRounder(Rounder):
             made["damping"] = torch.tensor(max(factor.damping for factor in factors.values()))
         original = self._source.tensor(f"{measured.name}.weight").T
         for number, part, kind in planned:
-            made[f"distance.{number}"] = _distance(made[f"data.{number}"].numpy(), part_of(original, part).T, kind)
+            made[f"distance.{number}"] = _distance(made[f"data.{number}"].numpy(), stored_part(original, part).T, kind)
         return made
 
     def decoded(self, name: str, artifact: Mapping[str, Tensor]) -> Tensor:
@@ -97,8 +98,7 @@ class GgufRounder(Rounder):
         threads = cores() if name == self.table else 1
         planned = list(self._planned(name))
         values = [decode(artifact[f"data.{number}"].numpy(), kind, threads=threads) for number, _, kind in planned]
-        part = planned[0][1]
-        if len(planned) == 1 and part.columns is None and part.holds_all(self._source.shape(f"{name}.weight")[0]):
+        if len(planned) == 1 and planned[0][1].is_weight(self._source.shape(f"{name}.weight")[0]):
             return values[0]
         weight = self._source.tensor(f"{name}.weight").float()
         for (_, part, _), rows in zip(planned, values, strict=True):

@@ -7,13 +7,14 @@ backward pass. Attention must see the row whole (``attention``), an MLP need not
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...checkpoint.model.structure import BlockStructure
+from .experts import hold_forward
 
 __all__ = ["CHUNK_POSITIONS", "chunked_positionwise"]
 
@@ -35,13 +36,10 @@ def chunked_positionwise(block: nn.Module, structure: BlockStructure) -> Iterato
     mixing, *others = (group.first.partition(".")[0] for group in structure.groups)
     found = (block.get_submodule(name) for name in sorted({*others} - {mixing}))
     modules: list[Any] = [each for each in found if not any(isinstance(inner, nn.Conv1d) for inner in each.modules())]
-    for module in modules:
-        module.forward = _in_pieces(module.forward)
-    try:
-        yield
-    finally:
+    with ExitStack() as stack:
         for module in modules:
-            del module.forward
+            stack.enter_context(hold_forward(module, _in_pieces(module.forward)))
+        yield
 
 
 def _in_pieces(forward: Callable[..., Any]) -> Callable[..., Any]:

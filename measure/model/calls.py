@@ -53,12 +53,42 @@ class Calls:
             merged = [ours if equal else own for ours, own, equal in zip(before[0], leaves, same, strict=True)]
             self._own[first_row, index] = (merged, form)
 
-    def of(self, index: int, first_row: int, hidden_shape: tuple[int, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return arguments and keyword arguments of one call; see ``record``."""
+    def of(
+        self, index: int, first_row: int, hidden_shape: tuple[int, ...], layer_input: Tensor | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return arguments and keyword arguments of one call; see ``record``.
+
+        Args:
+            index: Which block.
+            first_row: First row of the micro-batch.
+            hidden_shape: Shape of its hidden states, as the model has them.
+            layer_input: Stands in for the block's own embeddings; see ``layer_input``.
+        """
+        leaves, form = self._recorded(index, first_row, hidden_shape)
+        if layer_input is not None:
+            own = self.layer_input(index, first_row, hidden_shape, layer_input.shape[-1])
+            leaves = [layer_input if leaf is own else leaf for leaf in leaves]
+        args, kwargs = tree_unflatten(leaves, form)
+        return args, kwargs
+
+    def layer_input(self, index: int, first_row: int, hidden_shape: tuple[int, ...], width: int) -> Tensor | None:
+        """Return the embeddings of its own that a block is called with, shape (rows, tokens, width); None without any.
+
+        Args:
+            index: Which block.
+            first_row: First row of the micro-batch.
+            hidden_shape: Shape of its hidden states, as the model has them.
+            width: Their length.
+        """
+        shape = (*hidden_shape[-3:-1], width)
+        leaves, _ = self._recorded(index, first_row, hidden_shape)
+        tensors = (leaf for leaf in leaves if isinstance(leaf, Tensor))
+        return next((leaf for leaf in tensors if leaf.shape == shape and leaf.is_floating_point()), None)
+
+    def _recorded(self, index: int, first_row: int, hidden_shape: tuple[int, ...]) -> tuple[list[Any], TreeSpec]:
         recorded = self._own.get((first_row, index)) or self._shared[hidden_shape][index]
         assert recorded is not None
-        args, kwargs = tree_unflatten(*recorded)
-        return args, kwargs
+        return recorded
 
     @property
     def hands_state(self) -> bool:

@@ -29,7 +29,7 @@ from .skeleton import build_skeleton, loaded_weights, require_stored
 from .states import new_state
 from .surgery import split_block
 
-__all__ = ["StreamedModel"]
+__all__ = ["StreamedModel", "as_hidden", "as_state"]
 
 
 class StreamedModel:
@@ -41,6 +41,7 @@ class StreamedModel:
         dtype: Floating dtype of weights and activations while running.
         offload_dir: Where hidden states of all rows are kept; None for memory.
         calls: How blocks are called, as ``embed`` recorded it.
+        outside: Weights of what is outside of the blocks.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class StreamedModel:
         groups = [group for each in self.source.structure.structures for group in each.groups]
         for norm in norms_of_stream(self._model, self.source.blocks, groups):
             hold_small_states(norm)
-        self._outside = OutsideWeights(self._model, self.source.blocks, self._read, self._place)
+        self.outside = OutsideWeights(self._model, self.source.blocks, self._read, self._place)
         self._recorder = Recorder(self._model, self._blocks, str(self.source.directory / "config.json"))
         self.calls = Calls()
 
@@ -91,14 +92,9 @@ class StreamedModel:
         """Rows of the token embeddings."""
         return int(self._model.get_input_embeddings().weight.shape[0])
 
-    @property
-    def tied(self) -> bool:
-        """Whether the output head is the table of token embeddings."""
-        return self.source.tied_embeddings
-
-    def embeddings(self, tokens: Tensor) -> Tensor:
-        """Return the embeddings of some tokens as they are stored, shape (tokens, hidden size), on the device."""
-        return self.source.tensor(f"{self.source.embedding_name}.weight")[tokens].to(self.device, self.dtype)
+    def embeddings(self, tokens: Tensor, table: str) -> Tensor:
+        """Return the embeddings of some tokens as a table stores them, shape (tokens, width), on the device."""
+        return self.source.parameter(table)[tokens].to(self.device, self.dtype)
 
     def structure(self, index: int) -> BlockStructure:
         """Return the structure of a block."""
@@ -128,9 +124,9 @@ class StreamedModel:
         """
         tables = {} if table is None else {self.source.embedding_name: table}
         state: Tensor | None = None
-        with torch.no_grad(), self._outside.held(tables):
+        with torch.no_grad(), self.outside.held(tables):
             for batch in micro_batches(*tokens.shape):
-                embedded = self._record(tokens[batch], first_row + batch.start, calls or self.calls)
+                embedded = self.record(tokens[batch], first_row + batch.start, calls or self.calls)
                 if state is None:
                     state = self.new_state(tokens, embedded.shape[-1])
                 state[batch] = embedded.cpu()
@@ -149,30 +145,13 @@ class StreamedModel:
         """
         return new_state((*tokens.shape, width or self.hidden_size), self.dtype, self.offload_dir)
 
-    def embedding_gradient(self, tokens: Tensor, gradient: Tensor) -> Tensor:
-        """Return the gradient at each token's embedding, as it is stored, from that at the first block's input.
+    def record(self, tokens: Tensor, first_row: int, calls: Calls) -> Tensor:
+        """Return what enters the first block for one micro-batch; arguments as for ``embed``."""
+        return as_state(self._recorder.record(tokens.to(self.device), first_row, calls))
 
-        They differ where a family scales its embeddings (Gemma, Granite), or does anything else with them on the way.
-
-        Args:
-            tokens: Token ids, int64, shape (rows, tokens).
-            gradient: At the first block's input, shape (rows, tokens, width).
-
-        Returns:
-            Shape (rows, tokens, hidden size), on the CPU.
-        """
-        embedding = self._model.get_input_embeddings()
-        before = self.new_state(tokens)
-        with self._outside.held():
-            for batch in micro_batches(*tokens.shape):
-                embedded = self._record(tokens[batch], batch.start, Calls())
-                own = embedding.weight
-                (part,) = torch.autograd.grad(embedded, own, gradient[batch].to(own))
-                before[batch] = part.view(before[batch].shape).cpu()
-        return before
-
-    def _record(self, tokens: Tensor, first_row: int, calls: Calls) -> Tensor:
-        return _as_state(self._recorder.record(tokens.to(self.device), first_row, calls))
+    def table(self, name: str) -> Any:
+        """Return the module of a table of embeddings; while a micro-batch is recorded it has a row for every token."""
+        return self._model.get_submodule(name)
 
     @contextmanager
     def block(self, index: int) -> Iterator[Any]:
@@ -181,7 +160,24 @@ class StreamedModel:
         with loaded_weights(self._blocks[index], lambda inner: self._read(f"{name}.{inner}"), self._place):
             yield self._blocks[index]
 
-    def run_block(self, index: int, hidden: Tensor, first_row: int = 0, calls: Calls | None = None) -> Tensor:
+    def layer_input(self, index: int, hidden: Tensor, first_row: int) -> Tensor | None:
+        """Return the embeddings of its own that a block reads, shape (rows, tokens, layer width); None without any.
+
+        Arguments are those of ``run_block``.
+        """
+        if self.source.layer_embedding is None:
+            return None
+        width = self.table(self.source.layer_embedding).weight.shape[1] // self.block_count
+        return self.calls.layer_input(index, first_row, tuple(as_hidden(hidden, self.hidden_size).shape), width)
+
+    def run_block(
+        self,
+        index: int,
+        hidden: Tensor,
+        first_row: int = 0,
+        calls: Calls | None = None,
+        layer_input: Tensor | None = None,
+    ) -> Tensor:
         """Run one loaded block.
 
         Args:
@@ -190,22 +186,23 @@ class StreamedModel:
                 have seen a micro-batch of the same rows and tokens.
             first_row: The first of its rows among all.
             calls: As ``embed`` recorded them.
+            layer_input: Stands in for the embeddings of its own that the block reads.
 
         Returns:
             The block's output, same shape.
         """
-        own = _as_hidden(hidden, self.hidden_size)
-        args, kwargs = (calls or self.calls).of(index, first_row, tuple(own.shape))
+        own = as_hidden(hidden, self.hidden_size)
+        args, kwargs = (calls or self.calls).of(index, first_row, tuple(own.shape), layer_input)
         output = self._blocks[index](own, *args, **kwargs)
         states: Tensor = output[0] if isinstance(output, tuple) else output
-        return _as_state(states)
+        return as_state(states)
 
     @contextmanager
     def tail(self) -> Iterator[Any]:
         """Hold what runs after the blocks (final norm, head) on the device; yields the head, a ``CastOnUseLinear``."""
         head = self._model.get_submodule(self.source.head_name)
-        with self._outside.held():
-            self._outside.load(head)
+        with self.outside.held():
+            self.outside.load(head)
             yield head
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -217,8 +214,8 @@ class StreamedModel:
         Returns:
             Shape (rows, tokens, vocabulary).
         """
-        with self._outside.blank_tables():
-            return self._recorder.logits(_as_hidden(hidden, self.hidden_size))
+        with self.outside.blank_tables():
+            return self._recorder.logits(as_hidden(hidden, self.hidden_size))
 
     def run_in_place(self, index: int, tokens: Tensor) -> Tensor:
         """Run one loaded block inside the model's own forward, blocks before it handing on what they get.
@@ -230,11 +227,11 @@ class StreamedModel:
         Returns:
             The block's output, shape (rows, tokens, width).
         """
-        with self._outside.held():
-            return _as_state(self._recorder.run_in_place(index, tokens.to(self.device)))
+        with self.outside.held():
+            return as_state(self._recorder.run_in_place(index, tokens.to(self.device)))
 
     def _read(self, name: str) -> Tensor:
-        if name == f"{self.source.head_name}.weight" and self.tied:
+        if name == f"{self.source.head_name}.weight" and self.source.tied_embeddings:
             name = f"{self.source.embedding_name}.weight"
         return self.source.parameter(name)
 
@@ -243,12 +240,14 @@ class StreamedModel:
         return tensor.to(device=self.device, dtype=None if kept else self.dtype)
 
 
-def _as_state(hidden: Tensor) -> Tensor:
-    # Several hidden states of a token (Gemma 3n has four, outermost) become one long one.
+def as_state(hidden: Tensor) -> Tensor:
+    """Return hidden states by token: several of one token (Gemma 3n has four, outermost) become one long one."""
     return hidden if hidden.ndim == 3 else hidden.permute(1, 2, 0, 3).flatten(2)
 
 
-def _as_hidden(state: Tensor, hidden_size: int) -> Tensor:
+def as_hidden(state: Tensor, hidden_size: int) -> Tensor:
+    """Return hidden states as the model has them; the counterpart of ``as_state``."""
     if state.shape[-1] == hidden_size:
         return state
-    return state.unflatten(2, (-1, hidden_size)).permute(2, 0, 1, 3)
+    hidden: Tensor = state.unflatten(2, (-1, hidden_size)).permute(2, 0, 1, 3)
+    return hidden

@@ -152,7 +152,7 @@ def expert_statistics(
         An input group, how many tokens chose its expert, and the statistics.
     """
     pairs = list(expert_pairs(structure))
-    means = [_mean_fishers(seen, [pair[position] for pair in pairs]) for position in (1, 2)]
+    means = [_mean_fishers(seen, groups) for groups in ([pair[1] for pair in pairs], [pair[2] for pair in pairs])]
     for path, neurons, output in pairs:
         number = neurons.expert
         assert number is not None

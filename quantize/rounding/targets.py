@@ -173,7 +173,7 @@ class OriginalBlock:
             if known is not None and group is self._joining[-1]:
                 stream = known[batch]
             elif group.adds:
-                stream = stream + group.scale * added[group.adds]
+                stream = stream + group.scale * added[group.adds].view_as(stream)  # experts see tokens in a row
             if group in self._groups:
                 self._record(group.first, batch, stream)
 

@@ -61,7 +61,7 @@ DEFAULTS = {
     "--no-feedback": None,
     "--type": None,
     "--imatrix": None,
-    "--llama-cpp": "as `make` installs it",
+    "--llama-cpp": "one fetched from PyPI",
     "--base": None,
     "--card": None,
 }

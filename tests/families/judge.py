@@ -28,6 +28,10 @@ from .models import family_config, model_class
 MIXTURE = "Q4_K_M"
 """What sets the size."""
 
+NEED_IMPORTANCE = ("IQ1", "IQ2", "IQ3_XXS")
+
+NEED_IMPORTANCE = ("IQ1", "IQ2", "IQ3_XXS")
+
 TABLES = ("token_embd.weight", "per_layer_token_embd.weight")
 """Read by token id: no inputs, so nothing to feed back."""
 
@@ -114,8 +118,10 @@ class LlamaQuantize:
         """Return what is known of a file, completed."""
         tensors = tensors_of(ours)
         types = {name: tensor.tensor_type.name for name, tensor in tensors.items() if len(tensor.shape) > 1}
-        files = self._made("plain", self._work / "imatrix.gguf", types), self._made("plainer", None, types)
-        plain = [tensors_of(file) for file in files]
+        plainly = self._made("plain", self._work / "imatrix.gguf", types)
+        # Some types cannot be made without importances.
+        usable = {name: kind for name, kind in types.items() if not kind.startswith(NEED_IMPORTANCE)}
+        plain = [tensors_of(plainly), tensors_of(self._made("plainer", None, usable))]
         matrices = {
             name: int(tensor.n_elements)
             for name, tensor in self._tensors.items()
@@ -129,7 +135,7 @@ class LlamaQuantize:
         return replace(
             judged,
             their_nats=mean_kl(original, engine_logits(self._file, tokens)),
-            plain_nats=mean_kl(original, engine_logits(files[0], tokens)),
+            plain_nats=mean_kl(original, engine_logits(plainly, tokens)),
             their_bytes=self._bytes,
             matrices=sum(matrices.values()),
             plain=unchanged,

@@ -37,9 +37,10 @@ from bpwise.errors import BpwiseError
 from bpwise.eval.cache import OriginalCache, OriginalState
 from bpwise.eval.metrics.overlap import stored_spans
 from bpwise.eval.report.layers import linear_costs
+from bpwise.measure.calibrated import measured_rows
 from bpwise.measure.curves import CurveMaker
 from bpwise.measure.measurement import Measurement
-from bpwise.measure.run import MeasureConfig, measure_checkpoint, measured_rows
+from bpwise.measure.run import MeasureConfig, measure_checkpoint
 from bpwise.measure.text.calibration import CalibrationConfig, CalibrationSet, build_calibration
 from bpwise.measure.text.tokenizer import load_tokenizer
 from bpwise.quantize.checks import output_of
@@ -51,6 +52,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ..measured import gguf_curves_of
 from . import mutations
 from .pool import Outcome, run_all
 
@@ -208,7 +210,7 @@ def _state() -> OriginalState:
 
 def _quantized_seeds(folder: Path, made: set[str], work: Path, original: Checkpoint, rows: CalibrationSet) -> None:
     config = MeasureConfig(device="cpu")
-    measurement = measure_checkpoint(original, rows, config, _makers(), work / "measuring")
+    measurement = measure_checkpoint(original, rows, config, _makers(original), work / "measuring")
     path = work / "measurement.safetensors"
     measurement.save(path)
     if "measurement" in made:
@@ -255,14 +257,14 @@ def _piece_seeds(to: Path, original: Checkpoint, rows: CalibrationSet, config: M
                 yield item
 
         with suppress(_CutOff):
-            measure_checkpoint(original, rows, config, _makers(), to / f"work-{number}", cut)
+            measure_checkpoint(original, rows, config, _makers(original), to / f"work-{number}", cut)
     measurement = Measurement.load(work / "measurement.safetensors")
     measurement.save(to / "measurement.safetensors")
     _rounded(original, measurement, to / "work-rounded")
 
 
-def _makers() -> list[CurveMaker]:
-    return [maker for maker in (Exl2Curves(), GgufCurves.installed()) if maker is not None]
+def _makers(original: Checkpoint) -> list[CurveMaker]:
+    return [Exl2Curves(), *gguf_curves_of(original.directory)]
 
 
 def _rounded(original: Checkpoint, measurement: Measurement, work: Path) -> RoundedModel:
@@ -441,7 +443,7 @@ def _read_pieces(folder: Path, changed: Path) -> None:
             rounded_linear(rounded, source, name, tuned=False).dequantize()
         return
     rows = CalibrationSet.load(folder / "rows.safetensors")
-    measurement = measure_checkpoint(original, rows, MeasureConfig(device="cpu"), _makers(), work)
+    measurement = measure_checkpoint(original, rows, MeasureConfig(device="cpu"), _makers(original), work)
     assert measurement.to_bytes() == (folder / "measurement.safetensors").read_bytes(), "damage went through in silence"
 
 

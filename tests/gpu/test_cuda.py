@@ -16,7 +16,7 @@ from bpwise.measure.text.calibration import CalibrationConfig
 from bpwise.quantize.config import QuantizeConfig
 from bpwise.quantize.run import quantize_model
 
-from ..measured import damage_of
+from ..measured import Given, damage_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -30,7 +30,8 @@ def options(device: str) -> MeasureConfig:
 def test_damages_are_those_of_the_cpu(make_model: Callable[..., Path], tmp_path: Path) -> None:
     model = make_model("m", **SIZES)
     cpu, cuda = (
-        measure_model(model, tmp_path / f"{d}.safetensors", options(d), curves=[Exl2Curves()]) for d in ("cpu", "cuda")
+        measure_model(model, tmp_path / f"{d}.safetensors", options(d), formats={"exl2": Given(Exl2Curves())})
+        for d in ("cpu", "cuda")
     )
     assert [linear.name for linear in cuda.linears] == [linear.name for linear in cpu.linears]
     # The head's Fisher information is exact; what differs is rounding at ties, in float32 sums of another order.
@@ -46,7 +47,7 @@ def test_damages_are_those_of_the_cpu(make_model: Callable[..., Path], tmp_path:
 def test_the_output_verifies_and_is_as_good(make_model: Callable[..., Path], tmp_path: Path, bpw: float) -> None:
     model = make_model("m", **SIZES)
     measurement = tmp_path / "measurement.safetensors"
-    measure_model(model, measurement, options("cpu"), curves=[Exl2Curves()])
+    measure_model(model, measurement, options("cpu"), formats={"exl2": Given(Exl2Curves())})
     divergences = {}
     for device in ("cpu", "cuda"):
         config = QuantizeConfig(

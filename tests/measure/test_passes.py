@@ -15,14 +15,14 @@ from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.convert.exl2.curves import Exl2Curves
 from bpwise.convert.exl2.file.layout import RowGroup
 from bpwise.convert.exl2.rounding.feedback import round_linear
-from bpwise.convert.gguf.curves import GgufCurves
 from bpwise.errors import ConfigError, NumericalError
 from bpwise.linalg.row_groups import grouped_rows
 from bpwise.measure import input_group
+from bpwise.measure.calibrated import measured_rows
 from bpwise.measure.curves import CurveInputs, CurveMaker, LinearCurves, TableInputs
 from bpwise.measure.measurement import MeasuredLinear, Measurement
 from bpwise.measure.model.stream import StreamedModel
-from bpwise.measure.run import MeasureConfig, measure_checkpoint, measure_model, measured_rows, resolve_device
+from bpwise.measure.run import MeasureConfig, measure_checkpoint, measure_model, resolve_device
 from bpwise.measure.statistics import probes
 from bpwise.measure.statistics.heldout import DAMPINGS, HeldOut
 from bpwise.measure.statistics.sketch import COUPLING_RANK
@@ -31,7 +31,7 @@ from bpwise.progress import Progress, silent
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 
-from ..measured import WIDTHS, SeenCurves, damage_of, order_of
+from ..measured import WIDTHS, Given, SeenCurves, damage_of, gguf_curves_of, order_of
 
 SIZES = {
     "vocab_size": 96,
@@ -47,7 +47,6 @@ CONFIGS = {
     "qwen2-tied": Qwen2Config(**SIZES, tie_word_embeddings=True),
 }
 CONFIG = MeasureConfig(device="cpu")
-GGUF = [curves for curves in [GgufCurves.installed()] if curves is not None]
 INNER = (
     "self_attn.q_proj",
     "self_attn.k_proj",
@@ -80,7 +79,7 @@ def rows(count: int = 12) -> CalibrationSet:
 def measure(
     directory: Path, work: Path, progress: Progress = silent, curves: CurveMaker | None = None, **settings: Any
 ) -> Measurement:
-    makers = [Exl2Curves(64), *GGUF] if curves is None else [curves]
+    makers = [Exl2Curves(64), *gguf_curves_of(directory)] if curves is None else [curves]
     config = MeasureConfig(device="cpu", **settings)
     return measure_checkpoint(Checkpoint.open(directory), rows(), config, makers, work, progress)
 
@@ -604,14 +603,16 @@ def test_formats_are_measured_each_for_itself(tmp_path: Path, damping: float) ->
         assert np.array_equal(linear.fisher, again.fisher)
         assert linear.damping == pytest.approx(0.02)
         assert again.damping == pytest.approx(max(0.02, damping))  # the largest that a format took
-    assert both.provenance["curves"]["constant"] == {"version": 7, "header": {"choices": ["all"]}}
+    assert both.provenance["curves"].keys() == {"constant", "exl2"}
+    assert both.provenance["curves"]["exl2"] == alone.provenance["curves"]["exl2"]
     assert both.curves["constant"].table["damage_nats"][0] == pytest.approx(float(both.embedding.importance.sum()))
 
 
 def test_to_file(tmp_path: Path) -> None:
     directory = save_model(tmp_path / "model", CONFIGS["llama"])
     output = tmp_path / "new" / "m.safetensors"
-    made = measure_model(directory, output, CONFIG, curves=[Exl2Curves(64), *GGUF], calibration=rows())
+    formats = {each.name: Given(each) for each in (Exl2Curves(64), *gguf_curves_of(directory))}
+    made = measure_model(directory, output, CONFIG, formats=formats, calibration=rows())
     assert Measurement.load(output).to_bytes() == made.to_bytes()
     assert made.to_bytes() == measure(directory, tmp_path / "work").to_bytes()
     assert [path.name for path in output.parent.iterdir()] == ["m.safetensors"]  # nothing of the work is left

@@ -283,7 +283,7 @@ class TestContext:
         with pytest.raises(error, match=message):
             quantize_model(tiny_model, tmp_path / "x", exl2(), calibration=given)
         with pytest.raises(error, match=message):
-            measure_model(tiny_model, tmp_path / "m.safetensors", MeasureConfig(), curves=[], calibration=given)
+            measure_model(tiny_model, tmp_path / "m.safetensors", MeasureConfig(), formats={}, calibration=given)
         for command in (
             ("quantize", tiny_model, tmp_path / "x", "--bpw", 4.5, "--dry-run"),
             ("measure", tiny_model, "-o", tmp_path / "m.safetensors"),
@@ -330,7 +330,7 @@ class TestPlace:
         with pytest.raises(WorkDirectoryError, match=r"a parent of it is not a directory"):
             quantize_model(tiny_model, tmp_path / "file" / "out", exl2())
         with pytest.raises(WorkDirectoryError, match=r"a parent of it is not a directory"):
-            measure_model(tiny_model, tmp_path / "file" / "m.safetensors", MeasureConfig(), curves=[])
+            measure_model(tiny_model, tmp_path / "file" / "m.safetensors", MeasureConfig(), formats={})
 
     def test_a_disk_that_is_too_small(self, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         # At 4.5 bits two layers of 30720 weights take 34560 bytes; embedding and head beside them.

@@ -5,8 +5,6 @@ import pytest
 import torch
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.convert.exl2.curves import Exl2Curves
-from bpwise.convert.gguf.curves import GgufCurves
-from bpwise.convert.gguf.ggml.curves import measured_types
 from bpwise.errors import FormatError
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig
@@ -16,6 +14,8 @@ from bpwise.quantize import measuring as obtain
 from bpwise.quantize.costs import StepClock
 from bpwise.quantize.measuring import MEASUREMENT_FILE, load_measurement, load_or_measure
 
+from ..measured import gguf_curves_of
+
 
 def rows() -> CalibrationSet:
     ids = torch.randint(0, 264, (4, 16), generator=torch.Generator().manual_seed(1))
@@ -23,11 +23,11 @@ def rows() -> CalibrationSet:
 
 
 def get(model: Path, work: Path, *, types: bool = False, group_size: int = 32) -> set[str]:
-    curves = [Exl2Curves(group_size), *([GgufCurves(measured_types())] if types else [])]
+    curves = [Exl2Curves(group_size), *(gguf_curves_of(model) if types else [])]
     measured, kept = load_or_measure(
         Checkpoint.open(model),
         MeasureConfig(device="cpu"),
-        curves,
+        lambda: curves,
         work,
         StepClock(),
         silent,

@@ -10,7 +10,6 @@ from bpwise.cli import cli
 from bpwise.convert.exl2.curves import Exl2Curves
 from bpwise.convert.exl2.options import Exl2Options
 from bpwise.convert.exl2.plan.making import make_exl2_plan
-from bpwise.convert.gguf.curves import GgufCurves
 from bpwise.convert.registry import format_named
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig, measure_checkpoint
@@ -18,6 +17,8 @@ from bpwise.measure.text.calibration import CalibrationSet
 from bpwise.quantize.planning.page import plan_page
 from bpwise.quantize.planning.plans import PlanPoint, make_plan, plan_points
 from click.testing import CliRunner
+
+from ..measured import gguf_curves_of
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def measurement(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> M
         Checkpoint.open(tiny_model),
         rows,
         MeasureConfig(device="cpu"),
-        [maker for maker in (Exl2Curves(), GgufCurves.installed()) if maker is not None],
+        [Exl2Curves(), *gguf_curves_of(tiny_model)],
         folder,
     )
     made.save(folder / "m.safetensors")

@@ -128,7 +128,7 @@ def gate_once(base: Path, checkpoint: Checkpoint, work: Path, *, kept: Path | No
         if found.pop("of", None) == identity:
             return Gate(**found)
     gate = gate_base(base, checkpoint, work)
-    if kept is not None:
+    if kept is not None and gate.kl_nats is not None:  # what else came out may be for want of memory
         write_json(kept, {**asdict(gate), "of": identity})
     return gate
 
@@ -210,9 +210,12 @@ def _first_blocks(header: GgufHeader, checkpoint: Checkpoint) -> int | None:
 
 
 def _tokens(checkpoint: Checkpoint, vocab_size: int) -> Tensor:
-    stated = text_config(checkpoint.config).get("vocab_size")
-    known = min(vocab_size, stated) if isinstance(stated, int) else vocab_size
-    return torch.randint(known, (_ROWS, _ROW_TOKENS), generator=torch.Generator().manual_seed(_SEED))
+    text = text_config(checkpoint.config)
+    known, length = (
+        min(most, stated) if isinstance(stated, int) else most
+        for most, stated in ((vocab_size, text.get("vocab_size")), (_ROW_TOKENS, text.get("max_position_embeddings")))
+    )
+    return torch.randint(known, (_ROWS, length), generator=torch.Generator().manual_seed(_SEED))
 
 
 def _kl_nats(

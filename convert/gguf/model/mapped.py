@@ -53,7 +53,7 @@ class MappedGguf(GgufModel, LanguageSource):
         if self._given is not None:
             return self._given()
         rows = guess_map(self._source, self._header)
-        require_held(rows, self._source, self.path, partly=False)
+        require_held(rows, self._source, self._header, unquantized=False)
         return rows
 
     @cached_property
@@ -122,7 +122,7 @@ class MappedGguf(GgufModel, LanguageSource):
         parts = self.rows.parts(linear)
         shape = self._source.shape(f"{linear}.weight")
         values = [self._read(part) for part in parts]
-        if len(parts) == 1 and parts[0].columns is None and parts[0].holds_all(shape[0]):
+        if len(parts) == 1 and parts[0].is_weight(shape[0]):
             return values[0]
         whole = not self.rows.missing({linear: shape[0]})
         weight = torch.empty(shape) if whole else self._source.tensor(f"{linear}.weight").float()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -30,6 +29,9 @@ ROWS = "rows"
 
 _OUTSIDE = -1
 """Number of the block, as ``layer_of`` gives it, of what belongs to none."""
+
+Find = Callable[[Mapping[str, Tensor], Mapping[str, Callable[[], Tensor]]], dict[str, TensorRows]]
+"""Finds tensors, which are read by name, among the outputs of linears."""
 
 
 def kept_map(store: ResumeStore | None, source: LanguageModel, header: GgufHeader, progress: Progress) -> RowMap:
@@ -74,41 +76,41 @@ def guess_map(source: LanguageModel, header: GgufHeader, progress: Progress = si
     Raises:
         FormatError: A tensor cannot be read.
     """
-    wide = (x for x in header.tensors.values() if len(trimmed(x.shape)) > 1 and x.shape[-1] >= LEAST_COLUMNS)
-    return _mapped(source, header, [tensor.name for tensor in wide], _alike, progress)
+    return _mapped(source, header, _wide(header), _alike, progress)
 
 
-def require_held(rows: RowMap, source: LanguageModel, where: Path, *, partly: bool = True) -> None:
-    """Refuse a file that lacks outputs of a model's linears.
+def require_held(rows: RowMap, source: LanguageModel, header: GgufHeader, *, unquantized: bool = True) -> None:
+    """Refuse a file that lacks linears of a model, or outputs of one.
+
+    Outputs may lack in a block with matrices that are not explained: MLA's keys are stored turned. So may tokens: some
+    converters leave out those that the tokenizer does not know. Whole linears may lack in a block of an unquantized
+    file that holds quantized tensors all the same, as they were in the original.
 
     Args:
         rows: The file's map.
         source: The model.
-        where: The file.
-        partly: Whether a linear may be missing if its block has matrices that are not explained; otherwise outputs of
-            it may. MLA's keys are stored turned.
+        header: The file's.
+        unquantized: Whether it is an unquantized file.
 
     Raises:
         VerificationError: It lacks some.
     """
     linears, head = model_linears(source)
-    features = {each.name: each.out_features for each in (*linears, *([] if source.tied_embeddings else [head]))}
-    unsure = {layer_of(name) for name in rows.unexplained}
+    wide = [each for each in linears if each.in_features >= LEAST_COLUMNS]
+    features = {each.name: each.out_features for each in (*wide, *([] if source.tied_embeddings else [head]))}
+    unsure = {_OUTSIDE, *(layer_of(name) for name in rows.unexplained)}
+    ready = {layer_of(name) for name, each in header.tensors.items() if unquantized and each.type.quantized}
     blocks = {name: block for block, names in _linears_by_block(source).items() for name in names}
     for name, count in rows.missing(features).items():
-        if blocks[name] not in unsure or (not partly and count == features[name]):
+        if blocks[name] not in (ready if count == features[name] else unsure | ready):
             raise VerificationError(
-                f"{where}: {name} is not in the file, or not whole. Got {features[name] - count} of its "
+                f"{header.path}: {name} is not in the file, or not whole. Got {features[name] - count} of its "
                 f"{features[name]} outputs. Expected all. Convert the model again, or name the one it was made of."
             )
 
 
 def _mapped(
-    source: LanguageModel,
-    header: GgufHeader,
-    tensors: Iterable[str],
-    find: Callable[[Mapping[str, Tensor], Mapping[str, Callable[[], Tensor]]], dict[str, TensorRows]],
-    progress: Progress,
+    source: LanguageModel, header: GgufHeader, tensors: Iterable[str], find: Find, progress: Progress
 ) -> RowMap:
     names: dict[int, list[str]] = {}
     for name in tensors:
@@ -122,19 +124,31 @@ def _mapped(
             continue
         # A head that equals the table of embeddings is told from it by its place.
         ordered = sorted(names[block], key=lambda name: role_of(name) is not Role.EMBEDDING)
-        held = find(
-            {name: source.tensor(f"{name}.weight") for name in linears[block]},
-            {name: partial(read_values, header.path, header.tensors[name]) for name in ordered},
-        )
-        found |= held
+        weights = {name: source.tensor(f"{name}.weight") for name in linears[block]}
+        held = find(weights, _readers(header, ordered))
+        left = {x: weights[x] for x in weights.keys() - {linear for own in held.values() for linear in own.linears}}
         unexplained |= dict.fromkeys((x for x in names[block] if x not in held), "its rows are no linear's")
+        # What the converter keeps in F32 whatever it is asked for is no candidate, but may be a linear all the same.
+        held |= find(left, _readers(header, [x for x in _wide(header) if layer_of(x) == block and x not in ordered]))
+        found |= held
     return RowMap({name: found[name] for name in header.tensors if name in found}, unexplained)
+
+
+def _readers(header: GgufHeader, names: Iterable[str]) -> dict[str, Callable[[], Tensor]]:
+    return {name: partial(read_values, header.path, header.tensors[name]) for name in names}
+
+
+def _wide(header: GgufHeader) -> list[str]:
+    # All matrices of floating-point numbers, or quantized ones, with rows that tell themselves apart.
+    wide = (x for x in header.tensors.values() if len(trimmed(x.shape)) > 1 and x.shape[-1] >= LEAST_COLUMNS)
+    return [tensor.name for tensor in wide]
 
 
 def _exactly(weights: Mapping[str, Tensor], tensors: Mapping[str, Callable[[], Tensor]]) -> dict[str, TensorRows]:
     outputs = LinearOutputs(weights)
     found = {name: outputs.find(read()) for name, read in tensors.items()}
-    found |= {name: outputs.find_reordered(tensors[name]()) for name, rows in found.items() if rows is None}
+    for find in (outputs.find_reordered, outputs.find_scaled):
+        found |= {name: find(tensors[name]()) for name, rows in found.items() if rows is None}
     return {name: rows for name, rows in found.items() if rows is not None}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any
 
@@ -13,7 +13,7 @@ import msgspec
 from ....checkpoint.files.schemas import check_schema
 from ....errors import FormatError
 from ..file.header import GgufHeader
-from ..file.roles import HALVES, matrices_of, quantizable
+from ..file.roles import matrices_of, quantizable
 from ..ggml.types import GGML_TYPES, GgmlType
 from ..rows.rowmap import RowMap
 from ..rows.text import map_from_text, map_to_text
@@ -76,9 +76,8 @@ class Layout:
 
     @cached_property
     def plain(self) -> tuple[str, ...]:
-        """Names of the matrices that can be quantized whatever they are: in 16 bits, and none that llama.cpp keeps."""
-        found = ((name, self.tensors[name]) for name in matrices_of(self.tensors))
-        return tuple(name for name, each in found if each.type.name in HALVES and quantizable(name, each.shape))
+        """Names of the matrices that can be quantized whatever they are: none that llama.cpp or its converter keeps."""
+        return tuple(name for name in matrices_of(self.tensors) if quantizable(name, self.tensors[name].shape))
 
     def is_like(self, other: Layout) -> bool:
         """Whether another file has the same tensors but for their types, made of the same rows."""
@@ -87,7 +86,9 @@ class Layout:
     @cached_property
     def _identity(self) -> tuple[dict[str, tuple[int, ...]], str]:
         shapes = {name: each.shape for name, each in self.tensors.items()}
-        return shapes, map_to_text(RowMap(dict(sorted(self.rows.tensors.items())), {}))
+        # Factors are known as well as the types allow.
+        rows = {name: replace(own, factors=None) for name, own in sorted(self.rows.tensors.items())}
+        return shapes, map_to_text(RowMap(rows, {}))
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain JSON."""

@@ -99,6 +99,9 @@ def gguf_curves(measurement: Measurement) -> GgufMeasured:
         # Rounding errors may leave a damage of nearly nothing a little below it.
         return tensors.take(f"{name}.damage_nats", np.float32, (*shape, len(known.types)), least=None, infinite=True)
 
+    own = measurement.layer_embedding
+    if own is not None:
+        damage(own.name)
     for linear in (*measurement.linears, measurement.head):
         damage(linear.name, len(layout.rows.tensors_of(held_as(measurement, linear))))
     return GgufMeasured(known.types, layout, damage(measurement.embedding.name), tensors)

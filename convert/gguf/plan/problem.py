@@ -13,6 +13,7 @@ from ....checkpoint.source.linears import Shaped
 from ....errors import BudgetError, ConfigError
 from ....measure.measurement import Measurement
 from ...plan import shown_range
+from ..file.roles import matrices_of
 from ..ggml.types import GgmlType, ggml_type
 from .layout import Layout
 from .measured import gguf_curves, held_as
@@ -132,6 +133,12 @@ def measured_problem(
         # Last of all, as its errors act on all.
         damages[tensor] = curves.table_damage_nats + damages.pop(tensor, np.float32(0))
     known = {*(linear.name for linear in measurement.linears), head.name, table.name}
+    own = measurement.layer_embedding
+    if own is not None:
+        known.add(own.name)
+        damages |= dict.fromkeys(
+            curves.layout.rows.tensors_of(own.name), curves.tensors.tensors[f"{own.name}.damage_nats"]
+        )
     return _problem(layout or curves.layout, damages, known, curves.types, overrides)
 
 
@@ -185,11 +192,11 @@ def _problem(
     types: Sequence[str],
     overrides: Sequence[TypeOverride],
 ) -> PlanProblem:
-    rows = layout.rows.tensors
+    rows, matrices = layout.rows.tensors, set(matrices_of(layout.tensors))
     candidates = [
         _fitting(name, layout.tensors[name].shape, rows[name].linears, types, damage)
         for name, damage in damages.items()
-        if set(rows[name].linears) <= set(known)  # otherwise a part of it was not measured
+        if name in matrices and set(rows[name].linears) <= set(known)  # otherwise a part of it was not measured
     ]
     measured = {candidate.name for candidate in candidates}
     for name in layout.plain:

@@ -3,17 +3,20 @@
 Rows are compared in the type that the file stores them in, so that a file that was rounded to 16 bits is found as well.
 Every row is hashed once on both sides; what the hashes say is checked bit for bit. A tensor whose rows are not found is
 tried again with the values of each row sorted: if its columns were reordered, all rows have theirs in the same order.
+At last it is tried as one linear whose rows were multiplied.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .factors import row_factors
 from .rowmap import TensorRows
 
 __all__ = ["LinearOutputs"]
@@ -61,6 +64,15 @@ class LinearOutputs:
         outputs = self._by_columns.get(values.shape[-1])
         return None if outputs is None else outputs.find_reordered(values.flatten(0, -2))
 
+    def find_scaled(self, values: Tensor) -> TensorRows | None:
+        """Return the same for a linear's outputs, all in place, times a factor each; no linear that holds a row yet.
+
+        Args:
+            values: As for ``find``, which returned None, as ``find_reordered`` did.
+        """
+        outputs = self._by_columns.get(values.shape[-1])
+        return None if outputs is None else outputs.find_scaled(values.flatten(0, -2))
+
 
 class _Outputs:
     """Outputs with the same number of input channels, numbered through."""
@@ -99,6 +111,16 @@ class _Outputs:
         if not np.array_equal(built[:, columns], raw):
             return None
         return self._taken(numbers, columns)
+
+    def find_scaled(self, values: Tensor) -> TensorRows | None:
+        for index, weight in enumerate(self._weights):
+            numbers = np.arange(self._starts[index], self._starts[index + 1])
+            if weight.shape != values.shape or self._used[numbers].any():
+                continue
+            factors = row_factors(values, weight)
+            if factors is not None:
+                return replace(self._taken(numbers, None), factors=factors)
+        return None
 
     def _numbers(self, wanted: NDArray[np.int64], hashes: NDArray[np.int64]) -> NDArray[np.int64] | None:
         # The output with the hash of every row; None if there is none for one of them.

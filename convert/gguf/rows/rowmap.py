@@ -1,8 +1,9 @@
 """Where the matrices of a GGUF file come from: whose outputs their rows are, in which order. Needs no torch.
 
 llama.cpp's converter reorders rows (queries and keys of Llama), joins linears (queries, keys and values of Phi-3),
-splits them, stacks experts, and for some models reorders columns. A map says what became of every linear of one model;
-it is found by comparing values (``matching``), so no table of names or orders is needed.
+splits them, stacks experts, and for some models reorders columns or multiplies rows by constants. A map says what
+became of every linear of one model; it is found by comparing values (``matching``), so no table of names or orders is
+needed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ LEAST_COLUMNS = 16
 """Tensors with narrower rows are left out: rows may be alike by chance, and no type of ggml takes them."""
 
 Indices = NDArray[np.int64]
+Factors = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,16 +34,23 @@ class Part:
         outputs: The linear's outputs, rising, int64, shape (outputs,).
         rows: Row of the tensor that holds each of them, matrices of experts one after another, int64, same shape.
         columns: Input channel of the linear in every column of the tensor, int64, shape (K,); None if all are in place.
+        factors: What each of the outputs is multiplied with in the file, not 0, float32, shape (outputs,); None if all
+            are as they were.
     """
 
     tensor: str
     outputs: Indices
     rows: Indices
     columns: Indices | None
+    factors: Factors | None
 
     def holds_all(self, out_features: int) -> bool:
         """Whether it has every output of a linear of so many, each once."""
         return np.array_equal(self.outputs, np.arange(out_features))
+
+    def is_weight(self, out_features: int) -> bool:
+        """Whether its rows in the order of outputs are the weight of a linear of so many, as it is."""
+        return self.columns is None and self.factors is None and self.holds_all(out_features)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,18 +62,21 @@ class TensorRows:
         source: Index into ``linears`` for every row, matrices of experts one after another, int64, shape (rows,).
         output: Output of that linear, int64, shape (rows,).
         columns: As of ``Part``; the same for all rows.
+        factors: What every row is of that output times, not 0, float32, shape (rows,); None if all are the outputs.
     """
 
     linears: tuple[str, ...]
     source: Indices
     output: Indices
     columns: Indices | None = None
+    factors: Factors | None = None
 
     def part(self, tensor: str, linear: str) -> Part:
         """Return what it holds of one of its linears; ``tensor`` is its own name."""
         rows = np.flatnonzero(self.source == self.linears.index(linear))
-        order = np.argsort(self.output[rows], kind="stable")
-        return Part(tensor, self.output[rows][order], rows[order], self.columns)
+        rows = rows[np.argsort(self.output[rows], kind="stable")]
+        factors = None if self.factors is None else self.factors[rows]
+        return Part(tensor, self.output[rows], rows, self.columns, factors)
 
 
 class RowMap:

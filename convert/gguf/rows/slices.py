@@ -1,4 +1,7 @@
-"""Parts of linears cut out of their weights and statistics, and put back."""
+"""Parts of linears cut out of their weights and statistics, and put back.
+
+ggml's types round a row times a factor as they round the row, so only what goes into the file knows of factors.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from torch import Tensor
 
 from .rowmap import Part
 
-__all__ = ["gram_of", "outputs_of", "part_of", "put_part_"]
+__all__ = ["gram_of", "outputs_of", "part_of", "put_part_", "stored_part"]
 
 
 def part_of(weight: Tensor, part: Part) -> Tensor:
@@ -24,6 +27,12 @@ def part_of(weight: Tensor, part: Part) -> Tensor:
     """
     ordered = weight if part.columns is None else weight[_indices(part.columns, weight)]
     return outputs_of(ordered, part)
+
+
+def stored_part(weight: Tensor, part: Part) -> Tensor:
+    """Return the same times the factors that the file has its outputs with, in at least float32 if there are any."""
+    own = part_of(weight, part)
+    return own if part.factors is None else own * torch.from_numpy(part.factors).to(own.device)
 
 
 def outputs_of(values: Tensor, part: Part) -> Tensor:
@@ -49,6 +58,8 @@ def put_part_(weight: Tensor, part: Part, values: Tensor) -> None:
     """
     if part.columns is not None:
         values = values[:, _indices(np.argsort(part.columns), values)]
+    if part.factors is not None:
+        values = values / torch.from_numpy(part.factors).to(values.device)[:, None]
     weight[_indices(part.outputs, weight)] = values.to(weight)
 
 

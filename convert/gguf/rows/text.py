@@ -24,7 +24,7 @@ from .rowmap import RowMap, TensorRows
 
 __all__ = ["map_from_text", "map_to_text"]
 
-_VERSION = 1
+_VERSION = 2
 
 _MOST_BYTES = 1 << 30
 """Of the text once it is unpacked: a model of 60 blocks with 256 experts each takes 3 MB."""
@@ -37,13 +37,18 @@ _REMEDY = "The map is damaged: make the file again."
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Tensor:
-    """A tensor; its orders are numbers of ``_Map.orders``, None where rows or columns are in place."""
+    """A tensor; its orders are numbers of ``_Map.orders``, None where rows or columns are in place.
+
+    ``scaled`` is one of numbers of ``factors``, None for the first; no factors where rows are not multiplied.
+    """
 
     linears: tuple[str, ...]
     rows: Annotated[int, msgspec.Meta(ge=1, le=_MOST_ROWS)]
     source: Count | None
     output: Count | None
     columns: Count | None
+    factors: tuple[float, ...]
+    scaled: Count | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,16 +74,19 @@ def map_to_text(rows: RowMap) -> str:
             listed.append(np.diff(order, prepend=0).tolist())
         return found
 
-    tensors = {
-        name: {
+    tensors = {}
+    for name, own in rows.tensors.items():
+        zeros = np.zeros(len(own.source), dtype=np.int64)
+        factors, scaled = (None, None) if own.factors is None else np.unique(own.factors, return_inverse=True)
+        tensors[name] = {
             "linears": own.linears,
             "rows": len(own.source),
-            "source": number(own.source, np.zeros(len(own.source), dtype=np.int64)),
+            "source": number(own.source, zeros),
             "output": number(own.output, np.arange(len(own.output))),
-            "columns": number(own.columns, np.zeros(0, dtype=np.int64)),
+            "columns": number(own.columns, zeros[:0]),
+            "factors": [] if factors is None else factors.tolist(),
+            "scaled": number(scaled, zeros),
         }
-        for name, own in rows.tensors.items()
-    }
     content = {"version": _VERSION, "orders": listed, "tensors": tensors, "unexplained": dict(rows.unexplained)}
     packed = zlib.compress(json.dumps(content, separators=(",", ":")).encode(), 9)
     return base64.b64encode(packed).decode("ascii")
@@ -107,6 +115,15 @@ def map_from_text(text: Any, where: str) -> RowMap:
             raise FormatError(f"{where}: {name} has an order that cannot be. Got number {number}. {_REMEDY}")
         return found
 
+    def factors(name: str, own: _Tensor) -> NDArray[np.float32] | None:
+        if not own.factors:
+            return None
+        with np.errstate(over="ignore"):
+            values = np.array(own.factors, dtype=np.float32)
+        if not (np.isfinite(values) & (values != 0)).all():
+            raise FormatError(f"{where}: {name} has a factor that is zero or infinite. Got {own.factors}. {_REMEDY}")
+        return values[zeros[: own.rows] if own.scaled is None else order(name, own.scaled, own.rows, len(values))]
+
     def rows(name: str, own: _Tensor) -> TensorRows:
         columns = None if own.columns is None else order(name, own.columns)
         if not own.linears or (columns is not None and not np.array_equal(np.sort(columns), np.arange(len(columns)))):
@@ -116,6 +133,7 @@ def map_from_text(text: Any, where: str) -> RowMap:
             zeros[: own.rows] if own.source is None else order(name, own.source, own.rows, len(own.linears)),
             rising[: own.rows] if own.output is None else order(name, own.output, own.rows),
             columns,
+            factors(name, own),
         )
 
     return RowMap({name: rows(name, own) for name, own in known.tensors.items()}, known.unexplained)

@@ -15,15 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, __version__, conversion_mapping
 
-from tests.saved_decoders import DECODERS, SIZES, save_decoder, save_random
-from tests.tiny_models import FAMILIES
-
-MODELS = {**DECODERS, **{name: (name, settings) for name, settings in FAMILIES.items()}}
-
-
-def save(directory: Path, name: str) -> None:
-    model_type, settings = MODELS[name]
-    save_random(directory, AutoConfig.for_model(model_type, **{**SIZES, **settings}))
+from tests.saved_decoders import ALL, save_decoder
 
 
 def loaded(directory: Path, **how: Any) -> dict[str, Tensor]:
@@ -57,9 +49,9 @@ def stacks(plan: LoadPlan) -> Iterator[str]:
     return (name for name in sorted(plan.names) if "experts" in name and len(plan.shape(name)) == 3)
 
 
-@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize("name", sorted(ALL))
 def test_as_from_pretrained(name: str, tmp_path: Path) -> None:
-    save(tmp_path, name)
+    save_decoder(tmp_path, name)
     source = Checkpoint.open(tmp_path)
     plan, expected = plan_of(source), loaded(tmp_path, dtype=torch.bfloat16)
     assert (plan.missing, plan.unused) == ((), ())
@@ -87,7 +79,7 @@ def test_as_from_pretrained(name: str, tmp_path: Path) -> None:
 )
 def test_experts_one_tensor_each(name: str, stored: str, tmp_path: Path) -> None:
     # As the Hub has them: what the test above compares is made of these.
-    save(tmp_path, name)
+    save_decoder(tmp_path, name)
     source = Checkpoint.open(tmp_path)
     plan = plan_of(source)
     assert stored in plan.sources("model.layers.1.mlp.experts.gate_up_proj")
@@ -152,6 +144,9 @@ def test_mxfp4(tmp_path: Path) -> None:
     assert (plan.missing, plan.unused) == ((), ())
     for parameter in plan.names:
         assert torch.equal(plan.make(parameter, source.tensor), expected[parameter]), parameter
+    for parameter in stacks(plan):
+        for expert, weight in enumerate(expected[parameter]):
+            assert torch.equal(plan.make_expert(parameter, expert, source.tensor, source.entry), weight)
 
 
 def test_missing_and_unused(tmp_path: Path) -> None:
@@ -170,7 +165,7 @@ def test_missing_and_unused(tmp_path: Path) -> None:
     [
         ("model.layers.0.mlp.gate.weight", (4, 31), r"Got shape \(4, 31\) for model.layers.0.mlp.gate.weight"),
         ("model.layers.0.mlp.experts.2.up_proj.weight", (47, 32), "do not fit together"),
-        ("model.layers.0.mlp.experts.4.up_proj.weight", (48, 32), r"Expected what makes \(4, 96, 32\)"),
+        ("model.layers.0.mlp.experts.4.up_proj.weight", (96, 64), r"Expected what makes \(4, 192, 64\)"),
     ],
     ids=["plain", "expert", "one-expert-more"],
 )
@@ -183,7 +178,7 @@ def test_sizes_that_do_not_fit(stored: str, shape: tuple[int, int], message: str
 
 
 def test_another_version_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_decoder(tmp_path, "arcee")
+    save_decoder(tmp_path, "smollm3")
     monkeypatch.delattr(conversion_mapping, "get_model_conversion_mapping")
     with pytest.raises(UnsupportedModelError, match=f"Transformers {__version__} cannot read the names"):
         plan_of(Checkpoint.open(tmp_path))

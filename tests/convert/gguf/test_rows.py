@@ -9,8 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bpwise.convert.gguf.ggml.curves import measured_types
+from bpwise.convert.gguf.ggml.kernels import decode, encode, ggml_type
+from bpwise.convert.gguf.rows.foreign import LikeOutputs
 from bpwise.convert.gguf.rows.matching import LinearOutputs
 from bpwise.convert.gguf.rows.rowmap import RowMap, TensorRows
+from bpwise.convert.gguf.rows.slices import put_part_, stored_part
 from bpwise.convert.gguf.rows.text import map_from_text, map_to_text
 from bpwise.errors import FormatError
 from torch import Tensor
@@ -169,6 +173,93 @@ def test_equal_columns() -> None:
     assert sorted(rows.columns.tolist()) == list(range(64))
 
 
+FACTORS = {
+    "one": torch.tensor([0.39062499999999994]).expand(48),
+    "negative": torch.tensor([-5.656854249492381]).expand(48),
+    "runs": torch.tensor([0.441941738, 0.3125, 0.625, 1.0]).repeat_interleave(12),
+    "one-a-row": torch.linspace(0.5, 3.0, 48) * torch.where(torch.arange(48) % 2 == 0, 1.0, -1.0),
+}
+
+
+def multiplied(factors: Tensor, dtype: torch.dtype) -> Tensor:
+    """The rows of ``up`` times factors, as a converter makes them: in float32, by two factors one after the other."""
+    return (W["up"].float() * (factors / 1.25)[:, None] * 1.25).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", FACTORS)
+def test_finds_what_rows_were_multiplied_with(name: str, dtype: torch.dtype) -> None:
+    values, outputs = multiplied(FACTORS[name], dtype), LinearOutputs(W)
+    assert outputs.find(values) is None
+    assert outputs.find_reordered(values) is None
+    rows = outputs.find_scaled(values)
+    assert rows is not None
+    assert rows.factors is not None
+    assert (rows.linears, rows.output.tolist()) == (("up",), list(range(48)))
+    found = torch.from_numpy(rows.factors)
+    # Half a unit in the last place: rows whose factors differ by less are not told apart.
+    assert torch.allclose(found, FACTORS[name], rtol=1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps / 2)
+    assert len(np.unique(rows.factors)) == len(FACTORS[name].unique())
+    assert outputs.find_scaled(values) is None  # it is held now
+
+
+def test_rows_of_zeros_have_any_factor() -> None:
+    weight = W["up"].clone()
+    weight[[0, 7, 20, 47]] = 0
+    weight[:, 3] = 0
+    rows = LinearOutputs({"w": weight}).find_scaled(weight.float() * FACTORS["runs"][:, None])
+    assert rows is not None
+    assert rows.factors is not None
+    assert np.allclose(rows.factors, FACTORS["runs"].numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: torch.where(torch.arange(32) == 5, 1.01 * w, w),
+        lambda w: 2 * w + 1e-3,
+        lambda w: torch.where(torch.arange(48)[:, None] == 7, 0.0, 2 * w),
+        lambda w: torch.where(torch.arange(48)[:, None] == 7, torch.inf, 2 * w),
+        lambda w: 2 * w.roll(1, 0),
+        lambda w: 2 * w[:40],
+        lambda w: torch.randn(48, 32, generator=torch.Generator().manual_seed(8)),
+    ],
+    ids=["one-column", "moved", "to-zero", "to-infinity", "other-rows", "a-part", "another"],
+)
+def test_does_not_find_other_rows_multiplied(change: Callable[[Tensor], Tensor]) -> None:
+    outputs = LinearOutputs(W)
+    assert outputs.find_scaled(change(W["up"].float())) is None
+    made_of_zeros = LinearOutputs({"w": torch.zeros(48, 32)})
+    assert made_of_zeros.find_scaled(change(W["up"].float()).abs() + 1) is None
+
+
+def test_multiplied_rows_are_put_back() -> None:
+    weight = W["up"].float()
+    rows = LinearOutputs(W).find_scaled(multiplied(FACTORS["one-a-row"], torch.float32))
+    assert rows is not None
+    (part,) = RowMap({"t": rows}, {}).parts("up")
+    assert part.holds_all(48)
+    assert not part.is_weight(48)
+    stored = stored_part(weight.T, part).T
+    assert torch.allclose(stored, multiplied(FACTORS["one-a-row"], torch.float32), rtol=1e-5)
+    again = torch.empty(48, 32)
+    put_part_(again, part, stored)
+    assert torch.allclose(again, weight, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [None, *FACTORS])
+def test_multiplied_rows_of_rounded_files_are_found_by_likeness(name: str | None) -> None:
+    values = W["up"].float() if name is None else multiplied(FACTORS[name], torch.float32)
+    step = values.abs().amax(dim=1, keepdim=True) / 7
+    rows = LikeOutputs(W).find((values / step).round() * step)
+    assert rows is not None
+    assert (rows.linears, rows.output.tolist()) == (("up",), list(range(48)))
+    assert (rows.factors is None) == (name is None)
+    if name is not None:
+        assert rows.factors is not None
+        assert np.allclose(rows.factors, FACTORS[name].numpy(), rtol=0.1)
+
+
 def example() -> RowMap:
     outputs = LinearOutputs({f"blocks.{b}.{name}": x + b for b in range(3) for name, x in W.items()})
     found = {}
@@ -177,6 +268,8 @@ def example() -> RowMap:
         found[f"blk.{b}.exps"] = outputs.find(torch.stack([W["gate"], W["up"]]) + b)
         found[f"blk.{b}.out"] = outputs.find_reordered(W["out"][:, PERMUTATION] + b)
         found[f"blk.{b}.down"] = outputs.find(W["down"] + b)
+    for name in ("one", "runs"):
+        found[name] = LinearOutputs(W).find_scaled(multiplied(FACTORS[name], torch.bfloat16))
     assert None not in found.values()
     return RowMap({name: rows for name, rows in found.items() if rows is not None}, {"blk.9.x": "of no block"})
 
@@ -194,9 +287,55 @@ def test_text_says_it_all() -> None:
         assert np.array_equal(read.output, own.output)
         assert (read.columns is None) == (own.columns is None)
         assert read.columns is None or np.array_equal(read.columns, own.columns)
+        assert (read.factors is None) == (own.factors is None)
+        assert read.factors is None or np.array_equal(read.factors, own.factors)
+        assert read.factors is None or read.factors.dtype == np.float32
     assert map_to_text(again) == text
-    # Three blocks take no more orders than one: q's, the joined and the stacked sources, the columns.
-    assert len(json.loads(zlib.decompress(base64.b64decode(text)))["orders"]) == 5
+    # Three blocks take no more orders than one: q's, the joined and the stacked sources, the columns; and the factors.
+    assert len(json.loads(zlib.decompress(base64.b64decode(text)))["orders"]) == 6
+
+
+FOUR_BITS = pytest.mark.skipif(not measured_types(), reason="ggml's library is not installed")
+
+
+def rounded(values: Tensor, kind: str = "Q4_0") -> Tensor:
+    """What a reader makes of a tensor in four bits."""
+    rows = values.float().flatten(0, -2).contiguous()
+    return decode(encode(rows, ggml_type(kind)), ggml_type(kind)).view(values.shape)
+
+
+@FOUR_BITS
+@pytest.mark.parametrize("name", sorted(TENSORS.keys() - {"rows-and-columns"}))
+def test_finds_quantized_rows_by_likeness(name: str) -> None:
+    make, linears = TENSORS[name]
+    weights = {linear: weight.float() for linear, weight in W.items()}
+    rows = LikeOutputs(weights).find(rounded(make()))
+    assert rows is not None
+    assert rows.linears == linears
+    assert torch.equal(rebuilt(rows, weights), make().float().flatten(0, -2))
+
+
+@FOUR_BITS
+def test_likeness_believes_no_other_model() -> None:
+    rng = torch.Generator().manual_seed(9)
+    likes = LikeOutputs({name: torch.randn(W[name].shape, generator=rng) for name in ("q", "v", "out")})
+    for values in (W["q"], W["v"], W["out"], 3 * W["v"]):
+        assert likes.find(rounded(values)) is None
+    assert LikeOutputs({"v": W["v"].float()}).find(rounded(3 * W["v"])) is None
+    assert LikeOutputs({}).find(torch.ones(2, 32)) is None
+
+
+@FOUR_BITS
+def test_likeness_tells_experts_apart() -> None:
+    rng = torch.Generator().manual_seed(8)
+    experts = {f"{e}.{part}": torch.randn(48, 32, generator=rng) for e in range(6) for part in ("gate", "up")}
+    experts["5.up"] = experts["4.up"].clone()  # copies go each to its own
+    likes = LikeOutputs(experts)
+    for part in ("up", "gate"):
+        rows = likes.find(rounded(torch.stack([experts[f"{e}.{part}"] for e in range(6)])))
+        assert rows is not None
+        assert rows.linears == tuple(f"{e}.{part}" for e in range(6))
+        assert rows.output.tolist() == list(range(48)) * 6
 
 
 def test_fits() -> None:
@@ -206,6 +345,7 @@ def test_fits() -> None:
         for b in range(3)
         for name, shape in {"qkv": (128, 32), "exps": (2, 48, 32), "out": (32, 64), "down": (32, 48)}.items()
     }
+    shapes |= dict.fromkeys(("one", "runs"), (48, 32))
     assert rows.fits({**shapes, "other": (3,)})
     assert not rows.fits({**shapes, "blk.1.exps": (2, 24, 32)})
     assert not rows.fits({**shapes, "blk.1.out": (32, 32)})
@@ -217,8 +357,8 @@ def packed(content: Any) -> str:
     return base64.b64encode(zlib.compress(json.dumps(content).encode())).decode()
 
 
-TENSOR = {"linears": ["a"], "rows": 2, "source": None, "output": 0, "columns": None}
-CONTENT = {"version": 1, "orders": [[1, -1]], "tensors": {"t": TENSOR}, "unexplained": {}}
+TENSOR = {"linears": ["a"], "rows": 2, "source": None, "output": 0, "columns": None, "factors": [], "scaled": None}
+CONTENT = {"version": 2, "orders": [[1, -1]], "tensors": {"t": TENSOR}, "unexplained": {}}
 
 
 @pytest.mark.parametrize(
@@ -228,7 +368,7 @@ CONTENT = {"version": 1, "orders": [[1, -1]], "tensors": {"t": TENSOR}, "unexpla
         ("???", "cannot be unpacked"),
         (packed(CONTENT)[:-8], "cannot be unpacked|incomplete"),
         (packed([]), "not a valid value|Expected"),
-        (packed({**CONTENT, "version": 2}), "another version. Got 2. Expected 1"),
+        (packed({**CONTENT, "version": 1}), "another version. Got 1. Expected 2"),
         (packed({**CONTENT, "orders": [[1, 1 << 40]]}), "not a valid value"),
         (packed({**CONTENT, "orders": []}), "cannot be"),
         (packed({**CONTENT, "orders": [[0, 1, 1]]}), "cannot be"),
@@ -237,6 +377,11 @@ CONTENT = {"version": 1, "orders": [[1, -1]], "tensors": {"t": TENSOR}, "unexpla
         (packed({**CONTENT, "tensors": {"t": {**TENSOR, "rows": 1 << 40}}}), "not a valid value"),
         (packed({**CONTENT, "tensors": {"t": {**TENSOR, "source": 0}}}), "cannot be"),
         (packed({**CONTENT, "tensors": {"t": {**TENSOR, "columns": 0}}, "orders": [[1, 0]]}), "each there once"),
+        (packed({**CONTENT, "tensors": {"t": {**TENSOR, "factors": [2.0], "scaled": 0}}}), "cannot be"),
+        *(
+            (packed({**CONTENT, "tensors": {"t": {**TENSOR, "factors": [factor]}}}), "zero or infinite")
+            for factor in (0.0, 1e-60, 1e60, float("nan"), float("inf"))
+        ),
     ],
 )
 def test_refuses_damaged_text(text: str, message: str) -> None:
@@ -248,3 +393,4 @@ def test_a_good_text_is_read() -> None:
     rows = map_from_text(packed(CONTENT), "here").tensors["t"]
     assert rows.output.tolist() == [1, 0]
     assert rows.source.tolist() == [0, 0]
+    assert rows.factors is None

@@ -82,15 +82,15 @@ def test_takes_finished_bytes(make_gguf: MakeGguf, tmp_path: Path) -> None:
     raw = (tmp_path / "plain.gguf").read_bytes()[tensor.offset_bytes :][: tensor.size_bytes]
     mine = np.frombuffer(raw, dtype=np.uint8).reshape(256, -1).copy()
     mine[:, 5] += 1
-    ready = {"blk.1.attn_q.weight": lambda: mine}
+    ready = {"blk.1.attn_q.weight": lambda: iter([mine])}
     write_gguf(base, tmp_path / "ours.gguf", types_of(base, kind), file_type=7, encoded=ready)
     assert (tmp_path / "ours.gguf").read_bytes()[tensor.offset_bytes :][: tensor.size_bytes] == mine.tobytes()
     # Bytes of another matrix are no rounding of this one.
-    other = {"blk.1.attn_q.weight": lambda: encode(weights, kind)}
+    other = {"blk.1.attn_q.weight": lambda: iter([encode(weights, kind)])}
     with pytest.raises(VerificationError, match=r"blk\.1\.attn_q\.weight: at Q8_0 it decodes to something else"):
         write_gguf(base, tmp_path / "bad.gguf", types_of(base, kind), file_type=7, encoded=other)
     with pytest.raises(ShapeError, match="finished data"):
-        bad = {"blk.1.attn_q.weight": lambda: mine[:, :-34]}
+        bad = {"blk.1.attn_q.weight": lambda: iter([mine[:, :-34]])}
         write_gguf(base, tmp_path / "bad.gguf", types_of(base, kind), file_type=7, encoded=bad)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours.gguf", "plain.gguf", "small.gguf"]
 
@@ -107,7 +107,7 @@ def test_finished_bytes_may_be_as_far_away_as_they_were_meant_to_be(make_gguf: M
     def write(**meant: float) -> None:
         (tmp_path / "out.gguf").unlink(missing_ok=True)
         distances = {name: meant["distance"]} if meant else {}
-        ready = {name: lambda: moved}
+        ready = {name: lambda: iter([moved])}
         write_gguf(base, tmp_path / "out.gguf", types_of(base, kind), file_type=7, encoded=ready, distances=distances)
 
     write(distance=distance)

@@ -290,3 +290,27 @@ def test_gguf_files(tmp_path: Path, hub: FakeHub) -> None:
     assert "tells no bitrate" in push(folder / "odd.gguf", "org/").stderr
     (folder / "odd.gguf.BROKEN.md").write_text("It is.")
     assert "marked as broken" in push(folder / "odd.gguf", "org/").stderr
+
+
+def test_what_a_gguf_model_sees_images_with_goes_with_every_file(tmp_path: Path, hub: FakeHub) -> None:
+    gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install 'bpwise[gguf]'")
+    folder = tmp_path / "all"
+    folder.mkdir()
+    # Runs on one model begin alike.
+    runs = {"L-4.5bpw": "0123abcd4", "L-6.0bpw": "0123abcd6", "mmproj-L-BF16": "0123abcde"}
+    for name, run in runs.items():
+        writer = gguf.GGUFWriter(folder / f"{name}.gguf", "test")
+        writer.add_string("bpwise.run", run)
+        writer.add_tensor("w", np.ones((4, 32), dtype=np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        if name.startswith("L"):
+            (folder / f"{name}.README.md").write_text("---\n---\n")
+    assert push(folder, "org/").exit_code == 0
+    assert [set(files) for _, _, files in hub.commits if len(files) > 1] == [
+        {"L-4.5bpw.gguf", "L-4.5bpw.README.md", "mmproj-L-BF16.gguf"},
+        {"L-6.0bpw.gguf", "L-6.0bpw.README.md", "mmproj-L-BF16.gguf"},
+    ]
+    assert {repo for repo, _, _ in hub.commits} == {"org/L-GGUF"}

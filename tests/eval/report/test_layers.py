@@ -2,7 +2,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from bpwise.convert.exl2.file.linear import QuantizedLinear
 from bpwise.convert.exl2.file.reader import Exl2Model
 from bpwise.convert.exl2.file.writer import write_model
 from bpwise.convert.exl2.plan.plan import Exl2Plan, LinearPlan
+from bpwise.convert.gguf.file.header import GgufTensor
 from bpwise.convert.gguf.ggml.types import ggml_type
 from bpwise.convert.gguf.model.reader import GgufModel
 from bpwise.convert.gguf.plan.plan import GgufPlan, TensorPlan
@@ -100,7 +101,7 @@ def test_plan_of_another_size_is_not_believed(model: Path) -> None:
     assert {cost.damage_nats for cost in linear_costs(open_any(model), plan_of(model, (6, 3)))} == {None}
 
 
-EXL2, GGUF = {"bpwise_plan": 3, "format": "exl2"}, {"bpwise_plan": 2, "format": "gguf"}
+EXL2, GGUF = {"bpwise_plan": 3, "format": "exl2"}, {"bpwise_plan": 3, "format": "gguf"}
 NO_TYPE = {"name": "x", "type": "Q9_K", "damage_nats": 0.1}
 
 
@@ -130,32 +131,30 @@ def test_unquantized_models_have_none(make_model: Callable[..., Path]) -> None:
 
 
 def test_gguf_and_its_plan(tmp_path: Path) -> None:
-    types = {"model.embed_tokens": "Q8_0", "model.layers.10.mlp.up_proj": "Q4_0", "model.layers.9.mlp.up_proj": "Q6_K"}
-
-    class File(GgufModel):
-        """Only what is asked of it: names, shapes and types."""
-
-        def __init__(self) -> None:
-            self._names = frozenset({*(f"{name}.weight" for name in types), "model.norm.weight"})
-
-        def shape(self, name: str) -> tuple[int, ...]:
-            return (256,) if "norm" in name else (4, 256)
-
-        def stored(self, name: str) -> Any:
-            return SimpleNamespace(type=ggml_type(types[name.removesuffix(".weight")]))
-
-    file = cast("GgufModel", File())
+    types = {"token_embd.weight": "Q8_0", "blk.10.ffn_up.weight": "Q4_0", "blk.9.ffn_up.weight": "Q6_K"}
+    shapes = dict.fromkeys(types, (4, 256))
+    stored = {name: GgufTensor(name, ggml_type(kind), shapes[name], 0, 0) for name, kind in types.items()}
+    stored["output_norm.weight"] = GgufTensor("output_norm.weight", ggml_type("F32"), (256,), 0, 0)
+    header: Any = SimpleNamespace(tensors=stored, metadata={}, path=tmp_path / "x.gguf")
+    file = GgufModel(header, None)
     costs = linear_costs(file)
     assert [(cost.name, cost.bpw) for cost in costs] == [
-        ("model.embed_tokens", 8.5),
-        ("model.layers.9.mlp.up_proj", 6.5625),
-        ("model.layers.10.mlp.up_proj", 4.5),
+        ("token_embd", 8.5),
+        ("blk.9.ffn_up", 6.5625),
+        ("blk.10.ffn_up", 4.5),
     ]
+    assert [cost.block for cost in costs] == [None, 9, 10]
     tensors = [
-        TensorPlan(name=name, rows=4, row_weights=256, type=kind, damage_nats=0.25) for name, kind in types.items()
+        TensorPlan(name=name, shape=(4, 256), linears=(), type=kind, damage_nats=0.25) for name, kind in types.items()
     ]
     path = tmp_path / "plan.json"
-    GgufPlan(tensors=tuple(tensors), other_weights=256, target_bytes=9999, lower_bound_nats=0.0, measurement="m").save(
-        path
+    plan = GgufPlan(
+        tensors=tuple(tensors),
+        other_weights=256,
+        other_bytes=1024,
+        target_bytes=9999,
+        lower_bound_nats=0.0,
+        measurement="m",
     )
+    plan.save(path)
     assert {cost.damage_nats for cost in linear_costs(file, path)} == {0.25}
