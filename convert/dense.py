@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint.files.atomic import atomic_directory, write_json
 from ..checkpoint.files.paths import named, refuse_inputs, reserved
@@ -67,7 +69,7 @@ def dequantize_model(
             copy_side_files(source, target)  # first: what is wrong with them shows before the long work
         dense = model.as_transformers()
         _write(dense, target, shard_bytes=shard_bytes)
-        write_json(target / "config.json", {**dense.config, "torch_dtype": "float16"})
+        write_json(target / "config.json", _named_floats({**dense.config, "torch_dtype": "float16"}))
     return source is not None
 
 
@@ -82,3 +84,12 @@ def _write(model: TensorSource, target: Path, *, shard_bytes: int) -> None:
     if len(set(weight_map.values())) > 1:
         index = {"metadata": {"total_size": shards.total_bytes}, "weight_map": weight_map}
         write_json(target / "model.safetensors.index.json", index)
+
+
+def _named_floats(value: Any) -> Any:
+    # JSON has no word for infinity; Transformers writes it so.
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"__float__": "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
+    if isinstance(value, dict):
+        return {key: _named_floats(each) for key, each in value.items()}
+    return [_named_floats(each) for each in value] if isinstance(value, list) else value

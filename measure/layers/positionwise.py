@@ -33,7 +33,9 @@ def chunked_positionwise(block: nn.Module, structure: BlockStructure) -> Iterato
         block: A decoder block.
         structure: Its structure; the first input group belongs to what mixes positions, and so does what convolves.
     """
-    mixing, *others = (group.first.partition(".")[0] for group in structure.groups)
+    places = structure.places
+    inside = (places[each.first].parameter if each.first in places else each.first for each in structure.groups)
+    mixing, *others = (name.partition(".")[0] for name in inside)
     found = (block.get_submodule(name) for name in sorted({*others} - {mixing}))
     modules: list[Any] = [each for each in found if not any(isinstance(inner, nn.Conv1d) for inner in each.modules())]
     with ExitStack() as stack:

@@ -14,6 +14,7 @@ from bpwise.convert.dense import dequantize_model
 from bpwise.convert.gguf.engine.gate import gate_base
 from bpwise.convert.gguf.engine.library import load_library
 from bpwise.convert.gguf.llama_cpp.converter import make_base
+from bpwise.convert.gguf.plan.making import make_gguf_plan
 from bpwise.convert.gguf.plan.plan import GgufPlan
 from bpwise.convert.registry import GgufOptions, export_imatrix
 from bpwise.measure.run import MeasureConfig, measure_model
@@ -83,7 +84,9 @@ def judge_family(name: str, model: Path, work: Path, llama_cpp: Path, llama_quan
     formats = {"gguf": config.conversion(checkpoint)}
     measured = measure_model(checkpoint, measurement, MeasureConfig(device="cpu"), formats=formats, calibration=_rows())
     export_imatrix(measured, work / "imatrix.gguf")
-    theirs = None if llama_quantize is None else LlamaQuantize(llama_quantize, base, work)
+    # What has no statistics (layers for multi-token prediction) is the same in both files.
+    fixed = [tensor.name for tensor in make_gguf_plan(measured, bpw=16.0).tensors if tensor.damage_nats is None]
+    theirs = None if llama_quantize is None else LlamaQuantize(llama_quantize, base, work, fixed)
     if theirs is not None:
         config = replace(config, target=Target(bpw=theirs.bpw))
     plan = quantize_model(checkpoint, ours, config, measurement=measurement).plan
@@ -107,9 +110,9 @@ def judge_family(name: str, model: Path, work: Path, llama_cpp: Path, llama_quan
 class LlamaQuantize:
     """What llama-quantize makes of an unquantized file, with a measurement's own importances."""
 
-    def __init__(self, program: Path, base: Path, work: Path) -> None:
+    def __init__(self, program: Path, base: Path, work: Path, fixed: list[str]) -> None:
         self._program, self._base, self._work = program, base, work
-        self._file = self._made("theirs", work / "imatrix.gguf", {})
+        self._file = self._made("theirs", work / "imatrix.gguf", dict.fromkeys(fixed, "Q8_0"))
         self._tensors = tensors_of(self._file)
         self._bytes = sum(tensor.n_bytes for tensor in self._tensors.values())
         self.bpw = 8 * self._bytes / sum(int(tensor.n_elements) for tensor in self._tensors.values())
@@ -125,7 +128,7 @@ class LlamaQuantize:
         matrices = {
             name: int(tensor.n_elements)
             for name, tensor in self._tensors.items()
-            if tensor.tensor_type.name not in ("F32", "F16", "BF16") and name not in TABLES
+            if tensor.tensor_type.name not in ("F32", "F16", "BF16") and name not in TABLES and not self._predicts(name)
         }
         unchanged = {
             name: weights
@@ -140,6 +143,10 @@ class LlamaQuantize:
             matrices=sum(matrices.values()),
             plain=unchanged,
         )
+
+    def _predicts(self, name: str) -> bool:
+        # Whether it belongs to layers for multi-token prediction, which come after the decoder's.
+        return any(f".{name.split('.')[1]}.nextn." in each for each in self._tensors) if "." in name else False
 
     def _made(self, name: str, imatrix: Path | None, types: dict[str, str]) -> Path:
         output = self._work / f"{name}.gguf"

@@ -71,8 +71,12 @@ class _Check:
     def _check_rope(self) -> None:
         rope = stated_rope(self._config)
         theta = rope.get("rope_theta")
-        # llama.cpp takes 10000 where the file says nothing.
-        if isinstance(theta, int | float) and not _near(self._get("rope.freq_base", 10000.0), theta):
+        # llama.cpp takes 10000 where the file says nothing. Hunyuan's alpha is a part of the file's base.
+        if (
+            isinstance(theta, int | float)
+            and not rope.get("alpha")
+            and not _near(self._get("rope.freq_base", 10000.0), theta)
+        ):
             raise self._error("rope.freq_base", self._get("rope.freq_base"), theta)
         kind = rope.get("rope_type")
         if kind == "llama3":
