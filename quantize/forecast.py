@@ -186,7 +186,8 @@ def _rounding_memory(
     state, waiting = kept_tokens * hidden * _FLOAT32_BYTES, (kept_tokens or together) * _FLOAT32_BYTES
     before = list(itertools.takewhile(lambda group: group.adds is None, block))
     attention = (
-        sum(columns for group in before for columns, _ in block[group].values()) + list(inputs.values())[len(before)]
+        sum(columns for group in before for columns, _ in block[group].values())
+        + list(inputs.values())[min(len(before), len(inputs) - 1)]
     )
     states = max(5 * state + waiting * attention, 3 * state + waiting * max(inputs.values())) + 2 * waiting * hidden
     # A micro-batch's pass, and the sums over it.

@@ -16,11 +16,15 @@ script, pairs, flags = json.loads(sys.argv[1])
 base = conversion.base.TextModel
 base.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
 
+def set_vocab(self):
+    base._set_vocab_gpt2(self)
+    self.gguf_writer.add_token_merges(["a b"])  # llama.cpp wants some
+
 def with_byte_vocabulary(found):
     def get_model_class(*arguments, **options):
         kind = found(*arguments, **options)
         if not options.get("mmproj"):
-            kind.set_vocab = base._set_vocab_gpt2
+            kind.set_vocab = set_vocab
         return kind
     return get_model_class
 

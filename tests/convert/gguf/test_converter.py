@@ -34,11 +34,16 @@ ANY_VOCABULARY = """
 _found = get_model_class
 
 
+def _set_vocab(self):
+    self._set_vocab_gpt2()
+    self.gguf_writer.add_token_merges(["a b"])  # llama.cpp wants some
+
+
 def get_model_class(name, mmproj=False):
     found = _found(name, mmproj)
     if not mmproj:
         TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
-        found.set_vocab = TextModel._set_vocab_gpt2
+        found.set_vocab = _set_vocab
     return found
 """
 
