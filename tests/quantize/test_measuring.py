@@ -57,7 +57,7 @@ def test_a_damaged_measurement_is_made_again(tiny_model: Path, tmp_path: Path, d
     get(tiny_model, tmp_path)
     kept = tmp_path / MEASUREMENT_FILE
     whole = kept.read_bytes()
-    kept.write_bytes(whole[:-5] if damage == "cut" else whole.replace(b'\\"version\\": 6', b'\\"version\\": 5'))
+    kept.write_bytes(whole[:-5] if damage == "cut" else whole.replace(b'\\"version\\": 7', b'\\"version\\": 5'))
     assert kept.read_bytes() != whole
     with pytest.warns(UserWarning, match=r"[Mm]easure the model again( with `bpwise measure`)?\. It is measured again"):
         get(tiny_model, tmp_path)

@@ -277,7 +277,7 @@ class TestWorkDirectoriesWithFiles:
         kept.parent.mkdir()
         content = measurement.read_bytes()
         if damage == "other-version":
-            kept.write_bytes(content.replace(b'\\"version\\": 6', b'\\"version\\": 5'))
+            kept.write_bytes(content.replace(b'\\"version\\": 7', b'\\"version\\": 5'))
             assert kept.read_bytes() != content
         else:
             kept.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
