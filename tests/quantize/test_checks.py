@@ -12,10 +12,9 @@ import pytest
 import torch
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.convert.conversion import Target
-from bpwise.convert.gguf.file.writer import write_gguf
 from bpwise.convert.gguf.llama_cpp.imatrix import ImportanceMatrix, write_imatrix
 from bpwise.convert.gguf.plan.plan import TypeOverride
-from bpwise.errors import BpwiseError, CalibrationError, ConfigError, UnsupportedModelError, WorkDirectoryError
+from bpwise.errors import BpwiseError, CalibrationError, ConfigError, VerificationError, WorkDirectoryError
 from bpwise.eval.config import EvalConfig
 from bpwise.measure.run import MeasureConfig, measure_model
 from bpwise.measure.text.calibration import CalibrationConfig, CalibrationSet
@@ -25,7 +24,7 @@ from bpwise.quantize.run import quantize_model
 from bpwise.quantize.series import output_paths, quantize_series
 from safetensors.torch import load_file, save_file
 
-from ..tiny_models import FAMILIES, save_family, save_with_vision
+from ..tiny_models import save_family
 from .runs import bpwise, exl2, gguf
 
 CONVERTER = "convert.gguf.base.make_base"
@@ -147,31 +146,6 @@ def test_a_bias_that_float16_cannot_hold(tmp_path: Path, byte_tokenizer: Any) ->
         quantize_model(tmp_path / "far", tmp_path / "out", exl2())
 
 
-@pytest.mark.parametrize("kind", ["gemma2", "mixtral", "phi3", "llava", "qwen2_5_vl"])
-def test_families_that_gguf_plans_do_not_know(kind: str, tmp_path: Path, byte_tokenizer: Any) -> None:
-    save = save_family if kind in FAMILIES else save_with_vision
-    model = save(tmp_path / "m", kind, byte_tokenizer)
-    message = f"model_type '{kind}'.*Expected one of llama, mistral, qwen2, qwen3.*--type"
-    for feedback in (True, False):
-        with pytest.raises(UnsupportedModelError, match=message):
-            quantize_model(model, tmp_path / "x.gguf", gguf(8, feedback=feedback))
-    with pytest.raises(UnsupportedModelError, match=message):
-        quantize_model(model, tmp_path / "x.gguf", gguf(target=Target(vram_bytes=1 << 31)))
-    with pytest.raises(UnsupportedModelError, match=message):
-        quantize_series(model, tmp_path / "x", gguf(), [8, 6])
-    assert [path.name for path in tmp_path.iterdir()] == ["m"]
-
-
-def test_a_mixture_that_could_not_be_compared(tmp_path: Path, byte_tokenizer: Any) -> None:
-    model = save_family(tmp_path / "m", "gemma2", byte_tokenizer)
-    result = bpwise("quantize", model, tmp_path / "x.gguf", "--type", "Q8_0", "--eval-rows", "1")
-    assert result.exit_code == 1
-    assert "model_type 'gemma2'" in result.stderr
-    assert "--no-eval" in result.stderr
-    with pytest.raises(pytest.fail.Exception):  # llama.cpp's converter knows it
-        quantize_model(model, tmp_path / "x.gguf", gguf(mixture="Q8_0"))
-
-
 @pytest.fixture(scope="module")
 def known(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Any) -> Path:
     """A Llama, and ggml's library to plan it with."""
@@ -187,8 +161,7 @@ class TestGguf:
             ({"bpw": 2}, [], "cannot be reached"),
             ({"max_bytes": 30_000}, [], "cannot be reached"),
             ({"vram_bytes": 1 << 20, "context_tokens": 64}, [], "no room for weights"),
-            ({"bpw": 5}, ["blk.0.*=Q4_K"], "rows of 64 weights. Expected a multiple of 256"),
-            ({"bpw": 5}, ["blk.7.*=Q4_0"], "no tensor has such a name"),
+            ({"bpw": 5}, ["model.layers.0.*=Q4_K"], "rows of 64 weights. Expected a multiple of 256"),
             # 95232 weights at 2 bytes, 1216 of norms and biases at 4: 16.2017 bits each, met from below.
             ({"bpw": 5}, ["*=F16"], "from 195328 to 195328, that is 16.2018 to 16.2018 bits"),
         ],
@@ -206,6 +179,23 @@ class TestGguf:
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize(
+        ("overrides", "message"),
+        [
+            (["blk.0.*=Q4_K"], "rows of 64 weights. Expected a multiple of 256"),
+            (["blk.7.*=Q4_0"], "no tensor has such a name"),
+            (["*=F16", "blk.1.ffn_up.weight=Q4_0"], "cannot be reached"),
+        ],
+    )
+    def test_names_in_the_file_are_known_once_it_is_there(
+        self, overrides: list[str], message: str, converted: Any, tmp_path: Path
+    ) -> None:
+        base = converted["mistral"].file
+        config = gguf(5, base=base, overrides=tuple(map(TypeOverride.parse, overrides)))
+        with pytest.raises(BpwiseError, match=message):  # before anything is measured
+            quantize_model(converted["mistral"].directory, tmp_path / "x.gguf", config, calibration=rows(2, 32))
+        assert not (tmp_path / "x.gguf").exists()
+
+    @pytest.mark.parametrize(
         ("name", "row_weights", "message"),
         [
             ("blk.0.attn_q.weight", 128, "blk.0.attn_q.weight has 128 inputs. Expected 64"),
@@ -214,13 +204,14 @@ class TestGguf:
         ids=["wider", "other-names"],
     )
     def test_importances_of_another_model(
-        self, name: str, row_weights: int, message: str, known: Path, tmp_path: Path
+        self, name: str, row_weights: int, message: str, converted: Any, tmp_path: Path
     ) -> None:
         matrix = tmp_path / "i.gguf"
         write_imatrix(matrix, ImportanceMatrix.from_means({name: torch.ones(row_weights)}, 10))
+        config = gguf(mixture="Q4_0", imatrix=matrix, base=converted["mistral"].file)
         with pytest.raises(ConfigError, match=message):
-            quantize_model(known, tmp_path / "x.gguf", gguf(mixture="Q4_0", imatrix=matrix))
-        assert list(tmp_path.iterdir()) == [matrix]
+            quantize_model(converted["mistral"].directory, tmp_path / "x.gguf", config)
+        assert not (tmp_path / "x.gguf").exists()
 
     def test_a_mixture_that_needs_importances(self, tmp_path: Path, byte_tokenizer: Any) -> None:
         wide = save_family(tmp_path / "m", "llama", byte_tokenizer, hidden_size=256, intermediate_size=256)
@@ -228,18 +219,14 @@ class TestGguf:
             quantize_model(wide, tmp_path / "x.gguf", gguf(mixture="IQ2_XS"))
 
 
-def test_a_base_that_cannot_be_read_back(
-    converted: Any, byte_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("bpwise.quantize.judge.load_tokenizer", lambda _: byte_tokenizer)
-    model = converted["mistral"].directory
-    evaluate = EvalConfig(rows=1, row_tokens=32, device="cpu")
-    base = tmp_path / "base.gguf"
-    write_gguf(converted["mistral"].file, base, {}, file_type=0, metadata={"llama.attention.sliding_window": 64})
-    with pytest.raises(UnsupportedModelError, match="sliding-window"):
-        quantize_model(model, tmp_path / "x.gguf", gguf(6, base=base), calibration=rows(2, 32))
-    with pytest.raises(UnsupportedModelError, match="sliding-window"):
-        quantize_model(model, tmp_path / "x.gguf", gguf(mixture="Q8_0", base=base, evaluate=evaluate))
+def test_a_base_of_another_model_is_refused_before_anything_is_measured(converted: Any, tmp_path: Path) -> None:
+    with pytest.raises(VerificationError, match=r"o_proj is not in the file, or not whole. Got 0 of its 64 outputs"):
+        quantize_model(
+            converted["mistral"].directory,
+            tmp_path / "x.gguf",
+            gguf(6, base=converted["llama"].file),
+            calibration=rows(2, 32),
+        )
     assert not (tmp_path / "x.gguf").exists()
 
 
