@@ -12,8 +12,9 @@ import pytest
 import torch
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.convert.conversion import Target
+from bpwise.convert.gguf.llama_cpp.imatrix import ImportanceMatrix, write_imatrix
 from bpwise.convert.gguf.plan.plan import TypeOverride
-from bpwise.errors import BpwiseError, CalibrationError, ConfigError, WorkDirectoryError
+from bpwise.errors import BpwiseError, CalibrationError, ConfigError, VerificationError, WorkDirectoryError
 from bpwise.eval.config import EvalConfig
 from bpwise.measure.run import MeasureConfig, measure_model
 from bpwise.measure.text.calibration import CalibrationConfig, CalibrationSet
@@ -177,10 +178,56 @@ class TestGguf:
                 quantize_series(known, tmp_path / "x", config, [target["bpw"], 8.5])
         assert list(tmp_path.iterdir()) == []
 
+    @pytest.mark.parametrize(
+        ("overrides", "message"),
+        [
+            (["blk.0.*=Q4_K"], "rows of 64 weights. Expected a multiple of 256"),
+            (["blk.7.*=Q4_0"], "no tensor has such a name"),
+            (["*=F16", "blk.1.ffn_up.weight=Q4_0"], "cannot be reached"),
+        ],
+    )
+    def test_names_in_the_file_are_known_once_it_is_there(
+        self, overrides: list[str], message: str, converted: Any, tmp_path: Path
+    ) -> None:
+        base = converted["mistral"].file
+        config = gguf(5, base=base, overrides=tuple(map(TypeOverride.parse, overrides)))
+        with pytest.raises(BpwiseError, match=message):  # before anything is measured
+            quantize_model(converted["mistral"].directory, tmp_path / "x.gguf", config, calibration=rows(2, 32))
+        assert not (tmp_path / "x.gguf").exists()
+
+    @pytest.mark.parametrize(
+        ("name", "row_weights", "message"),
+        [
+            ("blk.0.attn_q.weight", 128, "blk.0.attn_q.weight has 128 inputs. Expected 64"),
+            ("blk.9.ffn_down.weight", 96, "none of its 1 tensors is in the model"),
+        ],
+        ids=["wider", "other-names"],
+    )
+    def test_importances_of_another_model(
+        self, name: str, row_weights: int, message: str, converted: Any, tmp_path: Path
+    ) -> None:
+        matrix = tmp_path / "i.gguf"
+        write_imatrix(matrix, ImportanceMatrix.from_means({name: torch.ones(row_weights)}, 10))
+        config = gguf(mixture="Q4_0", imatrix=matrix, base=converted["mistral"].file)
+        with pytest.raises(ConfigError, match=message):
+            quantize_model(converted["mistral"].directory, tmp_path / "x.gguf", config)
+        assert not (tmp_path / "x.gguf").exists()
+
     def test_a_mixture_that_needs_importances(self, tmp_path: Path, byte_tokenizer: Any) -> None:
         wide = save_family(tmp_path / "m", "llama", byte_tokenizer, hidden_size=256, intermediate_size=256)
         with pytest.raises(ConfigError, match="garbage without importances"):
             quantize_model(wide, tmp_path / "x.gguf", gguf(mixture="IQ2_XS"))
+
+
+def test_a_base_of_another_model_is_refused_before_anything_is_measured(converted: Any, tmp_path: Path) -> None:
+    with pytest.raises(VerificationError, match=r"o_proj is not in the file, or not whole. Got 0 of its 64 outputs"):
+        quantize_model(
+            converted["mistral"].directory,
+            tmp_path / "x.gguf",
+            gguf(6, base=converted["llama"].file),
+            calibration=rows(2, 32),
+        )
+    assert not (tmp_path / "x.gguf").exists()
 
 
 Q4_0 = {"mixture": "Q4_0"}

@@ -129,7 +129,8 @@ def _mapped(
         left = {x: weights[x] for x in weights.keys() - {linear for own in held.values() for linear in own.linears}}
         unexplained |= dict.fromkeys((x for x in names[block] if x not in held), "its rows are no linear's")
         # What the converter keeps in F32 whatever it is asked for is no candidate, but may be a linear all the same.
-        held |= find(left, _readers(header, [x for x in _wide(header) if layer_of(x) == block and x not in ordered]))
+        others = [x for x in _wide(header) if layer_of(x) == block and x not in ordered] if left else []
+        held |= find(left, _readers(header, others))
         found |= held
     return RowMap({name: found[name] for name in header.tensors if name in found}, unexplained)
 
