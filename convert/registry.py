@@ -15,13 +15,17 @@ from .plan import Plan
 
 if TYPE_CHECKING:
     from .exl2.options import Exl2Options
+    from .gguf.engine.library import EngineModel, LlamaLibrary, load_library
+    from .gguf.engine.stored import stored_model
     from .gguf.llama_cpp.importance import export_imatrix
     from .gguf.options import GgufOptions
 
 __all__ = [
     "PLAN_KEY",
+    "EngineModel",
     "Exl2Options",
     "GgufOptions",
+    "LlamaLibrary",
     "export_imatrix",
     "format_asking",
     "format_named",
@@ -30,9 +34,11 @@ __all__ = [
     "formats",
     "is_older_plan",
     "is_plan",
+    "load_library",
     "load_plan",
     "registered",
     "require_format",
+    "stored_model",
 ]
 
 _FORMATS: dict[str, str | Format] = {
@@ -42,9 +48,13 @@ _FORMATS: dict[str, str | Format] = {
 """By name, the module that holds the format as ``FORMAT``; it is imported when it is first asked for."""
 
 _PUBLIC = {
+    "EngineModel": ".gguf.engine.library",
     "Exl2Options": ".exl2.options",
     "GgufOptions": ".gguf.options",
+    "LlamaLibrary": ".gguf.engine.library",
     "export_imatrix": ".gguf.llama_cpp.importance",
+    "load_library": ".gguf.engine.library",
+    "stored_model": ".gguf.engine.stored",
 }
 """Homes of the public names that belong to one format."""
 

@@ -102,7 +102,7 @@ class Given:
 
     maker: CurveMaker
 
-    def prepare(self, work: Path, progress: Progress) -> tuple[()]:
+    def prepare(self, work: Path, progress: Progress, measurement: Path | None = None) -> tuple[()]:
         return ()
 
     def curves(self) -> CurveMaker:

@@ -17,11 +17,9 @@ from torch import Tensor
 
 from ...checkpoint.source.checkpoint import TensorSource
 from ...checkpoint.source.original import Original
-from ...convert.gguf.engine.library import EngineModel, LlamaLibrary, load_library
-from ...convert.gguf.engine.stored import GgufFile
-from ...convert.gguf.file.header import is_gguf
 from ...convert.model import QuantizedModel
 from ...convert.opening import open_any
+from ...convert.registry import EngineModel, LlamaLibrary, load_library, stored_model
 from ...errors import CheckpointError, ConfigError, UnsupportedModelError
 from ...measure.text.calibration import CalibrationSet
 from ...measure.text.context import EVALUATION, check_rows
@@ -58,9 +56,10 @@ def open_for_engine(model: str | Path | TensorSource) -> TensorSource:
     try:
         return open_any(model)
     except UnsupportedModelError:
-        if not is_gguf(Path(str(model))):
+        stored = stored_model(Path(str(model)))
+        if stored is None:
             raise
-        return GgufFile.open(Path(str(model)))
+        return stored
 
 
 def evaluate_in_engine(

@@ -138,7 +138,7 @@ class OriginalBlock:
         joining = [group.first for group in self._groups if group.joins_stream]
         norms = [group.adds for group in self._groups if group.adds and group.normed]
         adding = [group.adds for group in self._joining if group.adds]
-        output = self._model.new_state(self._tokens) if known is None else known
+        output = self._model.new_state(self._tokens, hidden.shape[-1]) if known is None else known
         for batch in micro_batches(*self._tokens.shape):
             forward = partial(run_micro_batch, self._model, self._index, hidden, batch)
             with (

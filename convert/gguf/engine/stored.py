@@ -15,11 +15,11 @@ from ....checkpoint.model.names import model_order
 from ....errors import CheckpointError, FormatError
 from ...model import Description, QuantizedModel
 from ..file.describe import describe_gguf
-from ..file.header import GgufHeader, GgufTensor, read_gguf_header, require_whole
+from ..file.header import GgufHeader, GgufTensor, is_gguf, read_gguf_header, require_whole
 from ..file.metadata import SPANS_KEY
 from ..file.values import read_values
 
-__all__ = ["GgufFile"]
+__all__ = ["GgufFile", "stored_model"]
 
 _BLOCK = re.compile(r"blk\.(?=\d)")
 _TABLE = "token_embd.weight"
@@ -132,3 +132,12 @@ class GgufFile(QuantizedModel):
                 f"{self.path}: tensor {name!r} is missing. Got {len(self._places)} others. Get the model again."
             )
         return self._places[name]
+
+
+def stored_model(path: Path) -> GgufFile | None:
+    """Return what the header of a file says of a model that nothing here decodes; None if it is no GGUF file.
+
+    Raises:
+        FormatError: The file is damaged.
+    """
+    return GgufFile.open(path) if is_gguf(path) else None
