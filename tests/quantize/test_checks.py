@@ -220,7 +220,7 @@ class TestGguf:
 
 
 def test_a_base_of_another_model_is_refused_before_anything_is_measured(converted: Any, tmp_path: Path) -> None:
-    with pytest.raises(VerificationError, match="runs another model|is not in the file, or not whole"):
+    with pytest.raises(VerificationError, match=r"runs another model|is not in the file, or not whole"):
         quantize_model(
             converted["mistral"].directory,
             tmp_path / "x.gguf",

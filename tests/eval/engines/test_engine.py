@@ -11,7 +11,7 @@ from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.cli import cli
 from bpwise.convert.gguf.engine.library import LlamaLibrary, load_library
 from bpwise.convert.gguf.model.reader import GgufModel
-from bpwise.errors import CheckpointError, ConfigError, UnsupportedModelError
+from bpwise.errors import CheckpointError, ConfigError
 from bpwise.eval.comparison import EvalConfig, compare_models, evaluate_models
 from bpwise.eval.engines.engine import compare_in_engine, open_for_engine
 from bpwise.measure.text.calibration import CalibrationSet
@@ -134,14 +134,12 @@ class TestCompareInEngine:
     def test_an_architecture_that_nothing_here_decodes(
         self, library: LlamaLibrary, converted: Any, byte_tokenizer: Any, tmp_path: Path
     ) -> None:
-        # Granite with a scale of 1 is a llama; its files are run, but not read back.
+        # Granite with a scale of 1 is a llama.
         model = converted["llama"]
         files = [
             requantized(model.file, tmp_path / f"{name}.gguf", decoded=name == "base", architecture="granite")
             for name in ("base", "small")
         ]
-        with pytest.raises(UnsupportedModelError):
-            GgufModel.open(files[0])
         base, quantized = map(open_for_engine, files)
         got = compare_in_engine(Checkpoint.open(model.directory), base, quantized, rows_of(2, 64), library)
         assert 0 < got.summary.kl_nats.value < 0.1
@@ -218,7 +216,4 @@ class TestCommandLine:
         run = CliRunner().invoke(cli, [*command, *engine], catch_exceptions=False)
         assert run.exit_code == 0, run.output
         assert "nats per token" in run.output
-        assert "model.layers.1.ffn_down" in (tmp_path / "small.llama.cpp.report.json").read_text()
-        run = CliRunner().invoke(cli, [*command, "--device", "cpu"])
-        assert run.exit_code == 1
-        assert "'granite'" in run.output
+        assert "blk.1.ffn_down" in (tmp_path / "small.llama.cpp.report.json").read_text()
