@@ -54,7 +54,9 @@ def open_for_engine(model: str | Path | TensorSource) -> TensorSource:
         BpwiseError: As ``open_any``.
     """
     try:
-        return open_any(model)
+        opened = open_any(model)
+        _ = opened.config  # which some files do not tell without their original
+        return opened
     except UnsupportedModelError:
         stored = stored_model(Path(str(model)))
         if stored is None:
