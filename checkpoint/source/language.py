@@ -292,6 +292,8 @@ def language_config(source: TensorSource) -> dict[str, Any]:
     whole = source.config
     composite = composite_of(whole)
     config = whole if composite is None else _alone(whole, composite)
+    if "model_type" not in config:
+        return config  # what a file of another program tells, which is no model of Transformers
     return config if _is_listed(whole, config) else decoder_config(config, whole, source.directory / "config.json")
 
 

@@ -216,4 +216,4 @@ class TestCommandLine:
         run = CliRunner().invoke(cli, [*command, *engine], catch_exceptions=False)
         assert run.exit_code == 0, run.output
         assert "nats per token" in run.output
-        assert "blk.1.ffn_down" in (tmp_path / "small.llama.cpp.report.json").read_text()
+        assert "model.layers.1.ffn_down" in (tmp_path / "small.llama.cpp.report.json").read_text()
