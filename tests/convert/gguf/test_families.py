@@ -44,6 +44,10 @@ CHANGES: dict[str, dict[str, Any]] = {
 HUB_KEYS = {"cohere2": {"rotary_pct": 1.0}}
 """What config.json has on the Hub, but not as Transformers 5 saves it."""
 
+SAMPLE = ("llama", "mixtral", "phi3", "gemma2")
+NAMES = [pytest.param(name, marks=() if name in SAMPLE else pytest.mark.families) for name in FAMILIES]
+"""All of them run with `make test-families`."""
+
 OWN_CONFIG = ("llama", "mistral", "qwen2", "qwen3")
 """Families whose files tell the config themselves."""
 
@@ -85,7 +89,7 @@ def to_gguf(directory: Path, output: Path, base: Path, **options: Any) -> Quanti
     return quantize_model(directory, output, config)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=NAMES)
 def family(
     request: pytest.FixtureRequest, bases: dict[str, tuple[Path, Path]], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Family]:
