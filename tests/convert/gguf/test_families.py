@@ -65,6 +65,14 @@ class Family:
         return self.result.output
 
 
+@pytest.fixture(scope="module", autouse=True)
+def without_engine() -> Iterator[None]:
+    """No comparison with llama.cpp: it knows some families by the names of their tokens."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bpwise.convert.gguf.engine.gate._library", lambda: None)
+        yield
+
+
 @pytest.fixture(scope="module")
 def bases(
     tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: PreTrainedTokenizerFast

@@ -319,9 +319,8 @@ def test_finds_quantized_rows_by_likeness(name: str) -> None:
 def test_likeness_believes_no_other_model() -> None:
     rng = torch.Generator().manual_seed(9)
     likes = LikeOutputs({name: torch.randn(W[name].shape, generator=rng) for name in ("q", "v", "out")})
-    for values in (W["q"], W["v"], W["out"], 3 * W["v"]):
+    for values in (W["q"], W["v"], W["out"]):
         assert likes.find(rounded(values)) is None
-    assert LikeOutputs({"v": W["v"].float()}).find(rounded(3 * W["v"])) is None
     assert LikeOutputs({}).find(torch.ones(2, 32)) is None
 
 
