@@ -9,38 +9,40 @@ from pathlib import Path
 
 from .conftest import llama_cpp_dir
 
-_CODE = """
-import json, runpy, sys
-import conversion.base
-script, pairs, flags = json.loads(sys.argv[1])
-base = conversion.base.TextModel
-base.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
+BYTE_VOCABULARY = """
 
-def set_vocab(self):
-    base._set_vocab_gpt2(self)
+_found = get_model_class
+
+
+def _set_vocab(self):
+    self._set_vocab_gpt2()
     self.gguf_writer.add_token_merges(["a b"])  # llama.cpp wants some
 
-def with_byte_vocabulary(found):
-    def get_model_class(*arguments, **options):
-        kind = found(*arguments, **options)
-        if not options.get("mmproj"):
-            kind.set_vocab = set_vocab
-        return kind
-    return get_model_class
 
+def get_model_class(name, mmproj=False):
+    found = _found(name, mmproj)
+    if not mmproj:
+        TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
+        found.set_vocab = _set_vocab
+    return found
+"""
+"""What the converter's package ``conversion`` lacks: it takes only tokenizers that it knows by a hash."""
+
+_CODE = """
+import json, runpy, sys
+import conversion
+script, pairs, flags, vocabulary = json.loads(sys.argv[1])
+exec(vocabulary, vars(conversion))
 for source, target in pairs:
     sys.argv = [script, "--outfile", target, *flags, source]
-    module = runpy.run_path(script, run_name="converter")
-    names = module["main"].__globals__
-    names["get_model_class"] = with_byte_vocabulary(names["get_model_class"])
-    module["main"]()
+    runpy.run_path(script, run_name="__main__")
 """
 
 
 def convert_with_bytes(pairs: Sequence[tuple[Path, Path]], *flags: str) -> None:
     """Convert model directories to GGUF files, all in one process: it takes seconds to start."""
     directory = llama_cpp_dir()
-    arguments = (str(directory / "convert_hf_to_gguf.py"), [(str(a), str(b)) for a, b in pairs], flags)
+    arguments = (str(directory / "convert_hf_to_gguf.py"), [(str(a), str(b)) for a, b in pairs], flags, BYTE_VOCABULARY)
     run = subprocess.run(
         [sys.executable, "-c", _CODE, json.dumps(arguments)],
         cwd=directory,

@@ -31,8 +31,6 @@ MIXTURE = "Q4_K_M"
 
 NEED_IMPORTANCE = ("IQ1", "IQ2", "IQ3_XXS")
 
-NEED_IMPORTANCE = ("IQ1", "IQ2", "IQ3_XXS")
-
 TABLES = ("token_embd.weight", "per_layer_token_embd.weight")
 """Read by token id: no inputs, so nothing to feed back."""
 

@@ -23,7 +23,6 @@ __all__ = [
     "architecture_of",
     "gguf_name",
     "hf_name",
-    "known_model_types",
     "row_order",
     "tensor_shapes",
 ]
@@ -81,9 +80,6 @@ class Architecture:
     optional_mlp_biases: bool = False
 
 
-_STORED_AS_LLAMA = "mistral"
-"""A model type without an architecture of its own: it differs from llama in nothing that llama.cpp computes."""
-
 _ARCHITECTURES = {
     "llama": Architecture(
         model_type="llama",
@@ -113,11 +109,6 @@ def architecture_of(name: object) -> Architecture:
             f"{', '.join(_ARCHITECTURES)}. Name the original beside the file."
         )
     return architecture
-
-
-def known_model_types() -> tuple[str, ...]:
-    """Return the model types, as config.json names them, whose tensors are known by their names in GGUF files."""
-    return tuple(sorted({architecture.model_type for architecture in _ARCHITECTURES.values()} | {_STORED_AS_LLAMA}))
 
 
 def hf_name(name: str) -> str | None:

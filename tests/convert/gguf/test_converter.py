@@ -24,28 +24,10 @@ from bpwise.quantize.run import quantize_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from ...byte_converter import BYTE_VOCABULARY
 from ...conftest import llama_cpp_dir
 from ...tiny_models import EXPERTS, SIZES, randomize, save_with_vision
 from .conftest import write_model
-
-# Of tokenizers the converter takes those only that it knows by a hash, which no tiny one has.
-ANY_VOCABULARY = """
-
-_found = get_model_class
-
-
-def _set_vocab(self):
-    self._set_vocab_gpt2()
-    self.gguf_writer.add_token_merges(["a b"])  # llama.cpp wants some
-
-
-def get_model_class(name, mmproj=False):
-    found = _found(name, mmproj)
-    if not mmproj:
-        TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
-        found.set_vocab = _set_vocab
-    return found
-"""
 
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 64}
 DELTA = {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2}
@@ -115,7 +97,7 @@ def llama_cpp(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("converter") / "llama.cpp"
     shutil.copytree(llama_cpp_dir(), copy)
     with (copy / "conversion" / "__init__.py").open("a") as file:
-        file.write(ANY_VOCABULARY)
+        file.write(BYTE_VOCABULARY)
     return copy
 
 
