@@ -92,8 +92,7 @@ def _pieces(inputs: CurveInputs, parts: Sequence[Sequence[Part]]) -> list[tuple[
     together: dict[bytes, list[tuple[int, int]]] = {}
     for linear, own in enumerate(parts):
         for number, part in enumerate(own):
-            key = b"" if part.columns is None else part.columns.tobytes()
-            together.setdefault(key, []).append((linear, number))
+            together.setdefault(part.column_key, []).append((linear, number))
     pieces = []
     for places in together.values():
         taken = [(linear, parts[linear][number]) for linear, number in places]

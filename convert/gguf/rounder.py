@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from .ggml.rounding import round_to_type
 from .llama_cpp.importance import table_importance
 from .plan.plan import GgufPlan
 from .rows.rowmap import Part, RowMap
-from .rows.slices import gram_of, put_part_, stored_part
+from .rows.slices import gram_of, joined_weight, stored_part
 
 __all__ = ["GgufRounder", "rounded_matrices", "tensor_distances"]
 
@@ -79,10 +80,9 @@ class GgufRounder(Rounder):
         for number, part, kind in planned:
             wanted = stored_part(target, part)
             if kind.quantized:
-                key = b"" if part.columns is None else part.columns.tobytes()
-                if key not in factors:
-                    factors[key] = inverse_factor(gram_of(gram, part), rounding_damping(measured))
-                data = _encoded(wanted, factors[key].upper, kind)
+                if part.column_key not in factors:
+                    factors[part.column_key] = inverse_factor(gram_of(gram, part), rounding_damping(measured))
+                data = _encoded(wanted, factors[part.column_key].upper, kind)
             else:
                 data = encode(wanted.T.contiguous().cpu(), kind)
             made[f"data.{number}"] = torch.from_numpy(data)
@@ -98,12 +98,9 @@ class GgufRounder(Rounder):
         threads = cores() if name == self.table else 1
         planned = list(self._planned(name))
         values = [decode(artifact[f"data.{number}"].numpy(), kind, threads=threads) for number, _, kind in planned]
-        if len(planned) == 1 and planned[0][1].is_weight(self._source.shape(f"{name}.weight")[0]):
-            return values[0]
-        weight = self._source.tensor(f"{name}.weight").float()
-        for (_, part, _), rows in zip(planned, values, strict=True):
-            put_part_(weight, part, rows)
-        return weight
+        weight = f"{name}.weight"
+        parts = [part for _, part, _ in planned]
+        return joined_weight(parts, values, self._source.shape(weight), partial(self._source.tensor, weight))
 
     def _planned(self, name: str) -> Iterator[tuple[int, Part, GgmlType]]:
         # Number, part and type of everything of a linear that lies in a tensor that is planned.

@@ -17,7 +17,7 @@ from ....errors import BpwiseWarning, CheckpointError
 from ..file.header import GgufHeader
 from ..file.values import read_rows
 from ..rows.rowmap import Part, RowMap
-from ..rows.slices import put_part_
+from ..rows.slices import joined_weight
 from .mapping import guess_map, require_held
 from .reader import GgufModel
 
@@ -119,16 +119,9 @@ class MappedGguf(GgufModel, LanguageSource):
 
     def _decoded(self, linear: str) -> Tensor:
         # Its weight, shape (out, K), in the dtype of the file.
-        parts = self.rows.parts(linear)
-        shape = self._source.shape(f"{linear}.weight")
+        parts, weight = self.rows.parts(linear), f"{linear}.weight"
         values = [self._read(part) for part in parts]
-        if len(parts) == 1 and parts[0].is_weight(shape[0]):
-            return values[0]
-        whole = not self.rows.missing({linear: shape[0]})
-        weight = torch.empty(shape) if whole else self._source.tensor(f"{linear}.weight").float()
-        for part, rows in zip(parts, values, strict=True):
-            put_part_(weight, part, rows)
-        return weight
+        return joined_weight(parts, values, self._source.shape(weight), partial(self._source.tensor, weight))
 
     def _read(self, part: Part) -> Tensor:
         # The rows of a part in the order of its outputs; of stacked experts only its own are read.

@@ -75,17 +75,7 @@ class LikeOutputs:
             picked.append(rows)
             factors.append(own)
         source, output = (np.concatenate(each) for each in zip(*picked, strict=True))
-        used, first = np.unique(source, return_index=True)
-        used = used[np.argsort(first)]
-        place = np.zeros(len(self._names), dtype=np.int64)
-        place[used] = np.arange(len(used))
-        return TensorRows(
-            tuple(self._names[index] for index in used),
-            place[source],
-            output,
-            columns,
-            _joined(factors, len(matrices[0])),
-        )
+        return TensorRows.of(self._names, source, output, columns, _joined(factors, len(matrices[0])))
 
     def _of_shape(self, matrix: Tensor) -> Iterator[int]:
         # Linears of a matrix's shape; those that no other tensor holds first.

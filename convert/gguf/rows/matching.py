@@ -154,12 +154,7 @@ class _Outputs:
     def _taken(self, numbers: NDArray[np.int64], columns: NDArray[np.int64] | None) -> TensorRows:
         self._used[numbers] = True
         source = self._linear_of(numbers)
-        used, at = np.unique(source, return_index=True)
-        used = used[np.argsort(at)]
-        place = np.zeros(len(self._names), dtype=np.int64)
-        place[used] = np.arange(len(used))
-        linears = tuple(self._names[index] for index in used)
-        return TensorRows(linears, place[source], numbers - self._starts[source], columns)
+        return TensorRows.of(self._names, source, numbers - self._starts[source], columns)
 
     def _linear_of(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.searchsorted(self._starts, numbers, side="right") - 1

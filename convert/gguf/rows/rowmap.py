@@ -9,7 +9,7 @@ needed.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -44,6 +44,11 @@ class Part:
     columns: Indices | None
     factors: Factors | None
 
+    @property
+    def column_key(self) -> bytes:
+        """Equal for parts whose columns are in the same order."""
+        return b"" if self.columns is None else self.columns.tobytes()
+
     def holds_all(self, out_features: int) -> bool:
         """Whether it has every output of a linear of so many, each once."""
         return np.array_equal(self.outputs, np.arange(out_features))
@@ -70,6 +75,30 @@ class TensorRows:
     output: Indices
     columns: Indices | None = None
     factors: Factors | None = None
+
+    @classmethod
+    def of(
+        cls,
+        names: Sequence[str],
+        source: Indices,
+        output: Indices,
+        columns: Indices | None = None,
+        factors: Factors | None = None,
+    ) -> TensorRows:
+        """Return the same with only those linears that rows are of.
+
+        Args:
+            names: Full names of all linears that there are.
+            source: Index into them for every row, int64, shape (rows,).
+            output: See the class, as the others.
+            columns: See the class.
+            factors: See the class.
+        """
+        used, first = np.unique(source, return_index=True)
+        used = used[np.argsort(first)]
+        place = np.zeros(len(names), dtype=np.int64)
+        place[used] = np.arange(len(used))
+        return cls(tuple(names[index] for index in used), place[source], output, columns, factors)
 
     def part(self, tensor: str, linear: str) -> Part:
         """Return what it holds of one of its linears; ``tensor`` is its own name."""

@@ -5,6 +5,8 @@ ggml's types round a row times a factor as they round the row, so only what goes
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from .rowmap import Part
 
-__all__ = ["gram_of", "outputs_of", "part_of", "put_part_", "stored_part"]
+__all__ = ["gram_of", "joined_weight", "outputs_of", "part_of", "put_part_", "stored_part"]
 
 
 def part_of(weight: Tensor, part: Part) -> Tensor:
@@ -46,6 +48,29 @@ def gram_of(gram: Tensor, part: Part) -> Tensor:
         return gram
     columns = _indices(part.columns, gram)
     return gram[columns][:, columns]
+
+
+def joined_weight(
+    parts: Sequence[Part], values: Sequence[Tensor], shape: tuple[int, ...], original: Callable[[], Tensor]
+) -> Tensor:
+    """Return the Hugging Face weight that decoded parts of a linear make.
+
+    Args:
+        parts: The parts.
+        values: Rows of each in the order of ``Part.outputs``, their columns in the file's order, floating
+            point, shape (outputs, K).
+        shape: Of the weight, (out, K).
+        original: Returns the original's weight, for outputs that no part holds.
+    """
+    if len(parts) == 1 and parts[0].is_weight(shape[0]):
+        return values[0]
+    held = np.zeros(shape[0], dtype=bool)
+    for part in parts:
+        held[part.outputs] = True
+    weight = torch.empty(shape) if held.all() else original().float()
+    for part, rows in zip(parts, values, strict=True):
+        put_part_(weight, part, rows)
+    return weight
 
 
 def put_part_(weight: Tensor, part: Part, values: Tensor) -> None:
