@@ -34,6 +34,7 @@ from bpwise.convert.gguf.model.reader import GgufModel
 from bpwise.convert.gguf.options import GgufOptions
 from bpwise.errors import BpwiseError
 from bpwise.eval.comparison import EvalConfig, compare_with, evaluation_rows
+from bpwise.eval.models import vocab_size_of
 from bpwise.eval.original import OriginalRun, run_original
 from bpwise.measure.calibrated import measured_rows
 from bpwise.measure.measurement import Measurement
@@ -187,10 +188,10 @@ class _Benchmark:
         seconds = time.monotonic() - start
         if self.original is None:
             tokenizer = load_tokenizer(self.checkpoint.directory)
-            rows = evaluation_rows(tokenizer, self.evaluate, vocab_size=int(self.checkpoint.config["vocab_size"]))
+            rows = evaluation_rows(tokenizer, self.evaluate, vocab_size=vocab_size_of(self.checkpoint))
             self.original = run_original(self.checkpoint, rows, self.evaluate)
         model = GgufModel.open(path)
-        summary = compare_with(self.original, model).summary
+        summary = compare_with(self.original, model.beside(self.checkpoint)).summary
         bits = 8 * sum(tensor.size_bytes for tensor in model.header.tensors.values())
         result = Result(
             mixture=mixture,
