@@ -139,18 +139,23 @@ class BlockRounding:
         module = linear_of(self._block, self._structure, next(iter(self._names[group])))
         sums = InputSums(module, group, self._model.device, target.gains)
         for number, batch in enumerate(self._batches):
-            taps = forwards.advance(number)
-            for name, scale in self._adding().items():
-                if output_of(name) in taps:
-                    subtract_(targets, taps[output_of(name)], batch, scale)
+            inputs = self._advance(group, number, targets, forwards)
             sizes = None if target.sizes is None else target.sizes[batch]
-            sums.add(batch.start, taps[group.first], target.values[batch], weights[batch], sizes)
+            sums.add(batch.start, inputs, target.values[batch], weights[batch], sizes)
         targets.pop(group)
         return sums
 
+    def _advance(self, group: InputGroup, number: int, targets: Targets, forwards: PausableForwards) -> Tensor:
+        # Inputs of a group in one micro-batch. What has joined the stream on the way there leaves the targets to come.
+        taps = forwards.advance(number)
+        for name, scale in self._adding().items():
+            if output_of(name) in taps:
+                subtract_(targets, taps[output_of(name)], self._batches[number], scale)
+        return taps[group.first]
+
     def _round_experts_(self, targets: Targets, forwards: PausableForwards) -> None:
         assert self._experts_input is not None
-        path = self._experts_input.first
-        inputs = torch.cat([forwards.advance(number)[path].cpu() for number in range(len(self._batches))])
+        batches = range(len(self._batches))
+        inputs = torch.cat([self._advance(self._experts_input, each, targets, forwards).cpu() for each in batches])
         original = targets.pop(self._experts_input).values
         round_experts_(self._linears, self._index, self._block, self._structure, self._experts, original, inputs)

@@ -49,6 +49,9 @@ class Target:
     gains: Tensor | None
 
 
+_TINY = 1e-30
+"""Keeps outputs of norms that are zero from being divided by."""
+
 Targets = dict[InputGroup, Target]
 """Targets of the groups of a block that have not been rounded yet."""
 
@@ -152,7 +155,7 @@ class OriginalBlock:
             self.order = list(inputs)
             self._record_inputs(batch, {name: inputs[name] for name in reading})
             self._record_sums(batch, hidden, added, known)
-            self._record_sizes(batch, {name: inputs[name] for name in norms})
+            self._record_sizes(batch, {name: (inputs[name], added[name]) for name in norms})
         check_finite(output, self._model.block_name(self._index))
         return self._targets(), output
 
@@ -177,10 +180,11 @@ class OriginalBlock:
             if group in self._groups:
                 self._record(group.first, batch, stream)
 
-    def _record_sizes(self, batch: slice, outputs: Mapping[str, Tensor]) -> None:
-        # Root mean squares of what norms divide by them.
-        for name, values in outputs.items():
-            self._record(name, batch, values.square().mean(dim=-1, keepdim=True).sqrt())
+    def _record_sizes(self, batch: slice, norms: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        # What norms divide by, from what enters and leaves them: each adds its own epsilon.
+        for name, (values, normed) in norms.items():
+            undivided = (values * self._norm_gains(name, values.shape[-1])).norm(dim=-1, keepdim=True)
+            self._record(name, batch, undivided / normed.norm(dim=-1, keepdim=True).clamp(min=_TINY))
 
     def _record(self, name: str, batch: slice, values: Tensor) -> None:
         # Values of a micro-batch's tokens, among those of all tokens.
@@ -206,5 +210,11 @@ class OriginalBlock:
         linear = linear_of(self._block, self._model.structure(self._index), group.first)
         gains = torch.full((linear.out_features,), group.scale, device=self._model.device)
         if group.normed:
-            gains = gains * self._block.get_submodule(group.adds)(torch.ones_like(gains)).float()
+            gains = gains * self._norm_gains(group.adds, len(gains))
+        return gains
+
+    def _norm_gains(self, name: str, width: int) -> Tensor:
+        # What a norm makes of ones.
+        ones = torch.ones(width, device=self._model.device)
+        gains: Tensor = self._block.get_submodule(name)(ones).float()
         return gains
