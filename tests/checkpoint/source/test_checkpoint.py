@@ -143,6 +143,14 @@ class TestReading:
         with pytest.raises(CheckpointError, match=message):
             checkpoint.tensor("bad")
 
+    def test_bounds_may_be_infinite(self, tmp_path: Path) -> None:
+        tensors = {"least": torch.tensor(-torch.inf), "bad": torch.tensor(torch.nan), "one": torch.tensor([torch.inf])}
+        checkpoint = Checkpoint.open(make(tmp_path, tensors))
+        assert checkpoint.tensor("least").item() == -torch.inf
+        for name in ("bad", "one"):
+            with pytest.raises(CheckpointError, match=f"tensor '{name}' holds NaN or infinite values. Got 1 of 1"):
+                checkpoint.tensor(name)
+
     @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float64, torch.complex64], ids=str)
     def test_unsupported_dtypes_are_refused_when_asked_for(self, tmp_path: Path, dtype: torch.dtype) -> None:
         checkpoint = Checkpoint.open(make(tmp_path, {"x": torch.ones(2).to(dtype), "ok": torch.ones(1)}))
