@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from bpwise.convert.gguf.llama_cpp.converter import make_base
 from bpwise.convert.gguf.plan.making import make_gguf_plan
 from bpwise.convert.gguf.plan.plan import GgufPlan
 from bpwise.convert.registry import GgufOptions, export_imatrix
+from bpwise.errors import BpwiseWarning
 from bpwise.measure.run import MeasureConfig, measure_model
 from bpwise.measure.text.calibration import CalibrationSet
 from bpwise.quantize.config import QuantizeConfig
@@ -89,9 +91,11 @@ def judge_family(name: str, model: Path, work: Path, llama_cpp: Path, llama_quan
         config = replace(config, target=Target(bpw=theirs.bpw))
     plan = quantize_model(checkpoint, ours, config, measurement=measurement).plan
     assert isinstance(plan, GgufPlan)
-    dequantize_model(ours, dense, original=model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BpwiseWarning)  # what nothing explains is taken from the original
+        dequantize_model(ours, dense, original=model)
 
-    tokens = torch.randint(3, 250, (4, 128), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(3, 250, (16, 128), generator=torch.Generator().manual_seed(1))
     original, decoded = (transformers_logits(name, each, tokens) for each in (model, dense))
     found = engine_logits(ours, tokens)
     judged = Judged(
@@ -150,10 +154,6 @@ class LlamaQuantize:
         output = self._work / f"{name}.gguf"
         command = [str(self._program), *([] if imatrix is None else ["--imatrix", str(imatrix)])]
         for tensor, kind in types.items():
-            if imatrix is None and kind.startswith(
-                ("IQ1", "IQ2", "IQ3_XXS")
-            ):  # llama-quantize makes none of these then
-                continue
             command += ["--tensor-type", f"^{tensor.replace('.', '[.]')}$={kind.lower()}"]
         subprocess.run([*command, str(self._base), str(output), MIXTURE, "1"], check=True, capture_output=True)
         return output
