@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
@@ -41,14 +42,15 @@ def require_float16_range(name: str, tensor: Tensor, error: type[BpwiseError]) -
 
     Raises:
         BpwiseError: As the type given by ``error``: the dtype is not float16, bfloat16 or float32, or a value
-            is NaN or of a magnitude beyond 65504.
+            is NaN or of a magnitude beyond 65504. A single number may be beyond: bounds of clipping are as good at
+            infinity.
     """
     if tensor.dtype not in FLOAT_DTYPES:
         raise error(f"{name}: stored as {tensor.dtype}. Expected float16, bfloat16 or float32.")
     if not tensor.numel():
         return
     low, high = (float(end) for end in tensor.aminmax())
-    if not max(-low, high) <= _FLOAT16_MAX:
+    if not max(-low, high) <= (math.inf if tensor.ndim == 0 else _FLOAT16_MAX):
         raise error(
             f"{name}: values range from {low} to {high}. Expected at most {_FLOAT16_MAX} in magnitude. "
             "Readers load this tensor as float16; the model cannot be stored without changing it."

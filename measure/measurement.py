@@ -141,7 +141,8 @@ class Measurement:
         other_weights: Number of all weights that belong to none of them.
         tokens: Token ids of the calibration sequences, int32, shape (rows, tokens).
         curves: Every measured format's curves, by its name.
-        provenance: Fingerprints, calibration description, options, version: plain JSON.
+        provenance: Fingerprints, calibration description, options, version, and what the model's blocks are made of:
+            plain JSON.
     """
 
     linears: tuple[MeasuredLinear, ...]

@@ -14,6 +14,7 @@ import torch
 
 from ..checkpoint.files.paths import check_run, refuse_foreign, reserved, work_beside
 from ..checkpoint.files.resume import ResumeStore, run_artifacts
+from ..checkpoint.model.structure_json import structure_to_json
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..checkpoint.source.language import LanguageModel, language_config, language_model
 from ..checkpoint.source.original import Original, open_model
@@ -128,6 +129,7 @@ def measurement_provenance(
         "moe_calibrate_all": config.moe_calibrate_all,
         "device": resolve_device(config.device).type,
         "curves": {maker.name: _digest(maker) for maker in curves},
+        "structure": structure_to_json(language_model(checkpoint).structure),
         **({"changes": checkpoint.changes} if checkpoint.changes else {}),
     }
 

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint.files.safetensors_file import load_metadata
+from ..checkpoint.model.structure import ModelStructure
+from ..checkpoint.model.structure_json import structure_from_json
 from ..checkpoint.source.original import open_model
 from ..convert.model import Description
 from ..convert.registry import format_of, formats, load_plan
@@ -81,6 +83,9 @@ def _measurement(path: Path) -> Description:
         for index, linear in enumerate(linears)
     ]
     facts = {key: value for key, value in measurement.provenance.items() if not isinstance(value, list)}
+    if "structure" in facts:
+        where = f"{path}: provenance: structure"
+        facts["structure"] = _blocks(structure_from_json(facts["structure"], FormatError, where=where))
     if measurement.experts_sentence is not None:
         facts["experts"] = measurement.experts_sentence
     return Description(
@@ -91,6 +96,13 @@ def _measurement(path: Path) -> Description:
             tuple(rows),
         ),
     )
+
+
+def _blocks(structure: ModelStructure) -> str:
+    kinds = list({id(block): block for block in structure.structures}.values())
+    alike = "one kind" if len(kinds) == 1 else f"{len(kinds)} kinds"
+    groups = " or ".join(str(len(block.groups)) for block in kinds)
+    return f"{len(structure.structures)} blocks of {alike}, with {groups} input groups"
 
 
 def _damages(name: str, curves: FormatCurves, linears: Sequence[str]) -> tuple[list[str], list[NDArray[Any]]]:

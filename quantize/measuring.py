@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.files.paths import refuse_foreign
+from ..checkpoint.model.structure_json import structure_to_json
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..checkpoint.source.language import language_model
 from ..checkpoint.source.linears import model_linears
@@ -137,6 +138,12 @@ def load_measurement(path: Path, checkpoint: Checkpoint, progress: Progress = si
             "Measure this model again."
         )
     source = language_model(checkpoint)
+    if measurement.provenance.get("structure") != structure_to_json(source.structure):
+        raise FormatError(
+            f"{path}: the measurement knows other blocks than {checkpoint.directory} has. Got other linears, or others "
+            "that share their inputs. Expected those that Transformers runs. Measure the model again, or use the "
+            "version of Transformers that it was measured with."
+        )
     linears, head = model_linears(source)
     measured = [(x.name, x.in_features, x.out_features) for x in (*measurement.linears, measurement.head)]
     if measured != [(x.name, x.in_features, x.out_features) for x in (*linears, head)]:

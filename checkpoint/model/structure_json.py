@@ -87,7 +87,7 @@ def structure_to_json(structure: ModelStructure) -> dict[str, Any]:
         kinds=tuple(_packed_block(kind) for kind in kinds),
         kind_of_block=tuple(kinds.index(block) for block in structure.structures),
     )
-    built: dict[str, Any] = msgspec.to_builtins(model)
+    built: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(model))
     return built
 
 

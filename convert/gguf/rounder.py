@@ -48,6 +48,7 @@ class GgufRounder(Rounder):
             rows: Says what the tensors are made of.
         """
         self._kinds = {tensor.name: tensor.kind for tensor in plan.tensors if tensor.damage_nats is not None}
+        self._exact = {tensor.name for tensor in plan.tensors if tensor.kind.quantized and tensor.damage_nats == 0.0}
         self._measurement = measurement
         self._source = language_model(checkpoint)
         self._rows = rows
@@ -73,12 +74,17 @@ class GgufRounder(Rounder):
         return made
 
     def round_linear(self, measured: MeasuredLinear, target: Tensor, gram: Tensor) -> dict[str, Tensor]:
-        """See ``Rounder``."""
+        """See ``Rounder``.
+
+        A type that holds the original without error gets the original: as experts published in MXFP4, whose weights
+        would leave their grid with the least move.
+        """
+        original = self._source.tensor(f"{measured.name}.weight").T
         planned = list(self._planned(measured.name))
         factors: dict[bytes, InverseFactor] = {}
         made: dict[str, Tensor] = {}
         for number, part, kind in planned:
-            wanted = stored_part(target, part)
+            wanted = stored_part(original.to(target) if part.tensor in self._exact else target, part)
             if kind.quantized:
                 if part.column_key not in factors:
                     factors[part.column_key] = inverse_factor(gram_of(gram, part), rounding_damping(measured))
@@ -88,7 +94,6 @@ class GgufRounder(Rounder):
             made[f"data.{number}"] = torch.from_numpy(data)
         if factors:
             made["damping"] = torch.tensor(max(factor.damping for factor in factors.values()))
-        original = self._source.tensor(f"{measured.name}.weight").T
         for number, part, kind in planned:
             made[f"distance.{number}"] = _distance(made[f"data.{number}"].numpy(), stored_part(original, part).T, kind)
         return made

@@ -31,6 +31,8 @@ from .models import family_config, model_class
 MIXTURE = "Q4_K_M"
 """What sets the size."""
 
+FLOATS = ("F32", "F16", "BF16")
+
 NEED_IMPORTANCE = ("IQ1", "IQ2", "IQ3_XXS")
 
 TABLES = ("token_embd.weight", "per_layer_token_embd.weight")
@@ -52,7 +54,8 @@ class Judged:
         plain_nats: As ``nats``, of llama-quantize's file with the same types.
         their_bytes: As ``tensor_bytes``, of llama-quantize's file of no smaller size.
         matrices: Weights of all tensors that llama-quantize quantizes, but for tables.
-        plain: Of these tensors those that no feedback changed: byte for byte as llama-quantize makes them.
+        plain: Of these tensors those that are quantized, but that no feedback changed: byte for byte as llama-quantize
+            makes them.
     """
 
     gate_nats: float | None
@@ -130,12 +133,12 @@ class LlamaQuantize:
         matrices = {
             name: int(tensor.n_elements)
             for name, tensor in self._tensors.items()
-            if tensor.tensor_type.name not in ("F32", "F16", "BF16") and name not in TABLES and not self._predicts(name)
+            if tensor.tensor_type.name not in FLOATS and name not in TABLES and not self._predicts(name)
         }
         unchanged = {
             name: weights
             for name, weights in matrices.items()
-            if any(np.array_equal(tensors[name].data, each[name].data) for each in plain)
+            if types[name] not in FLOATS and any(np.array_equal(tensors[name].data, each[name].data) for each in plain)
         }
         return replace(
             judged,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ class Exact(Rounder):
     """Makes of every linear what it should be."""
 
     names = ()
-    identity: dict[str, object] = {}
+    identity: ClassVar[dict[str, object]] = {}
 
     def round_linear(self, measured: MeasuredLinear, target: Tensor, gram: Tensor) -> dict[str, Tensor]:
         return {"weight": target.T.contiguous()}

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from bpwise.measure.text.calibration import CalibrationSet
 from bpwise.progress import silent
 from bpwise.quantize import measuring as obtain
 from bpwise.quantize.costs import StepClock
+from bpwise.quantize.inspect import inspect_path
 from bpwise.quantize.measuring import MEASUREMENT_FILE, load_measurement, load_or_measure
 
 from ..measured import gguf_curves_of
@@ -99,3 +101,27 @@ def test_a_measurement_that_does_not_describe_its_rows_is_refused(tiny_model: Pa
     replace(measured, provenance=provenance).save(tmp_path / "m.safetensors")
     with pytest.raises(FormatError, match="calibration_text"):
         load_measurement(tmp_path / "m.safetensors", Checkpoint.open(tiny_model))
+
+
+@pytest.mark.parametrize("change", ["none", "other"])
+def test_a_measurement_of_other_blocks_is_refused(tiny_model: Path, tmp_path: Path, change: str) -> None:
+    get(tiny_model, tmp_path)
+    measured = Measurement.load(tmp_path / MEASUREMENT_FILE)
+    provenance = json.loads(json.dumps(measured.provenance))
+    if change == "none":
+        del provenance["structure"]
+    else:
+        provenance["structure"]["kinds"][0]["groups"][1]["scale"] = 0.5
+    replace(measured, provenance=provenance).save(tmp_path / "m.safetensors")
+    with pytest.raises(FormatError, match=r"m\.safetensors: the measurement knows other blocks .* version of Transf"):
+        load_measurement(tmp_path / "m.safetensors", Checkpoint.open(tiny_model))
+
+
+def test_a_measurement_tells_what_blocks_are_made_of(tiny_model: Path, tmp_path: Path) -> None:
+    get(tiny_model, tmp_path)
+    facts = inspect_path(tmp_path / MEASUREMENT_FILE).facts
+    assert [fact for fact in facts if "blocks" in fact] == ["structure: 2 blocks of one kind, with 6 input groups"]
+    measured = Measurement.load(tmp_path / MEASUREMENT_FILE)
+    replace(measured, provenance={"structure": {"blocks": 1}}).save(tmp_path / "m.safetensors")
+    with pytest.raises(FormatError, match=r"m\.safetensors: provenance: structure"):
+        inspect_path(tmp_path / "m.safetensors")

@@ -122,6 +122,24 @@ def test_an_unquantized_type_keeps_the_weights_where_nothing_drifts(untied: Case
         assert torch.allclose(weight, expected, rtol=2e-3, atol=1e-4), name
 
 
+def test_what_a_type_holds_without_error_stays_as_it_is(save_model: SaveModel, tmp_path: Path) -> None:
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.5, -1, -1.5, -2, -3, -4, -6]) / 16  # E2M1, one scale
+    exact = values[torch.randint(0, len(values), (2, 64, 96), generator=torch.Generator().manual_seed(3))]
+
+    def put_on_grid(model: Any) -> None:
+        for layer, weight in zip(model.model.layers, exact, strict=True):
+            layer.mlp.down_proj.weight.copy_(weight)
+
+    case = Case(save_model(tmp_path / "model", change=put_on_grid), tmp_path)
+    plan = case.plan(["*=Q4_0", "*.ffn_down.*=MXFP4"])
+    found = case.decoded(case.round(plan), plan)
+    for layer, weight in enumerate(exact):
+        assert torch.equal(found[f"model.layers.{layer}.mlp.down_proj"], weight)
+        # In every other type there is drift to cancel.
+        changed = found[f"model.layers.{layer}.mlp.up_proj"]
+        assert not torch.equal(changed, plain(case, f"model.layers.{layer}.mlp.up_proj", plan))
+
+
 def test_finished_blocks_are_not_done_again(untied: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = untied.plan(COARSE)
     whole = untied.round(plan)
