@@ -36,12 +36,16 @@ class _Group(msgspec.Struct, frozen=True, omit_defaults=True):
     scale: Number = 1.0
 
 
-class _Experts(msgspec.Struct, frozen=True):
-    """The experts that one module holds, all alike: their number, and the input groups of each."""
+class _Experts(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The experts that one module holds, all alike: their number, and the input groups of each.
+
+    Names of linears begin with the module's, or with ``prefix`` where a table gives them others.
+    """
 
     module: str
     count: Count
     groups: tuple[_Group, ...]
+    prefix: str | None = None
 
 
 class _Block(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -119,11 +123,14 @@ def _packed_block(block: BlockStructure) -> _Block:
 
 
 def _packed_experts(module: str, block: BlockStructure) -> _Experts:
-    own = [group for group in block.groups if group.expert is not None and group.first.startswith(f"{module}.")]
+    experts = (group for group in block.groups if group.expert is not None)
+    own = [group for group in experts if block.places[group.first].parameter.startswith(f"{module}.")]
+    prefix, _, _ = own[0].first.rpartition(f".{own[0].expert}.")
     return _Experts(
         module=module,
         count=len({group.expert for group in own}),
-        groups=tuple(_packed_group(group, block.places, f"{module}.0.") for group in own if group.expert == 0),
+        groups=tuple(_packed_group(group, block.places, f"{prefix}.0.") for group in own if group.expert == 0),
+        prefix=None if prefix == module else prefix,
     )
 
 
@@ -140,7 +147,8 @@ def _unpacked_block(block: _Block) -> BlockStructure:
     places: dict[str, LinearPlace] = {}
     numbers: list[tuple[tuple[_Group, ...], int | None, str]] = [(block.groups, None, "")]
     for stack in block.experts:
-        numbers += [(stack.groups, expert, f"{stack.module}.{expert}.") for expert in range(stack.count)]
+        prefix = stack.prefix or stack.module
+        numbers += [(stack.groups, expert, f"{prefix}.{expert}.") for expert in range(stack.count)]
     for packed, expert, prefix in numbers:
         for group in packed:
             names = tuple(f"{prefix}{linear.name}" for linear in group.linears)

@@ -50,6 +50,15 @@ def test_round_trip() -> None:
     assert second is fourth
 
 
+def test_experts_may_have_names_of_their_own() -> None:
+    block = with_experts(3)
+    renamed = {name: name.replace("mlp.experts.", "moe.experts.") for name in block.places}
+    groups = tuple(replace(group, linears=tuple(renamed[x] for x in group.linears)) for group in block.groups)
+    places = {renamed[name]: place for name, place in block.places.items()}
+    structure = model(replace(block, groups=groups, places=places))
+    assert read(structure_to_json(structure)) == structure
+
+
 def test_kinds_are_written_once_and_experts_by_their_number() -> None:
     text = json.dumps(structure_to_json(model(*[with_experts(512)] * 61, ATTENTION)))
     assert len(text) < 2000
