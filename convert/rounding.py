@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.files.resume import ResumeStore
+from ..linalg.hessian import Hessian
 from ..measure.measurement import MeasuredLinear
 from ..measure.model.states import new_state
 from ..measure.statistics.heldout import DAMPINGS
@@ -89,13 +90,14 @@ class Rounder(ABC):
     table: str | None = None
 
     @abstractmethod
-    def round_linear(self, measured: MeasuredLinear, target: Tensor, gram: Tensor) -> dict[str, Tensor]:
+    def round_linear(self, measured: MeasuredLinear, target: Tensor, hessian: Hessian) -> dict[str, Tensor]:
         """Round one linear.
 
         Args:
             measured: What is known of it.
             target: The weight to represent, float32, shape (K, out), contiguous; its memory may be used.
-            gram: Weighted mean of x x^T over the quantized model's inputs, float32, shape (K, K).
+            hessian: Weighted mean of x x^T over the quantized model's inputs, shape (K, K); linears of an input group
+                have the same.
 
         Returns:
             What to keep, by name. A ``damping`` among it is what its Hessian was factored with, relative; infinite

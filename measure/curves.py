@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from ..linalg.hessian import Hessian
     from ..progress import Progress
 
 __all__ = ["CurveInputs", "CurveMaker", "CurveSource", "LinearCurves", "TableInputs"]
@@ -28,7 +29,7 @@ class CurveInputs:
     Attributes:
         names: Their full names.
         weights: Each linear's weight, floating point, shape (K, out): the transpose of a Hugging Face weight.
-        gram: H, float32, shape (K, K).
+        hessian: H, shape (K, K).
         fishers: F of each linear, mean over tokens of (dL/dy)^2, float32, shape (out,).
         damping: First damping of H to try, relative to the mean of its diagonal, dimensionless.
         generalization_ratio: Damage on other tokens than those of H, relative to that on H (see ``heldout``).
@@ -38,11 +39,16 @@ class CurveInputs:
 
     names: tuple[str, ...]
     weights: Sequence[Tensor]
-    gram: Tensor
+    hessian: Hessian
     fishers: Sequence[Tensor]
     damping: float
     generalization_ratio: float = 1.0
     with_feedback: bool = True
+
+    @property
+    def gram(self) -> Tensor:
+        """H, float32, shape (K, K)."""
+        return self.hessian.gram
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

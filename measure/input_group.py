@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..linalg.hessian import Hessian
 from .curves import CurveInputs, CurveMaker, LinearCurves
 from .measurement import MeasuredLinear
 from .model.batches import check_finite
@@ -78,7 +79,7 @@ def measure_group(
     inputs = CurveInputs(
         names=tuple(linears),
         weights=weights,
-        gram=gram,
+        hessian=Hessian(gram),
         fishers=fishers,
         damping=judged.damping,
         generalization_ratio=judged.generalization_ratio,

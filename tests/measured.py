@@ -16,6 +16,7 @@ from bpwise.convert.gguf.ggml.types import TYPES
 from bpwise.convert.gguf.model.names import gguf_name
 from bpwise.convert.gguf.plan.layout import Layout, StoredTensor
 from bpwise.convert.gguf.rows.rowmap import RowMap, TensorRows
+from bpwise.linalg.hessian import Hessian
 from bpwise.measure.curves import CurveInputs, CurveMaker, LinearCurves
 from bpwise.measure.measurement import FormatCurves, MeasuredLinear, MeasuredTable, Measurement
 from bpwise.progress import Progress
@@ -143,7 +144,7 @@ def group_of(
 ) -> CurveInputs:
     """Linears of an input group for a format to measure."""
     names = tuple(f"l.{index}" for index in range(len(weights)))
-    return CurveInputs(**{"names": names, "weights": weights, "gram": gram, "fishers": fishers, **options})
+    return CurveInputs(**{"names": names, "weights": weights, "hessian": Hessian(gram), "fishers": fishers, **options})
 
 
 class SeenCurves(Exl2Curves):
@@ -154,5 +155,5 @@ class SeenCurves(Exl2Curves):
         self.seen: list[CurveInputs] = []
 
     def linears(self, inputs: CurveInputs) -> list[LinearCurves]:
-        self.seen.append(replace(inputs, gram=inputs.gram.clone()))
+        self.seen.append(replace(inputs, hessian=Hessian(inputs.gram.clone())))
         return super().linears(inputs)

@@ -71,7 +71,7 @@ class ToyRounder(Rounder):
         self.names = tuple(cost.name for cost in plan.linears if cost.bpw == 8)
         self.unquantized, self.identity = frozenset(cost.name for cost in plan.linears) - set(self.names), {}
 
-    def round_linear(self, measured: Any, target: Tensor, gram: Tensor) -> dict[str, Tensor]:
+    def round_linear(self, measured: Any, target: Tensor, hessian: Any) -> dict[str, Tensor]:
         return rounded(target.T)
 
     def decoded(self, name: str, artifact: Mapping[str, Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ from .ggml.types import GgmlType
 from .plan.layout import Layout
 from .plan.measured import CURVES_VERSION, NAME
 from .rows.rowmap import Part
-from .rows.slices import gram_of, outputs_of, part_of
+from .rows.slices import hessian_of, outputs_of, part_of
 
 __all__ = ["GgufCurves"]
 
@@ -100,7 +100,7 @@ def _pieces(inputs: CurveInputs, parts: Sequence[Sequence[Part]]) -> list[tuple[
             inputs,
             names=tuple(inputs.names[linear] for linear, _ in taken),
             weights=[part_of(inputs.weights[linear], part) for linear, part in taken],
-            gram=gram_of(inputs.gram, taken[0][1]),
+            hessian=hessian_of(inputs.hessian, taken[0][1]),
             fishers=[outputs_of(inputs.fishers[linear], part) for linear, part in taken],
         )
         pieces.append((places, like))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...checkpoint.source.checkpoint import Checkpoint
 from ...checkpoint.source.language import language_model
-from ...linalg.hessian import InverseFactor, inverse_factor
+from ...linalg.hessian import Hessian
 from ...linalg.parallel import cores
 from ...measure.measurement import MeasuredLinear, Measurement
 from ..rounding import RoundedModel, Rounder, rounding_damping
@@ -20,7 +20,7 @@ from .ggml.rounding import round_to_type
 from .llama_cpp.importance import table_importance
 from .plan.plan import GgufPlan
 from .rows.rowmap import Part, RowMap
-from .rows.slices import gram_of, joined_weight, stored_part
+from .rows.slices import hessian_of, joined_weight, stored_part
 
 __all__ = ["GgufRounder", "rounded_matrices", "tensor_distances"]
 
@@ -73,7 +73,7 @@ class GgufRounder(Rounder):
             made[f"data.{number}"] = torch.from_numpy(encode(rows, kind, importance, threads=cores()))
         return made
 
-    def round_linear(self, measured: MeasuredLinear, target: Tensor, gram: Tensor) -> dict[str, Tensor]:
+    def round_linear(self, measured: MeasuredLinear, target: Tensor, hessian: Hessian) -> dict[str, Tensor]:
         """See ``Rounder``.
 
         A type that holds the original without error gets the original: as experts published in MXFP4, whose weights
@@ -81,19 +81,22 @@ class GgufRounder(Rounder):
         """
         original = self._source.tensor(f"{measured.name}.weight").T
         planned = list(self._planned(measured.name))
-        factors: dict[bytes, InverseFactor] = {}
+        hessians: dict[bytes, Hessian] = {}
+        dampings = []
         made: dict[str, Tensor] = {}
         for number, part, kind in planned:
             wanted = stored_part(original.to(target) if part.tensor in self._exact else target, part)
             if kind.quantized:
-                if part.column_key not in factors:
-                    factors[part.column_key] = inverse_factor(gram_of(gram, part), rounding_damping(measured))
-                data = _encoded(wanted, factors[part.column_key].upper, kind)
+                if part.column_key not in hessians:
+                    hessians[part.column_key] = hessian_of(hessian, part)
+                factor = hessians[part.column_key].factor(rounding_damping(measured))
+                dampings.append(factor.damping)
+                data = _encoded(wanted, factor.upper, kind)
             else:
                 data = encode(wanted.T.contiguous().cpu(), kind)
             made[f"data.{number}"] = torch.from_numpy(data)
-        if factors:
-            made["damping"] = torch.tensor(max(factor.damping for factor in factors.values()))
+        if dampings:
+            made["damping"] = torch.tensor(max(dampings))
         for number, part, kind in planned:
             made[f"distance.{number}"] = _distance(made[f"data.{number}"].numpy(), stored_part(original, part).T, kind)
         return made

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...checkpoint.files.resume import ResumeStore
 from ...checkpoint.model.structure import InputGroup
 from ...convert.rounding import RoundedModel
+from ...linalg.hessian import Hessian
 from ...linalg.parallel import run_all
 from ...measure.model.stream import StreamedModel
 from .drift import InputSums, shifted
@@ -34,9 +35,8 @@ def round_head(model: StreamedModel, linears: LinearRounder, store: ResumeStore,
         sums = _sum_inputs(model, head, linears.token_weights(model.source.head_name), store, batches)
         gram, shift = sums.solved(correct_drift=linears.correct_drift)
         target = shifted(head.weight, shift, joins=False)
-    run_all(
-        [partial(linears.round_linear, model.source.head_name, target, gram)], model.device
-    )  # its own weight has been let go
+    # Its own weight has been let go.
+    run_all([partial(linears.round_linear, model.source.head_name, target, Hessian(gram))], model.device)
 
 
 def _sum_inputs(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ...checkpoint.files.resume import ResumeStore
 from ...checkpoint.model.structure import InputGroup
 from ...convert.rounding import Rounder
+from ...linalg.hessian import Hessian
 from ...linalg.parallel import run_all
 from ...measure.layers.linears import LinearView, linear_of
 from ...measure.measurement import Measurement
@@ -75,19 +76,20 @@ class LinearRounder:
             sums: Over all inputs of the group; used up.
         """
         gram, shift = sums.solved(correct_drift=self.correct_drift)
+        hessian = Hessian(gram)
         structure = self._model.structure(index)
         modules = {name: linear_of(block, structure, inner) for inner, name in names.items()}
         run_all(
-            [partial(self._round_, name, each, gram, shift, group.joins_stream) for name, each in modules.items()],
+            [partial(self._round_, name, each, hessian, shift, group.joins_stream) for name, each in modules.items()],
             self.device,
         )
 
-    def _round_(self, name: str, module: LinearView, gram: Tensor, shift: Tensor | None, joins: bool) -> None:
-        artifact = self.round_linear(name, shifted(module.weight, shift, joins=joins), gram)
+    def _round_(self, name: str, module: LinearView, hessian: Hessian, shift: Tensor | None, joins: bool) -> None:
+        artifact = self.round_linear(name, shifted(module.weight, shift, joins=joins), hessian)
         module.weight.copy_(self._rounder.decoded(name, artifact))
 
-    def round_linear(self, name: str, target: Tensor, gram: Tensor) -> dict[str, Tensor]:
+    def round_linear(self, name: str, target: Tensor, hessian: Hessian) -> dict[str, Tensor]:
         """Round one linear, keep the artifact and return it; arguments as for ``Rounder.round_linear``."""
-        artifact = self._rounder.round_linear(self._measured[name], target, gram)
+        artifact = self._rounder.round_linear(self._measured[name], target, hessian)
         self._store.save(name, artifact)
         return artifact

@@ -15,6 +15,7 @@ from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.checkpoint.source.language import language_model
 from bpwise.checkpoint.source.linears import model_linears
 from bpwise.convert.rounding import RoundedModel, Rounder
+from bpwise.linalg.hessian import Hessian
 from bpwise.measure.measurement import MeasuredLinear
 from bpwise.measure.model.stream import StreamedModel
 from bpwise.progress import silent
@@ -37,7 +38,7 @@ class Exact(Rounder):
     names = ()
     identity: ClassVar[dict[str, object]] = {}
 
-    def round_linear(self, measured: MeasuredLinear, target: Tensor, gram: Tensor) -> dict[str, Tensor]:
+    def round_linear(self, measured: MeasuredLinear, target: Tensor, hessian: Hessian) -> dict[str, Tensor]:
         return {"weight": target.T.contiguous()}
 
     def decoded(self, name: str, artifact: Mapping[str, Tensor]) -> Tensor:

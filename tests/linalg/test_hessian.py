@@ -1,6 +1,7 @@
 import pytest
 import torch
-from bpwise.linalg.hessian import inverse_factor
+from bpwise.linalg import hessian
+from bpwise.linalg.hessian import damped_solve, factor_hessian, inverse_diagonal, probes, solve_transposed
 from torch import Tensor
 
 
@@ -19,49 +20,94 @@ def damped(gram: Tensor, damping: float) -> Tensor:
 @pytest.mark.parametrize("damping", [1e-4, 0.02, 0.5])
 @pytest.mark.parametrize(
     ("size", "tokens", "spread"),
-    [(1, 8, 0.0), (32, 500, 0.0), (96, 1000, 2.0), (64, 20, 1.0)],
-    ids=["one-input", "well-conditioned", "spread", "fewer-tokens-than-inputs"],
+    [(1, 8, 0.0), (32, 500, 0.0), (96, 1000, 2.0), (64, 20, 1.0), (300, 900, 1.0), (512, 700, 1.0)],
+    ids=["one-input", "well-conditioned", "spread", "fewer-tokens-than-inputs", "two-blocks", "whole-blocks"],
 )
-def test_factor_of_the_damped_inverse(size: int, tokens: int, spread: float, damping: float) -> None:
+def test_factor_of_the_damped_matrix(size: int, tokens: int, spread: float, damping: float) -> None:
     gram = correlated_gram(size, tokens=tokens, spread=spread)
-    factor = inverse_factor(gram, damping)
+    factor = factor_hessian(gram, damping)
     assert factor.damping == damping
     assert factor.upper.dtype == torch.float32
     assert torch.equal(factor.upper, factor.upper.triu())
     assert bool((factor.upper.diagonal() > 0).all())
     upper = factor.upper.double()
-    expected = torch.linalg.inv(damped(gram, damping))
-    # U is rounded to float32 (6e-8 relative): U^T U, a sum of at most 96 products, is off by less than 1e-5 of its
-    # largest entry.
-    assert float((upper.T @ upper - expected).abs().max()) < 1e-5 * float(expected.abs().max())
+    expected = damped(gram, damping)
+    # R is rounded to float32 (6e-8 relative): R R^T is off by less than 1e-6 of its largest entry.
+    assert float((upper @ upper.T - expected).abs().max()) < 1e-6 * float(expected.abs().max())
+    # 1 / R_kk^2 is what GPTQ has as the squared diagonal of the inverse's factor.
+    pivots = torch.linalg.cholesky(torch.linalg.inv(expected), upper=True).diagonal()
+    assert torch.allclose(upper.diagonal() * pivots, torch.ones(size, dtype=torch.float64), rtol=1e-3)
 
 
-def test_float32_gram_is_factored_in_float64() -> None:
-    gram = correlated_gram(64, tokens=4000, spread=2.5).float()  # condition number about 1e6
-    factor = inverse_factor(gram, 1e-6)
-    assert factor.damping == 1e-6
-    upper = factor.upper.double()
-    # In float32 the factorisation would be off by condition number * 6e-8, some percent.
-    identity = upper @ damped(gram, 1e-6) @ upper.T
-    assert float((identity - torch.eye(64)).abs().max()) < 1e-3
+def test_rows_in_another_order() -> None:
+    gram = correlated_gram(300, tokens=900)
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(1))
+    ordered = factor_hessian(gram[order][:, order].contiguous(), 0.02)
+    assert torch.equal(factor_hessian(gram, 0.02, order=order).upper, ordered.upper)
+
+
+def test_float64_where_the_damping_is_lost_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    gram = correlated_gram(600, tokens=2000) + 3e4  # a massive activation in all channels at once
+    reversed_ = damped(gram, 1e-6).flip(0, 1)
+    exact = torch.linalg.cholesky(reversed_).diagonal().flip(0)
+    errors = []
+    for largest in (hessian._LARGEST_ERROR, float("inf")):
+        monkeypatch.setattr(hessian, "_LARGEST_ERROR", largest)
+        factor = factor_hessian(gram, 1e-6)
+        assert factor.damping == 1e-6
+        errors.append(float((factor.upper.diagonal() / exact - 1).abs().max()))
+    assert errors[0] < 1e-6
+    assert errors[1] > 1e-3
+
+
+def test_random_signs_stand_for_all_directions() -> None:
+    few, many = probes(64, torch.device("cpu")), probes(1000, torch.device("cpu"))
+    assert torch.allclose(few @ few.T / few.shape[1], torch.eye(64), atol=1e-6)
+    assert many.shape == (1000, 256)
+    assert torch.equal(many.abs(), torch.ones(1000, 256))
+    # Off the diagonal, means of 256 signs: a standard deviation of 1/16.
+    assert float((many @ many.T / 256 - torch.eye(1000)).std()) == pytest.approx(1 / 16, rel=0.02)
+    assert torch.equal(many, probes(1000, torch.device("cpu")))
+
+
+@pytest.mark.parametrize(("size", "error"), [(200, 1e-4), (600, 0.04)], ids=["exact", "random-signs"])
+def test_diagonal_of_the_inverse(size: int, error: float) -> None:
+    gram = correlated_gram(size, tokens=3 * size, spread=1.5)
+    found = inverse_diagonal(factor_hessian(gram, 0.02)).double()
+    expected = torch.linalg.inv(damped(gram, 0.02)).diagonal()
+    assert float((found / expected - 1).abs().mean()) < error
+
+
+def test_solving_with_the_transposed_factor() -> None:
+    gram, values = correlated_gram(96, tokens=300), torch.randn(96, 5)
+    upper = factor_hessian(gram, 0.1).upper
+    expected = torch.linalg.inv(upper.double().T) @ values.double()
+    assert torch.allclose(solve_transposed(upper, values).double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_damped_solve() -> None:
+    gram, values = correlated_gram(96, tokens=300).float(), torch.randn(96, 5)
+    expected = torch.linalg.solve(damped(gram, 0.6), values.double())
+    assert torch.allclose(damped_solve(gram, values, 0.6).double(), expected, rtol=1e-3, atol=1e-5)
+    assert not damped_solve(torch.zeros(4, 4), torch.ones(4, 2), 0.6).any()
 
 
 def test_argument_is_left_alone() -> None:
     gram = correlated_gram(32, tokens=100)
     before = gram.clone()
-    inverse_factor(gram, 0.02)
+    factor_hessian(gram, 0.02)
     assert torch.equal(gram, before)
 
 
 def test_zero_gram_gives_no_feedback() -> None:
-    factor = inverse_factor(torch.zeros(32, 32), 0.02)
+    factor = factor_hessian(torch.zeros(32, 32), 0.02)
     assert factor.damping == float("inf")
     assert torch.equal(factor.upper, torch.eye(32))
 
 
 def test_singular_gram_needs_no_more_than_was_asked() -> None:
     column = torch.linspace(-1, 1, 32, dtype=torch.float64)
-    factor = inverse_factor(torch.outer(column, column), 0.02)
+    factor = factor_hessian(torch.outer(column, column), 0.02)
     assert factor.damping == 0.02
     assert bool(torch.isfinite(factor.upper).all())
 
@@ -74,18 +120,18 @@ def test_indefinite_gram_raises_the_damping(eigenvalue: float, expected: float) 
     values = torch.ones(64, dtype=torch.float64)
     values[5] = eigenvalue
     gram = basis @ values.diag() @ basis.T
-    factor = inverse_factor(gram, 0.02)
+    factor = factor_hessian(gram, 0.02)
     assert factor.damping == pytest.approx(expected)
     upper = factor.upper.double()
-    assert torch.allclose(upper.T @ upper, torch.linalg.inv(damped(gram, expected)), atol=1e-4)
+    assert torch.allclose(upper @ upper.T, damped(gram, expected), atol=1e-5)
 
 
 def test_hopeless_gram_falls_back_to_a_diagonal() -> None:
     gram = torch.ones(32, 32) * 3 - 2 * torch.eye(32)  # diagonal 1, others 3: eigenvalues -2
-    factor = inverse_factor(gram, 0.02)
+    factor = factor_hessian(gram, 0.02)
     assert factor.damping == float("inf")
-    # Without feedback every row stands alone: U_kk^-2 is the damped diagonal, 1.02.
-    assert torch.allclose(factor.upper, torch.eye(32) * 1.02**-0.5)
+    # Without feedback every row stands alone: R_kk^2 is the damped diagonal, 1.02.
+    assert torch.allclose(factor.upper, torch.eye(32) * 1.02**0.5)
 
 
 @pytest.mark.parametrize("dead", [[0], [31], [3, 4, 17]], ids=["first", "last", "some"])
@@ -93,7 +139,7 @@ def test_dead_inputs(dead: list[int]) -> None:
     gram = correlated_gram(32, tokens=200)
     gram[dead, :] = 0
     gram[:, dead] = 0
-    factor = inverse_factor(gram, 0.02)
+    factor = factor_hessian(gram, 0.02)
     assert factor.damping == 0.02
     upper = factor.upper.double()
     # A dead input takes part in no feedback, neither giving nor receiving.
@@ -101,5 +147,5 @@ def test_dead_inputs(dead: list[int]) -> None:
     assert bool((off[dead] == 0).all()) and bool((off[:, dead] == 0).all())
     alive = [k for k in range(32) if k not in dead]
     inner = upper[alive][:, alive]
-    expected = torch.linalg.inv(damped(gram, 0.02)[alive][:, alive])
-    assert torch.allclose(inner.T @ inner, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    expected = damped(gram, 0.02)[alive][:, alive]
+    assert torch.allclose(inner @ inner.T, expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))

@@ -292,7 +292,7 @@ def test_damage_is_the_second_order_divergence(run: Run, name: str, bits: int) -
     gram, fisher = run.expected.gram[name], run.expected.fisher[name]
     damped = gram + 0.02 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
     order = torch.from_numpy(order_of(run.measurement, name)).long()
-    upper = torch.linalg.cholesky(torch.linalg.inv(damped[order][:, order]), upper=True).float()
+    upper = torch.linalg.inv(torch.linalg.cholesky(torch.linalg.inv(damped[order][:, order]), upper=True)).float()
     groups = [RowGroup(bits, 64), *([RowGroup(bits, 32)] if len(gram) == 96 else [])]
     rounded, _ = round_linear(weight.T.contiguous(), upper, groups, order, fisher.float())
     delta = rounded.dequantize().double() - weight.double()

@@ -18,6 +18,7 @@ from bpwise.convert.exl2.readers.limits import require_reader
 from bpwise.convert.opening import verify_model
 from bpwise.convert.rounding import RoundedModel, Rounder
 from bpwise.errors import UnsupportedModelError
+from bpwise.linalg.hessian import Hessian
 from bpwise.measure.measurement import MeasuredLinear, Measurement
 from bpwise.measure.model.stream import StreamedModel
 from bpwise.measure.run import MeasureConfig
@@ -42,10 +43,8 @@ class Exact(Rounder):
         self.identity = {}
         self.grams: dict[str, torch.Tensor] = {}
 
-    def round_linear(
-        self, measured: MeasuredLinear, target: torch.Tensor, gram: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        self.grams[measured.name] = gram.clone()
+    def round_linear(self, measured: MeasuredLinear, target: torch.Tensor, hessian: Hessian) -> dict[str, torch.Tensor]:
+        self.grams[measured.name] = hessian.gram.clone()
         return {"weight": target.T.contiguous()}
 
     def decoded(self, name: str, artifact: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ....linalg.hessian import inverse_factor
+from ....linalg.hessian import factor_hessian, inverse_diagonal
 from ....linalg.parallel import run_all
 from ....linalg.row_groups import grouped_rows, row_powers
 from ....linalg.sampling import systematic_sample
@@ -49,13 +49,12 @@ def measure_curves(inputs: CurveInputs, widths: Sequence[int], group_size: int) 
         NumericalError: A damage is NaN or infinite.
     """
     gram, fishers = inputs.gram, inputs.fishers
-    # To sort by, single precision will do. H^-1 = U^T U.
-    costs = inverse_factor(gram, inputs.damping, dtype=torch.float32).upper.square_().sum(dim=0).reciprocal_()
+    costs = inverse_diagonal(inputs.hessian.factor(inputs.damping)).reciprocal()
     orders = [
         grouped_rows(costs, row_powers(weight, fisher), group_size)
         for weight, fisher in zip(inputs.weights, fishers, strict=True)
     ]
-    factors = [inverse_factor(gram, inputs.damping, order=order) for order in orders]
+    factors = [factor_hessian(gram, inputs.damping, order=order) for order in orders]
     rows = group_rows(gram.shape[0], group_size)
     tasks = [
         partial(_damage, weight, order, factor.upper, rows, widths, fisher)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ....checkpoint.model.families import HEAD
 from ....checkpoint.source.language import LanguageModel, WeightOverlay
-from ....linalg.hessian import inverse_factor
+from ....linalg.hessian import Hessian, factor_hessian
 from ....measure.measurement import MeasuredLinear, Measurement
 from ....measure.model.stream import StreamedModel
 from ....progress import Progress
@@ -52,11 +52,11 @@ class Exl2Rounder(Rounder):
         self._curves = exl2_curves(measurement)
         self._couple_outputs = couple_outputs
 
-    def round_linear(self, measured: MeasuredLinear, target: Tensor, gram: Tensor) -> dict[str, Tensor]:
+    def round_linear(self, measured: MeasuredLinear, target: Tensor, hessian: Hessian) -> dict[str, Tensor]:
         """See ``Rounder``."""
         plan = self._plans[measured.name]
         order = self._stored_order(plan).to(target.device)
-        factor = inverse_factor(gram, rounding_damping(measured), order=order)
+        factor = factor_hessian(hessian.gram, rounding_damping(measured), order=order)
         fisher = torch.from_numpy(measured.fisher).to(target.device)
         outputs = OutputFeedback.of(fisher, torch.from_numpy(measured.coupling)) if self._couple_outputs else None
         linear, _ = round_linear_(target, factor.upper, plan.stored_groups, order, fisher, outputs)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ....errors import ConfigError, FormatError, ShapeError
 from .kernels import Bytes, GgmlType
 
-__all__ = ["EVEN_TYPES", "GRID_TYPES", "Blocks", "repack", "unpack"]
+__all__ = ["GRID_TYPES", "Blocks", "repack", "unpack"]
 
 _Floats = npt.NDArray[np.float32]
 _Scales = Callable[[Bytes], tuple[_Floats, "_Floats | None"]]
@@ -261,6 +261,3 @@ _LAYOUTS: dict[str, _Layout] = {
 
 GRID_TYPES = frozenset(_LAYOUTS)
 """Names of the types that ``unpack`` and ``repack`` know."""
-
-EVEN_TYPES = frozenset(name for name, layout in _LAYOUTS.items() if layout.levels != tuple(map(float, _NONLINEAR)))
-"""Names of those among them whose levels are whole numbers, one apart."""

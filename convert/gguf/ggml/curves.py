@@ -1,11 +1,11 @@
 """What every tensor would cost in each of ggml's types: one number a type, since a type goes to a whole tensor.
 
-Damage is that of ``bpwise.measure.curves``, with the feedback that rounding will have. The output head and the
-embeddings are rounded without feedback where they are one table: its two uses ask for different feedback.
+Damage is that of ``bpwise.measure.curves``, as rounding with feedback will leave it. The output head and the embeddings
+are rounded without feedback where they are one table: its two uses ask for different feedback.
 
 Notes:
     ``damage[t] = 0.5 r sum_n F_n (dW_t^T H dW_t)_nn`` of a linear in type t, r being the generalization ratio
-    (``heldout``) and F a sample that stands for all outputs. Of token embeddings
+    (``heldout``), F a sample that stands for all outputs, errors what ``expected_errors`` says. Of token embeddings
     ``damage[t] = 0.5 sum_v u_v sum_k F_k dE_t[v, k]^2``, u_v being the share of token v in the text. A type t whose
     codes ggml searches for is measured on few outputs and set in relation to the coarsest other type c:
     ``damage[t] = damage[c] few(t) / few(c)``.
@@ -21,13 +21,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ....linalg.hessian import inverse_factor
 from ....linalg.parallel import run_all
 from ....linalg.sampling import systematic_sample
 from ....measure.curves import CurveInputs, LinearCurves, TableInputs
 from .blocks import GRID_TYPES
 from .kernels import TYPES, GgmlType, decode, encode, kernels_available
-from .rounding import errors_on_types, rounded_together
+from .rounding import expected_errors
 
 __all__ = ["SAMPLED_ROWS", "measure_plain_types", "measure_table", "measure_types", "measured_types"]
 
@@ -51,7 +50,7 @@ def measured_types() -> tuple[GgmlType, ...]:
 
 
 def measure_types(inputs: CurveInputs, kinds: Sequence[GgmlType]) -> list[LinearCurves]:
-    """Measure the linears of an input group, rounded with feedback. A pure function of its arguments.
+    """Measure the linears of an input group, to be rounded with feedback. A pure function of its arguments.
 
     Args:
         inputs: The linears.
@@ -62,19 +61,18 @@ def measure_types(inputs: CurveInputs, kinds: Sequence[GgmlType]) -> list[Linear
         whole number of the type's blocks.
     """
     gram = inputs.gram
-    factor = inverse_factor(gram, inputs.damping)
-    groups = rounded_together([kind for kind in kinds if kind.fits(len(gram))])
+    factor = inputs.hessian.factor(inputs.damping)
+    fitting = [kind for kind in kinds if kind.fits(len(gram))]
     samples = [_Sample.of(fisher) for fisher in inputs.fishers]
     tasks = [
-        partial(errors_on_types, weight[:, sample.rows_for(group)].float().contiguous(), factor.upper, group)
+        partial(_errors, weight, sample.rows_for(kind), factor.upper, kind)
         for weight, sample in zip(inputs.weights, samples, strict=True)
-        for group in groups
+        for kind in fitting
     ]
     found = iter(run_all(tasks, gram.device))
     curves = []
     for sample in samples:
-        errors = {kind: own for group in groups for kind, own in zip(group, next(found), strict=True)}
-        known = sample.damages(errors)
+        known = sample.damages({kind: next(found) for kind in fitting})
         if not bool(gram.any()):  # The input is zero on every token, and so is whatever an error makes of it.
             known = dict.fromkeys(known, 0.0)
         damage = inputs.generalization_ratio * torch.tensor([known.get(kind, math.inf) for kind in kinds])
@@ -127,6 +125,10 @@ def measure_plain_types(
     return generalization_ratio * torch.tensor(run_all([partial(damage, kind) for kind in kinds], gram.device))
 
 
+def _errors(weight: Tensor, rows: Tensor, upper: Tensor, kind: GgmlType) -> Tensor:
+    return expected_errors(weight[:, rows].float().contiguous(), upper, kind)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Sample:
     """Outputs of a linear that its damage is measured on.
@@ -148,9 +150,9 @@ class _Sample:
         rows, shares = systematic_sample(fisher, SAMPLED_ROWS)
         return cls(rows, shares, *systematic_sample(shares, _SEARCHED_ROWS))
 
-    def rows_for(self, group: Sequence[GgmlType]) -> Tensor:
-        """Return the outputs that the types of a group are measured on."""
-        return self.rows[self.few] if _searched(group[0]) else self.rows
+    def rows_for(self, kind: GgmlType) -> Tensor:
+        """Return the outputs that a type is measured on."""
+        return self.rows[self.few] if _searched(kind) else self.rows
 
     def damages(self, errors: Mapping[GgmlType, Tensor]) -> dict[GgmlType, float]:
         """Return each type's damage, given its errors on the outputs that ``rows_for`` says."""

@@ -5,26 +5,25 @@ differs: the weights of a block have first taken over the errors of all blocks b
 then chosen anew, each weight answering to the errors of those before it, in all types that code every weight for
 itself; the others keep ggml's codes. So every type that ggml can encode is served, and llama.cpp reads the result.
 
-Legend: W is the transpose of a Hugging Face weight, shape (K, out); H = mean x x^T, shape (K, K); H^-1 = U^T U with U
-upper triangular. With S a block of rows, T its target, that is W_S less the feedback of the blocks before, and Q what
-became of it, the block's error E solves ``U_SS^T E = T - Q``, a later block takes over ``U_S,later^T E``, and the sum
-of E^2 over all blocks is exactly tr(dW^T H dW). Source: GPTQ (arXiv 2210.17323), with blocks in the place of single
-rows where codes stand for several weights.
+Legend: W is the transpose of a Hugging Face weight, shape (K, out); H = mean x x^T, shape (K, K); H = R R^T with R
+upper triangular; D = W - Q, what rounding changes. With S a block of rows, its target is
+``T = W_S + R_SS^-T sum_{blocks B before} R_BS^T D_B``, its error ``E = R_SS^T (T - Q)``, and the sum of E^2 over all
+blocks is exactly tr(D^T H D). Source: GPTQ (arXiv 2210.17323), with blocks in the place of single rows where codes
+stand for several weights, and the factor of H in the place of that of its inverse (see ``bpwise.linalg.hessian``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .blocks import EVEN_TYPES, GRID_TYPES, Blocks, repack, unpack
+from .blocks import GRID_TYPES, Blocks, repack, unpack
 from .kernels import Bytes, GgmlType, decode, encode
 
-__all__ = ["RoundedRows", "errors_on_types", "round_to_type", "rounded_together"]
+__all__ = ["RoundedRows", "expected_errors", "round_to_type"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -34,22 +33,20 @@ class RoundedRows:
     Attributes:
         data: Encoded rows, one an output, uint8, shape (out, row_bytes).
         weight: What a reader makes of them, float32, shape (out, K), on the device of the weight given.
-        errors: dW^T H dW of every output, float32, shape (out,).
     """
 
     data: Bytes
     weight: Tensor
-    errors: Tensor
 
 
 def round_to_type(weight: Tensor, upper: Tensor, kind: GgmlType, *, threads: int = 1) -> RoundedRows:
     """Round one linear.
 
-    Inside a block ggml weighs the squared errors of input feature k by 1 / U_kk^2: what an error costs after feedback.
+    Inside a block ggml weighs the squared errors of input feature k by R_kk^2: what an error costs after feedback.
 
     Args:
         weight: The weight to represent, float32, shape (K, out).
-        upper: U, rows in the order of the input features, float32, shape (K, K).
+        upper: R, rows in the order of the input features, float32, shape (K, K).
         kind: A quantized type; K must be a whole number of its blocks.
         threads: Threads that ggml's encoder splits the outputs over.
 
@@ -61,102 +58,93 @@ def round_to_type(weight: Tensor, upper: Tensor, kind: GgmlType, *, threads: int
         NumericalError: A weight is not finite, or too large for the type.
         ShapeError: K is no whole number of blocks.
     """
-    (rounded,) = _rounded_together(weight, upper, [kind], threads)
-    return rounded
+    row_weights, outputs = weight.shape
+    data = np.empty((outputs, kind.row_bytes(row_weights)), dtype=np.uint8)
+    rounded = torch.empty(outputs, row_weights, device=weight.device)
+    missed = torch.empty_like(weight)  # D
+    for first in range(0, row_weights, kind.block_weights):
+        rows = slice(first, first + kind.block_weights)
+        root = upper[rows, rows]
+        inverse = _inverse(root)
+        target = weight[rows]
+        if first:
+            target = torch.addmm(target, inverse.T, upper[:first, rows].T @ missed[:first])
+        encoded = encode(target.T.contiguous().cpu(), kind, root.diagonal().square().cpu(), threads=threads)
+        if kind.name in GRID_TYPES:
+            codes, _ = _fed_back(target[None], root[None], inverse[None], unpack(encoded, kind))
+            encoded = repack(encoded, kind, codes[0].T.to(torch.uint8))
+        data[:, first // kind.block_weights * kind.block_bytes :][:, : kind.block_bytes] = encoded
+        rounded[:, rows] = decode(encoded, kind, threads=threads).to(weight.device)
+        torch.sub(weight[rows], rounded[:, rows].T, out=missed[rows])
+    return RoundedRows(data=data, weight=rounded)
 
 
-def rounded_together(kinds: Sequence[GgmlType]) -> list[list[GgmlType]]:
-    """Return the types in the groups that ``errors_on_types`` takes; each is a task of its own."""
-    groups: dict[tuple[int, str], list[GgmlType]] = {}
-    for kind in kinds:
-        groups.setdefault((kind.block_weights, "" if kind.name in EVEN_TYPES else kind.name), []).append(kind)
-    return list(groups.values())
+def expected_errors(weight: Tensor, upper: Tensor, kind: GgmlType) -> Tensor:
+    """Say what ``round_to_type`` is going to cost, in one call of ggml's encoder and all blocks side by side.
 
-
-def errors_on_types(weight: Tensor, upper: Tensor, kinds: Sequence[GgmlType]) -> Tensor:
-    """Round one linear once to every type and say what it costs.
-
-    The types go through the features side by side: the steps are small, and calling them is most of their cost.
+    Each block is rounded as if it were the first. What it takes over from those before it moves its targets, but hardly
+    makes them larger: it is left out.
 
     Args:
         weight: As in ``round_to_type``.
         upper: As in ``round_to_type``.
-        kinds: One group of ``rounded_together``; K is a whole number of their blocks.
+        kind: As in ``round_to_type``.
 
     Returns:
-        dW^T H dW of every output in every type, float32, shape (types, out).
+        dW^T H dW of every output, float32, shape (out,).
 
     Raises:
         BpwiseError: As ``round_to_type``.
     """
-    return torch.stack([rounded.errors for rounded in _rounded_together(weight, upper, kinds, threads=1)])
+    encoded = encode(weight.T.contiguous().cpu(), kind, upper.diagonal().square().cpu())
+    roots = _blocks(upper, kind.block_weights)
+    targets = weight.unflatten(0, (len(roots), -1))
+    if kind.name in GRID_TYPES:
+        _, missed = _fed_back(targets, roots, _inverse(roots), unpack(encoded, kind))
+        errors = roots.diagonal(dim1=1, dim2=2)[:, :, None] * missed
+    else:
+        errors = roots.mT @ (targets - decode(encoded, kind).T.to(weight.device).view_as(targets))
+    squares: Tensor = errors.square().sum(dim=(0, 1))
+    return squares
 
 
-def _rounded_together(weight: Tensor, upper: Tensor, kinds: Sequence[GgmlType], threads: int) -> list[RoundedRows]:
-    # Types with blocks of one length, side by side: all with even levels, or a single other one.
-    row_weights, outputs = weight.shape
-    data = [np.empty((outputs, kind.row_bytes(row_weights)), dtype=np.uint8) for kind in kinds]
-    rounded = torch.empty(len(kinds), outputs, row_weights, device=weight.device)
-    importance = upper.diagonal().square().reciprocal()
-    errors = torch.empty(row_weights, len(kinds) * outputs, device=weight.device)
-    length = kinds[0].block_weights
-    for block in range(row_weights // length):
-        rows = slice(block * length, (block + 1) * length)
-        target = weight[rows].repeat(1, len(kinds))
-        if block:
-            target = torch.addmm(target, upper[: rows.start, rows].T, errors[: rows.start], alpha=-1)
-        weights = target.unflatten(1, (len(kinds), outputs)).permute(1, 2, 0).contiguous().cpu()
-        encoded = [
-            encode(part, kind, importance[rows].cpu(), threads=threads)
-            for part, kind in zip(weights, kinds, strict=True)
-        ]
-        if kinds[0].name in GRID_TYPES:
-            taken = [unpack(part, kind) for part, kind in zip(encoded, kinds, strict=True)]
-            codes = _codes_with_feedback(target, upper[rows, rows], taken).split(outputs)
-            encoded = [repack(part, kind, own) for part, kind, own in zip(encoded, kinds, codes, strict=True)]
-        for index, (part, kind) in enumerate(zip(encoded, kinds, strict=True)):
-            data[index][:, block * kind.block_bytes : (block + 1) * kind.block_bytes] = part
-            rounded[index, :, rows] = decode(part, kind, threads=threads).to(weight.device)
-        missed = target - rounded[:, :, rows].flatten(0, 1).T
-        errors[rows] = torch.linalg.solve_triangular(upper[rows, rows].T, missed, upper=False)
-    squares = errors.square().sum(dim=0).view(len(kinds), outputs)
-    return [RoundedRows(data=data[i], weight=rounded[i], errors=squares[i]) for i in range(len(kinds))]
+def _blocks(upper: Tensor, length: int) -> Tensor:
+    # The blocks of R on its diagonal, shape (blocks, S, S).
+    places = [slice(first, first + length) for first in range(0, len(upper), length)]
+    return torch.stack([upper[place, place] for place in places])
 
 
-def _codes_with_feedback(target: Tensor, upper: Tensor, blocks: Sequence[Blocks]) -> Tensor:
-    # The codes of one block of every output in every type, shape (types * out, S): input feature after input feature.
-    # With errors e_j U_jj few operations are left for every one of them.
-    def column(values: Tensor, sub_weights: int) -> Tensor:
-        return values.T.to(target.device).repeat_interleave(sub_weights, dim=0)
+def _inverse(roots: Tensor) -> Tensor:
+    identity = torch.eye(roots.shape[-1], device=roots.device).expand_as(roots)
+    inverse: Tensor = torch.linalg.solve_triangular(roots, identity, upper=True)
+    return inverse
 
-    scales = torch.cat([column(each.scales, each.sub_weights) for each in blocks], dim=1)
-    offsets = torch.cat([column(each.offsets, each.sub_weights) for each in blocks], dim=1)
+
+def _fed_back(targets: Tensor, roots: Tensor, inverses: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
+    # Codes of blocks that do not see each other, and what each misses of the value that feedback inside the block has
+    # moved it to, both float32, shape (blocks, S, out): input feature after input feature. Given ggml's scales; R_SS
+    # and its inverse U have shape (blocks, S, S).
+    def by_block(values: Tensor) -> Tensor:
+        return values.T.to(targets.device).repeat_interleave(blocks.sub_weights, dim=0).view_as(targets)
+
+    scales = by_block(blocks.scales)
     steps = torch.where(scales == 0, 1.0, scales)  # a scale of 0 decodes to the offset, whatever the code
-    nearest = _nearest_code(blocks, target)
-    levels = blocks[0].levels.to(target.device)
-    lowest = _over_outputs([float(each.levels[0]) for each in blocks], target)
-    feedback = (upper / upper.diagonal()[:, None]).T.contiguous()
-    errors, codes = torch.empty_like(target), torch.empty_like(target)
-    for i, row in enumerate((target - offsets).unbind()):
-        moved = torch.addmv(row, errors[:i].T, feedback[i, :i], alpha=-1) if i else row
-        codes[i] = nearest(moved / steps[i])
-        level = codes[i] + lowest if len(blocks) > 1 else levels[codes[i].long()]
-        errors[i] = moved - scales[i] * level
-    return codes.T.to(torch.uint8)
-
-
-def _nearest_code(blocks: Sequence[Blocks], target: Tensor) -> Callable[[Tensor], Tensor]:
-    # From values in steps of their scales, shape (types * out,), to the codes of the nearest levels.
-    if len(blocks) == 1:
-        levels = blocks[0].levels.to(target.device)
-        middles = (levels[1:] + levels[:-1]) / 2
-        return lambda values: torch.bucketize(values, middles).to(values)
-    lowest = _over_outputs([float(each.levels[0]) for each in blocks], target)
-    highest = _over_outputs([float(len(each.levels) - 1) for each in blocks], target)
-    none = torch.zeros_like(lowest)
-    return lambda values: torch.clamp(torch.round(values - lowest), none, highest)
-
-
-def _over_outputs(values: Sequence[float], target: Tensor) -> Tensor:
-    # One number a type as one a column of ``target``.
-    return torch.tensor(values, device=target.device).repeat_interleave(target.shape[1] // len(values))
+    levels = blocks.levels.to(targets.device)
+    lowest, highest = float(levels[0]), len(levels) - 1.0
+    even = bool((levels == levels[0] + torch.arange(len(levels), device=levels.device)).all())
+    middles = (levels[1:] + levels[:-1]) / 2
+    # With errors in the place of GPTQ's e_j = error_j R_jj, few operations are left for every row.
+    feedback = (roots.diagonal(dim1=1, dim2=2)[:, :, None] * inverses).mT.contiguous()
+    errors, codes = torch.empty_like(targets), torch.empty_like(targets)
+    for i, row in enumerate((targets - by_block(blocks.offsets)).split(1, dim=1)):
+        moved = torch.baddbmm(row, feedback[:, i : i + 1, :i], errors[:, :i], alpha=-1) if i else row
+        here = slice(i, i + 1)
+        wanted = moved / steps[:, here]
+        if even:
+            codes[:, here] = wanted.sub_(lowest).round_().clamp_(0.0, highest)
+            level = wanted + lowest
+        else:
+            nearest = torch.bucketize(wanted, middles)
+            codes[:, here], level = nearest, levels[nearest]
+        torch.addcmul(moved, scales[:, here], level, value=-1, out=errors[:, here])
+    return codes, errors

@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ....linalg.hessian import Hessian
 from .rowmap import Part
 
-__all__ = ["gram_of", "joined_weight", "outputs_of", "part_of", "put_part_", "stored_part"]
+__all__ = ["hessian_of", "joined_weight", "outputs_of", "part_of", "put_part_", "stored_part"]
 
 
 def part_of(weight: Tensor, part: Part) -> Tensor:
@@ -42,12 +43,12 @@ def outputs_of(values: Tensor, part: Part) -> Tensor:
     return values if part.holds_all(values.shape[-1]) else values[..., _indices(part.outputs, values)]
 
 
-def gram_of(gram: Tensor, part: Part) -> Tensor:
-    """Return the Gram matrix of inputs in the file's order of columns, shape (K, K)."""
+def hessian_of(hessian: Hessian, part: Part) -> Hessian:
+    """Return the Hessian of inputs in the file's order of columns; the same where that is the linear's."""
     if part.columns is None:
-        return gram
-    columns = _indices(part.columns, gram)
-    return gram[columns][:, columns]
+        return hessian
+    columns = _indices(part.columns, hessian.gram)
+    return Hessian(hessian.gram[columns][:, columns])
 
 
 def joined_weight(

@@ -5,7 +5,7 @@ from bpwise.convert.exl2.file.layout import RowGroup
 from bpwise.convert.exl2.file.linear import QuantizedLinear
 from bpwise.convert.exl2.rounding.coupling import OutputFeedback
 from bpwise.convert.exl2.rounding.feedback import round_linear
-from bpwise.linalg.hessian import inverse_factor
+from bpwise.linalg.hessian import factor_hessian
 from torch import Tensor
 
 DAMPING = 0.02
@@ -30,7 +30,7 @@ class Problem:
         directions = torch.randn(columns, rank, generator=rng)
         self.coupling = 0.9 * directions / directions.norm(dim=1, keepdim=True)
         self.order = torch.randperm(rows, generator=rng)
-        self.upper = inverse_factor(self.gram[self.order][:, self.order], DAMPING).upper
+        self.upper = factor_hessian(self.gram[self.order][:, self.order], DAMPING).upper
 
     @property
     def input_matrix(self) -> Tensor:

@@ -5,7 +5,7 @@ from bpwise.convert.exl2.file.linear import QuantizedLinear
 from bpwise.convert.exl2.rounding import feedback
 from bpwise.convert.exl2.rounding.feedback import errors_by_group, round_linear, round_linear_
 from bpwise.convert.exl2.rounding.grid import search_grids
-from bpwise.linalg.hessian import inverse_factor
+from bpwise.linalg.hessian import factor_hessian
 from torch import Tensor
 
 DAMPING = 0.02
@@ -22,7 +22,7 @@ class Problem:
         self.gram = inputs.T @ inputs / len(inputs)
         self.order = torch.randperm(rows, generator=rng)
         self.column_weights = torch.rand(columns, generator=rng) + 0.1
-        self.upper = inverse_factor(self.gram[self.order][:, self.order], DAMPING).upper
+        self.upper = factor_hessian(self.gram[self.order][:, self.order], DAMPING).upper
 
     @property
     def damped(self) -> Tensor:
@@ -106,7 +106,7 @@ def test_errors_sum_to_the_output_error(groups: list[RowGroup], columns: int) ->
     linear, errors = problem.round(groups)
     exact = torch.empty_like(problem.weight, dtype=torch.float64)
     exact[problem.order] = (linear.codes.double() - reader_halves(linear)) * reader_scales(linear)
-    # The identity is exact; U and the recurrence are float32.
+    # The identity is exact; R and the recurrence are float32.
     assert torch.allclose(errors.sum(dim=0).double(), problem.column_errors(exact), rtol=1e-3)
     # dequantize() rounds every weight to float16 once more: 2^-12 of it, against steps of 2^-7 of the largest.
     decoded = problem.column_errors(linear.dequantize().T)
@@ -151,7 +151,7 @@ def test_better_than_rounding_to_nearest(bits: int) -> None:
 def test_uncorrelated_inputs_are_rounded_to_nearest() -> None:
     weight = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
     power = torch.logspace(0, 2, 64)
-    upper = inverse_factor(power.diag(), DAMPING).upper
+    upper = factor_hessian(power.diag(), DAMPING).upper
     groups = [RowGroup(4, 32), RowGroup(4, 32)]
     linear, _ = round_linear(weight, upper, groups, torch.arange(64), torch.ones(16))
     scales, halves = reader_scales(linear), reader_halves(linear)
@@ -166,7 +166,7 @@ def test_scales_fit_the_rows_that_matter() -> None:
     power = torch.full((64,), 0.01)
     power[::16] = 1.0
     weight[::16] *= 0.5
-    upper = inverse_factor(power.diag(), DAMPING).upper
+    upper = factor_hessian(power.diag(), DAMPING).upper
     _, errors = round_linear(weight, upper, [RowGroup(3, 64)], torch.arange(64), torch.ones(16))
     indifferent = search_grids(weight[None], torch.ones(64), torch.ones(16), [3])[0].scales
     rounded = (weight / indifferent).round().clamp(-4, 3) * indifferent
@@ -202,7 +202,7 @@ def test_dead_inputs_get_no_feedback() -> None:
     dead = problem.order[40]
     problem.gram[dead, :] = 0
     problem.gram[:, dead] = 0
-    problem.upper = inverse_factor(problem.gram[problem.order][:, problem.order], DAMPING).upper
+    problem.upper = factor_hessian(problem.gram[problem.order][:, problem.order], DAMPING).upper
     linear, errors = problem.round([RowGroup(4, 32), RowGroup(4, 32)])
     scales, halves = reader_scales(linear)[40], reader_halves(linear)[40]
     expected = (problem.weight[dead].double() / scales).round().clamp(-halves, halves - 1) + halves

@@ -17,7 +17,7 @@ from bpwise.convert.gguf.plan.plan import GgufPlan, TypeOverride
 from bpwise.convert.gguf.rounder import GgufRounder, rounded_matrices, table_importance, tensor_distances
 from bpwise.convert.gguf.rows.rowmap import RowMap, TensorRows
 from bpwise.convert.rounding import RoundedModel
-from bpwise.linalg.hessian import inverse_factor
+from bpwise.linalg.hessian import Hessian, factor_hessian
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig, measure_checkpoint
 from bpwise.measure.text.calibration import CalibrationSet
@@ -258,9 +258,9 @@ def test_columns_are_rounded_in_the_files_order(changed: Case) -> None:
     rng = torch.Generator().manual_seed(3)
     inputs, target = torch.randn(400, 96, generator=rng), 0.1 * torch.randn(96, 64, generator=rng)
     gram = inputs.T @ inputs / 400
-    made = changed.rounder(plan).round_linear(measured, target.clone(), gram)
+    made = changed.rounder(plan).round_linear(measured, target.clone(), Hessian(gram))
     columns = torch.from_numpy(COLUMNS)
-    factor = inverse_factor(gram[columns][:, columns], measured.damping)
+    factor = factor_hessian(gram[columns][:, columns], measured.damping)
     expected = round_to_type(target[columns].contiguous(), factor.upper, ggml_type("Q4_0"))
     assert np.array_equal(made["data.0"].numpy(), expected.data)
     decoded = changed.rounder(plan).decoded(name, made)

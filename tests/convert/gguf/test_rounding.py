@@ -3,9 +3,9 @@ import pytest
 import torch
 from bpwise.convert.gguf.ggml.blocks import GRID_TYPES, unpack
 from bpwise.convert.gguf.ggml.kernels import GgmlType, decode, encode, ggml_type
-from bpwise.convert.gguf.ggml.rounding import errors_on_types, round_to_type, rounded_together
+from bpwise.convert.gguf.ggml.rounding import expected_errors, round_to_type
 from bpwise.errors import ShapeError
-from bpwise.linalg.hessian import inverse_factor
+from bpwise.linalg.hessian import factor_hessian
 from torch import Tensor
 
 pytest.importorskip("libggml", reason="ggml's library is not installed: pip install 'bpwise[gguf]'")
@@ -23,7 +23,7 @@ class Problem:
         inputs = torch.randn(4 * rows, rows, generator=rng) @ mixing
         self.weight = torch.randn(rows, columns, generator=rng) * 0.05
         gram = inputs.T @ inputs / len(inputs)
-        self.upper = inverse_factor(gram, DAMPING).upper
+        self.upper = factor_hessian(gram, DAMPING).upper
         self.damped = gram.double() + DAMPING * gram.diagonal().mean() * torch.eye(rows, dtype=torch.float64)
 
     def errors(self, weight: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def by_definition(problem: Problem, kind: GgmlType) -> Tensor:
     """
     work = problem.weight.double()
     result = torch.empty_like(work)
-    importance = 1 / problem.upper.diagonal().square()
+    importance = problem.upper.diagonal().square()
     for first in range(0, len(work), kind.block_weights):
         rows = slice(first, first + kind.block_weights)
         data = encode(work[rows].T.float().contiguous(), kind, importance[rows])
@@ -77,15 +77,7 @@ def test_agrees_with_the_definition(name: str, rows: int, columns: int) -> None:
     rounded = round_to_type(problem.weight, problem.upper, ggml_type(name))
     # Targets differ by float32 rounding, and now and then another code is nearest: the error is the same to 1 %.
     expected = problem.errors(by_definition(problem, ggml_type(name)))
-    assert float(rounded.errors.sum()) == pytest.approx(float(expected.sum()), rel=0.01)
-
-
-@pytest.mark.parametrize(("name", "rows", "columns"), CASES)
-def test_errors_are_those_of_the_weight(name: str, rows: int, columns: int) -> None:
-    problem = Problem(rows, columns)
-    rounded = round_to_type(problem.weight, problem.upper, ggml_type(name))
-    # The identity is exact; U and the recurrence are float32.
-    assert torch.allclose(rounded.errors.double(), problem.errors(rounded.weight), rtol=1e-3)
+    assert float(problem.errors(rounded.weight).sum()) == pytest.approx(float(expected.sum()), rel=0.01)
 
 
 @pytest.mark.parametrize(("name", "rows", "columns"), CASES)
@@ -103,21 +95,16 @@ def test_feedback_pays(name: str) -> None:
     problem, kind = Problem(256, 32), ggml_type(name)
     plain = decode(encode(problem.weight.T.contiguous(), kind, problem.damped.diagonal().float()), kind)
     rounded = round_to_type(problem.weight, problem.upper, kind)
-    assert float(rounded.errors.sum()) < 0.8 * float(problem.errors(plain).sum())
+    assert float(problem.errors(rounded.weight).sum()) < 0.8 * float(problem.errors(plain).sum())
 
 
-def test_types_side_by_side_do_not_touch_each_other() -> None:
-    problem = Problem(512, 8)
-    names = ["Q8_0", "Q4_K", "Q4_0", "IQ4_NL", "Q2_K", "IQ3_S", "Q5_1", "IQ4_XS", "Q6_K"]
-    groups = rounded_together([ggml_type(name) for name in names])
-    assert sorted(kind.name for group in groups for kind in group) == sorted(names)
-    assert ["Q8_0", "Q4_0", "Q5_1"] in [[kind.name for kind in group] for group in groups]
-    for group in groups:
-        errors = errors_on_types(problem.weight, problem.upper, group)
-        for kind, found in zip(group, errors, strict=True):
-            alone = round_to_type(problem.weight, problem.upper, kind).errors
-            # The same steps in wider operations; a weight in the middle of two codes may fall to the other side.
-            assert float(found.sum()) == pytest.approx(float(alone.sum()), rel=0.01), kind.name
+@pytest.mark.parametrize("name", ["Q8_0", "Q6_K", "Q5_1", "Q4_K", "Q4_0", "IQ4_XS", "Q3_K", "IQ3_S", "Q2_K", "IQ2_XS"])
+def test_what_is_expected_comes_true(name: str) -> None:
+    problem, kind = Problem(512, 32), ggml_type(name)
+    rounded = problem.errors(round_to_type(problem.weight, problem.upper, kind).weight)
+    expected = expected_errors(problem.weight, problem.upper, kind)
+    # With 2 bits, what other blocks push over makes targets larger by some percent.
+    assert float(expected.sum()) == pytest.approx(float(rounded.sum()), rel=0.1)
 
 
 def test_refuses_a_row_of_part_blocks() -> None:

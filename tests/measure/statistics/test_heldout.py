@@ -32,7 +32,7 @@ def damage(fit: Tensor, other: Tensor, damping: float) -> tuple[float, float]:
     weight = torch.randn(ROWS, OUTPUTS, generator=torch.Generator().manual_seed(3)) * 0.05
     damped = fit.double() + damping * fit.diagonal().mean() * torch.eye(ROWS)
     order = fit.diagonal().argsort(descending=True)
-    upper = torch.linalg.cholesky(torch.linalg.inv(damped[order][:, order]), upper=True).float()
+    upper = torch.linalg.inv(torch.linalg.cholesky(torch.linalg.inv(damped[order][:, order]), upper=True)).float()
     linear, _ = round_linear(weight, upper, [RowGroup(4, 32)] * 3, order, torch.ones(OUTPUTS))
     change = linear.dequantize().T.double() - weight
     return tuple(float((change * (matrix @ change)).sum()) for matrix in (damped, other.double()))
