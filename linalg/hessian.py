@@ -11,6 +11,7 @@ Notes:
 
 from __future__ import annotations
 
+import math
 import threading
 from dataclasses import dataclass, field
 
@@ -119,7 +120,7 @@ def probes(size: int, device: torch.device) -> Tensor:
         Float32, shape (K, vectors). Means over vectors are exact where K is at most 256.
     """
     if size <= _PROBES:
-        return torch.eye(size, device=device) * size**0.5
+        return torch.eye(size, device=device) * math.sqrt(size)
     signs = torch.randint(0, 2, (size, _PROBES), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
     vectors: Tensor = (2 * signs - 1).to(device).float()
     return vectors
