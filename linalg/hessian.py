@@ -196,15 +196,12 @@ def damped_solve(gram: Tensor, target: Tensor, damping: float) -> Tensor:
     Args:
         gram: H, mean of x x^T over tokens, float32, shape (K, K), positive semidefinite.
         target: T, float32, shape (K, columns).
-        damping: Relative to the mean of H's diagonal, dimensionless. At least 0.1 or so, for float32 to be enough: the
-            condition number is at most K / damping.
+        damping: Relative to the mean of H's diagonal, dimensionless; raised as ``factor_hessian`` does.
 
     Returns:
         V, float32, shape (K, columns); zero where H is zero altogether or cannot be factored even so.
     """
-    damped = gram.clone()
-    damped.diagonal().add_(damping * gram.diagonal().mean())
-    lower = damped.mT  # LAPACK's order: what lies so is not copied
-    failed = torch.zeros((), dtype=torch.int32, device=gram.device)
-    torch.linalg.cholesky_ex(lower, out=(lower, failed))
-    return torch.zeros_like(target) if bool(failed) else torch.cholesky_solve(target, lower)
+    factor = factor_hessian(gram, damping)
+    if math.isinf(factor.damping):
+        return torch.zeros_like(target)
+    return solve_transposed(factor.upper, torch.linalg.solve_triangular(factor.upper, target, upper=True))

@@ -37,6 +37,10 @@ _SLICE_OUTPUTS = 16384
 _LEAST_GAIN = 1e-3
 """Outputs that a norm scales down to less than this, relative to the largest, are not moved to cancel drift."""
 
+_WHOLE_CHANNELS = 2048
+"""Of more input channels every second one decides about the ridge, at an eighth of the time. On SmolLM2's 1536 it is the
+same in 15 of 17 blocks."""
+
 _TRIED_COLUMNS = 128
 """Columns of the shift, evenly spread, that the ridge is chosen on."""
 
@@ -135,8 +139,10 @@ class InputSums:
     def _best_ridge(self, grams: Sequence[Tensor], missing: Sequence[Tensor]) -> float | None:
         # The one whose fit on the first half leaves least drift on the second; None if none leaves less than there was.
         step = -(-missing[0].shape[1] // _TRIED_COLUMNS)
-        tried = [part[:, ::step].contiguous() for part in missing]
-        left = [_drift_left(damped_solve(grams[0], tried[0], ridge), grams[1], tried[1]) for ridge in _RIDGES]
+        every = 1 if len(grams[0]) <= _WHOLE_CHANNELS else 2
+        tried = [part[::every, ::step].contiguous() for part in missing]
+        fit, other = (gram[::every, ::every].contiguous() for gram in grams)
+        left = [_drift_left(damped_solve(fit, tried[0], ridge), other, tried[1]) for ridge in _RIDGES]
         return _RIDGES[left.index(min(left))] if min(left) < 0 else None
 
 

@@ -51,6 +51,22 @@ def test_the_choice_is_the_best_on_the_other_half() -> None:
     assert costs[judged(120).damping] < 1.02 * min(costs.values()) < 0.9 * max(costs.values())
 
 
+def test_every_second_channel_of_many_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = [judged(count) for count in (60, 400)]
+    assert whole[0].damping > whole[1].damping
+    monkeypatch.setattr("bpwise.measure.statistics.heldout._WHOLE_CHANNELS", ROWS - 1)
+    assert [judged(count) for count in (60, 400)] == whole  # the ratio is that of all channels
+
+
+def test_random_signs_say_what_all_directions_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = judged(200)
+    monkeypatch.setattr("bpwise.linalg.hessian._PROBES", ROWS - 1)
+    rough = judged(200)
+    assert rough.damping == exact.damping
+    assert rough.generalization_ratio == pytest.approx(exact.generalization_ratio, rel=0.1)
+    assert rough != exact
+
+
 def test_inflation_is_what_unseen_tokens_show() -> None:
     for count in (60, 100, 200, 400, 1000):
         chosen = judged(count)
