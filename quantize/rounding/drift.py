@@ -38,8 +38,8 @@ _LEAST_GAIN = 1e-3
 """Outputs that a norm scales down to less than this, relative to the largest, are not moved to cancel drift."""
 
 _WHOLE_CHANNELS = 2048
-"""Of more input channels every second one decides about the ridge, at an eighth of the time. On SmolLM2's 1536 it is the
-same in 15 of 17 blocks."""
+"""Of more input channels every second one decides about the ridge, at an eighth of the time. On SmolLM2's 1536 it is
+the same in 15 of 17 blocks."""
 
 _TRIED_COLUMNS = 128
 """Columns of the shift, evenly spread, that the ridge is chosen on."""
