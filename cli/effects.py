@@ -147,11 +147,16 @@ def refuse_without_effect(context: click.Context) -> None:
 def _conflicts(command: str, parameters: Options) -> Iterator[Conflict]:
     if command in ("plan", "quantize"):
         chosen = chosen_format(parameters)
-        others: dict[str, list[str]] = {}
+        of_others: dict[str, list[str]] = {}
         for name, declared in owners(command).items():
             if chosen not in declared:
-                others.setdefault(" and ".join(each.title for each in declared), []).append(name)
-        for titles, names in others.items():
+                of_others.setdefault(" and ".join(each.title for each in declared), []).append(name)
+        for titles, names in of_others.items():
             yield Conflict(f"with an output in {chosen.title}", _writes_one_format, tuple(names), f"for {titles} only")
         yield from chosen.conflicts.get(command, ())
+    if command == "measure":
+        wanted = parameters.get("wanted") or ()
+        others = [name for name, declared in owners(command).items() if not any(x.name in wanted for x in declared)]
+        when = f"with --formats {','.join(wanted)}"
+        yield Conflict(when, lambda options: bool(options["wanted"]), tuple(others), "for other formats only")
     yield from CONFLICTS.get(command, ())

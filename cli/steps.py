@@ -21,7 +21,7 @@ from .options import (
     say_shortened,
 )
 from .output import say
-from .types import EXISTING_FILE, FILE, SIZE
+from .types import EXISTING_FILE, FILE, SIZE, Names
 
 __all__ = ["measure", "plan"]
 
@@ -29,6 +29,12 @@ __all__ = ["measure", "plan"]
 @cli.command()
 @click.argument("model")
 @click.option("-o", "--output", type=FILE, required=True, help="The measurement file to write (.safetensors).")
+@click.option(
+    "--formats",
+    "wanted",
+    type=Names(list(formats())),
+    help=f"Formats to measure for: {', '.join(formats())}.  [default: all whose extras are installed]",
+)
 @FORCE_OPTION
 @format_options("measure")
 @original_options
@@ -36,12 +42,13 @@ __all__ = ["measure", "plan"]
 def measure(
     model: str,
     output: Path,
+    wanted: tuple[str, ...] | None,
     force: bool,
     choice: FormatChoice,
     changes: OriginalArguments,
     measuring: MeasuringArguments,
 ) -> None:
-    """Measure MODEL (a directory or a Hub id) once, for any bitrate in all formats whose extras are installed."""
+    """Measure MODEL (a directory or a Hub id) once, for any bitrate in all formats."""
     from ..checkpoint.source.original import open_model
     from ..measure.run import measure_model
 
@@ -52,7 +59,7 @@ def measure(
         source,
         output,
         measuring.config,
-        formats={name: each.conversion(source, choice.all[name]) for name, each in formats().items()},
+        formats={name: formats()[name].conversion(source, choice.all[name]) for name in wanted or formats()},
         work=measuring.work_dir,
         calibration=measuring.saved,
         force=force,

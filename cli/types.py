@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +23,7 @@ __all__ = [
     "RATES",
     "SIZE",
     "TOKENS",
+    "Names",
 ]
 
 MIB = 1 << 20
@@ -119,10 +121,22 @@ class Names(click.ParamType):  # type: ignore[type-arg]  # generic only from cli
 
     name = "name[,name...]"
 
+    def __init__(self, known: Sequence[str] = ()) -> None:
+        """Say which there are.
+
+        Args:
+            known: All of them; empty where others know.
+        """
+        self._known = known
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        """Return the names."""
         if isinstance(value, tuple):
             return value
-        return tuple(part.strip() for part in str(value).split(",") if part.strip())
+        names = tuple(part.strip() for part in str(value).split(",") if part.strip())
+        if self._known and not (names and set(names) <= set(self._known)):
+            self.fail(f"{value!r} must name some of {', '.join(self._known)}, separated by commas", param, ctx)
+        return names
 
 
 SIZE = Size()

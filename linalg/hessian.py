@@ -21,12 +21,13 @@ from torch import Tensor
 from .precision import in_float64, precise_device
 
 __all__ = [
+    "FEW_CHANNELS",
     "Hessian",
     "HessianFactor",
     "damped_solve",
     "factor_hessian",
     "inverse_diagonal",
-    "probes",
+    "random_signs",
     "solve_transposed",
 ]
 
@@ -39,8 +40,12 @@ _BLOCK = 256
 _LARGEST_ERROR = 0.03
 """Relative error of R_kk that float32 may make at worst; above it the factor is computed in float64."""
 
-_PROBES = 256
-"""Random vectors that stand for all: what they estimate is good to a tenth of its spread over channels or better."""
+FEW_CHANNELS = 2048
+"""Up to so many input channels, K^3 operations are nothing beside the passes: what depends on all channels is computed
+exactly, and on all of them. Of more, random vectors and every second channel stand for all."""
+
+_SIGNS = 256
+"""Random vectors that a diagonal is estimated with."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,19 +114,19 @@ def factor_hessian(gram: Tensor, damping: float, *, order: Tensor | None = None)
     return HessianFactor((diagonal + damping * mean).sqrt().float().diag().to(gram.device), float("inf"))
 
 
-def probes(size: int, device: torch.device) -> Tensor:
-    """Return vectors z with ``mean z z^T = I``: random signs, the same at each call; or all directions where few.
+def random_signs(size: int, count: int, device: torch.device, *, seed: int = 0) -> Tensor:
+    """Return vectors z of random signs, for which ``mean z z^T = I`` on average; the same at each call.
 
     Args:
         size: K, length of a vector.
+        count: Number of vectors.
         device: Where they are wanted.
+        seed: Another one gives others.
 
     Returns:
-        Float32, shape (K, vectors). Means over vectors are exact where K is at most 256.
+        Float32, shape (K, count).
     """
-    if size <= _PROBES:
-        return torch.eye(size, device=device) * math.sqrt(size)
-    signs = torch.randint(0, 2, (size, _PROBES), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+    signs = torch.randint(0, 2, (size, count), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
     vectors: Tensor = (2 * signs - 1).to(device).float()
     return vectors
 
@@ -138,7 +143,10 @@ def solve_transposed(upper: Tensor, values: Tensor) -> Tensor:
 
 
 def inverse_diagonal(factor: HessianFactor) -> Tensor:
-    """Estimate the diagonal of ``(R R^T)^-1``: the mean of ``(R^-T z)^2``, of which ``z_k / R_kk`` is known.
+    """Return the diagonal of ``(R R^T)^-1``.
+
+    Of many channels an estimate, good to a percent: the mean of ``(R^-T z)^2`` over random signs z, of which
+    ``z_k / R_kk`` is known.
 
     Args:
         factor: R.
@@ -146,11 +154,14 @@ def inverse_diagonal(factor: HessianFactor) -> Tensor:
     Returns:
         Float32, shape (K,), in the factor's order.
     """
-    vectors = probes(len(factor.upper), factor.upper.device)
-    known = factor.upper.diagonal().reciprocal()
-    if vectors.shape[1] == len(vectors):
-        return solve_transposed(factor.upper, vectors).square().mean(dim=1)
-    others = solve_transposed(factor.upper, vectors) - known[:, None] * vectors
+    upper = factor.upper
+    size = len(upper)
+    if size <= FEW_CHANNELS:
+        exact: Tensor = solve_transposed(upper, torch.eye(size, device=upper.device)).square().sum(dim=1)
+        return exact
+    vectors = random_signs(size, _SIGNS, upper.device)
+    known = upper.diagonal().reciprocal()
+    others = solve_transposed(upper, vectors) - known[:, None] * vectors
     estimate: Tensor = known.square() + others.square().mean(dim=1)
     return estimate
 

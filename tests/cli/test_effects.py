@@ -52,6 +52,8 @@ def bpwise(*arguments: str) -> Result:
         ((*TYPE, "--no-eval", "--offload-dir", "files"), ["--offload-dir"]),
         ((*MEASURE, "-c", "rows.safetensors", "--rows", "8"), ["--rows"]),
         ((*MEASURE, "--chat-template"), ["--chat-template"]),
+        ((*MEASURE, "--formats", "exl2", "--llama-cpp", HERE), ["--llama-cpp"]),
+        ((*MEASURE, "--formats", "gguf", "--group-size", "64"), ["--group-size"]),
         ((*MEASURE, "-c", "text.txt", "--column", "text"), ["--column"]),
         ((*EVAL, "--text", "text.txt", "--column", "text"), ["--column"]),
         ((*PLAN, "--format", "gguf", "-b", "4", "--head-bits", "8"), ["--head-bits"]),

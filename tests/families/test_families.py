@@ -43,5 +43,7 @@ def test_family(name: str, tmp_path: Path, llama_cpp: Path, llama_quantize: Path
 def check_against_llama_quantize(judged: Judged) -> None:
     assert judged.tensor_bytes <= judged.their_bytes
     assert judged.nats < judged.their_nats
+    # Feedback pays; where experts are chosen by a hair, random weights make the difference small.
+    assert judged.nats < 1.1 * judged.plain_nats
     assert judged.feedback_share >= 0.95, judged.plain
     assert judged.plain.keys() <= set(judged.unmeasured)

@@ -66,7 +66,7 @@ def test_group_that_joins_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("noise", [0.0, 1.0, 6.0])
 def test_ridge_is_the_one_that_holds_on_other_rows(noise: float, every: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bpwise.quantize.rounding.drift._WHOLE_CHANNELS", WIDTH if every == 1 else WIDTH - 1)
+    monkeypatch.setattr("bpwise.quantize.rounding.drift.FEW_CHANNELS", WIDTH if every == 1 else WIDTH - 1)
     inputs, weights = tokens(WIDTH, 1), tokens(1, 2)[..., 0].square()
     missing = 0.3 * inputs + noise * tokens(WIDTH, 5)
     _, shift = summed(INSIDE, linear(), inputs, inputs + missing, weights).solved(correct_drift=True)
