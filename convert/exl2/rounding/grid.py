@@ -6,8 +6,8 @@ the unit is coarse where it is subnormal, so the search runs against the scales 
 
 Notes:
     With q_kn = clamp(round(w_kn / s), -2^(b-1), 2^(b-1) - 1) the error of column n at scale s and width b is
-    ``E_n(s) = sum_k (w_kn - s q_kn)^2 / U_kk^2``. The group's unit u, and with it ``max_scale = 256 u``, minimises
-    ``sum_n F_n min_c E_n((c + 1)^2 u)``; then every column takes its best code c, 0 to 15. Weights 1 / U_kk^2 are what
+    ``E_n(s) = sum_k (w_kn - s q_kn)^2 R_kk^2``. The group's unit u, and with it ``max_scale = 256 u``, minimises
+    ``sum_n F_n min_c E_n((c + 1)^2 u)``; then every column takes its best code c, 0 to 15. Weights R_kk^2 are what
     an error costs under feedback (see ``feedback``); F_n is the Fisher weight of the column.
 """
 
@@ -70,7 +70,7 @@ def search_grids(
 
     Args:
         targets: Weights to represent, groups of one shape, float32, shape (targets, rows, columns).
-        row_weights: Cost of a squared error in each row, float32, shape (rows,), common to all targets; 1 / U_kk^2
+        row_weights: Cost of a squared error in each row, float32, shape (rows,), common to all targets; R_kk^2
             under error feedback.
         column_weights: Cost of a squared error in each column, float32, shape (columns,), common to all. Only weighs
             columns against each other in the choice of their common largest scale.
