@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -39,6 +41,9 @@ __all__ = [
     "progress_bar",
     "say_shortened",
 ]
+
+_LINE_SECONDS = 30.0
+"""Time between two lines about a step, where they go to a file."""
 
 _MOST_LABEL_CHARACTERS = 60
 
@@ -338,8 +343,25 @@ def say_shortened(source: TensorSource, **asked: int | None) -> None:
 
 
 def progress_bar(items: Sequence[Any], step: str) -> Iterable[Any]:
-    """Show on stderr how far a step is; see ``Progress``."""
+    """Show on stderr how far a step is: a bar in a terminal, else a line now and then; see ``Progress``."""
     from tqdm import tqdm
 
-    bar: Iterable[Any] = tqdm(items, desc=printable(step, _MOST_LABEL_CHARACTERS), unit="block", dynamic_ncols=True)
+    label = printable(step, _MOST_LABEL_CHARACTERS)
+    if not sys.stderr.isatty():
+        return _progress_lines(items, label)
+    bar: Iterable[Any] = tqdm(items, desc=label, unit="block", dynamic_ncols=True)
     return bar
+
+
+def _progress_lines(items: Sequence[Any], label: str) -> Iterator[Any]:
+    from tqdm import tqdm
+
+    first = last = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if done and now - last >= _LINE_SECONDS:
+            left = (now - first) / done * (len(items) - done)
+            say(f"{label}: {done} of {len(items)}, {tqdm.format_interval(left)} left", err=True)
+            last = now
+        yield item
+    say(f"{label}: {len(items)} in {tqdm.format_interval(time.monotonic() - first)}", err=True)

@@ -101,12 +101,31 @@ def test_an_exl2_model(exl2: Path) -> None:
     assert result.stdout.rstrip("\n").split("\n")[-1].startswith(r"model.\x1b[2J")
 
 
-def test_labels_of_progress_bars(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("terminal", [True, False])
+def test_labels_of_progress_bars(
+    terminal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
     assert list(progress_bar([1, 2], EVIL + LONG)) == [1, 2]
     shown = capsys.readouterr().err
     assert r"\x1b[2J" in shown
     assert "\x1b]" not in shown
     assert len(shown) < 3000
+
+
+def test_a_log_gets_a_line_every_half_minute(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = 0.0
+    monkeypatch.setattr("bpwise.cli.options.time.monotonic", lambda: seconds)
+    for _ in progress_bar(range(10), "measure: forward"):
+        seconds += 14
+    assert capsys.readouterr().err.splitlines() == [
+        "measure: forward: 3 of 10, 01:38 left",
+        "measure: forward: 6 of 10, 00:56 left",
+        "measure: forward: 9 of 10, 00:14 left",
+        "measure: forward: 10 in 02:20",
+    ]
 
 
 def test_commands_print_through_one_function() -> None:
