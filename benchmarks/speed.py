@@ -4,7 +4,8 @@
 
 One block of real dimensions with random weights is measured in both formats and rounded in each, with random tokens.
 *Passes* are a forward pass and one with the backward pass to the block's inputs, in float32 and nothing else; for
-rounding, two forward passes. Times are processor seconds of all threads. Below, the same by kind of work, with what the
+rounding, two forward passes. Both include an output head of 2048 tokens, which the passes leave out. Times are
+processor seconds of all threads. Below, the same by kind of work, with what the
 products of the passes would take at the rate of a large product.
 """
 
@@ -54,6 +55,7 @@ _STEPS = {
     "measure: forward": ("bpwise.measure.passes", "MeasuringPasses._forward_block"),
     "measure: backward": ("bpwise.measure.passes", "MeasuringPasses._backward_block"),
     "measure: curves": ("bpwise.measure.passes", "MeasuringPasses._measured_stage"),
+    "measure: head": ("bpwise.measure.passes", "MeasuringPasses.head"),
 }
 _PARTS = {
     "sums of x x^T": ("bpwise.measure.statistics.inputs", "WeightedGram.add"),

@@ -158,5 +158,5 @@ def _conflicts(command: str, parameters: Options) -> Iterator[Conflict]:
         wanted = parameters.get("wanted") or ()
         others = [name for name, declared in owners(command).items() if not any(x.name in wanted for x in declared)]
         when = f"with --formats {','.join(wanted)}"
-        yield Conflict(when, lambda options: bool(options["wanted"]), tuple(others), "for other formats only")
+        yield Conflict(when, lambda options: bool(options["wanted"]), tuple(others), "only other formats use it")
     yield from CONFLICTS.get(command, ())

@@ -20,10 +20,9 @@ from .options import (
     extra_options,
     grouped,
     original_options,
-    progress_bar,
     say_shortened,
 )
-from .output import say
+from .output import progress_bar, say
 from .types import DIRECTORY, EXISTING_DIRECTORY, EXISTING_FILE, EXISTING_PATH, MIB
 
 if TYPE_CHECKING:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import functools
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ..errors import printable
 from .output import say
 from .types import DIRECTORY, EXISTING_DIRECTORY, LENGTHS, NAMES
 
@@ -38,15 +35,8 @@ __all__ = [
     "extra_options",
     "grouped",
     "original_options",
-    "progress_bar",
     "say_shortened",
 ]
-
-_LINE_SECONDS = 30.0
-"""Time between two lines about a step, where they go to a file."""
-
-_MOST_LABEL_CHARACTERS = 60
-
 
 ROW_TOKENS_DEFAULT = "[default: 1024, or the model's context if that is shorter]"
 
@@ -340,28 +330,3 @@ def say_shortened(source: TensorSource, **asked: int | None) -> None:
         line = shortened_line(row_tokens, source, use)
         if line is not None:
             say(line, err=True)
-
-
-def progress_bar(items: Sequence[Any], step: str) -> Iterable[Any]:
-    """Show on stderr how far a step is: a bar in a terminal, else a line now and then; see ``Progress``."""
-    from tqdm import tqdm
-
-    label = printable(step, _MOST_LABEL_CHARACTERS)
-    if not sys.stderr.isatty():
-        return _progress_lines(items, label)
-    bar: Iterable[Any] = tqdm(items, desc=label, unit="block", dynamic_ncols=True)
-    return bar
-
-
-def _progress_lines(items: Sequence[Any], label: str) -> Iterator[Any]:
-    from tqdm import tqdm
-
-    first = last = time.monotonic()
-    for done, item in enumerate(items):
-        now = time.monotonic()
-        if done and now - last >= _LINE_SECONDS:
-            left = (now - first) / done * (len(items) - done)
-            say(f"{label}: {done} of {len(items)}, {tqdm.format_interval(left)} left", err=True)
-            last = now
-        yield item
-    say(f"{label}: {len(items)} in {tqdm.format_interval(time.monotonic() - first)}", err=True)

@@ -20,10 +20,9 @@ from .options import (
     evaluation_options,
     grouped,
     original_options,
-    progress_bar,
     say_shortened,
 )
-from .output import say
+from .output import progress_bar, say
 from .types import EXISTING_FILE, MIB, PATH, RATES, SIZE, TOKENS
 
 if TYPE_CHECKING:

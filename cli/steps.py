@@ -17,10 +17,9 @@ from .options import (
     OriginalArguments,
     calibration_options,
     original_options,
-    progress_bar,
     say_shortened,
 )
-from .output import say
+from .output import progress_bar, say
 from .types import EXISTING_FILE, FILE, SIZE, Names
 
 __all__ = ["measure", "plan"]
@@ -48,7 +47,7 @@ def measure(
     changes: OriginalArguments,
     measuring: MeasuringArguments,
 ) -> None:
-    """Measure MODEL (a directory or a Hub id) once, for any bitrate in all formats."""
+    """Measure MODEL (a directory or a Hub id) once, for any bitrate, in all formats or those that --formats names."""
     from ..checkpoint.source.original import open_model
     from ..measure.run import measure_model
 
@@ -60,6 +59,7 @@ def measure(
         output,
         measuring.config,
         formats={name: formats()[name].conversion(source, choice.all[name]) for name in wanted or formats()},
+        every_format=bool(wanted),
         work=measuring.work_dir,
         calibration=measuring.saved,
         force=force,

@@ -122,10 +122,10 @@ class Names(click.ParamType):  # type: ignore[type-arg]  # generic only from cli
     name = "name[,name...]"
 
     def __init__(self, known: Sequence[str] = ()) -> None:
-        """Say which there are.
+        """Set the valid names.
 
         Args:
-            known: All of them; empty where others know.
+            known: Valid names; empty accepts any.
         """
         self._known = known
 
@@ -135,7 +135,12 @@ class Names(click.ParamType):  # type: ignore[type-arg]  # generic only from cli
             return value
         names = tuple(part.strip() for part in str(value).split(",") if part.strip())
         if self._known and not (names and set(names) <= set(self._known)):
-            self.fail(f"{value!r} must name some of {', '.join(self._known)}, separated by commas", param, ctx)
+            known = ", ".join(self._known)
+            self.fail(
+                f"{value!r} is not a valid list of names. Expected one or more of {known}, separated by commas.",
+                param,
+                ctx,
+            )
         return names
 
 

@@ -6,7 +6,7 @@ Notes:
     ``e_k = R_kk (w_k - q_k) + sum_{j<k} R_jk (w_j - q_j)``: with the rows before it done, the best that row k can be is
     ``w_k + sum_{j<k} (R_jk / R_kk) (w_j - q_j)``, and what it misses of that costs R_kk^2 times its square. R is the
     inverse of the factor U that GPTQ works with, ``(H + d I)^-1 = U^T U`` (Frantar et al., arXiv 2210.17323, section
-    3.3), so no inverse is ever formed.
+    3.3), so feedback needs no inverse of H.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ _LARGEST_ERROR = 0.03
 """Relative error of R_kk that float32 may make at worst; above it the factor is computed in float64."""
 
 FEW_CHANNELS = 2048
-"""Up to so many input channels, K^3 operations are nothing beside the passes: what depends on all channels is computed
-exactly, and on all of them. Of more, random vectors and every second channel stand for all."""
+"""Up to this many input channels, K^3 operations cost little beside the passes: diagonals of inverses are exact, and
+damping and ridge are chosen on all channels. Above it, random vectors and every second channel stand in. Held-out
+traces have a limit of their own (``heldout``)."""
 
 _SIGNS = 256
 """Random vectors that a diagonal is estimated with."""
@@ -86,8 +87,9 @@ class Hessian:
 def factor_hessian(gram: Tensor, damping: float, *, order: Tensor | None = None) -> HessianFactor:
     """Factor a damped Gram matrix; raise the damping as far as needed.
 
-    In float32, whose error is relative to ``sqrt(H_ii H_jj)`` and changes no loss, as long as the largest diagonal is
-    not so far above the damping that pivots may be lost in it; in float64 then, and where float32 finds no factor.
+    Float32 is used where it is accurate enough: its error is relative to ``sqrt(H_ii H_jj)`` and changes no loss.
+    Float64 is used where the largest diagonal entry is so far above the damping that pivots could be off by more than
+    3 %, and where float32 finds no factor.
 
     Args:
         gram: H, mean of x x^T over tokens, float32 or float64, shape (K, K), symmetric, finite.

@@ -15,7 +15,13 @@ __all__ = ["prepared_curves"]
 
 
 def prepared_curves(
-    formats: Mapping[str, CurveSource], output: Path, work: Path, artifacts: RunArtifacts, progress: Progress
+    formats: Mapping[str, CurveSource],
+    output: Path,
+    work: Path,
+    artifacts: RunArtifacts,
+    progress: Progress,
+    *,
+    required: bool = False,
 ) -> list[CurveMaker]:
     """Return the curves of all formats whose tools are there and fit the model; warn of the others.
 
@@ -25,9 +31,10 @@ def prepared_curves(
         work: Work directory.
         artifacts: Learns of what is kept in it.
         progress: Shows how far that is.
+        required: Whether each of them must be measured.
 
     Raises:
-        BpwiseError: None can be measured: why not the first.
+        BpwiseError: None can be measured, or one of those required: why not the first.
         WorkDirectoryError: The work directory is full, or cannot be written.
     """
     curves: list[CurveMaker] = []
@@ -41,7 +48,7 @@ def prepared_curves(
             raise
         except BpwiseError as cause:
             refused[name] = cause
-    if refused and not curves:
+    if refused and (required or not curves):
         raise next(iter(refused.values()))
     for name, reason in refused.items():
         warnings.warn(f"{name}: not measured. {reason}", BpwiseWarning, stacklevel=2)

@@ -271,6 +271,7 @@ def measure_model(
     *,
     formats: Mapping[str, CurveSource],
     work: Path | None = None,
+    every_format: bool = False,
     calibration: CalibrationSet | None = None,
     force: bool = False,
     progress: Progress = silent,
@@ -283,6 +284,7 @@ def measure_model(
         config: Options.
         formats: What makes the curves of the formats to measure, by their names: the model on its way into each. One
             whose tools are missing or do not fit the model is left out with a warning, as long as another is left.
+        every_format: Whether such a format ends the run instead.
         work: Work directory; default ``OUTPUT.work``. Its resume artifacts are deleted when the measurement is
             complete.
         calibration: Rows to use instead of those that ``config.calibration`` describes.
@@ -318,7 +320,7 @@ def measure_model(
     with reserved(output), run_artifacts(work) as artifacts:
         rows = calibration_rows(checkpoint, config.calibration, device=config.device, given=calibration)
         checkpoint.prepare_fingerprint(progress)
-        curves = prepared_curves(formats, output, work, artifacts, progress)
+        curves = prepared_curves(formats, output, work, artifacts, progress, required=every_format)
         artifacts.add(MEASURED, measurement_provenance(checkpoint, rows, config, curves))
         measurement = measure_checkpoint(checkpoint, rows, config, curves, work, progress)
         measurement.save(output)

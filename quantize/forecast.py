@@ -163,7 +163,7 @@ def _measuring_memory(
     grams = sum(2 * rows**2 for group, rows in inputs.items() if group.expert in (None, 0)) * _FLOAT32_BYTES
     # States and gradients of all tokens.
     states = 2 * kept_tokens * hidden * _FLOAT32_BYTES
-    # A half in another order, the damped one and its factor.
+    # The factor in the input channels' own order, and one in the order of each of two linears (gate and up).
     factor = 3 * max(inputs.values()) ** 2 * _FLOAT32_BYTES
     curves = 4 * cores() * 6 * max(inputs.values()) * _SAMPLED_OUTPUTS * _FLOAT32_BYTES
     # What the passes took, much of it in small pieces, is not all given back to the system.
@@ -192,7 +192,8 @@ def _rounding_memory(
     states = max(5 * state + waiting * attention, 3 * state + waiting * max(inputs.values())) + 2 * waiting * hidden
     # A micro-batch's pass, and the sums over it.
     passing = (4 * min(together, CHUNK_POSITIONS) * max(inputs.values()) + 16 * together * hidden) * _FLOAT32_BYTES
-    # The Gram matrix; for each linear at work it again in float64, and its factor; weights and by how much they move.
+    # The Gram matrix; for each linear at work its factor, in float64 at worst and then in float32; weights and their
+    # shift.
     factors = (
         rows**2 * (_FLOAT32_BYTES + min(cores(), len(block[group])) * (_FLOAT32_BYTES + _FLOAT64_BYTES))
         + sum(2 * math.prod(shape) for shape in block[group].values()) * _FLOAT32_BYTES

@@ -140,9 +140,9 @@ def load_measurement(path: Path, checkpoint: Checkpoint, progress: Progress = si
     source = language_model(checkpoint)
     if measurement.provenance.get("structure") != structure_to_json(source.structure):
         raise FormatError(
-            f"{path}: the measurement knows other blocks than {checkpoint.directory} has. Got other linears, or others "
-            "that share their inputs. Expected those that Transformers runs. Measure the model again, or use the "
-            "version of Transformers that it was measured with."
+            f"{path}: the measurement describes different blocks from those of {checkpoint.directory}. Got other "
+            "linears, other groups of linears that share an input, or none stored. Expected what this version of "
+            "Transformers runs. Measure the model again, or use the version of Transformers it was measured with."
         )
     linears, head = model_linears(source)
     measured = [(x.name, x.in_features, x.out_features) for x in (*measurement.linears, measurement.head)]

@@ -10,7 +10,7 @@ import bpwise
 import pytest
 import torch
 from bpwise.cli import cli
-from bpwise.cli.options import progress_bar
+from bpwise.cli.output import progress_bar
 from bpwise.convert.exl2.file.layout import RowGroup
 from bpwise.convert.exl2.file.linear import QuantizedLinear
 from bpwise.convert.exl2.file.store import linear_tensors
@@ -117,7 +117,7 @@ def test_a_log_gets_a_line_every_half_minute(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seconds = 0.0
-    monkeypatch.setattr("bpwise.cli.options.time.monotonic", lambda: seconds)
+    monkeypatch.setattr("bpwise.cli.output.time.monotonic", lambda: seconds)
     for _ in progress_bar(range(10), "measure: forward"):
         seconds += 14
     assert capsys.readouterr().err.splitlines() == [

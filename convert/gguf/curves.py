@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -87,13 +87,14 @@ class GgufCurves:
         return [LinearCurves(tensors={"damage_nats": damage}, damping=inputs.damping) for damage in damages]
 
 
-def _pieces(inputs: CurveInputs, parts: Sequence[Sequence[Part]]) -> list[tuple[list[tuple[int, int]], CurveInputs]]:
+def _pieces(
+    inputs: CurveInputs, parts: Sequence[Sequence[Part]]
+) -> Iterator[tuple[list[tuple[int, int]], CurveInputs]]:
     # The parts as linears of their own, those with the same order of columns together; and where each belongs.
     together: dict[bytes, list[tuple[int, int]]] = {}
     for linear, own in enumerate(parts):
         for number, part in enumerate(own):
             together.setdefault(part.column_key, []).append((linear, number))
-    pieces = []
     for places in together.values():
         taken = [(linear, parts[linear][number]) for linear, number in places]
         like = replace(
@@ -103,5 +104,4 @@ def _pieces(inputs: CurveInputs, parts: Sequence[Sequence[Part]]) -> list[tuple[
             hessian=hessian_of(inputs.hessian, taken[0][1]),
             fishers=[outputs_of(inputs.fishers[linear], part) for linear, part in taken],
         )
-        pieces.append((places, like))
-    return pieces
+        yield places, like

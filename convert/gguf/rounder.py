@@ -76,8 +76,8 @@ class GgufRounder(Rounder):
     def round_linear(self, measured: MeasuredLinear, target: Tensor, hessian: Hessian) -> dict[str, Tensor]:
         """See ``Rounder``.
 
-        A type that holds the original without error gets the original: as experts published in MXFP4, whose weights
-        would leave their grid with the least move.
+        Where a type can hold the original without error, the original itself is rounded, not the shifted target:
+        experts published in MXFP4, for example, would be taken off their grid by the slightest shift.
         """
         original = self._source.tensor(f"{measured.name}.weight").T
         planned = list(self._planned(measured.name))
@@ -156,7 +156,7 @@ def tensor_distances(rounded: RoundedModel, rows: RowMap) -> dict[str, float]:
 
 
 def _encoded(target: Tensor, upper: Tensor, kind: GgmlType) -> Bytes:
-    return np.concatenate([round_to_type(x, upper, kind).data for x in target.split(_SLICE_OUTPUTS, dim=1)])
+    return np.concatenate([round_to_type(x, upper, kind) for x in target.split(_SLICE_OUTPUTS, dim=1)])
 
 
 def _distance(data: Bytes, original: Tensor, kind: GgmlType) -> Tensor:

@@ -90,7 +90,7 @@ def cross_validate_damping(
         dampings: Dampings to choose from.
 
     Returns:
-        The choice; an generalization ratio of 1 where one half is empty, or all weights are zero or next to it.
+        The choice, with a generalization ratio of 1 where one half is empty or all weights are (almost) zero.
     """
     power = sum(map(row_powers, weights, fishers), torch.zeros(len(grams[0]), device=grams[0].device))
     if not (all(bool(gram.any()) for gram in grams) and bool(power.any())):
@@ -112,7 +112,8 @@ def _best_damping(power: Tensor, grams: Sequence[Tensor], dampings: Sequence[flo
 
 def _trial(power: Tensor, fit: Tensor, other: Tensor, damping: float) -> _Trial:
     order = fit.diagonal().argsort(descending=True, stable=True)
-    upper = factor_hessian(fit, damping, order=order).upper
+    factor = factor_hessian(fit, damping, order=order)
+    upper = factor.upper
     scaled = (power[order].sqrt() * upper.diagonal())[:, None]
     back = order.argsort()
 
@@ -128,10 +129,11 @@ def _trial(power: Tensor, fit: Tensor, other: Tensor, damping: float) -> _Trial:
     else:
         sketch = other @ moved(random_signs(len(power), _SIGNS, power.device))
         sketch = scaled * torch.linalg.solve_triangular(upper, sketch[order], upper=True)
-        basis = torch.linalg.qr(sketch).Q
+        basis = torch.linalg.qr(sketch.cpu()).Q.to(sketch.device)  # MPS has learned it lately
         rest = random_signs(len(power), _SIGNS, power.device, seed=1)
         parts = traces(basis), traces((rest - basis @ (basis.T @ rest)) / math.sqrt(_SIGNS))
         squares, held_out = (sum(each) for each in zip(*parts, strict=True))
     reported = float(scaled.square().sum())
     # The damped matrix is that of the fit plus a multiple of one.
-    return _Trial(reported, reported - damping * float(fit.diagonal().mean()) * squares, held_out)
+    added = (factor.damping if math.isfinite(factor.damping) else damping) * float(fit.diagonal().mean())
+    return _Trial(reported, reported - added * squares, held_out)

@@ -6,8 +6,8 @@ Notes:
 
     1. ``H = mean y y^T`` and ``mean y^T d`` are summed over all micro-batches, forward by forward  (``_sum_inputs``)
     2. ``V = W + (H + ridge)^-1 mean y^T d`` cancels drift                                          (``drift``)
-    3. V is rounded with error feedback: with ``U^T U = (H + damping)^-1``, row i becomes q_i, and its error
-       ``e_i = (v_i - q_i) / U_ii`` is fed into the rows after it, ``v_j -= U_ij e_i``              (``Rounder``)
+    3. V is rounded with error feedback: with ``H + damping = R R^T``, R upper triangular, row k is rounded at
+       ``v_k + sum_{j<k} (R_jk / R_kk) (v_j - q_j)``, which gives q_k                               (``Rounder``)
     4. Q, as a reader will decode it, takes the place of W; the forwards go on to the next group    (``pausable``)
 
     Sources: 2 is the first step of Qronos (Zhang et al., arXiv 2505.11695), 3 is GPTQ (Frantar et al., arXiv

@@ -5,9 +5,10 @@ are rounded without feedback where they are one table: its two uses ask for diff
 
 Notes:
     ``damage[t] = 0.5 r sum_n F_n (dW_t^T H dW_t)_nn`` of a linear in type t, r being the generalization ratio
-    (``heldout``), F a sample that stands for all outputs, errors what ``expected_errors`` says. Of token embeddings
-    ``damage[t] = 0.5 sum_v u_v sum_k F_k dE_t[v, k]^2``, u_v being the share of token v in the text. A type t whose
-    codes ggml searches for is measured on few outputs and set in relation to the coarsest other type c:
+    (``heldout``), F the Fisher weights of a sample that stands for all outputs, and dW^T H dW what
+    ``expected_errors`` returns. Of token embeddings ``damage[t] = 0.5 sum_v u_v sum_k F_k dE_t[v, k]^2``, u_v being the
+    share of token v in the text. A type t whose codes ggml searches for is measured on few outputs and set in relation
+    to the coarsest other type c:
     ``damage[t] = damage[c] few(t) / few(c)``.
 """
 

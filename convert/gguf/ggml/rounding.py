@@ -14,8 +14,6 @@ stand for several weights, and the factor of H in the place of that of its inver
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,23 +21,10 @@ from torch import Tensor
 from .blocks import GRID_TYPES, Blocks, repack, unpack
 from .kernels import Bytes, GgmlType, decode, encode
 
-__all__ = ["RoundedRows", "expected_errors", "round_to_type"]
+__all__ = ["expected_errors", "round_to_type"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class RoundedRows:
-    """A linear in one of ggml's types.
-
-    Attributes:
-        data: Encoded rows, one an output, uint8, shape (out, row_bytes).
-        weight: What a reader makes of them, float32, shape (out, K), on the device of the weight given.
-    """
-
-    data: Bytes
-    weight: Tensor
-
-
-def round_to_type(weight: Tensor, upper: Tensor, kind: GgmlType, *, threads: int = 1) -> RoundedRows:
+def round_to_type(weight: Tensor, upper: Tensor, kind: GgmlType, *, threads: int = 1) -> Bytes:
     """Round one linear.
 
     Inside a block ggml weighs the squared errors of input feature k by R_kk^2: what an error costs after feedback.
@@ -51,7 +36,7 @@ def round_to_type(weight: Tensor, upper: Tensor, kind: GgmlType, *, threads: int
         threads: Threads that ggml's encoder splits the outputs over.
 
     Returns:
-        The encoded linear.
+        Encoded rows, one an output, uint8, shape (out, row_bytes).
 
     Raises:
         BpwiseError: ggml's library is not installed.
@@ -60,7 +45,6 @@ def round_to_type(weight: Tensor, upper: Tensor, kind: GgmlType, *, threads: int
     """
     row_weights, outputs = weight.shape
     data = np.empty((outputs, kind.row_bytes(row_weights)), dtype=np.uint8)
-    rounded = torch.empty(outputs, row_weights, device=weight.device)
     missed = torch.empty_like(weight)  # D
     for first in range(0, row_weights, kind.block_weights):
         rows = slice(first, first + kind.block_weights)
@@ -74,13 +58,12 @@ def round_to_type(weight: Tensor, upper: Tensor, kind: GgmlType, *, threads: int
             codes, _ = _fed_back(target[None], root[None], inverse[None], unpack(encoded, kind))
             encoded = repack(encoded, kind, codes[0].T.to(torch.uint8))
         data[:, first // kind.block_weights * kind.block_bytes :][:, : kind.block_bytes] = encoded
-        rounded[:, rows] = decode(encoded, kind, threads=threads).to(weight.device)
-        torch.sub(weight[rows], rounded[:, rows].T, out=missed[rows])
-    return RoundedRows(data=data, weight=rounded)
+        torch.sub(weight[rows], decode(encoded, kind, threads=threads).T.to(weight.device), out=missed[rows])
+    return data
 
 
 def expected_errors(weight: Tensor, upper: Tensor, kind: GgmlType) -> Tensor:
-    """Say what ``round_to_type`` is going to cost, in one call of ggml's encoder and all blocks side by side.
+    """Estimate the error that ``round_to_type`` will leave, with one encoder call and all blocks at once.
 
     Each block is rounded as if it were the first. What it takes over from those before it moves its targets, but hardly
     makes them larger: it is left out.

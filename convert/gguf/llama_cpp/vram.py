@@ -47,8 +47,10 @@ def _cached_elements(config: Mapping[str, Any], context_tokens: int) -> Iterator
     if "num_attention_heads" not in config:
         return
     blocks = config["num_hidden_layers"]
-    kinds = (config.get("layer_types") or [_WHOLE[0]] * blocks)[: blocks - (config.get("num_kv_shared_layers") or 0)]
-    for kind in kinds:
+    kinds = config.get("layer_types") or config.get("layers_block_type") or [_WHOLE[0]] * blocks
+    if period := config.get("attn_layer_period"):  # Jamba
+        kinds = [_WHOLE[0] if index % period == config["attn_layer_offset"] else "mamba" for index in range(blocks)]
+    for kind in kinds[: blocks - (config.get("num_kv_shared_layers") or 0)]:
         if kind in _WHOLE:
             yield context_tokens * _token_elements(config, whole=True)
         elif kind == _WINDOW:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ....linalg.hessian import Hessian
 from .rowmap import Part
 
-__all__ = ["hessian_of", "joined_weight", "outputs_of", "part_of", "put_part_", "stored_part"]
+__all__ = ["hessian_of", "joined_weight", "outputs_of", "part_of", "stored_part"]
 
 
 def part_of(weight: Tensor, part: Part) -> Tensor:
@@ -48,7 +48,7 @@ def hessian_of(hessian: Hessian, part: Part) -> Hessian:
     if part.columns is None:
         return hessian
     columns = _indices(part.columns, hessian.gram)
-    return Hessian(hessian.gram[columns][:, columns])
+    return Hessian(hessian.gram.index_select(0, columns).index_select(1, columns))
 
 
 def joined_weight(
@@ -70,11 +70,11 @@ def joined_weight(
         held[part.outputs] = True
     weight = torch.empty(shape) if held.all() else original().float()
     for part, rows in zip(parts, values, strict=True):
-        put_part_(weight, part, rows)
+        _put_part_(weight, part, rows)
     return weight
 
 
-def put_part_(weight: Tensor, part: Part, values: Tensor) -> None:
+def _put_part_(weight: Tensor, part: Part, values: Tensor) -> None:
     """Put the decoded rows of a part where they belong in a Hugging Face weight.
 
     Args:

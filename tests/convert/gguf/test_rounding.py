@@ -77,17 +77,19 @@ def test_agrees_with_the_definition(name: str, rows: int, columns: int) -> None:
     rounded = round_to_type(problem.weight, problem.upper, ggml_type(name))
     # Targets differ by float32 rounding, and now and then another code is nearest: the error is the same to 1 %.
     expected = problem.errors(by_definition(problem, ggml_type(name)))
-    assert float(problem.errors(rounded.weight).sum()) == pytest.approx(float(expected.sum()), rel=0.01)
+    assert float(problem.errors(decode(rounded, ggml_type(name))).sum()) == pytest.approx(
+        float(expected.sum()), rel=0.01
+    )
 
 
 @pytest.mark.parametrize(("name", "rows", "columns"), CASES)
 def test_bytes_are_what_another_reader_decodes(name: str, rows: int, columns: int) -> None:
     problem = Problem(rows, columns)
     rounded = round_to_type(problem.weight, problem.upper, ggml_type(name), threads=2)
-    read = gguf.quants.dequantize(rounded.data, gguf.GGMLQuantizationType[name])
-    assert rounded.data.shape == (columns, ggml_type(name).row_bytes(rows))
+    read = gguf.quants.dequantize(rounded, gguf.GGMLQuantizationType[name])
+    assert rounded.shape == (columns, ggml_type(name).row_bytes(rows))
     # The two multiply scales in another order: float32 rounding.
-    assert np.allclose(read, rounded.weight.numpy(), rtol=1e-6, atol=1e-9)
+    assert np.allclose(read, decode(rounded, ggml_type(name)).numpy(), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q8_0", "IQ4_NL"])
@@ -95,13 +97,13 @@ def test_feedback_pays(name: str) -> None:
     problem, kind = Problem(256, 32), ggml_type(name)
     plain = decode(encode(problem.weight.T.contiguous(), kind, problem.damped.diagonal().float()), kind)
     rounded = round_to_type(problem.weight, problem.upper, kind)
-    assert float(problem.errors(rounded.weight).sum()) < 0.8 * float(problem.errors(plain).sum())
+    assert float(problem.errors(decode(rounded, ggml_type(name))).sum()) < 0.8 * float(problem.errors(plain).sum())
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q6_K", "Q5_1", "Q4_K", "Q4_0", "IQ4_XS", "Q3_K", "IQ3_S", "Q2_K", "IQ2_XS"])
 def test_what_is_expected_comes_true(name: str) -> None:
     problem, kind = Problem(512, 32), ggml_type(name)
-    rounded = problem.errors(round_to_type(problem.weight, problem.upper, kind).weight)
+    rounded = problem.errors(decode(round_to_type(problem.weight, problem.upper, kind), kind))
     expected = expected_errors(problem.weight, problem.upper, kind)
     # With 2 bits, what other blocks push over makes targets larger by some percent.
     assert float(expected.sum()) == pytest.approx(float(rounded.sum()), rel=0.1)

@@ -14,7 +14,7 @@ from bpwise.convert.gguf.ggml.kernels import decode, encode, ggml_type
 from bpwise.convert.gguf.rows.foreign import LikeOutputs
 from bpwise.convert.gguf.rows.matching import LinearOutputs
 from bpwise.convert.gguf.rows.rowmap import RowMap, TensorRows
-from bpwise.convert.gguf.rows.slices import put_part_, stored_part
+from bpwise.convert.gguf.rows.slices import joined_weight, stored_part
 from bpwise.convert.gguf.rows.text import map_from_text, map_to_text
 from bpwise.errors import FormatError
 from torch import Tensor
@@ -242,8 +242,7 @@ def test_multiplied_rows_are_put_back() -> None:
     assert not part.is_weight(48)
     stored = stored_part(weight.T, part).T
     assert torch.allclose(stored, multiplied(FACTORS["one-a-row"], torch.float32), rtol=1e-5)
-    again = torch.empty(48, 32)
-    put_part_(again, part, stored)
+    again = joined_weight([part], [stored], (48, 32), pytest.fail)
     assert torch.allclose(again, weight, rtol=1e-5)
 
 

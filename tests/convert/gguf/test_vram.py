@@ -34,6 +34,8 @@ PAIR = 2 * 8 * 128 * 2
     [
         ({"layer_types": ["linear_attention", "full_attention"] * 2}, 2 * 10000 * PAIR),
         ({"layer_types": ["mamba", "attention", "mamba", "mamba"]}, 10000 * PAIR),
+        ({"layers_block_type": ["linear_attention", "moe", "full_attention", "moe"]}, 10000 * PAIR),
+        ({"attn_layer_period": 4, "attn_layer_offset": 2}, 10000 * PAIR),
         # llama.cpp: GGML_PAD(n_swa + n_ubatch, 256).
         (
             {"layer_types": ["sliding_attention"] * 3 + ["full_attention"], "sliding_window": 1000},
@@ -47,7 +49,7 @@ PAIR = 2 * 8 * 128 * 2
         # DeepSeek-V3: 576 elements a token and block, no values.
         ({"kv_lora_rank": 512, "qk_rope_head_dim": 64}, 4 * 10000 * 576 * 2),
     ],
-    ids=["linear attention", "mamba", "window", "shared", "global heads", "MLA"],
+    ids=["linear attention", "mamba", "Nemotron-H", "Jamba", "window", "shared", "global heads", "MLA"],
 )
 def test_blocks_that_keep_less(changes: dict[str, Any], expected: int) -> None:
     assert cache_bytes({**SHAPE, "num_hidden_layers": 4, **changes}, 10000) == expected
