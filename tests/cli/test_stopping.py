@@ -32,7 +32,8 @@ main()
 
 
 def stopped_by(number: int, folder: Path) -> tuple[int, str]:
-    command = [sys.executable, "-c", WAIT, "wait"]
+    listening = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)"  # the tests may run under nohup
+    command = [sys.executable, "-c", f"{listening}\n{WAIT}", "wait"]
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
