@@ -5,8 +5,8 @@
 One block of real dimensions with random weights is measured in both formats and rounded in each, with random tokens.
 *Passes* are a forward pass and one with the backward pass to the block's inputs, in float32 and nothing else; for
 rounding, two forward passes. Both include an output head of 2048 tokens, which the passes leave out. Times are
-processor seconds of all threads. Below, the same by kind of work, with what the
-products of the passes would take at the rate of a large product.
+processor seconds of all threads. Rows below a step say what kinds of work it is made of. Beside the passes stands what
+their products alone would take at the rate of a large product.
 """
 
 from __future__ import annotations
