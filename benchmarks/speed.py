@@ -38,6 +38,7 @@ from bpwise.convert.gguf.plan.layout import Layout, StoredTensor
 from bpwise.convert.gguf.plan.making import make_gguf_plan
 from bpwise.convert.gguf.rounder import GgufRounder
 from bpwise.convert.gguf.rows.rowmap import RowMap, TensorRows
+from bpwise.linalg.products import float32_products
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.model.batches import micro_batches
 from bpwise.measure.model.stream import StreamedModel
@@ -113,7 +114,7 @@ def main(preset: str, rows: int, row_tokens: int) -> None:
     config.num_hidden_layers, config.vocab_size, config.tie_word_embeddings = 1, _VOCABULARY, False
     tokens = torch.randint(3, _VOCABULARY - 1, (rows, row_tokens), generator=torch.Generator().manual_seed(0))
     calibration = CalibrationSet(tokens=tokens, origins=("random",) * rows, description="random tokens", adds_bos=False)
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, float32_products(torch.device("cpu")):
         work = Path(directory)
         write_checkpoint(work / "model", config, seed=0)
         checkpoint = Checkpoint.open(work / "model")

@@ -122,12 +122,18 @@ def calibration_options(command: Command) -> Command:
             "--moe-calibrate-all", is_flag=True, help="Run all tokens through all experts, not only few-used ones."
         ),
         click.option("--device", default="auto", help="cpu, cuda, cuda:N, mps or auto."),
+        click.option(
+            "--precision",
+            type=click.Choice(["auto", "float32"]),
+            default="auto",
+            help="Of products while measuring: auto takes bfloat16 or TF32 where the device has it.",
+        ),
         OFFLOAD_OPTION,
         click.option("--work-dir", type=DIRECTORY, help="Where finished blocks are kept.  [default: OUTPUT.work]"),
     )
     names = (
         *("calibration", "column", "chat_template", "rows", "row_tokens", "seed", "damping", "moe_calibrate_all"),
-        *("device", "offload_dir", "work_dir"),
+        *("device", "precision", "offload_dir", "work_dir"),
     )
     return grouped(command, declared, "measuring", names, _measuring)
 
@@ -287,6 +293,7 @@ def _measuring(
     damping: float | None,
     moe_calibrate_all: bool,
     device: str,
+    precision: str,
     offload_dir: Path | None,
     work_dir: Path | None,
 ) -> MeasuringArguments:
@@ -309,6 +316,7 @@ def _measuring(
         seed=seed,
         device=device,
         offload_dir=offload_dir,
+        precision=precision,
     )
     return MeasuringArguments(config=config, saved=saved, work_dir=work_dir)
 

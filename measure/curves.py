@@ -97,6 +97,10 @@ class CurveMaker(Protocol):
     def header(self) -> Mapping[str, Any]:
         """What curves depend on beside the model, as plain JSON; its one list names the choices of the last axis."""
 
+    def warm_up(self) -> None:
+        """Start, in the background, what takes long whatever the model is; called before the first pass."""
+        return
+
     def linears(self, inputs: CurveInputs) -> list[LinearCurves]:
         """Measure the linears of one input group; a pure function of its arguments."""
 

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..checkpoint.files.resume import ResumeStore
 from ..checkpoint.model.structure import InputGroup
+from ..linalg.products import products
 from ..progress import Progress
 from .curves import CurveMaker
 from .embeddings import EMBEDDING, LAYER_EMBEDDING, measured_table
+from .head import probed_head
 from .input_group import FinishedLinear, finished_linears, measure_group
 from .layers.linears import linear_of
 from .layers.positionwise import chunked_positionwise
-from .model.batches import TAIL_TOKENS, check_finite, micro_batches
+from .model.batches import check_finite, micro_batches
 from .model.state_gradients import StateGradients
 from .model.states import new_state
 from .model.stream import StreamedModel
 from .statistics.embedding_gradients import embedding_gradients
 from .statistics.experts import collect_experts, expert_statistics
 from .statistics.heldout import DAMPINGS
-from .statistics.inputs import InputStatistics, collect, tapped_inputs, tapped_outputs
-from .statistics.probes import probe_logits, slopes_of_logits
+from .statistics.inputs import InputStatistics, collect
 
 __all__ = ["MeasuringPasses", "finished_decoder", "finished_head"]
 
@@ -44,6 +45,7 @@ class MeasuringPasses:
         damping: float | None,
         seed: int,
         experts_see_all_tokens: bool,
+        precision: str,
     ) -> None:
         """Prepare a run.
 
@@ -55,6 +57,7 @@ class MeasuringPasses:
             damping: Damping of the Hessians, or None to choose it for each input group on held-out sequences.
             seed: Seed of the random signs that probe the Fisher information.
             experts_see_all_tokens: Whether tokens that did not choose an expert count a little for it, all of them.
+            precision: Of products in the passes and of sums over tokens, as ``pass_precision`` returns it.
         """
         self.model = model
         self.tokens = tokens
@@ -63,6 +66,7 @@ class MeasuringPasses:
         self.dampings = DAMPINGS if damping is None else (damping,)
         self.seed = seed
         self.experts_see_all_tokens = experts_see_all_tokens
+        self.precision = precision
         self.batches = micro_batches(*tokens.shape)
         self._state_gradients = StateGradients({})
 
@@ -73,6 +77,9 @@ class MeasuringPasses:
         needed = [index for index in range(last) if not self.artifacts.has(f"curves-{index}")]
         needed += [] if self.artifacts.has("head") else [last]
         missing = max((index for index in needed if not self.artifacts.has(f"input-{index}")), default=-1)
+        if needed:
+            for maker in self.makers:
+                maker.warm_up()
         embedded = self.model.embed(self.tokens)  # which makes ready to run blocks, too
         if missing >= 0 and not self.artifacts.has("input-0"):
             self.artifacts.save("input-0", {"hidden": embedded})
@@ -105,10 +112,18 @@ class MeasuringPasses:
         # States, in memory or in files as all are.
         return self.artifacts.load(name, partial(new_state, directory=self.model.offload_dir))
 
+    def _products(self) -> AbstractContextManager[None]:
+        return products(self.model.device, self.precision)
+
     def _forward_block(self, index: int, hidden: Tensor) -> None:
         # Puts the block's output in the place of its input.
         structure = self.model.structure(index)
-        with torch.no_grad(), self.model.block(index) as block, chunked_positionwise(block, structure):
+        with (
+            torch.no_grad(),
+            self.model.block(index) as block,
+            chunked_positionwise(block, structure),
+            self._products(),
+        ):
             for batch in self.batches:
                 inputs = hidden[batch].to(self.model.device)
                 hidden[batch] = self.model.run_block(index, inputs, batch.start).cpu()
@@ -120,33 +135,14 @@ class MeasuringPasses:
             return
         last = self.model.block_count
         hidden = self._artifact(f"input-{last}")["hidden"]
-        gradient = self.model.new_state(self.tokens, hidden.shape[-1])
         with self.model.tail() as head:
-            sums = self._probe_logits(head, hidden.flatten(0, 1), gradient.view(-1, hidden.shape[-1]))
-            check_finite(gradient, "output head", "gradients")
+            with self._products():
+                sums, gradient = probed_head(self.model, head, self.tokens, hidden, seed=self.seed)
             name, feedback = self.model.source.head_name, not self.model.source.tied_embeddings
             none = torch.empty(head.out_features, 0)  # its outputs are rounded each for itself
             packed = measure_group({name: head}, sums, {name: none}, self.makers, self.dampings, with_feedback=feedback)
         self.artifacts.save(f"gradient-{last}", {"gradient": gradient})
         self.artifacts.save("head", packed)
-
-    def _probe_logits(self, head: Any, hidden: Tensor, gradient: Tensor) -> InputStatistics:
-        # Statistics of the head; the gradient of the probes at the last block's output goes to ``gradient``.
-        rng = np.random.default_rng(self.seed)
-        sums = InputStatistics(head.in_features, self.tokens.shape[1], self.model.device)
-        errors = torch.empty(TAIL_TOKENS, head.out_features, device=self.model.device)
-        with tapped_inputs(head, [""]) as taps, tapped_outputs(head, [""]) as raw:
-            for first in range(0, len(hidden), TAIL_TOKENS):
-                part = hidden[None, first : first + TAIL_TOKENS].to(self.model.device).requires_grad_()
-                logits = self.model.logits(part)
-                sums.see_inputs(taps[""])
-                error, squares = probe_logits(logits.detach()[0], rng, slopes_of_logits(logits, raw[""]), errors)
-                sums.see_sums(self.model.source.head_name, *squares)
-                sums.end_batch()
-                logits.backward(error[None])
-                assert part.grad is not None
-                gradient[first : first + TAIL_TOKENS] = part.grad[0].cpu()
-        return sums
 
     def backward(self, progress: Progress) -> None:
         """Go back through the blocks: statistics, then curves, block by block."""
@@ -173,6 +169,7 @@ class MeasuringPasses:
                 collect(block, structure, self.tokens.shape[1]) as statistics,
                 collect_experts(block, structure, self.tokens.numel()) as seen,
                 chunked_positionwise(block, structure),
+                self._products(),
             ):
                 self._backward_block(index, self._artifact(f"input-{index}")["hidden"], gradient, statistics)
             for group, sums in zip(structure.plain_groups, statistics, strict=True):

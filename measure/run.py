@@ -19,6 +19,7 @@ from ..checkpoint.source.checkpoint import Checkpoint
 from ..checkpoint.source.language import LanguageModel, language_config, language_model
 from ..checkpoint.source.original import Original, open_model
 from ..errors import ConfigError
+from ..linalg.products import PRECISIONS, float32_products, pass_precision
 from ..progress import Progress, silent
 from ..version import __version__
 from .curves import CurveMaker, CurveSource
@@ -69,6 +70,8 @@ class MeasureConfig:
             expert count a tenth of those that did. Otherwise only experts that few tokens choose see others.
         device: ``cpu``, ``cuda``, ``cuda:N``, ``mps``, or ``auto`` for the best at hand.
         offload_dir: Directory for files with the hidden states of all rows; None keeps them in memory.
+        precision: Of matrix products in the passes and of sums over tokens: ``float32``, or ``auto`` for the fastest
+            that the device has (see ``bpwise.linalg.products``).
     """
 
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
@@ -77,6 +80,7 @@ class MeasureConfig:
     moe_calibrate_all: bool = False
     device: str = "auto"
     offload_dir: Path | None = None
+    precision: str = "auto"
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -84,6 +88,11 @@ class MeasureConfig:
         Raises:
             ConfigError: One of them makes no sense.
         """
+        if self.precision not in PRECISIONS:
+            raise ConfigError(
+                f"precision: unknown name. Got {self.precision!r}. Expected one of {', '.join(PRECISIONS)}. "
+                "Choose another."
+            )
         if self.damping is not None and not 0 < self.damping < 1:
             raise ConfigError(
                 f"damping: not usable. Got {self.damping}. Expected a value between 0 and 1. Choose another."
@@ -115,6 +124,7 @@ def measurement_provenance(
 ) -> dict[str, Any]:
     """Return all that a measurement depends on, as plain JSON: the same provenance means the same measurement."""
     rows, row_tokens = calibration.tokens.shape
+    device = resolve_device(config.device)
     return {
         "bpwise": __version__,
         "model": checkpoint.fingerprint,
@@ -127,7 +137,8 @@ def measurement_provenance(
         "damping": config.damping,
         "seed": config.seed,
         "moe_calibrate_all": config.moe_calibrate_all,
-        "device": resolve_device(config.device).type,
+        "device": device.type,
+        "precision": pass_precision(device, config.precision),
         "curves": {maker.name: _digest(maker) for maker in curves},
         "structure": structure_to_json(language_model(checkpoint).structure),
         **({"changes": checkpoint.changes} if checkpoint.changes else {}),
@@ -187,13 +198,15 @@ def measure_checkpoint(
         damping=config.damping,
         seed=config.seed,
         experts_see_all_tokens=config.moe_calibrate_all,
+        precision=provenance["precision"],
     )
-    if source.listed is None:
-        check_replay(run.model)
-    run.forward(progress)
-    run.head()
-    run.backward(progress)
-    run.embedding()
+    with float32_products(device):
+        if source.listed is None:
+            check_replay(run.model)
+        run.forward(progress)
+        run.head()
+        run.backward(progress)
+        run.embedding()
     linears, head = finished_decoder(run.model, run.artifacts), finished_head(run.artifacts)
     embedding, of_layers = finished_tables(run.model, run.artifacts)
     tables = [embedding, *([] if of_layers is None else [of_layers])]

@@ -20,7 +20,7 @@ from bpwise.convert.plan import LinearCost, Plan
 from bpwise.convert.rounding import Rounder
 from bpwise.errors import BudgetError, FormatError
 from bpwise.linalg.knapsack import choose
-from bpwise.measure.curves import LinearCurves
+from bpwise.measure.curves import CurveMaker, LinearCurves
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -41,7 +41,7 @@ class ToyOptions(FormatOptions):
     keep: str = option("--toy-keep", default="", help="Linears whose names end so stay in 16 bits.")
 
 
-class ToyCurves:
+class ToyCurves(CurveMaker):
     name, version, header = "toy", 1, {"bits": list(BITS)}
 
     def linears(self, inputs: Any) -> list[LinearCurves]:

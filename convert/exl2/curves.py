@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigError
-from ...measure.curves import CurveInputs, LinearCurves, TableInputs
+from ...measure.curves import CurveInputs, CurveMaker, LinearCurves, TableInputs
 from .file.layout import ROW_MULTIPLE, WIDTHS
 from .plan.measured import CURVES_VERSION
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["Exl2Curves"]
 
 
-class Exl2Curves:
+class Exl2Curves(CurveMaker):
     """Measures the damage of every row group at every width; see ``CurveMaker`` and ``rounding.curves``.
 
     Attributes:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...measure.curves import CurveInputs, LinearCurves, TableInputs
+from ...measure.curves import CurveInputs, CurveMaker, LinearCurves, TableInputs
 from .ggml.curves import measure_plain_types, measure_table, measure_types
+from .ggml.kernels import build_tables
 from .ggml.types import GgmlType
 from .plan.layout import Layout
 from .plan.measured import CURVES_VERSION, NAME
@@ -21,7 +22,7 @@ from .rows.slices import hessian_of, outputs_of, part_of
 __all__ = ["GgufCurves"]
 
 
-class GgufCurves:
+class GgufCurves(CurveMaker):
     """Measures the damage of every tensor in each of ggml's types; see ``CurveMaker`` and ``ggml.curves``.
 
     Attributes:
@@ -50,6 +51,10 @@ class GgufCurves:
     def header(self) -> dict[str, Any]:
         """See ``CurveMaker``."""
         return {"types": [kind.name for kind in self.kinds], "file": self.layout.to_json()}
+
+    def warm_up(self) -> None:
+        """See ``CurveMaker``: the tables that ggml searches for codes."""
+        build_tables(self.kinds)
 
     def linears(self, inputs: CurveInputs) -> list[LinearCurves]:
         """See ``CurveMaker``: ``damage_nats``, shape (parts, types); infinite where a type does not fit the rows.

@@ -13,6 +13,7 @@ from ...checkpoint.source.checkpoint import Checkpoint
 from ...checkpoint.source.language import language_model
 from ...convert.plan import Plan
 from ...convert.rounding import RoundedModel, Rounder
+from ...linalg.products import float32_products
 from ...measure.measurement import Measurement
 from ...measure.model.stream import StreamedModel
 from ...measure.run import kept_inputs, resolve_device
@@ -88,9 +89,10 @@ def round_model(
         if not store.has(rounder.table):
             store.save(rounder.table, rounder.round_table())
         table = rounder.decoded(rounder.table, store.load(rounder.table))
-    run.blocks(progress, table)
-    if model.source.head_name in rounder.names:
-        run.head()
+    with float32_products(model.device):
+        run.blocks(progress, table)
+        if model.source.head_name in rounder.names:
+            run.head()
     return RoundedModel(rounder.names, model.block_count, store)
 
 

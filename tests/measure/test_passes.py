@@ -579,9 +579,14 @@ class Constant:
 
     def __init__(self, damping: float) -> None:
         self.damping = damping
+        self.warm = False
+
+    def warm_up(self) -> None:
+        self.warm = True
 
     def linears(self, inputs: CurveInputs) -> list[LinearCurves]:
         assert inputs.with_feedback
+        assert self.warm
         return [LinearCurves(tensors={"damage_nats": torch.ones(1)}, damping=self.damping) for _ in inputs.names]
 
     def table(self, inputs: TableInputs) -> dict[str, Tensor]:

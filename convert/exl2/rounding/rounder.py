@@ -15,6 +15,7 @@ from torch import Tensor
 from ....checkpoint.model.families import HEAD
 from ....checkpoint.source.language import LanguageModel, WeightOverlay
 from ....linalg.hessian import Hessian, factor_hessian
+from ....linalg.products import float32_products
 from ....measure.measurement import MeasuredLinear, Measurement
 from ....measure.model.stream import StreamedModel
 from ....progress import Progress
@@ -139,7 +140,8 @@ def tune_rounded(
     groups = {name: _unpack(rounded.artifact(name)).group_of_input for name in rounded.names if name != HEAD}
     tokens = torch.from_numpy(measurement.tokens).long()
     targets = rounded.last_states(offload_dir)["original"]
-    found = tune_scales(original, quantized, groups, tokens, targets, rounded.store, progress)
+    with float32_products(device):
+        found = tune_scales(original, quantized, groups, tokens, targets, rounded.store, progress)
     rounded.store.save(_TUNED, found)
 
 

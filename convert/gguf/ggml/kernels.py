@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -22,7 +23,17 @@ from torch import Tensor
 from ....errors import BpwiseError, ConfigError, FormatError, NumericalError, ShapeError
 from .types import TYPES, GgmlType, ggml_type
 
-__all__ = ["TYPES", "Bytes", "GgmlType", "decode", "encode", "ggml_type", "kernels_available", "require_kernels"]
+__all__ = [
+    "TYPES",
+    "Bytes",
+    "GgmlType",
+    "build_tables",
+    "decode",
+    "encode",
+    "ggml_type",
+    "kernels_available",
+    "require_kernels",
+]
 
 Bytes = npt.NDArray[np.uint8]
 """Encoded rows, shape (rows, row_bytes)."""
@@ -53,6 +64,26 @@ def require_kernels() -> None:
         BpwiseError: It is not.
     """
     _library_file()
+
+
+def build_tables(kinds: Sequence[GgmlType]) -> None:
+    """Build, in a thread, the tables that ggml searches for the codes of some types; else the first encoding does.
+
+    They take twenty seconds of one core for all types, once a process. Whoever encodes in the meantime waits.
+
+    Args:
+        kinds: The types.
+
+    Raises:
+        BpwiseError: ggml's library is not installed.
+    """
+    library = _library()
+
+    def build() -> None:
+        for kind in kinds:
+            library.ggml_quantize_init(kind.id)
+
+    threading.Thread(target=build, name="ggml tables", daemon=True).start()
 
 
 def encode(weights: Tensor, kind: GgmlType, importance: Tensor | None = None, *, threads: int = 1) -> Bytes:
@@ -206,6 +237,8 @@ def _over_rows(rows: int, threads: int, work: Callable[[int, int], None]) -> Non
 def _library() -> ctypes.CDLL:
     """Load ggml's library once and check that its types are ours."""
     library = ctypes.CDLL(str(_library_file()))
+    library.ggml_quantize_init.restype = None
+    library.ggml_quantize_init.argtypes = [ctypes.c_int]
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
     library.ggml_quantize_chunk.argtypes = [
         ctypes.c_int,
