@@ -190,6 +190,11 @@ class Measurement:
         return tuple(linear.name for linear in (*self.linears, self.head) if linear.damping == float("inf"))
 
     @property
+    def precision(self) -> str:
+        """How products of the measuring passes were computed; see ``bpwise.linalg.products``."""
+        return str(self.provenance.get("precision", "float32"))
+
+    @property
     def experts_sentence(self) -> str | None:
         """How many experts calibration text hardly reached, and which least; None for a model without experts."""
         chosen = {

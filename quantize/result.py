@@ -35,6 +35,7 @@ class QuantizeResult:
         measurement: The measurement file, which serves any other bitrate; None if nothing was measured.
         report: The page with the comparison; None if evaluation was left out.
         experts: How many experts calibration text hardly reached; None for a model without experts.
+        precision: How products were computed while measuring; None if nothing was measured.
         warnings: What readers compute otherwise than Transformers, and what could not be carried over.
         beside: Files that belong to the output and lie beside it.
         details: What was found of the original on its way, for the report: section -> entry -> value.
@@ -51,6 +52,7 @@ class QuantizeResult:
     measurement: Path | None
     report: Path | None
     experts: str | None
+    precision: str | None
     warnings: tuple[str, ...]
     details: Mapping[str, Mapping[str, str | float]]
     beside: tuple[Path, ...] = ()
@@ -97,6 +99,7 @@ def report_details(result: QuantizeResult) -> dict[str, dict[str, str | float]]:
             **{f"weights in {name}, %": round(100 * share, 2) for name, share in plan.shares().items()},
             "in words": "; ".join(plan.describe().facts),
             **({} if result.experts is None else {"experts": result.experts}),
+            **({} if result.precision is None else {"matrix products while measuring": result.precision}),
             **fallback_entries(result.fallbacks),
         },
         **{section: dict(entries) for section, entries in result.details.items()},

@@ -213,6 +213,7 @@ class _OutputRun:
             measurement=self._measurement_file(),
             report=None if comparison is None else place.directory / f"{place.prefix}report.html",
             experts=None if measured is None else measured.experts_sentence,
+            precision=None if measured is None else measured.precision,
             warnings=(*conversion.warnings, *conversion.notes),
             beside=tuple(filter(Path.exists, conversion.beside(self._output))),
             details=conversion.details,

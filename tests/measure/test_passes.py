@@ -22,6 +22,7 @@ from bpwise.measure.calibrated import measured_rows
 from bpwise.measure.curves import CurveInputs, CurveMaker, LinearCurves, TableInputs
 from bpwise.measure.measurement import MeasuredLinear, Measurement
 from bpwise.measure.model.stream import StreamedModel
+from bpwise.measure.passes import MeasuringPasses
 from bpwise.measure.run import MeasureConfig, measure_checkpoint, measure_model, resolve_device
 from bpwise.measure.statistics import probes
 from bpwise.measure.statistics.heldout import DAMPINGS, HeldOut
@@ -645,3 +646,27 @@ def test_device_that_is_not_there(name: str) -> None:
 def test_devices_that_are_there() -> None:
     assert resolve_device("cpu") == torch.device("cpu")
     assert resolve_device("auto").type in ("cpu", "cuda", "mps")
+
+
+def test_precision_is_chosen_kept_and_part_of_what_a_measurement_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    seen: list[str] = []
+    plain_pass = MeasuringPasses._forward_block
+    monkeypatch.setattr(
+        MeasuringPasses,
+        "_forward_block",
+        lambda self, *args: (plain_pass(self, *args), seen.append(self.precision)),
+    )
+    checkpoint = Checkpoint.open(save_model(tmp_path / "model", CONFIGS["llama"]))
+    made = {
+        asked: measure_checkpoint(
+            checkpoint, rows(), MeasureConfig(device="cpu", precision=asked), [Exl2Curves(64)], tmp_path / "work"
+        )
+        for asked in ("auto", "float32")
+    }
+    assert {asked: each.precision for asked, each in made.items()} == {"auto": "bfloat16", "float32": "float32"}
+    assert set(seen) == {"bfloat16", "float32"}  # nothing of the first was taken for the second
+    with pytest.raises(ConfigError, match="precision: unknown name"):
+        MeasureConfig(precision="half")
