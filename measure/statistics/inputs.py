@@ -61,7 +61,10 @@ class WeightedGram:
             inputs: x, float32, shape (tokens, K).
             weights: Their weights, not negative, shape (tokens,).
         """
-        scaled = inputs * weights.sqrt()[:, None]
+        self.add_scaled(inputs * weights.sqrt()[:, None], weights)
+
+    def add_scaled(self, scaled: Tensor, weights: Tensor) -> None:
+        """As ``add``, of inputs that are multiplied by the roots of their weights."""
         for first in range(0, scaled.shape[1], _GRAM_BLOCK):
             block = scaled[:, first : first + _GRAM_BLOCK]
             self._upper[first : first + _GRAM_BLOCK, first:].addmm_(block.T, scaled[:, first:])
@@ -177,7 +180,7 @@ class InputStatistics:
         for half, tokens in zip(self.halves, halves, strict=True):
             of_half = tokens.to(self._weights.device)
             kept, given = subsample_tokens(self._weights[of_half], self._rng)
-            half.add(self._inputs[of_half[kept]], given)
+            half.add_scaled(self._inputs[of_half[kept]].mul_(given.sqrt()[:, None]), given)
         self.token_weights.append(self._weights.cpu())
         self._inputs = self._weights = None
 

@@ -95,8 +95,7 @@ class InputSums:
         row_tokens = weights.shape[1]
         halves = tokens_of_halves(first_row * row_tokens, weights.numel(), row_tokens)
         for half, tokens in zip(self._halves, halves, strict=True):
-            of_half = tokens.to(inputs.device)
-            half.add(inputs.flatten(0, 1)[of_half], missing.flatten(0, 1)[of_half], weights.flatten()[of_half])
+            half.add(inputs.flatten(0, 1), missing.flatten(0, 1), weights.flatten(), tokens.to(inputs.device))
 
     def add_tokens(self, rows: Tensor, inputs: Tensor, target: Tensor, weights: Tensor) -> None:
         """Add single tokens of a group whose output stays inside the block.
@@ -108,8 +107,8 @@ class InputSums:
             weights: Shape (tokens,).
         """
         for parity, half in enumerate(self._halves):
-            of_half = (rows % 2 == parity).to(inputs.device)
-            half.add(inputs[of_half], (target - inputs)[of_half], weights[of_half])
+            of_half = (rows % 2 == parity).nonzero()[:, 0].to(inputs.device)
+            half.add(inputs, target - inputs, weights, of_half)
 
     def solved(self, *, correct_drift: bool) -> tuple[Tensor, Tensor | None]:
         """Return H, and the shift of the weight that cancels drift, (K, out) for a joining group, else (K, K).
@@ -174,11 +173,13 @@ class _Half:
         self.missing = torch.zeros(width, columns, device=device)
         self._rng = torch.Generator().manual_seed(0)
 
-    def add(self, inputs: Tensor, missing: Tensor, weights: Tensor) -> None:
-        drawn, weights = subsample_tokens(weights, self._rng)
-        inputs = inputs[drawn]
-        self.gram.add(inputs, weights)
-        self.missing.addmm_((inputs * weights[:, None]).T, missing[drawn])
+    def add(self, inputs: Tensor, missing: Tensor, weights: Tensor, tokens: Tensor) -> None:
+        # Those of the tokens that are drawn among the half's.
+        drawn, weights = subsample_tokens(weights[tokens], self._rng)
+        roots, drawn = weights.sqrt()[:, None], tokens[drawn]
+        scaled = inputs[drawn].mul_(roots)
+        self.gram.add_scaled(scaled, weights)
+        self.missing.addmm_(scaled.T, missing[drawn].mul_(roots))
 
 
 def _weighted_sum_(parts: list[Tensor], weights: Sequence[float]) -> Tensor:

@@ -85,10 +85,13 @@ def test_solving_with_the_transposed_factor() -> None:
     assert torch.allclose(solve_transposed(upper, values).double(), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_damped_solve() -> None:
-    gram, values = correlated_gram(96, tokens=300).float(), torch.randn(96, 5)
+@pytest.mark.parametrize("size", [96, 256, 600])  # in one block of channels, and in several
+def test_damped_solve(size: int) -> None:
+    gram, values = correlated_gram(size, tokens=3 * size).float(), torch.randn(5, size).T
+    before = values.clone()
     expected = torch.linalg.solve(damped(gram, 0.6), values.double())
     assert torch.allclose(damped_solve(gram, values, 0.6).double(), expected, rtol=1e-3, atol=1e-5)
+    assert torch.equal(values, before)
     assert not damped_solve(torch.zeros(4, 4), torch.ones(4, 2), 0.6).any()
 
 
