@@ -223,8 +223,8 @@ def damped_solve(gram: Tensor, target: Tensor, damping: float) -> Tensor:
 
 
 def _solve_(upper: Tensor, values: Tensor) -> None:
-    # Puts (R R^T)^-1 Y in the place of Y: R from the last rows to the first, then its transpose back, mostly by products,
-    # which take half the time of a solver for many columns.
+    # Puts (R R^T)^-1 Y in the place of Y: R from the last rows to the first, then its transpose back. Nearly all of it
+    # is products, which take half the time of a solver for many columns.
     size = len(upper)
     for last in range(size, 0, -_BLOCK):
         first = max(last - _BLOCK, 0)
