@@ -43,7 +43,7 @@ _WAITS = {
     "aten::equal",
     "aten::masked_select",
     "aten::nonzero",
-    "aten::repeat_interleave.Tensor",
+    "aten::repeat_interleave.Tensor",  # unless it is told the size
     "aten::unique_consecutive",
     "aten::unique_dim",
 }
@@ -258,7 +258,7 @@ def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
         return outputs[-1]
 
     made = _mapped(results, handed)
-    _count(name, [own for own, _ in given], outputs)
+    _count(name if kwargs.get("output_size") is None else f"{name}, sized", [own for own, _ in given], outputs)
     return made
 
 
