@@ -8,7 +8,7 @@ ROOMS := cli quantize eval convert measure linalg checkpoint
 # Of `make fuzz`, of each reader.
 MUTANTS ?= 500
 
-.PHONY: demo test test-slow test-gpu test-families families-table fuzz check format bench-quality bench-gguf bench-memory check-readers clean
+.PHONY: demo test test-slow test-gpu test-families families-table fuzz check format bench-quality bench-gguf bench-memory bench-gpu check-readers clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -98,6 +98,11 @@ bench-gguf: $(VENV)/installed
 
 bench-memory: $(VENV)/installed
 	$(BIN)/python benchmarks/memory.py
+
+# On a machine with a GPU, minutes: the CPU's numbers, seconds and memory of each step, and ExLlamaV2 where it is installed.
+# `make bench-gpu GPU='--device cuda:1 --preset llama-3-8b'`
+bench-gpu: $(VENV)/installed
+	$(BIN)/python benchmarks/gpu.py $(GPU)
 
 clean:
 	rm -rf $(VENV) build models

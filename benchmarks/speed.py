@@ -46,7 +46,7 @@ from bpwise.measure.text.calibration import CalibrationSet
 from bpwise.quantize.rounding.model import RoundConfig, round_model
 from memory import PRESETS, write_checkpoint
 
-__all__ = ["main"]
+__all__ = ["file_layout", "main"]
 
 _VOCABULARY = 2048
 """Small: it is the block that is looked at."""
@@ -118,7 +118,7 @@ def main(preset: str, rows: int, row_tokens: int) -> None:
         write_checkpoint(work / "model", config, seed=0)
         checkpoint = Checkpoint.open(work / "model")
         _passes(checkpoint, tokens, clock)
-        layout = _layout(checkpoint)
+        layout = file_layout(checkpoint)
         for kind in measured_types():  # ggml's tables, once a process
             with clock.step("tables"):
                 encode(torch.ones(1, 256), kind, torch.ones(256))
@@ -150,7 +150,8 @@ def _passes(checkpoint: Checkpoint, tokens: torch.Tensor, clock: _Clock) -> None
             large @ large
 
 
-def _layout(checkpoint: Checkpoint) -> Layout:
+def file_layout(checkpoint: Checkpoint) -> Layout:
+    """Return a GGUF file that holds every linear, and the token embeddings, as one tensor in place."""
     source = language_model(checkpoint)
     linears, head = model_linears(source)
     tensors, rows = {}, {}
