@@ -55,7 +55,7 @@ build/llama.cpp/bin/llama-quantize:
 
 # A tiny model of every family to GGUF, judged by llama.cpp, llama-quantize and Transformers: twenty minutes.
 test-families: $(VENV)/installed build/llama.cpp/bin/llama-quantize
-	$(BIN)/pytest -q tests/families tests/convert/gguf/test_families.py -m 'families or not families'
+	$(BIN)/pytest -q tests/families tests/convert/gguf/test_families.py tests/device -m 'families or not families'
 
 # What that has found, in docs/families.md.
 families-table: $(VENV)/installed

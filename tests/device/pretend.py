@@ -178,7 +178,10 @@ def _handed_over(tensor: Tensor, kind: int) -> Tensor:
 
 
 def _to_cpu(tensor: Tensor) -> Tensor:
-    return _handed_over(tensor, _DLPACK_CPU)
+    handed = _handed_over(tensor, _DLPACK_CPU)
+    # Which DLPack knows nothing of: PyTorch conjugates and negates some views only as they are read.
+    handed = handed.conj() if tensor.is_conj() else handed
+    return torch._neg_view(handed) if tensor.is_neg() else handed
 
 
 def _to_device(tensor: Tensor) -> Tensor:

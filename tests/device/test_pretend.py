@@ -41,6 +41,19 @@ def test_views_share_memory(pretend: torch.device) -> None:
     assert torch.equal(values.cpu(), expected)
 
 
+def test_complex_views(pretend: torch.device) -> None:
+    values = torch.view_as_complex(random(5, 3, 2))
+    there = values.to(pretend)
+    assert torch.equal(there.conj().clone().cpu(), values.conj())
+    assert torch.equal((there.conj().imag * 2).cpu(), values.conj().imag * 2)
+    weight, other = values.clone().requires_grad_(), values.to(pretend).requires_grad_()
+    for each in (weight, other):
+        torch.view_as_real(each * each.detach().flip(0)).square().sum().backward()
+    assert weight.grad is not None
+    assert other.grad is not None
+    assert torch.equal(other.grad.cpu(), weight.grad)
+
+
 @pytest.mark.parametrize("thread", [False, True], ids=["here", "in-a-thread"])
 def test_gradients(thread: bool, pretend: torch.device) -> None:
     values = random(6, 4)
