@@ -8,7 +8,7 @@ ROOMS := cli quantize eval convert measure linalg checkpoint
 # Of `make fuzz`, of each reader.
 MUTANTS ?= 500
 
-.PHONY: demo test test-slow test-gpu test-families families-table fuzz check format bench-quality bench-gguf bench-memory check-readers clean
+.PHONY: demo test test-slow test-gpu test-families families-table fuzz check format bench-quality bench-gguf bench-memory bench-gpu check-readers clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -55,7 +55,7 @@ build/llama.cpp/bin/llama-quantize:
 
 # A tiny model of every family to GGUF, judged by llama.cpp, llama-quantize and Transformers: twenty minutes.
 test-families: $(VENV)/installed build/llama.cpp/bin/llama-quantize
-	$(BIN)/pytest -q tests/families tests/convert/gguf/test_families.py -m 'families or not families'
+	$(BIN)/pytest -q tests/families tests/convert/gguf/test_families.py tests/device -m 'families or not families'
 
 # What that has found, in docs/families.md.
 families-table: $(VENV)/installed
@@ -98,6 +98,11 @@ bench-gguf: $(VENV)/installed
 
 bench-memory: $(VENV)/installed
 	$(BIN)/python benchmarks/memory.py
+
+# On a machine with a GPU, minutes: the CPU's numbers, seconds and memory of each step, and ExLlamaV2 where it is installed.
+# `make bench-gpu GPU='--device cuda:1 --preset llama-3-8b'`
+bench-gpu: $(VENV)/installed
+	$(BIN)/python benchmarks/gpu.py $(GPU)
 
 clean:
 	rm -rf $(VENV) build models

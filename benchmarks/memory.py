@@ -112,13 +112,14 @@ sys.exit(os.waitstatus_to_exitcode(status))
 _CLI = ("-c", "from bpwise.cli import main; main()")
 
 
-def write_checkpoint(directory: Path, config: LlamaConfig, seed: int) -> int:
+def write_checkpoint(directory: Path, config: LlamaConfig, seed: int, *, scale: float = _INIT_SCALE) -> int:
     """Write a random bfloat16 checkpoint, a shard for each block, with little memory.
 
     Args:
         directory: Directory to make.
         config: The model.
         seed: Seed of the weights.
+        scale: Standard deviation of all matrices.
 
     Returns:
         Number of parameters.
@@ -130,7 +131,9 @@ def write_checkpoint(directory: Path, config: LlamaConfig, seed: int) -> int:
         for number, (shard, shapes) in enumerate(shards.items(), start=1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             click.echo(f"write {shard} -> {file}", err=True)
-            save_file({name: _draw(shape, rng) for name, shape in shapes.items()}, target / file, {"format": "pt"})
+            save_file(
+                {name: _draw(shape, rng, scale) for name, shape in shapes.items()}, target / file, {"format": "pt"}
+            )
             weight_map |= dict.fromkeys(shapes, file)
             parameters += sum(math.prod(shape) for shape in shapes.values())
         index = {"metadata": {"total_size": 2 * parameters}, "weight_map": weight_map}
@@ -166,12 +169,12 @@ def _shards(config: LlamaConfig) -> Iterator[tuple[str, dict[str, tuple[int, ...
     yield "head", tail
 
 
-def _draw(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+def _draw(shape: tuple[int, ...], rng: torch.Generator, scale: float) -> Tensor:
     if len(shape) == 1:  # a norm
         return torch.ones(shape, dtype=torch.bfloat16)
     tensor = torch.empty(shape, dtype=torch.bfloat16)
     for part in tensor.split(max(1, _CHUNK_ELEMENTS // shape[1])):
-        part.copy_(torch.randn(part.shape, generator=rng) * _INIT_SCALE)
+        part.copy_(torch.randn(part.shape, generator=rng) * scale)
     return tensor
 
 

@@ -55,7 +55,7 @@ from bpwise.quantize.rounding.model import RoundConfig, round_model
 from memory import PRESETS, write_checkpoint
 from transformers import LlamaConfig
 
-__all__ = ["Clock", "Costs", "costs_of", "main", "random_block"]
+__all__ = ["Clock", "Costs", "costs_of", "file_layout", "main", "random_block"]
 
 _VOCABULARY = 2048
 """Small: it is the block that is looked at."""
@@ -171,7 +171,7 @@ def costs_of(checkpoint: Checkpoint, text: CalibrationSet, clock: Clock, work: P
     """
     clock.seconds.clear()
     _passes(checkpoint, text.tokens, clock)
-    layout = _layout(checkpoint)
+    layout = file_layout(checkpoint)
     makers = [Exl2Curves(), GgufCurves(measured_types(), layout)]
     measured = measure_checkpoint(checkpoint, text, MeasureConfig(device="cpu"), makers, work / "measure")
     in_measuring = Counter({name: clock.seconds.pop(name) for name in _PARTS if name in clock.seconds})
@@ -214,7 +214,8 @@ def _round(
     clock.seconds[f"round: head, {name}"] += clock.seconds.pop("round: head", 0.0)
 
 
-def _layout(checkpoint: Checkpoint) -> Layout:
+def file_layout(checkpoint: Checkpoint) -> Layout:
+    """Return the layout of a GGUF file with a tensor for every linear, and one for the token embeddings."""
     source = language_model(checkpoint)
     linears, head = model_linears(source)
     tensors, rows = {}, {}

@@ -82,12 +82,14 @@ class Rounder(ABC):
         identity: What its artifacts depend on beside model, measurement and plan, as plain JSON.
         unquantized: Linears that stay as they are, in float16.
         table: Name of the token embeddings, if they are rounded too: before all else, since blocks read them.
+        on_cpu: Whether the CPU does the work wherever the tensors are: then linears are rounded in parallel.
     """
 
     names: tuple[str, ...]
     identity: Mapping[str, Any]
     unquantized: frozenset[str] = frozenset()
     table: str | None = None
+    on_cpu: bool = False
 
     @abstractmethod
     def round_linear(self, measured: MeasuredLinear, target: Tensor, hessian: Hessian) -> dict[str, Tensor]:

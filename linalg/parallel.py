@@ -22,8 +22,8 @@ def run_all(tasks: Sequence[Callable[[], _Result]], device: torch.device) -> lis
     compute. So on a CPU every task has one core to itself; PyTorch's thread count of the caller stays as it is.
 
     Args:
-        tasks: Functions without arguments that work on tensors of ``device``.
-        device: On anything but a CPU the tasks run one after another in this thread.
+        tasks: Functions without arguments.
+        device: Where they compute. On anything but a CPU the tasks run one after another in this thread.
 
     Returns:
         Their results, in order. The first exception of a task is raised.

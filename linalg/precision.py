@@ -9,8 +9,12 @@ __all__ = ["in_float64", "precise_device"]
 
 
 def precise_device(device: torch.device) -> torch.device:
-    """Return where float64 tensors that belong to a device can be: there, or on the CPU if it is Apple's MPS."""
-    return torch.device("cpu") if device.type == "mps" else device
+    """Return where float64 tensors that belong to a device can be: there, or on the CPU if it has none, as MPS."""
+    try:
+        torch.empty(0, dtype=torch.float64, device=device)
+    except TypeError:
+        return torch.device("cpu")
+    return device
 
 
 def in_float64(values: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ class CurveInputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TableInputs:
-    """The table of token embeddings, as the input of the first block.
+    """The table of token embeddings, as the input of the first block. All tensors are on the CPU.
 
     Attributes:
         embeddings: Reads the embeddings of tokens, int64, shape (tokens,): shape (tokens, hidden size).

@@ -38,6 +38,8 @@ class GgufRounder(Rounder):
     reader tell that they are in place.
     """
 
+    on_cpu = True
+
     def __init__(self, plan: GgufPlan, measurement: Measurement, checkpoint: Checkpoint, rows: RowMap) -> None:
         """Take what rounding needs beside the linears themselves.
 

@@ -93,8 +93,8 @@ class StreamedModel:
         return int(self._model.get_input_embeddings().weight.shape[0])
 
     def embeddings(self, tokens: Tensor, table: str) -> Tensor:
-        """Return the embeddings of some tokens as a table stores them, shape (tokens, width), on the device."""
-        return self.source.parameter(table)[tokens].to(self.device, self.dtype)
+        """Return the embeddings of some tokens as a table stores them, shape (tokens, width), on the CPU."""
+        return self.source.parameter(table)[tokens].to(self.dtype)
 
     def structure(self, index: int) -> BlockStructure:
         """Return the structure of a block."""

@@ -97,7 +97,7 @@ def sample_rows(model: Any, begun: Tensor, row_tokens: int, allowed: Sequence[in
     Returns:
         The rows, int64, shape (rows, row_tokens), on the CPU.
     """
-    device = rng.device
+    device = model.device
     latest = begun.to(device)
     choices = torch.tensor(allowed, device=device)
     written, cache = [latest], None

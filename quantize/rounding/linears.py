@@ -81,7 +81,7 @@ class LinearRounder:
         modules = {name: linear_of(block, structure, inner) for inner, name in names.items()}
         run_all(
             [partial(self._round_, name, each, hessian, shift, group.joins_stream) for name, each in modules.items()],
-            self.device,
+            torch.device("cpu") if self._rounder.on_cpu else self.device,
         )
 
     def _round_(self, name: str, module: LinearView, hessian: Hessian, shift: Tensor | None, joins: bool) -> None:

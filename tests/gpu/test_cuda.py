@@ -16,7 +16,7 @@ from bpwise.measure.text.calibration import CalibrationConfig
 from bpwise.quantize.config import QuantizeConfig
 from bpwise.quantize.run import quantize_model
 
-from ..measured import Given, damage_of
+from ..measured import GGUF, Given, damage_of, gguf_curves_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -41,6 +41,20 @@ def test_damages_are_those_of_the_cpu(make_model: Callable[..., Path], tmp_path:
         # The same probes; which tokens sums are thinned to hangs on the last bits of their weights.
         totals = [damage_of(x, ours.name).sum(0) for x in (cuda, cpu)]
         np.testing.assert_allclose(*totals, rtol=0.15, err_msg=ours.name)
+
+
+def test_damages_in_ggml_types_are_those_of_the_cpu(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    model = make_model("m", **SIZES)
+    (maker,) = gguf_curves_of(model) or pytest.skip("ggml's library is not installed: pip install 'bpwise[gguf]'")
+    cpu, cuda = (
+        measure_model(model, tmp_path / f"{d}.safetensors", options(d), formats={"gguf": Given(maker)})
+        for d in ("cpu", "cuda")
+    )
+    for ours, reference in zip((*cuda.linears, cuda.head), (*cpu.linears, cpu.head), strict=True):
+        # Infinite where a type's blocks do not fit.
+        damages = (np.nan_to_num(damage_of(x, ours.name, GGUF).sum(0), posinf=0.0) for x in (cuda, cpu))
+        np.testing.assert_allclose(*damages, rtol=0.15, err_msg=reference.name)
+    np.testing.assert_allclose(*(x.curves[GGUF].table["damage_nats"] for x in (cuda, cpu)), rtol=0.01)
 
 
 @pytest.mark.parametrize("bpw", [6.0, 3.5])

@@ -69,7 +69,7 @@ class QuantizedLinear:
     def group_of_input(self) -> Tensor:
         """Row group of each input feature, int64, shape (K,)."""
         rows = torch.tensor([group.rows for group in self.groups], device=self.order.device)
-        of_rows = torch.arange(len(rows), device=rows.device).repeat_interleave(rows)
+        of_rows = torch.arange(len(rows), device=rows.device).repeat_interleave(rows, output_size=self.in_features)
         return of_rows[self.order.argsort()]
 
     def validate(self, name: str) -> None:
@@ -100,9 +100,8 @@ class QuantizedLinear:
             )
         # The largest magnitude is 2^(b-1) steps; from 65520 on, fp16 rounds to infinity.
         scales = effective_scale(self.max_scales, self.scale_codes.amax(dim=1, keepdim=True)).float().flatten()
-        first = 0
-        for group, scale in zip(self.groups, scales.tolist(), strict=True):
-            largest = int(self.codes[first : first + group.rows].max())
+        codes = torch.stack([part.max() for part in self.codes.split([group.rows for group in self.groups])])
+        for group, scale, largest in zip(self.groups, scales.tolist(), codes.tolist(), strict=True):
             if largest >= 1 << group.bits:
                 raise FormatError(
                     f"{name}: code {largest} does not fit in a {group.bits}-bit group."
@@ -113,7 +112,6 @@ class QuantizedLinear:
                     f"{name}: scale {scale} in a {group.bits}-bit group exceeds what fp16 can hold."
                     " The file is damaged: make it again."
                 )
-            first += group.rows
 
     def _validate_shapes(self, name: str) -> None:
         if self.codes.ndim != 2 or 0 in self.codes.shape:
@@ -176,7 +174,9 @@ class QuantizedLinear:
         sizes = torch.tensor([group.rows for group in self.groups], device=device)
         halves = torch.tensor([float(1 << (group.bits - 1)) for group in self.groups], device=device)
         stored_row = self.order.argsort()  # of each input feature
-        group = torch.arange(len(sizes), device=device).repeat_interleave(sizes)[stored_row]
+        group = torch.arange(len(sizes), device=device).repeat_interleave(sizes, output_size=self.in_features)[
+            stored_row
+        ]
         half = halves[group][:, None]
         weight = torch.empty(self.out_features, self.in_features, dtype=torch.float16, device=device)
         step = max(1, _CHUNK_ELEMENTS // self.in_features)

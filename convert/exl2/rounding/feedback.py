@@ -21,7 +21,7 @@ from torch import Tensor
 from ..file.layout import RowGroup
 from ..file.linear import QuantizedLinear
 from .coupling import OutputFeedback, round_in_sets
-from .grid import GroupGrid, search_grids
+from .grid import GroupGrid, WidthTables, search_grids
 
 __all__ = ["errors_by_group", "round_linear", "round_linear_"]
 
@@ -69,10 +69,11 @@ def round_linear_(
         part.copy_(part[order])
     codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
     max_scales, scale_codes, errors = [], [], []
+    widths = WidthTables.of(sorted({group.bits for group in groups}), work.device)
     first = 0
     for group in groups:
         rows = slice(first, first + group.rows)
-        (grid,), squares = _round_group(work, codes, upper, rows, [group.bits], column_weights, outputs)
+        (grid,), squares = _round_group(work, codes, upper, rows, widths.only(group.bits), column_weights, outputs)
         max_scales.append(grid.max_scale)
         scale_codes.append(grid.codes)
         errors.append(squares)
@@ -108,11 +109,12 @@ def errors_by_group(
     """
     columns = weight.shape[1]
     work = weight.repeat(1, len(widths))
+    tables = WidthTables.of(widths, work.device)
     damages = []
     first = 0
     for count in group_rows:
         rows = slice(first, first + count)
-        _, squares = _round_group(work, None, upper, rows, widths, column_weights)
+        _, squares = _round_group(work, None, upper, rows, tables, column_weights)
         damages.append(squares.view(len(widths), columns) @ column_weights)
         first += count
     return torch.stack(damages)
@@ -123,7 +125,7 @@ def _round_group(
     codes: Tensor | None,
     upper: Tensor,
     rows: slice,
-    widths: Sequence[int],
+    widths: WidthTables,
     column_weights: Tensor,
     outputs: OutputFeedback | None = None,
 ) -> tuple[list[GroupGrid], Tensor]:
@@ -135,14 +137,13 @@ def _round_group(
     target = group.clone()
     if rows.start:
         target.addmm_(block.T, upper[: rows.start, rows].T @ work[: rows.start])
-    targets = target.unflatten(1, (len(widths), -1)).transpose(0, 1).contiguous()
+    targets = target.unflatten(1, (len(widths.bits), -1)).transpose(0, 1).contiguous()
     grids = search_grids(targets, pivots.square(), column_weights, widths)
     scales = torch.cat([grid.scales for grid in grids])
-    halves = torch.tensor([1 << (bits - 1) for bits in widths], dtype=scales.dtype, device=scales.device)
-    halves = halves.repeat_interleave(targets.shape[2])
+    halves = widths.halves.to(scales.dtype).expand(-1, targets.shape[2]).flatten()
     feedback = (block * pivots[:, None]).triu(1).T.contiguous()
     if outputs is not None:
-        chosen = round_in_sets(target / scales, feedback, 1 << (widths[0] - 1), scales, outputs)
+        chosen = round_in_sets(target / scales, feedback, 1 << (widths.bits[0] - 1), scales, outputs)
     else:
         chosen = torch.empty_like(target)
         for first in range(0, work.shape[1], _CHUNK_COLUMNS):

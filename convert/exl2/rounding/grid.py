@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..file.linear import effective_scale
 
-__all__ = ["GroupGrid", "search_grids"]
+__all__ = ["GroupGrid", "WidthTables", "search_grids"]
 
 _CHUNK_ELEMENTS = 1 << 19
 """Trial errors computed at a time: few enough to stay in the processor's second-level cache."""
@@ -63,9 +63,43 @@ class GroupGrid:
     scales: Tensor
 
 
-def search_grids(
-    targets: Tensor, row_weights: Tensor, column_weights: Tensor, widths: Sequence[int]
-) -> list[GroupGrid]:
+@dataclass(frozen=True, slots=True, eq=False)
+class WidthTables:
+    """Constants of a search, on the device of the weights.
+
+    Made once a linear, not once a group: a GPU ends all its work before it takes a copy from the host.
+
+    Attributes:
+        bits: The widths, 2 to 8 bits.
+        halves: ``2^(bits - 1)`` of each, int64, shape (S, 1): codes run from -half to half - 1.
+        logs: Logarithms of the ends of each one's ``_SCALE_RANGE``, float32, shape (S, 2).
+        units: ``_UNIT_FACTORS``, float32, shape (units, 1).
+    """
+
+    bits: tuple[int, ...]
+    halves: Tensor
+    logs: Tensor
+    units: Tensor
+
+    @classmethod
+    def of(cls, bits: Sequence[int], device: torch.device) -> WidthTables:
+        """Return those of some widths."""
+        logs = [[math.log(end) for end in _SCALE_RANGE[each]] for each in bits]
+        return cls(
+            bits=tuple(bits),
+            halves=torch.tensor([1 << (each - 1) for each in bits], device=device)[:, None],
+            logs=torch.tensor(logs, device=device),
+            units=torch.tensor(_UNIT_FACTORS, device=device)[:, None],
+        )
+
+    def only(self, bits: int) -> WidthTables:
+        """Return those of one of the widths; nothing is copied."""
+        place = self.bits.index(bits)
+        here = slice(place, place + 1)
+        return WidthTables((bits,), self.halves[here], self.logs[here], self.units)
+
+
+def search_grids(targets: Tensor, row_weights: Tensor, column_weights: Tensor, widths: WidthTables) -> list[GroupGrid]:
     """Choose largest scale and scale codes that minimise the weighted squared rounding error of row groups.
 
     Args:
@@ -74,25 +108,22 @@ def search_grids(
             under error feedback.
         column_weights: Cost of a squared error in each column, float32, shape (columns,), common to all. Only weighs
             columns against each other in the choice of their common largest scale.
-        widths: Width of each target's codes, 2 to 8 bits.
+        widths: Width of each target's codes.
 
     Returns:
         One grid for each target. An all-zero group gets the smallest scales.
     """
     # Dimensions: trials or units first, then targets (S), then columns (N).
-    device = targets.device
-    half = torch.tensor([1 << (bits - 1) for bits in widths], device=device)[:, None]  # (S, 1)
     # Codes run from -half to half - 1; half - 0.5 lets the larger side clip by half a step at most.
-    unclipped = targets.abs().amax(dim=1) / (half - 0.5)
-    logs = torch.tensor([[math.log(end) for end in _SCALE_RANGE[bits]] for bits in widths], device=device)
+    unclipped = targets.abs().amax(dim=1) / (widths.halves - 0.5)
+    logs = widths.logs
     step = (logs[:, 1:] - logs[:, :1]) / (_TRIAL_SCALES - 1)  # (S, 1)
-    factors = (logs[:, :1] + step * torch.arange(_TRIAL_SCALES, device=device)[:, None, None]).exp()
+    factors = (logs[:, :1] + step * torch.arange(_TRIAL_SCALES, device=targets.device)[:, None, None]).exp()
     trials = factors * unclipped
-    errors = _errors(targets, trials, row_weights, widths)
+    errors = _errors(targets, trials, row_weights, widths.bits)
     wanted = _at_least_error(trials, errors)
 
-    factors = torch.tensor(_UNIT_FACTORS, device=device)[:, None]
-    units = (wanted.amax(dim=1) / 256 * factors).clamp(_SMALLEST_UNIT, _LARGEST_UNIT).half().float()
+    units = (wanted.amax(dim=1) / 256 * widths.units).clamp(_SMALLEST_UNIT, _LARGEST_UNIT).half().float()
     # Error of the two codes around the wanted scale, read off the table of trial errors.
     lower = ((wanted / units[:, :, None]).sqrt() - 1).floor().clamp(0, 15)
     candidates = torch.stack([lower, (lower + 1).clamp(max=15)])
@@ -103,7 +134,9 @@ def search_grids(
     nearest = ((wanted / best_unit[:, None]).sqrt() - 1).round()
     codes = torch.stack([(nearest + shift).clamp(0, 15) for shift in (-1, 0, 1)])
     max_scales = (best_unit * 256).half()
-    chosen = _at_least_error(codes, _errors(targets, effective_scale(max_scales, codes).float(), row_weights, widths))
+    chosen = _at_least_error(
+        codes, _errors(targets, effective_scale(max_scales, codes).float(), row_weights, widths.bits)
+    )
     scales = effective_scale(max_scales, chosen).float()
     return [GroupGrid(*parts) for parts in zip(max_scales, chosen.to(torch.uint8), scales, strict=True)]
 

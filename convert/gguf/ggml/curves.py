@@ -27,7 +27,7 @@ from ....linalg.sampling import systematic_sample
 from ....measure.curves import CurveInputs, LinearCurves, TableInputs
 from .blocks import GRID_TYPES
 from .kernels import TYPES, GgmlType, decode, encode, kernels_available
-from .rounding import expected_errors
+from .rounding import ENCODING, expected_errors
 
 __all__ = ["SAMPLED_ROWS", "measure_plain_types", "measure_table", "measure_types", "measured_types"]
 
@@ -70,7 +70,7 @@ def measure_types(inputs: CurveInputs, kinds: Sequence[GgmlType]) -> list[Linear
         for weight, sample in zip(inputs.weights, samples, strict=True)
         for kind in fitting
     ]
-    found = iter(run_all(tasks, gram.device))
+    found = iter(run_all(tasks, ENCODING))
     curves = []
     for sample in samples:
         known = sample.damages({kind: next(found) for kind in fitting})
@@ -123,16 +123,16 @@ def measure_plain_types(
         error = sampled - decoded.T.to(sampled.device)
         return 0.5 * float(((gram @ error) * error).sum(dim=0) @ shares)
 
-    return generalization_ratio * torch.tensor(run_all([partial(damage, kind) for kind in kinds], gram.device))
+    return generalization_ratio * torch.tensor(run_all([partial(damage, kind) for kind in kinds], ENCODING))
 
 
 def _errors(weight: Tensor, rows: Tensor, upper: Tensor, kind: GgmlType) -> Tensor:
-    return expected_errors(weight[:, rows].float().contiguous(), upper, kind)
+    return expected_errors(weight[:, rows.to(weight.device)].float().contiguous(), upper, kind)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Sample:
-    """Outputs of a linear that its damage is measured on.
+    """Outputs of a linear that its damage is measured on. All tensors are on the CPU.
 
     Attributes:
         rows: Their indices.
@@ -148,7 +148,7 @@ class _Sample:
 
     @classmethod
     def of(cls, fisher: Tensor) -> _Sample:
-        rows, shares = systematic_sample(fisher, SAMPLED_ROWS)
+        rows, shares = systematic_sample(fisher.cpu(), SAMPLED_ROWS)
         return cls(rows, shares, *systematic_sample(shares, _SEARCHED_ROWS))
 
     def rows_for(self, kind: GgmlType) -> Tensor:

@@ -21,7 +21,10 @@ from torch import Tensor
 from .blocks import GRID_TYPES, Blocks, repack, unpack
 from .kernels import Bytes, GgmlType, decode, encode
 
-__all__ = ["expected_errors", "round_to_type"]
+__all__ = ["ENCODING", "expected_errors", "round_to_type"]
+
+ENCODING = torch.device("cpu")
+"""Where ggml's encoder is, and with it all that waits for it, whatever the device of the weights."""
 
 
 def round_to_type(weight: Tensor, upper: Tensor, kind: GgmlType, *, threads: int = 1) -> Bytes:
@@ -43,6 +46,7 @@ def round_to_type(weight: Tensor, upper: Tensor, kind: GgmlType, *, threads: int
         NumericalError: A weight is not finite, or too large for the type.
         ShapeError: K is no whole number of blocks.
     """
+    weight, upper = weight.to(ENCODING), upper.to(ENCODING)  # once, not block by block
     row_weights, outputs = weight.shape
     data = np.empty((outputs, kind.row_bytes(row_weights)), dtype=np.uint8)
     missed = torch.empty_like(weight)  # D
@@ -53,12 +57,12 @@ def round_to_type(weight: Tensor, upper: Tensor, kind: GgmlType, *, threads: int
         target = weight[rows]
         if first:
             target = torch.addmm(target, inverse.T, upper[:first, rows].T @ missed[:first])
-        encoded = encode(target.T.contiguous().cpu(), kind, root.diagonal().square().cpu(), threads=threads)
+        encoded = encode(target.T.contiguous(), kind, root.diagonal().square(), threads=threads)
         if kind.name in GRID_TYPES:
             codes, _ = _fed_back(target[None], root[None], inverse[None], unpack(encoded, kind))
             encoded = repack(encoded, kind, codes[0].T.to(torch.uint8))
         data[:, first // kind.block_weights * kind.block_bytes :][:, : kind.block_bytes] = encoded
-        torch.sub(weight[rows], decode(encoded, kind, threads=threads).T.to(weight.device), out=missed[rows])
+        torch.sub(weight[rows], decode(encoded, kind, threads=threads).T, out=missed[rows])
     return data
 
 
@@ -74,19 +78,20 @@ def expected_errors(weight: Tensor, upper: Tensor, kind: GgmlType) -> Tensor:
         kind: As in ``round_to_type``.
 
     Returns:
-        dW^T H dW of every output, float32, shape (out,).
+        dW^T H dW of every output, float32, shape (out,), on the CPU.
 
     Raises:
         BpwiseError: As ``round_to_type``.
     """
-    encoded = encode(weight.T.contiguous().cpu(), kind, upper.diagonal().square().cpu())
-    roots = _blocks(upper, kind.block_weights)
+    weight = weight.to(ENCODING)
+    encoded = encode(weight.T.contiguous(), kind, upper.diagonal().square().to(ENCODING))
+    roots = _blocks(upper, kind.block_weights).to(ENCODING)
     targets = weight.unflatten(0, (len(roots), -1))
     if kind.name in GRID_TYPES:
         _, missed = _fed_back(targets, roots, _inverse(roots), unpack(encoded, kind))
         errors = roots.diagonal(dim1=1, dim2=2)[:, :, None] * missed
     else:
-        errors = roots.mT @ (targets - decode(encoded, kind).T.to(weight.device).view_as(targets))
+        errors = roots.mT @ (targets - decode(encoded, kind).T.view_as(targets))
     squares: Tensor = errors.square().sum(dim=(0, 1))
     return squares
 
@@ -98,7 +103,7 @@ def _blocks(upper: Tensor, length: int) -> Tensor:
 
 
 def _inverse(roots: Tensor) -> Tensor:
-    identity = torch.eye(roots.shape[-1], device=roots.device).expand_as(roots)
+    identity = torch.eye(roots.shape[-1]).expand_as(roots)
     inverse: Tensor = torch.linalg.solve_triangular(roots, identity, upper=True)
     return inverse
 
@@ -108,13 +113,13 @@ def _fed_back(targets: Tensor, roots: Tensor, inverses: Tensor, blocks: Blocks) 
     # moved it to, both float32, shape (blocks, S, out): input feature after input feature. Given ggml's scales; R_SS
     # and its inverse U have shape (blocks, S, S).
     def by_block(values: Tensor) -> Tensor:
-        return values.T.to(targets.device).repeat_interleave(blocks.sub_weights, dim=0).view_as(targets)
+        return values.T.repeat_interleave(blocks.sub_weights, dim=0).view_as(targets)
 
     scales = by_block(blocks.scales)
     steps = torch.where(scales == 0, 1.0, scales)  # a scale of 0 decodes to the offset, whatever the code
-    levels = blocks.levels.to(targets.device)
+    levels = blocks.levels
     lowest, highest = float(levels[0]), len(levels) - 1.0
-    even = bool((levels == levels[0] + torch.arange(len(levels), device=levels.device)).all())
+    even = bool((levels == levels[0] + torch.arange(len(levels))).all())
     middles = (levels[1:] + levels[:-1]) / 2
     # With errors in the place of GPTQ's e_j = error_j R_jj, few operations are left for every row.
     feedback = (roots.diagonal(dim1=1, dim2=2)[:, :, None] * inverses).mT.contiguous()

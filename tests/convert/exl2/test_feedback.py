@@ -4,7 +4,7 @@ from bpwise.convert.exl2.file.layout import RowGroup
 from bpwise.convert.exl2.file.linear import QuantizedLinear
 from bpwise.convert.exl2.rounding import feedback
 from bpwise.convert.exl2.rounding.feedback import errors_by_group, round_linear, round_linear_
-from bpwise.convert.exl2.rounding.grid import search_grids
+from bpwise.convert.exl2.rounding.grid import WidthTables, search_grids
 from bpwise.linalg.hessian import factor_hessian
 from torch import Tensor
 
@@ -168,7 +168,8 @@ def test_scales_fit_the_rows_that_matter() -> None:
     weight[::16] *= 0.5
     upper = factor_hessian(power.diag(), DAMPING).upper
     _, errors = round_linear(weight, upper, [RowGroup(3, 64)], torch.arange(64), torch.ones(16))
-    indifferent = search_grids(weight[None], torch.ones(64), torch.ones(16), [3])[0].scales
+    tables = WidthTables.of([3], weight.device)
+    indifferent = search_grids(weight[None], torch.ones(64), torch.ones(16), tables)[0].scales
     rounded = (weight / indifferent).round().clamp(-4, 3) * indifferent
     damped = power + DAMPING * power.mean()
     assert float(errors.sum()) < 0.8 * float(((rounded - weight).square() * damped[:, None]).sum())

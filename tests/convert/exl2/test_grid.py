@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from bpwise.convert.exl2.rounding.grid import GroupGrid, search_grids
+from bpwise.convert.exl2.rounding.grid import GroupGrid, WidthTables, search_grids
 from torch import Tensor
 
 WIDTHS = [2, 3, 4, 5, 6, 8]
@@ -10,7 +10,7 @@ WIDTHS = [2, 3, 4, 5, 6, 8]
 
 def search_grid(target: Tensor, row_weights: Tensor, column_weights: Tensor, bits: int) -> GroupGrid:
     """The search for one group."""
-    (grid,) = search_grids(target[None], row_weights, column_weights, [bits])
+    (grid,) = search_grids(target[None], row_weights, column_weights, WidthTables.of([bits], target.device))
     return grid
 
 
