@@ -57,9 +57,12 @@ def products(device: torch.device, precision: str) -> Iterator[None]:
             chosen = "tf32" if precision == TF32 else "ieee"
             settings.enter_context(_setting(torch.backends.cuda.matmul, chosen))
         elif device.type == "cpu":
-            hint = precision == BFLOAT16 or not torch.cpu._is_amx_tile_supported()
-            settings.enter_context(_setting(_ONEDNN, "bf16" if hint else "ieee"))
+            settings.enter_context(_setting(_ONEDNN, _cpu_setting(precision)))
         yield
+
+
+def _cpu_setting(precision: str) -> str:
+    return "bf16" if precision == BFLOAT16 or not torch.cpu._is_amx_tile_supported() else "ieee"
 
 
 @contextmanager

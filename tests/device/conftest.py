@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from bpwise.linalg import products
 
 from . import pretend as device
 
@@ -17,7 +18,8 @@ def pretend() -> torch.device:
 
 
 @pytest.fixture(autouse=True)
-def plain_attention() -> Iterator[None]:
-    """On CPUs PyTorch has a kernel for attention that sums in another order; without it both devices do the same."""
+def plain_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Have both devices do the same: on CPUs attention and large products have kernels that sum in another order."""
+    monkeypatch.setattr(products, "_cpu_setting", lambda _precision: "ieee")
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         yield
