@@ -5,7 +5,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from ..families.conftest import llama_cpp
 from . import pretend as device
+
+__all__ = ["llama_cpp"]
 
 device.register()  # PyTorch counts devices at the first backward pass: now, before any test runs
 
