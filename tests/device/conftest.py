@@ -6,7 +6,10 @@ import pytest
 import torch
 from bpwise.linalg import products
 
+from ..families.conftest import llama_cpp
 from . import pretend as device
+
+__all__ = ["llama_cpp"]
 
 device.register()  # PyTorch counts devices at the first backward pass: now, before any test runs
 

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.convert.conversion import Target
 from bpwise.convert.exl2.options import Exl2Options
 from bpwise.convert.exl2.rounding import tuning
 from bpwise.convert.gguf.ggml.types import TYPES
+from bpwise.convert.gguf.llama_cpp.converter import make_base
 from bpwise.convert.gguf.options import GgufOptions
 from bpwise.eval.config import EvalConfig
 from bpwise.measure.measurement import Measurement
@@ -26,7 +28,6 @@ from bpwise.quantize.run import quantize_model
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
-from ..byte_converter import convert_with_bytes
 from ..families.judge import tensors_of
 from ..families.models import build_family, family_names
 from ..tiny_models import save_family
@@ -95,10 +96,10 @@ def test_exl2(family: str, changes: dict[str, Any], byte_tokenizer: PreTrainedTo
     assert_same_run(on_cpu, on_device)
 
 
-def to_gguf(model: Path, work: Path, types: tuple[str, ...]) -> list[QuantizeResult]:
+def to_gguf(model: Path, work: Path, types: tuple[str, ...], converter: Path) -> list[QuantizeResult]:
     """Convert a model, and quantize that to types that its sizes fit, on both devices."""
     pytest.importorskip("libggml", reason="ggml's library is not installed: pip install 'bpwise[gguf]'")
-    convert_with_bytes([(model, work / "base.gguf")], "--outtype", "f16")
+    make_base(Checkpoint.open(model), work / "base.gguf", llama_cpp=converter)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bpwise.convert.gguf.engine.gate._library", lambda: None)
         patch.setattr("bpwise.convert.gguf.conversion.measured_types", lambda: tuple(TYPES[name] for name in types))
@@ -132,15 +133,16 @@ def test_gguf(
     types: tuple[str, ...],
     byte_tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
+    llama_cpp: Path,
 ) -> None:
     model = save_family(tmp_path / "model", family, byte_tokenizer, **changes)
-    assert_same_files(*to_gguf(model, tmp_path, types))
+    assert_same_files(*to_gguf(model, tmp_path, types, llama_cpp))
 
 
 @pytest.mark.parametrize(
     "family", [pytest.param(name, marks=() if name == "lfm2" else pytest.mark.families) for name in family_names()]
 )
 @pytest.mark.filterwarnings("ignore::bpwise.errors.BpwiseWarning")  # of what a file holds beside measured linears
-def test_families(family: str, tmp_path: Path) -> None:
+def test_families(family: str, tmp_path: Path, llama_cpp: Path) -> None:
     model = build_family(family, tmp_path / "model")
-    assert_same_files(*to_gguf(model, tmp_path, ("Q8_0", "Q4_0")))
+    assert_same_files(*to_gguf(model, tmp_path, ("Q8_0", "Q4_0"), llama_cpp))
