@@ -19,7 +19,7 @@ from .options import (
     original_options,
     say_shortened,
 )
-from .output import progress_bar, say
+from .output import RunBar, say
 from .types import EXISTING_FILE, FILE, SIZE, Names
 
 __all__ = ["measure", "plan"]
@@ -54,16 +54,18 @@ def measure(
     source = open_model(changes.open(model))
     if measuring.saved is None:
         say_shortened(source, calibration=measuring.config.calibration.row_tokens)
+    conversions = {name: formats()[name].conversion(source, choice.all[name]) for name in wanted or formats()}
+    progress = RunBar()
     measurement = measure_model(
         source,
         output,
         measuring.config,
-        formats={name: formats()[name].conversion(source, choice.all[name]) for name in wanted or formats()},
+        formats=conversions,
         every_format=bool(wanted),
         work=measuring.work_dir,
         calibration=measuring.saved,
         force=force,
-        progress=progress_bar,
+        progress=progress,
     )
     if measurement.experts_sentence is not None:
         say(f"experts: {measurement.experts_sentence}")
