@@ -39,13 +39,13 @@ class RunForecast:
 
     Attributes:
         parts: Its parts, in order.
-        memory_bytes: Expected peak of memory.
-        disk_bytes: Expected peak of the work directory.
+        memory_bytes: Expected peak of memory; None where it was not forecast.
+        disk_bytes: Expected peak of the work directory; likewise.
     """
 
     parts: tuple[ExpectedPart, ...]
-    memory_bytes: int
-    disk_bytes: int
+    memory_bytes: int | None = None
+    disk_bytes: int | None = None
 
 
 @runtime_checkable

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import click
@@ -40,8 +40,13 @@ class RunBar:
     time left is that of the step.
     """
 
-    def __init__(self) -> None:
-        """Begin without a forecast."""
+    def __init__(self, forecast: Callable[[], RunForecast] | None = None) -> None:
+        """Begin.
+
+        Args:
+            forecast: Returns what the run will take, once its first step begins; None for a run that tells it itself.
+        """
+        self._forecast = forecast
         self._left: TimeLeft | None = None
 
     def expect(self, forecast: RunForecast) -> None:
@@ -52,6 +57,9 @@ class RunBar:
     def __call__(self, items: Sequence[Any], step: str) -> Iterable[Any]:
         """See ``Progress``."""
         label = printable(step, _MOST_LABEL_CHARACTERS)
+        if self._forecast is not None:
+            forecast, self._forecast = self._forecast, None
+            self.expect(forecast())
         if self._left is not None:
             self._left.begin(step)
         show = _progress_bar if sys.stderr.isatty() else _progress_lines
@@ -74,10 +82,11 @@ def time_lines(parts: Iterable[ExpectedPart]) -> list[str]:
 def _steps_line(forecast: RunForecast) -> str:
     steps = seconds_by_step(forecast.parts)
     each = ", ".join(f"{step} {_minutes(seconds)}" for step, seconds in steps.items())
-    return (
-        f"{_minutes(sum(steps.values()))} ({each}), {forecast.memory_bytes / _MIB:.0f} MiB of memory and "
-        f"{forecast.disk_bytes / _MIB:.0f} MiB in the work directory at most, roughly"
-    )
+    time_ = f"{_minutes(sum(steps.values()))} ({each})" if steps else "next to no time"
+    if forecast.memory_bytes is None or forecast.disk_bytes is None:
+        return f"{time_}, roughly"
+    memory, disk = forecast.memory_bytes / _MIB, forecast.disk_bytes / _MIB
+    return f"{time_}, {memory:.0f} MiB of memory and {disk:.0f} MiB in the work directory at most, roughly"
 
 
 def _minutes(seconds: float) -> str:

@@ -9,13 +9,16 @@ from pathlib import Path
 
 import torch
 
+from ..checkpoint.source.checkpoint import Checkpoint
 from ..convert.conversion import Conversion
+from ..errors import BpwiseError
 from ..linalg.work import Rates, rates_of
 from ..measure.measurement import Measurement
+from ..measure.run import MeasureConfig
 from ..measure.text.calibration import CalibrationSet
 from ..measure.text.context import CALIBRATION, fit_row_tokens
 from ..progress import Progress, RunForecast, RunProgress
-from .checks import exists
+from .checks import exists, require_convertible
 from .config import QuantizeConfig
 from .forecast import Forecast
 from .measuring import MEASUREMENT_FILE, MEASURING
@@ -29,7 +32,7 @@ from .timing.parts import (
     preparing_part,
 )
 
-__all__ = ["announce", "with_times"]
+__all__ = ["announce", "measuring_forecast", "with_times"]
 
 
 def with_times(
@@ -60,11 +63,7 @@ def with_times(
     """
     checkpoint, measure, evaluate = conversion.checkpoint, config.measure, config.evaluate
     measured = isinstance(known, Measurement)
-    if known is None:
-        asked = measure.calibration
-        shape = asked.rows, fit_row_tokens(asked.row_tokens, checkpoint, CALIBRATION)
-    else:
-        shape = int(known.tokens.shape[0]), int(known.tokens.shape[1])
+    shape = _rows_shape(known, measure, checkpoint)
     parts: list[CountedPart] = []
     counted: dict[Path, list[CountedPart]] = {}
     if conversion.scratch(work, measurement):
@@ -112,3 +111,43 @@ def announce(
             disk_bytes=max(each.disk_bytes for each in timed),
         )
     )
+
+
+def measuring_forecast(
+    conversions: Mapping[str, Conversion], config: MeasureConfig, work: Path, *, rows: CalibrationSet | None
+) -> RunForecast:
+    """Return what is left of measuring a model, in seconds.
+
+    Args:
+        conversions: The original on its way into the formats to measure, by their names; those whose tools are missing
+            or do not fit the model are left out.
+        config: Options of measuring.
+        work: Work directory.
+        rows: Calibration rows that are given; None if they are to be made.
+
+    Raises:
+        BpwiseError: As ``forecast_outputs``.
+    """
+    usable = [each for each in conversions.values() if _is_supported(each)]
+    if not usable:
+        return RunForecast(parts=())
+    parts = [preparing_part(each, config) for each in usable if each.scratch(work)]
+    shape = _rows_shape(rows, config, usable[0].checkpoint)
+    return RunForecast(parts=expected_parts([*parts, *measuring_parts(usable, config, shape, work / MEASUREMENT_FILE)]))
+
+
+def _is_supported(conversion: Conversion) -> bool:
+    try:
+        require_convertible(conversion)
+    except BpwiseError:
+        return False
+    return True
+
+
+def _rows_shape(
+    known: CalibrationSet | Measurement | None, config: MeasureConfig, checkpoint: Checkpoint
+) -> tuple[int, int]:
+    if known is not None:
+        return int(known.tokens.shape[0]), int(known.tokens.shape[1])
+    asked = config.calibration
+    return asked.rows, fit_row_tokens(asked.row_tokens, checkpoint, CALIBRATION)

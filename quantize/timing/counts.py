@@ -1,7 +1,7 @@
 """Work of measuring, rounding, writing and evaluating, counted from shapes alone.
 
-Legend: T tokens, K input and N output channels of a linear. A product of T x K by K x N takes 2 T K N operations. Where
-something depends on the values (how many tokens are thinned out, what damping a factor takes), the usual case counts.
+Where something depends on the values (how many tokens are thinned out, what damping a factor takes), the usual case
+counts.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ import torch
 from ...convert.rounding import FormatWork
 from ...linalg.hessian import FEW_CHANNELS
 from ...linalg.work import Elements, Factors, Products, Solves, Work
-from .attention import Attention
+from ...measure.model.batches import MICRO_BATCH_TOKENS
+from ...measure.statistics.heldout import DAMPINGS
+from .passes import Tokens, pass_backward, pass_forward, product, products, read_weights
 from .shapes import BlockShape, GroupShape, ModelShape
 
-__all__ = ["Evaluation", "Tokens", "evaluating", "measuring", "pass_backward", "pass_forward", "rounding", "tuning"]
-
-_BATCH = 2048
-"""Tokens that go through a block together."""
+__all__ = ["Evaluation", "Measuring", "evaluating", "measuring", "rounding", "tuning"]
 
 _STEP = 1024
 """Tokens of a step in which scales are fitted, at least a row."""
@@ -31,8 +30,8 @@ _KEPT = 0.3
 _GRAM_BLOCK = 256
 """Columns of a Gram matrix that are summed together; only blocks on and above the diagonal are."""
 
-_TRIALS, _FITS = 3, 2
-"""Factors that a damping is chosen by, and that say how far to trust it."""
+_FITS = 2
+"""Factors that say how far to trust a damping; it is chosen by one of each."""
 
 _RIDGES = 4
 """Ridges of the drift correction to choose from."""
@@ -49,63 +48,34 @@ _SKETCHED = 64
 _TRIED = 128
 """Columns that a ridge is chosen on."""
 
-_OF_STREAM, _OF_GROUP = 16, 3
-"""Operations on every element of a token's hidden state in a block (norms, sums, copies), and of the inputs and outputs
-of a group (activations, rotations)."""
-
-_BACKWARD = 3
-"""The same with the backward pass, relative."""
-
-_OF_LOGITS, _OF_PROBES = 50, 30
+_OF_LOGITS, _OF_PROBES = 100, 30
 """Operations on every logit where two models are compared, and where probes are drawn."""
-
-_OF_READ_WEIGHTS = 3
-"""Operations on every weight that is read: its values are checked and cast."""
 
 _FLOOR_TOKENS = 512
 """Tokens that the evaluation's floor is measured on."""
 
 
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """Rows of text.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measuring:
+    """Work of measuring.
 
     Attributes:
-        rows: Their number.
-        row_tokens: Tokens of each.
+        once: What formats do once a process.
+        forward: The forward pass.
+        head: Probes of the logits, and the head.
+        backward: The backward pass with the curves.
     """
 
-    rows: int
-    row_tokens: int
-
-    @property
-    def all(self) -> int:
-        """Tokens of all rows."""
-        return self.rows * self.row_tokens
-
-
-def pass_forward(block: BlockShape, hidden: int, tokens: Tokens, dtype: torch.dtype = torch.float32) -> Work:
-    """Return one forward pass of all rows through a block."""
-    work = _operations(block, hidden, tokens.all) + Attention.work(block, tokens.rows, tokens.row_tokens, dtype=dtype)
-    for group, count in block.groups:
-        work += _products(group, tokens.all, dtype) * count
-    return work
-
-
-def pass_backward(block: BlockShape, hidden: int, tokens: Tokens) -> Work:
-    """Return a forward and a backward pass, which makes gradients of inputs and of no weights."""
-    work = _operations(block, hidden, tokens.all) * _BACKWARD
-    work += Attention.work(block, tokens.rows, tokens.row_tokens, backward=True)
-    for group, count in block.groups:
-        back = sum((_product(group.share * tokens.all, each, group.inputs) for each in group.outputs), Work())
-        work += (_products(group, tokens.all) + back) * count
-    return work
+    once: Work
+    forward: Work
+    head: Work
+    backward: Work
 
 
 def measuring(
     shape: ModelShape, tokens: Tokens, formats: list[FormatWork], device: torch.device, *, chosen: bool
-) -> tuple[Work, Work, Work]:
-    """Return the passes of measuring: forward, head, backward with the curves.
+) -> Measuring:
+    """Return the work of measuring.
 
     Args:
         shape: The model.
@@ -118,18 +88,22 @@ def measuring(
     state = Elements.work(4 * all_tokens * hidden)  # kept in a file, and read again
 
     def backward(block: BlockShape) -> Work:
-        work = _read(block.weights) + pass_backward(block, hidden, tokens) + state * 3
+        work = read_weights(block.weights) + pass_backward(block, hidden, tokens) + state * 3
         for group, count in block.groups:
             sums = _statistics(group, all_tokens) + _curves(group, formats, device, chosen=chosen)
             work += sums * count
         return work
 
     head = GroupShape(inputs=hidden, outputs=(shape.vocabulary,))
-    logits = _product(all_tokens, hidden, shape.vocabulary) + _product(all_tokens, shape.vocabulary, hidden)
+    logits = product(all_tokens, hidden, shape.vocabulary) + product(all_tokens, shape.vocabulary, hidden)
     tail = logits + Elements.work(_OF_PROBES * all_tokens * shape.vocabulary) + _gram(hidden, _KEPT * all_tokens)
-    forward = _blocks(shape, lambda block: _read(block.weights) + pass_forward(block, hidden, tokens) + state)
-    once = sum((each.once(device) for each in formats), Work())
-    return forward, tail + _curves(head, formats, device, chosen=chosen), once + _blocks(shape, backward)
+    forward = _blocks(shape, lambda block: read_weights(block.weights) + pass_forward(block, hidden, tokens) + state)
+    return Measuring(
+        once=sum((each.once(device) for each in formats), Work()),
+        forward=forward,
+        head=tail + _curves(head, formats, device, chosen=chosen),
+        backward=_blocks(shape, backward),
+    )
 
 
 def rounding(shape: ModelShape, tokens: Tokens, work: FormatWork, device: torch.device, *, known: bool) -> Work:
@@ -147,7 +121,7 @@ def rounding(shape: ModelShape, tokens: Tokens, work: FormatWork, device: torch.
 
     def block_work(block: BlockShape) -> Work:
         original = _before_mlp(block) if known else block
-        work_ = _read(block.weights) + pass_forward(original, hidden, tokens) + state * 6
+        work_ = read_weights(block.weights) + pass_forward(original, hidden, tokens) + state * 6
         stops = len(block.groups) if device.type != "cpu" else 1  # elsewhere a forward begins anew for every group
         work_ += pass_forward(block, hidden, tokens) * ((stops + 1) / 2)
         for group, count in block.groups:
@@ -166,10 +140,10 @@ def tuning(shape: ModelShape, tokens: Tokens, work: FormatWork) -> Work:
         lambda block: (
             pass_forward(block, shape.hidden, tokens)
             + pass_backward(block, shape.hidden, tokens)
-            + sum((_products(group, tokens.all) * count for group, count in block.groups), Work())
+            + sum((products(group, tokens.all) * count for group, count in block.groups), Work())
         ),
     )
-    logits = _product(tokens.all, shape.hidden, shape.vocabulary) * 3
+    logits = product(tokens.all, shape.hidden, shape.vocabulary) * 3
     elements = Elements.work(_OF_LOGITS * tokens.all * shape.vocabulary)
     return passes + logits + elements + work.decoded(shape.weights) * (2 * steps)
 
@@ -209,11 +183,11 @@ def evaluating(shape: ModelShape, tokens: Tokens, work: FormatWork, dtype: torch
     def run(rows: Tokens, kind: torch.dtype) -> Work:
         states = Elements.work(4 * rows.all * shape.hidden * shape.block_count)
         return states + _blocks(
-            shape, lambda block: _read(block.weights) + pass_forward(block, shape.hidden, rows, kind)
+            shape, lambda block: read_weights(block.weights) + pass_forward(block, shape.hidden, rows, kind)
         )
 
     def logits(rows: Tokens, *dtypes: torch.dtype) -> Work:
-        products = (_product(rows.all, shape.hidden, shape.vocabulary, each) for each in dtypes)
+        products = (product(rows.all, shape.hidden, shape.vocabulary, each) for each in dtypes)
         return sum(products, Work()) + Elements.work(_OF_LOGITS * rows.all * shape.vocabulary)
 
     others = {torch.float32, torch.bfloat16} - {dtype}
@@ -231,28 +205,10 @@ def _blocks(shape: ModelShape, work: Callable[[BlockShape], Work]) -> Work:
     return sum((work(block) * count for block, count in shape.blocks.items()), Work())
 
 
-def _product(tokens: float, inner: int, columns: int, dtype: torch.dtype = torch.float32) -> Work:
-    # Of a micro-batch at a time.
-    return Products.work(min(tokens, _BATCH), inner, columns, dtype) * (tokens / min(tokens, _BATCH))
-
-
-def _products(group: GroupShape, tokens: int, dtype: torch.dtype = torch.float32) -> Work:
-    return sum((_product(group.share * tokens, group.inputs, each, dtype) for each in group.outputs), Work())
-
-
-def _operations(block: BlockShape, hidden: int, tokens: int) -> Work:
-    of_groups = sum(count * group.share * (group.inputs + sum(group.outputs)) for group, count in block.groups)
-    return Elements.work(tokens * (_OF_STREAM * hidden + _OF_GROUP * of_groups))
-
-
-def _read(weights: int) -> Work:
-    return Elements.work(_OF_READ_WEIGHTS * weights)
-
-
 def _gram(inputs: int, tokens: float) -> Work:
     columns = min(inputs, _GRAM_BLOCK)
     # Half of a micro-batch's tokens at a time, every second row being the other half's.
-    together = min(tokens, _KEPT * _BATCH / 2)
+    together = min(tokens, _KEPT * MICRO_BATCH_TOKENS / 2)
     blocks = (inputs + columns) / 2 / columns
     return Products.work(columns, together, inputs) * (tokens / together * blocks) + Elements.work(3 * tokens * inputs)
 
@@ -261,18 +217,18 @@ def _statistics(group: GroupShape, tokens: int) -> Work:
     own, outputs = group.share * tokens, sum(group.outputs)
     kept = _KEPT * own
     work = Elements.work(own * (2 * group.inputs + 4 * outputs) + 2 * kept * outputs)
-    work += Products.work(_KEPT * _BATCH, outputs, _SKETCHED) * (2 * kept / (_KEPT * _BATCH))
+    work += Products.work(_KEPT * MICRO_BATCH_TOKENS, outputs, _SKETCHED) * (2 * kept / (_KEPT * MICRO_BATCH_TOKENS))
     if not group.expert:
         return work + _gram(group.inputs, kept)
     # All that chose it, and others up to the rank of the matrix; neurons are computed anew.
     seen = min(tokens, max(own, group.inputs))
-    return work + _gram(group.inputs, seen) + (_product(seen, group.inputs, 2 * outputs) if group.joins else Work())
+    return work + _gram(group.inputs, seen) + (product(seen, group.inputs, 2 * outputs) if group.joins else Work())
 
 
 def _curves(group: GroupShape, formats: list[FormatWork], device: torch.device, *, chosen: bool) -> Work:
     size = group.inputs
     few = size if size <= FEW_CHANNELS else size // 2
-    trials = _trial(few) * (_TRIALS if chosen else 0) + _trial(size) * _FITS
+    trials = _trial(few) * (len(DAMPINGS) if chosen else 0) + _trial(size) * _FITS
     return sum((each.curves(size, group.outputs, device) for each in formats), trials + Elements.work(8 * size**2))
 
 
@@ -296,7 +252,9 @@ def _drift(group: GroupShape, tokens: int) -> Work:
     size, own = group.inputs, group.share * tokens
     kept = own if group.expert else _KEPT * own
     columns = sum(group.outputs) if group.joins else size
-    sums = _gram(size, kept) + Products.work(size, _KEPT * _BATCH / 2, columns) * (kept / (_KEPT * _BATCH / 2))
+    sums = _gram(size, kept) + Products.work(size, _KEPT * MICRO_BATCH_TOKENS / 2, columns) * (
+        kept / (_KEPT * MICRO_BATCH_TOKENS / 2)
+    )
     few = size if size <= FEW_CHANNELS else size // 2
     tried = Factors.work(few) + Solves.work(few, _TRIED) * 2 + Products.work(few, few, _TRIED)
     solved = Factors.work(size) + Solves.work(size, columns) * 2 + Elements.work(6 * size**2)

@@ -10,12 +10,16 @@ from ...progress import ExpectedPart
 
 __all__ = ["TimeLeft"]
 
+_FORECAST_WEIGHT = 0.1
+"""Share of a part that weighs as much as its forecast."""
+
 
 class TimeLeft:
     """Counts down the parts of a run.
 
-    What a part has taken, relative to what was expected, scales what is left of all parts of the same label; of those
-    whose label has not come yet, what their whole step has taken; and before that the forecast stands.
+    What parts of a step have taken, relative to what was expected, scales all that is left of that step; and what parts
+    of one label have taken, what is left of them. A tenth of a part weighs as much as the forecast: its first item may
+    do what the others need not do again.
     """
 
     def __init__(self, parts: Sequence[ExpectedPart], clock: Callable[[], float] = time.monotonic) -> None:
@@ -72,7 +76,9 @@ class TimeLeft:
         return left
 
     def _factor(self, part: ExpectedPart) -> float:
-        for key in (part.label, (part.step,)):
+        factor = 1.0
+        for key in ((part.step,), part.label):
+            weight = _FORECAST_WEIGHT * part.seconds
             if self._expected[key] > 0:
-                return self._taken[key] / self._expected[key]
-        return 1.0
+                factor = (self._taken[key] + weight * factor) / (self._expected[key] + weight)
+        return factor

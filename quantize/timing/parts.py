@@ -16,8 +16,9 @@ from ...eval.models import DTYPES
 from ...linalg.work import Rates, Work, rates_of
 from ...measure.run import MeasureConfig, resolve_device
 from ...progress import ExpectedPart
-from .counts import Tokens, evaluating, measuring, rounding, tuning
+from .counts import evaluating, measuring, rounding, tuning
 from .finished import finished_blocks, finished_measuring
+from .passes import Tokens
 from .shapes import ModelShape
 
 __all__ = [
@@ -127,11 +128,12 @@ def measuring_parts(
     done = finished_measuring(kept, checkpoint, config, rows_shape, formats)
     if done.backward >= 1:
         return []
-    forward, head, backward = measuring(shape, Tokens(*rows_shape), works, device, chosen=config.damping is None)
+    work = measuring(shape, Tokens(*rows_shape), works, device, chosen=config.damping is None)
     return [
-        CountedPart("measure", "measure: forward", device, forward, done=done.forward),
-        CountedPart("measure", "measure: head", device, head, done=float(done.head)),
-        CountedPart("measure", "measure: backward, curves", device, backward, done=done.backward),
+        CountedPart("measure", "measure: search tables", _CPU, work.once),
+        CountedPart("measure", "measure: forward", device, work.forward, done=done.forward),
+        CountedPart("measure", "measure: head", device, work.head, done=float(done.head)),
+        CountedPart("measure", "measure: backward, curves", device, work.backward, done=done.backward),
     ]
 
 
