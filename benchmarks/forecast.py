@@ -1,8 +1,9 @@
 """How far the forecast of a run's time is from what the run takes, step by step.
 
-    taskset -c 0 python benchmarks/forecast.py models/SmolLM2-135M-Instruct OUT --bpw 4
+    taskset -c 0 python benchmarks/forecast.py models/SmolLM2-135M-Instruct wide-llama small-mixtral
 
-A model is quantized and evaluated on few rows. Times are processor seconds, of all threads and of other processes that
+Models are quantized and evaluated on few rows. ``wide-llama`` and ``small-mixtral`` have random weights, and the first
+model's tokenizer. Times are processor seconds, of all threads and of other processes that
 are started, in the run as where the device is timed: what else runs on the machine does not count. On one core they are
 the seconds of a machine that does nothing else; of several, the forecast would count those side by side once.
 """
@@ -29,8 +30,23 @@ from bpwise.progress import seconds_by_step
 from bpwise.quantize.checks import forecast_outputs
 from bpwise.quantize.costs import StepClock
 from bpwise.quantize.times import with_times
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MixtralConfig
 
 __all__ = ["main"]
+
+_RANDOM = {
+    "wide-llama": LlamaConfig(
+        hidden_size=768, intermediate_size=6144, num_hidden_layers=4, num_attention_heads=12, num_key_value_heads=4
+    ),
+    "small-mixtral": MixtralConfig(
+        hidden_size=384,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        num_local_experts=8,
+    ),
+}
 
 _STEPS = {"prepare": "prepare", "measure": "measure", "round": "round", "tune": "round", "write and verify": "write"}
 """Steps of the forecast by those of the run; others have their own name, and no forecast."""
@@ -75,13 +91,24 @@ def main(models: tuple[str, ...], format_name: str, bpw: float, rows: int, row_t
     for model in models:
         with tempfile.TemporaryDirectory() as directory:
             output = Path(directory) / f"out{formats()[format_name].suffix}"
-            expected = _expected(model, output, config, rates)
+            source = _random(model, Path(directory) / "model", models[0]) if model in _RANDOM else model
+            expected = _expected(source, output, config, rates)
             _ProcessorClock.seconds.clear()
-            quantize_model(model, output, config)
+            quantize_model(source, output, config)
         taken = _ProcessorClock.seconds
         parts = [_ratio(step, expected[step], taken[step]) for step in expected]
         whole = _ratio("**in all**", sum(expected.values()), sum(taken.values()))
         click.echo(f"| {Path(model).name} | {' | '.join([*parts, whole])} |")
+
+
+def _random(name: str, directory: Path, tokenizer: str) -> str:
+    # A model of random weights; returns its directory.
+    config, tokens = _RANDOM[name], AutoTokenizer.from_pretrained(tokenizer)
+    config.vocab_size, config.dtype = len(tokens), "bfloat16"
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
+    tokens.save_pretrained(directory)
+    return str(directory)
 
 
 def _expected(model: str, output: Path, config: QuantizeConfig, rates: Rates) -> dict[str, float]:
@@ -89,7 +116,7 @@ def _expected(model: str, output: Path, config: QuantizeConfig, rates: Rates) ->
     forecasts = forecast_outputs(conversion, {output: config.target}, config.measure, config.evaluate, work)
     start = time.process_time()
     timed = with_times(forecasts, conversion, config, work, known=None, rates=lambda _: rates)
-    click.echo(f"{Path(model).name}: forecast in {time.process_time() - start:.1f} s", err=True)
+    click.echo(f"forecast of {Path(model).name} in {time.process_time() - start:.1f} s", err=True)
     return seconds_by_step(timed[output].parts)
 
 

@@ -13,7 +13,7 @@ import torch
 from .hessian import factor_hessian
 from .parallel import cores, run_all
 
-__all__ = ["Elements", "Factors", "Kind", "Products", "Rates", "Sample", "Solves", "Work", "rates_of"]
+__all__ = ["Elements", "Factors", "FreshElements", "Kind", "Products", "Rates", "Sample", "Solves", "Work", "rates_of"]
 
 _SAMPLE_FLOPS = 3e8
 """Operations of one sample of products: some milliseconds on one core of a processor."""
@@ -35,6 +35,9 @@ _MOST_FACTORED = 1536
 
 _SOLVED = 512
 """Channels of a sampled triangular system."""
+
+_MOST_FRESH = 1 << 24
+"""Elements of the largest new tensor of a sample."""
 
 _ELEMENTS = 1 << 22
 """Elements of a sample: more than fit into a processor's cache."""
@@ -251,6 +254,29 @@ class Elements(Kind):
         """See ``Kind``."""
         values = torch.ones(_ELEMENTS, device=device)
         return Sample(partial(torch.mul, values, values, out=torch.empty_like(values)), _ELEMENTS)
+
+
+@dataclass(frozen=True)
+class FreshElements(Kind):
+    """Operations on every element of large tensors whose results are new tensors; unit: an element.
+
+    Allocators take the memory of large ones from the system each time, which costs more than the operation.
+
+    Attributes:
+        together: Elements of a tensor.
+    """
+
+    together: int
+
+    @classmethod
+    def work(cls, elements: float, together: int) -> Work:
+        """Return one operation on so many elements, some of them together."""
+        return Work({cls(min(together, _MOST_FRESH)): float(elements)})
+
+    def sample(self, device: torch.device) -> Sample:
+        """See ``Kind``."""
+        values = torch.ones(self.together, device=device)
+        return Sample(partial(torch.mul, values, values), self.together)
 
 
 def _rounded(size: float) -> int:

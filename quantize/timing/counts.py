@@ -13,7 +13,7 @@ import torch
 
 from ...convert.rounding import FormatWork
 from ...linalg.hessian import FEW_CHANNELS
-from ...linalg.work import Elements, Factors, Products, Solves, Work
+from ...linalg.work import Elements, Factors, FreshElements, Products, Solves, Work
 from ...measure.model.batches import MICRO_BATCH_TOKENS
 from ...measure.statistics.heldout import DAMPINGS
 from .passes import Tokens, pass_backward, pass_forward, product, products, read_weights
@@ -48,8 +48,11 @@ _SKETCHED = 64
 _TRIED = 128
 """Columns that a ridge is chosen on."""
 
-_OF_LOGITS, _OF_PROBES = 100, 30
-"""Operations on every logit where two models are compared, and where probes are drawn."""
+_OF_PROBES = 30
+"""Operations on every logit where probes are drawn."""
+
+_OF_LOGITS, _PIECE_POSITIONS = 16, 64
+"""The same where two models are compared, in new tensors: most in ``token_statistics``, of so many positions."""
 
 _FLOOR_TOKENS = 512
 """Tokens that the evaluation's floor is measured on."""
@@ -144,8 +147,7 @@ def tuning(shape: ModelShape, tokens: Tokens, work: FormatWork) -> Work:
         ),
     )
     logits = product(tokens.all, shape.hidden, shape.vocabulary) * 3
-    elements = Elements.work(_OF_LOGITS * tokens.all * shape.vocabulary)
-    return passes + logits + elements + work.decoded(shape.weights) * (2 * steps)
+    return passes + logits + _compared(tokens.all, shape.vocabulary) + work.decoded(shape.weights) * (2 * steps)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,7 +190,7 @@ def evaluating(shape: ModelShape, tokens: Tokens, work: FormatWork, dtype: torch
 
     def logits(rows: Tokens, *dtypes: torch.dtype) -> Work:
         products = (product(rows.all, shape.hidden, shape.vocabulary, each) for each in dtypes)
-        return sum(products, Work()) + Elements.work(_OF_LOGITS * rows.all * shape.vocabulary)
+        return sum(products, Work()) + _compared(rows.all, shape.vocabulary)
 
     others = {torch.float32, torch.bfloat16} - {dtype}
     return Evaluation(
@@ -203,6 +205,10 @@ def evaluating(shape: ModelShape, tokens: Tokens, work: FormatWork, dtype: torch
 
 def _blocks(shape: ModelShape, work: Callable[[BlockShape], Work]) -> Work:
     return sum((work(block) * count for block, count in shape.blocks.items()), Work())
+
+
+def _compared(tokens: int, vocabulary: int) -> Work:
+    return FreshElements.work(_OF_LOGITS * tokens * vocabulary, _PIECE_POSITIONS * vocabulary)
 
 
 def _gram(inputs: int, tokens: float) -> Work:

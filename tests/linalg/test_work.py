@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from bpwise.linalg.work import Elements, Factors, Kind, Products, Rates, Sample, Solves, Work
+from bpwise.linalg.work import Elements, Factors, FreshElements, Kind, Products, Rates, Sample, Solves, Work
 
 CPU = torch.device("cpu")
 
@@ -71,7 +71,15 @@ def test_products_of_nearly_the_same_shape_are_one_kind() -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    [Products(4, 8, 16), Products(4, 8, 16, torch.float64), Factors(64), Solves(1), Solves(2048), Elements()],
+    [
+        Products(4, 8, 16),
+        Products(4, 8, 16, torch.float64),
+        Factors(64),
+        Solves(1),
+        Solves(2048),
+        Elements(),
+        FreshElements(64),
+    ],
     ids=str,
 )
 def test_the_common_kinds_can_be_timed(kind: Kind, timed: None) -> None:

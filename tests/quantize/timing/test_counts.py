@@ -8,7 +8,7 @@ import torch
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.checkpoint.source.language import language_model
 from bpwise.convert.rounding import FormatWork
-from bpwise.linalg.work import Elements, Factors, Products, Solves, Work
+from bpwise.linalg.work import Factors, FreshElements, Products, Solves, Work
 from bpwise.measure.model.stream import StreamedModel
 from bpwise.quantize.timing.attention import Attention
 from bpwise.quantize.timing.counts import evaluating, measuring, rounding
@@ -112,4 +112,4 @@ def test_evaluation_runs_both_models_and_the_floor_in_float64() -> None:
     assert amount(work.logits, Products) == 2 * 2 * 32 * 64 * 100
     exact = {kind.dtype for kind in work.exact.amounts if isinstance(kind, Products)}
     assert exact == {torch.float64, torch.float32}
-    assert amount(work.logits, Elements) > 32 * 100
+    assert amount(work.logits, FreshElements) > 32 * 100
