@@ -127,8 +127,8 @@ class FormatWork:
     rounds: bool = True
     starting_seconds: float = 0.0
 
-    def preparing(self, weights: int) -> Work:
-        """Return what ``Conversion.prepare`` does beside that, for a model of so many weights."""
+    def preparing(self, weights: int, vocabulary: int) -> Work:
+        """Return what ``Conversion.prepare`` does beside that, for a model of so many weights and tokens."""
         return Work()
 
     def once(self, device: torch.device) -> Work:

@@ -30,14 +30,15 @@ _LONG_SECONDS = 0.1
 _LARGEST_SAMPLE = 2048
 """Rows and columns of a sampled product: larger ones are as fast."""
 
-_MOST_FACTORED = 1536
-"""Channels of a sampled Gram matrix: some hundredths of a second. Of more, an operation takes as long."""
+_MOST_CHANNELS = 1024
+"""Channels of a sampled Gram matrix or triangular system. Larger ones are taken for blocks of so many on the diagonal,
+and products for all else."""
 
-_SOLVED = 512
-"""Channels of a sampled triangular system."""
+_FACTOR_BLOCK = 256
+"""Columns that are factored together (``hessian``)."""
 
-_MOST_FRESH = 1 << 24
-"""Elements of the largest new tensor of a sample."""
+_MOST_FRESH, _FRESH_TENSORS = 1 << 23, 6
+"""Elements of the largest new tensor of a sample, and how many are held: more than the allocator keeps."""
 
 _ELEMENTS = 1 << 22
 """Elements of a sample: more than fit into a processor's cache."""
@@ -210,7 +211,13 @@ class Factors(Kind):
     @classmethod
     def work(cls, channels: int) -> Work:
         """Return one factor."""
-        return Work({cls(min(channels, _MOST_FACTORED)): channels**3 / 3})
+        block = min(channels, _MOST_CHANNELS)
+        work = Work({cls(block): channels * block**2 / 3})
+        if channels == block:
+            return work
+        rest = channels * (channels**2 - block**2) / 3 + _FACTOR_BLOCK * channels * (channels - block)
+        products = Products.work(block, channels, _FACTOR_BLOCK)
+        return work + products * (rest / (2.0 * block * channels * _FACTOR_BLOCK)) + Elements.work(4 * channels**2)
 
     def sample(self, device: torch.device) -> Sample:
         """See ``Kind``."""
@@ -223,22 +230,27 @@ class Solves(Kind):
     """Solutions of triangular systems; unit: an operation, K^2 for each column.
 
     Attributes:
+        channels: K.
         columns: Columns.
     """
 
+    channels: int
     columns: int
 
     @classmethod
     def work(cls, channels: int, columns: int) -> Work:
         """Return one system of K channels and so many columns."""
-        return Work({cls(_rounded(columns)): float(channels) ** 2 * columns})
+        block = min(channels, _MOST_CHANNELS)
+        work = Work({cls(_rounded(block), min(_rounded(columns), block)): float(channels) * block * columns})
+        return work + Products.work(block, channels, columns) * ((channels - block) / 2 / block)
 
     def sample(self, device: torch.device) -> Sample:
         """See ``Kind``."""
-        upper = torch.eye(_SOLVED, device=device) + torch.ones(_SOLVED, _SOLVED, device=device).triu(1) / _SOLVED
-        values = torch.ones(_SOLVED, min(self.columns, _SOLVED), device=device)
+        size = self.channels
+        upper = torch.eye(size, device=device) + torch.ones(size, size, device=device).triu(1) / size
+        values = torch.ones(size, self.columns, device=device)
         run = partial(torch.linalg.solve_triangular, upper, values, upper=True)
-        return Sample(run, float(_SOLVED) ** 2 * values.shape[1])
+        return Sample(run, float(size) ** 2 * self.columns)
 
 
 @dataclass(frozen=True)
@@ -276,7 +288,7 @@ class FreshElements(Kind):
     def sample(self, device: torch.device) -> Sample:
         """See ``Kind``."""
         values = torch.ones(self.together, device=device)
-        return Sample(partial(torch.mul, values, values), self.together)
+        return Sample(lambda: [values * values for _ in range(_FRESH_TENSORS)], _FRESH_TENSORS * self.together)
 
 
 def _rounded(size: float) -> int:

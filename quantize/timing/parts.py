@@ -33,6 +33,9 @@ __all__ = [
 
 _CPU = torch.device("cpu")
 
+_STARTING_SECONDS = 1.5
+"""What reading a tokenizer, cutting text into rows and building a model without weights take before each of two steps."""
+
 _DEFAULT_BPW = 4.5
 """Bits per weight where a size is asked for otherwise: what types a format takes hardly matters."""
 
@@ -99,7 +102,7 @@ def expected_parts(
 def preparing_part(conversion: Conversion, config: MeasureConfig) -> CountedPart:
     """Return what making ready a conversion takes; arguments as in ``measuring_parts``."""
     shape, work = ModelShape.of(language_model(conversion.checkpoint)), conversion.work(_DEFAULT_BPW)
-    device, counted = resolve_device(config.device), work.preparing(shape.all_weights)
+    device, counted = resolve_device(config.device), work.preparing(shape.all_weights, shape.vocabulary)
     return CountedPart("prepare", "prepare", device, counted, seconds=work.starting_seconds)
 
 
@@ -131,7 +134,7 @@ def measuring_parts(
     work = measuring(shape, Tokens(*rows_shape), works, device, chosen=config.damping is None)
     return [
         CountedPart("measure", "measure: search tables", _CPU, work.once),
-        CountedPart("measure", "measure: forward", device, work.forward, done=done.forward),
+        CountedPart("measure", "measure: forward", device, work.forward, _STARTING_SECONDS, done.forward),
         CountedPart("measure", "measure: head", device, work.head, done=float(done.head)),
         CountedPart("measure", "measure: backward, curves", device, work.backward, done=done.backward),
     ]
@@ -192,7 +195,7 @@ def evaluation_parts(
     work = evaluating(shape, Tokens(config.rows, row_tokens), conversion.work(_DEFAULT_BPW), dtype)
     device = resolve_device(config.device)
     once = [
-        CountedPart("evaluate", "evaluate: original model", device, work.original),
+        CountedPart("evaluate", "evaluate: original model", device, work.original, _STARTING_SECONDS),
         CountedPart("evaluate", "evaluate: original model in float64", _CPU, work.exact),
         CountedPart("evaluate", "evaluate: original model in bfloat16", device, work.bfloat16),
         CountedPart("evaluate", "evaluate: logits", device, work.bfloat16_logits),

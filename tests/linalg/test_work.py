@@ -69,14 +69,25 @@ def test_products_of_nearly_the_same_shape_are_one_kind() -> None:
     assert both.amounts == {Products(1024, 1024, 2048): 2.0 * (1000 * 600 * 60_000 + 1024 * 577 * 49_152)}
 
 
+def operations(work: Work) -> float:
+    return sum(amount for kind, amount in work.amounts.items() if not isinstance(kind, Elements))
+
+
+@pytest.mark.parametrize("channels", [64, 1024, 6144])
+def test_large_factors_and_systems_are_blocks_and_products(channels: int) -> None:
+    assert operations(Solves.work(channels, 128)) == pytest.approx(channels**2 * 128)
+    beyond = max(0, channels - 1024)
+    assert operations(Factors.work(channels)) == pytest.approx(channels**3 / 3 + 256 * channels * beyond)
+
+
 @pytest.mark.parametrize(
     "kind",
     [
         Products(4, 8, 16),
         Products(4, 8, 16, torch.float64),
         Factors(64),
-        Solves(1),
-        Solves(2048),
+        Solves(16, 1),
+        Solves(64, 64),
         Elements(),
         FreshElements(64),
     ],

@@ -225,4 +225,4 @@ def test_work_of_formats_can_be_timed(name: str, tiny_model: Path, timed: None) 
     cpu = torch.device("cpu")
     both = work.curves(256, [64, 32], cpu) + work.linear(256, 64) + work.curves(48, [64], cpu) + work.linear(48, 64)
     assert 0 < Rates(cpu).seconds(both) < 10
-    assert isinstance(work.once(cpu) + work.decoded(8) + work.written(8) + work.preparing(8), Work)
+    assert isinstance(work.once(cpu) + work.decoded(8) + work.written(8) + work.preparing(8, 8), Work)

@@ -28,8 +28,12 @@ blocks are rounded side by side."""
 _MOST_COLUMNS = 512
 """Outputs of a sample."""
 
-_DECODING, _ENCODING, _CONVERTING = 30, 600, 60
-"""Operations on every weight that is decoded, that ggml alone encodes, and that is converted."""
+_DECODING, _WRITING, _ENCODING, _CONVERTING = 30, 80, 600, 60
+"""Operations on every weight that is decoded, that is written and read back, that ggml alone encodes, and that is
+converted."""
+
+_CONVERTING_TOKEN = 500_000
+"""The same for every token of the vocabulary that is converted, in Python."""
 
 _NEAR_TYPES = 3
 """Types of nearly the wanted bits per weight that stand for those of a plan."""
@@ -79,7 +83,7 @@ class EncodedWeights(Kind):
 class GgufWork(FormatWork):
     """See ``FormatWork``."""
 
-    starting_seconds = 8.0  # a process of the converter's, and one of llama.cpp's, on a machine of 2024
+    starting_seconds = 5.0  # a process of the converter's, and one of llama.cpp's, on a machine of 2024
 
     def __init__(self, bpw: float, *, feedback: bool) -> None:
         """Take what is asked of the output.
@@ -122,11 +126,11 @@ class GgufWork(FormatWork):
 
     def written(self, weights: int) -> Work:
         """See ``FormatWork``."""
-        return Elements.work((_DECODING if self.rounds else _ENCODING) * weights)
+        return Elements.work((_WRITING if self.rounds else _ENCODING) * weights)
 
-    def preparing(self, weights: int) -> Work:
+    def preparing(self, weights: int, vocabulary: int) -> Work:
         """See ``FormatWork``."""
-        return Elements.work(_CONVERTING * weights)
+        return Elements.work(_CONVERTING * weights + _CONVERTING_TOKEN * vocabulary)
 
 
 def _plain_types(inputs: int) -> list[GgmlType]:
