@@ -116,7 +116,7 @@ def _expected(model: str, output: Path, config: QuantizeConfig, rates: Rates) ->
     forecasts = forecast_outputs(conversion, {output: config.target}, config.measure, config.evaluate, work)
     start = time.process_time()
     timed = with_times(forecasts, conversion, config, work, known=None, rates=lambda _: rates)
-    click.echo(f"forecast of {Path(model).name} in {time.process_time() - start:.1f} s", err=True)
+    click.echo(f"forecast in {time.process_time() - start:.1f} s", err=True)
     return seconds_by_step(timed[output].parts)
 
 

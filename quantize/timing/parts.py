@@ -34,7 +34,7 @@ __all__ = [
 _CPU = torch.device("cpu")
 
 _STARTING_SECONDS = 1.5
-"""What reading a tokenizer, cutting text into rows and building a model without weights take before each of two steps."""
+"""What reading a tokenizer, cutting text into rows and building a model without weights take before a step."""
 
 _DEFAULT_BPW = 4.5
 """Bits per weight where a size is asked for otherwise: what types a format takes hardly matters."""
