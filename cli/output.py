@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import click
 
 from ..errors import printable
+from ..progress import ExpectedPart, RunForecast, seconds_by_step
+from ..quantize.timing.left import TimeLeft
 
-__all__ = ["progress_bar", "say"]
+__all__ = ["RunBar", "progress_bar", "say", "time_lines"]
 
 _LINE_SECONDS = 30.0
 """Time between two lines about a step, where they go to a file."""
 
 _MOST_LABEL_CHARACTERS = 60
+
+_MIB = 1 << 20
 
 
 def say(line: str, *, err: bool = False) -> None:
@@ -29,26 +33,96 @@ def say(line: str, *, err: bool = False) -> None:
     click.echo(printable(line), err=err)
 
 
+class RunBar:
+    """Progress of a command, on stderr: how far a step is, and the time left of the whole run; see ``RunProgress``.
+
+    That is a bar in a terminal, otherwise a line every half minute. Where nothing was forecast, as of single steps, the
+    time left is that of the step.
+    """
+
+    def __init__(self, forecast: Callable[[], RunForecast] | None = None) -> None:
+        """Begin.
+
+        Args:
+            forecast: Returns what the run will take, once its first step begins; None for a run that tells it itself.
+        """
+        self._forecast = forecast
+        self._left: TimeLeft | None = None
+
+    def expect(self, forecast: RunForecast) -> None:
+        """Print what the run will take, and count down from now on; see ``RunProgress``."""
+        self._left = TimeLeft(forecast.parts)
+        say(f"expected    {_steps_line(forecast)}", err=True)
+
+    def __call__(self, items: Sequence[Any], step: str) -> Iterable[Any]:
+        """See ``Progress``."""
+        label = printable(step, _MOST_LABEL_CHARACTERS)
+        if self._forecast is not None:
+            forecast, self._forecast = self._forecast, None
+            self.expect(forecast())
+        if self._left is not None:
+            self._left.begin(step)
+        show = _progress_bar if sys.stderr.isatty() else _progress_lines
+        return show(items, label, self._left)
+
+
 def progress_bar(items: Sequence[Any], step: str) -> Iterable[Any]:
-    """Show on stderr how far a step is: a bar in a terminal, otherwise a line every half minute; see ``Progress``."""
+    """Show how far a step is that belongs to no run; see ``Progress``."""
+    return RunBar()(items, step)
+
+
+def time_lines(parts: Iterable[ExpectedPart]) -> list[str]:
+    """Return the expected time of each step, and of all, as lines for a terminal; none where nothing was timed."""
+    steps = seconds_by_step(parts)
+    shown = [f"{step:8} {_minutes(seconds):>10}" for step, seconds in steps.items()]
+    total = f"{'in all':8} {_minutes(sum(steps.values())):>10}, roughly, on this machine"
+    return [f"{'time' if not place else '':13} {line}" for place, line in enumerate([*shown, total])] if steps else []
+
+
+def _steps_line(forecast: RunForecast) -> str:
+    steps = seconds_by_step(forecast.parts)
+    each = ", ".join(f"{step} {_minutes(seconds)}" for step, seconds in steps.items())
+    time_ = f"{_minutes(sum(steps.values()))} ({each})" if steps else "next to no time"
+    if forecast.memory_bytes is None or forecast.disk_bytes is None:
+        return f"{time_}, roughly"
+    memory, disk = forecast.memory_bytes / _MIB, forecast.disk_bytes / _MIB
+    return f"{time_}, {memory:.0f} MiB of memory and {disk:.0f} MiB in the work directory at most, roughly"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min"
+
+
+def _progress_bar(items: Sequence[Any], label: str, left: TimeLeft | None) -> Iterator[Any]:
     from tqdm import tqdm
 
-    label = printable(step, _MOST_LABEL_CHARACTERS)
-    if not sys.stderr.isatty():
-        return _progress_lines(items, label)
-    bar: Iterable[Any] = tqdm(items, desc=label, unit="block", dynamic_ncols=True)
-    return bar
+    if left is None:
+        yield from tqdm(items, desc=label, unit="block", dynamic_ncols=True)
+        return
+    shown = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+    with tqdm(total=len(items), desc=label, bar_format=shown, dynamic_ncols=True) as bar:
+        for done, item in enumerate(items):
+            left.advance(done / len(items))
+            bar.set_postfix_str(f"{tqdm.format_interval(left.seconds)} left of the run", refresh=True)
+            yield item
+            bar.update()
+        left.advance(1.0)
 
 
-def _progress_lines(items: Sequence[Any], label: str) -> Iterator[Any]:
+def _progress_lines(items: Sequence[Any], label: str, left: TimeLeft | None) -> Iterator[Any]:
     from tqdm import tqdm
 
     first = last = time.monotonic()
     for done, item in enumerate(items):
         now = time.monotonic()
+        if left is not None:
+            left.advance(done / len(items))
         if done and now - last >= _LINE_SECONDS:
-            left = (now - first) / done * (len(items) - done)
-            say(f"{label}: {done} of {len(items)}, {tqdm.format_interval(left)} left", err=True)
+            seconds = (now - first) / done * (len(items) - done) if left is None else left.seconds
+            of_run = "" if left is None else " of the run"
+            say(f"{label}: {done} of {len(items)}, {tqdm.format_interval(seconds)} left{of_run}", err=True)
             last = now
         yield item
+    if left is not None:
+        left.advance(1.0)
     say(f"{label}: {len(items)} in {tqdm.format_interval(time.monotonic() - first)}", err=True)

@@ -22,7 +22,7 @@ from .options import (
     original_options,
     say_shortened,
 )
-from .output import progress_bar, say
+from .output import RunBar, say, time_lines
 from .types import EXISTING_FILE, MIB, PATH, RATES, SIZE, TOKENS
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def _target_options(command: Command) -> Command:
     help="A measurement of this model, with its calibration rows: do not measure again.",
 )
 @click.option("--base-model", metavar="ORG/NAME", help="The original's Hub id, for the card.  [default: MODEL's]")
-@click.option("--dry-run", is_flag=True, help="Print size, bpw range and expected memory; write nothing.")
+@click.option("--dry-run", is_flag=True, help="Print size, bpw range, expected memory and time; write nothing.")
 @format_options("quantize")
 @evaluation_options
 @original_options
@@ -155,7 +155,7 @@ def quantize(
         "measurement": measurement,
         "calibration": measuring.saved,
         "work": measuring.work_dir,
-        "progress": progress_bar,
+        "progress": RunBar(),
     }
     if targets.several:
         lines = quantize_series(source, output, config, targets.rates, **shared).summary_lines()  # type: ignore[arg-type]
@@ -200,23 +200,31 @@ def _print_forecasts(
     from ..quantize.checks import forecast_outputs
     from ..quantize.measuring import load_measurement
     from ..quantize.series import output_paths
+    from ..quantize.times import with_times
 
     outputs: dict[Path, Target | None] = {output: config.target}
     if len(rates) > 1:
         paths = output_paths(config.base_model or model_name(model), output, config, rates)
         outputs = {path: Target(bpw=bpw) for bpw, path in paths.items()}
+    conversion = config.format.conversion(model, config.options)
+    work = measuring.work_dir or work_beside(output)
+    measured = None if measurement is None else load_measurement(measurement, model, RunBar())
     forecasts = forecast_outputs(
-        config.format.conversion(model, config.options),
+        conversion,
         outputs,
         config.measure,
         config.evaluate,
-        measuring.work_dir or work_beside(output),
-        measured=None if measurement is None else load_measurement(measurement, model, progress_bar),
+        work,
+        measured=measured,
         measurement=measurement,
         rows=measuring.saved,
     )
-    for forecast in forecasts.values():
+    known = measured or measuring.saved
+    timed = with_times(forecasts, conversion, config, work, known=known, measurement=measurement, series=len(rates) > 1)
+    for forecast in timed.values():
         _print_forecast(forecast)
+    for line in time_lines(part for forecast in timed.values() for part in forecast.parts):
+        say(line)
 
 
 def _print_forecast(forecast: Forecast) -> None:

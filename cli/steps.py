@@ -19,7 +19,7 @@ from .options import (
     original_options,
     say_shortened,
 )
-from .output import progress_bar, say
+from .output import RunBar, say
 from .types import EXISTING_FILE, FILE, SIZE, Names
 
 __all__ = ["measure", "plan"]
@@ -48,22 +48,27 @@ def measure(
     measuring: MeasuringArguments,
 ) -> None:
     """Measure MODEL (a directory or a Hub id) once, for any bitrate, in all formats or those that --formats names."""
+    from ..checkpoint.files.paths import work_beside
     from ..checkpoint.source.original import open_model
     from ..measure.run import measure_model
+    from ..quantize.times import measuring_forecast
 
     source = open_model(changes.open(model))
     if measuring.saved is None:
         say_shortened(source, calibration=measuring.config.calibration.row_tokens)
+    conversions = {name: formats()[name].conversion(source, choice.all[name]) for name in wanted or formats()}
+    work = measuring.work_dir or work_beside(output)
+    progress = RunBar(lambda: measuring_forecast(conversions, measuring.config, work, rows=measuring.saved))
     measurement = measure_model(
         source,
         output,
         measuring.config,
-        formats={name: formats()[name].conversion(source, choice.all[name]) for name in wanted or formats()},
+        formats=conversions,
         every_format=bool(wanted),
-        work=measuring.work_dir,
+        work=work,
         calibration=measuring.saved,
         force=force,
-        progress=progress_bar,
+        progress=progress,
     )
     if measurement.experts_sentence is not None:
         say(f"experts: {measurement.experts_sentence}")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..measure.curves import CurveMaker
     from ..measure.measurement import Measurement
     from ..progress import Progress
-    from .rounding import RoundedModel, Rounder
+    from .rounding import FormatWork, RoundedModel, Rounder
 
 __all__ = ["Conversion", "Provenance", "SizeForecast", "Target"]
 
@@ -170,6 +170,12 @@ class Conversion(ABC):
             raise ConfigError("--vram: not known how much memory this format's readers take. Give --bpw or --max-size.")
         bpw = 16.0 if target is None or target.bpw is None else target.bpw
         return SizeForecast(output_bytes=self.checkpoint.total_bytes, bpw=bpw, lowest_bpw=0.0, highest_bpw=16.0)
+
+    def work(self, bpw: float) -> FormatWork:
+        """Return the format's work on an output of so many bits per weight, from shapes; for forecasts of time."""
+        from .rounding import FormatWork  # noqa: PLC0415 - it needs torch; options do not
+
+        return FormatWork()
 
     def require_writable(self) -> None:
         """Refuse what the writer would refuse at its end; reads what is carried over as it is.

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from ..checkpoint.files.resume import ResumeStore
 from ..linalg.hessian import Hessian
+from ..linalg.work import Elements, Work
 from ..measure.measurement import MeasuredLinear
 from ..measure.model.states import new_state
 from ..measure.statistics.heldout import DAMPINGS
 
-__all__ = ["Drift", "RoundedModel", "Rounder", "drift_of", "drift_section", "rounding_damping"]
+__all__ = ["Drift", "FormatWork", "RoundedModel", "Rounder", "drift_of", "drift_section", "rounding_damping"]
 
 _TINY = 1e-30
 """Keeps states that are zero from being divided by."""
@@ -113,6 +114,50 @@ class Rounder(ABC):
     def round_table(self) -> dict[str, Tensor]:
         """Round the token embeddings; return what to keep."""
         raise NotImplementedError
+
+
+class FormatWork:
+    """Work of a format, from shapes, beside what is done for every format; see ``bpwise.quantize.timing.counts``.
+
+    A format that says nothing of it is taken to have little.
+
+    Attributes:
+        rounds: Whether linears are rounded one by one, by a ``Rounder``.
+        starting_seconds: What starting other programs takes while a conversion is prepared.
+    """
+
+    rounds: bool = True
+    starting_seconds: float = 0.0
+
+    def preparing(self, weights: int, vocabulary: int) -> Work:
+        """Return what ``Conversion.prepare`` does beside that, for a model of so many weights and tokens."""
+        return Work()
+
+    def once(self, device: torch.device) -> Work:
+        """Return what a process does before its first curves are measured."""
+        return Work()
+
+    def curves(self, inputs: int, outputs: Sequence[int], device: torch.device) -> Work:
+        """Return what ``CurveMaker.linears`` does for an input group.
+
+        Args:
+            inputs: K, input channels of the group.
+            outputs: Output channels of each of its linears.
+            device: Where it is done.
+        """
+        return Work()
+
+    def linear(self, inputs: int, outputs: int) -> Work:
+        """Return what ``Rounder.round_linear`` does for a linear of these input and output channels."""
+        return Work()
+
+    def decoded(self, weights: int) -> Work:
+        """Return what it takes to read weights back."""
+        return Elements.work(weights)
+
+    def written(self, weights: int) -> Work:
+        """Return what writing and verifying weights takes."""
+        return Elements.work(2 * weights)
 
 
 def drift_section(drift: Sequence[Drift]) -> dict[str, dict[str, str | float]]:

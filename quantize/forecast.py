@@ -17,6 +17,7 @@ from ..measure.measurement import Measurement
 from ..measure.model.batches import MICRO_BATCH_TOKENS
 from ..measure.run import MeasureConfig
 from ..measure.text.context import CALIBRATION, fit_row_tokens
+from ..progress import ExpectedPart, seconds_by_step
 
 __all__ = ["Forecast", "forecast_run"]
 
@@ -48,12 +49,20 @@ class Forecast:
         original_bytes: Size of the original tensors.
         memory_bytes: Expected peak of memory, a rough upper estimate; without states in an offload directory.
         disk_bytes: Expected peak of the work directory.
+        parts: Parts of the run that are left, each with its seconds; of several outputs from one measurement, the
+            first has those of measuring. Empty where the device was not timed.
     """
 
     size: SizeForecast
     original_bytes: int
     memory_bytes: int
     disk_bytes: int
+    parts: tuple[ExpectedPart, ...] = ()
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Expected seconds of each step that is left, by its name."""
+        return seconds_by_step(self.parts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from .costs import StepClock
 
 __all__ = [
     "MEASUREMENT_FILE",
+    "MEASURING",
     "PLAN_FILE",
     "GivenMeasurement",
     "check_work",
@@ -34,6 +35,9 @@ __all__ = [
 
 MEASUREMENT_FILE = "measurement.safetensors"
 """Where a run keeps its measurement in the work directory."""
+
+MEASURING = "measure"
+"""Folder of a series' work directory that the model is measured in."""
 
 CALIBRATION_FILE = "calibration.safetensors"
 PLAN_FILE = "plan.json"

@@ -44,6 +44,7 @@ from .result import QuantizeResult, report_details
 from .rounding.fallbacks import damping_fallbacks
 from .rounding.model import RoundConfig, round_model, rounded_before, rounding_identity
 from .rounding.rounding_pass import ROUNDED
+from .times import announce
 
 __all__ = ["Job", "make_output", "quantize_model"]
 
@@ -126,16 +127,19 @@ def quantize_model(
     with reserved(output, files_beside(output, conversion, config.format)):
         check_output(conversion, config, output, progress)
         given = GivenMeasurement.load(measurement, checkpoint, progress)
-        forecast_outputs(
+        measured = None if given is None else given.measurement
+        forecasts = forecast_outputs(
             conversion,
             {output: config.target},
             config.measure,
             config.evaluate,
             work,
-            measured=None if given is None else given.measurement,
+            measured=measured,
             measurement=measurement,
             rows=calibration,
         )
+        known = measured or calibration
+        announce(progress, forecasts, conversion, config, work, known=known, measurement=measurement)
         if judge is None and config.evaluate is not None:
             judge = Judge(checkpoint, config.evaluate, progress)
         job = Job(

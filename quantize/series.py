@@ -26,8 +26,9 @@ from .checks import check_output, check_places, files_beside, forecast_outputs, 
 from .config import QuantizeConfig
 from .costs import StepClock
 from .judge import Judge
-from .measuring import MEASUREMENT_FILE, GivenMeasurement, check_work, load_or_measure
+from .measuring import MEASUREMENT_FILE, MEASURING, GivenMeasurement, check_work, load_or_measure
 from .run import Job, make_output
+from .times import announce
 
 __all__ = ["SeriesOutput", "SeriesResult", "output_paths", "quantize_series"]
 
@@ -164,11 +165,11 @@ def quantize_series(
         check_places(conversion, config, path, work / path.name, measurement)
         with reserved(path, files_beside(path, conversion, config.format)):
             check_output(conversion, config, path, progress)
-    check_work(work / "measure")
+    check_work(work / MEASURING)
     try_report(output)
     given = GivenMeasurement.load(measurement, checkpoint, progress)
     measured = None if given is None else given.measurement
-    forecast_outputs(
+    forecasts = forecast_outputs(
         conversion,
         targets,
         config.measure,
@@ -178,6 +179,8 @@ def quantize_series(
         measurement=measurement,
         rows=calibration,
     )
+    known = measured or calibration
+    announce(progress, forecasts, conversion, config, work, known=known, measurement=measurement, series=True)
     judge = None if config.evaluate is None else Judge(checkpoint, config.evaluate, progress)
     job = Job(
         conversion=conversion, config=config, given=given, calibration=calibration, judge=judge, progress=progress
@@ -199,7 +202,7 @@ def _make_all(job: Job, targets: Mapping[Path, Target], work: Path) -> tuple[tup
     shared = RunArtifacts(work)
     for name, identity in job.conversion.prepare(work, job.progress, job.measurement):
         shared.add(name, identity)
-    given = job.given or _measured(job, work / "measure")
+    given = job.given or _measured(job, work / MEASURING)
     job = replace(job, given=given, calibration=None)
     outputs = tuple(_make(job, path, target, work) for path, target in targets.items())
     shared.discard()

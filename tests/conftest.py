@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from bpwise.convert.gguf.llama_cpp import fetch
+from bpwise.linalg.work import Rates
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
@@ -40,6 +41,18 @@ def one_thread() -> Iterator[None]:
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluations keep the original's side: not where the user's are."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def untimed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands do not time the machine: that takes a second for every shape of a model."""
+    if "timed" not in request.fixturenames:
+        monkeypatch.setattr(Rates, "_timed", lambda *_args, **_kwargs: [1e-3])
+
+
+@pytest.fixture
+def timed() -> None:
+    """Asked for where the machine is timed all the same."""
 
 
 @pytest.fixture

@@ -87,7 +87,7 @@ INNER = {
     "convert/gguf": [".", "engine", "llama_cpp", "plan", "model", "file", "rows", "ggml"],
     "eval": ["report", "tasks", "engines", ".", "metrics"],
     "eval/report": [".", "drawings"],
-    "quantize": [".", "planning", "rounding"],
+    "quantize": [".", "planning", "timing", "rounding"],
 }
 """Inside the rooms, too: folders from the top down; ``.`` stands for a room's own modules."""
 

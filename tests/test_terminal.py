@@ -10,10 +10,12 @@ import bpwise
 import pytest
 import torch
 from bpwise.cli import cli
-from bpwise.cli.output import progress_bar
+from bpwise.cli.output import RunBar, progress_bar
 from bpwise.convert.exl2.file.layout import RowGroup
 from bpwise.convert.exl2.file.linear import QuantizedLinear
 from bpwise.convert.exl2.file.store import linear_tensors
+from bpwise.progress import ExpectedPart, RunForecast
+from bpwise.quantize.timing.left import TimeLeft
 from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
@@ -126,6 +128,40 @@ def test_a_log_gets_a_line_every_half_minute(
         "measure: forward: 9 of 10, 00:14 left",
         "measure: forward: 10 in 02:20",
     ]
+
+
+def test_a_log_counts_down_the_whole_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = 0.0
+    monkeypatch.setattr("bpwise.cli.output.time.monotonic", lambda: seconds)
+    monkeypatch.setattr("bpwise.cli.output.TimeLeft", lambda parts: TimeLeft(parts, lambda: seconds))
+    bar = RunBar()
+    parts = [("measure", "measure: forward", 140.0), ("round", "quantize: round", 60.0)]
+    expected = tuple(ExpectedPart(step=step, label=label, seconds=each) for step, label, each in parts)
+    bar.expect(RunForecast(parts=expected, memory_bytes=5 << 20, disk_bytes=3 << 20))
+    for _ in bar(range(10), "measure: forward"):
+        seconds += 14
+    for _ in bar(range(2), "quantize: round"):
+        seconds += 60  # twice what was expected
+    assert capsys.readouterr().err.splitlines() == [
+        "expected    3.3 min (measure 2.3 min, round 1.0 min), "
+        "5 MiB of memory and 3 MiB in the work directory at most, roughly",
+        "measure: forward: 3 of 10, 02:38 left of the run",
+        "measure: forward: 6 of 10, 01:56 left of the run",
+        "measure: forward: 9 of 10, 01:14 left of the run",
+        "measure: forward: 10 in 02:20",
+        "quantize: round: 1 of 2, 00:59 left of the run",
+        "quantize: round: 2 in 02:00",
+    ]
+
+
+def test_a_bar_counts_down_the_whole_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    bar = RunBar(lambda: RunForecast(parts=(ExpectedPart(step="measure", label="other", seconds=3700.0),)))
+    assert list(bar([1, 2], "measure: forward")) == [1, 2]
+    shown = capsys.readouterr().err
+    assert shown.startswith("expected    61.7 min (measure 61.7 min), roughly\n")
+    assert "measure: forward:   0%" in shown
+    assert "1:01:40 left of the run]" in shown
 
 
 def test_commands_print_through_one_function() -> None:

@@ -34,6 +34,7 @@ from .plan.unquantized import unquantized_lines
 from .readers.limits import reader_warnings, require_reader
 from .readers.names import Exl2Names
 from .rounding.rounder import Exl2Rounder, rounded_linear, tune_rounded
+from .rounding.work import Exl2Work
 
 __all__ = ["Exl2Conversion"]
 
@@ -99,6 +100,10 @@ class Exl2Conversion(Conversion):
                 *(f"in float16: {line}" for line in unquantized_lines(problem.unquantized, problem.head_reason)),
             ),
         )
+
+    def work(self, bpw: float) -> Exl2Work:
+        """See ``Conversion``."""
+        return Exl2Work(self.options.group_size)
 
     def require_writable(self) -> None:
         """See ``Conversion``."""

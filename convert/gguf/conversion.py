@@ -27,6 +27,7 @@ from .file.metadata import CALIBRATION_KEY, LIMITS_KEY, MAP_KEY, RUN_KEY, SPANS_
 from .file.writer import write_gguf
 from .ggml.curves import measured_types
 from .ggml.kernels import Bytes, require_kernels
+from .ggml.work import GgufWork
 from .llama_cpp.assign import dominant_file_type
 from .llama_cpp.converter import find_converter
 from .llama_cpp.importance import importance_of
@@ -99,6 +100,10 @@ class GgufConversion(Conversion):
             lowest_bpw=8 * least / problem.weights,
             highest_bpw=8 * most / problem.weights,
         )
+
+    def work(self, bpw: float) -> GgufWork:
+        """See ``Conversion``."""
+        return GgufWork(bpw, feedback=self.measures and self.options.feedback)
 
     def beside(self, output: Path) -> tuple[Path, ...]:
         """Return the file with what the model sees images with, if it does. See ``Conversion``."""
@@ -230,20 +235,12 @@ class GgufConversion(Conversion):
             output,
             plan.kinds,
             file_type=dominant_file_type(plan.kinds, self.header),
-            encoded={} if rounded is None else self._encoded(rounded, plan),
+            encoded={} if rounded is None else _encoded(rounded, plan, rows),
             distances={} if rounded is None else tensor_distances(rounded, rows),
             importance=importance_of(measurement, self.layout).mean_squares,
             metadata=_metadata(provenance, rows),
             threads=cores(),
         )
-
-    def _encoded(self, rounded: RoundedModel, plan: GgufPlan) -> dict[str, Callable[[], Iterator[Bytes]]]:
-        # What makes the matrices of each tensor that was measured, by its name.
-        return {
-            tensor.name: partial(rounded_matrices, rounded, self.layout.rows, tensor.name, tensor.shape)
-            for tensor in plan.tensors
-            if tensor.damage_nats is not None and set(tensor.linears) <= set(rounded.names)
-        }
 
     def _tensor_bytes(self, target: Target, provenance: Provenance | None) -> int | None:
         # What a largest size leaves for tensors beside the file's own metadata, as far as these are known; None where
@@ -252,6 +249,15 @@ class GgufConversion(Conversion):
         if max_bytes is None or provenance is None or self._base is None:
             return max_bytes
         return room_for_tensors(max_bytes, self.header, _metadata(provenance, self.layout.rows))
+
+
+def _encoded(rounded: RoundedModel, plan: GgufPlan, rows: RowMap) -> dict[str, Callable[[], Iterator[Bytes]]]:
+    # What makes the matrices of each tensor that was measured, by its name.
+    return {
+        tensor.name: partial(rounded_matrices, rounded, rows, tensor.name, tensor.shape)
+        for tensor in plan.tensors
+        if tensor.damage_nats is not None and set(tensor.linears) <= set(rounded.names)
+    }
 
 
 def _metadata(provenance: Provenance, rows: RowMap) -> dict[str, str]:

@@ -353,7 +353,7 @@ class TestGone:
                             act()
                         yield item
 
-                patch.setattr("bpwise.cli.quantize.progress_bar", progress)
+                patch.setattr("bpwise.cli.quantize.RunBar", lambda: progress)
 
             yield set_up
 

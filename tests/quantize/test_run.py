@@ -266,7 +266,7 @@ class TestInterrupted:
 
         arguments = ("quantize", tiny_model, tmp_path / "out", "--bpw", 4.5, *TEXT, *EVALUATION)
         with monkeypatch.context() as patch:
-            patch.setattr("bpwise.cli.quantize.progress_bar", progress)
+            patch.setattr("bpwise.cli.quantize.RunBar", lambda: progress)
             result = bpwise(*arguments)
         assert result.exit_code == 130
         kept = f"Stopped. The same command goes on where it stopped, from what is finished in {tmp_path / 'out.work'}."

@@ -115,7 +115,7 @@ def test_goes_on_where_it_was_cut_off(
             yield item
 
     with monkeypatch.context() as patch:
-        patch.setattr("bpwise.cli.quantize.progress_bar", progress)
+        patch.setattr("bpwise.cli.quantize.RunBar", lambda: progress)
         assert bpwise(*command).exit_code == 130
     assert (tmp_path / "out" / NAMES[0]).is_dir()
     assert not (tmp_path / "out" / NAMES[1]).exists()

@@ -29,7 +29,7 @@ from .blocks import GRID_TYPES
 from .kernels import TYPES, GgmlType, decode, encode, kernels_available
 from .rounding import ENCODING, expected_errors
 
-__all__ = ["SAMPLED_ROWS", "measure_plain_types", "measure_table", "measure_types", "measured_types"]
+__all__ = ["SAMPLED_ROWS", "measure_plain_types", "measure_table", "measure_types", "measured_types", "needs_tables"]
 
 SAMPLED_ROWS = 128
 """Rows of a tensor, that is outputs or tokens, that its damage is measured on."""
@@ -153,19 +153,20 @@ class _Sample:
 
     def rows_for(self, kind: GgmlType) -> Tensor:
         """Return the outputs that a type is measured on."""
-        return self.rows[self.few] if _searched(kind) else self.rows
+        return self.rows[self.few] if needs_tables(kind) else self.rows
 
     def damages(self, errors: Mapping[GgmlType, Tensor]) -> dict[GgmlType, float]:
         """Return each type's damage, given its errors on the outputs that ``rows_for`` says."""
-        plain = [kind for kind in errors if not _searched(kind)]
+        plain = [kind for kind in errors if not needs_tables(kind)]
         known = {kind: 0.5 * float(errors[kind] @ self.shares) for kind in plain}
         scale = 0.5
         if plain:  # the few outputs are to all as they are in the coarsest of the other types
             coarsest = min(plain, key=lambda kind: kind.bits_per_weight)
             scale = known[coarsest] / max(float(errors[coarsest][self.few] @ self.few_shares), _TINY)
-        searched = (kind for kind in errors if _searched(kind))
+        searched = (kind for kind in errors if needs_tables(kind))
         return known | {kind: scale * float(errors[kind] @ self.few_shares) for kind in searched}
 
 
-def _searched(kind: GgmlType) -> bool:
+def needs_tables(kind: GgmlType) -> bool:
+    """Return whether codes of a type stand for several weights, so that ggml searches tables for them."""
     return kind.name not in GRID_TYPES and kind.name.startswith("IQ")

@@ -200,7 +200,7 @@ def test_it_goes_on_where_it_was_cut_off(
     options = ("--effort", "high", *measured)
     quantize(tiny_model, tmp_path / "whole", *options)
     with monkeypatch.context() as patch:
-        patch.setattr("bpwise.cli.quantize.progress_bar", progress)
+        patch.setattr("bpwise.cli.quantize.RunBar", lambda: progress)
         cut = bpwise("quantize", tiny_model, tmp_path / "out", "--bpw", 3, "--no-eval", *options)
     assert cut.exit_code == 130
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,153 @@
+"""Forecasts of runs with the time that their parts take on this machine."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..checkpoint.source.checkpoint import Checkpoint
+from ..convert.conversion import Conversion
+from ..errors import BpwiseError
+from ..linalg.work import Rates, rates_of
+from ..measure.measurement import Measurement
+from ..measure.run import MeasureConfig
+from ..measure.text.calibration import CalibrationSet
+from ..measure.text.context import CALIBRATION, fit_row_tokens
+from ..progress import Progress, RunForecast, RunProgress
+from .checks import exists, require_convertible
+from .config import QuantizeConfig
+from .forecast import Forecast
+from .measuring import MEASUREMENT_FILE, MEASURING
+from .timing.parts import (
+    CountedPart,
+    OutputState,
+    evaluation_parts,
+    expected_parts,
+    measuring_parts,
+    output_parts,
+    preparing_part,
+)
+
+__all__ = ["announce", "measuring_forecast", "with_times"]
+
+
+def with_times(
+    forecasts: Mapping[Path, Forecast],
+    conversion: Conversion,
+    config: QuantizeConfig,
+    work: Path,
+    *,
+    known: CalibrationSet | Measurement | None,
+    measurement: Path | None = None,
+    series: bool = False,
+    rates: Callable[[torch.device], Rates] = rates_of,
+) -> dict[Path, Forecast]:
+    """Return forecasts with the parts that are left of the run; times the device for about a second, once a process.
+
+    Args:
+        forecasts: Of each output; see ``bpwise.quantize.checks.forecast_outputs``.
+        conversion: The original on its way into the format.
+        config: Options; their target is not read.
+        work: The run's work directory.
+        known: The measurement to work from, or the calibration rows that are given; None if they are to be made.
+        measurement: File of that measurement.
+        series: Whether every output has a directory of its own in the work directory, as ``quantize_series`` has it.
+        rates: Returns the rates of a device.
+
+    Raises:
+        BpwiseError: As ``forecast_outputs``.
+    """
+    checkpoint, measure, evaluate = conversion.checkpoint, config.measure, config.evaluate
+    measured = isinstance(known, Measurement)
+    shape = _rows_shape(known, measure, checkpoint)
+    parts: list[CountedPart] = []
+    counted: dict[Path, list[CountedPart]] = {}
+    if conversion.scratch(work, measurement):
+        parts.append(preparing_part(conversion, measure))
+    if conversion.measures and not measured:
+        kept = (work / MEASURING if series else work) / MEASUREMENT_FILE
+        parts += measuring_parts([conversion], measure, shape, kept)
+    for output, forecast in forecasts.items():
+        place = work / output.name if series else work
+        state = OutputState(work=place, exists=exists(output), measures=not series and not measured)
+        parts += output_parts(conversion, forecast.size.bpw, measure, shape, state)
+        if evaluate is not None:
+            fitted = evaluate.fitted(checkpoint)
+            assert fitted.row_tokens is not None
+            parts += evaluation_parts(conversion, fitted, fitted.row_tokens, original=not counted)
+        counted[output], parts = parts, []
+    expected = iter(expected_parts((part for each in counted.values() for part in each), rates))
+    return {
+        output: replace(forecast, parts=tuple(itertools.islice(expected, len(counted[output]))))
+        for output, forecast in forecasts.items()
+    }
+
+
+def announce(
+    progress: Progress,
+    forecasts: Mapping[Path, Forecast],
+    conversion: Conversion,
+    config: QuantizeConfig,
+    work: Path,
+    *,
+    known: CalibrationSet | Measurement | None,
+    measurement: Path | None = None,
+    series: bool = False,
+) -> None:
+    """Tell a progress that wants to know it what the run will take; arguments as in ``with_times``."""
+    if not isinstance(progress, RunProgress):
+        return
+    timed = with_times(
+        forecasts, conversion, config, work, known=known, measurement=measurement, series=series
+    ).values()
+    progress.expect(
+        RunForecast(
+            parts=tuple(part for each in timed for part in each.parts),
+            memory_bytes=max(each.memory_bytes for each in timed),
+            disk_bytes=max(each.disk_bytes for each in timed),
+        )
+    )
+
+
+def measuring_forecast(
+    conversions: Mapping[str, Conversion], config: MeasureConfig, work: Path, *, rows: CalibrationSet | None
+) -> RunForecast:
+    """Return what is left of measuring a model, in seconds.
+
+    Args:
+        conversions: The original on its way into the formats to measure, by their names; those whose tools are missing
+            or do not fit the model are left out.
+        config: Options of measuring.
+        work: Work directory.
+        rows: Calibration rows that are given; None if they are to be made.
+
+    Raises:
+        BpwiseError: As ``forecast_outputs``.
+    """
+    usable = [each for each in conversions.values() if _is_supported(each)]
+    if not usable:
+        return RunForecast(parts=())
+    parts = [preparing_part(each, config) for each in usable if each.scratch(work)]
+    shape = _rows_shape(rows, config, usable[0].checkpoint)
+    return RunForecast(parts=expected_parts([*parts, *measuring_parts(usable, config, shape, work / MEASUREMENT_FILE)]))
+
+
+def _is_supported(conversion: Conversion) -> bool:
+    try:
+        require_convertible(conversion)
+    except BpwiseError:
+        return False
+    return True
+
+
+def _rows_shape(
+    known: CalibrationSet | Measurement | None, config: MeasureConfig, checkpoint: Checkpoint
+) -> tuple[int, int]:
+    if known is not None:
+        return int(known.tokens.shape[0]), int(known.tokens.shape[1])
+    asked = config.calibration
+    return asked.rows, fit_row_tokens(asked.row_tokens, checkpoint, CALIBRATION)
