@@ -178,7 +178,7 @@ def costs_of(checkpoint: Checkpoint, text: CalibrationSet, clock: Clock, work: P
     for number in range(rates):
         exl2 = make_exl2_plan(measured, bpw=4.0 + number / 2, head_bits=6)
         _round("exl2", checkpoint, measured, exl2, Exl2Rounder(exl2, measured), work / f"exl2-{number}", clock)
-    gguf = make_gguf_plan(measured, bpw=4.5)
+    gguf = make_gguf_plan(measured, bpw=5.0)
     _round(
         "gguf", checkpoint, measured, gguf, GgufRounder(gguf, measured, checkpoint, layout.rows), work / "gguf", clock
     )
