@@ -63,10 +63,11 @@ class Kind(ABC):
     """A kind of work whose seconds grow with its amount. Subclasses are frozen dataclasses: equal ones are timed once.
 
     Attributes:
-        on_one_core: Whether it is done in one of several tasks side by side, as ``run_all`` runs them.
+        side_by_side: Tasks of it that ``run_all`` runs at a time, each on one core, where cores share memory and often
+            more; 0 for work that has the whole device.
     """
 
-    on_one_core: bool = field(default=False, kw_only=True)
+    side_by_side: int = field(default=0, kw_only=True)
 
     @abstractmethod
     def sample(self, device: torch.device) -> Sample:
@@ -99,7 +100,7 @@ class Work:
         if device.type != "cpu":
             return self
         together = min(tasks, cores())
-        return Work({replace(kind, on_one_core=True): amount / together for kind, amount in self.amounts.items()})
+        return Work({replace(kind, side_by_side=together): amount / together for kind, amount in self.amounts.items()})
 
 
 class Rates:
@@ -126,7 +127,7 @@ class Rates:
         for kind in work.amounts.keys() - self._unit_seconds.keys():
             with torch.no_grad(), float32_products(self._device):
                 sample = kind.sample(self._device)
-                runs = self._timed(sample.run, on_one_core=kind.on_one_core)
+                runs = self._timed(sample.run, kind.side_by_side)
             self._unit_seconds[kind] = min(runs) / sample.units
             self._quickest += min(runs) * len(runs)
             self._taken += sum(runs)
@@ -137,7 +138,7 @@ class Rates:
         slowdown = self._taken / self._quickest if self._quickest else 1.0
         return slowdown * sum(amount * self._unit_seconds[kind] for kind, amount in work.amounts.items())
 
-    def _timed(self, run: Callable[[], object], *, on_one_core: bool) -> list[float]:
+    def _timed(self, run: Callable[[], object], side_by_side: int) -> list[float]:
         def once() -> float:
             self._wait()
             start = self._clock()
@@ -154,7 +155,7 @@ class Rates:
                 runs.append(once())
             return runs
 
-        return run_all([timed], self._device)[0] if on_one_core else timed()
+        return run_all([timed] * side_by_side, self._device)[0] if side_by_side else timed()
 
     def _wait(self) -> None:
         if self._device.type == "cuda":

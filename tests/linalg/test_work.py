@@ -1,6 +1,8 @@
 """Work and the rates of a device: sums, what runs side by side, and a clock that is told the time."""
 
+import threading
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
@@ -43,11 +45,24 @@ def test_works_add_up() -> None:
 
 def test_side_by_side_on_the_cores_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bpwise.linalg.work.cores", lambda: 4)
-    kind = replace(Waiting("a"), on_one_core=True)
     work = Work({Waiting("a"): 12.0})
-    assert work.beside_others(3, CPU).amounts == {kind: 4.0}
-    assert work.beside_others(20, CPU).amounts == {kind: 3.0}
+    assert work.beside_others(3, CPU).amounts == {replace(Waiting("a"), side_by_side=3): 4.0}
+    assert work.beside_others(20, CPU).amounts == {replace(Waiting("a"), side_by_side=4): 3.0}
     assert work.beside_others(20, torch.device("meta")) == work  # one after another
+
+
+@dataclass(frozen=True)
+class Meeting(Kind):
+    """Ends only where another one runs at the same time."""
+
+    def sample(self, device: torch.device) -> Sample:
+        return Sample(partial(threading.Barrier(2).wait, 60.0), 1.0)
+
+
+def test_what_runs_side_by_side_is_timed_so(timed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bpwise.linalg.parallel.cores", lambda: 2)
+    monkeypatch.setattr("bpwise.linalg.work._SAMPLE_SECONDS", 0.0)  # as often in both
+    assert Rates(CPU).seconds(Work({Meeting(side_by_side=2): 1.0})) >= 0
 
 
 def test_the_quickest_run_counts_and_how_much_longer_all_took(timed: None) -> None:
@@ -96,4 +111,4 @@ def test_large_factors_and_systems_are_blocks_and_products(channels: int) -> Non
 def test_the_common_kinds_can_be_timed(kind: Kind, timed: None) -> None:
     rates = Rates(CPU)
     assert 0 < rates.seconds(Work({kind: 1.0})) < 1e-3
-    assert 0 < rates.seconds(Work({replace(kind, on_one_core=True): 1.0})) < 1e-3
+    assert 0 < rates.seconds(Work({replace(kind, side_by_side=1): 1.0})) < 1e-3
