@@ -101,8 +101,8 @@ def calibration_options(command: Command) -> Command:
             "-c",
             "--calibration",
             help="Calibration text: .txt/.jsonl/.parquet/.arrow file or directory, Hub data set "
-            "NAME[:CONFIG][:SPLIT], a saved calibration set (.safetensors), or self: rows that the model writes, "
-            "all of it in memory.  [default: Python's own text]",
+            "NAME[:CONFIG][:SPLIT], a saved calibration set (.safetensors), or self: the model answers chats of all "
+            "kinds, all of it in memory.  [default: Python's own text]",
         ),
         click.option("--column", help="Column of the data set that holds the text."),
         click.option(

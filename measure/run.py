@@ -250,7 +250,12 @@ def _other_weights(source: LanguageModel, quantized: Sequence[str]) -> int:
 
 
 def calibration_rows(
-    checkpoint: Checkpoint, config: CalibrationConfig, *, device: str = "auto", given: CalibrationSet | None = None
+    checkpoint: Checkpoint,
+    config: CalibrationConfig,
+    *,
+    device: str = "auto",
+    given: CalibrationSet | None = None,
+    progress: Progress = silent,
 ) -> CalibrationSet:
     """Return rows in the tokens of a model: those that are given, or those that a config describes.
 
@@ -259,6 +264,7 @@ def calibration_rows(
         config: Which rows.
         device: Where the model runs if it writes them itself, as ``MeasureConfig.device``.
         given: Rows to use instead; they are checked against the model.
+        progress: Shows how far the model is, if it writes them.
 
     Raises:
         CalibrationError: The text or the tokenizer cannot be read, there is too little text, the model cannot be
@@ -273,7 +279,9 @@ def calibration_rows(
     config = replace(config, row_tokens=fit_row_tokens(config.row_tokens, checkpoint, CALIBRATION))
     tokenizer, vocab_size = load_tokenizer(checkpoint.directory), int(language_config(checkpoint)["vocab_size"])
     if config.source == SELF:
-        return write_rows(checkpoint, tokenizer, config, vocab_size=vocab_size, device=resolve_device(device))
+        return write_rows(
+            checkpoint, tokenizer, config, vocab_size=vocab_size, device=resolve_device(device), progress=progress
+        )
     return build_calibration(tokenizer, config, vocab_size=vocab_size)
 
 
@@ -331,7 +339,9 @@ def measure_model(
     if calibration is not None:
         check_rows(checkpoint, calibration, CALIBRATION)
     with reserved(output), run_artifacts(work) as artifacts:
-        rows = calibration_rows(checkpoint, config.calibration, device=config.device, given=calibration)
+        rows = calibration_rows(
+            checkpoint, config.calibration, device=config.device, given=calibration, progress=progress
+        )
         checkpoint.prepare_fingerprint(progress)
         curves = prepared_curves(formats, output, work, artifacts, progress, required=every_format)
         artifacts.add(MEASURED, measurement_provenance(checkpoint, rows, config, curves))

@@ -96,7 +96,9 @@ def load_or_measure(
             check_rows(rows)
     else:
         with clock.step("calibration text"):
-            rows = calibration_rows(checkpoint, config.calibration, device=config.device, given=calibration)
+            rows = calibration_rows(
+                checkpoint, config.calibration, device=config.device, given=calibration, progress=progress
+            )
         if check_rows is not None:
             check_rows(rows)
         with clock.step("measure"):

@@ -89,6 +89,7 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
+        **seen: Any,
     ) -> str:
         """Return the text of one chat, as ``tokenizer.apply_chat_template(turns, tokenize=False)`` gives it.
 
@@ -98,6 +99,7 @@ class ChatTemplate:
             where: Begins the message of an error.
             add_generation_prompt: As in Transformers.
             continue_final_message: As in Transformers.
+            **seen: What else the template sees: ``tools``, ``enable_thinking``.
 
         Raises:
             RefusedChatError: The template refuses the turns, or fails on them.
@@ -108,6 +110,7 @@ class ChatTemplate:
             "conversations": [turns],
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
+            **seen,
         }
         if self._process is None:
             self._process = _start()

@@ -21,6 +21,7 @@ __all__ = [
     "LoadedTokenizer",
     "Tokenizer",
     "chat_template",
+    "end_ids",
     "leading_ids",
     "load_tokenizer",
     "ordinary_ids",
@@ -233,6 +234,24 @@ def ordinary_ids(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
     special = set(tokenizer.all_special_ids)
     special.update(id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special)
     return [id_ for id_ in range(min(vocab_size, len(tokenizer))) if id_ not in special]
+
+
+def end_ids(directory: Path, tokenizer: Tokenizer) -> set[int]:
+    """Return the ids that end what a model says: those of generation_config.json and config.json, and EOS.
+
+    Args:
+        directory: The model's directory.
+        tokenizer: Its tokenizer.
+
+    Raises:
+        CalibrationError: A file is damaged.
+    """
+    found = {tokenizer.eos_token_id}
+    for name in ("generation_config.json", "config.json"):
+        if (directory / name).is_file():
+            named = read_json(directory / name, CalibrationError).get("eos_token_id")
+            found |= set(named) if isinstance(named, list) else {named}
+    return {each for each in found if type(each) is int and each >= 0}
 
 
 def token_fingerprint(tokenizer: Tokenizer, tokens: Tensor) -> str:

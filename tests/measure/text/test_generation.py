@@ -7,7 +7,8 @@ from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.errors import CalibrationError, ConfigError
 from bpwise.measure.run import calibration_rows
 from bpwise.measure.text.calibration import SELF, CalibrationConfig
-from bpwise.measure.text.generation import sample_rows
+from bpwise.measure.text.chats import Prompt
+from bpwise.measure.text.generation import WrittenRow, sample_rows
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -45,8 +46,9 @@ def test_the_seed_decides(model_directory: Path) -> None:
 
 def test_tokens_follow_the_models_distribution(model_directory: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32).eval()
-    begun = torch.full((400, 2), 65)
-    rows = sample_rows(model, begun, 14, range(BOS), torch.Generator().manual_seed(0))
+    begun = [WrittenRow([65, 65]) for _ in range(400)]
+    sample_rows(model, begun, 14, range(BOS), (), torch.Generator().manual_seed(0))
+    rows = torch.tensor([row.ids for row in begun])
     # Without a cache and all at once: -log p of the tokens has the distribution's entropy as its mean.
     with torch.no_grad():
         logs = model(rows).logits[:, 1:-1, :BOS].double().log_softmax(dim=-1)
@@ -64,6 +66,45 @@ def test_tokens_follow_the_models_distribution(model_directory: Path) -> None:
     assert float(((counts - expected).square() / expected)[common].sum()) < int(common.sum()) + 5 * (
         2 * int(common.sum()) ** 0.5 + 1
     )
+
+
+def test_chats_are_answered_one_after_another(model_directory: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32).eval()
+    prompts = [
+        Prompt(kind="chat, en", ids=(1, 2, 3)),
+        Prompt(kind="code, de", ids=(4, 5)),
+        Prompt(kind="a, b", ids=(6,)),
+    ]
+    rows = [WrittenRow([BOS], iter(prompts * 200)), WrittenRow([BOS, 9, 9, 9, 9, 9])]
+    sample_rows(model, rows, 200, range(10, 40), {10, 11, 12}, torch.Generator().manual_seed(0))
+    ids = rows[0].ids
+    assert len(ids) == len(rows[1].ids) == 200
+    assert ids[:4] == [BOS, 1, 2, 3]
+    assert rows[1].ids[:6] == [BOS, 9, 9, 9, 9, 9]
+    expected, place = [], 4  # behind every end of an answer, and nowhere else, comes the next prompt
+    for prompt in prompts[1:] + prompts * 200:
+        length = next((n for n, token in enumerate(ids[place:]) if token in (10, 11, 12)), None)
+        if length is None:
+            break
+        assert all(13 <= token < 40 for token in ids[place : place + length])
+        place += length + 1
+        expected.append(prompt.kind)
+        assert tuple(ids[place : place + len(prompt.ids)]) == prompt.ids[: 200 - place]
+        place += len(prompt.ids)
+        if place >= 200:
+            break
+    assert rows[0].kinds == ["chat, en", *expected]
+    assert len(expected) > 5
+    assert not rows[1].kinds
+
+
+def test_answers_do_not_go_on_for_ever() -> None:
+    prompts = iter([Prompt(kind="first", ids=(1,)), Prompt(kind="second", ids=(2, 2))])
+    row = WrittenRow([], prompts)
+    for _ in range(514):
+        row.write(7, ())
+    assert row.ids == [1, *[7] * 512, 2]
+    assert row.kinds == ["first", "second"]
 
 
 def test_columns_are_those_of_texts() -> None:
