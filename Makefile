@@ -31,6 +31,7 @@ demo: $(VENV)/installed $(MODEL)/config.json
 # Ten tests look at the pages in a browser; they say so where no Chromium with its chromedriver is installed.
 test: $(VENV)/installed
 	$(BIN)/pytest -q -rs
+	$(BIN)/pytest -q tests/device
 
 test-slow: $(VENV)/installed
 	$(BIN)/pytest -q -m slow

@@ -67,7 +67,7 @@ _STEPS = {
     "measure: head": ("bpwise.measure.passes", "MeasuringPasses.head"),
 }
 _PARTS = {
-    "sums of x x^T": ("bpwise.measure.statistics.inputs", "WeightedGram.add"),
+    "sums of x x^T": ("bpwise.measure.statistics.inputs", "WeightedGram.add_scaled"),
     "sums of x x^T and of what is missing": ("bpwise.quantize.rounding.drift", "InputSums.add"),
     "damping and held-out tokens": ("bpwise.measure.input_group", "cross_validate_damping"),
     "Cholesky factors": ("bpwise.linalg.hessian", "_factor_"),

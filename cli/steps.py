@@ -58,7 +58,7 @@ def measure(
         say_shortened(source, calibration=measuring.config.calibration.row_tokens)
     conversions = {name: formats()[name].conversion(source, choice.all[name]) for name in wanted or formats()}
     work = measuring.work_dir or work_beside(output)
-    progress = RunBar(lambda: measuring_forecast(conversions, measuring.config, work, rows=measuring.saved))
+    progress = RunBar(lambda: measuring_forecast(conversions, measuring.config, output, work, rows=measuring.saved))
     measurement = measure_model(
         source,
         output,

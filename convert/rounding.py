@@ -123,10 +123,12 @@ class FormatWork:
 
     Attributes:
         rounds: Whether linears are rounded one by one, by a ``Rounder``.
+        on_cpu: As ``Rounder.on_cpu``.
         starting_seconds: What starting other programs takes while a conversion is prepared.
     """
 
     rounds: bool = True
+    on_cpu: bool = False
     starting_seconds: float = 0.0
 
     def preparing(self, weights: int, vocabulary: int) -> Work:

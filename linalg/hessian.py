@@ -228,9 +228,13 @@ def _solve_(upper: Tensor, values: Tensor) -> None:
     size = len(upper)
     for last in range(size, 0, -_BLOCK):
         first = max(last - _BLOCK, 0)
-        rows = values[first:last].addmm_(upper[first:last, last:], values[last:], alpha=-1)
+        rows = values[first:last]
+        if last < size:
+            rows.addmm_(upper[first:last, last:], values[last:], alpha=-1)
         rows.copy_(torch.linalg.solve_triangular(upper[first:last, first:last], rows, upper=True))
     for first in range(0, size, _BLOCK):
         last = min(first + _BLOCK, size)
-        rows = values[first:last].addmm_(upper[:first, first:last].T, values[:first], alpha=-1)
+        rows = values[first:last]
+        if first:
+            rows.addmm_(upper[:first, first:last].T, values[:first], alpha=-1)
         rows.copy_(solve_transposed(upper[first:last, first:last], rows))

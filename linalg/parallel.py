@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["cores", "run_all"]
+__all__ = ["cores", "run_all", "threads_beside"]
 
 _Result = TypeVar("_Result")
 
@@ -35,6 +35,14 @@ def run_all(tasks: Sequence[Callable[[], _Result]], device: torch.device) -> lis
             return list(pool.map(lambda task: task(), tasks))
     finally:
         torch.set_num_threads(torch.get_num_threads())  # threads started later take what was set last
+
+
+def threads_beside(device: torch.device) -> torch.device:
+    """Return for ``run_all`` where tasks compute that only take their inputs from a device and work on the CPU.
+
+    That is the CPU, except beside Apple's MPS, which takes operations of one thread at a time.
+    """
+    return device if device.type == "mps" else torch.device("cpu")
 
 
 def cores() -> int:

@@ -125,9 +125,13 @@ class Rates:
     def learn(self, work: Work) -> None:
         """Time the kinds of some work that were not timed before."""
         for kind in work.amounts.keys() - self._unit_seconds.keys():
-            with torch.no_grad(), float32_products(self._device):
-                sample = kind.sample(self._device)
-                runs = self._timed(sample.run, kind.side_by_side)
+            try:
+                with torch.no_grad(), float32_products(self._device):
+                    sample = kind.sample(self._device)
+                    runs = self._timed(sample.run, kind.side_by_side)
+            except (torch.OutOfMemoryError, NotImplementedError):
+                self._unit_seconds[kind] = 0.0  # a forecast is not worth the run
+                continue
             self._unit_seconds[kind] = min(runs) / sample.units
             self._quickest += min(runs) * len(runs)
             self._taken += sum(runs)
@@ -149,7 +153,7 @@ class Rates:
         def timed() -> list[float]:
             first = once()  # loads kernels, and takes memory
             if first > _LONG_SECONDS:
-                return [first]
+                return [min(first, once())]
             runs = [once() for _ in range(_LEAST_RUNS)]
             while sum(runs) < _SAMPLE_SECONDS:
                 runs.append(once())

@@ -77,15 +77,15 @@ class MeasuringPasses:
         needed = [index for index in range(last) if not self.artifacts.has(f"curves-{index}")]
         needed += [] if self.artifacts.has("head") else [last]
         missing = max((index for index in needed if not self.artifacts.has(f"input-{index}")), default=-1)
-        if needed:
-            for maker in self.makers:
-                maker.warm_up()
+        blocks = progress(range(last), "measure: forward")
+        for maker in self.makers if needed else ():
+            maker.warm_up()
         embedded = self.model.embed(self.tokens)  # which makes ready to run blocks, too
         if missing >= 0 and not self.artifacts.has("input-0"):
             self.artifacts.save("input-0", {"hidden": embedded})
         hidden: Tensor | None = embedded
         del embedded
-        for index in progress(range(last), "measure: forward"):
+        for index in blocks:
             if not self.model.calls.hands_state and (index >= missing or self.artifacts.has(f"input-{index + 1}")):
                 hidden = None
                 continue

@@ -114,7 +114,12 @@ def announce(
 
 
 def measuring_forecast(
-    conversions: Mapping[str, Conversion], config: MeasureConfig, work: Path, *, rows: CalibrationSet | None
+    conversions: Mapping[str, Conversion],
+    config: MeasureConfig,
+    output: Path,
+    work: Path,
+    *,
+    rows: CalibrationSet | None,
 ) -> RunForecast:
     """Return what is left of measuring a model, in seconds.
 
@@ -122,6 +127,7 @@ def measuring_forecast(
         conversions: The original on its way into the formats to measure, by their names; those whose tools are missing
             or do not fit the model are left out.
         config: Options of measuring.
+        output: The measurement's file.
         work: Work directory.
         rows: Calibration rows that are given; None if they are to be made.
 
@@ -131,7 +137,7 @@ def measuring_forecast(
     usable = [each for each in conversions.values() if _is_supported(each)]
     if not usable:
         return RunForecast(parts=())
-    parts = [preparing_part(each, config) for each in usable if each.scratch(work)]
+    parts = [preparing_part(each, config) for each in usable if each.scratch(work, output)]
     shape = _rows_shape(rows, config, usable[0].checkpoint)
     return RunForecast(parts=expected_parts([*parts, *measuring_parts(usable, config, shape, work / MEASUREMENT_FILE)]))
 

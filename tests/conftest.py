@@ -28,6 +28,15 @@ MakeModel = Callable[..., Path]
 SaveModel = Callable[..., Path]
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out the pretend device unless it is asked for.
+
+    Once a process has a second device, its backward passes run in threads, and none may run in a fork of it any more.
+    """
+    asked = any("device" in argument for argument in config.args)
+    return True if collection_path == Path(__file__).with_name("device") and not asked else None
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
     """Tensors this small gain nothing from threads, which wait for each other on a busy machine."""

@@ -12,7 +12,7 @@ from ...checkpoint.files.resume import ResumeStore
 from ...checkpoint.model.structure import InputGroup
 from ...convert.rounding import Rounder
 from ...linalg.hessian import Hessian
-from ...linalg.parallel import run_all
+from ...linalg.parallel import run_all, threads_beside
 from ...measure.layers.linears import LinearView, linear_of
 from ...measure.measurement import Measurement
 from ...measure.model.stream import StreamedModel
@@ -81,7 +81,7 @@ class LinearRounder:
         modules = {name: linear_of(block, structure, inner) for inner, name in names.items()}
         run_all(
             [partial(self._round_, name, each, hessian, shift, group.joins_stream) for name, each in modules.items()],
-            torch.device("cpu") if self._rounder.on_cpu else self.device,
+            threads_beside(self.device) if self._rounder.on_cpu else self.device,
         )
 
     def _round_(self, name: str, module: LinearView, hessian: Hessian, shift: Tensor | None, joins: bool) -> None:

@@ -1,6 +1,6 @@
 """Work of measuring, rounding, writing and evaluating, counted from shapes alone.
 
-Where something depends on the values (how many tokens are thinned out, what damping a factor takes), the usual case
+Where something depends on the values (how many tokens are left out, what damping a factor takes), the usual case
 counts.
 """
 
@@ -13,6 +13,7 @@ import torch
 
 from ...convert.rounding import FormatWork
 from ...linalg.hessian import FEW_CHANNELS
+from ...linalg.parallel import threads_beside
 from ...linalg.work import Elements, Factors, FreshElements, Products, Solves, Work
 from ...measure.model.batches import MICRO_BATCH_TOKENS
 from ...measure.statistics.heldout import DAMPINGS
@@ -277,4 +278,4 @@ def _rounded(group: GroupShape, work: FormatWork, device: torch.device) -> Work:
         weights = group.inputs * outputs
         shift = Work() if group.joins else Products.work(group.inputs, group.inputs, outputs)
         each += shift + work.linear(group.inputs, outputs) + work.decoded(weights) + Elements.work(4 * weights)
-    return each.beside_others(len(group.outputs), device)
+    return each.beside_others(len(group.outputs), threads_beside(device) if work.on_cpu else device)

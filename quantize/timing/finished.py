@@ -12,6 +12,7 @@ from ...checkpoint.files.schemas import read_json
 from ...checkpoint.source.checkpoint import Checkpoint
 from ...checkpoint.source.language import language_model
 from ...errors import BpwiseError, WorkDirectoryError
+from ...linalg.products import pass_precision
 from ...measure.measurement import Measurement
 from ...measure.run import MEASURED, MeasureConfig, resolve_device
 from ...version import __version__
@@ -49,6 +50,7 @@ def finished_measuring(
         rows_shape: Number and length of the calibration rows.
         formats: Names of the formats to measure.
     """
+    device = resolve_device(config.device)
 
     def serves(provenance: Mapping[str, Any]) -> bool:
         wanted = {
@@ -58,7 +60,8 @@ def finished_measuring(
             "damping": config.damping,
             "seed": config.seed,
             "moe_calibrate_all": config.moe_calibrate_all,
-            "device": resolve_device(config.device).type,
+            "device": device.type,
+            "precision": pass_precision(device, config.precision),
         }
         same = all(provenance.get(key) == value for key, value in wanted.items())
         curves = provenance.get("curves")

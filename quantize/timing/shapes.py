@@ -20,7 +20,7 @@ _CHOSEN_KEYS = ("num_experts_per_tok", "experts_per_token", "top_k_experts", "mo
 _CHOSEN = 2
 """That number where a config has another name for it."""
 
-_ATTENDING = ("full_attention", "attention", "hybrid", "sliding_attention", "*")
+_ATTENDING = ("full_attention", "attention", "hybrid", "sliding_attention", "chunked_attention", "*")
 """What configs call blocks with attention; others mix positions at a cost that does not grow with their number."""
 
 
@@ -121,7 +121,9 @@ def _groups(
     block: str, structure: BlockStructure, shapes: Mapping[str, tuple[int, int]], config: Mapping[str, Any]
 ) -> Counter[GroupShape]:
     experts = len({group.expert for group in structure.groups if group.expert is not None})
-    chosen = next((config[key] for key in _CHOSEN_KEYS if isinstance(config.get(key), int)), _CHOSEN)
+    chosen = next(
+        (config[key] for key in _CHOSEN_KEYS if isinstance(config.get(key), int) and config[key] > 0), _CHOSEN
+    )
     groups: Counter[GroupShape] = Counter()
     for group in structure.groups:
         of_group = [shapes[f"{block}.{name}"] for name in group.linears]
@@ -142,7 +144,8 @@ def _block(groups: Counter[GroupShape], index: int, config: Mapping[str, Any]) -
     kind = kinds[index] if index < len(kinds) else _ATTENDING[0]
     heads = config.get("num_attention_heads")
     together = tuple(groups.items())
-    if not isinstance(heads, int) or kind not in _ATTENDING:
+    known = "head_dim" in config or "hidden_size" in config
+    if not isinstance(heads, int) or heads < 1 or not known or kind not in _ATTENDING:
         return BlockShape(groups=together)
     window = config.get("sliding_window") if kind == "sliding_attention" else None
     return BlockShape(groups=together, heads=heads, head_size=head_dim(config), reach=window)

@@ -41,8 +41,13 @@ def test_settings_go_with_the_context() -> None:
     assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 
-@pytest.mark.parametrize(("amx", "expected"), [(True, "ieee"), (False, "bf16")])
-def test_only_amx_would_round_factors(monkeypatch: pytest.MonkeyPatch, amx: bool, expected: str) -> None:
+@pytest.mark.parametrize(
+    ("avx512", "amx", "expected"), [(True, True, "ieee"), (True, False, "bf16"), (False, False, "ieee")]
+)
+def test_only_avx512_without_amx_multiplies_exactly_with_onednn(
+    monkeypatch: pytest.MonkeyPatch, avx512: bool, amx: bool, expected: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     with float32_products(CPU):
         assert torch.backends.mkldnn.matmul.fp32_precision == expected

@@ -112,3 +112,15 @@ def test_the_common_kinds_can_be_timed(kind: Kind, timed: None) -> None:
     rates = Rates(CPU)
     assert 0 < rates.seconds(Work({kind: 1.0})) < 1e-3
     assert 0 < rates.seconds(Work({replace(kind, side_by_side=1): 1.0})) < 1e-3
+
+
+@dataclass(frozen=True)
+class Refused(Kind):
+    """A device does not have it."""
+
+    def sample(self, device: torch.device) -> Sample:
+        raise NotImplementedError("not on this device")
+
+
+def test_what_cannot_be_timed_does_not_end_a_run(timed: None) -> None:
+    assert Rates(CPU, CLOCK).seconds(Work({Refused(): 5.0, Waiting("a"): 8.0})) > 0

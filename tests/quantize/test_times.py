@@ -186,7 +186,7 @@ def test_mixtures_are_not_measured(tiny_model: Path, tmp_path: Path) -> None:
 
 def test_formats_without_tools_are_not_counted(tiny_model: Path, tmp_path: Path) -> None:
     conversions = {"exl2": CONFIG.conversion(open_model(tiny_model))}
-    alone = measuring_forecast(conversions, MEASURE, tmp_path / "work", rows=None)
+    alone = measuring_forecast(conversions, MEASURE, tmp_path / "new", tmp_path / "work", rows=None)
     assert {part.step for part in alone.parts} == {"measure"}
 
     class Without(Exl2Conversion):
@@ -194,8 +194,11 @@ def test_formats_without_tools_are_not_counted(tiny_model: Path, tmp_path: Path)
             raise BpwiseError("a tool is missing")
 
     refused = Without(open_model(tiny_model), CONFIG.options)
-    assert measuring_forecast({**conversions, "other": refused}, MEASURE, tmp_path / "work", rows=None) == alone
-    assert measuring_forecast({}, MEASURE, tmp_path / "work", rows=None).parts == ()
+    assert (
+        measuring_forecast({**conversions, "other": refused}, MEASURE, tmp_path / "new", tmp_path / "work", rows=None)
+        == alone
+    )
+    assert measuring_forecast({}, MEASURE, tmp_path / "new", tmp_path / "work", rows=None).parts == ()
 
 
 def test_a_dry_run_says_how_long(tiny_model: Path, tmp_path: Path) -> None:

@@ -22,12 +22,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ....linalg.parallel import run_all
+from ....linalg.parallel import run_all, threads_beside
 from ....linalg.sampling import systematic_sample
 from ....measure.curves import CurveInputs, LinearCurves, TableInputs
 from .blocks import GRID_TYPES
 from .kernels import TYPES, GgmlType, decode, encode, kernels_available
-from .rounding import ENCODING, expected_errors
+from .rounding import expected_errors
 
 __all__ = ["SAMPLED_ROWS", "measure_plain_types", "measure_table", "measure_types", "measured_types", "needs_tables"]
 
@@ -70,7 +70,7 @@ def measure_types(inputs: CurveInputs, kinds: Sequence[GgmlType]) -> list[Linear
         for weight, sample in zip(inputs.weights, samples, strict=True)
         for kind in fitting
     ]
-    found = iter(run_all(tasks, ENCODING))
+    found = iter(run_all(tasks, threads_beside(gram.device)))
     curves = []
     for sample in samples:
         known = sample.damages({kind: next(found) for kind in fitting})
@@ -123,7 +123,9 @@ def measure_plain_types(
         error = sampled - decoded.T.to(sampled.device)
         return 0.5 * float(((gram @ error) * error).sum(dim=0) @ shares)
 
-    return generalization_ratio * torch.tensor(run_all([partial(damage, kind) for kind in kinds], ENCODING))
+    return generalization_ratio * torch.tensor(
+        run_all([partial(damage, kind) for kind in kinds], threads_beside(gram.device))
+    )
 
 
 def _errors(weight: Tensor, rows: Tensor, upper: Tensor, kind: GgmlType) -> Tensor:

@@ -69,7 +69,7 @@ def require_kernels() -> None:
 def build_tables(kinds: Sequence[GgmlType]) -> None:
     """Build, in a thread, the tables that ggml searches for the codes of some types; else the first encoding does.
 
-    They take twenty seconds of one core for all types, once a process. Whoever encodes in the meantime waits.
+    They take fifteen to twenty seconds of one core for all types, once a process. Encoding waits for them.
 
     Args:
         kinds: The types.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ....linalg.parallel import threads_beside
 from ....linalg.work import Elements, Factors, Kind, Products, Sample, Work
 from ...rounding import FormatWork
 from .curves import SAMPLED_ROWS, measured_types, needs_tables
@@ -83,6 +84,7 @@ class EncodedWeights(Kind):
 class GgufWork(FormatWork):
     """See ``FormatWork``."""
 
+    on_cpu = True
     starting_seconds = 5.0  # a process of the converter's, and one of llama.cpp's, on a machine of 2024
 
     def __init__(self, bpw: float, *, feedback: bool) -> None:
@@ -109,7 +111,7 @@ class GgufWork(FormatWork):
         tried = Work()
         for columns in (min(each, SAMPLED_ROWS) for each in outputs):
             tried += Work({TriedTypes(channels, columns, _names(kinds)): rows})
-        return Factors.work(inputs) + tried.beside_others(len(outputs) * len(kinds), device)
+        return Factors.work(inputs) + tried.beside_others(len(outputs) * len(kinds), threads_beside(device))
 
     def linear(self, inputs: int, outputs: int) -> Work:
         """See ``FormatWork``."""
