@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,6 +18,10 @@ TF32 = "tf32"
 
 PRECISIONS = ("auto", FLOAT32)
 """What can be asked for; see ``pass_precision``."""
+
+# oneDNN keeps a kernel for every shape of a product, 0.6 MiB each. By default it keeps 1024, and the products of error
+# feedback have a shape for every row group. It reads this when it multiplies for the first time.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 _ONEDNN: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set by the module's own class
 
