@@ -52,7 +52,7 @@ STEPS = {
 
 _SCALED = {
     "bpwise.measure.model.batches": {"MICRO_BATCH_TOKENS": 256},
-    "bpwise.measure.statistics.heldout": {"_FEW_DIRECTIONS": 128, "FEW_CHANNELS": 128},
+    "bpwise.measure.statistics.heldout": {"FEW_DIRECTIONS": 128, "FEW_CHANNELS": 128},
     "bpwise.linalg.hessian": {"FEW_CHANNELS": 128},
     "bpwise.quantize.rounding.drift": {"FEW_CHANNELS": 128},
 }

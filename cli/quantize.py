@@ -22,7 +22,7 @@ from .options import (
     original_options,
     say_shortened,
 )
-from .output import RunBar, say, time_lines
+from .output import RunBar, progress_bar, say, time_lines
 from .types import EXISTING_FILE, MIB, PATH, RATES, SIZE, TOKENS
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def _print_forecasts(
         outputs = {path: Target(bpw=bpw) for bpw, path in paths.items()}
     conversion = config.format.conversion(model, config.options)
     work = measuring.work_dir or work_beside(output)
-    measured = None if measurement is None else load_measurement(measurement, model, RunBar())
+    measured = None if measurement is None else load_measurement(measurement, model, progress_bar)
     forecasts = forecast_outputs(
         conversion,
         outputs,

@@ -124,11 +124,13 @@ class FormatWork:
     Attributes:
         rounds: Whether linears are rounded one by one, by a ``Rounder``.
         on_cpu: As ``Rounder.on_cpu``.
+        refining_tokens: Tokens of a step of ``Conversion.refine``, at least a row.
         starting_seconds: What starting other programs takes while a conversion is prepared.
     """
 
     rounds: bool = True
     on_cpu: bool = False
+    refining_tokens: int = 1024
     starting_seconds: float = 0.0
 
     def preparing(self, weights: int, vocabulary: int) -> Work:

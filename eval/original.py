@@ -21,9 +21,9 @@ from .metrics.drift import Trace
 from .metrics.passes import last_hidden, mean_bfloat16_nats, mean_floor_nats
 from .models import DTYPES, device_name
 
-__all__ = ["OriginalRun", "run_original"]
+__all__ = ["FLOOR_TOKENS", "OriginalRun", "run_original"]
 
-_FLOOR_TOKENS = 512
+FLOOR_TOKENS = 512
 """Length of the text that the floor is measured on: float64 on a CPU is slow, and the floor needs no precision."""
 
 
@@ -102,7 +102,7 @@ def _original_state(
     count, row_tokens = rows.tokens.shape
     trace = Trace(row_tokens, count)
     hidden = last_hidden(model, rows.tokens, "original model", progress, watch=trace)
-    floor_tokens = min(row_tokens, _FLOOR_TOKENS)
+    floor_tokens = min(row_tokens, FLOOR_TOKENS)
     first, tokens = hidden[:1, :floor_tokens], rows.tokens[:1, :floor_tokens]
     return OriginalState(
         hidden=hidden,

@@ -22,6 +22,7 @@ from .precision import in_float64, precise_device
 
 __all__ = [
     "FEW_CHANNELS",
+    "SIGNS",
     "Hessian",
     "HessianFactor",
     "damped_solve",
@@ -45,7 +46,7 @@ FEW_CHANNELS = 2048
 damping and ridge are chosen on all channels. Above it, random vectors and every second channel stand in. Held-out
 traces have a limit of their own (``heldout``)."""
 
-_SIGNS = 256
+SIGNS = 256
 """Random vectors that a diagonal is estimated with."""
 
 
@@ -161,7 +162,7 @@ def inverse_diagonal(factor: HessianFactor) -> Tensor:
     if size <= FEW_CHANNELS:
         exact: Tensor = solve_transposed(upper, torch.eye(size, device=upper.device)).square().sum(dim=1)
         return exact
-    vectors = random_signs(size, _SIGNS, upper.device)
+    vectors = random_signs(size, SIGNS, upper.device)
     known = upper.diagonal().reciprocal()
     others = solve_transposed(upper, vectors) - known[:, None] * vectors
     estimate: Tensor = known.square() + others.square().mean(dim=1)

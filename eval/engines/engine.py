@@ -31,14 +31,12 @@ from ..metrics.overlap import refuse_calibration_text, stored_spans, with_overla
 from ..metrics.passes import exact_logits
 from ..metrics.profile import profile_of
 from ..models import model_name, open_pair, summarize_model, vocab_size_of
+from ..original import FLOOR_TOKENS
 
 __all__ = ["ENGINE", "compare_in_engine", "evaluate_in_engine", "open_for_engine"]
 
 ENGINE = "llama.cpp"
 """As models name it that can be run by it."""
-
-_FLOOR_TOKENS = 512
-"""Length of the text that the floor is measured on, as in ``comparison``."""
 
 _SAME_MODEL_NATS = 0.01
 """Largest floor of a base that is believed to be the original: float16 weights cost some 1e-5, 8-bit ones 1e-3."""
@@ -134,7 +132,7 @@ def compare_in_engine(
     for source in (original, base, quantized):
         check_rows(source, rows, EVALUATION)
     count, row_tokens = rows.tokens.shape
-    floor_tokens = min(row_tokens, _FLOOR_TOKENS)
+    floor_tokens = min(row_tokens, FLOOR_TOKENS)
     exact = exact_logits(original, rows.tokens[:1, :floor_tokens], progress)
     statistics, floor_nats = _run(base, quantized, rows, exact, library, progress)
     parameters = sum(math.prod(original.shape(name)) for name in original.names)

@@ -13,9 +13,9 @@ from torch import Tensor
 from ...errors import NumericalError, ShapeError
 from .estimate import Estimate, mean_over_rows
 
-__all__ = ["TOP_COUNT", "Summary", "TokenStatistics", "token_statistics"]
+__all__ = ["PIECE_POSITIONS", "TOP_COUNT", "Summary", "TokenStatistics", "token_statistics"]
 
-_PIECE_POSITIONS = 64
+PIECE_POSITIONS = 64
 """Positions worked on at once: keeps the half dozen temporaries below 200 MiB for a vocabulary of 128k."""
 
 TOP_COUNT = 5
@@ -199,8 +199,8 @@ def token_statistics(original: Tensor, quantized: Tensor, targets: Tensor) -> To
     if targets.shape != original.shape[:1]:
         raise ShapeError("token statistics", "targets", got=tuple(targets.shape), expected=(len(original),))
     parts = []
-    for first in range(0, len(original), _PIECE_POSITIONS):
-        piece = slice(first, first + _PIECE_POSITIONS)
+    for first in range(0, len(original), PIECE_POSITIONS):
+        piece = slice(first, first + PIECE_POSITIONS)
         parts.append(_statistics(original[piece], quantized[piece], targets[piece]))
     return TokenStatistics(
         **{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(TokenStatistics)}

@@ -34,15 +34,15 @@ from torch import Tensor
 from ...linalg.hessian import FEW_CHANNELS, factor_hessian, random_signs, solve_transposed
 from ...linalg.row_groups import row_powers
 
-__all__ = ["DAMPINGS", "HeldOut", "cross_validate_damping"]
+__all__ = ["DAMPINGS", "FEW_DIRECTIONS", "SIGNS", "HeldOut", "cross_validate_damping"]
 
 DAMPINGS = (0.02, 0.1, 0.5)
 """Dampings to choose from, relative to the mean of the Gram matrix's diagonal."""
 
-_FEW_DIRECTIONS = 1024
+FEW_DIRECTIONS = 1024
 """Traces over so few channels are sums over all directions."""
 
-_SIGNS = 96
+SIGNS = 96
 """Random vectors of the sketch of a trace, and of the mean over the rest. On the 1536 channels of SmolLM2's MLPs the
 ratio is then right to 0.2 %, where plain means over 256 vectors are 20 % off in blocks with massive activations."""
 
@@ -124,14 +124,14 @@ def _trial(power: Tensor, fit: Tensor, other: Tensor, damping: float) -> _Trial:
         rows = moved(vectors)
         return float(rows.square().sum()), float((other @ rows).mul_(rows).sum())
 
-    if len(power) <= _FEW_DIRECTIONS:
+    if len(power) <= FEW_DIRECTIONS:
         squares, held_out = traces(torch.eye(len(power), device=power.device))
     else:
-        sketch = other @ moved(random_signs(len(power), _SIGNS, power.device))
+        sketch = other @ moved(random_signs(len(power), SIGNS, power.device))
         sketch = scaled * torch.linalg.solve_triangular(upper, sketch[order], upper=True)
         basis = torch.linalg.qr(sketch.cpu()).Q.to(sketch.device)  # MPS has learned it lately
-        rest = random_signs(len(power), _SIGNS, power.device, seed=1)
-        parts = traces(basis), traces((rest - basis @ (basis.T @ rest)) / math.sqrt(_SIGNS))
+        rest = random_signs(len(power), SIGNS, power.device, seed=1)
+        parts = traces(basis), traces((rest - basis @ (basis.T @ rest)) / math.sqrt(SIGNS))
         squares, held_out = (sum(each) for each in zip(*parts, strict=True))
     reported = float(scaled.square().sum())
     # The damped matrix is that of the fit plus a multiple of one.

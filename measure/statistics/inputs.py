@@ -24,9 +24,17 @@ from ...linalg.sampling import subsample_tokens
 from ..layers.linears import linear_of
 from .sketch import FisherSketch
 
-__all__ = ["InputStatistics", "WeightedGram", "collect", "tapped_inputs", "tapped_outputs", "tokens_of_halves"]
+__all__ = [
+    "GRAM_BLOCK",
+    "InputStatistics",
+    "WeightedGram",
+    "collect",
+    "tapped_inputs",
+    "tapped_outputs",
+    "tokens_of_halves",
+]
 
-_GRAM_BLOCK = 256
+GRAM_BLOCK = 256
 """Columns of a Gram matrix that are summed together; only blocks on and above the diagonal are."""
 
 _NO_INPUT = 1e-4
@@ -65,9 +73,9 @@ class WeightedGram:
 
     def add_scaled(self, scaled: Tensor, weights: Tensor) -> None:
         """As ``add``, of inputs that are multiplied by the roots of their weights."""
-        for first in range(0, scaled.shape[1], _GRAM_BLOCK):
-            block = scaled[:, first : first + _GRAM_BLOCK]
-            self._upper[first : first + _GRAM_BLOCK, first:].addmm_(block.T, scaled[:, first:])
+        for first in range(0, scaled.shape[1], GRAM_BLOCK):
+            block = scaled[:, first : first + GRAM_BLOCK]
+            self._upper[first : first + GRAM_BLOCK, first:].addmm_(block.T, scaled[:, first:])
         self.weight += float(weights.sum())
 
     def mean(self) -> Tensor:
@@ -77,8 +85,8 @@ class WeightedGram:
         different orders.
         """
         upper, self._upper = self._upper, torch.empty(0)
-        for first in range(0, len(upper), _GRAM_BLOCK):
-            last = first + _GRAM_BLOCK
+        for first in range(0, len(upper), GRAM_BLOCK):
+            last = first + GRAM_BLOCK
             upper[last:, first:last] = upper[first:last, last:].T
             block = upper[first:last, first:last]
             block.copy_(block.triu() + block.triu(1).T)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...linalg.precision import in_float64
 from ...linalg.sampling import subsample_tokens
 
-__all__ = ["COUPLING_RANK", "FisherSketch"]
+__all__ = ["COUPLING_RANK", "SKETCHED", "FisherSketch"]
 
 COUPLING_RANK = 32
 """Directions of the Fisher matrix that are kept."""
@@ -27,7 +27,7 @@ COUPLING_RANK = 32
 _TINY = 1e-30
 """Keeps gradients that are zero from being divided by."""
 
-_SKETCHED = 64
+SKETCHED = 64
 """Random directions that they are found with."""
 
 
@@ -37,7 +37,7 @@ class FisherSketch:
     def __init__(self, outputs: int, device: torch.device) -> None:
         """Start from nothing; ``outputs`` is the length of g."""
         rng = torch.Generator().manual_seed(outputs)
-        directions = torch.randn(outputs, min(_SKETCHED, outputs), generator=rng)
+        directions = torch.randn(outputs, min(SKETCHED, outputs), generator=rng)
         self._directions = torch.linalg.qr(directions).Q.to(device)
         self._sums = torch.zeros(self._directions.shape, device=device)
         self._rng = rng

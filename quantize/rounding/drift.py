@@ -25,9 +25,9 @@ from ...linalg.hessian import FEW_CHANNELS, damped_solve
 from ...linalg.sampling import subsample_tokens
 from ...measure.statistics.inputs import WeightedGram, tokens_of_halves
 
-__all__ = ["InputSums", "shifted"]
+__all__ = ["RIDGES", "TRIED_COLUMNS", "InputSums", "shifted"]
 
-_RIDGES = (0.2, 0.6, 2.0, 6.0)
+RIDGES = (0.2, 0.6, 2.0, 6.0)
 """Ridges of the drift correction to choose from, relative to the mean of H's diagonal. With a few thousand calibration
 tokens 2 is best on held-out text, with tens of thousands 0.5; 0.02, which suits rounding, overfits either."""
 
@@ -37,7 +37,7 @@ _SLICE_OUTPUTS = 16384
 _LEAST_GAIN = 1e-3
 """Outputs that a norm scales down to less than this, relative to the largest, are not moved to cancel drift."""
 
-_TRIED_COLUMNS = 128
+TRIED_COLUMNS = 128
 """Columns of the shift, evenly spread, that the ridge is chosen on."""
 
 _TINY = 1e-30
@@ -134,7 +134,7 @@ class InputSums:
 
     def _best_ridge(self, grams: Sequence[Tensor], missing: Sequence[Tensor], made: Tensor | None) -> float | None:
         # The one whose fit on the first half leaves least drift on the second; None if none leaves less than there was.
-        step = -(-missing[0].shape[1] // _TRIED_COLUMNS)
+        step = -(-missing[0].shape[1] // TRIED_COLUMNS)
         missing = [part[:, ::step] for part in missing]
         if made is not None:
             columns = made[:, ::step].contiguous()
@@ -143,8 +143,8 @@ class InputSums:
         every = 1 if len(grams[0]) <= FEW_CHANNELS else 2
         tried = [part[::every].contiguous() for part in missing]
         fit, other = (gram[::every, ::every].contiguous() for gram in grams)
-        left = [_drift_left(damped_solve(fit, tried[0], ridge), other, tried[1]) for ridge in _RIDGES]
-        return _RIDGES[left.index(min(left))] if min(left) < 0 else None
+        left = [_drift_left(damped_solve(fit, tried[0], ridge), other, tried[1]) for ridge in RIDGES]
+        return RIDGES[left.index(min(left))] if min(left) < 0 else None
 
 
 def shifted(weight: Tensor, shift: Tensor | None, *, joins: bool) -> Tensor:

@@ -12,51 +12,32 @@ from dataclasses import dataclass
 import torch
 
 from ...convert.rounding import FormatWork
+from ...eval.metrics.divergence import PIECE_POSITIONS
+from ...eval.original import FLOOR_TOKENS
 from ...linalg.hessian import FEW_CHANNELS
 from ...linalg.parallel import threads_beside
 from ...linalg.work import Elements, Factors, FreshElements, Products, Solves, Work
 from ...measure.model.batches import MICRO_BATCH_TOKENS
-from ...measure.statistics.heldout import DAMPINGS
+from ...measure.statistics.heldout import DAMPINGS, FEW_DIRECTIONS, SIGNS
+from ...measure.statistics.inputs import GRAM_BLOCK
+from ...measure.statistics.sketch import SKETCHED
+from ..rounding.drift import RIDGES, TRIED_COLUMNS
 from .passes import Tokens, pass_backward, pass_forward, product, products, read_weights
 from .shapes import BlockShape, GroupShape, ModelShape
 
 __all__ = ["Evaluation", "Measuring", "evaluating", "measuring", "rounding", "tuning"]
 
-_STEP = 1024
-"""Tokens of a step in which scales are fitted, at least a row."""
-
 _KEPT = 0.3
 """Share of the tokens that sums of x x^T are taken over: 18 to 38 % on trained models (``subsample_tokens``)."""
-
-_GRAM_BLOCK = 256
-"""Columns of a Gram matrix that are summed together; only blocks on and above the diagonal are."""
 
 _FITS = 2
 """Factors that say how far to trust a damping; it is chosen by one of each."""
 
-_RIDGES = 4
-"""Ridges of the drift correction to choose from."""
-
-_FEW_DIRECTIONS = 1024
-"""Channels up to which held-out traces are exact."""
-
-_SIGNS = 96
-"""Random vectors of held-out traces of more channels."""
-
-_SKETCHED = 64
-"""Random directions of the sketch of a linear's Fisher matrix."""
-
-_TRIED = 128
-"""Columns that a ridge is chosen on."""
-
 _OF_PROBES = 30
 """Operations on every logit where probes are drawn."""
 
-_OF_LOGITS, _PIECE_POSITIONS = 16, 64
-"""The same where two models are compared, in new tensors: most in ``token_statistics``, of so many positions."""
-
-_FLOOR_TOKENS = 512
-"""Tokens that the evaluation's floor is measured on."""
+_OF_LOGITS = 16
+"""The same where two models are compared, in new tensors: most in ``token_statistics``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +119,7 @@ def rounding(shape: ModelShape, tokens: Tokens, work: FormatWork, device: torch.
 
 def tuning(shape: ModelShape, tokens: Tokens, work: FormatWork) -> Work:
     """Return what fitting scales in the end takes: a pass with gradients of weights, too, and both models' logits."""
-    steps = max(1, tokens.all // max(_STEP, tokens.row_tokens))
+    steps = max(1, tokens.all // max(work.refining_tokens, tokens.row_tokens))
     passes = _blocks(
         shape,
         lambda block: (
@@ -181,7 +162,7 @@ def evaluating(shape: ModelShape, tokens: Tokens, work: FormatWork, dtype: torch
         work: The format's.
         dtype: What both models run in.
     """
-    floor = Tokens(1, min(tokens.row_tokens, _FLOOR_TOKENS))
+    floor = Tokens(1, min(tokens.row_tokens, FLOOR_TOKENS))
 
     def run(rows: Tokens, kind: torch.dtype) -> Work:
         states = Elements.work(4 * rows.all * shape.hidden * shape.block_count)
@@ -209,11 +190,11 @@ def _blocks(shape: ModelShape, work: Callable[[BlockShape], Work]) -> Work:
 
 
 def _compared(tokens: int, vocabulary: int) -> Work:
-    return FreshElements.work(_OF_LOGITS * tokens * vocabulary, _PIECE_POSITIONS * vocabulary)
+    return FreshElements.work(_OF_LOGITS * tokens * vocabulary, PIECE_POSITIONS * vocabulary)
 
 
 def _gram(inputs: int, tokens: float) -> Work:
-    columns = min(inputs, _GRAM_BLOCK)
+    columns = min(inputs, GRAM_BLOCK)
     # Half of a micro-batch's tokens at a time, every second row being the other half's.
     together = min(tokens, _KEPT * MICRO_BATCH_TOKENS / 2)
     blocks = (inputs + columns) / 2 / columns
@@ -224,7 +205,7 @@ def _statistics(group: GroupShape, tokens: int) -> Work:
     own, outputs = group.share * tokens, sum(group.outputs)
     kept = _KEPT * own
     work = Elements.work(own * (2 * group.inputs + 4 * outputs) + 2 * kept * outputs)
-    work += Products.work(_KEPT * MICRO_BATCH_TOKENS, outputs, _SKETCHED) * (2 * kept / (_KEPT * MICRO_BATCH_TOKENS))
+    work += Products.work(_KEPT * MICRO_BATCH_TOKENS, outputs, SKETCHED) * (2 * kept / (_KEPT * MICRO_BATCH_TOKENS))
     if not group.expert:
         return work + _gram(group.inputs, kept)
     # All that chose it, and others up to the rank of the matrix; neurons are computed anew.
@@ -240,10 +221,10 @@ def _curves(group: GroupShape, formats: list[FormatWork], device: torch.device, 
 
 
 def _trial(size: int) -> Work:
-    if size <= _FEW_DIRECTIONS:
+    if size <= FEW_DIRECTIONS:
         traces = Solves.work(size, size) + Products.work(size, size, size) + Elements.work(3 * size**2)
     else:
-        traces = Solves.work(size, _SIGNS) * 4 + Products.work(size, size, _SIGNS) * 3
+        traces = Solves.work(size, SIGNS) * 4 + Products.work(size, size, SIGNS) * 3
     return Factors.work(size) + Elements.work(2 * size**2) + traces
 
 
@@ -263,11 +244,11 @@ def _drift(group: GroupShape, tokens: int) -> Work:
         kept / (_KEPT * MICRO_BATCH_TOKENS / 2)
     )
     few = size if size <= FEW_CHANNELS else size // 2
-    tried = Factors.work(few) + Solves.work(few, _TRIED) * 2 + Products.work(few, few, _TRIED)
+    tried = Factors.work(few) + Solves.work(few, TRIED_COLUMNS) * 2 + Products.work(few, few, TRIED_COLUMNS)
     solved = Factors.work(size) + Solves.work(size, columns) * 2 + Elements.work(6 * size**2)
     if group.joins:
-        solved += Products.work(size, size, columns) + Products.work(size, size, _TRIED) * 2
-    return sums + Elements.work(own * (4 * size + 4 * columns)) + tried * _RIDGES + solved
+        solved += Products.work(size, size, columns) + Products.work(size, size, TRIED_COLUMNS) * 2
+    return sums + Elements.work(own * (4 * size + 4 * columns)) + tried * len(RIDGES) + solved
 
 
 def _rounded(group: GroupShape, work: FormatWork, device: torch.device) -> Work:

@@ -140,7 +140,7 @@ class TestCompareModels:
         check_against_transformers(got, original, quantized, rows.tokens)
 
     def test_floor_in_bfloat16(self, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(original_module, "_FLOOR_TOKENS", 20)
+        monkeypatch.setattr(original_module, "FLOOR_TOKENS", 20)
         original = make_model("original")
         rows = rows_of()
         source = open_any(original)

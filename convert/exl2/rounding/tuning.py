@@ -36,7 +36,7 @@ from ....measure.model.batches import TAIL_TOKENS, check_finite
 from ....measure.model.stream import StreamedModel
 from ....progress import Progress
 
-__all__ = ["GroupScales", "tune_scales"]
+__all__ = ["STEP_TOKENS", "GroupScales", "tune_scales"]
 
 _RATE = 0.009
 """Adam's largest step for the logarithm of a scale, at a divergence of 1 nat/token. It goes with the root of the
@@ -48,7 +48,7 @@ _WARM_STEPS = 5
 _DECAYS = (0.9, 0.95)
 """Adam's, the second for tens of steps instead of its usual thousands."""
 
-_STEP_TOKENS = 1024
+STEP_TOKENS = 1024
 """Tokens of a step, at least one row: short steps, so that there are many."""
 
 _STATE = "tuning"
@@ -178,7 +178,7 @@ def tune_scales(
     scales = GroupScales(groups, quantized.device)
     optimizer = torch.optim.Adam([scales.logs], betas=_DECAYS)
     order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))
-    batches = order.split(max(1, _STEP_TOKENS // tokens.shape[1]))
+    batches = order.split(max(1, STEP_TOKENS // tokens.shape[1]))
     finished, size = _resume(artifacts, scales.logs, optimizer)
     with original.tail(), quantized.tail():
         for step in progress(range(len(batches)), "quantize: tune"):

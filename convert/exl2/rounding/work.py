@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ....linalg.hessian import FEW_CHANNELS
+from ....linalg.hessian import FEW_CHANNELS, SIGNS
 from ....linalg.work import Elements, Factors, Kind, Products, Sample, Solves, Work
 from ....measure.statistics.sketch import COUPLING_RANK
 from ...rounding import FormatWork
@@ -15,11 +15,9 @@ from ..file.layout import WIDTHS, RowGroup, group_rows
 from .coupling import OutputFeedback
 from .curves import SAMPLED_COLUMNS
 from .feedback import errors_by_group, round_linear_
+from .tuning import STEP_TOKENS
 
 __all__ = ["Exl2Work", "RoundedRows", "TriedRows"]
-
-_SIGNS = 256
-"""Columns that the diagonal of an inverse is estimated with."""
 
 _MOST_COLUMNS = 2048
 """Columns of a sample: more take as much longer as they are more."""
@@ -65,6 +63,8 @@ class RoundedRows(Kind):
 class Exl2Work(FormatWork):
     """See ``FormatWork``."""
 
+    refining_tokens = STEP_TOKENS
+
     def __init__(self, group_size: int) -> None:
         """Take the input channels that share a width."""
         self._group_size = group_size
@@ -74,7 +74,7 @@ class Exl2Work(FormatWork):
         one = Work()
         for columns in (min(each, SAMPLED_COLUMNS) for each in outputs):
             one += self._rows(TriedRows, inputs, columns, inputs) + _earlier(inputs, columns * len(WIDTHS))
-        costs = Solves.work(inputs, inputs if inputs <= FEW_CHANNELS else _SIGNS)
+        costs = Solves.work(inputs, inputs if inputs <= FEW_CHANNELS else SIGNS)
         return costs + Factors.work(inputs) * (1 + len(outputs)) + one.beside_others(len(outputs), device)
 
     def linear(self, inputs: int, outputs: int) -> Work:

@@ -157,7 +157,7 @@ def measured(measurement: Path) -> tuple[object, ...]:
 @pytest.fixture(autouse=True)
 def many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five rows a step, four in the last."""
-    monkeypatch.setattr(tuning, "_STEP_TOKENS", 160)
+    monkeypatch.setattr(tuning, "STEP_TOKENS", 160)
 
 
 def divergence(model: Path, out: Path, tokens: Tensor) -> float:

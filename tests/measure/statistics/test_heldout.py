@@ -60,8 +60,8 @@ def test_every_second_channel_of_many_decides(monkeypatch: pytest.MonkeyPatch) -
 
 def test_random_signs_say_what_all_directions_say(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = judged(200)
-    monkeypatch.setattr("bpwise.measure.statistics.heldout._FEW_DIRECTIONS", ROWS - 1)
-    monkeypatch.setattr("bpwise.measure.statistics.heldout._SIGNS", 20)
+    monkeypatch.setattr("bpwise.measure.statistics.heldout.FEW_DIRECTIONS", ROWS - 1)
+    monkeypatch.setattr("bpwise.measure.statistics.heldout.SIGNS", 20)
     rough = judged(200)
     assert rough.damping == exact.damping
     assert rough.generalization_ratio == pytest.approx(exact.generalization_ratio, rel=0.03)

@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("width", [1, 5, 8, 19], ids=lambda width: f"{width}-wide")
 def test_gram_is_the_weighted_mean_of_outer_products(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "_GRAM_BLOCK", 8)  # so that 19 columns are two blocks and a short one
+    monkeypatch.setattr(statistics, "GRAM_BLOCK", 8)  # so that 19 columns are two blocks and a short one
     rng = torch.Generator().manual_seed(0)
     x, w = torch.randn(30, width, generator=rng), torch.rand(30, generator=rng)
     gram = WeightedGram(width, CPU)

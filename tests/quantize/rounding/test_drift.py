@@ -42,7 +42,7 @@ def naive(inputs: Tensor, missing: Tensor, weights: Tensor, ridge: float) -> tup
 
 
 def test_group_inside_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drift, "_RIDGES", (0.7,))
+    monkeypatch.setattr(drift, "RIDGES", (0.7,))
     inputs, weights = tokens(WIDTH, 1), tokens(1, 2)[..., 0].square()
     target = inputs @ (torch.eye(WIDTH) + 0.3 * torch.randn(WIDTH, WIDTH)) + 0.1 * tokens(WIDTH, 3)
     gram, shift = summed(INSIDE, linear(), inputs, target, weights).solved(correct_drift=True)
@@ -53,7 +53,7 @@ def test_group_inside_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_group_that_joins_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drift, "_RIDGES", (0.2,))
+    monkeypatch.setattr(drift, "RIDGES", (0.2,))
     module, inputs, stream = linear(), tokens(WIDTH, 1), tokens(OUT, 4)
     weights = torch.ones(ROWS, TOKENS)
     target = stream + 1.5 * module(inputs)
