@@ -52,7 +52,7 @@ build/llama.cpp/bin/llama-quantize:
 	tar --extract --gzip --directory build --file build/$(LLAMA_CPP).tar.gz
 	cmake -S build/$(LLAMA_CPP)/vendor/llama.cpp -B build/llama.cpp -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF \
 		-DLLAMA_BUILD_MTMD=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF
-	cmake --build build/llama.cpp --target llama-quantize --parallel
+	cmake --build build/llama.cpp --target llama-quantize --parallel $(shell nproc)
 
 # A tiny model of every family to GGUF, judged by llama.cpp, llama-quantize and Transformers: twenty minutes.
 test-families: $(VENV)/installed build/llama.cpp/bin/llama-quantize
@@ -95,7 +95,7 @@ bench-quality: $(VENV)/installed build/exl
 bench-gguf: $(VENV)/installed
 	test -e $(MODEL)-off-grid/config.json || $(BIN)/python examples/get_smollm2.py --off-grid $(MODEL)-off-grid
 	test -e $(MODEL)-512/config.json || $(BIN)/python benchmarks/narrow_model.py $(MODEL)-off-grid $(MODEL)-512
-	$(BIN)/python benchmarks/gguf_quality.py $(MODEL)-512 --rows 16 --work-dir build/gguf
+	$(BIN)/python benchmarks/headtohead.py $(MODEL)-512 --rows 16 --work-dir build/gguf
 
 bench-memory: $(VENV)/installed
 	$(BIN)/python benchmarks/memory.py

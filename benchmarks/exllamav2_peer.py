@@ -32,7 +32,7 @@ from bpwise.checkpoint.source.original import open_model
 from bpwise.convert.exl2.file.config import exl2_config
 from bpwise.convert.opening import verify_model
 from bpwise.errors import BpwiseError, ConfigError, WorkDirectoryError
-from bpwise.measure.run import calibration_rows
+from bpwise.measure.calibrated import calibration_rows
 from bpwise.measure.text.calibration import CalibrationConfig, CalibrationSet
 from safetensors.torch import save_file
 

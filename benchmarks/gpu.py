@@ -43,9 +43,10 @@ from bpwise.eval.config import EvalConfig
 from bpwise.eval.metrics.passes import last_hidden
 from bpwise.eval.models import device_name
 from bpwise.measure.curves import CurveMaker
+from bpwise.measure.device import resolve_device
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.model.stream import StreamedModel
-from bpwise.measure.run import MeasureConfig, measure_checkpoint, resolve_device
+from bpwise.measure.run import MeasureConfig, measure_checkpoint
 from bpwise.measure.text.calibration import CalibrationSet
 from bpwise.progress import silent
 from bpwise.quantize.config import QuantizeConfig

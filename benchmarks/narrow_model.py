@@ -20,7 +20,7 @@ from typing import Any
 import click
 import torch
 from bpwise.checkpoint.source.original import open_model
-from bpwise.measure.run import calibration_rows
+from bpwise.measure.calibrated import calibration_rows
 from bpwise.measure.text.calibration import CalibrationConfig
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig

@@ -36,10 +36,10 @@ from bpwise.errors import BpwiseError
 from bpwise.eval.comparison import EvalConfig, compare_with, evaluation_rows
 from bpwise.eval.models import vocab_size_of
 from bpwise.eval.original import OriginalRun, run_original
-from bpwise.measure.run import calibration_rows
+from bpwise.measure.calibrated import calibration_rows
 from bpwise.measure.text.calibration import CalibrationConfig
 from bpwise.measure.text.tokenizer import load_tokenizer
-from gguf_quality import input_mean_squares
+from importance import input_mean_squares
 from safetensors.torch import save_file
 
 __all__ = ["Result", "main", "table"]

@@ -38,14 +38,10 @@ from bpwise.convert.opening import verify_model
 from bpwise.errors import BpwiseError
 from bpwise.eval.comparison import EvalConfig, compare_with, evaluation_rows
 from bpwise.eval.original import OriginalRun, run_original
+from bpwise.measure.calibrated import calibration_rows
+from bpwise.measure.device import resolve_device
 from bpwise.measure.measurement import MeasuredLinear, Measurement
-from bpwise.measure.run import (
-    MeasureConfig,
-    calibration_rows,
-    measure_model,
-    measurement_provenance,
-    resolve_device,
-)
+from bpwise.measure.run import MeasureConfig, measure_model, measurement_provenance
 from bpwise.measure.text.calibration import CalibrationConfig, CalibrationSet
 from bpwise.measure.text.tokenizer import load_tokenizer
 from bpwise.quantize.config import QuantizeConfig

@@ -46,10 +46,11 @@ from bpwise.convert.gguf.rows.rowmap import RowMap, TensorRows
 from bpwise.convert.plan import Plan
 from bpwise.convert.rounding import Rounder
 from bpwise.linalg.products import float32_products
+from bpwise.measure.calibrated import calibration_rows
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.model.batches import micro_batches
 from bpwise.measure.model.stream import StreamedModel
-from bpwise.measure.run import MeasureConfig, calibration_rows, measure_checkpoint
+from bpwise.measure.run import MeasureConfig, measure_checkpoint
 from bpwise.measure.text.calibration import CalibrationConfig, CalibrationSet
 from bpwise.quantize.rounding.model import RoundConfig, round_model
 from memory import PRESETS, write_checkpoint

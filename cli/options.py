@@ -100,9 +100,12 @@ def calibration_options(command: Command) -> Command:
         click.option(
             "-c",
             "--calibration",
+            metavar="SOURCES",
             help="Calibration text: .txt/.jsonl/.parquet/.arrow file or directory, Hub data set "
-            "NAME[:CONFIG][:SPLIT], a saved calibration set (.safetensors), or self: the model answers chats of all "
-            "kinds, all of it in memory.  [default: Python's own text]",
+            "NAME[:CONFIG][:SPLIT], or one of: built-in (Python's own text), self (the model answers chats of all "
+            "kinds, all of it in memory), mix (prose, web pages, code and other languages from the Hub). Several with "
+            "commas, each with =SHARE of the rows: self=2,built-in. Or a saved calibration set (.safetensors).  "
+            "[default: built-in]",
         ),
         click.option("--column", help="Column of the data set that holds the text."),
         click.option(

@@ -9,8 +9,8 @@ import torch
 
 from ..checkpoint.source.checkpoint import TensorSource
 from ..linalg.products import float32_products
+from ..measure.device import resolve_device
 from ..measure.model.stream import StreamedModel
-from ..measure.run import resolve_device
 from ..measure.text.calibration import CalibrationSet
 from ..measure.text.context import EVALUATION, check_rows
 from ..measure.text.tokenizer import Tokenizer

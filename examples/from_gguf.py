@@ -99,7 +99,8 @@ def save_checkpoint(
 @torch.no_grad()
 def _move_off_grid(model: PreTrainedModel, mlp_norm: str, norm_offset: float, seed: int) -> None:
     # Rescales pairs of tensors so that the function stays and the values change: norm weights and the columns that read
-    # them, v_proj and o_proj, up_proj and down_proj.
+    # them, v_proj and o_proj, up_proj and down_proj. Then shuffles the channels of the residual stream, which takes
+    # blocks of the embeddings apart that had a scale in common.
     rng = torch.Generator().manual_seed(seed)
     config = model.config
     heads = config.num_key_value_heads
@@ -123,6 +124,16 @@ def _move_off_grid(model: PreTrainedModel, mlp_norm: str, norm_offset: float, se
         factors = _random_factors(config.intermediate_size, rng)
         mlp.up_proj.weight *= factors[:, None]
         mlp.down_proj.weight /= factors
+    _shuffle_stream(model, torch.randperm(config.hidden_size, generator=rng))
+
+
+def _shuffle_stream(model: PreTrainedModel, order: Tensor) -> None:
+    writers = ("o_proj", "down_proj")
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1 and not (name.endswith("norm.weight") and len(parameter) == len(order)):
+            continue  # biases of heads, norms inside of them
+        writes = name.removesuffix(".weight").endswith(writers)
+        parameter.copy_(parameter[order] if writes or parameter.ndim == 1 else parameter[:, order])
 
 
 def _random_factors(count: int, rng: torch.Generator) -> Tensor:

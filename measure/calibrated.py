@@ -1,17 +1,115 @@
-"""The calibration rows that a measurement was made with."""
+"""Calibration rows for a model: made from text, written by the model, given, or those of a measurement."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..checkpoint.files.schemas import check_schema
-from ..errors import FormatError
+from ..checkpoint.source.checkpoint import Checkpoint
+from ..checkpoint.source.language import language_config
+from ..errors import BpwiseWarning, CalibrationError, FormatError
+from ..progress import Progress, silent
+from .device import resolve_device
 from .measurement import Measurement
-from .text.calibration import CalibrationSet
+from .text.calibration import CalibrationConfig, CalibrationSet, build_calibration, require_tokens
+from .text.context import CALIBRATION, check_rows, fit_row_tokens
+from .text.generation import write_rows
+from .text.mixture import BUILT_IN, SELF, Share, rows_of, spread_places
+from .text.tokenizer import Tokenizer, load_tokenizer, token_fingerprint
 
-__all__ = ["measured_rows"]
+__all__ = ["calibration_rows", "joined_rows", "measured_rows"]
+
+
+def calibration_rows(
+    checkpoint: Checkpoint,
+    config: CalibrationConfig,
+    *,
+    device: str = "auto",
+    given: CalibrationSet | None = None,
+    progress: Progress = silent,
+) -> CalibrationSet:
+    """Return rows in the tokens of a model: those that are given, or those that a config describes.
+
+    Args:
+        checkpoint: The model.
+        config: Which rows.
+        device: Where the model runs if it writes them itself, as ``MeasureConfig.device``.
+        given: Rows to use instead; they are checked against the model.
+        progress: Shows how far the model is, if it writes them.
+
+    Raises:
+        CalibrationError: The text or the tokenizer cannot be read, there is too little text, the model cannot be
+            loaded to write it, or rows that are given were made with another vocabulary.
+        ConfigError: Rows are longer than the model's context.
+    """
+    if given is not None:
+        check_rows(checkpoint, given, CALIBRATION)
+        if given.vocabulary is not None:
+            require_tokens(given, load_tokenizer(checkpoint.directory))
+        return given
+    config = replace(config, row_tokens=fit_row_tokens(config.row_tokens, checkpoint, CALIBRATION))
+    maker = _RowMaker(checkpoint, load_tokenizer(checkpoint.directory), config, device, progress)
+    shares = config.shares
+    sets = [
+        maker.rows(share, count) for share, count in zip(shares, rows_of(shares, config.rows), strict=True) if count
+    ]
+    return sets[0] if len(sets) == 1 else joined_rows(sets, maker.tokenizer)
+
+
+@dataclass(frozen=True, slots=True)
+class _RowMaker:
+    """Makes rows of single sources."""
+
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+    config: CalibrationConfig
+    device: str
+    progress: Progress
+
+    def rows(self, share: Share, count: int) -> CalibrationSet:
+        if share.license is None:
+            return self._of_source(share.source, count)
+        try:
+            rows = self._of_source(share.source, count)
+        except CalibrationError as error:
+            message = f"{share.source}: cannot be read. Python's own text takes its place. ({error})"
+            warnings.warn(message, BpwiseWarning, stacklevel=2)
+            return self._of_source(BUILT_IN, count)
+        return replace(rows, description=f"{rows.description} (license: {share.license})")
+
+    def _of_source(self, source: str, count: int) -> CalibrationSet:
+        config = replace(self.config, source=source, rows=count)
+        if source in {BUILT_IN, SELF}:
+            config = replace(config, source=None if source == BUILT_IN else SELF, column=None, chat_template=False)
+        vocab_size = int(language_config(self.checkpoint)["vocab_size"])
+        if source == SELF:
+            device = resolve_device(self.device)
+            return write_rows(
+                self.checkpoint, self.tokenizer, config, vocab_size=vocab_size, device=device, progress=self.progress
+            )
+        return build_calibration(self.tokenizer, config, vocab_size=vocab_size)
+
+
+def joined_rows(sets: Sequence[CalibrationSet], tokenizer: Tokenizer) -> CalibrationSet:
+    """Return rows of several sources as one set, the rows of each spread evenly over all.
+
+    Args:
+        sets: At least one, with rows of the same length.
+        tokenizer: What made their tokens.
+    """
+    places = spread_places([len(rows.tokens) for rows in sets])
+    tokens = torch.stack([sets[source].tokens[row] for source, row in places])
+    return CalibrationSet(
+        tokens=tokens,
+        origins=tuple(sets[source].origins[row] for source, row in places),
+        description="; ".join(rows.description for rows in sets),
+        adds_bos=sets[0].adds_bos,
+        vocabulary=token_fingerprint(tokenizer, tokens),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

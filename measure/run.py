@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,40 +16,32 @@ from ..checkpoint.files.paths import check_run, refuse_foreign, reserved, work_b
 from ..checkpoint.files.resume import ResumeStore, run_artifacts
 from ..checkpoint.model.structure_json import structure_to_json
 from ..checkpoint.source.checkpoint import Checkpoint
-from ..checkpoint.source.language import LanguageModel, language_config, language_model
+from ..checkpoint.source.language import LanguageModel, language_model
 from ..checkpoint.source.original import Original, open_model
 from ..errors import ConfigError
 from ..linalg.products import PRECISIONS, float32_products, pass_precision
 from ..progress import Progress, silent
 from ..version import __version__
+from .calibrated import calibration_rows
 from .curves import CurveMaker, CurveSource
+from .device import resolve_device
 from .embeddings import finished_tables
 from .measurement import FormatCurves, Measurement, is_measurement
 from .model.replay import check_replay
 from .model.stream import StreamedModel
 from .passes import MeasuringPasses, finished_decoder, finished_head
 from .preparing import prepared_curves
-from .text.calibration import (
-    SELF,
-    CalibrationConfig,
-    CalibrationSet,
-    build_calibration,
-    require_tokens,
-)
-from .text.context import CALIBRATION, check_rows, fit_row_tokens
-from .text.generation import write_rows
-from .text.tokenizer import load_tokenizer
+from .text.calibration import CalibrationConfig, CalibrationSet
+from .text.context import CALIBRATION, check_rows
 
 __all__ = [
     "MEASURED",
     "MeasureConfig",
-    "calibration_rows",
     "kept_inputs",
     "measure_checkpoint",
     "measure_model",
     "measurement_provenance",
     "require_measurable",
-    "resolve_device",
 ]
 
 
@@ -97,26 +89,6 @@ class MeasureConfig:
             raise ConfigError(
                 f"damping: not usable. Got {self.damping}. Expected a value between 0 and 1. Choose another."
             )
-
-
-def resolve_device(name: str) -> torch.device:
-    """Return the device that an option names.
-
-    Raises:
-        ConfigError: There is no such device here.
-    """
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"device: cannot be used here ({error}). Got {name!r}. Expected one that there is. Try 'cpu' or 'auto'."
-        ) from error
-    return device
 
 
 def measurement_provenance(
@@ -249,42 +221,6 @@ def _other_weights(source: LanguageModel, quantized: Sequence[str]) -> int:
     return sum(math.prod(source.shape(name)) for name in source.names if name not in matrices)
 
 
-def calibration_rows(
-    checkpoint: Checkpoint,
-    config: CalibrationConfig,
-    *,
-    device: str = "auto",
-    given: CalibrationSet | None = None,
-    progress: Progress = silent,
-) -> CalibrationSet:
-    """Return rows in the tokens of a model: those that are given, or those that a config describes.
-
-    Args:
-        checkpoint: The model.
-        config: Which rows.
-        device: Where the model runs if it writes them itself, as ``MeasureConfig.device``.
-        given: Rows to use instead; they are checked against the model.
-        progress: Shows how far the model is, if it writes them.
-
-    Raises:
-        CalibrationError: The text or the tokenizer cannot be read, there is too little text, the model cannot be
-            loaded to write it, or rows that are given were made with another vocabulary.
-        ConfigError: Rows are longer than the model's context.
-    """
-    if given is not None:
-        check_rows(checkpoint, given, CALIBRATION)
-        if given.vocabulary is not None:
-            require_tokens(given, load_tokenizer(checkpoint.directory))
-        return given
-    config = replace(config, row_tokens=fit_row_tokens(config.row_tokens, checkpoint, CALIBRATION))
-    tokenizer, vocab_size = load_tokenizer(checkpoint.directory), int(language_config(checkpoint)["vocab_size"])
-    if config.source == SELF:
-        return write_rows(
-            checkpoint, tokenizer, config, vocab_size=vocab_size, device=resolve_device(device), progress=progress
-        )
-    return build_calibration(tokenizer, config, vocab_size=vocab_size)
-
-
 def measure_model(
     model: Original,
     output: Path,
@@ -330,8 +266,7 @@ def measure_model(
     """
     checkpoint = open_model(model)
     work = work or work_beside(output)
-    text = config.calibration.source
-    files = () if text is None else (Path(text),)
+    files = tuple(Path(share.source) for share in config.calibration.shares)
     check_run(output, work, directories=checkpoint.directories, files=files, offload=(config.offload_dir,))
     if not force:
         refuse_foreign(output, is_measurement, "a measurement")

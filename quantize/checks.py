@@ -19,8 +19,9 @@ from ..convert.publishing.mark import mark_path
 from ..errors import ConfigError, WorkDirectoryError
 from ..eval.config import EvalConfig
 from ..eval.report.report import report_names, try_report
+from ..measure.device import resolve_device
 from ..measure.measurement import Measurement
-from ..measure.run import MeasureConfig, require_measurable, resolve_device
+from ..measure.run import MeasureConfig, require_measurable
 from ..measure.text.calibration import CalibrationSet
 from ..measure.text.context import CALIBRATION, check_rows, fit_row_tokens
 from ..progress import Progress

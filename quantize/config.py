@@ -47,12 +47,12 @@ class QuantizeConfig:
             ConfigError: They contradict each other, or the model's id is not one.
         """
         check_base_model(self.base_model)
-        calibration = self.measure.calibration.source
+        calibration = {share.source for share in self.measure.calibration.shares}
         held_out = self.evaluate is not None and not self.evaluate.allow_calibration_text
-        if held_out and calibration is not None and self.evaluate is not None and calibration == self.evaluate.text:
+        if held_out and self.evaluate is not None and self.evaluate.text in calibration:
             raise ConfigError(
-                f"{calibration}: cannot be calibration and evaluation text at once. Evaluate on other text, or force "
-                "it with --force-eval-text."
+                f"{self.evaluate.text}: cannot be calibration and evaluation text at once. Evaluate on other text, or "
+                "force it with --force-eval-text."
             )
 
     @property

@@ -16,7 +16,7 @@ from ..eval.comparison import Comparison, EvalConfig, compare_with, evaluation_r
 from ..eval.metrics.overlap import CalibrationSpans, refuse_calibration_text, with_overlap_warning
 from ..eval.models import vocab_size_of
 from ..eval.original import OriginalRun, run_original
-from ..measure.run import resolve_device
+from ..measure.device import resolve_device
 from ..measure.text.calibration import CalibrationSet
 from ..measure.text.context import EVALUATION, check_rows
 from ..measure.text.tokenizer import Tokenizer, load_tokenizer

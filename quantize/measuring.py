@@ -15,10 +15,10 @@ from ..checkpoint.source.language import language_model
 from ..checkpoint.source.linears import model_linears
 from ..convert.registry import is_plan
 from ..errors import BpwiseWarning, FormatError
-from ..measure.calibrated import measured_rows
+from ..measure.calibrated import calibration_rows, measured_rows
 from ..measure.curves import CurveMaker
 from ..measure.measurement import Measurement, is_measurement
-from ..measure.run import MeasureConfig, calibration_rows, measure_checkpoint, measurement_provenance
+from ..measure.run import MeasureConfig, measure_checkpoint, measurement_provenance
 from ..measure.text.calibration import CalibrationSet, is_calibration
 from ..progress import Progress, silent
 from .costs import StepClock

@@ -21,8 +21,9 @@ from ..eval.comparison import Comparison
 from ..eval.metrics.overlap import CalibrationSpans
 from ..eval.report.content import Report
 from ..eval.report.report import carried_over, earlier_details, write_report
+from ..measure.device import resolve_device
 from ..measure.measurement import Measurement
-from ..measure.run import MEASURED, resolve_device
+from ..measure.run import MEASURED
 from ..measure.text.calibration import CalibrationSet
 from ..progress import Progress, silent
 from ..version import __version__

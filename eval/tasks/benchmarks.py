@@ -20,8 +20,8 @@ import torch
 from ...checkpoint.source.checkpoint import TensorSource
 from ...checkpoint.source.original import Original
 from ...errors import BpwiseError, ConfigError, reason
+from ...measure.device import resolve_device
 from ...measure.model.whole import whole_model
-from ...measure.run import resolve_device
 from ...measure.text.calibration import require_ids_below
 from ...measure.text.chat_template import ChatTemplate, RefusedChatError
 from ...measure.text.tokenizer import LoadedTokenizer, chat_template, load_tokenizer

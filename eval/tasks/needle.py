@@ -19,8 +19,8 @@ from torch import Tensor
 from ...checkpoint.source.checkpoint import TensorSource
 from ...checkpoint.source.original import Original
 from ...errors import ConfigError
+from ...measure.device import resolve_device
 from ...measure.model.stream import StreamedModel
-from ...measure.run import resolve_device
 from ...measure.text.calibration import CalibrationConfig, CalibrationSet, build_calibration, require_ids_below
 from ...measure.text.context import context_tokens
 from ...measure.text.tokenizer import Tokenizer, leading_ids, load_tokenizer

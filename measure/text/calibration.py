@@ -16,14 +16,13 @@ from ...checkpoint.files.safetensors_file import load_metadata, load_tensors, sa
 from ...errors import CalibrationError, ConfigError, ShapeError
 from .builtin_text import TextUse, builtin_texts
 from .chat_rows import render_turns
-from .random_rows import RANDOM_ORIGIN, n_random_rows, random_ids
-from .rows import TokenPool, read_pool, spread_starts
+from .mixture import BUILT_IN, SELF, Share, shares_of
+from .rows import RANDOM_ORIGIN, TokenPool, n_random_rows, random_ids, read_pool, spread_starts
 from .sources import TextSource, read_texts
 from .tokenizer import Tokenizer, chat_template, leading_ids, token_fingerprint
 
 __all__ = [
     "DEFAULT_ROW_TOKENS",
-    "SELF",
     "CalibrationConfig",
     "CalibrationSet",
     "build_calibration",
@@ -31,9 +30,6 @@ __all__ = [
     "require_ids_below",
     "require_tokens",
 ]
-
-SELF = "self"
-"""The source that stands for the model itself (see ``generation``). A file of this name can be given as ``./self``."""
 
 DEFAULT_ROW_TOKENS = 1024
 """Length of rows unless another is asked for, or the model's context is shorter."""
@@ -49,8 +45,9 @@ class CalibrationConfig:
     """Which text to take, and how much.
 
     Attributes:
-        source: Text file, directory of such files, or Hub data set ``name[:config][:split]``; ``SELF`` has the model
-            write the rows; None for the text that comes with Python, which works offline.
+        source: Text file, directory of such files, or Hub data set ``name[:config][:split]``; ``self`` has the model
+            write the rows; ``built-in`` or None for the text that comes with Python, which works offline; ``mix`` for
+            data sets of the Hub of several kinds; or several of these, as ``shares_of`` takes them.
         column: Column of a data set that holds the text; None looks for ``text``, then ``content``.
         chat_template: Render chat turns with the tokenizer's chat template; without a column they are looked for in
             ``messages``, ``conversations`` and ``conversation``, then in columns of questions and answers.
@@ -79,12 +76,17 @@ class CalibrationConfig:
             raise ConfigError(f"row_tokens: not usable. Got {self.row_tokens}. Expected at least 2. Choose another.")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed: not usable. Got {self.seed}. Expected from 0 to 2**63 - 1. Choose another.")
-        if self.source is None and (self.column is not None or self.chat_template):
-            raise ConfigError("column, chat_template: need a text; the built-in one has no columns. Leave them out.")
-        if self.source == SELF and (self.column is not None or self.chat_template):
+        named = {share.source for share in self.shares} - {BUILT_IN, SELF}
+        if not named and (self.column is not None or self.chat_template):
             raise ConfigError(
-                "column, chat_template: need a text; what the model writes has no columns. Leave them out."
+                "column, chat_template: need a text; the built-in one and what the model writes have no columns. "
+                "Leave them out."
             )
+
+    @property
+    def shares(self) -> tuple[Share, ...]:
+        """The sources, and what part of the rows each gives."""
+        return shares_of(self.source)
 
     @property
     def tokens_each(self) -> int:

@@ -1,4 +1,4 @@
-"""A pool of tokens to cut rows from: documents tokenized one after another, no more of them than needed."""
+"""A pool of tokens to cut rows from: documents tokenized one after another, no more than needed; random tokens too."""
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
+from ...errors import CalibrationError
 from .sources import Document, TextPart, TextSource
-from .tokenizer import Tokenizer, leading_ids
+from .tokenizer import Tokenizer, leading_ids, ordinary_ids
 
-__all__ = ["TokenPool", "read_pool", "spread_starts"]
+__all__ = ["RANDOM_ORIGIN", "TokenPool", "n_random_rows", "random_ids", "read_pool", "spread_starts"]
 
 # Rows are drawn from this many times the tokens that they hold: random places, without reading everything.
 _POOL_FACTOR = 4
@@ -21,6 +22,14 @@ _MIN_CHUNK_CHARACTERS = 1 << 14
 _MAX_CHUNK_CHARACTERS = 1 << 22
 
 _BLANK_LINE = "\n\n"
+
+RANDOM_ORIGIN = "random token ids"
+
+# ExLlamaV2's standard calibration set has about this share of rows of random tokens. They reach embedding
+# rows and channels that its text leaves unused; more of them would pull the statistics away from real text.
+_ROWS_PER_RANDOM_ROW = 16
+# With fewer rows than this every one is needed for text.
+_MIN_ROWS_FOR_RANDOM = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +183,35 @@ def spread_starts(n_tokens: int, rows: int, body_tokens: int, generator: torch.G
         slot = low + int(torch.randint(high - low, (), generator=generator))
         starts.append(phase + slot * body_tokens)
     return starts
+
+
+def n_random_rows(rows: int) -> int:
+    """Return how many of some rows hold random tokens."""
+    return 0 if rows < _MIN_ROWS_FOR_RANDOM else max(1, rows // _ROWS_PER_RANDOM_ROW)
+
+
+def random_ids(
+    tokenizer: Tokenizer, vocab_size: int, shape: tuple[int, int], generator: torch.Generator
+) -> list[list[int]]:
+    """Draw rows of ordinary tokens.
+
+    Args:
+        tokenizer: Names its special tokens.
+        vocab_size: Rows of the model's token embedding.
+        shape: Number of rows, and of tokens in each.
+        generator: Draws them.
+
+    Raises:
+        CalibrationError: The tokenizer has no ordinary tokens that the model knows.
+    """
+    allowed = torch.tensor(ordinary_ids(tokenizer, vocab_size))
+    if not len(allowed):
+        raise CalibrationError(
+            f"tokenizer: no ordinary token has an id below the vocabulary size {vocab_size}. Expected some. "
+            "Use the tokenizer that belongs to the model."
+        )
+    ids: list[list[int]] = allowed[torch.randint(len(allowed), shape, generator=generator)].tolist()
+    return ids
 
 
 def _concatenated(parts: list[_PartTokens], used: list[int]) -> TokenPool:

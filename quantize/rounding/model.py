@@ -14,9 +14,10 @@ from ...checkpoint.source.language import language_model
 from ...convert.plan import Plan
 from ...convert.rounding import RoundedModel, Rounder
 from ...linalg.products import float32_products
+from ...measure.device import resolve_device
 from ...measure.measurement import Measurement
 from ...measure.model.stream import StreamedModel
-from ...measure.run import kept_inputs, resolve_device
+from ...measure.run import kept_inputs
 from ...progress import Progress, silent
 from .rounding_pass import ROUNDED, RoundingPass
 

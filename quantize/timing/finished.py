@@ -13,8 +13,9 @@ from ...checkpoint.source.checkpoint import Checkpoint
 from ...checkpoint.source.language import language_model
 from ...errors import BpwiseError, WorkDirectoryError
 from ...linalg.products import pass_precision
+from ...measure.device import resolve_device
 from ...measure.measurement import Measurement
-from ...measure.run import MEASURED, MeasureConfig, resolve_device
+from ...measure.run import MEASURED, MeasureConfig
 from ...version import __version__
 from ..rounding.rounding_pass import ROUNDED
 

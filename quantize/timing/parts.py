@@ -15,7 +15,8 @@ from ...eval.config import EvalConfig
 from ...eval.models import DTYPES
 from ...linalg.parallel import cores
 from ...linalg.work import Rates, Work, rates_of
-from ...measure.run import MeasureConfig, resolve_device
+from ...measure.device import resolve_device
+from ...measure.run import MeasureConfig
 from ...progress import ExpectedPart
 from .counts import evaluating, measuring, rounding, tuning
 from .finished import finished_blocks, finished_measuring

@@ -15,9 +15,10 @@ from bpwise.eval.comparison import compare_models
 from bpwise.eval.config import EvalConfig
 from bpwise.eval.tasks.benchmarks import TaskConfig, evaluate_tasks, load_tasks
 from bpwise.eval.tasks.needle import NeedleConfig, evaluate_needle
+from bpwise.measure.calibrated import calibration_rows
 from bpwise.measure.model.whole import whole_model
-from bpwise.measure.run import calibration_rows
-from bpwise.measure.text.calibration import SELF, CalibrationConfig, build_calibration
+from bpwise.measure.text.calibration import CalibrationConfig, build_calibration
+from bpwise.measure.text.mixture import SELF
 from bpwise.measure.text.tokenizer import load_tokenizer
 
 from .pretend import NAME, counted, without_float64

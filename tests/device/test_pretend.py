@@ -8,7 +8,7 @@ import pytest
 import torch
 from bpwise.errors import ConfigError
 from bpwise.linalg.precision import in_float64
-from bpwise.measure.run import resolve_device
+from bpwise.measure.device import resolve_device
 
 from .pretend import NAME, counted, without_float64
 

@@ -20,10 +20,11 @@ from bpwise.linalg.row_groups import grouped_rows
 from bpwise.measure import input_group
 from bpwise.measure.calibrated import measured_rows
 from bpwise.measure.curves import CurveInputs, CurveMaker, LinearCurves, TableInputs
+from bpwise.measure.device import resolve_device
 from bpwise.measure.measurement import MeasuredLinear, Measurement
 from bpwise.measure.model.stream import StreamedModel
 from bpwise.measure.passes import MeasuringPasses
-from bpwise.measure.run import MeasureConfig, measure_checkpoint, measure_model, resolve_device
+from bpwise.measure.run import MeasureConfig, measure_checkpoint, measure_model
 from bpwise.measure.statistics import probes
 from bpwise.measure.statistics.heldout import DAMPINGS, HeldOut
 from bpwise.measure.statistics.sketch import COUPLING_RANK

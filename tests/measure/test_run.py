@@ -8,7 +8,7 @@ import torch
 from bpwise.checkpoint.source.original import open_model
 from bpwise.cli import cli
 from bpwise.errors import CalibrationError, ConfigError
-from bpwise.measure.run import calibration_rows
+from bpwise.measure.calibrated import calibration_rows
 from bpwise.measure.text.calibration import CalibrationConfig, CalibrationSet
 from click.testing import CliRunner, Result
 from tokenizers import Tokenizer, models

@@ -5,10 +5,11 @@ import pytest
 import torch
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.errors import CalibrationError, ConfigError
-from bpwise.measure.run import calibration_rows
-from bpwise.measure.text.calibration import SELF, CalibrationConfig
+from bpwise.measure.calibrated import calibration_rows
+from bpwise.measure.text.calibration import CalibrationConfig
 from bpwise.measure.text.chats import Prompt
 from bpwise.measure.text.generation import WrittenRow, sample_rows
+from bpwise.measure.text.mixture import SELF
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 

@@ -1,0 +1,290 @@
+"""bpwise against llama-quantize, and against GGUF files of others, at equal sizes and on text of several kinds.
+
+    python benchmarks/headtohead.py MODEL
+    python benchmarks/headtohead.py MODEL --types Q4_K_M,Q3_K_M --text prose=c4.txt --text code=code.txt
+    python benchmarks/headtohead.py MODEL --types Q4_K_M --file theirs=model-Q4_K_M.gguf --device cuda
+
+For each of llama.cpp's mixtures: the file that llama-quantize makes (byte for byte: see the tests), with an importance
+matrix from the calibration tokens (mean squares of every linear's inputs, all tokens alike, as llama-imatrix takes
+them), and the file that bpwise makes of its measurement of the same tokens, no larger than the other. Every file that
+is given by path gets one of ours of its size as well. Reported is the mean KL divergence from the original on each
+held-out text, and a plot of it against size.
+
+Finished results stay in the work directory, so that a run that was cut off goes on; delete it after a change of the
+code.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import click
+from bpwise.checkpoint.files.atomic import atomic_file
+from bpwise.checkpoint.source.checkpoint import Checkpoint
+from bpwise.checkpoint.source.original import open_model
+from bpwise.convert.conversion import Target
+from bpwise.convert.gguf.llama_cpp.converter import make_base
+from bpwise.convert.gguf.llama_cpp.imatrix import write_imatrix
+from bpwise.convert.gguf.model.reader import GgufModel
+from bpwise.convert.gguf.options import GgufOptions
+from bpwise.errors import BpwiseError
+from bpwise.eval.comparison import EvalConfig, compare_with, evaluation_rows
+from bpwise.eval.models import vocab_size_of
+from bpwise.eval.original import OriginalRun, run_original
+from bpwise.measure.calibrated import measured_rows
+from bpwise.measure.measurement import Measurement
+from bpwise.measure.run import MeasureConfig, measure_model
+from bpwise.measure.text.calibration import CalibrationConfig, CalibrationSet
+from bpwise.measure.text.tokenizer import load_tokenizer
+from bpwise.quantize.config import QuantizeConfig
+from bpwise.quantize.run import quantize_model
+from importance import input_mean_squares
+from tqdm import tqdm
+
+__all__ = ["OURS", "Result", "main", "table"]
+
+MIXTURES = ("Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K")
+
+OURS = "bpwise"
+_LLAMA_QUANTIZE = "llama-quantize"
+
+_BUILT_IN = "built-in"
+"""Name of the text that ships with Python, in its part that is never calibrated on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One file, on one text.
+
+    Attributes:
+        size_of: The mixture, or the name of the file given, that sets the size.
+        maker: Who made the file.
+        text: Name of the text.
+        file_bytes: Size of the file.
+        bpw: Bits per weight over all tensors.
+        kl_nats: Mean KL divergence from the original, nats per token.
+        kl_error: Its standard error.
+        kl_median_nats: Median over tokens.
+        perplexity: Of the quantized model.
+        predicted_nats: What the plan predicted; None for files of others.
+        seconds: Time to make the file, once measured.
+    """
+
+    size_of: str
+    maker: str
+    text: str
+    file_bytes: int
+    bpw: float
+    kl_nats: float
+    kl_error: float
+    kl_median_nats: float
+    perplexity: float
+    predicted_nats: float | None
+    seconds: float
+
+
+def table(results: Sequence[Result]) -> str:
+    """Return the results as Markdown, one row a size and text."""
+    lines = [
+        "| size of | bytes | text | theirs: KL | perplexity | bpwise: bytes | KL | perplexity | ratio of KL | "
+        "predicted | seconds, theirs and ours |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    ours = {(result.size_of, result.text): result for result in results if result.maker == OURS}
+    for theirs in results:
+        if theirs.maker == OURS:
+            continue
+        cells = [theirs.size_of, str(theirs.file_bytes), theirs.text, _kl(theirs), f"{theirs.perplexity:.3f}"]
+        own = ours.get((theirs.size_of, theirs.text))
+        if own is not None:
+            ratio = f"{own.kl_nats / theirs.kl_nats:.2f}" if theirs.kl_nats else ""
+            cells += [str(own.file_bytes), _kl(own), f"{own.perplexity:.3f}", ratio, f"{own.predicted_nats:.5f}"]
+            cells.append(f"{theirs.seconds:.0f}, {own.seconds:.0f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _kl(result: Result) -> str:
+    return f"{result.kl_nats:.5f} ± {result.kl_error:.5f}"
+
+
+class _Benchmark:
+    """The files of one model; each is made once, judged on all texts, and deleted."""
+
+    def __init__(self, checkpoint: Checkpoint, work: Path, measurement: Path, texts: Mapping[str, EvalConfig]) -> None:
+        self.checkpoint = checkpoint
+        self.work = work
+        self.measurement = measurement
+        self.texts = texts
+        self.base = work / "base.gguf"
+        self.imatrix = work / "imatrix.gguf"
+        self._results = work / "results.jsonl"
+        self._originals: dict[str, OriginalRun] = {}
+
+    def results(self) -> list[Result]:
+        lines = self._results.read_text().splitlines() if self._results.exists() else []
+        return [Result(**json.loads(line)) for line in lines]
+
+    def run_mixture(self, mixture: str) -> None:
+        if self._left(mixture, _LLAMA_QUANTIZE):
+            with self._file(f"{mixture}.gguf") as output:
+                start = time.monotonic()
+                options = GgufOptions(mixture=mixture, imatrix=self.imatrix, base=self.base)
+                quantize_model(self.checkpoint, output, QuantizeConfig(options=options, evaluate=None))
+                self._judge(mixture, _LLAMA_QUANTIZE, output, None, time.monotonic() - start)
+        self._run_ours(mixture)
+
+    def run_file(self, name: str, path: Path) -> None:
+        if self._left(name, name):
+            self._judge(name, name, path, None, 0.0)
+        self._run_ours(name)
+
+    def _run_ours(self, size_of: str) -> None:
+        if not self._left(size_of, OURS):
+            return
+        size = next(result.file_bytes for result in self.results() if result.size_of == size_of)
+        with self._file(f"{size_of}-bpwise.gguf") as output:
+            start = time.monotonic()
+            config = QuantizeConfig(
+                target=Target(max_bytes=size),
+                options=GgufOptions(base=self.base),
+                evaluate=None,
+                measure=self._measure(),
+            )
+            made = quantize_model(self.checkpoint, output, config, measurement=self.measurement, progress=tqdm)
+            self._judge(size_of, OURS, output, made.plan.damage_nats, time.monotonic() - start)
+
+    def _left(self, size_of: str, maker: str) -> list[str]:
+        # The texts on which a file is still to be judged.
+        done = {result.text for result in self.results() if (result.size_of, result.maker) == (size_of, maker)}
+        return [name for name in self.texts if name not in done]
+
+    @contextmanager
+    def _file(self, name: str) -> Iterator[Path]:
+        path = self.work / name
+        path.unlink(missing_ok=True)
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+    def _original(self, text: str) -> OriginalRun:
+        if text not in self._originals:
+            config = self.texts[text]
+            rows = evaluation_rows(
+                load_tokenizer(self.checkpoint.directory), config, vocab_size=vocab_size_of(self.checkpoint)
+            )
+            self._originals[text] = run_original(self.checkpoint, rows, config)
+        return self._originals[text]
+
+    def _judge(self, size_of: str, maker: str, path: Path, predicted: float | None, seconds: float) -> None:
+        model = GgufModel.open(path)
+        bits = 8 * sum(tensor.size_bytes for tensor in model.header.tensors.values())
+        for text in self._left(size_of, maker):
+            summary = compare_with(self._original(text), model.beside(self.checkpoint)).summary
+            result = Result(
+                size_of=size_of,
+                maker=maker,
+                text=text,
+                file_bytes=model.file_bytes,
+                bpw=bits / model.parameter_count,
+                kl_nats=summary.kl_nats.value,
+                kl_error=summary.kl_nats.standard_error or 0.0,
+                kl_median_nats=summary.kl_median_nats,
+                perplexity=summary.quantized_perplexity.value,
+                predicted_nats=predicted,
+                seconds=seconds,
+            )
+            with self._results.open("a") as file:
+                file.write(json.dumps(asdict(result)) + "\n")
+            click.echo(f"{size_of} by {maker}, {text}: {result.bpw:.4f} bpw, KL {_kl(result)}, {seconds:.0f} s")
+
+
+def _plot(results: Sequence[Result], output: Path) -> None:
+    # Not pyplot: that would choose a window system.
+    from matplotlib.figure import Figure  # noqa: PLC0415 - heavy, and the table does without
+
+    texts = list(dict.fromkeys(result.text for result in results))
+    figure = Figure(figsize=(5 * len(texts), 4), layout="constrained")
+    for axes, text in zip(figure.subplots(1, len(texts), squeeze=False)[0], texts, strict=True):
+        for maker in dict.fromkeys(result.maker for result in results):
+            points = sorted((r.file_bytes / 1e6, r.kl_nats) for r in results if (r.maker, r.text) == (maker, text))
+            axes.plot(*zip(*points, strict=True), marker="o", label=maker)
+        axes.set_title(text)
+        axes.set_yscale("log")
+        axes.set_xlabel("size of the file, MB")
+        axes.set_ylabel("mean KL divergence, nats per token")
+        axes.grid(which="both", alpha=0.3)
+        axes.legend()
+    figure.savefig(output)
+
+
+def _named(pairs: Sequence[str]) -> dict[str, str]:
+    # Of options as NAME=PATH.
+    return {name: path for name, _, path in (pair.partition("=") for pair in pairs)}
+
+
+@click.command()
+@click.argument("model")
+@click.option("--types", default=",".join(MIXTURES), show_default=True, help="Mixtures whose sizes are taken.")
+@click.option("--file", "files", multiple=True, help="GGUF file of somebody else, as NAME=PATH.")
+@click.option("--text", "texts", multiple=True, help="Held-out text, as NAME=PATH.  [default: what ships with Python]")
+@click.option("--calibration", help="As `bpwise measure` takes it.")
+@click.option("-r", "--rows", default=32, show_default=True, help="Calibration rows.")
+@click.option("-l", "--row-tokens", default=1024, show_default=True, help="Tokens in each.")
+@click.option("--eval-rows", default=16, show_default=True, help="Held-out rows of each text.")
+@click.option("--eval-row-tokens", default=512, show_default=True, help="Tokens in each.")
+@click.option("-m", "--measurement", type=click.Path(exists=True, path_type=Path), help="A measurement of MODEL.")
+@click.option("--device", default="auto", show_default=True)
+@click.option("--work-dir", type=click.Path(path_type=Path), default=Path("build/headtohead"), show_default=True)
+def main(
+    model: str,
+    types: str,
+    files: tuple[str, ...],
+    texts: tuple[str, ...],
+    calibration: str | None,
+    rows: int,
+    row_tokens: int,
+    eval_rows: int,
+    eval_row_tokens: int,
+    measurement: Path | None,
+    device: str,
+    work_dir: Path,
+) -> None:
+    """Compare MODEL's GGUF files."""
+    work_dir.mkdir(parents=True, exist_ok=True)
+    evaluate = EvalConfig(rows=eval_rows, row_tokens=eval_row_tokens, device=device)
+    judged = {name: replace(evaluate, text=path) for name, path in _named(texts).items()} or {_BUILT_IN: evaluate}
+    try:
+        checkpoint = open_model(model)
+        if measurement is None:
+            measurement = work_dir / "measurement.safetensors"
+            if not measurement.exists():
+                text = CalibrationConfig(source=calibration, rows=rows, row_tokens=row_tokens)
+                formats = {"gguf": QuantizeConfig(options=GgufOptions()).conversion(checkpoint)}
+                config = MeasureConfig(calibration=text, device=device)
+                measure_model(checkpoint, measurement, config, formats=formats, progress=tqdm)
+        tokens: CalibrationSet = measured_rows(Measurement.load(measurement))
+        benchmark = _Benchmark(checkpoint, work_dir, measurement, judged)
+        if not benchmark.imatrix.exists():
+            with atomic_file(benchmark.imatrix) as temporary:
+                write_imatrix(temporary, input_mean_squares(checkpoint, tokens.tokens, device))
+        if not benchmark.base.exists():
+            make_base(checkpoint, benchmark.base)
+        for mixture in filter(None, types.split(",")):
+            benchmark.run_mixture(mixture)
+        for name, path in _named(files).items():
+            benchmark.run_file(name, Path(path))
+    except BpwiseError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(table(benchmark.results()))
+    _plot(benchmark.results(), work_dir / "headtohead.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Calibration rows of several sources: what an option means, and what the rows are."""
+
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bpwise.checkpoint.source.checkpoint import Checkpoint
+from bpwise.errors import BpwiseWarning, CalibrationError, ConfigError
+from bpwise.measure import calibrated
+from bpwise.measure.calibrated import calibration_rows
+from bpwise.measure.text.calibration import CalibrationConfig, CalibrationSet
+from bpwise.measure.text.mixture import MIX, Share, rows_of, shares_of, spread_places
+
+
+def shares(*weights: float) -> tuple[Share, ...]:
+    return tuple(Share(f"source-{index}", weight) for index, weight in enumerate(weights))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, {"built-in": 1}),
+        ("self", {"self": 1}),
+        ("self=2,built-in", {"self": 2, "built-in": 1}),
+        ("allenai/c4:en:train=0.5,a b.txt=3", {"allenai/c4:en:train": 0.5, "a b.txt": 3}),
+    ],
+)
+def test_sources_have_shares(text: str | None, expected: dict[str, float]) -> None:
+    assert {share.source: share.share for share in shares_of(text)} == expected
+
+
+def test_a_path_that_exists_is_one_source(tmp_path: Path) -> None:
+    for name in ("a,b.txt", "c=2"):
+        (tmp_path / name).write_text("text")
+        assert shares_of(str(tmp_path / name)) == (Share(str(tmp_path / name), 1.0),)
+    both = shares_of(f"{tmp_path / 'c=2'},self=2")
+    assert both == (Share(str(tmp_path / "c=2"), 1.0), Share("self", 2.0))
+
+
+@pytest.mark.parametrize("text", ["", ",", "self,", "self=0", "=2", "self,,built-in"])
+def test_sources_without_name_or_share_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="Expected SOURCE or SOURCE=SHARE"):
+        CalibrationConfig(source=text)
+
+
+def test_a_mix_has_a_license_for_every_set() -> None:
+    found = shares_of(f"{MIX}=3,self=1")
+    assert [share.source for share in found if not share.license] == ["self"]
+    assert sum(share.share for share in found) == pytest.approx(4)
+    assert {"allenai/c4:en", "wikimedia/wikipedia:20231101.zh"} <= {share.source for share in found}
+
+
+@pytest.mark.parametrize(
+    ("weights", "rows", "expected"),
+    [
+        ((1, 1), 4, [2, 2]),
+        ((3, 1), 32, [24, 8]),
+        ((2, 1), 16, [11, 5]),
+        ((98, 1, 1), 8, [6, 1, 1]),
+        ((1, 3), 1, [0, 1]),
+    ],
+)
+def test_rows_are_shared_out(weights: tuple[float, ...], rows: int, expected: list[int]) -> None:
+    assert rows_of(shares(*weights), rows) == expected
+
+
+def test_rows_of_a_source_are_spread_over_all() -> None:
+    counts = [5, 10, 1]
+    places = spread_places(counts)
+    assert Counter(source for source, _ in places) == {0: 5, 1: 10, 2: 1}
+    for source, count in enumerate(counts):
+        assert [row for of, row in places if of == source] == list(range(count))
+        for end in range(17):  # of the first rows a source has its part, to a row
+            part = Fraction(end * count, 16)
+            assert abs(sum(of == source for of, _ in places[:end]) - part) <= 1
+
+
+def test_rows_come_from_every_source(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    text = tmp_path / "numbers.txt"
+    text.write_text(" ".join(map(str, range(4000))))
+    checkpoint = Checkpoint.open(make_model("model", vocab_size=264))
+    config = CalibrationConfig(source=f"{text}=2,built-in,self", rows=8, row_tokens=20)
+    rows = calibration_rows(checkpoint, config, device="cpu")
+    alone = calibration_rows(checkpoint, CalibrationConfig(source=str(text), rows=4, row_tokens=20), device="cpu")
+    ours = [row for row, origin in zip(rows.tokens, rows.origins, strict=True) if origin.startswith("numbers.txt")]
+    assert [row.tolist() for row in ours] == alone.tokens.tolist()
+    assert Counter(origin.split(": ")[0] for origin in rows.origins)["written by the model"] == 2
+    for part in (alone.description, "Python", "written by the model itself"):
+        assert part in rows.description
+    assert rows.adds_bos
+    rows.save(tmp_path / "rows.safetensors")
+    calibration_rows(checkpoint, config, given=CalibrationSet.load(tmp_path / "rows.safetensors"))  # its own tokenizer
+
+
+def test_text_takes_the_place_of_a_set_that_cannot_be_read(
+    make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = calibrated.build_calibration
+
+    def offline(tokenizer: Any, config: CalibrationConfig, **options: Any) -> CalibrationSet:
+        if config.source is None:
+            return build(tokenizer, config, **options)
+        if config.source.startswith("allenai"):
+            raise CalibrationError("no network")
+        made = build(tokenizer, CalibrationConfig(rows=config.rows, row_tokens=config.row_tokens), **options)
+        return CalibrationSet(
+            tokens=made.tokens, origins=made.origins, description=config.source, adds_bos=made.adds_bos
+        )
+
+    monkeypatch.setattr(calibrated, "build_calibration", offline)
+    checkpoint = Checkpoint.open(make_model("model", vocab_size=264))
+    with pytest.warns(BpwiseWarning, match=r"allenai/c4:en: cannot be read.*no network") as told:
+        rows = calibration_rows(checkpoint, CalibrationConfig(source=MIX, rows=8, row_tokens=16))
+    assert len(told) == 1
+    assert len(rows.tokens) == 8
+    assert "wikimedia/wikipedia:20231101.en (license: CC BY-SA 3.0 and GFDL)" in rows.description
+    assert "allenai" not in rows.description
+    assert "Python" in rows.description
+    with warnings.catch_warnings(), pytest.raises(CalibrationError, match="no network"):
+        warnings.simplefilter("error")
+        calibration_rows(checkpoint, CalibrationConfig(source="allenai/c4:en", rows=8, row_tokens=16))
