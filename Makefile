@@ -28,10 +28,11 @@ demo: $(VENV)/installed $(MODEL)/config.json
 	@echo
 	@cat $(DEMO)/report.md
 
-# Ten tests look at the pages in a browser; they say so where no Chromium with its chromedriver is installed.
+# Ten tests look at the pages in a browser; they say so where no Chromium with its chromedriver is installed. The second
+# process has a pretend device, and Triton's interpreter in the place of its compiler.
 test: $(VENV)/installed
 	$(BIN)/pytest -q -rs
-	$(BIN)/pytest -q tests/device
+	TRITON_INTERPRET=1 $(BIN)/pytest -q -rs tests/device
 
 test-slow: $(VENV)/installed
 	$(BIN)/pytest -q -m slow

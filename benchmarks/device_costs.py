@@ -8,7 +8,11 @@ read and written, memory. Each count is fitted by sums of what it grows with (we
 widths, input channels, ...), and held against one more block that the fit has not seen. Taken to the shapes of real
 models, that gives seconds on a GPU of published rates::
 
-    seconds = max(operations / rate, bytes / bandwidth) + launches * latency
+    seconds = max(operations / rate, bytes / bandwidth) + launches * latency + rows in kernels * row
+
+Blocks are counted twice: rounded by loops over the rows of a group, and as CUDA devices do it, by a kernel of the
+package's own (``bpwise.convert.exl2.rounding.kernels``). The pretend device does not run that: something else that
+returns the same stands in for it and counts as one launch.
 
 Everything is as PyTorch runs it: float32, an operator a launch, attention as products that are written out (a GPU's own
 kernel for it moves fewer bytes). Not in it: reading the checkpoint, embeddings and head, rounding to ggml's types (the
@@ -21,8 +25,8 @@ import importlib
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +36,13 @@ import torch
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.convert.exl2.curves import Exl2Curves
 from bpwise.convert.exl2.plan.making import make_exl2_plan
+from bpwise.convert.exl2.rounding import coupling, feedback
 from bpwise.convert.exl2.rounding.rounder import Exl2Rounder
 from bpwise.measure.run import MeasureConfig, measure_checkpoint
 from bpwise.measure.text.calibration import CalibrationSet
 from bpwise.quantize.rounding.model import RoundConfig, round_model
 from bpwise.tests.device.pretend import NAME, Counts, counted, register
+from bpwise.tests.device.row_kernel import pretend_kernel
 from memory import write_checkpoint
 from transformers import LlamaConfig
 
@@ -49,6 +55,9 @@ STEPS = {
     "rounding": ("bpwise.quantize.rounding.rounding_pass", "RoundingPass._round_block_"),
 }
 """Steps of a block, and the functions that do them."""
+
+KERNEL_ROWS = {"curves": 1, "rounding": coupling._SETS}
+"""Rows that kernels work on one after another, by step: so many for every input channel of a linear."""
 
 _SCALED = {
     "bpwise.measure.model.batches": {"MICRO_BATCH_TOKENS": 256},
@@ -165,17 +174,29 @@ UNSEEN = (768, 1536, 384, 8, 128)
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU's published numbers: float32 operations and bytes a second; and seconds that a launch takes at least."""
+    """A GPU.
+
+    Attributes:
+        name: As it is sold.
+        rate: Float32 operations a second, as published.
+        bandwidth: Bytes a second, as published.
+        latency: Seconds that a launch takes at least.
+        row: Seconds that a row takes in the kernel that rounds row groups; None where there is none, but a loop.
+    """
 
     name: str
     rate: float
     bandwidth: float
     latency: float
+    row: float | None = None
 
+
+_ROW = 5e-7
+"""Some 250 instructions, half of which wait for the one before, and values from the second-level cache: 900 cycles."""
 
 GPUS = (
-    Gpu("RTX 4090", 82.6e12, 1.008e12, 5e-6),  # NVIDIA, Ada GPU architecture whitepaper
-    Gpu("H100 SXM", 66.9e12, 3.35e12, 5e-6),  # NVIDIA, H100 datasheet: float32 without tensor cores
+    Gpu("RTX 4090", 82.6e12, 1.008e12, 5e-6, _ROW),  # NVIDIA, Ada GPU architecture whitepaper
+    Gpu("H100 SXM", 66.9e12, 3.35e12, 5e-6, _ROW),  # NVIDIA, H100 datasheet: float32 without tensor cores
     Gpu("M3 Max", 14.3e12, 0.4e12, 10e-6),  # Apple names 400 GB/s and 40 cores; of 128 lanes at 1.4 GHz
 )
 MODELS = {
@@ -233,12 +254,19 @@ def _not_negative(table: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -> 
 
 
 def forecast(fit: Fit, shape: Shape, gpu: Gpu) -> dict[str, tuple[float, float]]:
-    """Return seconds of each step of a block, and seconds of them that are launches."""
+    """Return seconds of each step of a block, and seconds of them that are launches.
+
+    Args:
+        fit: Counts with kernels or with loops, as the GPU has them.
+        shape: The block.
+        gpu: The GPU.
+    """
     found = {}
     for step in STEPS:
         launches = fit.count("launches", step, shape) * gpu.latency
         work = max(fit.count("flops", step, shape) / gpu.rate, fit.count("bytes", step, shape) / gpu.bandwidth)
-        found[step] = work + launches, launches
+        rows = KERNEL_ROWS.get(step, 0) * shape.terms()["channels"]
+        found[step] = work + launches + rows * (gpu.row or 0.0), launches
     return found
 
 
@@ -283,9 +311,17 @@ def _counting(found: list[Counts], function: Callable[..., Any]) -> Callable[...
     return watched
 
 
-def _counts_of(
-    hidden: int, inner: int, keys: int, rows: int, row_tokens: int
-) -> tuple[Shape, dict[tuple[str, str], float]]:
+@contextmanager
+def _kernels() -> Iterator[None]:
+    before = feedback.row_kernel
+    feedback.row_kernel = lambda _device, _rows: pretend_kernel
+    try:
+        yield
+    finally:
+        feedback.row_kernel = before
+
+
+def _counts_of(hidden: int, inner: int, keys: int, rows: int, row_tokens: int) -> tuple[Shape, _Numbers]:
     # One block, measured and rounded.
     shape = Shape(
         hidden=hidden, inner=inner, queries=hidden, keys=keys, rows=rows, row_tokens=row_tokens, batch_tokens=256
@@ -321,26 +357,53 @@ def _counts_of(
     return shape, counts
 
 
-def _report(fit: Fit) -> None:
+def _fit(*, kernels: bool) -> Fit:
+    seen = []
+    with _scaled(), _kernels() if kernels else nullcontext():
+        for number, sample in enumerate((*SAMPLES, UNSEEN), start=1):
+            name = "with kernels" if kernels else "with loops"
+            click.echo(f"block {number} of {len(SAMPLES) + 1}, {name}: {sample}", err=True)
+            seen.append(_counts_of(*sample))
+    fit = Fit.of(seen[:-1])
+    fit.hold_against(*seen[-1])
+    return fit
+
+
+def _report(loops: Fit, kernels: Fit) -> None:
     click.echo("Computed, not measured. Largest errors of the fits on a block that they have not seen:")
-    click.echo(", ".join(f"{what} {off:.0%}" for what, off in fit.off.items()) + ".\n")
+    for name, fit in (("with loops", loops), ("with kernels", kernels)):
+        click.echo(", ".join(f"{what} {off:.0%}" for what, off in fit.off.items()) + f", {name}.")
     for name, shape in MODELS.items():
         click.echo(f"\n{name}, one block of {shape.blocks}, {shape.rows} x {shape.row_tokens} tokens:\n")
-        click.echo("| step | 10^12 operations | GB | launches | waits |\n| --- | --- | --- | --- | --- |")
+        click.echo("| step | 10^12 operations | GB | launches | with loops | waits |")
+        click.echo("| --- | --- | --- | --- | --- | --- |")
         for step in STEPS:
-            flops, size, launches, waits = (fit.count(x, step, shape) for x in ("flops", "bytes", "launches", "waits"))
-            click.echo(f"| {step} | {flops / 1e12:.2f} | {size / 1e9:.0f} | {launches:,.0f} | {waits:,.0f} |")
+            in_loops = loops.count("launches", step, shape)
+            flops, size, launches, waits = (
+                kernels.count(x, step, shape) for x in ("flops", "bytes", "launches", "waits")
+            )
+            cells = f"{flops / 1e12:.2f} | {size / 1e9:.0f} | {launches:,.0f} | {in_loops:,.0f} | {waits:,.0f}"
+            click.echo(f"| {step} | {cells} |")
     click.echo("\n| model | GPU | s a block | of them launches | s in curves | s in rounding | all blocks | memory |")
     click.echo("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for name, shape in MODELS.items():
         for gpu in GPUS:
-            steps = forecast(fit, shape, gpu)
-            seconds, launches = (sum(each[i] for each in steps.values()) for i in range(2))
-            click.echo(
-                f"| {name} | {gpu.name} | {seconds:.1f} | {launches / seconds:.0%} | {steps['curves'][0]:.1f} | "
-                f"{steps['rounding'][0]:.1f} | {seconds * shape.blocks / 60:.0f} min | "
-                f"{fit.count('memory', 'all', shape) / 2**30:.1f} GiB |"
-            )
+            click.echo(_row(name, shape, gpu, kernels if gpu.row else loops))
+    click.echo("\nWith loops on all of them:\n")
+    for name, shape in MODELS.items():
+        for gpu in GPUS:
+            if gpu.row:
+                click.echo(_row(name, shape, replace(gpu, row=None), loops))
+
+
+def _row(name: str, shape: Shape, gpu: Gpu, fit: Fit) -> str:
+    steps = forecast(fit, shape, gpu)
+    seconds, launches = (sum(each[i] for each in steps.values()) for i in range(2))
+    return (
+        f"| {name} | {gpu.name} | {seconds:.1f} | {launches / seconds:.0%} | {steps['curves'][0]:.1f} | "
+        f"{steps['rounding'][0]:.1f} | {seconds * shape.blocks / 60:.0f} min | "
+        f"{fit.count('memory', 'all', shape) / 2**30:.1f} GiB |"
+    )
 
 
 @click.command()
@@ -348,14 +411,7 @@ def main() -> None:
     """Count, fit and print what is computed."""
     register()
     torch.set_num_threads(1)
-    seen = []
-    with _scaled():
-        for number, sample in enumerate((*SAMPLES, UNSEEN), start=1):
-            click.echo(f"block {number} of {len(SAMPLES) + 1}: {sample}", err=True)
-            seen.append(_counts_of(*sample))
-    fit = Fit.of(seen[:-1])
-    fit.hold_against(*seen[-1])
-    _report(fit)
+    _report(_fit(kernels=False), _fit(kernels=True))
 
 
 if __name__ == "__main__":

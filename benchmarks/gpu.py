@@ -3,7 +3,8 @@
     python benchmarks/gpu.py
     python benchmarks/gpu.py --device cuda:1 --preset llama-3-8b --layers 2
 
-First a tiny model is measured, planned and rounded on the CPU and on the device, and both are compared. Then a block or
+First a tiny model is measured, planned and rounded on the CPU and on the device, and both are compared. Then a linear
+of real dimensions is rounded by loops over its rows and by the kernel that CUDA devices have for it, and a block or
 more of real dimensions, with random weights and random tokens, is taken through every step, and each one's seconds and
 largest memory on the device are printed. Last, where ExLlamaV2 is installed, it loads the tiny output on the device,
 and its logits are compared with those of Transformers on the dequantized model. Ends with exit code 1 if anything is
@@ -31,9 +32,13 @@ from bpwise.checkpoint.source.language import language_model
 from bpwise.convert.conversion import Target
 from bpwise.convert.dense import dequantize_model
 from bpwise.convert.exl2.curves import Exl2Curves
+from bpwise.convert.exl2.file.layout import ROW_MULTIPLE, WIDTHS, RowGroup, group_rows
 from bpwise.convert.exl2.options import Exl2Options
 from bpwise.convert.exl2.plan.making import make_exl2_plan
 from bpwise.convert.exl2.plan.plan import Exl2Plan
+from bpwise.convert.exl2.rounding import feedback
+from bpwise.convert.exl2.rounding.coupling import OutputFeedback, RowRounder
+from bpwise.convert.exl2.rounding.curves import SAMPLED_COLUMNS
 from bpwise.convert.exl2.rounding.rounder import Exl2Rounder, tune_rounded
 from bpwise.convert.gguf.curves import GgufCurves
 from bpwise.convert.gguf.ggml.curves import measured_types
@@ -42,19 +47,24 @@ from bpwise.convert.gguf.rounder import GgufRounder
 from bpwise.eval.config import EvalConfig
 from bpwise.eval.metrics.passes import last_hidden
 from bpwise.eval.models import device_name
+from bpwise.linalg.hessian import factor_hessian
+from bpwise.linalg.products import float32_products
 from bpwise.measure.curves import CurveMaker
 from bpwise.measure.device import resolve_device
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.model.stream import StreamedModel
 from bpwise.measure.run import MeasureConfig, measure_checkpoint
+from bpwise.measure.statistics.sketch import COUPLING_RANK
 from bpwise.measure.text.calibration import CalibrationSet
 from bpwise.progress import silent
 from bpwise.quantize.config import QuantizeConfig
 from bpwise.quantize.result import QuantizeResult
 from bpwise.quantize.rounding.model import RoundConfig, round_model
 from bpwise.quantize.run import quantize_model
+from bpwise.tests.device.row_kernel import same_sums
 from memory import PRESETS, write_checkpoint
 from speed import file_layout
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 __all__ = ["main"]
@@ -64,6 +74,9 @@ DAMAGE_LIMIT = 0.15
 
 KL_LIMIT = 0.1
 """Relative difference of the outputs' KL divergence: ties in rounding, whose effects error feedback carries on."""
+
+ERROR_LIMIT = 0.01
+"""Relative difference of a linear's error by the kernel and by the loop: ties again."""
 
 LOGITS_LIMIT = 0.02
 """Relative difference of ExLlamaV2's logits, in float16: see tests/gpu/test_exllamav2.py."""
@@ -150,6 +163,7 @@ def main(device: str, preset: str, layers: int, rows: int, row_tokens: int) -> N
         work = Path(directory)
         tiny, found = _tiny_runs(work, device)
         same = _compared(tiny, found)
+        same &= _kernel_agrees(PRESETS[preset], where)
         click.echo(f"\n{preset}, {layers} block(s), {rows} x {row_tokens} tokens:\n")
         meter = Meter(where)
         _real_run(work / "real", PRESETS[preset], layers, _random_rows(rows, row_tokens, _VOCABULARY), meter)
@@ -216,6 +230,59 @@ def _difference(cpu: Measurement, other: Measurement, format_: str, linear: str)
         for values in (each.curves[format_].linears[linear]["damage_nats"] for each in (cpu, other))
     )
     return float((np.abs(found - expected) / np.maximum(expected, 1e-30)).max())
+
+
+def _kernel_agrees(preset: LlamaConfig, device: torch.device) -> bool:
+    # The kernel against the sums that it is to compute, bit for bit; a whole linear by loops and by the kernel.
+    kernel = feedback.row_kernel(device, ROW_MULTIPLE)
+    if kernel is None:
+        click.echo("\nThe kernel that rounds row groups: not tried; it needs a CUDA device and Triton.")
+        return True
+    rows, columns = preset.hidden_size, preset.intermediate_size
+    rng = torch.Generator().manual_seed(0)
+    inputs, weight, seen, gains = (
+        torch.randn(size, generator=rng)
+        for size in ((2 * rows, rows), (rows, columns), (ROW_MULTIPLE, COUPLING_RANK), (COUPLING_RANK, columns))
+    )
+    group = weight[:ROW_MULTIPLE] * 4, weight[:ROW_MULTIPLE, :ROW_MULTIPLE].tril(-1) / 8
+    arguments = (*(each.contiguous() for each in group), torch.full((columns,), 8.0), seen, gains / 8)
+    found = kernel(*(each.to(device) for each in arguments)).cpu()
+    different = int((found != same_sums(*arguments)).sum())
+    click.echo(f"\nOf {found.numel()} codes of a row group {different} are not what the kernel is to compute.\n")
+
+    inputs, weight, directions = (each.to(device) for each in (inputs, weight / 32, gains.T / 2 / COUPLING_RANK**0.5))
+    fisher, order = torch.ones(columns, device=device), torch.arange(rows, device=device)
+    upper = factor_hessian(inputs.T @ inputs / len(inputs), 0.01).upper
+    counts = group_rows(rows, ROW_MULTIPLE)
+    groups, outputs = [RowGroup(4, count) for count in counts], OutputFeedback.of(fisher, directions)
+    sampled, shares = weight[:, :SAMPLED_COLUMNS], fisher[:SAMPLED_COLUMNS]
+    click.echo(f"| {rows} x {columns} | s by loops | s by the kernel | error, relative difference | limit |")
+    click.echo("| --- | --- | --- | --- | --- |")
+    same = different == 0
+    for name, work in {
+        "rounding": lambda: feedback.round_linear(weight, upper, groups, order, fisher)[1],
+        "rounding, outputs coupled": lambda: feedback.round_linear(weight, upper, groups, order, fisher, outputs)[1],
+        "curves": lambda: feedback.errors_by_group(sampled, upper, counts, WIDTHS, shares),
+    }.items():
+        (expected, loop_seconds), (error, seconds) = (_timed(work, by, device) for by in (None, kernel))
+        moved = abs(error / expected - 1)
+        same &= moved <= ERROR_LIMIT
+        click.echo(f"| {name} | {loop_seconds:.3f} | {seconds:.3f} | {moved:.2e} | {ERROR_LIMIT} |")
+    return same
+
+
+def _timed(work: Callable[[], Tensor], kernel: RowRounder | None, device: torch.device) -> tuple[float, float]:
+    # The sum of what the second of two runs returns, and its seconds: the first one compiles.
+    before = feedback.row_kernel
+    feedback.row_kernel = lambda _device, _rows: kernel
+    try:
+        with float32_products(device):
+            work().sum().item()
+            start = time.perf_counter()
+            total = work().sum().item()
+            return total, time.perf_counter() - start
+    finally:
+        feedback.row_kernel = before
 
 
 def _real_run(work: Path, preset: LlamaConfig, layers: int, rows: CalibrationSet, meter: Meter) -> None:

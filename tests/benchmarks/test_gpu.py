@@ -5,8 +5,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from bpwise.convert.gguf.ggml.kernels import TYPES
 from click.testing import CliRunner
+
+from ..device.row_kernel import same_sums
 
 
 @pytest.fixture
@@ -28,5 +31,25 @@ def test_the_cpu_is_as_the_cpu(gpu: ModuleType) -> None:
     assert not any(differences.values())
     assert "14 of 14 linears have the same plan" in result.stdout
     seconds = {row[0]: float(row[1]) for row in cells if row[0].startswith(("measure", "round", "tune", "evaluate"))}
+    assert "The kernel that rounds row groups: not tried" in result.stdout
     assert {"measure: forward", "measure: curves", "round: exl2", "tune: exl2"} < seconds.keys()
     assert seconds["round: exl2"] > 0
+
+
+def test_kernel_and_loops_are_compared(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cpu, preset = torch.device("cpu"), gpu.PRESETS["tiny"]
+    monkeypatch.setattr(gpu.feedback, "row_kernel", lambda _device, _rows: same_sums)
+    assert gpu._kernel_agrees(preset, cpu)
+    lines = capsys.readouterr().out.splitlines()
+    assert f"Of {32 * preset.intermediate_size} codes of a row group 0 are not what the kernel is to compute." in lines
+    cells = [line.strip("| ").split(" | ") for line in lines if line.startswith(("| rounding", "| curves"))]
+    assert [row[0] for row in cells] == ["rounding", "rounding, outputs coupled", "curves"]
+    assert all(float(row[1]) > 0 and float(row[2]) > 0 for row in cells)
+
+    def rounds_otherwise(*tensors: torch.Tensor) -> torch.Tensor:
+        return (same_sums(*tensors) + 1).clamp(-tensors[2], tensors[2] - 1)
+
+    monkeypatch.setattr(gpu.feedback, "row_kernel", lambda _device, _rows: rounds_otherwise)
+    assert not gpu._kernel_agrees(preset, cpu)

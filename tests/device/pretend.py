@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.utils import backend_registration
 
-__all__ = ["NAME", "Counts", "counted", "register", "without_float64"]
+__all__ = ["NAME", "Counts", "counted", "one_launch", "register", "without_float64"]
 
 NAME = "pretend"
 
@@ -125,6 +125,13 @@ def without_float64() -> Iterator[None]:
         yield
     finally:
         _device.float64 = True
+
+
+def one_launch(name: str, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Have the CPU compute a tensor of the device, and count one launch: in the place of a kernel of the package."""
+    result = _to_device(function(*(_to_cpu(each) for each in tensors)))
+    _count(name, list(tensors), [result])
+    return result
 
 
 class _Module(backend_registration._DummyBackendModule):
@@ -312,4 +319,5 @@ _FLOPS: dict[str, Callable[[list[Any], int], float]] = {
     "baddbmm": lambda shapes, count: 2 * count * shapes[1][-1],
     "linalg_solve_triangular": lambda shapes, count: count * shapes[0][-1],
     "linalg_cholesky_ex": lambda shapes, count: count * shapes[0][-1] / 3,
+    "round_rows": lambda shapes, count: 2 * count * (shapes[1][-1] + shapes[3][-1]),  # of error feedback to EXL2
 }

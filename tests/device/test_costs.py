@@ -16,6 +16,7 @@ from bpwise.linalg.hessian import factor_hessian
 from torch import Tensor
 
 from .pretend import Counts, counted
+from .row_kernel import pretend_kernel
 
 GROUP, OUTPUTS = 32, 48
 WIDTHS = (8, 6, 5, 4, 3, 2)
@@ -81,3 +82,16 @@ def test_launches_of_every_input_channel(
     # docs/gpu.md builds on them: with more channels, and with more outputs, there is no launch beyond these.
     few, many = (counts_of(work, channels, pretend).launches.total() for channels in (192, 384))
     assert (many - few) / 192 <= most
+
+
+@pytest.mark.parametrize(("work", "most"), [(round_exl2, 5), (round_exl2_coupled, 7), (measure_exl2, 5.5)])
+def test_launches_of_every_input_channel_with_the_kernel(
+    work: Callable[[Tensor, Tensor], None], most: float, pretend: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bpwise.convert.exl2.rounding.feedback.row_kernel", lambda _device, _rows: pretend_kernel)
+    few, many = (counts_of(work, channels, pretend) for channels in (192, 384))
+    assert (many.launches.total() - few.launches.total()) / 192 <= most
+    assert many.waits == few.waits
+    # One a row group, or one for each of 16 sets of outputs.
+    of_group = 16 if work is round_exl2_coupled else 1
+    assert many.launches["round_rows"] - few.launches["round_rows"] == of_group * (384 - 192) / GROUP

@@ -8,6 +8,9 @@ import pytest
 import torch
 from bpwise.convert.conversion import Target
 from bpwise.convert.exl2.curves import Exl2Curves
+from bpwise.convert.exl2.file.layout import RowGroup
+from bpwise.convert.exl2.rounding import feedback
+from bpwise.convert.exl2.rounding.coupling import OutputFeedback
 from bpwise.convert.opening import verify_model
 from bpwise.eval.comparison import EvalConfig
 from bpwise.measure.measurement import Measurement
@@ -16,6 +19,8 @@ from bpwise.measure.text.calibration import CalibrationConfig
 from bpwise.quantize.config import QuantizeConfig
 from bpwise.quantize.run import quantize_model
 
+from ..convert.exl2.test_feedback import Problem
+from ..device.row_kernel import same_sums
 from ..measured import GGUF, Given, damage_of, gguf_curves_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -90,3 +95,40 @@ def test_a_run_from_nothing_works(make_model: Callable[..., Path], tmp_path: Pat
     assert 0 < result.comparison.summary.kl_nats.value < 1
     assert result.measurement is not None
     assert Measurement.load(result.measurement).provenance["device"] == "cuda"
+
+
+def kernel(rows: int) -> Callable[..., torch.Tensor]:
+    found = feedback.row_kernel(torch.device("cuda"), rows)
+    assert found is not None, "Triton does not work"
+    return found
+
+
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(32, 4096, 32), (48, 33, 5), (128, 1000, 0)])
+def test_the_kernel_computes_what_it_says_bit_for_bit(rows: int, columns: int, rank: int) -> None:
+    rng = torch.Generator().manual_seed(0)
+    halves = torch.tensor([128.0, 32.0, 16.0, 8.0, 4.0, 2.0]).repeat(columns)[:columns]
+    steps = torch.randn(rows, columns, generator=rng) * halves / 2
+    factors = (torch.randn(rows, rows, generator=rng) / 4).tril(-1)
+    others = torch.randn(rows, rank, generator=rng), torch.randn(rank, columns, generator=rng)
+    arguments = (steps, factors, halves, *others)
+    found = kernel(rows)(*(each.cuda() for each in arguments))
+    assert torch.equal(found.cpu(), same_sums(*arguments))
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+def test_the_kernel_rounds_as_the_loop(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, groups = Problem(192, 600), [RowGroup(8, 64), RowGroup(4, 64), RowGroup(2, 64)]
+    assert kernel(64)
+    weight, upper, order, fisher = (
+        each.cuda() for each in (problem.weight, problem.upper, problem.order, problem.column_weights)
+    )
+    coupling = torch.randn(600, rank, generator=torch.Generator().manual_seed(0)) / 4
+    outputs = OutputFeedback.of(fisher, coupling)
+    found, errors = feedback.round_linear(weight, upper, groups, order, fisher, outputs)
+    monkeypatch.setattr(feedback, "row_kernel", lambda _device, _rows: None)
+    loop, loop_errors = feedback.round_linear(weight, upper, groups, order, fisher, outputs)
+    # Sums in another order: hardly one of 115200 weights is near enough to a tie. What comes after one that is, in its
+    # output or, with feedback between outputs, in all of them, may differ, and is as good.
+    if outputs is None:
+        assert int((found.codes != loop.codes).any(dim=0).sum()) <= 600 // 100
+    torch.testing.assert_close(errors.sum(), loop_errors.sum(), rtol=0.01, atol=0)

@@ -9,6 +9,7 @@ Source: two-sided feedback of YAQA (Tseng et al., arXiv 2505.22988); the low ran
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,10 @@ from torch import Tensor, nn
 
 from ....linalg.precision import in_float64
 
-__all__ = ["OutputFeedback", "round_in_sets"]
+__all__ = ["OutputFeedback", "RowRounder", "round_in_sets", "round_set_by_set"]
+
+RowRounder = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Rounds one row group of columns that do not depend on each other, as ``kernels.round_rows`` does."""
 
 _SETS = 16
 """Sets of outputs that a linear is rounded in. Inside a set nothing is taken back: more gain a
@@ -115,3 +119,33 @@ def round_in_sets(targets: Tensor, feedback: Tensor, half: int, scales: Tensor, 
         right[:, rank + step] = (moved - rounded)[:, 0]
         seen[1:] = torch.baddbmm(seen, plain - rounded, factor)[:-1]
     return codes.as_strided(*skewed).transpose(1, 2).flatten(1)[:, :out]
+
+
+def round_set_by_set(
+    targets: Tensor, feedback: Tensor, half: int, scales: Tensor, outputs: OutputFeedback, round_rows: RowRounder
+) -> Tensor:
+    """As ``round_in_sets``, for devices that round all rows of a set in one launch.
+
+    Args:
+        targets: See ``round_in_sets``, as all up to ``outputs``.
+        feedback: See there.
+        half: See there.
+        scales: See there.
+        outputs: See there.
+        round_rows: Rounds a set.
+
+    Returns:
+        Codes, float32, shape (rows, out).
+    """
+    (rows, out), (_, rank, columns) = targets.shape, outputs.gains.shape
+    scale = in_sets(scales)  # (sets, columns), 0 in the padding
+    factor = outputs.factor * scale[:, :, None]
+    gains = (outputs.gains / torch.where(scale > 0, scale, 1)[:, None]).contiguous()
+    wanted = in_sets(targets).contiguous()  # (sets, rows, columns)
+    halves = targets.new_full((columns,), half)
+    seen = targets.new_zeros(rows, rank)
+    codes = []
+    for plain, own_gains, own_factor in zip(wanted, gains, factor, strict=True):
+        codes.append(round_rows(plain, feedback, halves, seen, own_gains))
+        seen.addmm_(plain - codes[-1], own_factor)
+    return torch.stack(codes, dim=2).flatten(1)[:, :out]

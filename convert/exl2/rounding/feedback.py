@@ -7,23 +7,31 @@ of e^2 over all rows is exactly tr(D^T H D): every e^2 is that weight's share of
 Source: Frantar et al., GPTQ (arXiv 2210.17323), section 3.3, read from left to right, with the factor of H in the place
 of that of its inverse (see ``bpwise.linalg.hessian``).
 
+On CUDA devices a kernel (``kernels``) rounds each row group, elsewhere a loop over its rows.
+
 Feedback between outputs (``coupling``) goes on inside each row group: given the group's targets, which hold the
 feedback of all earlier rows, set after set of columns makes up for what the sets before it missed in these rows.
 """
 
 from __future__ import annotations
 
+import importlib
+import warnings
 from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from ....errors import BpwiseWarning
 from ..file.layout import RowGroup
 from ..file.linear import QuantizedLinear
-from .coupling import OutputFeedback, round_in_sets
+from .coupling import OutputFeedback, RowRounder, round_in_sets, round_set_by_set
 from .grid import GroupGrid, WidthTables, search_grids
 
-__all__ = ["errors_by_group", "round_linear", "round_linear_"]
+__all__ = ["errors_by_group", "round_linear", "round_linear_", "row_kernel"]
 
 _CHUNK_COLUMNS = 8192
 """Columns that go through the row loop together: wide enough to hide call overhead, small enough for the cache."""
@@ -142,18 +150,67 @@ def _round_group(
     scales = torch.cat([grid.scales for grid in grids])
     halves = widths.halves.to(scales.dtype).expand(-1, targets.shape[2]).flatten()
     feedback = (block * pivots[:, None]).triu(1).T.contiguous()
-    if outputs is not None:
-        chosen = round_in_sets(target / scales, feedback, 1 << (widths.bits[0] - 1), scales, outputs)
-    else:
-        chosen = torch.empty_like(target)
-        for first in range(0, work.shape[1], _CHUNK_COLUMNS):
-            columns = slice(first, first + _CHUNK_COLUMNS)
-            _round_rows(chosen[:, columns], target[:, columns] / scales[columns], feedback, halves[columns])
+    chosen = _chosen_codes(target, scales, feedback, halves, widths, outputs)
     if codes is not None:
         codes[rows] = chosen + halves
     chosen *= scales
     group -= chosen
     return grids, (root.T @ target.sub_(chosen)).square_().sum(dim=0)
+
+
+def _chosen_codes(
+    target: Tensor,
+    scales: Tensor,
+    feedback: Tensor,
+    halves: Tensor,
+    widths: WidthTables,
+    outputs: OutputFeedback | None,
+) -> Tensor:
+    # Codes of one row group, less `halves`, float32. With `outputs` there is but one width.
+    kernel = row_kernel(target.device, len(target))
+    if outputs is not None:
+        half = 1 << (widths.bits[0] - 1)
+        if kernel is None:
+            return round_in_sets(target / scales, feedback, half, scales, outputs)
+        return round_set_by_set(target / scales, feedback, half, scales, outputs, kernel)
+    if kernel is not None:
+        return kernel(target / scales, feedback, halves.contiguous(), target[:, :0], target[:0])
+    chosen = torch.empty_like(target)
+    for first in range(0, target.shape[1], _CHUNK_COLUMNS):
+        columns = slice(first, first + _CHUNK_COLUMNS)
+        _round_rows(chosen[:, columns], target[:, columns] / scales[columns], feedback, halves[columns])
+    return chosen
+
+
+def row_kernel(device: torch.device, rows: int) -> RowRounder | None:
+    """Return what rounds a row group of so many rows in one launch, or None where a loop over its rows has to do it.
+
+    Args:
+        device: Where the weights are.
+        rows: Rows of the group.
+
+    Warns:
+        BpwiseWarning: Triton is installed and does not work, once a process.
+    """
+    kernels = _kernels(device) if device.type == "cuda" else None
+    return kernels.round_rows if kernels is not None and rows <= kernels.MOST_ROWS else None
+
+
+@cache
+def _kernels(device: torch.device) -> ModuleType | None:
+    if find_spec("triton") is None:
+        return None
+    try:
+        kernels = importlib.import_module(".kernels", __package__)
+        kernels.try_out(device)
+    except Exception as error:  # whatever Triton, its compilers and their caches raise: the loop needs none of them
+        warnings.warn(
+            f"{device}: Triton does not work here. Got {str(error)[:200]!r}. Rounding takes longer without it.",
+            BpwiseWarning,
+            stacklevel=2,
+        )
+        return None
+    return kernels
 
 
 def _round_rows(chosen: Tensor, steps: Tensor, feedback: Tensor, halves: Tensor) -> None:

@@ -1,10 +1,15 @@
+import importlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+
 import pytest
 import torch
 from bpwise.convert.exl2.file.layout import RowGroup
 from bpwise.convert.exl2.file.linear import QuantizedLinear
 from bpwise.convert.exl2.rounding import feedback
-from bpwise.convert.exl2.rounding.feedback import errors_by_group, round_linear, round_linear_
+from bpwise.convert.exl2.rounding.feedback import errors_by_group, round_linear, round_linear_, row_kernel
 from bpwise.convert.exl2.rounding.grid import WidthTables, search_grids
+from bpwise.errors import BpwiseWarning
 from bpwise.linalg.hessian import factor_hessian
 from torch import Tensor
 
@@ -248,3 +253,47 @@ def test_rounds_in_the_memory_of_its_weight(monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(sliced.codes, at_once.codes)
     torch.testing.assert_close(sliced_errors, errors)
     assert not torch.equal(given, problem.weight)
+
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """Kernels are looked for anew."""
+    feedback._kernels.cache_clear()
+    yield
+    feedback._kernels.cache_clear()
+
+
+def kernels_that(try_out: object) -> SimpleNamespace:
+    return SimpleNamespace(MOST_ROWS=128, round_rows="the kernel", try_out=try_out)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_kernel_rounds_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[torch.device] = []
+    monkeypatch.setattr(feedback, "find_spec", lambda name: name)
+    monkeypatch.setattr(importlib, "import_module", lambda *_name: kernels_that(tried.append))
+    found = [row_kernel(CUDA, rows) for rows in (16, 128, 160)]
+    assert found == ["the kernel", "the kernel", None]
+    assert tried == [CUDA]
+    assert row_kernel(torch.device("cpu"), 32) is row_kernel(torch.device("mps"), 32) is None
+
+
+@pytest.mark.usefixtures("fresh")
+def test_the_loop_rounds_on_gpus_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feedback, "find_spec", lambda _name: None)
+    assert row_kernel(CUDA, 32) is None
+
+
+@pytest.mark.usefixtures("fresh")
+def test_the_loop_rounds_where_triton_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_device: torch.device) -> None:
+        raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(feedback, "find_spec", lambda name: name)
+    monkeypatch.setattr(importlib, "import_module", lambda *_name: kernels_that(fails))
+    with pytest.warns(BpwiseWarning, match=r"cuda:0: Triton does not work here\. Got 'Failed to find C compiler\.'"):
+        assert row_kernel(CUDA, 32) is None
+    assert row_kernel(CUDA, 32) is None  # and it is not said again
