@@ -21,7 +21,7 @@ class ExpectedPart:
     """A part of a run that is to come.
 
     Attributes:
-        step: The step that it belongs to: ``prepare``, ``measure``, ``round``, ``write``, ``evaluate``.
+        step: The step that it belongs to: ``prepare``, ``calibrate``, ``measure``, ``round``, ``write``, ``evaluate``.
         label: What ``Progress`` is called with; a part that reports no progress has a name of its own.
         seconds: What is left of it, as expected.
         done: Share of its items that an earlier run has finished, 0 to 1.

@@ -30,6 +30,7 @@ from .timing.parts import (
     measuring_parts,
     output_parts,
     preparing_part,
+    writing_parts,
 )
 
 __all__ = ["announce", "measuring_forecast", "with_times"]
@@ -68,6 +69,8 @@ def with_times(
     counted: dict[Path, list[CountedPart]] = {}
     if conversion.scratch(work, measurement):
         parts.append(preparing_part(conversion, measure))
+    if conversion.measures and known is None:
+        parts += writing_parts(checkpoint, measure, shape)
     if conversion.measures and not measured:
         kept = (work / MEASURING if series else work) / MEASUREMENT_FILE
         parts += measuring_parts([conversion], measure, shape, kept)
@@ -138,7 +141,10 @@ def measuring_forecast(
     if not usable:
         return RunForecast(parts=())
     parts = [preparing_part(each, config) for each in usable if each.scratch(work, output)]
-    shape = _rows_shape(rows, config, usable[0].checkpoint)
+    checkpoint = usable[0].checkpoint
+    shape = _rows_shape(rows, config, checkpoint)
+    if rows is None:
+        parts += writing_parts(checkpoint, config, shape)
     return RunForecast(parts=expected_parts([*parts, *measuring_parts(usable, config, shape, work / MEASUREMENT_FILE)]))
 
 

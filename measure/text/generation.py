@@ -25,9 +25,12 @@ from .calibration import CalibrationConfig, CalibrationSet, require_ids_below
 from .chats import Prompt, chat_prompts
 from .tokenizer import Tokenizer, end_ids, leading_ids, ordinary_ids, token_fingerprint
 
-__all__ = ["WrittenRow", "sample_rows", "write_rows"]
+__all__ = ["ROWS_TOGETHER", "WRITING", "WrittenRow", "sample_rows", "write_rows"]
 
-_ROWS_TOGETHER = 32
+WRITING = "self-calibration: tokens"
+"""What ``Progress`` is called with."""
+
+ROWS_TOGETHER = 32
 """Rows that are written side by side: nearly as fast as one, and their keys and values have to be kept."""
 
 _CHAT_SHARE = 0.75
@@ -142,8 +145,8 @@ def write_rows(
     rows = [WrittenRow(bos, shared) for _ in range(chats)]
     rows += [WrittenRow([*bos, int(token)]) for token in ordinary[drawn]]
     with float32_products(device):
-        for first in range(0, config.rows, _ROWS_TOGETHER):
-            sample_rows(model, rows[first : first + _ROWS_TOGETHER], config.tokens_each, allowed, ends, rng, progress)
+        for first in range(0, config.rows, ROWS_TOGETHER):
+            sample_rows(model, rows[first : first + ROWS_TOGETHER], config.tokens_each, allowed, ends, rng, progress)
     tokens = torch.tensor([row.ids for row in rows])
     begin = "beginning with BOS" if bos else "without BOS"
     what = f"{chats} of them answers to chats, " if chats else ""
@@ -185,7 +188,7 @@ def sample_rows(
     given = min(*(len(row.given) for row in rows), row_tokens)
     latest = torch.tensor([row.take(given) for row in rows], device=device)
     cache = None
-    for _ in progress(range(row_tokens - given), "self-calibration: tokens"):
+    for _ in progress(range(row_tokens - given), WRITING):
         seen = model(input_ids=latest, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = seen.past_key_values
         probabilities = seen.logits[:, -1].float()[:, choices].softmax(dim=-1)

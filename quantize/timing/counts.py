@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -21,11 +22,12 @@ from ...measure.model.batches import MICRO_BATCH_TOKENS
 from ...measure.statistics.heldout import DAMPINGS, FEW_DIRECTIONS, SIGNS
 from ...measure.statistics.inputs import GRAM_BLOCK
 from ...measure.statistics.sketch import SKETCHED
+from ...measure.text.generation import ROWS_TOGETHER
 from ..rounding.drift import RIDGES, TRIED_COLUMNS
 from .passes import Tokens, pass_backward, pass_forward, product, products, read_weights
 from .shapes import BlockShape, GroupShape, ModelShape
 
-__all__ = ["Evaluation", "Measuring", "evaluating", "measuring", "rounding", "tuning"]
+__all__ = ["Evaluation", "Measuring", "evaluating", "measuring", "rounding", "tuning", "writing"]
 
 _KEPT = 0.3
 """Share of the tokens that sums of x x^T are taken over: 18 to 38 % on trained models (``subsample_tokens``)."""
@@ -38,6 +40,9 @@ _OF_PROBES = 30
 
 _OF_LOGITS = 16
 """The same where two models are compared, in new tensors: most in ``token_statistics``."""
+
+_OF_SAMPLED = 24
+"""The same where tokens are sampled: exponential variables take most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +135,30 @@ def tuning(shape: ModelShape, tokens: Tokens, work: FormatWork) -> Work:
     )
     logits = product(tokens.all, shape.hidden, shape.vocabulary) * 3
     return passes + logits + _compared(tokens.all, shape.vocabulary) + work.decoded(shape.weights) * (2 * steps)
+
+
+def writing(shape: ModelShape, rows: int, row_tokens: int) -> Work:
+    """Return what it takes to have a model write its calibration rows, place after place with a cache.
+
+    Args:
+        shape: The model.
+        rows: Their number.
+        row_tokens: Tokens of each.
+    """
+    work = read_weights(shape.all_weights)
+    for first in range(0, rows, ROWS_TOGETHER):
+        together = min(ROWS_TOGETHER, rows - first)
+        place = _blocks(shape, partial(_place, hidden=shape.hidden, rows=together, row_tokens=row_tokens))
+        place += product(together, shape.hidden, shape.vocabulary)
+        work += (place + Elements.work(_OF_SAMPLED * together * shape.vocabulary)) * row_tokens
+    return work
+
+
+def _place(block: BlockShape, hidden: int, rows: int, row_tokens: int) -> Work:
+    # One token of each row, which sees half of the places on average; keys and values are copied to grow.
+    seen = min(row_tokens / 2, block.reach or row_tokens)
+    cache = Elements.work(4 * rows * seen * block.heads * block.head_size)
+    return pass_forward(block, hidden, Tokens(rows, 1)) + cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ...checkpoint.source.checkpoint import Checkpoint
 from ...checkpoint.source.language import language_model
 from ...convert.conversion import Conversion
 from ...convert.registry import format_asking
@@ -17,8 +18,10 @@ from ...linalg.parallel import cores
 from ...linalg.work import Rates, Work, rates_of
 from ...measure.device import resolve_device
 from ...measure.run import MeasureConfig
+from ...measure.text.generation import WRITING
+from ...measure.text.mixture import SELF, rows_of
 from ...progress import ExpectedPart
-from .counts import evaluating, measuring, rounding, tuning
+from .counts import evaluating, measuring, rounding, tuning, writing
 from .finished import finished_blocks, finished_measuring
 from .passes import Tokens
 from .shapes import ModelShape
@@ -31,6 +34,7 @@ __all__ = [
     "measuring_parts",
     "output_parts",
     "preparing_part",
+    "writing_parts",
 ]
 
 _CPU = torch.device("cpu")
@@ -106,6 +110,22 @@ def preparing_part(conversion: Conversion, config: MeasureConfig) -> CountedPart
     shape, work = ModelShape.of(language_model(conversion.checkpoint)), conversion.work(_DEFAULT_BPW)
     device, counted = resolve_device(config.device), work.preparing(shape.all_weights, shape.vocabulary)
     return CountedPart("prepare", "prepare", device, counted, seconds=work.starting_seconds)
+
+
+def writing_parts(checkpoint: Checkpoint, config: MeasureConfig, rows_shape: tuple[int, int]) -> list[CountedPart]:
+    """Return what having the model write calibration rows takes, nothing where it writes none.
+
+    Args:
+        checkpoint: The model.
+        config: Options of measuring.
+        rows_shape: Number and length of all calibration rows.
+    """
+    shares, (rows, row_tokens) = config.calibration.shares, rows_shape
+    own = sum(count for share, count in zip(shares, rows_of(shares, rows), strict=True) if share.source == SELF)
+    if not own:
+        return []
+    work = writing(ModelShape.of(language_model(checkpoint)), own, row_tokens)
+    return [CountedPart("calibrate", WRITING, resolve_device(config.device), work, _STARTING_SECONDS)]
 
 
 def measuring_parts(

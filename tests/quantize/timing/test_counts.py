@@ -10,8 +10,10 @@ from bpwise.checkpoint.source.language import language_model
 from bpwise.convert.rounding import FormatWork
 from bpwise.linalg.work import Factors, FreshElements, Products, Solves, Work
 from bpwise.measure.model.stream import StreamedModel
+from bpwise.measure.model.whole import whole_model
+from bpwise.measure.text.generation import ROWS_TOGETHER, WrittenRow, sample_rows
 from bpwise.quantize.timing.attention import Attention
-from bpwise.quantize.timing.counts import evaluating, measuring, rounding
+from bpwise.quantize.timing.counts import evaluating, measuring, rounding, writing
 from bpwise.quantize.timing.passes import Tokens, pass_backward, pass_forward
 from bpwise.quantize.timing.shapes import BlockShape, GroupShape, ModelShape
 from torch.utils.flop_counter import FlopCounterMode
@@ -113,3 +115,19 @@ def test_evaluation_runs_both_models_and_the_floor_in_float64() -> None:
     exact = {kind.dtype for kind in work.exact.amounts if isinstance(kind, Products)}
     assert exact == {torch.float64, torch.float32}
     assert amount(work.logits, FreshElements) > 32 * 100
+
+
+def test_rows_that_a_model_writes_as_torch_counts_them(save_model: Any, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(save_model(tmp_path / "m"))
+    source = language_model(checkpoint)
+    rows, row_tokens = ROWS_TOGETHER + 3, 5
+    model = whole_model(checkpoint, device=CPU, dtype=torch.float32)
+    begun = [WrittenRow([7]) for _ in range(rows)]
+
+    def write() -> None:
+        for first in range(0, rows, ROWS_TOGETHER):
+            together = begun[first : first + ROWS_TOGETHER]
+            sample_rows(model, together, row_tokens + 1, range(200), (), torch.Generator().manual_seed(0))
+
+    work = writing(ModelShape.of(source), rows, row_tokens)
+    assert amount(work, Products) == counted(write)
