@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from ...convert.rounding import FormatWork
-from ...eval.metrics.divergence import PIECE_POSITIONS
+from ...eval.metrics.divergence import PIECE_ELEMENTS
 from ...eval.original import FLOOR_TOKENS
 from ...linalg.hessian import FEW_CHANNELS
 from ...linalg.parallel import threads_beside
@@ -219,7 +219,7 @@ def _blocks(shape: ModelShape, work: Callable[[BlockShape], Work]) -> Work:
 
 
 def _compared(tokens: int, vocabulary: int) -> Work:
-    return FreshElements.work(_OF_LOGITS * tokens * vocabulary, PIECE_POSITIONS * vocabulary)
+    return FreshElements.work(_OF_LOGITS * tokens * vocabulary, PIECE_ELEMENTS)
 
 
 def _gram(inputs: int, tokens: float) -> Work:
