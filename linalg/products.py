@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["BFLOAT16", "FLOAT32", "PRECISIONS", "TF32", "float32_products", "pass_precision", "products"]
+__all__ = ["BFLOAT16", "FLOAT32", "PRECISIONS", "TF32", "float32_products", "kept_bytes", "pass_precision", "products"]
 
 FLOAT32 = "float32"
 BFLOAT16 = "bfloat16"
@@ -24,6 +24,9 @@ PRECISIONS = ("auto", FLOAT32)
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 _ONEDNN: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set by the module's own class
+
+_ONEDNN_BYTES = 500 << 20
+"""What a run takes more with oneDNN than with MKL: kernels, and factors as those want them; SmolLM2-135M's shapes."""
 
 _AMPERE = (8, 0)
 """First CUDA capability with TF32."""
@@ -66,10 +69,18 @@ def products(device: torch.device, precision: str) -> Iterator[None]:
         yield
 
 
+def kept_bytes(device: torch.device) -> int:
+    """Return roughly how much memory the library of float32 products keeps for itself while a run lasts."""
+    return _ONEDNN_BYTES if device.type == "cpu" and _onednn_is_exact() else 0
+
+
 def _cpu_setting(precision: str) -> str:
+    return "bf16" if precision == BFLOAT16 or _onednn_is_exact() else "ieee"
+
+
+def _onednn_is_exact() -> bool:
     # With AMX, and on Arm, the same setting does round factors.
-    exact = torch.cpu._is_avx512_supported() and not torch.cpu._is_amx_tile_supported()
-    return "bf16" if precision == BFLOAT16 or exact else "ieee"
+    return torch.cpu._is_avx512_supported() and not torch.cpu._is_amx_tile_supported()
 
 
 @contextmanager

@@ -85,13 +85,15 @@ class MeasuringPasses:
             self.artifacts.save("input-0", {"hidden": embedded})
         hidden: Tensor | None = embedded
         del embedded
+        hands_state, has = self.model.calls.hands_state, self.artifacts.has
+        then = _followed([i for i in range(last) if hands_state or (i < missing and not has(f"input-{i + 1}"))])
         for index in blocks:
-            if not self.model.calls.hands_state and (index >= missing or self.artifacts.has(f"input-{index + 1}")):
+            if index not in then:
                 hidden = None
                 continue
             if hidden is None:
                 hidden = self._artifact(f"input-{index}")["hidden"]
-            self._forward_block(index, hidden)
+            self._forward_block(index, hidden, then[index])
             self.artifacts.save(f"input-{index + 1}", {"hidden": hidden})
 
     def _discard_unusable(self) -> None:
@@ -115,12 +117,12 @@ class MeasuringPasses:
     def _products(self) -> AbstractContextManager[None]:
         return products(self.model.device, self.precision)
 
-    def _forward_block(self, index: int, hidden: Tensor) -> None:
-        # Puts the block's output in the place of its input.
+    def _forward_block(self, index: int, hidden: Tensor, then: int | None) -> None:
+        # Puts the block's output in the place of its input; `then` is the block of the next call.
         structure = self.model.structure(index)
         with (
             torch.no_grad(),
-            self.model.block(index) as block,
+            self.model.block(index, then) as block,
             chunked_positionwise(block, structure),
             self._products(),
         ):
@@ -147,24 +149,26 @@ class MeasuringPasses:
     def backward(self, progress: Progress) -> None:
         """Go back through the blocks: statistics, then curves, block by block."""
         gradient: Tensor | None = None
-        for index in progress(range(self.model.block_count - 1, -1, -1), "measure: backward, curves"):
-            if self.artifacts.has(f"curves-{index}"):
+        blocks = range(self.model.block_count - 1, -1, -1)
+        then = _followed([index for index in blocks if not self.artifacts.has(f"curves-{index}")])
+        for index in progress(blocks, "measure: backward, curves"):
+            if index not in then:
                 continue
             if gradient is None:
                 artifact = self._artifact(f"gradient-{index + 1}")
                 gradient = artifact.pop("gradient")
                 self._state_gradients = StateGradients(artifact)
-            packed = self._measured_block(index, gradient)
+            packed = self._measured_block(index, gradient, then[index])
             # The gradient first: a run cut off between the two repeats this block from an unchanged input.
             self.artifacts.save(f"gradient-{index}", {"gradient": gradient, **self._state_gradients.pending})
             self.artifacts.save(f"curves-{index}", packed)
             self.artifacts.discard(f"gradient-{index + 1}")
 
-    def _measured_block(self, index: int, gradient: Tensor) -> dict[str, Tensor]:
-        # Puts the gradient at the block's input in the place of that at its output.
+    def _measured_block(self, index: int, gradient: Tensor, then: int | None) -> dict[str, Tensor]:
+        # Puts the gradient at the block's input in the place of that at its output; `then` is of the next call.
         structure = self.model.structure(index)
         packed: dict[str, Tensor] = {}
-        with self.model.block(index) as block:
+        with self.model.block(index, then) as block:
             with (
                 collect(block, structure, self.tokens.shape[1]) as statistics,
                 collect_experts(block, structure, self.tokens.numel()) as seen,
@@ -229,6 +233,11 @@ class MeasuringPasses:
         for name, of_table in embedding_gradients(self.model, self.tokens, gradient, of_layers).items():
             artifact = EMBEDDING if name == source.embedding_name else LAYER_EMBEDDING
             self.artifacts.save(artifact, measured_table(self.model, name, self.tokens, of_table, self.makers))
+
+
+def _followed(indices: Sequence[int]) -> dict[int, int | None]:
+    # The one after each; None after the last.
+    return dict(zip(indices, [*indices, None][1:], strict=True))
 
 
 def finished_decoder(model: StreamedModel, artifacts: ResumeStore) -> list[FinishedLinear]:

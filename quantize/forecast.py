@@ -12,6 +12,8 @@ from ..checkpoint.source.language import LanguageModel, language_model
 from ..checkpoint.source.linears import model_linears
 from ..convert.conversion import Conversion, SizeForecast, Target
 from ..linalg.parallel import cores
+from ..linalg.products import kept_bytes
+from ..measure.device import resolve_device
 from ..measure.layers.positionwise import CHUNK_POSITIONS
 from ..measure.measurement import Measurement
 from ..measure.model.batches import MICRO_BATCH_TOKENS
@@ -32,7 +34,7 @@ the floor for 512 more, and the terms of divergences for 64 at a time."""
 _LOGITS_TUNED = 2000
 """The same while scales are tuned: both models' logits and what their divergence needs, for 256."""
 
-_RUNTIME_BYTES = 600 << 20
+_RUNTIME_BYTES = 500 << 20
 """Resident memory of Python, PyTorch and Transformers before any weight is read, measured on Linux."""
 
 
@@ -123,7 +125,7 @@ def forecast_run(
     return Forecast(
         size=size,
         original_bytes=checkpoint.total_bytes,
-        memory_bytes=memory,
+        memory_bytes=memory + kept_bytes(resolve_device(measure.device)),
         # Inputs of all blocks while measuring, and at first two states while rounding; then a byte per weight.
         disk_bytes=max((source.block_count + 5) * state, weights + head.out_features * head.in_features + 4 * state),
     )

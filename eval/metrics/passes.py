@@ -46,7 +46,8 @@ def last_hidden(
     if watch is not None:
         watch(hidden)
     for index in progress(range(model.block_count), f"evaluate: {role}"):
-        with torch.no_grad(), model.block(index) as block, chunked_positionwise(block, model.structure(index)):
+        structure = model.structure(index)
+        with torch.no_grad(), model.block(index, index + 1) as block, chunked_positionwise(block, structure):
             for batch in micro_batches(*tokens.shape):
                 hidden[batch] = model.run_block(index, hidden[batch].to(model.device), batch.start).cpu()
         _check_finite(hidden, f"{role}, {model.block_name(index)}", model.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from ...errors import CheckpointError
 from ..layers.attention import attention_for
 
 __all__ = [
+    "WeightReader",
     "build_skeleton",
     "loaded_weights",
     "own_tensors",
@@ -133,21 +134,69 @@ def set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
         owner.register_parameter(leaf, parameter)
 
 
+class WeightReader:
+    """Reads the weights of a model, for a device and a dtype."""
+
+    def __init__(self, source: LanguageModel, device: torch.device, dtype: torch.dtype) -> None:
+        """Hold what to read; nothing is.
+
+        Args:
+            source: Where weights are read from.
+            device: Where they are used.
+            dtype: Floating dtype that they are used in, the output head apart: that is cast as it is used.
+        """
+        self._source = source
+        self._device = device
+        self._dtype = dtype
+        self._head = f"{source.head_name}.weight"
+
+    def read(self, name: str) -> Tensor:
+        """Return a parameter or buffer by its full name, as it is stored, on the CPU."""
+        tied = name == self._head and self._source.tied_embeddings
+        return self._source.parameter(f"{self._source.embedding_name}.weight" if tied else name)
+
+    def of_block(self, blocks: Sequence[nn.Module], path: str, index: int) -> Iterator[tuple[str, Tensor]]:
+        """Read the weights of a decoder block, one after another, as they are used but not on the device.
+
+        Args:
+            blocks: All decoder blocks.
+            path: Full name of their list.
+            index: Which block.
+
+        Returns:
+            Names in the block, and weights: for CUDA in page-locked memory, from which a device copies by itself.
+        """
+        for inner in stored_tensors(blocks[index]):
+            weight = self.read(f"{path}.{index}.{inner}")
+            dtype = self._dtype if weight.is_floating_point() else weight.dtype
+            if self._device.type == "cuda" and weight.device.type == "cpu":
+                weight = torch.empty_like(weight, dtype=dtype, pin_memory=True).copy_(weight)
+            yield inner, weight.to(dtype)
+
+    def place(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a tensor on the device, in the dtype that it is used in, by its full name or that in its block."""
+        kept = not tensor.is_floating_point() or name == self._head
+        # CUDA copies what is not page-locked before it lets the host go on, so that this is safe for all.
+        asynchronous = self._device.type == "cuda"
+        return tensor.to(self._device, tensor.dtype if kept else self._dtype, non_blocking=asynchronous)
+
+
 @contextmanager
 def loaded_weights(
-    module: nn.Module, read: Callable[[str], Tensor], place: Callable[[str, Tensor], Tensor]
+    module: nn.Module, weights: Iterable[tuple[str, Tensor]], place: Callable[[str, Tensor], Tensor]
 ) -> Iterator[None]:
     """Hold the weights of a module while the body runs.
 
     Args:
         module: A decoder block.
-        read: Returns a parameter or buffer by its name in the module, as it is stored.
-        place: Brings it onto the device, in the dtype that it is used in.
+        weights: Its parameters and buffers, by their names in it; each is placed before the next is asked for.
+        place: Brings one onto the device, in the dtype that it is used in.
     """
     empty = stored_tensors(module)
-    for inner in empty:
-        set_tensor(module, inner, place(inner, read(inner)))
     try:
+        for inner, tensor in weights:
+            set_tensor(module, inner, place(inner, tensor))
+            del tensor
         yield
     finally:
         for inner, tensor in empty.items():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from torch import Tensor
 from ...checkpoint.model.structure import BlockStructure, InputGroup
 from ...checkpoint.source.checkpoint import TensorSource
 from ...checkpoint.source.language import LanguageModel, language_model
+from ...linalg.ahead import MadeAhead
 from ..layers.cast_linear import CastOnUseLinear
 from ..layers.normless import hold_small_states, norms_of_stream
 from .batches import micro_batches
 from .calls import Calls
 from .outside import OutsideWeights
 from .recorder import Recorder
-from .skeleton import build_skeleton, loaded_weights, require_stored
+from .skeleton import WeightReader, build_skeleton, loaded_weights, require_stored
 from .states import new_state
 from .surgery import split_block
 
@@ -73,9 +75,11 @@ class StreamedModel:
         groups = [group for each in self.source.structure.structures for group in each.groups]
         for norm in norms_of_stream(self._model, self.source.blocks, groups):
             hold_small_states(norm)
-        self.outside = OutsideWeights(self._model, self.source.blocks, self._read, self._place)
+        self._weights = WeightReader(self.source, device, dtype)
+        self.outside = OutsideWeights(self._model, self.source.blocks, self._weights.read, self._weights.place)
         self._recorder = Recorder(self._model, self._blocks, str(self.source.directory / "config.json"))
         self.calls = Calls()
+        self._ahead = MadeAhead(partial(self._weights.of_block, self._blocks, self.source.blocks))
 
     @property
     def block_count(self) -> int:
@@ -154,11 +158,21 @@ class StreamedModel:
         return self._model.get_submodule(name)
 
     @contextmanager
-    def block(self, index: int) -> Iterator[Any]:
-        """Hold one block's weights on the device; they go when the context ends."""
-        name = self.block_name(index)
-        with loaded_weights(self._blocks[index], lambda inner: self._read(f"{name}.{inner}"), self._place):
-            yield self._blocks[index]
+    def block(self, index: int, then: int | None = None) -> Iterator[Any]:
+        """Hold one block's weights on the device; they go when the context ends.
+
+        Args:
+            index: Which block.
+            then: The block that is asked for next; None, or a number that no block has, if there is none. Where the
+                device is not the CPU itself, a thread reads that block's weights into memory while the context lasts.
+
+        Raises:
+            BpwiseError: A weight cannot be read; of a block that was read ahead, when that block is asked for.
+        """
+        ahead = then if self.device.type != "cpu" and then in range(self.block_count) else None
+        block, weights = self._blocks[index], self._ahead.take(index)
+        with loaded_weights(block, weights, self._weights.place), self._ahead.making(ahead):
+            yield block
 
     def layer_input(self, index: int, hidden: Tensor, first_row: int) -> Tensor | None:
         """Return the embeddings of its own that a block reads, shape (rows, tokens, layer width); None without any.
@@ -229,15 +243,6 @@ class StreamedModel:
         """
         with self.outside.held():
             return as_state(self._recorder.run_in_place(index, tokens.to(self.device)))
-
-    def _read(self, name: str) -> Tensor:
-        if name == f"{self.source.head_name}.weight" and self.source.tied_embeddings:
-            name = f"{self.source.embedding_name}.weight"
-        return self.source.parameter(name)
-
-    def _place(self, name: str, tensor: Tensor) -> Tensor:
-        kept = not tensor.is_floating_point() or name == f"{self.source.head_name}.weight"
-        return tensor.to(device=self.device, dtype=None if kept else self.dtype)
 
 
 def as_state(hidden: Tensor) -> Tensor:

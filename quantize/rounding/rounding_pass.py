@@ -107,7 +107,7 @@ class RoundingPass:
 
     def _round_block_(self, index: int, streams: dict[str, Tensor]) -> None:
         # In the place of both streams into the block come those out of it.
-        with torch.no_grad(), self.model.block(index) as block:
+        with torch.no_grad(), self.model.block(index, index + 1) as block:
             rounding = BlockRounding(self.model, index, block, self.linears, self.batches, self._quantized_calls)
             original = OriginalBlock(self.model, index, block, self.tokens, rounding.groups)
             known = self._output_of(index) if original.last_group_only_adds else None

@@ -406,15 +406,17 @@ def killing(stage: str, after: int) -> Callable[[Sequence[Any], str], Iterable[A
 
 
 @contextmanager
-def watched_blocks() -> Iterator[list[int]]:
-    """The blocks whose weights are loaded, in order."""
+def watched_blocks(announced: list[int | None] | None = None) -> Iterator[list[int]]:
+    """The blocks whose weights are loaded, in order; and which block each is said to be followed by."""
     loaded: list[int] = []
     original = StreamedModel.block
     with pytest.MonkeyPatch.context() as patch:
 
-        def block(self: StreamedModel, index: int) -> Any:
+        def block(self: StreamedModel, index: int, then: int | None = None) -> Any:
             loaded.append(index)
-            return original(self, index)
+            if announced is not None:
+                announced.append(then)
+            return original(self, index, then)
 
         patch.setattr(StreamedModel, "block", block)
         yield loaded
@@ -436,9 +438,12 @@ def test_goes_on_where_it_was_cut_off(
 ) -> None:
     with pytest.raises(Killed):
         measure(whole.directory, tmp_path / "work", killing(stage, after))
-    with watched_blocks() as loaded:
+    announced: list[int | None] = []
+    with watched_blocks(announced) as loaded:
         resumed = measure(whole.directory, tmp_path / "work")
     assert loaded == remaining
+    # Nothing is read ahead that is not needed: each is followed by the next, except where the forward pass ends.
+    assert announced == [None if then == index else then for index, then in itertools.pairwise([*loaded, None])]
     assert resumed.to_bytes() == whole.image
 
 

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.convert.conversion import Target
 from bpwise.convert.exl2.conversion import Exl2Conversion
@@ -58,3 +60,27 @@ def test_tuning_holds_what_enters_every_block(save_model: Any, tmp_path: Path) -
     assert memory_bytes(1, "high") > memory_bytes(1, "normal")
     assert memory_bytes(100, "high") == memory_bytes(100, "normal")
     assert memory_bytes(1, "high", Path("files")) < memory_bytes(1, "high") - 20 * state
+
+
+def test_logits_and_both_heads_count(save_model: Any, tmp_path: Path) -> None:
+    # With so many tokens in the vocabulary evaluating needs most. The heads of both models have 2 bytes a weight. Of
+    # logits, in float32, there are at least those of both models for 256 positions and half a dozen temporaries of 64
+    # positions; the reference in float64 and copies are no more than twice that again.
+    few, many, hidden = 20_000, 120_000, 64
+    first, second = (
+        memory(Checkpoint.open(save_model(tmp_path / str(size), vocab_size=size)), (2, 64)) for size in (few, many)
+    )
+    heads, logits = 2 * 2 * hidden, 4 * (2 * 256 + 6 * 64)
+    assert heads + logits <= (second - first) / (many - few) <= heads + 3 * logits
+
+
+def test_the_library_of_products_counts(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = Checkpoint.open(tiny_model)
+    found = {}
+    for avx512, amx in ((False, False), (True, False), (True, True)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda has=avx512: has)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=amx: has)
+        found[avx512, amx] = memory(checkpoint, (2, 64))
+    # Only on CPUs with AVX-512 and without AMX do products in float32 go to oneDNN.
+    assert found[True, False] - found[False, False] == 500 * 1024**2
+    assert found[True, True] == found[False, False]

@@ -250,7 +250,7 @@ def _running(model: StreamedModel, scales: GroupScales, index: int) -> Iterator[
         for inner, name in zip(group.linears, model.linear_names(index, group), strict=True)
     }
     with (
-        model.block(index) as block,
+        model.block(index) as block,  # none is read ahead: weights are decoded on the device, which holds one block
         chunked_positionwise(block, structure),
         scales.applied(block, structure, linears),
     ):

@@ -243,6 +243,10 @@ def test_only_what_is_needed_is_read(llama: Path) -> None:
         assert read
         assert all(name.startswith("model.layers.1.") for name in read)
     read.clear()
+    with model.block(0, 1):  # on a CPU none is read ahead: the cores that would are those that compute
+        assert all(name.startswith("model.layers.0.") for name in read)
+    assert not any(name.startswith("model.layers.1.") for name in read)
+    read.clear()
     with model.tail():
         model.logits(torch.zeros(1, 2, SIZES["hidden_size"]))
         assert sorted(read) == ["lm_head.weight", "model.norm.weight"]

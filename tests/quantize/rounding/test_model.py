@@ -102,13 +102,14 @@ def killing(after: int) -> Any:
 
 @pytest.fixture
 def loaded_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """The blocks whose weights are loaded, in order."""
+    """The blocks whose weights are loaded, in order; each is said to be followed by the next."""
     loaded: list[int] = []
     block = StreamedModel.block
 
-    def watched(self: StreamedModel, index: int) -> Any:
+    def watched(self: StreamedModel, index: int, then: int | None = None) -> Any:
         loaded.append(index)
-        return block(self, index)
+        assert then == index + 1
+        return block(self, index, then)
 
     monkeypatch.setattr(StreamedModel, "block", watched)
     return loaded
