@@ -54,7 +54,7 @@ OURS = "bpwise"
 _LLAMA_QUANTIZE = "llama-quantize"
 
 _BUILT_IN = "built-in"
-"""Name of the text that ships with Python, in its part that is never calibrated on."""
+"""Name of the built-in text, in its part that is never calibrated on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,7 +233,7 @@ def _named(pairs: Sequence[str]) -> dict[str, str]:
 @click.argument("model")
 @click.option("--types", default=",".join(MIXTURES), show_default=True, help="Mixtures whose sizes are taken.")
 @click.option("--file", "files", multiple=True, help="GGUF file of somebody else, as NAME=PATH.")
-@click.option("--text", "texts", multiple=True, help="Held-out text, as NAME=PATH.  [default: what ships with Python]")
+@click.option("--text", "texts", multiple=True, help="Held-out text, as NAME=PATH.  [default: built-in]")
 @click.option("--calibration", help="As `bpwise measure` takes it.")
 @click.option("-r", "--rows", default=32, show_default=True, help="Calibration rows.")
 @click.option("-l", "--row-tokens", default=1024, show_default=True, help="Tokens in each.")

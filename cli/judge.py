@@ -57,14 +57,12 @@ def verify(model: Path) -> None:
 def _config_options(command: Command) -> Command:
     # Options of the comparison; the command gets them as ``config``.
     declared = (
-        click.option(
-            "--text", help="Text to evaluate on: file, directory or Hub data set.  [default: Python's own text]"
-        ),
+        click.option("--text", help="Text to evaluate on: file, directory or Hub data set.  [default: built-in]"),
         click.option("--column", help="Column of the data set that holds the text."),
         click.option("-r", "--rows", type=click.IntRange(1), default=16, help="Rows, each a window of its own."),
         click.option("-l", "--row-tokens", type=click.IntRange(2), help=f"Tokens in each row.  {ROW_TOKENS_DEFAULT}"),
         click.option(
-            "--seed", type=int, default=0, help="Chooses the places that rows of Python's own text are taken from."
+            "--seed", type=int, default=0, help="Chooses the places that rows of the built-in text are taken from."
         ),
         click.option(
             "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", help="Arithmetic."

@@ -102,7 +102,7 @@ def calibration_options(command: Command) -> Command:
             "--calibration",
             metavar="SOURCES",
             help="Calibration text: .txt/.jsonl/.parquet/.arrow file or directory, Hub data set "
-            "NAME[:CONFIG][:SPLIT], or one of: built-in (Python's own text), self (the model answers chats of all "
+            "NAME[:CONFIG][:SPLIT], or one of: built-in (text of many kinds), self (the model answers chats of all "
             "kinds, all of it in memory), mix (prose, web pages, code and other languages from the Hub). Several with "
             "commas, each with =SHARE of the rows: self=2,built-in. Or a saved calibration set (.safetensors).  "
             "[default: built-in]",
@@ -170,7 +170,7 @@ def evaluation_options(command: Command) -> Command:
     """Give a command the options of an evaluation afterwards; it gets them as ``evaluation``."""
     declared = (
         click.option(
-            "--eval-text", help="Text to evaluate on, as --calibration.  [default: Python's text, another part]"
+            "--eval-text", help="Text to evaluate on, as --calibration.  [default: the built-in text, another part]"
         ),
         click.option("--eval-rows", type=click.IntRange(1), default=16, help="Rows to evaluate on."),
         click.option(

@@ -20,7 +20,7 @@ class EvalConfig:
 
     Attributes:
         text: Text file, directory of such files, or Hub data set ``name[:config][:split]``; None for the evaluation
-            part of the text that comes with Python.
+            part of the built-in text.
         column: Column of a data set that holds the text.
         rows: Number of rows.
         row_tokens: Length of each row in tokens, BOS included; it is also the stride. None as in

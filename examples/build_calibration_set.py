@@ -4,7 +4,7 @@
     python examples/build_calibration_set.py MODEL_DIR out.safetensors --source my_texts/
     python examples/build_calibration_set.py MODEL_DIR out.safetensors --source chat.jsonl --chat-template
 
-Without ``--source`` the text is that which comes with Python: it is there on every machine, offline.
+Without ``--source`` it is the built-in text, which is there on every machine, offline.
 """
 
 from pathlib import Path

@@ -76,7 +76,7 @@ class _RowMaker:
         try:
             rows = self._of_source(share.source, count)
         except CalibrationError as error:
-            message = f"{share.source}: cannot be read. Python's own text takes its place. ({error})"
+            message = f"{share.source}: cannot be read. The built-in text takes its place. ({error})"
             warnings.warn(message, BpwiseWarning, stacklevel=2)
             return self._of_source(BUILT_IN, count)
         return replace(rows, description=f"{rows.description} (license: {share.license})")

@@ -1,4 +1,4 @@
-"""Text that every machine has, offline: the documentation and sources that come with Python."""
+"""Text that every machine has, offline: texts of our own, and the documentation and sources that come with Python."""
 
 import ast
 import hashlib
@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
-from ...errors import CalibrationError, ConfigError
+from ...errors import ConfigError
 from .sources import Document, TextPart, TextSource
 
 __all__ = ["TextUse", "builtin_texts"]
@@ -32,6 +32,10 @@ _SKIPPED = frozenset({"keyword.py", "opcode.py", "stringprep.py", "symbol.py", "
 # subject, and no long file fills many rows.
 _PASSAGE_CHARACTERS = 8000
 
+# Files of our own writing, one for each kind of text; a line of this alone stands between documents.
+_OWN = Path(__file__).with_name("own")
+_BETWEEN_DOCUMENTS = "%%%%"
+
 # Less (a lone docstring line, an empty __init__.py) is no text to read, in characters.
 _MIN_CHARACTERS = 200
 
@@ -40,23 +44,23 @@ _MIN_COPIED_CHARACTERS = 80
 
 
 def builtin_texts(use: TextUse, *, order: int = 0) -> TextSource:
-    """Return Python's own help topics and standard library, about half prose and half code when drawn evenly.
+    """Return texts of many kinds, the same amount of each when drawn evenly.
 
-    A document belongs to the calibration or to the evaluation text by a hash of its name, the same on every
-    machine; a file's docstrings (prose) and its code go together. Paragraphs that several help topics repeat
-    are kept in one of them only, so the two uses share no text beyond common phrases. The contents depend on
-    the Python version.
+    Seven kinds were written for this purpose and ship with bpwise; two are Python's help topics and docstrings, and the
+    sources of its standard library. A document belongs to the calibration or to the evaluation text by a hash of its
+    name or, of our own, its text, the same on every machine; a file's docstrings and its code go together. Paragraphs
+    that several help topics repeat are kept in one of them only, so the two uses share no text beyond common phrases.
+    The contents depend on the Python version; where it comes without its sources, these two kinds are missing.
 
     Args:
         use: Which of the two disjoint halves.
         order: Any integer; the pseudo-random order in which documents come depends on it alone.
 
     Returns:
-        Source with the parts ``prose`` (help topics and docstrings) and ``code``.
+        Source with the parts ``python docs`` (help topics and docstrings), ``python code``, and our own by their names.
 
     Raises:
         ConfigError: `use` is neither "calibration" nor "evaluation".
-        CalibrationError: This Python comes without its standard library's sources.
     """
     if use not in get_args(TextUse):
         raise ConfigError(
@@ -65,22 +69,24 @@ def builtin_texts(use: TextUse, *, order: int = 0) -> TextSource:
     root = Path(sysconfig.get_paths()["stdlib"])
     modules = {name: path for name, path in _modules(root).items() if _use_of(name) == use}
     topics = {name: text for name, text in _topics().items() if _use_of(name) == use}
-    if not modules:
-        raise CalibrationError(
-            f"{root}: this Python comes without the sources of its standard library. "
-            "Name a file or a data set to take text from."
-        )
     code = {name: partial(_source, path) for name, path in modules.items()}
-    prose: dict[str, Callable[[], str]] = {name: partial(_docstrings, path) for name, path in modules.items()}
-    prose.update({name: partial(str, text) for name, text in topics.items()})
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    return TextSource(
-        f"Python {version} documentation and standard library sources, {use} part",
-        (
-            TextPart("prose", partial(_documents, "prose", prose, order)),
-            TextPart("code", partial(_documents, "code", code, order)),
-        ),
-    )
+    docs: dict[str, Callable[[], str]] = {name: partial(_docstrings, path) for name, path in modules.items()}
+    docs.update({name: partial(str, text) for name, text in topics.items()})
+    parts = [
+        TextPart(kind, partial(_documents, kind, texts, order))
+        for kind, texts in (("python docs", docs), ("python code", code))
+        if texts
+    ]
+    python = f", Python {sys.version_info.major}.{sys.version_info.minor} documentation and sources" if parts else ""
+    own = [TextPart(path.stem, partial(_own_documents, path, use, order)) for path in sorted(_OWN.glob("*.txt"))]
+    return TextSource(f"bpwise's own texts of {len(own)} kinds{python}, {use} part", (*own, *parts))
+
+
+def _own_documents(path: Path, use: TextUse, order: int) -> Iterator[Document]:
+    texts = path.read_text(encoding="utf-8").split(f"\n{_BETWEEN_DOCUMENTS}\n")
+    numbered = [(number, text) for number, text in enumerate(texts, start=1) if _use_of(text) == use]
+    for number, text in sorted(numbered, key=lambda each: _digest(f"{order}/{each[1]}")):
+        yield Document(f"{path.stem}: {number}", text)
 
 
 def _use_of(name: str) -> TextUse:

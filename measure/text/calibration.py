@@ -46,7 +46,7 @@ class CalibrationConfig:
 
     Attributes:
         source: Text file, directory of such files, or Hub data set ``name[:config][:split]``; ``self`` has the model
-            write the rows; ``built-in`` or None for the text that comes with Python, which works offline; ``mix`` for
+            write the rows; ``built-in`` or None for the text that ships with bpwise, which works offline; ``mix`` for
             data sets of the Hub of several kinds; or several of these, as ``shares_of`` takes them.
         column: Column of a data set that holds the text; None looks for ``text``, then ``content``.
         chat_template: Render chat turns with the tokenizer's chat template; without a column they are looked for in

@@ -11,7 +11,7 @@ from ...errors import ConfigError
 __all__ = ["BUILT_IN", "MIX", "SELF", "Share", "rows_of", "shares_of", "spread_places"]
 
 BUILT_IN = "built-in"
-"""The source that stands for the text that comes with Python."""
+"""The source that stands for the text that ships with bpwise (see ``builtin_text``)."""
 
 SELF = "self"
 """The source that stands for the model itself (see ``generation``). A file of this name can be given as ``./self``."""
@@ -27,7 +27,7 @@ class Share:
     """A source of calibration text, and its part of the rows.
 
     Attributes:
-        source: As ``CalibrationConfig.source`` names a single one; ``BUILT_IN`` for what comes with Python.
+        source: As ``CalibrationConfig.source`` names a single one; ``BUILT_IN`` for what ships with bpwise.
         share: Its weight among all, above 0.
         license: That of a data set that bpwise chose; None for all others.
     """
@@ -53,7 +53,7 @@ def shares_of(source: str | None) -> tuple[Share, ...]:
 
     Args:
         source: Sources with commas between them, each with ``=SHARE`` or a share of 1; a path that exists is one
-            source, whatever is in its name. None for what comes with Python.
+            source, whatever is in its name. None for the built-in text.
 
     Raises:
         ConfigError: A source has no name, or a share of 0.

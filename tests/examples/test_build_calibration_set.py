@@ -51,7 +51,7 @@ def test_own_text(main: click.Command, model: Path, tmp_path: Path) -> None:
 def test_builtin_text(main: click.Command, model: Path, tmp_path: Path) -> None:
     result = run(main, model, tmp_path / "out.safetensors", "--rows", 8, "--row-tokens", 16)
     assert result.exit_code == 0, result.output
-    for kind in ("prose", "code", "random token ids"):
+    for kind in ("web", "python code", "random token ids"):
         assert kind in result.output
 
 

@@ -481,7 +481,7 @@ class TestStageByStage:
             ("out", ["EXL2 model", "15 quantized linears", "model.layers.1.mlp.down_proj", "lm_head"]),
             ("model", ["checkpoint", "model_type llama", "model.layers.1.mlp.down_proj.weight", "96"]),
             ("measurement.safetensors", ["measurement", "exl2 8", "model.layers.1.mlp.down_proj", "lm_head"]),
-            ("calibration.safetensors", ["calibration set", "8 rows of 32 tokens", "prose"]),
+            ("calibration.safetensors", ["calibration set", "8 rows of 32 tokens", "essays"]),
             ("plan.json", ["EXL2 plan", "asked 4.5", "model.layers.1.mlp.down_proj", "lm_head"]),
         ],
     )

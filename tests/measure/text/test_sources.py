@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -295,6 +296,10 @@ def test_importing_does_not_load_datasets() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+OWN = Path(builtin_text.__file__).with_name("own")
+OWN_KINDS = ["essays", "fiction", "languages-east", "languages-west", "programs", "reference", "web"]
+
+
 @pytest.fixture(scope="module")
 def builtin() -> list[list[Document]]:
     """All documents of the calibration and of the evaluation part; takes seconds to read."""
@@ -306,8 +311,10 @@ class TestBuiltin:
         origins = [{document.origin for document in documents} for documents in builtin]
         assert len(origins[0]) > 100
         assert len(origins[1]) > 100
-        # The name without the kind: a file's docstrings and its code must be on the same side, too.
-        names = [{origin.split(": ")[1] for origin in part} for part in origins]
+        # Without "docs" and "code": a file's docstrings and its code must be on the same side, too.
+        names = [
+            {origin.removeprefix("python docs").removeprefix("python code") for origin in part} for part in origins
+        ]
         assert not names[0] & names[1]
 
     def test_the_two_parts_share_no_paragraph_of_the_help_topics(self, builtin: list[list[Document]]) -> None:
@@ -315,7 +322,7 @@ class TestBuiltin:
             {
                 " ".join(paragraph.split())
                 for document in documents
-                if document.origin.startswith("prose: topics/")
+                if document.origin.startswith("python docs: topics/")
                 for paragraph in document.text.split("\n\n")
             }
             for documents in builtin
@@ -324,18 +331,34 @@ class TestBuiltin:
         assert not {text for text in paragraphs[0] & paragraphs[1] if len(text) >= 80}
 
     @pytest.mark.parametrize("use", ["calibration", "evaluation"])
-    def test_holds_enough_of_both_kinds(self, builtin: list[list[Document]], use: builtin_text.TextUse) -> None:
+    def test_holds_enough_of_every_kind(self, builtin: list[list[Document]], use: builtin_text.TextUse) -> None:
         source = builtin_texts(use)
-        assert [part.name for part in source.parts] == ["prose", "code"]
+        names = [part.name for part in source.parts]
+        assert names == [*OWN_KINDS, "python docs", "python code"]
         for part in source.parts:
             documents = builtin[use == "evaluation"]
-            # 32 rows of 1024 tokens, half of each kind, at 5 characters per token.
-            assert sum(len(document.text) for document in documents if document.kind == part.name) > 16 * 1024 * 5
-        assert source.description.endswith(f"documentation and standard library sources, {use} part")
+            # 32 rows of 1024 tokens, as many of each kind, at 4 bytes per token.
+            written = sum(len(document.text.encode()) for document in documents if document.kind == part.name)
+            assert written > 32 * 1024 * 4 / len(names), part.name
+        assert source.description.startswith(f"bpwise's own texts of {len(OWN_KINDS)} kinds, Python 3.")
+        assert source.description.endswith(f"documentation and sources, {use} part")
+
+    def test_own_documents_are_all_there_once(self, builtin: list[list[Document]]) -> None:
+        for path in OWN.glob("*.txt"):
+            whole = path.read_text(encoding="utf-8").strip().split("\n%%%%\n")
+            found = [each.text.strip() for documents in builtin for each in documents if each.kind == path.stem]
+            assert sorted(found) == sorted(text.strip() for text in whole)
+            assert len(set(found)) == len(found) > 20
+
+    def test_own_documents_are_of_many_languages(self) -> None:
+        text = "".join(path.read_text(encoding="utf-8") for path in OWN.glob("*.txt"))
+        scripts = {unicodedata.name(letter, "?").split()[0] for letter in text if letter.isalpha()}
+        expected = {"LATIN", "CYRILLIC", "GREEK", "CJK", "HIRAGANA", "HANGUL", "ARABIC", "DEVANAGARI", "THAI", "HEBREW"}
+        assert expected <= scripts
 
     def test_order_is_fixed_by_its_number(self) -> None:
         def names(order: int) -> list[str]:
-            return [document.origin for document in builtin_texts("calibration", order=order).parts[1].documents()]
+            return [document.origin for document in builtin_texts("calibration", order=order).parts[-1].documents()]
 
         assert names(0) == names(0)
         assert names(0) != names(1)
@@ -343,12 +366,12 @@ class TestBuiltin:
 
     def test_code_passages_are_all_of_each_file_once(self) -> None:
         found: dict[str, set[str]] = {}
-        for document in builtin_texts("calibration").parts[1].documents():
+        for document in builtin_texts("calibration").parts[-1].documents():
             passages = found.setdefault(document.origin, set())
             assert document.text not in passages
             passages.add(document.text)
         origin, passages = max(found.items(), key=lambda item: len(item[1]))
-        source = Path(builtin_text.sysconfig.get_paths()["stdlib"], origin.removeprefix("code: "))
+        source = Path(builtin_text.sysconfig.get_paths()["stdlib"], origin.removeprefix("python code: "))
         assert len(passages) > 3
         # Only cuts (a blank line each) and a too short remainder are missing.
         length = len(source.read_text(encoding="utf-8"))
@@ -357,7 +380,7 @@ class TestBuiltin:
     def test_starts_without_parsing_everything(self, monkeypatch: pytest.MonkeyPatch) -> None:
         read = []
         monkeypatch.setattr(builtin_text, "_source", lambda path: read.append(path) or "x = 1\n" * 100)
-        documents = iter(builtin_texts("calibration").parts[1].documents())
+        documents = iter(builtin_texts("calibration").parts[-1].documents())
         next(documents)
         assert len(read) == 1
 
@@ -365,12 +388,14 @@ class TestBuiltin:
         origins = [document.origin for documents in builtin for document in documents]
         for name in ("site-packages", "/test", "idlelib", "encodings", "_sysconfigdata", "keyword.py"):
             assert not [origin for origin in origins if name in origin and "topics" not in origin], name
-        assert "code: argparse.py" in origins
+        assert "python code: argparse.py" in origins
 
     def test_python_without_sources(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setattr(builtin_text.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
-        with pytest.raises(CalibrationError, match="without the sources of its standard library"):
-            builtin_texts("calibration")
+        monkeypatch.setattr(builtin_text, "_topics", dict)
+        source = builtin_texts("calibration")
+        assert [part.name for part in source.parts] == OWN_KINDS
+        assert "Python" not in source.description
 
     def test_unreadable_and_broken_files_are_left_out(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         names = [f"module{number}.py" for number in range(20)]
@@ -381,7 +406,7 @@ class TestBuiltin:
         monkeypatch.setattr(builtin_text.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
         monkeypatch.setattr(builtin_text, "_topics", dict)
         origins = [document.origin for document in builtin_texts("calibration").documents()]
-        assert origins == [f"code: {broken}"]
+        assert [origin for origin in origins if origin.startswith("python")] == [f"python code: {broken}"]
 
     def test_unknown_use(self) -> None:
         with pytest.raises(ConfigError, match=r"Got 'test'. Expected one of \('calibration', 'evaluation'\)"):
