@@ -82,9 +82,8 @@ class _RowMaker:
         return replace(rows, description=f"{rows.description} (license: {share.license})")
 
     def _of_source(self, source: str, count: int) -> CalibrationSet:
-        config = replace(self.config, source=source, rows=count)
-        if source in {BUILT_IN, SELF}:
-            config = replace(config, source=None if source == BUILT_IN else SELF, column=None, chat_template=False)
+        options = {"column": None, "chat_template": False} if source in {BUILT_IN, SELF} else {}
+        config = replace(self.config, source=source, rows=count, **options)
         vocab_size = int(language_config(self.checkpoint)["vocab_size"])
         if source == SELF:
             device = resolve_device(self.device)

@@ -89,6 +89,11 @@ class CalibrationConfig:
         return shares_of(self.source)
 
     @property
+    def is_built_in(self) -> bool:
+        """Whether the built-in text is the only source."""
+        return self.source in {None, BUILT_IN}
+
+    @property
     def tokens_each(self) -> int:
         """Length of each row in tokens, the default where none is asked for."""
         return DEFAULT_ROW_TOKENS if self.row_tokens is None else self.row_tokens
@@ -235,10 +240,10 @@ def build_calibration(
             template though one is asked for, or its ids do not fit the model.
     """
     bos = leading_ids(tokenizer)
-    n_random = n_random_rows(config.rows) if part == "calibration" and config.source is None else 0
+    n_random = n_random_rows(config.rows) if part == "calibration" and config.is_built_in else 0
     n_text, body_tokens = config.rows - n_random, config.tokens_each - len(bos)
     generator = torch.Generator().manual_seed(config.seed)
-    in_order = part == "evaluation" and config.source is not None
+    in_order = part == "evaluation" and not config.is_built_in
     source, pool = _read_text(tokenizer, config, part, n_text, body_tokens, in_order=in_order)
     starts = (
         [row * body_tokens for row in range(n_text)]
@@ -323,7 +328,7 @@ def _read_text(
 
 def _open_source(tokenizer: Tokenizer, config: CalibrationConfig, part: TextUse, opened: ExitStack) -> TextSource:
     """Return the text; what it needs while it is read is closed with ``opened``."""
-    if config.source is None:
+    if config.source is None or config.is_built_in:
         return builtin_texts(part, order=config.seed)
     render_chat = None
     if config.chat_template:

@@ -1,5 +1,6 @@
 """Calibration rows of several sources: what an option means, and what the rows are."""
 
+import json
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -96,13 +97,25 @@ def test_rows_come_from_every_source(make_model: Callable[..., Path], tmp_path: 
     calibration_rows(checkpoint, config, given=CalibrationSet.load(tmp_path / "rows.safetensors"))  # its own tokenizer
 
 
+def test_a_column_is_that_of_the_texts(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    rows = (json.dumps({"words": f"one two three {number}"}) for number in range(400))
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    checkpoint = Checkpoint.open(make_model("model", vocab_size=264))
+    config = CalibrationConfig(source=f"built-in,self,{tmp_path / 'rows.jsonl'}", column="words", rows=6, row_tokens=16)
+    made = calibration_rows(checkpoint, config, device="cpu")
+    assert Counter("rows.jsonl" in origin for origin in made.origins) == {True: 2, False: 4}
+    for source in ("self", "built-in", "built-in,self"):
+        with pytest.raises(ConfigError, match="need a text"):
+            CalibrationConfig(source=source, column="words")
+
+
 def test_text_takes_the_place_of_a_set_that_cannot_be_read(
     make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build = calibrated.build_calibration
 
     def offline(tokenizer: Any, config: CalibrationConfig, **options: Any) -> CalibrationSet:
-        if config.source is None:
+        if config.is_built_in:
             return build(tokenizer, config, **options)
         if config.source.startswith("allenai"):
             raise CalibrationError("no network")
