@@ -18,6 +18,7 @@ __all__ = [
     "NumericalError",
     "PublishError",
     "ShapeError",
+    "UnreachableTextError",
     "UnsupportedModelError",
     "VerificationError",
     "WorkDirectoryError",
@@ -83,6 +84,10 @@ class UnsupportedModelError(BpwiseError):
 
 class CalibrationError(BpwiseError):
     """The calibration or evaluation text cannot be read, or there is too little of it."""
+
+
+class UnreachableTextError(CalibrationError):
+    """A data set of the Hub cannot be reached, or its transfer broke off."""
 
 
 class BudgetError(BpwiseError):

@@ -22,9 +22,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import click
-from bpwise.checkpoint.files.atomic import atomic_file
+from bpwise.checkpoint.files.atomic import atomic_file, write_json
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.checkpoint.source.original import open_model
 from bpwise.convert.conversion import Target
@@ -32,8 +33,9 @@ from bpwise.convert.gguf.llama_cpp.converter import make_base
 from bpwise.convert.gguf.llama_cpp.imatrix import write_imatrix
 from bpwise.convert.gguf.model.reader import GgufModel
 from bpwise.convert.gguf.options import GgufOptions
-from bpwise.errors import BpwiseError
+from bpwise.errors import BpwiseError, ConfigError
 from bpwise.eval.comparison import EvalConfig, compare_with, evaluation_rows
+from bpwise.eval.metrics.overlap import CalibrationSpans, refuse_calibration_text
 from bpwise.eval.models import vocab_size_of
 from bpwise.eval.original import OriginalRun, run_original
 from bpwise.measure.calibrated import measured_rows
@@ -150,12 +152,9 @@ class _Benchmark:
         size = next(result.file_bytes for result in self.results() if result.size_of == size_of)
         with self._file(f"{size_of}-bpwise.gguf") as output:
             start = time.monotonic()
-            config = QuantizeConfig(
-                target=Target(max_bytes=size),
-                options=GgufOptions(base=self.base),
-                evaluate=None,
-                measure=self._measure(),
-            )
+            measure = MeasureConfig(device=next(iter(self.texts.values())).device)
+            options = GgufOptions(base=self.base)
+            config = QuantizeConfig(target=Target(max_bytes=size), options=options, evaluate=None, measure=measure)
             made = quantize_model(self.checkpoint, output, config, measurement=self.measurement, progress=tqdm)
             self._judge(size_of, OURS, output, made.plan.damage_nats, time.monotonic() - start)
 
@@ -173,13 +172,18 @@ class _Benchmark:
         finally:
             path.unlink(missing_ok=True)
 
+    def refuse_calibration_text(self, tokens: CalibrationSet) -> None:
+        spans = CalibrationSpans.of(tokens)
+        for text in self.texts:
+            refuse_calibration_text(self._rows(text), spans)
+
+    def _rows(self, text: str) -> CalibrationSet:
+        tokenizer = load_tokenizer(self.checkpoint.directory)
+        return evaluation_rows(tokenizer, self.texts[text], vocab_size=vocab_size_of(self.checkpoint))
+
     def _original(self, text: str) -> OriginalRun:
         if text not in self._originals:
-            config = self.texts[text]
-            rows = evaluation_rows(
-                load_tokenizer(self.checkpoint.directory), config, vocab_size=vocab_size_of(self.checkpoint)
-            )
-            self._originals[text] = run_original(self.checkpoint, rows, config)
+            self._originals[text] = run_original(self.checkpoint, self._rows(text), self.texts[text])
         return self._originals[text]
 
     def _judge(self, size_of: str, maker: str, path: Path, predicted: float | None, seconds: float) -> None:
@@ -224,9 +228,29 @@ def _plot(results: Sequence[Result], output: Path) -> None:
     figure.savefig(output)
 
 
-def _named(pairs: Sequence[str]) -> dict[str, str]:
-    # Of options as NAME=PATH.
-    return {name: path for name, _, path in (pair.partition("=") for pair in pairs)}
+def _named(option: str, pairs: Sequence[str]) -> dict[str, str]:
+    named: dict[str, str] = {}
+    for pair in pairs:
+        name, _, path = pair.partition("=")
+        if not (name and path) or name in named or name in {*MIXTURES, OURS, _LLAMA_QUANTIZE}:
+            raise ConfigError(
+                f"{option}: not usable. Got {pair!r}. Expected NAME=PATH, with a name of its own. Name it."
+            )
+        named[name] = path
+    return named
+
+
+def _require_same(work: Path, options: dict[str, Any]) -> None:
+    # What is kept is of the run that it was made in.
+    path = work / "options.json"
+    if not path.exists():
+        write_json(path, options)
+    before = json.loads(path.read_text())
+    changed = [key for key, value in options.items() if before.get(key) != value]
+    if changed:
+        raise ConfigError(
+            f"{work}: results of another run. Got another {', '.join(changed)}. Expected the same. Name another folder."
+        )
 
 
 @click.command()
@@ -258,10 +282,19 @@ def main(
 ) -> None:
     """Compare MODEL's GGUF files."""
     work_dir.mkdir(parents=True, exist_ok=True)
-    evaluate = EvalConfig(rows=eval_rows, row_tokens=eval_row_tokens, device=device)
-    judged = {name: replace(evaluate, text=path) for name, path in _named(texts).items()} or {_BUILT_IN: evaluate}
     try:
+        evaluate = EvalConfig(rows=eval_rows, row_tokens=eval_row_tokens, device=device)
+        named, others = _named("--text", texts), _named("--file", files)
+        judged = {name: replace(evaluate, text=path) for name, path in named.items()} or {_BUILT_IN: evaluate}
         checkpoint = open_model(model)
+        checkpoint.prepare_fingerprint(tqdm)
+        options = {
+            "model": checkpoint.fingerprint,
+            "calibration": [calibration, rows, row_tokens],
+            "measurement": None if measurement is None else str(measurement),
+            "evaluation": [eval_rows, eval_row_tokens],
+        }
+        _require_same(work_dir, options)
         if measurement is None:
             measurement = work_dir / "measurement.safetensors"
             if not measurement.exists():
@@ -271,6 +304,7 @@ def main(
                 measure_model(checkpoint, measurement, config, formats=formats, progress=tqdm)
         tokens: CalibrationSet = measured_rows(Measurement.load(measurement))
         benchmark = _Benchmark(checkpoint, work_dir, measurement, judged)
+        benchmark.refuse_calibration_text(tokens)
         if not benchmark.imatrix.exists():
             with atomic_file(benchmark.imatrix) as temporary:
                 write_imatrix(temporary, input_mean_squares(checkpoint, tokens.tokens, device))
@@ -278,7 +312,7 @@ def main(
             make_base(checkpoint, benchmark.base)
         for mixture in filter(None, types.split(",")):
             benchmark.run_mixture(mixture)
-        for name, path in _named(files).items():
+        for name, path in others.items():
             benchmark.run_file(name, Path(path))
     except BpwiseError as error:
         raise click.ClickException(str(error)) from error

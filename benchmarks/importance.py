@@ -7,6 +7,7 @@ from bpwise.checkpoint.model.families import HEAD
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.convert.gguf.llama_cpp.imatrix import ImportanceMatrix
 from bpwise.convert.gguf.model.names import gguf_name
+from bpwise.linalg.precision import in_float64, precise_device
 from bpwise.measure.device import resolve_device
 from bpwise.measure.model.batches import micro_batches
 from bpwise.measure.model.stream import StreamedModel
@@ -37,7 +38,7 @@ def input_mean_squares(checkpoint: Checkpoint, tokens: Tensor, device: str = "cp
             for batch in micro_batches(*tokens.shape):
                 output[batch] = model.run_block(index, hidden[batch].to(model.device), batch.start).cpu()
                 for name in firsts:
-                    square = taps[name].flatten(0, 1).double().square().sum(dim=0)
+                    square = in_float64(taps[name].flatten(0, 1)).square().sum(dim=0)
                     sums[name] = sums[name] + square if name in sums else square
         hidden = output
         for stage in model.structure(index).groups:
@@ -46,10 +47,10 @@ def input_mean_squares(checkpoint: Checkpoint, tokens: Tensor, device: str = "cp
     if not model.source.tied_embeddings:
         with model.tail() as head, tapped_inputs(head, [""]) as taps:
             model.logits(hidden[:1].to(model.device))
-            total = torch.zeros_like(taps[""][0, 0], dtype=torch.float64)
+            total = torch.zeros(taps[""].shape[-1], dtype=torch.float64, device=precise_device(model.device))
             for row in hidden:
                 model.logits(row[None].to(model.device))
-                total += taps[""].flatten(0, 1).double().square().sum(dim=0)
+                total += in_float64(taps[""].flatten(0, 1)).square().sum(dim=0)
         means[_name(HEAD)] = (total / tokens.numel()).float().cpu()
     rows, row_tokens = tokens.shape
     return ImportanceMatrix.from_means(means, tokens.numel(), chunks=rows, chunk_tokens=row_tokens)

@@ -170,7 +170,8 @@ def evaluation_options(command: Command) -> Command:
     """Give a command the options of an evaluation afterwards; it gets them as ``evaluation``."""
     declared = (
         click.option(
-            "--eval-text", help="Text to evaluate on, as --calibration.  [default: the built-in text, another part]"
+            "--eval-text",
+            help="Text to evaluate on: file, directory or Hub data set.  [default: the built-in text, another part]",
         ),
         click.option("--eval-rows", type=click.IntRange(1), default=16, help="Rows to evaluate on."),
         click.option(
@@ -303,7 +304,8 @@ def _measuring(
     from ..measure.run import MeasureConfig
     from ..measure.text.calibration import CalibrationConfig, CalibrationSet
 
-    saved = CalibrationSet.load(Path(calibration)) if calibration and calibration.endswith(".safetensors") else None
+    is_saved = calibration is not None and calibration.endswith(".safetensors") and "," not in calibration
+    saved = CalibrationSet.load(Path(calibration)) if calibration and is_saved else None
     text = CalibrationConfig(
         source=None if saved else calibration,
         column=column,

@@ -9,6 +9,7 @@ from ..checkpoint.source.checkpoint import TensorSource
 from ..errors import ConfigError
 from ..measure.text.calibration import CalibrationConfig
 from ..measure.text.context import EVALUATION, fit_row_tokens
+from ..measure.text.mixture import BUILT_IN, is_plain
 from .models import DTYPES
 
 __all__ = ["EvalConfig"]
@@ -53,6 +54,11 @@ class EvalConfig:
                 f"dtype: not usable. Got {self.dtype!r}. Expected one of {', '.join(DTYPES)}. Choose another."
             )
         self.calibration_config()
+        if not is_plain(self.text):
+            raise ConfigError(
+                f"text: not usable to evaluate on. Got {self.text!r}. Expected a file, a directory, a Hub data set or "
+                f"{BUILT_IN}. Name one of them."
+            )
 
     def fitted(self, source: TensorSource) -> EvalConfig:
         """Return the same with the length that rows have for a model.

@@ -4,7 +4,7 @@
     python examples/build_calibration_set.py MODEL_DIR out.safetensors --source my_texts/
     python examples/build_calibration_set.py MODEL_DIR out.safetensors --source chat.jsonl --chat-template
 
-Without ``--source`` it is the built-in text, which is there on every machine, offline.
+Without ``--source`` the built-in text is used, which is there on every machine, offline.
 """
 
 from pathlib import Path

@@ -11,14 +11,14 @@ import torch
 from ..checkpoint.files.schemas import check_schema
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..checkpoint.source.language import language_config
-from ..errors import BpwiseWarning, CalibrationError, FormatError
+from ..errors import BpwiseWarning, FormatError, UnreachableTextError, reason
 from ..progress import Progress, silent
 from .device import resolve_device
 from .measurement import Measurement
 from .text.calibration import CalibrationConfig, CalibrationSet, build_calibration, require_tokens
 from .text.context import CALIBRATION, check_rows, fit_row_tokens
 from .text.generation import write_rows
-from .text.mixture import BUILT_IN, SELF, Share, rows_of, spread_places
+from .text.mixture import BUILT_IN, NAMES, SELF, Share, rows_of, spread_places
 from .text.tokenizer import Tokenizer, load_tokenizer, token_fingerprint
 
 __all__ = ["calibration_rows", "joined_rows", "measured_rows"]
@@ -44,7 +44,10 @@ def calibration_rows(
     Raises:
         CalibrationError: The text or the tokenizer cannot be read, there is too little text, the model cannot be
             loaded to write it, or rows that are given were made with another vocabulary.
-        ConfigError: Rows are longer than the model's context.
+        ConfigError: Rows are longer than the model's context, or there is no such device.
+
+    Warns:
+        BpwiseWarning: A data set of ``mix`` cannot be reached; the built-in text takes its place.
     """
     if given is not None:
         check_rows(checkpoint, given, CALIBRATION)
@@ -53,10 +56,26 @@ def calibration_rows(
         return given
     config = replace(config, row_tokens=fit_row_tokens(config.row_tokens, checkpoint, CALIBRATION))
     maker = _RowMaker(checkpoint, load_tokenizer(checkpoint.directory), config, device, progress)
-    shares = config.shares
-    sets = [
-        maker.rows(share, count) for share, count in zip(shares, rows_of(shares, config.rows), strict=True) if count
-    ]
+    counts = dict(zip(config.shares, rows_of(config.shares, config.rows), strict=True))
+    built_in = sum(count for share, count in counts.items() if share.source == BUILT_IN)
+    sets = []
+    for share, count in counts.items():
+        if not count or share.source == BUILT_IN:
+            continue
+        try:
+            sets.append(maker.rows(share, count))
+        except UnreachableTextError as error:
+            if share.license is None:
+                raise
+            warnings.warn(
+                f"{share.source}: cannot be reached. Got {reason(error.__cause__ or error)!r}. Expected a data set "
+                "of the Hub. The built-in text takes its place.",
+                BpwiseWarning,
+                stacklevel=2,
+            )
+            built_in += count
+    if built_in:
+        sets.append(maker.rows(Share(BUILT_IN, 1.0), built_in))
     return sets[0] if len(sets) == 1 else joined_rows(sets, maker.tokenizer)
 
 
@@ -71,26 +90,24 @@ class _RowMaker:
     progress: Progress
 
     def rows(self, share: Share, count: int) -> CalibrationSet:
-        if share.license is None:
-            return self._of_source(share.source, count)
-        try:
-            rows = self._of_source(share.source, count)
-        except CalibrationError as error:
-            message = f"{share.source}: cannot be read. The built-in text takes its place. ({error})"
-            warnings.warn(message, BpwiseWarning, stacklevel=2)
-            return self._of_source(BUILT_IN, count)
-        return replace(rows, description=f"{rows.description} (license: {share.license})")
-
-    def _of_source(self, source: str, count: int) -> CalibrationSet:
-        options = {"column": None, "chat_template": False} if source in {BUILT_IN, SELF} else {}
-        config = replace(self.config, source=source, rows=count, **options)
+        of_user = share.source not in NAMES and share.license is None
+        config = replace(
+            self.config,
+            source=share.source,
+            rows=count,
+            column=self.config.column if of_user else None,
+            chat_template=self.config.chat_template and of_user,
+        )
         vocab_size = int(language_config(self.checkpoint)["vocab_size"])
-        if source == SELF:
+        if share.source == SELF:
             device = resolve_device(self.device)
             return write_rows(
                 self.checkpoint, self.tokenizer, config, vocab_size=vocab_size, device=device, progress=self.progress
             )
-        return build_calibration(self.tokenizer, config, vocab_size=vocab_size)
+        rows = build_calibration(self.tokenizer, config, vocab_size=vocab_size)
+        if share.license is None:
+            return rows
+        return replace(rows, description=f"{rows.description} (license: {share.license})")
 
 
 def joined_rows(sets: Sequence[CalibrationSet], tokenizer: Tokenizer) -> CalibrationSet:
@@ -99,6 +116,9 @@ def joined_rows(sets: Sequence[CalibrationSet], tokenizer: Tokenizer) -> Calibra
     Args:
         sets: At least one, with rows of the same length.
         tokenizer: What made their tokens.
+
+    Returns:
+        As many rows as all have together.
     """
     places = spread_places([len(rows.tokens) for rows in sets])
     tokens = torch.stack([sets[source].tokens[row] for source, row in places])

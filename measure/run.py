@@ -33,6 +33,7 @@ from .passes import MeasuringPasses, finished_decoder, finished_head
 from .preparing import prepared_curves
 from .text.calibration import CalibrationConfig, CalibrationSet
 from .text.context import CALIBRATION, check_rows
+from .text.mixture import NAMES
 
 __all__ = [
     "MEASURED",
@@ -266,7 +267,7 @@ def measure_model(
     """
     checkpoint = open_model(model)
     work = work or work_beside(output)
-    files = tuple(Path(share.source) for share in config.calibration.shares)
+    files = tuple(Path(share.source) for share in config.calibration.shares if share.source not in NAMES)
     check_run(output, work, directories=checkpoint.directories, files=files, offload=(config.offload_dir,))
     if not force:
         refuse_foreign(output, is_measurement, "a measurement")

@@ -14,6 +14,7 @@ from ..convert.registry import format_asking, formats
 from ..errors import ConfigError
 from ..eval.config import EvalConfig
 from ..measure.run import MeasureConfig
+from ..measure.text.mixture import BUILT_IN
 
 __all__ = ["QuantizeConfig"]
 
@@ -47,7 +48,9 @@ class QuantizeConfig:
             ConfigError: They contradict each other, or the model's id is not one.
         """
         check_base_model(self.base_model)
-        calibration = {share.source for share in self.measure.calibration.shares}
+        calibration = {share.source for share in self.measure.calibration.shares} - {
+            BUILT_IN
+        }  # its halves share nothing
         held_out = self.evaluate is not None and not self.evaluate.allow_calibration_text
         if held_out and self.evaluate is not None and self.evaluate.text in calibration:
             raise ConfigError(

@@ -15,9 +15,9 @@ from .estimate import Estimate, mean_over_rows
 
 __all__ = ["PIECE_ELEMENTS", "TOP_COUNT", "Summary", "TokenStatistics", "token_statistics"]
 
-PIECE_ELEMENTS = 1 << 22
-"""Logits of a model that are worked on at once. Temporaries of 16 MiB stay with the allocator; larger ones come from
-the system each time, in pages that it has to clear: with a vocabulary of 262144 that took twice as long as all else."""
+PIECE_ELEMENTS = 1 << 21
+"""Logits of a model that are worked on at once. Temporaries of 8 MiB stay with the allocator; from 16 MiB on they come
+from the system each time, in pages that it has to clear: that took twice as long as all else."""
 
 TOP_COUNT = 5
 """Most likely tokens that are kept of each prediction."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -170,7 +170,9 @@ class WeightReader:
             weight = self.read(f"{path}.{index}.{inner}")
             dtype = self._dtype if weight.is_floating_point() else weight.dtype
             if self._device.type == "cuda" and weight.device.type == "cpu":
-                weight = torch.empty_like(weight, dtype=dtype, pin_memory=True).copy_(weight)
+                # Page-locked memory may be limited: a copy from other memory is only waited for.
+                with suppress(RuntimeError):
+                    weight = torch.empty_like(weight, dtype=dtype, pin_memory=True).copy_(weight)
             yield inner, weight.to(dtype)
 
     def place(self, name: str, tensor: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from ...checkpoint.files.safetensors_file import load_metadata, load_tensors, sa
 from ...errors import CalibrationError, ConfigError, ShapeError
 from .builtin_text import TextUse, builtin_texts
 from .chat_rows import render_turns
-from .mixture import BUILT_IN, SELF, Share, shares_of
+from .mixture import BUILT_IN, SELF, Share, is_plain, shares_of
 from .rows import RANDOM_ORIGIN, TokenPool, n_random_rows, random_ids, read_pool, spread_starts
 from .sources import TextSource, read_texts
 from .tokenizer import Tokenizer, chat_template, leading_ids, token_fingerprint
@@ -78,10 +78,7 @@ class CalibrationConfig:
             raise ConfigError(f"seed: not usable. Got {self.seed}. Expected from 0 to 2**63 - 1. Choose another.")
         named = {share.source for share in self.shares} - {BUILT_IN, SELF}
         if not named and (self.column is not None or self.chat_template):
-            raise ConfigError(
-                "column, chat_template: need a text; the built-in one and what the model writes have no columns. "
-                "Leave them out."
-            )
+            raise ConfigError("column, chat_template: need a text of your own, which has columns. Leave them out.")
 
     @property
     def shares(self) -> tuple[Share, ...]:
@@ -238,7 +235,10 @@ def build_calibration(
     Raises:
         CalibrationError: The text cannot be read, there is too little of it, the tokenizer has no chat
             template though one is asked for, or its ids do not fit the model.
+        ConfigError: The source is the model itself, or several.
     """
+    if not is_plain(config.source):
+        raise ConfigError(f"text: not usable. Got {config.source!r}. Expected one text or data set. Name one.")
     bos = leading_ids(tokenizer)
     n_random = n_random_rows(config.rows) if part == "calibration" and config.is_built_in else 0
     n_text, body_tokens = config.rows - n_random, config.tokens_each - len(bos)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...errors import ConfigError
 
-__all__ = ["BUILT_IN", "MIX", "SELF", "Share", "rows_of", "shares_of", "spread_places"]
+__all__ = ["BUILT_IN", "MIX", "NAMES", "SELF", "Share", "is_plain", "rows_of", "shares_of", "spread_places"]
 
 BUILT_IN = "built-in"
 """The source that stands for the text that ships with bpwise (see ``builtin_text``)."""
@@ -18,6 +18,9 @@ SELF = "self"
 
 MIX = "mix"
 """The source that stands for data sets of the Hub of several kinds."""
+
+NAMES = frozenset({BUILT_IN, SELF, MIX})
+"""Sources that are no files or data sets."""
 
 _SHARE = re.compile(r"(.*)=(\d{1,6}(?:\.\d{1,6})?)", re.ASCII | re.DOTALL)
 
@@ -49,40 +52,48 @@ _MIX = (
 
 
 def shares_of(source: str | None) -> tuple[Share, ...]:
-    """Return the sources that an option names, ``MIX`` taken apart.
+    """Return the sources that an option names, each once, ``MIX`` taken apart.
 
     Args:
         source: Sources with commas between them, each with ``=SHARE`` or a share of 1; a path that exists is one
             source, whatever is in its name. None for the built-in text.
 
     Raises:
-        ConfigError: A source has no name, or a share of 0.
+        ConfigError: A source has no name, or a share that is not above 0, or is a saved calibration set beside others.
     """
     if source is None:
         return (Share(BUILT_IN, 1.0),)
-    if _exists(source):
-        return (Share(source, 1.0),)
-    found: list[Share] = []
-    for text in source.split(","):
-        match = None if _exists(text) else _SHARE.fullmatch(text)
-        name, share = (match[1], float(match[2])) if match else (text, 1.0)
-        if not (name.strip() and share > 0):
+    parts = [source] if _exists(source) else [part.strip() for part in source.split(",")]
+    found: dict[str, Share] = {}
+    for part in parts:
+        match = None if _exists(part) else _SHARE.fullmatch(part)
+        name, share = (match[1].strip(), float(match[2])) if match else (part, 1.0)
+        if not (name and share > 0) or ("=" in name and not _exists(name)):
             raise ConfigError(
-                f"--calibration: not usable. Got {text!r} in {source!r}. Expected SOURCE or SOURCE=SHARE, with a share "
-                "above 0, for example 'self=2,built-in'. Correct it."
+                f"source: not usable. Got {part!r} in {source!r}. Expected SOURCE or SOURCE=SHARE, with a share above "
+                "0. Name sources as in 'self=2,built-in'."
+            )
+        if len(parts) > 1 and name.endswith(".safetensors"):
+            raise ConfigError(
+                f"source: a saved calibration set beside others. Got {part!r} in {source!r}. Expected texts, data sets "
+                f"or {', '.join(sorted(NAMES))}. Name the set alone."
             )
         whole = sum(each.share for each in _MIX)
-        found += (
-            [Share(each.source, share * each.share / whole, each.license) for each in _MIX]
-            if name == MIX
-            else [Share(name, share)]
-        )
-    return tuple(found)
+        mix = [replace(each, share=share * each.share / whole) for each in _MIX]
+        for each in mix if name == MIX else [Share(name, share)]:
+            before = found.get(each.source)
+            found[each.source] = each if before is None else replace(before, share=before.share + each.share)
+    return tuple(found.values())
+
+
+def is_plain(source: str | None) -> bool:
+    """Return whether an option names one text that can be read: a file, a folder, a data set or the built-in text."""
+    return source not in {SELF, MIX} and len(shares_of(source)) == 1
 
 
 def _exists(source: str) -> bool:
     try:
-        return bool(source) and Path(source).exists()
+        return source not in NAMES and bool(source) and Path(source).exists()
     except (OSError, ValueError):  # a name that is too long, or holds a NUL
         return False
 
@@ -90,7 +101,14 @@ def _exists(source: str) -> bool:
 def rows_of(shares: tuple[Share, ...], rows: int) -> list[int]:
     """Return how many of some rows each source gives: in proportion to their shares, to the nearest row.
 
-    Each gives one at least where there are enough; rows that are left over go where most is missing.
+    Each gives one at least where there are enough rows, and some give none where there are not.
+
+    Args:
+        shares: The sources, at least one.
+        rows: Number of rows.
+
+    Returns:
+        A number for each source, with ``rows`` as their sum.
     """
     whole = sum(each.share for each in shares)
     counts = [0] * len(shares)

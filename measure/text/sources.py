@@ -10,7 +10,7 @@ from glob import escape as glob_escape
 from pathlib import Path
 from typing import Any
 
-from ...errors import CalibrationError, reason
+from ...errors import CalibrationError, UnreachableTextError, reason
 from .chat_rows import CHAT_COLUMNS, chat_turns
 
 __all__ = [
@@ -242,8 +242,8 @@ def _hub_source(source: str, rows_to_documents: _RowReader) -> TextSource:
     return TextSource(f"Hub data set {label}", (TextPart(label, partial(rows_to_documents, label, rows)),))
 
 
-def _hub_error(source: str, error: Exception) -> CalibrationError:
-    return CalibrationError(
+def _hub_error(source: str, error: Exception) -> UnreachableTextError:
+    return UnreachableTextError(
         f"{source}: no such file or directory, and reading it as the Hub data set name[:config][:split] "
         f"failed ({reason(error)}). Check the name and the network, or use a local file or the "
         "built-in text."

@@ -22,7 +22,6 @@ from ...measure.model.batches import MICRO_BATCH_TOKENS
 from ...measure.statistics.heldout import DAMPINGS, FEW_DIRECTIONS, SIGNS
 from ...measure.statistics.inputs import GRAM_BLOCK
 from ...measure.statistics.sketch import SKETCHED
-from ...measure.text.generation import ROWS_TOGETHER
 from ..rounding.drift import RIDGES, TRIED_COLUMNS
 from .passes import Tokens, pass_backward, pass_forward, product, products, read_weights
 from .shapes import BlockShape, GroupShape, ModelShape
@@ -138,20 +137,16 @@ def tuning(shape: ModelShape, tokens: Tokens, work: FormatWork) -> Work:
 
 
 def writing(shape: ModelShape, rows: int, row_tokens: int) -> Work:
-    """Return what it takes to have a model write its calibration rows, place after place with a cache.
+    """Return what it takes to have a model write calibration rows side by side, place after place with a cache.
 
     Args:
         shape: The model.
         rows: Their number.
         row_tokens: Tokens of each.
     """
-    work = read_weights(shape.all_weights)
-    for first in range(0, rows, ROWS_TOGETHER):
-        together = min(ROWS_TOGETHER, rows - first)
-        place = _blocks(shape, partial(_place, hidden=shape.hidden, rows=together, row_tokens=row_tokens))
-        place += product(together, shape.hidden, shape.vocabulary)
-        work += (place + Elements.work(_OF_SAMPLED * together * shape.vocabulary)) * row_tokens
-    return work
+    place = _blocks(shape, partial(_place, hidden=shape.hidden, rows=rows, row_tokens=row_tokens))
+    place += product(rows, shape.hidden, shape.vocabulary) + Elements.work(_OF_SAMPLED * rows * shape.vocabulary)
+    return place * row_tokens
 
 
 def _place(block: BlockShape, hidden: int, rows: int, row_tokens: int) -> Work:

@@ -18,7 +18,7 @@ from ...linalg.parallel import cores
 from ...linalg.work import Rates, Work, rates_of
 from ...measure.device import resolve_device
 from ...measure.run import MeasureConfig
-from ...measure.text.generation import WRITING
+from ...measure.text.generation import ROWS_TOGETHER, WRITING
 from ...measure.text.mixture import SELF, rows_of
 from ...progress import ExpectedPart
 from .counts import evaluating, measuring, rounding, tuning, writing
@@ -124,8 +124,10 @@ def writing_parts(checkpoint: Checkpoint, config: MeasureConfig, rows_shape: tup
     own = sum(count for share, count in zip(shares, rows_of(shares, rows), strict=True) if share.source == SELF)
     if not own:
         return []
-    work = writing(ModelShape.of(language_model(checkpoint)), own, row_tokens)
-    return [CountedPart("calibrate", WRITING, resolve_device(config.device), work, _STARTING_SECONDS)]
+    shape, device = ModelShape.of(language_model(checkpoint)), resolve_device(config.device)
+    starts = range(0, own, ROWS_TOGETHER)
+    works = [writing(shape, min(ROWS_TOGETHER, own - first), row_tokens) for first in starts]
+    return [CountedPart("calibrate", WRITING, device, work, _STARTING_SECONDS) for work in works]
 
 
 def measuring_parts(

@@ -91,3 +91,25 @@ def test_every_file_is_judged_once_on_every_text(benchmark: ModuleType, converte
     again = CliRunner().invoke(benchmark.main, arguments)
     assert again.exit_code == 0, again.output
     assert (work / "results.jsonl").read_text().splitlines() == lines
+    other = CliRunner().invoke(benchmark.main, [*arguments, "--eval-rows", "3"])
+    assert other.exit_code == 1
+    assert "another evaluation" in other.output
+
+
+def test_calibration_text_is_no_held_out_text(benchmark: ModuleType, converted: Any, tmp_path: Path) -> None:
+    text = tmp_path / "kind.txt"
+    text.write_text(" ".join(pydoc_topics.topics.values())[:3000])
+    arguments = [str(converted["mistral"].directory), "--work-dir", str(tmp_path / "work"), "--types", "Q4_K_M"]
+    arguments += ["--calibration", str(text), "-r", "8", "-l", "128", "--eval-rows", "4", "--eval-row-tokens", "128"]
+    result = CliRunner().invoke(benchmark.main, [*arguments, "--text", f"kind={text}"])
+    assert result.exit_code == 1
+    assert "are in the calibration text" in result.output
+
+
+@pytest.mark.parametrize("option", ["--text", "--file"])
+@pytest.mark.parametrize("value", ["a", "=a.txt", "Q4_K_M=a.gguf"])
+def test_names_are_needed(benchmark: ModuleType, converted: Any, tmp_path: Path, option: str, value: str) -> None:
+    arguments = [str(converted["mistral"].directory), "--work-dir", str(tmp_path / "work"), option, value]
+    result = CliRunner().invoke(benchmark.main, arguments)
+    assert result.exit_code == 1
+    assert "Expected NAME=PATH" in result.output

@@ -203,9 +203,12 @@ def _kernels(device: torch.device) -> ModuleType | None:
     try:
         kernels = importlib.import_module(".kernels", __package__)
         kernels.try_out(device)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever Triton, its compilers and their caches raise: the loop needs none of them
         warnings.warn(
-            f"{device}: Triton does not work here. Got {str(error)[:200]!r}. Rounding takes longer without it.",
+            f"{device}: Triton does not work here. Got {str(error)[:200]!r}. Expected a kernel that runs: rounding "
+            "takes longer without. Install a C compiler, or another version of Triton.",
             BpwiseWarning,
             stacklevel=2,
         )

@@ -104,5 +104,8 @@ def round_rows(steps: Tensor, feedback: Tensor, halves: Tensor, seen: Tensor, ga
 
 def try_out(device: torch.device) -> None:
     """Launch the kernel once: Triton needs a C compiler, and raises all kinds of things where it lacks something."""
-    zeros = torch.zeros(32, 32, device=device)
-    round_rows(zeros, zeros, zeros[0], zeros[:, :0], zeros[:0])
+    for rows, rank in ((32, 0), (MOST_ROWS, 1)):
+        zeros = torch.zeros(rows, rows, device=device)
+        round_rows(zeros, zeros, zeros[0], zeros[:, :rank].contiguous(), zeros[:rank])
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -4,8 +4,9 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
+from bpwise.cli.allocator import _LARGE_BYTES
 from bpwise.errors import NumericalError, ShapeError
-from bpwise.eval.metrics.divergence import TokenStatistics, token_statistics
+from bpwise.eval.metrics.divergence import PIECE_ELEMENTS, TokenStatistics, token_statistics
 from bpwise.eval.metrics.estimate import Estimate, confidence_interval, mean_over_rows
 
 
@@ -25,6 +26,10 @@ def logits(tokens: int, vocabulary: int, *, spread: float = 3.0, seed: int = 0) 
 
 def targets_of(tokens: int, vocabulary: int) -> torch.Tensor:
     return torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(9))
+
+
+def test_temporaries_stay_with_the_allocator() -> None:
+    assert PIECE_ELEMENTS * 4 < _LARGE_BYTES  # of float32; from there on it asks the system each time
 
 
 class TestTokenStatistics:

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from bpwise.checkpoint.source.checkpoint import Checkpoint
-from bpwise.errors import BpwiseWarning, CalibrationError, ConfigError
+from bpwise.errors import BpwiseWarning, CalibrationError, ConfigError, UnreachableTextError
+from bpwise.eval.config import EvalConfig
 from bpwise.measure import calibrated
 from bpwise.measure.calibrated import calibration_rows
 from bpwise.measure.text.calibration import CalibrationConfig, CalibrationSet
 from bpwise.measure.text.mixture import MIX, Share, rows_of, shares_of, spread_places
+from bpwise.quantize.config import QuantizeConfig
 
 
 def shares(*weights: float) -> tuple[Share, ...]:
@@ -42,7 +45,32 @@ def test_a_path_that_exists_is_one_source(tmp_path: Path) -> None:
     assert both == (Share(str(tmp_path / "c=2"), 1.0), Share("self", 2.0))
 
 
-@pytest.mark.parametrize("text", ["", ",", "self,", "self=0", "=2", "self,,built-in"])
+def test_names_are_names_whatever_the_folder_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = {name: shares_of(name) for name in ("mix", "self", "built-in")}
+    for name, shares_before in before.items():
+        (tmp_path / name).mkdir()
+        assert shares_of(name) == shares_before
+        assert shares_of(f"./{name}") == (Share(f"./{name}", 1.0),)
+
+
+def test_a_source_that_is_named_twice_is_one() -> None:
+    assert shares_of("self, built-in,self=0.5") == (Share("self", 1.5), Share("built-in", 1.0))
+
+
+@pytest.mark.parametrize("text", ["mix", "self", "a.txt,b.txt", "built-in,self"])
+def test_only_one_text_is_evaluated_on(text: str) -> None:
+    with pytest.raises(ConfigError, match="not usable to evaluate on"):
+        EvalConfig(text=text)
+    QuantizeConfig(evaluate=EvalConfig(text="built-in"))  # its halves share nothing
+
+
+def test_a_saved_set_stands_alone() -> None:
+    with pytest.raises(ConfigError, match="Name the set alone"):
+        CalibrationConfig(source="rows.safetensors,self")
+
+
+@pytest.mark.parametrize("text", ["", ",", "self,", "self=0", "=2", "self,,built-in", "self=.5", "self=1e3", "self=-1"])
 def test_sources_without_name_or_share_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="Expected SOURCE or SOURCE=SHARE"):
         CalibrationConfig(source=text)
@@ -109,30 +137,42 @@ def test_a_column_is_that_of_the_texts(make_model: Callable[..., Path], tmp_path
             CalibrationConfig(source=source, column="words")
 
 
-def test_text_takes_the_place_of_a_set_that_cannot_be_read(
-    make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("reached", ["wikimedia", "nothing"])
+def test_text_takes_the_place_of_sets_that_cannot_be_reached(
+    make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, reached: str
 ) -> None:
     build = calibrated.build_calibration
 
     def offline(tokenizer: Any, config: CalibrationConfig, **options: Any) -> CalibrationSet:
-        if config.is_built_in:
+        if config.source == "built-in":
             return build(tokenizer, config, **options)
-        if config.source.startswith("allenai"):
-            raise CalibrationError("no network")
-        made = build(tokenizer, CalibrationConfig(rows=config.rows, row_tokens=config.row_tokens), **options)
+        assert config.column == ("words" if config.source == "words.jsonl" else None)
+        if config.source != "words.jsonl" and not str(config.source).startswith(reached):
+            raise UnreachableTextError("no network")
+        number = hash(config.source) % 200
         return CalibrationSet(
-            tokens=made.tokens, origins=made.origins, description=config.source, adds_bos=made.adds_bos
+            tokens=torch.full((config.rows, config.tokens_each), number),
+            origins=(str(config.source),) * config.rows,
+            description=str(config.source),
+            adds_bos=True,
         )
 
     monkeypatch.setattr(calibrated, "build_calibration", offline)
     checkpoint = Checkpoint.open(make_model("model", vocab_size=264))
-    with pytest.warns(BpwiseWarning, match=r"allenai/c4:en: cannot be read.*no network") as told:
-        rows = calibration_rows(checkpoint, CalibrationConfig(source=MIX, rows=8, row_tokens=16))
-    assert len(told) == 1
-    assert len(rows.tokens) == 8
-    assert "wikimedia/wikipedia:20231101.en (license: CC BY-SA 3.0 and GFDL)" in rows.description
+    config = CalibrationConfig(source=f"{MIX}=3,built-in,words.jsonl", column="words", rows=40, row_tokens=64)
+    with pytest.warns(BpwiseWarning, match=r"cannot be reached. Got 'no network'") as told:
+        rows = calibration_rows(checkpoint, config)
+    missing = [share for share in shares_of(MIX) if not share.source.startswith(reached)]
+    assert len(told) == len(missing)
+    assert len(rows.tokens) == 40
+    made = zip(rows.tokens.tolist(), rows.origins, strict=True)
+    own = [row for row, origin in made if "wikimedia" not in origin and origin != "words.jsonl"]
+    assert len({tuple(row) for row in own}) == len(own) >= 10  # none is taken twice
+    assert ("wikimedia/wikipedia:20231101.en (license: CC BY-SA 3.0 and GFDL)" in rows.description) == (
+        reached == "wikimedia"
+    )
     assert "allenai" not in rows.description
-    assert "Python" in rows.description
+    assert "bpwise's own texts" in rows.description
     with warnings.catch_warnings(), pytest.raises(CalibrationError, match="no network"):
         warnings.simplefilter("error")
         calibration_rows(checkpoint, CalibrationConfig(source="allenai/c4:en", rows=8, row_tokens=16))

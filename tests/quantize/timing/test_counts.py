@@ -11,9 +11,12 @@ from bpwise.convert.rounding import FormatWork
 from bpwise.linalg.work import Factors, FreshElements, Products, Solves, Work
 from bpwise.measure.model.stream import StreamedModel
 from bpwise.measure.model.whole import whole_model
-from bpwise.measure.text.generation import ROWS_TOGETHER, WrittenRow, sample_rows
+from bpwise.measure.run import MeasureConfig
+from bpwise.measure.text.calibration import CalibrationConfig
+from bpwise.measure.text.generation import WrittenRow, sample_rows
 from bpwise.quantize.timing.attention import Attention
 from bpwise.quantize.timing.counts import evaluating, measuring, rounding, writing
+from bpwise.quantize.timing.parts import writing_parts
 from bpwise.quantize.timing.passes import Tokens, pass_backward, pass_forward
 from bpwise.quantize.timing.shapes import BlockShape, GroupShape, ModelShape
 from torch.utils.flop_counter import FlopCounterMode
@@ -120,14 +123,21 @@ def test_evaluation_runs_both_models_and_the_floor_in_float64() -> None:
 def test_rows_that_a_model_writes_as_torch_counts_them(save_model: Any, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(save_model(tmp_path / "m"))
     source = language_model(checkpoint)
-    rows, row_tokens = ROWS_TOGETHER + 3, 5
+    rows, row_tokens = 7, 5
     model = whole_model(checkpoint, device=CPU, dtype=torch.float32)
     begun = [WrittenRow([7]) for _ in range(rows)]
 
     def write() -> None:
-        for first in range(0, rows, ROWS_TOGETHER):
-            together = begun[first : first + ROWS_TOGETHER]
-            sample_rows(model, together, row_tokens + 1, range(200), (), torch.Generator().manual_seed(0))
+        sample_rows(model, begun, row_tokens + 1, range(200), (), torch.Generator().manual_seed(0))
 
     work = writing(ModelShape.of(source), rows, row_tokens)
     assert amount(work, Products) == counted(write)
+
+
+def test_rows_are_written_in_as_many_parts_as_there_are_bars(save_model: Any, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(save_model(tmp_path / "m"))
+    for source, rows, expected in (("self", 70, [32, 32, 6]), ("self,built-in", 70, [32, 3]), (None, 70, [])):
+        config = MeasureConfig(calibration=CalibrationConfig(source=source, rows=rows), device="cpu")
+        parts = writing_parts(checkpoint, config, (rows, 16))
+        works = [writing(ModelShape.of(language_model(checkpoint)), count, 16) for count in expected]
+        assert [part.work for part in parts] == works
