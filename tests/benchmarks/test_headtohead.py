@@ -84,7 +84,7 @@ def test_every_file_is_judged_once_on_every_text(benchmark: ModuleType, converte
     for size_of, maker in (("Q4_K_M", "llama-quantize"), ("theirs", "theirs")):
         ours = found[size_of, "bpwise"]
         assert ours["file_bytes"] <= found[size_of, maker]["file_bytes"]
-        assert ours["predicted_nats"] > 0
+        assert ours["predicted_nats"] > 0 or size_of == "theirs"  # as large as float16
     assert found["Q4_K_M", "llama-quantize"]["kl_nats"] > found["theirs", "theirs"]["kl_nats"]
     assert (work / "headtohead.png").stat().st_size > 0
     assert not list(work.glob("Q4_K_M*"))
@@ -100,7 +100,7 @@ def test_calibration_text_is_no_held_out_text(benchmark: ModuleType, converted: 
     text = tmp_path / "kind.txt"
     text.write_text(" ".join(pydoc_topics.topics.values())[:3000])
     arguments = [str(converted["mistral"].directory), "--work-dir", str(tmp_path / "work"), "--types", "Q4_K_M"]
-    arguments += ["--calibration", str(text), "-r", "8", "-l", "128", "--eval-rows", "4", "--eval-row-tokens", "128"]
+    arguments += ["--calibration", str(text), "-r", "12", "-l", "128", "--eval-rows", "12", "--eval-row-tokens", "128"]
     result = CliRunner().invoke(benchmark.main, [*arguments, "--text", f"kind={text}"])
     assert result.exit_code == 1
     assert "are in the calibration text" in result.output
