@@ -22,10 +22,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import click
 from bpwise.checkpoint.files.atomic import atomic_file, write_json
+from bpwise.checkpoint.files.paths import work_beside
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.checkpoint.source.original import open_model
 from bpwise.convert.conversion import Target
@@ -165,12 +167,12 @@ class _Benchmark:
 
     @contextmanager
     def _file(self, name: str) -> Iterator[Path]:
+        # A run that is cut off leaves what it has rounded, and goes on there.
         path = self.work / name
         path.unlink(missing_ok=True)
-        try:
-            yield path
-        finally:
-            path.unlink(missing_ok=True)
+        yield path
+        path.unlink()
+        rmtree(work_beside(path), ignore_errors=True)
 
     def refuse_calibration_text(self, tokens: CalibrationSet) -> None:
         spans = CalibrationSpans.of(tokens)
