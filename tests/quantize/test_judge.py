@@ -85,7 +85,7 @@ class TestBroken:
         mark = (out / "BROKEN.md").read_text()
         assert measured > 1
         assert f"{measured:.3g} nats per token" in mark
-        assert "Evaluated on: Python" in mark
+        assert "Evaluated on: bpwise's own texts" in mark
 
         # The same command without evaluation, or with it, does not make it whole.
         again = bpwise(*arguments, "--no-eval")

@@ -109,7 +109,7 @@ def test_answers_do_not_go_on_for_ever() -> None:
 
 
 def test_columns_are_those_of_texts() -> None:
-    with pytest.raises(ConfigError, match="no columns"):
+    with pytest.raises(ConfigError, match="need a text"):
         CalibrationConfig(source=SELF, column="text")
 
 
