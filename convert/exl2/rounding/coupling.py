@@ -127,11 +127,11 @@ def round_set_by_set(
     """As ``round_in_sets``, for devices that round all rows of a set in one launch.
 
     Args:
-        targets: See ``round_in_sets``, as all up to ``outputs``.
-        feedback: See there.
-        half: See there.
-        scales: See there.
-        outputs: See there.
+        targets: What to represent, in steps of each column's scale, float32, shape (rows, out).
+        feedback: What the error of row j, in steps, takes from row i, float32, shape (rows, rows), zero for j >= i.
+        half: Codes run from -half to half - 1.
+        scales: Scale of each column, float32, shape (out,).
+        outputs: How sets answer to each other.
         round_rows: Rounds a set.
 
     Returns:
