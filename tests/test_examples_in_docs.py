@@ -1,7 +1,8 @@
-"""The examples in docstrings of public functions and in README are run as they stand, on a tiny model."""
+"""The Python examples of docstrings, README, docs and the notebook are run as they stand, on a tiny model."""
 
 import doctest
 import inspect
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import bpwise
 import pytest
+import torch
 from bpwise import (
     CalibrationConfig,
     EvalConfig,
@@ -20,10 +22,11 @@ from bpwise import (
     quantize_model,
 )
 from bpwise.convert.exl2.curves import Exl2Curves
+from safetensors.torch import save_file
 
 from .measured import Given, gguf_curves_of
 
-README = Path(bpwise.__file__).parent / "README.md"
+ROOT = Path(bpwise.__file__).parent
 FUNCTIONS = [name for name in bpwise.__all__ if inspect.isfunction(getattr(bpwise, name))]
 
 
@@ -69,7 +72,35 @@ def test_example_of(name: str, here: Path) -> None:
     assert doctest.DocTestRunner().run(test, out=told.append).failed == 0, "".join(told)
 
 
-def test_readme(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    exec(code.replace("path/to/model", "llama"), {})
+def python_of(page: Path) -> str:
+    """The one Python example of a page."""
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    return str(code)
+
+
+@pytest.fixture
+def model(converted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model that llama.cpp's converter takes, with a short context, as ``model`` in the current directory."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(converted["llama3"].directory, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64}))
+    return tmp_path / "model"
+
+
+def test_readme(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(python_of(ROOT / "README.md").replace("path/to/model", model.name), {})
     assert "nats per token" in capsys.readouterr().out
+    assert model.with_name("model.gguf").is_file()
+
+
+def test_originals(here: Path) -> None:
+    prefix = "base_model.model.model.layers.0.self_attn.q_proj"
+    halves = {f"{prefix}.lora_A.weight": torch.ones(2, 64), f"{prefix}.lora_B.weight": torch.ones(64, 2)}
+    (here / "adapter").mkdir()
+    (here / "adapter" / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "r": 2, "lora_alpha": 1, "bias": "none"}'
+    )
+    save_file(halves, here / "adapter" / "adapter_model.safetensors")
+    exec(python_of(ROOT / "docs" / "originals.md").replace("path/to/base", "llama"), {})
+    assert "merged with the adapter adapter" in (here / "out" / "README.md").read_text(encoding="utf-8")

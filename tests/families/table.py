@@ -12,7 +12,7 @@ from bpwise.convert.exl2.readers.table import reader_composite, reader_family
 from .families import FAMILIES
 from .models import family_config
 
-__all__ = ["DOC", "RESULTS", "family_table", "with_table"]
+__all__ = ["DOC", "RESULTS", "exl2_mark", "family_table", "with_table"]
 
 ROOT = Path(__file__).parents[2]
 DOC = ROOT / "docs" / "families.md"
@@ -50,7 +50,7 @@ def _row(name: str, found: dict[str, float] | None) -> tuple[str, ...]:
     return (
         f"`{config['model_type']}`",
         family.releases,
-        _exl2(config),
+        exl2_mark(config),
         gguf,
         "yes" if vision else "",
         "yes" if family.mtp else "",
@@ -59,7 +59,8 @@ def _row(name: str, found: dict[str, float] | None) -> tuple[str, ...]:
     )
 
 
-def _exl2(config: dict[str, Any]) -> str:
+def exl2_mark(config: dict[str, Any]) -> str:
+    """Return what the table says of EXL2: ``yes``, or `` `--force` ``, or nothing."""
     if reader_composite(config).architectures or reader_family(config).architectures:
         return "yes"
     return "`--force`" if is_known(config) else ""

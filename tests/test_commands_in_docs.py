@@ -1,0 +1,125 @@
+"""Commands in README and docs are taken by the command line as they stand, and docs/commands.md names every option."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import bpwise
+import click
+import pytest
+from bpwise.checkpoint.source import original
+from bpwise.cli import cli
+from bpwise.cli.types import Place
+from click.testing import CliRunner
+
+from .families.families import FAMILIES
+from .families.models import family_config
+from .families.table import exl2_mark
+
+ROOT = Path(bpwise.__file__).parent
+README, COMMANDS = ROOT / "README.md", ROOT / "docs" / "commands.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+BLOCK = re.compile(r"^```(?:sh|console)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+INDENTED = re.compile(r"^    (?:\$ )?(bpwise .+)$", re.MULTILINE)
+INLINE = re.compile(r"`(bpwise [a-z]+ [^`]+)`")
+FLAG = re.compile(r"(?<![\w-])--?[a-z][a-z0-9-]*")
+
+
+class Reached(Exception):
+    """A command line was taken: the command has begun to work."""
+
+
+def commands_of(page: Path) -> Iterator[str]:
+    """Every command line of bpwise's on a page, with its options; those that are cut short by ``...`` are left out."""
+    text = page.read_text(encoding="utf-8")
+    lines = [line.removeprefix("$ ") for block in BLOCK.findall(text) for line in block.splitlines()]
+    lines += INDENTED.findall(text)
+    lines += [" ".join(found.split()) for found in INLINE.findall(BLOCK.sub("", text)) if len(found.split()) > 3]
+    for line in lines:
+        if line.startswith("bpwise ") and "..." not in line and line.split()[1] != "COMMAND":
+            yield line
+
+
+LINES = [pytest.param(line, id=f"{page.name}: {line}") for page in PAGES for line in commands_of(page)]
+
+
+@pytest.fixture
+def stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands check their command line and then stop; files need not exist."""
+
+    def stop(*_args: object, **_named: object) -> None:
+        raise Reached
+
+    monkeypatch.setattr(Place, "convert", lambda _self, value, _param, _context: Path(value))
+    monkeypatch.setattr(original, "open_model", stop)
+    for name, command in cli.commands.items():
+        if name != "quantize":  # checks more before it opens the model
+            monkeypatch.setattr(command, "callback", stop)
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_command_is_taken(line: str, stopped: None) -> None:
+    words = shlex.split(line, comments=True)
+    result = CliRunner().invoke(cli, words[1:])
+    assert isinstance(result.exception, Reached), result.output
+
+
+def test_commands_are_found(stopped: None) -> None:
+    assert len(list(commands_of(README))) > 12
+    assert len(list(commands_of(COMMANDS))) > 20
+    # What is wrong is seen: an option that is not there, a value that is none, an option without effect.
+    for wrong in ("--bits 4", "--bpw four", "--bpw 4 --context 32k"):
+        assert CliRunner().invoke(cli, ["quantize", "MODEL", "OUT", *wrong.split()]).exit_code == 2
+
+
+def options_of(command: click.Command) -> set[str]:
+    return {flag for each in command.params if isinstance(each, click.Option) for flag in each.opts}
+
+
+ALL_OPTIONS = set().union(*(options_of(command) for command in cli.commands.values()))
+
+
+@pytest.mark.parametrize("page", [README, COMMANDS], ids=lambda page: page.name)
+def test_flags_in_the_text_are_options(page: Path) -> None:
+    inline = re.findall(r"`([^`\n]+)`", BLOCK.sub("", page.read_text(encoding="utf-8")))
+    assert {flag for code in inline for flag in FLAG.findall(f" {code}")} <= ALL_OPTIONS | {"--help"}
+
+
+@pytest.mark.parametrize("name", cli.commands)
+def test_every_option_has_its_place(name: str) -> None:
+    # In the command's section, or in one that commands share.
+    text = COMMANDS.read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^## ([^\n]+)\n(.*?)(?=^#{1,2} |\Z)", text, re.DOTALL | re.MULTILINE))
+    place = sections[f"bpwise {name}"] + sections["Calibration text"] + sections["The machine"]
+    for option in cli.commands[name].params:
+        if isinstance(option, click.Option):
+            assert set(option.opts) & set(FLAG.findall(place)), f"{name} {option.opts}"
+
+
+def test_numbers_in_readme_are_those_of_the_page_behind_them() -> None:
+    pairs = re.findall(r"([0-9.]+) → \*\*([0-9.]+)\*\*", README.read_text(encoding="utf-8"))
+    lines = (ROOT / "docs" / "gguf.md").read_text(encoding="utf-8").splitlines()
+    assert len(pairs) == 12
+    for theirs, ours in pairs:
+        assert any(f"| {theirs} ± " in line and f"| **{ours} ± " in line for line in lines), (theirs, ours)
+
+
+def test_models_in_readme_are_those_that_were_tried() -> None:
+    # Each in its column: EXL2 by what readers know, as in docs/families.md.
+    (table,) = re.findall(r"^\| by \|.*?\n\n", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:] if line]
+    shown = [{name for row in rows for name in names(row[column])} for column in (1, 2)]
+    expected: list[set[str]] = [set(), set()]
+    for name, family in FAMILIES.items():
+        config = family_config(name) if family.tried else {"model_type": name}
+        exl2 = exl2_mark(config)
+        mark = "" if family.tried else " ¹"
+        mark += " ²" if exl2 == "`--force`" else ""
+        expected[exl2 != "yes"] |= names(family.releases + mark)
+    assert shown == expected
+
+
+def names(cell: str) -> set[str]:
+    return {name.strip() for name in cell.split(";") if name.strip()}
