@@ -22,6 +22,7 @@ __all__ = [
     "UnsupportedModelError",
     "VerificationError",
     "WorkDirectoryError",
+    "install_command",
     "printable",
     "reason",
 ]
@@ -31,6 +32,11 @@ _MOST_REASON_CHARACTERS = 200
 
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """What a terminal acts on (C0, C1, DEL), what reorders or breaks a line, and surrogates, which no encoding has."""
+
+
+def install_command(extra: str) -> str:
+    """Return how to install an extra of bpwise, for a message; no package index has bpwise itself."""
+    return f"pip install '.[{extra}]' in the folder of bpwise's source"
 
 
 def printable(text: str, limit: int = _MOST_CHARACTERS) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import WorkDirectoryError
+from ..errors import WorkDirectoryError, install_command
 from .group import cli
 from .options import (
     OFFLOAD_OPTION,
@@ -106,7 +106,7 @@ def _config(*, force_eval_text: bool, **given: Any) -> EvalConfig:
 )
 @original_options
 @click.option("--plots", is_flag=True, help="Write the report's drawings as SVG files too.")
-@click.option("--png", is_flag=True, help="Write the report's drawings as PNG files too (pip install 'bpwise[png]').")
+@click.option("--png", is_flag=True, help=f"Write the report's drawings as PNG files too ({install_command('png')}).")
 @click.option(
     "--cache-dir",
     type=DIRECTORY,

@@ -45,7 +45,7 @@ def exl2_name(base_name: str, bpw: float, head_bits: int | None) -> str:
 
 def loading(name: str) -> str:
     """Return how to load a model, as Markdown; its name must be harmless in a shell."""
-    return f"""**ExLlamaV2**
+    return f"""**ExLlamaV2** 0.3.2
 
 ```python
 from exllamav2 import ExLlamaV2, ExLlamaV2Cache, ExLlamaV2Config, ExLlamaV2Tokenizer
@@ -59,7 +59,7 @@ generator = ExLlamaV2DynamicGenerator(model=model, cache=cache, tokenizer=ExLlam
 print(generator.generate(prompt="Once upon a time", max_new_tokens=100))
 ```
 
-**TabbyAPI**: put the directory into `models/` and name it in `config.yml`:
+**TabbyAPI**, on its branch `exl2-checkpoint`: put the directory into `models/` and name it in `config.yml`:
 
 ```yaml
 model:
@@ -68,7 +68,7 @@ model:
   backend: exllamav2
 ```
 
-**Transformers**: decode it into a plain float16 checkpoint first (`pip install bpwise`):
+**Transformers**: decode it with bpwise into a plain float16 checkpoint first:
 
 ```sh
 bpwise dequantize {name} {name}-dense

@@ -38,8 +38,8 @@ llama-cli --model {file} --prompt "Once upon a time"
 llama-server --model {file}
 ```
 
-**Transformers**: decode it into a plain float16 checkpoint first (`pip install bpwise`); ORIGINAL is the original's
-directory, which has the tokenizer:
+**Transformers**: decode it with bpwise into a plain float16 checkpoint first. ORIGINAL is the original's directory,
+which has the tokenizer:
 
 ```sh
 bpwise dequantize {file} dense --original ORIGINAL

@@ -19,7 +19,7 @@ import torch
 
 from ...checkpoint.source.checkpoint import TensorSource
 from ...checkpoint.source.original import Original
-from ...errors import BpwiseError, ConfigError, reason
+from ...errors import BpwiseError, ConfigError, install_command, reason
 from ...measure.device import resolve_device
 from ...measure.model.whole import whole_model
 from ...measure.text.calibration import require_ids_below
@@ -303,7 +303,7 @@ def _task_manager(include_path: Path | None) -> Any:
         from lm_eval.tasks import TaskManager  # noqa: PLC0415
     except ImportError as error:
         raise BpwiseError(
-            f"Benchmarks are run by lm-eval, which is not installed ({error}). Run: pip install 'bpwise[tasks]'."
+            f"Benchmarks are run by lm-eval, which is not installed ({error}). Run: {install_command('tasks')}."
         ) from error
     with _quiet():
         return TaskManager(include_path=None if include_path is None else str(include_path))

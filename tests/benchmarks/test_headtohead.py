@@ -13,7 +13,7 @@ from bpwise.checkpoint.source.checkpoint import Checkpoint
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
-pytest.importorskip("libggml", reason="ggml's library is not installed: pip install 'bpwise[gguf]'")
+pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
 
 
 @pytest.fixture

@@ -69,7 +69,7 @@ def test_no_wait_for_the_device_in_the_loop_over_input_channels(
     work: Callable[[Tensor, Tensor], None], pretend: torch.device
 ) -> None:
     if work in (round_gguf, measure_gguf) and not kernels_available():
-        pytest.skip("ggml's library is not installed: pip install 'bpwise[gguf]'")
+        pytest.skip("ggml's library is not installed: pip install '.[gguf]'")
     few, many = (counts_of(work, channels, pretend) for channels in (192, 384))
     assert many.waits == few.waits
     assert few.waits.total() <= 16

@@ -86,7 +86,7 @@ metadata: {{version: 1.0}}
 
 
 def test_tasks(make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lm_eval = pytest.importorskip("lm_eval.tasks", reason="benchmarks are run by lm-eval: pip install 'bpwise[tasks]'")
+    lm_eval = pytest.importorskip("lm_eval.tasks", reason="benchmarks are run by lm-eval: pip install '.[tasks]'")
     monkeypatch.setattr(lm_eval, "TaskManager", partial(lm_eval.TaskManager, include_defaults=False))
     file = tmp_path / "questions.jsonl"
     words = "abcdefgh"

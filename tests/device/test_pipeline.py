@@ -98,7 +98,7 @@ def test_exl2(family: str, changes: dict[str, Any], byte_tokenizer: PreTrainedTo
 
 def to_gguf(model: Path, work: Path, types: tuple[str, ...], converter: Path) -> list[QuantizeResult]:
     """Convert a model, and quantize that to types that its sizes fit, on both devices."""
-    pytest.importorskip("libggml", reason="ggml's library is not installed: pip install 'bpwise[gguf]'")
+    pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
     make_base(Checkpoint.open(model), work / "base.gguf", llama_cpp=converter)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bpwise.convert.gguf.engine.gate._library", lambda: None)

@@ -17,8 +17,8 @@ SAMPLE = ("llama", "lfm2_moe")
 
 NAMES = [pytest.param(name, marks=() if name in SAMPLE else pytest.mark.families) for name in family_names()]
 
-pytest.importorskip("libggml", reason="ggml's library is not installed: pip install 'bpwise[gguf]'")
-pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip install 'bpwise[engine]'")
+pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
+pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip install '.[engine]'")
 
 
 def test_all_are_described() -> None:

@@ -50,7 +50,7 @@ def test_damages_are_those_of_the_cpu(make_model: Callable[..., Path], tmp_path:
 
 def test_damages_in_ggml_types_are_those_of_the_cpu(make_model: Callable[..., Path], tmp_path: Path) -> None:
     model = make_model("m", **SIZES)
-    (maker,) = gguf_curves_of(model) or pytest.skip("ggml's library is not installed: pip install 'bpwise[gguf]'")
+    (maker,) = gguf_curves_of(model) or pytest.skip("ggml's library is not installed: pip install '.[gguf]'")
     cpu, cuda = (
         measure_model(model, tmp_path / f"{d}.safetensors", options(d), formats={"gguf": Given(maker)})
         for d in ("cpu", "cuda")

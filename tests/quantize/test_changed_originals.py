@@ -163,7 +163,7 @@ def test_a_base_belongs_to_tokenizer_and_templates(tiny_model: Path, tmp_path: P
 
 
 def test_float8_and_adapter_to_gguf(converted: Any, tmp_path: Path) -> None:
-    pytest.importorskip("libggml", reason="ggml's library is not installed: pip install 'bpwise[gguf]'")
+    pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
     original = to_float8(converted["mistral"].directory, tmp_path / "float8")
     features = open_model(original).shape(f"{Q}.weight")[0]
     linear = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}

@@ -149,7 +149,7 @@ def test_a_bias_that_float16_cannot_hold(tmp_path: Path, byte_tokenizer: Any) ->
 @pytest.fixture(scope="module")
 def known(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Any) -> Path:
     """A Llama, and ggml's library to plan it with."""
-    pytest.importorskip("libggml", reason="ggml's library is not installed: pip install 'bpwise[gguf]'")
+    pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
     return save_family(tmp_path_factory.mktemp("gguf") / "m", "llama", byte_tokenizer)
 
 

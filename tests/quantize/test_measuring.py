@@ -43,7 +43,7 @@ def get(model: Path, work: Path, *, types: bool = False, group_size: int = 32) -
 def test_what_knows_more_is_taken_and_what_knows_less_is_not(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("libggml", reason="ggml's library is not installed: pip install 'bpwise[gguf]'")
+    pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
     assert get(tiny_model, tmp_path) == {"exl2"}
     first = (tmp_path / MEASUREMENT_FILE).read_bytes()
     assert get(tiny_model, tmp_path, types=True) == {"exl2", "gguf"}

@@ -65,7 +65,7 @@ def test_exl2_plans_are_those_of_single_sizes(measurement: Measurement) -> None:
 
 
 def test_gguf_plans(measurement: Measurement) -> None:
-    pytest.importorskip("libggml", reason="ggml's library is not installed: pip install 'bpwise[gguf]'")
+    pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
     points = points_of(measurement, "gguf")
     assert len(points) > 12
     assert falls(points)
@@ -99,7 +99,7 @@ def test_command_writes_it(measurement: Measurement, tmp_path: Path) -> None:
 
 
 def test_in_a_browser(measurement: Measurement, browser: Any, tmp_path: Path) -> None:
-    pytest.importorskip("libggml", reason="ggml's library is not installed: pip install 'bpwise[gguf]'")
+    pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
     points = {"exl2": points_of(measurement, "exl2"), "gguf": points_of(measurement, "gguf")}
     (tmp_path / "p.html").write_text(plan_page(points, model="m", facts={}))
     browser.get((tmp_path / "p.html").as_uri())

@@ -92,7 +92,7 @@ def test_a_forced_model_carries_it_in_its_card(relu: Path, tmp_path: Path) -> No
 
 
 def test_a_gguf_file_carries_it(converted: Any, tmp_path: Path) -> None:
-    pytest.importorskip("libggml", reason="ggml's library is not installed: pip install 'bpwise[gguf]'")
+    pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
     model = tmp_path / "model"
     shutil.copytree(converted["mistral"].directory, model)
     config = json.loads((model / "config.json").read_text())
@@ -110,7 +110,7 @@ def test_a_gguf_file_carries_it(converted: Any, tmp_path: Path) -> None:
 
 
 def test_a_mixture_says_it_twice(converted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("libggml", reason="ggml's library is not installed: pip install 'bpwise[gguf]'")
+    pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
     model, base = tmp_path / "model", converted["mistral"].file
     shutil.copytree(converted["mistral"].directory, model)
     config = json.loads((model / "config.json").read_text())

@@ -176,7 +176,7 @@ def test_a_series_measures_and_runs_the_original_once(tiny_model: Path, tmp_path
 
 
 def test_mixtures_are_not_measured(tiny_model: Path, tmp_path: Path) -> None:
-    pytest.importorskip("libggml", reason="ggml's library is not installed: pip install 'bpwise[gguf]'")
+    pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
     conversion = gguf(mixture="Q8_0").conversion(open_model(tiny_model))
     forecasts = forecast_outputs(conversion, {tmp_path / "o.gguf": None}, MEASURE, EVALUATE, tmp_path / "work")
     config = gguf(mixture="Q8_0", measure=MEASURE, evaluate=EVALUATE)

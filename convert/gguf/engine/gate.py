@@ -20,7 +20,15 @@ from ....checkpoint.files.schemas import read_json
 from ....checkpoint.model.names import text_config
 from ....checkpoint.model.positions import stated_rope
 from ....checkpoint.source.checkpoint import Checkpoint
-from ....errors import BpwiseError, CheckpointError, ConfigError, NumericalError, VerificationError, WorkDirectoryError
+from ....errors import (
+    BpwiseError,
+    CheckpointError,
+    ConfigError,
+    NumericalError,
+    VerificationError,
+    WorkDirectoryError,
+    install_command,
+)
 from ....version import __version__
 from ..file.header import GgufHeader, read_gguf_header, require_whole
 from ..llama_cpp.readers import require_llama_cpp
@@ -152,7 +160,7 @@ def gate_base(base: Path, checkpoint: Checkpoint, work: Path) -> Gate:
     require_whole(header)
     library = _library()
     if library is None:
-        return Gate(reason="llama.cpp is not installed as an engine (pip install 'bpwise[engine]')")
+        return Gate(reason=f"llama.cpp is not installed as an engine ({install_command('engine')})")
     try:
         with library.model(base, row_tokens=_ROW_TOKENS, threads=torch.get_num_threads()) as model:
             vocab_size = model.vocab_size

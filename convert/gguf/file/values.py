@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ....checkpoint.files.disk_errors import explained_reading
-from ....errors import FormatError
+from ....errors import FormatError, install_command
 from .header import GgufTensor
 
 __all__ = ["FLOATS", "read_rows", "read_values"]
@@ -100,7 +100,7 @@ def _decode(data: bytearray, tensor: GgufTensor, rows: int) -> Tensor:
     except ImportError as cause:
         raise FormatError(
             f"tensor {tensor.name!r}: of type {tensor.type.name}, which the Python package gguf decodes, and it is not "
-            "installed. Install it: pip install 'bpwise[gguf]'."
+            f"installed. Run: {install_command('gguf')}."
         ) from cause
     blocks = np.frombuffer(data, dtype=np.uint8).reshape(rows, -1)
     try:

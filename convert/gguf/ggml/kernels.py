@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ....errors import BpwiseError, ConfigError, FormatError, NumericalError, ShapeError
+from ....errors import BpwiseError, ConfigError, FormatError, NumericalError, ShapeError, install_command
 from .types import TYPES, GgmlType, ggml_type
 
 __all__ = [
@@ -259,7 +259,7 @@ def _library() -> ctypes.CDLL:
             raise BpwiseError(
                 f"ggml's library: {kind.name} has blocks of {got[0]} weights in {got[1]} bytes. Expected "
                 f"{kind.block_weights} in {kind.block_bytes}. Install the version that bpwise names: "
-                "pip install 'bpwise[gguf]'."
+                f"{install_command('gguf')}."
             )
     return library
 
@@ -268,14 +268,14 @@ def _library_file() -> Path:
     # find_spec and not import: nothing of the package but this one file is wanted.
     found = importlib.util.find_spec("libggml")
     if found is None or not found.submodule_search_locations:
-        raise BpwiseError("GGUF output needs ggml's library, which is not installed. Run: pip install 'bpwise[gguf]'.")
+        raise BpwiseError(f"GGUF output needs ggml's library, which is not installed. Run: {install_command('gguf')}.")
     root = Path(next(iter(found.submodule_search_locations)))
     for folder in ("lib64", "lib", "bin"):
         for name in ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll", "libggml-base.dll"):
             if (root / folder / name).is_file():
                 return root / folder / name
     raise BpwiseError(
-        f"{root}: no ggml-base library in it. Install it again: pip install --force-reinstall 'bpwise[gguf]'."
+        f"{root}: no ggml-base library in it. Run: pip uninstall libggml-python, then {install_command('gguf')}."
     )
 
 

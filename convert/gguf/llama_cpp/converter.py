@@ -23,7 +23,7 @@ import torch
 from ....checkpoint.files.atomic import atomic_file, private_directory
 from ....checkpoint.files.disk_errors import DISK_FULL
 from ....checkpoint.source.checkpoint import Checkpoint
-from ....errors import BpwiseError, CheckpointError, FormatError, VerificationError
+from ....errors import BpwiseError, CheckpointError, FormatError, VerificationError, install_command
 from ....progress import Progress, silent
 from ..file.header import read_gguf_header
 from . import child
@@ -219,8 +219,8 @@ def _run(script: Path, changes: Sequence[str], options: Sequence[str], output: P
         return None
     if done.returncode == child.CANNOT_IMPORT:
         raise BpwiseError(
-            f"{script.parent}: llama.cpp's converter lacks something of its own ({_last_line(done.stdout)}). Run "
-            "`pip install 'bpwise[gguf]'`, or give a newer checkout of llama.cpp with --llama-cpp."
+            f"{script.parent}: llama.cpp's converter lacks something of its own ({_last_line(done.stdout)}). Run: "
+            f"{install_command('gguf')}; or give a newer checkout of llama.cpp with --llama-cpp."
         )
     _refuse_full_disk(output)
     output.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ....checkpoint.files.schemas import check_schema
-from ....errors import FormatError
+from ....errors import FormatError, install_command
 from ....measure.measurement import MeasuredLinear, Measurement
 from ....measure.measurement_file import REMEDY, MeasuredTensors
 from ..ggml.types import TYPES
@@ -26,8 +26,8 @@ CURVES_VERSION = 2
 """Raised when tensors or header change meaning."""
 
 _NOT_MEASURED = (
-    "Measure the model again with `bpwise measure`, with ggml's library and llama.cpp's converter installed: pip "
-    "install 'bpwise[gguf]'."
+    "Measure the model again with `bpwise measure`, with ggml's library and llama.cpp's converter installed: "
+    f"{install_command('gguf')}."
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ....errors import BpwiseError
+from ....errors import BpwiseError, install_command
 from .svg import STYLE, Drawing
 
 __all__ = ["check_png", "png_bytes"]
@@ -23,7 +23,7 @@ def check_png() -> None:
         import resvg_py  # noqa: F401, PLC0415 - an extra
     except ImportError as error:
         raise BpwiseError(
-            "PNG files are drawn by resvg, which is not installed. Run: pip install 'bpwise[png]'."
+            f"PNG files are drawn by resvg, which is not installed. Run: {install_command('png')}."
         ) from error
 
 

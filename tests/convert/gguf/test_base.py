@@ -374,7 +374,7 @@ def test_the_real_converter(rope: dict[str, Any] | None, head_dim: int, tmp_path
     from transformers import LlamaConfig, LlamaForCausalLM
 
     llama_cpp_dir()
-    sentencepiece = pytest.importorskip("sentencepiece", reason="needs the extra bpwise[gguf]")
+    sentencepiece = pytest.importorskip("sentencepiece", reason="needs the extra gguf")
     directory = tmp_path / "model"
     sizes = {"hidden_size": 4 * head_dim, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 300}
     options = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False, "head_dim": head_dim}

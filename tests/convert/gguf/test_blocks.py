@@ -8,7 +8,7 @@ from bpwise.convert.gguf.ggml.kernels import Bytes, GgmlType, ggml_type
 from bpwise.errors import ConfigError, FormatError, ShapeError
 from torch import Tensor
 
-gguf = pytest.importorskip("gguf", reason="needs the extra bpwise[gguf]")
+gguf = pytest.importorskip("gguf", reason="needs the extra gguf")
 
 KINDS = [pytest.param(ggml_type(name), id=name) for name in sorted(GRID_TYPES)]
 HALVES = {

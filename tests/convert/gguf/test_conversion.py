@@ -32,8 +32,8 @@ from bpwise.quantize.series import quantize_series
 from click.testing import CliRunner
 from huggingface_hub import ModelCard
 
-pytest.importorskip("libggml", reason="ggml's library is not installed: pip install 'bpwise[gguf]'")
-pytest.importorskip("gguf", reason="the gguf package is not installed: pip install 'bpwise[gguf]'")
+pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
+pytest.importorskip("gguf", reason="the gguf package is not installed: pip install '.[gguf]'")
 
 Made = dict[str, QuantizeResult]
 
@@ -104,7 +104,7 @@ def test_costs_about_what_was_predicted_and_less_than_llama_quantize(
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_llama_cpp_loads_it_and_sees_the_same_weights(name: str, made: Made, converted: Any) -> None:
-    pytest.importorskip("xllamacpp", reason="the engine is not installed: pip install 'bpwise[gguf]'")
+    pytest.importorskip("xllamacpp", reason="the engine is not installed: pip install '.[gguf]'")
     from bpwise.convert.gguf.engine.library import load_library
     from bpwise.eval.engines.engine import compare_in_engine
 

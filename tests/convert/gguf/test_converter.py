@@ -250,7 +250,7 @@ def with_break_token(directory: Path) -> None:
 def test_a_model_with_vision_to_a_file_and_a_companion(
     llama_cpp: Path, tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    pytest.importorskip("libggml", reason="ggml's library is not installed: pip install 'bpwise[gguf]'")
+    pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
     directory = save_with_vision(tmp_path / "some-model", "gemma3", byte_tokenizer)
     change_text_config(directory, vocab_size=258)
     config = QuantizeConfig(options=GgufOptions(mixture="Q8_0", llama_cpp=llama_cpp), evaluate=None)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...measured import group_of, layout_of
 
-pytest.importorskip("libggml", reason="ggml's library is not installed: pip install 'bpwise[gguf]'")
+pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
 
 KINDS = [ggml_type(name) for name in ("Q8_0", "Q4_K", "Q4_0")]
 

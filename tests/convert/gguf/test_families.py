@@ -34,8 +34,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from ...byte_converter import convert_with_bytes
 from ...tiny_models import FAMILIES, save_family, streamed_logits
 
-pytest.importorskip("libggml", reason="ggml's library is not installed: pip install 'bpwise[gguf]'")
-gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install 'bpwise[gguf]'")
+pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
+gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install '.[gguf]'")
 
 CHANGES: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"mlp_only_layers": []},  # llama.cpp has no such mixtures

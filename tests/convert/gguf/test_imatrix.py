@@ -9,7 +9,7 @@ import torch
 from bpwise.convert.gguf.llama_cpp.imatrix import ImportanceMatrix, imatrix_metadata, read_imatrix, write_imatrix
 from bpwise.errors import FormatError, ShapeError
 
-gguf = pytest.importorskip("gguf", reason="needs the extra bpwise[gguf]")
+gguf = pytest.importorskip("gguf", reason="needs the extra gguf")
 
 
 def example(**options: object) -> ImportanceMatrix:

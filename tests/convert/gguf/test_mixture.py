@@ -15,8 +15,8 @@ from bpwise.quantize.config import QuantizeConfig
 from bpwise.quantize.run import quantize_model
 from click.testing import CliRunner
 
-pytest.importorskip("libggml", reason="ggml's library is not installed: pip install 'bpwise[gguf]'")
-pytest.importorskip("gguf", reason="the gguf package is not installed: pip install 'bpwise[gguf]'")
+pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
+pytest.importorskip("gguf", reason="the gguf package is not installed: pip install '.[gguf]'")
 
 
 def test_from_the_command_line(converted: Any, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_names() -> None:
 
 
 def test_file_types_are_those_of_gguf() -> None:
-    gguf = pytest.importorskip("gguf", reason="needs the extra bpwise[gguf]")
+    gguf = pytest.importorskip("gguf", reason="needs the extra gguf")
     for name, chosen in MIXTURES.items():
         known = {entry.name.removeprefix("MOSTLY_").removeprefix("ALL_"): entry.value for entry in gguf.LlamaFileType}
         assert known[name] == chosen.file_type

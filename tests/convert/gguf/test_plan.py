@@ -271,7 +271,7 @@ def test_before_there_is_a_file_sizes_are_about_the_same() -> None:
 
 
 def test_refuses_a_measurement_without_types() -> None:
-    with pytest.raises(ConfigError, match=r"bpwise\[gguf\]"):
+    with pytest.raises(ConfigError, match=r"pip install '.\[gguf\]'"):
         make_gguf_plan(replace(measurement(), curves={}), bpw=6.0)
     curves = measurement().curves[GGUF]
     with pytest.raises(FormatError, match=r"of another version. Got 1. Expected 2. Measure the model again"):

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 from ...conftest import SaveModel
 from ...measured import plain_file
 
-pytest.importorskip("libggml", reason="ggml's library is not installed: pip install 'bpwise[gguf]'")
+pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
 
 # Two layers of width 64: the 32-blocks fit everywhere, the 256-blocks nowhere.
 COARSE = ["*=Q4_0"]

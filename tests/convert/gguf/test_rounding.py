@@ -8,8 +8,8 @@ from bpwise.errors import ShapeError
 from bpwise.linalg.hessian import factor_hessian
 from torch import Tensor
 
-pytest.importorskip("libggml", reason="ggml's library is not installed: pip install 'bpwise[gguf]'")
-gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install 'bpwise[gguf]'")
+pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
+gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install '.[gguf]'")
 
 DAMPING = 0.02
 

@@ -22,7 +22,7 @@ from bpwise.convert.gguf.llama_cpp.mixtures import mixture
 from bpwise.errors import ConfigError, FormatError, NumericalError, ShapeError, VerificationError
 
 if importlib.util.find_spec("libggml") is None:
-    pytest.skip("needs ggml's library, in the extra bpwise[gguf]", allow_module_level=True)
+    pytest.skip("needs ggml's library, in the extra gguf", allow_module_level=True)
 
 # SHA-256 of llama-quantize's own files; make_golden.py tells how they were made.
 GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text())["files"]

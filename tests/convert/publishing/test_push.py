@@ -266,7 +266,7 @@ def test_the_hub_refuses(output: Path, hub: FakeHub, failure: Exception) -> None
 
 
 def test_gguf_files(tmp_path: Path, hub: FakeHub) -> None:
-    gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install 'bpwise[gguf]'")
+    gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install '.[gguf]'")
     folder = tmp_path / "files"
     folder.mkdir()
     for rate in ("4.5", "6.0"):
@@ -293,7 +293,7 @@ def test_gguf_files(tmp_path: Path, hub: FakeHub) -> None:
 
 
 def test_what_a_gguf_model_sees_images_with_goes_with_every_file(tmp_path: Path, hub: FakeHub) -> None:
-    gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install 'bpwise[gguf]'")
+    gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install '.[gguf]'")
     folder = tmp_path / "all"
     folder.mkdir()
     # Runs on one model begin alike.

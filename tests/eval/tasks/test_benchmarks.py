@@ -19,9 +19,7 @@ from bpwise.eval.tasks.scores import TaskScore, task_scores
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-lm_eval_tasks = pytest.importorskip(
-    "lm_eval.tasks", reason="benchmarks are run by lm-eval: pip install 'bpwise[tasks]'"
-)
+lm_eval_tasks = pytest.importorskip("lm_eval.tasks", reason="benchmarks are run by lm-eval: pip install '.[tasks]'")
 
 
 MakeModel = Callable[..., Path]
@@ -350,7 +348,7 @@ except BpwiseError as error:
     print(error)
 """
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        assert run.stdout.strip().endswith("Run: pip install 'bpwise[tasks]'.")
+        assert run.stdout.strip().endswith("Run: pip install '.[tasks]' in the folder of bpwise's source.")
 
 
 def test_command(models: tuple[Path, Path], definitions: Path, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_exl2_reports_a_linear_without_input(save_model: Any, tmp_path: Path) ->
 def test_gguf_reports_it_and_keeps_to_types_that_fit(
     converted: Any, byte_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("libggml", reason="ggml's library is not installed: pip install 'bpwise[gguf]'")
+    pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
     monkeypatch.setattr(judge, "load_tokenizer", lambda _: byte_tokenizer)  # the model's own needs more packages
     # Nothing enters one down projection, and the other is zero, which drift correction moves. Widths of 64 and 96 fit
     # no block of 256.

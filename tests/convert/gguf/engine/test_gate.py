@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM
 
 from .conftest import FAMILIES, Families, Family
 
-gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install 'bpwise[gguf]'")
-pytest.importorskip("xllamacpp", reason="the engine is not installed: pip install 'bpwise[engine]'")
+gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install '.[gguf]'")
+pytest.importorskip("xllamacpp", reason="the engine is not installed: pip install '.[engine]'")
 
 SAME = 1e-6
 """Nats per token: float32 on both sides makes some 1e-8 of such models, what is computed otherwise 1e-4 and more."""
@@ -103,7 +103,7 @@ class TestOutcomes:
         found = gate(converted["llama"], tmp_path)
         assert found.notes == (
             "The base in llama.cpp: not compared with Transformers: llama.cpp is not installed as an engine "
-            "(pip install 'bpwise[engine]').",
+            "(pip install '.[engine]' in the folder of bpwise's source).",
         )
         found.require()
 

@@ -20,7 +20,7 @@ from bpwise.convert.gguf.engine import worker
 from bpwise.convert.gguf.engine.library import EngineModel, LlamaLibrary, load_library
 from bpwise.errors import CheckpointError, ConfigError, NumericalError
 
-pytest.importorskip("xllamacpp", reason="the engine is not installed: pip install 'bpwise[engine]'")
+pytest.importorskip("xllamacpp", reason="the engine is not installed: pip install '.[engine]'")
 
 
 @pytest.fixture(scope="module")

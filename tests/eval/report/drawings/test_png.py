@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from bpwise.eval.report.drawings.svg import Drawing, series_color
 
-pytest.importorskip("resvg_py", reason="PNG files are drawn by resvg_py: pip install 'bpwise[png]'.")
+pytest.importorskip("resvg_py", reason="PNG files are drawn by resvg_py: pip install '.[png]'.")
 image = pytest.importorskip("matplotlib.image", reason="matplotlib reads PNG files")
 
 
@@ -40,4 +40,4 @@ except BpwiseError as error:
     print(error)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip().endswith("Run: pip install 'bpwise[png]'.")
+    assert run.stdout.strip().endswith("Run: pip install '.[png]' in the folder of bpwise's source.")
