@@ -94,6 +94,20 @@ def test_readme(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert model.with_name("model.gguf").is_file()
 
 
+def test_notebook(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    notebook = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text(encoding="utf-8"))
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
+    code = "".join("".join(cell["source"]) + "\n" for cell in cells)
+    for released, tiny in (("Qwen/Qwen3-0.6B", "model"), ("[8.0, 6.0, 5.0, 4.5]", "[8.0, 5.5]")):
+        assert released in code
+        code = code.replace(released, tiny)
+    exec(code, {})
+    *_, small, large = capsys.readouterr().out.splitlines()
+    assert small.startswith("small.gguf: ") and large.startswith("large.gguf: ")
+
+
 def test_originals(here: Path) -> None:
     prefix = "base_model.model.model.layers.0.self_attn.q_proj"
     halves = {f"{prefix}.lora_A.weight": torch.ones(2, 64), f"{prefix}.lora_B.weight": torch.ones(64, 2)}
