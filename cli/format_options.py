@@ -23,7 +23,7 @@ FORMAT_OPTION = click.option(
     "--format",
     "output_format",
     type=click.Choice(list(formats())),
-    help=f"Kind of output.  [default: as OUTPUT is named, else {next(iter(formats()))}]",
+    help=f"Format of OUTPUT.  [default: as OUTPUT is named, else {next(iter(formats()))}]",
 )
 
 

@@ -73,7 +73,7 @@ def _show_warning(others: Callable[..., None], message: Warning | str, category:
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(__version__, prog_name="bpwise")
 def cli() -> None:
-    """Measure how much each bit matters to a language model, then quantize it to exactly the size you ask for."""
+    """Shrink a language model to exactly the size you want, and know what it cost."""
 
 
 def main() -> None:

@@ -38,7 +38,10 @@ __all__ = ["dequantize", "evaluate", "inspect", "verify"]
 @cli.command()
 @click.argument("model", type=EXISTING_PATH)
 def verify(model: Path) -> None:
-    """Read every tensor of MODEL (an EXL2 directory or a GGUF file) back and compare it with what was meant."""
+    """Read every tensor of MODEL back and check it.
+
+    MODEL is an EXL2 directory or a GGUF file.
+    """
     from ..convert.opening import verify_model
     from ..convert.publishing.mark import read_mark
 
@@ -57,17 +60,22 @@ def verify(model: Path) -> None:
 def _config_options(command: Command) -> Command:
     # Options of the comparison; the command gets them as ``config``.
     declared = (
-        click.option("--text", help="Text to evaluate on: file, directory or Hub data set.  [default: built-in]"),
+        click.option("--text", help="Text to evaluate on: a file, directory or Hub data set.  [default: built-in]"),
         click.option("--column", help="Column of the data set that holds the text."),
-        click.option("-r", "--rows", type=click.IntRange(1), default=16, help="Rows, each a window of its own."),
-        click.option("-l", "--row-tokens", type=click.IntRange(2), help=f"Tokens in each row.  {ROW_TOKENS_DEFAULT}"),
         click.option(
-            "--seed", type=int, default=0, help="Chooses the places that rows of the built-in text are taken from."
+            "-r", "--rows", type=click.IntRange(1), default=16, help="Number of sequences, each a window of its own."
         ),
         click.option(
-            "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", help="Arithmetic."
+            "-l", "--row-tokens", type=click.IntRange(2), help=f"Tokens in each sequence.  {ROW_TOKENS_DEFAULT}"
         ),
-        click.option("--device", default="auto", help="cpu, cuda, cuda:N, mps or auto."),
+        click.option("--seed", type=int, default=0, help="Seed for drawing sequences from the built-in text."),
+        click.option(
+            "--dtype",
+            type=click.Choice(["float32", "bfloat16", "float16"]),
+            default="float32",
+            help="Type to compute in.",
+        ),
+        click.option("--device", default="auto", help="Where to compute: cpu, cuda, cuda:N, mps or auto."),
         OFFLOAD_OPTION,
         click.option("--force-eval-text", is_flag=True, help="Evaluate even on text that QUANTIZED was calibrated on."),
     )
@@ -92,27 +100,29 @@ def _config(*, force_eval_text: bool, **given: Any) -> EvalConfig:
     "--engine",
     type=click.Choice(["transformers", "llama.cpp"]),
     default="transformers",
-    help="What runs both models; llama.cpp: a GGUF file and --base, on the CPU.",
+    help="What runs the models; llama.cpp runs a GGUF file and --base, on the CPU.",
 )
 @click.option("--base", type=EXISTING_FILE, help="ORIGINAL as an unquantized GGUF file, for --engine llama.cpp.")
 @click.option(
-    "--llama-cpp", type=EXISTING_DIRECTORY, help="A built llama.cpp to run.  [default: the one in xllamacpp's wheel]"
+    "--llama-cpp",
+    type=EXISTING_DIRECTORY,
+    help="Build of llama.cpp to run.  [default: the one in the package xllamacpp]",
 )
 @click.option(
     "-o",
     "--output",
     type=DIRECTORY,
-    help="Where the report goes.  [default: in, or beside, QUANTIZED; of several the current directory]",
+    help="Where to write the report.  [default: in or beside QUANTIZED; of several, the current directory]",
 )
 @original_options
-@click.option("--plots", is_flag=True, help="Write the report's drawings as SVG files too.")
-@click.option("--png", is_flag=True, help=f"Write the report's drawings as PNG files too ({install_command('png')}).")
+@click.option("--plots", is_flag=True, help="Write the report's charts as SVG files too.")
+@click.option("--png", is_flag=True, help=f"Write the report's charts as PNG files too ({install_command('png')}).")
 @click.option(
     "--cache-dir",
     type=DIRECTORY,
-    help="Where the original's side is kept for the next evaluation on the same text.  [default: ~/.cache/bpwise]",
+    help="Where to keep the original's results for the next run on the same text.  [default: ~/.cache/bpwise]",
 )
-@click.option("--no-cache", is_flag=True, help="Run the original, and keep nothing.")
+@click.option("--no-cache", is_flag=True, help="Run the original again, and do not keep its results.")
 @extra_options
 def evaluate(
     original: str,
@@ -129,10 +139,11 @@ def evaluate(
     changes: OriginalArguments,
     extra: TaskArguments,
 ) -> None:
-    """Compare QUANTIZED (directories or GGUF files) with ORIGINAL: perplexity, KL divergence, agreement.
+    """Compare quantized models with ORIGINAL.
 
-    Writes report.html, report.md, report.json and report.csv. Reports of a GGUF file MODEL.gguf are named
-    MODEL.report.html and so on, of another engine MODEL.llama.cpp.report.html. Several models get one report.
+    Measures perplexity, KL divergence and agreement, and writes report.html, report.md, report.json and report.csv.
+    QUANTIZED are directories or GGUF files. Reports of a file MODEL.gguf are named MODEL.report.html and so on, with
+    another engine MODEL.llama.cpp.report.html. Several models get one report.
     """
     from ..convert.opening import open_any
     from ..eval.cache import OriginalCache, default_cache_directory
@@ -261,7 +272,10 @@ def _compared_in_engine(
 @cli.command()
 @click.argument("path", type=EXISTING_PATH)
 def inspect(path: Path) -> None:
-    """Show what is in PATH: an EXL2 or checkpoint directory, a GGUF file, a measurement, calibration set or plan."""
+    """Show what is in a model, measurement, plan or calibration set.
+
+    PATH is an EXL2 or checkpoint directory, or a file of any of these kinds.
+    """
     from ..quantize.inspect import inspect_path
 
     found = inspect_path(path)
@@ -276,12 +290,12 @@ def inspect(path: Path) -> None:
 @click.argument("model", type=EXISTING_PATH)
 @click.argument("output", type=DIRECTORY)
 @click.option(
-    "--original", type=EXISTING_DIRECTORY, help="Where to copy the tokenizer from: a GGUF file cannot give it back."
+    "--original", type=EXISTING_DIRECTORY, help="Where to copy the tokenizer from, which a GGUF file cannot give back."
 )
 def dequantize(model: Path, output: Path, original: Path | None) -> None:
-    """Turn MODEL (an EXL2 directory or a GGUF file) back into a plain float16 checkpoint OUTPUT.
+    """Decode MODEL into a float16 checkpoint for Transformers.
 
-    Transformers loads it anywhere.
+    MODEL is an EXL2 directory or a GGUF file.
     """
     from ..convert.dense import dequantize_model
 

@@ -44,13 +44,13 @@ ROW_TOKENS_DEFAULT = "[default: 1024, or the model's context if that is shorter]
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-FORCE_OPTION = click.option("--force", is_flag=True, help="Replace a file of any kind at OUTPUT.")
+FORCE_OPTION = click.option("--force", is_flag=True, help="Replace OUTPUT even if it is a file of another kind.")
 
 
 OFFLOAD_OPTION = click.option(
     "--offload-dir",
     type=DIRECTORY,
-    help="Keep hidden states of all rows in files here, which are gone afterwards, and not in memory.",
+    help="Keep hidden states in temporary files here instead of in memory.",
 )
 
 
@@ -74,7 +74,7 @@ class OriginalArguments:
 def original_options(command: Command) -> Command:
     """Give a command the options that change a model while it is read; it gets them as ``changes``."""
     declared = (
-        click.option("--lora", type=EXISTING_DIRECTORY, help="PEFT adapter to merge into the model while reading."),
+        click.option("--lora", type=EXISTING_DIRECTORY, help="PEFT adapter to merge into the model while it is read."),
     )
     return grouped(command, declared, "changes", ("lora",), OriginalArguments)
 
@@ -101,38 +101,41 @@ def calibration_options(command: Command) -> Command:
             "-c",
             "--calibration",
             metavar="SOURCES",
-            help="Calibration text: .txt/.jsonl/.parquet/.arrow file or directory, Hub data set "
-            "NAME[:CONFIG][:SPLIT], or one of: built-in (text of many kinds), self (the model answers chats of all "
-            "kinds, all of it in memory), mix (prose, web pages, code and other languages from the Hub). Several with "
-            "commas, each with =SHARE of the rows: self=2,built-in. Or a saved calibration set (.safetensors).  "
-            "[default: built-in]",
+            help="Text to calibrate on: a .txt, .jsonl, .parquet or .arrow file, a directory of them, a Hub data set "
+            "NAME[:CONFIG][:SPLIT], built-in (text of many kinds), self (the model answers chats; it must fit into "
+            "memory), or mix (prose, web pages, code and other languages from the Hub). Separate several with commas, "
+            "and give each a share: self=2,built-in. Or a saved calibration set (.safetensors).  [default: built-in]",
         ),
         click.option("--column", help="Column of the data set that holds the text."),
         click.option(
             "--chat-template",
             is_flag=True,
-            help="Render chats (OpenAI's, ShareGPT's, Alpaca's) with the model's template.",
+            help="Turn chats (OpenAI's, ShareGPT's, Alpaca's) into text with the model's own template.",
         ),
-        click.option("-r", "--rows", type=click.IntRange(1), default=32, help="Calibration rows."),
-        click.option("-l", "--row-tokens", type=click.IntRange(2), help=f"Tokens in each row.  {ROW_TOKENS_DEFAULT}"),
-        click.option("--seed", type=int, default=0, help="Seed of rows and of Fisher probes."),
+        click.option("-r", "--rows", type=click.IntRange(1), default=32, help="Number of calibration sequences."),
+        click.option(
+            "-l", "--row-tokens", type=click.IntRange(2), help=f"Tokens in each sequence.  {ROW_TOKENS_DEFAULT}"
+        ),
+        click.option("--seed", type=int, default=0, help="Seed for drawing sequences and for random probes."),
         click.option(
             "--damping",
             type=float,
-            help="Damping of the Hessians, relative.  [default: chosen for each input group on held-out rows]",
+            help="Relative damping of the Hessians.  [default: chosen for each input group on held-out sequences]",
         ),
         click.option(
-            "--moe-calibrate-all", is_flag=True, help="Run all tokens through all experts, not only few-used ones."
+            "--moe-calibrate-all",
+            is_flag=True,
+            help="Run all tokens through all experts, not only through those that few tokens choose.",
         ),
-        click.option("--device", default="auto", help="cpu, cuda, cuda:N, mps or auto."),
+        click.option("--device", default="auto", help="Where to compute: cpu, cuda, cuda:N, mps or auto."),
         click.option(
             "--precision",
             type=click.Choice(["auto", "float32"]),
             default="auto",
-            help="Of products while measuring: auto takes bfloat16 or TF32 where the device has it.",
+            help="Precision of products while measuring; auto uses bfloat16 or TF32 where the device has them.",
         ),
         OFFLOAD_OPTION,
-        click.option("--work-dir", type=DIRECTORY, help="Where finished blocks are kept.  [default: OUTPUT.work]"),
+        click.option("--work-dir", type=DIRECTORY, help="Where to keep finished blocks.  [default: OUTPUT.work]"),
     )
     names = (
         *("calibration", "column", "chat_template", "rows", "row_tokens", "seed", "damping", "moe_calibrate_all"),
@@ -171,14 +174,16 @@ def evaluation_options(command: Command) -> Command:
     declared = (
         click.option(
             "--eval-text",
-            help="Text to evaluate on: file, directory or Hub data set.  [default: the built-in text, another part]",
+            help="Text to evaluate on: file, directory or Hub data set.  [default: another part of the built-in text]",
         ),
-        click.option("--eval-rows", type=click.IntRange(1), default=16, help="Rows to evaluate on."),
+        click.option("--eval-rows", type=click.IntRange(1), default=16, help="Number of evaluation sequences."),
         click.option(
-            "--eval-row-tokens", type=click.IntRange(2), help=f"Tokens in each of them.  {ROW_TOKENS_DEFAULT}"
+            "--eval-row-tokens",
+            type=click.IntRange(2),
+            help=f"Tokens in each evaluation sequence.  {ROW_TOKENS_DEFAULT}",
         ),
-        click.option("--no-eval", is_flag=True, help="Leave the comparison with the original out."),
-        click.option("--force-eval-text", is_flag=True, help="Evaluate even on text that is calibrated on."),
+        click.option("--no-eval", is_flag=True, help="Do not compare the output with the original."),
+        click.option("--force-eval-text", is_flag=True, help="Evaluate even on text that was calibrated on."),
     )
     names = ("eval_text", "eval_rows", "eval_row_tokens", "no_eval", "force_eval_text")
     return grouped(command, declared, "evaluation", names, EvaluationArguments)
@@ -266,18 +271,18 @@ def extra_options(command: Command) -> Command:
     Those of benchmarks are named as in lm-eval.
     """
     declared = (
-        click.option(
-            "--tasks", type=NAMES, help="Benchmarks to run too, as lm-eval names them: mmlu,arc_challenge,gsm8k."
-        ),
+        click.option("--tasks", type=NAMES, help="Run lm-eval's benchmarks too, by name: mmlu,arc_challenge,gsm8k."),
         click.option("--num-fewshot", type=click.IntRange(0), help="Examples before each question of --tasks."),
-        click.option("--limit", type=float, help="First questions of each of --tasks, or a share below 1."),
-        click.option("--include-path", type=EXISTING_DIRECTORY, help="Directory with more definitions of --tasks."),
-        click.option("--batch-size", default="1", help="Requests of --tasks run together, or auto."),
-        click.option("--apply-chat-template", is_flag=True, help="Put --tasks as turns of a chat."),
         click.option(
-            "--needle", type=LENGTHS, help="Look for needles in haystacks of these lengths too: 1k,4k,16k tokens."
+            "--limit", type=float, help="Ask only the first N questions of each of --tasks, or a share below 1."
         ),
-        click.option("--needle-samples", type=click.IntRange(1), default=4, help="Haystacks of each length."),
+        click.option("--include-path", type=EXISTING_DIRECTORY, help="Directory with further definitions for --tasks."),
+        click.option("--batch-size", default="1", help="Requests of --tasks to run together, or auto."),
+        click.option("--apply-chat-template", is_flag=True, help="Ask the questions of --tasks as turns of a chat."),
+        click.option(
+            "--needle", type=LENGTHS, help="Hide numbers in texts of these lengths and ask for them: 1k,4k,16k tokens."
+        ),
+        click.option("--needle-samples", type=click.IntRange(1), default=4, help="Texts of each length for --needle."),
     )
     names = (
         *("tasks", "num_fewshot", "limit", "include_path", "batch_size", "apply_chat_template"),

@@ -15,12 +15,15 @@ __all__ = ["card", "push"]
 
 @cli.command()
 @click.argument("model", type=EXISTING_PATH)
-@click.option("--original", help="Directory or Hub id of the original: its licence, language and card are taken over.")
-@click.option("--base-model", metavar="ORG/NAME", help="The original's Hub id.  [default: --original's, if it has one]")
+@click.option("--original", help="Directory or Hub id of the original, for its licence, language and card.")
+@click.option(
+    "--base-model", metavar="ORG/NAME", help="Hub id of the original.  [default: --original's, if it has one]"
+)
 def card(model: Path, original: str | None, base_model: str | None) -> None:
-    """Write the model card of MODEL, an EXL2 directory (README.md) or a GGUF file (NAME.README.md beside it).
+    """Write the model card of MODEL.
 
-    The numbers are those of its report, which `bpwise eval` writes.
+    MODEL is an EXL2 directory, which gets README.md, or a GGUF file, which gets NAME.README.md beside it. The numbers
+    are those of the report that `bpwise eval` writes.
     """
     from ..convert.publishing.cards import write_card
 
@@ -32,14 +35,19 @@ def card(model: Path, original: str | None, base_model: str | None) -> None:
 @cli.command()
 @click.argument("output", type=EXISTING_PATH)
 @click.argument("target", metavar="ORG/[NAME]")
-@click.option("--branch", is_flag=True, help="One repository with a branch for each bitrate, instead of one for each.")
-@click.option("--public", is_flag=True, help="Make new repositories public, and allow to write to public ones.")
+@click.option(
+    "--branch",
+    is_flag=True,
+    help="Use one repository with a branch for each bitrate, instead of a repository for each.",
+)
+@click.option("--public", is_flag=True, help="Make new repositories public, and write to public ones.")
 @click.option("--dry-run", is_flag=True, help="Verify, print what would be uploaded, and upload nothing.")
 def push(output: Path, target: str, branch: bool, public: bool, dry_run: bool) -> None:
-    """Upload OUTPUT, a quantized model or a folder of several, to the Hugging Face Hub, privately.
+    """Upload quantized models to the Hugging Face Hub, privately.
 
-    Without NAME it is called by convention, as ORG/Llama-3.2-1B-8.0bpw-8hb-exl2. Models that are marked as broken, or
-    that cannot be verified, are refused.
+    OUTPUT is a quantized model or a folder of several. Without NAME the repository is named by convention:
+    ORG/Llama-3.2-1B-GGUF, ORG/Llama-3.2-1B-8.0bpw-8hb-exl2. Models that are marked as broken or fail verification are
+    refused.
     """
     from ..convert.publishing.push import find_outputs, plan_uploads, push_model
 

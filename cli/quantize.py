@@ -77,16 +77,16 @@ def _target_options(command: Command) -> Command:
             "-b",
             "--bpw",
             type=RATES,
-            help=f"Bits per weight, overheads included: {_BPW_MEANS}. Several, as 8.0,6.0,4.5, make several outputs in "
+            help=f"Bits per weight, overheads included: {_BPW_MEANS}. Several (8.0,6.0,4.5) make several outputs in "
             "the directory OUTPUT from one measurement.",
         ),
+        click.option("--max-size", type=SIZE, help="Largest size of the file or files, instead of --bpw: 5GB, 700MiB."),
+        click.option("--vram", type=SIZE, help="Memory of the GPU to fit into, cache included, instead of --bpw: 8GB."),
         click.option(
-            "--max-size", type=SIZE, help="Largest size of the file or files, as 5GB or 700MiB, instead of --bpw."
+            "--context",
+            type=TOKENS,
+            help="With --vram: length of the context in tokens, such as 32k.  [default: the model's]",
         ),
-        click.option(
-            "--vram", type=SIZE, help="Memory of a GPU to fit into, cache of --context included, instead of --bpw."
-        ),
-        click.option("--context", type=TOKENS, help="With --vram: tokens of context, as 32k.  [default: the model's]"),
     )
     return grouped(command, declared, "targets", ("bpw", "max_size", "vram", "context"), TargetArguments)
 
@@ -100,10 +100,10 @@ def _target_options(command: Command) -> Command:
     "-m",
     "--measurement",
     type=EXISTING_FILE,
-    help="A measurement of this model, with its calibration rows: do not measure again.",
+    help="Use this measurement of MODEL instead of measuring again.",
 )
-@click.option("--base-model", metavar="ORG/NAME", help="The original's Hub id, for the card.  [default: MODEL's]")
-@click.option("--dry-run", is_flag=True, help="Print size, bpw range, expected memory and time; write nothing.")
+@click.option("--base-model", metavar="ORG/NAME", help="Hub id of the original, for the card.  [default: MODEL's]")
+@click.option("--dry-run", is_flag=True, help="Print size, possible bpw, memory, disk and time; write nothing.")
 @format_options("quantize")
 @evaluation_options
 @original_options
@@ -120,12 +120,13 @@ def quantize(
     changes: OriginalArguments,
     measuring: MeasuringArguments,
 ) -> None:
-    """Quantize MODEL (a directory or a Hub id) to OUTPUT, and compare the two.
+    """Quantize MODEL to OUTPUT, and compare the two.
 
-    OUTPUT is an EXL2 directory, or a GGUF file if it is named so. With several bitrates the outputs are
-    OUTPUT/MODEL-8.0bpw-6hb-exl2 or OUTPUT/MODEL-8.0bpw.gguf and so on, beside a report over all. An output whose
-    predictions turn out useless is marked by BROKEN.md, and the exit code is 1. The same command run again goes on
-    where it was cut off.
+    MODEL is a directory or a Hub id. OUTPUT is a GGUF file if its name ends in .gguf, else an EXL2 directory. Several
+    bitrates make OUTPUT/MODEL-8.0bpw.gguf or OUTPUT/MODEL-8.0bpw-6hb-exl2 and so on, and one report over all.
+
+    Interrupted? Run the same command again and it resumes. An output whose predictions are useless is marked with
+    BROKEN.md, and the exit code is 1.
     """
     from ..checkpoint.source.original import open_model
     from ..quantize.config import QuantizeConfig

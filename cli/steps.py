@@ -47,7 +47,10 @@ def measure(
     changes: OriginalArguments,
     measuring: MeasuringArguments,
 ) -> None:
-    """Measure MODEL (a directory or a Hub id) once, for any bitrate, in all formats or those that --formats names."""
+    """Measure MODEL once, for every size and format.
+
+    MODEL is a directory or a Hub id.
+    """
     from ..checkpoint.files.paths import work_beside
     from ..checkpoint.source.original import open_model
     from ..measure.run import measure_model
@@ -81,10 +84,10 @@ def measure(
     "--format",
     "output_format",
     type=click.Choice(list(formats())),
-    help=f"Kind of output.  [default: {next(iter(formats()))}]",
+    help=f"Format to plan for.  [default: {next(iter(formats()))}]",
 )
-@click.option("-b", "--bpw", type=float, help="Bits per weight, as `bpwise quantize` takes them.")
-@click.option("--max-size", type=SIZE, help="Largest size of all tensors, as 5GB or 700MiB, instead of --bpw.")
+@click.option("-b", "--bpw", type=float, help="Bits per weight, counted as in `bpwise quantize`.")
+@click.option("--max-size", type=SIZE, help="Largest size of all tensors, instead of --bpw: 5GB, 700MiB.")
 @format_options("plan")
 @click.option(
     "-o",
@@ -93,7 +96,7 @@ def measure(
     type=FILE,
     help="Where to save the plan.  [default: plan-BPW.json or plan.json beside MEASUREMENT]",
 )
-@click.option("--html", type=FILE, help="Write a page with the plans of all sizes, in all formats, to choose from.")
+@click.option("--html", type=FILE, help="Write a page with the plans of all sizes and formats to choose from.")
 @FORCE_OPTION
 def plan(
     measurement: Path,
@@ -104,9 +107,9 @@ def plan(
     force: bool,
     choice: FormatChoice,
 ) -> None:
-    """Choose the bits of every row group, or the type of every tensor, for a size; print and save the plan.
+    """Show what each part of a model would get at some size.
 
-    It is made from MEASUREMENT alone.
+    Prints the predicted damage as well, and saves the plan. Takes a second and needs MEASUREMENT alone, not the model.
     """
     from ..checkpoint.files.paths import check_file
     from ..convert.registry import is_plan

