@@ -3,7 +3,7 @@
     python examples/quantize.py MODEL OUT
     python examples/quantize.py MODEL OUT --bpw 8.0,6.0,4.5,3.0 --head-bits 8
 
-The command ``bpwise quantize MODEL OUT --bpw 8.0,6.0,4.5,3.0`` does the same. Interrupted? Run either again and it resumes.
+The command ``bpwise quantize MODEL OUT --bpw 8.0,6.0,4.5,3.0`` does the same. Interrupted? Run it again: it resumes.
 """
 
 from __future__ import annotations
