@@ -1,4 +1,4 @@
-"""Commands in README and docs are taken by the command line as they stand, and docs/commands.md names every option."""
+"""README and docs hold: commands are taken as they stand, every option is named, links lead somewhere."""
 
 import re
 import shlex
@@ -74,6 +74,23 @@ def test_commands_are_found(stopped: None) -> None:
         assert CliRunner().invoke(cli, ["quantize", "MODEL", "OUT", *wrong.split()]).exit_code == 2
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        other = (page.parent / path).resolve() if path else page
+        assert other.exists(), target
+        assert not anchor or anchor in anchors(other), target
+
+
+def anchors(page: Path) -> set[str]:
+    """What links to a page's headings are called, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def options_of(command: click.Command) -> set[str]:
     return {flag for each in command.params if isinstance(each, click.Option) for flag in each.opts}
 
@@ -91,7 +108,7 @@ def test_flags_in_the_text_are_options(page: Path) -> None:
 def test_every_option_has_its_place(name: str) -> None:
     # In the command's section, or in one that commands share.
     text = COMMANDS.read_text(encoding="utf-8")
-    sections = dict(re.findall(r"^## ([^\n]+)\n(.*?)(?=^#{1,2} |\Z)", text, re.DOTALL | re.MULTILINE))
+    sections = dict(re.findall(r"^### ([^\n]+)\n(.*?)(?=^#{2,3} |\Z)", text, re.DOTALL | re.MULTILINE))
     place = sections[f"bpwise {name}"] + sections["Calibration text"] + sections["The machine"]
     for option in cli.commands[name].params:
         if isinstance(option, click.Option):
