@@ -7,9 +7,9 @@
 #     docker build --tag bpwise-cuda --build-arg BASE=nvidia/cuda:13.0.2-base-ubuntu24.04 \
 #         --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 .
 #
-# Files are made in the folder that is mounted at /work:
+# Files are made in the folder that is mounted at /work, and belong to the user that is given:
 #
-#     docker run --rm --volume "$PWD:/work" bpwise quantize Qwen/Qwen3-0.6B Qwen3-0.6B.gguf --bpw 4.5
+#     docker run --rm --user "$(id -u)" --volume "$PWD:/work" bpwise quantize Qwen/Qwen3-0.6B Qwen3-0.6B.gguf --bpw 4.5
 
 ARG BASE=python:3.12-slim
 FROM ${BASE}
@@ -28,7 +28,9 @@ RUN python3 -m venv /opt/bpwise/venv \
     && /opt/bpwise/venv/bin/pip install --no-cache-dir --constraint /opt/bpwise/source/constraints.txt \
         '/opt/bpwise/source[gguf,engine,tasks,png]'
 
-RUN useradd --create-home bpwise
+# Whoever runs it needs a home to keep downloads in.
+RUN useradd --create-home bpwise && chmod 777 /home/bpwise
+ENV HOME=/home/bpwise USER=bpwise
 USER bpwise
 WORKDIR /work
 ENTRYPOINT ["/opt/bpwise/venv/bin/bpwise"]

@@ -75,7 +75,7 @@ def test_container_holds_no_secrets_and_runs_as_a_user() -> None:
     found = instructions()
     assert [name for name, _ in found][-3:] == ["USER", "WORKDIR", "ENTRYPOINT"]
     (user,) = (value for name, value in found if name == "USER")
-    assert f"useradd --create-home {user}" in [value for name, value in found if name == "RUN"]
+    assert any(value.startswith(f"useradd --create-home {user} ") for name, value in found if name == "RUN")
     assert json.loads(found[-1][1]) == ["/opt/bpwise/venv/bin/bpwise"]
     for name, value in found:
         assert not re.search(r"token|password|secret|api.?key|://[^/ ]*@", value, re.IGNORECASE), f"{name} {value}"
