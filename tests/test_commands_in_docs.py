@@ -11,6 +11,8 @@ import pytest
 from bpwise.checkpoint.source import original
 from bpwise.cli import cli
 from bpwise.cli.types import Place
+from bpwise.convert.exl2 import card as exl2_card
+from bpwise.convert.gguf import card as gguf_card
 from click.testing import CliRunner
 
 from .families.families import FAMILIES
@@ -31,9 +33,8 @@ class Reached(Exception):
     """A command line was taken: the command has begun to work."""
 
 
-def commands_of(page: Path) -> Iterator[str]:
+def commands_of(text: str) -> Iterator[str]:
     """Every command line of bpwise's on a page, with its options; those that are cut short by ``...`` are left out."""
-    text = page.read_text(encoding="utf-8")
     lines = [line.removeprefix("$ ") for block in BLOCK.findall(text) for line in block.splitlines()]
     lines += INDENTED.findall(text)
     lines += [" ".join(found.split()) for found in INLINE.findall(BLOCK.sub("", text)) if len(found.split()) > 3]
@@ -42,7 +43,9 @@ def commands_of(page: Path) -> Iterator[str]:
             yield line
 
 
-LINES = [pytest.param(line, id=f"{page.name}: {line}") for page in PAGES for line in commands_of(page)]
+TEXTS = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
+TEXTS |= {"EXL2 card": exl2_card.loading("NAME"), "GGUF card": gguf_card.loading("NAME.gguf")}
+LINES = [pytest.param(line, id=f"{name}: {line}") for name, text in TEXTS.items() for line in commands_of(text)]
 
 
 @pytest.fixture
@@ -67,8 +70,8 @@ def test_command_is_taken(line: str, stopped: None) -> None:
 
 
 def test_commands_are_found(stopped: None) -> None:
-    assert len(list(commands_of(README))) > 12
-    assert len(list(commands_of(COMMANDS))) > 20
+    least = {"README.md": 12, "commands.md": 20, "EXL2 card": 2, "GGUF card": 2}
+    assert all(len(list(commands_of(TEXTS[name]))) >= count for name, count in least.items())
     # What is wrong is seen: an option that is not there, a value that is none, an option without effect.
     for wrong in ("--bits 4", "--bpw four", "--bpw 4 --context 32k"):
         assert CliRunner().invoke(cli, ["quantize", "MODEL", "OUT", *wrong.split()]).exit_code == 2

@@ -81,7 +81,7 @@ model = AutoModelForCausalLM.from_pretrained("{name}-dense", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("{name}-dense")
 ```
 
-**llama.cpp** does not read EXL2. `bpwise quantize ORIGINAL OUT.gguf --bpw BITS` makes a GGUF file of the original; the
+**llama.cpp** does not read EXL2. `bpwise quantize ORIGINAL OUT.gguf --bpw 4.5` makes a GGUF file of the original; the
 decoded checkpoint can be converted with `convert_hf_to_gguf.py` as well."""
 
 

@@ -45,7 +45,7 @@ which has the tokenizer:
 bpwise dequantize {file} dense --original ORIGINAL
 ```
 
-**ExLlamaV2** and **TabbyAPI** do not read GGUF. `bpwise quantize ORIGINAL OUT --bpw BITS` makes an EXL2 model of the
+**ExLlamaV2** and **TabbyAPI** do not read GGUF. `bpwise quantize ORIGINAL OUT --bpw 4.5` makes an EXL2 model of the
 original."""
 
 
