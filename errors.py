@@ -34,11 +34,6 @@ _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-
 """What a terminal acts on (C0, C1, DEL), what reorders or breaks a line, and surrogates, which no encoding has."""
 
 
-def install_command(extra: str) -> str:
-    """Return how to install an extra of bpwise, for a message; no package index has bpwise itself."""
-    return f"pip install '.[{extra}]' in the folder of bpwise's source"
-
-
 def printable(text: str, limit: int = _MOST_CHARACTERS) -> str:
     """Return a text as one line that a terminal only shows, whatever a stranger put into it.
 
@@ -62,6 +57,11 @@ def printable(text: str, limit: int = _MOST_CHARACTERS) -> str:
 def reason(error: BaseException) -> str:
     """Return the start of what another library's error says, as one line; its type where it says nothing."""
     return " ".join(str(error).split())[:_MOST_REASON_CHARACTERS] or type(error).__name__
+
+
+def install_command(extra: str) -> str:
+    """Return how to install an extra of bpwise, for a message; no package index has bpwise itself."""
+    return f"pip install '.[{extra}]' in the folder of bpwise's source"
 
 
 class BpwiseError(Exception):
