@@ -2,26 +2,128 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 
+from ..checkpoint.files.digests import file_digests
+from ..checkpoint.files.disk_errors import shown
 from ..checkpoint.files.schemas import check_schema
+from ..checkpoint.files.side_files import is_side_file
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..checkpoint.source.language import language_config
-from ..errors import BpwiseWarning, FormatError, UnreachableTextError, reason
+from ..errors import BpwiseWarning, CalibrationError, FormatError, UnreachableTextError, reason
 from ..progress import Progress, silent
+from ..version import __version__
 from .device import resolve_device
 from .measurement import Measurement
-from .text.calibration import CalibrationConfig, CalibrationSet, build_calibration, require_tokens
-from .text.context import CALIBRATION, check_rows, fit_row_tokens
+from .text.calibration import CalibrationConfig, CalibrationSet, build_calibration
+from .text.context import CALIBRATION, check_rows, fit_row_tokens, require_tokens
 from .text.generation import write_rows
 from .text.mixture import BUILT_IN, NAMES, SELF, Share, rows_of, spread_places
+from .text.sources import text_files
 from .text.tokenizer import Tokenizer, load_tokenizer, token_fingerprint
 
-__all__ = ["calibration_rows", "joined_rows", "measured_rows"]
+__all__ = ["CALIBRATION_FILE", "calibration_rows", "joined_rows", "kept_rows", "load_or_make_rows", "measured_rows"]
+
+CALIBRATION_FILE = "calibration.safetensors"
+"""Where a run keeps its calibration rows in the work directory."""
+
+
+def load_or_make_rows(
+    checkpoint: Checkpoint,
+    config: CalibrationConfig,
+    kept: Path,
+    *,
+    device: str = "auto",
+    given: CalibrationSet | None = None,
+    progress: Progress = silent,
+) -> CalibrationSet:
+    """Return the calibration rows of a run, which are kept in a file before its long work.
+
+    A run that goes on takes those that it began with: a model that wrote them, or the Hub, might give others now.
+
+    Args:
+        checkpoint: The model.
+        config: Which rows.
+        kept: The file: read if it holds rows that were made from all the same, else replaced.
+        device: As for ``calibration_rows``.
+        given: As for ``calibration_rows``; they are saved as they are.
+        progress: As for ``calibration_rows``; wraps what is read of the model to know it, too.
+
+    Raises:
+        BpwiseError: As ``calibration_rows``; or the file cannot be written.
+
+    Warns:
+        BpwiseWarning: As ``calibration_rows``; the file is damaged; or its rows lack a data set that was out of reach.
+    """
+    if given is None and kept.is_file():
+        checkpoint.prepare_fingerprint(progress)
+        try:
+            rows = kept_rows(checkpoint, config, kept, device=device)
+        except CalibrationError as error:
+            warnings.warn(f"{error} They are made again now.", BpwiseWarning, stacklevel=2)
+            rows = None
+        if rows is not None:
+            if rows.unreached:
+                warnings.warn(
+                    f"{shown(kept)}: rows of the run that goes on. Got the built-in text in place of "
+                    f"{', '.join(rows.unreached)}. Expected data sets that can be reached. Delete the file to have the "
+                    "rows made again.",
+                    BpwiseWarning,
+                    stacklevel=2,
+                )
+            return rows
+    made = calibration_rows(checkpoint, config, device=device, given=given, progress=progress)
+    checkpoint.prepare_fingerprint(progress)
+    if given is None:
+        made = replace(made, made_from=_made_from(checkpoint, config, device))
+    made.save(kept)
+    return made
+
+
+def kept_rows(
+    checkpoint: Checkpoint, config: CalibrationConfig, kept: Path, *, device: str = "auto"
+) -> CalibrationSet | None:
+    """Return the rows of a file if they were made as a config describes, of the same model and text; else None.
+
+    Args:
+        checkpoint: The model; its fingerprint is looked at only where there is a file.
+        config: Which rows.
+        kept: The file; it need not exist.
+        device: As for ``calibration_rows``.
+
+    Raises:
+        CalibrationError: The file is damaged, or text cannot be read.
+        CheckpointError: The model cannot be read.
+    """
+    if not kept.is_file():
+        return None
+    rows = CalibrationSet.load(kept)
+    return rows if rows.made_from == _made_from(checkpoint, config, device) else None
+
+
+def _made_from(checkpoint: Checkpoint, config: CalibrationConfig, device: str) -> str:
+    # Not the number of threads, nor what the Hub has today: a run keeps the rows that it began with.
+    fitted = replace(config, row_tokens=fit_row_tokens(config.row_tokens, checkpoint, CALIBRATION))
+    sources = [share.source for share in config.shares]
+    texts = [file for source in sources if source not in NAMES for file in text_files(source)]
+    settings = sorted(file for file in checkpoint.directory.iterdir() if is_side_file(file.name))
+    parts = {
+        "bpwise": __version__,
+        "model": checkpoint.fingerprint,
+        "changes": checkpoint.changes,
+        "options": asdict(fitted),
+        "device": resolve_device(device).type if SELF in sources else None,
+        "texts": file_digests(texts, CalibrationError),
+        "tokenizer": [[file.name for file in settings], file_digests(settings, CalibrationError)],
+    }
+    return hashlib.sha256(json.dumps(parts).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def calibration_rows(
@@ -58,7 +160,7 @@ def calibration_rows(
     maker = _RowMaker(checkpoint, load_tokenizer(checkpoint.directory), config, device, progress)
     counts = dict(zip(config.shares, rows_of(config.shares, config.rows), strict=True))
     built_in = sum(count for share, count in counts.items() if share.source == BUILT_IN)
-    sets = []
+    sets, unreached = [], []
     for share, count in counts.items():
         if not count or share.source == BUILT_IN:
             continue
@@ -74,9 +176,11 @@ def calibration_rows(
                 stacklevel=2,
             )
             built_in += count
+            unreached.append(share.source)
     if built_in:
         sets.append(maker.rows(Share(BUILT_IN, 1.0), built_in))
-    return sets[0] if len(sets) == 1 else joined_rows(sets, maker.tokenizer)
+    rows = sets[0] if len(sets) == 1 else joined_rows(sets, maker.tokenizer)
+    return replace(rows, unreached=tuple(unreached))
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..errors import ConfigError
 from ..linalg.products import PRECISIONS, float32_products, pass_precision
 from ..progress import Progress, silent
 from ..version import __version__
-from .calibrated import calibration_rows
+from .calibrated import CALIBRATION_FILE, load_or_make_rows
 from .curves import CurveMaker, CurveSource
 from .device import resolve_device
 from .embeddings import finished_tables
@@ -36,6 +36,7 @@ from .text.context import CALIBRATION, check_rows
 from .text.mixture import NAMES
 
 __all__ = [
+    "CALIBRATED",
     "MEASURED",
     "MeasureConfig",
     "kept_inputs",
@@ -45,6 +46,9 @@ __all__ = [
     "require_measurable",
 ]
 
+
+CALIBRATED = "calibrate"
+"""Name of the step in the work directory that makes calibration rows; its identity is their options."""
 
 MEASURED = "measure"
 """Name of the step in the work directory; a measurement's provenance is its identity."""
@@ -253,7 +257,7 @@ def measure_model(
         The measurement.
 
     Raises:
-        BpwiseError: As ``measure_checkpoint``, ``open_model`` and ``calibration_rows``; or the output is in the way of
+        BpwiseError: As ``measure_checkpoint``, ``open_model`` and ``load_or_make_rows``; or the output is in the way of
             something, or cannot be written.
 
     Example:
@@ -275,10 +279,11 @@ def measure_model(
     if calibration is not None:
         check_rows(checkpoint, calibration, CALIBRATION)
     with reserved(output), run_artifacts(work) as artifacts:
-        rows = calibration_rows(
-            checkpoint, config.calibration, device=config.device, given=calibration, progress=progress
+        artifacts.add(CALIBRATED, asdict(config.calibration))
+        kept = ResumeStore(work, CALIBRATED, asdict(config.calibration)).path / CALIBRATION_FILE
+        rows = load_or_make_rows(
+            checkpoint, config.calibration, kept, device=config.device, given=calibration, progress=progress
         )
-        checkpoint.prepare_fingerprint(progress)
         curves = prepared_curves(formats, output, work, artifacts, progress, required=every_format)
         artifacts.add(MEASURED, measurement_provenance(checkpoint, rows, config, curves))
         measurement = measure_checkpoint(checkpoint, rows, config, curves, work, progress)

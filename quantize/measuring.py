@@ -15,7 +15,7 @@ from ..checkpoint.source.language import language_model
 from ..checkpoint.source.linears import model_linears
 from ..convert.registry import is_plan
 from ..errors import BpwiseWarning, FormatError
-from ..measure.calibrated import calibration_rows, measured_rows
+from ..measure.calibrated import CALIBRATION_FILE, load_or_make_rows, measured_rows
 from ..measure.curves import CurveMaker
 from ..measure.measurement import Measurement, is_measurement
 from ..measure.run import MeasureConfig, measure_checkpoint, measurement_provenance
@@ -39,9 +39,8 @@ MEASUREMENT_FILE = "measurement.safetensors"
 MEASURING = "measure"
 """Folder of a series' work directory that the model is measured in."""
 
-CALIBRATION_FILE = "calibration.safetensors"
 PLAN_FILE = "plan.json"
-"""Where it keeps its calibration rows, and its plan."""
+"""Where it keeps its plan."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +73,7 @@ def load_or_measure(
     calibration: CalibrationSet | None,
     check_rows: Callable[[CalibrationSet], object] | None = None,
 ) -> tuple[Measurement, CalibrationSet]:
-    """Return a model's measurement and its calibration rows, which are saved in the work directory.
+    """Return a model's measurement and its calibration rows, which are kept in the work directory.
 
     Args:
         checkpoint: The model.
@@ -88,22 +87,27 @@ def load_or_measure(
         check_rows: Called with the rows before the long work; it may raise.
 
     Raises:
-        BpwiseError: As ``calibration_rows`` and ``measure_checkpoint``.
+        BpwiseError: As ``load_or_make_rows`` and ``measure_checkpoint``.
     """
     if given is not None:
         measured, rows = given.measurement, measured_rows(given.measurement)
+        rows.save(work / CALIBRATION_FILE)
         if check_rows is not None:
             check_rows(rows)
     else:
         with clock.step("calibration text"):
-            rows = calibration_rows(
-                checkpoint, config.calibration, device=config.device, given=calibration, progress=progress
+            rows = load_or_make_rows(
+                checkpoint,
+                config.calibration,
+                work / CALIBRATION_FILE,
+                device=config.device,
+                given=calibration,
+                progress=progress,
             )
         if check_rows is not None:
             check_rows(rows)
         with clock.step("measure"):
             measured = _measured(checkpoint, rows, config, curves(), work, progress)
-    rows.save(work / CALIBRATION_FILE)
     return measured, rows
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
+from ..checkpoint.files.resume import ResumeStore
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..convert.conversion import Conversion
 from ..errors import BpwiseError
 from ..linalg.work import Rates, rates_of
+from ..measure.calibrated import CALIBRATION_FILE
 from ..measure.measurement import Measurement
-from ..measure.run import MeasureConfig
+from ..measure.run import CALIBRATED, MeasureConfig
 from ..measure.text.calibration import CalibrationSet
 from ..measure.text.context import CALIBRATION, fit_row_tokens
 from ..progress import Progress, RunForecast, RunProgress
@@ -69,11 +71,11 @@ def with_times(
     counted: dict[Path, list[CountedPart]] = {}
     if conversion.scratch(work, measurement):
         parts.append(preparing_part(conversion, measure))
+    measuring = work / MEASURING if series else work
     if conversion.measures and known is None:
-        parts += writing_parts(checkpoint, measure, shape)
+        parts += writing_parts(checkpoint, measure, shape, measuring / CALIBRATION_FILE)
     if conversion.measures and not measured:
-        kept = (work / MEASURING if series else work) / MEASUREMENT_FILE
-        parts += measuring_parts([conversion], measure, shape, kept)
+        parts += measuring_parts([conversion], measure, shape, measuring / MEASUREMENT_FILE)
     for output, forecast in forecasts.items():
         place = work / output.name if series else work
         state = OutputState(work=place, exists=exists(output), measures=not series and not measured)
@@ -144,7 +146,8 @@ def measuring_forecast(
     checkpoint = usable[0].checkpoint
     shape = _rows_shape(rows, config, checkpoint)
     if rows is None:
-        parts += writing_parts(checkpoint, config, shape)
+        store = ResumeStore.existing(work, CALIBRATED, asdict(config.calibration))
+        parts += writing_parts(checkpoint, config, shape, None if store is None else store.path / CALIBRATION_FILE)
     return RunForecast(parts=expected_parts([*parts, *measuring_parts(usable, config, shape, work / MEASUREMENT_FILE)]))
 
 

@@ -28,7 +28,6 @@ __all__ = [
     "build_calibration",
     "is_calibration",
     "require_ids_below",
-    "require_tokens",
 ]
 
 DEFAULT_ROW_TOKENS = 1024
@@ -107,6 +106,8 @@ class CalibrationSet:
         description: What the text is and how rows were taken from it, for reports.
         adds_bos: Whether each row begins with a BOS token.
         vocabulary: Which tokens the ids stand for, as ``token_fingerprint``; None if that is not known.
+        made_from: Digest of all that decided about the rows, where they were made for a run; else None.
+        unreached: Data sets that could not be reached, whose place the built-in text took.
     """
 
     tokens: Tensor
@@ -114,6 +115,8 @@ class CalibrationSet:
     description: str
     adds_bos: bool
     vocabulary: str | None = None
+    made_from: str | None = None
+    unreached: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Validate.
@@ -161,6 +164,8 @@ class CalibrationSet:
             "adds_bos": json.dumps(self.adds_bos),
             "fingerprint": self.fingerprint,
             **({} if self.vocabulary is None else {"vocabulary": self.vocabulary}),
+            **({} if self.made_from is None else {"made_from": self.made_from}),
+            **({"unreached": json.dumps(self.unreached)} if self.unreached else {}),
         }
         save_tensors(path, {"tokens": self.tokens.contiguous()}, metadata)
 
@@ -193,6 +198,8 @@ class CalibrationSet:
                 description=metadata["description"],
                 adds_bos=json.loads(metadata["adds_bos"]) is True,
                 vocabulary=metadata.get("vocabulary"),
+                made_from=metadata.get("made_from"),
+                unreached=tuple(map(str, json.loads(metadata.get("unreached", "[]")))),
             )
             "".join((loaded.description, *loaded.origins)).encode()  # half a surrogate pair cannot be written
         except (KeyError, TypeError, ValueError, RecursionError, ShapeError) as error:
@@ -293,23 +300,6 @@ def require_ids_below(
         f"tokenizer: its ids do not fit the model. {got}. The text has the token {token!r}. Use the tokenizer that "
         "belongs to the model, text without that token, or resize the model's embedding."
     )
-
-
-def require_tokens(rows: CalibrationSet, tokenizer: Tokenizer) -> None:
-    """Refuse rows whose ids stand for other tokens in a tokenizer than in the one that they were made with.
-
-    Args:
-        rows: The rows; where it is not known which tokens they hold, they are taken.
-        tokenizer: The model's.
-
-    Raises:
-        CalibrationError: The ids stand for other tokens.
-    """
-    if rows.vocabulary is not None and token_fingerprint(tokenizer, rows.tokens) != rows.vocabulary:
-        raise CalibrationError(
-            "calibration set: it was made with another tokenizer. Got ids that stand for other tokens in this model's "
-            "vocabulary. Build the set with this model."
-        )
 
 
 def _read_text(

@@ -1,13 +1,22 @@
-"""Rows that a model can take: no longer than its context, and no ids beyond its vocabulary."""
+"""Rows that a model can take: no longer than its context, no ids beyond its vocabulary, and of its own tokens."""
 
 from __future__ import annotations
 
 from ...checkpoint.source.checkpoint import TensorSource
 from ...checkpoint.source.language import language_config
-from ...errors import ConfigError
+from ...errors import CalibrationError, ConfigError
 from .calibration import DEFAULT_ROW_TOKENS, CalibrationSet, require_ids_below
+from .tokenizer import Tokenizer, token_fingerprint
 
-__all__ = ["CALIBRATION", "EVALUATION", "check_rows", "context_tokens", "fit_row_tokens", "shortened_line"]
+__all__ = [
+    "CALIBRATION",
+    "EVALUATION",
+    "check_rows",
+    "context_tokens",
+    "fit_row_tokens",
+    "require_tokens",
+    "shortened_line",
+]
 
 CALIBRATION, EVALUATION = "calibration", "evaluation"
 """What rows are for, as messages call it."""
@@ -66,6 +75,23 @@ def check_rows(source: TensorSource, rows: CalibrationSet, use: str) -> None:
             f"{use} text: rows of 1 token. Expected at least 2: the first is never predicted. Choose another."
         )
     _refuse_longer(row_tokens, context_tokens(source), use)
+
+
+def require_tokens(rows: CalibrationSet, tokenizer: Tokenizer) -> None:
+    """Refuse rows whose ids stand for other tokens in a tokenizer than in the one that they were made with.
+
+    Args:
+        rows: The rows; where it is not known which tokens they hold, they are taken.
+        tokenizer: The model's.
+
+    Raises:
+        CalibrationError: The ids stand for other tokens.
+    """
+    if rows.vocabulary is not None and token_fingerprint(tokenizer, rows.tokens) != rows.vocabulary:
+        raise CalibrationError(
+            "calibration set: it was made with another tokenizer. Got ids that stand for other tokens in this model's "
+            "vocabulary. Build the set with this model."
+        )
 
 
 def _refuse_longer(row_tokens: int, context: int | None, use: str) -> None:

@@ -21,6 +21,7 @@ __all__ = [
     "TextPart",
     "TextSource",
     "read_texts",
+    "text_files",
     "valid_unicode",
 ]
 
@@ -138,17 +139,28 @@ def read_texts(source: str | Path, *, column: str | None = None, render_chat: Ch
     return _hub_source(source, rows_to_documents)
 
 
+def text_files(source: str | Path) -> list[Path]:
+    """Return the local files that a source is read from, in order; none for a data set of the Hub."""
+    path = Path(source)
+    try:
+        if not path.is_dir():
+            return [path] if path.exists() else []
+    except (OSError, ValueError):  # a name that is too long, or holds a NUL
+        return []
+    return sorted(
+        file
+        for file in path.rglob("*")
+        if file.suffix in TEXT_SUFFIXES
+        and file.is_file()
+        and not any(name.startswith(".") for name in file.relative_to(path).parts)
+    )
+
+
 _RowReader = Callable[[str, Callable[[], _Rows]], Iterator[Document]]
 
 
 def _directory_source(directory: Path, rows_to_documents: _RowReader) -> TextSource:
-    files = sorted(
-        path
-        for path in directory.rglob("*")
-        if path.suffix in TEXT_SUFFIXES
-        and path.is_file()
-        and not any(name.startswith(".") for name in path.relative_to(directory).parts)
-    )
+    files = text_files(directory)
     if not files:
         raise CalibrationError(
             f"{directory}: no text files in this directory. Expected at least one of type "

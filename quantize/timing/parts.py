@@ -22,7 +22,7 @@ from ...measure.text.generation import ROWS_TOGETHER, WRITING
 from ...measure.text.mixture import SELF, rows_of
 from ...progress import ExpectedPart
 from .counts import evaluating, measuring, rounding, tuning, writing
-from .finished import finished_blocks, finished_measuring
+from .finished import finished_blocks, finished_measuring, finished_rows
 from .passes import Tokens
 from .shapes import ModelShape
 
@@ -112,17 +112,20 @@ def preparing_part(conversion: Conversion, config: MeasureConfig) -> CountedPart
     return CountedPart("prepare", "prepare", device, counted, seconds=work.starting_seconds)
 
 
-def writing_parts(checkpoint: Checkpoint, config: MeasureConfig, rows_shape: tuple[int, int]) -> list[CountedPart]:
-    """Return what having the model write calibration rows takes, nothing where it writes none.
+def writing_parts(
+    checkpoint: Checkpoint, config: MeasureConfig, rows_shape: tuple[int, int], kept: Path | None
+) -> list[CountedPart]:
+    """Return what having the model write calibration rows takes, nothing where it writes none, or has written them.
 
     Args:
         checkpoint: The model.
         config: Options of measuring.
         rows_shape: Number and length of all calibration rows.
+        kept: Where the run keeps the rows; None if it has not begun.
     """
     shares, (rows, row_tokens) = config.calibration.shares, rows_shape
     own = sum(count for share, count in zip(shares, rows_of(shares, rows), strict=True) if share.source == SELF)
-    if not own:
+    if not own or (kept is not None and finished_rows(kept, checkpoint, config)):
         return []
     shape, device = ModelShape.of(language_model(checkpoint)), resolve_device(config.device)
     starts = range(0, own, ROWS_TOGETHER)

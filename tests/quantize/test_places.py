@@ -58,7 +58,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(obtain, "measure_checkpoint", fail)
     monkeypatch.setattr("bpwise.measure.run.measure_checkpoint", fail)
-    monkeypatch.setattr("bpwise.measure.run.calibration_rows", fail)
+    monkeypatch.setattr("bpwise.measure.run.load_or_make_rows", fail)
     monkeypatch.setattr("bpwise.eval.comparison.evaluation_rows", fail)
     monkeypatch.setattr(judge, "evaluation_rows", fail)
 

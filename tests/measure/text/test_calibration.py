@@ -13,8 +13,8 @@ from bpwise.measure.text.calibration import (
     CalibrationSet,
     build_calibration,
     require_ids_below,
-    require_tokens,
 )
+from bpwise.measure.text.context import require_tokens
 from bpwise.measure.text.rows import read_pool
 from bpwise.measure.text.sources import Document, TextPart, TextSource
 from bpwise.measure.text.tokenizer import leading_ids, load_tokenizer, ordinary_ids

@@ -138,6 +138,6 @@ def test_rows_are_written_in_as_many_parts_as_there_are_bars(save_model: Any, tm
     checkpoint = Checkpoint.open(save_model(tmp_path / "m"))
     for source, rows, expected in (("self", 70, [32, 32, 6]), ("self,built-in", 70, [32, 3]), (None, 70, [])):
         config = MeasureConfig(calibration=CalibrationConfig(source=source, rows=rows), device="cpu")
-        parts = writing_parts(checkpoint, config, (rows, 16))
+        parts = writing_parts(checkpoint, config, (rows, 16), None)
         works = [writing(ModelShape.of(language_model(checkpoint)), count, 16) for count in expected]
         assert [part.work for part in parts] == works
