@@ -5,6 +5,7 @@ with 1; a bug keeps its traceback.
 """
 
 import re
+from pathlib import Path
 
 __all__ = [
     "BpwiseError",
@@ -14,6 +15,7 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "ConfigError",
+    "DiskFullError",
     "FormatError",
     "NumericalError",
     "PublishError",
@@ -112,6 +114,19 @@ class VerificationError(BpwiseError):
 
 class WorkDirectoryError(BpwiseError):
     """A work or output directory is in the way, or belongs to another run."""
+
+
+class DiskFullError(WorkDirectoryError):
+    """A disk, or a quota on it, has no room for what is to be written.
+
+    Attributes:
+        place: A path on that disk; it need not exist.
+    """
+
+    def __init__(self, message: str, place: Path) -> None:
+        """Take the message, and where there is no room."""
+        super().__init__(message)
+        self.place = place
 
 
 class PublishError(BpwiseError):
