@@ -8,7 +8,7 @@ ROOMS := cli quantize eval convert measure linalg checkpoint
 # Of `make fuzz`, of each reader.
 MUTANTS ?= 500
 
-.PHONY: demo test test-slow test-gpu test-families families-table fuzz check format bench-quality bench-gguf bench-memory bench-gpu check-readers clean
+.PHONY: demo test test-lowest test-newest test-slow test-gpu test-families families-table fuzz check format bench-quality bench-gguf bench-memory bench-gpu check-readers clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,19 @@ test: $(VENV)/installed
 
 test-slow: $(VENV)/installed
 	$(BIN)/pytest -q -m slow
+
+# With the lowest versions that pyproject.toml allows, in an environment of their own.
+test-lowest: $(VENV)/installed
+	mkdir -p build
+	$(PYTHON) -m venv --clear build/lowest
+	$(BIN)/python -m tests.dependencies lowest > build/lowest.txt
+	build/lowest/bin/pip install --quiet --constraint build/lowest.txt '.[gguf,png]' pytest
+	cd build && lowest/bin/bpwise --help > /dev/null
+	build/lowest/bin/pytest -q
+
+# Whether PyPI has versions beyond those that pyproject.toml allows.
+test-newest: $(VENV)/installed
+	$(BIN)/python -m tests.dependencies newest
 
 # With ExLlamaV2 itself as the judge, where it is installed: pip install exllamav2
 test-gpu: $(VENV)/installed

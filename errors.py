@@ -5,6 +5,7 @@ with 1; a bug keeps its traceback.
 """
 
 import re
+from pathlib import Path
 
 __all__ = [
     "BpwiseError",
@@ -14,6 +15,7 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "ConfigError",
+    "DiskFullError",
     "FormatError",
     "NumericalError",
     "PublishError",
@@ -34,11 +36,16 @@ _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-
 """What a terminal acts on (C0, C1, DEL), what reorders or breaks a line, and surrogates, which no encoding has."""
 
 
+_TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}")
+"""The Hub's access tokens: its answers may repeat what was sent."""
+
+
 def printable(text: str, limit: int = _MOST_CHARACTERS) -> str:
     """Return a text as one line that a terminal only shows, whatever a stranger put into it.
 
-    Line breaks and tabs become spaces, other control characters and lone surrogates are escaped as in Python. Of a text
-    beyond the limit the middle goes: where and what stand at the start of a message, what to do at its end.
+    Line breaks and tabs become spaces, other control characters and lone surrogates are escaped as in Python, access
+    tokens of the Hub are left out. Of a text beyond the limit the middle goes: where and what stand at the start of a
+    message, what to do at its end.
 
     Args:
         text: Any text.
@@ -48,7 +55,10 @@ def printable(text: str, limit: int = _MOST_CHARACTERS) -> str:
     # Before anything else: what comes in may have a hundred million characters, and each may become six.
     parts = [text] if len(text) <= limit else [text[:start], text[-end:]]
     shown = "...".join(
-        _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], " ".join(part.replace("\t", " ").split("\n")))
+        _UNPRINTABLE.sub(
+            lambda found: ascii(found[0])[1:-1],
+            _TOKEN.sub("hf_...", " ".join(part.replace("\t", " ").split("\n"))),
+        )
         for part in parts
     )
     return shown if len(shown) <= limit else f"{shown[: start - 3]}...{shown[-end:]}"
@@ -118,6 +128,19 @@ class VerificationError(BpwiseError):
 
 class WorkDirectoryError(BpwiseError):
     """A work or output directory is in the way, or belongs to another run."""
+
+
+class DiskFullError(WorkDirectoryError):
+    """A disk, or a quota on it, has no room for what is to be written.
+
+    Attributes:
+        place: A path on that disk; it need not exist.
+    """
+
+    def __init__(self, message: str, place: Path) -> None:
+        """Take the message, and where there is no room."""
+        super().__init__(message)
+        self.place = place
 
 
 class PublishError(BpwiseError):

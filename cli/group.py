@@ -1,28 +1,64 @@
-"""The command group: user errors become one sentence and exit code 1, signals 128 + number, warnings a line."""
+"""The command group: user errors become one sentence and exit code 1, signals 128 + number, warnings a line.
+
+Also how a run is stopped, and how it waits for room on a disk.
+"""
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
+import socket
+import threading
+import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import click
 
-from ..errors import BpwiseError, BpwiseWarning
+from ..errors import BpwiseError, BpwiseWarning, DiskFullError
 from ..version import __version__
 from .allocator import give_back_large_blocks
 from .effects import refuse_without_effect
 from .output import say
 
-__all__ = ["cli", "main"]
+__all__ = ["WAIT_OPTION", "cli", "main"]
+
+_STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")
+"""Signals that end a run: partial files are deleted, locks let go. Windows lacks the third."""
+
+_CLEANING_SECONDS = 5.0
+"""Time for that; what a thread is at work on may take longer, and is made again by the next run."""
+
+_SAME_SECONDS = 0.1
+"""A signal so soon after the first is the same wish: `timeout` sends its own twice, a closed terminal two kinds."""
+
+_CONTINUE = "Run the same command to continue."
+
+_WAITS = "bpwise.wait_for_space"
+_LOOK_SECONDS = 10.0
+_RETRY_SECONDS = 600.0
+"""Time after which a run tries again in any case: what a quota has left cannot be asked for."""
+
+_SOME_BYTES = 1 << 20
+"""Growth of the free space that is worth a try: other programs write a few bytes at any time."""
+
+WAIT_OPTION = click.option(
+    "--wait-for-space",
+    is_flag=True,
+    expose_value=False,
+    callback=lambda ctx, _, value: ctx.meta.__setitem__(_WAITS, value),
+    help="If a disk is full, say so, wait for room and resume, instead of ending the run.",
+)
 
 
-_STOPPING = ("SIGTERM", "SIGHUP")
-"""Signals that end a run as Ctrl-C does: partial files are deleted, locks let go. Windows lacks the second."""
+_said = threading.Event()
+"""Set where the line about being stopped was printed."""
 
 
 class _Stopped(KeyboardInterrupt):
@@ -34,11 +70,23 @@ class _Stopped(KeyboardInterrupt):
 
 
 class _Command(click.Command):
-    """Refuses options that have no effect beside the others before it does anything."""
+    """Refuses options that have no effect beside the others before it does anything, and waits for room if asked to."""
 
     def invoke(self, ctx: click.Context) -> Any:
         refuse_without_effect(ctx)
-        return super().invoke(ctx)
+        if not ctx.meta.get(_WAITS):
+            return super().invoke(ctx)
+        said = ""
+        while True:
+            try:
+                return super().invoke(ctx)
+            except DiskFullError as full:
+                line, place = f"waiting     {full} This run goes on by itself.", full.place
+            # Only here is the memory of what failed free again.
+            if line != said:
+                say(line, err=True)
+                said = line
+            _wait_for_room(place)
 
 
 class _Group(click.Group):
@@ -56,10 +104,8 @@ class _Group(click.Group):
             raise click.ClickException(str(error)) from error
         except KeyboardInterrupt as stop:
             number = stop.number if isinstance(stop, _Stopped) else int(signal.SIGINT)
-            # Progress bars leave the cursor in their line. A terminal that was closed takes no more words.
-            with suppress(OSError):
-                say("", err=True)
-                say(f"Stopped. {stop}".rstrip(), err=True)
+            _said.set()
+            _say_stopped(str(stop))
             raise click.exceptions.Exit(128 + number) from stop
 
 
@@ -79,15 +125,57 @@ def cli() -> None:
 def main() -> None:
     """Entry point of the ``bpwise`` command."""
     give_back_large_blocks()
-    for name in _STOPPING:
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # nohup has it ignored
-            signal.signal(number, _stop)
+    _catch_signals()
     cli()
 
 
+def _catch_signals() -> None:
+    # Python calls a handler only once the main thread is back from C, where a product or a factor may take minutes. The
+    # number of a signal is in this socket at once, and a thread that waits for it can end the process.
+    numbers = []
+    for name in _STOPPING:
+        number = getattr(signal, name, None)
+        # nohup and shells' background jobs have some ignored
+        if number is not None and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, _stop)
+            numbers.append(int(number))
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    signal.set_wakeup_fd(sender.detach())
+    threading.Thread(target=_end_late, args=(receiver, numbers), name="bpwise signals", daemon=True).start()
+
+
 def _stop(number: int, _frame: FrameType | None) -> None:
-    for name in _STOPPING:  # a second one must not stop the cleaning up
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for name in _STOPPING:  # a second one must not stop the cleaning up; it is the thread's
+        each = getattr(signal, name, None)
+        if each is not None and signal.getsignal(each) is _stop:
+            signal.signal(each, lambda *_: None)
     raise _Stopped(number)
+
+
+def _end_late(signals: socket.socket, numbers: list[int]) -> None:
+    # Ends the process by the second signal, or a while after the first.
+    number = 0
+    while number not in numbers:
+        number = signals.recv(1)[0]
+    first = time.monotonic()
+    while (left := first + _CLEANING_SECONDS - time.monotonic()) > 0:
+        signals.settimeout(left)
+        with suppress(TimeoutError):
+            if signals.recv(1)[0] in numbers and time.monotonic() - first > _SAME_SECONDS:
+                break
+    if not _said.is_set():
+        _say_stopped()
+    os._exit(128 + number)
+
+
+def _say_stopped(how_to_continue: str = "") -> None:
+    say("", err=True)  # progress bars leave the cursor in their line
+    say(f"Stopped. {how_to_continue or _CONTINUE}", err=True)
+
+
+def _wait_for_room(place: Path) -> None:
+    disk = next(each for each in (place, *place.absolute().parents) if each.exists())
+    free, tried = shutil.disk_usage(disk).free, time.monotonic()
+    while shutil.disk_usage(disk).free < free + _SOME_BYTES and time.monotonic() - tried < _RETRY_SECONDS:
+        time.sleep(_LOOK_SECONDS)

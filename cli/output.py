@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import click
@@ -28,9 +30,11 @@ def say(line: str, *, err: bool = False) -> None:
 
     Args:
         line: The line: a line break in it does not break it.
-        err: Whether it goes to stderr, with warnings and progress, and not to the results.
+        err: Whether it goes to stderr, with warnings and progress, and not to the results. There a line may be lost: a
+            log file on a full disk ends no run.
     """
-    click.echo(printable(line), err=err)
+    with suppress(OSError) if err else nullcontext():
+        click.echo(printable(line), err=err)
 
 
 class RunBar:
@@ -113,16 +117,37 @@ def _progress_lines(items: Sequence[Any], label: str, left: TimeLeft | None) -> 
     from tqdm import tqdm
 
     first = last = time.monotonic()
-    for done, item in enumerate(items):
+    done = 0
+    ended = threading.Event()
+
+    def tell() -> None:
+        nonlocal last
         now = time.monotonic()
+        if now - last < _LINE_SECONDS:
+            return
+        last = now
         if left is not None:
-            left.advance(done / len(items))
-        if done and now - last >= _LINE_SECONDS:
-            seconds = (now - first) / done * (len(items) - done) if left is None else left.seconds
-            of_run = "" if left is None else " of the run"
-            say(f"{label}: {done} of {len(items)}, {tqdm.format_interval(seconds)} left{of_run}", err=True)
-            last = now
-        yield item
+            time_left = f", {tqdm.format_interval(left.seconds)} left of the run"
+        elif done:
+            time_left = f", {tqdm.format_interval((now - first) / done * (len(items) - done))} left"
+        else:
+            time_left = ""
+        say(f"{label}: {done} of {len(items)}{time_left}", err=True)
+
+    def beat() -> None:  # one item may take longer: a log tells that the run lives
+        while not ended.wait(_LINE_SECONDS):
+            tell()
+
+    threading.Thread(target=beat, name="bpwise progress", daemon=True).start()
+    try:
+        for item in items:
+            if left is not None:
+                left.advance(done / len(items))
+            tell()
+            yield item
+            done += 1
+    finally:
+        ended.set()
     if left is not None:
         left.advance(1.0)
     say(f"{label}: {len(items)} in {tqdm.format_interval(time.monotonic() - first)}", err=True)

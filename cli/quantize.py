@@ -11,7 +11,7 @@ import click
 
 from ..convert.registry import format_naming, formats
 from .format_options import FORMAT_OPTION, FormatChoice, format_options
-from .group import cli
+from .group import WAIT_OPTION, cli
 from .options import (
     Command,
     MeasuringArguments,
@@ -108,6 +108,7 @@ def _target_options(command: Command) -> Command:
 @evaluation_options
 @original_options
 @calibration_options
+@WAIT_OPTION
 def quantize(
     model: str,
     output: Path,

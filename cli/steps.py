@@ -10,7 +10,7 @@ import click
 from ..convert.format import Export
 from ..convert.registry import formats
 from .format_options import FormatChoice, format_options
-from .group import cli
+from .group import WAIT_OPTION, cli
 from .options import (
     FORCE_OPTION,
     MeasuringArguments,
@@ -38,6 +38,7 @@ __all__ = ["measure", "plan"]
 @format_options("measure")
 @original_options
 @calibration_options
+@WAIT_OPTION
 def measure(
     model: str,
     output: Path,

@@ -50,7 +50,7 @@ EXISTING_PATH = Place(exists=True, path_type=Path)
 PATH = Place(path_type=Path)
 
 
-class Size(click.ParamType):  # type: ignore[type-arg]  # generic only from click 8.4 on
+class Size(click.ParamType[int]):
     """A number of bytes, with a unit or without."""
 
     name = "size"
@@ -72,7 +72,7 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic only from clic
         return int(float(match[1]) * self._UNITS[match[2]])
 
 
-class Tokens(click.ParamType):  # type: ignore[type-arg]  # generic only from click 8.4 on
+class Tokens(click.ParamType[int]):
     """A number of tokens, in units of 1024 where it ends in ``k``."""
 
     name = "tokens"
@@ -84,7 +84,7 @@ class Tokens(click.ParamType):  # type: ignore[type-arg]  # generic only from cl
         return int(match[1]) * (1024 if match[2] else 1)
 
 
-class Rates(click.ParamType):  # type: ignore[type-arg]  # generic only from click 8.4 on
+class Rates(click.ParamType[tuple[float, ...]]):
     """Bitrates, separated by commas."""
 
     name = "bpw[,bpw...]"
@@ -101,7 +101,7 @@ class Rates(click.ParamType):  # type: ignore[type-arg]  # generic only from cli
         return rates
 
 
-class Lengths(click.ParamType):  # type: ignore[type-arg]  # generic only from click 8.4 on
+class Lengths(click.ParamType[tuple[int, ...]]):
     """Numbers of tokens, separated by commas."""
 
     name = "tokens[,tokens...]"
@@ -116,7 +116,7 @@ class Lengths(click.ParamType):  # type: ignore[type-arg]  # generic only from c
         return lengths
 
 
-class Names(click.ParamType):  # type: ignore[type-arg]  # generic only from click 8.4 on
+class Names(click.ParamType[tuple[str, ...]]):
     """Names, separated by commas."""
 
     name = "name[,name...]"

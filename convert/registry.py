@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.files.schemas import read_json
+from ..checkpoint.files.schemas import check_checksum, read_json
 from ..errors import ConfigError, FormatError
 from .format import Format
 from .plan import Plan
@@ -137,7 +137,7 @@ def load_plan(path: Path) -> Plan:
     """Read a plan, of whatever format.
 
     Raises:
-        FormatError: It is none, is damaged, or is of another version.
+        FormatError: It is none, is damaged, has changed since it was written, or is of another version.
     """
     raw = read_json(path, FormatError)
     name = raw.get("format")
@@ -146,6 +146,7 @@ def load_plan(path: Path) -> Plan:
             f"{path}: not a plan. Got format {name!r}. Expected one of {', '.join(_FORMATS)}. "
             "Make it again with `bpwise plan`."
         )
+    check_checksum(raw, FormatError, where=str(path), remedy="Make it again with `bpwise plan`.")
     return format_named(name).load_plan(raw, str(path))
 
 

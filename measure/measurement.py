@@ -213,10 +213,13 @@ class Measurement:
     @property
     def fingerprint(self) -> str:
         """SHA-256 over curves and provenance, 32 hexadecimal digits."""
-        return hashlib.sha256(self.to_bytes()).hexdigest()[:32]
+        return hashlib.sha256(self._image()).hexdigest()[:32]
 
     def to_bytes(self) -> bytes:
-        """Return the file's content: a safetensors image with the provenance in its metadata."""
+        """Return the file's content: a safetensors image with provenance and fingerprint in its metadata."""
+        return self._image(sha256=self.fingerprint)
+
+    def _image(self, **more: str) -> bytes:
         linears = (*self.linears, self.head)
         tensors = {f"{linear.name}.{field}": getattr(linear, field) for linear in linears for field in _FIELDS}
         tensors[f"{self.embedding.name}.{_IMPORTANCE}"] = self.embedding.importance
@@ -249,6 +252,7 @@ class Measurement:
             "damping": {x.name: x.damping if np.isfinite(x.damping) else None for x in linears},
             "chosen_tokens": {x.name: x.chosen_tokens for x in self.linears if x.chosen_tokens is not None},
             "provenance": self.provenance,
+            **more,
         }
         # One entry only: safetensors writes several in an order that differs from run to run.
         contiguous = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
@@ -265,7 +269,7 @@ class Measurement:
         """Read a measurement file.
 
         Raises:
-            FormatError: It is not a measurement, is damaged, or has another version.
+            FormatError: It is not a measurement, is damaged, has changed since it was written, or has another version.
         """
         header, tensors = read_measurement(path, MEASUREMENT_VERSION)
         tokens = tensors.take(_TOKENS, np.int32, (None, None))
@@ -306,7 +310,7 @@ class Measurement:
             )
 
         table = header.embedding
-        return cls(
+        measurement = cls(
             linears=tuple(linear(name) for name in header.linears),
             head=linear(header.head),
             embedding=measured_table(table),
@@ -316,6 +320,12 @@ class Measurement:
             curves={name: format_curves(name) for name in header.curves},
             provenance=header.provenance,
         )
+        if header.sha256 not in (None, measurement.fingerprint):
+            raise FormatError(
+                f"{path}: has changed since it was written. Got fingerprint {measurement.fingerprint}. Expected "
+                f"{header.sha256}. {_MEASURE_AGAIN}"
+            )
+        return measurement
 
 
 def is_measurement(path: Path) -> bool:

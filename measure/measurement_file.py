@@ -75,6 +75,7 @@ class MeasurementHeader:
         damping: By linear; None where feedback was given up: JSON knows no infinity.
         chosen_tokens: By linear of an expert, the number of tokens that chose it.
         provenance: Where the measurement came from.
+        sha256: Fingerprint of the measurement, 32 hexadecimal digits; None in files of older versions.
     """
 
     linears: Annotated[tuple[_Name, ...], msgspec.Meta(min_length=1)]
@@ -87,6 +88,7 @@ class MeasurementHeader:
     damping: dict[str, _Damping | None]
     chosen_tokens: dict[str, Count]
     provenance: dict[str, Any]
+    sha256: str | None = None
 
     def __post_init__(self) -> None:
         """Check what the entries say of each other.

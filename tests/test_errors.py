@@ -71,7 +71,9 @@ def test_what_libraries_say_becomes_one_short_line() -> None:
 
 
 ROOT = Path(bpwise.__file__).parent
-RAISED = {kind.__name__ for kind in vars(bpwise.errors).values() if isinstance(kind, type)} - {"ShapeError"}
+RAISED = {
+    kind.__name__ for kind in vars(bpwise.errors).values() if isinstance(kind, type) and issubclass(kind, Exception)
+} - {"ShapeError"}
 """All kinds of errors whose messages are written where they are raised."""
 
 

@@ -121,7 +121,7 @@ def test_chips_and_facts() -> None:
     assert read.cells == ["a", "1", "b", "2"]
     assert not read.all("thead")
     colored = Table.of(("", ""), [(NotedCell("a", color="red"), "1")]).to_html()
-    assert {"class": "chip", "style": "background:red"} in Read(colored).all("span")
+    assert {"width": "1", "height": "1", "fill": "red"} in Read(colored).all("rect")
 
 
 def test_transposed() -> None:

@@ -1,15 +1,17 @@
 """What strangers can put before a terminal: names of tensors, marks, metadata. Nothing of it may act there."""
 
 import ast
+import errno
 import json
 import struct
+import threading
 from pathlib import Path
 from typing import Any
 
 import bpwise
 import pytest
 import torch
-from bpwise.cli import cli
+from bpwise.cli import cli, output
 from bpwise.cli.output import RunBar, progress_bar
 from bpwise.convert.exl2.file.layout import RowGroup
 from bpwise.convert.exl2.file.linear import QuantizedLinear
@@ -128,6 +130,39 @@ def test_a_log_gets_a_line_every_half_minute(
         "measure: forward: 9 of 10, 00:14 left",
         "measure: forward: 10 in 02:20",
     ]
+
+
+def test_a_log_gets_its_lines_while_one_item_takes_long(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = threading.Event()
+
+    def say(line: str, *, err: bool) -> None:
+        print_line(line, err=err)
+        told.set()
+
+    print_line = output.say
+    monkeypatch.setattr(output, "say", say)
+    monkeypatch.setattr(output, "_LINE_SECONDS", 0.01)
+    for _ in progress_bar(range(1), "convert"):
+        assert told.wait(30)
+    lines = capsys.readouterr().err.splitlines()
+    assert {*lines[:-1]} == {"convert: 0 of 1"}
+    assert lines[-1].startswith("convert: 1 in ")
+    for thread in threading.enumerate():
+        if thread.name == "bpwise progress":
+            thread.join(30)
+            assert not thread.is_alive()
+
+
+def test_a_log_that_cannot_be_written_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("click.echo", full)
+    assert list(progress_bar([1, 2], "measure")) == [1, 2]
+    with pytest.raises(OSError, match="No space"):  # a result that is lost is an error
+        output.say("result")
 
 
 def test_a_log_counts_down_the_whole_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

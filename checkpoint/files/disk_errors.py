@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ...errors import BpwiseError, WorkDirectoryError
+from ...errors import BpwiseError, DiskFullError, WorkDirectoryError
 
 __all__ = ["DISK_FULL", "delete_file", "explained", "explained_reading", "require_room", "shown"]
 
@@ -28,14 +28,15 @@ def require_room(path: Path, size_bytes: int) -> None:
         size_bytes: The least that it will take.
 
     Raises:
-        WorkDirectoryError: The disk has less free.
+        DiskFullError: The disk has less free.
     """
     with explained(path):
         free = shutil.disk_usage(next(each for each in Path(path).absolute().parents if each.exists())).free
     if free < size_bytes:
-        raise WorkDirectoryError(
+        raise DiskFullError(
             f"{shown(path)}: will take {size_bytes} bytes, but its disk has {free} free. Free some space there, or "
-            "choose a path on another disk."
+            "choose a path on another disk.",
+            path,
         )
 
 
@@ -54,7 +55,8 @@ def explained(path: Path, *, body_of: Path | None = None) -> Iterator[None]:
             not concern it stays as it is.
 
     Raises:
-        WorkDirectoryError: The disk is full, or the place cannot be written.
+        DiskFullError: The disk is full.
+        WorkDirectoryError: The place cannot be written.
     """
     try:
         yield
@@ -66,9 +68,10 @@ def explained(path: Path, *, body_of: Path | None = None) -> Iterator[None]:
         if body_of is not None and cause.errno not in _WRITING and not _concerns(cause, body_of):
             raise
         if cause.errno in DISK_FULL:
-            raise WorkDirectoryError(
+            raise DiskFullError(
                 f"{shown(path)}: not written, the disk is full ({cause.strerror}). Free some space there, or "
-                "choose a path on another disk, and run again."
+                "choose a path on another disk, and run again.",
+                path,
             ) from cause
         raise WorkDirectoryError(
             f"{shown(path)}: cannot be written ({cause.strerror or cause}). Choose a path that you may write to."

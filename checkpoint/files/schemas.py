@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import reprlib
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
 
@@ -19,7 +21,9 @@ __all__ = [
     "NonNegative",
     "Number",
     "Positive",
+    "check_checksum",
     "check_schema",
+    "checksummed",
     "parse_schema",
     "read_json",
     "read_schema",
@@ -40,6 +44,8 @@ Number = Annotated[float, msgspec.Meta(ge=-sys.float_info.max, le=sys.float_info
 _Schema = TypeVar("_Schema")
 
 _REMEDY = "The file is damaged: make or get it again."
+
+_CHECKSUM = "sha256"
 
 _EXPECTED = re.compile(r"Expected (.*?)(?:, got `(.*)`)?")
 
@@ -125,6 +131,32 @@ def check_schema(
         got = (found[2] or "a value out of range") if "[...]" in place else reprlib.repr(_value_at(value, place))
         expected = found[1].replace("`", "")
         raise error(f"{at}: not a valid value. Got {got}. Expected {expected}. {remedy}") from cause
+
+
+def checksummed(value: dict[str, Any]) -> dict[str, Any]:
+    """Return an object of plain JSON with the SHA-256 of all its entries as the last one."""
+    return {**value, _CHECKSUM: _checksum(value)}
+
+
+def check_checksum(value: Mapping[str, Any], error: type[BpwiseError], *, where: str, remedy: str = _REMEDY) -> None:
+    """Refuse an object that was ``checksummed`` and has changed since; one without a checksum may be anything.
+
+    Args:
+        value: What ``read_json`` returned.
+        error: What to raise.
+        where: The file.
+        remedy: The last sentence of the message: what to do.
+
+    Raises:
+        BpwiseError: As the type given by ``error``: it does not match its checksum.
+    """
+    found = value.get(_CHECKSUM)
+    if found is not None and found != _checksum({key: each for key, each in value.items() if key != _CHECKSUM}):
+        raise error(f"{where}: does not match its checksum: it has changed since it was written. {remedy}")
+
+
+def _checksum(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _value_at(value: Any, place: str) -> Any:

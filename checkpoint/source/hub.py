@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from ...errors import CheckpointError, WorkDirectoryError
+from ...errors import CheckpointError, DiskFullError
 from ..files.disk_errors import DISK_FULL
 from ..files.heads import is_lfs_pointer
 from ..files.side_files import CONFIG_FILE, DOWNLOADED, NOT_DOWNLOADED, TEMPLATE_DIRECTORY, is_side_file
@@ -35,7 +35,7 @@ def resolve_model(model: str) -> Path:
     Raises:
         CheckpointError: Neither a directory nor a Hub id; or the Hub has no such model, guards it, or is out
             of reach while the model is not in the local cache.
-        WorkDirectoryError: The disk of the Hub's cache is full.
+        DiskFullError: The disk of the Hub's cache is full.
     """
     path = Path(os.path.expanduser(model))  # noqa: PTH111 - Path's raises where there is no home
     if model and path.is_dir():
@@ -52,6 +52,7 @@ def resolve_model(model: str) -> Path:
 def _download(model: str) -> Path:
     # Imported here: a local model needs neither the import time nor the network stack.
     from huggingface_hub import snapshot_download  # noqa: PLC0415
+    from huggingface_hub.constants import HF_HUB_CACHE  # noqa: PLC0415
     from huggingface_hub.errors import (  # noqa: PLC0415
         GatedRepoError,
         HFValidationError,
@@ -78,9 +79,10 @@ def _download(model: str) -> Path:
         ) from cause
     except connection_failures() as cause:
         if isinstance(cause, OSError) and cause.errno in DISK_FULL:
-            raise WorkDirectoryError(
+            raise DiskFullError(
                 f"{model}: not downloaded, the disk of the Hub's cache is full. Free some space, or set "
-                "HF_HOME to a directory on another disk."
+                "HF_HOME to a directory on another disk.",
+                Path(HF_HUB_CACHE),
             ) from cause
         raise CheckpointError(
             f"{where} it could not be downloaded ({type(cause).__name__}: {cause}). Try again, or give a "

@@ -12,7 +12,7 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from ...checkpoint.files.atomic import private_directory
+from ...checkpoint.files.atomic import private_directory, write_text
 from ...checkpoint.files.digests import file_digests
 from ...checkpoint.files.paths import locked
 from ...checkpoint.files.resume import ResumeStore
@@ -21,7 +21,7 @@ from ...checkpoint.source.hub import directory_name
 from ...errors import BpwiseWarning, CheckpointError, FormatError
 from ...version import __version__
 from .file.header import read_gguf_header
-from .file.metadata import RUN_KEY, VERSION_KEY
+from .file.metadata import DIGEST_KEY, DIGEST_ROOM, RUN_KEY, VERSION_KEY
 from .file.writer import write_gguf
 from .llama_cpp.check import check_base
 from .llama_cpp.converter import converter_digest, make_base, make_projector, projector_type
@@ -57,12 +57,9 @@ def base_path(checkpoint: Checkpoint, work: Path, llama_cpp: Path | None, measur
         if (kept is not None and (kept.path / _FILE).exists()) or _has_room(checkpoint, measurement):
             place, step = measurement.parent, _beside(measurement)
     base = ResumeStore(place, step, identity).path / _FILE
-    if base.exists():
-        try:
-            read_gguf_header(base)
-        except FormatError as error:
-            warnings.warn(f"{error} It is converted again now.", BpwiseWarning, stacklevel=2)
-            base.unlink()
+    if base.exists() and not _is_intact(base):
+        warnings.warn(f"{base}: damaged. It is converted again now.", BpwiseWarning, stacklevel=2)
+        base.unlink()
     return base
 
 
@@ -102,6 +99,9 @@ def converted(
         check_base(made, checkpoint, name=base)
         if check is not None:
             check(made)
+        write_text(
+            _digest_file(base), _digest(made)
+        )  # before the file gets its name: one without a digest is not taken
 
     if not base.exists():
         make_base(checkpoint, base, llama_cpp=llama_cpp, check=look)
@@ -149,8 +149,24 @@ def write_projector(checkpoint: Checkpoint, path: Path, llama_cpp: Path | None) 
         if found.startswith(run[:8]):
             path.unlink()
         file_type = int(read_gguf_header(made).metadata["general.file_type"])
-        write_gguf(made, path, {}, file_type=file_type, metadata={RUN_KEY: run, VERSION_KEY: __version__})
+        metadata = {RUN_KEY: run, VERSION_KEY: __version__, DIGEST_KEY: DIGEST_ROOM}
+        write_gguf(made, path, {}, file_type=file_type, metadata=metadata)
     return None
+
+
+def _is_intact(base: Path) -> bool:
+    try:
+        return _digest_file(base).read_bytes() == _digest(base).encode()
+    except (FormatError, OSError):
+        return False
+
+
+def _digest(base: Path) -> str:
+    return file_digests([base], FormatError)[0]
+
+
+def _digest_file(base: Path) -> Path:
+    return base.with_suffix(".sha256")
 
 
 def _beside(measurement: Path) -> str:

@@ -23,7 +23,16 @@ from .base import BASE, base_identity, base_path, base_to_make, converted, proje
 from .curves import GgufCurves
 from .engine.gate import gate_once
 from .file.header import GgufHeader, read_gguf_header
-from .file.metadata import CALIBRATION_KEY, LIMITS_KEY, MAP_KEY, RUN_KEY, SPANS_KEY, VERSION_KEY
+from .file.metadata import (
+    CALIBRATION_KEY,
+    DIGEST_KEY,
+    DIGEST_ROOM,
+    LIMITS_KEY,
+    MAP_KEY,
+    RUN_KEY,
+    SPANS_KEY,
+    VERSION_KEY,
+)
 from .file.writer import write_gguf
 from .ggml.curves import measured_types
 from .ggml.kernels import Bytes, require_kernels
@@ -267,5 +276,6 @@ def _metadata(provenance: Provenance, rows: RowMap) -> dict[str, str]:
         VERSION_KEY: provenance.version,
         CALIBRATION_KEY: provenance.calibration_text,
         SPANS_KEY: provenance.calibration_spans,
+        DIGEST_KEY: DIGEST_ROOM,
         **({LIMITS_KEY: "\n".join(provenance.warnings)} if provenance.warnings else {}),
     }

@@ -50,26 +50,34 @@ def html_report(report: Report) -> str:
 
 
 def render_page(package: str, name: str, **content: Any) -> str:
-    """Return a page of a template; what it shows is escaped, and it may run its own script alone.
+    """Return a page of a template; what it shows is escaped, and it may use its own script and style alone.
 
     Args:
-        package: Package that holds ``NAME.html.j2`` and ``NAME.js``.
+        package: Package that holds ``NAME.html.j2``, ``NAME.js`` and, for a page with a style of its own, ``NAME.css``.
         name: The template's name.
         **content: What the template asks for.
     """
     folder = files(package)
     script = folder.joinpath(f"{name}.js").read_text(encoding="utf-8")
+    own = folder.joinpath(f"{name}.css")
+    style = files(__package__).joinpath("page.css").read_text(encoding="utf-8") + STYLE
+    style += own.read_text(encoding="utf-8") if own.is_file() else ""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["visible"] = visible
     template = environment.from_string(folder.joinpath(f"{name}.html.j2").read_text(encoding="utf-8"))
     return template.render(
         version=__version__,
         # Our own text; everything else is escaped, that of tables and drawings where they are made.
-        style=Markup(files(__package__).joinpath("page.css").read_text(encoding="utf-8") + STYLE),
+        style=Markup(style),
+        style_hash=_hash(style),
         script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        script_hash=_hash(script),
         **content,
     )
+
+
+def _hash(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def charts_of(report: Report) -> dict[str, Drawing]:

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...errors import WorkDirectoryError
+from ...checkpoint.files.disk_errors import DISK_FULL
+from ...errors import DiskFullError, WorkDirectoryError
 
 __all__ = ["new_state"]
 
@@ -29,6 +30,7 @@ def new_state(shape: Sequence[int], dtype: torch.dtype, directory: Path | None) 
         directory: Directory to make a file in; it is made too. None for memory.
 
     Raises:
+        DiskFullError: There is no room for the file.
         WorkDirectoryError: The file cannot be made.
     """
     size_bytes = math.prod(shape) * dtype.itemsize
@@ -41,10 +43,13 @@ def new_state(shape: Sequence[int], dtype: torch.dtype, directory: Path | None) 
             getattr(os, "posix_fallocate", _lengthen)(file.fileno(), 0, size_bytes)
             return torch.frombuffer(mmap.mmap(file.fileno(), size_bytes), dtype=dtype).view(*shape)
     except OSError as error:
-        raise WorkDirectoryError(
+        message = (
             f"{directory}: no place for {size_bytes / 2**20:.0f} MiB of hidden states ({error.strerror}). Free some "
             "space, or name another --offload-dir."
-        ) from error
+        )
+        if error.errno in DISK_FULL:
+            raise DiskFullError(message, directory) from error
+        raise WorkDirectoryError(message) from error
 
 
 def _lengthen(file: int, _offset_bytes: int, size_bytes: int) -> None:

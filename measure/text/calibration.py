@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...checkpoint.files.heads import metadata_begins
 from ...checkpoint.files.safetensors_file import load_metadata, load_tensors, save_tensors
+from ...checkpoint.files.schemas import check_checksum, checksummed
 from ...errors import CalibrationError, ConfigError, ShapeError
 from .builtin_text import TextUse, builtin_texts
 from .chat_rows import render_turns
@@ -167,7 +168,7 @@ class CalibrationSet:
             **({} if self.made_from is None else {"made_from": self.made_from}),
             **({"unreached": json.dumps(self.unreached)} if self.unreached else {}),
         }
-        save_tensors(path, {"tokens": self.tokens.contiguous()}, metadata)
+        save_tensors(path, {"tokens": self.tokens.contiguous()}, checksummed(metadata))
 
     @classmethod
     def load(cls, path: Path) -> "CalibrationSet":
@@ -183,12 +184,12 @@ class CalibrationSet:
             CalibrationError: The file is missing, damaged, of another kind or of another version.
         """
         metadata = load_metadata(path, CalibrationError)
+        check_checksum(metadata, CalibrationError, where=str(path), remedy="Build the set anew.")
         kind, version = metadata.get("format"), metadata.get("version")
         if (kind, version) != (_FORMAT, _FORMAT_VERSION):
             raise CalibrationError(
                 f"{path}: not a calibration set of this version. Got format {str(kind)[:_SHOWN_CHARACTERS]} version "
-                f"{str(version)[:_SHOWN_CHARACTERS]}. "
-                f"Expected {_FORMAT} version {_FORMAT_VERSION}. Build the set anew."
+                f"{str(version)[:_SHOWN_CHARACTERS]}. Expected {_FORMAT} version {_FORMAT_VERSION}. Build the set anew."
             )
         tensors = load_tensors(path, CalibrationError)
         try:

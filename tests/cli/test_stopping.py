@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -46,8 +47,84 @@ def stopped_by(number: int, folder: Path) -> tuple[int, str]:
 def test_cleans_up_and_says_so_in_a_line(tmp_path: Path, name: str, code: int) -> None:
     returned, errors = stopped_by(getattr(signal, name), tmp_path)
     assert returned == code
-    assert errors.split("\n") == ["", "Stopped.", ""]
+    assert errors.split("\n") == ["", "Stopped. Run the same command to continue.", ""]
     assert list(tmp_path.iterdir()) == []
+
+
+STUCK = """
+import hashlib
+import signal
+import sys
+import time
+from bpwise.cli import group
+from bpwise.cli.group import cli, main
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+kind, group._CLEANING_SECONDS = sys.argv[1], float(sys.argv[2])
+
+@cli.command()
+def wait():
+    if kind == "threads":
+        import torch
+        from bpwise.linalg.parallel import run_all
+    print("ready", flush=True)
+    if kind == "threads":
+        run_all([lambda: time.sleep(600)], torch.device("cpu"))
+    if kind == "C":
+        hashlib.pbkdf2_hmac("sha256", b"", b"", (1 << 31) - 1)
+    try:
+        time.sleep(600)
+    finally:
+        print("cleaning", flush=True)
+        time.sleep(1)
+        print("clean", flush=True)
+
+sys.argv[1:] = ["wait"]
+main()
+"""
+
+
+def started(kind: str, cleaning_seconds: float) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", STUCK, kind, str(cleaning_seconds)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.2)  # in the middle of it
+    return process
+
+
+@pytest.mark.parametrize("kind", ["threads", "C"])
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_what_takes_long_in_threads_or_in_c_is_not_waited_for(kind: str, name: str, code: int) -> None:
+    with started(kind, 0.3) as process:
+        process.send_signal(getattr(signal, name))
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert errors.split("\n") == ["", "Stopped. Run the same command to continue.", ""]
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_second_signal_ends_it_at_once(name: str) -> None:
+    with started("body", 600.0) as process:
+        assert process.stdout is not None
+        process.send_signal(getattr(signal, name))
+        assert process.stdout.readline() == "cleaning\n"
+        time.sleep(0.2)
+        process.send_signal(getattr(signal, name))
+        rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + getattr(signal, name)
+    assert rest == ""
+    assert errors.split("\n") == ["", "Stopped. Run the same command to continue.", ""]
+
+
+def test_one_that_comes_with_the_first_does_not() -> None:
+    # `timeout` sends the signal to the process, then to its group, which the process is in.
+    with started("body", 600.0) as process:
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
+        rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert rest == "cleaning\nclean\n"
 
 
 def test_nohup_keeps_it_running(tmp_path: Path) -> None:

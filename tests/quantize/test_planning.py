@@ -19,6 +19,7 @@ from bpwise.quantize.planning.plans import PlanPoint, make_plan, plan_points
 from click.testing import CliRunner
 
 from ..measured import gguf_curves_of
+from ..policed import Policed
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +84,9 @@ def test_page_escapes_what_it_shows(measurement: Measurement) -> None:
     assert data is not None
     assert len(json.loads(data[1])["EXL2"]) > 15
     assert "http://" not in page.replace("http://www.w3.org/2000/svg", "")
+    policed = Policed(page)
+    assert policed.refused == []
+    assert policed.policy["default-src"] == ["'none'"]
 
 
 def test_command_writes_it(measurement: Measurement, tmp_path: Path) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from ....checkpoint.files.schemas import Count, NonNegative, check_schema, read_json
+from ....checkpoint.files.schemas import Count, NonNegative, check_checksum, check_schema, read_json
 from ....checkpoint.source.hub import confined_file
 from ....errors import FormatError
 
@@ -79,10 +79,12 @@ class Manifest:
     Attributes:
         provenance: Where the output came from.
         manifest: What every quantized linear and every other tensor must decode to.
+        files: Digest of each file with tensors, as ``file_digests`` returns it: also of bytes that decode to nothing.
     """
 
     provenance: Provenance
     manifest: _Digests
+    files: dict[str, str] = field(default_factory=dict)
 
 
 def read_manifest(directory: Path) -> Manifest | None:
@@ -99,4 +101,5 @@ def read_manifest(directory: Path) -> Manifest | None:
     version = raw.get("manifest_version")
     if version != MANIFEST_VERSION:
         raise FormatError(f"{path}: manifest_version is {version!r}. Expected {MANIFEST_VERSION}. {_REMEDY}")
+    check_checksum(raw, FormatError, where=str(path), remedy=_REMEDY)
     return check_schema(raw, Manifest, FormatError, where=str(path), remedy=_REMEDY)

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from ....checkpoint.files.digests import file_digests
 from ....checkpoint.files.shards import tensor_sha256
 from ....checkpoint.model.names import HEAD, config_features, head_names
+from ....checkpoint.source.hub import confined_file
 from ....errors import FormatError, VerificationError
 from ...carry import require_float16_range
 from ...model import Verification
@@ -59,8 +61,9 @@ def verify_exl2(directory: Path) -> Verification:
         tensor = model.tensor(name)
         require_float16_range(name, tensor, FormatError)
         found["tensors"][name] = tensor_sha256(tensor) if manifest is not None else ""
-    if manifest is not None:
+    if record is not None and manifest is not None:
         _compare(found, manifest)
+        _compare_files(directory, record.files)
     float16 = len(model.float16_linears)
     return Verification(
         quantized=len(model.linears),
@@ -148,6 +151,16 @@ def _compare(found: Mapping[str, Mapping[str, str]], manifest: Mapping[str, Mapp
             "happens twice, "
             "check the disk and the memory."
         )
+
+
+def _compare_files(directory: Path, expected: Mapping[str, str]) -> None:
+    found = file_digests([confined_file(directory, name) for name in expected], FormatError)
+    for (name, digest), got in zip(expected.items(), found, strict=True):
+        if got != digest:
+            raise VerificationError(
+                f"{directory / name}: has changed since it was written, in bytes that decode to nothing. Get or "
+                "make it again."
+            )
 
 
 def _first(names: Iterable[str]) -> str:

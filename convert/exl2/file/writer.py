@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ....checkpoint.files.atomic import atomic_directory, write_json
+from ....checkpoint.files.digests import file_digests
+from ....checkpoint.files.schemas import checksummed
 from ....checkpoint.files.shards import DEFAULT_SHARD_BYTES, ShardWriter, tensor_sha256
 from ....checkpoint.model.names import HEAD, config_features, head_names, model_order
 from ....checkpoint.source.checkpoint import TensorSource
@@ -92,10 +94,15 @@ def write_model(
         with ShardWriter(directory, "output", names=names, shard_bytes=shard_bytes) as shards:
             for tensors in _units(source, linears, carried, halved, manifest):
                 shards.add(tensors)
-            shards.finish()
+            files = sorted(set(shards.finish().values()))
         write_json(directory / "config.json", config)
-        record = {"manifest_version": MANIFEST_VERSION, "provenance": dict(provenance), "manifest": manifest}
-        write_json(directory / MANIFEST_FILE, record)
+        record = {
+            "manifest_version": MANIFEST_VERSION,
+            "provenance": dict(provenance),
+            "manifest": manifest,
+            "files": dict(zip(files, file_digests([directory / name for name in files], FormatError), strict=True)),
+        }
+        write_json(directory / MANIFEST_FILE, checksummed(record))
         copy_side_files(source.directory, directory)
         add_image_processor(directory)
         return verify_exl2(directory)

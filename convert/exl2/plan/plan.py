@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ....checkpoint.files.atomic import write_json
-from ....checkpoint.files.schemas import NonNegative, Number, Positive, check_schema
+from ....checkpoint.files.schemas import NonNegative, Number, Positive, check_schema, checksummed
 from ....errors import FormatError
 from ....tables import Table
 from ...model import Description
@@ -218,21 +218,23 @@ class Exl2Plan(Plan):
         """Write the plan as JSON."""
         write_json(
             path,
-            {
-                "bpwise_plan": PLAN_VERSION,
-                "format": "exl2",
-                "target_bpw": self.target_bpw,
-                "bpw": self.bpw,
-                "head_bits": self.head_bits,
-                "predicted_damage_nats": self.damage_nats,
-                "lower_bound_nats": self.lower_bound_nats,
-                "measurement": self.measurement,
-                "linears": [_to_dict(p) for p in self.linears],
-                "head": _to_dict(self.head) if self.head else None,
-                "unquantized": [asdict(linear) for linear in self.unquantized],
-                "head_reason": self.head_reason,
-                "other_bytes": self.other_bytes,
-            },
+            checksummed(
+                {
+                    "bpwise_plan": PLAN_VERSION,
+                    "format": "exl2",
+                    "target_bpw": self.target_bpw,
+                    "bpw": self.bpw,
+                    "head_bits": self.head_bits,
+                    "predicted_damage_nats": self.damage_nats,
+                    "lower_bound_nats": self.lower_bound_nats,
+                    "measurement": self.measurement,
+                    "linears": [_to_dict(p) for p in self.linears],
+                    "head": _to_dict(self.head) if self.head else None,
+                    "unquantized": [asdict(linear) for linear in self.unquantized],
+                    "head_reason": self.head_reason,
+                    "other_bytes": self.other_bytes,
+                }
+            ),
         )
 
     @classmethod

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -39,6 +40,10 @@ _BATCH_TOKENS = 256
 
 _PYTHON = (sys.executable, "-I", "-S")
 """Isolated and without site packages: the worker needs none, and starts at once."""
+
+_LEAST_SECONDS = 600.0
+_SLOWEST_BYTES_PER_SECOND = 1e7
+"""Time after which a request counts as stuck, by the size of the file: to load it, or to run 256 tokens through it."""
 
 _SHOWN_LINES = 3
 _READ_BYTES = 4096
@@ -166,14 +171,16 @@ class _Process:
         self._requests = process.stdin
         self._answers = process.stdout
         self._log = log
+        self._stuck_after: float | None = None
 
     def ask(self, path: Path, doing: str, request: dict[str, Any] | None = None) -> dict[str, Any]:
         """Send a request, if there is one, and return the answer; path and what it does are for messages."""
-        with suppress(BrokenPipeError):  # shows as an answer that does not come
-            if request is not None:
-                self._requests.write(json.dumps(request).encode() + b"\n")
-                self._requests.flush()
-        line = self._answers.readline()
+        with self._limited(path):
+            with suppress(BrokenPipeError):  # shows as an answer that does not come
+                if request is not None:
+                    self._requests.write(json.dumps(request).encode() + b"\n")
+                    self._requests.flush()
+            line = self._answers.readline()
         if not line.endswith(b"\n"):
             raise self._ended(path, doing)
         answer: dict[str, Any] = json.loads(line)
@@ -182,11 +189,35 @@ class _Process:
     def read_into(self, values: Tensor, path: Path) -> None:
         """Fill a tensor, float32, with what follows an answer."""
         view = values.numpy().data.cast("B")
-        if self._answers.readinto(view) != len(view):  # type: ignore[attr-defined]  # typeshed's BinaryIO lacks it
+        with self._limited(path):
+            count = self._answers.readinto(view)  # type: ignore[attr-defined]  # typeshed's BinaryIO lacks it
+        if count != len(view):
             raise self._ended(path, "run")
+
+    @contextmanager
+    def _limited(self, path: Path) -> Iterator[None]:
+        # Not all systems can wait for a pipe with a limit, but the end of the process ends the waiting.
+        size_bytes = path.stat().st_size if path.exists() else 0
+        seconds = _LEAST_SECONDS + size_bytes / _SLOWEST_BYTES_PER_SECOND
+
+        def end() -> None:
+            self._stuck_after = seconds
+            self._process.kill()
+
+        timer = threading.Timer(seconds, end)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def _ended(self, path: Path, doing: str) -> CheckpointError:
         code = self._process.wait()
+        if self._stuck_after is not None:
+            return CheckpointError(
+                f"{path}: llama.cpp gave no answer within {self._stuck_after:.0f} s while it was to {doing} it, and "
+                "was stopped. Look whether memory is short or the disk slow, and run again."
+            )
         if code == -getattr(signal, "SIGKILL", 9):
             return CheckpointError(
                 f"{path}: llama.cpp was killed while it was to {doing} it. Most likely there was not enough memory. "

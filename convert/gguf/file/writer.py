@@ -20,8 +20,9 @@ from ...model import Verification
 from ..ggml.kernels import Bytes, decode, encode
 from ..ggml.types import GgmlType
 from .describe import verification_of
+from .digest import tensor_digest, with_digest
 from .emit import Planned, entry, header_bytes, padding
-from .header import GgufHeader, GgufTensor, read_gguf_header, require_whole
+from .header import GgufHeader, read_gguf_header, require_whole
 from .roles import writing_order
 
 __all__ = ["planned_bytes", "write_gguf"]
@@ -93,7 +94,8 @@ def write_gguf(
             near its weights. The others, and what is encoded here, must not be further from them than zeros are.
         importance: From the name of a tensor to the mean squares of its inputs, float32, shape (experts *
             row_weights,), or None where they are not known: ``ImportanceMatrix.mean_squares``.
-        metadata: Further entries by key, added or replaced: bool, str, float, list of str, or unsigned int.
+        metadata: Further entries by key, added or replaced: bool, str, float, list of str, or unsigned int. Where
+            ``DIGEST_KEY`` stands for ``DIGEST_ROOM``, the file gets a digest of itself.
         threads: Number of threads to encode with; the bytes do not depend on it.
         progress: Shows how far the writing is.
 
@@ -122,6 +124,9 @@ def write_gguf(
                 slabs = job.slabs(source, (encoded or {}).get(tensor.name))
                 written[tensor.name] = job.write(slabs, target)
                 target.write(bytes(padding(tensor.size_bytes, header.alignment_bytes)))
+            start = with_digest(start, written.values())
+            target.seek(0)
+            target.write(start)
             target.flush()
             os.fsync(target.fileno())
         return _verify(temporary, Path(output), start, planned, written)
@@ -307,19 +312,6 @@ def _verify(path: Path, output: Path, start: bytes, planned: list[Planned], writ
         raise VerificationError(f"{output}: the tensors read back are not those that were written. Check the disk.")
     with path.open("rb") as file:
         for tensor in header.tensors.values():
-            if _sha256(file, tensor) != written[tensor.name]:
+            if tensor_digest(file, tensor) != written[tensor.name]:
                 raise VerificationError(f"{output}: tensor {tensor.name!r} reads back otherwise. Check the disk.")
     return verification_of(header, compared=True)
-
-
-def _sha256(file: BinaryIO, tensor: GgufTensor) -> str:
-    digest = hashlib.sha256()
-    file.seek(tensor.offset_bytes)
-    left = tensor.size_bytes
-    while left > 0:
-        piece = file.read(min(_COPIED_BYTES, left))
-        if not piece:
-            break
-        digest.update(piece)
-        left -= len(piece)
-    return digest.hexdigest()

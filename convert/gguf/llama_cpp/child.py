@@ -1,13 +1,17 @@
 """Runs llama.cpp's converter as Python runs a script, in a process that was started for nothing else.
 
 Beside running it there is what it has no options for: it may see config.json as it is instead of what Transformers
-makes of it, and be told of every model that there are no layers for multi-token prediction (MTP).
+makes of it, and be told of every model that there are no layers for multi-token prediction (MTP). The process ends with
+its standard input: it never outlives whoever started it.
 """
 
 from __future__ import annotations
 
+import io
+import os
 import runpy
 import sys
+import threading
 import traceback
 from importlib import import_module
 from pathlib import Path
@@ -36,6 +40,8 @@ def main(script: str, changes: str, *arguments: str) -> None:
     Raises:
         SystemExit: As the script, or with ``CANNOT_IMPORT``.
     """
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    sys.stdin = io.StringIO()  # a script that asks something gets no answer
     # Its own folder comes first on the path, so that its gguf-py wins over an installed gguf, and not this file's.
     sys.path[0] = str(Path(script).parent)
     sys.argv = [script, *arguments]
@@ -49,6 +55,12 @@ def main(script: str, changes: str, *arguments: str) -> None:
     except ImportError:
         traceback.print_exc()
         sys.exit(CANNOT_IMPORT)
+
+
+def _end_with_parent() -> None:
+    while os.read(0, 1):  # not by sys.stdin, whose lock the end of the process would wait for
+        pass
+    os._exit(1)
 
 
 def _read_raw_config(model: Any) -> None:

@@ -15,6 +15,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -49,6 +50,10 @@ CONFIGS = (RAW, COMPLETED)
 
 _SOURCES = (SCRIPT, "conversion/*.py", "gguf-py/gguf/**/*.py")
 """What the converter is made of."""
+
+_LEAST_SECONDS = 1800.0
+_SLOWEST_BYTES_PER_SECOND = 2e6
+"""Time after which the converter counts as stuck: it takes seconds for a GB, and minutes from the slowest disks."""
 
 _PROBE_BYTES = 1 << 20
 _SHOWN_CHARACTERS = 400
@@ -132,7 +137,8 @@ def make_base(
 
     Raises:
         BpwiseError: There is no converter.
-        CheckpointError: The converter cannot convert this model, or a file leads outside the model's directory.
+        CheckpointError: The converter cannot convert this model, or is stuck; or a file leads outside the model's
+            directory.
         FormatError: What the converter wrote is no GGUF file.
         VerificationError: ``check`` refused all files.
         WorkDirectoryError: The file cannot be written.
@@ -186,7 +192,7 @@ def _convert(
         stage(checkpoint, staged)
         for config in configs:
             asked = [*changes, child.RAW_CONFIG] if config == RAW else changes
-            reason = _run(script, asked, options, temporary, staged)
+            reason = _run(script, asked, options, temporary, staged, _most_seconds(checkpoint))
             if reason is not None:
                 reasons[config] = reason
                 continue
@@ -202,31 +208,44 @@ def _convert(
         raise refusal or _failed(checkpoint, reasons)
 
 
-def _run(script: Path, changes: Sequence[str], options: Sequence[str], output: Path, staged: Path) -> str | None:
+def _run(
+    script: Path, changes: Sequence[str], options: Sequence[str], output: Path, staged: Path, most_seconds: float
+) -> str | None:
     # Returns why there is no output; None if there is one.
     command = [sys.executable, child.__file__, str(script), ",".join(changes), *options]
     command += ["--outfile", str(output.resolve()), str(staged.resolve())]
-    done = subprocess.run(
-        command,
-        cwd=staged.parent,
-        env=_environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        check=False,
-    )
-    if done.returncode == 0 and output.is_file():
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            command, cwd=staged.parent, env=_environment(), stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT
+        )
+        try:
+            status = process.wait(most_seconds)
+        except subprocess.TimeoutExpired as cause:
+            raise CheckpointError(
+                f"{staged.name}: llama.cpp's converter has not ended within {most_seconds:.0f} s, and was stopped. "
+                "Look whether the disk is slow or memory is short, and run again."
+            ) from cause
+        finally:
+            process.kill()
+            process.communicate()
+        log.seek(0)
+        said = log.read()
+    if status == 0 and output.is_file():
         return None
-    if done.returncode == child.CANNOT_IMPORT:
+    if status == child.CANNOT_IMPORT:
         raise BpwiseError(
-            f"{script.parent}: llama.cpp's converter lacks something of its own ({_last_line(done.stdout)}). Run: "
+            f"{script.parent}: llama.cpp's converter lacks something of its own ({_last_line(said)}). Run: "
             f"{install_command('gguf')}; or give a newer checkout of llama.cpp with --llama-cpp."
         )
     _refuse_full_disk(output)
     output.unlink(missing_ok=True)
-    if done.returncode < 0:
-        return f"ended by signal {-done.returncode}, as where memory is short"
-    return _last_line(done.stdout)
+    if status < 0:
+        return f"ended by signal {-status}, as where memory is short"
+    return _last_line(said)
+
+
+def _most_seconds(checkpoint: Checkpoint) -> float:
+    return _LEAST_SECONDS + checkpoint.total_bytes / _SLOWEST_BYTES_PER_SECOND
 
 
 def _smallest_type(checkpoint: Checkpoint, names: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ strangers: nothing that they say is believed before it is checked against their 
 from __future__ import annotations
 
 import math
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -114,13 +115,15 @@ class ImportanceMatrix:
 def imatrix_metadata(matrix: ImportanceMatrix, file: str) -> dict[str, Any]:
     """Return the entries by which llama-quantize notes where importances came from.
 
+    Of paths the last part alone: folders tell who made a file, and where.
+
     Args:
         matrix: The matrix.
         file: Its path, or what else to call it.
     """
-    notes: dict[str, Any] = {"quantize.imatrix.file": _cut(file)}
+    notes: dict[str, Any] = {"quantize.imatrix.file": _cut(_last_part(file))}
     if matrix.datasets:
-        notes["quantize.imatrix.dataset"] = _cut(matrix.datasets[0])
+        notes["quantize.imatrix.dataset"] = _cut(_last_part(matrix.datasets[0]))
     notes["quantize.imatrix.entries_count"] = len(matrix.sums)
     if matrix.chunks > 0:
         notes["quantize.imatrix.chunks_count"] = matrix.chunks
@@ -324,6 +327,10 @@ def _write_legacy(file: BinaryIO, matrix: ImportanceMatrix) -> None:
         file.write((means * float(calls)).numpy().tobytes())
     dataset = (matrix.datasets[-1] if matrix.datasets else "").encode("utf-8", "surrogateescape")
     file.write(struct.pack("<ii", matrix.chunks, len(dataset)) + dataset)
+
+
+def _last_part(path: str) -> str:
+    return re.split(r"[\\/]", path)[-1]  # of whatever system
 
 
 def _cut(text: str) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ....errors import FormatError
+from ....errors import FormatError, VerificationError
 from ...model import Verification
 from ..file.describe import verification_of
+from ..file.digest import file_digest
 from ..file.header import GgufHeader
 from ..file.values import read_values
 from .reader import GgufModel
@@ -18,10 +19,11 @@ def verify_gguf(path: Path) -> Verification:
     """Decode every tensor of a GGUF file, by whatever program, and check that it is finite and by the rules.
 
     Args:
-        path: The file.
+        path: The file; one that carries its digest, as bpwise's own, is compared with it.
 
     Raises:
         FormatError: A rule of the format is broken, a value is NaN or infinite, or the file is one of several parts.
+        VerificationError: The file is not what was written.
     """
     model = GgufModel.open(Path(path))
     header = model.header
@@ -34,9 +36,15 @@ def verify_gguf(path: Path) -> Verification:
                 "with such vectors directly. Quantize again."
             )
         read_values(header.path, tensor)
+    digests = file_digest(header)
+    if digests is not None and digests[0] != digests[1]:
+        raise VerificationError(
+            f"{path}: has changed since it was written. Got SHA-256 {digests[1][:16]}. Expected {digests[0][:16]}. Get "
+            "or make the file again, unless it was edited on purpose."
+        )
     architecture = header.metadata.get("general.architecture")
     unknown = f"architecture {architecture!r} is not known: names and shapes were not checked"
-    return verification_of(header, compared=False, warnings=() if known else (unknown,))
+    return verification_of(header, compared=digests is not None, warnings=() if known else (unknown,))
 
 
 def _check_end(header: GgufHeader) -> None:

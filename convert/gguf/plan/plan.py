@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import msgspec
 
 from ....checkpoint.files.atomic import write_json
-from ....checkpoint.files.schemas import Count, Number, Positive, check_schema
+from ....checkpoint.files.schemas import Count, Number, Positive, check_schema, checksummed
 from ....errors import ConfigError, FormatError
 from ....tables import Table
 from ...model import Description
@@ -224,7 +224,7 @@ class GgufPlan(Plan):
     def save(self, path: Path) -> None:
         """Write the plan as JSON."""
         derived = {"bpw": self.bpw, "predicted_damage_nats": self.damage_nats}
-        write_json(path, {"bpwise_plan": PLAN_VERSION, "format": "gguf", **derived, **asdict(self)})
+        write_json(path, checksummed({"bpwise_plan": PLAN_VERSION, "format": "gguf", **derived, **asdict(self)}))
 
     @classmethod
     def from_json(cls, raw: dict[str, Any], where: str) -> GgufPlan:

@@ -1,4 +1,7 @@
-"""Drawings as SVG text: scales, axes and marks. Colours are CSS variables, so that light and dark share one drawing."""
+"""Drawings as SVG text: scales, axes and marks. Colours are CSS variables, so that light and dark share one drawing.
+
+They stand in attributes of their own, never in ``style``: the pages forbid that.
+"""
 
 from __future__ import annotations
 
@@ -137,7 +140,7 @@ class Drawing:
 
     def line(self, x1: float, y1: float, x2: float, y2: float, *, color: str = "", width: float = 1) -> None:
         """Draw a straight line; without a colour it belongs to the grid."""
-        look = {"style": f"stroke:{color};stroke-width:{width:g}"} if color else {"class": "grid"}
+        look = {"stroke": color, "stroke_width": f"{width:g}"} if color else {"class": "grid"}
         self._add("line", x1=x1, y1=y1, x2=x2, y2=y2, **look)
 
     def rectangle(  # the four sides, and how it looks
@@ -145,17 +148,17 @@ class Drawing:
     ) -> None:
         """Draw a filled rectangle; without a hint it is no mark, but a piece of a legend."""
         add = partial(self._mark, "rect", hint) if hint else partial(self._add, "rect")
-        style = f"fill:{color};fill-opacity:{opacity:.3f}"
-        add(x=x, y=y, width=max(width, 0), height=max(height, 0), style=style)
+        look = {"fill": color, "fill_opacity": f"{opacity:.3f}"}
+        add(x=x, y=y, width=max(width, 0), height=max(height, 0), **look)
 
     def dot(self, x: float, y: float, *, color: str, hint: str, radius: float = 4) -> None:
         """Draw a filled circle."""
-        self._mark("circle", hint, cx=x, cy=y, r=radius, style=f"fill:{color}")
+        self._mark("circle", hint, cx=x, cy=y, r=radius, fill=color)
 
     def path(self, points: Sequence[tuple[float, float]], *, color: str, hint: str) -> None:
         """Draw a line through points."""
         data = " ".join(f"{'L' if number else 'M'}{x:.1f} {y:.1f}" for number, (x, y) in enumerate(points))
-        self._mark("path", hint, d=data, style=f"stroke:{color}")
+        self._mark("path", hint, d=data, stroke=color)
 
     def legend(self, names: Sequence[str], y: float, *, columns: int = 2) -> float:
         """Name the series in their colours from ``y`` downwards; return where the legend ends."""

@@ -76,6 +76,7 @@ def _rewrite(out: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
 
 def _edit_json(path: Path, **changes: Any) -> None:
     value = json.loads(path.read_text())
+    value.pop("sha256", None)
     value.update(changes)
     path.write_text(json.dumps(value))
 

@@ -283,6 +283,7 @@ def test_save_and_load(tmp_path: Path, head_bits: int) -> None:
 def test_refuses_other_files(tmp_path: Path, change) -> None:
     make_exl2_plan(measurement(), bpw=4.0, head_bits=6).save(tmp_path / "plan.json")
     raw = json.loads((tmp_path / "plan.json").read_text())
+    del raw["sha256"]
     (tmp_path / "plan.json").write_text(json.dumps(change(raw)))
     with pytest.raises(FormatError, match=r"plan\.json"):
         load_plan(tmp_path / "plan.json")
@@ -314,6 +315,7 @@ def test_refuses_a_damaged_plan(tmp_path: Path, where: str, changes: dict[str, A
     path = tmp_path / "plan.json"
     make_exl2_plan(measurement([(64, 40), (96, 64)]), bpw=4.0, head_bits=6).save(path)
     plan = json.loads(path.read_text())
+    plan.pop("sha256", None)
     {"plan": plan, "head": plan["head"], "linear": plan["linears"][0]}[where].update(changes)
     path.write_text(json.dumps(plan))
     with pytest.raises(FormatError, match=rf"plan\.json: {message}.* make it again with `bpwise plan`"):

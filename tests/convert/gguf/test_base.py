@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.convert.gguf.file.emit import Planned, entry, header_bytes, padding
 from bpwise.convert.gguf.file.header import read_gguf_header
 from bpwise.convert.gguf.ggml.types import TYPES
+from bpwise.convert.gguf.llama_cpp import converter
 from bpwise.convert.gguf.llama_cpp.check import check_base
 from bpwise.convert.gguf.llama_cpp.converter import (
     COMPLETED,
@@ -57,6 +62,10 @@ if mode == "differs":
 if mode == "full":
     out.write_bytes(bytes(4400))
     raise OSError("6144 requested and 4400 written")
+if mode == "stuck":
+    import time
+    (Path(__file__).parent / "process").write_text(str(os.getpid()))
+    time.sleep(600)
 if mode == "garbage":
     out.write_bytes(b"not a model")
 if mode == "good":
@@ -118,6 +127,18 @@ def write_gguf_file(path: Path, metadata: dict[str, Any], tensors: dict[str, np.
         data += array.astype("<f4").tobytes() + bytes(padding(4 * array.size, 32))
     path.write_bytes(data)
     return path
+
+
+def has_ended(process: int) -> bool:
+    for _ in range(600):
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return True
+        if "Z" in Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]:
+            return True  # it has ended, and nobody has asked how
+        time.sleep(0.05)
+    return False
 
 
 class TestConverting:
@@ -224,6 +245,38 @@ class TestConverting:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert not list((tmp_path / "out").iterdir())
+
+    def test_a_converter_that_is_stuck_is_stopped(
+        self, make_checkpoint: MakeCheckpoint, fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (fake / "mode").write_text("stuck")
+        monkeypatch.setattr(converter, "_LEAST_SECONDS", 5.0)
+        with pytest.raises(
+            CheckpointError, match=r"converter has not ended within 5 s, and was stopped\. Look whether"
+        ):
+            make_base(make_checkpoint(), tmp_path / "out" / "base.gguf", llama_cpp=fake)
+        assert list((tmp_path / "out").iterdir()) == []
+        assert has_ended(int((fake / "process").read_text()))
+
+    @pytest.mark.skipif(os.name == "nt", reason="asks for a process as POSIX does")
+    def test_the_converter_ends_when_its_parent_is_killed(
+        self, make_checkpoint: MakeCheckpoint, fake: Path, tmp_path: Path
+    ) -> None:
+        (fake / "mode").write_text("stuck")
+        code = """
+import sys
+from pathlib import Path
+from bpwise.checkpoint.source.original import open_model
+from bpwise.convert.gguf.llama_cpp.converter import make_base
+make_base(open_model(sys.argv[1]), Path(sys.argv[2]), llama_cpp=Path(sys.argv[3]))
+"""
+        places = [str(make_checkpoint().directory), str(tmp_path / "base.gguf"), str(fake)]
+        with subprocess.Popen([sys.executable, "-c", code, *places]) as parent:
+            while not (fake / "process").exists() or not (fake / "process").read_text():
+                assert parent.poll() is None
+                time.sleep(0.05)
+            parent.kill()
+        assert has_ended(int((fake / "process").read_text()))
 
     def test_the_digest_is_of_the_sources(self, fake: Path, tmp_path: Path) -> None:
         constants = fake / "gguf-py" / "gguf" / "constants.py"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,13 @@ def test_notes_for_the_output() -> None:
         "quantize.imatrix.entries_count": 2,
         "quantize.imatrix.chunks_count": 2,
     }
+
+
+def test_notes_hold_no_folders() -> None:
+    for path in ("/home/someone/i.gguf", r"C:\Users\someone\i.gguf", "../i.gguf"):
+        matrix = replace(example(), datasets=(path.replace("i.gguf", "wiki.txt"),))
+        notes = imatrix_metadata(matrix, path)
+        assert (notes["quantize.imatrix.file"], notes["quantize.imatrix.dataset"]) == ("i.gguf", "wiki.txt")
 
 
 def test_refuses_wrong_numbers_of_tokens() -> None:

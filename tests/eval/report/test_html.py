@@ -18,6 +18,8 @@ from bpwise.eval.tasks.benchmarks import TaskReport
 from bpwise.eval.tasks.needle import DEPTHS, NeedleCell, NeedleLength, NeedleModel, NeedleReport
 from bpwise.eval.tasks.scores import QuantizedScore, TaskScore
 
+from ...policed import Policed
+
 HOSTILE = "</script><img src=x onerror=alert(1)>\u202e&\"'"
 
 
@@ -144,6 +146,14 @@ class TestText:
             assert text.count("<script") == text.count("</script") == 1
         for path in single.plots:
             assert "<img" not in path.read_text()
+
+    def test_the_policy_allows_nothing_but_the_pages_own(self, several: list[Comparison], tmp_path: Path) -> None:
+        page = Policed(write(several, tmp_path).read_text())
+        assert page.refused == []
+        assert page.policy.pop("script-src")[0].startswith("'sha256-")
+        assert page.policy.pop("style-src")[0].startswith("'sha256-")
+        nothing = {name: ["'none'"] for name in ("default-src", "base-uri", "form-action")}
+        assert page.policy == nothing | {"img-src": ["data:"]}
 
     def test_extras(self, several: list[Comparison], tmp_path: Path) -> None:
         page = write(several, tmp_path)

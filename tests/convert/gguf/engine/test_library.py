@@ -93,6 +93,16 @@ class TestRefusals:
             with pytest.raises(CheckpointError, match=r"was killed while it was to run it\. .*not enough memory"):
                 list(model.logits(torch.arange(4)))
 
+    @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="stops a process as POSIX does")
+    def test_stuck(self, library: LlamaLibrary, converted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        with loaded(library, converted["llama"].file) as model:
+            process_of(model).send_signal(signal.SIGSTOP)
+            monkeypatch.setattr(engine, "_LEAST_SECONDS", 0.2)
+            with pytest.raises(
+                CheckpointError, match=r"gave no answer within 0 s while it was to run it, and was stopped"
+            ):
+                list(model.logits(torch.arange(4)))
+
 
 class TestProcesses:
     def test_end_with_their_context(self, library: LlamaLibrary, converted: Any) -> None:
