@@ -15,6 +15,7 @@ from safetensors.numpy import save
 
 from ..checkpoint.files.atomic import atomic_file
 from ..checkpoint.files.heads import metadata_begins
+from ..checkpoint.files.operations import write
 from ..errors import ConfigError, FormatError
 from .measurement_file import CURVES, HEADER_KEY, EmbeddingHeader, MeasuredTensors, read_measurement
 
@@ -258,7 +259,7 @@ class Measurement:
     def save(self, path: Path) -> None:
         """Write the measurement, atomically; an existing file is replaced."""
         with atomic_file(path) as temporary:
-            temporary.write_bytes(self.to_bytes())
+            write(temporary, self.to_bytes())
 
     @classmethod
     def load(cls, path: Path) -> Measurement:

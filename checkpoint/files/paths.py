@@ -9,6 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ...errors import WorkDirectoryError
+from . import operations
 from .atomic import clear_partials, try_file
 from .disk_errors import explained, shown
 
@@ -197,7 +198,7 @@ def locked(file: Path, what: Path, advice: str, *, wait: bool = False) -> Iterat
     lock = FileLock(file, timeout=-1 if wait else 0)
     try:
         missing = [each for each in file.parents if not each.exists()]
-        file.parent.mkdir(parents=True, exist_ok=True)
+        operations.make_directory(file.parent, parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
         raise WorkDirectoryError(
@@ -212,12 +213,14 @@ def locked(file: Path, what: Path, advice: str, *, wait: bool = False) -> Iterat
     try:
         yield
     finally:
-        with suppress(OSError):
-            file.unlink()
-        lock.release()
+        try:
+            with suppress(OSError):
+                operations.delete(file)
+        finally:
+            lock.release()
         for directory in missing:
             with suppress(OSError):
-                directory.rmdir()
+                operations.delete_directory(directory)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ...errors import BpwiseWarning, BrokenModelError, WorkDirectoryError
-from .atomic import clear_partials, write_json
+from . import operations
+from .atomic import clear_partials, remove_directory, write_json
 from .disk_errors import delete_file, explained, shown
 from .paths import locked, named, try_directory
 from .safetensors_file import HeaderEntry, NewTensor, load_tensors, read_entry, read_header, save_tensors, tensor_bytes
@@ -189,7 +189,7 @@ def locked_work(work: Path) -> Iterator[None]:
             raise
     if emptied:
         with suppress(OSError):
-            work.rmdir()
+            operations.delete_directory(work)
 
 
 class RunArtifacts:
@@ -223,8 +223,9 @@ def discard_artifacts(work: Path, step: str, identity: Mapping[str, Any]) -> Non
         identity: As for ``ResumeStore``.
     """
     path = _path(work, step, identity)
+    clear_partials(work, {path.name})
     if _carries_identity(path):
-        shutil.rmtree(path, ignore_errors=True)
+        remove_directory(path)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...checkpoint.files.atomic import atomic_file, try_file, write_json, write_text
+from ...checkpoint.files.operations import delete, write
 from ...checkpoint.files.paths import refuse_foreign, try_directory
 from ...checkpoint.files.schemas import read_json
 from ...convert.names import REPORT_FILE
@@ -108,7 +109,7 @@ def write_report(report: Report, directory: Path, *, prefix: str = "", plots: Se
             _write_csv(table, records)
             tables.append(table)
         else:
-            table.unlink(missing_ok=True)  # an earlier report's
+            delete(table, missing_ok=True)  # an earlier report's
     return ReportFiles(
         json=path[JSON_NAME],
         csv=path[CSV_NAME],
@@ -194,7 +195,7 @@ def _write_plots(report: Report, folder: Path, formats: Sequence[str]) -> tuple[
             paths.append(folder / f"{name}.{form}")
             if form == "png":
                 with atomic_file(paths[-1]) as temporary:
-                    temporary.write_bytes(png_bytes(drawing))
+                    write(temporary, png_bytes(drawing))
             else:
                 write_text(paths[-1], drawing.render(standalone=True) + "\n")
     return tuple(paths)

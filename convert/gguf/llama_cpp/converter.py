@@ -22,6 +22,7 @@ import torch
 
 from ....checkpoint.files.atomic import atomic_file, private_directory
 from ....checkpoint.files.disk_errors import DISK_FULL
+from ....checkpoint.files.operations import append, delete, make_directory, sync
 from ....checkpoint.source.checkpoint import Checkpoint
 from ....errors import BpwiseError, CheckpointError, FormatError, VerificationError
 from ....progress import Progress, silent
@@ -182,7 +183,7 @@ def _convert(
     with atomic_file(output) as temporary, private_directory(output) as private:
         # The converter derives the model's name from its directory's.
         staged = private / (checkpoint.directory.resolve().name or "model")
-        staged.mkdir()
+        make_directory(staged)
         stage(checkpoint, staged)
         for config in configs:
             asked = [*changes, child.RAW_CONFIG] if config == RAW else changes
@@ -196,7 +197,7 @@ def _convert(
                     check(temporary)
             except (FormatError, VerificationError) as cause:
                 refusal = cause
-                temporary.unlink()
+                delete(temporary)
             else:
                 return config
         raise refusal or _failed(checkpoint, reasons)
@@ -223,7 +224,7 @@ def _run(script: Path, changes: Sequence[str], options: Sequence[str], output: P
             "`pip install 'bpwise[gguf]'`, or give a newer checkout of llama.cpp with --llama-cpp."
         )
     _refuse_full_disk(output)
-    output.unlink(missing_ok=True)
+    delete(output, missing_ok=True)
     if done.returncode < 0:
         return f"ended by signal {-done.returncode}, as where memory is short"
     return _last_line(done.stdout)
@@ -248,10 +249,9 @@ def _failed(checkpoint: Checkpoint, reasons: Mapping[str, str]) -> CheckpointErr
 def _refuse_full_disk(unfinished: Path) -> None:
     # NumPy says of a full disk only that it wrote less than was asked, so the disk itself is asked.
     try:
-        with unfinished.open("ab") as file:
+        with append(unfinished) as file:
             file.write(bytes(_PROBE_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
+        sync(unfinished)
     except OSError as cause:
         if cause.errno in DISK_FULL:
             raise  # explained by atomic_file, under the name of the output
