@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from ..checkpoint.files.atomic import atomic_file
-from ..checkpoint.files.heads import metadata_begins
 from ..checkpoint.files.operations import write
+from ..checkpoint.files.schemas import metadata_begins
 from ..errors import ConfigError, FormatError
 from .measurement_file import CURVES, HEADER_KEY, EmbeddingHeader, MeasuredTensors, read_measurement
 

@@ -163,7 +163,6 @@ def try_file(path: Path, *, name: Path | None = None) -> None:
     path = Path(path)
     with explained(name or path):
         missing = [each for each in path.parents if not each.exists()]
-    clear_partials(path.parent, {path.name})
     try:
         _begin(path, _sibling(path), name=name, data=bytes(_PROBE_BYTES))
     finally:
@@ -173,9 +172,7 @@ def try_file(path: Path, *, name: Path | None = None) -> None:
 
 
 def clear_partials(directory: Path, names: Collection[str] | None = None) -> None:
-    """Delete what killed runs left half made in a directory; whoever calls keeps other runs from making the same.
-
-    What a process that still lives is making stays.
+    """Delete what killed runs left half made in a directory; what a process that still lives is making stays.
 
     Args:
         directory: The directory, which need not exist.
@@ -243,6 +240,7 @@ def _begin(path: Path, temporary: Path, *, new: bool = False, name: Path | None 
                 f"{shown(name or path)}: cannot be written, a parent of it is not a directory. Choose another path."
             ) from cause
         _refuse_in_the_way(path, new=new)
+        clear_partials(path.parent, {path.name})
         try:
             operations.write(temporary, data)
         finally:

@@ -29,7 +29,7 @@ import msgspec
 
 from ...errors import BpwiseError, FormatError, WorkDirectoryError
 from ...progress import Progress, silent
-from .atomic import clear_partials, write_json
+from .atomic import write_json
 from .disk_errors import explained_reading
 from .schemas import read_schema
 
@@ -163,6 +163,5 @@ def _save(known: dict[str, _Remembered]) -> None:
     if path is None:
         return
     latest = dict(list(known.items())[-_MOST_REMEMBERED:])
-    clear_partials(path.parent, {path.name})
     with suppress(WorkDirectoryError, OSError):
         write_json(path, msgspec.to_builtins(_Cache(latest)))

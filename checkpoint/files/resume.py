@@ -18,7 +18,7 @@ from ...errors import BpwiseWarning, BrokenModelError, WorkDirectoryError
 from . import operations
 from .atomic import clear_partials, remove_directory, write_json
 from .disk_errors import delete_file, explained, shown
-from .paths import locked, named, try_directory
+from .paths import WORK_SUFFIX, locked, named, try_directory
 from .safetensors_file import HeaderEntry, NewTensor, load_tensors, read_entry, read_header, save_tensors, tensor_bytes
 from .schemas import read_json
 
@@ -171,7 +171,7 @@ def _stored_bytes(path: Path, entry: HeaderEntry) -> Iterator[bytes]:
 
 @contextmanager
 def locked_work(work: Path) -> Iterator[None]:
-    """Keep a work directory to one run; if the run made it, it goes afterwards if nothing is left in it.
+    """Keep a work directory to one run; if a run made it, it goes afterwards if nothing is left in it.
 
     Raises:
         WorkDirectoryError: Another run works there, or files cannot be made in it.
@@ -179,8 +179,10 @@ def locked_work(work: Path) -> Iterator[None]:
     """
     work = named(work)
     try_directory(work)
-    emptied = _has_steps(work)
-    with locked(work / ".lock", work, "name another --work-dir"):
+    lock = work / ".lock"
+    # What a killed run leaves is made by it, even where nothing else is left in it.
+    emptied = work.suffix == WORK_SUFFIX or lock.exists() or _has_steps(work)
+    with locked(lock, work, "name another --work-dir"):
         clear_partials(work)
         try:
             yield

@@ -10,7 +10,7 @@ from typing import Any
 
 from ...checkpoint.files.atomic import atomic_file, try_file, write_json, write_text
 from ...checkpoint.files.operations import delete, write
-from ...checkpoint.files.paths import refuse_foreign, try_directory
+from ...checkpoint.files.paths import locked, refuse_foreign, try_directory
 from ...checkpoint.files.schemas import read_json
 from ...convert.names import REPORT_FILE
 from ...errors import FormatError
@@ -98,13 +98,20 @@ def write_report(report: Report, directory: Path, *, prefix: str = "", plots: Se
         name: Path(directory) / f"{prefix}{name}"
         for name in (JSON_NAME, CSV_NAME, MARKDOWN_NAME, HTML_NAME, PLOTS_NAME)
     }
+    lock = Path(directory) / f".{prefix}report.lock"
+    # Of two evaluations that end together one waits: no files of both stand side by side.
+    with locked(lock, path[JSON_NAME], "name another --output", wait=True):
+        return _written(report, path, prefix, plots)
+
+
+def _written(report: Report, path: Mapping[str, Path], prefix: str, plots: Sequence[str]) -> ReportFiles:
     write_json(path[JSON_NAME], report.to_dict())
     _write_csv(path[CSV_NAME], models_records(report.comparisons))
     write_text(path[MARKDOWN_NAME], markdown_report(report))
     write_text(path[HTML_NAME], html_report(report))
     tables = []
     for name, records in extras_records(report.extras).items():
-        table = Path(directory) / f"{prefix}report.{name}.csv"
+        table = path[JSON_NAME].with_name(f"{prefix}report.{name}.csv")
         if records:
             _write_csv(table, records)
             tables.append(table)

@@ -37,7 +37,7 @@ def changes(code: str) -> Iterator[str]:
                 yield f"{where}: imports {', '.join(names)}"
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             own = node.value.id
-            if own in ASKING and node.attr not in ASKING[own]:
+            if own in ASKING and node.attr not in ASKING[own] | {"open"}:
                 yield f"{where}: {own}.{node.attr}"
             if (own, node.attr) in {("torch", "save"), ("np", "save")}:
                 yield f"{where}: {own}.{node.attr}"
@@ -48,8 +48,10 @@ def changes(code: str) -> Iterator[str]:
 def called(node: ast.Call) -> Iterator[str]:
     function = node.func
     name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
-    of_module = isinstance(function, ast.Attribute) and getattr(function.value, "id", "") in {"operations", "os"}
-    if of_module:
+    module = getattr(function.value, "id", "") if isinstance(function, ast.Attribute) else ""
+    if (module, name) == ("os", "open") and ast.unparse(node.args[1]) != "os.O_RDONLY":
+        yield "os.open for writing"
+    if module in {"operations", "os"}:
         return
     if isinstance(function, ast.Attribute) and name in CHANGING:
         yield name
