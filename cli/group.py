@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,7 +13,7 @@ from typing import Any
 
 import click
 
-from ..errors import BpwiseError, BpwiseWarning
+from ..errors import BpwiseError, BpwiseWarning, reason
 from ..version import __version__
 from .allocator import give_back_large_blocks
 from .effects import refuse_without_effect
@@ -33,12 +34,21 @@ class _Stopped(KeyboardInterrupt):
         self.number = number
 
 
+_LOWERED = ("--rows", "--row-tokens", "--eval-rows", "--eval-row-tokens")
+"""Options that say how much is in memory at once."""
+
+
 class _Command(click.Command):
-    """Refuses options that have no effect beside the others before it does anything."""
+    """Refuses options that have no effect beside the others before it does anything; says what to do without memory."""
 
     def invoke(self, ctx: click.Context) -> Any:
         refuse_without_effect(ctx)
-        return super().invoke(ctx)
+        try:
+            return super().invoke(ctx)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_short_of_memory(error):
+                raise
+            raise BpwiseError(_memory_sentence(self, error)) from error
 
 
 class _Group(click.Group):
@@ -61,6 +71,28 @@ class _Group(click.Group):
                 say("", err=True)
                 say(f"Stopped. {stop}".rstrip(), err=True)
             raise click.exceptions.Exit(128 + number) from stop
+
+
+def _is_short_of_memory(error: BaseException) -> bool:
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or torch is None:
+        return isinstance(error, MemoryError)
+    # Of the CPU's memory torch says so in words alone.
+    return isinstance(error, torch.OutOfMemoryError) or (
+        type(error) is RuntimeError and "DefaultCPUAllocator" in str(error)
+    )
+
+
+def _memory_sentence(command: click.Command, error: BaseException) -> str:
+    offered = {option for parameter in command.params for option in parameter.opts}
+    ways = [f"Lower {' or '.join(lowered)}"] if (lowered := [each for each in _LOWERED if each in offered]) else []
+    ways += ["name an --offload-dir"] if "--offload-dir" in offered else []
+    ways += ["close other programs"]
+    advice = ", or ".join(ways)
+    return (
+        f"memory: there is not enough ({reason(error)}). {advice[0].upper()}{advice[1:]}, and run again: what is "
+        "finished is not done again."
+    )
 
 
 def _show_warning(others: Callable[..., None], message: Warning | str, category: type[Warning], *where: Any) -> None:

@@ -12,7 +12,7 @@ from bpwise.convert.registry import format_of
 from bpwise.errors import BpwiseError
 from click.testing import CliRunner, Result
 
-from .disk import Tree, restore, tree_of, unsynchronised
+from .disk import Recorder, Tree, restore, tree_of, unsynchronised
 
 TEXT = ("--rows", 2, "--row-tokens", 16, "--device", "cpu")
 EVALUATION = ("--eval-rows", 1, "--eval-row-tokens", 16)
@@ -100,6 +100,7 @@ class Stage:
         self.disk = root / "disk"
         self.disk.mkdir()
         self.model = model
+        self.recorded: dict[str, tuple[Recorder, Tree]] = {}
         self._made: dict[str, Tree] = {}
 
     def run(self, command: Command) -> Result:

@@ -117,26 +117,6 @@ Site = tuple[str, ...]
 _SITE_LINES = 6
 
 
-class Sites:
-    """Collects where a run asks for operations.
-
-    Attributes:
-        found: Each place once, in their order.
-    """
-
-    def __init__(self) -> None:
-        self.found: dict[Site, str] = {}
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        with _calls(self._around):
-            yield
-
-    def _around(self, name: str, call: Callable[[], Any], _given: tuple[Any, ...]) -> Any:
-        self.found.setdefault(_site(), name)
-        return None if name == "fsync" else call()
-
-
 class Refusing:
     """A disk that refuses the first operation at one place; one that has become read-only all that follow, too.
 
@@ -182,6 +162,7 @@ class Recorder:
         tried: How many were taken of each kind.
         count: Operations so far.
         odd: Files that stood under a name of their own without being whole, as sentences.
+        sites: Where operations were asked for, each place once, and which was the first there.
     """
 
     def __init__(self, root: Path) -> None:
@@ -189,6 +170,7 @@ class Recorder:
         self.tried: Counter[str] = Counter()
         self.count = 0
         self.odd: list[str] = []
+        self.sites: dict[Site, str] = {}
         self._root = root
         self._seen: set[int] = set()
         self._pins: list[int] = []
@@ -212,6 +194,7 @@ class Recorder:
                 os.close(pin)
 
     def _around(self, name: str, call: Callable[[], Any], given: tuple[Any, ...]) -> Any:
+        self.sites.setdefault(_site(), name)
         target = os.fstat(given[0]).st_ino if name in ("write", "fsync", "posix_fallocate") else None
         if target is not None and target not in self._content and name == "posix_fallocate":
             self.count += 1
