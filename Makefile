@@ -8,7 +8,7 @@ ROOMS := cli quantize eval convert measure linalg checkpoint
 # Of `make fuzz`, of each reader.
 MUTANTS ?= 500
 
-.PHONY: demo test test-lowest test-newest test-slow test-gpu test-families families-table fuzz check format bench-quality bench-gguf bench-memory bench-gpu check-readers clean
+.PHONY: demo test test-lowest test-newest test-slow test-gpu test-crash test-families families-table fuzz check format bench-quality bench-gguf bench-memory bench-gpu check-readers clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -71,6 +71,11 @@ build/llama.cpp/bin/llama-quantize:
 # A tiny model of every family to GGUF, judged by llama.cpp, llama-quantize and Transformers: twenty minutes.
 test-families: $(VENV)/installed build/llama.cpp/bin/llama-quantize
 	$(BIN)/pytest -q tests/families tests/convert/gguf/test_families.py tests/device -m 'families or not families'
+
+# A crash at every operation of every command, disks that refuse and memory that runs out: an hour or two. What it finds is in
+# docs/reliability.md.
+test-crash: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/crash -m 'crash or not crash'
 
 # What that has found, in docs/families.md.
 families-table: $(VENV)/installed

@@ -1,7 +1,7 @@
 """bpwise against llama-quantize, and against GGUF files of others, at equal sizes and on text of several kinds.
 
     python benchmarks/headtohead.py MODEL
-    python benchmarks/headtohead.py MODEL --types Q4_K_M,Q3_K_M --text prose=c4.txt --text chat=benchmarks/texts/chat.txt
+    python benchmarks/headtohead.py MODEL --types Q4_K_M --text prose=c4.txt --text chat=benchmarks/texts/chat.txt
     python benchmarks/headtohead.py MODEL --types Q4_K_M --file theirs=model-Q4_K_M.gguf --device cuda
 
 For each of llama.cpp's mixtures: the file that llama-quantize makes (byte for byte: see the tests), with an importance

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import threading
 import time
 import warnings
@@ -21,7 +22,7 @@ from typing import Any
 
 import click
 
-from ..errors import BpwiseError, BpwiseWarning, DiskFullError
+from ..errors import BpwiseError, BpwiseWarning, DiskFullError, reason
 from ..version import __version__
 from .allocator import give_back_large_blocks
 from .effects import refuse_without_effect
@@ -69,17 +70,21 @@ class _Stopped(KeyboardInterrupt):
         self.number = number
 
 
+_LOWERED = ("--rows", "--row-tokens", "--eval-rows", "--eval-row-tokens")
+"""Options that say how much is in memory at once."""
+
+
 class _Command(click.Command):
-    """Refuses options that have no effect beside the others before it does anything, and waits for room if asked to."""
+    """Refuses options that have no effect beside the others, says what to do without memory, and waits for room."""
 
     def invoke(self, ctx: click.Context) -> Any:
         refuse_without_effect(ctx)
         if not ctx.meta.get(_WAITS):
-            return super().invoke(ctx)
+            return self._run(ctx)
         said = ""
         while True:
             try:
-                return super().invoke(ctx)
+                return self._run(ctx)
             except DiskFullError as full:
                 line, place = f"waiting     {full} This run goes on by itself.", full.place
             # Only here is the memory of what failed free again.
@@ -87,6 +92,14 @@ class _Command(click.Command):
                 say(line, err=True)
                 said = line
             _wait_for_room(place)
+
+    def _run(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_short_of_memory(error):
+                raise
+            raise BpwiseError(_memory_sentence(self, error)) from error
 
 
 class _Group(click.Group):
@@ -107,6 +120,28 @@ class _Group(click.Group):
             _said.set()
             _say_stopped(str(stop))
             raise click.exceptions.Exit(128 + number) from stop
+
+
+def _is_short_of_memory(error: BaseException) -> bool:
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or torch is None:
+        return isinstance(error, MemoryError)
+    # Of the CPU's memory torch says so in words alone.
+    return isinstance(error, torch.OutOfMemoryError) or (
+        type(error) is RuntimeError and "DefaultCPUAllocator" in str(error)
+    )
+
+
+def _memory_sentence(command: click.Command, error: BaseException) -> str:
+    offered = {option for parameter in command.params for option in parameter.opts}
+    ways = [f"Lower {' or '.join(lowered)}"] if (lowered := [each for each in _LOWERED if each in offered]) else []
+    ways += ["name an --offload-dir"] if "--offload-dir" in offered else []
+    ways += ["close other programs"]
+    advice = ", or ".join(ways)
+    return (
+        f"memory: there is not enough ({reason(error)}). {advice[0].upper()}{advice[1:]}, and run again: what is "
+        "finished is not done again."
+    )
 
 
 def _show_warning(others: Callable[..., None], message: Warning | str, category: type[Warning], *where: Any) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 
 from torch import Tensor
 
 from ..checkpoint.files.dtypes import FLOAT_DTYPES
+from ..checkpoint.files.operations import copy, make_directory
 from ..checkpoint.source.hub import confined_file, side_files
 from ..errors import BpwiseError
 
@@ -28,8 +28,8 @@ def copy_side_files(source: Path, target: Path) -> None:
         CheckpointError: As ``side_files``.
     """
     for name in side_files(source):
-        (target / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(confined_file(source, name), target / name)
+        make_directory((target / name).parent, exist_ok=True)
+        copy(confined_file(source, name), target / name)
 
 
 def require_float16_range(name: str, tensor: Tensor, error: type[BpwiseError]) -> None:

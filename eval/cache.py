@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..checkpoint.files.atomic import clear_partials
 from ..checkpoint.files.digests import cache_directory
+from ..checkpoint.files.operations import delete, touch
 from ..checkpoint.files.safetensors_file import load_metadata, load_tensors, save_tensors, tensor_bytes
 from ..checkpoint.source.checkpoint import TensorSource
 from ..errors import BpwiseWarning, ConfigError, FormatError, WorkDirectoryError
@@ -87,7 +88,7 @@ class OriginalCache:
         except (FormatError, KeyError, ValueError, OverflowError, OSError):
             return None
         with suppress(OSError):  # one that may only be read serves as well
-            os.utime(path)
+            touch(path)
         return state
 
     def save(self, key: str, state: OriginalState) -> None:
@@ -116,7 +117,7 @@ class OriginalCache:
         for number, (_, size, path) in enumerate(kept):
             total += size
             if total > _LIMIT_BYTES and number > 0:
-                path.unlink(missing_ok=True)
+                delete(path, missing_ok=True)
 
     def _files(self) -> list[tuple[Path, os.stat_result]]:
         return [(path, path.stat()) for path in self._directory.glob(f"*{_SUFFIX}")]

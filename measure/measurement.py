@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from ..checkpoint.files.atomic import atomic_file
-from ..checkpoint.files.heads import metadata_begins
+from ..checkpoint.files.operations import write
+from ..checkpoint.files.schemas import metadata_begins
 from ..errors import ConfigError, FormatError
 from .measurement_file import CURVES, HEADER_KEY, EmbeddingHeader, MeasuredTensors, read_measurement
 
@@ -262,7 +263,7 @@ class Measurement:
     def save(self, path: Path) -> None:
         """Write the measurement, atomically; an existing file is replaced."""
         with atomic_file(path) as temporary:
-            temporary.write_bytes(self.to_bytes())
+            write(temporary, self.to_bytes())
 
     @classmethod
     def load(cls, path: Path) -> Measurement:

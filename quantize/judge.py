@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..checkpoint.files.disk_errors import delete_file
 from ..checkpoint.source.checkpoint import Checkpoint, TensorSource
 from ..convert.model import QuantizedModel
 from ..convert.plan import LinearCost
@@ -146,7 +147,7 @@ class Judge:
         return self._tokenizer
 
     def _broken(self, output: Path, reason: str) -> BrokenModelError:
-        card_path(output).unlink(missing_ok=True)
+        delete_file(card_path(output))
         mark = mark_broken(output, f"{reason}\n\nEvaluated on: {self._evaluation_rows().description}.")
         return BrokenModelError(
             f"{output}: broken. {reason} It is marked by {mark.name}; the measurement is kept. Check calibration text "

@@ -11,13 +11,13 @@ import json
 import os
 import re
 import secrets
-import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ...errors import NumericalError, WorkDirectoryError
+from . import operations
 from .disk_errors import explained, shown
 
 __all__ = [
@@ -25,12 +25,19 @@ __all__ = [
     "atomic_file",
     "clear_partials",
     "private_directory",
+    "remove_directory",
     "try_file",
     "write_json",
     "write_text",
 ]
 
 _PROBE_BYTES = 4096
+
+_MOVING = ".moving"
+"""In a directory whose entries are about to go up into an existing one: a list of their names, the last one last."""
+
+_made: set[str] = set()
+"""Names of partial files and directories that this process is making."""
 
 _PARTIAL = re.compile(r"\.(?P<name>.+)\.partial-(?P<process>[0-9]+)-[0-9a-f]{8}", re.DOTALL)
 
@@ -61,12 +68,12 @@ def atomic_file(path: Path, *, new: bool = False) -> Iterator[Path]:
         assert temporary.is_file(), f"{path}: the body wrote nothing"
         with explained(path):
             _refuse_in_the_way(path, new=new)
-            _sync(temporary)
-            temporary.replace(path)
-            _sync(path.parent)
+            operations.sync(temporary)
+            operations.replace(temporary, path)
+            operations.sync(path.parent)
     except BaseException:  # Ctrl-C too: whatever ends the body, no partial file stays behind.
         with suppress(OSError):
-            temporary.unlink()
+            operations.delete(temporary)
         raise
 
 
@@ -94,7 +101,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         target = path.resolve()
         filled = target.is_dir()
         temporary = _sibling(target / target.name if filled else target)
-        temporary.mkdir(parents=True)
+        operations.make_directory(temporary, parents=True)
     try:
         with explained(path, body_of=temporary):
             yield temporary
@@ -104,10 +111,10 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             if filled:
                 _move_up(temporary, target)
             else:
-                temporary.replace(target)
-            _sync(target.parent)
+                operations.replace(temporary, target)
+            operations.sync(target.parent)
     except BaseException:  # Ctrl-C too: whatever ends the body, no partial directory stays behind.
-        shutil.rmtree(temporary, ignore_errors=True)
+        operations.delete_tree(temporary)
         raise
 
 
@@ -123,16 +130,28 @@ def private_directory(path: Path) -> Iterator[Path]:
     """
     directory = _sibling(Path(path))
     with explained(path):
-        directory.mkdir(parents=True)
+        operations.make_directory(directory, parents=True)
     try:
         with explained(path, body_of=directory):
             yield directory
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        operations.delete_tree(directory)
+
+
+def remove_directory(path: Path) -> None:
+    """Delete a directory with all in it, at once: it loses its name first, and what a killed run leaves has none.
+
+    Args:
+        path: The directory. What cannot be deleted stays, and is no error.
+    """
+    hidden = _sibling(path)
+    with suppress(OSError):
+        operations.replace(path, hidden)
+        operations.delete_tree(hidden)
 
 
 def try_file(path: Path, *, name: Path | None = None) -> None:
-    """Refuse a place where no file can be made, before any long work; nothing is left there.
+    """Refuse a place where no file can be made, before any long work; nothing is left there, nor of killed runs.
 
     Args:
         path: The file that is to be made later. One that exists stays as it is.
@@ -149,13 +168,11 @@ def try_file(path: Path, *, name: Path | None = None) -> None:
     finally:
         for directory in missing:
             with suppress(OSError):
-                directory.rmdir()
+                operations.delete_directory(directory)
 
 
 def clear_partials(directory: Path, names: Collection[str] | None = None) -> None:
-    """Delete what killed runs left half made in a directory; whoever calls keeps other runs from making the same.
-
-    What a process that still lives is making stays.
+    """Delete what killed runs left half made in a directory; what a process that still lives is making stays.
 
     Args:
         directory: The directory, which need not exist.
@@ -166,13 +183,15 @@ def clear_partials(directory: Path, names: Collection[str] | None = None) -> Non
     except OSError:  # it is not there, or not to be read: nothing can be taken away
         return
     for path, match in found:
-        if match is None or (names is not None and match["name"] not in names) or _lives(int(match["process"])):
+        if match is None or (names is not None and match["name"] not in names) or _lives(match):
             continue
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
+            with suppress(OSError):
+                _take_back(path, directory)
+            operations.delete_tree(path)
         else:
             with suppress(OSError):
-                path.unlink()
+                operations.delete(path)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -193,7 +212,7 @@ def write_json(path: Path, value: Any) -> None:
             f"{path}: not written. Expected finite numbers only ({cause}). The computation before it went wrong."
         ) from cause
     with atomic_file(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        operations.write(temporary, f"{text}\n".encode())
 
 
 def write_text(path: Path, text: str) -> None:
@@ -207,7 +226,7 @@ def write_text(path: Path, text: str) -> None:
         WorkDirectoryError: The file cannot be written.
     """
     with atomic_file(path) as temporary:
-        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
+        operations.write(temporary, text.encode("utf-8", "backslashreplace"))
 
 
 def _begin(path: Path, temporary: Path, *, new: bool = False, name: Path | None = None, data: bytes = b"") -> None:
@@ -215,17 +234,18 @@ def _begin(path: Path, temporary: Path, *, new: bool = False, name: Path | None 
     with explained(name or path):
         str(path).encode()  # reports and terminals show it
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            operations.make_directory(path.parent, parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as cause:
             raise WorkDirectoryError(
                 f"{shown(name or path)}: cannot be written, a parent of it is not a directory. Choose another path."
             ) from cause
         _refuse_in_the_way(path, new=new)
+        clear_partials(path.parent, {path.name})
         try:
-            temporary.write_bytes(data)
+            operations.write(temporary, data)
         finally:
             with suppress(OSError):
-                temporary.unlink()
+                operations.delete(temporary)
 
 
 def _refuse_in_the_way(path: Path, *, new: bool) -> None:
@@ -242,23 +262,44 @@ def _refuse_in_the_way(path: Path, *, new: bool) -> None:
 
 
 def _move_up(temporary: Path, target: Path) -> None:
-    # No loader takes a directory without config.json for a model.
-    moved: list[Path] = []
+    # No loader takes a directory without config.json for a model. What is moved when a run is killed is named by the
+    # list, so that it can be told from what is somebody else's.
+    names = sorted((entry.name for entry in temporary.iterdir()), key=lambda name: (name == "config.json", name))
+    operations.write(temporary / _MOVING, json.dumps(names).encode())
+    operations.sync(temporary / _MOVING)
+    operations.sync(temporary)
     try:
-        for entry in sorted(temporary.iterdir(), key=lambda entry: (entry.name == "config.json", entry.name)):
-            entry.rename(target / entry.name)
-            moved.append(target / entry.name)
+        for name in names[:-1]:
+            operations.replace(temporary / name, target / name)
+        operations.sync(target)
+        for name in names[-1:]:
+            operations.replace(temporary / name, target / name)
+        operations.sync(target)
     except BaseException:
-        for path in moved:
-            path.rename(temporary / path.name)
+        _take_back(temporary, target)
         raise
-    temporary.rmdir()
-    _sync(target)
+    operations.delete_tree(temporary)
 
 
-def _lives(process: int) -> bool:
-    if process == os.getpid():  # a number that is used again, as in every new container
-        return False
+def _take_back(temporary: Path, target: Path) -> None:
+    # Of entries that were to go up together all have gone, or none is left there.
+    try:
+        names = json.loads((temporary / _MOVING).read_bytes())
+    except (OSError, ValueError):  # they were not about to
+        return
+    if not names or not os.path.lexists(temporary / names[-1]):
+        return
+    for path in (target / name for name in names):
+        if path.is_dir() and not path.is_symlink():
+            operations.delete_tree(path)
+        else:
+            operations.delete(path, missing_ok=True)
+
+
+def _lives(partial: re.Match[str]) -> bool:
+    process = int(partial["process"])
+    if process == os.getpid():  # a number may be used again, as in every new container
+        return partial[0] in _made
     if os.name == "nt":  # where asking would end the process
         return True
     try:
@@ -272,7 +313,9 @@ def _lives(process: int) -> bool:
 
 def _sibling(path: Path) -> Path:
     # The process id tells whose it is; the random part keeps threads and recycled ids apart.
-    return path.parent / f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
+    name = f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
+    _made.add(name)
+    return path.parent / name
 
 
 def _refuse_occupied(path: Path, but: str = "") -> None:
@@ -292,15 +335,5 @@ def _refuse_occupied(path: Path, but: str = "") -> None:
 def _sync_tree(directory: Path) -> None:
     for entry in directory.rglob("*"):
         if not entry.is_symlink():
-            _sync(entry)
-    _sync(directory)
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():  # Windows cannot open a directory, and needs no such flush.
-        return
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            operations.sync(entry)
+    operations.sync(directory)

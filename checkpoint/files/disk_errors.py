@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ...errors import BpwiseError, DiskFullError, WorkDirectoryError
+from . import operations
 
 __all__ = ["DISK_FULL", "delete_file", "explained", "explained_reading", "require_room", "shown"]
 
@@ -105,7 +106,7 @@ def delete_file(path: Path) -> None:
         WorkDirectoryError: It cannot be deleted.
     """
     try:
-        path.unlink(missing_ok=True)
+        operations.delete(path, missing_ok=True)
     except OSError as cause:
         raise WorkDirectoryError(f"{path}: cannot be deleted ({cause.strerror}). Delete it by hand.") from cause
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ...errors import WorkDirectoryError
+from ...errors import BpwiseWarning, WorkDirectoryError
+from . import operations
 from .atomic import clear_partials, try_file
 from .disk_errors import explained, shown
 
 __all__ = [
+    "WORK_SUFFIX",
     "check_file",
     "check_run",
     "companion",
@@ -24,6 +29,12 @@ __all__ = [
     "try_directory",
     "work_beside",
 ]
+
+_NO_LOCKS = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP})
+"""What the system says at a lock on a file system that has none."""
+
+WORK_SUFFIX = ".work"
+"""End of the names of work directories, unless one is named."""
 
 
 def named(path: Path) -> Path:
@@ -45,7 +56,7 @@ def work_beside(output: Path) -> Path:
         output: The directory or file that the run makes.
     """
     output = named(output)
-    return output.parent / f"{output.name}.work"
+    return output.parent / f"{output.name}{WORK_SUFFIX}"
 
 
 def companion(output: Path, name: str, *, whole_name: bool = False) -> Path:
@@ -185,6 +196,8 @@ def check_run(
 def locked(file: Path, what: Path, advice: str, *, wait: bool = False) -> Iterator[None]:
     """Hold a lock; the operating system lets go of it when the process ends, however it does.
 
+    Where the file system has no locks, a warning says so and the body runs without.
+
     Args:
         file: The lock file. Missing directories are made for it, and go again if nothing is left in them.
         what: What is locked, to begin messages with.
@@ -192,18 +205,25 @@ def locked(file: Path, what: Path, advice: str, *, wait: bool = False) -> Iterat
         wait: Whether to wait as long as another process holds it.
 
     Raises:
-        WorkDirectoryError: Another process holds it, or the place has no locks or cannot be written.
+        WorkDirectoryError: Another process holds it, or the place cannot be written.
     """
     lock = FileLock(file, timeout=-1 if wait else 0)
     try:
         missing = [each for each in file.parents if not each.exists()]
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        operations.make_directory(file.parent, parents=True, exist_ok=True)
+        if _has_locks(file.parent):
+            lock.acquire()
+        else:
+            warnings.warn(
+                f"{shown(what)}: its file system has no locks. Start no second run that writes there.",
+                BpwiseWarning,
+                stacklevel=2,
+            )
     except Timeout as error:
         raise WorkDirectoryError(
             f"{shown(what)}: in use by another bpwise run. Wait until it has ended, or {advice}."
         ) from error
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: the file system has no locks
+    except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise WorkDirectoryError(
             f"{shown(what)}: cannot be locked. Got {reason}. Expected a writable directory on a file system with "
@@ -212,12 +232,30 @@ def locked(file: Path, what: Path, advice: str, *, wait: bool = False) -> Iterat
     try:
         yield
     finally:
-        with suppress(OSError):
-            file.unlink()
-        lock.release()
+        try:
+            with suppress(OSError):
+                operations.delete(file)
+        finally:
+            lock.release()
         for directory in missing:
             with suppress(OSError):
-                directory.rmdir()
+                operations.delete_directory(directory)
+
+
+def _has_locks(directory: Path) -> bool:
+    # Asked here: newer versions of filelock make a mark in the place of a lock, which outlives a process that dies.
+    try:
+        import fcntl  # noqa: PLC0415 - not on Windows, whose file systems all have locks
+    except ImportError:
+        return True
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as cause:
+        return cause.errno not in _NO_LOCKS
+    finally:
+        os.close(descriptor)
+    return True
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,9 +15,10 @@ import torch
 from torch import Tensor
 
 from ...errors import BpwiseWarning, BrokenModelError, WorkDirectoryError
-from .atomic import clear_partials, write_json
+from . import operations
+from .atomic import clear_partials, remove_directory, write_json
 from .disk_errors import delete_file, explained, shown
-from .paths import locked, named, try_directory
+from .paths import WORK_SUFFIX, locked, named, try_directory
 from .safetensors_file import HeaderEntry, NewTensor, load_tensors, read_entry, read_header, save_tensors, tensor_bytes
 from .schemas import read_json
 
@@ -171,7 +171,7 @@ def _stored_bytes(path: Path, entry: HeaderEntry) -> Iterator[bytes]:
 
 @contextmanager
 def locked_work(work: Path) -> Iterator[None]:
-    """Keep a work directory to one run; if the run made it, it goes afterwards if nothing is left in it.
+    """Keep a work directory to one run; if a run made it, it goes afterwards if nothing is left in it.
 
     Raises:
         WorkDirectoryError: Another run works there, or files cannot be made in it.
@@ -179,8 +179,10 @@ def locked_work(work: Path) -> Iterator[None]:
     """
     work = named(work)
     try_directory(work)
-    emptied = _has_steps(work)
-    with locked(work / ".lock", work, "name another --work-dir"):
+    lock = work / ".lock"
+    # What a killed run leaves is made by it, even where nothing else is left in it.
+    emptied = work.suffix == WORK_SUFFIX or lock.exists() or _has_steps(work)
+    with locked(lock, work, "name another --work-dir"):
         clear_partials(work)
         try:
             yield
@@ -189,7 +191,7 @@ def locked_work(work: Path) -> Iterator[None]:
             raise
     if emptied:
         with suppress(OSError):
-            work.rmdir()
+            operations.delete_directory(work)
 
 
 class RunArtifacts:
@@ -223,8 +225,9 @@ def discard_artifacts(work: Path, step: str, identity: Mapping[str, Any]) -> Non
         identity: As for ``ResumeStore``.
     """
     path = _path(work, step, identity)
+    clear_partials(work, {path.name})
     if _carries_identity(path):
-        shutil.rmtree(path, ignore_errors=True)
+        remove_directory(path)
 
 
 @contextmanager

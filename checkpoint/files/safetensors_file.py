@@ -25,6 +25,7 @@ from torch import Tensor
 from ...errors import BpwiseError, FormatError
 from .atomic import atomic_file
 from .disk_errors import explained_reading
+from .operations import create
 
 __all__ = [
     "DTYPE_NAMES",
@@ -235,7 +236,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     Raises:
         WorkDirectoryError: The file cannot be written.
     """
-    with atomic_file(path) as temporary, temporary.open("wb") as file:
+    with atomic_file(path) as temporary, create(temporary) as file:
         write_tensors(file, tensors, metadata or {})
 
 

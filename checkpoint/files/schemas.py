@@ -1,4 +1,4 @@
-"""Reading JSON: every type and every range in it is checked against a schema, once, where it comes in."""
+"""Reading what comes in: JSON, whose types and ranges a schema checks, and first bytes, which tell a file's kind."""
 
 from __future__ import annotations
 
@@ -24,10 +24,20 @@ __all__ = [
     "check_checksum",
     "check_schema",
     "checksummed",
+    "is_lfs_pointer",
+    "metadata_begins",
     "parse_schema",
     "read_json",
     "read_schema",
 ]
+
+_LFS_START = b"version https://git-lfs.github.com/spec/v1"
+_LFS_MOST_BYTES = 1024
+"""Git LFS itself takes nothing larger for a pointer."""
+
+_LENGTH_BYTES = 8
+"""At the beginning of a safetensors file: the length of its header."""
+
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 """In schemas: how many of something, 0 too."""
@@ -173,3 +183,33 @@ def _parsed(data: bytes, where: str, error: type[BpwiseError]) -> dict[str, Any]
     if not isinstance(value, dict):
         raise error(f"{where}: wrong JSON. Got {type(value).__name__} at the top level. Expected an object.")
     return cast("dict[str, Any]", value)
+
+
+def metadata_begins(path: Path, start: str) -> bool:
+    """Return whether the metadata at the head of a safetensors file begins so; what comes after may be damaged.
+
+    Args:
+        path: The file, which need not exist.
+        start: The first entry or its beginning, as compact JSON.
+    """
+    head = f'{{"__metadata__":{{{start}'.encode()
+    try:
+        with path.open("rb") as file:
+            return file.read(_LENGTH_BYTES + len(head)).endswith(head)
+    except OSError:
+        return False
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Return whether a file is what ``git clone`` leaves in the place of a large one where Git LFS is not installed.
+
+    Args:
+        path: A regular file.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    if path.stat().st_size > _LFS_MOST_BYTES:
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_LFS_START)) == _LFS_START

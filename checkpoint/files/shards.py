@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 from torch import Tensor
 
+from .operations import create, replace
 from .safetensors_file import DTYPE_NAMES, tensor_bytes
 
 __all__ = ["DEFAULT_SHARD_BYTES", "ShardWriter", "header_bytes", "tensor_sha256"]
@@ -115,7 +116,7 @@ class ShardWriter:
         for index, (path, names) in enumerate(self._closed, start=1):
             part = "" if count == 1 else f"-{index:05d}-of-{count:05d}"
             final = self._directory / f"{self._stem}{part}.safetensors"
-            path.rename(final)
+            replace(path, final)
             location.update(dict.fromkeys(names, final.name))
         return location
 
@@ -124,7 +125,7 @@ class ShardWriter:
         self._header_bytes = header_bytes(self._waiting)
         self._data_bytes = 0
         self._entries = {}
-        self._file = path.open("wb")
+        self._file = create(path)
         self._file.seek(8 + self._header_bytes)
         self._closed.append((path, []))
 

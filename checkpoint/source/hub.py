@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ...errors import CheckpointError, DiskFullError
 from ..files.disk_errors import DISK_FULL
-from ..files.heads import is_lfs_pointer
+from ..files.schemas import is_lfs_pointer
 from ..files.side_files import CONFIG_FILE, DOWNLOADED, NOT_DOWNLOADED, TEMPLATE_DIRECTORY, is_side_file
 
 __all__ = [

@@ -14,6 +14,7 @@ from typing import Any
 
 from ...checkpoint.files.atomic import private_directory, write_text
 from ...checkpoint.files.digests import file_digests
+from ...checkpoint.files.operations import delete
 from ...checkpoint.files.paths import locked
 from ...checkpoint.files.resume import ResumeStore
 from ...checkpoint.source.checkpoint import Checkpoint
@@ -59,7 +60,7 @@ def base_path(checkpoint: Checkpoint, work: Path, llama_cpp: Path | None, measur
     base = ResumeStore(place, step, identity).path / _FILE
     if base.exists() and not _is_intact(base):
         warnings.warn(f"{base}: damaged. It is converted again now.", BpwiseWarning, stacklevel=2)
-        base.unlink()
+        delete(base)
     return base
 
 
@@ -147,7 +148,7 @@ def write_projector(checkpoint: Checkpoint, path: Path, llama_cpp: Path | None) 
         except (CheckpointError, FormatError) as error:
             return f"There is no mmproj file, and the model sees no images: {error}"
         if found.startswith(run[:8]):
-            path.unlink()
+            delete(path)
         file_type = int(read_gguf_header(made).metadata["general.file_type"])
         metadata = {RUN_KEY: run, VERSION_KEY: __version__, DIGEST_KEY: DIGEST_ROOM}
         write_gguf(made, path, {}, file_type=file_type, metadata=metadata)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ...checkpoint.files.atomic import atomic_file, try_file, write_json, write_text
-from ...checkpoint.files.paths import refuse_foreign, try_directory
+from ...checkpoint.files.operations import delete, write
+from ...checkpoint.files.paths import locked, refuse_foreign, try_directory
 from ...checkpoint.files.schemas import read_json
 from ...convert.names import REPORT_FILE
 from ...errors import FormatError
@@ -97,18 +98,25 @@ def write_report(report: Report, directory: Path, *, prefix: str = "", plots: Se
         name: Path(directory) / f"{prefix}{name}"
         for name in (JSON_NAME, CSV_NAME, MARKDOWN_NAME, HTML_NAME, PLOTS_NAME)
     }
+    lock = Path(directory) / f".{prefix}report.lock"
+    # Of two evaluations that end together one waits: no files of both stand side by side.
+    with locked(lock, path[JSON_NAME], "name another --output", wait=True):
+        return _written(report, path, prefix, plots)
+
+
+def _written(report: Report, path: Mapping[str, Path], prefix: str, plots: Sequence[str]) -> ReportFiles:
     write_json(path[JSON_NAME], report.to_dict())
     _write_csv(path[CSV_NAME], models_records(report.comparisons))
     write_text(path[MARKDOWN_NAME], markdown_report(report))
     write_text(path[HTML_NAME], html_report(report))
     tables = []
     for name, records in extras_records(report.extras).items():
-        table = Path(directory) / f"{prefix}report.{name}.csv"
+        table = path[JSON_NAME].with_name(f"{prefix}report.{name}.csv")
         if records:
             _write_csv(table, records)
             tables.append(table)
         else:
-            table.unlink(missing_ok=True)  # an earlier report's
+            delete(table, missing_ok=True)  # an earlier report's
     return ReportFiles(
         json=path[JSON_NAME],
         csv=path[CSV_NAME],
@@ -194,7 +202,7 @@ def _write_plots(report: Report, folder: Path, formats: Sequence[str]) -> tuple[
             paths.append(folder / f"{name}.{form}")
             if form == "png":
                 with atomic_file(paths[-1]) as temporary:
-                    temporary.write_bytes(png_bytes(drawing))
+                    write(temporary, png_bytes(drawing))
             else:
                 write_text(paths[-1], drawing.render(standalone=True) + "\n")
     return tuple(paths)

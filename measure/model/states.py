@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import mmap
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ...checkpoint.files import operations
 from ...checkpoint.files.disk_errors import DISK_FULL
 from ...errors import DiskFullError, WorkDirectoryError
 
@@ -37,10 +36,8 @@ def new_state(shape: Sequence[int], dtype: torch.dtype, directory: Path | None) 
     if directory is None or size_bytes == 0:
         return torch.empty(*shape, dtype=dtype)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory) as file:
-            # Written in advance where that is possible: without room, a page that is touched ends the process.
-            getattr(os, "posix_fallocate", _lengthen)(file.fileno(), 0, size_bytes)
+        operations.make_directory(directory, parents=True, exist_ok=True)
+        with operations.unnamed(directory, size_bytes=size_bytes) as file:
             return torch.frombuffer(mmap.mmap(file.fileno(), size_bytes), dtype=dtype).view(*shape)
     except OSError as error:
         message = (
@@ -50,7 +47,3 @@ def new_state(shape: Sequence[int], dtype: torch.dtype, directory: Path | None) 
         if error.errno in DISK_FULL:
             raise DiskFullError(message, directory) from error
         raise WorkDirectoryError(message) from error
-
-
-def _lengthen(file: int, _offset_bytes: int, size_bytes: int) -> None:
-    os.ftruncate(file, size_bytes)

@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...checkpoint.files.heads import metadata_begins
 from ...checkpoint.files.safetensors_file import load_metadata, load_tensors, save_tensors
-from ...checkpoint.files.schemas import check_checksum, checksummed
+from ...checkpoint.files.schemas import check_checksum, checksummed, metadata_begins
 from ...errors import CalibrationError, ConfigError, ShapeError
 from .builtin_text import TextUse, builtin_texts
 from .chat_rows import render_turns

@@ -113,7 +113,7 @@ class TestReadOnly:
         def read_only(path: Path, _: bytes) -> None:
             raise PermissionError(13, os.strerror(13), str(path))
 
-        monkeypatch.setattr(Path, "write_bytes", read_only)
+        monkeypatch.setattr("bpwise.checkpoint.files.operations.write", read_only)
         assert "report.json: cannot be written" in refused("eval", tiny_model, copied, "-r", 2, "-l", 32)
 
 

@@ -13,7 +13,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +23,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from ....checkpoint.files.operations import unnamed
 from ....errors import CheckpointError, ConfigError, NumericalError
 from . import worker
 
@@ -237,7 +237,7 @@ def _started(library: Path) -> Iterator[_Process]:
     environment = os.environ | {"GGML_NO_BACKTRACE": "1"}  # otherwise it attaches a debugger to itself
     command = [*_PYTHON, worker.__file__, str(library)]
     pipe = subprocess.PIPE
-    with tempfile.TemporaryFile() as log:
+    with unnamed() as log:
         process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, env=environment)
         try:
             yield _Process(process, log)

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from torch import Tensor
 
+from ....checkpoint.files.operations import create
 from ..file.emit import Planned, entry, header_bytes, padding
 from ..file.header import GgufHeader, GgufTensor
 from ..file.values import read_values
@@ -69,7 +70,7 @@ def write_float32(header: GgufHeader, output: Path, blocks: int | None) -> None:
     pairs = _planned(header, blocks)
     entries = dict(header.entries) if blocks is None else _cut_entries(header, blocks)
     start = header_bytes(entries, [planned for _, planned in pairs], header.alignment_bytes)
-    with header.path.open("rb") as source, output.open("wb") as target:
+    with header.path.open("rb") as source, create(output) as target:
         target.write(start)
         for stored, planned in pairs:
             for piece in _pieces(header.path, source, stored, planned):

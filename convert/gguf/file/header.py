@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ....checkpoint.files.disk_errors import explained_reading
-from ....checkpoint.files.heads import is_lfs_pointer
+from ....checkpoint.files.schemas import is_lfs_pointer
 from ....errors import FormatError
 from ..ggml.types import GGML_TYPES, GgmlType
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ....checkpoint.files.atomic import atomic_file
+from ....checkpoint.files.operations import create, sync
 from ....errors import ConfigError, FormatError, NumericalError, ShapeError, VerificationError
 from ....progress import Progress, silent
 from ...model import Verification
@@ -117,7 +117,7 @@ def write_gguf(
     start = header_bytes(_entries(header, file_type, metadata or {}), planned, header.alignment_bytes)
     written: dict[str, str] = {}
     with atomic_file(Path(output), new=True) as temporary:
-        with header.path.open("rb") as source, temporary.open("wb") as target:
+        with header.path.open("rb") as source, create(temporary) as target:
             target.write(start)
             for tensor in progress(planned, "writing"):
                 job = _Job(header, tensor, importance, (distances or {}).get(tensor.name), threads)
@@ -127,8 +127,7 @@ def write_gguf(
             start = with_digest(start, written.values())
             target.seek(0)
             target.write(start)
-            target.flush()
-            os.fsync(target.fileno())
+        sync(temporary)
         return _verify(temporary, Path(output), start, planned, written)
 
 

@@ -15,7 +15,6 @@ import hashlib
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -23,6 +22,7 @@ import torch
 
 from ....checkpoint.files.atomic import atomic_file, private_directory
 from ....checkpoint.files.disk_errors import DISK_FULL
+from ....checkpoint.files.operations import append, delete, make_directory, sync, unnamed
 from ....checkpoint.source.checkpoint import Checkpoint
 from ....errors import BpwiseError, CheckpointError, FormatError, VerificationError, install_command
 from ....progress import Progress, silent
@@ -188,7 +188,7 @@ def _convert(
     with atomic_file(output) as temporary, private_directory(output) as private:
         # The converter derives the model's name from its directory's.
         staged = private / (checkpoint.directory.resolve().name or "model")
-        staged.mkdir()
+        make_directory(staged)
         stage(checkpoint, staged)
         for config in configs:
             asked = [*changes, child.RAW_CONFIG] if config == RAW else changes
@@ -202,7 +202,7 @@ def _convert(
                     check(temporary)
             except (FormatError, VerificationError) as cause:
                 refusal = cause
-                temporary.unlink()
+                delete(temporary)
             else:
                 return config
         raise refusal or _failed(checkpoint, reasons)
@@ -214,7 +214,7 @@ def _run(
     # Returns why there is no output; None if there is one.
     command = [sys.executable, child.__file__, str(script), ",".join(changes), *options]
     command += ["--outfile", str(output.resolve()), str(staged.resolve())]
-    with tempfile.TemporaryFile() as log:
+    with unnamed() as log:
         process = subprocess.Popen(
             command, cwd=staged.parent, env=_environment(), stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT
         )
@@ -238,7 +238,7 @@ def _run(
             f"{install_command('gguf')}; or give a newer checkout of llama.cpp with --llama-cpp."
         )
     _refuse_full_disk(output)
-    output.unlink(missing_ok=True)
+    delete(output, missing_ok=True)
     if status < 0:
         return f"ended by signal {-status}, as where memory is short"
     return _last_line(said)
@@ -267,10 +267,9 @@ def _failed(checkpoint: Checkpoint, reasons: Mapping[str, str]) -> CheckpointErr
 def _refuse_full_disk(unfinished: Path) -> None:
     # NumPy says of a full disk only that it wrote less than was asked, so the disk itself is asked.
     try:
-        with unfinished.open("ab") as file:
+        with append(unfinished) as file:
             file.write(bytes(_PROBE_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
+        sync(unfinished)
     except OSError as cause:
         if cause.errno in DISK_FULL:
             raise  # explained by atomic_file, under the name of the output

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
 import sys
 import tarfile
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from urllib.request import urlopen
 
 from ....checkpoint.files.atomic import atomic_directory, clear_partials, private_directory
 from ....checkpoint.files.disk_errors import explained_reading
+from ....checkpoint.files.operations import create, make_directory
 from ....checkpoint.files.paths import locked
 from ....errors import BpwiseError, reason
 from ....progress import Progress, silent
@@ -100,7 +100,7 @@ def _obtain(place: Path, progress: Progress) -> None:
     )
     with private_directory(archive) as private:
         fetched = private / _ARCHIVE
-        with fetched.open("wb") as file:
+        with create(fetched) as file:
             file.writelines(_chunks(progress, elsewhere))
         _unpack(fetched, place, f"{_ARCHIVE} from PyPI", elsewhere)
 
@@ -134,9 +134,10 @@ def _unpack(archive: Path, place: Path, where: str, advice: str) -> None:
                 content = members.extractfile(member) if member.isreg() else None  # never a link or a device
                 if name != member.name and content is not None and _TAKEN.fullmatch(name):
                     target = folder / name
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    with target.open("wb") as written:
-                        shutil.copyfileobj(content, written)
+                    make_directory(target.parent, parents=True, exist_ok=True)
+                    with create(target) as written:
+                        while data := content.read(_CHUNK_BYTES):
+                            written.write(data)
 
 
 def _sha256(file: BinaryIO) -> str:

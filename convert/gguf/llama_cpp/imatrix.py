@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ....checkpoint.files.atomic import atomic_file
 from ....checkpoint.files.disk_errors import explained_reading
+from ....checkpoint.files.operations import create
 from ....errors import ConfigError, FormatError, ShapeError
 from ....version import __version__
 from ..file.emit import ALIGNMENT_BYTES, Planned, entry, header_bytes, padding
@@ -195,7 +196,7 @@ def write_imatrix(path: Path, matrix: ImportanceMatrix, *, legacy: bool = False)
     Raises:
         WorkDirectoryError: The file cannot be written.
     """
-    with atomic_file(path) as temporary, temporary.open("wb") as file:
+    with atomic_file(path) as temporary, create(temporary) as file:
         if legacy:
             _write_legacy(file, matrix)
         else:

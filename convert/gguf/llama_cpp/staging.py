@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ....checkpoint.files.operations import link, make_directory, write
 from ....checkpoint.files.schemas import read_json
 from ....checkpoint.files.shards import DEFAULT_SHARD_BYTES, ShardWriter
 from ....checkpoint.files.side_files import CONFIG_FILE, SETTINGS
@@ -108,16 +109,16 @@ def _stage(checkpoint: Checkpoint, names: Mapping[str, str], directory: Path) ->
         _link_shards(checkpoint, directory)
     for name in converter_files(source):
         target = directory / name
-        target.parent.mkdir(exist_ok=True)
+        make_directory(target.parent, exist_ok=True)
         if name == CONFIG_FILE or name in SETTINGS:
             value = read_json(source / name, CheckpointError)
             if name == CONFIG_FILE:
                 value = {
                     key: item for key, item in value.items() if key in checkpoint.config or key not in QUANTIZED_KEYS
                 }
-            target.write_text(json.dumps(_without_code(value)), encoding="utf-8")
+            write(target, json.dumps(_without_code(value)).encode())
         else:
-            target.symlink_to((source / name).resolve())
+            link(target, (source / name).resolve())
 
 
 def _write_shards(checkpoint: Checkpoint, names: Mapping[str, str], directory: Path) -> None:
@@ -134,7 +135,7 @@ def _link_shards(checkpoint: Checkpoint, directory: Path) -> None:
         # The converter takes files that begin with "model"; a single one may have had any name.
         single = len(shards) == 1
         name = "model.safetensors" if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        (directory / name).symlink_to(confined_file(source, shard.relative_to(source).as_posix()).resolve())
+        link(directory / name, confined_file(source, shard.relative_to(source).as_posix()).resolve())
 
 
 def _without_code(value: Any) -> Any:

@@ -33,14 +33,20 @@ def names(directory: Path) -> list[str]:
 
 def refuse_writing(monkeypatch: pytest.MonkeyPatch, error: int) -> None:
     """Have the system refuse to open any file for writing."""
-    opened = io.open
+    opened, opened_by_number = io.open, os.open
 
     def refuse(file: Any, mode: str = "r", *rest: Any, **options: Any) -> Any:
         if set(mode) & set("wax+"):
             raise OSError(error, os.strerror(error), str(file))
         return opened(file, mode, *rest, **options)
 
+    def refuse_flags(file: Any, flags: int, *rest: Any, **options: Any) -> int:
+        if flags & os.O_CREAT:
+            raise OSError(error, os.strerror(error), str(file))
+        return opened_by_number(file, flags, *rest, **options)
+
     monkeypatch.setattr(io, "open", refuse)
+    monkeypatch.setattr(os, "open", refuse_flags)
 
 
 class TestAtomicFile:
@@ -243,14 +249,14 @@ class TestAtomicDirectory:
     def test_an_existing_directory_is_emptied_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = tmp_path / "out"
         path.mkdir()
-        rename = Path.rename
+        replace = os.replace
 
-        def fail_at_config(self: Path, target: Path) -> Path:
-            if self.name == "config.json":
+        def fail_at_config(source: Path, target: Path) -> None:
+            if source.name == "config.json":
                 raise OSError(errno.EIO, "broken")
-            return rename(self, target)
+            replace(source, target)
 
-        monkeypatch.setattr(Path, "rename", fail_at_config)
+        monkeypatch.setattr(os, "replace", fail_at_config)
         with pytest.raises(WorkDirectoryError, match="broken"), atomic_directory(path) as temporary:
             for name in ("config.json", "weights"):
                 (temporary / name).write_text("1")

@@ -1,3 +1,4 @@
+import errno
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from bpwise.checkpoint.files.paths import (
     try_directory,
     work_beside,
 )
-from bpwise.errors import WorkDirectoryError
+from bpwise.errors import BpwiseWarning, WorkDirectoryError
 from filelock import FileLock
 
 
@@ -90,6 +91,28 @@ class TestReserved:
         with what, locked(tmp_path / place, tmp_path / "out", "choose another output"):
             pytest.fail("it is not locked")
         assert listing(tmp_path) == {"file"}
+
+    @pytest.mark.parametrize("error", [errno.ENOSYS, errno.EOPNOTSUPP], ids=["missing", "unsupported"])
+    def test_a_file_system_without_locks(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
+        def no_locks(_file: int, _how: int) -> None:
+            raise OSError(error, os.strerror(error))
+
+        monkeypatch.setattr("fcntl.flock", no_locks)
+        with pytest.warns(BpwiseWarning, match="out: its file system has no locks"), reserved(tmp_path / "out"):
+            (tmp_path / "out").mkdir()
+        assert listing(tmp_path) == {"out"}
+
+    def test_a_dead_process_leaves_no_lock(self, tmp_path: Path) -> None:
+        lock = tmp_path / ".out.lock"
+        child = os.fork()
+        if child == 0:
+            with locked(lock, tmp_path / "out", "choose another output"):
+                os._exit(0)  # nothing lets go of it
+        os.waitpid(child, 0)
+        assert lock.exists()
+        with reserved(tmp_path / "out"):
+            pass
+        assert listing(tmp_path) == set()
 
     def test_takes_away_what_the_dead_left(self, tmp_path: Path) -> None:
         with subprocess.Popen([sys.executable, "-c", ""]) as ended:

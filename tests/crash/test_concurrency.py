@@ -1,0 +1,88 @@
+"""Several runs at once in one place: one makes what it always makes, the others say that it is in use."""
+
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from .commands import COMMANDS, Command, Stage, timeless
+from .disk import tree_of
+from .test_points import differences
+
+TOGETHER = 3
+ONE_AT_A_TIME = ("measure", "quantize, exl2", "quantize, a series")
+BUSY = "in use by another bpwise run"
+
+
+def named(name: str) -> Command:
+    return next(command for command in COMMANDS if command.name == name)
+
+
+def started_together(stage: Stage, command: Command) -> list[tuple[int, str]]:
+    """Run a command in several processes at once; return exit codes and last lines."""
+    context = multiprocessing.get_context("fork")
+    start, answers = context.Barrier(TOGETHER), context.SimpleQueue()
+
+    def run() -> None:
+        torch.set_num_threads(1)
+        start.wait()
+        done = stage.run(command)
+        answers.put((done.exit_code, (done.stderr.splitlines() or [""])[-1]))
+
+    runs: list[Any] = [context.Process(target=run) for _ in range(TOGETHER)]
+    for each in runs:
+        each.start()
+    ended = [answers.get() for _ in runs]
+    for each in runs:
+        each.join()
+    return ended
+
+
+@pytest.mark.parametrize("name", ONE_AT_A_TIME)
+def test_one_place_is_one_runs(name: str, stage: Stage) -> None:
+    command = named(name)
+    expected = stage.finished(command)
+    stage.begin(command)
+    ended = started_together(stage, command)
+    codes = sorted(code for code, _ in ended)
+    assert codes[0] == 0
+    assert set(codes) <= {0, 1}
+    assert all(BUSY in last for code, last in ended if code == 1), ended
+    assert differences(timeless(tree_of(stage.disk)), expected) == ""
+
+
+def test_one_cache_and_one_report_serve_all(stage: Stage) -> None:
+    command = named("eval, with its cache")
+    expected = stage.finished(command)
+    stage.begin(command)
+    assert [code for code, _ in started_together(stage, command)] == [0] * TOGETHER
+    assert differences(timeless(tree_of(stage.disk)), expected) == ""
+
+
+def test_a_report_waits_for_another(stage: Stage, tmp_path: Path) -> None:
+    from bpwise.checkpoint.files.paths import locked
+    from bpwise.errors import WorkDirectoryError
+    from bpwise.eval.report import report as reports
+
+    held = []
+
+    def write(path: Path, _: Any) -> None:
+        with pytest.raises(WorkDirectoryError, match="in use"), locked(tmp_path / ".report.lock", path, "wait"):
+            pytest.fail("two write one report")
+        held.append(path.name)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(reports, "write_json", write)
+        reports.write_report(SomeReport(), tmp_path)  # type: ignore[arg-type]
+    assert held == ["report.json"]
+    assert list(tmp_path.iterdir()) == []
+
+
+class SomeReport:
+    """As much of a report as is asked for before the first file is written."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {}
