@@ -50,7 +50,7 @@ from bpwise.quantize.run import quantize_model
 from importance import input_mean_squares
 from tqdm import tqdm
 
-__all__ = ["OURS", "Result", "main", "table"]
+__all__ = ["OURS", "Result", "main", "make_imatrix", "measured_once", "require_same", "table"]
 
 MIXTURES = ("Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K")
 
@@ -242,8 +242,16 @@ def _named(option: str, pairs: Sequence[str]) -> dict[str, str]:
     return named
 
 
-def _require_same(work: Path, options: dict[str, Any]) -> None:
-    # What is kept is of the run that it was made in.
+def require_same(work: Path, options: dict[str, Any]) -> None:
+    """Refuse a work directory with results of a run with other options.
+
+    Args:
+        work: The directory, which keeps the options of its first run.
+        options: Those of this run, as plain JSON.
+
+    Raises:
+        ConfigError: The first run had others.
+    """
     path = work / "options.json"
     if not path.exists():
         write_json(path, options)
@@ -253,6 +261,23 @@ def _require_same(work: Path, options: dict[str, Any]) -> None:
         raise ConfigError(
             f"{work}: results of another run. Got another {', '.join(changed)}. Expected the same. Name another folder."
         )
+
+
+def measured_once(checkpoint: Checkpoint, work: Path, text: CalibrationConfig, device: str) -> Path:
+    """Return the file in a work directory with a model's measurement for GGUF, which is made if it is not there."""
+    measurement = work / "measurement.safetensors"
+    if not measurement.exists():
+        formats = {"gguf": QuantizeConfig(options=GgufOptions()).conversion(checkpoint)}
+        config = MeasureConfig(calibration=text, device=device)
+        measure_model(checkpoint, measurement, config, formats=formats, progress=tqdm)
+    return measurement
+
+
+def make_imatrix(checkpoint: Checkpoint, imatrix: Path, tokens: CalibrationSet, device: str) -> None:
+    """Write the importance matrix that llama-imatrix makes of calibration tokens, unless it is there."""
+    if not imatrix.exists():
+        with atomic_file(imatrix) as temporary:
+            write_imatrix(temporary, input_mean_squares(checkpoint, tokens.tokens, device))
 
 
 @click.command()
@@ -296,20 +321,14 @@ def main(
             "measurement": None if measurement is None else str(measurement),
             "evaluation": [eval_rows, eval_row_tokens],
         }
-        _require_same(work_dir, options)
+        require_same(work_dir, options)
         if measurement is None:
-            measurement = work_dir / "measurement.safetensors"
-            if not measurement.exists():
-                text = CalibrationConfig(source=calibration, rows=rows, row_tokens=row_tokens)
-                formats = {"gguf": QuantizeConfig(options=GgufOptions()).conversion(checkpoint)}
-                config = MeasureConfig(calibration=text, device=device)
-                measure_model(checkpoint, measurement, config, formats=formats, progress=tqdm)
+            text = CalibrationConfig(source=calibration, rows=rows, row_tokens=row_tokens)
+            measurement = measured_once(checkpoint, work_dir, text, device)
         tokens: CalibrationSet = measured_rows(Measurement.load(measurement))
         benchmark = _Benchmark(checkpoint, work_dir, measurement, judged)
         benchmark.refuse_calibration_text(tokens)
-        if not benchmark.imatrix.exists():
-            with atomic_file(benchmark.imatrix) as temporary:
-                write_imatrix(temporary, input_mean_squares(checkpoint, tokens.tokens, device))
+        make_imatrix(checkpoint, benchmark.imatrix, tokens, device)
         if not benchmark.base.exists():
             make_base(checkpoint, benchmark.base)
         for mixture in filter(None, types.split(",")):

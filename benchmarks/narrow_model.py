@@ -15,17 +15,20 @@ its width.
 from __future__ import annotations
 
 from pathlib import Path
+from shutil import copy2
 from typing import Any
 
 import click
 import torch
+from bpwise.checkpoint.files.atomic import atomic_directory
+from bpwise.checkpoint.files.side_files import is_side_file
 from bpwise.checkpoint.source.original import open_model
 from bpwise.measure.calibrated import calibration_rows
 from bpwise.measure.text.calibration import CalibrationConfig
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
+from transformers import AutoModelForCausalLM, MistralConfig
 
-__all__ = ["main", "narrowed"]
+__all__ = ["main", "narrowed", "write_narrowed"]
 
 
 @torch.no_grad()
@@ -85,21 +88,39 @@ def narrowed(model: Any, basis: Tensor) -> Any:
     return small
 
 
-@click.command()
-@click.argument("model")
-@click.argument("output", type=click.Path(path_type=Path))
-@click.option("--hidden-size", default=512, show_default=True, help="Channels of the narrower stream.")
-def main(model: str, output: Path, hidden_size: int) -> None:
-    """Write MODEL with a narrower residual stream to the directory OUTPUT."""
+def write_narrowed(model: str, output: Path, hidden_size: int) -> float:
+    """Write a model with a narrower residual stream to a directory, which appears once it is whole.
+
+    Args:
+        model: Directory or Hub id of a Llama or Mistral without biases.
+        output: The directory to make.
+        hidden_size: Channels of the narrower stream.
+
+    Returns:
+        Share of the stream's power that is kept, 0 to 1.
+    """
     directory = open_model(model).directory
     source = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     rows = calibration_rows(open_model(model), CalibrationConfig(rows=16, row_tokens=512))
     covariance = stream_covariance(source, rows.tokens)
     basis = basis_of(covariance, hidden_size)
     kept = float((basis.T @ covariance @ basis).trace() / covariance.trace())
-    click.echo(f"{hidden_size} of {len(covariance)} channels keep {kept:.2%} of the power")
-    narrowed(source, basis).to(torch.bfloat16).save_pretrained(output)
-    AutoTokenizer.from_pretrained(directory).save_pretrained(output)
+    with atomic_directory(output) as temporary:
+        narrowed(source, basis).to(torch.bfloat16).save_pretrained(temporary)
+        for file in filter(Path.is_file, directory.iterdir()):
+            if is_side_file(file.name):
+                copy2(file, temporary)
+    return kept
+
+
+@click.command()
+@click.argument("model")
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--hidden-size", default=512, show_default=True, help="Channels of the narrower stream.")
+def main(model: str, output: Path, hidden_size: int) -> None:
+    """Write MODEL with a narrower residual stream to the directory OUTPUT."""
+    kept = write_narrowed(model, output, hidden_size)
+    click.echo(f"{hidden_size} channels keep {kept:.2%} of the power")
 
 
 if __name__ == "__main__":
