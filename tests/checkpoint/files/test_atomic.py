@@ -62,6 +62,16 @@ class TestAtomicFile:
         assert path.read_text() == "new"
         assert names(path.parent) == ["plan.json"]
 
+    def test_takes_away_what_killed_runs_left_of_it(self, tmp_path: Path) -> None:
+        with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+            pass
+        left = [f".{name}.partial-{ended.pid}-00ff00ff" for name in ("x", "y")]
+        for name in left:
+            (tmp_path / name).write_text("half")
+        with private_directory(tmp_path / "x") as mine:  # lives
+            write_json(tmp_path / "x", {})
+            assert names(tmp_path) == sorted([mine.name, left[1], "x"])
+
     def test_makes_missing_parents(self, tmp_path: Path) -> None:
         with atomic_file(tmp_path / "a" / "b" / "c") as temporary:
             temporary.write_text("x")
@@ -261,6 +271,22 @@ class TestAtomicDirectory:
             for name in ("config.json", "weights"):
                 (temporary / name).write_text("1")
         assert names(path) == []
+
+    @pytest.mark.parametrize("moved", [1, 2], ids=["half", "all"])
+    def test_what_a_killed_run_had_moved_is_taken_back(self, tmp_path: Path, moved: int) -> None:
+        (tmp_path / "theirs").write_text("theirs")
+        with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+            pass
+        half = tmp_path / f".out.partial-{ended.pid}-00ff00ff"
+        half.mkdir()
+        entries = ["weights", "config.json"]
+        (half / ".moving").write_text(json.dumps(entries))
+        for name in entries[:moved]:
+            (tmp_path / name).write_text("1")
+        for name in entries[moved:]:
+            (half / name).write_text("1")
+        clear_partials(tmp_path)
+        assert names(tmp_path) == (["theirs"] if moved < len(entries) else ["config.json", "theirs", "weights"])
 
     def test_flushes_every_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         flushed = set()

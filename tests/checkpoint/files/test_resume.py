@@ -131,6 +131,33 @@ class TestClaim:
             stages.add("measure", ONE)
         assert not work.exists()
 
+    @pytest.mark.parametrize("left", ["nothing", ".lock"])
+    def test_one_that_a_killed_run_left_empty_goes(self, tmp_path: Path, left: str) -> None:
+        work = tmp_path / ("out.work" if left == "nothing" else "named")
+        work.mkdir()
+        if left != "nothing":
+            (work / left).write_text("")
+        with run_artifacts(work):
+            pass
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_step_that_was_half_deleted_goes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        stage = make_stage(tmp_path, ONE)
+
+        def killed(_path: Path) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("bpwise.checkpoint.files.operations.delete_tree", killed)
+            discard_artifacts(tmp_path, "measure", ONE)
+        assert not stage.path.exists()
+        (left,) = tmp_path.iterdir()
+        with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+            pass
+        left.rename(left.with_name(re.sub("partial-[0-9]+", f"partial-{ended.pid}", left.name)))
+        discard_artifacts(tmp_path, "measure", ONE)
+        assert list(tmp_path.iterdir()) == []
+
     def test_an_empty_directory_of_somebody_stays(self, tmp_path: Path) -> None:
         with run_artifacts(tmp_path) as stages:
             make_stage(tmp_path, ONE)
