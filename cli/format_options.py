@@ -90,8 +90,11 @@ def format_options(name: CommandName) -> Callable[[Command], Command]:
 def _click_option(group: list[tuple[Format, Option]]) -> Callable[[Command], Command]:
     # One option, though several formats may declare it.
     first = group[0][1]
+    titles: dict[str, list[str]] = {}
+    for each, option in group:
+        titles.setdefault(option.described, []).append(each.title)
     several = len(formats()) > 1
-    text = " ".join(f"{each.title}: {option.described}" if several else option.described for each, option in group)
+    text = " ".join(f"{', '.join(titled)}: {said}" if several else said for said, titled in titles.items())
     if first.kind in ("flag", "negated"):
         return click.option(*first.flags, is_flag=True, default=None, help=text)
     choices = [choice for _, option in group for choice in option.choices]

@@ -261,6 +261,7 @@ class Conversion(ABC):
     def refine(
         self,
         rounded: RoundedModel,
+        plan: Any,
         measurement: Measurement,
         device: torch.device,
         offload_dir: Path | None,
@@ -270,6 +271,7 @@ class Conversion(ABC):
 
         Args:
             rounded: What the rounder made.
+            plan: What every linear or tensor got.
             measurement: Gives the calibration rows.
             device: Where models run.
             offload_dir: Directory for files with hidden states; None keeps them in memory.

@@ -5,9 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-__all__ = ["Conflict", "FormatOptions", "Option", "option", "options_of"]
+from ..errors import ConfigError
+
+__all__ = ["Conflict", "Effort", "FormatOptions", "Option", "check_effort", "effort_option", "option", "options_of"]
+
+Effort = Literal["normal", "high"]
+"""What is done after rounding: ``high`` fits the decoder's scales to the original's predictions."""
 
 Kind = Literal["text", "flag", "negated", "file", "directory", "mebibytes", "integer"]
 Command = Literal["measure", "plan", "quantize"]
@@ -94,6 +99,26 @@ def option(*flags: str, default: Any, help: str, **settings: Any) -> Any:
     """
     declared = Option(flags=flags, default=default, help=help, **settings)
     return dataclasses.field(default=default, metadata={"option": declared})
+
+
+def effort_option() -> Any:
+    """Return the field of formats that offer ``Effort``."""
+    return option(
+        "--effort",
+        default="normal",
+        choices=get_args(Effort),
+        help="high fits scales to the original's predictions at the end; pays at 3 bits and less.",
+    )
+
+
+def check_effort(effort: str) -> None:
+    """Refuse what is no ``Effort``.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if effort not in get_args(Effort):
+        raise ConfigError(f"effort: not usable. Got {effort!r}. Expected one of {get_args(Effort)}. Choose another.")
 
 
 def options_of(options: type[FormatOptions], command: Command) -> dict[str, Option]:

@@ -57,9 +57,13 @@ class RoundedModel:
         """Return what the rounder kept of a linear or of the token embeddings."""
         return self.store.load(name)
 
+    def number(self, name: str, key: str) -> float | None:
+        """Return the number that the artifact of a linear keeps under a key; None if there is none."""
+        return self.store.number(name, key)
+
     def numbers(self, key: str) -> dict[str, float]:
         """Return the numbers that artifacts keep under a key, by linear; without those that have none."""
-        found = ((name, self.store.number(name, key)) for name in self.names)
+        found = ((name, self.number(name, key)) for name in self.names)
         return {name: number for name, number in found if number is not None}
 
     def drift(self) -> list[Drift]:

@@ -287,7 +287,7 @@ class _OutputRun:
         if job.conversion.refines:
             with self._clock.step("tune"):
                 device = resolve_device(config.device)
-                job.conversion.refine(rounded, measured, device, config.offload_dir, job.progress)
+                job.conversion.refine(rounded, plan, measured, device, config.offload_dir, job.progress)
         return rounded
 
     def _compared(self, plan: Plan) -> Comparison | None:

@@ -142,6 +142,7 @@ class Exl2Conversion(Conversion):
     def refine(
         self,
         rounded: RoundedModel,
+        plan: Exl2Plan,
         measurement: Measurement,
         device: torch.device,
         offload_dir: Path | None,

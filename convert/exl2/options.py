@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 from ...errors import ConfigError
-from ..options import Conflict, FormatOptions, option
+from ..options import Conflict, Effort, FormatOptions, check_effort, effort_option, option
 from .file.layout import ROW_MULTIPLE
 from .plan.problem import AUTO, HEAD_BITS, HeadBits, WidthOverride, check_head_bits
 from .plan.vram import CACHE_BITS
 
-__all__ = ["CONFLICTS", "Effort", "Exl2Options"]
-
-Effort = Literal["normal", "high"]
+__all__ = ["CONFLICTS", "Exl2Options"]
 
 _MIB = 1 << 20
 
@@ -34,8 +32,8 @@ class Exl2Options(FormatOptions):
         head_bits: Bits of the output head: 2, 3, 4, 5, 6, 8, 16 for unquantized, or ``auto``: see ``make_exl2_plan``.
         overrides: Widths that linears may have: see ``make_exl2_plan``.
         keep_fp16: Shell patterns of linears that stay in float16: see ``make_exl2_plan``.
-        effort: ``high`` fits the decoder's scales to the original's predictions in the end (see ``tuning``), ``normal``
-            does not.
+        effort: ``high`` fits the decoder's scales to the original's predictions in the end (see ``convert.tuning``),
+            ``normal`` does not.
         cache_bits: 16 for a float16 cache, or ExLlamaV2's caches of 8, 6 or 4 bits: which the context is kept in.
         group_size: Input channels that share a width and a scale; a multiple of 32.
         shard_bytes: Largest output file, in bytes.
@@ -70,12 +68,7 @@ class Exl2Options(FormatOptions):
         help="Leave these linears in float16: a whole attention block, a whole MLP ('*.0.mlp.*') or lm_head. They "
         "count in --bpw. Repeatable.",
     )
-    effort: Effort = option(
-        "--effort",
-        default="normal",
-        choices=get_args(Effort),
-        help="high fits scales to the original's predictions at the end; pays at 3 bits and less.",
-    )
+    effort: Effort = effort_option()
     cache_bits: int = option(
         "--cache-bits",
         default=16,
@@ -107,10 +100,7 @@ class Exl2Options(FormatOptions):
             ConfigError: One of them makes no sense.
         """
         check_head_bits(self.head_bits)
-        if self.effort not in get_args(Effort):
-            raise ConfigError(
-                f"effort: not usable. Got {self.effort!r}. Expected one of {get_args(Effort)}. Choose another."
-            )
+        check_effort(self.effort)
         if self.cache_bits not in CACHE_BITS:
             raise ConfigError(
                 f"cache_bits: not usable. Got {self.cache_bits}. Expected one of {CACHE_BITS}. Choose another."

@@ -7,6 +7,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...checkpoint.files.digests import file_digests
 from ...checkpoint.files.resume import ResumeStore
 from ...checkpoint.source.checkpoint import Checkpoint
@@ -54,6 +56,7 @@ from .rounder import GgufRounder, rounded_matrices, tensor_distances
 from .rows.rowmap import RowMap
 from .rows.text import map_to_text
 from .sizes import coming_problem, largest_file, room_for_tensors
+from .tuning import TunedGguf, tune_gguf
 
 __all__ = ["GgufConversion"]
 
@@ -70,6 +73,7 @@ class GgufConversion(Conversion):
         """See ``Conversion``."""
         super().__init__(checkpoint, options)
         self.writes_card = options.card
+        self.refines = options.effort == "high"
         self.inputs = () if options.base is None else (options.base,)
         self._base: Path | None = None
         self._base_digest = ""
@@ -102,13 +106,7 @@ class GgufConversion(Conversion):
         assert target is not None
         problem = self._problem(measured)
         wanted = problem.target_bytes(bpw=target.bpw, tensor_bytes=self._tensor_bytes(target, provenance))
-        least, most = problem.size_range
-        return SizeForecast(
-            output_bytes=min(wanted, most),
-            bpw=8 * min(wanted, most) / problem.weights if target.bpw is None else target.bpw,
-            lowest_bpw=8 * least / problem.weights,
-            highest_bpw=8 * most / problem.weights,
-        )
+        return _size_forecast(problem, wanted, target.bpw)
 
     def work(self, bpw: float) -> GgufWork:
         """See ``Conversion``."""
@@ -200,11 +198,7 @@ class GgufConversion(Conversion):
         """See ``Conversion``."""
         assert measurement is not None
         assert target is not None
-        if not gguf_curves(measurement).layout.is_like(self.layout):
-            raise FormatError(
-                f"{self.base}: not the GGUF file that was measured. Got tensors of other shapes, or of other rows. "
-                "Expected the measurement's. Measure again, or convert with the same converter."
-            )
+        _require_measured(self.base, self.layout, measurement)
         tensor_bytes = self._tensor_bytes(target, provenance)
         overrides = self.options.overrides
         return make_gguf_plan(
@@ -213,7 +207,7 @@ class GgufConversion(Conversion):
 
     def identity(self) -> Any:
         """See ``Conversion``."""
-        return [self._base_digest, self.options.feedback]
+        return [self._base_digest, self.options.feedback, self.options.effort]
 
     def opened(self, output: Path) -> QuantizedModel:
         """See ``Conversion``."""
@@ -222,9 +216,20 @@ class GgufConversion(Conversion):
 
     def rounder(self, plan: GgufPlan, measurement: Measurement) -> GgufRounder | None:
         """See ``Conversion``."""
-        if not self.options.feedback:
-            return None
-        return GgufRounder(plan, measurement, self.checkpoint, self.layout.rows)
+        return GgufRounder(plan, measurement, self.checkpoint, self.layout.rows) if self.options.feedback else None
+
+    def refine(
+        self,
+        rounded: RoundedModel,
+        plan: GgufPlan,
+        measurement: Measurement,
+        device: torch.device,
+        offload_dir: Path | None,
+        progress: Progress,
+    ) -> None:
+        """See ``Conversion``."""
+        rounder = GgufRounder(plan, measurement, self.checkpoint, self.layout.rows)
+        tune_gguf(rounded, rounder, self._source, measurement, device, offload_dir, progress)
 
     def write(
         self,
@@ -239,6 +244,8 @@ class GgufConversion(Conversion):
         assert measurement is not None
         self.write_beside(output)  # first: an output that is there is complete
         rows = self.layout.rows
+        if rounded is not None and self.refines:
+            rounded = TunedGguf.of(rounded, GgufRounder(plan, measurement, self.checkpoint, rows), self._source)
         return write_gguf(
             self.base,
             output,
@@ -258,6 +265,24 @@ class GgufConversion(Conversion):
         if max_bytes is None or provenance is None or self._base is None:
             return max_bytes
         return room_for_tensors(max_bytes, self.header, _metadata(provenance, self.layout.rows))
+
+
+def _size_forecast(problem: PlanProblem, wanted: int, bpw: float | None) -> SizeForecast:
+    least, most = problem.size_range
+    return SizeForecast(
+        output_bytes=min(wanted, most),
+        bpw=8 * min(wanted, most) / problem.weights if bpw is None else bpw,
+        lowest_bpw=8 * least / problem.weights,
+        highest_bpw=8 * most / problem.weights,
+    )
+
+
+def _require_measured(base: Path, layout: Layout, measurement: Measurement) -> None:
+    if not gguf_curves(measurement).layout.is_like(layout):
+        raise FormatError(
+            f"{base}: not the GGUF file that was measured. Got tensors of other shapes, or of other rows. "
+            "Expected the measurement's. Measure again, or convert with the same converter."
+        )
 
 
 def _encoded(rounded: RoundedModel, plan: GgufPlan, rows: RowMap) -> dict[str, Callable[[], Iterator[Bytes]]]:

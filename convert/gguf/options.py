@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError
-from ..options import Conflict, FormatOptions, option
+from ..options import Conflict, Effort, FormatOptions, check_effort, effort_option, option
 from .plan.plan import TypeOverride
 
 __all__ = ["CONFLICTS", "GgufOptions"]
@@ -22,6 +22,8 @@ class GgufOptions(FormatOptions):
         overrides: Types that tensors must have.
         feedback: Whether linears are rounded with error feedback, block after block on what the quantized blocks before
             give them; otherwise by ggml alone, as llama-quantize does, in seconds. The plan is the same.
+        effort: ``high`` fits factors of the blocks' scales to the original's predictions in the end (see
+            ``convert.tuning``), ``normal`` does not.
         mixture: One of llama.cpp's fixed mixtures, such as ``Q4_K_M``, instead of a target: byte for byte what
             llama-quantize makes; nothing is measured.
         imatrix: With ``mixture``: an importance matrix in either of llama.cpp's formats.
@@ -45,6 +47,7 @@ class GgufOptions(FormatOptions):
         kind="negated",
         help="Round with ggml alone: seconds instead of minutes, at two to three times the KL divergence.",
     )
+    effort: Effort = effort_option()
     mixture: str | None = option(
         "--type",
         default=None,
@@ -78,6 +81,9 @@ class GgufOptions(FormatOptions):
         Raises:
             ConfigError: One of them makes no sense.
         """
+        check_effort(self.effort)
+        if self.effort == "high" and not (self.measures and self.feedback):
+            raise ConfigError("effort: high goes with error feedback only. Otherwise ggml alone rounds.")
         if self.imatrix is not None and self.mixture is None:
             raise ConfigError("imatrix: goes with a mixture only. Otherwise the measurement says what matters.")
 
@@ -100,7 +106,7 @@ CONFLICTS: Mapping[str, tuple[Conflict, ...]] = {
             "with --type",
             _given("type"),
             (
-                *("measurement", "override", "no_feedback", "calibration", "column", "chat_template", "rows"),
+                *("measurement", "override", "no_feedback", "effort", "calibration", "column", "chat_template", "rows"),
                 *("row_tokens", "seed", "damping", "moe_calibrate_all", "force_eval_text"),
             ),
             "a mixture of llama.cpp is neither measured nor planned",
@@ -116,6 +122,7 @@ CONFLICTS: Mapping[str, tuple[Conflict, ...]] = {
         Conflict(
             "with --measurement, --no-feedback and --no-eval", _only_writes, ("device", "offload_dir"), "nothing is run"
         ),
+        Conflict("with --no-feedback", _given("no_feedback"), ("effort",), "ggml alone rounds"),
         Conflict("with --base", _given("base"), ("llama_cpp",), "nothing is converted"),
     )
 }

@@ -22,7 +22,7 @@ from .plan.plan import GgufPlan
 from .rows.rowmap import Part, RowMap
 from .rows.slices import hessian_of, joined_weight, stored_part
 
-__all__ = ["GgufRounder", "rounded_matrices", "tensor_distances"]
+__all__ = ["GgufRounder", "rounded_matrices", "squared_distance", "tensor_distances"]
 
 _SLICE_OUTPUTS = 16384
 """Outputs that are rounded together, each for itself: few enough for the temporaries of an output head to be small."""
@@ -69,7 +69,7 @@ class GgufRounder(Rounder):
         assert self.table is not None
         weight = self._source.tensor(f"{self.table}.weight").float()
         made = {}
-        for number, part, kind in self._planned(self.table):
+        for number, part, kind in self.planned(self.table):
             importance = table_importance(self._measurement) if kind.quantized else None
             rows = stored_part(weight.T, part).T.contiguous()
             made[f"data.{number}"] = torch.from_numpy(encode(rows, kind, importance, threads=cores()))
@@ -82,7 +82,7 @@ class GgufRounder(Rounder):
         experts published in MXFP4, for example, would be taken off their grid by the slightest shift.
         """
         original = self._source.tensor(f"{measured.name}.weight").T
-        planned = list(self._planned(measured.name))
+        planned = list(self.planned(measured.name))
         hessians: dict[bytes, Hessian] = {}
         dampings = []
         made: dict[str, Tensor] = {}
@@ -100,20 +100,22 @@ class GgufRounder(Rounder):
         if dampings:
             made["damping"] = torch.tensor(max(dampings))
         for number, part, kind in planned:
-            made[f"distance.{number}"] = _distance(made[f"data.{number}"].numpy(), stored_part(original, part).T, kind)
+            made[f"distance.{number}"] = squared_distance(
+                made[f"data.{number}"].numpy(), stored_part(original, part).T, kind
+            )
         return made
 
     def decoded(self, name: str, artifact: Mapping[str, Tensor]) -> Tensor:
         """See ``Rounder``. Outputs that no planned tensor holds are the original's."""
         threads = cores() if name == self.table else 1
-        planned = list(self._planned(name))
+        planned = list(self.planned(name))
         values = [decode(artifact[f"data.{number}"].numpy(), kind, threads=threads) for number, _, kind in planned]
         weight = f"{name}.weight"
         parts = [part for _, part, _ in planned]
         return joined_weight(parts, values, self._source.shape(weight), partial(self._source.tensor, weight))
 
-    def _planned(self, name: str) -> Iterator[tuple[int, Part, GgmlType]]:
-        # Number, part and type of everything of a linear that lies in a tensor that is planned.
+    def planned(self, name: str) -> Iterator[tuple[int, Part, GgmlType]]:
+        """Yield number, part and type of everything of a linear that lies in a tensor that is planned."""
         for number, tensor in enumerate(self._rows.tensors_of(name)):
             if tensor in self._kinds:
                 yield number, self._rows.tensors[tensor].part(tensor, name), self._kinds[tensor]
@@ -151,7 +153,7 @@ def tensor_distances(rounded: RoundedModel, rows: RowMap) -> dict[str, float]:
     found: dict[str, float] = {}
     for linear in rounded.names:
         for number, tensor in enumerate(rows.tensors_of(linear)):
-            distance = rounded.store.number(linear, f"distance.{number}")
+            distance = rounded.number(linear, f"distance.{number}")
             if distance is not None:
                 found[tensor] = found.get(tensor, 0.0) + distance
     return found
@@ -161,7 +163,8 @@ def _encoded(target: Tensor, upper: Tensor, kind: GgmlType) -> Bytes:
     return np.concatenate([round_to_type(x, upper, kind) for x in target.split(_SLICE_OUTPUTS, dim=1)])
 
 
-def _distance(data: Bytes, original: Tensor, kind: GgmlType) -> Tensor:
+def squared_distance(data: Bytes, original: Tensor, kind: GgmlType) -> Tensor:
+    """Return ``||W_hat - W||^2``, float64, of encoded rows and the weights that they stand for, both (outputs, K)."""
     slices = [slice(first, first + _SLICE_OUTPUTS) for first in range(0, len(data), _SLICE_OUTPUTS)]
     missed = ((decode(data[own], kind) - original[own].float()).square().sum(dim=1) for own in slices)
     return torch.stack([squares.sum(dtype=torch.float64) for squares in missed]).sum()

@@ -8,7 +8,8 @@ import torch
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.convert.conversion import Target
 from bpwise.convert.exl2.conversion import Exl2Conversion
-from bpwise.convert.exl2.options import Effort, Exl2Options
+from bpwise.convert.exl2.options import Exl2Options
+from bpwise.convert.options import Effort
 from bpwise.measure.run import MeasureConfig
 from bpwise.quantize.forecast import forecast_run
 from transformers import Qwen3Config

@@ -13,25 +13,21 @@ import torch
 from torch import Tensor
 
 from ....checkpoint.model.families import HEAD
-from ....checkpoint.source.language import LanguageModel, WeightOverlay
+from ....checkpoint.source.language import LanguageModel
 from ....linalg.hessian import Hessian, factor_hessian
-from ....linalg.products import float32_products
 from ....measure.measurement import MeasuredLinear, Measurement
-from ....measure.model.stream import StreamedModel
 from ....progress import Progress
 from ...rounding import RoundedModel, Rounder, rounding_damping
+from ...tuning.fit import fit_factors, fitted_factors
+from ...tuning.scales import Groups
 from ..file.layout import RowGroup
 from ..file.linear import QuantizedLinear
 from ..plan.measured import exl2_curves
 from ..plan.plan import Exl2Plan, LinearPlan
 from .coupling import OutputFeedback
 from .feedback import round_linear_
-from .tuning import tune_scales
 
 __all__ = ["Exl2Rounder", "rounded_linear", "tune_rounded"]
-
-_TUNED = "tuned"
-"""Artifact with what tuning found."""
 
 
 class Exl2Rounder(Rounder):
@@ -88,9 +84,9 @@ def rounded_linear(rounded: RoundedModel, source: LanguageModel, name: str, *, t
         tuned: Whether its scales are those that ``tune_rounded`` found.
     """
     linear = _unpack(rounded.artifact(name))
-    factors = rounded.store.load(_TUNED) if tuned else {}
+    factors = fitted_factors(rounded) if tuned else {}
     if name in factors:
-        linear = replace(linear, max_scales=(linear.max_scales.float() * factors[name]).half())
+        linear = replace(linear, max_scales=(linear.max_scales.float() * factors[name].inputs).half())
     makers, reader = source.family.mlp
     block = next((name.removesuffix(x) for x in (*makers, reader) if name.endswith(f".{x}")), None)
     if block is None or f"{block}{makers[0]}.bias" not in source.names:
@@ -114,7 +110,7 @@ def tune_rounded(
     offload_dir: Path | None,
     progress: Progress,
 ) -> None:
-    """Fit the scales of the decoder's row groups to what the original predicts (see ``tuning``), once.
+    """Fit the scales of the decoder's row groups to what the original predicts (``convert.tuning``), once.
 
     Args:
         rounded: What rounding made; what is found is kept beside it.
@@ -127,22 +123,13 @@ def tune_rounded(
     Raises:
         NumericalError: NaN or infinity in activations or gradients.
     """
-    if rounded.store.has(_TUNED):
-        return
 
     def decoded(name: str) -> Tensor:
         return _unpack({key: value.to(device) for key, value in rounded.artifact(name).items()}).dequantize()
 
-    overlay = WeightOverlay(source.base, {name: partial(decoded, name) for name in rounded.names})
-    original, quantized = (
-        StreamedModel(each, device=device, dtype=torch.float32, offload_dir=offload_dir) for each in (source, overlay)
-    )
-    groups = {name: _unpack(rounded.artifact(name)).group_of_input for name in rounded.names if name != HEAD}
-    tokens = torch.from_numpy(measurement.tokens).long()
-    targets = rounded.last_states(offload_dir)["original"]
-    with float32_products(device):
-        found = tune_scales(original, quantized, groups, tokens, targets, rounded.store, progress)
-    rounded.store.save(_TUNED, found)
+    weights = {name: partial(decoded, name) for name in rounded.names}
+    groups = {name: Groups(_unpack(rounded.artifact(name)).group_of_input) for name in rounded.names if name != HEAD}
+    fit_factors(rounded, source, weights, groups, measurement, device, offload_dir, progress)
 
 
 def _pack(linear: QuantizedLinear, damping: float) -> dict[str, Tensor]:

@@ -11,11 +11,11 @@ from ....linalg.hessian import FEW_CHANNELS, SIGNS
 from ....linalg.work import Elements, Factors, Kind, Products, Sample, Solves, Work
 from ....measure.statistics.sketch import COUPLING_RANK
 from ...rounding import FormatWork
+from ...tuning.fit import STEP_TOKENS
 from ..file.layout import WIDTHS, RowGroup, group_rows
 from .coupling import OutputFeedback
 from .curves import SAMPLED_COLUMNS
 from .feedback import errors_by_group, round_linear_
-from .tuning import STEP_TOKENS
 
 __all__ = ["Exl2Work", "RoundedRows", "TriedRows"]
 

@@ -12,8 +12,9 @@ from bpwise.checkpoint.source.original import open_model
 from bpwise.cli import cli
 from bpwise.convert.exl2.file.reader import Exl2Model
 from bpwise.convert.exl2.rounding import rounder as rounding
-from bpwise.convert.exl2.rounding import tuning
-from bpwise.convert.exl2.rounding.tuning import GroupScales, _add_gradient, tune_scales
+from bpwise.convert.tuning import fit as tuning
+from bpwise.convert.tuning.fit import _add_gradient, tune_scales
+from bpwise.convert.tuning.scales import Groups, GroupScales
 from bpwise.eval.metrics.passes import last_hidden
 from bpwise.measure.layers import positionwise as positions
 from bpwise.measure.measurement import Measurement
@@ -74,21 +75,26 @@ def test_the_gradient_is_that_of_the_whole_model(
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     weights = noisy_linears(model)
     groups = shuffled_groups(weights)
+    outputs = {name: torch.arange(len(weight)) % 24 for name, weight in weights.items()}
     tokens = torch.randint(0, 264, (2, 24), generator=torch.Generator().manual_seed(0))
 
     # By autograd, through Transformers' own model.
-    logs = {name: torch.zeros(int(of.max()) + 1, requires_grad=True) for name, of in groups.items()}
-    changed = {f"{name}.weight": weight * logs[name].exp()[groups[name]] for name, weight in weights.items()}
+    logs = {name: (torch.zeros(int(of.max()) + 1), torch.zeros(24)) for name, of in groups.items()}
+    leaves = [each.requires_grad_() for name in groups for each in logs[name]]
+    changed = {}
+    for name, weight in weights.items():
+        of_inputs, of_outputs = (each.exp() for each in logs[name])
+        changed[f"{name}.weight"] = weight * of_inputs[groups[name]] * of_outputs[outputs[name]][:, None]
     with torch.no_grad():
         logits = model(tokens).logits
     mean = mean_divergence(logits, functional_call(model, changed, (tokens,)).logits)
-    expected = torch.autograd.grad(mean, list(logs.values()))
+    expected = torch.autograd.grad(mean, leaves)
 
     original = open_model(directory)
     wanted = streamed(original)
     states = last_hidden(wanted, tokens, "original", silent)
     quantized = streamed(WeightOverlay(original, {name: lambda w=w: w for name, w in weights.items()}))
-    scales = GroupScales(groups, torch.device("cpu"))
+    scales = GroupScales({name: Groups(of, outputs[name]) for name, of in groups.items()}, torch.device("cpu"))
     with wanted.tail(), quantized.tail():
         found = _add_gradient(wanted, quantized, scales, tokens, states)
     assert found == pytest.approx(mean.item(), rel=1e-4)
@@ -96,16 +102,20 @@ def test_the_gradient_is_that_of_the_whole_model(
     torch.testing.assert_close(scales.gradient, torch.cat(expected), rtol=1e-3, atol=1e-6)
 
 
-def test_factors_scale_the_inputs_of_their_groups() -> None:
-    linear = torch.nn.Sequential(torch.nn.Linear(4, 3, bias=False))
-    scales = GroupScales({"full.name": torch.tensor([1, 0, 1, 0])}, torch.device("cpu"))
-    scales.logs.data.copy_(torch.tensor([2.0, 0.5]).log())
-    weight, inputs = linear[0].weight.detach(), torch.randn(5, 4)
+def test_factors_scale_their_groups_and_leave_biases_alone() -> None:
+    linear = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    groups = Groups(torch.tensor([1, 0, 1, 0]), torch.tensor([0, 1, 0]))
+    scales = GroupScales({"full.name": groups}, torch.device("cpu"))
+    scales.logs.data.copy_(torch.tensor([2.0, 0.5, 3.0, 0.25]).log())
+    weight, bias, inputs = linear[0].weight.detach(), linear[0].bias.detach(), torch.randn(5, 4)
     with scales.applied(linear, BlockStructure(()), {"0": "full.name"}):
         scaled = linear(inputs)
-    torch.testing.assert_close(scaled, inputs @ (weight * torch.tensor([0.5, 2.0, 0.5, 2.0])).T)
-    torch.testing.assert_close(linear(inputs), inputs @ weight.T)
-    torch.testing.assert_close(scales.factors()["full.name"], torch.tensor([2.0, 0.5]))
+    changed = weight * torch.tensor([0.5, 2.0, 0.5, 2.0]) * torch.tensor([[3.0], [0.25], [3.0]])
+    torch.testing.assert_close(scaled, inputs @ changed.T + bias)
+    torch.testing.assert_close(linear(inputs), inputs @ weight.T + bias)
+    found = scales.factors()["full.name"]
+    torch.testing.assert_close(found.inputs, torch.tensor([2.0, 0.5]))
+    torch.testing.assert_close(found.outputs, torch.tensor([3.0, 0.25]))
 
 
 def test_scales_that_are_off_are_found(tiny_model: Path, tmp_path: Path) -> None:
@@ -120,14 +130,15 @@ def test_scales_that_are_off_are_found(tiny_model: Path, tmp_path: Path) -> None
     quantized = streamed(WeightOverlay(original, {name: lambda w=w: w for name, w in spoilt.items()}))
     artifacts = ResumeStore(tmp_path, "rounded", {})
     wanted = last_hidden(streamed(original), tokens, "original", silent)
-    factors = tune_scales(streamed(original), quantized, groups, tokens, wanted, artifacts, silent)
+    of_inputs = {name: Groups(of) for name, of in groups.items()}
+    factors = tune_scales(streamed(original), quantized, of_inputs, tokens, wanted, artifacts, silent)
 
     def divergence_with(weights: dict[str, Tensor]) -> float:
         changed = {f"{name}.weight": weight for name, weight in weights.items()}
         with torch.no_grad():
             return mean_divergence(model(others).logits, functional_call(model, changed, (others,)).logits).item()
 
-    tuned = {name: weight * factors[name][groups[name]] for name, weight in spoilt.items()}
+    tuned = {name: weight * factors[name].inputs[groups[name]] for name, weight in spoilt.items()}
     # With as many steps as there are, not all of 10 % can be made good.
     assert divergence_with(tuned) < 0.5 * divergence_with(spoilt)
 
@@ -254,7 +265,7 @@ def test_an_mlp_with_biases_is_scaled_in_its_own_order(make_family: MakeFamily, 
         of_inputs = torch.empty_like(of_stored)
         of_inputs[artifact["order"]] = of_stored
         expected.append(rounding._unpack(artifact).dequantize().float() * of_inputs)
-    rounded.store.save(rounding._TUNED, factors)
+    rounded.store.save(tuning._TUNED, factors)
     found = [measured.linear(rounded, name).dequantize().float() for name in (down, up)]
     # Without what lies between the two, the order of the neurons does not matter.
     # Ceilings, units and scales are each rounded to float16, by up to 0.1 % where they are small.
@@ -291,9 +302,3 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
     assert result.exit_code == 1
     assert "gradient of the scales" in result.output
     assert bpwise(*options).exit_code == 0  # nothing of it was kept
-
-
-def test_gguf_outputs_refuse_it(tiny_model: Path, tmp_path: Path) -> None:
-    result = bpwise("quantize", tiny_model, tmp_path / "out.gguf", "--bpw", 4, "--effort", "high")
-    assert result.exit_code == 2
-    assert "--effort" in result.output

@@ -1,42 +1,44 @@
-"""Tuning: once every linear is rounded, the decoder's scales are fitted to what the original predicts, group by group.
+"""Tuning: once every linear is rounded, factors of its scales are fitted to what the original predicts.
 
 Rounding has every block follow the original's, one after another. What it cannot make good adds up through the model,
-and no block sees what comes of it at the end. A largest scale holds for a whole row group, and there are few (a few
-thousand where there are a hundred million weights), so that they can be learned from the calibration rows without
-learning these by heart: one step of Adam for every 1024 tokens, down the KL divergence from the original's predictions.
-Codes and scale codes stay as they are, and so does the size.
+and no block sees what comes of it at the end. Where a factor holds for many weights, there are few of them, so that
+they can be learned from the calibration rows without learning these by heart: one step of Adam for every 1024 tokens,
+down the KL divergence from the original's predictions. Codes stay as they are, and so does the size.
 Source: the end-to-end phase of EfficientQAT (Chen et al., arXiv 2407.11062), which learns nothing but the step sizes of
 a quantized model; as a distillation, without its labels.
 
 Notes:
-    Group g of a linear gets the factor ``exp(t_g)``, so ``y = sum_k x_k exp(t_g(k)) W_k``. The loss is the mean over
-    positions of ``KL(p || q_t)``, p the original's predictions and q_t the tuned model's, nats per token. Its gradient
-    is ``dL/dt_g = sum over tokens, k in g of x_k exp(t_g) dL/d(x_k exp(t_g))``: what a hook on the linear's scaled
-    input sees. Adam's rate at step i of n is ``0.009 sqrt(KL of step 0) min(1, (i + 1) / 5) (1 + cos(pi i / n)) / 2``.
+    Group g of a linear's inputs gets the factor ``exp(t_g)``, group h of its outputs ``exp(u_h)``, so
+    ``y_n = exp(u_h(n)) sum_k x_k exp(t_g(k)) W_nk``. The loss is the mean over positions of ``KL(p || q)``, p the
+    original's predictions and q the tuned model's, nats per token. Its gradient is
+    ``dL/dt_g = sum over tokens, k in g of x_k exp(t_g) dL/d(x_k exp(t_g))`` and ``dL/du_h = sum over tokens, n in h of
+    y_n dL/dy_n``: what hooks on the linear's scaled input and output see. Adam's rate at step i of n is
+    ``0.009 sqrt(KL of step 0) min(1, (i + 1) / 5) (1 + cos(pi i / n)) / 2``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from ....checkpoint.files.resume import ResumeStore
-from ....checkpoint.model.structure import BlockStructure, LinearPlace
-from ....measure.layers.experts import ExpertProduct, watched_experts
-from ....measure.layers.linears import LinearView, linear_of
-from ....measure.layers.positionwise import chunked_positionwise
-from ....measure.model.batches import TAIL_TOKENS, check_finite
-from ....measure.model.stream import StreamedModel
-from ....progress import Progress
+from ...checkpoint.files.resume import ResumeStore
+from ...checkpoint.source.language import LanguageModel, WeightOverlay
+from ...linalg.products import float32_products
+from ...measure.layers.positionwise import chunked_positionwise
+from ...measure.measurement import Measurement
+from ...measure.model.batches import TAIL_TOKENS, check_finite
+from ...measure.model.stream import StreamedModel
+from ...progress import Progress
+from ..rounding import RoundedModel
+from .scales import Factors, Groups, GroupScales
 
-__all__ = ["STEP_TOKENS", "GroupScales", "tune_scales"]
+__all__ = ["STEP_TOKENS", "fit_factors", "fitted_factors", "tune_scales"]
 
 _RATE = 0.009
 """Adam's largest step for the logarithm of a scale, at a divergence of 1 nat/token. It goes with the root of the
@@ -54,111 +56,66 @@ STEP_TOKENS = 1024
 _STATE = "tuning"
 """Piece with what the finished steps have come to."""
 
+_TUNED, _OUTPUTS = "tuned", ", outputs"
+"""Artifact with what tuning found, and what the names of outputs' factors end in."""
 
-class GroupScales:
-    """A factor for every row group of a model's linears, and the gradient of a loss with respect to its logarithm.
 
-    Attributes:
-        logs: Logarithms of the factors, float32, shape (all groups,), on the CPU.
-        gradient: What backward passes have added up to, for ``logs``, of which it is the ``grad``.
+def fit_factors(
+    rounded: RoundedModel,
+    source: LanguageModel,
+    weights: Mapping[str, Callable[[], Tensor]],
+    groups: Mapping[str, Groups],
+    measurement: Measurement,
+    device: torch.device,
+    offload_dir: Path | None,
+    progress: Progress,
+) -> None:
+    """Fit factors of a rounded model's linears to what the original predicts, once; ``fitted_factors`` reads them.
+
+    Args:
+        rounded: What rounding made; what is found is kept beside it.
+        source: The original.
+        weights: As ``WeightOverlay`` takes them: what readers make of everything that was rounded.
+        groups: Of each linear that gets factors, by full name.
+        measurement: Gives the calibration rows.
+        device: Where both models run.
+        offload_dir: Directory for files with the hidden states of all rows; None keeps them in memory.
+        progress: Wraps the steps.
+
+    Raises:
+        NumericalError: NaN or infinity in activations or gradients.
     """
+    if rounded.store.has(_TUNED):
+        return
+    original, quantized = (
+        StreamedModel(each, device=device, dtype=torch.float32, offload_dir=offload_dir)
+        for each in (source, WeightOverlay(source.base, weights))
+    )
+    tokens = torch.from_numpy(measurement.tokens).long()
+    targets = rounded.last_states(offload_dir)["original"]
+    with float32_products(device):
+        found = tune_scales(original, quantized, groups, tokens, targets, rounded.store, progress)
+    outputs = {f"{name}{_OUTPUTS}": each.outputs for name, each in found.items() if each.outputs is not None}
+    rounded.store.save(_TUNED, {**{name: each.inputs for name, each in found.items()}, **outputs})
 
-    def __init__(self, groups: Mapping[str, Tensor], device: torch.device) -> None:
-        """Start with factors of 1.
 
-        Args:
-            groups: For each linear, by full name, the row group of each input feature, int64, shape (K,), on the CPU.
-            device: Where the linears run.
-        """
-        self._places: dict[str, slice] = {}
-        first = 0
-        for name, of_linear in groups.items():
-            count = int(of_linear.max()) + 1
-            self._places[name] = slice(first, first + count)
-            first += count
-        self._groups, self._device = groups, device
-        self.logs = torch.zeros(first, requires_grad=True)
-        self.gradient = self.logs.grad = torch.zeros(first)
-
-    def factors(self) -> dict[str, Tensor]:
-        """Return the factors of each linear's groups, float32, shape (groups,), on the CPU."""
-        return {name: self.logs.detach()[place].exp() for name, place in self._places.items()}
-
-    @contextmanager
-    def applied(self, block: nn.Module, structure: BlockStructure, linears: Mapping[str, str]) -> Iterator[None]:
-        """Scale what enters the linears of a block; a backward pass in this context adds to the gradient.
-
-        Args:
-            block: A decoder block whose weights go when the context ends: those of experts are scaled themselves.
-            structure: Its structure.
-            linears: Full names of its linears, by those in the block; those without groups are left alone.
-        """
-        experts: dict[str, list[tuple[LinearView, LinearPlace, str]]] = {}
-        with ExitStack() as hooks:
-            for inner, name in linears.items():
-                if name not in self._places:
-                    continue
-                place = structure.places.get(inner)
-                if place is None or place.expert is None:
-                    module = block.get_submodule(inner)
-                    hooks.enter_context(module.register_forward_pre_hook(self._hook(name)))
-                else:
-                    linear = linear_of(block, structure, inner)
-                    linear.weight.mul_(self._factors(name))
-                    experts.setdefault(place.parameter.rpartition(".")[0], []).append((linear, place, name))
-            for path, own in experts.items():
-                see = partial(self._see_product, path, own)
-                hooks.enter_context(watched_experts(block.get_submodule(path), see))
-            yield
-
-    def _factors(self, name: str) -> Tensor:
-        # Of each input feature.
-        return self.logs.detach()[self._places[name]].exp()[self._groups[name]].to(self._device)
-
-    def _see_product(
-        self, path: str, linears: Sequence[tuple[LinearView, LinearPlace, str]], product: ExpertProduct
-    ) -> None:
-        if not product.output.requires_grad:
-            return
-        inputs = product.inputs.detach()
-
-        def hook(gradient: Tensor) -> None:
-            for linear, place, name in linears:
-                if (place.parameter, place.expert) == (f"{path}.{product.parameter}", product.expert):
-                    first, last = place.rows or (0, gradient.shape[1])
-                    self._add(name, gradient[:, first:last] @ linear.weight, inputs)
-
-        product.output.register_hook(hook)
-
-    def _add(self, name: str, gradient: Tensor, inputs: Tensor) -> None:
-        # The gradient at the scaled inputs, and these; or the same divided and multiplied by the factors.
-        of_features = (gradient * inputs).flatten(0, -2).sum(dim=0)
-        # On the CPU, where sums have an order.
-        self.gradient[self._places[name]].index_add_(0, self._groups[name], of_features.cpu())
-
-    def _hook(self, name: str) -> Any:
-        factors = self._factors(name)
-
-        def scale(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            scaled = args[0] * factors
-            if scaled.requires_grad:
-                seen = scaled.detach()
-                scaled.register_hook(lambda gradient: self._add(name, gradient, seen))
-            return (scaled, *args[1:])
-
-        return scale
+def fitted_factors(rounded: RoundedModel) -> dict[str, Factors]:
+    """Return what ``fit_factors`` found, by linear."""
+    found = rounded.store.load(_TUNED)
+    names = [name for name in found if not name.endswith(_OUTPUTS)]
+    return {name: Factors(found[name], found.get(f"{name}{_OUTPUTS}")) for name in names}
 
 
 def tune_scales(
     original: StreamedModel,
     quantized: StreamedModel,
-    groups: Mapping[str, Tensor],
+    groups: Mapping[str, Groups],
     tokens: Tensor,
     wanted: Tensor,
     artifacts: ResumeStore,
     progress: Progress,
-) -> dict[str, Tensor]:
-    """Fit a factor for every row group to the original's predictions, in one pass over the calibration rows.
+) -> dict[str, Factors]:
+    """Fit a factor for every group to the original's predictions, in one pass over the calibration rows.
 
     Args:
         original: The original; of it only what follows the blocks is run.
@@ -170,7 +127,7 @@ def tune_scales(
         progress: Wraps the steps.
 
     Returns:
-        The factors of each linear's groups, float32, shape (groups,).
+        The factors of each linear's groups.
 
     Raises:
         NumericalError: NaN or infinity in activations or gradients.
