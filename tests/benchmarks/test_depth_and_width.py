@@ -72,7 +72,8 @@ def test_a_run_on_a_small_model(benchmark: ModuleType, converted: Any, tmp_path:
     assert first.exit_code == 0, first.output
     assert len(first.stdout[first.stdout.index("| channels") :].splitlines()) == 2 + 4
     files = [work / name / "results.jsonl" for name in ("whole", "32")]
-    found = {(x["channels"], x["maker"], x["blocks"]): x for path in files for x in map(json.loads, path.open())}
+    results = [json.loads(line) for path in files for line in path.read_text().splitlines()]
+    found = {(each["channels"], each["maker"], each["blocks"]): each for each in results}
     makers = (benchmark.OURS, benchmark.ENCODER, benchmark.LLAMA_QUANTIZE)
     assert set(found) == {(width, maker, blocks) for width in (64, 32) for maker in makers for blocks in (1, 2)}
 

@@ -228,6 +228,7 @@ def _quantized_seeds(folder: Path, made: set[str], work: Path, original: Checkpo
         output = work / "exl2"
         quantize_model(original.directory, output, _TO_4_5_BPW, measurement=path)
         manifest = json.loads((output / "bpwise.json").read_text())
+        del manifest["sha256"]  # which files without a checksum of their own lack
         manifest["provenance"]["changes"] = {"adapters": [{"name": "a", "sha256": "0"}]}
         (output / "bpwise.json").write_text(json.dumps(manifest))
         for name in made & {"exl2", "plan"}:

@@ -17,7 +17,8 @@ OPERATIONS = ROOT / "checkpoint" / "files" / "operations.py"
 ASKING = {
     "os": {"access", "cpu_count", "environ", "fdopen", "fsdecode", "fsencode", "fspath", "getpid", "kill", "lstat"}
     | {"name", "path", "scandir", "sched_getaffinity", "stat", "stat_result", "sysconf", "SEEK_END", "PathLike"}
-    | {"O_RDONLY", "R_OK", "W_OK", "_exit", "close", "dup", "dup2", "write"},  # nothing that is open for writing
+    | {"O_RDONLY", "R_OK", "W_OK", "_exit", "close", "dup", "dup2", "read"}
+    | {"write"},  # to nothing that is open for writing
     "shutil": {"disk_usage", "get_terminal_size", "which"},
 }
 """What modules that can change files offer beside that. Everything else of them is refused."""

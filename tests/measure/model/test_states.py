@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from bpwise.checkpoint.files import operations
 from bpwise.errors import WorkDirectoryError
-from bpwise.measure.model import states
 from bpwise.measure.model.states import new_state
 
 
@@ -45,7 +45,7 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypa
     def full(_file: int, _offset: int, _size: int) -> None:
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(states.os, "posix_fallocate", full, raising=False)
+    monkeypatch.setattr(operations.os, "posix_fallocate", full, raising=False)
     with pytest.raises(WorkDirectoryError, match=r"no place for 1 MiB .*--offload-dir"):
         new_state((1 << 18,), torch.float32, tmp_path)
 
