@@ -100,9 +100,8 @@ def converted(
         check_base(made, checkpoint, name=base)
         if check is not None:
             check(made)
-        write_text(
-            _digest_file(base), _digest(made)
-        )  # before the file gets its name: one without a digest is not taken
+        # Before the file gets its name: one without a digest is not taken.
+        write_text(_digest_file(base), _digest(made))
 
     if not base.exists():
         make_base(checkpoint, base, llama_cpp=llama_cpp, check=look)

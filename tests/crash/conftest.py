@@ -35,7 +35,7 @@ def base(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quick(request: pytest.FixtureRequest, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """The converter's process copies what it made once; digests are remembered at once, on the disk."""
 
-    def converted(_script: Path, _changes: Sequence[str], _options: Sequence[str], output: Path, _staged: Path) -> None:
+    def converted(_script: Path, _changes: Sequence[str], _options: Sequence[str], output: Path, *_: object) -> None:
         shutil.copyfile(request.getfixturevalue("base"), output)
 
     monkeypatch.setattr(converter, "_run", converted)

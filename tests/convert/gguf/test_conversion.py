@@ -1,5 +1,6 @@
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -394,9 +395,10 @@ def conversions(converted: Any, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Puts a finished file where the converter would be run; tells where."""
     made: list[Path] = []
 
-    def convert(_: Checkpoint, output: Path, **__: Any) -> None:
+    def convert(_: Checkpoint, output: Path, *, check: Callable[[Path], object], **__: Any) -> None:
         made.append(output)
         shutil.copyfile(converted["mistral"].file, output)
+        check(output)
 
     monkeypatch.setattr(gguf_base, "make_base", convert)
     monkeypatch.setattr(gguf_base, "converter_digest", lambda _: "a converter")

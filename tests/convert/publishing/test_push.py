@@ -211,6 +211,7 @@ def _forget(output: Path) -> None:
 
 def _spoil(output: Path) -> None:
     manifest = json.loads((output / "bpwise.json").read_text())
+    del manifest["sha256"]
     manifest["manifest"]["linears"]["lm_head"] = "0" * 64
     (output / "bpwise.json").write_text(json.dumps(manifest))
 
