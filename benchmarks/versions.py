@@ -25,6 +25,7 @@ from shutil import rmtree
 
 import click
 import numpy as np
+from bpwise.checkpoint.files.paths import work_beside
 from bpwise.checkpoint.source.original import open_model
 from bpwise.convert.registry import require_format
 from bpwise.errors import BpwiseError
@@ -125,6 +126,7 @@ class _Comparison:
 
     def _make(self, version: str, format_: str, bpw: float, seed: int, measurement: Path) -> None:
         output = self._work / f"{version}-{seed}-{bpw}-{format_}{'.gguf' if format_ == 'gguf' else ''}"
+        _delete(output)  # of a run that was cut off before it was judged
         options = ["--bpw", str(bpw), "-m", str(measurement), "--no-eval"]
         self._bpwise(version, "quantize", self._model, str(output), *options)
         model = require_format(output).open(output).beside(self._checkpoint)
@@ -134,7 +136,8 @@ class _Comparison:
             result = Result(version=version, format=format_, bpw=bpw, seed=seed, kl_nats=row_means)
             file.write(json.dumps(asdict(result)) + "\n")
         click.echo(f"{version} {format_} {bpw:g} bpw, seed {seed}: {np.mean(row_means):.6f}", err=True)
-        rmtree(output) if output.is_dir() else output.unlink()
+        _delete(output)
+        rmtree(work_beside(output), ignore_errors=True)
 
     def _path(self, version: str, checkout: Path) -> Path:
         # A folder in which the package has its name, whatever the checkout is called.
@@ -149,6 +152,13 @@ class _Comparison:
         start = "import sys; from bpwise.cli import main; sys.exit(main())"
         environment = {**os.environ, "PYTHONPATH": str(self._paths[version])}
         subprocess.run([sys.executable, "-c", start, *arguments], env=environment, check=True)
+
+
+def _delete(output: Path) -> None:
+    if output.is_dir():
+        rmtree(output)
+    else:
+        output.unlink(missing_ok=True)
 
 
 def _sizes(context: click.Context, parameter: click.Parameter, value: str) -> list[float]:
