@@ -6,8 +6,8 @@
 
 Both versions measure, plan and round the same model from the same calibration rows, each by its own command line in a
 process of its own, to the same bits per weight. This version judges both on the same held-out rows, so that the
-ratio of the two mean divergences is known better than either: its interval is that of a bootstrap over the rows, of
-all seeds together.
+ratio of the two mean divergences is known better than either: its interval is that of a bootstrap over the rows, each
+averaged over all seeds.
 
 Finished results stay in the work directory, so that a run that was cut off goes on.
 """
@@ -85,7 +85,8 @@ def table(results: Sequence[Result]) -> str:
         places = [place for place in places if ("old", place) in of and ("new", place) in of]
         if not places:
             continue
-        old, new = ([x for place in places for x in of[version, place]] for version in ("old", "new"))
+        # Rows are the same for all seeds: each counts once.
+        old, new = (np.mean([of[version, place] for place in places], axis=0).tolist() for version in ("old", "new"))
         ratio, low, high = ratio_interval(new, old)
         lines.append(
             f"| {format_} | {bpw:g} | {len(places)} | {np.mean(old):.6f} | {np.mean(new):.6f} "

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..checkpoint.files.dtypes import FLOAT_DTYPES
 from ..checkpoint.files.operations import copy, make_directory
+from ..checkpoint.model.dtypes import FLOAT_DTYPES
 from ..checkpoint.source.hub import confined_file, side_files
 from ..errors import BpwiseError
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint.files.atomic import clear_partials
 from ..checkpoint.files.digests import cache_directory
 from ..checkpoint.files.operations import delete, touch
+from ..checkpoint.files.partials import clear_partials
 from ..checkpoint.files.safetensors_file import load_metadata, load_tensors, save_tensors, tensor_bytes
 from ..checkpoint.source.checkpoint import TensorSource
 from ..errors import BpwiseWarning, ConfigError, FormatError, WorkDirectoryError

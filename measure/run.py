@@ -39,6 +39,7 @@ __all__ = [
     "CALIBRATED",
     "MEASURED",
     "MeasureConfig",
+    "calibrated_identity",
     "kept_inputs",
     "measure_checkpoint",
     "measure_model",
@@ -212,6 +213,15 @@ def measure_checkpoint(
     )
 
 
+def calibrated_identity(config: CalibrationConfig) -> dict[str, Any]:
+    """Return the identity of the step that makes calibration rows, as ``ResumeStore`` takes it.
+
+    It is left behind by a run that is cut off: no path is in it, only a digest of all options.
+    """
+    digest = hashlib.sha256(json.dumps(asdict(config)).encode("utf-8", "surrogatepass")).hexdigest()
+    return {"options": digest[:32]}
+
+
 def kept_inputs(work: Path, measurement: Measurement) -> ResumeStore | None:
     """Return the artifacts of a measuring step that ran in the same work directory, None if it did not.
 
@@ -279,8 +289,9 @@ def measure_model(
     if calibration is not None:
         check_rows(checkpoint, calibration, CALIBRATION)
     with reserved(output), run_artifacts(work) as artifacts:
-        artifacts.add(CALIBRATED, asdict(config.calibration))
-        kept = ResumeStore(work, CALIBRATED, asdict(config.calibration)).path / CALIBRATION_FILE
+        identity = calibrated_identity(config.calibration)
+        artifacts.add(CALIBRATED, identity)
+        kept = ResumeStore(work, CALIBRATED, identity).path / CALIBRATION_FILE
         rows = load_or_make_rows(
             checkpoint, config.calibration, kept, device=config.device, given=calibration, progress=progress
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from ..errors import BpwiseError
 from ..linalg.work import Rates, rates_of
 from ..measure.calibrated import CALIBRATION_FILE
 from ..measure.measurement import Measurement
-from ..measure.run import CALIBRATED, MeasureConfig
+from ..measure.run import CALIBRATED, MeasureConfig, calibrated_identity
 from ..measure.text.calibration import CalibrationSet
 from ..measure.text.context import CALIBRATION, fit_row_tokens
 from ..progress import Progress, RunForecast, RunProgress
@@ -146,7 +146,7 @@ def measuring_forecast(
     checkpoint = usable[0].checkpoint
     shape = _rows_shape(rows, config, checkpoint)
     if rows is None:
-        store = ResumeStore.existing(work, CALIBRATED, asdict(config.calibration))
+        store = ResumeStore.existing(work, CALIBRATED, calibrated_identity(config.calibration))
         parts += writing_parts(checkpoint, config, shape, None if store is None else store.path / CALIBRATION_FILE)
     return RunForecast(parts=expected_parts([*parts, *measuring_parts(usable, config, shape, work / MEASUREMENT_FILE)]))
 

@@ -129,7 +129,7 @@ def test_a_run_leaves_listed_files_without_secrets(
 def test_a_gguf_file_holds_no_secrets(
     checkout: Path, converted: dict[str, Converted], tmp_path: Path, secrets: list[bytes]
 ) -> None:
-    pytest.importorskip("libggml", reason="ggml's library is not installed: pip install 'bpwise[gguf]'")
+    pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
     made = tmp_path / "made"
     made.mkdir()
     model = converted["mistral"].directory

@@ -2,16 +2,13 @@
 
 Everything is built under a hidden temporary name next to its target, flushed to the disk and renamed into
 place. A run that is killed leaves at most a ``.NAME.partial-...`` behind, which nothing loads, and which the next run
-that makes the same output takes away.
+that makes the same output takes away; where no lock tells that it is nobody else's, an hour later.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import re
-import secrets
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,11 +16,12 @@ from typing import Any
 from ...errors import NumericalError, WorkDirectoryError
 from . import operations
 from .disk_errors import explained, shown
+from .partials import MOVING, clear_partials, sibling, take_back
 
 __all__ = [
     "atomic_directory",
     "atomic_file",
-    "clear_partials",
+    "in_directory",
     "private_directory",
     "remove_directory",
     "try_file",
@@ -32,14 +30,7 @@ __all__ = [
 ]
 
 _PROBE_BYTES = 4096
-
-_MOVING = ".moving"
-"""In a directory whose entries are about to go up into an existing one: a list of their names, the last one last."""
-
-_made: set[str] = set()
-"""Names of partial files and directories that this process is making."""
-
-_PARTIAL = re.compile(r"\.(?P<name>.+)\.partial-(?P<process>[0-9]+)-[0-9a-f]{8}", re.DOTALL)
+_TRIES = 20
 
 
 @contextmanager
@@ -60,7 +51,7 @@ def atomic_file(path: Path, *, new: bool = False) -> Iterator[Path]:
             written.
     """
     path = Path(path)
-    temporary = _sibling(path)
+    temporary = sibling(path)
     _begin(path, temporary, new=new)
     try:
         with explained(path, body_of=temporary):
@@ -100,7 +91,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     with explained(path):
         target = path.resolve()
         filled = target.is_dir()
-        temporary = _sibling(target / target.name if filled else target)
+        temporary = sibling(target / target.name if filled else target)
         operations.make_directory(temporary, parents=True)
     try:
         with explained(path, body_of=temporary):
@@ -128,7 +119,7 @@ def private_directory(path: Path) -> Iterator[Path]:
     Raises:
         WorkDirectoryError: The place cannot be written, or the disk is full.
     """
-    directory = _sibling(Path(path))
+    directory = sibling(Path(path))
     with explained(path):
         operations.make_directory(directory, parents=True)
     try:
@@ -144,7 +135,7 @@ def remove_directory(path: Path) -> None:
     Args:
         path: The directory. What cannot be deleted stays, and is no error.
     """
-    hidden = _sibling(path)
+    hidden = sibling(path)
     with suppress(OSError):
         operations.replace(path, hidden)
         operations.delete_tree(hidden)
@@ -164,34 +155,31 @@ def try_file(path: Path, *, name: Path | None = None) -> None:
     with explained(name or path):
         missing = [each for each in path.parents if not each.exists()]
     try:
-        _begin(path, _sibling(path), name=name, data=bytes(_PROBE_BYTES))
+        _begin(path, sibling(path), name=name, data=bytes(_PROBE_BYTES))
     finally:
         for directory in missing:
             with suppress(OSError):
                 operations.delete_directory(directory)
 
 
-def clear_partials(directory: Path, names: Collection[str] | None = None) -> None:
-    """Delete what killed runs left half made in a directory; what a process that still lives is making stays.
+def in_directory(directory: Path, do: Callable[[], object]) -> None:
+    """Do something in a directory, which is made first; again where another run that only tried it took it away.
 
     Args:
-        directory: The directory, which need not exist.
-        names: Names of the files or directories that were to be made; None for all.
+        directory: The directory; missing ones above it are made, too.
+        do: What makes an entry in it.
+
+    Raises:
+        OSError: It cannot be made, or what ``do`` raises.
     """
-    try:
-        found = [(path, _PARTIAL.fullmatch(path.name)) for path in directory.iterdir()]
-    except OSError:  # it is not there, or not to be read: nothing can be taken away
-        return
-    for path, match in found:
-        if match is None or (names is not None and match["name"] not in names) or _lives(match):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            with suppress(OSError):
-                _take_back(path, directory)
-            operations.delete_tree(path)
-        else:
-            with suppress(OSError):
-                operations.delete(path)
+    for left in reversed(range(_TRIES)):
+        try:
+            operations.make_directory(directory, parents=True, exist_ok=True)
+            do()
+            return
+        except FileNotFoundError:
+            if not left:
+                raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -233,16 +221,14 @@ def _begin(path: Path, temporary: Path, *, new: bool = False, name: Path | None 
     # A place that cannot be written shows here, under the target's name, and not in a body that does other things too.
     with explained(name or path):
         str(path).encode()  # reports and terminals show it
+        _refuse_in_the_way(path, new=new)
+        clear_partials(path.parent, {path.name}, locked=False)
         try:
-            operations.make_directory(path.parent, parents=True, exist_ok=True)
+            in_directory(path.parent, lambda: operations.write(temporary, data))
         except (FileExistsError, NotADirectoryError) as cause:
             raise WorkDirectoryError(
                 f"{shown(name or path)}: cannot be written, a parent of it is not a directory. Choose another path."
             ) from cause
-        _refuse_in_the_way(path, new=new)
-        clear_partials(path.parent, {path.name})
-        try:
-            operations.write(temporary, data)
         finally:
             with suppress(OSError):
                 operations.delete(temporary)
@@ -265,8 +251,8 @@ def _move_up(temporary: Path, target: Path) -> None:
     # No loader takes a directory without config.json for a model. What is moved when a run is killed is named by the
     # list, so that it can be told from what is somebody else's.
     names = sorted((entry.name for entry in temporary.iterdir()), key=lambda name: (name == "config.json", name))
-    operations.write(temporary / _MOVING, json.dumps(names).encode())
-    operations.sync(temporary / _MOVING)
+    operations.write(temporary / MOVING, json.dumps(names).encode())
+    operations.sync(temporary / MOVING)
     operations.sync(temporary)
     try:
         for name in names[:-1]:
@@ -276,46 +262,9 @@ def _move_up(temporary: Path, target: Path) -> None:
             operations.replace(temporary / name, target / name)
         operations.sync(target)
     except BaseException:
-        _take_back(temporary, target)
+        take_back(temporary, target)
         raise
     operations.delete_tree(temporary)
-
-
-def _take_back(temporary: Path, target: Path) -> None:
-    # Of entries that were to go up together all have gone, or none is left there.
-    try:
-        names = json.loads((temporary / _MOVING).read_bytes())
-    except (OSError, ValueError):  # they were not about to
-        return
-    if not names or not os.path.lexists(temporary / names[-1]):
-        return
-    for path in (target / name for name in names):
-        if path.is_dir() and not path.is_symlink():
-            operations.delete_tree(path)
-        else:
-            operations.delete(path, missing_ok=True)
-
-
-def _lives(partial: re.Match[str]) -> bool:
-    process = int(partial["process"])
-    if process == os.getpid():  # a number may be used again, as in every new container
-        return partial[0] in _made
-    if os.name == "nt":  # where asking would end the process
-        return True
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def _sibling(path: Path) -> Path:
-    # The process id tells whose it is; the random part keeps threads and recycled ids apart.
-    name = f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
-    _made.add(name)
-    return path.parent / name
 
 
 def _refuse_occupied(path: Path, but: str = "") -> None:

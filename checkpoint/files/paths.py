@@ -13,8 +13,9 @@ from filelock import FileLock, Timeout
 
 from ...errors import BpwiseWarning, WorkDirectoryError
 from . import operations
-from .atomic import clear_partials, try_file
+from .atomic import in_directory, try_file
 from .disk_errors import explained, shown
+from .partials import clear_partials
 
 __all__ = [
     "WORK_SUFFIX",
@@ -210,15 +211,7 @@ def locked(file: Path, what: Path, advice: str, *, wait: bool = False) -> Iterat
     lock = FileLock(file, timeout=-1 if wait else 0)
     try:
         missing = [each for each in file.parents if not each.exists()]
-        operations.make_directory(file.parent, parents=True, exist_ok=True)
-        if _has_locks(file.parent):
-            lock.acquire()
-        else:
-            warnings.warn(
-                f"{shown(what)}: its file system has no locks. Start no second run that writes there.",
-                BpwiseWarning,
-                stacklevel=2,
-            )
+        in_directory(file.parent, lambda: _acquire(lock, file.parent, what))
     except Timeout as error:
         raise WorkDirectoryError(
             f"{shown(what)}: in use by another bpwise run. Wait until it has ended, or {advice}."
@@ -242,13 +235,24 @@ def locked(file: Path, what: Path, advice: str, *, wait: bool = False) -> Iterat
                 operations.delete_directory(directory)
 
 
+def _acquire(lock: FileLock, directory: Path, what: Path) -> None:
+    if _has_locks(directory):
+        lock.acquire()
+    else:
+        message = f"{shown(what)}: its file system has no locks. Start no second run that writes there."
+        warnings.warn(message, BpwiseWarning, stacklevel=5)
+
+
 def _has_locks(directory: Path) -> bool:
     # Asked here: newer versions of filelock make a mark in the place of a lock, which outlives a process that dies.
     try:
         import fcntl  # noqa: PLC0415 - not on Windows, whose file systems all have locks
     except ImportError:
         return True
-    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+    except PermissionError:  # it may be written and not read
+        return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as cause:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ...errors import BpwiseWarning, BrokenModelError, WorkDirectoryError
 from . import operations
-from .atomic import clear_partials, remove_directory, write_json
+from .atomic import remove_directory, write_json
 from .disk_errors import delete_file, explained, shown
+from .partials import clear_partials
 from .paths import WORK_SUFFIX, locked, named, try_directory
 from .safetensors_file import HeaderEntry, NewTensor, load_tensors, read_entry, read_header, save_tensors, tensor_bytes
 from .schemas import read_json

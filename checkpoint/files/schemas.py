@@ -166,7 +166,8 @@ def check_checksum(value: Mapping[str, Any], error: type[BpwiseError], *, where:
 
 
 def _checksum(value: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    read = json.loads(json.dumps(value))  # as it is once it was written: keys are text
+    return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
 
 
 def _value_at(value: Any, place: str) -> Any:

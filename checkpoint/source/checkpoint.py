@@ -16,10 +16,10 @@ from torch import Tensor
 from ...errors import CheckpointError
 from ...progress import Progress, silent
 from ..files.digests import file_digests
-from ..files.dtypes import FLOAT_DTYPES, require_finite, require_readable
 from ..files.safetensors_file import HeaderEntry, SafetensorsHeader, read_entry
 from ..files.schemas import read_json
 from ..model.config import complete_config, quantization_of
+from ..model.dtypes import FLOAT_DTYPES, require_finite, require_readable
 from ..model.families import is_known
 from ..model.names import embedding_name, head_name, text_config
 from .hub import confined_file, require_own_files

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
-from ..files.dtypes import require_finite
 from ..model.config import quantization_of
+from ..model.dtypes import require_finite
 from .checkpoint import Checkpoint, TensorInfo
 from .views import DequantizedView
 

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from ...errors import CheckpointError
 from ..files.digests import file_digests
-from ..files.dtypes import require_finite
 from ..files.safetensors_file import SafetensorsHeader, read_entry, read_header
 from ..files.schemas import read_schema
 from ..loading.listed import plain_name
+from ..model.dtypes import require_finite
 from ..model.families import HEAD, composite_of, is_known
 from ..model.names import embedding_name, head_name
 from .checkpoint import Checkpoint, TensorInfo

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
-from ..files.dtypes import require_finite
+from ..model.dtypes import require_finite
 from .checkpoint import Checkpoint, TensorInfo
 from .views import DequantizedView
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from ...errors import CheckpointError
-from ..files.dtypes import FLOAT_DTYPES
 from ..model.config import quantization_of
+from ..model.dtypes import FLOAT_DTYPES
 from .checkpoint import Checkpoint
 from .float8 import Float8View
 from .hub import resolve_model

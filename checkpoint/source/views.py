@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ...progress import Progress
-from ..files.dtypes import FLOAT_DTYPES
 from ..model.config import QUANTIZED_KEYS
+from ..model.dtypes import FLOAT_DTYPES
 from .checkpoint import Checkpoint, TensorInfo, TensorSource
 
 __all__ = ["CheckpointView", "DequantizedView", "SourceView"]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ...checkpoint.files.digests import file_digests
-from ...checkpoint.files.dtypes import FLOAT_DTYPES
+from ...checkpoint.model.dtypes import FLOAT_DTYPES
 from ...checkpoint.model.families import HEAD
 from ...checkpoint.source.checkpoint import Checkpoint
 from ...checkpoint.source.hub import side_files

@@ -156,9 +156,12 @@ def write_projector(checkpoint: Checkpoint, path: Path, llama_cpp: Path | None) 
 
 def _is_intact(base: Path) -> bool:
     try:
-        return _digest_file(base).read_bytes() == _digest(base).encode()
+        if _digest_file(base).exists():
+            return _digest_file(base).read_bytes() == _digest(base).encode()
+        read_gguf_header(base)  # it was copied here alone, or made before there were digests
     except (FormatError, OSError):
         return False
+    return True
 
 
 def _digest(base: Path) -> str:

@@ -16,7 +16,7 @@ from bpwise.measure.text.tokenizer import load_tokenizer
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
-pytest.importorskip("libggml", reason="ggml's library is not installed: pip install 'bpwise[gguf]'")
+pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
 
 
 @pytest.fixture

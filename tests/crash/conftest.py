@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from bpwise.checkpoint.files import digests
+from bpwise.checkpoint.files import digests, partials
 from bpwise.convert.gguf.engine import gate
 from bpwise.convert.gguf.llama_cpp import converter
 from transformers import LlamaConfig
@@ -40,5 +40,6 @@ def quick(request: pytest.FixtureRequest, stage: Stage, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(converter, "_run", converted)
     monkeypatch.setattr(gate, "_library", lambda: None)
+    monkeypatch.setattr(partials, "_ABANDONED_SECONDS", -1.0)
     monkeypatch.setattr(digests, "_SETTLED_NANOSECONDS", -(10**18))
     monkeypatch.setenv("XDG_CACHE_HOME", str(stage.disk / "cache"))

@@ -57,7 +57,8 @@ def test_one_cache_and_one_report_serve_all(stage: Stage) -> None:
     command = named("eval, with its cache")
     expected = stage.finished(command)
     stage.begin(command)
-    assert [code for code, _ in started_together(stage, command)] == [0] * TOGETHER
+    ended = started_together(stage, command)
+    assert [code for code, _ in ended] == [0] * TOGETHER, ended
     assert differences(timeless(tree_of(stage.disk)), expected) == ""
 
 

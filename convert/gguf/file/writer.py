@@ -23,6 +23,7 @@ from .describe import verification_of
 from .digest import tensor_digest, with_digest
 from .emit import Planned, entry, header_bytes, padding
 from .header import GgufHeader, read_gguf_header, require_whole
+from .metadata import DIGEST_KEY
 from .roles import writing_order
 
 __all__ = ["planned_bytes", "write_gguf"]
@@ -167,8 +168,8 @@ def _entries(header: GgufHeader, file_type: int, metadata: Mapping[str, Any]) ->
         "general.file_type": entry(file_type),
         **{key: entry(value) for key, value in metadata.items()},
     }
-    kept = {key: stored for key, stored in header.entries.items() if key not in ours and key not in _SPLIT_KEYS}
-    return kept | ours
+    gone = {*ours, *_SPLIT_KEYS, DIGEST_KEY}  # a digest is of one file
+    return {key: stored for key, stored in header.entries.items() if key not in gone} | ours
 
 
 class _Job:

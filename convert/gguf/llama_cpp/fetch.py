@@ -18,9 +18,10 @@ from typing import BinaryIO
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
-from ....checkpoint.files.atomic import atomic_directory, clear_partials, private_directory
+from ....checkpoint.files.atomic import atomic_directory, private_directory
 from ....checkpoint.files.disk_errors import explained_reading
 from ....checkpoint.files.operations import create, make_directory
+from ....checkpoint.files.partials import clear_partials
 from ....checkpoint.files.paths import locked
 from ....errors import BpwiseError, reason
 from ....progress import Progress, silent

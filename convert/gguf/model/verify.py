@@ -9,6 +9,7 @@ from ...model import Verification
 from ..file.describe import verification_of
 from ..file.digest import file_digest
 from ..file.header import GgufHeader
+from ..file.metadata import DIGEST_KEY
 from ..file.values import read_values
 from .reader import GgufModel
 
@@ -40,7 +41,7 @@ def verify_gguf(path: Path) -> Verification:
     if digests is not None and digests[0] != digests[1]:
         raise VerificationError(
             f"{path}: has changed since it was written. Got SHA-256 {digests[1][:16]}. Expected {digests[0][:16]}. Get "
-            "or make the file again, unless it was edited on purpose."
+            f"or make the file again; if it was edited on purpose, delete {DIGEST_KEY} from its metadata."
         )
     architecture = header.metadata.get("general.architecture")
     unknown = f"architecture {architecture!r} is not known: names and shapes were not checked"

@@ -16,11 +16,11 @@ import torch
 from bpwise.checkpoint.files.atomic import (
     atomic_directory,
     atomic_file,
-    clear_partials,
     private_directory,
     try_file,
     write_json,
 )
+from bpwise.checkpoint.files.partials import clear_partials
 from bpwise.checkpoint.files.safetensors_file import load_metadata, load_tensors, save_tensors
 from bpwise.checkpoint.files.schemas import Count, Number, Positive, check_schema, parse_schema, read_json, read_schema
 from bpwise.errors import ConfigError, FormatError, NumericalError, WorkDirectoryError
@@ -49,6 +49,15 @@ def refuse_writing(monkeypatch: pytest.MonkeyPatch, error: int) -> None:
     monkeypatch.setattr(os, "open", refuse_flags)
 
 
+def half_of(directory: Path) -> Path:
+    """What a killed run left in a directory that it was about to fill."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    half = directory / f".{directory.name}.partial-{ended.pid}-00ff00ff"
+    half.mkdir()
+    return half
+
+
 class TestAtomicFile:
     def test_replaces_the_old_content_only_at_the_end(self, tmp_path: Path) -> None:
         path = tmp_path / "deep" / "plan.json"
@@ -66,11 +75,14 @@ class TestAtomicFile:
         with subprocess.Popen([sys.executable, "-c", ""]) as ended:
             pass
         left = [f".{name}.partial-{ended.pid}-00ff00ff" for name in ("x", "y")]
-        for name in left:
+        new = f".x.partial-{ended.pid}-11ff11ff"  # of a machine, perhaps, whose processes have other numbers
+        for name in (*left, new):
             (tmp_path / name).write_text("half")
+        for name in left:
+            os.utime(tmp_path / name, (0, 0))
         with private_directory(tmp_path / "x") as mine:  # lives
             write_json(tmp_path / "x", {})
-            assert names(tmp_path) == sorted([mine.name, left[1], "x"])
+            assert names(tmp_path) == sorted([mine.name, left[1], new, "x"])
 
     def test_makes_missing_parents(self, tmp_path: Path) -> None:
         with atomic_file(tmp_path / "a" / "b" / "c") as temporary:
@@ -274,19 +286,45 @@ class TestAtomicDirectory:
 
     @pytest.mark.parametrize("moved", [1, 2], ids=["half", "all"])
     def test_what_a_killed_run_had_moved_is_taken_back(self, tmp_path: Path, moved: int) -> None:
-        (tmp_path / "theirs").write_text("theirs")
-        with subprocess.Popen([sys.executable, "-c", ""]) as ended:
-            pass
-        half = tmp_path / f".out.partial-{ended.pid}-00ff00ff"
-        half.mkdir()
+        out = tmp_path / "out"
+        out.mkdir()
+        (out / "theirs").write_text("theirs")
+        half = half_of(out)
         entries = ["weights", "config.json"]
         (half / ".moving").write_text(json.dumps(entries))
         for name in entries[:moved]:
-            (tmp_path / name).write_text("1")
+            (out / name).write_text("1")
         for name in entries[moved:]:
             (half / name).write_text("1")
-        clear_partials(tmp_path)
-        assert names(tmp_path) == (["theirs"] if moved < len(entries) else ["config.json", "theirs", "weights"])
+        clear_partials(out)
+        assert names(out) == (["theirs"] if moved < len(entries) else ["config.json", "theirs", "weights"])
+
+    @pytest.mark.parametrize(
+        "listed", [["../victim", "x"], ["/", "x"], ["..", "x"], [["victim"], "x"], [], 5, {"x": 1}, "x", None]
+    )
+    def test_a_list_by_somebody_else_takes_nothing_away(self, tmp_path: Path, listed: Any) -> None:
+        out = tmp_path / "out"
+        for directory in (out, tmp_path / "victim"):
+            directory.mkdir()
+            (directory / "theirs").write_text("theirs")
+        half = half_of(out)
+        (half / "x").write_text("1")
+        (half / ".moving").write_text(json.dumps(listed))
+        clear_partials(out)
+        assert names(out) == names(tmp_path / "victim") == ["theirs"]
+
+    def test_writing_a_file_takes_nothing_back(self, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        out.mkdir()
+        (out / "weights").write_text("theirs")
+        half = half_of(out)
+        (half / "x").write_text("1")
+        (half / ".moving").write_text(json.dumps(["weights", "x"]))
+        os.utime(half / "x", (0, 0))
+        os.utime(half / ".moving", (0, 0))
+        os.utime(half, (0, 0))
+        write_json(out / "out", {})
+        assert names(out) == ["out", "weights"]
 
     def test_flushes_every_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         flushed = set()

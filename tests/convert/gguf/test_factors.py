@@ -5,8 +5,8 @@ from bpwise.convert.gguf.ggml.factors import SCALED_TYPES, multiplied
 from bpwise.convert.gguf.ggml.kernels import encode, ggml_type
 from bpwise.errors import ConfigError
 
-quants = pytest.importorskip("gguf", reason="needs the extra bpwise[gguf]")
-pytest.importorskip("libggml", reason="ggml's library is not installed: pip install 'bpwise[gguf]'")
+quants = pytest.importorskip("gguf", reason="needs the extra gguf")
+pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
 
 # ggml makes these types' tables when they are first asked for, which takes it up to 20 seconds.
 SLOW = ("IQ1_S", "IQ2_S")

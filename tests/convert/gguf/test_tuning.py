@@ -18,8 +18,8 @@ from bpwise.measure.text.calibration import CalibrationSet
 from bpwise.quantize.config import QuantizeConfig
 from bpwise.quantize.run import quantize_model
 
-pytest.importorskip("libggml", reason="ggml's library is not installed: pip install 'bpwise[gguf]'")
-quants = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install 'bpwise[gguf]'").quants
+pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
+quants = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install '.[gguf]'").quants
 
 # Queries and keys reordered and one table for embeddings and head; biases.
 FAMILIES = ["llama3", "qwen2"]
