@@ -84,8 +84,8 @@ class GgufOptions(FormatOptions):
         check_effort(self.effort)
         if self.effort == "high" and not (self.measures and self.feedback):
             raise ConfigError(
-                "effort: not usable. Got high without error feedback. Expected a plan that bpwise rounds itself. Leave "
-                "--effort out, or --type and --no-feedback."
+                "effort: high goes with error feedback only. Got it where ggml alone rounds. Leave --effort out, or "
+                "--type and --no-feedback."
             )
         if self.imatrix is not None and self.mixture is None:
             raise ConfigError("imatrix: goes with a mixture only. Otherwise the measurement says what matters.")

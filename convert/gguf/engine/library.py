@@ -215,7 +215,7 @@ class _Process:
         code = self._process.wait()
         if self._stuck_after is not None:
             return CheckpointError(
-                f"{path}: llama.cpp gave no answer within {self._stuck_after:.0f} s trying to {doing} it, and "
+                f"{path}: llama.cpp gave no answer within {self._stuck_after:.0f} s while it was to {doing} it, and "
                 "was stopped. Look whether memory is short or the disk slow, and run again."
             )
         if code == -getattr(signal, "SIGKILL", 9):

@@ -121,8 +121,8 @@ Three young types are left out, though ggml's library encodes them:
   squared error. NVFP4's scales hold three bits of mantissa and are made for weights divided by one factor a tensor,
   which a tensor of its own would have to hold.
 - Q1_0 and Q2_0 (42) are made for models trained on them. ggml scales their rows by the mean or the largest absolute
-  weight, without a search: of ordinary weights' squares 0.39 and 0.53 are lost, where IQ2_XXS, at 2.06 bits, loses
-  0.13. The Python package gguf 0.19, by which outputs are read back, decodes neither, and does not know Q2_0 at all.
+  weight, without a search. The Python package gguf 0.19, by which outputs are read back, decodes neither, and does
+  not know Q2_0 at all.
 """
 
 
