@@ -56,7 +56,7 @@ STEPS = {
 }
 """Steps of a block, and the functions that do them."""
 
-KERNEL_ROWS = {"curves": 1, "rounding": coupling._SETS}
+KERNEL_ROWS = {"curves": 1, "rounding": coupling.OUTPUT_SETS}
 """Rows that kernels work on one after another, by step: so many for every input channel of a linear."""
 
 _SCALED = {

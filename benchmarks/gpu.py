@@ -37,7 +37,7 @@ from bpwise.convert.exl2.options import Exl2Options
 from bpwise.convert.exl2.plan.making import make_exl2_plan
 from bpwise.convert.exl2.plan.plan import Exl2Plan
 from bpwise.convert.exl2.rounding import feedback
-from bpwise.convert.exl2.rounding.coupling import OutputFeedback, RowRounder
+from bpwise.convert.exl2.rounding.coupling import OUTPUT_SETS, RowRounder
 from bpwise.convert.exl2.rounding.curves import SAMPLED_COLUMNS
 from bpwise.convert.exl2.rounding.rounder import Exl2Rounder, tune_rounded
 from bpwise.convert.gguf.curves import GgufCurves
@@ -48,6 +48,7 @@ from bpwise.eval.config import EvalConfig
 from bpwise.eval.metrics.passes import last_hidden
 from bpwise.eval.models import device_name
 from bpwise.linalg.hessian import factor_hessian
+from bpwise.linalg.outputs import OutputFeedback
 from bpwise.linalg.products import float32_products
 from bpwise.measure.curves import CurveMaker
 from bpwise.measure.device import resolve_device
@@ -254,7 +255,7 @@ def _kernel_agrees(preset: LlamaConfig, device: torch.device) -> bool:
     fisher, order = torch.ones(columns, device=device), torch.arange(rows, device=device)
     upper = factor_hessian(inputs.T @ inputs / len(inputs), 0.01).upper
     counts = group_rows(rows, ROW_MULTIPLE)
-    groups, outputs = [RowGroup(4, count) for count in counts], OutputFeedback.of(fisher, directions)
+    groups, outputs = [RowGroup(4, count) for count in counts], OutputFeedback.of(fisher, directions, OUTPUT_SETS)
     sampled, shares = weight[:, :SAMPLED_COLUMNS], fisher[:SAMPLED_COLUMNS]
     click.echo(f"| {rows} x {columns} | s by loops | s by the kernel | error, relative difference | limit |")
     click.echo("| --- | --- | --- | --- | --- |")

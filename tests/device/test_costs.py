@@ -7,12 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from bpwise.convert.exl2.file.layout import RowGroup
-from bpwise.convert.exl2.rounding.coupling import OutputFeedback
 from bpwise.convert.exl2.rounding.feedback import errors_by_group, round_linear_
 from bpwise.convert.gguf.ggml.kernels import kernels_available
 from bpwise.convert.gguf.ggml.rounding import expected_errors, round_to_type
 from bpwise.convert.gguf.ggml.types import TYPES
 from bpwise.linalg.hessian import factor_hessian
+from bpwise.linalg.outputs import OutputFeedback
 from torch import Tensor
 
 from .pretend import Counts, counted
@@ -34,7 +34,7 @@ def round_exl2(weight: Tensor, upper: Tensor, *, coupled: bool = False) -> None:
     order, ones = torch.arange(len(weight), device=weight.device), torch.ones(OUTPUTS, device=weight.device)
     # Every width occurs, as in a plan of a large linear.
     widths = sorted((WIDTHS[i % len(WIDTHS)] for i in range(len(weight) // GROUP)), reverse=True)
-    outputs = OutputFeedback.of(ones, 0.1 * torch.ones(OUTPUTS, 8)) if coupled else None
+    outputs = OutputFeedback.of(ones, 0.1 * torch.ones(OUTPUTS, 8), 16) if coupled else None
     linear, _ = round_linear_(weight, upper, [RowGroup(bits, GROUP) for bits in widths], order, ones, outputs)
     linear.validate("l")
     linear.dequantize()

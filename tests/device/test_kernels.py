@@ -14,7 +14,6 @@ import pytest
 import torch
 from bpwise.convert.exl2.file.layout import RowGroup
 from bpwise.convert.exl2.file.linear import QuantizedLinear
-from bpwise.convert.exl2.rounding import coupling
 from bpwise.convert.exl2.rounding.feedback import errors_by_group
 from torch import Tensor
 
@@ -38,11 +37,6 @@ def kernel() -> Callable[..., Tensor]:
 
     round_rows: Callable[..., Tensor] = kernels.round_rows
     return round_rows
-
-
-@pytest.fixture(autouse=True)
-def small_sets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coupling, "_SETS", 4)
 
 
 def both(round_: Callable[[], Any], kernel: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:

@@ -10,9 +10,9 @@ from bpwise.convert.conversion import Target
 from bpwise.convert.exl2.curves import Exl2Curves
 from bpwise.convert.exl2.file.layout import RowGroup
 from bpwise.convert.exl2.rounding import feedback
-from bpwise.convert.exl2.rounding.coupling import OutputFeedback
 from bpwise.convert.opening import verify_model
 from bpwise.eval.comparison import EvalConfig
+from bpwise.linalg.outputs import OutputFeedback
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig, measure_model
 from bpwise.measure.text.calibration import CalibrationConfig
@@ -123,7 +123,7 @@ def test_the_kernel_rounds_as_the_loop(rank: int, monkeypatch: pytest.MonkeyPatc
         each.cuda() for each in (problem.weight, problem.upper, problem.order, problem.column_weights)
     )
     coupling = torch.randn(600, rank, generator=torch.Generator().manual_seed(0)) / 4
-    outputs = OutputFeedback.of(fisher, coupling)
+    outputs = OutputFeedback.of(fisher, coupling, 16)
     found, errors = feedback.round_linear(weight, upper, groups, order, fisher, outputs)
     monkeypatch.setattr(feedback, "row_kernel", lambda _device, _rows: None)
     loop, loop_errors = feedback.round_linear(weight, upper, groups, order, fisher, outputs)

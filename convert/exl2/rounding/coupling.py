@@ -1,82 +1,22 @@
-"""Feedback between outputs: what an error in some outputs of a linear does to the loss, others can take back.
-
-Legend: dW (K, out) is a linear's error; H the Gram matrix of its inputs; G = mean g g^T over tokens, g = dL/dy, the
-Fisher matrix of its outputs. The damage is ``0.5 tr(G dW^T H dW)``. Outputs are rounded set by set; with dW_D the error
-of the sets that are done, the rest does best to err by ``-dW_D G_DR G_RR^-1``, whatever H is. G is kept as
-``diag(D) + V V^T`` with few columns V, so that ``G_DR G_RR^-1 = V_D (1 + V_R^T D_R^-1 V_R)^-1 V_R^T D_R^-1``.
-Source: two-sided feedback of YAQA (Tseng et al., arXiv 2505.22988); the low rank and the sets are ours.
-"""
+"""Rounding one row group with feedback between outputs too: set of outputs after set, see ``bpwise.linalg.outputs``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ....linalg.precision import in_float64
+from ....linalg.outputs import OutputFeedback, in_sets
 
-__all__ = ["OutputFeedback", "RowRounder", "round_in_sets", "round_set_by_set"]
+__all__ = ["OUTPUT_SETS", "RowRounder", "round_in_sets", "round_set_by_set"]
 
 RowRounder = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """Rounds one row group of columns that do not depend on each other, as ``kernels.round_rows`` does."""
 
-_SETS = 16
+OUTPUT_SETS = 16
 """Sets of outputs that a linear is rounded in. Inside a set nothing is taken back: more gain a
 little and take longer."""
-
-_DAMPING = 0.1
-"""Added to D, relative to the mean of G's diagonal."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class OutputFeedback:
-    """The sets of a linear's outputs, and how each makes up for the errors of those before it.
-
-    Set s of n takes the outputs s, s + n, s + 2 n ...: the neighbours of an output, which correlate with it most, are
-    in other sets. Sets that come out one short are filled up with zeros.
-
-    Attributes:
-        factor: V of each set, float32, shape (sets, columns, rank).
-        gains: For each set, ``(1 + V_R^T D_R^-1 V_R)^-1 V_C^T D_C^-1`` with R the columns from this set on and C
-            those of the set itself, float32, shape (sets, rank, columns). A set moves by -(dW_D V_D) times this.
-    """
-
-    factor: Tensor
-    gains: Tensor
-
-    @classmethod
-    def of(cls, fisher: Tensor, coupling: Tensor) -> OutputFeedback | None:
-        """Prepare the sets of one linear.
-
-        Args:
-            fisher: Diagonal of G, float32, shape (out,).
-            coupling: V over the root of the diagonal, shape (out, rank), any floating dtype.
-
-        Returns:
-            The sets, or None where outputs do not correlate.
-        """
-        rank = coupling.shape[1]
-        if rank == 0 or not bool(fisher.any()):
-            return None
-        exact = in_float64(fisher)
-        factor = coupling.to(exact) * exact.sqrt()[:, None]
-        diagonal = (exact - factor.square().sum(dim=1)).clamp(min=0) + _DAMPING * exact.mean()
-        factors, scaled = (in_sets(x.T).mT for x in (factor, factor / diagonal[:, None]))  # (sets, columns, rank)
-        # From the last set to the first: every set sees itself and those after it.
-        inner = (factors.mT @ scaled).flip(0).cumsum(dim=0).flip(0)
-        inner = inner + torch.eye(rank, dtype=inner.dtype, device=inner.device)
-        gains = torch.linalg.solve(inner, scaled.mT)
-        return cls(factors.float().to(fisher.device), gains.float().to(fisher.device))
-
-
-def in_sets(values: Tensor) -> Tensor:
-    """Deal the last dimension out to the sets: (..., out) becomes (sets, ..., columns), padded with zeros."""
-    padding = -values.shape[-1] % _SETS
-    padded: Tensor = nn.functional.pad(values, (0, padding))
-    dealt: Tensor = padded.unflatten(-1, (-1, _SETS))
-    return dealt.movedim(-1, 0)
 
 
 def round_in_sets(targets: Tensor, feedback: Tensor, half: int, scales: Tensor, outputs: OutputFeedback) -> Tensor:
@@ -96,13 +36,13 @@ def round_in_sets(targets: Tensor, feedback: Tensor, half: int, scales: Tensor, 
         Codes, float32, shape (rows, out).
     """
     (rows, out), (sets, rank, columns) = targets.shape, outputs.gains.shape
-    scale = in_sets(scales)  # (sets, columns), 0 in the padding
+    scale = in_sets(scales, sets)  # (sets, columns), 0 in the padding
     factor = outputs.factor * scale[:, :, None]
     last = rows + sets - 1
     # Row i of set s is worked on at step i + s: in a buffer (steps, sets, n), (sets + 1) n after that of set s - 1.
     wanted = targets.new_zeros(last, sets, columns)
     skewed = ((rows, sets, columns), (sets * columns, (sets + 1) * columns, 1))
-    wanted.as_strided(*skewed).copy_(in_sets(targets).transpose(0, 1))
+    wanted.as_strided(*skewed).copy_(in_sets(targets, sets).transpose(0, 1))
     # A step's shift is one product: (what was seen of the sets before, feedback) times (gains, own errors so far).
     left = targets.new_zeros(last, sets, rank + last)
     width = rank + last
@@ -137,11 +77,11 @@ def round_set_by_set(
     Returns:
         Codes, float32, shape (rows, out).
     """
-    (rows, out), (_, rank, columns) = targets.shape, outputs.gains.shape
-    scale = in_sets(scales)  # (sets, columns), 0 in the padding
+    (rows, out), (sets, rank, columns) = targets.shape, outputs.gains.shape
+    scale = in_sets(scales, sets)  # (sets, columns), 0 in the padding
     factor = outputs.factor * scale[:, :, None]
     gains = (outputs.gains / torch.where(scale > 0, scale, 1)[:, None]).contiguous()
-    wanted = in_sets(targets).contiguous()  # (sets, rows, columns)
+    wanted = in_sets(targets, sets).contiguous()  # (sets, rows, columns)
     halves = targets.new_full((columns,), half)
     seen = targets.new_zeros(rows, rank)
     codes = []

@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from ....errors import BpwiseWarning
+from ....linalg.outputs import OutputFeedback
 from ..file.layout import RowGroup
 from ..file.linear import QuantizedLinear
-from .coupling import OutputFeedback, RowRounder, round_in_sets, round_set_by_set
+from .coupling import RowRounder, round_in_sets, round_set_by_set
 from .grid import GroupGrid, WidthTables, search_grids
 
 __all__ = ["errors_by_group", "round_linear", "round_linear_", "row_kernel"]

@@ -15,6 +15,7 @@ from torch import Tensor
 from ....checkpoint.model.families import HEAD
 from ....checkpoint.source.language import LanguageModel
 from ....linalg.hessian import Hessian, factor_hessian
+from ....linalg.outputs import OutputFeedback
 from ....measure.measurement import MeasuredLinear, Measurement
 from ....progress import Progress
 from ...rounding import RoundedModel, Rounder, rounding_damping
@@ -24,7 +25,7 @@ from ..file.layout import RowGroup
 from ..file.linear import QuantizedLinear
 from ..plan.measured import exl2_curves
 from ..plan.plan import Exl2Plan, LinearPlan
-from .coupling import OutputFeedback
+from .coupling import OUTPUT_SETS
 from .feedback import round_linear_
 
 __all__ = ["Exl2Rounder", "rounded_linear", "tune_rounded"]
@@ -55,7 +56,8 @@ class Exl2Rounder(Rounder):
         order = self._stored_order(plan).to(target.device)
         factor = factor_hessian(hessian.gram, rounding_damping(measured), order=order)
         fisher = torch.from_numpy(measured.fisher).to(target.device)
-        outputs = OutputFeedback.of(fisher, torch.from_numpy(measured.coupling)) if self._couple_outputs else None
+        coupling = torch.from_numpy(measured.coupling)
+        outputs = OutputFeedback.of(fisher, coupling, OUTPUT_SETS) if self._couple_outputs else None
         linear, _ = round_linear_(target, factor.upper, plan.stored_groups, order, fisher, outputs)
         linear.validate(plan.name)
         return _pack(linear, factor.damping)

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from ....linalg.hessian import FEW_CHANNELS, SIGNS
+from ....linalg.outputs import OutputFeedback
 from ....linalg.work import Elements, Factors, Kind, Products, Sample, Solves, Work
 from ....measure.statistics.sketch import COUPLING_RANK
 from ...rounding import FormatWork
 from ...tuning.fit import STEP_TOKENS
 from ..file.layout import WIDTHS, RowGroup, group_rows
-from .coupling import OutputFeedback
+from .coupling import OUTPUT_SETS
 from .curves import SAMPLED_COLUMNS
 from .feedback import errors_by_group, round_linear_
 
@@ -54,7 +55,8 @@ class RoundedRows(Kind):
         """See ``Kind``."""
         weight, upper = _weight(self.rows, self.columns, device), _factor(self.rows, device)
         fisher = torch.ones(self.columns, device=device)
-        outputs = OutputFeedback.of(fisher, _weight(self.columns, min(COUPLING_RANK, self.columns), device))
+        coupling = _weight(self.columns, min(COUPLING_RANK, self.columns), device)
+        outputs = OutputFeedback.of(fisher, coupling, OUTPUT_SETS)
         groups, order = [RowGroup(_BITS, self.rows)], torch.arange(self.rows, device=device)
         run = lambda: round_linear_(weight.clone(), upper, groups, order, fisher, outputs)  # noqa: E731
         return Sample(run, self.rows * self.columns)

@@ -1,8 +1,8 @@
 """Takes ggml's scalar-grid blocks apart into codes, scales and offsets, and puts other codes back.
 
 In these types every weight is ``scale * level + offset`` with a level of its own, so a rounding with error feedback
-can keep the scales that ggml's encoder chose and choose the codes anew. The other types (IQ1 to IQ3) code four or
-eight weights together and cannot be treated so. Source of the layouts: ggml's ``ggml-common.h`` and the
+can keep the scales that ggml's encoder chose and choose the codes anew. For types that code four or eight weights
+together (IQ1 to IQ3), see ``codebooks``. Source of the layouts: ggml's ``ggml-common.h`` and the
 ``dequantize_row_*`` functions in ``ggml-quants.c``.
 """
 

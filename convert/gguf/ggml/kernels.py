@@ -92,8 +92,8 @@ def encode(weights: Tensor, kind: GgmlType, importance: Tensor | None = None, *,
     Args:
         weights: Shape (rows, row_weights), float32, on the CPU.
         kind: The type to make.
-        importance: Weight of each column's squared error, dimensionless: shape (row_weights,), float32, not
-            negative. llama.cpp takes the mean square of the column's inputs.
+        importance: Weight of each column's squared error, dimensionless, float32, not negative: shape (row_weights,),
+            or (rows, row_weights) for others in every row. llama.cpp takes the mean square of the column's inputs.
         threads: Number of threads to split the rows over; the result does not depend on it.
 
     Returns:
@@ -119,7 +119,7 @@ def encode(weights: Tensor, kind: GgmlType, importance: Tensor | None = None, *,
         stored = weights.to(_FLOATS[kind.name]).contiguous()
         return stored.view(torch.uint8).numpy().reshape(rows, row_bytes).copy()
     if importance is not None:
-        _check_importance(where, importance, row_weights, largest)
+        _check_importance(where, importance, rows, row_weights, largest)
         importance = importance.contiguous()
     elif kind.needs_importance:
         raise ConfigError(
@@ -131,11 +131,18 @@ def encode(weights: Tensor, kind: GgmlType, importance: Tensor | None = None, *,
     library = _library()
     weights = weights.contiguous()
     important = None if importance is None else importance.data_ptr()
+    by_row = importance is not None and importance.ndim == 2
+    stride = row_weights * weights.element_size()
 
     def work(first: int, last: int) -> None:
-        source = weights.data_ptr() + first * row_weights * weights.element_size()
         target = result.ctypes.data + first * row_bytes
-        size = library.ggml_quantize_chunk(kind.id, source, target, 0, last - first, row_weights, important)
+        size = 0
+        step = 1 if by_row else last - first
+        for row in range(first, last, step):
+            own = important + row * stride if by_row and important else important
+            place = result.ctypes.data + row * row_bytes
+            source = weights.data_ptr() + row * stride
+            size += library.ggml_quantize_chunk(kind.id, source, place, 0, step, row_weights, own)
         assert size == (last - first) * row_bytes, f"{where}: ggml wrote {size} bytes"
         if not library.ggml_validate_row_data(kind.id, target, size):
             raise NumericalError(
@@ -203,9 +210,10 @@ def _largest_weight(where: str, weights: Tensor, kind: GgmlType) -> float:
     return largest
 
 
-def _check_importance(where: str, importance: Tensor, row_weights: int, largest_weight: float) -> None:
-    if tuple(importance.shape) != (row_weights,):
-        raise ShapeError(where, "importances", got=tuple(importance.shape), expected=(row_weights,))
+def _check_importance(where: str, importance: Tensor, rows: int, row_weights: int, largest_weight: float) -> None:
+    expected = (row_weights,) if importance.ndim < 2 else (rows, row_weights)
+    if tuple(importance.shape) != expected:
+        raise ShapeError(where, "importances", got=tuple(importance.shape), expected=expected)
     if importance.dtype != torch.float32 or importance.device.type != "cpu":
         raise FormatError(
             f"{where}: importances are {importance.dtype} on {importance.device}. Expected CPU float32."

@@ -16,7 +16,7 @@ from .types import GgmlType, ggml_type
 
 __all__ = ["EncodedWeights", "GgufWork", "TriedTypes"]
 
-_WITH_TABLES = 0.4
+_WITH_TABLES = 1.1
 """What the types that need search tables take beside all others, on the fewer outputs that they are measured on."""
 
 _TABLE_ROWS = 75_000

@@ -22,7 +22,7 @@ __all__ = ["CURVES_VERSION", "NAME", "GgufMeasured", "gguf_curves", "held_as"]
 NAME = "gguf"
 """Of the format, which its curves lie under."""
 
-CURVES_VERSION = 2
+CURVES_VERSION = 3
 """Raised when tensors or header change meaning."""
 
 _NOT_MEASURED = (

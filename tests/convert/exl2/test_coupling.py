@@ -1,20 +1,15 @@
-import bpwise.convert.exl2.rounding.coupling as coupling_module
+import bpwise.linalg.outputs as outputs_module
 import pytest
 import torch
 from bpwise.convert.exl2.file.layout import RowGroup
 from bpwise.convert.exl2.file.linear import QuantizedLinear
-from bpwise.convert.exl2.rounding.coupling import OutputFeedback
 from bpwise.convert.exl2.rounding.feedback import round_linear
 from bpwise.linalg.hessian import factor_hessian
+from bpwise.linalg.outputs import OutputFeedback
 from torch import Tensor
 
 DAMPING = 0.02
 GROUPS = [RowGroup(4, 32), RowGroup(2, 32)]
-
-
-@pytest.fixture(autouse=True)
-def small_sets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coupling_module, "_SETS", 4)
 
 
 class Problem:
@@ -43,11 +38,11 @@ class Problem:
         """G with its damping, float64."""
         factor = self.coupling.double() * self.fisher.double().sqrt()[:, None]
         matrix = factor @ factor.T
-        matrix.diagonal().copy_(self.fisher.double() + coupling_module._DAMPING * self.fisher.double().mean())
+        matrix.diagonal().copy_(self.fisher.double() + outputs_module._DAMPING * self.fisher.double().mean())
         return matrix
 
     def round(self, *, coupled: bool) -> tuple[QuantizedLinear, Tensor]:
-        outputs = OutputFeedback.of(self.fisher, self.coupling) if coupled else None
+        outputs = OutputFeedback.of(self.fisher, self.coupling, 4) if coupled else None
         return round_linear(self.weight, self.upper, GROUPS, self.order, self.fisher, outputs)
 
     def damage(self, linear: QuantizedLinear) -> float:
@@ -149,7 +144,7 @@ def test_result_follows_the_format() -> None:
     ],
 )
 def test_nothing_to_answer_to(fisher: Tensor, coupling: Tensor) -> None:
-    assert OutputFeedback.of(fisher, coupling) is None
+    assert OutputFeedback.of(fisher, coupling, 4) is None
 
 
 def test_outputs_that_do_not_correlate_are_rounded_each_for_itself() -> None:
