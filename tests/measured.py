@@ -117,7 +117,7 @@ def gguf_of(
     none = np.zeros((0, len(types)), dtype=np.float32)
     linears = {name: {"damage_nats": np.stack(parts) if parts else none} for name, parts in damages.items()}
     header = {"types": list(types), "file": layout.to_json()}
-    return FormatCurves(version=2, header=header, linears=linears, table={"damage_nats": table})
+    return FormatCurves(version=3, header=header, linears=linears, table={"damage_nats": table})
 
 
 def damage_of(measurement: Measurement, name: str, format_: str = EXL2) -> NDArray[np.float32]:

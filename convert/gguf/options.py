@@ -19,7 +19,7 @@ class GgufOptions(FormatOptions):
     """Options of a GGUF output.
 
     Attributes:
-        overrides: Types that tensors must have.
+        overrides: Types that tensors must have, or may.
         feedback: Whether linears are rounded with error feedback, block after block on what the quantized blocks before
             give them; otherwise by ggml alone, as llama-quantize does, in seconds. The plan is the same.
         effort: ``high`` fits factors of the blocks' scales to the original's predictions in the end (see
@@ -39,7 +39,8 @@ class GgufOptions(FormatOptions):
         metavar="PATTERN=WHAT",
         parse=TypeOverride.parse,
         commands=("plan", "quantize"),
-        help="Fix the type of tensors whose names match: 'blk.0.*=Q8_0'. Repeatable; the last match counts.",
+        help="Fix the type of tensors whose names match, or the types to choose from: 'blk.0.*=Q8_0', '*=Q4_K,Q6_K'. "
+        "Repeatable; the last match counts.",
     )
     feedback: bool = option(
         "--no-feedback",

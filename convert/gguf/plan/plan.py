@@ -45,30 +45,35 @@ def type_shares(weights: Iterable[tuple[GgmlType, int]]) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class TypeOverride:
-    """A type that the user asks for.
+    """A type that the user asks for, or several to choose from.
 
     Attributes:
         pattern: Shell pattern of names, with or without ``.weight``: of a tensor in the file (``blk.0.*``), or of a
             linear that it is made of (``model.layers.0.*``).
-        kind: The type.
+        kinds: The types, at least one.
     """
 
     pattern: str
-    kind: GgmlType
+    kinds: tuple[GgmlType, ...]
 
     @classmethod
     def parse(cls, text: str) -> TypeOverride:
-        """Read ``PATTERN=TYPE``.
+        """Read ``PATTERN=TYPE[,TYPE...]``.
 
         Raises:
             ConfigError: It has another form, or there is no such type.
         """
-        pattern, equals, name = text.rpartition("=")
+        pattern, equals, names = text.rpartition("=")
         if not (pattern and equals):
             raise ConfigError(
-                f"--override: not usable. Got {text!r}. Expected PATTERN=TYPE, for example 'blk.0.*=Q8_0'. Correct it."
+                f"--override: not usable. Got {text!r}. Expected PATTERN=TYPE[,TYPE...], for example 'blk.0.*=Q8_0'. "
+                "Correct it."
             )
-        return cls(pattern, ggml_type(name))
+        return cls(pattern, tuple(ggml_type(name) for name in names.split(",")))
+
+    def __str__(self) -> str:
+        """Return it as it is asked for."""
+        return f"{self.pattern}={','.join(kind.name for kind in self.kinds)}"
 
     def matches(self, names: Iterable[str]) -> bool:
         """Return whether the pattern means a tensor.

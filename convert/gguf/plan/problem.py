@@ -230,10 +230,7 @@ def _restricted(
     matched = [[each for each in overrides if each.matches((x.name, *x.linears))] for x in candidates]
     for override in overrides:
         if not any(override in each for each in matched):
-            raise ConfigError(
-                f"--override {override.pattern}={override.kind.name}: no tensor has such a name. "
-                "`bpwise plan` lists the names."
-            )
+            raise ConfigError(f"--override {override}: no tensor has such a name. `bpwise plan` lists the names.")
     return tuple(
         _overridden(candidate, asked[-1], measured) if asked else candidate
         for candidate, asked in zip(candidates, matched, strict=True)
@@ -241,16 +238,23 @@ def _restricted(
 
 
 def _overridden(candidate: Candidate, override: TypeOverride, measured: Sequence[str]) -> Candidate:
-    kind: GgmlType = override.kind
     row_weights = candidate.shape[-1]
-    if not kind.fits(row_weights):
+    fitting = [kind for kind in override.kinds if kind.fits(row_weights)]
+    if not fitting:
+        least = min(override.kinds, key=lambda kind: kind.block_weights)
         raise ConfigError(
-            f"--override {override.pattern}={kind.name}: {candidate.name} has rows of {row_weights} weights. Expected "
-            f"a multiple of {kind.block_weights} for this type. Choose one of {', '.join(candidate.damage_nats)}."
+            f"--override {override}: {candidate.name} has rows of {row_weights} weights. Expected "
+            f"a multiple of {least.block_weights} for {least.name}. Choose one of {', '.join(candidate.damage_nats)}."
         )
-    if kind.quantized and (kind.name not in measured or (kind.needs_importance and not candidate.measured)):
+    known = [kind for kind in fitting if _known(kind, candidate, measured)]
+    if not known:
         raise ConfigError(
-            f"--override {override.pattern}={kind.name}: the measurement does not know this type of {candidate.name}. "
-            "Choose another."
+            f"--override {override}: the measurement does not know this type of {candidate.name}. Choose another."
         )
-    return replace(candidate, damage_nats={kind.name: candidate.damage_nats.get(kind.name, 0.0)})
+    if not candidate.measured:  # damages are not known, so there is no choosing
+        known = [max(known, key=lambda kind: kind.bits_per_weight)]
+    return replace(candidate, damage_nats={kind.name: candidate.damage_nats.get(kind.name, 0.0) for kind in known})
+
+
+def _known(kind: GgmlType, candidate: Candidate, measured: Sequence[str]) -> bool:
+    return not kind.quantized or (kind.name in measured and not (kind.needs_importance and not candidate.measured))

@@ -123,9 +123,29 @@ def test_the_last_override_wins() -> None:
     assert [kinds[name].name for name in shapes(True)] == ["Q8_0", "F16", "Q4_K", "Q8_0"]
 
 
+def test_several_types_leave_a_choice() -> None:
+    asked = [TypeOverride.parse("*=q8_0,Q4_0,F16"), TypeOverride.parse("blk.1.ffn_down=F16")]
+    plan = make_gguf_plan(measurement(), bpw=11.0, overrides=asked)
+    kinds = {name: kind.name for name, kind in plan.kinds.items()}
+    assert set(kinds.values()) <= {"Q8_0", "Q4_0", "F16"}
+    assert kinds["blk.1.ffn_down.weight"] == "F16"
+    assert plan.bpw <= 11.0
+    # Of these, every way to keep to the size costs at least as much.
+    names = [name for name in kinds if name != "blk.1.ffn_down.weight"]
+    problem = {each.name: each for each in measured_problem(measurement(), asked).candidates}
+    costs = []
+    for chosen in itertools.product(("Q8_0", "Q4_0", "F16"), repeat=len(names)):
+        pairs = [*zip(names, chosen, strict=True), ("blk.1.ffn_down.weight", "F16")]
+        sizes = [dict(zip(problem[n].damage_nats, problem[n].sizes, strict=True))[kind] for n, kind in pairs]
+        if sum(sizes) + plan.other_bytes <= plan.target_bytes:
+            costs.append(sum(problem[n].damage_nats[kind] for n, kind in pairs))
+    assert plan.damage_nats == pytest.approx(min(costs), rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("*=Q4_K,IQ4_XS", "multiple of 256 for"),
         ("blk.7.*=Q8_0", "no tensor"),
         ("*.q_proj=Q4_K", "multiple of 256"),
         ("*.down_proj=Q6_K", "does not know this type"),
@@ -274,7 +294,7 @@ def test_refuses_a_measurement_without_types() -> None:
     with pytest.raises(ConfigError, match=r"pip install '.\[gguf\]'"):
         make_gguf_plan(replace(measurement(), curves={}), bpw=6.0)
     curves = measurement().curves[GGUF]
-    with pytest.raises(FormatError, match=r"of another version. Got 1. Expected 2. Measure the model again"):
+    with pytest.raises(FormatError, match=r"of another version. Got 1. Expected 3. Measure the model again"):
         make_gguf_plan(replace(measurement(), curves={GGUF: replace(curves, version=1)}), bpw=6.0)
 
 
