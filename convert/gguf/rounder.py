@@ -17,7 +17,7 @@ from ...linalg.parallel import cores
 from ...measure.measurement import MeasuredLinear, Measurement
 from ..rounding import RoundedModel, Rounder, rounding_damping
 from .ggml.kernels import Bytes, GgmlType, decode, encode
-from .ggml.rounding import ENCODING, round_to_type
+from .ggml.rounding import OUTPUT_SETS, round_to_type
 from .llama_cpp.importance import table_importance
 from .plan.plan import GgufPlan
 from .rows.rowmap import Part, RowMap
@@ -27,9 +27,6 @@ __all__ = ["GgufRounder", "rounded_matrices", "squared_distance", "tensor_distan
 
 _SLICE_OUTPUTS = 16384
 """Outputs that are rounded together, each for itself: few enough for the temporaries of an output head to be small."""
-
-_SETS = 4
-"""Sets of outputs that a linear is rounded in, each making up for the errors of those before it."""
 
 
 class GgufRounder(Rounder):
@@ -168,21 +165,13 @@ def _outputs(measured: MeasuredLinear, part: Part) -> OutputFeedback | None:
     if part.factors is not None:
         factors = torch.from_numpy(part.factors)
         fisher, coupling = fisher / factors.square(), coupling * factors.sign()[:, None]
-    return OutputFeedback.of(fisher, coupling, _SETS)
+    return OutputFeedback.of(fisher, coupling, OUTPUT_SETS)
 
 
 def _encoded(target: Tensor, upper: Tensor, kind: GgmlType, outputs: OutputFeedback | None) -> Bytes:
-    if outputs is None:
-        return np.concatenate([round_to_type(x, upper, kind) for x in target.split(_SLICE_OUTPUTS, dim=1)])
-    target, upper = target.to(ENCODING), upper.to(ENCODING)
-    data = np.empty((target.shape[1], kind.row_bytes(len(target))), dtype=np.uint8)
-    seen = target.new_zeros(len(target), outputs.factor.shape[2])
-    for first, (factor, gains) in enumerate(zip(outputs.factor, outputs.gains, strict=True)):
-        own = target[:, first::_SETS]
-        count = own.shape[1]
-        data[first::_SETS] = found = round_to_type(own + seen @ gains[:, :count], upper, kind)
-        seen += (own - decode(found, kind).T) @ factor[:count]
-    return data
+    if outputs is not None:
+        return round_to_type(target, upper, kind, outputs)
+    return np.concatenate([round_to_type(x, upper, kind) for x in target.split(_SLICE_OUTPUTS, dim=1)])
 
 
 def squared_distance(data: Bytes, original: Tensor, kind: GgmlType) -> Tensor:

@@ -18,15 +18,18 @@ where codes stand for several weights, and the factor of H in the place of that 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from ....linalg.outputs import OutputFeedback
 from .blocks import GRID_TYPES, repack, unpack
 from .codebooks import CODEBOOK_TYPES, codebook, codes_of, nearest, recode, scales_of
 from .kernels import Bytes, GgmlType, decode, encode
 
-__all__ = ["ENCODING", "expected_errors", "round_to_type"]
+__all__ = ["ENCODING", "OUTPUT_SETS", "SWEEPS", "expected_errors", "round_to_type"]
 
 ENCODING = torch.device("cpu")
 """Where ggml's encoder is, and with it all that waits for it, whatever the device of the weights."""
@@ -34,14 +37,19 @@ ENCODING = torch.device("cpu")
 _AS_GIVEN = frozenset({"Q6_K", "Q8_0", "MXFP4"})
 """Types for which ggml takes importances as they are, or not at all."""
 
-_SWEEPS = 2
+SWEEPS = 2
 """How often codes are chosen again. The first sweep takes about 10 % of the error, the second 3 %, a third 1 %."""
+
+OUTPUT_SETS = 4
+"""Sets of outputs that a linear is rounded in, each making up for the errors of those before it."""
 
 _CHUNK = 256
 """Rows that are swept between two products with all others; a whole number of every type's blocks."""
 
 
-def round_to_type(weight: Tensor, upper: Tensor, kind: GgmlType, *, threads: int = 1) -> Bytes:
+def round_to_type(
+    weight: Tensor, upper: Tensor, kind: GgmlType, outputs: OutputFeedback | None = None, *, threads: int = 1
+) -> Bytes:
     """Round one linear.
 
     Inside a block ggml is to weigh the squared errors of input feature k by R_kk^2: what an error costs after feedback.
@@ -50,6 +58,7 @@ def round_to_type(weight: Tensor, upper: Tensor, kind: GgmlType, *, threads: int
         weight: The weight to represent, float32, shape (K, out).
         upper: R, rows in the order of the input features, float32, shape (K, K).
         kind: A quantized type; K must be a whole number of its blocks.
+        outputs: How outputs make up for each other's errors; None rounds each for itself.
         threads: Threads that ggml's encoder splits the outputs over.
 
     Returns:
@@ -61,24 +70,17 @@ def round_to_type(weight: Tensor, upper: Tensor, kind: GgmlType, *, threads: int
         ShapeError: K is no whole number of blocks.
     """
     weight, upper = weight.to(ENCODING), upper.to(ENCODING)  # once, not block by block
-    row_weights, outputs = weight.shape
-    data = np.empty((outputs, kind.row_bytes(row_weights)), dtype=np.uint8)
-    missed, errors = torch.empty_like(weight), torch.empty_like(weight)  # D and E
-    for first in range(0, row_weights, kind.block_weights):
-        rows = slice(first, first + kind.block_weights)
-        root = upper[rows, rows]
-        target = weight[rows]
-        if first:
-            earlier = upper[:first, rows].T @ missed[:first]
-            target = target + torch.linalg.solve_triangular(root.T, earlier, upper=False)
-        encoded = _scaled(target.T.contiguous(), kind, root.diagonal().square(), threads)
-        encoded, error = _fed_back(target[None], root[None], encoded, kind, threads)
-        errors[rows] = error[0]
-        data[:, _bytes_of(rows, kind)] = encoded
-        torch.sub(weight[rows], decode(encoded, kind, threads=threads).T, out=missed[rows])
-    if kind.name in GRID_TYPES or kind.name in CODEBOOK_TYPES:
-        for _ in range(_SWEEPS):
-            _sweep(data, weight, missed, errors, upper, kind)
+    grams = _chunk_grams(upper) if kind.name in GRID_TYPES or kind.name in CODEBOOK_TYPES else []
+    if outputs is None:
+        return _rounded(weight, upper, grams, kind, threads)
+    data = np.empty((weight.shape[1], kind.row_bytes(len(weight))), dtype=np.uint8)
+    seen = weight.new_zeros(len(weight), outputs.factor.shape[2])
+    sets = len(outputs.factor)
+    for first, (factor, gains) in enumerate(zip(outputs.factor, outputs.gains, strict=True)):
+        own = weight[:, first::sets]
+        count = own.shape[1]
+        data[first::sets] = found = _rounded(own + seen @ gains[:, :count], upper, grams, kind, threads)
+        seen += (own - decode(found, kind, threads=threads).T) @ factor[:count]
     return data
 
 
@@ -106,6 +108,34 @@ def expected_errors(weight: Tensor, upper: Tensor, kind: GgmlType) -> Tensor:
     _, errors = _fed_back(targets, roots, encoded, kind, threads=1)
     squares: Tensor = errors.square().sum(dim=(0, 1))
     return squares
+
+
+def _rounded(weight: Tensor, upper: Tensor, grams: Sequence[Tensor], kind: GgmlType, threads: int) -> Bytes:
+    row_weights, outputs = weight.shape
+    data = np.empty((outputs, kind.row_bytes(row_weights)), dtype=np.uint8)
+    missed, errors = torch.empty_like(weight), torch.empty_like(weight)  # D and E
+    for first in range(0, row_weights, kind.block_weights):
+        rows = slice(first, first + kind.block_weights)
+        root = upper[rows, rows]
+        target = weight[rows]
+        if first:
+            earlier = upper[:first, rows].T @ missed[:first]
+            target = target + torch.linalg.solve_triangular(root.T, earlier, upper=False)
+        encoded = _scaled(target.T.contiguous(), kind, root.diagonal().square(), threads)
+        encoded, error = _fed_back(target[None], root[None], encoded, kind, threads)
+        errors[rows] = error[0]
+        data[:, _bytes_of(rows, kind)] = encoded
+        torch.sub(weight[rows], decode(encoded, kind, threads=threads).T, out=missed[rows])
+    if grams:
+        for _ in range(SWEEPS):
+            _sweep(data, weight, missed, errors, upper, grams, kind)
+    return data
+
+
+def _chunk_grams(upper: Tensor) -> list[Tensor]:
+    # H of the rows of every chunk.
+    roots = (upper[first : first + _CHUNK, first:] for first in range(0, len(upper), _CHUNK))
+    return [root @ root.T for root in roots]
 
 
 def _scaled(rows: Tensor, kind: GgmlType, importance: Tensor, threads: int) -> Bytes:
@@ -148,15 +178,22 @@ def _fed_back(targets: Tensor, roots: Tensor, encoded: Bytes, kind: GgmlType, th
     return encoded, roots.mT @ missed
 
 
-def _sweep(data: Bytes, weight: Tensor, missed: Tensor, errors: Tensor, upper: Tensor, kind: GgmlType) -> None:
+def _sweep(
+    data: Bytes,
+    weight: Tensor,
+    missed: Tensor,
+    errors: Tensor,
+    upper: Tensor,
+    grams: Sequence[Tensor],
+    kind: GgmlType,
+) -> None:
     # Chooses all codes again, in place; D and E follow.
-    for first in range(0, len(weight), _CHUNK):
-        rows = slice(first, min(first + _CHUNK, len(weight)))
+    for first, gram in zip(range(0, len(weight), _CHUNK), grams, strict=True):
+        rows = slice(first, first + len(gram))
         root = upper[rows, first:]
-        gram, slopes = root @ root.T, root @ errors[first:]  # H_SS and (H D)_S
         place = _bytes_of(rows, kind)
-        encoded, moves = _chosen_again(weight[rows] - missed[rows], gram, slopes, data[:, place].copy(), kind)
-        data[:, place] = encoded
+        values, slopes = weight[rows] - missed[rows], root @ errors[first:]  # Q_S and (H D)_S
+        data[:, place], moves = _chosen_again(values, gram, slopes, data[:, place].copy(), kind)
         missed[rows] += moves
         errors[first:].addmm_(root.T, moves)
 

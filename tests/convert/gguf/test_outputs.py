@@ -3,15 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from bpwise.convert.gguf import rounder
 from bpwise.convert.gguf.ggml.kernels import decode, ggml_type
-from bpwise.convert.gguf.ggml.rounding import round_to_type
+from bpwise.convert.gguf.ggml.rounding import OUTPUT_SETS, round_to_type
 from bpwise.linalg.hessian import factor_hessian
 from bpwise.linalg.outputs import OutputFeedback
 
 pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
 
-SETS = rounder._SETS
+SETS = OUTPUT_SETS
 KIND = ggml_type("Q4_0")
 
 
@@ -59,7 +58,7 @@ def by_definition(problem: Problem) -> np.ndarray:
 def test_sets_of_outputs_follow_the_definition() -> None:
     problem = Problem()
     outputs = OutputFeedback.of(problem.fisher, problem.coupling, SETS)
-    found = rounder._encoded(problem.weight, problem.upper, KIND, outputs)
+    found = round_to_type(problem.weight, problem.upper, KIND, outputs)
     # A tie that float32 breaks another way changes what comes after it: the damage is the same to 1 %.
     assert problem.damage(found) == pytest.approx(problem.damage(by_definition(problem)), rel=0.01)
     assert np.mean(found == by_definition(problem)) > 0.95
@@ -68,5 +67,5 @@ def test_sets_of_outputs_follow_the_definition() -> None:
 def test_answering_to_each_other_pays() -> None:
     problem = Problem()
     outputs = OutputFeedback.of(problem.fisher, problem.coupling, SETS)
-    alone = rounder._encoded(problem.weight, problem.upper, KIND, None)
-    assert problem.damage(rounder._encoded(problem.weight, problem.upper, KIND, outputs)) < 0.8 * problem.damage(alone)
+    alone = round_to_type(problem.weight, problem.upper, KIND)
+    assert problem.damage(round_to_type(problem.weight, problem.upper, KIND, outputs)) < 0.8 * problem.damage(alone)
