@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +99,9 @@ def test_nothing_installs_a_name_that_is_not_published(name: str, project: dict[
     asked = {extra for extras in re.findall(r"'\.\[([a-z,]+)\]'", text) for extra in extras.split(",")}
     asked |= set(re.findall(r"install_command\(['\"](\w+)['\"]\)", text))
     assert asked <= project["optional-dependencies"].keys()
+
+
+def test_runs_as_a_module(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bpwise", "--version"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert ran.stdout == f"bpwise, version {bpwise.__version__}\n"
