@@ -24,7 +24,8 @@ class Differences:
         all_bytes: Of all numbers.
         integers: Whole numbers that differ: places in orders of rows.
         damage: Largest difference of a damage, relative to itself.
-        others: Largest difference of any other number, relative to the largest of its tensor.
+        others: Largest difference of any other number, relative to the largest of its tensor. Directions in which
+            outputs act together have no sign.
     """
 
     changed_bytes: int
@@ -40,7 +41,7 @@ def differences(first: Path, second: Path) -> Differences:
     assert one.keys() == other.keys()
     pairs = {name: (one[name], other[name]) for name in one}
     damages = [pair for name, pair in pairs.items() if name.endswith("damage_nats")]
-    rest = [pair for name, pair in pairs.items() if not name.endswith("damage_nats")]
+    rest = [_alike(name, a, b) for name, (a, b) in pairs.items() if not name.endswith("damage_nats")]
     return Differences(
         changed_bytes=sum(int((_bytes(a) != _bytes(b)).sum()) for a, b in pairs.values()),
         all_bytes=sum(a.nbytes for a in one.values()),
@@ -48,6 +49,13 @@ def differences(first: Path, second: Path) -> Differences:
         damage=max(_largest(a, b, np.abs(a.astype(float))) for a, b in damages),
         others=max(_largest(a, b, np.abs(a.astype(float)).max(initial=0)) for a, b in rest if a.dtype.kind == "f"),
     )
+
+
+def _alike(name: str, one: NDArray[Any], other: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    if not name.endswith(".coupling"):
+        return one, other
+    turned = (one.astype(float) * other).sum(axis=0) < 0
+    return one, np.where(turned, -other, other)
 
 
 def _bytes(values: NDArray[Any]) -> NDArray[np.uint8]:
