@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import NumericalError
 from ...measure.curves import CurveInputs, CurveMaker, LinearCurves, TableInputs
+from ..carry import require_float16_range
 from .ggml.curves import measure_plain_types, measure_table, measure_types
 from .ggml.kernels import build_tables
 from .ggml.types import GgmlType
@@ -61,7 +63,12 @@ class GgufCurves(CurveMaker):
 
         Parts are the tensors that hold outputs of the linear, in the order of ``RowMap.parts``; none where no tensor
         does.
+
+        Raises:
+            NumericalError: A weight is beyond float16's range.
         """
+        for name, weight in zip(inputs.names, inputs.weights, strict=True):
+            require_float16_range(f"{name}.weight", weight, NumericalError)
         parts = [self.layout.rows.parts(self._holders.get(name, name)) for name in inputs.names]
         measured = [[torch.empty(0, len(self.kinds)) for _ in own] for own in parts]
         dampings = [inputs.damping] * len(parts)

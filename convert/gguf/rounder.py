@@ -11,10 +11,12 @@ from torch import Tensor
 
 from ...checkpoint.source.checkpoint import Checkpoint
 from ...checkpoint.source.language import language_model
+from ...errors import NumericalError
 from ...linalg.hessian import Hessian
 from ...linalg.outputs import OutputFeedback
 from ...linalg.parallel import cores
 from ...measure.measurement import MeasuredLinear, Measurement
+from ..carry import require_float16_range
 from ..rounding import RoundedModel, Rounder, rounding_damping
 from .ggml.kernels import Bytes, GgmlType, decode, encode
 from .ggml.rounding import OUTPUT_SETS, round_to_type
@@ -69,6 +71,7 @@ class GgufRounder(Rounder):
         """See ``Rounder``. Rows are rounded each for itself: see ``bpwise.convert.gguf.ggml.curves``."""
         assert self.table is not None
         weight = self._source.tensor(f"{self.table}.weight").float()
+        require_float16_range(f"{self.table}.weight", weight, NumericalError)
         made = {}
         for number, part, kind in self.planned(self.table):
             importance = table_importance(self._measurement) if kind.quantized else None

@@ -45,7 +45,8 @@ _UNIT_FACTORS = (0.70, 0.78, 0.85, 0.90, 0.95, 1.00, 1.06, 1.12)
 """Trial units, as multiples of the one whose largest code gives the largest wanted scale."""
 
 _SMALLEST_UNIT = 2.0**-24
-_LARGEST_UNIT = 255.0
+_LARGEST_UNIT = 65504.0 / 256
+"""At codes of one step: the largest scale is 256 units, and readers multiply it by up to 2^(bits - 1) in float16."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,12 +75,14 @@ class WidthTables:
         halves: ``2^(bits - 1)`` of each, int64, shape (S, 1): codes run from -half to half - 1.
         logs: Logarithms of the ends of each one's ``_SCALE_RANGE``, float32, shape (S, 2).
         units: ``_UNIT_FACTORS``, float32, shape (units, 1).
+        limits: The smallest and the largest unit of each, float32, shape (2, S).
     """
 
     bits: tuple[int, ...]
     halves: Tensor
     logs: Tensor
     units: Tensor
+    limits: Tensor
 
     @classmethod
     def of(cls, bits: Sequence[int], device: torch.device) -> WidthTables:
@@ -90,13 +93,14 @@ class WidthTables:
             halves=torch.tensor([1 << (each - 1) for each in bits], device=device)[:, None],
             logs=torch.tensor(logs, device=device),
             units=torch.tensor(_UNIT_FACTORS, device=device)[:, None],
+            limits=torch.tensor([[_SMALLEST_UNIT, _LARGEST_UNIT / (1 << (each - 1))] for each in bits]).T.to(device),
         )
 
     def only(self, bits: int) -> WidthTables:
         """Return those of one of the widths; nothing is copied."""
         place = self.bits.index(bits)
         here = slice(place, place + 1)
-        return WidthTables((bits,), self.halves[here], self.logs[here], self.units)
+        return WidthTables((bits,), self.halves[here], self.logs[here], self.units, self.limits[:, here])
 
 
 def search_grids(targets: Tensor, row_weights: Tensor, column_weights: Tensor, widths: WidthTables) -> list[GroupGrid]:
@@ -123,7 +127,7 @@ def search_grids(targets: Tensor, row_weights: Tensor, column_weights: Tensor, w
     errors = _errors(targets, trials, row_weights, widths.bits)
     wanted = _at_least_error(trials, errors)
 
-    units = (wanted.amax(dim=1) / 256 * widths.units).clamp(_SMALLEST_UNIT, _LARGEST_UNIT).half().float()
+    units = (wanted.amax(dim=1) / 256 * widths.units).clamp(*widths.limits).half().float()
     # Error of the two codes around the wanted scale, read off the table of trial errors.
     lower = ((wanted / units[:, :, None]).sqrt() - 1).floor().clamp(0, 15)
     candidates = torch.stack([lower, (lower + 1).clamp(max=15)])

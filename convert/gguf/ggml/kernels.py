@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import math
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,10 +45,8 @@ _CHUNKS_PER_THREAD = 4
 _LARGEST_WEIGHT = 65504.0
 """The largest float16: blocks hold float16 scales."""
 
-_LARGEST_PRODUCT = 1e14
-"""Limit of weight times importance. ggml squares sums over 256 of them times codes up to 127 in float32, and ends
-the process where that overflows."""
-
+_LARGEST_EXPONENT = 127
+"""Of the powers of two in float32."""
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -92,7 +91,7 @@ def encode(weights: Tensor, kind: GgmlType, importance: Tensor | None = None, *,
     Args:
         weights: Shape (rows, row_weights), float32, on the CPU.
         kind: The type to make.
-        importance: Weight of each column's squared error, dimensionless, float32, not negative: shape (row_weights,),
+        importance: Weight of each column's squared error, in any unit, float32, not negative: shape (row_weights,),
             or (rows, row_weights) for others in every row. llama.cpp takes the mean square of the column's inputs.
         threads: Number of threads to split the rows over; the result does not depend on it.
 
@@ -114,13 +113,13 @@ def encode(weights: Tensor, kind: GgmlType, importance: Tensor | None = None, *,
         )
     rows, row_weights = weights.shape
     row_bytes = kind.row_bytes(row_weights)
-    largest = _largest_weight(where, weights, kind)
+    _check_weights(where, weights, kind)
     if kind.name in _FLOATS:
         stored = weights.to(_FLOATS[kind.name]).contiguous()
         return stored.view(torch.uint8).numpy().reshape(rows, row_bytes).copy()
     if importance is not None:
-        _check_importance(where, importance, rows, row_weights, largest)
-        importance = importance.contiguous()
+        _check_importance(where, importance, rows, row_weights)
+        importance = _of_order_one(importance).contiguous()
     elif kind.needs_importance:
         raise ConfigError(
             f"{where}: no importances, which this type cannot do without. Measure the model, or give an imatrix file."
@@ -192,10 +191,10 @@ def decode(data: Bytes, kind: GgmlType, *, threads: int = 1) -> Tensor:
     return result
 
 
-def _largest_weight(where: str, weights: Tensor, kind: GgmlType) -> float:
-    """Return the largest absolute weight, having made sure that the type can hold it."""
+def _check_weights(where: str, weights: Tensor, kind: GgmlType) -> None:
+    """Make sure that the type can hold the weights."""
     if not weights.numel():
-        return 0.0
+        return
     low, high = (float(edge) for edge in weights.aminmax())
     largest = max(-low, high)
     if not (np.isfinite(low) and np.isfinite(high)):
@@ -207,10 +206,9 @@ def _largest_weight(where: str, weights: Tensor, kind: GgmlType) -> float:
             f"{where}: a weight is {largest:g}. Expected at most {_LARGEST_WEIGHT:g}, float16's largest. "
             "Store this tensor as BF16."
         )
-    return largest
 
 
-def _check_importance(where: str, importance: Tensor, rows: int, row_weights: int, largest_weight: float) -> None:
+def _check_importance(where: str, importance: Tensor, rows: int, row_weights: int) -> None:
     expected = (row_weights,) if importance.ndim < 2 else (rows, row_weights)
     if tuple(importance.shape) != expected:
         raise ShapeError(where, "importances", got=tuple(importance.shape), expected=expected)
@@ -223,11 +221,13 @@ def _check_importance(where: str, importance: Tensor, rows: int, row_weights: in
         raise NumericalError(
             f"{where}: importances are NaN, infinite or negative. Expected mean squares. Measure again."
         )
-    if importance.numel() and float(importance.max()) * largest_weight > _LARGEST_PRODUCT:
-        raise NumericalError(
-            f"{where}: importance {float(importance.max()):g} at weights up to {largest_weight:g} overflows ggml. "
-            f"Expected a product of at most {_LARGEST_PRODUCT:g}. Divide the importances by their mean."
-        )
+
+
+def _of_order_one(importance: Tensor) -> Tensor:
+    # ggml squares sums of weight times importance in float32, and ends the process where that overflows. What it makes
+    # depends on ratios alone, so a power of two, which changes no digit of them, changes no bit of it.
+    _, exponent = math.frexp(float(importance.max()) if importance.numel() else 0.0)
+    return importance * 2.0 ** -max(exponent, -_LARGEST_EXPONENT)
 
 
 def _over_rows(rows: int, threads: int, work: Callable[[int, int], None]) -> None:

@@ -224,24 +224,23 @@ def _weight_by_weight(
         return values.T.repeat_interleave(blocks.sub_weights, dim=0).view_as(targets)
 
     scales, offsets = by_block(blocks.scales), by_block(blocks.offsets)
-    steps = torch.where(scales == 0, 1.0, scales)  # a scale of 0 decodes to the offset, whatever the code
+    steps = torch.where(scales == 0, 1.0, 1 / scales)  # a scale of 0 decodes to the offset, whatever the code
     levels = blocks.levels
-    lowest, highest = float(levels[0]), len(levels) - 1.0
+    lowest, highest = float(levels[0]), float(levels[-1])
     even = bool((levels == levels[0] + torch.arange(len(levels))).all())
     middles = (levels[1:] + levels[:-1]) / 2
-    missed, codes = torch.empty_like(targets), torch.empty_like(targets)
-    kept = held - offsets
-    for i, row in enumerate((targets - offsets).split(1, dim=1)):
-        here = slice(i, i + 1)
-        moved = torch.baddbmm(row, couplings[:, here, :i], missed[:, :i]) if i else row
-        wanted = moved / steps[:, here]
+    missed, chosen = torch.empty_like(targets), torch.empty_like(targets)
+    # A call takes longer than what it computes, so a row takes few.
+    parts = (targets - offsets, held - offsets, scales, steps, missed, chosen)
+    for i, (free, kept, scale, step, miss, level) in enumerate(zip(*(x.split(1, dim=1) for x in parts), strict=True)):
+        wanted = torch.baddbmm(free, couplings[:, i : i + 1, :i], missed[:, :i]) if i else free
+        torch.mul(wanted, step, out=level)
         if even:
-            codes[:, here] = wanted.sub_(lowest).round_().clamp_(0.0, highest)
-            level = wanted + lowest
+            level.round_().clamp_(lowest, highest)
         else:
-            number = torch.bucketize(wanted, middles)
-            codes[:, here], level = number, levels[number]
-        torch.addcmul(kept[:, here], scales[:, here], level, value=-1, out=missed[:, here])
+            level.copy_(levels[torch.bucketize(level.contiguous(), middles)])
+        torch.addcmul(kept, scale, level, value=-1, out=miss)
+    codes = chosen - lowest if even else torch.bucketize(chosen, middles)
     return repack(encoded, kind, _as_rows(codes).to(torch.uint8)), missed
 
 
