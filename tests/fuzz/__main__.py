@@ -37,7 +37,8 @@ def main(readers: str, mutants: int, rounds: int, seed: int, workers: int, count
     names = [name for name in readers.split(",") if name]
     lines = [json.loads(line) for line in counts.read_text().splitlines()] if counts and counts.exists() else []
     bad: list[tuple[str, Outcome]] = []
-    with tempfile.TemporaryDirectory() as folder:
+    memory = Path("/dev/shm")  # where nothing waits for a disk
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
         seeds, scratch = Path(folder) / "seeds", Path(folder) / "scratch"
         scratch.mkdir()

@@ -61,6 +61,28 @@ HOSTILE: tuple[Any, ...] = (
 )
 """Values that JSON can hold and that code rarely expects."""
 
+WORDS = (
+    *("rope_scaling", "rope_parameters", "text_config", "vision_config", "quantization_config", "layer_types"),
+    *("num_experts", "num_experts_per_tok", "vocab_size", "pad_token_id", "hidden_act", "num_attention_heads"),
+    *("num_key_value_heads", "tie_word_embeddings", "model_type", "architectures", "is_encoder_decoder", "max_length"),
+    *(
+        "type",
+        "rope_type",
+        "su",
+        "longrope",
+        "default",
+        "mrope_section",
+        "Infinity",
+        "NaN",
+        "llama",
+        "qwen2_vl",
+        "gelu",
+    ),
+    *("messages", "conversations", "text", "prompt", "response", "system", "tools", "tool_calls", "role", "content"),
+    *("sha256", "version", "use_dora", "use_rslora", "modules_to_save", "bias", "all", "none", "fp8", "mxfp4", "bpw"),
+)
+"""Keys and values that have a meaning to some reader."""
+
 KEYS = ("", "\ud83d", "\x1b[2J", "__class__", "x" * 100_000, "0", "name")
 
 
@@ -74,7 +96,10 @@ def mutated_json(data: bytes, rng: Random) -> bytes:
     document = [json.loads(data)]  # in a list, so that the whole can be replaced as any part of it
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         _edit_json(document, rng)
-    return json.dumps(document[0] if document else None).encode("utf-8", "surrogatepass")
+    try:
+        return json.dumps(document[0] if document else None).encode("utf-8", "surrogatepass")
+    except RecursionError:  # nested twice
+        return data
 
 
 def mutated_json_lines(data: bytes, rng: Random) -> bytes:
@@ -153,6 +178,7 @@ def _edit_json(document: list[Any], rng: Random) -> None:
     container, key = rng.choice(named if named and rng.random() < 0.5 else places)
     edits: tuple[Callable[[Any, Any, Random], None], ...] = (
         *(_put_hostile,) * 4,
+        _put_word,
         _put_near,
         _delete,
         _swap,
@@ -172,6 +198,10 @@ def _put_hostile(container: Any, key: Any, rng: Random) -> None:
     container[key] = copy.deepcopy(rng.choice(HOSTILE))
 
 
+def _put_word(container: Any, key: Any, rng: Random) -> None:
+    container[key] = rng.choice(WORDS)
+
+
 def _put_near(container: Any, key: Any, rng: Random) -> None:
     container[key] = _near(container[key], rng)
 
@@ -187,7 +217,7 @@ def _swap(container: Any, key: Any, rng: Random) -> None:
 
 def _rename_or_repeat(container: Any, key: Any, rng: Random) -> None:
     if isinstance(container, dict):
-        container[rng.choice(KEYS)] = container.pop(key)
+        container[rng.choice((*KEYS, *WORDS))] = container.pop(key)
     else:
         container.insert(key, copy.deepcopy(container[key]))
 
@@ -204,7 +234,7 @@ def _retype(container: Any, key: Any, rng: Random) -> None:
 def _add_key(container: Any, key: Any, rng: Random) -> None:
     value = copy.deepcopy(rng.choice(HOSTILE))
     if isinstance(container[key], dict):
-        container[key][rng.choice(KEYS)] = value
+        container[key][rng.choice((*KEYS, *WORDS))] = value
     else:
         container[key] = value
 

@@ -59,6 +59,10 @@ from .seeds import TO_4_5_BPW, curve_makers, evaluated, rounded_model
 __all__ = ["READERS", "Reader", "fuzz", "targets_of"]
 
 
+_IN_PLACE = 0.98
+"""Share of mutants that are files; the others are something else in a file's place."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reader:
     """Something that reads files.
@@ -68,6 +72,7 @@ class Reader:
         targets: Patterns of the files that are changed, and their kinds.
         read: Reads what lies in a folder that is its own; the second path is that of the changed file in it.
         modules: Where in the package that is done.
+        file: Whether bpwise itself opens the changed file, so that something else may lie in its place.
         share: How many mutants it gets for each that the slowest readers get; a fast one more.
     """
 
@@ -76,6 +81,7 @@ class Reader:
     read: Callable[[Path, Path], None]
     modules: tuple[str, ...]
     share: int
+    file: bool = True
 
 
 def targets_of(reader: str, seeds: Path) -> list[tuple[str, Path]]:
@@ -120,7 +126,10 @@ def fuzz(
         kind = tried.targets[pattern]
         data = kind.mutated((own / path).read_bytes(), rng)
         (own / path).unlink()
-        (own / path).write_bytes(data)
+        if not tried.file or rng.random() < _IN_PLACE:
+            (own / path).write_bytes(data)
+        else:
+            data = _put_other(own / path, data, rng)
 
         def read() -> tuple[str, str]:
             try:
@@ -132,6 +141,22 @@ def fuzz(
         return Mutant(read, kind.passes(data), len(data))
 
     return run_all(make, mutants, first=first, workers=workers)
+
+
+def _put_other(path: Path, data: bytes, rng: Random) -> bytes:
+    """Put in a file's place nothing, a folder, a link that leads outside, or a pointer of Git LFS."""
+    kind = rng.randrange(5)
+    if kind == 0:
+        path.mkdir()
+    elif kind == 1:
+        path.symlink_to("/etc/passwd")
+    elif kind == 2:
+        path.symlink_to(path.name)
+    elif kind == 3:
+        data = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+        path.write_bytes(data)
+        return data
+    return b""
 
 
 def _folder(source: Path, to: Path) -> Path:
@@ -481,11 +506,11 @@ READERS: dict[str, Reader] = {
         modules=("measure/text/sources",),
     ),
     "cache": Reader(
-        seeds="cache", share=600, targets={"*.original.safetensors": TENSORS}, read=_read_cache, modules=("eval/cache",)
+        seeds="cache", share=800, targets={"*.original.safetensors": TENSORS}, read=_read_cache, modules=("eval/cache",)
     ),
     "calibration": Reader(
         seeds="calibration",
-        share=600,
+        share=800,
         targets={"rows.safetensors": TENSORS},
         read=_read_calibration,
         modules=("measure/text/calibration",),
@@ -505,13 +530,18 @@ READERS: dict[str, Reader] = {
     ),
     "processor": Reader(
         seeds="processor",
-        share=500,
+        share=20,
         targets={"processor_config.json": JSON},
         read=_read_processor,
         modules=("convert/exl2/file/config",),
     ),
     "row-map": Reader(
-        seeds="rowmap", share=150, targets={"rows.json": JSON}, read=_read_row_map, modules=("convert/gguf/rows/text",)
+        seeds="rowmap",
+        share=150,
+        file=False,
+        targets={"rows.json": JSON},
+        read=_read_row_map,
+        modules=("convert/gguf/rows/text",),
     ),
     "card": Reader(
         seeds="card", share=30, targets={"README.md": CARD}, read=_read_card, modules=("convert/publishing/base_card",)
@@ -519,6 +549,7 @@ READERS: dict[str, Reader] = {
     "hub": Reader(
         seeds="hub",
         share=5,
+        file=False,
         targets={"answers.json": Kind(mutated_answers, check_answers)},
         read=_read_hub,
         modules=("checkpoint/source/hub",),
@@ -526,6 +557,7 @@ READERS: dict[str, Reader] = {
     "push": Reader(
         seeds="hub",
         share=5,
+        file=False,
         targets={"answers.json": Kind(mutated_answers, check_answers)},
         read=_read_push,
         modules=("convert/publishing/push",),

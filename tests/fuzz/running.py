@@ -24,7 +24,7 @@ _MOST_LINE_CHARACTERS = 400_000
 
 
 class Refused(Exception):
-    """The command line ended with exit code 1 and a sentence."""
+    """The command line ended with a sentence."""
 
 
 class Raw(Exception):
@@ -46,7 +46,7 @@ def run_cli(*arguments: object) -> None:
     """Run a command; what it raises comes out.
 
     Raises:
-        Refused: It ended with exit code 1.
+        Refused: It ended with exit code 1, or 2 for a path that is none.
         Raw: It printed what a terminal would act on.
     """
     result = CliRunner().invoke(cli, [str(each) for each in arguments], catch_exceptions=True)
@@ -55,7 +55,7 @@ def run_cli(*arguments: object) -> None:
     for line in result.stdout.split("\n"):
         if not line.isprintable() or len(line) > _MOST_LINE_CHARACTERS:
             raise Raw(f"printed {line[:200]!r}")
-    if result.exit_code == 1:
+    if result.exit_code in (1, 2):
         raise Refused(result.stderr.rpartition("Error: ")[2].rstrip("\n"))
     assert result.exit_code == 0, result.stderr
 

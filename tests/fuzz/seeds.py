@@ -279,7 +279,17 @@ def _tokenizer_seeds(to: Path, model: Path) -> None:
     _copy(model, to / "model")
     (to / "model" / "added_tokens.json").write_text(json.dumps({"<bos>": 256, "<more>": 300}))
     chat = [{"role": "user", "content": _TEXT}, {"role": "assistant", "content": _TEXT}]
-    (to / "chat.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 3)
+    rows: tuple[dict[str, Any], ...] = (
+        {"messages": chat},
+        {"conversations": [{"from": "human", "value": _TEXT}, {"from": "gpt", "value": _TEXT}], "system": "Be brief."},
+        {"prompt": _TEXT, "completion": _TEXT},
+        {"instruction": _TEXT, "input": "a", "output": _TEXT},
+        {"messages": json.dumps(chat)},
+        {"messages": {"role": ["user", "assistant"], "content": [_TEXT, _TEXT]}},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": _TEXT}]}, chat[1]]},
+        {"messages": [chat[0], {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}]},
+    )
+    (to / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _text_seeds(to: Path, model: Path) -> None:
