@@ -94,9 +94,9 @@ def mutated_json(data: bytes, rng: Random) -> bytes:
     if rng.random() < 1 / 12:
         return _mutated_json_text(data, rng)
     document = [json.loads(data)]  # in a list, so that the whole can be replaced as any part of it
-    for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        _edit_json(document, rng)
     try:
+        for _ in range(rng.choice((1, 1, 1, 2, 3))):
+            _edit_json(document, rng)
         return json.dumps(document[0] if document else None).encode("utf-8", "surrogatepass")
     except RecursionError:  # nested twice
         return data

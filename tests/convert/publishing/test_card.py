@@ -110,6 +110,7 @@ def test_an_original_that_is_not_on_the_hub(card: Card) -> None:
         ("license: [mit\n", "is not valid YAML"),
         ("- a\n- b\n", "is not a mapping"),
         ("a: " + "x" * 70000 + "\n", "is too long"),
+        ("a: " + "[" * 20_000 + "\n", "has too many brackets"),
         ("a: " + "[" * 30000 + "\n", "is not valid YAML"),
         ("license: {a: b}\n", "`license` cannot be read"),
         ("license: " + "m" * 501 + "\n", "`license` cannot be read"),
