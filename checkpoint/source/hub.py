@@ -14,7 +14,6 @@ from ..files.side_files import CONFIG_FILE, DOWNLOADED, NOT_DOWNLOADED, TEMPLATE
 
 __all__ = [
     "confined_file",
-    "connection_failures",
     "directory_name",
     "list_directory",
     "require_own_files",
@@ -77,7 +76,7 @@ def _download(model: str) -> Path:
             f"{where} it is not in the local cache and the Hub cannot be reached. Check the network, unset "
             "HF_HUB_OFFLINE if it is set, or give a local directory."
         ) from cause
-    except connection_failures() as cause:
+    except Exception as cause:  # an answer may be anything, and the Hub's client raises what it will of it
         if isinstance(cause, OSError) and cause.errno in DISK_FULL:
             raise DiskFullError(
                 f"{model}: not downloaded, the disk of the Hub's cache is full. Free some space, or set "
@@ -88,15 +87,6 @@ def _download(model: str) -> Path:
             f"{where} it could not be downloaded ({type(cause).__name__}: {cause}). Try again, or give a "
             "local directory."
         ) from cause
-
-
-def connection_failures() -> tuple[type[Exception], ...]:
-    """Return what the Hub's client raises where a connection fails, beside errors of its own."""
-    from huggingface_hub.errors import HfHubHTTPError  # noqa: PLC0415 - as above
-
-    # The base classes of HfHubHTTPError name the HTTP client that the installed version uses (requests,
-    # httpx, ...): through them connection errors are caught without importing a client that may not be there.
-    return (OSError, *(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)))
 
 
 def directory_name(directory: Path) -> str:

@@ -20,6 +20,9 @@ CARD_NAME = "README.md"
 
 _MOST_CARD_BYTES = 1 << 20
 _MOST_FRONT_CHARACTERS = 1 << 16
+_MOST_BRACKETS = 1000
+"""Of front matter: the time that YAML's parser takes grows with the square of their depth."""
+
 _MOST_BODY_CHARACTERS = 1 << 18
 _MOST_VALUE_CHARACTERS = 500
 _MOST_ITEMS = 200
@@ -100,6 +103,8 @@ def _front_matter(text: str, notes: list[str]) -> Mapping[str, Any]:
     problem = "is not a mapping"
     if len(text) > _MOST_FRONT_CHARACTERS:
         problem = "is too long"
+    elif text.count("[") + text.count("{") > _MOST_BRACKETS:
+        problem = "has too many brackets"
     else:
         try:
             entries = yaml.load(text, Loader=yaml.BaseLoader)  # strings, lists and mappings only

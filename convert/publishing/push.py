@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...checkpoint.files.side_files import TEMPLATE_DIRECTORY, is_side_file
-from ...checkpoint.source.hub import confined_file, connection_failures, list_directory
+from ...checkpoint.source.hub import confined_file, list_directory
 from ...errors import CheckpointError, PublishError
 from ..format import Format
 from ..names import HUB_ID, RATE, rate_text
@@ -144,10 +144,8 @@ def push_model(upload: Upload, *, public: bool = False, api: HfApi | None = None
     """
     # Imported here: planning needs no network stack.
     from huggingface_hub import CommitOperationAdd, HfApi  # noqa: PLC0415
-    from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError  # noqa: PLC0415
 
     api = api or HfApi()
-    failures: tuple[type[Exception], ...] = (HFValidationError, LocalTokenNotFoundError, *connection_failures())
     try:
         api.create_repo(upload.repo, private=not public, exist_ok=True)
         if not public and not api.repo_info(upload.repo).private:
@@ -160,7 +158,9 @@ def push_model(upload: Upload, *, public: bool = False, api: HfApi | None = None
         commit = api.create_commit(
             upload.repo, operations, commit_message=f"Upload {upload.output.name}", revision=upload.branch
         )
-    except failures as cause:
+    except PublishError:
+        raise
+    except Exception as cause:  # an answer may be anything, and the Hub's client raises what it will of it
         raise PublishError(
             f"{upload.repo}: not uploaded ({type(cause).__name__}: {cause}). Run `hf auth login`, check the name and "
             "your rights to it, and run the same command again."

@@ -1,16 +1,28 @@
-"""Mutants of JSON documents, safetensors and GGUF files that are nearly right: most pass the parser, few the door."""
+"""Mutants of JSON documents, texts, chat templates and cards that are nearly right: most pass the parser."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
+import re
 import struct
 from collections.abc import Callable
 from random import Random
 from typing import Any
 
-__all__ = ["mutated_bytes", "mutated_gguf", "mutated_json", "mutated_json_lines", "mutated_safetensors", "mutated_text"]
+__all__ = [
+    "FRONT_MATTER",
+    "HOSTILE",
+    "KEYS",
+    "mutated_bytes",
+    "mutated_card",
+    "mutated_json",
+    "mutated_json_lines",
+    "mutated_template",
+    "mutated_text",
+]
 
 HOSTILE: tuple[Any, ...] = (
     None,
@@ -49,33 +61,29 @@ HOSTILE: tuple[Any, ...] = (
 )
 """Values that JSON can hold and that code rarely expects."""
 
-_KEYS = ("", "\ud83d", "\x1b[2J", "__class__", "x" * 100_000, "0", "name")
+WORDS = (
+    *("rope_scaling", "rope_parameters", "text_config", "vision_config", "quantization_config", "layer_types"),
+    *("num_experts", "num_experts_per_tok", "vocab_size", "pad_token_id", "hidden_act", "num_attention_heads"),
+    *("num_key_value_heads", "tie_word_embeddings", "model_type", "architectures", "is_encoder_decoder", "max_length"),
+    *(
+        "type",
+        "rope_type",
+        "su",
+        "longrope",
+        "default",
+        "mrope_section",
+        "Infinity",
+        "NaN",
+        "llama",
+        "qwen2_vl",
+        "gelu",
+    ),
+    *("messages", "conversations", "text", "prompt", "response", "system", "tools", "tool_calls", "role", "content"),
+    *("sha256", "version", "use_dora", "use_rslora", "modules_to_save", "bias", "all", "none", "fp8", "mxfp4", "bpw"),
+)
+"""Keys and values that have a meaning to some reader."""
 
-_DTYPE_BYTES = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "F8_E4M3": 1,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U64": 8,
-    "U32": 4,
-    "U16": 2,
-    "U8": 1,
-    "BOOL": 1,
-    "C64": 8,
-}
-
-_PATTERNS = {
-    "F64": [struct.pack("<d", x) for x in (0.0, math.nan, math.inf, -math.inf, -1.0, 1e300)],
-    "F32": [struct.pack("<f", x) for x in (0.0, math.nan, math.inf, -math.inf, -1.0, 1e30, 1e-42)],
-    "F16": [struct.pack("<e", x) for x in (0.0, math.nan, math.inf, -math.inf, -1.0, 60000.0, 6e-8)],
-    "BF16": [b"\x00\x00", b"\xc0\x7f", b"\x80\x7f", b"\x80\xff", b"\x80\xbf", b"\x7f\x7f"],
-}
-"""Of each floating-point dtype: zero, NaN, infinities, negative, huge, tiny."""
+KEYS = ("", "\ud83d", "\x1b[2J", "__class__", "x" * 100_000, "0", "name")
 
 
 # JSON
@@ -86,9 +94,12 @@ def mutated_json(data: bytes, rng: Random) -> bytes:
     if rng.random() < 1 / 12:
         return _mutated_json_text(data, rng)
     document = [json.loads(data)]  # in a list, so that the whole can be replaced as any part of it
-    for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        _edit_json(document, rng)
-    return json.dumps(document[0] if document else None).encode("utf-8", "surrogatepass")
+    try:
+        for _ in range(rng.choice((1, 1, 1, 2, 3))):
+            _edit_json(document, rng)
+        return json.dumps(document[0] if document else None).encode("utf-8", "surrogatepass")
+    except RecursionError:  # nested twice
+        return data
 
 
 def mutated_json_lines(data: bytes, rng: Random) -> bytes:
@@ -100,7 +111,8 @@ def mutated_json_lines(data: bytes, rng: Random) -> bytes:
 
 
 def _mutated_json_text(data: bytes, rng: Random) -> bytes:
-    start = data.find(b'"')
+    if rng.random() < 1 / 250:
+        return _with_entry(data, _many_keys(), rng)
     return rng.choice(
         (
             lambda: data[: rng.randrange(len(data))],
@@ -109,12 +121,39 @@ def _mutated_json_text(data: bytes, rng: Random) -> bytes:
             lambda: rng.choice((b"", b"null", b"[]", b"{}", b"1", b'"a"', b"\xef\xbb\xbf" + data, b"\xff" + data)),
             # a number of more digits than Python converts
             lambda: data.replace(rng.choice((b"0", b"1", b"2", b"4", b"8")), b"9" * 5000, 1),
-            # the first key twice
-            lambda: data[:start] + data[start : data.find(b":") + 1] + b" null, " + data[start:],
+            lambda: _with_entry(data, b'{"a":' * 900 + b"1" + b"}" * 900, rng),
+            lambda: _with_key_twice(data, rng),
+            lambda: _with_key_twice(data, rng),
             lambda: json.dumps(json.loads(data)).encode("utf-16"),
             lambda: mutated_bytes(data, rng),
         )
     )()
+
+
+_KEY = re.compile(rb'(?<=[{,])\s*("(?:[^"\\]|\\.)*"\s*:)')
+
+
+def _with_key_twice(data: bytes, rng: Random) -> bytes:
+    found = list(_KEY.finditer(data))
+    if not found:
+        return data
+    key = rng.choice(found)
+    value = json.dumps(rng.choice(HOSTILE)).encode()
+    return data[: key.start()] + key[1] + value + b"," + data[key.start() :]
+
+
+def _with_entry(data: bytes, value: bytes, rng: Random) -> bytes:
+    # The value beside another, or in its place as far as readers go by the last of two keys.
+    found = list(_KEY.finditer(data))
+    if not found:
+        return value
+    key = rng.choice(found)
+    return data[: key.start()] + rng.choice((b'"also":', key[1])) + value + b"," + data[key.start() :]
+
+
+@functools.cache
+def _many_keys() -> bytes:
+    return b"{" + b",".join(b'"%d":0' % number for number in range(1_000_000)) + b"}"
 
 
 def _places(value: Any) -> list[tuple[Any, Any]]:
@@ -139,6 +178,7 @@ def _edit_json(document: list[Any], rng: Random) -> None:
     container, key = rng.choice(named if named and rng.random() < 0.5 else places)
     edits: tuple[Callable[[Any, Any, Random], None], ...] = (
         *(_put_hostile,) * 4,
+        _put_word,
         _put_near,
         _delete,
         _swap,
@@ -158,6 +198,10 @@ def _put_hostile(container: Any, key: Any, rng: Random) -> None:
     container[key] = copy.deepcopy(rng.choice(HOSTILE))
 
 
+def _put_word(container: Any, key: Any, rng: Random) -> None:
+    container[key] = rng.choice(WORDS)
+
+
 def _put_near(container: Any, key: Any, rng: Random) -> None:
     container[key] = _near(container[key], rng)
 
@@ -173,13 +217,13 @@ def _swap(container: Any, key: Any, rng: Random) -> None:
 
 def _rename_or_repeat(container: Any, key: Any, rng: Random) -> None:
     if isinstance(container, dict):
-        container[rng.choice(_KEYS)] = container.pop(key)
+        container[rng.choice((*KEYS, *WORDS))] = container.pop(key)
     else:
         container.insert(key, copy.deepcopy(container[key]))
 
 
 def _nest(container: Any, key: Any, rng: Random) -> None:
-    for _ in range(rng.choice((1, 3, 300))):
+    for _ in range(rng.choice((1, 3, 300, 800))):
         container[key] = [container[key]] if rng.random() < 0.5 else {"a": container[key]}
 
 
@@ -190,7 +234,7 @@ def _retype(container: Any, key: Any, rng: Random) -> None:
 def _add_key(container: Any, key: Any, rng: Random) -> None:
     value = copy.deepcopy(rng.choice(HOSTILE))
     if isinstance(container[key], dict):
-        container[key][rng.choice(_KEYS)] = value
+        container[key][rng.choice((*KEYS, *WORDS))] = value
     else:
         container[key] = value
 
@@ -273,235 +317,135 @@ def mutated_bytes(data: bytes, rng: Random) -> bytes:
     return bytes(image)
 
 
-# safetensors
+# Chat templates
+
+_HOSTILE_EXPRESSIONS = (
+    "1 // 0",
+    "messages * 10 ** 9",
+    "'x' * 10 ** 10",
+    "range(10 ** 12) | list",
+    "10 ** 10 ** 9",
+    "-0.0",
+    "2 ** 63",
+    "1e308 * 10",
+    "().__class__.__mro__",
+    "messages.__class__.__base__.__subclasses__()",
+    "namespace(a=1).a.b.c",
+    "raise_exception('\\x1b[31m' ~ 'no' * 100000)",
+    "strftime_now('%Y')",
+    "messages | tojson(indent=10 ** 9)",
+    "'\\ud83d'",
+    "'\\x1b[2J\\u202e\\x00'",
+    "'a' | center(10 ** 10)",
+    "'%999999999d' | format(1)",
+    "messages | batch(10 ** 9) | list",
+    "messages[10 ** 30]",
+    "messages[0]['content'] * 3000",
+    "messages | map(attribute='content.x.y') | list",
+    "messages | tojson | length",
+    "not_there.at_all",
+    "not_there",
+    "bos_token.format_map({})",
+    "cycler()",
+    "lipsum(n=1000)",
+)
+_HOSTILE_STATEMENTS = (
+    "{% for i in range(10 ** 9) %}{% endfor %}",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{{ j }}{% endfor %}{% endfor %}",
+    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "{% set a = [] %}{% for m in messages %}{{ a.append(a) }}{% endfor %}{{ a }}",
+    "{% include 'a' %}",
+    "{% import 'a' as b %}",
+    "{% extends 'a' %}",
+    "{% generation %}{{ messages[0]['content'] }}{% endgeneration %}",
+    "{% break %}",
+    "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}",
+    "{% if " + "(" * 90 + "1" + ")" * 90 + " %}a{% endif %}",
+    "{% if " + "(" * 5000 + "1" + ")" * 5000 + " %}a{% endif %}",
+    "{% raw %}{{ {% endraw %}",
+)
 
 
-def mutated_safetensors(image: bytes, rng: Random) -> bytes:
-    """Change tensors and metadata of a file that stays one; one in ten is changed in its header or as bytes."""
-    if rng.random() < 0.05:
-        return mutated_bytes(image, rng)
-    size = struct.unpack("<Q", image[:8])[0]
-    header = image[8 : 8 + size]
-    if rng.random() < 0.05:
-        changed = mutated_json(header, rng)
-        return struct.pack("<Q", len(changed)) + changed + image[8 + size :]
-    entries = json.loads(header)
-    metadata = entries.pop("__metadata__", {})
-    data = image[8 + size :]
-    tensors = {
-        name: (entry["dtype"], entry["shape"], data[entry["data_offsets"][0] : entry["data_offsets"][1]])
-        for name, entry in entries.items()
-    }
-    for _ in range(rng.choice((1, 1, 1, 2))):
-        if metadata and (not tensors or rng.random() < 0.5):
-            _edit_metadata(metadata, rng)
-        elif tensors:
-            _edit_tensors(tensors, rng)
-    return _safetensors(tensors, metadata)
+def mutated_template(data: bytes, rng: Random) -> bytes:
+    """Change expressions and statements of a template that stays one; one in five is changed as text."""
+    if rng.random() < 0.2:
+        return mutated_text(data, rng)
+    text = data.decode()
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        places = list(re.finditer(r"\{\{(.*?)\}\}", text))
+        kind = rng.randrange(4)
+        if kind == 0 or not places:
+            at = rng.choice([0, len(text), *(place.end() for place in places)])
+            text = text[:at] + rng.choice(_HOSTILE_STATEMENTS) + text[at:]
+            continue
+        place = rng.choice(places)
+        inner = place[1].strip()
+        changed = (
+            rng.choice(_HOSTILE_EXPRESSIONS),
+            f"({inner}) {rng.choice(('+', '~', '*', '-', 'in', '%', '**'))} ({rng.choice(_HOSTILE_EXPRESSIONS)})",
+            f"({inner}) | {rng.choice(('length', 'int', 'list', 'trim', 'upper', 'tojson', 'join', 'first', 'items'))}",
+        )[kind - 1]
+        text = text[: place.start()] + "{{ " + changed + " }}" + text[place.end() :]
+    return text.encode("utf-8", "surrogatepass")
 
 
-def _safetensors(tensors: dict[str, tuple[str, list[int], bytes]], metadata: dict[str, str]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    position = 0
-    for name, (dtype, shape, data) in tensors.items():
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + len(data)]}
-        position += len(data)
-    raw = json.dumps(header).encode("utf-8", "surrogatepass")
-    return struct.pack("<Q", len(raw)) + raw + b"".join(data for _, _, data in tensors.values())
+# Cards
+
+FRONT_MATTER = re.compile(rb"\A---\n(.*?\n)---\n", re.DOTALL)
+
+_HOSTILE_YAML = (
+    "null",
+    "~",
+    "9223372036854775808",
+    "-0.0",
+    "1e308",
+    ".nan",
+    "!!python/object/apply:os.system ['true']",
+    "!!binary aGVsbG8=",
+    "*nothing",
+    "&a [*a]",
+    "&a {b: *a}",
+    "{<<: {a: 1}}",
+    '"\\ud83d"',
+    '"\\x1b[31m"',
+    '"\\u202e\\u2028"',
+    "[" * 300 + "]" * 300,
+    "[" * 20_000,
+    "|\n  a\n  b",
+    ">-\n  a",
+    "{a: 1, a: 2}",
+    "2001-01-01",
+    "x" * 70_000,
+    "['" + "a" * 600 + "']",
+    "[" + "a," * 300 + "]",
+    "'<script>alert(1)</script>'",
+    "? [a]\n: b",
+    "",
+)
 
 
-def _edit_metadata(metadata: dict[str, str], rng: Random) -> None:
-    key = rng.choice(sorted(metadata))
-    try:
-        document = isinstance(json.loads(metadata[key]), dict | list)
-    except (ValueError, RecursionError):
-        document = False
-    kind = rng.randrange(10)
-    if document and kind < 8:
-        metadata[key] = mutated_json(metadata[key].encode(), rng).decode("utf-8", "replace")
-    elif kind == 8:
-        del metadata[key]
-    else:
-        metadata[key] = rng.choice(("", "x", "null", "-1", "nan", "{}", "1e400", "\ud83d", "\x1b[31m", "9" * 5000))
-
-
-def _edit_tensors(tensors: dict[str, tuple[str, list[int], bytes]], rng: Random) -> None:
-    name = rng.choice(sorted(tensors))
-    dtype, shape, data = tensors[name]
-    width = _DTYPE_BYTES[dtype]
-    kind = rng.randrange(10)
-    if kind == 0:
-        del tensors[name]
-    elif kind == 1:
-        tensors[rng.choice((*_KEYS[1:], name + ".x", name[:-1], name.upper(), *tensors))] = tensors.pop(name)
-    elif kind == 2:  # the same bytes as another dtype
-        other = rng.choice(sorted(_DTYPE_BYTES))
-        count = len(data) // _DTYPE_BYTES[other]
-        same = count * _DTYPE_BYTES[other] == len(data) and _DTYPE_BYTES[other] == width
-        tensors[name] = (other, shape if same else [count], data[: count * _DTYPE_BYTES[other]])
-    elif kind == 3:  # other dtype, same shape
-        other = rng.choice(sorted(_DTYPE_BYTES))
-        tensors[name] = (other, shape, bytes(math.prod(shape) * _DTYPE_BYTES[other]))
-    elif kind == 4:  # same bytes, other shape
-        count = len(data) // width
-        shapes = [[count], [1, count], [count, 1], [1, *shape], shape[::-1], [*shape, 1]]
-        tensors[name] = (dtype, rng.choice(shapes), data)
-    elif kind == 5:  # a row fewer or more, nothing, a scalar
-        row = len(data) // shape[0] if shape and shape[0] else width
-        choices: list[tuple[list[int], bytes]] = [
-            ([0, *shape[1:]] if shape else [0], b""),
-            ([], data[:width].ljust(width, b"\0")),
-        ]
-        if shape and shape[0]:
-            choices += [([shape[0] - 1, *shape[1:]], data[:-row] if row else data)]
-            choices += [([shape[0] + 1, *shape[1:]], data + data[:row])]
-        new_shape, new_data = rng.choice(choices)
-        tensors[name] = (dtype, new_shape, new_data)
-    elif kind in (6, 7):  # all of it, or one value
-        pattern = rng.choice(
-            _PATTERNS.get(dtype)
-            or [b"\0" * width, b"\xff" * width, b"\xff" * (width - 1) + b"\x7f", b"\x01".ljust(width, b"\0")]
-        )
-        count = len(data) // width
-        at = rng.randrange(count) * width if count else 0
-        whole = kind == 6 or not count
-        tensors[name] = (dtype, shape, pattern * count if whole else data[:at] + pattern + data[at + width :])
-    elif kind == 8:  # exchanged with another
-        other_name = rng.choice(sorted(tensors))
-        tensors[name], tensors[other_name] = tensors[other_name], tensors[name]
-    else:
-        values = bytearray(data)
-        for _ in range(rng.choice((1, 4, 16))):
-            if values:
-                values[rng.randrange(len(values))] = rng.randrange(256)
-        tensors[name] = (dtype, shape, bytes(values))
-
-
-# GGUF
-
-_GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-
-
-def mutated_gguf(image: bytes, rng: Random) -> bytes:
-    """Change metadata and tensors of a GGUF file that stays one; one in eight is changed as bytes."""
-    if rng.random() < 0.12:
-        return mutated_bytes(image, rng)
-    metadata, tensors, data = _parsed_gguf(image)
+def mutated_card(data: bytes, rng: Random) -> bytes:
+    """Change entries of a card's front matter that stays YAML, or its body; one in six is changed as text."""
+    front = FRONT_MATTER.match(data)
+    if front is None or rng.random() < 1 / 6:
+        return mutated_text(data, rng)
+    entries = re.findall(r"(?m)^[^\s#-].*\n(?:[\s-].*\n)*", front[1].decode())
     for _ in range(rng.choice((1, 1, 2))):
-        if metadata and rng.random() < 0.5:
-            _edit_gguf_entry(metadata, rng)
-        elif tensors:
-            _edit_gguf_tensor(tensors, rng)
-    if rng.random() < 0.3 and data:
-        values = bytearray(data)
-        for _ in range(rng.choice((1, 8, 64))):
-            values[rng.randrange(len(values))] = rng.choice((0, 0x7C, 0x7F, 0xFF))
-        data = bytes(values)
-    return _gguf(metadata, tensors, data)
-
-
-class _Cursor:
-    def __init__(self, image: bytes) -> None:
-        self.image, self.position = image, 0
-
-    def number(self, layout: str) -> Any:
-        (value,) = struct.unpack_from(f"<{layout}", self.image, self.position)
-        self.position += struct.calcsize(f"<{layout}")
-        return value
-
-    def text(self) -> bytes:
-        size = self.number("Q")
-        self.position += size
-        return self.image[self.position - size : self.position]
-
-    def value(self, kind: int) -> Any:
-        if kind == 8:
-            return self.text()
-        if kind == 9:
-            inner = self.number("I")
-            return inner, [self.value(inner) for _ in range(self.number("Q"))]
-        return self.number(_GGUF_SCALARS[kind])
-
-
-def _parsed_gguf(image: bytes) -> tuple[dict[bytes, tuple[int, Any]], list[list[Any]], bytes]:
-    cursor = _Cursor(image)
-    cursor.position = 8
-    tensor_count, entry_count = cursor.number("Q"), cursor.number("Q")
-    metadata: dict[bytes, tuple[int, Any]] = {}
-    for _ in range(entry_count):
-        key = cursor.text()
-        kind = cursor.number("I")
-        metadata[key] = (kind, cursor.value(kind))
-    tensors = []
-    for _ in range(tensor_count):
-        name = cursor.text()
-        shape = [cursor.number("Q") for _ in range(cursor.number("I"))]
-        tensors.append([name, shape, cursor.number("I"), cursor.number("Q")])
-    start = -(-cursor.position // 32) * 32
-    return metadata, tensors, image[start:]
-
-
-def _gguf_value(kind: int, value: Any) -> bytes:
-    if kind == 8:
-        return struct.pack("<Q", len(value)) + value
-    if kind == 9:
-        inner, items = value
-        return struct.pack("<IQ", inner, len(items)) + b"".join(_gguf_value(inner, item) for item in items)
-    return struct.pack(f"<{_GGUF_SCALARS[kind]}", value)
-
-
-def _gguf(metadata: dict[bytes, tuple[int, Any]], tensors: list[list[Any]], data: bytes) -> bytes:
-    parts = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(metadata))]
-    for key, (kind, value) in metadata.items():
-        parts += [_gguf_value(8, key), struct.pack("<I", kind), _gguf_value(kind, value)]
-    for name, shape, kind, offset in tensors:
-        parts += [_gguf_value(8, name), struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)]
-    head = b"".join(parts)
-    return head + bytes(-len(head) % 32) + data
-
-
-def _edit_gguf_entry(metadata: dict[bytes, tuple[int, Any]], rng: Random) -> None:
-    key = rng.choice(sorted(metadata))
-    kind = rng.randrange(6)
-    values: list[tuple[int, Any]] = [
-        (4, rng.choice((0, 1, 2, 3, 7, 2**31, 2**32 - 1))),
-        (10, rng.choice((0, 2**63, 2**64 - 1))),
-        (5, rng.choice((0, -1, -(2**31)))),
-        (6, rng.choice((0.0, -1.0, math.nan, math.inf, 1e30))),
-        (12, rng.choice((0.0, 1e300, math.nan))),
-        (7, rng.choice((True, False))),
-        (8, rng.choice((b"", b"llama", b"\xff\xfe", b"\x1b[31m", b"x" * 5000, b"\xed\xa0\xbd"))),
-        (9, (4, [])),
-        (9, (5, [rng.randrange(-2, 9) for _ in range(4)])),
-        (9, (8, [b"a", b"\xff", b""])),
-    ]
-    if kind == 0:
-        del metadata[key]
-    elif kind == 1:
-        metadata[rng.choice((key + b"x", b"\x1b[31m", b"\xff", b"general.alignment"))] = metadata.pop(key)
-    elif kind == 2:
-        other = rng.choice(sorted(metadata))
-        metadata[key], metadata[other] = metadata[other], metadata[key]
-    else:
-        metadata[key] = rng.choice(values)
-
-
-def _edit_gguf_tensor(tensors: list[list[Any]], rng: Random) -> None:
-    tensor = rng.choice(tensors)
-    kind = rng.randrange(7)
-    if kind == 0:
-        tensors.remove(tensor)
-    elif kind == 1:
-        tensor[0] = rng.choice((tensor[0] + b"x", b"\x1b[31m", b"\xff\xfe", b"", rng.choice(tensors)[0], b"x" * 60))
-    elif kind == 2:
-        tensor[1] = rng.choice((tensor[1][::-1], [*tensor[1], 1], [math.prod(tensor[1])], [0], [2**40], tensor[1][:1]))
-    elif kind == 3:
-        tensor[2] = rng.choice((0, 1, 2, 3, 8, 12, 14, 16, 24, 26, 28, 30, 39, 99))
-    elif kind == 4:
-        tensor[3] = rng.choice((0, 32, 2**63, tensor[3] + 32))
-    elif kind == 5:
-        other = rng.choice(tensors)
-        tensor[1], other[1] = other[1], tensor[1]
-    else:
-        other = rng.choice(tensors)
-        tensor[0], other[0] = other[0], tensor[0]
+        at = rng.randrange(len(entries))
+        key = entries[at].partition(":")[0]
+        kind = rng.randrange(6)
+        if kind == 0:
+            del entries[at]
+            entries = entries or ["a: b\n"]
+        elif kind == 1:
+            entries.insert(at, entries[at])
+        elif kind == 2:
+            entries[at] = (
+                f"{rng.choice(('license', 'language', 'tags', 'x' * 2000, '1', '? a'))}:{entries[at].partition(':')[2]}"
+            )
+        else:
+            entries[at] = f"{key}: {rng.choice(_HOSTILE_YAML)}\n"
+    body = data[front.end() :]
+    if rng.random() < 0.2:
+        body = rng.choice((b"", b"\x1b[31m" + body, body * 5000, mutated_text(body, rng), b"---\n" + body))
+    return b"---\n" + "".join(entries).encode("utf-8", "surrogatepass") + b"---\n" + body

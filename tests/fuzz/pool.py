@@ -5,13 +5,14 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["BAD", "CLASSES", "Outcome", "run_all"]
+__all__ = ["BAD", "CLASSES", "Mutant", "Outcome", "run_all", "save_coverage"]
 
 CLASSES = ("ok", "refused", "traceback", "hang", "memory", "crash", "raw")
 """What may become of a mutant: read; a ``BpwiseError``; any other exception; too much time; too much memory; a signal;
@@ -20,11 +21,31 @@ a message or output with raw control characters, or without a bound."""
 BAD = CLASSES[2:]
 """What must not become of any."""
 
-SECONDS = 2.0
+SECONDS = 1.0
 """Processor time that a mutant may take: wall time would depend on what else runs."""
 
-_WALL_FACTOR = 15
+_SECOND_BYTES = 4e6
+"""For each so many bytes it may take as much again: a million keys are 11 MB."""
+
+_WALL_SECONDS = 120.0
+"""Wall time for what waits: for a server, or for a process of its own."""
+
 _MEMORY_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """A mutant that is made and not yet read.
+
+    Attributes:
+        read: Returns class and detail of what became of it; what it raises is a traceback.
+        parses: Whether the first parser of any reader takes it.
+        size_bytes: Size of the file.
+    """
+
+    read: Callable[[], tuple[str, str]]
+    parses: bool
+    size_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,21 +55,23 @@ class Outcome:
     Attributes:
         index: Its number.
         kind: One of ``CLASSES``.
+        parses: As of the mutant.
         detail: What was raised, and where.
     """
 
     index: int
     kind: str
+    parses: bool
     detail: str
 
 
 def run_all(
-    run: Callable[[int], tuple[str, str]], count: int, *, first: int = 0, workers: int = 1, seconds: float = SECONDS
+    make: Callable[[int], Mutant], count: int, *, first: int = 0, workers: int = 1, seconds: float = SECONDS
 ) -> list[Outcome]:
     """Run numbers ``first`` to ``first + count - 1`` in children, each a share of them one after another.
 
     Args:
-        run: Returns class and detail of a number's mutant; what it raises is a traceback.
+        make: Makes a number's mutant; no limit is on this.
         count: How many.
         first: The first of them.
         workers: Children at a time.
@@ -58,7 +81,7 @@ def run_all(
         An outcome for every number, in order, whatever the number of workers.
     """
     shares = [list(range(first + worker, first + count, workers)) for worker in range(workers)]
-    running = [_Child(run, share, seconds) for share in shares if share]
+    running = [_Child(make, share, seconds) for share in shares if share]
     outcomes: list[Outcome] = []
     while running:
         waiting = []
@@ -67,7 +90,7 @@ def run_all(
             outcomes += found
             left = child.numbers[len(found) :]
             if left:
-                waiting.append(_Child(run, left, seconds))
+                waiting.append(_Child(make, left, seconds))
         running = waiting
     return sorted(outcomes, key=lambda outcome: outcome.index)
 
@@ -75,7 +98,7 @@ def run_all(
 class _Child:
     """A process that goes through numbers until one ends it."""
 
-    def __init__(self, run: Callable[[int], tuple[str, str]], numbers: Sequence[int], seconds: float) -> None:
+    def __init__(self, make: Callable[[int], Mutant], numbers: Sequence[int], seconds: float) -> None:
         self.numbers = numbers
         self._reading, writing = os.pipe()
         with warnings.catch_warnings():
@@ -86,7 +109,8 @@ class _Child:
             os.close(self._reading)
             code = 1
             try:
-                _work(run, numbers, seconds, writing)
+                _work(make, numbers, seconds, writing)
+                save_coverage()
                 code = 0
             finally:
                 os._exit(code)
@@ -102,16 +126,24 @@ class _Child:
             ended = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
             hung = ended in (signal.SIGPROF, signal.SIGALRM)
             name = signal.Signals(ended).name if ended else f"exit {os.waitstatus_to_exitcode(status)}"
-            found.append(Outcome(number, "hang" if hung else "crash", name))
+            found.append(Outcome(number, "hang" if hung else "crash", True, name))
         return found
 
 
+def save_coverage() -> None:
+    """Save which branches this process took, if that is being measured: it may end without doing so by itself."""
+    measuring = "coverage" in sys.modules and sys.modules["coverage"].Coverage.current()
+    if measuring:
+        measuring.stop()
+        measuring.save()
+
+
 def _parsed(line: str) -> Outcome:
-    index, kind, detail = line.rstrip("\n").split("\t", 2)
-    return Outcome(int(index), kind, detail)
+    index, kind, parses, detail = line.rstrip("\n").split("\t", 3)
+    return Outcome(int(index), kind, parses == "True", detail)
 
 
-def _work(run: Callable[[int], tuple[str, str]], numbers: Sequence[int], seconds: float, writing: int) -> None:
+def _work(make: Callable[[int], Mutant], numbers: Sequence[int], seconds: float, writing: int) -> None:
     import resource  # not on Windows
 
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -125,18 +157,19 @@ def _work(run: Callable[[int], tuple[str, str]], numbers: Sequence[int], seconds
     for each in (signal.SIGPROF, signal.SIGALRM):
         signal.signal(each, signal.SIG_DFL)  # ends the process, wherever it is
     for number in numbers:
-        signal.setitimer(signal.ITIMER_PROF, seconds)
-        signal.setitimer(signal.ITIMER_REAL, seconds * _WALL_FACTOR)
-        kind, detail = _classified(run, number)
+        mutant = make(number)
+        signal.setitimer(signal.ITIMER_PROF, seconds * (1 + mutant.size_bytes / _SECOND_BYTES))
+        signal.setitimer(signal.ITIMER_REAL, _WALL_SECONDS)
+        kind, detail = _classified(mutant.read)
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        line = f"{number}\t{kind}\t{ascii(detail)[1:-1][:300]}\n"
+        line = f"{number}\t{kind}\t{mutant.parses}\t{ascii(detail)[1:-1][:300]}\n"
         os.write(writing, line.encode())
 
 
-def _classified(run: Callable[[int], tuple[str, str]], number: int) -> tuple[str, str]:
+def _classified(read: Callable[[], tuple[str, str]]) -> tuple[str, str]:
     try:
-        return run(number)
+        return read()
     except MemoryError as error:
         return "memory", _where(error)
     except BaseException as error:

@@ -1,78 +1,66 @@
-"""What reads files that people bring, and small files that each takes as they are: mutants of these are tried on it."""
+"""What reads files that people bring: a list of readers, and mutants tried on each."""
 
 from __future__ import annotations
 
+import base64
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
 
-import numpy as np
-import torch
+import yaml
 from bpwise.checkpoint.source.checkpoint import Checkpoint
+from bpwise.checkpoint.source.hub import resolve_model
 from bpwise.checkpoint.source.language import language_model
 from bpwise.checkpoint.source.original import open_model
-from bpwise.cli import cli
-from bpwise.convert.conversion import Target
+from bpwise.checkpoint.source.vocabulary import tokens_beyond
 from bpwise.convert.exl2.curves import Exl2Curves
-from bpwise.convert.exl2.plan.making import make_exl2_plan
+from bpwise.convert.exl2.file.config import add_image_processor, require_side_files
 from bpwise.convert.exl2.plan.plan import Exl2Plan
-from bpwise.convert.exl2.rounding.rounder import Exl2Rounder, rounded_linear
+from bpwise.convert.exl2.rounding.rounder import rounded_linear
 from bpwise.convert.gguf.curves import GgufCurves
-from bpwise.convert.gguf.file.emit import Planned, entry, header_bytes, padding
 from bpwise.convert.gguf.file.header import read_gguf_header
 from bpwise.convert.gguf.file.writer import write_gguf
 from bpwise.convert.gguf.ggml.types import ggml_type
 from bpwise.convert.gguf.llama_cpp.imatrix import imatrix_metadata, read_imatrix
 from bpwise.convert.gguf.plan.plan import GgufPlan
+from bpwise.convert.gguf.rows.text import map_from_text, map_to_text
+from bpwise.convert.model import CardFacts
 from bpwise.convert.opening import open_any, verify_model
+from bpwise.convert.publishing.base_card import read_base_card
+from bpwise.convert.publishing.card import Card, render_card
 from bpwise.convert.publishing.cards import write_card
+from bpwise.convert.publishing.push import Upload, push_model
 from bpwise.convert.registry import load_plan, require_format
-from bpwise.convert.rounding import RoundedModel
 from bpwise.errors import BpwiseError
-from bpwise.eval.cache import OriginalCache, OriginalState
+from bpwise.eval.cache import OriginalCache
 from bpwise.eval.metrics.overlap import stored_spans
 from bpwise.eval.report.layers import linear_costs
 from bpwise.measure.calibrated import measured_rows
-from bpwise.measure.curves import CurveMaker
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig, measure_checkpoint
 from bpwise.measure.text.calibration import CalibrationConfig, CalibrationSet, build_calibration
-from bpwise.measure.text.tokenizer import load_tokenizer
+from bpwise.measure.text.tokenizer import LoadedTokenizer, end_ids, load_tokenizer
 from bpwise.quantize.checks import output_of
-from bpwise.quantize.config import QuantizeConfig
-from bpwise.quantize.rounding.model import RoundConfig, round_model
 from bpwise.quantize.run import quantize_model
-from click.testing import CliRunner
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from bpwise.quantize.timing.finished import finished_blocks
 
-from ..measured import gguf_curves_of
-from . import mutations
-from .pool import Outcome, run_all
+from .hub import check_answers, lying_hub, mutated_answers
+from .kinds import ARROW, CARD, DAT, GGUF, JSON, JSON_LINES, PARQUET, TEMPLATE, TENSORS, TEXT, Kind
+from .pool import Mutant, Outcome, run_all
+from .running import Raw, Refused, is_printable, quick_templates, run_cli
+from .seeds import TO_4_5_BPW, curve_makers, evaluated, rounded_model
 
-__all__ = ["READERS", "Reader", "build_seeds", "fuzz", "targets_of"]
-
-_TEXT = "The quick brown fox jumps over the lazy dog, and then it sleeps. " * 40
-_TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<eos>{% endfor %}"
-
-_TO_4_5_BPW = QuantizeConfig(target=Target(bpw=4.5), evaluate=None, measure=MeasureConfig(device="cpu"))
-
-MOST_CHARACTERS = 4000
-"""Longest message that is still one for people."""
+__all__ = ["READERS", "Reader", "fuzz", "targets_of"]
 
 
-class _Refused(Exception):
-    """The command line ended with exit code 1 and a sentence."""
-
-
-class _Raw(Exception):
-    """Something for a terminal holds control characters, or has no bound."""
+_IN_PLACE = 0.98
+"""Share of mutants that are files; the others are something else in a file's place."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,20 +69,26 @@ class Reader:
 
     Attributes:
         seeds: Folder of the files that it takes.
-        targets: Patterns of the files that are changed, and how.
+        targets: Patterns of the files that are changed, and their kinds.
         read: Reads what lies in a folder that is its own; the second path is that of the changed file in it.
+        modules: Where in the package that is done.
+        file: Whether bpwise itself opens the changed file, so that something else may lie in its place.
+        share: How many mutants it gets for each that the slowest readers get; a fast one more.
     """
 
     seeds: str
-    targets: dict[str, Callable[[bytes, Random], bytes]]
+    targets: dict[str, Kind]
     read: Callable[[Path, Path], None]
+    modules: tuple[str, ...]
+    share: int
+    file: bool = True
 
 
-def targets_of(reader: str, seeds: Path) -> list[tuple[Path, Callable[[bytes, Random], bytes]]]:
-    """Return the files that a reader's mutants are made of, relative to its folder, and what changes each."""
+def targets_of(reader: str, seeds: Path) -> list[tuple[str, Path]]:
+    """Return patterns and files of which a reader's mutants are made, relative to its folder."""
     folder = seeds / READERS[reader].seeds
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    found = [(path, how) for pattern, how in READERS[reader].targets.items() for path in files if path.match(pattern)]
+    found = [(pattern, path) for pattern in READERS[reader].targets for path in files if path.match(pattern)]
     assert found, f"{reader}: nothing in {folder} is to be changed"
     return found
 
@@ -102,7 +96,7 @@ def targets_of(reader: str, seeds: Path) -> list[tuple[Path, Callable[[bytes, Ra
 def fuzz(
     reader: str, seeds: Path, scratch: Path, *, mutants: int, seed: int = 0, first: int = 0, workers: int = 1
 ) -> list[Outcome]:
-    """Try mutants on a reader.
+    """Try mutants on a reader, after the files that they are made of.
 
     Args:
         reader: A key of ``READERS``.
@@ -114,293 +108,74 @@ def fuzz(
         workers: Processes at a time.
     """
     tried = READERS[reader]
-    folder = seeds / tried.seeds
     targets = targets_of(reader, seeds)
+    patterns = sorted({pattern for pattern, _ in targets})
+    for pattern in patterns:
+        # A reader that refused all would pass; and what a first reading imports is in the processes of all mutants.
+        path = next(path for each, path in targets if each == pattern)
+        own = _folder(seeds / tried.seeds, scratch / f"{reader}-whole")
+        tried.read(own, path)
+        shutil.rmtree(own)
 
-    def run(number: int) -> tuple[str, str]:
+    def make(number: int) -> Mutant:
         rng = Random(f"{seed}/{reader}/{number}")
-        # Every kind of file gets as many mutants, however many files there are of it.
-        how = rng.choice(list(tried.targets.values()))
-        path = rng.choice([path for path, each in targets if each is how] or [path for path, _ in targets])
-        own = scratch / f"{reader}-{number}"
-        shutil.copytree(folder, own)
-        try:
-            (own / path).write_bytes(how((own / path).read_bytes(), rng))
-            kind, detail = _read(tried.read, own, path)
-        finally:
-            shutil.rmtree(own, ignore_errors=True)
-        return kind, f"{path}: {detail}"
+        # Every pattern gets as many mutants, however many files there are of it.
+        pattern = rng.choice(patterns)
+        path = rng.choice([path for each, path in targets if each == pattern])
+        own = _folder(seeds / tried.seeds, scratch / f"{reader}-{number}")
+        kind = tried.targets[pattern]
+        data = kind.mutated((own / path).read_bytes(), rng)
+        (own / path).unlink()
+        if not tried.file or rng.random() < _IN_PLACE:
+            (own / path).write_bytes(data)
+        else:
+            data = _put_other(own / path, data, rng)
 
-    return run_all(run, mutants, first=first, workers=workers)
+        def read() -> tuple[str, str]:
+            try:
+                kind, detail = _read(tried.read, own, path)
+            finally:
+                shutil.rmtree(own, ignore_errors=True)
+            return kind, f"{path}: {detail}"
+
+        return Mutant(read, kind.passes(data), len(data))
+
+    return run_all(make, mutants, first=first, workers=workers)
+
+
+def _put_other(path: Path, data: bytes, rng: Random) -> bytes:
+    """Put in a file's place nothing, a folder, a link that leads outside, or a pointer of Git LFS."""
+    kind = rng.randrange(5)
+    if kind == 0:
+        path.mkdir()
+    elif kind == 1:
+        path.symlink_to("/etc/passwd")
+    elif kind == 2:
+        path.symlink_to(path.name)
+    elif kind == 3:
+        data = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+        path.write_bytes(data)
+        return data
+    return b""
+
+
+def _folder(source: Path, to: Path) -> Path:
+    # Links: bpwise writes files anew, and renames them.
+    shutil.copytree(source, to, copy_function=os.link)
+    return to
 
 
 def _read(read: Callable[[Path, Path], None], folder: Path, changed: Path) -> tuple[str, str]:
     try:
         read(folder, changed)
-    except _Raw as error:
+    except Raw as error:
         return "raw", str(error)
-    except (BpwiseError, _Refused) as error:
+    except (BpwiseError, Refused) as error:
         message = str(error)
-        if not _is_printable(message, lines=isinstance(error, _Refused)):
-            return "raw", f"{type(error).__name__}: {message[:200]}"
+        if not is_printable(message, lines=isinstance(error, Refused)):
+            return "raw", f"{type(error).__name__}: {len(message)} characters, {message[:200]}"
         return "refused", message.replace(str(folder), "")[:200]
     return "ok", ""
-
-
-def _is_printable(text: str, *, lines: bool = False) -> bool:
-    kept = text.replace("\n", "") if lines else text
-    return kept.isprintable() and len(text) <= MOST_CHARACTERS
-
-
-def _run_cli(*arguments: object) -> None:
-    result = CliRunner().invoke(cli, [str(each) for each in arguments], catch_exceptions=True)
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    for line in result.stdout.split("\n"):
-        if not line.isprintable() or len(line) > 100 * MOST_CHARACTERS:
-            raise _Raw(f"printed {line[:200]!r}")
-    if result.exit_code == 1:
-        raise _Refused(result.stderr[result.stderr.rfind("Error:") :].rstrip("\n"))
-    assert result.exit_code == 0, result.stderr
-
-
-# The files that are taken
-
-
-def build_seeds(folder: Path, names: Iterable[str]) -> None:
-    """Make what readers of these names take, each in a folder of its own."""
-    torch.set_num_threads(1)
-    made = {READERS[name].seeds for name in names}
-    work = folder / "made"
-    model = _save_model(work / "model")
-    original = Checkpoint.open(model)
-    rows = CalibrationSet(
-        tokens=torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(1)),
-        origins=tuple(f"random: {number}" for number in range(4)),
-        description="random ids",
-        adds_bos=False,
-    )
-    builders: dict[str, Callable[[Path], None]] = {
-        "tokenizer": lambda to: _tokenizer_seeds(to, model),
-        "text": lambda to: _text_seeds(to, model),
-        "calibration": lambda to: rows.save(to / "rows.safetensors"),
-        "model": lambda to: (_copy(model, to / "model"), rows.save(to / "rows.safetensors"))[0],
-        "sharded": lambda to: _shard(model, to / "model"),
-        "adapter": lambda to: _adapter_seeds(to, model),
-        "cache": lambda to: OriginalCache(to).save("key", _state()),
-        "gguf": lambda to: _write_gguf(to / "model.gguf"),
-        "imatrix": lambda to: None,
-        "plan": lambda to: None,
-        "measurement": lambda to: None,
-        "exl2": lambda to: None,
-        "pieces": lambda to: None,
-    }
-    for name in sorted(made):
-        (folder / name).mkdir(parents=True)
-        builders[name](folder / name)
-    if made & {"imatrix", "plan", "measurement", "exl2", "pieces"}:
-        _quantized_seeds(folder, made, work, original, rows)
-    shutil.rmtree(work)
-
-
-def _state() -> OriginalState:
-    hidden = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(2))
-    return OriginalState(hidden=hidden, trace=hidden[None, :, :2], floor_nats=1e-9, bfloat16_nats=1e-4, floor_tokens=8)
-
-
-def _quantized_seeds(folder: Path, made: set[str], work: Path, original: Checkpoint, rows: CalibrationSet) -> None:
-    config = MeasureConfig(device="cpu")
-    measurement = measure_checkpoint(original, rows, config, _makers(original), work / "measuring")
-    path = work / "measurement.safetensors"
-    measurement.save(path)
-    if "measurement" in made:
-        _copy(path, folder / "measurement" / path.name)
-        _copy(original.directory, folder / "measurement" / "model")
-    if "imatrix" in made:
-        for suffix in ("gguf", "dat"):
-            _run_cli("imatrix", path, "-o", folder / "imatrix" / f"imatrix.{suffix}")
-        _write_gguf(folder / "imatrix" / "base.gguf")
-    if "plan" in made:
-        _run_cli("plan", path, "--bpw", "4.5", "-o", folder / "plan" / "plan.json")
-        if GgufCurves.name in measurement.curves:
-            _run_cli("plan", path, "--bpw", "8", "--format", "gguf", "-o", folder / "plan" / "types.json")
-    if made & {"exl2", "plan"}:
-        output = work / "exl2"
-        quantize_model(original.directory, output, _TO_4_5_BPW, measurement=path)
-        manifest = json.loads((output / "bpwise.json").read_text())
-        del manifest["sha256"]  # which files without a checksum of their own lack
-        manifest["provenance"]["changes"] = {"adapters": [{"name": "a", "sha256": "0"}]}
-        (output / "bpwise.json").write_text(json.dumps(manifest))
-        for name in made & {"exl2", "plan"}:
-            _copy(output, folder / name / "exl2")
-            _copy(original.directory, folder / name / "model")
-    if "exl2" in made:
-        (folder / "exl2" / "text.txt").write_text(_TEXT, encoding="utf-8")
-        _evaluated(folder / "exl2")
-    if "pieces" in made:
-        _piece_seeds(folder / "pieces", original, rows, config, work)
-
-
-class _CutOff(Exception):
-    """Ends a run in its middle."""
-
-
-def _piece_seeds(to: Path, original: Checkpoint, rows: CalibrationSet, config: MeasureConfig, work: Path) -> None:
-    # A work directory as it is left at every stage of a run.
-    _copy(original.directory, to / "model")
-    rows.save(to / "rows.safetensors")
-    for number, (stage, block) in enumerate((("forward", 1), ("backward", 0), ("backward", 1), ("", 0))):
-
-        def cut(items: Sequence[Any], name: str, stage: str = stage, block: int = block) -> Iterable[Any]:
-            for position, item in enumerate(items):
-                if stage and stage in name and position == block:
-                    raise _CutOff
-                yield item
-
-        with suppress(_CutOff):
-            measure_checkpoint(original, rows, config, _makers(original), to / f"work-{number}", cut)
-    measurement = Measurement.load(work / "measurement.safetensors")
-    measurement.save(to / "measurement.safetensors")
-    _rounded(original, measurement, to / "work-rounded")
-
-
-def _makers(original: Checkpoint) -> list[CurveMaker]:
-    return [Exl2Curves(), *gguf_curves_of(original.directory)]
-
-
-def _rounded(original: Checkpoint, measurement: Measurement, work: Path) -> RoundedModel:
-    plan = make_exl2_plan(measurement, bpw=4.5, head_bits=6)
-    rounder = Exl2Rounder(plan, measurement)
-    return round_model(original, measurement, plan, rounder, RoundConfig(device="cpu"), work)
-
-
-def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if source.is_dir():
-        shutil.copytree(source, target)
-    else:
-        shutil.copy(source, target)
-
-
-def _save_model(directory: Path) -> Path:
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=264,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=128,
-            tie_word_embeddings=False,
-            initializer_range=0.2,
-        )
-    )
-    model.half().save_pretrained(directory)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<bos>", "<eos>"])
-    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 256)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>")
-    tokenizer.chat_template = _TEMPLATE
-    tokenizer.save_pretrained(directory)
-    return directory
-
-
-def _shard(model: Path, to: Path) -> None:
-    _copy(model, to)
-    tensors = load_file(to / "model.safetensors")
-    (to / "model.safetensors").unlink()
-    weight_map = {}
-    for number, names in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2]), 1):
-        file = f"model-0000{number}-of-00002.safetensors"
-        save_file({name: tensors[name] for name in names}, to / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
-    (to / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def _adapter_seeds(to: Path, model: Path) -> None:
-    _copy(model, to / "model")
-    adapter = to / "adapter"
-    adapter.mkdir()
-    settings = {
-        "peft_type": "LORA",
-        "base_model_name_or_path": "org/base",
-        "r": 4,
-        "lora_alpha": 8,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "rank_pattern": {"mlp.up_proj": 2},
-        "alpha_pattern": {"mlp.up_proj": 4},
-        "target_modules": ["q_proj", "up_proj"],
-        "use_dora": False,
-        "use_rslora": False,
-    }
-    (adapter / "adapter_config.json").write_text(json.dumps(settings))
-    rng = torch.Generator().manual_seed(0)
-    shapes = {"self_attn.q_proj": (32, 4, 32), "mlp.up_proj": (64, 2, 32)}
-    tensors = {}
-    for name, (rows, rank, columns) in shapes.items():
-        prefix = f"base_model.model.model.layers.0.{name}"
-        tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, columns, generator=rng)
-        tensors[f"{prefix}.lora_B.weight"] = torch.randn(rows, rank, generator=rng)
-    save_file(tensors, adapter / "adapter_model.safetensors", {"format": "pt"})
-
-
-def _tokenizer_seeds(to: Path, model: Path) -> None:
-    _copy(model, to / "model")
-    chat = [{"role": "user", "content": _TEXT}, {"role": "assistant", "content": _TEXT}]
-    (to / "chat.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 3)
-
-
-def _text_seeds(to: Path, model: Path) -> None:
-    _tokenizer_seeds(to, model)
-    (to / "text.jsonl").write_text((json.dumps({"text": _TEXT, "id": 1}) + "\n") * 3)
-    (to / "text.txt").write_text(_TEXT)
-
-
-def _write_gguf(path: Path) -> None:
-    metadata: dict[str, Any] = {
-        "general.architecture": "llama",
-        "general.name": "tiny",
-        "general.file_type": 1,
-        "llama.block_count": 1,
-        "llama.context_length": 128,
-        "llama.embedding_length": 32,
-        "llama.feed_forward_length": 64,
-        "llama.attention.head_count": 4,
-        "llama.attention.head_count_kv": 2,
-        "llama.attention.layer_norm_rms_epsilon": 1e-5,
-        "llama.rope.freq_base": 10000.0,
-        "llama.rope.dimension_count": 8,
-        "bpwise.version": "0.1.0",
-        "bpwise.calibration": "text",
-        "bpwise.calibration_spans": "2:",
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": [f"t{number}" for number in range(264)],
-        "tokenizer.ggml.bos_token_id": 1,
-    }
-    layer = {"attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32)}
-    layer |= {"ffn_gate": (64, 32), "ffn_up": (64, 32), "ffn_down": (32, 64)}
-    shapes: dict[str, tuple[int, ...]] = {f"blk.0.{name}.weight": shape for name, shape in layer.items()}
-    shapes |= {"blk.0.attn_norm.weight": (32,), "blk.0.ffn_norm.weight": (32,), "output_norm.weight": (32,)}
-    shapes |= {"token_embd.weight": (264, 32), "output.weight": (264, 32)}
-    planned = [Planned(name, ggml_type("F16" if len(shape) > 1 else "F32"), shape) for name, shape in shapes.items()]
-    rng = np.random.RandomState(0)
-    with path.open("wb") as file:
-        file.write(header_bytes({key: entry(value) for key, value in metadata.items()}, planned, 32))
-        for tensor in planned:
-            dtype = np.float16 if tensor.type.name == "F16" else np.float32
-            data = (rng.standard_normal(tensor.shape) * 0.2).astype(dtype).tobytes()
-            file.write(data + bytes(padding(len(data), 32)))
-
-
-# What reads them
 
 
 def _read_plan(folder: Path, changed: Path) -> None:
@@ -415,20 +190,20 @@ def _read_plan(folder: Path, changed: Path) -> None:
                 _ = (plan.head_code_bits, [linear.stored_groups for linear in plan.linears])
             if isinstance(plan, GgufPlan):
                 _ = plan.kinds
-            _run_cli("inspect", path)
+            run_cli("inspect", path)
 
 
 def _read_measurement(folder: Path, changed: Path) -> None:
     path = folder / "measurement.safetensors"
     measurement = Measurement.load(path)
     assert measured_rows(measurement).tokens.numel()
-    _run_cli("inspect", path)
-    _run_cli("plan", path, "--bpw", "4.5", "--head-bits", "auto", "-o", folder / "p.json")
+    run_cli("inspect", path)
+    run_cli("plan", path, "--bpw", "4.5", "--head-bits", "auto", "-o", folder / "p.json")
     if GgufCurves.name in measurement.curves:
-        _run_cli("plan", path, "--bpw", "8", "--format", "gguf", "-o", folder / "t.json")
-        _run_cli("plan", path, "--html", folder / "page.html")
-    _run_cli("imatrix", path, "-o", folder / "i.gguf")
-    quantize_model(folder / "model", folder / "out", _TO_4_5_BPW, measurement=path)
+        run_cli("plan", path, "--bpw", "8", "--format", "gguf", "-o", folder / "t.json")
+        run_cli("plan", path, "--html", folder / "page.html")
+    run_cli("imatrix", path, "-o", folder / "i.gguf")
+    quantize_model(folder / "model", folder / "out", TO_4_5_BPW, measurement=path)
 
 
 def _read_pieces(folder: Path, changed: Path) -> None:
@@ -436,15 +211,16 @@ def _read_pieces(folder: Path, changed: Path) -> None:
     work = folder / changed.parts[0]
     if work.name == "work-rounded":
         measurement = Measurement.load(folder / "measurement.safetensors")
-        rounded = _rounded(original, measurement, work)
+        rounded = rounded_model(original, measurement, work)
         rounded.drift()
         rounded.numbers("damping")
         source = language_model(original)
         for name in rounded.names:
             rounded_linear(rounded, source, name, tuned=False).dequantize()
         return
+    finished_blocks(folder)
     rows = CalibrationSet.load(folder / "rows.safetensors")
-    measurement = measure_checkpoint(original, rows, MeasureConfig(device="cpu"), _makers(original), work)
+    measurement = measure_checkpoint(original, rows, MeasureConfig(device="cpu"), curve_makers(original), work)
     assert measurement.to_bytes() == (folder / "measurement.safetensors").read_bytes(), "damage went through in silence"
 
 
@@ -459,12 +235,12 @@ def _read_imatrix(folder: Path, changed: Path) -> None:
     notes = imatrix_metadata(matrix, str(changed))
     (folder / "out.gguf").unlink(missing_ok=True)
     write_gguf(base, folder / "out.gguf", types, file_type=2, importance=matrix.mean_squares, metadata=notes)
-    _run_cli("inspect", folder / "out.gguf")
+    run_cli("inspect", folder / "out.gguf")
 
 
 def _read_exl2(folder: Path, changed: Path) -> None:
-    _run_cli("inspect", folder / "exl2")
-    _run_cli("verify", folder / "exl2")
+    run_cli("inspect", folder / "exl2")
+    run_cli("verify", folder / "exl2")
 
 
 def _read_exl2_unverified(folder: Path, changed: Path) -> None:
@@ -474,14 +250,7 @@ def _read_exl2_unverified(folder: Path, changed: Path) -> None:
     for name in sorted(model.names):
         model.shape(name)
         model.tensor(name)
-    _evaluated(folder)
-
-
-def _evaluated(folder: Path) -> None:
-    _run_cli(
-        *("eval", folder / "model", folder / "exl2", "--text", folder / "text.txt"),
-        *("-r", "1", "-l", "16", "--device", "cpu", "--no-cache"),
-    )
+    evaluated(folder)
 
 
 def _read_output(folder: Path, changed: Path) -> None:
@@ -489,7 +258,7 @@ def _read_output(folder: Path, changed: Path) -> None:
     model = open_any(output)
     stored_spans(model)
     verify_model(output)
-    _run_cli("push", output, "org/name", "--dry-run")
+    run_cli("push", output, "org/name", "--dry-run")
     write_card(output, original=folder / "model")
     with suppress(BpwiseError):  # that it is another's
         output_of(output, require_format(output), "another")
@@ -500,7 +269,7 @@ def _read_checkpoint(folder: Path, changed: Path) -> None:
     _ = (model.tied_embeddings, model.total_bytes, model.parameter_count)
     for name in sorted(model.names):
         model.tensor(name)
-    _run_cli("inspect", folder / "model")
+    run_cli("inspect", folder / "model")
 
 
 def _read_adapter(folder: Path, changed: Path) -> None:
@@ -513,8 +282,8 @@ def _read_adapter(folder: Path, changed: Path) -> None:
 def _read_config(folder: Path, changed: Path) -> None:
     model = open_model(folder / "model")
     _ = (model.tied_embeddings, model.fingerprint)
-    _run_cli("inspect", folder / "model")
-    _run_cli("quantize", folder / "model", folder / "out", "--bpw", "4.5", "-r", "2", "-l", "32", "--dry-run")
+    run_cli("inspect", folder / "model")
+    run_cli("quantize", folder / "model", folder / "out", "--bpw", "4.5", "-r", "2", "-l", "32", "--dry-run")
 
 
 def _read_config_and_run(folder: Path, changed: Path) -> None:
@@ -525,26 +294,72 @@ def _read_config_and_run(folder: Path, changed: Path) -> None:
 
 def _read_tokenizer(folder: Path, changed: Path) -> None:
     tokenizer = load_tokenizer(folder / "model")
-    config = CalibrationConfig(source=str(folder / "chat.jsonl"), chat_template=True, rows=2, row_tokens=32)
-    build_calibration(tokenizer, config, vocab_size=264)
+    end_ids(folder / "model", tokenizer)
+    tokens_beyond(Checkpoint.open(folder / "model"))
+    _rows_of(tokenizer, folder / "chat.jsonl", chat=True)
 
 
 def _read_template(folder: Path, changed: Path) -> None:
-    tokenizer = load_tokenizer(folder / "model")
-    config = CalibrationConfig(source=str(folder / "chat.jsonl"), chat_template=True, rows=2, row_tokens=32)
-    build_calibration(tokenizer, config, vocab_size=264)
+    _rows_of(load_tokenizer(folder / "model"), folder / "chat.jsonl", chat=True)
 
 
 def _read_text(folder: Path, changed: Path) -> None:
+    chat = changed.name == "chat.jsonl"
+    _rows_of(load_tokenizer(folder / "model"), folder / changed, chat=chat).save(folder / "rows.safetensors")
+
+
+def _read_tables(folder: Path, changed: Path) -> None:
     tokenizer = load_tokenizer(folder / "model")
-    for name, chat in (("text.txt", False), ("text.jsonl", False), ("chat.jsonl", True)):
-        config = CalibrationConfig(source=str(folder / name), chat_template=chat, rows=2, row_tokens=32)
-        build_calibration(tokenizer, config, vocab_size=264).save(folder / "rows.safetensors")
+    for chat in (False, True):
+        _rows_of(tokenizer, folder / changed, chat=chat)
+
+
+def _rows_of(tokenizer: LoadedTokenizer, source: Path, *, chat: bool) -> CalibrationSet:
+    config = CalibrationConfig(source=str(source), chat_template=chat, rows=2, row_tokens=32)
+    with quick_templates():
+        return build_calibration(tokenizer, config, vocab_size=264)
+
+
+def _read_row_map(folder: Path, changed: Path) -> None:
+    text = base64.b64encode(zlib.compress((folder / changed).read_bytes(), 1)).decode()
+    map_to_text(map_from_text(text, "rows"))
+
+
+def _read_processor(folder: Path, changed: Path) -> None:
+    require_side_files(folder)
+    add_image_processor(folder)
+
+
+def _read_card(folder: Path, changed: Path) -> None:
+    facts = CardFacts(name="a", kind="b", library="c", made=(("d", "e"),), limits=(), loading="f")
+    card = Card(facts=facts, format="exl2", base_name="g", base=read_base_card(folder / "model"))
+    text = render_card(card)
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert isinstance(front, dict), text[:500]
+
+
+def _read_hub(folder: Path, changed: Path) -> None:
+    with lying_hub(folder / changed, folder / "cache"):
+        directory = resolve_model("org/name")
+    assert directory.is_relative_to(folder / "cache"), directory
+    for path in directory.rglob("*"):
+        assert path.resolve().is_relative_to((folder / "cache").resolve()), path
+    open_model(directory)
+
+
+def _read_push(folder: Path, changed: Path) -> None:
+    files = tuple((name, folder / name) for name in ("config.json", "README.md"))
+    for _, path in files:
+        path.write_bytes(b"{}")
+    with lying_hub(folder / changed, folder / "cache"):
+        link = push_model(Upload(output=folder / "a", repo="org/name", branch=None, files=files, left_out=()))
+    if not is_printable(link):
+        raise Raw(f"printed {link[:200]!r}")
 
 
 def _read_calibration(folder: Path, changed: Path) -> None:
     CalibrationSet.load(folder / "rows.safetensors")
-    _run_cli("inspect", folder / "rows.safetensors")
+    run_cli("inspect", folder / "rows.safetensors")
 
 
 def _read_cache(folder: Path, changed: Path) -> None:
@@ -553,8 +368,8 @@ def _read_cache(folder: Path, changed: Path) -> None:
 
 def _read_gguf(folder: Path, changed: Path) -> None:
     path = folder / "model.gguf"
-    _run_cli("inspect", path)
-    _run_cli("verify", path)
+    run_cli("inspect", path)
+    run_cli("verify", path)
     model = open_any(path)
     for name in sorted(model.names):
         model.tensor(name)
@@ -562,60 +377,190 @@ def _read_gguf(folder: Path, changed: Path) -> None:
     write_card(path)
 
 
-_JSON, _TENSORS = mutations.mutated_json, mutations.mutated_safetensors
-
 READERS: dict[str, Reader] = {
-    "plan": Reader(seeds="plan", targets={"plan.json": _JSON, "types.json": _JSON}, read=_read_plan),
-    "measurement": Reader(seeds="measurement", targets={"measurement.safetensors": _TENSORS}, read=_read_measurement),
-    "pieces": Reader(seeds="pieces", targets={"work-*/*/*.safetensors": _TENSORS}, read=_read_pieces),
+    "plan": Reader(
+        seeds="plan",
+        share=20,
+        targets={"plan.json": JSON, "types.json": JSON},
+        read=_read_plan,
+        modules=("checkpoint/files/schemas", "convert/registry", "convert/exl2/plan/plan", "convert/gguf/plan/plan"),
+    ),
+    "measurement": Reader(
+        seeds="measurement",
+        share=5,
+        targets={"measurement.safetensors": TENSORS},
+        read=_read_measurement,
+        modules=(
+            "checkpoint/model/structure_json",
+            "convert/exl2/plan/measured",
+            "convert/gguf/plan/layout",
+            "convert/gguf/plan/measured",
+            "measure/measurement_file",
+        ),
+    ),
+    "pieces": Reader(
+        seeds="pieces",
+        share=1,
+        targets={"work-*/*/*.safetensors": TENSORS, "work-*/*/identity.json": JSON},
+        read=_read_pieces,
+        modules=("checkpoint/files/resume", "quantize/timing/finished"),
+    ),
     "imatrix": Reader(
         seeds="imatrix",
-        targets={"imatrix.gguf": mutations.mutated_gguf, "imatrix.dat": mutations.mutated_bytes},
+        share=150,
+        targets={"imatrix.gguf": GGUF, "imatrix.dat": DAT},
         read=_read_imatrix,
+        modules=("convert/gguf/llama_cpp/imatrix",),
     ),
     "exl2": Reader(
         seeds="exl2",
-        targets={"exl2/config.json": _JSON, "exl2/bpwise.json": _JSON, "exl2/output.safetensors": _TENSORS},
+        share=5,
+        targets={"exl2/config.json": JSON, "exl2/bpwise.json": JSON, "exl2/output.safetensors": TENSORS},
         read=_read_exl2,
+        modules=("convert/exl2/file/reader", "convert/exl2/file/tensors", "convert/exl2/file/verify"),
     ),
     "exl2-eval": Reader(
         seeds="exl2",
-        targets={"exl2/config.json": _JSON, "exl2/bpwise.json": _JSON, "exl2/output.safetensors": _TENSORS},
+        share=1,
+        targets={"exl2/config.json": JSON, "exl2/bpwise.json": JSON, "exl2/output.safetensors": TENSORS},
         read=_read_exl2_unverified,
+        modules=("convert/exl2/file/linear", "convert/exl2/file/reader"),
     ),
     "provenance": Reader(
         seeds="exl2",
+        share=3,
         targets={
-            "exl2/bpwise.json": _JSON,
-            "exl2/report.json": _JSON,
-            "exl2/config.json": _JSON,
-            "exl2/README.md": mutations.mutated_text,
+            "exl2/bpwise.json": JSON,
+            "exl2/report.json": JSON,
+            "exl2/config.json": JSON,
+            "exl2/README.md": TEXT,
         },
         read=_read_output,
+        modules=(
+            "convert/exl2/file/manifest",
+            "convert/publishing/cards",
+            "convert/publishing/mark",
+            "eval/metrics/overlap",
+        ),
     ),
     "index": Reader(
         seeds="sharded",
-        targets={"model.safetensors.index.json": _JSON, "model-*.safetensors": _TENSORS},
+        share=30,
+        targets={"model.safetensors.index.json": JSON, "model-*.safetensors": TENSORS},
         read=_read_checkpoint,
+        modules=("checkpoint/files/safetensors_file", "checkpoint/source/checkpoint", "checkpoint/source/index"),
+    ),
+    "float8": Reader(
+        seeds="float8",
+        share=30,
+        targets={"config.json": JSON, "model.safetensors": TENSORS},
+        read=_read_checkpoint,
+        modules=("checkpoint/source/float8",),
+    ),
+    "mxfp4": Reader(
+        seeds="mxfp4",
+        share=50,
+        targets={"config.json": JSON, "model.safetensors": TENSORS},
+        read=_read_checkpoint,
+        modules=("checkpoint/source/mxfp4",),
     ),
     "adapter": Reader(
         seeds="adapter",
-        targets={"adapter_config.json": _JSON, "adapter_model.safetensors": _TENSORS},
+        share=30,
+        targets={"adapter_config.json": JSON, "adapter_model.safetensors": TENSORS},
         read=_read_adapter,
+        modules=("checkpoint/source/lora",),
     ),
-    "config": Reader(seeds="model", targets={"config.json": _JSON}, read=_read_config),
-    "config-run": Reader(seeds="model", targets={"config.json": _JSON}, read=_read_config_and_run),
+    "config": Reader(
+        seeds="model", share=5, targets={"config.json": JSON}, read=_read_config, modules=("checkpoint/model/config",)
+    ),
+    "config-run": Reader(seeds="model", share=1, targets={"config.json": JSON}, read=_read_config_and_run, modules=()),
     "tokenizer": Reader(
-        seeds="tokenizer", targets={"tokenizer.json": _JSON, "tokenizer_config.json": _JSON}, read=_read_tokenizer
+        seeds="tokenizer",
+        share=5,
+        targets=dict.fromkeys(
+            ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "generation_config.json"), JSON
+        ),
+        read=_read_tokenizer,
+        modules=("checkpoint/source/vocabulary", "measure/text/tokenizer"),
     ),
-    "template": Reader(seeds="tokenizer", targets={"chat_template.jinja": mutations.mutated_text}, read=_read_template),
+    "template": Reader(
+        seeds="tokenizer",
+        share=5,
+        targets={"chat_template.jinja": TEMPLATE},
+        read=_read_template,
+        modules=("measure/text/chat_template",),
+    ),
     "text": Reader(
         seeds="text",
-        targets={"*.jsonl": mutations.mutated_json_lines, "text.txt": mutations.mutated_text},
+        share=5,
+        targets={"*.jsonl": JSON_LINES, "text.txt": TEXT},
         read=_read_text,
+        modules=("measure/text/chat_rows", "measure/text/sources"),
     ),
-    "cache": Reader(seeds="cache", targets={"*.original.safetensors": _TENSORS}, read=_read_cache),
-    "calibration": Reader(seeds="calibration", targets={"rows.safetensors": _TENSORS}, read=_read_calibration),
-    "gguf": Reader(seeds="gguf", targets={"model.gguf": mutations.mutated_gguf}, read=_read_gguf),
+    "tables": Reader(
+        seeds="tables",
+        share=5,
+        targets={"rows.parquet": PARQUET, "rows.arrow": ARROW},
+        read=_read_tables,
+        modules=("measure/text/sources",),
+    ),
+    "cache": Reader(
+        seeds="cache", share=800, targets={"*.original.safetensors": TENSORS}, read=_read_cache, modules=("eval/cache",)
+    ),
+    "calibration": Reader(
+        seeds="calibration",
+        share=800,
+        targets={"rows.safetensors": TENSORS},
+        read=_read_calibration,
+        modules=("measure/text/calibration",),
+    ),
+    "gguf": Reader(
+        seeds="gguf",
+        share=150,
+        targets={"model.gguf": GGUF},
+        read=_read_gguf,
+        modules=(
+            "convert/gguf/file/digest",
+            "convert/gguf/file/header",
+            "convert/gguf/file/values",
+            "convert/gguf/model/reader",
+            "convert/gguf/model/verify",
+        ),
+    ),
+    "processor": Reader(
+        seeds="processor",
+        share=20,
+        targets={"processor_config.json": JSON},
+        read=_read_processor,
+        modules=("convert/exl2/file/config",),
+    ),
+    "row-map": Reader(
+        seeds="rowmap",
+        share=150,
+        file=False,
+        targets={"rows.json": JSON},
+        read=_read_row_map,
+        modules=("convert/gguf/rows/text",),
+    ),
+    "card": Reader(
+        seeds="card", share=30, targets={"README.md": CARD}, read=_read_card, modules=("convert/publishing/base_card",)
+    ),
+    "hub": Reader(
+        seeds="hub",
+        share=5,
+        file=False,
+        targets={"answers.json": Kind(mutated_answers, check_answers)},
+        read=_read_hub,
+        modules=("checkpoint/source/hub",),
+    ),
+    "push": Reader(
+        seeds="hub",
+        share=5,
+        file=False,
+        targets={"answers.json": Kind(mutated_answers, check_answers)},
+        read=_read_push,
+        modules=("convert/publishing/push",),
+    ),
 }
 """All of them, by name."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ....checkpoint.files.atomic import private_directory, write_json
-from ....checkpoint.files.schemas import read_json
+from ....checkpoint.files.schemas import check_schema, read_json
 from ....checkpoint.model.names import text_config
 from ....checkpoint.model.positions import stated_rope
 from ....checkpoint.source.checkpoint import Checkpoint
@@ -133,8 +133,8 @@ def gate_once(base: Path, checkpoint: Checkpoint, work: Path, *, kept: Path | No
     }
     if kept is not None and kept.exists():
         found = read_json(kept, WorkDirectoryError)
-        if found.pop("of", None) == identity:
-            return Gate(**found)
+        if found.get("of") == identity:
+            return check_schema(found, Gate, WorkDirectoryError, where=str(kept))
     gate = gate_base(base, checkpoint, work)
     if kept is not None and gate.kl_nats is not None:  # what else came out may be for want of memory
         write_json(kept, {**asdict(gate), "of": identity})

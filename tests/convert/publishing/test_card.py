@@ -110,14 +110,15 @@ def test_an_original_that_is_not_on_the_hub(card: Card) -> None:
         ("license: [mit\n", "is not valid YAML"),
         ("- a\n- b\n", "is not a mapping"),
         ("a: " + "x" * 70000 + "\n", "is too long"),
-        ("a: " + "[" * 30000 + "\n", "is not valid YAML"),
+        ("a: " + "[" * 900 + "\n", "is not valid YAML"),
+        ("a: " + "[" * 20000 + "\n", "has too many brackets"),
         ("license: {a: b}\n", "`license` cannot be read"),
         ("license: " + "m" * 501 + "\n", "`license` cannot be read"),
         ("license: mit\nlanguage: [en, {a: b}]\n", "`language` cannot be read"),
         ("? [a]\n: b\n", "is not valid YAML"),
         ("license: mit\ttab: : x\n", "is not valid YAML"),
     ],
-    ids=["open", "list", "long", "deep", "mapping", "long-value", "nested", "unhashable", "colon"],
+    ids=["open", "list", "long", "deep", "brackets", "mapping", "long-value", "nested", "unhashable", "colon"],
 )
 def test_damaged_front_matter_is_left_out_visibly(card: Card, front: str, note: str) -> None:
     base = parse_base_card(f"---\n{front}---\nBody.")

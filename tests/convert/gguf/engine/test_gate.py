@@ -19,7 +19,7 @@ from bpwise.convert.gguf.engine.reference import transformers_logits
 from bpwise.convert.gguf.engine.widened import float32_bytes, is_float32, write_float32
 from bpwise.convert.gguf.file.header import read_gguf_header
 from bpwise.convert.gguf.options import GgufOptions
-from bpwise.errors import CheckpointError, ConfigError, VerificationError
+from bpwise.errors import CheckpointError, ConfigError, VerificationError, WorkDirectoryError
 from bpwise.quantize.config import QuantizeConfig
 from bpwise.quantize.run import quantize_model
 from torch import Tensor
@@ -137,6 +137,10 @@ class TestRuns:
         assert gate_once(converted["llama"].file, checkpoint, tmp_path, kept=kept) == first
         assert gate_once(converted["gradient"].file, checkpoint, tmp_path, kept=kept).reason == "again"
         assert gate_once(converted["llama"].file, checkpoint, tmp_path, kept=None).reason == "again"
+
+        kept.write_text(json.dumps({**json.loads(kept.read_text()), "kl_nats": "1"}))
+        with pytest.raises(WorkDirectoryError, match="kl_nats: not a valid value"):
+            gate_once(converted["llama"].file, checkpoint, tmp_path, kept=kept)
 
 
 @pytest.mark.usefixtures("only_cuts")

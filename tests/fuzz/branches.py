@@ -1,0 +1,84 @@
+"""Which branches of the modules that read were taken, by coverage.py."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import bpwise
+import click
+
+__all__ = ["measured_branches"]
+
+NOT_READING = {
+    "checkpoint/files/resume": ("ResumeStore.save", "locked_work", "discard_artifacts"),
+    "checkpoint/source/vocabulary": ("warn_of_tokens_beyond",),
+    "convert/exl2/file/config": (
+        *("exl2_config", "dense_config", "_set_common_keys", "_add_rope_keys", "_add_vision_keys"),
+        "_remove_vision_keys",
+    ),
+    "convert/gguf/llama_cpp/imatrix": (
+        "require_fitting",
+        "write_imatrix",
+        "_write_legacy",
+        "ImportanceMatrix.from_means",
+    ),
+    "convert/publishing/cards": ("check_base_model", "_base_name"),
+    "convert/publishing/push": (
+        *("Upload.summary_lines", "find_outputs", "plan_uploads", "_check", "_upload", "_front_pages", "_named"),
+        "_directory_files",
+    ),
+    "convert/registry": ("format_asking", "__getattr__", "format_named"),
+    "eval/cache": ("OriginalCache._prune",),
+    "eval/metrics/overlap": ("shared_share", "refuse_calibration_text", "with_overlap_warning"),
+    "measure/text/calibration": ("CalibrationConfig.__post_init__", "require_ids_below"),
+    "measure/text/sources": ("read_texts", "text_files", "_directory_source", "_hub_source", "_hub_source.rows"),
+    "quantize/timing/finished": ("finished_measuring",),
+}
+"""Functions of modules that read which do not: they write, compute, or look at options and names."""
+
+_ROOT = Path(bpwise.__file__).resolve().parent
+
+
+@contextmanager
+def measured_branches(modules: Mapping[str, Sequence[str]]) -> Iterator[None]:
+    """Measure what happens inside, then print a line for each reader, and the lines whose branches were not taken.
+
+    Args:
+        modules: Of each reader, those whose branches count, as ``convert/registry``. Nothing is measured without any.
+    """
+    if not modules:
+        yield
+        return
+    import coverage
+
+    files = sorted({str(_ROOT / f"{module}.py") for each in modules.values() for module in each})
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {"data_file": f"{folder}/data", "branch": True, "include": files, "config_file": False}
+        measuring = coverage.Coverage(data_suffix=True, **settings)
+        measuring.start()
+        try:
+            yield
+        finally:
+            measuring.stop()
+            measuring.save()
+        combined = coverage.Coverage(**settings)
+        combined.combine([folder])
+        combined.json_report(outfile=f"{folder}/report.json")
+        report = json.loads(Path(f"{folder}/report.json").read_text())
+    found = {}
+    for path, file in report["files"].items():
+        name = str(Path(path).resolve().relative_to(_ROOT))[:-3]
+        found[name] = {key: each for key, each in file["functions"].items() if key not in NOT_READING.get(name, ())}
+    for reader, names in modules.items():
+        sums = [each["summary"] for name in names for each in found[name].values()]
+        taken, all_ = (sum(each[key] for each in sums) for key in ("covered_branches", "num_branches"))
+        click.echo(f"{reader:12}{taken:6} of {all_:4} branches, {taken / max(1, all_):.1%}")
+    for name, functions in sorted(found.items()):
+        for function, each in functions.items():
+            missing = ", ".join(f"{start}->{max(0, end)}" for start, end in each["missing_branches"])
+            if missing:
+                click.echo(f"{name} {function or '(module)'}: {missing}")
