@@ -19,7 +19,7 @@ from ...measure.measurement import MeasuredLinear, Measurement
 from ..carry import require_float16_range
 from ..rounding import RoundedModel, Rounder, rounding_damping
 from .ggml.kernels import Bytes, GgmlType, decode, encode
-from .ggml.rounding import OUTPUT_SETS, round_to_type
+from .ggml.rounding import output_sets, round_to_type
 from .llama_cpp.importance import table_importance
 from .plan.plan import GgufPlan
 from .rows.rowmap import Part, RowMap
@@ -168,7 +168,8 @@ def _outputs(measured: MeasuredLinear, part: Part) -> OutputFeedback | None:
     if part.factors is not None:
         factors = torch.from_numpy(part.factors)
         fisher, coupling = fisher / factors.square(), coupling * factors.sign()[:, None]
-    return OutputFeedback.of(fisher, coupling, OUTPUT_SETS)
+    sets = output_sets(len(part.outputs))
+    return OutputFeedback.of(fisher, coupling, sets) if sets > 1 else None
 
 
 def _encoded(target: Tensor, upper: Tensor, kind: GgmlType, outputs: OutputFeedback | None) -> Bytes:

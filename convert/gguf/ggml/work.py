@@ -11,7 +11,7 @@ from ....linalg.parallel import threads_beside
 from ....linalg.work import Elements, Factors, Kind, Products, Sample, Work
 from ...rounding import FormatWork
 from .curves import SAMPLED_ROWS, measured_types, needs_tables
-from .rounding import OUTPUT_SETS, SWEEPS, expected_errors, round_to_type
+from .rounding import SWEEPS, expected_errors, output_sets, round_to_type
 from .types import GgmlType, ggml_type
 
 __all__ = ["EncodedWeights", "GgufWork", "TriedTypes"]
@@ -118,7 +118,7 @@ class GgufWork(FormatWork):
         near = sorted(_plain_types(inputs), key=lambda kind: abs(kind.bits_per_weight - self._bpw))[:_NEAR_TYPES]
         if not near:
             return Elements.work(inputs * outputs)
-        together = max(1, min(outputs // OUTPUT_SETS, _MOST_COLUMNS))
+        together = max(1, min(outputs // output_sets(outputs), _MOST_COLUMNS))
         encoded = Work({EncodedWeights(together, _names(near)): float(inputs * outputs)})
         others = Products.work(_CHANNELS, inputs, outputs) * (inputs / 2 / _CHANNELS)
         return Factors.work(inputs) + others * (1 + 2 * SWEEPS) + encoded

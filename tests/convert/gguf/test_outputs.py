@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 from bpwise.convert.gguf.ggml.kernels import decode, ggml_type
-from bpwise.convert.gguf.ggml.rounding import OUTPUT_SETS, round_to_type
+from bpwise.convert.gguf.ggml.rounding import output_sets, round_to_type
 from bpwise.linalg.hessian import factor_hessian
 from bpwise.linalg.outputs import OutputFeedback
 
 pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
 
-SETS = OUTPUT_SETS
+SETS = 4
 KIND = ggml_type("Q4_0")
 
 
@@ -69,3 +69,8 @@ def test_answering_to_each_other_pays() -> None:
     outputs = OutputFeedback.of(problem.fisher, problem.coupling, SETS)
     alone = round_to_type(problem.weight, problem.upper, KIND)
     assert problem.damage(round_to_type(problem.weight, problem.upper, KIND, outputs)) < 0.8 * problem.damage(alone)
+
+
+@pytest.mark.parametrize(("outputs", "sets"), [(1, 1), (511, 1), (512, 2), (1000, 3), (8960, 4)])
+def test_few_outputs_are_no_sets(outputs: int, sets: int) -> None:
+    assert output_sets(outputs) == sets
