@@ -68,7 +68,7 @@ class GgufCurves(CurveMaker):
             NumericalError: A weight is beyond float16's range.
         """
         for name, weight in zip(inputs.names, inputs.weights, strict=True):
-            require_float16_range(f"{name}.weight", weight, NumericalError)
+            require_float16_range(f"{name}.weight", weight.float(), NumericalError)
         parts = [self.layout.rows.parts(self._holders.get(name, name)) for name in inputs.names]
         measured = [[torch.empty(0, len(self.kinds)) for _ in own] for own in parts]
         dampings = [inputs.damping] * len(parts)

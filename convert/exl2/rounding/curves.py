@@ -52,7 +52,7 @@ def measure_curves(inputs: CurveInputs, widths: Sequence[int], group_size: int) 
     """
     gram, fishers = inputs.gram, inputs.fishers
     for name, weight in zip(inputs.names, inputs.weights, strict=True):
-        require_float16_range(f"{name}.weight", weight, NumericalError)
+        require_float16_range(f"{name}.weight", weight.float(), NumericalError)
     costs = inverse_diagonal(inputs.hessian.factor(inputs.damping)).reciprocal()
     orders = [
         grouped_rows(costs, row_powers(weight, fisher), group_size)

@@ -166,7 +166,10 @@ def test_the_file_decodes_to_the_dense_model_of_its_weights(family: Family, tmp_
     with torch.no_grad():
         logits, wanted = (each(tokens).logits for each in (dense, original))
     streamed = streamed_logits(model, tokens)
-    assert float((streamed - logits).square().mean() / wanted.var()) < 1e-5  # the dense model is in float16
+    missed = (streamed - logits).square().mean(dim=2)
+    # The dense model is in float16, by which a router may send a token to another expert: the median token counts.
+    typical = missed.median() if family.result.experts is not None else missed.mean()
+    assert float(typical / wanted.var()) < 1e-5
     assert 0 < float((logits - wanted).square().mean() / wanted.var()) < 0.05
     stored = values_of(family.file)
     rows = build_map(language_model(open_model(family.directory)), read_gguf_header(family.base))
