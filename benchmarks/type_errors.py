@@ -1,6 +1,6 @@
 """What rounding leaves of single linears in ggml's types, step by step, on the text it was fitted to and on another.
 
-    python benchmarks/type_errors.py MODEL --fit prose=c4.txt --judge wiki=wiki.txt --linears '*.15.mlp.down_proj'
+    python benchmarks/type_errors.py MODEL --fit c4.txt --judge wiki.txt --linears '*.15.mlp.down_proj'
 
 Printed is tr(D^T H D) of the weight's error D, H of the inputs that a text gives, relative to ggml's encoder with the
 mean squares of the fitted text's inputs as importances: with error feedback, and with every code chosen again given
@@ -15,8 +15,8 @@ from fnmatch import fnmatchcase
 import click
 import torch
 from bpwise.checkpoint.source.original import open_model
-from bpwise.convert.gguf.ggml import rounding
 from bpwise.convert.gguf.ggml.kernels import Bytes, decode, encode, ggml_type
+from bpwise.convert.gguf.ggml.rounding import round_to_type
 from bpwise.convert.gguf.ggml.types import GgmlType
 from bpwise.errors import BpwiseError
 from bpwise.eval.comparison import EvalConfig, evaluation_rows
@@ -41,15 +41,11 @@ def steps(weight: Tensor, gram: Tensor, kind: GgmlType, damping: float) -> dict[
         damping: Of H, relative to the mean of its diagonal.
     """
     upper = factor_hessian(gram, damping).upper
-    sweeps = rounding.SWEEPS
-    made = {"ggml": encode(weight.T.contiguous(), kind, gram.diagonal().contiguous())}
-    try:
-        for name, count in (("feedback", 0), ("chosen again", sweeps)):
-            rounding.SWEEPS = count
-            made[name] = rounding.round_to_type(weight, upper, kind)
-    finally:
-        rounding.SWEEPS = sweeps
-    return made
+    return {
+        "ggml": encode(weight.T.contiguous(), kind, gram.diagonal().contiguous()),
+        "feedback": round_to_type(weight, upper, kind, sweeps=0),
+        "chosen again": round_to_type(weight, upper, kind),
+    }
 
 
 def error(weight: Tensor, data: Bytes, kind: GgmlType, gram: Tensor) -> float:

@@ -49,7 +49,13 @@ _CHUNK = 256
 
 
 def round_to_type(
-    weight: Tensor, upper: Tensor, kind: GgmlType, outputs: OutputFeedback | None = None, *, threads: int = 1
+    weight: Tensor,
+    upper: Tensor,
+    kind: GgmlType,
+    outputs: OutputFeedback | None = None,
+    *,
+    sweeps: int = SWEEPS,
+    threads: int = 1,
 ) -> Bytes:
     """Round one linear.
 
@@ -60,6 +66,7 @@ def round_to_type(
         upper: R, rows in the order of the input features, float32, shape (K, K).
         kind: A quantized type; K must be a whole number of its blocks.
         outputs: How outputs make up for each other's errors; None rounds each for itself.
+        sweeps: How often all codes are chosen again.
         threads: Threads that ggml's encoder splits the outputs over.
 
     Returns:
@@ -73,14 +80,14 @@ def round_to_type(
     weight, upper = weight.to(ENCODING), upper.to(ENCODING)  # once, not block by block
     grams = _chunk_grams(upper) if kind.name in GRID_TYPES or kind.name in CODEBOOK_TYPES else []
     if outputs is None:
-        return _rounded(weight, upper, grams, kind, threads)
+        return _rounded(weight, upper, grams, kind, sweeps, threads)
     data = np.empty((weight.shape[1], kind.row_bytes(len(weight))), dtype=np.uint8)
     seen = weight.new_zeros(len(weight), outputs.factor.shape[2])
     sets = len(outputs.factor)
     for first, (factor, gains) in enumerate(zip(outputs.factor, outputs.gains, strict=True)):
         own = weight[:, first::sets]
         count = own.shape[1]
-        data[first::sets] = found = _rounded(own + seen @ gains[:, :count], upper, grams, kind, threads)
+        data[first::sets] = found = _rounded(own + seen @ gains[:, :count], upper, grams, kind, sweeps, threads)
         seen += (own - decode(found, kind, threads=threads).T) @ factor[:count]
     return data
 
@@ -116,7 +123,9 @@ def expected_errors(weight: Tensor, upper: Tensor, kind: GgmlType) -> Tensor:
     return squares
 
 
-def _rounded(weight: Tensor, upper: Tensor, grams: Sequence[Tensor], kind: GgmlType, threads: int) -> Bytes:
+def _rounded(
+    weight: Tensor, upper: Tensor, grams: Sequence[Tensor], kind: GgmlType, sweeps: int, threads: int
+) -> Bytes:
     row_weights, outputs = weight.shape
     data = np.empty((outputs, kind.row_bytes(row_weights)), dtype=np.uint8)
     missed, errors = torch.empty_like(weight), torch.empty_like(weight)  # D and E
@@ -133,7 +142,7 @@ def _rounded(weight: Tensor, upper: Tensor, grams: Sequence[Tensor], kind: GgmlT
         data[:, _bytes_of(rows, kind)] = encoded
         torch.sub(weight[rows], decode(encoded, kind, threads=threads).T, out=missed[rows])
     if grams:
-        for _ in range(SWEEPS):
+        for _ in range(sweeps):
             _sweep(data, weight, missed, errors, upper, grams, kind)
     return data
 
