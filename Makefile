@@ -28,11 +28,14 @@ demo: $(VENV)/installed $(MODEL)/config.json
 	@echo
 	@cat $(DEMO)/report.md
 
+# A process for every core, and each file's tests in one of them.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -rs --numprocesses auto --dist loadfile
+
 # Ten tests look at the pages in a browser; they say so where no Chromium with its chromedriver is installed. The second
-# process has a pretend device, and Triton's interpreter in the place of its compiler.
+# run has a pretend device, and Triton's interpreter in the place of its compiler.
 test: $(VENV)/installed
-	$(BIN)/pytest -q -rs
-	TRITON_INTERPRET=1 $(BIN)/pytest -q -rs tests/device
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) tests/device
 
 test-slow: $(VENV)/installed
 	$(BIN)/pytest -q -m slow
