@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from ..convert.conversion import Target
     from ..quantize.config import QuantizeConfig
     from ..quantize.forecast import Forecast
+    from ..quantize.result import QuantizeResult
+    from ..quantize.series import SeriesResult
     from .options import EvaluationArguments
 
 __all__ = ["quantize"]
@@ -137,13 +139,7 @@ def quantize(
     _check_usage(output, choice, targets)
     wanted = targets.all()
     evaluate = evaluation.config(measuring.config)
-    config = QuantizeConfig(
-        target=wanted[0] if wanted else None,
-        options=choice.options,
-        measure=measuring.config,
-        evaluate=evaluate,
-        base_model=base_model,
-    )
+    settings: Any = {"options": choice.options, "measure": measuring.config, "base_model": base_model}
     source = open_model(changes.open(model))
     if evaluate is not None:
         say_shortened(source, evaluation=evaluate.row_tokens)
@@ -151,19 +147,23 @@ def quantize(
         say_shortened(source, calibration=measuring.config.calibration.row_tokens)
     _print_warnings(choice.format.conversion(source, choice.options).warnings)
     if dry_run:
+        config = QuantizeConfig(target=wanted[0] if wanted else None, evaluate=evaluate, **settings)
         _print_forecasts(source, output, config, targets.rates, measurement, measuring)
         return
-    shared = {
+    settings |= {
+        "evaluate": evaluate or False,
         "measurement": measurement,
         "calibration": measuring.saved,
         "work": measuring.work_dir,
         "progress": RunBar(),
     }
+    result: QuantizeResult | SeriesResult
     if targets.several:
-        lines = quantize_series(source, output, config, targets.rates, **shared).summary_lines()  # type: ignore[arg-type]
+        result = quantize_series(source, output, targets.rates, **settings)
     else:
-        lines = quantize_model(source, output, config, **shared).summary_lines()  # type: ignore[arg-type]
-    for line in lines:
+        target = asdict(wanted[0]) if wanted else {}
+        result = quantize_model(source, output, **target, **settings)
+    for line in result.summary_lines():
         say(line)
 
 

@@ -5,11 +5,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..errors import ConfigError
 
-__all__ = ["Conflict", "Effort", "FormatOptions", "Option", "check_effort", "effort_option", "option", "options_of"]
+__all__ = [
+    "Conflict",
+    "Effort",
+    "FormatOptions",
+    "Option",
+    "check_effort",
+    "effort_option",
+    "option",
+    "options_of",
+    "read_texts",
+]
 
 Effort = Literal["normal", "high"]
 """What is done after rounding: ``high`` fits the decoder's scales to the original's predictions."""
@@ -109,6 +120,17 @@ def effort_option() -> Any:
         choices=get_args(Effort),
         help="high fits scales to the original's predictions at the end; pays at 3 bits and less.",
     )
+
+
+def read_texts(options: FormatOptions) -> None:
+    """Make the values of fields that were given as text, as a command does: paths, overrides; for ``__post_init__``."""
+    for field in dataclasses.fields(options):  # type: ignore[arg-type]  # formats' options are dataclasses
+        declared, value = field.metadata["option"], getattr(options, field.name)
+        if declared.kind in ("file", "directory") and isinstance(value, str):
+            object.__setattr__(options, field.name, Path(value))
+        elif declared.repeatable and declared.parse is not None:
+            read = tuple(declared.parse(each) if isinstance(each, str) else each for each in value)
+            object.__setattr__(options, field.name, read)
 
 
 def check_effort(effort: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -18,13 +20,14 @@ from ..convert.publishing.cards import card_path
 from ..convert.publishing.mark import mark_path
 from ..errors import ConfigError, WorkDirectoryError
 from ..eval.config import EvalConfig
-from ..eval.report.report import report_names, try_report
+from ..eval.report.report import JSON_NAME, report_names, try_report
 from ..measure.device import resolve_device
 from ..measure.measurement import Measurement
 from ..measure.run import MeasureConfig, require_measurable
 from ..measure.text.calibration import CalibrationSet
 from ..measure.text.context import CALIBRATION, check_rows, fit_row_tokens
 from ..progress import Progress
+from ..version import __version__
 from .config import QuantizeConfig
 from .forecast import Forecast, forecast_run
 from .measuring import check_work
@@ -33,8 +36,10 @@ __all__ = [
     "ReportPlace",
     "check_output",
     "check_places",
+    "command_digest",
     "exists",
     "forecast_outputs",
+    "has_report",
     "output_of",
     "report_place",
     "require_convertible",
@@ -61,6 +66,39 @@ class ReportPlace:
 def report_place(output: Path, format_: Format) -> ReportPlace:
     """Return where an output's report goes: into its directory, or beside its file."""
     return ReportPlace(output.parent, f"{output.stem}.") if format_.suffix else ReportPlace(output, "")
+
+
+def command_digest(
+    conversion: Conversion,
+    config: QuantizeConfig,
+    target: Target | None,
+    measured: Measurement | None,
+    rows: CalibrationSet | None,
+) -> str:
+    """Return a digest of all that a command says of an output, known before anything is converted or measured.
+
+    Args:
+        conversion: The original on its way into the format; its fingerprint is known.
+        config: Options; their target is not read.
+        target: How large the output may be.
+        measured: The measurement that was given.
+        rows: The calibration rows, as far as they are known.
+    """
+    read = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in conversion.inputs]
+    options = (target, config.options, config.measure, config.evaluate, config.base_model)
+    parts = [
+        *(__version__, conversion.checkpoint.fingerprint, conversion.checkpoint.changes, read),
+        *map(repr, options),
+        None if measured is None else measured.fingerprint,
+        None if rows is None else rows.fingerprint,
+    ]
+    return hashlib.sha256(json.dumps(parts).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def has_report(output: Path, format_: Format) -> bool:
+    """Return whether there is a report on an output."""
+    place = report_place(output, format_)
+    return (place.directory / f"{place.prefix}{JSON_NAME}").is_file()
 
 
 def files_beside(output: Path, conversion: Conversion, format_: Format) -> list[str]:

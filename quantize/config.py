@@ -10,17 +10,25 @@ from ..convert.conversion import Conversion, Target
 from ..convert.format import Format
 from ..convert.options import FormatOptions
 from ..convert.publishing.cards import check_base_model
-from ..convert.registry import format_asking, formats
+from ..convert.registry import format_asking, format_naming, formats
 from ..errors import ConfigError
 from ..eval.config import EvalConfig
 from ..measure.run import MeasureConfig
 from ..measure.text.mixture import BUILT_IN
 
-__all__ = ["QuantizeConfig"]
+__all__ = ["QuantizeConfig", "chosen_evaluation", "options_naming"]
 
 
-def _default_options() -> FormatOptions:
-    return next(iter(formats().values())).Options()
+def options_naming(output: Path) -> FormatOptions:
+    """Return the default options of the format that an output is named as, else of the first."""
+    return (format_naming(output) or next(iter(formats().values()))).Options()
+
+
+def chosen_evaluation(evaluate: EvalConfig | bool) -> EvalConfig | None:
+    """Return the options of an evaluation; None where it is left out."""
+    if isinstance(evaluate, EvalConfig):
+        return evaluate
+    return EvalConfig() if evaluate else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +44,7 @@ class QuantizeConfig:
     """
 
     target: Target | None = None
-    options: FormatOptions = field(default_factory=_default_options)
+    options: FormatOptions = field(default_factory=lambda: options_naming(Path()))
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     evaluate: EvalConfig | None = field(default_factory=EvalConfig)
     base_model: str | None = None

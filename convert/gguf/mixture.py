@@ -69,7 +69,7 @@ class MixturePlan(Plan):
         """Return the mixture's name and all types."""
         return [self.name, {name: kind.name for name, kind in self.types.items()}]
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write nothing: the mixture's name says it all."""
 
     def costs(self) -> tuple[LinearCost, ...]:

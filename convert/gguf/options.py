@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError
-from ..options import Conflict, Effort, FormatOptions, check_effort, effort_option, option
+from ..options import Conflict, Effort, FormatOptions, check_effort, effort_option, option, read_texts
 from .plan.plan import TypeOverride
 
 __all__ = ["CONFLICTS", "GgufOptions"]
@@ -82,6 +82,7 @@ class GgufOptions(FormatOptions):
         Raises:
             ConfigError: One of them makes no sense.
         """
+        read_texts(self)
         check_effort(self.effort)
         if self.effort == "high" and not (self.measures and self.feedback):
             raise ConfigError(

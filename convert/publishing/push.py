@@ -22,7 +22,7 @@ from .mark import read_mark
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-__all__ = ["Upload", "find_outputs", "plan_uploads", "push_model"]
+__all__ = ["Upload", "find_outputs", "plan_uploads", "push_model", "upload_model"]
 
 _PUBLISHED = (CARD_NAME, "report.*")
 """What is published beside a model's own files and its side files."""
@@ -119,7 +119,39 @@ def plan_uploads(outputs: Sequence[Path], target: str, *, by_branch: bool = Fals
     return uploads
 
 
-def push_model(upload: Upload, *, public: bool = False, api: HfApi | None = None) -> str:
+def push_model(
+    output: str | Path, target: str, *, by_branch: bool = False, public: bool = False, api: HfApi | None = None
+) -> list[str]:
+    """Upload quantized models to the Hugging Face Hub; everything is verified first.
+
+    Args:
+        output: A quantized model of any format, or a folder of several.
+        target: ``ORG/NAME``, or ``ORG/`` to name repositories by convention.
+        by_branch: One repository with a branch for each bitrate, instead of a repository for each.
+        public: Whether new repositories are public. Existing public ones are not written to unless this is set.
+        api: The Hub's client; None uses the stored login.
+
+    Returns:
+        The addresses of the commits.
+
+    Raises:
+        PublishError: As ``find_outputs``, ``plan_uploads`` and ``upload_model``.
+        BpwiseError: As ``verify_model``.
+
+    Example:
+        ``push_model("llama-6bpw", "me/")`` uploads a model, privately. What would be uploaded:
+
+        >>> from pathlib import Path
+        >>> from bpwise.convert.publishing.push import plan_uploads
+        >>> (upload,) = plan_uploads([Path("llama-6bpw")], "me/")
+        >>> upload.repo
+        'me/llama-6.0bpw-exl2'
+    """
+    uploads = plan_uploads(find_outputs(Path(output)), target, by_branch=by_branch)
+    return [upload_model(each, public=public, api=api) for each in uploads]
+
+
+def upload_model(upload: Upload, *, public: bool = False, api: HfApi | None = None) -> str:
     """Upload one model in one commit; repository and branch are made if they are missing.
 
     Args:
@@ -132,15 +164,6 @@ def push_model(upload: Upload, *, public: bool = False, api: HfApi | None = None
 
     Raises:
         PublishError: The Hub refuses, or cannot be reached; or the repository is public and ``public`` is not set.
-
-    Example:
-        What goes where is planned first; ``push_model(upload)`` then uploads it.
-
-        >>> from pathlib import Path
-        >>> from bpwise.convert.publishing.push import plan_uploads
-        >>> (upload,) = plan_uploads([Path("llama-6bpw")], "me/")
-        >>> upload.repo
-        'me/llama-6.0bpw-exl2'
     """
     # Imported here: planning needs no network stack.
     from huggingface_hub import CommitOperationAdd, HfApi  # noqa: PLC0415

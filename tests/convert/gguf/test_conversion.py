@@ -33,6 +33,8 @@ from bpwise.quantize.series import quantize_series
 from click.testing import CliRunner
 from huggingface_hub import ModelCard
 
+from ...quantize.runs import arguments, series_arguments
+
 pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
 pytest.importorskip("gguf", reason="the gguf package is not installed: pip install '.[gguf]'")
 
@@ -59,12 +61,12 @@ def quantize(
 ) -> QuantizeResult:
     config = QuantizeConfig(target=target, options=GgufOptions(**options), evaluate=evaluate)
     calibration = rows(count) if measurement is None else None
-    return quantize_model(directory, output, config, measurement=measurement, calibration=calibration)
+    return quantize_model(directory, output, **arguments(config), measurement=measurement, calibration=calibration)
 
 
 def to_mixture(directory: Path, output: Path, name: str, **options: Any) -> QuantizeResult:
     config = QuantizeConfig(options=GgufOptions(mixture=name, **options), evaluate=None)
-    return quantize_model(directory, output, config)
+    return quantize_model(directory, output, **arguments(config))
 
 
 def kl(directory: Path, file: Path) -> float:
@@ -116,10 +118,12 @@ def test_llama_cpp_loads_it_and_sees_the_same_weights(name: str, made: Made, con
     assert engine == pytest.approx(kl(converted[name].directory, made[name].output), rel=0.5)
 
 
-def test_the_same_run_again_changes_nothing(made: Made, converted: Any) -> None:
+def test_the_same_run_again_does_nothing(made: Made, converted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     output = made["mistral"].output
     before = output.stat()
+    monkeypatch.setattr("bpwise.convert.gguf.base.make_base", lambda *_, **__: pytest.fail("was converted again"))
     again = quantize(converted["mistral"].directory, output)
+    assert again.summary_lines() == [f"finished already: {output} holds what this command makes"]
     assert again.verification.file_bytes == before.st_size
     assert output.stat().st_mtime_ns == before.st_mtime_ns
 
@@ -174,7 +178,7 @@ def test_what_appears_meanwhile_is_not_replaced(made: Made, converted: Any, tmp_
         return items
 
     with pytest.raises(WorkDirectoryError, match=r"x\.gguf: in the way"):
-        quantize_model(converted["mistral"].directory, output, mixture, progress=progress)
+        quantize_model(converted["mistral"].directory, output, **arguments(mixture), progress=progress)
     assert output.read_text() == "theirs"
     with pytest.raises(FormatError):
         quantize(converted["mistral"].directory, output, feedback=False, measurement=made["mistral"].measurement)
@@ -371,7 +375,9 @@ class TestHonesty:
 def test_several_sizes_from_one_measurement(made: Made, converted: Any, tmp_path: Path) -> None:
     directory = converted["mistral"].directory
     config = QuantizeConfig(options=GgufOptions(card=True), evaluate=None)
-    result = quantize_series(directory, tmp_path / "out", config, [6.5, 5.5], measurement=made["mistral"].measurement)
+    result = quantize_series(
+        directory, tmp_path / "out", [6.5, 5.5], **series_arguments(config), measurement=made["mistral"].measurement
+    )
     assert [output.path.name for output in result.outputs] == ["mistral-6.5bpw.gguf", "mistral-5.5bpw.gguf"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "mistral-5.5bpw.README.md",
@@ -426,13 +432,13 @@ def test_a_base_is_made_once_and_kept_with_the_measurement(
 ) -> None:
     directory = converted["mistral"].directory
     if series:
-        quantize_series(directory, tmp_path / "out", FAST, [6.5, 5.5], measurement=measurement)
+        quantize_series(directory, tmp_path / "out", [6.5, 5.5], **series_arguments(FAST), measurement=measurement)
     else:
-        quantize_model(directory, tmp_path / "out.gguf", FAST, measurement=measurement)
+        quantize_model(directory, tmp_path / "out.gguf", **arguments(FAST), measurement=measurement)
     (base,) = kept(tmp_path)
     assert base.parent.parent == measurement.parent
     assert base.parent.name.startswith("m.safetensors.base-")
-    quantize_model(directory, tmp_path / "more.gguf", FAST, measurement=measurement)
+    quantize_model(directory, tmp_path / "more.gguf", **arguments(FAST), measurement=measurement)
     assert conversions == kept(tmp_path) == [base]
 
 
@@ -453,14 +459,14 @@ def test_a_base_is_kept_where_there_is_room_for_twice_as_much(
     directory = converted["mistral"].directory
     size = Checkpoint.open(directory).total_bytes
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * size))
-    quantize_model(directory, tmp_path / "out.gguf", FAST, measurement=measurement)
+    quantize_model(directory, tmp_path / "out.gguf", **arguments(FAST), measurement=measurement)
     assert [path.parent.parent.name for path in conversions] == ["out.gguf.work"]
     assert kept(tmp_path) == []
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * size + 1))
-    quantize_model(directory, tmp_path / "more.gguf", FAST, measurement=measurement)
+    quantize_model(directory, tmp_path / "more.gguf", **arguments(FAST), measurement=measurement)
     assert kept(tmp_path) == conversions[1:]
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * size))
-    quantize_model(directory, tmp_path / "third.gguf", FAST, measurement=measurement)
+    quantize_model(directory, tmp_path / "third.gguf", **arguments(FAST), measurement=measurement)
     assert len(conversions) == 2
 
 
@@ -473,7 +479,9 @@ def test_a_damaged_base_is_converted_again(
     base.write_bytes(converted["mistral"].file.read_bytes()[:100])
     with pytest.warns(UserWarning, match=r"base\.gguf: .* It is converted again now"):
         if series:
-            quantize_series(directory, tmp_path / "out", FAST, [6.5, 5.5], measurement=measurement, work=work)
+            quantize_series(
+                directory, tmp_path / "out", [6.5, 5.5], **series_arguments(FAST), measurement=measurement, work=work
+            )
         else:
-            quantize_model(directory, tmp_path / "out.gguf", FAST, measurement=measurement, work=work)
+            quantize_model(directory, tmp_path / "out.gguf", **arguments(FAST), measurement=measurement, work=work)
     assert conversions == [base]

@@ -32,6 +32,7 @@ from bpwise.quantize.run import quantize_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ...byte_converter import convert_with_bytes
+from ...quantize.runs import arguments
 from ...tiny_models import FAMILIES, save_family, streamed_logits
 
 pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
@@ -95,7 +96,7 @@ def to_gguf(directory: Path, output: Path, base: Path, **options: Any) -> Quanti
         measure=MeasureConfig(calibration=CalibrationConfig(rows=4, row_tokens=32), device="cpu"),
         evaluate=EvalConfig(rows=2, row_tokens=32, device="cpu"),
     )
-    return quantize_model(directory, output, config)
+    return quantize_model(directory, output, **arguments(config))
 
 
 @pytest.fixture(scope="module", params=NAMES)
