@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -12,7 +13,7 @@ import click
 from ..convert.format import Format
 from ..convert.options import Command as CommandName
 from ..convert.options import FormatOptions, Option, options_of
-from ..convert.registry import format_named, format_naming, formats
+from ..convert.registry import format_named, format_naming, format_nearly_naming, formats
 from .types import EXISTING_DIRECTORY, EXISTING_FILE, MIB
 
 __all__ = ["FORMAT_OPTION", "FormatChoice", "chosen_format", "format_options", "owners"]
@@ -23,7 +24,7 @@ FORMAT_OPTION = click.option(
     "--format",
     "output_format",
     type=click.Choice(list(formats())),
-    help=f"Format of OUTPUT.  [default: as OUTPUT is named, else {next(iter(formats()))}]",
+    help=f"Format of OUTPUT.  [default: as OUTPUT's name or --type says, else {next(iter(formats()))}]",
 )
 
 
@@ -46,12 +47,39 @@ class FormatChoice:
 
 
 def chosen_format(parameters: Mapping[str, Any]) -> Format:
-    """Return the format that a command's parameters ask for: by ``--format``, else by OUTPUT's ending."""
+    """Return the format that a command's parameters ask for.
+
+    That is ``--format``, else OUTPUT's ending, else an option that only goes with one, else the first of all.
+
+    Raises:
+        click.UsageError: OUTPUT has nearly the ending of a format's files.
+    """
     if parameters.get("output_format") is not None:
-        return format_named(parameters["output_format"])
-    output = parameters.get("output")
-    named = None if output is None else format_naming(output)
-    return named or next(iter(formats().values()))
+        format_ = format_named(parameters["output_format"])
+    else:
+        output = parameters.get("output")
+        named = None if output is None else format_naming(output)
+        format_ = named or _implied(parameters) or next(iter(formats().values()))
+    if "output_format" in parameters:
+        _refuse_near_miss(parameters.get("output"), format_, chosen=parameters["output_format"] is not None)
+    return format_
+
+
+def _implied(parameters: Mapping[str, Any]) -> Format | None:
+    for each in formats().values():
+        declared = options_of(each.Options, "quantize").values()
+        if any(option.implies and parameters.get(option.name) for option in declared):
+            return each
+    return None
+
+
+def _refuse_near_miss(output: Path | None, format_: Format, *, chosen: bool) -> None:
+    near = None if output is None else format_nearly_naming(output)
+    if near is not None and (near is format_ or not chosen):
+        assert output is not None
+        raise click.UsageError(
+            f"{output} ends in {output.suffix}. Was {near.suffix} meant? Then name it so; otherwise choose a --format."
+        )
 
 
 def owners(command: str) -> dict[str, list[Format]]:

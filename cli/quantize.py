@@ -134,9 +134,10 @@ def quantize(
 ) -> None:
     """Quantize MODEL to OUTPUT, and compare the two.
 
-    MODEL is a directory or a Hub id. OUTPUT is a GGUF file if its name ends in .gguf, else an EXL2 directory; without
-    it, MODEL-8.0bpw-8hb-exl2 or MODEL-4.5bpw.gguf in the current folder. Several bitrates make
-    OUTPUT/MODEL-8.0bpw.gguf or OUTPUT/MODEL-8.0bpw-6hb-exl2 and so on, and one report over all.
+    MODEL is a directory or a Hub id. OUTPUT is a GGUF file if its name ends in .gguf or --type is given, else an EXL2
+    directory; --format says so too, and a .gguf that OUTPUT lacks is appended. Without OUTPUT it is
+    MODEL-8.0bpw-8hb-exl2 or MODEL-4.5bpw.gguf in the current folder. Several bitrates make OUTPUT/MODEL-8.0bpw.gguf or
+    OUTPUT/MODEL-8.0bpw-6hb-exl2 and so on, and one report over all.
 
     Interrupted? Run the same command again and it resumes. An output whose predictions are useless is marked with
     BROKEN.md, and the exit code is 1.
@@ -159,6 +160,9 @@ def quantize(
     source = open_model(changes.open(model))
     if output is None:
         output = _conventional(source, config)
+        say(f"output      {output}")
+    elif choice.format.suffix and not targets.several and format_naming(output) is None:
+        output = output.with_name(f"{output.name}{choice.format.suffix}")
         say(f"output      {output}")
     if evaluate is not None:
         say_shortened(source, evaluation=evaluate.row_tokens)

@@ -34,6 +34,7 @@ class Option:
         repeatable: Whether it may be given several times; the field is a tuple then.
         metavar: What help calls the value; None for the usual.
         parse: Makes the field's value of the text, or of each of the texts.
+        implies: Whether giving it chooses the format, where nothing else does.
         default: The field's default.
     """
 
@@ -45,6 +46,7 @@ class Option:
     repeatable: bool = False
     metavar: str | None = None
     parse: Callable[[Any], Any] | None = None
+    implies: bool = False
     default: Any = None
 
     @property

@@ -53,6 +53,7 @@ class GgufOptions(FormatOptions):
     mixture: str | None = option(
         "--type",
         default=None,
+        implies=True,
         help="Make one of llama.cpp's fixed mixtures, such as Q4_K_M, exactly as llama-quantize does; measure nothing.",
     )
     imatrix: Path | None = option("--imatrix", default=None, kind="file", help="With --type: importance matrix to use.")

@@ -26,7 +26,7 @@ def bpwise(*arguments: str) -> Result:
     [
         ((*EXL2, "--no-feedback"), ["--no-feedback"]),
         ((*EXL2, "--llama-cpp", HERE, "--card"), ["--llama-cpp", "--card"]),
-        ((*EXL2, "--type", "Q8_0"), ["--type"]),
+        ((*EXL2, "--format", "exl2", "--type", "Q8_0"), ["--type"]),
         ((*EXL2, "--context", "4k"), ["--context"]),
         ((*EXL2, "--cache-bits", "4"), ["--cache-bits"]),
         ((*EXL2, "--column", "text"), ["--column"]),

@@ -1,4 +1,5 @@
 import re
+from pathlib import Path
 
 import pytest
 from bpwise.cli import cli
@@ -36,7 +37,7 @@ def test_what_is_no_bitrate_is_refused() -> None:
 
 
 DEFAULTS = {
-    "--format": "as OUTPUT is named, else exl2",
+    "--format": "as OUTPUT's name or --type says, else exl2",
     "--head-bits": "6",
     "--override": None,
     "--keep-fp16": None,
@@ -79,3 +80,23 @@ def test_usage_is_checked_before_a_model_is_looked_for(arguments: list[str], pro
     result = CliRunner().invoke(cli, ["quantize", "./no-model", *arguments], catch_exceptions=False)
     assert result.exit_code == 2
     assert problem in result.stderr
+
+
+@pytest.mark.parametrize("name", ["out.ggu", "out.guff", "out.ggfu", "OUT.GUF", "dir/out.gguff"])
+@pytest.mark.parametrize("options", [(), ("--format", "gguf"), ("--bpw", "4,5"), ("--no-feedback",)], ids=" ".join)
+def test_a_slip_in_the_ending_is_asked_about(name: str, options: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(cli, ["quantize", "./no-model", name, *options], catch_exceptions=False)
+    assert result.exit_code == 2
+    assert f"{name} ends in {Path(name).suffix}. Was .gguf meant?" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["out.ggml", "out.exl2", "Llama-3.2-1B", "out.g", "a.gguf.old"])
+def test_other_endings_mean_nothing(name: str) -> None:
+    for options in ((), ("--format", "gguf")):
+        result = CliRunner().invoke(cli, ["quantize", "./no-model", name, *options], catch_exceptions=False)
+        assert "./no-model" in result.stderr  # which is looked for now
+
+
+def test_who_chooses_the_format_may_name_an_output_as_they_like() -> None:
+    command = ["quantize", "./no-model", "out.ggu", "--format", "exl2"]
+    assert "./no-model" in CliRunner().invoke(cli, command, catch_exceptions=False).stderr

@@ -56,5 +56,25 @@ def test_gguf(known: Path) -> None:
 
 
 def test_a_mixture_names_its_file(known: Path) -> None:
-    printed = succeed("quantize", known, "--format", "gguf", "--type", "q4_k", "--no-eval", "--dry-run")
+    printed = succeed("quantize", known, "--type", "q4_k", "--no-eval", "--dry-run")
     assert printed.splitlines()[0] == "output      llama-Q4_K_M.gguf"
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (("out", "--format", "gguf", "--bpw", 9), "out.gguf"),
+        (("out-1.5B", "--format", "gguf", "--bpw", 9), "out-1.5B.gguf"),
+        (("out", "--type", "Q8_0"), "out.gguf"),
+        (("out.GGUF", "--type", "Q8_0"), None),
+    ],
+    ids=str,
+)
+def test_the_ending_is_appended_where_it_lacks(known: Path, options: tuple[object, ...], name: str | None) -> None:
+    printed = succeed("quantize", known, *options, "--no-eval", "--dry-run").splitlines()
+    assert [line for line in printed if line.startswith("output")] == ([] if name is None else [f"output      {name}"])
+
+
+def test_a_mixture_is_made_under_the_name_with_its_ending(converted: Any, tmp_path: Path) -> None:
+    succeed("quantize", converted["qwen2"].directory, "out", "--type", "q8_0", "--no-eval")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
