@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +27,7 @@ from .types import EXISTING_FILE, MIB, PATH, RATES, SIZE, TOKENS
 
 if TYPE_CHECKING:
     from ..checkpoint.source.checkpoint import Checkpoint
-    from ..convert.conversion import Target
+    from ..convert.conversion import Conversion, Target
     from ..quantize.config import QuantizeConfig
     from ..quantize.forecast import Forecast
     from .options import EvaluationArguments
@@ -136,8 +136,8 @@ def quantize(
 
     MODEL is a directory or a Hub id. OUTPUT is a GGUF file if its name ends in .gguf or --type is given, else an EXL2
     directory; --format says so too, and a .gguf that OUTPUT lacks is appended. Without OUTPUT it is
-    MODEL-8.0bpw-8hb-exl2 or MODEL-4.5bpw.gguf in the current folder. Several bitrates make OUTPUT/MODEL-8.0bpw.gguf or
-    OUTPUT/MODEL-8.0bpw-6hb-exl2 and so on, and one report over all.
+    MODEL-8.0bpw-8hb-exl2 or MODEL-4.5bpw.gguf in the current folder. Several bitrates or formats make
+    OUTPUT/MODEL-8.0bpw.gguf, OUTPUT/MODEL-8.0bpw-6hb-exl2 and so on from one measurement, and one report over all.
 
     Interrupted? Run the same command again and it resumes. An output whose predictions are useless is marked with
     BROKEN.md, and the exit code is 1.
@@ -147,7 +147,7 @@ def quantize(
     from ..quantize.run import quantize_model
     from ..quantize.series import quantize_series
 
-    _check_usage(output, choice, targets)
+    series = _check_usage(output, choice, targets)
     wanted = targets.all(choice)
     evaluate = evaluation.config(measuring.config)
     config = QuantizeConfig(
@@ -161,16 +161,17 @@ def quantize(
     if output is None:
         output = _conventional(source, config)
         say(f"output      {output}")
-    elif choice.format.suffix and not targets.several and format_naming(output) is None:
+    elif choice.format.suffix and not series and format_naming(output) is None:
         output = output.with_name(f"{output.name}{choice.format.suffix}")
         say(f"output      {output}")
     if evaluate is not None:
         say_shortened(source, evaluation=evaluate.row_tokens)
     if measuring.saved is None and measurement is None and choice.options.measures:
         say_shortened(source, calibration=measuring.config.calibration.row_tokens)
-    _print_warnings(choice.format.conversion(source, choice.options).warnings)
+    conversions = [each.conversion(source, choice.all[each.name]) for each in choice.formats]
+    _print_warnings(dict.fromkeys(warning for each in conversions for warning in each.warnings))
     if dry_run:
-        _print_forecasts(source, output, config, targets.rates, measurement, measuring)
+        _print_forecasts(conversions, output, config, wanted if series else [], measurement, measuring)
         return
     shared = {
         "measurement": measurement,
@@ -178,8 +179,8 @@ def quantize(
         "work": measuring.work_dir,
         "progress": RunBar(),
     }
-    if targets.several:
-        lines = quantize_series(source, output, config, targets.rates, **shared).summary_lines()  # type: ignore[arg-type]
+    if series:
+        lines = quantize_series(source, output, config, wanted, formats=choice.each, **shared).summary_lines()  # type: ignore[arg-type]
     else:
         lines = quantize_model(source, output, config, **shared).summary_lines()  # type: ignore[arg-type]
     for line in lines:
@@ -189,28 +190,33 @@ def quantize(
 def _conventional(source: Checkpoint, config: QuantizeConfig) -> Path:
     from ..eval.models import model_name
 
-    label = config.options.label if config.target is None else config.target.label
-    return Path(config.format.output_name(config.base_model or model_name(source), label or "", config.options))
+    return Path(config.conversion(source).output_name(config.base_model or model_name(source), config.target))
 
 
-def _check_usage(output: Path | None, choice: FormatChoice, targets: TargetArguments) -> None:
-    # At most one target, and an OUTPUT that is named as what it is.
+def _check_usage(output: Path | None, choice: FormatChoice, targets: TargetArguments) -> bool:
+    # At most one target, and an OUTPUT that is named as what it is; returns whether there are several outputs.
     if targets.count > 1:
         raise click.UsageError("an output has one size. Give one of --bpw, --max-size and --vram.")
-    if targets.count and not choice.options.measures:
+    measures = all(each.measures for each in choice.each)
+    if targets.count and not measures:
         raise click.UsageError("these options say all of an output. Leave --bpw, --max-size and --vram out.")
-    if output is None:
-        if targets.several:
-            raise click.UsageError("several bitrates make several outputs: name the directory for them, OUTPUT.")
-        return
-    named = format_naming(output)
-    if named is not None and named is not choice.format:
+    several = "several formats" if len(choice.formats) > 1 else "several bitrates" if targets.several else ""
+    if several and measures and not targets.count:
+        raise click.UsageError("several formats need a size. Give one of --bpw, --max-size and --vram.")
+    if several and not measures:
+        raise click.UsageError("these options say all of one output. Leave them out, or the other formats.")
+    if several and output is None:
+        raise click.UsageError(f"{several} make several outputs: name the directory for them, OUTPUT.")
+    named = None if output is None else format_naming(output)
+    if named is not None and named not in choice.formats:
         raise click.UsageError(
             f"{output} is named as a {named.title} file, but --format {choice.format.name} makes something else. Name "
             "it otherwise."
         )
-    if named is not None and targets.several:
-        raise click.UsageError(f"several bitrates make several files: name a directory, with --format {named.name}.")
+    if named is not None and several:
+        formats_ = ",".join(each.name for each in choice.formats)
+        raise click.UsageError(f"{several} make several files: name a directory, with --format {formats_}.")
+    return bool(several)
 
 
 def _print_warnings(warnings: Iterable[str]) -> None:
@@ -219,40 +225,44 @@ def _print_warnings(warnings: Iterable[str]) -> None:
 
 
 def _print_forecasts(
-    model: Checkpoint,
+    conversions: Sequence[Conversion],
     output: Path,
     config: QuantizeConfig,
-    rates: tuple[float, ...],
+    series: Sequence[Target],
     measurement: Path | None,
     measuring: MeasuringArguments,
 ) -> None:
     from ..checkpoint.files.paths import work_beside
-    from ..convert.conversion import Target
     from ..eval.models import model_name
-    from ..quantize.checks import forecast_outputs
+    from ..quantize.checks import forecast_outputs, require_together
     from ..quantize.measuring import load_measurement
-    from ..quantize.series import output_paths
+    from ..quantize.series import output_targets
     from ..quantize.times import with_times
 
-    outputs: dict[Path, Target | None] = {output: config.target}
-    if len(rates) > 1:
-        paths = output_paths(config.base_model or model_name(model), output, config, rates)
-        outputs = {path: Target(bpw=bpw) for bpw, path in paths.items()}
-    conversion = config.format.conversion(model, config.options)
+    model = conversions[0].checkpoint
     work = measuring.work_dir or work_beside(output)
     measured = None if measurement is None else load_measurement(measurement, model, progress_bar)
-    forecasts = forecast_outputs(
-        conversion,
-        outputs,
-        config.measure,
-        config.evaluate,
-        work,
-        measured=measured,
-        measurement=measurement,
-        rows=measuring.saved,
-    )
+    lines: list[tuple[Conversion, dict[Path, Forecast]]] = []
+    for conversion in conversions:
+        outputs: Mapping[Path, Target | None] = {output: config.target}
+        if series:
+            outputs = output_targets(config.base_model or model_name(model), output, conversion, series)
+        forecasts = forecast_outputs(
+            conversion,
+            outputs,
+            config.measure,
+            config.evaluate,
+            work,
+            measured=measured,
+            measurement=measurement,
+            rows=measuring.saved,
+        )
+        lines.append((conversion, forecasts))
+    require_together(lines, work, measurement)
+    made_by = {path: conversion for conversion, made in lines for path in made}
+    forecasts = {path: forecast for _, made in lines for path, forecast in made.items()}
     known = measured or measuring.saved
-    timed = with_times(forecasts, conversion, config, work, known=known, measurement=measurement, series=len(rates) > 1)
+    timed = with_times(forecasts, made_by, config, work, known=known, measurement=measurement, series=bool(series))
     for forecast in timed.values():
         _print_forecast(forecast)
     for line in time_lines(part for forecast in timed.values() for part in forecast.parts):

@@ -180,6 +180,25 @@ class Conversion(ABC):
         bpw = 16.0 if target is None or target.bpw is None else target.bpw
         return SizeForecast(output_bytes=self.checkpoint.total_bytes, bpw=bpw, lowest_bpw=0.0, highest_bpw=16.0)
 
+    def size_label(self, target: Target | None) -> float | str:
+        """Return the size in names of outputs, as ``Format.output_name`` takes it.
+
+        Args:
+            target: How large the output may be; None if ``measures`` is false.
+        """
+        return (self.options.label or "") if target is None else target.label
+
+    def output_name(self, base_name: str, target: Target | None) -> str:
+        """Return the name of an output by convention, suffix included.
+
+        Args:
+            base_name: Name or Hub id of the original.
+            target: As ``size_label`` takes it.
+        """
+        from .registry import format_asking  # noqa: PLC0415 - it holds the formats, which hold this
+
+        return format_asking(self.options).output_name(base_name, self.size_label(target), self.options)
+
     def work(self, bpw: float) -> FormatWork:
         """Return the format's work on an output of so many bits per weight, from shapes; for forecasts of time."""
         from .rounding import FormatWork  # noqa: PLC0415 - it needs torch; options do not

@@ -38,6 +38,7 @@ __all__ = [
     "output_of",
     "report_place",
     "require_convertible",
+    "require_together",
     "run_prefix",
 ]
 
@@ -235,13 +236,27 @@ def forecast_outputs(
     conversion.require_writable()
     if conversion.writes_card:
         read_base_card(checkpoint.directory)
-    sizes = {output: each.size.output_bytes for output, each in forecasts.items() if not exists(output)}
-    _require_room({**sizes, **scratch})
+    require_together([(conversion, forecasts)], work, measurement)
     return forecasts
 
 
-def _require_room(sizes: Mapping[Path, int]) -> None:
-    # What is made on one disk must fit there together.
+def require_together(
+    lines: Iterable[tuple[Conversion, Mapping[Path, Forecast]]], work: Path, measurement: Path | None
+) -> None:
+    """Refuse disks that have no room for all outputs of a run together, and for what is made for them.
+
+    Args:
+        lines: The original on its way into each format, and the forecasts of the outputs in it.
+        work: The run's work directory.
+        measurement: File of the measurement to work from; None if there is none yet.
+
+    Raises:
+        WorkDirectoryError: A disk is too small.
+    """
+    sizes: dict[Path, int] = {}
+    for conversion, forecasts in lines:
+        sizes |= {output: each.size.output_bytes for output, each in forecasts.items() if not exists(output)}
+        sizes |= conversion.scratch(work, measurement)
     disks: dict[int, dict[Path, int]] = {}
     for path, size in sizes.items():
         place = path / "*" if path.is_dir() else path

@@ -74,6 +74,12 @@ def test_help_shows_the_defaults_of_formats_options() -> None:
         (["out.gguf", "-b", "4", "--type", "Q8_0"], "Leave --bpw, --max-size and --vram out."),
         (["out.gguf", "-b", "4,5"], "several bitrates make several files: name a directory, with --format gguf."),
         (["out.gguf", "-b", "4", "--format", "exl2"], "out.gguf is named as a GGUF file"),
+        (["out", "--format", "gguf,exl2"], "several formats need a size. Give one of --bpw, --max-size and --vram."),
+        (["--format", "gguf,exl2", "-b", "4"], "several formats make several outputs: name the directory for them"),
+        (["out.gguf", "--format", "gguf,exl2", "-b", "4"], "name a directory, with --format gguf,exl2."),
+        (["out", "--format", "gguf,exl2", "-b", "4", "--override", "x=6"], "--override does not mean the same in GGUF"),
+        (["out", "--format", "gguf,exl2", "--type", "Q8_0"], "these options say all of one output"),
+        (["out", "--format", "gguf,awq", "-b", "4"], "Expected one or more of exl2, gguf, separated by commas."),
     ],
 )
 def test_usage_is_checked_before_a_model_is_looked_for(arguments: list[str], problem: str) -> None:

@@ -78,3 +78,10 @@ def test_the_ending_is_appended_where_it_lacks(known: Path, options: tuple[objec
 def test_a_mixture_is_made_under_the_name_with_its_ending(converted: Any, tmp_path: Path) -> None:
     succeed("quantize", converted["qwen2"].directory, "out", "--type", "q8_0", "--no-eval")
     assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
+
+
+def test_both_formats_at_every_bitrate(known: Path, tmp_path: Path) -> None:
+    printed = succeed("quantize", known, "out", "--format", "gguf,exl2", "--bpw", "6,5.5", "--no-eval", "--dry-run")
+    sizes = [line.partition(" at ")[2] for line in printed.splitlines() if line.startswith("quantized")]
+    assert sizes == ["6 bpw", "5.5 bpw", "6 bpw", "5.5 bpw"]
+    assert list(tmp_path.iterdir()) == []

@@ -181,7 +181,7 @@ def test_usage(options: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("rates", [[], [4.0, 4.0]], ids=["none", "twice"])
 def test_rates(tiny_model: Path, tmp_path: Path, rates: list[float]) -> None:
-    with pytest.raises(ConfigError, match="bitrates"):
+    with pytest.raises(ConfigError, match="sizes"):
         quantize_series(tiny_model, tmp_path / "out", exl2(), rates)
 
 
