@@ -72,7 +72,11 @@ def format_options(name: CommandName) -> Callable[[Command], Command]:
             format_ = chosen_format(parameters)
             given = {parameter: parameters.pop(parameter) for parameter in owners(name)}
             chosen = {format_.name} if "output_format" in parameters else formats()  # a command for all formats
-            options = {each.name: _read(each, name, given, chosen=each.name in chosen) for each in formats().values()}
+            sized = "targets" not in parameters or bool(parameters["targets"].count)
+            options = {
+                each.name: _read(each, name, given, chosen=each.name in chosen, sized=sized)
+                for each in formats().values()
+            }
             parameters.pop("output_format", None)
             return command(**parameters, choice=FormatChoice(format_, options))
 
@@ -110,9 +114,11 @@ def _click_option(group: list[tuple[Format, Option]]) -> Callable[[Command], Com
     )
 
 
-def _read(format_: Format, command: CommandName, given: Mapping[str, Any], *, chosen: bool) -> FormatOptions:
+def _read(
+    format_: Format, command: CommandName, given: Mapping[str, Any], *, chosen: bool, sized: bool
+) -> FormatOptions:
     # Of other formats only what can be read: an option of several may be meant for another.
-    values = {}
+    values = {} if sized else dict(format_.default_options)
     for field, option in options_of(format_.Options, command).items():
         value = given[option.name]
         if value is None or value == () or (not chosen and len(owners(command)[option.name]) > 1):

@@ -35,6 +35,15 @@ if TYPE_CHECKING:
 __all__ = ["quantize"]
 
 _BPW_MEANS = "; ".join(f"{each.title}, {each.bpw_means}" for each in formats().values())
+_DEFAULTS = ", ".join(
+    " with ".join(
+        (
+            f"{each.title} {each.default_bpw:g}",
+            *(f"--{name.replace('_', '-')} {value}" for name, value in each.default_options.items()),
+        )
+    )
+    for each in formats().values()
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,12 +70,14 @@ class TargetArguments:
         """Whether there are several outputs to make."""
         return len(self.rates) > 1
 
-    def all(self) -> list[Target]:
-        """Return the target of every output; none where nothing was given."""
+    def all(self, choice: FormatChoice) -> list[Target]:
+        """Return the target of every output: the format's own if no size was given, none where its options say it."""
         from ..convert.conversion import Target
 
+        if not choice.options.measures:
+            return []
         if self.rates or not self.count:
-            return [Target(bpw=rate) for rate in self.rates]
+            return [Target(bpw=rate) for rate in self.rates or (choice.format.default_bpw,)]
         return [Target(max_bytes=self.max_size, vram_bytes=self.vram, context_tokens=self.context)]
 
 
@@ -78,7 +89,7 @@ def _target_options(command: Command) -> Command:
             "--bpw",
             type=RATES,
             help=f"Bits per weight, overheads included: {_BPW_MEANS}. Several (8.0,6.0,4.5) make several outputs in "
-            "the directory OUTPUT from one measurement.",
+            f"the directory OUTPUT from one measurement.  [default: {_DEFAULTS}]",
         ),
         click.option("--max-size", type=SIZE, help="Largest size of the file or files, instead of --bpw: 5GB, 700MiB."),
         click.option("--vram", type=SIZE, help="Memory of the GPU to fit into, cache included, instead of --bpw: 8GB."),
@@ -93,7 +104,7 @@ def _target_options(command: Command) -> Command:
 
 @cli.command()
 @click.argument("model")
-@click.argument("output", type=PATH)
+@click.argument("output", type=PATH, required=False)
 @FORMAT_OPTION
 @_target_options
 @click.option(
@@ -111,7 +122,7 @@ def _target_options(command: Command) -> Command:
 @WAIT_OPTION
 def quantize(
     model: str,
-    output: Path,
+    output: Path | None,
     targets: TargetArguments,
     measurement: Path | None,
     base_model: str | None,
@@ -123,8 +134,9 @@ def quantize(
 ) -> None:
     """Quantize MODEL to OUTPUT, and compare the two.
 
-    MODEL is a directory or a Hub id. OUTPUT is a GGUF file if its name ends in .gguf, else an EXL2 directory. Several
-    bitrates make OUTPUT/MODEL-8.0bpw.gguf or OUTPUT/MODEL-8.0bpw-6hb-exl2 and so on, and one report over all.
+    MODEL is a directory or a Hub id. OUTPUT is a GGUF file if its name ends in .gguf, else an EXL2 directory; without
+    it, MODEL-8.0bpw-8hb-exl2 or MODEL-4.5bpw.gguf in the current folder. Several bitrates make
+    OUTPUT/MODEL-8.0bpw.gguf or OUTPUT/MODEL-8.0bpw-6hb-exl2 and so on, and one report over all.
 
     Interrupted? Run the same command again and it resumes. An output whose predictions are useless is marked with
     BROKEN.md, and the exit code is 1.
@@ -135,7 +147,7 @@ def quantize(
     from ..quantize.series import quantize_series
 
     _check_usage(output, choice, targets)
-    wanted = targets.all()
+    wanted = targets.all(choice)
     evaluate = evaluation.config(measuring.config)
     config = QuantizeConfig(
         target=wanted[0] if wanted else None,
@@ -145,6 +157,9 @@ def quantize(
         base_model=base_model,
     )
     source = open_model(changes.open(model))
+    if output is None:
+        output = _conventional(source, config)
+        say(f"output      {output}")
     if evaluate is not None:
         say_shortened(source, evaluation=evaluate.row_tokens)
     if measuring.saved is None and measurement is None and choice.options.measures:
@@ -167,12 +182,23 @@ def quantize(
         say(line)
 
 
-def _check_usage(output: Path, choice: FormatChoice, targets: TargetArguments) -> None:
-    # One target, and an OUTPUT that is named as what it is.
-    if choice.options.measures and targets.count != 1:
-        raise click.UsageError("an output needs one target. Give one of --bpw, --max-size and --vram.")
+def _conventional(source: Checkpoint, config: QuantizeConfig) -> Path:
+    from ..eval.models import model_name
+
+    label = config.options.label if config.target is None else config.target.label
+    return Path(config.format.output_name(config.base_model or model_name(source), label or "", config.options))
+
+
+def _check_usage(output: Path | None, choice: FormatChoice, targets: TargetArguments) -> None:
+    # At most one target, and an OUTPUT that is named as what it is.
+    if targets.count > 1:
+        raise click.UsageError("an output has one size. Give one of --bpw, --max-size and --vram.")
     if targets.count and not choice.options.measures:
         raise click.UsageError("these options say all of an output. Leave --bpw, --max-size and --vram out.")
+    if output is None:
+        if targets.several:
+            raise click.UsageError("several bitrates make several outputs: name the directory for them, OUTPUT.")
+        return
     named = format_naming(output)
     if named is not None and named is not choice.format:
         raise click.UsageError(

@@ -55,6 +55,15 @@ class Target:
         if self.bpw is not None and not 1 <= self.bpw <= 16:
             raise ConfigError(f"bpw: not usable. Got {self.bpw}. Expected a value between 1 and 16. Choose another.")
 
+    @property
+    def label(self) -> float | str:
+        """The size in names of outputs: bits per weight, or as ``700MB``."""
+        if self.bpw is not None:
+            return self.bpw
+        size = self.max_bytes or self.vram_bytes or 0
+        unit, factor = ("GB", 10**9) if size >= 10**9 else ("MB", 10**6)
+        return f"{size / factor:.4g}{unit}{'' if self.vram_bytes is None else '-vram'}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SizeForecast:

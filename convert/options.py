@@ -87,6 +87,11 @@ class FormatOptions:
         """Whether plans are made from a measurement, for a target."""
         return True
 
+    @property
+    def label(self) -> str | None:
+        """The size in names of outputs where the options say it; None where a target does."""
+        return None
+
 
 def option(*flags: str, default: Any, help: str, **settings: Any) -> Any:
     """Return a dataclass field that commands offer as an option.

@@ -40,6 +40,7 @@ class GgufFormat(Format):
     title = "GGUF"
     suffix = ".gguf"
     bpw_means = "of all tensors"
+    default_bpw = 4.5
     keeps_digests = False
     Options = GgufOptions
     conflicts = CONFLICTS
@@ -87,7 +88,7 @@ class GgufFormat(Format):
         assert isinstance(model, GgufModel)
         return gguf_card(model)
 
-    def output_name(self, base_name: str, bpw: float, options: Any) -> str:
+    def output_name(self, base_name: str, bpw: float | str, options: Any) -> str:
         """Return the name of an output by convention: ``Llama-3.2-1B-4.5bpw.gguf``."""
         from ..names import convention_name
 

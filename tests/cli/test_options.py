@@ -68,8 +68,8 @@ def test_help_shows_the_defaults_of_formats_options() -> None:
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["out"], "an output needs one target. Give one of --bpw, --max-size and --vram."),
-        (["out", "-b", "4", "--max-size", "1GB"], "an output needs one target"),
+        (["out", "-b", "4", "--max-size", "1GB"], "an output has one size. Give one of --bpw, --max-size and --vram."),
+        (["-b", "4,5"], "several bitrates make several outputs: name the directory for them, OUTPUT."),
         (["out.gguf", "-b", "4", "--type", "Q8_0"], "Leave --bpw, --max-size and --vram out."),
         (["out.gguf", "-b", "4,5"], "several bitrates make several files: name a directory, with --format gguf."),
         (["out.gguf", "-b", "4", "--format", "exl2"], "out.gguf is named as a GGUF file"),
