@@ -23,8 +23,8 @@ FORMAT_OPTION = click.option(
     "--format",
     "output_format",
     type=Names(list(formats())),
-    help="Format of OUTPUT; several make every size in each, in the directory OUTPUT.  [default: as OUTPUT's name or "
-    f"--type says, else {next(iter(formats()))}]",
+    help="Format of OUTPUT; several make every size in each, in the directory OUTPUT.  [default: as OUTPUT's name, "
+    f"--type or --size-of says, else {next(iter(formats()))}]",
 )
 
 
@@ -79,7 +79,11 @@ def chosen_formats(parameters: Mapping[str, Any]) -> tuple[Format, ...]:
 
 
 def _implied(parameters: Mapping[str, Any]) -> Format | None:
+    # Targets may be one argument already.
+    names = parameters.get("size_of") or getattr(parameters.get("targets"), "size_of", None)
     for each in formats().values():
+        if names and set(names) <= set(each.size_names):
+            return each
         declared = options_of(each.Options, "quantize").values()
         if any(option.implies and parameters.get(option.name) for option in declared):
             return each

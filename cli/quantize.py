@@ -23,7 +23,7 @@ from .options import (
     say_shortened,
 )
 from .output import RunBar, progress_bar, say, time_lines
-from .types import EXISTING_FILE, MIB, PATH, RATES, SIZE, TOKENS
+from .types import EXISTING_FILE, MIB, PATH, RATES, SIZE, TOKENS, Names
 
 if TYPE_CHECKING:
     from ..checkpoint.source.checkpoint import Checkpoint
@@ -44,6 +44,8 @@ _DEFAULTS = ", ".join(
     )
     for each in formats().values()
 )
+_SIZES = "--bpw, --max-size, --vram and --size-of"
+_SIZE_NAMES = [name for each in formats().values() for name in each.size_names]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,21 +56,17 @@ class TargetArguments:
     max_size: int | None
     vram: int | None
     context: int | None
+    size_of: tuple[str, ...] | None
 
     @property
     def count(self) -> int:
         """Number of ways in which a size was given."""
-        return sum(each is not None for each in (self.bpw, self.max_size, self.vram))
-
-    @property
-    def rates(self) -> tuple[float, ...]:
-        """The bitrates."""
-        return self.bpw or ()
+        return sum(each is not None for each in (self.bpw, self.max_size, self.vram, self.size_of))
 
     @property
     def several(self) -> bool:
         """Whether there are several outputs to make."""
-        return len(self.rates) > 1
+        return len(self.bpw or self.size_of or ()) > 1
 
     def all(self, choice: FormatChoice) -> list[Target]:
         """Return the target of every output: the format's own if no size was given, none where its options say it."""
@@ -76,8 +74,10 @@ class TargetArguments:
 
         if not choice.options.measures:
             return []
-        if self.rates or not self.count:
-            return [Target(bpw=rate) for rate in self.rates or (choice.format.default_bpw,)]
+        if self.size_of:
+            return [Target(size_of=name) for name in self.size_of]
+        if self.bpw or not self.count:
+            return [Target(bpw=rate) for rate in self.bpw or (choice.format.default_bpw,)]
         return [Target(max_bytes=self.max_size, vram_bytes=self.vram, context_tokens=self.context)]
 
 
@@ -98,8 +98,15 @@ def _target_options(command: Command) -> Command:
             type=TOKENS,
             help="With --vram: length of the context in tokens, such as 32k.  [default: the model's]",
         ),
+        click.option(
+            "--size-of",
+            type=Names(_SIZE_NAMES),
+            metavar="NAME[,NAME...]",
+            help="As large as llama.cpp's file of that name, instead of --bpw, but closer to the original: Q4_K_M. "
+            "Several make several outputs, as with --bpw.",
+        ),
     )
-    return grouped(command, declared, "targets", ("bpw", "max_size", "vram", "context"), TargetArguments)
+    return grouped(command, declared, "targets", ("bpw", "max_size", "vram", "context", "size_of"), TargetArguments)
 
 
 @cli.command()
@@ -196,15 +203,18 @@ def _conventional(source: Checkpoint, config: QuantizeConfig) -> Path:
 def _check_usage(output: Path | None, choice: FormatChoice, targets: TargetArguments) -> bool:
     # At most one target, and an OUTPUT that is named as what it is; returns whether there are several outputs.
     if targets.count > 1:
-        raise click.UsageError("an output has one size. Give one of --bpw, --max-size and --vram.")
+        raise click.UsageError(f"an output has one size. Give one of {_SIZES}.")
     measures = all(each.measures for each in choice.each)
     if targets.count and not measures:
-        raise click.UsageError("these options say all of an output. Leave --bpw, --max-size and --vram out.")
-    several = "several formats" if len(choice.formats) > 1 else "several bitrates" if targets.several else ""
+        raise click.UsageError(f"these options say all of an output. Leave {_SIZES} out.")
+    several = "several formats" if len(choice.formats) > 1 else "several sizes" if targets.several else ""
     if several and measures and not targets.count:
-        raise click.UsageError("several formats need a size. Give one of --bpw, --max-size and --vram.")
+        raise click.UsageError(f"several formats need a size. Give one of {_SIZES}.")
     if several and not measures:
         raise click.UsageError("these options say all of one output. Leave them out, or the other formats.")
+    without = [each.title for each in choice.formats if not set(targets.size_of or ()) <= set(each.size_names)]
+    if without:
+        raise click.UsageError(f"--size-of names GGUF files of llama.cpp, none in {' and '.join(without)}. Give --bpw.")
     if several and output is None:
         raise click.UsageError(f"{several} make several outputs: name the directory for them, OUTPUT.")
     named = None if output is None else format_naming(output)

@@ -16,6 +16,7 @@ from ..convert.format import Format
 from ..convert.publishing.base_card import read_base_card
 from ..convert.publishing.cards import card_path
 from ..convert.publishing.mark import mark_path
+from ..convert.registry import format_asking
 from ..errors import ConfigError, WorkDirectoryError
 from ..eval.config import EvalConfig
 from ..eval.report.report import report_names, try_report
@@ -228,6 +229,13 @@ def forecast_outputs(
             if conversion.measures
             else "target: got one. Expected none beside options that say the size. Leave one of them out."
         )
+    names = format_asking(conversion.options).size_names
+    for target in targets.values():
+        if target is not None and target.size_of is not None and target.size_of not in names:
+            raise ConfigError(
+                f"size of {target.size_of}: not known. Expected {', '.join(names) or 'another target for this format'}."
+                " Choose another."
+            )
     scratch = conversion.scratch(work, measurement)
     forecasts = {}
     for output, target in targets.items():

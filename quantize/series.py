@@ -247,7 +247,8 @@ def _measured(jobs: Sequence[Job], work: Path) -> GivenMeasurement:
 
 
 def _make(job: Job, path: Path, target: Target, work: Path) -> SeriesOutput:
-    asked = SeriesOutput(path=path, format=job.config.format.name, asked=target.label)
+    size = target.label if target.size_of is None else f"size of {target.size_of}"
+    asked = SeriesOutput(path=path, format=job.config.format.name, asked=size)
     try:
         with reserved(path, files_beside(path, job.conversion, job.config.format)):
             made = make_output(job, path, target, work / path.name)

@@ -91,7 +91,7 @@ def _markdown(original: str, outputs: Sequence[SeriesOutput], counted: Mapping[s
     asked = "asked" if any(isinstance(output.asked, str) for output in outputs) else "asked, bpw"
     head = ("model", asked, "bpw", "size of the weights", "predicted KL, nats per token", "measured")
     sections = [
-        f"# {cell(original)} at {len(outputs)} sizes, from one measurement",
+        f"# {cell(original)}: {len(outputs)} outputs, from one measurement",
         Table.of(head, map(_row, outputs)).to_markdown(),
         f"Bits per weight (bpw): {'; '.join(f'{title}, {means}' for title, means in counted.items())}.",
         *(f"**{cell(output.path.name)} is broken:** {cell(output.broken)}" for output in outputs if output.broken),

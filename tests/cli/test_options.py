@@ -37,7 +37,7 @@ def test_what_is_no_bitrate_is_refused() -> None:
 
 
 DEFAULTS = {
-    "--format": "as OUTPUT's name or --type says, else exl2",
+    "--format": "as OUTPUT's name, --type or --size-of says, else exl2",
     "--head-bits": "6",
     "--override": None,
     "--keep-fp16": None,
@@ -69,16 +69,26 @@ def test_help_shows_the_defaults_of_formats_options() -> None:
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["out", "-b", "4", "--max-size", "1GB"], "an output has one size. Give one of --bpw, --max-size and --vram."),
-        (["-b", "4,5"], "several bitrates make several outputs: name the directory for them, OUTPUT."),
-        (["out.gguf", "-b", "4", "--type", "Q8_0"], "Leave --bpw, --max-size and --vram out."),
-        (["out.gguf", "-b", "4,5"], "several bitrates make several files: name a directory, with --format gguf."),
+        (
+            ["out", "-b", "4", "--max-size", "1GB"],
+            "an output has one size. Give one of --bpw, --max-size, --vram and --size-of.",
+        ),
+        (["-b", "4,5"], "several sizes make several outputs: name the directory for them, OUTPUT."),
+        (["out.gguf", "-b", "4", "--type", "Q8_0"], "Leave --bpw, --max-size, --vram and --size-of out."),
+        (["out.gguf", "-b", "4,5"], "several sizes make several files: name a directory, with --format gguf."),
         (["out.gguf", "-b", "4", "--format", "exl2"], "out.gguf is named as a GGUF file"),
-        (["out", "--format", "gguf,exl2"], "several formats need a size. Give one of --bpw, --max-size and --vram."),
+        (
+            ["out", "--format", "gguf,exl2"],
+            "several formats need a size. Give one of --bpw, --max-size, --vram and --size-of.",
+        ),
         (["--format", "gguf,exl2", "-b", "4"], "several formats make several outputs: name the directory for them"),
         (["out.gguf", "--format", "gguf,exl2", "-b", "4"], "name a directory, with --format gguf,exl2."),
         (["out", "--format", "gguf,exl2", "-b", "4", "--override", "x=6"], "--override does not mean the same in GGUF"),
         (["out", "--format", "gguf,exl2", "--type", "Q8_0"], "these options say all of one output"),
+        (["out", "--size-of", "Q4_K_M", "-b", "4"], "an output has one size."),
+        (["out", "--size-of", "Q4_K_M", "--format", "gguf,exl2"], "names GGUF files of llama.cpp, none in EXL2."),
+        (["out", "--size-of", "Q4_K_X"], "'Q4_K_X' is not a valid list of names. Expected one or more of"),
+        (["out.gguf", "--size-of", "Q4_K_M,q6_k"], "several sizes make several files: name a directory"),
         (["out", "--format", "gguf,awq", "-b", "4"], "Expected one or more of exl2, gguf, separated by commas."),
     ],
 )

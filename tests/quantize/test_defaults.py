@@ -85,3 +85,16 @@ def test_both_formats_at_every_bitrate(known: Path, tmp_path: Path) -> None:
     sizes = [line.partition(" at ")[2] for line in printed.splitlines() if line.startswith("quantized")]
     assert sizes == ["6 bpw", "5.5 bpw", "6 bpw", "5.5 bpw"]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [(("--size-of", "q8_0"), "output      llama-bpwise-Q8_0.gguf"), (("out", "--size-of", "Q8_0,Q5_1"), None)],
+    ids=["one", "ladder"],
+)
+def test_as_large_as_a_file_of_llama_cpp(known: Path, options: tuple[object, ...], line: str | None) -> None:
+    printed = succeed("quantize", known, *options, "--no-eval", "--dry-run").splitlines()
+    sizes = [float(each.split()[1]) for each in printed if each.startswith("quantized")]
+    assert [each for each in printed if each.startswith("output")] == ([] if line is None else [line])
+    assert len(sizes) == (2 if line is None else 1)
+    assert sizes == sorted(sizes, reverse=True)

@@ -1,6 +1,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -389,6 +390,23 @@ def test_several_sizes_from_one_measurement(made: Made, converted: Any, tmp_path
     assert card.data.library_name == "gguf"
     assert "5.4" in next(line for line in card.text.splitlines() if line.startswith("| bits per weight"))
     assert "random ids" in card.text
+
+
+def test_as_large_as_llama_cpps_files(made: Made, converted: Any, tmp_path: Path) -> None:
+    directory, names = converted["qwen3"].directory, ["Q8_0", "Q5_1"]
+    config = QuantizeConfig(options=GgufOptions(feedback=False), evaluate=None)
+    targets = [Target(size_of=name) for name in names]
+    result = quantize_series(directory, tmp_path / "out", config, targets, measurement=made["qwen3"].measurement)
+    for name, output in zip(names, result.outputs, strict=True):
+        assert output.path.name == f"qwen3-bpwise-{name}.gguf"
+        # The mixture's file is llama-quantize's byte for byte. Tensors are few: one more of a larger type is a lot.
+        theirs = to_mixture(directory, tmp_path / f"{name}.gguf", name).output.stat().st_size
+        assert theirs - 12_000 < output.path.stat().st_size <= theirs
+        assert f"| {output.path.name} | size of {name} |" in result.report.read_text()
+    with pytest.raises(ConfigError, match=r"size of Q8_1: not known\. Expected .*Q8_0"):
+        quantize_model(directory, tmp_path / "x.gguf", replace(config, target=Target(size_of="Q8_1")))
+    with pytest.raises(ConfigError, match="Expected another target for this format"):
+        quantize_model(directory, tmp_path / "x", QuantizeConfig(target=targets[0], evaluate=None))
 
 
 def test_both_formats_from_one_measurement(converted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
