@@ -17,6 +17,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .checkpoint.source.original import open_model
+    from .convert.conversion import Target
     from .convert.dense import dequantize_model
     from .convert.opening import verify_model
     from .convert.plan import Plan
@@ -50,6 +51,7 @@ _HOMES = {
     "ProgressEvents": "progress",
     "QuantizeResult": "quantize.result",
     "SeriesResult": "quantize.series",
+    "Target": "convert.conversion",
     "dequantize_model": "convert.dense",
     "evaluate_models": "eval.comparison",
     "export_imatrix": "convert.registry",
@@ -79,6 +81,7 @@ __all__ = [
     "ProgressEvents",
     "QuantizeResult",
     "SeriesResult",
+    "Target",
     "__version__",
     "dequantize_model",
     "evaluate_models",

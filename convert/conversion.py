@@ -28,19 +28,21 @@ __all__ = ["Conversion", "Provenance", "SizeForecast", "Target"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """How large an output may be; exactly one of the three is given.
+    """How large an output may be; exactly one of bpw, max_bytes, vram_bytes and size_of is given.
 
     Attributes:
         bpw: Bits per weight, as the format counts them; met from below, never exceeded.
         max_bytes: Largest size of all files with tensors together.
         vram_bytes: Memory of a GPU that weights, cache and what the reader needs beside them should fit into.
         context_tokens: With ``vram_bytes``: length of the context whose cache should fit; None for the model's own.
+        size_of: As large as another program's file of that name, one of ``Format.size_names``: ``Q4_K_M``.
     """
 
     bpw: float | None = None
     max_bytes: int | None = None
     vram_bytes: int | None = None
     context_tokens: int | None = None
+    size_of: str | None = None
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -48,12 +50,24 @@ class Target:
         Raises:
             ConfigError: None or several are given, or one makes no sense.
         """
-        if sum(each is not None for each in (self.bpw, self.max_bytes, self.vram_bytes)) != 1:
+        if sum(each is not None for each in (self.bpw, self.max_bytes, self.vram_bytes, self.size_of)) != 1:
             raise ConfigError(
-                "target: none, or several. Expected bits per weight, a largest size or the memory of a GPU. Give one."
+                "target: none, or several. Expected bits per weight, a largest size, the memory of a GPU or a name to "
+                "be as large as. Give one."
             )
         if self.bpw is not None and not 1 <= self.bpw <= 16:
             raise ConfigError(f"bpw: not usable. Got {self.bpw}. Expected a value between 1 and 16. Choose another.")
+
+    @property
+    def label(self) -> float | str:
+        """The size in names of outputs: bits per weight, or as ``700MB`` or ``bpwise-Q4_K_M``."""
+        if self.bpw is not None:
+            return self.bpw
+        if self.size_of is not None:
+            return f"bpwise-{self.size_of}"
+        size = self.max_bytes or self.vram_bytes or 0
+        unit, factor = ("GB", 10**9) if size >= 10**9 else ("MB", 10**6)
+        return f"{size / factor:.4g}{unit}{'' if self.vram_bytes is None else '-vram'}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,6 +184,25 @@ class Conversion(ABC):
             raise ConfigError("--vram: not known how much memory this format's readers take. Give --bpw or --max-size.")
         bpw = 16.0 if target is None or target.bpw is None else target.bpw
         return SizeForecast(output_bytes=self.checkpoint.total_bytes, bpw=bpw, lowest_bpw=0.0, highest_bpw=16.0)
+
+    def size_label(self, target: Target | None) -> float | str:
+        """Return the size in names of outputs, as ``Format.output_name`` takes it.
+
+        Args:
+            target: How large the output may be; None if ``measures`` is false.
+        """
+        return (self.options.label or "") if target is None else target.label
+
+    def output_name(self, base_name: str, target: Target | None) -> str:
+        """Return the name of an output by convention, suffix included.
+
+        Args:
+            base_name: Name or Hub id of the original.
+            target: As ``size_label`` takes it.
+        """
+        from .registry import format_asking  # noqa: PLC0415 - it holds the formats, which hold this
+
+        return format_asking(self.options).output_name(base_name, self.size_label(target), self.options)
 
     def work(self, bpw: float) -> FormatWork:
         """Return the format's work on an output of so many bits per weight, from shapes; for forecasts of time."""

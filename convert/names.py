@@ -16,15 +16,15 @@ REPORT_FILE = "report.json"
 """Report on a model for programs, in its directory or beside its file."""
 
 
-def convention_name(base_name: str, bpw: float, *more: str) -> str:
+def convention_name(base_name: str, bpw: float | str, *more: str) -> str:
     """Return the name by convention, as ``Llama-3.2-1B-4.5bpw``.
 
     Args:
         base_name: Name of the original; of a Hub id the part after the owner is taken.
-        bpw: Bits per weight that were asked for.
+        bpw: Bits per weight that were asked for, or another label of the size.
         *more: What the format adds, in letters and digits.
     """
-    return "-".join((base_name.rpartition("/")[2], f"{rate_text(bpw)}bpw", *more))
+    return "-".join((base_name.rpartition("/")[2], bpw if isinstance(bpw, str) else f"{rate_text(bpw)}bpw", *more))
 
 
 def rate_text(bpw: float) -> str:

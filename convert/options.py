@@ -45,6 +45,7 @@ class Option:
         repeatable: Whether it may be given several times; the field is a tuple then.
         metavar: What help calls the value; None for the usual.
         parse: Makes the field's value of the text, or of each of the texts.
+        implies: Whether giving it chooses the format, where nothing else does.
         default: The field's default.
     """
 
@@ -56,6 +57,7 @@ class Option:
     repeatable: bool = False
     metavar: str | None = None
     parse: Callable[[Any], Any] | None = None
+    implies: bool = False
     default: Any = None
 
     @property
@@ -97,6 +99,11 @@ class FormatOptions:
     def measures(self) -> bool:
         """Whether plans are made from a measurement, for a target."""
         return True
+
+    @property
+    def label(self) -> str | None:
+        """The size in names of outputs where the options say it; None where a target does."""
+        return None
 
 
 def option(*flags: str, default: Any, help: str, **settings: Any) -> Any:

@@ -18,6 +18,7 @@ from ..convert.format import Format
 from ..convert.publishing.base_card import read_base_card
 from ..convert.publishing.cards import card_path
 from ..convert.publishing.mark import mark_path
+from ..convert.registry import format_asking
 from ..errors import ConfigError, WorkDirectoryError
 from ..eval.config import EvalConfig
 from ..eval.report.report import JSON_NAME, report_names, try_report
@@ -43,6 +44,7 @@ __all__ = [
     "output_of",
     "report_place",
     "require_convertible",
+    "require_together",
     "run_prefix",
 ]
 
@@ -265,6 +267,13 @@ def forecast_outputs(
             if conversion.measures
             else "target: got one. Expected none beside options that say the size. Leave one of them out."
         )
+    names = format_asking(conversion.options).size_names
+    for target in targets.values():
+        if target is not None and target.size_of is not None and target.size_of not in names:
+            raise ConfigError(
+                f"size of {target.size_of}: not known. Expected {', '.join(names) or 'another target for this format'}."
+                " Choose another."
+            )
     scratch = conversion.scratch(work, measurement)
     forecasts = {}
     for output, target in targets.items():
@@ -273,13 +282,27 @@ def forecast_outputs(
     conversion.require_writable()
     if conversion.writes_card:
         read_base_card(checkpoint.directory)
-    sizes = {output: each.size.output_bytes for output, each in forecasts.items() if not exists(output)}
-    _require_room({**sizes, **scratch})
+    require_together([(conversion, forecasts)], work, measurement)
     return forecasts
 
 
-def _require_room(sizes: Mapping[Path, int]) -> None:
-    # What is made on one disk must fit there together.
+def require_together(
+    lines: Iterable[tuple[Conversion, Mapping[Path, Forecast]]], work: Path, measurement: Path | None
+) -> None:
+    """Refuse disks that have no room for all outputs of a run together, and for what is made for them.
+
+    Args:
+        lines: The original on its way into each format, and the forecasts of the outputs in it.
+        work: The run's work directory.
+        measurement: File of the measurement to work from; None if there is none yet.
+
+    Raises:
+        WorkDirectoryError: A disk is too small.
+    """
+    sizes: dict[Path, int] = {}
+    for conversion, forecasts in lines:
+        sizes |= {output: each.size.output_bytes for output, each in forecasts.items() if not exists(output)}
+        sizes |= conversion.scratch(work, measurement)
     disks: dict[int, dict[Path, int]] = {}
     for path, size in sizes.items():
         place = path / "*" if path.is_dir() else path

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..convert.conversion import Conversion, Target
@@ -16,12 +18,27 @@ from ..eval.config import EvalConfig
 from ..measure.run import MeasureConfig
 from ..measure.text.mixture import BUILT_IN
 
-__all__ = ["QuantizeConfig", "chosen_evaluation", "options_naming"]
+__all__ = ["QuantizeConfig", "chosen_evaluation", "chosen_target", "options_naming"]
 
 
 def options_naming(output: Path) -> FormatOptions:
     """Return the default options of the format that an output is named as, else of the first."""
     return (format_naming(output) or next(iter(formats().values()))).Options()
+
+
+def chosen_target(output: Path, options: FormatOptions | None, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ``target`` and ``options`` of an output.
+
+    Args:
+        output: Its name chooses the format where there are no options.
+        options: The format's options.
+        sizes: What ``Target`` takes; all None asks for the format's own size.
+    """
+    if any(each is not None for each in sizes.values()):
+        return {"target": Target(**sizes), "options": options or options_naming(output)}
+    format_ = format_asking(options or options_naming(output))
+    options = options or format_.Options(**format_.default_options)
+    return {"target": Target(bpw=format_.default_bpw) if options.measures else None, "options": options}
 
 
 def chosen_evaluation(evaluate: EvalConfig | bool) -> EvalConfig | None:

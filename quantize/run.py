@@ -19,15 +19,15 @@ from ..measure.measurement import Measurement
 from ..measure.run import MeasureConfig, measure_to_file
 from ..measure.text.calibration import CalibrationSet
 from ..progress import Progress, default_progress
-from .checks import check_output, check_places, files_beside, forecast_outputs, require_convertible
-from .config import QuantizeConfig, chosen_evaluation, options_naming
+from .checks import check_output, check_places, files_beside, forecast_outputs, require_convertible, require_together
+from .config import QuantizeConfig, chosen_evaluation, chosen_target
 from .judge import Judge
 from .measuring import GivenMeasurement
 from .output import Job, make_output
 from .result import QuantizeResult
 from .times import announce, announce_measuring
 
-__all__ = ["begin_job", "measure_model", "original_cache", "quantize_model"]
+__all__ = ["begin_jobs", "measure_model", "original_cache", "quantize_model"]
 
 
 def measure_model(
@@ -105,6 +105,7 @@ def quantize_model(
     max_bytes: int | None = None,
     vram_bytes: int | None = None,
     context_tokens: int | None = None,
+    size_of: str | None = None,
     measurement: Measurement | str | Path | None = None,
     calibration: CalibrationSet | None = None,
     options: FormatOptions | None = None,
@@ -116,7 +117,8 @@ def quantize_model(
 ) -> QuantizeResult:
     """Quantize a model, and compare the result with the original.
 
-    Give one of ``bpw``, ``max_bytes`` and ``vram_bytes``. Interrupted? Call it again: it resumes.
+    Give one of ``bpw``, ``max_bytes``, ``vram_bytes`` and ``size_of``; without, the output is as large as the command
+    line's. Interrupted? Call it again: it resumes.
 
     Args:
         model: A local directory, a Hub id, or what ``open_model`` made of one.
@@ -126,6 +128,7 @@ def quantize_model(
         max_bytes: Largest size of all files with tensors together.
         vram_bytes: Memory of a GPU that weights, cache and what the reader needs beside them should fit into.
         context_tokens: With ``vram_bytes``: length of the context whose cache should fit; None for the model's own.
+        size_of: As large as llama.cpp's file of that name, such as ``Q4_K_M``; for GGUF.
         measurement: A measurement of this model, or its file; None measures first, and keeps the measurement in the
             work directory. It brings its calibration rows along.
         calibration: Rows to use instead of those that ``measure.calibration`` describes; not with a measurement.
@@ -151,10 +154,9 @@ def quantize_model(
         True
     """
     output = named(Path(output))
-    sizes = {"bpw": bpw, "max_bytes": max_bytes, "vram_bytes": vram_bytes, "context_tokens": context_tokens}
+    sizes = {"bpw": bpw, "max_bytes": max_bytes, "vram_bytes": vram_bytes, "size_of": size_of}
     config = QuantizeConfig(
-        target=None if set(sizes.values()) == {None} else Target(**sizes),  # type: ignore[arg-type]
-        options=options or options_naming(output),
+        **chosen_target(output, options, {**sizes, "context_tokens": context_tokens}),
         measure=measure or MeasureConfig(),
         evaluate=chosen_evaluation(evaluate),
         base_model=base_model,
@@ -169,61 +171,81 @@ def quantize_model(
     with reserved(output, files_beside(output, conversion, config.format)):
         check_output(conversion, config, output, shown)
         given = GivenMeasurement.load(measurement, checkpoint, shown)
-        job = begin_job(
-            conversion, config, {output: config.target}, work, given=given, calibration=calibration, progress=shown
+        (job,) = begin_jobs(
+            [(conversion, config, {output: config.target})],
+            work,
+            given=given,
+            calibration=calibration,
+            progress=shown,
         )
         return make_output(job, output, config.target, work)
 
 
-def begin_job(
-    conversion: Conversion,
-    config: QuantizeConfig,
-    targets: Mapping[Path, Target | None],
+def begin_jobs(
+    lines: Sequence[tuple[Conversion, QuantizeConfig, Mapping[Path, Target | None]]],
     work: Path,
     *,
     given: GivenMeasurement | None,
     calibration: CalibrationSet | None,
     progress: Progress,
     series: bool = False,
-) -> Job:
-    """Refuse what cannot be quantized, tell the progress what the run will take, and return what its outputs share.
+) -> list[Job]:
+    """Refuse what cannot be quantized, tell the progress what the run will take, and return what outputs share.
 
     Args:
-        conversion: The original on its way into the format.
-        config: Options.
-        targets: How large each output may be.
+        lines: For each format the original on its way into it, options, and how large each output may be.
         work: Work directory of the run.
         given: The measurement to work from; None measures first.
         calibration: Calibration rows that are given.
         progress: Shows how far the steps are.
         series: Whether every output has a directory of its own in the work directory.
 
+    Returns:
+        One for each format.
+
     Raises:
         BpwiseError: As ``forecast_outputs``.
     """
     measured, path = (None, None) if given is None else (given.measurement, given.path)
-    forecasts = forecast_outputs(
-        conversion,
-        targets,
-        config.measure,
-        config.evaluate,
+    forecasts = [
+        forecast_outputs(
+            conversion,
+            targets,
+            config.measure,
+            config.evaluate,
+            work,
+            measured=measured,
+            measurement=path,
+            rows=calibration,
+        )
+        for conversion, config, targets in lines
+    ]
+    conversions = [conversion for conversion, _, _ in lines]
+    require_together(list(zip(conversions, forecasts, strict=True)), work, path)
+    (first, shared, _), *_ = lines
+    announce(
+        progress,
+        {output: each for together in forecasts for output, each in together.items()},
+        {output: conversion for conversion, _, targets in lines for output in targets},
+        shared,
         work,
-        measured=measured,
+        known=measured or calibration,
         measurement=path,
-        rows=calibration,
+        series=series,
     )
-    known = measured or calibration
-    announce(progress, forecasts, conversion, config, work, known=known, measurement=path, series=series)
-    return Job(
-        conversion=conversion,
-        config=config,
-        given=given,
-        calibration=calibration,
-        judge=None
-        if config.evaluate is None
-        else Judge(conversion.checkpoint, config.evaluate, progress, cache=original_cache()),
-        progress=progress,
-    )
+    evaluate, cache = shared.evaluate, original_cache()
+    judge = None if evaluate is None else Judge(first.checkpoint, evaluate, progress, cache=cache)
+    return [
+        Job(
+            conversion=conversion,
+            config=config,
+            given=given,
+            calibration=calibration,
+            judge=judge,
+            progress=progress,
+        )
+        for conversion, config, _ in lines
+    ]
 
 
 def original_cache() -> OriginalCache | None:

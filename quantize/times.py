@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from ..checkpoint.files.resume import ResumeStore
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..checkpoint.source.language import language_model
 from ..convert.conversion import Conversion
+from ..convert.registry import format_asking
 from ..errors import BpwiseError
 from ..eval.models import model_name
 from ..linalg.work import Rates, rates_of
@@ -53,7 +54,7 @@ _RESUMED = {
 
 def with_times(
     forecasts: Mapping[Path, Forecast],
-    conversion: Conversion,
+    conversions: Conversion | Mapping[Path, Conversion],
     config: QuantizeConfig,
     work: Path,
     *,
@@ -66,7 +67,7 @@ def with_times(
 
     Args:
         forecasts: Of each output; see ``bpwise.quantize.checks.forecast_outputs``.
-        conversion: The original on its way into the format.
+        conversions: The original on its way into the format, or into that of each output.
         config: Options; their target is not read.
         work: The run's work directory.
         known: The measurement to work from, or the calibration rows that are given; None if they are to be made.
@@ -77,27 +78,28 @@ def with_times(
     Raises:
         BpwiseError: As ``forecast_outputs``.
     """
-    checkpoint, measure, evaluate = conversion.checkpoint, config.measure, config.evaluate
+    each_in = dict.fromkeys(forecasts, conversions) if isinstance(conversions, Conversion) else conversions
+    kinds = list(dict.fromkeys(each_in.values()))
+    checkpoint, measure, evaluate = kinds[0].checkpoint, config.measure, config.evaluate
     measured = isinstance(known, Measurement)
     shape = _rows_shape(known, measure, checkpoint)
     parts: list[CountedPart] = []
     counted: dict[Path, list[CountedPart]] = {}
     evaluated = False
-    if conversion.scratch(work, measurement):
-        parts.append(preparing_part(conversion, measure))
+    parts += [preparing_part(kind, measure) for kind in kinds if kind.scratch(work, measurement)]
     measuring = work / MEASURING if series else work
-    if conversion.measures and known is None:
+    if kinds[0].measures and known is None:
         parts += writing_parts(checkpoint, measure, shape, measuring / CALIBRATION_FILE)
-    if conversion.measures and not measured:
-        parts += measuring_parts([conversion], measure, shape, measuring / MEASUREMENT_FILE)
+    if kinds[0].measures and not measured:
+        parts += measuring_parts(kinds, measure, shape, measuring / MEASUREMENT_FILE)
     for output, forecast in forecasts.items():
         place = work / output.name if series else work
         state = OutputState(work=place, exists=exists(output), measures=not series and not measured)
-        parts += output_parts(conversion, forecast.size.bpw, measure, shape, state)
-        if evaluate is not None and not (exists(output) and has_report(output, config.format)):
+        parts += output_parts(each_in[output], forecast.size.bpw, measure, shape, state)
+        if evaluate is not None and not (exists(output) and has_report(output, format_asking(each_in[output].options))):
             fitted = evaluate.fitted(checkpoint)
             assert fitted.row_tokens is not None
-            parts += evaluation_parts(conversion, fitted, fitted.row_tokens, original=not evaluated)
+            parts += evaluation_parts(each_in[output], fitted, fitted.row_tokens, original=not evaluated)
             evaluated = True
         counted[output], parts = parts, []
     expected = iter(expected_parts((part for each in counted.values() for part in each), rates))
@@ -110,7 +112,7 @@ def with_times(
 def announce(
     progress: Progress,
     forecasts: Mapping[Path, Forecast],
-    conversion: Conversion,
+    conversions: Conversion | Mapping[Path, Conversion],
     config: QuantizeConfig,
     work: Path,
     *,
@@ -119,10 +121,12 @@ def announce(
     series: bool = False,
 ) -> None:
     """Tell a progress that wants to know it what the run will take; arguments as in ``with_times``."""
-    _log.info("%s", _run_line(conversion.checkpoint, _made_words(forecasts, config), config.measure))
+    kinds = list(dict.fromkeys([conversions] if isinstance(conversions, Conversion) else conversions.values()))
+    checkpoint = kinds[0].checkpoint
+    _log.info("%s", _run_line(checkpoint, _made_words(forecasts, kinds), config.measure))
     if not isinstance(progress, RunProgress):
         return
-    outputs = with_times(forecasts, conversion, config, work, known=known, measurement=measurement, series=series)
+    outputs = with_times(forecasts, conversions, config, work, known=known, measurement=measurement, series=series)
     timed = outputs.values()
     progress.expect(
         RunForecast(
@@ -132,10 +136,10 @@ def announce(
         )
     )
     measures = any(part.step == "measure" for each in timed for part in each.parts)
-    if conversion.measures and not measures and not isinstance(known, Measurement):
+    if kinds[0].measures and not measures and not isinstance(known, Measurement):
         _log.info("resuming: the model is measured")
     for output, forecast in outputs.items():
-        _log_resumed(forecast.parts, conversion.checkpoint, output)
+        _log_resumed(forecast.parts, checkpoint, output)
 
 
 def announce_measuring(
@@ -204,11 +208,12 @@ def _run_line(checkpoint: Checkpoint, made: str, config: MeasureConfig) -> str:
     return f"{name} ({family}, {blocks} blocks, {size} parameters) -> {made}, on {device}"
 
 
-def _made_words(forecasts: Mapping[Path, Forecast], config: QuantizeConfig) -> str:
-    sizes = ", ".join(f"{forecast.size.bpw:.4g}" for forecast in forecasts.values())
+def _made_words(forecasts: Mapping[Path, Forecast], kinds: Sequence[Conversion]) -> str:
+    sizes = ", ".join(dict.fromkeys(f"{forecast.size.bpw:.4g}" for forecast in forecasts.values()))
+    titles = " and ".join(format_asking(kind.options).title for kind in kinds)
     (first, *others) = forecasts
     place = f"{len(forecasts)} outputs in {first.parent}" if others else str(first)
-    return f"{place} ({config.format.title}, {sizes} bits per weight)"
+    return f"{place} ({titles}, {sizes} bits per weight)"
 
 
 def _log_resumed(parts: Iterable[ExpectedPart], checkpoint: Checkpoint, output: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ...errors import ConfigError
 from ..options import Conflict, Effort, FormatOptions, check_effort, effort_option, option, read_texts
+from .llama_cpp.mixtures import mixture
 from .plan.plan import TypeOverride
 
 __all__ = ["CONFLICTS", "GgufOptions"]
@@ -52,6 +53,7 @@ class GgufOptions(FormatOptions):
     mixture: str | None = option(
         "--type",
         default=None,
+        implies=True,
         help="Make one of llama.cpp's fixed mixtures, such as Q4_K_M, exactly as llama-quantize does; measure nothing.",
     )
     imatrix: Path | None = option("--imatrix", default=None, kind="file", help="With --type: importance matrix to use.")
@@ -75,6 +77,11 @@ class GgufOptions(FormatOptions):
     def measures(self) -> bool:
         """Whether types are chosen from a measurement: not those of a mixture."""
         return self.mixture is None
+
+    @property
+    def label(self) -> str | None:
+        """The mixture."""
+        return None if self.mixture is None else mixture(self.mixture).name
 
     def __post_init__(self) -> None:
         """Check the values.

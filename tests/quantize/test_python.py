@@ -23,7 +23,7 @@ from bpwise.progress import (
     default_progress,
     silent,
 )
-from bpwise.quantize.config import chosen_evaluation, options_naming
+from bpwise.quantize.config import chosen_evaluation, chosen_target, options_naming
 from bpwise.tables import Table, html_summary
 
 FUNCTIONS = [name for name in bpwise.__all__ if inspect.isfunction(getattr(bpwise, name))]
@@ -51,6 +51,21 @@ def test_signatures_tell_all(name: str) -> None:
 )
 def test_the_name_chooses_the_format(name: str, made: type) -> None:
     assert options_naming(Path(name)) == made()
+
+
+NO_SIZE = {"bpw": None, "max_bytes": None}
+
+
+def test_without_a_size_it_is_the_command_lines() -> None:
+    exl2 = {"target": bpwise.Target(bpw=8.0), "options": Exl2Options(head_bits=8)}
+    assert chosen_target(Path("a"), None, NO_SIZE) == exl2
+    assert chosen_target(Path("a.gguf"), None, NO_SIZE) == {"target": bpwise.Target(bpw=4.5), "options": GgufOptions()}
+    own = GgufOptions(feedback=False)
+    assert chosen_target(Path("a"), own, NO_SIZE) == {"target": bpwise.Target(bpw=4.5), "options": own}
+    mixture = GgufOptions(mixture="Q4_0")
+    assert chosen_target(Path("a"), mixture, NO_SIZE) == {"target": None, "options": mixture}
+    sized = chosen_target(Path("a"), None, {"bpw": None, "max_bytes": 1000})
+    assert sized == {"target": bpwise.Target(max_bytes=1000), "options": Exl2Options()}
 
 
 def test_options_of_an_evaluation() -> None:

@@ -11,6 +11,7 @@ import torch
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.cli import cli
 from bpwise.convert.conversion import Target
+from bpwise.convert.exl2.options import Exl2Options
 from bpwise.convert.gguf import base as gguf_base
 from bpwise.convert.gguf.file.header import read_gguf_header
 from bpwise.convert.gguf.llama_cpp.imatrix import read_imatrix
@@ -25,7 +26,7 @@ from bpwise.eval.comparison import EvalConfig, compare_models
 from bpwise.eval.metrics.overlap import shared_share, stored_spans
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.text.calibration import CalibrationSet
-from bpwise.quantize import judge
+from bpwise.quantize import judge, measuring, series
 from bpwise.quantize.config import QuantizeConfig
 from bpwise.quantize.result import QuantizeResult
 from bpwise.quantize.run import quantize_model
@@ -374,9 +375,13 @@ class TestHonesty:
 
 def test_several_sizes_from_one_measurement(made: Made, converted: Any, tmp_path: Path) -> None:
     directory = converted["mistral"].directory
-    config = QuantizeConfig(options=GgufOptions(card=True), evaluate=None)
-    result = quantize_series(
-        directory, tmp_path / "out", [6.5, 5.5], **series_arguments(config), measurement=made["mistral"].measurement
+    result = quantize_series(  # cards belong to every series
+        directory,
+        tmp_path / "out",
+        [6.5, 5.5],
+        options=GgufOptions(),
+        evaluate=False,
+        measurement=made["mistral"].measurement,
     )
     assert [output.path.name for output in result.outputs] == ["mistral-6.5bpw.gguf", "mistral-5.5bpw.gguf"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
@@ -394,6 +399,63 @@ def test_several_sizes_from_one_measurement(made: Made, converted: Any, tmp_path
     assert card.data.library_name == "gguf"
     assert "5.4" in next(line for line in card.text.splitlines() if line.startswith("| bits per weight"))
     assert "random ids" in card.text
+
+
+def test_as_large_as_llama_cpps_files(made: Made, converted: Any, tmp_path: Path) -> None:
+    directory, names = converted["qwen3"].directory, ["Q8_0", "Q5_1"]
+    options = GgufOptions(feedback=False)
+    targets = [Target(size_of=name) for name in names]
+    result = quantize_series(
+        directory,
+        tmp_path / "out",
+        targets,
+        options=options,
+        evaluate=False,
+        measurement=made["qwen3"].measurement,
+    )
+    for name, output in zip(names, result.outputs, strict=True):
+        assert output.path.name == f"qwen3-bpwise-{name}.gguf"
+        # The mixture's file is llama-quantize's byte for byte. Tensors are few: one more of a larger type is a lot.
+        theirs = to_mixture(directory, tmp_path / f"{name}.gguf", name).output.stat().st_size
+        assert theirs - 12_000 < output.path.stat().st_size <= theirs
+        assert f"| {output.path.name} | size of {name} |" in result.report.read_text()
+    with pytest.raises(ConfigError, match=r"size of Q8_1: not known\. Expected .*Q8_0"):
+        quantize_model(directory, tmp_path / "x.gguf", size_of="Q8_1", options=options, evaluate=False)
+    with pytest.raises(ConfigError, match="Expected another target for this format"):
+        quantize_model(directory, tmp_path / "x", size_of=names[0], evaluate=False)
+
+
+def test_both_formats_from_one_measurement(converted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory, options = converted["mistral"].directory, (GgufOptions(feedback=False), Exl2Options())
+    make, begun = series.make_output, list[str]()
+
+    def cut_off(job: Any, path: Path, *more: Any) -> Any:
+        begun.append(path.name)
+        if len(begun) == 2:
+            raise KeyboardInterrupt
+        return make(job, path, *more)
+
+    def run() -> Any:
+        return quantize_series(directory, tmp_path / "out", [6.0], options=options, evaluate=False, calibration=rows(4))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(series, "make_output", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    names = ["mistral-6.0bpw.gguf", "mistral-6.0bpw-6hb-exl2"]
+    assert begun == names
+    first = (tmp_path / "out" / names[0]).stat().st_mtime_ns
+    monkeypatch.setattr(measuring, "measure_checkpoint", lambda *_: pytest.fail("was measured twice"))
+    result = run()
+    assert [output.path.name for output in result.outputs] == names
+    assert (tmp_path / "out" / names[0]).stat().st_mtime_ns == first
+    assert Measurement.load(result.measurement).curves.keys() == {"exl2", "gguf"}
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    assert found == {*names, "mistral-6.0bpw.README.md", "report.json", "report.md"}
+    assert (tmp_path / "out" / names[1] / "README.md").is_file()
+    text = result.report.read_text()
+    assert all(f"| {name} | 6 | 5.9" in text for name in names)
+    assert "Bits per weight (bpw): GGUF, of all tensors; EXL2, of all linears but the head." in text
 
 
 @pytest.fixture
@@ -426,12 +488,12 @@ def kept(folder: Path) -> list[Path]:
 FAST = QuantizeConfig(target=Target(bpw=6.5), options=GgufOptions(feedback=False), evaluate=None)
 
 
-@pytest.mark.parametrize("series", [False, True], ids=["one", "series"])
+@pytest.mark.parametrize("several", [False, True], ids=["one", "series"])
 def test_a_base_is_made_once_and_kept_with_the_measurement(
-    series: bool, conversions: list[Path], measurement: Path, converted: Any, tmp_path: Path
+    several: bool, conversions: list[Path], measurement: Path, converted: Any, tmp_path: Path
 ) -> None:
     directory = converted["mistral"].directory
-    if series:
+    if several:
         quantize_series(directory, tmp_path / "out", [6.5, 5.5], **series_arguments(FAST), measurement=measurement)
     else:
         quantize_model(directory, tmp_path / "out.gguf", **arguments(FAST), measurement=measurement)
@@ -470,15 +532,15 @@ def test_a_base_is_kept_where_there_is_room_for_twice_as_much(
     assert len(conversions) == 2
 
 
-@pytest.mark.parametrize("series", [False, True], ids=["one", "series"])
+@pytest.mark.parametrize("several", [False, True], ids=["one", "series"])
 def test_a_damaged_base_is_converted_again(
-    series: bool, conversions: list[Path], measurement: Path, converted: Any, tmp_path: Path
+    several: bool, conversions: list[Path], measurement: Path, converted: Any, tmp_path: Path
 ) -> None:
     directory, work = converted["mistral"].directory, tmp_path / "work"
     base = gguf_base.base_path(Checkpoint.open(directory), work, None, measurement)
     base.write_bytes(converted["mistral"].file.read_bytes()[:100])
     with pytest.warns(UserWarning, match=r"base\.gguf: .* It is converted again now"):
-        if series:
+        if several:
             quantize_series(
                 directory, tmp_path / "out", [6.5, 5.5], **series_arguments(FAST), measurement=measurement, work=work
             )
