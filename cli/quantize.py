@@ -118,7 +118,7 @@ def _target_options(command: Command) -> Command:
     "-m",
     "--measurement",
     type=EXISTING_FILE,
-    help="Use this measurement of MODEL instead of measuring again.",
+    help="Use this measurement of MODEL instead of measuring again; with --type, its importances.",
 )
 @click.option("--base-model", metavar="ORG/NAME", help="Hub id of the original, for the card.  [default: MODEL's]")
 @click.option("--dry-run", is_flag=True, help="Print size, possible bpw, memory, disk and time; write nothing.")
@@ -155,6 +155,8 @@ def quantize(
     from ..quantize.series import quantize_series
 
     series = _check_usage(output, choice, targets)
+    if measurement is not None and not choice.options.measures:
+        choice, measurement = choice.weighted_by(measurement), None
     wanted = targets.all(choice)
     evaluate = evaluation.config(measuring.config)
     config = QuantizeConfig(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..errors import ConfigError
@@ -88,6 +89,10 @@ class FormatOptions:
     def measures(self) -> bool:
         """Whether plans are made from a measurement, for a target."""
         return True
+
+    def weighted_by(self, measurement: Path) -> FormatOptions:
+        """Return the options of a run beside a measurement that its plan is not made from."""
+        return self
 
     @property
     def label(self) -> str | None:
