@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from ..convert.registry import format_naming, formats
 from .format_options import FORMAT_OPTION, FormatChoice, format_options
@@ -81,6 +82,42 @@ class TargetArguments:
         return [Target(max_bytes=self.max_size, vram_bytes=self.vram, context_tokens=self.context)]
 
 
+def _targets(**given: Any) -> TargetArguments:
+    # A size on the command line takes the place of a recipe's.
+    context = click.get_current_context()
+    typed = {name for name in given if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    if typed - {"context"}:
+        given = {name: value if name in typed else None for name, value in given.items()}
+    return TargetArguments(**given)
+
+
+def _take_recipe(context: click.Context, _: click.Parameter, path: Path | None) -> None:
+    # What a recipe says are defaults: the command line goes first.
+    from ..quantize.recipe import read_recipe
+
+    if path is None:
+        return
+    options = [each for each in context.command.params if isinstance(each, click.Option)]
+    known = {each.opts[-1].removeprefix("--"): each for each in options if each.name != "config"}
+    entries = read_recipe(path)
+    unknown = sorted(entries.keys() - known)
+    if unknown:
+        raise click.UsageError(
+            f"{path}: unknown options. Got {', '.join(unknown)}. Expected long names of options, such as bpw. Leave "
+            f"{'it' if len(unknown) == 1 else 'them'} out."
+        )
+    context.default_map = {
+        str(known[name].name): _of_recipe(known[name], value, context) for name, value in entries.items()
+    }
+
+
+def _of_recipe(option: click.Option, value: str | list[str], context: click.Context) -> Any:
+    if option.multiple:
+        return value if isinstance(value, list) else [value]
+    text = ",".join(value) if isinstance(value, list) else value
+    return click.BOOL.convert(text, option, context) if option.is_flag else text
+
+
 def _target_options(command: Command) -> Command:
     # Options that say how large an output may be; the command gets them as ``targets``.
     declared = (
@@ -106,7 +143,7 @@ def _target_options(command: Command) -> Command:
             "Several make several outputs, as with --bpw.",
         ),
     )
-    return grouped(command, declared, "targets", ("bpw", "max_size", "vram", "context", "size_of"), TargetArguments)
+    return grouped(command, declared, "targets", ("bpw", "max_size", "vram", "context", "size_of"), _targets)
 
 
 @cli.command()
@@ -119,6 +156,14 @@ def _target_options(command: Command) -> Command:
     "--measurement",
     type=EXISTING_FILE,
     help="Use this measurement of MODEL instead of measuring again; with --type, its importances.",
+)
+@click.option(
+    "--config",
+    type=EXISTING_FILE,
+    is_eager=True,
+    expose_value=False,
+    callback=_take_recipe,
+    help="Take options from this file, such as the recipe.yaml of an output; those given here go first.",
 )
 @click.option("--base-model", metavar="ORG/NAME", help="Hub id of the original, for the card.  [default: MODEL's]")
 @click.option("--dry-run", is_flag=True, help="Print size, possible bpw, memory, disk and time; write nothing.")

