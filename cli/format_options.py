@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -54,6 +55,10 @@ class FormatChoice:
     def each(self) -> tuple[FormatOptions, ...]:
         """Options of every chosen format."""
         return tuple(self.all[each.name] for each in self.formats)
+
+    def weighted_by(self, measurement: Path) -> FormatChoice:
+        """Return the choice where a measurement only weighs errors; see ``FormatOptions.weighted_by``."""
+        return replace(self, all={name: options.weighted_by(measurement) for name, options in self.all.items()})
 
 
 def chosen_formats(parameters: Mapping[str, Any]) -> tuple[Format, ...]:

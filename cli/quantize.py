@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from ..convert.registry import format_naming, formats
 from .format_options import FORMAT_OPTION, FormatChoice, format_options
@@ -29,9 +30,9 @@ if TYPE_CHECKING:
     from ..checkpoint.source.checkpoint import Checkpoint
     from ..convert.conversion import Conversion, Target
     from ..quantize.config import QuantizeConfig
-    from ..quantize.forecast import Forecast
     from ..quantize.result import QuantizeResult
     from ..quantize.series import SeriesResult
+    from ..quantize.timing.forecast import Forecast
     from .options import EvaluationArguments
 
 __all__ = ["quantize"]
@@ -83,6 +84,42 @@ class TargetArguments:
         return [Target(max_bytes=self.max_size, vram_bytes=self.vram, context_tokens=self.context)]
 
 
+def _targets(**given: Any) -> TargetArguments:
+    # A size on the command line takes the place of a recipe's.
+    context = click.get_current_context()
+    typed = {name for name in given if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    if typed - {"context"}:
+        given = {name: value if name in typed else None for name, value in given.items()}
+    return TargetArguments(**given)
+
+
+def _take_recipe(context: click.Context, _: click.Parameter, path: Path | None) -> None:
+    # What a recipe says are defaults: the command line goes first.
+    from ..quantize.recipe import read_recipe
+
+    if path is None:
+        return
+    options = [each for each in context.command.params if isinstance(each, click.Option)]
+    known = {each.opts[-1].removeprefix("--"): each for each in options if each.name != "config"}
+    entries = read_recipe(path)
+    unknown = sorted(entries.keys() - known)
+    if unknown:
+        raise click.UsageError(
+            f"{path}: unknown options. Got {', '.join(unknown)}. Expected long names of options, such as bpw. Leave "
+            f"{'it' if len(unknown) == 1 else 'them'} out."
+        )
+    context.default_map = {
+        str(known[name].name): _of_recipe(known[name], value, context) for name, value in entries.items()
+    }
+
+
+def _of_recipe(option: click.Option, value: str | list[str], context: click.Context) -> Any:
+    if option.multiple:
+        return value if isinstance(value, list) else [value]
+    text = ",".join(value) if isinstance(value, list) else value
+    return click.BOOL.convert(text, option, context) if option.is_flag else text
+
+
 def _target_options(command: Command) -> Command:
     # Options that say how large an output may be; the command gets them as ``targets``.
     declared = (
@@ -108,7 +145,7 @@ def _target_options(command: Command) -> Command:
             "Several make several outputs, as with --bpw.",
         ),
     )
-    return grouped(command, declared, "targets", ("bpw", "max_size", "vram", "context", "size_of"), TargetArguments)
+    return grouped(command, declared, "targets", ("bpw", "max_size", "vram", "context", "size_of"), _targets)
 
 
 @cli.command()
@@ -120,7 +157,15 @@ def _target_options(command: Command) -> Command:
     "-m",
     "--measurement",
     type=EXISTING_FILE,
-    help="Use this measurement of MODEL instead of measuring again.",
+    help="Use this measurement of MODEL instead of measuring again; with --type, its importances.",
+)
+@click.option(
+    "--config",
+    type=EXISTING_FILE,
+    is_eager=True,
+    expose_value=False,
+    callback=_take_recipe,
+    help="Take options from this file, such as the recipe.yaml of an output; those given here go first.",
 )
 @click.option("--base-model", metavar="ORG/NAME", help="Hub id of the original, for the card.  [default: MODEL's]")
 @click.option("--dry-run", is_flag=True, help="Print size, possible bpw, memory, disk and time; write nothing.")
@@ -157,6 +202,8 @@ def quantize(
     from ..quantize.series import quantize_series
 
     series = _check_usage(output, choice, targets)
+    if measurement is not None and not choice.options.measures:
+        choice, measurement = choice.weighted_by(measurement), None
     wanted = targets.all(choice)
     evaluate = evaluation.config(measuring.config)
     settings: Any = {"options": choice.options, "measure": measuring.config, "base_model": base_model}

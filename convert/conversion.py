@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..measure.curves import CurveMaker
     from ..measure.measurement import Measurement
     from ..progress import Progress
+    from .format import Format
     from .rounding import FormatWork, RoundedModel, Rounder
 
 __all__ = ["Conversion", "Provenance", "SizeForecast", "Target"]
@@ -160,11 +161,7 @@ class Conversion(ABC):
         return ()
 
     def require_support(self) -> None:
-        """Refuse a model that the format cannot hold, or tools that are missing; costs next to no time.
-
-        Raises:
-            BpwiseError: What is wrong.
-        """
+        """Refuse a model that the format cannot hold, or missing tools, by a ``BpwiseError``; costs next to no time."""
 
     def forecast(
         self, target: Target | None, measured: Measurement | None, provenance: Provenance | None = None
@@ -186,23 +183,18 @@ class Conversion(ABC):
         return SizeForecast(output_bytes=self.checkpoint.total_bytes, bpw=bpw, lowest_bpw=0.0, highest_bpw=16.0)
 
     def size_label(self, target: Target | None) -> float | str:
-        """Return the size in names of outputs, as ``Format.output_name`` takes it.
-
-        Args:
-            target: How large the output may be; None if ``measures`` is false.
-        """
+        """Return the size in names of outputs; ``target`` is None if ``measures`` is false."""
         return (self.options.label or "") if target is None else target.label
 
     def output_name(self, base_name: str, target: Target | None) -> str:
-        """Return the name of an output by convention, suffix included.
+        """Return an output's name by convention, suffix included; ``base_name`` may be a Hub id."""
+        return self._format.output_name(base_name, self.size_label(target), self.options)
 
-        Args:
-            base_name: Name or Hub id of the original.
-            target: As ``size_label`` takes it.
-        """
+    @property
+    def _format(self) -> Format:
         from .registry import format_asking  # noqa: PLC0415 - it holds the formats, which hold this
 
-        return format_asking(self.options).output_name(base_name, self.size_label(target), self.options)
+        return format_asking(self.options)
 
     def work(self, bpw: float) -> FormatWork:
         """Return the format's work on an output of so many bits per weight, from shapes; for forecasts of time."""
@@ -211,11 +203,7 @@ class Conversion(ABC):
         return FormatWork()
 
     def require_writable(self) -> None:
-        """Refuse what the writer would refuse at its end; reads what is carried over as it is.
-
-        Raises:
-            BpwiseError: What is wrong.
-        """
+        """Refuse by a ``BpwiseError`` what the writer would at its end; reads what is carried over as it is."""
 
     def beside(self, output: Path) -> tuple[Path, ...]:
         """Return the files of this format that ``write`` makes beside an output, or finds there from an earlier run."""
@@ -267,11 +255,9 @@ class Conversion(ABC):
         Raises:
             BudgetError: No plan has this size.
         """
-        from .registry import format_asking  # noqa: PLC0415 - it holds the formats, which hold this
-
         assert measurement is not None, "nothing is measured for this format"
         assert target is not None, "nothing is asked of this format"
-        return format_asking(self.options).plan(measurement, self.options, bpw=target.bpw, max_bytes=target.max_bytes)
+        return self._format.plan(measurement, self.options, bpw=target.bpw, max_bytes=target.max_bytes)
 
     def identity(self) -> Any:
         """Return what written bytes depend on beside original, calibration rows and plan, as plain JSON."""
@@ -287,9 +273,7 @@ class Conversion(ABC):
         Raises:
             BpwiseError: It breaks the format's rules.
         """
-        from .registry import format_asking  # noqa: PLC0415 - it holds the formats, which hold this
-
-        return format_asking(self.options).open(output).beside(self.checkpoint)
+        return self._format.open(output).beside(self.checkpoint)
 
     def refine(
         self,

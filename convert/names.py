@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["HUB_ID", "RATE", "REPORT_FILE", "convention_name", "pasteable", "rate_text"]
+__all__ = ["HUB_ID", "RATE", "RECIPE_FILE", "REPORT_FILE", "convention_name", "pasteable", "rate_text"]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 """Name of a repository on the Hub: an owner and a name."""
 
 RATE = re.compile(r"-(\d+(?:\.\d+)?)bpw(?:-[A-Za-z0-9]+)*$")
 """End of a name by convention: the bits per weight, and what a format may add behind."""
+
+RECIPE_FILE = "recipe.yaml"
+"""Options that make a model again, in its directory or beside its file."""
 
 REPORT_FILE = "report.json"
 """Report on a model for programs, in its directory or beside its file."""

@@ -15,6 +15,7 @@ from ..checkpoint.files.paths import check_run, refuse_foreign
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..convert.conversion import Conversion, Target
 from ..convert.format import Format
+from ..convert.names import RECIPE_FILE
 from ..convert.publishing.base_card import read_base_card
 from ..convert.publishing.cards import card_path
 from ..convert.publishing.mark import mark_path
@@ -30,8 +31,9 @@ from ..measure.text.context import CALIBRATION, check_rows, fit_row_tokens
 from ..progress import Progress
 from ..version import __version__
 from .config import QuantizeConfig
-from .forecast import Forecast, forecast_run
 from .measuring import check_work
+from .recipe import is_recipe
+from .timing.forecast import Forecast, forecast_run
 
 __all__ = [
     "ReportPlace",
@@ -108,7 +110,8 @@ def files_beside(output: Path, conversion: Conversion, format_: Format) -> list[
     if not format_.suffix:
         return []
     own = [path.name for path in conversion.beside(output)]
-    return [*own, *report_names(f"{output.stem}."), card_path(output).name, mark_path(output).name]
+    names = (card_path(output).name, mark_path(output).name, f"{output.stem}.{RECIPE_FILE}")
+    return [*own, *report_names(f"{output.stem}."), *names]
 
 
 def exists(output: Path) -> bool:
@@ -189,6 +192,8 @@ def check_output(conversion: Conversion, config: QuantizeConfig, output: Path, p
     place = report_place(output, format_)
     if format_.suffix and config.evaluate is not None:
         try_report(place.directory, prefix=place.prefix)
+    if format_.suffix:
+        refuse_foreign(output.with_name(f"{output.stem}.{RECIPE_FILE}"), is_recipe, "a recipe", advice="move it away")
     if format_.suffix and conversion.writes_card:
         refuse_foreign(card_path(output), _is_card, "a card", advice="move it away")
 

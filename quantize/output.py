@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..checkpoint.files.resume import RunArtifacts, run_artifacts
-from ..checkpoint.source.checkpoint import Checkpoint
-from ..convert.conversion import Conversion, Provenance, Target
+from ..convert.conversion import Provenance, Target
 from ..convert.model import Verification
 from ..convert.plan import Plan
 from ..convert.publishing.cards import card_path, write_card
@@ -29,54 +28,21 @@ from ..measure.device import resolve_device
 from ..measure.measurement import Measurement
 from ..measure.run import MEASURED
 from ..measure.text.calibration import CalibrationSet
-from ..progress import Progress
 from ..version import __version__
 from .checks import command_digest, output_of, report_place, run_prefix
-from .config import QuantizeConfig
-from .judge import Judge, refuse_marked
-from .measuring import MEASUREMENT_FILE, PLAN_FILE, FinishedCommand, GivenMeasurement, load_or_measure
+from .config import Job
+from .judge import refuse_marked
+from .measuring import MEASUREMENT_FILE, PLAN_FILE, FinishedCommand, load_or_measure
+from .recipe import recipe_of, write_recipe
 from .result import QuantizeResult, report_details
 from .rounding.fallbacks import damping_fallbacks
 from .rounding.model import RoundConfig, round_model, rounded_before, rounding_identity
 from .rounding.rounding_pass import ROUNDED
 from .timing.costs import StepClock
 
-__all__ = ["Job", "make_output"]
+__all__ = ["make_output"]
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Job:
-    """Everything that the outputs of a run share.
-
-    Attributes:
-        conversion: The original on its way into the format.
-        config: Options; their target is not read.
-        given: The measurement to work from, as it was read; None measures first.
-        calibration: Calibration rows that were given; None makes them.
-        judge: Evaluates outputs; None leaves that out.
-        progress: Shows how far the steps are.
-        started: When the run began, as ``time.monotonic`` has it.
-    """
-
-    conversion: Conversion
-    config: QuantizeConfig
-    given: GivenMeasurement | None
-    calibration: CalibrationSet | None
-    judge: Judge | None
-    progress: Progress
-    started: float = field(default_factory=time.monotonic)
-
-    @property
-    def checkpoint(self) -> Checkpoint:
-        """The original."""
-        return self.conversion.checkpoint
-
-    @property
-    def measurement(self) -> Path | None:
-        """File of the measurement that was given."""
-        return None if self.given is None else self.given.path
 
 
 def make_output(job: Job, output: Path, target: Target | None, work: Path) -> QuantizeResult:
@@ -169,6 +135,7 @@ class _OutputRun:
         run = self._identity(rows, plan)
         finished = output_of(self._output, job.config.format, run)
         made = self._made(plan, measured, rows, run, finished=finished)
+        write_recipe(self._output, recipe_of(job.config, self._target, job.checkpoint, calibrated=job.calibrated))
         earlier = self._reported() if finished else None
         comparison = earlier or self._compared(plan)
         repeated = finished and (job.judge is None or earlier is not None)

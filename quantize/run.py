@@ -20,10 +20,10 @@ from ..measure.run import MeasureConfig, measure_to_file
 from ..measure.text.calibration import CalibrationSet
 from ..progress import Progress, default_progress
 from .checks import check_output, check_places, files_beside, forecast_outputs, require_convertible, require_together
-from .config import QuantizeConfig, chosen_evaluation, chosen_target
+from .config import Job, QuantizeConfig, chosen_evaluation, chosen_target
 from .judge import Judge
 from .measuring import GivenMeasurement
-from .output import Job, make_output
+from .output import make_output
 from .result import QuantizeResult
 from .times import announce, announce_measuring
 
@@ -130,7 +130,8 @@ def quantize_model(
         context_tokens: With ``vram_bytes``: length of the context whose cache should fit; None for the model's own.
         size_of: As large as llama.cpp's file of that name, such as ``Q4_K_M``; for GGUF.
         measurement: A measurement of this model, or its file; None measures first, and keeps the measurement in the
-            work directory. It brings its calibration rows along.
+            work directory. It brings its calibration rows along. With a mixture of llama.cpp: the file whose
+            importances it takes.
         calibration: Rows to use instead of those that ``measure.calibration`` describes; not with a measurement.
         options: The format's options, which choose the format too: ``GgufOptions`` or ``Exl2Options``. None for the
             defaults of the format that ``output`` is named as.
@@ -154,6 +155,8 @@ def quantize_model(
         True
     """
     output = named(Path(output))
+    if options is not None and not options.measures and isinstance(measurement, str | Path):
+        options, measurement = options.weighted_by(Path(measurement)), None
     sizes = {"bpw": bpw, "max_bytes": max_bytes, "vram_bytes": vram_bytes, "size_of": size_of}
     config = QuantizeConfig(
         **chosen_target(output, options, {**sizes, "context_tokens": context_tokens}),
@@ -241,6 +244,7 @@ def begin_jobs(
             config=config,
             given=given,
             calibration=calibration,
+            calibrated=given is None and calibration is None,
             judge=judge,
             progress=progress,
         )

@@ -24,9 +24,9 @@ from ..measure.text.calibration import CalibrationSet
 from ..progress import Progress, default_progress
 from ..tables import html_summary
 from .checks import check_output, check_places, files_beside, require_convertible
-from .config import QuantizeConfig, chosen_evaluation, options_naming
+from .config import Job, QuantizeConfig, chosen_evaluation, options_naming
 from .measuring import MEASUREMENT_FILE, MEASURING, GivenMeasurement, check_work, load_or_measure
-from .output import Job, make_output
+from .output import make_output
 from .run import begin_jobs
 from .timing.costs import StepClock, minutes
 

@@ -27,8 +27,8 @@ from ..measure.text.context import CALIBRATION, fit_row_tokens
 from ..progress import ExpectedPart, Progress, RunForecast, RunProgress
 from .checks import exists, has_report, require_convertible
 from .config import QuantizeConfig
-from .forecast import Forecast
 from .measuring import MEASUREMENT_FILE, MEASURING
+from .timing.forecast import Forecast
 from .timing.parts import (
     CountedPart,
     OutputState,

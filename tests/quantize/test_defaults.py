@@ -77,7 +77,7 @@ def test_the_ending_is_appended_where_it_lacks(known: Path, options: tuple[objec
 
 def test_a_mixture_is_made_under_the_name_with_its_ending(converted: Any, tmp_path: Path) -> None:
     succeed("quantize", converted["qwen2"].directory, "out", "--type", "q8_0", "--no-eval")
-    assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
+    assert {path.name for path in tmp_path.iterdir()} == {"out.gguf", "out.recipe.yaml"}
 
 
 def test_both_formats_at_every_bitrate(known: Path, tmp_path: Path) -> None:

@@ -20,10 +20,10 @@ from bpwise.measure.text.calibration import CalibrationConfig
 from bpwise.progress import ExpectedPart, RunForecast, RunProgress, silent
 from bpwise.quantize.checks import forecast_outputs
 from bpwise.quantize.config import QuantizeConfig
-from bpwise.quantize.forecast import Forecast
 from bpwise.quantize.run import quantize_model
 from bpwise.quantize.series import quantize_series
 from bpwise.quantize.times import measuring_forecast, with_times
+from bpwise.quantize.timing.forecast import Forecast
 
 from .runs import EVALUATION, TEXT, arguments, bpwise, exl2, gguf, measurement_of, series_arguments, succeed
 

@@ -15,7 +15,7 @@ from bpwise.convert.exl2.options import Exl2Options
 from bpwise.convert.gguf import base as gguf_base
 from bpwise.convert.gguf.file.header import read_gguf_header
 from bpwise.convert.gguf.llama_cpp.imatrix import read_imatrix
-from bpwise.convert.gguf.llama_cpp.importance import importance_of
+from bpwise.convert.gguf.llama_cpp.importance import export_imatrix, importance_of
 from bpwise.convert.gguf.llama_cpp.vram import room_for_weights
 from bpwise.convert.gguf.model.reader import GgufModel
 from bpwise.convert.gguf.options import GgufOptions
@@ -37,7 +37,7 @@ from huggingface_hub import ModelCard
 from ...quantize.runs import arguments, series_arguments
 
 pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
-pytest.importorskip("gguf", reason="the gguf package is not installed: pip install '.[gguf]'")
+gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install '.[gguf]'")
 
 Made = dict[str, QuantizeResult]
 
@@ -184,6 +184,26 @@ def test_what_appears_meanwhile_is_not_replaced(made: Made, converted: Any, tmp_
     with pytest.raises(FormatError):
         quantize(converted["mistral"].directory, output, feedback=False, measurement=made["mistral"].measurement)
     assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
+
+
+def test_a_mixture_with_the_importances_of_a_measurement(made: Made, converted: Any, tmp_path: Path) -> None:
+    directory, measurement = converted["qwen3"].directory, made["qwen3"].measurement
+    assert measurement is not None
+    export_imatrix(Measurement.load(measurement), tmp_path / "exported.gguf")
+    for name, options in {"x": ["-m", measurement], "y": ["--imatrix", tmp_path / "exported.gguf"], "z": []}.items():
+        command = ["quantize", directory, tmp_path / f"{name}.gguf", "--type", "Q4_K_M", "--no-eval", *options]
+        run = CliRunner().invoke(cli, [str(each) for each in command], catch_exceptions=False)
+        assert run.exit_code == 0, run.stderr
+        said = f"plan        errors weighted with the importances of measurement {measurement.name}"
+        assert (said in run.output.splitlines()) is (name == "x")
+    given, exported, plain = (
+        {tensor.name: tensor.data.tobytes() for tensor in gguf.GGUFReader(tmp_path / f"{name}.gguf").tensors}
+        for name in "xyz"
+    )
+    assert given == exported
+    assert given != plain
+    with pytest.raises(FormatError, match="belongs to another model"):
+        to_mixture(converted["mistral"].directory, tmp_path / "m.gguf", "Q4_K_M", imatrix=measurement)
 
 
 def test_a_largest_size_holds_for_the_whole_file(made: Made, converted: Any, tmp_path: Path) -> None:
@@ -387,8 +407,10 @@ def test_several_sizes_from_one_measurement(made: Made, converted: Any, tmp_path
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "mistral-5.5bpw.README.md",
         "mistral-5.5bpw.gguf",
+        "mistral-5.5bpw.recipe.yaml",
         "mistral-6.5bpw.README.md",
         "mistral-6.5bpw.gguf",
+        "mistral-6.5bpw.recipe.yaml",
         "report.json",
         "report.md",
     ]
@@ -451,7 +473,8 @@ def test_both_formats_from_one_measurement(converted: Any, tmp_path: Path, monke
     assert (tmp_path / "out" / names[0]).stat().st_mtime_ns == first
     assert Measurement.load(result.measurement).curves.keys() == {"exl2", "gguf"}
     found = {path.name for path in (tmp_path / "out").iterdir()}
-    assert found == {*names, "mistral-6.0bpw.README.md", "report.json", "report.md"}
+    beside = {f"mistral-6.0bpw.{name}" for name in ("README.md", "recipe.yaml")}
+    assert found == {*names, *beside, "report.json", "report.md"}
     assert (tmp_path / "out" / names[1] / "README.md").is_file()
     text = result.report.read_text()
     assert all(f"| {name} | 6 | 5.9" in text for name in names)
