@@ -2,8 +2,10 @@
 
 The steps as functions: ``measure_model``, ``make_plan``, ``quantize_model`` (all steps), ``quantize_series`` (several
 bitrates from one measurement), ``evaluate_models``. What was made: ``verify_model``, ``inspect_path``,
-``dequantize_model``, ``write_card``, ``push_model``. ``open_model`` says what is changed while a model is read. Options
-are frozen config objects. Everything is imported when it is first used, so that ``import bpwise`` is immediate.
+``dequantize_model``, ``export_imatrix``, ``write_card``, ``push_model``. ``open_model`` says what is changed while a
+model is read. What is rarely set is in frozen config objects: ``GgufOptions`` or ``Exl2Options`` (``options=``),
+``MeasureConfig`` (``measure=``), ``EvalConfig`` (``evaluate=``). Everything is imported when it is first used, so that
+``import bpwise`` is immediate.
 """
 
 from __future__ import annotations
@@ -25,13 +27,14 @@ if TYPE_CHECKING:
     from .errors import BpwiseError
     from .eval.comparison import EvalConfig, evaluate_models
     from .measure.measurement import Measurement
-    from .measure.run import MeasureConfig, measure_model
+    from .measure.run import MeasureConfig
     from .measure.text.calibration import CalibrationConfig, CalibrationSet
-    from .quantize.config import QuantizeConfig
+    from .progress import ProgressBars, ProgressEvent, ProgressEvents
     from .quantize.inspect import inspect_path
     from .quantize.planning.plans import make_plan
-    from .quantize.run import quantize_model
-    from .quantize.series import quantize_series
+    from .quantize.result import QuantizeResult
+    from .quantize.run import measure_model, quantize_model
+    from .quantize.series import SeriesResult, quantize_series
 
 _HOMES = {
     "BpwiseError": "errors",
@@ -43,14 +46,18 @@ _HOMES = {
     "MeasureConfig": "measure.run",
     "Measurement": "measure.measurement",
     "Plan": "convert.plan",
-    "QuantizeConfig": "quantize.config",
+    "ProgressBars": "progress",
+    "ProgressEvent": "progress",
+    "ProgressEvents": "progress",
+    "QuantizeResult": "quantize.result",
+    "SeriesResult": "quantize.series",
     "Target": "convert.conversion",
     "dequantize_model": "convert.dense",
     "evaluate_models": "eval.comparison",
     "export_imatrix": "convert.registry",
     "inspect_path": "quantize.inspect",
     "make_plan": "quantize.planning.plans",
-    "measure_model": "measure.run",
+    "measure_model": "quantize.run",
     "open_model": "checkpoint.source.original",
     "push_model": "convert.publishing.push",
     "quantize_model": "quantize.run",
@@ -69,7 +76,11 @@ __all__ = [
     "MeasureConfig",
     "Measurement",
     "Plan",
-    "QuantizeConfig",
+    "ProgressBars",
+    "ProgressEvent",
+    "ProgressEvents",
+    "QuantizeResult",
+    "SeriesResult",
     "Target",
     "__version__",
     "dequantize_model",
@@ -91,3 +102,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

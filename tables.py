@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from .errors import printable
 
-__all__ = ["NotedCell", "Table", "cell"]
+__all__ = ["NotedCell", "Table", "cell", "html_summary"]
 
 _MOST_CHARACTERS = 10_000
 _MOST_TERMINAL_CHARACTERS = 200
@@ -122,6 +122,24 @@ def cell(text: str) -> str:
     for sign, replacement in (("\\", "\\\\"), ("&", "&amp;"), ("<", "&lt;"), *((s, f"\\{s}") for s in "|[")):
         text = text.replace(sign, replacement)
     return text
+
+
+def html_summary(title: str, facts: Iterable[str], table: Table | None = None, *, folded: bool = False) -> str:
+    """Return what a notebook shows of an object: a title, lines and a table, everything in it escaped.
+
+    Args:
+        title: What it is.
+        facts: Lines about it.
+        table: What is in it; None for nothing.
+        folded: Whether the table is shown only once it is asked for.
+    """
+    lines = Markup("").join(Markup("<li>{}</li>").format(_line(fact)) for fact in facts)
+    shown = Markup("") if table is None else table.to_html()
+    if folded:
+        shown = Markup("<details><summary>{} rows</summary>{}</details>").format(
+            len(table.rows if table else ()), shown
+        )
+    return str(Markup("<p><b>{}</b></p><ul>{}</ul>{}").format(_line(title), lines, shown))
 
 
 def _line(text: str) -> str:

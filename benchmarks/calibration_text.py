@@ -15,7 +15,6 @@ from pathlib import Path
 
 import click
 from bpwise.checkpoint.source.original import open_model
-from bpwise.convert.conversion import Target
 from bpwise.convert.opening import open_any
 from bpwise.eval.comparison import compare_with, evaluation_rows
 from bpwise.eval.config import EvalConfig
@@ -24,7 +23,6 @@ from bpwise.eval.original import OriginalRun, run_original
 from bpwise.measure.run import MeasureConfig
 from bpwise.measure.text.calibration import CalibrationConfig, CalibrationSet
 from bpwise.measure.text.tokenizer import load_tokenizer
-from bpwise.quantize.config import QuantizeConfig
 from bpwise.quantize.run import quantize_model
 
 __all__ = ["main"]
@@ -67,10 +65,8 @@ def main(
                 source=None if choice == _DEFAULT else choice, rows=rows, row_tokens=row_tokens, seed=seed
             )
             saved = CalibrationSet.load(Path(choice)) if choice.endswith(".safetensors") else None
-            config = QuantizeConfig(
-                target=Target(bpw=bpw), measure=MeasureConfig(calibration=text, seed=seed), evaluate=None
-            )
-            quantize_model(source, output, config, calibration=saved)
+            measure = MeasureConfig(calibration=text, seed=seed)
+            quantize_model(source, output, bpw=bpw, calibration=saved, measure=measure, evaluate=False)
             found[choice] = {}
             for name, run in runs.items():
                 kl = compare_with(run, open_any(output)).summary.kl_nats

@@ -31,7 +31,6 @@ from bpwise.checkpoint.source.checkpoint import Checkpoint, TensorSource
 from bpwise.checkpoint.source.language import language_model
 from bpwise.checkpoint.source.original import open_model
 from bpwise.checkpoint.source.views import SourceView
-from bpwise.convert.conversion import Target
 from bpwise.convert.gguf.file.header import read_gguf_header
 from bpwise.convert.gguf.file.roles import layer_of
 from bpwise.convert.gguf.llama_cpp.converter import make_base
@@ -49,7 +48,6 @@ from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig
 from bpwise.measure.text.calibration import CalibrationConfig
 from bpwise.measure.text.tokenizer import load_tokenizer
-from bpwise.quantize.config import QuantizeConfig
 from bpwise.quantize.run import quantize_model
 from headtohead import make_imatrix, measured_once, require_same
 from narrow_model import write_narrowed
@@ -168,7 +166,7 @@ class _Model:
         theirs = self._work / "llama-quantize.gguf"
         options = GgufOptions(mixture=mixture, imatrix=imatrix, base=self._base)
         if not theirs.exists():
-            quantize_model(self.checkpoint, theirs, QuantizeConfig(options=options, evaluate=None))
+            quantize_model(self.checkpoint, theirs, options=options, evaluate=False)
         self._judge(LLAMA_QUANTIZE, theirs, None)
         for maker, feedback in ((ENCODER, False), (OURS, True)):
             output, plan = self._made(measurement, theirs, feedback=feedback)
@@ -185,13 +183,16 @@ class _Model:
         more = unquantized_bytes - sum(quantized.tensors[name].size_bytes for name in outside)
         if not plan.exists():
             output.unlink(missing_ok=True)
-            config = QuantizeConfig(
-                target=Target(max_bytes=quantized.file_bytes + more),
+            quantize_model(
+                self.checkpoint,
+                output,
+                max_bytes=quantized.file_bytes + more,
+                measurement=measurement,
                 options=GgufOptions(base=self._base, overrides=overrides, feedback=feedback),
                 measure=MeasureConfig(device=self._evaluate.device),
-                evaluate=None,
-            )
-            quantize_model(self.checkpoint, output, config, measurement=measurement, progress=tqdm).plan.save(plan)
+                evaluate=False,
+                progress=tqdm,
+            ).plan.save(plan)
         return output, load_plan(plan)
 
     @cached_property

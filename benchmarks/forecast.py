@@ -19,17 +19,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
-import bpwise.quantize.run
+import bpwise.quantize.output
 import click
 import torch
-from bpwise import CalibrationConfig, EvalConfig, MeasureConfig, QuantizeConfig, Target, open_model, quantize_model
+from bpwise import CalibrationConfig, EvalConfig, MeasureConfig, open_model, quantize_model
 from bpwise.checkpoint.files.paths import work_beside
+from bpwise.convert.conversion import Target
 from bpwise.convert.registry import formats
 from bpwise.linalg.work import Rates
 from bpwise.progress import seconds_by_step
 from bpwise.quantize.checks import forecast_outputs
-from bpwise.quantize.costs import StepClock
+from bpwise.quantize.config import QuantizeConfig
 from bpwise.quantize.times import with_times
+from bpwise.quantize.timing.costs import StepClock
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MixtralConfig
 
 __all__ = ["main"]
@@ -79,13 +81,14 @@ class _ProcessorClock(StepClock):
 def main(models: tuple[str, ...], format_name: str, bpw: float, rows: int, row_tokens: int) -> None:
     """Print what quantizing each of MODELS was expected to take, what it took, and the ratio."""
     torch.set_num_threads(1)
-    bpwise.quantize.run.StepClock = _ProcessorClock  # type: ignore[misc]
+    bpwise.quantize.output.StepClock = _ProcessorClock  # type: ignore[misc]
     rates = Rates(torch.device("cpu"), time.process_time)
+    evaluate = EvalConfig(rows=rows, row_tokens=row_tokens, device="cpu")
     config = QuantizeConfig(
         target=Target(bpw=bpw),
         options=formats()[format_name].Options(),
         measure=MeasureConfig(calibration=CalibrationConfig(rows=rows, row_tokens=row_tokens), device="cpu"),
-        evaluate=EvalConfig(rows=rows, row_tokens=row_tokens, device="cpu"),
+        evaluate=evaluate,
     )
     click.echo(f"{format_name} at {bpw:g} bpw, {rows} x {row_tokens} tokens: forecast / processor seconds = ratio\n")
     for model in models:
@@ -94,7 +97,7 @@ def main(models: tuple[str, ...], format_name: str, bpw: float, rows: int, row_t
             source = _random(model, Path(directory) / "model", models[0]) if model in _RANDOM else model
             expected = _expected(source, output, config, rates)
             _ProcessorClock.seconds.clear()
-            quantize_model(source, output, config)
+            quantize_model(source, output, bpw=bpw, options=config.options, measure=config.measure, evaluate=evaluate)
         taken = _ProcessorClock.seconds
         parts = [_ratio(step, expected[step], taken[step]) for step in expected]
         whole = _ratio("**in all**", sum(expected.values()), sum(taken.values()))

@@ -29,7 +29,6 @@ import numpy as np
 import torch
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.checkpoint.source.language import language_model
-from bpwise.convert.conversion import Target
 from bpwise.convert.dense import dequantize_model
 from bpwise.convert.exl2.curves import Exl2Curves
 from bpwise.convert.exl2.file.layout import ROW_MULTIPLE, WIDTHS, RowGroup, group_rows
@@ -58,7 +57,6 @@ from bpwise.measure.run import MeasureConfig, measure_checkpoint
 from bpwise.measure.statistics.sketch import COUPLING_RANK
 from bpwise.measure.text.calibration import CalibrationSet
 from bpwise.progress import silent
-from bpwise.quantize.config import QuantizeConfig
 from bpwise.quantize.result import QuantizeResult
 from bpwise.quantize.rounding.model import RoundConfig, round_model
 from bpwise.quantize.run import quantize_model
@@ -195,13 +193,15 @@ def _tiny_runs(work: Path, device: str) -> tuple[dict[str, Measurement], dict[st
         rows = _random_rows(16, 128, config.vocab_size)
         options = MeasureConfig(device=name)
         measured[role] = measure_checkpoint(checkpoint, rows, options, _makers(checkpoint), work / f"{role}.measuring")
-        run = QuantizeConfig(
-            target=Target(bpw=4.0),
+        made[role] = quantize_model(
+            checkpoint,
+            work / f"{role}-exl2",
+            bpw=4.0,
+            calibration=rows,
             options=Exl2Options(head_bits=6),
             measure=options,
             evaluate=EvalConfig(rows=8, row_tokens=128, device="cpu"),
         )
-        made[role] = quantize_model(checkpoint, work / f"{role}-exl2", run, calibration=rows)
     return measured, made
 
 

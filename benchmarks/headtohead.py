@@ -30,7 +30,6 @@ from bpwise.checkpoint.files.atomic import atomic_file, write_json
 from bpwise.checkpoint.files.paths import work_beside
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.checkpoint.source.original import open_model
-from bpwise.convert.conversion import Target
 from bpwise.convert.gguf.llama_cpp.converter import make_base
 from bpwise.convert.gguf.llama_cpp.imatrix import write_imatrix
 from bpwise.convert.gguf.model.reader import GgufModel
@@ -45,7 +44,6 @@ from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig, measure_model
 from bpwise.measure.text.calibration import CalibrationConfig, CalibrationSet
 from bpwise.measure.text.tokenizer import load_tokenizer
-from bpwise.quantize.config import QuantizeConfig
 from bpwise.quantize.run import quantize_model
 from importance import input_mean_squares
 from tqdm import tqdm
@@ -139,7 +137,7 @@ class _Benchmark:
             with self._file(f"{mixture}.gguf") as output:
                 start = time.monotonic()
                 options = GgufOptions(mixture=mixture, imatrix=self.imatrix, base=self.base)
-                quantize_model(self.checkpoint, output, QuantizeConfig(options=options, evaluate=None))
+                quantize_model(self.checkpoint, output, options=options, evaluate=False)
                 self._judge(mixture, _LLAMA_QUANTIZE, output, None, time.monotonic() - start)
         self._run_ours(mixture)
 
@@ -156,8 +154,16 @@ class _Benchmark:
             start = time.monotonic()
             measure = MeasureConfig(device=next(iter(self.texts.values())).device)
             options = GgufOptions(base=self.base)
-            config = QuantizeConfig(target=Target(max_bytes=size), options=options, evaluate=None, measure=measure)
-            made = quantize_model(self.checkpoint, output, config, measurement=self.measurement, progress=tqdm)
+            made = quantize_model(
+                self.checkpoint,
+                output,
+                max_bytes=size,
+                measurement=self.measurement,
+                options=options,
+                measure=measure,
+                evaluate=False,
+                progress=tqdm,
+            )
             self._judge(size_of, OURS, output, made.plan.damage_nats, time.monotonic() - start)
 
     def _left(self, size_of: str, maker: str) -> list[str]:
@@ -267,9 +273,8 @@ def measured_once(checkpoint: Checkpoint, work: Path, text: CalibrationConfig, d
     """Return the file in a work directory with a model's measurement for GGUF, which is made if it is not there."""
     measurement = work / "measurement.safetensors"
     if not measurement.exists():
-        formats = {"gguf": QuantizeConfig(options=GgufOptions()).conversion(checkpoint)}
         config = MeasureConfig(calibration=text, device=device)
-        measure_model(checkpoint, measurement, config, formats=formats, progress=tqdm)
+        measure_model(checkpoint, measurement, formats=["gguf"], measure=config, progress=tqdm)
     return measurement
 
 

@@ -21,14 +21,11 @@ from typing import Any
 import click
 import torch
 from bpwise.checkpoint.source.original import open_model
-from bpwise.convert.conversion import Target
 from bpwise.eval.config import EvalConfig
 from bpwise.linalg.products import BFLOAT16, FLOAT32, TF32, float32_products
 from bpwise.measure import passes
 from bpwise.measure.run import MeasureConfig, measure_model
 from bpwise.measure.text.calibration import CalibrationConfig
-from bpwise.quantize.config import QuantizeConfig
-from bpwise.quantize.judge import Judge
 from bpwise.quantize.run import quantize_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -115,7 +112,6 @@ def main(
     """Print the KL divergence of MODEL, measured with shorter factors, relative to that measured in float32."""
     source = open_model(model)
     evaluate = EvalConfig(rows=eval_rows, row_tokens=row_tokens)
-    judge = Judge(source, evaluate)
     found: dict[tuple[str, float], list[float]] = {}
     with tempfile.TemporaryDirectory() as directory:
         for seed in range(seeds):
@@ -123,17 +119,16 @@ def main(
             for precision in (FLOAT32, *precisions):
                 place = Path(directory) / f"{precision}-{seed}"
                 options = MeasureConfig(calibration=text, seed=seed, precision=FLOAT32)
-                formats = {"exl2": QuantizeConfig().conversion(source)}
                 with _emulated(precision):
-                    measure_model(source, place.with_suffix(".safetensors"), options, formats=formats)
+                    measure_model(source, place.with_suffix(".safetensors"), formats=["exl2"], measure=options)
                 for bpw in rates:
-                    config = QuantizeConfig(target=Target(bpw=bpw), measure=options, evaluate=evaluate)
                     made = quantize_model(
                         source,
                         place.with_name(f"{place.name}-{bpw}"),
-                        config,
+                        bpw=bpw,
                         measurement=place.with_suffix(".safetensors"),
-                        judge=judge,
+                        measure=options,
+                        evaluate=evaluate,
                     )
                     assert made.comparison is not None
                     kl = made.comparison.summary.kl_nats.value

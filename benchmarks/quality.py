@@ -41,7 +41,7 @@ from bpwise.eval.original import OriginalRun, run_original
 from bpwise.measure.calibrated import calibration_rows
 from bpwise.measure.device import resolve_device
 from bpwise.measure.measurement import MeasuredLinear, Measurement
-from bpwise.measure.run import MeasureConfig, measure_model, measurement_provenance
+from bpwise.measure.run import MeasureConfig, measure_to_file, measurement_provenance
 from bpwise.measure.text.calibration import CalibrationConfig, CalibrationSet
 from bpwise.measure.text.tokenizer import load_tokenizer
 from bpwise.quantize.config import QuantizeConfig
@@ -141,7 +141,7 @@ def measured(benchmark: Benchmark, variant: Variant) -> Measurement:
     if measurement is None or measurement.provenance != provenance:
         start = time.monotonic()
         with changed_measuring(variant):
-            measurement = measure_model(
+            measurement = measure_to_file(
                 benchmark.model,
                 kept,
                 config,

@@ -24,7 +24,6 @@ from bpwise.errors import BpwiseError
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig, measure_model
 from bpwise.measure.text.calibration import CalibrationConfig
-from bpwise.quantize.config import QuantizeConfig
 from quality import progress_bar
 
 __all__ = ["Stability", "compare", "main"]
@@ -105,9 +104,7 @@ def _measured(model: str, rows: int, row_tokens: int, seed: int, device: str, wo
         return Measurement.load(kept)
     calibration = CalibrationConfig(rows=rows, row_tokens=row_tokens, seed=seed)
     config = MeasureConfig(calibration=calibration, seed=seed, device=device)
-    checkpoint = open_model(model)
-    formats = {"exl2": QuantizeConfig().conversion(checkpoint)}
-    return measure_model(checkpoint, kept, config, formats=formats, progress=progress_bar)
+    return measure_model(open_model(model), kept, formats=["exl2"], measure=config, progress=progress_bar)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Also how a run is stopped, and how it waits for room on a disk.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -26,7 +27,7 @@ from ..errors import BpwiseError, BpwiseWarning, DiskFullError, reason
 from ..version import __version__
 from .allocator import give_back_large_blocks
 from .effects import refuse_without_effect
-from .output import say
+from .output import logged, say
 
 __all__ = ["WAIT_OPTION", "cli", "main"]
 
@@ -74,11 +75,34 @@ _LOWERED = ("--rows", "--row-tokens", "--eval-rows", "--eval-row-tokens")
 """Options that say how much is in memory at once."""
 
 
+_LEVEL = "bpwise.level"
+
+
+def _level_option(*flags: str, level: int, help: str) -> click.Option:
+    def chosen(ctx: click.Context, _: click.Parameter, given: bool) -> None:
+        if given and ctx.meta.setdefault(_LEVEL, level) != level:
+            raise click.UsageError("--quiet and --verbose say the opposite. Leave one of them out.", ctx)
+
+    return click.Option(flags, is_flag=True, expose_value=False, callback=chosen, help=help)
+
+
 class _Command(click.Command):
     """Refuses options that have no effect beside the others, says what to do without memory, and waits for room."""
 
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        """Take what ``click.Command`` takes, and add the options that every command has."""
+        super().__init__(*arguments, **settings)
+        self.params += [
+            _level_option("-q", "--quiet", level=logging.WARNING, help="Print warnings, errors and the result alone."),
+            _level_option("-v", "--verbose", level=logging.DEBUG, help="Print what the steps read and decide, too."),
+        ]
+
     def invoke(self, ctx: click.Context) -> Any:
         refuse_without_effect(ctx)
+        with logged(ctx.meta.get(_LEVEL, logging.INFO)):
+            return self._run_with_room(ctx)
+
+    def _run_with_room(self, ctx: click.Context) -> Any:
         if not ctx.meta.get(_WAITS):
             return self._run(ctx)
         said = ""

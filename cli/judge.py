@@ -22,7 +22,7 @@ from .options import (
     original_options,
     say_shortened,
 )
-from .output import progress_bar, say
+from .output import note, progress_bar, say
 from .types import DIRECTORY, EXISTING_DIRECTORY, EXISTING_FILE, EXISTING_PATH, MIB
 
 if TYPE_CHECKING:
@@ -232,7 +232,7 @@ def _write_reports(
         raise
     _reconsider_marks(quantized, comparisons, costs)
     if tasks is not None or needle is not None:
-        say(f"report so far: {report}", err=True)
+        note(f"report so far: {report}")
     if tasks is not None:
         extras = replace(extras, tasks=evaluate_tasks(source, quantized, tasks, progress_bar))
         report = written(extras)

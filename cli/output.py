@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import click
 
 from ..errors import printable
-from ..progress import ExpectedPart, RunForecast, seconds_by_step
-from ..quantize.timing.left import TimeLeft
+from ..progress import ExpectedPart, RunForecast, TimeLeft, placed, seconds_by_step
+from ..quantize.timing.costs import minutes
 
-__all__ = ["RunBar", "progress_bar", "say", "time_lines"]
+__all__ = ["RunBar", "logged", "note", "progress_bar", "say", "time_lines"]
 
 _LINE_SECONDS = 30.0
 """Time between two lines about a step, where they go to a file."""
@@ -23,6 +24,34 @@ _LINE_SECONDS = 30.0
 _MOST_LABEL_CHARACTERS = 60
 
 _MIB = 1 << 20
+
+
+_LOGGER = logging.getLogger(__package__.partition(".")[0])
+"""What the library logs goes through here: what a run begins with at INFO, what its steps decide at DEBUG."""
+
+
+class _Lines(logging.Handler):
+    """Prints what is logged, a line each, on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage(), err=True)
+
+
+@contextmanager
+def logged(level: int) -> Iterator[None]:
+    """Print what the library logs while the body runs, and progress too unless the level is above INFO.
+
+    Args:
+        level: The least level to print, as ``logging`` has it.
+    """
+    before, lines = _LOGGER.level, _Lines()
+    _LOGGER.addHandler(lines)
+    _LOGGER.setLevel(level)
+    try:
+        yield
+    finally:
+        _LOGGER.setLevel(before)
+        _LOGGER.removeHandler(lines)
 
 
 def say(line: str, *, err: bool = False) -> None:
@@ -33,8 +62,18 @@ def say(line: str, *, err: bool = False) -> None:
         err: Whether it goes to stderr, with warnings and progress, and not to the results. There a line may be lost: a
             log file on a full disk ends no run.
     """
-    with suppress(OSError) if err else nullcontext():
+    bars = sys.modules["tqdm"].tqdm if "tqdm" in sys.modules and sys.stderr.isatty() else None
+    with (
+        suppress(OSError) if err else nullcontext(),
+        nullcontext() if bars is None else bars.external_write_mode(file=sys.stderr),
+    ):
         click.echo(printable(line), err=err)
+
+
+def note(line: str) -> None:
+    """Print one line on stderr that ``--quiet`` leaves out."""
+    if _LOGGER.level <= logging.INFO:
+        say(line, err=True)
 
 
 class RunBar:
@@ -44,28 +83,24 @@ class RunBar:
     time left is that of the step.
     """
 
-    def __init__(self, forecast: Callable[[], RunForecast] | None = None) -> None:
-        """Begin.
-
-        Args:
-            forecast: Returns what the run will take, once its first step begins; None for a run that tells it itself.
-        """
-        self._forecast = forecast
+    def __init__(self) -> None:
+        """Begin."""
         self._left: TimeLeft | None = None
 
     def expect(self, forecast: RunForecast) -> None:
         """Print what the run will take, and count down from now on; see ``RunProgress``."""
         self._left = TimeLeft(forecast.parts)
-        say(f"expected    {_steps_line(forecast)}", err=True)
+        note(f"expected    {_steps_line(forecast)}")
 
     def __call__(self, items: Sequence[Any], step: str) -> Iterable[Any]:
         """See ``Progress``."""
-        label = printable(step, _MOST_LABEL_CHARACTERS)
-        if self._forecast is not None:
-            forecast, self._forecast = self._forecast, None
-            self.expect(forecast())
+        place = ""
         if self._left is not None:
             self._left.begin(step)
+            place = self._left.place
+        if _LOGGER.level > logging.INFO:
+            return items
+        label = printable(placed(step, place), _MOST_LABEL_CHARACTERS)
         show = _progress_bar if sys.stderr.isatty() else _progress_lines
         return show(items, label, self._left)
 
@@ -78,23 +113,19 @@ def progress_bar(items: Sequence[Any], step: str) -> Iterable[Any]:
 def time_lines(parts: Iterable[ExpectedPart]) -> list[str]:
     """Return the expected time of each step, and of all, as lines for a terminal; none where nothing was timed."""
     steps = seconds_by_step(parts)
-    shown = [f"{step:8} {_minutes(seconds):>10}" for step, seconds in steps.items()]
-    total = f"{'in all':8} {_minutes(sum(steps.values())):>10}, roughly, on this machine"
+    shown = [f"{step:8} {minutes(seconds):>10}" for step, seconds in steps.items()]
+    total = f"{'in all':8} {minutes(sum(steps.values())):>10}, roughly, on this machine"
     return [f"{'time' if not place else '':13} {line}" for place, line in enumerate([*shown, total])] if steps else []
 
 
 def _steps_line(forecast: RunForecast) -> str:
     steps = seconds_by_step(forecast.parts)
-    each = ", ".join(f"{step} {_minutes(seconds)}" for step, seconds in steps.items())
-    time_ = f"{_minutes(sum(steps.values()))} ({each})" if steps else "next to no time"
+    each = ", ".join(f"{step} {minutes(seconds)}" for step, seconds in steps.items())
+    time_ = f"{minutes(sum(steps.values()))} ({each})" if steps else "next to no time"
     if forecast.memory_bytes is None or forecast.disk_bytes is None:
         return f"{time_}, roughly"
     memory, disk = forecast.memory_bytes / _MIB, forecast.disk_bytes / _MIB
     return f"{time_}, {memory:.0f} MiB of memory and {disk:.0f} MiB in the work directory at most, roughly"
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.1f} min"
 
 
 def _progress_bar(items: Sequence[Any], label: str, left: TimeLeft | None) -> Iterator[Any]:

@@ -49,11 +49,11 @@ def push(output: Path, target: str, branch: bool, public: bool, dry_run: bool) -
     ORG/Llama-3.2-1B-GGUF, ORG/Llama-3.2-1B-8.0bpw-8hb-exl2. Models that are marked as broken or fail verification are
     refused.
     """
-    from ..convert.publishing.push import find_outputs, plan_uploads, push_model
+    from ..convert.publishing.push import find_outputs, plan_uploads, upload_model
 
     for planned in plan_uploads(find_outputs(output), target, by_branch=branch):
         if dry_run:
             for line in planned.summary_lines():
                 say(line)
         else:
-            say(f"{planned.output} -> {push_model(planned, public=public)}")
+            say(f"{planned.output} -> {upload_model(planned, public=public)}")

@@ -52,27 +52,22 @@ def measure(
 
     MODEL is a directory or a Hub id.
     """
-    from ..checkpoint.files.paths import work_beside
     from ..checkpoint.source.original import open_model
-    from ..measure.run import measure_model
-    from ..quantize.times import measuring_forecast
+    from ..quantize.run import measure_model
 
     source = open_model(changes.open(model))
     if measuring.saved is None:
         say_shortened(source, calibration=measuring.config.calibration.row_tokens)
-    conversions = {name: formats()[name].conversion(source, choice.all[name]) for name in wanted or formats()}
-    work = measuring.work_dir or work_beside(output)
-    progress = RunBar(lambda: measuring_forecast(conversions, measuring.config, output, work, rows=measuring.saved))
     measurement = measure_model(
         source,
         output,
-        measuring.config,
-        formats=conversions,
-        every_format=bool(wanted),
-        work=work,
+        formats=wanted,
+        options=tuple(choice.all.values()),
+        measure=measuring.config,
         calibration=measuring.saved,
+        work=measuring.work_dir,
         force=force,
-        progress=progress,
+        progress=RunBar(),
     )
     if measurement.experts_sentence is not None:
         say(f"experts: {measurement.experts_sentence}")

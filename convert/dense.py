@@ -24,7 +24,7 @@ DENSE_SHARD_BYTES = 5120 << 20
 
 
 def dequantize_model(
-    path: Path, out: Path, *, original: Path | None = None, shard_bytes: int = DENSE_SHARD_BYTES
+    path: str | Path, out: str | Path, *, original: str | Path | None = None, shard_bytes: int = DENSE_SHARD_BYTES
 ) -> bool:
     """Write the dense float16 checkpoint that a quantized model decodes to.
 
@@ -48,12 +48,11 @@ def dequantize_model(
         WorkDirectoryError: ``out`` is in the way or cannot be written, or the disk is full.
 
     Example:
-        >>> from pathlib import Path
         >>> from bpwise import dequantize_model
-        >>> dequantize_model(Path("llama-6bpw"), Path("dense"))
+        >>> dequantize_model("llama-6bpw", "dense")
         True
     """
-    path = Path(path)
+    path, out, original = Path(path), named(Path(out)), None if original is None else Path(original)
     model: QuantizedModel = require_format(path).open(path)
     if original is not None and not original.is_dir():
         raise CheckpointError(
@@ -62,7 +61,6 @@ def dequantize_model(
     if original is not None:
         model = model.beside(open_model(original))
     source = original or (model.directory if model.directory == model.path else None)
-    out = named(Path(out))
     refuse_inputs(out, directories=[each for each in (source, path) if each is not None])
     with reserved(out), atomic_directory(out) as target:
         if source is not None:

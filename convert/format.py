@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .model import CardFacts, Description, QuantizedModel, Verification, verify_values
@@ -62,6 +63,12 @@ class Format(ABC):
     """Options without effect beside others, by command."""
     bpw_means: ClassVar[str] = "of all weights"
     """What a target in bits per weight counts."""
+    size_names: ClassVar[tuple[str, ...]] = ()
+    """Files of another program that an output may be as large as, by name; see ``Target.size_of``."""
+    default_bpw: ClassVar[float] = 8.0
+    """Bits per weight of an output where no size is asked for."""
+    default_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    """Options of such an output, by field, where they differ from the options' own defaults."""
     exports: ClassVar[Sequence[Export]] = ()
     """Files for other programs that it makes of measurements."""
     own_files: ClassVar[tuple[str, ...]] = ("*.safetensors", "*.safetensors.index.json", "config.json")
@@ -109,8 +116,14 @@ class Format(ABC):
             loading="Decode it with `bpwise dequantize`; Transformers loads the result.",
         )
 
-    def output_name(self, base_name: str, bpw: float, options: Any) -> str:
-        """Return the name of an output by convention, suffix included."""
+    def output_name(self, base_name: str, bpw: float | str, options: Any) -> str:
+        """Return the name of an output by convention, suffix included.
+
+        Args:
+            base_name: Name or Hub id of the original.
+            bpw: Bits per weight, or another label of the size (see ``Target.label``).
+            options: The format's options.
+        """
         return convention_name(base_name, bpw, self.name) + self.suffix
 
     def run_of(self, path: Path) -> str | None:

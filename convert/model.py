@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..checkpoint.model.names import head_names
 from ..errors import VerificationError
-from ..tables import Table
+from ..tables import Table, html_summary
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +34,9 @@ class Description:
     kind: str
     facts: tuple[str, ...]
     table: Table
+
+    def _repr_html_(self) -> str:
+        return html_summary(self.kind, self.facts, self.table, folded=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,7 +34,7 @@ def open_any(model: Original | TensorSource) -> TensorSource:
     return open_model(path) if format_ is None else format_.open(path)
 
 
-def verify_model(path: Path) -> Verification:
+def verify_model(path: str | Path) -> Verification:
     """Read every tensor of a quantized model back, and compare it with what was meant as far as that is known.
 
     Args:
@@ -46,9 +46,8 @@ def verify_model(path: Path) -> Verification:
         VerificationError: A tensor does not decode to what was meant, is missing or unexpected.
 
     Example:
-        >>> from pathlib import Path
         >>> from bpwise import verify_model
-        >>> verify_model(Path("llama-6bpw")).compared
+        >>> verify_model("llama-6bpw").compared
         True
     """
     path = Path(path)

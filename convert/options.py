@@ -5,11 +5,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..errors import ConfigError
 
-__all__ = ["Conflict", "Effort", "FormatOptions", "Option", "check_effort", "effort_option", "option", "options_of"]
+__all__ = [
+    "Conflict",
+    "Effort",
+    "FormatOptions",
+    "Option",
+    "check_effort",
+    "effort_option",
+    "option",
+    "options_of",
+    "read_texts",
+]
 
 Effort = Literal["normal", "high"]
 """What is done after rounding: ``high`` fits the decoder's scales to the original's predictions."""
@@ -34,6 +45,8 @@ class Option:
         repeatable: Whether it may be given several times; the field is a tuple then.
         metavar: What help calls the value; None for the usual.
         parse: Makes the field's value of the text, or of each of the texts.
+        recorded: Whether a recipe tells it: not what only says where something lies on a machine.
+        implies: Whether giving it chooses the format, where nothing else does.
         default: The field's default.
     """
 
@@ -45,6 +58,8 @@ class Option:
     repeatable: bool = False
     metavar: str | None = None
     parse: Callable[[Any], Any] | None = None
+    recorded: bool = True
+    implies: bool = False
     default: Any = None
 
     @property
@@ -87,6 +102,15 @@ class FormatOptions:
         """Whether plans are made from a measurement, for a target."""
         return True
 
+    def weighted_by(self, measurement: Path) -> FormatOptions:
+        """Return the options of a run beside a measurement that its plan is not made from."""
+        return self
+
+    @property
+    def label(self) -> str | None:
+        """The size in names of outputs where the options say it; None where a target does."""
+        return None
+
 
 def option(*flags: str, default: Any, help: str, **settings: Any) -> Any:
     """Return a dataclass field that commands offer as an option.
@@ -109,6 +133,17 @@ def effort_option() -> Any:
         choices=get_args(Effort),
         help="high fits scales to the original's predictions at the end; pays at 3 bits and less.",
     )
+
+
+def read_texts(options: FormatOptions) -> None:
+    """Make the values of fields that were given as text, as a command does: paths, overrides; for ``__post_init__``."""
+    for field in dataclasses.fields(options):  # type: ignore[arg-type]  # formats' options are dataclasses
+        declared, value = field.metadata["option"], getattr(options, field.name)
+        if declared.kind in ("file", "directory") and isinstance(value, str):
+            object.__setattr__(options, field.name, Path(value))
+        elif declared.repeatable and declared.parse is not None:
+            read = tuple(declared.parse(each) if isinstance(each, str) else each for each in value)
+            object.__setattr__(options, field.name, read)
 
 
 def check_effort(effort: str) -> None:

@@ -56,6 +56,14 @@ class Plan(ABC):
     format: ClassVar[str]
     """Name of its format."""
 
+    def __repr__(self) -> str:
+        """Return format, bits per weight and predicted damage."""
+        damage = "" if self.damage_nats is None else f", predicted damage {self.damage_nats:.3g} nats/token"
+        return f"{type(self).__name__}({self.bpw:.4f} bpw{damage})"
+
+    def _repr_html_(self) -> str:
+        return self.describe()._repr_html_()
+
     @abstractmethod
     def costs(self) -> tuple[LinearCost, ...]:
         """Return what every linear gets and is expected to cost, in model order."""
@@ -101,9 +109,9 @@ class Plan(ABC):
             table=Table(("linear", "bpw", "damage, nats/token"), rows),
         )
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write it as JSON."""
-        write_json(path, {"bpwise_plan": 1, "format": self.format, **self._entries()})
+        write_json(Path(path), {"bpwise_plan": 1, "format": self.format, **self._entries()})
 
     def _entries(self) -> dict[str, Any]:
         return asdict(self)  # type: ignore[call-overload,no-any-return]  # formats' plans are dataclasses

@@ -16,11 +16,13 @@ from ..measure.model.stream import StreamedModel
 from ..measure.text.calibration import CalibrationSet, build_calibration
 from ..measure.text.context import EVALUATION, check_rows
 from ..measure.text.tokenizer import Tokenizer, load_tokenizer
-from ..progress import Progress, silent
+from ..progress import Progress, default_progress, silent
+from ..tables import Table, html_summary
 from .cache import OriginalCache
 from .config import EvalConfig
 from .metrics.divergence import Summary
 from .metrics.drift import BlockDrift, DriftMeter
+from .metrics.numbers import nats, percent, perplexity
 from .metrics.overlap import refuse_calibration_text, stored_spans, with_overlap_warning
 from .metrics.passes import last_hidden, paired_statistics
 from .metrics.profile import Profile, profile_of
@@ -35,6 +37,7 @@ from .models import (
 from .original import OriginalRun, run_original
 
 __all__ = [
+    "ENGINE",
     "Comparison",
     "EvalConfig",
     "compare_models",
@@ -45,7 +48,11 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+ENGINE = "Transformers"
+"""What runs models unless another engine is asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Comparison:
     """What quantization cost, and how that was measured.
 
@@ -87,9 +94,29 @@ class Comparison:
     dtype: str
     device: str
     seconds: float
-    engine: str = "Transformers"
+    engine: str = ENGINE
     bfloat16_floor_nats: float | None = None
     drift: tuple[BlockDrift, ...] = ()
+
+    def __repr__(self) -> str:
+        """Return the models' names, and the damage."""
+        return f"Comparison({self.quantized.name} with {self.original.name}: KL {nats(self.kl)} nats/token)"
+
+    def _repr_html_(self) -> str:
+        summary = self.summary
+        rows = (
+            ("KL divergence, nats per token", "0", nats(summary.kl_nats)),
+            ("same most likely token", "100 %", percent(summary.top1_agreement)),
+            ("perplexity", perplexity(summary.original_perplexity), perplexity(summary.quantized_perplexity)),
+        )
+        facts = [f"Over {self.predicted_tokens} tokens: {self.text}", f"{self.engine}, {self.dtype} on {self.device}"]
+        head = ("", self.original.name, self.quantized.name)
+        return html_summary(f"{self.quantized.name} with {self.original.name}", facts, Table.of(head, rows))
+
+    @property
+    def kl(self) -> float:
+        """Mean KL divergence from the original, nats per token."""
+        return self.summary.kl_nats.value
 
     @property
     def predicted_tokens(self) -> int:
@@ -139,7 +166,10 @@ def evaluation_rows(tokenizer: Tokenizer, config: EvalConfig, *, vocab_size: int
 
 
 def evaluate_models(
-    original: Original | TensorSource, quantized: str | Path, config: EvalConfig, progress: Progress = silent
+    original: Original | TensorSource,
+    quantized: str | Path,
+    evaluate: EvalConfig | None = None,
+    progress: Progress | None = None,
 ) -> Comparison:
     """Compare a quantized model with its original on held-out text.
 
@@ -147,19 +177,19 @@ def evaluate_models(
         original: Directory or Hub id of the original, whose tokenizer makes the token ids for both; or what
             ``open_model`` made of it.
         quantized: Directory or Hub id of the quantized model.
-        config: Options.
-        progress: Wraps the blocks of each pass.
+        evaluate: Text and other options; None for the defaults.
+        progress: Shows how far it is; None for bars in a notebook, and nothing elsewhere.
 
     Raises:
         BpwiseError: As ``open_any``, ``evaluation_rows`` and ``compare_models``.
 
     Example:
         >>> from bpwise import EvalConfig, evaluate_models
-        >>> comparison = evaluate_models("llama", "llama-6bpw", EvalConfig(rows=4))
-        >>> 0 < comparison.summary.kl_nats.value < 0.1
+        >>> comparison = evaluate_models("llama", "llama-6bpw", evaluate=EvalConfig(rows=4))
+        >>> 0 < comparison.kl < 0.1
         True
     """
-    return next(evaluate_each(original, [quantized], config, progress))
+    return next(evaluate_each(original, [quantized], evaluate or EvalConfig(), progress or default_progress()))
 
 
 def evaluate_each(

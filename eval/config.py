@@ -49,6 +49,8 @@ class EvalConfig:
         Raises:
             ConfigError: One of them makes no sense.
         """
+        if isinstance(self.offload_dir, str):
+            object.__setattr__(self, "offload_dir", Path(self.offload_dir))
         if self.dtype not in DTYPES:
             raise ConfigError(
                 f"dtype: not usable. Got {self.dtype!r}. Expected one of {', '.join(DTYPES)}. Choose another."

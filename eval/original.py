@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ from .metrics.passes import last_hidden, mean_bfloat16_nats, mean_floor_nats
 from .models import DTYPES, device_name
 
 __all__ = ["FLOOR_TOKENS", "OriginalRun", "run_original"]
+
+_log = logging.getLogger(__name__)
 
 FLOOR_TOKENS = 512
 """Length of the text that the floor is measured on: float64 on a CPU is slow, and the floor needs no precision."""
@@ -80,6 +83,7 @@ def run_original(
     if cache is not None:
         key = original_key(original, rows.tokens, dtype=model.dtype, device=device_name(model.device))
         state = cache.load(key)
+        _log.debug("original's evaluation: %s", "run again" if state is None else "kept from an earlier run")
     if state is None:
         with float32_products(device):
             state = _original_state(original, model, rows, progress)

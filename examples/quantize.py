@@ -26,20 +26,22 @@ __all__ = ["main"]
 def main(model: str, output: Path, bpw: str, head_bits: int, rows: int, row_tokens: int | None) -> None:
     """Quantize MODEL (a directory or a Hub id) to a model directory in OUTPUT for every bitrate."""
     rates = [float(rate) for rate in bpw.split(",")]
-    config = bpwise.QuantizeConfig(
-        options=bpwise.Exl2Options(head_bits=head_bits),
-        measure=bpwise.MeasureConfig(calibration=bpwise.CalibrationConfig(rows=rows, row_tokens=row_tokens)),
-        evaluate=bpwise.EvalConfig(rows=4, row_tokens=row_tokens),
-    )
     try:
-        result = bpwise.quantize_series(model, output, config, rates)
+        result = bpwise.quantize_series(
+            model,
+            output,
+            rates,
+            options=bpwise.Exl2Options(head_bits=head_bits),
+            measure=bpwise.MeasureConfig(calibration=bpwise.CalibrationConfig(rows=rows, row_tokens=row_tokens)),
+            evaluate=bpwise.EvalConfig(rows=4, row_tokens=row_tokens),
+            progress=bpwise.ProgressBars(),
+        )
     except bpwise.BpwiseError as error:
         raise click.ClickException(str(error)) from error
     for made in result.outputs:
-        assert made.comparison is not None
         click.echo(
             f"{made.bpw:.4f} bpw  {made.file_bytes / 2**20:9.1f} MiB  predicted {made.predicted_nats:.5f}  "
-            f"measured {made.comparison.summary.kl_nats.value:.5f} nats/token"
+            f"measured {made.kl:.5f} nats/token"
         )
     click.echo(f"report -> {result.report}", err=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,6 +31,8 @@ from .text.sources import text_files
 from .text.tokenizer import Tokenizer, load_tokenizer, token_fingerprint
 
 __all__ = ["CALIBRATION_FILE", "calibration_rows", "joined_rows", "kept_rows", "load_or_make_rows", "measured_rows"]
+
+_log = logging.getLogger(__name__)
 
 CALIBRATION_FILE = "calibration.safetensors"
 """Where a run keeps its calibration rows in the work directory."""
@@ -78,12 +81,14 @@ def load_or_make_rows(
                     BpwiseWarning,
                     stacklevel=2,
                 )
+            _log.debug("calibration text, from %s: %s", shown(kept), rows.description)
             return rows
     made = calibration_rows(checkpoint, config, device=device, given=given, progress=progress)
     checkpoint.prepare_fingerprint(progress)
     if given is None:
         made = replace(made, made_from=_made_from(checkpoint, config, device))
     made.save(kept)
+    _log.debug("calibration text: %s", made.description)
     return made
 
 

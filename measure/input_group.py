@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from .statistics.heldout import cross_validate_damping
 from .statistics.inputs import InputStatistics
 
 __all__ = ["TINY", "FinishedLinear", "finished_linears", "measure_group", "split_formats"]
+
+_log = logging.getLogger(__name__)
 
 TINY = 1e-30
 """Keeps sums that are zero from being divided by."""
@@ -73,6 +76,12 @@ def measure_group(
     for sums_of_half in (*halves, torch.tensor(totals)):
         check_finite(sums_of_half, next(iter(linears)), "weighted inputs")
     judged = cross_validate_damping(weights, halves, fishers, dampings=dampings)
+    _log.debug(
+        "damping %g for %s (%.3g times the damage on unseen text)",
+        judged.damping,
+        ", ".join(linears),
+        judged.generalization_ratio,
+    )
     first, second = (half.mul_(total) for total, half in zip(totals, halves, strict=True))
     gram = first.add_(second).div_(max(sum(totals), TINY))
     del halves, second

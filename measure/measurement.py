@@ -130,7 +130,7 @@ class FormatCurves:
         return MeasuredTensors(where, {f"{owner}.{key}": x for owner, own in owners.items() for key, x in own.items()})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class Measurement:
     """Everything that allocation and rounding need, for any bitrate.
 
@@ -154,6 +154,14 @@ class Measurement:
     curves: Mapping[str, FormatCurves]
     provenance: dict[str, Any]
     layer_embedding: MeasuredTable | None = None
+
+    def __repr__(self) -> str:
+        """Return how much was measured, and for which formats."""
+        rows, row_tokens = self.tokens.shape
+        return (
+            f"Measurement({len(self.linears)} linears, {rows} sequences of {row_tokens} tokens, "
+            f"for {', '.join(self.curves)})"
+        )
 
     def curves_of(
         self, name: str, version: int, *, remedy: str = _MEASURE_AGAIN
@@ -260,19 +268,19 @@ class Measurement:
         image: bytes = save(contiguous, metadata={HEADER_KEY: json.dumps(header)})
         return image
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the measurement, atomically; an existing file is replaced."""
-        with atomic_file(path) as temporary:
+        with atomic_file(Path(path)) as temporary:
             write(temporary, self.to_bytes())
 
     @classmethod
-    def load(cls, path: Path) -> Measurement:
+    def load(cls, path: str | Path) -> Measurement:
         """Read a measurement file.
 
         Raises:
             FormatError: It is not a measurement, is damaged, has changed since it was written, or has another version.
         """
-        header, tensors = read_measurement(path, MEASUREMENT_VERSION)
+        header, tensors = read_measurement(Path(path), MEASUREMENT_VERSION)
         tokens = tensors.take(_TOKENS, np.int32, (None, None))
         if tokens.max() >= header.embedding.tokens:
             most = header.embedding.tokens - 1

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from ..checkpoint.model.structure_json import structure_to_json
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..checkpoint.source.language import LanguageModel, language_model
 from ..checkpoint.source.original import Original, open_model
-from ..errors import ConfigError
+from ..errors import ConfigError, FormatError
 from ..linalg.products import PRECISIONS, float32_products, pass_precision
 from ..progress import Progress, silent
 from ..version import __version__
@@ -42,11 +43,12 @@ __all__ = [
     "calibrated_identity",
     "kept_inputs",
     "measure_checkpoint",
-    "measure_model",
+    "measure_to_file",
     "measurement_provenance",
     "require_measurable",
 ]
 
+_log = logging.getLogger(__name__)
 
 CALIBRATED = "calibrate"
 """Name of the step in the work directory that makes calibration rows; its identity is their options."""
@@ -86,6 +88,8 @@ class MeasureConfig:
         Raises:
             ConfigError: One of them makes no sense.
         """
+        if isinstance(self.offload_dir, str):
+            object.__setattr__(self, "offload_dir", Path(self.offload_dir))
         if self.precision not in PRECISIONS:
             raise ConfigError(
                 f"precision: unknown name. Got {self.precision!r}. Expected one of {', '.join(PRECISIONS)}. "
@@ -236,7 +240,7 @@ def _other_weights(source: LanguageModel, quantized: Sequence[str]) -> int:
     return sum(math.prod(source.shape(name)) for name in source.names if name not in matrices)
 
 
-def measure_model(
+def measure_to_file(
     model: Original,
     output: Path,
     config: MeasureConfig,
@@ -246,13 +250,14 @@ def measure_model(
     every_format: bool = False,
     calibration: CalibrationSet | None = None,
     force: bool = False,
+    begin: Callable[[], object] | None = None,
     progress: Progress = silent,
 ) -> Measurement:
     """Measure a model and keep the measurement in a file.
 
     Args:
-        model: A local directory, a hub id, or what ``open_model`` made of one.
-        output: The file to write; an older measurement is replaced.
+        model: A local directory, a Hub id, or what ``open_model`` made of one.
+        output: The file to write; an older measurement is replaced, unless it is this very one.
         config: Options.
         formats: What makes the curves of the formats to measure, by their names: the model on its way into each. One
             whose tools are missing or do not fit the model is left out with a warning, as long as another is left.
@@ -261,23 +266,15 @@ def measure_model(
             complete.
         calibration: Rows to use instead of those that ``config.calibration`` describes.
         force: Whether any other file is replaced too.
+        begin: Called when everything was checked, before the long work.
         progress: Shows how far the passes are.
 
     Returns:
         The measurement.
 
     Raises:
-        BpwiseError: As ``measure_checkpoint``, ``open_model`` and ``load_or_make_rows``; or the output is in the way of
-            something, or cannot be written.
-
-    Example:
-        >>> from pathlib import Path
-        >>> from bpwise import MeasureConfig, QuantizeConfig, measure_model, open_model
-        >>> model = open_model("llama")
-        >>> formats = {"exl2": QuantizeConfig().conversion(model)}  # other options give those of other formats
-        >>> measurement = measure_model(model, Path("new.safetensors"), MeasureConfig(), formats=formats)
-        >>> list(measurement.curves)
-        ['exl2']
+        BpwiseError: As ``measure_checkpoint`` and ``load_or_make_rows``; or the output is in the way of something, or
+            cannot be written.
     """
     checkpoint = open_model(model)
     work = work or work_beside(output)
@@ -289,6 +286,8 @@ def measure_model(
     if calibration is not None:
         check_rows(checkpoint, calibration, CALIBRATION)
     with reserved(output), run_artifacts(work) as artifacts:
+        if begin is not None:
+            begin()
         identity = calibrated_identity(config.calibration)
         artifacts.add(CALIBRATED, identity)
         kept = ResumeStore(work, CALIBRATED, identity).path / CALIBRATION_FILE
@@ -296,7 +295,20 @@ def measure_model(
             checkpoint, config.calibration, kept, device=config.device, given=calibration, progress=progress
         )
         curves = prepared_curves(formats, output, work, artifacts, progress, required=every_format)
-        artifacts.add(MEASURED, measurement_provenance(checkpoint, rows, config, curves))
+        provenance = measurement_provenance(checkpoint, rows, config, curves)
+        artifacts.add(MEASURED, provenance)
+        earlier = _measurement_of(output, provenance)
+        if earlier is not None:
+            _log.info("finished already: %s holds what this command makes", output)
+            return earlier
         measurement = measure_checkpoint(checkpoint, rows, config, curves, work, progress)
         measurement.save(output)
     return measurement
+
+
+def _measurement_of(path: Path, provenance: dict[str, Any]) -> Measurement | None:
+    try:
+        found = Measurement.load(path) if path.is_file() else None
+    except FormatError:  # damaged, or of another version
+        return None
+    return found if found is not None and found.provenance == provenance else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -13,31 +15,38 @@ from ..checkpoint.files.paths import check_run, refuse_foreign
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..convert.conversion import Conversion, Target
 from ..convert.format import Format
+from ..convert.names import RECIPE_FILE
 from ..convert.publishing.base_card import read_base_card
 from ..convert.publishing.cards import card_path
 from ..convert.publishing.mark import mark_path
+from ..convert.registry import format_asking
 from ..errors import ConfigError, WorkDirectoryError
 from ..eval.config import EvalConfig
-from ..eval.report.report import report_names, try_report
+from ..eval.report.report import JSON_NAME, report_names, try_report
 from ..measure.device import resolve_device
 from ..measure.measurement import Measurement
 from ..measure.run import MeasureConfig, require_measurable
 from ..measure.text.calibration import CalibrationSet
 from ..measure.text.context import CALIBRATION, check_rows, fit_row_tokens
 from ..progress import Progress
+from ..version import __version__
 from .config import QuantizeConfig
-from .forecast import Forecast, forecast_run
 from .measuring import check_work
+from .recipe import is_recipe
+from .timing.forecast import Forecast, forecast_run
 
 __all__ = [
     "ReportPlace",
     "check_output",
     "check_places",
+    "command_digest",
     "exists",
     "forecast_outputs",
+    "has_report",
     "output_of",
     "report_place",
     "require_convertible",
+    "require_together",
     "run_prefix",
 ]
 
@@ -63,12 +72,46 @@ def report_place(output: Path, format_: Format) -> ReportPlace:
     return ReportPlace(output.parent, f"{output.stem}.") if format_.suffix else ReportPlace(output, "")
 
 
+def command_digest(
+    conversion: Conversion,
+    config: QuantizeConfig,
+    target: Target | None,
+    measured: Measurement | None,
+    rows: CalibrationSet | None,
+) -> str:
+    """Return a digest of all that a command says of an output, known before anything is converted or measured.
+
+    Args:
+        conversion: The original on its way into the format; its fingerprint is known.
+        config: Options; their target is not read.
+        target: How large the output may be.
+        measured: The measurement that was given.
+        rows: The calibration rows, as far as they are known.
+    """
+    read = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in conversion.inputs]
+    options = (target, config.options, config.measure, config.evaluate, config.base_model)
+    parts = [
+        *(__version__, conversion.checkpoint.fingerprint, conversion.checkpoint.changes, read),
+        *map(repr, options),
+        None if measured is None else measured.fingerprint,
+        None if rows is None else rows.fingerprint,
+    ]
+    return hashlib.sha256(json.dumps(parts).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def has_report(output: Path, format_: Format) -> bool:
+    """Return whether there is a report on an output."""
+    place = report_place(output, format_)
+    return (place.directory / f"{place.prefix}{JSON_NAME}").is_file()
+
+
 def files_beside(output: Path, conversion: Conversion, format_: Format) -> list[str]:
     """Return the names of all files that may come to lie beside an output that is a file."""
     if not format_.suffix:
         return []
     own = [path.name for path in conversion.beside(output)]
-    return [*own, *report_names(f"{output.stem}."), card_path(output).name, mark_path(output).name]
+    names = (card_path(output).name, mark_path(output).name, f"{output.stem}.{RECIPE_FILE}")
+    return [*own, *report_names(f"{output.stem}."), *names]
 
 
 def exists(output: Path) -> bool:
@@ -149,6 +192,8 @@ def check_output(conversion: Conversion, config: QuantizeConfig, output: Path, p
     place = report_place(output, format_)
     if format_.suffix and config.evaluate is not None:
         try_report(place.directory, prefix=place.prefix)
+    if format_.suffix:
+        refuse_foreign(output.with_name(f"{output.stem}.{RECIPE_FILE}"), is_recipe, "a recipe", advice="move it away")
     if format_.suffix and conversion.writes_card:
         refuse_foreign(card_path(output), _is_card, "a card", advice="move it away")
 
@@ -227,6 +272,13 @@ def forecast_outputs(
             if conversion.measures
             else "target: got one. Expected none beside options that say the size. Leave one of them out."
         )
+    names = format_asking(conversion.options).size_names
+    for target in targets.values():
+        if target is not None and target.size_of is not None and target.size_of not in names:
+            raise ConfigError(
+                f"size of {target.size_of}: not known. Expected {', '.join(names) or 'another target for this format'}."
+                " Choose another."
+            )
     scratch = conversion.scratch(work, measurement)
     forecasts = {}
     for output, target in targets.items():
@@ -235,13 +287,27 @@ def forecast_outputs(
     conversion.require_writable()
     if conversion.writes_card:
         read_base_card(checkpoint.directory)
-    sizes = {output: each.size.output_bytes for output, each in forecasts.items() if not exists(output)}
-    _require_room({**sizes, **scratch})
+    require_together([(conversion, forecasts)], work, measurement)
     return forecasts
 
 
-def _require_room(sizes: Mapping[Path, int]) -> None:
-    # What is made on one disk must fit there together.
+def require_together(
+    lines: Iterable[tuple[Conversion, Mapping[Path, Forecast]]], work: Path, measurement: Path | None
+) -> None:
+    """Refuse disks that have no room for all outputs of a run together, and for what is made for them.
+
+    Args:
+        lines: The original on its way into each format, and the forecasts of the outputs in it.
+        work: The run's work directory.
+        measurement: File of the measurement to work from; None if there is none yet.
+
+    Raises:
+        WorkDirectoryError: A disk is too small.
+    """
+    sizes: dict[Path, int] = {}
+    for conversion, forecasts in lines:
+        sizes |= {output: each.size.output_bytes for output, each in forecasts.items() if not exists(output)}
+        sizes |= conversion.scratch(work, measurement)
     disks: dict[int, dict[Path, int]] = {}
     for path, size in sizes.items():
         place = path / "*" if path.is_dir() else path

@@ -1,26 +1,56 @@
-"""Options of a whole run. Each step takes its own part of them; only the run holds all."""
+"""Options of a whole run, and what its outputs share. Each step takes its own part; only the run holds all."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..convert.conversion import Conversion, Target
 from ..convert.format import Format
 from ..convert.options import FormatOptions
 from ..convert.publishing.cards import check_base_model
-from ..convert.registry import format_asking, formats
+from ..convert.registry import format_asking, format_naming, formats
 from ..errors import ConfigError
 from ..eval.config import EvalConfig
 from ..measure.run import MeasureConfig
+from ..measure.text.calibration import CalibrationSet
 from ..measure.text.mixture import BUILT_IN
+from ..progress import Progress
+from .judge import Judge
+from .measuring import GivenMeasurement
 
-__all__ = ["QuantizeConfig"]
+__all__ = ["Job", "QuantizeConfig", "chosen_evaluation", "chosen_target", "options_naming"]
 
 
-def _default_options() -> FormatOptions:
-    return next(iter(formats().values())).Options()
+def options_naming(output: Path) -> FormatOptions:
+    """Return the default options of the format that an output is named as, else of the first."""
+    return (format_naming(output) or next(iter(formats().values()))).Options()
+
+
+def chosen_target(output: Path, options: FormatOptions | None, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ``target`` and ``options`` of an output.
+
+    Args:
+        output: Its name chooses the format where there are no options.
+        options: The format's options.
+        sizes: What ``Target`` takes; all None asks for the format's own size.
+    """
+    if any(each is not None for each in sizes.values()):
+        return {"target": Target(**sizes), "options": options or options_naming(output)}
+    format_ = format_asking(options or options_naming(output))
+    options = options or format_.Options(**format_.default_options)
+    return {"target": Target(bpw=format_.default_bpw) if options.measures else None, "options": options}
+
+
+def chosen_evaluation(evaluate: EvalConfig | bool) -> EvalConfig | None:
+    """Return the options of an evaluation; None where it is left out."""
+    if isinstance(evaluate, EvalConfig):
+        return evaluate
+    return EvalConfig() if evaluate else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +66,7 @@ class QuantizeConfig:
     """
 
     target: Target | None = None
-    options: FormatOptions = field(default_factory=_default_options)
+    options: FormatOptions = field(default_factory=lambda: options_naming(Path()))
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     evaluate: EvalConfig | None = field(default_factory=EvalConfig)
     base_model: str | None = None
@@ -71,3 +101,38 @@ class QuantizeConfig:
     def offload_dirs(self) -> tuple[Path | None, ...]:
         """Directories of hidden states, or None: of measuring and rounding, and of the evaluation."""
         return self.measure.offload_dir, None if self.evaluate is None else self.evaluate.offload_dir
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Job:
+    """Everything that the outputs of a run share.
+
+    Attributes:
+        conversion: The original on its way into the format.
+        config: Options; their target is not read.
+        given: The measurement to work from, as it was read; None measures first.
+        calibration: Calibration rows that were given; None makes them.
+        calibrated: Whether the options say what is calibrated on, and not a measurement or rows that were given.
+        judge: Evaluates outputs; None leaves that out.
+        progress: Shows how far the steps are.
+        started: When the run began, as ``time.monotonic`` has it.
+    """
+
+    conversion: Conversion
+    config: QuantizeConfig
+    given: GivenMeasurement | None
+    calibration: CalibrationSet | None
+    calibrated: bool
+    judge: Judge | None
+    progress: Progress
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The original."""
+        return self.conversion.checkpoint
+
+    @property
+    def measurement(self) -> Path | None:
+        """File of the measurement that was given."""
+        return None if self.given is None else self.given.path

@@ -23,18 +23,18 @@ from ..tables import Table
 __all__ = ["inspect_path"]
 
 
-def inspect_path(path: Path) -> Description:
+def inspect_path(path: str | Path) -> Description:
     """Describe a quantized model of any format, a checkpoint directory, a measurement, a calibration set or a plan.
 
     Raises:
         BpwiseError: It is none of these, or damaged.
 
     Example:
-        >>> from pathlib import Path
         >>> from bpwise import inspect_path
-        >>> inspect_path(Path("m.safetensors")).kind
+        >>> inspect_path("m.safetensors").kind
         'measurement'
     """
+    path = Path(path)
     format_ = format_of(path)
     if format_ is not None:
         return format_.describe(path)

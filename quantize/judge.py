@@ -13,9 +13,10 @@ from ..convert.plan import LinearCost
 from ..convert.publishing.cards import card_path
 from ..convert.publishing.mark import clear_mark, mark_broken, read_mark
 from ..errors import BrokenModelError, NumericalError
-from ..eval.comparison import Comparison, EvalConfig, compare_with, evaluation_rows
+from ..eval.cache import OriginalCache
+from ..eval.comparison import ENGINE, Comparison, EvalConfig, compare_with, evaluation_rows
 from ..eval.metrics.overlap import CalibrationSpans, refuse_calibration_text, with_overlap_warning
-from ..eval.models import vocab_size_of
+from ..eval.models import device_name, vocab_size_of
 from ..eval.original import OriginalRun, run_original
 from ..measure.device import resolve_device
 from ..measure.text.calibration import CalibrationSet
@@ -47,13 +48,21 @@ class Judge:
         shared_share: Share of the evaluation tokens that were calibrated on, 0 to 1; None until ``check_text``.
     """
 
-    def __init__(self, checkpoint: Checkpoint, config: EvalConfig, progress: Progress = silent) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: EvalConfig,
+        progress: Progress = silent,
+        *,
+        cache: OriginalCache | None = None,
+    ) -> None:
         """Take what all comparisons share; nothing is run.
 
         Args:
             checkpoint: The original.
             config: Options of the evaluation.
             progress: Wraps the blocks of each pass.
+            cache: Where the original's side is kept for other runs; None keeps it only for this one.
 
         Raises:
             ConfigError: Rows are longer than the original's context, or the device is not there.
@@ -62,6 +71,7 @@ class Judge:
         self._checkpoint = checkpoint
         self._config = config.fitted(checkpoint)
         self._progress = progress
+        self._cache = cache
         self.shared_share: float | None = None
         self._tokenizer: Tokenizer | None = None
         self._rows: CalibrationSet | None = None
@@ -84,6 +94,18 @@ class Judge:
         self.shared_share = refuse_calibration_text(rows, spans, allowed=self._config.allow_calibration_text)
         self._rows = with_overlap_warning(rows, self.shared_share)
 
+    def made(self, comparison: Comparison, model: TensorSource) -> bool:
+        """Return whether a comparison is what this judge would measure of a model: it need not run again then.
+
+        Args:
+            comparison: Of an earlier run.
+            model: A quantized model, opened.
+        """
+        got = (comparison.original.fingerprint, comparison.quantized.fingerprint, comparison.text_fingerprint)
+        expected = (self._checkpoint.fingerprint, model.fingerprint, self._evaluation_rows().fingerprint)
+        how = (self._config.dtype, device_name(resolve_device(self._config.device)))
+        return got == expected and (comparison.dtype, comparison.device) == how and comparison.engine == ENGINE
+
     def compare(self, output: Path, model: TensorSource, *, predicted_nats: float | None) -> Comparison:
         """Compare an output with the original; what cannot even be compared is marked as broken.
 
@@ -100,7 +122,12 @@ class Judge:
             rows = self._evaluation_rows()
             self._checkpoint.prepare_fingerprint(self._progress)
             self._run = run_original(
-                self._checkpoint, rows, self._config, self._progress, tokenizer=self._loaded_tokenizer()
+                self._checkpoint,
+                rows,
+                self._config,
+                self._progress,
+                tokenizer=self._loaded_tokenizer(),
+                cache=self._cache,
             )
         try:
             comparison = compare_with(self._run, model, self._progress)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.files.atomic import write_json
 from ..checkpoint.files.paths import refuse_foreign
+from ..checkpoint.files.schemas import read_schema
 from ..checkpoint.model.structure_json import structure_to_json
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..checkpoint.source.language import language_model
@@ -21,17 +24,21 @@ from ..measure.measurement import Measurement, is_measurement
 from ..measure.run import MeasureConfig, measure_checkpoint, measurement_provenance
 from ..measure.text.calibration import CalibrationSet, is_calibration
 from ..progress import Progress, silent
-from .costs import StepClock
+from .timing.costs import StepClock
 
 __all__ = [
+    "FINISHED_FILE",
     "MEASUREMENT_FILE",
     "MEASURING",
     "PLAN_FILE",
+    "FinishedCommand",
     "GivenMeasurement",
     "check_work",
     "load_measurement",
     "load_or_measure",
 ]
+
+_log = logging.getLogger(__name__)
 
 MEASUREMENT_FILE = "measurement.safetensors"
 """Where a run keeps its measurement in the work directory."""
@@ -43,22 +50,58 @@ PLAN_FILE = "plan.json"
 """Where it keeps its plan."""
 
 
+FINISHED_FILE = "finished.json"
+"""In the work directory of an output: what the command was that finished."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedCommand:
+    """What a run leaves in its work directory when it has finished: content of ``FINISHED_FILE``.
+
+    Attributes:
+        command: As ``command_digest`` has it.
+        run: What the output says of its run.
+    """
+
+    command: str
+    run: str
+
+    @classmethod
+    def load(cls, work: Path) -> FinishedCommand | None:
+        """Return what a work directory holds of it, None if that is nothing, or damaged."""
+        try:
+            return read_schema(work / FINISHED_FILE, cls, FormatError)
+        except FormatError:
+            return None
+
+    def save(self, work: Path) -> None:
+        """Write it into a work directory."""
+        write_json(work / FINISHED_FILE, asdict(self))
+
+
 @dataclass(frozen=True, slots=True)
 class GivenMeasurement:
     """A measurement to work from, read once.
 
     Attributes:
-        path: Its file.
+        path: Its file; None where it was given without.
         measurement: What it holds.
     """
 
-    path: Path
+    path: Path | None
     measurement: Measurement
 
     @classmethod
-    def load(cls, path: Path | None, checkpoint: Checkpoint, progress: Progress) -> GivenMeasurement | None:
-        """Read a measurement as ``load_measurement``; None if there is no file of one."""
-        return None if path is None else cls(path, load_measurement(path, checkpoint, progress))
+    def load(
+        cls, given: Measurement | str | Path | None, checkpoint: Checkpoint, progress: Progress
+    ) -> GivenMeasurement | None:
+        """Take a measurement, or read its file as ``load_measurement``; None if there is none."""
+        if given is None:
+            return None
+        if isinstance(given, Measurement):
+            _check_measurement(given, "measurement", checkpoint, progress)
+            return cls(None, given)
+        return cls(Path(given), load_measurement(Path(given), checkpoint, progress))
 
 
 def load_or_measure(
@@ -92,6 +135,8 @@ def load_or_measure(
     if given is not None:
         measured, rows = given.measurement, measured_rows(given.measurement)
         rows.save(work / CALIBRATION_FILE)
+        if given.path is None:  # so that it serves other runs
+            measured.save(work / MEASUREMENT_FILE)
         if check_rows is not None:
             check_rows(rows)
     else:
@@ -124,6 +169,12 @@ def check_work(work: Path) -> None:
     refuse_foreign(work / MEASUREMENT_FILE, is_measurement, "a measurement", advice=advice)
     refuse_foreign(work / CALIBRATION_FILE, is_calibration, "a calibration set", advice=advice)
     refuse_foreign(work / PLAN_FILE, is_plan, "a plan", advice=advice)
+    refuse_foreign(
+        work / FINISHED_FILE,
+        lambda _: FinishedCommand.load(work) is not None,
+        "the record of a finished run",
+        advice=advice,
+    )
 
 
 def load_measurement(path: Path, checkpoint: Checkpoint, progress: Progress = silent) -> Measurement:
@@ -139,18 +190,24 @@ def load_measurement(path: Path, checkpoint: Checkpoint, progress: Progress = si
         FormatError: It belongs to another model.
     """
     measurement = Measurement.load(path)
+    _log.debug("measurement: %s, for %s", path, ", ".join(measurement.curves))
+    _check_measurement(measurement, str(path), checkpoint, progress)
+    return measurement
+
+
+def _check_measurement(measurement: Measurement, where: str, checkpoint: Checkpoint, progress: Progress) -> None:
     measured_rows(measurement)
     checkpoint.prepare_fingerprint(progress)
     if measurement.provenance.get("model") != checkpoint.fingerprint:
         raise FormatError(
-            f"{path}: the measurement belongs to another model than {checkpoint.directory}, or to what its files were "
+            f"{where}: the measurement belongs to another model than {checkpoint.directory}, or to what its files were "
             "before they changed, or to an earlier version of bpwise, which looked only at samples of the weights. "
             "Measure this model again."
         )
     source = language_model(checkpoint)
     if measurement.provenance.get("structure") != structure_to_json(source.structure):
         raise FormatError(
-            f"{path}: the measurement describes different blocks from those of {checkpoint.directory}. Got other "
+            f"{where}: the measurement describes different blocks from those of {checkpoint.directory}. Got other "
             "linears, other groups of linears that share an input, or none stored. Expected what this version of "
             "Transformers runs. Measure the model again, or use the version of Transformers it was measured with."
         )
@@ -158,7 +215,7 @@ def load_measurement(path: Path, checkpoint: Checkpoint, progress: Progress = si
     measured = [(x.name, x.in_features, x.out_features) for x in (*measurement.linears, measurement.head)]
     if measured != [(x.name, x.in_features, x.out_features) for x in (*linears, head)]:
         raise FormatError(
-            f"{path}: the measurement has other linears than {checkpoint.directory}. Got {len(measured)}. Expected "
+            f"{where}: the measurement has other linears than {checkpoint.directory}. Got {len(measured)}. Expected "
             f"{len(linears) + 1} with the model's names and shapes. It is damaged: measure the model again."
         )
     table = measurement.embedding
@@ -166,11 +223,10 @@ def load_measurement(path: Path, checkpoint: Checkpoint, progress: Progress = si
     name = f"{source.embedding_name}.weight"
     if got != (name, source.shape(name), source.tied_embeddings):
         raise FormatError(
-            f"{path}: the measurement has other token embeddings than {checkpoint.directory}. Got {_table(*got)}. "
+            f"{where}: the measurement has other token embeddings than {checkpoint.directory}. Got {_table(*got)}. "
             f"Expected {_table(name, source.shape(name), source.tied_embeddings)}. It is damaged: measure "
             "the model again."
         )
-    return measurement
 
 
 def _table(name: str, shape: tuple[int, ...], tied: bool) -> str:

@@ -10,14 +10,18 @@ from ..convert.model import Verification
 from ..convert.plan import Plan
 from ..convert.rounding import Drift, drift_section
 from ..eval.comparison import Comparison
+from ..eval.metrics.numbers import nats
 from ..eval.report.markdown import summary_lines
-from .costs import StepCost, cost_line, cost_section
+from ..eval.report.tables import models_table
+from ..eval.report.verdict import verdict, verdict_sentence
+from ..tables import html_summary
 from .rounding.fallbacks import fallback_entries, fallback_lines
+from .timing.costs import StepCost, cost_line, cost_section, minutes
 
 __all__ = ["QuantizeResult", "report_details"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class QuantizeResult:
     """Result of a run.
 
@@ -39,6 +43,8 @@ class QuantizeResult:
         warnings: What readers compute otherwise than Transformers, and what could not be carried over.
         beside: Files that belong to the output and lie beside it.
         details: What was found of the original on its way, for the report: section -> entry -> value.
+        seconds: Wall-clock time of the run, what other outputs of the same run took included.
+        repeated: Whether an earlier run had made all of it, so that nothing was done.
     """
 
     output: Path
@@ -56,9 +62,45 @@ class QuantizeResult:
     warnings: tuple[str, ...]
     details: Mapping[str, Mapping[str, str | float]]
     beside: tuple[Path, ...] = ()
+    seconds: float = 0.0
+    repeated: bool = False
+
+    @property
+    def bpw(self) -> float:
+        """Bits per weight as a target in bits means them."""
+        return self.verification.bpw
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of all files with tensors, in bytes."""
+        return self.verification.file_bytes
+
+    @property
+    def kl(self) -> float | None:
+        """Mean KL divergence from the original, nats per token; None if evaluation was left out."""
+        return None if self.comparison is None else self.comparison.kl
+
+    @property
+    def verdict(self) -> str | None:
+        """What that means in use, in words; None if evaluation was left out."""
+        return None if self.comparison is None else verdict(self.comparison)
+
+    def __repr__(self) -> str:
+        """Return the output, its size, and what it cost."""
+        cost = "" if self.kl is None else f", KL {nats(self.kl)} nats/token, {self.verdict}"
+        return f"QuantizeResult({self.output}: {self.bpw:.4f} bpw, {self.file_bytes / 1e6:.1f} MB{cost})"
+
+    def _repr_html_(self) -> str:
+        compared = [] if self.comparison is None else [self.comparison]
+        size = f"{self.file_bytes / 1e6:.1f} MB, {self.file_bytes / self.original_bytes:.1%} of the original"
+        facts = [f"{size}; {self.bpw:.4f} bits per weight", *map(verdict_sentence, compared), *self.warnings]
+        facts += [] if self.report is None else [f"Report: {self.report}"]
+        return html_summary(self.output.name, facts, models_table(compared) if compared else None)
 
     def summary_lines(self) -> list[str]:
         """Return the result as lines for a terminal."""
+        if self.repeated:
+            return [f"finished already: {self.output} holds what this command makes"]
         plan, verified = self.plan, self.verification
         rates = ", ".join(f"{part} {bpw:.4f} bpw" for part, bpw in verified.rates.items())
         lines = [
@@ -76,7 +118,9 @@ class QuantizeResult:
         if self.report is not None:
             lines.append(f"report      {self.report}")
         lines += [f"beside      {path}" for path in self.beside]
-        return [*lines, f"output      {self.output}"]
+        verdict = "" if self.verdict is None else f": {self.verdict}"
+        total = f"{minutes(self.seconds)}; {self.file_bytes / self.original_bytes:.1%} of the original's size{verdict}"
+        return [*lines, f"total       {total}", f"output      {self.output}"]
 
 
 def report_details(result: QuantizeResult) -> dict[str, dict[str, str | float]]:

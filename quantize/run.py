@@ -1,350 +1,268 @@
-"""The whole pipeline for one output: measure, plan, round, write, evaluate. Every step goes on where it was cut off."""
+"""Whole runs on one model, as functions: measure it, or quantize it to one output."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..checkpoint.files.paths import named, reserved, work_beside
-from ..checkpoint.files.resume import RunArtifacts, run_artifacts
-from ..checkpoint.source.checkpoint import Checkpoint
 from ..checkpoint.source.original import Original, open_model
-from ..convert.conversion import Conversion, Provenance, Target
-from ..convert.model import Verification
-from ..convert.plan import Plan
-from ..convert.publishing.cards import write_card
-from ..convert.rounding import Drift, RoundedModel, Rounder
-from ..eval.comparison import Comparison
-from ..eval.metrics.overlap import CalibrationSpans
-from ..eval.report.content import Report
-from ..eval.report.report import carried_over, earlier_details, write_report
-from ..measure.device import resolve_device
+from ..convert.conversion import Conversion, Target
+from ..convert.format import Format
+from ..convert.options import FormatOptions
+from ..convert.registry import format_asking
+from ..convert.registry import formats as all_formats
+from ..errors import ConfigError
+from ..eval.cache import OriginalCache, default_cache_directory
+from ..eval.config import EvalConfig
 from ..measure.measurement import Measurement
-from ..measure.run import MEASURED
+from ..measure.run import MeasureConfig, measure_to_file
 from ..measure.text.calibration import CalibrationSet
-from ..progress import Progress, silent
-from ..version import __version__
-from .checks import (
-    check_output,
-    check_places,
-    files_beside,
-    forecast_outputs,
-    output_of,
-    report_place,
-    require_convertible,
-    run_prefix,
-)
-from .config import QuantizeConfig
-from .costs import StepClock
-from .judge import Judge, refuse_marked
-from .measuring import MEASUREMENT_FILE, PLAN_FILE, GivenMeasurement, load_or_measure
-from .result import QuantizeResult, report_details
-from .rounding.fallbacks import damping_fallbacks
-from .rounding.model import RoundConfig, round_model, rounded_before, rounding_identity
-from .rounding.rounding_pass import ROUNDED
-from .times import announce
+from ..progress import Progress, default_progress
+from .checks import check_output, check_places, files_beside, forecast_outputs, require_convertible, require_together
+from .config import Job, QuantizeConfig, chosen_evaluation, chosen_target
+from .judge import Judge
+from .measuring import GivenMeasurement
+from .output import make_output
+from .result import QuantizeResult
+from .times import announce, announce_measuring
 
-__all__ = ["Job", "make_output", "quantize_model"]
+__all__ = ["begin_jobs", "measure_model", "original_cache", "quantize_model"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Job:
-    """Everything that the outputs of a run share.
+def measure_model(
+    model: Original,
+    output: str | Path,
+    *,
+    formats: Sequence[str] | None = None,
+    options: Sequence[FormatOptions] = (),
+    measure: MeasureConfig | None = None,
+    calibration: CalibrationSet | None = None,
+    work: str | Path | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Measurement:
+    """Measure a model once, for every size and format, and keep the measurement in a file.
 
-    Attributes:
-        conversion: The original on its way into the format.
-        config: Options; their target is not read.
-        given: The measurement to work from, as it was read; None measures first.
-        calibration: Calibration rows that were given; None makes them.
-        judge: Evaluates outputs; None leaves that out.
-        progress: Shows how far the steps are.
+    Interrupted? Call it again: it resumes.
+
+    Args:
+        model: A local directory, a Hub id, or what ``open_model`` made of one.
+        output: The file to write (``.safetensors``); an older measurement is replaced.
+        formats: Names of the formats to measure for, as ``["gguf"]``. None for all whose extras are installed and that
+            hold the model, with a warning about the others.
+        options: Options of formats, where they are not the defaults.
+        measure: Calibration text, device and other options of measuring.
+        calibration: Rows to use instead of those that ``measure.calibration`` describes.
+        work: Work directory; default ``OUTPUT.work``. Finished blocks are kept in it until the measurement is complete.
+        force: Whether a file that is not a measurement is replaced too.
+        progress: Shows how far the run is; None for bars in a notebook, and nothing elsewhere.
+
+    Returns:
+        The measurement.
+
+    Raises:
+        ConfigError: A format is unknown.
+        BpwiseError: What is wrong with the model, the options, the text, the tools or the disk.
+
+    Example:
+        >>> from bpwise import measure_model
+        >>> measurement = measure_model("llama", "new.safetensors", formats=["exl2"])
+        >>> list(measurement.curves)
+        ['exl2']
     """
+    checkpoint, output, config = open_model(model), Path(output), measure or MeasureConfig()
+    work = work_beside(output) if work is None else Path(work)
+    shown = progress or default_progress()
+    given = {format_asking(each).name: each for each in options}
+    conversions = {
+        name: known.conversion(checkpoint, given.get(name) or known.Options())
+        for name, known in _known_formats(formats).items()
+    }
 
-    conversion: Conversion
-    config: QuantizeConfig
-    given: GivenMeasurement | None
-    calibration: CalibrationSet | None
-    judge: Judge | None
-    progress: Progress
+    def tell() -> None:
+        announce_measuring(shown, conversions, config, output, work, rows=calibration)
 
-    @property
-    def checkpoint(self) -> Checkpoint:
-        """The original."""
-        return self.conversion.checkpoint
-
-    @property
-    def measurement(self) -> Path | None:
-        """File of the measurement that was given."""
-        return None if self.given is None else self.given.path
+    return measure_to_file(
+        checkpoint,
+        output,
+        config,
+        formats=conversions,
+        work=work,
+        every_format=formats is not None,
+        calibration=calibration,
+        force=force,
+        begin=tell,
+        progress=shown,
+    )
 
 
 def quantize_model(
     model: Original,
-    output: Path,
-    config: QuantizeConfig,
+    output: str | Path,
     *,
-    measurement: Path | None = None,
+    bpw: float | None = None,
+    max_bytes: int | None = None,
+    vram_bytes: int | None = None,
+    context_tokens: int | None = None,
+    size_of: str | None = None,
+    measurement: Measurement | str | Path | None = None,
     calibration: CalibrationSet | None = None,
-    work: Path | None = None,
-    judge: Judge | None = None,
-    progress: Progress = silent,
+    options: FormatOptions | None = None,
+    measure: MeasureConfig | None = None,
+    evaluate: EvalConfig | bool = True,
+    base_model: str | None = None,
+    work: str | Path | None = None,
+    progress: Progress | None = None,
 ) -> QuantizeResult:
     """Quantize a model, and compare the result with the original.
 
+    Give one of ``bpw``, ``max_bytes``, ``vram_bytes`` and ``size_of``; without, the output is as large as the command
+    line's. Interrupted? Call it again: it resumes.
+
     Args:
         model: A local directory, a Hub id, or what ``open_model`` made of one.
-        output: Directory or file to make. It must not exist, or be the finished output of this very run.
-        config: Options.
-        measurement: A measurement of this model; None measures first, and keeps the measurement in the work
-            directory. It brings its calibration rows along.
-        calibration: Rows to use instead of those that ``config.measure.calibration`` describes; not with a measurement.
+        output: The GGUF file (``.gguf``) or EXL2 directory to make. It must not exist, or be the finished output of
+            this very run.
+        bpw: Bits per weight, as the format counts them; met from below, never exceeded.
+        max_bytes: Largest size of all files with tensors together.
+        vram_bytes: Memory of a GPU that weights, cache and what the reader needs beside them should fit into.
+        context_tokens: With ``vram_bytes``: length of the context whose cache should fit; None for the model's own.
+        size_of: As large as llama.cpp's file of that name, such as ``Q4_K_M``; for GGUF.
+        measurement: A measurement of this model, or its file; None measures first, and keeps the measurement in the
+            work directory. It brings its calibration rows along. With a mixture of llama.cpp: the file whose
+            importances it takes.
+        calibration: Rows to use instead of those that ``measure.calibration`` describes; not with a measurement.
+        options: The format's options, which choose the format too: ``GgufOptions`` or ``Exl2Options``. None for the
+            defaults of the format that ``output`` is named as.
+        measure: Calibration text, device and other options of measuring; rounding runs on the same device.
+        evaluate: Options of the comparison at the end; True for the defaults, False leaves it out.
+        base_model: Hub id of the original, for the model card; None takes it from where the original came from.
         work: Work directory; default ``OUTPUT.work``.
-        judge: What evaluates, to be shared with other outputs of the same model; made from ``config.evaluate`` if None.
-        progress: Shows how far the steps are.
+        progress: Shows how far the run is; None for bars in a notebook, and nothing elsewhere.
 
     Returns:
-        What was made.
+        The result; ``kl`` and ``verdict`` say what quantization cost.
 
     Raises:
         BrokenModelError: The output's predictions are useless; it is marked, and the measurement kept.
         BpwiseError: What is wrong with the model, the options, the text, the tools or the disk.
 
     Example:
-        >>> from pathlib import Path
-        >>> from bpwise import QuantizeConfig, Target, quantize_model
-        >>> result = quantize_model("llama", Path("llama-4bpw"), QuantizeConfig(target=Target(bpw=4.0)))
-        >>> 3.9 < result.verification.bpw <= 4.0
+        >>> from bpwise import quantize_model
+        >>> result = quantize_model("llama", "llama-4bpw", bpw=4.0, measurement="m.safetensors")
+        >>> 3.9 < result.bpw <= 4.0
         True
     """
-    checkpoint = open_model(model)
     output = named(Path(output))
-    work = work or work_beside(output)
+    if options is not None and not options.measures and isinstance(measurement, str | Path):
+        options, measurement = options.weighted_by(Path(measurement)), None
+    sizes = {"bpw": bpw, "max_bytes": max_bytes, "vram_bytes": vram_bytes, "size_of": size_of}
+    config = QuantizeConfig(
+        **chosen_target(output, options, {**sizes, "context_tokens": context_tokens}),
+        measure=measure or MeasureConfig(),
+        evaluate=chosen_evaluation(evaluate),
+        base_model=base_model,
+    )
+    shown = progress or default_progress()
+    checkpoint = open_model(model)
+    work = work_beside(output) if work is None else Path(work)
     conversion = config.conversion(checkpoint)
     require_convertible(conversion)
-    check_places(conversion, config, output, work, measurement)
+    path = None if measurement is None or isinstance(measurement, Measurement) else Path(measurement)
+    check_places(conversion, config, output, work, path)
     with reserved(output, files_beside(output, conversion, config.format)):
-        check_output(conversion, config, output, progress)
-        given = GivenMeasurement.load(measurement, checkpoint, progress)
-        measured = None if given is None else given.measurement
-        forecasts = forecast_outputs(
-            conversion,
-            {output: config.target},
-            config.measure,
-            config.evaluate,
+        check_output(conversion, config, output, shown)
+        given = GivenMeasurement.load(measurement, checkpoint, shown)
+        (job,) = begin_jobs(
+            [(conversion, config, {output: config.target})],
             work,
-            measured=measured,
-            measurement=measurement,
-            rows=calibration,
-        )
-        known = measured or calibration
-        announce(progress, forecasts, conversion, config, work, known=known, measurement=measurement)
-        if judge is None and config.evaluate is not None:
-            judge = Judge(checkpoint, config.evaluate, progress)
-        job = Job(
-            conversion=conversion, config=config, given=given, calibration=calibration, judge=judge, progress=progress
+            given=given,
+            calibration=calibration,
+            progress=shown,
         )
         return make_output(job, output, config.target, work)
 
 
-def make_output(job: Job, output: Path, target: Target | None, work: Path) -> QuantizeResult:
-    """Quantize a model once it is made sure of all that may be in the way.
+def begin_jobs(
+    lines: Sequence[tuple[Conversion, QuantizeConfig, Mapping[Path, Target | None]]],
+    work: Path,
+    *,
+    given: GivenMeasurement | None,
+    calibration: CalibrationSet | None,
+    progress: Progress,
+    series: bool = False,
+) -> list[Job]:
+    """Refuse what cannot be quantized, tell the progress what the run will take, and return what outputs share.
 
     Args:
-        job: What all outputs share.
-        output: As for ``quantize_model``.
-        target: How large it may be.
-        work: Its work directory.
+        lines: For each format the original on its way into it, options, and how large each output may be.
+        work: Work directory of the run.
+        given: The measurement to work from; None measures first.
+        calibration: Calibration rows that are given.
+        progress: Shows how far the steps are.
+        series: Whether every output has a directory of its own in the work directory.
+
+    Returns:
+        One for each format.
 
     Raises:
-        BpwiseError: As ``quantize_model``.
+        BpwiseError: As ``forecast_outputs``.
     """
-    with run_artifacts(work) as artifacts:
-        return _OutputRun(job, output, target, work, artifacts).result()
-
-
-@dataclass(frozen=True, slots=True)
-class _Made:
-    """An output that is there, and what is known of its rounding; see ``QuantizeResult``."""
-
-    verification: Verification
-    fallbacks: Mapping[str, float] = field(default_factory=dict)
-    drift: tuple[Drift, ...] = ()
-
-
-class _OutputRun:
-    """The steps for one output, in their order."""
-
-    def __init__(self, job: Job, output: Path, target: Target | None, work: Path, artifacts: RunArtifacts) -> None:
-        self._job = job
-        self._output = output
-        self._target = target
-        self._work = work
-        self._artifacts = artifacts
-        self._clock = StepClock()
-        measure = job.config.measure
-        self._round_config = RoundConfig(device=measure.device, offload_dir=measure.offload_dir)
-
-    def result(self) -> QuantizeResult:
-        job, conversion = self._job, self._job.conversion
-        if job.judge is not None and not conversion.measures:
-            job.judge.check_text(None)
-        with self._clock.step("prepare"):
-            for name, identity in conversion.prepare(self._work, job.progress, job.measurement):
-                self._artifacts.add(name, identity)
-        if job.judge is not None:
-            conversion.require_readable()
-        measured, rows = self._measured() if conversion.measures else (None, None)
-        with self._clock.step("plan"):
-            plan = conversion.plan(measured, self._target, self._provenance(rows))
-        if measured is not None:
-            plan.save(self._work / PLAN_FILE)
-        run = self._identity(rows, plan)
-        finished = output_of(self._output, job.config.format, run)
-        made = self._made(plan, measured, rows, run, finished=finished)
-        comparison = self._compared(plan)
-        place = report_place(self._output, job.config.format)
-        result = QuantizeResult(
-            output=self._output,
-            plan=plan,
-            verification=made.verification,
-            original_bytes=job.checkpoint.total_bytes,
-            comparison=comparison,
-            costs=tuple(self._clock.costs),
-            fallbacks=made.fallbacks,
-            drift=made.drift,
-            measurement=self._measurement_file(),
-            report=None if comparison is None else place.directory / f"{place.prefix}report.html",
-            experts=None if measured is None else measured.experts_sentence,
-            precision=None if measured is None else measured.precision,
-            warnings=(*conversion.warnings, *conversion.notes),
-            beside=tuple(filter(Path.exists, conversion.beside(self._output))),
-            details=conversion.details,
+    measured, path = (None, None) if given is None else (given.measurement, given.path)
+    forecasts = [
+        forecast_outputs(
+            conversion,
+            targets,
+            config.measure,
+            config.evaluate,
+            work,
+            measured=measured,
+            measurement=path,
+            rows=calibration,
         )
-        self._report(result, finished=finished)
-        return result
-
-    def _measured(self) -> tuple[Measurement, CalibrationSet]:
-        job = self._job
-
-        def check_rows(rows: CalibrationSet) -> None:
-            if job.judge is not None:
-                job.judge.check_text(rows)
-            measured = None if job.given is None else job.given.measurement
-            job.conversion.forecast(self._target, measured, self._provenance(rows))
-
-        measured, rows = load_or_measure(
-            job.checkpoint,
-            job.config.measure,
-            lambda: [job.conversion.curves()],
-            self._work,
-            self._clock,
-            job.progress,
-            given=job.given,
-            calibration=job.calibration,
-            check_rows=check_rows,
+        for conversion, config, targets in lines
+    ]
+    conversions = [conversion for conversion, _, _ in lines]
+    require_together(list(zip(conversions, forecasts, strict=True)), work, path)
+    (first, shared, _), *_ = lines
+    announce(
+        progress,
+        {output: each for together in forecasts for output, each in together.items()},
+        {output: conversion for conversion, _, targets in lines for output in targets},
+        shared,
+        work,
+        known=measured or calibration,
+        measurement=path,
+        series=series,
+    )
+    evaluate, cache = shared.evaluate, original_cache()
+    judge = None if evaluate is None else Judge(first.checkpoint, evaluate, progress, cache=cache)
+    return [
+        Job(
+            conversion=conversion,
+            config=config,
+            given=given,
+            calibration=calibration,
+            calibrated=given is None and calibration is None,
+            judge=judge,
+            progress=progress,
         )
-        self._artifacts.add(MEASURED, measured.provenance)
-        return measured, rows
+        for conversion, config, _ in lines
+    ]
 
-    def _made(
-        self,
-        plan: Plan,
-        measured: Measurement | None,
-        rows: CalibrationSet | None,
-        run: str,
-        *,
-        finished: bool,
-    ) -> _Made:
-        job, config = self._job, self._round_config
-        rounder = None if measured is None else job.conversion.rounder(plan, measured)
-        rounded = None
-        if rounder is not None:
-            self._artifacts.add(ROUNDED, rounding_identity(job.checkpoint, plan, rounder, config))
-        if finished:
-            if rounder is not None:  # there, if the run was cut off while it was evaluated
-                rounded = rounded_before(job.checkpoint, plan, rounder, config, self._work)
-            verification = job.config.format.verify(self._output)
-        else:
-            if rounder is not None and measured is not None:
-                rounded = self._rounded(plan, measured, rounder)
-            with self._clock.step("write and verify"):
-                verification = job.conversion.write(
-                    rounded, self._output, plan, measured, self._provenance(rows, run), job.progress
-                )
-        if rounded is None or measured is None:
-            return _Made(verification)
-        # Now: what is in the work directory may go while the output is evaluated.
-        drift = () if job.conversion.refines else tuple(rounded.drift())
-        return _Made(verification, damping_fallbacks(measured, rounded.numbers("damping")), drift)
 
-    def _rounded(self, plan: Plan, measured: Measurement, rounder: Rounder) -> RoundedModel:
-        job, config = self._job, self._round_config
-        with self._clock.step("round"):
-            rounded = round_model(job.checkpoint, measured, plan, rounder, config, self._work, job.progress)
-        if job.conversion.refines:
-            with self._clock.step("tune"):
-                device = resolve_device(config.device)
-                job.conversion.refine(rounded, plan, measured, device, config.offload_dir, job.progress)
-        return rounded
+def original_cache() -> OriginalCache | None:
+    """Return where the original's side of evaluations is kept; None where there is no home directory."""
+    try:
+        return OriginalCache(default_cache_directory())
+    except ConfigError:
+        return None
 
-    def _compared(self, plan: Plan) -> Comparison | None:
-        judge = self._job.judge
-        if judge is None:
-            refuse_marked(self._output)
-            return None
-        with self._clock.step("evaluate"):
-            model = self._job.conversion.opened(self._output)
-            return judge.compare(self._output, model, predicted_nats=plan.damage_nats)
 
-    def _report(self, result: QuantizeResult, *, finished: bool) -> None:
-        # Of a finished output, with what an earlier report told of its making.
-        job, place = self._job, report_place(self._output, self._job.config.format)
-        if job.judge is not None and result.comparison is not None:
-            directory, prefix = place.directory, place.prefix
-            earlier = earlier_details(directory, result.comparison, prefix=prefix) if finished else {}
-            report = Report(
-                comparisons=(result.comparison,),
-                costs=(result.plan.costs(),),
-                details={**carried_over(report_details(result), earlier), **job.judge.details()},
-            )
-            write_report(report, directory, prefix=prefix)
-            job.judge.mark_if_broken(self._output, result.comparison, predicted_nats=result.plan.damage_nats)
-        if job.conversion.writes_card:
-            write_card(self._output, original=job.checkpoint.directory, base_model=job.config.base_model)
-
-    def _measurement_file(self) -> Path | None:
-        if not self._job.conversion.measures:
-            return None
-        return self._job.measurement or self._work / MEASUREMENT_FILE
-
-    def _provenance(self, rows: CalibrationSet | None, run: str = "0" * 32) -> Provenance:
-        checkpoint, warnings = self._job.checkpoint, self._job.conversion.warnings
-        checkpoint.prepare_fingerprint(self._job.progress)
-        if rows is None:
-            return Provenance(version=__version__, run=run, model=checkpoint.fingerprint, warnings=warnings)
-        return Provenance(
-            version=__version__,
-            run=run,
-            model=checkpoint.fingerprint,
-            changes=checkpoint.changes,
-            calibration=rows.fingerprint,
-            calibration_text=rows.description,
-            calibration_spans=CalibrationSpans.of(rows).to_text(),
-            calibration_shape=(int(rows.tokens.shape[0]), int(rows.tokens.shape[1])),
-            warnings=warnings,
-        )
-
-    def _identity(self, rows: CalibrationSet | None, plan: Plan) -> str:
-        # What the written bytes depend on; runs on one model begin alike.
-        checkpoint = self._job.checkpoint
-        parts = [
-            __version__,
-            checkpoint.fingerprint,
-            None if rows is None else rows.fingerprint,
-            plan.identity(),
-            self._job.conversion.identity(),
-        ]
-        return run_prefix(checkpoint) + hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+def _known_formats(names: Sequence[str] | None) -> dict[str, Format]:
+    known = all_formats()
+    unknown = [name for name in names or () if name not in known]
+    if unknown:
+        raise ConfigError(f"formats: unknown name. Got {unknown}. Expected one of {', '.join(known)}. Choose another.")
+    return {name: known[name] for name in names or known}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,19 +12,23 @@ import torch
 
 from ..checkpoint.files.resume import ResumeStore
 from ..checkpoint.source.checkpoint import Checkpoint
+from ..checkpoint.source.language import language_model
 from ..convert.conversion import Conversion
+from ..convert.registry import format_asking
 from ..errors import BpwiseError
+from ..eval.models import model_name
 from ..linalg.work import Rates, rates_of
 from ..measure.calibrated import CALIBRATION_FILE
+from ..measure.device import resolve_device
 from ..measure.measurement import Measurement
 from ..measure.run import CALIBRATED, MeasureConfig, calibrated_identity
 from ..measure.text.calibration import CalibrationSet
 from ..measure.text.context import CALIBRATION, fit_row_tokens
-from ..progress import Progress, RunForecast, RunProgress
-from .checks import exists, require_convertible
+from ..progress import ExpectedPart, Progress, RunForecast, RunProgress
+from .checks import exists, has_report, require_convertible
 from .config import QuantizeConfig
-from .forecast import Forecast
 from .measuring import MEASUREMENT_FILE, MEASURING
+from .timing.forecast import Forecast
 from .timing.parts import (
     CountedPart,
     OutputState,
@@ -35,12 +40,21 @@ from .timing.parts import (
     writing_parts,
 )
 
-__all__ = ["announce", "measuring_forecast", "with_times"]
+__all__ = ["announce", "announce_measuring", "measuring_forecast", "with_times"]
+
+_log = logging.getLogger(__name__)
+
+_RESUMED = {
+    "measure: forward": "gone through forward",
+    "measure: backward, curves": "measured",
+    "quantize: round": "rounded",
+}
+"""Parts that an earlier run may have left unfinished, in the order of the work, and what was done to its blocks."""
 
 
 def with_times(
     forecasts: Mapping[Path, Forecast],
-    conversion: Conversion,
+    conversions: Conversion | Mapping[Path, Conversion],
     config: QuantizeConfig,
     work: Path,
     *,
@@ -53,7 +67,7 @@ def with_times(
 
     Args:
         forecasts: Of each output; see ``bpwise.quantize.checks.forecast_outputs``.
-        conversion: The original on its way into the format.
+        conversions: The original on its way into the format, or into that of each output.
         config: Options; their target is not read.
         work: The run's work directory.
         known: The measurement to work from, or the calibration rows that are given; None if they are to be made.
@@ -64,26 +78,29 @@ def with_times(
     Raises:
         BpwiseError: As ``forecast_outputs``.
     """
-    checkpoint, measure, evaluate = conversion.checkpoint, config.measure, config.evaluate
+    each_in = dict.fromkeys(forecasts, conversions) if isinstance(conversions, Conversion) else conversions
+    kinds = list(dict.fromkeys(each_in.values()))
+    checkpoint, measure, evaluate = kinds[0].checkpoint, config.measure, config.evaluate
     measured = isinstance(known, Measurement)
     shape = _rows_shape(known, measure, checkpoint)
     parts: list[CountedPart] = []
     counted: dict[Path, list[CountedPart]] = {}
-    if conversion.scratch(work, measurement):
-        parts.append(preparing_part(conversion, measure))
+    evaluated = False
+    parts += [preparing_part(kind, measure) for kind in kinds if kind.scratch(work, measurement)]
     measuring = work / MEASURING if series else work
-    if conversion.measures and known is None:
+    if kinds[0].measures and known is None:
         parts += writing_parts(checkpoint, measure, shape, measuring / CALIBRATION_FILE)
-    if conversion.measures and not measured:
-        parts += measuring_parts([conversion], measure, shape, measuring / MEASUREMENT_FILE)
+    if kinds[0].measures and not measured:
+        parts += measuring_parts(kinds, measure, shape, measuring / MEASUREMENT_FILE)
     for output, forecast in forecasts.items():
         place = work / output.name if series else work
         state = OutputState(work=place, exists=exists(output), measures=not series and not measured)
-        parts += output_parts(conversion, forecast.size.bpw, measure, shape, state)
-        if evaluate is not None:
+        parts += output_parts(each_in[output], forecast.size.bpw, measure, shape, state)
+        if evaluate is not None and not (exists(output) and has_report(output, format_asking(each_in[output].options))):
             fitted = evaluate.fitted(checkpoint)
             assert fitted.row_tokens is not None
-            parts += evaluation_parts(conversion, fitted, fitted.row_tokens, original=not counted)
+            parts += evaluation_parts(each_in[output], fitted, fitted.row_tokens, original=not evaluated)
+            evaluated = True
         counted[output], parts = parts, []
     expected = iter(expected_parts((part for each in counted.values() for part in each), rates))
     return {
@@ -95,7 +112,7 @@ def with_times(
 def announce(
     progress: Progress,
     forecasts: Mapping[Path, Forecast],
-    conversion: Conversion,
+    conversions: Conversion | Mapping[Path, Conversion],
     config: QuantizeConfig,
     work: Path,
     *,
@@ -104,11 +121,13 @@ def announce(
     series: bool = False,
 ) -> None:
     """Tell a progress that wants to know it what the run will take; arguments as in ``with_times``."""
+    kinds = list(dict.fromkeys([conversions] if isinstance(conversions, Conversion) else conversions.values()))
+    checkpoint = kinds[0].checkpoint
+    _log.info("%s", _run_line(checkpoint, _made_words(forecasts, kinds), config.measure))
     if not isinstance(progress, RunProgress):
         return
-    timed = with_times(
-        forecasts, conversion, config, work, known=known, measurement=measurement, series=series
-    ).values()
+    outputs = with_times(forecasts, conversions, config, work, known=known, measurement=measurement, series=series)
+    timed = outputs.values()
     progress.expect(
         RunForecast(
             parts=tuple(part for each in timed for part in each.parts),
@@ -116,6 +135,35 @@ def announce(
             disk_bytes=max(each.disk_bytes for each in timed),
         )
     )
+    measures = any(part.step == "measure" for each in timed for part in each.parts)
+    if kinds[0].measures and not measures and not isinstance(known, Measurement):
+        _log.info("resuming: the model is measured")
+    for output, forecast in outputs.items():
+        _log_resumed(forecast.parts, checkpoint, output)
+
+
+def announce_measuring(
+    progress: Progress,
+    conversions: Mapping[str, Conversion],
+    config: MeasureConfig,
+    output: Path,
+    work: Path,
+    *,
+    rows: CalibrationSet | None,
+) -> None:
+    """Say what is measured, and tell a progress that wants to know it what that will take; as ``measuring_forecast``.
+
+    Raises:
+        BpwiseError: As ``measuring_forecast``.
+    """
+    if not conversions:
+        return
+    checkpoint = next(iter(conversions.values())).checkpoint
+    _log.info("%s", _run_line(checkpoint, f"{output} (measurement for {', '.join(conversions)})", config))
+    if isinstance(progress, RunProgress):
+        forecast = measuring_forecast(conversions, config, output, work, rows=rows)
+        progress.expect(forecast)
+        _log_resumed(forecast.parts, checkpoint, output)
 
 
 def measuring_forecast(
@@ -149,6 +197,33 @@ def measuring_forecast(
         store = ResumeStore.existing(work, CALIBRATED, calibrated_identity(config.calibration))
         parts += writing_parts(checkpoint, config, shape, None if store is None else store.path / CALIBRATION_FILE)
     return RunForecast(parts=expected_parts([*parts, *measuring_parts(usable, config, shape, work / MEASUREMENT_FILE)]))
+
+
+def _run_line(checkpoint: Checkpoint, made: str, config: MeasureConfig) -> str:
+    # What a run begins with: the model, what is made of it, and where.
+    count = checkpoint.parameter_count
+    size = f"{count / 1e9:.2f} billion" if count >= 1e9 else f"{count / 1e6:.1f} million"
+    blocks, device = language_model(checkpoint).block_count, resolve_device(config.device)
+    name, family = model_name(checkpoint), checkpoint.config.get("model_type")
+    return f"{name} ({family}, {blocks} blocks, {size} parameters) -> {made}, on {device}"
+
+
+def _made_words(forecasts: Mapping[Path, Forecast], kinds: Sequence[Conversion]) -> str:
+    sizes = ", ".join(dict.fromkeys(f"{forecast.size.bpw:.4g}" for forecast in forecasts.values()))
+    titles = " and ".join(format_asking(kind.options).title for kind in kinds)
+    (first, *others) = forecasts
+    place = f"{len(forecasts)} outputs in {first.parent}" if others else str(first)
+    return f"{place} ({titles}, {sizes} bits per weight)"
+
+
+def _log_resumed(parts: Iterable[ExpectedPart], checkpoint: Checkpoint, output: Path) -> None:
+    # How far an earlier run came, in blocks. What comes later in a step says more.
+    blocks, words = language_model(checkpoint).block_count, {}
+    for part in parts:
+        if part.done > 0 and part.label in _RESUMED:
+            words[part.step] = f"{round(part.done * blocks)} of {blocks} blocks {_RESUMED[part.label]}"
+    for step, each in words.items():
+        _log.info("resuming: %s%s", each, f" for {output.name}" if step == "round" else "")
 
 
 def _is_supported(conversion: Conversion) -> bool:

@@ -12,16 +12,9 @@ from typing import Any
 import bpwise
 import pytest
 import torch
-from bpwise import (
-    CalibrationConfig,
-    EvalConfig,
-    MeasureConfig,
-    QuantizeConfig,
-    Target,
-    measure_model,
-    quantize_model,
-)
+from bpwise import CalibrationConfig, EvalConfig, MeasureConfig, quantize_model
 from bpwise.convert.exl2.curves import Exl2Curves
+from bpwise.measure.run import measure_to_file
 from safetensors.torch import save_file
 
 from .measured import Given, gguf_curves_of
@@ -34,15 +27,12 @@ FUNCTIONS = [name for name in bpwise.__all__ if inspect.isfunction(getattr(bpwis
 def made(save_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a model ``llama``, a measurement ``m.safetensors`` of it, and ``llama-6bpw``."""
     folder = tmp_path_factory.mktemp("examples")
-    config = QuantizeConfig(
-        target=Target(bpw=6.0),
-        measure=MeasureConfig(calibration=CalibrationConfig(rows=4, row_tokens=64)),
-        evaluate=EvalConfig(rows=2, row_tokens=64),
-    )
+    measure = MeasureConfig(calibration=CalibrationConfig(rows=4, row_tokens=64))
     model = save_model(folder / "llama")
     formats = {maker.name: Given(maker) for maker in (Exl2Curves(), *gguf_curves_of(model))}
-    measure_model(model, folder / "m.safetensors", config.measure, formats=formats)
-    quantize_model(model, folder / "llama-6bpw", config, measurement=folder / "m.safetensors")
+    measure_to_file(model, folder / "m.safetensors", measure, formats=formats)
+    evaluate = EvalConfig(rows=2, row_tokens=64)
+    quantize_model(model, folder / "llama-6bpw", bpw=6.0, measurement=folder / "m.safetensors", evaluate=evaluate)
     return folder
 
 

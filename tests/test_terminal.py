@@ -3,6 +3,7 @@
 import ast
 import errno
 import json
+import logging
 import struct
 import threading
 from pathlib import Path
@@ -16,8 +17,7 @@ from bpwise.cli.output import RunBar, progress_bar
 from bpwise.convert.exl2.file.layout import RowGroup
 from bpwise.convert.exl2.file.linear import QuantizedLinear
 from bpwise.convert.exl2.file.store import linear_tensors
-from bpwise.progress import ExpectedPart, RunForecast
-from bpwise.quantize.timing.left import TimeLeft
+from bpwise.progress import ExpectedPart, RunForecast, TimeLeft
 from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
@@ -180,23 +180,47 @@ def test_a_log_counts_down_the_whole_run(capsys: pytest.CaptureFixture[str], mon
     assert capsys.readouterr().err.splitlines() == [
         "expected    3.3 min (measure 2.3 min, round 1.0 min), "
         "5 MiB of memory and 3 MiB in the work directory at most, roughly",
-        "measure: forward: 3 of 10, 02:38 left of the run",
-        "measure: forward: 6 of 10, 01:56 left of the run",
-        "measure: forward: 9 of 10, 01:14 left of the run",
-        "measure: forward: 10 in 02:20",
-        "quantize: round: 1 of 2, 00:59 left of the run",
-        "quantize: round: 2 in 02:00",
+        "[1/2 measure] forward: 3 of 10, 02:38 left of the run",
+        "[1/2 measure] forward: 6 of 10, 01:56 left of the run",
+        "[1/2 measure] forward: 9 of 10, 01:14 left of the run",
+        "[1/2 measure] forward: 10 in 02:20",
+        "[2/2 round] round: 1 of 2, 00:59 left of the run",
+        "[2/2 round] round: 2 in 02:00",
     ]
 
 
 def test_a_bar_counts_down_the_whole_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    bar = RunBar(lambda: RunForecast(parts=(ExpectedPart(step="measure", label="other", seconds=3700.0),)))
+    bar = RunBar()
+    bar.expect(RunForecast(parts=(ExpectedPart(step="measure", label="other", seconds=3700.0),)))
     assert list(bar([1, 2], "measure: forward")) == [1, 2]
     shown = capsys.readouterr().err
     assert shown.startswith("expected    61.7 min (measure 61.7 min), roughly\n")
-    assert "measure: forward:   0%" in shown
+    assert "[1/1 measure] forward:   0%" in shown
     assert "1:01:40 left of the run]" in shown
+
+
+def test_quiet_commands_show_no_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    bar = RunBar()
+    with output.logged(logging.WARNING):
+        bar.expect(RunForecast(parts=(ExpectedPart(step="measure", label="measure: forward", seconds=1.0),)))
+        assert list(bar([1, 2], "measure: forward")) == [1, 2]
+        logging.getLogger("bpwise.any").info("begins")
+        output.note("note")
+        output.say("a warning", err=True)
+    assert capsys.readouterr().err == "a warning\n"
+
+
+def test_what_the_library_logs(capsys: pytest.CaptureFixture[str]) -> None:
+    log = logging.getLogger("bpwise.any")
+    for level, expected in ((logging.INFO, ["begins"]), (logging.DEBUG, ["begins", r"decides \x1b[2J"])):
+        with output.logged(level):
+            log.info("begins")
+            log.debug("decides %s", EVIL)
+        lines = capsys.readouterr().err.splitlines()
+        assert [line[:15] for line in lines] == [each[:15] for each in expected]
+    log.info("no command runs")
+    assert capsys.readouterr().err == ""
 
 
 def test_commands_print_through_one_function() -> None:

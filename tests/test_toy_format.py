@@ -18,7 +18,7 @@ from bpwise.convert.opening import open_any, verify_model
 from bpwise.convert.registry import load_plan, registered
 from bpwise.errors import WorkDirectoryError
 from bpwise.eval.comparison import EvalConfig, evaluate_models
-from bpwise.measure.run import MeasureConfig, measure_model
+from bpwise.measure.run import MeasureConfig, measure_to_file
 from bpwise.measure.text.calibration import CalibrationConfig
 from bpwise.quantize.config import QuantizeConfig
 from bpwise.quantize.inspect import inspect_path
@@ -27,6 +27,7 @@ from bpwise.quantize.run import quantize_model
 from bpwise.quantize.series import quantize_series
 
 from . import toy_format
+from .quantize.runs import arguments, series_arguments
 from .toy_format import FORMAT, ToyOptions
 
 ROOT = Path(bpwise.__file__).parent
@@ -54,7 +55,7 @@ def test_is_complete_in_150_lines() -> None:
 
 def test_goes_the_whole_way(tiny_model: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    result = quantize_model(tiny_model, output, config(evaluate=True))
+    result = quantize_model(tiny_model, output, **arguments(config(evaluate=True)))
     assert result.comparison is not None
     assert 0 < result.comparison.summary.kl_nats.value < 0.01
     assert result.plan.bpw <= 10
@@ -81,7 +82,7 @@ def test_goes_the_whole_way(tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_plans_from_a_measurement_alone(tiny_model: Path, tmp_path: Path) -> None:
-    measured = measure_model(
+    measured = measure_to_file(
         tiny_model,
         tmp_path / "m.safetensors",
         MeasureConfig(calibration=CALIBRATION),
@@ -96,7 +97,7 @@ def test_plans_from_a_measurement_alone(tiny_model: Path, tmp_path: Path) -> Non
 
 
 def test_a_series(tiny_model: Path, tmp_path: Path) -> None:
-    result = quantize_series(tiny_model, tmp_path / "out", config(), [8.0, 12.0])
+    result = quantize_series(tiny_model, tmp_path / "out", [8.0, 12.0], **series_arguments(config()))
     assert [output.bpw == pytest.approx(bpw, abs=0.5) for output, bpw in zip(result.outputs, (8, 12), strict=True)]
     assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir()) == [
         f"{tiny_model.name}-12.0bpw-toy",
@@ -109,7 +110,7 @@ class Killed(BaseException):
 
 
 def test_a_killed_run_goes_on(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = quantize_model(tiny_model, tmp_path / "whole", config())
+    whole = quantize_model(tiny_model, tmp_path / "whole", **arguments(config()))
     save, saved = ResumeStore.save, []
 
     def dying(store: ResumeStore, artifact: str, tensors: dict[str, torch.Tensor]) -> None:
@@ -121,19 +122,19 @@ def test_a_killed_run_goes_on(tiny_model: Path, tmp_path: Path, monkeypatch: pyt
     with monkeypatch.context() as patch:
         patch.setattr(ResumeStore, "save", dying)
         with pytest.raises(Killed):
-            quantize_model(tiny_model, tmp_path / "out", config())
+            quantize_model(tiny_model, tmp_path / "out", **arguments(config()))
     before = set(saved)
     saved.clear()
     monkeypatch.setattr(
         ResumeStore, "save", lambda store, name, tensors: (saved.append(name), save(store, name, tensors))
     )
-    again = quantize_model(tiny_model, tmp_path / "out", config())
+    again = quantize_model(tiny_model, tmp_path / "out", **arguments(config()))
     assert not before & set(saved)  # nothing was done twice
     names = [path / "toy.safetensors" for path in (whole.output, again.output)]
     assert names[0].read_bytes() == names[1].read_bytes()
-    quantize_model(tiny_model, tmp_path / "out", config())  # finished: nothing is done
+    quantize_model(tiny_model, tmp_path / "out", **arguments(config()))  # finished: nothing is done
     with pytest.raises(WorkDirectoryError, match="not the output of this run"):
-        quantize_model(tiny_model, tmp_path / "out", config(12.0))
+        quantize_model(tiny_model, tmp_path / "out", **arguments(config(12.0)))
 
 
 CLI = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ __all__ = [
     "TensorSource",
     "embedding_rows",
 ]
+
+_log = logging.getLogger(__name__)
 
 
 class TensorSource(Protocol):
@@ -131,6 +134,7 @@ class Checkpoint:
         _check_config(config, config_path, quantized=quantized)
         headers = weight_headers(directory)
         require_own_files(directory)
+        _log.debug("original: %s, config.json and %s", directory, ", ".join(headers))
         checkpoint = cls(directory, config, headers)
         if not is_known(config):
             return checkpoint

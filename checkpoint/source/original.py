@@ -30,7 +30,7 @@ _VIEWS = {
 """For each ``quant_method`` that is read: what dequantizes it, and the dtype that its codes must have."""
 
 
-def open_model(model: Original, *, lora: Path | None = None) -> Checkpoint:
+def open_model(model: Original, *, lora: str | Path | None = None) -> Checkpoint:
     """Open a model, with what shall be changed while it is read; float8 and MXFP4 weights are dequantized.
 
     Tokenizer and model first meet here: tokens that the embedding has no row for are warned of, once for a run.
@@ -56,7 +56,7 @@ def open_model(model: Original, *, lora: Path | None = None) -> Checkpoint:
         checkpoint = _dequantized(Checkpoint.open(directory, quantized=True))
         warn_of_tokens_beyond(checkpoint)
     if lora is not None:
-        checkpoint = LoraView(checkpoint, lora)
+        checkpoint = LoraView(checkpoint, Path(lora))
     return checkpoint
 
 

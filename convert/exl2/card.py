@@ -32,12 +32,12 @@ def exl2_card(model: Exl2Model, base_name: str) -> CardFacts:
     )
 
 
-def exl2_name(base_name: str, bpw: float, head_bits: int | None) -> str:
+def exl2_name(base_name: str, bpw: float | str, head_bits: int | None) -> str:
     """Return the name by convention: ``Llama-3.2-1B-8.0bpw-8hb-exl2``.
 
     Args:
         base_name: Name of the original; of a Hub id the part after the owner is taken.
-        bpw: Bits per weight that were asked for.
+        bpw: Bits per weight that were asked for, or another label of the size.
         head_bits: Bits of the head; None leaves them out.
     """
     return convention_name(base_name, bpw, *([] if head_bits is None else [f"{head_bits}hb"]), "exl2")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..conversion import Conversion
 from ..format import Format
@@ -25,6 +27,7 @@ class Exl2Format(Format):
     name = "exl2"
     title = "EXL2"
     bpw_means = "of all linears but the head"
+    default_options: ClassVar[Mapping[str, Any]] = MappingProxyType({"head_bits": 8})
     Options = Exl2Options
     conflicts = CONFLICTS
     own_files = (*Format.own_files, MANIFEST_FILE)
@@ -55,7 +58,7 @@ class Exl2Format(Format):
         assert isinstance(model, Exl2Model)
         return exl2_card(model, base_name)
 
-    def output_name(self, base_name: str, bpw: float, options: Any) -> str:
+    def output_name(self, base_name: str, bpw: float | str, options: Any) -> str:
         """Return the name of an output by convention: ``Llama-3.2-1B-8.0bpw-8hb-exl2``."""
         from .card import exl2_name
 

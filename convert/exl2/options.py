@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import ConfigError
-from ..options import Conflict, Effort, FormatOptions, check_effort, effort_option, option
+from ..options import Conflict, Effort, FormatOptions, check_effort, effort_option, option, read_texts
 from .file.layout import ROW_MULTIPLE
 from .plan.problem import AUTO, HEAD_BITS, HeadBits, WidthOverride, check_head_bits
 from .plan.vram import CACHE_BITS
@@ -99,6 +99,7 @@ class Exl2Options(FormatOptions):
         Raises:
             ConfigError: One of them makes no sense.
         """
+        read_texts(self)
         check_head_bits(self.head_bits)
         check_effort(self.effort)
         if self.cache_bits not in CACHE_BITS:

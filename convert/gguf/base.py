@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import warnings
@@ -29,6 +30,8 @@ from .llama_cpp.converter import converter_digest, make_base, make_projector, pr
 from .llama_cpp.staging import converter_files
 
 __all__ = ["BASE", "base_identity", "base_path", "base_to_make", "converted", "projector_path", "write_projector"]
+
+_log = logging.getLogger(__name__)
 
 BASE = "base"
 """Name of the step in the work directory that holds the file; beside a measurement, end of the name."""
@@ -103,6 +106,7 @@ def converted(
         # Before the file gets its name: one without a digest is not taken.
         write_text(_digest_file(base), _digest(made))
 
+    _log.debug("unquantized file: %s%s", base, "" if base.exists() else ", converted now")
     if not base.exists():
         make_base(checkpoint, base, llama_cpp=llama_cpp, check=look)
     return tuple(check_base(base, checkpoint))

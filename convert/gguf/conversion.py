@@ -261,7 +261,7 @@ class GgufConversion(Conversion):
     def _tensor_bytes(self, target: Target, provenance: Provenance | None) -> int | None:
         # What a largest size leaves for tensors beside the file's own metadata, as far as these are known; None where
         # bits per weight are asked for.
-        max_bytes = largest_file(target, self._source)
+        max_bytes = largest_file(target, self._source, None if self._base is None else self.header)
         if max_bytes is None or provenance is None or self._base is None:
             return max_bytes
         return room_for_tensors(max_bytes, self.header, _metadata(provenance, self.layout.rows))

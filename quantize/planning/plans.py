@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ class PlanPoint:
 
 
 def make_plan(
-    measurement: Measurement,
+    measurement: Measurement | str | Path,
     *,
     bpw: float | None = None,
     max_bytes: int | None = None,
@@ -46,7 +47,7 @@ def make_plan(
     """Choose what every linear or tensor gets, from a measurement alone.
 
     Args:
-        measurement: The measured curves.
+        measurement: A measurement, or its file.
         bpw: Bits per weight, as the format counts them; met from below, never exceeded.
         max_bytes: The same as a size of all tensors, in bytes; one of the two is given.
         options: The format's options, which choose the format too; None for the first format's defaults.
@@ -59,16 +60,16 @@ def make_plan(
         ConfigError: Not exactly one size is given, the format was not measured, or options match nothing.
 
     Example:
-        >>> from pathlib import Path
-        >>> from bpwise import Measurement, make_plan
-        >>> plan = make_plan(Measurement.load(Path("m.safetensors")), bpw=4.0)
+        >>> from bpwise import make_plan
+        >>> plan = make_plan("m.safetensors", bpw=4.0)
         >>> 3.9 < plan.bpw <= 4.0
         True
-        >>> plan.save(Path("plan.json"))
+        >>> plan.save("plan.json")
     """
     options = options or next(iter(formats().values())).Options()
+    measured = measurement if isinstance(measurement, Measurement) else Measurement.load(measurement)
     target = Target(bpw=bpw, max_bytes=max_bytes)
-    return format_asking(options).plan(measurement, options, bpw=target.bpw, max_bytes=target.max_bytes)
+    return format_asking(options).plan(measured, options, bpw=target.bpw, max_bytes=target.max_bytes)
 
 
 def plan_points(format_: Format, measurement: Measurement, options: Any) -> list[PlanPoint]:

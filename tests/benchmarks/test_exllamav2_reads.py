@@ -18,6 +18,7 @@ from bpwise.quantize.run import quantize_model
 from transformers import PreTrainedTokenizerFast
 
 from ..convert.exl2.test_readers import KINDS, PUBLISHED, original, published, taken, written
+from ..quantize.runs import arguments
 from ..tiny_models import FAMILIES, VISION, save_family, save_with_vision
 
 pytestmark = pytest.mark.slow
@@ -97,7 +98,7 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: PreTraine
         measure = MeasureConfig(calibration=CalibrationConfig(rows=2, row_tokens=32), device="cpu")
         options = Exl2Options(head_bits=8, force=name in OTHERWISE)
         config = QuantizeConfig(target=Target(bpw=5.5), options=options, measure=measure, evaluate=None)
-        quantize_model(original, folder / name, config)
+        quantize_model(original, folder / name, **arguments(config))
         shutil.rmtree(original)
     run = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "exllamav2_reads.py"), "--exllamav2", str(PACKAGE), *models],

@@ -99,7 +99,7 @@ def test_the_table_compares_all_variants_and_a_rerun_only_reads(
     kept = (tmp_path / "work" / "results.jsonl").read_text()
     assert len(kept.splitlines()) == 2 * len(COMPARED)
     monkeypatch.delattr(quality, "run_original")
-    monkeypatch.delattr(quality, "measure_model")
+    monkeypatch.delattr(quality, "measure_to_file")
     assert run(quality, model, tmp_path / "work").stdout == first.stdout
     assert (tmp_path / "work" / "results.jsonl").read_text() == kept
 

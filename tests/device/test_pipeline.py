@@ -30,6 +30,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ..families.judge import tensors_of
 from ..families.models import build_family, family_names
+from ..quantize.runs import arguments
 from ..tiny_models import save_family
 from .pretend import NAME, counted, without_float64
 
@@ -44,7 +45,7 @@ def run(model: Path, output: Path, device: str, bpw: float, options: Any) -> Qua
         evaluate=EvalConfig(rows=2, row_tokens=32, device=device),
     )
     with without_float64(), counted() as counts:
-        result = quantize_model(model, output, config)
+        result = quantize_model(model, output, **arguments(config))
     assert (counts.launches.total() > 1000) == (device == NAME)  # it ran there
     return result
 

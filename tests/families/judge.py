@@ -19,13 +19,14 @@ from bpwise.convert.gguf.plan.making import make_gguf_plan
 from bpwise.convert.gguf.plan.plan import GgufPlan
 from bpwise.convert.registry import GgufOptions, export_imatrix
 from bpwise.errors import BpwiseWarning
-from bpwise.measure.run import MeasureConfig, measure_model
+from bpwise.measure.run import MeasureConfig
 from bpwise.measure.text.calibration import CalibrationSet
 from bpwise.quantize.config import QuantizeConfig
-from bpwise.quantize.run import quantize_model
+from bpwise.quantize.run import measure_model, quantize_model
 from gguf import GGUFReader, ReaderTensor
 from torch import Tensor
 
+from ..quantize.runs import arguments
 from .models import family_config, model_class
 
 MIXTURE = "Q4_K_M"
@@ -84,15 +85,21 @@ def judge_family(name: str, model: Path, work: Path, llama_cpp: Path, llama_quan
     # With a file that was given, no other is made of what a model sees images with.
     options = GgufOptions(llama_cpp=llama_cpp, base=None if "vision_config" in checkpoint.config else base)
     config = QuantizeConfig(target=Target(bpw=4.85), options=options, evaluate=None)
-    formats = {"gguf": config.conversion(checkpoint)}
-    measured = measure_model(checkpoint, measurement, MeasureConfig(device="cpu"), formats=formats, calibration=_rows())
+    measured = measure_model(
+        checkpoint,
+        measurement,
+        formats=["gguf"],
+        options=[options],
+        measure=MeasureConfig(device="cpu"),
+        calibration=_rows(),
+    )
     export_imatrix(measured, work / "imatrix.gguf")
     # What has no statistics (layers for multi-token prediction) is the same in both files.
     fixed = [tensor.name for tensor in make_gguf_plan(measured, bpw=16.0).tensors if tensor.damage_nats is None]
     theirs = None if llama_quantize is None else LlamaQuantize(llama_quantize, base, work, fixed)
     if theirs is not None:
         config = replace(config, target=Target(bpw=theirs.bpw))
-    plan = quantize_model(checkpoint, ours, config, measurement=measurement).plan
+    plan = quantize_model(checkpoint, ours, **arguments(config), measurement=measurement).plan
     assert isinstance(plan, GgufPlan)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", BpwiseWarning)  # what nothing explains is taken from the original

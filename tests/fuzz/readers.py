@@ -35,7 +35,7 @@ from bpwise.convert.opening import open_any, verify_model
 from bpwise.convert.publishing.base_card import read_base_card
 from bpwise.convert.publishing.card import Card, render_card
 from bpwise.convert.publishing.cards import write_card
-from bpwise.convert.publishing.push import Upload, push_model
+from bpwise.convert.publishing.push import Upload, upload_model
 from bpwise.convert.registry import load_plan, require_format
 from bpwise.errors import BpwiseError
 from bpwise.eval.cache import OriginalCache
@@ -50,6 +50,7 @@ from bpwise.quantize.checks import output_of
 from bpwise.quantize.run import quantize_model
 from bpwise.quantize.timing.finished import finished_blocks
 
+from ..quantize.runs import arguments
 from .hub import check_answers, lying_hub, mutated_answers
 from .kinds import ARROW, CARD, DAT, GGUF, JSON, JSON_LINES, PARQUET, TEMPLATE, TENSORS, TEXT, Kind
 from .pool import Mutant, Outcome, run_all
@@ -203,7 +204,7 @@ def _read_measurement(folder: Path, changed: Path) -> None:
         run_cli("plan", path, "--bpw", "8", "--format", "gguf", "-o", folder / "t.json")
         run_cli("plan", path, "--html", folder / "page.html")
     run_cli("imatrix", path, "-o", folder / "i.gguf")
-    quantize_model(folder / "model", folder / "out", TO_4_5_BPW, measurement=path)
+    quantize_model(folder / "model", folder / "out", **arguments(TO_4_5_BPW), measurement=path)
 
 
 def _read_pieces(folder: Path, changed: Path) -> None:
@@ -352,7 +353,7 @@ def _read_push(folder: Path, changed: Path) -> None:
     for _, path in files:
         path.write_bytes(b"{}")
     with lying_hub(folder / changed, folder / "cache"):
-        link = push_model(Upload(output=folder / "a", repo="org/name", branch=None, files=files, left_out=()))
+        link = upload_model(Upload(output=folder / "a", repo="org/name", branch=None, files=files, left_out=()))
     if not is_printable(link):
         raise Raw(f"printed {link[:200]!r}")
 

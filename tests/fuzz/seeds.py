@@ -41,6 +41,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ..measured import gguf_curves_of
+from ..quantize.runs import arguments
 from .hub import answers_of
 from .running import run_cli
 
@@ -123,7 +124,7 @@ def _quantized_seeds(folder: Path, made: set[str], work: Path, original: Checkpo
             plan.write_text(json.dumps(entries))
     if made & {"exl2", "plan"}:
         output = work / "exl2"
-        quantize_model(original.directory, output, TO_4_5_BPW, measurement=path)
+        quantize_model(original.directory, output, **arguments(TO_4_5_BPW), measurement=path)
         manifest = json.loads((output / "bpwise.json").read_text())
         del manifest["sha256"]  # which files without a checksum of their own lack
         manifest["provenance"]["changes"] = {"adapters": [{"name": "a", "sha256": "0"}]}

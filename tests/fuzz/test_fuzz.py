@@ -12,7 +12,7 @@ from random import Random
 
 import pytest
 from bpwise.checkpoint.source.hub import resolve_model
-from bpwise.convert.publishing.push import Upload, push_model
+from bpwise.convert.publishing.push import Upload, upload_model
 from bpwise.errors import CheckpointError, PublishError
 
 from . import mutations
@@ -109,10 +109,10 @@ def test_a_hub_that_lies(tmp_path: Path) -> None:
     answers.write_text(json.dumps(honest))
     with lying_hub(answers, tmp_path / "cache"):
         assert (resolve_model("org/name") / "config.json").read_bytes() == b"{}"
-        assert push_model(upload).startswith("https://huggingface.co/org/name/commit/")
+        assert upload_model(upload).startswith("https://huggingface.co/org/name/commit/")
     answers.write_text(json.dumps(lies))
     with lying_hub(answers, tmp_path / "other"):
         with pytest.raises(CheckpointError, match="could not be downloaded"):
             resolve_model("org/name")
         with pytest.raises(PublishError, match="not uploaded"):
-            push_model(upload)
+            upload_model(upload)

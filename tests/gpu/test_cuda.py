@@ -14,7 +14,7 @@ from bpwise.convert.opening import verify_model
 from bpwise.eval.comparison import EvalConfig
 from bpwise.linalg.outputs import OutputFeedback
 from bpwise.measure.measurement import Measurement
-from bpwise.measure.run import MeasureConfig, measure_model
+from bpwise.measure.run import MeasureConfig, measure_to_file
 from bpwise.measure.text.calibration import CalibrationConfig
 from bpwise.quantize.config import QuantizeConfig
 from bpwise.quantize.run import quantize_model
@@ -22,6 +22,7 @@ from bpwise.quantize.run import quantize_model
 from ..convert.exl2.test_feedback import Problem
 from ..device.row_kernel import same_sums
 from ..measured import GGUF, Given, damage_of, gguf_curves_of
+from ..quantize.runs import arguments
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -35,7 +36,7 @@ def options(device: str) -> MeasureConfig:
 def test_damages_are_those_of_the_cpu(make_model: Callable[..., Path], tmp_path: Path) -> None:
     model = make_model("m", **SIZES)
     cpu, cuda = (
-        measure_model(model, tmp_path / f"{d}.safetensors", options(d), formats={"exl2": Given(Exl2Curves())})
+        measure_to_file(model, tmp_path / f"{d}.safetensors", options(d), formats={"exl2": Given(Exl2Curves())})
         for d in ("cpu", "cuda")
     )
     assert [linear.name for linear in cuda.linears] == [linear.name for linear in cpu.linears]
@@ -52,7 +53,7 @@ def test_damages_in_ggml_types_are_those_of_the_cpu(make_model: Callable[..., Pa
     model = make_model("m", **SIZES)
     (maker,) = gguf_curves_of(model) or pytest.skip("ggml's library is not installed: pip install '.[gguf]'")
     cpu, cuda = (
-        measure_model(model, tmp_path / f"{d}.safetensors", options(d), formats={"gguf": Given(maker)})
+        measure_to_file(model, tmp_path / f"{d}.safetensors", options(d), formats={"gguf": Given(maker)})
         for d in ("cpu", "cuda")
     )
     for ours, reference in zip((*cuda.linears, cuda.head), (*cpu.linears, cpu.head), strict=True):
@@ -66,7 +67,7 @@ def test_damages_in_ggml_types_are_those_of_the_cpu(make_model: Callable[..., Pa
 def test_the_output_verifies_and_is_as_good(make_model: Callable[..., Path], tmp_path: Path, bpw: float) -> None:
     model = make_model("m", **SIZES)
     measurement = tmp_path / "measurement.safetensors"
-    measure_model(model, measurement, options("cpu"), formats={"exl2": Given(Exl2Curves())})
+    measure_to_file(model, measurement, options("cpu"), formats={"exl2": Given(Exl2Curves())})
     divergences = {}
     for device in ("cpu", "cuda"):
         config = QuantizeConfig(
@@ -74,7 +75,7 @@ def test_the_output_verifies_and_is_as_good(make_model: Callable[..., Path], tmp
             measure=options(device),
             evaluate=EvalConfig(rows=8, row_tokens=128, device="cpu"),
         )
-        result = quantize_model(model, tmp_path / device, config, measurement=measurement)
+        result = quantize_model(model, tmp_path / device, **arguments(config), measurement=measurement)
         verified = verify_model(tmp_path / device)
         assert verified.compared
         assert verified.bpw <= bpw
@@ -90,7 +91,7 @@ def test_a_run_from_nothing_works(make_model: Callable[..., Path], tmp_path: Pat
         measure=options("cuda"),
         evaluate=EvalConfig(rows=4, row_tokens=128, device="cuda"),
     )
-    result = quantize_model(make_model("m", **SIZES), tmp_path / "out", config)
+    result = quantize_model(make_model("m", **SIZES), tmp_path / "out", **arguments(config))
     assert result.comparison is not None
     assert 0 < result.comparison.summary.kl_nats.value < 1
     assert result.measurement is not None

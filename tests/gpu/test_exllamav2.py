@@ -16,6 +16,8 @@ from bpwise.quantize.config import QuantizeConfig
 from bpwise.quantize.run import quantize_model
 from transformers import LlamaForCausalLM
 
+from ..quantize.runs import arguments
+
 pytestmark = [
     pytest.mark.gpu,
     # Warnings of ExLlamaV2 and of what it imports are not ours to fix.
@@ -56,7 +58,7 @@ def quantized(request: pytest.FixtureRequest, exllamav2: Any, make_model: Callab
         measure=MeasureConfig(calibration=CalibrationConfig(rows=8, row_tokens=128), device="cpu"),
         evaluate=None,
     )
-    return quantize_model(original, tmp_path / "quantized", config).output
+    return quantize_model(original, tmp_path / "quantized", **arguments(config)).output
 
 
 @pytest.fixture

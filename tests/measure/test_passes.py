@@ -24,7 +24,7 @@ from bpwise.measure.device import resolve_device
 from bpwise.measure.measurement import MeasuredLinear, Measurement
 from bpwise.measure.model.stream import StreamedModel
 from bpwise.measure.passes import MeasuringPasses
-from bpwise.measure.run import MeasureConfig, measure_checkpoint, measure_model
+from bpwise.measure.run import MeasureConfig, measure_checkpoint, measure_to_file
 from bpwise.measure.statistics import probes
 from bpwise.measure.statistics.heldout import DAMPINGS, HeldOut
 from bpwise.measure.statistics.sketch import COUPLING_RANK
@@ -624,7 +624,7 @@ def test_to_file(tmp_path: Path) -> None:
     directory = save_model(tmp_path / "model", CONFIGS["llama"])
     output = tmp_path / "new" / "m.safetensors"
     formats = {each.name: Given(each) for each in (Exl2Curves(64), *gguf_curves_of(directory))}
-    made = measure_model(directory, output, CONFIG, formats=formats, calibration=rows())
+    made = measure_to_file(directory, output, CONFIG, formats=formats, calibration=rows())
     assert Measurement.load(output).to_bytes() == made.to_bytes()
     assert made.to_bytes() == measure(directory, tmp_path / "work").to_bytes()
     assert [path.name for path in output.parent.iterdir()] == ["m.safetensors"]  # nothing of the work is left

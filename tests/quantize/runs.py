@@ -1,5 +1,6 @@
 """Runs of the whole pipeline, as tests begin them: by command, and by options in Python."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,21 @@ def refused(*arguments: object) -> str:
 def measurement_of(output: Path) -> Path:
     """Where a run kept its measurement."""
     return output.with_name(f"{output.name}.work") / "measurement.safetensors"
+
+
+def arguments(config: QuantizeConfig) -> dict[str, Any]:
+    """What ``quantize_model`` takes of options."""
+    return {**series_arguments(config), **(asdict(config.target) if config.target else {})}
+
+
+def series_arguments(config: QuantizeConfig) -> dict[str, Any]:
+    """What ``quantize_series`` takes of options."""
+    return {
+        "options": config.options,
+        "measure": config.measure,
+        "evaluate": config.evaluate or False,
+        "base_model": config.base_model,
+    }
 
 
 def exl2(

@@ -16,16 +16,16 @@ from bpwise.convert.gguf.llama_cpp.imatrix import ImportanceMatrix, write_imatri
 from bpwise.convert.gguf.plan.plan import TypeOverride
 from bpwise.errors import BpwiseError, CalibrationError, ConfigError, VerificationError, WorkDirectoryError
 from bpwise.eval.config import EvalConfig
-from bpwise.measure.run import MeasureConfig, measure_model
+from bpwise.measure.run import MeasureConfig, measure_to_file
 from bpwise.measure.text.calibration import CalibrationConfig, CalibrationSet
 from bpwise.quantize.checks import forecast_outputs
 from bpwise.quantize.config import QuantizeConfig
 from bpwise.quantize.run import quantize_model
-from bpwise.quantize.series import output_paths, quantize_series
+from bpwise.quantize.series import output_targets, quantize_series
 from safetensors.torch import load_file, save_file
 
 from ..tiny_models import save_family
-from .runs import bpwise, exl2, gguf
+from .runs import arguments, bpwise, exl2, gguf, series_arguments
 
 CONVERTER = "convert.gguf.base.make_base"
 
@@ -107,9 +107,9 @@ def test_tensors_that_exl2_cannot_hold(case: str, tiny_model: Path, tmp_path: Pa
     model, out = copied(tiny_model, tmp_path / "m", change), tmp_path / "out"
     config = exl2()
     with pytest.raises(BpwiseError, match=message):
-        quantize_model(model, out, config)
+        quantize_model(model, out, **arguments(config))
     with pytest.raises(BpwiseError, match=message):
-        quantize_series(model, out, config, [4.5, 6.0])
+        quantize_series(model, out, [4.5, 6.0], **series_arguments(config))
     dry = bpwise("quantize", model, out, "--bpw", "4.5", "--dry-run")
     assert dry.exit_code == 1
     assert dry.stdout == ""
@@ -123,7 +123,7 @@ def test_side_files_that_lead_outside(name: str, tiny_model: Path, tmp_path: Pat
     (model / name).unlink(missing_ok=True)
     (model / name).symlink_to("/etc/hostname")
     with pytest.raises(BpwiseError, match=f"{name}: leads outside"):
-        quantize_model(model, tmp_path / "out", exl2())
+        quantize_model(model, tmp_path / "out", **arguments(exl2()))
 
 
 def test_side_files_are_looked_at_where_they_are(
@@ -143,7 +143,7 @@ def test_a_bias_that_float16_cannot_hold(tmp_path: Path, byte_tokenizer: Any) ->
     model = save_family(tmp_path / "m", "qwen2", byte_tokenizer)
     copied(model, tmp_path / "far", far("model.layers.1.self_attn.k_proj.bias"))
     with pytest.raises(BpwiseError, match=r"k_proj.bias: values range"):
-        quantize_model(tmp_path / "far", tmp_path / "out", exl2())
+        quantize_model(tmp_path / "far", tmp_path / "out", **arguments(exl2()))
 
 
 @pytest.fixture(scope="module")
@@ -172,10 +172,10 @@ class TestGguf:
     ) -> None:
         config = gguf(target=Target(**target), overrides=tuple(map(TypeOverride.parse, overrides)))
         with pytest.raises(BpwiseError, match=message):
-            quantize_model(known, tmp_path / "x.gguf", config)
+            quantize_model(known, tmp_path / "x.gguf", **arguments(config))
         if "bpw" in target:
             with pytest.raises(BpwiseError, match=message):
-                quantize_series(known, tmp_path / "x", config, [target["bpw"], 8.5])
+                quantize_series(known, tmp_path / "x", [target["bpw"], 8.5], **series_arguments(config))
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize(
@@ -192,7 +192,9 @@ class TestGguf:
         base = converted["mistral"].file
         config = gguf(5, base=base, overrides=tuple(map(TypeOverride.parse, overrides)))
         with pytest.raises(BpwiseError, match=message):  # before anything is measured
-            quantize_model(converted["mistral"].directory, tmp_path / "x.gguf", config, calibration=rows(2, 32))
+            quantize_model(
+                converted["mistral"].directory, tmp_path / "x.gguf", **arguments(config), calibration=rows(2, 32)
+            )
         assert not (tmp_path / "x.gguf").exists()
 
     @pytest.mark.parametrize(
@@ -210,13 +212,13 @@ class TestGguf:
         write_imatrix(matrix, ImportanceMatrix.from_means({name: torch.ones(row_weights)}, 10))
         config = gguf(mixture="Q4_0", imatrix=matrix, base=converted["mistral"].file)
         with pytest.raises(ConfigError, match=message):
-            quantize_model(converted["mistral"].directory, tmp_path / "x.gguf", config)
+            quantize_model(converted["mistral"].directory, tmp_path / "x.gguf", **arguments(config))
         assert not (tmp_path / "x.gguf").exists()
 
     def test_a_mixture_that_needs_importances(self, tmp_path: Path, byte_tokenizer: Any) -> None:
         wide = save_family(tmp_path / "m", "llama", byte_tokenizer, hidden_size=256, intermediate_size=256)
         with pytest.raises(ConfigError, match="garbage without importances"):
-            quantize_model(wide, tmp_path / "x.gguf", gguf(mixture="IQ2_XS"))
+            quantize_model(wide, tmp_path / "x.gguf", **arguments(gguf(mixture="IQ2_XS")))
 
 
 def test_a_base_of_another_model_is_refused_before_anything_is_measured(converted: Any, tmp_path: Path) -> None:
@@ -224,7 +226,7 @@ def test_a_base_of_another_model_is_refused_before_anything_is_measured(converte
         quantize_model(
             converted["mistral"].directory,
             tmp_path / "x.gguf",
-            gguf(6, base=converted["llama"].file),
+            **arguments(gguf(6, base=converted["llama"].file)),
             calibration=rows(2, 32),
         )
     assert not (tmp_path / "x.gguf").exists()
@@ -250,9 +252,9 @@ class TestContext:
     def test_longer_rows(self, config: QuantizeConfig, use: str, tiny_model: Path, tmp_path: Path) -> None:
         message = f"{use} text: rows of 129 tokens, but the model has positions for 128"
         with pytest.raises(ConfigError, match=message):
-            quantize_model(tiny_model, tmp_path / "x", config)
+            quantize_model(tiny_model, tmp_path / "x", **arguments(config))
         with pytest.raises(ConfigError, match=message):
-            quantize_series(tiny_model, tmp_path / "x", config, [8.0])
+            quantize_series(tiny_model, tmp_path / "x", [8.0], **series_arguments(config))
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize(
@@ -268,9 +270,9 @@ class TestContext:
     ) -> None:
         given.save(tmp_path / "rows.safetensors")
         with pytest.raises(error, match=message):
-            quantize_model(tiny_model, tmp_path / "x", exl2(), calibration=given)
+            quantize_model(tiny_model, tmp_path / "x", **arguments(exl2()), calibration=given)
         with pytest.raises(error, match=message):
-            measure_model(tiny_model, tmp_path / "m.safetensors", MeasureConfig(), formats={}, calibration=given)
+            measure_to_file(tiny_model, tmp_path / "m.safetensors", MeasureConfig(), formats={}, calibration=given)
         for command in (
             ("quantize", tiny_model, tmp_path / "x", "--bpw", 4.5, "--dry-run"),
             ("measure", tiny_model, "-o", tmp_path / "m.safetensors"),
@@ -296,7 +298,7 @@ def test_rows_beside_a_measurement(tiny_model: Path, tmp_path: Path, monkeypatch
     measured = SimpleNamespace(tokens=torch.zeros(1, 4))
     monkeypatch.setattr("bpwise.quantize.measuring.load_measurement", lambda *_: measured)
     with pytest.raises(ConfigError, match="brings its own calibration rows"):
-        quantize_model(tiny_model, tmp_path / "x", exl2(), measurement=Path("m"), calibration=rows(1, 4))
+        quantize_model(tiny_model, tmp_path / "x", **arguments(exl2()), measurement=Path("m"), calibration=rows(1, 4))
 
 
 def test_no_library_of_ggml(tmp_path: Path, byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,24 +308,24 @@ def test_no_library_of_ggml(tmp_path: Path, byte_tokenizer: Any, monkeypatch: py
         importlib.util, "find_spec", lambda name, *rest: (name != "libggml" and find(name, *rest)) or None
     )
     with pytest.raises(BpwiseError, match="ggml's library, which is not installed"):
-        quantize_model(model, tmp_path / "x.gguf", gguf(5))
+        quantize_model(model, tmp_path / "x.gguf", **arguments(gguf(5)))
     with pytest.raises(BpwiseError, match="ggml's library, which is not installed"):
-        quantize_model(model, tmp_path / "x.gguf", gguf(mixture="Q8_0"))
+        quantize_model(model, tmp_path / "x.gguf", **arguments(gguf(mixture="Q8_0")))
 
 
 class TestPlace:
     def test_below_a_file(self, tiny_model: Path, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
         with pytest.raises(WorkDirectoryError, match=r"a parent of it is not a directory"):
-            quantize_model(tiny_model, tmp_path / "file" / "out", exl2())
+            quantize_model(tiny_model, tmp_path / "file" / "out", **arguments(exl2()))
         with pytest.raises(WorkDirectoryError, match=r"a parent of it is not a directory"):
-            measure_model(tiny_model, tmp_path / "file" / "m.safetensors", MeasureConfig(), formats={})
+            measure_to_file(tiny_model, tmp_path / "file" / "m.safetensors", MeasureConfig(), formats={})
 
     def test_a_disk_that_is_too_small(self, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         # At 4.5 bits two layers of 30720 weights take 34560 bytes; embedding and head beside them.
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=34_560))
         with pytest.raises(WorkDirectoryError, match="its disk has 34560 free"):
-            quantize_model(tiny_model, tmp_path / "out", exl2())
+            quantize_model(tiny_model, tmp_path / "out", **arguments(exl2()))
 
     def test_a_series_takes_what_its_outputs_take_together(
         self, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -335,14 +337,13 @@ class TestPlace:
         together = 2 * small + 11_520
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=together - 1))
         with pytest.raises(WorkDirectoryError, match=rf"out/\*: will take {together} bytes, but its disk has"):
-            quantize_series(tiny_model, tmp_path / "out", config, rates)
-        paths = output_paths("tiny", tmp_path / "out", config, rates)
-        for path in paths.values():
+            quantize_series(tiny_model, tmp_path / "out", rates, **series_arguments(config))
+        targets = output_targets("tiny", tmp_path / "out", conversion, rates)
+        for path in targets:
             path.mkdir(parents=True)
         with pytest.raises(WorkDirectoryError, match=f"will take {together} bytes"):  # they are still empty
-            quantize_series(tiny_model, tmp_path / "out", config, rates)
-        (paths[6.0] / "config.json").write_text("{}")
-        targets = {path: Target(bpw=bpw) for bpw, path in paths.items()}
+            quantize_series(tiny_model, tmp_path / "out", rates, **series_arguments(config))
+        (tmp_path / "out" / "tiny-6.0bpw-6hb-exl2" / "config.json").write_text("{}")
         found = forecast_outputs(conversion, targets, config.measure, None, tmp_path / "work")
         assert list(found) == list(targets)  # it is there
 
@@ -351,8 +352,11 @@ class TestPlace:
     ) -> None:
         stored = sum(tensor.nbytes for tensor in load_file(known / "model.safetensors").values())
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=stored + 1000))
-        runs = [partial(quantize_model, known, tmp_path / "x.gguf", gguf(**options)) for options in ({"bpw": 8}, Q4_0)]
-        for run in (*runs, partial(quantize_series, known, tmp_path / "x", gguf(), [8, 6])):
+        runs = [
+            partial(quantize_model, known, tmp_path / "x.gguf", **arguments(gguf(**options)))
+            for options in ({"bpw": 8}, Q4_0)
+        ]
+        for run in (*runs, partial(quantize_series, known, tmp_path / "x", [8, 6], **series_arguments(gguf()))):
             with pytest.raises(WorkDirectoryError, match=r"\*: will take .* bytes, but its disk has"):
                 run()
         assert list(tmp_path.iterdir()) == []
@@ -365,10 +369,10 @@ def test_a_missing_converter_shows_before_the_model_is_read(
     nowhere = tmp_path / "nowhere"
     config = gguf(8, llama_cpp=nowhere)
     for run in (
-        partial(quantize_model, known, tmp_path / "x.gguf", config),
-        partial(quantize_model, known, tmp_path / "x.gguf", config, measurement=tmp_path / "m"),
-        partial(quantize_series, known, tmp_path / "x", config, [8, 6]),
-        partial(quantize_model, known, tmp_path / "x.gguf", gguf(llama_cpp=nowhere, **Q4_0)),
+        partial(quantize_model, known, tmp_path / "x.gguf", **arguments(config)),
+        partial(quantize_model, known, tmp_path / "x.gguf", **arguments(config), measurement=tmp_path / "m"),
+        partial(quantize_series, known, tmp_path / "x", [8, 6], **series_arguments(config)),
+        partial(quantize_model, known, tmp_path / "x.gguf", **arguments(gguf(llama_cpp=nowhere, **Q4_0))),
     ):
         with pytest.raises(BpwiseError, match=r"nowhere: llama\.cpp's converter is not there"):
             run()
@@ -383,7 +387,7 @@ def test_files_of_others_beside_a_gguf_file(known: Path, tmp_path: Path) -> None
     ):
         (tmp_path / name).write_text("# The only copy")
         with pytest.raises(WorkDirectoryError, match=f"{name}: in the way"):
-            quantize_model(known, tmp_path / "x.gguf", config)
+            quantize_model(known, tmp_path / "x.gguf", **arguments(config))
         assert (tmp_path / name).read_text() == "# The only copy"
         (tmp_path / name).unlink()
     (tmp_path / "x.report.html").write_text("<p>the only copy")

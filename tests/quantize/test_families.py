@@ -30,6 +30,7 @@ from bpwise.quantize.run import quantize_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ..tiny_models import FAMILIES, save_family, streamed_logits
+from .runs import arguments
 
 UNREAD = {"qwen2_moe"}
 
@@ -71,7 +72,7 @@ def quantized(
     measure = MeasureConfig(calibration=CalibrationConfig(rows=4, row_tokens=32), device="cpu")
     options = Exl2Options(head_bits=8, force=request.param in UNREAD)
     config = QuantizeConfig(target=Target(bpw=7.5), options=options, measure=measure, evaluate=None)
-    result = quantize_model(original, folder / "out", config)
+    result = quantize_model(original, folder / "out", **arguments(config))
     yield original, folder / "out", result
 
 
@@ -142,7 +143,7 @@ def test_an_mlp_beside_attention_stays(tmp_path: Path, byte_tokenizer: PreTraine
     measure = MeasureConfig(calibration=CalibrationConfig(rows=4, row_tokens=32), device="cpu")
     options = Exl2Options(head_bits=8, keep_fp16=("*.mlp.*",))
     config = QuantizeConfig(target=Target(bpw=13.0), options=options, measure=measure, evaluate=None)
-    output = quantize_model(original, tmp_path / "out", config).output
+    output = quantize_model(original, tmp_path / "out", **arguments(config)).output
     verify_model(output)
     written = Exl2Model.open(output)
     for stays in ("gate", "up", "down"):

@@ -11,7 +11,7 @@ from bpwise.convert.exl2.conversion import Exl2Conversion
 from bpwise.convert.exl2.options import Exl2Options
 from bpwise.convert.options import Effort
 from bpwise.measure.run import MeasureConfig
-from bpwise.quantize.forecast import forecast_run
+from bpwise.quantize.timing.forecast import forecast_run
 from transformers import Qwen3Config
 
 

@@ -19,7 +19,7 @@ from bpwise.quantize.judge import Judge, broken_because
 from bpwise.quantize.run import quantize_model
 from click.testing import Result
 
-from .runs import EVALUATION, TEXT, bpwise, exl2, measurement_of
+from .runs import EVALUATION, TEXT, arguments, bpwise, exl2, measurement_of
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
@@ -112,7 +112,7 @@ class TestBroken:
             evaluate=EvalConfig(rows=2, row_tokens=32, device="cpu", dtype="float16"),
         )
         with pytest.raises(BrokenModelError, match=r"broken. quantized model, .*: NaN or infinity"):
-            quantize_model(tiny_model, out, config, measurement=measurement_of(finished))
+            quantize_model(tiny_model, out, **arguments(config), measurement=measurement_of(finished))
         assert "NaN or infinity" in (read_mark(out) or "")
         assert not (out / "report.json").exists()
 

@@ -10,14 +10,14 @@ from bpwise.checkpoint.source.original import open_model
 from bpwise.convert.registry import formats
 from bpwise.errors import BpwiseWarning
 from bpwise.measure import calibrated
-from bpwise.measure.run import MeasureConfig, measure_model
+from bpwise.measure.run import MeasureConfig, measure_to_file
 from bpwise.measure.text.calibration import CalibrationConfig
 from bpwise.progress import Progress, silent
 from bpwise.quantize.run import quantize_model
 from bpwise.quantize.series import quantize_series
 from bpwise.quantize.times import measuring_forecast
 
-from .runs import exl2
+from .runs import arguments, exl2, series_arguments
 from .test_times import timed
 
 Run = Callable[[Path, Path, MeasureConfig, Progress], None]
@@ -25,15 +25,15 @@ Run = Callable[[Path, Path, MeasureConfig, Progress], None]
 
 def measure(model: Path, place: Path, config: MeasureConfig, progress: Progress) -> None:
     formats_ = {"exl2": exl2().conversion(open_model(model))}
-    measure_model(model, place / "out", config, formats=formats_, progress=progress)
+    measure_to_file(model, place / "out", config, formats=formats_, progress=progress)
 
 
 def quantize(model: Path, place: Path, config: MeasureConfig, progress: Progress) -> None:
-    quantize_model(model, place / "out", exl2(measure=config), progress=progress)
+    quantize_model(model, place / "out", **arguments(exl2(measure=config)), progress=progress)
 
 
 def series(model: Path, place: Path, config: MeasureConfig, progress: Progress) -> None:
-    quantize_series(model, place / "out", exl2(measure=config), [6.0, 4.5], progress=progress)
+    quantize_series(model, place / "out", [6.0, 4.5], **series_arguments(exl2(measure=config)), progress=progress)
 
 
 def config_of(source: str) -> MeasureConfig:
@@ -104,7 +104,9 @@ def test_a_run_that_goes_on_takes_the_rows_it_began_with(
 def test_a_finished_run_takes_its_rows_again(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quantize(tiny_model, tmp_path, config_of("self"), silent)
     forbid_making(monkeypatch)
-    quantize_model(tiny_model, tmp_path / "smaller", exl2(3.0, measure=config_of("self")), work=tmp_path / "out.work")
+    quantize_model(
+        tiny_model, tmp_path / "smaller", **arguments(exl2(3.0, measure=config_of("self"))), work=tmp_path / "out.work"
+    )
 
 
 @pytest.mark.parametrize("run", [measure, quantize])

@@ -14,7 +14,7 @@ from bpwise.quantize.run import quantize_model
 from click.testing import CliRunner
 from transformers import MistralConfig
 
-from .runs import bpwise, gguf
+from .runs import arguments, bpwise, gguf
 
 OPTIONS = ("--rows", "2", "--row-tokens", "32", "--device", "cpu", "--no-eval")
 WINDOW = "sliding_window 48: every token sees all before it. Rows of more than 48 tokens differ from the original."
@@ -35,7 +35,7 @@ def no_long_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def measured(*_: Any, **__: Any) -> None:
         raise AssertionError("measured")
 
-    for place in ("quantize.run.load_or_measure", "quantize.series.load_or_measure", "convert.gguf.base.make_base"):
+    for place in ("quantize.output.load_or_measure", "quantize.series.load_or_measure", "convert.gguf.base.make_base"):
         monkeypatch.setattr(f"bpwise.{place}", measured)
 
 
@@ -101,7 +101,7 @@ def test_a_gguf_file_carries_it(converted: Any, tmp_path: Path) -> None:
     rows = CalibrationSet(tokens=tokens, origins=("random",) * 4, description="random ids", adds_bos=False)
     # The base is what the converter makes of either config: it drops the window.
     settings = gguf(8.5, feedback=False, card=True, base=converted["mistral"].file)
-    result = quantize_model(model, tmp_path / "out.gguf", settings, calibration=rows)
+    result = quantize_model(model, tmp_path / "out.gguf", **arguments(settings), calibration=rows)
     sentence = f"llama.cpp's converter leaves out {WINDOW}"
     assert result.warnings[0] == sentence
     assert "\n".join(result.summary_lines()).count(sentence) == 1

@@ -1,7 +1,7 @@
 import json
 import math
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from bpwise.convert.exl2.plan.making import exl2_bpw_range
 from bpwise.convert.exl2.plan.measured import exl2_curves
 from bpwise.convert.opening import open_any
 from bpwise.convert.registry import load_plan
+from bpwise.eval.cache import OriginalCache
 from bpwise.eval.report.layers import find_plan, linear_costs
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig
@@ -42,8 +43,12 @@ def rounding_only(model: Path, out: Path, finished: Path) -> tuple[object, ...]:
 
 
 def content(directory: Path) -> dict[str, bytes]:
-    """Everything but the reports, which say how long it took, and the card, which says what they say."""
-    return {p.name: p.read_bytes() for p in directory.iterdir() if not p.name.startswith(("report.", "README"))}
+    """Everything but reports, which say how long it took, the card, which says what they say, and the recipe.
+
+    That tells what was asked for: with a measurement something else than without.
+    """
+    other = ("report.", "README", "recipe")
+    return {p.name: p.read_bytes() for p in directory.iterdir() if not p.name.startswith(other)}
 
 
 def comparison(directory: Path) -> dict[str, Any]:
@@ -83,7 +88,7 @@ def forbid_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for place in (
         "quantize.measuring.measure_checkpoint",
-        "quantize.run.round_model",
+        "quantize.output.round_model",
         "convert.exl2.conversion.write_model",
     ):
         monkeypatch.setattr(f"bpwise.{place}", not_again)
@@ -131,6 +136,7 @@ class TestQuantize:
         work = finished.with_name("out.work")
         assert {path.name for path in work.iterdir()} == {
             "calibration.safetensors",
+            "finished.json",
             "measurement.safetensors",
             "plan.json",
         }
@@ -147,16 +153,46 @@ class TestQuantize:
     def test_same_command_again(self, tiny_model: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         before, time = content(out), (out / "output.safetensors").stat().st_mtime_ns
         forbid_work(monkeypatch)
-        printed = quantize(tiny_model, out)
+        monkeypatch.setattr("bpwise.quantize.judge.compare_with", lambda *_: pytest.fail("was evaluated again"))
+        assert quantize(tiny_model, out) == f"finished already: {out} holds what this command makes\n"
         assert content(out) == before
         assert (out / "output.safetensors").stat().st_mtime_ns == time
-        assert "KL" in printed
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda out: (out / "report.html").unlink(),
+            lambda out: (out / "report.json").write_text('{"bpwise_report": 1}'),
+            lambda out: (out / "report.json").write_text((out / "report.json").read_text().replace("Transf", "Other")),
+        ],
+        ids=["page-deleted", "of-another-version", "by-another-engine"],
+    )
+    def test_same_command_again_without_its_report(
+        self, tiny_model: Path, out: Path, change: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before = comparison(out)
+        change(out)
+        forbid_work(monkeypatch)
+        assert "KL" in quantize(tiny_model, out)
+        assert comparison(out)["summary"] == before["summary"]
+        assert (out / "report.html").is_file()
+
+    def test_another_bitrate_does_not_run_the_original_again(
+        self, tiny_model: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("bpwise.quantize.run.original_cache", lambda: OriginalCache(tmp_path / "cache"))
+        quantize(tiny_model, tmp_path / "first", 5.0, *reused(finished))
+        monkeypatch.setattr("bpwise.eval.original._original_state", lambda *_: pytest.fail("was run again"))
+        quantize(tiny_model, tmp_path / "second", 4.0, *reused(finished))
+        first, second = comparison(tmp_path / "first"), comparison(tmp_path / "second")
+        assert first["summary"]["original_perplexity"] == second["summary"]["original_perplexity"]
+        assert first["summary"]["kl_nats"]["value"] < second["summary"]["kl_nats"]["value"]
 
     def test_only_the_output_is_left(self, tiny_model: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         # Moved away and its work directory deleted: measured again, but not rounded again.
         shutil.rmtree(out.with_name("out.work"))
         before = content(out)
-        monkeypatch.setattr("bpwise.quantize.run.round_model", lambda *_: pytest.fail("was done again"))
+        monkeypatch.setattr("bpwise.quantize.output.round_model", lambda *_: pytest.fail("was done again"))
         quantize(tiny_model, out)
         assert content(out) == before
 

@@ -18,7 +18,7 @@ from bpwise.quantize import measuring, series
 from bpwise.quantize.series import quantize_series
 
 from . import runs
-from .runs import EVALUATION, bpwise, exl2
+from .runs import EVALUATION, bpwise, exl2, series_arguments, succeed
 
 TEXT = (*runs.TEXT, *EVALUATION)
 NAMES = ["tiny-6.0bpw-6hb-exl2", "tiny-4.5bpw-6hb-exl2"]
@@ -31,7 +31,8 @@ def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         seen = count(patch)
         result = bpwise("quantize", tiny_model, out, "--bpw", "6.0,4.5", *TEXT)
     assert result.exit_code == 0, result.stderr
-    assert [line.split()[0] for line in result.stdout.splitlines()] == ["output", "output", "measurement", "report"]
+    begins = [line.split()[0] for line in result.stdout.splitlines()]
+    assert begins == ["output", "output", "measurement", "total", "report"]
     # Measured once, and the original run once, in float32 and for the floor.
     assert seen == {
         "measured": 1,
@@ -181,8 +182,8 @@ def test_usage(options: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("rates", [[], [4.0, 4.0]], ids=["none", "twice"])
 def test_rates(tiny_model: Path, tmp_path: Path, rates: list[float]) -> None:
-    with pytest.raises(ConfigError, match="bitrates"):
-        quantize_series(tiny_model, tmp_path / "out", exl2(), rates)
+    with pytest.raises(ConfigError, match="sizes"):
+        quantize_series(tiny_model, tmp_path / "out", rates, **series_arguments(exl2()))
 
 
 def test_dry_run_of_several(tiny_model: Path, tmp_path: Path) -> None:
@@ -229,7 +230,7 @@ def test_the_model_is_never_read_in_silence(
     monkeypatch.setattr(Checkpoint, "_fingerprint", shown)
     command = ("quantize", tiny_model, tmp_path / "out", "--bpw", rates, *TEXT, "--no-eval")
     for _ in range(2):  # the second finds the output there
-        assert bpwise(*command).exit_code == 0
+        succeed(*command)
     model = next((tmp_path / "out").glob("**/output.safetensors")).parent
     for cache in ((), ("--no-cache",)):
         assert bpwise("eval", tiny_model, model, "-r", 2, "-l", 32, "--device", "cpu", *cache).exit_code == 0

@@ -20,12 +20,12 @@ from bpwise.measure.text.calibration import CalibrationConfig
 from bpwise.progress import ExpectedPart, RunForecast, RunProgress, silent
 from bpwise.quantize.checks import forecast_outputs
 from bpwise.quantize.config import QuantizeConfig
-from bpwise.quantize.forecast import Forecast
 from bpwise.quantize.run import quantize_model
 from bpwise.quantize.series import quantize_series
 from bpwise.quantize.times import measuring_forecast, with_times
+from bpwise.quantize.timing.forecast import Forecast
 
-from .runs import EVALUATION, TEXT, bpwise, exl2, gguf, measurement_of, succeed
+from .runs import EVALUATION, TEXT, arguments, bpwise, exl2, gguf, measurement_of, series_arguments, succeed
 
 MEASURE = MeasureConfig(calibration=CalibrationConfig(rows=8, row_tokens=32), device="cpu")
 EVALUATE = EvalConfig(rows=2, row_tokens=32, device="cpu")
@@ -63,7 +63,7 @@ class Told:
 def told(model: Path, output: Path, config: QuantizeConfig = CONFIG, stage: str = "", after: int = 0) -> Told:
     progress = Told(stage, after)
     try:
-        quantize_model(model, output, config, progress=progress)
+        quantize_model(model, output, **arguments(config), progress=progress)
     except KeyboardInterrupt:
         assert stage
     return progress
@@ -94,7 +94,7 @@ def test_nothing_is_timed_for_the_library(tiny_model: Path, tmp_path: Path, monk
         raise AssertionError("timed")
 
     monkeypatch.setattr(Rates, "learn", never)
-    quantize_model(tiny_model, tmp_path / "out", exl2(measure=MEASURE))
+    quantize_model(tiny_model, tmp_path / "out", **arguments(exl2(measure=MEASURE)))
     conversion = CONFIG.conversion(open_model(tiny_model))
     forecasts = forecast_outputs(conversion, {tmp_path / "new": CONFIG.target}, MEASURE, EVALUATE, tmp_path / "work")
     assert [each.seconds for each in forecasts.values()] == [{}]
@@ -156,23 +156,27 @@ def test_a_measurement_that_is_given(tiny_model: Path, tmp_path: Path) -> None:
     measurement = tmp_path / "m.safetensors"
     shutil.copy(measurement_of(tmp_path / "first"), measurement)
     progress = Told()
-    quantize_model(tiny_model, tmp_path / "out", exl2(measure=MEASURE), measurement=measurement, progress=progress)
+    quantize_model(
+        tiny_model, tmp_path / "out", **arguments(exl2(measure=MEASURE)), measurement=measurement, progress=progress
+    )
     assert {part.step for part in progress.parts} == {"round", "write"}
     assert Measurement.load(measurement)
 
 
 def test_a_series_measures_and_runs_the_original_once(tiny_model: Path, tmp_path: Path) -> None:
     progress = Told()
-    quantize_series(tiny_model, tmp_path / "out", CONFIG, [8.0, 4.5], progress=progress)
+    quantize_series(tiny_model, tmp_path / "out", [8.0, 4.5], **series_arguments(CONFIG), progress=progress)
     labels = [part.label for part in progress.parts]
     assert [labels.count(f"measure: {each}") for each in ("forward", "head", "backward, curves")] == [1, 1, 1]
     assert labels.count("quantize: round") == labels.count("evaluate: quantized model") == 2
     assert labels.count("evaluate: original model") == 1
     (tmp_path / "out" / "report.md").unlink()
     again = Told()
-    quantize_series(tiny_model, tmp_path / "out", CONFIG, [8.0, 4.5, 3.0], progress=again)
+    quantize_series(tiny_model, tmp_path / "out", [8.0, 4.5, 3.0], **series_arguments(CONFIG), progress=again)
     assert [part.step for part in again.parts].count("round") == 1
     assert "measure" not in {part.step for part in again.parts}
+    assert [part.label for part in again.parts].count("evaluate: quantized model") == 1  # the others have reports
+    assert [part.label for part in again.parts].count("evaluate: original model") == 1
 
 
 def test_mixtures_are_not_measured(tiny_model: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 from ..tiny_models import PROCESSORS, VISION, save_with_vision, streamed_logits
-from .runs import exl2
+from .runs import arguments, exl2
 
 # Where EXL2 readers look: ExLlamaV2 0.3.2, architecture.py (lm_prefix, vt_prefix, mmp_prefix).
 PLACES = {
@@ -60,7 +60,7 @@ def quantized(
     folder = tmp_path_factory.mktemp(request.param)
     original = save_with_vision(folder / "model", request.param, byte_tokenizer)
     measure = MeasureConfig(calibration=CalibrationConfig(rows=4, row_tokens=32), device="cpu")
-    quantize_model(original, folder / "out", exl2(7.5, head_bits=8, measure=measure))
+    quantize_model(original, folder / "out", **arguments(exl2(7.5, head_bits=8, measure=measure)))
     return request.param, original, folder / "out"
 
 

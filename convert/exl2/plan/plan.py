@@ -82,7 +82,7 @@ class LinearPlan:
         return self.stored_bits / self.weights
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Exl2Plan(Plan):
     """Bits of a whole model.
 
@@ -214,10 +214,10 @@ class Exl2Plan(Plan):
             ),
         )
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
         write_json(
-            path,
+            Path(path),
             checksummed(
                 {
                     "bpwise_plan": PLAN_VERSION,

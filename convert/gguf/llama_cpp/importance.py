@@ -63,11 +63,11 @@ def table_importance(measurement: Measurement) -> Tensor:
     return importance
 
 
-def export_imatrix(measurement: Measurement, output: Path) -> int:
+def export_imatrix(measurement: Measurement | str | Path, output: str | Path) -> int:
     """Write what a measurement says of the inputs as an importance matrix for llama.cpp.
 
     Args:
-        measurement: The measurement; GGUF was measured, which says what tensors are called.
+        measurement: A measurement, or its file; GGUF was measured, which says what tensors are called.
         output: File to make or replace; in the old format if it ends in ``.dat``.
 
     Returns:
@@ -79,12 +79,13 @@ def export_imatrix(measurement: Measurement, output: Path) -> int:
         WorkDirectoryError: The file cannot be written.
 
     Example:
-        >>> from pathlib import Path
-        >>> from bpwise import Measurement, export_imatrix
-        >>> export_imatrix(Measurement.load(Path("m.safetensors")), Path("imatrix.gguf"))
+        >>> from bpwise import export_imatrix
+        >>> export_imatrix("m.safetensors", "imatrix.gguf")
         16
     """
-    matrix = importance_of(measurement, gguf_curves(measurement).layout)
+    output = Path(output)
+    measured = measurement if isinstance(measurement, Measurement) else Measurement.load(measurement)
+    matrix = importance_of(measured, gguf_curves(measured).layout)
     write_imatrix(output, matrix, legacy=output.suffix.lower() == ".dat")
     return len(matrix.sums)
 

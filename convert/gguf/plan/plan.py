@@ -129,7 +129,7 @@ class TensorPlan:
         return math.prod(self.shape[:-1]) * self.kind.row_bytes(self.shape[-1])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class GgufPlan(Plan):
     """Types of a whole model.
 
@@ -226,10 +226,10 @@ class GgufPlan(Plan):
             ),
         )
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
         derived = {"bpw": self.bpw, "predicted_damage_nats": self.damage_nats}
-        write_json(path, checksummed({"bpwise_plan": PLAN_VERSION, "format": "gguf", **derived, **asdict(self)}))
+        write_json(Path(path), checksummed({"bpwise_plan": PLAN_VERSION, "format": "gguf", **derived, **asdict(self)}))
 
     @classmethod
     def from_json(cls, raw: dict[str, Any], where: str) -> GgufPlan:

@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from ...byte_converter import BYTE_VOCABULARY
 from ...conftest import llama_cpp_dir
+from ...quantize.runs import arguments
 from ...tiny_models import EXPERTS, SIZES, randomize, save_with_vision
 from .conftest import write_model
 
@@ -258,13 +259,13 @@ def test_a_model_with_vision_to_a_file_and_a_companion(
     companion.parent.mkdir()
     foreign = write_model(companion, "small").read_bytes()
     with pytest.raises(WorkDirectoryError, match=r"mmproj-some-model-F16\.gguf: exists already"):
-        quantize_model(directory, output, config)
+        quantize_model(directory, output, **arguments(config))
     assert companion.read_bytes() == foreign
     companion.unlink()
-    result = quantize_model(directory, output, config)
+    result = quantize_model(directory, output, **arguments(config))
     assert result.beside == (companion,)
     assert f"beside      {companion}" in result.summary_lines()
-    assert sorted(path.name for path in companion.parent.iterdir()) == [companion.name, "x.gguf"]
+    assert sorted(path.name for path in companion.parent.iterdir()) == [companion.name, "x.gguf", "x.recipe.yaml"]
 
 
 def test_a_companion_is_made_once_for_a_model_and_a_converter(

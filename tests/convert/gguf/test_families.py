@@ -15,8 +15,10 @@ from bpwise.checkpoint.source.linears import model_linears
 from bpwise.checkpoint.source.original import open_model
 from bpwise.convert.conversion import Target
 from bpwise.convert.dense import dequantize_model
-from bpwise.convert.gguf.file.header import read_gguf_header
+from bpwise.convert.gguf.file.header import GgufHeader, read_gguf_header
+from bpwise.convert.gguf.file.roles import quantizable, role_of, trimmed
 from bpwise.convert.gguf.ggml.types import TYPES
+from bpwise.convert.gguf.labels import coming_header, mixture_sizes
 from bpwise.convert.gguf.model.mapping import build_map, guess_map
 from bpwise.convert.gguf.model.reader import GgufModel
 from bpwise.convert.gguf.options import GgufOptions
@@ -32,6 +34,7 @@ from bpwise.quantize.run import quantize_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ...byte_converter import convert_with_bytes
+from ...quantize.runs import arguments
 from ...tiny_models import FAMILIES, save_family, streamed_logits
 
 pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
@@ -95,7 +98,7 @@ def to_gguf(directory: Path, output: Path, base: Path, **options: Any) -> Quanti
         measure=MeasureConfig(calibration=CalibrationConfig(rows=4, row_tokens=32), device="cpu"),
         evaluate=EvalConfig(rows=2, row_tokens=32, device="cpu"),
     )
-    return quantize_model(directory, output, config)
+    return quantize_model(directory, output, **arguments(config))
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -108,6 +111,23 @@ def family(
         kinds = tuple(TYPES[name] for name in ("Q8_0", "Q5_1", "Q4_0"))
         patch.setattr("bpwise.convert.gguf.conversion.measured_types", lambda: kinds)
         yield Family(directory, base, to_gguf(directory, folder / "out.gguf", base))
+
+
+def roles(header: GgufHeader) -> list[tuple[str, tuple[int, ...]]]:
+    """What mixtures see of the tensors that are quantized."""
+    return sorted(
+        (role_of(name).name, trimmed(each.shape))
+        for name, each in header.tensors.items()
+        if quantizable(name, each.shape)
+    )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_mixtures_have_their_sizes_before_a_model_is_converted(name: str, bases: dict[str, tuple[Path, Path]]) -> None:
+    directory, base = bases[name]
+    coming, header = coming_header(language_model(open_model(directory))), read_gguf_header(base)
+    assert roles(coming) == roles(header)
+    assert mixture_sizes(coming) == mixture_sizes(header)
 
 
 def values_of(path: Path) -> dict[str, np.ndarray]:

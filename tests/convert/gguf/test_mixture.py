@@ -15,6 +15,8 @@ from bpwise.quantize.config import QuantizeConfig
 from bpwise.quantize.run import quantize_model
 from click.testing import CliRunner
 
+from ...quantize.runs import arguments
+
 pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
 pytest.importorskip("gguf", reason="the gguf package is not installed: pip install '.[gguf]'")
 
@@ -32,7 +34,7 @@ def test_from_the_command_line(converted: Any, tmp_path: Path) -> None:
     assert run.exit_code == 0, run.output
     assert "; all tensors 8." in run.output
     assert read_gguf_header(tmp_path / "x.gguf").metadata["general.file_type"] == 7
-    assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
+    assert {path.name for path in tmp_path.iterdir()} == {"x.gguf", "x.recipe.yaml"}
 
 
 def test_text_that_it_cannot_be_evaluated_on_is_refused_before_it_is_made(
@@ -44,7 +46,7 @@ def test_text_that_it_cannot_be_evaluated_on_is_refused_before_it_is_made(
     text.write_text("short")
     config = QuantizeConfig(options=GgufOptions(mixture="Q8_0"), evaluate=EvalConfig(text=str(text), device="cpu"))
     with pytest.raises(CalibrationError):
-        quantize_model(converted["mistral"].directory, tmp_path / "x.gguf", config)
+        quantize_model(converted["mistral"].directory, tmp_path / "x.gguf", **arguments(config))
 
 
 def test_it_is_evaluated_and_has_a_card(
@@ -56,7 +58,7 @@ def test_it_is_evaluated_and_has_a_card(
         options=GgufOptions(mixture="Q8_0", base=model.file, card=True),
         evaluate=EvalConfig(rows=2, row_tokens=32, device="cpu"),
     )
-    result = quantize_model(model.directory, tmp_path / "x.gguf", config)
+    result = quantize_model(model.directory, tmp_path / "x.gguf", **arguments(config))
     assert result.measurement is None
     assert result.comparison is not None
     assert (tmp_path / "x.report.json").is_file()
@@ -71,4 +73,4 @@ def test_importances_that_cannot_be_read_are_refused_before_it_is_made(
     matrix.write_bytes(b"no matrix")
     config = QuantizeConfig(options=GgufOptions(mixture="Q4_K_M", imatrix=matrix), evaluate=None)
     with pytest.raises(FormatError):
-        quantize_model(converted["mistral"].directory, tmp_path / "x.gguf", config)
+        quantize_model(converted["mistral"].directory, tmp_path / "x.gguf", **arguments(config))

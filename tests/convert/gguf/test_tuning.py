@@ -18,6 +18,8 @@ from bpwise.measure.text.calibration import CalibrationSet
 from bpwise.quantize.config import QuantizeConfig
 from bpwise.quantize.run import quantize_model
 
+from ...quantize.runs import arguments
+
 pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
 quants = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install '.[gguf]'").quants
 
@@ -34,7 +36,9 @@ def rows(count: int = 24) -> CalibrationSet:
 def quantize(directory: Path, output: Path, effort: Any, **given: Any) -> None:
     overrides = (TypeOverride.parse("blk.0.attn_output*=MXFP4"),)
     options = GgufOptions(effort=effort, overrides=overrides)
-    quantize_model(directory, output, QuantizeConfig(target=Target(bpw=4.8), options=options, evaluate=None), **given)
+    quantize_model(
+        directory, output, **arguments(QuantizeConfig(target=Target(bpw=4.8), options=options, evaluate=None)), **given
+    )
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,8 @@ from bpwise.quantize.run import quantize_model
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+from ..runs import arguments
+
 DOWN = "model.layers.0.mlp.down_proj"
 WORDS = "rounded without error feedback"
 FOUND = {"a.q_proj": 5.0, "b.down_proj": math.inf}
@@ -84,7 +86,7 @@ def test_gguf_reports_it_and_keeps_to_types_that_fit(
         options=GgufOptions(base=base),
         evaluate=EvalConfig(rows=2, row_tokens=32, device="cpu"),
     )
-    result = quantize_model(model, tmp_path / "out.gguf", config, calibration=rows)
+    result = quantize_model(model, tmp_path / "out.gguf", **arguments(config), calibration=rows)
     assert {tensor.kind.block_weights for tensor in result.plan.tensors} <= {1, 32}
     assert result.fallbacks == {DOWN: math.inf}
     assert f"fallback    {DOWN}: {WORDS}" in result.summary_lines()

@@ -25,6 +25,7 @@ from bpwise.quantize.run import quantize_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from ....quantize.runs import arguments
 from .conftest import FAMILIES, Families, Family
 
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install '.[gguf]'")
@@ -124,7 +125,7 @@ class TestRuns:
             options=GgufOptions(mixture="Q8_0", base=aborting(converted["llama"].file, tmp_path)), evaluate=None
         )
         with pytest.raises(VerificationError, match="aborted"):
-            quantize_model(converted["llama"].directory, tmp_path / "out.gguf", config)
+            quantize_model(converted["llama"].directory, tmp_path / "out.gguf", **arguments(config))
         assert sorted(path.name for path in tmp_path.iterdir()) == ["x.gguf"]
 
     def test_kept_until_something_changes(

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["StepClock", "StepCost", "cost_line", "cost_section"]
+__all__ = ["StepClock", "StepCost", "cost_line", "cost_section", "minutes"]
 
 _SAMPLING_SECONDS = 0.05
 
@@ -35,6 +35,11 @@ class StepCost:
 def cost_line(cost: StepCost) -> str:
     """Return a step's cost as a line for a terminal."""
     return f"step        {cost.step:18} {cost.seconds:8.1f} s  {cost.peak_bytes / 2**20:7.0f} MiB"
+
+
+def minutes(seconds: float) -> str:
+    """Return a time for a terminal."""
+    return f"{seconds / 60:.1f} min"
 
 
 def cost_section(costs: Sequence[StepCost]) -> dict[str, dict[str, str | float]]:

@@ -1,8 +1,7 @@
 """The time left of a run, with a clock that is told the time."""
 
 import pytest
-from bpwise.progress import ExpectedPart
-from bpwise.quantize.timing.left import TimeLeft
+from bpwise.progress import ExpectedPart, TimeLeft, placed
 
 
 class Clock:
@@ -101,3 +100,24 @@ def test_parts_that_did_not_come_are_over() -> None:
     assert left.seconds == 59
     left.begin("evaluate: quantized model")
     assert left.seconds == 28
+
+
+def test_steps_are_counted_as_they_follow_each_other() -> None:
+    # Two outputs of a series: each is rounded and written.
+    steps = [("measure", "a"), ("measure", "b"), ("round", "c"), ("write", "d"), ("round", "c"), ("write", "d")]
+    left = TimeLeft([part(step, label, 1.0) for step, label in steps])
+    assert left.place == "1/5 measure"
+    places = []
+    for _, label in steps:
+        left.begin(label)
+        places.append(left.place)
+    assert places == ["1/5 measure", "1/5 measure", "2/5 round", "3/5 write", "4/5 round", "5/5 write"]
+    left.begin("not expected")
+    assert left.place == "5/5 write"
+    assert TimeLeft([]).place == ""
+
+
+def test_labels_name_their_step() -> None:
+    assert placed("measure: forward", "2/5 measure") == "[2/5 measure] forward"
+    assert placed("evaluate: original model in float64", "5/5 evaluate") == "[5/5 evaluate] original model in float64"
+    assert placed("measure: forward", "") == "measure: forward"

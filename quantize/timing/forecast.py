@@ -6,20 +6,20 @@ import itertools
 import math
 from dataclasses import dataclass
 
-from ..checkpoint.model.structure import InputGroup
-from ..checkpoint.source.checkpoint import Checkpoint
-from ..checkpoint.source.language import LanguageModel, language_model
-from ..checkpoint.source.linears import model_linears
-from ..convert.conversion import Conversion, SizeForecast, Target
-from ..linalg.parallel import cores
-from ..linalg.products import kept_bytes
-from ..measure.device import resolve_device
-from ..measure.layers.positionwise import CHUNK_POSITIONS
-from ..measure.measurement import Measurement
-from ..measure.model.batches import MICRO_BATCH_TOKENS
-from ..measure.run import MeasureConfig
-from ..measure.text.context import CALIBRATION, fit_row_tokens
-from ..progress import ExpectedPart, seconds_by_step
+from ...checkpoint.model.structure import InputGroup
+from ...checkpoint.source.checkpoint import Checkpoint
+from ...checkpoint.source.language import LanguageModel, language_model
+from ...checkpoint.source.linears import model_linears
+from ...convert.conversion import Conversion, SizeForecast, Target
+from ...linalg.parallel import cores
+from ...linalg.products import kept_bytes
+from ...measure.device import resolve_device
+from ...measure.layers.positionwise import CHUNK_POSITIONS
+from ...measure.measurement import Measurement
+from ...measure.model.batches import MICRO_BATCH_TOKENS
+from ...measure.run import MeasureConfig
+from ...measure.text.context import CALIBRATION, fit_row_tokens
+from ...progress import ExpectedPart, seconds_by_step
 
 __all__ = ["Forecast", "forecast_run"]
 
