@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..checkpoint.files.partials import clear_partials
 from ..checkpoint.files.resume import RunArtifacts, run_artifacts
 from ..convert.conversion import Provenance, Target
 from ..convert.model import Verification
@@ -22,7 +23,7 @@ from ..errors import CalibrationError, FormatError
 from ..eval.comparison import Comparison
 from ..eval.metrics.overlap import CalibrationSpans
 from ..eval.report.content import Report
-from ..eval.report.report import carried_over, earlier_details, read_comparison, write_report
+from ..eval.report.report import carried_over, earlier_details, read_comparison, report_names, write_report
 from ..measure.calibrated import CALIBRATION_FILE, kept_rows
 from ..measure.device import resolve_device
 from ..measure.measurement import Measurement
@@ -58,7 +59,10 @@ def make_output(job: Job, output: Path, target: Target | None, work: Path) -> Qu
         BpwiseError: As ``quantize_model``.
     """
     with run_artifacts(work) as artifacts:
-        return _OutputRun(job, output, target, work, artifacts).result()
+        run = _OutputRun(job, output, target, work, artifacts)
+        result = run.result()
+    run.finish()  # once its artifacts are gone: a command that finds nothing to do lets none go
+    return result
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +84,16 @@ class _OutputRun:
         self._work = work
         self._artifacts = artifacts
         self._clock = StepClock()
+        self._finished: FinishedCommand | None = None
         measure = job.config.measure
         self._round_config = RoundConfig(device=measure.device, offload_dir=measure.offload_dir)
 
     def result(self) -> QuantizeResult:
         return self._finished_before() or self._run()
+
+    def finish(self) -> None:
+        if self._finished is not None:
+            self._finished.save(self._work)
 
     def _finished_before(self) -> QuantizeResult | None:
         # A command that has finished left what it was in its work directory: nothing is converted to know that.
@@ -142,7 +151,7 @@ class _OutputRun:
         result = self._result(plan, made, comparison, measured, repeated=repeated)
         self._report(result, finished=finished)
         if conversion.measures:
-            FinishedCommand(command=self._command(), run=run).save(self._work)
+            self._finished = FinishedCommand(command=self._command(), run=run)
         return result
 
     def _result(
@@ -270,6 +279,8 @@ class _OutputRun:
                     details={**carried_over(report_details(result), earlier), **job.judge.details()},
                 )
                 write_report(report, directory, prefix=prefix)
+            else:
+                clear_partials(place.directory, report_names(place.prefix))  # of a run that was killed
             job.judge.mark_if_broken(self._output, result.comparison, predicted_nats=result.plan.damage_nats)
         if job.conversion.writes_card:
             write_card(self._output, original=job.checkpoint.directory, base_model=job.config.base_model)
