@@ -16,7 +16,7 @@ from ..errors import BrokenModelError, NumericalError
 from ..eval.cache import OriginalCache
 from ..eval.comparison import ENGINE, Comparison, EvalConfig, compare_with, evaluation_rows
 from ..eval.metrics.overlap import CalibrationSpans, refuse_calibration_text, with_overlap_warning
-from ..eval.models import device_name, vocab_size_of
+from ..eval.models import device_name, summarize_model, vocab_size_of
 from ..eval.original import OriginalRun, run_original
 from ..measure.device import resolve_device
 from ..measure.text.calibration import CalibrationSet
@@ -101,8 +101,13 @@ class Judge:
             comparison: Of an earlier run.
             model: A quantized model, opened.
         """
-        got = (comparison.original.fingerprint, comparison.quantized.fingerprint, comparison.text_fingerprint)
-        expected = (self._checkpoint.fingerprint, model.fingerprint, self._evaluation_rows().fingerprint)
+        weights = sum(math.prod(self._checkpoint.shape(name)) for name in self._checkpoint.names)
+        got = (comparison.original.fingerprint, comparison.quantized, comparison.text_fingerprint)
+        expected = (
+            self._checkpoint.fingerprint,
+            summarize_model(model, weights),
+            self._evaluation_rows().fingerprint,
+        )
         how = (self._config.dtype, device_name(resolve_device(self._config.device)))
         return got == expected and (comparison.dtype, comparison.device) == how and comparison.engine == ENGINE
 

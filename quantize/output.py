@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..checkpoint.files.partials import clear_partials
 from ..checkpoint.files.resume import RunArtifacts, run_artifacts
 from ..convert.conversion import Provenance, Target
 from ..convert.model import Verification
@@ -22,7 +23,7 @@ from ..errors import CalibrationError, FormatError
 from ..eval.comparison import Comparison
 from ..eval.metrics.overlap import CalibrationSpans
 from ..eval.report.content import Report
-from ..eval.report.report import carried_over, earlier_details, read_comparison, write_report
+from ..eval.report.report import carried_over, earlier_details, read_comparison, report_names, write_report
 from ..measure.calibrated import CALIBRATION_FILE, kept_rows
 from ..measure.device import resolve_device
 from ..measure.measurement import Measurement
@@ -58,7 +59,10 @@ def make_output(job: Job, output: Path, target: Target | None, work: Path) -> Qu
         BpwiseError: As ``quantize_model``.
     """
     with run_artifacts(work) as artifacts:
-        return _OutputRun(job, output, target, work, artifacts).result()
+        run = _OutputRun(job, output, target, work, artifacts)
+        result = run.result()
+    run.finish()  # once its artifacts are gone: a command that finds nothing to do lets none go
+    return result
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +84,16 @@ class _OutputRun:
         self._work = work
         self._artifacts = artifacts
         self._clock = StepClock()
+        self._finished: FinishedCommand | None = None
         measure = job.config.measure
         self._round_config = RoundConfig(device=measure.device, offload_dir=measure.offload_dir)
 
     def result(self) -> QuantizeResult:
         return self._finished_before() or self._run()
+
+    def finish(self) -> None:
+        if self._finished is not None:
+            self._finished.save(self._work)
 
     def _finished_before(self) -> QuantizeResult | None:
         # A command that has finished left what it was in its work directory: nothing is converted to know that.
@@ -102,7 +111,7 @@ class _OutputRun:
         if not output_of(self._output, job.config.format, record.run):
             return None
         refuse_marked(self._output)
-        comparison = None if job.judge is None else self._reported()
+        comparison = None if job.judge is None else _reported(job, self._output)
         whole = card_path(self._output).is_file() or not job.conversion.writes_card
         if not whole or (comparison is None) != (job.judge is None):
             return None
@@ -127,22 +136,22 @@ class _OutputRun:
             conversion.require_readable()
         measured, rows = self._measured() if conversion.measures else (None, None)
         with self._clock.step("plan"):
-            plan = conversion.plan(measured, self._target, self._provenance(rows))
+            plan = conversion.plan(measured, self._target, _provenance(job, rows))
         for fact in plan.describe().facts:
             _log.debug("plan for %s: %s", self._output, fact)
         if measured is not None:
             plan.save(self._work / PLAN_FILE)
-        run = self._identity(rows, plan)
+        run = _identity(job, rows, plan)
         finished = output_of(self._output, job.config.format, run)
         made = self._made(plan, measured, rows, run, finished=finished)
         write_recipe(self._output, recipe_of(job.config, self._target, job.checkpoint, calibrated=job.calibrated))
-        earlier = self._reported() if finished else None
+        earlier = _reported(job, self._output) if finished else None
         comparison = earlier or self._compared(plan)
         repeated = finished and (job.judge is None or earlier is not None)
         result = self._result(plan, made, comparison, measured, repeated=repeated)
-        self._report(result, finished=finished)
+        _report(job, self._output, result, finished=finished)
         if conversion.measures:
-            FinishedCommand(command=self._command(), run=run).save(self._work)
+            self._finished = FinishedCommand(command=self._command(), run=run)
         return result
 
     def _result(
@@ -183,7 +192,7 @@ class _OutputRun:
             if job.judge is not None:
                 job.judge.check_text(rows)
             measured = None if job.given is None else job.given.measurement
-            job.conversion.forecast(self._target, measured, self._provenance(rows))
+            job.conversion.forecast(self._target, measured, _provenance(job, rows))
 
         measured, rows = load_or_measure(
             job.checkpoint,
@@ -222,7 +231,7 @@ class _OutputRun:
                 rounded = self._rounded(plan, measured, rounder)
             with self._clock.step("write and verify"):
                 verification = job.conversion.write(
-                    rounded, self._output, plan, measured, self._provenance(rows, run), job.progress
+                    rounded, self._output, plan, measured, _provenance(job, rows, run), job.progress
                 )
         if rounded is None or measured is None:
             return _Made(verification)
@@ -240,14 +249,6 @@ class _OutputRun:
                 job.conversion.refine(rounded, plan, measured, device, config.offload_dir, job.progress)
         return rounded
 
-    def _reported(self) -> Comparison | None:
-        # What an earlier run of the same command measured; None where it did not come so far.
-        judge, place = self._job.judge, report_place(self._output, self._job.config.format)
-        found = read_comparison(place.directory, prefix=place.prefix)
-        if judge is None or found is None or read_mark(self._output) is not None:
-            return None
-        return found if judge.made(found, self._job.conversion.opened(self._output)) else None
-
     def _compared(self, plan: Plan) -> Comparison | None:
         judge = self._job.judge
         if judge is None:
@@ -257,53 +258,67 @@ class _OutputRun:
             model = self._job.conversion.opened(self._output)
             return judge.compare(self._output, model, predicted_nats=plan.damage_nats)
 
-    def _report(self, result: QuantizeResult, *, finished: bool) -> None:
-        # Of a finished output, with what an earlier report told of its making.
-        job, place = self._job, report_place(self._output, self._job.config.format)
-        if job.judge is not None and result.comparison is not None:
-            if not result.repeated:
-                directory, prefix = place.directory, place.prefix
-                earlier = earlier_details(directory, result.comparison, prefix=prefix) if finished else {}
-                report = Report(
-                    comparisons=(result.comparison,),
-                    costs=(result.plan.costs(),),
-                    details={**carried_over(report_details(result), earlier), **job.judge.details()},
-                )
-                write_report(report, directory, prefix=prefix)
-            job.judge.mark_if_broken(self._output, result.comparison, predicted_nats=result.plan.damage_nats)
-        if job.conversion.writes_card:
-            write_card(self._output, original=job.checkpoint.directory, base_model=job.config.base_model)
-
     def _measurement_file(self) -> Path | None:
         if not self._job.conversion.measures:
             return None
         return self._job.measurement or self._work / MEASUREMENT_FILE
 
-    def _provenance(self, rows: CalibrationSet | None, run: str = "0" * 32) -> Provenance:
-        checkpoint, warnings = self._job.checkpoint, self._job.conversion.warnings
-        checkpoint.prepare_fingerprint(self._job.progress)
-        if rows is None:
-            return Provenance(version=__version__, run=run, model=checkpoint.fingerprint, warnings=warnings)
-        return Provenance(
-            version=__version__,
-            run=run,
-            model=checkpoint.fingerprint,
-            changes=checkpoint.changes,
-            calibration=rows.fingerprint,
-            calibration_text=rows.description,
-            calibration_spans=CalibrationSpans.of(rows).to_text(),
-            calibration_shape=(int(rows.tokens.shape[0]), int(rows.tokens.shape[1])),
-            warnings=warnings,
-        )
 
-    def _identity(self, rows: CalibrationSet | None, plan: Plan) -> str:
-        # What the written bytes depend on; runs on one model begin alike.
-        checkpoint = self._job.checkpoint
-        parts = [
-            __version__,
-            checkpoint.fingerprint,
-            None if rows is None else rows.fingerprint,
-            plan.identity(),
-            self._job.conversion.identity(),
-        ]
-        return run_prefix(checkpoint) + hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+def _reported(job: Job, output: Path) -> Comparison | None:
+    # What an earlier run of the same command measured; None where it did not come so far.
+    judge, place = job.judge, report_place(output, job.config.format)
+    found = read_comparison(place.directory, prefix=place.prefix)
+    if judge is None or found is None or read_mark(output) is not None:
+        return None
+    return found if judge.made(found, job.conversion.opened(output)) else None
+
+
+def _report(job: Job, output: Path, result: QuantizeResult, *, finished: bool) -> None:
+    # Of a finished output, with what an earlier report told of its making.
+    place = report_place(output, job.config.format)
+    if job.judge is not None and result.comparison is not None:
+        if not result.repeated:
+            directory, prefix = place.directory, place.prefix
+            earlier = earlier_details(directory, result.comparison, prefix=prefix) if finished else {}
+            report = Report(
+                comparisons=(result.comparison,),
+                costs=(result.plan.costs(),),
+                details={**carried_over(report_details(result), earlier), **job.judge.details()},
+            )
+            write_report(report, directory, prefix=prefix)
+        else:
+            clear_partials(place.directory, report_names(place.prefix))  # of a run that was killed
+        job.judge.mark_if_broken(output, result.comparison, predicted_nats=result.plan.damage_nats)
+    if job.conversion.writes_card:
+        write_card(output, original=job.checkpoint.directory, base_model=job.config.base_model)
+
+
+def _provenance(job: Job, rows: CalibrationSet | None, run: str = "0" * 32) -> Provenance:
+    checkpoint, warnings = job.checkpoint, job.conversion.warnings
+    checkpoint.prepare_fingerprint(job.progress)
+    if rows is None:
+        return Provenance(version=__version__, run=run, model=checkpoint.fingerprint, warnings=warnings)
+    return Provenance(
+        version=__version__,
+        run=run,
+        model=checkpoint.fingerprint,
+        changes=checkpoint.changes,
+        calibration=rows.fingerprint,
+        calibration_text=rows.description,
+        calibration_spans=CalibrationSpans.of(rows).to_text(),
+        calibration_shape=(int(rows.tokens.shape[0]), int(rows.tokens.shape[1])),
+        warnings=warnings,
+    )
+
+
+def _identity(job: Job, rows: CalibrationSet | None, plan: Plan) -> str:
+    # What the written bytes depend on; runs on one model begin alike.
+    checkpoint = job.checkpoint
+    parts = [
+        __version__,
+        checkpoint.fingerprint,
+        None if rows is None else rows.fingerprint,
+        plan.identity(),
+        job.conversion.identity(),
+    ]
+    return run_prefix(checkpoint) + hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]

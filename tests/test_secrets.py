@@ -108,7 +108,7 @@ def test_a_run_leaves_listed_files_without_secrets(
     run("plan", measurement, "--bpw", "4", "-o", plan, "--html", page)
     run("quantize", model, made / "out", "--bpw", "4", "--measurement", measurement, *EVALUATION)
     assert {path.name for path in made.iterdir()} == {"m.safetensors", "plan.json", "plans.html", "out", "out.work"}
-    assert {path.name for path in files(made / "out.work")} == {"calibration.safetensors", "plan.json"}
+    assert {path.name for path in files(made / "out.work")} == {"calibration.safetensors", "finished.json", "plan.json"}
     found = {path.relative_to(made / "out").as_posix() for path in files(made / "out")}
     assert found <= ALLOWED
     assert {"README.md", "bpwise.json", "config.json", "output.safetensors", "recipe.yaml", "report.html"} <= found

@@ -253,7 +253,7 @@ def test_a_home_as_work_directory(tiny_model: Path, measurement: Path, tmp_path:
     before = {path.relative_to(home) for path in home.rglob("*")}
     command = ("--bpw", 4.5, "--no-eval", "--device", "cpu", "--work-dir", home)
     succeed("quantize", tiny_model, tmp_path / "home" / "q", *command, "-m", measurement)
-    made = {Path("calibration.safetensors"), Path("plan.json")}
+    made = {Path("calibration.safetensors"), Path("finished.json"), Path("plan.json")}
     left = {path.relative_to(home) for path in home.rglob("*") if "q" not in path.relative_to(home).parts}
     assert left == before | made
     assert (home / "q" / "output.safetensors").is_file()
@@ -262,7 +262,9 @@ def test_a_home_as_work_directory(tiny_model: Path, measurement: Path, tmp_path:
 class TestWorkDirectoriesWithFiles:
     @pytest.mark.usefixtures("no_work")
     @pytest.mark.parametrize("output", ["out", "out.gguf"])
-    @pytest.mark.parametrize("name", ["plan.json", "measurement.safetensors", "calibration.safetensors"])
+    @pytest.mark.parametrize(
+        "name", ["plan.json", "measurement.safetensors", "calibration.safetensors", "finished.json"]
+    )
     def test_those_of_others_are_not_replaced(self, name: str, output: str, tiny_model: Path, tmp_path: Path) -> None:
         (tmp_path / name).write_text('{"format_version": "1.2"}')  # as another program's plan.json
         command = ("quantize", tiny_model, tmp_path / output, "--bpw", 5, *TEXT, "--work-dir", tmp_path)
@@ -407,6 +409,7 @@ class TestGone:
         assert weights(tmp_path / "out") == weights(finished)
         assert {path.name for path in (tmp_path / "out.work").iterdir()} == {
             "calibration.safetensors",
+            "finished.json",
             "measurement.safetensors",
             "plan.json",
         }
@@ -431,6 +434,7 @@ def test_what_a_killed_run_left_goes(tiny_model: Path, copied: Path) -> None:
         pass
     dead = f"partial-{ended.pid}-00ff00ff"
     work = copied.with_name("out.work")
+    (work / "finished.json").unlink()
     stage = ResumeStore(work, "measure", Measurement.load(work / "measurement.safetensors").provenance)
     (stage.path / f".input-0.safetensors.{dead}").write_text("half")
     (copied.parent / f".out.{dead}").mkdir()
@@ -439,7 +443,8 @@ def test_what_a_killed_run_left_goes(tiny_model: Path, copied: Path) -> None:
         path.write_text("half")
     succeed("quantize", tiny_model, copied, "--bpw", 4.5, *TEXT, *EVALUATION)
     assert {path.name for path in copied.parent.iterdir()} == {"out", "out.work"}
-    assert {path.name for path in work.iterdir()} == {"calibration.safetensors", "measurement.safetensors", "plan.json"}
+    kept = {"calibration.safetensors", "finished.json", "measurement.safetensors", "plan.json"}
+    assert {path.name for path in work.iterdir()} == kept
     assert not list(copied.glob(".*"))
 
 

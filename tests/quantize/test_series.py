@@ -75,7 +75,11 @@ def test_outputs(finished: Path) -> None:
     work = finished.with_name("out.work")
     assert {path.name for path in work.iterdir()} == {"measure", *NAMES}
     assert (work / "measure" / "measurement.safetensors").is_file()
-    assert {path.name for path in (work / NAMES[0]).iterdir()} == {"calibration.safetensors", "plan.json"}
+    assert {path.name for path in (work / NAMES[0]).iterdir()} == {
+        "calibration.safetensors",
+        "finished.json",
+        "plan.json",
+    }
 
 
 def test_common_report(finished: Path) -> None:
