@@ -135,8 +135,8 @@ def quantize(
     """Quantize MODEL to OUTPUT, and compare the two.
 
     MODEL is a directory or a Hub id. OUTPUT is a GGUF file if its name ends in .gguf, else an EXL2 directory; without
-    it, MODEL-8.0bpw-8hb-exl2 or MODEL-4.5bpw.gguf in the current folder. Several bitrates make
-    OUTPUT/MODEL-8.0bpw.gguf or OUTPUT/MODEL-8.0bpw-6hb-exl2 and so on, and one report over all.
+    it, MODEL-8.0bpw-8hb-exl2 or MODEL-4.5bpw-Q4_K_S.gguf in the current folder. Several bitrates make
+    OUTPUT/MODEL-8.0bpw-Q8_0.gguf or OUTPUT/MODEL-8.0bpw-6hb-exl2 and so on, and one report over all.
 
     Interrupted? Run the same command again and it resumes. An output whose predictions are useless is marked with
     BROKEN.md, and the exit code is 1.
@@ -185,8 +185,7 @@ def quantize(
 def _conventional(source: Checkpoint, config: QuantizeConfig) -> Path:
     from ..eval.models import model_name
 
-    label = config.options.label if config.target is None else config.target.label
-    return Path(config.format.output_name(config.base_model or model_name(source), label or "", config.options))
+    return Path(config.conversion(source).output_name(config.base_model or model_name(source), config.target))
 
 
 def _check_usage(output: Path | None, choice: FormatChoice, targets: TargetArguments) -> None:
@@ -230,11 +229,11 @@ def _print_forecasts(
     from ..quantize.series import output_paths
     from ..quantize.times import with_times
 
+    conversion = config.conversion(model)
     outputs: dict[Path, Target | None] = {output: config.target}
     if len(rates) > 1:
-        paths = output_paths(config.base_model or model_name(model), output, config, rates)
+        paths = output_paths(config.base_model or model_name(model), output, conversion, rates)
         outputs = {path: Target(bpw=bpw) for bpw, path in paths.items()}
-    conversion = config.format.conversion(model, config.options)
     work = measuring.work_dir or work_beside(output)
     measured = None if measurement is None else load_measurement(measurement, model, progress_bar)
     forecasts = forecast_outputs(

@@ -93,6 +93,7 @@ class Provenance:
         run: Identifies the run: what the written bytes depend on.
         model: Fingerprint of the original.
         changes: What was changed while the original was read, as plain JSON.
+        base_model: Hub id of the original; None if it is not known.
         calibration: Fingerprint of the calibration rows; empty where nothing was calibrated, as are the next three.
         calibration_text: What they are.
         calibration_spans: Hashes of them (see ``bpwise.eval.metrics.overlap``).
@@ -104,6 +105,7 @@ class Provenance:
     run: str
     model: str
     changes: Mapping[str, Any] = field(default_factory=dict)
+    base_model: str | None = None
     calibration: str = ""
     calibration_text: str = ""
     calibration_spans: str = ""
@@ -111,7 +113,40 @@ class Provenance:
     warnings: tuple[str, ...] = ()
 
 
-class Conversion(ABC):
+class OutputNames(ABC):
+    """What outputs of a conversion are called.
+
+    Attributes:
+        options: The format's options.
+    """
+
+    options: Any
+
+    def size_label(self, target: Target | None) -> float | str:
+        """Return the size in names of outputs, as ``Format.output_name`` takes it.
+
+        Args:
+            target: How large the output may be; None if ``measures`` is false.
+        """
+        return (self.options.label or "") if target is None else target.label
+
+    def output_name(self, base_name: str, target: Target | None) -> str:
+        """Return the name of an output by convention, suffix included.
+
+        Args:
+            base_name: Name or Hub id of the original.
+            target: As ``size_label`` takes it.
+        """
+        from .registry import format_asking  # noqa: PLC0415 - it holds the formats, which hold this
+
+        return format_asking(self.options).output_name(base_name, self.size_label(target), self.options)
+
+    def placed(self, output: Path, plan: Any) -> Path:
+        """Return the path by which an output is opened: another one where the plan asks for several files."""
+        return output
+
+
+class Conversion(OutputNames):
     """One original on its way into a format.
 
     Attributes:

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..checkpoint.source.checkpoint import Checkpoint
+from ..checkpoint.source.hub import directory_name
 from ..convert.conversion import Conversion, Target
 from ..convert.format import Format
+from ..convert.names import hub_id
 from ..convert.options import FormatOptions
 from ..convert.publishing.cards import check_base_model
 from ..convert.registry import format_asking, formats
@@ -66,6 +68,10 @@ class QuantizeConfig:
     def conversion(self, checkpoint: Checkpoint) -> Conversion:
         """Return an original on its way into the format."""
         return self.format.conversion(checkpoint, self.options)
+
+    def base_model_of(self, checkpoint: Checkpoint) -> str | None:
+        """Return the Hub id of an original, as far as it is known."""
+        return self.base_model or hub_id(directory_name(checkpoint.directory))
 
     @property
     def offload_dirs(self) -> tuple[Path | None, ...]:

@@ -201,7 +201,7 @@ class _OutputRun:
             plan = conversion.plan(measured, self._target, self._provenance(rows))
         if measured is not None:
             plan.save(self._work / PLAN_FILE)
-        run = self._identity(rows, plan)
+        run, self._output = self._identity(rows, plan), conversion.placed(self._output, plan)
         finished = output_of(self._output, job.config.format, run)
         made = self._made(plan, measured, rows, run, finished=finished)
         comparison = self._compared(plan)
@@ -316,9 +316,7 @@ class _OutputRun:
             write_card(self._output, original=job.checkpoint.directory, base_model=job.config.base_model)
 
     def _measurement_file(self) -> Path | None:
-        if not self._job.conversion.measures:
-            return None
-        return self._job.measurement or self._work / MEASUREMENT_FILE
+        return (self._job.measurement or self._work / MEASUREMENT_FILE) if self._job.conversion.measures else None
 
     def _provenance(self, rows: CalibrationSet | None, run: str = "0" * 32) -> Provenance:
         checkpoint, warnings = self._job.checkpoint, self._job.conversion.warnings
@@ -330,6 +328,7 @@ class _OutputRun:
             run=run,
             model=checkpoint.fingerprint,
             changes=checkpoint.changes,
+            base_model=self._job.config.base_model_of(checkpoint),
             calibration=rows.fingerprint,
             calibration_text=rows.description,
             calibration_spans=CalibrationSpans.of(rows).to_text(),

@@ -11,7 +11,7 @@ from ..checkpoint.files.atomic import write_json, write_text
 from ..checkpoint.files.paths import named, reserved, work_beside
 from ..checkpoint.files.resume import RunArtifacts, discard_artifacts, locked_work
 from ..checkpoint.source.original import Original, open_model
-from ..convert.conversion import Target
+from ..convert.conversion import Conversion, Target
 from ..errors import BrokenModelError, ConfigError
 from ..eval.comparison import Comparison
 from ..eval.models import model_name
@@ -97,16 +97,16 @@ class SeriesResult:
         return [*lines, f"measurement {self.measurement} serves any other bitrate", f"report      {self.report}"]
 
 
-def output_paths(base_name: str, output: Path, config: QuantizeConfig, rates: Sequence[float]) -> dict[float, Path]:
-    """Return where each bitrate goes: ``OUTPUT/NAME-8.0bpw-6hb-exl2``, or ``OUTPUT/NAME-8.0bpw.gguf``.
+def output_paths(base_name: str, output: Path, conversion: Conversion, rates: Sequence[float]) -> dict[float, Path]:
+    """Return where each bitrate goes: ``OUTPUT/NAME-8.0bpw-6hb-exl2``, or ``OUTPUT/NAME-8.0bpw-Q8_0.gguf``.
 
     Args:
         base_name: Name or Hub id of the original.
         output: The series' directory.
-        config: Says which format, and what names tell of its options.
+        conversion: Says which format, and what names tell of its options.
         rates: Bits per weight.
     """
-    return {bpw: output / config.format.output_name(base_name, bpw, config.options) for bpw in rates}
+    return {bpw: output / conversion.output_name(base_name, Target(bpw=bpw)) for bpw in rates}
 
 
 def quantize_series(
@@ -159,7 +159,7 @@ def quantize_series(
     if not conversion.measures:
         raise ConfigError("bitrates: these options say by themselves how large an output is. Leave one of them out.")
     require_convertible(conversion)
-    paths = output_paths(config.base_model or model_name(checkpoint), output, config, rates)
+    paths = output_paths(config.base_model or model_name(checkpoint), output, conversion, rates)
     targets = {path: Target(bpw=bpw) for bpw, path in paths.items()}
     for path in targets:
         check_places(conversion, config, path, work / path.name, measurement)

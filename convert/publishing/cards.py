@@ -10,7 +10,7 @@ from ...checkpoint.files.paths import companion
 from ...checkpoint.files.schemas import Count, NonNegative, Number, check_schema, read_json
 from ...checkpoint.source.hub import directory_name, resolve_model
 from ...errors import BrokenModelError, ConfigError, FormatError
-from ..names import HUB_ID, REPORT_FILE
+from ..names import HUB_ID, REPORT_FILE, hub_id
 from ..registry import require_format
 from .base_card import CARD_NAME, BaseCard, read_base_card
 from .card import Card, render_card
@@ -65,8 +65,7 @@ def make_card(output: Path, *, original: str | Path | None = None, base_model: s
     report = _report(output)
     directory = resolve_model(original) if isinstance(original, str) else original
     base_name = _base_name(report, directory, base_model)
-    if base_model is None and HUB_ID.fullmatch(base_name):
-        base_model = base_name
+    base_model = base_model or hub_id(base_name)
     format_ = require_format(output)
     return Card(
         facts=format_.card(format_.open(output), base_name),

@@ -13,7 +13,7 @@ from ...checkpoint.files.side_files import TEMPLATE_DIRECTORY, is_side_file
 from ...checkpoint.source.hub import confined_file, list_directory
 from ...errors import CheckpointError, PublishError
 from ..format import Format
-from ..names import HUB_ID, RATE, rate_text
+from ..names import HUB_ID, RATE, NameParts
 from ..registry import format_of, formats, require_format
 from .base_card import CARD_NAME
 from .cards import card_path
@@ -187,15 +187,15 @@ def _check(output: Path) -> None:
 
 def _upload(output: Path, owner: str, name: str, by_branch: bool) -> Upload:
     format_ = require_format(output)
-    base, rate, more = _named(output, format_)
+    parts = _named(output, format_)
     alone = not format_.suffix  # directories do not share a repository
     tag = format_.name if alone else format_.title
     if name:
         repo = f"{owner}/{name}"
     elif alone and not by_branch:
-        repo = f"{owner}/{'-'.join((base, f'{rate}bpw', *(each for each in more if each != tag), tag))}"
+        repo = f"{owner}/{'-'.join((parts.base, parts.size, *(each for each in parts.more if each != tag), tag))}"
     else:
-        repo = f"{owner}/{base}-{tag}"
+        repo = f"{owner}/{parts.base}-{tag}"
     if not HUB_ID.fullmatch(repo):
         raise PublishError(f"{repo}: not a name that the Hub takes. Give one, as ORG/NAME.")
     if alone:
@@ -208,7 +208,7 @@ def _upload(output: Path, owner: str, name: str, by_branch: bool) -> Upload:
     return Upload(
         output=output,
         repo=repo,
-        branch=f"{rate}bpw" if by_branch else None,
+        branch=parts.size if by_branch else None,
         files=tuple(files),
         left_out=tuple(left_out),
     )
@@ -226,19 +226,18 @@ def _front_pages(uploads: Sequence[Upload]) -> list[Upload]:
     return list(pages.values())
 
 
-def _named(output: Path, format_: Format) -> tuple[str, str, list[str]]:
-    """Return the original's name, the bitrate, and what the format adds, as a name by convention has them."""
+def _named(output: Path, format_: Format) -> NameParts:
     name = output.stem if format_.suffix else output.name
-    if not RATE.search(name) and not format_.suffix:
+    parts = format_.name_parts(name)
+    if parts is None and not format_.suffix:
         # The card's title has the original's name, and the model its rate.
         text = card_path(output).read_text(encoding="utf-8", errors="replace")
         title = re.search(r"^# (\S+)$", text, re.MULTILINE)
         base = name if title is None else RATE.sub("", title[1])
-        name = format_.card(format_.open(output), base).name
-    found = RATE.search(name)
-    if found is None:
-        raise PublishError(f"{output}: its name tells no bitrate. Expected one as NAME-4.5bpw. Rename it.")
-    return name[: found.start()], rate_text(float(found[1])), name[found.end(1) :].split("-")[1:]
+        parts = format_.name_parts(format_.card(format_.open(output), base).name)
+    if parts is None:
+        raise PublishError(f"{output}: its name tells no size. Expected one as NAME-4.5bpw or NAME-Q4_K_M. Rename it.")
+    return parts
 
 
 def _directory_files(output: Path, format_: Format) -> tuple[list[tuple[str, Path]], list[str]]:

@@ -9,7 +9,7 @@ import yaml
 from bpwise.convert.exl2 import card as exl2
 from bpwise.convert.gguf import card as gguf
 from bpwise.convert.model import CardFacts
-from bpwise.convert.names import pasteable, rate_text
+from bpwise.convert.names import pasteable, size_text
 from bpwise.convert.publishing.base_card import BaseCard, parse_base_card, read_base_card
 from bpwise.convert.publishing.card import Card, render_card
 from bpwise.errors import CheckpointError
@@ -189,6 +189,6 @@ def test_a_link_that_leads_outside(tmp_path: Path) -> None:
         read_base_card(tmp_path / "model")
 
 
-@pytest.mark.parametrize(("bpw", "text"), [(8, "8.0"), (4.5, "4.5"), (4.25, "4.25"), (2.5, "2.5")])
-def test_rates(bpw: float, text: str) -> None:
-    assert rate_text(bpw) == text
+@pytest.mark.parametrize(("bpw", "text"), [(8, "8.0bpw"), (4.5, "4.5bpw"), (4.25, "4.25bpw"), ("2GB", "2GB")])
+def test_sizes(bpw: float | str, text: str) -> None:
+    assert size_text(bpw) == text

@@ -288,9 +288,25 @@ def test_gguf_files(tmp_path: Path, hub: FakeHub) -> None:
     ]
     (folder / "L-6.0bpw.gguf").rename(folder / "odd.gguf")
     (folder / "L-6.0bpw.README.md").rename(folder / "odd.README.md")
-    assert "tells no bitrate" in push(folder / "odd.gguf", "org/").stderr
+    assert "tells no size" in push(folder / "odd.gguf", "org/").stderr
     (folder / "odd.gguf.BROKEN.md").write_text("It is.")
     assert "marked as broken" in push(folder / "odd.gguf", "org/").stderr
+
+
+@pytest.mark.parametrize("ending", ["-Q4_K_M", ".Q4_K_M", "-4.5bpw-Q4_K_M", "-UD-Q4_K_XL"])
+def test_names_of_other_programs(tmp_path: Path, hub: FakeHub, ending: str) -> None:
+    gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install '.[gguf]'")
+    writer = gguf.GGUFWriter(tmp_path / f"L-3.2-1B{ending}.gguf", "test")
+    writer.add_tensor("a.weight", np.ones((2, 32), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (tmp_path / f"L-3.2-1B{ending}.README.md").write_text(CARD)
+    assert push(tmp_path, "org/").exit_code == 0
+    assert hub.repos == {"org/L-3.2-1B-GGUF": True}
+    assert push(tmp_path, "org/all", "--branch").exit_code == 0
+    assert hub.commits[-1][1] == ("4.5bpw" if "bpw" in ending else ending[1:])
 
 
 def test_what_a_gguf_model_sees_images_with_goes_with_every_file(tmp_path: Path, hub: FakeHub) -> None:
