@@ -28,8 +28,8 @@ from bpwise.convert.registry import formats
 from bpwise.linalg.work import Rates
 from bpwise.progress import seconds_by_step
 from bpwise.quantize.checks import forecast_outputs
-from bpwise.quantize.costs import StepClock
 from bpwise.quantize.times import with_times
+from bpwise.quantize.timing.costs import StepClock
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MixtralConfig
 
 __all__ = ["main"]

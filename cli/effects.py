@@ -7,13 +7,14 @@ part of a run out, and the rest of its command may stay.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
 from ..convert.options import Conflict
-from .format_options import chosen_format, owners
+from .format_options import chosen_formats, owners
 
 __all__ = ["CONFLICTS", "refuse_without_effect"]
 
@@ -146,17 +147,31 @@ def refuse_without_effect(context: click.Context) -> None:
 
 def _conflicts(command: str, parameters: Options) -> Iterator[Conflict]:
     if command in ("plan", "quantize"):
-        chosen = chosen_format(parameters)
-        of_others: dict[str, list[str]] = {}
-        for name, declared in owners(command).items():
-            if chosen not in declared:
-                of_others.setdefault(" and ".join(each.title for each in declared), []).append(name)
-        for titles, names in of_others.items():
-            yield Conflict(f"with an output in {chosen.title}", _writes_one_format, tuple(names), f"for {titles} only")
-        yield from chosen.conflicts.get(command, ())
+        yield from _of_formats(command, parameters)
     if command == "measure":
         wanted = parameters.get("wanted") or ()
         others = [name for name, declared in owners(command).items() if not any(x.name in wanted for x in declared)]
         when = f"with --formats {','.join(wanted)}"
         yield Conflict(when, lambda options: bool(options["wanted"]), tuple(others), "only other formats use it")
     yield from CONFLICTS.get(command, ())
+
+
+def _of_formats(command: str, parameters: Options) -> Iterator[Conflict]:
+    chosen, declared = chosen_formats(parameters), owners(command)
+    shown = " and ".join(each.title for each in chosen)
+    of_others: dict[str, list[str]] = {}
+    for name, having in declared.items():
+        if not any(each in having for each in chosen):
+            of_others.setdefault(" and ".join(each.title for each in having), []).append(name)
+    for titles, names in of_others.items():
+        yield Conflict(f"with an output in {shown}", _writes_one_format, tuple(names), f"for {titles} only")
+    for each in chosen:
+        # Beside other formats an option may have its effect on these.
+        others = [other for other in chosen if other is not each]
+        for conflict in each.conflicts.get(command, ()):
+            idle = [
+                name
+                for name in conflict.options
+                if not others or (name in declared and not any(other in declared[name] for other in others))
+            ]
+            yield replace(conflict, options=tuple(idle))

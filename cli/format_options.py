@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -12,46 +13,86 @@ import click
 from ..convert.format import Format
 from ..convert.options import Command as CommandName
 from ..convert.options import FormatOptions, Option, options_of
-from ..convert.registry import format_named, format_naming, formats
-from .types import EXISTING_DIRECTORY, EXISTING_FILE, MIB, SIZE
+from ..convert.registry import format_named, format_naming, format_nearly_naming, formats
+from .types import EXISTING_DIRECTORY, EXISTING_FILE, MIB, SIZE, Names
 
-__all__ = ["FORMAT_OPTION", "FormatChoice", "chosen_format", "format_options", "owners"]
+__all__ = ["FORMAT_OPTION", "FormatChoice", "chosen_formats", "format_options", "owners"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 FORMAT_OPTION = click.option(
     "--format",
     "output_format",
-    type=click.Choice(list(formats())),
-    help=f"Format of OUTPUT.  [default: as OUTPUT is named, else {next(iter(formats()))}]",
+    type=Names(list(formats())),
+    help="Format of OUTPUT; several make every size in each, in the directory OUTPUT.  [default: as OUTPUT's name, "
+    f"--type or --size-of says, else {next(iter(formats()))}]",
 )
 
 
 @dataclass(frozen=True, slots=True)
 class FormatChoice:
-    """The format that a command is about, and the options of all formats that its user gave.
+    """The formats that a command is about, and the options of all formats that its user gave.
 
     Attributes:
-        format: The format.
+        formats: The formats, at least one.
         all: Options by name of a format.
     """
 
-    format: Format
+    formats: tuple[Format, ...]
     all: Mapping[str, FormatOptions]
 
     @property
+    def format(self) -> Format:
+        """The only format, or the first."""
+        return self.formats[0]
+
+    @property
     def options(self) -> FormatOptions:
-        """Options of the chosen format."""
+        """Options of that format."""
         return self.all[self.format.name]
 
+    @property
+    def each(self) -> tuple[FormatOptions, ...]:
+        """Options of every chosen format."""
+        return tuple(self.all[each.name] for each in self.formats)
 
-def chosen_format(parameters: Mapping[str, Any]) -> Format:
-    """Return the format that a command's parameters ask for: by ``--format``, else by OUTPUT's ending."""
-    if parameters.get("output_format") is not None:
-        return format_named(parameters["output_format"])
-    output = parameters.get("output")
-    named = None if output is None else format_naming(output)
-    return named or next(iter(formats().values()))
+    def weighted_by(self, measurement: Path) -> FormatChoice:
+        """Return the choice where a measurement only weighs errors; see ``FormatOptions.weighted_by``."""
+        return replace(self, all={name: options.weighted_by(measurement) for name, options in self.all.items()})
+
+
+def chosen_formats(parameters: Mapping[str, Any]) -> tuple[Format, ...]:
+    """Return the formats that a command's parameters ask for.
+
+    That is ``--format``, else OUTPUT's ending, else an option that only goes with one, else the first of all.
+
+    Raises:
+        click.UsageError: OUTPUT has nearly the ending of a format's files.
+    """
+    named, output = parameters.get("output_format"), parameters.get("output")
+    if named is not None:
+        chosen = tuple(map(format_named, dict.fromkeys([named] if isinstance(named, str) else named)))
+    else:
+        naming = None if output is None else format_naming(output)
+        chosen = (naming or _implied(parameters) or next(iter(formats().values())),)
+    near = format_nearly_naming(output) if output is not None and "output_format" in parameters else None
+    if near is not None and (near in chosen or named is None):
+        raise click.UsageError(
+            f"{output} ends in {output.suffix}. Was {near.suffix} meant? Then name it so; otherwise choose a --format."
+        )
+    return chosen
+
+
+def _implied(parameters: Mapping[str, Any]) -> Format | None:
+    # Targets may be one argument already.
+    names = parameters.get("size_of") or getattr(parameters.get("targets"), "size_of", None)
+    for each in formats().values():
+        if names and set(names) <= set(each.size_names):
+            return each
+        declared = options_of(each.Options, "quantize").values()
+        if any(option.implies and parameters.get(option.name) for option in declared):
+            return each
+    return None
 
 
 def owners(command: str) -> dict[str, list[Format]]:
@@ -69,16 +110,18 @@ def format_options(name: CommandName) -> Callable[[Command], Command]:
     def decorate(command: Command) -> Command:
         @functools.wraps(command)
         def run(**parameters: Any) -> Any:
-            format_ = chosen_format(parameters)
+            asked = chosen_formats(parameters)
             given = {parameter: parameters.pop(parameter) for parameter in owners(name)}
-            chosen = {format_.name} if "output_format" in parameters else formats()  # a command for all formats
+            _refuse_two_meanings(name, asked, given)
+            # A command without --format is for all formats.
+            chosen = [each.name for each in asked] if "output_format" in parameters else formats()
             sized = "targets" not in parameters or bool(parameters["targets"].count)
             options = {
                 each.name: _read(each, name, given, chosen=each.name in chosen, sized=sized)
                 for each in formats().values()
             }
             parameters.pop("output_format", None)
-            return command(**parameters, choice=FormatChoice(format_, options))
+            return command(**parameters, choice=FormatChoice(asked, options))
 
         declared: dict[str, list[tuple[Format, Option]]] = {}
         for each in formats().values():
@@ -126,6 +169,22 @@ def _read(
             continue
         values[field] = _value(option, value)
     return format_.Options(**values)
+
+
+def _refuse_two_meanings(command: CommandName, chosen: Sequence[Format], given: Mapping[str, Any]) -> None:
+    for name, declared in owners(command).items():
+        readings = {
+            option.parse
+            for each in chosen
+            if each in declared
+            for option in options_of(each.Options, command).values()
+            if option.name == name
+        }
+        if given[name] and len(readings) > 1:
+            raise click.UsageError(
+                f"--{name.replace('_', '-')} does not mean the same in {' and '.join(each.title for each in chosen)}. "
+                "Make one format after the other, with one --measurement."
+            )
 
 
 def _value(option: Option, value: Any) -> Any:

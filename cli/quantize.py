@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from ..convert.registry import format_naming, formats
 from .format_options import FORMAT_OPTION, FormatChoice, format_options
@@ -23,11 +24,11 @@ from .options import (
     say_shortened,
 )
 from .output import RunBar, progress_bar, say, time_lines
-from .types import EXISTING_FILE, MIB, PATH, RATES, SIZE, TOKENS
+from .types import EXISTING_FILE, MIB, PATH, RATES, SIZE, TOKENS, Names
 
 if TYPE_CHECKING:
     from ..checkpoint.source.checkpoint import Checkpoint
-    from ..convert.conversion import Target
+    from ..convert.conversion import Conversion, Target
     from ..quantize.config import QuantizeConfig
     from ..quantize.forecast import Forecast
     from .options import EvaluationArguments
@@ -44,6 +45,8 @@ _DEFAULTS = ", ".join(
     )
     for each in formats().values()
 )
+_SIZES = "--bpw, --max-size, --vram and --size-of"
+_SIZE_NAMES = [name for each in formats().values() for name in each.size_names]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,21 +57,17 @@ class TargetArguments:
     max_size: int | None
     vram: int | None
     context: int | None
+    size_of: tuple[str, ...] | None
 
     @property
     def count(self) -> int:
         """Number of ways in which a size was given."""
-        return sum(each is not None for each in (self.bpw, self.max_size, self.vram))
-
-    @property
-    def rates(self) -> tuple[float, ...]:
-        """The bitrates."""
-        return self.bpw or ()
+        return sum(each is not None for each in (self.bpw, self.max_size, self.vram, self.size_of))
 
     @property
     def several(self) -> bool:
         """Whether there are several outputs to make."""
-        return len(self.rates) > 1
+        return len(self.bpw or self.size_of or ()) > 1
 
     def all(self, choice: FormatChoice) -> list[Target]:
         """Return the target of every output: the format's own if no size was given, none where its options say it."""
@@ -76,9 +75,47 @@ class TargetArguments:
 
         if not choice.options.measures:
             return []
-        if self.rates or not self.count:
-            return [Target(bpw=rate) for rate in self.rates or (choice.format.default_bpw,)]
+        if self.size_of:
+            return [Target(size_of=name) for name in self.size_of]
+        if self.bpw or not self.count:
+            return [Target(bpw=rate) for rate in self.bpw or (choice.format.default_bpw,)]
         return [Target(max_bytes=self.max_size, vram_bytes=self.vram, context_tokens=self.context)]
+
+
+def _targets(**given: Any) -> TargetArguments:
+    # A size on the command line takes the place of a recipe's.
+    context = click.get_current_context()
+    typed = {name for name in given if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    if typed - {"context"}:
+        given = {name: value if name in typed else None for name, value in given.items()}
+    return TargetArguments(**given)
+
+
+def _take_recipe(context: click.Context, _: click.Parameter, path: Path | None) -> None:
+    # What a recipe says are defaults: the command line goes first.
+    from ..quantize.recipe import read_recipe
+
+    if path is None:
+        return
+    options = [each for each in context.command.params if isinstance(each, click.Option)]
+    known = {each.opts[-1].removeprefix("--"): each for each in options if each.name != "config"}
+    entries = read_recipe(path)
+    unknown = sorted(entries.keys() - known)
+    if unknown:
+        raise click.UsageError(
+            f"{path}: unknown options. Got {', '.join(unknown)}. Expected long names of options, such as bpw. Leave "
+            f"{'it' if len(unknown) == 1 else 'them'} out."
+        )
+    context.default_map = {
+        str(known[name].name): _of_recipe(known[name], value, context) for name, value in entries.items()
+    }
+
+
+def _of_recipe(option: click.Option, value: str | list[str], context: click.Context) -> Any:
+    if option.multiple:
+        return value if isinstance(value, list) else [value]
+    text = ",".join(value) if isinstance(value, list) else value
+    return click.BOOL.convert(text, option, context) if option.is_flag else text
 
 
 def _target_options(command: Command) -> Command:
@@ -98,8 +135,15 @@ def _target_options(command: Command) -> Command:
             type=TOKENS,
             help="With --vram: length of the context in tokens, such as 32k.  [default: the model's]",
         ),
+        click.option(
+            "--size-of",
+            type=Names(_SIZE_NAMES),
+            metavar="NAME[,NAME...]",
+            help="As large as llama.cpp's file of that name, instead of --bpw, but closer to the original: Q4_K_M. "
+            "Several make several outputs, as with --bpw.",
+        ),
     )
-    return grouped(command, declared, "targets", ("bpw", "max_size", "vram", "context"), TargetArguments)
+    return grouped(command, declared, "targets", ("bpw", "max_size", "vram", "context", "size_of"), _targets)
 
 
 @cli.command()
@@ -111,7 +155,15 @@ def _target_options(command: Command) -> Command:
     "-m",
     "--measurement",
     type=EXISTING_FILE,
-    help="Use this measurement of MODEL instead of measuring again.",
+    help="Use this measurement of MODEL instead of measuring again; with --type, its importances.",
+)
+@click.option(
+    "--config",
+    type=EXISTING_FILE,
+    is_eager=True,
+    expose_value=False,
+    callback=_take_recipe,
+    help="Take options from this file, such as the recipe.yaml of an output; those given here go first.",
 )
 @click.option("--base-model", metavar="ORG/NAME", help="Hub id of the original, for the card.  [default: MODEL's]")
 @click.option("--dry-run", is_flag=True, help="Print size, possible bpw, memory, disk and time; write nothing.")
@@ -134,9 +186,10 @@ def quantize(
 ) -> None:
     """Quantize MODEL to OUTPUT, and compare the two.
 
-    MODEL is a directory or a Hub id. OUTPUT is a GGUF file if its name ends in .gguf, else an EXL2 directory; without
-    it, MODEL-8.0bpw-8hb-exl2 or MODEL-4.5bpw-Q4_K_S.gguf in the current folder. Several bitrates make
-    OUTPUT/MODEL-8.0bpw-Q8_0.gguf or OUTPUT/MODEL-8.0bpw-6hb-exl2 and so on, and one report over all.
+    MODEL is a directory or a Hub id. OUTPUT is a GGUF file if its name ends in .gguf or --type is given, else an EXL2
+    directory; --format says so too, and a .gguf that OUTPUT lacks is appended. Without OUTPUT it is
+    MODEL-8.0bpw-8hb-exl2 or MODEL-4.5bpw-Q4_K_S.gguf in the current folder. Several bitrates or formats make
+    OUTPUT/MODEL-8.0bpw-Q8_0.gguf, OUTPUT/MODEL-8.0bpw-6hb-exl2 and so on from one measurement, and one report over all.
 
     Interrupted? Run the same command again and it resumes. An output whose predictions are useless is marked with
     BROKEN.md, and the exit code is 1.
@@ -146,7 +199,9 @@ def quantize(
     from ..quantize.run import quantize_model
     from ..quantize.series import quantize_series
 
-    _check_usage(output, choice, targets)
+    series = _check_usage(output, choice, targets)
+    if measurement is not None and not choice.options.measures:
+        choice, measurement = choice.weighted_by(measurement), None
     wanted = targets.all(choice)
     evaluate = evaluation.config(measuring.config)
     config = QuantizeConfig(
@@ -160,13 +215,17 @@ def quantize(
     if output is None:
         output = _conventional(source, config)
         say(f"output      {output}")
+    elif choice.format.suffix and not series and format_naming(output) is None:
+        output = output.with_name(f"{output.name}{choice.format.suffix}")
+        say(f"output      {output}")
     if evaluate is not None:
         say_shortened(source, evaluation=evaluate.row_tokens)
     if measuring.saved is None and measurement is None and choice.options.measures:
         say_shortened(source, calibration=measuring.config.calibration.row_tokens)
-    _print_warnings(choice.format.conversion(source, choice.options).warnings)
+    conversions = [each.conversion(source, choice.all[each.name]) for each in choice.formats]
+    _print_warnings(dict.fromkeys(warning for each in conversions for warning in each.warnings))
     if dry_run:
-        _print_forecasts(source, output, config, targets.rates, measurement, measuring)
+        _print_forecasts(conversions, output, config, wanted if series else [], measurement, measuring)
         return
     shared = {
         "measurement": measurement,
@@ -174,8 +233,8 @@ def quantize(
         "work": measuring.work_dir,
         "progress": RunBar(),
     }
-    if targets.several:
-        lines = quantize_series(source, output, config, targets.rates, **shared).summary_lines()  # type: ignore[arg-type]
+    if series:
+        lines = quantize_series(source, output, config, wanted, formats=choice.each, **shared).summary_lines()  # type: ignore[arg-type]
     else:
         lines = quantize_model(source, output, config, **shared).summary_lines()  # type: ignore[arg-type]
     for line in lines:
@@ -188,24 +247,33 @@ def _conventional(source: Checkpoint, config: QuantizeConfig) -> Path:
     return Path(config.conversion(source).output_name(config.base_model or model_name(source), config.target))
 
 
-def _check_usage(output: Path | None, choice: FormatChoice, targets: TargetArguments) -> None:
-    # At most one target, and an OUTPUT that is named as what it is.
+def _check_usage(output: Path | None, choice: FormatChoice, targets: TargetArguments) -> bool:
+    # At most one target, and an OUTPUT that is named as what it is; returns whether there are several outputs.
     if targets.count > 1:
-        raise click.UsageError("an output has one size. Give one of --bpw, --max-size and --vram.")
-    if targets.count and not choice.options.measures:
-        raise click.UsageError("these options say all of an output. Leave --bpw, --max-size and --vram out.")
-    if output is None:
-        if targets.several:
-            raise click.UsageError("several bitrates make several outputs: name the directory for them, OUTPUT.")
-        return
-    named = format_naming(output)
-    if named is not None and named is not choice.format:
+        raise click.UsageError(f"an output has one size. Give one of {_SIZES}.")
+    measures = all(each.measures for each in choice.each)
+    if targets.count and not measures:
+        raise click.UsageError(f"these options say all of an output. Leave {_SIZES} out.")
+    several = "several formats" if len(choice.formats) > 1 else "several sizes" if targets.several else ""
+    if several and measures and not targets.count:
+        raise click.UsageError(f"several formats need a size. Give one of {_SIZES}.")
+    if several and not measures:
+        raise click.UsageError("these options say all of one output. Leave them out, or the other formats.")
+    without = [each.title for each in choice.formats if not set(targets.size_of or ()) <= set(each.size_names)]
+    if without:
+        raise click.UsageError(f"--size-of names GGUF files of llama.cpp, none in {' and '.join(without)}. Give --bpw.")
+    if several and output is None:
+        raise click.UsageError(f"{several} make several outputs: name the directory for them, OUTPUT.")
+    named = None if output is None else format_naming(output)
+    if named is not None and named not in choice.formats:
         raise click.UsageError(
             f"{output} is named as a {named.title} file, but --format {choice.format.name} makes something else. Name "
             "it otherwise."
         )
-    if named is not None and targets.several:
-        raise click.UsageError(f"several bitrates make several files: name a directory, with --format {named.name}.")
+    if named is not None and several:
+        formats_ = ",".join(each.name for each in choice.formats)
+        raise click.UsageError(f"{several} make several files: name a directory, with --format {formats_}.")
+    return bool(several)
 
 
 def _print_warnings(warnings: Iterable[str]) -> None:
@@ -214,40 +282,44 @@ def _print_warnings(warnings: Iterable[str]) -> None:
 
 
 def _print_forecasts(
-    model: Checkpoint,
+    conversions: Sequence[Conversion],
     output: Path,
     config: QuantizeConfig,
-    rates: tuple[float, ...],
+    series: Sequence[Target],
     measurement: Path | None,
     measuring: MeasuringArguments,
 ) -> None:
     from ..checkpoint.files.paths import work_beside
-    from ..convert.conversion import Target
     from ..eval.models import model_name
-    from ..quantize.checks import forecast_outputs
+    from ..quantize.checks import forecast_outputs, require_together
     from ..quantize.measuring import load_measurement
-    from ..quantize.series import output_paths
+    from ..quantize.series import output_targets
     from ..quantize.times import with_times
 
-    conversion = config.conversion(model)
-    outputs: dict[Path, Target | None] = {output: config.target}
-    if len(rates) > 1:
-        paths = output_paths(config.base_model or model_name(model), output, conversion, rates)
-        outputs = {path: Target(bpw=bpw) for bpw, path in paths.items()}
+    model = conversions[0].checkpoint
     work = measuring.work_dir or work_beside(output)
     measured = None if measurement is None else load_measurement(measurement, model, progress_bar)
-    forecasts = forecast_outputs(
-        conversion,
-        outputs,
-        config.measure,
-        config.evaluate,
-        work,
-        measured=measured,
-        measurement=measurement,
-        rows=measuring.saved,
-    )
+    lines: list[tuple[Conversion, dict[Path, Forecast]]] = []
+    for conversion in conversions:
+        outputs: Mapping[Path, Target | None] = {output: config.target}
+        if series:
+            outputs = output_targets(config.base_model or model_name(model), output, conversion, series)
+        forecasts = forecast_outputs(
+            conversion,
+            outputs,
+            config.measure,
+            config.evaluate,
+            work,
+            measured=measured,
+            measurement=measurement,
+            rows=measuring.saved,
+        )
+        lines.append((conversion, forecasts))
+    require_together(lines, work, measurement)
+    made_by = {path: conversion for conversion, made in lines for path in made}
+    forecasts = {path: forecast for _, made in lines for path, forecast in made.items()}
     known = measured or measuring.saved
-    timed = with_times(forecasts, conversion, config, work, known=known, measurement=measurement, series=len(rates) > 1)
+    timed = with_times(forecasts, made_by, config, work, known=known, measurement=measurement, series=bool(series))
     for forecast in timed.values():
         _print_forecast(forecast)
     for line in time_lines(part for forecast in timed.values() for part in forecast.parts):

@@ -125,7 +125,7 @@ class Names(click.ParamType[tuple[str, ...]]):
         """Set the valid names.
 
         Args:
-            known: Valid names; empty accepts any.
+            known: Valid names, in whatever case they are given; empty accepts any.
         """
         self._known = known
 
@@ -133,7 +133,9 @@ class Names(click.ParamType[tuple[str, ...]]):
         """Return the names."""
         if isinstance(value, tuple):
             return value
-        names = tuple(part.strip() for part in str(value).split(",") if part.strip())
+        known_as = {name.lower(): name for name in self._known}
+        parts = [part.strip() for part in str(value).split(",") if part.strip()]
+        names = tuple(known_as.get(part.lower(), part) for part in parts)
         if self._known and not (names and set(names) <= set(self._known)):
             known = ", ".join(self._known)
             self.fail(

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..measure.curves import CurveMaker
     from ..measure.measurement import Measurement
     from ..progress import Progress
+    from .format import Format
     from .rounding import FormatWork, RoundedModel, Rounder
 
 __all__ = ["Conversion", "Provenance", "SizeForecast", "Target"]
@@ -28,19 +29,21 @@ __all__ = ["Conversion", "Provenance", "SizeForecast", "Target"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """How large an output may be; exactly one of the three is given.
+    """How large an output may be; exactly one of bpw, max_bytes, vram_bytes and size_of is given.
 
     Attributes:
         bpw: Bits per weight, as the format counts them; met from below, never exceeded.
         max_bytes: Largest size of all files with tensors together.
         vram_bytes: Memory of a GPU that weights, cache and what the reader needs beside them should fit into.
         context_tokens: With ``vram_bytes``: length of the context whose cache should fit; None for the model's own.
+        size_of: As large as another program's file of that name, one of ``Format.size_names``: ``Q4_K_M``.
     """
 
     bpw: float | None = None
     max_bytes: int | None = None
     vram_bytes: int | None = None
     context_tokens: int | None = None
+    size_of: str | None = None
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -48,18 +51,21 @@ class Target:
         Raises:
             ConfigError: None or several are given, or one makes no sense.
         """
-        if sum(each is not None for each in (self.bpw, self.max_bytes, self.vram_bytes)) != 1:
+        if sum(each is not None for each in (self.bpw, self.max_bytes, self.vram_bytes, self.size_of)) != 1:
             raise ConfigError(
-                "target: none, or several. Expected bits per weight, a largest size or the memory of a GPU. Give one."
+                "target: none, or several. Expected bits per weight, a largest size, the memory of a GPU or a name to "
+                "be as large as. Give one."
             )
         if self.bpw is not None and not 1 <= self.bpw <= 16:
             raise ConfigError(f"bpw: not usable. Got {self.bpw}. Expected a value between 1 and 16. Choose another.")
 
     @property
     def label(self) -> float | str:
-        """The size in names of outputs: bits per weight, or as ``700MB``."""
+        """The size in names of outputs: bits per weight, or as ``700MB`` or ``bpwise-Q4_K_M``."""
         if self.bpw is not None:
             return self.bpw
+        if self.size_of is not None:
+            return f"bpwise-{self.size_of}"
         size = self.max_bytes or self.vram_bytes or 0
         unit, factor = ("GB", 10**9) if size >= 10**9 else ("MB", 10**6)
         return f"{size / factor:.4g}{unit}{'' if self.vram_bytes is None else '-vram'}"
@@ -113,40 +119,7 @@ class Provenance:
     warnings: tuple[str, ...] = ()
 
 
-class OutputNames(ABC):
-    """What outputs of a conversion are called.
-
-    Attributes:
-        options: The format's options.
-    """
-
-    options: Any
-
-    def size_label(self, target: Target | None) -> float | str:
-        """Return the size in names of outputs, as ``Format.output_name`` takes it.
-
-        Args:
-            target: How large the output may be; None if ``measures`` is false.
-        """
-        return (self.options.label or "") if target is None else target.label
-
-    def output_name(self, base_name: str, target: Target | None) -> str:
-        """Return the name of an output by convention, suffix included.
-
-        Args:
-            base_name: Name or Hub id of the original.
-            target: As ``size_label`` takes it.
-        """
-        from .registry import format_asking  # noqa: PLC0415 - it holds the formats, which hold this
-
-        return format_asking(self.options).output_name(base_name, self.size_label(target), self.options)
-
-    def placed(self, output: Path, plan: Any) -> Path:
-        """Return the path by which an output is opened: another one where the plan asks for several files."""
-        return output
-
-
-class Conversion(OutputNames):
+class Conversion(ABC):
     """One original on its way into a format.
 
     Attributes:
@@ -190,11 +163,7 @@ class Conversion(OutputNames):
         return ()
 
     def require_support(self) -> None:
-        """Refuse a model that the format cannot hold, or tools that are missing; costs next to no time.
-
-        Raises:
-            BpwiseError: What is wrong.
-        """
+        """Refuse a model that the format cannot hold, or missing tools, by a ``BpwiseError``; costs next to no time."""
 
     def forecast(
         self, target: Target | None, measured: Measurement | None, provenance: Provenance | None = None
@@ -215,6 +184,20 @@ class Conversion(OutputNames):
         bpw = 16.0 if target is None or target.bpw is None else target.bpw
         return SizeForecast(output_bytes=self.checkpoint.total_bytes, bpw=bpw, lowest_bpw=0.0, highest_bpw=16.0)
 
+    def size_label(self, target: Target | None) -> float | str:
+        """Return the size in names of outputs; ``target`` is None if ``measures`` is false."""
+        return (self.options.label or "") if target is None else target.label
+
+    def output_name(self, base_name: str, target: Target | None) -> str:
+        """Return an output's name by convention, suffix included; ``base_name`` may be a Hub id."""
+        return self._format.output_name(base_name, self.size_label(target), self.options)
+
+    @property
+    def _format(self) -> Format:
+        from .registry import format_asking  # noqa: PLC0415 - it holds the formats, which hold this
+
+        return format_asking(self.options)
+
     def work(self, bpw: float) -> FormatWork:
         """Return the format's work on an output of so many bits per weight, from shapes; for forecasts of time."""
         from .rounding import FormatWork  # noqa: PLC0415 - it needs torch; options do not
@@ -222,22 +205,14 @@ class Conversion(OutputNames):
         return FormatWork()
 
     def require_writable(self) -> None:
-        """Refuse what the writer would refuse at its end; reads what is carried over as it is.
-
-        Raises:
-            BpwiseError: What is wrong.
-        """
+        """Refuse by a ``BpwiseError`` what the writer would at its end; reads what is carried over as it is."""
 
     def beside(self, output: Path) -> tuple[Path, ...]:
         """Return the files of this format that ``write`` makes beside an output, or finds there from an earlier run."""
         return ()
 
     def require_readable(self) -> None:
-        """Refuse what could not be read back to be evaluated, as far as is known: before ``prepare``, and after it.
-
-        Raises:
-            UnsupportedModelError: The output could not be opened.
-        """
+        """Refuse by an ``UnsupportedModelError`` what could not be opened: before ``prepare``, and after it."""
 
     def scratch(self, work: Path, measurement: Path | None = None) -> Mapping[Path, int]:
         """Return the files that ``prepare`` will make, and about how large, in bytes; arguments as there."""
@@ -278,11 +253,13 @@ class Conversion(OutputNames):
         Raises:
             BudgetError: No plan has this size.
         """
-        from .registry import format_asking  # noqa: PLC0415 - it holds the formats, which hold this
-
         assert measurement is not None, "nothing is measured for this format"
         assert target is not None, "nothing is asked of this format"
-        return format_asking(self.options).plan(measurement, self.options, bpw=target.bpw, max_bytes=target.max_bytes)
+        return self._format.plan(measurement, self.options, bpw=target.bpw, max_bytes=target.max_bytes)
+
+    def placed(self, output: Path, plan: Any) -> Path:
+        """Return the path by which an output is opened: another one where the plan asks for several files."""
+        return output
 
     def identity(self) -> Any:
         """Return what written bytes depend on beside original, calibration rows and plan, as plain JSON."""
@@ -298,9 +275,7 @@ class Conversion(OutputNames):
         Raises:
             BpwiseError: It breaks the format's rules.
         """
-        from .registry import format_asking  # noqa: PLC0415 - it holds the formats, which hold this
-
-        return format_asking(self.options).open(output).beside(self.checkpoint)
+        return self._format.open(output).beside(self.checkpoint)
 
     def refine(
         self,

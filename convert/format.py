@@ -63,6 +63,8 @@ class Format(ABC):
     """Options without effect beside others, by command."""
     bpw_means: ClassVar[str] = "of all weights"
     """What a target in bits per weight counts."""
+    size_names: ClassVar[tuple[str, ...]] = ()
+    """Files of another program that an output may be as large as, by name; see ``Target.size_of``."""
     default_bpw: ClassVar[float] = 8.0
     """Bits per weight of an output where no size is asked for."""
     default_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})

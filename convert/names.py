@@ -5,7 +5,18 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-__all__ = ["HUB_ID", "RATE", "REPO", "REPORT_FILE", "NameParts", "convention_name", "hub_id", "pasteable", "size_text"]
+__all__ = [
+    "HUB_ID",
+    "RATE",
+    "RECIPE_FILE",
+    "REPO",
+    "REPORT_FILE",
+    "NameParts",
+    "convention_name",
+    "hub_id",
+    "pasteable",
+    "size_text",
+]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 """Name of a repository on the Hub: an owner and a name."""
@@ -15,6 +26,9 @@ RATE = re.compile(r"-(\d+(?:\.\d+)?)bpw(?:-[A-Za-z0-9_]+)*$")
 
 REPO = "USER/REPO"
 """In cards, the repository that a model is going to be in; ``push`` puts its name there."""
+
+RECIPE_FILE = "recipe.yaml"
+"""Options that make a model again, in its directory or beside its file."""
 
 REPORT_FILE = "report.json"
 """Report on a model for programs, in its directory or beside its file."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..errors import ConfigError
@@ -34,6 +35,8 @@ class Option:
         repeatable: Whether it may be given several times; the field is a tuple then.
         metavar: What help calls the value; None for the usual.
         parse: Makes the field's value of the text, or of each of the texts.
+        recorded: Whether a recipe tells it: not what only says where something lies on a machine.
+        implies: Whether giving it chooses the format, where nothing else does.
         default: The field's default.
     """
 
@@ -45,6 +48,8 @@ class Option:
     repeatable: bool = False
     metavar: str | None = None
     parse: Callable[[Any], Any] | None = None
+    recorded: bool = True
+    implies: bool = False
     default: Any = None
 
     @property
@@ -91,6 +96,10 @@ class FormatOptions:
     def measures(self) -> bool:
         """Whether plans are made from a measurement, for a target."""
         return True
+
+    def weighted_by(self, measurement: Path) -> FormatOptions:
+        """Return the options of a run beside a measurement that its plan is not made from."""
+        return self
 
     @property
     def label(self) -> str | None:

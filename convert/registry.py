@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ __all__ = [
     "format_asking",
     "format_named",
     "format_naming",
+    "format_nearly_naming",
     "format_of",
     "formats",
     "is_older_plan",
@@ -57,6 +59,9 @@ _PUBLIC = {
     "stored_model": ".gguf.engine.stored",
 }
 """Homes of the public names that belong to one format."""
+
+_SLIP = 0.75
+"""How alike two endings are, 0 to 1, that are taken for one: .ggu, .guff and .ggfu for .gguf, .ggml not."""
 
 PLAN_KEY = "bpwise_plan"
 """Where a plan's file says of which version it is; beside it, ``format`` says of which format."""
@@ -105,6 +110,13 @@ def format_naming(output: Path) -> Format | None:
     """Return the format whose files are named as an output is; None if its name says nothing."""
     ending = output.suffix.lower()
     return next((each for each in formats().values() if each.suffix and each.suffix == ending), None)
+
+
+def format_nearly_naming(output: Path) -> Format | None:
+    """Return the format whose ending an output's name has but for a slip of the finger, as ``.guff``; else None."""
+    endings = {each.suffix: each for each in formats().values() if each.suffix}
+    near = get_close_matches(output.suffix.lower(), endings, n=1, cutoff=_SLIP)
+    return endings[near[0]] if near and near[0] != output.suffix.lower() else None
 
 
 def format_asking(options: Any) -> Format:

@@ -13,9 +13,11 @@ from ..checkpoint.files.paths import check_run, refuse_foreign
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..convert.conversion import Conversion, Target
 from ..convert.format import Format
+from ..convert.names import RECIPE_FILE
 from ..convert.publishing.base_card import read_base_card
 from ..convert.publishing.cards import card_path
 from ..convert.publishing.mark import mark_path
+from ..convert.registry import format_asking
 from ..errors import ConfigError, WorkDirectoryError
 from ..eval.config import EvalConfig
 from ..eval.report.report import report_names, try_report
@@ -28,6 +30,7 @@ from ..progress import Progress
 from .config import QuantizeConfig
 from .forecast import Forecast, forecast_run
 from .measuring import check_work
+from .recipe import is_recipe
 
 __all__ = [
     "ReportPlace",
@@ -38,6 +41,7 @@ __all__ = [
     "output_of",
     "report_place",
     "require_convertible",
+    "require_together",
     "run_prefix",
 ]
 
@@ -68,7 +72,8 @@ def files_beside(output: Path, conversion: Conversion, format_: Format) -> list[
     if not format_.suffix:
         return []
     own = [path.name for path in conversion.beside(output)]
-    return [*own, *report_names(f"{output.stem}."), card_path(output).name, mark_path(output).name]
+    names = (card_path(output).name, mark_path(output).name, f"{output.stem}.{RECIPE_FILE}")
+    return [*own, *report_names(f"{output.stem}."), *names]
 
 
 def exists(output: Path) -> bool:
@@ -149,6 +154,8 @@ def check_output(conversion: Conversion, config: QuantizeConfig, output: Path, p
     place = report_place(output, format_)
     if format_.suffix and config.evaluate is not None:
         try_report(place.directory, prefix=place.prefix)
+    if format_.suffix:
+        refuse_foreign(output.with_name(f"{output.stem}.{RECIPE_FILE}"), is_recipe, "a recipe", advice="move it away")
     if format_.suffix and conversion.writes_card:
         refuse_foreign(card_path(output), _is_card, "a card", advice="move it away")
 
@@ -227,6 +234,13 @@ def forecast_outputs(
             if conversion.measures
             else "target: got one. Expected none beside options that say the size. Leave one of them out."
         )
+    names = format_asking(conversion.options).size_names
+    for target in targets.values():
+        if target is not None and target.size_of is not None and target.size_of not in names:
+            raise ConfigError(
+                f"size of {target.size_of}: not known. Expected {', '.join(names) or 'another target for this format'}."
+                " Choose another."
+            )
     scratch = conversion.scratch(work, measurement)
     forecasts = {}
     for output, target in targets.items():
@@ -235,13 +249,27 @@ def forecast_outputs(
     conversion.require_writable()
     if conversion.writes_card:
         read_base_card(checkpoint.directory)
-    sizes = {output: each.size.output_bytes for output, each in forecasts.items() if not exists(output)}
-    _require_room({**sizes, **scratch})
+    require_together([(conversion, forecasts)], work, measurement)
     return forecasts
 
 
-def _require_room(sizes: Mapping[Path, int]) -> None:
-    # What is made on one disk must fit there together.
+def require_together(
+    lines: Iterable[tuple[Conversion, Mapping[Path, Forecast]]], work: Path, measurement: Path | None
+) -> None:
+    """Refuse disks that have no room for all outputs of a run together, and for what is made for them.
+
+    Args:
+        lines: The original on its way into each format, and the forecasts of the outputs in it.
+        work: The run's work directory.
+        measurement: File of the measurement to work from; None if there is none yet.
+
+    Raises:
+        WorkDirectoryError: A disk is too small.
+    """
+    sizes: dict[Path, int] = {}
+    for conversion, forecasts in lines:
+        sizes |= {output: each.size.output_bytes for output, each in forecasts.items() if not exists(output)}
+        sizes |= conversion.scratch(work, measurement)
     disks: dict[int, dict[Path, int]] = {}
     for path, size in sizes.items():
         place = path / "*" if path.is_dir() else path

@@ -1,4 +1,4 @@
-"""Options of a whole run. Each step takes its own part of them; only the run holds all."""
+"""Options of a whole run, and what its outputs share. Each step takes its own part; only the run holds all."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ from ..convert.registry import format_asking, formats
 from ..errors import ConfigError
 from ..eval.config import EvalConfig
 from ..measure.run import MeasureConfig
+from ..measure.text.calibration import CalibrationSet
 from ..measure.text.mixture import BUILT_IN
+from ..progress import Progress
+from .judge import Judge
+from .measuring import GivenMeasurement
 
-__all__ = ["QuantizeConfig"]
+__all__ = ["Job", "QuantizeConfig"]
 
 
 def _default_options() -> FormatOptions:
@@ -77,3 +81,36 @@ class QuantizeConfig:
     def offload_dirs(self) -> tuple[Path | None, ...]:
         """Directories of hidden states, or None: of measuring and rounding, and of the evaluation."""
         return self.measure.offload_dir, None if self.evaluate is None else self.evaluate.offload_dir
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Job:
+    """Everything that the outputs of a run share.
+
+    Attributes:
+        conversion: The original on its way into the format.
+        config: Options; their target is not read.
+        given: The measurement to work from, as it was read; None measures first.
+        calibration: Calibration rows that were given; None makes them.
+        calibrated: Whether the options say what is calibrated on, and not a measurement or rows that were given.
+        judge: Evaluates outputs; None leaves that out.
+        progress: Shows how far the steps are.
+    """
+
+    conversion: Conversion
+    config: QuantizeConfig
+    given: GivenMeasurement | None
+    calibration: CalibrationSet | None
+    calibrated: bool
+    judge: Judge | None
+    progress: Progress
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The original."""
+        return self.conversion.checkpoint
+
+    @property
+    def measurement(self) -> Path | None:
+        """File of the measurement that was given."""
+        return None if self.given is None else self.given.path

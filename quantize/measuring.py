@@ -21,7 +21,7 @@ from ..measure.measurement import Measurement, is_measurement
 from ..measure.run import MeasureConfig, measure_checkpoint, measurement_provenance
 from ..measure.text.calibration import CalibrationSet, is_calibration
 from ..progress import Progress, silent
-from .costs import StepClock
+from .timing.costs import StepClock
 
 __all__ = [
     "MEASUREMENT_FILE",

@@ -11,8 +11,8 @@ from ..convert.plan import Plan
 from ..convert.rounding import Drift, drift_section
 from ..eval.comparison import Comparison
 from ..eval.report.markdown import summary_lines
-from .costs import StepCost, cost_line, cost_section
 from .rounding.fallbacks import fallback_entries, fallback_lines
+from .timing.costs import StepCost, cost_line, cost_section
 
 __all__ = ["QuantizeResult", "report_details"]
 

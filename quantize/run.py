@@ -10,9 +10,8 @@ from pathlib import Path
 
 from ..checkpoint.files.paths import named, reserved, work_beside
 from ..checkpoint.files.resume import RunArtifacts, run_artifacts
-from ..checkpoint.source.checkpoint import Checkpoint
 from ..checkpoint.source.original import Original, open_model
-from ..convert.conversion import Conversion, Provenance, Target
+from ..convert.conversion import Provenance, Target
 from ..convert.model import Verification
 from ..convert.plan import Plan
 from ..convert.publishing.cards import write_card
@@ -37,48 +36,18 @@ from .checks import (
     require_convertible,
     run_prefix,
 )
-from .config import QuantizeConfig
-from .costs import StepClock
+from .config import Job, QuantizeConfig
 from .judge import Judge, refuse_marked
 from .measuring import MEASUREMENT_FILE, PLAN_FILE, GivenMeasurement, load_or_measure
+from .recipe import recipe_of, write_recipe
 from .result import QuantizeResult, report_details
 from .rounding.fallbacks import damping_fallbacks
 from .rounding.model import RoundConfig, round_model, rounded_before, rounding_identity
 from .rounding.rounding_pass import ROUNDED
 from .times import announce
+from .timing.costs import StepClock
 
-__all__ = ["Job", "make_output", "quantize_model"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Job:
-    """Everything that the outputs of a run share.
-
-    Attributes:
-        conversion: The original on its way into the format.
-        config: Options; their target is not read.
-        given: The measurement to work from, as it was read; None measures first.
-        calibration: Calibration rows that were given; None makes them.
-        judge: Evaluates outputs; None leaves that out.
-        progress: Shows how far the steps are.
-    """
-
-    conversion: Conversion
-    config: QuantizeConfig
-    given: GivenMeasurement | None
-    calibration: CalibrationSet | None
-    judge: Judge | None
-    progress: Progress
-
-    @property
-    def checkpoint(self) -> Checkpoint:
-        """The original."""
-        return self.conversion.checkpoint
-
-    @property
-    def measurement(self) -> Path | None:
-        """File of the measurement that was given."""
-        return None if self.given is None else self.given.path
+__all__ = ["make_output", "quantize_model"]
 
 
 def quantize_model(
@@ -144,7 +113,13 @@ def quantize_model(
         if judge is None and config.evaluate is not None:
             judge = Judge(checkpoint, config.evaluate, progress)
         job = Job(
-            conversion=conversion, config=config, given=given, calibration=calibration, judge=judge, progress=progress
+            conversion=conversion,
+            config=config,
+            given=given,
+            calibration=calibration,
+            calibrated=known is None,
+            judge=judge,
+            progress=progress,
         )
         return make_output(job, output, config.target, work)
 
@@ -204,6 +179,7 @@ class _OutputRun:
         run, self._output = self._identity(rows, plan), conversion.placed(self._output, plan)
         finished = output_of(self._output, job.config.format, run)
         made = self._made(plan, measured, rows, run, finished=finished)
+        write_recipe(self._output, recipe_of(job.config, self._target, job.checkpoint, calibrated=job.calibrated))
         comparison = self._compared(plan)
         place = report_place(self._output, job.config.format)
         result = QuantizeResult(

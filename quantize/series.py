@@ -1,73 +1,40 @@
-"""Several bitrates from one measurement: an output each, the original evaluated once, and one report over all."""
+"""Several sizes and formats from one measurement: an output each, the original evaluated once, one report over all."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from ..checkpoint.files.atomic import write_json, write_text
 from ..checkpoint.files.paths import named, reserved, work_beside
 from ..checkpoint.files.resume import RunArtifacts, discard_artifacts, locked_work
+from ..checkpoint.source.checkpoint import Checkpoint
 from ..checkpoint.source.original import Original, open_model
 from ..convert.conversion import Conversion, Target
+from ..convert.options import FormatOptions
 from ..errors import BrokenModelError, ConfigError
-from ..eval.comparison import Comparison
 from ..eval.models import model_name
-from ..eval.report.report import JSON_NAME, MARKDOWN_NAME, try_report
-from ..eval.report.tables import models_table
+from ..eval.report.report import try_report
+from ..eval.report.series import SeriesOutput, write_series_report
 from ..measure.run import MEASURED
 from ..measure.text.calibration import CalibrationSet
 from ..progress import Progress, silent
-from ..tables import Table, cell
-from ..version import __version__
-from .checks import check_output, check_places, files_beside, forecast_outputs, require_convertible
-from .config import QuantizeConfig
-from .costs import StepClock
+from .checks import (
+    check_output,
+    check_places,
+    files_beside,
+    forecast_outputs,
+    require_convertible,
+    require_together,
+)
+from .config import Job, QuantizeConfig
 from .judge import Judge
 from .measuring import MEASUREMENT_FILE, MEASURING, GivenMeasurement, check_work, load_or_measure
-from .run import Job, make_output
+from .run import make_output
 from .times import announce
+from .timing.costs import StepClock
 
-__all__ = ["SeriesOutput", "SeriesResult", "output_paths", "quantize_series"]
-
-_SERIES_VERSION = 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SeriesOutput:
-    """One bitrate of a series.
-
-    Attributes:
-        path: Directory or file.
-        asked_bpw: Bits per weight that were asked for.
-        bpw: Bits per weight that it has; None if it is broken.
-        file_bytes: Size of all files with tensors; None if it is broken.
-        predicted_nats: Damage that the plan predicts, in nats per token; None if it is broken.
-        comparison: The original against it; None if it was not evaluated, or is broken.
-        broken: Why it is broken, or None if it is not.
-    """
-
-    path: Path
-    asked_bpw: float
-    bpw: float | None = None
-    file_bytes: int | None = None
-    predicted_nats: float | None = None
-    comparison: Comparison | None = None
-    broken: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all of it in types that JSON has."""
-        return {
-            "name": self.path.name,
-            "asked_bpw": self.asked_bpw,
-            "bpw": self.bpw,
-            "file_bytes": self.file_bytes,
-            "predicted_nats": self.predicted_nats,
-            "broken": self.broken,
-            "comparison": None if self.comparison is None else self.comparison.to_dict(),
-        }
+__all__ = ["SeriesOutput", "SeriesResult", "output_targets", "quantize_series"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +42,7 @@ class SeriesResult:
     """What a series made.
 
     Attributes:
-        outputs: One for each bitrate, in the order asked.
+        outputs: One for each size, in the order asked; of several formats, all of the first before those of the next.
         report: The report over all, Markdown.
         measurement: The measurement file, which serves any other bitrate.
         warnings: What readers of the format compute otherwise than Transformers.
@@ -97,39 +64,64 @@ class SeriesResult:
         return [*lines, f"measurement {self.measurement} serves any other bitrate", f"report      {self.report}"]
 
 
-def output_paths(base_name: str, output: Path, conversion: Conversion, rates: Sequence[float]) -> dict[float, Path]:
-    """Return where each bitrate goes: ``OUTPUT/NAME-8.0bpw-6hb-exl2``, or ``OUTPUT/NAME-8.0bpw-Q8_0.gguf``.
+def output_targets(
+    base_name: str, output: Path, conversion: Conversion, sizes: Sequence[float | Target]
+) -> dict[Path, Target]:
+    """Return where each size goes: ``OUTPUT/NAME-8.0bpw-6hb-exl2``, or ``OUTPUT/NAME-8.0bpw-Q8_0.gguf``.
 
     Args:
         base_name: Name or Hub id of the original.
         output: The series' directory.
-        conversion: Says which format, and what names tell of its options.
-        rates: Bits per weight.
+        conversion: The original on its way into the format.
+        sizes: Bits per weight, or other targets.
     """
-    return {bpw: output / conversion.output_name(base_name, Target(bpw=bpw)) for bpw in rates}
+    targets = [each if isinstance(each, Target) else Target(bpw=each) for each in sizes]
+    return {output / conversion.output_name(base_name, each): each for each in targets}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Line:
+    """The outputs of one format."""
+
+    config: QuantizeConfig
+    conversion: Conversion
+    targets: Mapping[Path, Target]
+
+    def check(self, work: Path, measurement: Path | None, progress: Progress) -> None:
+        """Refuse what cannot be made, and places that are in the way, before anything is made."""
+        if not self.conversion.measures:
+            raise ConfigError("sizes: these options say by themselves how large an output is. Leave one of them out.")
+        require_convertible(self.conversion)
+        for path in self.targets:
+            check_places(self.conversion, self.config, path, work / path.name, measurement)
+            with reserved(path, files_beside(path, self.conversion, self.config.format)):
+                check_output(self.conversion, self.config, path, progress)
 
 
 def quantize_series(
     model: Original,
     output: Path,
     config: QuantizeConfig,
-    rates: Sequence[float],
+    sizes: Sequence[float | Target],
     *,
+    formats: Sequence[FormatOptions] = (),
     measurement: Path | None = None,
     calibration: CalibrationSet | None = None,
     work: Path | None = None,
     progress: Progress = silent,
 ) -> SeriesResult:
-    """Quantize a model to several bitrates; finished ones are not made again when a run goes on.
+    """Quantize a model to several sizes; finished ones are not made again when a run goes on.
 
-    A broken output is marked and does not keep the others from being made.
+    A broken output is marked and does not keep the others from being made. Every output has a model card.
 
     Args:
         model: A local directory, a Hub id, or what ``open_model`` made of one.
         output: Directory that the outputs, ``report.md`` and ``report.json`` go into.
         config: Options of every output; their target is not read.
-        rates: Bits per weight, each once.
-        measurement: A measurement of this model; None measures first. It brings its calibration rows along.
+        sizes: Bits per weight or other targets, each once.
+        formats: Options of each format to make; empty for the one of ``config.options``.
+        measurement: A measurement of this model; None measures first, once for all formats. It brings its calibration
+            rows along.
         calibration: Rows to use instead of those that ``config.measure.calibration`` describes; not with a measurement.
         work: Work directory; default ``OUTPUT.work``.
         progress: Shows how far the steps are.
@@ -148,138 +140,138 @@ def quantize_series(
         >>> [output.path.name for output in result.outputs]
         ['llama-8.0bpw-6hb-exl2', 'llama-4.0bpw-6hb-exl2']
     """
-    if not rates or len(set(rates)) < len(rates):
-        raise ConfigError(
-            f"bitrates: not usable. Got {list(rates)}. Expected at least one, and each once. Choose another."
-        )
+    if not sizes or len(set(sizes)) < len(sizes):
+        raise ConfigError(f"sizes: not usable. Got {list(sizes)}. Expected at least one, and each once. Choose others.")
     checkpoint = open_model(model)
     output = named(Path(output))
     work = work or work_beside(output)
-    conversion = config.conversion(checkpoint)
-    if not conversion.measures:
-        raise ConfigError("bitrates: these options say by themselves how large an output is. Leave one of them out.")
-    require_convertible(conversion)
-    paths = output_paths(config.base_model or model_name(checkpoint), output, conversion, rates)
-    targets = {path: Target(bpw=bpw) for bpw, path in paths.items()}
-    for path in targets:
-        check_places(conversion, config, path, work / path.name, measurement)
-        with reserved(path, files_beside(path, conversion, config.format)):
-            check_output(conversion, config, path, progress)
+    lines = _lines(checkpoint, output, config, sizes, formats)
+    for line in lines:
+        line.check(work, measurement, progress)
     check_work(work / MEASURING)
     try_report(output)
     given = GivenMeasurement.load(measurement, checkpoint, progress)
-    measured = None if given is None else given.measurement
-    forecasts = forecast_outputs(
-        conversion,
-        targets,
-        config.measure,
-        config.evaluate,
-        work,
-        measured=measured,
-        measurement=measurement,
-        rows=calibration,
-    )
-    known = measured or calibration
-    announce(progress, forecasts, conversion, config, work, known=known, measurement=measurement, series=True)
+    _forecast(lines, config, work, progress, given=given, calibration=calibration)
     judge = None if config.evaluate is None else Judge(checkpoint, config.evaluate, progress)
-    job = Job(
-        conversion=conversion, config=config, given=given, calibration=calibration, judge=judge, progress=progress
-    )
+    shared = {"given": given, "calibration": calibration, "judge": judge, "progress": progress}
+    shared["calibrated"] = given is None and calibration is None
+    jobs = [Job(conversion=line.conversion, config=line.config, **shared) for line in lines]  # type: ignore[arg-type]
     with reserved(output), locked_work(work):
-        outputs, used = _make_all(job, targets, work)
-        report = _write_report(model_name(checkpoint), outputs, output)
+        outputs, used = _make_all(jobs, [line.targets for line in lines], work)
+        counted = {line.config.format.title: line.config.format.bpw_means for line in lines}
+        report = write_series_report(model_name(checkpoint), outputs, output, counted)
     broken = [each.path.name for each in outputs if each.broken is not None]
     if broken:
         raise BrokenModelError(
             f"{output}: {len(broken)} of {len(outputs)} outputs are broken and marked so: {', '.join(broken)}. "
             f"See {report}."
         )
-    return SeriesResult(outputs=outputs, report=report, measurement=used, warnings=conversion.warnings)
+    warnings = dict.fromkeys(warning for line in lines for warning in line.conversion.warnings)
+    return SeriesResult(outputs=outputs, report=report, measurement=used, warnings=tuple(warnings))
 
 
-def _make_all(job: Job, targets: Mapping[Path, Target], work: Path) -> tuple[tuple[SeriesOutput, ...], Path]:
+def _lines(
+    checkpoint: Checkpoint,
+    output: Path,
+    config: QuantizeConfig,
+    sizes: Sequence[float | Target],
+    formats: Sequence[FormatOptions],
+) -> list[_Line]:
+    base_name = config.base_model or model_name(checkpoint)
+    lines = []
+    for options in formats or (config.options,):
+        own = replace(config, options=options)
+        conversion = own.conversion(checkpoint)
+        conversion.writes_card = True
+        targets = output_targets(base_name, output, conversion, sizes)
+        lines.append(_Line(config=own, conversion=conversion, targets=targets))
+    return lines
+
+
+def _forecast(
+    lines: Sequence[_Line],
+    config: QuantizeConfig,
+    work: Path,
+    progress: Progress,
+    *,
+    given: GivenMeasurement | None,
+    calibration: CalibrationSet | None,
+) -> None:
+    # Tells the progress what all outputs will take; refuses what cannot be made, and disks without room for all.
+    measured, measurement = (None, None) if given is None else (given.measurement, given.path)
+    forecasts = [
+        forecast_outputs(
+            line.conversion,
+            line.targets,
+            config.measure,
+            config.evaluate,
+            work,
+            measured=measured,
+            measurement=measurement,
+            rows=calibration,
+        )
+        for line in lines
+    ]
+    require_together([(line.conversion, each) for line, each in zip(lines, forecasts, strict=True)], work, measurement)
+    announce(
+        progress,
+        {path: each for together in forecasts for path, each in together.items()},
+        {path: line.conversion for line in lines for path in line.targets},
+        config,
+        work,
+        known=measured or calibration,
+        measurement=measurement,
+        series=True,
+    )
+
+
+def _make_all(
+    jobs: Sequence[Job], targets: Sequence[Mapping[Path, Target]], work: Path
+) -> tuple[tuple[SeriesOutput, ...], Path]:
     # The outputs, and the measurement file that they were made from.
     shared = RunArtifacts(work)
-    for name, identity in job.conversion.prepare(work, job.progress, job.measurement):
-        shared.add(name, identity)
-    given = job.given or _measured(job, work / MEASURING)
-    job = replace(job, given=given, calibration=None)
-    outputs = tuple(_make(job, path, target, work) for path, target in targets.items())
+    for job in jobs:
+        for name, identity in job.conversion.prepare(work, job.progress, job.measurement):
+            shared.add(name, identity)
+    given = jobs[0].given or _measured(jobs, work / MEASURING)
+    ready = [replace(job, given=given, calibration=None) for job in jobs]
+    outputs = tuple(
+        _make(job, path, target, work) for job, own in zip(ready, targets, strict=True) for path, target in own.items()
+    )
     shared.discard()
     return outputs, given.path
 
 
-def _measured(job: Job, work: Path) -> GivenMeasurement:
+def _measured(jobs: Sequence[Job], work: Path) -> GivenMeasurement:
+    first = jobs[0]
     measured, _ = load_or_measure(
-        job.checkpoint,
-        job.config.measure,
-        lambda: [job.conversion.curves()],
+        first.checkpoint,
+        first.config.measure,
+        lambda: [job.conversion.curves() for job in jobs],
         work,
         StepClock(),
-        job.progress,
+        first.progress,
         given=None,
-        calibration=job.calibration,
-        check_rows=None if job.judge is None else job.judge.check_text,
+        calibration=first.calibration,
+        check_rows=None if first.judge is None else first.judge.check_text,
     )
     discard_artifacts(work, MEASURED, measured.provenance)
     return GivenMeasurement(work / MEASUREMENT_FILE, measured)
 
 
 def _make(job: Job, path: Path, target: Target, work: Path) -> SeriesOutput:
-    assert target.bpw is not None
+    size = target.label if target.size_of is None else f"size of {target.size_of}"
+    asked = SeriesOutput(path=path, format=job.config.format.name, asked=size)
     try:
         with reserved(path, files_beside(path, job.conversion, job.config.format)):
             made = make_output(job, path, target, work / path.name)
     except BrokenModelError as cause:
-        return SeriesOutput(path=path, asked_bpw=target.bpw, broken=str(cause))
-    return SeriesOutput(
-        path=path,
-        asked_bpw=target.bpw,
+        return replace(asked, broken=str(cause))
+    return replace(
+        asked,
+        path=made.output,
         bpw=made.verification.bpw,
         file_bytes=made.verification.file_bytes,
         predicted_nats=made.plan.damage_nats,
         comparison=made.comparison,
     )
-
-
-def _write_report(original: str, outputs: Sequence[SeriesOutput], directory: Path) -> Path:
-    content = {
-        "bpwise_series": _SERIES_VERSION,
-        "bpwise": __version__,
-        "original": original,
-        "outputs": [output.to_dict() for output in outputs],
-    }
-    write_json(directory / JSON_NAME, content)
-    path = directory / MARKDOWN_NAME
-    write_text(path, _markdown(original, outputs))
-    return path
-
-
-def _markdown(original: str, outputs: Sequence[SeriesOutput]) -> str:
-    head = ("model", "asked, bpw", "bpw", "size of the weights", "predicted KL, nats per token", "measured")
-    sections = [
-        f"# {cell(original)} at {len(outputs)} bitrates, from one measurement",
-        Table.of(head, map(_row, outputs)).to_markdown(),
-        *(f"**{cell(output.path.name)} is broken:** {cell(output.broken)}" for output in outputs if output.broken),
-    ]
-    comparisons = [output.comparison for output in outputs if output.comparison is not None]
-    if comparisons:
-        first = comparisons[0]
-        sections += [
-            "## Against the original",
-            models_table(comparisons).to_markdown(),
-            f"Over {first.predicted_tokens} tokens ({cell(first.text)}), fingerprint {first.text_fingerprint}; "
-            f"{cell(first.engine)}, {first.dtype} on {cell(first.device)}; floor {first.floor_nats:.2g} nats per "
-            "token. Numbers after ± are one standard error. Each model's own report has the rest.",
-        ]
-    return "\n\n".join(sections) + "\n"
-
-
-def _row(output: SeriesOutput) -> tuple[str, ...]:
-    if output.broken is not None:
-        return (output.path.name, f"{output.asked_bpw:g}", "", "", "", "broken")
-    kl = "not measured" if output.comparison is None else f"{output.comparison.summary.kl_nats.value:.3g}"
-    assert output.bpw is not None
-    assert output.file_bytes is not None
-    size = f"{output.file_bytes / 1e6:.1f} MB"
-    return (output.path.name, f"{output.asked_bpw:g}", f"{output.bpw:.4f}", size, f"{output.predicted_nats:.3g}", kl)

@@ -40,7 +40,7 @@ __all__ = ["announce", "measuring_forecast", "with_times"]
 
 def with_times(
     forecasts: Mapping[Path, Forecast],
-    conversion: Conversion,
+    conversions: Conversion | Mapping[Path, Conversion],
     config: QuantizeConfig,
     work: Path,
     *,
@@ -53,7 +53,7 @@ def with_times(
 
     Args:
         forecasts: Of each output; see ``bpwise.quantize.checks.forecast_outputs``.
-        conversion: The original on its way into the format.
+        conversions: The original on its way into the format, or into that of each output.
         config: Options; their target is not read.
         work: The run's work directory.
         known: The measurement to work from, or the calibration rows that are given; None if they are to be made.
@@ -64,26 +64,27 @@ def with_times(
     Raises:
         BpwiseError: As ``forecast_outputs``.
     """
-    checkpoint, measure, evaluate = conversion.checkpoint, config.measure, config.evaluate
+    each_in = dict.fromkeys(forecasts, conversions) if isinstance(conversions, Conversion) else conversions
+    kinds = list(dict.fromkeys(each_in.values()))
+    checkpoint, measure, evaluate = kinds[0].checkpoint, config.measure, config.evaluate
     measured = isinstance(known, Measurement)
     shape = _rows_shape(known, measure, checkpoint)
     parts: list[CountedPart] = []
     counted: dict[Path, list[CountedPart]] = {}
-    if conversion.scratch(work, measurement):
-        parts.append(preparing_part(conversion, measure))
+    parts += [preparing_part(kind, measure) for kind in kinds if kind.scratch(work, measurement)]
     measuring = work / MEASURING if series else work
-    if conversion.measures and known is None:
+    if kinds[0].measures and known is None:
         parts += writing_parts(checkpoint, measure, shape, measuring / CALIBRATION_FILE)
-    if conversion.measures and not measured:
-        parts += measuring_parts([conversion], measure, shape, measuring / MEASUREMENT_FILE)
+    if kinds[0].measures and not measured:
+        parts += measuring_parts(kinds, measure, shape, measuring / MEASUREMENT_FILE)
     for output, forecast in forecasts.items():
         place = work / output.name if series else work
         state = OutputState(work=place, exists=exists(output), measures=not series and not measured)
-        parts += output_parts(conversion, forecast.size.bpw, measure, shape, state)
+        parts += output_parts(each_in[output], forecast.size.bpw, measure, shape, state)
         if evaluate is not None:
             fitted = evaluate.fitted(checkpoint)
             assert fitted.row_tokens is not None
-            parts += evaluation_parts(conversion, fitted, fitted.row_tokens, original=not counted)
+            parts += evaluation_parts(each_in[output], fitted, fitted.row_tokens, original=not counted)
         counted[output], parts = parts, []
     expected = iter(expected_parts((part for each in counted.values() for part in each), rates))
     return {
@@ -95,7 +96,7 @@ def with_times(
 def announce(
     progress: Progress,
     forecasts: Mapping[Path, Forecast],
-    conversion: Conversion,
+    conversions: Conversion | Mapping[Path, Conversion],
     config: QuantizeConfig,
     work: Path,
     *,
@@ -107,7 +108,7 @@ def announce(
     if not isinstance(progress, RunProgress):
         return
     timed = with_times(
-        forecasts, conversion, config, work, known=known, measurement=measurement, series=series
+        forecasts, conversions, config, work, known=known, measurement=measurement, series=series
     ).values()
     progress.expect(
         RunForecast(

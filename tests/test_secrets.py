@@ -31,6 +31,7 @@ ALLOWED = {
     "config.json",
     "generation_config.json",
     "output.safetensors",
+    "recipe.yaml",
     "report.csv",
     "report.html",
     "report.json",
@@ -110,7 +111,7 @@ def test_a_run_leaves_listed_files_without_secrets(
     assert {path.name for path in files(made / "out.work")} == {"calibration.safetensors", "plan.json"}
     found = {path.relative_to(made / "out").as_posix() for path in files(made / "out")}
     assert found <= ALLOWED
-    assert {"README.md", "bpwise.json", "config.json", "output.safetensors", "report.html"} <= found
+    assert {"README.md", "bpwise.json", "config.json", "output.safetensors", "recipe.yaml", "report.html"} <= found
     for path in files(made):
         refuse_secrets(path, secrets)
     # The model's name is a stranger's, and stands in all that is shown.
@@ -136,7 +137,7 @@ def test_a_gguf_file_holds_no_secrets(
     output = made / "out.gguf"
     run("quantize", model, output, "--bpw", "9", "--llama-cpp", checkout, *ROWS, *EVALUATION)
     reports = {f"out.report.{kind}" for kind in ("csv", "html", "json", "md")}
-    assert {path.name for path in made.iterdir()} == {"out.gguf", "out.gguf.work", *reports}
+    assert {path.name for path in made.iterdir()} == {"out.gguf", "out.gguf.work", "out.recipe.yaml", *reports}
     for path in files(made):
         refuse_secrets(path, secrets)
     reader = pytest.importorskip("gguf").GGUFReader(output)

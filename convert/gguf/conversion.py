@@ -39,7 +39,6 @@ from .file.writer import planned_parts, write_gguf
 from .ggml.curves import measured_types
 from .ggml.kernels import Bytes, require_kernels
 from .ggml.work import GgufWork
-from .labels import LabelledConversion
 from .llama_cpp.converter import find_converter
 from .llama_cpp.imatrix import imatrix_notes
 from .llama_cpp.importance import importance_of
@@ -57,7 +56,7 @@ from .plan.problem import PlanProblem, measured_problem
 from .rounder import GgufRounder, rounded_matrices, tensor_distances
 from .rows.rowmap import RowMap
 from .rows.text import map_to_text
-from .sizes import coming_problem, largest_file, room_for_tensors
+from .sizes import LabelledConversion, coming_problem, largest_file, room_for_tensors
 from .tuning import TunedGguf, tune_gguf
 
 __all__ = ["GgufConversion"]
@@ -266,7 +265,7 @@ class GgufConversion(LabelledConversion):
     def _tensor_bytes(self, target: Target, provenance: Provenance | None) -> int | None:
         # What a largest size leaves for tensors beside the file's own metadata, as far as these are known; None where
         # bits per weight are asked for.
-        max_bytes = largest_file(target, self.source)
+        max_bytes = largest_file(target, self.source, None if self._base is None else self.header)
         if max_bytes is None or provenance is None or self._base is None:
             return max_bytes
         return room_for_tensors(max_bytes, self.header, _metadata(provenance, self.header, self.layout.rows))

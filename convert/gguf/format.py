@@ -11,6 +11,7 @@ from ..format import Export, Format
 from ..model import CardFacts, Description, QuantizedModel, Verification
 from ..names import NameParts
 from ..plan import Plan
+from .llama_cpp.mixtures import MIXTURES
 from .options import CONFLICTS, GgufOptions
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class GgufFormat(Format):
     suffix = ".gguf"
     bpw_means = "of all tensors"
     default_bpw = 4.5
+    size_names = tuple(MIXTURES)
     keeps_digests = False
     Options = GgufOptions
     conflicts = CONFLICTS

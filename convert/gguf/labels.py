@@ -9,20 +9,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 from pathlib import Path
 
-from ...checkpoint.source.language import LanguageModel, language_model
-from ..conversion import Conversion, Target
-from ..names import size_text
+from ...checkpoint.source.language import LanguageModel
 from .file.header import GgufHeader, GgufTensor
 from .ggml.types import GgmlType, ggml_type
 from .llama_cpp.assign import mixture_types
 from .llama_cpp.mixtures import MIXTURES
-from .options import GgufOptions
-from .sizes import largest_file
 
-__all__ = ["LABELS", "ComingSizes", "LabelledConversion", "coming_header", "mixture_sizes", "tensors_bytes"]
+__all__ = ["LABELS", "ComingSizes", "coming_header", "mixture_sizes", "tensors_bytes"]
 
 LABELS = (
     *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "Q2_K", "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M"),
@@ -195,27 +190,3 @@ def _stem(linear: str) -> str:
 def _tensor(name: str, kind: str, shape: tuple[int, ...]) -> GgufTensor:
     stored = ggml_type(kind)
     return GgufTensor(name, stored, shape, 0, math.prod(shape[:-1]) * stored.row_bytes(shape[-1]), Path())
-
-
-class LabelledConversion(Conversion):
-    """An original on its way to GGUF files, as far as their names go."""
-
-    options: GgufOptions
-
-    @cached_property
-    def source(self) -> LanguageModel:
-        """The language model."""
-        return language_model(self.checkpoint)
-
-    def size_label(self, target: Target | None) -> float | str:
-        """Return the size with the mixture nearest to it: ``4.5bpw-Q4_K_M``. See ``Conversion``."""
-        size = super().size_label(target)
-        if target is None:
-            return size
-        label = self.sizes.nearest(bpw=target.bpw, tensor_bytes=largest_file(target, self.source))
-        return f"{size_text(size)}-{label}"
-
-    @cached_property
-    def sizes(self) -> ComingSizes:
-        """How large it is in llama.cpp's mixtures."""
-        return ComingSizes(self.source)

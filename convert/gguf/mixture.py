@@ -11,8 +11,9 @@ from typing import Any
 
 from ...checkpoint.model.names import text_config
 from ...checkpoint.source.checkpoint import Checkpoint
+from ...errors import FormatError
 from ...linalg.parallel import cores
-from ...measure.measurement import Measurement
+from ...measure.measurement import Measurement, is_measurement
 from ...progress import Progress
 from ...tables import Table
 from ..conversion import Provenance, SizeForecast, Target
@@ -26,8 +27,10 @@ from .ggml.kernels import require_kernels
 from .ggml.types import TYPES, GgmlType
 from .llama_cpp.assign import mixture_types, require_importance
 from .llama_cpp.imatrix import ImportanceMatrix, imatrix_metadata, read_imatrix, require_fitting
+from .llama_cpp.importance import importance_of
 from .llama_cpp.mixtures import mixture
 from .options import GgufOptions
+from .plan.measured import gguf_curves
 from .plan.plan import type_shares
 
 __all__ = ["MixtureConversion", "MixturePlan"]
@@ -41,11 +44,13 @@ class MixturePlan(Plan):
         name: The mixture.
         tensors: The unquantized tensors, by their names in the file.
         types: The type of each.
+        importances: Where importances come from; None if there are none.
     """
 
     name: str
     tensors: Mapping[str, GgufTensor]
     types: Mapping[str, GgmlType]
+    importances: str | None = None
 
     @property
     def kinds(self) -> Mapping[str, GgmlType]:
@@ -88,9 +93,11 @@ class MixturePlan(Plan):
     def describe(self) -> Description:
         """Return what is in the plan."""
         shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in self.shares().items())
-        facts = (f"{self.bpw:.4f} bits per weight over all tensors", f"weights: {shares}")
+        facts = [f"{self.bpw:.4f} bits per weight over all tensors", f"weights: {shares}"]
+        facts += [] if self.importances is None else [f"errors weighted with the importances of {self.importances}"]
         rows = tuple((name, kind.name, f"{kind.bits_per_weight:.3f}") for name, kind in self.types.items())
-        return Description(kind=f"mixture {self.name}", facts=facts, table=Table(("tensor", "type", "bpw"), rows))
+        table = Table(("tensor", "type", "bpw"), rows)
+        return Description(kind=f"mixture {self.name}", facts=tuple(facts), table=table)
 
 
 class MixtureConversion(GgufConversion):
@@ -104,7 +111,28 @@ class MixtureConversion(GgufConversion):
 
     @cached_property
     def _matrix(self) -> ImportanceMatrix | None:
-        return None if self.options.imatrix is None else read_imatrix(self.options.imatrix)
+        path = self.options.imatrix
+        if self._measured is not None:
+            return importance_of(self._measured, gguf_curves(self._measured).layout)
+        return None if path is None else read_imatrix(path)
+
+    @cached_property
+    def _measured(self) -> Measurement | None:
+        path = self.options.imatrix
+        return Measurement.load(path) if path is not None and is_measurement(path) else None
+
+    def prepare(
+        self, work: Path, progress: Progress, measurement: Path | None = None
+    ) -> tuple[tuple[str, Mapping[str, Any]], ...]:
+        """See ``Conversion``; the measurement of another model is refused first."""
+        if self._measured is not None:
+            self.checkpoint.prepare_fingerprint(progress)
+            if self._measured.provenance.get("model") != self.checkpoint.fingerprint:
+                raise FormatError(
+                    f"{self.options.imatrix}: the measurement belongs to another model than "
+                    f"{self.checkpoint.directory}. Measure this one, or export an imatrix and name that."
+                )
+        return super().prepare(work, progress, measurement)
 
     def require_support(self) -> None:
         """Refuse missing tools, and importances that do not fit, as far as that is known before converting."""
@@ -133,7 +161,9 @@ class MixtureConversion(GgufConversion):
         """See ``Conversion``."""
         if self._matrix is not None:
             require_fitting(self._matrix, {name: tensor.shape for name, tensor in self.header.tensors.items()})
-        return MixturePlan(self._mixture.name, self.header.tensors, self._types)
+        path = self.options.imatrix
+        named = None if path is None else f"{'' if self._measured is None else 'measurement '}{path.name}"
+        return MixturePlan(self._mixture.name, self.header.tensors, self._types, named)
 
     def write(
         self,

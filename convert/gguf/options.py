@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ class GgufOptions(FormatOptions):
             ``convert.tuning``), ``normal`` does not.
         mixture: One of llama.cpp's fixed mixtures, such as ``Q4_K_M``, instead of a target: byte for byte what
             llama-quantize makes; nothing is measured.
-        imatrix: With ``mixture``: an importance matrix in either of llama.cpp's formats.
+        imatrix: With ``mixture``: an importance matrix in either of llama.cpp's formats, or a measurement of the model.
         llama_cpp: A checkout of llama.cpp, whose converter is taken; None for the one that is fetched from PyPI.
         base: The model as an unquantized GGUF file; None converts it.
         split_max_size: Most bytes of tensors in one file. A larger model is written in parts, as llama.cpp's gguf-split
@@ -55,13 +55,20 @@ class GgufOptions(FormatOptions):
     mixture: str | None = option(
         "--type",
         default=None,
+        implies=True,
         help="Make one of llama.cpp's fixed mixtures, such as Q4_K_M, exactly as llama-quantize does; measure nothing.",
     )
-    imatrix: Path | None = option("--imatrix", default=None, kind="file", help="With --type: importance matrix to use.")
+    imatrix: Path | None = option(
+        "--imatrix",
+        default=None,
+        kind="file",
+        help="With --type: importance matrix to use, instead of what --measurement says.",
+    )
     llama_cpp: Path | None = option(
         "--llama-cpp",
         default=None,
         kind="directory",
+        recorded=False,
         commands=("measure", "quantize"),
         help="Checkout of llama.cpp whose converter to use.  [default: one fetched from PyPI]",
     )
@@ -69,6 +76,7 @@ class GgufOptions(FormatOptions):
         "--base",
         default=None,
         kind="file",
+        recorded=False,
         commands=("measure", "quantize"),
         help="MODEL as an unquantized GGUF file, instead of converting it.",
     )
@@ -84,6 +92,10 @@ class GgufOptions(FormatOptions):
     def measures(self) -> bool:
         """Whether types are chosen from a measurement: not those of a mixture."""
         return self.mixture is None
+
+    def weighted_by(self, measurement: Path) -> GgufOptions:
+        """Return the options of a mixture that is made with the importances of a measurement, unless it has others."""
+        return self if self.mixture is None or self.imatrix is not None else replace(self, imatrix=measurement)
 
     @property
     def label(self) -> str | None:
@@ -124,10 +136,16 @@ CONFLICTS: Mapping[str, tuple[Conflict, ...]] = {
             "with --type",
             _given("type"),
             (
-                *("measurement", "override", "no_feedback", "effort", "calibration", "column", "chat_template", "rows"),
+                *("override", "no_feedback", "effort", "calibration", "column", "chat_template", "rows"),
                 *("row_tokens", "seed", "damping", "moe_calibrate_all", "force_eval_text"),
             ),
             "a mixture of llama.cpp is neither measured nor planned",
+        ),
+        Conflict(
+            "with --imatrix",
+            lambda options: bool(options["type"] and options["imatrix"]),
+            ("measurement",),
+            "the matrix says what matters",
         ),
         Conflict("without --type", lambda options: not options["type"], ("imatrix",), "the measurement says it all"),
         Conflict("without --card", _single_without_card, ("base_model",), "it is named in the card"),

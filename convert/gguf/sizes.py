@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
-from ...checkpoint.source.language import LanguageModel
+from ...checkpoint.source.language import LanguageModel, language_model
 from ...checkpoint.source.linears import Linear, model_linears
 from ...errors import BudgetError, ConfigError
 from ...measure.text.context import context_tokens
-from ..conversion import Target
+from ..conversion import Conversion, Target
+from ..names import size_text
 from .file.header import GgufHeader
 from .file.writer import planned_bytes
 from .ggml.curves import measured_types
+from .labels import ComingSizes, coming_header, tensors_bytes
+from .llama_cpp.assign import mixture_types
+from .llama_cpp.mixtures import Mixture, mixture
 from .llama_cpp.vram import room_for_weights
+from .options import GgufOptions
 from .plan.layout import Layout
 from .plan.plan import TypeOverride
 from .plan.problem import PlanProblem, estimated_problem, unmeasured_problem
 
-__all__ = ["coming_problem", "largest_file", "room_for_tensors"]
+__all__ = ["LabelledConversion", "coming_problem", "largest_file", "room_for_tensors"]
 
 _ALIGNMENT_BYTES = 32
 
@@ -49,13 +55,21 @@ def coming_problem(source: LanguageModel, layout: Layout | None, overrides: Sequ
     return estimated_problem(matrices, other_weights, types, overrides)
 
 
-def largest_file(target: Target, source: LanguageModel) -> int | None:
+def largest_file(target: Target, source: LanguageModel, header: GgufHeader | None = None) -> int | None:
     """Return how large a file may be, in bytes; None where bits per weight are asked for.
+
+    Args:
+        target: What is asked for.
+        source: The model.
+        header: The unquantized file's; None if there is none yet, which makes sizes of mixtures estimates.
 
     Raises:
         BudgetError: The memory of a GPU leaves nothing for weights.
-        ConfigError: The length of the context is not known.
+        ConfigError: The length of the context is not known, or the mixture to be as large as.
+        UnsupportedModelError: llama.cpp has rules of its own for this architecture.
     """
+    if target.size_of is not None:
+        return _mixture_file(mixture(target.size_of), source, header)
     if target.vram_bytes is None:
         return target.max_bytes
     context = target.context_tokens or context_tokens(source)
@@ -84,3 +98,34 @@ def room_for_tensors(max_bytes: int, header: GgufHeader, metadata: Mapping[str, 
             f"{max_bytes - room}. Ask for a larger file."
         )
     return room
+
+
+def _mixture_file(chosen: Mixture, source: LanguageModel, header: GgufHeader | None) -> int:
+    # Size of llama-quantize's file, made with an importance matrix; its own notes on that aside.
+    known = coming_header(source) if header is None else header
+    types = mixture_types(chosen, known, importance=known.tensors.keys())
+    return tensors_bytes(known, types) if header is None else planned_bytes(header, types, file_type=chosen.file_type)
+
+
+class LabelledConversion(Conversion):
+    """An original on its way to GGUF files, as far as their names go."""
+
+    options: GgufOptions
+
+    @cached_property
+    def source(self) -> LanguageModel:
+        """The language model."""
+        return language_model(self.checkpoint)
+
+    def size_label(self, target: Target | None) -> float | str:
+        """Return the size with the mixture nearest to it: ``4.5bpw-Q4_K_M``. See ``Conversion``."""
+        size = super().size_label(target)
+        if target is None or target.size_of is not None:
+            return size
+        label = self.sizes.nearest(bpw=target.bpw, tensor_bytes=largest_file(target, self.source))
+        return f"{size_text(size)}-{label}"
+
+    @cached_property
+    def sizes(self) -> ComingSizes:
+        """How large it is in llama.cpp's mixtures."""
+        return ComingSizes(self.source)

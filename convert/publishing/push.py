@@ -9,11 +9,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...checkpoint.files.paths import companion
 from ...checkpoint.files.side_files import TEMPLATE_DIRECTORY, is_side_file
 from ...checkpoint.source.hub import confined_file, list_directory
 from ...errors import CheckpointError, PublishError
 from ..format import Format
-from ..names import HUB_ID, RATE, REPO, NameParts
+from ..names import HUB_ID, RATE, RECIPE_FILE, REPO, NameParts
 from ..registry import format_of, formats, require_format
 from .base_card import CARD_NAME
 from .cards import card_path
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Upload", "find_outputs", "plan_uploads", "push_model"]
 
-_PUBLISHED = (CARD_NAME, "report.*")
+_PUBLISHED = (CARD_NAME, RECIPE_FILE, "report.*")
 """What is published beside a model's own files and its side files."""
 
 
@@ -216,6 +217,7 @@ def _upload(output: Path, owner: str, name: str, by_branch: bool) -> Upload:
         files, left_out = _directory_files(output, format_)
     else:
         beside = sorted(output.parent.glob(f"{output.stem}.report.*"))
+        beside += filter(Path.is_file, [companion(output, RECIPE_FILE)])
         files, left_out = [(path.name, path) for path in (output, *format_.companions(output), *beside)], []
         card = card_path(output)
         files.append((CARD_NAME if by_branch else card.name, card))

@@ -47,7 +47,7 @@ _OURS = {
     ".json": re.compile(rb'\A\{\s*"bpwise_(report|series)"'),
     ".csv": re.compile(rb"\Amodel,(stored_bytes,bits_per_parameter|task,part_of|length,depth),"),
     # A row of every report on comparisons, and the title of one on a series.
-    ".md": re.compile(rb"^\| bpwise \| |\A# .* bitrates, from one measurement$", re.MULTILINE),
+    ".md": re.compile(rb"^\| bpwise \| |\A# .* (?:bitrates|outputs), from one measurement$", re.MULTILINE),
     ".html": re.compile(re.escape(b'<meta name="generator" content="bpwise ')),
 }
 """What tells files of a report from those of others, by their suffix."""

@@ -10,6 +10,7 @@ from click.testing import CliRunner, Result
 
 EXL2 = ("quantize", "./no-model", "out", "--bpw", "4")
 GGUF = ("quantize", "./no-model", "out.gguf", "--bpw", "4")
+BOTH = ("quantize", "./no-model", "out", "--format", "gguf,exl2", "--bpw", "4")
 TYPE = ("quantize", "./no-model", "out.gguf", "--type", "Q8_0")
 MEASURE = ("measure", "./no-model", "-o", "m.safetensors")
 PLAN = ("plan", __file__)
@@ -26,7 +27,7 @@ def bpwise(*arguments: str) -> Result:
     [
         ((*EXL2, "--no-feedback"), ["--no-feedback"]),
         ((*EXL2, "--llama-cpp", HERE, "--card"), ["--llama-cpp", "--card"]),
-        ((*EXL2, "--type", "Q8_0"), ["--type"]),
+        ((*EXL2, "--format", "exl2", "--type", "Q8_0"), ["--type"]),
         ((*EXL2, "--context", "4k"), ["--context"]),
         ((*EXL2, "--cache-bits", "4"), ["--cache-bits"]),
         ((*EXL2, "--column", "text"), ["--column"]),
@@ -41,6 +42,8 @@ def bpwise(*arguments: str) -> Result:
         ((*GGUF, "--group-size", "64"), ["--group-size"]),
         ((*GGUF, "--vram", "8GB", "--cache-bits", "8"), ["--cache-bits"]),
         ((*GGUF, "--imatrix", __file__), ["--imatrix"]),
+        ((*BOTH, "--imatrix", __file__), ["--imatrix"]),
+        ((*BOTH, "--cache-bits", "8"), ["--cache-bits"]),
         ((*GGUF, "--base-model", "org/name"), ["--base-model"]),
         ((*GGUF, "-m", __file__, "--no-feedback", "--no-eval", "--device", "cpu"), ["--device"]),
         ((*TYPE, "--base-model", "org/name"), ["--base-model"]),
@@ -48,7 +51,7 @@ def bpwise(*arguments: str) -> Result:
         ((*TYPE, "-c", "text.txt"), ["--calibration"]),
         ((*TYPE, "--rows", "8", "--seed", "1"), ["--rows", "--seed"]),
         ((*TYPE, "--override", "*=Q8_0"), ["--override"]),
-        ((*TYPE, "-m", __file__), ["--measurement"]),
+        ((*TYPE, "-m", __file__, "--imatrix", __file__), ["--measurement"]),
         ((*TYPE, "--force-eval-text"), ["--force-eval-text"]),
         ((*TYPE, "--no-eval", "--offload-dir", "files"), ["--offload-dir"]),
         ((*MEASURE, "-c", "rows.safetensors", "--rows", "8"), ["--rows"]),
@@ -97,9 +100,12 @@ def test_refused_with_one_sentence(
         (*GGUF, "--card", "--base-model", "org/name"),
         ("quantize", "./no-model", "out", "--format", "gguf", "--bpw", "4,5", "--base-model", "org/name"),
         (*GGUF, "-m", __file__, "--no-eval", "--device", "cpu"),
+        (*BOTH, "--head-bits", "8", "--no-feedback", "--effort", "high", "--group-size", "64", "--card"),
+        (*BOTH, "-m", __file__, "--no-feedback", "--no-eval", "--device", "cpu"),
         (*GGUF, "--dry-run"),
         (*TYPE, "--imatrix", __file__, "--device", "cpu"),
         (*TYPE, "--card", "--base-model", "org/name"),
+        (*TYPE, "-m", __file__),
         (*TYPE, "--work-dir", "work"),
         (*PLAN, "--format", "gguf", "--html", "page.html", "-b", "4", "--head-bits", "8"),
         (*EVAL, "--text", "text.txt", "--seed", "1", "--needle", "1k"),

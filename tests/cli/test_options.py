@@ -1,4 +1,5 @@
 import re
+from pathlib import Path
 
 import pytest
 from bpwise.cli import cli
@@ -36,7 +37,7 @@ def test_what_is_no_bitrate_is_refused() -> None:
 
 
 DEFAULTS = {
-    "--format": "as OUTPUT is named, else exl2",
+    "--format": "as OUTPUT's name, --type or --size-of says, else exl2",
     "--head-bits": "6",
     "--override": None,
     "--keep-fp16": None,
@@ -68,14 +69,50 @@ def test_help_shows_the_defaults_of_formats_options() -> None:
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["out", "-b", "4", "--max-size", "1GB"], "an output has one size. Give one of --bpw, --max-size and --vram."),
-        (["-b", "4,5"], "several bitrates make several outputs: name the directory for them, OUTPUT."),
-        (["out.gguf", "-b", "4", "--type", "Q8_0"], "Leave --bpw, --max-size and --vram out."),
-        (["out.gguf", "-b", "4,5"], "several bitrates make several files: name a directory, with --format gguf."),
+        (
+            ["out", "-b", "4", "--max-size", "1GB"],
+            "an output has one size. Give one of --bpw, --max-size, --vram and --size-of.",
+        ),
+        (["-b", "4,5"], "several sizes make several outputs: name the directory for them, OUTPUT."),
+        (["out.gguf", "-b", "4", "--type", "Q8_0"], "Leave --bpw, --max-size, --vram and --size-of out."),
+        (["out.gguf", "-b", "4,5"], "several sizes make several files: name a directory, with --format gguf."),
         (["out.gguf", "-b", "4", "--format", "exl2"], "out.gguf is named as a GGUF file"),
+        (
+            ["out", "--format", "gguf,exl2"],
+            "several formats need a size. Give one of --bpw, --max-size, --vram and --size-of.",
+        ),
+        (["--format", "gguf,exl2", "-b", "4"], "several formats make several outputs: name the directory for them"),
+        (["out.gguf", "--format", "gguf,exl2", "-b", "4"], "name a directory, with --format gguf,exl2."),
+        (["out", "--format", "gguf,exl2", "-b", "4", "--override", "x=6"], "--override does not mean the same in GGUF"),
+        (["out", "--format", "gguf,exl2", "--type", "Q8_0"], "these options say all of one output"),
+        (["out", "--size-of", "Q4_K_M", "-b", "4"], "an output has one size."),
+        (["out", "--size-of", "Q4_K_M", "--format", "gguf,exl2"], "names GGUF files of llama.cpp, none in EXL2."),
+        (["out", "--size-of", "Q4_K_X"], "'Q4_K_X' is not a valid list of names. Expected one or more of"),
+        (["out.gguf", "--size-of", "Q4_K_M,q6_k"], "several sizes make several files: name a directory"),
+        (["out", "--format", "gguf,awq", "-b", "4"], "Expected one or more of exl2, gguf, separated by commas."),
     ],
 )
 def test_usage_is_checked_before_a_model_is_looked_for(arguments: list[str], problem: str) -> None:
     result = CliRunner().invoke(cli, ["quantize", "./no-model", *arguments], catch_exceptions=False)
     assert result.exit_code == 2
     assert problem in result.stderr
+
+
+@pytest.mark.parametrize("name", ["out.ggu", "out.guff", "out.ggfu", "OUT.GUF", "dir/out.gguff"])
+@pytest.mark.parametrize("options", [(), ("--format", "gguf"), ("--bpw", "4,5"), ("--no-feedback",)], ids=" ".join)
+def test_a_slip_in_the_ending_is_asked_about(name: str, options: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(cli, ["quantize", "./no-model", name, *options], catch_exceptions=False)
+    assert result.exit_code == 2
+    assert f"{name} ends in {Path(name).suffix}. Was .gguf meant?" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["out.ggml", "out.exl2", "Llama-3.2-1B", "out.g", "a.gguf.old"])
+def test_other_endings_mean_nothing(name: str) -> None:
+    for options in ((), ("--format", "gguf")):
+        result = CliRunner().invoke(cli, ["quantize", "./no-model", name, *options], catch_exceptions=False)
+        assert "./no-model" in result.stderr  # which is looked for now
+
+
+def test_who_chooses_the_format_may_name_an_output_as_they_like() -> None:
+    command = ["quantize", "./no-model", "out.ggu", "--format", "exl2"]
+    assert "./no-model" in CliRunner().invoke(cli, command, catch_exceptions=False).stderr

@@ -21,7 +21,7 @@ from bpwise.measure.text.calibration import CalibrationConfig, CalibrationSet
 from bpwise.quantize.checks import forecast_outputs
 from bpwise.quantize.config import QuantizeConfig
 from bpwise.quantize.run import quantize_model
-from bpwise.quantize.series import output_paths, quantize_series
+from bpwise.quantize.series import output_targets, quantize_series
 from safetensors.torch import load_file, save_file
 
 from ..tiny_models import save_family
@@ -336,13 +336,12 @@ class TestPlace:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=together - 1))
         with pytest.raises(WorkDirectoryError, match=rf"out/\*: will take {together} bytes, but its disk has"):
             quantize_series(tiny_model, tmp_path / "out", config, rates)
-        paths = output_paths("tiny", tmp_path / "out", config, rates)
-        for path in paths.values():
+        targets = output_targets("tiny", tmp_path / "out", conversion, rates)
+        for path in targets:
             path.mkdir(parents=True)
         with pytest.raises(WorkDirectoryError, match=f"will take {together} bytes"):  # they are still empty
             quantize_series(tiny_model, tmp_path / "out", config, rates)
-        (paths[6.0] / "config.json").write_text("{}")
-        targets = {path: Target(bpw=bpw) for bpw, path in paths.items()}
+        (tmp_path / "out" / "tiny-6.0bpw-6hb-exl2" / "config.json").write_text("{}")
         found = forecast_outputs(conversion, targets, config.measure, None, tmp_path / "work")
         assert list(found) == list(targets)  # it is there
 

@@ -57,5 +57,45 @@ def test_gguf(known: Path) -> None:
 
 
 def test_a_mixture_names_its_file(known: Path) -> None:
-    printed = succeed("quantize", known, "--format", "gguf", "--type", "q4_k", "--no-eval", "--dry-run")
+    printed = succeed("quantize", known, "--type", "q4_k", "--no-eval", "--dry-run")
     assert printed.splitlines()[0] == "output      llama-Q4_K_M.gguf"
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (("out", "--format", "gguf", "--bpw", 9), "out.gguf"),
+        (("out-1.5B", "--format", "gguf", "--bpw", 9), "out-1.5B.gguf"),
+        (("out", "--type", "Q8_0"), "out.gguf"),
+        (("out.GGUF", "--type", "Q8_0"), None),
+    ],
+    ids=str,
+)
+def test_the_ending_is_appended_where_it_lacks(known: Path, options: tuple[object, ...], name: str | None) -> None:
+    printed = succeed("quantize", known, *options, "--no-eval", "--dry-run").splitlines()
+    assert [line for line in printed if line.startswith("output")] == ([] if name is None else [f"output      {name}"])
+
+
+def test_a_mixture_is_made_under_the_name_with_its_ending(converted: Any, tmp_path: Path) -> None:
+    succeed("quantize", converted["qwen2"].directory, "out", "--type", "q8_0", "--no-eval")
+    assert {path.name for path in tmp_path.iterdir()} == {"out.gguf", "out.recipe.yaml"}
+
+
+def test_both_formats_at_every_bitrate(known: Path, tmp_path: Path) -> None:
+    printed = succeed("quantize", known, "out", "--format", "gguf,exl2", "--bpw", "6,5.5", "--no-eval", "--dry-run")
+    sizes = [line.partition(" at ")[2] for line in printed.splitlines() if line.startswith("quantized")]
+    assert sizes == ["6 bpw", "5.5 bpw", "6 bpw", "5.5 bpw"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [(("--size-of", "q8_0"), "output      llama-bpwise-Q8_0.gguf"), (("out", "--size-of", "Q8_0,Q5_1"), None)],
+    ids=["one", "ladder"],
+)
+def test_as_large_as_a_file_of_llama_cpp(known: Path, options: tuple[object, ...], line: str | None) -> None:
+    printed = succeed("quantize", known, *options, "--no-eval", "--dry-run").splitlines()
+    sizes = [float(each.split()[1]) for each in printed if each.startswith("quantized")]
+    assert [each for each in printed if each.startswith("output")] == ([] if line is None else [line])
+    assert len(sizes) == (2 if line is None else 1)
+    assert sizes == sorted(sizes, reverse=True)

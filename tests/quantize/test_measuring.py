@@ -12,9 +12,9 @@ from bpwise.measure.run import MeasureConfig
 from bpwise.measure.text.calibration import CalibrationSet
 from bpwise.progress import silent
 from bpwise.quantize import measuring as obtain
-from bpwise.quantize.costs import StepClock
 from bpwise.quantize.inspect import inspect_path
 from bpwise.quantize.measuring import MEASUREMENT_FILE, load_measurement, load_or_measure
+from bpwise.quantize.timing.costs import StepClock
 
 from ..measured import gguf_curves_of
 

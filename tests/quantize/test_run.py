@@ -42,8 +42,12 @@ def rounding_only(model: Path, out: Path, finished: Path) -> tuple[object, ...]:
 
 
 def content(directory: Path) -> dict[str, bytes]:
-    """Everything but the reports, which say how long it took, and the card, which says what they say."""
-    return {p.name: p.read_bytes() for p in directory.iterdir() if not p.name.startswith(("report.", "README"))}
+    """Everything but reports, which say how long it took, the card, which says what they say, and the recipe.
+
+    That tells what was asked for: with a measurement something else than without.
+    """
+    other = ("report.", "README", "recipe")
+    return {p.name: p.read_bytes() for p in directory.iterdir() if not p.name.startswith(other)}
 
 
 def comparison(directory: Path) -> dict[str, Any]:

@@ -61,6 +61,10 @@ class WidthOverride:
                 f"{sorted(WIDTHS)}. To leave linears unquantized, use --keep-fp16."
             )
 
+    def __str__(self) -> str:
+        """Return it as it is asked for."""
+        return f"{self.pattern}={self.least}" + ("" if self.least == self.most else f":{self.most}")
+
     @property
     def widths(self) -> tuple[int, ...]:
         """The widths that it allows."""

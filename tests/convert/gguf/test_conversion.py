@@ -1,8 +1,10 @@
 import importlib.util
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +15,13 @@ import torch
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.cli import cli
 from bpwise.convert.conversion import Target
+from bpwise.convert.exl2.options import Exl2Options
 from bpwise.convert.gguf import base as gguf_base
 from bpwise.convert.gguf.file.header import read_gguf_header
 from bpwise.convert.gguf.labels import LABELS
 from bpwise.convert.gguf.llama_cpp.assign import mixture_types
 from bpwise.convert.gguf.llama_cpp.imatrix import read_imatrix
-from bpwise.convert.gguf.llama_cpp.importance import importance_of
+from bpwise.convert.gguf.llama_cpp.importance import export_imatrix, importance_of
 from bpwise.convert.gguf.llama_cpp.mixtures import MIXTURES
 from bpwise.convert.gguf.llama_cpp.vram import room_for_weights
 from bpwise.convert.gguf.model.reader import GgufModel
@@ -30,7 +33,7 @@ from bpwise.eval.comparison import EvalConfig, compare_models
 from bpwise.eval.metrics.overlap import shared_share, stored_spans
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.text.calibration import CalibrationSet
-from bpwise.quantize import judge
+from bpwise.quantize import judge, measuring, series
 from bpwise.quantize.config import QuantizeConfig
 from bpwise.quantize.result import QuantizeResult
 from bpwise.quantize.run import quantize_model
@@ -39,7 +42,7 @@ from click.testing import CliRunner
 from huggingface_hub import ModelCard
 
 pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
-pytest.importorskip("gguf", reason="the gguf package is not installed: pip install '.[gguf]'")
+gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install '.[gguf]'")
 
 Made = dict[str, QuantizeResult]
 
@@ -228,6 +231,26 @@ def test_what_appears_meanwhile_is_not_replaced(made: Made, converted: Any, tmp_
     with pytest.raises(FormatError):
         quantize(converted["mistral"].directory, output, feedback=False, measurement=made["mistral"].measurement)
     assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
+
+
+def test_a_mixture_with_the_importances_of_a_measurement(made: Made, converted: Any, tmp_path: Path) -> None:
+    directory, measurement = converted["qwen3"].directory, made["qwen3"].measurement
+    assert measurement is not None
+    export_imatrix(Measurement.load(measurement), tmp_path / "exported.gguf")
+    for name, options in {"x": ["-m", measurement], "y": ["--imatrix", tmp_path / "exported.gguf"], "z": []}.items():
+        command = ["quantize", directory, tmp_path / f"{name}.gguf", "--type", "Q4_K_M", "--no-eval", *options]
+        run = CliRunner().invoke(cli, [str(each) for each in command], catch_exceptions=False)
+        assert run.exit_code == 0, run.stderr
+        said = f"plan        errors weighted with the importances of measurement {measurement.name}"
+        assert (said in run.output.splitlines()) is (name == "x")
+    given, exported, plain = (
+        {tensor.name: tensor.data.tobytes() for tensor in gguf.GGUFReader(tmp_path / f"{name}.gguf").tensors}
+        for name in "xyz"
+    )
+    assert given == exported
+    assert given != plain
+    with pytest.raises(FormatError, match="belongs to another model"):
+        to_mixture(converted["mistral"].directory, tmp_path / "m.gguf", "Q4_K_M", imatrix=measurement)
 
 
 def test_a_largest_size_holds_for_the_whole_file(made: Made, converted: Any, tmp_path: Path) -> None:
@@ -419,7 +442,7 @@ class TestHonesty:
 
 def test_several_sizes_from_one_measurement(made: Made, converted: Any, tmp_path: Path) -> None:
     directory = converted["mistral"].directory
-    config = QuantizeConfig(options=GgufOptions(card=True), evaluate=None)
+    config = QuantizeConfig(options=GgufOptions(), evaluate=None)  # cards belong to every series
     result = quantize_series(directory, tmp_path / "out", config, [6.5, 5.5], measurement=made["mistral"].measurement)
     assert [output.path.name for output in result.outputs] == [
         "mistral-6.5bpw-Q5_K_S.gguf",
@@ -428,8 +451,10 @@ def test_several_sizes_from_one_measurement(made: Made, converted: Any, tmp_path
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "mistral-5.5bpw-Q3_K_M.README.md",
         "mistral-5.5bpw-Q3_K_M.gguf",
+        "mistral-5.5bpw-Q3_K_M.recipe.yaml",
         "mistral-6.5bpw-Q5_K_S.README.md",
         "mistral-6.5bpw-Q5_K_S.gguf",
+        "mistral-6.5bpw-Q5_K_S.recipe.yaml",
         "report.json",
         "report.md",
     ]
@@ -440,6 +465,59 @@ def test_several_sizes_from_one_measurement(made: Made, converted: Any, tmp_path
     assert card.data.library_name == "gguf"
     assert "5.4" in next(line for line in card.text.splitlines() if line.startswith("| bits per weight"))
     assert "random ids" in card.text
+
+
+def test_as_large_as_llama_cpps_files(made: Made, converted: Any, tmp_path: Path) -> None:
+    directory, names = converted["qwen3"].directory, ["Q8_0", "Q5_1"]
+    config = QuantizeConfig(options=GgufOptions(feedback=False), evaluate=None)
+    targets = [Target(size_of=name) for name in names]
+    result = quantize_series(directory, tmp_path / "out", config, targets, measurement=made["qwen3"].measurement)
+    for name, output in zip(names, result.outputs, strict=True):
+        assert output.path.name == f"qwen3-bpwise-{name}.gguf"
+        # The mixture's file is llama-quantize's byte for byte. Tensors are few: one more of a larger type is a lot.
+        theirs = to_mixture(directory, tmp_path / f"{name}.gguf", name).output.stat().st_size
+        assert theirs - 12_000 < output.path.stat().st_size <= theirs
+        assert f"| {output.path.name} | size of {name} |" in result.report.read_text()
+    with pytest.raises(ConfigError, match=r"size of Q8_1: not known\. Expected .*Q8_0"):
+        quantize_model(directory, tmp_path / "x.gguf", replace(config, target=Target(size_of="Q8_1")))
+    with pytest.raises(ConfigError, match="Expected another target for this format"):
+        quantize_model(directory, tmp_path / "x", QuantizeConfig(target=targets[0], evaluate=None))
+
+
+def test_both_formats_from_one_measurement(converted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory, options = converted["mistral"].directory, (GgufOptions(feedback=False), Exl2Options())
+    make, begun = series.make_output, list[str]()
+
+    def cut_off(job: Any, path: Path, *more: Any) -> Any:
+        begun.append(path.name)
+        if len(begun) == 2:
+            raise KeyboardInterrupt
+        return make(job, path, *more)
+
+    def run() -> Any:
+        config = QuantizeConfig(options=options[0], evaluate=None)
+        return quantize_series(directory, tmp_path / "out", config, [6.0], formats=options, calibration=rows(4))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(series, "make_output", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    assert re.fullmatch(r"mistral-6\.0bpw-I?Q\d_\w+\.gguf", begun[0])
+    names = [begun[0], "mistral-6.0bpw-6hb-exl2"]
+    assert begun == names
+    first = (tmp_path / "out" / names[0]).stat().st_mtime_ns
+    monkeypatch.setattr(measuring, "measure_checkpoint", lambda *_: pytest.fail("was measured twice"))
+    result = run()
+    assert [output.path.name for output in result.outputs] == names
+    assert (tmp_path / "out" / names[0]).stat().st_mtime_ns == first
+    assert Measurement.load(result.measurement).curves.keys() == {"exl2", "gguf"}
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    beside = {f"{Path(names[0]).stem}.{name}" for name in ("README.md", "recipe.yaml")}
+    assert found == {*names, *beside, "report.json", "report.md"}
+    assert (tmp_path / "out" / names[1] / "README.md").is_file()
+    text = result.report.read_text()
+    assert all(f"| {name} | 6 | 5.9" in text for name in names)
+    assert "Bits per weight (bpw): GGUF, of all tensors; EXL2, of all linears but the head." in text
 
 
 @pytest.fixture
@@ -472,12 +550,12 @@ def kept(folder: Path) -> list[Path]:
 FAST = QuantizeConfig(target=Target(bpw=6.5), options=GgufOptions(feedback=False), evaluate=None)
 
 
-@pytest.mark.parametrize("series", [False, True], ids=["one", "series"])
+@pytest.mark.parametrize("several", [False, True], ids=["one", "series"])
 def test_a_base_is_made_once_and_kept_with_the_measurement(
-    series: bool, conversions: list[Path], measurement: Path, converted: Any, tmp_path: Path
+    several: bool, conversions: list[Path], measurement: Path, converted: Any, tmp_path: Path
 ) -> None:
     directory = converted["mistral"].directory
-    if series:
+    if several:
         quantize_series(directory, tmp_path / "out", FAST, [6.5, 5.5], measurement=measurement)
     else:
         quantize_model(directory, tmp_path / "out.gguf", FAST, measurement=measurement)
@@ -516,15 +594,15 @@ def test_a_base_is_kept_where_there_is_room_for_twice_as_much(
     assert len(conversions) == 2
 
 
-@pytest.mark.parametrize("series", [False, True], ids=["one", "series"])
+@pytest.mark.parametrize("several", [False, True], ids=["one", "series"])
 def test_a_damaged_base_is_converted_again(
-    series: bool, conversions: list[Path], measurement: Path, converted: Any, tmp_path: Path
+    several: bool, conversions: list[Path], measurement: Path, converted: Any, tmp_path: Path
 ) -> None:
     directory, work = converted["mistral"].directory, tmp_path / "work"
     base = gguf_base.base_path(Checkpoint.open(directory), work, None, measurement)
     base.write_bytes(converted["mistral"].file.read_bytes()[:100])
     with pytest.warns(UserWarning, match=r"base\.gguf: .* It is converted again now"):
-        if series:
+        if several:
             quantize_series(directory, tmp_path / "out", FAST, [6.5, 5.5], measurement=measurement, work=work)
         else:
             quantize_model(directory, tmp_path / "out.gguf", FAST, measurement=measurement, work=work)

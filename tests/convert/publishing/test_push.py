@@ -111,6 +111,7 @@ def output(make_model: Callable[..., Path], tmp_path: Path) -> Path:
     (out / "README.md").write_text(CARD)
     (out / "report.md").write_text("A report.")
     (out / "report.json").write_text(json.dumps({"comparison": REPORT}))
+    (out / "recipe.yaml").write_text("bpw: 4.0")
     (out / "notes.txt").write_text("private")
     (out / ".hidden").write_text("private")
     return out
@@ -126,6 +127,7 @@ PUBLISHED = {
     "config.json",
     "generation_config.json",
     "output.safetensors",
+    "recipe.yaml",
     "report.json",
     "report.md",
     "tokenizer.json",
@@ -299,12 +301,13 @@ def test_gguf_files(tmp_path: Path, hub: FakeHub) -> None:
         writer.close()
         (folder / f"L-{rate}bpw.README.md").write_text(CARD)
         (folder / f"L-{rate}bpw.report.json").write_text(json.dumps({"comparison": REPORT}))
+    (folder / "L-6.0bpw.recipe.yaml").write_text("bpw: 6.0")
     assert push(folder, "org/").exit_code == 0
     assert hub.repos == {"org/L-GGUF": True}
     assert [set(files) for _, _, files in hub.commits] == [
         {"README.md"},
         {"L-4.5bpw.gguf", "L-4.5bpw.README.md", "L-4.5bpw.report.json"},
-        {"L-6.0bpw.gguf", "L-6.0bpw.README.md", "L-6.0bpw.report.json"},
+        {"L-6.0bpw.gguf", "L-6.0bpw.README.md", "L-6.0bpw.recipe.yaml", "L-6.0bpw.report.json"},
     ]
     (folder / "L-6.0bpw.gguf").rename(folder / "odd.gguf")
     (folder / "L-6.0bpw.README.md").rename(folder / "odd.README.md")

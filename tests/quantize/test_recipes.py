@@ -1,0 +1,170 @@
+"""Recipes: what a run writes of its options, and that they make it again."""
+
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import yaml
+from bpwise.checkpoint.source.checkpoint import Checkpoint
+from bpwise.convert.conversion import Target
+from bpwise.convert.gguf.options import GgufOptions
+from bpwise.convert.gguf.plan.plan import TypeOverride
+from bpwise.errors import ConfigError
+from bpwise.eval.config import EvalConfig
+from bpwise.measure.run import MeasureConfig
+from bpwise.measure.text.calibration import CalibrationConfig
+from bpwise.quantize.config import QuantizeConfig
+from bpwise.quantize.recipe import read_recipe, recipe_of
+
+from .runs import bpwise, refused, succeed
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_run_is_repeated(tiny_model: Path, here: Path) -> None:
+    (here / "notes.txt").write_text("".join(f"Sentence {each} is about {each * each}.\n" for each in range(400)))
+    options = (
+        "--bpw",
+        4.5,
+        "--head-bits",
+        8,
+        "--override",
+        "*.o_proj=5:",
+        "--rows",
+        4,
+        "--row-tokens",
+        32,
+        "--no-eval",
+    )
+    text = ("--calibration", f"built-in=3,{here / 'notes.txt'}=1", "--device", "cpu")
+    succeed("quantize", tiny_model, "out", *options, *text)
+    written = (here / "out" / "recipe.yaml").read_text()
+    assert "--config recipe.yaml" in written.splitlines()[0]
+    assert yaml.safe_load(written) == {
+        "format": "exl2",
+        "bpw": 4.5,
+        "head-bits": 8,
+        "override": ["*.o_proj=5:8"],
+        "effort": "normal",
+        "cache-bits": 16,
+        "group-size": 32,
+        "shard-size": 8192,
+        "calibration": "built-in=3,notes.txt=1",
+        "rows": 4,
+        "row-tokens": 32,
+        "seed": 0,
+        "precision": "auto",
+        "no-eval": True,
+    }
+    succeed("quantize", tiny_model, "again", "--config", "out/recipe.yaml", "--device", "cpu")
+    for name in ("output.safetensors", "recipe.yaml", "bpwise.json"):
+        assert (here / "again" / name).read_bytes() == (here / "out" / name).read_bytes()
+    measurement = here / "out.work" / "measurement.safetensors"
+    succeed("quantize", tiny_model, "other", "--config", "out/recipe.yaml", "--device", "cpu", "-m", measurement)
+    other = (here / "other" / "recipe.yaml").read_text()
+    assert "Its calibration is not told here" in other
+    assert yaml.safe_load(other).keys() == yaml.safe_load(written).keys() - {
+        *("calibration", "rows", "row-tokens", "seed", "precision")
+    }
+
+
+def test_gguf_and_evaluation(tiny_model: Path, here: Path) -> None:
+    base, text = here / "base.gguf", here / "text.txt"
+    text.write_text("text")
+    overrides = (TypeOverride.parse("blk.0.*=Q8_0,Q6_K"),)
+    options = GgufOptions(overrides=overrides, feedback=False, base=base, llama_cpp=here, card=True)
+    calibration = CalibrationConfig(source="org/name:config", column="words", rows=2, seed=3)
+    config = QuantizeConfig(
+        options=options,
+        measure=MeasureConfig(calibration=calibration, damping=0.1, seed=3, offload_dir=here),
+        evaluate=EvalConfig(text=str(text), allow_calibration_text=True, offload_dir=here),
+        base_model="org/Name",
+    )
+    target = Target(vram_bytes=8 * 10**9, context_tokens=4096)
+    assert recipe_of(config, target, Checkpoint.open(tiny_model), calibrated=True) == {
+        "format": "gguf",
+        "vram": 8_000_000_000,
+        "context": 4096,
+        "override": ["blk.0.*=Q8_0,Q6_K"],
+        "no-feedback": True,
+        "effort": "normal",
+        "card": True,
+        "base-model": "org/Name",
+        "calibration": "org/name:config",
+        "column": "words",
+        "rows": 2,
+        "seed": 3,
+        "damping": 0.1,
+        "precision": "auto",
+        "eval-text": "text.txt",
+        "eval-rows": 16,
+        "force-eval-text": True,
+    }
+    mixture = QuantizeConfig(options=GgufOptions(mixture="Q4_K_M", imatrix=here / "i.dat"), evaluate=None)
+    assert recipe_of(mixture, None, Checkpoint.open(tiny_model), calibrated=True) == {
+        "format": "gguf",
+        "effort": "normal",
+        "type": "Q4_K_M",
+        "imatrix": "i.dat",
+        "no-eval": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "head"),
+    [
+        ((), "tiny-5.0bpw-8hb-exl2", 8),
+        (("--bpw", 4), "tiny-4.0bpw-8hb-exl2", 8),
+        (("--max-size", "150kB", "-hb", 4), "tiny-0.15MB-4hb-exl2", 4),
+    ],
+    ids=str,
+)
+def test_the_command_line_goes_first(
+    tiny_model: Path, here: Path, options: tuple[object, ...], name: str, head: int
+) -> None:
+    (here / "r.yaml").write_text("bpw: [5.0]\nhead-bits: 8\nno-eval: true\noverride: ['*.o_proj=5:']\n")
+    printed = succeed("quantize", tiny_model, "--config", "r.yaml", *options, "--dry-run").splitlines()
+    assert printed[0] == f"output      {name}"
+    assert f"              head bits {head}" in printed
+
+
+def test_unknown_names_are_refused(here: Path) -> None:
+    (here / "r.yaml").write_text("bpw: 4\nbits: 4\nconfig: r.yaml\n")
+    result = bpwise("quantize", "./no-model", "--config", "r.yaml")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1].startswith("Error: r.yaml: unknown options. Got bits, config. Expected long")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "- bpw", "bpw: {a: 1}", "bpw: [[4]]", "bpw: 'x", "1: {", "[" * 5000, "a: b\n" * 4000, "\x00", "? [a]\n: b"],
+    ids=["empty", "list", "mapping", "nested", "open", "brace", "deep", "long", "control", "key"],
+)
+def test_what_is_no_recipe(here: Path, text: str) -> None:
+    (here / "r.yaml").write_text(text)
+    assert "r.yaml: not a recipe. Expected at most 16 KiB of YAML" in refused(
+        "quantize", "./no-model", "--config", "r.yaml"
+    )
+
+
+def test_spoiled_bytes_are_refused_or_read_as_text(here: Path) -> None:
+    rng, whole = Random(0), b"# Made\nformat: exl2\nbpw: [8, 4.5]\noverride: ['*.o_proj=5:']\nno-eval: &a true\n"
+    path, taken = here / "r.yaml", 0
+    for _ in range(300):
+        data = bytearray(whole)
+        for _ in range(rng.randint(1, 3)):
+            data[rng.randrange(len(data))] = rng.choice(b"\x00\xff{}[]&*!%@:-?'\"\n\t ")
+        path.write_bytes(data)
+        try:
+            found: dict[Any, Any] = read_recipe(path)
+        except ConfigError:
+            continue
+        taken += 1
+        values = [each for value in found.values() for each in (value if isinstance(value, list) else [value])]
+        assert all(isinstance(each, str) for each in (*found, *values))
+    assert 30 < taken < 300
