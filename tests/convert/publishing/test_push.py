@@ -332,6 +332,24 @@ def test_names_of_other_programs(tmp_path: Path, hub: FakeHub, ending: str) -> N
     assert hub.commits[-1][1] == ("4.5bpw" if "bpw" in ending else ending[1:])
 
 
+def test_parts_of_one_model_go_together(tmp_path: Path, hub: FakeHub) -> None:
+    gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install '.[gguf]'")
+    writer = gguf.GGUFWriter(tmp_path / "L-Q4_K_M.gguf", "test", split_max_tensors=1)
+    for name in ("a.weight", "b.weight"):
+        writer.add_tensor(name, np.ones((2, 32), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (tmp_path / "L-Q4_K_M-00001-of-00002.README.md").write_text(CARD)
+    assert push(tmp_path, "org/").exit_code == 0
+    assert [set(files) for _, _, files in hub.commits][1:] == [
+        {"L-Q4_K_M-00001-of-00002.gguf", "L-Q4_K_M-00002-of-00002.gguf", "L-Q4_K_M-00001-of-00002.README.md"}
+    ]
+    (tmp_path / "L-Q4_K_M-00002-of-00002.gguf").unlink()
+    assert "1 of 2 parts are missing" in push(tmp_path, "org/").stderr
+
+
 def test_one_front_page_for_all_sizes(tmp_path: Path, hub: FakeHub) -> None:
     gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install '.[gguf]'")
     names = {"L-4.5bpw-Q4_K_S": 1, "L-4.6bpw-Q4_K_S": 2, "L-6.5bpw-Q6_K": 3}
