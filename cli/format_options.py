@@ -14,7 +14,7 @@ from ..convert.format import Format
 from ..convert.options import Command as CommandName
 from ..convert.options import FormatOptions, Option, options_of
 from ..convert.registry import format_named, format_naming, format_nearly_naming, formats
-from .types import EXISTING_DIRECTORY, EXISTING_FILE, MIB, Names
+from .types import EXISTING_DIRECTORY, EXISTING_FILE, MIB, SIZE, Names
 
 __all__ = ["FORMAT_OPTION", "FormatChoice", "chosen_formats", "format_options", "owners"]
 
@@ -150,6 +150,7 @@ def _click_option(group: list[tuple[Format, Option]]) -> Callable[[Command], Com
         "directory": EXISTING_DIRECTORY,
         "integer": click.INT,
         "mebibytes": click.IntRange(1),
+        "size": SIZE,
     }
     kind = click.Choice(list(dict.fromkeys(choices))) if choices else kinds.get(first.kind, click.STRING)
     return click.option(

@@ -190,8 +190,8 @@ def quantize(
 
     MODEL is a directory or a Hub id. OUTPUT is a GGUF file if its name ends in .gguf or --type is given, else an EXL2
     directory; --format says so too, and a .gguf that OUTPUT lacks is appended. Without OUTPUT it is
-    MODEL-8.0bpw-8hb-exl2 or MODEL-4.5bpw.gguf in the current folder. Several bitrates or formats make
-    OUTPUT/MODEL-8.0bpw.gguf, OUTPUT/MODEL-8.0bpw-6hb-exl2 and so on from one measurement, and one report over all.
+    MODEL-8.0bpw-8hb-exl2 or MODEL-4.5bpw-Q4_K_S.gguf in the current folder. Several bitrates or formats make
+    OUTPUT/MODEL-8.0bpw-Q8_0.gguf, OUTPUT/MODEL-8.0bpw-6hb-exl2 and so on from one measurement, and one report over all.
 
     Interrupted? Run the same command again and it resumes. An output whose predictions are useless is marked with
     BROKEN.md, and the exit code is 1.

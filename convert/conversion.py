@@ -99,6 +99,7 @@ class Provenance:
         run: Identifies the run: what the written bytes depend on.
         model: Fingerprint of the original.
         changes: What was changed while the original was read, as plain JSON.
+        base_model: Hub id of the original; None if it is not known.
         calibration: Fingerprint of the calibration rows; empty where nothing was calibrated, as are the next three.
         calibration_text: What they are.
         calibration_spans: Hashes of them (see ``bpwise.eval.metrics.overlap``).
@@ -110,6 +111,7 @@ class Provenance:
     run: str
     model: str
     changes: Mapping[str, Any] = field(default_factory=dict)
+    base_model: str | None = None
     calibration: str = ""
     calibration_text: str = ""
     calibration_spans: str = ""
@@ -210,11 +212,7 @@ class Conversion(ABC):
         return ()
 
     def require_readable(self) -> None:
-        """Refuse what could not be read back to be evaluated, as far as is known: before ``prepare``, and after it.
-
-        Raises:
-            UnsupportedModelError: The output could not be opened.
-        """
+        """Refuse by an ``UnsupportedModelError`` what could not be opened: before ``prepare``, and after it."""
 
     def scratch(self, work: Path, measurement: Path | None = None) -> Mapping[Path, int]:
         """Return the files that ``prepare`` will make, and about how large, in bytes; arguments as there."""
@@ -258,6 +256,10 @@ class Conversion(ABC):
         assert measurement is not None, "nothing is measured for this format"
         assert target is not None, "nothing is asked of this format"
         return self._format.plan(measurement, self.options, bpw=target.bpw, max_bytes=target.max_bytes)
+
+    def placed(self, output: Path, plan: Any) -> Path:
+        """Return the path by which an output is opened: another one where the plan asks for several files."""
+        return output
 
     def identity(self) -> Any:
         """Return what written bytes depend on beside original, calibration rows and plan, as plain JSON."""

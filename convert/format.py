@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .model import CardFacts, Description, QuantizedModel, Verification, verify_values
-from .names import convention_name
+from .names import NameParts, convention_name
 from .options import Conflict, FormatOptions
 from .plan import Plan
 
@@ -125,6 +125,10 @@ class Format(ABC):
             options: The format's options.
         """
         return convention_name(base_name, bpw, self.name) + self.suffix
+
+    def name_parts(self, name: str) -> NameParts | None:
+        """Take the name of an output apart, suffix excluded; None of names that tell no size."""
+        return NameParts.of(name)
 
     def run_of(self, path: Path) -> str | None:
         """Return what a finished output says of its run (``Provenance.run``); None if it is not bpwise's.

@@ -25,7 +25,7 @@ __all__ = [
 Effort = Literal["normal", "high"]
 """What is done after rounding: ``high`` fits the decoder's scales to the original's predictions."""
 
-Kind = Literal["text", "flag", "negated", "file", "directory", "mebibytes", "integer"]
+Kind = Literal["text", "flag", "negated", "file", "directory", "mebibytes", "size", "integer"]
 Command = Literal["measure", "plan", "quantize"]
 
 _MIB = 1 << 20
@@ -67,7 +67,12 @@ class Option:
         """The help, with the default as a user would give it; without where leaving the option out says it all."""
         if self.kind in ("flag", "negated") or self.default in (None, ()):
             return self.help
-        return f"{self.help}  [default: {self.default // _MIB if self.kind == 'mebibytes' else self.default}]"
+        default = self.default
+        if self.kind == "mebibytes":
+            default //= _MIB
+        elif self.kind == "size":
+            default = f"{default / 1e9:g}GB"
+        return f"{self.help}  [default: {default}]"
 
     @property
     def name(self) -> str:

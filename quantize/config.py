@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.source.checkpoint import Checkpoint
+from ..checkpoint.source.hub import directory_name
 from ..convert.conversion import Conversion, Target
 from ..convert.format import Format
+from ..convert.names import hub_id
 from ..convert.options import FormatOptions
 from ..convert.publishing.cards import check_base_model
 from ..convert.registry import format_asking, format_naming, formats
@@ -96,6 +98,10 @@ class QuantizeConfig:
     def conversion(self, checkpoint: Checkpoint) -> Conversion:
         """Return an original on its way into the format."""
         return self.format.conversion(checkpoint, self.options)
+
+    def base_model_of(self, checkpoint: Checkpoint) -> str | None:
+        """Return the Hub id of an original, as far as it is known."""
+        return self.base_model or hub_id(directory_name(checkpoint.directory))
 
     @property
     def offload_dirs(self) -> tuple[Path | None, ...]:

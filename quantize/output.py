@@ -108,14 +108,16 @@ class _OutputRun:
             plan = load_plan(self._work / PLAN_FILE)
         except (FormatError, CalibrationError):
             return None
-        if not output_of(self._output, job.config.format, record.run):
+        output = job.conversion.placed(self._output, plan)
+        if not output_of(output, job.config.format, record.run):
             return None
-        refuse_marked(self._output)
-        comparison = None if job.judge is None else _reported(job, self._output)
-        whole = card_path(self._output).is_file() or not job.conversion.writes_card
+        refuse_marked(output)
+        comparison = None if job.judge is None else _reported(job, output)
+        whole = card_path(output).is_file() or not job.conversion.writes_card
         if not whole or (comparison is None) != (job.judge is None):
             return None
-        return self._result(plan, _Made(job.config.format.verify(self._output)), comparison, repeated=True)
+        self._output = output
+        return self._result(plan, _Made(job.config.format.verify(output)), comparison, repeated=True)
 
     def _command(self) -> str:
         job, config = self._job, self._job.config
@@ -141,7 +143,7 @@ class _OutputRun:
             _log.debug("plan for %s: %s", self._output, fact)
         if measured is not None:
             plan.save(self._work / PLAN_FILE)
-        run = _identity(job, rows, plan)
+        run, self._output = _identity(job, rows, plan), conversion.placed(self._output, plan)
         finished = output_of(self._output, job.config.format, run)
         made = self._made(plan, measured, rows, run, finished=finished)
         write_recipe(self._output, recipe_of(job.config, self._target, job.checkpoint, calibrated=job.calibrated))
@@ -303,6 +305,7 @@ def _provenance(job: Job, rows: CalibrationSet | None, run: str = "0" * 32) -> P
         run=run,
         model=checkpoint.fingerprint,
         changes=checkpoint.changes,
+        base_model=job.config.base_model_of(checkpoint),
         calibration=rows.fingerprint,
         calibration_text=rows.description,
         calibration_spans=CalibrationSpans.of(rows).to_text(),

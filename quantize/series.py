@@ -76,7 +76,7 @@ class SeriesResult:
 def output_targets(
     base_name: str, output: Path, conversion: Conversion, sizes: Sequence[float | Target]
 ) -> dict[Path, Target]:
-    """Return where each size goes: ``OUTPUT/NAME-8.0bpw-6hb-exl2``, or ``OUTPUT/NAME-8.0bpw.gguf``.
+    """Return where each size goes: ``OUTPUT/NAME-8.0bpw-6hb-exl2``, or ``OUTPUT/NAME-8.0bpw-Q8_0.gguf``.
 
     Args:
         base_name: Name or Hub id of the original.
@@ -260,6 +260,7 @@ def _make(job: Job, path: Path, target: Target, work: Path) -> SeriesOutput:
         return replace(asked, broken=str(cause))
     return replace(
         asked,
+        path=made.output,
         bpw=made.verification.bpw,
         file_bytes=made.verification.file_bytes,
         predicted_nats=made.plan.damage_nats,

@@ -6,12 +6,20 @@ import math
 from collections import Counter
 
 from ..model import CardFacts
-from ..names import pasteable
+from ..names import REPO, pasteable
 from .file.describe import all_tensors_bpw
 from .file.metadata import CALIBRATION_KEY, LIMITS_KEY, VERSION_KEY
+from .file.split import whole_name
+from .llama_cpp.mixtures import label_in
 from .model.reader import GgufModel
 
 __all__ = ["gguf_card", "loading"]
+
+_CHAT = (
+    "curl http://localhost:8080/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+    """  -d '{"messages": [{"role": "user", "content": "Why is the sky blue?"}]}'"""
+)
+"""The server renders the template that the file holds."""
 
 _SHOWN_NAMES = 3
 """Names of tensors in one line."""
@@ -25,15 +33,50 @@ def gguf_card(model: GgufModel) -> CardFacts:
         library="gguf",
         made=_made(model),
         limits=tuple(str(model.header.metadata.get(LIMITS_KEY, "")).splitlines()),
-        loading=loading(pasteable(model.path.name)),
+        loading=loading(
+            pasteable(model.path.name),
+            label=_label(model),
+            chat=isinstance(model.header.metadata.get("tokenizer.chat_template"), str),
+        ),
     )
 
 
-def loading(file: str) -> str:
-    """Return how to load a file, as Markdown; its name must be harmless in a shell."""
-    return f"""**llama.cpp**
+def loading(file: str, *, label: str | None = None, chat: bool = False) -> str:
+    """Return how to load a file, as Markdown.
+
+    Args:
+        file: Its name, harmless in a shell.
+        label: The mixture in its name, by which programs find it on the Hub; None if there is none.
+        chat: Whether it is a chat model.
+    """
+    stem = whole_name(file.removesuffix(".gguf"))
+    files = file if file.startswith(f"{stem}.") else f"{stem}-*.gguf"
+    tag = label or file
+    named = f"-hf {REPO}:{label}" if label else f"-hf {REPO} -hff {file}"
+    asked = _CHAT if chat else f'llama-cli {named} --prompt "Once upon a time"'
+    return f"""**Ollama**
 
 ```sh
+ollama run hf.co/{REPO}:{tag}
+```
+
+**llama.cpp**
+
+```sh
+llama-server {named}
+{asked}
+```
+
+**LM Studio**
+
+```sh
+lms get https://huggingface.co/{REPO}
+```
+
+**Download**, and run what is there:
+
+```sh
+hf download {REPO} --include "{files}" --local-dir .
 llama-cli --model {file} --prompt "Once upon a time"
 llama-server --model {file}
 ```
@@ -47,6 +90,11 @@ bpwise dequantize {file} dense --original ORIGINAL
 
 **ExLlamaV2** and **TabbyAPI** do not read GGUF. `bpwise quantize ORIGINAL OUT --bpw 4.5` makes an EXL2 model of the
 original."""
+
+
+def _label(model: GgufModel) -> str | None:
+    found = label_in(whole_name(model.path.stem))
+    return None if found is None else found[1]
 
 
 def _made(model: GgufModel) -> tuple[tuple[str, str], ...]:

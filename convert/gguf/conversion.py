@@ -9,22 +9,20 @@ from typing import Any
 
 import torch
 
-from ...checkpoint.files.digests import file_digests
 from ...checkpoint.files.resume import ResumeStore
 from ...checkpoint.source.checkpoint import Checkpoint
-from ...checkpoint.source.language import LanguageModel, language_model
 from ...errors import FormatError
 from ...linalg.parallel import cores
 from ...measure.measurement import Measurement
 from ...progress import Progress, silent
-from ..conversion import Conversion, Provenance, SizeForecast, Target
+from ..conversion import Provenance, SizeForecast, Target
 from ..model import QuantizedModel, Verification
 from ..plan import Plan
 from ..rounding import RoundedModel
 from .base import BASE, base_identity, base_path, base_to_make, converted, projector_path, write_projector
 from .curves import GgufCurves
 from .engine.gate import gate_once
-from .file.header import GgufHeader, read_gguf_header
+from .file.header import GgufHeader
 from .file.metadata import (
     CALIBRATION_KEY,
     DIGEST_KEY,
@@ -34,14 +32,17 @@ from .file.metadata import (
     RUN_KEY,
     SPANS_KEY,
     VERSION_KEY,
+    origin_metadata,
 )
-from .file.writer import write_gguf
+from .file.split import first_path, model_digest, read_model_header
+from .file.writer import planned_parts, write_gguf
 from .ggml.curves import measured_types
 from .ggml.kernels import Bytes, require_kernels
 from .ggml.work import GgufWork
-from .llama_cpp.assign import dominant_file_type
 from .llama_cpp.converter import find_converter
+from .llama_cpp.imatrix import imatrix_notes
 from .llama_cpp.importance import importance_of
+from .llama_cpp.mixtures import MIXTURES
 from .llama_cpp.readers import require_llama_cpp
 from .model.mapped import MappedGguf
 from .model.mapping import ROWS, kept_map, require_held
@@ -55,7 +56,7 @@ from .plan.problem import PlanProblem, measured_problem
 from .rounder import GgufRounder, rounded_matrices, tensor_distances
 from .rows.rowmap import RowMap
 from .rows.text import map_to_text
-from .sizes import coming_problem, largest_file, room_for_tensors
+from .sizes import LabelledConversion, coming_problem, largest_file, room_for_tensors
 from .tuning import TunedGguf, tune_gguf
 
 __all__ = ["GgufConversion"]
@@ -63,11 +64,12 @@ __all__ = ["GgufConversion"]
 _GATE = ".gate.json"
 """What came out of running the base in llama.cpp, beside a base of our own."""
 
+_MEASUREMENT = "bpwise measurement"
+"""Where importances come from, in place of the name of an imatrix file."""
 
-class GgufConversion(Conversion):
+
+class GgufConversion(LabelledConversion):
     """See ``Conversion``."""
-
-    options: GgufOptions
 
     def __init__(self, checkpoint: Checkpoint, options: GgufOptions) -> None:
         """See ``Conversion``."""
@@ -84,10 +86,6 @@ class GgufConversion(Conversion):
     def warnings(self) -> tuple[str, ...]:
         """See ``Conversion``."""
         return require_llama_cpp(self.checkpoint.config)
-
-    @cached_property
-    def _source(self) -> LanguageModel:
-        return language_model(self.checkpoint)
 
     def require_support(self) -> None:
         """Refuse missing tools."""
@@ -129,7 +127,7 @@ class GgufConversion(Conversion):
         layout = None if self._base is None else self.layout
         if measured is not None:
             return measured_problem(measured, overrides, layout)
-        return coming_problem(self._source, layout, overrides)
+        return coming_problem(self.source, layout, overrides)
 
     def scratch(self, work: Path, measurement: Path | None = None) -> Mapping[Path, int]:
         """See ``Conversion``."""
@@ -164,7 +162,7 @@ class GgufConversion(Conversion):
         if self.options.base is None:
             steps.append((BASE, base_identity(self.checkpoint, self.options.llama_cpp)))
         if self.measures:  # otherwise the file says nothing of its run
-            self._base_digest = file_digests([base], FormatError, progress)[0]
+            self._base_digest = model_digest(self.header, progress)
             steps.append((ROWS, {"model": self.checkpoint.fingerprint, "base": self._base_digest}))
             self._rows_store = ResumeStore(work, *steps[-1])
         return tuple(steps)
@@ -178,19 +176,19 @@ class GgufConversion(Conversion):
     @cached_property
     def header(self) -> GgufHeader:
         """Header of the unquantized file."""
-        return read_gguf_header(self.base)
+        return read_model_header(self.base)
 
     @cached_property
     def layout(self) -> Layout:
         """What the unquantized file holds, and whose rows, once it is prepared."""
-        rows = kept_map(self._rows_store, self._source, self.header, self._progress)
+        rows = kept_map(self._rows_store, self.source, self.header, self._progress)
         if self.measures:
-            require_held(rows, self._source, self.header)
+            require_held(rows, self.source, self.header)
         return Layout.of(self.header, rows)
 
     def curves(self) -> GgufCurves:
         """See ``Conversion``."""
-        source = self._source
+        source = self.source
         tied = {source.head_name: source.embedding_name} if source.tied_embeddings else {}
         return GgufCurves(measured_types(), self.layout, tied)
 
@@ -204,6 +202,10 @@ class GgufConversion(Conversion):
         return make_gguf_plan(
             measurement, bpw=target.bpw, tensor_bytes=tensor_bytes, overrides=overrides, layout=self.layout
         )
+
+    def placed(self, output: Path, plan: Any) -> Path:
+        """Return the first part's path where the tensors do not fit into one file. See ``Conversion``."""
+        return first_path(output, len(planned_parts(self.header, plan.kinds, self.options.split_max_size)))
 
     def identity(self) -> Any:
         """See ``Conversion``."""
@@ -229,7 +231,7 @@ class GgufConversion(Conversion):
     ) -> None:
         """See ``Conversion``."""
         rounder = GgufRounder(plan, measurement, self.checkpoint, self.layout.rows)
-        tune_gguf(rounded, rounder, self._source, measurement, device, offload_dir, progress)
+        tune_gguf(rounded, rounder, self.source, measurement, device, offload_dir, progress)
 
     def write(
         self,
@@ -244,27 +246,29 @@ class GgufConversion(Conversion):
         assert measurement is not None
         self.write_beside(output)  # first: an output that is there is complete
         rows = self.layout.rows
+        importance = importance_of(measurement, self.layout)
         if rounded is not None and self.refines:
-            rounded = TunedGguf.of(rounded, GgufRounder(plan, measurement, self.checkpoint, rows), self._source)
+            rounded = TunedGguf.of(rounded, GgufRounder(plan, measurement, self.checkpoint, rows), self.source)
         return write_gguf(
             self.base,
             output,
             plan.kinds,
-            file_type=dominant_file_type(plan.kinds, self.header),
+            split_max_bytes=self.options.split_max_size,
+            file_type=MIXTURES[self.sizes.nearest(bpw=plan.bpw)].file_type,
             encoded={} if rounded is None else _encoded(rounded, plan, rows),
             distances={} if rounded is None else tensor_distances(rounded, rows),
-            importance=importance_of(measurement, self.layout).mean_squares,
-            metadata=_metadata(provenance, rows),
+            importance=importance.mean_squares,
+            metadata=_metadata(provenance, self.header, rows, entries=len(importance.sums)),
             threads=cores(),
         )
 
     def _tensor_bytes(self, target: Target, provenance: Provenance | None) -> int | None:
         # What a largest size leaves for tensors beside the file's own metadata, as far as these are known; None where
         # bits per weight are asked for.
-        max_bytes = largest_file(target, self._source, None if self._base is None else self.header)
+        max_bytes = largest_file(target, self.source, None if self._base is None else self.header)
         if max_bytes is None or provenance is None or self._base is None:
             return max_bytes
-        return room_for_tensors(max_bytes, self.header, _metadata(provenance, self.layout.rows))
+        return room_for_tensors(max_bytes, self.header, _metadata(provenance, self.header, self.layout.rows))
 
 
 def _size_forecast(problem: PlanProblem, wanted: int, bpw: float | None) -> SizeForecast:
@@ -294,8 +298,12 @@ def _encoded(rounded: RoundedModel, plan: GgufPlan, rows: RowMap) -> dict[str, C
     }
 
 
-def _metadata(provenance: Provenance, rows: RowMap) -> dict[str, str]:
+def _metadata(provenance: Provenance, base: GgufHeader, rows: RowMap, *, entries: int = 0) -> dict[str, Any]:
+    # Entries: tensors whose importances are known; the size of what is returned does not depend on it.
+    datasets, chunks = (provenance.calibration_text,), provenance.calibration_shape[0]
     return {
+        **origin_metadata(base, provenance.base_model),
+        **imatrix_notes(_MEASUREMENT, datasets, entries=entries, chunks=chunks),
         MAP_KEY: map_to_text(rows),
         RUN_KEY: provenance.run,
         VERSION_KEY: provenance.version,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..conversion import Conversion
 from ..format import Export, Format
 from ..model import CardFacts, Description, QuantizedModel, Verification
+from ..names import NameParts
 from ..plan import Plan
 from .llama_cpp.mixtures import MIXTURES
 from .options import CONFLICTS, GgufOptions
@@ -72,9 +74,9 @@ class GgufFormat(Format):
     def describe(self, path: Path) -> Description:
         """Return what is in a GGUF file, of whatever architecture."""
         from .file.describe import describe_gguf
-        from .file.header import read_gguf_header
+        from .file.split import read_model_header
 
-        return describe_gguf(read_gguf_header(path))
+        return describe_gguf(read_model_header(path))
 
     def verify(self, path: Path) -> Verification:
         """Decode every tensor; see ``verify_gguf``."""
@@ -91,24 +93,43 @@ class GgufFormat(Format):
         return gguf_card(model)
 
     def output_name(self, base_name: str, bpw: float | str, options: Any) -> str:
-        """Return the name of an output by convention: ``Llama-3.2-1B-4.5bpw.gguf``."""
+        """Return the name of an output by convention: ``Llama-3.2-1B-4.5bpw-Q4_K_M.gguf``.
+
+        The Hub, Ollama and llama.cpp look for the mixture at its end, which conversions put into ``bpw``.
+        """
         from ..names import convention_name
 
         return f"{convention_name(base_name, bpw)}{self.suffix}"
 
+    def name_parts(self, name: str) -> NameParts | None:
+        """Take a name apart; the size may also be a label, as in llama.cpp's own names: ``Llama-3.2-1B.Q4_K_M``."""
+        from .file.split import whole_name
+        from .llama_cpp.mixtures import label_in
+
+        whole = whole_name(name)
+        found, parts = label_in(whole), NameParts.of(whole)
+        if found is None:
+            return parts
+        return replace(parts or NameParts(*found), label=found[1])
+
     def run_of(self, path: Path) -> str | None:
         """Return what a file says of its run; None if it does not."""
-        from .file.header import read_gguf_header
         from .file.metadata import RUN_KEY
+        from .file.split import read_model_header
 
-        run = None if path.is_dir() else read_gguf_header(path).metadata.get(RUN_KEY)
+        run = None if path.is_dir() else read_model_header(path).metadata.get(RUN_KEY)
         return None if run is None else str(run)
 
     def companions(self, output: Path) -> tuple[Path, ...]:
-        """Return what the model sees images with: files of bpwise's own that tell the same model as the output."""
-        run = self.run_of(output)
+        """Return its other parts, and what the model sees images with: a file of bpwise's own of the same model."""
+        from .file.split import is_later_part, parts_beside
+
+        if is_later_part(output):
+            return ()
+        parts, run = parts_beside(output), self.run_of(output)
         found = () if run is None else sorted(output.parent.glob("mmproj-*.gguf"))
-        return tuple(path for path in found if path != output and (self.run_of(path) or "")[:8] == (run or "")[:8])
+        seen = (path for path in found if path != output and (self.run_of(path) or "")[:8] == (run or "")[:8])
+        return (*parts, *seen)
 
     def load_plan(self, raw: dict[str, Any], where: str) -> Plan:
         """Return the plan that a JSON file holds."""

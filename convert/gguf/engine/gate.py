@@ -30,7 +30,8 @@ from ....errors import (
     install_command,
 )
 from ....version import __version__
-from ..file.header import GgufHeader, read_gguf_header, require_whole
+from ..file.header import GgufHeader
+from ..file.split import read_model_header
 from ..llama_cpp.readers import require_llama_cpp
 from .first_blocks import FirstBlocks, block_count, period
 from .library import EngineModel, LlamaLibrary, load_library
@@ -126,7 +127,7 @@ def gate_once(base: Path, checkpoint: Checkpoint, work: Path, *, kept: Path | No
     """
     library = _library()
     identity = {
-        "base": read_gguf_header(base).sha256,
+        "base": read_model_header(base).sha256,
         "model": checkpoint.fingerprint,
         "engine": None if library is None else library.description,
         "version": __version__,
@@ -153,11 +154,10 @@ def gate_base(base: Path, checkpoint: Checkpoint, work: Path) -> Gate:
         What came out; whoever calls decides what follows (``Gate.require``, ``Gate.notes``).
 
     Raises:
-        FormatError: The file is damaged, or one of several parts.
+        FormatError: A file is damaged, or a part is missing.
         WorkDirectoryError: The copy cannot be written.
     """
-    header = read_gguf_header(base)
-    require_whole(header)
+    header = read_model_header(base)
     library = _library()
     if library is None:
         return Gate(reason=f"llama.cpp is not installed as an engine ({install_command('engine')})")

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ....checkpoint.files.operations import unnamed
 from ....errors import CheckpointError, ConfigError, NumericalError
+from ..file.split import parts_beside
 from . import worker
 
 __all__ = ["XLLAMACPP_VERSION", "EngineModel", "LlamaLibrary", "load_library"]
@@ -197,7 +198,7 @@ class _Process:
     @contextmanager
     def _limited(self, path: Path) -> Iterator[None]:
         # Not all systems can wait for a pipe with a limit, but the end of the process ends the waiting.
-        size_bytes = path.stat().st_size if path.exists() else 0
+        size_bytes = sum(each.stat().st_size for each in (path, *parts_beside(path)) if each.exists())
         seconds = _LEAST_SECONDS + size_bytes / _SLOWEST_BYTES_PER_SECOND
 
         def end() -> None:

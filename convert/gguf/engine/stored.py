@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ....checkpoint.files.digests import file_digests
 from ....checkpoint.model.names import model_order
-from ....errors import CheckpointError, FormatError
+from ....errors import CheckpointError
 from ...model import Description, QuantizedModel
 from ..file.describe import describe_gguf
-from ..file.header import GgufHeader, GgufTensor, is_gguf, read_gguf_header, require_whole
+from ..file.header import GgufHeader, GgufTensor, is_gguf
 from ..file.metadata import SPANS_KEY
+from ..file.split import model_digest, read_model_header
 from ..file.values import read_values
 
 __all__ = ["GgufFile", "stored_model"]
@@ -49,14 +49,12 @@ class GgufFile(QuantizedModel):
         """Read what stands before the data.
 
         Args:
-            path: A GGUF file.
+            path: A GGUF file, or the first of several.
 
         Raises:
-            FormatError: The file is damaged, or one of several parts.
+            FormatError: A file is damaged, or a part is missing.
         """
-        header = read_gguf_header(Path(path))
-        require_whole(header)
-        return cls(header)
+        return cls(read_model_header(Path(path)))
 
     @property
     def path(self) -> Path:
@@ -77,7 +75,7 @@ class GgufFile(QuantizedModel):
         Raises:
             FormatError: The file cannot be read, or changes meanwhile.
         """
-        return file_digests([self.path], FormatError)[0][:32]
+        return model_digest(self._header)[:32]
 
     @property
     def names(self) -> frozenset[str]:
@@ -115,7 +113,7 @@ class GgufFile(QuantizedModel):
 
     def tensor(self, name: str) -> Tensor:
         """Decode one tensor, rows and columns as they stand; see ``read_values``."""
-        return read_values(self.path, self._stored(name))
+        return read_values(self._stored(name))
 
     def stored_bpw(self) -> dict[str, float]:
         """Return the bits per weight of every matrix, in model order."""

@@ -10,8 +10,9 @@ import math
 import re
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -70,10 +71,10 @@ def write_float32(header: GgufHeader, output: Path, blocks: int | None) -> None:
     pairs = _planned(header, blocks)
     entries = dict(header.entries) if blocks is None else _cut_entries(header, blocks)
     start = header_bytes(entries, [planned for _, planned in pairs], header.alignment_bytes)
-    with header.path.open("rb") as source, create(output) as target:
+    with create(output) as target:
         target.write(start)
         for stored, planned in pairs:
-            for piece in _pieces(header.path, source, stored, planned):
+            for piece in _pieces(stored, planned):
                 target.write(piece)
             target.write(bytes(padding(planned.size_bytes, header.alignment_bytes)))
 
@@ -117,7 +118,7 @@ def _cut_entries(header: GgufHeader, blocks: int) -> dict[str, bytes]:
     return entries | {f"{prefix}block_count": entry(blocks)}
 
 
-def _pieces(path: Path, source: BinaryIO, stored: GgufTensor, planned: Planned) -> Iterator[Any]:
+def _pieces(stored: GgufTensor, planned: Planned) -> Iterator[Any]:
     # A tensor's bytes, a few rows at a time: stacks of experts may be larger than memory.
     width = stored.shape[-1]
     row_bytes = stored.type.row_bytes(width)
@@ -127,11 +128,12 @@ def _pieces(path: Path, source: BinaryIO, stored: GgufTensor, planned: Planned) 
         rows = min(step, kept_rows - first)
         offset = stored.offset_bytes + first * row_bytes
         if planned.type != _F32:
-            source.seek(offset)
-            yield source.read(rows * row_bytes)
+            with stored.path.open("rb") as source:
+                source.seek(offset)
+                yield source.read(rows * row_bytes)
             continue
-        part = GgufTensor(stored.name, stored.type, (rows, width), offset, rows * row_bytes)
-        yield _float32(read_values(path, part)[:, :kept_columns])
+        part = replace(stored, shape=(rows, width), offset_bytes=offset, size_bytes=rows * row_bytes)
+        yield _float32(read_values(part)[:, :kept_columns])
 
 
 def _float32(values: Tensor) -> memoryview:

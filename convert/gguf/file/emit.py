@@ -16,13 +16,13 @@ from ....errors import FormatError
 from ..ggml.types import GgmlType
 from .roles import trimmed
 
-__all__ = ["ALIGNMENT_BYTES", "Planned", "entry", "header_bytes", "padding"]
+__all__ = ["ALIGNMENT_BYTES", "Planned", "entry", "header_bytes", "int32_entry", "padding", "uint16_entry"]
 
 ALIGNMENT_BYTES = 32
 """Tensors begin at multiples of it where the metadata says nothing else."""
 
 _MAGIC, _VERSION = b"GGUF", 3
-_U32, _F32, _BOOL, _STRING, _ARRAY = 4, 6, 7, 8, 9
+_U16, _U32, _I32, _F32, _BOOL, _STRING, _ARRAY = 2, 4, 5, 6, 7, 8, 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,16 @@ def entry(value: Any) -> bytes:
         f"GGUF metadata: cannot store {value!r}. Expected a bool, str, float, list of str or 32-bit number."
         " The file is damaged: make it again."
     )
+
+
+def uint16_entry(value: int) -> bytes:
+    """Return a number as the keys of parts are stored, its type before it."""
+    return struct.pack("<IH", _U16, value)
+
+
+def int32_entry(value: int) -> bytes:
+    """Return a number as the number of all parts' tensors is stored, its type before it."""
+    return struct.pack("<Ii", _I32, value)
 
 
 def header_bytes(entries: Mapping[str, bytes], tensors: Sequence[Planned], alignment_bytes: int) -> bytes:

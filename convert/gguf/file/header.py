@@ -23,7 +23,7 @@ from ....checkpoint.files.schemas import is_lfs_pointer
 from ....errors import FormatError
 from ..ggml.types import GGML_TYPES, GgmlType
 
-__all__ = ["GGML_TYPES", "GgmlType", "GgufHeader", "GgufTensor", "is_gguf", "read_gguf_header", "require_whole"]
+__all__ = ["GGML_TYPES", "GgmlType", "GgufHeader", "GgufTensor", "is_gguf", "read_gguf_header"]
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -66,6 +66,7 @@ class GgufTensor:
         shape: Sizes of the dimensions, outermost first (the file has them the other way round).
         offset_bytes: Position of the first data byte, counted from the start of the file.
         size_bytes: Number of data bytes, without padding.
+        path: The file.
     """
 
     name: str
@@ -73,6 +74,7 @@ class GgufTensor:
     shape: tuple[int, ...]
     offset_bytes: int
     size_bytes: int
+    path: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,7 @@ class GgufHeader:
         data_offset_bytes: Where the data begins.
         file_bytes: Size of the whole file.
         sha256: Of everything before the data, hexadecimal.
+        parts: Headers of all files, where the model is in several.
     """
 
     path: Path
@@ -101,6 +104,12 @@ class GgufHeader:
     data_offset_bytes: int
     file_bytes: int
     sha256: str
+    parts: tuple[GgufHeader, ...] = ()
+
+    @property
+    def files(self) -> tuple[GgufHeader, ...]:
+        """The headers of all files that the model is in."""
+        return self.parts or (self,)
 
 
 def is_gguf(path: Path) -> bool:
@@ -113,7 +122,7 @@ def is_gguf(path: Path) -> bool:
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
-    """Read what stands before the data of a GGUF file, and check it.
+    """Read what stands before the data of one GGUF file, and check it; ``read_model_header`` reads all of a model.
 
     Args:
         path: The file; one of several parts of a model is read too.
@@ -128,20 +137,6 @@ def read_gguf_header(path: Path) -> GgufHeader:
         with path.open("rb") as file:
             file_bytes = path.stat().st_size
             return _Reader(path, file, file_bytes).header()
-
-
-def require_whole(header: GgufHeader) -> None:
-    """Refuse one of several files that a model is split into.
-
-    Raises:
-        FormatError: It is one.
-    """
-    parts, number = (header.metadata.get(key, default) for key, default in (("split.count", 1), ("split.no", 0)))
-    if isinstance(parts, int) and isinstance(number, int) and parts > 1:
-        raise FormatError(
-            f"{header.path}: part {number + 1} of {parts} of a split model. Expected the whole. Join all parts with "
-            "`llama-gguf-split --merge FIRST-PART WHOLE.gguf`."
-        )
 
 
 class _Reader:
@@ -208,7 +203,7 @@ class _Reader:
                 raise self._error(
                     f"tensor {name!r} ends at byte {data_offset + offset + size}, but the file has {self._file_bytes}"
                 )
-            tensors[name] = GgufTensor(name, kind, shape, data_offset + offset, size)
+            tensors[name] = GgufTensor(name, kind, shape, data_offset + offset, size, self._path)
             expected += -(-size // alignment) * alignment
         return tensors
 

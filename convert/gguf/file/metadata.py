@@ -1,6 +1,10 @@
-"""Keys of bpwise's own in a GGUF file's metadata: where the file comes from."""
+"""Where a GGUF file comes from, in its metadata: keys of bpwise's own, and those that all programs read."""
 
 from __future__ import annotations
+
+from typing import Any
+
+from .header import GgufHeader
 
 __all__ = [
     "CALIBRATION_KEY",
@@ -11,6 +15,7 @@ __all__ = [
     "RUN_KEY",
     "SPANS_KEY",
     "VERSION_KEY",
+    "origin_metadata",
 ]
 
 CALIBRATION_KEY = "bpwise.calibration"
@@ -36,3 +41,31 @@ SPANS_KEY = "bpwise.calibration_spans"
 
 VERSION_KEY = "bpwise.version"
 """Version of bpwise that wrote the file."""
+
+_QUANTIZED_BY = "bpwise"
+
+
+def origin_metadata(base: GgufHeader, base_model: str | None) -> dict[str, Any]:
+    """Return who quantized a model, and which: what converters, which see a directory, cannot know.
+
+    Licence, languages and tags of the original's card are llama.cpp's converter's work; so is the base model that the
+    card names, which is kept.
+
+    Args:
+        base: The unquantized file's.
+        base_model: Hub id of the original; None if it is not known.
+    """
+    entries: dict[str, Any] = {"general.quantized_by": _QUANTIZED_BY}
+    if base_model is None:
+        return entries
+    organization, _, name = base_model.partition("/")
+    url = f"https://huggingface.co/{base_model}"
+    entries["general.source.repo_url"] = url
+    if "general.base_model.count" not in base.metadata:
+        entries |= {
+            "general.base_model.count": 1,
+            "general.base_model.0.name": name.replace("-", " "),  # as llama.cpp's converter writes names
+            "general.base_model.0.organization": organization,
+            "general.base_model.0.repo_url": url,
+        }
+    return entries

@@ -32,11 +32,10 @@ _PIECE_WEIGHTS = 1 << 20
 """Weights decoded at once: decoding in NumPy takes some ten times the result's memory."""
 
 
-def read_values(path: Path, tensor: GgufTensor) -> Tensor:
+def read_values(tensor: GgufTensor) -> Tensor:
     """Read and decode a tensor as it stands in a GGUF file.
 
     Args:
-        path: The file.
         tensor: Where it lies.
 
     Returns:
@@ -47,14 +46,13 @@ def read_values(path: Path, tensor: GgufTensor) -> Tensor:
         FormatError: The file cannot be read, is shorter than it was, the type cannot be decoded, or a value is NaN or
             infinite.
     """
-    return read_rows(path, tensor, 0, math.prod(tensor.shape[:-1])).view(tensor.shape)
+    return read_rows(tensor, 0, math.prod(tensor.shape[:-1])).view(tensor.shape)
 
 
-def read_rows(path: Path, tensor: GgufTensor, first: int, last: int) -> Tensor:
+def read_rows(tensor: GgufTensor, first: int, last: int) -> Tensor:
     """Read and decode some rows of a tensor, matrices of experts one after another.
 
     Args:
-        path: The file.
         tensor: Where it lies.
         first: The first row.
         last: The one after the last.
@@ -65,7 +63,7 @@ def read_rows(path: Path, tensor: GgufTensor, first: int, last: int) -> Tensor:
     Raises:
         FormatError: As ``read_values``.
     """
-    width = tensor.shape[-1]
+    path, width = tensor.path, tensor.shape[-1]
     row_bytes = width // tensor.type.block_weights * tensor.type.block_bytes
     step = max(1, _PIECE_WEIGHTS // width)
     values = torch.empty((last - first, width), dtype=_DENSE.get(tensor.type.name, torch.float32))

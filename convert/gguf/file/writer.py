@@ -2,48 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from ....checkpoint.files.atomic import atomic_file
 from ....checkpoint.files.operations import create, sync
-from ....errors import ConfigError, FormatError, NumericalError, ShapeError, VerificationError
+from ....errors import ConfigError, FormatError, ShapeError, VerificationError
 from ....progress import Progress, silent
 from ...model import Verification
-from ..ggml.kernels import Bytes, decode, encode
+from ..ggml.kernels import Bytes
 from ..ggml.types import GgmlType
 from .describe import verification_of
 from .digest import tensor_digest, with_digest
-from .emit import Planned, entry, header_bytes, padding
-from .header import GgufHeader, read_gguf_header, require_whole
-from .metadata import DIGEST_KEY
+from .emit import Planned, entry, header_bytes, int32_entry, padding, uint16_entry
+from .header import GgufHeader, read_gguf_header
+from .metadata import DIGEST_KEY, RUN_KEY
 from .roles import writing_order
+from .split import SPLIT_KEYS, first_path, is_later_part, joined, parts_beside, read_model_header
+from .tensor import TensorWriter
 
-__all__ = ["planned_bytes", "write_gguf"]
+__all__ = ["planned_bytes", "planned_parts", "write_gguf"]
 
 _QUANTIZATION_VERSION = 2
 """ggml's ``GGML_QNT_VERSION``."""
 
-_SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
-
-_SLAB_WEIGHTS = 1 << 24
-"""Weights encoded at once: 64 MiB as float32, so that a large embedding needs no copies of all of it."""
-
-_COPIED_BYTES = 1 << 24
-
-_LARGEST_ERROR = 1.5
-"""Relative squared error above which a tensor is not what was meant: zeros have 1, another tensor has about 2."""
-
-_DISTANCE_TOLERANCE = 0.05
-"""How far the distance of finished bytes from the weights may be from what it was meant to be, relative to it; and
-relative to the weights' own squares a fiftieth of that, for the base's rounding to F16 or BF16."""
+_ONE_FILE = 1 << 62
+"""As a largest size: all in one file."""
 
 
 def planned_bytes(
@@ -73,6 +61,7 @@ def write_gguf(
     types: Mapping[str, GgmlType],
     *,
     file_type: int,
+    split_max_bytes: int = _ONE_FILE,
     encoded: Mapping[str, Callable[[], Iterator[Bytes]]] | None = None,
     distances: Mapping[str, float] | None = None,
     importance: Callable[[str], Tensor | None] | None = None,
@@ -86,9 +75,10 @@ def write_gguf(
 
     Args:
         base: The unquantized model, in one file; its tensors are F32, F16 or BF16.
-        output: File to make; it must not exist.
+        output: File to make, which must not exist; of a model in parts, the first (``split.first_path``).
         types: By name of tensor, the type to store it in; what is missing stays as it is.
-        file_type: Number for ``general.file_type``: that of a mixture, or ``dominant_file_type``.
+        file_type: Number for ``general.file_type``: that of a mixture.
+        split_max_bytes: Most bytes of tensors in one file; a larger model is written in parts.
         encoded: By name of tensor, a function that yields its finished matrices, those of experts one after the other,
             each uint8, shape (rows, row_bytes); called once each. The other tensors are encoded here.
         distances: By name of such a tensor, ``||W_hat - W||^2`` as it was meant to be, where it was not rounded to stay
@@ -106,30 +96,107 @@ def write_gguf(
     Raises:
         BpwiseError: ggml's library is not installed.
         ConfigError: A tensor is not in the model, or a type needs importances and there are none.
-        FormatError: The base is damaged, one of several parts, or already quantized.
+        FormatError: The base is damaged, or already quantized.
         NumericalError: Weights or importances are not finite, or out of a type's range.
         ShapeError: A row is not a whole number of blocks, or importances or finished bytes have a wrong shape.
         VerificationError: What is on the disk is not what was meant.
         WorkDirectoryError: ``output`` exists or cannot be written, or the disk is full.
     """
-    header = read_gguf_header(Path(base))
+    header = read_model_header(Path(base))
     _check_base(header, types, encoded or {})
-    planned = _plan(header, types)
-    start = header_bytes(_entries(header, file_type, metadata or {}), planned, header.alignment_bytes)
-    written: dict[str, str] = {}
-    with atomic_file(Path(output), new=True) as temporary:
-        with header.path.open("rb") as source, create(temporary) as target:
+    parts = planned_parts(header, types, split_max_bytes)
+    paths = [Path(output), *parts_beside(Path(output))]
+    if len(paths) != len(parts):
+        raise ConfigError(
+            f"{output}: not the name of the first of {len(parts)} parts. Expected "
+            f"{first_path(Path(output), len(parts)).name}. Rename it."
+        )
+    entries = _entries(header, file_type, metadata or {})
+    files = _Files(header, encoded or {}, distances or {}, importance, threads, progress)
+    headers: list[GgufHeader] = []
+    with ExitStack() as stack:
+        # The first part gets its name last: without it nothing loads the others.
+        places = [stack.enter_context(atomic_file(path, new=not _is_left(path, metadata or {}))) for path in paths]
+        for number, (place, path, planned) in enumerate(zip(places, paths, parts, strict=True)):
+            told = entries if len(parts) == 1 else _part_entries(entries, number, parts)
+            start = header_bytes(told, planned, header.alignment_bytes)
+            headers.append(files.write(place, path, start, planned))
+    return verification_of(headers[0] if len(parts) == 1 else joined(headers), compared=True)
+
+
+def planned_parts(header: GgufHeader, types: Mapping[str, GgmlType], split_max_bytes: int) -> list[list[Planned]]:
+    """Return the tensors of each file that ``write_gguf`` makes: as many as fit, in their order, as gguf-split has it.
+
+    Args:
+        header: The unquantized model.
+        types: As for ``write_gguf``.
+        split_max_bytes: As for ``write_gguf``.
+
+    Raises:
+        ConfigError: A tensor is not in the model.
+        ShapeError: A row is not a whole number of its type's blocks.
+    """
+    parts: list[list[Planned]] = [[]]
+    size = 0
+    for tensor in _plan(header, types):
+        own = tensor.size_bytes + padding(tensor.size_bytes, header.alignment_bytes)
+        if parts[-1] and size + own > split_max_bytes:
+            parts.append([])
+            size = 0
+        parts[-1].append(tensor)
+        size += own
+    return parts
+
+
+def _part_entries(entries: Mapping[str, bytes], number: int, parts: Sequence[Sequence[Planned]]) -> dict[str, bytes]:
+    # All metadata is in the first part; the others say whose they are, and have a digest of their own.
+    kept = entries if number == 0 else {key: entries[key] for key in (RUN_KEY, DIGEST_KEY) if key in entries}
+    counts = (uint16_entry(number), uint16_entry(len(parts)), int32_entry(sum(map(len, parts))))
+    return {**kept, **dict(zip(SPLIT_KEYS, counts, strict=True))}
+
+
+def _is_left(path: Path, metadata: Mapping[str, Any]) -> bool:
+    # A later part that a killed run of ours has left without the first.
+    if not is_later_part(path) or not path.is_file() or RUN_KEY not in metadata:
+        return False
+    return bool(read_gguf_header(path).metadata.get(RUN_KEY) == metadata[RUN_KEY])
+
+
+class _Files:
+    """Writes the files of one model."""
+
+    def __init__(
+        self,
+        header: GgufHeader,
+        encoded: Mapping[str, Callable[[], Iterator[Bytes]]],
+        distances: Mapping[str, float],
+        importance: Callable[[str], Tensor | None] | None,
+        threads: int,
+        progress: Progress,
+    ) -> None:
+        self._header = header
+        self._encoded = encoded
+        self._distances = distances
+        self._importance = importance
+        self._threads = threads
+        self._progress = progress
+
+    def write(self, place: Path, path: Path, start: bytes, planned: Sequence[Planned]) -> GgufHeader:
+        """Write one file at a place and prove that it reads back; ``path`` is what it will be called."""
+        header, written = self._header, dict[str, str]()
+        with create(place) as target:
             target.write(start)
-            for tensor in progress(planned, "writing"):
-                job = _Job(header, tensor, importance, (distances or {}).get(tensor.name), threads)
-                slabs = job.slabs(source, (encoded or {}).get(tensor.name))
-                written[tensor.name] = job.write(slabs, target)
+            for tensor in self._progress(planned, "writing"):
+                stored = header.tensors[tensor.name]
+                job = TensorWriter(stored, tensor, self._importance, self._distances.get(tensor.name), self._threads)
+                with stored.path.open("rb") as source:
+                    written[tensor.name] = job.write(job.slabs(source, self._encoded.get(tensor.name)), target)
                 target.write(bytes(padding(tensor.size_bytes, header.alignment_bytes)))
             start = with_digest(start, written.values())
             target.seek(0)
             target.write(start)
-        sync(temporary)
-        return _verify(temporary, Path(output), start, planned, written)
+        sync(place)
+        return _verify(place, path, start, planned, written)
 
 
 def _check_base(header: GgufHeader, types: Mapping[str, GgmlType], ready: Mapping[str, object]) -> None:
@@ -139,7 +206,6 @@ def _check_base(header: GgufHeader, types: Mapping[str, GgmlType], ready: Mappin
             raise ConfigError(
                 f"{header.path}: no tensor {min(unknown)!r}. Got {what} for it. Use the names of the file."
             )
-    require_whole(header)
     for name, kind in types.items():
         stored = header.tensors[name].type
         if stored != kind and stored.name not in ("F32", "F16", "BF16"):
@@ -168,138 +234,13 @@ def _entries(header: GgufHeader, file_type: int, metadata: Mapping[str, Any]) ->
         "general.file_type": entry(file_type),
         **{key: entry(value) for key, value in metadata.items()},
     }
-    gone = {*ours, *_SPLIT_KEYS, DIGEST_KEY}  # a digest is of one file
+    gone = {*ours, *SPLIT_KEYS, DIGEST_KEY}  # a digest is of one file
     return {key: stored for key, stored in header.entries.items() if key not in gone} | ours
 
 
-class _Job:
-    """Writes one tensor."""
-
-    def __init__(
-        self,
-        header: GgufHeader,
-        planned: Planned,
-        importance: Callable[[str], Tensor | None] | None,
-        distance: float | None,
-        threads: int,
-    ) -> None:
-        self._path = header.path
-        self._distance = distance
-        self._source = header.tensors[planned.name]
-        self._planned = planned
-        self._threads = threads
-        self._rows = math.prod(planned.shape[:-1])
-        self._matrix_rows = planned.shape[-2] if len(planned.shape) > 1 else 1
-        self._row_weights = planned.shape[-1]
-        self._copied = planned.type == self._source.type
-        self._importance = None
-        if importance is not None and planned.type.quantized and not self._copied:
-            self._importance = self._checked(importance(planned.name))
-
-    def slabs(
-        self, source: BinaryIO, make: Callable[[], Iterator[Bytes]] | None
-    ) -> Iterator[tuple[Bytes, Tensor | None]]:
-        """Yield the bytes of consecutive rows, with the weights that they stand for unless they are copied."""
-        if self._copied and make is None:
-            yield from ((piece, None) for piece in self._copies(source))
-            return
-        if make is not None:
-            yield from self._finished(source, make())
-            return
-        for first, last in self._ranges():
-            weights = self._weights(source, first, last)
-            yield self._encoded(weights, first), weights
-
-    def write(self, slabs: Iterator[tuple[Bytes, Tensor | None]], target: BinaryIO) -> str:
-        """Write the slabs, check that they decode to what they stand for, and return their SHA-256."""
-        digest, error, energy, compared = hashlib.sha256(), 0.0, 0.0, False
-        for data, weights in slabs:
-            raw = np.ascontiguousarray(data).data
-            target.write(raw)
-            digest.update(raw)
-            if weights is not None:
-                difference = decode(data, self._planned.type, threads=self._threads) - weights
-                error += _energy(difference)
-                energy += _energy(weights)
-                compared = True
-        if not compared:
-            return digest.hexdigest()
-        relative = error / energy if energy else (0.0 if error == 0 else math.inf)
-        if self._distance is not None:
-            slack = _DISTANCE_TOLERANCE * (self._distance + energy / 50)
-            if not abs(error - self._distance) <= slack:
-                raise self._wrong(f"a squared distance of {error:.3g} from its weights", f"{self._distance:.3g}")
-        elif not relative < _LARGEST_ERROR:
-            raise self._wrong(f"a relative squared error of {relative:.3g}", f"less than {_LARGEST_ERROR}")
-        return digest.hexdigest()
-
-    def _wrong(self, got: str, expected: str) -> VerificationError:
-        return VerificationError(
-            f"{self._planned.name}: at {self._planned.type.name} it decodes to something else. Got {got}. Expected "
-            f"{expected}. This is a bug, or the weights cannot be held by this type: choose another one."
-        )
-
-    def _copies(self, source: BinaryIO) -> Iterator[Bytes]:
-        end = self._source.offset_bytes + self._source.size_bytes
-        for position in range(self._source.offset_bytes, end, _COPIED_BYTES):
-            yield self._read(source, position, min(_COPIED_BYTES, end - position))
-
-    def _ranges(self) -> Iterator[tuple[int, int]]:
-        # A slab never crosses from one expert to the next: each has importances of its own.
-        step = max(1, _SLAB_WEIGHTS // self._row_weights)
-        for start in range(0, self._rows, self._matrix_rows):
-            for first in range(start, start + self._matrix_rows, step):
-                yield first, min(first + step, start + self._matrix_rows)
-
-    def _weights(self, source: BinaryIO, first: int, last: int) -> Tensor:
-        row_bytes = self._source.type.row_bytes(self._row_weights)
-        data = self._read(source, self._source.offset_bytes + first * row_bytes, (last - first) * row_bytes)
-        return decode(data.reshape(last - first, row_bytes), self._source.type)
-
-    def _encoded(self, weights: Tensor, first: int) -> Bytes:
-        expert = first // self._matrix_rows
-        importance = None
-        if self._importance is not None:
-            importance = self._importance[expert * self._row_weights : (expert + 1) * self._row_weights]
-        try:
-            return encode(weights, self._planned.type, importance, threads=self._threads)
-        except (ConfigError, NumericalError) as cause:
-            raise type(cause)(f"{self._planned.name}: {cause}") from cause
-
-    def _read(self, source: BinaryIO, position: int, size: int) -> Bytes:
-        source.seek(position)
-        data = np.empty(size, dtype=np.uint8)
-        if source.readinto(data.data) != size:  # type: ignore[attr-defined]  # typeshed's BinaryIO lacks it
-            raise FormatError(f"{self._path}: has become shorter while it was read. Make it again.")
-        return data
-
-    def _finished(self, source: BinaryIO, matrices: Iterator[Bytes]) -> Iterator[tuple[Bytes, Tensor]]:
-        expected = (self._matrix_rows, self._planned.type.row_bytes(self._row_weights))
-        data = np.empty((0, 0), dtype=np.uint8)
-        for first, last in self._ranges():
-            start = first % self._matrix_rows
-            if not start:
-                data = next(matrices, data[:0])
-            if data.shape != expected or data.dtype != np.uint8:
-                raise ShapeError(self._planned.name, "finished data", got=data.shape, expected=expected)
-            yield data[start : start + last - first], self._weights(source, first, last)
-
-    def _checked(self, importance: Tensor | None) -> Tensor | None:
-        experts = math.prod(self._planned.shape[:-2])
-        expected = experts * self._row_weights
-        if importance is None or importance.numel() == expected:
-            return importance
-        if self._planned.name == "token_embd.weight":  # As in llama.cpp: a lookup has no inputs to speak of.
-            return None
-        raise ShapeError(self._planned.name, "importances", got=tuple(importance.shape), expected=(expected,))
-
-
-def _energy(matrix: Tensor) -> float:
-    # Rows in float32, which is fast; their sum in float64, as one float32 sum over 10^7 squares loses three digits.
-    return float(matrix.square().sum(dim=1).sum(dtype=torch.float64))
-
-
-def _verify(path: Path, output: Path, start: bytes, planned: list[Planned], written: Mapping[str, str]) -> Verification:
+def _verify(
+    path: Path, output: Path, start: bytes, planned: Sequence[Planned], written: Mapping[str, str]
+) -> GgufHeader:
     """Read the file from the disk and compare it with what was meant."""
     with path.open("rb") as file:
         if file.read(len(start)) != start:
@@ -314,4 +255,4 @@ def _verify(path: Path, output: Path, start: bytes, planned: list[Planned], writ
         for tensor in header.tensors.values():
             if tensor_digest(file, tensor) != written[tensor.name]:
                 raise VerificationError(f"{output}: tensor {tensor.name!r} reads back otherwise. Check the disk.")
-    return verification_of(header, compared=True)
+    return header

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Mapping
-from math import prod
+from collections.abc import Container
 
 from ....errors import ConfigError, UnsupportedModelError
 from ..file.header import GgufHeader, GgufTensor
 from ..file.roles import Role, layer_of, quantizable, role_of, trimmed, writing_order
 from ..ggml.types import TYPES, GgmlType
-from .mixtures import MIXTURES, Mixture, Spot
+from .mixtures import Mixture, Spot
 
-__all__ = ["dominant_file_type", "fallback", "mixture_types", "require_importance"]
+__all__ = ["fallback", "mixture_types", "require_importance"]
 
 _OWN_RULES = ("glm5-next", "bailingmoe3")
 """Architectures for which llama.cpp has rules that are not in the tables here."""
@@ -77,19 +76,6 @@ def require_importance(chosen: Mixture, row_weights: int) -> None:
     name, kind = "blk.0.attn_q.weight", fallback(TYPES[asked], row_weights)
     if _needs_importance(name, kind, chosen):
         raise _blind(name, kind, chosen)
-
-
-def dominant_file_type(types: Mapping[str, GgmlType], header: GgufHeader) -> int:
-    """Return the ``general.file_type`` of a model that follows no mixture: that of the type with the most weights.
-
-    Where several mixtures have that type as their default, it is the middle one, as llama.cpp guesses: Q4_K_M.
-    """
-    weights: Counter[str] = Counter()
-    for name, kind in types.items():
-        weights[kind.name] += prod(header.tensors[name].shape)
-    special = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "IQ2_S": "IQ2_M", "MXFP4": "MXFP4_MOE"}
-    name = weights.most_common(1)[0][0]
-    return MIXTURES[special.get(name, name)].file_type
 
 
 class _Rules:

@@ -14,7 +14,8 @@ from ....checkpoint.files.schemas import read_json
 from ....checkpoint.model.positions import stated_rope
 from ....checkpoint.source.checkpoint import Checkpoint
 from ....errors import CheckpointError, VerificationError
-from ..file.header import GgufHeader, read_gguf_header
+from ..file.header import GgufHeader
+from ..file.split import read_model_header
 from .staging import vision_tensors
 
 __all__ = ["check_base"]
@@ -42,7 +43,7 @@ def check_base(path: Path, checkpoint: Checkpoint, *, name: Path | None = None) 
         FormatError: The file is no GGUF file.
         VerificationError: The file says something else than the model's config.
     """
-    return _Check(read_gguf_header(Path(path)), checkpoint, name or path).warnings()
+    return _Check(read_model_header(Path(path)), checkpoint, name or path).warnings()
 
 
 class _Check:
@@ -101,7 +102,7 @@ class _Check:
         tensor = self._header.tensors.get(_ROPE_FREQS)
         if tensor is None or tensor.type.name != "F32":
             raise self._error(_ROPE_FREQS, "no such tensor", "the factors of rope_type llama3, as F32")
-        with self._header.path.open("rb") as file:
+        with tensor.path.open("rb") as file:
             file.seek(tensor.offset_bytes)
             got = torch.frombuffer(bytearray(file.read(tensor.size_bytes)), dtype=torch.float32)
         want = _llama3_factors(rope, 2 * got.numel())

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,6 +32,7 @@ from ..ggml.types import TYPES
 __all__ = [
     "ImportanceMatrix",
     "imatrix_metadata",
+    "imatrix_notes",
     "is_own_imatrix",
     "read_imatrix",
     "require_fitting",
@@ -122,12 +123,17 @@ def imatrix_metadata(matrix: ImportanceMatrix, file: str) -> dict[str, Any]:
         matrix: The matrix.
         file: Its path, or what else to call it.
     """
+    return imatrix_notes(file, matrix.datasets, entries=len(matrix.sums), chunks=matrix.chunks)
+
+
+def imatrix_notes(file: str, datasets: Sequence[str], *, entries: int, chunks: int) -> dict[str, Any]:
+    """Return the same of importances that are in no file: ``file`` says what to call them, 0 chunks are not known."""
     notes: dict[str, Any] = {"quantize.imatrix.file": _cut(_last_part(file))}
-    if matrix.datasets:
-        notes["quantize.imatrix.dataset"] = _cut(_last_part(matrix.datasets[0]))
-    notes["quantize.imatrix.entries_count"] = len(matrix.sums)
-    if matrix.chunks > 0:
-        notes["quantize.imatrix.chunks_count"] = matrix.chunks
+    if datasets:
+        notes["quantize.imatrix.dataset"] = _cut(_last_part(datasets[0]))
+    notes["quantize.imatrix.entries_count"] = entries
+    if chunks > 0:
+        notes["quantize.imatrix.chunks_count"] = chunks
     return notes
 
 

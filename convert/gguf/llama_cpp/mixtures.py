@@ -6,13 +6,14 @@ tensors: the first whose condition holds decides. The facts are those of llama.c
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from ....errors import ConfigError
 from ..file.roles import Role
 
-__all__ = ["MIXTURES", "Mixture", "Spot", "mixture"]
+__all__ = ["MIXTURES", "Mixture", "Spot", "label_in", "mixture"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,7 +317,19 @@ _ALL = (
 MIXTURES: Mapping[str, Mixture] = {entry.name: entry for entry in _ALL}
 """Every mixture of llama-quantize whose types ``encode`` can make, by name."""
 
+_LABELLED = re.compile(r"(?ai)(.+?)[-.]((?:UD-)?(?:[IT]?Q\d_\w+|B?F16|F32|MXFP4\w*|NVFP4))")
+
 _ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
+
+
+def label_in(name: str) -> tuple[str, str] | None:
+    """Return the rest of a name, and the label that it ends in for the Hub, Ollama and llama.cpp; None of others.
+
+    Args:
+        name: Of a file, suffix excluded: ``Llama-3.2-1B-4.5bpw-Q4_K_M``, ``Llama-3.2-1B.Q4_K_M``.
+    """
+    found = _LABELLED.fullmatch(name)
+    return None if found is None else (found[1], found[2])
 
 
 def mixture(name: str) -> Mixture:

@@ -126,7 +126,7 @@ class MappedGguf(GgufModel, LanguageSource):
     def _read(self, part: Part) -> Tensor:
         # The rows of a part in the order of its outputs; of stacked experts only its own are read.
         first, last = int(part.rows.min()), int(part.rows.max()) + 1
-        values = read_rows(self.path, self._header.tensors[part.tensor], first, last)
+        values = read_rows(self._header.tensors[part.tensor], first, last)
         return values[torch.from_numpy(part.rows - first)]
 
 

@@ -136,7 +136,7 @@ def _mapped(
 
 
 def _readers(header: GgufHeader, names: Iterable[str]) -> dict[str, Callable[[], Tensor]]:
-    return {name: partial(read_values, header.path, header.tensors[name]) for name in names}
+    return {name: partial(read_values, header.tensors[name]) for name in names}
 
 
 def _wide(header: GgufHeader) -> list[str]:

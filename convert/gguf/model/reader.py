@@ -11,14 +11,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ....checkpoint.files.digests import file_digests
 from ....checkpoint.source.checkpoint import TensorSource
 from ....errors import CheckpointError, FormatError, UnsupportedModelError
 from ...model import Description, QuantizedModel
 from ..file.describe import describe_gguf
-from ..file.header import GgufHeader, GgufTensor, read_gguf_header, require_whole
+from ..file.header import GgufHeader, GgufTensor
 from ..file.metadata import MAP_KEY, SPANS_KEY
 from ..file.roles import Role, layer_of, role_of, trimmed
+from ..file.split import model_digest, read_model_header
 from ..file.values import FLOATS, read_values
 from ..rows.rowmap import RowMap
 from ..rows.text import map_from_text
@@ -55,20 +55,19 @@ class GgufModel(QuantizedModel):
         """Read what stands before the data; check that it is a whole model, as far as the file tells.
 
         Args:
-            path: A GGUF file.
+            path: A GGUF file, or the first of several.
 
         Raises:
             FormatError: The file is damaged, or tensors are missing, unknown or of wrong shapes.
         """
-        header = read_gguf_header(Path(path))
-        require_whole(header)
+        header = read_model_header(Path(path))
         rope = header.tensors.get(ROPE_FREQS)
         if rope is not None and rope.type.name != "F32":
             raise FormatError(
                 f"{path}: {ROPE_FREQS} is of type {rope.type.name}. Expected F32. Convert the model again."
             )
         try:
-            config = config_from_metadata(header, read_values(header.path, rope).numpy() if rope else None)
+            config = config_from_metadata(header, read_values(rope).numpy() if rope else None)
         except UnsupportedModelError as cause:
             return cls(header, None, str(cause))
         _check_tensors(header, tensor_shapes(architecture_of(header.metadata["general.architecture"]), config))
@@ -173,7 +172,7 @@ class GgufModel(QuantizedModel):
         Raises:
             FormatError: The file cannot be read, or changes meanwhile.
         """
-        return file_digests([self.path], FormatError)[0][:32]
+        return model_digest(self._header)[:32]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the sizes of a tensor's dimensions without loading it.
@@ -223,7 +222,7 @@ class GgufModel(QuantizedModel):
             FormatError: The file is shorter than it was, the type cannot be decoded, or a value is NaN or infinite.
         """
         info = self.stored(name)
-        values = read_values(self.path, info)
+        values = read_values(info)
         order = row_order(name, architecture_of(self._header.metadata["general.architecture"]), self.config)
         if order is None:
             return values

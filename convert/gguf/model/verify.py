@@ -23,29 +23,32 @@ def verify_gguf(path: Path) -> Verification:
         path: The file; one that carries its digest, as bpwise's own, is compared with it.
 
     Raises:
-        FormatError: A rule of the format is broken, a value is NaN or infinite, or the file is one of several parts.
+        FormatError: A rule of the format is broken, a value is NaN or infinite, or a part is missing.
         VerificationError: The file is not what was written.
     """
     model = GgufModel.open(Path(path))
     header = model.header
     known = model.stands_alone or model.own_map is not None
-    _check_end(header)
+    for part in header.files:
+        _check_end(part)
     for tensor in header.tensors.values():
         if len(tensor.shape) == 1 and tensor.type.quantized:
             raise FormatError(
                 f"{path}: {tensor.name!r} is a vector of type {tensor.type.name}. Expected F32: llama.cpp computes "
                 "with such vectors directly. Quantize again."
             )
-        read_values(header.path, tensor)
-    digests = file_digest(header)
-    if digests is not None and digests[0] != digests[1]:
+        read_values(tensor)
+    digests = [file_digest(part) for part in header.files]
+    for part, (stored, found) in ((part, each) for part, each in zip(header.files, digests, strict=True) if each):
+        if stored == found:
+            continue
         raise VerificationError(
-            f"{path}: has changed since it was written. Got SHA-256 {digests[1][:16]}. Expected {digests[0][:16]}. Get "
+            f"{part.path}: has changed since it was written. Got SHA-256 {found[:16]}. Expected {stored[:16]}. Get "
             f"or make the file again; if it was edited on purpose, delete {DIGEST_KEY} from its metadata."
         )
     architecture = header.metadata.get("general.architecture")
     unknown = f"architecture {architecture!r} is not known: names and shapes were not checked"
-    return verification_of(header, compared=digests is not None, warnings=() if known else (unknown,))
+    return verification_of(header, compared=None not in digests, warnings=() if known else (unknown,))
 
 
 def _check_end(header: GgufHeader) -> None:

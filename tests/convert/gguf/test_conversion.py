@@ -1,4 +1,7 @@
+import importlib.util
 import json
+import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +17,11 @@ from bpwise.convert.conversion import Target
 from bpwise.convert.exl2.options import Exl2Options
 from bpwise.convert.gguf import base as gguf_base
 from bpwise.convert.gguf.file.header import read_gguf_header
+from bpwise.convert.gguf.labels import LABELS
+from bpwise.convert.gguf.llama_cpp.assign import mixture_types
 from bpwise.convert.gguf.llama_cpp.imatrix import read_imatrix
 from bpwise.convert.gguf.llama_cpp.importance import export_imatrix, importance_of
+from bpwise.convert.gguf.llama_cpp.mixtures import MIXTURES
 from bpwise.convert.gguf.llama_cpp.vram import room_for_weights
 from bpwise.convert.gguf.model.reader import GgufModel
 from bpwise.convert.gguf.options import GgufOptions
@@ -95,6 +101,31 @@ def test_file_is_what_was_planned(name: str, made: Made, converted: Any) -> None
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_metadata_is_what_other_programs_read(name: str, made: Made, converted: Any) -> None:
+    gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install '.[gguf]'")
+    fields = gguf.GGUFReader(made[name].output).fields
+    values = {key: field.contents() for key, field in fields.items()}
+    assert values[gguf.Keys.General.QUANTIZED_BY] == "bpwise"
+    assert values["quantize.imatrix.file"] == "bpwise measurement"
+    assert values["quantize.imatrix.chunks_count"] == 12
+    assert values["quantize.imatrix.entries_count"] >= len(made[name].plan.tensors) - len(made[name].plan.plain)
+    kinds = {key: fields[key].types[0].name for key in values if key.startswith("quantize.") or key.endswith("_type")}
+    assert {kinds[f"quantize.imatrix.{each}_count"] for each in ("chunks", "entries")} == {"UINT32"}
+    # The mixture whose file is nearest in size, of those that publishers make.
+    header = read_gguf_header(converted[name].file)
+    sizes = {
+        label: sum(
+            math.prod(each.shape[:-1]) * kinds[key].row_bytes(each.shape[-1]) for key, each in header.tensors.items()
+        )
+        for label in LABELS
+        for kinds in [mixture_types(MIXTURES[label], header, importance=header.tensors)]
+    }
+    chosen = gguf.LlamaFileType(values[gguf.Keys.General.FILE_TYPE]).name.removeprefix("MOSTLY_")
+    least = min(abs(size - made[name].plan.stored_bytes) for size in sizes.values())
+    assert abs(sizes[chosen] - made[name].plan.stored_bytes) == least
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_costs_about_what_was_predicted_and_less_than_llama_quantize(
     name: str, made: Made, converted: Any, tmp_path: Path
 ) -> None:
@@ -117,6 +148,25 @@ def test_llama_cpp_loads_it_and_sees_the_same_weights(name: str, made: Made, con
     engine = compare_in_engine(source, base, file, rows(4), load_library()).summary.kl_nats.value
     # llama.cpp rounds activations to 8 bits as well, which adds to it; rows in a wrong order would make it nats.
     assert engine == pytest.approx(kl(converted[name].directory, made[name].output), rel=0.5)
+
+
+def test_a_large_model_is_written_in_parts(made: Made, converted: Any, tmp_path: Path) -> None:
+    directory, single = converted["mistral"].directory, made["mistral"]
+    options: dict[str, Any] = {"measurement": single.measurement, "split_max_size": single.plan.stored_bytes // 2}
+    result = quantize(directory, tmp_path / "out.gguf", **options)
+    assert result.output.name == "out-00001-of-00003.gguf"
+    first, one = GgufModel.open(result.output), GgufModel.open(single.output)
+    assert all(torch.equal(first.tensor(name), one.tensor(name)) for name in one.names)
+    before = result.output.stat().st_mtime_ns
+    assert quantize(directory, tmp_path / "out.gguf", **options).output.stat().st_mtime_ns == before
+    if importlib.util.find_spec("xllamacpp") is not None:
+        from bpwise.convert.gguf.engine.library import load_library
+
+        logits = []
+        for file in (result.output, single.output):
+            with load_library().model(file, row_tokens=32, threads=1) as model:
+                logits.append(torch.cat(list(model.logits(rows(1).tokens[0]))))
+        assert torch.equal(*logits)
 
 
 def test_the_same_run_again_does_nothing(made: Made, converted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -403,21 +453,24 @@ def test_several_sizes_from_one_measurement(made: Made, converted: Any, tmp_path
         evaluate=False,
         measurement=made["mistral"].measurement,
     )
-    assert [output.path.name for output in result.outputs] == ["mistral-6.5bpw.gguf", "mistral-5.5bpw.gguf"]
+    assert [output.path.name for output in result.outputs] == [
+        "mistral-6.5bpw-Q5_K_S.gguf",
+        "mistral-5.5bpw-Q3_K_M.gguf",
+    ]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "mistral-5.5bpw.README.md",
-        "mistral-5.5bpw.gguf",
-        "mistral-5.5bpw.recipe.yaml",
-        "mistral-6.5bpw.README.md",
-        "mistral-6.5bpw.gguf",
-        "mistral-6.5bpw.recipe.yaml",
+        "mistral-5.5bpw-Q3_K_M.README.md",
+        "mistral-5.5bpw-Q3_K_M.gguf",
+        "mistral-5.5bpw-Q3_K_M.recipe.yaml",
+        "mistral-6.5bpw-Q5_K_S.README.md",
+        "mistral-6.5bpw-Q5_K_S.gguf",
+        "mistral-6.5bpw-Q5_K_S.recipe.yaml",
         "report.json",
         "report.md",
     ]
     assert "not measured" in result.report.read_text()
     assert result.outputs[1].path.read_bytes() == made["mistral"].output.read_bytes()
     assert not list((tmp_path / "out.work").rglob("base.gguf"))
-    card = ModelCard.load(tmp_path / "out" / "mistral-5.5bpw.README.md")
+    card = ModelCard.load(tmp_path / "out" / "mistral-5.5bpw-Q3_K_M.README.md")
     assert card.data.library_name == "gguf"
     assert "5.4" in next(line for line in card.text.splitlines() if line.startswith("| bits per weight"))
     assert "random ids" in card.text
@@ -464,7 +517,8 @@ def test_both_formats_from_one_measurement(converted: Any, tmp_path: Path, monke
         patch.setattr(series, "make_output", cut_off)
         with pytest.raises(KeyboardInterrupt):
             run()
-    names = ["mistral-6.0bpw.gguf", "mistral-6.0bpw-6hb-exl2"]
+    assert re.fullmatch(r"mistral-6\.0bpw-I?Q\d_\w+\.gguf", begun[0])
+    names = [begun[0], "mistral-6.0bpw-6hb-exl2"]
     assert begun == names
     first = (tmp_path / "out" / names[0]).stat().st_mtime_ns
     monkeypatch.setattr(measuring, "measure_checkpoint", lambda *_: pytest.fail("was measured twice"))
@@ -473,7 +527,7 @@ def test_both_formats_from_one_measurement(converted: Any, tmp_path: Path, monke
     assert (tmp_path / "out" / names[0]).stat().st_mtime_ns == first
     assert Measurement.load(result.measurement).curves.keys() == {"exl2", "gguf"}
     found = {path.name for path in (tmp_path / "out").iterdir()}
-    beside = {f"mistral-6.0bpw.{name}" for name in ("README.md", "recipe.yaml")}
+    beside = {f"{Path(names[0]).stem}.{name}" for name in ("README.md", "recipe.yaml")}
     assert found == {*names, *beside, "report.json", "report.md"}
     assert (tmp_path / "out" / names[1] / "README.md").is_file()
     text = result.report.read_text()

@@ -2,15 +2,36 @@
 
 import random
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from bpwise.convert.gguf.file.header import GGML_TYPES, is_gguf, read_gguf_header
+from bpwise.convert.gguf.file.metadata import origin_metadata
 from bpwise.errors import BpwiseError, FormatError
+
+
+def test_origin_is_told_as_llama_cpp_does(make_gguf: Callable[..., Path]) -> None:
+    header = read_gguf_header(make_gguf("tied"))
+    assert origin_metadata(header, None) == {"general.quantized_by": "bpwise"}
+    url = "https://huggingface.co/meta-llama/Llama-3.2-1B"
+    assert origin_metadata(header, "meta-llama/Llama-3.2-1B") == {
+        "general.quantized_by": "bpwise",
+        "general.source.repo_url": url,
+        "general.base_model.count": 1,
+        "general.base_model.0.name": "Llama 3.2 1B",
+        "general.base_model.0.organization": "meta-llama",
+        "general.base_model.0.repo_url": url,
+    }
+    # What the converter took from the original's own card stays.
+    told = replace(header, metadata={**header.metadata, "general.base_model.count": 2})
+    assert origin_metadata(told, "meta-llama/Llama-3.2-1B").keys() == {
+        "general.quantized_by",
+        "general.source.repo_url",
+    }
 
 
 def text(value: str | bytes) -> bytes:

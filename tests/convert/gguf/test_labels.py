@@ -1,11 +1,14 @@
 """Sizes of llama.cpp's mixtures before there is a file, and the labels that follow."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from bpwise.checkpoint.source.language import LanguageModel
-from bpwise.convert.gguf.labels import LABELS, coming_header, mixture_sizes, nearest_label, tensor_weights
+from bpwise.convert.gguf.format import GgufFormat
+from bpwise.convert.gguf.labels import LABELS, ComingSizes
+from bpwise.convert.gguf.options import GgufOptions
 from transformers import LlamaConfig
 
 # Bits per weight of Llama 3.1 8B in llama.cpp's tools/quantize/README.md. IQ4_XS and IQ4_NL are left out: there they
@@ -49,27 +52,60 @@ class Shapes:
 
 
 @pytest.fixture(scope="module")
-def bits() -> dict[str, float]:
-    header = coming_header(LanguageModel(Shapes()))  # type: ignore[arg-type]
-    weights = tensor_weights(header)
-    assert weights == 8_030_261_248
-    return {name: 8 * size / weights for name, size in mixture_sizes(header).items()}
+def sizes() -> ComingSizes:
+    return ComingSizes(LanguageModel(Shapes()))  # type: ignore[arg-type]
 
 
-def test_sizes_are_those_that_llama_cpp_publishes(bits: dict[str, float]) -> None:
-    ours = {name: round(bits[name], 4) for name in PUBLISHED}
-    assert ours == pytest.approx(PUBLISHED, abs=2e-4)  # its own are rounded
+def test_sizes_are_those_that_llama_cpp_publishes(sizes: ComingSizes) -> None:
+    assert sizes.weights == 8_030_261_248
+    bits = {name: 8 * sizes.tensor_bytes[name] / sizes.weights for name in PUBLISHED}
+    assert bits == pytest.approx(PUBLISHED, abs=2e-4)  # its own are rounded
 
 
 @pytest.mark.parametrize(
     ("bpw", "label"),
     [(4.5, "IQ4_XS"), (4.9, "Q4_K_M"), (4.7, "Q4_K_S"), (8.5, "Q8_0"), (1.5, "IQ1_S"), (6.2, "Q6_K"), (16.0, "F16")],
 )
-def test_a_file_is_labelled_with_the_mixture_nearest_in_size(bits: dict[str, float], bpw: float, label: str) -> None:
-    assert nearest_label({name: int(1e9 * each) for name, each in bits.items()}, 1e9 * bpw) == label
-    assert label in LABELS
+def test_a_file_is_labelled_with_the_mixture_nearest_in_size(sizes: ComingSizes, bpw: float, label: str) -> None:
+    assert sizes.nearest(bpw=bpw) == label
+    assert sizes.nearest(tensor_bytes=int(bpw * 8_030_261_248 / 8)) == label
 
 
-def test_of_two_as_near_the_larger_is_the_label() -> None:
-    sizes = dict.fromkeys(LABELS, 1000) | {"Q4_K_S": 10, "Q4_K_M": 20}
-    assert nearest_label(sizes, 15) == "Q4_K_M"
+def test_of_two_as_near_the_larger_is_the_label(sizes: ComingSizes) -> None:
+    small, large = sizes.tensor_bytes["Q4_K_S"], sizes.tensor_bytes["Q4_K_M"]
+    assert (small + large) % 2 == 0
+    assert sizes.nearest(tensor_bytes=(small + large) // 2) == "Q4_K_M"
+
+
+# How the Hub finds a label in a file's name (huggingface.js, packages/tasks/src/gguf.ts): the last of these.
+# Ollama asks the Hub for `hf.co/USER/REPO:LABEL`.
+QUANTS = "F32|F16|Q4_0|Q4_1|Q8_0|Q5_0|Q5_1|Q2_K|Q3_K_S|Q3_K_M|Q3_K_L|Q4_K_S|Q4_K_M|Q5_K_S|Q5_K_M|Q6_K|IQ2_XXS|IQ2_XS|"
+QUANTS += "Q2_K_S|IQ3_XS|IQ3_XXS|IQ1_S|IQ4_NL|IQ3_S|IQ3_M|IQ2_S|IQ2_M|IQ4_XS|IQ1_M|BF16|TQ1_0|TQ2_0|MXFP4_MOE"
+
+
+def found_by_the_hub(name: str) -> str:
+    return [match[0] for match in re.finditer(f"(?:UD-)?(?:{QUANTS})(?:_[A-Z]+)?", name.upper())][-1]
+
+
+def found_by_llama_cpp(files: list[str], tag: str) -> str:
+    """Return the file that `-hf USER/REPO:TAG` takes (common/download.cpp), of a repository's files in their order."""
+    return next(file for file in sorted(files) if re.search(f"{tag}[.-]", file, re.IGNORECASE))
+
+
+def llama_cpp_label(name: str) -> str:
+    """Return the label at a name's end, by which llama.cpp compares a file with an mmproj file."""
+    whole = re.sub(r"-\d{5}-of-\d{5}$", "", name.removesuffix(".gguf"))
+    return re.findall(r"[-.]([A-Z0-9_]+)$", whole, re.IGNORECASE)[0].upper()
+
+
+@pytest.mark.parametrize("ending", [".gguf", "-00001-of-00003.gguf"])
+def test_programs_find_every_label_in_names(sizes: ComingSizes, ending: str) -> None:
+    names = {}
+    for label in LABELS:
+        size = sizes.tensor_bytes[label] * 8 / sizes.weights
+        assert sizes.nearest(bpw=size) == label
+        text = GgufFormat().output_name("meta-llama/Llama-3.1-8B-Instruct", f"{size:.2f}bpw-{label}", GgufOptions())
+        names[label] = text.removesuffix(".gguf") + ending
+    for label, name in names.items():
+        assert found_by_the_hub(name) == llama_cpp_label(name) == label
+        assert found_by_llama_cpp(list(names.values()), label) == name

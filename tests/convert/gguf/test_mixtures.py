@@ -5,13 +5,12 @@ import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
 from bpwise.convert.gguf.file.header import read_gguf_header
 from bpwise.convert.gguf.file.roles import quantizable
-from bpwise.convert.gguf.ggml.types import TYPES, ggml_type
-from bpwise.convert.gguf.llama_cpp.assign import dominant_file_type, fallback, mixture_types, require_importance
+from bpwise.convert.gguf.ggml.types import ggml_type
+from bpwise.convert.gguf.llama_cpp.assign import fallback, mixture_types, require_importance
 from bpwise.convert.gguf.llama_cpp.imatrix import ImportanceMatrix
 from bpwise.convert.gguf.llama_cpp.mixtures import MIXTURES, mixture
 from bpwise.errors import ConfigError, UnsupportedModelError
@@ -107,12 +106,3 @@ def test_what_is_quantized(make_gguf: MakeGguf) -> None:
 )
 def test_fallbacks(kind: str, row_weights: int, expected: str) -> None:
     assert fallback(ggml_type(kind), row_weights).name == expected
-
-
-def test_file_type_of_a_free_choice(make_gguf: MakeGguf) -> None:
-    header = read_gguf_header(make_gguf("tied", values=False))
-    types: dict[str, Any] = dict.fromkeys(header.tensors, TYPES["Q4_K"])
-    types["token_embd.weight"] = TYPES["Q8_0"]
-    assert dominant_file_type(types, header) == MIXTURES["Q4_K_M"].file_type
-    for kind in TYPES.values():
-        assert dominant_file_type(dict.fromkeys(header.tensors, kind), header) >= 0

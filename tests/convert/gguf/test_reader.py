@@ -198,7 +198,7 @@ class TestRefusals:
             ),
             ({"llama.attention.sliding_window": 128}, UnsupportedModelError, "sliding-window"),
             ({"llama.rope.scaling.type": "longrope"}, UnsupportedModelError, "'longrope'"),
-            ({"split.count": 2}, FormatError, r"part 1 of 2 of a split model.*gguf-split --merge"),
+            ({"split.count": 2}, FormatError, r"part 1 of 2 of a split model, by another name"),
             ({"split.count": 3, "split.no": 2, "general.architecture": None}, FormatError, "part 3 of 3"),
             ({"llama.block_count": 1 << 30}, FormatError, "block_count is 1073741824"),
             ({"llama.block_count": 3}, FormatError, r"missing, the first 'model\.layers\.2\."),

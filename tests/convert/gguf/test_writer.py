@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bpwise.convert.gguf.file import writer
+from bpwise.convert.gguf.file import tensor, writer
 from bpwise.convert.gguf.file.emit import entry
 from bpwise.convert.gguf.file.header import read_gguf_header
 from bpwise.convert.gguf.file.writer import planned_bytes, write_gguf
@@ -136,8 +136,8 @@ def test_small_slabs_give_the_same_file(make_gguf: MakeGguf, tmp_path: Path, mon
     base = make_gguf("small-experts", dtype="F16")
     types = types_of(base, TYPES["Q4_K"])
     write_gguf(base, tmp_path / "a.gguf", types, file_type=15)
-    monkeypatch.setattr(writer, "_SLAB_WEIGHTS", 256 * 30)
-    monkeypatch.setattr(writer, "_COPIED_BYTES", 1000)
+    monkeypatch.setattr(tensor, "_SLAB_WEIGHTS", 256 * 30)
+    monkeypatch.setattr(tensor, "_COPIED_BYTES", 1000)
     write_gguf(base, tmp_path / "b.gguf", types, file_type=15, threads=3)
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 

@@ -9,9 +9,9 @@ import yaml
 from bpwise.convert.exl2 import card as exl2
 from bpwise.convert.gguf import card as gguf
 from bpwise.convert.model import CardFacts
-from bpwise.convert.names import pasteable, rate_text
+from bpwise.convert.names import pasteable, size_text
 from bpwise.convert.publishing.base_card import BaseCard, parse_base_card, read_base_card
-from bpwise.convert.publishing.card import Card, render_card
+from bpwise.convert.publishing.card import Card, CardResult, render_card
 from bpwise.errors import CheckpointError
 from huggingface_hub import ModelCard
 
@@ -53,6 +53,7 @@ def card() -> Card:
         base_model="meta-llama/Llama-3.2-1B",
         measured=(("perplexity", "10.0 ± 0.5", "10.1 ± 0.5"),),
         measured_note="Over 7 tokens.",
+        results=(CardResult("perplexity", "perplexity", 10.1, "a: text"),),
         base=parse_base_card(BASE),
     )
 
@@ -68,6 +69,10 @@ def test_the_hub_reads_it(card: Card) -> None:
     assert data.pipeline_tag == "text-generation"
     assert data.tags == ["exl2", "quantized", "bpwise", "conversational"]
     assert "extra_gated_prompt" not in data.to_dict()
+    assert data["quantized_by"] == "bpwise"
+    (result,) = data.eval_results or []
+    assert (result.metric_type, result.metric_value, result.dataset_name) == ("perplexity", 10.1, "a: text")
+    assert data.model_name == "Llama-3.2-1B-8.0bpw-8hb-exl2"
 
 
 def test_what_people_read(card: Card) -> None:
@@ -93,6 +98,24 @@ def test_a_gguf_file(card: Card) -> None:
     assert ModelCard(made).data.tags[0] == "gguf"
     assert "llama-cli --model x-y-rm.gguf " in made
     assert "Not measured" in made
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_commands_for_a_gguf_file(chat: bool) -> None:
+    text = gguf.loading("L-4.5bpw-Q4_K_S.gguf", label="Q4_K_S", chat=chat)
+    for command in (
+        "ollama run hf.co/USER/REPO:Q4_K_S",
+        "llama-server -hf USER/REPO:Q4_K_S",
+        "lms get https://huggingface.co/USER/REPO",
+        'hf download USER/REPO --include "L-4.5bpw-Q4_K_S.gguf" --local-dir .',
+    ):
+        assert command in text.splitlines()
+    assert ("/v1/chat/completions" in text) is chat
+    unlabelled = gguf.loading("odd.gguf")
+    assert "ollama run hf.co/USER/REPO:odd.gguf" in unlabelled.splitlines()
+    assert "llama-server -hf USER/REPO -hff odd.gguf" in unlabelled.splitlines()
+    parts = gguf.loading("L-Q4_K_M-00001-of-00002.gguf", label="Q4_K_M")
+    assert '--include "L-Q4_K_M-*.gguf"' in parts
 
 
 def test_an_original_that_is_not_on_the_hub(card: Card) -> None:
@@ -189,6 +212,6 @@ def test_a_link_that_leads_outside(tmp_path: Path) -> None:
         read_base_card(tmp_path / "model")
 
 
-@pytest.mark.parametrize(("bpw", "text"), [(8, "8.0"), (4.5, "4.5"), (4.25, "4.25"), (2.5, "2.5")])
-def test_rates(bpw: float, text: str) -> None:
-    assert rate_text(bpw) == text
+@pytest.mark.parametrize(("bpw", "text"), [(8, "8.0bpw"), (4.5, "4.5bpw"), (4.25, "4.25bpw"), ("2GB", "2GB")])
+def test_sizes(bpw: float | str, text: str) -> None:
+    assert size_text(bpw) == text

@@ -20,6 +20,21 @@ from bpwise.convert.exl2.file.writer import write_model
 from bpwise.convert.publishing.mark import mark_broken
 from click.testing import CliRunner, Result
 
+REPORT = {
+    "original": {"name": "L", "stored_bytes": 9},
+    "quantized": {"name": "L", "stored_bytes": 4},
+    "summary": {
+        "original_perplexity": {"value": 10.0, "standard_error": None},
+        "quantized_perplexity": {"value": 11.0, "standard_error": None},
+        "kl_nats": {"value": 0.0125, "standard_error": 0.001},
+        "kl_p99_nats": 0.5,
+        "top1_agreement": {"value": 0.94, "standard_error": None},
+    },
+    "predicted_tokens": 100,
+    "text": "text",
+    "engine": "engine",
+    "dtype": "float32",
+}
 CARD = "---\ntags: [exl2]\n---\n\n# Llama-3.2-1B-4.0bpw-4hb-exl2\n\nWords.\n"
 
 
@@ -30,7 +45,7 @@ class FakeHub:
     public: set[str] = field(default_factory=set)
     repos: dict[str, bool] = field(default_factory=dict)
     branches: list[tuple[str, str]] = field(default_factory=list)
-    commits: list[tuple[str, str | None, dict[str, Path]]] = field(default_factory=list)
+    commits: list[tuple[str, str | None, dict[str, Any]]] = field(default_factory=list)
     failure: Exception | None = None
 
     def create_repo(self, repo: str, *, private: bool, exist_ok: bool) -> None:
@@ -48,7 +63,12 @@ class FakeHub:
 
     def create_commit(self, repo: str, operations: Any, *, commit_message: str, revision: str | None) -> Any:
         assert commit_message.startswith("Upload ")
-        files = {each.path_in_repo: Path(each.path_or_fileobj) for each in operations}
+        files = {
+            each.path_in_repo: each.path_or_fileobj
+            if isinstance(each.path_or_fileobj, bytes)
+            else Path(each.path_or_fileobj)
+            for each in operations
+        }
         self.commits.append((repo, revision, files))
         return SimpleNamespace(commit_url=f"https://huggingface.co/{repo}/commit/0")
 
@@ -90,7 +110,7 @@ def output(make_model: Callable[..., Path], tmp_path: Path) -> Path:
     )
     (out / "README.md").write_text(CARD)
     (out / "report.md").write_text("A report.")
-    (out / "report.json").write_text("{}")
+    (out / "report.json").write_text(json.dumps({"comparison": REPORT}))
     (out / "recipe.yaml").write_text("bpw: 4.0")
     (out / "notes.txt").write_text("private")
     (out / ".hidden").write_text("private")
@@ -280,7 +300,7 @@ def test_gguf_files(tmp_path: Path, hub: FakeHub) -> None:
         writer.write_tensors_to_file()
         writer.close()
         (folder / f"L-{rate}bpw.README.md").write_text(CARD)
-        (folder / f"L-{rate}bpw.report.json").write_text("{}")
+        (folder / f"L-{rate}bpw.report.json").write_text(json.dumps({"comparison": REPORT}))
     (folder / "L-6.0bpw.recipe.yaml").write_text("bpw: 6.0")
     assert push(folder, "org/").exit_code == 0
     assert hub.repos == {"org/L-GGUF": True}
@@ -291,9 +311,76 @@ def test_gguf_files(tmp_path: Path, hub: FakeHub) -> None:
     ]
     (folder / "L-6.0bpw.gguf").rename(folder / "odd.gguf")
     (folder / "L-6.0bpw.README.md").rename(folder / "odd.README.md")
-    assert "tells no bitrate" in push(folder / "odd.gguf", "org/").stderr
+    assert "tells no size" in push(folder / "odd.gguf", "org/").stderr
     (folder / "odd.gguf.BROKEN.md").write_text("It is.")
     assert "marked as broken" in push(folder / "odd.gguf", "org/").stderr
+
+
+@pytest.mark.parametrize("ending", ["-Q4_K_M", ".Q4_K_M", "-4.5bpw-Q4_K_M", "-UD-Q4_K_XL"])
+def test_names_of_other_programs(tmp_path: Path, hub: FakeHub, ending: str) -> None:
+    gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install '.[gguf]'")
+    writer = gguf.GGUFWriter(tmp_path / f"L-3.2-1B{ending}.gguf", "test")
+    writer.add_tensor("a.weight", np.ones((2, 32), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (tmp_path / f"L-3.2-1B{ending}.README.md").write_text(CARD)
+    assert push(tmp_path, "org/").exit_code == 0
+    assert hub.repos == {"org/L-3.2-1B-GGUF": True}
+    assert push(tmp_path, "org/all", "--branch").exit_code == 0
+    assert hub.commits[-1][1] == ("4.5bpw" if "bpw" in ending else ending[1:])
+
+
+def test_parts_of_one_model_go_together(tmp_path: Path, hub: FakeHub) -> None:
+    gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install '.[gguf]'")
+    writer = gguf.GGUFWriter(tmp_path / "L-Q4_K_M.gguf", "test", split_max_tensors=1)
+    for name in ("a.weight", "b.weight"):
+        writer.add_tensor(name, np.ones((2, 32), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (tmp_path / "L-Q4_K_M-00001-of-00002.README.md").write_text(CARD)
+    assert push(tmp_path, "org/").exit_code == 0
+    assert [set(files) for _, _, files in hub.commits][1:] == [
+        {"L-Q4_K_M-00001-of-00002.gguf", "L-Q4_K_M-00002-of-00002.gguf", "L-Q4_K_M-00001-of-00002.README.md"}
+    ]
+    (tmp_path / "L-Q4_K_M-00002-of-00002.gguf").unlink()
+    assert "1 of 2 parts are missing" in push(tmp_path, "org/").stderr
+
+
+def test_one_front_page_for_all_sizes(tmp_path: Path, hub: FakeHub) -> None:
+    gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install '.[gguf]'")
+    names = {"L-4.5bpw-Q4_K_S": 1, "L-4.6bpw-Q4_K_S": 2, "L-6.5bpw-Q6_K": 3}
+    for name, rows in names.items():
+        writer = gguf.GGUFWriter(tmp_path / f"{name}.gguf", "test")
+        writer.add_tensor("a.weight", np.ones((1000 * rows, 1024), dtype=np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        own = f"---\nlicense: mit\n---\n\n# {name}\n\nOwn words on USER/REPO."
+        (tmp_path / f"{name}.README.md").write_text(f"{own}\n\n---\n\n# The card of the original, L\n\nIts words.\n")
+    (tmp_path / "L-6.5bpw-Q6_K.report.json").write_text(json.dumps({"comparison": REPORT}))
+    assert push(tmp_path, "org/").exit_code == 0
+    _, branch, files = hub.commits[0]
+    page = files["README.md"].decode()
+    assert branch is None
+    assert page.startswith("---\nlicense: mit\n---\n")
+    assert page.endswith("# The card of the original, L\n\nIts words.\n")
+    assert "Own words" not in page
+    table = [line.split(" | ") for line in page.splitlines() if line.startswith("| [")]
+    assert [line[:2] for line in table] == [
+        [f"| [{name}.gguf](<{name}.gguf>)", f"0.{size} GB"]
+        for name, size in (("L-6.5bpw-Q6_K", "012"), ("L-4.6bpw-Q4_K_S", "008"), ("L-4.5bpw-Q4_K_S", "004"))
+    ]
+    assert table[0][2:] == ["0.0125 ± 0.001", "94 % |"]
+    taken = [line for line in page.splitlines() if "ollama run hf.co/org/L-GGUF:Q4_K_S" in line]
+    assert len(taken) == 1
+    assert taken[0].endswith("| L-4.5bpw-Q4_K_S.gguf |")
+    assert "`llama-server -hf org/L-GGUF -hff NAME`: L-4.6bpw-Q4_K_S.gguf." in page
+    assert hub.commits[1][2]["L-4.5bpw-Q4_K_S.README.md"].decode().count("Own words on org/L-GGUF.") == 1
 
 
 def test_what_a_gguf_model_sees_images_with_goes_with_every_file(tmp_path: Path, hub: FakeHub) -> None:

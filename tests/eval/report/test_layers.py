@@ -133,8 +133,8 @@ def test_unquantized_models_have_none(make_model: Callable[..., Path]) -> None:
 def test_gguf_and_its_plan(tmp_path: Path) -> None:
     types = {"token_embd.weight": "Q8_0", "blk.10.ffn_up.weight": "Q4_0", "blk.9.ffn_up.weight": "Q6_K"}
     shapes = dict.fromkeys(types, (4, 256))
-    stored = {name: GgufTensor(name, ggml_type(kind), shapes[name], 0, 0) for name, kind in types.items()}
-    stored["output_norm.weight"] = GgufTensor("output_norm.weight", ggml_type("F32"), (256,), 0, 0)
+    stored = {name: GgufTensor(name, ggml_type(kind), shapes[name], 0, 0, Path()) for name, kind in types.items()}
+    stored["output_norm.weight"] = GgufTensor("output_norm.weight", ggml_type("F32"), (256,), 0, 0, Path())
     header: Any = SimpleNamespace(tensors=stored, metadata={}, path=tmp_path / "x.gguf")
     file = GgufModel(header, None)
     costs = linear_costs(file)

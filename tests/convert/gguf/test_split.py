@@ -1,0 +1,168 @@
+"""Models in several files, as llama.cpp's own package writes them."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from bpwise.checkpoint.files import operations
+from bpwise.convert.gguf.engine.widened import write_float32
+from bpwise.convert.gguf.file.header import read_gguf_header
+from bpwise.convert.gguf.file.metadata import DIGEST_KEY, DIGEST_ROOM, RUN_KEY
+from bpwise.convert.gguf.file.split import first_path, model_digest, part_path, parts_beside, read_model_header
+from bpwise.convert.gguf.file.values import read_values
+from bpwise.convert.gguf.file.writer import planned_parts, write_gguf
+from bpwise.convert.gguf.ggml.types import TYPES
+from bpwise.convert.opening import verify_model
+from bpwise.convert.registry import require_format
+from bpwise.errors import FormatError, VerificationError, WorkDirectoryError
+
+gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install '.[gguf]'")
+
+MakeGguf = Callable[..., Path]
+
+
+def split(whole: Path, folder: Path, tensors: int) -> list[Path]:
+    """Write a model again in several files with gguf-py."""
+    reader = gguf.GGUFReader(whole)
+    fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    architecture = fields.pop("general.architecture")
+    writer = gguf.GGUFWriter(folder / whole.name, architecture, split_max_tensors=tensors)
+    for name, value in fields.items():
+        add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
+        add(name, value)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return sorted(folder.glob(f"{whole.stem}-*.gguf"))
+
+
+@pytest.fixture
+def whole(make_gguf: MakeGguf) -> Path:
+    return make_gguf("fused")  # of an architecture that is not checked any further
+
+
+@pytest.fixture
+def parts(whole: Path, tmp_path: Path) -> list[Path]:
+    (tmp_path / "parts").mkdir()
+    return split(whole, tmp_path / "parts", 40)
+
+
+def test_parts_are_one_model(whole: Path, parts: list[Path], tmp_path: Path) -> None:
+    assert [path.name for path in parts] == [f"fused-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+    assert parts_beside(parts[0]) == tuple(parts[1:])
+    one, several = read_gguf_header(whole), read_model_header(parts[0])
+    assert list(several.tensors) == list(one.tensors)
+    assert not any(key.startswith("split.") for key in (*several.metadata, *several.entries))
+    assert several.file_bytes == sum(path.stat().st_size for path in parts)
+    for name, tensor in several.tensors.items():
+        assert torch.equal(read_values(tensor), read_values(one.tensors[name]))
+    assert verify_model(parts[0]).rates == verify_model(whole).rates
+    assert require_format(parts[0]).companions(parts[0]) == tuple(parts[1:])
+    copies = [tmp_path / name for name in ("one.gguf", "several.gguf")]
+    for header, copy in zip((one, several), copies, strict=True):
+        write_float32(header, copy, 4)
+    assert copies[0].read_bytes()[-4096:] == copies[1].read_bytes()[-4096:]
+
+
+def test_an_unquantized_model_in_parts_is_quantized_as_a_whole_one(
+    whole: Path, parts: list[Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
+    types = {"blk.0.attn_qkv.weight": TYPES["Q8_0"], "blk.15.ffn_down.weight": TYPES["Q8_0"]}
+    made = [tmp_path / name for name in ("one.gguf", "several.gguf")]
+    for base, output in zip((whole, parts[0]), made, strict=True):
+        write_gguf(base, output, types, file_type=7)
+    one, several = map(read_gguf_header, made)
+    assert [(each.name, each.type) for each in one.tensors.values()] == [
+        (each.name, each.type) for each in several.tensors.values()
+    ]
+    for name, tensor in several.tensors.items():
+        assert torch.equal(read_values(tensor), read_values(one.tensors[name]))
+
+
+def test_the_digest_is_of_all_parts(parts: list[Path]) -> None:
+    before = model_digest(read_model_header(parts[0]))
+    data = bytearray(parts[2].read_bytes())
+    data[-100] ^= 1
+    parts[2].write_bytes(data)
+    assert model_digest(read_model_header(parts[0])) != before
+
+
+def test_what_is_not_a_whole_model_is_refused(parts: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="part 2 of 3 of a split model"):
+        read_model_header(parts[1])
+    shutil.copy(parts[0], tmp_path / "first.gguf")
+    with pytest.raises(FormatError, match="by another name"):
+        read_model_header(tmp_path / "first.gguf")
+    shutil.copy(parts[1], parts[2])
+    with pytest.raises(FormatError, match="not part 3 of 3"):
+        read_model_header(parts[0])
+    parts[2].unlink()
+    with pytest.raises(FormatError, match="1 of 3 parts are missing, the first fused-00003"):
+        read_model_header(parts[0])
+
+
+def write(whole: Path, output: Path, size: int, **metadata: str) -> Path:
+    """Write a model of F32 in parts of at most so many bytes of tensors; return the first."""
+    header = read_gguf_header(whole)
+    output = first_path(output, len(planned_parts(header, {}, size)))
+    write_gguf(whole, output, {}, file_type=0, split_max_bytes=size, metadata=metadata)
+    return output
+
+
+def test_parts_are_as_llama_cpp_writes_them(whole: Path, parts: list[Path], tmp_path: Path) -> None:
+    largest = 768 * 256 * 4
+    first = write(whole, tmp_path / "made.gguf", 10 * largest, **{DIGEST_KEY: DIGEST_ROOM})
+    ours = [first, *parts_beside(first)]
+    assert len(ours) > 2
+    readers = [gguf.GGUFReader(path) for path in ours]
+    kinds = {key: field.types for key, field in gguf.GGUFReader(parts[0]).fields.items() if key.startswith("split.")}
+    assert len(kinds) == 3
+    for number, reader in enumerate(readers):
+        assert {key: field.types for key, field in reader.fields.items() if key.startswith("split.")} == kinds
+        told = [reader.fields[f"split.{key}"].contents() for key in ("no", "count", "tensors.count")]
+        assert told == [number, len(ours), sum(len(each.tensors) for each in readers)]
+        assert sum(tensor.n_bytes for tensor in reader.tensors) <= 10 * largest
+    assert {"general.architecture"} & set(readers[1].fields) == set()
+    header, one = read_model_header(first), read_gguf_header(whole)
+    assert header.tensors.keys() == one.tensors.keys()
+    for name, tensor in header.tensors.items():
+        assert torch.equal(read_values(tensor), read_values(one.tensors[name]))
+    assert verify_model(first).compared
+    data = bytearray(ours[1].read_bytes())
+    data[-100] ^= 1
+    ours[1].write_bytes(data)
+    with pytest.raises(VerificationError, match=f"{ours[1].name}: has changed"):
+        verify_model(first)
+
+
+def test_a_killed_run_leaves_nothing_that_loads_and_is_gone_over(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, folder = operations.replace, tmp_path / "out"
+
+    def killed(source: Path, target: Path) -> None:
+        if "-00002-" in target.name:  # later parts get their names before the first
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(operations, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write(whole, folder / "x.gguf", 1 << 23, **{RUN_KEY: "r"})
+    names = [path.name for path in folder.iterdir()]
+    assert names
+    assert not [name for name in names if "-00001-" in name]
+    monkeypatch.undo()
+    with pytest.raises(WorkDirectoryError, match="in the way"):
+        write(whole, folder / "x.gguf", 1 << 23, **{RUN_KEY: "another"})
+    verify_model(write(whole, folder / "x.gguf", 1 << 23, **{RUN_KEY: "r"}))
+
+
+def test_names() -> None:
+    assert part_path(Path("a/L-4.5bpw-Q4_K_M.gguf"), 2, 3) == Path("a/L-4.5bpw-Q4_K_M-00002-of-00003.gguf")
+    assert parts_beside(Path("L-00002-of-00003.gguf")) == parts_beside(Path("L.gguf")) == ()
