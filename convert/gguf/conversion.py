@@ -190,9 +190,7 @@ class GgufConversion(Conversion):
 
     def curves(self) -> GgufCurves:
         """See ``Conversion``."""
-        source = self._source
-        tied = {source.head_name: source.embedding_name} if source.tied_embeddings else {}
-        return GgufCurves(measured_types(), self.layout, tied)
+        return GgufCurves(measured_types(), self.layout)
 
     def plan(self, measurement: Measurement | None, target: Target | None, provenance: Provenance) -> Plan:
         """See ``Conversion``."""
