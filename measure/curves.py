@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..linalg.hessian import Hessian
     from ..progress import Progress
 
-__all__ = ["CurveInputs", "CurveMaker", "CurveSource", "LinearCurves", "TableInputs"]
+__all__ = ["CurveInputs", "CurveMaker", "CurveSource", "LinearCurves", "TableInputs", "TiedHead"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -33,8 +33,6 @@ class CurveInputs:
         fishers: F of each linear, mean over tokens of (dL/dy)^2, float32, shape (out,).
         damping: First damping of H to try, relative to the mean of its diagonal, dimensionless.
         generalization_ratio: Damage on other tokens than those of H, relative to that on H (see ``heldout``).
-        with_feedback: Whether rounding will feed errors back where a format can; false for an output head that is the
-            table of token embeddings too, whose two uses ask for different feedback.
     """
 
     names: tuple[str, ...]
@@ -43,12 +41,28 @@ class CurveInputs:
     fishers: Sequence[Tensor]
     damping: float
     generalization_ratio: float = 1.0
-    with_feedback: bool = True
 
     @property
     def gram(self) -> Tensor:
         """H, float32, shape (K, K)."""
         return self.hessian.gram
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TiedHead:
+    """What errors in a table of token embeddings cost as the output head. All tensors are on the CPU.
+
+    Attributes:
+        gram: H of its inputs, float32, shape (hidden size, hidden size).
+        fisher: F of its outputs, float32, shape (vocabulary,).
+        damping: As ``CurveInputs`` has it; finite.
+        generalization_ratio: As ``CurveInputs`` has it.
+    """
+
+    gram: Tensor
+    fisher: Tensor
+    damping: float
+    generalization_ratio: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -59,11 +73,13 @@ class TableInputs:
         embeddings: Reads the embeddings of tokens, int64, shape (tokens,): shape (tokens, hidden size).
         uses: What each token of the vocabulary counts, float32, shape (vocabulary,), sum 1.
         fisher: Mean over tokens of (dL/dh)^2 of each element of an embedding h, float32, shape (hidden size,).
+        head: The output head, if the table is that too.
     """
 
     embeddings: Callable[[Tensor], Tensor]
     uses: Tensor
     fisher: Tensor
+    head: TiedHead | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

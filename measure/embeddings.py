@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..checkpoint.files.resume import ResumeStore
-from .curves import CurveMaker, TableInputs
+from .curves import CurveMaker, TableInputs, TiedHead
 from .input_group import TINY, split_formats
 from .measurement import MeasuredTable
 from .model.batches import check_finite
@@ -37,7 +37,13 @@ class FinishedTable:
 
 
 def measured_table(
-    model: StreamedModel, name: str, tokens: Tensor, gradient: Tensor, makers: Sequence[CurveMaker]
+    model: StreamedModel,
+    name: str,
+    tokens: Tensor,
+    gradient: Tensor,
+    makers: Sequence[CurveMaker],
+    *,
+    head: TiedHead | None = None,
 ) -> dict[str, Tensor]:
     """Measure a table in every format, and return it as an artifact.
 
@@ -47,6 +53,7 @@ def measured_table(
         tokens: Token ids of the calibration sequences, int64, shape (rows, tokens).
         gradient: At each token's row, as it is stored, shape (rows, tokens, width).
         makers: The formats' curves.
+        head: The output head, if the table is that too.
 
     Raises:
         NumericalError: NaN or infinity in the squares of the gradients.
@@ -58,7 +65,9 @@ def measured_table(
     weights = squares.sum(dim=1) / max(float(total), TINY)
     table = f"{name}.weight"
     uses = torch.zeros(model.source.parameter_shape(table)[0]).index_add_(0, tokens.flatten(), weights)
-    inputs = TableInputs(embeddings=lambda rows: model.embeddings(rows, table), uses=uses, fisher=squares.mean(dim=0))
+    inputs = TableInputs(
+        embeddings=lambda rows: model.embeddings(rows, table), uses=uses, fisher=squares.mean(dim=0), head=head
+    )
     curves = {f"{maker.name}/{key}": tensor for maker in makers for key, tensor in maker.table(inputs).items()}
     return {"importance": inputs.fisher, **curves}
 

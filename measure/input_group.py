@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,18 +13,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..linalg.hessian import Hessian
-from .curves import CurveInputs, CurveMaker, LinearCurves
+from .curves import CurveInputs, CurveMaker, LinearCurves, TiedHead
 from .measurement import MeasuredLinear
 from .model.batches import check_finite
-from .statistics.heldout import cross_validate_damping
+from .statistics.heldout import DAMPINGS, cross_validate_damping
 from .statistics.inputs import InputStatistics
 
-__all__ = ["TINY", "FinishedLinear", "finished_linears", "measure_group", "split_formats"]
+__all__ = ["TINY", "FinishedLinear", "finished_linears", "measure_group", "split_formats", "tied_head"]
 
 _log = logging.getLogger(__name__)
 
 TINY = 1e-30
 """Keeps sums that are zero from being divided by."""
+
+_GRAM, _RATIO = "gram", "generalization_ratio"
+"""Fields of an artifact that only ``tied_head`` reads."""
 
 _LARGEST_WEIGHT = 65504.0
 """Token weights are kept in float16."""
@@ -49,7 +53,7 @@ def measure_group(
     makers: Sequence[CurveMaker],
     dampings: Sequence[float],
     *,
-    with_feedback: bool,
+    keep_gram: bool = False,
 ) -> dict[str, Tensor]:
     """Measure the linears of an input group in every format.
 
@@ -59,7 +63,7 @@ def measure_group(
         couplings: How their outputs act together, shape (out, rank), by name.
         makers: The formats' curves.
         dampings: Dampings of the Hessian to choose from, on held-out sequences.
-        with_feedback: As ``CurveInputs`` has it.
+        keep_gram: Whether what is returned holds, of a single linear, what ``tied_head`` reads, too.
 
     Returns:
         What ``finished_linears`` reads, for an artifact.
@@ -92,10 +96,13 @@ def measure_group(
         fishers=fishers,
         damping=judged.damping,
         generalization_ratio=judged.generalization_ratio,
-        with_feedback=with_feedback,
     )
     curves = {maker.name: maker.linears(inputs) for maker in makers}
-    return _packed(inputs, curves, couplings, sums)
+    packed = _packed(inputs, curves, couplings, sums)
+    if keep_gram:
+        (name,) = linears
+        packed |= {f"{name}|{_GRAM}": gram, f"{name}|{_RATIO}": torch.tensor(judged.generalization_ratio)}
+    return packed
 
 
 def _packed(
@@ -132,6 +139,18 @@ def finished_linears(artifact: Mapping[str, Tensor]) -> dict[str, FinishedLinear
         name, field = key.split("|")
         linears.setdefault(name, {})[field] = tensor
     return {name: _finished(name, fields) for name, fields in linears.items()}
+
+
+def tied_head(artifact: Mapping[str, Tensor]) -> TiedHead:
+    """Return what errors in a table cost as the output head, of the head's artifact, made with ``keep_gram``."""
+    fields = {key.split("|")[1]: tensor.cpu() for key, tensor in artifact.items()}
+    damping = float(fields["damping"])
+    return TiedHead(
+        gram=fields[_GRAM],
+        fisher=fields["fisher"],
+        damping=damping if math.isfinite(damping) else DAMPINGS[-1],
+        generalization_ratio=float(fields[_RATIO]),
+    )
 
 
 def _finished(name: str, fields: Mapping[str, Tensor]) -> FinishedLinear:

@@ -17,7 +17,7 @@ from ..progress import Progress
 from .curves import CurveMaker
 from .embeddings import EMBEDDING, LAYER_EMBEDDING, measured_table
 from .head import probed_head
-from .input_group import FinishedLinear, finished_linears, measure_group
+from .input_group import FinishedLinear, finished_linears, measure_group, tied_head
 from .layers.linears import linear_of
 from .layers.positionwise import chunked_positionwise
 from .model.batches import check_finite, micro_batches
@@ -140,9 +140,9 @@ class MeasuringPasses:
         with self.model.tail() as head:
             with self._products():
                 sums, gradient = probed_head(self.model, head, self.tokens, hidden, seed=self.seed)
-            name, feedback = self.model.source.head_name, not self.model.source.tied_embeddings
+            name, tied = self.model.source.head_name, self.model.source.tied_embeddings
             none = torch.empty(head.out_features, 0)  # its outputs are rounded each for itself
-            packed = measure_group({name: head}, sums, {name: none}, self.makers, self.dampings, with_feedback=feedback)
+            packed = measure_group({name: head}, sums, {name: none}, self.makers, self.dampings, keep_gram=tied)
         self.artifacts.save(f"gradient-{last}", {"gradient": gradient})
         self.artifacts.save("head", packed)
 
@@ -192,7 +192,7 @@ class MeasuringPasses:
         couplings = {n: sums.couplings[i].coupling(sums.fisher[i]) for n, i in zip(names, group.linears, strict=True)}
         sums.fisher = {n: sums.fisher[inner] for n, inner in zip(names, group.linears, strict=True)}
         linears = dict(zip(names, modules, strict=True))
-        return measure_group(linears, sums, couplings, self.makers, self.dampings, with_feedback=True)
+        return measure_group(linears, sums, couplings, self.makers, self.dampings)
 
     def _backward_block(
         self,
@@ -231,8 +231,10 @@ class MeasuringPasses:
         blocks = range(self.model.block_count if source.layer_embedding is not None else 0)
         of_layers = [self._artifact(f"layer-gradient-{index}")["gradient"] for index in blocks]
         for name, of_table in embedding_gradients(self.model, self.tokens, gradient, of_layers).items():
-            artifact = EMBEDDING if name == source.embedding_name else LAYER_EMBEDDING
-            self.artifacts.save(artifact, measured_table(self.model, name, self.tokens, of_table, self.makers))
+            own = name == source.embedding_name
+            head = tied_head(self.artifacts.load("head")) if own and source.tied_embeddings else None
+            measured = measured_table(self.model, name, self.tokens, of_table, self.makers, head=head)
+            self.artifacts.save(EMBEDDING if own else LAYER_EMBEDDING, measured)
 
 
 def _followed(indices: Sequence[int]) -> dict[int, int | None]:

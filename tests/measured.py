@@ -84,17 +84,16 @@ def layout_of(
 
 def gguf_curves_of(directory: Path) -> list[GgufCurves]:
     """GGUF's curves of a model, as if its converter changed no row; none where ggml's library is not installed."""
-    return [GgufCurves(measured_types(), *plain_file(directory))] if measured_types() else []
+    return [GgufCurves(measured_types(), plain_file(directory))] if measured_types() else []
 
 
-def plain_file(directory: Path) -> tuple[Layout, dict[str, str]]:
-    """What ``layout_of`` says of a whole model, and what its head is held as if it is tied."""
+def plain_file(directory: Path) -> Layout:
+    """What ``layout_of`` says of a whole model."""
     source = language_model(Checkpoint.open(directory))
     shapes = {name: source.shape(name) for name in sorted(source.names)}
     matrices = {name.removesuffix(".weight"): (x[0], x[1]) for name, x in shapes.items() if len(x) == 2}
     vectors = {gguf_name(name) or name: shape for name, shape in shapes.items() if len(shape) == 1}
-    holders = {"lm_head": "model.embed_tokens"} if source.tied_embeddings else {}
-    return layout_of(matrices, others=vectors), holders
+    return layout_of(matrices, others=vectors)
 
 
 @dataclass(frozen=True)
@@ -111,13 +110,18 @@ class Given:
 
 
 def gguf_of(
-    types: tuple[str, ...], damages: Mapping[str, list[NDArray[np.float32]]], table: NDArray[np.float32], layout: Layout
+    types: tuple[str, ...],
+    damages: Mapping[str, list[NDArray[np.float32]]],
+    table: NDArray[np.float32],
+    layout: Layout,
+    gram: NDArray[np.float32] | None = None,
 ) -> FormatCurves:
-    """GGUF's curves; of every linear the damages of its parts."""
+    """GGUF's curves; of every linear the damages of its parts, and what errors in a table that is the head cost."""
     none = np.zeros((0, len(types)), dtype=np.float32)
     linears = {name: {"damage_nats": np.stack(parts) if parts else none} for name, parts in damages.items()}
     header = {"types": list(types), "file": layout.to_json()}
-    return FormatCurves(version=3, header=header, linears=linears, table={"damage_nats": table})
+    of_table = {"damage_nats": table} if gram is None else {"damage_nats": table, "gram": gram}
+    return FormatCurves(version=4, header=header, linears=linears, table=of_table)
 
 
 def damage_of(measurement: Measurement, name: str, format_: str = EXL2) -> NDArray[np.float32]:

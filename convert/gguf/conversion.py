@@ -188,9 +188,7 @@ class GgufConversion(LabelledConversion):
 
     def curves(self) -> GgufCurves:
         """See ``Conversion``."""
-        source = self.source
-        tied = {source.head_name: source.embedding_name} if source.tied_embeddings else {}
-        return GgufCurves(measured_types(), self.layout, tied)
+        return GgufCurves(measured_types(), self.layout)
 
     def plan(self, measurement: Measurement | None, target: Target | None, provenance: Provenance) -> Plan:
         """See ``Conversion``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from ...errors import NumericalError
 from ...measure.curves import CurveInputs, CurveMaker, LinearCurves, TableInputs
 from ..carry import require_float16_range
-from .ggml.curves import measure_plain_types, measure_table, measure_types
+from .ggml.curves import measure_embeddings, measure_tied_table, measure_types, tied_gram
 from .ggml.kernels import build_tables
 from .ggml.types import GgmlType
 from .plan.layout import Layout
@@ -37,17 +37,15 @@ class GgufCurves(CurveMaker):
     name = NAME
     version = CURVES_VERSION
 
-    def __init__(self, kinds: Sequence[GgmlType], layout: Layout, holders: Mapping[str, str] | None = None) -> None:
+    def __init__(self, kinds: Sequence[GgmlType], layout: Layout) -> None:
         """Choose what is measured.
 
         Args:
             kinds: The types, at least one.
             layout: The unquantized file that is quantized.
-            holders: Linears that the file holds as another matrix, by name: a head that is the table of embeddings.
         """
         self.kinds = tuple(kinds)
         self.layout = layout
-        self._holders = dict(holders or {})
 
     @cached_property
     def header(self) -> dict[str, Any]:
@@ -62,18 +60,18 @@ class GgufCurves(CurveMaker):
         """See ``CurveMaker``: ``damage_nats``, shape (parts, types); infinite where a type does not fit the rows.
 
         Parts are the tensors that hold outputs of the linear, in the order of ``RowMap.parts``; none where no tensor
-        does.
+        does, as of a head that is the table of embeddings: see ``table``.
 
         Raises:
             NumericalError: A weight is beyond float16's range.
         """
         for name, weight in zip(inputs.names, inputs.weights, strict=True):
             require_float16_range(f"{name}.weight", weight.float(), NumericalError)
-        parts = [self.layout.rows.parts(self._holders.get(name, name)) for name in inputs.names]
+        parts = [self.layout.rows.parts(name) for name in inputs.names]
         measured = [[torch.empty(0, len(self.kinds)) for _ in own] for own in parts]
         dampings = [inputs.damping] * len(parts)
         for places, pieces in _pieces(inputs, parts):
-            for (linear, part), curves in zip(places, self._measured(pieces), strict=True):
+            for (linear, part), curves in zip(places, measure_types(pieces, self.kinds), strict=True):
                 measured[linear][part] = curves.tensors["damage_nats"]
                 dampings[linear] = max(dampings[linear], curves.damping)
         none = torch.empty(0, len(self.kinds))
@@ -83,20 +81,14 @@ class GgufCurves(CurveMaker):
         ]
 
     def table(self, inputs: TableInputs) -> dict[str, Tensor]:
-        """See ``CurveMaker``: ``damage_nats`` of the embeddings, as the input of the first block, shape (types,)."""
-        return {"damage_nats": measure_table(inputs, self.kinds)}
+        """See ``CurveMaker``: ``damage_nats`` of the table, shape (types,), in both uses if it is the head, too.
 
-    def _measured(self, inputs: CurveInputs) -> list[LinearCurves]:
-        if inputs.with_feedback:
-            return measure_types(inputs, self.kinds)
-        damages = [
-            measure_plain_types(
-                weight, inputs.gram, fisher, self.kinds, generalization_ratio=inputs.generalization_ratio
-            )
-            for weight, fisher in zip(inputs.weights, inputs.fishers, strict=True)
-        ]
-        # Nothing was factored, and nothing given up: other formats' dampings hold.
-        return [LinearCurves(tensors={"damage_nats": damage}, damping=inputs.damping) for damage in damages]
+        Of a table that is both, ``gram`` is what an error in a row costs on average, float32, shape (K, K).
+        """
+        if inputs.head is None:
+            return {"damage_nats": measure_embeddings(inputs, self.kinds)}
+        gram = tied_gram(inputs.fisher, inputs.head)
+        return {"damage_nats": measure_tied_table(inputs, inputs.head, gram, self.kinds), "gram": gram}
 
 
 def _pieces(

@@ -14,13 +14,14 @@ from ...checkpoint.source.language import language_model
 from ...errors import NumericalError
 from ...linalg.hessian import Hessian
 from ...linalg.outputs import OutputFeedback
-from ...linalg.parallel import cores
+from ...linalg.parallel import cores, run_all
 from ...measure.measurement import MeasuredLinear, Measurement
 from ..carry import require_float16_range
 from ..rounding import RoundedModel, Rounder, rounding_damping
 from .ggml.kernels import Bytes, GgmlType, decode, encode
-from .ggml.rounding import output_sets, round_to_type
+from .ggml.rounding import ENCODING, output_sets, round_to_type
 from .llama_cpp.importance import table_importance
+from .plan.measured import gguf_curves
 from .plan.plan import GgufPlan
 from .rows.rowmap import Part, RowMap
 from .rows.slices import hessian_of, joined_weight, stored_part
@@ -68,15 +69,24 @@ class GgufRounder(Rounder):
         self.table = measurement.embedding.name if rounded[measurement.embedding.name] else None
 
     def round_table(self) -> dict[str, Tensor]:
-        """See ``Rounder``. Rows are rounded each for itself: see ``bpwise.convert.gguf.ggml.curves``."""
+        """See ``Rounder``. A table that is the output head too is rounded with feedback, others by ggml alone."""
         assert self.table is not None
         weight = self._source.tensor(f"{self.table}.weight").float()
         require_float16_range(f"{self.table}.weight", weight, NumericalError)
+        gram = gguf_curves(self._measurement).table_gram
         made = {}
         for number, part, kind in self.planned(self.table):
-            importance = table_importance(self._measurement) if kind.quantized else None
-            rows = stored_part(weight.T, part).T.contiguous()
-            made[f"data.{number}"] = torch.from_numpy(encode(rows, kind, importance, threads=cores()))
+            rows = stored_part(weight.T, part)
+            if gram is not None and kind.quantized:
+                hessian = hessian_of(Hessian(torch.from_numpy(gram)), part)
+                upper = hessian.factor(rounding_damping(self._measurement.head)).upper
+                slices = rows.split(_SLICE_OUTPUTS, dim=1)
+                tasks = [partial(round_to_type, each, upper, kind) for each in slices]
+                data = np.concatenate(run_all(tasks, ENCODING))
+            else:
+                importance = table_importance(self._measurement) if kind.quantized else None
+                data = encode(rows.T.contiguous(), kind, importance, threads=cores())
+            made[f"data.{number}"] = torch.from_numpy(data)
         return made
 
     def round_linear(self, measured: MeasuredLinear, target: Tensor, hessian: Hessian) -> dict[str, Tensor]:

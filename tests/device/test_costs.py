@@ -9,7 +9,7 @@ import torch
 from bpwise.convert.exl2.file.layout import RowGroup
 from bpwise.convert.exl2.rounding.feedback import errors_by_group, round_linear_
 from bpwise.convert.gguf.ggml.kernels import kernels_available
-from bpwise.convert.gguf.ggml.rounding import expected_errors, round_to_type
+from bpwise.convert.gguf.ggml.rounding import expected_rounding, round_to_type
 from bpwise.convert.gguf.ggml.types import TYPES
 from bpwise.linalg.hessian import factor_hessian
 from bpwise.linalg.outputs import OutputFeedback
@@ -54,7 +54,7 @@ def round_gguf(weight: Tensor, upper: Tensor) -> None:
 
 
 def measure_gguf(weight: Tensor, upper: Tensor) -> None:
-    expected_errors(weight, upper, TYPES["Q4_0"])
+    expected_rounding(weight, upper, TYPES["Q4_0"])
 
 
 def counts_of(work: Callable[[Tensor, Tensor], None], channels: int, device: torch.device) -> Counts:

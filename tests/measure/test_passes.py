@@ -592,7 +592,6 @@ class Constant:
         self.warm = True
 
     def linears(self, inputs: CurveInputs) -> list[LinearCurves]:
-        assert inputs.with_feedback
         assert self.warm
         return [LinearCurves(tensors={"damage_nats": torch.ones(1)}, damping=self.damping) for _ in inputs.names]
 

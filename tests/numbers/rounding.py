@@ -61,7 +61,7 @@ def measured(case: Case, maker: CurveMaker) -> tuple[FinishedLinear, Tensor]:
     sums.see_gradient(_NAME, (2.0 * signs - 1) * case.slopes)
     sums.end_batch()
     none = torch.empty(len(case.weight), 0)
-    packed = measure_group({_NAME: linear}, sums, {_NAME: none}, [maker], DAMPINGS, with_feedback=True)
+    packed = measure_group({_NAME: linear}, sums, {_NAME: none}, [maker], DAMPINGS)
     gram = WeightedGram(case.inputs.shape[1], device)
     gram.add(case.inputs, torch.ones(tokens))
     return finished_linears(packed)[_NAME], gram.mean()

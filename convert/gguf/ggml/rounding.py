@@ -29,7 +29,7 @@ from .blocks import GRID_TYPES, repack, unpack
 from .codebooks import CODEBOOK_TYPES, codebook, codes_of, nearest, recode, scales_of
 from .kernels import Bytes, GgmlType, decode, encode
 
-__all__ = ["ENCODING", "SWEEPS", "expected_errors", "output_sets", "round_to_type"]
+__all__ = ["ENCODING", "SWEEPS", "expected_rounding", "output_sets", "round_to_type"]
 
 ENCODING = torch.device("cpu")
 """Where ggml's encoder is, and with it all that waits for it, whatever the device of the weights."""
@@ -97,8 +97,8 @@ def output_sets(outputs: int) -> int:
     return max(1, min(_SETS, outputs // _SET_OUTPUTS))
 
 
-def expected_errors(weight: Tensor, upper: Tensor, kind: GgmlType) -> Tensor:
-    """Estimate the error that ``round_to_type`` will leave, with one encoder call and all blocks at once.
+def expected_rounding(weight: Tensor, upper: Tensor, kind: GgmlType) -> tuple[Tensor, Tensor]:
+    """Estimate the errors that ``round_to_type`` will leave, with one encoder call and all blocks at once.
 
     Each block is rounded as if it were the first. What it takes over from those before it moves its targets, but hardly
     makes them larger: it is left out. So is what choosing codes again gains, half of which other text loses.
@@ -109,7 +109,7 @@ def expected_errors(weight: Tensor, upper: Tensor, kind: GgmlType) -> Tensor:
         kind: As in ``round_to_type``.
 
     Returns:
-        dW^T H dW of every output, float32, shape (out,), on the CPU.
+        dW^T H dW of every output, float32, shape (out,), and dW itself, shape (K, out); both on the CPU.
 
     Raises:
         BpwiseError: As ``round_to_type``.
@@ -118,9 +118,8 @@ def expected_errors(weight: Tensor, upper: Tensor, kind: GgmlType) -> Tensor:
     encoded = _scaled(weight.T.contiguous(), kind, upper.diagonal().square().to(ENCODING), threads=1)
     roots = _blocks(upper, kind.block_weights).to(ENCODING)
     targets = weight.unflatten(0, (len(roots), -1))
-    _, errors = _fed_back(targets, roots, encoded, kind, threads=1)
-    squares: Tensor = errors.square().sum(dim=(0, 1))
-    return squares
+    _, missed = _fed_back(targets, roots, encoded, kind, threads=1)
+    return (roots.mT @ missed).square().sum(dim=(0, 1)), missed.flatten(0, 1)
 
 
 def _rounded(
@@ -137,8 +136,8 @@ def _rounded(
             earlier = upper[:first, rows].T @ missed[:first]
             target = target + torch.linalg.solve_triangular(root.T, earlier, upper=False)
         encoded = _scaled(target.T.contiguous(), kind, root.diagonal().square(), threads)
-        encoded, error = _fed_back(target[None], root[None], encoded, kind, threads)
-        errors[rows] = error[0]
+        encoded, moved = _fed_back(target[None], root[None], encoded, kind, threads)
+        errors[rows] = root.T @ moved[0]
         data[:, _bytes_of(rows, kind)] = encoded
         torch.sub(weight[rows], decode(encoded, kind, threads=threads).T, out=missed[rows])
     if grams:
@@ -179,8 +178,8 @@ def _bytes_of(rows: slice, kind: GgmlType) -> slice:
 
 
 def _fed_back(targets: Tensor, roots: Tensor, encoded: Bytes, kind: GgmlType, threads: int) -> tuple[Bytes, Tensor]:
-    # Blocks that do not see each other, encoded anew with ggml's scales, and their errors E, float32, shape
-    # (blocks, S, out) as the targets; R_SS has shape (blocks, S, S).
+    # Blocks that do not see each other, encoded anew with ggml's scales, and what they miss of their targets, float32,
+    # both of shape (blocks, S, out); R_SS has shape (blocks, S, S).
     if kind.name in GRID_TYPES:
         couplings = roots.mT / roots.diagonal(dim1=1, dim2=2)[:, :, None]
         encoded, missed = _weight_by_weight(targets, targets, couplings, encoded, kind)
@@ -190,7 +189,7 @@ def _fed_back(targets: Tensor, roots: Tensor, encoded: Bytes, kind: GgmlType, th
         encoded, missed = _code_by_code(targets, targets, couplings, own, encoded, kind, free=True)
     else:
         missed = targets - decode(encoded, kind, threads=threads).T.view_as(targets)
-    return encoded, roots.mT @ missed
+    return encoded, missed
 
 
 def _sweep(

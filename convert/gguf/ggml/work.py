@@ -11,7 +11,7 @@ from ....linalg.parallel import threads_beside
 from ....linalg.work import Elements, Factors, Kind, Products, Sample, Work
 from ...rounding import FormatWork
 from .curves import SAMPLED_ROWS, measured_types, needs_tables
-from .rounding import SWEEPS, expected_errors, output_sets, round_to_type
+from .rounding import SWEEPS, expected_rounding, output_sets, round_to_type
 from .types import GgmlType, ggml_type
 
 __all__ = ["EncodedWeights", "GgufWork", "TriedTypes"]
@@ -58,7 +58,7 @@ class TriedTypes(Kind):
         """See ``Kind``."""
         weight, upper = _weight(self.channels, self.columns, device), _factor(self.channels, device)
         kinds = [ggml_type(name) for name in self.types]
-        return Sample(lambda: [expected_errors(weight, upper, kind) for kind in kinds], self.channels)
+        return Sample(lambda: [expected_rounding(weight, upper, kind) for kind in kinds], self.channels)
 
 
 @dataclass(frozen=True)

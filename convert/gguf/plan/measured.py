@@ -12,17 +12,17 @@ from numpy.typing import NDArray
 
 from ....checkpoint.files.schemas import check_schema
 from ....errors import FormatError, install_command
-from ....measure.measurement import MeasuredLinear, Measurement
+from ....measure.measurement import Measurement
 from ....measure.measurement_file import REMEDY, MeasuredTensors
 from ..ggml.types import TYPES
 from .layout import Layout
 
-__all__ = ["CURVES_VERSION", "NAME", "GgufMeasured", "gguf_curves", "held_as"]
+__all__ = ["CURVES_VERSION", "NAME", "GgufMeasured", "gguf_curves"]
 
 NAME = "gguf"
 """Of the format, which its curves lie under."""
 
-CURVES_VERSION = 3
+CURVES_VERSION = 4
 """Raised when tensors or header change meaning."""
 
 _NOT_MEASURED = (
@@ -55,32 +55,27 @@ class GgufMeasured:
     Attributes:
         types: Names of the types that were measured, the largest first.
         layout: The unquantized file that they are for.
-        table_damage_nats: Damage of the token embeddings in each type, as the input of the first block, nats per token,
-            shape (types,).
+        table_damage_nats: Damage of the token embeddings in each type, nats per token, shape (types,): as the input of
+            the first block, and as the output head if they are that too.
+        table_gram: Of a table that is both, what an error in a row costs on average, float32, shape (K, K).
         tensors: By linear and name.
     """
 
     types: tuple[str, ...]
     layout: Layout
     table_damage_nats: NDArray[np.float32]
+    table_gram: NDArray[np.float32] | None
     tensors: MeasuredTensors
 
-    def damages(self, linear: str, holder: str) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    def damages(self, linear: str) -> Iterator[tuple[str, NDArray[np.float32]]]:
         """Yield the tensors of the file that hold a linear, and its damage there in each type.
 
         Damages are nats per token, shape (types,); infinite where a type does not fit the rows.
 
         Args:
             linear: Its name.
-            holder: What holds it, as ``held_as`` says.
         """
-        yield from zip(self.layout.rows.tensors_of(holder), self.tensors.tensors[f"{linear}.damage_nats"], strict=True)
-
-
-def held_as(measurement: Measurement, linear: MeasuredLinear) -> str:
-    """Return the name of the matrix that a file holds a linear as: of a tied head that is the table of embeddings."""
-    tied = linear.name == measurement.head.name and measurement.embedding.tied
-    return measurement.embedding.name if tied else linear.name
+        yield from zip(self.layout.rows.tensors_of(linear), self.tensors.tensors[f"{linear}.damage_nats"], strict=True)
 
 
 def gguf_curves(measurement: Measurement) -> GgufMeasured:
@@ -103,5 +98,8 @@ def gguf_curves(measurement: Measurement) -> GgufMeasured:
     if own is not None:
         damage(own.name)
     for linear in (*measurement.linears, measurement.head):
-        damage(linear.name, len(layout.rows.tensors_of(held_as(measurement, linear))))
-    return GgufMeasured(known.types, layout, damage(measurement.embedding.name), tensors)
+        damage(linear.name, len(layout.rows.tensors_of(linear.name)))
+    table = measurement.embedding
+    of_table, square = damage(table.name), (table.hidden_size, table.hidden_size)
+    gram = tensors.take(f"{table.name}.gram", np.float32, square, least=None) if table.tied else None
+    return GgufMeasured(known.types, layout, of_table, gram, tensors)

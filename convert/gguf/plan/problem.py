@@ -16,7 +16,7 @@ from ...plan import shown_range
 from ..file.roles import matrices_of
 from ..ggml.types import GgmlType, ggml_type
 from .layout import Layout
-from .measured import gguf_curves, held_as
+from .measured import gguf_curves
 from .plan import TypeOverride
 
 __all__ = ["Candidate", "PlanProblem", "estimated_problem", "measured_problem", "unmeasured_problem"]
@@ -127,11 +127,10 @@ def measured_problem(
     head, table = measurement.head, measurement.embedding
     damages: dict[str, Damages] = {}
     for linear in (*measurement.linears, head):
-        for tensor, damage in curves.damages(linear.name, held_as(measurement, linear)):
+        for tensor, damage in curves.damages(linear.name):
             damages[tensor] = damages[tensor] + damage if tensor in damages else damage
     for tensor in curves.layout.rows.tensors_of(table.name):
-        # Last of all, as its errors act on all.
-        damages[tensor] = curves.table_damage_nats + damages.pop(tensor, np.float32(0))
+        damages[tensor] = curves.table_damage_nats
     known = {*(linear.name for linear in measurement.linears), head.name, table.name}
     own = measurement.layer_embedding
     if own is not None:

@@ -5,10 +5,20 @@ import numpy as np
 import pytest
 import torch
 from bpwise.convert.gguf.curves import GgufCurves
-from bpwise.convert.gguf.ggml.curves import SAMPLED_ROWS, measure_plain_types, measure_types, measured_types
+from bpwise.convert.gguf.ggml.curves import (
+    SAMPLED_ROWS,
+    measure_embeddings,
+    measure_tied_table,
+    measure_types,
+    measured_types,
+    tied_gram,
+)
 from bpwise.convert.gguf.ggml.kernels import GgmlType, decode, encode, ggml_type
+from bpwise.convert.gguf.ggml.rounding import round_to_type
 from bpwise.convert.gguf.plan.layout import Layout, StoredTensor
 from bpwise.convert.gguf.rows.rowmap import RowMap, TensorRows
+from bpwise.linalg.hessian import factor_hessian
+from bpwise.measure.curves import TableInputs, TiedHead
 from torch import Tensor
 
 from ...measured import group_of, layout_of
@@ -41,27 +51,50 @@ def plain_damage(weight: Tensor, gram: Tensor, row_weights: Tensor, name: str) -
     return sum(0.5 * float(f) * float(e @ gram.double() @ e) for f, e in zip(row_weights, errors, strict=True))
 
 
-def test_plain_damage_is_that_of_the_definition() -> None:
-    weight, gram, fisher = matrix(96, 40), gram_of(96), torch.rand(40)
-    found = measure_plain_types(weight, gram, fisher, KINDS, generalization_ratio=1.5).tolist()
-    assert found[0] == pytest.approx(1.5 * plain_damage(weight, gram, fisher, "Q8_0"), rel=1e-4)
+def table_of(weight: Tensor, uses: Tensor, fisher: Tensor, head: TiedHead | None = None) -> TableInputs:
+    return TableInputs(embeddings=lambda rows: weight.T[rows], uses=uses, fisher=fisher, head=head)
+
+
+def test_embeddings_cost_what_the_definition_says() -> None:
+    weight, fisher, uses = matrix(96, 40), torch.rand(96), torch.rand(40)
+    found = measure_embeddings(table_of(weight, uses, fisher), KINDS).tolist()
+    assert found[0] == pytest.approx(plain_damage(weight, fisher.diag(), uses, "Q8_0"), rel=1e-4)
     assert found[1] == math.inf  # 96 inputs are no whole number of blocks of 256
-    assert found[2] == pytest.approx(1.5 * plain_damage(weight, gram, fisher, "Q4_0"), rel=1e-4)
+    assert found[2] == pytest.approx(plain_damage(weight, fisher.diag(), uses, "Q4_0"), rel=1e-4)
 
 
 def test_feedback_costs_less_than_none() -> None:
     weight, gram, fisher = matrix(512, 40), gram_of(512), torch.rand(40)
-    found = damage_of(weight, gram, fisher, KINDS, damping=0.01)
-    assert bool((found < measure_plain_types(weight, gram, fisher, KINDS)).all())
-    assert found[0] < found[1:].min()
+    found = damage_of(weight, gram, fisher, KINDS, damping=0.01).tolist()
+    plain = [plain_damage(weight, gram, fisher, kind.name) for kind in KINDS]
+    assert all(ours < theirs for ours, theirs in zip(found, plain, strict=True))
+    assert found[0] < min(found[1:])
 
 
 def test_a_sample_of_rows_stands_for_all() -> None:
-    weight, gram = matrix(64, 8 * SAMPLED_ROWS), gram_of(64)
-    fisher = torch.rand(8 * SAMPLED_ROWS, generator=torch.Generator().manual_seed(2))
-    found = measure_plain_types(weight, gram, fisher, KINDS)
-    # 256 independent rows, each of 64 errors: the mean is good to a few percent.
-    assert float(found[2]) == pytest.approx(plain_damage(weight, gram, fisher, "Q4_0"), rel=0.1)
+    weight, fisher = matrix(64, 8 * SAMPLED_ROWS), torch.rand(64)
+    uses = torch.rand(8 * SAMPLED_ROWS, generator=torch.Generator().manual_seed(2))
+    found = measure_embeddings(table_of(weight, uses, fisher), KINDS)
+    # 128 independent rows, each of 64 errors: the mean is good to a few percent.
+    assert float(found[2]) == pytest.approx(plain_damage(weight, fisher.diag(), uses, "Q4_0"), rel=0.1)
+
+
+@pytest.mark.parametrize("rows", [40, 8 * SAMPLED_ROWS])
+def test_a_tied_table_costs_what_both_its_uses_do(rows: int) -> None:
+    rng = torch.Generator().manual_seed(3)
+    weight, gram = matrix(256, rows), gram_of(256) / 256
+    uses, seen = torch.rand(rows, generator=rng) / rows, torch.rand(rows, generator=rng) ** 4
+    fisher = 0.3 * rows * gram.diagonal() * (0.5 + torch.rand(256, generator=rng))
+    head = TiedHead(gram=gram, fisher=seen, damping=1e-3, generalization_ratio=1.25)
+    both = tied_gram(fisher, head)
+    assert torch.allclose(both, fisher.diag() + seen.sum() * gram, rtol=1e-5)
+    found = measure_tied_table(table_of(weight, uses, fisher, head), head, both, KINDS).tolist()
+    upper = factor_hessian(both, head.damping).upper
+    for kind, damage in zip(KINDS, found, strict=True):
+        errors = (decode(round_to_type(weight, upper, kind, sweeps=0), kind) - weight.T).double()
+        embedded = 0.5 * float(uses.double() @ errors.square() @ fisher.double())
+        seen_by_head = 0.5 * float(((errors @ gram.double()) * errors).sum(1) @ seen.double())
+        assert damage == pytest.approx(1.25 * seen_by_head + embedded, rel=0.1), kind
 
 
 def test_inputs_that_are_always_zero_cost_nothing() -> None:
@@ -76,14 +109,6 @@ def test_every_measured_type_can_be_encoded() -> None:
     found = damage_of(matrix(256, 4), gram, torch.ones(4), measured_types(), damping=0.1)
     assert bool(found.isfinite().all())
     assert {"Q8_0", "Q4_K", "IQ1_S"} <= {kind.name for kind in measured_types()} and len(found) >= 18
-
-
-def test_without_feedback_no_damping_is_given_up() -> None:
-    # Of an output head that is the embedding table too; EXL2 rounds it with feedback, and with its damping.
-    inputs = group_of([matrix(64, 8)], torch.zeros(64, 64), [torch.ones(8)], damping=0.1, with_feedback=False)
-    (curves,) = GgufCurves(KINDS, layout_of({"l.0": (8, 64)})).linears(inputs)
-    assert curves.damping == 0.1
-    assert curves.tensors["damage_nats"].shape == (1, 3)
 
 
 def file_of(tensors: dict[str, TensorRows], **shapes: tuple[int, ...]) -> Layout:
@@ -135,12 +160,3 @@ def test_a_linear_that_no_tensor_holds_costs_nothing() -> None:
     (curves,) = GgufCurves(KINDS, layout_of({"other": (8, 64)})).linears(inputs)
     assert curves.tensors["damage_nats"].shape == (0, 3)
     assert curves.damping == 0.1
-
-
-def test_a_tied_head_is_measured_as_the_table_that_holds_it() -> None:
-    inputs = group_of([matrix(64, 8)], gram_of(64), [torch.ones(8)], damping=0.1, with_feedback=False)
-    layout = layout_of({"model.embed_tokens": (8, 64)})
-    (curves,) = GgufCurves(KINDS, layout, {"l.0": "model.embed_tokens"}).linears(inputs)
-    assert torch.equal(
-        curves.tensors["damage_nats"][0], measure_plain_types(inputs.weights[0], inputs.gram, torch.ones(8), KINDS)
-    )

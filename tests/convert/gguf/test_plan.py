@@ -35,7 +35,7 @@ TENSORS = {
 """Tensors of the file: the linear that each of them is, and its shape."""
 
 SCALES = dict(zip(TENSORS, (0.03, 0.05, 0.001, 0.02), strict=False))
-TABLE = np.array([0.0, np.inf, 0.01], dtype=np.float32)
+TABLE = np.array([0.0002, np.inf, 0.01], dtype=np.float32)
 
 
 def damage(width: int, scale: float) -> NDArray[np.float32]:
@@ -48,7 +48,10 @@ def measurement(*, tied: bool = True) -> Measurement:
     damages = {linear: [damage(shape[1], SCALES[name])] for name, (linear, shape) in list(TENSORS.items())[:-1]}
     held = {linear: shape for linear, shape in TENSORS.values() if not (tied and linear == "lm_head")}
     layout = layout_of(held, others={"blk.0.attn_norm.weight": (400,), "output_norm.weight": (100,)})
-    made = bare_measurement(linears, {GGUF: gguf_of(TYPES, damages, TABLE, layout)}, other_weights=500)
+    if tied:
+        damages["lm_head"] = []
+    curves = gguf_of(TYPES, damages, TABLE, layout, np.eye(96, dtype=np.float32) if tied else None)
+    made = bare_measurement(linears, {GGUF: curves}, other_weights=500)
     return replace(made, embedding=replace(made.embedding, tokens=320, tied=tied))
 
 
@@ -66,10 +69,7 @@ def test_no_other_choice_within_the_size_has_less_damage(bpw: float, tied: bool)
         name: dict(zip(TYPES, damage(shape[1], SCALES[name]), strict=True))
         for name, (_, shape) in list(TENSORS.items())[:-1]
     }
-    damages["token_embd.weight"] = {"Q8_0": 0.0, "Q4_0": 0.01}
-    if tied:  # one table, both uses
-        head = damages["output.weight"]
-        damages["token_embd.weight"] = {k: d + head[k] for k, d in damages["token_embd.weight"].items()}
+    damages["token_embd.weight"] = {"Q8_0": 0.0002, "Q4_0": 0.01}
     best = min(
         sum({**damages[name], "F16": 0.0}[kind] for name, kind in zip(sizes, choice, strict=True))
         for choice in itertools.product(*([k for k in BITS if k != "Q4_K" or w % 256 == 0] for _, w in sizes.values()))
@@ -294,7 +294,7 @@ def test_refuses_a_measurement_without_types() -> None:
     with pytest.raises(ConfigError, match=r"pip install '.\[gguf\]'"):
         make_gguf_plan(replace(measurement(), curves={}), bpw=6.0)
     curves = measurement().curves[GGUF]
-    with pytest.raises(FormatError, match=r"of another version. Got 1. Expected 3. Measure the model again"):
+    with pytest.raises(FormatError, match=r"of another version. Got 1. Expected 4. Measure the model again"):
         make_gguf_plan(replace(measurement(), curves={GGUF: replace(curves, version=1)}), bpw=6.0)
 
 
@@ -323,6 +323,10 @@ def with_file(made: Measurement, **changes: Any) -> Measurement:
             lambda x: replace(x, curves={GGUF: replace(x.curves[GGUF], table={})}),
             "embed_tokens.damage_nats' is missing",
         ),
+        (
+            lambda x: replace(x, curves={GGUF: replace(x.curves[GGUF], table={"damage_nats": TABLE})}),
+            "embed_tokens.gram' is missing",
+        ),
         (lambda x: with_header(x, types=["Q9_K", "Q8_0", "Q4_0"]), "types must be different types"),
         (lambda x: with_header(x, types=["Q8_0", "Q8_0", "Q4_0"]), "types must be different types"),
         (lambda x: with_header(x, types=[]), "types: .*length >= 1"),
@@ -333,7 +337,16 @@ def with_file(made: Measurement, **changes: Any) -> Measurement:
         (lambda x: with_file(x, rows="?"), "rows: cannot be unpacked"),
     ],
     ids=[
-        *("one-axis", "a-part-more", "another-tensor", "no-table", "types-unknown", "type-twice", "no-types"),
+        *(
+            "one-axis",
+            "a-part-more",
+            "another-tensor",
+            "no-table",
+            "no-gram",
+            "types-unknown",
+            "type-twice",
+            "no-types",
+        ),
         *("no-file", "no-rows", "no-blocks", "other-tensors", "no-map"),
     ],
 )

@@ -44,9 +44,9 @@ class Case:
     def __init__(self, directory: Path, work: Path, layout: Layout | None = None) -> None:
         self.checkpoint = Checkpoint.open(directory)
         self.work = work
-        plain, holders = plain_file(directory)
-        self.rows = (layout or plain).rows
-        curves = GgufCurves(measured_types(), layout or plain, holders)
+        layout = layout or plain_file(directory)
+        self.rows = layout.rows
+        curves = GgufCurves(measured_types(), layout)
         config = MeasureConfig(device="cpu")
         self.measurement: Measurement = measure_checkpoint(self.checkpoint, rows(), config, [curves], work / "measure")
 
@@ -113,6 +113,26 @@ def test_costs_less_than_ggmls_own_rounding(which: str, request: pytest.FixtureR
     assert ours < 0.8 * theirs
     # The curves promise about what comes out: the same order of magnitude, on so little text.
     assert 0.3 < plan.damage_nats / ours < 3
+
+
+def test_a_table_that_is_the_head_is_rounded_with_feedback(tied: Case) -> None:
+    made, plan, kind = tied.measurement, tied.plan(["token_embd.weight=Q4_0"]), ggml_type("Q4_0")
+    curves, head = made.curves["gguf"], made.head
+    power = head.fisher.sum() * head.input_power + made.embedding.importance
+    assert np.allclose(curves.table["gram"].diagonal(), power, rtol=1e-4)
+
+    inputs = torch.randn(256, 8) @ torch.randn(8, 64) + 0.1 * torch.randn(256, 64)  # outputs hang together
+    gram = (inputs.T @ inputs).double()
+    curves = replace(curves, table={**curves.table, "gram": gram.float().numpy()})
+    rounder = GgufRounder(plan, replace(made, curves={"gguf": curves}), tied.checkpoint, tied.rows)
+    weight = tied.checkpoint.tensor("model.embed_tokens.weight").float()
+
+    def cost(data: Any) -> float:
+        missed = (decode(data, kind) - weight).double()
+        return float(((missed @ gram) * missed).sum())
+
+    ours = cost(rounder.round_table()["data.0"].numpy())
+    assert ours < 0.5 * cost(encode(weight, kind, gram.diagonal().float()))
 
 
 def test_an_unquantized_type_keeps_the_weights_where_nothing_drifts(untied: Case) -> None:
@@ -193,7 +213,7 @@ COLUMNS = np.random.default_rng(0).permutation(96)
 
 def changed_file(directory: Path) -> Layout:
     """A file whose first block joins, splits, stacks and reorders: what converters do, all at once."""
-    plain, _ = plain_file(directory)
+    plain = plain_file(directory)
     tensors, rows = {**plain.tensors}, {**plain.rows.tensors}
     for stem in ("attn_q", "attn_k", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
         del tensors[f"blk.0.{stem}.weight"], rows[f"blk.0.{stem}.weight"]
@@ -271,7 +291,7 @@ def test_columns_are_rounded_in_the_files_order(changed: Case) -> None:
 
 
 def test_what_no_planned_tensor_holds_stays(tiny_model: Path, tmp_path: Path) -> None:
-    plain, _ = plain_file(tiny_model)
+    plain = plain_file(tiny_model)
     rows = {**plain.rows.tensors}
     v, up = "blk.0.attn_v.weight", "blk.0.ffn_up.weight"
     rows[v] = TensorRows(rows[v].linears, rows[v].source[:20], rows[v].output[:20])
