@@ -70,6 +70,7 @@ CONFLICTS: Mapping[str, tuple[Conflict, ...]] = {
         _PLAIN_ROWS,
         _NO_TEXT,
         Conflict("without --vram", _missing("vram"), ("context",), "only the memory of a GPU holds a cache"),
+        Conflict("without --dry-run", _missing("dry_run"), ("as_json",), "a run writes report.json"),
     ),
     "measure": (_SAVED_ROWS, _PLAIN_ROWS, _NO_TEXT),
     "plan": (

@@ -22,7 +22,7 @@ from .options import (
     original_options,
     say_shortened,
 )
-from .output import progress_bar, say
+from .output import JSON_OPTION, progress_bar, say, say_json
 from .types import DIRECTORY, EXISTING_DIRECTORY, EXISTING_FILE, EXISTING_PATH, MIB
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ __all__ = ["dequantize", "evaluate", "inspect", "verify"]
 
 @cli.command()
 @click.argument("model", type=EXISTING_PATH)
-def verify(model: Path) -> None:
+@JSON_OPTION
+def verify(model: Path, as_json: bool) -> None:
     """Read every tensor of MODEL back and check it.
 
     MODEL is an EXL2 directory or a GGUF file.
@@ -49,12 +50,15 @@ def verify(model: Path) -> None:
     if reason is not None:
         say(f"warning: {model} is marked as broken. {reason}", err=True)
     found = verify_model(model)
+    for warning in found.warnings:
+        say(f"warning: {warning}", err=True)
+    if as_json:
+        say_json("verify", {"model": str(model), "broken": reason, **found.to_dict()})
+        return
     outcome = "what was meant" if found.compared else "finite values by the format's rules (nothing to compare with)"
     say(f"{model}: {found.quantized} quantized and {found.others} other tensors decode to {outcome}.")
     rates = [f"{part} {bpw:.4f} bpw" for part, bpw in found.rates.items()]
     say(", ".join((*rates, *found.facts, f"{found.file_bytes / MIB:.1f} MiB")))
-    for warning in found.warnings:
-        say(f"warning: {warning}", err=True)
 
 
 def _config_options(command: Command) -> Command:
@@ -271,7 +275,8 @@ def _compared_in_engine(
 
 @cli.command()
 @click.argument("path", type=EXISTING_PATH)
-def inspect(path: Path) -> None:
+@JSON_OPTION
+def inspect(path: Path, as_json: bool) -> None:
     """Show what is in a model, measurement, plan or calibration set.
 
     PATH is an EXL2 or checkpoint directory, or a file of any of these kinds.
@@ -279,6 +284,9 @@ def inspect(path: Path) -> None:
     from ..quantize.inspect import inspect_path
 
     found = inspect_path(path)
+    if as_json:
+        say_json("inspect", {"path": str(path), "kind": found.kind, **found.content})
+        return
     say(f"{path}: {found.kind}")
     for fact in found.facts:
         say(f"  {fact}")

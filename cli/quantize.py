@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ from .options import (
     original_options,
     say_shortened,
 )
-from .output import RunBar, progress_bar, say, time_lines
+from .output import JSON_OPTION, RunBar, progress_bar, say, say_json, time_lines
 from .types import EXISTING_FILE, MIB, PATH, RATES, SIZE, TOKENS
 
 if TYPE_CHECKING:
@@ -104,6 +104,7 @@ def _target_options(command: Command) -> Command:
 )
 @click.option("--base-model", metavar="ORG/NAME", help="Hub id of the original, for the card.  [default: MODEL's]")
 @click.option("--dry-run", is_flag=True, help="Print size, possible bpw, memory, disk and time; write nothing.")
+@JSON_OPTION
 @format_options("quantize")
 @evaluation_options
 @original_options
@@ -116,6 +117,7 @@ def quantize(
     measurement: Path | None,
     base_model: str | None,
     dry_run: bool,
+    as_json: bool,
     choice: FormatChoice,
     evaluation: EvaluationArguments,
     changes: OriginalArguments,
@@ -149,9 +151,15 @@ def quantize(
         say_shortened(source, evaluation=evaluate.row_tokens)
     if measuring.saved is None and measurement is None and choice.options.measures:
         say_shortened(source, calibration=measuring.config.calibration.row_tokens)
-    _print_warnings(choice.format.conversion(source, choice.options).warnings)
+    warnings = choice.format.conversion(source, choice.options).warnings
+    _print_warnings(warnings)
     if dry_run:
-        _print_forecasts(source, output, config, targets.rates, measurement, measuring)
+        forecasts = _forecasts(source, output, config, targets.rates, measurement, measuring)
+        if as_json:
+            outputs = [{"output": str(path), **each.to_dict()} for path, each in forecasts.items()]
+            say_json("quantize", {"outputs": outputs, "warnings": warnings})
+        else:
+            _print_forecasts(forecasts.values())
         return
     shared = {
         "measurement": measurement,
@@ -188,14 +196,14 @@ def _print_warnings(warnings: Iterable[str]) -> None:
         say(f"warning     {warning}", err=True)
 
 
-def _print_forecasts(
+def _forecasts(
     model: Checkpoint,
     output: Path,
     config: QuantizeConfig,
     rates: tuple[float, ...],
     measurement: Path | None,
     measuring: MeasuringArguments,
-) -> None:
+) -> dict[Path, Forecast]:
     from ..checkpoint.files.paths import work_beside
     from ..convert.conversion import Target
     from ..eval.models import model_name
@@ -222,10 +230,13 @@ def _print_forecasts(
         rows=measuring.saved,
     )
     known = measured or measuring.saved
-    timed = with_times(forecasts, conversion, config, work, known=known, measurement=measurement, series=len(rates) > 1)
-    for forecast in timed.values():
+    return with_times(forecasts, conversion, config, work, known=known, measurement=measurement, series=len(rates) > 1)
+
+
+def _print_forecasts(forecasts: Collection[Forecast]) -> None:
+    for forecast in forecasts:
         _print_forecast(forecast)
-    for line in time_lines(part for forecast in timed.values() for part in forecast.parts):
+    for line in time_lines(part for forecast in forecasts for part in forecast.parts):
         say(line)
 
 

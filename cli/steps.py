@@ -19,7 +19,7 @@ from .options import (
     original_options,
     say_shortened,
 )
-from .output import RunBar, say
+from .output import JSON_OPTION, RunBar, say, say_json
 from .types import EXISTING_FILE, FILE, SIZE, Names
 
 __all__ = ["measure", "plan"]
@@ -99,6 +99,7 @@ def measure(
 )
 @click.option("--html", type=FILE, help="Write a page with the plans of all sizes and formats to choose from.")
 @FORCE_OPTION
+@JSON_OPTION
 def plan(
     measurement: Path,
     bpw: float | None,
@@ -106,6 +107,7 @@ def plan(
     saved: Path | None,
     html: Path | None,
     force: bool,
+    as_json: bool,
     choice: FormatChoice,
 ) -> None:
     """Show what each part of a model would get at some size.
@@ -129,19 +131,27 @@ def plan(
     if html is not None:
         check_file(html, is_plan_page, "a page of plans", read=measurement, force=force)
     measured = Measurement.load(measurement)
+    plans = []
     if single:
         made = make_plan(measured, bpw=bpw, max_bytes=max_size, options=choice.options)
         made.save(output)
+        plans.append({"path": str(output), **made.content()})
+    if html is not None:
+        write_plan_page(measured, html, model=measurement.stem, options=choice.all)
+    for name in measured.without_feedback:
+        say(f"fallback: {name} was measured without error feedback", err=True)
+    if as_json:
+        page = None if html is None else str(html)
+        say_json("plan", {"measurement": str(measurement), "plans": plans, "html": page})
+        return
+    if single:
         described = made.describe()
         for line in (*described.table.to_lines(), *described.facts):
             say(line)
         above = "" if made.gap is None else f", at most {100 * made.gap:.3f} % above the best possible"
         say(f"{made.bpw:.4f} bpw{above} -> {output}")
     if html is not None:
-        write_plan_page(measured, html, model=measurement.stem, options=choice.all)
         say(f"plans of all sizes -> {html}")
-    for name in measured.without_feedback:
-        say(f"fallback: {name} was measured without error feedback", err=True)
 
 
 def _export_command(export: Export) -> Callable[..., None]:

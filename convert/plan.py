@@ -99,7 +99,20 @@ class Plan(ABC):
             kind=f"plan for {self.format}",
             facts=(f"{self.bpw:.4f} bits per weight, predicted damage {self.damage_nats or 0:.6f} nats/token",),
             table=Table(("linear", "bpw", "damage, nats/token"), rows),
+            content=self.content(),
         )
+
+    def content(self) -> dict[str, Any]:
+        """Return what all formats' plans tell, for programs, in types that JSON has."""
+        return {
+            "format": self.format,
+            "bpw": self.bpw,
+            "tensors_bytes": self.stored_bytes,
+            "damage_nats": self.damage_nats,
+            "gap": self.gap,
+            "shares": self.shares(),
+            "linears": [{"name": cost.name, "bpw": cost.bpw, "damage_nats": cost.damage_nats} for cost in self.costs()],
+        }
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""

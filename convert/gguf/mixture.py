@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ...checkpoint.model.names import text_config
 from ...checkpoint.source.checkpoint import Checkpoint
@@ -43,6 +43,7 @@ class MixturePlan(Plan):
         types: The type of each.
     """
 
+    format: ClassVar[str] = "gguf"
     name: str
     tensors: Mapping[str, GgufTensor]
     types: Mapping[str, GgmlType]
@@ -85,7 +86,8 @@ class MixturePlan(Plan):
         shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in self.shares().items())
         facts = (f"{self.bpw:.4f} bits per weight over all tensors", f"weights: {shares}")
         rows = tuple((name, kind.name, f"{kind.bits_per_weight:.3f}") for name, kind in self.types.items())
-        return Description(kind=f"mixture {self.name}", facts=facts, table=Table(("tensor", "type", "bpw"), rows))
+        table = Table(("tensor", "type", "bpw"), rows)
+        return Description(kind=f"mixture {self.name}", facts=facts, table=table, content=self.content())
 
 
 class MixtureConversion(GgufConversion):
