@@ -7,6 +7,7 @@ part of a run out, and the rest of its command may stay.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import click
@@ -114,7 +115,7 @@ CONFLICTS: Mapping[str, tuple[Conflict, ...]] = {
     "dequantize": (
         Conflict(
             "with a model that is a directory",
-            lambda options: options["model"].is_dir(),
+            lambda options: Path(options["model"]).is_dir(),
             ("original",),
             "it has its tokenizer",
         ),

@@ -112,7 +112,7 @@ def test_every_option_has_its_place(name: str) -> None:
     # In the command's section, or in one that commands share.
     text = COMMANDS.read_text(encoding="utf-8")
     sections = dict(re.findall(r"^### ([^\n]+)\n(.*?)(?=^#{2,3} |\Z)", text, re.DOTALL | re.MULTILINE))
-    shared = ("Calibration text", "The machine", "Output for programs")
+    shared = ("Calibration text", "The machine", "Models on the Hub", "Output for programs")
     place = "".join(sections[each] for each in (f"bpwise {name}", *shared))
     for option in cli.commands[name].params:
         if isinstance(option, click.Option):
