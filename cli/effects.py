@@ -38,7 +38,7 @@ def _is_plain(text: str | None) -> bool:
 
 
 def _only_page(options: Options) -> bool:
-    return options["html"] is not None and options["bpw"] is None and options["max_size"] is None
+    return options["html"] is not None and all(options[name] is None for name in ("bpw", "max_size", "vram"))
 
 
 def _writes_one_format(options: Options) -> bool:
@@ -76,11 +76,12 @@ CONFLICTS: Mapping[str, tuple[Conflict, ...]] = {
     "measure": (_SAVED_ROWS, _PLAIN_ROWS, _NO_TEXT),
     "plan": (
         Conflict(
-            "without --bpw or --max-size",
+            "without --bpw, --max-size or --vram",
             _only_page,
             ("saved", "output_format"),
             "the page shows all sizes and formats",
         ),
+        Conflict("without --vram", _missing("vram"), ("context",), "only the memory of a GPU holds a cache"),
     ),
     "eval": (
         Conflict(
