@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -26,9 +26,56 @@ from ..errors import BpwiseError, BpwiseWarning, DiskFullError, reason
 from ..version import __version__
 from .allocator import give_back_large_blocks
 from .effects import refuse_without_effect
+from .format_options import owners
 from .output import say
 
-__all__ = ["WAIT_OPTION", "cli", "main"]
+__all__ = ["EXAMPLES", "SECTIONS", "WAIT_OPTION", "cli", "main"]
+
+_SIZES = ("bpw", "max_size", "vram", "context")
+_CALIBRATION = (
+    *("calibration", "column", "chat_template", "rows", "row_tokens", "seed", "damping", "moe_calibrate_all"),
+)
+_MACHINE = ("device", "precision", "offload_dir", "work_dir", "wait_for_space")
+
+SECTIONS: Mapping[str, Mapping[str, Sequence[str]]] = {
+    "quantize": {
+        "Target": _SIZES,
+        "Calibration": _CALIBRATION,
+        "Evaluation": ("eval_text", "eval_rows", "eval_row_tokens", "no_eval", "force_eval_text"),
+        "Machine": _MACHINE,
+    },
+    "measure": {"Calibration": _CALIBRATION, "Machine": _MACHINE},
+    "plan": {"Target": _SIZES},
+    "eval": {
+        "Evaluation": ("text", "column", "rows", "row_tokens", "seed", "dtype", "force_eval_text"),
+        "Benchmarks": (
+            *("tasks", "num_fewshot", "limit", "include_path", "batch_size", "apply_chat_template"),
+            *("needle", "needle_samples"),
+        ),
+        "Engine": ("engine", "base", "llama_cpp"),
+        "Machine": ("device", "offload_dir", "cache_dir", "no_cache"),
+    },
+}
+"""Headings of commands' options in their help, and the names of the parameters under each; formats' own have theirs."""
+
+EXAMPLES: Mapping[str, Sequence[str]] = {
+    "quantize": (
+        "bpwise quantize MODEL model.gguf --bpw 4.5",
+        "bpwise quantize MODEL model.gguf --vram 8GB --context 32k",
+        "bpwise quantize MODEL OUT --bpw 8,6,4.5 -m m.safetensors",
+    ),
+    "measure": (
+        "bpwise measure MODEL -o m.safetensors",
+        "bpwise measure ORG/NAME -o m.safetensors --formats gguf",
+        "bpwise measure MODEL -o m.safetensors -c self=2,built-in,notes.txt",
+    ),
+    "eval": (
+        "bpwise eval ORIGINAL model.gguf",
+        "bpwise eval ORG/NAME mine.gguf ORG/NAME-GGUF:Q4_K_M",
+        "bpwise eval ORIGINAL OUT --tasks mmlu,gsm8k --limit 200",
+    ),
+}
+"""Command lines in commands' help."""
 
 _STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")
 """Signals that end a run: partial files are deleted, locks let go. Windows lacks the third."""
@@ -75,7 +122,32 @@ _LOWERED = ("--rows", "--row-tokens", "--eval-rows", "--eval-row-tokens")
 
 
 class _Command(click.Command):
-    """Refuses options that have no effect beside the others, says what to do without memory, and waits for room."""
+    """Refuses options that have no effect beside the others, says what to do without memory, and waits for room.
+
+    Its help has options under headings, and examples.
+    """
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        command = str(self.name)
+        sections = SECTIONS.get(command, {})
+        headings = {name: " and ".join(each.title for each in declared) for name, declared in owners(command).items()}
+        order = ("Options", "Target", *headings.values(), *sections)
+        headings |= {name: heading for heading, names in sections.items() for name in names}
+        records: dict[str, list[tuple[str, str]]] = {heading: [] for heading in order}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and isinstance(parameter, click.Option):
+                records[headings.get(str(parameter.name), "Options")].append(record)
+        for heading, each in records.items():
+            if each:
+                with formatter.section(heading):
+                    formatter.write_dl(each)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        examples = EXAMPLES.get(str(self.name), ())
+        if examples:
+            with formatter.section("Examples"):
+                formatter.write("".join(f"{'':{formatter.current_indent}}{line}\n" for line in examples))
 
     def invoke(self, ctx: click.Context) -> Any:
         refuse_without_effect(ctx)
