@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -29,7 +30,7 @@ from .effects import refuse_without_effect
 from .format_options import owners
 from .output import say
 
-__all__ = ["EXAMPLES", "SECTIONS", "WAIT_OPTION", "cli", "main"]
+__all__ = ["HELP", "WAIT_OPTION", "CommandHelp", "cli", "main"]
 
 _SIZES = ("bpw", "max_size", "vram", "context")
 _CALIBRATION = (
@@ -37,45 +38,63 @@ _CALIBRATION = (
 )
 _MACHINE = ("device", "precision", "offload_dir", "work_dir", "wait_for_space")
 
-SECTIONS: Mapping[str, Mapping[str, Sequence[str]]] = {
-    "quantize": {
-        "Target": _SIZES,
-        "Calibration": _CALIBRATION,
-        "Evaluation": ("eval_text", "eval_rows", "eval_row_tokens", "no_eval", "force_eval_text"),
-        "Machine": _MACHINE,
-    },
-    "measure": {"Calibration": _CALIBRATION, "Machine": _MACHINE},
-    "plan": {"Target": _SIZES},
-    "eval": {
-        "Evaluation": ("text", "column", "rows", "row_tokens", "seed", "dtype", "force_eval_text"),
-        "Benchmarks": (
-            *("tasks", "num_fewshot", "limit", "include_path", "batch_size", "apply_chat_template"),
-            *("needle", "needle_samples"),
-        ),
-        "Engine": ("engine", "base", "llama_cpp"),
-        "Machine": ("device", "offload_dir", "cache_dir", "no_cache"),
-    },
-}
-"""Headings of commands' options in their help, and the names of the parameters under each; formats' own have theirs."""
 
-EXAMPLES: Mapping[str, Sequence[str]] = {
-    "quantize": (
-        "bpwise quantize MODEL model.gguf --bpw 4.5",
-        "bpwise quantize MODEL model.gguf --vram 8GB --context 32k",
-        "bpwise quantize MODEL OUT --bpw 8,6,4.5 -m m.safetensors",
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommandHelp:
+    """What a command's help has beside its text.
+
+    Attributes:
+        sections: Headings of options, and the names of the parameters under each; formats' own have headings anyway.
+        examples: Command lines.
+    """
+
+    sections: Mapping[str, Sequence[str]]
+    examples: Sequence[str] = ()
+
+
+HELP: Mapping[str, CommandHelp] = {
+    "quantize": CommandHelp(
+        sections={
+            "Target": _SIZES,
+            "Calibration": _CALIBRATION,
+            "Evaluation": ("eval_text", "eval_rows", "eval_row_tokens", "no_eval", "force_eval_text"),
+            "Machine": _MACHINE,
+        },
+        examples=(
+            "bpwise quantize MODEL model.gguf --bpw 4.5",
+            "bpwise quantize MODEL model.gguf --vram 8GB --context 32k",
+            "bpwise quantize MODEL OUT --bpw 8,6,4.5 -m m.safetensors",
+        ),
     ),
-    "measure": (
-        "bpwise measure MODEL -o m.safetensors",
-        "bpwise measure ORG/NAME -o m.safetensors --formats gguf",
-        "bpwise measure MODEL -o m.safetensors -c self=2,built-in,notes.txt",
+    "measure": CommandHelp(
+        sections={"Calibration": _CALIBRATION, "Machine": _MACHINE},
+        examples=(
+            "bpwise measure MODEL -o m.safetensors",
+            "bpwise measure ORG/NAME -o m.safetensors --formats gguf",
+            "bpwise measure MODEL -o m.safetensors -c self=2,built-in,notes.txt",
+        ),
     ),
-    "eval": (
-        "bpwise eval ORIGINAL model.gguf",
-        "bpwise eval ORG/NAME mine.gguf ORG/NAME-GGUF:Q4_K_M",
-        "bpwise eval ORIGINAL OUT --tasks mmlu,gsm8k --limit 200",
+    "plan": CommandHelp(sections={"Target": _SIZES}),
+    "eval": CommandHelp(
+        sections={
+            "Evaluation": ("text", "column", "rows", "row_tokens", "seed", "dtype", "force_eval_text"),
+            "Benchmarks": (
+                *("tasks", "num_fewshot", "limit", "include_path", "batch_size", "apply_chat_template"),
+                *("needle", "needle_samples"),
+            ),
+            "Engine": ("engine", "base", "llama_cpp"),
+            "Machine": ("device", "offload_dir", "cache_dir", "no_cache"),
+        },
+        examples=(
+            "bpwise eval ORIGINAL model.gguf",
+            "bpwise eval ORG/NAME mine.gguf ORG/NAME-GGUF:Q4_K_M",
+            "bpwise eval ORIGINAL OUT --tasks mmlu,gsm8k --limit 200",
+        ),
     ),
 }
-"""Command lines in commands' help."""
+"""By command; others have their options in one list."""
+
+_NO_HELP = CommandHelp(sections={})
 
 _STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")
 """Signals that end a run: partial files are deleted, locks let go. Windows lacks the third."""
@@ -129,7 +148,7 @@ class _Command(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         command = str(self.name)
-        sections = SECTIONS.get(command, {})
+        sections = HELP.get(command, _NO_HELP).sections
         headings = {name: " and ".join(each.title for each in declared) for name, declared in owners(command).items()}
         order = ("Options", "Target", *headings.values(), *sections)
         headings |= {name: heading for heading, names in sections.items() for name in names}
@@ -144,7 +163,7 @@ class _Command(click.Command):
                     formatter.write_dl(each)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        examples = EXAMPLES.get(str(self.name), ())
+        examples = HELP.get(str(self.name), _NO_HELP).examples
         if examples:
             with formatter.section("Examples"):
                 formatter.write("".join(f"{'':{formatter.current_indent}}{line}\n" for line in examples))

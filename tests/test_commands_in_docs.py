@@ -10,7 +10,7 @@ import click
 import pytest
 from bpwise.checkpoint.source import original
 from bpwise.cli import cli
-from bpwise.cli.group import EXAMPLES
+from bpwise.cli.group import HELP
 from bpwise.cli.types import Place
 from bpwise.convert.exl2 import card as exl2_card
 from bpwise.convert.gguf import card as gguf_card
@@ -46,7 +46,7 @@ def commands_of(text: str) -> Iterator[str]:
 
 TEXTS = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
 TEXTS |= {"EXL2 card": exl2_card.loading("NAME"), "GGUF card": gguf_card.loading("NAME.gguf")}
-TEXTS |= {f"help of {name}": "".join(f"    {line}\n" for line in lines) for name, lines in EXAMPLES.items()}
+TEXTS |= {f"help of {name}": "".join(f"    {line}\n" for line in each.examples) for name, each in HELP.items()}
 LINES = [pytest.param(line, id=f"{name}: {line}") for name, text in TEXTS.items() for line in commands_of(text)]
 
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 from bpwise.cli import cli
-from bpwise.cli.group import EXAMPLES, SECTIONS
+from bpwise.cli.group import HELP
 from click.shell_completion import BashComplete, FishComplete, ShellComplete, ZshComplete
 from click.testing import CliRunner
 
@@ -39,16 +39,16 @@ def test_eval_has_its_own_rows_under_evaluation() -> None:
     assert {"--tasks", "--needle"} <= found["Benchmarks"]
 
 
-@pytest.mark.parametrize("command", SECTIONS)
+@pytest.mark.parametrize("command", HELP)
 def test_sections_name_options_that_there_are(command: str) -> None:
     known = {parameter.name for parameter in cli.commands[command].params}
-    assert {name for names in SECTIONS[command].values() for name in names} <= known
+    assert {name for names in HELP[command].sections.values() for name in names} <= known
 
 
 @pytest.mark.parametrize("command", ["quantize", "measure", "eval"])
 def test_three_examples(command: str) -> None:
     lines = CliRunner().invoke(cli, [command, "--help"], terminal_width=80).output.splitlines()
-    assert lines[-4:] == ["Examples:", *(f"  {line}" for line in EXAMPLES[command])]
+    assert lines[-4:] == ["Examples:", *(f"  {line}" for line in HELP[command].examples)]
 
 
 def test_completion() -> None:
