@@ -168,8 +168,8 @@ def evaluate(
     if png:
         check_png()
     say_shortened(source, evaluation=config.row_tokens)
-    models = [locate_model(each) for each in quantized]
     loaded, needle = extra.benchmarks(config), extra.haystacks(config)
+    models = [locate_model(each) for each in quantized]
     if needle is not None:
         check_needle(source, models, needle)
     # A damaged plan beside a model is found before the long work.

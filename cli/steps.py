@@ -60,6 +60,7 @@ def measure(
     from ..checkpoint.files.paths import work_beside
     from ..checkpoint.source.original import open_model
     from ..measure.run import measure_model
+    from ..quantize.checks import check_measuring
     from ..quantize.times import measuring_forecast
 
     source = open_model(changes.open(model))
@@ -67,15 +68,17 @@ def measure(
         say_shortened(source, calibration=measuring.config.calibration.row_tokens)
     conversions = {name: formats()[name].conversion(source, choice.all[name]) for name in wanted or formats()}
     work = measuring.work_dir or work_beside(output)
-    progress = RunBar(lambda: measuring_forecast(conversions, measuring.config, output, work, rows=measuring.saved))
+    every, rows = bool(wanted), measuring.saved
+    check_measuring(conversions, measuring.config, output, work, every_format=every, rows=rows)
+    progress = RunBar(lambda: measuring_forecast(conversions, measuring.config, output, work, rows=rows))
     measurement = measure_model(
         source,
         output,
         measuring.config,
         formats=conversions,
-        every_format=bool(wanted),
+        every_format=every,
         work=work,
-        calibration=measuring.saved,
+        calibration=rows,
         force=force,
         progress=progress,
     )

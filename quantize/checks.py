@@ -16,7 +16,7 @@ from ..convert.format import Format
 from ..convert.publishing.base_card import read_base_card
 from ..convert.publishing.cards import card_path
 from ..convert.publishing.mark import mark_path
-from ..errors import ConfigError, WorkDirectoryError
+from ..errors import BpwiseError, ConfigError, WorkDirectoryError
 from ..eval.config import EvalConfig
 from ..eval.report.report import report_names, try_report
 from ..measure.device import resolve_device
@@ -24,6 +24,8 @@ from ..measure.measurement import Measurement
 from ..measure.run import MeasureConfig, require_measurable
 from ..measure.text.calibration import CalibrationSet
 from ..measure.text.context import CALIBRATION, check_rows, fit_row_tokens
+from ..measure.text.mixture import NAMES
+from ..measure.text.sources import is_data_set, read_texts
 from ..progress import Progress
 from .config import QuantizeConfig
 from .forecast import Forecast, forecast_run
@@ -31,6 +33,7 @@ from .measuring import check_work
 
 __all__ = [
     "ReportPlace",
+    "check_measuring",
     "check_output",
     "check_places",
     "exists",
@@ -219,6 +222,7 @@ def forecast_outputs(
         check_rows(checkpoint, rows, CALIBRATION)
     elif measured is None and conversion.measures:
         fit_row_tokens(measure.calibration.row_tokens, checkpoint, CALIBRATION)
+        _check_text(measure)
     known = rows if measured is None else measured
     shape = None if known is None else (int(known.tokens.shape[0]), int(known.tokens.shape[1]))
     if any((target is not None) != conversion.measures for target in targets.values()):
@@ -238,6 +242,50 @@ def forecast_outputs(
     sizes = {output: each.size.output_bytes for output, each in forecasts.items() if not exists(output)}
     _require_room({**sizes, **scratch})
     return forecasts
+
+
+def check_measuring(
+    conversions: Mapping[str, Conversion],
+    measure: MeasureConfig,
+    output: Path,
+    work: Path,
+    *,
+    every_format: bool,
+    rows: CalibrationSet | None,
+) -> None:
+    """Refuse what measuring would refuse after long work: missing tools, text and devices, families, and disks.
+
+    Args:
+        conversions: The original on its way into the formats to measure, by their names.
+        measure: Options.
+        output: The measurement to make.
+        work: Its work directory.
+        every_format: Whether each of the formats must be measured; otherwise one is enough.
+        rows: Calibration rows that are given; None if they are to be made.
+
+    Raises:
+        BpwiseError: What is wrong.
+    """
+    resolve_device(measure.device)
+    if rows is None:
+        _check_text(measure)
+    usable, refused = [], []
+    for each in conversions.values():
+        try:
+            require_convertible(each)
+            usable.append(each)
+        except BpwiseError as error:
+            refused.append(error)
+    if refused and (every_format or not usable):
+        raise refused[0]
+    _require_room({path: size for each in usable for path, size in each.scratch(work, output).items()})
+
+
+def _check_text(measure: MeasureConfig) -> None:
+    # Files and folders; a data set shows when it is read.
+    for share in measure.calibration.shares:
+        if share.source not in NAMES and (Path(share.source).exists() or not is_data_set(share.source)):
+            read_texts(share.source, column=measure.calibration.column)
 
 
 def _require_room(sizes: Mapping[Path, int]) -> None:
