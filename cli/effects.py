@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import click
@@ -38,7 +39,7 @@ def _is_plain(text: str | None) -> bool:
 
 
 def _only_page(options: Options) -> bool:
-    return options["html"] is not None and options["bpw"] is None and options["max_size"] is None
+    return options["html"] is not None and all(options[name] is None for name in ("bpw", "max_size", "vram"))
 
 
 def _writes_one_format(options: Options) -> bool:
@@ -71,15 +72,17 @@ CONFLICTS: Mapping[str, tuple[Conflict, ...]] = {
         _PLAIN_ROWS,
         _NO_TEXT,
         Conflict("without --vram", _missing("vram"), ("context",), "only the memory of a GPU holds a cache"),
+        Conflict("without --dry-run", _missing("dry_run"), ("as_json",), "a run writes report.json"),
     ),
     "measure": (_SAVED_ROWS, _PLAIN_ROWS, _NO_TEXT),
     "plan": (
         Conflict(
-            "without --bpw or --max-size",
+            "without --bpw, --max-size or --vram",
             _only_page,
             ("saved", "output_format"),
             "the page shows all sizes and formats",
         ),
+        Conflict("without --vram", _missing("vram"), ("context",), "only the memory of a GPU holds a cache"),
     ),
     "eval": (
         Conflict(
@@ -114,7 +117,7 @@ CONFLICTS: Mapping[str, tuple[Conflict, ...]] = {
     "dequantize": (
         Conflict(
             "with a model that is a directory",
-            lambda options: options["model"].is_dir(),
+            lambda options: Path(options["model"]).is_dir(),
             ("original",),
             "it has its tokenizer",
         ),

@@ -140,8 +140,7 @@ def _click_option(group: list[tuple[Format, Option]]) -> Callable[[Command], Com
     titles: dict[str, list[str]] = {}
     for each, option in group:
         titles.setdefault(option.described, []).append(each.title)
-    several = len(formats()) > 1
-    text = " ".join(f"{', '.join(titled)}: {said}" if several else said for said, titled in titles.items())
+    text = " ".join(f"{', '.join(titled)}: {said}" if len(titles) > 1 else said for said, titled in titles.items())
     if first.kind in ("flag", "negated"):
         return click.option(*first.flags, is_flag=True, default=None, help=text)
     choices = [choice for _, option in group for choice in option.choices]

@@ -14,8 +14,9 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -27,9 +28,74 @@ from ..errors import BpwiseError, BpwiseWarning, DiskFullError, reason
 from ..version import __version__
 from .allocator import give_back_large_blocks
 from .effects import refuse_without_effect
+from .format_options import owners
 from .output import logged, say
 
-__all__ = ["WAIT_OPTION", "cli", "main"]
+__all__ = ["HELP", "WAIT_OPTION", "CommandHelp", "cli", "main"]
+
+_SIZES = ("bpw", "max_size", "vram", "context", "size_of")
+_CALIBRATION = (
+    *("calibration", "column", "chat_template", "rows", "row_tokens", "seed", "damping", "moe_calibrate_all"),
+)
+_MACHINE = ("device", "precision", "offload_dir", "work_dir", "wait_for_space")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommandHelp:
+    """What a command's help has beside its text.
+
+    Attributes:
+        sections: Headings of options, and the names of the parameters under each; formats' own have headings anyway.
+        examples: Command lines.
+    """
+
+    sections: Mapping[str, Sequence[str]]
+    examples: Sequence[str] = ()
+
+
+HELP: Mapping[str, CommandHelp] = {
+    "quantize": CommandHelp(
+        sections={
+            "Target": _SIZES,
+            "Calibration": _CALIBRATION,
+            "Evaluation": ("eval_text", "eval_rows", "eval_row_tokens", "no_eval", "force_eval_text"),
+            "Machine": _MACHINE,
+        },
+        examples=(
+            "bpwise quantize MODEL model.gguf --bpw 4.5",
+            "bpwise quantize MODEL model.gguf --vram 8GB --context 32k",
+            "bpwise quantize MODEL OUT --bpw 8,6,4.5 -m m.safetensors",
+        ),
+    ),
+    "measure": CommandHelp(
+        sections={"Calibration": _CALIBRATION, "Machine": _MACHINE},
+        examples=(
+            "bpwise measure MODEL -o m.safetensors",
+            "bpwise measure ORG/NAME -o m.safetensors --formats gguf",
+            "bpwise measure MODEL -o m.safetensors -c self=2,built-in,notes.txt",
+        ),
+    ),
+    "plan": CommandHelp(sections={"Target": _SIZES}),
+    "eval": CommandHelp(
+        sections={
+            "Evaluation": ("text", "column", "rows", "row_tokens", "seed", "dtype", "force_eval_text"),
+            "Benchmarks": (
+                *("tasks", "num_fewshot", "limit", "include_path", "batch_size", "apply_chat_template"),
+                *("needle", "needle_samples"),
+            ),
+            "Engine": ("engine", "base", "llama_cpp"),
+            "Machine": ("device", "offload_dir", "cache_dir", "no_cache"),
+        },
+        examples=(
+            "bpwise eval ORIGINAL model.gguf",
+            "bpwise eval ORG/NAME mine.gguf ORG/NAME-GGUF:Q4_K_M",
+            "bpwise eval ORIGINAL OUT --tasks mmlu,gsm8k --limit 200",
+        ),
+    ),
+}
+"""By command; others have their options in one list."""
+
+_NO_HELP = CommandHelp(sections={})
 
 _STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")
 """Signals that end a run: partial files are deleted, locks let go. Windows lacks the third."""
@@ -87,7 +153,32 @@ def _level_option(*flags: str, level: int, help: str) -> click.Option:
 
 
 class _Command(click.Command):
-    """Refuses options that have no effect beside the others, says what to do without memory, and waits for room."""
+    """Refuses options that have no effect beside the others, says what to do without memory, and waits for room.
+
+    Its help has options under headings, and examples.
+    """
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        command = str(self.name)
+        sections = HELP.get(command, _NO_HELP).sections
+        headings = {name: " and ".join(each.title for each in declared) for name, declared in owners(command).items()}
+        order = ("Options", "Target", *headings.values(), *sections)
+        headings |= {name: heading for heading, names in sections.items() for name in names}
+        records: dict[str, list[tuple[str, str]]] = {heading: [] for heading in order}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and isinstance(parameter, click.Option):
+                records[headings.get(str(parameter.name), "Options")].append(record)
+        for heading, each in records.items():
+            if each:
+                with formatter.section(heading):
+                    formatter.write_dl(each)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        examples = HELP.get(str(self.name), _NO_HELP).examples
+        if examples:
+            with formatter.section("Examples"):
+                formatter.write("".join(f"{'':{formatter.current_indent}}{line}\n" for line in examples))
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         """Take what ``click.Command`` takes, and add the options that every command has."""

@@ -22,8 +22,8 @@ from .options import (
     original_options,
     say_shortened,
 )
-from .output import note, progress_bar, say
-from .types import DIRECTORY, EXISTING_DIRECTORY, EXISTING_FILE, EXISTING_PATH, MIB
+from .output import JSON_OPTION, note, progress_bar, say, say_json
+from .types import DIRECTORY, EXISTING_DIRECTORY, EXISTING_FILE, MIB, MODEL
 
 if TYPE_CHECKING:
     from ..checkpoint.source.checkpoint import TensorSource
@@ -36,25 +36,30 @@ __all__ = ["dequantize", "evaluate", "inspect", "verify"]
 
 
 @cli.command()
-@click.argument("model", type=EXISTING_PATH)
-def verify(model: Path) -> None:
+@click.argument("model", type=MODEL)
+@JSON_OPTION
+def verify(model: Path | str, as_json: bool) -> None:
     """Read every tensor of MODEL back and check it.
 
-    MODEL is an EXL2 directory or a GGUF file.
+    MODEL is an EXL2 directory, a GGUF file, or on the Hub ORG/NAME-exl2@REVISION or ORG/NAME-GGUF:Q4_K_M.
     """
-    from ..convert.opening import verify_model
+    from ..convert.opening import locate_model, verify_model
     from ..convert.publishing.mark import read_mark
 
-    reason = read_mark(model)
+    path = locate_model(model)
+    reason = read_mark(path)
     if reason is not None:
         say(f"warning: {model} is marked as broken. {reason}", err=True)
-    found = verify_model(model)
+    found = verify_model(path)
+    for warning in found.warnings:
+        say(f"warning: {warning}", err=True)
+    if as_json:
+        say_json("verify", {"model": str(model), "broken": reason, **found.to_dict()})
+        return
     outcome = "what was meant" if found.compared else "finite values by the format's rules (nothing to compare with)"
     say(f"{model}: {found.quantized} quantized and {found.others} other tensors decode to {outcome}.")
     rates = [f"{part} {bpw:.4f} bpw" for part, bpw in found.rates.items()]
     say(", ".join((*rates, *found.facts, f"{found.file_bytes / MIB:.1f} MiB")))
-    for warning in found.warnings:
-        say(f"warning: {warning}", err=True)
 
 
 def _config_options(command: Command) -> Command:
@@ -94,7 +99,7 @@ def _config(*, force_eval_text: bool, **given: Any) -> EvalConfig:
 
 @cli.command(name="eval")
 @click.argument("original")
-@click.argument("quantized", nargs=-1, required=True, type=EXISTING_PATH)
+@click.argument("quantized", nargs=-1, required=True, type=MODEL)
 @_config_options
 @click.option(
     "--engine",
@@ -112,7 +117,8 @@ def _config(*, force_eval_text: bool, **given: Any) -> EvalConfig:
     "-o",
     "--output",
     type=DIRECTORY,
-    help="Where to write the report.  [default: in or beside QUANTIZED; of several, the current directory]",
+    help="Where to write the report.  [default: in or beside QUANTIZED; of several, or from the Hub, the current "
+    "directory]",
 )
 @original_options
 @click.option("--plots", is_flag=True, help="Write the report's charts as SVG files too.")
@@ -126,7 +132,7 @@ def _config(*, force_eval_text: bool, **given: Any) -> EvalConfig:
 @extra_options
 def evaluate(
     original: str,
-    quantized: tuple[Path, ...],
+    quantized: tuple[Path | str, ...],
     output: Path | None,
     engine: str,
     base: Path | None,
@@ -142,10 +148,11 @@ def evaluate(
     """Compare quantized models with ORIGINAL.
 
     Measures perplexity, KL divergence and agreement, and writes report.html, report.md, report.json and report.csv.
-    QUANTIZED are directories or GGUF files. Reports of a file MODEL.gguf are named MODEL.report.html and so on, with
+    QUANTIZED are directories or GGUF files, or on the Hub ORG/NAME-exl2@4.0bpw, ORG/NAME-GGUF:Q4_K_M or
+    ORG/NAME-GGUF/FILE.gguf. Reports of a file MODEL.gguf are named MODEL.report.html and so on, with
     another engine MODEL.llama.cpp.report.html. Several models get one report.
     """
-    from ..convert.opening import open_any
+    from ..convert.opening import locate_model, open_any
     from ..eval.cache import OriginalCache, default_cache_directory
     from ..eval.comparison import evaluate_each
     from ..eval.engines.engine import open_for_engine
@@ -155,31 +162,33 @@ def evaluate(
 
     place, prefix = _report_place(quantized, output, engine)
     forms = [form for form, wanted in (("svg", plots), ("png", png)) if wanted]
-    read = [path for path in (Path(original), changes.lora) if path is not None and path.is_dir()]
+    read = [Path(each) for each in (original, changes.lora) if each is not None and Path(each).is_dir()]
     _check_places(read, [output, cache_dir, config.offload_dir], place, prefix, forms)
     source = open_any(changes.open(original))
     if png:
         check_png()
     say_shortened(source, evaluation=config.row_tokens)
     loaded, needle = extra.benchmarks(config), extra.haystacks(config)
+    models = [locate_model(each) for each in quantized]
     if needle is not None:
-        check_needle(source, quantized, needle)
+        check_needle(source, models, needle)
     # A damaged plan beside a model is found before the long work.
-    costs = [linear_costs(open_for_engine(model), find_plan(model)) for model in quantized]
+    costs = [linear_costs(open_for_engine(model), find_plan(model)) for model in models]
     if engine == "llama.cpp":
-        comparisons = _compared_in_engine(source, quantized, config, base, llama_cpp)
+        comparisons = _compared_in_engine(source, models, config, base, llama_cpp)
     else:
         cache = None if no_cache else OriginalCache(cache_dir or default_cache_directory())
-        comparisons = list(evaluate_each(source, quantized, config, progress_bar, cache=cache))
-    _write_reports(source, comparisons, quantized, costs, loaded, needle, place, prefix, forms)
+        comparisons = list(evaluate_each(source, models, config, progress_bar, cache=cache))
+    _write_reports(source, comparisons, models, costs, loaded, needle, place, prefix, forms)
 
 
-def _report_place(quantized: Sequence[Path], output: Path | None, engine: str) -> tuple[Path, str]:
+def _report_place(quantized: Sequence[Path | str], output: Path | None, engine: str) -> tuple[Path, str]:
     # The directory that the report goes into, and what its files' names begin with.
     from ..checkpoint.files.paths import companion
     from ..convert.names import REPORT_FILE
 
-    usual = companion(quantized[0], REPORT_FILE) if len(quantized) == 1 else Path(REPORT_FILE)
+    only = quantized[0] if len(quantized) == 1 else None
+    usual = companion(only, REPORT_FILE) if isinstance(only, Path) else Path(REPORT_FILE)
     prefix = usual.name.removesuffix(REPORT_FILE) + ("llama.cpp." if engine == "llama.cpp" else "")
     return output or usual.parent, prefix
 
@@ -270,15 +279,20 @@ def _compared_in_engine(
 
 
 @cli.command()
-@click.argument("path", type=EXISTING_PATH)
-def inspect(path: Path) -> None:
+@click.argument("path", type=MODEL)
+@JSON_OPTION
+def inspect(path: Path | str, as_json: bool) -> None:
     """Show what is in a model, measurement, plan or calibration set.
 
-    PATH is an EXL2 or checkpoint directory, or a file of any of these kinds.
+    PATH is an EXL2 or checkpoint directory, a file of any of these kinds, or a model on the Hub.
     """
+    from ..convert.opening import locate_model
     from ..quantize.inspect import inspect_path
 
-    found = inspect_path(path)
+    found = inspect_path(locate_model(path))
+    if as_json:
+        say_json("inspect", {"path": str(path), "kind": found.kind, **found.content})
+        return
     say(f"{path}: {found.kind}")
     for fact in found.facts:
         say(f"  {fact}")
@@ -287,18 +301,18 @@ def inspect(path: Path) -> None:
 
 
 @cli.command()
-@click.argument("model", type=EXISTING_PATH)
+@click.argument("model", type=MODEL)
 @click.argument("output", type=DIRECTORY)
-@click.option(
-    "--original", type=EXISTING_DIRECTORY, help="Where to copy the tokenizer from, which a GGUF file cannot give back."
-)
-def dequantize(model: Path, output: Path, original: Path | None) -> None:
+@click.option("--original", type=MODEL, help="Where to copy the tokenizer from, which a GGUF file cannot give back.")
+def dequantize(model: Path | str, output: Path, original: Path | str | None) -> None:
     """Decode MODEL into a float16 checkpoint for Transformers.
 
-    MODEL is an EXL2 directory or a GGUF file.
+    MODEL is an EXL2 directory, a GGUF file, or a model on the Hub.
     """
     from ..convert.dense import dequantize_model
+    from ..convert.opening import locate_model
 
-    if not dequantize_model(model, output, original=original):
+    beside = None if original is None else locate_model(original)
+    if not dequantize_model(locate_model(model), output, original=beside):
         say("no tokenizer was written: name the original model's directory with --original", err=True)
     say(f"dense float16 checkpoint -> {output}")

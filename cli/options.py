@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from .output import say
-from .types import DIRECTORY, EXISTING_DIRECTORY, LENGTHS, NAMES
+from .types import DIRECTORY, EXISTING_DIRECTORY, LENGTHS, MODEL, NAMES
 
 if TYPE_CHECKING:
     from ..checkpoint.source.checkpoint import TensorSource
@@ -40,12 +40,9 @@ __all__ = [
 
 ROW_TOKENS_DEFAULT = "[default: 1024, or the model's context if that is shorter]"
 
-
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-
 FORCE_OPTION = click.option("--force", is_flag=True, help="Replace OUTPUT even if it is a file of another kind.")
-
 
 OFFLOAD_OPTION = click.option(
     "--offload-dir",
@@ -60,23 +57,29 @@ class OriginalArguments:
 
     Attributes:
         lora: PEFT adapter to merge into the model while reading.
+        revision: Branch, tag or commit of the model on the Hub.
     """
 
-    lora: Path | None
+    lora: Path | str | None
+    revision: str | None
 
     def open(self, model: str) -> Original:
         """Return a model with what is to be changed in it."""
+        from ..checkpoint.model.hub_name import with_revision
         from ..checkpoint.source.original import open_model
+        from ..convert.opening import locate_model
 
-        return model if self.lora is None else open_model(model, lora=self.lora)
+        model = with_revision(model, self.revision)
+        return model if self.lora is None else open_model(model, lora=locate_model(self.lora))
 
 
 def original_options(command: Command) -> Command:
     """Give a command the options that change a model while it is read; it gets them as ``changes``."""
     declared = (
-        click.option("--lora", type=EXISTING_DIRECTORY, help="PEFT adapter to merge into the model while it is read."),
+        click.option("--lora", type=MODEL, help="PEFT adapter to merge into the model while it is read."),
+        click.option("--revision", help="Branch, tag or commit of the model on the Hub, as ORG/NAME@REVISION."),
     )
-    return grouped(command, declared, "changes", ("lora",), OriginalArguments)
+    return grouped(command, declared, "changes", ("lora", "revision"), OriginalArguments)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,10 +269,7 @@ class TaskArguments:
 
 
 def extra_options(command: Command) -> Command:
-    """Give a command the options that describe benchmarks and needles; it gets them as ``extra``.
-
-    Those of benchmarks are named as in lm-eval.
-    """
+    """Give a command the options of benchmarks, named as in lm-eval, and of needles; it gets them as ``extra``."""
     declared = (
         click.option("--tasks", type=NAMES, help="Run lm-eval's benchmarks too, by name: mmlu,arc_challenge,gsm8k."),
         click.option("--num-fewshot", type=click.IntRange(0), help="Examples before each question of --tasks."),

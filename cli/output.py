@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -15,8 +17,14 @@ import click
 from ..errors import printable
 from ..progress import ExpectedPart, RunForecast, TimeLeft, placed, seconds_by_step
 from ..quantize.timing.costs import minutes
+from ..version import __version__
 
-__all__ = ["RunBar", "logged", "note", "progress_bar", "say", "time_lines"]
+__all__ = ["JSON_OPTION", "RunBar", "logged", "note", "progress_bar", "say", "say_json", "time_lines"]
+
+_DOCUMENT_VERSION = 1
+"""Of what ``--json`` prints."""
+
+JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
 
 _LINE_SECONDS = 30.0
 """Time between two lines about a step, where they go to a file."""
@@ -74,6 +82,28 @@ def note(line: str) -> None:
     """Print one line on stderr that ``--quiet`` leaves out."""
     if _LOGGER.level <= logging.INFO:
         say(line, err=True)
+
+
+def say_json(command: str, content: Mapping[str, Any]) -> None:
+    """Print what a command found as one JSON document; see ``docs/commands.md``.
+
+    Args:
+        command: The command's name.
+        content: What it found, in types that JSON has, or NumPy's; NaN and infinity become null.
+    """
+    document = {"bpwise_document": _DOCUMENT_VERSION, "bpwise": __version__, "command": command, **content}
+    # Nothing in it may act on a terminal; of what could, only DEL is not escaped.
+    click.echo(json.dumps(_plain(document), indent=2).replace("\x7f", "\\u007f"))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if hasattr(value, "tolist"):  # NumPy's
+        return _plain(value.tolist())
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 class RunBar:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from .group import cli
-from .output import say
+from .output import JSON_OPTION, say, say_json
 from .types import EXISTING_PATH
 
 __all__ = ["card", "push"]
@@ -42,7 +42,8 @@ def card(model: Path, original: str | None, base_model: str | None) -> None:
 )
 @click.option("--public", is_flag=True, help="Make new repositories public, and write to public ones.")
 @click.option("--dry-run", is_flag=True, help="Verify, print what would be uploaded, and upload nothing.")
-def push(output: Path, target: str, branch: bool, public: bool, dry_run: bool) -> None:
+@JSON_OPTION
+def push(output: Path, target: str, branch: bool, public: bool, dry_run: bool, as_json: bool) -> None:
     """Upload quantized models to the Hugging Face Hub, privately.
 
     OUTPUT is a quantized model or a folder of several. Without NAME the repository is named by convention:
@@ -51,9 +52,11 @@ def push(output: Path, target: str, branch: bool, public: bool, dry_run: bool) -
     """
     from ..convert.publishing.push import find_outputs, plan_uploads, upload_model
 
+    uploads = []
     for planned in plan_uploads(find_outputs(output), target, by_branch=branch):
-        if dry_run:
-            for line in planned.summary_lines():
-                say(line)
-        else:
-            say(f"{planned.output} -> {upload_model(planned, public=public)}")
+        url = None if dry_run else upload_model(planned, public=public)
+        uploads.append({**planned.to_dict(), "url": url})
+        for line in planned.summary_lines() if dry_run else [f"{planned.output} -> {url}"]:
+            say(line, err=as_json)
+    if as_json:
+        say_json("push", {"dry_run": dry_run, "uploads": uploads})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from .options import (
     original_options,
     say_shortened,
 )
-from .output import RunBar, progress_bar, say, time_lines
+from .output import JSON_OPTION, RunBar, progress_bar, say, say_json, time_lines
 from .types import EXISTING_FILE, MIB, PATH, RATES, SIZE, TOKENS, Names
 
 if TYPE_CHECKING:
@@ -169,6 +169,7 @@ def _target_options(command: Command) -> Command:
 )
 @click.option("--base-model", metavar="ORG/NAME", help="Hub id of the original, for the card.  [default: MODEL's]")
 @click.option("--dry-run", is_flag=True, help="Print size, possible bpw, memory, disk and time; write nothing.")
+@JSON_OPTION
 @format_options("quantize")
 @evaluation_options
 @original_options
@@ -181,6 +182,7 @@ def quantize(
     measurement: Path | None,
     base_model: str | None,
     dry_run: bool,
+    as_json: bool,
     choice: FormatChoice,
     evaluation: EvaluationArguments,
     changes: OriginalArguments,
@@ -211,18 +213,24 @@ def quantize(
     source = open_model(changes.open(model))
     if output is None:
         output = _conventional(source, config)
-        say(f"output      {output}")
+        say(f"output      {output}", err=as_json)
     elif choice.format.suffix and not series and format_naming(output) is None:
         output = output.with_name(f"{output.name}{choice.format.suffix}")
-        say(f"output      {output}")
+        say(f"output      {output}", err=as_json)
     if evaluate is not None:
         say_shortened(source, evaluation=evaluate.row_tokens)
     if measuring.saved is None and measurement is None and choice.options.measures:
         say_shortened(source, calibration=measuring.config.calibration.row_tokens)
     conversions = [each.conversion(source, choice.all[each.name]) for each in choice.formats]
-    _print_warnings(dict.fromkeys(warning for each in conversions for warning in each.warnings))
+    warnings = list(dict.fromkeys(warning for each in conversions for warning in each.warnings))
+    _print_warnings(warnings)
     if dry_run:
-        _print_forecasts(conversions, output, config, wanted if series else [], measurement, measuring)
+        forecasts = _forecasts(conversions, output, config, wanted if series else [], measurement, measuring)
+        if as_json:
+            outputs = [{"output": str(path), **each.to_dict()} for path, each in forecasts.items()]
+            say_json("quantize", {"outputs": outputs, "warnings": warnings})
+        else:
+            _print_forecasts(forecasts.values())
         return
     settings |= {
         "evaluate": evaluate or False,
@@ -281,14 +289,14 @@ def _print_warnings(warnings: Iterable[str]) -> None:
         say(f"warning     {warning}", err=True)
 
 
-def _print_forecasts(
+def _forecasts(
     conversions: Sequence[Conversion],
     output: Path,
     config: QuantizeConfig,
     series: Sequence[Target],
     measurement: Path | None,
     measuring: MeasuringArguments,
-) -> None:
+) -> dict[Path, Forecast]:
     from ..checkpoint.files.paths import work_beside
     from ..eval.models import model_name
     from ..quantize.checks import forecast_outputs, require_together
@@ -319,10 +327,13 @@ def _print_forecasts(
     made_by = {path: conversion for conversion, made in lines for path in made}
     forecasts = {path: forecast for _, made in lines for path, forecast in made.items()}
     known = measured or measuring.saved
-    timed = with_times(forecasts, made_by, config, work, known=known, measurement=measurement, series=bool(series))
-    for forecast in timed.values():
+    return with_times(forecasts, made_by, config, work, known=known, measurement=measurement, series=bool(series))
+
+
+def _print_forecasts(forecasts: Collection[Forecast]) -> None:
+    for forecast in forecasts:
         _print_forecast(forecast)
-    for line in time_lines(part for forecast in timed.values() for part in forecast.parts):
+    for line in time_lines(part for forecast in forecasts for part in forecast.parts):
         say(line)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from ..convert.format import Export
 from ..convert.registry import formats
+from ..tables import Table
 from .format_options import FormatChoice, format_options
 from .group import WAIT_OPTION, cli
 from .options import (
@@ -19,8 +21,11 @@ from .options import (
     original_options,
     say_shortened,
 )
-from .output import RunBar, say
-from .types import EXISTING_FILE, FILE, SIZE, Names
+from .output import JSON_OPTION, RunBar, say, say_json
+from .types import EXISTING_FILE, FILE, MIB, PATH, RATES, SIZE, TOKENS, Names
+
+if TYPE_CHECKING:
+    from ..convert.plan import Plan
 
 __all__ = ["measure", "plan"]
 
@@ -82,25 +87,41 @@ def measure(
     type=click.Choice(list(formats())),
     help=f"Format to plan for.  [default: {next(iter(formats()))}]",
 )
-@click.option("-b", "--bpw", type=float, help="Bits per weight, counted as in `bpwise quantize`.")
+@click.option(
+    "-b",
+    "--bpw",
+    type=RATES,
+    help="Bits per weight, counted as in `bpwise quantize`. Several: 2,3,4.",
+)
 @click.option("--max-size", type=SIZE, help="Largest size of all tensors, instead of --bpw: 5GB, 700MiB.")
+@click.option("--vram", type=SIZE, help="Memory of the GPU to fit into, cache included, instead of --bpw: 8GB.")
+@click.option(
+    "--context",
+    type=TOKENS,
+    help="With --vram: length of the context in tokens, such as 32k.  [default: the model's]",
+)
 @format_options("plan")
 @click.option(
     "-o",
     "--output",
     "saved",
-    type=FILE,
-    help="Where to save the plan.  [default: plan-BPW.json or plan.json beside MEASUREMENT]",
+    type=PATH,
+    help="File to save the plan in; of several, their directory.  [default: plan-BPW.json or plan.json beside "
+    "MEASUREMENT]",
 )
 @click.option("--html", type=FILE, help="Write a page with the plans of all sizes and formats to choose from.")
 @FORCE_OPTION
+@JSON_OPTION
 def plan(
     measurement: Path,
-    bpw: float | None,
+    bpw: tuple[float, ...] | None,
     max_size: int | None,
+    vram: int | None,
+    context: int | None,
     saved: Path | None,
     html: Path | None,
     force: bool,
+    as_json: bool,
     choice: FormatChoice,
 ) -> None:
     """Show what each part of a model would get at some size.
@@ -113,30 +134,67 @@ def plan(
     from ..quantize.planning.page import is_plan_page, write_plan_page
     from ..quantize.planning.plans import make_plan
 
-    if bpw is not None and max_size is not None:
-        raise click.UsageError("--bpw and --max-size are two targets for one plan. Leave one of them out.")
-    if bpw is None and max_size is None and html is None:
-        raise click.UsageError("give --bpw or --max-size for one plan, or --html for a page with those of all sizes.")
-    single = bpw is not None or max_size is not None
-    output = saved or measurement.with_name("plan.json" if bpw is None else f"plan-{bpw:g}.json")
-    if single:
-        check_file(output, is_plan, "a plan", read=measurement, force=force)
+    if sum(each is not None for each in (bpw, max_size, vram)) > 1:
+        raise click.UsageError("a plan needs one target. Give one of --bpw, --max-size and --vram.")
+    single = max_size is not None or vram is not None
+    if not (bpw or single or html):
+        raise click.UsageError("give --bpw, --max-size or --vram for a plan, or --html for a page with all sizes.")
+    outputs = _plan_files(measurement, bpw or (), saved, single=single)
+    for path in outputs:
+        check_file(path, is_plan, "a plan", read=measurement, force=force)
     if html is not None:
         check_file(html, is_plan_page, "a page of plans", read=measurement, force=force)
     measured = Measurement.load(measurement)
-    if single:
-        made = make_plan(measured, bpw=bpw, max_bytes=max_size, options=choice.options)
-        made.save(output)
-        described = made.describe()
-        for line in (*described.table.to_lines(), *described.facts):
-            say(line)
-        above = "" if made.gap is None else f", at most {100 * made.gap:.3f} % above the best possible"
-        say(f"{made.bpw:.4f} bpw{above} -> {output}")
+    sizes = {"max_bytes": max_size, "vram_bytes": vram, "context_tokens": context}
+    plans = {path: make_plan(measured, bpw=rate, **sizes, options=choice.options) for path, rate in outputs.items()}
+    for path, made in plans.items():
+        made.save(path)
     if html is not None:
         write_plan_page(measured, html, model=measurement.stem, options=choice.all)
-        say(f"plans of all sizes -> {html}")
     for name in measured.without_feedback:
         say(f"fallback: {name} was measured without error feedback", err=True)
+    if as_json:
+        contents = [{"path": str(path), **made.content()} for path, made in plans.items()]
+        page = None if html is None else str(html)
+        say_json("plan", {"measurement": str(measurement), "plans": contents, "html": page})
+        return
+    for line in _plan_lines(plans):
+        say(line)
+    if html is not None:
+        say(f"plans of all sizes -> {html}")
+
+
+def _plan_files(
+    measurement: Path, rates: Sequence[float], saved: Path | None, *, single: bool
+) -> dict[Path, float | None]:
+    # The bits per weight of each plan; None where a size says them.
+    if len(rates) > 1:
+        if saved is not None and saved.is_file():
+            raise click.UsageError(f"several plans need a directory, and {saved} is a file. Name another --output.")
+        folder = saved or measurement.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        return {folder / f"plan-{rate:g}.json": rate for rate in rates}
+    if saved is not None and saved.is_dir():
+        raise click.UsageError(f"{saved} is a directory. Name a file with --output.")
+    if single:
+        return {saved or measurement.with_name("plan.json"): None}
+    return {saved or measurement.with_name(f"plan-{rate:g}.json"): rate for rate in rates}
+
+
+def _plan_lines(plans: Mapping[Path, Plan]) -> list[str]:
+    # All of one plan; of several what tells them apart.
+    if len(plans) == 1:
+        ((path, made),) = plans.items()
+        described = made.describe()
+        above = "" if made.gap is None else f", at most {100 * made.gap:.3f} % above the best possible"
+        return [*described.table.to_lines(), *described.facts, f"{made.bpw:.4f} bpw{above} -> {path}"]
+    if not plans:
+        return []
+    rows = [
+        (f"{made.bpw:.4f}", f"{made.stored_bytes / MIB:.1f}", f"{made.damage_nats or 0:.6f}", str(path))
+        for path, made in plans.items()
+    ]
+    return Table.of(("bpw", "MiB", "damage, nats/token", "plan"), rows).to_lines()
 
 
 def _export_command(export: Export) -> Callable[..., None]:

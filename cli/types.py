@@ -18,6 +18,7 @@ __all__ = [
     "FILE",
     "LENGTHS",
     "MIB",
+    "MODEL",
     "NAMES",
     "PATH",
     "RATES",
@@ -42,11 +43,26 @@ class Place(click.Path):
         return super().convert(named(Path(text)), param, ctx)
 
 
+class ModelName(Place):
+    """A path that exists, or the name of a model on the Hub, which ``locate_model`` downloads."""
+
+    name = "model"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from ..checkpoint.model.hub_name import HubName
+        from ..convert.registry import format_naming
+
+        name = HubName.parse(value) if isinstance(value, str) else None
+        on_hub = name is not None and "/" in name.repo and format_naming(Path(name.repo)) is None
+        return value if on_hub and not Path(value).exists() else super().convert(value, param, ctx)
+
+
 FILE = Place(dir_okay=False, path_type=Path)
 EXISTING_FILE = Place(exists=True, dir_okay=False, path_type=Path)
 DIRECTORY = Place(file_okay=False, path_type=Path)
 EXISTING_DIRECTORY = Place(exists=True, file_okay=False, path_type=Path)
 EXISTING_PATH = Place(exists=True, path_type=Path)
+MODEL = ModelName(exists=True, path_type=Path)
 PATH = Place(path_type=Path)
 
 

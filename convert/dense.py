@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.files.atomic import atomic_directory, write_json
+from ..checkpoint.files.disk_errors import require_room
 from ..checkpoint.files.paths import named, refuse_inputs, reserved
 from ..checkpoint.files.shards import ShardWriter
 from ..checkpoint.model.names import model_order
@@ -21,6 +22,8 @@ __all__ = ["DENSE_SHARD_BYTES", "dequantize_model"]
 
 DENSE_SHARD_BYTES = 5120 << 20
 """Largest file, in bytes; as Transformers shards by default or smaller."""
+
+_FLOAT16_BYTES = 2
 
 
 def dequantize_model(
@@ -62,10 +65,11 @@ def dequantize_model(
         model = model.beside(open_model(original))
     source = original or (model.directory if model.directory == model.path else None)
     refuse_inputs(out, directories=[each for each in (source, path) if each is not None])
+    dense = model.as_transformers()
+    require_room(out, _FLOAT16_BYTES * sum(math.prod(dense.shape(name)) for name in dense.names))
     with reserved(out), atomic_directory(out) as target:
         if source is not None:
             copy_side_files(source, target)  # first: what is wrong with them shows before the long work
-        dense = model.as_transformers()
         _write(dense, target, shard_bytes=shard_bytes)
         write_json(target / "config.json", _named_floats({**dense.config, "torch_dtype": "float16"}))
     return source is not None

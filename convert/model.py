@@ -23,17 +23,19 @@ __all__ = ["CardFacts", "Description", "QuantizedModel", "Verification", "verify
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
-    """What is in a file or directory, for people.
+    """What is in a file or directory.
 
     Attributes:
         kind: What the thing is.
-        facts: Lines about the whole.
-        table: One row for each linear or tensor.
+        facts: Lines about the whole, for people.
+        table: One row for each linear or tensor, for people.
+        content: The same for programs, in types that JSON has; names of numbers end in their units.
     """
 
     kind: str
     facts: tuple[str, ...]
     table: Table
+    content: Mapping[str, Any]
 
     def _repr_html_(self) -> str:
         return html_summary(self.kind, self.facts, self.table, folded=True)
@@ -66,6 +68,18 @@ class Verification:
     def bpw(self) -> float:
         """Bits per weight as a target in bits means them."""
         return next(iter(self.rates.values()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it in types that JSON has."""
+        return {
+            "quantized_tensors": self.quantized,
+            "other_tensors": self.others,
+            "bpw": dict(self.rates),
+            "file_bytes": self.file_bytes,
+            "compared": self.compared,
+            "facts": list(self.facts),
+            "warnings": list(self.warnings),
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +170,9 @@ class QuantizedModel(ABC):
         bpw = self.stored_bpw()
         rows = tuple((name, f"{bpw[name]:.3f}") for name in bpw)
         facts = (f"{len(bpw)} linears, {self.file_bytes / 2**20:.1f} MiB of tensors",)
-        return Description(kind=f"{self.format} model", facts=facts, table=Table(("linear", "bpw"), rows))
+        content = {"tensors_bytes": self.file_bytes, "linears": [{"name": name, "bpw": bpw[name]} for name in bpw]}
+        table = Table(("linear", "bpw"), rows)
+        return Description(kind=f"{self.format} model", facts=facts, table=table, content=content)
 
     def as_transformers(self) -> TensorSource:
         """Return the dense model with the names and the config that Transformers loads."""

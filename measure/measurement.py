@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,7 @@ class Measurement:
         curves: Every measured format's curves, by its name.
         provenance: Fingerprints, calibration description, options, version, and what the model's blocks are made of:
             plain JSON.
+        config: The language model's config.json; empty in files of older versions.
     """
 
     linears: tuple[MeasuredLinear, ...]
@@ -154,6 +155,7 @@ class Measurement:
     curves: Mapping[str, FormatCurves]
     provenance: dict[str, Any]
     layer_embedding: MeasuredTable | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """Return how much was measured, and for which formats."""
@@ -261,6 +263,7 @@ class Measurement:
             "damping": {x.name: x.damping if np.isfinite(x.damping) else None for x in linears},
             "chosen_tokens": {x.name: x.chosen_tokens for x in self.linears if x.chosen_tokens is not None},
             "provenance": self.provenance,
+            **({"config": dict(self.config)} if self.config else {}),
             **more,
         }
         # One entry only: safetensors writes several in an order that differs from run to run.
@@ -328,6 +331,7 @@ class Measurement:
             tokens=tokens,
             curves={name: format_curves(name) for name in header.curves},
             provenance=header.provenance,
+            config=header.config,
         )
         if header.sha256 not in (None, measurement.fingerprint):
             raise FormatError(

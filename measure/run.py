@@ -214,6 +214,7 @@ def measure_checkpoint(
             for maker in curves
         },
         provenance=provenance,
+        config=source.config,
     )
 
 

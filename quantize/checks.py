@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..checkpoint.files.disk_errors import explained, require_room
+from ..checkpoint.files.disk_errors import explained, require_rooms
 from ..checkpoint.files.paths import check_run, refuse_foreign
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..convert.conversion import Conversion, Target
@@ -28,6 +27,8 @@ from ..measure.measurement import Measurement
 from ..measure.run import MeasureConfig, require_measurable
 from ..measure.text.calibration import CalibrationSet
 from ..measure.text.context import CALIBRATION, check_rows, fit_row_tokens
+from ..measure.text.mixture import NAMES
+from ..measure.text.sources import is_data_set, read_texts
 from ..progress import Progress
 from ..version import __version__
 from .config import QuantizeConfig
@@ -39,6 +40,7 @@ __all__ = [
     "ReportPlace",
     "check_output",
     "check_places",
+    "check_text",
     "command_digest",
     "exists",
     "forecast_outputs",
@@ -264,6 +266,7 @@ def forecast_outputs(
         check_rows(checkpoint, rows, CALIBRATION)
     elif measured is None and conversion.measures:
         fit_row_tokens(measure.calibration.row_tokens, checkpoint, CALIBRATION)
+        check_text(measure)
     known = rows if measured is None else measured
     shape = None if known is None else (int(known.tokens.shape[0]), int(known.tokens.shape[1]))
     if any((target is not None) != conversion.measures for target in targets.values()):
@@ -308,18 +311,15 @@ def require_together(
     for conversion, forecasts in lines:
         sizes |= {output: each.size.output_bytes for output, each in forecasts.items() if not exists(output)}
         sizes |= conversion.scratch(work, measurement)
-    disks: dict[int, dict[Path, int]] = {}
-    for path, size in sizes.items():
-        place = path / "*" if path.is_dir() else path
-        with explained(path):
-            existing = next(each for each in place.absolute().parents if each.exists())
-            disks.setdefault(existing.stat().st_dev, {})[place] = size
-    for made in disks.values():
-        require_room(_together(made), sum(made.values()))
+    require_rooms(sizes)
 
 
-def _together(paths: Iterable[Path]) -> Path:
-    several = list(paths)
-    if len(several) == 1:
-        return several[0]
-    return Path(os.path.commonpath([path.absolute().parent for path in several])) / "*"
+def check_text(measure: MeasureConfig) -> None:
+    """Refuse calibration text that cannot be read: files and folders; a data set shows when it is read.
+
+    Raises:
+        BpwiseError: What is wrong with it.
+    """
+    for share in measure.calibration.shares:
+        if share.source not in NAMES and (Path(share.source).exists() or not is_data_set(share.source)):
+            read_texts(share.source, column=measure.calibration.column)

@@ -66,6 +66,16 @@ def _checkpoint(path: Path) -> Description:
             f"tied embeddings: {'yes' if checkpoint.tied_embeddings else 'no'}",
         ),
         table=Table(("tensor", "shape", "dtype", "file"), tuple(rows)),
+        content={
+            "model_type": checkpoint.config.get("model_type"),
+            "parameters": checkpoint.parameter_count,
+            "tensors_bytes": checkpoint.total_bytes,
+            "tied_embeddings": checkpoint.tied_embeddings,
+            "tensors": [
+                {"name": name, "shape": list(checkpoint.info(name).shape), "dtype": dtype, "file": file}
+                for name, _, dtype, file in rows
+            ],
+        },
     )
 
 
@@ -95,6 +105,24 @@ def _measurement(path: Path) -> Description:
             ("linear, damage in nats/token", "in x out", *(title for titles, _ in columns for title in titles)),
             tuple(rows),
         ),
+        content={
+            "provenance": facts,
+            "rows": int(measurement.tokens.shape[0]),
+            "row_tokens": int(measurement.tokens.shape[1]),
+            "linears": [
+                {
+                    "name": linear.name,
+                    "in_features": linear.in_features,
+                    "out_features": linear.out_features,
+                    "damage_nats": {
+                        title: float(damage)
+                        for titles, damages in columns
+                        for title, damage in zip(titles, damages[index], strict=True)
+                    },
+                }
+                for index, linear in enumerate(linears)
+            ],
+        },
     )
 
 
@@ -124,4 +152,11 @@ def _calibration(path: Path) -> Description:
         table=Table(
             ("kind of text", "rows"), tuple((kind, str(number)) for kind, number in rows.rows_per_kind.items())
         ),
+        content={
+            "text": rows.description,
+            "rows": int(count),
+            "row_tokens": int(length),
+            "fingerprint": rows.fingerprint,
+            "rows_by_kind": dict(rows.rows_per_kind),
+        },
     )

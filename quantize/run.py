@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..checkpoint.files.disk_errors import require_rooms
 from ..checkpoint.files.paths import named, reserved, work_beside
 from ..checkpoint.source.original import Original, open_model
 from ..convert.conversion import Conversion, Target
@@ -12,14 +13,23 @@ from ..convert.format import Format
 from ..convert.options import FormatOptions
 from ..convert.registry import format_asking
 from ..convert.registry import formats as all_formats
-from ..errors import ConfigError
+from ..errors import BpwiseError, ConfigError
 from ..eval.cache import OriginalCache, default_cache_directory
 from ..eval.config import EvalConfig
+from ..measure.device import resolve_device
 from ..measure.measurement import Measurement
 from ..measure.run import MeasureConfig, measure_to_file
 from ..measure.text.calibration import CalibrationSet
 from ..progress import Progress, default_progress
-from .checks import check_output, check_places, files_beside, forecast_outputs, require_convertible, require_together
+from .checks import (
+    check_output,
+    check_places,
+    check_text,
+    files_beside,
+    forecast_outputs,
+    require_convertible,
+    require_together,
+)
 from .config import Job, QuantizeConfig, chosen_evaluation, chosen_target
 from .judge import Judge
 from .measuring import GivenMeasurement
@@ -79,6 +89,8 @@ def measure_model(
         name: known.conversion(checkpoint, given.get(name) or known.Options())
         for name, known in _known_formats(formats).items()
     }
+
+    _check_measuring(conversions, config, output, work, every_format=formats is not None, rows=calibration)
 
     def tell() -> None:
         announce_measuring(shown, conversions, config, output, work, rows=calibration)
@@ -266,3 +278,28 @@ def _known_formats(names: Sequence[str] | None) -> dict[str, Format]:
     if unknown:
         raise ConfigError(f"formats: unknown name. Got {unknown}. Expected one of {', '.join(known)}. Choose another.")
     return {name: known[name] for name in names or known}
+
+
+def _check_measuring(
+    conversions: Mapping[str, Conversion],
+    measure: MeasureConfig,
+    output: Path,
+    work: Path,
+    *,
+    every_format: bool,
+    rows: CalibrationSet | None,
+) -> None:
+    # Refuses what measuring would refuse after long work: missing tools, text and devices, families, and disks.
+    resolve_device(measure.device)
+    if rows is None:
+        check_text(measure)
+    usable, refused = [], []
+    for each in conversions.values():
+        try:
+            require_convertible(each)
+            usable.append(each)
+        except BpwiseError as error:
+            refused.append(error)
+    if refused and (every_format or not usable):
+        raise refused[0]
+    require_rooms({path: size for each in usable for path, size in each.scratch(work, output).items()})

@@ -10,6 +10,7 @@ import click
 import pytest
 from bpwise.checkpoint.source import original
 from bpwise.cli import cli
+from bpwise.cli.group import HELP
 from bpwise.cli.types import Place
 from bpwise.convert.exl2 import card as exl2_card
 from bpwise.convert.gguf import card as gguf_card
@@ -46,6 +47,7 @@ def commands_of(text: str) -> Iterator[str]:
 
 TEXTS = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
 TEXTS |= {"EXL2 card": exl2_card.loading("NAME"), "GGUF card": gguf_card.loading("NAME.gguf")}
+TEXTS |= {f"help of {name}": "".join(f"    {line}\n" for line in each.examples) for name, each in HELP.items()}
 LINES = [pytest.param(line, id=f"{name}: {line}") for name, text in TEXTS.items() for line in commands_of(text)]
 
 
@@ -114,7 +116,8 @@ def test_every_option_has_its_place(name: str) -> None:
     # In the command's section, or in one that commands share.
     text = COMMANDS.read_text(encoding="utf-8")
     sections = dict(re.findall(r"^### ([^\n]+)\n(.*?)(?=^#{2,3} |\Z)", text, re.DOTALL | re.MULTILINE))
-    place = sections[f"bpwise {name}"] + sections["Calibration text"] + sections["The machine"]
+    shared = ("Calibration text", "The machine", "Models on the Hub", "Output for programs")
+    place = "".join(sections[each] for each in (f"bpwise {name}", *shared))
     for option in cli.commands[name].params:
         if isinstance(option, click.Option):
             assert set(option.opts) & set(FLAG.findall(place)), f"{name} {option.opts}"

@@ -204,7 +204,7 @@ def code_words(path: Path) -> list[str]:
         body = getattr(node, "body", None)
         if isinstance(body, list):  # docstrings, and those under constants
             texts |= {id(each.value) for each in body if isinstance(each, ast.Expr)}
-        if isinstance(node, ast.keyword) and node.arg == "help":
+        if isinstance(node, ast.keyword) and node.arg in ("help", "examples"):
             texts |= {id(each) for each in ast.walk(node.value)}
     found = []
     for node in ast.walk(tree):

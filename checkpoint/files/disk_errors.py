@@ -5,14 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from ...errors import BpwiseError, DiskFullError, WorkDirectoryError
 from . import operations
 
-__all__ = ["DISK_FULL", "delete_file", "explained", "explained_reading", "require_room", "shown"]
+__all__ = ["DISK_FULL", "delete_file", "explained", "explained_reading", "require_room", "require_rooms", "shown"]
 
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """What the system says where there is no room: on the disk, in a quota, or under a limit on the size of files."""
@@ -39,6 +39,32 @@ def require_room(path: Path, size_bytes: int) -> None:
             "choose a path on another disk.",
             path,
         )
+
+
+def require_rooms(sizes: Mapping[Path, int]) -> None:
+    """Refuse disks that have too little room for all that is to be made on them together.
+
+    Args:
+        sizes: The least bytes of each file or directory to make, by its path.
+
+    Raises:
+        DiskFullError: A disk has less free.
+    """
+    disks: dict[int, dict[Path, int]] = {}
+    for path, size in sizes.items():
+        place = path / "*" if path.is_dir() else path
+        with explained(path):
+            existing = next(each for each in place.absolute().parents if each.exists())
+            disks.setdefault(existing.stat().st_dev, {})[place] = size
+    for made in disks.values():
+        require_room(_together(made), sum(made.values()))
+
+
+def _together(paths: Iterable[Path]) -> Path:
+    several = list(paths)
+    if len(several) == 1:
+        return several[0]
+    return Path(os.path.commonpath([path.absolute().parent for path in several])) / "*"
 
 
 def shown(path: Path) -> str:

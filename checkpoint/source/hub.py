@@ -5,31 +5,36 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from ...errors import CheckpointError, DiskFullError
 from ..files.disk_errors import DISK_FULL
 from ..files.schemas import is_lfs_pointer
 from ..files.side_files import CONFIG_FILE, DOWNLOADED, NOT_DOWNLOADED, TEMPLATE_DIRECTORY, is_side_file
+from ..model.hub_name import HubName
 
 __all__ = [
     "confined_file",
     "directory_name",
     "list_directory",
     "require_own_files",
+    "resolve_file",
     "resolve_model",
     "side_files",
 ]
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _SHARED_BLOB = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
 
 
-def resolve_model(model: str) -> Path:
+def resolve_model(model: str, also: Sequence[str] = ()) -> Path:
     """Return the local directory of a model, downloading it from the Hugging Face Hub if need be.
 
     Args:
-        model: An existing directory, or a Hub id such as ``org/name``. A directory wins over a Hub id.
+        model: An existing directory, or a Hub id such as ``org/name`` or ``org/name@revision``. A directory wins over a
+            Hub id.
+        also: Further files to download, as patterns of ``fnmatch``.
 
     Raises:
         CheckpointError: Neither a directory nor a Hub id; or the Hub has no such model, guards it, or is out
@@ -39,18 +44,52 @@ def resolve_model(model: str) -> Path:
     path = Path(os.path.expanduser(model))  # noqa: PTH111 - Path's raises where there is no home
     if model and path.is_dir():
         return path
-    if (model and path.exists()) or not _HUB_ID.fullmatch(model):
+    name = HubName.parse(model)
+    if (model and path.exists()) or name is None or name.tag is not None or name.file is not None:
         got = "a file" if model and path.exists() else "nothing there"
         raise CheckpointError(
             f"{model or '(empty)'}: no model. Got {got}. Expected a directory, or a Hugging Face Hub id "
             "such as org/name. Check the path."
         )
-    return _download(model)
+    return _download(name, also)
 
 
-def _download(model: str) -> Path:
+def resolve_file(name: HubName, suffixes: Sequence[str]) -> Path:
+    """Return the local path of a model in one file on the Hub, downloading it if need be; of a split one its first.
+
+    Args:
+        name: The repository, and the file or its tag; neither where the repository has only one.
+        suffixes: Endings of such files.
+
+    Raises:
+        CheckpointError: As ``resolve_model``; or no file is meant, or several are.
+        DiskFullError: The disk of the Hub's cache is full.
+    """
+    from huggingface_hub import HfApi, hf_hub_download  # noqa: PLC0415
+
+    directory = _download(name)
+    commit = directory.name
+    try:
+        listed = HfApi().model_info(name.repo, revision=name.revision).siblings or []
+        names = [each.rfilename for each in listed]
+    except Exception:  # without a network, as the Hub's client raises what it will: what the cache has
+        names = [path.relative_to(directory).as_posix() for path in directory.rglob("*")]
+    found = name.find(names, suffixes)
+    first, *_ = [_asked(name, partial(hf_hub_download, name.repo, each, revision=commit)) for each in found]
+    return first
+
+
+def _download(name: HubName, also: Sequence[str] = ()) -> Path:
     # Imported here: a local model needs neither the import time nor the network stack.
     from huggingface_hub import snapshot_download  # noqa: PLC0415
+
+    patterns = [*DOWNLOADED, *also]
+    download = partial(snapshot_download, allow_patterns=patterns, ignore_patterns=list(NOT_DOWNLOADED))
+    return _asked(name, partial(download, name.repo, revision=name.revision))
+
+
+def _asked(name: HubName, ask: Callable[[], str]) -> Path:
+    # What the Hub's client downloads, and its many errors as sentences.
     from huggingface_hub.constants import HF_HUB_CACHE  # noqa: PLC0415
     from huggingface_hub.errors import (  # noqa: PLC0415
         GatedRepoError,
@@ -58,11 +97,18 @@ def _download(model: str) -> Path:
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
+    model = name.repo
     where = f"{model}: no such directory, and as a Hugging Face Hub id"
     try:
-        return Path(snapshot_download(model, allow_patterns=list(DOWNLOADED), ignore_patterns=list(NOT_DOWNLOADED)))
+        return Path(ask())
+    except RevisionNotFoundError as cause:
+        raise CheckpointError(
+            f"{where} it has no revision {name.revision!r}. Expected a branch, a tag or a commit. Check "
+            f"https://huggingface.co/{model}/refs."
+        ) from cause
     except GatedRepoError as cause:
         raise CheckpointError(
             f"{where} it is gated. Accept its terms at https://huggingface.co/{model}, then run `hf auth login`."

@@ -74,6 +74,7 @@ class Exl2Options(FormatOptions):
         default=16,
         choices=tuple(map(str, CACHE_BITS)),
         parse=int,
+        commands=("plan", "quantize"),
         help="With --vram: which of ExLlamaV2's caches holds the context.",
     )
     group_size: int = option(
@@ -121,14 +122,17 @@ def _without_vram(options: Mapping[str, Any]) -> bool:
     return not options["vram"]
 
 
+_NO_CACHE = Conflict("without --vram", _without_vram, ("cache_bits",), "only the memory of a GPU holds a cache")
+
 CONFLICTS: Mapping[str, tuple[Conflict, ...]] = {
+    "plan": (_NO_CACHE,),
     "quantize": (
-        Conflict("without --vram", _without_vram, ("cache_bits",), "only the memory of a GPU holds a cache"),
+        _NO_CACHE,
         Conflict(
             "with --measurement",
             lambda options: bool(options["measurement"]),
             ("group_size",),
             "it brings its own group size",
         ),
-    )
+    ),
 }

@@ -10,7 +10,7 @@ from ..conversion import Conversion
 from ..format import Export, Format
 from ..model import CardFacts, Description, QuantizedModel, Verification
 from ..names import NameParts
-from ..plan import Plan
+from ..plan import Plan, planned_context
 from .llama_cpp.mixtures import MIXTURES
 from .options import CONFLICTS, GgufOptions
 
@@ -142,6 +142,13 @@ class GgufFormat(Format):
         from .plan.making import make_gguf_plan
 
         return make_gguf_plan(measurement, bpw=bpw, tensor_bytes=max_bytes, overrides=options.overrides)
+
+    def bytes_in_vram(self, measurement: Measurement, options: Any, vram_bytes: int, context_tokens: int | None) -> int:
+        """Return the size of all tensors; see ``room_for_weights``."""
+        from .llama_cpp.vram import room_for_weights
+
+        config, context = planned_context(measurement, context_tokens)
+        return room_for_weights(vram_bytes, config, context)
 
     def bpw_range(self, measurement: Measurement, options: Any) -> tuple[float, float] | None:
         """Return the smallest bits per weight over all tensors, and the largest worth planning."""

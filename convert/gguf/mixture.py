@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from ...checkpoint.model.cache import key_value_heads
 from ...checkpoint.model.names import text_config
 from ...checkpoint.source.checkpoint import Checkpoint
-from ...errors import FormatError
+from ...errors import CheckpointError, FormatError, UnsupportedModelError
 from ...linalg.parallel import cores
 from ...measure.measurement import Measurement, is_measurement
 from ...progress import Progress
@@ -21,7 +22,7 @@ from ..model import Description, Verification
 from ..plan import LinearCost, Plan
 from ..rounding import RoundedModel
 from .conversion import GgufConversion
-from .file.header import GgufTensor
+from .file.header import GgufHeader, GgufTensor, read_gguf_header
 from .file.writer import write_gguf
 from .ggml.kernels import require_kernels
 from .ggml.types import TYPES, GgmlType
@@ -29,6 +30,7 @@ from .llama_cpp.assign import mixture_types, require_importance
 from .llama_cpp.imatrix import ImportanceMatrix, imatrix_metadata, read_imatrix, require_fitting
 from .llama_cpp.importance import importance_of
 from .llama_cpp.mixtures import mixture
+from .model.names import gguf_name
 from .options import GgufOptions
 from .plan.measured import gguf_curves
 from .plan.plan import type_shares
@@ -47,6 +49,7 @@ class MixturePlan(Plan):
         importances: Where importances come from; None if there are none.
     """
 
+    format: ClassVar[str] = "gguf"
     name: str
     tensors: Mapping[str, GgufTensor]
     types: Mapping[str, GgmlType]
@@ -97,7 +100,7 @@ class MixturePlan(Plan):
         facts += [] if self.importances is None else [f"errors weighted with the importances of {self.importances}"]
         rows = tuple((name, kind.name, f"{kind.bits_per_weight:.3f}") for name, kind in self.types.items())
         table = Table(("tensor", "type", "bpw"), rows)
-        return Description(kind=f"mixture {self.name}", facts=tuple(facts), table=table)
+        return Description(kind=f"mixture {self.name}", facts=tuple(facts), table=table, content=self.content())
 
 
 class MixtureConversion(GgufConversion):
@@ -146,16 +149,51 @@ class MixtureConversion(GgufConversion):
     def forecast(
         self, target: Target | None, measured: Measurement | None, provenance: Provenance | None = None
     ) -> SizeForecast:
-        """Return what the mixture's default type takes, roughly: all types show once the model is converted."""
-        bpw = TYPES[self._mixture.default].bits_per_weight
-        output_bytes = int(self.checkpoint.parameter_count * bpw / 8)
-        facts = ("roughly: all types show once the model is converted",)
-        return SizeForecast(output_bytes=output_bytes, bpw=bpw, lowest_bpw=bpw, highest_bpw=bpw, facts=facts)
+        """Return what the file takes; roughly where the converter's names for tensors are not known before it ran."""
+        header = self._coming_header()
+        if header is None:
+            bpw = TYPES[self._mixture.default].bits_per_weight
+            output_bytes = int(self.checkpoint.parameter_count * bpw / 8)
+            facts = ("roughly: all types show once the model is converted",)
+            return SizeForecast(output_bytes=output_bytes, bpw=bpw, lowest_bpw=bpw, highest_bpw=bpw, facts=facts)
+        plan = MixturePlan(self._mixture.name, header.tensors, self._types_of(header))
+        bpw = plan.bpw
+        return SizeForecast(output_bytes=plan.stored_bytes, bpw=bpw, lowest_bpw=bpw, highest_bpw=bpw)
+
+    def _coming_header(self) -> GgufHeader | None:
+        # What the converter will write, as far as mixtures look at it; None where a tensor's name is not known.
+        if self.options.base is not None:
+            return read_gguf_header(self.options.base)
+        try:
+            source = self._source
+        except (CheckpointError, UnsupportedModelError):  # a mixture needs no more than the converter does
+            return None
+        names = {name: gguf_name(name) for name in sorted(source.names) if name != f"{source.head_name}.weight"}
+        if not source.tied_embeddings:
+            names[f"{source.head_name}.weight"] = "output.weight"
+        if source.others or None in names.values():
+            return None
+        config, architecture = source.config, str(source.config["model_type"])
+        metadata = {
+            "general.architecture": architecture,
+            f"{architecture}.block_count": source.block_count,
+            f"{architecture}.attention.head_count": config["num_attention_heads"],
+            f"{architecture}.attention.head_count_kv": key_value_heads(config),
+        }
+        shapes = {str(theirs): source.shape(name) for name, theirs in names.items()}
+        tensors = {
+            name: GgufTensor(name, TYPES["F32" if len(shape) == 1 else "F16"], shape, 0, 0)
+            for name, shape in shapes.items()
+        }
+        return GgufHeader(self.checkpoint.directory, 3, metadata, {}, tensors, 32, 0, 0, "")
 
     @cached_property
     def _types(self) -> dict[str, GgmlType]:
+        return self._types_of(self.header)
+
+    def _types_of(self, header: GgufHeader) -> dict[str, GgmlType]:
         importance = None if self._matrix is None else self._matrix.sums.keys()
-        return mixture_types(self._mixture, self.header, importance=importance)
+        return mixture_types(self._mixture, header, importance=importance)
 
     def plan(self, measurement: Measurement | None, target: Target | None, provenance: Provenance) -> MixturePlan:
         """See ``Conversion``."""

@@ -75,6 +75,17 @@ class Upload:
             lines.append(f"  {CARD_NAME}  {len(self.page.encode())} bytes, the front page")
         return [*lines, *(f"  not published: {name}" for name in self.left_out)]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it in types that JSON has."""
+        return {
+            "model": str(self.output),
+            "repo": self.repo,
+            "branch": self.branch,
+            "total_bytes": self.total_bytes,
+            "files": [{"name": name, "path": str(path), "bytes": path.stat().st_size} for name, path in self.files],
+            "not_published": list(self.left_out),
+        }
+
 
 def find_outputs(path: Path) -> list[Path]:
     """Return the models of a path: itself, or those that a series made in it.

@@ -20,6 +20,7 @@ __all__ = [
     "Document",
     "TextPart",
     "TextSource",
+    "is_data_set",
     "read_texts",
     "text_files",
     "valid_unicode",
@@ -35,9 +36,7 @@ ChatRenderer = Callable[[Sequence[Mapping[str, Any]], str], str]
 """Turns the chat turns of one row into the text that the model would see; the second argument says where they stand."""
 
 _SHOWN_CHARACTERS = 200
-
 _BATCH_ROWS = 1000
-
 # Owner and name, or a name alone, as the Hub allows them; then [:config][:split].
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[^:/\\]*){0,2}")
 
@@ -134,9 +133,14 @@ def read_texts(source: str | Path, *, column: str | None = None, render_chat: Ch
             )
         part = _file_part(path, path.name, rows_to_documents)
         return TextSource(part.name, (part,))
-    if isinstance(source, Path) or path.suffix in TEXT_SUFFIXES or not _HUB_ID.fullmatch(source):
+    if isinstance(source, Path) or not is_data_set(source):
         raise CalibrationError(f"{source}: no such file or directory. Check the path.")
     return _hub_source(source, rows_to_documents)
+
+
+def is_data_set(source: str) -> bool:
+    """Return whether a source that does not exist as a path is named as a data set of the Hub."""
+    return Path(source).suffix not in TEXT_SUFFIXES and _HUB_ID.fullmatch(source) is not None
 
 
 def text_files(source: str | Path) -> list[Path]:

@@ -42,6 +42,8 @@ def make_plan(
     *,
     bpw: float | None = None,
     max_bytes: int | None = None,
+    vram_bytes: int | None = None,
+    context_tokens: int | None = None,
     options: FormatOptions | None = None,
 ) -> Plan:
     """Choose what every linear or tensor gets, from a measurement alone.
@@ -49,7 +51,10 @@ def make_plan(
     Args:
         measurement: A measurement, or its file.
         bpw: Bits per weight, as the format counts them; met from below, never exceeded.
-        max_bytes: The same as a size of all tensors, in bytes; one of the two is given.
+        max_bytes: The same as a size of all tensors, in bytes.
+        vram_bytes: Memory of a GPU that weights, cache and what the reader needs beside them should fit into; one of
+            the three is given.
+        context_tokens: With ``vram_bytes``: length of the context whose cache should fit; None for the model's own.
         options: The format's options, which choose the format too; None for the first format's defaults.
 
     Returns:
@@ -68,8 +73,11 @@ def make_plan(
     """
     options = options or next(iter(formats().values())).Options()
     measured = measurement if isinstance(measurement, Measurement) else Measurement.load(measurement)
-    target = Target(bpw=bpw, max_bytes=max_bytes)
-    return format_asking(options).plan(measured, options, bpw=target.bpw, max_bytes=target.max_bytes)
+    target = Target(bpw=bpw, max_bytes=max_bytes, vram_bytes=vram_bytes, context_tokens=context_tokens)
+    format_ = format_asking(options)
+    if vram_bytes is not None:
+        max_bytes = format_.bytes_in_vram(measured, options, vram_bytes, context_tokens)
+    return format_.plan(measured, options, bpw=target.bpw, max_bytes=max_bytes)
 
 
 def plan_points(format_: Format, measurement: Measurement, options: Any) -> list[PlanPoint]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from ...checkpoint.model.structure import InputGroup
 from ...checkpoint.source.checkpoint import Checkpoint
@@ -65,6 +66,20 @@ class Forecast:
     def seconds(self) -> dict[str, float]:
         """Expected seconds of each step that is left, by its name."""
         return seconds_by_step(self.parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it in types that JSON has."""
+        return {
+            "original_bytes": self.original_bytes,
+            "output_bytes": self.size.output_bytes,
+            "bpw": self.size.bpw,
+            "lowest_bpw": self.size.lowest_bpw,
+            "highest_bpw": self.size.highest_bpw,
+            "facts": list(self.size.facts),
+            "memory_bytes": self.memory_bytes,
+            "disk_bytes": self.disk_bytes,
+            "seconds": self.seconds,
+        }
 
 
 @dataclass(frozen=True, slots=True)

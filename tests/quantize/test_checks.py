@@ -313,6 +313,63 @@ def test_no_library_of_ggml(tmp_path: Path, byte_tokenizer: Any, monkeypatch: py
         quantize_model(model, tmp_path / "x.gguf", **arguments(gguf(mixture="Q8_0")))
 
 
+class TestBeforeAnythingIsConverted:
+    """What would otherwise show after an hour of conversion, or after the model has written its own text."""
+
+    @pytest.fixture(autouse=True)
+    def nothing_begins(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for place in (
+            "bpwise.convert.gguf.conversion.GgufConversion.prepare",
+            "bpwise.measure.run.load_or_make_rows",
+            "bpwise.convert.exl2.conversion.Exl2Conversion.prepare",
+        ):
+            monkeypatch.setattr(place, lambda *_, **__: pytest.fail("began"))
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("gone.txt", "no such file or directory"),
+            ("built-in,./gone", "no such file or directory"),
+            ("model.gguf", "unknown kind of text file"),
+        ],
+    )
+    def test_text(self, text: str, message: str, known: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        Path("model.gguf").write_bytes(b"")
+        for command in (
+            ("quantize", known, "x.gguf", "--bpw", 8),
+            ("quantize", known, "x", "--format", "gguf", "--bpw", "8,6"),
+            ("measure", known, "-o", "m.safetensors"),
+        ):
+            result = bpwise(*command, "-c", text)
+            assert result.exit_code == 1
+            assert message in result.stderr
+        assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+    def test_a_device_that_is_not_there(self, known: Path, tmp_path: Path) -> None:
+        device = ("--device", "cuda:99")
+        for command in (("quantize", known, tmp_path / "x.gguf", "--bpw", 8), ("measure", known, "-o", tmp_path / "m")):
+            result = bpwise(*command, *device)
+            assert result.exit_code == 1
+            assert "cuda:99" in result.stderr
+        assert list(tmp_path.iterdir()) == []
+
+    def test_measuring_without_a_tool(self, known: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        find = importlib.util.find_spec
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name, *rest: (name != "libggml" and find(name, *rest)) or None
+        )
+        result = bpwise("measure", known, "-o", tmp_path / "m.safetensors", "--formats", "gguf", "-c", "self")
+        assert result.exit_code == 1
+        assert "ggml's library, which is not installed" in result.stderr
+
+    def test_measuring_on_a_full_disk(self, known: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+        result = bpwise("measure", known, "-o", tmp_path / "m.safetensors")
+        assert result.exit_code == 1
+        assert "its disk has 1000 free" in result.stderr
+
+
 class TestPlace:
     def test_below_a_file(self, tiny_model: Path, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")

@@ -25,14 +25,18 @@ def describe_exl2(model: Exl2Model) -> Description:
     Raises:
         FormatError: What is stored breaks a rule of the format.
     """
-    rows = []
+    rows, linears = [], []
     for name, bpw in model.stored_bpw().items():
         features, columns = model.shape(f"{name}.weight")
-        shares = "float16"
+        shares, stored_rows = "float16", Counter[str]()
         if name in model.linears:
             groups = model.linear(name).groups
             shares = width_shares([group.bits for group in groups], [group.rows for group in groups])
+            for group in groups:
+                stored_rows[str(group.bits)] += group.rows
         rows.append((name, f"{columns} x {features}", f"{bpw:.3f}", shares))
+        sizes = {"in_features": columns, "out_features": features}
+        linears.append({"name": name, **sizes, "bpw": bpw, "rows_by_bits": dict(stored_rows)})
     float16 = len(model.float16_linears)
     return Description(
         kind="EXL2 model",
@@ -43,6 +47,14 @@ def describe_exl2(model: Exl2Model) -> Description:
             f"{model.file_bytes / 2**20:.1f} MiB of tensors",
         ),
         table=Table(("linear", "in x out", "bpw", "share of rows at each width"), tuple(rows)),
+        content={
+            "decoder_bpw": decoder_bpw(model),
+            "head_bpw": head_bpw(model),
+            "float16_linears": float16,
+            "quantization_config": model.stored_config.get("quantization_config") or {},
+            "tensors_bytes": model.file_bytes,
+            "linears": linears,
+        },
     )
 
 

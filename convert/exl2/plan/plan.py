@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ....checkpoint.files.atomic import write_json
 from ....checkpoint.files.schemas import NonNegative, Number, Positive, check_schema, checksummed
@@ -99,6 +99,7 @@ class Exl2Plan(Plan):
         other_bytes: Size of all that is not planned, in bytes, as far as a measurement tells.
     """
 
+    format: ClassVar[str] = "exl2"
     linears: tuple[LinearPlan, ...]
     head: LinearPlan | None
     target_bpw: Number
@@ -212,6 +213,7 @@ class Exl2Plan(Plan):
                     ),
                 ),
             ),
+            content=self.content(),
         )
 
     def save(self, path: str | Path) -> None:

@@ -44,6 +44,23 @@ def describe_gguf(header: GgufHeader) -> Description:
                 for tensor in tensors
             ),
         ),
+        content={
+            "version": header.version,
+            "weights": weights,
+            "file_bytes": header.file_bytes,
+            "bpw": all_tensors_bpw(tensors),
+            "types": dict(_types(tensors)),
+            "metadata": {key: _short(value) for key, value in header.metadata.items()},
+            "tensors": [
+                {
+                    "name": tensor.name,
+                    "shape": list(tensor.shape),
+                    "type": tensor.type.name,
+                    "bpw": tensor.type.bits_per_weight,
+                }
+                for tensor in tensors
+            ],
+        },
     )
 
 
@@ -76,8 +93,17 @@ def all_tensors_bpw(tensors: Iterable[GgufTensor]) -> float:
 
 def types_text(tensors: Iterable[GgufTensor]) -> str:
     """Return the number of tensors of each type, the most frequent first, as ``5 F32, 3 Q8_0``."""
-    counts = Counter(tensor.type.name for tensor in tensors)
-    return ", ".join(f"{count} {name}" for name, count in counts.most_common())
+    return ", ".join(f"{count} {name}" for name, count in _types(tensors))
+
+
+def _types(tensors: Iterable[GgufTensor]) -> list[tuple[str, int]]:
+    return Counter(tensor.type.name for tensor in tensors).most_common()
+
+
+def _short(value: Any) -> Any:
+    # A vocabulary would be most of the document.
+    is_array = isinstance(value, (list, np.ndarray))
+    return {"values": len(value)} if is_array and len(value) > _SHOWN_VALUES else value
 
 
 def _metadata_value(value: Any) -> str:

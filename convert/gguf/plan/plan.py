@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 
@@ -142,6 +142,7 @@ class GgufPlan(Plan):
         measurement: Fingerprint of the measurement behind the plan.
     """
 
+    format: ClassVar[str] = "gguf"
     tensors: Annotated[tuple[TensorPlan, ...], msgspec.Meta(min_length=1)]
     other_weights: Count
     other_bytes: Count
@@ -224,7 +225,22 @@ class GgufPlan(Plan):
                     for tensor in self.tensors
                 ),
             ),
+            content=self.content(),
         )
+
+    def content(self) -> dict[str, Any]:
+        """Return what it tells, for programs: tensors instead of linears."""
+        tensors = [
+            {
+                "name": tensor.name,
+                "shape": list(tensor.shape),
+                "type": tensor.type,
+                "bpw": tensor.kind.bits_per_weight,
+                "damage_nats": tensor.damage_nats,
+            }
+            for tensor in self.tensors
+        ]
+        return {**{key: value for key, value in Plan.content(self).items() if key != "linears"}, "tensors": tensors}
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""

@@ -516,7 +516,10 @@ class TestHub:
     def test_downloads_only_what_is_needed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         calls = []
 
-        def download(repo_id: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        def download(
+            repo_id: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]
+        ) -> str:
+            assert revision is None
             calls.append((repo_id, allow_patterns))
             assert ignore_patterns
             return str(make(tmp_path / "cached"))

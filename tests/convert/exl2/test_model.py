@@ -7,6 +7,7 @@ import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -116,6 +117,18 @@ def test_side_files_go_on_to_the_dense_model(write: Write, tmp_path: Path) -> No
     assert (tmp_path / "dense" / "additional_chat_templates" / "rag.jinja").read_text() == "{{ rag }}"
     assert (tmp_path / "dense" / "LICENSE.txt").read_text() == "as you like"
     assert not (tmp_path / "dense" / "bpwise.json").exists()
+
+
+def test_a_disk_that_the_dense_model_does_not_fit_on(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, _, _ = write(tied=False)
+    stored = load_file(tmp_path / "llama" / "model.safetensors")
+    size = sum(2 * tensor.numel() for tensor in stored.values())
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=size - 1))
+    with pytest.raises(WorkDirectoryError, match=f"will take {size} bytes, but its disk has {size - 1} free"):
+        dequantize_model(out, tmp_path / "dense")
+    assert not (tmp_path / "dense").exists()
 
 
 def test_directory_is_what_readers_expect(write: Write) -> None:

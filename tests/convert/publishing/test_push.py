@@ -19,6 +19,7 @@ from bpwise.convert.exl2.file.linear import QuantizedLinear
 from bpwise.convert.exl2.file.writer import write_model
 from bpwise.convert.publishing.mark import mark_broken
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file
 
 REPORT = {
     "original": {"name": "L", "stored_bytes": 9},
@@ -208,6 +209,32 @@ def test_branches_of_a_folder(output: Path, hub: FakeHub, tmp_path: Path) -> Non
     assert push(tmp_path / "all", "org/").exit_code == 0
     assert set(hub.repos) == {"org/L-4.0bpw-4hb-exl2", "org/L-8.0bpw-4hb-exl2"}
     assert "would replace" in push(tmp_path / "all", "org/mine").stderr
+
+
+def test_json(output: Path, hub: FakeHub) -> None:
+    (dry,) = json.loads(push(output, "org/", "--dry-run", "--json").stdout)["uploads"]
+    assert (dry["repo"], dry["branch"], dry["url"]) == ("org/Llama-3.2-1B-4.0bpw-4hb-exl2", None, None)
+    assert {each["name"]: each["bytes"] for each in dry["files"]} == {
+        name: (output / name).stat().st_size for name in PUBLISHED
+    }
+    assert dry["total_bytes"] == sum((output / name).stat().st_size for name in PUBLISHED)
+    assert "notes.txt" in dry["not_published"]
+    assert hub.commits == []
+    (pushed,) = json.loads(push(output, "org/", "--json").stdout)["uploads"]
+    assert pushed["url"] == f"https://huggingface.co/{pushed['repo']}/commit/0"
+    assert len(hub.commits) == 1
+
+
+def test_inspected_as_json(output: Path) -> None:
+    found = json.loads(CliRunner().invoke(cli, ["inspect", str(output), "--json"]).stdout)
+    assert found["kind"] == "EXL2 model"
+    stored = load_file(output / "output.safetensors")
+    assert len(found["linears"]) == 15
+    for each in found["linears"]:
+        assert each["rows_by_bits"] == {"4": each["in_features"]}
+        bits = 8 * sum(tensor.nbytes for name, tensor in stored.items() if name.startswith(f"{each['name']}.q_"))
+        assert each["bpw"] == pytest.approx(bits / each["in_features"] / each["out_features"], rel=1e-9)
+    assert found["tensors_bytes"] == (output / "output.safetensors").stat().st_size
 
 
 def test_dry_run(output: Path, hub: FakeHub) -> None:

@@ -1,0 +1,92 @@
+"""Models on the Hub, asked of a server on this machine: revisions, files by name and by tag."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from bpwise.cli import cli
+from bpwise.convert.opening import locate_model
+from bpwise.errors import CheckpointError
+from click.testing import CliRunner
+
+from ...fuzz.hub import answers_of, lying_hub
+
+FILES = {
+    "README.md": b"words",
+    "L-Q4_K_M.gguf": b"GGUF4",
+    "L-BF16-00001-of-00002.gguf": b"GGUF1",
+    "L-BF16-00002-of-00002.gguf": b"GGUF2",
+    "mmproj-L-BF16.gguf": b"GGUFm",
+}
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A repository of GGUF files, and one of an EXL2 model on the branch 4.0bpw; its cache."""
+    answers = json.loads(answers_of(FILES, "org/L-GGUF"))
+    exl2 = {"config.json": b"{}", "output.safetensors": b"weights", "bpwise.json": b"{}", "notes.txt": b"private"}
+    for path, answer in json.loads(answers_of(exl2, "org/L-exl2")).items():
+        answers[path.replace("/revision/main", "/revision/4.0bpw")] = answer
+    (tmp_path / "answers.json").write_text(json.dumps(answers))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with lying_hub(tmp_path / "answers.json", tmp_path / "cache"):
+        yield tmp_path / "cache"
+
+
+def downloaded(cache: Path, repo: str) -> set[str]:
+    return {path.name for path in (cache / f"models--org--{repo}" / "snapshots").glob("*/*")}
+
+
+@pytest.mark.parametrize("name", ["org/L-GGUF:q4_k_m", "hf.co/org/L-GGUF:Q4_K_M", "org/L-GGUF@main/L-Q4_K_M.gguf"])
+def test_one_file(name: str, hub: Path) -> None:
+    path = locate_model(name)
+    assert path.read_bytes() == b"GGUF4"
+    assert path.name == "L-Q4_K_M.gguf"
+    assert downloaded(hub, "L-GGUF") == {"README.md", "L-Q4_K_M.gguf"}
+
+
+def test_all_parts_of_a_split_file(hub: Path) -> None:
+    assert locate_model("org/L-GGUF:BF16").read_bytes() == b"GGUF1"
+    assert downloaded(hub, "L-GGUF") == {"README.md", *(name for name in FILES if name.startswith("L-BF16"))}
+
+
+def test_a_repository_of_several_files_needs_a_name(hub: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"one file is needed\. Got several.*L-Q4_K_M\.gguf"):
+        locate_model("org/L-GGUF")
+    assert downloaded(hub, "L-GGUF") == {"README.md"}
+
+
+def test_a_revision(hub: Path) -> None:
+    directory = locate_model("org/L-exl2@4.0bpw")
+    assert {path.name for path in directory.iterdir()} == {"config.json", "output.safetensors", "bpwise.json"}
+    with pytest.raises(CheckpointError, match="org/L-exl2"):
+        locate_model("org/L-exl2@8.0bpw")
+
+
+def test_compared_in_one_line(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {path.name: path.read_bytes() for path in tiny_model.iterdir()}
+    (tmp_path / "answers.json").write_bytes(answers_of(files, "org/tiny"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with lying_hub(tmp_path / "answers.json", tmp_path / "cache"):
+        line = ["eval", "org/tiny", "org/tiny@main", "-r", "2", "-l", "32", "--no-cache"]
+        result = CliRunner().invoke(cli, line, catch_exceptions=False)
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(Path("report.json").read_text())["comparison"]["summary"]["kl_nats"]["value"] < 1e-6
+    assert not list((tmp_path / "cache").rglob("report.*"))
+
+
+def test_what_is_here_wins(hub: Path) -> None:
+    Path("org/L-GGUF").mkdir(parents=True)
+    Path("org/L-GGUF/L-Q4_K_M.gguf").write_bytes(b"mine")
+    assert locate_model("org/L-GGUF") == Path("org/L-GGUF")
+    assert locate_model("org/L-GGUF/L-Q4_K_M.gguf").read_bytes() == b"mine"
+    assert not hub.exists()
+
+
+@pytest.mark.parametrize("name", ["gone.gguf", "gone/gone.gguf", "./gone/gone/gone.gguf"])
+def test_a_path_that_is_not_there_never_reaches_the_hub(name: str, hub: Path) -> None:
+    with pytest.raises(CheckpointError, match="not found"):
+        locate_model(name)
