@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ...checkpoint.model.cache import key_value_heads
 from ...checkpoint.model.names import text_config
 from ...checkpoint.source.checkpoint import Checkpoint
 from ...errors import CheckpointError, FormatError, UnsupportedModelError
@@ -26,6 +25,7 @@ from .file.header import GgufHeader, GgufTensor, read_gguf_header
 from .file.writer import write_gguf
 from .ggml.kernels import require_kernels
 from .ggml.types import TYPES, GgmlType
+from .labels import coming_header
 from .llama_cpp.assign import mixture_types, require_importance
 from .llama_cpp.imatrix import ImportanceMatrix, imatrix_metadata, read_imatrix, require_fitting
 from .llama_cpp.importance import importance_of
@@ -165,27 +165,11 @@ class MixtureConversion(GgufConversion):
         if self.options.base is not None:
             return read_gguf_header(self.options.base)
         try:
-            source = self._source
+            source = self.source
         except (CheckpointError, UnsupportedModelError):  # a mixture needs no more than the converter does
             return None
-        names = {name: gguf_name(name) for name in sorted(source.names) if name != f"{source.head_name}.weight"}
-        if not source.tied_embeddings:
-            names[f"{source.head_name}.weight"] = "output.weight"
-        if source.others or None in names.values():
-            return None
-        config, architecture = source.config, str(source.config["model_type"])
-        metadata = {
-            "general.architecture": architecture,
-            f"{architecture}.block_count": source.block_count,
-            f"{architecture}.attention.head_count": config["num_attention_heads"],
-            f"{architecture}.attention.head_count_kv": key_value_heads(config),
-        }
-        shapes = {str(theirs): source.shape(name) for name, theirs in names.items()}
-        tensors = {
-            name: GgufTensor(name, TYPES["F32" if len(shape) == 1 else "F16"], shape, 0, 0)
-            for name, shape in shapes.items()
-        }
-        return GgufHeader(self.checkpoint.directory, 3, metadata, {}, tensors, 32, 0, 0, "")
+        known = not source.others and all(map(gguf_name, source.names))
+        return coming_header(source) if known else None
 
     @cached_property
     def _types(self) -> dict[str, GgmlType]:
