@@ -76,7 +76,7 @@ def chosen_formats(parameters: Mapping[str, Any]) -> tuple[Format, ...]:
         naming = None if output is None else format_naming(output)
         chosen = (naming or _implied(parameters) or next(iter(formats().values())),)
     near = format_nearly_naming(output) if output is not None and "output_format" in parameters else None
-    if near is not None and (near in chosen or named is None):
+    if output is not None and near is not None and (near in chosen or named is None):
         raise click.UsageError(
             f"{output} ends in {output.suffix}. Was {near.suffix} meant? Then name it so; otherwise choose a --format."
         )

@@ -70,7 +70,7 @@ def write_recipe(output: Path, entries: Mapping[str, Any]) -> Path:
         WorkDirectoryError: It cannot be written.
     """
     path = companion(output, RECIPE_FILE)
-    head = f"{_MARK} {__version__}. Repeat it with `bpwise quantize MODEL OUTPUT --config {path.name}`.\n"
+    head = f"{_MARK} {__version__}. Repeat it with `bpwise quantize MODEL OUTPUT --config FILE`.\n"
     told = "calibration" in entries or "type" in entries
     write_text(path, head + ("" if told else _NOT_TOLD) + yaml.safe_dump(dict(entries), sort_keys=False))
     return path

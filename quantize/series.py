@@ -153,9 +153,18 @@ def quantize_series(
     given = GivenMeasurement.load(measurement, checkpoint, progress)
     _forecast(lines, config, work, progress, given=given, calibration=calibration)
     judge = None if config.evaluate is None else Judge(checkpoint, config.evaluate, progress)
-    shared = {"given": given, "calibration": calibration, "judge": judge, "progress": progress}
-    shared["calibrated"] = given is None and calibration is None
-    jobs = [Job(conversion=line.conversion, config=line.config, **shared) for line in lines]  # type: ignore[arg-type]
+    jobs = [
+        Job(
+            conversion=line.conversion,
+            config=line.config,
+            given=given,
+            calibration=calibration,
+            calibrated=given is None and calibration is None,
+            judge=judge,
+            progress=progress,
+        )
+        for line in lines
+    ]
     with reserved(output), locked_work(work):
         outputs, used = _make_all(jobs, [line.targets for line in lines], work)
         counted = {line.config.format.title: line.config.format.bpw_means for line in lines}

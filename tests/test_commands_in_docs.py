@@ -13,6 +13,7 @@ from bpwise.cli import cli
 from bpwise.cli.types import Place
 from bpwise.convert.exl2 import card as exl2_card
 from bpwise.convert.gguf import card as gguf_card
+from bpwise.quantize import recipe
 from click.testing import CliRunner
 
 from .families.families import FAMILIES
@@ -57,6 +58,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Place, "convert", lambda _self, value, _param, _context: Path(value))
     monkeypatch.setattr(original, "open_model", stop)
+    monkeypatch.setattr(recipe, "read_recipe", lambda _path: {})
     for name, command in cli.commands.items():
         if name != "quantize":  # checks more before it opens the model
             monkeypatch.setattr(command, "callback", stop)
