@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.files.atomic import write_json, write_text
+from ..checkpoint.files.operations import delete
 from ..checkpoint.files.paths import named, reserved, work_beside
 from ..checkpoint.files.resume import RunArtifacts, discard_artifacts, locked_work
 from ..checkpoint.source.original import Original, open_model
@@ -15,7 +16,9 @@ from ..convert.conversion import Target
 from ..errors import BrokenModelError, ConfigError
 from ..eval.comparison import Comparison
 from ..eval.models import model_name
-from ..eval.report.report import JSON_NAME, MARKDOWN_NAME, try_report
+from ..eval.report.content import Report
+from ..eval.report.html import html_report
+from ..eval.report.report import HTML_NAME, JSON_NAME, MARKDOWN_NAME, try_report
 from ..eval.report.tables import models_table
 from ..measure.run import MEASURED
 from ..measure.text.calibration import CalibrationSet
@@ -76,7 +79,7 @@ class SeriesResult:
 
     Attributes:
         outputs: One for each bitrate, in the order asked.
-        report: The report over all, Markdown.
+        report: The report over all: a page, or Markdown where nothing was evaluated.
         measurement: The measurement file, which serves any other bitrate.
         warnings: What readers of the format compute otherwise than Transformers.
     """
@@ -126,7 +129,7 @@ def quantize_series(
 
     Args:
         model: A local directory, a Hub id, or what ``open_model`` made of one.
-        output: Directory that the outputs, ``report.md`` and ``report.json`` go into.
+        output: Directory that the outputs, ``report.html``, ``report.md`` and ``report.json`` go into.
         config: Options of every output; their target is not read.
         rates: Bits per weight, each once.
         measurement: A measurement of this model; None measures first. It brings its calibration rows along.
@@ -250,9 +253,26 @@ def _write_report(original: str, outputs: Sequence[SeriesOutput], directory: Pat
         "outputs": [output.to_dict() for output in outputs],
     }
     write_json(directory / JSON_NAME, content)
-    path = directory / MARKDOWN_NAME
-    write_text(path, _markdown(original, outputs))
-    return path
+    write_text(directory / MARKDOWN_NAME, _markdown(original, outputs))
+    comparisons = tuple(output.comparison for output in outputs if output.comparison is not None)
+    if not comparisons:
+        delete(directory / HTML_NAME, missing_ok=True)  # an earlier run's
+        return directory / MARKDOWN_NAME
+    write_text(directory / HTML_NAME, html_report(Report(comparisons=comparisons, details=_details(outputs))))
+    return directory / HTML_NAME
+
+
+def _details(outputs: Sequence[SeriesOutput]) -> dict[str, dict[str, str]]:
+    made, broken = {}, {}
+    for output in outputs:
+        if output.broken is not None:
+            broken[output.path.name] = output.broken
+        else:
+            made[output.path.name] = (
+                f"{output.bpw:.4f} bits per weight, {output.asked_bpw:g} asked for; "
+                f"predicted {output.predicted_nats:.3g} nats/token"
+            )
+    return {title: section for title, section in (("Broken", broken), ("Bitrates", made)) if section}
 
 
 def _markdown(original: str, outputs: Sequence[SeriesOutput]) -> str:
