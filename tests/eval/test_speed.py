@@ -10,6 +10,7 @@ from bpwise.eval import speed
 from bpwise.eval.speed import tokens_per_second
 
 
+@pytest.mark.usefixtures("timed")
 def test_files_have_one_where_the_engine_is(converted: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("xllamacpp", reason="the engine is not installed: pip install '.[engine]'")
     file = open_any(converted["llama"].file)
