@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ..errors import ConfigError
 from .model import CardFacts, Description, QuantizedModel, Verification, verify_values
 from .names import convention_name
 from .options import Conflict, FormatOptions
@@ -148,6 +149,21 @@ class Format(ABC):
         Raises:
             BudgetError: No plan has this size.
         """
+
+    def bytes_in_vram(self, measurement: Measurement, options: Any, vram_bytes: int, context_tokens: int | None) -> int:
+        """Return the size of all tensors, as ``plan`` takes it, that leaves a GPU room for the cache of a context.
+
+        Args:
+            measurement: Tells the model's config.
+            options: The format's options.
+            vram_bytes: Memory of the GPU.
+            context_tokens: Length of the context; None for the model's own.
+
+        Raises:
+            BudgetError: Nothing is left for weights.
+            ConfigError: It is not known what readers of the format take, or how long a context is.
+        """
+        raise ConfigError("--vram: not known how much memory this format's readers take. Give --bpw or --max-size.")
 
     def bpw_range(self, measurement: Measurement, options: Any) -> tuple[float, float] | None:
         """Return the smallest and largest bits per weight worth planning; None if the format was not measured."""

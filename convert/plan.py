@@ -6,15 +6,20 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..checkpoint.files.atomic import write_json
+from ..errors import ConfigError
 from ..tables import Table
 from .model import Description
 
-__all__ = ["LinearCost", "Plan", "round_up", "shown_range"]
+if TYPE_CHECKING:
+    from ..measure.measurement import Measurement
+
+__all__ = ["LinearCost", "Plan", "planned_context", "round_up", "shown_range"]
 
 _IN_BLOCK = re.compile(r"(?:[^.]+\.)+?(\d{1,9})\..+", re.ASCII)
 
@@ -107,6 +112,24 @@ class Plan(ABC):
 
     def _entries(self) -> dict[str, Any]:
         return asdict(self)  # type: ignore[call-overload,no-any-return]  # formats' plans are dataclasses
+
+
+def planned_context(measurement: Measurement, asked: int | None) -> tuple[Mapping[str, Any], int]:
+    """Return a measured model's config, and the length of the context whose cache a GPU should hold.
+
+    Args:
+        measurement: The measurement.
+        asked: Tokens of the context; None for the most that the model has positions for.
+
+    Raises:
+        ConfigError: The measurement does not tell the config, or the config no length.
+    """
+    if not measurement.config:
+        raise ConfigError("--vram: this measurement is of an earlier version and has no config.json. Measure again.")
+    context = asked or measurement.config.get("max_position_embeddings")
+    if not isinstance(context, int):
+        raise ConfigError("--vram: config.json says no length of the context. Give it with --context.")
+    return measurement.config, context
 
 
 def shown_range(lowest: float, highest: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from .measurement_file import CURVES, HEADER_KEY, EmbeddingHeader, MeasuredTenso
 __all__ = [
     "HEADER_KEY",
     "MEASUREMENT_VERSION",
+    "NAME_KEY",
     "RARE_TOKENS",
     "FormatCurves",
     "MeasuredLinear",
@@ -35,6 +36,9 @@ MEASUREMENT_VERSION = 7
 
 RARE_TOKENS = 100
 """An expert that fewer calibration tokens chose is reported: its statistics are mostly those of other tokens."""
+
+NAME_KEY = "_name_or_path"
+"""Entry of config.json that Transformers names a model in."""
 
 _FIELDS = ("fisher", "input_power", "coupling")
 _IMPORTANCE = "importance"
@@ -144,6 +148,7 @@ class Measurement:
         curves: Every measured format's curves, by its name.
         provenance: Fingerprints, calibration description, options, version, and what the model's blocks are made of:
             plain JSON.
+        config: The language model's config.json with its name; empty in files of older versions.
     """
 
     linears: tuple[MeasuredLinear, ...]
@@ -154,6 +159,7 @@ class Measurement:
     curves: Mapping[str, FormatCurves]
     provenance: dict[str, Any]
     layer_embedding: MeasuredTable | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     def curves_of(
         self, name: str, version: int, *, remedy: str = _MEASURE_AGAIN
@@ -189,6 +195,12 @@ class Measurement:
         Their curves were measured so, hence they look costlier and the allocation gives them wider formats.
         """
         return tuple(linear.name for linear in (*self.linears, self.head) if linear.damping == float("inf"))
+
+    @property
+    def model_name(self) -> str | None:
+        """Name of the model's directory, or its Hub id; None if the file does not tell."""
+        name = self.config.get(NAME_KEY)
+        return name if isinstance(name, str) and name else None
 
     @property
     def precision(self) -> str:
@@ -253,6 +265,7 @@ class Measurement:
             "damping": {x.name: x.damping if np.isfinite(x.damping) else None for x in linears},
             "chosen_tokens": {x.name: x.chosen_tokens for x in self.linears if x.chosen_tokens is not None},
             "provenance": self.provenance,
+            **({"config": dict(self.config)} if self.config else {}),
             **more,
         }
         # One entry only: safetensors writes several in an order that differs from run to run.
@@ -320,6 +333,7 @@ class Measurement:
             tokens=tokens,
             curves={name: format_curves(name) for name in header.curves},
             provenance=header.provenance,
+            config=header.config,
         )
         if header.sha256 not in (None, measurement.fingerprint):
             raise FormatError(

@@ -7,7 +7,7 @@ can index with it.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,6 +75,7 @@ class MeasurementHeader:
         damping: By linear; None where feedback was given up: JSON knows no infinity.
         chosen_tokens: By linear of an expert, the number of tokens that chose it.
         provenance: Where the measurement came from.
+        config: The language model's config.json; empty in files of older versions.
         sha256: Fingerprint of the measurement, 32 hexadecimal digits; None in files of older versions.
     """
 
@@ -88,6 +89,7 @@ class MeasurementHeader:
     damping: dict[str, _Damping | None]
     chosen_tokens: dict[str, Count]
     provenance: dict[str, Any]
+    config: dict[str, Any] = field(default_factory=dict)
     sha256: str | None = None
 
     def __post_init__(self) -> None:

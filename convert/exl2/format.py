@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..conversion import Conversion
 from ..format import Format
 from ..model import CardFacts, QuantizedModel, Verification
-from ..plan import Plan
+from ..plan import Plan, planned_context
 from .file.manifest import MANIFEST_FILE, read_manifest
 from .options import CONFLICTS, Exl2Options
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from ...measure.measurement import Measurement
 
 __all__ = ["FORMAT", "Exl2Format"]
+
+_FLOAT16_BITS = 16
 
 
 class Exl2Format(Format):
@@ -84,6 +86,16 @@ class Exl2Format(Format):
             overrides=options.overrides,
             keep_fp16=options.keep_fp16,
         )
+
+    def bytes_in_vram(self, measurement: Measurement, options: Any, vram_bytes: int, context_tokens: int | None) -> int:
+        """Return the size of all tensors; the embeddings are in main memory, and the head on the GPU even if tied."""
+        from .plan.vram import exl2_overhead_bytes
+
+        config, context = planned_context(measurement, context_tokens)
+        table = 2 * measurement.embedding.tokens * measurement.embedding.hidden_size
+        head_on_gpu = table if measurement.embedding.tied and options.head_bits == _FLOAT16_BITS else 0
+        beside = exl2_overhead_bytes(vram_bytes, config, context, cache_bits=options.cache_bits)
+        return vram_bytes - beside + table - head_on_gpu
 
     def bpw_range(self, measurement: Measurement, options: Any) -> tuple[float, float] | None:
         """Return the smallest and largest bits per weight of the decoder."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..conversion import Conversion
 from ..format import Export, Format
 from ..model import CardFacts, Description, QuantizedModel, Verification
-from ..plan import Plan
+from ..plan import Plan, planned_context
 from .options import CONFLICTS, GgufOptions
 
 if TYPE_CHECKING:
@@ -118,6 +118,13 @@ class GgufFormat(Format):
         from .plan.making import make_gguf_plan
 
         return make_gguf_plan(measurement, bpw=bpw, tensor_bytes=max_bytes, overrides=options.choices)
+
+    def bytes_in_vram(self, measurement: Measurement, options: Any, vram_bytes: int, context_tokens: int | None) -> int:
+        """Return the size of all tensors; see ``room_for_weights``."""
+        from .llama_cpp.vram import room_for_weights
+
+        config, context = planned_context(measurement, context_tokens)
+        return room_for_weights(vram_bytes, config, context)
 
     def bpw_range(self, measurement: Measurement, options: Any) -> tuple[float, float] | None:
         """Return the smallest bits per weight over all tensors, and the largest worth planning."""
