@@ -38,6 +38,9 @@ _SERIES = 8
 _GOOD_STEPS = (1, 2, 2.5, 5, 10)
 _LABEL_CHARACTERS = 26
 
+_WORD = re.compile(r"(?:[^-./ ]|(?<=\d)\.(?=\d))*[-./ ]|(?:[^-./ ]|(?<=\d)\.(?=\d))+")
+"""A part of a model's name with what ends it; numbers and names of types stay whole."""
+
 _SIGNS = {" ": "␣", "\n": "⏎", "\t": "⇥"}
 
 STYLE = """
@@ -207,10 +210,10 @@ def shortened(text: str) -> str:
 
 def distinct_names(names: Sequence[str]) -> list[str]:
     """Return names without the words that all begin or end with, as labels."""
-    words = [re.findall(r"[^-_./ ]*[-_./ ]|[^-_./ ]+", name) for name in names]
+    words = [_WORD.findall(name) for name in names]
     begin = shared_length(words) if len(words) > 1 else 0
     end = shared_length([each[begin:][::-1] for each in words]) if len(words) > 1 else 0
-    short = ["".join(each[begin : len(each) - end]).strip("-_./ ") for each in words]
+    short = ["".join(each[begin : len(each) - end]).strip("-./ ") for each in words]
     return [shortened(each) for each in (short if all(short) else names)]
 
 

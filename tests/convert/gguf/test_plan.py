@@ -144,6 +144,11 @@ def test_slow_types_of_a_backend_are_left_out() -> None:
         GgufOptions(backend="abacus")
 
 
+def test_a_measurement_of_another_format_says_why() -> None:
+    with pytest.raises(ConfigError, match=r"Got no curves.*`bpwise quantize` measures for its own format"):
+        make_gguf_plan(replace(measurement(), curves={}), bpw=6.0)
+
+
 def test_a_backend_changes_nothing_that_was_not_measured() -> None:
     plain = make_gguf_plan(mixture_of_experts(), bpw=9.0)
     assert make_gguf_plan(mixture_of_experts(), bpw=9.0, overrides=GgufOptions(backend="cpu").choices) == plain
