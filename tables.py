@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from .errors import printable
 
-__all__ = ["NotedCell", "Table", "cell", "html_summary"]
+__all__ = ["AnyCell", "NotedCell", "Table", "cell", "html_summary"]
 
 _MOST_CHARACTERS = 10_000
 _MOST_TERMINAL_CHARACTERS = 200
@@ -40,6 +40,7 @@ class NotedCell:
 
 
 AnyCell: TypeAlias = str | NotedCell
+"""What a table's cell may be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,7 @@ class Table:
             title = Markup('<th><button type="button">{}</button></th>' if kind == "sortable" else "<th>{}</th>")
             titles = Markup("").join(title.format(_line(each)) for each in self.header)
             head = [Markup("<thead><tr>{}</tr></thead>").format(titles)]
-        rows = [Markup("").join(_html_cell(each, i, kind) for i, each in enumerate(row)) for row in self.rows]
+        rows = [Markup("").join(_html_cells(row, self.header, kind)) for row in self.rows]
         body = Markup("\n").join(Markup("<tr>{}</tr>").format(row) for row in rows)
         inside = Markup("\n").join([*head, Markup("<tbody>\n{}\n</tbody>").format(body)])
         return Markup("<table{}>\n{}\n</table>").format(attributes, inside)
@@ -146,7 +147,12 @@ def _line(text: str) -> str:
     return printable(" ".join(text.split()), _MOST_CHARACTERS)
 
 
-def _html_cell(each: AnyCell, column: int, kind: str) -> Markup:
+def _html_cells(row: Sequence[AnyCell], header: Sequence[str], kind: str) -> Iterator[Markup]:
+    for number, (each, title) in enumerate(zip(row, header, strict=True)):
+        yield _html_cell(each, title, kind, first=number == 0)
+
+
+def _html_cell(each: AnyCell, title: str, kind: str, *, first: bool) -> Markup:
     each = NotedCell(each) if isinstance(each, str) else each
     text = _line(each.text)
     key = text if each.key is None else each.key
@@ -154,9 +160,11 @@ def _html_cell(each: AnyCell, column: int, kind: str) -> Markup:
     # An attribute, since the page's policy forbids inline styles.
     square = '<svg class="chip" viewBox="0 0 1 1" aria-hidden="true"><rect width="1" height="1" fill="{}"/></svg>'
     chip = Markup(square).format(each.color) if each.color else ""
-    shown = Markup('<span class="name">{}{}</span>').format(chip, text) if column == 0 else text
+    shown = Markup('<span class="name">{}{}</span>').format(chip, text) if first else text
+    # On a narrow screen a row is a list, and each cell says what it is.
+    label = Markup(' data-label="{}"').format(_line(title)) if title and not first else ""
     note = Markup("<small>{}</small>").format(_line(each.note)) if each.note else ""
-    return Markup("<td{}>{}{}</td>").format(sort, shown, note)
+    return Markup("<td{}{}>{}{}</td>").format(sort, label, shown, note)
 
 
 def _no_formula(text: str) -> str:

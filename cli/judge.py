@@ -82,11 +82,14 @@ def _config_options(command: Command) -> Command:
         ),
         click.option("--device", default="auto", help="Where to compute: cpu, cuda, cuda:N, mps or auto."),
         OFFLOAD_OPTION,
+        click.option(
+            "--prompt", help="Prompt that all models answer in the report.  [default: chat models get a short one]"
+        ),
         click.option("--force-eval-text", is_flag=True, help="Evaluate even on text that QUANTIZED was calibrated on."),
     )
     names = (
         *("text", "column", "rows", "row_tokens", "seed", "dtype", "device"),
-        *("offload_dir", "force_eval_text"),
+        *("offload_dir", "prompt", "force_eval_text"),
     )
     return grouped(command, declared, "config", names, _config)
 

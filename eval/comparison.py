@@ -18,6 +18,7 @@ from ..measure.text.context import EVALUATION, check_rows
 from ..measure.text.tokenizer import Tokenizer, load_tokenizer
 from ..progress import Progress, default_progress, silent
 from ..tables import Table, html_summary
+from .answers import Answers, ask
 from .cache import OriginalCache
 from .config import EvalConfig
 from .metrics.divergence import Summary
@@ -35,6 +36,7 @@ from .models import (
     vocab_size_of,
 )
 from .original import OriginalRun, run_original
+from .speed import tokens_per_second
 
 __all__ = [
     "ENGINE",
@@ -77,6 +79,8 @@ class Comparison:
             text that the floor was measured on: what running it as usual does. None where the engine cannot tell.
         drift: Relative error of hidden states, of the embeddings and after each block; empty where the engine shows
             none, or the models are not shaped alike.
+        answers: What both answer to the same prompt; None where nothing was asked.
+        tokens_per_second: What llama.cpp writes of the quantized file on this machine; None where it is not known.
     """
 
     original: ModelSummary
@@ -97,6 +101,8 @@ class Comparison:
     engine: str = ENGINE
     bfloat16_floor_nats: float | None = None
     drift: tuple[BlockDrift, ...] = ()
+    answers: Answers | None = None
+    tokens_per_second: float | None = None
 
     def __repr__(self) -> str:
         """Return the models' names, and the damage."""
@@ -289,6 +295,7 @@ def compare_with(run: OriginalRun, quantized: TensorSource, progress: Progress =
     with float32_products(model.device):
         hidden = last_hidden(model, run.rows.tokens, "quantized model", progress, watch=meter)
         statistics = paired_statistics(run.model, model, run.state.hidden, hidden, run.rows.tokens, progress)
+    answers = _answers(run, quantized)
     parameters = sum(math.prod(run.source.shape(name)) for name in run.source.names)
     return Comparison(
         original=summarize_model(run.source, parameters),
@@ -308,4 +315,13 @@ def compare_with(run: OriginalRun, quantized: TensorSource, progress: Progress =
         seconds=run.seconds + time.monotonic() - start,
         bfloat16_floor_nats=run.state.bfloat16_nats,
         drift=() if meter is None else tuple(meter.drift),
+        answers=answers,
+        tokens_per_second=tokens_per_second(quantized),
     )
+
+
+def _answers(run: OriginalRun, quantized: TensorSource) -> Answers | None:
+    if run.question is None or run.answer is None:
+        return None
+    answer = ask(quantized, run.question, device=run.model.device, dtype=run.model.dtype)
+    return None if answer is None else Answers(prompt=run.question.prompt, original=run.answer, quantized=answer)

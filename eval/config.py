@@ -31,6 +31,7 @@ class EvalConfig:
         device: ``cpu``, ``cuda``, ``cuda:N``, ``mps``, or ``auto`` for the best at hand.
         allow_calibration_text: Evaluate even on text that the model was calibrated on.
         offload_dir: Directory for files with the hidden states of all rows; None keeps them in memory.
+        prompt: Prompt that both models answer; None asks chat models one of our own, and others nothing.
     """
 
     text: str | None = None
@@ -42,6 +43,7 @@ class EvalConfig:
     device: str = "auto"
     allow_calibration_text: bool = False
     offload_dir: Path | None = None
+    prompt: str | None = None
 
     def __post_init__(self) -> None:
         """Check the values.

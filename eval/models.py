@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -30,6 +31,8 @@ __all__ = [
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """What models are evaluated in."""
 
+_READ_BYTES = 1 << 24
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSummary:
@@ -41,12 +44,14 @@ class ModelSummary:
         stored_bytes: Size of all files with weights; None if they are not on disk.
         bits_per_parameter: Those bytes in bits over the parameters *of the original*, embeddings and all overheads
             included; None if they are not on disk.
+        sha256: Of a quantized model, SHA-256 of its files with weights by their names, 64 hexadecimal digits each.
     """
 
     name: str
     fingerprint: str
     stored_bytes: int | None
     bits_per_parameter: float | None
+    sha256: Mapping[str, str] = field(default_factory=dict)
 
 
 def open_pair(
@@ -116,7 +121,22 @@ def summarize_model(source: TensorSource, parameters: int) -> ModelSummary:
         fingerprint=source.fingerprint,
         stored_bytes=stored_bytes,
         bits_per_parameter=None if stored_bytes is None else stored_bytes * 8 / parameters,
+        sha256=_file_hashes(source) if isinstance(source, QuantizedModel) else {},
     )
+
+
+def _file_hashes(model: QuantizedModel) -> dict[str, str]:
+    # Those that the Hub shows of a file.
+    files = sorted(model.path.glob("*.safetensors")) if model.path.is_dir() else [model.path]
+    return {path.name: _sha256(path) for path in files}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_READ_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def model_name(source: TensorSource) -> str:

@@ -16,11 +16,12 @@ from ..measure.text.calibration import CalibrationSet
 from ..measure.text.context import EVALUATION, check_rows
 from ..measure.text.tokenizer import Tokenizer
 from ..progress import Progress, silent
+from .answers import Question, ask, question_of
 from .cache import OriginalCache, OriginalState, original_key
 from .config import EvalConfig
 from .metrics.drift import Trace
 from .metrics.passes import last_hidden, mean_bfloat16_nats, mean_floor_nats
-from .models import DTYPES, device_name
+from .models import DTYPES, device_name, vocab_size_of
 
 __all__ = ["FLOOR_TOKENS", "OriginalRun", "run_original"]
 
@@ -42,6 +43,8 @@ class OriginalRun:
         state: Output of its last block, and the floor.
         tokenizer: Decodes the worst tokens; None leaves their ids only.
         seconds: Wall time that it took.
+        question: Prompt that the models answer; None for none.
+        answer: The original's answer; None where there is no prompt, or too little memory.
     """
 
     source: TensorSource
@@ -51,6 +54,8 @@ class OriginalRun:
     state: OriginalState
     tokenizer: Tokenizer | None
     seconds: float
+    question: Question | None = None
+    answer: str | None = None
 
 
 def run_original(
@@ -89,6 +94,10 @@ def run_original(
             state = _original_state(original, model, rows, progress)
         if cache is not None:
             cache.save(key, state)
+    question = None
+    if tokenizer is not None:
+        question = question_of(original, tokenizer, config.prompt, vocab_size=vocab_size_of(original))
+    answer = None if question is None else ask(original, question, device=device, dtype=dtype)
     return OriginalRun(
         source=original,
         rows=rows,
@@ -97,6 +106,8 @@ def run_original(
         state=state,
         tokenizer=tokenizer,
         seconds=time.monotonic() - start,
+        question=question,
+        answer=answer,
     )
 
 

@@ -39,7 +39,7 @@ class SeriesResult:
 
     Attributes:
         outputs: One for each size, in the order asked; of several formats, all of the first before those of the next.
-        report: The report over all, Markdown.
+        report: The report over all: a page, or Markdown where nothing was evaluated.
         measurement: The measurement file, which serves any other bitrate.
         warnings: What readers of the format compute otherwise than Transformers.
         seconds: Wall-clock time of the run.
@@ -127,7 +127,7 @@ def quantize_series(
 
     Args:
         model: A local directory, a Hub id, or what ``open_model`` made of one.
-        output: Directory that the outputs, ``report.md`` and ``report.json`` go into.
+        output: Directory that the outputs, ``report.html``, ``report.md`` and ``report.json`` go into.
         sizes: Bits per weight or other targets, each once.
         measurement: A measurement of this model, or its file; None measures first, once for all formats. It brings its
             calibration rows along.

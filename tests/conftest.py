@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from bpwise.convert.gguf.llama_cpp import fetch
+from bpwise.errors import ConfigError
+from bpwise.eval import speed
 from bpwise.linalg.work import Rates
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
@@ -62,9 +64,14 @@ def originals_run() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def untimed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands do not time the machine: that takes a second for every shape of a model."""
+    """Commands do not time the machine, which takes a second for every shape of a model, nor llama.cpp."""
+
+    def no_engine(_: object) -> None:
+        raise ConfigError("llama.cpp is not timed")
+
     if "timed" not in request.fixturenames:
         monkeypatch.setattr(Rates, "_timed", lambda *_args, **_kwargs: [1e-3])
+        monkeypatch.setattr(speed, "load_library", no_engine)
 
 
 @pytest.fixture

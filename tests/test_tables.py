@@ -71,7 +71,13 @@ class TestAnyName:
         made = Table.of((name, "size"), [(NotedCell(name, name), "1")]).to_html("sortable", id="x")
         read = Read(made)
         assert {tag for tag, _ in read.tags} == {"table", "thead", "tbody", "tr", "th", "td", "button", "span", "small"}
-        assert {key for _, attributes in read.tags for key in attributes} <= {"id", "class", "type", "data-key"}
+        assert {key for _, attributes in read.tags for key in attributes} <= {
+            "id",
+            "class",
+            "type",
+            "data-key",
+            "data-label",
+        }
         shown = " ".join(name.split())
         if shown.isprintable() and len(shown) < 1000:
             assert read.cells == [shown, "size", shown + shown, "1"]

@@ -123,7 +123,7 @@ class GgufConversion(LabelledConversion):
                 self.notes = (*self.notes, missing)
 
     def _problem(self, measured: Measurement | None) -> PlanProblem:
-        overrides = self.options.overrides
+        overrides = self.options.choices
         layout = None if self._base is None else self.layout
         if measured is not None:
             return measured_problem(measured, overrides, layout)
@@ -196,7 +196,7 @@ class GgufConversion(LabelledConversion):
         assert target is not None
         _require_measured(self.base, self.layout, measurement)
         tensor_bytes = self._tensor_bytes(target, provenance)
-        overrides = self.options.overrides
+        overrides = self.options.choices
         return make_gguf_plan(
             measurement, bpw=target.bpw, tensor_bytes=tensor_bytes, overrides=overrides, layout=self.layout
         )

@@ -141,7 +141,7 @@ class GgufFormat(Format):
         """Return a plan made from a measurement alone; see ``make_gguf_plan``."""
         from .plan.making import make_gguf_plan
 
-        return make_gguf_plan(measurement, bpw=bpw, tensor_bytes=max_bytes, overrides=options.overrides)
+        return make_gguf_plan(measurement, bpw=bpw, tensor_bytes=max_bytes, overrides=options.choices)
 
     def bytes_in_vram(self, measurement: Measurement, options: Any, vram_bytes: int, context_tokens: int | None) -> int:
         """Return the size of all tensors; see ``room_for_weights``."""
@@ -156,7 +156,7 @@ class GgufFormat(Format):
 
         if self.name not in measurement.curves:
             return None
-        problem = measured_problem(measurement, options.overrides)
+        problem = measured_problem(measurement, options.choices)
         least, most = problem.size_range
         return 8 * least / problem.weights, min(_HIGHEST_BPW, 8 * most / problem.weights)
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from ...errors import ConfigError
 from ..options import Conflict, Effort, FormatOptions, check_effort, effort_option, option, read_texts
+from .ggml.speed import SLOW_TYPES
+from .ggml.types import TYPES
 from .llama_cpp.mixtures import mixture
 from .plan.plan import TypeOverride
 
@@ -21,6 +23,8 @@ class GgufOptions(FormatOptions):
 
     Attributes:
         overrides: Types that tensors must have, or may.
+        backend: What will run the file: a plan does not choose types that are slow there, unless ``overrides`` ask for
+            them. None chooses from all.
         feedback: Whether linears are rounded with error feedback, block after block on what the quantized blocks before
             give them; otherwise by ggml alone, as llama-quantize does, in seconds. The plan is the same.
         effort: ``high`` fits factors of the blocks' scales to the original's predictions in the end (see
@@ -44,6 +48,13 @@ class GgufOptions(FormatOptions):
         commands=("plan", "quantize"),
         help="Fix the type of tensors whose names match, or the types to choose from: 'blk.0.*=Q8_0', '*=Q4_K,Q6_K'. "
         "Repeatable; the last match counts.",
+    )
+    backend: str | None = option(
+        "--backend",
+        default=None,
+        choices=tuple(SLOW_TYPES),
+        commands=("plan", "quantize"),
+        help="What will run the file: keeps types that are slow there out of the plan. --override still has its way.",
     )
     feedback: bool = option(
         "--no-feedback",
@@ -102,6 +113,17 @@ class GgufOptions(FormatOptions):
         """The mixture."""
         return None if self.mixture is None else mixture(self.mixture).name
 
+    @property
+    def choices(self) -> tuple[TypeOverride, ...]:
+        """What plans are restricted by: ``backend``, and ``overrides`` after it, as the last that matches counts."""
+        slow = SLOW_TYPES[self.backend] if self.backend is not None else ()
+        if not slow:
+            return self.overrides
+        fast = tuple(
+            kind for kind in TYPES.values() if kind.name not in slow and (kind.quantized or kind.name == "F16")
+        )
+        return (TypeOverride("*", fast), *self.overrides)
+
     def __post_init__(self) -> None:
         """Check the values.
 
@@ -109,6 +131,10 @@ class GgufOptions(FormatOptions):
             ConfigError: One of them makes no sense.
         """
         read_texts(self)
+        if self.backend is not None and self.backend not in SLOW_TYPES:
+            raise ConfigError(
+                f"backend: not known. Got {self.backend!r}. Expected one of {', '.join(SLOW_TYPES)}. Choose another."
+            )
         check_effort(self.effort)
         if self.effort == "high" and not (self.measures and self.feedback):
             raise ConfigError(
@@ -137,7 +163,8 @@ CONFLICTS: Mapping[str, tuple[Conflict, ...]] = {
             "with --type",
             _given("type"),
             (
-                *("override", "no_feedback", "effort", "calibration", "column", "chat_template", "rows"),
+                *("override", "backend", "no_feedback", "effort"),
+                *("calibration", "column", "chat_template", "rows"),
                 *("row_tokens", "seed", "damping", "moe_calibrate_all", "force_eval_text"),
             ),
             "a mixture of llama.cpp is neither measured nor planned",

@@ -32,6 +32,7 @@ from ..metrics.passes import exact_logits
 from ..metrics.profile import profile_of
 from ..models import model_name, open_pair, summarize_model, vocab_size_of
 from ..original import FLOOR_TOKENS
+from ..speed import tokens_per_second
 
 __all__ = ["ENGINE", "compare_in_engine", "evaluate_in_engine", "open_for_engine"]
 
@@ -153,6 +154,7 @@ def compare_in_engine(
         device="cpu",
         seconds=time.monotonic() - start,
         engine=f"{library.description} with a float32 cache, the original from {base.path.name}",
+        tokens_per_second=tokens_per_second(quantized),
     )
 
 

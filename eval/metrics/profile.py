@@ -23,6 +23,9 @@ _HIGHEST_EXPONENT = 3
 """A divergence of 1000 nats would take a probability of exp(-1000), which float32 logits rarely hold."""
 
 _WORST_COUNT = 12
+_WORST_PER_ROW = 2
+"""One passage that a model cannot make out would fill the list."""
+
 _LARGEST_EXPONENT = 700.0
 _CONTEXT_TOKENS = 48
 """Tokens shown before a worst token: two or three lines of text."""
@@ -112,7 +115,7 @@ class WorstToken:
     Attributes:
         row: Index of the row.
         position: Index of the predicted token in the row.
-        origin: Where the row's text begins.
+        origin: What text the token is from.
         kl_nats: KL divergence.
         context_ids: Ids of the tokens before it, at most 48.
         context: What they decode to; None without a tokenizer.
@@ -159,7 +162,7 @@ class Profile:
         histogram: Over the tokens' divergences.
         positions: By the number of tokens that a prediction sees, in powers of two.
         kinds: By kind of text, most rows first.
-        worst: The tokens with the largest divergences, largest first.
+        worst: The tokens with the largest divergences, largest first, at most two of a row.
         row_means: Of every row.
     """
 
@@ -251,8 +254,12 @@ def _histogram(kl_nats: Tensor) -> Histogram:
 
 
 def _worst(statistics: TokenStatistics, rows: CalibrationSet, tokenizer: Tokenizer | None) -> tuple[WorstToken, ...]:
-    order = statistics.kl_nats.topk(min(_WORST_COUNT, len(statistics.kl_nats))).indices.tolist()
-    return tuple(_worst_token(statistics, index, rows, tokenizer) for index in order)
+    count = len(rows.tokens)
+    kl = statistics.kl_nats.view(count, -1)
+    columns = kl.topk(min(_WORST_PER_ROW, kl.shape[1])).indices
+    indices = (columns + kl.shape[1] * torch.arange(count)[:, None]).flatten()
+    order = indices[statistics.kl_nats[indices].argsort(descending=True)][:_WORST_COUNT]
+    return tuple(_worst_token(statistics, index, rows, tokenizer) for index in order.tolist())
 
 
 def _worst_token(
@@ -275,7 +282,7 @@ def _worst_token(
     return WorstToken(
         row=row,
         position=position,
-        origin=rows.origins[row],
+        origin=rows.origin_of(row, position),
         kl_nats=float(statistics.kl_nats[index]),
         context_ids=tuple(context),
         context=_decoded(context, tokenizer),

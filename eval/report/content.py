@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ from ...convert.plan import LinearCost
 from ...version import __version__
 from ..comparison import Comparison
 from .extras import NO_EXTRAS, Extras, extras_content
+from .made import run_facts
 from .paired import PairedDifference, paired_differences
 from .tables import Details
 from .verdict import headline, sentence, verdict_sentence
@@ -28,12 +30,14 @@ class Report:
         costs: What each linear of each model got, in the models' order, for the maps; may be empty.
         details: More sections, after the comparison in their order: a title, and rows of names and values.
         extras: Benchmarks and needles of the same models.
+        made: Date, command, hardware and software, by name; by default of this process.
     """
 
     comparisons: tuple[Comparison, ...]
     costs: tuple[tuple[LinearCost, ...], ...] = ()
     details: Details = field(default_factory=dict)
     extras: Extras = NO_EXTRAS
+    made: Mapping[str, str] = field(default_factory=run_facts)
 
     @property
     def title(self) -> str:
@@ -78,5 +82,6 @@ class Report:
             "bpwise": __version__,
             **models,
             **extras_content(self.extras),
+            "made": dict(self.made),
             "details": {title: dict(section) for title, section in self.details.items()},
         }

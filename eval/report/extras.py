@@ -1,32 +1,41 @@
-"""Benchmarks and needles as parts of a report: tables for people, rows for programs."""
+"""Benchmarks, needles and answers as parts of a report: tables for people, rows for programs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ...tables import Table
+from ..comparison import Comparison
 from ..metrics.estimate import Estimate
 from ..metrics.numbers import estimate, nats, percent
 from ..tasks.benchmarks import TaskReport
 from ..tasks.needle import DEPTHS, NeedleModel, NeedleReport
 from ..tasks.scores import QuantizedScore, TaskScore
+from .drawings.svg import shared_length
 from .tables import flat
 
 __all__ = [
+    "ANSWERS_NOTE",
     "NEEDLE_NOTE",
     "NO_EXTRAS",
     "TASKS_NOTE",
     "Extras",
+    "answer_parts",
+    "answers_table",
     "extras_content",
     "extras_lines",
     "extras_records",
     "needle_grid",
     "needle_methods",
     "needle_table",
+    "prompt_of",
     "task_methods",
     "tasks_table",
 ]
+
+ANSWERS_NOTE = "Greedy decoding: always the most likely token. Where the answers part, one token was enough."
 
 TASKS_NOTE = (
     "± is one standard error over the questions; differences are paired over the same questions, and changed is the "
@@ -170,3 +179,27 @@ def needle_methods(report: NeedleReport) -> Table:
             ("time", f"{report.seconds:.1f} s"),
         ]
     )
+
+
+def prompt_of(comparisons: Sequence[Comparison]) -> str:
+    """Return the prompt that the models answered; empty if there was none."""
+    return next((each.answers.prompt for each in comparisons if each.answers is not None), "")
+
+
+def answers_table(comparisons: Sequence[Comparison]) -> Table | None:
+    """Return a row for the answer of each model, the original first; None if there was no prompt."""
+    parts = answer_parts(comparisons)
+    return Table.of(("model", "answer"), [(name, same + other) for name, same, other in parts]) if parts else None
+
+
+def answer_parts(comparisons: Sequence[Comparison]) -> list[tuple[str, str, str]]:
+    """Return the name of each model, and its answer up to where it parts from the original's and from there on."""
+    parts: list[tuple[str, str, str]] = []
+    for comparison in comparisons:
+        answers = comparison.answers
+        if answers is not None:  # some may not have fitted into memory
+            original, other = answers.original, answers.quantized
+            shared = shared_length([original, other])
+            parts = parts or [(comparison.original.name, original, "")]
+            parts.append((comparison.quantized.name, other[:shared], other[shared:]))
+    return parts

@@ -19,9 +19,20 @@ from .content import Report
 from .drawings.charts import drift_chart, histogram_chart, kinds_chart, positions_chart, size_chart
 from .drawings.maps import bits_map, damage_map, needle_map
 from .drawings.svg import STYLE, Drawing, visible
-from .extras import NEEDLE_NOTE, TASKS_NOTE, Extras, needle_methods, needle_table, task_methods, tasks_table
+from .extras import (
+    ANSWERS_NOTE,
+    NEEDLE_NOTE,
+    TASKS_NOTE,
+    Extras,
+    answer_parts,
+    needle_methods,
+    needle_table,
+    prompt_of,
+    task_methods,
+    tasks_table,
+)
 from .tables import detail_tables, methods_table, models_table, paired_table, percentiles_table
-from .verdict import headline
+from .verdict import GOOD_ENOUGH_NATS, KNOWN_NOTE, headline, known_table, meanings_table
 
 __all__ = ["charts_of", "html_report", "render_page"]
 
@@ -39,10 +50,18 @@ def html_report(report: Report) -> str:
         models=models_table(comparisons),
         percentiles=percentiles_table(comparisons),
         paired=paired_table(paired) if paired else None,
-        **{kind: _rendered(charts, kind) for kind in ("charts", "maps", "drifts", "needles")},
+        meanings=meanings_table(),
+        known=known_table(),
+        known_note=KNOWN_NOTE,
+        good_enough=f"{GOOD_ENOUGH_NATS:g}",
+        prompt=prompt_of(comparisons),
+        answers=answer_parts(comparisons),
+        answers_note=ANSWERS_NOTE,
+        **{kind: _rendered(charts, kind) for kind in ("sizes", "charts", "maps", "drifts", "needles")},
         **_extras(report.extras),
         confidence=f"{100 * CONFIDENCE:.0f} %",
-        methods=methods_table(comparisons),
+        methods=methods_table(comparisons, report.made),
+        made=report.made,
         details=detail_tables(report.details),
         nats=nats,
         choice=_choice,
@@ -100,7 +119,7 @@ def charts_of(report: Report) -> dict[str, Drawing]:
 
 
 def _rendered(charts: Mapping[str, Drawing], kind: str) -> list[Markup]:
-    kinds = {"map": "maps", "drift": "drifts", "needle": "needles"}
+    kinds = {"size": "sizes", "map": "maps", "drift": "drifts", "needle": "needles"}
     return [Markup(each.render()) for name, each in charts.items() if kinds.get(name.split("-")[0], "charts") == kind]
 
 

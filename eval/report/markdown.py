@@ -9,12 +9,15 @@ from ..comparison import Comparison
 from ..metrics.numbers import nats, percent, perplexity
 from .content import Report
 from .extras import (
+    ANSWERS_NOTE,
     NEEDLE_NOTE,
     TASKS_NOTE,
     Extras,
+    answers_table,
     needle_grid,
     needle_methods,
     needle_table,
+    prompt_of,
     task_methods,
     tasks_table,
 )
@@ -66,13 +69,20 @@ def markdown_report(report: Report) -> str:
     if drift is not None:
         sections += ["## Measured error of hidden states, relative", drift.to_markdown()]
     sections += [
+        *_answers_sections(comparisons),
         *_extras_sections(report.extras),
         "## How it was measured",
-        methods_table(comparisons).to_markdown(),
+        methods_table(comparisons, report.made).to_markdown(),
     ]
     for title, table in detail_tables(report.details):
         sections += [f"## {cell(title)}", table.to_markdown()]
     return "\n\n".join(sections) + "\n"
+
+
+def _answers_sections(comparisons: Sequence[Comparison]) -> list[str]:
+    answers = answers_table(comparisons)
+    prompt = prompt_of(comparisons)
+    return [] if answers is None else ["## The same prompt", f"> {cell(prompt)}", answers.to_markdown(), ANSWERS_NOTE]
 
 
 def _extras_sections(extras: Extras) -> list[str]:
@@ -102,6 +112,8 @@ def summary_lines(comparison: Comparison) -> list[str]:
         f" max {nats(summary.kl_max_nats)}, floor {nats(comparison.floor_nats)})",
         f"top-1       {percent(summary.top1_agreement)} of tokens agree; top-5 {percent(summary.top5_agreement)}",
     ]
+    if comparison.tokens_per_second is not None:
+        lines.append(f"speed       {comparison.tokens_per_second:.3g} tokens per second in llama.cpp on this machine")
     return [*lines, *_floor_notes(comparison)]
 
 
@@ -109,7 +121,10 @@ def joint_lines(comparisons: Sequence[Comparison]) -> list[str]:
     """Return the results of several models in a line each for a terminal, and the verdict on all."""
     width = max(len(each.quantized.name) for each in comparisons)
     return [
-        *(f"{each.quantized.name:{width}}  {verdict_sentence(each)}" for each in comparisons),
+        *(
+            f"{each.quantized.name:{width}}  {nats(each.summary.kl_nats.value)} nats/token; {verdict_sentence(each)}"
+            for each in comparisons
+        ),
         headline(comparisons),
     ]
 

@@ -13,7 +13,7 @@ from ...errors import ConfigError
 from ..comparison import Comparison
 from ..metrics.estimate import Estimate, Interval, confidence_interval, mean_over_rows
 
-__all__ = ["PairedDifference", "check_comparable", "paired_differences"]
+__all__ = ["PairedDifference", "check_comparable", "kl_difference", "paired_differences"]
 
 _LARGEST_EXPONENT = 700.0
 """Its exponential is near the end of float64: the interval of a broken model may reach further."""
@@ -77,6 +77,11 @@ def paired_differences(comparisons: Sequence[Comparison]) -> tuple[PairedDiffere
     """
     check_comparable(comparisons)
     return tuple(_difference(first, second) for first, second in combinations(comparisons, 2))
+
+
+def kl_difference(first: Comparison, second: Comparison) -> Estimate:
+    """Return what the second model's mean KL divergence has more than the first's, paired over the rows."""
+    return _mean_difference(first.profile.row_means.kl_nats, second.profile.row_means.kl_nats)
 
 
 def _difference(first: Comparison, second: Comparison) -> PairedDifference:

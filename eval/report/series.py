@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ...checkpoint.files.atomic import write_json, write_text
+from ...checkpoint.files.operations import delete
 from ...tables import Table, cell
 from ...version import __version__
 from ..comparison import Comparison
-from .report import JSON_NAME, MARKDOWN_NAME
+from .content import Report
+from .html import html_report
+from .report import HTML_NAME, JSON_NAME, MARKDOWN_NAME
 from .tables import models_table
 from .verdict import verdict
 
@@ -74,7 +77,7 @@ class SeriesOutput:
 def write_series_report(
     original: str, outputs: Sequence[SeriesOutput], directory: Path, counted: Mapping[str, str]
 ) -> Path:
-    """Write the report over all outputs, as JSON and as Markdown.
+    """Write the report over all outputs: as JSON, as Markdown, and as a page if any was evaluated.
 
     Args:
         original: Name of the original.
@@ -83,7 +86,7 @@ def write_series_report(
         counted: What bits per weight count, by the title of each format.
 
     Returns:
-        The Markdown file.
+        The page, or the Markdown file where there is none.
 
     Raises:
         WorkDirectoryError: It cannot be written.
@@ -95,9 +98,14 @@ def write_series_report(
         "outputs": [output.to_dict() for output in outputs],
     }
     write_json(directory / JSON_NAME, content)
-    path = directory / MARKDOWN_NAME
-    write_text(path, _markdown(original, outputs, counted))
-    return path
+    write_text(directory / MARKDOWN_NAME, _markdown(original, outputs, counted))
+    comparisons = tuple(output.comparison for output in outputs if output.comparison is not None)
+    if not comparisons:
+        delete(directory / HTML_NAME, missing_ok=True)  # an earlier run's
+        return directory / MARKDOWN_NAME
+    report = Report(comparisons=comparisons, details=_details(outputs, counted))
+    write_text(directory / HTML_NAME, html_report(report))
+    return directory / HTML_NAME
 
 
 def series_table(outputs: Sequence[SeriesOutput]) -> Table:
@@ -105,6 +113,20 @@ def series_table(outputs: Sequence[SeriesOutput]) -> Table:
     asked = "asked" if any(isinstance(output.asked, str) for output in outputs) else "asked, bpw"
     head = ("model", asked, "bpw", "size of the weights", "predicted KL, nats per token", "measured")
     return Table.of(head, map(_row, outputs))
+
+
+def _details(outputs: Sequence[SeriesOutput], counted: Mapping[str, str]) -> dict[str, Mapping[str, str]]:
+    made, broken = {}, {}
+    for output in outputs:
+        if output.broken is not None:
+            broken[output.path.name] = output.broken
+        else:
+            made[output.path.name] = (
+                f"{output.bpw:.4f} bits per weight, {_asked(output)} asked for; "
+                f"predicted {output.predicted_nats:.3g} nats/token"
+            )
+    sections = {"Broken": broken, "Bits per weight": counted, "Sizes": made}
+    return {title: section for title, section in sections.items() if section}
 
 
 def _markdown(original: str, outputs: Sequence[SeriesOutput], counted: Mapping[str, str]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ...tables import NotedCell, Table
+from ...tables import AnyCell, NotedCell, Table
 from ...version import __version__
 from ..comparison import Comparison
 from ..metrics.estimate import Estimate, Interval, confidence_interval
@@ -14,7 +14,7 @@ from ..metrics.numbers import estimate, nats, percent, perplexity
 from ..models import ModelSummary
 from .drawings.svg import series_color
 from .paired import PairedDifference
-from .verdict import verdict
+from .verdict import beaten_by, verdict
 
 __all__ = [
     "Details",
@@ -46,31 +46,45 @@ def models_table(comparisons: Sequence[Comparison]) -> Table:
     first = comparisons[0]
     exact = NotedCell("100 %", key=1.0)
     base = first.summary.original_perplexity
-    head = ("model", "KL, nats/token", "top-1 agreement", "size", "top-5 agreement", "perplexity", "Δp, RMS")
-    original = (
+    head = ["model", "KL, nats/token", "top-1 agreement", "size", "perplexity", "Δp, RMS"]
+    original: tuple[AnyCell, ...] = (
         first.original.name,
         NotedCell("0", key=0.0),
         exact,
         _size(first.original),
-        exact,
         NotedCell(perplexity(base), key=base.value),
         NotedCell("0", key=0.0),
     )
-    return Table.of(head, [original, *(_model_row(number, each) for number, each in enumerate(comparisons))])
+    notes = zip(comparisons, beaten_by(comparisons), strict=True)
+    rows = [original, *(_model_row(number, each, better) for number, (each, better) in enumerate(notes))]
+    if any(each.tokens_per_second for each in comparisons):
+        head.append("tokens/s")
+        speeds = [_speed(None), *(_speed(each.tokens_per_second) for each in comparisons)]
+        rows = [(*row, speed) for row, speed in zip(rows, speeds, strict=True)]
+    return Table.of(head, rows)
 
 
-def _model_row(number: int, comparison: Comparison) -> tuple[NotedCell, ...]:
+def _speed(tokens_per_second: float | None) -> NotedCell:
+    if tokens_per_second is None:
+        return NotedCell("–", key=0.0)
+    return NotedCell(f"{tokens_per_second:.3g}", key=tokens_per_second)
+
+
+def _model_row(number: int, comparison: Comparison, better: Comparison | None) -> tuple[AnyCell, ...]:
     summary = comparison.summary
+    note = verdict(comparison)
+    note += "" if better is None else f"; larger than {better.quantized.name}, and worse"
     interval = confidence_interval(summary.kl_nats, comparison.rows)
     # With very few rows the interval reaches below zero, where no divergence lies.
     reach = "" if interval is None else f"{max(0.0, interval.low):.3g} to {interval.high:.3g}"
     ppl, rms = summary.quantized_perplexity, summary.probability_change_rms
     return (
-        NotedCell(comparison.quantized.name, verdict(comparison), color=series_color(number)),
+        NotedCell(comparison.quantized.name, note, color=series_color(number)),
         NotedCell(nats(summary.kl_nats), reach, summary.kl_nats.value),
-        NotedCell(percent(summary.top1_agreement), key=summary.top1_agreement.value),
+        NotedCell(
+            percent(summary.top1_agreement), f"top-5 {percent(summary.top5_agreement)}", summary.top1_agreement.value
+        ),
         _size(comparison.quantized),
-        NotedCell(percent(summary.top5_agreement), key=summary.top5_agreement.value),
         NotedCell(perplexity(ppl), perplexity(summary.perplexity_difference, "+"), ppl.value),
         NotedCell(percent(rms), f"mean {percent(summary.probability_change, '+')}", rms.value),
     )
@@ -93,6 +107,7 @@ def models_records(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
             **flat(asdict(each.summary)),
             "floor_nats": each.floor_nats,
             "bfloat16_floor_nats": each.bfloat16_floor_nats,
+            "tokens_per_second": each.tokens_per_second,
             "text_fingerprint": each.text_fingerprint,
         }
         for each in comparisons
@@ -192,8 +207,13 @@ def drift_table(comparisons: Sequence[Comparison]) -> Table | None:
     return Table.of(head, rows)
 
 
-def methods_table(comparisons: Sequence[Comparison]) -> Table:
-    """Return how it was measured."""
+def methods_table(comparisons: Sequence[Comparison], made: Mapping[str, str]) -> Table:
+    """Return how it was measured.
+
+    Args:
+        comparisons: At least one; all with the same original on the same text.
+        made: ``run_facts`` of the process that measured.
+    """
     first = comparisons[0]
     window = f"{first.rows} rows of {first.row_tokens} tokens, stride {first.stride}: none sees another"
     facts = [
@@ -216,7 +236,11 @@ def methods_table(comparisons: Sequence[Comparison]) -> Table:
     facts += [("quantized", f"{each.quantized.name}, fingerprint {each.quantized.fingerprint}") for each in comparisons]
     if len(comparisons) == 1:
         facts.append(("time", f"{first.seconds:.1f} s"))
-    return Table.of_facts([*facts, ("bpwise", __version__)])
+    if any(each.tokens_per_second for each in comparisons):
+        facts.append(("speed", "tokens written one after another by llama.cpp on this machine, after a short prompt"))
+    files = [each for comparison in comparisons for each in comparison.quantized.sha256.items()]
+    facts += [(f"SHA-256 of {name}", digest) for name, digest in files]
+    return Table.of_facts([*facts, *made.items(), ("bpwise", __version__)])
 
 
 def detail_tables(details: Details) -> list[tuple[str, Table]]:

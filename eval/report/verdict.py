@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+from ...tables import Table
 from ..comparison import Comparison
-from ..metrics.estimate import Estimate
+from ..metrics.estimate import Estimate, confidence_interval
 from ..metrics.numbers import estimate, nats, percent
+from .paired import kl_difference
 
-__all__ = ["LEVELS", "headline", "sentence", "verdict", "verdict_sentence"]
+__all__ = [
+    "GOOD_ENOUGH_NATS",
+    "KNOWN_NOTE",
+    "LEVELS",
+    "beaten_by",
+    "headline",
+    "known_like",
+    "known_table",
+    "meanings_table",
+    "sentence",
+    "size_words",
+    "verdict",
+    "verdict_sentence",
+    "words_for",
+]
 
 LEVELS = (
     # Llama 3 8B as llama.cpp's Q8_0 loses 0.0014 nats per token, EXL2 at 8.0 bpw 0.001. Nobody has told either from the
@@ -25,7 +42,39 @@ LEVELS = (
 )
 """Mean KL divergences in nats per token up to which words hold, smallest first."""
 
+GOOD_ENOUGH_NATS = 0.04
+"""Largest mean KL divergence of a model that is recommended for its size: that of what most people run."""
+
 _WORST = "badly damaged"
+
+_KNOWN = (
+    ("F16", "14.97", 0.000551, "0.787 %", ""),
+    ("Q8_0", "7.96", 0.001355, "1.198 %", "97.7 %"),
+    ("Q6_K", "6.14", 0.005452, "2.295 %", "96.0 %"),
+    ("Q5_K_M", "5.33", 0.010762, "3.160 %", ""),
+    ("Q4_K_M", "4.58", 0.031273, "5.519 %", "91.9 %"),
+    ("Q3_K_M", "3.74", 0.101913, "10.203 %", ""),
+    ("Q2_K", "2.96", 0.445132, "21.421 %", "71.1 %"),
+    ("IQ1_M", "2.01", 1.393084, "38.287 %", ""),
+)
+"""Llama 3 8B in llama.cpp's types: size in GiB, KL divergence in nats per token, RMS of Δp, same top token. From
+tools/perplexity/README.md of llama.cpp (its revision f364eb6f), as rounded there."""
+
+KNOWN_NOTE = (
+    "Llama 3 8B on the test text of WikiText-2, measured by llama.cpp's authors (github.com/ggml-org/llama.cpp, "
+    "tools/perplexity/README.md); IQ1_M with an importance matrix, the others without. The row F16 is what storing the "
+    "original's logits in 16 bits does. On another text or model the same type has other numbers: small models lose "
+    "more."
+)
+
+_MEANINGS = (
+    ("KL divergence", "How far the model's predictions are from the original's, averaged over all tokens; 0 is equal. "
+     "The best single number: it sees every change of a prediction, also where the most likely token stays."),
+    ("top-1 agreement", "How often the original's most likely next token is the quantized model's too."),
+    ("perplexity", "How surprised a model is by the text. Noisy: a worse model can have a lower one by chance."),
+    ("Δp", "By how much the probability of the true next token changes, as root mean square."),
+    ("size", "Of all files with weights, and in bits for each of the original's parameters."),
+)  # fmt: skip
 
 _FEW_ROWS = 8
 """With fewer rows the standard error itself is not known to a factor of 1.5."""
@@ -35,39 +84,85 @@ def verdict(comparison: Comparison) -> str:
     """Return what the mean KL divergence means in use, without the number."""
     if comparison.within_floor:
         return "the same as the original as far as can be measured"
-    kl_nats = comparison.summary.kl_nats.value
+    return words_for(comparison.summary.kl_nats.value)
+
+
+def words_for(kl_nats: float) -> str:
+    """Return what a mean KL divergence in nats per token means in use."""
     return next((words for limit, words in LEVELS if kl_nats <= limit), _WORST)
 
 
 def verdict_sentence(comparison: Comparison) -> str:
-    """Return the verdict with the numbers behind it."""
-    summary = comparison.summary
-    numbers = (
-        f"{nats(summary.kl_nats.value)} nats/token, "
-        f"top-1 agreement {percent(Estimate(summary.top1_agreement.value, None))}"
-    )
+    """Return the verdict with the size, and with what is the same."""
+    words, size = verdict(comparison), size_words(comparison)
+    shown = f"{size}: {words}" if size else f"{words[0].upper()}{words[1:]}"
     doubt = "" if comparison.rows >= _FEW_ROWS else f" (judged on {_counted(comparison.rows)} of text only)"
-    return f"{numbers}: {verdict(comparison)}{doubt}."
+    return f"{shown}{doubt}. {_same_tokens(comparison.summary.top1_agreement.value)}."
+
+
+def size_words(comparison: Comparison) -> str:
+    """Return the size, and the share of the original's that it is; empty if it is not known."""
+    size, whole = comparison.quantized.stored_bytes, comparison.original.stored_bytes
+    if not size:
+        return ""
+    shown = f"{size / 1e6:.1f} MB" if size < 1e9 else f"{size / 1e9:.2f} GB"
+    return f"{shown}, {100 * size / whole:.0f} % of the original" if whole else shown
+
+
+def _same_tokens(share: float) -> str:
+    if share == 1:
+        return "All next tokens are the same"
+    for of in (100, 1000):
+        if round(of * share) < of:
+            return f"{round(of * share)} of {of} next tokens are the same"
+    return "Nearly all next tokens are the same"
 
 
 def headline(comparisons: Sequence[Comparison]) -> str:
-    """Return the verdict on all models: of one what it is, of several the closest and the smallest good one.
+    """Return the verdict on all models: of one what it is; of several the smallest that is good enough, and the rest.
 
     Args:
         comparisons: At least one; all with the same original on the same text.
     """
     if len(comparisons) == 1:
         return verdict_sentence(comparisons[0])
+    sized = [each for each in comparisons if each.quantized.stored_bytes]
+    good = [each for each in sized if each.summary.kl_nats.value <= GOOD_ENOUGH_NATS]
+    smallest = min(good, key=lambda each: each.quantized.stored_bytes or 0, default=None)
     closest = min(comparisons, key=lambda each: each.summary.kl_nats.value)
-    sentences = [f"Closest to the original: {closest.quantized.name}. {verdict_sentence(closest)}"]
-    smallest = min(
-        (each for each in comparisons if each.quantized.stored_bytes and each.summary.kl_nats.value <= LEVELS[0][0]),
-        key=lambda each: each.quantized.stored_bytes or 0,
-        default=None,
-    )
-    if smallest is not None and smallest is not closest:
-        sentences.append(f"Smallest that is {LEVELS[0][1]}: {smallest.quantized.name}. {verdict_sentence(smallest)}")
+    sentences = []
+    if smallest is not None:
+        sentences.append(f"Smallest that is good enough: {smallest.quantized.name}. {verdict_sentence(smallest)}")
+    if closest is not smallest:
+        sentences.append(f"Closest to the original: {closest.quantized.name}. {verdict_sentence(closest)}")
+    for each, better in zip(comparisons, beaten_by(comparisons), strict=True):
+        if better is not None:
+            sentences.append(f"{each.quantized.name} is larger than {better.quantized.name}, and worse.")
     return " ".join(sentences)
+
+
+def beaten_by(comparisons: Sequence[Comparison]) -> list[Comparison | None]:
+    """Return for each model one that is smaller and closer to the original, the closest; None where there is none.
+
+    Closer is a model whose paired difference is below zero with its whole confidence interval.
+    """
+
+    def beats(other: Comparison, each: Comparison) -> bool:
+        size, room = other.quantized.stored_bytes, each.quantized.stored_bytes
+        if not size or not room or size >= room:
+            return False
+        difference = kl_difference(other, each)
+        interval = confidence_interval(difference, each.rows)
+        return (difference.value if interval is None else interval.low) > 0
+
+    return [
+        min(
+            (other for other in comparisons if beats(other, each)),
+            key=lambda other: other.summary.kl_nats.value,
+            default=None,
+        )
+        for each in comparisons
+    ]
 
 
 def sentence(comparison: Comparison) -> str:
@@ -85,4 +180,31 @@ def sentence(comparison: Comparison) -> str:
 
 
 def _counted(rows: int) -> str:
-    return "1 row" if rows == 1 else f"{rows} rows"
+    return "1 sequence" if rows == 1 else f"{rows} sequences"
+
+
+def known_like(kl_nats: float) -> str:
+    """Return which of llama.cpp's types does about as much to Llama 3 8B; empty beyond them all.
+
+    Args:
+        kl_nats: Mean KL divergence, nats per token.
+    """
+    least, most = _KNOWN[0][2], _KNOWN[-1][2]
+    if not least / 2 <= kl_nats <= 2 * most:
+        return ""
+    return min(_KNOWN, key=lambda known: abs(math.log(known[2] / kl_nats)))[0]
+
+
+def meanings_table() -> Table:
+    """Return what each measure is."""
+    return Table.of_facts(_MEANINGS)
+
+
+def known_table() -> Table:
+    """Return the numbers of llama.cpp's own types, and what a report calls them."""
+    head = ("file", "KL, nats/token", "same top token", "Δp, RMS", "size", "here called")
+    rows = [
+        (name, f"{kl:.4f}", same or "not published", rms, f"{size} GiB", words_for(kl))
+        for name, size, kl, rms, same in _KNOWN
+    ]
+    return Table.of(head, rows)

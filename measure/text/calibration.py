@@ -101,13 +101,13 @@ class CalibrationSet:
 
     Attributes:
         tokens: Token ids, shape (rows, row_tokens), int64, on the CPU.
-        origins: For each row where its text begins, ``<kind>: <document>``, or only ``<kind>`` if that is one
-            document.
+        origins: For each row where its text begins, ``<kind>: <document>``, or ``<kind>`` if that is one document.
         description: What the text is and how rows were taken from it, for reports.
         adds_bos: Whether each row begins with a BOS token.
         vocabulary: Which tokens the ids stand for, as ``token_fingerprint``; None if that is not known.
         made_from: Digest of all that decided about the rows, where they were made for a run; else None.
         unreached: Data sets that could not be reached, whose place the built-in text took.
+        later_origins: For each row where in it other documents begin, and their origins; empty where not known.
     """
 
     tokens: Tensor
@@ -117,6 +117,7 @@ class CalibrationSet:
     vocabulary: str | None = None
     made_from: str | None = None
     unreached: tuple[str, ...] = ()
+    later_origins: tuple[tuple[tuple[int, str], ...], ...] = ()
 
     def __post_init__(self) -> None:
         """Validate.
@@ -141,6 +142,11 @@ class CalibrationSet:
         digest = hashlib.sha256(json.dumps([list(self.tokens.shape), list(self.origins)]).encode())
         digest.update(self.tokens.contiguous().numpy().astype("<i8", copy=False).tobytes())
         return digest.hexdigest()[:32]
+
+    def origin_of(self, row: int, position: int) -> str:
+        """Return the origin of the document that a token of a row belongs to, as far as that is known."""
+        later = self.later_origins[row] if self.later_origins else ()
+        return next((origin for start, origin in reversed(later) if start <= position), self.origins[row])
 
     @property
     def rows_per_kind(self) -> dict[str, int]:
@@ -177,7 +183,7 @@ class CalibrationSet:
             path: File to read.
 
         Returns:
-            The set, equal in every attribute to the saved one.
+            The set, equal to the saved one but for ``later_origins``.
 
         Raises:
             CalibrationError: The file is missing, damaged, of another kind or of another version.
@@ -260,11 +266,13 @@ def build_calibration(
     )
     rows = [bos + pool.tokens[start : start + body_tokens] for start in starts]
     origins = [pool.origin_at(start) for start in starts]
+    later = [pool.later_origins(start, body_tokens, lead=len(bos)) for start in starts]
     if in_order:
         origins = [f"{origin}: window {number}" for number, origin in enumerate(origins)]
     if n_random:
         rows += [bos + ids for ids in random_ids(tokenizer, vocab_size, (n_random, body_tokens), generator)]
         origins += [RANDOM_ORIGIN] * n_random
+        later += [()] * n_random
     tokens = torch.tensor(rows, dtype=torch.int64)
     require_ids_below(tokens, vocab_size, tokenizer)
     return CalibrationSet(
@@ -273,6 +281,7 @@ def build_calibration(
         description=_describe(source, config, n_random=n_random, in_order=in_order, has_bos=bool(bos)),
         adds_bos=bool(bos),
         vocabulary=token_fingerprint(tokenizer, tokens),
+        later_origins=tuple(later),
     )
 
 

@@ -1,6 +1,6 @@
 """A pool of tokens to cut rows from: documents tokenized one after another, no more than needed; random tokens too."""
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -49,6 +49,20 @@ class TokenPool:
     def origin_at(self, position: int) -> str:
         """Return the origin of the document that the token at `position` belongs to."""
         return self.origins[bisect_right(self.starts, position) - 1]
+
+    def later_origins(self, first: int, count: int, *, lead: int) -> tuple[tuple[int, str], ...]:
+        """Return where in a window other documents begin, and their origins.
+
+        Args:
+            first: Position of the window's first token.
+            count: Tokens in it.
+            lead: Tokens that a row has before its window.
+
+        Returns:
+            Positions in the row, ascending.
+        """
+        begin, end = bisect_right(self.starts, first), bisect_left(self.starts, first + count)
+        return tuple((lead + self.starts[n] - first, self.origins[n]) for n in range(begin, end))
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from markupsafe import Markup
@@ -17,6 +18,7 @@ from ...eval.metrics.numbers import nats
 from ...eval.report.drawings.charts import planned_chart
 from ...eval.report.drawings.maps import bits_map
 from ...eval.report.html import render_page
+from ...eval.report.verdict import KNOWN_NOTE, known_like, words_for
 from ...measure.measurement import Measurement
 from ...tables import Table
 from .plans import PlanPoint, plan_points
@@ -25,6 +27,9 @@ __all__ = ["is_plan_page", "plan_page", "write_plan_page"]
 
 _OWN = (b'<meta name="generator" content="bpwise ', b"<title>Plans for ")
 _HEAD_BYTES = 4096
+
+_CONTEXTS = (2048, 4096, 8192, 16384, 32768, 65536, 131072)
+_LARGE_GPU = 1 << 50
 
 
 def is_plan_page(path: Path) -> bool:
@@ -37,13 +42,23 @@ def is_plan_page(path: Path) -> bool:
     return all(sign in head for sign in _OWN)
 
 
-def plan_page(points: Mapping[str, Sequence[PlanPoint]], *, model: str, facts: Mapping[str, str]) -> str:
+def plan_page(
+    points: Mapping[str, Sequence[PlanPoint]],
+    *,
+    model: str,
+    facts: Mapping[str, str],
+    measurement: str = "M",
+    contexts: Mapping[str, Mapping[int, int]] | None = None,
+) -> str:
     """Return the page.
 
     Args:
-        points: Plans by name of the format, the smallest first; formats without any are left out.
-        model: What to call the model.
+        points: Plans by name of the format, the smallest first; formats without any are named as not measured.
+        model: Name of the model.
         facts: Names and values: what was measured, and how.
+        measurement: Name of the measurement's file, for commands.
+        contexts: By name of the format, what its reader takes on a GPU beside the tensors, in bytes, by the tokens of
+            the context.
     """
     shown = {format_named(name): each for name, each in points.items() if each}
     found = {each.title: points for each, points in shown.items()}
@@ -52,7 +67,12 @@ def plan_page(points: Mapping[str, Sequence[PlanPoint]], *, model: str, facts: M
         "plan",
         model=model,
         facts=Table.of_facts(facts.items()),
-        suffixes={each.title: each.suffix for each in shown},
+        missing=[format_named(name).title for name, each in points.items() if not each],
+        known_note=KNOWN_NOTE,
+        outputs={each.title: [_output(each, model, point) for point in points] for each, points in shown.items()},
+        original=quote(model),
+        measurement=quote(measurement),
+        contexts={each.title: (contexts or {}).get(each.name, {}) for each in shown},
         tables={each.title: _table(each, points) for each, points in shown.items()},
         chart=Markup(planned_chart({name: _curve(points) for name, points in found.items()}).render()),
         maps={name: Markup(_map(name, points[-1])) for name, points in found.items()},
@@ -68,7 +88,7 @@ def write_plan_page(
     Args:
         measurement: The measurement.
         path: File to make or replace.
-        model: What to call the model.
+        model: Name of the measurement's file without its ending; what to call the model if the file does not tell.
         options: Options by name of a format; those of others are the default.
 
     Raises:
@@ -89,7 +109,32 @@ def write_plan_page(
             f"measurement: no plans can be made. Got curves of {', '.join(measurement.curves) or 'no format'}."
             f" Expected curves of {' or '.join(formats())}. Measure again."
         )
-    write_text(path, plan_page(points, model=model, facts=facts))
+    page = plan_page(
+        points,
+        model=measurement.model_name or model,
+        facts=facts,
+        measurement=f"{model}.safetensors",
+        contexts={name: _contexts(each, measurement, given[name]) for name, each in formats().items() if points[name]},
+    )
+    write_text(path, page)
+
+
+def _contexts(format_: Format, measurement: Measurement, options: FormatOptions) -> dict[int, int]:
+    # What is taken beside the tensors is what they leave of a GPU that is large enough for anything.
+    longest = measurement.config.get("max_position_embeddings")
+    if not isinstance(longest, int):
+        return {}
+    lengths = [length for length in _CONTEXTS if length < longest] + [min(longest, _CONTEXTS[-1])]
+    try:
+        return {
+            length: _LARGE_GPU - format_.bytes_in_vram(measurement, options, _LARGE_GPU, length) for length in lengths
+        }
+    except (ConfigError, KeyError):  # no reader, or none for a model of this shape
+        return {}
+
+
+def _output(format_: Format, model: str, point: PlanPoint) -> str:
+    return quote(f"{model.rpartition('/')[2]}-{point.bpw:g}bpw{format_.suffix or f'-{format_.name}'}")
 
 
 def _options(format_: Format, options: FormatOptions, measurement: Measurement) -> Iterator[tuple[str, str]]:
@@ -107,10 +152,14 @@ def _size(point: PlanPoint) -> str:
 
 
 def _table(format_: Format, points: Sequence[PlanPoint]) -> Table:
-    rows = [(f"{point.bpw}", _size(point), nats(point.damage_nats)) for point in points]
-    return Table.of(
-        (f"bits per weight {format_.bpw_means}", "size of the tensors", "predicted damage, nats/token"), rows
-    )
+    rows = [(f"{point.bpw}", _size(point), nats(point.damage_nats), _words(point)) for point in points]
+    head = (f"bits per weight {format_.bpw_means}", "size of the tensors", "predicted damage, nats/token", "in words")
+    return Table.of(head, rows)
+
+
+def _words(point: PlanPoint) -> str:
+    like = known_like(point.damage_nats)
+    return words_for(point.damage_nats) + (f"; about llama.cpp's {like}" if like else "")
 
 
 def _curve(points: Sequence[PlanPoint]) -> list[tuple[float, float, str]]:
@@ -135,4 +184,5 @@ def _data(point: PlanPoint) -> dict[str, Any]:
         "names": [cost.name for cost in point.plan.costs()],
         "bits": [round(cost.bpw, 3) for cost in point.plan.costs()],
         "damage": nats(point.damage_nats),
+        "words": _words(point),
     }

@@ -148,11 +148,12 @@ _STEP = re.compile(rb"[^\n]*[0-9.]+ s, [0-9]+ MiB[^\n]*\n")
 """A line of a report on one step's seconds and memory: steps that an earlier run has finished have none."""
 
 _SECONDS = re.compile(rb'(?<="seconds": )[0-9.e-]+|(?<=time \| )[0-9.]+ s|(?<=time</span></td><td>)[0-9.]+ s')
+_DATE = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d UTC")
 
 
 def _timeless(path: str, content: bytes) -> bytes:
     if "report." in path:
-        return _SECONDS.sub(b"TIME", _STEP.sub(b"", content)).replace(b",\n", b"\n")
+        return _DATE.sub(b"DATE", _SECONDS.sub(b"TIME", _STEP.sub(b"", content))).replace(b",\n", b"\n")
     return content
 
 

@@ -13,6 +13,7 @@ from bpwise.checkpoint.files.resume import ResumeStore
 from bpwise.cli import cli
 from bpwise.convert.gguf.curves import GgufCurves
 from bpwise.convert.gguf.engine import gate
+from bpwise.eval import speed
 from bpwise.linalg.work import Rates
 
 CUT_OFF = 9
@@ -46,6 +47,7 @@ def main(settings: str) -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: asked["cores"]])
     Rates._timed = lambda *_args, **_kwargs: [1e-3]  # type: ignore[method-assign]
     gate._library = lambda: None  # type: ignore[assignment]
+    speed._ENGINE = ""  # nothing is run by it, so nothing is timed
     if not asked["tables"]:
         GgufCurves.warm_up = lambda _: None  # type: ignore[method-assign,assignment]
     if asked["saves"] is not None:

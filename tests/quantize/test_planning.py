@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,19 @@ from bpwise.cli import cli
 from bpwise.convert.exl2.curves import Exl2Curves
 from bpwise.convert.exl2.options import Exl2Options
 from bpwise.convert.exl2.plan.making import make_exl2_plan
+from bpwise.convert.gguf.llama_cpp.vram import room_for_weights
 from bpwise.convert.registry import format_named
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig, measure_checkpoint
 from bpwise.measure.text.calibration import CalibrationSet
-from bpwise.quantize.planning.page import plan_page
+from bpwise.quantize.planning.page import plan_page, write_plan_page
 from bpwise.quantize.planning.plans import PlanPoint, make_plan, plan_points
 from click.testing import CliRunner
 
 from ..measured import gguf_curves_of
 from ..policed import Policed
+
+LARGE = 1 << 50
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +83,11 @@ def test_page_escapes_what_it_shows(measurement: Measurement) -> None:
     page = plan_page({"exl2": points_of(measurement, "exl2"), "gguf": []}, model="<b>m</b>", facts={"text": "<i>&"})
     assert "<b>m" not in page
     assert "<i>" not in page
-    assert "GGUF" not in re.sub(r"<script>.*", "", page, flags=re.S)  # nothing was measured for it
+    assert "Not measured: GGUF." in page
+    assert 'value="GGUF"' not in page
     data = re.search(r'id="plans">(.*?)</script>', page, flags=re.S)
     assert data is not None
-    assert len(json.loads(data[1])["EXL2"]) > 15
+    assert len(json.loads(data[1])["points"]["EXL2"]) > 15
     assert "http://" not in page.replace("http://www.w3.org/2000/svg", "")
     policed = Policed(page)
     assert policed.refused == []
@@ -96,43 +101,122 @@ def test_command_writes_it(measurement: Measurement, tmp_path: Path) -> None:
     assert run.exit_code == 0, run.output
     page = (tmp_path / "p.html").read_text()
     assert "&lt;random&gt; ids" in page
+    assert "<h1>Plans for tiny</h1>" in page  # the directory of the model, not the measurement's file
     assert re.search(r"head bits in EXL2.*\n?.*<td>6</td>", page)
     assert re.search(r"group size in EXL2.*\n?.*<td>32</td>", page)
     assert not list(tmp_path.glob("plan-*.json"))
     assert CliRunner().invoke(cli, command[:2]).exit_code == 2
 
 
-def test_in_a_browser(measurement: Measurement, browser: Any, tmp_path: Path) -> None:
-    pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
-    points = {"exl2": points_of(measurement, "exl2"), "gguf": points_of(measurement, "gguf")}
-    (tmp_path / "p.html").write_text(plan_page(points, model="m", facts={}))
-    browser.get((tmp_path / "p.html").as_uri())
-    assert browser.get_log("browser") == []
+class Opened:
+    """The page in a browser."""
 
-    def shown() -> dict[str, str]:
-        names = "['bpw', 'size', 'command', 'fits']"
-        script = f"return Object.fromEntries({names}.map(i => [i, document.getElementById(i).innerText]))"
-        found: dict[str, str] = browser.execute_script(script)
-        return found
+    def __init__(self, browser: Any, measurement: Measurement, path: Path) -> None:
+        write_plan_page(measurement, path, model="m s")
+        browser.get(path.as_uri())
+        assert browser.get_log("browser") == []
+        self.browser = browser
 
-    def act(element: str, value: str, event: str) -> None:
-        change = "e.checked = true" if event == "change" else "e.value = arguments[1]"
+    def __getitem__(self, name: str) -> str:
+        """The text of an element."""
+        text: str = self.browser.execute_script("return document.getElementById(arguments[0]).innerText", name)
+        return text
+
+    def act(self, element: str, value: str, event: str = "input") -> None:
+        change = "e.checked = true" if element.endswith("]") else "e.value = arguments[1]"
         script = f"const e = document.querySelector(arguments[0]); {change}; e.dispatchEvent(new Event('{event}'))"
-        browser.execute_script(script, element, value)
+        self.browser.execute_script(script, element, value)
 
-    assert shown()["bpw"] == "4.5 bpw"
-    act("#slider", str(len(points["exl2"]) - 1), "input")
-    assert shown()["bpw"] == f"{points['exl2'][-1].bpw:g} bpw"
-    fitting = [p for p in points["exl2"] if p.plan.stored_bytes <= 80_000][-1]
-    act("#memory", "0.00008", "input")
-    assert shown()["bpw"] == f"{fitting.bpw:g} bpw"
+    def marked(self) -> str:
+        """What the point under the marker says."""
+        hint: str = self.browser.execute_script(
+            "const m = document.querySelector('.marker'), at = c => c.getAttribute('cx') + ' ' + c.getAttribute('cy');"
+            "return [...document.querySelectorAll('.charts circle.mark')].find(d => at(d) === at(m)).textContent"
+        )
+        return hint
+
+
+@pytest.fixture
+def opened(measurement: Measurement, browser: Any, tmp_path: Path) -> Opened:
+    pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
+    return Opened(browser, measurement, tmp_path / "p.html")
+
+
+def test_a_size_is_chosen_in_a_browser(measurement: Measurement, opened: Opened) -> None:
+    points = points_of(measurement, "exl2")
+    assert opened["bpw"] == "4.5 bpw"
+    assert opened["command"] == "bpwise quantize tiny tiny-4.5bpw-exl2 --bpw 4.5 --measurement 'm s.safetensors'"
+    assert opened.marked().startswith("EXL2")
+    assert "at 4.5 bpw" in opened.marked()
+    opened.act("#slider", str(len(points) - 1))
+    assert opened["bpw"] == f"{points[-1].bpw:g} bpw"
+    assert f"at {points[-1].bpw:g} bpw" in opened.marked()
+    fitting = [p for p in points if p.plan.stored_bytes <= 80_000][-1]
+    opened.act("#memory", "0.00008")
+    assert opened["bpw"] == f"{fitting.bpw:g} bpw"
     hint = "return document.querySelector('[data-map=EXL2] rect.mark title').textContent"
     first = fitting.plan.costs()[0]
-    assert browser.execute_script(hint) == f"{first.name}: {round(first.bpw, 3):g} bits per weight"
-    act("#memory", "0.00000001", "input")
-    assert shown()["fits"] == "No plan is that small."
-    act("#memory", "", "input")
-    act("input[value=GGUF]", "", "change")
-    assert "OUT.gguf" in shown()["command"]
+    assert opened.browser.execute_script(hint) == f"{first.name}: {round(first.bpw, 3):g} bits per weight"
+    opened.act("#memory", "0.00000001")
+    assert opened["fits"] == "No plan is that small."
+
+
+def test_a_context_takes_its_memory(measurement: Measurement, opened: Opened) -> None:
+    points = points_of(measurement, "gguf")
+    opened.act("input[value=GGUF]", "", "change")
+    assert ".gguf --bpw" in opened["command"]
+    assert opened.marked().startswith("GGUF")
     visible = "return [...document.querySelectorAll('[data-map]')].map(m => m.getBoundingClientRect().height > 0)"
-    assert browser.execute_script(visible) == [False, True]
+    assert opened.browser.execute_script(visible) == [False, True]
+    assert opened["beside"] == ""
+    # Keys and values of 2 blocks, 2 heads and 16 channels in float16, and what computing takes.
+    taken = LARGE - room_for_weights(LARGE, measurement.config, 128)
+    assert taken > 2 * 2 * 2 * 2 * 16 * 128
+    opened.act("#context", "128", "change")
+    assert f"A context of 128 tokens and what computing takes: {taken / 1e9:.3f} GB more" in opened["beside"]
+    opened.act("#memory", f"{(points[3].plan.stored_bytes + taken) / 1e9:.9f}")
+    assert opened["bpw"] == f"{points[3].bpw:g} bpw"
+    opened.act("#memory", f"{taken / 1e9:.9f}")
+    assert opened["fits"] == "No plan is that small."
+
+
+def test_the_command_is_copied(opened: Opened) -> None:
+    opened.browser.execute_script("document.addEventListener('copy', () => { window.taken = String(getSelection()); })")
+    opened.browser.find_element("id", "copy").click()
+    assert opened["copy"] == "Copied"
+    assert opened.browser.execute_script("return window.taken") == opened["command"]
+    opened.act("#slider", "0")
+    assert opened["copy"] == "Copy"
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1200], ids=["phone", "desk"])
+def test_fits_the_screen(opened: Opened, width: int, mode: str) -> None:
+    feature = {"name": "prefers-color-scheme", "value": mode}
+    opened.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    opened.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    opened.browser.refresh()
+    assert opened.browser.execute_script("return document.documentElement.scrollWidth") <= width
+    heights = (
+        "return [...document.querySelectorAll('.controls label, #copy')].map(e => e.getBoundingClientRect().height)"
+    )
+    assert max(opened.browser.execute_script(heights)) < 80  # no column of single letters
+    wide = "t => t.offsetWidth > t.parentNode.clientWidth"
+    assert opened.browser.execute_script(f"return [...document.querySelectorAll('table')].filter({wide}).length") == 0
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (0.0108, "very close to the original; about llama.cpp's Q5_K_M"),
+        (0.0305, "close to the original; about llama.cpp's Q4_K_M"),
+        (0.0001, "indistinguishable in use"),
+        (9.0, "badly damaged"),
+    ],
+)
+def test_damage_in_words(measurement: Measurement, damage: float, words: str) -> None:
+    point = replace(points_of(measurement, "exl2")[0], damage_nats=damage)
+    assert f'<td data-label="in words">{words.replace(chr(39), "&#39;")}</td>' in plan_page(
+        {"exl2": [point]}, model="m", facts={}
+    )

@@ -66,7 +66,9 @@ def count(patch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 def test_outputs(finished: Path) -> None:
-    assert sorted(path.name for path in finished.iterdir()) == sorted([*NAMES, "report.json", "report.md"])
+    assert sorted(path.name for path in finished.iterdir()) == sorted(
+        [*NAMES, "report.html", "report.json", "report.md"]
+    )
     for name, bits in zip(NAMES, (6.0, 4.5), strict=True):
         config = json.loads((finished / name / "config.json").read_text())
         assert config["quantization_config"]["bits"] == bits
@@ -95,6 +97,11 @@ def test_common_report(finished: Path) -> None:
         assert f"| {name} | {output['asked_bpw']:g} | {output['bpw']:.4f} |" in text
     kls = [output["comparison"]["summary"]["kl_nats"]["value"] for output in report["outputs"]]
     assert kls[0] < kls[1]
+    page = (finished / "report.html").read_text()
+    assert page.count('aria-label="KL divergence against size"') == 1
+    for name, output in zip(NAMES, report["outputs"], strict=True):
+        assert f"{output['bpw']:.4f} bits per weight, {output['asked_bpw']:g} asked for" in page
+        assert name in page
 
 
 def test_one_of_them_alone_is_the_same(tiny_model: Path, finished: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -45,6 +46,10 @@ _PYTHON = (sys.executable, "-I", "-S")
 _LEAST_SECONDS = 600.0
 _SLOWEST_BYTES_PER_SECOND = 1e7
 """Time after which a request counts as stuck, by the size of the file: to load it, or to run 256 tokens through it."""
+
+_TIMED_PROMPT, _TIMED_TOKENS = 16, 32
+_TIMED_SECONDS = 10.0
+"""A model that is slow is not timed longer."""
 
 _SHOWN_LINES = 3
 _READ_BYTES = 4096
@@ -150,16 +155,33 @@ class EngineModel:
         """
         for first in range(0, len(tokens), self._batch_tokens):
             ids = tokens[first : first + self._batch_tokens].tolist()
-            answer = self._process.ask(self._path, "run", {"tokens": ids, "fresh": first == 0})
-            if "problem" in answer:
-                raise NumericalError(
-                    f"{self._path}: llama.cpp failed with {answer['problem']}. Check the original model."
-                )
-            values = torch.empty(len(ids), self.vocab_size)
-            self._process.read_into(values, self._path)
+            values = self._run(ids, fresh=first == 0)
             if not all(map(torch.isfinite, values.aminmax())):
                 raise NumericalError(f"{self._path}: NaN or infinity in llama.cpp's logits. The weights are broken.")
             yield values
+
+    def tokens_per_second(self) -> float:
+        """Return how many tokens it writes a second, one after another after a prompt of 16; needs rows of 48 tokens.
+
+        Raises:
+            CheckpointError: llama.cpp aborts.
+            NumericalError: llama.cpp fails.
+        """
+        ids = [number % self.vocab_size for number in range(_TIMED_PROMPT + _TIMED_TOKENS)]
+        self._run(ids[:_TIMED_PROMPT], fresh=True)
+        start, written, seconds = time.perf_counter(), 0, 0.0
+        while written < _TIMED_TOKENS and seconds < _TIMED_SECONDS:
+            self._run([ids[_TIMED_PROMPT + written]], fresh=False)
+            written, seconds = written + 1, time.perf_counter() - start
+        return written / seconds
+
+    def _run(self, ids: list[int], *, fresh: bool) -> Tensor:
+        answer = self._process.ask(self._path, "run", {"tokens": ids, "fresh": fresh})
+        if "problem" in answer:
+            raise NumericalError(f"{self._path}: llama.cpp failed with {answer['problem']}. Check the original model.")
+        values = torch.empty(len(ids), self.vocab_size)
+        self._process.read_into(values, self._path)
+        return values
 
 
 class _Process:

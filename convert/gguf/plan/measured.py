@@ -26,8 +26,8 @@ CURVES_VERSION = 4
 """Raised when tensors or header change meaning."""
 
 _NOT_MEASURED = (
-    "Measure the model again with `bpwise measure`, with ggml's library and llama.cpp's converter installed: "
-    f"{install_command('gguf')}."
+    "`bpwise quantize` measures for its own format only. Run `bpwise measure`, which measures for all whose extras are "
+    f"installed; for GGUF: {install_command('gguf')}."
 )
 
 

@@ -250,7 +250,8 @@ def _overridden(candidate: Candidate, override: TypeOverride, measured: Sequence
         raise ConfigError(
             f"--override {override}: the measurement does not know this type of {candidate.name}. Choose another."
         )
-    if not candidate.measured:  # damages are not known, so there is no choosing
+    if not candidate.measured:  # damages are not known, so there is no choosing: it stays as it is where it may
+        known = [kind for kind in known if kind.name in candidate.damage_nats] or known
         known = [max(known, key=lambda kind: kind.bits_per_weight)]
     return replace(candidate, damage_nats={kind.name: candidate.damage_nats.get(kind.name, 0.0) for kind in known})
 

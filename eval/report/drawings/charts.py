@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
 
 from ...comparison import Comparison
 from ...metrics.estimate import Estimate
 from ...metrics.numbers import nats
-from .svg import LOG_RATIO, WIDTH, Axis, Drawing, linear_axis, log_axis, series_color, short_number, shortened
+from .svg import (
+    LOG_RATIO,
+    WIDTH,
+    Axis,
+    Drawing,
+    distinct_names,
+    linear_axis,
+    log_axis,
+    series_color,
+    short_number,
+    shortened,
+)
 
 __all__ = ["drift_chart", "histogram_chart", "kinds_chart", "planned_chart", "positions_chart", "size_chart"]
 
@@ -127,15 +139,47 @@ def drift_chart(comparisons: Sequence[Comparison], *, first_token: bool) -> Draw
 
 
 def size_chart(comparisons: Sequence[Comparison]) -> Drawing | None:
-    """Draw the divergence against the size; None if fewer than two models have a known one."""
-    curves: list[tuple[str, list[_Point]]] = []
-    for each in comparisons:
-        size = (each.quantized.stored_bytes or 0) / 1e9
-        curves.append((each.quantized.name, [(size, each.summary.kl_nats, f"nats at {size:.3f} GB")] if size else []))
-    sizes = [size for _, points in curves for size, *_ in points]
-    if len(sizes) < 2:
+    """Draw the divergence against the size, each model with its name; None if fewer than two have a known size.
+
+    The line joins those that no smaller model comes as close to the original as.
+    """
+    known = [(each.quantized.stored_bytes, number) for number, each in enumerate(comparisons)]
+    sized = sorted((size / 1e6, number) for size, number in known if size)
+    if len(sized) < 2:
         return None
-    return _curves("KL divergence against size", "GB", linear_axis(min(sizes), max(sizes)), curves, radius=5)
+    names = distinct_names(_names(comparisons))
+    drawing = Drawing(WIDTH, _HEIGHT, "KL divergence against size")
+    values = [comparisons[number].summary.kl_nats for _, number in sized]
+    x = linear_axis(min(size for size, _ in sized), max(size for size, _ in sized))
+    place = _Frame(drawing, x, _nats_axis(values), 36)
+    place.axes("MB", "nats/token", "{:.6g}".format, short_number)
+    points = [(place.x(size), place.y(value.value)) for (size, _), value in zip(sized, values, strict=True)]
+    lowest = list(accumulate((value.value for value in values), min))
+    best = [
+        point
+        for number, (point, value) in enumerate(zip(points, values, strict=True))
+        if number == 0 or value.value < lowest[number - 1]
+    ]
+    if len(best) > 1:
+        drawing.path(best, color="var(--bp-muted)", hint="the closest to the original at each size")
+    for (x_at, y_at), (size, number), value in zip(points, sized, values, strict=True):
+        hint = f"{comparisons[number].quantized.name}: {nats(value)} nats at {size:.1f} MB"
+        drawing.dot(x_at, y_at, color=series_color(number), hint=hint, radius=5)
+    _label(drawing, [(*point, names[number]) for point, (_, number) in zip(points, sized, strict=True)])
+    return drawing
+
+
+def _label(drawing: Drawing, labels: Sequence[tuple[float, float, str]]) -> None:
+    # Names beside their points, on the side with more room; lower where another stands already.
+    taken: list[tuple[float, float, float]] = []
+    for x, y, name in sorted(labels, key=lambda each: each[1]):
+        width, left = 6.4 * len(name), x > drawing.width / 2
+        start = x - 9 - width if left else x + 9
+        line = y + 4
+        while any(abs(line - other) < 13 and start < end and begin < start + width for other, begin, end in taken):
+            line += 3
+        taken.append((line, start, start + width))
+        drawing.text(x - 9 if left else x + 9, line, name, anchor="end" if left else "start")
 
 
 def planned_chart(curves: Mapping[str, Sequence[tuple[float, float, str]]]) -> Drawing:
@@ -218,7 +262,7 @@ def _names(comparisons: Iterable[Comparison]) -> list[str]:
 
 
 def _legend(drawing: Drawing, names: Sequence[str]) -> float:
-    return drawing.legend(names, 32) if len(names) > 1 else 20
+    return drawing.legend(distinct_names(names), 32) if len(names) > 1 else 20
 
 
 def _nats_axis(values: Sequence[Estimate]) -> Axis:

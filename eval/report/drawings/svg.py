@@ -6,6 +6,7 @@ They stand in attributes of their own, never in ``style``: the pages forbid that
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,9 +18,11 @@ __all__ = [
     "WIDTH",
     "Axis",
     "Drawing",
+    "distinct_names",
     "linear_axis",
     "log_axis",
     "series_color",
+    "shared_length",
     "short_number",
     "shortened",
     "visible",
@@ -34,6 +37,9 @@ LOG_RATIO = 8
 _SERIES = 8
 _GOOD_STEPS = (1, 2, 2.5, 5, 10)
 _LABEL_CHARACTERS = 26
+
+_WORD = re.compile(r"(?:[^-./ ]|(?<=\d)\.(?=\d))*[-./ ]|(?:[^-./ ]|(?<=\d)\.(?=\d))+")
+"""A part of a model's name with what ends it; numbers and names of types stay whole."""
 
 _SIGNS = {" ": "␣", "\n": "⏎", "\t": "⇥"}
 
@@ -200,6 +206,21 @@ def shortened(text: str) -> str:
         return text
     half = (_LABEL_CHARACTERS - 1) // 2
     return f"{text[:half]}…{text[-half:]}"
+
+
+def distinct_names(names: Sequence[str]) -> list[str]:
+    """Return names without the words that all begin or end with, as labels."""
+    words = [_WORD.findall(name) for name in names]
+    begin = shared_length(words) if len(words) > 1 else 0
+    end = shared_length([each[begin:][::-1] for each in words]) if len(words) > 1 else 0
+    short = ["".join(each[begin : len(each) - end]).strip("-./ ") for each in words]
+    return [shortened(each) for each in (short if all(short) else names)]
+
+
+def shared_length(items: Sequence[Sequence[str]]) -> int:
+    """Return how many entries all sequences have in common at their start."""
+    columns = enumerate(zip(*items, strict=False))
+    return next((n for n, column in columns if len(set(column)) > 1), min(map(len, items)))
 
 
 def visible(text: str, *, spaces: bool = True) -> str:

@@ -10,6 +10,7 @@ import pytest
 from bpwise.convert.gguf.ggml.types import TYPES as GGML_TYPES
 from bpwise.convert.gguf.ggml.types import ggml_type
 from bpwise.convert.gguf.llama_cpp.importance import importance_of
+from bpwise.convert.gguf.options import GgufOptions
 from bpwise.convert.gguf.plan.layout import Layout, StoredTensor
 from bpwise.convert.gguf.plan.making import make_gguf_plan
 from bpwise.convert.gguf.plan.plan import GgufPlan, TypeOverride
@@ -43,14 +44,14 @@ def damage(width: int, scale: float) -> NDArray[np.float32]:
     return np.array(damages, dtype=np.float32)
 
 
-def measurement(*, tied: bool = True) -> Measurement:
+def measurement(*, tied: bool = True, types: Sequence[str] = TYPES) -> Measurement:
     linears = {linear: (shape[1], shape[0]) for linear, shape in list(TENSORS.values())[:-1]}
     damages = {linear: [damage(shape[1], SCALES[name])] for name, (linear, shape) in list(TENSORS.items())[:-1]}
     held = {linear: shape for linear, shape in TENSORS.values() if not (tied and linear == "lm_head")}
     layout = layout_of(held, others={"blk.0.attn_norm.weight": (400,), "output_norm.weight": (100,)})
     if tied:
         damages["lm_head"] = []
-    curves = gguf_of(TYPES, damages, TABLE, layout, np.eye(96, dtype=np.float32) if tied else None)
+    curves = gguf_of(types, damages, TABLE, layout, np.eye(96, dtype=np.float32) if tied else None)
     made = bare_measurement(linears, {GGUF: curves}, other_weights=500)
     return replace(made, embedding=replace(made.embedding, tokens=320, tied=tied))
 
@@ -121,6 +122,36 @@ def test_the_last_override_wins() -> None:
     ]
     kinds = make_gguf_plan(measurement(), bpw=10.0, overrides=overrides).kinds
     assert [kinds[name].name for name in shapes(True)] == ["Q8_0", "F16", "Q4_K", "Q8_0"]
+
+
+def test_slow_types_of_a_backend_are_left_out() -> None:
+    measured = measurement(types=("Q8_0", "IQ4_XS", "Q4_0"))
+
+    def kinds(backend: str | None, *overrides: str) -> dict[str, str]:
+        options = GgufOptions(backend=backend, overrides=tuple(map(TypeOverride.parse, overrides)))
+        chosen = make_gguf_plan(measured, bpw=6.0, overrides=options.choices).kinds
+        return {name: kind.name for name, kind in chosen.items()}
+
+    slow = {name for name, kind in kinds(None).items() if kind == "IQ4_XS"}
+    assert slow
+    assert kinds("cuda") == kinds(None)
+    for backend in ("cpu", "metal", "vulkan"):
+        assert "IQ4_XS" not in kinds(backend).values()
+        assert all(kinds(backend)[name] == "Q4_0" for name in slow)
+    name = min(slow)
+    assert kinds("cpu", f"{name}=IQ4_XS")[name] == "IQ4_XS"
+    with pytest.raises(ConfigError, match=r"backend: not known. Got 'abacus'. Expected one of cpu, cuda"):
+        GgufOptions(backend="abacus")
+
+
+def test_a_measurement_of_another_format_says_why() -> None:
+    with pytest.raises(ConfigError, match=r"Got no curves.*`bpwise quantize` measures for its own format"):
+        make_gguf_plan(replace(measurement(), curves={}), bpw=6.0)
+
+
+def test_a_backend_changes_nothing_that_was_not_measured() -> None:
+    plain = make_gguf_plan(mixture_of_experts(), bpw=9.0)
+    assert make_gguf_plan(mixture_of_experts(), bpw=9.0, overrides=GgufOptions(backend="cpu").choices) == plain
 
 
 def test_several_types_leave_a_choice() -> None:

@@ -8,14 +8,16 @@ from xml.etree import ElementTree
 import pytest
 from bpwise.convert.plan import LinearCost
 from bpwise.errors import NumericalError, WorkDirectoryError
+from bpwise.eval.answers import Answers
 from bpwise.eval.comparison import Comparison
 from bpwise.eval.metrics.estimate import Estimate
 from bpwise.eval.models import ModelSummary
 from bpwise.eval.report.content import Report
+from bpwise.eval.report.made import command_line
 from bpwise.eval.report.markdown import joint_lines, markdown_report, summary_lines
 from bpwise.eval.report.report import report_names, try_report, write_report
 from bpwise.eval.report.tables import Details, models_table
-from bpwise.eval.report.verdict import LEVELS, headline, verdict, verdict_sentence
+from bpwise.eval.report.verdict import GOOD_ENOUGH_NATS, LEVELS, beaten_by, headline, verdict, verdict_sentence
 
 
 def with_kl(comparison: Comparison, kl: Estimate) -> Comparison:
@@ -35,7 +37,8 @@ def test_markdown(comparison: Comparison) -> None:
     text = markdown_report(of(comparison))
     assert text.startswith("# llama-4bpw against llama\n")
     assert text.splitlines()[2] == (
-        "**0.0123 nats/token, top-1 agreement 93.44 %: close to the original (judged on 4 rows of text only).**"
+        "**4.1 MB, 26 % of the original: close to the original (judged on 4 sequences of text only). "
+        "93 of 100 next tokens are the same.**"
     )
     summary = text.splitlines()[4]
     assert "1020 tokens" in summary
@@ -47,8 +50,7 @@ def test_markdown(comparison: Comparison) -> None:
     assert rows["perplexity"] == ["10.000 ± 0.500", "10.250 ± 0.520 (+0.250 ± 0.031)"]
     # Student's t with three degrees of freedom: 3.182 standard errors either way.
     assert rows["KL, nats/token"] == ["0", "0.01234 ± 0.00045 (0.0109 to 0.0138)"]
-    assert rows["top-1 agreement"] == ["100 %", "93.44 ± 0.21 %"]
-    assert rows["top-5 agreement"] == ["100 %", "95.12 ± 0.19 %"]
+    assert rows["top-1 agreement"] == ["100 %", "93.44 ± 0.21 % (top-5 95.12 ± 0.19 %)"]
     assert rows["Δp, RMS"] == ["0", "3.45 ± 0.11 % (mean -0.123 ± 0.031 %)"]
     assert list(rows)[list(rows).index("1 to 1") :][:4] == ["1 to 1", "2 to 3", "4 to 7", "8 to 15"]
     assert rows["prose"][0] == "2"
@@ -100,14 +102,29 @@ def test_table_of_several(comparison: Comparison) -> None:
     names = ["llama", "llama-4bpw (close to the original)", "b (close to the original)"]
     assert list(rows) == ["model", "---", *names]
     size = "16.0 MB (16.000 bits/parameter)"
-    assert rows["llama"] == ["0", "100 %", size, "100 %", "10.000 ± 0.500", "0"]
-    assert rows[names[1]][:2] == ["0.01234 ± 0.00045 (0.0109 to 0.0138)", "93.44 ± 0.21 %"]
+    assert rows["llama"] == ["0", "100 %", size, "10.000 ± 0.500", "0"]
+    assert rows[names[1]][:2] == ["0.01234 ± 0.00045 (0.0109 to 0.0138)", "93.44 ± 0.21 % (top-5 95.12 ± 0.19 %)"]
     assert rows[names[2]][2] == "unknown"
+
+
+def test_speed_is_a_column_where_it_is_known(comparison: Comparison) -> None:
+    fast = replace(comparison, tokens_per_second=12.345)
+    assert "tokens/s" not in markdown_report(of(comparison))
+    header, _, original, first, second = models_table([fast, comparison]).to_markdown().splitlines()
+    assert [line.split(" | ")[-1] for line in (header, original, first, second)] == [
+        "tokens/s |",
+        "– |",
+        "12.3 |",
+        "– |",
+    ]
+    assert "speed       12.3 tokens per second in llama.cpp on this machine" in summary_lines(fast)
+    assert table_rows(markdown_report(of(fast)))["tokens/s"] == ["–", "12.3"]
 
 
 def test_files(comparison: Comparison, tmp_path: Path) -> None:
     details = {"Time": {"measure": 12.5, "round": "3 min"}, "Size": {"bpw": 4.0999999, "bytes": 123456789}}
-    files = write_report(of(comparison, details=details), tmp_path / "new")
+    report = of(comparison, details=details)
+    files = write_report(report, tmp_path / "new")
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
         f"report.{end}" for end in ("csv", "html", "json", "md")
     ]
@@ -121,7 +138,7 @@ def test_files(comparison: Comparison, tmp_path: Path) -> None:
     assert content["comparison"]["predicted_tokens"] == 1020
     assert content["comparison"]["within_floor"] is False
     text = markdown_path.read_text()
-    assert text == markdown_report(of(comparison, details=details))
+    assert text == markdown_report(report)
     assert text.index("## Time") < text.index("## Size")
     assert table_rows(text)["round"] == ["3 min"]
     assert table_rows(text)["bpw"] == ["4.1"]
@@ -189,20 +206,122 @@ def test_joint_report(comparison: Comparison, tmp_path: Path) -> None:
 def test_verdict(comparison: Comparison, kl: float, expected: str) -> None:
     measured = with_kl(comparison, Estimate(kl, 0.1))
     assert verdict(measured) == expected
-    assert verdict_sentence(replace(measured, rows=8)).endswith(f"nats/token, top-1 agreement 93.44 %: {expected}.")
+    sentence = f"4.1 MB, 26 % of the original: {expected}. 93 of 100 next tokens are the same."
+    assert verdict_sentence(replace(measured, rows=8)) == sentence
+
+
+@pytest.mark.parametrize(
+    ("share", "said"),
+    [
+        (0.0, "0 of 100 next tokens are the same"),
+        (0.9944, "99 of 100 next tokens are the same"),
+        (0.9964, "996 of 1000 next tokens are the same"),
+        (0.99999, "Nearly all next tokens are the same"),
+        (1.0, "All next tokens are the same"),
+    ],
+)
+def test_tokens_are_counted_so_that_none_is_rounded_away(comparison: Comparison, share: float, said: str) -> None:
+    summary = replace(comparison.summary, top1_agreement=Estimate(share, None))
+    unknown = replace(comparison.quantized, stored_bytes=None)
+    assert verdict_sentence(replace(comparison, summary=summary, quantized=unknown, rows=8)) == (
+        f"Close to the original. {said}."
+    )
+
+
+SPREAD = (0.98, 1.02, 0.99, 1.01)
+
+
+def sized(
+    comparison: Comparison, name: str, kl: float, size: int | None, factors: tuple[float, ...] = SPREAD
+) -> Comparison:
+    """A model of this size, whose rows have these multiples of its divergence."""
+    row_means = replace(comparison.profile.row_means, kl_nats=tuple(kl * factor for factor in factors))
+    return replace(
+        with_kl(comparison, Estimate(kl, None)),
+        quantized=ModelSummary(name=name, fingerprint="", stored_bytes=size, bits_per_parameter=None),
+        profile=replace(comparison.profile, row_means=row_means),
+    )
 
 
 def test_headline_of_several(comparison: Comparison) -> None:
     assert [limit for limit, _ in LEVELS] == sorted(limit for limit, _ in LEVELS)
+    assert GOOD_ENOUGH_NATS in [limit for limit, _ in LEVELS]
     several = [
-        replace(with_kl(comparison, Estimate(kl, None)), quantized=ModelSummary(
-            name=name, fingerprint="", stored_bytes=size, bits_per_parameter=None))
-        for name, kl, size in (("large", 0.0005, 9), ("middle", 0.0015, 8), ("small", 0.1, 4))
+        sized(comparison, *each)
+        for each in (("large", 0.0005, 2_340_000_000), ("middle", 0.03, 8_000_000), ("worse", 0.035, 9_000_000),
+                     ("small", 0.1, 4_000_000), ("unknown", 0.2, None))
     ]  # fmt: skip
     text = headline(several)
-    assert text.startswith("Closest to the original: large. 0.0005 nats/token")
-    assert "Smallest that is indistinguishable in use: middle. 0.0015" in text
-    assert "small." not in text
+    assert text.startswith("Smallest that is good enough: middle. 8.0 MB, 50 % of the original: close to the original")
+    assert "Closest to the original: large. 2.34 GB, 14625 % of the original: indistinguishable in use" in text
+    assert text.endswith("worse is larger than middle, and worse.")
+    assert "small" not in text.replace("Smallest", "")
+    rows = table_rows(models_table(several).to_markdown())
+    assert "worse (close to the original; larger than middle, and worse)" in rows
+    assert "middle (close to the original)" in rows
+    none_good = headline(several[3:])
+    assert none_good.startswith("Closest to the original: small.")
+
+
+def test_a_difference_within_its_error_is_not_worse(comparison: Comparison) -> None:
+    first = sized(comparison, "a", 0.03, 8)
+    noisy = sized(comparison, "b", 0.0301, 9, (1.02, 0.98, 1.01, 0.99))
+    assert beaten_by([first, noisy]) == [None, None]
+    assert beaten_by([first, sized(comparison, "b", 0.0301, 9)]) == [None, first]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            [
+                "/usr/bin/bpwise",
+                "eval",
+                "/home/me/secret/llama",
+                "out dir/x.gguf",
+                "--lora=/a/b",
+                "-c",
+                "self=2,/t/u.txt",
+            ],
+            "bpwise eval llama 'out dir/x.gguf' --lora=b -c self=2,u.txt",
+        ),
+        (["bpwise", "eval", "Qwen/Qwen3-0.6B", "../up/x.gguf", "~/y/"], "bpwise eval Qwen/Qwen3-0.6B x.gguf y"),
+        (["C:\\bin\\bpwise.exe", "eval", "C:\\me\\m", "blk.0.*=Q8_0"], None),
+        (["/usr/bin/pytest", "eval"], None),
+        ([], None),
+    ],
+)
+def test_commands_tell_nothing_of_the_machine(arguments: list[str], expected: str | None) -> None:
+    assert command_line(arguments) == expected
+
+
+def test_how_it_was_made_is_in_every_file(comparison: Comparison, tmp_path: Path) -> None:
+    hashed = replace(comparison, quantized=replace(comparison.quantized, sha256={"a.gguf": "ab" * 32}))
+    made = {"date": "2026-01-02 03:04 UTC", "command": "bpwise eval a b", "hardware": "an abacus"}
+    files = write_report(Report(comparisons=(hashed,), made=made), tmp_path)
+    rows = table_rows(files.markdown.read_text())
+    assert [rows[name] for name in made] == [[value] for value in made.values()]
+    assert rows["SHA-256 of a.gguf"] == ["ab" * 32]
+    assert json.loads(files.json.read_text())["made"] == made
+    page = files.html.read_text()
+    assert all(value in page for value in (*made.values(), "ab" * 32))
+    assert {"date", "hardware", "software"} <= Report(comparisons=(comparison,)).made.keys()
+
+
+def test_answers(comparison: Comparison, tmp_path: Path) -> None:
+    asked = [
+        replace(comparison, answers=Answers(prompt="Why <b>?", original="Because it is.", quantized=answer))
+        for answer in ("Because I\nsay so.", "Because it is.")
+    ]
+    files = write_report(Report(comparisons=tuple(asked)), tmp_path)
+    text = files.markdown.read_text()
+    assert "> Why &lt;b>?" in text
+    assert "| llama | Because it is. |" in text
+    assert "| llama-4bpw | Because I say so. |" in text
+    page = files.html.read_text()
+    assert "Because <mark>I\nsay so.</mark>" in page
+    assert page.count('<p class="answer">Because it is.</p>') == 2
+    assert "The same prompt" not in markdown_report(of(comparison))
 
 
 def test_no_nan_in_json(comparison: Comparison, tmp_path: Path) -> None:

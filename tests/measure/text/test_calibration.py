@@ -181,6 +181,8 @@ class TestUserText:
         assert evaluation.tokens[:, 1:].flatten().tolist() == text_ids("a" * 10 + "\n\n" + "b" * 10)
         # The second window begins with the blank line that belongs to b.txt.
         assert evaluation.origins == ("a.txt: window 0", "b.txt: window 1")
+        assert [evaluation.origin_of(0, at) for at in (0, 10, 11)] == ["a.txt: window 0"] * 2 + ["b.txt"]
+        assert evaluation.origin_of(1, 11) == "b.txt: window 1"
 
     @pytest.mark.parametrize("eos", [True, False], ids=["eos", "newline"])
     def test_calibration_documents_are_separated(self, tmp_path: Path, eos: bool) -> None:
@@ -318,6 +320,12 @@ class TestPool:
     def test_origin_at_document_borders(self) -> None:
         pool = read_pool(self.source("abc", "de"), byte_tokenizer(), rows=1, body_tokens=7, in_order=False)
         assert [pool.origin_at(position) for position in range(7)] == ["p: 0"] * 4 + ["p: 1"] * 3
+        assert [pool.later_origins(first, 4, lead=1) for first in (0, 1, 3, 4)] == [
+            (),
+            ((4, "p: 1"),),
+            ((2, "p: 1"),),
+            (),
+        ]
 
 
 class TestSet:

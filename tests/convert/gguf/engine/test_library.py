@@ -2,6 +2,7 @@
 
 import _ctypes
 import ctypes
+import itertools
 import os
 import signal
 import struct
@@ -11,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,6 +65,19 @@ def test_logits_are_the_library_s_own(library: LlamaLibrary, converted: Any) -> 
             assert all(map(torch.equal, model.logits(tokens), expected))
         next(model.logits(tokens))  # a row that nobody reads to its end is in nobody's way
         assert torch.equal(next(model.logits(tokens[:7])), expected[0][:7])
+
+
+@pytest.mark.parametrize(("step", "expected"), [(0.25, 4.0), (3.0, 4 / 12)], ids=["all-tokens", "stops-when-slow"])
+def test_speed_is_tokens_over_seconds(
+    library: LlamaLibrary, converted: Any, monkeypatch: pytest.MonkeyPatch, step: float, expected: float
+) -> None:
+    clock = itertools.count(100.0, step)
+    with loaded(library, converted["qwen3"].file) as model:
+        tokens = torch.arange(40)
+        before = list(model.logits(tokens))
+        monkeypatch.setattr(engine, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+        assert model.tokens_per_second() == pytest.approx(expected)
+        assert all(map(torch.equal, model.logits(tokens), before))
 
 
 class TestRefusals:
