@@ -172,7 +172,6 @@ def _plan_files(
         if saved is not None and saved.is_file():
             raise click.UsageError(f"several plans need a directory, and {saved} is a file. Name another --output.")
         folder = saved or measurement.parent
-        folder.mkdir(parents=True, exist_ok=True)
         return {folder / f"plan-{rate:g}.json": rate for rate in rates}
     if saved is not None and saved.is_dir():
         raise click.UsageError(f"{saved} is a directory. Name a file with --output.")

@@ -119,7 +119,7 @@ class Exl2Options(FormatOptions):
 
 
 def _without_vram(options: Mapping[str, Any]) -> bool:
-    return not options["vram"]
+    return not options["vram"] and not options.get("html")  # a plan's page tells the memory of contexts
 
 
 _NO_CACHE = Conflict("without --vram", _without_vram, ("cache_bits",), "only the memory of a GPU holds a cache")

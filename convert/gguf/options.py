@@ -153,8 +153,8 @@ def _only_writes(options: Mapping[str, Any]) -> bool:
     return bool(options["measurement"] and options["no_feedback"] and options["no_eval"])
 
 
-def _single_without_card(options: Mapping[str, Any]) -> bool:
-    return not options["card"] and len(options["bpw"] or ()) < 2
+def _mixture_without_card(options: Mapping[str, Any]) -> bool:
+    return bool(options["type"]) and not options["card"]
 
 
 CONFLICTS: Mapping[str, tuple[Conflict, ...]] = {
@@ -176,7 +176,7 @@ CONFLICTS: Mapping[str, tuple[Conflict, ...]] = {
             "the matrix says what matters",
         ),
         Conflict("without --type", lambda options: not options["type"], ("imatrix",), "the measurement says it all"),
-        Conflict("without --card", _single_without_card, ("base_model",), "it is named in the card"),
+        Conflict("with --type and without --card", _mixture_without_card, ("base_model",), "the card names it"),
         Conflict(
             "with --type and --no-eval",
             lambda options: bool(options["type"] and options["no_eval"]),

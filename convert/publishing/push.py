@@ -82,7 +82,10 @@ class Upload:
             "repo": self.repo,
             "branch": self.branch,
             "total_bytes": self.total_bytes,
-            "files": [{"name": name, "path": str(path), "bytes": path.stat().st_size} for name, path in self.files],
+            "files": [
+                *({"name": name, "path": str(path), "bytes": path.stat().st_size} for name, path in self.files),
+                *([{"name": CARD_NAME, "path": None, "bytes": len(self.page.encode())}] if self.page else []),
+            ],
             "not_published": list(self.left_out),
         }
 
