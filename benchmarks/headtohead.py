@@ -41,10 +41,10 @@ from bpwise.eval.models import vocab_size_of
 from bpwise.eval.original import OriginalRun, run_original
 from bpwise.measure.calibrated import measured_rows
 from bpwise.measure.measurement import Measurement
-from bpwise.measure.run import MeasureConfig, measure_model
+from bpwise.measure.run import MeasureConfig
 from bpwise.measure.text.calibration import CalibrationConfig, CalibrationSet
 from bpwise.measure.text.tokenizer import load_tokenizer
-from bpwise.quantize.run import quantize_model
+from bpwise.quantize.run import measure_model, quantize_model
 from importance import input_mean_squares
 from tqdm import tqdm
 

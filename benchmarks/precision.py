@@ -24,9 +24,9 @@ from bpwise.checkpoint.source.original import open_model
 from bpwise.eval.config import EvalConfig
 from bpwise.linalg.products import BFLOAT16, FLOAT32, TF32, float32_products
 from bpwise.measure import passes
-from bpwise.measure.run import MeasureConfig, measure_model
+from bpwise.measure.run import MeasureConfig
 from bpwise.measure.text.calibration import CalibrationConfig
-from bpwise.quantize.run import quantize_model
+from bpwise.quantize.run import measure_model, quantize_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -22,8 +22,9 @@ from bpwise.convert.exl2.plan.making import make_exl2_plan
 from bpwise.convert.exl2.plan.plan import Exl2Plan
 from bpwise.errors import BpwiseError
 from bpwise.measure.measurement import Measurement
-from bpwise.measure.run import MeasureConfig, measure_model
+from bpwise.measure.run import MeasureConfig
 from bpwise.measure.text.calibration import CalibrationConfig
+from bpwise.quantize.run import measure_model
 from quality import progress_bar
 
 __all__ = ["Stability", "compare", "main"]

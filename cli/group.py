@@ -75,7 +75,7 @@ HELP: Mapping[str, CommandHelp] = {
             "bpwise measure MODEL -o m.safetensors -c self=2,built-in,notes.txt",
         ),
     ),
-    "plan": CommandHelp(sections={"Target": _SIZES}),
+    "plan": CommandHelp(sections={"Target": ("bpw", "max_size", "vram", "context")}),
     "eval": CommandHelp(
         sections={
             "Evaluation": ("text", "column", "rows", "row_tokens", "seed", "dtype", "force_eval_text"),

@@ -23,7 +23,7 @@ from .options import (
     original_options,
     say_shortened,
 )
-from .output import JSON_OPTION, RunBar, progress_bar, say, say_json, time_lines
+from .output import JSON_OPTION, RunBar, note, progress_bar, say, say_json, time_lines
 from .types import EXISTING_FILE, MIB, PATH, RATES, SIZE, TOKENS, Names
 
 if TYPE_CHECKING:
@@ -211,12 +211,9 @@ def quantize(
     settings: Any = {"options": choice.options, "measure": measuring.config, "base_model": base_model}
     config = QuantizeConfig(target=wanted[0] if wanted else None, evaluate=evaluate, **settings)
     source = open_model(changes.open(model))
-    if output is None:
-        output = _conventional(source, config)
-        say(f"output      {output}", err=as_json)
-    elif choice.format.suffix and not series and format_naming(output) is None:
-        output = output.with_name(f"{output.name}{choice.format.suffix}")
-        say(f"output      {output}", err=as_json)
+    given, output = output, _completed(output, source, config, series=series)
+    if output != given:
+        note(f"output      {output}")
     if evaluate is not None:
         say_shortened(source, evaluation=evaluate.row_tokens)
     if measuring.saved is None and measurement is None and choice.options.measures:
@@ -249,9 +246,13 @@ def quantize(
         say(line)
 
 
-def _conventional(source: Checkpoint, config: QuantizeConfig) -> Path:
+def _completed(output: Path | None, source: Checkpoint, config: QuantizeConfig, *, series: bool) -> Path:
+    # The conventional name where none is given, and the format's ending where that lacks.
     from ..eval.models import model_name
 
+    if output is not None:
+        lacking = config.format.suffix and not series and format_naming(output) is None
+        return output.with_name(f"{output.name}{config.format.suffix}") if lacking else output
     return Path(config.conversion(source).output_name(config.base_model or model_name(source), config.target))
 
 
@@ -269,7 +270,7 @@ def _check_usage(output: Path | None, choice: FormatChoice, targets: TargetArgum
         raise click.UsageError("these options say all of one output. Leave them out, or the other formats.")
     without = [each.title for each in choice.formats if not set(targets.size_of or ()) <= set(each.size_names)]
     if without:
-        raise click.UsageError(f"--size-of names GGUF files of llama.cpp, none in {' and '.join(without)}. Give --bpw.")
+        raise click.UsageError(f"--size-of names no sizes of {' and '.join(without)}. Give --bpw.")
     if several and output is None:
         raise click.UsageError(f"{several} make several outputs: name the directory for them, OUTPUT.")
     named = None if output is None else format_naming(output)

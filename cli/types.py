@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import click
+from click.shell_completion import CompletionItem
 
 __all__ = [
     "DIRECTORY",
@@ -160,6 +161,11 @@ class Names(click.ParamType[tuple[str, ...]]):
                 ctx,
             )
         return names
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Offer the names that the last of the list may become."""
+        before, comma, last = incomplete.rpartition(",")
+        return [CompletionItem(f"{before}{comma}{name}") for name in self._known if name.startswith(last)]
 
 
 SIZE = Size()

@@ -66,8 +66,8 @@ def dequantize_model(
     source = original or (model.directory if model.directory == model.path else None)
     refuse_inputs(out, directories=[each for each in (source, path) if each is not None])
     dense = model.as_transformers()
-    require_room(out, _FLOAT16_BYTES * sum(math.prod(dense.shape(name)) for name in dense.names))
     with reserved(out), atomic_directory(out) as target:
+        require_room(out, _FLOAT16_BYTES * sum(math.prod(dense.shape(name)) for name in dense.names))
         if source is not None:
             copy_side_files(source, target)  # first: what is wrong with them shows before the long work
         _write(dense, target, shard_bytes=shard_bytes)

@@ -42,8 +42,7 @@ def measured_table(
     tokens: Tensor,
     gradient: Tensor,
     makers: Sequence[CurveMaker],
-    *,
-    head: TiedHead | None = None,
+    head: TiedHead | None,
 ) -> dict[str, Tensor]:
     """Measure a table in every format, and return it as an artifact.
 

@@ -22,7 +22,6 @@ from .measurement_file import CURVES, HEADER_KEY, EmbeddingHeader, MeasuredTenso
 __all__ = [
     "HEADER_KEY",
     "MEASUREMENT_VERSION",
-    "NAME_KEY",
     "RARE_TOKENS",
     "FormatCurves",
     "MeasuredLinear",
@@ -36,9 +35,6 @@ MEASUREMENT_VERSION = 7
 
 RARE_TOKENS = 100
 """An expert that fewer calibration tokens chose is reported: its statistics are mostly those of other tokens."""
-
-NAME_KEY = "_name_or_path"
-"""Entry of config.json that Transformers names a model in."""
 
 _FIELDS = ("fisher", "input_power", "coupling")
 _IMPORTANCE = "importance"
@@ -148,7 +144,7 @@ class Measurement:
         curves: Every measured format's curves, by its name.
         provenance: Fingerprints, calibration description, options, version, and what the model's blocks are made of:
             plain JSON.
-        config: The language model's config.json with its name; empty in files of older versions.
+        config: The language model's config.json; empty in files of older versions.
     """
 
     linears: tuple[MeasuredLinear, ...]
@@ -203,12 +199,6 @@ class Measurement:
         Their curves were measured so, hence they look costlier and the allocation gives them wider formats.
         """
         return tuple(linear.name for linear in (*self.linears, self.head) if linear.damping == float("inf"))
-
-    @property
-    def model_name(self) -> str | None:
-        """Name of the model's directory, or its Hub id; None if the file does not tell."""
-        name = self.config.get(NAME_KEY)
-        return name if isinstance(name, str) and name else None
 
     @property
     def precision(self) -> str:

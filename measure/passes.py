@@ -231,10 +231,10 @@ class MeasuringPasses:
         blocks = range(self.model.block_count if source.layer_embedding is not None else 0)
         of_layers = [self._artifact(f"layer-gradient-{index}")["gradient"] for index in blocks]
         for name, of_table in embedding_gradients(self.model, self.tokens, gradient, of_layers).items():
-            own = name == source.embedding_name
-            head = tied_head(self.artifacts.load("head")) if own and source.tied_embeddings else None
-            measured = measured_table(self.model, name, self.tokens, of_table, self.makers, head=head)
-            self.artifacts.save(EMBEDDING if own else LAYER_EMBEDDING, measured)
+            artifact = EMBEDDING if name == source.embedding_name else LAYER_EMBEDDING
+            tied = artifact == EMBEDDING and source.tied_embeddings
+            head = tied_head(self.artifacts.load("head")) if tied else None
+            self.artifacts.save(artifact, measured_table(self.model, name, self.tokens, of_table, self.makers, head))
 
 
 def _followed(indices: Sequence[int]) -> dict[int, int | None]:

@@ -17,7 +17,6 @@ from ..checkpoint.files.paths import check_run, refuse_foreign, reserved, work_b
 from ..checkpoint.files.resume import ResumeStore, run_artifacts
 from ..checkpoint.model.structure_json import structure_to_json
 from ..checkpoint.source.checkpoint import Checkpoint
-from ..checkpoint.source.hub import directory_name
 from ..checkpoint.source.language import LanguageModel, language_model
 from ..checkpoint.source.original import Original, open_model
 from ..errors import ConfigError, FormatError
@@ -28,7 +27,7 @@ from .calibrated import CALIBRATION_FILE, load_or_make_rows
 from .curves import CurveMaker, CurveSource
 from .device import resolve_device
 from .embeddings import finished_tables
-from .measurement import NAME_KEY, FormatCurves, Measurement, is_measurement
+from .measurement import FormatCurves, Measurement, is_measurement
 from .model.replay import check_replay
 from .model.stream import StreamedModel
 from .passes import MeasuringPasses, finished_decoder, finished_head
@@ -215,7 +214,7 @@ def measure_checkpoint(
             for maker in curves
         },
         provenance=provenance,
-        config={**source.config, NAME_KEY: directory_name(checkpoint.directory)},
+        config=source.config,
     )
 
 

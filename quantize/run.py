@@ -90,9 +90,8 @@ def measure_model(
         for name, known in _known_formats(formats).items()
     }
 
-    _check_measuring(conversions, config, output, work, every_format=formats is not None, rows=calibration)
-
-    def tell() -> None:
+    def begin() -> None:
+        _check_measuring(conversions, config, output, work, every_format=formats is not None, rows=calibration)
         announce_measuring(shown, conversions, config, output, work, rows=calibration)
 
     return measure_to_file(
@@ -104,7 +103,7 @@ def measure_model(
         every_format=formats is not None,
         calibration=calibration,
         force=force,
-        begin=tell,
+        begin=begin,
         progress=shown,
     )
 

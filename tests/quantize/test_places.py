@@ -231,7 +231,7 @@ class TestInTheWay:
     def test_two_runs_do_not_make_the_same_output(
         self, options: tuple[str, ...], tiny_model: Path, tmp_path: Path
     ) -> None:
-        out = tmp_path / "out"
+        out = tmp_path / ("out.gguf" if "gguf" in options else "out")
         with reserved(out):
             message = refused("quantize", tiny_model, out, *options, *TEXT, "--work-dir", tmp_path / "other")
         assert f"{out}: in use by another bpwise run" in message

@@ -93,6 +93,7 @@ def test_gguf_and_evaluation(tiny_model: Path, here: Path) -> None:
         "override": ["blk.0.*=Q8_0,Q6_K"],
         "no-feedback": True,
         "effort": "normal",
+        "split-max-size": 48_000_000_000,
         "card": True,
         "base-model": "org/Name",
         "calibration": "org/name:config",

@@ -339,11 +339,9 @@ def test_refuses_other_targets(settings: dict[str, Any]) -> None:
         Target(**settings)
 
 
-@pytest.mark.parametrize("target", [None, Target(bpw=5.5)], ids=["none", "one-beside-a-mixture"])
-def test_a_target_goes_with_whatever_is_planned(target: Target | None, converted: Any, tmp_path: Path) -> None:
-    mixture = None if target is None else "Q8_0"
+def test_a_mixture_has_no_target(converted: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="target"):
-        quantize(converted["mistral"].directory, tmp_path / "x.gguf", target=target, mixture=mixture)
+        quantize(converted["mistral"].directory, tmp_path / "x.gguf", target=Target(bpw=5.5), mixture="Q8_0")
 
 
 class TestCommandLine:
@@ -384,14 +382,12 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         "options",
         [
-            ["x.gguf"],
             ["x.gguf", "--bpw", "4", "--type", "Q8_0"],
             ["x.gguf", "--bpw", "4", "--head-bits", "8"],
             ["x.gguf", "--bpw", "4", "--imatrix", __file__],
             ["x.gguf", "--type", "Q8_0", "--override", "*=Q8_0"],
             ["x", "--bpw", "4", "--type", "Q8_0"],
             ["x", "--bpw", "4", "--no-feedback"],
-            ["x"],
             ["x.gguf", "--max-size", "much"],
             ["x.gguf", "--bpw", "4", "--context", "100"],
             ["x.gguf", "--vram", "8GB", "--max-size", "5GB"],
