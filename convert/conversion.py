@@ -261,8 +261,12 @@ class Conversion(ABC):
         """Return the path by which an output is opened: another one where the plan asks for several files."""
         return output
 
-    def identity(self) -> Any:
-        """Return what written bytes depend on beside original, calibration rows and plan, as plain JSON."""
+    def identity(self, base_model: str | None) -> Any:
+        """Return what written bytes depend on beside original, calibration rows and plan, as plain JSON.
+
+        Args:
+            base_model: Hub id of the original; None if it is not known.
+        """
         return None
 
     @abstractmethod
