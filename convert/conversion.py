@@ -262,11 +262,7 @@ class Conversion(ABC):
         return output
 
     def identity(self, base_model: str | None) -> Any:
-        """Return what written bytes depend on beside original, calibration rows and plan, as plain JSON.
-
-        Args:
-            base_model: Hub id of the original; None if it is not known.
-        """
+        """Return what written bytes depend on beside original, calibration rows and plan, as plain JSON."""
         return None
 
     @abstractmethod
