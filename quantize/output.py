@@ -93,7 +93,7 @@ class _OutputRun:
         return self._finished_before() or self._run()
 
     def finish(self) -> None:
-        if self._finished is not None:
+        if self._finished is not None and (self._work / PLAN_FILE).exists():  # not cleared away meanwhile
             self._finished.save(self._work)
 
     def _finished_before(self) -> QuantizeResult | None:
