@@ -261,7 +261,7 @@ class Conversion(ABC):
         """Return the path by which an output is opened: another one where the plan asks for several files."""
         return output
 
-    def identity(self) -> Any:
+    def identity(self, base_model: str | None) -> Any:
         """Return what written bytes depend on beside original, calibration rows and plan, as plain JSON."""
         return None
 

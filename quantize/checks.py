@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..checkpoint.files.digests import file_digests
 from ..checkpoint.files.disk_errors import explained, require_rooms
 from ..checkpoint.files.paths import check_run, refuse_foreign
 from ..checkpoint.source.checkpoint import Checkpoint
+from ..checkpoint.source.hub import side_files
 from ..convert.conversion import Conversion, Target
 from ..convert.format import Format
 from ..convert.names import RECIPE_FILE
-from ..convert.publishing.base_card import read_base_card
+from ..convert.publishing.base_card import CARD_NAME, read_base_card
 from ..convert.publishing.cards import card_path
 from ..convert.publishing.mark import mark_path
 from ..convert.registry import format_asking
-from ..errors import ConfigError, WorkDirectoryError
+from ..errors import CheckpointError, ConfigError, WorkDirectoryError
 from ..eval.config import EvalConfig
 from ..eval.report.report import JSON_NAME, report_names, try_report
 from ..measure.device import resolve_device
@@ -78,6 +81,7 @@ def command_digest(
     conversion: Conversion,
     config: QuantizeConfig,
     target: Target | None,
+    output: Path,
     measured: Measurement | None,
     rows: CalibrationSet | None,
 ) -> str:
@@ -87,18 +91,31 @@ def command_digest(
         conversion: The original on its way into the format; its fingerprint is known.
         config: Options; their target is not read.
         target: How large the output may be.
+        output: What the output is asked to be called; where it lies does not matter.
         measured: The measurement that was given.
         rows: The calibration rows, as far as they are known.
+
+    Raises:
+        CheckpointError: A side file of the original cannot be read.
     """
+    checkpoint = conversion.checkpoint
     read = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in conversion.inputs]
-    options = (target, config.options, config.measure, config.evaluate, config.base_model)
+    options = (target, config.options, config.measure, config.evaluate)
     parts = [
-        *(__version__, conversion.checkpoint.fingerprint, conversion.checkpoint.changes, read),
+        *(__version__, checkpoint.fingerprint, checkpoint.changes, _carried(checkpoint), read),
+        *(output.name, config.base_model_of(checkpoint)),
         *map(repr, options),
         None if measured is None else measured.fingerprint,
         None if rows is None else rows.fingerprint,
     ]
     return hashlib.sha256(json.dumps(parts).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def _carried(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    # What outputs hold of the original beside its weights: tokenizer, chat templates, and what its card says.
+    card = [CARD_NAME] if os.path.lexists(checkpoint.directory / CARD_NAME) else []
+    names = [*side_files(checkpoint.directory), *card]
+    return list(zip(names, file_digests([checkpoint.file(name) for name in names], CheckpointError), strict=True))
 
 
 def has_report(output: Path, format_: Format) -> bool:
@@ -236,6 +253,7 @@ def forecast_outputs(
 ) -> dict[Path, Forecast]:
     """Return what a run will take for each output; refuse what cannot be quantized.
 
+    Leaves room on disks, which all outputs take together, to ``require_together``.
     Reads headers and what is carried over as it is, once, however many outputs there are.
 
     Args:
@@ -290,7 +308,6 @@ def forecast_outputs(
     conversion.require_writable()
     if conversion.writes_card:
         read_base_card(checkpoint.directory)
-    require_together([(conversion, forecasts)], work, measurement)
     return forecasts
 
 

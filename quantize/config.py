@@ -38,7 +38,7 @@ def chosen_target(output: Path, options: FormatOptions | None, sizes: Mapping[st
 
     Args:
         output: Its name chooses the format where there are no options.
-        options: The format's options.
+        options: The format's options, taken as they are; None for those of the format's own size.
         sizes: What ``Target`` takes; all None asks for the format's own size.
     """
     if any(each is not None for each in sizes.values()):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 from ..checkpoint.files.atomic import write_json
 from ..checkpoint.files.paths import refuse_foreign
@@ -16,6 +19,7 @@ from ..checkpoint.model.structure_json import structure_to_json
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..checkpoint.source.language import language_model
 from ..checkpoint.source.linears import model_linears
+from ..convert.plan import Plan
 from ..convert.registry import is_plan
 from ..errors import BpwiseWarning, FormatError
 from ..measure.calibrated import CALIBRATION_FILE, load_or_make_rows, measured_rows
@@ -61,10 +65,20 @@ class FinishedCommand:
     Attributes:
         command: As ``command_digest`` has it.
         run: What the output says of its run.
+        plan: SHA-256 of the identity of the plan that it was made from.
+        output: Name of the path that opens the output, percent-encoded: names need not be UTF-8.
     """
 
     command: str
     run: str
+    plan: str
+    output: str
+
+    @classmethod
+    def of(cls, command: str, run: str, plan: Plan, output: Path) -> FinishedCommand:
+        """Return the record of a command that has made an output."""
+        name = quote(output.name, errors="surrogateescape")
+        return cls(command=command, run=run, plan=_plan_digest(plan), output=name)
 
     @classmethod
     def load(cls, work: Path) -> FinishedCommand | None:
@@ -73,6 +87,14 @@ class FinishedCommand:
             return read_schema(work / FINISHED_FILE, cls, FormatError)
         except FormatError:
             return None
+
+    def is_from(self, plan: Plan) -> bool:
+        """Return whether the output was made from a plan."""
+        return self.plan == _plan_digest(plan)
+
+    def opened_in(self, folder: Path) -> Path:
+        """Return the path that opens the output."""
+        return folder / Path(unquote(self.output, errors="surrogateescape")).name
 
     def save(self, work: Path) -> None:
         """Write it into a work directory."""
@@ -227,6 +249,10 @@ def _check_measurement(measurement: Measurement, where: str, checkpoint: Checkpo
             f"Expected {_table(name, source.shape(name), source.tied_embeddings)}. It is damaged: measure "
             "the model again."
         )
+
+
+def _plan_digest(plan: Plan) -> str:
+    return hashlib.sha256(json.dumps(plan.identity()).encode()).hexdigest()
 
 
 def _table(name: str, shape: tuple[int, ...], tied: bool) -> str:

@@ -61,7 +61,8 @@ def make_output(job: Job, output: Path, target: Target | None, work: Path) -> Qu
     with run_artifacts(work) as artifacts:
         run = _OutputRun(job, output, target, work, artifacts)
         result = run.result()
-    run.finish()  # once its artifacts are gone: a command that finds nothing to do lets none go
+        artifacts.discard()  # first: a command that finds nothing to do lets none go
+        run.finish()
     return result
 
 
@@ -79,7 +80,7 @@ class _OutputRun:
 
     def __init__(self, job: Job, output: Path, target: Target | None, work: Path, artifacts: RunArtifacts) -> None:
         self._job = job
-        self._output = output
+        self._asked = self._output = output
         self._target = target
         self._work = work
         self._artifacts = artifacts
@@ -92,7 +93,7 @@ class _OutputRun:
         return self._finished_before() or self._run()
 
     def finish(self) -> None:
-        if self._finished is not None:
+        if self._finished is not None and (self._work / PLAN_FILE).exists():  # not cleared away meanwhile
             self._finished.save(self._work)
 
     def _finished_before(self) -> QuantizeResult | None:
@@ -108,8 +109,8 @@ class _OutputRun:
             plan = load_plan(self._work / PLAN_FILE)
         except (FormatError, CalibrationError):
             return None
-        output = job.conversion.placed(self._output, plan)
-        if not output_of(output, job.config.format, record.run):
+        output = record.opened_in(self._output.parent)
+        if not record.is_from(plan) or not output_of(output, job.config.format, record.run):
             return None
         refuse_marked(output)
         comparison = None if job.judge is None else _reported(job, output)
@@ -125,7 +126,7 @@ class _OutputRun:
         if measured is None and rows is None:
             calibration, kept = config.measure.calibration, self._work / CALIBRATION_FILE
             rows = kept_rows(job.checkpoint, calibration, kept, device=config.measure.device)
-        return command_digest(job.conversion, config, self._target, measured, rows)
+        return command_digest(job.conversion, config, self._target, self._asked, measured, rows)
 
     def _run(self) -> QuantizeResult:
         job, conversion = self._job, self._job.conversion
@@ -141,10 +142,10 @@ class _OutputRun:
             plan = conversion.plan(measured, self._target, _provenance(job, rows))
         for fact in plan.describe().facts:
             _log.debug("plan for %s: %s", self._output, fact)
-        if measured is not None:
-            plan.save(self._work / PLAN_FILE)
         run, self._output = _identity(job, rows, plan), conversion.placed(self._output, plan)
         finished = output_of(self._output, job.config.format, run)
+        if measured is not None:
+            plan.save(self._work / PLAN_FILE)
         made = self._made(plan, measured, rows, run, finished=finished)
         write_recipe(self._output, recipe_of(job.config, self._target, job.checkpoint, calibrated=job.calibrated))
         earlier = _reported(job, self._output) if finished else None
@@ -153,7 +154,7 @@ class _OutputRun:
         result = self._result(plan, made, comparison, measured, repeated=repeated)
         _report(job, self._output, result, finished=finished)
         if conversion.measures:
-            self._finished = FinishedCommand(command=self._command(), run=run)
+            self._finished = FinishedCommand.of(self._command(), run, plan, self._output)
         return result
 
     def _result(
@@ -322,6 +323,6 @@ def _identity(job: Job, rows: CalibrationSet | None, plan: Plan) -> str:
         checkpoint.fingerprint,
         None if rows is None else rows.fingerprint,
         plan.identity(),
-        job.conversion.identity(),
+        job.conversion.identity(job.config.base_model_of(checkpoint)),
     ]
     return run_prefix(checkpoint) + hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]

@@ -128,8 +128,8 @@ def quantize_model(
 ) -> QuantizeResult:
     """Quantize a model, and compare the result with the original.
 
-    Give one of ``bpw``, ``max_bytes``, ``vram_bytes`` and ``size_of``; without, the output is as large as the command
-    line's. Interrupted? Call it again: it resumes.
+    Give one of ``bpw``, ``max_bytes``, ``vram_bytes`` and ``size_of``; without, the output has as many bits per weight
+    as the command line's, and with no ``options`` its 8-bit head, too. Interrupted? Call it again: it resumes.
 
     Args:
         model: A local directory, a Hub id, or what ``open_model`` made of one.
@@ -168,6 +168,11 @@ def quantize_model(
     output = named(Path(output))
     if options is not None and not options.measures and isinstance(measurement, str | Path):
         options, measurement = options.weighted_by(Path(measurement)), None
+    if options is not None and not options.measures and measurement is not None:
+        raise ConfigError(
+            "measurement: a mixture takes its importances from a file. Got a Measurement. Expected a path. Save it, "
+            "and give the file."
+        )
     sizes = {"bpw": bpw, "max_bytes": max_bytes, "vram_bytes": vram_bytes, "size_of": size_of}
     config = QuantizeConfig(
         **chosen_target(output, options, {**sizes, "context_tokens": context_tokens}),

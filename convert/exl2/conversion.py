@@ -130,7 +130,7 @@ class Exl2Conversion(Conversion):
             keep_fp16=self.options.keep_fp16,
         )
 
-    def identity(self) -> Any:
+    def identity(self, base_model: str | None) -> Any:
         """See ``Conversion``."""
         files = [self.checkpoint.file(name) for name in side_files(self.checkpoint.directory)]
         return [file_digests(files, CheckpointError), self.options.effort, self.options.shard_bytes]

@@ -205,9 +205,9 @@ class GgufConversion(LabelledConversion):
         """Return the first part's path where the tensors do not fit into one file. See ``Conversion``."""
         return first_path(output, len(planned_parts(self.header, plan.kinds, self.options.split_max_size)))
 
-    def identity(self) -> Any:
+    def identity(self, base_model: str | None) -> Any:
         """See ``Conversion``."""
-        return [self._base_digest, self.options.feedback, self.options.effort]
+        return [self._base_digest, self.options.feedback, self.options.effort, base_model]
 
     def opened(self, output: Path) -> QuantizedModel:
         """See ``Conversion``."""

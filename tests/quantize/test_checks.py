@@ -18,6 +18,7 @@ from bpwise.errors import BpwiseError, CalibrationError, ConfigError, Verificati
 from bpwise.eval.config import EvalConfig
 from bpwise.measure.run import MeasureConfig, measure_to_file
 from bpwise.measure.text.calibration import CalibrationConfig, CalibrationSet
+from bpwise.quantize import checks
 from bpwise.quantize.checks import forecast_outputs
 from bpwise.quantize.config import QuantizeConfig
 from bpwise.quantize.run import quantize_model
@@ -402,7 +403,16 @@ class TestPlace:
             quantize_series(tiny_model, tmp_path / "out", rates, **series_arguments(config))
         (tmp_path / "out" / "tiny-6.0bpw-6hb-exl2" / "config.json").write_text("{}")
         found = forecast_outputs(conversion, targets, config.measure, None, tmp_path / "work")
-        assert list(found) == list(targets)  # it is there
+        assert list(found) == list(targets)
+        checks.require_together([(conversion, found)], tmp_path / "work", None)  # it is there
+
+    def test_disks_are_looked_at_once(self, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen: list[set[Path]] = []
+        monkeypatch.setattr(checks, "require_rooms", lambda sizes: seen.append(set(sizes)))
+        run = bpwise("quantize", tiny_model, tmp_path / "out", "--bpw", "4.5,6", "--dry-run")
+        assert run.exit_code == 0, run.stderr
+        names = {"tiny-4.5bpw-6hb-exl2", "tiny-6.0bpw-6hb-exl2"}
+        assert seen == [{tmp_path / "out" / name for name in names}]
 
     def test_gguf_needs_room_for_the_unquantized_file_too(
         self, known: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -62,6 +62,8 @@ def test_without_a_size_it_is_the_command_lines() -> None:
     assert chosen_target(Path("a.gguf"), None, NO_SIZE) == {"target": bpwise.Target(bpw=4.5), "options": GgufOptions()}
     own = GgufOptions(feedback=False)
     assert chosen_target(Path("a"), own, NO_SIZE) == {"target": bpwise.Target(bpw=4.5), "options": own}
+    tuned = Exl2Options(effort="high")  # taken as they are: nothing tells a head of 6 bits from the default
+    assert chosen_target(Path("a"), tuned, NO_SIZE) == {"target": bpwise.Target(bpw=8.0), "options": tuned}
     mixture = GgufOptions(mixture="Q4_0")
     assert chosen_target(Path("a"), mixture, NO_SIZE) == {"target": None, "options": mixture}
     sized = chosen_target(Path("a"), None, {"bpw": None, "max_bytes": 1000})
@@ -107,6 +109,11 @@ def test_a_measurement_in_memory_serves_a_run(
     assert result.verdict is not None and result.verdict in repr(result)
     assert result.measurement == Path("out.work/measurement.safetensors")
     assert bpwise.Measurement.load("out.work/measurement.safetensors").to_bytes() == measured.to_bytes()
+
+    with pytest.raises(bpwise.BpwiseError, match="a mixture takes its importances from a file"):
+        bpwise.quantize_model(
+            tiny_model, "x.gguf", measurement=measured, options=GgufOptions(mixture="Q8_0"), evaluate=False
+        )
 
     shown = result._repr_html_()
     assert shown.startswith("<p><b>out</b></p>") and result.verdict in shown and "<table" in shown
