@@ -147,6 +147,10 @@ class Format(ABC):
         """
         return ()
 
+    def whole_path(self, path: Path) -> Path:
+        """Return what a model would be called in one file, by the path of one of several; else the path itself."""
+        return path
+
     def places(self, output: Path) -> Mapping[Path, tuple[Path, ...]]:
         """Return the paths by which an output may be opened, and of each the files that may be there.
 

@@ -187,10 +187,16 @@ def check_output(conversion: Conversion, config: QuantizeConfig, output: Path, p
         progress: Shows how far the original's fingerprint is.
 
     Raises:
-        WorkDirectoryError: There is something else.
+        WorkDirectoryError: There is something else, or the name is that of a part.
         FormatError: What is there is damaged.
     """
     format_ = config.format
+    whole = format_.whole_path(output)
+    if whole != output:
+        raise WorkDirectoryError(
+            f"{output}: the name of a part. Expected that of the whole model: parts are numbered as they are made. "
+            f"Name it {whole.name}."
+        )
     places = format_.places(output)
     for path in (*itertools.chain(*places.values()), *conversion.beside(output)):
         if output_of(path, format_, ""):

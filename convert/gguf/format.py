@@ -134,6 +134,12 @@ class GgufFormat(Format):
         seen = (path for path in found if path != output and (self.run_of(path) or "")[:8] == (run or "")[:8])
         return (*parts, *seen)
 
+    def whole_path(self, path: Path) -> Path:
+        """Return the path without the number of a part."""
+        from .file.split import whole_name
+
+        return path.with_name(f"{whole_name(path.stem)}{path.suffix}")
+
     def places(self, output: Path) -> Mapping[Path, tuple[Path, ...]]:
         """Return the single file and the first of several; see ``Format``."""
         from .file.split import parts_traced

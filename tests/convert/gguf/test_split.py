@@ -236,3 +236,9 @@ def test_a_model_in_parts_is_known_to_be_made(tiny_model: Path, tmp_path: Path) 
     sizes = conversion.scratch(tmp_path / "w", tmp_path / "m")
     assert sum(sizes.values()) < 1 << 30
     require_together([(conversion, {output: huge})], tmp_path / "w", tmp_path / "m")
+
+
+def test_the_name_of_a_part_is_refused_before_the_work(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(WorkDirectoryError, match=r"x-00001-of-00003\.gguf: the name of a part.* Name it x\.gguf"):
+        checked(tiny_model, tmp_path / "x-00001-of-00003.gguf")
+    assert not any(tmp_path.iterdir())
