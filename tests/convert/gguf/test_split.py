@@ -1,5 +1,6 @@
 """Models in several files, as llama.cpp's own package writes them."""
 
+import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +19,13 @@ from bpwise.convert.gguf.file.split import first_path, model_digest, part_path, 
 from bpwise.convert.gguf.file.values import read_values
 from bpwise.convert.gguf.file.writer import planned_parts, write_gguf
 from bpwise.convert.gguf.ggml.types import TYPES
+from bpwise.convert.gguf.model.reader import GgufModel
 from bpwise.convert.opening import verify_model
 from bpwise.convert.registry import require_format
 from bpwise.errors import FormatError, VerificationError, WorkDirectoryError
 from bpwise.eval.config import EvalConfig
+from bpwise.eval.models import summarize_model
+from bpwise.eval.report.layers import find_plan
 from bpwise.progress import silent
 from bpwise.quantize.checks import check_output, files_beside, has_report, is_made, require_together
 
@@ -242,3 +246,14 @@ def test_the_name_of_a_part_is_refused_before_the_work(tiny_model: Path, tmp_pat
     with pytest.raises(WorkDirectoryError, match=r"x-00001-of-00003\.gguf: the name of a part.* Name it x\.gguf"):
         checked(tiny_model, tmp_path / "x-00001-of-00003.gguf")
     assert not any(tmp_path.iterdir())
+
+
+def test_an_evaluation_finds_the_plan_and_names_all_parts(parts: list[Path]) -> None:
+    for work in ("fused.gguf.work", "parts.work/fused.gguf"):  # of one output, and of a series in that folder
+        plan = (parts[0].parent if work.startswith("fused") else parts[0].parents[1]) / work / "plan.json"
+        plan.parent.mkdir(parents=True)
+        plan.write_text("{}")
+        assert find_plan(parts[0]) == plan
+        plan.unlink()
+    hashes = summarize_model(GgufModel.open(parts[0]), 1000).sha256
+    assert hashes == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in parts}
