@@ -257,3 +257,14 @@ def test_an_evaluation_finds_the_plan_and_names_all_parts(parts: list[Path]) -> 
         plan.unlink()
     hashes = summarize_model(GgufModel.open(parts[0]), 1000).sha256
     assert hashes == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in parts}
+
+
+def test_a_mixture_of_a_base_in_parts_is_forecast_from_all_of_them(
+    whole: Path, parts: list[Path], tiny_model: Path
+) -> None:
+    forecasts = [
+        options_of(mixture="Q8_0", base=base).conversion(Checkpoint.open(tiny_model)).forecast(None, None)
+        for base in (whole, parts[0])
+    ]
+    assert forecasts[0].output_bytes > 16 * (768 + 3 * 256) * 256  # its 16 blocks, in at least a byte a weight
+    assert forecasts[1] == forecasts[0]
