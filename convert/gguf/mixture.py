@@ -208,6 +208,7 @@ class MixtureConversion(GgufConversion):
             file_type=self._mixture.file_type,
             importance=None if matrix is None else matrix.mean_squares,
             metadata={} if matrix is None else imatrix_metadata(matrix, str(self.options.imatrix)),
+            run=provenance.run,
             threads=cores(),
             progress=progress,
         )

@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from bpwise.checkpoint.files import operations
 from bpwise.checkpoint.files.paths import reserved
 from bpwise.checkpoint.source.checkpoint import Checkpoint
+from bpwise.convert.conversion import Provenance
 from bpwise.convert.gguf.engine.widened import write_float32
 from bpwise.convert.gguf.file.header import read_gguf_header
 from bpwise.convert.gguf.file.metadata import DIGEST_KEY, DIGEST_ROOM, RUN_KEY
@@ -268,3 +270,29 @@ def test_a_mixture_of_a_base_in_parts_is_forecast_from_all_of_them(
     ]
     assert forecasts[0].output_bytes > 16 * (768 + 3 * 256) * 256  # its 16 blocks, in at least a byte a weight
     assert forecasts[1] == forecasts[0]
+
+
+def test_a_killed_mixture_in_parts_is_gone_over(
+    whole: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
+    config = options_of(mixture="Q8_0", base=whole, split_max_size=1 << 21)
+    conversion = config.conversion(Checkpoint.open(tiny_model))
+    monkeypatch.setattr(type(conversion), "base", whole)  # as once it is prepared
+    fingerprint = Checkpoint.open(tiny_model).fingerprint
+    provenance = Provenance(version="1", run=f"{fingerprint[:8]}{0:024}", model=fingerprint)
+    plan = conversion.plan(None, None, provenance)
+    output = tmp_path / "out" / "x.gguf"
+    first = conversion.placed(output, plan)
+    assert len(parts_beside(first)) > 1
+    conversion.write(None, first, plan, None, provenance, silent)
+    assert RUN_KEY not in read_model_header(first).metadata  # as llama.cpp's own file
+    before = first.read_bytes()
+    first.unlink()  # as a run that is killed before its last step leaves it
+    with reserved(output, files_beside(output, conversion, config.format)):
+        check_output(conversion, config, output, silent)
+    with pytest.raises(WorkDirectoryError, match="in the way"):
+        conversion.write(None, first, plan, None, replace(provenance, run="another"), silent)
+    conversion.write(None, first, plan, None, provenance, silent)
+    assert first.read_bytes() == before
+    assert verify_model(first).quantized == len(read_model_header(whole).tensors) - 17
