@@ -147,6 +147,17 @@ class Format(ABC):
         """
         return ()
 
+    def whole_path(self, path: Path) -> Path:
+        """Return what a model would be called in one file, by the path of one of several; else the path itself."""
+        return path
+
+    def places(self, output: Path) -> Mapping[Path, tuple[Path, ...]]:
+        """Return the paths by which an output may be opened, and of each the files that may be there.
+
+        ``Conversion.placed`` tells which it is, once there is a plan; before, all that are traced in the folder count.
+        """
+        return {output: (output,)}
+
     @abstractmethod
     def load_plan(self, raw: dict[str, Any], where: str) -> Plan:
         """Return the plan that a JSON file holds.

@@ -120,6 +120,11 @@ class QuantizedModel(ABC):
         """The directory or file."""
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """All files with tensors."""
+        return tuple(sorted(self.path.glob("*.safetensors"))) if self.path.is_dir() else (self.path,)
+
+    @property
     def directory(self) -> Path:
         """Where the tokenizer's files may be; ``path`` itself if the model comes with them."""
         return self.path if self.path.is_dir() else self.path.parent

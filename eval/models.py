@@ -127,8 +127,7 @@ def summarize_model(source: TensorSource, parameters: int) -> ModelSummary:
 
 def _file_hashes(model: QuantizedModel) -> dict[str, str]:
     # Those that the Hub shows of a file.
-    files = sorted(model.path.glob("*.safetensors")) if model.path.is_dir() else [model.path]
-    return {path.name: _sha256(path) for path in files}
+    return {path.name: _sha256(path) for path in model.files}
 
 
 def _sha256(path: Path) -> str:

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..checkpoint.files.digests import file_digests
 from ..checkpoint.files.disk_errors import explained, require_rooms
-from ..checkpoint.files.paths import check_run, refuse_foreign
+from ..checkpoint.files.paths import check_run, companion, refuse_foreign
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..checkpoint.source.hub import side_files
 from ..convert.conversion import Conversion, Target
 from ..convert.format import Format
 from ..convert.names import RECIPE_FILE
 from ..convert.publishing.base_card import CARD_NAME, read_base_card
-from ..convert.publishing.cards import card_path
+from ..convert.publishing.cards import card_path, is_card
 from ..convert.publishing.mark import mark_path
 from ..convert.registry import format_asking
 from ..errors import CheckpointError, ConfigError, WorkDirectoryError
@@ -45,18 +45,15 @@ __all__ = [
     "check_places",
     "check_text",
     "command_digest",
-    "exists",
     "forecast_outputs",
     "has_report",
+    "is_made",
     "output_of",
     "report_place",
     "require_convertible",
     "require_together",
     "run_prefix",
 ]
-
-_CARD_SENTENCE = re.compile(rb"quantized to .{1,80} with bpwise\.")
-"""In the cards of all formats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,18 +116,20 @@ def _carried(checkpoint: Checkpoint) -> list[tuple[str, str]]:
 
 
 def has_report(output: Path, format_: Format) -> bool:
-    """Return whether there is a report on an output."""
-    place = report_place(output, format_)
-    return (place.directory / f"{place.prefix}{JSON_NAME}").is_file()
+    """Return whether there is a report on an output, in one file or in several."""
+    reports = (report_place(path, format_) for path in format_.places(output))
+    return any((place.directory / f"{place.prefix}{JSON_NAME}").is_file() for place in reports)
 
 
 def files_beside(output: Path, conversion: Conversion, format_: Format) -> list[str]:
-    """Return the names of all files that may come to lie beside an output that is a file."""
+    """Return the names of all files that may come to lie beside an output that is a file, traced parts included."""
     if not format_.suffix:
         return []
-    own = [path.name for path in conversion.beside(output)]
-    names = (card_path(output).name, mark_path(output).name, f"{output.stem}.{RECIPE_FILE}")
-    return [*own, *report_names(f"{output.stem}."), *names]
+    names = [path.name for path in conversion.beside(output)]
+    for path, files in format_.places(output).items():
+        own = (card_path(path), mark_path(path), companion(path, RECIPE_FILE))
+        names += [*report_names(f"{path.stem}."), *(each.name for each in (*own, *files) if each != output)]
+    return names
 
 
 def exists(output: Path) -> bool:
@@ -141,6 +140,11 @@ def exists(output: Path) -> bool:
     """
     with explained(output):
         return any(output.iterdir()) if output.is_dir() else output.exists()
+
+
+def is_made(output: Path, format_: Format) -> bool:
+    """Return whether an output is there, in one file or in several; raises as ``exists``."""
+    return any(map(exists, format_.places(output)))
 
 
 def output_of(output: Path, format_: Format, run: str) -> bool:
@@ -200,33 +204,33 @@ def check_output(conversion: Conversion, config: QuantizeConfig, output: Path, p
         progress: Shows how far the original's fingerprint is.
 
     Raises:
-        WorkDirectoryError: There is something else.
+        WorkDirectoryError: There is something else, or the name is that of a part.
         FormatError: What is there is damaged.
     """
     format_ = config.format
-    for path in (output, *conversion.beside(output)):
+    whole = format_.whole_path(output)
+    if whole != output:
+        raise WorkDirectoryError(
+            f"{output}: the name of a part. Expected that of the whole model: parts are numbered as they are made. "
+            f"Name it {whole.name}."
+        )
+    places = format_.places(output)
+    for path in (*itertools.chain(*places.values()), *conversion.beside(output)):
         if output_of(path, format_, ""):
             conversion.checkpoint.prepare_fingerprint(progress)
             output_of(path, format_, run_prefix(conversion.checkpoint))
-    place = report_place(output, format_)
-    if format_.suffix and config.evaluate is not None:
-        try_report(place.directory, prefix=place.prefix)
-    if format_.suffix:
-        refuse_foreign(output.with_name(f"{output.stem}.{RECIPE_FILE}"), is_recipe, "a recipe", advice="move it away")
-    if format_.suffix and conversion.writes_card:
-        refuse_foreign(card_path(output), _is_card, "a card", advice="move it away")
+    for path in places if format_.suffix else ():
+        if config.evaluate is not None:
+            place = report_place(path, format_)
+            try_report(place.directory, prefix=place.prefix)
+        refuse_foreign(companion(path, RECIPE_FILE), is_recipe, "a recipe", advice="move it away")
+        if conversion.writes_card:
+            refuse_foreign(card_path(path), is_card, "a card", advice="move it away")
 
 
 def run_prefix(checkpoint: Checkpoint) -> str:
     """Return what the identities of all runs on a model begin with."""
     return checkpoint.fingerprint[:8]
-
-
-def _is_card(path: Path) -> bool:
-    try:
-        return _CARD_SENTENCE.search(path.read_bytes()) is not None
-    except OSError:
-        return False
 
 
 def require_convertible(conversion: Conversion) -> None:
@@ -326,7 +330,8 @@ def require_together(
     """
     sizes: dict[Path, int] = {}
     for conversion, forecasts in lines:
-        sizes |= {output: each.size.output_bytes for output, each in forecasts.items() if not exists(output)}
+        format_ = format_asking(conversion.options)
+        sizes |= {path: each.size.output_bytes for path, each in forecasts.items() if not is_made(path, format_)}
         sizes |= conversion.scratch(work, measurement)
     require_rooms(sizes)
 

@@ -25,7 +25,7 @@ from ..measure.run import CALIBRATED, MeasureConfig, calibrated_identity
 from ..measure.text.calibration import CalibrationSet
 from ..measure.text.context import CALIBRATION, fit_row_tokens
 from ..progress import ExpectedPart, Progress, RunForecast, RunProgress
-from .checks import exists, has_report, require_convertible
+from .checks import has_report, is_made, require_convertible
 from .config import QuantizeConfig
 from .measuring import MEASUREMENT_FILE, MEASURING
 from .timing.forecast import Forecast
@@ -94,9 +94,11 @@ def with_times(
         parts += measuring_parts(kinds, measure, shape, measuring / MEASUREMENT_FILE)
     for output, forecast in forecasts.items():
         place = work / output.name if series else work
-        state = OutputState(work=place, exists=exists(output), measures=not series and not measured)
+        format_ = format_asking(each_in[output].options)
+        made = is_made(output, format_)
+        state = OutputState(work=place, exists=made, measures=not series and not measured)
         parts += output_parts(each_in[output], forecast.size.bpw, measure, shape, state)
-        if evaluate is not None and not (exists(output) and has_report(output, format_asking(each_in[output].options))):
+        if evaluate is not None and not (made and has_report(output, format_)):
             fitted = evaluate.fitted(checkpoint)
             assert fitted.row_tokens is not None
             parts += evaluation_parts(each_in[output], fitted, fitted.row_tokens, original=not evaluated)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,11 +114,13 @@ class GgufFormat(Format):
         return replace(parts or NameParts(*found), label=found[1])
 
     def run_of(self, path: Path) -> str | None:
-        """Return what a file says of its run; None if it does not."""
+        """Return what a file says of its run; None if it does not. A part that is not the first is read alone."""
+        from .file.header import read_gguf_header
         from .file.metadata import RUN_KEY
-        from .file.split import read_model_header
+        from .file.split import is_later_part, read_model_header
 
-        run = None if path.is_dir() else read_model_header(path).metadata.get(RUN_KEY)
+        read = read_gguf_header if is_later_part(path) else read_model_header
+        run = None if path.is_dir() else read(path).metadata.get(RUN_KEY)
         return None if run is None else str(run)
 
     def companions(self, output: Path) -> tuple[Path, ...]:
@@ -130,6 +133,18 @@ class GgufFormat(Format):
         found = () if run is None else sorted(output.parent.glob("mmproj-*.gguf"))
         seen = (path for path in found if path != output and (self.run_of(path) or "")[:8] == (run or "")[:8])
         return (*parts, *seen)
+
+    def whole_path(self, path: Path) -> Path:
+        """Return the path without the number of a part."""
+        from .file.split import whole_name
+
+        return path.with_name(f"{whole_name(path.stem)}{path.suffix}")
+
+    def places(self, output: Path) -> Mapping[Path, tuple[Path, ...]]:
+        """Return the single file and the first of several; see ``Format``."""
+        from .file.split import parts_traced
+
+        return {output: (output,), **parts_traced(output)}
 
     def load_plan(self, raw: dict[str, Any], where: str) -> Plan:
         """Return the plan that a JSON file holds."""

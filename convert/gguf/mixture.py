@@ -21,7 +21,8 @@ from ..model import Description, Verification
 from ..plan import LinearCost, Plan
 from ..rounding import RoundedModel
 from .conversion import GgufConversion
-from .file.header import GgufHeader, GgufTensor, read_gguf_header
+from .file.header import GgufHeader, GgufTensor
+from .file.split import read_model_header
 from .file.writer import write_gguf
 from .ggml.kernels import require_kernels
 from .ggml.types import TYPES, GgmlType
@@ -163,7 +164,7 @@ class MixtureConversion(GgufConversion):
     def _coming_header(self) -> GgufHeader | None:
         # What the converter will write, as far as mixtures look at it; None where a tensor's name is not known.
         if self.options.base is not None:
-            return read_gguf_header(self.options.base)
+            return read_model_header(self.options.base)
         try:
             source = self.source
         except (CheckpointError, UnsupportedModelError):  # a mixture needs no more than the converter does
@@ -207,6 +208,7 @@ class MixtureConversion(GgufConversion):
             file_type=self._mixture.file_type,
             importance=None if matrix is None else matrix.mean_squares,
             metadata={} if matrix is None else imatrix_metadata(matrix, str(self.options.imatrix)),
+            run=provenance.run,
             threads=cores(),
             progress=progress,
         )

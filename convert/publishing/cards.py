@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,14 +17,25 @@ from .base_card import CARD_NAME, BaseCard, read_base_card
 from .card import Card, CardResult, render_card
 from .mark import read_mark
 
-__all__ = ["card_path", "check_base_model", "make_card", "measured_damage", "write_card"]
+__all__ = ["card_path", "check_base_model", "is_card", "make_card", "measured_damage", "write_card"]
 
 _NO_CARD = BaseCard(notes=("The original's card was not at hand: licence and language are not carried over.",))
+
+_CARD_SENTENCE = re.compile(rb"quantized to .{1,80} with bpwise\.")
+"""In the cards of all formats."""
 
 
 def card_path(output: Path) -> Path:
     """Return where the card of a model lies: ``OUT/README.md``, or ``STEM.README.md`` beside a file."""
     return companion(output, CARD_NAME)
+
+
+def is_card(path: Path) -> bool:
+    """Return whether a file is the card of an output, of any format."""
+    try:
+        return _CARD_SENTENCE.search(path.read_bytes()) is not None
+    except OSError:
+        return False
 
 
 def write_card(output: str | Path, *, original: str | Path | None = None, base_model: str | None = None) -> Path:

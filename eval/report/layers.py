@@ -9,7 +9,7 @@ from ...checkpoint.files.paths import named, work_beside
 from ...checkpoint.source.checkpoint import TensorSource
 from ...convert.model import QuantizedModel
 from ...convert.plan import LinearCost
-from ...convert.registry import is_older_plan, load_plan
+from ...convert.registry import format_naming, is_older_plan, load_plan
 
 __all__ = ["find_plan", "linear_costs"]
 
@@ -39,5 +39,8 @@ def linear_costs(model: TensorSource, plan: Path | None = None) -> tuple[LinearC
 def find_plan(model: Path) -> Path | None:
     """Return the plan in the work directory that `bpwise quantize` leaves beside a model, or a series, if any."""
     model = named(model)
+    format_ = format_naming(model)
+    if format_ is not None:
+        model = format_.whole_path(model)
     paths = [work_beside(model) / "plan.json", work_beside(model.parent) / model.name / "plan.json"]
     return next((path for path in paths if path.is_file()), None)

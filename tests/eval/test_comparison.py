@@ -1,6 +1,6 @@
 import json
-import re
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

@@ -24,6 +24,7 @@ __all__ = [
     "model_digest",
     "part_path",
     "parts_beside",
+    "parts_traced",
     "read_model_header",
     "whole_name",
 ]
@@ -69,6 +70,29 @@ def parts_beside(path: Path) -> tuple[Path, ...]:
         return ()
     single = path.with_name(f"{found['stem']}.gguf")
     return tuple(part_path(single, number, int(found["count"])) for number in range(2, int(found["count"]) + 1))
+
+
+def parts_traced(output: Path) -> dict[Path, tuple[Path, ...]]:
+    """Return the parts of a model in several files that its folder shows a trace of.
+
+    A trace is the part itself, what a killed run left of it, or a file that belongs to it, such as its model card.
+
+    Args:
+        output: What a single file would be called.
+
+    Returns:
+        By the path of a model's first part, the parts with a trace, in their order.
+    """
+    name = re.compile(rf"\.?{re.escape(output.stem)}-(?P<number>\d{{5}})-of-(?P<count>\d{{5}})\.")
+    try:
+        traces = [found for entry in output.parent.iterdir() if (found := name.match(entry.name))]
+    except OSError:  # it is not there, or not to be read: nothing is known of it
+        return {}
+    parts: dict[Path, tuple[Path, ...]] = {}
+    for count, number in sorted({(int(found["count"]), int(found["number"])) for found in traces}):
+        first = part_path(output, 1, count)
+        parts[first] = (*parts.get(first, ()), part_path(output, number, count))
+    return parts
 
 
 def read_model_header(path: Path) -> GgufHeader:

@@ -66,6 +66,7 @@ def write_gguf(
     distances: Mapping[str, float] | None = None,
     importance: Callable[[str], Tensor | None] | None = None,
     metadata: Mapping[str, Any] | None = None,
+    run: str | None = None,
     threads: int = 1,
     progress: Progress = silent,
 ) -> Verification:
@@ -87,6 +88,8 @@ def write_gguf(
             row_weights,), or None where they are not known: ``ImportanceMatrix.mean_squares``.
         metadata: Further entries by key, added or replaced: bool, str, float, list of str, or unsigned int. Where
             ``DIGEST_KEY`` stands for ``DIGEST_ROOM``, the file gets a digest of itself.
+        run: Of a model in parts, what those after the first say of their run; None for what ``metadata`` says. Parts of
+            the same run that were left without the first are replaced.
         threads: Number of threads to encode with; the bytes do not depend on it.
         progress: Shows how far the writing is.
 
@@ -112,13 +115,14 @@ def write_gguf(
             f"{first_path(Path(output), len(parts)).name}. Rename it."
         )
     entries = _entries(header, file_type, metadata or {})
+    run = (metadata or {}).get(RUN_KEY, run)
     files = _Files(header, encoded or {}, distances or {}, importance, threads, progress)
     headers: list[GgufHeader] = []
     with ExitStack() as stack:
         # The first part gets its name last: without it nothing loads the others.
-        places = [stack.enter_context(atomic_file(path, new=not _is_left(path, metadata or {}))) for path in paths]
+        places = [stack.enter_context(atomic_file(path, new=not _is_left(path, run))) for path in paths]
         for number, (place, path, planned) in enumerate(zip(places, paths, parts, strict=True)):
-            told = entries if len(parts) == 1 else _part_entries(entries, number, parts)
+            told = entries if len(parts) == 1 else _part_entries(entries, number, parts, run)
             start = header_bytes(told, planned, header.alignment_bytes)
             headers.append(files.write(place, path, start, planned))
     return verification_of(headers[0] if len(parts) == 1 else joined(headers), compared=True)
@@ -148,18 +152,21 @@ def planned_parts(header: GgufHeader, types: Mapping[str, GgmlType], split_max_b
     return parts
 
 
-def _part_entries(entries: Mapping[str, bytes], number: int, parts: Sequence[Sequence[Planned]]) -> dict[str, bytes]:
+def _part_entries(
+    entries: Mapping[str, bytes], number: int, parts: Sequence[Sequence[Planned]], run: str | None
+) -> dict[str, bytes]:
     # All metadata is in the first part; the others say whose they are, and have a digest of their own.
-    kept = entries if number == 0 else {key: entries[key] for key in (RUN_KEY, DIGEST_KEY) if key in entries}
+    own = {} if run is None else {RUN_KEY: entry(run)}
+    kept = entries if number == 0 else own | {key: entries[key] for key in (DIGEST_KEY,) if key in entries}
     counts = (uint16_entry(number), uint16_entry(len(parts)), int32_entry(sum(map(len, parts))))
     return {**kept, **dict(zip(SPLIT_KEYS, counts, strict=True))}
 
 
-def _is_left(path: Path, metadata: Mapping[str, Any]) -> bool:
+def _is_left(path: Path, run: str | None) -> bool:
     # A later part that a killed run of ours has left without the first.
-    if not is_later_part(path) or not path.is_file() or RUN_KEY not in metadata:
+    if not is_later_part(path) or not path.is_file() or run is None:
         return False
-    return bool(read_gguf_header(path).metadata.get(RUN_KEY) == metadata[RUN_KEY])
+    return bool(read_gguf_header(path).metadata.get(RUN_KEY) == run)
 
 
 class _Files:

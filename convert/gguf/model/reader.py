@@ -63,9 +63,7 @@ class GgufModel(QuantizedModel):
         header = read_model_header(Path(path))
         rope = header.tensors.get(ROPE_FREQS)
         if rope is not None and rope.type.name != "F32":
-            raise FormatError(
-                f"{path}: {ROPE_FREQS} is of type {rope.type.name}. Expected F32. Convert the model again."
-            )
+            raise FormatError(f"{path}: {ROPE_FREQS} is of type {rope.type.name}. Expected F32. Convert it again.")
         try:
             config = config_from_metadata(header, read_values(rope).numpy() if rope else None)
         except UnsupportedModelError as cause:
@@ -112,8 +110,13 @@ class GgufModel(QuantizedModel):
 
     @property
     def path(self) -> Path:
-        """The file."""
+        """The file, or the first of several."""
         return self._header.path
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The file, or all parts."""
+        return tuple(each.path for each in self._header.files)
 
     @property
     def header(self) -> GgufHeader:

@@ -1,12 +1,19 @@
 """Models in several files, as llama.cpp's own package writes them."""
 
+import hashlib
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from bpwise.checkpoint.files import operations
+from bpwise.checkpoint.files.paths import reserved
+from bpwise.checkpoint.source.checkpoint import Checkpoint
+from bpwise.convert.conversion import Provenance
 from bpwise.convert.gguf.engine.widened import write_float32
 from bpwise.convert.gguf.file.header import read_gguf_header
 from bpwise.convert.gguf.file.metadata import DIGEST_KEY, DIGEST_ROOM, RUN_KEY
@@ -14,9 +21,17 @@ from bpwise.convert.gguf.file.split import first_path, model_digest, part_path, 
 from bpwise.convert.gguf.file.values import read_values
 from bpwise.convert.gguf.file.writer import planned_parts, write_gguf
 from bpwise.convert.gguf.ggml.types import TYPES
+from bpwise.convert.gguf.model.reader import GgufModel
 from bpwise.convert.opening import verify_model
 from bpwise.convert.registry import require_format
 from bpwise.errors import FormatError, VerificationError, WorkDirectoryError
+from bpwise.eval.config import EvalConfig
+from bpwise.eval.models import summarize_model
+from bpwise.eval.report.layers import find_plan
+from bpwise.progress import silent
+from bpwise.quantize.checks import check_output, files_beside, has_report, is_made, require_together
+
+from ...quantize.runs import gguf as options_of
 
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install '.[gguf]'")
 
@@ -166,3 +181,118 @@ def test_a_killed_run_leaves_nothing_that_loads_and_is_gone_over(
 def test_names() -> None:
     assert part_path(Path("a/L-4.5bpw-Q4_K_M.gguf"), 2, 3) == Path("a/L-4.5bpw-Q4_K_M-00002-of-00003.gguf")
     assert parts_beside(Path("L-00002-of-00003.gguf")) == parts_beside(Path("L.gguf")) == ()
+
+
+def checked(model: Path, output: Path) -> None:
+    """What a run does with its places before any work."""
+    config = options_of(4.5, evaluate=EvalConfig(), card=True)
+    conversion = config.conversion(Checkpoint.open(model))
+    with reserved(output, files_beside(output, conversion, config.format)):
+        check_output(conversion, config, output, silent)
+
+
+@pytest.mark.parametrize("ending", ["README.md", "recipe.yaml", "report.html", "report.json"])
+def test_files_of_others_beside_a_first_part_are_refused_before_the_work(
+    ending: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / f"out-00001-of-00003.{ending}"
+    path.write_text("theirs")
+    with pytest.raises(WorkDirectoryError, match=f"{path.name}: in the way. Got another file"):
+        checked(tiny_model, tmp_path / "out.gguf")
+    assert path.read_text() == "theirs"
+    checked(tiny_model, tmp_path / "out-2.gguf")
+
+
+def test_parts_of_others_are_refused_before_the_work(whole: Path, tiny_model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out" / "x.gguf"
+    first = write(whole, output, 1 << 23, **{RUN_KEY: "another"})
+    with pytest.raises(WorkDirectoryError, match=f"{first.name}: exists already and is not the output of this run"):
+        checked(tiny_model, output)
+    first.unlink()
+    with pytest.raises(WorkDirectoryError, match=r"-00002-of-\d+\.gguf: exists already and is not the output"):
+        checked(tiny_model, output)
+    for part in parts_beside(first):
+        part.unlink()
+    write(whole, output, 1 << 23, **{RUN_KEY: f"{Checkpoint.open(tiny_model).fingerprint[:8]}of this model"})
+    checked(tiny_model, output)
+
+
+def test_half_made_parts_of_killed_runs_are_cleared(tiny_model: Path, tmp_path: Path) -> None:
+    ours = tmp_path / ".x-00002-of-00003.gguf.partial-999999999-0123abcd"
+    theirs = tmp_path / ".x2-00002-of-00003.gguf.partial-999999999-0123abcd"
+    for path in (ours, theirs):
+        path.write_bytes(b"half")
+    checked(tiny_model, tmp_path / "x.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == [theirs.name]
+
+
+def test_a_model_in_parts_is_known_to_be_made(tiny_model: Path, tmp_path: Path) -> None:
+    config, output = options_of(4.5), tmp_path / "x.gguf"
+    conversion = config.conversion(Checkpoint.open(tiny_model))
+    huge: Any = SimpleNamespace(size=SimpleNamespace(output_bytes=1 << 60))  # more than any disk has
+    (tmp_path / "x-00002-of-00002.gguf").write_bytes(b"part")  # later parts come first
+    assert not is_made(output, config.format)
+    with pytest.raises(WorkDirectoryError):
+        require_together([(conversion, {output: huge})], tmp_path / "w", tmp_path / "m")
+    (tmp_path / "x-00001-of-00002.gguf").write_bytes(b"part")
+    assert is_made(output, config.format)
+    assert not has_report(output, config.format)
+    (tmp_path / "x-00001-of-00002.report.json").write_text("{}")
+    assert has_report(output, config.format)
+    sizes = conversion.scratch(tmp_path / "w", tmp_path / "m")
+    assert sum(sizes.values()) < 1 << 30
+    require_together([(conversion, {output: huge})], tmp_path / "w", tmp_path / "m")
+
+
+def test_the_name_of_a_part_is_refused_before_the_work(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(WorkDirectoryError, match=r"x-00001-of-00003\.gguf: the name of a part.* Name it x\.gguf"):
+        checked(tiny_model, tmp_path / "x-00001-of-00003.gguf")
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_evaluation_finds_the_plan_and_names_all_parts(parts: list[Path]) -> None:
+    for work in ("fused.gguf.work", "parts.work/fused.gguf"):  # of one output, and of a series in that folder
+        plan = (parts[0].parent if work.startswith("fused") else parts[0].parents[1]) / work / "plan.json"
+        plan.parent.mkdir(parents=True)
+        plan.write_text("{}")
+        assert find_plan(parts[0]) == plan
+        plan.unlink()
+    hashes = summarize_model(GgufModel.open(parts[0]), 1000).sha256
+    assert hashes == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in parts}
+
+
+def test_a_mixture_of_a_base_in_parts_is_forecast_from_all_of_them(
+    whole: Path, parts: list[Path], tiny_model: Path
+) -> None:
+    forecasts = [
+        options_of(mixture="Q8_0", base=base).conversion(Checkpoint.open(tiny_model)).forecast(None, None)
+        for base in (whole, parts[0])
+    ]
+    assert forecasts[0].output_bytes > 16 * (768 + 3 * 256) * 256  # its 16 blocks, in at least a byte a weight
+    assert forecasts[1] == forecasts[0]
+
+
+def test_a_killed_mixture_in_parts_is_gone_over(
+    whole: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
+    config = options_of(mixture="Q8_0", base=whole, split_max_size=1 << 21)
+    conversion = config.conversion(Checkpoint.open(tiny_model))
+    monkeypatch.setattr(type(conversion), "base", whole)  # as once it is prepared
+    fingerprint = Checkpoint.open(tiny_model).fingerprint
+    provenance = Provenance(version="1", run=f"{fingerprint[:8]}{0:024}", model=fingerprint)
+    plan = conversion.plan(None, None, provenance)
+    output = tmp_path / "out" / "x.gguf"
+    first = conversion.placed(output, plan)
+    assert len(parts_beside(first)) > 1
+    conversion.write(None, first, plan, None, provenance, silent)
+    assert RUN_KEY not in read_model_header(first).metadata  # as llama.cpp's own file
+    before = first.read_bytes()
+    first.unlink()  # as a run that is killed before its last step leaves it
+    with reserved(output, files_beside(output, conversion, config.format)):
+        check_output(conversion, config, output, silent)
+    with pytest.raises(WorkDirectoryError, match="in the way"):
+        conversion.write(None, first, plan, None, replace(provenance, run="another"), silent)
+    conversion.write(None, first, plan, None, provenance, silent)
+    assert first.read_bytes() == before
+    assert verify_model(first).quantized == len(read_model_header(whole).tensors) - 17
