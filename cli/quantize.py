@@ -211,9 +211,7 @@ def quantize(
     settings: Any = {"options": choice.options, "measure": measuring.config, "base_model": base_model}
     config = QuantizeConfig(target=wanted[0] if wanted else None, evaluate=evaluate, **settings)
     source = open_model(changes.open(model))
-    given, output = output, _completed(output, source, config, series=series)
-    if output != given:
-        note(f"output      {output}")
+    output = _completed(output, source, config, series=series)
     if evaluate is not None:
         say_shortened(source, evaluation=evaluate.row_tokens)
     if measuring.saved is None and measurement is None and choice.options.measures:
@@ -247,13 +245,17 @@ def quantize(
 
 
 def _completed(output: Path | None, source: Checkpoint, config: QuantizeConfig, *, series: bool) -> Path:
-    # The conventional name where none is given, and the format's ending where that lacks.
+    # The conventional name where none is given, and the format's ending where that lacks; says so.
     from ..eval.models import model_name
 
     if output is not None:
-        lacking = config.format.suffix and not series and format_naming(output) is None
-        return output.with_name(f"{output.name}{config.format.suffix}") if lacking else output
-    return Path(config.conversion(source).output_name(config.base_model or model_name(source), config.target))
+        if not config.format.suffix or series or format_naming(output) is not None:
+            return output
+        completed = output.with_name(f"{output.name}{config.format.suffix}")
+    else:
+        completed = Path(config.conversion(source).output_name(config.base_model or model_name(source), config.target))
+    note(f"output      {completed}")
+    return completed
 
 
 def _check_usage(output: Path | None, choice: FormatChoice, targets: TargetArguments) -> bool:

@@ -111,7 +111,6 @@ class MeasuringPasses:
             self.artifacts.discard(f"curves-{index}")
 
     def _artifact(self, name: str) -> dict[str, Tensor]:
-        # States, in memory or in files as all are.
         return self.artifacts.load(name, partial(new_state, directory=self.model.offload_dir))
 
     def _products(self) -> AbstractContextManager[None]:
@@ -141,8 +140,8 @@ class MeasuringPasses:
             with self._products():
                 sums, gradient = probed_head(self.model, head, self.tokens, hidden, seed=self.seed)
             name, tied = self.model.source.head_name, self.model.source.tied_embeddings
-            none = torch.empty(head.out_features, 0)  # its outputs are rounded each for itself
-            packed = measure_group({name: head}, sums, {name: none}, self.makers, self.dampings, keep_gram=tied)
+            none = {name: torch.empty(head.out_features, 0)}  # its outputs are rounded each for itself
+            packed = measure_group({name: head}, sums, none, self.makers, self.dampings, keep_gram=tied)
         self.artifacts.save(f"gradient-{last}", {"gradient": gradient})
         self.artifacts.save("head", packed)
 
@@ -201,7 +200,6 @@ class MeasuringPasses:
         gradient: Tensor,
         statistics: Sequence[InputStatistics],
     ) -> None:
-        # Puts the gradient at the block's input in the place of that at its output.
         of_layer: list[Tensor] = []
         for batch in self.batches:
             inputs = hidden[batch].to(self.model.device).requires_grad_()
@@ -231,10 +229,10 @@ class MeasuringPasses:
         blocks = range(self.model.block_count if source.layer_embedding is not None else 0)
         of_layers = [self._artifact(f"layer-gradient-{index}")["gradient"] for index in blocks]
         for name, of_table in embedding_gradients(self.model, self.tokens, gradient, of_layers).items():
-            artifact = EMBEDDING if name == source.embedding_name else LAYER_EMBEDDING
-            tied = artifact == EMBEDDING and source.tied_embeddings
-            head = tied_head(self.artifacts.load("head")) if tied else None
-            self.artifacts.save(artifact, measured_table(self.model, name, self.tokens, of_table, self.makers, head))
+            own = name == source.embedding_name
+            head = tied_head(self.artifacts.load("head")) if own and source.tied_embeddings else None
+            packed = measured_table(self.model, name, self.tokens, of_table, self.makers, head)
+            self.artifacts.save(EMBEDDING if own else LAYER_EMBEDDING, packed)
 
 
 def _followed(indices: Sequence[int]) -> dict[int, int | None]:

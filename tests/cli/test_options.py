@@ -88,7 +88,7 @@ def test_help_shows_the_defaults_of_formats_options() -> None:
         (["out", "--format", "gguf,exl2", "-b", "4", "--override", "x=6"], "--override does not mean the same in GGUF"),
         (["out", "--format", "gguf,exl2", "--type", "Q8_0"], "these options say all of one output"),
         (["out", "--size-of", "Q4_K_M", "-b", "4"], "an output has one size."),
-        (["out", "--size-of", "Q4_K_M", "--format", "gguf,exl2"], "names GGUF files of llama.cpp, none in EXL2."),
+        (["out", "--size-of", "Q4_K_M", "--format", "gguf,exl2"], "names no sizes of EXL2. Give --bpw."),
         (["out", "--size-of", "Q4_K_X"], "'Q4_K_X' is not a valid list of names. Expected one or more of"),
         (["out.gguf", "--size-of", "Q4_K_M,q6_k"], "several sizes make several files: name a directory"),
         (["out", "--format", "gguf,awq", "-b", "4"], "Expected one or more of exl2, gguf, separated by commas."),
