@@ -27,7 +27,6 @@ from typing import Any
 
 import click
 from bpwise.checkpoint.files.atomic import atomic_file, write_json
-from bpwise.checkpoint.files.paths import work_beside
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.checkpoint.source.original import open_model
 from bpwise.convert.gguf.llama_cpp.converter import make_base
@@ -177,8 +176,8 @@ class _Benchmark:
         path = self.work / name
         path.unlink(missing_ok=True)
         yield path
-        path.unlink()
-        rmtree(work_beside(path), ignore_errors=True)
+        for each in list(self.work.glob(f"{path.stem}.*")):  # work directory and recipe, too
+            rmtree(each) if each.is_dir() else each.unlink()
 
     def refuse_calibration_text(self, tokens: CalibrationSet) -> None:
         spans = CalibrationSpans.of(tokens)

@@ -16,7 +16,7 @@ from ..convert.options import FormatOptions, Option, options_of
 from ..convert.registry import format_named, format_naming, format_nearly_naming, formats
 from .types import EXISTING_DIRECTORY, EXISTING_FILE, MIB, SIZE, Names
 
-__all__ = ["FORMAT_OPTION", "FormatChoice", "chosen_formats", "format_options", "owners"]
+__all__ = ["FORMAT_OPTION", "FormatChoice", "chosen_formats", "format_options", "owners", "take_recipe"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -194,3 +194,35 @@ def _value(option: Option, value: Any) -> Any:
     if option.repeatable:
         return tuple(value) if option.parse is None else tuple(map(option.parse, value))
     return value if option.parse is None else option.parse(value)
+
+
+def take_recipe(context: click.Context, _: click.Parameter, path: Path | None) -> None:
+    """Take what a recipe says as defaults of a command: the command line goes first. A callback of an option.
+
+    Raises:
+        UsageError: The recipe names options that the command does not have.
+        ConfigError: It cannot be read.
+    """
+    from ..quantize.recipe import read_recipe
+
+    if path is None:
+        return
+    options = [each for each in context.command.params if isinstance(each, click.Option)]
+    known = {each.opts[-1].removeprefix("--"): each for each in options if each.name != "config"}
+    entries = read_recipe(path)
+    unknown = sorted(entries.keys() - known)
+    if unknown:
+        raise click.UsageError(
+            f"{path}: unknown options. Got {', '.join(unknown)}. Expected long names of options, such as bpw. Leave "
+            f"{'it' if len(unknown) == 1 else 'them'} out."
+        )
+    context.default_map = {
+        str(known[name].name): _of_recipe(known[name], value, context) for name, value in entries.items()
+    }
+
+
+def _of_recipe(option: click.Option, value: str | list[str], context: click.Context) -> Any:
+    if option.multiple:
+        return value if isinstance(value, list) else [value]
+    text = ",".join(value) if isinstance(value, list) else value
+    return click.BOOL.convert(text, option, context) if option.is_flag else text

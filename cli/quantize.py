@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from ..convert.registry import format_naming, formats
-from .format_options import FORMAT_OPTION, FormatChoice, format_options
+from .format_options import FORMAT_OPTION, FormatChoice, format_options, take_recipe
 from .group import WAIT_OPTION, cli
 from .options import (
     Command,
@@ -93,33 +93,6 @@ def _targets(**given: Any) -> TargetArguments:
     return TargetArguments(**given)
 
 
-def _take_recipe(context: click.Context, _: click.Parameter, path: Path | None) -> None:
-    # What a recipe says are defaults: the command line goes first.
-    from ..quantize.recipe import read_recipe
-
-    if path is None:
-        return
-    options = [each for each in context.command.params if isinstance(each, click.Option)]
-    known = {each.opts[-1].removeprefix("--"): each for each in options if each.name != "config"}
-    entries = read_recipe(path)
-    unknown = sorted(entries.keys() - known)
-    if unknown:
-        raise click.UsageError(
-            f"{path}: unknown options. Got {', '.join(unknown)}. Expected long names of options, such as bpw. Leave "
-            f"{'it' if len(unknown) == 1 else 'them'} out."
-        )
-    context.default_map = {
-        str(known[name].name): _of_recipe(known[name], value, context) for name, value in entries.items()
-    }
-
-
-def _of_recipe(option: click.Option, value: str | list[str], context: click.Context) -> Any:
-    if option.multiple:
-        return value if isinstance(value, list) else [value]
-    text = ",".join(value) if isinstance(value, list) else value
-    return click.BOOL.convert(text, option, context) if option.is_flag else text
-
-
 def _target_options(command: Command) -> Command:
     # Options that say how large an output may be; the command gets them as ``targets``.
     declared = (
@@ -164,7 +137,7 @@ def _target_options(command: Command) -> Command:
     type=EXISTING_FILE,
     is_eager=True,
     expose_value=False,
-    callback=_take_recipe,
+    callback=take_recipe,
     help="Take options from this file, such as the recipe.yaml of an output; those given here go first.",
 )
 @click.option("--base-model", metavar="ORG/NAME", help="Hub id of the original, for the card.  [default: MODEL's]")

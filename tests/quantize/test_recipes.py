@@ -110,6 +110,7 @@ def test_gguf_and_evaluation(tiny_model: Path, here: Path) -> None:
     assert recipe_of(mixture, None, Checkpoint.open(tiny_model), calibrated=True) == {
         "format": "gguf",
         "effort": "normal",
+        "split-max-size": 48_000_000_000,
         "type": "Q4_K_M",
         "imatrix": "i.dat",
         "no-eval": True,
@@ -129,9 +130,9 @@ def test_the_command_line_goes_first(
     tiny_model: Path, here: Path, options: tuple[object, ...], name: str, head: int
 ) -> None:
     (here / "r.yaml").write_text("bpw: [5.0]\nhead-bits: 8\nno-eval: true\noverride: ['*.o_proj=5:']\n")
-    printed = succeed("quantize", tiny_model, "--config", "r.yaml", *options, "--dry-run").splitlines()
-    assert printed[0] == f"output      {name}"
-    assert f"              head bits {head}" in printed
+    result = bpwise("quantize", tiny_model, "--config", "r.yaml", *options, "--dry-run")
+    assert result.stderr.splitlines()[0] == f"output      {name}"
+    assert f"              head bits {head}" in result.stdout.splitlines()
 
 
 def test_unknown_names_are_refused(here: Path) -> None:
