@@ -62,7 +62,7 @@ def run(folder: Path, arguments: Sequence[str], stop: tuple[str, int] | None = N
     labels = []
     with os.fdopen(reading, encoding="utf-8") as said:
         for line in said:
-            labels.append(line.rstrip("\n"))
+            labels.append(line.rstrip("\n").rpartition("] ")[2])  # which step of how many depends on what is left
             if stop is not None and labels[-1] == stop[0]:
                 os.kill(process, stop[1])
                 stop = None
@@ -74,11 +74,11 @@ def test_every_step_can_be_stopped_and_goes_on(tiny_model: Path, tmp_path: Path)
     places = tmp_path / "stopped"
     places.mkdir()
     stops = [
-        ("[1/4 measure] forward", signal.SIGINT),
-        ("[1/4 measure] backward, curves", signal.SIGTERM),
-        ("[2/4 round] round", signal.SIGINT),
-        ("[3/4 write] writing", signal.SIGTERM),
-        ("[4/4 evaluate] logits", signal.SIGINT),
+        ("forward", signal.SIGINT),
+        ("backward, curves", signal.SIGTERM),
+        ("round", signal.SIGINT),
+        ("writing", signal.SIGTERM),
+        ("logits", signal.SIGINT),
     ]
     for label, number in stops:
         code, labels = run(places, command, (label, number))
@@ -87,10 +87,10 @@ def test_every_step_can_be_stopped_and_goes_on(tiny_model: Path, tmp_path: Path)
         assert code == 128 + number, log
         assert log[-1] == "Stopped. The same command goes on where it stopped, from what is finished in out.work."
         assert [path for path in places.rglob("*") if "partial" in path.name or path.suffix == ".lock"] == []
-        assert (places / "out").exists() == (label == "[4/4 evaluate] logits")
+        assert (places / "out").exists() == (label == "logits")
     code, labels = run(places, command)
     assert code == 0
-    assert "[3/4 write] writing" not in labels  # the output was finished before
+    assert "writing" not in labels  # the output was finished before
     whole = tmp_path / "whole"
     whole.mkdir()
     assert run(whole, command)[0] == 0
