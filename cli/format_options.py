@@ -24,6 +24,7 @@ FORMAT_OPTION = click.option(
     "--format",
     "output_format",
     type=Names(list(formats())),
+    metavar=f"[{'|'.join(formats())}][,...]",
     help="Format of OUTPUT; several make every size in each, in the directory OUTPUT.  [default: as OUTPUT's name, "
     f"--type or --size-of says, else {next(iter(formats()))}]",
 )

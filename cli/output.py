@@ -75,7 +75,7 @@ def say(line: str, *, err: bool = False) -> None:
         suppress(OSError) if err else nullcontext(),
         nullcontext() if bars is None else bars.external_write_mode(file=sys.stderr),
     ):
-        click.echo(printable(line), err=err)
+        _print(printable(line), err=err)
 
 
 def note(line: str) -> None:
@@ -93,7 +93,11 @@ def say_json(command: str, content: Mapping[str, Any]) -> None:
     """
     document = {"bpwise_document": _DOCUMENT_VERSION, "bpwise": __version__, "command": command, **content}
     # Nothing in it may act on a terminal; of what could, only DEL is not escaped.
-    click.echo(json.dumps(_plain(document), indent=2).replace("\x7f", "\\u007f"))
+    _print(json.dumps(_plain(document), indent=2).replace("\x7f", "\\u007f"))
+
+
+def _print(text: str, *, err: bool = False) -> None:
+    click.echo(text, err=err)
 
 
 def _plain(value: Any) -> Any:

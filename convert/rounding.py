@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from ..linalg.hessian import Hessian
 from ..linalg.work import Elements, Work
 from ..measure.measurement import MeasuredLinear
 from ..measure.model.states import new_state
-from ..measure.statistics.heldout import DAMPINGS
+from ..measure.statistics.heldout import finite_damping
 
 __all__ = ["Drift", "FormatWork", "RoundedModel", "Rounder", "drift_of", "drift_section", "rounding_damping"]
 
@@ -193,4 +192,4 @@ def drift_of(original: Tensor, quantized: Tensor) -> Tensor:
 
 def rounding_damping(measured: MeasuredLinear) -> float:
     """Return the relative damping to round a linear with: the measured one, or the largest where none was enough."""
-    return measured.damping if math.isfinite(measured.damping) else DAMPINGS[-1]
+    return finite_damping(measured.damping)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from ..checkpoint.source.checkpoint import TensorSource
 from ..errors import CalibrationError
 from ..linalg.products import float32_products
+from ..measure.device import free_memory
 from ..measure.model.whole import whole_model
 from ..measure.text.calibration import require_ids_below
 from ..measure.text.tokenizer import Tokenizer, chat_template, end_ids, leading_ids
@@ -25,8 +22,6 @@ _ANSWER_TOKENS = 80
 
 _MOST_MEMORY_SHARE = 0.5
 """Of the memory that is free: a larger model is not loaded as a whole."""
-
-_AVAILABLE = re.compile(r"^MemAvailable:\s+(\d+) kB", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +111,7 @@ def ask(source: TensorSource, question: Question, *, device: torch.device, dtype
         None where its weights would take more than half of the memory that is free.
     """
     weights = sum(torch.Size(source.shape(name)).numel() for name in source.names)
-    if weights * dtype.itemsize > _MOST_MEMORY_SHARE * _free_bytes(device):
+    if weights * dtype.itemsize > _MOST_MEMORY_SHARE * free_memory(device):
         return None
     model = whole_model(source, device=device, dtype=dtype)
     ids = torch.tensor([question.ids], device=device)
@@ -135,15 +130,3 @@ def ask(source: TensorSource, question: Question, *, device: torch.device, dtype
 def _decoded(ids: Sequence[int], question: Question) -> str:
     count = next((n for n, token in enumerate(ids) if token in question.ends), len(ids))
     return question.tokenizer.decode(list(ids[:count])).strip()
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    with suppress(OSError):  # not on Linux
-        found = _AVAILABLE.search(Path("/proc/meminfo").read_text(encoding="ascii"))
-        if found is not None:
-            return 1024 * int(found[1])
-    with suppress(AttributeError, ValueError, OSError):  # not on Windows
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return 0

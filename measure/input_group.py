@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from ..linalg.hessian import Hessian
 from .curves import CurveInputs, CurveMaker, LinearCurves, TiedHead
 from .measurement import MeasuredLinear
 from .model.batches import check_finite
-from .statistics.heldout import DAMPINGS, cross_validate_damping
+from .statistics.heldout import cross_validate_damping, finite_damping
 from .statistics.inputs import InputStatistics
 
 __all__ = ["TINY", "FinishedLinear", "finished_linears", "measure_group", "split_formats", "tied_head"]
@@ -144,11 +143,10 @@ def finished_linears(artifact: Mapping[str, Tensor]) -> dict[str, FinishedLinear
 def tied_head(artifact: Mapping[str, Tensor]) -> TiedHead:
     """Return what errors in a table cost as the output head, of the head's artifact, made with ``keep_gram``."""
     fields = {key.split("|")[1]: tensor.cpu() for key, tensor in artifact.items()}
-    damping = float(fields["damping"])
     return TiedHead(
         gram=fields[_GRAM],
         fisher=fields["fisher"],
-        damping=damping if math.isfinite(damping) else DAMPINGS[-1],
+        damping=finite_damping(float(fields["damping"])),
         generalization_ratio=float(fields[_RATIO]),
     )
 

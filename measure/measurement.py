@@ -89,7 +89,8 @@ class MeasuredTable:
         name: Full name, for example ``model.embed_tokens``.
         tokens: Number of its rows.
         importance: Mean over tokens of (dL/dh)^2 of each element of an embedding h, float32, shape (hidden size,).
-        tied: Whether it is the output head too. What its errors cost there is measured as the head's.
+        tied: Whether it is the output head too. A format that stores both as one measures what its errors cost there
+            with the table, others with the head.
     """
 
     name: str

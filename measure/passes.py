@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -111,10 +110,8 @@ class MeasuringPasses:
             self.artifacts.discard(f"curves-{index}")
 
     def _artifact(self, name: str) -> dict[str, Tensor]:
+        # States, in memory or in files as all are.
         return self.artifacts.load(name, partial(new_state, directory=self.model.offload_dir))
-
-    def _products(self) -> AbstractContextManager[None]:
-        return products(self.model.device, self.precision)
 
     def _forward_block(self, index: int, hidden: Tensor, then: int | None) -> None:
         # Puts the block's output in the place of its input; `then` is the block of the next call.
@@ -123,7 +120,7 @@ class MeasuringPasses:
             torch.no_grad(),
             self.model.block(index, then) as block,
             chunked_positionwise(block, structure),
-            self._products(),
+            products(self.model.device, self.precision),
         ):
             for batch in self.batches:
                 inputs = hidden[batch].to(self.model.device)
@@ -137,7 +134,7 @@ class MeasuringPasses:
         last = self.model.block_count
         hidden = self._artifact(f"input-{last}")["hidden"]
         with self.model.tail() as head:
-            with self._products():
+            with products(self.model.device, self.precision):
                 sums, gradient = probed_head(self.model, head, self.tokens, hidden, seed=self.seed)
             name, tied = self.model.source.head_name, self.model.source.tied_embeddings
             none = {name: torch.empty(head.out_features, 0)}  # its outputs are rounded each for itself
@@ -172,7 +169,7 @@ class MeasuringPasses:
                 collect(block, structure, self.tokens.shape[1]) as statistics,
                 collect_experts(block, structure, self.tokens.numel()) as seen,
                 chunked_positionwise(block, structure),
-                self._products(),
+                products(self.model.device, self.precision),
             ):
                 self._backward_block(index, self._artifact(f"input-{index}")["hidden"], gradient, statistics)
             for group, sums in zip(structure.plain_groups, statistics, strict=True):
@@ -200,6 +197,7 @@ class MeasuringPasses:
         gradient: Tensor,
         statistics: Sequence[InputStatistics],
     ) -> None:
+        # Puts the gradient at the block's input in the place of that at its output.
         of_layer: list[Tensor] = []
         for batch in self.batches:
             inputs = hidden[batch].to(self.model.device).requires_grad_()

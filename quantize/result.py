@@ -13,7 +13,7 @@ from ..eval.comparison import Comparison
 from ..eval.metrics.numbers import nats
 from ..eval.report.markdown import summary_lines
 from ..eval.report.tables import models_table
-from ..eval.report.verdict import verdict, verdict_sentence
+from ..eval.report.verdict import Judged, verdict_sentence
 from ..tables import html_summary
 from .rounding.fallbacks import fallback_entries, fallback_lines
 from .timing.costs import StepCost, cost_line, cost_section, minutes
@@ -22,7 +22,7 @@ __all__ = ["QuantizeResult", "report_details"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
-class QuantizeResult:
+class QuantizeResult(Judged):
     """Result of a run.
 
     Attributes:
@@ -74,16 +74,6 @@ class QuantizeResult:
     def file_bytes(self) -> int:
         """Size of all files with tensors, in bytes."""
         return self.verification.file_bytes
-
-    @property
-    def kl(self) -> float | None:
-        """Mean KL divergence from the original, nats per token; None if evaluation was left out."""
-        return None if self.comparison is None else self.comparison.kl
-
-    @property
-    def verdict(self) -> str | None:
-        """What that means in use, in words; None if evaluation was left out."""
-        return None if self.comparison is None else verdict(self.comparison)
 
     def __repr__(self) -> str:
         """Return the output, its size, and what it cost."""

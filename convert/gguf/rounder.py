@@ -79,10 +79,7 @@ class GgufRounder(Rounder):
             rows = stored_part(weight.T, part)
             if gram is not None and kind.quantized:
                 hessian = hessian_of(Hessian(torch.from_numpy(gram)), part)
-                upper = hessian.factor(rounding_damping(self._measurement.head)).upper
-                slices = rows.split(_SLICE_OUTPUTS, dim=1)
-                tasks = [partial(round_to_type, each, upper, kind) for each in slices]
-                data = np.concatenate(run_all(tasks, ENCODING))
+                data = _encoded(rows, hessian.factor(rounding_damping(self._measurement.head)).upper, kind, None)
             else:
                 importance = table_importance(self._measurement) if kind.quantized else None
                 data = encode(rows.T.contiguous(), kind, importance, threads=cores())
@@ -185,7 +182,8 @@ def _outputs(measured: MeasuredLinear, part: Part) -> OutputFeedback | None:
 def _encoded(target: Tensor, upper: Tensor, kind: GgmlType, outputs: OutputFeedback | None) -> Bytes:
     if outputs is not None:
         return round_to_type(target, upper, kind, outputs)
-    return np.concatenate([round_to_type(x, upper, kind) for x in target.split(_SLICE_OUTPUTS, dim=1)])
+    slices = target.split(_SLICE_OUTPUTS, dim=1)
+    return np.concatenate(run_all([partial(round_to_type, each, upper, kind) for each in slices], ENCODING))
 
 
 def squared_distance(data: Bytes, original: Tensor, kind: GgmlType) -> Tensor:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from ...measure.device import installed_memory
+
 __all__ = ["command_line", "run_facts"]
 
 _MODEL_NAME = re.compile(r"^model name\s*:\s*(.+)$", re.MULTILINE)
@@ -58,8 +60,9 @@ def _package() -> Path:
 
 def _hardware() -> str:
     parts = [_processor(), f"{os.cpu_count()} cores"]
-    with suppress(AttributeError, ValueError, OSError):  # not on Windows
-        parts.append(f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.0f} GB of memory")
+    memory = installed_memory()
+    if memory is not None:
+        parts.append(f"{memory / 1e9:.0f} GB of memory")
     if torch.cuda.is_available():
         parts.append(torch.cuda.get_device_name())
     return ", ".join(parts)

@@ -16,7 +16,7 @@ from .content import Report
 from .html import html_report
 from .report import HTML_NAME, JSON_NAME, MARKDOWN_NAME
 from .tables import models_table
-from .verdict import verdict
+from .verdict import Judged
 
 __all__ = ["SeriesOutput", "series_table", "write_series_report"]
 
@@ -24,7 +24,7 @@ _SERIES_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SeriesOutput:
+class SeriesOutput(Judged):
     """One output of a series.
 
     Attributes:
@@ -48,16 +48,6 @@ class SeriesOutput:
     comparison: Comparison | None = None
     broken: str | None = None
     repeated: bool = False
-
-    @property
-    def kl(self) -> float | None:
-        """Mean KL divergence from the original, nats per token; None if it was not evaluated."""
-        return None if self.comparison is None else self.comparison.kl
-
-    @property
-    def verdict(self) -> str | None:
-        """What that means in use, in words; None if it was not evaluated."""
-        return None if self.comparison is None else verdict(self.comparison)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it in types that JSON has."""

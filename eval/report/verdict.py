@@ -15,6 +15,7 @@ __all__ = [
     "GOOD_ENOUGH_NATS",
     "KNOWN_NOTE",
     "LEVELS",
+    "Judged",
     "beaten_by",
     "headline",
     "known_like",
@@ -61,8 +62,8 @@ _KNOWN = (
 tools/perplexity/README.md of llama.cpp (its revision f364eb6f), as rounded there."""
 
 KNOWN_NOTE = (
-    "Llama 3 8B on the test text of WikiText-2, measured by llama.cpp's authors (github.com/ggml-org/llama.cpp, "
-    "tools/perplexity/README.md); IQ1_M with an importance matrix, the others without. The row F16 is what storing the "
+    "Llama 3 8B on the test text of WikiText-2, measured by llama.cpp's authors (tools/perplexity/README.md in its "
+    "sources); IQ1_M with an importance matrix, the others without. The row F16 is what storing the "
     "original's logits in 16 bits does. On another text or model the same type has other numbers: small models lose "
     "more."
 )
@@ -78,6 +79,24 @@ _MEANINGS = (
 
 _FEW_ROWS = 8
 """With fewer rows the standard error itself is not known to a factor of 1.5."""
+
+
+class Judged:
+    """What may have been compared with its original, ``comparison``: what that says of it."""
+
+    __slots__ = ()
+
+    comparison: Comparison | None
+
+    @property
+    def kl(self) -> float | None:
+        """Mean KL divergence from the original, nats per token; None if it was not evaluated."""
+        return None if self.comparison is None else self.comparison.kl
+
+    @property
+    def verdict(self) -> str | None:
+        """What that means in use, in words; None if it was not evaluated."""
+        return None if self.comparison is None else verdict(self.comparison)
 
 
 def verdict(comparison: Comparison) -> str:

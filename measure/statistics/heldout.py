@@ -34,7 +34,7 @@ from torch import Tensor
 from ...linalg.hessian import FEW_CHANNELS, factor_hessian, random_signs, solve_transposed
 from ...linalg.row_groups import row_powers
 
-__all__ = ["DAMPINGS", "FEW_DIRECTIONS", "SIGNS", "HeldOut", "cross_validate_damping"]
+__all__ = ["DAMPINGS", "FEW_DIRECTIONS", "SIGNS", "HeldOut", "cross_validate_damping", "finite_damping"]
 
 DAMPINGS = (0.02, 0.1, 0.5)
 """Dampings to choose from, relative to the mean of the Gram matrix's diagonal."""
@@ -101,6 +101,11 @@ def cross_validate_damping(
     if not reported > 0:  # too little for float32
         return HeldOut(best, 1.0)
     return HeldOut(best, sum(trial.own + trial.other for trial in both) / 2 / reported)
+
+
+def finite_damping(damping: float) -> float:
+    """Return a relative damping to factor with again: the given one, or the largest where it is infinite."""
+    return damping if math.isfinite(damping) else DAMPINGS[-1]
 
 
 def _best_damping(power: Tensor, grams: Sequence[Tensor], dampings: Sequence[float]) -> float:

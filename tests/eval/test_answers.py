@@ -69,6 +69,6 @@ def test_comparisons_have_both_answers(make_model: MakeModel, monkeypatch: pytes
     assert got.answers.prompt == "Hi?"
     for source, answer in ((first, got.answers.original), (second, got.answers.quantized)):
         assert ask(open_any(source), question, device=DEVICE, dtype=torch.float32) == answer
-    monkeypatch.setattr(answers, "_free_bytes", lambda _: 1000)
+    monkeypatch.setattr(answers, "free_memory", lambda _: 1000)
     (without,) = evaluate_each(first, [second], config)
     assert without.answers is None

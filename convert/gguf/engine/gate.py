@@ -6,7 +6,6 @@ large model cut to its first blocks (see ``first_blocks``).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from ....errors import (
     WorkDirectoryError,
     install_command,
 )
+from ....measure.device import installed_memory
 from ....version import __version__
 from ..file.header import GgufHeader
 from ..file.split import read_model_header
@@ -191,9 +191,8 @@ def _library() -> LlamaLibrary | None:
 
 def _first_blocks(header: GgufHeader, checkpoint: Checkpoint) -> int | None:
     # Blocks that are compared, None for the whole model.
-    most = _MOST_BYTES
-    if hasattr(os, "sysconf"):
-        most = min(most, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _MEMORY_SHARE)
+    memory = installed_memory()
+    most = _MOST_BYTES if memory is None else min(_MOST_BYTES, memory // _MEMORY_SHARE)
     if float32_bytes(header, None) <= min(most, _SMALL_BYTES):
         return None
     count, architecture = block_count(checkpoint), header.metadata["general.architecture"]

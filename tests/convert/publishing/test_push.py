@@ -315,17 +315,24 @@ def test_the_hub_refuses(output: Path, hub: FakeHub, failure: Exception) -> None
     assert "hf auth login" in result.stderr
 
 
-def test_gguf_files(tmp_path: Path, hub: FakeHub) -> None:
+def write_gguf(path: Path, *, shape: tuple[int, int] = (2, 32), run: str | None = None) -> None:
+    """Write a GGUF file of one small tensor, by the package of its makers; skips without it."""
     gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install '.[gguf]'")
+    writer = gguf.GGUFWriter(path, "test")
+    if run is not None:
+        writer.add_string("bpwise.run", run)
+    writer.add_tensor("a.weight", np.ones(shape, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gguf_files(tmp_path: Path, hub: FakeHub) -> None:
     folder = tmp_path / "files"
     folder.mkdir()
     for rate in ("4.5", "6.0"):
-        writer = gguf.GGUFWriter(folder / f"L-{rate}bpw.gguf", "test")
-        writer.add_tensor("a.weight", np.ones((2, 32), dtype=np.float32))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        write_gguf(folder / f"L-{rate}bpw.gguf")
         (folder / f"L-{rate}bpw.README.md").write_text(CARD)
         (folder / f"L-{rate}bpw.report.json").write_text(json.dumps({"comparison": REPORT}))
     (folder / "L-6.0bpw.recipe.yaml").write_text("bpw: 6.0")
@@ -345,13 +352,7 @@ def test_gguf_files(tmp_path: Path, hub: FakeHub) -> None:
 
 @pytest.mark.parametrize("ending", ["-Q4_K_M", ".Q4_K_M", "-4.5bpw-Q4_K_M", "-UD-Q4_K_XL"])
 def test_names_of_other_programs(tmp_path: Path, hub: FakeHub, ending: str) -> None:
-    gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install '.[gguf]'")
-    writer = gguf.GGUFWriter(tmp_path / f"L-3.2-1B{ending}.gguf", "test")
-    writer.add_tensor("a.weight", np.ones((2, 32), dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_gguf(tmp_path / f"L-3.2-1B{ending}.gguf")
     (tmp_path / f"L-3.2-1B{ending}.README.md").write_text(CARD)
     assert push(tmp_path, "org/").exit_code == 0
     assert hub.repos == {"org/L-3.2-1B-GGUF": True}
@@ -378,15 +379,9 @@ def test_parts_of_one_model_go_together(tmp_path: Path, hub: FakeHub) -> None:
 
 
 def test_one_front_page_for_all_sizes(tmp_path: Path, hub: FakeHub) -> None:
-    gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install '.[gguf]'")
     names = {"L-4.5bpw-Q4_K_S": 1, "L-4.6bpw-Q4_K_S": 2, "L-6.5bpw-Q6_K": 3}
     for name, rows in names.items():
-        writer = gguf.GGUFWriter(tmp_path / f"{name}.gguf", "test")
-        writer.add_tensor("a.weight", np.ones((1000 * rows, 1024), dtype=np.float32))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        write_gguf(tmp_path / f"{name}.gguf", shape=(1000 * rows, 1024))
         own = f"---\nlicense: mit\n---\n\n# {name}\n\nOwn words on USER/REPO."
         (tmp_path / f"{name}.README.md").write_text(f"{own}\n\n---\n\n# The card of the original, L\n\nIts words.\n")
     (tmp_path / "L-6.5bpw-Q6_K.report.json").write_text(json.dumps({"comparison": REPORT}))
@@ -411,19 +406,12 @@ def test_one_front_page_for_all_sizes(tmp_path: Path, hub: FakeHub) -> None:
 
 
 def test_what_a_gguf_model_sees_images_with_goes_with_every_file(tmp_path: Path, hub: FakeHub) -> None:
-    gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install '.[gguf]'")
     folder = tmp_path / "all"
     folder.mkdir()
     # Runs on one model begin alike.
     runs = {"L-4.5bpw": "0123abcd4", "L-6.0bpw": "0123abcd6", "mmproj-L-BF16": "0123abcde"}
     for name, run in runs.items():
-        writer = gguf.GGUFWriter(folder / f"{name}.gguf", "test")
-        writer.add_string("bpwise.run", run)
-        writer.add_tensor("w", np.ones((4, 32), dtype=np.float32))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        write_gguf(folder / f"{name}.gguf", run=run)
         if name.startswith("L"):
             (folder / f"{name}.README.md").write_text("---\n---\n")
     assert push(folder, "org/").exit_code == 0
