@@ -77,8 +77,8 @@ def save_checkpoint(
         model_class: The model in Transformers.
         mlp_norm: Name of the norm in front of a block's MLP.
         norm_offset: What the model adds to the weights of its norms.
-        tied: Whether embeddings and output head are one table that the file holds twice, rounded in two ways: that of
-            the head serves both.
+        tied: Whether embeddings and output head are one table that the file holds twice, rounded in two ways: the
+            head's then serves both.
         off_grid_seed: Seed of the factors that move the weights off the file's grid; None leaves them on it.
     """
     if (output / "config.json").exists():
