@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ...errors import CheckpointError, DiskFullError
 from ..files.disk_errors import DISK_FULL
@@ -26,6 +27,9 @@ __all__ = [
 ]
 
 _SHARED_BLOB = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
+
+_UNANNOUNCED_BYTES = 1 << 26
+"""How much more than the sizes that it announced a server may send: configs and tokenizers may come without one."""
 
 
 def resolve_model(model: str, also: Sequence[str] = ()) -> Path:
@@ -75,7 +79,8 @@ def resolve_file(name: HubName, suffixes: Sequence[str]) -> Path:
     except Exception:  # without a network, as the Hub's client raises what it will: what the cache has
         names = [path.relative_to(directory).as_posix() for path in directory.rglob("*")]
     found = name.find(names, suffixes)
-    first, *_ = [_asked(name, partial(hf_hub_download, name.repo, each, revision=commit)) for each in found]
+    download = partial(hf_hub_download, revision=commit, tqdm_class=_bounded_bar())
+    first, *_ = [_asked(name, partial(download, name.repo, each)) for each in found]
     return first
 
 
@@ -85,7 +90,25 @@ def _download(name: HubName, also: Sequence[str] = ()) -> Path:
 
     patterns = [*DOWNLOADED, *also]
     download = partial(snapshot_download, allow_patterns=patterns, ignore_patterns=list(NOT_DOWNLOADED))
-    return _asked(name, partial(download, name.repo, revision=name.revision))
+    return _asked(name, partial(download, name.repo, revision=name.revision, tqdm_class=_bounded_bar()))
+
+
+def _bounded_bar() -> Any:
+    # The Hub's client checks sizes at the end alone, and would fill the disk with a body that has none. Its bars hear
+    # of every piece before it is written.
+    from huggingface_hub.utils import tqdm  # noqa: PLC0415
+
+    class Bounded(tqdm):
+        received = 0
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self.received += int(n or 0)
+            announced = int(self.total or 0)
+            if self.received > announced + _UNANNOUNCED_BYTES:
+                raise ValueError(f"{self.received} bytes came where {announced} were announced")
+            return super().update(n)
+
+    return Bounded
 
 
 def _asked(name: HubName, ask: Callable[[], str]) -> Path:

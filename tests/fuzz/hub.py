@@ -1,4 +1,4 @@
-"""A Hub on this machine whose answers a document holds: wrong sizes and hashes, redirects, bodies cut or too long."""
+"""A Hub on this machine whose answers a document holds: wrong sizes and hashes, redirects, bodies cut or without end."""
 
 from __future__ import annotations
 
@@ -7,21 +7,27 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import repeat
 from pathlib import Path
 from random import Random
 from threading import Thread
 from typing import Any
 from unittest import mock
 
+from bpwise.checkpoint.source import hub
+
 from .mutations import mutated_json
 
-__all__ = ["answers_of", "check_answers", "lying_hub", "mutated_answers"]
+__all__ = ["UNANNOUNCED_BYTES", "answers_of", "check_answers", "lying_hub", "mutated_answers"]
 
 COMMIT = "a" * 40
 
 _PIECE = b"0" * (1 << 16)
 _PIECES = 64
-"""What comes after a body of a length that was not told."""
+"""What comes after a body of a length that was not told; after a file's without end."""
+
+UNANNOUNCED_BYTES = 1 << 20
+"""In the place of bpwise's own limit, so that it is reached at once."""
 
 
 def answers_of(files: dict[str, bytes], repo: str = "org/name") -> bytes:
@@ -145,8 +151,9 @@ def lying_hub(answers: Path, cache: Path) -> Iterator[None]:
             if self.command == "HEAD" or ends == "closed":
                 return
             self.wfile.write(body[: len(body) // 2] if ends == "cut" else body)
-            for _ in range(_PIECES if ends == "overlong" else 0):
-                self.wfile.write(_PIECE)
+            pieces = repeat(_PIECE) if "/resolve/" in self.path else repeat(_PIECE, _PIECES)
+            for piece in pieces if ends == "overlong" else ():
+                self.wfile.write(piece)  # until the client is gone
 
         def log_message(self, *_: object) -> None:
             pass
@@ -171,6 +178,7 @@ def lying_hub(answers: Path, cache: Path) -> Iterator[None]:
                 HF_HUB_DOWNLOAD_TIMEOUT=1,
             ),
             mock.patch.object(_http.time, "sleep"),
+            mock.patch.object(hub, "_UNANNOUNCED_BYTES", UNANNOUNCED_BYTES),
         ):
             try:
                 yield

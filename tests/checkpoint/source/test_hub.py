@@ -10,7 +10,7 @@ from bpwise.convert.opening import locate_model
 from bpwise.errors import CheckpointError
 from click.testing import CliRunner
 
-from ...fuzz.hub import answers_of, lying_hub
+from ...fuzz.hub import UNANNOUNCED_BYTES, answers_of, lying_hub
 
 FILES = {
     "README.md": b"words",
@@ -45,6 +45,20 @@ def test_one_file(name: str, hub: Path) -> None:
     assert path.read_bytes() == b"GGUF4"
     assert path.name == "L-Q4_K_M.gguf"
     assert downloaded(hub, "L-GGUF") == {"README.md", "L-Q4_K_M.gguf"}
+
+
+@pytest.mark.parametrize("file", ["README.md", "L-Q4_K_M.gguf"])
+@pytest.mark.usefixtures("hub")
+def test_a_body_without_end_is_refused(file: str, tmp_path: Path) -> None:
+    answers = json.loads((tmp_path / "answers.json").read_bytes())
+    (path,) = [path for path in answers if path.endswith(file)]
+    answers[path]["ends"] = "overlong"
+    (tmp_path / "endless.json").write_text(json.dumps(answers))
+    with lying_hub(tmp_path / "endless.json", tmp_path / "empty"):
+        with pytest.raises(CheckpointError, match=r"\d+ bytes came where \d+ were announced"):
+            locate_model("org/L-GGUF:Q4_K_M")
+    written = [path.stat().st_size for path in (tmp_path / "empty").rglob("*") if path.is_file()]
+    assert sum(written) <= 2 * UNANNOUNCED_BYTES
 
 
 def test_all_parts_of_a_split_file(hub: Path) -> None:
