@@ -1,4 +1,4 @@
-"""A Hub on this machine whose answers a document holds: wrong sizes and hashes, redirects, bodies cut or without end."""
+"""A Hub on this machine whose answers a document holds: wrong sizes, hashes, redirects, bodies cut or without end."""
 
 from __future__ import annotations
 
