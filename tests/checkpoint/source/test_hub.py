@@ -1,6 +1,7 @@
 """Models on the Hub, asked of a server on this machine: revisions, files by name and by tag."""
 
 import json
+import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,6 +65,24 @@ def test_a_body_without_end_is_refused(file: str, tmp_path: Path) -> None:
 def test_all_parts_of_a_split_file(hub: Path) -> None:
     assert locate_model("org/L-GGUF:BF16").read_bytes() == b"GGUF1"
     assert downloaded(hub, "L-GGUF") == {"README.md", *(name for name in FILES if name.startswith("L-BF16"))}
+
+
+def test_downloads_of_one_model_at_once(hub: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    start, answers = context.Barrier(3), context.SimpleQueue()
+
+    def run() -> None:
+        start.wait()
+        answers.put(locate_model("org/L-GGUF:Q4_K_M").read_bytes())
+
+    runs = [context.Process(target=run) for _ in range(3)]
+    for each in runs:
+        each.start()
+    assert [answers.get() for _ in runs] == [b"GGUF4"] * 3
+    for each in runs:
+        each.join()
+    assert downloaded(hub, "L-GGUF") == {"README.md", "L-Q4_K_M.gguf"}
+    assert not [*hub.rglob("*.incomplete")]
 
 
 def test_a_repository_of_several_files_needs_a_name(hub: Path) -> None:
