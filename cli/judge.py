@@ -44,7 +44,7 @@ def verify(model: Path | str, as_json: bool) -> None:
     MODEL is an EXL2 directory, a GGUF file, or on the Hub ORG/NAME-exl2@REVISION or ORG/NAME-GGUF:Q4_K_M.
     """
     from ..convert.opening import locate_model, verify_model
-    from ..convert.publishing.mark import read_mark
+    from ..eval.publishing.mark import read_mark
 
     path = locate_model(model)
     reason = read_mark(path)

@@ -10,14 +10,14 @@ from ..checkpoint.files.disk_errors import delete_file
 from ..checkpoint.source.checkpoint import Checkpoint, TensorSource
 from ..convert.model import QuantizedModel
 from ..convert.plan import LinearCost
-from ..convert.publishing.cards import card_path
-from ..convert.publishing.mark import clear_mark, mark_broken, read_mark
 from ..errors import BrokenModelError, NumericalError
 from ..eval.cache import OriginalCache
 from ..eval.comparison import ENGINE, Comparison, EvalConfig, compare_with, evaluation_rows
 from ..eval.metrics.overlap import CalibrationSpans, refuse_calibration_text, with_overlap_warning
 from ..eval.models import device_name, summarize_model, vocab_size_of
 from ..eval.original import OriginalRun, run_original
+from ..eval.publishing.cards import card_path
+from ..eval.publishing.mark import clear_mark, mark_broken, read_mark
 from ..measure.device import resolve_device
 from ..measure.text.calibration import CalibrationSet
 from ..measure.text.context import EVALUATION, check_rows

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from bpwise.convert.exl2.card import exl2_name
 from bpwise.convert.names import convention_name
-from bpwise.convert.publishing.mark import mark_broken
+from bpwise.eval.publishing.mark import mark_broken
 from huggingface_hub import ModelCard
 
 from .runs import TEXT, bpwise

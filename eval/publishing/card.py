@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ...convert.model import CardFacts
+from ...convert.registry import formats
 from ...tables import Table, cell
-from ..model import CardFacts
-from ..registry import formats
 from .base_card import BaseCard
 
 __all__ = ["Card", "CardResult", "render_card"]

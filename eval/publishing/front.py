@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...convert.names import REPO
+from ...convert.registry import require_format
 from ...tables import Table, cell
-from ..names import REPO
-from ..registry import require_format
 from .base_card import split_front
 from .cards import card_path, measured_damage
 

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 from ...checkpoint.files.paths import companion
 from ...checkpoint.files.side_files import TEMPLATE_DIRECTORY, is_side_file
 from ...checkpoint.source.hub import confined_file, list_directory
+from ...convert.format import Format
+from ...convert.names import CARD_NAME, HUB_ID, RATE, RECIPE_FILE, REPO, NameParts
+from ...convert.registry import format_of, formats, require_format
 from ...errors import CheckpointError, PublishError
-from ..format import Format
-from ..names import HUB_ID, RATE, RECIPE_FILE, REPO, NameParts
-from ..registry import format_of, formats, require_format
-from .base_card import CARD_NAME
 from .cards import card_path
 from .front import Size, front_page
 from .mark import read_mark
@@ -171,7 +170,7 @@ def push_model(
         ``push_model("llama-6bpw", "me/")`` uploads a model, privately. What would be uploaded:
 
         >>> from pathlib import Path
-        >>> from bpwise.convert.publishing.push import plan_uploads
+        >>> from bpwise.eval.publishing.push import plan_uploads
         >>> (upload,) = plan_uploads([Path("llama-6bpw")], "me/")
         >>> upload.repo
         'me/llama-6.0bpw-exl2'

@@ -17,7 +17,7 @@ from bpwise.cli import cli
 from bpwise.convert.exl2.file.layout import RowGroup
 from bpwise.convert.exl2.file.linear import QuantizedLinear
 from bpwise.convert.exl2.file.writer import write_model
-from bpwise.convert.publishing.mark import mark_broken
+from bpwise.eval.publishing.mark import mark_broken
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 

@@ -10,10 +10,10 @@ from ...checkpoint.files.atomic import write_text
 from ...checkpoint.files.paths import companion
 from ...checkpoint.files.schemas import Count, NonNegative, Number, check_schema, read_json
 from ...checkpoint.source.hub import directory_name, resolve_model
+from ...convert.names import CARD_NAME, HUB_ID, REPORT_FILE, hub_id
+from ...convert.registry import require_format
 from ...errors import BrokenModelError, ConfigError, FormatError
-from ..names import HUB_ID, REPORT_FILE, hub_id
-from ..registry import require_format
-from .base_card import CARD_NAME, BaseCard, read_base_card
+from .base_card import BaseCard, read_base_card
 from .card import Card, CardResult, render_card
 from .mark import read_mark
 
