@@ -260,7 +260,8 @@ def _reconsider_marks(
     quantized: Sequence[Path], comparisons: Sequence[Comparison], costs: Sequence[tuple[LinearCost, ...]]
 ) -> None:
     from ..eval.engines.engine import open_for_engine
-    from ..quantize.judge import predicted_damage, reconsider_mark
+    from ..eval.report.layers import predicted_damage
+    from ..quantize.judge import reconsider_mark
 
     for path, comparison, each in zip(quantized, comparisons, costs, strict=True):
         if reconsider_mark(path, comparison, predicted_nats=predicted_damage(open_for_engine(path), each)):

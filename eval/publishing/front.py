@@ -1,21 +1,37 @@
-"""The front page of a repository with several sizes of one model: a table of all, and which one to take."""
+"""The front page of a repository with several sizes of one model: a table of all, a chart, and which one to take."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...convert.model import QuantizedModel
 from ...convert.names import REPO
 from ...convert.registry import require_format
-from ...tables import Table, cell
+from ...errors import BpwiseError, FormatError
+from ...tables import Table, bytes_text, cell
+from ..metrics.numbers import nats
+from ..report.drawings.charts import SizedModel, size_chart
+from ..report.drawings.png import png_bytes
+from ..report.layers import find_plan, linear_costs, predicted_damage
+from ..report.verdict import GOOD_ENOUGH_NATS, same_tokens, words_for
 from .base_card import split_front
-from .cards import card_path, measured_damage
+from .cards import ReportedSummary, card_path, measured_damage
+from .prompt import prompt_format, prompt_sections
 
-__all__ = ["Size", "front_page"]
+__all__ = ["CHART_NAME", "FrontPage", "Size", "front_page"]
+
+CHART_NAME = "kl-against-size.png"
 
 _ORIGINAL = re.compile(r"^---\n+# The card of the original,", re.MULTILINE)
+
+_ROOM = (
+    "Take one that fits into your memory, with one or two gigabytes more than its size for the context. The KL "
+    "divergence says how far the predictions are from the original's."
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,49 +39,144 @@ class Size:
     """One model of a repository.
 
     Attributes:
-        output: Its directory or file.
+        name: Name of its directory or file.
         link: Where it lies: a file of the repository, or the address of a branch.
         label: What Ollama and llama.cpp find it by, as ``Q4_K_M``; None where they do not.
+        file_bytes: Size of all files with tensors.
+        measured: What its report says; None if it was not measured.
+        predicted_nats: Damage that its plan predicted, nats per token; None if it is not known.
     """
 
-    output: Path
+    name: str
     link: str
     label: str | None
+    file_bytes: int
+    measured: ReportedSummary | None
+    predicted_nats: float | None
+
+    @classmethod
+    def of(cls, output: Path, link: str, label: str | None) -> Size:
+        """Read a model and its report.
+
+        Raises:
+            BpwiseError: The model cannot be opened, or its report is damaged.
+        """
+        model = require_format(output).open(output)
+        return cls(
+            name=output.name,
+            link=link,
+            label=label,
+            file_bytes=model.file_bytes,
+            measured=measured_damage(output),
+            predicted_nats=_predicted(model),
+        )
+
+    @property
+    def nats(self) -> float | None:
+        """Damage as it was measured, else as it was predicted, nats per token; None if it is not known."""
+        return self.predicted_nats if self.measured is None else self.measured.kl_nats.value
+
+    @property
+    def linked(self) -> str:
+        """Its name as a link, in Markdown."""
+        return f"[{cell(self.name)}](<{self.link}>)"
 
 
-def front_page(base: str, sizes: Sequence[Size]) -> str:
-    """Return the page as Markdown; front matter and the original's card are those of the first model's card.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontPage:
+    """What a repository shows first.
+
+    Attributes:
+        text: The page as Markdown.
+        chart: KL divergence against size as a PNG file, which the page shows; empty for none.
+    """
+
+    text: str
+    chart: bytes
+
+
+def front_page(base: str, outputs: Sequence[Path], sizes: Sequence[Size]) -> FrontPage:
+    """Return the page; front matter, prompt format and the original's card are those of the first model.
 
     Args:
         base: Name of the original.
-        sizes: All that is in the repository.
+        outputs: The models' directories or files.
+        sizes: What the page lists of them.
 
     Raises:
-        BpwiseError: A model cannot be opened, or its report is damaged.
+        BpwiseError: The first model cannot be opened.
     """
-    front, body = split_front(card_path(sizes[0].output).read_text(encoding="utf-8", errors="replace"))
+    first = outputs[0]
+    front, body = split_front(card_path(first).read_text(encoding="utf-8", errors="replace"))
     original = _ORIGINAL.search(body)
+    chart = _chart(sizes)
     sections = [
         f"# {cell(base)} in {len(sizes)} sizes",
         _table(sizes),
+        *([f"![KL divergence against size]({CHART_NAME})"] if chart else []),
         "## Which one should I take?",
-        "The largest that fits into your memory: leave one or two gigabytes more than the file for the context. The "
-        "KL divergence says how far the predictions are from the original's. Below 0.01 the model is hard to tell "
-        "from the original; above 0.1 expect mistakes that the original does not make.",
+        *_advice(sizes),
+        *prompt_sections(prompt_format(require_format(first).open(first))),
         *_picked(sizes),
     ]
     page = "\n\n".join(sections) + "\n"
-    return f"{front}\n{page}" + (f"\n{body[original.start() :]}" if original else "")
+    return FrontPage(text=f"{front}\n{page}" + (f"\n{body[original.start() :]}" if original else ""), chart=chart)
+
+
+def _predicted(model: QuantizedModel) -> float | None:
+    with suppress(FormatError):  # what lies in a work directory is not published
+        return predicted_damage(model, linear_costs(model, find_plan(model.path)))
+    return None
+
+
+def _chart(sizes: Sequence[Size]) -> bytes:
+    drawing = size_chart(
+        [SizedModel(each.name, each.file_bytes, each.measured.kl_nats) for each in sizes if each.measured is not None]
+    )
+    with suppress(BpwiseError):  # the renderer is an extra
+        return b"" if drawing is None else png_bytes(drawing)
+    return b""
 
 
 def _table(sizes: Sequence[Size]) -> str:
-    bytes_of = {each.output: require_format(each.output).open(each.output).file_bytes for each in sizes}
-    lines = ["| model | size | KL divergence, nats per token | same most likely token |", "| --- | --- | --- | --- |"]
-    for each in sorted(sizes, key=lambda size: -bytes_of[size.output]):
-        kl, same = measured_damage(each.output) or ("not measured", "")
-        link = f"[{cell(each.output.name)}](<{each.link}>)"
-        lines.append(f"| {link} | {bytes_of[each.output] / 1e9:.3f} GB | {kl} | {same} |")
+    head = ("model", "size", "KL divergence, nats per token", "same most likely token", "in words")
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    for each in sorted(sizes, key=lambda size: -size.file_bytes):
+        kl, same = "not measured", ""
+        if each.measured is not None:
+            kl, same = each.measured.kl_nats.text(), f"{each.measured.top1_agreement.text(100)} %"
+        elif each.predicted_nats is not None:
+            kl = f"{nats(each.predicted_nats)} predicted"
+        words = "" if each.nats is None else words_for(each.nats)
+        lines.append(f"| {each.linked} | {bytes_text(each.file_bytes)} | {kl} | {same} | {words} |")
     return "\n".join(lines)
+
+
+def _advice(sizes: Sequence[Size]) -> list[str]:
+    # By what was measured; where nothing was, by what the plans predicted.
+    known = [each for each in sizes if each.measured is not None]
+    sections = [_ROOM]
+    if not known:
+        known = [each for each in sizes if each.predicted_nats is not None]
+        why = "the numbers are predictions of the plans" if known else "the largest is the closest to the original"
+        sections.append(f"None of these models was measured: {why}.")
+    if not known:
+        return sections
+    closest = min(known, key=lambda each: each.nats or 0.0)
+    good = [each for each in known if (each.nats or 0.0) <= GOOD_ENOUGH_NATS]
+    smallest = min(good, key=lambda each: each.file_bytes, default=None)
+    found = f"None is close to the original (at most {GOOD_ENOUGH_NATS:g} nats per token away)."
+    if smallest is not None:
+        found = f"**The smallest that is close to the original:** {_judged(smallest)}"
+    return [*sections, found, *([f"**The closest:** {_judged(closest)}"] if closest is not smallest else [])]
+
+
+def _judged(size: Size) -> str:
+    assert size.nats is not None
+    told = f"{size.linked}, {bytes_text(size.file_bytes)}: {words_for(size.nats)}"
+    if size.measured is None:
+        return f"{told}, as predicted."
+    return f"{told}. {same_tokens(size.measured.top1_agreement.value)}."
 
 
 def _picked(sizes: Sequence[Size]) -> list[str]:
@@ -73,7 +184,7 @@ def _picked(sizes: Sequence[Size]) -> list[str]:
     found: dict[str, list[str]] = {}
     for each in sizes:
         if each.label is not None:
-            found.setdefault(each.label, []).append(each.output.name)
+            found.setdefault(each.label, []).append(each.name)
     if not found:
         return []
     rows = [

@@ -16,8 +16,9 @@ from ...convert.format import Format
 from ...convert.names import CARD_NAME, HUB_ID, RATE, RECIPE_FILE, REPO, NameParts
 from ...convert.registry import format_of, formats, require_format
 from ...errors import CheckpointError, PublishError
+from ...tables import bytes_text
 from .cards import card_path
-from .front import Size, front_page
+from .front import CHART_NAME, FrontPage, Size, front_page
 from .mark import read_mark
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Upload:
         branch: Branch of it; None for the main one.
         files: Path in the repository, and the file here.
         left_out: Names in the directory that are not published.
-        page: Text of a front page that no file holds; empty for none.
+        page: A front page, which no file holds; None for none.
     """
 
     output: Path
@@ -47,7 +48,7 @@ class Upload:
     branch: str | None
     files: tuple[tuple[str, Path], ...]
     left_out: tuple[str, ...]
-    page: str = ""
+    page: FrontPage | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -56,22 +57,27 @@ class Upload:
 
     def contents(self) -> Iterator[tuple[str, str | bytes]]:
         """Yield the path in the repository and the path here, or the content of what is made for the repository."""
-        if self.page:
-            yield CARD_NAME, self.page.replace(REPO, self.repo).encode()
+        yield from self.pages().items()
         for name, path in self.files:
             card = path.read_bytes() if name.endswith(CARD_NAME) else b""
             told = card.replace(REPO.encode(), self.repo.encode())  # commands in it name the repository
             yield name, str(path) if told == card else told
 
+    def pages(self) -> dict[str, bytes]:
+        """Return the files of the front page: their content by name."""
+        if self.page is None:
+            return {}
+        pages = {CARD_NAME: self.page.text.replace(REPO, self.repo).encode(), CHART_NAME: self.page.chart}
+        return {name: content for name, content in pages.items() if content}
+
     def summary_lines(self) -> list[str]:
         """Return what would be uploaded, as lines for a terminal."""
         where = f"{self.repo}{f', branch {self.branch}' if self.branch else ''}"
-        lines = [f"{self.output} -> https://huggingface.co/{where}: {self.total_bytes / 1e6:.1f} MB"]
+        lines = [f"{self.output} -> https://huggingface.co/{where}: {bytes_text(self.total_bytes)}"]
         if not any(".report." in f".{name}" for name, _ in self.files) and len(self.files) > 1:
             lines.append("  warning: it was not compared with the original")
         lines += [f"  {name}  {path.stat().st_size} bytes" for name, path in self.files]
-        if self.page:
-            lines.append(f"  {CARD_NAME}  {len(self.page.encode())} bytes, the front page")
+        lines += [f"  {name}  {len(content)} bytes, the front page" for name, content in self.pages().items()]
         return [*lines, *(f"  not published: {name}" for name in self.left_out)]
 
     def to_dict(self) -> dict[str, Any]:
@@ -83,7 +89,7 @@ class Upload:
             "total_bytes": self.total_bytes,
             "files": [
                 *({"name": name, "path": str(path), "bytes": path.stat().st_size} for name, path in self.files),
-                *([{"name": CARD_NAME, "path": None, "bytes": len(self.page.encode())}] if self.page else []),
+                *({"name": name, "path": None, "bytes": len(content)} for name, content in self.pages().items()),
             ],
             "not_published": list(self.left_out),
         }
@@ -274,21 +280,22 @@ def _front_pages(uploads: Sequence[Upload]) -> list[Upload]:
         if each.repo not in with_page:
             missing.setdefault(each.repo, []).append(each)
     return [
-        replace(group[0], branch=None, files=(), left_out=(), page=front_page(_base(group[0]), list(map(_size, group))))
-        for group in missing.values()
+        replace(group[0], branch=None, files=(), left_out=(), page=_front_page(group)) for group in missing.values()
     ]
 
 
-def _base(upload: Upload) -> str:
-    return _named(upload.output, require_format(upload.output)).base
+def _front_page(group: Sequence[Upload]) -> FrontPage:
+    first = group[0].output
+    base = _named(first, require_format(first)).base
+    return front_page(base, [each.output for each in group], list(map(_size, group)))
 
 
 def _size(upload: Upload) -> Size:
     branch = f"https://huggingface.co/{upload.repo}/tree/{upload.branch}"
     label = _named(upload.output, require_format(upload.output)).label
     if upload.branch is None:
-        return Size(output=upload.output, link=upload.output.name, label=label)
-    return Size(output=upload.output, link=branch, label=None)
+        return Size.of(upload.output, upload.output.name, label)
+    return Size.of(upload.output, branch, None)
 
 
 def _named(output: Path, format_: Format) -> NameParts:
