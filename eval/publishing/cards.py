@@ -29,6 +29,7 @@ __all__ = [
     "is_card",
     "make_card",
     "measured_damage",
+    "read_summary",
     "write_card",
 ]
 
@@ -114,6 +115,18 @@ def measured_damage(output: Path) -> ReportedSummary | None:
     """
     report = _report(output)
     return None if report is None else report.summary
+
+
+def read_summary(path: Path) -> ReportedSummary:
+    """Return what a report says of the damage.
+
+    Args:
+        path: The report for programs.
+
+    Raises:
+        FormatError: The report is damaged.
+    """
+    return _read_report(path).summary
 
 
 def check_base_model(base_model: str | None) -> None:
@@ -225,8 +238,10 @@ class _Report:
 
 def _report(output: Path) -> _Report | None:
     path = companion(output, REPORT_FILE)
-    if not path.exists():
-        return None
+    return _read_report(path) if path.exists() else None
+
+
+def _read_report(path: Path) -> _Report:
     remedy = "The report is damaged, or of another version: evaluate again."
     raw = read_json(path, FormatError).get("comparison")
     return check_schema(raw, _Report, FormatError, where=f"{path}: comparison", remedy=remedy)

@@ -22,7 +22,7 @@ from .base_card import split_front
 from .cards import ReportedSummary, card_path, measured_damage
 from .prompt import prompt_format, prompt_sections
 
-__all__ = ["CHART_NAME", "FrontPage", "Size", "front_page"]
+__all__ = ["CHART_NAME", "FrontPage", "Size", "branch_link", "front_page"]
 
 CHART_NAME = "kl-against-size.png"
 
@@ -87,26 +87,46 @@ class FrontPage:
     """What a repository shows first.
 
     Attributes:
+        base: Name of the original.
+        first: The first model of those that are pushed.
+        sizes: The models that it lists.
         text: The page as Markdown.
         chart: KL divergence against size as a PNG file, which the page shows; empty for none.
     """
 
+    base: str
+    first: Path
+    sizes: tuple[Size, ...]
     text: str
     chart: bytes
 
+    def with_published(self, published: Sequence[Size]) -> FrontPage:
+        """Return the page with models that the repository has already, those that are pushed now apart.
 
-def front_page(base: str, outputs: Sequence[Path], sizes: Sequence[Size]) -> FrontPage:
-    """Return the page; front matter, prompt format and the original's card are those of the first model.
+        Raises:
+            BpwiseError: As ``front_page``.
+        """
+        pushed = {each.link for each in self.sizes}
+        others = [each for each in published if each.link not in pushed]
+        return front_page(self.base, self.first, [*self.sizes, *others]) if others else self
+
+
+def branch_link(repo: str, branch: str) -> str:
+    """Return the address of a branch."""
+    return f"https://huggingface.co/{repo}/tree/{branch}"
+
+
+def front_page(base: str, first: Path, sizes: Sequence[Size]) -> FrontPage:
+    """Return the page.
 
     Args:
         base: Name of the original.
-        outputs: The models' directories or files.
-        sizes: What the page lists of them.
+        first: The model that front matter, prompt format and the original's card are taken of.
+        sizes: The models to list.
 
     Raises:
         BpwiseError: The first model cannot be opened.
     """
-    first = outputs[0]
     front, body = split_front(card_path(first).read_text(encoding="utf-8", errors="replace"))
     original = _ORIGINAL.search(body)
     chart = _chart(sizes)
@@ -120,7 +140,8 @@ def front_page(base: str, outputs: Sequence[Path], sizes: Sequence[Size]) -> Fro
         *_picked(sizes),
     ]
     page = "\n\n".join(sections) + "\n"
-    return FrontPage(text=f"{front}\n{page}" + (f"\n{body[original.start() :]}" if original else ""), chart=chart)
+    text = f"{front}\n{page}" + (f"\n{body[original.start() :]}" if original else "")
+    return FrontPage(base=base, first=first, sizes=tuple(sizes), text=text, chart=chart)
 
 
 def _predicted(model: QuantizedModel) -> float | None:

@@ -18,8 +18,9 @@ from ...convert.registry import format_of, formats, require_format
 from ...errors import CheckpointError, PublishError
 from ...tables import bytes_text
 from .cards import card_path
-from .front import CHART_NAME, FrontPage, Size, front_page
+from .front import CHART_NAME, FrontPage, Size, branch_link, front_page
 from .mark import read_mark
+from .published import published_sizes
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -188,6 +189,8 @@ def push_model(
 def upload_model(upload: Upload, *, public: bool = False, api: HfApi | None = None) -> str:
     """Upload one model in one commit; repository and branch are made if they are missing.
 
+    A front page lists the models that the repository has already, too.
+
     Args:
         upload: What, and where.
         public: Whether a new repository is public. An existing public one is not written to unless this is set.
@@ -211,6 +214,7 @@ def upload_model(upload: Upload, *, public: bool = False, api: HfApi | None = No
             )
         if upload.branch is not None:
             api.create_branch(upload.repo, branch=upload.branch, exist_ok=True)
+        upload = _with_published(upload, api)
         operations: list[Any] = [CommitOperationAdd(name, content) for name, content in upload.contents()]
         commit = api.create_commit(
             upload.repo, operations, commit_message=f"Upload {upload.output.name}", revision=upload.branch
@@ -223,6 +227,14 @@ def upload_model(upload: Upload, *, public: bool = False, api: HfApi | None = No
             "your rights to it, and run the same command again."
         ) from cause
     return str(commit.commit_url)
+
+
+def _with_published(upload: Upload, api: HfApi) -> Upload:
+    if upload.page is None:
+        return upload
+    by_branch = upload.page.sizes[0].link != upload.output.name
+    published = published_sizes(api, upload.repo, require_format(upload.output), by_branch=by_branch)
+    return replace(upload, page=upload.page.with_published(published))
 
 
 def _check(output: Path) -> None:
@@ -287,15 +299,14 @@ def _front_pages(uploads: Sequence[Upload]) -> list[Upload]:
 def _front_page(group: Sequence[Upload]) -> FrontPage:
     first = group[0].output
     base = _named(first, require_format(first)).base
-    return front_page(base, [each.output for each in group], list(map(_size, group)))
+    return front_page(base, first, list(map(_size, group)))
 
 
 def _size(upload: Upload) -> Size:
-    branch = f"https://huggingface.co/{upload.repo}/tree/{upload.branch}"
     label = _named(upload.output, require_format(upload.output)).label
     if upload.branch is None:
         return Size.of(upload.output, upload.output.name, label)
-    return Size.of(upload.output, branch, None)
+    return Size.of(upload.output, branch_link(upload.repo, upload.branch), None)
 
 
 def _named(output: Path, format_: Format) -> NameParts:

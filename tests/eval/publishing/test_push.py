@@ -50,6 +50,8 @@ class FakeHub:
     repos: dict[str, bool] = field(default_factory=dict)
     branches: list[tuple[str, str]] = field(default_factory=list)
     commits: list[tuple[str, str | None, dict[str, Any]]] = field(default_factory=list)
+    stored: dict[str | None, dict[str, Path]] = field(default_factory=dict)
+    """Files that the one repository has before, by branch and name."""
     failure: Exception | None = None
 
     def create_repo(self, repo: str, *, private: bool, exist_ok: bool) -> None:
@@ -64,6 +66,16 @@ class FakeHub:
     def create_branch(self, repo: str, *, branch: str, exist_ok: bool) -> None:
         assert exist_ok
         self.branches.append((repo, branch))
+
+    def list_repo_refs(self, repo: str) -> Any:
+        return SimpleNamespace(branches=[SimpleNamespace(name=branch or "main") for branch in self.stored])
+
+    def list_repo_tree(self, repo: str, *, revision: str | None) -> list[Any]:
+        files = self.stored.get(None if revision == "main" else revision, {})
+        return [SimpleNamespace(path=name, size=path.stat().st_size) for name, path in files.items()]
+
+    def hf_hub_download(self, repo: str, name: str, *, revision: str | None) -> str:
+        return str(self.stored[revision][name])
 
     def create_commit(self, repo: str, operations: Any, *, commit_message: str, revision: str | None) -> Any:
         assert commit_message.startswith("Upload ")
@@ -466,6 +478,51 @@ def test_the_front_page_has_a_chart(tmp_path: Path, hub: FakeHub, monkeypatch: p
     assert (result.exit_code, result.stderr) == (0, "")
     assert hub.commits[0][2].keys() == {"README.md"}
     assert ".png" not in hub.commits[0][2]["README.md"].decode()
+
+
+def test_the_front_page_lists_what_is_there_already(tmp_path: Path, hub: FakeHub) -> None:
+    write_sizes(tmp_path / "all")
+    before, now = tmp_path / "before", tmp_path / "now"
+    before.mkdir()
+    now.mkdir()
+    for path in (tmp_path / "all").iterdir():
+        path.rename((now if path.name.startswith("L-4.5bpw") else before) / path.name)
+    (before / "L-2.5bpw.report.json").write_text("{")
+    (before / "L-9.5bpw.gguf").write_text("without a card")
+    (before / "a>b-4.0bpw.gguf").write_text("not a name")
+    (before / "a>b-4.0bpw.README.md").write_text("a card")
+    hub.stored[None] = {path.name: path for path in before.iterdir()}
+    (tmp_path / "of-old").write_text("x" * 10)
+    hub.stored[None]["L-4.5bpw.gguf"] = tmp_path / "of-old"  # pushed again
+    hub.stored[None]["L-4.5bpw.README.md"] = tmp_path / "of-old"
+    assert push(now, "org/").exit_code == 0
+    page = hub.commits[0][2]["README.md"].decode()
+    assert page.startswith("---\ntags: [exl2]\n---\n\n# L in 4 sizes\n")
+    rows = [line.split(" | ")[:3] for line in page.splitlines() if line.startswith("| [")]
+    assert rows == [
+        [f"| [{name}.gguf](<{name}.gguf>)", size, kl]
+        for name, size, kl in (
+            ("L-8.5bpw", "16.4 MB", "0.0014"),
+            ("L-6.5bpw", "12.3 MB", "0.0055"),
+            ("L-4.5bpw", "8.2 MB", "0.031"),
+            ("L-2.5bpw", "4.1 MB", "not measured"),
+        )
+    ]
+    assert "**The closest:** [L-8.5bpw.gguf]" in page
+
+
+def test_the_front_page_lists_branches_that_are_there_already(output: Path, hub: FakeHub, tmp_path: Path) -> None:
+    files = {path.name: path for path in output.iterdir()}
+    hub.stored = {None: {"README.md": output / "README.md"}, "2.0bpw": files, "4.0bpw": files, "other": {}}
+    shutil.copytree(output, tmp_path / "all" / "L-4.0bpw-4hb-exl2")
+    assert push(tmp_path / "all", "org/", "--branch").exit_code == 0
+    page = hub.commits[0][2]["README.md"].decode()
+    assert [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| [")] == [
+        "| [L-4.0bpw-4hb-exl2](<https://huggingface.co/org/L-exl2/tree/4.0bpw>)",
+        "| [2.0bpw](<https://huggingface.co/org/L-exl2/tree/2.0bpw>)",
+    ]
+    size = (output / "output.safetensors").stat().st_size
+    assert page.count(f"| {size / 1e6:.1f} MB | 0.0125 ± 0.001 | 94 % |") == 2
 
 
 def test_where_nothing_was_measured_predictions_are_named_so(
