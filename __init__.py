@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from .convert.dense import dequantize_model
     from .convert.opening import verify_model
     from .convert.plan import Plan
-    from .convert.publishing.cards import write_card
-    from .convert.publishing.push import push_model
     from .convert.registry import Exl2Options, GgufOptions, export_imatrix
     from .errors import BpwiseError
     from .eval.comparison import EvalConfig, evaluate_models
+    from .eval.publishing.cards import write_card
+    from .eval.publishing.push import push_model
     from .measure.measurement import Measurement
     from .measure.run import MeasureConfig
     from .measure.text.calibration import CalibrationConfig, CalibrationSet
@@ -59,11 +59,11 @@ _HOMES = {
     "make_plan": "quantize.planning.plans",
     "measure_model": "quantize.run",
     "open_model": "checkpoint.source.original",
-    "push_model": "convert.publishing.push",
+    "push_model": "eval.publishing.push",
     "quantize_model": "quantize.run",
     "quantize_series": "quantize.series",
     "verify_model": "convert.opening",
-    "write_card": "convert.publishing.cards",
+    "write_card": "eval.publishing.cards",
 }
 
 __all__ = [

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from .errors import printable
 
-__all__ = ["AnyCell", "NotedCell", "Table", "cell", "html_summary"]
+__all__ = ["AnyCell", "NotedCell", "Table", "bytes_text", "bytes_unit", "cell", "html_summary"]
 
 _MOST_CHARACTERS = 10_000
 _MOST_TERMINAL_CHARACTERS = 200
@@ -123,6 +123,17 @@ def cell(text: str) -> str:
     for sign, replacement in (("\\", "\\\\"), ("&", "&amp;"), ("<", "&lt;"), *((s, f"\\{s}") for s in "|[")):
         text = text.replace(sign, replacement)
     return text
+
+
+def bytes_text(count: int) -> str:
+    """Return a size as people read it: ``85.9 MB``, ``4.58 GB``."""
+    unit, size = bytes_unit(count)
+    return f"{count / size:.{2 if unit == 'GB' else 1}f} {unit}"
+
+
+def bytes_unit(count: int) -> tuple[str, int]:
+    """Return the unit that sizes up to this one are shown in, and its bytes: GB from a billion bytes on, else MB."""
+    return ("GB", 10**9) if count >= 10**9 else ("MB", 10**6)
 
 
 def html_summary(title: str, facts: Iterable[str], table: Table | None = None, *, folded: bool = False) -> str:

@@ -44,7 +44,7 @@ def verify(model: Path | str, as_json: bool) -> None:
     MODEL is an EXL2 directory, a GGUF file, or on the Hub ORG/NAME-exl2@REVISION or ORG/NAME-GGUF:Q4_K_M.
     """
     from ..convert.opening import locate_model, verify_model
-    from ..convert.publishing.mark import read_mark
+    from ..eval.publishing.mark import read_mark
 
     path = locate_model(model)
     reason = read_mark(path)
@@ -260,7 +260,8 @@ def _reconsider_marks(
     quantized: Sequence[Path], comparisons: Sequence[Comparison], costs: Sequence[tuple[LinearCost, ...]]
 ) -> None:
     from ..eval.engines.engine import open_for_engine
-    from ..quantize.judge import predicted_damage, reconsider_mark
+    from ..eval.report.layers import predicted_damage
+    from ..quantize.judge import reconsider_mark
 
     for path, comparison, each in zip(quantized, comparisons, costs, strict=True):
         if reconsider_mark(path, comparison, predicted_nats=predicted_damage(open_for_engine(path), each)):

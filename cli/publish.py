@@ -25,7 +25,7 @@ def card(model: Path, original: str | None, base_model: str | None) -> None:
     MODEL is an EXL2 directory, which gets README.md, or a GGUF file, which gets NAME.README.md beside it. The numbers
     are those of the report that `bpwise eval` writes.
     """
-    from ..convert.publishing.cards import write_card
+    from ..eval.publishing.cards import write_card
 
     if original is None:
         say("no --original: licence, language and the original's card are not carried over", err=True)
@@ -50,7 +50,7 @@ def push(output: Path, target: str, branch: bool, public: bool, dry_run: bool, a
     ORG/Llama-3.2-1B-GGUF, ORG/Llama-3.2-1B-8.0bpw-8hb-exl2. Models that are marked as broken or fail verification are
     refused.
     """
-    from ..convert.publishing.push import find_outputs, plan_uploads, upload_model
+    from ..eval.publishing.push import find_outputs, plan_uploads, upload_model
 
     uploads = []
     for planned in plan_uploads(find_outputs(output), target, by_branch=branch):

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import ConfigError
+from ..tables import bytes_text
 from .model import CardFacts, Description, QuantizedModel, Verification, verify_values
 from .names import NameParts, convention_name
 from .options import Conflict, FormatOptions
@@ -112,7 +113,7 @@ class Format(ABC):
             name=model.path.name,
             kind=f"a {self.title} model",
             library=self.name,
-            made=(("format", self.title), ("size of the weights", f"{model.file_bytes / 1e9:.3f} GB")),
+            made=(("format", self.title), ("size of the weights", bytes_text(model.file_bytes))),
             limits=(),
             loading="Decode it with `bpwise dequantize`; Transformers loads the result.",
         )

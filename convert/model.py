@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..checkpoint.model.names import head_names
-from ..errors import VerificationError
+from ..errors import CalibrationError, CheckpointError, VerificationError
 from ..tables import Table, html_summary
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..checkpoint.source.checkpoint import TensorSource
+    from ..measure.text.chat_template import ChatTemplate
 
 __all__ = ["CardFacts", "Description", "QuantizedModel", "Verification", "verify_values"]
 
@@ -200,6 +201,15 @@ class QuantizedModel(ABC):
     def predicted_damage_nats(self) -> float | None:
         """Damage that its plan predicted, nats per token; None if it does not say."""
         return None
+
+    def chat_template(self) -> ChatTemplate | None:
+        """Return its own chat template; None if it has none, or its tokenizer cannot be loaded."""
+        from ..measure.text.tokenizer import chat_template, load_tokenizer  # noqa: PLC0415 - only cards ask
+
+        try:
+            return chat_template(load_tokenizer(self.directory))
+        except (CalibrationError, CheckpointError):
+            return None
 
     @property
     def calibration_spans(self) -> str | None:

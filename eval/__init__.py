@@ -1,1 +1,1 @@
-"""What it cost: perplexity, KL divergence, agreement, reports."""
+"""What it cost: perplexity, KL divergence, agreement, reports; cards and uploads of finished models."""

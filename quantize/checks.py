@@ -17,13 +17,13 @@ from ..checkpoint.source.checkpoint import Checkpoint
 from ..checkpoint.source.hub import side_files
 from ..convert.conversion import Conversion, Target
 from ..convert.format import Format
-from ..convert.names import RECIPE_FILE
-from ..convert.publishing.base_card import CARD_NAME, read_base_card
-from ..convert.publishing.cards import card_path, is_card
-from ..convert.publishing.mark import mark_path
+from ..convert.names import CARD_NAME, RECIPE_FILE
 from ..convert.registry import format_asking
 from ..errors import CheckpointError, ConfigError, WorkDirectoryError
 from ..eval.config import EvalConfig
+from ..eval.publishing.base_card import read_base_card
+from ..eval.publishing.cards import card_path, is_card
+from ..eval.publishing.mark import mark_path
 from ..eval.report.report import JSON_NAME, report_names, try_report
 from ..measure.device import resolve_device
 from ..measure.measurement import Measurement

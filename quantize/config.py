@@ -14,10 +14,10 @@ from ..convert.conversion import Conversion, Target
 from ..convert.format import Format
 from ..convert.names import hub_id
 from ..convert.options import FormatOptions
-from ..convert.publishing.cards import check_base_model
 from ..convert.registry import format_asking, format_naming, formats
 from ..errors import ConfigError
 from ..eval.config import EvalConfig
+from ..eval.publishing.cards import check_base_model
 from ..measure.run import MeasureConfig
 from ..measure.text.calibration import CalibrationSet
 from ..measure.text.mixture import BUILT_IN

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 from ..checkpoint.files.disk_errors import delete_file
 from ..checkpoint.source.checkpoint import Checkpoint, TensorSource
-from ..convert.model import QuantizedModel
-from ..convert.plan import LinearCost
-from ..convert.publishing.cards import card_path
-from ..convert.publishing.mark import clear_mark, mark_broken, read_mark
 from ..errors import BrokenModelError, NumericalError
 from ..eval.cache import OriginalCache
 from ..eval.comparison import ENGINE, Comparison, EvalConfig, compare_with, evaluation_rows
 from ..eval.metrics.overlap import CalibrationSpans, refuse_calibration_text, with_overlap_warning
 from ..eval.models import device_name, summarize_model, vocab_size_of
 from ..eval.original import OriginalRun, run_original
+from ..eval.publishing.cards import card_path
+from ..eval.publishing.mark import clear_mark, mark_broken, read_mark
 from ..measure.device import resolve_device
 from ..measure.text.calibration import CalibrationSet
 from ..measure.text.context import EVALUATION, check_rows
@@ -29,7 +26,6 @@ __all__ = [
     "BROKEN_RATIO",
     "Judge",
     "broken_because",
-    "predicted_damage",
     "reconsider_mark",
     "refuse_marked",
 ]
@@ -223,19 +219,6 @@ def reconsider_mark(output: Path, comparison: Comparison, *, predicted_nats: flo
         return True
     clear_mark(output)
     return False
-
-
-def predicted_damage(model: TensorSource, costs: Sequence[LinearCost]) -> float | None:
-    """Return the damage that a quantized model's plan predicted, in nats per token, None if that is not known.
-
-    Args:
-        model: The model.
-        costs: What is known of its linears.
-    """
-    if isinstance(model, QuantizedModel) and model.predicted_damage_nats is not None:
-        return model.predicted_damage_nats
-    known = [cost.damage_nats for cost in costs if cost.damage_nats is not None]
-    return sum(known) if known else None
 
 
 def refuse_marked(output: Path) -> None:

@@ -15,13 +15,13 @@ from ..checkpoint.files.resume import RunArtifacts, run_artifacts
 from ..convert.conversion import Provenance, Target
 from ..convert.model import Verification
 from ..convert.plan import Plan
-from ..convert.publishing.cards import card_path, write_card
-from ..convert.publishing.mark import read_mark
 from ..convert.registry import load_plan
 from ..convert.rounding import Drift, RoundedModel, Rounder
 from ..errors import CalibrationError, FormatError
 from ..eval.comparison import Comparison
 from ..eval.metrics.overlap import CalibrationSpans
+from ..eval.publishing.cards import card_path, write_card
+from ..eval.publishing.mark import read_mark
 from ..eval.report.content import Report
 from ..eval.report.report import carried_over, earlier_details, read_comparison, report_names, write_report
 from ..measure.calibrated import CALIBRATION_FILE, kept_rows

@@ -82,10 +82,10 @@ def test_imports_run_downhill(path: Path) -> None:
 INNER = {
     "checkpoint": ["source", "loading", "trace", "model", "files"],
     "measure": [".", "text", "statistics", "model", "layers"],
-    "convert": ["exl2", "gguf", "publishing", "tuning", "."],
+    "convert": ["exl2", "gguf", "tuning", "."],
     "convert/exl2": [".", "rounding", "plan", "file", "readers"],
     "convert/gguf": [".", "engine", "llama_cpp", "plan", "model", "file", "rows", "ggml"],
-    "eval": ["report", "tasks", "engines", ".", "metrics"],
+    "eval": ["publishing", "report", "tasks", "engines", ".", "metrics"],
     "eval/report": [".", "drawings"],
     "quantize": [".", "planning", "timing", "rounding"],
 }

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...checkpoint.model.families import is_known
+from ...tables import bytes_text
 from ..model import CardFacts
 from ..names import RATE, convention_name, pasteable
 from .file.config import stored_rates
@@ -96,7 +97,7 @@ def _made(model: Exl2Model) -> tuple[tuple[str, str], ...]:
         ("decoder", _with_unit(decoder_bpw, "bits per weight, all overheads counted")),
         ("left in float16", _with_unit(provenance.float16_linears or None, "linears of the decoder")),
         ("output head", _with_unit(head_bits, "bits")),
-        ("size of the weights", f"{model.file_bytes / 1e9:.3f} GB"),
+        ("size of the weights", bytes_text(model.file_bytes)),
         ("changed while reading", _changes(provenance.changes)),
         ("calibration", calibration.get("dataset")),
         ("calibration rows", _with_unit(calibration.get("rows"), f"of {calibration.get('length')} tokens")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
+from ...tables import bytes_text
 from ..model import CardFacts
 from ..names import REPO, pasteable
 from .file.describe import all_tensors_bpw
@@ -36,7 +37,7 @@ def gguf_card(model: GgufModel) -> CardFacts:
         loading=loading(
             pasteable(model.path.name),
             label=_label(model),
-            chat=isinstance(model.header.metadata.get("tokenizer.chat_template"), str),
+            chat=model.chat_template() is not None,
         ),
     )
 
@@ -111,7 +112,7 @@ def _made(model: GgufModel) -> tuple[tuple[str, str], ...]:
         ("bits per weight", f"{all_tensors_bpw(tensors):.4f}, over all tensors"),
         ("types", ", ".join(f"{name} {count / weights.total():.1%}" for name, count in weights.most_common())),
         ("rounded without a measurement", _unmeasured(model)),
-        ("size of the file", f"{model.file_bytes / 1e9:.3f} GB"),
+        ("size of the file", bytes_text(model.file_bytes)),
         ("calibration", calibration),
         ("made with", f"bpwise {version}" if version else "bpwise, as llama-quantize does"),
     ]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ...tables import Table
+from ...tables import AnyCell, NotedCell, Table
 from ..comparison import Comparison
 from ..metrics.estimate import Estimate
 from ..metrics.numbers import estimate, nats, percent
@@ -109,7 +109,7 @@ def tasks_table(report: TaskReport, *, parts: bool = False) -> Table:
         report: Where the scores are from.
         parts: Whether of the parts of groups, instead of what was asked for.
     """
-    rows = []
+    rows: list[tuple[AnyCell, ...]] = []
     for score in report.scores:
         if (score.part_of is not None) is parts:
             metric = score.metric if score.filter == "none" else f"{score.metric} ({score.filter})"
@@ -124,9 +124,9 @@ def _shown(value: Estimate, score: TaskScore, sign: str = "") -> str:
     return percent(value, sign) if share else estimate(value, 3, sign)
 
 
-def _beside(each: QuantizedScore, score: TaskScore) -> str:
+def _beside(each: QuantizedScore, score: TaskScore) -> NotedCell:
     changed = "" if each.changed is None else f"; {100 * each.changed:.1f} % changed"
-    return f"{_shown(Estimate(each.score.value, None), score)} ({_shown(each.difference, score, '+')}{changed})"
+    return NotedCell(_shown(Estimate(each.score.value, None), score), _shown(each.difference, score, "+") + changed)
 
 
 def task_methods(report: TaskReport) -> Table:
@@ -148,13 +148,13 @@ def task_methods(report: TaskReport) -> Table:
 
 def needle_table(report: NeedleReport) -> Table:
     """Return a row for each model and length: the share found and nats, both with what changed."""
-    rows = []
+    rows: list[tuple[AnyCell, ...]] = []
     for model in report.models:
         for each in model.lengths:
-            found, value = percent(each.found), nats(each.nats)
+            changes = ("", "")
             if each.found_change is not None and each.nats_change is not None:
-                found += f" ({percent(each.found_change, '+')})"
-                value += f" ({estimate(each.nats_change, 3, '+')})"
+                changes = (percent(each.found_change, "+"), estimate(each.nats_change, 3, "+"))
+            found, value = map(NotedCell, (percent(each.found), nats(each.nats)), changes)
             rows.append((model.name, str(each.length), found, value))
     return Table.of(("needle in a haystack", "tokens", "found", "nats"), rows)
 

@@ -16,9 +16,9 @@ from ..metrics.estimate import CONFIDENCE
 from ..metrics.numbers import nats
 from ..metrics.profile import Choice
 from .content import Report
-from .drawings.charts import drift_chart, histogram_chart, kinds_chart, positions_chart, size_chart
+from .drawings.charts import SizedModel, drift_chart, histogram_chart, kinds_chart, positions_chart, size_chart
 from .drawings.maps import bits_map, damage_map, needle_map
-from .drawings.svg import STYLE, Drawing, visible
+from .drawings.svg import STYLE, Drawing, distinct_names, visible
 from .extras import (
     ANSWERS_NOTE,
     NEEDLE_NOTE,
@@ -102,17 +102,19 @@ def _hash(text: str) -> str:
 def charts_of(report: Report) -> dict[str, Drawing]:
     """Return the drawings by name; those of single models have their number in it."""
     comparisons = report.comparisons
+    sized = [SizedModel(each.quantized.name, each.quantized.stored_bytes, each.summary.kl_nats) for each in comparisons]
     drawings: dict[str, Drawing | None] = {
         "histogram": histogram_chart(comparisons),
         "positions": positions_chart(comparisons),
-        "size": size_chart(comparisons),
+        "size": size_chart(sized),
         "kinds": kinds_chart(comparisons),
         "drift": drift_chart(comparisons, first_token=False),
         "drift-first-token": drift_chart(comparisons, first_token=True),
     }
-    for number, (comparison, costs) in enumerate(zip(comparisons, report.costs, strict=False), start=1):
-        drawings[f"map-damage-{number}"] = damage_map(costs, comparison.quantized.name)
-        drawings[f"map-bits-{number}"] = bits_map(costs, comparison.quantized.name)
+    names = distinct_names([each.quantized.name for each in comparisons]) if len(comparisons) > 1 else [""]
+    for number, (name, costs) in enumerate(zip(names, report.costs, strict=False), start=1):
+        drawings[f"map-damage-{number}"] = damage_map(costs, name)
+        drawings[f"map-bits-{number}"] = bits_map(costs, name)
     for number, model in enumerate(report.extras.needle.models if report.extras.needle else ()):
         drawings[f"needle-{number}"] = needle_map(model)
     return {name: drawing for name, drawing in drawings.items() if drawing is not None}

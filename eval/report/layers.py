@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from ...checkpoint.files.paths import named, work_beside
@@ -11,7 +12,7 @@ from ...convert.model import QuantizedModel
 from ...convert.plan import LinearCost
 from ...convert.registry import format_naming, is_older_plan, load_plan
 
-__all__ = ["find_plan", "linear_costs"]
+__all__ = ["find_plan", "linear_costs", "predicted_damage"]
 
 
 def linear_costs(model: TensorSource, plan: Path | None = None) -> tuple[LinearCost, ...]:
@@ -34,6 +35,19 @@ def linear_costs(model: TensorSource, plan: Path | None = None) -> tuple[LinearC
     if not all(math.isclose(stored.get(name, 0.0), bpw, rel_tol=1e-6) for name, (bpw, _) in planned.items()):
         planned = {}
     return tuple(LinearCost(name, bpw, planned[name][1] if name in planned else None) for name, bpw in stored.items())
+
+
+def predicted_damage(model: TensorSource, costs: Sequence[LinearCost]) -> float | None:
+    """Return the damage that a quantized model's plan predicted, in nats per token, None if that is not known.
+
+    Args:
+        model: The model.
+        costs: What is known of its linears.
+    """
+    if isinstance(model, QuantizedModel) and model.predicted_damage_nats is not None:
+        return model.predicted_damage_nats
+    known = [cost.damage_nats for cost in costs if cost.damage_nats is not None]
+    return sum(known) if known else None
 
 
 def find_plan(model: Path) -> Path | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...checkpoint.files.atomic import write_json, write_text
 from ...checkpoint.files.operations import delete
-from ...tables import Table, cell
+from ...tables import Table, bytes_text, cell
 from ...version import __version__
 from ..comparison import Comparison
 from .content import Report
@@ -145,7 +145,7 @@ def _row(output: SeriesOutput) -> tuple[str, ...]:
     kl = "not measured" if output.comparison is None else f"{output.comparison.summary.kl_nats.value:.3g}"
     assert output.bpw is not None
     assert output.file_bytes is not None
-    size = f"{output.file_bytes / 1e6:.1f} MB"
+    size = bytes_text(output.file_bytes)
     return (output.path.name, _asked(output), f"{output.bpw:.4f}", size, f"{output.predicted_nats:.3g}", kl)
 
 

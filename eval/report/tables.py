@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ...tables import AnyCell, NotedCell, Table
+from ...tables import AnyCell, NotedCell, Table, bytes_text
 from ...version import __version__
 from ..comparison import Comparison
 from ..metrics.estimate import Estimate, Interval, confidence_interval
@@ -94,7 +94,7 @@ def _size(model: ModelSummary) -> NotedCell:
     if model.stored_bytes is None:
         return NotedCell("unknown", key=-1.0)
     bits = "" if model.bits_per_parameter is None else f"{model.bits_per_parameter:.3f} bits/parameter"
-    return NotedCell(f"{model.stored_bytes / 1e6:.1f} MB", bits, model.stored_bytes)
+    return NotedCell(bytes_text(model.stored_bytes), bits, model.stored_bytes)
 
 
 def models_records(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:

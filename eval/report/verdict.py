@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ...tables import Table
+from ...tables import Table, bytes_text
 from ..comparison import Comparison
 from ..metrics.estimate import Estimate, confidence_interval
 from ..metrics.numbers import estimate, nats, percent
@@ -21,6 +21,7 @@ __all__ = [
     "known_like",
     "known_table",
     "meanings_table",
+    "same_tokens",
     "sentence",
     "size_words",
     "verdict",
@@ -116,7 +117,7 @@ def verdict_sentence(comparison: Comparison) -> str:
     words, size = verdict(comparison), size_words(comparison)
     shown = f"{size}: {words}" if size else f"{words[0].upper()}{words[1:]}"
     doubt = "" if comparison.rows >= _FEW_ROWS else f" (judged on {_counted(comparison.rows)} of text only)"
-    return f"{shown}{doubt}. {_same_tokens(comparison.summary.top1_agreement.value)}."
+    return f"{shown}{doubt}. {same_tokens(comparison.summary.top1_agreement.value)}."
 
 
 def size_words(comparison: Comparison) -> str:
@@ -124,11 +125,11 @@ def size_words(comparison: Comparison) -> str:
     size, whole = comparison.quantized.stored_bytes, comparison.original.stored_bytes
     if not size:
         return ""
-    shown = f"{size / 1e6:.1f} MB" if size < 1e9 else f"{size / 1e9:.2f} GB"
-    return f"{shown}, {100 * size / whole:.0f} % of the original" if whole else shown
+    return f"{bytes_text(size)}, {100 * size / whole:.0f} % of the original" if whole else bytes_text(size)
 
 
-def _same_tokens(share: float) -> str:
+def same_tokens(share: float) -> str:
+    """Return how many of the next tokens are the same, 0 to 1 of all, as a sentence without its full stop."""
     if share == 1:
         return "All next tokens are the same"
     for of in (100, 1000):

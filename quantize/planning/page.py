@@ -20,7 +20,8 @@ from ...eval.report.drawings.maps import bits_map
 from ...eval.report.html import render_page
 from ...eval.report.verdict import KNOWN_NOTE, known_like, words_for
 from ...measure.measurement import Measurement
-from ...tables import Table
+from ...measure.run import NAME_KEY
+from ...tables import Table, bytes_text, bytes_unit
 from .plans import PlanPoint, plan_points
 
 __all__ = ["is_plan_page", "plan_page", "write_plan_page"]
@@ -62,6 +63,7 @@ def plan_page(
     """
     shown = {format_named(name): each for name, each in points.items() if each}
     found = {each.title: points for each, points in shown.items()}
+    unit, unit_bytes = bytes_unit(max(point.plan.stored_bytes for points in found.values() for point in points))
     return render_page(
         __package__,
         "plan",
@@ -69,6 +71,8 @@ def plan_page(
         facts=Table.of_facts(facts.items()),
         missing=[format_named(name).title for name, each in points.items() if not each],
         known_note=KNOWN_NOTE,
+        unit=unit,
+        unit_bytes=unit_bytes,
         outputs={each.title: [_output(each, model, point) for point in points] for each, points in shown.items()},
         original=quote(model),
         measurement=quote(measurement),
@@ -111,7 +115,7 @@ def write_plan_page(
         )
     page = plan_page(
         points,
-        model=model,
+        model=str(measurement.config.get(NAME_KEY) or model),
         facts=facts,
         measurement=f"{model}.safetensors",
         contexts={name: _contexts(each, measurement, given[name]) for name, each in formats().items() if points[name]},
@@ -148,11 +152,11 @@ def _options(format_: Format, options: FormatOptions, measurement: Measurement) 
 
 
 def _size(point: PlanPoint) -> str:
-    return f"{point.plan.stored_bytes / 1e9:.3f} GB"
+    return bytes_text(point.plan.stored_bytes)
 
 
 def _table(format_: Format, points: Sequence[PlanPoint]) -> Table:
-    rows = [(f"{point.bpw}", _size(point), nats(point.damage_nats), _words(point)) for point in points]
+    rows = [(f"{point.bpw} bpw", _size(point), nats(point.damage_nats), _words(point)) for point in points]
     head = (f"bits per weight {format_.bpw_means}", "size of the tensors", "predicted damage, nats/token", "in words")
     return Table.of(head, rows)
 
@@ -162,10 +166,9 @@ def _words(point: PlanPoint) -> str:
     return words_for(point.damage_nats) + (f"; about llama.cpp's {like}" if like else "")
 
 
-def _curve(points: Sequence[PlanPoint]) -> list[tuple[float, float, str]]:
+def _curve(points: Sequence[PlanPoint]) -> list[tuple[int, float, str]]:
     return [
-        (point.plan.stored_bytes / 1e9, point.damage_nats, f"nats at {point.bpw:g} bpw, {_size(point)}")
-        for point in points
+        (point.plan.stored_bytes, point.damage_nats, f"nats at {point.bpw:g} bpw, {_size(point)}") for point in points
     ]
 
 

@@ -7,7 +7,7 @@ const context = document.getElementById("context");
 const copy = document.getElementById("copy");
 const show = (id, text) => { document.getElementById(id).textContent = text; };
 const chosen = () => document.querySelector("input[name=format]:checked").value;
-const gigabytes = (bytes) => `${(bytes / 1e9).toFixed(3)} GB`;
+const size = (bytes) => bytes < 1e9 ? `${(bytes / 1e6).toFixed(1)} MB` : `${(bytes / 1e9).toFixed(2)} GB`;
 
 const dots = [...document.querySelectorAll(".charts circle.mark")];
 const marker = document.createElementNS("http://www.w3.org/2000/svg", "circle");
@@ -25,12 +25,12 @@ function update() {
   const index = Math.min(Number(slider.value), points.length - 1);
   const point = points[index];
   show("bpw", `${point.bpw} bpw`);
-  show("size", gigabytes(point.stored_bytes));
+  show("size", size(point.stored_bytes));
   show("damage", `${point.damage} nats/token`);
   show("words", point.words);
   show("beside", beside() === 0 ? "" :
-    `A context of ${context.value} tokens and what computing takes: ${gigabytes(beside())} more, ` +
-    `${gigabytes(point.stored_bytes + beside())} in all.`);
+    `A context of ${context.value} tokens and what computing takes: ${size(beside())} more, ` +
+    `${size(point.stored_bytes + beside())} in all.`);
   show("shares", point.shares);
   const output = page.outputs[format][index];
   show("command", `bpwise quantize ${page.original} ${output} --bpw ${point.bpw} --measurement ${page.measurement}`);
@@ -56,7 +56,7 @@ function update() {
 }
 
 function fit() {
-  const room = Number(memory.value) * 1e9;
+  const room = Number(memory.value) * page.unit_bytes;
   const points = plans[chosen()];
   const fitting = points.filter((point) => point.stored_bytes + beside() <= room).length;
   show("fits", room > 0 && fitting === 0 ? "No plan is that small." : "");

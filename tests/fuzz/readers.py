@@ -32,14 +32,14 @@ from bpwise.convert.gguf.plan.plan import GgufPlan
 from bpwise.convert.gguf.rows.text import map_from_text, map_to_text
 from bpwise.convert.model import CardFacts
 from bpwise.convert.opening import open_any, verify_model
-from bpwise.convert.publishing.base_card import read_base_card
-from bpwise.convert.publishing.card import Card, render_card
-from bpwise.convert.publishing.cards import write_card
-from bpwise.convert.publishing.push import Upload, upload_model
 from bpwise.convert.registry import load_plan, require_format
 from bpwise.errors import BpwiseError
 from bpwise.eval.cache import OriginalCache
 from bpwise.eval.metrics.overlap import stored_spans
+from bpwise.eval.publishing.base_card import read_base_card
+from bpwise.eval.publishing.card import Card, render_card
+from bpwise.eval.publishing.cards import write_card
+from bpwise.eval.publishing.push import Upload, upload_model
 from bpwise.eval.report.layers import linear_costs
 from bpwise.measure.calibrated import measured_rows
 from bpwise.measure.measurement import Measurement
@@ -439,9 +439,9 @@ READERS: dict[str, Reader] = {
         read=_read_output,
         modules=(
             "convert/exl2/file/manifest",
-            "convert/publishing/cards",
-            "convert/publishing/mark",
             "eval/metrics/overlap",
+            "eval/publishing/cards",
+            "eval/publishing/mark",
         ),
     ),
     "index": Reader(
@@ -545,7 +545,7 @@ READERS: dict[str, Reader] = {
         modules=("convert/gguf/rows/text",),
     ),
     "card": Reader(
-        seeds="card", share=30, targets={"README.md": CARD}, read=_read_card, modules=("convert/publishing/base_card",)
+        seeds="card", share=30, targets={"README.md": CARD}, read=_read_card, modules=("eval/publishing/base_card",)
     ),
     "hub": Reader(
         seeds="hub",
@@ -561,7 +561,7 @@ READERS: dict[str, Reader] = {
         file=False,
         targets={"answers.json": Kind(mutated_answers, check_answers)},
         read=_read_push,
-        modules=("convert/publishing/push",),
+        modules=("eval/publishing/push",),
     ),
 }
 """All of them, by name."""

@@ -12,8 +12,8 @@ from random import Random
 
 import pytest
 from bpwise.checkpoint.source.hub import resolve_model
-from bpwise.convert.publishing.push import Upload, upload_model
 from bpwise.errors import CheckpointError, PublishError
+from bpwise.eval.publishing.push import Upload, upload_model
 
 from . import mutations
 from .hub import answers_of, lying_hub

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from bpwise.convert.exl2.card import exl2_name
 from bpwise.convert.names import convention_name
-from bpwise.convert.publishing.mark import mark_broken
+from bpwise.eval.publishing.mark import mark_broken
 from huggingface_hub import ModelCard
 
 from .runs import TEXT, bpwise
@@ -59,6 +59,18 @@ def test_written_again(out: Path, model: Path) -> None:
     result = bpwise("card", out, "--original", model, "--base-model", "org/Tiny-1B")
     assert result.exit_code == 0
     assert (out / "README.md").read_text() == before
+
+
+def test_a_chat_model_shows_its_prompt_format(out: Path, model: Path) -> None:
+    (out / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}")
+    assert bpwise("card", out, "--original", model).exit_code == 0
+    text = ModelCard.load(out / "README.md").text
+    assert "## Prompt format\n\n```text\n<system> {system_prompt}\n<user> {prompt}\n" in text
+    (out / "chat_template.jinja").write_text("{% for m in messages %}")
+    assert bpwise("card", out, "--original", model).exit_code == 0
+    text = ModelCard.load(out / "README.md").text
+    assert "Prompt format" not in text
+    assert "## How to load it" in text
 
 
 def test_with_nothing_at_hand(out: Path) -> None:

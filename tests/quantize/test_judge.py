@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.convert.exl2.rounding.rounder import rounded_linear
-from bpwise.convert.publishing.mark import clear_mark, mark_broken, mark_path, read_mark
 from bpwise.errors import BrokenModelError, ConfigError
 from bpwise.eval.config import EvalConfig
+from bpwise.eval.publishing.mark import clear_mark, mark_broken, mark_path, read_mark
 from bpwise.measure.run import MeasureConfig
 from bpwise.measure.text.calibration import CalibrationConfig
 from bpwise.quantize.judge import Judge, broken_because

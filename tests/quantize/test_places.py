@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from bpwise.checkpoint.files.paths import reserved
 from bpwise.checkpoint.files.resume import ResumeStore
-from bpwise.convert.publishing.mark import mark_broken
 from bpwise.errors import WorkDirectoryError
+from bpwise.eval.publishing.mark import mark_broken
 from bpwise.measure.measurement import Measurement
 from bpwise.quantize import judge
 from bpwise.quantize import measuring as obtain

@@ -152,12 +152,13 @@ def test_a_size_is_chosen_in_a_browser(measurement: Measurement, opened: Opened)
     assert opened["bpw"] == f"{points[-1].bpw:g} bpw"
     assert f"at {points[-1].bpw:g} bpw" in opened.marked()
     fitting = [p for p in points if p.plan.stored_bytes <= 80_000][-1]
-    opened.act("#memory", "0.00008")
+    assert opened["size"] == f"{next(p for p in points if p.bpw == 4.5).plan.stored_bytes / 1e6:.1f} MB"
+    opened.act("#memory", "0.08")  # MB, as the largest plan is below 1 GB
     assert opened["bpw"] == f"{fitting.bpw:g} bpw"
     hint = "return document.querySelector('[data-map=EXL2] rect.mark title').textContent"
     first = fitting.plan.costs()[0]
     assert opened.browser.execute_script(hint) == f"{first.name}: {round(first.bpw, 3):g} bits per weight"
-    opened.act("#memory", "0.00000001")
+    opened.act("#memory", "0.00001")
     assert opened["fits"] == "No plan is that small."
 
 
@@ -173,10 +174,10 @@ def test_a_context_takes_its_memory(measurement: Measurement, opened: Opened) ->
     taken = LARGE - room_for_weights(LARGE, measurement.config, 128)
     assert taken > 2 * 2 * 2 * 2 * 16 * 128
     opened.act("#context", "128", "change")
-    assert f"A context of 128 tokens and what computing takes: {taken / 1e9:.3f} GB more" in opened["beside"]
-    opened.act("#memory", f"{(points[3].plan.stored_bytes + taken) / 1e9:.9f}")
+    assert f"A context of 128 tokens and what computing takes: {taken / 1e6:.1f} MB more" in opened["beside"]
+    opened.act("#memory", f"{(points[3].plan.stored_bytes + taken) / 1e6:.9f}")
     assert opened["bpw"] == f"{points[3].bpw:g} bpw"
-    opened.act("#memory", f"{taken / 1e9:.9f}")
+    opened.act("#memory", f"{taken / 1e6:.9f}")
     assert opened["fits"] == "No plan is that small."
 
 

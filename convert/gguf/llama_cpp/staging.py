@@ -19,7 +19,7 @@ from ....checkpoint.source.checkpoint import Checkpoint
 from ....checkpoint.source.hub import confined_file, side_files
 from ....checkpoint.source.views import CheckpointView
 from ....errors import CheckpointError
-from ...publishing.base_card import CARD_NAME
+from ...names import CARD_NAME
 
 __all__ = ["converter_files", "stage_model", "stage_projector", "stores_mtp", "vision_tensors"]
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ....checkpoint.source.checkpoint import TensorSource
 from ....errors import CheckpointError, FormatError, UnsupportedModelError
+from ....measure.text.chat_template import ChatTemplate
 from ...model import Description, QuantizedModel
 from ..file.describe import describe_gguf
 from ..file.header import GgufHeader, GgufTensor
@@ -165,8 +166,11 @@ class GgufModel(QuantizedModel):
     @property
     def calibration_spans(self) -> str | None:
         """Hashes of its calibration text; None if it does not say."""
-        spans = self._header.metadata.get(SPANS_KEY)
-        return None if spans is None else str(spans)
+        return None if (spans := self._header.metadata.get(SPANS_KEY)) is None else str(spans)
+
+    def chat_template(self) -> ChatTemplate | None:
+        """Return the chat template that the file holds; None if it holds none."""
+        return _template(self._header)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -187,9 +191,8 @@ class GgufModel(QuantizedModel):
 
     def stored_bpw(self) -> dict[str, float]:
         """Return the bits per weight of every matrix by its name in the file, in model order."""
-        matrices = [name for name, info in self._header.tensors.items() if len(trimmed(info.shape)) > 1]
-        ordered = sorted(matrices, key=_model_order)
-        return {name.removesuffix(".weight"): self._header.tensors[name].type.bits_per_weight for name in ordered}
+        tensors = {name: each for name, each in self._header.tensors.items() if len(trimmed(each.shape)) > 1}
+        return {n.removesuffix(".weight"): tensors[n].type.bits_per_weight for n in sorted(tensors, key=_model_order)}
 
     def describe(self) -> Description:
         """Return what is in it."""
@@ -224,8 +227,7 @@ class GgufModel(QuantizedModel):
             CheckpointError: There is no tensor of that name.
             FormatError: The file is shorter than it was, the type cannot be decoded, or a value is NaN or infinite.
         """
-        info = self.stored(name)
-        values = read_values(info)
+        values = read_values(self.stored(name))
         order = row_order(name, architecture_of(self._header.metadata["general.architecture"]), self.config)
         if order is None:
             return values
@@ -269,3 +271,14 @@ def _model_order(name: str) -> tuple[int, int, str]:
     layer = layer_of(name)
     rank = 1 if layer >= 0 else 0 if role_of(name) is Role.EMBEDDING else 2
     return rank, layer, name
+
+
+def _template(header: GgufHeader) -> ChatTemplate | None:
+    metadata = header.metadata
+    source, tokens = metadata.get("tokenizer.chat_template"), metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(source, str):
+        return None
+    ids = {kind: metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("bos", "eos")}
+    known = dict(enumerate(tokens)) if isinstance(tokens, list) else {}
+    named = {f"{kind}_token": known[at] for kind, at in ids.items() if isinstance(at, int) and at in known}
+    return ChatTemplate(source, named)

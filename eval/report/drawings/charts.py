@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
+from ....tables import bytes_text, bytes_unit
 from ...comparison import Comparison
 from ...metrics.estimate import Estimate
 from ...metrics.numbers import nats
@@ -22,12 +24,23 @@ from .svg import (
     shortened,
 )
 
-__all__ = ["drift_chart", "histogram_chart", "kinds_chart", "planned_chart", "positions_chart", "size_chart"]
+__all__ = [
+    "SizedModel",
+    "drift_chart",
+    "histogram_chart",
+    "kinds_chart",
+    "planned_chart",
+    "positions_chart",
+    "size_chart",
+]
 
 _HEIGHT = 260
 _LEFT = 48
 _RIGHT = 14
 _BOTTOM = 38
+
+_HALF_CHARACTERS = 23
+"""Of a legend's label that takes no more than half of a chart."""
 
 _LOWEST_SHOWN_NATS = 1e-9
 """Smaller divergences are shown as this one on logarithmic axes."""
@@ -138,21 +151,36 @@ def drift_chart(comparisons: Sequence[Comparison], *, first_token: bool) -> Draw
     return _curves(title, "block", x, curves, name_y="relative error of hidden states", radius=2.5)
 
 
-def size_chart(comparisons: Sequence[Comparison]) -> Drawing | None:
+@dataclass(frozen=True, slots=True)
+class SizedModel:
+    """One point of ``size_chart``.
+
+    Attributes:
+        name: Name of the model.
+        stored_bytes: Size of all files with weights; None if it is not known.
+        kl_nats: Mean KL divergence from the original, nats per token.
+    """
+
+    name: str
+    stored_bytes: int | None
+    kl_nats: Estimate
+
+
+def size_chart(models: Sequence[SizedModel]) -> Drawing | None:
     """Draw the divergence against the size, each model with its name; None if fewer than two have a known size.
 
     The line joins those that no smaller model comes as close to the original as.
     """
-    known = [(each.quantized.stored_bytes, number) for number, each in enumerate(comparisons)]
-    sized = sorted((size / 1e6, number) for size, number in known if size)
-    if len(sized) < 2:
+    found = sorted((each.stored_bytes, number) for number, each in enumerate(models) if each.stored_bytes)
+    if len(found) < 2:
         return None
-    names = distinct_names(_names(comparisons))
+    unit, unit_bytes = bytes_unit(found[-1][0])
+    sized = [(size / unit_bytes, number) for size, number in found]
+    names = distinct_names([each.name for each in models])
     drawing = Drawing(WIDTH, _HEIGHT, "KL divergence against size")
-    values = [comparisons[number].summary.kl_nats for _, number in sized]
-    x = linear_axis(min(size for size, _ in sized), max(size for size, _ in sized))
-    place = _Frame(drawing, x, _nats_axis(values), 36)
-    place.axes("MB", "nats/token", "{:.6g}".format, short_number)
+    values = [models[number].kl_nats for _, number in sized]
+    place = _Frame(drawing, linear_axis(sized[0][0], sized[-1][0]), _nats_axis(values), 36)
+    place.axes(unit, "nats/token", "{:.6g}".format, short_number)
     points = [(place.x(size), place.y(value.value)) for (size, _), value in zip(sized, values, strict=True)]
     lowest = list(accumulate((value.value for value in values), min))
     best = [
@@ -162,8 +190,8 @@ def size_chart(comparisons: Sequence[Comparison]) -> Drawing | None:
     ]
     if len(best) > 1:
         drawing.path(best, color="var(--bp-muted)", hint="the closest to the original at each size")
-    for (x_at, y_at), (size, number), value in zip(points, sized, values, strict=True):
-        hint = f"{comparisons[number].quantized.name}: {nats(value)} nats at {size:.1f} MB"
+    for (x_at, y_at), (size, number), value in zip(points, found, values, strict=True):
+        hint = f"{models[number].name}: {nats(value)} nats at {bytes_text(size)}"
         drawing.dot(x_at, y_at, color=series_color(number), hint=hint, radius=5)
     _label(drawing, [(*point, names[number]) for point, (_, number) in zip(points, sized, strict=True)])
     return drawing
@@ -179,22 +207,24 @@ def _label(drawing: Drawing, labels: Sequence[tuple[float, float, str]]) -> None
         while any(abs(line - other) < 13 and start < end and begin < start + width for other, begin, end in taken):
             line += 3
         taken.append((line, start, start + width))
-        drawing.text(x - 9 if left else x + 9, line, name, anchor="end" if left else "start")
+        drawing.text(x - 9 if left else x + 9, line, name, anchor="end" if left else "start", kind="label")
 
 
-def planned_chart(curves: Mapping[str, Sequence[tuple[float, float, str]]]) -> Drawing:
+def planned_chart(curves: Mapping[str, Sequence[tuple[int, float, str]]]) -> Drawing:
     """Draw predicted damage against size, one line for each format.
 
     Args:
-        curves: By format, its plans from the smallest to the largest: size in GB, damage in nats per token, and what
+        curves: By format, its plans from the smallest to the largest: size in bytes, damage in nats per token, and what
             to say on hovering after format and damage.
     """
     sizes = [size for points in curves.values() for size, *_ in points]
+    unit, unit_bytes = bytes_unit(max(sizes))
     marks = [
-        (name, [(size, Estimate(damage, None), hint) for size, damage, hint in points])
+        (name, [(size / unit_bytes, Estimate(damage, None), hint) for size, damage, hint in points])
         for name, points in curves.items()
     ]
-    return _curves("Predicted damage against size", "GB", linear_axis(min(sizes), max(sizes)), marks, radius=3)
+    x = linear_axis(min(sizes) / unit_bytes, max(sizes) / unit_bytes)
+    return _curves("Predicted damage against size", unit, x, marks, radius=3)
 
 
 def _curves(
@@ -229,7 +259,7 @@ class _Frame:
     def __init__(self, drawing: Drawing, x: Axis, y: Axis, top: float) -> None:
         self._drawing = drawing
         self._x, self._y = x, y
-        self._top, self._bottom = top + 4, drawing.height - _BOTTOM
+        self._top, self._bottom = top + 9, drawing.height - _BOTTOM
         self._right = drawing.width - _RIGHT
 
     def x(self, value: float) -> float:
@@ -247,7 +277,7 @@ class _Frame:
             drawing.line(self.x(tick), self._bottom, self.x(tick), self._bottom + 4)
             drawing.text(self.x(tick), self._bottom + 16, str_x(tick), anchor="middle", kind="small")
         drawing.text((_LEFT + self._right) / 2, self._bottom + 32, name_x, anchor="middle", kind="small")
-        drawing.text(0, self._top - 8, name_y, kind="small")
+        drawing.text(0, self._top - 13, name_y, kind="small")
 
 
 def _begun(title: str, names: Sequence[str]) -> tuple[Drawing, float]:
@@ -262,7 +292,10 @@ def _names(comparisons: Iterable[Comparison]) -> list[str]:
 
 
 def _legend(drawing: Drawing, names: Sequence[str]) -> float:
-    return drawing.legend(distinct_names(names), 32) if len(names) > 1 else 20
+    if len(names) < 2:
+        return 20
+    labels = distinct_names(names)
+    return drawing.legend(labels, 32, columns=2 if max(map(len, labels)) <= _HALF_CHARACTERS else 1)
 
 
 def _nats_axis(values: Sequence[Estimate]) -> Axis:

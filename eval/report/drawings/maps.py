@@ -46,8 +46,13 @@ def needle_map(model: NeedleModel) -> Drawing:
     return drawing
 
 
-def damage_map(costs: Sequence[LinearCost], name: str) -> Drawing | None:
-    """Draw the predicted damage of every linear, by block and kind; None if it is not known."""
+def damage_map(costs: Sequence[LinearCost], name: str = "") -> Drawing | None:
+    """Draw the predicted damage of every linear, by block and kind; None if it is not known.
+
+    Args:
+        costs: The linears of one model.
+        name: What tells the model from others that are shown; empty for a single one.
+    """
     known = {cost.name: cost.damage_nats for cost in costs if cost.damage_nats is not None}
     if not known:
         return None
@@ -55,18 +60,29 @@ def damage_map(costs: Sequence[LinearCost], name: str) -> Drawing | None:
     low, high = min(values), max(values)
     spread = low > 0 and high / low > LOG_RATIO
     scale = Axis(low=low, high=high if high > low else low + 1, ticks=(), log=spread)
-    title = f"Predicted damage by layer and linear — {shortened(name)}"
+    title = _titled("Damage", name)
     damaged = [cost for cost in costs if cost.name in known]
-    return _heat_map(damaged, lambda cost: known[cost.name], scale, title, "nats/token", "var(--bp-heat)", sum)
+    unit = "nats/token, predicted"
+    return _heat_map(damaged, lambda cost: known[cost.name], scale, title, unit, "var(--bp-heat)", sum)
 
 
-def bits_map(costs: Sequence[LinearCost], name: str) -> Drawing | None:
-    """Draw the bits per weight of every linear, by block and kind; None if nothing is quantized."""
+def bits_map(costs: Sequence[LinearCost], name: str = "") -> Drawing | None:
+    """Draw the bits per weight of every linear, by block and kind; None if nothing is quantized.
+
+    Args:
+        costs: The linears of one model.
+        name: As in ``damage_map``.
+    """
     if not costs:
         return None
     scale = Axis(low=_SHOWN_BPW[0], high=_SHOWN_BPW[1], ticks=())
-    title = f"Bits per weight by layer and linear — {shortened(name)}"
+    title = _titled("Bits per weight", name)
     return _heat_map(costs, lambda cost: cost.bpw, scale, title, "bits per weight", "var(--bp-cool)", fmean)
+
+
+def _titled(what: str, name: str) -> str:
+    # Short enough for a phone, where a map is moved aside to be seen whole.
+    return f"{what} — {name}" if name else what
 
 
 def _heat_map(
@@ -99,7 +115,7 @@ def _heat_map(
             drawing.text(left + cell + 6, y + 14, f"{value:.3g}", kind="small")
     for block in range(0, blocks, max(1, round(24 / cell))):
         drawing.text(left + cell * (block + 0.5) - 0.5, bottom + 13, str(block), anchor="middle", kind="small")
-    _heat_legend(drawing, left, bottom + 40, scale, color, unit)
+    _heat_legend(drawing, left / 2, bottom + 40, scale, color, unit)
     return drawing
 
 

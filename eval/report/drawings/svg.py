@@ -53,6 +53,7 @@ STYLE = """
 svg.bp { font: 12px system-ui, sans-serif; fill: var(--bp-ink); overflow: visible; }
 svg.bp .title { font-weight: 600; font-size: 14px; }
 svg.bp .small { fill: var(--bp-muted); }
+svg.bp .label { paint-order: stroke; stroke: var(--bp-paper); stroke-width: 4; stroke-linejoin: round; }
 svg.bp .grid { stroke: var(--bp-grid); stroke-width: 1; }
 svg.bp .paper { fill: var(--bp-paper); }
 svg.bp path.mark { fill: none; stroke-width: 2; }

@@ -14,6 +14,7 @@ from bpwise.eval.metrics.estimate import Estimate
 from bpwise.eval.report.content import Report
 from bpwise.eval.report.extras import Extras
 from bpwise.eval.report.report import write_report
+from bpwise.eval.report.series import SeriesOutput, write_series_report
 from bpwise.eval.tasks.benchmarks import TaskReport
 from bpwise.eval.tasks.needle import DEPTHS, NeedleCell, NeedleLength, NeedleModel, NeedleReport
 from bpwise.eval.tasks.scores import QuantizedScore, TaskScore
@@ -125,6 +126,23 @@ def write(several: list[Comparison], folder: Path) -> Path:
     return write_report(report, folder, plots=["svg"]).html
 
 
+def write_series(several: list[Comparison], folder: Path) -> Path:
+    outputs = [
+        SeriesOutput(
+            path=Path(each.quantized.name),
+            format="exl2",
+            asked=4.0,
+            bpw=3.99,
+            file_bytes=each.quantized.stored_bytes,
+            predicted_nats=0.01,
+            comparison=each,
+        )
+        for each in several
+    ]
+    broken = SeriesOutput(path=Path(HOSTILE), format="exl2", asked=2.0, broken=HOSTILE * 3)
+    return write_series_report(HOSTILE, [*outputs, broken], folder, {"EXL2": "of all linears"})
+
+
 class TestText:
     def test_needs_nothing_else(self, several: list[Comparison], tmp_path: Path) -> None:
         text = write(several, tmp_path).read_text()
@@ -158,9 +176,10 @@ class TestText:
     def test_extras(self, several: list[Comparison], tmp_path: Path) -> None:
         page = write(several, tmp_path)
         markdown, text = page.with_suffix(".md").read_text(), page.read_text()
-        shown = "47.50 % (-2.50 ± 0.40 %; 8.8 % changed)"
-        assert (markdown.count(shown), text.count(shown)) == (3, 3 * 3)  # parts of groups stand on the page only
-        for each in (markdown, text):
+        # Parts of groups stand on the page only; there what belongs to a number stands beneath it.
+        assert markdown.count("47.50 % (-2.50 ± 0.40 %; 8.8 % changed)") == 3
+        assert text.count("47.50 %<small>-2.50 ± 0.40 %; 8.8 % changed</small>") == 3 * 3
+        for each in (markdown, text.replace("<small>", " (").replace("</small>", ")")):
             assert "50.00 ± 1.00 %" in each
             assert "50.00 ± 25.00 % (-25.00 ± 12.50 %)" in each
             assert "2.50 ± 0.50 (+1.500 ± 0.250)" in each
@@ -233,8 +252,8 @@ class TestBrowser:
             "KL divergence by position in the text": 3 * (buckets + 1),
             "KL divergence against size": 3 + 1,
             "KL divergence by kind of text": 3 * kinds,
-            "Predicted damage by layer and linear — m-8bpw": 7,
-            "Bits per weight by layer and linear — m-8bpw": 7,
+            "Damage — m-8bpw": 7,
+            "Bits per weight — m-8bpw": 7,
             "Measured error by block, other tokens": 3 * (3 + 1),
             "Measured error by block, first token": 3 * (3 + 1),
             "Needles found — m-8bpw": 2 * len(DEPTHS),
@@ -278,10 +297,14 @@ class TestBrowser:
 
     @pytest.mark.parametrize("mode", ["light", "dark"])
     @pytest.mark.parametrize("width", [390, 1200], ids=["phone", "desk"])
+    @pytest.mark.parametrize("kind", ["one", "several", "series"])
     def test_fits_and_can_be_read(
-        self, browser: Any, several: list[Comparison], tmp_path: Path, width: int, mode: str
+        self, browser: Any, several: list[Comparison], tmp_path: Path, kind: str, width: int, mode: str
     ) -> None:
-        show(browser, write(several, tmp_path), width=width, mode=mode)
+        make = write_series if kind == "series" else write
+        page = make(several[1:2] if kind == "one" else several, tmp_path)
+        show(browser, page, width=width, mode=mode)
+        browser.execute_script("document.querySelectorAll('details').forEach(each => { each.open = true; })")
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width
         ink, paper = browser.execute_script(
             "const s = getComputedStyle(document.body); return [s.color, s.backgroundColor]"
@@ -290,11 +313,15 @@ class TestBrowser:
         bright, dim = (sum(numbers(color)) for color in light)
         assert bright > 600
         assert dim < 200
-        # Nothing has to be moved aside to be read; on a desk that is so of all but benchmarks of many models.
-        tables = f"[...document.querySelectorAll('{'table' if width < 600 else '#models, #paired'}')]"
-        assert (
-            browser.execute_script(f"return {tables}.filter(t => t.offsetWidth > t.parentNode.clientWidth).length") == 0
+        # Nothing but the cells of maps has to be moved aside to be read.
+        wide = "t => t.offsetWidth > t.parentNode.clientWidth"
+        assert browser.execute_script(f"return [...document.querySelectorAll('table')].filter({wide}).length") == 0
+        ends = (
+            "return [...document.querySelectorAll('svg text:not([text-anchor=middle])')]"
+            ".filter(t => t.getBoundingClientRect().right > t.closest('.card').getBoundingClientRect().right)"
+            ".map(t => t.textContent)"
         )
+        assert browser.execute_script(ends) == []
         if width < 600:
             label = "return getComputedStyle(document.querySelector('#models td[data-label]'), '::before').content"
             assert browser.execute_script(label) == '"KL, nats/token"'

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from bpwise.cli import cli
 from bpwise.convert.exl2.file.layout import RowGroup
 from bpwise.convert.exl2.file.linear import QuantizedLinear
 from bpwise.convert.exl2.file.writer import write_model
-from bpwise.convert.publishing.mark import mark_broken
+from bpwise.eval.publishing.mark import mark_broken
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
@@ -36,6 +37,8 @@ REPORT = {
     "engine": "engine",
     "dtype": "float32",
 }
+CHART = "kl-against-size.png"
+"""Of a front page, where its renderer is installed."""
 CARD = "---\ntags: [exl2]\n---\n\n# Llama-3.2-1B-4.0bpw-4hb-exl2\n\nWords.\n"
 
 
@@ -47,6 +50,8 @@ class FakeHub:
     repos: dict[str, bool] = field(default_factory=dict)
     branches: list[tuple[str, str]] = field(default_factory=list)
     commits: list[tuple[str, str | None, dict[str, Any]]] = field(default_factory=list)
+    stored: dict[str | None, dict[str, Path]] = field(default_factory=dict)
+    """Files that the one repository has before, by branch and name."""
     failure: Exception | None = None
 
     def create_repo(self, repo: str, *, private: bool, exist_ok: bool) -> None:
@@ -61,6 +66,16 @@ class FakeHub:
     def create_branch(self, repo: str, *, branch: str, exist_ok: bool) -> None:
         assert exist_ok
         self.branches.append((repo, branch))
+
+    def list_repo_refs(self, repo: str) -> Any:
+        return SimpleNamespace(branches=[SimpleNamespace(name=branch or "main") for branch in self.stored])
+
+    def list_repo_tree(self, repo: str, *, revision: str | None) -> list[Any]:
+        files = self.stored.get(None if revision == "main" else revision, {})
+        return [SimpleNamespace(path=name, size=path.stat().st_size) for name, path in files.items()]
+
+    def hf_hub_download(self, repo: str, name: str, *, revision: str | None) -> str:
+        return str(self.stored[revision][name])
 
     def create_commit(self, repo: str, operations: Any, *, commit_message: str, revision: str | None) -> Any:
         assert commit_message.startswith("Upload ")
@@ -200,7 +215,7 @@ def test_branches_of_a_folder(output: Path, hub: FakeHub, tmp_path: Path) -> Non
     assert push(tmp_path / "all", "org/", "--branch").exit_code == 0
     assert hub.repos == {"org/L-exl2": True}
     assert hub.branches == [("org/L-exl2", "4.0bpw"), ("org/L-exl2", "8.0bpw")]
-    assert [(branch, set(files)) for _, branch, files in hub.commits] == [
+    assert [(branch, set(files) - {CHART}) for _, branch, files in hub.commits] == [
         (None, {"README.md"}),
         ("4.0bpw", PUBLISHED),
         ("8.0bpw", PUBLISHED),
@@ -338,7 +353,7 @@ def test_gguf_files(tmp_path: Path, hub: FakeHub) -> None:
     (folder / "L-6.0bpw.recipe.yaml").write_text("bpw: 6.0")
     assert push(folder, "org/").exit_code == 0
     assert hub.repos == {"org/L-GGUF": True}
-    assert [set(files) for _, _, files in hub.commits] == [
+    assert [set(files) - {CHART} for _, _, files in hub.commits] == [
         {"README.md"},
         {"L-4.5bpw.gguf", "L-4.5bpw.README.md", "L-4.5bpw.report.json"},
         {"L-6.0bpw.gguf", "L-6.0bpw.README.md", "L-6.0bpw.recipe.yaml", "L-6.0bpw.report.json"},
@@ -389,20 +404,160 @@ def test_one_front_page_for_all_sizes(tmp_path: Path, hub: FakeHub) -> None:
     _, branch, files = hub.commits[0]
     page = files["README.md"].decode()
     assert branch is None
+    assert files.keys() == {"README.md"}  # of a single measured model there is no chart
     assert page.startswith("---\nlicense: mit\n---\n")
     assert page.endswith("# The card of the original, L\n\nIts words.\n")
     assert "Own words" not in page
     table = [line.split(" | ") for line in page.splitlines() if line.startswith("| [")]
     assert [line[:2] for line in table] == [
-        [f"| [{name}.gguf](<{name}.gguf>)", f"0.{size} GB"]
-        for name, size in (("L-6.5bpw-Q6_K", "012"), ("L-4.6bpw-Q4_K_S", "008"), ("L-4.5bpw-Q4_K_S", "004"))
+        [f"| [{name}.gguf](<{name}.gguf>)", f"{size} MB"]
+        for name, size in (("L-6.5bpw-Q6_K", "12.3"), ("L-4.6bpw-Q4_K_S", "8.2"), ("L-4.5bpw-Q4_K_S", "4.1"))
     ]
-    assert table[0][2:] == ["0.0125 ± 0.001", "94 % |"]
+    assert table[0][2:] == ["0.0125 ± 0.001", "94 %", "close to the original |"]
+    assert table[1][2:] == ["not measured", "", " |"]
+    best = "[L-6.5bpw-Q6_K.gguf](<L-6.5bpw-Q6_K.gguf>), 12.3 MB: close to the original."
+    same = "94 of 100 next tokens are the same."
+    assert f"**The smallest that is close to the original:** {best} {same}" in page.splitlines()
+    assert "**The closest:**" not in page
     taken = [line for line in page.splitlines() if "ollama run hf.co/org/L-GGUF:Q4_K_S" in line]
     assert len(taken) == 1
     assert taken[0].endswith("| L-4.5bpw-Q4_K_S.gguf |")
     assert "`llama-server -hf org/L-GGUF -hff NAME`: L-4.6bpw-Q4_K_S.gguf." in page
     assert hub.commits[1][2]["L-4.5bpw-Q4_K_S.README.md"].decode().count("Own words on org/L-GGUF.") == 1
+
+
+SIZES = {"L-2.5bpw": (0.6, 1), "L-4.5bpw": (0.031, 2), "L-6.5bpw": (0.0055, 3), "L-8.5bpw": (0.0014, 4)}
+"""Names, mean KL divergences in nats per token, and sizes."""
+
+
+def write_sizes(folder: Path, *, measured: bool = True) -> None:
+    folder.mkdir()
+    for name, (kl, rows) in SIZES.items():
+        write_gguf(folder / f"{name}.gguf", shape=(1000 * rows, 1024))
+        (folder / f"{name}.README.md").write_text(CARD)
+        summary = REPORT["summary"] | {"kl_nats": {"value": kl, "standard_error": None}}  # type: ignore[operator]
+        if measured:
+            report = {"comparison": REPORT | {"summary": summary}}
+            (folder / f"{name}.report.json").write_text(json.dumps(report))
+
+
+def test_the_front_page_says_which_one_to_take(tmp_path: Path, hub: FakeHub) -> None:
+    write_sizes(tmp_path / "all")
+    assert push(tmp_path / "all", "org/").exit_code == 0
+    page = hub.commits[0][2]["README.md"].decode()
+    # By llama.cpp's own numbers for Llama 3 8B, Q4_K_M loses 0.031 nats per token, and Q3_K_M 0.1.
+    assert "**The smallest that is close to the original:** [L-4.5bpw.gguf](<L-4.5bpw.gguf>), 8.2 MB: close" in page
+    assert "**The closest:** [L-8.5bpw.gguf](<L-8.5bpw.gguf>), 16.4 MB: indistinguishable in use." in page
+    assert "damaged |" in next(line for line in page.splitlines() if line.startswith("| [L-2.5bpw"))
+    for name in ("L-4.5bpw", "L-6.5bpw", "L-8.5bpw"):
+        (tmp_path / "all" / f"{name}.gguf").unlink()
+    write_gguf(tmp_path / "all" / "L-2.6bpw.gguf")
+    (tmp_path / "all" / "L-2.6bpw.README.md").write_text(CARD)
+    hub.commits.clear()
+    assert push(tmp_path / "all", "org/").exit_code == 0
+    page = hub.commits[0][2]["README.md"].decode()
+    assert "None is close to the original (at most 0.04 nats per token away)." in page
+    assert "**The closest:** [L-2.5bpw.gguf](<L-2.5bpw.gguf>), 4.1 MB: badly damaged." in page
+
+
+def test_the_front_page_has_a_chart(tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("resvg_py", reason="drawings become PNG files by resvg: pip install '.[png]'")
+    write_sizes(tmp_path / "all")
+    before = set((tmp_path / "all").iterdir())
+    assert push(tmp_path / "all", "org/").exit_code == 0
+    files = hub.commits[0][2]
+    assert "\n![KL divergence against size](kl-against-size.png)\n" in files["README.md"].decode()
+    assert files["kl-against-size.png"].startswith(b"\x89PNG\r\n\x1a\n")
+    assert set((tmp_path / "all").iterdir()) == before  # it is made for the repository alone
+    dry = json.loads(push(tmp_path / "all", "org/", "--dry-run", "--json").stdout)["uploads"][0]
+    assert [each["name"] for each in dry["files"]] == ["README.md", "kl-against-size.png"]
+    # Without the extra there is none, and no word of it.
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    hub.commits.clear()
+    result = push(tmp_path / "all", "org/")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert hub.commits[0][2].keys() == {"README.md"}
+    assert ".png" not in hub.commits[0][2]["README.md"].decode()
+
+
+def test_the_front_page_lists_what_is_there_already(tmp_path: Path, hub: FakeHub) -> None:
+    write_sizes(tmp_path / "all")
+    before, now = tmp_path / "before", tmp_path / "now"
+    before.mkdir()
+    now.mkdir()
+    for path in (tmp_path / "all").iterdir():
+        path.rename((now if path.name.startswith("L-4.5bpw") else before) / path.name)
+    (before / "L-2.5bpw.report.json").write_text("{")
+    (before / "L-9.5bpw.gguf").write_text("without a card")
+    (before / "a>b-4.0bpw.gguf").write_text("not a name")
+    (before / "a>b-4.0bpw.README.md").write_text("a card")
+    hub.stored[None] = {path.name: path for path in before.iterdir()}
+    (tmp_path / "of-old").write_text("x" * 10)
+    hub.stored[None]["L-4.5bpw.gguf"] = tmp_path / "of-old"  # pushed again
+    hub.stored[None]["L-4.5bpw.README.md"] = tmp_path / "of-old"
+    assert push(now, "org/").exit_code == 0
+    page = hub.commits[0][2]["README.md"].decode()
+    assert page.startswith("---\ntags: [exl2]\n---\n\n# L in 4 sizes\n")
+    rows = [line.split(" | ")[:3] for line in page.splitlines() if line.startswith("| [")]
+    assert rows == [
+        [f"| [{name}.gguf](<{name}.gguf>)", size, kl]
+        for name, size, kl in (
+            ("L-8.5bpw", "16.4 MB", "0.0014"),
+            ("L-6.5bpw", "12.3 MB", "0.0055"),
+            ("L-4.5bpw", "8.2 MB", "0.031"),
+            ("L-2.5bpw", "4.1 MB", "not measured"),
+        )
+    ]
+    assert "**The closest:** [L-8.5bpw.gguf]" in page
+
+
+def test_the_front_page_lists_branches_that_are_there_already(output: Path, hub: FakeHub, tmp_path: Path) -> None:
+    files = {path.name: path for path in output.iterdir()}
+    hub.stored = {None: {"README.md": output / "README.md"}, "2.0bpw": files, "4.0bpw": files, "other": {}}
+    shutil.copytree(output, tmp_path / "all" / "L-4.0bpw-4hb-exl2")
+    assert push(tmp_path / "all", "org/", "--branch").exit_code == 0
+    page = hub.commits[0][2]["README.md"].decode()
+    assert [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| [")] == [
+        "| [L-4.0bpw-4hb-exl2](<https://huggingface.co/org/L-exl2/tree/4.0bpw>)",
+        "| [2.0bpw](<https://huggingface.co/org/L-exl2/tree/2.0bpw>)",
+    ]
+    size = (output / "output.safetensors").stat().st_size
+    assert page.count(f"| {size / 1e6:.1f} MB | 0.0125 ± 0.001 | 94 % |") == 2
+
+
+def test_where_nothing_was_measured_predictions_are_named_so(
+    output: Path, hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in output.glob("report.*"):
+        path.unlink()
+    for rate, nats in (("4.0", 0.5), ("8.0", 0.003)):
+        place = tmp_path / "all" / f"L-{rate}bpw-4hb-exl2"
+        shutil.copytree(output, place)
+        manifest = json.loads((place / "bpwise.json").read_text())
+        del manifest["sha256"]
+        manifest["provenance"]["predicted_damage_nats"] = nats
+        (place / "bpwise.json").write_text(json.dumps(manifest))
+    assert push(tmp_path / "all", "org/", "--branch").exit_code == 0
+    files = hub.commits[0][2]
+    page = files["README.md"].decode()
+    assert files.keys() == {"README.md"}
+    assert "None of these models was measured: the numbers are predictions of the plans." in page
+    assert page.count("| 0.003 predicted |  | very close to the original |") == 1
+    assert page.count("very close to the original, as predicted.") == 1
+    write_sizes(tmp_path / "files", measured=False)
+    hub.commits.clear()
+    assert push(tmp_path / "files", "org/").exit_code == 0
+    page = hub.commits[0][2]["README.md"].decode()
+    assert "None of these models was measured: the largest is the closest to the original." in page
+
+
+def test_the_front_page_shows_the_prompt_format(output: Path, hub: FakeHub, tmp_path: Path) -> None:
+    (output / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}")
+    for rate in ("4.0", "8.0"):
+        shutil.copytree(output, tmp_path / "all" / f"L-{rate}bpw-4hb-exl2")
+    assert push(tmp_path / "all", "org/", "--branch").exit_code == 0
+    page = hub.commits[0][2]["README.md"].decode()
+    assert "\n## Prompt format\n\n```text\n[system] {system_prompt}[user] {prompt}\n```\n" in page
 
 
 def test_what_a_gguf_model_sees_images_with_goes_with_every_file(tmp_path: Path, hub: FakeHub) -> None:

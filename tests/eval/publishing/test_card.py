@@ -10,9 +10,9 @@ from bpwise.convert.exl2 import card as exl2
 from bpwise.convert.gguf import card as gguf
 from bpwise.convert.model import CardFacts
 from bpwise.convert.names import pasteable, size_text
-from bpwise.convert.publishing.base_card import BaseCard, parse_base_card, read_base_card
-from bpwise.convert.publishing.card import Card, CardResult, render_card
 from bpwise.errors import CheckpointError
+from bpwise.eval.publishing.base_card import BaseCard, parse_base_card, read_base_card
+from bpwise.eval.publishing.card import Card, CardResult, render_card
 from huggingface_hub import ModelCard
 
 BASE = """---

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 from ...checkpoint.files.paths import companion
 from ...checkpoint.files.side_files import TEMPLATE_DIRECTORY, is_side_file
 from ...checkpoint.source.hub import confined_file, list_directory
+from ...convert.format import Format
+from ...convert.names import CARD_NAME, HUB_ID, RATE, RECIPE_FILE, REPO, NameParts
+from ...convert.registry import format_of, formats, require_format
 from ...errors import CheckpointError, PublishError
-from ..format import Format
-from ..names import HUB_ID, RATE, RECIPE_FILE, REPO, NameParts
-from ..registry import format_of, formats, require_format
-from .base_card import CARD_NAME
+from ...tables import bytes_text
 from .cards import card_path
-from .front import Size, front_page
+from .front import CHART_NAME, FrontPage, Size, branch_link, front_page
 from .mark import read_mark
+from .published import published_sizes
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -40,7 +41,7 @@ class Upload:
         branch: Branch of it; None for the main one.
         files: Path in the repository, and the file here.
         left_out: Names in the directory that are not published.
-        page: Text of a front page that no file holds; empty for none.
+        page: A front page, which no file holds; None for none.
     """
 
     output: Path
@@ -48,7 +49,7 @@ class Upload:
     branch: str | None
     files: tuple[tuple[str, Path], ...]
     left_out: tuple[str, ...]
-    page: str = ""
+    page: FrontPage | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -57,22 +58,27 @@ class Upload:
 
     def contents(self) -> Iterator[tuple[str, str | bytes]]:
         """Yield the path in the repository and the path here, or the content of what is made for the repository."""
-        if self.page:
-            yield CARD_NAME, self.page.replace(REPO, self.repo).encode()
+        yield from self.pages().items()
         for name, path in self.files:
             card = path.read_bytes() if name.endswith(CARD_NAME) else b""
             told = card.replace(REPO.encode(), self.repo.encode())  # commands in it name the repository
             yield name, str(path) if told == card else told
 
+    def pages(self) -> dict[str, bytes]:
+        """Return the files of the front page: their content by name."""
+        if self.page is None:
+            return {}
+        pages = {CARD_NAME: self.page.text.replace(REPO, self.repo).encode(), CHART_NAME: self.page.chart}
+        return {name: content for name, content in pages.items() if content}
+
     def summary_lines(self) -> list[str]:
         """Return what would be uploaded, as lines for a terminal."""
         where = f"{self.repo}{f', branch {self.branch}' if self.branch else ''}"
-        lines = [f"{self.output} -> https://huggingface.co/{where}: {self.total_bytes / 1e6:.1f} MB"]
+        lines = [f"{self.output} -> https://huggingface.co/{where}: {bytes_text(self.total_bytes)}"]
         if not any(".report." in f".{name}" for name, _ in self.files) and len(self.files) > 1:
             lines.append("  warning: it was not compared with the original")
         lines += [f"  {name}  {path.stat().st_size} bytes" for name, path in self.files]
-        if self.page:
-            lines.append(f"  {CARD_NAME}  {len(self.page.encode())} bytes, the front page")
+        lines += [f"  {name}  {len(content)} bytes, the front page" for name, content in self.pages().items()]
         return [*lines, *(f"  not published: {name}" for name in self.left_out)]
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,7 +90,7 @@ class Upload:
             "total_bytes": self.total_bytes,
             "files": [
                 *({"name": name, "path": str(path), "bytes": path.stat().st_size} for name, path in self.files),
-                *([{"name": CARD_NAME, "path": None, "bytes": len(self.page.encode())}] if self.page else []),
+                *({"name": name, "path": None, "bytes": len(content)} for name, content in self.pages().items()),
             ],
             "not_published": list(self.left_out),
         }
@@ -171,7 +177,7 @@ def push_model(
         ``push_model("llama-6bpw", "me/")`` uploads a model, privately. What would be uploaded:
 
         >>> from pathlib import Path
-        >>> from bpwise.convert.publishing.push import plan_uploads
+        >>> from bpwise.eval.publishing.push import plan_uploads
         >>> (upload,) = plan_uploads([Path("llama-6bpw")], "me/")
         >>> upload.repo
         'me/llama-6.0bpw-exl2'
@@ -182,6 +188,8 @@ def push_model(
 
 def upload_model(upload: Upload, *, public: bool = False, api: HfApi | None = None) -> str:
     """Upload one model in one commit; repository and branch are made if they are missing.
+
+    A front page lists the models that the repository has already, too.
 
     Args:
         upload: What, and where.
@@ -206,6 +214,7 @@ def upload_model(upload: Upload, *, public: bool = False, api: HfApi | None = No
             )
         if upload.branch is not None:
             api.create_branch(upload.repo, branch=upload.branch, exist_ok=True)
+        upload = _with_published(upload, api)
         operations: list[Any] = [CommitOperationAdd(name, content) for name, content in upload.contents()]
         commit = api.create_commit(
             upload.repo, operations, commit_message=f"Upload {upload.output.name}", revision=upload.branch
@@ -218,6 +227,14 @@ def upload_model(upload: Upload, *, public: bool = False, api: HfApi | None = No
             "your rights to it, and run the same command again."
         ) from cause
     return str(commit.commit_url)
+
+
+def _with_published(upload: Upload, api: HfApi) -> Upload:
+    if upload.page is None:
+        return upload
+    by_branch = upload.page.sizes[0].link != upload.output.name
+    published = published_sizes(api, upload.repo, require_format(upload.output), by_branch=by_branch)
+    return replace(upload, page=upload.page.with_published(published))
 
 
 def _check(output: Path) -> None:
@@ -275,21 +292,21 @@ def _front_pages(uploads: Sequence[Upload]) -> list[Upload]:
         if each.repo not in with_page:
             missing.setdefault(each.repo, []).append(each)
     return [
-        replace(group[0], branch=None, files=(), left_out=(), page=front_page(_base(group[0]), list(map(_size, group))))
-        for group in missing.values()
+        replace(group[0], branch=None, files=(), left_out=(), page=_front_page(group)) for group in missing.values()
     ]
 
 
-def _base(upload: Upload) -> str:
-    return _named(upload.output, require_format(upload.output)).base
+def _front_page(group: Sequence[Upload]) -> FrontPage:
+    first = group[0].output
+    base = _named(first, require_format(first)).base
+    return front_page(base, first, list(map(_size, group)))
 
 
 def _size(upload: Upload) -> Size:
-    branch = f"https://huggingface.co/{upload.repo}/tree/{upload.branch}"
     label = _named(upload.output, require_format(upload.output)).label
     if upload.branch is None:
-        return Size(output=upload.output, link=upload.output.name, label=label)
-    return Size(output=upload.output, link=branch, label=None)
+        return Size.of(upload.output, upload.output.name, label)
+    return Size.of(upload.output, branch_link(upload.repo, upload.branch), None)
 
 
 def _named(output: Path, format_: Format) -> NameParts:

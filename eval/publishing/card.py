@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ...convert.model import CardFacts
+from ...convert.registry import formats
 from ...tables import Table, cell
-from ..model import CardFacts
-from ..registry import formats
 from .base_card import BaseCard
+from .prompt import prompt_sections
 
 __all__ = ["Card", "CardResult", "render_card"]
 
@@ -47,6 +48,7 @@ class Card:
             measured.
         measured_note: How that was measured.
         results: The numbers of it that the Hub is told.
+        prompt: The prompt format; empty for none.
         base: What the original's card says.
     """
 
@@ -57,6 +59,7 @@ class Card:
     measured: tuple[tuple[str, str, str], ...] = ()
     measured_note: str = ""
     results: tuple[CardResult, ...] = ()
+    prompt: str = ""
     base: BaseCard
 
 
@@ -81,6 +84,7 @@ def render_card(card: Card) -> str:
         "## What it cost",
         *_measured(card),
         *_limits(card),
+        *prompt_sections(card.prompt),
         "## How to load it",
         card.facts.loading,
     ]

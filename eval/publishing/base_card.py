@@ -12,11 +12,10 @@ import yaml
 
 from ...checkpoint.files.disk_errors import explained_reading
 from ...checkpoint.source.hub import confined_file
+from ...convert.names import CARD_NAME
 from ...errors import CheckpointError
 
-__all__ = ["CARD_NAME", "BaseCard", "parse_base_card", "read_base_card", "split_front"]
-
-CARD_NAME = "README.md"
+__all__ = ["BaseCard", "parse_base_card", "read_base_card", "split_front"]
 
 _MOST_CARD_BYTES = 1 << 20
 _MOST_FRONT_CHARACTERS = 1 << 16

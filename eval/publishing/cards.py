@@ -10,14 +10,28 @@ from ...checkpoint.files.atomic import write_text
 from ...checkpoint.files.paths import companion
 from ...checkpoint.files.schemas import Count, NonNegative, Number, check_schema, read_json
 from ...checkpoint.source.hub import directory_name, resolve_model
+from ...convert.names import CARD_NAME, HUB_ID, REPORT_FILE, hub_id
+from ...convert.registry import require_format
 from ...errors import BrokenModelError, ConfigError, FormatError
-from ..names import HUB_ID, REPORT_FILE, hub_id
-from ..registry import require_format
-from .base_card import CARD_NAME, BaseCard, read_base_card
+from ...tables import bytes_text
+from ..metrics.estimate import Estimate
+from ..report.verdict import words_for
+from .base_card import BaseCard, read_base_card
 from .card import Card, CardResult, render_card
 from .mark import read_mark
+from .prompt import prompt_format
 
-__all__ = ["card_path", "check_base_model", "is_card", "make_card", "measured_damage", "write_card"]
+__all__ = [
+    "ReportedEstimate",
+    "ReportedSummary",
+    "card_path",
+    "check_base_model",
+    "is_card",
+    "make_card",
+    "measured_damage",
+    "read_summary",
+    "write_card",
+]
 
 _NO_CARD = BaseCard(notes=("The original's card was not at hand: licence and language are not carried over.",))
 
@@ -79,28 +93,40 @@ def make_card(output: Path, *, original: str | Path | None = None, base_model: s
     base_name = _base_name(report, directory, base_model)
     base_model = base_model or hub_id(base_name)
     format_ = require_format(output)
+    model = format_.open(output)
     return Card(
-        facts=format_.card(format_.open(output), base_name),
+        facts=format_.card(model, base_name),
         format=format_.name,
         base_name=base_name,
         base_model=base_model,
         base=_NO_CARD if directory is None else read_base_card(directory),
         measured=() if report is None else report.rows(),
         results=() if report is None else report.results(),
+        prompt=prompt_format(model),
         measured_note="" if report is None else report.note(),
     )
 
 
-def measured_damage(output: Path) -> tuple[str, str] | None:
-    """Return the KL divergence in nats per token and the share of equal most likely tokens; None if not measured.
+def measured_damage(output: Path) -> ReportedSummary | None:
+    """Return what the report of an output says of the damage; None if there is none.
 
     Raises:
         FormatError: The report is damaged.
     """
     report = _report(output)
-    if report is None:
-        return None
-    return report.summary.kl_nats.text(), f"{report.summary.top1_agreement.text(100)} %"
+    return None if report is None else report.summary
+
+
+def read_summary(path: Path) -> ReportedSummary:
+    """Return what a report says of the damage.
+
+    Args:
+        path: The report for programs.
+
+    Raises:
+        FormatError: The report is damaged.
+    """
+    return _read_report(path).summary
 
 
 def check_base_model(base_model: str | None) -> None:
@@ -123,9 +149,9 @@ def _base_name(report: _Report | None, directory: Path | None, base_model: str |
     return "the original" if report is None else report.original.name
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Estimate:
-    """A number of a report, with its standard error if that is known."""
+@dataclass(frozen=True, slots=True)
+class ReportedEstimate(Estimate):
+    """A number of a report, with its standard error if that is known; a schema for both."""
 
     value: Number
     standard_error: NonNegative | None
@@ -146,18 +172,26 @@ class _ReportedModel:
     @property
     def size(self) -> str:
         """Size of the weights."""
-        return "" if self.stored_bytes is None else f"{self.stored_bytes / 1e9:.3f} GB"
+        return "" if self.stored_bytes is None else bytes_text(self.stored_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _ReportedSummary:
-    """What a report says of the damage; see ``bpwise.eval.metrics.divergence.Summary``."""
+class ReportedSummary:
+    """What a report says of the damage.
 
-    original_perplexity: _Estimate
-    quantized_perplexity: _Estimate
-    kl_nats: _Estimate
+    Attributes:
+        original_perplexity: The original's perplexity.
+        quantized_perplexity: The quantized model's.
+        kl_nats: Mean KL divergence, nats per token.
+        kl_p99_nats: Below it are 99 % of the tokens.
+        top1_agreement: Share of tokens whose most likely one is the same, 0 to 1.
+    """
+
+    original_perplexity: ReportedEstimate
+    quantized_perplexity: ReportedEstimate
+    kl_nats: ReportedEstimate
     kl_p99_nats: Number
-    top1_agreement: _Estimate
+    top1_agreement: ReportedEstimate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,7 +200,7 @@ class _Report:
 
     original: _ReportedModel
     quantized: _ReportedModel
-    summary: _ReportedSummary
+    summary: ReportedSummary
     predicted_tokens: Count
     text: str
     engine: str
@@ -179,6 +213,7 @@ class _Report:
             ("size", self.original.size, self.quantized.size),
             ("perplexity", summary.original_perplexity.text(), summary.quantized_perplexity.text()),
             ("mean KL divergence, nats per token", "0", summary.kl_nats.text()),
+            ("in words", "", words_for(summary.kl_nats.value)),
             ("KL divergence, 99 % of tokens below", "0", f"{summary.kl_p99_nats:.3g}"),
             ("same most likely token", "100 %", f"{summary.top1_agreement.text(100)} %"),
         )
@@ -203,8 +238,10 @@ class _Report:
 
 def _report(output: Path) -> _Report | None:
     path = companion(output, REPORT_FILE)
-    if not path.exists():
-        return None
+    return _read_report(path) if path.exists() else None
+
+
+def _read_report(path: Path) -> _Report:
     remedy = "The report is damaged, or of another version: evaluate again."
     raw = read_json(path, FormatError).get("comparison")
     return check_schema(raw, _Report, FormatError, where=f"{path}: comparison", remedy=remedy)
