@@ -14,7 +14,7 @@ from ..convert.format import Format
 from ..convert.options import Command as CommandName
 from ..convert.options import FormatOptions, Option, options_of
 from ..convert.registry import format_named, format_naming, format_nearly_naming, formats
-from .types import EXISTING_DIRECTORY, EXISTING_FILE, MIB, SIZE, Names
+from .types import EXISTING_DIRECTORY, EXISTING_FILE, MIB, MODEL, SIZE, Names
 
 __all__ = ["FORMAT_OPTION", "FormatChoice", "chosen_formats", "format_options", "owners", "take_recipe"]
 
@@ -148,6 +148,7 @@ def _click_option(group: list[tuple[Format, Option]]) -> Callable[[Command], Com
     kinds: dict[str, Any] = {
         "file": EXISTING_FILE,
         "directory": EXISTING_DIRECTORY,
+        "model": MODEL,
         "integer": click.INT,
         "mebibytes": click.IntRange(1),
         "size": SIZE,

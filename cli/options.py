@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FORCE_OPTION",
+    "NO_CACHE_OPTION",
     "OFFLOAD_OPTION",
     "ROW_TOKENS_DEFAULT",
     "EvaluationArguments",
@@ -43,6 +45,8 @@ ROW_TOKENS_DEFAULT = "[default: 1024, or the model's context if that is shorter]
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 FORCE_OPTION = click.option("--force", is_flag=True, help="Replace OUTPUT even if it is a file of another kind.")
+
+NO_CACHE_OPTION = click.option("--no-cache", is_flag=True, help="Run the original again, and do not keep its results.")
 
 OFFLOAD_OPTION = click.option(
     "--offload-dir",
@@ -140,11 +144,7 @@ def calibration_options(command: Command) -> Command:
         OFFLOAD_OPTION,
         click.option("--work-dir", type=DIRECTORY, help="Where to keep finished blocks.  [default: OUTPUT.work]"),
     )
-    names = (
-        *("calibration", "column", "chat_template", "rows", "row_tokens", "seed", "damping", "moe_calibrate_all"),
-        *("device", "precision", "offload_dir", "work_dir"),
-    )
-    return grouped(command, declared, "measuring", names, _measuring)
+    return grouped(command, declared, "measuring", list(signature(_measuring).parameters), _measuring)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +156,7 @@ class EvaluationArguments:
     eval_row_tokens: int | None
     no_eval: bool
     force_eval_text: bool
+    no_cache: bool
 
     def config(self, measure: MeasureConfig) -> EvalConfig | None:
         """Return the options of the evaluation, which runs where measuring does; None if it is left out."""
@@ -187,9 +188,11 @@ def evaluation_options(command: Command) -> Command:
         ),
         click.option("--no-eval", is_flag=True, help="Do not compare the output with the original."),
         click.option("--force-eval-text", is_flag=True, help="Evaluate even on text that was calibrated on."),
+        NO_CACHE_OPTION,
     )
-    names = ("eval_text", "eval_rows", "eval_row_tokens", "no_eval", "force_eval_text")
-    return grouped(command, declared, "evaluation", names, EvaluationArguments)
+    return grouped(
+        command, declared, "evaluation", list(signature(EvaluationArguments).parameters), EvaluationArguments
+    )
 
 
 def grouped(
@@ -284,11 +287,7 @@ def extra_options(command: Command) -> Command:
         ),
         click.option("--needle-samples", type=click.IntRange(1), default=4, help="Texts of each length for --needle."),
     )
-    names = (
-        *("tasks", "num_fewshot", "limit", "include_path", "batch_size", "apply_chat_template"),
-        *("needle", "needle_samples"),
-    )
-    return grouped(command, declared, "extra", names, TaskArguments)
+    return grouped(command, declared, "extra", list(signature(TaskArguments).parameters), TaskArguments)
 
 
 def _measuring(

@@ -202,6 +202,7 @@ def quantize(
         return
     settings |= {
         "evaluate": evaluate or False,
+        "cache": not evaluation.no_cache,
         "measurement": measurement,
         "calibration": measuring.saved,
         "work": measuring.work_dir,

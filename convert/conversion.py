@@ -131,8 +131,6 @@ class Conversion(ABC):
     """Whether a model card belongs to every output."""
     refines: bool = False
     """Whether ``refine`` does something."""
-    inputs: tuple[Path, ...] = ()
-    """Files that are read beside the original."""
     notes: tuple[str, ...] = ()
     """What ``prepare`` found that a user should know, as sentences."""
     details: Mapping[str, Mapping[str, str | float]] = MappingProxyType({})
@@ -152,6 +150,20 @@ class Conversion(ABC):
     def measures(self) -> bool:
         """Whether plans are made from a measurement."""
         return bool(self.options.measures)
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """Files that are read beside the original.
+
+        Raises:
+            CheckpointError: One is not there, here or on the Hub.
+        """
+        return ()
+
+    @property
+    def tool(self) -> str:
+        """Version of a program that ``prepare`` runs, as far as it is known before; empty where it runs none."""
+        return ""
 
     @cached_property
     def warnings(self) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from ..checkpoint.files.schemas import check_schema
 from ..checkpoint.files.side_files import is_side_file
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..checkpoint.source.language import language_config
-from ..errors import BpwiseWarning, CalibrationError, FormatError, UnreachableTextError, reason
+from ..errors import BpwiseError, BpwiseWarning, CalibrationError, FormatError, UnreachableTextError, reason
 from ..progress import Progress, silent
 from ..version import __version__
 from .device import resolve_device
@@ -27,10 +27,19 @@ from .text.calibration import CalibrationConfig, CalibrationSet, build_calibrati
 from .text.context import CALIBRATION, check_rows, fit_row_tokens, require_tokens
 from .text.generation import write_rows
 from .text.mixture import BUILT_IN, NAMES, SELF, Share, rows_of, spread_places
-from .text.sources import text_files
+from .text.sources import is_data_set, read_texts, text_files
 from .text.tokenizer import Tokenizer, load_tokenizer, token_fingerprint
 
-__all__ = ["CALIBRATION_FILE", "calibration_rows", "joined_rows", "kept_rows", "load_or_make_rows", "measured_rows"]
+__all__ = [
+    "CALIBRATION_FILE",
+    "calibration_rows",
+    "finished_rows",
+    "joined_rows",
+    "kept_rows",
+    "load_or_make_rows",
+    "measured_rows",
+    "require_text",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -111,6 +120,39 @@ def kept_rows(
         return None
     rows = CalibrationSet.load(kept)
     return rows if rows.made_from == _made_from(checkpoint, config, device) else None
+
+
+def finished_rows(checkpoint: Checkpoint, config: CalibrationConfig, kept: Path, *, device: str = "auto") -> bool:
+    """Return whether the rows of a run are made; arguments as for ``kept_rows``."""
+    try:
+        return kept_rows(checkpoint, config, kept, device=device) is not None
+    except BpwiseError:  # damaged: they are made again
+        return False
+
+
+def require_text(
+    checkpoint: Checkpoint, config: CalibrationConfig, kept: Sequence[Path], *, device: str = "auto"
+) -> None:
+    """Refuse calibration text that cannot be opened: files, folders, and data sets of the Hub.
+
+    Those of ``mix`` may be out of reach: the built-in text takes their place. No data set is looked for where a run
+    that goes on has its rows.
+
+    Args:
+        checkpoint: The model; its fingerprint is looked at only where rows are kept.
+        config: Which rows.
+        kept: Files that a run may keep them in.
+        device: As for ``calibration_rows``.
+
+    Raises:
+        CalibrationError: What is wrong with the text.
+    """
+    sources = [share.source for share in config.shares if share.source not in NAMES and share.license is None]
+    on_hub = {source for source in sources if is_data_set(source) and not text_files(source)}
+    if on_hub and any(finished_rows(checkpoint, config, each, device=device) for each in kept):
+        sources = [source for source in sources if source not in on_hub]
+    for source in sources:
+        read_texts(source, column=config.column)
 
 
 def _made_from(checkpoint: Checkpoint, config: CalibrationConfig, device: str) -> str:

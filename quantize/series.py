@@ -117,6 +117,7 @@ def quantize_series(
     options: FormatOptions | Sequence[FormatOptions] | None = None,
     measure: MeasureConfig | None = None,
     evaluate: EvalConfig | bool = True,
+    cache: bool = True,
     base_model: str | None = None,
     work: str | Path | None = None,
     progress: Progress | None = None,
@@ -136,6 +137,7 @@ def quantize_series(
             format; None for EXL2's defaults.
         measure: Options of measuring.
         evaluate: Options of the comparisons; True for the defaults, False leaves them out.
+        cache: As for ``quantize_model``.
         base_model: Hub id of the original, for the model cards.
         work: Work directory; default ``OUTPUT.work``.
         progress: Shows how far the run is; None for bars in a notebook, and nothing elsewhere.
@@ -173,6 +175,7 @@ def quantize_series(
         work,
         given=given,
         calibration=calibration,
+        cache=cache,
         progress=shown,
         series=True,
     )

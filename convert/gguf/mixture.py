@@ -111,7 +111,11 @@ class MixtureConversion(GgufConversion):
         """See ``Conversion``."""
         super().__init__(checkpoint, options)
         self._mixture = mixture(options.mixture or "")
-        self.inputs = (*self.inputs, *(() if options.imatrix is None else (options.imatrix,)))
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """See ``Conversion``."""
+        return (*super().inputs, *(() if self.options.imatrix is None else (self.options.imatrix,)))
 
     @cached_property
     def _matrix(self) -> ImportanceMatrix | None:
@@ -163,8 +167,8 @@ class MixtureConversion(GgufConversion):
 
     def _coming_header(self) -> GgufHeader | None:
         # What the converter will write, as far as mixtures look at it; None where a tensor's name is not known.
-        if self.options.base is not None:
-            return read_model_header(self.options.base)
+        if self.given_base is not None:
+            return read_model_header(self.given_base)
         try:
             source = self.source
         except (CheckpointError, UnsupportedModelError):  # a mixture needs no more than the converter does

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from bpwise.checkpoint.files.paths import locked
+from bpwise.convert.gguf.conversion import GgufConversion
 from bpwise.convert.gguf.file.header import read_gguf_header
 from bpwise.convert.registry import load_plan
 from bpwise.errors import WorkDirectoryError
@@ -14,6 +15,7 @@ from bpwise.measure.text.calibration import CalibrationSet
 from bpwise.quantize.measuring import FinishedCommand
 from bpwise.quantize.run import quantize_model
 
+from ..conftest import llama_cpp_dir
 from .runs import TEXT, arguments, gguf, refused, succeed
 
 
@@ -106,3 +108,21 @@ def test_a_gguf_file_in_parts(converted: Any, tmp_path: Path, monkeypatch: pytes
     again = quantize_model(model, output, **{**options, "base_model": "org/one"}, calibration=rows)
     assert again.repeated
     assert again.output == first.output
+
+
+def test_a_newer_converter_is_not_taken_for_the_old(
+    converted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
+    model, checkout = converted["mistral"].directory, Path(shutil.copytree(llama_cpp_dir(), tmp_path / "llama.cpp"))
+    command = ("quantize", model, tmp_path / "out.gguf", "--bpw", 8.5, "--no-feedback", "--no-eval", *TEXT)
+    succeed(*command, "--llama-cpp", checkout)
+    calls: list[object] = []
+    prepare = GgufConversion.prepare
+    monkeypatch.setattr(GgufConversion, "prepare", lambda *given: calls.append(given) or prepare(*given))
+    assert succeed(*command, "--llama-cpp", checkout).startswith("finished already: ")
+    assert calls == []
+    with (checkout / "convert_hf_to_gguf.py").open("a") as script:
+        script.write("\n# newer\n")
+    succeed(*command, "--llama-cpp", checkout)
+    assert len(calls) == 1

@@ -77,8 +77,8 @@ def test_options_of_an_evaluation() -> None:
 
 
 def test_options_take_text() -> None:
-    options = GgufOptions(base="base.gguf", overrides=("blk.0.*=Q8_0",))  # type: ignore[arg-type]
-    assert options.base == Path("base.gguf")
+    options = GgufOptions(llama_cpp="there", overrides=("blk.0.*=Q8_0",))  # type: ignore[arg-type]
+    assert options.llama_cpp == Path("there")
     assert options.overrides == (TypeOverride.parse("blk.0.*=Q8_0"),)
     assert MeasureConfig(offload_dir="there").offload_dir == Path("there")  # type: ignore[arg-type]
     assert EvalConfig(offload_dir="there").offload_dir == Path("there")  # type: ignore[arg-type]
