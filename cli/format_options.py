@@ -163,13 +163,14 @@ def _read(
     format_: Format, command: CommandName, given: Mapping[str, Any], *, chosen: bool, sized: bool
 ) -> FormatOptions:
     # Of other formats only what can be read: an option of several may be meant for another.
-    values = {} if sized else dict(format_.default_options)
+    values: dict[str, Any] = {}
     for field, option in options_of(format_.Options, command).items():
         value = given[option.name]
         if value is None or value == () or (not chosen and len(owners(command)[option.name]) > 1):
             continue
         values[field] = _value(option, value)
-    return format_.Options(**values)
+    options: FormatOptions = format_.completed(format_.Options(**values), sized=sized)
+    return options
 
 
 def _refuse_two_meanings(command: CommandName, chosen: Sequence[Format], given: Mapping[str, Any]) -> None:

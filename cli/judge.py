@@ -21,9 +21,8 @@ from .options import (
     extra_options,
     grouped,
     original_options,
-    say_shortened,
 )
-from .output import JSON_OPTION, note, progress_bar, say, say_json
+from .output import JSON_OPTION, note, progress_bar, say, say_json, say_shortened
 from .types import DIRECTORY, EXISTING_DIRECTORY, MIB, MODEL
 
 if TYPE_CHECKING:

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
-from .output import say
 from .types import DIRECTORY, EXISTING_DIRECTORY, LENGTHS, MODEL, NAMES
 
 if TYPE_CHECKING:
-    from ..checkpoint.source.checkpoint import TensorSource
     from ..checkpoint.source.original import Original
     from ..eval.config import EvalConfig
     from ..eval.tasks.benchmarks import LoadedTasks
@@ -37,7 +36,6 @@ __all__ = [
     "extra_options",
     "grouped",
     "original_options",
-    "say_shortened",
 ]
 
 ROW_TOKENS_DEFAULT = "[default: 1024, or the model's context if that is shorter]"
@@ -73,7 +71,10 @@ class OriginalArguments:
         from ..checkpoint.source.original import open_model
         from ..convert.opening import locate_model
 
-        model = with_revision(model, self.revision)
+        source = click.get_current_context().get_parameter_source("revision")
+        idle = Path(model).exists() or "@" in model  # a recipe's is of a model on the Hub, which this need not be
+        if source is ParameterSource.COMMANDLINE or not idle:
+            model = with_revision(model, self.revision)
         return model if self.lora is None else open_model(model, lora=locate_model(self.lora))
 
 
@@ -328,22 +329,3 @@ def _measuring(
         precision=precision,
     )
     return MeasuringArguments(config=config, saved=saved, work_dir=work_dir)
-
-
-def say_shortened(source: TensorSource, **asked: int | None) -> None:
-    """Say on stderr which rows are shorter than by default, because the model's context is.
-
-    Args:
-        source: The model.
-        **asked: Tokens in each row as asked for, None for the default, by what the rows are for: ``calibration``,
-            ``evaluation``.
-
-    Raises:
-        ConfigError: Rows are longer than the model's context.
-    """
-    from ..measure.text.context import shortened_line
-
-    for use, row_tokens in asked.items():
-        line = shortened_line(row_tokens, source, use)
-        if line is not None:
-            say(line, err=True)

@@ -269,6 +269,20 @@ class Conversion(ABC):
         assert target is not None, "nothing is asked of this format"
         return self._format.plan(measurement, self.options, bpw=target.bpw, max_bytes=target.max_bytes)
 
+    def finished_plan(self, output: Path, saved: Path) -> Plan:
+        """Return the plan that a finished output was made by.
+
+        Args:
+            output: The path that opens it.
+            saved: Where the run has saved its plan, if it has.
+
+        Raises:
+            FormatError: It cannot be read.
+        """
+        from .registry import load_plan  # noqa: PLC0415 - it holds the formats, which hold this
+
+        return load_plan(saved)
+
     def placed(self, output: Path, plan: Any) -> Path:
         """Return the path by which an output is opened: another one where the plan asks for several files."""
         return output

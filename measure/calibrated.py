@@ -26,7 +26,7 @@ from .measurement import Measurement
 from .text.calibration import CalibrationConfig, CalibrationSet, build_calibration
 from .text.context import CALIBRATION, check_rows, fit_row_tokens, require_tokens
 from .text.generation import write_rows
-from .text.mixture import BUILT_IN, NAMES, SELF, Share, rows_of, spread_places
+from .text.mixture import BUILT_IN, NAMES, SELF, Share, TextOptions, rows_of, spread_places
 from .text.sources import is_data_set, read_texts, text_files
 from .text.tokenizer import Tokenizer, load_tokenizer, token_fingerprint
 
@@ -203,6 +203,7 @@ def calibration_rows(
         if given.vocabulary is not None:
             require_tokens(given, load_tokenizer(checkpoint.directory))
         return given
+    asked = config.options
     config = replace(config, row_tokens=fit_row_tokens(config.row_tokens, checkpoint, CALIBRATION))
     maker = _RowMaker(checkpoint, load_tokenizer(checkpoint.directory), config, device, progress)
     counts = dict(zip(config.shares, rows_of(config.shares, config.rows), strict=True))
@@ -227,7 +228,7 @@ def calibration_rows(
     if built_in:
         sets.append(maker.rows(Share(BUILT_IN, 1.0), built_in))
     rows = sets[0] if len(sets) == 1 else joined_rows(sets, maker.tokenizer)
-    return replace(rows, unreached=tuple(unreached))
+    return replace(rows, unreached=tuple(unreached), options=asked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,6 +290,7 @@ class _RowsProvenance:
     calibration_text: str
     calibration_origins: tuple[str, ...]
     calibration_adds_bos: bool
+    calibration_options: TextOptions | None = None
 
 
 def measured_rows(measurement: Measurement) -> CalibrationSet:
@@ -310,4 +312,5 @@ def measured_rows(measurement: Measurement) -> CalibrationSet:
         origins=known.calibration_origins,
         description=known.calibration_text,
         adds_bos=known.calibration_adds_bos,
+        options=known.calibration_options,
     )

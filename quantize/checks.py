@@ -34,7 +34,7 @@ from ..measure.text.context import CALIBRATION, check_rows, fit_row_tokens
 from ..progress import Progress
 from ..version import __version__
 from .config import QuantizeConfig
-from .measuring import MEASURING, check_work
+from .measuring import MEASURING, FinishedCommand, check_work
 from .recipe import is_recipe
 from .timing.forecast import Forecast, forecast_run
 
@@ -190,7 +190,7 @@ def check_places(
     check_work(work)
 
 
-def check_output(conversion: Conversion, config: QuantizeConfig, output: Path, progress: Progress) -> None:
+def check_output(conversion: Conversion, config: QuantizeConfig, output: Path, work: Path, progress: Progress) -> None:
     """Refuse an output that is there and not this run's, and files of others that report and card would replace.
 
     Costs no time unless the output exists.
@@ -199,6 +199,7 @@ def check_output(conversion: Conversion, config: QuantizeConfig, output: Path, p
         conversion: The original on its way into the format.
         config: Options.
         output: Directory or file to make.
+        work: Its work directory.
         progress: Shows how far the original's fingerprint is.
 
     Raises:
@@ -207,8 +208,9 @@ def check_output(conversion: Conversion, config: QuantizeConfig, output: Path, p
     """
     format_ = config.format
     places = format_.places(output)
+    own = _recorded(conversion, config, output, work, progress)
     for path in (*itertools.chain(*places.values()), *conversion.beside(output)):
-        if output_of(path, format_, ""):
+        if path not in own and output_of(path, format_, ""):
             conversion.checkpoint.prepare_fingerprint(progress)
             output_of(path, format_, run_prefix(conversion.checkpoint))
     for path in places if format_.suffix else ():
@@ -218,6 +220,18 @@ def check_output(conversion: Conversion, config: QuantizeConfig, output: Path, p
         refuse_foreign(companion(path, RECIPE_FILE), is_recipe, "a recipe", advice="move it away")
         if conversion.writes_card:
             refuse_foreign(card_path(path), is_card, "a card", advice="move it away")
+
+
+def _recorded(
+    conversion: Conversion, config: QuantizeConfig, output: Path, work: Path, progress: Progress
+) -> tuple[Path, ...]:
+    # The finished files of this very command where they say nothing of their run: llama.cpp's mixtures.
+    record = None if conversion.measures else FinishedCommand.load(work)
+    if record is not None:
+        conversion.checkpoint.prepare_fingerprint(progress)
+        if record.command == command_digest(conversion, config, config.target, output, None, None):
+            return record.files_in(output.parent, config.format)
+    return ()
 
 
 def run_prefix(checkpoint: Checkpoint) -> str:

@@ -7,33 +7,31 @@ import json
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..checkpoint.files.partials import clear_partials
 from ..checkpoint.files.resume import RunArtifacts, run_artifacts
-from ..convert.conversion import Provenance, Target
+from ..convert.conversion import Target
 from ..convert.model import Verification
 from ..convert.plan import Plan
 from ..convert.publishing.cards import card_path, write_card
 from ..convert.publishing.mark import read_mark
-from ..convert.registry import load_plan
 from ..convert.rounding import Drift, RoundedModel, Rounder
 from ..errors import CalibrationError, FormatError
 from ..eval.comparison import Comparison
-from ..eval.metrics.overlap import CalibrationSpans
 from ..eval.report.content import Report
 from ..eval.report.report import carried_over, earlier_details, read_comparison, report_names, write_report
 from ..measure.calibrated import CALIBRATION_FILE, kept_rows
 from ..measure.device import resolve_device
 from ..measure.measurement import Measurement
-from ..measure.run import MEASURED
+from ..measure.run import MEASURED, measured_with
 from ..measure.text.calibration import CalibrationSet
 from ..version import __version__
 from .checks import command_digest, output_of, report_place, run_prefix
 from .config import Job
 from .judge import refuse_marked
-from .measuring import MEASUREMENT_FILE, PLAN_FILE, FinishedCommand, load_or_measure
+from .measuring import FINISHED_FILE, MEASUREMENT_FILE, PLAN_FILE, FinishedCommand, content_digest, load_or_measure
 from .recipe import recipe_of, write_recipe
 from .result import QuantizeResult, report_details
 from .rounding.fallbacks import damping_fallbacks
@@ -41,9 +39,22 @@ from .rounding.model import RoundConfig, round_model, rounded_before, rounding_i
 from .rounding.rounding_pass import ROUNDED
 from .timing.costs import StepClock
 
-__all__ = ["make_output"]
+__all__ = ["finished_output", "make_output"]
 
 _log = logging.getLogger(__name__)
+
+
+def finished_output(job: Job, output: Path, target: Target | None, work: Path) -> QuantizeResult | None:
+    """Return what an earlier run of the same command has made, None if it has not; arguments as for ``make_output``.
+
+    Raises:
+        BrokenModelError: It is marked as broken.
+        BpwiseError: It cannot be read.
+    """
+    if not (work / FINISHED_FILE).is_file():
+        return None
+    with run_artifacts(work) as artifacts:
+        return _OutputRun(job, output, target, work, artifacts).finished_before()
 
 
 def make_output(job: Job, output: Path, target: Target | None, work: Path) -> QuantizeResult:
@@ -90,28 +101,19 @@ class _OutputRun:
         self._round_config = RoundConfig(device=measure.device, offload_dir=measure.offload_dir)
 
     def result(self) -> QuantizeResult:
-        return self._finished_before() or self._run()
+        return self.finished_before() or self._run()
 
     def finish(self) -> None:
-        if self._finished is not None and (self._work / PLAN_FILE).exists():  # not cleared away meanwhile
+        kept = not self._job.conversion.measures or (self._work / PLAN_FILE).exists()  # not cleared away meanwhile
+        if self._finished is not None and kept:
             self._finished.save(self._work)
 
-    def _finished_before(self) -> QuantizeResult | None:
+    def finished_before(self) -> QuantizeResult | None:
         # A command that has finished left what it was in its work directory: nothing is converted to know that.
-        job = self._job
-        record = FinishedCommand.load(self._work)
-        if record is None or not job.conversion.measures:
+        job, recorded = self._job, self._recorded()
+        if recorded is None:
             return None
-        job.checkpoint.prepare_fingerprint(job.progress)
-        try:
-            if record.command != self._command():
-                return None
-            plan = load_plan(self._work / PLAN_FILE)
-        except (FormatError, CalibrationError):
-            return None
-        output = record.opened_in(self._output.parent)
-        if not record.is_from(plan) or not output_of(output, job.config.format, record.run):
-            return None
+        output, plan = recorded
         refuse_marked(output)
         comparison = None if job.judge is None else _reported(job, output)
         whole = card_path(output).is_file() or not job.conversion.writes_card
@@ -119,6 +121,25 @@ class _OutputRun:
             return None
         self._output = output
         return self._result(plan, _Made(job.config.format.verify(output)), comparison, repeated=True)
+
+    def _recorded(self) -> tuple[Path, Plan] | None:
+        job, conversion, format_ = self._job, self._job.conversion, self._job.config.format
+        record = FinishedCommand.load(self._work)
+        if record is None:
+            return None
+        job.checkpoint.prepare_fingerprint(job.progress)
+        output = record.opened_in(self._output.parent)
+        try:
+            if record.command != self._command() or not (
+                conversion.measures or record.files_in(output.parent, format_)
+            ):
+                return None
+            plan = conversion.finished_plan(output, self._work / PLAN_FILE)
+        except (FormatError, CalibrationError):
+            return None
+        if not record.is_from(plan):
+            return None
+        return (output, plan) if not conversion.measures or output_of(output, format_, record.run) else None
 
     def _command(self) -> str:
         job, config = self._job, self._job.config
@@ -137,24 +158,33 @@ class _OutputRun:
                 self._artifacts.add(name, identity)
         if job.judge is not None:
             conversion.require_readable()
+        if conversion.measures:
+            job.check_sizes([self._target], job.calibration)
         measured, rows = self._measured() if conversion.measures else (None, None)
         with self._clock.step("plan"):
-            plan = conversion.plan(measured, self._target, _provenance(job, rows))
+            plan = conversion.plan(measured, self._target, job.provenance(rows))
         for fact in plan.describe().facts:
             _log.debug("plan for %s: %s", self._output, fact)
         run, self._output = _identity(job, rows, plan), conversion.placed(self._output, plan)
-        finished = output_of(self._output, job.config.format, run)
+        recorded = None if conversion.measures else self._recorded()
+        finished = recorded is not None or output_of(self._output, job.config.format, run)
         if measured is not None:
             plan.save(self._work / PLAN_FILE)
         made = self._made(plan, measured, rows, run, finished=finished)
-        write_recipe(self._output, recipe_of(job.config, self._target, job.checkpoint, calibrated=job.calibrated))
+        config = (
+            job.config
+            if measured is None or job.measured_here
+            else replace(job.config, measure=measured_with(measured))
+        )
+        text = None if rows is None else rows.options
+        write_recipe(self._output, recipe_of(config, self._target, job.checkpoint, text))
         earlier = _reported(job, self._output) if finished else None
         comparison = earlier or self._compared(plan)
         repeated = finished and (job.judge is None or earlier is not None)
         result = self._result(plan, made, comparison, measured, repeated=repeated)
         _report(job, self._output, result, finished=finished)
-        if conversion.measures:
-            self._finished = FinishedCommand.of(self._command(), run, plan, self._output)
+        told = run if conversion.measures else content_digest(self._output, job.config.format)
+        self._finished = FinishedCommand.of(self._command(), told, plan, self._output)
         return result
 
     def _result(
@@ -194,8 +224,7 @@ class _OutputRun:
         def check_rows(rows: CalibrationSet) -> None:
             if job.judge is not None:
                 job.judge.check_text(rows)
-            measured = None if job.given is None else job.given.measurement
-            job.conversion.forecast(self._target, measured, _provenance(job, rows))
+            job.check_sizes([self._target], rows)
 
         measured, rows = load_or_measure(
             job.checkpoint,
@@ -234,7 +263,7 @@ class _OutputRun:
                 rounded = self._rounded(plan, measured, rounder)
             with self._clock.step("write and verify"):
                 verification = job.conversion.write(
-                    rounded, self._output, plan, measured, _provenance(job, rows, run), job.progress
+                    rounded, self._output, plan, measured, job.provenance(rows, run), job.progress
                 )
         if rounded is None or measured is None:
             return _Made(verification)
@@ -294,25 +323,6 @@ def _report(job: Job, output: Path, result: QuantizeResult, *, finished: bool) -
         job.judge.mark_if_broken(output, result.comparison, predicted_nats=result.plan.damage_nats)
     if job.conversion.writes_card:
         write_card(output, original=job.checkpoint.directory, base_model=job.config.base_model)
-
-
-def _provenance(job: Job, rows: CalibrationSet | None, run: str = "0" * 32) -> Provenance:
-    checkpoint, warnings = job.checkpoint, job.conversion.warnings
-    checkpoint.prepare_fingerprint(job.progress)
-    if rows is None:
-        return Provenance(version=__version__, run=run, model=checkpoint.fingerprint, warnings=warnings)
-    return Provenance(
-        version=__version__,
-        run=run,
-        model=checkpoint.fingerprint,
-        changes=checkpoint.changes,
-        base_model=job.config.base_model_of(checkpoint),
-        calibration=rows.fingerprint,
-        calibration_text=rows.description,
-        calibration_spans=CalibrationSpans.of(rows).to_text(),
-        calibration_shape=(int(rows.tokens.shape[0]), int(rows.tokens.shape[1])),
-        warnings=warnings,
-    )
 
 
 def _identity(job: Job, rows: CalibrationSet | None, plan: Plan) -> str:

@@ -133,8 +133,8 @@ def quantize_model(
 ) -> QuantizeResult:
     """Quantize a model, and compare the result with the original.
 
-    Give one of ``bpw``, ``max_bytes``, ``vram_bytes`` and ``size_of``; without, the output has as many bits per weight
-    as the command line's, and with no ``options`` its 8-bit head, too. Interrupted? Call it again: it resumes.
+    Give one of ``bpw``, ``max_bytes``, ``vram_bytes`` and ``size_of``; without, the output is as the command line's:
+    GGUF at 4.5 bits per weight, EXL2 at 8.0 with an 8-bit head. Interrupted? Call it again: it resumes.
 
     Args:
         model: A local directory, a Hub id, or what ``open_model`` made of one.
@@ -194,7 +194,7 @@ def quantize_model(
     path = None if measurement is None or isinstance(measurement, Measurement) else Path(measurement)
     check_places(conversion, config, output, work, path)
     with reserved(output, files_beside(output, conversion, config.format)):
-        check_output(conversion, config, output, shown)
+        check_output(conversion, config, output, work, shown)
         given = GivenMeasurement.load(measurement, checkpoint, shown)
         (job,) = begin_jobs(
             [(conversion, config, {output: config.target})],
@@ -269,7 +269,7 @@ def begin_jobs(
             config=config,
             given=given,
             calibration=calibration,
-            calibrated=given is None and calibration is None,
+            measured_here=given is None,
             judge=judge,
             progress=progress,
         )

@@ -96,7 +96,7 @@ class Exl2Conversion(Conversion):
             lowest_bpw=lowest,
             highest_bpw=highest,
             facts=(
-                f"head bits {self.options.head_bits}",
+                f"head bits {self.options.head}",
                 *(f"in float16: {line}" for line in unquantized_lines(problem.unquantized, problem.head_reason)),
             ),
         )
@@ -125,7 +125,7 @@ class Exl2Conversion(Conversion):
             measurement,
             bpw=target.bpw,
             size=self._size_limit(target),
-            head_bits=self.options.head_bits,
+            head_bits=self.options.head,
             overrides=self.options.overrides,
             keep_fp16=self.options.keep_fp16,
         )
@@ -201,7 +201,7 @@ class Exl2Conversion(Conversion):
             linears,
             head,
             group_size=group_size,
-            head_bits=self.options.head_bits,
+            head_bits=self.options.head,
             overrides=self.options.overrides,
             keep_fp16=self.options.keep_fp16,
         )

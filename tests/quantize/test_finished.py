@@ -126,3 +126,67 @@ def test_a_newer_converter_is_not_taken_for_the_old(
         script.write("\n# newer\n")
     succeed(*command, "--llama-cpp", checkout)
     assert len(calls) == 1
+
+
+@pytest.fixture
+def converting(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Calls of what converts a model."""
+    calls: list[object] = []
+    prepare = GgufConversion.prepare
+    monkeypatch.setattr(GgufConversion, "prepare", lambda *given: calls.append(given) or prepare(*given))
+    return calls
+
+
+def test_a_series_is_not_converted_to_know_that_it_is_there(
+    converted: Any, converting: list[object], tmp_path: Path
+) -> None:
+    pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
+    (tmp_path / "notes.txt").write_text("".join(f"Sentence {each} is about {each * each}.\n" for each in range(400)))
+    model, out = converted["mistral"].directory, tmp_path / "out"
+    text = ("-c", tmp_path / "notes.txt", *TEXT)
+    command = ("quantize", model, out, "--format", "gguf,exl2", "--bpw", "8.5,7", "--no-feedback", "--no-eval", *text)
+    succeed(*command)
+    made = [path for path in out.rglob("*") if path.is_file() and not path.name.startswith("report.")]
+    before = {path: path.stat().st_mtime_ns for path in made}
+    converting.clear()
+    assert succeed(*command).startswith("finished already: ")
+    assert converting == []
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    # Other text, though of the same name, is another command.
+    (tmp_path / "notes.txt").write_text("".join(f"Verse {each} is about {each + each}.\n" for each in range(400)))
+    assert "is not the output of this run" in refused(*command)
+    assert converting != []
+
+
+def test_a_mixture(converted: Any, converting: list[object], tmp_path: Path) -> None:
+    pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
+    output = tmp_path / "out.gguf"
+    command = ("quantize", converted["mistral"].directory, output, "--no-eval")
+    for split in ((), ("--split-max-size", "100kB")):
+        succeed(*command, "--type", "Q8_0", *split)
+        converting.clear()
+        assert succeed(*command, "--type", "Q8_0", *split).startswith("finished already: ")
+        assert "is not the output of this run" in refused(*command, "--type", "Q4_0", *split)
+        for path in tmp_path.glob("*.gguf"):
+            data = bytearray(path.read_bytes())
+            data[-1] ^= 1
+            path.write_bytes(data)
+        assert "is not the output of this run" in refused(*command, "--type", "Q8_0", *split)
+        assert converting == []
+        for path in tmp_path.glob("*.gguf"):
+            path.unlink()
+
+
+def test_a_mixture_is_evaluated_again_without_its_report(
+    converted: Any, converting: list[object], tmp_path: Path
+) -> None:
+    pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
+    evaluation = ("--eval-rows", 2, "--eval-row-tokens", 32, "--device", "cpu")
+    command = ("quantize", converted["mistral"].directory, tmp_path / "out.gguf", "--type", "Q8_0", *evaluation)
+    succeed(*command)
+    converting.clear()
+    assert succeed(*command).startswith("finished already: ")
+    assert converting == []
+    (tmp_path / "out.report.json").unlink()
+    assert "KL" in succeed(*command)
+    assert (tmp_path / "out.report.json").is_file()

@@ -189,7 +189,7 @@ def checked(model: Path, output: Path) -> None:
     config = options_of(4.5, evaluate=EvalConfig(), card=True)
     conversion = config.conversion(Checkpoint.open(model))
     with reserved(output, files_beside(output, conversion, config.format)):
-        check_output(conversion, config, output, silent)
+        check_output(conversion, config, output, output.with_name("work"), silent)
 
 
 @pytest.mark.parametrize("ending", ["README.md", "recipe.yaml", "report.html", "report.json"])
@@ -297,7 +297,7 @@ def test_a_killed_mixture_in_parts_is_gone_over(
     before = first.read_bytes()
     first.unlink()  # as a run that is killed before its last step leaves it
     with reserved(output, files_beside(output, conversion, config.format)):
-        check_output(conversion, config, output, silent)
+        check_output(conversion, config, output, output.with_name("work"), silent)
     with pytest.raises(WorkDirectoryError, match="in the way"):
         conversion.write(None, first, plan, None, replace(provenance, run="another"), silent)
     conversion.write(None, first, plan, None, provenance, silent)
