@@ -15,14 +15,12 @@ from .model import QuantizedModel, Verification
 from .plan import Plan
 
 if TYPE_CHECKING:
-    import torch
-
     from ..checkpoint.source.checkpoint import Checkpoint
     from ..measure.curves import CurveMaker
     from ..measure.measurement import Measurement
     from ..progress import Progress
     from .format import Format
-    from .rounding import FormatWork, RoundedModel, Rounder
+    from .rounding import FormatWork, Refinement, RoundedModel, Rounder
 
 __all__ = ["Conversion", "Provenance", "SizeForecast", "Target"]
 
@@ -153,11 +151,7 @@ class Conversion(ABC):
 
     @property
     def inputs(self) -> tuple[Path, ...]:
-        """Files that are read beside the original.
-
-        Raises:
-            CheckpointError: One is not there, here or on the Hub.
-        """
+        """Files that are read beside the original; a ``CheckpointError`` tells of one that is not there."""
         return ()
 
     @property
@@ -270,11 +264,7 @@ class Conversion(ABC):
         return self._format.plan(measurement, self.options, bpw=target.bpw, max_bytes=target.max_bytes)
 
     def finished_plan(self, output: Path, saved: Path) -> Plan:
-        """Return the plan that a finished output was made by.
-
-        Args:
-            output: The path that opens it.
-            saved: Where the run has saved its plan, if it has.
+        """Return the plan that a finished output was made by; ``saved`` is where its run has saved it, if it has.
 
         Raises:
             FormatError: It cannot be read.
@@ -303,24 +293,8 @@ class Conversion(ABC):
         """
         return self._format.open(output).beside(self.checkpoint)
 
-    def refine(
-        self,
-        rounded: RoundedModel,
-        plan: Any,
-        measurement: Measurement,
-        device: torch.device,
-        offload_dir: Path | None,
-        progress: Progress,
-    ) -> None:
-        """Improve on all that was rounded, end to end; what is found is kept in the same store.
-
-        Args:
-            rounded: What the rounder made.
-            plan: What every linear or tensor got.
-            measurement: Gives the calibration rows.
-            device: Where models run.
-            offload_dir: Directory for files with hidden states; None keeps them in memory.
-            progress: Wraps the steps.
+    def refine(self, rounded: RoundedModel, rounder: Any, refinement: Refinement) -> None:
+        """Improve on all that ``rounder`` has made, end to end; what is found is kept in the same store.
 
         Raises:
             NumericalError: NaN or infinity in activations or gradients.

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint.files.partials import clear_partials
 from ..checkpoint.files.resume import RunArtifacts, run_artifacts
@@ -17,7 +18,7 @@ from ..convert.model import Verification
 from ..convert.plan import Plan
 from ..convert.publishing.cards import card_path, write_card
 from ..convert.publishing.mark import read_mark
-from ..convert.rounding import Drift, RoundedModel, Rounder
+from ..convert.rounding import Drift, Refinement, RoundedModel, Rounder
 from ..errors import CalibrationError, FormatError
 from ..eval.comparison import Comparison
 from ..eval.report.content import Report
@@ -166,18 +167,11 @@ class _OutputRun:
         for fact in plan.describe().facts:
             _log.debug("plan for %s: %s", self._output, fact)
         run, self._output = _identity(job, rows, plan), conversion.placed(self._output, plan)
-        recorded = None if conversion.measures else self._recorded()
-        finished = recorded is not None or output_of(self._output, job.config.format, run)
+        finished = bool(not conversion.measures and self._recorded()) or output_of(self._output, job.config.format, run)
         if measured is not None:
             plan.save(self._work / PLAN_FILE)
         made = self._made(plan, measured, rows, run, finished=finished)
-        config = (
-            job.config
-            if measured is None or job.measured_here
-            else replace(job.config, measure=measured_with(measured))
-        )
-        text = None if rows is None else rows.options
-        write_recipe(self._output, recipe_of(config, self._target, job.checkpoint, text))
+        write_recipe(self._output, _recipe(job, self._target, measured, rows))
         earlier = _reported(job, self._output) if finished else None
         comparison = earlier or self._compared(plan)
         repeated = finished and (job.judge is None or earlier is not None)
@@ -277,8 +271,9 @@ class _OutputRun:
             rounded = round_model(job.checkpoint, measured, plan, rounder, config, self._work, job.progress)
         if job.conversion.refines:
             with self._clock.step("tune"):
-                device = resolve_device(config.device)
-                job.conversion.refine(rounded, plan, measured, device, config.offload_dir, job.progress)
+                device, states = resolve_device(config.device), config.offload_dir
+                how = Refinement(measurement=measured, device=device, offload_dir=states, progress=job.progress)
+                job.conversion.refine(rounded, rounder, how)
         return rounded
 
     def _compared(self, plan: Plan) -> Comparison | None:
@@ -291,9 +286,17 @@ class _OutputRun:
             return judge.compare(self._output, model, predicted_nats=plan.damage_nats)
 
     def _measurement_file(self) -> Path | None:
-        if not self._job.conversion.measures:
-            return None
-        return self._job.measurement or self._work / MEASUREMENT_FILE
+        job = self._job
+        return (job.measurement or self._work / MEASUREMENT_FILE) if job.conversion.measures else None
+
+
+def _recipe(
+    job: Job, target: Target | None, measured: Measurement | None, rows: CalibrationSet | None
+) -> dict[str, Any]:
+    config = job.config
+    if measured is not None and not job.measured_here:
+        config = replace(config, measure=measured_with(measured))
+    return recipe_of(config, target, job.checkpoint, None if rows is None else rows.options)
 
 
 def _reported(job: Job, output: Path) -> Comparison | None:

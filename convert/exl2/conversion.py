@@ -6,8 +6,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ...checkpoint.files.digests import file_digests
 from ...checkpoint.model.dtypes import FLOAT_DTYPES
 from ...checkpoint.model.families import HEAD
@@ -20,7 +18,7 @@ from ...measure.measurement import Measurement
 from ...progress import Progress
 from ..conversion import Conversion, Provenance, SizeForecast, Target
 from ..model import Verification
-from ..rounding import RoundedModel
+from ..rounding import Refinement, RoundedModel
 from .curves import Exl2Curves
 from .file.config import require_side_files
 from .file.writer import require_writable, write_model
@@ -139,17 +137,9 @@ class Exl2Conversion(Conversion):
         """See ``Conversion``."""
         return Exl2Rounder(plan, measurement)
 
-    def refine(
-        self,
-        rounded: RoundedModel,
-        plan: Exl2Plan,
-        measurement: Measurement,
-        device: torch.device,
-        offload_dir: Path | None,
-        progress: Progress,
-    ) -> None:
+    def refine(self, rounded: RoundedModel, rounder: Any, refinement: Refinement) -> None:
         """See ``Conversion``."""
-        tune_rounded(rounded, self._source, measurement, device, offload_dir, progress)
+        tune_rounded(rounded, self._source, refinement)
 
     def write(
         self,

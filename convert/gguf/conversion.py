@@ -7,8 +7,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ...checkpoint.files.resume import ResumeStore
 from ...checkpoint.source.checkpoint import Checkpoint
 from ...errors import FormatError
@@ -18,7 +16,7 @@ from ...progress import Progress, silent
 from ..conversion import Provenance, SizeForecast, Target
 from ..model import QuantizedModel, Verification
 from ..plan import Plan
-from ..rounding import RoundedModel
+from ..rounding import Refinement, RoundedModel
 from .base import BASE, BasedConversion, base_identity, base_path, converted
 from .curves import GgufCurves
 from .engine.gate import gate_once
@@ -195,18 +193,9 @@ class GgufConversion(BasedConversion):
         """See ``Conversion``."""
         return GgufRounder(plan, measurement, self.checkpoint, self.layout.rows) if self.options.feedback else None
 
-    def refine(
-        self,
-        rounded: RoundedModel,
-        plan: GgufPlan,
-        measurement: Measurement,
-        device: torch.device,
-        offload_dir: Path | None,
-        progress: Progress,
-    ) -> None:
+    def refine(self, rounded: RoundedModel, rounder: Any, refinement: Refinement) -> None:
         """See ``Conversion``."""
-        rounder = GgufRounder(plan, measurement, self.checkpoint, self.layout.rows)
-        tune_gguf(rounded, rounder, self.source, measurement, device, offload_dir, progress)
+        tune_gguf(rounded, rounder, self.source, refinement)
 
     def write(
         self,
@@ -222,8 +211,9 @@ class GgufConversion(BasedConversion):
         self.write_beside(output)  # first: an output that is there is complete
         rows = self.layout.rows
         importance = importance_of(measurement, self.layout)
-        if rounded is not None and self.refines:
-            rounded = TunedGguf.of(rounded, GgufRounder(plan, measurement, self.checkpoint, rows), self.source)
+        rounder = self.rounder(plan, measurement)
+        if rounded is not None and rounder is not None and self.refines:
+            rounded = TunedGguf.of(rounded, rounder, self.source)
         return write_gguf(
             self.base,
             output,
