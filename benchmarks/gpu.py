@@ -43,6 +43,7 @@ from bpwise.convert.gguf.curves import GgufCurves
 from bpwise.convert.gguf.ggml.curves import measured_types
 from bpwise.convert.gguf.plan.making import make_gguf_plan
 from bpwise.convert.gguf.rounder import GgufRounder
+from bpwise.convert.rounding import Refinement
 from bpwise.eval.config import EvalConfig
 from bpwise.eval.metrics.passes import last_hidden
 from bpwise.eval.models import device_name
@@ -299,7 +300,8 @@ def _real_run(work: Path, preset: LlamaConfig, layers: int, rows: CalibrationSet
     with meter.step("round: exl2"):
         rounded = round_model(checkpoint, measured, exl2, Exl2Rounder(exl2, measured), options, work / "exl2")
     with meter.step("tune: exl2"):
-        tune_rounded(rounded, language_model(checkpoint), measured, meter.device, None, silent)
+        how = Refinement(measurement=measured, device=meter.device, offload_dir=None, progress=silent)
+        tune_rounded(rounded, language_model(checkpoint), how)
     if "gguf" in measured.curves:
         gguf = make_gguf_plan(measured, bpw=4.5)
         with meter.step("round: gguf"):

@@ -35,6 +35,7 @@ from bpwise.convert.exl2.options import Exl2Options
 from bpwise.convert.exl2.plan.plan import Exl2Plan
 from bpwise.convert.exl2.rounding.rounder import Exl2Rounder, rounded_linear, tune_rounded
 from bpwise.convert.opening import verify_model
+from bpwise.convert.rounding import Refinement
 from bpwise.errors import BpwiseError
 from bpwise.eval.comparison import EvalConfig, compare_with, evaluation_rows
 from bpwise.eval.original import OriginalRun, run_original
@@ -228,7 +229,8 @@ def _round(
     rounded = round_model(checkpoint, measurement, plan, rounder, config, work, progress_bar)
     source = language_model(checkpoint)
     if variant.tunes_scales:
-        tune_rounded(rounded, source, measurement, device, None, progress_bar)
+        how = Refinement(measurement=measurement, device=device, offload_dir=None, progress=progress_bar)
+        tune_rounded(rounded, source, how)
 
     def read(name: str) -> Tensor:
         return rounded_linear(rounded, source, name, tuned=False).dequantize()

@@ -14,7 +14,7 @@ from ..convert.format import Format
 from ..convert.options import Command as CommandName
 from ..convert.options import FormatOptions, Option, options_of
 from ..convert.registry import format_named, format_naming, format_nearly_naming, formats
-from .types import EXISTING_DIRECTORY, EXISTING_FILE, MIB, SIZE, Names
+from .types import EXISTING_DIRECTORY, EXISTING_FILE, MIB, MODEL, SIZE, Names
 
 __all__ = ["FORMAT_OPTION", "FormatChoice", "chosen_formats", "format_options", "owners", "take_recipe"]
 
@@ -148,6 +148,7 @@ def _click_option(group: list[tuple[Format, Option]]) -> Callable[[Command], Com
     kinds: dict[str, Any] = {
         "file": EXISTING_FILE,
         "directory": EXISTING_DIRECTORY,
+        "model": MODEL,
         "integer": click.INT,
         "mebibytes": click.IntRange(1),
         "size": SIZE,
@@ -162,13 +163,14 @@ def _read(
     format_: Format, command: CommandName, given: Mapping[str, Any], *, chosen: bool, sized: bool
 ) -> FormatOptions:
     # Of other formats only what can be read: an option of several may be meant for another.
-    values = {} if sized else dict(format_.default_options)
+    values: dict[str, Any] = {}
     for field, option in options_of(format_.Options, command).items():
         value = given[option.name]
         if value is None or value == () or (not chosen and len(owners(command)[option.name]) > 1):
             continue
         values[field] = _value(option, value)
-    return format_.Options(**values)
+    options: FormatOptions = format_.completed(format_.Options(**values), sized=sized)
+    return options
 
 
 def _refuse_two_meanings(command: CommandName, chosen: Sequence[Format], given: Mapping[str, Any]) -> None:

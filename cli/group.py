@@ -58,7 +58,7 @@ HELP: Mapping[str, CommandHelp] = {
         sections={
             "Target": _SIZES,
             "Calibration": _CALIBRATION,
-            "Evaluation": ("eval_text", "eval_rows", "eval_row_tokens", "no_eval", "force_eval_text"),
+            "Evaluation": ("eval_text", "eval_rows", "eval_row_tokens", "no_eval", "force_eval_text", "no_cache"),
             "Machine": _MACHINE,
         },
         examples=(

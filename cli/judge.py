@@ -12,6 +12,7 @@ import click
 from ..errors import WorkDirectoryError, install_command
 from .group import cli
 from .options import (
+    NO_CACHE_OPTION,
     OFFLOAD_OPTION,
     ROW_TOKENS_DEFAULT,
     Command,
@@ -20,10 +21,9 @@ from .options import (
     extra_options,
     grouped,
     original_options,
-    say_shortened,
 )
-from .output import JSON_OPTION, note, progress_bar, say, say_json
-from .types import DIRECTORY, EXISTING_DIRECTORY, EXISTING_FILE, MIB, MODEL
+from .output import JSON_OPTION, note, progress_bar, say, say_json, say_shortened
+from .types import DIRECTORY, EXISTING_DIRECTORY, MIB, MODEL
 
 if TYPE_CHECKING:
     from ..checkpoint.source.checkpoint import TensorSource
@@ -110,7 +110,7 @@ def _config(*, force_eval_text: bool, **given: Any) -> EvalConfig:
     default="transformers",
     help="What runs the models; llama.cpp runs a GGUF file and --base, on the CPU.",
 )
-@click.option("--base", type=EXISTING_FILE, help="ORIGINAL as an unquantized GGUF file, for --engine llama.cpp.")
+@click.option("--base", type=MODEL, help="ORIGINAL as an unquantized GGUF file, for --engine llama.cpp.")
 @click.option(
     "--llama-cpp",
     type=EXISTING_DIRECTORY,
@@ -131,14 +131,14 @@ def _config(*, force_eval_text: bool, **given: Any) -> EvalConfig:
     type=DIRECTORY,
     help="Where to keep the original's results for the next run on the same text.  [default: ~/.cache/bpwise]",
 )
-@click.option("--no-cache", is_flag=True, help="Run the original again, and do not keep its results.")
+@NO_CACHE_OPTION
 @extra_options
 def evaluate(
     original: str,
     quantized: tuple[Path | str, ...],
     output: Path | None,
     engine: str,
-    base: Path | None,
+    base: Path | str | None,
     llama_cpp: Path | None,
     plots: bool,
     png: bool,
@@ -269,16 +269,18 @@ def _reconsider_marks(
 
 
 def _compared_in_engine(
-    source: TensorSource, quantized: Sequence[Path], config: EvalConfig, base: Path | None, llama_cpp: Path | None
+    source: TensorSource, quantized: Sequence[Path], config: EvalConfig, base: Path | str | None, llama_cpp: Path | None
 ) -> list[Comparison]:
+    from ..convert.opening import locate_model
     from ..eval.engines.engine import evaluate_in_engine
 
     if base is None:
         raise click.UsageError(
             "--engine llama.cpp needs --base. Give the original as an unquantized file of llama.cpp's."
         )
+    file = locate_model(base)
     return [
-        evaluate_in_engine(source, model, config, progress_bar, base=base, llama_cpp=llama_cpp) for model in quantized
+        evaluate_in_engine(source, model, config, progress_bar, base=file, llama_cpp=llama_cpp) for model in quantized
     ]
 
 

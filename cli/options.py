@@ -5,16 +5,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
-from .output import say
 from .types import DIRECTORY, EXISTING_DIRECTORY, LENGTHS, MODEL, NAMES
 
 if TYPE_CHECKING:
-    from ..checkpoint.source.checkpoint import TensorSource
     from ..checkpoint.source.original import Original
     from ..eval.config import EvalConfig
     from ..eval.tasks.benchmarks import LoadedTasks
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FORCE_OPTION",
+    "NO_CACHE_OPTION",
     "OFFLOAD_OPTION",
     "ROW_TOKENS_DEFAULT",
     "EvaluationArguments",
@@ -35,7 +36,6 @@ __all__ = [
     "extra_options",
     "grouped",
     "original_options",
-    "say_shortened",
 ]
 
 ROW_TOKENS_DEFAULT = "[default: 1024, or the model's context if that is shorter]"
@@ -43,6 +43,8 @@ ROW_TOKENS_DEFAULT = "[default: 1024, or the model's context if that is shorter]
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 FORCE_OPTION = click.option("--force", is_flag=True, help="Replace OUTPUT even if it is a file of another kind.")
+
+NO_CACHE_OPTION = click.option("--no-cache", is_flag=True, help="Run the original again, and do not keep its results.")
 
 OFFLOAD_OPTION = click.option(
     "--offload-dir",
@@ -69,7 +71,10 @@ class OriginalArguments:
         from ..checkpoint.source.original import open_model
         from ..convert.opening import locate_model
 
-        model = with_revision(model, self.revision)
+        source = click.get_current_context().get_parameter_source("revision")
+        idle = Path(model).exists() or "@" in model  # a recipe's is of a model on the Hub, which this need not be
+        if source is ParameterSource.COMMANDLINE or not idle:
+            model = with_revision(model, self.revision)
         return model if self.lora is None else open_model(model, lora=locate_model(self.lora))
 
 
@@ -140,11 +145,7 @@ def calibration_options(command: Command) -> Command:
         OFFLOAD_OPTION,
         click.option("--work-dir", type=DIRECTORY, help="Where to keep finished blocks.  [default: OUTPUT.work]"),
     )
-    names = (
-        *("calibration", "column", "chat_template", "rows", "row_tokens", "seed", "damping", "moe_calibrate_all"),
-        *("device", "precision", "offload_dir", "work_dir"),
-    )
-    return grouped(command, declared, "measuring", names, _measuring)
+    return grouped(command, declared, "measuring", list(signature(_measuring).parameters), _measuring)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +157,7 @@ class EvaluationArguments:
     eval_row_tokens: int | None
     no_eval: bool
     force_eval_text: bool
+    no_cache: bool
 
     def config(self, measure: MeasureConfig) -> EvalConfig | None:
         """Return the options of the evaluation, which runs where measuring does; None if it is left out."""
@@ -187,9 +189,11 @@ def evaluation_options(command: Command) -> Command:
         ),
         click.option("--no-eval", is_flag=True, help="Do not compare the output with the original."),
         click.option("--force-eval-text", is_flag=True, help="Evaluate even on text that was calibrated on."),
+        NO_CACHE_OPTION,
     )
-    names = ("eval_text", "eval_rows", "eval_row_tokens", "no_eval", "force_eval_text")
-    return grouped(command, declared, "evaluation", names, EvaluationArguments)
+    return grouped(
+        command, declared, "evaluation", list(signature(EvaluationArguments).parameters), EvaluationArguments
+    )
 
 
 def grouped(
@@ -284,11 +288,7 @@ def extra_options(command: Command) -> Command:
         ),
         click.option("--needle-samples", type=click.IntRange(1), default=4, help="Texts of each length for --needle."),
     )
-    names = (
-        *("tasks", "num_fewshot", "limit", "include_path", "batch_size", "apply_chat_template"),
-        *("needle", "needle_samples"),
-    )
-    return grouped(command, declared, "extra", names, TaskArguments)
+    return grouped(command, declared, "extra", list(signature(TaskArguments).parameters), TaskArguments)
 
 
 def _measuring(
@@ -329,22 +329,3 @@ def _measuring(
         precision=precision,
     )
     return MeasuringArguments(config=config, saved=saved, work_dir=work_dir)
-
-
-def say_shortened(source: TensorSource, **asked: int | None) -> None:
-    """Say on stderr which rows are shorter than by default, because the model's context is.
-
-    Args:
-        source: The model.
-        **asked: Tokens in each row as asked for, None for the default, by what the rows are for: ``calibration``,
-            ``evaluation``.
-
-    Raises:
-        ConfigError: Rows are longer than the model's context.
-    """
-    from ..measure.text.context import shortened_line
-
-    for use, row_tokens in asked.items():
-        line = shortened_line(row_tokens, source, use)
-        if line is not None:
-            say(line, err=True)

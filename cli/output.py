@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,7 +19,10 @@ from ..progress import ExpectedPart, RunForecast, TimeLeft, placed, seconds_by_s
 from ..quantize.timing.costs import minutes
 from ..version import __version__
 
-__all__ = ["JSON_OPTION", "RunBar", "logged", "note", "progress_bar", "say", "say_json", "time_lines"]
+if TYPE_CHECKING:
+    from ..checkpoint.source.checkpoint import TensorSource
+
+__all__ = ["JSON_OPTION", "RunBar", "logged", "note", "progress_bar", "say", "say_json", "say_shortened", "time_lines"]
 
 _DOCUMENT_VERSION = 1
 """Of what ``--json`` prints."""
@@ -216,3 +219,22 @@ def _progress_lines(items: Sequence[Any], label: str, left: TimeLeft | None) -> 
     if left is not None:
         left.advance(1.0)
     say(f"{label}: {len(items)} in {tqdm.format_interval(time.monotonic() - first)}", err=True)
+
+
+def say_shortened(source: TensorSource, **asked: int | None) -> None:
+    """Say on stderr which rows are shorter than by default, because the model's context is.
+
+    Args:
+        source: The model.
+        **asked: Tokens in each row as asked for, None for the default, by what the rows are for: ``calibration``,
+            ``evaluation``.
+
+    Raises:
+        ConfigError: Rows are longer than the model's context.
+    """
+    from ..measure.text.context import shortened_line
+
+    for use, row_tokens in asked.items():
+        line = shortened_line(row_tokens, source, use)
+        if line is not None:
+            say(line, err=True)

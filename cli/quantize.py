@@ -21,9 +21,8 @@ from .options import (
     evaluation_options,
     grouped,
     original_options,
-    say_shortened,
 )
-from .output import JSON_OPTION, RunBar, note, progress_bar, say, say_json, time_lines
+from .output import JSON_OPTION, RunBar, note, progress_bar, say, say_json, say_shortened, time_lines
 from .types import EXISTING_FILE, MIB, PATH, RATES, SIZE, TOKENS, Names
 
 if TYPE_CHECKING:
@@ -202,6 +201,7 @@ def quantize(
         return
     settings |= {
         "evaluate": evaluate or False,
+        "cache": not evaluation.no_cache,
         "measurement": measurement,
         "calibration": measuring.saved,
         "work": measuring.work_dir,

@@ -19,9 +19,8 @@ from .options import (
     OriginalArguments,
     calibration_options,
     original_options,
-    say_shortened,
 )
-from .output import JSON_OPTION, RunBar, say, say_json
+from .output import JSON_OPTION, RunBar, say, say_json, say_shortened
 from .types import EXISTING_FILE, FILE, MIB, PATH, RATES, SIZE, TOKENS, Names
 
 if TYPE_CHECKING:

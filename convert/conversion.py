@@ -15,14 +15,12 @@ from .model import QuantizedModel, Verification
 from .plan import Plan
 
 if TYPE_CHECKING:
-    import torch
-
     from ..checkpoint.source.checkpoint import Checkpoint
     from ..measure.curves import CurveMaker
     from ..measure.measurement import Measurement
     from ..progress import Progress
     from .format import Format
-    from .rounding import FormatWork, RoundedModel, Rounder
+    from .rounding import FormatWork, Refinement, RoundedModel, Rounder
 
 __all__ = ["Conversion", "Provenance", "SizeForecast", "Target"]
 
@@ -131,8 +129,6 @@ class Conversion(ABC):
     """Whether a model card belongs to every output."""
     refines: bool = False
     """Whether ``refine`` does something."""
-    inputs: tuple[Path, ...] = ()
-    """Files that are read beside the original."""
     notes: tuple[str, ...] = ()
     """What ``prepare`` found that a user should know, as sentences."""
     details: Mapping[str, Mapping[str, str | float]] = MappingProxyType({})
@@ -152,6 +148,16 @@ class Conversion(ABC):
     def measures(self) -> bool:
         """Whether plans are made from a measurement."""
         return bool(self.options.measures)
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """Files that are read beside the original; a ``CheckpointError`` tells of one that is not there."""
+        return ()
+
+    @property
+    def tool(self) -> str:
+        """Version of a program that ``prepare`` runs, as far as it is known before; empty where it runs none."""
+        return ""
 
     @cached_property
     def warnings(self) -> tuple[str, ...]:
@@ -257,6 +263,16 @@ class Conversion(ABC):
         assert target is not None, "nothing is asked of this format"
         return self._format.plan(measurement, self.options, bpw=target.bpw, max_bytes=target.max_bytes)
 
+    def finished_plan(self, output: Path, saved: Path) -> Plan:
+        """Return the plan that a finished output was made by; ``saved`` is where its run has saved it, if it has.
+
+        Raises:
+            FormatError: It cannot be read.
+        """
+        from .registry import load_plan  # noqa: PLC0415 - it holds the formats, which hold this
+
+        return load_plan(saved)
+
     def placed(self, output: Path, plan: Any) -> Path:
         """Return the path by which an output is opened: another one where the plan asks for several files."""
         return output
@@ -277,24 +293,8 @@ class Conversion(ABC):
         """
         return self._format.open(output).beside(self.checkpoint)
 
-    def refine(
-        self,
-        rounded: RoundedModel,
-        plan: Any,
-        measurement: Measurement,
-        device: torch.device,
-        offload_dir: Path | None,
-        progress: Progress,
-    ) -> None:
-        """Improve on all that was rounded, end to end; what is found is kept in the same store.
-
-        Args:
-            rounded: What the rounder made.
-            plan: What every linear or tensor got.
-            measurement: Gives the calibration rows.
-            device: Where models run.
-            offload_dir: Directory for files with hidden states; None keeps them in memory.
-            progress: Wraps the steps.
+    def refine(self, rounded: RoundedModel, rounder: Any, refinement: Refinement) -> None:
+        """Improve on all that ``rounder`` has made, end to end; what is found is kept in the same store.
 
         Raises:
             NumericalError: NaN or infinity in activations or gradients.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -70,7 +70,7 @@ class Format(ABC):
     default_bpw: ClassVar[float] = 8.0
     """Bits per weight of an output where no size is asked for."""
     default_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
-    """Options of such an output, by field, where they differ from the options' own defaults."""
+    """Options of such an output, by field, where they leave it open by None; see ``completed``."""
     exports: ClassVar[Sequence[Export]] = ()
     """Files for other programs that it makes of measurements."""
     own_files: ClassVar[tuple[str, ...]] = ("*.safetensors", "*.safetensors.index.json", "config.json")
@@ -117,6 +117,16 @@ class Format(ABC):
             limits=(),
             loading="Decode it with `bpwise dequantize`; Transformers loads the result.",
         )
+
+    def completed(self, options: Any, *, sized: bool) -> Any:
+        """Return options as an output gets them: if no size is given, ``default_options`` fill what they leave open.
+
+        Args:
+            options: The format's.
+            sized: Whether a size is asked for.
+        """
+        own = {name: value for name, value in self.default_options.items() if getattr(options, name) is None}
+        return options if sized else replace(options, **own)
 
     def output_name(self, base_name: str, bpw: float | str, options: Any) -> str:
         """Return the name of an output by convention, suffix included.

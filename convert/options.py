@@ -25,7 +25,7 @@ __all__ = [
 Effort = Literal["normal", "high"]
 """What is done after rounding: ``high`` fits the decoder's scales to the original's predictions."""
 
-Kind = Literal["text", "flag", "negated", "file", "directory", "mebibytes", "size", "integer"]
+Kind = Literal["text", "flag", "negated", "file", "directory", "model", "mebibytes", "size", "integer"]
 Command = Literal["measure", "plan", "quantize"]
 
 _MIB = 1 << 20
@@ -40,7 +40,7 @@ class Option:
         help: What it does; begins with a verb or a noun and names units.
         commands: The commands that take it.
         kind: What its text is: ``flag`` is false unless given, ``negated`` true unless given, ``file`` and
-            ``directory`` must exist.
+            ``directory`` must exist, a ``model`` must or be on the Hub.
         choices: The texts that are allowed; empty for any.
         repeatable: Whether it may be given several times; the field is a tuple then.
         metavar: What help calls the value; None for the usual.

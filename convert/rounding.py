@@ -15,11 +15,21 @@ from torch import Tensor
 from ..checkpoint.files.resume import ResumeStore
 from ..linalg.hessian import Hessian
 from ..linalg.work import Elements, Work
-from ..measure.measurement import MeasuredLinear
+from ..measure.measurement import MeasuredLinear, Measurement
 from ..measure.model.states import new_state
 from ..measure.statistics.heldout import finite_damping
+from ..progress import Progress
 
-__all__ = ["Drift", "FormatWork", "RoundedModel", "Rounder", "drift_of", "drift_section", "rounding_damping"]
+__all__ = [
+    "Drift",
+    "FormatWork",
+    "Refinement",
+    "RoundedModel",
+    "Rounder",
+    "drift_of",
+    "drift_section",
+    "rounding_damping",
+]
 
 _TINY = 1e-30
 """Keeps states that are zero from being divided by."""
@@ -193,3 +203,20 @@ def drift_of(original: Tensor, quantized: Tensor) -> Tensor:
 def rounding_damping(measured: MeasuredLinear) -> float:
     """Return the relative damping to round a linear with: the measured one, or the largest where none was enough."""
     return finite_damping(measured.damping)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Refinement:
+    """What a rounded model is refined with.
+
+    Attributes:
+        measurement: Gives the calibration rows.
+        device: Where models run.
+        offload_dir: Directory for files with hidden states; None keeps them in memory.
+        progress: Wraps the steps.
+    """
+
+    measurement: Measurement
+    device: torch.device
+    offload_dir: Path | None
+    progress: Progress

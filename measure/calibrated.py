@@ -18,7 +18,7 @@ from ..checkpoint.files.schemas import check_schema
 from ..checkpoint.files.side_files import is_side_file
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..checkpoint.source.language import language_config
-from ..errors import BpwiseWarning, CalibrationError, FormatError, UnreachableTextError, reason
+from ..errors import BpwiseError, BpwiseWarning, CalibrationError, FormatError, UnreachableTextError, reason
 from ..progress import Progress, silent
 from ..version import __version__
 from .device import resolve_device
@@ -26,11 +26,20 @@ from .measurement import Measurement
 from .text.calibration import CalibrationConfig, CalibrationSet, build_calibration
 from .text.context import CALIBRATION, check_rows, fit_row_tokens, require_tokens
 from .text.generation import write_rows
-from .text.mixture import BUILT_IN, NAMES, SELF, Share, rows_of, spread_places
-from .text.sources import text_files
+from .text.mixture import BUILT_IN, NAMES, SELF, Share, TextOptions, rows_of, spread_places
+from .text.sources import is_data_set, read_texts, text_files
 from .text.tokenizer import Tokenizer, load_tokenizer, token_fingerprint
 
-__all__ = ["CALIBRATION_FILE", "calibration_rows", "joined_rows", "kept_rows", "load_or_make_rows", "measured_rows"]
+__all__ = [
+    "CALIBRATION_FILE",
+    "calibration_rows",
+    "finished_rows",
+    "joined_rows",
+    "kept_rows",
+    "load_or_make_rows",
+    "measured_rows",
+    "require_text",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -113,6 +122,39 @@ def kept_rows(
     return rows if rows.made_from == _made_from(checkpoint, config, device) else None
 
 
+def finished_rows(checkpoint: Checkpoint, config: CalibrationConfig, kept: Path, *, device: str = "auto") -> bool:
+    """Return whether the rows of a run are made; arguments as for ``kept_rows``."""
+    try:
+        return kept_rows(checkpoint, config, kept, device=device) is not None
+    except BpwiseError:  # damaged: they are made again
+        return False
+
+
+def require_text(
+    checkpoint: Checkpoint, config: CalibrationConfig, kept: Sequence[Path], *, device: str = "auto"
+) -> None:
+    """Refuse calibration text that cannot be opened: files, folders, and data sets of the Hub.
+
+    Those of ``mix`` may be out of reach: the built-in text takes their place. No data set is looked for where a run
+    that goes on has its rows.
+
+    Args:
+        checkpoint: The model; its fingerprint is looked at only where rows are kept.
+        config: Which rows.
+        kept: Files that a run may keep them in.
+        device: As for ``calibration_rows``.
+
+    Raises:
+        CalibrationError: What is wrong with the text.
+    """
+    sources = [share.source for share in config.shares if share.source not in NAMES and share.license is None]
+    on_hub = {source for source in sources if is_data_set(source) and not text_files(source)}
+    if on_hub and any(finished_rows(checkpoint, config, each, device=device) for each in kept):
+        sources = [source for source in sources if source not in on_hub]
+    for source in sources:
+        read_texts(source, column=config.column)
+
+
 def _made_from(checkpoint: Checkpoint, config: CalibrationConfig, device: str) -> str:
     # Not the number of threads, nor what the Hub has today: a run keeps the rows that it began with.
     fitted = replace(config, row_tokens=fit_row_tokens(config.row_tokens, checkpoint, CALIBRATION))
@@ -161,6 +203,7 @@ def calibration_rows(
         if given.vocabulary is not None:
             require_tokens(given, load_tokenizer(checkpoint.directory))
         return given
+    asked = config.options
     config = replace(config, row_tokens=fit_row_tokens(config.row_tokens, checkpoint, CALIBRATION))
     maker = _RowMaker(checkpoint, load_tokenizer(checkpoint.directory), config, device, progress)
     counts = dict(zip(config.shares, rows_of(config.shares, config.rows), strict=True))
@@ -185,7 +228,7 @@ def calibration_rows(
     if built_in:
         sets.append(maker.rows(Share(BUILT_IN, 1.0), built_in))
     rows = sets[0] if len(sets) == 1 else joined_rows(sets, maker.tokenizer)
-    return replace(rows, unreached=tuple(unreached))
+    return replace(rows, unreached=tuple(unreached), options=asked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +290,7 @@ class _RowsProvenance:
     calibration_text: str
     calibration_origins: tuple[str, ...]
     calibration_adds_bos: bool
+    calibration_options: TextOptions | None = None
 
 
 def measured_rows(measurement: Measurement) -> CalibrationSet:
@@ -268,4 +312,5 @@ def measured_rows(measurement: Measurement) -> CalibrationSet:
         origins=known.calibration_origins,
         description=known.calibration_text,
         adds_bos=known.calibration_adds_bos,
+        options=known.calibration_options,
     )

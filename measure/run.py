@@ -15,13 +15,14 @@ import torch
 
 from ..checkpoint.files.paths import check_run, refuse_foreign, reserved, work_beside
 from ..checkpoint.files.resume import ResumeStore, run_artifacts
+from ..checkpoint.files.schemas import check_schema
 from ..checkpoint.model.structure_json import structure_to_json
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..checkpoint.source.hub import directory_name
 from ..checkpoint.source.language import LanguageModel, language_model
 from ..checkpoint.source.original import Original, open_model
 from ..errors import ConfigError, FormatError
-from ..linalg.products import PRECISIONS, float32_products, pass_precision
+from ..linalg.products import FLOAT32, PRECISIONS, float32_products, pass_precision
 from ..progress import Progress, silent
 from ..version import __version__
 from .calibrated import CALIBRATION_FILE, load_or_make_rows
@@ -46,6 +47,7 @@ __all__ = [
     "kept_inputs",
     "measure_checkpoint",
     "measure_to_file",
+    "measured_with",
     "measurement_provenance",
     "require_measurable",
 ]
@@ -119,6 +121,7 @@ def measurement_provenance(
         "calibration_text": calibration.description,
         "calibration_origins": list(calibration.origins),
         "calibration_adds_bos": calibration.adds_bos,
+        **({} if calibration.options is None else {"calibration_options": asdict(calibration.options)}),
         "rows": rows,
         "row_tokens": row_tokens,
         "damping": config.damping,
@@ -130,6 +133,34 @@ def measurement_provenance(
         "structure": structure_to_json(language_model(checkpoint).structure),
         **({"changes": checkpoint.changes} if checkpoint.changes else {}),
     }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _OptionsProvenance:
+    """What ``measurement_provenance`` says of the options, but for the calibration text."""
+
+    damping: float | None = None
+    seed: int = 0
+    moe_calibrate_all: bool = False
+    precision: str = FLOAT32
+
+
+def measured_with(measurement: Measurement) -> MeasureConfig:
+    """Return the options that a measurement was made with, but for the calibration text and what is of the machine.
+
+    Raises:
+        FormatError: The measurement's provenance does not tell them.
+        ConfigError: They make no sense.
+    """
+    remedy = "The measurement is damaged: measure the model again."
+    where = "measurement: provenance"
+    known = check_schema(measurement.provenance, _OptionsProvenance, FormatError, where=where, remedy=remedy)
+    return MeasureConfig(
+        damping=known.damping,
+        seed=known.seed,
+        moe_calibrate_all=known.moe_calibrate_all,
+        precision=FLOAT32 if known.precision == FLOAT32 else "auto",
+    )
 
 
 def _digest(curves: CurveMaker) -> str:

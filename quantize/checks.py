@@ -25,17 +25,16 @@ from ..eval.publishing.base_card import read_base_card
 from ..eval.publishing.cards import card_path, is_card
 from ..eval.publishing.mark import mark_path
 from ..eval.report.report import JSON_NAME, report_names, try_report
+from ..measure.calibrated import CALIBRATION_FILE, require_text
 from ..measure.device import resolve_device
 from ..measure.measurement import Measurement
 from ..measure.run import MeasureConfig, require_measurable
 from ..measure.text.calibration import CalibrationSet
 from ..measure.text.context import CALIBRATION, check_rows, fit_row_tokens
-from ..measure.text.mixture import NAMES
-from ..measure.text.sources import is_data_set, read_texts
 from ..progress import Progress
 from ..version import __version__
 from .config import QuantizeConfig
-from .measuring import check_work
+from .measuring import MEASURING, FinishedCommand, check_work
 from .recipe import is_recipe
 from .timing.forecast import Forecast, forecast_run
 
@@ -43,7 +42,6 @@ __all__ = [
     "ReportPlace",
     "check_output",
     "check_places",
-    "check_text",
     "command_digest",
     "forecast_outputs",
     "has_report",
@@ -100,7 +98,7 @@ def command_digest(
     options = (target, config.options, config.measure, config.evaluate)
     parts = [
         *(__version__, checkpoint.fingerprint, checkpoint.changes, _carried(checkpoint), read),
-        *(output.name, config.base_model_of(checkpoint)),
+        *(output.name, config.base_model_of(checkpoint), conversion.tool),
         *map(repr, options),
         None if measured is None else measured.fingerprint,
         None if rows is None else rows.fingerprint,
@@ -192,7 +190,7 @@ def check_places(
     check_work(work)
 
 
-def check_output(conversion: Conversion, config: QuantizeConfig, output: Path, progress: Progress) -> None:
+def check_output(conversion: Conversion, config: QuantizeConfig, output: Path, work: Path, progress: Progress) -> None:
     """Refuse an output that is there and not this run's, and files of others that report and card would replace.
 
     Costs no time unless the output exists.
@@ -201,22 +199,18 @@ def check_output(conversion: Conversion, config: QuantizeConfig, output: Path, p
         conversion: The original on its way into the format.
         config: Options.
         output: Directory or file to make.
+        work: Its work directory.
         progress: Shows how far the original's fingerprint is.
 
     Raises:
-        WorkDirectoryError: There is something else, or the name is that of a part.
+        WorkDirectoryError: There is something else.
         FormatError: What is there is damaged.
     """
     format_ = config.format
-    whole = format_.whole_path(output)
-    if whole != output:
-        raise WorkDirectoryError(
-            f"{output}: the name of a part. Expected that of the whole model: parts are numbered as they are made. "
-            f"Name it {whole.name}."
-        )
     places = format_.places(output)
+    own = _recorded(conversion, config, output, work, progress)
     for path in (*itertools.chain(*places.values()), *conversion.beside(output)):
-        if output_of(path, format_, ""):
+        if path not in own and output_of(path, format_, ""):
             conversion.checkpoint.prepare_fingerprint(progress)
             output_of(path, format_, run_prefix(conversion.checkpoint))
     for path in places if format_.suffix else ():
@@ -226,6 +220,18 @@ def check_output(conversion: Conversion, config: QuantizeConfig, output: Path, p
         refuse_foreign(companion(path, RECIPE_FILE), is_recipe, "a recipe", advice="move it away")
         if conversion.writes_card:
             refuse_foreign(card_path(path), is_card, "a card", advice="move it away")
+
+
+def _recorded(
+    conversion: Conversion, config: QuantizeConfig, output: Path, work: Path, progress: Progress
+) -> tuple[Path, ...]:
+    # The finished files of this very command where they say nothing of their run: llama.cpp's mixtures.
+    record = None if conversion.measures else FinishedCommand.load(work)
+    if record is not None:
+        conversion.checkpoint.prepare_fingerprint(progress)
+        if record.command == command_digest(conversion, config, config.target, output, None, None):
+            return record.files_in(output.parent, config.format)
+    return ()
 
 
 def run_prefix(checkpoint: Checkpoint) -> str:
@@ -288,7 +294,8 @@ def forecast_outputs(
         check_rows(checkpoint, rows, CALIBRATION)
     elif measured is None and conversion.measures:
         fit_row_tokens(measure.calibration.row_tokens, checkpoint, CALIBRATION)
-        check_text(measure)
+        kept = [place / CALIBRATION_FILE for place in (work, work / MEASURING)]
+        require_text(checkpoint, measure.calibration, kept, device=measure.device)
     known = rows if measured is None else measured
     shape = None if known is None else (int(known.tokens.shape[0]), int(known.tokens.shape[1]))
     if any((target is not None) != conversion.measures for target in targets.values()):
@@ -307,6 +314,12 @@ def forecast_outputs(
     scratch = conversion.scratch(work, measurement)
     forecasts = {}
     for output, target in targets.items():
+        whole = format_asking(conversion.options).whole_path(output)
+        if whole != output:
+            raise WorkDirectoryError(
+                f"{output}: the name of a part. Expected that of the whole model: parts are numbered as they are made. "
+                f"Name it {whole.name}."
+            )
         forecast = forecast_run(conversion, target, measure, measured=measured, rows_shape=shape)
         forecasts[output] = replace(forecast, disk_bytes=forecast.disk_bytes + sum(scratch.values()))
     conversion.require_writable()
@@ -334,14 +347,3 @@ def require_together(
         sizes |= {path: each.size.output_bytes for path, each in forecasts.items() if not is_made(path, format_)}
         sizes |= conversion.scratch(work, measurement)
     require_rooms(sizes)
-
-
-def check_text(measure: MeasureConfig) -> None:
-    """Refuse calibration text that cannot be read: files and folders; a data set shows when it is read.
-
-    Raises:
-        BpwiseError: What is wrong with it.
-    """
-    for share in measure.calibration.shares:
-        if share.source not in NAMES and (Path(share.source).exists() or not is_data_set(share.source)):
-            read_texts(share.source, column=measure.calibration.column)

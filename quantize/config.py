@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..checkpoint.source.hub import directory_name
-from ..convert.conversion import Conversion, Target
+from ..convert.conversion import Conversion, Provenance, Target
 from ..convert.format import Format
 from ..convert.names import hub_id
 from ..convert.options import FormatOptions
 from ..convert.registry import format_asking, format_naming, formats
 from ..errors import ConfigError
 from ..eval.config import EvalConfig
+from ..eval.metrics.overlap import CalibrationSpans
 from ..eval.publishing.cards import check_base_model
 from ..measure.run import MeasureConfig
 from ..measure.text.calibration import CalibrationSet
 from ..measure.text.mixture import BUILT_IN
 from ..progress import Progress
+from ..version import __version__
 from .judge import Judge
 from .measuring import GivenMeasurement
 
@@ -38,14 +40,14 @@ def chosen_target(output: Path, options: FormatOptions | None, sizes: Mapping[st
 
     Args:
         output: Its name chooses the format where there are no options.
-        options: The format's options, taken as they are; None for those of the format's own size.
+        options: The format's options; None for the defaults. See ``Format.completed`` for what they leave open.
         sizes: What ``Target`` takes; all None asks for the format's own size.
     """
-    if any(each is not None for each in sizes.values()):
-        return {"target": Target(**sizes), "options": options or options_naming(output)}
-    format_ = format_asking(options or options_naming(output))
-    options = options or format_.Options(**format_.default_options)
-    return {"target": Target(bpw=format_.default_bpw) if options.measures else None, "options": options}
+    sized = any(each is not None for each in sizes.values())
+    options = options or options_naming(output)
+    format_ = format_asking(options)
+    own = Target(bpw=format_.default_bpw) if options.measures else None
+    return {"target": Target(**sizes) if sized else own, "options": format_.completed(options, sized=sized)}
 
 
 def chosen_evaluation(evaluate: EvalConfig | bool) -> EvalConfig | None:
@@ -118,7 +120,7 @@ class Job:
         config: Options; their target is not read.
         given: The measurement to work from, as it was read; None measures first.
         calibration: Calibration rows that were given; None makes them.
-        calibrated: Whether the options say what is calibrated on, and not a measurement or rows that were given.
+        measured_here: Whether it is measured as the options say: no measurement was given.
         judge: Evaluates outputs; None leaves that out.
         progress: Shows how far the steps are.
         started: When the run began, as ``time.monotonic`` has it.
@@ -128,7 +130,7 @@ class Job:
     config: QuantizeConfig
     given: GivenMeasurement | None
     calibration: CalibrationSet | None
-    calibrated: bool
+    measured_here: bool
     judge: Judge | None
     progress: Progress
     started: float = field(default_factory=time.monotonic)
@@ -142,3 +144,41 @@ class Job:
     def measurement(self) -> Path | None:
         """File of the measurement that was given."""
         return None if self.given is None else self.given.path
+
+    def provenance(self, rows: CalibrationSet | None, run: str = "0" * 32) -> Provenance:
+        """Return what an output says of where it comes from.
+
+        Args:
+            rows: The calibration rows; None where nothing is calibrated, or they are not there yet.
+            run: Identifies the run; a placeholder of the same length where that is not known yet.
+        """
+        checkpoint, warnings = self.checkpoint, self.conversion.warnings
+        checkpoint.prepare_fingerprint(self.progress)
+        if rows is None:
+            return Provenance(version=__version__, run=run, model=checkpoint.fingerprint, warnings=warnings)
+        return Provenance(
+            version=__version__,
+            run=run,
+            model=checkpoint.fingerprint,
+            changes=checkpoint.changes,
+            base_model=self.config.base_model_of(checkpoint),
+            calibration=rows.fingerprint,
+            calibration_text=rows.description,
+            calibration_spans=CalibrationSpans.of(rows).to_text(),
+            calibration_shape=(int(rows.tokens.shape[0]), int(rows.tokens.shape[1])),
+            warnings=warnings,
+        )
+
+    def check_sizes(self, targets: Iterable[Target | None], rows: CalibrationSet | None) -> None:
+        """Refuse sizes that no plan has: exactly, once the conversion is prepared and the rows are there.
+
+        Args:
+            targets: How large outputs may be.
+            rows: The calibration rows; None if they are not there yet.
+
+        Raises:
+            BudgetError: One is too small or too large.
+        """
+        measured = None if self.given is None else self.given.measurement
+        for target in targets:
+            self.conversion.forecast(target, measured, self.provenance(rows))

@@ -13,19 +13,21 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from ..checkpoint.files.atomic import write_json
+from ..checkpoint.files.digests import file_digests
 from ..checkpoint.files.paths import refuse_foreign
 from ..checkpoint.files.schemas import read_schema
 from ..checkpoint.model.structure_json import structure_to_json
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..checkpoint.source.language import language_model
 from ..checkpoint.source.linears import model_linears
+from ..convert.format import Format
 from ..convert.plan import Plan
 from ..convert.registry import is_plan
 from ..errors import BpwiseWarning, FormatError
 from ..measure.calibrated import CALIBRATION_FILE, load_or_make_rows, measured_rows
 from ..measure.curves import CurveMaker
 from ..measure.measurement import Measurement, is_measurement
-from ..measure.run import MeasureConfig, measure_checkpoint, measurement_provenance
+from ..measure.run import MeasureConfig, measure_checkpoint, measured_with, measurement_provenance
 from ..measure.text.calibration import CalibrationSet, is_calibration
 from ..progress import Progress, silent
 from .timing.costs import StepClock
@@ -38,6 +40,7 @@ __all__ = [
     "FinishedCommand",
     "GivenMeasurement",
     "check_work",
+    "content_digest",
     "load_measurement",
     "load_or_measure",
 ]
@@ -64,7 +67,7 @@ class FinishedCommand:
 
     Attributes:
         command: As ``command_digest`` has it.
-        run: What the output says of its run.
+        run: What the output says of its run; a digest of its files where it says nothing.
         plan: SHA-256 of the identity of the plan that it was made from.
         output: Name of the path that opens the output, percent-encoded: names need not be UTF-8.
     """
@@ -96,9 +99,26 @@ class FinishedCommand:
         """Return the path that opens the output."""
         return folder / Path(unquote(self.output, errors="surrogateescape")).name
 
+    def files_in(self, folder: Path, format_: Format) -> tuple[Path, ...]:
+        """Return the files of an output that says nothing of its run; none unless they are as they were made."""
+        output = self.opened_in(folder)
+        whole = output.is_file() and self.run == content_digest(output, format_)
+        return (output, *format_.companions(output)) if whole else ()
+
     def save(self, work: Path) -> None:
         """Write it into a work directory."""
         write_json(work / FINISHED_FILE, asdict(self))
+
+
+def content_digest(output: Path, format_: Format) -> str:
+    """Return a digest of an output's files, a model's parts included.
+
+    Raises:
+        FormatError: One of them cannot be read.
+    """
+    return hashlib.sha256(
+        json.dumps(file_digests([output, *format_.companions(output)], FormatError)).encode()
+    ).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +239,7 @@ def load_measurement(path: Path, checkpoint: Checkpoint, progress: Progress = si
 
 def _check_measurement(measurement: Measurement, where: str, checkpoint: Checkpoint, progress: Progress) -> None:
     measured_rows(measurement)
+    measured_with(measurement)
     checkpoint.prepare_fingerprint(progress)
     if measurement.provenance.get("model") != checkpoint.fingerprint:
         raise FormatError(

@@ -7,19 +7,18 @@ import json
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint.files.partials import clear_partials
 from ..checkpoint.files.resume import RunArtifacts, run_artifacts
-from ..convert.conversion import Provenance, Target
+from ..convert.conversion import Target
 from ..convert.model import Verification
 from ..convert.plan import Plan
-from ..convert.registry import load_plan
-from ..convert.rounding import Drift, RoundedModel, Rounder
+from ..convert.rounding import Drift, Refinement, RoundedModel, Rounder
 from ..errors import CalibrationError, FormatError
 from ..eval.comparison import Comparison
-from ..eval.metrics.overlap import CalibrationSpans
 from ..eval.publishing.cards import card_path, write_card
 from ..eval.publishing.mark import read_mark
 from ..eval.report.content import Report
@@ -27,13 +26,13 @@ from ..eval.report.report import carried_over, earlier_details, read_comparison,
 from ..measure.calibrated import CALIBRATION_FILE, kept_rows
 from ..measure.device import resolve_device
 from ..measure.measurement import Measurement
-from ..measure.run import MEASURED
+from ..measure.run import MEASURED, measured_with
 from ..measure.text.calibration import CalibrationSet
 from ..version import __version__
 from .checks import command_digest, output_of, report_place, run_prefix
 from .config import Job
 from .judge import refuse_marked
-from .measuring import MEASUREMENT_FILE, PLAN_FILE, FinishedCommand, load_or_measure
+from .measuring import FINISHED_FILE, MEASUREMENT_FILE, PLAN_FILE, FinishedCommand, content_digest, load_or_measure
 from .recipe import recipe_of, write_recipe
 from .result import QuantizeResult, report_details
 from .rounding.fallbacks import damping_fallbacks
@@ -41,9 +40,22 @@ from .rounding.model import RoundConfig, round_model, rounded_before, rounding_i
 from .rounding.rounding_pass import ROUNDED
 from .timing.costs import StepClock
 
-__all__ = ["make_output"]
+__all__ = ["finished_output", "make_output"]
 
 _log = logging.getLogger(__name__)
+
+
+def finished_output(job: Job, output: Path, target: Target | None, work: Path) -> QuantizeResult | None:
+    """Return what an earlier run of the same command has made, None if it has not; arguments as for ``make_output``.
+
+    Raises:
+        BrokenModelError: It is marked as broken.
+        BpwiseError: It cannot be read.
+    """
+    if not (work / FINISHED_FILE).is_file():
+        return None
+    with run_artifacts(work) as artifacts:
+        return _OutputRun(job, output, target, work, artifacts).finished_before()
 
 
 def make_output(job: Job, output: Path, target: Target | None, work: Path) -> QuantizeResult:
@@ -90,28 +102,19 @@ class _OutputRun:
         self._round_config = RoundConfig(device=measure.device, offload_dir=measure.offload_dir)
 
     def result(self) -> QuantizeResult:
-        return self._finished_before() or self._run()
+        return self.finished_before() or self._run()
 
     def finish(self) -> None:
-        if self._finished is not None and (self._work / PLAN_FILE).exists():  # not cleared away meanwhile
+        kept = not self._job.conversion.measures or (self._work / PLAN_FILE).exists()  # not cleared away meanwhile
+        if self._finished is not None and kept:
             self._finished.save(self._work)
 
-    def _finished_before(self) -> QuantizeResult | None:
+    def finished_before(self) -> QuantizeResult | None:
         # A command that has finished left what it was in its work directory: nothing is converted to know that.
-        job = self._job
-        record = FinishedCommand.load(self._work)
-        if record is None or not job.conversion.measures:
+        job, recorded = self._job, self._recorded()
+        if recorded is None:
             return None
-        job.checkpoint.prepare_fingerprint(job.progress)
-        try:
-            if record.command != self._command():
-                return None
-            plan = load_plan(self._work / PLAN_FILE)
-        except (FormatError, CalibrationError):
-            return None
-        output = record.opened_in(self._output.parent)
-        if not record.is_from(plan) or not output_of(output, job.config.format, record.run):
-            return None
+        output, plan = recorded
         refuse_marked(output)
         comparison = None if job.judge is None else _reported(job, output)
         whole = card_path(output).is_file() or not job.conversion.writes_card
@@ -119,6 +122,25 @@ class _OutputRun:
             return None
         self._output = output
         return self._result(plan, _Made(job.config.format.verify(output)), comparison, repeated=True)
+
+    def _recorded(self) -> tuple[Path, Plan] | None:
+        job, conversion, format_ = self._job, self._job.conversion, self._job.config.format
+        record = FinishedCommand.load(self._work)
+        if record is None:
+            return None
+        job.checkpoint.prepare_fingerprint(job.progress)
+        output = record.opened_in(self._output.parent)
+        try:
+            if record.command != self._command() or not (
+                conversion.measures or record.files_in(output.parent, format_)
+            ):
+                return None
+            plan = conversion.finished_plan(output, self._work / PLAN_FILE)
+        except (FormatError, CalibrationError):
+            return None
+        if not record.is_from(plan):
+            return None
+        return (output, plan) if not conversion.measures or output_of(output, format_, record.run) else None
 
     def _command(self) -> str:
         job, config = self._job, self._job.config
@@ -137,24 +159,26 @@ class _OutputRun:
                 self._artifacts.add(name, identity)
         if job.judge is not None:
             conversion.require_readable()
+        if conversion.measures:
+            job.check_sizes([self._target], job.calibration)
         measured, rows = self._measured() if conversion.measures else (None, None)
         with self._clock.step("plan"):
-            plan = conversion.plan(measured, self._target, _provenance(job, rows))
+            plan = conversion.plan(measured, self._target, job.provenance(rows))
         for fact in plan.describe().facts:
             _log.debug("plan for %s: %s", self._output, fact)
         run, self._output = _identity(job, rows, plan), conversion.placed(self._output, plan)
-        finished = output_of(self._output, job.config.format, run)
+        finished = bool(not conversion.measures and self._recorded()) or output_of(self._output, job.config.format, run)
         if measured is not None:
             plan.save(self._work / PLAN_FILE)
         made = self._made(plan, measured, rows, run, finished=finished)
-        write_recipe(self._output, recipe_of(job.config, self._target, job.checkpoint, calibrated=job.calibrated))
+        write_recipe(self._output, _recipe(job, self._target, measured, rows))
         earlier = _reported(job, self._output) if finished else None
         comparison = earlier or self._compared(plan)
         repeated = finished and (job.judge is None or earlier is not None)
         result = self._result(plan, made, comparison, measured, repeated=repeated)
         _report(job, self._output, result, finished=finished)
-        if conversion.measures:
-            self._finished = FinishedCommand.of(self._command(), run, plan, self._output)
+        told = run if conversion.measures else content_digest(self._output, job.config.format)
+        self._finished = FinishedCommand.of(self._command(), told, plan, self._output)
         return result
 
     def _result(
@@ -194,8 +218,7 @@ class _OutputRun:
         def check_rows(rows: CalibrationSet) -> None:
             if job.judge is not None:
                 job.judge.check_text(rows)
-            measured = None if job.given is None else job.given.measurement
-            job.conversion.forecast(self._target, measured, _provenance(job, rows))
+            job.check_sizes([self._target], rows)
 
         measured, rows = load_or_measure(
             job.checkpoint,
@@ -234,7 +257,7 @@ class _OutputRun:
                 rounded = self._rounded(plan, measured, rounder)
             with self._clock.step("write and verify"):
                 verification = job.conversion.write(
-                    rounded, self._output, plan, measured, _provenance(job, rows, run), job.progress
+                    rounded, self._output, plan, measured, job.provenance(rows, run), job.progress
                 )
         if rounded is None or measured is None:
             return _Made(verification)
@@ -248,8 +271,9 @@ class _OutputRun:
             rounded = round_model(job.checkpoint, measured, plan, rounder, config, self._work, job.progress)
         if job.conversion.refines:
             with self._clock.step("tune"):
-                device = resolve_device(config.device)
-                job.conversion.refine(rounded, plan, measured, device, config.offload_dir, job.progress)
+                device, states = resolve_device(config.device), config.offload_dir
+                how = Refinement(measurement=measured, device=device, offload_dir=states, progress=job.progress)
+                job.conversion.refine(rounded, rounder, how)
         return rounded
 
     def _compared(self, plan: Plan) -> Comparison | None:
@@ -262,9 +286,17 @@ class _OutputRun:
             return judge.compare(self._output, model, predicted_nats=plan.damage_nats)
 
     def _measurement_file(self) -> Path | None:
-        if not self._job.conversion.measures:
-            return None
-        return self._job.measurement or self._work / MEASUREMENT_FILE
+        job = self._job
+        return (job.measurement or self._work / MEASUREMENT_FILE) if job.conversion.measures else None
+
+
+def _recipe(
+    job: Job, target: Target | None, measured: Measurement | None, rows: CalibrationSet | None
+) -> dict[str, Any]:
+    config = job.config
+    if measured is not None and not job.measured_here:
+        config = replace(config, measure=measured_with(measured))
+    return recipe_of(config, target, job.checkpoint, None if rows is None else rows.options)
 
 
 def _reported(job: Job, output: Path) -> Comparison | None:
@@ -294,25 +326,6 @@ def _report(job: Job, output: Path, result: QuantizeResult, *, finished: bool) -
         job.judge.mark_if_broken(output, result.comparison, predicted_nats=result.plan.damage_nats)
     if job.conversion.writes_card:
         write_card(output, original=job.checkpoint.directory, base_model=job.config.base_model)
-
-
-def _provenance(job: Job, rows: CalibrationSet | None, run: str = "0" * 32) -> Provenance:
-    checkpoint, warnings = job.checkpoint, job.conversion.warnings
-    checkpoint.prepare_fingerprint(job.progress)
-    if rows is None:
-        return Provenance(version=__version__, run=run, model=checkpoint.fingerprint, warnings=warnings)
-    return Provenance(
-        version=__version__,
-        run=run,
-        model=checkpoint.fingerprint,
-        changes=checkpoint.changes,
-        base_model=job.config.base_model_of(checkpoint),
-        calibration=rows.fingerprint,
-        calibration_text=rows.description,
-        calibration_spans=CalibrationSpans.of(rows).to_text(),
-        calibration_shape=(int(rows.tokens.shape[0]), int(rows.tokens.shape[1])),
-        warnings=warnings,
-    )
 
 
 def _identity(job: Job, rows: CalibrationSet | None, plan: Plan) -> str:

@@ -6,6 +6,7 @@ Every output has one. It names files without their folders, and says nothing of 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,21 @@ from ..checkpoint.files.atomic import write_text
 from ..checkpoint.files.disk_errors import explained_reading
 from ..checkpoint.files.paths import companion
 from ..checkpoint.source.checkpoint import Checkpoint
+from ..checkpoint.source.hub import snapshot_commit
 from ..convert.conversion import Target
 from ..convert.names import RECIPE_FILE
 from ..convert.options import FormatOptions, Option, options_of
 from ..errors import ConfigError
 from ..eval.config import EvalConfig
 from ..measure.run import MeasureConfig
+from ..measure.text.mixture import TextOptions, without_folders
 from ..version import __version__
 from .config import QuantizeConfig
 
 __all__ = ["is_recipe", "read_recipe", "recipe_of", "write_recipe"]
 
 _MARK = "# Made with bpwise"
-_NOT_TOLD = "# Its calibration is not told here: it came with a measurement, or as a saved calibration set.\n"
+_NOT_TOLD = "# Its calibration text is not told here: it came with rows that do not tell how they were made.\n"
 _MOST_BYTES = 1 << 14
 _MOST_BRACKETS = 200
 """The time that YAML's parser takes grows with the square of their depth."""
@@ -36,7 +39,7 @@ _MIB = 1 << 20
 
 
 def recipe_of(
-    config: QuantizeConfig, target: Target | None, checkpoint: Checkpoint, *, calibrated: bool
+    config: QuantizeConfig, target: Target | None, checkpoint: Checkpoint, text: TextOptions | None
 ) -> dict[str, Any]:
     """Return the options that make an output again, by their long names.
 
@@ -44,7 +47,7 @@ def recipe_of(
         config: Options of the run; their target is not read.
         target: How large the output may be; None where the format's options say it.
         checkpoint: The original.
-        calibrated: Whether ``config.measure`` says what was calibrated on, and not a measurement or saved rows.
+        text: What the calibration rows were made with; None if that is not known.
     """
     adapters = checkpoint.changes.get("adapters", [])
     entries = {
@@ -53,7 +56,8 @@ def recipe_of(
         **_format(config.options),
         "base-model": config.base_model,
         "lora": adapters[0]["name"] if adapters else None,
-        **(_measuring(config.measure) if calibrated and config.options.measures else {}),
+        "revision": snapshot_commit(checkpoint.directory),
+        **(_measuring(config.measure, text) if config.options.measures else {}),
         **_evaluating(config.evaluate),
     }
     return {name: value for name, value in entries.items() if value is not None and value is not False and value != []}
@@ -142,17 +146,13 @@ def _typed(option: Option, value: Any) -> Any:
     return value.name if isinstance(value, Path) else value
 
 
-def _measuring(config: MeasureConfig) -> dict[str, Any]:
-    text = config.calibration
-    shares = text.shares
-    named = [_without_folders(share.source) + (f"={share.share:g}" if len(shares) > 1 else "") for share in shares]
+def _measuring(config: MeasureConfig, text: TextOptions | None) -> dict[str, Any]:
+    # The command line has one seed, for rows and probes.
+    told = asdict(text) if text is not None and text.seed == config.seed else {}
     return {
-        "calibration": ",".join(named),
-        "column": text.column,
-        "chat-template": text.chat_template,
-        "rows": text.rows,
-        "row-tokens": text.row_tokens,
-        "seed": text.seed,
+        "calibration": told.pop("source", None),
+        **{name.replace("_", "-"): value for name, value in told.items()},
+        "seed": config.seed,
         "damping": config.damping,
         "moe-calibrate-all": config.moe_calibrate_all,
         "precision": config.precision,
@@ -163,13 +163,8 @@ def _evaluating(config: EvalConfig | None) -> dict[str, Any]:
     if config is None:
         return {"no-eval": True}
     return {
-        "eval-text": None if config.text is None else _without_folders(config.text),
+        "eval-text": None if config.text is None else without_folders(config.text),
         "eval-rows": config.rows,
         "eval-row-tokens": config.row_tokens,
         "force-eval-text": config.allow_calibration_text,
     }
-
-
-def _without_folders(source: str) -> str:
-    path = Path(source)
-    return path.name if path.is_absolute() or source.startswith("~") or path.exists() else source

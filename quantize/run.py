@@ -7,6 +7,8 @@ from pathlib import Path
 
 from ..checkpoint.files.disk_errors import require_rooms
 from ..checkpoint.files.paths import named, reserved, work_beside
+from ..checkpoint.files.resume import ResumeStore
+from ..checkpoint.source.checkpoint import Checkpoint
 from ..checkpoint.source.original import Original, open_model
 from ..convert.conversion import Conversion, Target
 from ..convert.format import Format
@@ -16,15 +18,15 @@ from ..convert.registry import formats as all_formats
 from ..errors import BpwiseError, ConfigError
 from ..eval.cache import OriginalCache, default_cache_directory
 from ..eval.config import EvalConfig
+from ..measure.calibrated import CALIBRATION_FILE, require_text
 from ..measure.device import resolve_device
 from ..measure.measurement import Measurement
-from ..measure.run import MeasureConfig, measure_to_file
+from ..measure.run import CALIBRATED, MeasureConfig, calibrated_identity, measure_to_file
 from ..measure.text.calibration import CalibrationSet
 from ..progress import Progress, default_progress
 from .checks import (
     check_output,
     check_places,
-    check_text,
     files_beside,
     forecast_outputs,
     require_convertible,
@@ -91,7 +93,9 @@ def measure_model(
     }
 
     def begin() -> None:
-        _check_measuring(conversions, config, output, work, every_format=formats is not None, rows=calibration)
+        _check_measuring(
+            checkpoint, conversions, config, output, work, every_format=formats is not None, rows=calibration
+        )
         announce_measuring(shown, conversions, config, output, work, rows=calibration)
 
     return measure_to_file(
@@ -122,14 +126,15 @@ def quantize_model(
     options: FormatOptions | None = None,
     measure: MeasureConfig | None = None,
     evaluate: EvalConfig | bool = True,
+    cache: bool = True,
     base_model: str | None = None,
     work: str | Path | None = None,
     progress: Progress | None = None,
 ) -> QuantizeResult:
     """Quantize a model, and compare the result with the original.
 
-    Give one of ``bpw``, ``max_bytes``, ``vram_bytes`` and ``size_of``; without, the output has as many bits per weight
-    as the command line's, and with no ``options`` its 8-bit head, too. Interrupted? Call it again: it resumes.
+    Give one of ``bpw``, ``max_bytes``, ``vram_bytes`` and ``size_of``; without, the output is as the command line's:
+    GGUF at 4.5 bits per weight, EXL2 at 8.0 with an 8-bit head. Interrupted? Call it again: it resumes.
 
     Args:
         model: A local directory, a Hub id, or what ``open_model`` made of one.
@@ -148,6 +153,7 @@ def quantize_model(
             defaults of the format that ``output`` is named as.
         measure: Calibration text, device and other options of measuring; rounding runs on the same device.
         evaluate: Options of the comparison at the end; True for the defaults, False leaves it out.
+        cache: Whether what the original gives is taken from, and kept in, the user's cache; otherwise it runs again.
         base_model: Hub id of the original, for the model card; None takes it from where the original came from.
         work: Work directory; default ``OUTPUT.work``.
         progress: Shows how far the run is; None for bars in a notebook, and nothing elsewhere.
@@ -188,13 +194,14 @@ def quantize_model(
     path = None if measurement is None or isinstance(measurement, Measurement) else Path(measurement)
     check_places(conversion, config, output, work, path)
     with reserved(output, files_beside(output, conversion, config.format)):
-        check_output(conversion, config, output, shown)
+        check_output(conversion, config, output, work, shown)
         given = GivenMeasurement.load(measurement, checkpoint, shown)
         (job,) = begin_jobs(
             [(conversion, config, {output: config.target})],
             work,
             given=given,
             calibration=calibration,
+            cache=cache,
             progress=shown,
         )
         return make_output(job, output, config.target, work)
@@ -206,6 +213,7 @@ def begin_jobs(
     *,
     given: GivenMeasurement | None,
     calibration: CalibrationSet | None,
+    cache: bool,
     progress: Progress,
     series: bool = False,
 ) -> list[Job]:
@@ -216,6 +224,7 @@ def begin_jobs(
         work: Work directory of the run.
         given: The measurement to work from; None measures first.
         calibration: Calibration rows that are given.
+        cache: Whether the original's side of evaluations is kept for other runs.
         progress: Shows how far the steps are.
         series: Whether every output has a directory of its own in the work directory.
 
@@ -252,15 +261,15 @@ def begin_jobs(
         measurement=path,
         series=series,
     )
-    evaluate, cache = shared.evaluate, original_cache()
-    judge = None if evaluate is None else Judge(first.checkpoint, evaluate, progress, cache=cache)
+    evaluate, kept = shared.evaluate, original_cache() if cache else None
+    judge = None if evaluate is None else Judge(first.checkpoint, evaluate, progress, cache=kept)
     return [
         Job(
             conversion=conversion,
             config=config,
             given=given,
             calibration=calibration,
-            calibrated=given is None and calibration is None,
+            measured_here=given is None,
             judge=judge,
             progress=progress,
         )
@@ -285,6 +294,7 @@ def _known_formats(names: Sequence[str] | None) -> dict[str, Format]:
 
 
 def _check_measuring(
+    checkpoint: Checkpoint,
     conversions: Mapping[str, Conversion],
     measure: MeasureConfig,
     output: Path,
@@ -296,7 +306,9 @@ def _check_measuring(
     # Refuses what measuring would refuse after long work: missing tools, text and devices, families, and disks.
     resolve_device(measure.device)
     if rows is None:
-        check_text(measure)
+        store = ResumeStore.existing(work, CALIBRATED, calibrated_identity(measure.calibration))
+        kept = [] if store is None else [store.path / CALIBRATION_FILE]
+        require_text(checkpoint, measure.calibration, kept, device=measure.device)
     usable, refused = [], []
     for each in conversions.values():
         try:

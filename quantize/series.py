@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..checkpoint.files.paths import named, reserved, work_beside
-from ..checkpoint.files.resume import RunArtifacts, discard_artifacts, locked_work
+from ..checkpoint.files.resume import RunArtifacts, discard_artifacts, run_artifacts
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..checkpoint.source.original import Original, open_model
 from ..convert.conversion import Conversion, Target
 from ..convert.options import FormatOptions
-from ..errors import BrokenModelError, ConfigError
+from ..errors import BrokenModelError, CalibrationError, ConfigError, FormatError
 from ..eval.config import EvalConfig
 from ..eval.models import model_name
 from ..eval.report.report import try_report
 from ..eval.report.series import SeriesOutput, series_table, write_series_report
+from ..measure.calibrated import CALIBRATION_FILE, kept_rows
 from ..measure.measurement import Measurement
 from ..measure.run import MEASURED, MeasureConfig
 from ..measure.text.calibration import CalibrationSet
@@ -26,7 +27,8 @@ from ..tables import html_summary
 from .checks import check_output, check_places, files_beside, require_convertible
 from .config import Job, QuantizeConfig, chosen_evaluation, options_naming
 from .measuring import MEASUREMENT_FILE, MEASURING, GivenMeasurement, check_work, load_or_measure
-from .output import make_output
+from .output import finished_output, make_output
+from .result import QuantizeResult
 from .run import begin_jobs
 from .timing.costs import StepClock, minutes
 
@@ -104,7 +106,7 @@ class _Line:
         for path in self.targets:
             check_places(self.conversion, self.config, path, work / path.name, measurement)
             with reserved(path, files_beside(path, self.conversion, self.config.format)):
-                check_output(self.conversion, self.config, path, progress)
+                check_output(self.conversion, self.config, path, work / path.name, progress)
 
 
 def quantize_series(
@@ -117,6 +119,7 @@ def quantize_series(
     options: FormatOptions | Sequence[FormatOptions] | None = None,
     measure: MeasureConfig | None = None,
     evaluate: EvalConfig | bool = True,
+    cache: bool = True,
     base_model: str | None = None,
     work: str | Path | None = None,
     progress: Progress | None = None,
@@ -136,6 +139,7 @@ def quantize_series(
             format; None for EXL2's defaults.
         measure: Options of measuring.
         evaluate: Options of the comparisons; True for the defaults, False leaves them out.
+        cache: As for ``quantize_model``.
         base_model: Hub id of the original, for the model cards.
         work: Work directory; default ``OUTPUT.work``.
         progress: Shows how far the run is; None for bars in a notebook, and nothing elsewhere.
@@ -173,11 +177,13 @@ def quantize_series(
         work,
         given=given,
         calibration=calibration,
+        cache=cache,
         progress=shown,
         series=True,
     )
-    with reserved(output), locked_work(work):
-        outputs, used = _make_all(jobs, [line.targets for line in lines], work)
+    with reserved(output), run_artifacts(work) as shared:
+        targets = [line.targets for line in lines]
+        outputs, used = _finished_before(jobs, targets, work) or _make_all(jobs, targets, work, shared)
         counted = {line.config.format.title: line.config.format.bpw_means for line in lines}
         report = write_series_report(model_name(checkpoint), outputs, output, counted)
     broken = [each.path.name for each in outputs if each.broken is not None]
@@ -213,28 +219,73 @@ def _lines(
     return lines
 
 
-def _make_all(
+def _finished_before(
     jobs: Sequence[Job], targets: Sequence[Mapping[Path, Target]], work: Path
+) -> tuple[tuple[SeriesOutput, ...], Path] | None:
+    # As ``_make_all`` where an earlier run has made all: nothing is converted to know that.
+    given, kept = jobs[0].given, work / MEASURING / MEASUREMENT_FILE
+    if given is None:
+        given = _measured_before(jobs[0], kept)
+    elif given.path is None:
+        given = replace(given, path=kept)
+    if given is None or given.path is None:
+        return None
+    outputs: list[SeriesOutput] = []
+    for job, own in zip(jobs, targets, strict=True):
+        ready = replace(job, given=given, calibration=None)
+        for path, target in own.items():
+            found = _make(ready, path, target, work, finished_output)
+            if found is None:
+                return None
+            outputs.append(found)
+    return tuple(outputs), given.path
+
+
+def _measured_before(job: Job, kept: Path) -> GivenMeasurement | None:
+    # What an earlier run has measured on the rows that this one asks for; its other options are the outputs' to know.
+    rows, config = job.calibration, job.config.measure
+    try:
+        if rows is None:
+            place = kept.with_name(CALIBRATION_FILE)
+            rows = kept_rows(job.checkpoint, config.calibration, place, device=config.device)
+        if rows is None or not kept.is_file():
+            return None
+        measured = Measurement.load(kept)
+    except (CalibrationError, FormatError):  # damaged: all is gone over
+        return None
+    return GivenMeasurement(kept, measured) if measured.provenance.get("calibration") == rows.fingerprint else None
+
+
+def _make_all(
+    jobs: Sequence[Job], targets: Sequence[Mapping[Path, Target]], work: Path, shared: RunArtifacts
 ) -> tuple[tuple[SeriesOutput, ...], Path]:
     # The outputs, and the measurement file that they were made from.
-    shared = RunArtifacts(work)
-    for job in jobs:
+    for job, own in zip(jobs, targets, strict=True):
         for name, identity in job.conversion.prepare(work, job.progress, job.measurement):
             shared.add(name, identity)
+        job.check_sizes(own.values(), job.calibration)
     given = jobs[0].given
     if given is None or given.path is None:
-        given = GivenMeasurement(work / MEASURING / MEASUREMENT_FILE, _measured(jobs, work / MEASURING))
+        given = GivenMeasurement(work / MEASURING / MEASUREMENT_FILE, _measured(jobs, targets, work / MEASURING))
     ready = [replace(job, given=given, calibration=None) for job in jobs]
-    outputs = tuple(
-        _make(job, path, target, work) for job, own in zip(ready, targets, strict=True) for path, target in own.items()
-    )
-    shared.discard()
+    outputs = [
+        _make(job, path, target, work, make_output)
+        for job, own in zip(ready, targets, strict=True)
+        for path, target in own.items()
+    ]
     assert given.path is not None
-    return outputs, given.path
+    return tuple(filter(None, outputs)), given.path
 
 
-def _measured(jobs: Sequence[Job], work: Path) -> Measurement:
+def _measured(jobs: Sequence[Job], targets: Sequence[Mapping[Path, Target]], work: Path) -> Measurement:
     first = jobs[0]
+
+    def check_rows(rows: CalibrationSet) -> None:
+        if first.judge is not None:
+            first.judge.check_text(rows)
+        for job, own in zip(jobs, targets, strict=True):
+            job.check_sizes(own.values(), rows)
+
     measured, _ = load_or_measure(
         first.checkpoint,
         first.config.measure,
@@ -244,20 +295,24 @@ def _measured(jobs: Sequence[Job], work: Path) -> Measurement:
         first.progress,
         given=first.given,
         calibration=first.calibration,
-        check_rows=None if first.judge is None else first.judge.check_text,
+        check_rows=check_rows,
     )
     discard_artifacts(work, MEASURED, measured.provenance)
     return measured
 
 
-def _make(job: Job, path: Path, target: Target, work: Path) -> SeriesOutput:
+def _make(
+    job: Job, path: Path, target: Target, work: Path, make: Callable[[Job, Path, Target, Path], QuantizeResult | None]
+) -> SeriesOutput | None:
     size = target.label if target.size_of is None else f"size of {target.size_of}"
     asked = SeriesOutput(path=path, format=job.config.format.name, asked=size)
     try:
         with reserved(path, files_beside(path, job.conversion, job.config.format)):
-            made = make_output(job, path, target, work / path.name)
+            made = make(job, path, target, work / path.name)
     except BrokenModelError as cause:
         return replace(asked, broken=str(cause))
+    if made is None:
+        return None
     return replace(
         asked,
         path=made.output,

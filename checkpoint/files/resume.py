@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import BpwiseWarning, BrokenModelError, WorkDirectoryError
+from ...errors import BpwiseWarning, BrokenModelError, BudgetError, WorkDirectoryError
 from . import operations
 from .atomic import remove_directory, write_json
 from .disk_errors import delete_file, explained, shown
@@ -248,7 +248,7 @@ def run_artifacts(work: Path) -> Iterator[RunArtifacts]:
         steps = RunArtifacts(work)
         try:
             yield steps
-        except BrokenModelError:  # nothing is left to go on with
+        except (BrokenModelError, BudgetError):  # nothing is left to go on with: another size is another run
             steps.discard()
             raise
         steps.discard()

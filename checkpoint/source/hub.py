@@ -24,6 +24,7 @@ __all__ = [
     "resolve_file",
     "resolve_model",
     "side_files",
+    "snapshot_commit",
 ]
 
 _SHARED_BLOB = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
@@ -166,6 +167,12 @@ def directory_name(directory: Path) -> str:
     if resolved.parent.name == "snapshots" and repository.startswith("models--"):
         return repository.removeprefix("models--").replace("--", "/")
     return resolved.name
+
+
+def snapshot_commit(directory: Path) -> str | None:
+    """Return the commit of a model that lies in the Hub's cache; None of another."""
+    resolved = directory.resolve()
+    return resolved.name if directory_name(resolved) != resolved.name else None
 
 
 def list_directory(directory: Path) -> list[Path]:

@@ -6,8 +6,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ...checkpoint.files.digests import file_digests
 from ...checkpoint.model.dtypes import FLOAT_DTYPES
 from ...checkpoint.model.families import HEAD
@@ -20,7 +18,7 @@ from ...measure.measurement import Measurement
 from ...progress import Progress
 from ..conversion import Conversion, Provenance, SizeForecast, Target
 from ..model import Verification
-from ..rounding import RoundedModel
+from ..rounding import Refinement, RoundedModel
 from .curves import Exl2Curves
 from .file.config import require_side_files
 from .file.writer import require_writable, write_model
@@ -96,7 +94,7 @@ class Exl2Conversion(Conversion):
             lowest_bpw=lowest,
             highest_bpw=highest,
             facts=(
-                f"head bits {self.options.head_bits}",
+                f"head bits {self.options.head}",
                 *(f"in float16: {line}" for line in unquantized_lines(problem.unquantized, problem.head_reason)),
             ),
         )
@@ -125,7 +123,7 @@ class Exl2Conversion(Conversion):
             measurement,
             bpw=target.bpw,
             size=self._size_limit(target),
-            head_bits=self.options.head_bits,
+            head_bits=self.options.head,
             overrides=self.options.overrides,
             keep_fp16=self.options.keep_fp16,
         )
@@ -139,17 +137,9 @@ class Exl2Conversion(Conversion):
         """See ``Conversion``."""
         return Exl2Rounder(plan, measurement)
 
-    def refine(
-        self,
-        rounded: RoundedModel,
-        plan: Exl2Plan,
-        measurement: Measurement,
-        device: torch.device,
-        offload_dir: Path | None,
-        progress: Progress,
-    ) -> None:
+    def refine(self, rounded: RoundedModel, rounder: Any, refinement: Refinement) -> None:
         """See ``Conversion``."""
-        tune_rounded(rounded, self._source, measurement, device, offload_dir, progress)
+        tune_rounded(rounded, self._source, refinement)
 
     def write(
         self,
@@ -201,7 +191,7 @@ class Exl2Conversion(Conversion):
             linears,
             head,
             group_size=group_size,
-            head_bits=self.options.head_bits,
+            head_bits=self.options.head,
             overrides=self.options.overrides,
             keep_fp16=self.options.keep_fp16,
         )

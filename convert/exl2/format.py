@@ -64,7 +64,7 @@ class Exl2Format(Format):
         """Return the name of an output by convention: ``Llama-3.2-1B-8.0bpw-8hb-exl2``."""
         from .card import exl2_name
 
-        return exl2_name(base_name, bpw, options.head_bits if isinstance(options.head_bits, int) else None)
+        return exl2_name(base_name, bpw, options.head if isinstance(options.head, int) else None)
 
     def run_of(self, path: Path) -> str | None:
         """Return what the manifest of a directory says of its run; None if it has none."""
@@ -85,7 +85,7 @@ class Exl2Format(Format):
             measurement,
             bpw=bpw,
             size=None if max_bytes is None else measured_limit(measurement, max_bytes),
-            head_bits=options.head_bits,
+            head_bits=options.head,
             overrides=options.overrides,
             keep_fp16=options.keep_fp16,
         )
@@ -96,7 +96,7 @@ class Exl2Format(Format):
 
         config, context = planned_context(measurement, context_tokens)
         table = 2 * measurement.embedding.tokens * measurement.embedding.hidden_size
-        head_on_gpu = table if measurement.embedding.tied and options.head_bits == _FLOAT16_BITS else 0
+        head_on_gpu = table if measurement.embedding.tied and options.head == _FLOAT16_BITS else 0
         beside = exl2_overhead_bytes(vram_bytes, config, context, cache_bits=options.cache_bits)
         return vram_bytes - beside + table - head_on_gpu
 
@@ -106,7 +106,7 @@ class Exl2Format(Format):
 
         if self.name not in measurement.curves:
             return None
-        return exl2_bpw_range(measurement, options.head_bits, options.overrides, options.keep_fp16)
+        return exl2_bpw_range(measurement, options.head, options.overrides, options.keep_fp16)
 
     def conversion(self, checkpoint: Checkpoint, options: Any) -> Conversion:
         """Return an original on its way to EXL2."""

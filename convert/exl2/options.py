@@ -17,7 +17,8 @@ __all__ = ["CONFLICTS", "Exl2Options"]
 _MIB = 1 << 20
 
 _SHARD_BYTES = 8192 * _MIB
-"""As the official converter."""
+_HEAD_BITS: HeadBits = 6
+"""Both as the official converter."""
 
 
 def _head_bits(text: str) -> HeadBits:
@@ -30,6 +31,7 @@ class Exl2Options(FormatOptions):
 
     Attributes:
         head_bits: Bits of the output head: 2, 3, 4, 5, 6, 8, 16 for unquantized, or ``auto``: see ``make_exl2_plan``.
+            None for the usual: see ``head``.
         overrides: Widths that linears may have: see ``make_exl2_plan``.
         keep_fp16: Shell patterns of linears that stay in float16: see ``make_exl2_plan``.
         effort: ``high`` fits the decoder's scales to the original's predictions in the end (see ``convert.tuning``),
@@ -40,14 +42,15 @@ class Exl2Options(FormatOptions):
         force: Whether to quantize a model that EXL2 readers do not know, or would compute otherwise.
     """
 
-    head_bits: HeadBits = option(
+    head_bits: HeadBits | None = option(
         "-hb",
         "--head-bits",
-        default=6,
+        default=None,
         choices=(*map(str, HEAD_BITS), AUTO),
         parse=_head_bits,
         commands=("plan", "quantize"),
-        help="Bits of the output head. 16 leaves it unquantized; auto lets it share --bpw with the decoder.",
+        help="Bits of the output head. 16 leaves it unquantized; auto lets it share --bpw with the decoder.  "
+        "[default: 6]",
     )
     overrides: tuple[WidthOverride, ...] = option(
         "--override",
@@ -94,6 +97,11 @@ class Exl2Options(FormatOptions):
         help="Quantize even models that no reader runs, or that readers compute differently.",
     )
 
+    @property
+    def head(self) -> HeadBits:
+        """Bits of the output head: 6 unless others are asked for, or the whole size is the format's own."""
+        return _HEAD_BITS if self.head_bits is None else self.head_bits
+
     def __post_init__(self) -> None:
         """Check the values.
 
@@ -101,7 +109,7 @@ class Exl2Options(FormatOptions):
             ConfigError: One of them makes no sense.
         """
         read_texts(self)
-        check_head_bits(self.head_bits)
+        check_head_bits(self.head)
         check_effort(self.effort)
         if self.cache_bits not in CACHE_BITS:
             raise ConfigError(

@@ -8,7 +8,8 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,26 @@ from ...checkpoint.source.checkpoint import Checkpoint
 from ...checkpoint.source.hub import directory_name
 from ...errors import BpwiseWarning, CheckpointError, FormatError
 from ...version import __version__
+from ..opening import locate_model
 from .file.header import read_gguf_header
 from .file.metadata import DIGEST_KEY, DIGEST_ROOM, RUN_KEY, VERSION_KEY
 from .file.writer import write_gguf
 from .llama_cpp.check import check_base
-from .llama_cpp.converter import converter_digest, make_base, make_projector, projector_type
+from .llama_cpp.converter import converter_digest, find_converter, make_base, make_projector, projector_type
+from .llama_cpp.fetch import fetched_converter
 from .llama_cpp.staging import converter_files
+from .sizes import LabelledConversion
 
-__all__ = ["BASE", "base_identity", "base_path", "base_to_make", "converted", "projector_path", "write_projector"]
+__all__ = [
+    "BASE",
+    "BasedConversion",
+    "base_identity",
+    "base_path",
+    "base_to_make",
+    "converted",
+    "projector_path",
+    "write_projector",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -156,6 +169,57 @@ def write_projector(checkpoint: Checkpoint, path: Path, llama_cpp: Path | None) 
         metadata = {RUN_KEY: run, VERSION_KEY: __version__, DIGEST_KEY: DIGEST_ROOM}
         write_gguf(made, path, {}, file_type=file_type, metadata=metadata)
     return None
+
+
+class BasedConversion(LabelledConversion):
+    """An original on its way to GGUF files, as far as what it is converted with, or instead of that, goes."""
+
+    @cached_property
+    def given_base(self) -> Path | None:
+        """The unquantized file that was given, downloaded from the Hub if need be; None converts the original.
+
+        Raises:
+            CheckpointError: It is not there.
+        """
+        return None if self.options.base is None else locate_model(self.options.base)
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """See ``Conversion``."""
+        return () if self.given_base is None else (self.given_base,)
+
+    @property
+    def tool(self) -> str:
+        """The converter's sources, if it converts; nothing before one was fetched, as nothing was made with it then."""
+        own = self.options.llama_cpp
+        known = self.options.base is None and (own is not None or fetched_converter() is not None)
+        return converter_digest(own) if known else ""
+
+    def require_converter(self) -> None:
+        """Refuse a base or a converter that is not there; where neither is named, the converter is fetched when needed.
+
+        Raises:
+            BpwiseError: It is not there.
+        """
+        if self.given_base is None and self.options.llama_cpp is not None:
+            find_converter(self.options.llama_cpp)
+
+    def beside(self, output: Path) -> tuple[Path, ...]:
+        """Return the file with what the model sees images with, if it does. See ``Conversion``."""
+        path = None if self.options.base is not None else projector_path(self.checkpoint, output)
+        return () if path is None else (path,)
+
+    def write_beside(self, output: Path) -> None:
+        """Write the files of ``beside``; a note says so where the converter makes none."""
+        for path in self.beside(output):
+            missing = write_projector(self.checkpoint, path, self.options.llama_cpp)
+            if missing is not None and missing not in self.notes:
+                self.notes = (*self.notes, missing)
+
+    def scratch(self, work: Path, measurement: Path | None = None) -> Mapping[Path, int]:
+        """See ``Conversion``."""
+        base = base_to_make(self.checkpoint, work, measurement)
+        return {} if base is None or self.options.base is not None else {base: self.checkpoint.total_bytes}
 
 
 def _is_intact(base: Path) -> bool:

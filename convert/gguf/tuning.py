@@ -10,15 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ...checkpoint.source.language import LanguageModel
-from ...measure.measurement import Measurement
-from ...progress import Progress
-from ..rounding import RoundedModel
+from ..rounding import Refinement, RoundedModel
 from ..tuning.fit import fit_factors, fitted_factors
 from ..tuning.scales import Factors, Groups
 from .ggml.factors import SCALED_TYPES, multiplied
@@ -72,25 +69,14 @@ class TunedGguf(RoundedModel):
         return None if value is None else float(value)
 
 
-def tune_gguf(
-    rounded: RoundedModel,
-    rounder: GgufRounder,
-    source: LanguageModel,
-    measurement: Measurement,
-    device: torch.device,
-    offload_dir: Path | None,
-    progress: Progress,
-) -> None:
+def tune_gguf(rounded: RoundedModel, rounder: GgufRounder, source: LanguageModel, refinement: Refinement) -> None:
     """Fit factors of the decoder's linears to what the original predicts, once.
 
     Args:
         rounded: What rounding made; what is found is kept beside it.
         rounder: Made it.
         source: The original.
-        measurement: As for ``fit_factors``, as the others.
-        device: See there.
-        offload_dir: See there.
-        progress: See there.
+        refinement: As for ``fit_factors``.
 
     Raises:
         NumericalError: NaN or infinity in activations or gradients.
@@ -107,7 +93,7 @@ def tune_gguf(
         for name in rounded.names
         if name not in (rounder.table, source.head_name) and (found := _groups(rounder, source, name)) is not None
     }
-    fit_factors(rounded, source, weights, groups, measurement, device, offload_dir, progress)
+    fit_factors(rounded, source, weights, groups, refinement)
 
 
 def _groups(rounder: GgufRounder, source: LanguageModel, name: str) -> Groups | None:

@@ -21,7 +21,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -31,11 +30,10 @@ from ...checkpoint.files.resume import ResumeStore
 from ...checkpoint.source.language import LanguageModel, WeightOverlay
 from ...linalg.products import float32_products
 from ...measure.layers.positionwise import chunked_positionwise
-from ...measure.measurement import Measurement
 from ...measure.model.batches import TAIL_TOKENS, check_finite
 from ...measure.model.stream import StreamedModel
 from ...progress import Progress
-from ..rounding import RoundedModel
+from ..rounding import Refinement, RoundedModel
 from .scales import Factors, Groups, GroupScales
 
 __all__ = ["STEP_TOKENS", "fit_factors", "fitted_factors", "tune_scales"]
@@ -65,10 +63,7 @@ def fit_factors(
     source: LanguageModel,
     weights: Mapping[str, Callable[[], Tensor]],
     groups: Mapping[str, Groups],
-    measurement: Measurement,
-    device: torch.device,
-    offload_dir: Path | None,
-    progress: Progress,
+    refinement: Refinement,
 ) -> None:
     """Fit factors of a rounded model's linears to what the original predicts, once; ``fitted_factors`` reads them.
 
@@ -77,24 +72,22 @@ def fit_factors(
         source: The original.
         weights: As ``WeightOverlay`` takes them: what readers make of everything that was rounded.
         groups: Of each linear that gets factors, by full name.
-        measurement: Gives the calibration rows.
-        device: Where both models run.
-        offload_dir: Directory for files with the hidden states of all rows; None keeps them in memory.
-        progress: Wraps the steps.
+        refinement: Gives calibration rows, the device of both models and a place for their states.
 
     Raises:
         NumericalError: NaN or infinity in activations or gradients.
     """
     if rounded.store.has(_TUNED):
         return
+    device, offload_dir = refinement.device, refinement.offload_dir
     original, quantized = (
         StreamedModel(each, device=device, dtype=torch.float32, offload_dir=offload_dir)
         for each in (source, WeightOverlay(source.base, weights))
     )
-    tokens = torch.from_numpy(measurement.tokens).long()
+    tokens = torch.from_numpy(refinement.measurement.tokens).long()
     targets = rounded.last_states(offload_dir)["original"]
     with float32_products(device):
-        found = tune_scales(original, quantized, groups, tokens, targets, rounded.store, progress)
+        found = tune_scales(original, quantized, groups, tokens, targets, rounded.store, refinement.progress)
     outputs = {f"{name}{_OUTPUTS}": each.outputs for name, each in found.items() if each.outputs is not None}
     rounded.store.save(_TUNED, {**{name: each.inputs for name, each in found.items()}, **outputs})
 

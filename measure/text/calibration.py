@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from ...checkpoint.files.schemas import check_checksum, checksummed, metadata_be
 from ...errors import CalibrationError, ConfigError, ShapeError
 from .builtin_text import TextUse, builtin_texts
 from .chat_rows import render_turns
-from .mixture import BUILT_IN, SELF, Share, is_plain, shares_of
+from .mixture import BUILT_IN, SELF, Share, TextOptions, is_plain, shares_of, sources_text
 from .rows import RANDOM_ORIGIN, TokenPool, n_random_rows, random_ids, read_pool, spread_starts
 from .sources import TextSource, read_texts
 from .tokenizer import Tokenizer, chat_template, leading_ids, token_fingerprint
@@ -85,6 +85,11 @@ class CalibrationConfig:
         return shares_of(self.source)
 
     @property
+    def options(self) -> TextOptions:
+        """The same, to tell to others."""
+        return TextOptions(**{**asdict(self), "source": sources_text(self.shares)})
+
+    @property
     def is_built_in(self) -> bool:
         """Whether the built-in text is the only source."""
         return self.source in {None, BUILT_IN}
@@ -107,6 +112,7 @@ class CalibrationSet:
         vocabulary: Which tokens the ids stand for, as ``token_fingerprint``; None if that is not known.
         made_from: Digest of all that decided about the rows, where they were made for a run; else None.
         unreached: Data sets that could not be reached, whose place the built-in text took.
+        options: What they were made with; None if that is not known.
         later_origins: For each row where in it other documents begin, and their origins; empty where not known.
     """
 
@@ -117,6 +123,7 @@ class CalibrationSet:
     vocabulary: str | None = None
     made_from: str | None = None
     unreached: tuple[str, ...] = ()
+    options: TextOptions | None = None
     later_origins: tuple[tuple[tuple[int, str], ...], ...] = ()
 
     def __post_init__(self) -> None:
@@ -156,9 +163,6 @@ class CalibrationSet:
     def save(self, path: str | Path) -> None:
         """Write the set as a safetensors file, atomically.
 
-        Args:
-            path: File to write or replace.
-
         Raises:
             WorkDirectoryError: The file cannot be written.
         """
@@ -171,19 +175,14 @@ class CalibrationSet:
             "fingerprint": self.fingerprint,
             **({} if self.vocabulary is None else {"vocabulary": self.vocabulary}),
             **({} if self.made_from is None else {"made_from": self.made_from}),
+            **({} if self.options is None else {"options": json.dumps(asdict(self.options))}),
             **({"unreached": json.dumps(self.unreached)} if self.unreached else {}),
         }
         save_tensors(Path(path), {"tokens": self.tokens.contiguous()}, checksummed(metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> "CalibrationSet":
-        """Read a set that `save` wrote.
-
-        Args:
-            path: File to read.
-
-        Returns:
-            The set, equal to the saved one but for ``later_origins``.
+        """Read a set that `save` wrote: equal to it but for ``later_origins``.
 
         Raises:
             CalibrationError: The file is missing, damaged, of another kind or of another version.
@@ -207,6 +206,7 @@ class CalibrationSet:
                 vocabulary=metadata.get("vocabulary"),
                 made_from=metadata.get("made_from"),
                 unreached=tuple(map(str, json.loads(metadata.get("unreached", "[]")))),
+                options=TextOptions.read(metadata.get("options"), f"{path}: options"),
             )
             "".join((loaded.description, *loaded.origins)).encode()  # half a surrogate pair cannot be written
         except (KeyError, TypeError, ValueError, RecursionError, ShapeError) as error:
@@ -281,6 +281,7 @@ def build_calibration(
         description=_describe(source, config, n_random=n_random, in_order=in_order, has_bos=bool(bos)),
         adds_bos=bool(bos),
         vocabulary=token_fingerprint(tokenizer, tokens),
+        options=config.options,
         later_origins=tuple(later),
     )
 

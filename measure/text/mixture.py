@@ -6,9 +6,23 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ...errors import ConfigError
+from ...checkpoint.files.schemas import parse_schema
+from ...errors import CalibrationError, ConfigError
 
-__all__ = ["BUILT_IN", "MIX", "NAMES", "SELF", "Share", "is_plain", "rows_of", "shares_of", "spread_places"]
+__all__ = [
+    "BUILT_IN",
+    "MIX",
+    "NAMES",
+    "SELF",
+    "Share",
+    "TextOptions",
+    "is_plain",
+    "rows_of",
+    "shares_of",
+    "sources_text",
+    "spread_places",
+    "without_folders",
+]
 
 BUILT_IN = "built-in"
 """The source that stands for the text that ships with bpwise (see ``builtin_text``)."""
@@ -38,6 +52,31 @@ class Share:
     source: str
     share: float
     license: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextOptions:
+    """Options that calibration rows were made with, to tell to others: see ``CalibrationConfig``.
+
+    Attributes:
+        source: All sources, each once, files without their folders.
+    """
+
+    source: str
+    column: str | None
+    chat_template: bool
+    rows: int
+    row_tokens: int | None
+    seed: int
+
+    @classmethod
+    def read(cls, text: str | None, where: str) -> TextOptions | None:
+        """Return what a file says of them, None if that is nothing.
+
+        Raises:
+            CalibrationError: It is something else.
+        """
+        return None if text is None else parse_schema(text, cls, CalibrationError, where=where)
 
 
 _WIKIPEDIA = "CC BY-SA 3.0 and GFDL"
@@ -89,6 +128,16 @@ def shares_of(source: str | None) -> tuple[Share, ...]:
 def is_plain(source: str | None) -> bool:
     """Return whether an option names one text that can be read: a file, a folder, a data set or the built-in text."""
     return source not in {SELF, MIX} and len(shares_of(source)) == 1
+
+
+def sources_text(shares: tuple[Share, ...]) -> str:
+    """Return sources as ``shares_of`` takes them, to tell to others."""
+    return ",".join(without_folders(x.source) + (f"={x.share:g}" if len(shares) > 1 else "") for x in shares)
+
+
+def without_folders(source: str) -> str:
+    """Return a source as it may be told to others: a file or folder by its name alone."""
+    return Path(source).name if Path(source).is_absolute() or source.startswith("~") or _exists(source) else source
 
 
 def _exists(source: str) -> bool:

@@ -13,14 +13,13 @@ from ...checkpoint.source.checkpoint import Checkpoint
 from ...checkpoint.source.language import language_model
 from ...errors import BpwiseError, WorkDirectoryError
 from ...linalg.products import pass_precision
-from ...measure.calibrated import kept_rows
 from ...measure.device import resolve_device
 from ...measure.measurement import Measurement
 from ...measure.run import MEASURED, MeasureConfig
 from ...version import __version__
 from ..rounding.rounding_pass import ROUNDED
 
-__all__ = ["FinishedMeasuring", "finished_blocks", "finished_measuring", "finished_rows"]
+__all__ = ["FinishedMeasuring", "finished_blocks", "finished_measuring"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,20 +35,6 @@ class FinishedMeasuring:
     forward: float = 0.0
     head: bool = False
     backward: float = 0.0
-
-
-def finished_rows(kept: Path, checkpoint: Checkpoint, config: MeasureConfig) -> bool:
-    """Return whether the calibration rows of a run are made.
-
-    Args:
-        kept: The file that a run keeps them in.
-        checkpoint: The model; its fingerprint is looked at only where there is a file.
-        config: Options of measuring.
-    """
-    try:
-        return kept_rows(checkpoint, config.calibration, kept, device=config.device) is not None
-    except BpwiseError:  # damaged: they are made again
-        return False
 
 
 def finished_measuring(

@@ -16,13 +16,14 @@ from ...eval.config import EvalConfig
 from ...eval.models import DTYPES
 from ...linalg.parallel import cores
 from ...linalg.work import Rates, Work, rates_of
+from ...measure.calibrated import finished_rows
 from ...measure.device import resolve_device
 from ...measure.run import MeasureConfig
 from ...measure.text.generation import ROWS_TOGETHER, WRITING
 from ...measure.text.mixture import SELF, rows_of
 from ...progress import ExpectedPart
 from .counts import evaluating, measuring, rounding, tuning, writing
-from .finished import finished_blocks, finished_measuring, finished_rows
+from .finished import finished_blocks, finished_measuring
 from .passes import Tokens
 from .shapes import ModelShape
 
@@ -125,7 +126,7 @@ def writing_parts(
     """
     shares, (rows, row_tokens) = config.calibration.shares, rows_shape
     own = sum(count for share, count in zip(shares, rows_of(shares, rows), strict=True) if share.source == SELF)
-    if not own or (kept is not None and finished_rows(kept, checkpoint, config)):
+    if not own or (kept is not None and finished_rows(checkpoint, config.calibration, kept, device=config.device)):
         return []
     shape, device = ModelShape.of(language_model(checkpoint)), resolve_device(config.device)
     starts = range(0, own, ROWS_TOGETHER)

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from bpwise.checkpoint.source.checkpoint import Checkpoint
@@ -346,6 +347,22 @@ class TestBeforeAnythingIsConverted:
             assert result.exit_code == 1
             assert message in result.stderr
         assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+    def test_a_data_set_that_is_not_there(self, known: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def load(name: str, *_: Any, **__: Any) -> None:
+            raise FileNotFoundError(f"{name} doesn't exist on the Hub")
+
+        monkeypatch.setattr(datasets, "load_dataset", load)
+        for command in (
+            ("quantize", known, tmp_path / "x.gguf", "--bpw", 8),
+            ("quantize", known, tmp_path / "x.gguf", "--bpw", 8, "--dry-run"),
+            ("quantize", known, tmp_path / "x", "--format", "gguf", "--bpw", "8,6"),
+            ("measure", known, "-o", tmp_path / "m.safetensors"),
+        ):
+            result = bpwise(*command, "-c", "self,org/gone:config")
+            assert result.exit_code == 1
+            assert "org/gone:config: no such file or directory, and reading it as the Hub data set" in result.stderr
+        assert list(tmp_path.iterdir()) == []
 
     def test_a_device_that_is_not_there(self, known: Path, tmp_path: Path) -> None:
         device = ("--device", "cuda:99")

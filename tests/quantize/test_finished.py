@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from bpwise.checkpoint.files.paths import locked
+from bpwise.convert.gguf.conversion import GgufConversion
 from bpwise.convert.gguf.file.header import read_gguf_header
 from bpwise.convert.registry import load_plan
 from bpwise.errors import WorkDirectoryError
@@ -14,6 +15,7 @@ from bpwise.measure.text.calibration import CalibrationSet
 from bpwise.quantize.measuring import FinishedCommand
 from bpwise.quantize.run import quantize_model
 
+from ..conftest import llama_cpp_dir
 from .runs import TEXT, arguments, gguf, refused, succeed
 
 
@@ -106,3 +108,85 @@ def test_a_gguf_file_in_parts(converted: Any, tmp_path: Path, monkeypatch: pytes
     again = quantize_model(model, output, **{**options, "base_model": "org/one"}, calibration=rows)
     assert again.repeated
     assert again.output == first.output
+
+
+def test_a_newer_converter_is_not_taken_for_the_old(
+    converted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
+    model, checkout = converted["mistral"].directory, Path(shutil.copytree(llama_cpp_dir(), tmp_path / "llama.cpp"))
+    command = ("quantize", model, tmp_path / "out.gguf", "--bpw", 8.5, "--no-feedback", "--no-eval", *TEXT)
+    succeed(*command, "--llama-cpp", checkout)
+    calls: list[object] = []
+    prepare = GgufConversion.prepare
+    monkeypatch.setattr(GgufConversion, "prepare", lambda *given: calls.append(given) or prepare(*given))
+    assert succeed(*command, "--llama-cpp", checkout).startswith("finished already: ")
+    assert calls == []
+    with (checkout / "convert_hf_to_gguf.py").open("a") as script:
+        script.write("\n# newer\n")
+    succeed(*command, "--llama-cpp", checkout)
+    assert len(calls) == 1
+
+
+@pytest.fixture
+def converting(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Calls of what converts a model."""
+    calls: list[object] = []
+    prepare = GgufConversion.prepare
+    monkeypatch.setattr(GgufConversion, "prepare", lambda *given: calls.append(given) or prepare(*given))
+    return calls
+
+
+def test_a_series_is_not_converted_to_know_that_it_is_there(
+    converted: Any, converting: list[object], tmp_path: Path
+) -> None:
+    pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
+    (tmp_path / "notes.txt").write_text("".join(f"Sentence {each} is about {each * each}.\n" for each in range(400)))
+    model, out = converted["mistral"].directory, tmp_path / "out"
+    text = ("-c", tmp_path / "notes.txt", *TEXT)
+    command = ("quantize", model, out, "--format", "gguf,exl2", "--bpw", "8.5,7", "--no-feedback", "--no-eval", *text)
+    succeed(*command)
+    made = [path for path in out.rglob("*") if path.is_file() and not path.name.startswith("report.")]
+    before = {path: path.stat().st_mtime_ns for path in made}
+    converting.clear()
+    assert succeed(*command).startswith("finished already: ")
+    assert converting == []
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    # Other text, though of the same name, is another command.
+    (tmp_path / "notes.txt").write_text("".join(f"Verse {each} is about {each + each}.\n" for each in range(400)))
+    assert "is not the output of this run" in refused(*command)
+    assert converting != []
+
+
+def test_a_mixture(converted: Any, converting: list[object], tmp_path: Path) -> None:
+    pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
+    output = tmp_path / "out.gguf"
+    command = ("quantize", converted["mistral"].directory, output, "--no-eval")
+    for split in ((), ("--split-max-size", "100kB")):
+        succeed(*command, "--type", "Q8_0", *split)
+        converting.clear()
+        assert succeed(*command, "--type", "Q8_0", *split).startswith("finished already: ")
+        assert "is not the output of this run" in refused(*command, "--type", "Q4_0", *split)
+        for path in tmp_path.glob("*.gguf"):
+            data = bytearray(path.read_bytes())
+            data[-1] ^= 1
+            path.write_bytes(data)
+        assert "is not the output of this run" in refused(*command, "--type", "Q8_0", *split)
+        assert converting == []
+        for path in tmp_path.glob("*.gguf"):
+            path.unlink()
+
+
+def test_a_mixture_is_evaluated_again_without_its_report(
+    converted: Any, converting: list[object], tmp_path: Path
+) -> None:
+    pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
+    evaluation = ("--eval-rows", 2, "--eval-row-tokens", 32, "--device", "cpu")
+    command = ("quantize", converted["mistral"].directory, tmp_path / "out.gguf", "--type", "Q8_0", *evaluation)
+    succeed(*command)
+    converting.clear()
+    assert succeed(*command).startswith("finished already: ")
+    assert converting == []
+    (tmp_path / "out.report.json").unlink()
+    assert "KL" in succeed(*command)
+    assert (tmp_path / "out.report.json").is_file()

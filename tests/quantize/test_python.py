@@ -26,6 +26,8 @@ from bpwise.progress import (
 from bpwise.quantize.config import chosen_evaluation, chosen_target, options_naming
 from bpwise.tables import Table, html_summary
 
+from .runs import refused
+
 FUNCTIONS = [name for name in bpwise.__all__ if inspect.isfunction(getattr(bpwise, name))]
 MEASURE = MeasureConfig(calibration=CalibrationConfig(rows=4, row_tokens=32), device="cpu")
 EVALUATE = EvalConfig(rows=2, row_tokens=32, device="cpu")
@@ -62,12 +64,64 @@ def test_without_a_size_it_is_the_command_lines() -> None:
     assert chosen_target(Path("a.gguf"), None, NO_SIZE) == {"target": bpwise.Target(bpw=4.5), "options": GgufOptions()}
     own = GgufOptions(feedback=False)
     assert chosen_target(Path("a"), own, NO_SIZE) == {"target": bpwise.Target(bpw=4.5), "options": own}
-    tuned = Exl2Options(effort="high")  # taken as they are: nothing tells a head of 6 bits from the default
-    assert chosen_target(Path("a"), tuned, NO_SIZE) == {"target": bpwise.Target(bpw=8.0), "options": tuned}
+    tuned = {"target": bpwise.Target(bpw=8.0), "options": Exl2Options(effort="high", head_bits=8)}
+    assert chosen_target(Path("a"), Exl2Options(effort="high"), NO_SIZE) == tuned
+    six = Exl2Options(head_bits=6)
+    assert chosen_target(Path("a"), six, NO_SIZE) == {"target": bpwise.Target(bpw=8.0), "options": six}
     mixture = GgufOptions(mixture="Q4_0")
     assert chosen_target(Path("a"), mixture, NO_SIZE) == {"target": None, "options": mixture}
     sized = chosen_target(Path("a"), None, {"bpw": None, "max_bytes": 1000})
     assert sized == {"target": bpwise.Target(max_bytes=1000), "options": Exl2Options()}
+
+
+@pytest.mark.parametrize(
+    ("output", "line", "given", "target", "head"),
+    [
+        ("a", (), {}, {"bpw": 8.0}, 8),
+        ("a", ("-b", 8), {"bpw": 8.0}, {"bpw": 8.0}, 6),
+        ("a", ("-b", 4.5, "-hb", 4), {"bpw": 4.5, "options": Exl2Options(head_bits=4)}, {"bpw": 4.5}, 4),
+        ("a", ("-ss", 1), {"options": Exl2Options(shard_bytes=1 << 20)}, {"bpw": 8.0}, 8),
+        ("a", ("-hb", 6), {"options": Exl2Options(head_bits=6)}, {"bpw": 8.0}, 6),
+        ("a", ("--max-size", "150kB"), {"max_bytes": 150_000}, {"max_bytes": 150_000}, 6),
+        (
+            "a",
+            ("--vram", "8.5GB", "--context", 64),
+            {"vram_bytes": 8_500_000_000, "context_tokens": 64},
+            {"vram_bytes": 8_500_000_000, "context_tokens": 64},
+            6,
+        ),
+        ("a.gguf", (), {}, {"bpw": 4.5}, None),
+        ("a.gguf", ("--no-feedback",), {"options": GgufOptions(feedback=False)}, {"bpw": 4.5}, None),
+        ("a.gguf", ("-b", 9), {"bpw": 9.0}, {"bpw": 9.0}, None),
+        ("a.gguf", ("--type", "Q8_0"), {"options": GgufOptions(mixture="Q8_0")}, None, None),
+    ],
+    ids=str,
+)
+def test_both_routes_make_the_same(
+    output: str,
+    line: tuple[object, ...],
+    given: dict[str, Any],
+    target: dict[str, Any] | None,
+    head: int | None,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = []
+
+    def begin(lines: Any, *_: Any, **__: Any) -> None:
+        ((_, config, _),) = lines
+        seen.append((config.target, config.options))
+        raise bpwise.BpwiseError("seen")
+
+    monkeypatch.setattr("bpwise.quantize.run.begin_jobs", begin)
+    monkeypatch.setattr("bpwise.quantize.run.require_convertible", lambda _: None)  # ggml may be missing
+    with pytest.raises(bpwise.BpwiseError, match="seen"):
+        bpwise.quantize_model(tiny_model, tmp_path / output, **given)
+    assert refused("quantize", tiny_model, tmp_path / output, *line) == "Error: seen"
+    assert seen[0] == seen[1]
+    assert seen[0][0] == (None if target is None else bpwise.Target(**target))
+    assert getattr(seen[0][1], "head", None) == head
 
 
 def test_options_of_an_evaluation() -> None:
@@ -77,8 +131,8 @@ def test_options_of_an_evaluation() -> None:
 
 
 def test_options_take_text() -> None:
-    options = GgufOptions(base="base.gguf", overrides=("blk.0.*=Q8_0",))  # type: ignore[arg-type]
-    assert options.base == Path("base.gguf")
+    options = GgufOptions(llama_cpp="there", overrides=("blk.0.*=Q8_0",))  # type: ignore[arg-type]
+    assert options.llama_cpp == Path("there")
     assert options.overrides == (TypeOverride.parse("blk.0.*=Q8_0"),)
     assert MeasureConfig(offload_dir="there").offload_dir == Path("there")  # type: ignore[arg-type]
     assert EvalConfig(offload_dir="there").offload_dir == Path("there")  # type: ignore[arg-type]

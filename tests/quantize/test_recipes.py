@@ -1,5 +1,6 @@
 """Recipes: what a run writes of its options, and that they make it again."""
 
+import json
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -17,6 +18,7 @@ from bpwise.measure.text.calibration import CalibrationConfig
 from bpwise.quantize.config import QuantizeConfig
 from bpwise.quantize.recipe import read_recipe, recipe_of
 
+from ..fuzz.hub import COMMIT, answers_of, lying_hub
 from .runs import bpwise, refused, succeed
 
 
@@ -64,13 +66,55 @@ def test_a_run_is_repeated(tiny_model: Path, here: Path) -> None:
     succeed("quantize", tiny_model, "again", "--config", "out/recipe.yaml", "--device", "cpu")
     for name in ("output.safetensors", "recipe.yaml", "bpwise.json"):
         assert (here / "again" / name).read_bytes() == (here / "out" / name).read_bytes()
-    measurement = here / "out.work" / "measurement.safetensors"
-    succeed("quantize", tiny_model, "other", "--config", "out/recipe.yaml", "--device", "cpu", "-m", measurement)
-    other = (here / "other" / "recipe.yaml").read_text()
-    assert "Its calibration is not told here" in other
-    assert yaml.safe_load(other).keys() == yaml.safe_load(written).keys() - {
-        *("calibration", "rows", "row-tokens", "seed", "precision")
+
+
+def test_what_came_with_a_measurement_or_a_saved_set_is_told(tiny_model: Path, here: Path) -> None:
+    (here / "notes.txt").write_text("".join(f"Sentence {each} is about {each * each}.\n" for each in range(400)))
+    text = ("--calibration", f"built-in=3,{here / 'notes.txt'}=1", "--rows", 4, "--row-tokens", 32, "--seed", 1)
+    options = ("--damping", 0.05, "--precision", "float32")
+    output = ("--bpw", 4.5, "--no-eval", "--device", "cpu")
+    succeed("measure", tiny_model, "-o", "m.safetensors", *text, *options, "--formats", "exl2", "--device", "cpu")
+    succeed("quantize", tiny_model, "first", *output, "-m", "m.safetensors")
+    told = yaml.safe_load((here / "first" / "recipe.yaml").read_text())
+    expected = {
+        "calibration": "built-in=3,notes.txt=1",
+        "rows": 4,
+        "row-tokens": 32,
+        "seed": 1,
+        "damping": 0.05,
+        "precision": "float32",
     }
+    assert expected.items() <= told.items()
+    succeed("quantize", tiny_model, "second", "--config", "first/recipe.yaml", "--device", "cpu")
+    saved = ("-c", here / "second.work" / "calibration.safetensors", "--seed", 1, *options)
+    succeed("quantize", tiny_model, "third", *output, *saved)
+    for name in ("output.safetensors", "recipe.yaml", "bpwise.json"):
+        assert (here / "second" / name).read_bytes() == (here / "first" / name).read_bytes()
+        assert (here / "third" / name).read_bytes() == (here / "first" / name).read_bytes()
+    # One seed drew the rows, another the probes: no command says both.
+    succeed("quantize", tiny_model, "fourth", *output, "-c", here / "second.work" / "calibration.safetensors")
+    fourth = (here / "fourth" / "recipe.yaml").read_text()
+    assert "Its calibration text is not told here" in fourth
+    assert "calibration" not in yaml.safe_load(fourth)
+    assert yaml.safe_load(fourth)["seed"] == 0
+
+
+def test_the_commit_of_a_model_on_the_hub(tiny_model: Path, here: Path) -> None:
+    files = {path.name: path.read_bytes() for path in tiny_model.iterdir()}
+    answers = json.loads(answers_of(files, "org/tiny"))
+    answers[f"GET /api/models/org/tiny/revision/{COMMIT}"] = answers["GET /api/models/org/tiny/revision/main"]
+    (here / "answers.json").write_text(json.dumps(answers))
+    options = ("--rows", 4, "--row-tokens", 32, "--no-eval", "--device", "cpu")
+    with lying_hub(here / "answers.json", here / "cache"):
+        succeed("quantize", "org/tiny", "out", *options)
+        assert yaml.safe_load((here / "out" / "recipe.yaml").read_text())["revision"] == COMMIT
+    del answers["GET /api/models/org/tiny/revision/main"]  # has moved on
+    (here / "answers.json").write_text(json.dumps(answers))
+    with lying_hub(here / "answers.json", here / "another-cache"):
+        succeed("quantize", "org/tiny", "again", "--config", "out/recipe.yaml", "--device", "cpu")
+    assert (here / "again" / "recipe.yaml").read_bytes() == (here / "out" / "recipe.yaml").read_bytes()
+    succeed("quantize", tiny_model, "--config", "out/recipe.yaml", "--dry-run", "--device", "cpu")  # not on the Hub
+    assert "--revision: has no effect" in refused("quantize", tiny_model, "x", "--revision", COMMIT, "--dry-run")
 
 
 def test_gguf_and_evaluation(tiny_model: Path, here: Path) -> None:
@@ -86,7 +130,7 @@ def test_gguf_and_evaluation(tiny_model: Path, here: Path) -> None:
         base_model="org/Name",
     )
     target = Target(vram_bytes=8 * 10**9, context_tokens=4096)
-    assert recipe_of(config, target, Checkpoint.open(tiny_model), calibrated=True) == {
+    assert recipe_of(config, target, Checkpoint.open(tiny_model), calibration.options) == {
         "format": "gguf",
         "vram": 8_000_000_000,
         "context": 4096,
@@ -107,7 +151,7 @@ def test_gguf_and_evaluation(tiny_model: Path, here: Path) -> None:
         "force-eval-text": True,
     }
     mixture = QuantizeConfig(options=GgufOptions(mixture="Q4_K_M", imatrix=here / "i.dat"), evaluate=None)
-    assert recipe_of(mixture, None, Checkpoint.open(tiny_model), calibrated=True) == {
+    assert recipe_of(mixture, None, Checkpoint.open(tiny_model), None) == {
         "format": "gguf",
         "effort": "normal",
         "split-max-size": 48_000_000_000,

@@ -14,6 +14,7 @@ from bpwise.convert.exl2.plan.making import exl2_bpw_range
 from bpwise.convert.exl2.plan.measured import exl2_curves
 from bpwise.convert.opening import open_any
 from bpwise.convert.registry import load_plan
+from bpwise.eval import original as original_module
 from bpwise.eval.cache import OriginalCache
 from bpwise.eval.report.layers import find_plan, linear_costs
 from bpwise.measure.measurement import Measurement
@@ -189,6 +190,19 @@ class TestQuantize:
         first, second = comparison(tmp_path / "first"), comparison(tmp_path / "second")
         assert first["summary"]["original_perplexity"] == second["summary"]["original_perplexity"]
         assert first["summary"]["kl_nats"]["value"] < second["summary"]["kl_nats"]["value"]
+
+    def test_without_a_cache_the_original_runs_again(
+        self, tiny_model: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("bpwise.quantize.run.original_cache", lambda: OriginalCache(tmp_path / "cache"))
+        quantize(tiny_model, tmp_path / "none", 5.0, *reused(finished), "--no-cache")
+        assert not (tmp_path / "cache").exists()
+        quantize(tiny_model, tmp_path / "first", 5.0, *reused(finished))
+        assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 1
+        runs, run = [], original_module._original_state
+        monkeypatch.setattr(original_module, "_original_state", lambda *given: runs.append(given) or run(*given))
+        quantize(tiny_model, tmp_path / "second", 4.0, *reused(finished), "--no-cache")
+        assert len(runs) == 1
 
     def test_only_the_output_is_left(self, tiny_model: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         # Moved away and its work directory deleted: measured again, but not rounded again.

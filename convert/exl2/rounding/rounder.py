@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +16,7 @@ from ....checkpoint.source.language import LanguageModel
 from ....linalg.hessian import Hessian, factor_hessian
 from ....linalg.outputs import OutputFeedback
 from ....measure.measurement import MeasuredLinear, Measurement
-from ....progress import Progress
-from ...rounding import RoundedModel, Rounder, rounding_damping
+from ...rounding import Refinement, RoundedModel, Rounder, rounding_damping
 from ...tuning.fit import fit_factors, fitted_factors
 from ...tuning.scales import Groups
 from ..file.layout import RowGroup
@@ -104,34 +102,24 @@ def rounded_linear(rounded: RoundedModel, source: LanguageModel, name: str, *, t
     )
 
 
-def tune_rounded(
-    rounded: RoundedModel,
-    source: LanguageModel,
-    measurement: Measurement,
-    device: torch.device,
-    offload_dir: Path | None,
-    progress: Progress,
-) -> None:
+def tune_rounded(rounded: RoundedModel, source: LanguageModel, refinement: Refinement) -> None:
     """Fit the scales of the decoder's row groups to what the original predicts (``convert.tuning``), once.
 
     Args:
         rounded: What rounding made; what is found is kept beside it.
         source: The original.
-        measurement: Gives the calibration rows.
-        device: Where both models run.
-        offload_dir: Directory for files with the hidden states of all rows; None keeps them in memory.
-        progress: Wraps the steps.
+        refinement: As for ``fit_factors``.
 
     Raises:
         NumericalError: NaN or infinity in activations or gradients.
     """
 
     def decoded(name: str) -> Tensor:
-        return _unpack({key: value.to(device) for key, value in rounded.artifact(name).items()}).dequantize()
+        return _unpack({key: value.to(refinement.device) for key, value in rounded.artifact(name).items()}).dequantize()
 
     weights = {name: partial(decoded, name) for name in rounded.names}
     groups = {name: Groups(_unpack(rounded.artifact(name)).group_of_input) for name in rounded.names if name != HEAD}
-    fit_factors(rounded, source, weights, groups, measurement, device, offload_dir, progress)
+    fit_factors(rounded, source, weights, groups, refinement)
 
 
 def _pack(linear: QuantizedLinear, damping: float) -> dict[str, Tensor]:

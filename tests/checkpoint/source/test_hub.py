@@ -4,6 +4,7 @@ import json
 import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bpwise.cli import cli
@@ -109,6 +110,38 @@ def test_compared_in_one_line(tiny_model: Path, tmp_path: Path, monkeypatch: pyt
     assert result.exit_code == 0, result.stderr
     assert json.loads(Path("report.json").read_text())["comparison"]["summary"]["kl_nats"]["value"] < 1e-6
     assert not list((tmp_path / "cache").rglob("report.*"))
+
+
+def test_an_unquantized_file_to_work_from(converted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
+    model, file = converted["mistral"].directory, converted["mistral"].file
+    (tmp_path / "answers.json").write_bytes(answers_of({"M-F32.gguf": file.read_bytes(), "M-Q4_0.gguf": b""}, "org/M"))
+    used: list[Path] = []
+    monkeypatch.setattr(
+        "bpwise.eval.engines.engine.evaluate_in_engine",
+        lambda *_, base, **__: (_ for _ in ()).throw(CheckpointError(str(used.append(base)))),
+    )
+    with lying_hub(tmp_path / "answers.json", tmp_path / "cache"):
+        for name in (file, "org/M:F32"):
+            line = [
+                "quantize",
+                model,
+                tmp_path / "out" / Path(name).name,
+                "--type",
+                "Q8_0",
+                "--no-eval",
+                "--base",
+                name,
+            ]
+            result = CliRunner().invoke(cli, [str(each) for each in line], catch_exceptions=False)
+            assert result.exit_code == 0, result.stderr
+        line = ["quantize", str(model), str(tmp_path / "x.gguf"), "--bpw", "9", "--dry-run", "--base", "org/M:F16"]
+        assert "org/M: one file is needed. Got none of this name" in CliRunner().invoke(cli, line).stderr
+        line = ["eval", str(model), str(file), "--engine", "llama.cpp", "--base", "org/M:F32"]
+        CliRunner().invoke(cli, line)
+    here, on_hub = sorted(tmp_path.glob("out/*.gguf"))
+    assert here.read_bytes() == on_hub.read_bytes()
+    assert [path.read_bytes() for path in used] == [file.read_bytes()]
 
 
 def test_what_is_here_wins(hub: Path) -> None:

@@ -32,6 +32,7 @@ from bpwise.progress import silent
 from bpwise.quantize.checks import check_output, files_beside, has_report, is_made, require_together
 
 from ...quantize.runs import gguf as options_of
+from ...quantize.runs import refused
 
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install '.[gguf]'")
 
@@ -188,7 +189,7 @@ def checked(model: Path, output: Path) -> None:
     config = options_of(4.5, evaluate=EvalConfig(), card=True)
     conversion = config.conversion(Checkpoint.open(model))
     with reserved(output, files_beside(output, conversion, config.format)):
-        check_output(conversion, config, output, silent)
+        check_output(conversion, config, output, output.with_name("work"), silent)
 
 
 @pytest.mark.parametrize("ending", ["README.md", "recipe.yaml", "report.html", "report.json"])
@@ -244,9 +245,15 @@ def test_a_model_in_parts_is_known_to_be_made(tiny_model: Path, tmp_path: Path) 
     require_together([(conversion, {output: huge})], tmp_path / "w", tmp_path / "m")
 
 
-def test_the_name_of_a_part_is_refused_before_the_work(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(WorkDirectoryError, match=r"x-00001-of-00003\.gguf: the name of a part.* Name it x\.gguf"):
-        checked(tiny_model, tmp_path / "x-00001-of-00003.gguf")
+@pytest.mark.parametrize("dry_run", [(), ("--dry-run",)], ids=["run", "dry run"])
+def test_the_name_of_a_part_is_refused_before_the_work(
+    dry_run: tuple[str, ...], tiny_model: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
+    output = tmp_path / "x-00001-of-00003.gguf"
+    said = refused("quantize", tiny_model, output, "--bpw", 9, "--device", "cpu", *dry_run)
+    assert "x-00001-of-00003.gguf: the name of a part." in said
+    assert said.endswith("Name it x.gguf.")
     assert not any(tmp_path.iterdir())
 
 
@@ -290,7 +297,7 @@ def test_a_killed_mixture_in_parts_is_gone_over(
     before = first.read_bytes()
     first.unlink()  # as a run that is killed before its last step leaves it
     with reserved(output, files_beside(output, conversion, config.format)):
-        check_output(conversion, config, output, silent)
+        check_output(conversion, config, output, output.with_name("work"), silent)
     with pytest.raises(WorkDirectoryError, match="in the way"):
         conversion.write(None, first, plan, None, replace(provenance, run="another"), silent)
     conversion.write(None, first, plan, None, provenance, silent)
