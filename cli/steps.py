@@ -92,7 +92,7 @@ def measure(
     type=RATES,
     help="Bits per weight, counted as in `bpwise quantize`. Several: 2,3,4.",
 )
-@click.option("--max-size", type=SIZE, help="Largest size of all tensors, instead of --bpw: 5GB, 700MiB.")
+@click.option("--max-size", type=SIZE, help="Largest size of the file or files, instead of --bpw: 5GB, 700MiB.")
 @click.option("--vram", type=SIZE, help="Memory of the GPU to fit into, cache included, instead of --bpw: 8GB.")
 @click.option(
     "--context",

@@ -189,6 +189,10 @@ class Format(ABC):
             BudgetError: No plan has this size.
         """
 
+    def overhead_bytes(self, measurement: Measurement) -> int:
+        """Return how much larger than its tensors an output's file is, at most, as far as a measurement tells."""
+        return 0
+
     def bytes_in_vram(self, measurement: Measurement, options: Any, vram_bytes: int, context_tokens: int | None) -> int:
         """Return the size of all tensors, as ``plan`` takes it, that leaves a GPU room for the cache of a context.
 

@@ -79,7 +79,7 @@ def layout_of(
     names = {linear: gguf_name(f"{linear}.weight") or f"{linear}.weight" for linear in matrices}
     tensors = {names[linear]: StoredTensor(TYPES[kind], shape) for linear, shape in matrices.items()}
     tensors |= {name: StoredTensor(TYPES["F32"], shape) for name, shape in (others or {}).items()}
-    return Layout(tensors, RowMap({names[x]: in_place(x, shape[0]) for x, shape in matrices.items()}, {}))
+    return Layout(tensors, RowMap({names[x]: in_place(x, shape[0]) for x, shape in matrices.items()}, {}), 4096)
 
 
 def gguf_curves_of(directory: Path) -> list[GgufCurves]:
@@ -121,7 +121,7 @@ def gguf_of(
     linears = {name: {"damage_nats": np.stack(parts) if parts else none} for name, parts in damages.items()}
     header = {"types": list(types), "file": layout.to_json()}
     of_table = {"damage_nats": table} if gram is None else {"damage_nats": table, "gram": gram}
-    return FormatCurves(version=4, header=header, linears=linears, table=of_table)
+    return FormatCurves(version=5, header=header, linears=linears, table=of_table)
 
 
 def damage_of(measurement: Measurement, name: str, format_: str = EXL2) -> NDArray[np.float32]:

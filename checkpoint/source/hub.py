@@ -97,12 +97,12 @@ def _download(name: HubName, also: Sequence[str] = ()) -> Path:
 def _bounded_bar() -> Any:
     # The Hub's client checks sizes at the end alone, and would fill the disk with a body that has none. Its bars hear
     # of every piece before it is written.
-    from huggingface_hub.utils import tqdm  # noqa: PLC0415
+    from huggingface_hub.utils.tqdm import tqdm  # noqa: PLC0415
 
     class Bounded(tqdm):
         received = 0
 
-        def update(self, n: float | None = 1) -> bool | None:
+        def update(self, n: float | None = 1) -> Any:
             self.received += int(n or 0)
             announced = int(self.total or 0)
             if self.received > announced + _UNANNOUNCED_BYTES:

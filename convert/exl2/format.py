@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -59,6 +60,11 @@ class Exl2Format(Format):
 
         assert isinstance(model, Exl2Model)
         return exl2_card(model, base_name)
+
+    def completed(self, options: Any, *, sized: bool) -> Any:
+        """Return options that leave nothing open; see ``Format``."""
+        options = super().completed(options, sized=sized)
+        return replace(options, head_bits=options.head)
 
     def output_name(self, base_name: str, bpw: float | str, options: Any) -> str:
         """Return the name of an output by convention: ``Llama-3.2-1B-8.0bpw-8hb-exl2``."""

@@ -158,6 +158,12 @@ class GgufFormat(Format):
 
         return make_gguf_plan(measurement, bpw=bpw, tensor_bytes=max_bytes, overrides=options.choices)
 
+    def overhead_bytes(self, measurement: Measurement) -> int:
+        """Return what metadata and vocabulary take; see ``Format``."""
+        from .plan.measured import gguf_curves
+
+        return gguf_curves(measurement).layout.overhead_bytes
+
     def bytes_in_vram(self, measurement: Measurement, options: Any, vram_bytes: int, context_tokens: int | None) -> int:
         """Return the size of all tensors; see ``room_for_weights``."""
         from .llama_cpp.vram import room_for_weights

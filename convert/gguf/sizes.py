@@ -21,13 +21,11 @@ from .llama_cpp.assign import mixture_types
 from .llama_cpp.mixtures import Mixture, mixture
 from .llama_cpp.vram import room_for_weights
 from .options import GgufOptions
-from .plan.layout import Layout
+from .plan.layout import ALIGNMENT_BYTES, Layout
 from .plan.plan import TypeOverride
 from .plan.problem import PlanProblem, estimated_problem, unmeasured_problem
 
 __all__ = ["LabelledConversion", "coming_problem", "largest_file", "room_for_tensors"]
-
-_ALIGNMENT_BYTES = 32
 
 
 def coming_problem(source: LanguageModel, layout: Layout | None, overrides: Sequence[TypeOverride]) -> PlanProblem:
@@ -91,7 +89,7 @@ def room_for_tensors(max_bytes: int, header: GgufHeader, metadata: Mapping[str, 
     """
     tensors = sum(tensor.size_bytes for tensor in header.tensors.values())
     overhead = planned_bytes(header, {}, file_type=0, metadata=metadata)
-    room = max_bytes - (overhead - tensors) - _ALIGNMENT_BYTES * len(header.tensors)
+    room = max_bytes - (overhead - tensors) - ALIGNMENT_BYTES * len(header.tensors)
     if room <= 0:
         raise BudgetError(
             f"a file of {max_bytes} bytes has no room for tensors: metadata and vocabulary take "

@@ -145,6 +145,7 @@ def _options(format_: Format, options: FormatOptions, measurement: Measurement) 
     # What plans of a format depend on beside the size: what was measured for it, and what it was asked.
     if format_.name not in measurement.curves:
         return
+    options = format_.completed(options, sized=True)
     asked = {each.name: getattr(options, field) for field, each in options_of(format_.Options, "plan").items()}
     for name, value in {**measurement.curves[format_.name].header, **asked}.items():
         if isinstance(value, int | str):

@@ -51,7 +51,7 @@ def make_plan(
     Args:
         measurement: A measurement, or its file.
         bpw: Bits per weight, as the format counts them; met from below, never exceeded.
-        max_bytes: The same as a size of all tensors, in bytes.
+        max_bytes: The same as a size of the file or files in bytes, as far as a measurement tells.
         vram_bytes: Memory of a GPU that weights, cache and what the reader needs beside them should fit into; one of
             the three is given.
         context_tokens: With ``vram_bytes``: length of the context whose cache should fit; None for the model's own.
@@ -77,6 +77,8 @@ def make_plan(
     format_ = format_asking(options)
     if vram_bytes is not None:
         max_bytes = format_.bytes_in_vram(measured, options, vram_bytes, context_tokens)
+    elif max_bytes is not None:
+        max_bytes -= format_.overhead_bytes(measured)
     return format_.plan(measured, options, bpw=target.bpw, max_bytes=max_bytes)
 
 

@@ -18,9 +18,15 @@ from ..ggml.types import GGML_TYPES, GgmlType
 from ..rows.rowmap import RowMap
 from ..rows.text import map_from_text, map_to_text
 
-__all__ = ["Layout", "StoredTensor"]
+__all__ = ["ALIGNMENT_BYTES", "Layout", "StoredTensor"]
 
 _KINDS = {kind.name: kind for kind in GGML_TYPES.values()}
+
+ALIGNMENT_BYTES = 32
+"""Tensors begin at multiples of it."""
+
+_NOTES_BYTES = 4096
+"""For what bpwise says of a file in its metadata."""
 
 _Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 
@@ -50,10 +56,11 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Described:
-    """The layout as JSON: type and shape of every tensor, and the map as text."""
+    """The layout as JSON: type and shape of every tensor, the map as text, and ``Layout.beside_bytes``."""
 
     tensors: dict[str, tuple[str, tuple[_Size, ...]]]
     rows: str
+    beside_bytes: _Size
 
 
 class Layout:
@@ -62,17 +69,26 @@ class Layout:
     Attributes:
         tensors: By name, in the order of the file.
         rows: Where matrices come from.
+        beside_bytes: How much of the file comes before its tensors: metadata, and with it the vocabulary.
     """
 
-    def __init__(self, tensors: Mapping[str, StoredTensor], rows: RowMap) -> None:
-        """Hold both."""
+    def __init__(self, tensors: Mapping[str, StoredTensor], rows: RowMap, beside_bytes: int) -> None:
+        """Hold them."""
         self.tensors = tensors
         self.rows = rows
+        self.beside_bytes = beside_bytes
 
     @classmethod
     def of(cls, header: GgufHeader, rows: RowMap) -> Layout:
         """Return the layout of a file with a map."""
-        return cls({name: StoredTensor(each.type, each.shape) for name, each in header.tensors.items()}, rows)
+        tensors = {name: StoredTensor(each.type, each.shape) for name, each in header.tensors.items()}
+        return cls(tensors, rows, header.data_offset_bytes)
+
+    @property
+    def overhead_bytes(self) -> int:
+        """How much larger than its tensors a file that is made of this one is, at most."""
+        padding = ALIGNMENT_BYTES * len(self.tensors)
+        return self.beside_bytes + padding + len(map_to_text(self.rows)) + _NOTES_BYTES
 
     @cached_property
     def plain(self) -> tuple[str, ...]:
@@ -95,6 +111,7 @@ class Layout:
         return {
             "tensors": {name: [each.type.name, list(each.shape)] for name, each in self.tensors.items()},
             "rows": map_to_text(self.rows),
+            "beside_bytes": self.beside_bytes,
         }
 
     @classmethod
@@ -118,4 +135,4 @@ class Layout:
         rows = map_from_text(known.rows, f"{where}: rows")
         if not rows.fits({name: each.shape for name, each in tensors.items()}):
             raise FormatError(f"{where}: the map is of other tensors. Got {len(rows.tensors)} in it. {remedy}")
-        return cls(tensors, rows)
+        return cls(tensors, rows, known.beside_bytes)

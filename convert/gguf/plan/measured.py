@@ -22,7 +22,7 @@ __all__ = ["CURVES_VERSION", "NAME", "GgufMeasured", "gguf_curves"]
 NAME = "gguf"
 """Of the format, which its curves lie under."""
 
-CURVES_VERSION = 4
+CURVES_VERSION = 5
 """Raised when tensors or header change meaning."""
 
 _NOT_MEASURED = (

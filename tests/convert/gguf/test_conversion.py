@@ -34,6 +34,7 @@ from bpwise.measure.measurement import Measurement
 from bpwise.measure.text.calibration import CalibrationSet
 from bpwise.quantize import judge, measuring, series
 from bpwise.quantize.config import QuantizeConfig
+from bpwise.quantize.planning.plans import make_plan
 from bpwise.quantize.result import QuantizeResult
 from bpwise.quantize.run import quantize_model
 from bpwise.quantize.series import quantize_series
@@ -265,6 +266,8 @@ def test_a_largest_size_holds_for_the_whole_file(made: Made, converted: Any, tmp
         measurement=made[name].measurement,
     )
     assert size - 12_000 < result.verification.file_bytes == (tmp_path / "x.gguf").stat().st_size <= size
+    planned = make_plan(made[name].measurement, max_bytes=size, options=GgufOptions())
+    assert 0 <= result.plan.target_bytes - planned.target_bytes < 4_096
     with pytest.raises(BudgetError):
         quantize(
             converted[name].directory,

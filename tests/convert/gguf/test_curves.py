@@ -113,7 +113,7 @@ def test_every_measured_type_can_be_encoded() -> None:
 
 def file_of(tensors: dict[str, TensorRows], **shapes: tuple[int, ...]) -> Layout:
     stored = {name: StoredTensor(ggml_type("F16"), shapes[name]) for name in tensors}
-    return Layout(stored, RowMap(tensors, {}))
+    return Layout(stored, RowMap(tensors, {}), 4096)
 
 
 def test_a_linear_in_place_costs_what_it_did() -> None:

@@ -229,6 +229,7 @@ def mixture_of_experts(kind: str = "BF16") -> Measurement:
             },
             {"blk.0.attn_k_b.weight": "x", "blk.0.odd.weight": "x", "blk.1.nextn.eh_proj.weight": "x"},
         ),
+        4096,
     )
     outs = {"model.layers.0.q": 48, "model.layers.0.k": 48, "model.layers.0.vz": 96, **dict.fromkeys(experts, 32)}
     scales = dict(zip(outs, (1.0, 10.0, 100.0, 1000.0, 10_000.0), strict=True))
@@ -325,7 +326,7 @@ def test_refuses_a_measurement_without_types() -> None:
     with pytest.raises(ConfigError, match=r"pip install '.\[gguf\]'"):
         make_gguf_plan(replace(measurement(), curves={}), bpw=6.0)
     curves = measurement().curves[GGUF]
-    with pytest.raises(FormatError, match=r"of another version. Got 1. Expected 4. Measure the model again"):
+    with pytest.raises(FormatError, match=r"of another version. Got 1. Expected 5. Measure the model again"):
         make_gguf_plan(replace(measurement(), curves={GGUF: replace(curves, version=1)}), bpw=6.0)
 
 
@@ -476,7 +477,7 @@ def test_importances_follow_the_columns() -> None:
     columns = np.random.default_rng(1).permutation(64)
     tensors = {**layout.rows.tensors}
     tensors["blk.0.attn_v_b.weight"] = replace(tensors["blk.0.attn_v_b.weight"], columns=columns)
-    matrix = importance_of(made, Layout(layout.tensors, RowMap(tensors, {})))
+    matrix = importance_of(made, Layout(layout.tensors, RowMap(tensors, {}), 4096))
     found = matrix.mean_squares("blk.0.attn_v_b.weight")
     assert found is not None
     power = next(x for x in made.linears if x.name.endswith("vz")).input_power

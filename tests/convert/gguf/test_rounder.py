@@ -235,7 +235,7 @@ def changed_file(directory: Path) -> Layout:
     for stem, (own, shape) in made.items():
         rows[f"blk.0.{stem}.weight"] = own
         tensors[f"blk.0.{stem}.weight"] = StoredTensor(ggml_type("F16"), shape)
-    return Layout(tensors, RowMap(rows, {}))
+    return Layout(tensors, RowMap(rows, {}), 4096)
 
 
 @pytest.fixture(scope="module")
@@ -297,7 +297,7 @@ def test_what_no_planned_tensor_holds_stays(tiny_model: Path, tmp_path: Path) ->
     rows[v] = TensorRows(rows[v].linears, rows[v].source[:20], rows[v].output[:20])
     del rows[up]
     tensors = {**plain.tensors, v: StoredTensor(ggml_type("F16"), (20, 64))}
-    case = Case(tiny_model, tmp_path, Layout(tensors, RowMap(rows, {up: "no linear"})))
+    case = Case(tiny_model, tmp_path, Layout(tensors, RowMap(rows, {up: "no linear"}), 4096))
     plan = case.plan(COARSE)
     assert [tensor.name for tensor in plan.plain] == [up]
     rounder = case.rounder(plan)
