@@ -6,7 +6,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from bpwise.tables import NotedCell, Table, cell
+from bpwise.tables import NotedCell, Table, bytes_text, cell
 
 NAMES = {
     "escape": "\x1b[31mred\x9b",
@@ -147,3 +147,11 @@ def test_records() -> None:
 @pytest.mark.parametrize("text", ["=1+1", "+cmd|' /C calc'!A0", "-x", "@SUM(1)"])
 def test_no_formulas(text: str) -> None:
     assert next(csv.reader(io.StringIO(Table.of((), [(text,)]).to_csv().split("\r\n")[1]))) == [f"'{text}"]
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(85_940_000, "85.9 MB"), (999_900_000, "999.9 MB"), (1_000_000_000, "1.00 GB"), (4_583_000_000, "4.58 GB")],
+)
+def test_sizes_in_bytes(count: int, text: str) -> None:
+    assert bytes_text(count) == text

@@ -131,7 +131,7 @@ def front_page(base: str, first: Path, sizes: Sequence[Size]) -> FrontPage:
     original = _ORIGINAL.search(body)
     chart = _chart(sizes)
     sections = [
-        f"# {cell(base)} in {len(sizes)} sizes",
+        f"# {cell(base)} in {len(sizes)} size{'' if len(sizes) == 1 else 's'}",
         _table(sizes),
         *([f"![KL divergence against size]({CHART_NAME})"] if chart else []),
         "## Which one should I take?",

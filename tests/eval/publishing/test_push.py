@@ -358,6 +358,8 @@ def test_gguf_files(tmp_path: Path, hub: FakeHub) -> None:
         {"L-4.5bpw.gguf", "L-4.5bpw.README.md", "L-4.5bpw.report.json"},
         {"L-6.0bpw.gguf", "L-6.0bpw.README.md", "L-6.0bpw.recipe.yaml", "L-6.0bpw.report.json"},
     ]
+    assert push(folder / "L-6.0bpw.gguf", "org/").exit_code == 0
+    assert "\n# L in 1 size\n" in hub.commits[-2][2]["README.md"].decode()
     (folder / "L-6.0bpw.gguf").rename(folder / "odd.gguf")
     (folder / "L-6.0bpw.README.md").rename(folder / "odd.README.md")
     assert "tells no size" in push(folder / "odd.gguf", "org/").stderr
