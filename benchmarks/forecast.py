@@ -1,6 +1,6 @@
 """How far the forecast of a run's time is from what the run takes, step by step.
 
-    taskset -c 0 python benchmarks/forecast.py models/SmolLM2-135M-Instruct wide-llama small-mixtral
+    taskset -c 0 python benchmarks/forecast.py models/SmolLM2-135M-Instruct-off-grid wide-llama small-mixtral
 
 Models are quantized and evaluated on few rows. ``wide-llama`` and ``small-mixtral`` have random weights, and the first
 model's tokenizer. Times are processor seconds, of all threads and of other processes that

@@ -1,7 +1,7 @@
 """What measuring and rounding cost beside the passes through the model that they cannot do without.
 
     python benchmarks/speed.py --preset qwen2.5-1.5b --rows 32
-    python benchmarks/speed.py --model models/SmolLM2-135M-Instruct --rows 32
+    python benchmarks/speed.py --model models/SmolLM2-135M-Instruct-off-grid --rows 32
     python benchmarks/speed.py --growth
 
 A model is measured in both formats and rounded in each: one block of known dimensions with random weights and tokens,

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -121,6 +122,13 @@ def test_every_option_has_its_place(name: str) -> None:
     for option in cli.commands[name].params:
         if isinstance(option, click.Option):
             assert set(option.opts) & set(FLAG.findall(place)), f"{name} {option.opts}"
+
+
+def test_picture_of_the_plan_page_is_what_its_command_takes() -> None:
+    ((size, name),) = re.findall(r"--window-size=(\d+,\d+) --screenshot=(\S+)", TEXTS["reports.md"])
+    header = (ROOT / name).read_bytes()[:24]  # signature, length and name of the first chunk, width, height
+    assert header[12:16] == b"IHDR"
+    assert struct.unpack(">2I", header[16:]) == tuple(map(int, size.split(",")))
 
 
 def test_numbers_in_readme_are_those_of_the_page_behind_them() -> None:

@@ -9,7 +9,7 @@ import torch
 from bpwise.convert.exl2.file.reader import Exl2Model
 from safetensors.torch import load_file
 
-DEMO = Path(__file__).parents[3] / "models" / "SmolLM2-135M-Instruct-8.0bpw-8hb-exl2"
+DEMO = Path(__file__).parents[3] / "models" / "demo" / "SmolLM2-135M-8.0bpw-8hb-exl2"
 
 
 @pytest.mark.slow
