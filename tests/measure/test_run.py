@@ -66,8 +66,8 @@ def test_text_with_a_token_beyond_the_embedding(make_model: MakeModel, tmp_path:
     text = tmp_path / "t.txt"
     text.write_text("An <|im_start|> among words. " * 40)
     refused = run("measure", directory, "-o", tmp_path / "out", "-r", 2, "-l", 32, "-c", text)
-    _, warned, error = refused.stderr.splitlines()  # the first says what is measured
-    assert warned.startswith("warning ")
+    lines = refused.stderr.splitlines()
+    (warned,), error = [line for line in lines if line.startswith("warning ")], lines[-1]
     assert "'<|im_start|>' (258)" in warned
     assert error.startswith("Error: tokenizer: its ids do not fit the model. Got token id 258")
     assert "the token '<|im_start|>'" in error

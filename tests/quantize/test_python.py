@@ -71,7 +71,7 @@ def test_without_a_size_it_is_the_command_lines() -> None:
     mixture = GgufOptions(mixture="Q4_0")
     assert chosen_target(Path("a"), mixture, NO_SIZE) == {"target": None, "options": mixture}
     sized = chosen_target(Path("a"), None, {"bpw": None, "max_bytes": 1000})
-    assert sized == {"target": bpwise.Target(max_bytes=1000), "options": Exl2Options()}
+    assert sized == {"target": bpwise.Target(max_bytes=1000), "options": Exl2Options(head_bits=6)}
 
 
 @pytest.mark.parametrize(

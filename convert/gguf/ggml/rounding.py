@@ -254,7 +254,7 @@ def _weight_by_weight(
         else:
             level.copy_(levels[torch.bucketize(level.contiguous(), middles)])
         torch.addcmul(kept, scale, level, value=-1, out=miss)
-    codes = chosen - lowest if even else torch.bucketize(chosen, middles)
+    codes = chosen - lowest if even else torch.bucketize(chosen.contiguous(), middles)
     return repack(encoded, kind, _as_rows(codes).to(torch.uint8)), missed
 
 
