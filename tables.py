@@ -132,8 +132,8 @@ def bytes_text(count: int) -> str:
 
 
 def bytes_unit(count: int) -> tuple[str, int]:
-    """Return the unit that sizes up to this one are shown in, and its bytes: GB from a billion bytes on, else MB."""
-    return ("GB", 10**9) if count >= 10**9 else ("MB", 10**6)
+    """Return the unit that sizes up to this one are shown in, and its bytes: GB where MB would show 1000."""
+    return ("GB", 10**9) if count >= 999_950_000 else ("MB", 10**6)
 
 
 def html_summary(title: str, facts: Iterable[str], table: Table | None = None, *, folded: bool = False) -> str:

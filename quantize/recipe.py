@@ -30,7 +30,7 @@ from .config import QuantizeConfig
 __all__ = ["is_recipe", "read_recipe", "recipe_of", "write_recipe"]
 
 _MARK = "# Made with bpwise"
-_NOT_TOLD = "# Its calibration text is not told here: it came with rows that do not tell how they were made.\n"
+_NOT_TOLD = "# The calibration text is not recorded: its rows do not say how they were made, or had another seed.\n"
 _MOST_BYTES = 1 << 14
 _MOST_BRACKETS = 200
 """The time that YAML's parser takes grows with the square of their depth."""

@@ -13,6 +13,7 @@ from ..checkpoint.source.checkpoint import Checkpoint
 from ..checkpoint.source.original import Original, open_model
 from ..convert.conversion import Conversion, Target
 from ..convert.options import FormatOptions
+from ..convert.registry import format_asking
 from ..errors import BrokenModelError, CalibrationError, ConfigError, FormatError
 from ..eval.config import EvalConfig
 from ..eval.models import model_name
@@ -211,7 +212,7 @@ def _lines(
     base_name = config.base_model or model_name(checkpoint)
     lines = []
     for options in formats:
-        own = replace(config, options=options)
+        own = replace(config, options=format_asking(options).completed(options, sized=True))
         conversion = own.conversion(checkpoint)
         conversion.writes_card = True
         targets = output_targets(base_name, output, conversion, sizes)

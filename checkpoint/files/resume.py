@@ -248,7 +248,7 @@ def run_artifacts(work: Path) -> Iterator[RunArtifacts]:
         steps = RunArtifacts(work)
         try:
             yield steps
-        except (BrokenModelError, BudgetError):  # nothing is left to go on with: another size is another run
+        except (BrokenModelError, BudgetError):  # nothing is measured yet, or nothing is left to go on with
             steps.discard()
             raise
         steps.discard()

@@ -95,7 +95,7 @@ class GgufConversion(BasedConversion):
         """See ``Conversion``."""
         assert target is not None
         problem = self._problem(measured)
-        wanted = problem.target_bytes(bpw=target.bpw, tensor_bytes=self._tensor_bytes(target, provenance))
+        wanted = problem.target_bytes(bpw=target.bpw, tensor_bytes=self._tensor_bytes(target, provenance, measured))
         return _size_forecast(problem, wanted, target.bpw)
 
     def work(self, bpw: float) -> GgufWork:
@@ -227,10 +227,14 @@ class GgufConversion(BasedConversion):
             threads=cores(),
         )
 
-    def _tensor_bytes(self, target: Target, provenance: Provenance | None) -> int | None:
+    def _tensor_bytes(
+        self, target: Target, provenance: Provenance | None, measured: Measurement | None = None
+    ) -> int | None:
         # What a largest size leaves for tensors beside the file's own metadata, as far as these are known; None where
         # bits per weight are asked for.
         max_bytes = largest_file(target, self.source, None if self._base is None else self.header)
+        if max_bytes is not None and self._base is None and measured is not None and target.size_of is None:
+            return max_bytes - gguf_curves(measured).layout.overhead_bytes
         if max_bytes is None or provenance is None or self._base is None:
             return max_bytes
         return room_for_tensors(max_bytes, self.header, _metadata(provenance, self.header, self.layout.rows))

@@ -56,16 +56,21 @@ def _files(api: HfApi, repo: str, format_: Format) -> Iterator[Size]:
 def _branches(api: HfApi, repo: str, format_: Format) -> Iterator[Size]:
     for branch in (each.name for each in api.list_repo_refs(repo).branches):
         tree = _tree(api, repo, branch)
-        weights = [size for name, size in tree.items() if name.endswith(format_.suffix or ".safetensors")]
+        weights = [size for name, size in tree.items() if _is_model(name, format_)]
+        report = next((name for name in tree if f".{name}".endswith(f".{REPORT_FILE}")), REPORT_FILE)
         if weights and CARD_NAME in tree and _NAME.fullmatch(branch) and branch != "main":
             yield Size(
                 name=branch,
                 link=branch_link(repo, branch),
                 label=None,
                 file_bytes=sum(weights),
-                measured=_summary(api, repo, branch, tree, REPORT_FILE),
+                measured=_summary(api, repo, branch, tree, report),
                 predicted_nats=None,
             )
+
+
+def _is_model(name: str, format_: Format) -> bool:
+    return name.endswith(format_.suffix or ".safetensors") and not name.startswith("mmproj")
 
 
 def _tree(api: HfApi, repo: str, revision: str | None) -> dict[str, int]:

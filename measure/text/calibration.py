@@ -87,7 +87,7 @@ class CalibrationConfig:
     @property
     def options(self) -> TextOptions:
         """The same, to tell to others."""
-        return TextOptions(**{**asdict(self), "source": sources_text(self.shares)})
+        return TextOptions(**{**asdict(self), "source": sources_text(self.source)})
 
     @property
     def is_built_in(self) -> bool:

@@ -102,11 +102,9 @@ def shares_of(source: str | None) -> tuple[Share, ...]:
     """
     if source is None:
         return (Share(BUILT_IN, 1.0),)
-    parts = [source] if _exists(source) else [part.strip() for part in source.split(",")]
     found: dict[str, Share] = {}
-    for part in parts:
-        match = None if _exists(part) else _SHARE.fullmatch(part)
-        name, share = (match[1].strip(), float(match[2])) if match else (part, 1.0)
+    parts = _parts(source)
+    for part, name, share in parts:
         if not (name and share > 0) or ("=" in name and not _exists(name)):
             raise ConfigError(
                 f"source: not usable. Got {part!r} in {source!r}. Expected SOURCE or SOURCE=SHARE, with a share above "
@@ -130,9 +128,20 @@ def is_plain(source: str | None) -> bool:
     return source not in {SELF, MIX} and len(shares_of(source)) == 1
 
 
-def sources_text(shares: tuple[Share, ...]) -> str:
-    """Return sources as ``shares_of`` takes them, to tell to others."""
-    return ",".join(without_folders(x.source) + (f"={x.share:g}" if len(shares) > 1 else "") for x in shares)
+def sources_text(source: str | None) -> str:
+    """Return sources as ``shares_of`` takes them, to tell to others: ``MIX`` as it is, files without their folders."""
+    parts = _parts(source or BUILT_IN)
+    return ",".join(without_folders(name) + (f"={share:g}" if len(parts) > 1 else "") for _, name, share in parts)
+
+
+def _parts(source: str) -> list[tuple[str, str, float]]:
+    # Each source as it is written, its name and its share.
+    parts = [source] if _exists(source) else [part.strip() for part in source.split(",")]
+    matches = [None if _exists(part) else _SHARE.fullmatch(part) for part in parts]
+    return [
+        (part, match[1].strip(), float(match[2])) if match else (part, part, 1.0)
+        for part, match in zip(parts, matches, strict=True)
+    ]
 
 
 def without_folders(source: str) -> str:

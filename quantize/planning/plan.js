@@ -7,7 +7,7 @@ const context = document.getElementById("context");
 const copy = document.getElementById("copy");
 const show = (id, text) => { document.getElementById(id).textContent = text; };
 const chosen = () => document.querySelector("input[name=format]:checked").value;
-const size = (bytes) => bytes < 1e9 ? `${(bytes / 1e6).toFixed(1)} MB` : `${(bytes / 1e9).toFixed(2)} GB`;
+const size = (bytes) => bytes < 999.95e6 ? `${(bytes / 1e6).toFixed(1)} MB` : `${(bytes / 1e9).toFixed(2)} GB`;
 
 const dots = [...document.querySelectorAll(".charts circle.mark")];
 const marker = document.createElementNS("http://www.w3.org/2000/svg", "circle");

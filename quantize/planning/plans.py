@@ -77,7 +77,7 @@ def make_plan(
     format_ = format_asking(options)
     if vram_bytes is not None:
         max_bytes = format_.bytes_in_vram(measured, options, vram_bytes, context_tokens)
-    elif max_bytes is not None:
+    if max_bytes is not None:
         max_bytes -= format_.overhead_bytes(measured)
     return format_.plan(measured, options, bpw=target.bpw, max_bytes=max_bytes)
 

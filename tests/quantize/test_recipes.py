@@ -94,7 +94,7 @@ def test_what_came_with_a_measurement_or_a_saved_set_is_told(tiny_model: Path, h
     # One seed drew the rows, another the probes: no command says both.
     succeed("quantize", tiny_model, "fourth", *output, "-c", here / "second.work" / "calibration.safetensors")
     fourth = (here / "fourth" / "recipe.yaml").read_text()
-    assert "Its calibration text is not told here" in fourth
+    assert "The calibration text is not recorded" in fourth
     assert "calibration" not in yaml.safe_load(fourth)
     assert yaml.safe_load(fourth)["seed"] == 0
 

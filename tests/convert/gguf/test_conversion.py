@@ -290,6 +290,9 @@ def test_a_gpu_that_the_cache_fits_into_too(made: Made, converted: Any, tmp_path
         **settings,
     )
     assert size - 12_000 < result.verification.file_bytes <= size
+    measurement = made[name].measurement
+    planned = make_plan(measurement, vram_bytes=taken + size, context_tokens=64, options=GgufOptions())
+    assert 0 <= result.plan.target_bytes - planned.target_bytes < 4_096
     with pytest.raises(BudgetError, match="shorter context"):
         quantize(
             converted[name].directory,

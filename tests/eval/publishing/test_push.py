@@ -527,6 +527,24 @@ def test_the_front_page_lists_branches_that_are_there_already(output: Path, hub:
     assert page.count(f"| {size / 1e6:.1f} MB | 0.0125 ± 0.001 | 94 % |") == 2
 
 
+def test_branches_of_files_are_listed_with_what_was_measured(tmp_path: Path, hub: FakeHub) -> None:
+    write_sizes(tmp_path / "all")
+    for path in (tmp_path / "all").glob("L-[248]*"):
+        path.unlink()
+    before = tmp_path / "before"
+    before.mkdir()
+    write_gguf(before / "L-9.5bpw.gguf", shape=(5000, 1024))
+    (before / "mmproj-L-F16.gguf").write_text("x" * 500)
+    (before / "README.md").write_text(CARD)
+    (before / "L-9.5bpw.report.json").write_text(json.dumps({"comparison": REPORT}))
+    hub.stored = {None: {}, "9.5bpw": {path.name: path for path in before.iterdir()}}
+    assert push(tmp_path / "all", "org/", "--branch").exit_code == 0
+    page = hub.commits[0][2]["README.md"].decode()
+    row = next(line for line in page.splitlines() if line.startswith("| [9.5bpw]"))
+    assert "| 0.0125 ± 0.001 | 94 % |" in row
+    assert f"| {(before / 'L-9.5bpw.gguf').stat().st_size / 1e6:.1f} MB |" in row
+
+
 def test_where_nothing_was_measured_predictions_are_named_so(
     output: Path, hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,6 +84,21 @@ def test_a_mix_has_a_license_for_every_set() -> None:
 
 
 @pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        (None, "built-in"),
+        (f"{MIX}=3,self", f"{MIX}=3,self=1"),
+        ("/of/somebody/words.txt", "words.txt"),
+        ("/of/somebody/words.txt=0.5,built-in", "words.txt=0.5,built-in=1"),
+    ],
+)
+def test_what_is_told_of_sources_can_be_read_again(source: str | None, told: str) -> None:
+    options = CalibrationConfig(source=source).options
+    assert options.source == told
+    assert [each.license for each in shares_of(options.source)] == [each.license for each in shares_of(source)]
+
+
+@pytest.mark.parametrize(
     ("weights", "rows", "expected"),
     [
         ((1, 1), 4, [2, 2]),
