@@ -78,7 +78,14 @@ def measure_group(
         check_finite(fisher, name, "squared gradients")
     for sums_of_half in (*halves, torch.tensor(totals)):
         check_finite(sums_of_half, next(iter(linears)), "weighted inputs")
-    judged = cross_validate_damping(weights, halves, fishers, dampings=dampings)
+    rows = [
+        torch.cat(of_half, dim=1) / max(total, TINY) ** 0.5
+        for of_half, total in zip(sums.row_gradients, totals, strict=True)
+        if of_half
+    ]
+    judged = cross_validate_damping(
+        weights, halves, fishers, row_gradients=rows if len(rows) == len(halves) else (), dampings=dampings
+    )
     _log.debug(
         "damping %g for %s (%.3g times the damage on unseen text)",
         judged.damping,

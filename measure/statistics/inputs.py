@@ -8,10 +8,15 @@ input's second moment becomes ``H = mean w x x^T``. Without w, tokens that hardl
 activations are large, and the first token, which attention uses as a sink, does not count enough.
 Source: the nearest Kronecker product, Van Loan and Pitsianis (1993), one step from the identity; GuidedQuant (Kim et
 al., arXiv 2505.07004) weights by groups of outputs. How outputs act together is kept at low rank (``sketch``).
+
+That sum takes tokens one by one, but the tokens of a sequence act together: attention adds up the values of many, and
+with them their errors. Exact is the square of ``sum x dW g`` over a sequence, whose tokens have the gradient of weights
+``X^T G``; a few random combinations of its columns are kept of every row, to tell how much more that is (``heldout``).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -25,6 +30,7 @@ from ..layers.linears import linear_of
 from .sketch import FisherSketch
 
 __all__ = [
+    "COMBINATIONS",
     "GRAM_BLOCK",
     "InputStatistics",
     "WeightedGram",
@@ -36,6 +42,9 @@ __all__ = [
 
 GRAM_BLOCK = 256
 """Columns of a Gram matrix that are summed together; only blocks on and above the diagonal are."""
+
+COMBINATIONS = 32
+"""Random combinations of the outputs that a row's gradient of weights is kept for."""
 
 _NO_INPUT = 1e-4
 """Inputs of at most this length, relative to the median token's, are taken for zero. Values of a token that many others
@@ -121,6 +130,8 @@ class InputStatistics:
         couplings: Per linear whose gradients were seen, the sketch of the Fisher matrix of its outputs.
         token_weights: Per micro-batch or piece of it, the weight of each token, float32, shape (tokens,), on the CPU:
             the sum of (dL/dy)^2 over all outputs of all linears, not scaled.
+        row_gradients: Per half and row, X^T G Z with random signs Z over the root of their number, shape (K,
+            ``COMBINATIONS``); added up over the linears. None of rows whose gradients were not seen as a whole.
         row_tokens: Tokens of a calibration row.
     """
 
@@ -137,12 +148,15 @@ class InputStatistics:
         self.fisher: dict[str, Tensor] = {}
         self.couplings: dict[str, FisherSketch] = {}
         self.token_weights: list[Tensor] = []
+        self.row_gradients: tuple[list[Tensor], list[Tensor]] = ([], [])
         self.row_tokens = row_tokens
         self._least_input = least_input
         self._rng = torch.Generator().manual_seed(0)
+        self._signs = torch.Generator().manual_seed(1)
         self._inputs: Tensor | None = None
         self._left_out: Tensor | None = None
         self._weights: Tensor | None = None
+        self._together: Tensor | None = None
 
     def see_inputs(self, inputs: Tensor) -> None:
         """Take the inputs of a micro-batch, or of its next piece, shape (rows, tokens, K) or (rows * tokens, K).
@@ -168,6 +182,16 @@ class InputStatistics:
         tokens = squares.sum(dim=1)
         self.see_sums(linear, squares.sum(dim=0), tokens)
         self.couplings[linear].add(flat, tokens)
+        if len(flat) % self.row_tokens == 0:
+            self._see_rows(flat)
+
+    def _see_rows(self, gradients: Tensor) -> None:
+        assert self._inputs is not None
+        signs = torch.randint(2, (gradients.shape[1], COMBINATIONS), generator=self._signs) * 2.0 - 1.0
+        combined = gradients @ signs.to(gradients.device).div_(math.sqrt(COMBINATIONS))
+        rows = (values.unflatten(0, (-1, self.row_tokens)) for values in (self._inputs, combined))
+        together = next(rows).mT @ next(rows)
+        self._together = together if self._together is None else self._together + together
 
     def see_sums(self, linear: str, outputs: Tensor, tokens: Tensor) -> None:
         """Take the squared gradients of one linear's outputs, or their expectation, over the same micro-batch.
@@ -189,8 +213,11 @@ class InputStatistics:
             of_half = tokens.to(self._weights.device)
             kept, given = subsample_tokens(self._weights[of_half], self._rng)
             half.add_scaled(self._inputs[of_half[kept]].mul_(given.sqrt()[:, None]), given)
+        if self._together is not None:
+            for row, together in enumerate(self._together, self.tokens // self.row_tokens):
+                self.row_gradients[row % 2].append(together)
         self.token_weights.append(self._weights.cpu())
-        self._inputs = self._weights = None
+        self._inputs = self._weights = self._together = None
 
     @property
     def tokens(self) -> int:

@@ -81,6 +81,19 @@ def test_a_given_damping_is_kept() -> None:
     assert judged(60, dampings=(0.33,)).damping == 0.33
 
 
+@pytest.mark.parametrize("few", [1024, ROWS - 1])
+def test_tokens_that_act_together_hurt_more(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bpwise.measure.statistics.heldout.FEW_DIRECTIONS", few)
+    weight = torch.randn(ROWS, OUTPUTS, generator=torch.Generator().manual_seed(3)) * 0.05
+    halves = [gram(tokens(100, seed)) for seed in (1, 2)]
+    alone = cross_validate_damping([weight], halves, [torch.ones(OUTPUTS)])
+    # Sequences of four tokens that are the same, with the same gradients, do four times the damage of four tokens.
+    rows = [2 * torch.linalg.cholesky(half.double() + 1e-9 * torch.eye(ROWS)).float() for half in halves]
+    together = cross_validate_damping([weight], halves, [torch.ones(OUTPUTS)], row_gradients=rows)
+    assert together.damping == alone.damping
+    assert together.generalization_ratio == pytest.approx(4 * alone.generalization_ratio, rel=1e-3)
+
+
 def test_nothing_to_hold_out() -> None:
     weight = torch.ones(ROWS, OUTPUTS)
     halves = [gram(tokens(50, 1)), torch.zeros(ROWS, ROWS)]

@@ -73,6 +73,36 @@ def test_tokens_without_input_count_nothing() -> None:
     assert torch.isfinite(sums.couplings["a"].coupling(sums.fisher["a"])).all()
 
 
+def test_gradients_of_rows_are_exact_for_one_output() -> None:
+    rng = torch.Generator().manual_seed(0)
+    x, g = torch.randn(3, 6, 4, generator=rng), torch.randn(3, 6, 1, generator=rng)
+    sums = InputStatistics(4, 6, CPU)
+    for rows in (slice(0, 2), slice(2, 3)):
+        sums.see_inputs(x[rows].flatten(0, 1))
+        sums.see_gradient("a", g[rows].flatten(0, 1))
+        sums.end_batch()
+    even, odd = sums.row_gradients
+    assert [len(even), len(odd)] == [2, 1]
+    for row, found in ((0, even[0]), (1, odd[0]), (2, even[1])):
+        exact = sum(g[row, token, 0].double() * x[row, token].double() for token in range(6))
+        assert torch.allclose((found @ found.T).double(), torch.outer(exact, exact), rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_of_rows_are_right_on_average() -> None:
+    rng = torch.Generator().manual_seed(0)
+    x, a, b = (torch.randn(400, 2, size, generator=rng) for size in (3, 5, 4))
+    x, a, b = x[:1].expand(400, -1, -1), a[:1].expand(400, -1, -1), b[:1].expand(400, -1, -1)
+    sums = InputStatistics(3, 2, CPU)
+    for row in range(400):
+        sums.see_inputs(x[row : row + 1])
+        sums.see_gradient("a", a[row : row + 1])
+        sums.see_gradient("b", b[row : row + 1])
+        sums.end_batch()
+    found = sum(each @ each.T for half in sums.row_gradients for each in half) / 400
+    exact = sum((x[0].T @ g[0]) @ (x[0].T @ g[0]).T for g in (a, b))
+    assert torch.allclose(found, exact, atol=0.03 * float(exact.diagonal().max()))
+
+
 def test_a_stage_without_any_input_keeps_its_gradients() -> None:
     sums = InputStatistics(2, 3, CPU)
     sums.see_inputs(torch.zeros(1, 3, 2))
