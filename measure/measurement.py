@@ -145,7 +145,7 @@ class Measurement:
         curves: Every measured format's curves, by its name.
         provenance: Fingerprints, calibration description, options, version, and what the model's blocks are made of:
             plain JSON.
-        config: The language model's config.json with its name; empty in files of older versions.
+        config: The language model's config.json; empty in files of older versions.
     """
 
     linears: tuple[MeasuredLinear, ...]

@@ -18,7 +18,6 @@ from ..checkpoint.files.resume import ResumeStore, run_artifacts
 from ..checkpoint.files.schemas import check_schema
 from ..checkpoint.model.structure_json import structure_to_json
 from ..checkpoint.source.checkpoint import Checkpoint
-from ..checkpoint.source.hub import directory_name
 from ..checkpoint.source.language import LanguageModel, language_model
 from ..checkpoint.source.original import Original, open_model
 from ..errors import ConfigError, FormatError
@@ -41,7 +40,6 @@ from .text.mixture import NAMES
 __all__ = [
     "CALIBRATED",
     "MEASURED",
-    "NAME_KEY",
     "MeasureConfig",
     "calibrated_identity",
     "kept_inputs",
@@ -59,9 +57,6 @@ CALIBRATED = "calibrate"
 
 MEASURED = "measure"
 """Name of the step in the work directory; a measurement's provenance is its identity."""
-
-NAME_KEY = "_name_or_path"
-"""Entry of config.json that Transformers names a model in: here its directory's name, or its Hub id."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,7 +245,7 @@ def measure_checkpoint(
             for maker in curves
         },
         provenance=provenance,
-        config={**source.config, NAME_KEY: directory_name(checkpoint.directory)},
+        config=source.config,
     )
 
 

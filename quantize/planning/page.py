@@ -20,7 +20,6 @@ from ...eval.report.drawings.maps import bits_map
 from ...eval.report.html import render_page
 from ...eval.report.verdict import KNOWN_NOTE, known_like, words_for
 from ...measure.measurement import Measurement
-from ...measure.run import NAME_KEY
 from ...tables import Table, bytes_text, bytes_unit
 from .plans import PlanPoint, plan_points
 
@@ -115,7 +114,7 @@ def write_plan_page(
         )
     page = plan_page(
         points,
-        model=str(measurement.config.get(NAME_KEY) or model),
+        model=model,
         facts=facts,
         measurement=f"{model}.safetensors",
         contexts={name: _contexts(each, measurement, given[name]) for name, each in formats().items() if points[name]},

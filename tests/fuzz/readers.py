@@ -514,7 +514,7 @@ READERS: dict[str, Reader] = {
         share=800,
         targets={"rows.safetensors": TENSORS},
         read=_read_calibration,
-        modules=("measure/text/calibration",),
+        modules=("measure/text/calibration", "measure/text/mixture"),
     ),
     "gguf": Reader(
         seeds="gguf",

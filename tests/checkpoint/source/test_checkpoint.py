@@ -517,7 +517,7 @@ class TestHub:
         calls = []
 
         def download(
-            repo_id: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]
+            repo_id: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str], **_: Any
         ) -> str:
             assert revision is None
             calls.append((repo_id, allow_patterns))

@@ -34,7 +34,8 @@ def test_from_the_command_line(converted: Any, tmp_path: Path) -> None:
     assert run.exit_code == 0, run.output
     assert "; all tensors 8." in run.output
     assert read_gguf_header(tmp_path / "x.gguf").metadata["general.file_type"] == 7
-    assert {path.name for path in tmp_path.iterdir()} == {"x.gguf", "x.recipe.yaml"}
+    assert {path.name for path in tmp_path.iterdir()} == {"x.gguf", "x.recipe.yaml", "x.gguf.work"}
+    assert [path.name for path in (tmp_path / "x.gguf.work").iterdir()] == ["finished.json"]
 
 
 def test_text_that_it_cannot_be_evaluated_on_is_refused_before_it_is_made(
