@@ -227,7 +227,7 @@ def file_layout(checkpoint: Checkpoint) -> Layout:
         tensor = f"blk.0.{number}.weight"
         tensors[tensor] = StoredTensor(ggml_type("F32"), (out, width))
         rows[tensor] = TensorRows((name,), np.zeros(out, dtype=np.int64), np.arange(out))
-    return Layout(tensors, RowMap(rows, {}), beside_bytes=0)
+    return Layout(tensors, RowMap(rows, {}), beside_bytes=4096)
 
 
 def _table(costs: Costs, rate: float) -> Iterator[str]:
