@@ -117,19 +117,20 @@ def factor_hessian(gram: Tensor, damping: float, *, order: Tensor | None = None)
     return HessianFactor((diagonal + damping * mean).sqrt().float().diag().to(gram.device), float("inf"))
 
 
-def random_signs(size: int, count: int, device: torch.device, *, seed: int = 0) -> Tensor:
-    """Return vectors z of random signs, for which ``mean z z^T = I`` on average; the same at each call.
+def random_signs(size: int, count: int, device: torch.device, *, seed: int | torch.Generator = 0) -> Tensor:
+    """Return vectors z of random signs, for which ``mean z z^T = I`` on average.
 
     Args:
         size: K, length of a vector.
         count: Number of vectors.
         device: Where they are wanted.
-        seed: Another one gives others.
+        seed: Another one gives others; a generator gives others at each call.
 
     Returns:
         Float32, shape (K, count).
     """
-    signs = torch.randint(0, 2, (size, count), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
+    generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, (size, count), generator=generator, dtype=torch.int8)
     vectors: Tensor = (2 * signs - 1).to(device).float()
     return vectors
 

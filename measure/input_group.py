@@ -79,13 +79,10 @@ def measure_group(
     for sums_of_half in (*halves, torch.tensor(totals)):
         check_finite(sums_of_half, next(iter(linears)), "weighted inputs")
     rows = [
-        torch.cat(of_half, dim=1) / max(total, TINY) ** 0.5
-        for of_half, total in zip(sums.row_gradients, totals, strict=True)
-        if of_half
+        torch.cat([half.new_zeros(len(half), 0), *of_half], dim=1) / max(total, TINY) ** 0.5
+        for half, of_half, total in zip(halves, sums.row_gradients, totals, strict=True)
     ]
-    judged = cross_validate_damping(
-        weights, halves, fishers, row_gradients=rows if len(rows) == len(halves) else (), dampings=dampings
-    )
+    judged = cross_validate_damping(weights, halves, fishers, row_gradients=rows, dampings=dampings)
     _log.debug(
         "damping %g for %s (%.3g times the damage on unseen text)",
         judged.damping,

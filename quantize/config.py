@@ -180,5 +180,6 @@ class Job:
             BudgetError: One is too small or too large.
         """
         measured = None if self.given is None else self.given.measurement
+        provenance = self.provenance(rows)
         for target in targets:
-            self.conversion.forecast(target, measured, self.provenance(rows))
+            self.conversion.forecast(target, measured, provenance)

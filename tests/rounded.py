@@ -8,6 +8,7 @@ import torch
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.checkpoint.source.language import language_model
 from bpwise.convert.exl2.curves import Exl2Curves
+from bpwise.convert.exl2.file.layout import RowGroup
 from bpwise.convert.exl2.file.linear import QuantizedLinear
 from bpwise.convert.exl2.plan.making import make_exl2_plan
 from bpwise.convert.exl2.plan.plan import Exl2Plan
@@ -23,6 +24,19 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 VOCABULARY = 264
+
+
+def random_linear(shape: tuple[int, ...]) -> QuantizedLinear:
+    """One of 4 bits in place of a weight of this shape, (out, rows)."""
+    out_features, rows = shape
+    rng = torch.Generator().manual_seed(1)
+    return QuantizedLinear(
+        groups=(RowGroup(4, rows),),
+        codes=torch.randint(0, 16, (rows, out_features), generator=rng, dtype=torch.uint8),
+        scale_codes=torch.randint(0, 16, (1, out_features), generator=rng, dtype=torch.uint8),
+        max_scales=torch.full((1,), 0.1).half(),
+        order=torch.randperm(rows, generator=rng),
+    )
 
 
 def token_ids(rows: int, seed: int) -> Tensor:

@@ -8,9 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...checkpoint.model.hub_name import HubName
 from ...convert.format import Format
 from ...convert.names import CARD_NAME, REPORT_FILE
-from ...errors import FormatError
+from ...errors import CheckpointError, FormatError
 from .cards import ReportedSummary, read_summary
 from .front import Size, branch_link
 
@@ -56,21 +57,26 @@ def _files(api: HfApi, repo: str, format_: Format) -> Iterator[Size]:
 def _branches(api: HfApi, repo: str, format_: Format) -> Iterator[Size]:
     for branch in (each.name for each in api.list_repo_refs(repo).branches):
         tree = _tree(api, repo, branch)
-        weights = [size for name, size in tree.items() if _is_model(name, format_)]
+        weights = _weights(repo, tree, format_)
         report = next((name for name in tree if f".{name}".endswith(f".{REPORT_FILE}")), REPORT_FILE)
         if weights and CARD_NAME in tree and _NAME.fullmatch(branch) and branch != "main":
             yield Size(
                 name=branch,
                 link=branch_link(repo, branch),
                 label=None,
-                file_bytes=sum(weights),
+                file_bytes=sum(tree[name] for name in weights),
                 measured=_summary(api, repo, branch, tree, report),
                 predicted_nats=None,
             )
 
 
-def _is_model(name: str, format_: Format) -> bool:
-    return name.endswith(format_.suffix or ".safetensors") and not name.startswith("mmproj")
+def _weights(repo: str, tree: Mapping[str, int], format_: Format) -> list[str]:
+    # The one model of a branch; none where there are others.
+    if not format_.suffix:
+        return [name for name in tree if name.endswith(".safetensors")]
+    with suppress(CheckpointError):
+        return HubName(repo).find(list(tree), [format_.suffix])
+    return []
 
 
 def _tree(api: HfApi, repo: str, revision: str | None) -> dict[str, int]:

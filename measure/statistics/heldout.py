@@ -93,7 +93,7 @@ def cross_validate_damping(
         grams: Gram matrix of each half, float32, shape (K, K).
         fishers: Fisher weights of each linear's outputs, float32, shape (out,).
         row_gradients: Of each half, the columns of ``InputStatistics.row_gradients`` over the root of the sum of its
-            tokens' weights, float32, shape (K, any number); none where tokens do not act together.
+            tokens' weights, float32, shape (K, any number); no columns where they are not known.
         dampings: Dampings to choose from.
 
     Returns:

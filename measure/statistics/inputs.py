@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ...checkpoint.model.structure import BlockStructure
+from ...linalg.hessian import random_signs
 from ...linalg.sampling import subsample_tokens
 from ..layers.linears import linear_of
 from .sketch import FisherSketch
@@ -187,10 +188,10 @@ class InputStatistics:
 
     def _see_rows(self, gradients: Tensor) -> None:
         assert self._inputs is not None
-        signs = torch.randint(2, (gradients.shape[1], COMBINATIONS), generator=self._signs) * 2.0 - 1.0
-        combined = gradients @ signs.to(gradients.device).div_(math.sqrt(COMBINATIONS))
-        rows = (values.unflatten(0, (-1, self.row_tokens)) for values in (self._inputs, combined))
-        together = next(rows).mT @ next(rows)
+        signs = random_signs(gradients.shape[1], COMBINATIONS, gradients.device, seed=self._signs)
+        combined = gradients @ signs.div_(math.sqrt(COMBINATIONS))
+        rows = (-1, self.row_tokens)
+        together = self._inputs.unflatten(0, rows).mT @ combined.unflatten(0, rows)
         self._together = together if self._together is None else self._together + together
 
     def see_sums(self, linear: str, outputs: Tensor, tokens: Tensor) -> None:

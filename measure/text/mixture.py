@@ -59,7 +59,7 @@ class TextOptions:
     """Options that calibration rows were made with, to tell to others: see ``CalibrationConfig``.
 
     Attributes:
-        source: All sources, each once, files without their folders.
+        source: All sources as they were asked for, files without their folders.
     """
 
     source: str

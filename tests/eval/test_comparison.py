@@ -12,8 +12,6 @@ import torch
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.cli import cli
 from bpwise.convert.dense import dequantize_model
-from bpwise.convert.exl2.file.layout import RowGroup
-from bpwise.convert.exl2.file.linear import QuantizedLinear
 from bpwise.convert.exl2.file.reader import Exl2Model
 from bpwise.convert.exl2.file.writer import write_model
 from bpwise.convert.opening import open_any
@@ -35,6 +33,8 @@ from bpwise.measure.text.calibration import CalibrationSet
 from bpwise.measure.text.tokenizer import load_tokenizer
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
+
+from ..rounded import random_linear
 
 MakeModel = Callable[..., Path]
 LINEARS = (
@@ -324,7 +324,7 @@ class TestEvaluate:
         write_model(
             open_any(original),
             {
-                name: (lambda name=name: _random_linear(open_any(original).shape(f"{name}.weight")))
+                name: (lambda name=name: random_linear(open_any(original).shape(f"{name}.weight")))
                 for name in [f"model.layers.{i}.{linear}" for i in range(2) for linear in LINEARS] + ["lm_head"]
             },
             exl2,
@@ -348,18 +348,6 @@ class TestEvaluate:
 def _round(parameters: dict[str, torch.Tensor]) -> None:
     for parameter in parameters.values():
         parameter.copy_(parameter.half())
-
-
-def _random_linear(shape: tuple[int, ...]) -> QuantizedLinear:
-    out_features, rows = shape
-    rng = torch.Generator().manual_seed(1)
-    return QuantizedLinear(
-        groups=(RowGroup(4, rows),),
-        codes=torch.randint(0, 16, (rows, out_features), generator=rng, dtype=torch.uint8),
-        scale_codes=torch.randint(0, 16, (1, out_features), generator=rng, dtype=torch.uint8),
-        max_scales=torch.full((1,), 0.1).half(),
-        order=torch.randperm(rows, generator=rng),
-    )
 
 
 def test_name_of_a_hub_snapshot(make_model: MakeModel, tmp_path: Path) -> None:

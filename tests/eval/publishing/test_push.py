@@ -12,15 +12,14 @@ from typing import Any
 import huggingface_hub
 import numpy as np
 import pytest
-import torch
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.cli import cli
-from bpwise.convert.exl2.file.layout import RowGroup
-from bpwise.convert.exl2.file.linear import QuantizedLinear
 from bpwise.convert.exl2.file.writer import write_model
 from bpwise.eval.publishing.mark import mark_broken
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
+
+from ...rounded import random_linear
 
 REPORT = {
     "original": {"name": "L", "stored_bytes": 9},
@@ -101,17 +100,6 @@ def output(make_model: Callable[..., Path], tmp_path: Path) -> Path:
     """A small EXL2 model with all that a run leaves, under a name that is none by convention."""
     source = Checkpoint.open(make_model("original"))
 
-    def linear(name: str) -> QuantizedLinear:
-        columns, rows = source.shape(f"{name}.weight")
-        rng = torch.Generator().manual_seed(1)
-        return QuantizedLinear(
-            groups=(RowGroup(4, rows),),
-            codes=torch.randint(0, 16, (rows, columns), generator=rng, dtype=torch.uint8),
-            scale_codes=torch.randint(0, 16, (1, columns), generator=rng, dtype=torch.uint8),
-            max_scales=torch.full((1,), 0.1).half(),
-            order=torch.randperm(rows, generator=rng),
-        )
-
     parts = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
     names = [f"model.layers.{i}.{part}" for i in range(2) for part in parts]
     names += [f"model.layers.{i}.mlp.{part}_proj" for i in range(2) for part in ("gate", "up", "down")]
@@ -119,7 +107,7 @@ def output(make_model: Callable[..., Path], tmp_path: Path) -> Path:
     calibration = {"rows": 1, "length": 8, "dataset": "none"}
     write_model(
         source,
-        {name: (lambda name=name: linear(name)) for name in [*names, "lm_head"]},
+        {name: (lambda name=name: random_linear(source.shape(f"{name}.weight"))) for name in [*names, "lm_head"]},
         out,
         quantization={"version": "0.3.2", "bits": 4.0, "head_bits": 4, "calibration": calibration},
         provenance={},
