@@ -53,8 +53,9 @@ class GgufCurves(CurveMaker):
         return {"types": [kind.name for kind in self.kinds], "file": self.layout.to_json()}
 
     def warm_up(self) -> None:
-        """See ``CurveMaker``: the tables that ggml searches for codes."""
-        build_tables(self.kinds)
+        """See ``CurveMaker``: the tables that ggml searches for codes, of types that a tensor's rows fit."""
+        lengths = {self.layout.tensors[name].shape[-1] for name in self.layout.rows.tensors}
+        build_tables([kind for kind in self.kinds if any(map(kind.fits, lengths))])
 
     def linears(self, inputs: CurveInputs) -> list[LinearCurves]:
         """See ``CurveMaker``: ``damage_nats``, shape (parts, types); infinite where a type does not fit the rows.

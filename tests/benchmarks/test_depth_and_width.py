@@ -64,6 +64,7 @@ def test_the_first_blocks_are_the_quantized_models(benchmark: ModuleType, conver
     assert len(zero) == 9
 
 
+@pytest.mark.slow
 def test_a_run_on_a_small_model(benchmark: ModuleType, converted: Any, tmp_path: Path) -> None:
     directory, work = converted["mistral"].directory, tmp_path / "work"
     arguments = [str(directory), "--work-dir", str(work), "-r", "2", "-l", "32", "--eval-rows", "2"]

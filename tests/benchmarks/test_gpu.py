@@ -21,6 +21,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_the_cpu_is_as_the_cpu(gpu: ModuleType) -> None:
     arguments = ["--device", "cpu", "--preset", "tiny", "--layers", "1", "--rows", "4", "--row-tokens", "32"]
     result = CliRunner().invoke(gpu.main, arguments, catch_exceptions=False)
