@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .gguf.engine.stored import stored_model
     from .gguf.llama_cpp.importance import export_imatrix
     from .gguf.options import GgufOptions
+    from .mlx.options import MlxOptions
 
 __all__ = [
     "PLAN_KEY",
@@ -27,6 +28,7 @@ __all__ = [
     "Exl2Options",
     "GgufOptions",
     "LlamaLibrary",
+    "MlxOptions",
     "export_imatrix",
     "format_asking",
     "format_named",
@@ -46,6 +48,7 @@ __all__ = [
 _FORMATS: dict[str, str | Format] = {
     "exl2": ".exl2.format",
     "gguf": ".gguf.format",
+    "mlx": ".mlx.format",
 }
 """By name, the module that holds the format as ``FORMAT``; it is imported when it is first asked for."""
 
@@ -54,6 +57,7 @@ _PUBLIC = {
     "Exl2Options": ".exl2.options",
     "GgufOptions": ".gguf.options",
     "LlamaLibrary": ".gguf.engine.library",
+    "MlxOptions": ".mlx.options",
     "export_imatrix": ".gguf.llama_cpp.importance",
     "load_library": ".gguf.engine.library",
     "stored_model": ".gguf.engine.stored",

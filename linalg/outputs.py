@@ -9,6 +9,7 @@ Source: two-sided feedback of YAQA (Tseng et al., arXiv 2505.22988); the low ran
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from .precision import in_float64
 
-__all__ = ["OutputFeedback", "in_sets"]
+__all__ = ["OutputFeedback", "in_sets", "in_turn"]
 
 _DAMPING = 0.1
 """Added to D, relative to the mean of G's diagonal."""
@@ -70,3 +71,22 @@ def in_sets(values: Tensor, sets: int) -> Tensor:
     padded: Tensor = nn.functional.pad(values, (0, padding))
     dealt: Tensor = padded.unflatten(-1, (-1, sets))
     return dealt.movedim(-1, 0)
+
+
+def in_turn(weight: Tensor, outputs: OutputFeedback, rounded: Callable[[slice, Tensor], Tensor]) -> None:
+    """Round a linear set after set, each making up for the errors of those before it.
+
+    Args:
+        weight: The weight to represent, float32, shape (K, out).
+        outputs: The sets.
+        rounded: Rounds a set: is given its columns in ``weight`` and what they are wanted to be, shape (K, columns),
+            keeps what it makes of them, and returns its values, of the same shape.
+    """
+    seen = weight.new_zeros(len(weight), outputs.factor.shape[2])
+    sets = len(outputs.factor)
+    for first, (factor, gains) in enumerate(zip(outputs.factor, outputs.gains, strict=True)):
+        columns = slice(first, None, sets)
+        own = weight[:, columns]
+        count = own.shape[1]
+        values = rounded(columns, own + seen @ gains[:, :count])
+        seen += (own - values) @ factor[:count]

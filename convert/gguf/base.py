@@ -24,13 +24,13 @@ from ...checkpoint.source.hub import directory_name
 from ...errors import BpwiseWarning, CheckpointError, FormatError
 from ...version import __version__
 from ..opening import locate_model
+from ..staging import staged_files
 from .file.header import read_gguf_header
 from .file.metadata import DIGEST_KEY, DIGEST_ROOM, RUN_KEY, VERSION_KEY
 from .file.writer import write_gguf
 from .llama_cpp.check import check_base
 from .llama_cpp.converter import converter_digest, find_converter, make_base, make_projector, projector_type
 from .llama_cpp.fetch import fetched_converter
-from .llama_cpp.staging import converter_files
 from .sizes import LabelledConversion
 
 __all__ = [
@@ -251,6 +251,6 @@ def _has_room(checkpoint: Checkpoint, measurement: Path) -> bool:
 
 def _carried(checkpoint: Checkpoint) -> dict[str, str]:
     # The vocabulary and the chat templates in a GGUF file are those of the files that the converter saw.
-    names = converter_files(checkpoint.directory)
+    names = staged_files(checkpoint.directory)
     digests = file_digests([checkpoint.file(name) for name in names], CheckpointError)
     return dict(zip(names, digests, strict=True))

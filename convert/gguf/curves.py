@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -13,8 +13,10 @@ from torch import Tensor
 from ...errors import NumericalError
 from ...measure.curves import CurveInputs, CurveMaker, LinearCurves, TableInputs
 from ..carry import require_float16_range
-from .ggml.curves import measure_embeddings, measure_tied_table, measure_types, tied_gram
-from .ggml.kernels import build_tables
+from ..table_curves import measure_embeddings, measure_tied_table, tied_gram
+from .ggml.curves import measure_types
+from .ggml.kernels import build_tables, decode, encode
+from .ggml.rounding import expected_rounding
 from .ggml.types import GgmlType
 from .plan.layout import Layout
 from .plan.measured import CURVES_VERSION, NAME
@@ -86,10 +88,18 @@ class GgufCurves(CurveMaker):
 
         Of a table that is both, ``gram`` is what an error in a row costs on average, float32, shape (K, K).
         """
+        fitting = [kind if kind.fits(len(inputs.fisher)) else None for kind in self.kinds]
         if inputs.head is None:
-            return {"damage_nats": measure_embeddings(inputs, self.kinds)}
+            rounded = [None if kind is None else partial(_plainly, kind, inputs.fisher) for kind in fitting]
+            return {"damage_nats": measure_embeddings(inputs, rounded)}
         gram = tied_gram(inputs.fisher, inputs.head)
-        return {"damage_nats": measure_tied_table(inputs, inputs.head, gram, self.kinds), "gram": gram}
+        expected = [None if kind is None else partial(expected_rounding, kind=kind) for kind in fitting]
+        return {"damage_nats": measure_tied_table(inputs, inputs.head, gram, expected), "gram": gram}
+
+
+def _plainly(kind: GgmlType, importance: Tensor, rows: Tensor) -> Tensor:
+    # As ggml alone rounds them.
+    return decode(encode(rows, kind, importance), kind)
 
 
 def _pieces(

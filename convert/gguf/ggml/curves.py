@@ -1,50 +1,37 @@
 """What every tensor would cost in each of ggml's types: one number a type, since a type goes to a whole tensor.
 
-Damage is that of ``bpwise.measure.curves``, as rounding with feedback will leave it. A table that is embeddings and
-output head is rounded with feedback for both uses together.
+Damage is that of ``bpwise.measure.curves``, as rounding with feedback will leave it.
 
 Notes:
     ``damage[t] = 0.5 r sum_n F_n (dW_t^T H dW_t)_nn`` of a linear in type t, r being the generalization ratio
     (``heldout``), F the Fisher weights of a sample that stands for all outputs, and dW^T H dW what
     ``expected_rounding`` returns. A type t whose codes ggml searches for is measured on few outputs and set in relation
     to the coarsest other type c: ``damage[t] = damage[c] few(t) / few(c)``.
-
-    Of token embeddings ``damage[t] = 0.5 sum_v u_v sum_k F_k dE_t[v, k]^2``, u_v being the share of token v in the
-    text. Where they are the head, too, feedback goes by ``M = diag F + H sum_v F_v``, what an error costs summed over
-    rows; it leaves ``e_v = dE_v^T M dE_v``, of which ``a_v = sum_k F_k dE[v, k]^2`` is the embeddings' part:
-    ``damage[t] = 0.5 sum_v (r F_v (e_v - a_v) / sum F + u_v a_v)``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from ....linalg.hessian import factor_hessian
 from ....linalg.parallel import run_all, threads_beside
 from ....linalg.sampling import systematic_sample
-from ....measure.curves import CurveInputs, LinearCurves, TableInputs, TiedHead
+from ....measure.curves import CurveInputs, LinearCurves
+from ...table_curves import SAMPLED_ROWS
 from .blocks import GRID_TYPES
-from .kernels import TYPES, GgmlType, decode, encode, kernels_available
+from .kernels import TYPES, GgmlType, kernels_available
 from .rounding import expected_rounding
 
 __all__ = [
-    "SAMPLED_ROWS",
-    "measure_embeddings",
-    "measure_tied_table",
     "measure_types",
     "measured_types",
     "needs_tables",
-    "tied_gram",
 ]
-
-SAMPLED_ROWS = 128
-"""Rows of a tensor, that is outputs or tokens, that its damage is measured on."""
 
 _SEARCHED_ROWS = 32
 """How many of them are for types whose codes stand for several weights: ggml searches tables for these codes, which
@@ -91,76 +78,6 @@ def measure_types(inputs: CurveInputs, kinds: Sequence[GgmlType]) -> list[Linear
         damage = inputs.generalization_ratio * torch.tensor([known.get(kind, math.inf) for kind in kinds])
         curves.append(LinearCurves(tensors={"damage_nats": damage}, damping=factor.damping))
     return curves
-
-
-def measure_embeddings(inputs: TableInputs, kinds: Sequence[GgmlType]) -> Tensor:
-    """Measure a table of embeddings on a sample of tokens that stands for all; ggml alone will round it.
-
-    Args:
-        inputs: The table.
-        kinds: The types.
-
-    Returns:
-        ``0.5 sum_v u_v sum_k F_k dE[v, k]^2`` in each type, nats per token, float32, shape (types,); infinite where a
-        row is no whole number of the type's blocks.
-    """
-    rows, shares = systematic_sample(inputs.uses, SAMPLED_ROWS)
-    sampled = inputs.embeddings(rows).float().contiguous()
-
-    def damage(kind: GgmlType) -> float:
-        error = sampled - decode(encode(sampled, kind, inputs.fisher), kind)
-        return 0.5 * float(error.square() @ inputs.fisher @ shares)
-
-    return _of_fitting(kinds, len(inputs.fisher), damage)
-
-
-def tied_gram(fisher: Tensor, head: TiedHead) -> Tensor:
-    """Return what errors in a row of a table cost that is embeddings and output head, summed over its rows.
-
-    Args:
-        fisher: F of the embeddings, float32, shape (K,).
-        head: The head.
-
-    Returns:
-        ``diag F + H sum_v F_v``, float32, shape (K, K).
-    """
-    gram = head.gram * head.fisher.sum()
-    gram.diagonal().add_(fisher)
-    return gram
-
-
-def measure_tied_table(inputs: TableInputs, head: TiedHead, gram: Tensor, kinds: Sequence[GgmlType]) -> Tensor:
-    """Measure a table that is embeddings and output head, to be rounded with feedback, on a sample of its rows.
-
-    Args:
-        inputs: The table.
-        head: The head.
-        gram: ``tied_gram``, M.
-        kinds: The types.
-
-    Returns:
-        The damage of both uses in each type, nats per token, float32, shape (types,); infinite where a row is no whole
-        number of the type's blocks.
-    """
-    upper = factor_hessian(gram, head.damping).upper
-    total = head.fisher.sum().clamp(min=_TINY)
-    seen = head.generalization_ratio * head.fisher / total
-    costs = seen * (gram.trace() - inputs.fisher.sum()) + inputs.uses * inputs.fisher.sum()
-    rows, shares = systematic_sample(costs, SAMPLED_ROWS)
-    shares = shares / costs[rows].clamp(min=_TINY)  # how many rows each of them stands for
-    weight = inputs.embeddings(rows).float().T.contiguous()
-
-    def damage(kind: GgmlType) -> float:
-        errors, missed = expected_rounding(weight, upper, kind)
-        embedded = inputs.fisher @ missed.square()
-        return 0.5 * float((seen[rows] * (errors - embedded).clamp(min=0) + inputs.uses[rows] * embedded) @ shares)
-
-    return _of_fitting(kinds, len(inputs.fisher), damage)
-
-
-def _of_fitting(kinds: Sequence[GgmlType], row_weights: int, damage: Callable[[GgmlType], float]) -> Tensor:
-    tasks = [partial(damage, kind) if kind.fits(row_weights) else lambda: math.inf for kind in kinds]
-    return torch.tensor(run_all(tasks, torch.device("cpu")))
 
 
 def _errors(weight: Tensor, rows: Tensor, upper: Tensor, kind: GgmlType) -> Tensor:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ....linalg.outputs import OutputFeedback
+from ....linalg.outputs import OutputFeedback, in_turn
 from .blocks import GRID_TYPES, repack, unpack
 from .codebooks import CODEBOOK_TYPES, codebook, codes_of, nearest, recode, scales_of
 from .kernels import Bytes, GgmlType, decode, encode
@@ -82,13 +82,12 @@ def round_to_type(
     if outputs is None:
         return _rounded(weight, upper, grams, kind, sweeps, threads)
     data = np.empty((weight.shape[1], kind.row_bytes(len(weight))), dtype=np.uint8)
-    seen = weight.new_zeros(len(weight), outputs.factor.shape[2])
-    sets = len(outputs.factor)
-    for first, (factor, gains) in enumerate(zip(outputs.factor, outputs.gains, strict=True)):
-        own = weight[:, first::sets]
-        count = own.shape[1]
-        data[first::sets] = found = _rounded(own + seen @ gains[:, :count], upper, grams, kind, sweeps, threads)
-        seen += (own - decode(found, kind, threads=threads).T) @ factor[:count]
+
+    def rounded(columns: slice, moved: Tensor) -> Tensor:
+        data[columns] = found = _rounded(moved, upper, grams, kind, sweeps, threads)
+        return decode(found, kind, threads=threads).T
+
+    in_turn(weight, outputs, rounded)
     return data
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,10 +21,11 @@ import torch
 
 from ....checkpoint.files.atomic import atomic_file, private_directory
 from ....checkpoint.files.disk_errors import DISK_FULL
-from ....checkpoint.files.operations import append, delete, make_directory, sync, unnamed
+from ....checkpoint.files.operations import append, delete, make_directory, sync
 from ....checkpoint.source.checkpoint import Checkpoint
 from ....errors import BpwiseError, CheckpointError, FormatError, VerificationError, install_command
 from ....progress import Progress, silent
+from ...program import last_line, run_program
 from ..file.header import read_gguf_header
 from . import child
 from .fetch import SCRIPT, fetch_converter
@@ -56,7 +56,6 @@ _SLOWEST_BYTES_PER_SECOND = 2e6
 """Time after which the converter counts as stuck: it takes seconds for a GB, and minutes from the slowest disks."""
 
 _PROBE_BYTES = 1 << 20
-_SHOWN_CHARACTERS = 400
 
 
 def find_converter(llama_cpp: Path | None = None, progress: Progress = silent) -> Path:
@@ -214,34 +213,19 @@ def _run(
     # Returns why there is no output; None if there is one.
     command = [sys.executable, child.__file__, str(script), ",".join(changes), *options]
     command += ["--outfile", str(output.resolve()), str(staged.resolve())]
-    with unnamed() as log:
-        process = subprocess.Popen(
-            command, cwd=staged.parent, env=_environment(), stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT
-        )
-        try:
-            status = process.wait(most_seconds)
-        except subprocess.TimeoutExpired as cause:
-            raise CheckpointError(
-                f"{staged.name}: llama.cpp's converter has not ended within {most_seconds:.0f} s, and was stopped. "
-                "Look whether the disk is slow or memory is short, and run again."
-            ) from cause
-        finally:
-            process.kill()
-            process.communicate()
-        log.seek(0)
-        said = log.read()
+    status, said = run_program(command, staged, _environment(), most_seconds, "llama.cpp's converter")
     if status == 0 and output.is_file():
         return None
     if status == child.CANNOT_IMPORT:
         raise BpwiseError(
-            f"{script.parent}: llama.cpp's converter lacks something of its own ({_last_line(said)}). Run: "
+            f"{script.parent}: llama.cpp's converter lacks something of its own ({last_line(said)}). Run: "
             f"{install_command('gguf')}; or give a newer checkout of llama.cpp with --llama-cpp."
         )
     _refuse_full_disk(output)
     delete(output, missing_ok=True)
     if status < 0:
         return f"ended by signal {-status}, as where memory is short"
-    return _last_line(said)
+    return last_line(said)
 
 
 def _most_seconds(checkpoint: Checkpoint) -> float:
@@ -280,10 +264,3 @@ def _environment() -> dict[str, str]:
     dropped = ("PYTHONSAFEPATH", "NO_LOCAL_GGUF", "PYTHONSTARTUP")
     kept = {key: value for key, value in os.environ.items() if key not in dropped}
     return kept | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUTF8": "1"}
-
-
-def _last_line(output: bytes) -> str:
-    # A progress bar rewrites its line with carriage returns.
-    lines = [line.strip() for line in output.decode("utf-8", "replace").replace("\r", "\n").splitlines()]
-    said = [line for line in lines if line and not line.startswith(("INFO:", "WARNING:", "^", "~"))]
-    return said[-1][-_SHOWN_CHARACTERS:] if said else "it said nothing"

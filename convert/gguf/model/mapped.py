@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property, partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ....checkpoint.source.checkpoint import TensorSource
-from ....checkpoint.source.language import LanguageSource, WeightOverlay, language_model
-from ....checkpoint.source.views import SourceView
 from ....errors import BpwiseWarning, CheckpointError
+from ...overlaid import Overlaid
 from ..file.header import GgufHeader
 from ..file.values import read_rows
 from ..rows.rowmap import Part, RowMap
@@ -24,7 +22,7 @@ from .reader import GgufModel
 __all__ = ["MappedGguf"]
 
 
-class MappedGguf(GgufModel, LanguageSource):
+class MappedGguf(Overlaid, GgufModel):
     """A file that is a model only beside its original. Norms, biases and what no map explains are the original's."""
 
     def __init__(self, header: GgufHeader, original: TensorSource, rows: Callable[[], RowMap] | None = None) -> None:
@@ -35,9 +33,8 @@ class MappedGguf(GgufModel, LanguageSource):
             original: The model that it was made of.
             rows: Returns the map of a file that does not have one; None finds it by comparing rows.
         """
-        super().__init__(header, None)
-        self._original = original
-        self._source = language_model(original)
+        GgufModel.__init__(self, header, None)
+        Overlaid.__init__(self, original, {})
         self._given = rows
 
     @cached_property
@@ -56,9 +53,8 @@ class MappedGguf(GgufModel, LanguageSource):
         require_held(rows, self._source, self._header, unquantized=False)
         return rows
 
-    @cached_property
-    def language(self) -> WeightOverlay:
-        """The original with the file's weights in its linears.
+    def overlaid_weights(self) -> Mapping[str, Callable[[], Tensor]]:
+        """Return what reads the weight of each linear that the file holds.
 
         Raises:
             CheckpointError: The file is not made of this original.
@@ -77,34 +73,7 @@ class MappedGguf(GgufModel, LanguageSource):
                 BpwiseWarning,
                 stacklevel=2,
             )
-        return WeightOverlay(self._original, {linear: partial(self._decoded, linear) for linear in sorted(linears)})
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The original's config, of its language model alone; not to be modified."""
-        return self._source.config
-
-    @property
-    def names(self) -> frozenset[str]:
-        """Full names of all tensors of the original's language model."""
-        return self._source.names
-
-    @property
-    def tied_embeddings(self) -> bool:
-        """Whether the output head is the token embedding, as in the original."""
-        return self._source.tied_embeddings
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the sizes of a tensor's dimensions without loading it."""
-        return self._source.shape(name)
-
-    def tensor(self, name: str) -> Tensor:
-        """Return a tensor: a linear's weight from the file, all others from the original."""
-        return self.language.tensor(name)
-
-    def as_transformers(self) -> TensorSource:
-        """Return the dense model with the names and the config that Transformers loads: the original's."""
-        return _AsOriginal(self._original, self.language)
+        return {linear: partial(self._decoded, linear) for linear in sorted(linears)}
 
     def _require_linear(self, linear: str) -> None:
         name = f"{linear}.weight"
@@ -128,24 +97,3 @@ class MappedGguf(GgufModel, LanguageSource):
         first, last = int(part.rows.min()), int(part.rows.max()) + 1
         values = read_rows(self._header.tensors[part.tensor], first, last)
         return values[torch.from_numpy(part.rows - first)]
-
-
-class _AsOriginal(SourceView):
-    """An original with other weights, under the names that Transformers loads."""
-
-    def __init__(self, original: TensorSource, language: WeightOverlay) -> None:
-        super().__init__(original)
-        self._language = language
-        self._wholes = language.wholes()
-
-    @property
-    def names(self) -> frozenset[str]:
-        return self._language.others | self._wholes.keys()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        own = self._wholes.get(name)
-        return self.base.shape(name) if own is None else self._language.parameter_shape(own)
-
-    def tensor(self, name: str) -> Tensor:
-        own = self._wholes.get(name)
-        return self.base.tensor(name) if own is None else self._language.parameter(own)

@@ -1,0 +1,1 @@
+"""Finished directories: written, read back."""

@@ -1,0 +1,1 @@
+"""Affine groups: their widths, how they are packed, and rounding onto them."""

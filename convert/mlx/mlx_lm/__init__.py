@@ -1,0 +1,1 @@
+"""What mlx-lm makes of a model before it is quantized: its modules, their names and layouts."""
