@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.carry.carried import copy_side_files, require_float16_range
 from ..checkpoint.files.atomic import atomic_directory, write_json
 from ..checkpoint.files.disk_errors import require_room
 from ..checkpoint.files.paths import named, refuse_inputs, reserved
@@ -14,7 +15,6 @@ from ..checkpoint.model.names import model_order
 from ..checkpoint.source.checkpoint import TensorSource
 from ..checkpoint.source.original import open_model
 from ..errors import CheckpointError, FormatError
-from .carry import copy_side_files, require_float16_range
 from .model import QuantizedModel
 from .registry import require_format
 

@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass
 
 __all__ = [
-    "CARD_NAME",
     "HUB_ID",
     "RATE",
     "RECIPE_FILE",
@@ -18,9 +17,6 @@ __all__ = [
     "pasteable",
     "size_text",
 ]
-
-CARD_NAME = "README.md"
-"""Model card in a model's directory."""
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 """Name of a repository on the Hub: an owner and a name."""

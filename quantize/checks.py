@@ -13,11 +13,12 @@ from pathlib import Path
 from ..checkpoint.files.digests import file_digests
 from ..checkpoint.files.disk_errors import explained, require_rooms
 from ..checkpoint.files.paths import check_run, companion, refuse_foreign
+from ..checkpoint.files.side_files import CARD_NAME
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..checkpoint.source.hub import side_files
 from ..convert.conversion import Conversion, Target
 from ..convert.format import Format
-from ..convert.names import CARD_NAME, RECIPE_FILE
+from ..convert.names import RECIPE_FILE
 from ..convert.registry import format_asking
 from ..errors import CheckpointError, ConfigError, WorkDirectoryError
 from ..eval.config import EvalConfig

@@ -13,8 +13,8 @@ from bpwise.convert.exl2.file.linear import QuantizedLinear
 from bpwise.convert.exl2.plan.making import make_exl2_plan
 from bpwise.convert.exl2.plan.plan import Exl2Plan
 from bpwise.convert.exl2.rounding.rounder import Exl2Rounder, rounded_linear
+from bpwise.convert.numerics.fit import _TUNED
 from bpwise.convert.rounding import RoundedModel
-from bpwise.convert.tuning.fit import _TUNED
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig, measure_checkpoint
 from bpwise.measure.text.calibration import CalibrationSet

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from bpwise.checkpoint.carry.carried import copy_side_files
 from bpwise.checkpoint.files.atomic import atomic_directory, write_json
 from bpwise.checkpoint.files.schemas import check_schema
 from bpwise.checkpoint.source.language import language_model
-from bpwise.convert.carry import copy_side_files
 from bpwise.convert.conversion import Conversion
 from bpwise.convert.format import Format
 from bpwise.convert.model import QuantizedModel

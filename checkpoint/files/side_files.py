@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
-__all__ = ["CONFIG_FILE", "DOWNLOADED", "NOT_DOWNLOADED", "SETTINGS", "TEMPLATE_DIRECTORY", "is_side_file"]
+__all__ = ["CARD_NAME", "CONFIG_FILE", "DOWNLOADED", "NOT_DOWNLOADED", "SETTINGS", "TEMPLATE_DIRECTORY", "is_side_file"]
 
 CONFIG_FILE = "config.json"
+
+CARD_NAME = "README.md"
+"""Model card in a model's directory."""
 
 TEMPLATE_DIRECTORY = "additional_chat_templates"
 """Where Transformers keeps chat templates other than the default one, each as NAME.jinja."""

@@ -34,7 +34,7 @@ class Exl2Options(FormatOptions):
             None for the usual: see ``head``.
         overrides: Widths that linears may have: see ``make_exl2_plan``.
         keep_fp16: Shell patterns of linears that stay in float16: see ``make_exl2_plan``.
-        effort: ``high`` fits the decoder's scales to the original's predictions in the end (see ``convert.tuning``),
+        effort: ``high`` fits the decoder's scales to the original's predictions in the end (see ``convert.numerics``),
             ``normal`` does not.
         cache_bits: 16 for a float16 cache, or ExLlamaV2's caches of 8, 6 or 4 bits: which the context is kept in.
         group_size: Input channels that share a width and a scale; a multiple of 32.

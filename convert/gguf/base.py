@@ -14,6 +14,7 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
+from ...checkpoint.carry.staging import staged_files
 from ...checkpoint.files.atomic import private_directory, write_text
 from ...checkpoint.files.digests import file_digests
 from ...checkpoint.files.operations import delete
@@ -24,7 +25,6 @@ from ...checkpoint.source.hub import directory_name
 from ...errors import BpwiseWarning, CheckpointError, FormatError
 from ...version import __version__
 from ..opening import locate_model
-from ..staging import staged_files
 from .file.header import read_gguf_header
 from .file.metadata import DIGEST_KEY, DIGEST_ROOM, RUN_KEY, VERSION_KEY
 from .file.writer import write_gguf

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...checkpoint.carry.carried import require_float16_range
 from ...errors import NumericalError
 from ...measure.curves import CurveInputs, CurveMaker, LinearCurves, TableInputs
-from ..carry import require_float16_range
-from ..table_curves import measure_embeddings, measure_tied_table, tied_gram
+from ..numerics.tables import measure_embeddings, measure_tied_table, tied_gram
 from .ggml.curves import measure_types
 from .ggml.kernels import build_tables, decode, encode
 from .ggml.rounding import expected_rounding

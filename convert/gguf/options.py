@@ -28,7 +28,7 @@ class GgufOptions(FormatOptions):
         feedback: Whether linears are rounded with error feedback, block after block on what the quantized blocks before
             give them; otherwise by ggml alone, as llama-quantize does, in seconds. The plan is the same.
         effort: ``high`` fits factors of the blocks' scales to the original's predictions in the end (see
-            ``convert.tuning``), ``normal`` does not.
+            ``convert.numerics``), ``normal`` does not.
         mixture: One of llama.cpp's fixed mixtures, such as ``Q4_K_M``, instead of a target: byte for byte what
             llama-quantize makes; nothing is measured.
         imatrix: With ``mixture``: an importance matrix in either of llama.cpp's formats, or a measurement of the model.

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...checkpoint.carry.carried import require_float16_range
 from ...checkpoint.source.checkpoint import Checkpoint
 from ...checkpoint.source.language import language_model
 from ...errors import NumericalError
@@ -16,7 +17,6 @@ from ...linalg.hessian import Hessian
 from ...linalg.outputs import OutputFeedback
 from ...linalg.parallel import cores, run_all
 from ...measure.measurement import MeasuredLinear, Measurement
-from ..carry import require_float16_range
 from ..rounding import RoundedModel, Rounder, rounding_damping
 from .ggml.kernels import Bytes, GgmlType, decode, encode
 from .ggml.rounding import ENCODING, output_sets, round_to_type

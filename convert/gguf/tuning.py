@@ -2,7 +2,7 @@
 
 A block's scale is a number for 256 weights, or for 32: all of them together would learn the calibration text by heart.
 So a factor holds for a column of blocks of a linear, all its outputs, and another one for an output, all its inputs.
-The fitting is that of all formats: ``convert.tuning.fit``.
+The fitting is that of all formats: ``convert.numerics.fit``.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ...checkpoint.source.language import LanguageModel
+from ..numerics.fit import fit_factors, fitted_factors
+from ..numerics.scales import Factors, Groups
 from ..rounding import Refinement, RoundedModel
-from ..tuning.fit import fit_factors, fitted_factors
-from ..tuning.scales import Factors, Groups
 from .ggml.factors import SCALED_TYPES, multiplied
 from .rounder import GgufRounder, squared_distance
 from .rows.slices import stored_part

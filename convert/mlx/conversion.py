@@ -20,14 +20,15 @@ from ..conversion import Conversion, Provenance, SizeForecast, Target
 from ..model import Verification
 from ..rounding import RoundedModel
 from .curves import MlxCurves
+from .file.layout import Layout, StoredTensor
 from .file.writer import write_mlx
 from .grid.schemes import SCHEMES
 from .grid.work import MlxWork
-from .layout import Layout, StoredTensor
-from .measured import mlx_curves
 from .mlx_lm.loading import STEP, KeptModel, layout_identity, load_layout, require_mlx_lm
 from .options import MlxOptions
-from .plan import MlxPlan, PlanProblem, plan_problem
+from .plan.measured import mlx_curves
+from .plan.plan import MlxPlan
+from .plan.problem import PlanProblem, measured_problem, plan_problem
 from .rounder import MlxRounder
 
 __all__ = ["MlxConversion"]
@@ -157,9 +158,7 @@ class MlxConversion(Conversion):
     def _problem(self, measured: Measurement | None) -> PlanProblem:
         # Before mlx-lm has loaded the model: as if every linear were a module.
         if measured is not None:
-            curves = mlx_curves(measured)
-            damages = {name: list(map(float, own)) for name, own in curves.damages.items()}
-            return plan_problem(curves.layout, damages, curves.schemes, self.options.overrides)
+            return measured_problem(measured, self.options.overrides)
         layout = self._likely_layout() if self._kept is None else self._kept.layout
         names = [name for tensor in layout.tensors.values() for name in tensor.linears]
         channels = {name: x.shape[-1] for x in layout.tensors.values() for name in x.linears}

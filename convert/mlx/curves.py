@@ -18,11 +18,11 @@ from torch import Tensor
 from ...linalg.parallel import run_all
 from ...linalg.sampling import systematic_sample
 from ...measure.curves import CurveInputs, CurveMaker, LinearCurves, TableInputs
-from ..table_curves import SAMPLED_ROWS, measure_embeddings, measure_tied_table, tied_gram
+from ..numerics.tables import SAMPLED_ROWS, measure_embeddings, measure_tied_table, tied_gram
+from .file.layout import Layout
 from .grid.rounding import expected_rounding, round_plainly
 from .grid.schemes import SCHEMES, Scheme
-from .layout import Layout
-from .measured import CURVES_VERSION, NAME
+from .plan.measured import CURVES_VERSION, NAME
 
 __all__ = ["MlxCurves"]
 

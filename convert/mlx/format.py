@@ -84,26 +84,23 @@ class MlxFormat(Format):
 
     def load_plan(self, raw: dict[str, Any], where: str) -> Plan:
         """Return the plan that a JSON file holds."""
-        from .plan import MlxPlan
+        from .plan.plan import MlxPlan
 
         return MlxPlan.from_json(raw, where)
 
     def plan(self, measurement: Measurement, options: Any, *, bpw: float | None, max_bytes: int | None) -> Plan:
         """Return a plan made from a measurement alone; see ``make_mlx_plan``."""
-        from .plan import make_mlx_plan
+        from .plan.problem import make_mlx_plan
 
         return make_mlx_plan(measurement, bpw=bpw, tensor_bytes=max_bytes, overrides=options.overrides)
 
     def bpw_range(self, measurement: Measurement, options: Any) -> tuple[float, float] | None:
         """Return the smallest bits per weight over all tensors, and the largest worth planning."""
-        from .measured import mlx_curves
-        from .plan import plan_problem
+        from .plan.problem import measured_problem
 
         if self.name not in measurement.curves:
             return None
-        curves = mlx_curves(measurement)
-        damages = {name: list(map(float, own)) for name, own in curves.damages.items()}
-        problem = plan_problem(curves.layout, damages, curves.schemes, options.overrides)
+        problem = measured_problem(measurement, options.overrides)
         least, most = problem.size_range
         return 8 * least / problem.weights, min(_HIGHEST_BPW, 8 * most / problem.weights)
 

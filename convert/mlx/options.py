@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ...errors import ConfigError
 from ..options import FormatOptions, option, read_texts
-from .plan import Override
+from .plan.plan import Override
 
 __all__ = ["MlxOptions"]
 

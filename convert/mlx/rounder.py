@@ -13,12 +13,12 @@ from ...linalg.hessian import Hessian
 from ...linalg.outputs import OutputFeedback
 from ...measure.measurement import MeasuredLinear, Measurement
 from ..rounding import Rounder, rounding_damping
+from .file.layout import Layout
 from .grid.packing import decode, pack, unpack
 from .grid.rounding import Affine, output_sets, round_affine, round_plainly
 from .grid.schemes import Scheme
-from .layout import Layout
-from .measured import mlx_curves
-from .plan import MlxPlan
+from .plan.measured import mlx_curves
+from .plan.plan import MlxPlan
 
 __all__ = ["PARTS", "MlxRounder", "dtype_of"]
 

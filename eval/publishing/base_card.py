@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from ...checkpoint.files.disk_errors import explained_reading
+from ...checkpoint.files.side_files import CARD_NAME
 from ...checkpoint.source.hub import confined_file
-from ...convert.names import CARD_NAME
 from ...errors import CheckpointError
 
 __all__ = ["BaseCard", "parse_base_card", "read_base_card", "split_front"]

@@ -9,8 +9,9 @@ from pathlib import Path
 from ...checkpoint.files.atomic import write_text
 from ...checkpoint.files.paths import companion
 from ...checkpoint.files.schemas import Count, NonNegative, Number, check_schema, read_json
+from ...checkpoint.files.side_files import CARD_NAME
 from ...checkpoint.source.hub import directory_name, resolve_model
-from ...convert.names import CARD_NAME, HUB_ID, REPORT_FILE, hub_id
+from ...convert.names import HUB_ID, REPORT_FILE, hub_id
 from ...convert.registry import require_format
 from ...errors import BrokenModelError, ConfigError, FormatError
 from ...tables import bytes_text

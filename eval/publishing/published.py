@@ -8,9 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...checkpoint.files.side_files import CARD_NAME
 from ...checkpoint.model.hub_name import HubName
 from ...convert.format import Format
-from ...convert.names import CARD_NAME, REPORT_FILE
+from ...convert.names import REPORT_FILE
 from ...errors import CheckpointError, FormatError
 from .cards import ReportedSummary, read_summary
 from .front import Size, branch_link

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...checkpoint.files.paths import companion
-from ...checkpoint.files.side_files import TEMPLATE_DIRECTORY, is_side_file
+from ...checkpoint.files.side_files import CARD_NAME, TEMPLATE_DIRECTORY, is_side_file
 from ...checkpoint.source.hub import confined_file, list_directory
 from ...convert.format import Format
-from ...convert.names import CARD_NAME, HUB_ID, RATE, RECIPE_FILE, REPO, NameParts
+from ...convert.names import HUB_ID, RATE, RECIPE_FILE, REPO, NameParts
 from ...convert.registry import format_of, formats, require_format
 from ...errors import CheckpointError, PublishError
 from ...tables import bytes_text

@@ -17,7 +17,7 @@ from bpwise.convert.exl2.options import Exl2Options
 from bpwise.convert.gguf.ggml.types import TYPES
 from bpwise.convert.gguf.llama_cpp.converter import make_base
 from bpwise.convert.gguf.options import GgufOptions
-from bpwise.convert.tuning import fit as tuning
+from bpwise.convert.numerics import fit as tuning
 from bpwise.eval.config import EvalConfig
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig

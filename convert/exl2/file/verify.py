@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from ....checkpoint.carry.carried import require_float16_range
 from ....checkpoint.files.digests import file_digests
 from ....checkpoint.files.shards import tensor_sha256
 from ....checkpoint.model.names import HEAD, config_features, head_names
 from ....checkpoint.source.hub import confined_file
 from ....errors import FormatError, VerificationError
-from ...carry import require_float16_range
 from ...model import Verification
 from .describe import decoder_bpw, head_bpw
 from .linear import QuantizedLinear

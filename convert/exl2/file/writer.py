@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ....checkpoint.carry.carried import copy_side_files, require_float16_range
 from ....checkpoint.files.atomic import atomic_directory, write_json
 from ....checkpoint.files.digests import file_digests
 from ....checkpoint.files.schemas import checksummed
@@ -17,7 +18,6 @@ from ....checkpoint.files.shards import DEFAULT_SHARD_BYTES, ShardWriter, tensor
 from ....checkpoint.model.names import HEAD, config_features, head_names, model_order
 from ....checkpoint.source.checkpoint import TensorSource
 from ....errors import CheckpointError, FormatError, ShapeError
-from ...carry import copy_side_files, require_float16_range
 from ...model import Verification
 from .config import add_image_processor, exl2_config
 from .linear import QuantizedLinear

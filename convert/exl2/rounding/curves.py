@@ -17,6 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ....checkpoint.carry.carried import require_float16_range
 from ....errors import NumericalError
 from ....linalg.hessian import factor_hessian, inverse_diagonal
 from ....linalg.parallel import run_all
@@ -24,7 +25,6 @@ from ....linalg.row_groups import grouped_rows, row_powers
 from ....linalg.sampling import systematic_sample
 from ....measure.curves import CurveInputs, LinearCurves
 from ....measure.model.batches import check_finite
-from ...carry import require_float16_range
 from ..file.layout import group_rows
 from .feedback import errors_by_group
 

@@ -16,9 +16,9 @@ from ....checkpoint.source.language import LanguageModel
 from ....linalg.hessian import Hessian, factor_hessian
 from ....linalg.outputs import OutputFeedback
 from ....measure.measurement import MeasuredLinear, Measurement
+from ...numerics.fit import fit_factors, fitted_factors
+from ...numerics.scales import Groups
 from ...rounding import Refinement, RoundedModel, Rounder, rounding_damping
-from ...tuning.fit import fit_factors, fitted_factors
-from ...tuning.scales import Groups
 from ..file.layout import RowGroup
 from ..file.linear import QuantizedLinear
 from ..plan.measured import exl2_curves
@@ -103,7 +103,7 @@ def rounded_linear(rounded: RoundedModel, source: LanguageModel, name: str, *, t
 
 
 def tune_rounded(rounded: RoundedModel, source: LanguageModel, refinement: Refinement) -> None:
-    """Fit the scales of the decoder's row groups to what the original predicts (``convert.tuning``), once.
+    """Fit the scales of the decoder's row groups to what the original predicts (``convert.numerics``), once.
 
     Args:
         rounded: What rounding made; what is found is kept beside it.

@@ -11,8 +11,8 @@ from ....linalg.hessian import FEW_CHANNELS, SIGNS
 from ....linalg.outputs import OutputFeedback
 from ....linalg.work import Elements, Factors, Kind, Products, Sample, Solves, Work
 from ....measure.statistics.sketch import COUPLING_RANK
+from ...numerics.fit import STEP_TOKENS
 from ...rounding import FormatWork
-from ...tuning.fit import STEP_TOKENS
 from ..file.layout import WIDTHS, RowGroup, group_rows
 from .coupling import OUTPUT_SETS
 from .curves import SAMPLED_COLUMNS

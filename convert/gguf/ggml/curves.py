@@ -22,7 +22,7 @@ from torch import Tensor
 from ....linalg.parallel import run_all, threads_beside
 from ....linalg.sampling import systematic_sample
 from ....measure.curves import CurveInputs, LinearCurves
-from ...table_curves import SAMPLED_ROWS
+from ...numerics.tables import SAMPLED_ROWS
 from .blocks import GRID_TYPES
 from .kernels import TYPES, GgmlType, kernels_available
 from .rounding import expected_rounding

@@ -9,8 +9,8 @@ import torch
 
 from ....linalg.parallel import threads_beside
 from ....linalg.work import Elements, Factors, Kind, Products, Sample, Work
+from ...numerics.tables import SAMPLED_ROWS
 from ...rounding import FormatWork
-from ...table_curves import SAMPLED_ROWS
 from .curves import measured_types, needs_tables
 from .rounding import SWEEPS, expected_rounding, output_sets, round_to_type
 from .types import GgmlType, ggml_type

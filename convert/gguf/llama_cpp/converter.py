@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 
+from ....checkpoint.carry.program import last_line, run_program
 from ....checkpoint.files.atomic import atomic_file, private_directory
 from ....checkpoint.files.disk_errors import DISK_FULL
 from ....checkpoint.files.operations import append, delete, make_directory, sync
 from ....checkpoint.source.checkpoint import Checkpoint
 from ....errors import BpwiseError, CheckpointError, FormatError, VerificationError, install_command
 from ....progress import Progress, silent
-from ...program import last_line, run_program
 from ..file.header import read_gguf_header
 from . import child
 from .fetch import SCRIPT, fetch_converter

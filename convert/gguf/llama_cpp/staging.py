@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from ....checkpoint.carry.staging import stage_tensors
 from ....checkpoint.model.names import text_config
 from ....checkpoint.source.checkpoint import Checkpoint
-from ...staging import stage_tensors
 
 __all__ = ["stage_model", "stage_projector", "stores_mtp", "vision_tensors"]
 

@@ -9,7 +9,7 @@ from typing import Any
 from ....checkpoint.files.schemas import NonNegative, check_checksum, check_schema, read_json
 from ....checkpoint.source.hub import confined_file
 from ....errors import FormatError
-from ..layout import Layout, layout_from_json
+from .layout import Layout, layout_from_json
 
 __all__ = ["MANIFEST_FILE", "MANIFEST_VERSION", "Manifest", "Provenance", "read_manifest"]
 

@@ -21,7 +21,7 @@ from ...model import QuantizedModel
 from ...overlaid import Overlaid
 from ..grid.packing import decode, unpack
 from ..grid.schemes import BITS, GROUPS, Scheme
-from ..layout import Layout, StoredTensor
+from .layout import Layout, StoredTensor
 from .manifest import Manifest, read_manifest
 
 __all__ = ["CONFIG_KEYS", "MlxModel"]
@@ -125,7 +125,7 @@ class MlxModel(QuantizedModel):
         """Return the shape of a tensor of the dense model without decoding it."""
         place = self._place(name)
         if place is None:
-            return self.stored.shape(self._source(name))
+            return self.stored.shape(self._stored_name(name))
         at, _, count = place
         return (count, self.layout.tensors[at].shape[-1])
 
@@ -137,7 +137,7 @@ class MlxModel(QuantizedModel):
         """
         place = self._place(name)
         if place is None:
-            return self.stored.tensor(self._source(name))
+            return self.stored.tensor(self._stored_name(name))
         at, first, count = place
         return self.decoded(at).flatten(0, -2)[first : first + count].clone()
 
@@ -179,7 +179,7 @@ class MlxModel(QuantizedModel):
     def _place(self, name: str) -> tuple[str, int, int] | None:
         return self._places.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
 
-    def _source(self, name: str) -> str:
+    def _stored_name(self, name: str) -> str:
         if name not in self._sources:
             raise CheckpointError(
                 f"{self.path}: tensor {name!r} is not in the file as it was. Got {len(self.names)} others. Give the "

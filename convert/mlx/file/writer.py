@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ....checkpoint.carry.carried import copy_side_files
 from ....checkpoint.files.atomic import atomic_directory, write_json
 from ....checkpoint.files.digests import file_digests
 from ....checkpoint.files.schemas import checksummed
@@ -16,11 +17,10 @@ from ....checkpoint.files.shards import ShardWriter, tensor_sha256
 from ....checkpoint.source.language import LanguageModel
 from ....errors import FormatError, VerificationError
 from ....progress import Progress
-from ...carry import copy_side_files
 from ...model import Verification
 from ..grid.packing import decode, unpack
 from ..grid.schemes import Scheme
-from ..layout import Layout
+from .layout import Layout
 from .manifest import MANIFEST_FILE, MANIFEST_VERSION
 from .model import CONFIG_KEYS, MlxModel
 

@@ -64,4 +64,5 @@ def decode(codes: Tensor, scales: Tensor, biases: Tensor) -> Tensor:
         biases: The same.
     """
     grouped = codes.unflatten(1, (scales.shape[1], -1)).float()
-    return (grouped * scales.float()[..., None] + biases.float()[..., None]).flatten(1)
+    values: Tensor = (grouped * scales.float()[..., None] + biases.float()[..., None]).flatten(1)
+    return values

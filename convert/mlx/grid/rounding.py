@@ -70,7 +70,8 @@ class Affine:
     def decoded(self) -> Tensor:
         """Return the weight, float32, shape (K, out)."""
         grouped = self.codes.unflatten(0, (len(self.scales), -1))
-        return (grouped * self.scales[:, None] + self.biases[:, None]).flatten(0, 1)
+        values: Tensor = (grouped * self.scales[:, None] + self.biases[:, None]).flatten(0, 1)
+        return values
 
 
 def output_sets(outputs: int) -> int:
@@ -217,10 +218,11 @@ def _rounded(
             earlier = upper[:first, rows].T @ missed[:first]
             target = target + torch.linalg.solve_triangular(root.T, earlier, upper=False)
         pivots = root.diagonal()
-        own = search_groups(target[None], pivots.square()[None], scheme.bits, dtype)
-        by_row = (_by_row(each, size) for each in own)
-        chosen, left = _row_by_row(target[None], target[None], (root.T / pivots[:, None])[None], *by_row, scheme.bits)
-        scales[number], biases[number] = own[0][0], own[1][0]
+        scale, bias = search_groups(target[None], pivots.square()[None], scheme.bits, dtype)
+        couplings = (root.T / pivots[:, None])[None]
+        spread = _by_row(scale, size), _by_row(bias, size)
+        chosen, left = _row_by_row(target[None], target[None], couplings, *spread, scheme.bits)
+        scales[number], biases[number] = scale[0], bias[0]
         codes[rows] = chosen[0]
         errors[rows] = root.T @ left[0]
         missed[rows] = weight[rows] - (chosen[0] * scales[number] + biases[number])
@@ -247,8 +249,8 @@ def _sweep(
         powers = gram.diagonal()[:, None]
         values, slopes = weight[rows] - missed[rows], root @ errors[first:]  # Q_S and (H D)_S
         free = values + slopes / powers
-        own = (_by_row(each[groups], size).flatten(0, 1)[None] for each in (found.scales, found.biases))
-        chosen, moves = _row_by_row(free[None], values[None], (gram / powers)[None], *own, scheme.bits)
+        scales, biases = (_by_row(each[groups], size).flatten(0, 1)[None] for each in (found.scales, found.biases))
+        chosen, moves = _row_by_row(free[None], values[None], (gram / powers)[None], scales, biases, scheme.bits)
         found.codes[rows] = chosen[0]
         missed[rows] += moves[0]
         errors[first:].addmm_(root.T, moves[0])

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from ....linalg.work import Elements, Factors, Kind, Products, Sample, Work
+from ...numerics.tables import SAMPLED_ROWS
 from ...rounding import FormatWork
-from ...table_curves import SAMPLED_ROWS
 from .rounding import SWEEPS, expected_rounding, round_affine
 from .schemes import SCHEMES, Scheme
 

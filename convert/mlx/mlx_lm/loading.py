@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ....checkpoint.carry.program import last_line, run_program
+from ....checkpoint.carry.staging import stage_tensors
 from ....checkpoint.files.atomic import private_directory
 from ....checkpoint.files.operations import make_directory
 from ....checkpoint.files.resume import ResumeStore
@@ -28,9 +30,7 @@ from ....checkpoint.source.checkpoint import Checkpoint
 from ....checkpoint.source.language import LanguageModel
 from ....errors import BpwiseError, CheckpointError, FormatError, install_command
 from ....progress import Progress
-from ...program import last_line, run_program
-from ...staging import stage_tensors
-from ..layout import Layout, StoredTensor, layout_from_json
+from ..file.layout import Layout, StoredTensor, layout_from_json
 from . import child
 
 __all__ = ["STEP", "KeptModel", "layout_identity", "load_layout", "require_mlx_lm"]

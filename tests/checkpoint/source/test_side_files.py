@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from bpwise.checkpoint.carry.carried import copy_side_files
 from bpwise.checkpoint.files.side_files import DOWNLOADED, NOT_DOWNLOADED, is_side_file
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.checkpoint.source.hub import require_own_files, side_files
-from bpwise.convert.carry import copy_side_files
 from bpwise.errors import CheckpointError
 from bpwise.measure.text.tokenizer import load_tokenizer
 from huggingface_hub.utils import filter_repo_objects

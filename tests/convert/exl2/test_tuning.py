@@ -12,9 +12,9 @@ from bpwise.checkpoint.source.original import open_model
 from bpwise.cli import cli
 from bpwise.convert.exl2.file.reader import Exl2Model
 from bpwise.convert.exl2.rounding import rounder as rounding
-from bpwise.convert.tuning import fit as tuning
-from bpwise.convert.tuning.fit import _add_gradient, tune_scales
-from bpwise.convert.tuning.scales import Groups, GroupScales
+from bpwise.convert.numerics import fit as tuning
+from bpwise.convert.numerics.fit import _add_gradient, tune_scales
+from bpwise.convert.numerics.scales import Groups, GroupScales
 from bpwise.eval.metrics.passes import last_hidden
 from bpwise.measure.layers import positionwise as positions
 from bpwise.measure.measurement import Measurement

@@ -11,7 +11,7 @@ from bpwise.convert.gguf.ggml.factors import SCALED_TYPES
 from bpwise.convert.gguf.model.reader import GgufModel
 from bpwise.convert.gguf.options import GgufOptions
 from bpwise.convert.gguf.plan.plan import TypeOverride
-from bpwise.convert.tuning import fit
+from bpwise.convert.numerics import fit
 from bpwise.errors import ConfigError
 from bpwise.eval.comparison import EvalConfig, compare_models
 from bpwise.measure.text.calibration import CalibrationSet

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..checkpoint.files.operations import copy, make_directory
-from ..checkpoint.model.dtypes import FLOAT_DTYPES
-from ..checkpoint.source.hub import confined_file, side_files
-from ..errors import BpwiseError
+from ...errors import BpwiseError
+from ..files.operations import copy, make_directory
+from ..model.dtypes import FLOAT_DTYPES
+from ..source.hub import confined_file, side_files
 
 __all__ = ["copy_side_files", "require_float16_range"]
 

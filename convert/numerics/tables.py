@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..linalg.hessian import factor_hessian
-from ..linalg.parallel import run_all
-from ..linalg.sampling import systematic_sample
-from ..measure.curves import TableInputs, TiedHead
+from ...linalg.hessian import factor_hessian
+from ...linalg.parallel import run_all
+from ...linalg.sampling import systematic_sample
+from ...measure.curves import TableInputs, TiedHead
 
 __all__ = ["SAMPLED_ROWS", "Expected", "Rounded", "measure_embeddings", "measure_tied_table", "tied_gram"]
 

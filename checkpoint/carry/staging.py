@@ -8,16 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.files.operations import link, make_directory, write
-from ..checkpoint.files.schemas import read_json
-from ..checkpoint.files.shards import DEFAULT_SHARD_BYTES, ShardWriter
-from ..checkpoint.files.side_files import CONFIG_FILE, SETTINGS
-from ..checkpoint.model.config import QUANTIZED_KEYS
-from ..checkpoint.source.checkpoint import Checkpoint
-from ..checkpoint.source.hub import confined_file, side_files
-from ..checkpoint.source.views import CheckpointView
-from ..errors import CheckpointError
-from .names import CARD_NAME
+from ...errors import CheckpointError
+from ..files.operations import link, make_directory, write
+from ..files.schemas import read_json
+from ..files.shards import DEFAULT_SHARD_BYTES, ShardWriter
+from ..files.side_files import CARD_NAME, CONFIG_FILE, SETTINGS
+from ..model.config import QUANTIZED_KEYS
+from ..source.checkpoint import Checkpoint
+from ..source.hub import confined_file, side_files
+from ..source.views import CheckpointView
 
 __all__ = ["stage_tensors", "staged_files"]
 

@@ -6,8 +6,8 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..checkpoint.files.operations import unnamed
-from ..errors import CheckpointError
+from ...errors import CheckpointError
+from ..files.operations import unnamed
 
 __all__ = ["last_line", "run_program"]
 

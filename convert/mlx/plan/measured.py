@@ -10,12 +10,12 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from ...checkpoint.files.schemas import check_schema
-from ...errors import FormatError, install_command
-from ...measure.measurement import Measurement
-from ...measure.measurement_file import REMEDY
-from .grid.schemes import SCHEMES, Scheme, scheme_named
-from .layout import Layout, layout_from_json
+from ....checkpoint.files.schemas import check_schema
+from ....errors import FormatError, install_command
+from ....measure.measurement import Measurement
+from ....measure.measurement_file import REMEDY
+from ..file.layout import Layout, layout_from_json
+from ..grid.schemes import SCHEMES, Scheme, scheme_named
 
 __all__ = ["CURVES_VERSION", "NAME", "MlxMeasured", "mlx_curves"]
 

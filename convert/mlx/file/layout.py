@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import msgspec
 
-from ...checkpoint.files.schemas import Positive, check_schema
-from ...errors import FormatError
+from ....checkpoint.files.schemas import Positive, check_schema
+from ....errors import FormatError
 
 __all__ = ["Layout", "StoredTensor", "layout_from_json"]
 

@@ -1,0 +1,1 @@
+"""What of an original is handed on: to outputs, and to programs that convert it."""

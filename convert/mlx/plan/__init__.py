@@ -1,0 +1,1 @@
+"""Plans: what every scheme costs in every module, and which each gets."""
