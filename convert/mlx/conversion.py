@@ -24,6 +24,7 @@ from .file.layout import Layout, StoredTensor
 from .file.writer import write_mlx
 from .grid.schemes import SCHEMES
 from .grid.work import MlxWork
+from .mlx_lm.keys import published_keys
 from .mlx_lm.loading import STEP, KeptModel, layout_identity, load_layout, require_mlx_lm
 from .options import MlxOptions
 from .plan.measured import mlx_curves
@@ -138,7 +139,7 @@ class MlxConversion(Conversion):
             plan.kinds,
             {name: partial(rounded.artifact, name) for name in rounded.names},
             output,
-            config=self.checkpoint.config,
+            config={**self.checkpoint.config, **published_keys(self.checkpoint.config)},
             directory=self.checkpoint.directory,
             provenance={
                 "bpwise": provenance.version,

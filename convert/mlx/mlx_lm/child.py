@@ -19,12 +19,13 @@ CANNOT_IMPORT = 86
 """Exit status where mlx or mlx-lm is not installed."""
 
 
-def main(model: str, output: str) -> None:
+def main(model: str, output: str, config: str) -> None:
     """Store the tensors of a model.
 
     Args:
         model: Its directory.
         output: Directory to fill.
+        config: JSON object of what stands in the place of entries of its config.json, or beside them.
 
     Raises:
         SystemExit: With ``CANNOT_IMPORT``.
@@ -37,7 +38,7 @@ def main(model: str, output: str) -> None:
         sys.stdout.write(f"{error}\n")
         sys.exit(CANNOT_IMPORT)
     core.set_default_device(core.cpu)
-    loaded, _ = utils.load_model(Path(model), lazy=True)
+    loaded, _ = utils.load_model(Path(model), lazy=True, model_config=json.loads(config))
     modules = [path for path, module in loaded.named_modules() if hasattr(module, "to_quantized")]
     utils.save_model(output, loaded, donate_model=True)
     sys.stdout.write("\n" + json.dumps(sorted(modules)) + "\n")

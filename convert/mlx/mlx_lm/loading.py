@@ -32,6 +32,7 @@ from ....errors import BpwiseError, CheckpointError, FormatError, install_comman
 from ....progress import Progress
 from ..file.layout import Layout, StoredTensor, layout_from_json
 from . import child
+from .keys import published_keys
 
 __all__ = ["STEP", "KeptModel", "layout_identity", "load_layout", "require_mlx_lm"]
 
@@ -118,7 +119,8 @@ def _loaded(checkpoint: Checkpoint, source: LanguageModel, place: Path, progress
 
 def _run(checkpoint: Checkpoint, staged: Path, converted: Path) -> tuple[str, ...]:
     # The names of the modules that can be quantized.
-    command = [sys.executable, child.__file__, str(staged.resolve()), str(converted.resolve())]
+    config = json.dumps(published_keys(checkpoint.config))
+    command = [sys.executable, child.__file__, str(staged.resolve()), str(converted.resolve()), config]
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUTF8": "1"}
     most_seconds = _LEAST_SECONDS + checkpoint.total_bytes / _SLOWEST_BYTES_PER_SECOND
     status, said = run_program(command, staged, {**os.environ, **offline}, most_seconds, "mlx-lm")

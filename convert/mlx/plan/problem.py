@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ....errors import BudgetError, ConfigError
-from ....linalg.knapsack import choose
+from ....linalg.knapsack import Choice, choose
 from ....measure.measurement import Measurement
 from ...plan import shown_range
 from ..file.layout import Layout, StoredTensor
@@ -74,6 +74,16 @@ class PlanProblem:
                 "size in this range."
             )
         return target
+
+
+    def best(self, target_bytes: int) -> Choice:
+        """Return the choice of least damage, by places in each candidate's ``damages``.
+
+        Args:
+            target_bytes: Most bytes that all tensors together may take; as ``target_bytes`` returns it.
+        """
+        costs = [np.array(list(each.damages.values())).clip(min=0) for each in self.candidates]
+        return choose(costs, [np.array(each.sizes) for each in self.candidates], target_bytes - self.other_bytes)
 
 
 def plan_problem(
@@ -150,9 +160,7 @@ def make_mlx_plan(
     """
     problem = measured_problem(measurement, overrides)
     target = problem.target_bytes(bpw=bpw, tensor_bytes=tensor_bytes)
-    costs = [np.array(list(each.damages.values())).clip(min=0) for each in problem.candidates]
-    sizes = [np.array(each.sizes) for each in problem.candidates]
-    chosen = choose(costs, sizes, target - problem.other_bytes)
+    chosen = problem.best(target)
     tensors = []
     for each, option in zip(problem.candidates, chosen.options, strict=True):
         name = list(each.damages)[option]
