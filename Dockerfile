@@ -26,7 +26,7 @@ RUN python3 -m venv /opt/bpwise/venv \
     && /opt/bpwise/venv/bin/pip install --no-cache-dir --constraint /opt/bpwise/source/constraints.txt \
         --index-url "${TORCH_INDEX}" torch \
     && /opt/bpwise/venv/bin/pip install --no-cache-dir --constraint /opt/bpwise/source/constraints.txt \
-        '/opt/bpwise/source[gguf,engine,tasks,png]'
+        '/opt/bpwise/source[gguf,mlx,engine,tasks,png]'
 
 # Whoever runs it needs a home to keep downloads in.
 RUN useradd --create-home bpwise && chmod 777 /home/bpwise

@@ -9,7 +9,7 @@ ROOMS := cli quantize eval convert measure linalg checkpoint
 # Of `make fuzz`, of the slowest readers; fast ones get hundreds of times as many.
 MUTANTS ?= 10
 
-.PHONY: demo test test-lowest test-newest test-slow test-gpu test-crash test-families families-table fuzz check format bench-quality bench-gguf bench-memory bench-gpu check-readers clean
+.PHONY: demo test test-lowest test-newest test-slow test-readers test-gpu test-crash test-families families-table fuzz check format bench-quality bench-gguf bench-memory bench-gpu check-readers clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -59,6 +59,13 @@ test-lowest: $(VENV)/installed
 # Whether PyPI has versions beyond those that pyproject.toml allows.
 test-newest: $(VENV)/installed
 	$(BIN)/python -m tests.dependencies newest
+
+# mlx-lm loads and runs MLX models of ours, in an environment of its own.
+test-readers: $(VENV)/installed
+	mkdir -p build
+	test -d build/readers || $(PYTHON) -m venv build/readers
+	build/readers/bin/pip install --quiet --constraint constraints.txt --editable '.[gguf,mlx]' pytest
+	OMP_NUM_THREADS=1 build/readers/bin/pytest -q -rs -m readers tests/convert/mlx
 
 # With ExLlamaV2 itself as the judge, where it is installed: pip install exllamav2
 test-gpu: $(VENV)/installed

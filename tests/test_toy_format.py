@@ -161,7 +161,7 @@ def run_cli(args: list[str]) -> Any:
 def test_the_command_line_has_its_options(tiny_model: Path, tmp_path: Path) -> None:
     helped = run_cli(["quantize", "--help"])
     assert "--toy-keep" in helped.stdout
-    assert "exl2|gguf|toy" in helped.stdout
+    assert "exl2|gguf|mlx|toy" in helped.stdout
     output = tmp_path / "out"
     args = [
         "quantize",

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...checkpoint.carry.carried import require_float16_range
+from ...errors import NumericalError
 from ...linalg.parallel import run_all
 from ...linalg.sampling import systematic_sample
 from ...measure.curves import CurveInputs, CurveMaker, LinearCurves, TableInputs
@@ -54,7 +56,13 @@ class MlxCurves(CurveMaker):
         return {"schemes": [scheme.name for scheme in SCHEMES], "model": self.layout.to_json()}
 
     def linears(self, inputs: CurveInputs) -> list[LinearCurves]:
-        """See ``CurveMaker``: ``damage_nats``, shape (schemes,); infinite where a scheme does not fit."""
+        """See ``CurveMaker``: ``damage_nats``, shape (schemes,); infinite where a scheme does not fit.
+
+        Raises:
+            NumericalError: A weight is beyond float16's range.
+        """
+        for name, weight in zip(inputs.names, inputs.weights, strict=True):
+            require_float16_range(f"{name}.weight", weight.float(), NumericalError)
         gram = inputs.gram
         factor = inputs.hessian.factor(inputs.damping)
         dead = not bool(gram.diagonal().any())  # The input is zero on every token, and so is what an error makes of it.

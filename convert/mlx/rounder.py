@@ -14,7 +14,7 @@ from ...linalg.outputs import OutputFeedback
 from ...measure.measurement import MeasuredLinear, Measurement
 from ..rounding import Rounder, rounding_damping
 from .file.layout import Layout
-from .grid.packing import decode, pack, unpack
+from .grid.packing import decode, pack_codes, unpack_codes
 from .grid.rounding import Affine, output_sets, round_affine, round_plainly
 from .grid.schemes import Scheme
 from .plan.measured import mlx_curves
@@ -85,7 +85,7 @@ class MlxRounder(Rounder):
         """See ``Rounder``."""
         scheme, _ = self._schemes[name]
         words, scales, biases = (artifact[part] for part in PARTS)
-        return decode(unpack(words.cpu(), scheme.bits).to(scales.device), scales, biases)
+        return decode(unpack_codes(words.cpu(), scheme.bits).to(scales.device), scales, biases)
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -103,7 +103,7 @@ def _slices(weight: Tensor, cut: bool) -> Iterator[Tensor]:
 
 
 def _stored(found: list[Affine], scheme: Scheme, dtype: torch.dtype) -> dict[str, Tensor]:
-    codes = [pack(each.codes.T.to(torch.uint8).contiguous(), scheme.bits) for each in found]
+    codes = [pack_codes(each.codes.T.to(torch.uint8).contiguous(), scheme.bits) for each in found]
     scales, biases = ([x.T.to(dtype).contiguous() for x in own] for own in _scales_and_biases(found))
     return {"weight": torch.cat(codes), "scales": torch.cat(scales), "biases": torch.cat(biases)}
 

@@ -55,7 +55,7 @@ def test_completion() -> None:
     complete = ShellComplete(cli, {}, "bpwise", "_BPWISE_COMPLETE")
     assert [each.value for each in complete.get_completions([], "quan")] == ["quantize"]
     assert "--bpw" in {each.value for each in complete.get_completions(["quantize"], "--b")}
-    assert {each.value for each in complete.get_completions(["quantize", "--format"], "")} == {"exl2", "gguf"}
+    assert {each.value for each in complete.get_completions(["quantize", "--format"], "")} == {"exl2", "gguf", "mlx"}
     assert [each.type for each in complete.get_completions(["eval", "org/name"], "m")] == ["file"]
     for shell, name in ((BashComplete, "bash"), (ZshComplete, "zsh"), (FishComplete, "fish")):
         assert f"_BPWISE_COMPLETE={name}_complete" in shell(cli, {}, "bpwise", "_BPWISE_COMPLETE").source_template % {

@@ -17,10 +17,14 @@ from .disk import Recorder, Tree, restore, tree_of, unsynchronised
 TEXT = ("--rows", 2, "--row-tokens", 16, "--device", "cpu")
 EVALUATION = ("--eval-rows", 1, "--eval-row-tokens", 16)
 
-FORMATS: dict[str, tuple[object, ...]] = {"exl2": ("--bpw", 5), "gguf": ("--format", "gguf", "--bpw", 9)}
+FORMATS: dict[str, tuple[object, ...]] = {
+    "exl2": ("--bpw", 5),
+    "gguf": ("--format", "gguf", "--bpw", 9),
+    "mlx": ("--format", "mlx", "--bpw", 9),
+}
 """By name of a registered format, options that ask ``quantize`` for it."""
 
-SUFFIXES = {"exl2": "", "gguf": ".gguf"}
+SUFFIXES = {"exl2": "", "gguf": ".gguf", "mlx": ""}
 
 READING = {"inspect", "verify", "push"}
 """Commands that write nothing here; ``push`` has tests of its own."""

@@ -12,6 +12,7 @@ from transformers import LlamaConfig
 
 from ..byte_converter import convert_with_bytes
 from ..conftest import SaveModel
+from ..mlx_stand_in import play_mlx_lm
 from .commands import Stage
 
 
@@ -39,6 +40,7 @@ def quick(request: pytest.FixtureRequest, stage: Stage, monkeypatch: pytest.Monk
         shutil.copyfile(request.getfixturevalue("base"), output)
 
     monkeypatch.setattr(converter, "_run", converted)
+    play_mlx_lm(monkeypatch)
     monkeypatch.setattr(gate, "_library", lambda: None)
     monkeypatch.setattr(partials, "_ABANDONED_SECONDS", -1.0)
     monkeypatch.setattr(digests, "_SETTLED_NANOSECONDS", -(10**18))

@@ -30,9 +30,12 @@ from bpwise.convert.gguf.ggml.types import ggml_type
 from bpwise.convert.gguf.llama_cpp.imatrix import imatrix_metadata, read_imatrix
 from bpwise.convert.gguf.plan.plan import GgufPlan
 from bpwise.convert.gguf.rows.text import map_from_text, map_to_text
+from bpwise.convert.mlx.file.model import MlxModel
+from bpwise.convert.mlx.file.writer import verify_mlx
+from bpwise.convert.mlx.plan.plan import MlxPlan
 from bpwise.convert.model import CardFacts
 from bpwise.convert.opening import open_any, verify_model
-from bpwise.convert.registry import load_plan, require_format
+from bpwise.convert.registry import format_named, load_plan, require_format
 from bpwise.errors import BpwiseError
 from bpwise.eval.cache import OriginalCache
 from bpwise.eval.metrics.overlap import stored_spans
@@ -180,7 +183,7 @@ def _read(read: Callable[[Path, Path], None], folder: Path, changed: Path) -> tu
 
 
 def _read_plan(folder: Path, changed: Path) -> None:
-    for name in ("plan.json", "types.json"):
+    for name in ("plan.json", "types.json", "schemes.json"):
         path = folder / name
         if path.exists():
             linear_costs(open_any(folder / "exl2"), path)
@@ -189,9 +192,20 @@ def _read_plan(folder: Path, changed: Path) -> None:
             _ = (plan.bpw, plan.gap, plan.damage_nats, plan.stored_bytes, plan.shares(), plan.identity())
             if isinstance(plan, Exl2Plan):
                 _ = (plan.head_code_bits, [linear.stored_groups for linear in plan.linears])
-            if isinstance(plan, GgufPlan):
+            if isinstance(plan, GgufPlan | MlxPlan):
                 _ = plan.kinds
             run_cli("inspect", path)
+
+
+def _read_mlx(folder: Path, changed: Path) -> None:
+    own = folder / changed.parent
+    _ = (format_named("mlx").recognises(own), format_named("mlx").run_of(own))
+    model = MlxModel.open(own)
+    _ = (model.config, model.stored_bpw(), model.describe(), model.calibration_spans, model.predicted_damage_nats)
+    verify_mlx(own)
+    for name in sorted(model.names):
+        assert model.tensor(name).shape == model.shape(name)
+    format_named("mlx").card(model, "org/base")
 
 
 def _read_measurement(folder: Path, changed: Path) -> None:
@@ -527,6 +541,19 @@ READERS: dict[str, Reader] = {
             "convert/gguf/file/values",
             "convert/gguf/model/reader",
             "convert/gguf/model/verify",
+        ),
+    ),
+    "mlx": Reader(
+        seeds="mlx",
+        share=40,
+        targets={"config.json": JSON, "bpwise.json": JSON, "model.safetensors": TENSORS},
+        read=_read_mlx,
+        modules=(
+            "convert/mlx/file/layout",
+            "convert/mlx/file/manifest",
+            "convert/mlx/file/model",
+            "convert/mlx/file/writer",
+            "convert/mlx/format",
         ),
     ),
     "processor": Reader(

@@ -26,6 +26,8 @@ from bpwise.convert.gguf.file.emit import Planned, entry, header_bytes, padding
 from bpwise.convert.gguf.ggml.types import ggml_type
 from bpwise.convert.gguf.rows.rowmap import RowMap, TensorRows
 from bpwise.convert.gguf.rows.text import map_to_text
+from bpwise.convert.mlx.file.layout import Layout, StoredTensor
+from bpwise.convert.mlx.plan.plan import MlxPlan, TensorPlan
 from bpwise.convert.rounding import RoundedModel
 from bpwise.eval.cache import OriginalCache, OriginalState
 from bpwise.measure.curves import CurveMaker
@@ -82,6 +84,7 @@ def build_seeds(folder: Path, names: Iterable[str]) -> None:
         "processor": lambda to: _write_processor(to / "processor_config.json"),
         "rowmap": lambda to: _row_map(to / "rows.json"),
         "gguf": lambda to: _write_gguf(to / "model.gguf"),
+        "mlx": _mlx_seeds,
         "imatrix": lambda to: None,
         "plan": lambda to: None,
         "measurement": lambda to: None,
@@ -118,6 +121,7 @@ def _quantized_seeds(folder: Path, made: set[str], work: Path, original: Checkpo
         run_cli("plan", path, "--bpw", "4.5", "-o", folder / "plan" / "plan.json")
         if GgufCurves.name in measurement.curves:
             run_cli("plan", path, "--bpw", "8", "--format", "gguf", "-o", folder / "plan" / "types.json")
+        _mlx_plan().save(folder / "plan" / "schemes.json")
         for plan in (folder / "plan").glob("*.json"):
             entries = json.loads(plan.read_bytes())
             del entries["sha256"]
@@ -137,6 +141,45 @@ def _quantized_seeds(folder: Path, made: set[str], work: Path, original: Checkpo
         evaluated(folder / "exl2")
     if "pieces" in made:
         _piece_seeds(folder / "pieces", original, rows, config, work)
+
+
+def _mlx_seeds(to: Path) -> None:
+    # As others write it, and as bpwise does, with experts in a stack.
+    rng = torch.Generator().manual_seed(3)
+    tensors = {"model.norm.weight": torch.ones(32).bfloat16()}
+    for module, shape in (("model.embed_tokens", (16,)), ("model.layers.0.mlp.switch", (2, 8))):
+        words = torch.randint(0, 99, (*shape, 4), generator=rng, dtype=torch.int32)
+        tensors[f"{module}.weight"] = words.view(torch.uint32)
+        for part in ("scales", "biases"):
+            tensors[f"{module}.{part}"] = torch.randn(*shape, 1, generator=rng).bfloat16()
+    settings = {"group_size": 32, "bits": 4, "mode": "affine"}
+    own = {"model.embed_tokens": settings, "model.layers.0.mlp.switch": settings}
+    config = {"model_type": "llama", "vocab_size": 16, "quantization": {**settings, **own}}
+    layout = {
+        "model.embed_tokens.weight": StoredTensor(shape=(16, 32), dtype="bfloat16", linears=("embed",), outputs=(16,)),
+        "model.layers.0.mlp.switch.weight": StoredTensor(
+            shape=(2, 8, 32), dtype="bfloat16", linears=("e.0", "e.1"), outputs=(8, 8)
+        ),
+        "model.norm.weight": StoredTensor(shape=(32,), dtype="bfloat16", source="model.norm.weight"),
+    }
+    record = {
+        "manifest_version": 1,
+        "provenance": {"bpwise": "0", "run": "r", "predicted_damage_nats": 0.1, "warnings": ["w"]},
+        "layout": Layout(tensors=layout).to_json(),
+        "digests": {},
+    }
+    for folder in (to / "theirs", to / "ours"):
+        folder.mkdir()
+        save_file(tensors, folder / "model.safetensors", {"format": "mlx"})
+        (folder / "config.json").write_text(json.dumps(config))
+    (to / "ours" / "bpwise.json").write_text(json.dumps(record))
+
+
+def _mlx_plan() -> MlxPlan:
+    own = TensorPlan(name="a.weight", shape=(16, 64), item_bytes=2, linears=("a",), scheme="4g64", damage_nats=0.1)
+    return MlxPlan(
+        tensors=(own,), other_weights=1, other_bytes=2, target_bytes=999, lower_bound_nats=0.1, measurement="m"
+    )
 
 
 # Files without a checksum of their own are read, too: of one with it nearly all mutants would stop there.

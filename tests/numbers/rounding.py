@@ -14,6 +14,10 @@ from bpwise.convert.gguf.ggml.curves import measured_types
 from bpwise.convert.gguf.ggml.kernels import encode
 from bpwise.convert.gguf.ggml.rounding import round_to_type
 from bpwise.convert.gguf.ggml.types import GgmlType
+from bpwise.convert.mlx.curves import MlxCurves
+from bpwise.convert.mlx.file.layout import Layout
+from bpwise.convert.mlx.grid.rounding import round_affine
+from bpwise.convert.mlx.grid.schemes import SCHEMES, Scheme
 from bpwise.convert.rounding import rounding_damping
 from bpwise.linalg.hessian import Hessian, factor_hessian
 from bpwise.measure.curves import CurveMaker
@@ -109,6 +113,30 @@ def gguf(case: Case) -> Iterator[Rounded]:
         yield Rounded(kind.name, weight, nearest, float(damage), factor.damping)
 
 
+def mlx(case: Case) -> Iterator[Rounded]:
+    """Round to every scheme that fits; to nearest means equal steps between a group's least and largest weight."""
+    schemes = [scheme for scheme in SCHEMES if scheme.fits(case.weight.shape[1])]
+    maker = MlxCurves(Layout())
+    finished, gram = measured(case, maker)
+    factor = Hessian(gram).factor(rounding_damping(finished.linear))
+    damages = dict(zip(SCHEMES, finished.curves[maker.name]["damage_nats"], strict=True))
+    for scheme in schemes:
+        found = round_affine(case.weight.T.contiguous(), factor.upper, scheme, torch.bfloat16)
+        scales, biases = (x.double().repeat_interleave(scheme.group_size, dim=0) for x in (found.scales, found.biases))
+        weight = (found.codes.double() * scales + biases).T
+        nearest = _nearest_affine(case.weight, scheme)
+        yield Rounded(scheme.name, weight, nearest, float(damages[scheme]), factor.damping)
+
+
+def _nearest_affine(weight: Tensor, scheme: Scheme) -> Tensor:
+    groups = weight.double().unflatten(1, (-1, scheme.group_size))
+    low, high = groups.amin(dim=2, keepdim=True), groups.amax(dim=2, keepdim=True)
+    most = 2**scheme.bits - 1
+    step, low = (x.bfloat16().double() for x in ((high - low) / most, low))
+    codes = ((groups - low) / torch.where(step > 0, step, 1)).round().clamp(0, most)
+    return (codes * step + low).flatten(1)
+
+
 def _read_gguf(data: np.ndarray, kind: GgmlType) -> Tensor:
     return torch.from_numpy(quants.dequantize(data, quants.GGMLQuantizationType[kind.name])).double()
 
@@ -121,7 +149,7 @@ def _nearest(weight: Tensor, kind: GgmlType) -> np.ndarray:
         return encode(weight, kind)
 
 
-FORMATS: Mapping[str, Callable[[Case], Iterator[Rounded]]] = {"exl2": exl2, "gguf": gguf}
+FORMATS: Mapping[str, Callable[[Case], Iterator[Rounded]]] = {"exl2": exl2, "gguf": gguf, "mlx": mlx}
 """By name of a registered format."""
 
 

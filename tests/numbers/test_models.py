@@ -23,7 +23,11 @@ pytestmark = pytest.mark.slow
 
 Change = Callable[[Any], None]
 
-ASKED: dict[str, tuple[str, ...]] = {"exl2": ("--bpw", "8"), "gguf": ("--bpw", "8.6")}
+ASKED: dict[str, tuple[str, ...]] = {
+    "exl2": ("--bpw", "8"),
+    "gguf": ("--bpw", "8.6"),
+    "mlx": ("--format", "mlx", "--bpw", "9"),
+}
 """By name of a registered format, what ``quantize`` is asked for."""
 
 _DOWN = {"model.layers.0.mlp.down_proj"}

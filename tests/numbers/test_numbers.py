@@ -34,7 +34,8 @@ def test_no_worse_than_to_nearest(case: Case, name: str) -> None:
     for each in rounded(case, name):
         assert each.damping in (*map(pytest.approx, DAMPINGS), pytest.approx(WITHOUT_HELD_OUT))
         # Decoded weights are float16 in EXL2: 2^-11 of each.
-        assert loss(case, each.weight) <= loss(case, each.nearest) * (1 + 2**-11), each.kind
+        # Scales in bfloat16 have few bits left below float32's smallest normal numbers, whose squares these are.
+        assert loss(case, each.weight) <= loss(case, each.nearest) * (1 + 2**-11) + 2**-240, each.kind
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -19,7 +19,7 @@ from ....checkpoint.source.index import weight_headers
 from ....errors import CheckpointError, FormatError
 from ...model import QuantizedModel
 from ...overlaid import Overlaid
-from ..grid.packing import decode, unpack
+from ..grid.packing import decode, unpack_codes
 from ..grid.schemes import BITS, GROUPS, Scheme
 from .layout import Layout, StoredTensor
 from .manifest import Manifest, read_manifest
@@ -150,7 +150,7 @@ class MlxModel(QuantizedModel):
             module = name.removesuffix(".weight")
             words = self.stored.stored(name)
             scales, biases = (self.stored.tensor(f"{module}.{part}") for part in ("scales", "biases"))
-            codes = unpack(words.view(torch.int32).flatten(0, -2), scheme.bits)
+            codes = unpack_codes(words.view(torch.int32).flatten(0, -2), scheme.bits)
             values = decode(codes, scales.flatten(0, -2), biases.flatten(0, -2))
             self._last = name, values.view(*words.shape[:-1], values.shape[1])
         return self._last[1]

@@ -18,7 +18,7 @@ from ....checkpoint.source.language import LanguageModel
 from ....errors import FormatError, VerificationError
 from ....progress import Progress
 from ...model import Verification
-from ..grid.packing import decode, unpack
+from ..grid.packing import decode, unpack_codes
 from ..grid.schemes import Scheme
 from .layout import Layout
 from .manifest import MANIFEST_FILE, MANIFEST_VERSION
@@ -187,4 +187,4 @@ def _joined(layout: Layout, artifacts: Mapping[str, Artifact], name: str) -> Ite
 
 
 def _decoded_sha256(words: Tensor, scales: Tensor, biases: Tensor, scheme: Scheme) -> str:
-    return tensor_sha256(decode(unpack(words, scheme.bits), scales, biases))
+    return tensor_sha256(decode(unpack_codes(words, scheme.bits), scales, biases))

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["decode", "pack", "unpack"]
+__all__ = ["decode", "pack_codes", "unpack_codes"]
 
 _PIECE_ROWS = 4096
 """Rows that are packed or unpacked at a time: bits take eight times the room of codes."""
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Return codes as MLX stores them.
 
     Args:
@@ -38,8 +38,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return torch.from_numpy(packed.view("<i4"))
 
 
-def unpack(words: Tensor, bits: int) -> Tensor:
-    """Return the codes that ``pack`` packed, uint8, shape (out, K).
+def unpack_codes(words: Tensor, bits: int) -> Tensor:
+    """Return the codes that ``pack_codes`` packed, uint8, shape (out, K).
 
     Args:
         words: int32 or uint32, shape (out, K bits / 32), on the CPU.

@@ -75,7 +75,6 @@ class PlanProblem:
             )
         return target
 
-
     def best(self, target_bytes: int) -> Choice:
         """Return the choice of least damage, by places in each candidate's ``damages``.
 

@@ -15,10 +15,10 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
+from ...mlx_stand_in import play_mlx_lm
 from ...tiny_models import save_family, streamed_logits
 
 SaveModel = Callable[..., Path]
-Play = Callable[[Callable[[dict[str, Any]], dict[str, Any]]], None]
 
 TEXT = ("-r", 2, "-l", 32, "--device", "cpu")
 
@@ -29,7 +29,7 @@ def bpwise(*arguments: object) -> Result:
     return done
 
 
-def test_from_a_model_to_a_directory_and_back(save_model: SaveModel, tmp_path: Path, stand_in: Play) -> None:
+def test_from_a_model_to_a_directory_and_back(save_model: SaveModel, tmp_path: Path) -> None:
     model, output = save_model(tmp_path / "tiny"), tmp_path / "out"
     bpwise("measure", model, "-o", tmp_path / "m.safetensors", "--formats", "mlx", *TEXT)
     planned = bpwise("plan", tmp_path / "m.safetensors", "--format", "mlx", "--bpw", 5, "-o", tmp_path / "plan.json")
@@ -59,16 +59,14 @@ def test_from_a_model_to_a_directory_and_back(save_model: SaveModel, tmp_path: P
         groups = tensor["shape"][-1] // settings["group_size"]
         assert tensors[f"{module}.scales"].shape == (*tensor["shape"][:-1], groups)
     report = json.loads((output / "report.json").read_text())
-    assert report["comparison"]["summary"]["kl_nats"]["value"] < 0.05
+    assert 1 / 3 < report["comparison"]["summary"]["kl_nats"]["value"] / plan["predicted_damage_nats"] < 3
     assert "mlx_lm.generate" in (output / "README.md").read_text()
     dense = bpwise("dequantize", output, tmp_path / "dense")
     assert "dense float16 checkpoint" in dense.output
-    again = bpwise("quantize", model, output, "--format", "mlx", "--bpw", 5, "-m", tmp_path / "m.safetensors")
-    assert "finished" in again.output
 
 
 def test_experts_are_stacked_and_read_one_by_one(
-    byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, stand_in: Play
+    byte_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = save_family(tmp_path / "moe", "mixtral", byte_tokenizer)
 
@@ -83,7 +81,7 @@ def test_experts_are_stacked_and_read_one_by_one(
                 experts.setdefault(f"{block}.switch.{rest.partition('.')[2]}", []).append(tensor)
         return {**found, **{name: torch.stack(own) for name, own in experts.items()}}
 
-    stand_in(stacked)
+    play_mlx_lm(monkeypatch, stacked)
     bpwise("quantize", model, tmp_path / "out", "--format", "mlx", "--bpw", 6, "--no-eval", *TEXT)
     stored = load_file(tmp_path / "out" / "model.safetensors")
     (switch, *_) = [name for name in stored if ".switch." in name and name.endswith(".scales")]
@@ -98,7 +96,7 @@ def test_experts_are_stacked_and_read_one_by_one(
         assert float((read.tensor(name) - original.tensor(name).float()).abs().max()) < 0.2
 
 
-def test_a_changed_byte_is_noticed(save_model: SaveModel, tmp_path: Path, stand_in: Play) -> None:
+def test_a_changed_byte_is_noticed(save_model: SaveModel, tmp_path: Path) -> None:
     model, output = save_model(tmp_path / "tiny"), tmp_path / "out"
     bpwise("quantize", model, output, "--format", "mlx", "--bpw", 8, "--no-eval", *TEXT)
     path = output / "model.safetensors"
@@ -109,7 +107,7 @@ def test_a_changed_byte_is_noticed(save_model: SaveModel, tmp_path: Path, stand_
         verify_model(output)
 
 
-def test_a_tied_table_is_one_module(save_model: SaveModel, tmp_path: Path, stand_in: Play) -> None:
+def test_a_tied_table_is_one_module(save_model: SaveModel, tmp_path: Path) -> None:
     model = save_model(tmp_path / "tiny", tie_word_embeddings=True)
     bpwise("quantize", model, tmp_path / "out", "--format", "mlx", "--bpw", 6, "--no-eval", *TEXT)
     assert not any(name.startswith("lm_head") for name in load_file(tmp_path / "out" / "model.safetensors"))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from bpwise.convert.mlx.grid.packing import decode, pack, unpack
+from bpwise.convert.mlx.grid.packing import decode, pack_codes, unpack_codes
 from bpwise.convert.mlx.grid.schemes import BITS, SCHEMES, Scheme, scheme_named
 
 
@@ -15,17 +15,17 @@ def words_of(codes: list[int], bits: int) -> list[int]:
 @pytest.mark.parametrize("bits", BITS)
 def test_words_hold_the_codes_lowest_bits_first(bits: int) -> None:
     codes = torch.randint(0, 1 << bits, (3, 64), generator=torch.Generator().manual_seed(bits)).to(torch.uint8)
-    words = pack(codes, bits)
+    words = pack_codes(codes, bits)
     assert words.shape == (3, 64 * bits // 32)
     for row, found in zip(codes.tolist(), words.tolist(), strict=True):
         assert [word & 0xFFFFFFFF for word in found] == words_of(row, bits)
-    assert torch.equal(unpack(words, bits), codes)
-    assert torch.equal(unpack(words.view(torch.uint32), bits), codes)
+    assert torch.equal(unpack_codes(words, bits), codes)
+    assert torch.equal(unpack_codes(words.view(torch.uint32), bits), codes)
 
 
 def test_two_bits_as_mlx_itself_packs_them() -> None:
     # mlx.core.quantize of MLX 0.32.4: codes 3, 2, 1, 0 over and over.
-    assert pack(torch.tensor([[3, 2, 1, 0] * 8], dtype=torch.uint8), 2).tolist() == [[0x1B1B1B1B] * 2]
+    assert pack_codes(torch.tensor([[3, 2, 1, 0] * 8], dtype=torch.uint8), 2).tolist() == [[0x1B1B1B1B] * 2]
 
 
 def test_weights_are_scale_times_code_plus_bias() -> None:

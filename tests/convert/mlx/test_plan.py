@@ -33,7 +33,8 @@ def damages() -> dict[str, list[float]]:
         for number, linear in enumerate(tensor.linears):
             scale = 1.0 + len(name) + number
             found[linear] = [
-                scale * 4.0**-x.bits * (1 + x.group_size / 64) if x.fits(tensor.shape[-1]) else math.inf for x in SCHEMES
+                scale * 4.0**-x.bits * (1 + x.group_size / 64) if x.fits(tensor.shape[-1]) else math.inf
+                for x in SCHEMES
             ]
     return found
 
@@ -67,7 +68,7 @@ def test_overrides_leave_a_choice_and_are_refused_where_they_leave_none() -> Non
         "b.weight": {"4g32"},
         "experts.weight": {"6g32", "16"},
     }
-    with pytest.raises(ConfigError, match="b.weight has 96 input channels"):
+    with pytest.raises(ConfigError, match=r"b\.weight has 96 input channels"):
         plan_problem(layout(), damages(), overrides=[Override.parse("b=4g128")])
     with pytest.raises(ConfigError, match="no module has such a name"):
         plan_problem(layout(), damages(), overrides=[Override.parse("c=4")])
