@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from .errors import printable
 
-__all__ = ["AnyCell", "NotedCell", "Table", "bytes_text", "bytes_unit", "cell", "html_summary"]
+__all__ = ["AnyCell", "NotedCell", "Table", "bytes_text", "bytes_unit", "cell", "html_summary", "listed"]
 
 _MOST_CHARACTERS = 10_000
 _MOST_TERMINAL_CHARACTERS = 200
@@ -186,3 +186,9 @@ def _no_formula(text: str) -> str:
     except ValueError:
         return f"'{text}"
     return text
+
+
+def listed(words: Sequence[str]) -> str:
+    """Return words as a sentence lists them: ``a``, ``a and b``, ``a, b and c``."""
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last

@@ -15,6 +15,7 @@ import click
 from click.core import ParameterSource
 
 from ..convert.options import Conflict
+from ..tables import listed
 from .format_options import chosen_formats, owners
 
 __all__ = ["CONFLICTS", "refuse_without_effect"]
@@ -144,7 +145,7 @@ def refuse_without_effect(context: click.Context) -> None:
         if idle:
             have, them = ("has", "it") if len(idle) == 1 else ("have", "them")
             raise click.UsageError(
-                f"{' and '.join(idle)} {have} no effect {conflict.when}: {conflict.reason}. Leave {them} out.", context
+                f"{listed(idle)} {have} no effect {conflict.when}: {conflict.reason}. Leave {them} out.", context
             )
 
 
@@ -161,11 +162,11 @@ def _conflicts(command: str, parameters: Options) -> Iterator[Conflict]:
 
 def _of_formats(command: str, parameters: Options) -> Iterator[Conflict]:
     chosen, declared = chosen_formats(parameters), owners(command)
-    shown = " and ".join(each.title for each in chosen)
+    shown = listed([each.title for each in chosen])
     of_others: dict[str, list[str]] = {}
     for name, having in declared.items():
         if not any(each in having for each in chosen):
-            of_others.setdefault(" and ".join(each.title for each in having), []).append(name)
+            of_others.setdefault(listed([each.title for each in having]), []).append(name)
     for titles, names in of_others.items():
         yield Conflict(f"with an output in {shown}", _writes_one_format, tuple(names), f"for {titles} only")
     for each in chosen:

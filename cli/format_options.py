@@ -14,6 +14,7 @@ from ..convert.format import Format
 from ..convert.options import Command as CommandName
 from ..convert.options import FormatOptions, Option, options_of
 from ..convert.registry import format_named, format_naming, format_nearly_naming, formats
+from ..tables import listed
 from .types import EXISTING_DIRECTORY, EXISTING_FILE, MIB, MODEL, SIZE, Names
 
 __all__ = ["FORMAT_OPTION", "FormatChoice", "chosen_formats", "format_options", "owners", "take_recipe"]
@@ -184,7 +185,7 @@ def _refuse_two_meanings(command: CommandName, chosen: Sequence[Format], given: 
         }
         if given[name] and len(readings) > 1:
             raise click.UsageError(
-                f"--{name.replace('_', '-')} does not mean the same in {' and '.join(each.title for each in chosen)}. "
+                f"--{name.replace('_', '-')} does not mean the same in {listed([each.title for each in chosen])}. "
                 "Make one format after the other, with one --measurement."
             )
 

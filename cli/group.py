@@ -25,6 +25,7 @@ from typing import Any
 import click
 
 from ..errors import BpwiseError, BpwiseWarning, DiskFullError, reason
+from ..tables import listed
 from ..version import __version__
 from .allocator import give_back_large_blocks
 from .effects import refuse_without_effect
@@ -161,7 +162,7 @@ class _Command(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         command = str(self.name)
         sections = HELP.get(command, _NO_HELP).sections
-        headings = {name: " and ".join(each.title for each in declared) for name, declared in owners(command).items()}
+        headings = {name: listed([each.title for each in declared]) for name, declared in owners(command).items()}
         order = ("Options", "Target", *headings.values(), *sections)
         headings |= {name: heading for heading, names in sections.items() for name in names}
         records: dict[str, list[tuple[str, str]]] = {heading: [] for heading in order}

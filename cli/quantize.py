@@ -11,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from ..convert.registry import format_naming, formats
+from ..tables import listed
 from .format_options import FORMAT_OPTION, FormatChoice, format_options, take_recipe
 from .group import WAIT_OPTION, cli
 from .options import (
@@ -245,7 +246,7 @@ def _check_usage(output: Path | None, choice: FormatChoice, targets: TargetArgum
         raise click.UsageError("these options say all of one output. Leave them out, or the other formats.")
     without = [each.title for each in choice.formats if not set(targets.size_of or ()) <= set(each.size_names)]
     if without:
-        raise click.UsageError(f"--size-of names no sizes of {' and '.join(without)}. Give --bpw.")
+        raise click.UsageError(f"--size-of names no sizes of {listed(without)}. Give --bpw.")
     if several and output is None:
         raise click.UsageError(f"{several} make several outputs: name the directory for them, OUTPUT.")
     named = None if output is None else format_naming(output)

@@ -26,7 +26,7 @@ def test_quantize_has_its_options_under_headings() -> None:
     assert {"--bpw", "--max-size", "--vram", "--context"} <= found["Target"]
     assert {"--type", "--imatrix", "--no-feedback"} <= found["GGUF"]
     assert {"--head-bits", "--keep-fp16"} <= found["EXL2"]
-    assert "--override" in found["EXL2 and GGUF"]
+    assert "--override" in found["EXL2, GGUF and MLX"]
     assert {"--calibration", "--rows", "--damping"} <= found["Calibration"]
     assert {"--eval-text", "--no-eval"} <= found["Evaluation"]
     assert {"--device", "--work-dir", "--wait-for-space"} <= found["Machine"]

@@ -1,4 +1,4 @@
-"""What mlx-lm itself makes of our directories: names, shapes and numbers, in every family that it shares with the tests."""
+"""What mlx-lm itself makes of our directories: names, shapes and numbers, in every family that it knows."""
 
 from pathlib import Path
 
