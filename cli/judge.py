@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import WorkDirectoryError, install_command
+from ..tables import bytes_text
 from .group import cli
 from .options import (
     NO_CACHE_OPTION,
@@ -23,7 +24,7 @@ from .options import (
     original_options,
 )
 from .output import JSON_OPTION, note, progress_bar, say, say_json, say_shortened
-from .types import DIRECTORY, EXISTING_DIRECTORY, MIB, MODEL
+from .types import DIRECTORY, EXISTING_DIRECTORY, MODEL
 
 if TYPE_CHECKING:
     from ..checkpoint.source.checkpoint import TensorSource
@@ -59,7 +60,7 @@ def verify(model: Path | str, as_json: bool) -> None:
     outcome = "what was meant" if found.compared else "finite values by the format's rules (nothing to compare with)"
     say(f"{model}: {found.quantized} quantized and {found.others} other tensors decode to {outcome}.")
     rates = [f"{part} {bpw:.4f} bpw" for part, bpw in found.rates.items()]
-    say(", ".join((*rates, *found.facts, f"{found.file_bytes / MIB:.1f} MiB")))
+    say(", ".join((*rates, *found.facts, bytes_text(found.file_bytes))))
 
 
 def _config_options(command: Command) -> Command:

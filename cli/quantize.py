@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from ..convert.registry import format_naming, formats
+from ..tables import bytes_text
 from .format_options import FORMAT_OPTION, FormatChoice, format_options, take_recipe
 from .group import WAIT_OPTION, cli
 from .options import (
@@ -23,7 +24,7 @@ from .options import (
     original_options,
 )
 from .output import JSON_OPTION, RunBar, note, progress_bar, say, say_json, say_shortened, time_lines
-from .types import EXISTING_FILE, MIB, PATH, RATES, SIZE, TOKENS, Names
+from .types import EXISTING_FILE, PATH, RATES, SIZE, TOKENS, Names
 
 if TYPE_CHECKING:
     from ..checkpoint.source.checkpoint import Checkpoint
@@ -197,7 +198,7 @@ def quantize(
             outputs = [{"output": str(path), **each.to_dict()} for path, each in forecasts.items()]
             say_json("quantize", {"outputs": outputs, "warnings": warnings})
         else:
-            _print_forecasts(forecasts.values())
+            _print_forecasts(forecasts)
         return
     settings |= {
         "evaluate": evaluate or False,
@@ -306,21 +307,22 @@ def _forecasts(
     return with_times(forecasts, made_by, config, work, known=known, measurement=measurement, series=bool(series))
 
 
-def _print_forecasts(forecasts: Collection[Forecast]) -> None:
-    for forecast in forecasts:
-        _print_forecast(forecast)
-    for line in time_lines(part for forecast in forecasts for part in forecast.parts):
+def _print_forecasts(forecasts: Mapping[Path, Forecast]) -> None:
+    for output, forecast in forecasts.items():
+        _print_forecast(output, forecast)
+    for line in time_lines(part for forecast in forecasts.values() for part in forecast.parts):
         say(line)
 
 
-def _print_forecast(forecast: Forecast) -> None:
+def _print_forecast(output: Path, forecast: Forecast) -> None:
     from ..convert.plan import shown_range
 
     size = forecast.size
-    say(f"original      {forecast.original_bytes / MIB:10.1f} MiB")
-    say(f"quantized     {size.output_bytes / MIB:10.1f} MiB at {size.bpw:g} bpw")
+    say(f"output        {output}")
+    say(f"original      {bytes_text(forecast.original_bytes):>10}")
+    say(f"quantized     {bytes_text(size.output_bytes):>10} at {size.bpw:g} bpw")
     say(f"possible bpw  {shown_range(size.lowest_bpw, size.highest_bpw):>20}")
     for line in size.facts:
         say(f"              {line}")
-    say(f"memory        {forecast.memory_bytes / MIB:10.0f} MiB at most, roughly")
-    say(f"work on disk  {forecast.disk_bytes / MIB:10.0f} MiB at most, roughly")
+    say(f"memory        {bytes_text(forecast.memory_bytes):>10} at most, roughly")
+    say(f"work on disk  {bytes_text(forecast.disk_bytes):>10} at most, roughly")

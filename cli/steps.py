@@ -10,7 +10,7 @@ import click
 
 from ..convert.format import Export
 from ..convert.registry import formats
-from ..tables import Table
+from ..tables import Table, bytes_text
 from .format_options import FormatChoice, format_options
 from .group import WAIT_OPTION, cli
 from .options import (
@@ -21,7 +21,7 @@ from .options import (
     original_options,
 )
 from .output import JSON_OPTION, RunBar, say, say_json, say_shortened
-from .types import EXISTING_FILE, FILE, MIB, PATH, RATES, SIZE, TOKENS, Names
+from .types import EXISTING_FILE, FILE, PATH, RATES, SIZE, TOKENS, Names
 
 if TYPE_CHECKING:
     from ..convert.plan import Plan
@@ -189,10 +189,10 @@ def _plan_lines(plans: Mapping[Path, Plan]) -> list[str]:
     if not plans:
         return []
     rows = [
-        (f"{made.bpw:.4f}", f"{made.stored_bytes / MIB:.1f}", f"{made.damage_nats or 0:.6f}", str(path))
+        (f"{made.bpw:.4f}", bytes_text(made.stored_bytes), f"{made.damage_nats or 0:.6f}", str(path))
         for path, made in plans.items()
     ]
-    return Table.of(("bpw", "MiB", "damage, nats/token", "plan"), rows).to_lines()
+    return Table.of(("bpw", "size", "damage, nats/token", "plan"), rows).to_lines()
 
 
 def _export_command(export: Export) -> Callable[..., None]:

@@ -10,9 +10,10 @@ from torch import Tensor
 from ..checkpoint.files.operations import copy, make_directory
 from ..checkpoint.model.dtypes import FLOAT_DTYPES
 from ..checkpoint.source.hub import confined_file, side_files
-from ..errors import BpwiseError
+from ..errors import BpwiseError, NumericalError
+from ..measure.curves import CurveInputs
 
-__all__ = ["copy_side_files", "require_float16_range"]
+__all__ = ["copy_side_files", "require_float16_range", "require_float16_weights"]
 
 _FLOAT16_MAX = 65504.0
 
@@ -55,3 +56,16 @@ def require_float16_range(name: str, tensor: Tensor, error: type[BpwiseError]) -
             f"{name}: values range from {low} to {high}. Expected at most {_FLOAT16_MAX} in magnitude. "
             "Readers load this tensor as float16; the model cannot be stored without changing it."
         )
+
+
+def require_float16_weights(inputs: CurveInputs) -> None:
+    """Check that the weights of an input group can be loaded as float16.
+
+    Args:
+        inputs: The input group, whatever format its curves are for.
+
+    Raises:
+        NumericalError: A weight is beyond float16's range.
+    """
+    for name, weight in zip(inputs.names, inputs.weights, strict=True):
+        require_float16_range(f"{name}.weight", weight.float(), NumericalError)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..checkpoint.model.names import head_names
 from ..errors import CalibrationError, CheckpointError, VerificationError
-from ..tables import Table, html_summary
+from ..tables import Table, bytes_text, html_summary
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -175,7 +175,7 @@ class QuantizedModel(ABC):
         """Return what is in it."""
         bpw = self.stored_bpw()
         rows = tuple((name, f"{bpw[name]:.3f}") for name in bpw)
-        facts = (f"{len(bpw)} linears, {self.file_bytes / 2**20:.1f} MiB of tensors",)
+        facts = (f"{len(bpw)} linears, {bytes_text(self.file_bytes)} of tensors",)
         content = {"tensors_bytes": self.file_bytes, "linears": [{"name": name, "bpw": bpw[name]} for name in bpw]}
         table = Table(("linear", "bpw"), rows)
         return Description(kind=f"{self.format} model", facts=facts, table=table, content=content)

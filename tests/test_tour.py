@@ -118,7 +118,7 @@ def test_tour(run: Run) -> None:
         assert path.name in page
 
     # The last command says where they would go: all files into one repository with a front page.
-    assert len(re.findall(r"^  README\.md  \d+ bytes, the front page$", printed, re.MULTILINE)) == 1
+    assert len(re.findall(r"^  README\.md  \S+ kB, the front page$", printed, re.MULTILINE)) == 1
     repositories = set(re.findall(r"https://huggingface\.co/(\S+):", printed))
     assert repositories == {f"MYNAME/{base}-GGUF", *(f"MYNAME/{path.name}" for path in folders)}
     assert Path("plans.html").is_file()

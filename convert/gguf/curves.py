@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import NumericalError
 from ...measure.curves import CurveInputs, CurveMaker, LinearCurves, TableInputs
-from ..carry import require_float16_range
+from ..carry import require_float16_weights
 from .ggml.curves import measure_embeddings, measure_tied_table, measure_types, tied_gram
 from .ggml.kernels import build_tables
 from .ggml.types import GgmlType
@@ -66,8 +65,7 @@ class GgufCurves(CurveMaker):
         Raises:
             NumericalError: A weight is beyond float16's range.
         """
-        for name, weight in zip(inputs.names, inputs.weights, strict=True):
-            require_float16_range(f"{name}.weight", weight.float(), NumericalError)
+        require_float16_weights(inputs)
         parts = [self.layout.rows.parts(name) for name in inputs.names]
         measured = [[torch.empty(0, len(self.kinds)) for _ in own] for own in parts]
         dampings = [inputs.damping] * len(parts)

@@ -34,9 +34,9 @@ ternary ones promise types that a mixed file does not hold to. With each its nom
 without one)."""
 
 _MISLEADING_BITS = 1.0
-"""A model that one of the mixtures makes larger or smaller than nominal by more bits per weight is labelled by nominal
-sizes. K types do not fit its rows, so that llama.cpp falls back to larger types, or most of it is a token table: SmolLM2
-135M takes 5.0 bits as IQ2_M, and a file that good would not be found under that name. Others differ by 0.4 at most."""
+"""If a mixture is off its nominal size by more bits per weight in a model, the model's files are labelled by nominal
+sizes. K types do not fit its rows, so llama.cpp falls back to larger ones, or most of it is a token table: SmolLM2-135M
+takes 5.0 bits as IQ2_M, and nobody looks for so good a file under that name. Others are off by 0.4 at most."""
 
 _ARCHITECTURES = {
     **dict.fromkeys(("llama", "mistral", "mixtral"), "llama"),

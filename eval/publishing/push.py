@@ -53,8 +53,8 @@ class Upload:
 
     @property
     def total_bytes(self) -> int:
-        """Size of all files."""
-        return sum(path.stat().st_size for _, path in self.files)
+        """Size of all files, the front page included."""
+        return sum(path.stat().st_size for _, path in self.files) + sum(map(len, self.pages().values()))
 
     def contents(self) -> Iterator[tuple[str, str | bytes]]:
         """Yield the path in the repository and the path here, or the content of what is made for the repository."""
@@ -77,8 +77,8 @@ class Upload:
         lines = [f"{self.output} -> https://huggingface.co/{where}: {bytes_text(self.total_bytes)}"]
         if not any(".report." in f".{name}" for name, _ in self.files) and len(self.files) > 1:
             lines.append("  warning: it was not compared with the original")
-        lines += [f"  {name}  {path.stat().st_size} bytes" for name, path in self.files]
-        lines += [f"  {name}  {len(content)} bytes, the front page" for name, content in self.pages().items()]
+        lines += [f"  {name}  {bytes_text(path.stat().st_size)}" for name, path in self.files]
+        lines += [f"  {name}  {bytes_text(len(content))}, the front page" for name, content in self.pages().items()]
         return [*lines, *(f"  not published: {name}" for name in self.left_out)]
 
     def to_dict(self) -> dict[str, Any]:

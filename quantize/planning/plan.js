@@ -72,6 +72,9 @@ function offer() {
   context.replaceChildren(new Option("no tokens (tensors alone)", ""), ...lengths.map((length) => new Option(`${length} tokens`, length)));
   context.value = lengths.includes(before) ? before : "";
   document.getElementById("context-label").hidden = lengths.length === 0;
+  const points = plans[chosen()];
+  const middle = points[Math.floor(points.length / 2)].stored_bytes / page.unit_bytes;
+  memory.placeholder = Number(middle.toPrecision(2));
   fit();
 }
 

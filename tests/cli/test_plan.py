@@ -48,9 +48,9 @@ def test_several_bitrates(measured: Path) -> None:
     result = plan(measured, "--bpw", "6,5,4")
     assert result.exit_code == 0, result.stderr
     header, *lines = result.stdout.splitlines()
-    assert header.split() == ["bpw", "MiB", "damage,", "nats/token", "plan"]
+    assert header.split() == ["bpw", "size", "damage,", "nats/token", "plan"]
     assert all(asked - 0.5 < bpw <= asked for asked, bpw in zip((6, 5, 4), sizes(lines), strict=True))
-    damages = [float(line.split()[2]) for line in lines]
+    damages = [float(line.split()[3]) for line in lines]
     assert damages == sorted(damages)
     for rate in (6, 5, 4):
         assert json.loads(measured.with_name(f"plan-{rate}.json").read_text())["target_bpw"] == rate

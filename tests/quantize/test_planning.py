@@ -146,6 +146,10 @@ def test_a_size_is_chosen_in_a_browser(measurement: Measurement, opened: Opened)
     points = points_of(measurement, "exl2")
     assert opened["bpw"] == "4.5 bpw"
     assert opened["command"] == "bpwise quantize 'm s' 'm s-4.5bpw-exl2' --bpw 4.5 --measurement 'm s.safetensors'"
+    example = float(
+        opened.browser.find_element("id", "memory").get_attribute("placeholder")
+    )  # in MB, as its label says
+    assert points[0].plan.stored_bytes < 1e6 * example < points[-1].plan.stored_bytes
     assert opened.marked().startswith("EXL2")
     assert "at 4.5 bpw" in opened.marked()
     opened.act("#slider", str(len(points) - 1))

@@ -17,14 +17,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ....errors import NumericalError
 from ....linalg.hessian import factor_hessian, inverse_diagonal
 from ....linalg.parallel import run_all
 from ....linalg.row_groups import grouped_rows, row_powers
 from ....linalg.sampling import systematic_sample
 from ....measure.curves import CurveInputs, LinearCurves
 from ....measure.model.batches import check_finite
-from ...carry import require_float16_range
+from ...carry import require_float16_weights
 from ..file.layout import group_rows
 from .feedback import errors_by_group
 
@@ -51,8 +50,7 @@ def measure_curves(inputs: CurveInputs, widths: Sequence[int], group_size: int) 
         NumericalError: A weight is beyond float16's range, or a damage is NaN or infinite.
     """
     gram, fishers = inputs.gram, inputs.fishers
-    for name, weight in zip(inputs.names, inputs.weights, strict=True):
-        require_float16_range(f"{name}.weight", weight.float(), NumericalError)
+    require_float16_weights(inputs)
     costs = inverse_diagonal(inputs.hessian.factor(inputs.damping)).reciprocal()
     orders = [
         grouped_rows(costs, row_powers(weight, fisher), group_size)

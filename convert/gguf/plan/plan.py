@@ -15,7 +15,7 @@ import msgspec
 from ....checkpoint.files.atomic import write_json
 from ....checkpoint.files.schemas import Count, Number, Positive, check_schema, checksummed
 from ....errors import ConfigError, FormatError
-from ....tables import Table
+from ....tables import Table, bytes_text
 from ...model import Description
 from ...plan import LinearCost, Plan
 from ..ggml.types import TYPES, GgmlType, ggml_type
@@ -205,8 +205,8 @@ class GgufPlan(Plan):
         return Description(
             kind="GGUF plan",
             facts=(
-                f"{self.bpw:.4f} bits per weight over all tensors, {self.stored_bytes / 2**20:.1f} MiB (at most "
-                f"{self.target_bytes / 2**20:.1f} MiB asked)",
+                f"{self.bpw:.4f} bits per weight over all tensors, {bytes_text(self.stored_bytes)} (at most "
+                f"{bytes_text(self.target_bytes)} asked)",
                 f"predicted damage {self.damage_nats:.6f} nats/token (no plan of this size can go below "
                 f"{self.lower_bound_nats:.6f})",
                 f"weights: {shares}",
@@ -262,5 +262,5 @@ class GgufPlan(Plan):
 def _plain_fact(plain: Sequence[TensorPlan]) -> str:
     names = ", ".join(tensor.name for tensor in plain[:_SHOWN_PLAIN])
     more = f" and {len(plain) - _SHOWN_PLAIN} more" if len(plain) > _SHOWN_PLAIN else ""
-    size = sum(tensor.stored_bytes for tensor in plain) / 2**20
-    return f"not measured, rounded by ggml alone: {len(plain)} tensors of {size:.1f} MiB ({names}{more})"
+    size = bytes_text(sum(tensor.stored_bytes for tensor in plain))
+    return f"not measured, rounded by ggml alone: {len(plain)} tensors of {size} ({names}{more})"

@@ -90,7 +90,15 @@ class Narrow(Shapes):
 
 @pytest.mark.parametrize(
     ("bpw", "label"),
-    [(3.0, "IQ2_M"), (4.0, "Q3_K_M"), (4.5, "IQ4_XS"), (5.0, "Q4_K_M"), (5.5, "Q5_K_S"), (6.0, "Q5_K_M"), (8.0, "Q8_0")],
+    [
+        (3.0, "IQ2_M"),
+        (4.0, "Q3_K_M"),
+        (4.5, "IQ4_XS"),
+        (5.0, "Q4_K_M"),
+        (5.5, "Q5_K_S"),
+        (6.0, "Q5_K_M"),
+        (8.0, "Q8_0"),
+    ],
 )
 def test_where_k_types_do_not_fit_nominal_sizes_label_a_file(bpw: float, label: str) -> None:
     narrow = ComingSizes(LanguageModel(Narrow()))  # type: ignore[arg-type]
