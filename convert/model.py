@@ -51,7 +51,7 @@ class Verification:
         others: Number of other tensors that were read.
         rates: Bits per weight with all overheads, by part of the model; the first is what a target in bits means.
         file_bytes: Size of all files with tensors, in bytes.
-        compared: Whether everything was compared with what was meant. Otherwise only the format's rules were checked,
+        compared: Whether everything was compared with what was written. Otherwise only the format's rules were checked,
             and that all values are finite.
         facts: What else there is to say, as lines.
         warnings: What could not be checked, as lines.

@@ -47,14 +47,14 @@ from .model.mapping import ROWS, kept_map, require_held
 from .model.reader import GgufModel
 from .options import GgufOptions
 from .plan.layout import Layout
-from .plan.making import make_gguf_plan
+from .plan.making import bytes_for_vram, make_gguf_plan
 from .plan.measured import gguf_curves
 from .plan.plan import GgufPlan
 from .plan.problem import PlanProblem, measured_problem
 from .rounder import GgufRounder, rounded_matrices, tensor_distances
 from .rows.rowmap import RowMap
 from .rows.text import map_to_text
-from .sizes import coming_problem, largest_file, room_for_tensors
+from .sizes import coming_problem, largest_file, room_for_tensors, room_in_vram
 from .tuning import TunedGguf, tune_gguf
 
 __all__ = ["GgufConversion"]
@@ -170,7 +170,7 @@ class GgufConversion(BasedConversion):
         assert measurement is not None
         assert target is not None
         _require_measured(self.base, self.layout, measurement)
-        tensor_bytes = self._tensor_bytes(target, provenance)
+        tensor_bytes = self._tensor_bytes(target, provenance, measurement)
         overrides = self.options.choices
         return make_gguf_plan(
             measurement, bpw=target.bpw, tensor_bytes=tensor_bytes, overrides=overrides, layout=self.layout
@@ -230,12 +230,15 @@ class GgufConversion(BasedConversion):
     def _tensor_bytes(
         self, target: Target, provenance: Provenance | None, measured: Measurement | None = None
     ) -> int | None:
-        # What a largest size leaves for tensors beside the file's own metadata, as far as these are known; None where
-        # bits per weight are asked for.
+        # What a largest size leaves for tensors beside the file's own metadata, which is in no GPU, as far as these are
+        # known; None where bits per weight are asked for.
+        if target.vram_bytes is not None and measured is not None:
+            layout = None if self._base is None else self.layout
+            return bytes_for_vram(measured, room_in_vram(target, self.source), self.options.choices, layout)
         max_bytes = largest_file(target, self.source, None if self._base is None else self.header)
         if max_bytes is not None and self._base is None and measured is not None and target.size_of is None:
             return max_bytes - gguf_curves(measured).layout.overhead_bytes
-        if max_bytes is None or provenance is None or self._base is None:
+        if max_bytes is None or provenance is None or self._base is None or target.vram_bytes is not None:
             return max_bytes
         return room_for_tensors(max_bytes, self.header, _metadata(provenance, self.header, self.layout.rows))
 

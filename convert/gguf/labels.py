@@ -109,7 +109,7 @@ class ComingSizes:
         own = {name: 8 * self.tensor_bytes[name] / self.weights for name in LABELS}
         misleading = any(abs(own[name] - nominal) > _MISLEADING_BITS for name, nominal in LABELS.items())
         sizes = LABELS if misleading else own
-        return min(reversed(sizes), key=lambda name: abs(sizes[name] - wanted))
+        return min(reversed(list(sizes)), key=lambda name: abs(sizes[name] - wanted))
 
 
 def tensors_bytes(header: GgufHeader, types: Mapping[str, GgmlType]) -> int:

@@ -103,7 +103,7 @@ def test_older_measurements_have_no_config(measured: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        (("--bpw", "4", "--vram", "8GB"), "a plan needs one target"),
+        (("--bpw", "4", "--vram", "8GB"), "give only one of --bpw, --max-size and --vram"),
         (("--bpw", "4", "--context", "4k"), "--context has no effect without --vram"),
         (("--bpw", "4", "--cache-bits", "8"), "--cache-bits has no effect without --vram"),
         ((), "give --bpw, --max-size or --vram"),

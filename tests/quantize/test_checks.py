@@ -356,6 +356,7 @@ class TestBeforeAnythingIsConverted:
             monkeypatch.setattr(
                 "bpwise.convert.gguf.conversion.GgufConversion.prepare", lambda *_: pytest.fail("was converted first")
             )
+
         def load(name: str, *_: Any, **__: Any) -> None:
             raise FileNotFoundError(f"{name} doesn't exist on the Hub")
 

@@ -69,7 +69,7 @@ def verification_of(header: GgufHeader, *, compared: bool, warnings: tuple[str, 
 
     Args:
         header: The file's, all of whose tensors were read back.
-        compared: Whether they were compared with what was meant.
+        compared: Whether they were compared with what was intended.
         warnings: What could not be checked, as lines.
     """
     tensors = header.tensors.values()

@@ -20,9 +20,12 @@ from ...model import Description
 from ...plan import LinearCost, Plan
 from ..ggml.types import TYPES, GgmlType, ggml_type
 
-__all__ = ["PLAN_VERSION", "GgufPlan", "TensorPlan", "TypeOverride", "type_shares"]
+__all__ = ["EMBEDDINGS", "HEAD", "PLAN_VERSION", "GgufPlan", "TensorPlan", "TypeOverride", "type_shares"]
 
 PLAN_VERSION = 3
+
+EMBEDDINGS, HEAD = "token_embd.weight", "output.weight"
+"""The table of token embeddings and the output head; without the second the first is both."""
 
 _REMEDY = "The plan is damaged: make it again with `bpwise plan`."
 
@@ -194,6 +197,12 @@ class GgufPlan(Plan):
         return tuple(
             LinearCost(x.name.removesuffix(".weight"), x.kind.bits_per_weight, x.damage_nats) for x in self.tensors
         )
+
+    @property
+    def vram_bytes(self) -> int:
+        """Size of all tensors but the table of embeddings, which is in main memory unless it is the head, too."""
+        sizes = {tensor.name: tensor.stored_bytes for tensor in self.tensors}
+        return self.stored_bytes - (sizes.get(EMBEDDINGS, 0) if HEAD in sizes else 0)
 
     def identity(self) -> Any:
         """Return the measurement behind the plan, and all types."""
