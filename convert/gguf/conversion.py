@@ -25,6 +25,7 @@ from .file.metadata import (
     CALIBRATION_KEY,
     DIGEST_KEY,
     DIGEST_ROOM,
+    EFFORT_KEY,
     LIMITS_KEY,
     MAP_KEY,
     RUN_KEY,
@@ -223,7 +224,7 @@ class GgufConversion(BasedConversion):
             encoded={} if rounded is None else _encoded(rounded, plan, rows),
             distances={} if rounded is None else tensor_distances(rounded, rows),
             importance=importance.mean_squares,
-            metadata=_metadata(provenance, self.header, rows, entries=len(importance.sums)),
+            metadata=_metadata(provenance, self.header, rows, self.options.effort, entries=len(importance.sums)),
             threads=cores(),
         )
 
@@ -240,7 +241,8 @@ class GgufConversion(BasedConversion):
             return max_bytes - gguf_curves(measured).layout.overhead_bytes
         if max_bytes is None or provenance is None or self._base is None or target.vram_bytes is not None:
             return max_bytes
-        return room_for_tensors(max_bytes, self.header, _metadata(provenance, self.header, self.layout.rows))
+        metadata = _metadata(provenance, self.header, self.layout.rows, self.options.effort)
+        return room_for_tensors(max_bytes, self.header, metadata)
 
 
 def _size_forecast(problem: PlanProblem, wanted: int, bpw: float | None) -> SizeForecast:
@@ -270,7 +272,9 @@ def _encoded(rounded: RoundedModel, plan: GgufPlan, rows: RowMap) -> dict[str, C
     }
 
 
-def _metadata(provenance: Provenance, base: GgufHeader, rows: RowMap, *, entries: int = 0) -> dict[str, Any]:
+def _metadata(
+    provenance: Provenance, base: GgufHeader, rows: RowMap, effort: str, *, entries: int = 0
+) -> dict[str, Any]:
     # Entries: tensors whose importances are known; the size of what is returned does not depend on it.
     datasets, chunks = (provenance.calibration_text,), provenance.calibration_shape[0]
     return {
@@ -282,5 +286,6 @@ def _metadata(provenance: Provenance, base: GgufHeader, rows: RowMap, *, entries
         CALIBRATION_KEY: provenance.calibration_text,
         SPANS_KEY: provenance.calibration_spans,
         DIGEST_KEY: DIGEST_ROOM,
+        **({EFFORT_KEY: effort} if effort == "high" else {}),
         **({LIMITS_KEY: "\n".join(provenance.warnings)} if provenance.warnings else {}),
     }

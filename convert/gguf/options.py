@@ -60,7 +60,7 @@ class GgufOptions(FormatOptions):
         "--no-feedback",
         default=True,
         kind="negated",
-        help="Let ggml round without error feedback. Takes seconds, not minutes; KL divergence is two to three times higher.",
+        help="Let ggml round, without error feedback: seconds, not minutes, but two to three times the KL divergence.",
     )
     effort: Effort = effort_option()
     mixture: str | None = option(
