@@ -11,6 +11,7 @@ from ...checkpoint.source.language import LanguageModel, language_model
 from ...checkpoint.source.linears import Linear, model_linears
 from ...errors import BudgetError, ConfigError
 from ...measure.text.context import context_tokens
+from ...tables import bytes_text
 from ..conversion import Conversion, Target
 from ..names import size_text
 from .file.header import GgufHeader
@@ -108,8 +109,8 @@ def room_for_tensors(max_bytes: int, header: GgufHeader, metadata: Mapping[str, 
     room = max_bytes - (overhead - tensors) - ALIGNMENT_BYTES * len(header.tensors)
     if room <= 0:
         raise BudgetError(
-            f"a file of {max_bytes} bytes has no room for tensors: metadata and vocabulary take "
-            f"{max_bytes - room}. Ask for a larger file."
+            f"a file of {bytes_text(max_bytes)} has no room for tensors: metadata and vocabulary take "
+            f"{bytes_text(max_bytes - room)}. Ask for a larger file."
         )
     return room
 
