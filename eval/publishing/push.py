@@ -136,7 +136,7 @@ def plan_uploads(outputs: Sequence[Path], target: str, *, by_branch: bool = Fals
     owner, _, name = target.partition("/")
     if not HUB_ID.fullmatch(target if name else f"{target}NAME"):
         raise PublishError(
-            f"{target}: no place on the Hub. Expected ORG/NAME, or ORG/ to name it by convention. Choose another name."
+            f"{target}: not the name of a repository. Expected ORG/NAME, or ORG/ for a conventional name. Choose another."
         )
     for output in outputs:
         _check(output)
@@ -243,8 +243,8 @@ def _check(output: Path) -> None:
         raise PublishError(f"{output}: not published, it is marked as broken. {reason}")
     if not card_path(output).is_file():
         raise PublishError(
-            f"{output}: not published, it has no model card {card_path(output).name}. Run `bpwise card`, or finish the "
-            "run."
+            f"{output}: not published, it has no model card {card_path(output).name}. Run `bpwise card {output.name} "
+            "--original MODEL`, or finish the run."
         )
     format_ = require_format(output)
     if not format_.verify(output).compared and format_.keeps_digests:

@@ -45,7 +45,7 @@ TASKS_NOTE = (
 )
 
 NEEDLE_NOTE = (
-    "A sentence with a secret number is hidden somewhere in a text, which ends with the beginning of the same sentence. "
+    "A sentence with a secret number is hidden somewhere in a text, which ends with the beginning of that sentence. "
     "Found: greedy decoding completes the number, which base models can do as well as chat models. Nats: negative "
     "log-likelihood of the number. ± is one standard error, treating texts as independent; changes are paired over the "
     "same prompts."

@@ -36,11 +36,11 @@ from .verdict import headline, sentence, verdict_sentence
 __all__ = ["joint_lines", "markdown_report", "summary_lines"]
 
 _ERRORS_NOTE = (
-    "Numbers after ± are one standard error; in brackets after KL is its 95 % confidence interval. Both treat sequences, "
-    "not tokens, as independent, because the tokens of a sequence are alike; differences are paired on the same tokens. "
-    "In brackets after a perplexity: the difference from the original. Δp: change in the true token's probability, root "
-    "mean square and mean. Top-5: share of the original's five most likely tokens that are also among the quantized "
-    "model's five."
+    "Numbers after ± are one standard error; in brackets after KL is its 95 % confidence interval. Both treat "
+    "sequences, not tokens, as independent, because the tokens of a sequence are alike; differences are paired on the "
+    "same tokens. In brackets after a perplexity: the difference from the original. Δp: change in the true token's "
+    "probability, root mean square and mean. Top-5: share of the original's five most likely tokens that are also "
+    "among the quantized model's five."
 )
 
 

@@ -69,7 +69,7 @@ KNOWN_NOTE = (
 )
 
 _MEANINGS = (
-    ("KL divergence", "How far the model's predictions are from the original's, averaged over all tokens; 0 means equal. "
+    ("KL divergence", "How far the model's predictions are from the original's, averaged over all tokens; 0: equal. "
      "The best single number: it reflects every change of a prediction, even if the most likely token stays the same."),
     ("top-1 agreement", "How often both models agree on the most likely next token."),
     ("perplexity", "How surprised a model is by the text. Noisy: a worse model can score lower by chance."),
