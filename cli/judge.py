@@ -274,7 +274,7 @@ def _compared_in_engine(
     from ..eval.engines.engine import evaluate_in_engine
 
     if base is None:
-        raise click.UsageError("--engine llama.cpp needs --base: the original as an unquantized GGUF file.")
+        raise click.UsageError("--engine llama.cpp needs --base: the original, unquantized, in llama.cpp's format.")
     file = locate_model(base)
     return [
         evaluate_in_engine(source, model, config, progress_bar, base=file, llama_cpp=llama_cpp) for model in quantized

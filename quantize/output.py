@@ -134,9 +134,7 @@ class _OutputRun:
             plan = conversion.finished_plan(output, self._work / PLAN_FILE)
         except (FormatError, CalibrationError):
             return None
-        if not record.is_from(plan):
-            return None
-        made = not conversion.measures or output_of(output, job.config.format, record.run)
+        made = record.is_from(plan) and (not conversion.measures or output_of(output, job.config.format, record.run))
         return (output, plan) if made else None
 
     def _command(self) -> str:

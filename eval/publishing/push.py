@@ -136,7 +136,7 @@ def plan_uploads(outputs: Sequence[Path], target: str, *, by_branch: bool = Fals
     owner, _, name = target.partition("/")
     if not HUB_ID.fullmatch(target if name else f"{target}NAME"):
         raise PublishError(
-            f"{target}: not the name of a repository. Expected ORG/NAME, or ORG/ for a conventional name. Choose another."
+            f"{target}: not the name of a repository. Expected ORG/NAME, or ORG/ for a conventional name. Change it."
         )
     for output in outputs:
         _check(output)

@@ -37,7 +37,7 @@ def test_what_is_no_bitrate_is_refused() -> None:
 
 
 DEFAULTS = {
-    "--format": "as OUTPUT's name, --type or --size-of says, else exl2",
+    "--format": "what OUTPUT's name, --type or --size-of implies, else exl2",
     "--head-bits": "6",
     "--override": None,
     "--keep-fp16": None,
@@ -49,7 +49,7 @@ DEFAULTS = {
     "--no-feedback": None,
     "--type": None,
     "--imatrix": None,
-    "--llama-cpp": "one fetched from PyPI",
+    "--llama-cpp": "fetched from PyPI",
     "--backend": None,
     "--base": None,
     "--split-max-size": "48GB",

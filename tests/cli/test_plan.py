@@ -59,7 +59,7 @@ def test_several_bitrates(measured: Path) -> None:
 def test_several_in_a_directory(measured: Path, tmp_path: Path) -> None:
     assert plan(measured, "--bpw", "4,5", "-o", tmp_path / "plans").exit_code == 0
     assert sorted(path.name for path in (tmp_path / "plans").iterdir()) == ["plan-4.json", "plan-5.json"]
-    assert "several plans need a directory" in plan(measured, "--bpw", "4,5", "-o", measured).stderr
+    assert "several plans need a folder" in plan(measured, "--bpw", "4,5", "-o", measured).stderr
     assert plan(measured, "--bpw", "4,5", "-o", measured / "below").stderr.startswith("Error: ")
     assert "is a directory. Name a file" in plan(measured, "--bpw", "4", "-o", tmp_path / "plans").stderr
 

@@ -304,7 +304,7 @@ def test_refused(
 def test_places_that_are_none(output: Path, hub: FakeHub, target: str) -> None:
     result = push(output, "--", target)
     assert result.exit_code == 1
-    assert "no place on the Hub" in result.stderr
+    assert "not the name of a repository" in result.stderr
     assert hub.repos == {}
 
 
