@@ -313,16 +313,17 @@ def _forecasts(
 
 def _print_forecasts(forecasts: Mapping[Path, Forecast]) -> None:
     for output, forecast in forecasts.items():
-        _print_forecast(output, forecast)
+        if len(forecasts) > 1:
+            say(f"output        {output}")
+        _print_forecast(forecast)
     for line in time_lines(part for forecast in forecasts.values() for part in forecast.parts):
         say(line)
 
 
-def _print_forecast(output: Path, forecast: Forecast) -> None:
+def _print_forecast(forecast: Forecast) -> None:
     from ..convert.plan import shown_range
 
     size = forecast.size
-    say(f"output        {output}")
     say(f"original      {bytes_text(forecast.original_bytes):>10}")
     say(f"quantized     {bytes_text(size.output_bytes):>10} at {size.bpw:g} bpw")
     say(f"possible bpw  {shown_range(size.lowest_bpw, size.highest_bpw):>20}")

@@ -376,7 +376,6 @@ class TestDryRun:
         assert lines["possible bpw"][2] == f"{math.ceil(highest * 10_000) / 10_000:.4f}"
         original = sum(t.numel() * t.element_size() for t in load_file(tiny_model / "model.safetensors").values())
         written = sum(t.numel() * t.element_size() for t in load_file(finished / "output.safetensors").values())
-        assert lines["output"] == [str(tmp_path / "out")]
         assert lines["original"] == [f"{original / 1000:.1f}", "kB"]
         assert lines["quantized"][1] == "kB"
         assert float(lines["quantized"][0]) == pytest.approx(written / 1000, rel=0.01)  # headers come on top
