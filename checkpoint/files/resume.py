@@ -188,7 +188,7 @@ def locked_work(work: Path) -> Iterator[None]:
         try:
             yield
         except KeyboardInterrupt as stop:
-            stop.args = (f"The same command goes on where it stopped, from what is finished in {shown(work)}.",)
+            stop.args = (f"Run the same command to resume. Finished work is kept in {shown(work)}.",)
             raise
     if emptied:
         with suppress(OSError):

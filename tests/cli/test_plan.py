@@ -61,7 +61,7 @@ def test_several_in_a_directory(measured: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "plans").iterdir()) == ["plan-4.json", "plan-5.json"]
     assert "several plans need a folder" in plan(measured, "--bpw", "4,5", "-o", measured).stderr
     assert plan(measured, "--bpw", "4,5", "-o", measured / "below").stderr.startswith("Error: ")
-    assert "is a directory. Name a file" in plan(measured, "--bpw", "4", "-o", tmp_path / "plans").stderr
+    assert "is a directory. Expected a file" in plan(measured, "--bpw", "4", "-o", tmp_path / "plans").stderr
 
 
 def test_an_impossible_one_of_several_leaves_nothing(measured: Path, tmp_path: Path) -> None:

@@ -321,7 +321,7 @@ class TestInterrupted:
             patch.setattr("bpwise.cli.quantize.RunBar", lambda: progress)
             result = bpwise(*arguments)
         assert result.exit_code == 130
-        kept = f"Stopped. The same command goes on where it stopped, from what is finished in {tmp_path / 'out.work'}."
+        kept = f"Stopped. Run the same command to resume. Finished work is kept in {tmp_path / 'out.work'}."
         assert result.stderr.splitlines()[-1] == kept
         # Complete or not there: only once it is written and verified.
         assert (tmp_path / "out").exists() == stage.startswith("evaluate")

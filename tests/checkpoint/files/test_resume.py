@@ -193,7 +193,7 @@ class TestClaim:
         assert list(tmp_path.iterdir()) == []
 
     def test_ctrl_c_tells_where_the_work_is(self, tmp_path: Path) -> None:
-        sentence = f"The same command goes on where it stopped, from what is finished in {tmp_path}"
+        sentence = f"Run the same command to resume. Finished work is kept in {tmp_path}"
         with pytest.raises(KeyboardInterrupt, match=re.escape(sentence)), locked_work(tmp_path):
             raise KeyboardInterrupt
 
