@@ -123,7 +123,7 @@ class FormatError(BpwiseError):
 
 
 class VerificationError(BpwiseError):
-    """A written model does not decode to what was meant."""
+    """A written model does not decode to what was intended."""
 
 
 class WorkDirectoryError(BpwiseError):

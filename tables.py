@@ -126,7 +126,11 @@ def cell(text: str) -> str:
 
 
 def bytes_text(count: int) -> str:
-    """Return a size as people read it: ``85.9 MB``, ``4.58 GB``."""
+    """Return a size as people read it: ``812 bytes``, ``3.4 kB``, ``85.9 MB``, ``4.58 GB``."""
+    if count < 1000:
+        return f"{count} byte{'' if count == 1 else 's'}"
+    if count < 999_950:
+        return f"{count / 1000:.1f} kB"
     unit, size = bytes_unit(count)
     return f"{count / size:.{2 if unit == 'GB' else 1}f} {unit}"
 

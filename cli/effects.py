@@ -52,13 +52,19 @@ _MEASURING = (*_TEXT, "damping", "moe_calibrate_all")
 _RUNNING = ("device", "offload_dir")
 
 _SAVED_ROWS = Conflict(
-    "with a saved calibration set", _saved_rows, ("column", "chat_template", "rows", "row_tokens"), "it holds the rows"
+    "with a saved calibration set",
+    _saved_rows,
+    ("column", "chat_template", "rows", "row_tokens"),
+    "it already contains the sequences",
 )
 _PLAIN_ROWS = Conflict(
-    "with a .txt file", lambda options: _is_plain(options["calibration"]), ("column", "chat_template"), "it is all text"
+    "with a .txt file",
+    lambda options: _is_plain(options["calibration"]),
+    ("column", "chat_template"),
+    "it has no columns",
 )
 _NO_TEXT = Conflict(
-    "without --calibration", _missing("calibration"), ("column", "chat_template"), "the built-in text is plain"
+    "without --calibration", _missing("calibration"), ("column", "chat_template"), "the built-in text has no columns"
 )
 
 CONFLICTS: Mapping[str, tuple[Conflict, ...]] = {
@@ -67,13 +73,13 @@ CONFLICTS: Mapping[str, tuple[Conflict, ...]] = {
             "with --measurement",
             _given("measurement"),
             _MEASURING,
-            "it brings its own calibration rows and damping",
+            "it has its own calibration text and damping",
         ),
         _SAVED_ROWS,
         _PLAIN_ROWS,
         _NO_TEXT,
-        Conflict("without --vram", _missing("vram"), ("context",), "only the memory of a GPU holds a cache"),
-        Conflict("without --dry-run", _missing("dry_run"), ("as_json",), "a run writes report.json"),
+        Conflict("without --vram", _missing("vram"), ("context",), "it only matters for GPU memory"),
+        Conflict("without --dry-run", _missing("dry_run"), ("as_json",), "a run writes report.json instead"),
     ),
     "measure": (_SAVED_ROWS, _PLAIN_ROWS, _NO_TEXT),
     "plan": (
@@ -83,7 +89,7 @@ CONFLICTS: Mapping[str, tuple[Conflict, ...]] = {
             ("saved", "output_format"),
             "the page shows all sizes and formats",
         ),
-        Conflict("without --vram", _missing("vram"), ("context",), "only the memory of a GPU holds a cache"),
+        Conflict("without --vram", _missing("vram"), ("context",), "it only matters for GPU memory"),
     ),
     "eval": (
         Conflict(
@@ -99,8 +105,8 @@ CONFLICTS: Mapping[str, tuple[Conflict, ...]] = {
             "Transformers needs neither",
         ),
         Conflict("with --no-cache", _given("no_cache"), ("cache_dir",), "nothing is kept"),
-        Conflict("without --text", _missing("text"), ("column",), "the built-in text is plain"),
-        Conflict("with a .txt file", lambda options: _is_plain(options["text"]), ("column",), "it is all text"),
+        Conflict("without --text", _missing("text"), ("column",), "the built-in text has no columns"),
+        Conflict("with a .txt file", lambda options: _is_plain(options["text"]), ("column",), "it has no columns"),
         Conflict(
             "with --text",
             lambda options: bool(options["text"]) and not options["needle"],

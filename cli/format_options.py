@@ -26,8 +26,8 @@ FORMAT_OPTION = click.option(
     "output_format",
     type=Names(list(formats())),
     metavar=f"[{'|'.join(formats())}][,...]",
-    help="Format of OUTPUT; several make every size in each, in the directory OUTPUT.  [default: as OUTPUT's name, "
-    f"--type or --size-of says, else {next(iter(formats()))}]",
+    help="Output format. Several formats make every size in each.  [default: what OUTPUT's name, --type or --size-of "
+    f"implies, else {next(iter(formats()))}]",
 )
 
 
@@ -80,7 +80,7 @@ def chosen_formats(parameters: Mapping[str, Any]) -> tuple[Format, ...]:
     near = format_nearly_naming(output) if output is not None and "output_format" in parameters else None
     if output is not None and near is not None and (near in chosen or named is None):
         raise click.UsageError(
-            f"{output} ends in {output.suffix}. Was {near.suffix} meant? Then name it so; otherwise choose a --format."
+            f"{output} ends in {output.suffix}. Did you mean {near.suffix}? Otherwise choose a --format."
         )
     return chosen
 
@@ -185,8 +185,8 @@ def _refuse_two_meanings(command: CommandName, chosen: Sequence[Format], given: 
         }
         if given[name] and len(readings) > 1:
             raise click.UsageError(
-                f"--{name.replace('_', '-')} does not mean the same in {listed([each.title for each in chosen])}. "
-                "Make one format after the other, with one --measurement."
+                f"--{name.replace('_', '-')} means different things for {listed([each.title for each in chosen])}. "
+                "Make one format after the other, from the same --measurement."
             )
 
 

@@ -122,7 +122,7 @@ WAIT_OPTION = click.option(
     is_flag=True,
     expose_value=False,
     callback=lambda ctx, _, value: ctx.meta.__setitem__(_WAITS, value),
-    help="If a disk is full, say so, wait for room and resume, instead of ending the run.",
+    help="If a disk is full, wait for free space and resume instead of stopping.",
 )
 
 
@@ -148,7 +148,7 @@ _LEVEL = "bpwise.level"
 def _level_option(*flags: str, level: int, help: str) -> click.Option:
     def chosen(ctx: click.Context, _: click.Parameter, given: bool) -> None:
         if given and ctx.meta.setdefault(_LEVEL, level) != level:
-            raise click.UsageError("--quiet and --verbose say the opposite. Leave one of them out.", ctx)
+            raise click.UsageError("--quiet and --verbose exclude each other. Leave one of them out.", ctx)
 
     return click.Option(flags, is_flag=True, expose_value=False, callback=chosen, help=help)
 
@@ -185,8 +185,8 @@ class _Command(click.Command):
         """Take what ``click.Command`` takes, and add the options that every command has."""
         super().__init__(*arguments, **settings)
         self.params += [
-            _level_option("-q", "--quiet", level=logging.WARNING, help="Print warnings, errors and the result alone."),
-            _level_option("-v", "--verbose", level=logging.DEBUG, help="Print what the steps read and decide, too."),
+            _level_option("-q", "--quiet", level=logging.WARNING, help="Print only warnings, errors and the result."),
+            _level_option("-v", "--verbose", level=logging.DEBUG, help="Also print what each step reads and decides."),
         ]
 
     def invoke(self, ctx: click.Context) -> Any:

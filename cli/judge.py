@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import WorkDirectoryError, install_command
+from ..tables import bytes_text
 from .group import cli
 from .options import (
     NO_CACHE_OPTION,
@@ -23,7 +24,7 @@ from .options import (
     original_options,
 )
 from .output import JSON_OPTION, note, progress_bar, say, say_json, say_shortened
-from .types import DIRECTORY, EXISTING_DIRECTORY, MIB, MODEL
+from .types import DIRECTORY, EXISTING_DIRECTORY, MODEL
 
 if TYPE_CHECKING:
     from ..checkpoint.source.checkpoint import TensorSource
@@ -41,7 +42,7 @@ __all__ = ["dequantize", "evaluate", "inspect", "verify"]
 def verify(model: Path | str, as_json: bool) -> None:
     """Read every tensor of MODEL back and check it.
 
-    MODEL is an EXL2 directory, a GGUF file, or on the Hub ORG/NAME-exl2@REVISION or ORG/NAME-GGUF:Q4_K_M.
+    MODEL is an EXL2 directory, a GGUF file, or a model on the Hub: ORG/NAME-exl2@REVISION, ORG/NAME-GGUF:Q4_K_M.
     """
     from ..convert.opening import locate_model, verify_model
     from ..eval.publishing.mark import read_mark
@@ -56,36 +57,34 @@ def verify(model: Path | str, as_json: bool) -> None:
     if as_json:
         say_json("verify", {"model": str(model), "broken": reason, **found.to_dict()})
         return
-    outcome = "what was meant" if found.compared else "finite values by the format's rules (nothing to compare with)"
-    say(f"{model}: {found.quantized} quantized and {found.others} other tensors decode to {outcome}.")
+    outcome = "exactly as written" if found.compared else "as finite, well-formed values (no hashes to compare with)"
+    say(f"{model}: {found.quantized} quantized and {found.others} other tensors read back {outcome}.")
     rates = [f"{part} {bpw:.4f} bpw" for part, bpw in found.rates.items()]
-    say(", ".join((*rates, *found.facts, f"{found.file_bytes / MIB:.1f} MiB")))
+    say(", ".join((*rates, *found.facts, bytes_text(found.file_bytes))))
 
 
 def _config_options(command: Command) -> Command:
     # Options of the comparison; the command gets them as ``config``.
     declared = (
-        click.option("--text", help="Text to evaluate on: a file, directory or Hub data set.  [default: built-in]"),
-        click.option("--column", help="Column of the data set that holds the text."),
-        click.option(
-            "-r", "--rows", type=click.IntRange(1), default=16, help="Number of sequences, each a window of its own."
-        ),
+        click.option("--text", help="Evaluation text: a file, directory or Hub data set.  [default: built-in]"),
+        click.option("--column", help="Column of the data set that contains the text."),
+        click.option("-r", "--rows", type=click.IntRange(1), default=16, help="Number of evaluation sequences."),
         click.option(
             "-l", "--row-tokens", type=click.IntRange(2), help=f"Tokens in each sequence.  {ROW_TOKENS_DEFAULT}"
         ),
-        click.option("--seed", type=int, default=0, help="Seed for drawing sequences from the built-in text."),
+        click.option("--seed", type=int, default=0, help="Random seed: which sequences of the built-in text to use."),
         click.option(
             "--dtype",
             type=click.Choice(["float32", "bfloat16", "float16"]),
             default="float32",
-            help="Type to compute in.",
+            help="Precision to compute in.",
         ),
-        click.option("--device", default="auto", help="Where to compute: cpu, cuda, cuda:N, mps or auto."),
+        click.option("--device", default="auto", help="Device to compute on: cpu, cuda, cuda:N, mps or auto."),
         OFFLOAD_OPTION,
         click.option(
-            "--prompt", help="Prompt that all models answer in the report.  [default: chat models get a short one]"
+            "--prompt", help="Show every model's answer to this prompt.  [default: a short one, for chat models]"
         ),
-        click.option("--force-eval-text", is_flag=True, help="Evaluate even on text that QUANTIZED was calibrated on."),
+        click.option("--force-eval-text", is_flag=True, help="Allow text that QUANTIZED was calibrated on."),
     )
     names = (
         *("text", "column", "rows", "row_tokens", "seed", "dtype", "device"),
@@ -108,28 +107,28 @@ def _config(*, force_eval_text: bool, **given: Any) -> EvalConfig:
     "--engine",
     type=click.Choice(["transformers", "llama.cpp"]),
     default="transformers",
-    help="What runs the models; llama.cpp runs a GGUF file and --base, on the CPU.",
+    help="Program that runs the models. llama.cpp runs GGUF files and --base, on the CPU.",
 )
-@click.option("--base", type=MODEL, help="ORIGINAL as an unquantized GGUF file, for --engine llama.cpp.")
+@click.option("--base", type=MODEL, help="ORIGINAL as an unquantized GGUF file; needed with --engine llama.cpp.")
 @click.option(
     "--llama-cpp",
     type=EXISTING_DIRECTORY,
-    help="Build of llama.cpp to run.  [default: the one in the package xllamacpp]",
+    help="Build of llama.cpp to use.  [default: the one in the package xllamacpp]",
 )
 @click.option(
     "-o",
     "--output",
     type=DIRECTORY,
-    help="Where to write the report.  [default: in or beside QUANTIZED; of several, or from the Hub, the current "
-    "directory]",
+    help="Directory for the report.  [default: in or beside QUANTIZED; the current directory if there are several, or "
+    "they are on the Hub]",
 )
 @original_options
-@click.option("--plots", is_flag=True, help="Write the report's charts as SVG files too.")
-@click.option("--png", is_flag=True, help=f"Write the report's charts as PNG files too ({install_command('png')}).")
+@click.option("--plots", is_flag=True, help="Also write the charts as SVG files.")
+@click.option("--png", is_flag=True, help=f"Also write the charts as PNG files ({install_command('png')}).")
 @click.option(
     "--cache-dir",
     type=DIRECTORY,
-    help="Where to keep the original's results for the next run on the same text.  [default: ~/.cache/bpwise]",
+    help="Cache for the original's results, which the next run on the same text reuses.  [default: ~/.cache/bpwise]",
 )
 @NO_CACHE_OPTION
 @extra_options
@@ -151,9 +150,9 @@ def evaluate(
     """Compare quantized models with ORIGINAL.
 
     Measures perplexity, KL divergence and agreement, and writes report.html, report.md, report.json and report.csv.
-    QUANTIZED are directories or GGUF files, or on the Hub ORG/NAME-exl2@4.0bpw, ORG/NAME-GGUF:Q4_K_M or
-    ORG/NAME-GGUF/FILE.gguf. Reports of a file MODEL.gguf are named MODEL.report.html and so on, with
-    another engine MODEL.llama.cpp.report.html. Several models get one report.
+    QUANTIZED is one or more EXL2 directories, GGUF files, or models on the Hub: ORG/NAME-exl2@4.0bpw,
+    ORG/NAME-GGUF:Q4_K_M, ORG/NAME-GGUF/FILE.gguf. Several models share one report. The report of MODEL.gguf is
+    MODEL.report.html, or MODEL.llama.cpp.report.html with that engine.
     """
     from ..convert.opening import locate_model, open_any
     from ..eval.cache import OriginalCache, default_cache_directory
@@ -275,9 +274,7 @@ def _compared_in_engine(
     from ..eval.engines.engine import evaluate_in_engine
 
     if base is None:
-        raise click.UsageError(
-            "--engine llama.cpp needs --base. Give the original as an unquantized file of llama.cpp's."
-        )
+        raise click.UsageError("--engine llama.cpp needs --base: the original, unquantized, in llama.cpp's format.")
     file = locate_model(base)
     return [
         evaluate_in_engine(source, model, config, progress_bar, base=file, llama_cpp=llama_cpp) for model in quantized
@@ -290,7 +287,7 @@ def _compared_in_engine(
 def inspect(path: Path | str, as_json: bool) -> None:
     """Show what is in a model, measurement, plan or calibration set.
 
-    PATH is an EXL2 or checkpoint directory, a file of any of these kinds, or a model on the Hub.
+    PATH is a model directory, a file of any of these kinds, or a model on the Hub.
     """
     from ..convert.opening import locate_model
     from ..quantize.inspect import inspect_path
@@ -309,7 +306,9 @@ def inspect(path: Path | str, as_json: bool) -> None:
 @cli.command()
 @click.argument("model", type=MODEL)
 @click.argument("output", type=DIRECTORY)
-@click.option("--original", type=MODEL, help="Where to copy the tokenizer from, which a GGUF file cannot give back.")
+@click.option(
+    "--original", type=MODEL, help="Model to copy the tokenizer from: it cannot be restored from a GGUF file."
+)
 def dequantize(model: Path | str, output: Path, original: Path | str | None) -> None:
     """Decode MODEL into a float16 checkpoint for Transformers.
 
@@ -320,5 +319,5 @@ def dequantize(model: Path | str, output: Path, original: Path | str | None) -> 
 
     beside = None if original is None else locate_model(original)
     if not dequantize_model(locate_model(model), output, original=beside):
-        say("no tokenizer was written: name the original model's directory with --original", err=True)
+        say("no tokenizer was written: give the original model with --original", err=True)
     say(f"dense float16 checkpoint -> {output}")

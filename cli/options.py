@@ -42,14 +42,16 @@ ROW_TOKENS_DEFAULT = "[default: 1024, or the model's context if that is shorter]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-FORCE_OPTION = click.option("--force", is_flag=True, help="Replace OUTPUT even if it is a file of another kind.")
+FORCE_OPTION = click.option("--force", is_flag=True, help="Replace OUTPUT even if it is some other kind of file.")
 
-NO_CACHE_OPTION = click.option("--no-cache", is_flag=True, help="Run the original again, and do not keep its results.")
+NO_CACHE_OPTION = click.option(
+    "--no-cache", is_flag=True, help="Run the original again instead of using cached results, and cache nothing."
+)
 
 OFFLOAD_OPTION = click.option(
     "--offload-dir",
     type=DIRECTORY,
-    help="Keep hidden states in temporary files here instead of in memory.",
+    help="Keep hidden states in temporary files in this folder instead of in memory.",
 )
 
 
@@ -81,8 +83,8 @@ class OriginalArguments:
 def original_options(command: Command) -> Command:
     """Give a command the options that change a model while it is read; it gets them as ``changes``."""
     declared = (
-        click.option("--lora", type=MODEL, help="PEFT adapter to merge into the model while it is read."),
-        click.option("--revision", help="Branch, tag or commit of the model on the Hub, as ORG/NAME@REVISION."),
+        click.option("--lora", type=MODEL, help="PEFT adapter to merge into the model."),
+        click.option("--revision", help="Branch, tag or commit on the Hub; same as ORG/NAME@REVISION."),
     )
     return grouped(command, declared, "changes", ("lora", "revision"), OriginalArguments)
 
@@ -109,41 +111,45 @@ def calibration_options(command: Command) -> Command:
             "-c",
             "--calibration",
             metavar="SOURCES",
-            help="Text to calibrate on: a .txt, .jsonl, .parquet or .arrow file, a directory of them, a Hub data set "
-            "NAME[:CONFIG][:SPLIT], built-in (text of many kinds), self (the model answers chats; it must fit into "
-            "memory), or mix (prose, web pages, code and other languages from the Hub). Separate several with commas, "
-            "and give each a share: self=2,built-in. Or a saved calibration set (.safetensors).  [default: built-in]",
+            help="Calibration text: a .txt, .jsonl, .parquet or .arrow file, a directory of them, a Hub data set "
+            "NAME[:CONFIG][:SPLIT], built-in (text of many kinds), self (written by the model, which must fit into "
+            "memory), or mix (prose, web pages, code and other languages from the Hub). Combine sources with commas "
+            "and weights: self=2,built-in. Or a saved calibration set (.safetensors).  [default: built-in]",
         ),
-        click.option("--column", help="Column of the data set that holds the text."),
+        click.option("--column", help="Column of the data set that contains the text."),
         click.option(
             "--chat-template",
             is_flag=True,
-            help="Turn chats (OpenAI's, ShareGPT's, Alpaca's) into text with the model's own template.",
+            help="Format chats (OpenAI, ShareGPT or Alpaca style) with the model's own chat template.",
         ),
         click.option("-r", "--rows", type=click.IntRange(1), default=32, help="Number of calibration sequences."),
         click.option(
             "-l", "--row-tokens", type=click.IntRange(2), help=f"Tokens in each sequence.  {ROW_TOKENS_DEFAULT}"
         ),
-        click.option("--seed", type=int, default=0, help="Seed for drawing sequences and for random probes."),
+        click.option("--seed", type=int, default=0, help="Random seed."),
         click.option(
             "--damping",
             type=float,
-            help="Relative damping of the Hessians.  [default: chosen for each input group on held-out sequences]",
+            help="Relative damping of the Hessians.  [default: tuned for each input group on held-out sequences]",
         ),
         click.option(
             "--moe-calibrate-all",
             is_flag=True,
-            help="Run all tokens through all experts, not only through those that few tokens choose.",
+            help="Run every token through every expert. By default only rarely chosen experts get all tokens.",
         ),
-        click.option("--device", default="auto", help="Where to compute: cpu, cuda, cuda:N, mps or auto."),
+        click.option("--device", default="auto", help="Device to compute on: cpu, cuda, cuda:N, mps or auto."),
         click.option(
             "--precision",
             type=click.Choice(["auto", "float32"]),
             default="auto",
-            help="Precision of products while measuring; auto uses bfloat16 or TF32 where the device has them.",
+            help="Precision of matrix products while measuring. auto uses bfloat16 or TF32 where available.",
         ),
         OFFLOAD_OPTION,
-        click.option("--work-dir", type=DIRECTORY, help="Where to keep finished blocks.  [default: OUTPUT.work]"),
+        click.option(
+            "--work-dir",
+            type=DIRECTORY,
+            help="Folder for finished blocks, which make the run resumable.  [default: OUTPUT.work]",
+        ),
     )
     return grouped(command, declared, "measuring", list(signature(_measuring).parameters), _measuring)
 
@@ -179,7 +185,7 @@ def evaluation_options(command: Command) -> Command:
     declared = (
         click.option(
             "--eval-text",
-            help="Text to evaluate on: file, directory or Hub data set.  [default: another part of the built-in text]",
+            help="Evaluation text: a file, directory or Hub data set.  [default: a held-out part of the built-in text]",
         ),
         click.option("--eval-rows", type=click.IntRange(1), default=16, help="Number of evaluation sequences."),
         click.option(
@@ -188,7 +194,7 @@ def evaluation_options(command: Command) -> Command:
             help=f"Tokens in each evaluation sequence.  {ROW_TOKENS_DEFAULT}",
         ),
         click.option("--no-eval", is_flag=True, help="Do not compare the output with the original."),
-        click.option("--force-eval-text", is_flag=True, help="Evaluate even on text that was calibrated on."),
+        click.option("--force-eval-text", is_flag=True, help="Allow evaluation text that the model was calibrated on."),
         NO_CACHE_OPTION,
     )
     return grouped(
@@ -275,18 +281,26 @@ class TaskArguments:
 def extra_options(command: Command) -> Command:
     """Give a command the options of benchmarks, named as in lm-eval, and of needles; it gets them as ``extra``."""
     declared = (
-        click.option("--tasks", type=NAMES, help="Run lm-eval's benchmarks too, by name: mmlu,arc_challenge,gsm8k."),
-        click.option("--num-fewshot", type=click.IntRange(0), help="Examples before each question of --tasks."),
+        click.option("--tasks", type=NAMES, help="Also run these lm-eval benchmarks: mmlu,arc_challenge,gsm8k."),
+        click.option("--num-fewshot", type=click.IntRange(0), help="With --tasks: examples before each question."),
         click.option(
-            "--limit", type=float, help="Ask only the first N questions of each of --tasks, or a share below 1."
+            "--limit", type=float, help="With --tasks: use only the first N questions of each, or a fraction below 1."
         ),
-        click.option("--include-path", type=EXISTING_DIRECTORY, help="Directory with further definitions for --tasks."),
-        click.option("--batch-size", default="1", help="Requests of --tasks to run together, or auto."),
-        click.option("--apply-chat-template", is_flag=True, help="Ask the questions of --tasks as turns of a chat."),
         click.option(
-            "--needle", type=LENGTHS, help="Hide numbers in texts of these lengths and ask for them: 1k,4k,16k tokens."
+            "--include-path", type=EXISTING_DIRECTORY, help="With --tasks: folder with more task definitions."
         ),
-        click.option("--needle-samples", type=click.IntRange(1), default=4, help="Texts of each length for --needle."),
+        click.option("--batch-size", default="1", help="With --tasks: batch size, or auto."),
+        click.option(
+            "--apply-chat-template", is_flag=True, help="With --tasks: ask questions in the model's chat format."
+        ),
+        click.option(
+            "--needle",
+            type=LENGTHS,
+            help="Also hide numbers in texts of these lengths and ask for them: 1k,4k,16k tokens.",
+        ),
+        click.option(
+            "--needle-samples", type=click.IntRange(1), default=4, help="With --needle: texts of each length."
+        ),
     )
     return grouped(command, declared, "extra", list(signature(TaskArguments).parameters), TaskArguments)
 

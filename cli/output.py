@@ -17,6 +17,7 @@ import click
 from ..errors import printable
 from ..progress import ExpectedPart, RunForecast, TimeLeft, placed, seconds_by_step
 from ..quantize.timing.costs import minutes
+from ..tables import bytes_text
 from ..version import __version__
 
 if TYPE_CHECKING:
@@ -33,9 +34,6 @@ _LINE_SECONDS = 30.0
 """Time between two lines about a step, where they go to a file."""
 
 _MOST_LABEL_CHARACTERS = 60
-
-_MIB = 1 << 20
-
 
 _LOGGER = logging.getLogger(__package__.partition(".")[0])
 """What the library logs goes through here: what a run begins with at INFO, what its steps decide at DEBUG."""
@@ -161,8 +159,8 @@ def _steps_line(forecast: RunForecast) -> str:
     time_ = f"{minutes(sum(steps.values()))} ({each})" if steps else "next to no time"
     if forecast.memory_bytes is None or forecast.disk_bytes is None:
         return f"{time_}, roughly"
-    memory, disk = forecast.memory_bytes / _MIB, forecast.disk_bytes / _MIB
-    return f"{time_}, {memory:.0f} MiB of memory and {disk:.0f} MiB in the work directory at most, roughly"
+    memory, disk = bytes_text(forecast.memory_bytes), bytes_text(forecast.disk_bytes)
+    return f"{time_}, at most {memory} of memory and {disk} in the work directory, roughly"
 
 
 def _progress_bar(items: Sequence[Any], label: str, left: TimeLeft | None) -> Iterator[Any]:

@@ -15,20 +15,20 @@ __all__ = ["card", "push"]
 
 @cli.command()
 @click.argument("model", type=EXISTING_PATH)
-@click.option("--original", help="Directory or Hub id of the original, for its licence, language and card.")
 @click.option(
-    "--base-model", metavar="ORG/NAME", help="Hub id of the original.  [default: --original's, if it has one]"
+    "--original", help="Directory or Hub id of the original; its licence, language and card are carried over."
 )
+@click.option("--base-model", metavar="ORG/NAME", help="Hub id of the original.  [default: --original, if it is one]")
 def card(model: Path, original: str | None, base_model: str | None) -> None:
     """Write the model card of MODEL.
 
-    MODEL is an EXL2 directory, which gets README.md, or a GGUF file, which gets NAME.README.md beside it. The numbers
-    are those of the report that `bpwise eval` writes.
+    An EXL2 directory gets README.md; a GGUF file gets NAME.README.md beside it. The numbers come from the report that
+    `bpwise quantize` or `bpwise eval` wrote.
     """
     from ..eval.publishing.cards import write_card
 
     if original is None:
-        say("no --original: licence, language and the original's card are not carried over", err=True)
+        say("no --original given: licence, language and the original's card are not carried over", err=True)
     say(f"card -> {write_card(model, original=original, base_model=base_model)}")
 
 
@@ -38,16 +38,16 @@ def card(model: Path, original: str | None, base_model: str | None) -> None:
 @click.option(
     "--branch",
     is_flag=True,
-    help="Use one repository with a branch for each bitrate, instead of a repository for each.",
+    help="Use one repository with a branch for each size, instead of one repository each.",
 )
-@click.option("--public", is_flag=True, help="Make new repositories public, and write to public ones.")
-@click.option("--dry-run", is_flag=True, help="Verify, print what would be uploaded, and upload nothing.")
+@click.option("--public", is_flag=True, help="Create public repositories, and allow uploads to existing public ones.")
+@click.option("--dry-run", is_flag=True, help="Verify and list what would be uploaded; upload nothing.")
 @JSON_OPTION
 def push(output: Path, target: str, branch: bool, public: bool, dry_run: bool, as_json: bool) -> None:
     """Upload quantized models to the Hugging Face Hub, privately.
 
-    OUTPUT is a quantized model or a folder of several. Without NAME the repository is named by convention:
-    ORG/Llama-3.2-1B-GGUF, ORG/Llama-3.2-1B-8.0bpw-8hb-exl2. Models that are marked as broken or fail verification are
+    OUTPUT is a quantized model or a folder of several. Without NAME, repositories get conventional names:
+    ORG/Llama-3.2-1B-GGUF, ORG/Llama-3.2-1B-8.0bpw-8hb-exl2. Broken models, and models that fail verification, are
     refused.
     """
     from ..eval.publishing.push import find_outputs, plan_uploads, upload_model

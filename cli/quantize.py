@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from ..convert.registry import format_naming, formats
-from ..tables import listed
+from ..tables import bytes_text, listed
 from .format_options import FORMAT_OPTION, FormatChoice, format_options, take_recipe
 from .group import WAIT_OPTION, cli
 from .options import (
@@ -24,7 +24,7 @@ from .options import (
     original_options,
 )
 from .output import JSON_OPTION, RunBar, note, progress_bar, say, say_json, say_shortened, time_lines
-from .types import EXISTING_FILE, MIB, PATH, RATES, SIZE, TOKENS, Names
+from .types import EXISTING_FILE, PATH, RATES, SIZE, TOKENS, Names
 
 if TYPE_CHECKING:
     from ..checkpoint.source.checkpoint import Checkpoint
@@ -100,22 +100,22 @@ def _target_options(command: Command) -> Command:
             "-b",
             "--bpw",
             type=RATES,
-            help=f"Bits per weight, overheads included: {_BPW_MEANS}. Several (8.0,6.0,4.5) make several outputs in "
-            f"the directory OUTPUT from one measurement.  [default: {_DEFAULTS}]",
+            help=f"Bits per weight, overhead included ({_BPW_MEANS}). Several sizes, such as 8.0,6.0,4.5, make several "
+            f"models in the folder OUTPUT.  [default: {_DEFAULTS}]",
         ),
-        click.option("--max-size", type=SIZE, help="Largest size of the file or files, instead of --bpw: 5GB, 700MiB."),
-        click.option("--vram", type=SIZE, help="Memory of the GPU to fit into, cache included, instead of --bpw: 8GB."),
+        click.option("--max-size", type=SIZE, help="Maximum size on disk, instead of --bpw: 5GB, 700MiB."),
+        click.option("--vram", type=SIZE, help="GPU memory to fit into, context included, instead of --bpw: 8GB."),
         click.option(
             "--context",
             type=TOKENS,
-            help="With --vram: length of the context in tokens, such as 32k.  [default: the model's]",
+            help="With --vram: context length in tokens, such as 32k.  [default: the model's maximum]",
         ),
         click.option(
             "--size-of",
             type=Names(_SIZE_NAMES),
             metavar="NAME[,NAME...]",
-            help="As large as llama.cpp's file of that name, instead of --bpw, but closer to the original: Q4_K_M. "
-            "Several make several outputs, as with --bpw.",
+            help="Match the size of llama.cpp's file of this name, such as Q4_K_M, but stay closer to the original; "
+            "instead of --bpw. Several names make several models.",
         ),
     )
     return grouped(command, declared, "targets", ("bpw", "max_size", "vram", "context", "size_of"), _targets)
@@ -130,7 +130,7 @@ def _target_options(command: Command) -> Command:
     "-m",
     "--measurement",
     type=EXISTING_FILE,
-    help="Use this measurement of MODEL instead of measuring again; with --type, its importances.",
+    help="Reuse this measurement of MODEL. With --type, use it as the importance matrix.",
 )
 @click.option(
     "--config",
@@ -138,10 +138,14 @@ def _target_options(command: Command) -> Command:
     is_eager=True,
     expose_value=False,
     callback=take_recipe,
-    help="Take options from this file, such as the recipe.yaml of an output; those given here go first.",
+    help="Read options from this file, such as an output's recipe.yaml. Options given here override it.",
 )
-@click.option("--base-model", metavar="ORG/NAME", help="Hub id of the original, for the card.  [default: MODEL's]")
-@click.option("--dry-run", is_flag=True, help="Print size, possible bpw, memory, disk and time; write nothing.")
+@click.option(
+    "--base-model",
+    metavar="ORG/NAME",
+    help="Hub id of the original, for the model card.  [default: MODEL, if it is one]",
+)
+@click.option("--dry-run", is_flag=True, help="Print expected size, memory, disk and time; write nothing.")
 @JSON_OPTION
 @format_options("quantize")
 @evaluation_options
@@ -161,15 +165,15 @@ def quantize(
     changes: OriginalArguments,
     measuring: MeasuringArguments,
 ) -> None:
-    """Quantize MODEL to OUTPUT, and compare the two.
+    """Quantize MODEL to OUTPUT, then compare the two.
 
-    MODEL is a directory or a Hub id. OUTPUT is a GGUF file if its name ends in .gguf or --type is given, else an EXL2
-    directory; --format says so too, and a .gguf that OUTPUT lacks is appended. Without OUTPUT it is
-    MODEL-8.0bpw-8hb-exl2 or MODEL-4.5bpw-Q4_K_S.gguf in the current folder. Several bitrates or formats make
-    OUTPUT/MODEL-8.0bpw-Q8_0.gguf, OUTPUT/MODEL-8.0bpw-6hb-exl2 and so on from one measurement, and one report over all.
+    MODEL is a directory or a Hub id. If OUTPUT ends in .gguf, or --format gguf, --type or --size-of is given, the
+    output is a GGUF file; otherwise it is an EXL2 directory. Leave OUTPUT out to get a conventional name in the current
+    folder: MODEL-8.0bpw-8hb-exl2, MODEL-4.5bpw-Q4_K_S.gguf. With several sizes or formats OUTPUT is a folder: the
+    models in it are made from one measurement and share one report.
 
-    Interrupted? Run the same command again and it resumes. An output whose predictions are useless is marked with
-    BROKEN.md, and the exit code is 1.
+    Interrupted? Run the same command again and it resumes. If the output turns out to be useless, it is marked with
+    BROKEN.md and the exit code is 1.
     """
     from ..checkpoint.source.original import open_model
     from ..quantize.config import QuantizeConfig
@@ -198,7 +202,7 @@ def quantize(
             outputs = [{"output": str(path), **each.to_dict()} for path, each in forecasts.items()]
             say_json("quantize", {"outputs": outputs, "warnings": warnings})
         else:
-            _print_forecasts(forecasts.values())
+            _print_forecasts(forecasts)
         return
     settings |= {
         "evaluate": evaluate or False,
@@ -235,29 +239,29 @@ def _completed(output: Path | None, source: Checkpoint, config: QuantizeConfig, 
 def _check_usage(output: Path | None, choice: FormatChoice, targets: TargetArguments) -> bool:
     # At most one target, and an OUTPUT that is named as what it is; returns whether there are several outputs.
     if targets.count > 1:
-        raise click.UsageError(f"an output has one size. Give one of {_SIZES}.")
+        raise click.UsageError(f"give only one of {_SIZES}.")
     measures = all(each.measures for each in choice.each)
     if targets.count and not measures:
-        raise click.UsageError(f"these options say all of an output. Leave {_SIZES} out.")
+        raise click.UsageError(f"these options already determine the size. Leave out {_SIZES}.")
     several = "several formats" if len(choice.formats) > 1 else "several sizes" if targets.several else ""
     if several and measures and not targets.count:
         raise click.UsageError(f"several formats need a size. Give one of {_SIZES}.")
     if several and not measures:
-        raise click.UsageError("these options say all of one output. Leave them out, or the other formats.")
+        raise click.UsageError("these options determine a single output. Leave them out, or the other formats.")
     without = [each.title for each in choice.formats if not set(targets.size_of or ()) <= set(each.size_names)]
     if without:
-        raise click.UsageError(f"--size-of names no sizes of {listed(without)}. Give --bpw.")
+        raise click.UsageError(f"--size-of does not work for {listed(without)}. Use --bpw.")
     if several and output is None:
-        raise click.UsageError(f"{several} make several outputs: name the directory for them, OUTPUT.")
+        raise click.UsageError(f"{several} make several models. Name a folder for them: OUTPUT.")
     named = None if output is None else format_naming(output)
     if named is not None and named not in choice.formats:
         raise click.UsageError(
-            f"{output} is named as a {named.title} file, but --format {choice.format.name} makes something else. Name "
-            "it otherwise."
+            f"{output} is the name of a {named.title} file, but --format {choice.format.name} makes something else. "
+            "Choose another name."
         )
     if named is not None and several:
         formats_ = ",".join(each.name for each in choice.formats)
-        raise click.UsageError(f"{several} make several files: name a directory, with --format {formats_}.")
+        raise click.UsageError(f"{several} make several models. Name a folder, and add --format {formats_}.")
     return bool(several)
 
 
@@ -307,10 +311,12 @@ def _forecasts(
     return with_times(forecasts, made_by, config, work, known=known, measurement=measurement, series=bool(series))
 
 
-def _print_forecasts(forecasts: Collection[Forecast]) -> None:
-    for forecast in forecasts:
+def _print_forecasts(forecasts: Mapping[Path, Forecast]) -> None:
+    for output, forecast in forecasts.items():
+        if len(forecasts) > 1:
+            say(f"output        {output}")
         _print_forecast(forecast)
-    for line in time_lines(part for forecast in forecasts for part in forecast.parts):
+    for line in time_lines(part for forecast in forecasts.values() for part in forecast.parts):
         say(line)
 
 
@@ -318,10 +324,10 @@ def _print_forecast(forecast: Forecast) -> None:
     from ..convert.plan import shown_range
 
     size = forecast.size
-    say(f"original      {forecast.original_bytes / MIB:10.1f} MiB")
-    say(f"quantized     {size.output_bytes / MIB:10.1f} MiB at {size.bpw:g} bpw")
+    say(f"original      {bytes_text(forecast.original_bytes):>10}")
+    say(f"quantized     {bytes_text(size.output_bytes):>10} at {size.bpw:g} bpw")
     say(f"possible bpw  {shown_range(size.lowest_bpw, size.highest_bpw):>20}")
     for line in size.facts:
         say(f"              {line}")
-    say(f"memory        {forecast.memory_bytes / MIB:10.0f} MiB at most, roughly")
-    say(f"work on disk  {forecast.disk_bytes / MIB:10.0f} MiB at most, roughly")
+    say(f"memory        {bytes_text(forecast.memory_bytes):>10} at most, roughly")
+    say(f"work on disk  {bytes_text(forecast.disk_bytes):>10} at most, roughly")

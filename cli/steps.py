@@ -10,7 +10,7 @@ import click
 
 from ..convert.format import Export
 from ..convert.registry import formats
-from ..tables import Table
+from ..tables import Table, bytes_text
 from .format_options import FormatChoice, format_options
 from .group import WAIT_OPTION, cli
 from .options import (
@@ -21,7 +21,7 @@ from .options import (
     original_options,
 )
 from .output import JSON_OPTION, RunBar, say, say_json, say_shortened
-from .types import EXISTING_FILE, FILE, MIB, PATH, RATES, SIZE, TOKENS, Names
+from .types import EXISTING_FILE, FILE, PATH, RATES, SIZE, TOKENS, Names
 
 if TYPE_CHECKING:
     from ..convert.plan import Plan
@@ -31,12 +31,12 @@ __all__ = ["measure", "plan"]
 
 @cli.command()
 @click.argument("model")
-@click.option("-o", "--output", type=FILE, required=True, help="The measurement file to write (.safetensors).")
+@click.option("-o", "--output", type=FILE, required=True, help="Measurement file to write (.safetensors).")
 @click.option(
     "--formats",
     "wanted",
     type=Names(list(formats())),
-    help=f"Formats to measure for: {', '.join(formats())}.  [default: all whose extras are installed]",
+    help=f"Formats to measure for: {', '.join(formats())}.  [default: all that are installed]",
 )
 @FORCE_OPTION
 @format_options("measure")
@@ -90,14 +90,14 @@ def measure(
     "-b",
     "--bpw",
     type=RATES,
-    help="Bits per weight, counted as in `bpwise quantize`. Several: 2,3,4.",
+    help="Bits per weight, as for `bpwise quantize`. Several: 2,3,4.",
 )
-@click.option("--max-size", type=SIZE, help="Largest size of the file or files, instead of --bpw: 5GB, 700MiB.")
-@click.option("--vram", type=SIZE, help="Memory of the GPU to fit into, cache included, instead of --bpw: 8GB.")
+@click.option("--max-size", type=SIZE, help="Maximum size on disk, instead of --bpw: 5GB, 700MiB.")
+@click.option("--vram", type=SIZE, help="GPU memory to fit into, context included, instead of --bpw: 8GB.")
 @click.option(
     "--context",
     type=TOKENS,
-    help="With --vram: length of the context in tokens, such as 32k.  [default: the model's]",
+    help="With --vram: context length in tokens, such as 32k.  [default: the model's maximum]",
 )
 @format_options("plan")
 @click.option(
@@ -105,10 +105,10 @@ def measure(
     "--output",
     "saved",
     type=PATH,
-    help="File to save the plan in; of several, their directory.  [default: plan-BPW.json or plan.json beside "
+    help="File to save the plan in; a folder if there are several.  [default: plan-BPW.json or plan.json beside "
     "MEASUREMENT]",
 )
-@click.option("--html", type=FILE, help="Write a page with the plans of all sizes and formats to choose from.")
+@click.option("--html", type=FILE, help="Write a web page with the plans of all sizes and formats.")
 @FORCE_OPTION
 @JSON_OPTION
 def plan(
@@ -123,9 +123,9 @@ def plan(
     as_json: bool,
     choice: FormatChoice,
 ) -> None:
-    """Show what each part of a model would get at some size.
+    """Plan a size: show what each part of a model would get, and the predicted damage.
 
-    Prints the predicted damage as well, and saves the plan. Takes a second and needs MEASUREMENT alone, not the model.
+    Saves the plan as well. Takes a second, and needs only MEASUREMENT, not the model.
     """
     from ..checkpoint.files.paths import check_file
     from ..convert.registry import is_plan
@@ -134,7 +134,7 @@ def plan(
     from ..quantize.planning.plans import make_plan
 
     if sum(each is not None for each in (bpw, max_size, vram)) > 1:
-        raise click.UsageError("a plan needs one target. Give one of --bpw, --max-size and --vram.")
+        raise click.UsageError("give only one of --bpw, --max-size and --vram.")
     single = max_size is not None or vram is not None
     if not (bpw or single or html):
         raise click.UsageError("give --bpw, --max-size or --vram for a plan, or --html for a page with all sizes.")
@@ -169,11 +169,11 @@ def _plan_files(
     # The bits per weight of each plan; None where a size says them.
     if len(rates) > 1:
         if saved is not None and saved.is_file():
-            raise click.UsageError(f"several plans need a directory, and {saved} is a file. Name another --output.")
+            raise click.UsageError(f"several plans need a folder, but {saved} is a file. Choose another --output.")
         folder = saved or measurement.parent
         return {folder / f"plan-{rate:g}.json": rate for rate in rates}
     if saved is not None and saved.is_dir():
-        raise click.UsageError(f"{saved} is a directory. Name a file with --output.")
+        raise click.UsageError(f"{saved} is a directory. Expected a file for --output.")
     if single:
         return {saved or measurement.with_name("plan.json"): None}
     return {saved or measurement.with_name(f"plan-{rate:g}.json"): rate for rate in rates}
@@ -189,10 +189,10 @@ def _plan_lines(plans: Mapping[Path, Plan]) -> list[str]:
     if not plans:
         return []
     rows = [
-        (f"{made.bpw:.4f}", f"{made.stored_bytes / MIB:.1f}", f"{made.damage_nats or 0:.6f}", str(path))
+        (f"{made.bpw:.4f}", bytes_text(made.stored_bytes), f"{made.damage_nats or 0:.6f}", str(path))
         for path, made in plans.items()
     ]
-    return Table.of(("bpw", "MiB", "damage, nats/token", "plan"), rows).to_lines()
+    return Table.of(("bpw", "size", "damage, nats/token", "plan"), rows).to_lines()
 
 
 def _export_command(export: Export) -> Callable[..., None]:

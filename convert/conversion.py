@@ -321,5 +321,5 @@ class Conversion(ABC):
             progress: Shows how far the writing is.
 
         Raises:
-            BpwiseError: It cannot be written, or does not read back as it was meant.
+            BpwiseError: It cannot be written, or does not read back as intended.
         """

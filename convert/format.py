@@ -99,11 +99,11 @@ class Format(ABC):
         return self.open(path).describe()
 
     def verify(self, path: Path) -> Verification:
-        """Read every tensor back, and compare it with what was meant as far as that is known.
+        """Read every tensor back, and compare it with what was intended as far as that is known.
 
         Raises:
             FormatError: A rule of the format is broken.
-            VerificationError: A tensor does not decode to what was meant.
+            VerificationError: A tensor does not decode to what was intended.
         """
         return verify_values(self.open(path))
 
@@ -193,8 +193,10 @@ class Format(ABC):
         """Return how much larger than its tensors an output's file is, at most, as far as a measurement tells."""
         return 0
 
-    def bytes_in_vram(self, measurement: Measurement, options: Any, vram_bytes: int, context_tokens: int | None) -> int:
-        """Return the size of all tensors, as ``plan`` takes it, that leaves a GPU room for the cache of a context.
+    def beside_in_vram(
+        self, measurement: Measurement, options: Any, vram_bytes: int, context_tokens: int | None
+    ) -> int:
+        """Return what a reader takes of a GPU beside a plan's ``vram_bytes``: the cache of a context, and computing.
 
         Args:
             measurement: Tells the model's config.
@@ -207,6 +209,10 @@ class Format(ABC):
             ConfigError: It is not known what readers of the format take, or how long a context is.
         """
         raise ConfigError("--vram: not known how much memory this format's readers take. Give --bpw or --max-size.")
+
+    def bytes_for_vram(self, measurement: Measurement, options: Any, room_bytes: int) -> int:
+        """Return the size of all tensors, as ``plan`` takes it, of which so many bytes are in a GPU's memory."""
+        return room_bytes
 
     def bpw_range(self, measurement: Measurement, options: Any) -> tuple[float, float] | None:
         """Return the smallest and largest bits per weight worth planning; None if the format was not measured."""

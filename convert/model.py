@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..checkpoint.model.names import head_names
 from ..errors import CalibrationError, CheckpointError, VerificationError
-from ..tables import Table, html_summary
+from ..tables import Table, bytes_text, html_summary
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +51,7 @@ class Verification:
         others: Number of other tensors that were read.
         rates: Bits per weight with all overheads, by part of the model; the first is what a target in bits means.
         file_bytes: Size of all files with tensors, in bytes.
-        compared: Whether everything was compared with what was meant. Otherwise only the format's rules were checked,
+        compared: Whether everything was compared with what was written. Otherwise only the format's rules were checked,
             and that all values are finite.
         facts: What else there is to say, as lines.
         warnings: What could not be checked, as lines.
@@ -175,7 +175,7 @@ class QuantizedModel(ABC):
         """Return what is in it."""
         bpw = self.stored_bpw()
         rows = tuple((name, f"{bpw[name]:.3f}") for name in bpw)
-        facts = (f"{len(bpw)} linears, {self.file_bytes / 2**20:.1f} MiB of tensors",)
+        facts = (f"{len(bpw)} linears, {bytes_text(self.file_bytes)} of tensors",)
         content = {"tensors_bytes": self.file_bytes, "linears": [{"name": name, "bpw": bpw[name]} for name in bpw]}
         table = Table(("linear", "bpw"), rows)
         return Description(kind=f"{self.format} model", facts=facts, table=table, content=content)

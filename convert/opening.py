@@ -62,7 +62,7 @@ def open_any(model: Original | TensorSource) -> TensorSource:
 
 
 def verify_model(path: str | Path) -> Verification:
-    """Read every tensor of a quantized model back, and compare it with what was meant as far as that is known.
+    """Read every tensor of a quantized model back, and compare it with what was intended as far as that is known.
 
     Args:
         path: A model of any format, by whatever program.
@@ -70,7 +70,7 @@ def verify_model(path: str | Path) -> Verification:
     Raises:
         FormatError: It is not a quantized model, or breaks a rule of its format.
         ShapeError: A tensor does not have the shape that the model's config demands.
-        VerificationError: A tensor does not decode to what was meant, is missing or unexpected.
+        VerificationError: A tensor does not decode to what was intended, is missing or unexpected.
 
     Example:
         >>> from bpwise import verify_model

@@ -136,7 +136,7 @@ def effort_option() -> Any:
         "--effort",
         default="normal",
         choices=get_args(Effort),
-        help="high fits scales to the original's predictions at the end; pays at 3 bits and less.",
+        help="high also fits scales to the original's predictions at the end; worth it at 3 bits and below.",
     )
 
 

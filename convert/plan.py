@@ -94,6 +94,11 @@ class Plan(ABC):
         """Size of all tensors together, roughly, in bytes."""
         return round(sum(cost.weights * cost.bpw for cost in self.costs()) / 8)
 
+    @property
+    def vram_bytes(self) -> int:
+        """Those of them that readers keep in a GPU's memory, as far as it differs from plan to plan."""
+        return self.stored_bytes
+
     def shares(self) -> dict[str, float]:
         """Return the share of the planned weights in each width or type, the largest first."""
         counts: Counter[float] = Counter()

@@ -40,7 +40,7 @@ def main(model: str, output: Path, bpw: str, head_bits: int, rows: int, row_toke
         raise click.ClickException(str(error)) from error
     for made in result.outputs:
         click.echo(
-            f"{made.bpw:.4f} bpw  {made.file_bytes / 2**20:9.1f} MiB  predicted {made.predicted_nats:.5f}  "
+            f"{made.bpw:.4f} bpw  {made.file_bytes / 1e6:9.1f} MB  predicted {made.predicted_nats:.5f}  "
             f"measured {made.kl:.5f} nats/token"
         )
     click.echo(f"report -> {result.report}", err=True)

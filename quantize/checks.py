@@ -209,7 +209,14 @@ def check_output(conversion: Conversion, config: QuantizeConfig, output: Path, w
     """
     format_ = config.format
     places = format_.places(output)
-    own = _recorded(conversion, config, output, work, progress)
+    record = None
+    if not conversion.measures:  # such an output says nothing of its run, only the work directory does
+
+        def command() -> str:
+            return command_digest(conversion, config, config.target, output, None, None)
+
+        record = FinishedCommand.find(work, output.parent, conversion, command, progress)
+    own = () if record is None else record.files_in(output.parent, format_)
     for path in (*itertools.chain(*places.values()), *conversion.beside(output)):
         if path not in own and output_of(path, format_, ""):
             conversion.checkpoint.prepare_fingerprint(progress)
@@ -221,18 +228,6 @@ def check_output(conversion: Conversion, config: QuantizeConfig, output: Path, w
         refuse_foreign(companion(path, RECIPE_FILE), is_recipe, "a recipe", advice="move it away")
         if conversion.writes_card:
             refuse_foreign(card_path(path), is_card, "a card", advice="move it away")
-
-
-def _recorded(
-    conversion: Conversion, config: QuantizeConfig, output: Path, work: Path, progress: Progress
-) -> tuple[Path, ...]:
-    # The finished files of this very command where they say nothing of their run: llama.cpp's mixtures.
-    record = None if conversion.measures else FinishedCommand.load(work)
-    if record is not None:
-        conversion.checkpoint.prepare_fingerprint(progress)
-        if record.command == command_digest(conversion, config, config.target, output, None, None):
-            return record.files_in(output.parent, config.format)
-    return ()
 
 
 def run_prefix(checkpoint: Checkpoint) -> str:
@@ -290,6 +285,7 @@ def forecast_outputs(
         resolve_device(device)
     if evaluate is not None:
         evaluate.fitted(checkpoint)
+        require_text(checkpoint, evaluate.calibration_config(), [])
         conversion.require_readable()
     if rows is not None:
         check_rows(checkpoint, rows, CALIBRATION)

@@ -18,7 +18,7 @@ from ..convert.registry import format_of, formats, load_plan
 from ..errors import FormatError
 from ..measure.measurement import HEADER_KEY, FormatCurves, Measurement
 from ..measure.text.calibration import CalibrationSet
-from ..tables import Table
+from ..tables import Table, bytes_text
 
 __all__ = ["inspect_path"]
 
@@ -62,7 +62,7 @@ def _checkpoint(path: Path) -> Description:
         facts=(
             f"model_type {checkpoint.config.get('model_type')}, "
             f"{checkpoint.parameter_count / 1e6:.1f} million stored parameters, "
-            f"{checkpoint.total_bytes / 2**20:.1f} MiB",
+            f"{bytes_text(checkpoint.total_bytes)}",
             f"tied embeddings: {'yes' if checkpoint.tied_embeddings else 'no'}",
         ),
         table=Table(("tensor", "shape", "dtype", "file"), tuple(rows)),

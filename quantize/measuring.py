@@ -20,9 +20,10 @@ from ..checkpoint.model.structure_json import structure_to_json
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..checkpoint.source.language import language_model
 from ..checkpoint.source.linears import model_linears
+from ..convert.conversion import Conversion
 from ..convert.format import Format
 from ..convert.plan import Plan
-from ..convert.registry import is_plan
+from ..convert.registry import format_asking, is_plan
 from ..errors import BpwiseWarning, FormatError
 from ..measure.calibrated import CALIBRATION_FILE, load_or_make_rows, measured_rows
 from ..measure.curves import CurveMaker
@@ -63,25 +64,27 @@ FINISHED_FILE = "finished.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinishedCommand:
-    """What a run leaves in its work directory when it has finished: content of ``FINISHED_FILE``.
+    """What a run leaves in its work directory once its output is there: content of ``FINISHED_FILE``.
 
     Attributes:
         command: As ``command_digest`` has it.
         run: What the output says of its run; a digest of its files where it says nothing.
         plan: SHA-256 of the identity of the plan that it was made from.
         output: Name of the path that opens the output, percent-encoded: names need not be UTF-8.
+        complete: Whether the output was evaluated, too, and has all that belongs to it.
     """
 
     command: str
     run: str
     plan: str
     output: str
+    complete: bool = True
 
     @classmethod
-    def of(cls, command: str, run: str, plan: Plan, output: Path) -> FinishedCommand:
+    def of(cls, command: str, run: str, plan: Plan, output: Path, *, complete: bool) -> FinishedCommand:
         """Return the record of a command that has made an output."""
         name = quote(output.name, errors="surrogateescape")
-        return cls(command=command, run=run, plan=_plan_digest(plan), output=name)
+        return cls(command=command, run=run, plan=_plan_digest(plan), output=name, complete=complete)
 
     @classmethod
     def load(cls, work: Path) -> FinishedCommand | None:
@@ -90,6 +93,30 @@ class FinishedCommand:
             return read_schema(work / FINISHED_FILE, cls, FormatError)
         except FormatError:
             return None
+
+    @classmethod
+    def find(
+        cls, work: Path, folder: Path, conversion: Conversion, command: Callable[[], str], progress: Progress
+    ) -> FinishedCommand | None:
+        """Return what an earlier run of the same command left, None if there is nothing.
+
+        Args:
+            work: Its work directory.
+            folder: The output's folder; an output that says nothing of its run must be there, as it was made.
+            conversion: The original on its way into the format.
+            command: Returns the command's digest once the original's fingerprint is known.
+            progress: Shows how far that is.
+
+        Raises:
+            FormatError: The output cannot be read.
+        """
+        record = cls.load(work)
+        if record is None:
+            return None
+        conversion.checkpoint.prepare_fingerprint(progress)
+        if record.command != command():
+            return None
+        return record if conversion.measures or record.files_in(folder, format_asking(conversion.options)) else None
 
     def is_from(self, plan: Plan) -> bool:
         """Return whether the output was made from a plan."""

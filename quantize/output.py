@@ -111,7 +111,7 @@ class _OutputRun:
 
     def finished_before(self) -> QuantizeResult | None:
         # A command that has finished left what it was in its work directory: nothing is converted to know that.
-        job, recorded = self._job, self._recorded()
+        job, recorded = self._job, self._recorded(complete=True)
         if recorded is None:
             return None
         output, plan = recorded
@@ -123,24 +123,19 @@ class _OutputRun:
         self._output = output
         return self._result(plan, _Made(job.config.format.verify(output)), comparison, repeated=True)
 
-    def _recorded(self) -> tuple[Path, Plan] | None:
-        job, conversion, format_ = self._job, self._job.conversion, self._job.config.format
-        record = FinishedCommand.load(self._work)
-        if record is None:
-            return None
-        job.checkpoint.prepare_fingerprint(job.progress)
-        output = record.opened_in(self._output.parent)
+    def _recorded(self, *, complete: bool) -> tuple[Path, Plan] | None:
+        # The output of an earlier run of this command, and its plan; one that was cut off later only if not complete.
+        job, conversion, folder = self._job, self._job.conversion, self._output.parent
         try:
-            if record.command != self._command() or not (
-                conversion.measures or record.files_in(output.parent, format_)
-            ):
+            record = FinishedCommand.find(self._work, folder, conversion, self._command, job.progress)
+            if record is None or (complete and not record.complete):
                 return None
+            output = record.opened_in(folder)
             plan = conversion.finished_plan(output, self._work / PLAN_FILE)
         except (FormatError, CalibrationError):
             return None
-        if not record.is_from(plan):
-            return None
-        return (output, plan) if not conversion.measures or output_of(output, format_, record.run) else None
+        made = record.is_from(plan) and (not conversion.measures or output_of(output, job.config.format, record.run))
+        return (output, plan) if made else None
 
     def _command(self) -> str:
         job, config = self._job, self._job.config
@@ -167,18 +162,23 @@ class _OutputRun:
         for fact in plan.describe().facts:
             _log.debug("plan for %s: %s", self._output, fact)
         run, self._output = _identity(job, rows, plan), conversion.placed(self._output, plan)
-        finished = bool(not conversion.measures and self._recorded()) or output_of(self._output, job.config.format, run)
+        finished = bool(not conversion.measures and self._recorded(complete=False)) or output_of(
+            self._output, job.config.format, run
+        )
         if measured is not None:
             plan.save(self._work / PLAN_FILE)
         made = self._made(plan, measured, rows, run, finished=finished)
+        told = run if conversion.measures else content_digest(self._output, job.config.format)
+        record = FinishedCommand.of(self._command(), told, plan, self._output, complete=False)
+        if not conversion.measures:  # the output says nothing of its run: what comes may be cut off
+            record.save(self._work)
         write_recipe(self._output, _recipe(job, self._target, measured, rows))
         earlier = _reported(job, self._output) if finished else None
         comparison = earlier or self._compared(plan)
         repeated = finished and (job.judge is None or earlier is not None)
         result = self._result(plan, made, comparison, measured, repeated=repeated)
         _report(job, self._output, result, finished=finished)
-        told = run if conversion.measures else content_digest(self._output, job.config.format)
-        self._finished = FinishedCommand.of(self._command(), told, plan, self._output)
+        self._finished = replace(record, complete=True)
         return result
 
     def _result(

@@ -14,7 +14,7 @@ from ..eval.metrics.numbers import nats
 from ..eval.report.markdown import summary_lines
 from ..eval.report.tables import models_table
 from ..eval.report.verdict import Judged, verdict_sentence
-from ..tables import html_summary
+from ..tables import bytes_text, html_summary
 from .rounding.fallbacks import fallback_entries, fallback_lines
 from .timing.costs import StepCost, cost_line, cost_section, minutes
 
@@ -78,11 +78,11 @@ class QuantizeResult(Judged):
     def __repr__(self) -> str:
         """Return the output, its size, and what it cost."""
         cost = "" if self.kl is None else f", KL {nats(self.kl)} nats/token, {self.verdict}"
-        return f"QuantizeResult({self.output}: {self.bpw:.4f} bpw, {self.file_bytes / 1e6:.1f} MB{cost})"
+        return f"QuantizeResult({self.output}: {self.bpw:.4f} bpw, {bytes_text(self.file_bytes)}{cost})"
 
     def _repr_html_(self) -> str:
         compared = [] if self.comparison is None else [self.comparison]
-        size = f"{self.file_bytes / 1e6:.1f} MB, {self.file_bytes / self.original_bytes:.1%} of the original"
+        size = f"{bytes_text(self.file_bytes)}, {self.file_bytes / self.original_bytes:.1%} of the original"
         facts = [f"{size}; {self.bpw:.4f} bits per weight", *map(verdict_sentence, compared), *self.warnings]
         facts += [] if self.report is None else [f"Report: {self.report}"]
         return html_summary(self.output.name, facts, models_table(compared) if compared else None)
@@ -94,8 +94,8 @@ class QuantizeResult(Judged):
         plan, verified = self.plan, self.verification
         rates = ", ".join(f"{part} {bpw:.4f} bpw" for part, bpw in verified.rates.items())
         lines = [
-            f"size        {verified.file_bytes / 2**20:.1f} MiB, {verified.file_bytes / self.original_bytes:.1%} of the"
-            f" original; {rates}",
+            f"size        {bytes_text(verified.file_bytes)}, {verified.file_bytes / self.original_bytes:.1%} of the "
+            f"original; {rates}",
             *(f"plan        {fact}" for fact in plan.describe().facts),
         ]
         lines += [] if self.comparison is None else summary_lines(self.comparison)

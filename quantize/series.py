@@ -24,7 +24,7 @@ from ..measure.measurement import Measurement
 from ..measure.run import MEASURED, MeasureConfig
 from ..measure.text.calibration import CalibrationSet
 from ..progress import Progress, default_progress
-from ..tables import html_summary
+from ..tables import bytes_text, html_summary
 from .checks import check_output, check_places, files_beside, require_convertible
 from .config import Job, QuantizeConfig, chosen_evaluation, options_naming
 from .measuring import MEASUREMENT_FILE, MEASURING, GivenMeasurement, check_work, load_or_measure
@@ -71,7 +71,7 @@ class SeriesResult:
             kl = "" if output.kl is None else f", KL {output.kl:.3g} nats/token, {output.verdict}"
             assert output.bpw is not None
             assert output.file_bytes is not None
-            lines.append(f"output      {output.path}: {output.bpw:.4f} bpw, {output.file_bytes / 2**20:.1f} MiB{kl}")
+            lines.append(f"output      {output.path}: {output.bpw:.4f} bpw, {bytes_text(output.file_bytes)}{kl}")
         lines.append(f"measurement {self.measurement} serves any other bitrate")
         return [*lines, f"total       {minutes(self.seconds)}", f"report      {self.report}"]
 
@@ -184,7 +184,10 @@ def quantize_series(
     )
     with reserved(output), run_artifacts(work) as shared:
         targets = [line.targets for line in lines]
-        outputs, used = _finished_before(jobs, targets, work) or _make_all(jobs, targets, work, shared)
+        found, used = _finished_before(jobs, targets, work)
+        if used is None or len(found) < sum(map(len, targets)):
+            found, used = _make_all(jobs, targets, work, shared, found)
+        outputs = tuple(found.values())
         counted = {line.config.format.title: line.config.format.bpw_means for line in lines}
         report = write_series_report(model_name(checkpoint), outputs, output, counted)
     broken = [each.path.name for each in outputs if each.broken is not None]
@@ -222,24 +225,23 @@ def _lines(
 
 def _finished_before(
     jobs: Sequence[Job], targets: Sequence[Mapping[Path, Target]], work: Path
-) -> tuple[tuple[SeriesOutput, ...], Path] | None:
-    # As ``_make_all`` where an earlier run has made all: nothing is converted to know that.
+) -> tuple[dict[Path, SeriesOutput], Path | None]:
+    # As ``_make_all``, for what earlier runs have made: nothing is converted to know that.
     given, kept = jobs[0].given, work / MEASURING / MEASUREMENT_FILE
     if given is None:
         given = _measured_before(jobs[0], kept)
     elif given.path is None:
         given = replace(given, path=kept)
     if given is None or given.path is None:
-        return None
-    outputs: list[SeriesOutput] = []
+        return {}, None
+    found: dict[Path, SeriesOutput] = {}
     for job, own in zip(jobs, targets, strict=True):
         ready = replace(job, given=given, calibration=None)
         for path, target in own.items():
-            found = _make(ready, path, target, work, finished_output)
-            if found is None:
-                return None
-            outputs.append(found)
-    return tuple(outputs), given.path
+            output = _make(ready, path, target, work, finished_output)
+            if output is not None:
+                found[path] = output
+    return found, given.path
 
 
 def _measured_before(job: Job, kept: Path) -> GivenMeasurement | None:
@@ -258,9 +260,13 @@ def _measured_before(job: Job, kept: Path) -> GivenMeasurement | None:
 
 
 def _make_all(
-    jobs: Sequence[Job], targets: Sequence[Mapping[Path, Target]], work: Path, shared: RunArtifacts
-) -> tuple[tuple[SeriesOutput, ...], Path]:
-    # The outputs, and the measurement file that they were made from.
+    jobs: Sequence[Job],
+    targets: Sequence[Mapping[Path, Target]],
+    work: Path,
+    shared: RunArtifacts,
+    found: Mapping[Path, SeriesOutput],
+) -> tuple[dict[Path, SeriesOutput], Path]:
+    # The outputs, and the measurement file that they were made from; those that were found are not made again.
     for job, own in zip(jobs, targets, strict=True):
         for name, identity in job.conversion.prepare(work, job.progress, job.measurement):
             shared.add(name, identity)
@@ -269,13 +275,14 @@ def _make_all(
     if given is None or given.path is None:
         given = GivenMeasurement(work / MEASURING / MEASUREMENT_FILE, _measured(jobs, targets, work / MEASURING))
     ready = [replace(job, given=given, calibration=None) for job in jobs]
-    outputs = [
-        _make(job, path, target, work, make_output)
-        for job, own in zip(ready, targets, strict=True)
-        for path, target in own.items()
-    ]
+    outputs: dict[Path, SeriesOutput] = {}
+    for job, own in zip(ready, targets, strict=True):
+        for path, target in own.items():
+            output = found.get(path) or _make(job, path, target, work, make_output)
+            assert output is not None, "whatever is made is there"
+            outputs[path] = output
     assert given.path is not None
-    return tuple(filter(None, outputs)), given.path
+    return outputs, given.path
 
 
 def _measured(jobs: Sequence[Job], targets: Sequence[Mapping[Path, Target]], work: Path) -> Measurement:

@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +107,21 @@ def test_runs_as_a_module(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bpwise", "--version"]
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert ran.stdout == f"bpwise, version {bpwise.__version__}\n"
+
+
+def test_source_archives_hold_the_package_and_no_part_of_the_tests(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", reason="setuptools is not installed")
+    for path in (*ROOT.glob("*.*"), ROOT / "LICENSE"):
+        if path.is_file() and path.suffix != ".ipynb":
+            shutil.copy(path, tmp_path)
+    for folder in ("checkpoint", "cli", "convert", "eval", "linalg", "measure", "quantize"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "tests").mkdir()
+    shutil.copy(Path(__file__), tmp_path / "tests")
+    script = "import setuptools.build_meta as backend; backend.build_sdist('made')"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], cwd=tmp_path, capture_output=True, check=True)
+    (archive,) = (tmp_path / "made").iterdir()
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    assert {"README.md", "LICENSE", "cli/quantize.py", "quantize/planning/plan.js", "measure/text/chats.jsonl"} <= names
+    assert not [name for name in names if name.startswith("tests")]

@@ -151,7 +151,11 @@ def test_no_formulas(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(85_940_000, "85.9 MB"), (999_900_000, "999.9 MB"), (1_000_000_000, "1.00 GB"), (4_583_000_000, "4.58 GB")],
+    [
+        *((0, "0 bytes"), (1, "1 byte"), (999, "999 bytes"), (1000, "1.0 kB"), (999_900, "999.9 kB")),
+        *((999_960, "1.0 MB"), (85_940_000, "85.9 MB")),
+        *((999_900_000, "999.9 MB"), (1_000_000_000, "1.00 GB"), (4_583_000_000, "4.58 GB")),
+    ],
 )
 def test_sizes_in_bytes(count: int, text: str) -> None:
     assert bytes_text(count) == text

@@ -179,7 +179,7 @@ def test_a_log_counts_down_the_whole_run(capsys: pytest.CaptureFixture[str], mon
         seconds += 60  # twice what was expected
     assert capsys.readouterr().err.splitlines() == [
         "expected    3.3 min (measure 2.3 min, round 1.0 min), "
-        "5 MiB of memory and 3 MiB in the work directory at most, roughly",
+        "at most 5.2 MB of memory and 3.1 MB in the work directory, roughly",
         "[1/2 measure] forward: 3 of 10, 02:38 left of the run",
         "[1/2 measure] forward: 6 of 10, 01:56 left of the run",
         "[1/2 measure] forward: 9 of 10, 01:14 left of the run",

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
-from ...errors import BpwiseError
+from ...errors import BpwiseError, NumericalError
 from ..files.operations import copy, make_directory
 from ..model.dtypes import FLOAT_DTYPES
 from ..source.hub import confined_file, side_files
 
-__all__ = ["copy_side_files", "require_float16_range"]
+__all__ = ["copy_side_files", "require_float16_range", "require_float16_weights"]
 
 _FLOAT16_MAX = 65504.0
 
@@ -55,3 +56,16 @@ def require_float16_range(name: str, tensor: Tensor, error: type[BpwiseError]) -
             f"{name}: values range from {low} to {high}. Expected at most {_FLOAT16_MAX} in magnitude. "
             "Readers load this tensor as float16; the model cannot be stored without changing it."
         )
+
+
+def require_float16_weights(weights: Mapping[str, Tensor]) -> None:
+    """Check that the weights of linears can be loaded as float16.
+
+    Args:
+        weights: By the linear's full name, floating point.
+
+    Raises:
+        NumericalError: A weight is beyond float16's range.
+    """
+    for name, weight in weights.items():
+        require_float16_range(f"{name}.weight", weight.float(), NumericalError)

@@ -188,7 +188,7 @@ def locked_work(work: Path) -> Iterator[None]:
         try:
             yield
         except KeyboardInterrupt as stop:
-            stop.args = (f"The same command goes on where it stopped, from what is finished in {shown(work)}.",)
+            stop.args = (f"Run the same command to resume. Finished work is kept in {shown(work)}.",)
             raise
     if emptied:
         with suppress(OSError):
@@ -206,15 +206,17 @@ class RunArtifacts:
         """
         self._work = work
         self._steps: list[tuple[str, Mapping[str, Any]]] = []
+        self._earlier = set(work.iterdir())
 
     def add(self, step: str, identity: Mapping[str, Any]) -> None:
         """Name a step of the run, whether its directory was made now, by an earlier run that was cut off, or not."""
         self._steps.append((step, identity))
 
-    def discard(self) -> None:
-        """Delete the directories of all steps."""
+    def discard(self, *, earlier: bool = True) -> None:
+        """Delete the directories of all steps; ``earlier``: also those that an earlier run has begun."""
         for step, identity in self._steps:
-            discard_artifacts(self._work, step, identity)
+            if earlier or _path(self._work, step, identity) not in self._earlier:
+                discard_artifacts(self._work, step, identity)
 
 
 def discard_artifacts(work: Path, step: str, identity: Mapping[str, Any]) -> None:
@@ -248,8 +250,11 @@ def run_artifacts(work: Path) -> Iterator[RunArtifacts]:
         steps = RunArtifacts(work)
         try:
             yield steps
-        except (BrokenModelError, BudgetError):  # nothing is measured yet, or nothing is left to go on with
+        except BrokenModelError:  # nothing is left to go on with
             steps.discard()
+            raise
+        except BudgetError:  # nothing is measured yet; what a run of another size has begun is its own
+            steps.discard(earlier=False)
             raise
         steps.discard()
 

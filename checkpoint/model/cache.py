@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...errors import BudgetError
+from ...tables import bytes_text
 
 __all__ = ["RUNTIME_BYTES", "cache_elements", "head_dim", "key_value_heads", "require_room_for_weights"]
 
@@ -48,7 +49,8 @@ def require_room_for_weights(vram_bytes: int, cache_bytes: int, batch_bytes: int
     taken = cache_bytes + batch_bytes + RUNTIME_BYTES
     if taken >= vram_bytes:
         raise BudgetError(
-            f"{vram_bytes} bytes of GPU memory leave no room for weights: a context of {context_tokens} tokens takes "
-            f"{cache_bytes}, batches and runtime {batch_bytes + RUNTIME_BYTES}. Ask for a shorter context."
+            f"{bytes_text(vram_bytes)} of GPU memory leave no room for weights: a context of {context_tokens} tokens "
+            f"takes {bytes_text(cache_bytes)}, batches and runtime {bytes_text(batch_bytes + RUNTIME_BYTES)}. "
+            "Ask for a shorter context."
         )
     return taken

@@ -96,15 +96,17 @@ class Exl2Format(Format):
             keep_fp16=options.keep_fp16,
         )
 
-    def bytes_in_vram(self, measurement: Measurement, options: Any, vram_bytes: int, context_tokens: int | None) -> int:
-        """Return the size of all tensors; the embeddings are in main memory, and the head on the GPU even if tied."""
+    def beside_in_vram(
+        self, measurement: Measurement, options: Any, vram_bytes: int, context_tokens: int | None
+    ) -> int:
+        """See ``Format``; the embeddings are in main memory, and the head is on the GPU even if tied."""
         from .plan.vram import exl2_overhead_bytes
 
         config, context = planned_context(measurement, context_tokens)
         table = 2 * measurement.embedding.tokens * measurement.embedding.hidden_size
         head_on_gpu = table if measurement.embedding.tied and options.head == _FLOAT16_BITS else 0
         beside = exl2_overhead_bytes(vram_bytes, config, context, cache_bits=options.cache_bits)
-        return vram_bytes - beside + table - head_on_gpu
+        return beside - table + head_on_gpu
 
     def bpw_range(self, measurement: Measurement, options: Any) -> tuple[float, float] | None:
         """Return the smallest and largest bits per weight of the decoder."""

@@ -78,23 +78,23 @@ class Exl2Options(FormatOptions):
         choices=tuple(map(str, CACHE_BITS)),
         parse=int,
         commands=("plan", "quantize"),
-        help="With --vram: which of ExLlamaV2's caches holds the context.",
+        help="With --vram: precision of ExLlamaV2's context cache, in bits.",
     )
     group_size: int = option(
         "--group-size",
         default=32,
         kind="integer",
         commands=("measure", "quantize"),
-        help="Input channels that share a width and a scale.",
+        help="Number of input channels that share a bit width and a scale.",
     )
     shard_bytes: int = option(
-        "-ss", "--shard-size", default=_SHARD_BYTES, kind="mebibytes", help="Largest output file in MiB."
+        "-ss", "--shard-size", default=_SHARD_BYTES, kind="mebibytes", help="Maximum size of each output file, in MiB."
     )
     force: bool = option(
         "--force",
         default=False,
         kind="flag",
-        help="Quantize even models that no reader runs, or that readers compute differently.",
+        help="Allow models that no reader runs, or that readers run differently.",
     )
 
     @property

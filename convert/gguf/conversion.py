@@ -25,6 +25,7 @@ from .file.metadata import (
     CALIBRATION_KEY,
     DIGEST_KEY,
     DIGEST_ROOM,
+    EFFORT_KEY,
     LIMITS_KEY,
     MAP_KEY,
     RUN_KEY,
@@ -47,14 +48,14 @@ from .model.mapping import ROWS, kept_map, require_held
 from .model.reader import GgufModel
 from .options import GgufOptions
 from .plan.layout import Layout
-from .plan.making import make_gguf_plan
+from .plan.making import bytes_for_vram, make_gguf_plan
 from .plan.measured import gguf_curves
 from .plan.plan import GgufPlan
 from .plan.problem import PlanProblem, measured_problem
 from .rounder import GgufRounder, rounded_matrices, tensor_distances
 from .rows.rowmap import RowMap
 from .rows.text import map_to_text
-from .sizes import coming_problem, largest_file, room_for_tensors
+from .sizes import coming_problem, largest_file, room_for_tensors, room_in_vram
 from .tuning import TunedGguf, tune_gguf
 
 __all__ = ["GgufConversion"]
@@ -170,7 +171,7 @@ class GgufConversion(BasedConversion):
         assert measurement is not None
         assert target is not None
         _require_measured(self.base, self.layout, measurement)
-        tensor_bytes = self._tensor_bytes(target, provenance)
+        tensor_bytes = self._tensor_bytes(target, provenance, measurement)
         overrides = self.options.choices
         return make_gguf_plan(
             measurement, bpw=target.bpw, tensor_bytes=tensor_bytes, overrides=overrides, layout=self.layout
@@ -223,21 +224,25 @@ class GgufConversion(BasedConversion):
             encoded={} if rounded is None else _encoded(rounded, plan, rows),
             distances={} if rounded is None else tensor_distances(rounded, rows),
             importance=importance.mean_squares,
-            metadata=_metadata(provenance, self.header, rows, entries=len(importance.sums)),
+            metadata=_metadata(provenance, self.header, rows, self.options.effort, entries=len(importance.sums)),
             threads=cores(),
         )
 
     def _tensor_bytes(
         self, target: Target, provenance: Provenance | None, measured: Measurement | None = None
     ) -> int | None:
-        # What a largest size leaves for tensors beside the file's own metadata, as far as these are known; None where
-        # bits per weight are asked for.
+        # What a largest size leaves for tensors beside the file's own metadata, which is in no GPU, as far as these are
+        # known; None where bits per weight are asked for.
+        if target.vram_bytes is not None and measured is not None:
+            layout = None if self._base is None else self.layout
+            return bytes_for_vram(measured, room_in_vram(target, self.source), self.options.choices, layout)
         max_bytes = largest_file(target, self.source, None if self._base is None else self.header)
         if max_bytes is not None and self._base is None and measured is not None and target.size_of is None:
             return max_bytes - gguf_curves(measured).layout.overhead_bytes
-        if max_bytes is None or provenance is None or self._base is None:
+        if max_bytes is None or provenance is None or self._base is None or target.vram_bytes is not None:
             return max_bytes
-        return room_for_tensors(max_bytes, self.header, _metadata(provenance, self.header, self.layout.rows))
+        metadata = _metadata(provenance, self.header, self.layout.rows, self.options.effort)
+        return room_for_tensors(max_bytes, self.header, metadata)
 
 
 def _size_forecast(problem: PlanProblem, wanted: int, bpw: float | None) -> SizeForecast:
@@ -267,7 +272,9 @@ def _encoded(rounded: RoundedModel, plan: GgufPlan, rows: RowMap) -> dict[str, C
     }
 
 
-def _metadata(provenance: Provenance, base: GgufHeader, rows: RowMap, *, entries: int = 0) -> dict[str, Any]:
+def _metadata(
+    provenance: Provenance, base: GgufHeader, rows: RowMap, effort: str, *, entries: int = 0
+) -> dict[str, Any]:
     # Entries: tensors whose importances are known; the size of what is returned does not depend on it.
     datasets, chunks = (provenance.calibration_text,), provenance.calibration_shape[0]
     return {
@@ -279,5 +286,6 @@ def _metadata(provenance: Provenance, base: GgufHeader, rows: RowMap, *, entries
         CALIBRATION_KEY: provenance.calibration_text,
         SPANS_KEY: provenance.calibration_spans,
         DIGEST_KEY: DIGEST_ROOM,
+        **({EFFORT_KEY: effort} if effort == "high" else {}),
         **({LIMITS_KEY: "\n".join(provenance.warnings)} if provenance.warnings else {}),
     }

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checkpoint.carry.carried import require_float16_range
-from ...errors import NumericalError
+from ...checkpoint.carry.carried import require_float16_weights
 from ...measure.curves import CurveInputs, CurveMaker, LinearCurves, TableInputs
 from ..numerics.tables import measure_embeddings, measure_tied_table, tied_gram
 from .ggml.curves import measure_types
@@ -68,8 +67,7 @@ class GgufCurves(CurveMaker):
         Raises:
             NumericalError: A weight is beyond float16's range.
         """
-        for name, weight in zip(inputs.names, inputs.weights, strict=True):
-            require_float16_range(f"{name}.weight", weight.float(), NumericalError)
+        require_float16_weights(dict(zip(inputs.names, inputs.weights, strict=True)))
         parts = [self.layout.rows.parts(name) for name in inputs.names]
         measured = [[torch.empty(0, len(self.kinds)) for _ in own] for own in parts]
         dampings = [inputs.damping] * len(parts)

@@ -164,12 +164,20 @@ class GgufFormat(Format):
 
         return gguf_curves(measurement).layout.overhead_bytes
 
-    def bytes_in_vram(self, measurement: Measurement, options: Any, vram_bytes: int, context_tokens: int | None) -> int:
-        """Return the size of all tensors; see ``room_for_weights``."""
+    def beside_in_vram(
+        self, measurement: Measurement, options: Any, vram_bytes: int, context_tokens: int | None
+    ) -> int:
+        """See ``Format`` and ``room_for_weights``."""
         from .llama_cpp.vram import room_for_weights
 
         config, context = planned_context(measurement, context_tokens)
-        return room_for_weights(vram_bytes, config, context)
+        return vram_bytes - room_for_weights(vram_bytes, config, context)
+
+    def bytes_for_vram(self, measurement: Measurement, options: Any, room_bytes: int) -> int:
+        """See ``Format``; llama.cpp keeps the table of embeddings in main memory."""
+        from .plan.making import bytes_for_vram
+
+        return bytes_for_vram(measurement, room_bytes, options.choices)
 
     def bpw_range(self, measurement: Measurement, options: Any) -> tuple[float, float] | None:
         """Return the smallest bits per weight over all tensors, and the largest worth planning."""

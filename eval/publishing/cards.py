@@ -23,14 +23,15 @@ from .mark import read_mark
 from .prompt import prompt_format
 
 __all__ = [
+    "ReportedComparison",
     "ReportedEstimate",
     "ReportedSummary",
     "card_path",
     "check_base_model",
     "is_card",
     "make_card",
-    "measured_damage",
-    "read_summary",
+    "read_report",
+    "reported",
     "write_card",
 ]
 
@@ -89,7 +90,7 @@ def make_card(output: Path, *, original: str | Path | None = None, base_model: s
     if reason is not None:
         raise BrokenModelError(f"{output}: marked as broken, so it gets no card. {reason}")
     check_base_model(base_model)
-    report = _report(output)
+    report = reported(output)
     directory = resolve_model(original) if isinstance(original, str) else original
     base_name = _base_name(report, directory, base_model)
     base_model = base_model or hub_id(base_name)
@@ -108,18 +109,18 @@ def make_card(output: Path, *, original: str | Path | None = None, base_model: s
     )
 
 
-def measured_damage(output: Path) -> ReportedSummary | None:
-    """Return what the report of an output says of the damage; None if there is none.
+def reported(output: Path) -> ReportedComparison | None:
+    """Return what the report of an output says; None if there is none.
 
     Raises:
         FormatError: The report is damaged.
     """
-    report = _report(output)
-    return None if report is None else report.summary
+    path = companion(output, REPORT_FILE)
+    return read_report(path) if path.exists() else None
 
 
-def read_summary(path: Path) -> ReportedSummary:
-    """Return what a report says of the damage.
+def read_report(path: Path) -> ReportedComparison:
+    """Return what a report says.
 
     Args:
         path: The report for programs.
@@ -127,7 +128,9 @@ def read_summary(path: Path) -> ReportedSummary:
     Raises:
         FormatError: The report is damaged.
     """
-    return _read_report(path).summary
+    remedy = "The report is damaged, or of another version: evaluate again."
+    raw = read_json(path, FormatError).get("comparison")
+    return check_schema(raw, ReportedComparison, FormatError, where=f"{path}: comparison", remedy=remedy)
 
 
 def check_base_model(base_model: str | None) -> None:
@@ -142,7 +145,7 @@ def check_base_model(base_model: str | None) -> None:
         )
 
 
-def _base_name(report: _Report | None, directory: Path | None, base_model: str | None) -> str:
+def _base_name(report: ReportedComparison | None, directory: Path | None, base_model: str | None) -> str:
     if base_model is not None:
         return base_model
     if directory is not None:
@@ -196,7 +199,7 @@ class ReportedSummary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Report:
+class ReportedComparison:
     """What a card takes from a report; see ``bpwise.eval.comparison.Comparison``."""
 
     original: _ReportedModel
@@ -204,6 +207,7 @@ class _Report:
     summary: ReportedSummary
     predicted_tokens: Count
     text: str
+    text_fingerprint: str
     engine: str
     dtype: str
 
@@ -235,14 +239,3 @@ class _Report:
             f"Over {self.predicted_tokens} tokens of text ({self.text}), run by {self.engine} in {self.dtype}. "
             "Numbers after ± are one standard error."
         )
-
-
-def _report(output: Path) -> _Report | None:
-    path = companion(output, REPORT_FILE)
-    return _read_report(path) if path.exists() else None
-
-
-def _read_report(path: Path) -> _Report:
-    remedy = "The report is damaged, or of another version: evaluate again."
-    raw = read_json(path, FormatError).get("comparison")
-    return check_schema(raw, _Report, FormatError, where=f"{path}: comparison", remedy=remedy)

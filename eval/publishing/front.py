@@ -19,7 +19,7 @@ from ..report.drawings.png import png_bytes
 from ..report.layers import find_plan, linear_costs, predicted_damage
 from ..report.verdict import GOOD_ENOUGH_NATS, same_tokens, words_for
 from .base_card import split_front
-from .cards import ReportedSummary, card_path, measured_damage
+from .cards import ReportedComparison, card_path, reported
 from .prompt import prompt_format, prompt_sections
 
 __all__ = ["CHART_NAME", "FrontPage", "Size", "branch_link", "front_page"]
@@ -31,6 +31,11 @@ _ORIGINAL = re.compile(r"^---\n+# The card of the original,", re.MULTILINE)
 _ROOM = (
     "Take one that fits into your memory, with one or two gigabytes more than its size for the context. The KL "
     "divergence says how far the predictions are from the original's."
+)
+
+_OTHER_TEXTS = (
+    "These models were measured on different texts, so their numbers cannot be compared. `bpwise eval` measures all of "
+    "them on the same text."
 )
 
 
@@ -51,7 +56,7 @@ class Size:
     link: str
     label: str | None
     file_bytes: int
-    measured: ReportedSummary | None
+    measured: ReportedComparison | None
     predicted_nats: float | None
 
     @classmethod
@@ -67,14 +72,14 @@ class Size:
             link=link,
             label=label,
             file_bytes=model.file_bytes,
-            measured=measured_damage(output),
+            measured=reported(output),
             predicted_nats=_predicted(model),
         )
 
     @property
     def nats(self) -> float | None:
         """Damage as it was measured, else as it was predicted, nats per token; None if it is not known."""
-        return self.predicted_nats if self.measured is None else self.measured.kl_nats.value
+        return self.predicted_nats if self.measured is None else self.measured.summary.kl_nats.value
 
     @property
     def linked(self) -> str:
@@ -129,13 +134,14 @@ def front_page(base: str, first: Path, sizes: Sequence[Size]) -> FrontPage:
     """
     front, body = split_front(card_path(first).read_text(encoding="utf-8", errors="replace"))
     original = _ORIGINAL.search(body)
-    chart = _chart(sizes)
+    comparable = len({each.measured.text_fingerprint for each in sizes if each.measured is not None}) < 2
+    chart = _chart(sizes) if comparable else b""
     sections = [
         f"# {cell(base)} in {len(sizes)} size{'' if len(sizes) == 1 else 's'}",
         _table(sizes),
         *([f"![KL divergence against size]({CHART_NAME})"] if chart else []),
         "## Which one should I take?",
-        *_advice(sizes),
+        *(_advice(sizes) if comparable else [_ROOM, _OTHER_TEXTS]),
         *prompt_sections(prompt_format(require_format(first).open(first))),
         *_picked(sizes),
     ]
@@ -151,9 +157,8 @@ def _predicted(model: QuantizedModel) -> float | None:
 
 
 def _chart(sizes: Sequence[Size]) -> bytes:
-    drawing = size_chart(
-        [SizedModel(each.name, each.file_bytes, each.measured.kl_nats) for each in sizes if each.measured is not None]
-    )
+    measured = [(each, each.measured.summary) for each in sizes if each.measured is not None]
+    drawing = size_chart([SizedModel(each.name, each.file_bytes, summary.kl_nats) for each, summary in measured])
     with suppress(BpwiseError):  # the renderer is an extra
         return b"" if drawing is None else png_bytes(drawing)
     return b""
@@ -165,7 +170,8 @@ def _table(sizes: Sequence[Size]) -> str:
     for each in sorted(sizes, key=lambda size: -size.file_bytes):
         kl, same = "not measured", ""
         if each.measured is not None:
-            kl, same = each.measured.kl_nats.text(), f"{each.measured.top1_agreement.text(100)} %"
+            summary = each.measured.summary
+            kl, same = summary.kl_nats.text(), f"{summary.top1_agreement.text(100)} %"
         elif each.predicted_nats is not None:
             kl = f"{nats(each.predicted_nats)} predicted"
         words = "" if each.nats is None else words_for(each.nats)
@@ -197,7 +203,7 @@ def _judged(size: Size) -> str:
     told = f"{size.linked}, {bytes_text(size.file_bytes)}: {words_for(size.nats)}"
     if size.measured is None:
         return f"{told}, as predicted."
-    return f"{told}. {same_tokens(size.measured.top1_agreement.value)}."
+    return f"{told}. {same_tokens(size.measured.summary.top1_agreement.value)}."
 
 
 def _picked(sizes: Sequence[Size]) -> list[str]:

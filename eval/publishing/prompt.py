@@ -12,12 +12,15 @@ __all__ = ["prompt_format", "prompt_sections"]
 
 _TURNS = ({"role": "system", "content": "{system_prompt}"}, {"role": "user", "content": "{prompt}"})
 
+_DATE = "{% macro strftime_now(format) %}{date}{% endmacro +%}"
+"""Goes before a template: takes the place of what Transformers gives to templates that write today's date."""
+
 _MOST_CHARACTERS = 4000
 """Longer ones are rules for tools and the like, which help no reader of a card."""
 
 
 def prompt_format(model: QuantizedModel) -> str:
-    """Return the text that a chat model continues, ``{system_prompt}`` and ``{prompt}`` in the places of what is said.
+    """Return the text that a chat model continues, with ``{system_prompt}``, ``{prompt}`` and ``{date}`` to fill in.
 
     Returns:
         Lines that a terminal or a page only shows; empty if the model has no template, or one that fails, leaves the
@@ -26,6 +29,7 @@ def prompt_format(model: QuantizedModel) -> str:
     template = model.chat_template()
     if template is None:
         return ""
+    template.source = _DATE + template.source
     with template:
         text = _rendered(template)
     if _TURNS[1]["content"] not in text or len(text) > _MOST_CHARACTERS:

@@ -13,7 +13,7 @@ from ...checkpoint.model.hub_name import HubName
 from ...convert.format import Format
 from ...convert.names import REPORT_FILE
 from ...errors import CheckpointError, FormatError
-from .cards import ReportedSummary, read_summary
+from .cards import ReportedComparison, read_report
 from .front import Size, branch_link
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def _files(api: HfApi, repo: str, format_: Format) -> Iterator[Size]:
             link=name,
             label=parts.label,
             file_bytes=sum(size for each, size in tree.items() if format_.whole_path(Path(each)) == whole),
-            measured=_summary(api, repo, None, tree, f"{stem}.{REPORT_FILE}"),
+            measured=_report(api, repo, None, tree, f"{stem}.{REPORT_FILE}"),
             predicted_nats=None,
         )
 
@@ -66,7 +66,7 @@ def _branches(api: HfApi, repo: str, format_: Format) -> Iterator[Size]:
                 link=branch_link(repo, branch),
                 label=None,
                 file_bytes=sum(tree[name] for name in weights),
-                measured=_summary(api, repo, branch, tree, report),
+                measured=_report(api, repo, branch, tree, report),
                 predicted_nats=None,
             )
 
@@ -86,9 +86,11 @@ def _tree(api: HfApi, repo: str, revision: str | None) -> dict[str, int]:
     return {path: size for path, size in found if isinstance(size, int)}
 
 
-def _summary(api: HfApi, repo: str, revision: str | None, tree: Mapping[str, int], name: str) -> ReportedSummary | None:
+def _report(
+    api: HfApi, repo: str, revision: str | None, tree: Mapping[str, int], name: str
+) -> ReportedComparison | None:
     if name not in tree:
         return None
     with suppress(FormatError):  # of another version, or anything
-        return read_summary(Path(api.hf_hub_download(repo, name, revision=revision)))
+        return read_report(Path(api.hf_hub_download(repo, name, revision=revision)))
     return None

@@ -53,8 +53,8 @@ class Upload:
 
     @property
     def total_bytes(self) -> int:
-        """Size of all files."""
-        return sum(path.stat().st_size for _, path in self.files)
+        """Size of all files, the front page included."""
+        return sum(path.stat().st_size for _, path in self.files) + sum(map(len, self.pages().values()))
 
     def contents(self) -> Iterator[tuple[str, str | bytes]]:
         """Yield the path in the repository and the path here, or the content of what is made for the repository."""
@@ -77,8 +77,8 @@ class Upload:
         lines = [f"{self.output} -> https://huggingface.co/{where}: {bytes_text(self.total_bytes)}"]
         if not any(".report." in f".{name}" for name, _ in self.files) and len(self.files) > 1:
             lines.append("  warning: it was not compared with the original")
-        lines += [f"  {name}  {path.stat().st_size} bytes" for name, path in self.files]
-        lines += [f"  {name}  {len(content)} bytes, the front page" for name, content in self.pages().items()]
+        lines += [f"  {name}  {bytes_text(path.stat().st_size)}" for name, path in self.files]
+        lines += [f"  {name}  {bytes_text(len(content))}, the front page" for name, content in self.pages().items()]
         return [*lines, *(f"  not published: {name}" for name in self.left_out)]
 
     def to_dict(self) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def plan_uploads(outputs: Sequence[Path], target: str, *, by_branch: bool = Fals
     owner, _, name = target.partition("/")
     if not HUB_ID.fullmatch(target if name else f"{target}NAME"):
         raise PublishError(
-            f"{target}: no place on the Hub. Expected ORG/NAME, or ORG/ to name it by convention. Choose another name."
+            f"{target}: not the name of a repository. Expected ORG/NAME, or ORG/ for a conventional name. Change it."
         )
     for output in outputs:
         _check(output)
@@ -243,8 +243,8 @@ def _check(output: Path) -> None:
         raise PublishError(f"{output}: not published, it is marked as broken. {reason}")
     if not card_path(output).is_file():
         raise PublishError(
-            f"{output}: not published, it has no model card {card_path(output).name}. Run `bpwise card`, or finish the "
-            "run."
+            f"{output}: not published, it has no model card {card_path(output).name}. Run `bpwise card {output.name} "
+            "--original MODEL`, or finish the run."
         )
     format_ = require_format(output)
     if not format_.verify(output).compared and format_.keeps_digests:

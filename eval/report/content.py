@@ -30,6 +30,7 @@ class Report:
         costs: What each linear of each model got, in the models' order, for the maps; may be empty.
         details: More sections, after the comparison in their order: a title, and rows of names and values.
         extras: Benchmarks and needles of the same models.
+        broken: Names of models that were made with them, but whose predictions are useless.
         made: Date, command, hardware and software, by name; by default of this process.
     """
 
@@ -37,6 +38,7 @@ class Report:
     costs: tuple[tuple[LinearCost, ...], ...] = ()
     details: Details = field(default_factory=dict)
     extras: Extras = NO_EXTRAS
+    broken: tuple[str, ...] = ()
     made: Mapping[str, str] = field(default_factory=run_facts)
 
     @property

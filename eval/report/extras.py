@@ -35,17 +35,19 @@ __all__ = [
     "tasks_table",
 ]
 
-ANSWERS_NOTE = "Greedy decoding: always the most likely token. Where the answers part, one token was enough."
+ANSWERS_NOTE = (
+    "Greedy decoding: always the most likely token. A single different token can change the rest of an answer."
+)
 
 TASKS_NOTE = (
-    "± is one standard error over the questions; differences are paired over the same questions, and changed is the "
-    "share of them that is scored otherwise, either way. Without ±: the score is not a mean over questions."
+    "± is one standard error over the questions; differences are paired over the same questions. Changed: share of "
+    "questions whose score changed, for better or worse. Without ±: the score is not a mean over questions."
 )
 
 NEEDLE_NOTE = (
-    "A sentence with a secret number stands at some depth of a text, and the text ends with the sentence's beginning. "
-    "Found: greedy decoding gives the whole number; it works for base models as for chat models. Nats: negative "
-    "log-likelihood of the number. ± is one standard error with the texts as independent; changes are paired over the "
+    "A sentence with a secret number is hidden somewhere in a text, which ends with the beginning of that sentence. "
+    "Found: greedy decoding completes the number, which base models can do as well as chat models. Nats: negative "
+    "log-likelihood of the number. ± is one standard error, treating texts as independent; changes are paired over the "
     "same prompts."
 )
 

@@ -47,7 +47,7 @@ def html_report(report: Report) -> str:
         title=report.title,
         headline=headline(comparisons),
         comparisons=comparisons,
-        models=models_table(comparisons),
+        models=models_table(comparisons, report.broken),
         percentiles=percentiles_table(comparisons),
         paired=paired_table(paired) if paired else None,
         meanings=meanings_table(),

@@ -36,10 +36,11 @@ from .verdict import headline, sentence, verdict_sentence
 __all__ = ["joint_lines", "markdown_report", "summary_lines"]
 
 _ERRORS_NOTE = (
-    "Numbers after ± are one standard error, those in brackets after KL its 95 % confidence interval. Both take rows, "
-    "not tokens, as independent, because the tokens of a row are alike; differences are paired on the same tokens. "
-    "Brackets after a perplexity: its difference from the original's. Δp: change of the true token's probability, root "
-    "mean square and mean. Top-5: share of the original's five most likely tokens among the quantized model's five."
+    "Numbers after ± are one standard error; in brackets after KL is its 95 % confidence interval. Both treat "
+    "sequences, not tokens, as independent, because the tokens of a sequence are alike; differences are paired on the "
+    "same tokens. In brackets after a perplexity: the difference from the original. Δp: change in the true token's "
+    "probability, root mean square and mean. Top-5: share of the original's five most likely tokens that are also "
+    "among the quantized model's five."
 )
 
 
@@ -63,7 +64,7 @@ def markdown_report(report: Report) -> str:
         where = positions_table(comparisons[0]), kinds_table(comparisons[0])
         sections += ["## Where", *(each.to_markdown() for each in where)]
     if report.paired:
-        note = "In pairs over the same rows: what the second has more than the first, with 95 % confidence intervals."
+        note = "Second model minus first, paired over the same sequences, with 95 % confidence intervals."
         sections += ["## Differences between the models", note, paired_table(report.paired).to_markdown()]
     drift = drift_table(comparisons)
     if drift is not None:

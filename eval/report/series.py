@@ -93,7 +93,7 @@ def write_series_report(
     if not comparisons:
         delete(directory / HTML_NAME, missing_ok=True)  # an earlier run's
         return directory / MARKDOWN_NAME
-    report = Report(comparisons=comparisons, details=_details(outputs, counted))
+    report = Report(comparisons=comparisons, details=_details(outputs, counted), broken=_broken(outputs))
     write_text(directory / HTML_NAME, html_report(report))
     return directory / HTML_NAME
 
@@ -103,6 +103,10 @@ def series_table(outputs: Sequence[SeriesOutput]) -> Table:
     asked = "asked" if any(isinstance(output.asked, str) for output in outputs) else "asked, bpw"
     head = ("model", asked, "bpw", "size of the weights", "predicted KL, nats per token", "measured")
     return Table.of(head, map(_row, outputs))
+
+
+def _broken(outputs: Sequence[SeriesOutput]) -> tuple[str, ...]:
+    return tuple(output.path.name for output in outputs if output.broken is not None)
 
 
 def _details(outputs: Sequence[SeriesOutput], counted: Mapping[str, str]) -> dict[str, Mapping[str, str]]:
@@ -131,7 +135,7 @@ def _markdown(original: str, outputs: Sequence[SeriesOutput], counted: Mapping[s
         first = comparisons[0]
         sections += [
             "## Against the original",
-            models_table(comparisons).to_markdown(),
+            models_table(comparisons, _broken(outputs)).to_markdown(),
             f"Over {first.predicted_tokens} tokens ({cell(first.text)}), fingerprint {first.text_fingerprint}; "
             f"{cell(first.engine)}, {first.dtype} on {cell(first.device)}; floor {first.floor_nats:.2g} nats per "
             "token. Numbers after ± are one standard error. Each model's own report has the rest.",

@@ -37,11 +37,12 @@ _DRIFT_ROWS = 9
 """Blocks that a table shows of the drift, evenly spread; the drawing and JSON show all."""
 
 
-def models_table(comparisons: Sequence[Comparison]) -> Table:
+def models_table(comparisons: Sequence[Comparison], broken: Sequence[str] = ()) -> Table:
     """Return a row for the original and one for each quantized model, in the comparisons' order.
 
     Args:
         comparisons: At least one; all with the same original on the same text.
+        broken: Names of broken models, which come last and have no numbers.
     """
     first = comparisons[0]
     exact = NotedCell("100 %", key=1.0)
@@ -61,6 +62,7 @@ def models_table(comparisons: Sequence[Comparison]) -> Table:
         head.append("tokens/s")
         speeds = [_speed(None), *(_speed(each.tokens_per_second) for each in comparisons)]
         rows = [(*row, speed) for row, speed in zip(rows, speeds, strict=True)]
+    rows += [(NotedCell(name, "broken"), *[NotedCell("–", key=-1.0)] * (len(head) - 1)) for name in broken]
     return Table.of(head, rows)
 
 

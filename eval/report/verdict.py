@@ -64,18 +64,17 @@ tools/perplexity/README.md of llama.cpp (its revision f364eb6f), as rounded ther
 
 KNOWN_NOTE = (
     "Llama 3 8B on the test text of WikiText-2, measured by llama.cpp's authors (tools/perplexity/README.md in its "
-    "sources); IQ1_M with an importance matrix, the others without. The row F16 is what storing the "
-    "original's logits in 16 bits does. On another text or model the same type has other numbers: small models lose "
-    "more."
+    "sources); IQ1_M with an importance matrix, the others without. Row F16 is the effect of storing the "
+    "original's logits in 16 bits. The same type gives other numbers on other texts and models: small models lose more."
 )
 
 _MEANINGS = (
-    ("KL divergence", "How far the model's predictions are from the original's, averaged over all tokens; 0 is equal. "
-     "The best single number: it sees every change of a prediction, also where the most likely token stays."),
-    ("top-1 agreement", "How often the original's most likely next token is the quantized model's too."),
-    ("perplexity", "How surprised a model is by the text. Noisy: a worse model can have a lower one by chance."),
-    ("Δp", "By how much the probability of the true next token changes, as root mean square."),
-    ("size", "Of all files with weights, and in bits for each of the original's parameters."),
+    ("KL divergence", "How far the model's predictions are from the original's, averaged over all tokens; 0: equal. "
+     "The best single number: it reflects every change of a prediction, even if the most likely token stays the same."),
+    ("top-1 agreement", "How often both models agree on the most likely next token."),
+    ("perplexity", "How surprised a model is by the text. Noisy: a worse model can score lower by chance."),
+    ("Δp", "How much the probability of the true next token changes (root mean square)."),
+    ("size", "Of all weight files, and in bits per parameter of the original."),
 )  # fmt: skip
 
 _FEW_ROWS = 8
@@ -116,7 +115,7 @@ def verdict_sentence(comparison: Comparison) -> str:
     """Return the verdict with the size, and with what is the same."""
     words, size = verdict(comparison), size_words(comparison)
     shown = f"{size}: {words}" if size else f"{words[0].upper()}{words[1:]}"
-    doubt = "" if comparison.rows >= _FEW_ROWS else f" (judged on {_counted(comparison.rows)} of text only)"
+    doubt = "" if comparison.rows >= _FEW_ROWS else f" (based on only {_counted(comparison.rows)} of text)"
     return f"{shown}{doubt}. {same_tokens(comparison.summary.top1_agreement.value)}."
 
 

@@ -30,6 +30,7 @@ _HEAD_BYTES = 4096
 
 _CONTEXTS = (2048, 4096, 8192, 16384, 32768, 65536, 131072)
 _LARGE_GPU = 1 << 50
+"""Room for anything."""
 
 
 def is_plan_page(path: Path) -> bool:
@@ -123,15 +124,12 @@ def write_plan_page(
 
 
 def _contexts(format_: Format, measurement: Measurement, options: FormatOptions) -> dict[int, int]:
-    # What is taken beside the tensors is what they leave of a GPU that is large enough for anything.
     longest = measurement.config.get("max_position_embeddings")
     if not isinstance(longest, int):
         return {}
     lengths = [length for length in _CONTEXTS if length < longest] + [min(longest, _CONTEXTS[-1])]
     try:
-        return {
-            length: _LARGE_GPU - format_.bytes_in_vram(measurement, options, _LARGE_GPU, length) for length in lengths
-        }
+        return {length: format_.beside_in_vram(measurement, options, _LARGE_GPU, length) for length in lengths}
     except (ConfigError, KeyError):  # no reader, or none for a model of this shape
         return {}
 
@@ -183,6 +181,7 @@ def _data(point: PlanPoint) -> dict[str, Any]:
     return {
         "bpw": point.bpw,
         "stored_bytes": point.plan.stored_bytes,
+        "vram_bytes": point.plan.vram_bytes,
         "shares": ", ".join(f"{name} {100 * share:.1f} %" for name, share in point.plan.shares().items()),
         "names": [cost.name for cost in point.plan.costs()],
         "bits": [round(cost.bpw, 3) for cost in point.plan.costs()],

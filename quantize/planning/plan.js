@@ -18,6 +18,9 @@ dots[0].parentNode.append(marker);
 // What a reader takes beside the tensors; nothing where no context is chosen, or none is known.
 const beside = () => page.contexts[chosen()][context.value] ?? 0;
 
+// What a plan takes where it has to fit: as a file, or as what is in a GPU's memory.
+const taken = (point) => context.value === "" ? point.stored_bytes : point.vram_bytes + beside();
+
 function update() {
   const format = chosen();
   const points = plans[format];
@@ -28,9 +31,8 @@ function update() {
   show("size", size(point.stored_bytes));
   show("damage", `${point.damage} nats/token`);
   show("words", point.words);
-  show("beside", beside() === 0 ? "" :
-    `A context of ${context.value} tokens and what computing takes: ${size(beside())} more, ` +
-    `${size(point.stored_bytes + beside())} in all.`);
+  show("beside", context.value === "" ? "" :
+    `With a context of ${context.value} tokens: ${size(taken(point))} of GPU memory, cache and computing included.`);
   show("shares", point.shares);
   const output = page.outputs[format][index];
   show("command", `bpwise quantize ${page.original} ${output} --bpw ${point.bpw} --measurement ${page.measurement}`);
@@ -58,7 +60,7 @@ function update() {
 function fit() {
   const room = Number(memory.value) * page.unit_bytes;
   const points = plans[chosen()];
-  const fitting = points.filter((point) => point.stored_bytes + beside() <= room).length;
+  const fitting = points.filter((point) => taken(point) <= room).length;
   show("fits", room > 0 && fitting === 0 ? "No plan is that small." : "");
   if (room > 0) {
     slider.value = Math.max(0, fitting - 1);
@@ -72,6 +74,9 @@ function offer() {
   context.replaceChildren(new Option("no tokens (tensors alone)", ""), ...lengths.map((length) => new Option(`${length} tokens`, length)));
   context.value = lengths.includes(before) ? before : "";
   document.getElementById("context-label").hidden = lengths.length === 0;
+  const points = plans[chosen()];
+  const middle = points[Math.floor(points.length / 2)].stored_bytes / page.unit_bytes;
+  memory.placeholder = Number(middle.toPrecision(2));
   fit();
 }
 

@@ -76,8 +76,9 @@ def make_plan(
     target = Target(bpw=bpw, max_bytes=max_bytes, vram_bytes=vram_bytes, context_tokens=context_tokens)
     format_ = format_asking(options)
     if vram_bytes is not None:
-        max_bytes = format_.bytes_in_vram(measured, options, vram_bytes, context_tokens)
-    if max_bytes is not None:
+        room = vram_bytes - format_.beside_in_vram(measured, options, vram_bytes, context_tokens)
+        max_bytes = format_.bytes_for_vram(measured, options, room)
+    elif max_bytes is not None:
         max_bytes -= format_.overhead_bytes(measured)
     return format_.plan(measured, options, bpw=target.bpw, max_bytes=max_bytes)
 

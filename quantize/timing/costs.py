@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...tables import bytes_text
+
 __all__ = ["StepClock", "StepCost", "cost_line", "cost_section", "minutes"]
 
 _SAMPLING_SECONDS = 0.05
@@ -34,7 +36,7 @@ class StepCost:
 
 def cost_line(cost: StepCost) -> str:
     """Return a step's cost as a line for a terminal."""
-    return f"step        {cost.step:18} {cost.seconds:8.1f} s  {cost.peak_bytes / 2**20:7.0f} MiB"
+    return f"step        {cost.step:18} {cost.seconds:8.1f} s  {bytes_text(cost.peak_bytes):>10}"
 
 
 def minutes(seconds: float) -> str:
@@ -45,9 +47,9 @@ def minutes(seconds: float) -> str:
 def cost_section(costs: Sequence[StepCost]) -> dict[str, dict[str, str | float]]:
     """Return what a report says of the steps' costs: section -> entry -> value."""
     entries: dict[str, str | float] = {
-        cost.step: f"{cost.seconds:.1f} s, {cost.peak_bytes / 2**20:.0f} MiB" for cost in costs
+        cost.step: f"{cost.seconds:.1f} s, {bytes_text(cost.peak_bytes)}" for cost in costs
     }
-    return {"Steps (seconds, peak MiB)": entries}
+    return {"Steps (time, peak of memory)": entries}
 
 
 class StepClock:

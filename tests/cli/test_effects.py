@@ -131,4 +131,4 @@ def test_the_table_names_options_that_there_are() -> None:
 def test_an_output_named_as_a_file_is_no_directory() -> None:
     result = bpwise("quantize", "./no-model", "out.GGUF", "--format", "exl2", "--bpw", "4")
     assert result.exit_code == 2
-    assert "out.GGUF is named as a GGUF file" in result.stderr
+    assert "out.GGUF is the name of a GGUF file" in result.stderr

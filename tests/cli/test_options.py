@@ -37,7 +37,7 @@ def test_what_is_no_bitrate_is_refused() -> None:
 
 
 DEFAULTS = {
-    "--format": "as OUTPUT's name, --type or --size-of says, else exl2",
+    "--format": "what OUTPUT's name, --type or --size-of implies, else exl2",
     "--head-bits": "6",
     "--override": None,
     "--keep-fp16": None,
@@ -49,7 +49,7 @@ DEFAULTS = {
     "--no-feedback": None,
     "--type": None,
     "--imatrix": None,
-    "--llama-cpp": "one fetched from PyPI",
+    "--llama-cpp": "fetched from PyPI",
     "--backend": None,
     "--base": None,
     "--split-max-size": "48GB",
@@ -73,24 +73,27 @@ def test_help_shows_the_defaults_of_formats_options() -> None:
     [
         (
             ["out", "-b", "4", "--max-size", "1GB"],
-            "an output has one size. Give one of --bpw, --max-size, --vram and --size-of.",
+            "give only one of --bpw, --max-size, --vram and --size-of.",
         ),
-        (["-b", "4,5"], "several sizes make several outputs: name the directory for them, OUTPUT."),
-        (["out.gguf", "-b", "4", "--type", "Q8_0"], "Leave --bpw, --max-size, --vram and --size-of out."),
-        (["out.gguf", "-b", "4,5"], "several sizes make several files: name a directory, with --format gguf."),
-        (["out.gguf", "-b", "4", "--format", "exl2"], "out.gguf is named as a GGUF file"),
+        (["-b", "4,5"], "several sizes make several models. Name a folder for them: OUTPUT."),
+        (["out.gguf", "-b", "4", "--type", "Q8_0"], "Leave out --bpw, --max-size, --vram and --size-of."),
+        (["out.gguf", "-b", "4,5"], "several sizes make several models. Name a folder, and add --format gguf."),
+        (["out.gguf", "-b", "4", "--format", "exl2"], "out.gguf is the name of a GGUF file"),
         (
             ["out", "--format", "gguf,exl2"],
             "several formats need a size. Give one of --bpw, --max-size, --vram and --size-of.",
         ),
-        (["--format", "gguf,exl2", "-b", "4"], "several formats make several outputs: name the directory for them"),
-        (["out.gguf", "--format", "gguf,exl2", "-b", "4"], "name a directory, with --format gguf,exl2."),
-        (["out", "--format", "gguf,exl2", "-b", "4", "--override", "x=6"], "--override does not mean the same in GGUF"),
-        (["out", "--format", "gguf,exl2", "--type", "Q8_0"], "these options say all of one output"),
-        (["out", "--size-of", "Q4_K_M", "-b", "4"], "an output has one size."),
-        (["out", "--size-of", "Q4_K_M", "--format", "gguf,exl2"], "names no sizes of EXL2. Give --bpw."),
+        (["--format", "gguf,exl2", "-b", "4"], "several formats make several models. Name a folder for them"),
+        (["out.gguf", "--format", "gguf,exl2", "-b", "4"], "Name a folder, and add --format gguf,exl2."),
+        (
+            ["out", "--format", "gguf,exl2", "-b", "4", "--override", "x=6"],
+            "--override means different things for GGUF",
+        ),
+        (["out", "--format", "gguf,exl2", "--type", "Q8_0"], "these options determine a single output"),
+        (["out", "--size-of", "Q4_K_M", "-b", "4"], "give only one of"),
+        (["out", "--size-of", "Q4_K_M", "--format", "gguf,exl2"], "--size-of does not work for EXL2. Use --bpw."),
         (["out", "--size-of", "Q4_K_X"], "'Q4_K_X' is not a valid list of names. Expected one or more of"),
-        (["out.gguf", "--size-of", "Q4_K_M,q6_k"], "several sizes make several files: name a directory"),
+        (["out.gguf", "--size-of", "Q4_K_M,q6_k"], "several sizes make several models. Name a folder"),
         (["out", "--format", "gguf,awq", "-b", "4"], "Expected one or more of exl2, gguf, separated by commas."),
     ],
 )
@@ -105,7 +108,7 @@ def test_usage_is_checked_before_a_model_is_looked_for(arguments: list[str], pro
 def test_a_slip_in_the_ending_is_asked_about(name: str, options: tuple[str, ...]) -> None:
     result = CliRunner().invoke(cli, ["quantize", "./no-model", name, *options], catch_exceptions=False)
     assert result.exit_code == 2
-    assert f"{name} ends in {Path(name).suffix}. Was .gguf meant?" in result.stderr
+    assert f"{name} ends in {Path(name).suffix}. Did you mean .gguf?" in result.stderr
 
 
 @pytest.mark.parametrize("name", ["out.ggml", "out.exl2", "Llama-3.2-1B", "out.g", "a.gguf.old"])

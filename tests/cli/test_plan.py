@@ -48,9 +48,9 @@ def test_several_bitrates(measured: Path) -> None:
     result = plan(measured, "--bpw", "6,5,4")
     assert result.exit_code == 0, result.stderr
     header, *lines = result.stdout.splitlines()
-    assert header.split() == ["bpw", "MiB", "damage,", "nats/token", "plan"]
+    assert header.split() == ["bpw", "size", "damage,", "nats/token", "plan"]
     assert all(asked - 0.5 < bpw <= asked for asked, bpw in zip((6, 5, 4), sizes(lines), strict=True))
-    damages = [float(line.split()[2]) for line in lines]
+    damages = [float(line.split()[3]) for line in lines]
     assert damages == sorted(damages)
     for rate in (6, 5, 4):
         assert json.loads(measured.with_name(f"plan-{rate}.json").read_text())["target_bpw"] == rate
@@ -59,9 +59,9 @@ def test_several_bitrates(measured: Path) -> None:
 def test_several_in_a_directory(measured: Path, tmp_path: Path) -> None:
     assert plan(measured, "--bpw", "4,5", "-o", tmp_path / "plans").exit_code == 0
     assert sorted(path.name for path in (tmp_path / "plans").iterdir()) == ["plan-4.json", "plan-5.json"]
-    assert "several plans need a directory" in plan(measured, "--bpw", "4,5", "-o", measured).stderr
+    assert "several plans need a folder" in plan(measured, "--bpw", "4,5", "-o", measured).stderr
     assert plan(measured, "--bpw", "4,5", "-o", measured / "below").stderr.startswith("Error: ")
-    assert "is a directory. Name a file" in plan(measured, "--bpw", "4", "-o", tmp_path / "plans").stderr
+    assert "is a directory. Expected a file" in plan(measured, "--bpw", "4", "-o", tmp_path / "plans").stderr
 
 
 def test_an_impossible_one_of_several_leaves_nothing(measured: Path, tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_older_measurements_have_no_config(measured: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        (("--bpw", "4", "--vram", "8GB"), "a plan needs one target"),
+        (("--bpw", "4", "--vram", "8GB"), "give only one of --bpw, --max-size and --vram"),
         (("--bpw", "4", "--context", "4k"), "--context has no effect without --vram"),
         (("--bpw", "4", "--cache-bits", "8"), "--cache-bits has no effect without --vram"),
         ((), "give --bpw, --max-size or --vram"),

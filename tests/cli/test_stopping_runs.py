@@ -85,7 +85,7 @@ def test_every_step_can_be_stopped_and_goes_on(tiny_model: Path, tmp_path: Path)
         assert label in labels
         log = (places / "log").read_text(encoding="utf-8").rstrip("\n").split("\n")
         assert code == 128 + number, log
-        assert log[-1] == "Stopped. The same command goes on where it stopped, from what is finished in out.work."
+        assert log[-1] == "Stopped. Run the same command to resume. Finished work is kept in out.work."
         assert [path for path in places.rglob("*") if "partial" in path.name or path.suffix == ".lock"] == []
         assert (places / "out").exists() == (label == "logits")
     code, labels = run(places, command)

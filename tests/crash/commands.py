@@ -39,14 +39,12 @@ class Command:
         arguments: ``MODEL`` stands for the original, ``DISK`` for the disk, and ``MADE`` for what stands on it before.
         begin: Names of ``MADE`` that are on the disk when it begins.
         empty: Directories that are there, empty.
-        once: Whether what it has finished is in the way of the next run.
     """
 
     name: str
     arguments: tuple[object, ...]
     begin: tuple[str, ...] = ()
     empty: tuple[str, ...] = ()
-    once: bool = False
 
     @property
     def command(self) -> str:
@@ -92,7 +90,7 @@ COMMANDS = [
     Command("eval, with its cache", _JUDGED, begin=("out",)),
     Command("plan", ("plan", "DISK/m.safetensors", "--bpw", 5, "--html", "DISK/p.html"), begin=("m.safetensors",)),
     Command("imatrix", ("imatrix", "DISK/all.safetensors", "-o", "DISK/x.gguf"), begin=("all.safetensors",)),
-    Command("dequantize", ("dequantize", "DISK/out", "DISK/dense"), begin=("out",), once=True),
+    Command("dequantize", ("dequantize", "DISK/out", "DISK/dense"), begin=("out",)),
     Command("card", ("card", "DISK/out"), begin=("out",)),
 ]
 
@@ -148,7 +146,7 @@ def timeless(tree: Tree) -> Tree:
     }
 
 
-_STEP = re.compile(rb"[^\n]*[0-9.]+ s, [0-9]+ MiB[^\n]*\n")
+_STEP = re.compile(rb"[^\n]*[0-9.]+ s, [0-9.]+ [kMG]B[^\n]*\n")
 """A line of a report on one step's seconds and memory: steps that an earlier run has finished have none."""
 
 _SECONDS = re.compile(rb'(?<="seconds": )[0-9.e-]+|(?<=time \| )[0-9.]+ s|(?<=time</span></td><td>)[0-9.]+ s')

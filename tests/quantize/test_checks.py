@@ -348,18 +348,28 @@ class TestBeforeAnythingIsConverted:
             assert message in result.stderr
         assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
 
-    def test_a_data_set_that_is_not_there(self, known: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("evaluated", [False, True], ids=["calibration", "evaluation"])
+    def test_a_data_set_that_is_not_there(
+        self, evaluated: bool, known: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if evaluated:
+            monkeypatch.setattr(
+                "bpwise.convert.gguf.conversion.GgufConversion.prepare", lambda *_: pytest.fail("was converted first")
+            )
+
         def load(name: str, *_: Any, **__: Any) -> None:
             raise FileNotFoundError(f"{name} doesn't exist on the Hub")
 
         monkeypatch.setattr(datasets, "load_dataset", load)
+        measure = ("measure", known, "-o", tmp_path / "m.safetensors")
         for command in (
             ("quantize", known, tmp_path / "x.gguf", "--bpw", 8),
             ("quantize", known, tmp_path / "x.gguf", "--bpw", 8, "--dry-run"),
             ("quantize", known, tmp_path / "x", "--format", "gguf", "--bpw", "8,6"),
-            ("measure", known, "-o", tmp_path / "m.safetensors"),
+            *(() if evaluated else (measure,)),
         ):
-            result = bpwise(*command, "-c", "self,org/gone:config")
+            where = ("--eval-text", "org/gone:config") if evaluated else ("-c", "self,org/gone:config")
+            result = bpwise(*command, *where)
             assert result.exit_code == 1
             assert "org/gone:config: no such file or directory, and reading it as the Hub data set" in result.stderr
         assert list(tmp_path.iterdir()) == []

@@ -16,7 +16,7 @@ from bpwise.quantize.measuring import FinishedCommand
 from bpwise.quantize.run import quantize_model
 
 from ..conftest import llama_cpp_dir
-from .runs import TEXT, arguments, gguf, refused, succeed
+from .runs import TEXT, arguments, bpwise, gguf, refused, succeed
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +175,29 @@ def test_a_mixture(converted: Any, converting: list[object], tmp_path: Path) -> 
         assert converting == []
         for path in tmp_path.glob("*.gguf"):
             path.unlink()
+
+
+def test_a_mixture_that_was_cut_off_while_it_was_evaluated(
+    converted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
+    evaluation = ("--eval-rows", 2, "--eval-row-tokens", 32, "--device", "cpu")
+    output = tmp_path / "out.gguf"
+    command = ("quantize", converted["mistral"].directory, output, "--type", "Q8_0", *evaluation)
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bpwise.quantize.judge.Judge.compare", killed)
+        assert bpwise(*command).exit_code == 130
+    made = output.stat().st_mtime_ns
+    assert not (tmp_path / "out.report.json").exists()
+    assert "KL" in succeed(*command)
+    assert output.stat().st_mtime_ns == made
+    assert (tmp_path / "out.report.json").is_file()
+    assert (tmp_path / "out.recipe.yaml").is_file()
+    assert succeed(*command).startswith("finished already: ")
 
 
 def test_a_mixture_is_evaluated_again_without_its_report(

@@ -89,7 +89,7 @@ class TestMixedModel:
     def test_readers_understand_it(self, mixed: tuple[Path, str], tiny_model: Path, tmp_path: Path) -> None:
         out, _ = mixed
         verified = run("verify", out)
-        assert "12 quantized and 9 other tensors decode to what was meant" in verified
+        assert "12 quantized and 9 other tensors read back exactly as written" in verified
         assert f"decoder {plan_of(out).bpw:.4f} bpw, head " in verified
         assert "3 linears of the decoder in float16" in verified
         inspected = run("inspect", out)

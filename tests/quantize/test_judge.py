@@ -196,7 +196,7 @@ def test_copies_keep_their_mark(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     assert read_mark(tmp_path / "b") == "It is."
     verified = bpwise("verify", tmp_path / "b")
-    assert verified.exit_code == 0  # its bytes are what was meant
+    assert verified.exit_code == 0  # its bytes are what was intended
     assert "is marked as broken. It is." in verified.stderr
 
 

@@ -459,7 +459,7 @@ class TestReportsAreKept:
         again = report(copied)["details"]
         assert again[DRIFT] == first[DRIFT]
         assert again["Plan"]["damping of model.layers.0.self_attn.q_proj"] == 0.5
-        steps = "Steps (seconds, peak MiB)"
+        steps = "Steps (time, peak of memory)"
         assert {**again[steps], "evaluate": 0} == {**first[steps], "evaluate": 0}
         assert "Drift of the hidden states" in (copied / "report.html").read_text()
 
@@ -495,7 +495,7 @@ class TestReportsAreKept:
         first, again = report(finished)["details"], report(copied)["details"]
         assert again[DRIFT] == first[DRIFT]
         assert again["Plan"] == first["Plan"]
-        assert "evaluate" not in again["Steps (seconds, peak MiB)"]
+        assert "evaluate" not in again["Steps (time, peak of memory)"]
         damages = [{each["name"]: each["damage_nats"] for each in report(x)["linears"]} for x in (finished, copied)]
         assert damages[0] == damages[1]
 

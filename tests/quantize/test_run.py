@@ -282,7 +282,7 @@ class TestQuantize:
         files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
         assert len(files) > 2
         assert files[0] == f"output-00001-of-{len(files):05d}.safetensors"
-        assert "decode to what was meant" in succeed("verify", tmp_path / "out")
+        assert "read back exactly as written" in succeed("verify", tmp_path / "out")
 
     def test_biases_and_tied_embeddings(self, save_model: Any, tmp_path: Path) -> None:
         model = save_model(tmp_path / "model", kind=Qwen2Config, tie_word_embeddings=True)
@@ -321,7 +321,7 @@ class TestInterrupted:
             patch.setattr("bpwise.cli.quantize.RunBar", lambda: progress)
             result = bpwise(*arguments)
         assert result.exit_code == 130
-        kept = f"Stopped. The same command goes on where it stopped, from what is finished in {tmp_path / 'out.work'}."
+        kept = f"Stopped. Run the same command to resume. Finished work is kept in {tmp_path / 'out.work'}."
         assert result.stderr.splitlines()[-1] == kept
         # Complete or not there: only once it is written and verified.
         assert (tmp_path / "out").exists() == stage.startswith("evaluate")
@@ -376,8 +376,9 @@ class TestDryRun:
         assert lines["possible bpw"][2] == f"{math.ceil(highest * 10_000) / 10_000:.4f}"
         original = sum(t.numel() * t.element_size() for t in load_file(tiny_model / "model.safetensors").values())
         written = sum(t.numel() * t.element_size() for t in load_file(finished / "output.safetensors").values())
-        assert float(lines["original"][0]) == pytest.approx(original / 2**20, abs=0.051)  # printed with one decimal
-        assert float(lines["quantized"][0]) == pytest.approx(written / 2**20, abs=0.051)
+        assert lines["original"] == [f"{original / 1000:.1f}", "kB"]
+        assert lines["quantized"][1] == "kB"
+        assert float(lines["quantized"][0]) == pytest.approx(written / 1000, rel=0.01)  # headers come on top
 
     def test_existing_output_stays(self, tiny_model: Path, out: Path) -> None:
         before = content(out)
@@ -621,7 +622,23 @@ class TestRefusals:
 
     def test_verify_needs_no_manifest(self, out: Path) -> None:
         (out / "bpwise.json").unlink()
-        assert "nothing to compare with" in succeed("verify", out)
+        assert "no hashes to compare with" in succeed("verify", out)
+
+    def test_dequantize_again(self, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        dense, other = tmp_path / "dense", shutil.copytree(finished, tmp_path / "other")
+        succeed("dequantize", finished, dense)
+        before = content(dense)
+        with monkeypatch.context() as patch:
+            patch.setattr("bpwise.convert.dense.ShardWriter", lambda *_, **__: pytest.fail("was decoded again"))
+            result = bpwise("dequantize", finished, dense)
+        assert result.exit_code == 0
+        assert f"finished already: {dense}" in result.stderr
+        assert content(dense) == before
+        # Not what another model decodes to, nor what has lost a file.
+        (other / "generation_config.json").write_text('{"temperature": 0.5}')
+        assert "in the way" in refused("dequantize", other, dense)
+        (dense / "model.safetensors").unlink()
+        assert "in the way" in refused("dequantize", finished, dense)
 
     def test_dequantize_into_something(self, finished: Path, tmp_path: Path) -> None:
         (tmp_path / "thesis.txt").write_text("the only copy")

@@ -1,6 +1,7 @@
 """Several bitrates from one measurement: `bpwise quantize --bpw 6.0,4.5`."""
 
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.convert.exl2.conversion import Exl2Conversion
+from bpwise.convert.exl2.format import Exl2Format
 from bpwise.convert.exl2.rounding.rounder import rounded_linear
 from bpwise.errors import ConfigError
 from bpwise.eval.metrics import passes
@@ -133,7 +135,11 @@ def test_goes_on_where_it_was_cut_off(
     assert not (tmp_path / "out" / NAMES[1]).exists()
     before = (tmp_path / "out" / NAMES[0] / "output.safetensors").stat().st_mtime_ns
     monkeypatch.setattr(measuring, "measure_checkpoint", lambda *_: pytest.fail("was done again"))
+    verified: list[str] = []
+    verify = Exl2Format.verify
+    monkeypatch.setattr(Exl2Format, "verify", lambda self, path: (verified.append(path.name), verify(self, path))[1])
     assert bpwise(*command).exit_code == 0
+    assert verified == [NAMES[0]]  # once; the other one is read back where it is written
     assert (tmp_path / "out" / NAMES[0] / "output.safetensors").stat().st_mtime_ns == before
     for name in NAMES:
         assert (tmp_path / "out" / name / "output.safetensors").read_bytes() == (
@@ -170,6 +176,10 @@ def test_a_broken_one_does_not_stop_the_others(
     text = (tmp_path / "out" / "report.md").read_text()
     assert f"**{NAMES[0]} is broken:**" in text
     assert f"| {NAMES[1]} |" in text
+    page = (tmp_path / "out" / "report.html").read_text()
+    table = page[page.index('id="models"') : page.index("</table>", page.index('id="models"'))]
+    assert re.search(rf"{NAMES[0]}</span><small>broken</small>.*>–<", table)
+    assert f"| {NAMES[0]} (broken) | – |" in text
 
 
 def test_what_is_in_the_way_shows_first(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,8 +210,11 @@ def test_rates(tiny_model: Path, tmp_path: Path, rates: list[float]) -> None:
 def test_dry_run_of_several(tiny_model: Path, tmp_path: Path) -> None:
     result = bpwise("quantize", tiny_model, tmp_path / "out", "--bpw", "6.0,4.5", *TEXT, "--dry-run")
     assert result.exit_code == 0
-    assert "at 6 bpw" in result.stdout
-    assert "at 4.5 bpw" in result.stdout
+    lines = result.stdout.splitlines()
+    named = {line.split()[1]: lines[place + 2] for place, line in enumerate(lines) if line.startswith("output ")}
+    rates = {path: re.search(r"at (\S+) bpw$", line) for path, line in named.items()}
+    expected = {str(tmp_path / "out" / name): rate for name, rate in zip(NAMES, ("6", "4.5"), strict=True)}
+    assert {path: rate and rate[1] for path, rate in rates.items()} == expected
     assert list(tmp_path.iterdir()) == []
 
 

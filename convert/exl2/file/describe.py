@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ....checkpoint.model.names import HEAD, model_order
-from ....tables import Table
+from ....tables import Table, bytes_text
 from ...model import Description
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def describe_exl2(model: Exl2Model) -> Description:
             f"{len(model.linears)} quantized linears, decoder {decoder_bpw(model):.4f} bits per weight",
             *([f"{float16} linears of the decoder in float16"] if float16 else []),
             f"made with: {model.stored_config.get('quantization_config') or {}}",
-            f"{model.file_bytes / 2**20:.1f} MiB of tensors",
+            f"{bytes_text(model.file_bytes)} of tensors",
         ),
         table=Table(("linear", "in x out", "bpw", "share of rows at each width"), tuple(rows)),
         content={

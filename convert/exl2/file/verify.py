@@ -1,4 +1,4 @@
-"""Reads a finished EXL2 model back from the disk and compares it with what was meant."""
+"""Reads a finished EXL2 model back from the disk and compares it with what was intended."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def _compare(found: Mapping[str, Mapping[str, str]], manifest: Mapping[str, Mapp
     ]
     if problems:
         raise VerificationError(
-            f"model on disk: not what was meant, {'; '.join(problems)}. Write it again; if this "
+            f"model on disk: not as intended, {'; '.join(problems)}. Write it again; if this "
             "happens twice, "
             "check the disk and the memory."
         )

@@ -81,7 +81,7 @@ def write_model(
         FormatError: A linear is not in the source, or breaks a rule of the format.
         ShapeError: A linear does not have the shape of the weight it replaces.
         UnsupportedModelError: The config names no architecture.
-        VerificationError: Something on the disk does not decode to what was meant.
+        VerificationError: Something on the disk does not decode to what was intended.
         WorkDirectoryError: ``out`` is in the way or cannot be written, or the disk is full.
     """
     config = _checked_config(source, linears, quantization)

@@ -17,8 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ....checkpoint.carry.carried import require_float16_range
-from ....errors import NumericalError
+from ....checkpoint.carry.carried import require_float16_weights
 from ....linalg.hessian import factor_hessian, inverse_diagonal
 from ....linalg.parallel import run_all
 from ....linalg.row_groups import grouped_rows, row_powers
@@ -51,8 +50,7 @@ def measure_curves(inputs: CurveInputs, widths: Sequence[int], group_size: int) 
         NumericalError: A weight is beyond float16's range, or a damage is NaN or infinite.
     """
     gram, fishers = inputs.gram, inputs.fishers
-    for name, weight in zip(inputs.names, inputs.weights, strict=True):
-        require_float16_range(f"{name}.weight", weight.float(), NumericalError)
+    require_float16_weights(dict(zip(inputs.names, inputs.weights, strict=True)))
     costs = inverse_diagonal(inputs.hessian.factor(inputs.damping)).reciprocal()
     orders = [
         grouped_rows(costs, row_powers(weight, fisher), group_size)

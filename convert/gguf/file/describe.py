@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ....tables import Table
+from ....tables import Table, bytes_text
 from ...model import Description, Verification
 from .header import GgufHeader, GgufTensor
 
@@ -26,7 +26,7 @@ def describe_gguf(header: GgufHeader) -> Description:
     return Description(
         kind=f"GGUF file, version {header.version}",
         facts=(
-            f"{len(tensors)} tensors, {weights / 1e6:.1f} million weights, {header.file_bytes / 2**20:.1f} MiB",
+            f"{len(tensors)} tensors, {weights / 1e6:.1f} million weights, {bytes_text(header.file_bytes)}",
             f"bits per weight: {all_tensors_bpw(tensors):.4f}, with metadata "
             f"{8 * header.file_bytes / max(weights, 1):.4f}",
             f"types: {types_text(tensors)}",
@@ -69,7 +69,7 @@ def verification_of(header: GgufHeader, *, compared: bool, warnings: tuple[str, 
 
     Args:
         header: The file's, all of whose tensors were read back.
-        compared: Whether they were compared with what was meant.
+        compared: Whether they were compared with what was intended.
         warnings: What could not be checked, as lines.
     """
     tensors = header.tensors.values()

@@ -10,6 +10,7 @@ __all__ = [
     "CALIBRATION_KEY",
     "DIGEST_KEY",
     "DIGEST_ROOM",
+    "EFFORT_KEY",
     "LIMITS_KEY",
     "MAP_KEY",
     "RUN_KEY",
@@ -26,6 +27,9 @@ DIGEST_KEY = "bpwise.sha256"
 
 DIGEST_ROOM = "0" * 64
 """What stands in its place until it is known."""
+
+EFFORT_KEY = "bpwise.effort"
+"""``high`` where scales were fitted to the original's predictions; missing otherwise."""
 
 LIMITS_KEY = "bpwise.limits"
 """Sentences that ``require_llama_cpp`` returned for the model, a line each."""

@@ -24,7 +24,7 @@ _SLAB_WEIGHTS = 1 << 24
 _COPIED_BYTES = 1 << 24
 
 _LARGEST_ERROR = 1.5
-"""Relative squared error above which a tensor is not what was meant: zeros have 1, another tensor has about 2."""
+"""Relative squared error above which a tensor is wrong: zeros have 1, another tensor has about 2."""
 
 _DISTANCE_TOLERANCE = 0.05
 """How far the distance of finished bytes from the weights may be from what it was meant to be, relative to it; and

@@ -82,7 +82,7 @@ def write_gguf(
         split_max_bytes: Most bytes of tensors in one file; a larger model is written in parts.
         encoded: By name of tensor, a function that yields its finished matrices, those of experts one after the other,
             each uint8, shape (rows, row_bytes); called once each. The other tensors are encoded here.
-        distances: By name of such a tensor, ``||W_hat - W||^2`` as it was meant to be, where it was not rounded to stay
+        distances: By name of such a tensor, ``||W_hat - W||^2`` as intended, where it was not rounded to stay
             near its weights. The others, and what is encoded here, must not be further from them than zeros are.
         importance: From the name of a tensor to the mean squares of its inputs, float32, shape (experts *
             row_weights,), or None where they are not known: ``ImportanceMatrix.mean_squares``.
@@ -102,7 +102,7 @@ def write_gguf(
         FormatError: The base is damaged, or already quantized.
         NumericalError: Weights or importances are not finite, or out of a type's range.
         ShapeError: A row is not a whole number of blocks, or importances or finished bytes have a wrong shape.
-        VerificationError: What is on the disk is not what was meant.
+        VerificationError: What is on the disk is not what was intended.
         WorkDirectoryError: ``output`` exists or cannot be written, or the disk is full.
     """
     header = read_model_header(Path(base))
@@ -248,7 +248,7 @@ def _entries(header: GgufHeader, file_type: int, metadata: Mapping[str, Any]) ->
 def _verify(
     path: Path, output: Path, start: bytes, planned: Sequence[Planned], written: Mapping[str, str]
 ) -> GgufHeader:
-    """Read the file from the disk and compare it with what was meant."""
+    """Read the file from the disk and compare it with what was intended."""
     with path.open("rb") as file:
         if file.read(len(start)) != start:
             raise VerificationError(f"{output}: the header reads back otherwise than it was written. Check the disk.")

@@ -9,10 +9,10 @@ import numpy as np
 from ....linalg.knapsack import choose
 from ....measure.measurement import Measurement
 from .layout import Layout
-from .plan import GgufPlan, TensorPlan, TypeOverride
+from .plan import EMBEDDINGS, HEAD, GgufPlan, TensorPlan, TypeOverride
 from .problem import measured_problem
 
-__all__ = ["make_gguf_plan"]
+__all__ = ["bytes_for_vram", "make_gguf_plan"]
 
 
 def make_gguf_plan(
@@ -64,3 +64,30 @@ def make_gguf_plan(
         lower_bound_nats=chosen.lower_bound,
         measurement=measurement.fingerprint,
     )
+
+
+def bytes_for_vram(
+    measurement: Measurement,
+    room_bytes: int,
+    overrides: Sequence[TypeOverride] = (),
+    layout: Layout | None = None,
+) -> int:
+    """Return the most bytes of all tensors whose plan takes no more than a room in a GPU's memory.
+
+    Args:
+        measurement: The measured damages.
+        room_bytes: Bytes of the GPU that are left for tensors.
+        overrides: As ``make_gguf_plan`` takes them, and the next.
+        layout: The unquantized file that is at hand.
+
+    Raises:
+        BudgetError: No plan is that small.
+        ConfigError: As ``make_gguf_plan``.
+    """
+    sizes = {each.name: int(each.sizes.max()) for each in measured_problem(measurement, overrides, layout).candidates}
+    beside = sizes.get(EMBEDDINGS, 0) if HEAD in sizes else 0
+    while True:  # the less room, the smaller the table; once it is as large as was thought, all else fits
+        plan = make_gguf_plan(measurement, tensor_bytes=room_bytes + beside, overrides=overrides, layout=layout)
+        if plan.vram_bytes <= room_bytes:
+            return room_bytes + beside
+        beside = plan.stored_bytes - plan.vram_bytes

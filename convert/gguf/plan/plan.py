@@ -15,14 +15,17 @@ import msgspec
 from ....checkpoint.files.atomic import write_json
 from ....checkpoint.files.schemas import Count, Number, Positive, check_schema, checksummed
 from ....errors import ConfigError, FormatError
-from ....tables import Table
+from ....tables import Table, bytes_text
 from ...model import Description
 from ...plan import LinearCost, Plan
 from ..ggml.types import TYPES, GgmlType, ggml_type
 
-__all__ = ["PLAN_VERSION", "GgufPlan", "TensorPlan", "TypeOverride", "type_shares"]
+__all__ = ["EMBEDDINGS", "HEAD", "PLAN_VERSION", "GgufPlan", "TensorPlan", "TypeOverride", "type_shares"]
 
 PLAN_VERSION = 3
+
+EMBEDDINGS, HEAD = "token_embd.weight", "output.weight"
+"""The table of token embeddings and the output head; without the second the first is both."""
 
 _REMEDY = "The plan is damaged: make it again with `bpwise plan`."
 
@@ -195,6 +198,12 @@ class GgufPlan(Plan):
             LinearCost(x.name.removesuffix(".weight"), x.kind.bits_per_weight, x.damage_nats) for x in self.tensors
         )
 
+    @property
+    def vram_bytes(self) -> int:
+        """Size of all tensors but the table of embeddings, which is in main memory unless it is the head, too."""
+        sizes = {tensor.name: tensor.stored_bytes for tensor in self.tensors}
+        return self.stored_bytes - (sizes.get(EMBEDDINGS, 0) if HEAD in sizes else 0)
+
     def identity(self) -> Any:
         """Return the measurement behind the plan, and all types."""
         return [self.measurement, [[tensor.name, tensor.type] for tensor in self.tensors]]
@@ -205,8 +214,8 @@ class GgufPlan(Plan):
         return Description(
             kind="GGUF plan",
             facts=(
-                f"{self.bpw:.4f} bits per weight over all tensors, {self.stored_bytes / 2**20:.1f} MiB (at most "
-                f"{self.target_bytes / 2**20:.1f} MiB asked)",
+                f"{self.bpw:.4f} bits per weight over all tensors, {bytes_text(self.stored_bytes)} (at most "
+                f"{bytes_text(self.target_bytes)} asked)",
                 f"predicted damage {self.damage_nats:.6f} nats/token (no plan of this size can go below "
                 f"{self.lower_bound_nats:.6f})",
                 f"weights: {shares}",
@@ -262,5 +271,5 @@ class GgufPlan(Plan):
 def _plain_fact(plain: Sequence[TensorPlan]) -> str:
     names = ", ".join(tensor.name for tensor in plain[:_SHOWN_PLAIN])
     more = f" and {len(plain) - _SHOWN_PLAIN} more" if len(plain) > _SHOWN_PLAIN else ""
-    size = sum(tensor.stored_bytes for tensor in plain) / 2**20
-    return f"not measured, rounded by ggml alone: {len(plain)} tensors of {size:.1f} MiB ({names}{more})"
+    size = bytes_text(sum(tensor.stored_bytes for tensor in plain))
+    return f"not measured, rounded by ggml alone: {len(plain)} tensors of {size} ({names}{more})"

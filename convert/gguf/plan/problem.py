@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ....checkpoint.source.linears import Shaped
 from ....errors import BudgetError, ConfigError
 from ....measure.measurement import Measurement
+from ....tables import bytes_text
 from ...plan import shown_range
 from ..file.roles import matrices_of
 from ..ggml.types import GgmlType, ggml_type
@@ -102,9 +103,9 @@ class PlanProblem:
         least, most = self.size_range
         if target < least:
             raise BudgetError(
-                f"{target} bytes of tensors ({8 * target / weights:.4f} bits per weight) cannot be reached: this model "
-                f"can have from {least} to {most}, that is {shown_range(8 * least / weights, 8 * most / weights)} bits "
-                "per weight. Ask for a size in this range."
+                f"{bytes_text(target)} of tensors ({8 * target / weights:.4f} bits per weight) cannot be reached: this "
+                f"model can have from {bytes_text(least)} to {bytes_text(most)}, that is "
+                f"{shown_range(8 * least / weights, 8 * most / weights)} bits per weight. Ask for a size in this range."
             )
         return target
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from bpwise.checkpoint.files.resume import ResumeStore, discard_artifacts, locked_work, run_artifacts
-from bpwise.errors import BrokenModelError, WorkDirectoryError
+from bpwise.errors import BrokenModelError, BudgetError, WorkDirectoryError
 
 CLAIM = """
 import sys
@@ -193,7 +193,7 @@ class TestClaim:
         assert list(tmp_path.iterdir()) == []
 
     def test_ctrl_c_tells_where_the_work_is(self, tmp_path: Path) -> None:
-        sentence = f"The same command goes on where it stopped, from what is finished in {tmp_path}"
+        sentence = f"Run the same command to resume. Finished work is kept in {tmp_path}"
         with pytest.raises(KeyboardInterrupt, match=re.escape(sentence)), locked_work(tmp_path):
             raise KeyboardInterrupt
 
@@ -222,6 +222,16 @@ class TestDiscarding:
             stages.add("measure", ONE)
             raise BrokenModelError
         assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+
+    def test_a_size_that_cannot_be_reached_leaves_what_another_run_has_begun(self, tmp_path: Path) -> None:
+        make_stage(tmp_path, ONE)
+        theirs = files(tmp_path)
+        with pytest.raises(BudgetError), run_artifacts(tmp_path) as stages:
+            for identity in (ONE, OTHER):
+                make_stage(tmp_path, identity)
+                stages.add("measure", identity)
+            raise BudgetError
+        assert files(tmp_path) == theirs
 
     @pytest.mark.parametrize("content", [None, "{", "[]", json.dumps(OTHER)], ids=["none", "damaged", "list", "other"])
     def test_the_name_alone_is_not_enough(self, tmp_path: Path, content: str | None) -> None:

@@ -1,6 +1,5 @@
 import importlib.util
 import json
-import math
 import re
 import shutil
 from collections.abc import Callable
@@ -17,11 +16,8 @@ from bpwise.convert.conversion import Target
 from bpwise.convert.exl2.options import Exl2Options
 from bpwise.convert.gguf import base as gguf_base
 from bpwise.convert.gguf.file.header import read_gguf_header
-from bpwise.convert.gguf.labels import LABELS
-from bpwise.convert.gguf.llama_cpp.assign import mixture_types
 from bpwise.convert.gguf.llama_cpp.imatrix import read_imatrix
 from bpwise.convert.gguf.llama_cpp.importance import export_imatrix, importance_of
-from bpwise.convert.gguf.llama_cpp.mixtures import MIXTURES
 from bpwise.convert.gguf.llama_cpp.vram import room_for_weights
 from bpwise.convert.gguf.model.reader import GgufModel
 from bpwise.convert.gguf.options import GgufOptions
@@ -112,18 +108,8 @@ def test_metadata_is_what_other_programs_read(name: str, made: Made, converted: 
     assert values["quantize.imatrix.entries_count"] >= len(made[name].plan.tensors) - len(made[name].plan.plain)
     kinds = {key: fields[key].types[0].name for key in values if key.startswith("quantize.") or key.endswith("_type")}
     assert {kinds[f"quantize.imatrix.{each}_count"] for each in ("chunks", "entries")} == {"UINT32"}
-    # The mixture whose file is nearest in size, of those that publishers make.
-    header = read_gguf_header(converted[name].file)
-    sizes = {
-        label: sum(
-            math.prod(each.shape[:-1]) * kinds[key].row_bytes(each.shape[-1]) for key, each in header.tensors.items()
-        )
-        for label in LABELS
-        for kinds in [mixture_types(MIXTURES[label], header, importance=header.tensors)]
-    }
-    chosen = gguf.LlamaFileType(values[gguf.Keys.General.FILE_TYPE]).name.removeprefix("MOSTLY_")
-    least = min(abs(size - made[name].plan.stored_bytes) for size in sizes.values())
-    assert abs(sizes[chosen] - made[name].plan.stored_bytes) == least
+    # K types do not fit rows this short, so that the mixture is the one nearest to 5.5 bits in llama.cpp's own table.
+    assert gguf.LlamaFileType(values[gguf.Keys.General.FILE_TYPE]).name == "MOSTLY_Q5_K_S"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -278,21 +264,31 @@ def test_a_largest_size_holds_for_the_whole_file(made: Made, converted: Any, tmp
     assert not (tmp_path / "y.gguf").exists()
 
 
-def test_a_gpu_that_the_cache_fits_into_too(made: Made, converted: Any, tmp_path: Path) -> None:
-    name = "qwen3"
+def on_gpu(path: Path) -> int:
+    """Bytes that llama.cpp loads into a GPU's memory: all layers, and not the input (src/llama-model.cpp)."""
+    sizes = {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors}
+    if "output.weight" in sizes:
+        del sizes["token_embd.weight"]
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen2"])
+def test_a_gpu_that_the_cache_fits_into_too(name: str, made: Made, converted: Any, tmp_path: Path) -> None:
     taken = (1 << 30) - room_for_weights(1 << 30, Checkpoint.open(converted[name].directory).config, 64)
     settings = {"measurement": made[name].measurement, "feedback": False}
-    size = made[name].verification.file_bytes + 20_000
+    room = on_gpu(made[name].output) + 20_000
     result = quantize(
         converted[name].directory,
         tmp_path / "x.gguf",
-        target=Target(vram_bytes=taken + size, context_tokens=64),
+        target=Target(vram_bytes=taken + room, context_tokens=64),
         **settings,
     )
-    assert size - 12_000 < result.verification.file_bytes <= size
+    # Metadata and, of a model whose head is a table of its own, the embeddings are in main memory.
+    assert room - 12_000 < on_gpu(tmp_path / "x.gguf") <= room
     measurement = made[name].measurement
-    planned = make_plan(measurement, vram_bytes=taken + size, context_tokens=64, options=GgufOptions())
-    assert 0 <= result.plan.target_bytes - planned.target_bytes < 4_096
+    planned = make_plan(measurement, vram_bytes=taken + room, context_tokens=64, options=GgufOptions())
+    assert planned.identity() == result.plan.identity()
+    assert planned.vram_bytes == on_gpu(tmp_path / "x.gguf")
     with pytest.raises(BudgetError, match="shorter context"):
         quantize(
             converted[name].directory,
@@ -456,23 +452,23 @@ def test_several_sizes_from_one_measurement(made: Made, converted: Any, tmp_path
         measurement=made["mistral"].measurement,
     )
     assert [output.path.name for output in result.outputs] == [
-        "mistral-6.5bpw-Q5_K_S.gguf",
-        "mistral-5.5bpw-Q3_K_M.gguf",
+        "mistral-6.5bpw-Q6_K.gguf",
+        "mistral-5.5bpw-Q5_K_S.gguf",
     ]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "mistral-5.5bpw-Q3_K_M.README.md",
-        "mistral-5.5bpw-Q3_K_M.gguf",
-        "mistral-5.5bpw-Q3_K_M.recipe.yaml",
-        "mistral-6.5bpw-Q5_K_S.README.md",
-        "mistral-6.5bpw-Q5_K_S.gguf",
-        "mistral-6.5bpw-Q5_K_S.recipe.yaml",
+        "mistral-5.5bpw-Q5_K_S.README.md",
+        "mistral-5.5bpw-Q5_K_S.gguf",
+        "mistral-5.5bpw-Q5_K_S.recipe.yaml",
+        "mistral-6.5bpw-Q6_K.README.md",
+        "mistral-6.5bpw-Q6_K.gguf",
+        "mistral-6.5bpw-Q6_K.recipe.yaml",
         "report.json",
         "report.md",
     ]
     assert "not measured" in result.report.read_text()
     assert result.outputs[1].path.read_bytes() == made["mistral"].output.read_bytes()
     assert not list((tmp_path / "out.work").rglob("base.gguf"))
-    card = ModelCard.load(tmp_path / "out" / "mistral-5.5bpw-Q3_K_M.README.md")
+    card = ModelCard.load(tmp_path / "out" / "mistral-5.5bpw-Q5_K_S.README.md")
     assert card.data.library_name == "gguf"
     assert "5.4" in next(line for line in card.text.splitlines() if line.startswith("| bits per weight"))
     assert "random ids" in card.text

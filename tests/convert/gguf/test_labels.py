@@ -71,10 +71,46 @@ def test_a_file_is_labelled_with_the_mixture_nearest_in_size(sizes: ComingSizes,
     assert sizes.nearest(tensor_bytes=int(bpw * 8_030_261_248 / 8)) == label
 
 
+def test_nominal_sizes_are_the_published_ones() -> None:
+    nominal = {name: PUBLISHED[name] for name in LABELS if name in PUBLISHED}
+    assert {name: LABELS[name] for name in nominal} == nominal
+    assert set(LABELS) - set(nominal) == {"Q3_K_M", "IQ4_XS"}
+
+
+class Narrow(Shapes):
+    """SmolLM2-135M: its rows of 576 weights hold no whole blocks of 256, so K types and most IQ types do not fit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {4096: 576, 14336: 1536, 1024: 192, 128256: 49152}
+        self.shapes = {name: tuple(sizes[size] for size in shape) for name, shape in self.shapes.items()}
+        self.config |= {"hidden_size": 576, "intermediate_size": 1536, "vocab_size": 49152}
+        self.config |= {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
+
+
+@pytest.mark.parametrize(
+    ("bpw", "label"),
+    [
+        (3.0, "IQ2_M"),
+        (4.0, "Q3_K_M"),
+        (4.5, "IQ4_XS"),
+        (5.0, "Q4_K_M"),
+        (5.5, "Q5_K_S"),
+        (6.0, "Q5_K_M"),
+        (8.0, "Q8_0"),
+    ],
+)
+def test_where_k_types_do_not_fit_nominal_sizes_label_a_file(bpw: float, label: str) -> None:
+    narrow = ComingSizes(LanguageModel(Narrow()))  # type: ignore[arg-type]
+    assert 8 * narrow.tensor_bytes["IQ2_M"] / narrow.weights > 4.5  # of IQ4_NL, mostly: the nearest in size to 5 bpw
+    assert narrow.nearest(bpw=bpw) == label
+    assert narrow.nearest(tensor_bytes=int(bpw * narrow.weights / 8)) == label
+
+
 def test_of_two_as_near_the_larger_is_the_label(sizes: ComingSizes) -> None:
-    small, large = sizes.tensor_bytes["Q4_K_S"], sizes.tensor_bytes["Q4_K_M"]
-    assert (small + large) % 2 == 0
-    assert sizes.nearest(tensor_bytes=(small + large) // 2) == "Q4_K_M"
+    between = (sizes.tensor_bytes["Q4_K_S"] + sizes.tensor_bytes["Q4_K_M"]) // 2
+    assert {sizes.nearest(tensor_bytes=between + step) for step in (-1024, 1024)} == {"Q4_K_S", "Q4_K_M"}
+    assert sizes.nearest(tensor_bytes=between) == "Q4_K_M"
 
 
 # How the Hub finds a label in a file's name (huggingface.js, packages/tasks/src/gguf.ts): the last of these.

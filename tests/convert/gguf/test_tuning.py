@@ -12,6 +12,7 @@ from bpwise.convert.gguf.model.reader import GgufModel
 from bpwise.convert.gguf.options import GgufOptions
 from bpwise.convert.gguf.plan.plan import TypeOverride
 from bpwise.convert.numerics import fit
+from bpwise.convert.registry import format_named
 from bpwise.errors import ConfigError
 from bpwise.eval.comparison import EvalConfig, compare_models
 from bpwise.measure.text.calibration import CalibrationSet
@@ -21,7 +22,8 @@ from bpwise.quantize.run import quantize_model
 from ...quantize.runs import arguments
 
 pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
-quants = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install '.[gguf]'").quants
+gguf = pytest.importorskip("gguf", reason="the gguf package is not installed: pip install '.[gguf]'")
+quants = gguf.quants
 
 # Queries and keys reordered and one table for embeddings and head; biases.
 FAMILIES = ["llama3", "qwen2"]
@@ -99,6 +101,14 @@ def test_predictions_come_closer(name: str, files: Files, converted: Any) -> Non
         return found.summary.kl_nats.value
 
     assert kl(files[name, "high"]) < 0.97 * kl(files[name, "normal"])
+
+
+def test_a_tuned_file_says_so(files: Files) -> None:
+    for (_, effort), path in files.items():
+        told = gguf.GGUFReader(path).fields.get("bpwise.effort")
+        assert (told and told.contents()) == ("high" if effort == "high" else None)
+        rows = dict(format_named("gguf").card(GgufModel.open(path), "org/base").made)
+        assert rows.get("scales") == ("fitted to the original's predictions" if effort == "high" else None)
 
 
 @pytest.mark.parametrize("other", [{"feedback": False}, {"mixture": "Q4_0"}], ids=["ggml-alone", "mixture"])

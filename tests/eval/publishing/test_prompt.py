@@ -89,3 +89,12 @@ def test_nothing_ends_the_fence() -> None:
         "`````",
     ]
     assert prompt_sections("") == []
+
+
+def test_a_template_that_writes_the_date_shows_where() -> None:
+    # As Llama 3.2's does.
+    source = (
+        "{% if strftime_now is defined %}{% set today = strftime_now('%d %b %Y') %}"
+        "{% else %}{% set today = '26 Jul 2024' %}{% endif %}Today Date: {{ today }}\n{{ messages[-1].content }}"
+    )
+    assert prompt_format(model_of(source)) == "Today Date: {date}\n{prompt}"

@@ -1,6 +1,7 @@
 """Uploads, against a Hub that only takes notes."""
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -33,6 +34,7 @@ REPORT = {
     },
     "predicted_tokens": 100,
     "text": "text",
+    "text_fingerprint": "abc",
     "engine": "engine",
     "dtype": "float32",
 }
@@ -244,7 +246,7 @@ def test_dry_run(output: Path, hub: FakeHub) -> None:
     result = push(output, "org/", "--dry-run")
     assert result.exit_code == 0
     assert (hub.repos, hub.commits) == ({}, [])
-    listed = {line.split()[0] for line in result.stdout.splitlines() if line.endswith(" bytes")}
+    listed = {line.split()[0] for line in result.stdout.splitlines() if re.search(r"  [\d.]+ (bytes|kB)$", line)}
     assert listed == PUBLISHED
     assert "not published: notes.txt" in result.stdout
     assert "not compared" not in result.stdout
@@ -302,7 +304,7 @@ def test_refused(
 def test_places_that_are_none(output: Path, hub: FakeHub, target: str) -> None:
     result = push(output, "--", target)
     assert result.exit_code == 1
-    assert "no place on the Hub" in result.stderr
+    assert "not the name of a repository" in result.stderr
     assert hub.repos == {}
 
 
@@ -450,6 +452,29 @@ def test_the_front_page_says_which_one_to_take(tmp_path: Path, hub: FakeHub) -> 
     assert "**The closest:** [L-2.5bpw.gguf](<L-2.5bpw.gguf>), 4.1 MB: badly damaged." in page
 
 
+def test_numbers_of_different_texts_are_not_compared(tmp_path: Path, hub: FakeHub) -> None:
+    write_sizes(tmp_path / "all")
+    path = tmp_path / "all" / "L-4.5bpw.report.json"
+    path.write_text(path.read_text().replace('"abc"', '"other"'))
+    assert push(tmp_path / "all", "org/").exit_code == 0
+    files = hub.commits[0][2]
+    page = files["README.md"].decode()
+    assert "were measured on different texts, so their numbers cannot be compared" in page
+    assert "The smallest" not in page
+    assert "The closest" not in page
+    assert CHART not in files
+
+
+def test_a_dry_run_counts_the_front_page(tmp_path: Path, hub: FakeHub) -> None:
+    write_sizes(tmp_path / "all", measured=False)
+    shown = push(tmp_path / "all", "org/", "--dry-run").stdout
+    assert " 0.0 MB" not in shown
+    assert push(tmp_path / "all", "org/").exit_code == 0
+    size = len(hub.commits[0][2]["README.md"])
+    assert f"-> https://huggingface.co/org/L-GGUF: {size} bytes\n" in shown
+    assert f"  README.md  {size} bytes, the front page\n" in shown
+
+
 def test_the_front_page_has_a_chart(tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("resvg_py", reason="drawings become PNG files by resvg: pip install '.[png]'")
     write_sizes(tmp_path / "all")
@@ -512,7 +537,7 @@ def test_the_front_page_lists_branches_that_are_there_already(output: Path, hub:
         "| [2.0bpw](<https://huggingface.co/org/L-exl2/tree/2.0bpw>)",
     ]
     size = (output / "output.safetensors").stat().st_size
-    assert page.count(f"| {size / 1e6:.1f} MB | 0.0125 ± 0.001 | 94 % |") == 2
+    assert page.count(f"| {size / 1e3:.1f} kB | 0.0125 ± 0.001 | 94 % |") == 2
 
 
 def test_branches_of_files_are_listed_with_what_was_measured(tmp_path: Path, hub: FakeHub) -> None:

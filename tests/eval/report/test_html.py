@@ -199,7 +199,7 @@ class TestText:
     def test_below_bfloat16(self, comparison: Comparison, tmp_path: Path) -> None:
         tiny = variant(comparison, "tiny", 5e-6, 1)
         files = write_report(Report(comparisons=(tiny,)), tmp_path)
-        assert "less than running the original in bfloat16" in files.html.read_text()
+        assert "smaller than the effect of running the original in bfloat16" in files.html.read_text()
         assert "below 1e-05 nats per token: less than running the original in bfloat16" in files.markdown.read_text()
 
     def test_ids_where_there_is_no_tokenizer(self, comparison: Comparison, tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ class TestText:
         )
         text = write_report(Report(comparisons=(alone,)), tmp_path).html.read_text()
         assert "as far as can be measured" in text
-        assert "judged on 1 sequence of text" in text
+        assert "based on only 1 sequence of text" in text
 
 
 def show(browser: Any, page: Path, *, width: int = 1200, mode: str = "light") -> None:

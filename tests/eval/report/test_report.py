@@ -37,7 +37,7 @@ def test_markdown(comparison: Comparison) -> None:
     text = markdown_report(of(comparison))
     assert text.startswith("# llama-4bpw against llama\n")
     assert text.splitlines()[2] == (
-        "**4.1 MB, 26 % of the original: close to the original (judged on 4 sequences of text only). "
+        "**4.1 MB, 26 % of the original: close to the original (based on only 4 sequences of text). "
         "93 of 100 next tokens are the same.**"
     )
     summary = text.splitlines()[4]
