@@ -133,7 +133,7 @@ def test_side_files_are_looked_at_where_they_are(
 ) -> None:
     # A temporary directory may have no room for a tokenizer of 30 MB, and nothing of it is needed.
     shutil.copytree(tiny_model, tmp_path / "m")
-    monkeypatch.setattr("bpwise.convert.carry.copy", begun)
+    monkeypatch.setattr("bpwise.checkpoint.carry.carried.copy", begun)
     assert bpwise("quantize", tmp_path / "m", tmp_path / "out", "--bpw", 4.5, "--dry-run").exit_code == 0
     (tmp_path / "m" / "processor_config.json").write_text("{")
     dry = bpwise("quantize", tmp_path / "m", tmp_path / "out", "--bpw", 4.5, "--dry-run")
