@@ -1,4 +1,4 @@
-"""Single steps: ``measure``, ``plan``, and what formats export of a measurement."""
+"""Single steps: ``measure``, ``plan``, and what is exported of a measurement for other programs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..convert.export.export import exporters
 from ..convert.format import Export
 from ..convert.registry import formats
 from ..tables import Table
@@ -26,7 +27,7 @@ from .types import EXISTING_FILE, FILE, MIB, PATH, RATES, SIZE, TOKENS, Names
 if TYPE_CHECKING:
     from ..convert.plan import Plan
 
-__all__ = ["measure", "plan"]
+__all__ = ["export", "measure", "plan"]
 
 
 @cli.command()
@@ -193,6 +194,48 @@ def _plan_lines(plans: Mapping[Path, Plan]) -> list[str]:
         for path, made in plans.items()
     ]
     return Table.of(("bpw", "MiB", "damage, nats/token", "plan"), rows).to_lines()
+
+
+@cli.command()
+@click.argument("measurement", type=EXISTING_FILE)
+@click.option("--for", "engine", type=click.Choice(list(exporters())), required=True, help="Program to export for.")
+@click.option(
+    "-b",
+    "--bpw",
+    type=float,
+    help="Bits per weight: for llama-quantize and ik of all tensors, for others of all linears but the head.",
+)
+@click.option("--max-size", type=SIZE, help="Largest size of the model's files, instead of --bpw: 5GB, 700MiB.")
+@click.option(
+    "-o", "--output", type=FILE, help="File to write.  [default: MEASUREMENT-ENGINE-4bpw.SUFFIX beside MEASUREMENT]"
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be written, and write nothing.")
+@FORCE_OPTION
+def export(
+    measurement: Path,
+    engine: str,
+    bpw: float | None,
+    max_size: int | None,
+    output: Path | None,
+    dry_run: bool,
+    force: bool,
+) -> None:
+    """Write a plan for another program that quantizes models.
+
+    Prints the commands that take it. Needs MEASUREMENT alone, not the model.
+    """
+    from ..checkpoint.files.paths import check_file
+    from ..convert.conversion import Target
+    from ..convert.export.export import default_output, export_plan, is_export
+
+    if (bpw is None) == (max_size is None):
+        raise click.UsageError("an export needs one target. Give --bpw or --max-size.")
+    path = output or default_output(measurement, engine, Target(bpw=bpw, max_bytes=max_size))
+    if not dry_run:
+        check_file(path, lambda file: is_export(file, engine), f"a plan for {engine}", read=measurement, force=force)
+    recipe = export_plan(measurement, path, engine=engine, bpw=bpw, max_bytes=max_size, dry_run=dry_run)
+    for line in (*recipe.facts, f"plan for {engine} -> {path}{', not written' if dry_run else ''}", *recipe.commands):
+        say(line)
 
 
 def _export_command(export: Export) -> Callable[..., None]:

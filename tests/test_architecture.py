@@ -82,9 +82,9 @@ def test_imports_run_downhill(path: Path) -> None:
 INNER = {
     "checkpoint": ["source", "loading", "trace", "model", "files"],
     "measure": [".", "text", "statistics", "model", "layers"],
-    "convert": ["exl2", "gguf", "tuning", "."],
+    "convert": ["export", "exl2", "gguf", "tuning", "."],
     "convert/exl2": [".", "rounding", "plan", "file", "readers"],
-    "convert/gguf": [".", "engine", "llama_cpp", "plan", "model", "file", "rows", "ggml"],
+    "convert/gguf": [".", "export", "engine", "llama_cpp", "plan", "model", "file", "rows", "ggml"],
     "eval": ["publishing", "report", "tasks", "engines", ".", "metrics"],
     "eval/report": [".", "drawings"],
     "quantize": [".", "planning", "timing", "rounding"],
