@@ -22,7 +22,7 @@ from .options import (
     original_options,
 )
 from .output import JSON_OPTION, RunBar, say, say_json, say_shortened
-from .types import EXISTING_FILE, FILE, MIB, PATH, RATES, SIZE, TOKENS, Names
+from .types import DIRECTORY, EXISTING_FILE, FILE, MIB, PATH, RATES, SIZE, TOKENS, Names
 
 if TYPE_CHECKING:
     from ..convert.plan import Plan
@@ -39,6 +39,12 @@ __all__ = ["export", "measure", "plan"]
     type=Names(list(formats())),
     help=f"Formats to measure for: {', '.join(formats())}.  [default: all whose extras are installed]",
 )
+@click.option(
+    "--keep-hessians",
+    "hessians",
+    type=DIRECTORY,
+    help="Directory to keep the Hessian of every linear in, and the calibration rows, for exllamav3.",
+)
 @FORCE_OPTION
 @format_options("measure")
 @original_options
@@ -48,6 +54,7 @@ def measure(
     model: str,
     output: Path,
     wanted: tuple[str, ...] | None,
+    hessians: Path | None,
     force: bool,
     choice: FormatChoice,
     changes: OriginalArguments,
@@ -70,12 +77,15 @@ def measure(
         options=tuple(choice.all.values()),
         measure=measuring.config,
         calibration=measuring.saved,
+        hessians=hessians,
         work=measuring.work_dir,
         force=force,
         progress=RunBar(),
     )
     if measurement.experts_sentence is not None:
         say(f"experts: {measurement.experts_sentence}")
+    if hessians is not None:
+        say(f"Hessians and calibration rows -> {hessians}")
     say(f"{len(measurement.linears)} linears measured for {', '.join(measurement.curves)} -> {output}")
 
 

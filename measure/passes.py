@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -94,6 +94,19 @@ class MeasuringPasses:
                 hidden = self._artifact(f"input-{index}")["hidden"]
             self._forward_block(index, hidden, then[index])
             self.artifacts.save(f"input-{index + 1}", {"hidden": hidden})
+
+    def repeat_without(self, kept: Callable[[str], bool]) -> None:
+        """Let finished blocks go if of one of their linears something is not kept: they are measured again.
+
+        Args:
+            kept: Tells that of a linear's full name.
+        """
+        for index in range(self.model.block_count):
+            groups = self.model.structure(index).groups
+            if not all(kept(name) for group in groups for name in self.model.linear_names(index, group)):
+                self.artifacts.discard(f"curves-{index}")
+        if not kept(self.model.source.head_name):
+            self.artifacts.discard("head")
 
     def _discard_unusable(self) -> None:
         # The backward pass goes on with a gradient, from block to block. Where that is gone, by damage or because a
