@@ -243,8 +243,8 @@ def export(
     path = output or default_output(measurement, engine, Target(bpw=bpw, max_bytes=max_size))
     if not dry_run:
         check_file(path, lambda file: is_export(file, engine), f"a plan for {engine}", read=measurement, force=force)
-    recipe = export_plan(measurement, path, engine=engine, bpw=bpw, max_bytes=max_size, dry_run=dry_run)
-    for line in (*recipe.facts, f"plan for {engine} -> {path}{', not written' if dry_run else ''}", *recipe.commands):
+    made = export_plan(measurement, path, engine=engine, bpw=bpw, max_bytes=max_size, dry_run=dry_run)
+    for line in (*made.facts, f"plan for {engine} -> {path}{', not written' if dry_run else ''}", *made.commands):
         say(line)
 
 

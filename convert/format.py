@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..measure.measurement import Measurement
     from .conversion import Conversion, Target
 
-__all__ = ["Export", "Exporter", "Format", "Recipe"]
+__all__ = ["Export", "ExportedPlan", "Exporter", "Format"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +51,7 @@ class Export:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
+class ExportedPlan:
     """A plan as another program takes it.
 
     Attributes:
@@ -81,7 +81,7 @@ class Exporter:
     engine: str
     suffix: str
     sign: str
-    make: Callable[[Measurement, Target, Path, Path], Recipe]
+    make: Callable[[Measurement, Target, Path, Path], ExportedPlan]
 
 
 class Format(ABC):

@@ -8,17 +8,17 @@ from shlex import quote
 
 from ...measure.measurement import Measurement
 from ..conversion import Target
-from ..format import Recipe
+from ..format import ExportedPlan
 from .units import joined_units, measured_structure
 from .widths import Grid, choose_bits, group_size_of
 
-__all__ = ["auto_round_recipe"]
+__all__ = ["auto_round_plan"]
 
 _WIDTHS = (2, 3, 4, 8)
 """Those of its presets W2A16 to W8A16, which its formats and their readers have in common."""
 
 
-def auto_round_recipe(measurement: Measurement, target: Target, source: Path, output: Path) -> Recipe:
+def auto_round_plan(measurement: Measurement, target: Target, source: Path, output: Path) -> ExportedPlan:
     """Return a plan for AutoRound: regular expressions of modules' names; see ``Exporter.make``.
 
     It escapes dots itself. Source: auto-round 0.16.1, ``compressors/layer_config_resolver.py`` and
@@ -35,7 +35,7 @@ def auto_round_recipe(measurement: Measurement, target: Target, source: Path, ou
         unit.pattern.replace(r"\.", "."): {"bits": bits, "group_size": group}
         for unit, bits in zip(units, chosen.bits, strict=True)
     }
-    return Recipe(
+    return ExportedPlan(
         text=json.dumps(config, indent=1) + "\n",
         facts=(*chosen.facts, f"groups of {group} inputs"),
         commands=(

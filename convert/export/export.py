@@ -12,7 +12,7 @@ from ...checkpoint.files.atomic import write_text
 from ...errors import ConfigError
 from ...measure.measurement import Measurement
 from ..conversion import Target
-from ..format import Exporter, Recipe
+from ..format import ExportedPlan, Exporter
 from ..registry import formats
 
 __all__ = ["default_output", "export_plan", "exporters", "is_export"]
@@ -21,9 +21,9 @@ _HEAD_BYTES = 1 << 16
 _PATTERN = r"\^\(model"
 
 
-def _when_asked(module: str, function: str) -> Callable[..., Recipe]:
-    def make(*arguments: Any) -> Recipe:
-        made: Recipe = getattr(import_module(module, __package__), function)(*arguments)
+def _when_asked(module: str, function: str) -> Callable[..., ExportedPlan]:
+    def make(*arguments: Any) -> ExportedPlan:
+        made: ExportedPlan = getattr(import_module(module, __package__), function)(*arguments)
         return made
 
     return make
@@ -33,20 +33,20 @@ _OWN = (
     Exporter(
         engine="exllamav3",
         suffix=".yaml",
-        sign=r"# bpwise \S+: a recipe",
-        make=_when_asked(".exllamav3", "exllamav3_recipe"),
+        sign=r"# bpwise \S+: bits of linears",
+        make=_when_asked(".exllamav3", "exllamav3_plan"),
     ),
     Exporter(
         engine="gptqmodel",
         suffix=".json",
         sign=rf'\{{\s*"dynamic": \{{\s*"{_PATTERN}',
-        make=_when_asked(".gptqmodel", "gptqmodel_recipe"),
+        make=_when_asked(".gptqmodel", "gptqmodel_plan"),
     ),
     Exporter(
         engine="auto-round",
         suffix=".json",
         sign=rf'\{{\s*"{_PATTERN}',
-        make=_when_asked(".auto_round", "auto_round_recipe"),
+        make=_when_asked(".auto_round", "auto_round_plan"),
     ),
 )
 
@@ -81,7 +81,7 @@ def export_plan(
     bpw: float | None = None,
     max_bytes: int | None = None,
     dry_run: bool = False,
-) -> Recipe:
+) -> ExportedPlan:
     """Write a plan for another program that quantizes models.
 
     Args:
@@ -104,16 +104,16 @@ def export_plan(
 
     Example:
         >>> from bpwise import export_plan
-        >>> recipe = export_plan("m.safetensors", "recipe.yaml", engine="exllamav3", bpw=4.0)
-        >>> recipe.commands[0]
-        'python convert.py -i MODEL -o OUT -w WORK -rcp recipe.yaml'
+        >>> plan = export_plan("m.safetensors", "bits.yaml", engine="exllamav3", bpw=4.0)
+        >>> plan.commands[0]
+        'python convert.py -i MODEL -o OUT -w WORK -rcp bits.yaml'
     """
     known, source = exporters(), Path(measurement)
     if engine not in known:
         raise ConfigError(f"engine: not known. Got {engine!r}. Expected one of {', '.join(known)}. Choose another.")
     target = Target(bpw=bpw, max_bytes=max_bytes)
     path = default_output(source, engine, target) if output is None else Path(output)
-    recipe = known[engine].make(Measurement.load(source), target, source, path)
+    plan = known[engine].make(Measurement.load(source), target, source, path)
     if not dry_run:
-        write_text(path, recipe.text)
-    return recipe
+        write_text(path, plan.text)
+    return plan

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..conversion import Conversion
-from ..format import Export, Exporter, Format, Recipe
+from ..format import Export, ExportedPlan, Exporter, Format
 from ..model import CardFacts, Description, QuantizedModel, Verification
 from ..names import NameParts
 from ..plan import Plan, planned_context
@@ -41,16 +41,16 @@ def _is_own_imatrix(path: Path) -> bool:
     return is_own_imatrix(path)
 
 
-def _for_llama_quantize(measurement: Measurement, target: Target, source: Path, output: Path) -> Recipe:
-    from .export.llama_quantize import llama_quantize_recipe
+def _for_llama_quantize(measurement: Measurement, target: Target, source: Path, output: Path) -> ExportedPlan:
+    from .export.llama_quantize import llama_quantize_plan
 
-    return llama_quantize_recipe(measurement, target, source, output)
+    return llama_quantize_plan(measurement, target, source, output)
 
 
-def _for_ik(measurement: Measurement, target: Target, source: Path, output: Path) -> Recipe:
-    from .export.ik import ik_recipe
+def _for_ik(measurement: Measurement, target: Target, source: Path, output: Path) -> ExportedPlan:
+    from .export.ik import ik_plan
 
-    return ik_recipe(measurement, target, source, output)
+    return ik_plan(measurement, target, source, output)
 
 
 class GgufFormat(Format):

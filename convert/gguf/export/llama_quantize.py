@@ -7,13 +7,13 @@ from shlex import quote
 
 from ....measure.measurement import Measurement
 from ...conversion import Target
-from ...format import Recipe
+from ...format import ExportedPlan
 from .rules import base_mixture, planned, tensor_rules
 
-__all__ = ["llama_quantize_recipe"]
+__all__ = ["llama_quantize_plan"]
 
 
-def llama_quantize_recipe(measurement: Measurement, target: Target, source: Path, output: Path) -> Recipe:
+def llama_quantize_plan(measurement: Measurement, target: Target, source: Path, output: Path) -> ExportedPlan:
     """Return a plan for llama-quantize, one rule a line; see ``Exporter.make``.
 
     Entries are separated by white space, the first that matches wins, and a tensor without one gets the mixture's type.
@@ -25,7 +25,7 @@ def llama_quantize_recipe(measurement: Measurement, target: Target, source: Path
     """
     plan = planned(measurement, target)
     matrix = quote(str(output.with_name(f"{source.stem}-imatrix.gguf")))
-    return Recipe(
+    return ExportedPlan(
         text="".join(f"{rule}\n" for rule in tensor_rules(plan)),
         facts=plan.describe().facts,
         commands=(
