@@ -31,7 +31,7 @@ from .embeddings import finished_tables
 from .measurement import FormatCurves, Measurement, is_measurement
 from .model.replay import check_replay
 from .model.stream import StreamedModel
-from .passes import MeasuringPasses, finished_decoder, finished_head
+from .passes import MeasuringPasses, finished_decoder, finished_head, repeat_without
 from .preparing import prepared_curves, require_measurable
 from .text.calibration import CalibrationConfig, CalibrationSet
 from .text.context import CALIBRATION, check_rows
@@ -204,7 +204,7 @@ def measure_checkpoint(
         precision=provenance["precision"],
     )
     if keeper is not None:
-        run.repeat_without(keeper.has)
+        repeat_without(run.model, run.artifacts, keeper.has)
     with float32_products(device):
         if source.listed is None:
             check_replay(run.model)
