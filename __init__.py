@@ -2,10 +2,10 @@
 
 The steps as functions: ``measure_model``, ``make_plan``, ``quantize_model`` (all steps), ``quantize_series`` (several
 bitrates from one measurement), ``evaluate_models``. What was made: ``verify_model``, ``inspect_path``,
-``dequantize_model``, ``export_imatrix``, ``write_card``, ``push_model``. ``open_model`` says what is changed while a
-model is read. What is rarely set is in frozen config objects: ``GgufOptions`` or ``Exl2Options`` (``options=``),
-``MeasureConfig`` (``measure=``), ``EvalConfig`` (``evaluate=``). Everything is imported when it is first used, so that
-``import bpwise`` is immediate.
+``dequantize_model``, ``write_card``, ``push_model``. For other programs: ``export_imatrix``, ``export_plan``.
+``open_model`` says what is changed while a model is read. What is rarely set is in frozen config objects:
+``GgufOptions`` or ``Exl2Options`` (``options=``), ``MeasureConfig`` (``measure=``), ``EvalConfig`` (``evaluate=``).
+Everything is imported when it is first used, so that ``import bpwise`` is immediate.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .checkpoint.source.original import open_model
     from .convert.conversion import Target
     from .convert.dense import dequantize_model
+    from .convert.export.export import export_plan
     from .convert.opening import verify_model
     from .convert.plan import Plan
     from .convert.registry import Exl2Options, GgufOptions, export_imatrix
@@ -55,6 +56,7 @@ _HOMES = {
     "dequantize_model": "convert.dense",
     "evaluate_models": "eval.comparison",
     "export_imatrix": "convert.registry",
+    "export_plan": "convert.export.export",
     "inspect_path": "quantize.inspect",
     "make_plan": "quantize.planning.plans",
     "measure_model": "quantize.run",
@@ -86,6 +88,7 @@ __all__ = [
     "dequantize_model",
     "evaluate_models",
     "export_imatrix",
+    "export_plan",
     "inspect_path",
     "make_plan",
     "measure_model",

@@ -1,4 +1,4 @@
-"""Single steps: ``measure``, ``plan``, and what formats export of a measurement."""
+"""Single steps: ``measure``, ``plan``, and what is exported of a measurement for other programs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..convert.export.export import exporters
 from ..convert.format import Export
 from ..convert.registry import formats
 from ..tables import Table, bytes_text
@@ -21,12 +22,12 @@ from .options import (
     original_options,
 )
 from .output import JSON_OPTION, RunBar, say, say_json, say_shortened
-from .types import EXISTING_FILE, FILE, PATH, RATES, SIZE, TOKENS, Names
+from .types import DIRECTORY, EXISTING_FILE, FILE, PATH, RATES, SIZE, TOKENS, Names
 
 if TYPE_CHECKING:
     from ..convert.plan import Plan
 
-__all__ = ["measure", "plan"]
+__all__ = ["export", "measure", "plan"]
 
 
 @cli.command()
@@ -38,6 +39,12 @@ __all__ = ["measure", "plan"]
     type=Names(list(formats())),
     help=f"Formats to measure for: {', '.join(formats())}.  [default: all that are installed]",
 )
+@click.option(
+    "--keep-hessians",
+    "hessians",
+    type=DIRECTORY,
+    help="Directory to keep the Hessian of every linear in, and the calibration rows, for exllamav3.",
+)
 @FORCE_OPTION
 @format_options("measure")
 @original_options
@@ -47,6 +54,7 @@ def measure(
     model: str,
     output: Path,
     wanted: tuple[str, ...] | None,
+    hessians: Path | None,
     force: bool,
     choice: FormatChoice,
     changes: OriginalArguments,
@@ -69,12 +77,15 @@ def measure(
         options=tuple(choice.all.values()),
         measure=measuring.config,
         calibration=measuring.saved,
+        hessians=hessians,
         work=measuring.work_dir,
         force=force,
         progress=RunBar(),
     )
     if measurement.experts_sentence is not None:
         say(f"experts: {measurement.experts_sentence}")
+    if hessians is not None:
+        say(f"Hessians and calibration rows -> {hessians}")
     say(f"{len(measurement.linears)} linears measured for {', '.join(measurement.curves)} -> {output}")
 
 
@@ -193,6 +204,48 @@ def _plan_lines(plans: Mapping[Path, Plan]) -> list[str]:
         for path, made in plans.items()
     ]
     return Table.of(("bpw", "size", "damage, nats/token", "plan"), rows).to_lines()
+
+
+@cli.command()
+@click.argument("measurement", type=EXISTING_FILE)
+@click.option("--for", "engine", type=click.Choice(list(exporters())), required=True, help="Program to export for.")
+@click.option(
+    "-b",
+    "--bpw",
+    type=float,
+    help="Bits per weight: for llama-quantize and ik of all tensors, for others of all linears but the head.",
+)
+@click.option("--max-size", type=SIZE, help="Largest size of the model's files, instead of --bpw: 5GB, 700MiB.")
+@click.option(
+    "-o", "--output", type=FILE, help="File to write.  [default: MEASUREMENT-ENGINE-4bpw.SUFFIX beside MEASUREMENT]"
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be written, and write nothing.")
+@FORCE_OPTION
+def export(
+    measurement: Path,
+    engine: str,
+    bpw: float | None,
+    max_size: int | None,
+    output: Path | None,
+    dry_run: bool,
+    force: bool,
+) -> None:
+    """Write a plan for another program that quantizes models.
+
+    Prints the commands that take it. Needs MEASUREMENT alone, not the model.
+    """
+    from ..checkpoint.files.paths import check_file
+    from ..convert.conversion import Target
+    from ..convert.export.export import default_output, export_plan, is_export
+
+    if (bpw is None) == (max_size is None):
+        raise click.UsageError("an export needs one target. Give --bpw or --max-size.")
+    path = output or default_output(measurement, engine, Target(bpw=bpw, max_bytes=max_size))
+    if not dry_run:
+        check_file(path, lambda file: is_export(file, engine), f"a plan for {engine}", read=measurement, force=force)
+    made = export_plan(measurement, path, engine=engine, bpw=bpw, max_bytes=max_size, dry_run=dry_run)
+    for line in (*made.facts, f"plan for {engine} -> {path}{', not written' if dry_run else ''}", *made.commands):
+        say(line)
 
 
 def _export_command(export: Export) -> Callable[..., None]:

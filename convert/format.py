@@ -24,9 +24,9 @@ from .plan import Plan
 if TYPE_CHECKING:
     from ..checkpoint.source.checkpoint import Checkpoint
     from ..measure.measurement import Measurement
-    from .conversion import Conversion
+    from .conversion import Conversion, Target
 
-__all__ = ["Export", "Format"]
+__all__ = ["Export", "ExportedPlan", "Exporter", "Format"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +48,40 @@ class Export:
     output_help: str
     write: Callable[[Measurement, Path], int]
     is_own: Callable[[Path], bool]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportedPlan:
+    """A plan as another program takes it.
+
+    Attributes:
+        text: Content of its file.
+        facts: What is in it, as lines.
+        commands: The lines that quantize a model by it: of a shell, or of Python. Capitals stand for what only the user
+            knows.
+    """
+
+    text: str
+    facts: tuple[str, ...]
+    commands: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exporter:
+    """Another program that quantizes models, and can be told what each linear or tensor gets.
+
+    Attributes:
+        engine: Name of the program, as ``bpwise export --for`` takes it.
+        suffix: What names of its files end in.
+        sign: Regular expression: how a file that was made for it begins.
+        make: Makes a plan for it; takes the measurement, how large the model may be, the measurement's file and the
+            file to make.
+    """
+
+    engine: str
+    suffix: str
+    sign: str
+    make: Callable[[Measurement, Target, Path, Path], ExportedPlan]
 
 
 class Format(ABC):
@@ -73,6 +107,8 @@ class Format(ABC):
     """Options of such an output, by field, where they leave it open by None; see ``completed``."""
     exports: ClassVar[Sequence[Export]] = ()
     """Files for other programs that it makes of measurements."""
+    exporters: ClassVar[Sequence[Exporter]] = ()
+    """Other programs that make its files, by plans of it."""
     own_files: ClassVar[tuple[str, ...]] = ("*.safetensors", "*.safetensors.index.json", "config.json")
     """Patterns of the files that make up a model in a directory, side files excluded."""
     keeps_digests: ClassVar[bool] = True
@@ -216,6 +252,14 @@ class Format(ABC):
 
     def bpw_range(self, measurement: Measurement, options: Any) -> tuple[float, float] | None:
         """Return the smallest and largest bits per weight worth planning; None if the format was not measured."""
+        return None
+
+    def damage_by_bits(self, measurement: Measurement) -> Mapping[str, Mapping[int, float]] | None:
+        """Return what every linear and the head cost at whole bits per weight, for programs with formats of their own.
+
+        Returns:
+            Damage in nats per token, by linear and bits; None if the format was not measured, or has other choices.
+        """
         return None
 
     @abstractmethod

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
     from ..linalg.hessian import Hessian
     from ..progress import Progress
+    from .text.calibration import CalibrationSet
 
-__all__ = ["CurveInputs", "CurveMaker", "CurveSource", "LinearCurves", "TableInputs", "TiedHead"]
+__all__ = ["CurveInputs", "CurveMaker", "CurveSource", "InputsKeeper", "LinearCurves", "TableInputs", "TiedHead"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -122,6 +123,26 @@ class CurveMaker(Protocol):
 
     def table(self, inputs: TableInputs) -> Mapping[str, Tensor]:
         """Measure the token embeddings; empty for a format that does not quantize them."""
+
+
+class InputsKeeper(CurveMaker, Protocol):
+    """Keeps what curves are made of, for other programs; a ``CurveMaker`` that measures nothing.
+
+    Attributes:
+        folder: Where it is kept.
+    """
+
+    folder: Path
+
+    def begin(self, provenance: Mapping[str, Any], rows: CalibrationSet) -> None:
+        """Take a measurement's provenance and rows, before the passes.
+
+        Raises:
+            WorkDirectoryError: The folder holds something else.
+        """
+
+    def has(self, linear: str) -> bool:
+        """Return whether that of a linear is kept already."""
 
 
 class CurveSource(Protocol):

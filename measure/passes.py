@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ from .statistics.experts import collect_experts, expert_statistics
 from .statistics.heldout import DAMPINGS
 from .statistics.inputs import InputStatistics, collect
 
-__all__ = ["MeasuringPasses", "finished_decoder", "finished_head"]
+__all__ = ["MeasuringPasses", "finished_decoder", "finished_head", "repeat_without"]
 
 
 class MeasuringPasses:
@@ -231,6 +231,22 @@ class MeasuringPasses:
             head = tied_head(self.artifacts.load("head")) if own and source.tied_embeddings else None
             packed = measured_table(self.model, name, self.tokens, of_table, self.makers, head)
             self.artifacts.save(EMBEDDING if own else LAYER_EMBEDDING, packed)
+
+
+def repeat_without(model: StreamedModel, artifacts: ResumeStore, kept: Callable[[str], bool]) -> None:
+    """Let finished blocks go if of one of their linears something is not kept: they are measured again.
+
+    Args:
+        model: The model.
+        artifacts: Those of the passes.
+        kept: Tells that of a linear's full name.
+    """
+    for index in range(model.block_count):
+        groups = model.structure(index).groups
+        if not all(kept(name) for group in groups for name in model.linear_names(index, group)):
+            artifacts.discard(f"curves-{index}")
+    if not kept(model.source.head_name):
+        artifacts.discard("head")
 
 
 def _followed(indices: Sequence[int]) -> dict[int, int | None]:

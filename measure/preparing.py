@@ -1,4 +1,4 @@
-"""Making ready what the curves of several formats depend on."""
+"""Before measuring: what cannot be measured is refused, what the curves of several formats depend on made ready."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from ..checkpoint.files.resume import RunArtifacts
+from ..checkpoint.source.checkpoint import Checkpoint
 from ..errors import BpwiseError, BpwiseWarning, WorkDirectoryError
 from ..progress import Progress
 from .curves import CurveMaker, CurveSource
+from .model.stream import StreamedModel
 
-__all__ = ["prepared_curves"]
+__all__ = ["prepared_curves", "require_measurable"]
 
 
 def prepared_curves(
@@ -53,3 +57,15 @@ def prepared_curves(
     for name, reason in refused.items():
         warnings.warn(f"{name}: not measured. {reason}", BpwiseWarning, stacklevel=2)
     return curves
+
+
+def require_measurable(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint that cannot be measured or run, from its config and the headers of its files.
+
+    Raises:
+        CheckpointError: A tensor is missing, of another shape than config.json says, or of a dtype that is not read.
+        UnsupportedModelError: The family is unknown.
+    """
+    for name in sorted(checkpoint.names):
+        checkpoint.require_dtype(name)
+    StreamedModel(checkpoint, device=torch.device("cpu"), dtype=torch.float32)

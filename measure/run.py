@@ -25,14 +25,14 @@ from ..linalg.products import FLOAT32, PRECISIONS, float32_products, pass_precis
 from ..progress import Progress, silent
 from ..version import __version__
 from .calibrated import CALIBRATION_FILE, load_or_make_rows
-from .curves import CurveMaker, CurveSource
+from .curves import CurveMaker, CurveSource, InputsKeeper
 from .device import resolve_device
 from .embeddings import finished_tables
 from .measurement import FormatCurves, Measurement, is_measurement
 from .model.replay import check_replay
 from .model.stream import StreamedModel
-from .passes import MeasuringPasses, finished_decoder, finished_head
-from .preparing import prepared_curves
+from .passes import MeasuringPasses, finished_decoder, finished_head, repeat_without
+from .preparing import prepared_curves, require_measurable
 from .text.calibration import CalibrationConfig, CalibrationSet
 from .text.context import CALIBRATION, check_rows
 from .text.mixture import NAMES
@@ -47,7 +47,6 @@ __all__ = [
     "measure_to_file",
     "measured_with",
     "measurement_provenance",
-    "require_measurable",
 ]
 
 _log = logging.getLogger(__name__)
@@ -163,18 +162,6 @@ def _digest(curves: CurveMaker) -> str:
     return hashlib.sha256(json.dumps([curves.version, dict(curves.header)]).encode()).hexdigest()[:32]
 
 
-def require_measurable(checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint that cannot be measured or run, from its config and the headers of its files.
-
-    Raises:
-        CheckpointError: A tensor is missing, of another shape than config.json says, or of a dtype that is not read.
-        UnsupportedModelError: The family is unknown.
-    """
-    for name in sorted(checkpoint.names):
-        checkpoint.require_dtype(name)
-    StreamedModel(checkpoint, device=torch.device("cpu"), dtype=torch.float32)
-
-
 def measure_checkpoint(
     checkpoint: Checkpoint,
     calibration: CalibrationSet,
@@ -182,6 +169,8 @@ def measure_checkpoint(
     curves: Sequence[CurveMaker],
     work: Path,
     progress: Progress = silent,
+    *,
+    keeper: InputsKeeper | None = None,
 ) -> Measurement:
     """Measure every linear of a model's decoder, its head and its token embeddings.
 
@@ -192,6 +181,7 @@ def measure_checkpoint(
         curves: The formats to measure, each once.
         work: Work directory; finished blocks in it are not done again.
         progress: Wraps the blocks of each pass.
+        keeper: Keeps what curves are made of; it has begun.
 
     Returns:
         The measurement. Its damages are in nats per token.
@@ -207,12 +197,14 @@ def measure_checkpoint(
         StreamedModel(source, device=device, dtype=torch.float32, offload_dir=config.offload_dir),
         calibration.tokens,
         ResumeStore(work, MEASURED, provenance),
-        curves,
+        [*curves, *([] if keeper is None else [keeper])],
         damping=config.damping,
         seed=config.seed,
         experts_see_all_tokens=config.moe_calibrate_all,
         precision=provenance["precision"],
     )
+    if keeper is not None:
+        repeat_without(run.model, run.artifacts, keeper.has)
     with float32_products(device):
         if source.listed is None:
             check_replay(run.model)
@@ -282,6 +274,7 @@ def measure_to_file(
     every_format: bool = False,
     calibration: CalibrationSet | None = None,
     force: bool = False,
+    keeper: InputsKeeper | None = None,
     begin: Callable[[], object] | None = None,
     progress: Progress = silent,
 ) -> Measurement:
@@ -298,6 +291,7 @@ def measure_to_file(
             complete.
         calibration: Rows to use instead of those that ``config.calibration`` describes.
         force: Whether any other file is replaced too.
+        keeper: Keeps what curves are made of, in a folder of its own.
         begin: Called when everything was checked, before the long work.
         progress: Shows how far the passes are.
 
@@ -311,7 +305,8 @@ def measure_to_file(
     checkpoint = open_model(model)
     work = work or work_beside(output)
     files = tuple(Path(share.source) for share in config.calibration.shares if share.source not in NAMES)
-    check_run(output, work, directories=checkpoint.directories, files=files, offload=(config.offload_dir,))
+    places = (config.offload_dir, None if keeper is None else keeper.folder)
+    check_run(output, work, directories=checkpoint.directories, files=files, offload=places)
     if not force:
         refuse_foreign(output, is_measurement, "a measurement")
     require_measurable(checkpoint)
@@ -329,13 +324,19 @@ def measure_to_file(
         curves = prepared_curves(formats, output, work, artifacts, progress, required=every_format)
         provenance = measurement_provenance(checkpoint, rows, config, curves)
         artifacts.add(MEASURED, provenance)
+        if keeper is not None:
+            keeper.begin(provenance, rows)
         earlier = _measurement_of(output, provenance)
-        if earlier is not None:
+        if earlier is not None and (keeper is None or _all_kept(keeper, earlier)):
             _log.info("finished already: %s holds what this command makes", output)
             return earlier
-        measurement = measure_checkpoint(checkpoint, rows, config, curves, work, progress)
+        measurement = measure_checkpoint(checkpoint, rows, config, curves, work, progress, keeper=keeper)
         measurement.save(output)
     return measurement
+
+
+def _all_kept(keeper: InputsKeeper, measurement: Measurement) -> bool:
+    return all(keeper.has(linear.name) for linear in (*measurement.linears, measurement.head))
 
 
 def _measurement_of(path: Path, provenance: dict[str, Any]) -> Measurement | None:

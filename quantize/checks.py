@@ -29,7 +29,8 @@ from ..eval.report.report import JSON_NAME, report_names, try_report
 from ..measure.calibrated import CALIBRATION_FILE, require_text
 from ..measure.device import resolve_device
 from ..measure.measurement import Measurement
-from ..measure.run import MeasureConfig, require_measurable
+from ..measure.preparing import require_measurable
+from ..measure.run import MeasureConfig
 from ..measure.text.calibration import CalibrationSet
 from ..measure.text.context import CALIBRATION, check_rows, fit_row_tokens
 from ..progress import Progress

@@ -11,6 +11,7 @@ from ..checkpoint.files.resume import ResumeStore
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..checkpoint.source.original import Original, open_model
 from ..convert.conversion import Conversion, Target
+from ..convert.export.hessians import HessianFiles
 from ..convert.format import Format
 from ..convert.options import FormatOptions
 from ..convert.registry import format_asking
@@ -50,6 +51,7 @@ def measure_model(
     options: Sequence[FormatOptions] = (),
     measure: MeasureConfig | None = None,
     calibration: CalibrationSet | None = None,
+    hessians: str | Path | None = None,
     work: str | Path | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -66,6 +68,7 @@ def measure_model(
         options: Options of formats, where they are not the defaults.
         measure: Calibration text, device and other options of measuring.
         calibration: Rows to use instead of those that ``measure.calibration`` describes.
+        hessians: Directory to keep the Hessian of every linear in, and the calibration rows, for exllamav3.
         work: Work directory; default ``OUTPUT.work``. Finished blocks are kept in it until the measurement is complete.
         force: Whether a file that is not a measurement is replaced too.
         progress: Shows how far the run is; None for bars in a notebook, and nothing elsewhere.
@@ -92,10 +95,14 @@ def measure_model(
         for name, known in _known_formats(formats).items()
     }
 
+    keeper = None if hessians is None else HessianFiles(Path(hessians), checkpoint)
+
     def begin() -> None:
         _check_measuring(
             checkpoint, conversions, config, output, work, every_format=formats is not None, rows=calibration
         )
+        if keeper is not None:
+            require_rooms({keeper.folder: keeper.missing_bytes})
         announce_measuring(shown, conversions, config, output, work, rows=calibration)
 
     return measure_to_file(
@@ -107,6 +114,7 @@ def measure_model(
         every_format=formats is not None,
         calibration=calibration,
         force=force,
+        keeper=keeper,
         begin=begin,
         progress=shown,
     )

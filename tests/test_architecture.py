@@ -82,9 +82,9 @@ def test_imports_run_downhill(path: Path) -> None:
 INNER = {
     "checkpoint": ["carry", "source", "loading", "trace", "model", "files"],
     "measure": [".", "text", "statistics", "model", "layers"],
-    "convert": ["exl2", "gguf", "mlx", "numerics", "."],
+    "convert": ["export", "exl2", "gguf", "mlx", "numerics", "."],
     "convert/exl2": [".", "rounding", "plan", "file", "readers"],
-    "convert/gguf": [".", "engine", "llama_cpp", "plan", "model", "file", "rows", "ggml"],
+    "convert/gguf": [".", "export", "engine", "llama_cpp", "plan", "model", "file", "rows", "ggml"],
     "convert/mlx": [".", "mlx_lm", "plan", "file", "grid"],
     "eval": ["publishing", "report", "tasks", "engines", ".", "metrics"],
     "eval/report": [".", "drawings"],

@@ -116,6 +116,17 @@ class Exl2Format(Format):
             return None
         return exl2_bpw_range(measurement, options.head, options.overrides, options.keep_fp16)
 
+    def damage_by_bits(self, measurement: Measurement) -> Mapping[str, Mapping[int, float]] | None:
+        """Return the damage of every linear if all its groups have the same width."""
+        from .plan.measured import exl2_curves
+
+        if self.name not in measurement.curves:
+            return None
+        curves = exl2_curves(measurement)
+        names = [linear.name for linear in (*measurement.linears, measurement.head)]
+        damages = {name: curves.damage_nats(name).sum(axis=0, dtype="float64").tolist() for name in names}
+        return {name: dict(zip(curves.widths, damage, strict=True)) for name, damage in damages.items()}
+
     def conversion(self, checkpoint: Checkpoint, options: Any) -> Conversion:
         """Return an original on its way to EXL2."""
         from .conversion import Exl2Conversion

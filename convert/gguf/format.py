@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..conversion import Conversion
-from ..format import Export, Format
+from ..format import Export, ExportedPlan, Exporter, Format
 from ..model import CardFacts, Description, QuantizedModel, Verification
 from ..names import NameParts
 from ..plan import Plan, planned_context
@@ -18,8 +18,12 @@ from .options import CONFLICTS, GgufOptions
 if TYPE_CHECKING:
     from ...checkpoint.source.checkpoint import Checkpoint
     from ...measure.measurement import Measurement
+    from ..conversion import Target
 
 __all__ = ["FORMAT", "GgufFormat"]
+
+_RULE = r"\^[^=,\s]+\$=[a-zA-Z0-9_]+"
+"""A tensor's name as a regular expression, and its type."""
 
 _HIGHEST_BPW = 8.5
 """Q8_0: above it the damage is below what evaluation can see."""
@@ -35,6 +39,18 @@ def _is_own_imatrix(path: Path) -> bool:
     from .llama_cpp.imatrix import is_own_imatrix
 
     return is_own_imatrix(path)
+
+
+def _for_llama_quantize(measurement: Measurement, target: Target, source: Path, output: Path) -> ExportedPlan:
+    from .export.llama_quantize import llama_quantize_plan
+
+    return llama_quantize_plan(measurement, target, source, output)
+
+
+def _for_ik(measurement: Measurement, target: Target, source: Path, output: Path) -> ExportedPlan:
+    from .export.ik import ik_plan
+
+    return ik_plan(measurement, target, source, output)
 
 
 class GgufFormat(Format):
@@ -58,6 +74,10 @@ class GgufFormat(Format):
             write=_write_imatrix,
             is_own=_is_own_imatrix,
         ),
+    )
+    exporters = (
+        Exporter(engine="llama-quantize", suffix=".txt", sign=_RULE + r"\n", make=_for_llama_quantize),
+        Exporter(engine="ik", suffix=".txt", sign=_RULE + r"[,\n]", make=_for_ik),
     )
 
     def recognises(self, path: Path) -> bool:

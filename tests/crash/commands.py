@@ -70,6 +70,10 @@ COMMANDS = [
         "measure, --offload-dir",
         ("measure", "MODEL", "-o", "DISK/a/m.safetensors", "--formats", "exl2", "--offload-dir", "DISK/states", *TEXT),
     ),
+    Command(
+        "measure, --keep-hessians",
+        ("measure", "MODEL", "-o", "DISK/b/m.safetensors", "--formats", "exl2", "--keep-hessians", "DISK/hess", *TEXT),
+    ),
     *map(_quantize, FORMATS),
     Command(
         "quantize, into a directory that is there",
@@ -90,6 +94,7 @@ COMMANDS = [
     Command("eval, with its cache", _JUDGED, begin=("out",)),
     Command("plan", ("plan", "DISK/m.safetensors", "--bpw", 5, "--html", "DISK/p.html"), begin=("m.safetensors",)),
     Command("imatrix", ("imatrix", "DISK/all.safetensors", "-o", "DISK/x.gguf"), begin=("all.safetensors",)),
+    Command("export", ("export", "DISK/m.safetensors", "--for", "exllamav3", "--bpw", 5), begin=("m.safetensors",)),
     Command("dequantize", ("dequantize", "DISK/out", "DISK/dense"), begin=("out",)),
     Command("card", ("card", "DISK/out"), begin=("out",)),
 ]

@@ -217,6 +217,7 @@ def _read_measurement(folder: Path, changed: Path) -> None:
     if GgufCurves.name in measurement.curves:
         run_cli("plan", path, "--bpw", "8", "--format", "gguf", "-o", folder / "t.json")
         run_cli("plan", path, "--html", folder / "page.html")
+    run_cli("export", path, "--for", "auto-round", "--bpw", "5", "-o", folder / "e.json")
     run_cli("imatrix", path, "-o", folder / "i.gguf")
     quantize_model(folder / "model", folder / "out", **arguments(TO_4_5_BPW), measurement=path)
 
@@ -408,6 +409,7 @@ READERS: dict[str, Reader] = {
         modules=(
             "checkpoint/model/structure_json",
             "convert/exl2/plan/measured",
+            "convert/export/units",
             "convert/gguf/plan/layout",
             "convert/gguf/plan/measured",
             "measure/measurement_file",

@@ -1,0 +1,1 @@
+"""Plans for other programs that quantize models, each to formats of its own."""

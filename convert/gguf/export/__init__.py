@@ -1,0 +1,1 @@
+"""Plans for other programs that make GGUF files."""
