@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -18,6 +19,9 @@ __all__ = ["cut_windows", "model_input", "read_text"]
 _BLANK_LINE = " \n"
 """A blank line of WikiText's files; the Hub's data set has an empty row in its place."""
 
+_SHOWN_DIGITS = 16
+"""Of a text's SHA-256, so that two can see whether they run the same."""
+
 
 def read_text(source: str | Path) -> str:
     """Return a text as llama-perplexity reads it from a file: all of it but one newline at its end.
@@ -27,19 +31,24 @@ def read_text(source: str | Path) -> str:
             ``Salesforce/wikitext:wikitext-2-raw-v1:test``, of which the bytes of ``wiki.test.raw`` are made again.
 
     Raises:
-        CalibrationError: It cannot be read, is no UTF-8, holds no text, or the data set's rows are no lines.
+        CalibrationError: It cannot be read, is no UTF-8, or the data set's rows are no lines.
     """
+    return _decoded(_file_bytes(source), source)
+
+
+def _file_bytes(source: str | Path) -> bytes:
     path = Path(source)
     if isinstance(source, str) and not path.exists() and is_data_set(source):
-        text = "".join(map(_line, read_texts(source).documents()))
-    else:
-        with explained_reading(path, CalibrationError):
-            data = path.read_bytes()
-        try:
-            text = data.decode()
-        except UnicodeDecodeError as cause:
-            raise CalibrationError(f"{path}: cannot be read as UTF-8 text ({cause}). Convert it to UTF-8.") from cause
-    return text.removesuffix("\n")
+        return "".join(map(_line, read_texts(source).documents())).encode()
+    with explained_reading(path, CalibrationError):
+        return path.read_bytes()
+
+
+def _decoded(data: bytes, source: str | Path) -> str:
+    try:
+        return data.decode().removesuffix("\n")
+    except UnicodeDecodeError as cause:
+        raise CalibrationError(f"{source}: cannot be read as UTF-8 text ({cause}). Convert it to UTF-8.") from cause
 
 
 def _line(document: Document) -> str:
@@ -65,26 +74,27 @@ def cut_windows(
         most: Number of windows to take; None for all.
 
     Returns:
-        The windows as the text has them: BOS in the first of them alone; see ``model_input``.
+        The windows as the text has them: BOS in the first of them alone; see ``model_input``. The description tells
+        the text's SHA-256.
 
     Raises:
         CalibrationError: As ``read_text``, or the text is shorter than two windows.
     """
-    ids = leading_ids(tokenizer)
-    begins = bool(ids)
-    ids = [*ids, *tokenizer.text_ids(read_text(source))]
+    data, bos = _file_bytes(source), leading_ids(tokenizer)
+    ids = [*bos, *tokenizer.text_ids(_decoded(data, source))]
     if len(ids) < 2 * window_tokens:
         raise CalibrationError(
             f"{source}: too little text. Got {len(ids)} tokens. Expected at least {2 * window_tokens}, two windows. "
             "Name another text, or lower --ctx-size."
         )
+    digest = hashlib.sha256(data).hexdigest()
     windows = len(ids) // window_tokens
     windows = windows if most is None else min(windows, most)
     return CalibrationSet(
         tokens=torch.tensor(ids[: windows * window_tokens]).view(windows, window_tokens),
         origins=(str(source),) * windows,
-        description=f"{windows} windows of {window_tokens} tokens of {source}",
-        adds_bos=begins,
+        description=f"{windows} windows of {window_tokens} tokens of {source} (SHA-256 {digest[:_SHOWN_DIGITS]})",
+        adds_bos=bool(bos),
     )
 
 

@@ -1,5 +1,6 @@
 """The command with models that attend: against Transformers' own forward; and what it refuses."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,8 @@ def test_text_that_was_calibrated_on_is_named(
 ) -> None:
     model = PerplexityModel.open(models[0], device="cpu")
     rows = windows_for(model, pair.text, window_tokens=WINDOW_TOKENS)
-    assert rows.description.endswith(f"windows of 48 tokens of {pair.text}")
+    digest = hashlib.sha256(pair.text.read_bytes()).hexdigest()[:16]
+    assert rows.description == f"10 windows of 48 tokens of {pair.text} (SHA-256 {digest})"
     spans = overlap.CalibrationSpans.of(rows)
     monkeypatch.setattr("bpwise.eval.llama_perplexity.run.stored_spans", lambda _: spans)
     again = windows_for(model, pair.text, window_tokens=WINDOW_TOKENS)
