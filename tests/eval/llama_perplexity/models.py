@@ -1,8 +1,9 @@
-"""Two tiny models whose logits are the same float32 in every engine, and a text of our own to run them on.
+"""Tiny models, and a text of our own to run them on.
 
-Embeddings are +1 or -1, so that their norm is exactly 1; attention and MLP add 0; the head's weights are small
-multiples of a power of two, so that sums are exact in whatever order. Logits depend on the last token alone. They reach
-further than the 16 nats that a base file stores, and the vocabulary's size is odd.
+The logits of two are the same float32 in every engine. Embeddings are +1 or -1, so that their norm is exactly 1;
+attention and MLP add 0; the head's weights are small multiples of a power of two, so that sums are exact in whatever
+order. Logits depend on the last token alone. They reach further than the 16 nats that a base file stores, and the
+vocabulary's size is odd. Two others are as models are: they attend, and engines round them differently.
 """
 
 from pathlib import Path
@@ -57,6 +58,33 @@ def save_exact_model(directory: Path, *, quantized: bool = False) -> Path:
             parameter.fill_(1.0 if "norm" in name else 0.0)
         model.get_input_embeddings().weight.copy_(signs)
         model.get_output_embeddings().weight.copy_(head + moved if quantized else head)
+    model.save_pretrained(directory)
+    byte_level_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def save_attending_model(directory: Path, *, quantized: bool = False) -> Path:
+    """Save a random Llama of two layers, or one whose weights are a little off."""
+    config = LlamaConfig(
+        vocab_size=264,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        bos_token_id=256,
+        eos_token_id=257,
+    )
+    model = LlamaForCausalLM(config)
+    rng, other = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=rng)
+            parameter.copy_(1 + 0.1 * noise if "norm" in name else 0.15 * noise)
+            if quantized and "norm" not in name:
+                parameter.add_(0.01 * torch.randn(parameter.shape, generator=other))
     model.save_pretrained(directory)
     byte_level_tokenizer().save_pretrained(directory)
     return directory

@@ -11,7 +11,7 @@ from bpwise.cli import cli
 from click.testing import CliRunner, Result
 
 from .conftest import Pair
-from .models import WINDOW_TOKENS
+from .models import WINDOW_TOKENS, save_attending_model
 
 GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text(encoding="utf-8"))
 NUMBER = re.compile(r"-?\d+\.(\d+)")
@@ -59,6 +59,19 @@ def test_table_is_the_same_where_llama_cpp_runs_the_model(pair: Pair, base: Path
     lines = run(*arguments, "--engine", "llama.cpp").stdout.splitlines()
     assert all(map(within_one_unit, lines, GOLDEN["table"]))
     assert lines == run(*arguments, "--device", "cpu").stdout.splitlines()  # read by bpwise
+
+
+def test_models_that_attend_are_near(tmp_path: Path, pair: Pair) -> None:
+    # Engines round attention otherwise: six digits are left. The difference of two perplexities has those of both.
+    original = save_attending_model(tmp_path / "original")
+    other = save_attending_model(tmp_path / "other", quantized=True)
+    base = ("--kl-divergence-base", tmp_path / "base.kld", "--device", "cpu")
+    lines = run(original, "-f", pair.text, "-c", WINDOW_TOKENS, *base).stdout.splitlines()
+    lines += run(other, "--kl-divergence", *base).stdout.splitlines()
+    for line, expected in zip(lines, [GOLDEN["attending"]["final"], *GOLDEN["attending"]["table"]], strict=True):
+        numbers = [[float(found[0]) for found in NUMBER.finditer(each)] for each in (line, expected)]
+        near = 1.1e-3 if "%" in line else 6e-3 if "PPL(Q)-PPL" in line else 1e-5
+        assert numbers[0] == pytest.approx(numbers[1], rel=1e-5, abs=near), (line, expected)
 
 
 def test_a_unit_is_seen() -> None:
