@@ -71,19 +71,22 @@ test-readers: $(VENV)/installed
 test-gpu: $(VENV)/installed
 	$(BIN)/pytest -q -m gpu
 
-# The source that the converter is of, with llama-quantize: a quarter of an hour on one core.
+# The source that the converter is of. llama-quantize and llama-perplexity are built from it: a quarter of an hour on one
+# core. What llama-perplexity says is in tests/eval/llama_perplexity/golden.json.
 LLAMA_CPP := llama_cpp_python-0.3.36
 LLAMA_CPP_URL := https://files.pythonhosted.org/packages/ec/e9/e7de2b0463ea3ffbf0ede6cb21b58c1258a8f6521aae45ca773a59fe7cf3
 LLAMA_CPP_SHA256 := 832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e
 
-build/llama.cpp/bin/llama-quantize:
+build/llama.cpp/CMakeCache.txt:
 	mkdir -p build
 	curl --fail --silent --show-error --output build/$(LLAMA_CPP).tar.gz $(LLAMA_CPP_URL)/$(LLAMA_CPP).tar.gz
 	echo "$(LLAMA_CPP_SHA256)  build/$(LLAMA_CPP).tar.gz" | sha256sum --check --quiet
 	tar --extract --gzip --directory build --file build/$(LLAMA_CPP).tar.gz
 	cmake -S build/$(LLAMA_CPP)/vendor/llama.cpp -B build/llama.cpp -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF \
 		-DLLAMA_BUILD_MTMD=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF
-	cmake --build build/llama.cpp --target llama-quantize --parallel $(shell nproc)
+
+build/llama.cpp/bin/llama-%: | build/llama.cpp/CMakeCache.txt
+	cmake --build build/llama.cpp --target llama-$* --parallel $(shell nproc)
 
 # A tiny model of every family to GGUF, judged by llama.cpp, llama-quantize and Transformers: twenty minutes.
 test-families: $(VENV)/installed build/llama.cpp/bin/llama-quantize

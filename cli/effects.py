@@ -43,6 +43,14 @@ def _only_page(options: Options) -> bool:
     return options["html"] is not None and all(options[name] is None for name in ("bpw", "max_size", "vram"))
 
 
+def _in_engine(options: Options) -> bool:
+    return str(options["engine"]) == "llama.cpp"
+
+
+def _transformers(options: Options) -> bool:
+    return not _in_engine(options)
+
+
 def _writes_one_format(options: Options) -> bool:
     return options.get("html") is None  # a page of plans shows all formats
 
@@ -94,13 +102,13 @@ CONFLICTS: Mapping[str, tuple[Conflict, ...]] = {
     "eval": (
         Conflict(
             "with --engine llama.cpp",
-            lambda options: options["engine"] == "llama.cpp",
+            _in_engine,
             ("tasks", "needle", "prompt", "dtype", *_RUNNING, "cache_dir", "no_cache"),
             "llama.cpp runs the files as they are, on the CPU",
         ),
         Conflict(
             "without --engine llama.cpp",
-            lambda options: options["engine"] != "llama.cpp",
+            _transformers,
             ("base", "llama_cpp"),
             "Transformers needs neither",
         ),
@@ -120,6 +128,16 @@ CONFLICTS: Mapping[str, tuple[Conflict, ...]] = {
             "no benchmarks are run",
         ),
         Conflict("without --needle", _missing("needle"), ("needle_samples",), "no needles are looked for"),
+    ),
+    "perplexity": (
+        Conflict(
+            "with --kl-divergence",
+            _given("compare"),
+            ("text", "window_tokens", "chunks"),
+            "the base file holds the windows",
+        ),
+        Conflict("without --engine llama.cpp", _transformers, ("llama_cpp",), "Transformers does not need it"),
+        Conflict("with --engine llama.cpp", _in_engine, _RUNNING, "llama.cpp runs the file as it is, on the CPU"),
     ),
     "dequantize": (
         Conflict(

@@ -121,6 +121,11 @@ def make_model(tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast) -> MakeM
 @pytest.fixture(scope="session")
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte, after a BOS token."""
+    return byte_level_tokenizer()
+
+
+def byte_level_tokenizer() -> PreTrainedTokenizerFast:
+    """The same for what is no test."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

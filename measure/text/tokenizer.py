@@ -134,6 +134,12 @@ class LoadedTokenizer:
             encoded = self.transformers(text, add_special_tokens=add_special_tokens, verbose=verbose)
             return {"input_ids": encoded["input_ids"]}
 
+    def text_ids(self, text: str) -> list[int]:
+        """Return the ids of a text without BOS; special tokens that are named in it are taken for text."""
+        with self._explained():
+            encoded = self.transformers(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+            return list(encoded["input_ids"])
+
     def decode(self, token_ids: Any) -> str:
         """See ``Tokenizer``."""
         with self._explained():

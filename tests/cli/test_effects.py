@@ -15,6 +15,7 @@ TYPE = ("quantize", "./no-model", "out.gguf", "--type", "Q8_0")
 MEASURE = ("measure", "./no-model", "-o", "m.safetensors")
 PLAN = ("plan", __file__)
 EVAL = ("eval", "./no-model", __file__)
+PERPLEXITY = ("perplexity", __file__, "--kl-divergence-base", "base.kld")
 HERE = str(Path(__file__).parent)
 
 
@@ -71,6 +72,8 @@ def bpwise(*arguments: str) -> Result:
         ((*EVAL, "--engine", "llama.cpp", "--prompt", "Hi", "--dtype", "float16"), ["--prompt", "--dtype"]),
         ((*EVAL, "--engine", "llama.cpp", "--tasks", "mmlu", "--no-cache"), ["--tasks", "--no-cache"]),
         (("dequantize", HERE, "out", "--original", HERE), ["--original"]),
+        ((*PERPLEXITY, "--kl-divergence", "-f", "text", "-c", "512"), ["--file", "--ctx-size"]),
+        ((*PERPLEXITY, "--engine", "llama.cpp", "--device", "cpu"), ["--device"]),
         (("quantize", "./no-model", "out.GGUF", "--bpw", "4", "--head-bits", "8"), ["--head-bits"]),
     ],
     ids=lambda value: " ".join(value) if value[0].startswith("--") else value[0],

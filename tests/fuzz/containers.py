@@ -18,6 +18,7 @@ __all__ = [
     "mutated_arrow",
     "mutated_dat",
     "mutated_gguf",
+    "mutated_logits",
     "mutated_parquet",
     "mutated_safetensors",
     "parsed_dat",
@@ -329,6 +330,19 @@ def mutated_dat(image: bytes, rng: Random) -> bytes:
     for name, calls, values in entries:
         parts += [struct.pack("<i", len(name)), name, struct.pack("<ii", calls, len(values) // 4), values]
     return b"".join(parts) + rest
+
+
+# Base files of llama-perplexity
+
+
+def mutated_logits(image: bytes, rng: Random) -> bytes:
+    """Change sizes, tokens or predictions of a file that keeps its length; one in four is changed as bytes."""
+    if rng.random() < 0.25:
+        return mutated_bytes(image, rng)
+    start, end = rng.choice(((8, 20), (20, 20 + 4 * struct.unpack_from("<i", image, 8)[0]), (20, len(image))))
+    at = start + 4 * rng.randrange((end - start) // 4)
+    sizes = [struct.pack("<i", value) for value in (0, -1, 1, 2, 3, 2**31 - 1, -(2**31), 1 << 20)]
+    return image[:at] + rng.choice((*sizes, *_PATTERNS["F32"])) + image[at + 4 :]
 
 
 # Tables

@@ -18,7 +18,20 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from . import containers, mutations
 
-__all__ = ["ARROW", "CARD", "DAT", "GGUF", "JSON", "JSON_LINES", "PARQUET", "TEMPLATE", "TENSORS", "TEXT", "Kind"]
+__all__ = [
+    "ARROW",
+    "CARD",
+    "DAT",
+    "GGUF",
+    "JSON",
+    "JSON_LINES",
+    "LOGITS",
+    "PARQUET",
+    "TEMPLATE",
+    "TENSORS",
+    "TEXT",
+    "Kind",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +77,13 @@ def _template(data: bytes) -> None:
     ImmutableSandboxedEnvironment(extensions=[loopcontrols]).parse(data.decode("utf-8"))
 
 
+def _logits(data: bytes) -> None:
+    if not data.startswith(b"_logits_"):
+        raise ValueError("another beginning")
+    window_tokens, _, windows = struct.unpack_from("<3i", data, 8)
+    struct.unpack_from(f"<{min(window_tokens * windows, len(data))}i", data, 20)
+
+
 def _arrow(data: bytes) -> None:
     try:
         pyarrow.ipc.open_stream(data)
@@ -78,6 +98,7 @@ JSON_LINES = Kind(
 TENSORS = Kind(containers.mutated_safetensors, _safetensors_header)
 GGUF = Kind(containers.mutated_gguf, containers.parsed_gguf)
 DAT = Kind(containers.mutated_dat, containers.parsed_dat)
+LOGITS = Kind(containers.mutated_logits, _logits)
 TEXT = Kind(mutations.mutated_text, lambda data: data.decode("utf-8"))
 TEMPLATE = Kind(mutations.mutated_template, _template)
 CARD = Kind(mutations.mutated_card, _card)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+import torch
 import yaml
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.checkpoint.source.hub import resolve_model
@@ -38,6 +39,10 @@ from bpwise.convert.opening import open_any, verify_model
 from bpwise.convert.registry import format_named, load_plan, require_format
 from bpwise.errors import BpwiseError
 from bpwise.eval.cache import OriginalCache
+from bpwise.eval.llama_perplexity.base_file import BaseFile
+from bpwise.eval.llama_perplexity.statistics import TokenComparison, compare_tokens
+from bpwise.eval.llama_perplexity.table import table_lines
+from bpwise.eval.llama_perplexity.windows import read_text
 from bpwise.eval.metrics.overlap import stored_spans
 from bpwise.eval.publishing.base_card import read_base_card
 from bpwise.eval.publishing.card import Card, render_card
@@ -55,7 +60,7 @@ from bpwise.quantize.timing.finished import finished_blocks
 
 from ..quantize.runs import arguments
 from .hub import check_answers, lying_hub, mutated_answers
-from .kinds import ARROW, CARD, DAT, GGUF, JSON, JSON_LINES, PARQUET, TEMPLATE, TENSORS, TEXT, Kind
+from .kinds import ARROW, CARD, DAT, GGUF, JSON, JSON_LINES, LOGITS, PARQUET, TEMPLATE, TENSORS, TEXT, Kind
 from .pool import Mutant, Outcome, run_all
 from .running import Raw, Refused, is_printable, quick_templates, run_cli
 from .seeds import TO_4_5_BPW, curve_makers, evaluated, rounded_model
@@ -322,6 +327,7 @@ def _read_template(folder: Path, changed: Path) -> None:
 def _read_text(folder: Path, changed: Path) -> None:
     chat = changed.name == "chat.jsonl"
     _rows_of(load_tokenizer(folder / "model"), folder / changed, chat=chat).save(folder / "rows.safetensors")
+    read_text(folder / changed)
 
 
 def _read_tables(folder: Path, changed: Path) -> None:
@@ -380,6 +386,18 @@ def _read_calibration(folder: Path, changed: Path) -> None:
 
 def _read_cache(folder: Path, changed: Path) -> None:
     OriginalCache(folder).load("key")
+
+
+def _read_logits(folder: Path, changed: Path) -> None:
+    base = BaseFile.open(folder / "base.kld")
+    with base.reading() as read:
+        found = [read(7) for _ in base.tokens]
+    model = torch.zeros(7, base.vocab_size)
+    targets = base.tokens[:, -7:]
+    parts = [compare_tokens(model, each, target) for each, target in zip(found, targets, strict=True)]
+    for line in table_lines(TokenComparison.joined(parts)):
+        if not is_printable(line):
+            raise Raw(f"printed {line!r}")
 
 
 def _read_gguf(folder: Path, changed: Path) -> None:
@@ -513,7 +531,7 @@ READERS: dict[str, Reader] = {
         share=5,
         targets={"*.jsonl": JSON_LINES, "text.txt": TEXT},
         read=_read_text,
-        modules=("measure/text/chat_rows", "measure/text/sources"),
+        modules=("eval/llama_perplexity/windows", "measure/text/chat_rows", "measure/text/sources"),
     ),
     "tables": Reader(
         seeds="tables",
@@ -524,6 +542,13 @@ READERS: dict[str, Reader] = {
     ),
     "cache": Reader(
         seeds="cache", share=800, targets={"*.original.safetensors": TENSORS}, read=_read_cache, modules=("eval/cache",)
+    ),
+    "logits": Reader(
+        seeds="logits",
+        share=800,
+        targets={"base.kld": LOGITS},
+        read=_read_logits,
+        modules=("eval/llama_perplexity/base_file",),
     ),
     "calibration": Reader(
         seeds="calibration",

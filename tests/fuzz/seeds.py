@@ -30,6 +30,7 @@ from bpwise.convert.mlx.file.layout import Layout, StoredTensor
 from bpwise.convert.mlx.plan.plan import MlxPlan, TensorPlan
 from bpwise.convert.rounding import RoundedModel
 from bpwise.eval.cache import OriginalCache, OriginalState
+from bpwise.eval.llama_perplexity.base_file import writing_base
 from bpwise.measure.curves import CurveMaker
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.measurement_file import HEADER_KEY
@@ -76,6 +77,7 @@ def build_seeds(folder: Path, names: Iterable[str]) -> None:
         "sharded": lambda to: _shard(model, to / "model"),
         "adapter": lambda to: _adapter_seeds(to, model),
         "cache": lambda to: OriginalCache(to).save("key", _state()),
+        "logits": lambda to: _base_file(to / "base.kld"),
         "float8": lambda to: _float8(to / "model"),
         "mxfp4": lambda to: _mxfp4(to / "model"),
         "card": lambda to: _copy(model, to / "model"),
@@ -97,6 +99,12 @@ def build_seeds(folder: Path, names: Iterable[str]) -> None:
     if made & {"imatrix", "plan", "measurement", "exl2", "pieces"}:
         _quantized_seeds(folder, made, work, original, rows)
     shutil.rmtree(work)
+
+
+def _base_file(path: Path) -> None:
+    rng = torch.Generator().manual_seed(3)
+    with writing_base(path, torch.randint(0, 33, (2, 16), generator=rng), 33) as add:
+        add(4 * torch.randn(14, 33, generator=rng))
 
 
 def _state() -> OriginalState:

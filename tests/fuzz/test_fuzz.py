@@ -24,7 +24,7 @@ from .seeds import build_seeds
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="children are limited as on Linux")
 
-SMOKE = {"plan": 20, "measurement": 4, "pieces": 5, "imatrix": 30, "exl2": 5, "cache": 20}
+SMOKE = {"plan": 20, "measurement": 4, "pieces": 5, "imatrix": 30, "exl2": 5, "cache": 20, "logits": 20}
 SMOKE |= {"row-map": 20, "card": 10, "hub": 5}
 """Readers that a default run tries, and on how many mutants."""
 
