@@ -85,11 +85,21 @@ def _config_options(command: Command) -> Command:
         click.option(
             "--prompt", help="Prompt that all models answer in the report.  [default: chat models get a short one]"
         ),
+        click.option(
+            "--domains",
+            flag_value="built-in",
+            help="Measure chat, prose, code, non-Latin, long documents and tool calls one by one too, on texts of "
+            "bpwise's own.",
+        ),
+        click.option(
+            "--domains-mix", "domains", flag_value="mix", help="The same as --domains, on data sets of the Hub."
+        ),
+        click.option("--answers", is_flag=True, help="Count how far the answers of chat models to 24 chats agree."),
         click.option("--force-eval-text", is_flag=True, help="Evaluate even on text that QUANTIZED was calibrated on."),
     )
     names = (
         *("text", "column", "rows", "row_tokens", "seed", "dtype", "device"),
-        *("offload_dir", "prompt", "force_eval_text"),
+        *("offload_dir", "prompt", "domains", "answers", "force_eval_text"),
     )
     return grouped(command, declared, "config", names, _config)
 

@@ -85,7 +85,7 @@ INNER = {
     "convert": ["exl2", "gguf", "tuning", "."],
     "convert/exl2": [".", "rounding", "plan", "file", "readers"],
     "convert/gguf": [".", "engine", "llama_cpp", "plan", "model", "file", "rows", "ggml"],
-    "eval": ["publishing", "report", "tasks", "engines", ".", "metrics"],
+    "eval": ["publishing", "report", "tasks", "engines", ".", "domains", "metrics"],
     "eval/report": [".", "drawings"],
     "quantize": [".", "planning", "timing", "rounding"],
 }

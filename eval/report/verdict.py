@@ -17,6 +17,7 @@ __all__ = [
     "LEVELS",
     "Judged",
     "beaten_by",
+    "domains_sentence",
     "headline",
     "known_like",
     "known_table",
@@ -117,7 +118,29 @@ def verdict_sentence(comparison: Comparison) -> str:
     words, size = verdict(comparison), size_words(comparison)
     shown = f"{size}: {words}" if size else f"{words[0].upper()}{words[1:]}"
     doubt = "" if comparison.rows >= _FEW_ROWS else f" (judged on {_counted(comparison.rows)} of text only)"
-    return f"{shown}{doubt}. {same_tokens(comparison.summary.top1_agreement.value)}."
+    domains = domains_sentence(comparison)
+    return f"{shown}{doubt}. {same_tokens(comparison.summary.top1_agreement.value)}.{' ' if domains else ''}{domains}"
+
+
+def domains_sentence(comparison: Comparison) -> str:
+    """Return which domain lost most, and which cannot be told from it; empty if domains were not measured.
+
+    Domains whose 95 % intervals meet cannot be told apart.
+    """
+    if not comparison.domains:
+        return ""
+    worst = max(comparison.domains, key=lambda each: each.kl_nats.value)
+    ends = worst.kl_nats.interval
+    shown = f"Of the domains {worst.domain} lost most: {nats(worst.kl_nats.value)} nats per token"
+    if ends is None:
+        return f"{shown}."
+    near = [
+        each.domain
+        for each in comparison.domains
+        if each is not worst and each.kl_nats.interval and each.kl_nats.interval.high >= ends.low
+    ]
+    doubt = f", not told apart from {' and '.join(near)}" if near else ""
+    return f"{shown} ({ends.low:.3g} to {ends.high:.3g}){doubt}."
 
 
 def size_words(comparison: Comparison) -> str:
