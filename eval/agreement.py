@@ -103,20 +103,24 @@ def answer_agreement(
     )
 
 
-def thought_marks(template: str) -> ThoughtMarks:
-    """Return what begins and ends a model's thoughts: the marks that its chat template has, or those of most models."""
-    return next((marks for marks in _MARKS if marks[0] in template or marks[1] in template), _MARKS[0])
+def thought_marks(template: str) -> ThoughtMarks | None:
+    """Return what begins and ends a model's thoughts: the marks that its chat template has; None if it has none."""
+    return next((marks for marks in _MARKS if marks[0] in template or marks[1] in template), None)
 
 
-def thinking_tokens(prompt: Sequence[int], answer: Sequence[int], marks: ThoughtMarks, tokenizer: Tokenizer) -> int:
+def thinking_tokens(
+    prompt: Sequence[int], answer: Sequence[int], marks: ThoughtMarks | None, tokenizer: Tokenizer
+) -> int:
     """Return how many tokens an answer's thoughts take, with their marks; all of them where they do not end.
 
     Args:
         prompt: Token ids of the prompt; a chat template may have begun the thoughts in it.
         answer: Token ids of the answer.
-        marks: What begins and what ends thoughts.
+        marks: What begins and what ends thoughts; None for a model that writes none.
         tokenizer: Decodes both.
     """
+    if marks is None:
+        return 0
     begin, end = marks
     begun = tokenizer.decode(list(prompt[-_CUE_TOKENS:])).rstrip().endswith(begin)
     if not begun and not tokenizer.decode(list(answer)).lstrip().startswith(begin):

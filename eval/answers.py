@@ -27,8 +27,8 @@ __all__ = ["Answers", "Question", "Questions", "answers_of", "ask", "questions_o
 _PROMPT = "Why is the sky blue? Answer in two sentences."
 _SHOWN_TOKENS = 80
 
-_MOST_TOKENS = 512
-"""Tokens after which the answers are cut that are only counted."""
+_MOST_TOKENS, _MOST_THINKING_TOKENS = 256, 2048
+"""Tokens after which the answers are cut that are only counted, of models without thoughts and with them."""
 
 _MOST_MEMORY_SHARE = 0.5
 """Of the memory that is free: a larger model is not loaded as a whole."""
@@ -72,14 +72,14 @@ class Questions:
         prompt: The prompt that is shown, as a user writes it.
         asked: The same as token ids, then prompts whose answers are only counted.
         ends: Tokens that end an answer.
-        marks: What begins and what ends thoughts.
+        marks: What begins and what ends thoughts; None for a model that writes none.
         tokenizer: Decodes answers.
     """
 
     prompt: str
     asked: tuple[Question, ...]
     ends: tuple[int, ...]
-    marks: ThoughtMarks
+    marks: ThoughtMarks | None
     tokenizer: Tokenizer
 
 
@@ -111,23 +111,18 @@ def questions_of(
     if prompt is None and not tokenizer.chat_template:
         return None
     text = _PROMPT if prompt is None else prompt
+    marks = thought_marks(str(tokenizer.chat_template or ""))
+    most = _MOST_TOKENS if marks is None else _MOST_THINKING_TOKENS
     try:
         asked = [Question(tuple(_prompt_ids(tokenizer, text)), _SHOWN_TOKENS)]
-        asked += [Question(tuple(ids), _MOST_TOKENS) for ids in _chat_ids(tokenizer)] if many else []
+        asked += [Question(tuple(ids), most) for ids in _chat_ids(tokenizer)] if many else []
         require_ids_below(torch.tensor([token for each in asked for token in each.ids]), vocab_size, tokenizer)
         ends = end_ids(source.directory, tokenizer)
     except CalibrationError:
         if prompt is None and not many:  # nobody asked: such a model can be compared all the same
             return None
         raise
-    template = str(tokenizer.chat_template or "")
-    return Questions(
-        prompt=text,
-        asked=tuple(asked),
-        ends=tuple(sorted(ends)),
-        marks=thought_marks(template),
-        tokenizer=tokenizer,
-    )
+    return Questions(prompt=text, asked=tuple(asked), ends=tuple(sorted(ends)), marks=marks, tokenizer=tokenizer)
 
 
 def _prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:

@@ -62,7 +62,7 @@ class DomainSet:
     files: tuple[str, ...]
     hub: tuple[HubSet, ...]
     documents: int = 24
-    tokens: int = 512
+    tokens: int = 384
     context_tokens: int = 0
     chats: bool = False
     non_latin: bool = False
@@ -104,7 +104,7 @@ DOMAINS = (
         files=("python docs", "python code"),
         hub=(HubSet("emozilla/pg19::test", "text", "Apache 2.0"),),
         documents=8,
-        tokens=3072,
+        tokens=2048,
         context_tokens=1024,
     ),
     DomainSet(
