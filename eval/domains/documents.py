@@ -79,7 +79,9 @@ def _load(
     masked = _masked(tokenizer, template, domain, documents, most) if most > domain.context_tokens else iter(())
     chosen = list(islice(masked, domain.documents))
     if not chosen:
-        needed = "a template that takes chats" if domain.chats else f"more than {domain.context_tokens} positions"
+        needed = f"more than {domain.context_tokens} positions"
+        if domain.chats:
+            needed = f"a template that takes chats, and answers within {most} tokens"
         warnings.warn(
             f"domain {domain.name}: left out. Got no document for this model. Expected {needed}.",
             BpwiseWarning,

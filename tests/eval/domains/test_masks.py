@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 MARKED = (
     "{{ bos_token }}{% for m in messages %}<{{ m.role }}>"
     "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}"
-    "{% else %}{{ m.content }}{{ eos_token }}{% endif %}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% else %}{{ m.content }}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 UNMARKED = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 # As templates of reasoning models do it: an empty thought is asked for, and dropped from all answers but the last.
