@@ -14,7 +14,7 @@ from bpwise.eval import answers
 from bpwise.eval.agreement import thinking_tokens, thought_marks
 from bpwise.eval.answers import Questions, ask, questions_of
 from bpwise.eval.comparison import EvalConfig, evaluate_each
-from bpwise.eval.domains import sets
+from bpwise.measure.text.sources import Document
 from bpwise.measure.text.tokenizer import load_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -97,24 +97,28 @@ def greedy(model: Any, prompt: Sequence[int], ends: Sequence[int], most: int) ->
 
 def test_many_answers_are_compared_in_pairs(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answers, "_MOST_TOKENS", 6)
-    size = {"max_position_embeddings": 4096}
-    first, second = with_template(make_model("first", **size)), make_model("second", noise=0.05, **size)
+    asked_of = ("Hi?", "And what of it?", "Why?", "Say no more, please.", "A", "So?")
+    chats = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "!"}]} for text in asked_of
+    ]
+    documents = [Document("chats", json.dumps(chat)) for chat in chats]
+    monkeypatch.setattr(answers, "documents_of", lambda *_: ("", iter(documents)))
+    first, second = with_template(make_model("first")), make_model("second", noise=0.05)
     config = EvalConfig(rows=2, row_tokens=32, device="cpu", answers=True)
     (got,) = evaluate_each(first, [second], config)
     assert got.answers is not None
     found = got.answers.agreement
     assert found is not None
-    chats = map(json.loads, (Path(sets.__file__).with_name("chats.jsonl")).read_text().splitlines())
     pairs, tokenizer = [], load_tokenizer(first)
     models = [AutoModelForCausalLM.from_pretrained(each, dtype=torch.float32) for each in (first, second)]
-    for chat in chats:
-        turns = "".join(f"{turn['role']}: {turn['content']}\n" for turn in chat["messages"][:-1])
-        ids = tokenizer(f"{turns}assistant:", add_special_tokens=False)["input_ids"]
+    for text in asked_of:
+        ids = tokenizer(f"user: {text}\nassistant:", add_special_tokens=False)["input_ids"]
         pairs.append([greedy(model, [256, *ids], [257], 6) for model in models])
-    assert (found.prompts, found.most_tokens) == (len(pairs), 6) == (24, 6)
+    assert (found.prompts, found.most_tokens) == (len(pairs), 6) == (6, 6)
     assert found.same.value == pytest.approx(np.mean([before == after for before, after in pairs]))
     alike = [next((n for n in range(len(a)) if a[: n + 1] != b[: n + 1]), len(a)) for a, b in pairs]
-    assert 0 < found.shared_tokens.value == pytest.approx(np.mean(alike)) < 6
+    assert 0 < np.mean(alike) < 6
+    assert found.shared_tokens.value == pytest.approx(np.mean(alike))
     assert found.length_change.value == pytest.approx(np.mean([len(b) - len(a) for a, b in pairs]))
     assert found.original_tokens.value == pytest.approx(np.mean([len(a) for a, _ in pairs]))
     assert found.original_ended == np.mean([len(a) < 6 for a, _ in pairs])
