@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -20,7 +18,7 @@ from ..measure.text.generation import WrittenRow, written_together
 from ..measure.text.mixture import BUILT_IN
 from ..measure.text.tokenizer import Tokenizer, chat_template, end_ids, leading_ids
 from .agreement import AnswerAgreement, ThoughtMarks, answer_agreement, thinking_tokens, thought_marks
-from .domains.sets import DOMAINS, documents_of
+from .domains.sets import DOMAINS, chat_of, documents_of
 
 __all__ = ["Answers", "Question", "Questions", "answers_of", "ask", "questions_of"]
 
@@ -139,7 +137,7 @@ def _chat_ids(tokenizer: Tokenizer) -> Iterator[list[int]]:
     (chats,) = (domain for domain in DOMAINS if domain.name == "chat")
     with chat_template(tokenizer) as template:
         for document in documents_of(chats, BUILT_IN)[1]:
-            turns: list[Mapping[str, Any]] = json.loads(document.text)["messages"][:-1]
+            turns = chat_of(document)["messages"][:-1]
             try:
                 yield _ids(tokenizer, template.render(turns, document.origin, add_generation_prompt=True))
             except RefusedChatError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -18,7 +17,7 @@ from ...measure.text.chat_template import ChatTemplate
 from ...measure.text.sources import Document
 from ...measure.text.tokenizer import Tokenizer, chat_template, leading_ids
 from .masks import MarkedText, MaskedTokens, answers_mask, marked_chat, masked_tokens
-from .sets import DOMAINS, DomainSet, documents_of
+from .sets import DOMAINS, DomainSet, chat_of, documents_of
 
 __all__ = ["Domain", "load_domains"]
 
@@ -109,7 +108,7 @@ def _masked(
 ) -> Iterator[tuple[str, MaskedTokens]]:
     for document in documents:
         if domain.chats:
-            marked = marked_chat(template, json.loads(document.text), document.origin)
+            marked = marked_chat(template, chat_of(document), document.origin)
         else:
             marked = MarkedText(document.text, ((0, len(document.text)),))
         tokens = None if marked is None else masked_tokens(tokenizer, marked, most)

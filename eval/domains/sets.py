@@ -9,13 +9,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from ...errors import BpwiseWarning, UnreachableTextError, reason
 from ...measure.text.builtin_text import builtin_texts
 from ...measure.text.mixture import BUILT_IN, MIX
 from ...measure.text.sources import Document, read_texts
 
-__all__ = ["DOMAINS", "SOURCES", "DomainSet", "HubSet", "documents_of"]
+__all__ = ["DOMAINS", "SOURCES", "DomainSet", "HubSet", "chat_of", "documents_of"]
 
 SOURCES = (BUILT_IN, MIX)
 """Where texts may come from, as ``--calibration`` calls it: bpwise's own, or data sets of the Hub."""
@@ -127,7 +128,7 @@ def documents_of(domain: DomainSet, source: str) -> tuple[str, Iterator[Document
         source: One of ``SOURCES``.
 
     Returns:
-        Of chats the text of a document is JSON: an object with ``messages`` and perhaps ``tools``.
+        Of chats the text of a document is what ``chat_of`` reads.
 
     Warns:
         BpwiseWarning: A data set cannot be reached; our own texts take its place.
@@ -146,6 +147,12 @@ def documents_of(domain: DomainSet, source: str) -> tuple[str, Iterator[Document
             named = ", ".join(each.source for each in domain.hub)
             return f"{named} (license: {domain.hub[0].license})", _in_turn(streams)
     return f"{domain.built_in}, evaluation part", _built_in(domain)
+
+
+def chat_of(document: Document) -> dict[str, Any]:
+    """Return a chat of ``documents_of``: its ``messages`` and perhaps ``tools``."""
+    chat: dict[str, Any] = json.loads(document.text)
+    return chat
 
 
 def _of_hub(each: HubSet, most: int, *, chats: bool) -> list[Document]:

@@ -31,6 +31,7 @@ NOT_FUZZED = {
     "convert/gguf/llama_cpp/converter": "the converter itself",
     "convert/gguf/llama_cpp/fetch": "an archive of one SHA-256",
     "convert/gguf/llama_cpp/staging": "a tokenizer that was loaded before",
+    "eval/domains/sets": "files of the package, and JSON of its own",
     "eval/report/html": "files of the package",
     "eval/report/made": "files of Linux",
     "eval/report/report": "whether a report that is replaced is one",
