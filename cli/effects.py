@@ -103,7 +103,7 @@ CONFLICTS: Mapping[str, tuple[Conflict, ...]] = {
         Conflict(
             "with --engine llama.cpp",
             _in_engine,
-            ("tasks", "needle", "prompt", "dtype", *_RUNNING, "cache_dir", "no_cache"),
+            ("tasks", "needle", "prompt", "domains", "answers", "dtype", *_RUNNING, "cache_dir", "no_cache"),
             "llama.cpp runs the files as they are, on the CPU",
         ),
         Conflict(

@@ -59,7 +59,10 @@ HELP: Mapping[str, CommandHelp] = {
         sections={
             "Target": _SIZES,
             "Calibration": _CALIBRATION,
-            "Evaluation": ("eval_text", "eval_rows", "eval_row_tokens", "no_eval", "force_eval_text", "no_cache"),
+            "Evaluation": (
+                *("eval_text", "eval_rows", "eval_row_tokens", "eval_domains"),
+                *("no_eval", "force_eval_text", "no_cache"),
+            ),
             "Machine": _MACHINE,
         },
         examples=(
@@ -79,7 +82,10 @@ HELP: Mapping[str, CommandHelp] = {
     "plan": CommandHelp(sections={"Target": ("bpw", "max_size", "vram", "context")}),
     "eval": CommandHelp(
         sections={
-            "Evaluation": ("text", "column", "rows", "row_tokens", "seed", "dtype", "force_eval_text"),
+            "Evaluation": (
+                *("text", "column", "rows", "row_tokens", "seed", "dtype", "force_eval_text"),
+                *("domains", "answers"),
+            ),
             "Benchmarks": (
                 *("tasks", "num_fewshot", "limit", "include_path", "batch_size", "apply_chat_template"),
                 *("needle", "needle_samples"),

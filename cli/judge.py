@@ -84,11 +84,21 @@ def _config_options(command: Command) -> Command:
         click.option(
             "--prompt", help="Show every model's answer to this prompt.  [default: a short one, for chat models]"
         ),
+        click.option(
+            "--domains",
+            flag_value="built-in",
+            help="Measure chat, prose, code, non-Latin, long documents and tool calls one by one too, on texts of "
+            "bpwise's own.",
+        ),
+        click.option(
+            "--domains-mix", "domains", flag_value="mix", help="The same as --domains, on data sets of the Hub."
+        ),
+        click.option("--answers", is_flag=True, help="Count how far the answers of chat models to 24 chats agree."),
         click.option("--force-eval-text", is_flag=True, help="Allow text that QUANTIZED was calibrated on."),
     )
     names = (
         *("text", "column", "rows", "row_tokens", "seed", "dtype", "device"),
-        *("offload_dir", "prompt", "force_eval_text"),
+        *("offload_dir", "prompt", "domains", "answers", "force_eval_text"),
     )
     return grouped(command, declared, "config", names, _config)
 

@@ -161,6 +161,7 @@ class EvaluationArguments:
     eval_text: str | None
     eval_rows: int
     eval_row_tokens: int | None
+    eval_domains: bool
     no_eval: bool
     force_eval_text: bool
     no_cache: bool
@@ -168,11 +169,13 @@ class EvaluationArguments:
     def config(self, measure: MeasureConfig) -> EvalConfig | None:
         """Return the options of the evaluation, which runs where measuring does; None if it is left out."""
         from ..eval.config import EvalConfig
+        from ..measure.text.mixture import BUILT_IN
 
         evaluate = EvalConfig(
             text=self.eval_text,
             rows=self.eval_rows,
             row_tokens=self.eval_row_tokens,
+            domains=BUILT_IN if self.eval_domains else None,
             device=measure.device,
             allow_calibration_text=self.force_eval_text,
             offload_dir=measure.offload_dir,
@@ -192,6 +195,9 @@ def evaluation_options(command: Command) -> Command:
             "--eval-row-tokens",
             type=click.IntRange(2),
             help=f"Tokens in each evaluation sequence.  {ROW_TOKENS_DEFAULT}",
+        ),
+        click.option(
+            "--eval-domains", is_flag=True, help="Measure the damage by domain too, as bpwise eval --domains."
         ),
         click.option("--no-eval", is_flag=True, help="Do not compare the output with the original."),
         click.option("--force-eval-text", is_flag=True, help="Allow evaluation text that the model was calibrated on."),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from ..version import __version__
 
 __all__ = ["OriginalCache", "OriginalState", "default_cache_directory", "original_key"]
 
-_VERSION = 2
+_VERSION = 3
 _SUFFIX = ".original.safetensors"
 
 _LIMIT_BYTES = 10 * 2**30
@@ -44,6 +45,7 @@ class OriginalState:
         floor_tokens: Length of the text that these two were measured on.
         trace: Hidden states at ``watched_positions`` after the embeddings and after each block, shape
             (blocks + 1, rows, positions, hidden size), evaluation dtype, on the CPU.
+        domains: As ``hidden``, of the documents of each domain.
     """
 
     hidden: Tensor
@@ -51,6 +53,7 @@ class OriginalState:
     bfloat16_nats: float
     floor_tokens: int
     trace: Tensor
+    domains: tuple[Tensor, ...] = ()
 
 
 class OriginalCache:
@@ -79,6 +82,7 @@ class OriginalCache:
             state = OriginalState(
                 hidden=tensors["hidden"],
                 trace=tensors["trace"],
+                domains=tuple(tensors[f"domain.{number}"] for number in range(len(tensors) - 2)),
                 floor_nats=float.fromhex(metadata["floor_nats"]),
                 bfloat16_nats=float.fromhex(metadata["bfloat16_nats"]),
                 floor_tokens=int(metadata["floor_tokens"]),
@@ -100,7 +104,8 @@ class OriginalCache:
             "digest": _digest(key, state),
         }
         try:
-            save_tensors(self._path(key), {"hidden": state.hidden, "trace": state.trace}, metadata)
+            domains = {f"domain.{number}": each for number, each in enumerate(state.domains)}
+            save_tensors(self._path(key), {"hidden": state.hidden, "trace": state.trace, **domains}, metadata)
             self._prune()
         except (WorkDirectoryError, OSError) as error:
             warnings.warn(
@@ -140,12 +145,12 @@ def default_cache_directory() -> Path:
         ) from cause
 
 
-def original_key(source: TensorSource, tokens: Tensor, *, dtype: torch.dtype, device: str) -> str:
+def original_key(source: TensorSource, texts: Sequence[Tensor], *, dtype: torch.dtype, device: str) -> str:
     """Return 32 hexadecimal digits that change with everything that the states depend on.
 
     Args:
         source: The original.
-        tokens: Token ids, int64, shape (rows, tokens).
+        texts: Token ids of the rows, then of each domain, int64, shape (rows, tokens).
         dtype: What it runs in.
         device: Name of what it runs on.
     """
@@ -159,17 +164,18 @@ def original_key(source: TensorSource, tokens: Tensor, *, dtype: torch.dtype, de
         source.fingerprint,
         str(dtype),
         device,
-        str(tuple(tokens.shape)),
+        *(str(tuple(tokens.shape)) for tokens in texts),
     ]
     digest = hashlib.sha256("\n".join(parts).encode())
-    digest.update(tokens.contiguous().numpy().astype("<i8", copy=False).tobytes())
+    for tokens in texts:
+        digest.update(tokens.contiguous().numpy().astype("<i8", copy=False).tobytes())
     return digest.hexdigest()[:32]
 
 
 def _digest(key: str, state: OriginalState) -> str:
     numbers = f"{state.floor_nats.hex()} {state.bfloat16_nats.hex()} {state.floor_tokens}"
     digest = hashlib.sha256(f"{key} {numbers}\n".encode())
-    for tensor in (state.hidden, state.trace):
+    for tensor in (state.hidden, state.trace, *state.domains):
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor_bytes(tensor))
     return digest.hexdigest()

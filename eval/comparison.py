@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,20 @@ from ..checkpoint.source.original import Original
 from ..linalg.products import float32_products
 from ..measure.model.stream import StreamedModel
 from ..measure.text.calibration import CalibrationSet, build_calibration
-from ..measure.text.context import EVALUATION, check_rows
+from ..measure.text.context import EVALUATION, check_rows, context_tokens
 from ..measure.text.tokenizer import Tokenizer, load_tokenizer
 from ..progress import Progress, default_progress, silent
 from ..tables import Table, html_summary
-from .answers import Answers, ask
+from .answers import Answers, answers_of
 from .cache import OriginalCache
 from .config import EvalConfig
+from .domains.damage import DomainDamage, damage_by_domain
+from .domains.documents import load_domains
 from .metrics.divergence import Summary
 from .metrics.drift import BlockDrift, DriftMeter
 from .metrics.numbers import nats, percent, perplexity
 from .metrics.overlap import refuse_calibration_text, stored_spans, with_overlap_warning
-from .metrics.passes import last_hidden, paired_statistics
+from .metrics.passes import last_hidden_of_all, paired_statistics
 from .metrics.profile import Profile, profile_of
 from .models import (
     ModelSummary,
@@ -80,6 +82,7 @@ class Comparison:
         drift: Relative error of hidden states, of the embeddings and after each block; empty where the engine shows
             none, or the models are not shaped alike.
         answers: What both answer to the same prompt; None where nothing was asked.
+        domains: Damage by domain; empty where it was not asked for.
         tokens_per_second: What llama.cpp writes of the quantized file on this machine; None where it is not known.
     """
 
@@ -103,6 +106,7 @@ class Comparison:
     drift: tuple[BlockDrift, ...] = ()
     answers: Answers | None = None
     tokens_per_second: float | None = None
+    domains: tuple[DomainDamage, ...] = ()
 
     def __repr__(self) -> str:
         """Return the models' names, and the damage."""
@@ -226,17 +230,24 @@ def evaluate_each(
     """
     source, others = open_pair(original, quantized)
     tokenizer = load_tokenizer(source.directory)
-    rows = evaluation_rows(tokenizer, config.fitted(source), vocab_size=vocab_size_of(source))
+    vocab_size = vocab_size_of(source)
+    rows = _held_out(evaluation_rows(tokenizer, config.fitted(source), vocab_size=vocab_size), others, config)
+    domains = load_domains(tokenizer, config.domains, vocab_size=vocab_size, context=context_tokens(source))
+    domains = tuple(replace(domain, rows=_held_out(domain.rows, others, config)) for domain in domains)
+    if isinstance(source, Checkpoint):  # cache and report name it by its fingerprint
+        source.prepare_fingerprint(progress)
+    run = run_original(source, rows, config, progress, tokenizer=tokenizer, cache=cache, domains=domains)
+    for other in others:
+        yield compare_with(run, other, progress)
+
+
+def _held_out(rows: CalibrationSet, others: Sequence[TensorSource], config: EvalConfig) -> CalibrationSet:
+    # The rows, once it is known that all models can be run on them, and whether one was calibrated on them.
     for other in others:
         check_rows(other, rows, EVALUATION)
     allowed = config.allow_calibration_text
     shares = [refuse_calibration_text(rows, stored_spans(other), allowed=allowed) for other in others]
-    rows = with_overlap_warning(rows, max((share for share in shares if share is not None), default=None))
-    if isinstance(source, Checkpoint):  # cache and report name it by its fingerprint
-        source.prepare_fingerprint(progress)
-    run = run_original(source, rows, config, progress, tokenizer=tokenizer, cache=cache)
-    for other in others:
-        yield compare_with(run, other, progress)
+    return with_overlap_warning(rows, max((share for share in shares if share is not None), default=None))
 
 
 def compare_models(
@@ -293,9 +304,10 @@ def compare_with(run: OriginalRun, quantized: TensorSource, progress: Progress =
     alike = model.block_count == run.model.block_count and model.hidden_size == run.model.hidden_size
     meter = DriftMeter(run.state.trace, row_tokens) if alike else None
     with float32_products(model.device):
-        hidden = last_hidden(model, run.rows.tokens, "quantized model", progress, watch=meter)
+        texts = [run.rows.tokens, *(domain.rows.tokens for domain in run.domains)]
+        hidden, *others = last_hidden_of_all(model, texts, "quantized model", progress, watch=meter)
         statistics = paired_statistics(run.model, model, run.state.hidden, hidden, run.rows.tokens, progress)
-    answers = _answers(run, quantized)
+        domains = damage_by_domain(run.domains, run.model, model, run.state.domains, others, progress)
     parameters = sum(math.prod(run.source.shape(name)) for name in run.source.names)
     return Comparison(
         original=summarize_model(run.source, parameters),
@@ -315,13 +327,7 @@ def compare_with(run: OriginalRun, quantized: TensorSource, progress: Progress =
         seconds=run.seconds + time.monotonic() - start,
         bfloat16_floor_nats=run.state.bfloat16_nats,
         drift=() if meter is None else tuple(meter.drift),
-        answers=answers,
+        answers=answers_of(quantized, run.questions, run.answers, device=run.model.device, dtype=run.model.dtype),
         tokens_per_second=tokens_per_second(quantized),
+        domains=domains,
     )
-
-
-def _answers(run: OriginalRun, quantized: TensorSource) -> Answers | None:
-    if run.question is None or run.answer is None:
-        return None
-    answer = ask(quantized, run.question, device=run.model.device, dtype=run.model.dtype)
-    return None if answer is None else Answers(prompt=run.question.prompt, original=run.answer, quantized=answer)

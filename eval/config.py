@@ -10,6 +10,7 @@ from ..errors import ConfigError
 from ..measure.text.calibration import CalibrationConfig
 from ..measure.text.context import EVALUATION, fit_row_tokens
 from ..measure.text.mixture import BUILT_IN, is_plain
+from .domains.sets import SOURCES
 from .models import DTYPES
 
 __all__ = ["EvalConfig"]
@@ -32,6 +33,9 @@ class EvalConfig:
         allow_calibration_text: Evaluate even on text that the model was calibrated on.
         offload_dir: Directory for files with the hidden states of all rows; None keeps them in memory.
         prompt: Prompt that both models answer; None asks chat models one of our own, and others nothing.
+        domains: Where texts of domains are from (chat, prose, code, non-Latin, long documents, tool calls), which the
+            models run over as well: ``built-in``, or ``mix`` for data sets of the Hub; None for no domains.
+        answers: Whether chat models also answer prompts of our own, to count how often and how far they agree.
     """
 
     text: str | None = None
@@ -44,6 +48,8 @@ class EvalConfig:
     allow_calibration_text: bool = False
     offload_dir: Path | None = None
     prompt: str | None = None
+    domains: str | None = None
+    answers: bool = False
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -56,6 +62,10 @@ class EvalConfig:
         if self.dtype not in DTYPES:
             raise ConfigError(
                 f"dtype: not usable. Got {self.dtype!r}. Expected one of {', '.join(DTYPES)}. Choose another."
+            )
+        if self.domains is not None and self.domains not in SOURCES:
+            raise ConfigError(
+                f"domains: not usable. Got {self.domains!r}. Expected one of {', '.join(SOURCES)}. Choose another."
             )
         self.calibration_config()
         if not is_plain(self.text):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from ..checkpoint.files.disk_errors import delete_file
@@ -10,6 +11,7 @@ from ..checkpoint.source.checkpoint import Checkpoint, TensorSource
 from ..errors import BrokenModelError, NumericalError
 from ..eval.cache import OriginalCache
 from ..eval.comparison import ENGINE, Comparison, EvalConfig, compare_with, evaluation_rows
+from ..eval.domains.documents import Domain, load_domains
 from ..eval.metrics.overlap import CalibrationSpans, refuse_calibration_text, with_overlap_warning
 from ..eval.models import device_name, summarize_model, vocab_size_of
 from ..eval.original import OriginalRun, run_original
@@ -17,7 +19,7 @@ from ..eval.publishing.cards import card_path
 from ..eval.publishing.mark import clear_mark, mark_broken, read_mark
 from ..measure.device import resolve_device
 from ..measure.text.calibration import CalibrationSet
-from ..measure.text.context import EVALUATION, check_rows
+from ..measure.text.context import EVALUATION, check_rows, context_tokens
 from ..measure.text.tokenizer import Tokenizer, load_tokenizer
 from ..progress import Progress, silent
 
@@ -71,6 +73,7 @@ class Judge:
         self.shared_share: float | None = None
         self._tokenizer: Tokenizer | None = None
         self._rows: CalibrationSet | None = None
+        self._domains: tuple[Domain, ...] | None = None
         self._run: OriginalRun | None = None
 
     def check_text(self, calibration: CalibrationSet | None) -> None:
@@ -86,9 +89,15 @@ class Judge:
         check_rows(self._checkpoint, rows, EVALUATION)
         if calibration is None:
             return
+        self._rows, self.shared_share = self._held_out(rows, calibration)
+        self._domains = tuple(
+            replace(domain, rows=self._held_out(domain.rows, calibration)[0]) for domain in self._evaluation_domains()
+        )
+
+    def _held_out(self, rows: CalibrationSet, calibration: CalibrationSet) -> tuple[CalibrationSet, float | None]:
         spans = CalibrationSpans.of(calibration, row_tokens=rows.tokens.shape[1])
-        self.shared_share = refuse_calibration_text(rows, spans, allowed=self._config.allow_calibration_text)
-        self._rows = with_overlap_warning(rows, self.shared_share)
+        share = refuse_calibration_text(rows, spans, allowed=self._config.allow_calibration_text)
+        return with_overlap_warning(rows, share), share
 
     def made(self, comparison: Comparison, model: TensorSource) -> bool:
         """Return whether a comparison is what this judge would measure of a model: it need not run again then.
@@ -105,7 +114,10 @@ class Judge:
             self._evaluation_rows().fingerprint,
         )
         how = (self._config.dtype, device_name(resolve_device(self._config.device)))
-        return got == expected and (comparison.dtype, comparison.device) == how and comparison.engine == ENGINE
+        texts = [domain.text_fingerprint for domain in comparison.domains]
+        same = texts == [domain.rows.fingerprint for domain in self._evaluation_domains()]
+        how_got = (comparison.dtype, comparison.device)
+        return got == expected and how_got == how and comparison.engine == ENGINE and same
 
     def compare(self, output: Path, model: TensorSource, *, predicted_nats: float | None) -> Comparison:
         """Compare an output with the original; what cannot even be compared is marked as broken.
@@ -129,6 +141,7 @@ class Judge:
                 self._progress,
                 tokenizer=self._loaded_tokenizer(),
                 cache=self._cache,
+                domains=self._evaluation_domains(),
             )
         try:
             comparison = compare_with(self._run, model, self._progress)
@@ -168,6 +181,16 @@ class Judge:
             vocab_size = vocab_size_of(self._checkpoint)
             self._rows = evaluation_rows(self._loaded_tokenizer(), self._config, vocab_size=vocab_size)
         return self._rows
+
+    def _evaluation_domains(self) -> tuple[Domain, ...]:
+        if self._domains is None:
+            self._domains = load_domains(
+                self._loaded_tokenizer(),
+                self._config.domains,
+                vocab_size=vocab_size_of(self._checkpoint),
+                context=context_tokens(self._checkpoint),
+            )
+        return self._domains
 
     def _loaded_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:

@@ -23,7 +23,7 @@ from ..convert.options import FormatOptions, Option, options_of
 from ..errors import ConfigError
 from ..eval.config import EvalConfig
 from ..measure.run import MeasureConfig
-from ..measure.text.mixture import TextOptions, without_folders
+from ..measure.text.mixture import BUILT_IN, TextOptions, without_folders
 from ..version import __version__
 from .config import QuantizeConfig
 
@@ -166,5 +166,6 @@ def _evaluating(config: EvalConfig | None) -> dict[str, Any]:
         "eval-text": None if config.text is None else without_folders(config.text),
         "eval-rows": config.rows,
         "eval-row-tokens": config.row_tokens,
+        "eval-domains": config.domains == BUILT_IN,
         "force-eval-text": config.allow_calibration_text,
     }

@@ -86,7 +86,7 @@ INNER = {
     "convert/exl2": [".", "rounding", "plan", "file", "readers"],
     "convert/gguf": [".", "export", "engine", "llama_cpp", "plan", "model", "file", "rows", "ggml"],
     "convert/mlx": [".", "mlx_lm", "plan", "file", "grid"],
-    "eval": ["publishing", "report", "tasks", "llama_perplexity", "engines", ".", "metrics"],
+    "eval": ["publishing", "report", "tasks", "llama_perplexity", "engines", ".", "domains", "metrics"],
     "eval/report": [".", "drawings"],
     "quantize": [".", "planning", "timing", "rounding"],
 }

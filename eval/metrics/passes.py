@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,14 @@ from ...measure.model.stream import StreamedModel
 from ...progress import Progress
 from .divergence import TokenStatistics, token_statistics
 
-__all__ = ["exact_logits", "last_hidden", "mean_bfloat16_nats", "mean_floor_nats", "paired_statistics"]
+__all__ = [
+    "exact_logits",
+    "last_hidden",
+    "last_hidden_of_all",
+    "mean_bfloat16_nats",
+    "mean_floor_nats",
+    "paired_statistics",
+]
 
 
 def last_hidden(
@@ -41,18 +48,49 @@ def last_hidden(
     Raises:
         NumericalError: NaN or infinity; the message names the role and the block.
     """
-    hidden = model.embed(tokens)
-    _check_finite(hidden, f"{role}, embedding", model.dtype)
-    if watch is not None:
-        watch(hidden)
+    return last_hidden_of_all(model, [tokens], role, progress, watch=watch)[0]
+
+
+def last_hidden_of_all(
+    model: StreamedModel,
+    texts: Sequence[Tensor],
+    role: str,
+    progress: Progress,
+    *,
+    watch: Callable[[Tensor], None] | None = None,
+) -> list[Tensor]:
+    """Run all blocks of a model over texts of several lengths, each block's weights being read once.
+
+    Args:
+        model: The model.
+        texts: Token ids, each int64, shape (rows, tokens).
+        role: As for ``last_hidden``.
+        progress: As for ``last_hidden``.
+        watch: As for ``last_hidden``, of the first text.
+
+    Returns:
+        For each text what ``last_hidden`` returns.
+
+    Raises:
+        NumericalError: As ``last_hidden``.
+    """
+    first_rows = [sum(map(len, texts[:number])) for number in range(len(texts))]
+    hidden = [model.embed(tokens, first_row=first) for tokens, first in zip(texts, first_rows, strict=True)]
+
+    def check(where: str) -> None:
+        for each in hidden:
+            _check_finite(each, f"{role}, {where}", model.dtype)
+        if watch is not None:
+            watch(hidden[0])
+
+    check("embedding")
     for index in progress(range(model.block_count), f"evaluate: {role}"):
         structure = model.structure(index)
         with torch.no_grad(), model.block(index, index + 1) as block, chunked_positionwise(block, structure):
-            for batch in micro_batches(*tokens.shape):
-                hidden[batch] = model.run_block(index, hidden[batch].to(model.device), batch.start).cpu()
-        _check_finite(hidden, f"{role}, {model.block_name(index)}", model.dtype)
-        if watch is not None:
-            watch(hidden)
+            for each, first in zip(hidden, first_rows, strict=True):
+                for batch in micro_batches(*each.shape[:2]):
+                    each[batch] = model.run_block(index, each[batch].to(model.device), first + batch.start).cpu()
+        check(model.block_name(index))
     return hidden
 
 
@@ -63,6 +101,8 @@ def paired_statistics(
     quantized_hidden: Tensor,
     tokens: Tensor,
     progress: Progress,
+    *,
+    counted: Tensor | None = None,
 ) -> TokenStatistics:
     """Compare what two models predict, at all positions but the last of each row.
 
@@ -73,24 +113,26 @@ def paired_statistics(
         quantized_hidden: The same of the quantized model.
         tokens: Token ids, int64, shape (rows, tokens), at least two a row.
         progress: Wraps the rows.
+        counted: Which tokens' predictions are compared, bool, shape (rows, tokens), at least one token, and the first
+            of no row; None for all but the first of each.
 
     Returns:
-        Statistics of rows * (tokens - 1) predictions, row after row, on the CPU.
+        Statistics of these predictions, rows * (tokens - 1) by default, row after row, on the CPU.
 
     Raises:
         NumericalError: NaN or infinity in logits; the message names the model.
     """
-    predictions = tokens.shape[1] - 1
+    wanted = torch.ones_like(tokens, dtype=torch.bool) if counted is None else counted
 
     def parts() -> Iterator[TokenStatistics]:
         for row in progress(range(len(tokens)), "evaluate: logits"):
-            for positions in _slices(predictions):
+            for positions in wanted[row, 1:].nonzero()[:, 0].split(TAIL_TOKENS):
                 first = _logits(original, original_hidden[row, positions], "original model")
                 second = _logits(quantized, quantized_hidden[row, positions], "quantized model")
                 yield token_statistics(first, second, tokens[row, 1:][positions].to(second.device))
 
     with torch.no_grad(), original.tail(), quantized.tail():
-        return TokenStatistics.joined(parts(), len(tokens) * predictions)
+        return TokenStatistics.joined(parts(), int(wanted[:, 1:].sum()))
 
 
 def mean_floor_nats(

@@ -14,14 +14,17 @@ from ..tasks.benchmarks import TaskReport
 from ..tasks.needle import DEPTHS, NeedleModel, NeedleReport
 from ..tasks.scores import QuantizedScore, TaskScore
 from .drawings.svg import shared_length
-from .tables import flat
+from .tables import flat, with_bootstrap, with_ends
 
 __all__ = [
+    "AGREEMENT_NOTE",
     "ANSWERS_NOTE",
     "NEEDLE_NOTE",
     "NO_EXTRAS",
     "TASKS_NOTE",
     "Extras",
+    "agreement_records",
+    "agreement_table",
     "answer_parts",
     "answers_table",
     "extras_content",
@@ -34,6 +37,12 @@ __all__ = [
     "task_methods",
     "tasks_table",
 ]
+
+AGREEMENT_NOTE = (
+    "Chats of our own, answered by greedy decoding. Alike: tokens that both answers begin with. Changes are in pairs, "
+    "quantized minus original; in brackets or beneath: 95 % intervals, bootstrapped over the prompts. An answer is cut "
+    "after so many tokens as the column of those that ended says."
+)
 
 ANSWERS_NOTE = (
     "Greedy decoding: always the most likely token. A single different token can change the rest of an answer."
@@ -192,6 +201,40 @@ def answers_table(comparisons: Sequence[Comparison]) -> Table | None:
     """Return a row for the answer of each model, the original first; None if there was no prompt."""
     parts = answer_parts(comparisons)
     return Table.of(("model", "answer"), [(name, same + other) for name, same, other in parts]) if parts else None
+
+
+def agreement_table(comparisons: Sequence[Comparison]) -> Table | None:
+    """Return how far many answers agree, and how long they are, a row for each model; None if none were asked for."""
+    rows = []
+    most = 0
+    for comparison in comparisons:
+        each = None if comparison.answers is None else comparison.answers.agreement
+        if each is not None:
+            most = each.most_tokens
+            rows.append(
+                (
+                    comparison.quantized.name,
+                    str(each.prompts),
+                    with_bootstrap(each.same, ".0f", 100, " %"),
+                    with_bootstrap(each.shared_tokens, ".1f"),
+                    with_bootstrap(each.original_tokens, ".1f"),
+                    with_bootstrap(each.length_change, "+.1f"),
+                    NotedCell(f"{100 * each.quantized_ended:.0f} %", f"original {100 * each.original_ended:.0f} %"),
+                    with_bootstrap(each.original_thinking, ".1f"),
+                    with_bootstrap(each.thinking_change, "+.1f"),
+                )
+            )
+    head = ("answers", "prompts", "the same", "tokens alike", "tokens, original", "change", f"ended within {most}")
+    return Table.of((*head, "thinking, original", "change"), rows) if rows else None
+
+
+def agreement_records(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
+    """Return a record for each model whose answers were counted, every number with all its digits."""
+    return [
+        {"model": each.quantized.name, **with_ends(asdict(each.answers.agreement))}
+        for each in comparisons
+        if each.answers is not None and each.answers.agreement is not None
+    ]
 
 
 def answer_parts(comparisons: Sequence[Comparison]) -> list[tuple[str, str, str]]:

@@ -20,10 +20,12 @@ from .drawings.charts import SizedModel, drift_chart, histogram_chart, kinds_cha
 from .drawings.maps import bits_map, damage_map, needle_map
 from .drawings.svg import STYLE, Drawing, distinct_names, visible
 from .extras import (
+    AGREEMENT_NOTE,
     ANSWERS_NOTE,
     NEEDLE_NOTE,
     TASKS_NOTE,
     Extras,
+    agreement_table,
     answer_parts,
     needle_methods,
     needle_table,
@@ -31,7 +33,15 @@ from .extras import (
     task_methods,
     tasks_table,
 )
-from .tables import detail_tables, methods_table, models_table, paired_table, percentiles_table
+from .tables import (
+    DOMAINS_NOTE,
+    detail_tables,
+    domains_table,
+    methods_table,
+    models_table,
+    paired_table,
+    percentiles_table,
+)
 from .verdict import GOOD_ENOUGH_NATS, KNOWN_NOTE, headline, known_table, meanings_table
 
 __all__ = ["charts_of", "html_report", "render_page"]
@@ -57,6 +67,10 @@ def html_report(report: Report) -> str:
         prompt=prompt_of(comparisons),
         answers=answer_parts(comparisons),
         answers_note=ANSWERS_NOTE,
+        agreement=agreement_table(comparisons),
+        agreement_note=AGREEMENT_NOTE,
+        domains=domains_table(comparisons),
+        domains_note=DOMAINS_NOTE,
         **{kind: _rendered(charts, kind) for kind in ("sizes", "charts", "maps", "drifts", "needles")},
         **_extras(report.extras),
         confidence=f"{100 * CONFIDENCE:.0f} %",

@@ -9,10 +9,12 @@ from ..comparison import Comparison
 from ..metrics.numbers import nats, percent, perplexity
 from .content import Report
 from .extras import (
+    AGREEMENT_NOTE,
     ANSWERS_NOTE,
     NEEDLE_NOTE,
     TASKS_NOTE,
     Extras,
+    agreement_table,
     answers_table,
     needle_grid,
     needle_methods,
@@ -22,7 +24,9 @@ from .extras import (
     tasks_table,
 )
 from .tables import (
+    DOMAINS_NOTE,
     detail_tables,
+    domains_table,
     drift_table,
     kinds_table,
     methods_table,
@@ -31,7 +35,7 @@ from .tables import (
     percentiles_table,
     positions_table,
 )
-from .verdict import headline, sentence, verdict_sentence
+from .verdict import domains_sentence, headline, sentence, verdict_sentence
 
 __all__ = ["joint_lines", "markdown_report", "summary_lines"]
 
@@ -60,6 +64,9 @@ def markdown_report(report: Report) -> str:
         "## KL divergence of tokens, nats",
         percentiles.to_markdown(),
     ]
+    domains = domains_table(comparisons)
+    if domains is not None:
+        sections += ["## By domain", domains.to_markdown(), DOMAINS_NOTE]
     if alone:
         where = positions_table(comparisons[0]), kinds_table(comparisons[0])
         sections += ["## Where", *(each.to_markdown() for each in where)]
@@ -83,7 +90,9 @@ def markdown_report(report: Report) -> str:
 def _answers_sections(comparisons: Sequence[Comparison]) -> list[str]:
     answers = answers_table(comparisons)
     prompt = prompt_of(comparisons)
-    return [] if answers is None else ["## The same prompt", f"> {cell(prompt)}", answers.to_markdown(), ANSWERS_NOTE]
+    sections = ["## The same prompt", f"> {cell(prompt)}", answers.to_markdown(), ANSWERS_NOTE] if answers else []
+    agreement = agreement_table(comparisons)
+    return sections if agreement is None else [*sections, "## Answers", agreement.to_markdown(), AGREEMENT_NOTE]
 
 
 def _extras_sections(extras: Extras) -> list[str]:
@@ -115,7 +124,8 @@ def summary_lines(comparison: Comparison) -> list[str]:
     ]
     if comparison.tokens_per_second is not None:
         lines.append(f"speed       {comparison.tokens_per_second:.3g} tokens per second in llama.cpp on this machine")
-    return [*lines, *_floor_notes(comparison)]
+    lines += [*_floor_notes(comparison), *_table_lines([comparison])]
+    return [*lines, domains_sentence(comparison)] if comparison.domains else lines
 
 
 def joint_lines(comparisons: Sequence[Comparison]) -> list[str]:
@@ -126,8 +136,14 @@ def joint_lines(comparisons: Sequence[Comparison]) -> list[str]:
             f"{each.quantized.name:{width}}  {nats(each.summary.kl_nats.value)} nats/token; {verdict_sentence(each)}"
             for each in comparisons
         ),
+        *_table_lines(comparisons),
         headline(comparisons),
     ]
+
+
+def _table_lines(comparisons: Sequence[Comparison]) -> list[str]:
+    tables = (domains_table(comparisons), agreement_table(comparisons))
+    return [line for table in tables if table is not None for line in table.to_lines()]
 
 
 def _floor_notes(comparison: Comparison) -> list[str]:

@@ -19,10 +19,10 @@ from ...version import __version__
 from ..comparison import Comparison
 from .content import REPORT_VERSION, Report
 from .drawings.png import png_bytes
-from .extras import NO_EXTRAS, extras_records
+from .extras import NO_EXTRAS, Extras, agreement_records, extras_records
 from .html import charts_of, html_report
 from .markdown import markdown_report
-from .tables import Details, models_records
+from .tables import Details, domains_records, models_records
 
 __all__ = [
     "CSV_NAME",
@@ -47,7 +47,9 @@ PLOTS_NAME = "report-plots"
 
 _OURS = {
     ".json": re.compile(rb'\A\{\s*"bpwise_(report|series)"'),
-    ".csv": re.compile(rb"\Amodel,(stored_bytes,bits_per_parameter|task,part_of|length,depth),"),
+    ".csv": re.compile(
+        rb"\Amodel,(stored_bytes,bits_per_parameter|task,part_of|length,depth|domain,documents|prompts,most_tokens),"
+    ),
     # A row of every report on comparisons, and the title of one on a series.
     ".md": re.compile(rb"^\| bpwise \| |\A# .* (?:bitrates|outputs), from one measurement$", re.MULTILINE),
     ".html": re.compile(re.escape(b'<meta name="generator" content="bpwise ')),
@@ -69,7 +71,7 @@ class ReportFiles:
         csv: The table of models.
         markdown: The summary.
         html: The page.
-        extras: Tables of benchmarks and needles as CSV; empty if they were not measured.
+        extras: Tables of domains, answers, benchmarks and needles as CSV; empty if they were not measured.
         plots: The drawings as SVG and PNG files; empty if they were not asked for.
     """
 
@@ -112,7 +114,7 @@ def _written(report: Report, path: Mapping[str, Path], prefix: str, plots: Seque
     write_text(path[MARKDOWN_NAME], markdown_report(report))
     write_text(path[HTML_NAME], html_report(report))
     tables = []
-    for name, records in extras_records(report.extras).items():
+    for name, records in _side_tables(report.comparisons, report.extras).items():
         table = path[JSON_NAME].with_name(f"{prefix}report.{name}.csv")
         if records:
             _write_csv(table, records)
@@ -129,9 +131,15 @@ def _written(report: Report, path: Mapping[str, Path], prefix: str, plots: Seque
     )
 
 
+def _side_tables(comparisons: Sequence[Comparison], extras: Extras) -> dict[str, list[dict[str, Any]]]:
+    # By the names of their files; without records where they were not measured.
+    own = {"domains": domains_records(comparisons), "answers": agreement_records(comparisons)}
+    return {**own, **extras_records(extras)}
+
+
 def report_names(prefix: str = "") -> tuple[str, ...]:
     """Return the names of all files that a report may have, its drawings apart."""
-    tables = (f"report.{name}.csv" for name in extras_records(NO_EXTRAS))
+    tables = (f"report.{name}.csv" for name in _side_tables((), NO_EXTRAS))
     return tuple(f"{prefix}{name}" for name in (JSON_NAME, CSV_NAME, MARKDOWN_NAME, HTML_NAME, *tables))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from ...tables import AnyCell, NotedCell, Table, bytes_text
 from ...version import __version__
 from ..comparison import Comparison
+from ..metrics.bootstrap import RESAMPLES, Bootstrapped
 from ..metrics.estimate import Estimate, Interval, confidence_interval
 from ..metrics.numbers import estimate, nats, percent, perplexity
 from ..models import ModelSummary
@@ -17,8 +18,11 @@ from .paired import PairedDifference
 from .verdict import beaten_by, verdict
 
 __all__ = [
+    "DOMAINS_NOTE",
     "Details",
     "detail_tables",
+    "domains_records",
+    "domains_table",
     "drift_table",
     "flat",
     "kinds_table",
@@ -28,10 +32,17 @@ __all__ = [
     "paired_table",
     "percentiles_table",
     "positions_table",
+    "with_bootstrap",
+    "with_ends",
 ]
 
 Details = Mapping[str, Mapping[str, str | float]]
 """More sections of a report: titles, and for each the rows of its table."""
+
+DOMAINS_NOTE = (
+    "Beside or beneath each number: its 95 % interval over documents (bootstrap), since the tokens of a document are "
+    "alike. Of chats and tool calls only the assistant's answers count; how they are found is told below."
+)
 
 _DRIFT_ROWS = 9
 """Blocks that a table shows of the drift, evenly spread; the drawing and JSON show all."""
@@ -193,6 +204,59 @@ def kinds_table(comparison: Comparison) -> Table:
     return Table.of(("kind of text", "rows", "KL, nats/token", "top-1 agreement", "perplexity ratio"), rows)
 
 
+def domains_table(comparisons: Sequence[Comparison]) -> Table | None:
+    """Return the damage by domain, a row for each model; None if it was not measured."""
+    several = len(comparisons) > 1
+    rows = [
+        (
+            damage.domain,
+            *([each.quantized.name] if several else []),
+            str(damage.documents),
+            str(damage.tokens),
+            with_bootstrap(damage.kl_nats, ".3g"),
+            with_bootstrap(damage.kl_p99_nats, ".3g"),
+            with_bootstrap(damage.top1_agreement, ".1f", 100, " %"),
+        )
+        for damages in zip(*(each.domains for each in comparisons), strict=True)
+        for each, damage in zip(comparisons, damages, strict=True)
+    ]
+    head = ("domain", *(["model"] if several else []), "documents", "tokens", "KL, nats/token", "99 % of tokens below")
+    return Table.of((*head, "top-1 agreement"), rows) if rows else None
+
+
+def domains_records(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
+    """Return a record for each quantized model and domain, every number with all its digits."""
+    return [
+        {"model": each.quantized.name, **with_ends(asdict(damage))} for each in comparisons for damage in each.domains
+    ]
+
+
+def with_ends(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record with a number and the ends of its interval as three entries."""
+    result: dict[str, Any] = {}
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            ends = value["interval"] or {}
+            result |= {key: value["value"], f"{key}_low": ends.get("low"), f"{key}_high": ends.get("high")}
+        else:
+            result[key] = value
+    return result
+
+
+def with_bootstrap(number: Bootstrapped, form: str, scale: float = 1.0, unit: str = "") -> NotedCell:
+    """Return a number with its interval as a note.
+
+    Args:
+        number: Both.
+        form: How they are formatted.
+        scale: What they are multiplied with before.
+        unit: What follows the number.
+    """
+    ends = number.interval
+    note = "" if ends is None else f"{scale * ends.low:{form}} to {scale * ends.high:{form}}"
+    return NotedCell(f"{scale * number.value:{form}}{unit}", note, number.value)
+
+
 def drift_table(comparisons: Sequence[Comparison]) -> Table | None:
     """Return the relative error of hidden states after some blocks; None if it is not known of every model."""
     if not all(each.drift for each in comparisons):
@@ -234,6 +298,13 @@ def methods_table(comparisons: Sequence[Comparison], made: Mapping[str, str]) ->
             f"{first.device}, over the same {first.floor_tokens} tokens"
         )
         facts.append(("bfloat16 alone", f"{nats(first.bfloat16_floor_nats)} nats per token: {meaning}"))
+    facts += [
+        (f"domain {each.domain}", f"{each.text}; counted: {each.mask}; fingerprint {each.text_fingerprint}")
+        for each in first.domains
+    ]
+    if first.domains:
+        drawn = f"of {RESAMPLES} draws of documents with all of their tokens (percentile bootstrap)"
+        facts.append(("intervals of domains", f"95 %, {drawn}"))
     facts.append(("original", f"{first.original.name}, fingerprint {first.original.fingerprint}"))
     facts += [("quantized", f"{each.quantized.name}, fingerprint {each.quantized.fingerprint}") for each in comparisons]
     if len(comparisons) == 1:

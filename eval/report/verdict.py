@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ...tables import Table, bytes_text
+from ...tables import Table, bytes_text, listed
 from ..comparison import Comparison
 from ..metrics.estimate import Estimate, confidence_interval
 from ..metrics.numbers import estimate, nats, percent
@@ -17,6 +17,7 @@ __all__ = [
     "LEVELS",
     "Judged",
     "beaten_by",
+    "domains_sentence",
     "headline",
     "known_like",
     "known_table",
@@ -116,7 +117,29 @@ def verdict_sentence(comparison: Comparison) -> str:
     words, size = verdict(comparison), size_words(comparison)
     shown = f"{size}: {words}" if size else f"{words[0].upper()}{words[1:]}"
     doubt = "" if comparison.rows >= _FEW_ROWS else f" (based on only {_counted(comparison.rows)} of text)"
-    return f"{shown}{doubt}. {same_tokens(comparison.summary.top1_agreement.value)}."
+    domains = domains_sentence(comparison)
+    return f"{shown}{doubt}. {same_tokens(comparison.summary.top1_agreement.value)}.{' ' if domains else ''}{domains}"
+
+
+def domains_sentence(comparison: Comparison) -> str:
+    """Return which domain lost most, and which cannot be told from it; empty if domains were not measured.
+
+    Domains whose 95 % intervals meet cannot be told apart.
+    """
+    if not comparison.domains:
+        return ""
+    worst = max(comparison.domains, key=lambda each: each.kl_nats.value)
+    ends = worst.kl_nats.interval
+    shown = f"The domain that lost most: {worst.domain}: {nats(worst.kl_nats.value)} nats per token"
+    if ends is None:
+        return f"{shown}."
+    near = [
+        each.domain
+        for each in comparison.domains
+        if each is not worst and each.kl_nats.interval and each.kl_nats.interval.high >= ends.low
+    ]
+    doubt = f", within error of {listed(near)}" if near else ""
+    return f"{shown} ({ends.low:.3g} to {ends.high:.3g}){doubt}."
 
 
 def size_words(comparison: Comparison) -> str:

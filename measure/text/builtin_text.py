@@ -43,7 +43,7 @@ _MIN_CHARACTERS = 200
 _MIN_COPIED_CHARACTERS = 80
 
 
-def builtin_texts(use: TextUse, *, order: int = 0) -> TextSource:
+def builtin_texts(use: TextUse, *, order: int = 0, passage_characters: int = _PASSAGE_CHARACTERS) -> TextSource:
     """Return texts of many kinds, the same amount of each when drawn evenly.
 
     Seven kinds were written for this purpose and ship with bpwise; two are Python's help topics and docstrings, and the
@@ -55,6 +55,7 @@ def builtin_texts(use: TextUse, *, order: int = 0) -> TextSource:
     Args:
         use: Which of the two disjoint halves.
         order: Any integer; the pseudo-random order in which documents come depends on it alone.
+        passage_characters: About how long a document from Python's own text is at most.
 
     Returns:
         Source with the parts ``python docs`` (help topics and docstrings), ``python code``, and our own by their names.
@@ -73,7 +74,7 @@ def builtin_texts(use: TextUse, *, order: int = 0) -> TextSource:
     docs: dict[str, Callable[[], str]] = {name: partial(_docstrings, path) for name, path in modules.items()}
     docs.update({name: partial(str, text) for name, text in topics.items()})
     parts = [
-        TextPart(kind, partial(_documents, kind, texts, order))
+        TextPart(kind, partial(_documents, kind, texts, order, passage_characters))
         for kind, texts in (("python docs", docs), ("python code", code))
         if texts
     ]
@@ -134,7 +135,9 @@ def _topics() -> dict[str, str]:
     return result
 
 
-def _documents(kind: str, texts: Mapping[str, Callable[[], str]], order: int) -> Iterator[Document]:
+def _documents(
+    kind: str, texts: Mapping[str, Callable[[], str]], order: int, passage_characters: int
+) -> Iterator[Document]:
     """Yield one passage of every text, then another of each, until all are used up."""
     passages: dict[str, list[str]] = {}
     names = sorted(texts, key=lambda name: _digest(f"{order}/{name}"))
@@ -142,7 +145,7 @@ def _documents(kind: str, texts: Mapping[str, Callable[[], str]], order: int) ->
     while names:
         for name in names:
             if name not in passages:
-                passages[name] = _passages(texts[name]())
+                passages[name] = _passages(texts[name](), passage_characters)
             if turn < len(passages[name]):
                 # Not always first the beginning: that is where licences and imports stand.
                 first = int.from_bytes(_digest(f"{name}/{order}")[:4], "big")
@@ -151,7 +154,7 @@ def _documents(kind: str, texts: Mapping[str, Callable[[], str]], order: int) ->
         names = [name for name in names if turn < len(passages[name])]
 
 
-def _passages(text: str) -> list[str]:
+def _passages(text: str, passage_characters: int) -> list[str]:
     """Cut a text between paragraphs into passages of about equal length, and leave out the short ones."""
     passages: list[str] = []
     paragraphs: list[str] = []
@@ -159,7 +162,7 @@ def _passages(text: str) -> list[str]:
     for paragraph in text.split("\n\n"):
         paragraphs.append(paragraph)
         n_characters += len(paragraph)
-        if n_characters >= _PASSAGE_CHARACTERS:
+        if n_characters >= passage_characters:
             passages.append("\n\n".join(paragraphs))
             paragraphs, n_characters = [], 0
     passages.append("\n\n".join(paragraphs))

@@ -14,7 +14,7 @@ from typing import Any
 from ...errors import CalibrationError
 from .chat_template import ChatTemplate, RefusedChatError
 
-__all__ = ["CHAT_COLUMNS", "chat_turns", "render_turns"]
+__all__ = ["CHAT_COLUMNS", "chat_turns", "render_turns", "turns_as_templates_read"]
 
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
 """Columns of chat turns, in the order in which they are looked for when the user names none."""
@@ -111,7 +111,7 @@ def render_turns(template: ChatTemplate, turns: Sequence[Mapping[str, Any]], whe
         CalibrationError: A turn has no role or no text by a known name, the template cannot render the turns, or it
             leaves out what a turn says.
     """
-    named = [_named(turn, f"{where}, turn {number}") for number, turn in enumerate(turns, start=1)]
+    named = _all_named(turns, where)
     if not any(text.strip() for turn in named for text in _texts(turn)):
         return ""
     problem: RefusedChatError | None = None
@@ -125,6 +125,26 @@ def render_turns(template: ChatTemplate, turns: Sequence[Mapping[str, Any]], whe
             return text
     assert problem is not None
     raise problem
+
+
+def turns_as_templates_read(
+    turns: Sequence[Mapping[str, Any]], template: str, where: str
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield turns by the names that templates read, in all forms that one may take.
+
+    Args:
+        turns: As for ``render_turns``.
+        template: The template's source; may be empty.
+        where: As for ``render_turns``.
+
+    Raises:
+        CalibrationError: A turn has no role or no text by a known name.
+    """
+    yield from _attempts(_all_named(turns, where), template)
+
+
+def _all_named(turns: Sequence[Mapping[str, Any]], where: str) -> list[_Turn]:
+    return [_named(turn, f"{where}, turn {number}") for number, turn in enumerate(turns, start=1)]
 
 
 def _attempts(turns: Sequence[_Turn], template: str) -> Iterator[list[_Turn]]:

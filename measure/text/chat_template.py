@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -48,6 +49,9 @@ _PROBLEMS = {
     "length": "the chat template makes {reason} characters of one chat, out of all proportion. Repair the template.",
     "ended": "the process that renders the chat template ended with exit code {reason}. Run again.",
 }
+
+
+_MARKS_ANSWERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class RefusedChatError(CalibrationError):
@@ -105,23 +109,36 @@ class ChatTemplate:
             RefusedChatError: The template refuses the turns, or fails on them.
             CalibrationError: The template is not valid, or takes too much time or memory.
         """
+        flags = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+        return str(self._rendered(turns, where, **flags, **seen)["text"])
+
+    @property
+    def marks_answers(self) -> bool:
+        """Whether the template itself says which text is the assistant's, by ``{% generation %}``."""
+        return _MARKS_ANSWERS.search(self.source) is not None
+
+    def render_marked(
+        self, turns: Sequence[Mapping[str, Any]], where: str, **seen: Any
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """Return the text of one chat, and where in it everything begins and ends that the template marks as answers.
+
+        Arguments and errors are those of ``render``.
+        """
+        reply = self._rendered(turns, where, return_assistant_tokens_mask=True, **seen)
+        return str(reply["text"]), [(int(start), int(end)) for start, end in reply["answers"]]
+
+    def _rendered(self, turns: Sequence[Mapping[str, Any]], where: str, **seen: Any) -> dict[str, Any]:
         turns = [{key: value for key, value in turn.items() if value is not None} for turn in turns]
-        request = {
-            "conversations": [turns],
-            "add_generation_prompt": add_generation_prompt,
-            "continue_final_message": continue_final_message,
-            **seen,
-        }
         if self._process is None:
             self._process = _start()
             reply = self._ask({"chat_template": self.source, **self._special_tokens}, _START_SECONDS)
             if "problem" in reply:
                 self.close()
                 raise _error(where, reply)
-        reply = self._ask(request, _WAIT_SECONDS)
+        reply = self._ask({"conversations": [turns], **seen}, _WAIT_SECONDS)
         if "problem" in reply:
             raise _error(where, reply)
-        return str(reply["text"])
+        return reply
 
     def close(self) -> None:
         """End the process, if it runs. Another chat would start it again."""
@@ -197,11 +214,11 @@ def serve() -> None:
     _limit_memory()
 
     def render(line: bytes) -> bytes:
-        texts, _ = render_jinja_template(**settings, **json.loads(line))
+        texts, answers = render_jinja_template(**settings, **json.loads(line))
         text = "".join(texts)
         if len(text) > _MOST_CHARACTERS + _MOST_GROWTH * len(line):
             return _reply(problem="length", reason=len(text))
-        return _reply(text=text)
+        return _reply(text=text, answers=answers[0] if answers else [])
 
     line = b'{"conversations": []}'  # only compiles the template
     while line:
@@ -230,7 +247,7 @@ def _answered(render: Callable[[bytes], bytes], line: bytes) -> bytes:
             signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def _reply(**entries: str | int) -> bytes:
+def _reply(**entries: Any) -> bytes:
     return json.dumps(entries).encode() + b"\n"
 
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...checkpoint.source.checkpoint import Checkpoint
 from ...errors import CalibrationError, reason
@@ -25,7 +26,7 @@ from .calibration import CalibrationConfig, CalibrationSet, require_ids_below
 from .chats import Prompt, chat_prompts
 from .tokenizer import Tokenizer, end_ids, leading_ids, ordinary_ids, token_fingerprint
 
-__all__ = ["ROWS_TOGETHER", "WRITING", "WrittenRow", "sample_rows", "write_rows"]
+__all__ = ["ROWS_TOGETHER", "WRITING", "WrittenRow", "sample_rows", "write_rows", "written_together"]
 
 WRITING = "self-calibration: tokens"
 """What ``Progress`` is called with."""
@@ -172,8 +173,6 @@ def sample_rows(
 ) -> None:
     """Write rows side by side, token by token: those that are given, else sampled from the model's distribution.
 
-    Rows need not be padded, whatever the lengths of what is given: at every place each has a token of either kind.
-
     Args:
         model: A causal language model of Transformers.
         rows: The rows, nothing written of them.
@@ -183,17 +182,41 @@ def sample_rows(
         rng: Source of randomness, on the model's device.
         progress: Wraps the places.
     """
-    device = model.device
-    choices = torch.tensor(allowed, device=device)
-    given = min(*(len(row.given) for row in rows), row_tokens)
-    latest = torch.tensor([row.take(given) for row in rows], device=device)
-    cache = None
-    for _ in progress(range(row_tokens - given), WRITING):
-        seen = model(input_ids=latest, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = seen.past_key_values
-        probabilities = seen.logits[:, -1].float()[:, choices].softmax(dim=-1)
+    choices = torch.tensor(allowed, device=model.device)
+
+    def sampled(logits: Tensor) -> Tensor:
+        probabilities = logits.float()[:, choices].softmax(dim=-1)
         # The least of exponential variables over their rates is a sample; much faster than torch.multinomial on a CPU.
         waits = torch.empty_like(probabilities).exponential_(generator=rng)
-        sampled = choices[(probabilities / waits).argmax(dim=-1)].tolist()
-        written = [[row.write(token, ends)] for row, token in zip(rows, sampled, strict=True)]
-        latest = torch.tensor(written, device=device)
+        return choices[(probabilities / waits).argmax(dim=-1)]
+
+    given = min(*(len(row.given) for row in rows), row_tokens)
+    first = torch.tensor([row.take(given) for row in rows], device=model.device)
+    steps = written_together(model, rows, first, sampled, ends)
+    for _ in progress(range(row_tokens - given), WRITING):
+        next(steps)
+
+
+@torch.no_grad()
+def written_together(
+    model: Any, rows: Sequence[WrittenRow], first: Tensor, choose: Callable[[Tensor], Tensor], ends: Collection[int]
+) -> Iterator[None]:
+    """Write rows side by side, without end: every step adds a token to each of them.
+
+    Rows need not be padded, whatever the lengths of what is given: at every place each has a token of either kind.
+
+    Args:
+        model: A causal language model of Transformers.
+        rows: The rows, the first tokens of each written.
+        first: Those, as many of each row, int64, shape (rows, tokens), on the model's device.
+        choose: Chooses the next tokens, int64, shape (rows,), from logits of shape (rows, vocabulary).
+        ends: Ids that end an answer.
+    """
+    latest, cache = first, None
+    while True:
+        seen = model(input_ids=latest, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = seen.past_key_values
+        chosen = choose(seen.logits[:, -1]).tolist()
+        written = [[row.write(token, ends)] for row, token in zip(rows, chosen, strict=True)]
+        latest = torch.tensor(written, device=model.device)
+        yield

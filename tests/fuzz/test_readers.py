@@ -34,6 +34,7 @@ NOT_FUZZED = {
     "convert/gguf/llama_cpp/fetch": "an archive of one SHA-256",
     "convert/mlx/mlx_lm/child": "nothing: its argument is of the process that started it",
     "convert/mlx/mlx_lm/loading": "what mlx-lm wrote, and a resume artifact",
+    "eval/domains/sets": "files of the package, and JSON of its own",
     "eval/report/html": "files of the package",
     "eval/report/made": "files of Linux",
     "eval/report/report": "whether a report that is replaced is one",

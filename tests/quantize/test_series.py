@@ -60,10 +60,9 @@ def count(patch: pytest.MonkeyPatch) -> dict[str, int]:
     from bpwise.eval import comparison, original
 
     patch.setattr(measuring, "measure_checkpoint", counted(measuring.measure_checkpoint, lambda *_: "measured"))
-    last_hidden = counted(passes.last_hidden, lambda model, tokens, role, progress: role)
-    patch.setattr(passes, "last_hidden", last_hidden)
-    patch.setattr(comparison, "last_hidden", last_hidden)
-    patch.setattr(original, "last_hidden", last_hidden)
+    last_hidden = counted(passes.last_hidden_of_all, lambda model, texts, role, progress: role)
+    for module in (passes, comparison, original):
+        patch.setattr(module, "last_hidden_of_all", last_hidden)
     return seen
 
 

@@ -242,7 +242,7 @@ class TestCache:
         changed[-1, -1] = 1 - changed[-1, -1].clamp(max=1)
 
         def key(tokens: torch.Tensor = tokens, dtype: torch.dtype = torch.float32, device: str = "cpu") -> str:
-            return original_key(open_any(path), tokens, dtype=dtype, device=device)
+            return original_key(open_any(path), [tokens], dtype=dtype, device=device)
 
         before = key()
         others = [key(changed), key(tokens.view(-1, 6)), key(dtype=torch.bfloat16), key(device="cuda")]
