@@ -370,7 +370,7 @@ def _mutated_table(table: pyarrow.Table, rng: Random) -> pyarrow.Table:
         [[]] * rows,
         [[{"role": "user", "content": None}]] * rows,
         [[{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]] * rows,
-        [{"a": [{"b": {}}]}] * rows,
+        [{"a": [{"b": {"c": 1}}]}] * rows,
         [[[[[1]]]]] * rows,
     )
     at = rng.randrange(table.num_columns)
