@@ -15,7 +15,7 @@ from random import Random
 
 import yaml
 from bpwise.checkpoint.source.checkpoint import Checkpoint
-from bpwise.checkpoint.source.hub import resolve_model
+from bpwise.checkpoint.source.hub import resolve_model, side_files
 from bpwise.checkpoint.source.language import language_model
 from bpwise.checkpoint.source.original import open_model
 from bpwise.checkpoint.source.vocabulary import tokens_beyond
@@ -39,6 +39,7 @@ from bpwise.eval.metrics.overlap import stored_spans
 from bpwise.eval.publishing.base_card import read_base_card
 from bpwise.eval.publishing.card import Card, render_card
 from bpwise.eval.publishing.cards import write_card
+from bpwise.eval.publishing.mark import read_mark
 from bpwise.eval.publishing.push import Upload, upload_model
 from bpwise.eval.report.layers import linear_costs
 from bpwise.measure.calibrated import measured_rows
@@ -53,6 +54,7 @@ from bpwise.quantize.timing.finished import finished_blocks
 from ..quantize.runs import arguments
 from .hub import check_answers, lying_hub, mutated_answers
 from .kinds import ARROW, CARD, DAT, GGUF, JSON, JSON_LINES, PARQUET, TEMPLATE, TENSORS, TEXT, Kind
+from .mutations import NAMES, mutated_listing
 from .pool import Mutant, Outcome, run_all
 from .running import Raw, Refused, is_printable, quick_templates, run_cli
 from .seeds import TO_4_5_BPW, curve_makers, evaluated, rounded_model
@@ -244,6 +246,11 @@ def _read_exl2(folder: Path, changed: Path) -> None:
     run_cli("verify", folder / "exl2")
 
 
+def _read_foreign(folder: Path, changed: Path) -> None:
+    read_mark(folder / "exl2")
+    _read_exl2(folder, changed)
+
+
 def _read_exl2_unverified(folder: Path, changed: Path) -> None:
     # As evaluation does: nothing verifies before.
     model = open_any(folder / "exl2")
@@ -274,17 +281,18 @@ def _read_checkpoint(folder: Path, changed: Path) -> None:
 
 
 def _read_adapter(folder: Path, changed: Path) -> None:
-    model = open_model(folder / "model", lora=folder / "adapter")
+    model = open_model(folder / "model", lora=folder / changed.parts[0])
     json.dumps(model.changes)
     for name in sorted(model.names):
         model.tensor(name)
 
 
 def _read_config(folder: Path, changed: Path) -> None:
-    model = open_model(folder / "model")
+    place = folder / changed.parts[0]
+    model = open_model(place)
     _ = (model.tied_embeddings, model.fingerprint)
-    run_cli("inspect", folder / "model")
-    run_cli("quantize", folder / "model", folder / "out", "--bpw", "4.5", "-r", "2", "-l", "32", "--dry-run")
+    run_cli("inspect", place)
+    run_cli("quantize", place, folder / "out", "--bpw", "4.5", "-r", "2", "-l", "32", "--dry-run")
 
 
 def _read_config_and_run(folder: Path, changed: Path) -> None:
@@ -294,10 +302,12 @@ def _read_config_and_run(folder: Path, changed: Path) -> None:
 
 
 def _read_tokenizer(folder: Path, changed: Path) -> None:
-    tokenizer = load_tokenizer(folder / "model")
-    end_ids(folder / "model", tokenizer)
-    tokens_beyond(Checkpoint.open(folder / "model"))
-    _rows_of(tokenizer, folder / "chat.jsonl", chat=True)
+    place = folder / changed.parts[0]
+    tokenizer = load_tokenizer(place)
+    end_ids(place, tokenizer)
+    tokens_beyond(Checkpoint.open(place))
+    if place.name == "model":  # which has a chat template
+        _rows_of(tokenizer, folder / "chat.jsonl", chat=True)
 
 
 def _read_template(folder: Path, changed: Path) -> None:
@@ -368,14 +378,31 @@ def _read_cache(folder: Path, changed: Path) -> None:
 
 
 def _read_gguf(folder: Path, changed: Path) -> None:
-    path = folder / "model.gguf"
+    path = folder / changed.name.replace("00002-of", "00001-of")
     run_cli("inspect", path)
     run_cli("verify", path)
     model = open_any(path)
-    for name in sorted(model.names):
-        model.tensor(name)
+    if model.stands_alone:
+        for name in sorted(model.names):
+            model.tensor(name)
+    _ = model.own_map
     stored_spans(model)
     write_card(path)
+
+
+def _read_listing(folder: Path, changed: Path) -> None:
+    made = folder / "folder"
+    for name, content in json.loads((folder / changed).read_bytes()).items():
+        target = made / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if content in NAMES:
+            os.link(folder / "content" / content, target)
+        else:
+            target.mkdir()
+    open_model(made)
+    side_files(made)
+    load_tokenizer(made)
+    run_cli("inspect", made)
 
 
 READERS: dict[str, Reader] = {
@@ -420,6 +447,13 @@ READERS: dict[str, Reader] = {
         read=_read_exl2,
         modules=("convert/exl2/file/reader", "convert/exl2/file/tensors", "convert/exl2/file/verify"),
     ),
+    "exl2-foreign": Reader(
+        seeds="exl2-foreign",
+        share=5,
+        targets={"exl2/config.json": JSON, "exl2/output.safetensors": TENSORS, "exl2/BROKEN.md": TEXT},
+        read=_read_foreign,
+        modules=("convert/exl2/file/linear", "convert/exl2/file/verify", "eval/publishing/mark"),
+    ),
     "exl2-eval": Reader(
         seeds="exl2",
         share=1,
@@ -451,6 +485,14 @@ READERS: dict[str, Reader] = {
         read=_read_checkpoint,
         modules=("checkpoint/files/safetensors_file", "checkpoint/source/checkpoint", "checkpoint/source/index"),
     ),
+    "listing": Reader(
+        seeds="listing",
+        share=20,
+        file=False,
+        targets={"listing.json": Kind(mutated_listing, json.loads)},
+        read=_read_listing,
+        modules=("checkpoint/source/checkpoint", "checkpoint/source/hub", "checkpoint/source/index"),
+    ),
     "float8": Reader(
         seeds="float8",
         share=30,
@@ -468,19 +510,24 @@ READERS: dict[str, Reader] = {
     "adapter": Reader(
         seeds="adapter",
         share=30,
-        targets={"adapter_config.json": JSON, "adapter_model.safetensors": TENSORS},
+        targets={"*/adapter_config.json": JSON, "*/adapter_model.safetensors": TENSORS},
         read=_read_adapter,
         modules=("checkpoint/source/lora",),
     ),
     "config": Reader(
-        seeds="model", share=5, targets={"config.json": JSON}, read=_read_config, modules=("checkpoint/model/config",)
+        seeds="configs",
+        share=5,
+        targets={"*/config.json": JSON},
+        read=_read_config,
+        modules=("checkpoint/model/config",),
     ),
     "config-run": Reader(seeds="model", share=1, targets={"config.json": JSON}, read=_read_config_and_run, modules=()),
     "tokenizer": Reader(
         seeds="tokenizer",
         share=5,
         targets=dict.fromkeys(
-            ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "generation_config.json"), JSON
+            ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "vocab.json", "generation_config.json"),
+            JSON,
         ),
         read=_read_tokenizer,
         modules=("checkpoint/source/vocabulary", "measure/text/tokenizer"),
@@ -519,7 +566,7 @@ READERS: dict[str, Reader] = {
     "gguf": Reader(
         seeds="gguf",
         share=150,
-        targets={"model.gguf": GGUF},
+        targets={"*.gguf": GGUF},
         read=_read_gguf,
         modules=(
             "convert/gguf/file/digest",
