@@ -22,8 +22,8 @@ FORMATS: dict[str, tuple[object, ...]] = {"exl2": ("--bpw", 5), "gguf": ("--form
 
 SUFFIXES = {"exl2": "", "gguf": ".gguf"}
 
-READING = {"inspect", "verify", "push"}
-"""Commands that write nothing here; ``push`` has tests of its own."""
+READING = {"inspect", "verify"}
+"""Commands that write nothing."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,12 @@ COMMANDS = [
     Command("dequantize", ("dequantize", "DISK/out", "DISK/dense"), begin=("out",), once=True),
     Command("card", ("card", "DISK/out"), begin=("out",)),
 ]
+
+PUSHES = [
+    Command("push", ("push", "DISK/out", "org/"), begin=("out",)),
+    Command("push, a branch for each size", ("push", "DISK/out", "org/", "--branch"), begin=("out",)),
+]
+"""What writes to the Hub, and nothing here."""
 
 
 class Stage:

@@ -18,7 +18,7 @@ from bpwise.checkpoint.source import hub
 
 from .mutations import mutated_json
 
-__all__ = ["UNANNOUNCED_BYTES", "answers_of", "check_answers", "lying_hub", "mutated_answers"]
+__all__ = ["UNANNOUNCED_BYTES", "answers_of", "check_answers", "local_hub", "lying_hub", "mutated_answers"]
 
 COMMIT = "a" * 40
 
@@ -113,15 +113,12 @@ def check_answers(data: bytes) -> None:
 
 @contextmanager
 def lying_hub(answers: Path, cache: Path) -> Iterator[None]:
-    """Let the Hub's client, with short limits and without pauses, ask a server of its own.
+    """Let the Hub's client ask a server of its own that gives the answers of a file.
 
     Args:
         answers: File of the answers.
-        cache: In the place of the user's cache.
+        cache: As of ``local_hub``.
     """
-    from huggingface_hub import constants
-    from huggingface_hub.utils import _http
-
     known = json.loads(answers.read_bytes())
 
     class Hub(BaseHTTPRequestHandler):
@@ -158,13 +155,28 @@ def lying_hub(answers: Path, cache: Path) -> Iterator[None]:
         def log_message(self, *_: object) -> None:
             pass
 
+    with local_hub(Hub, cache):
+        yield
+
+
+@contextmanager
+def local_hub(handler: type[BaseHTTPRequestHandler], cache: Path) -> Iterator[None]:
+    """Let the Hub's client, with short limits and without pauses, ask a server on this machine.
+
+    Args:
+        handler: Answers the requests.
+        cache: In the place of the user's cache.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _http
+
     class Server(ThreadingHTTPServer):
         daemon_threads = True
 
         def handle_error(self, *_: object) -> None:
             pass
 
-    with Server(("127.0.0.1", 0), Hub) as server:
+    with Server(("127.0.0.1", 0), handler) as server:
         Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         here = f"http://127.0.0.1:{server.server_port}"
         with (
