@@ -16,7 +16,7 @@ from ..fuzz.hub import local_hub
 from .commands import PUSHES, Command, Stage
 from .test_points import SEED
 
-SAMPLED = 4
+SAMPLED = 2
 
 Repositories = dict[str, dict[str, Any]]
 """By id: whether it is private, and its branches with their files."""
