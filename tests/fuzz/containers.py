@@ -42,6 +42,8 @@ _DTYPE_BYTES = {
     "C64": 8,
 }
 
+_SMALL_BYTES = 64
+
 _PATTERNS = {
     "F64": [struct.pack("<d", x) for x in (0.0, math.nan, math.inf, -math.inf, -1.0, 1e300)],
     "F32": [struct.pack("<f", x) for x in (0.0, math.nan, math.inf, -math.inf, -1.0, 1e30, 1e-42)],
@@ -104,10 +106,12 @@ def _edit_metadata(metadata: dict[str, str], rng: Random) -> None:
 
 
 def _edit_tensors(tensors: dict[str, tuple[str, list[int], bytes]], rng: Random) -> None:
-    name = rng.choice(sorted(tensors))
+    # Small ones hold the structure, and there are fewer of them.
+    small = sorted(name for name, (_, _, data) in tensors.items() if len(data) <= _SMALL_BYTES)
+    name = rng.choice(small if small and rng.random() < 0.3 else sorted(tensors))
     dtype, shape, data = tensors[name]
     width = _DTYPE_BYTES[dtype]
-    kind = rng.randrange(10)
+    kind = rng.randrange(11)
     if kind == 0:
         del tensors[name]
     elif kind == 1:
@@ -147,11 +151,16 @@ def _edit_tensors(tensors: dict[str, tuple[str, list[int], bytes]], rng: Random)
     elif kind == 8:  # exchanged with another
         other_name = rng.choice(sorted(tensors))
         tensors[name], tensors[other_name] = tensors[other_name], tensors[name]
+    elif kind == 9:  # in the place of all of a module one dense weight
+        module = name.rpartition(".")[0]
+        for each in [each for each in tensors if each.rpartition(".")[0] == module]:
+            del tensors[each]
+        tensors[f"{module}.weight"] = ("F16", [32, 32], bytes(2048))
     else:
         values = bytearray(data)
         for _ in range(rng.choice((1, 4, 16))):
             if values:
-                values[rng.randrange(len(values))] = rng.randrange(256)
+                values[rng.randrange(len(values))] = rng.choice((rng.randrange(256), rng.randrange(9)))
         tensors[name] = (dtype, shape, bytes(values))
 
 

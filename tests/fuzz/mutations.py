@@ -467,6 +467,17 @@ def mutated_card(data: bytes, rng: Random) -> bytes:
     front = FRONT_MATTER.match(data)
     if front is None or rng.random() < 1 / 6:
         return mutated_text(data, rng)
+    if rng.random() < 1 / 12:
+        body = data[front.end() :]
+        starts = (
+            b"---\n\n---\n",
+            b"---\n- a\n---\n",
+            b"---\na\n---\n",
+            b"---\na: b\n",
+            b"",
+            b"---\n" + b"#" * 100_000 + b"\n---\n",
+        )
+        return rng.choice(starts) + rng.choice((body, b"a" * 2_000_000))
     entries = re.findall(r"(?m)^[^\s#-].*\n(?:[\s-].*\n)*", front[1].decode())
     for _ in range(rng.choice((1, 1, 2))):
         at = rng.randrange(len(entries))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["BAD", "CLASSES", "Mutant", "Outcome", "run_all", "save_coverage"]
+__all__ = ["BAD", "CLASSES", "Mutant", "Outcome", "is_measured", "run_all", "save_coverage"]
 
 CLASSES = ("ok", "refused", "traceback", "hang", "memory", "crash", "raw")
 """What may become of a mutant: read; a ``BpwiseError``; any other exception; too much time; too much memory; a signal;
@@ -138,10 +138,15 @@ class _Child:
 
 def save_coverage() -> None:
     """Save which branches this process took, if that is being measured: it may end without doing so by itself."""
-    measuring = "coverage" in sys.modules and sys.modules["coverage"].Coverage.current()
-    if measuring:
+    if is_measured():
+        measuring = sys.modules["coverage"].Coverage.current()
         measuring.stop()
         measuring.save()
+
+
+def is_measured() -> bool:
+    """Return whether it is measured which branches are taken."""
+    return "coverage" in sys.modules and sys.modules["coverage"].Coverage.current() is not None
 
 
 def _parsed(line: str) -> Outcome:

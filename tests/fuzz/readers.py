@@ -273,11 +273,14 @@ def _read_output(folder: Path, changed: Path) -> None:
 
 
 def _read_checkpoint(folder: Path, changed: Path) -> None:
-    model = open_model(folder / "model")
+    place = folder / changed.parts[0]
+    model = open_model(place)
     _ = (model.tied_embeddings, model.total_bytes, model.parameter_count)
     for name in sorted(model.names):
         model.tensor(name)
-    run_cli("inspect", folder / "model")
+        if len(model.shape(name)) > 2:
+            model.entry(name, 0)
+    run_cli("inspect", place)
 
 
 def _read_adapter(folder: Path, changed: Path) -> None:
@@ -449,17 +452,17 @@ READERS: dict[str, Reader] = {
     ),
     "exl2-foreign": Reader(
         seeds="exl2-foreign",
-        share=5,
-        targets={"exl2/config.json": JSON, "exl2/output.safetensors": TENSORS, "exl2/BROKEN.md": TEXT},
+        share=15,
+        targets={"exl2/config.json": JSON, "exl2/output.safetensors": TENSORS},
         read=_read_foreign,
-        modules=("convert/exl2/file/linear", "convert/exl2/file/verify", "eval/publishing/mark"),
+        modules=("convert/exl2/file/linear", "convert/exl2/file/store", "convert/exl2/file/verify"),
     ),
     "exl2-eval": Reader(
         seeds="exl2",
         share=1,
         targets={"exl2/config.json": JSON, "exl2/bpwise.json": JSON, "exl2/output.safetensors": TENSORS},
         read=_read_exl2_unverified,
-        modules=("convert/exl2/file/linear", "convert/exl2/file/reader"),
+        modules=("convert/exl2/file/reader", "convert/exl2/file/store"),
     ),
     "provenance": Reader(
         seeds="exl2",
@@ -496,7 +499,7 @@ READERS: dict[str, Reader] = {
     "float8": Reader(
         seeds="float8",
         share=30,
-        targets={"config.json": JSON, "model.safetensors": TENSORS},
+        targets={"*/config.json": JSON, "*/model.safetensors": TENSORS},
         read=_read_checkpoint,
         modules=("checkpoint/source/float8",),
     ),
@@ -541,7 +544,7 @@ READERS: dict[str, Reader] = {
     ),
     "text": Reader(
         seeds="text",
-        share=5,
+        share=20,
         targets={"*.jsonl": JSON_LINES, "text.txt": TEXT},
         read=_read_text,
         modules=("measure/text/chat_rows", "measure/text/sources"),

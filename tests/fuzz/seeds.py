@@ -79,7 +79,7 @@ def build_seeds(folder: Path, names: Iterable[str]) -> None:
         "sharded": lambda to: _shard(model, to / "model"),
         "adapter": lambda to: (_copy(model, to / "model"), save_adapters(to))[0],
         "cache": lambda to: OriginalCache(to).save("key", _state()),
-        "float8": lambda to: _float8(to / "model"),
+        "float8": _float8,
         "mxfp4": lambda to: _mxfp4(to / "model"),
         "card": lambda to: _copy(model, to / "model"),
         "hub": lambda to: _hub_seeds(to, model),
@@ -316,7 +316,17 @@ It was *trained*. | <b>
 """
 
 
-def _float8(directory: Path) -> None:
+def _float8(to: Path) -> None:
+    rng = torch.Generator().manual_seed(1)
+    stack = torch.randn(2, 8, 16, generator=rng).to(torch.float8_e4m3fn)
+    rows = {"a.weight": stack[0].clone(), "a.weight_scale": torch.full((8, 1), 0.1)}
+    rows |= {"b.weight": stack[1].clone(), "b.weight_scale": torch.tensor(0.1)}
+    rows |= {"experts.weight": stack, "experts.weight_scale": torch.full((2, 8, 1), 0.1)}
+    _quantized(to / "rows", rows, {"model_type": "llama", "quantization_config": {"quant_method": "fp8"}})
+    _float8_blocks(to / "model")
+
+
+def _float8_blocks(directory: Path) -> None:
     codes = torch.randn(130, 140, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn)
     scales = {"a.weight_scale_inv": torch.full((2, 2), 0.01), "b.weight_scale_inv": torch.full((2, 2), 0.02)}
     tensors = {"a.weight": codes, "b.weight": codes.clone(), **scales, "norm.weight": torch.ones(4)}
