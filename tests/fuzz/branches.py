@@ -46,9 +46,7 @@ NOT_READING = {
         *("build_calibration", "_open_source", "CalibrationConfig.__post_init__", "require_ids_below"),
     ),
     "measure/text/mixture": ("shares_of",),
-    "measure/text/sources": (
-        *("read_texts", "text_files", "_directory_source", "_hub_source", "_hub_source.rows", "_quiet_progress_bars"),
-    ),
+    "measure/text/sources": (*("read_texts", "text_files", "_directory_source", "_quiet_progress_bars"),),
     "quantize/timing/finished": ("finished_measuring",),
 }
 """Functions of modules that read which do not: they write, compute, look at options and names, or once more at what

@@ -76,7 +76,7 @@ def mutated_safetensors(image: bytes, rng: Random) -> bytes:
         if metadata and (not tensors or rng.random() < 0.5):
             _edit_metadata(metadata, rng)
         elif tensors:
-            _edit_tensors(tensors, rng)
+            (_put_dense if rng.random() < 0.1 else _edit_tensors)(tensors, rng)
     return _safetensors(tensors, metadata)
 
 
@@ -111,7 +111,7 @@ def _edit_tensors(tensors: dict[str, tuple[str, list[int], bytes]], rng: Random)
     name = rng.choice(small if small and rng.random() < 0.3 else sorted(tensors))
     dtype, shape, data = tensors[name]
     width = _DTYPE_BYTES[dtype]
-    kind = rng.randrange(11)
+    kind = rng.randrange(10)
     if kind == 0:
         del tensors[name]
     elif kind == 1:
@@ -151,17 +151,20 @@ def _edit_tensors(tensors: dict[str, tuple[str, list[int], bytes]], rng: Random)
     elif kind == 8:  # exchanged with another
         other_name = rng.choice(sorted(tensors))
         tensors[name], tensors[other_name] = tensors[other_name], tensors[name]
-    elif kind == 9:  # in the place of all of a module one dense weight
-        module = name.rpartition(".")[0]
-        for each in [each for each in tensors if each.rpartition(".")[0] == module]:
-            del tensors[each]
-        tensors[f"{module}.weight"] = ("F16", [32, 32], bytes(2048))
     else:
         values = bytearray(data)
         for _ in range(rng.choice((1, 4, 16))):
             if values:
                 values[rng.randrange(len(values))] = rng.choice((rng.randrange(256), rng.randrange(9)))
         tensors[name] = (dtype, shape, bytes(values))
+
+
+def _put_dense(tensors: dict[str, tuple[str, list[int], bytes]], rng: Random) -> None:
+    # In the place of all of a module one weight.
+    module = rng.choice(sorted(tensors)).rpartition(".")[0]
+    for each in [each for each in tensors if each.rpartition(".")[0] == module]:
+        del tensors[each]
+    tensors[f"{module}.weight"] = ("F16", [32, 32], bytes(2048))
 
 
 # GGUF

@@ -43,7 +43,7 @@ _ADAPTER: dict[str, Any] = {
 def save_adapters(folder: Path) -> None:
     """Save adapters of a model with 32 channels, 64 neurons and 264 tokens.
 
-    ``lora`` is of two linears, ``dora`` weight-decomposed, ``whole`` of an embedding, with a norm and a head of its own.
+    ``lora`` is of two linears, ``dora`` weight-decomposed, ``whole`` of an embedding, with norm and head of its own.
     """
     layer = "base_model.model.model.layers.0"
     q_proj, up_proj = f"{layer}.self_attn.q_proj", f"{layer}.mlp.up_proj"

@@ -10,8 +10,10 @@ import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
+from unittest import mock
 
 import yaml
 from bpwise.checkpoint.source.checkpoint import Checkpoint
@@ -46,10 +48,12 @@ from bpwise.measure.calibrated import measured_rows
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig, measure_checkpoint
 from bpwise.measure.text.calibration import CalibrationConfig, CalibrationSet, build_calibration
+from bpwise.measure.text.sources import read_texts
 from bpwise.measure.text.tokenizer import LoadedTokenizer, end_ids, load_tokenizer
 from bpwise.quantize.checks import output_of
 from bpwise.quantize.run import quantize_model
 from bpwise.quantize.timing.finished import finished_blocks
+from huggingface_hub import constants
 
 from ..quantize.runs import arguments
 from .hub import check_answers, lying_hub, mutated_answers
@@ -361,6 +365,15 @@ def _read_hub(folder: Path, changed: Path) -> None:
     open_model(directory)
 
 
+def _read_data_set(folder: Path, changed: Path) -> None:
+    import datasets
+
+    with lying_hub(folder / changed, folder / "cache"):
+        settings = {"HF_ENDPOINT": constants.ENDPOINT, "HF_HUB_OFFLINE": False, "HF_DATASETS_CACHE": folder / "cache"}
+        with mock.patch.multiple(datasets.config, **settings):
+            assert all(isinstance(document.text, str) for document in read_texts("org/data").documents())
+
+
 def _read_push(folder: Path, changed: Path) -> None:
     files = tuple((name, folder / name) for name in ("config.json", "README.md"))
     for _, path in files:
@@ -604,6 +617,14 @@ READERS: dict[str, Reader] = {
         targets={"answers.json": Kind(mutated_answers, check_answers)},
         read=_read_hub,
         modules=("checkpoint/source/hub",),
+    ),
+    "data-set": Reader(
+        seeds="data-set",
+        share=5,
+        file=False,
+        targets={"answers.json": Kind(partial(mutated_answers, endless=False), check_answers)},
+        read=_read_data_set,
+        modules=("measure/text/sources",),
     ),
     "push": Reader(
         seeds="hub",

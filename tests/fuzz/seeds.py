@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import shutil
 import struct
@@ -42,7 +43,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from ..measured import gguf_curves_of
 from ..quantize.runs import arguments
 from .forms import save_adapters, save_configs, save_listing, save_tokenizers, write_ggufs
-from .hub import answers_of
+from .hub import answers_of, data_set_answers_of
 from .running import run_cli
 
 __all__ = ["TO_4_5_BPW", "build_seeds", "curve_makers", "evaluated", "rounded_model"]
@@ -83,6 +84,7 @@ def build_seeds(folder: Path, names: Iterable[str]) -> None:
         "mxfp4": lambda to: _mxfp4(to / "model"),
         "card": lambda to: _copy(model, to / "model"),
         "hub": lambda to: _hub_seeds(to, model),
+        "data-set": _data_set_seeds,
         "tables": lambda to: _table_seeds(to, model),
         "processor": lambda to: _write_processor(to / "processor_config.json"),
         "rowmap": lambda to: _row_map(to / "rows.json"),
@@ -280,6 +282,13 @@ def _text_seeds(to: Path, model: Path) -> None:
     _tokenizer_seeds(to, model)
     (to / "text.jsonl").write_text((json.dumps({"text": _TEXT, "id": 1}) + "\n") * 3)
     (to / "text.txt").write_text(_TEXT)
+
+
+def _data_set_seeds(to: Path) -> None:
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": [_TEXT] * 3, "id": [1, 2, 3]}), file)
+    files = {"README.md": _CARD.encode(), "train-00000-of-00001.parquet": file.getvalue()}
+    (to / "answers.json").write_bytes(data_set_answers_of(files))
 
 
 def _table_seeds(to: Path, model: Path) -> None:
