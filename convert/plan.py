@@ -9,9 +9,12 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import msgspec
 
 from ..checkpoint.files.atomic import write_json
+from ..checkpoint.files.schemas import check_schema
 from ..errors import ConfigError
 from ..tables import Table
 from .model import Description
@@ -22,6 +25,32 @@ if TYPE_CHECKING:
 __all__ = ["LinearCost", "Plan", "planned_context", "round_up", "shown_range"]
 
 _IN_BLOCK = re.compile(r"(?:[^.]+\.)+?(\d{1,9})\..+", re.ASCII)
+
+
+_Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 28)]
+_Some = Annotated[int, msgspec.Meta(ge=0, le=1 << 28)]
+
+
+class _CacheConfig(msgspec.Struct):
+    """What the size of a context's cache is computed from: measurements may come from anybody."""
+
+    hidden_size: _Size
+    vocab_size: _Size
+    num_hidden_layers: Annotated[int, msgspec.Meta(ge=1, le=10_000)]
+    num_attention_heads: _Size | msgspec.UnsetType = msgspec.UNSET
+    intermediate_size: _Some | list[_Some] | None = None
+    num_key_value_heads: _Some | None = None
+    num_global_key_value_heads: _Some | None = None
+    head_dim: _Some | None = None
+    global_head_dim: _Some | None = None
+    sliding_window: _Some | None = None
+    kv_lora_rank: _Some | None = None
+    qk_rope_head_dim: _Some | None = None
+    num_kv_shared_layers: _Some | None = None
+    attn_layer_period: _Some | None = None
+    attn_layer_offset: _Some | None = None
+    layer_types: list[str] | None = None
+    layers_block_type: list[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,14 +177,16 @@ def planned_context(measurement: Measurement, asked: int | None) -> tuple[Mappin
         asked: Tokens of the context; None for the most that the model has positions for.
 
     Raises:
-        ConfigError: The measurement does not tell the config, or the config no length.
+        ConfigError: The measurement does not tell the config, or the config no length, or no possible sizes.
     """
     if not measurement.config:
         raise ConfigError("--vram: this measurement is of an earlier version and has no config.json. Measure again.")
     context = asked or measurement.config.get("max_position_embeddings")
     if not isinstance(context, int):
         raise ConfigError("--vram: config.json says no length of the context. Give it with --context.")
-    return measurement.config, context
+    config = dict(measurement.config)
+    check_schema(config, _CacheConfig, ConfigError, where="--vram: config.json", remedy="Measure the model again.")
+    return config, context
 
 
 def shown_range(lowest: float, highest: float) -> str:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.files.partials import clear_partials
 from ..checkpoint.files.resume import RunArtifacts, run_artifacts
 from ..convert.conversion import Target
 from ..convert.model import Verification
@@ -22,7 +21,7 @@ from ..eval.comparison import Comparison
 from ..eval.publishing.cards import card_path, write_card
 from ..eval.publishing.mark import read_mark
 from ..eval.report.content import Report
-from ..eval.report.report import carried_over, earlier_details, read_comparison, report_names, write_report
+from ..eval.report.report import carried_over, clear_report, earlier_details, read_comparison, write_report
 from ..measure.calibrated import CALIBRATION_FILE, kept_rows
 from ..measure.device import resolve_device
 from ..measure.measurement import Measurement
@@ -322,7 +321,7 @@ def _report(job: Job, output: Path, result: QuantizeResult, *, finished: bool) -
             )
             write_report(report, directory, prefix=prefix)
         else:
-            clear_partials(place.directory, report_names(place.prefix))  # of a run that was killed
+            clear_report(place.directory, place.prefix)
         job.judge.mark_if_broken(output, result.comparison, predicted_nats=result.plan.damage_nats)
     if job.conversion.writes_card:
         write_card(output, original=job.checkpoint.directory, base_model=job.config.base_model)

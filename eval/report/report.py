@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...checkpoint.files.atomic import atomic_file, try_file, write_json, write_text
-from ...checkpoint.files.operations import delete, write
+from ...checkpoint.files.operations import delete, sync, write
+from ...checkpoint.files.partials import clear_partials
 from ...checkpoint.files.paths import locked, refuse_foreign, try_directory
 from ...checkpoint.files.schemas import check_schema, read_json
 from ...convert.names import REPORT_FILE
@@ -32,6 +34,7 @@ __all__ = [
     "PLOTS_NAME",
     "ReportFiles",
     "carried_over",
+    "clear_report",
     "earlier_details",
     "read_comparison",
     "report_names",
@@ -102,10 +105,36 @@ def write_report(report: Report, directory: Path, *, prefix: str = "", plots: Se
         name: Path(directory) / f"{prefix}{name}"
         for name in (JSON_NAME, CSV_NAME, MARKDOWN_NAME, HTML_NAME, PLOTS_NAME)
     }
-    lock = Path(directory) / f".{prefix}report.lock"
+    with _locked(Path(directory), prefix):
+        files = _written(report, path, prefix, plots)
+    sync(Path(directory))  # that the lock is gone: a run that finds all of it finished looks no further
+    return files
+
+
+def clear_report(directory: Path, prefix: str) -> None:
+    """Delete what killed runs have left beside a report.
+
+    Args:
+        directory: Where the report is.
+        prefix: As of ``write_report``.
+
+    Raises:
+        WorkDirectoryError: The directory cannot be written.
+    """
+    clear_partials(directory, report_names(prefix))
+    if _lock_file(directory, prefix).exists():
+        with _locked(directory, prefix):  # whoever lets go of it deletes it
+            pass
+
+
+def _lock_file(directory: Path, prefix: str) -> Path:
+    return directory / f".{prefix}report.lock"
+
+
+def _locked(directory: Path, prefix: str) -> AbstractContextManager[None]:
     # Of two evaluations that end together one waits: no files of both stand side by side.
-    with locked(lock, path[JSON_NAME], "name another --output", wait=True):
-        return _written(report, path, prefix, plots)
+    report = directory / f"{prefix}{JSON_NAME}"
+    return locked(_lock_file(directory, prefix), report, "name another --output", wait=True)
 
 
 def _written(report: Report, path: Mapping[str, Path], prefix: str, plots: Sequence[str]) -> ReportFiles:

@@ -130,7 +130,7 @@ def domains_sentence(comparison: Comparison) -> str:
         return ""
     worst = max(comparison.domains, key=lambda each: each.kl_nats.value)
     ends = worst.kl_nats.interval
-    shown = f"The domain that lost most: {worst.domain}: {nats(worst.kl_nats.value)} nats per token"
+    shown = f"Most was lost on {worst.domain}: {nats(worst.kl_nats.value)} nats per token"
     if ends is None:
         return f"{shown}."
     near = [

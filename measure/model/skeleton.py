@@ -94,7 +94,7 @@ def require_stored(source: LanguageModel, model: nn.Module) -> None:
             continue
         hint = "The files do not belong together."
         tables = [each for each in (table, head) if source.has_parameter(each)]
-        if name in tables and {source.parameter_shape(each) for each in tables} == {(got[0], *tensor.shape[1:])}:
+        if name in tables and {source.parameter_shape(each) for each in tables} == {(*got[:1], *tensor.shape[1:])}:
             hint = f"If the vocabulary was resized, as by a merge, set vocab_size to {got[0]} in config.json."
         raise CheckpointError(
             f"{source.directory}: {name} has shape {got}. Expected {tuple(tensor.shape)} from config.json. {hint}"

@@ -252,11 +252,11 @@ def end_ids(directory: Path, tokenizer: Tokenizer) -> set[int]:
     Raises:
         CalibrationError: A file is damaged.
     """
-    found = {tokenizer.eos_token_id}
+    found = [tokenizer.eos_token_id]
     for name in ("generation_config.json", "config.json"):
         if (directory / name).is_file():
             named = read_json(directory / name, CalibrationError).get("eos_token_id")
-            found |= set(named) if isinstance(named, list) else {named}
+            found += named if isinstance(named, list) else [named]
     return {each for each in found if type(each) is int and each >= 0}
 
 

@@ -26,8 +26,8 @@ FORMATS: dict[str, tuple[object, ...]] = {
 
 SUFFIXES = {"exl2": "", "gguf": ".gguf", "mlx": ""}
 
-READING = {"inspect", "verify", "push"}
-"""Commands that write nothing here; ``push`` has tests of its own."""
+READING = {"inspect", "verify"}
+"""Commands that write nothing."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,12 @@ COMMANDS = [
     Command("dequantize", ("dequantize", "DISK/out", "DISK/dense"), begin=("out",)),
     Command("card", ("card", "DISK/out"), begin=("out",)),
 ]
+
+PUSHES = [
+    Command("push", ("push", "DISK/out", "org/"), begin=("out",)),
+    Command("push, a branch for each size", ("push", "DISK/out", "org/", "--branch"), begin=("out",)),
+]
+"""What writes to the Hub, and nothing here."""
 
 
 class Stage:

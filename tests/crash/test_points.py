@@ -9,7 +9,7 @@ import pytest
 from bpwise.cli import cli
 from bpwise.convert.registry import formats
 
-from .commands import COMMANDS, FORMATS, READING, Command, Stage, readable_models, timeless
+from .commands import COMMANDS, FORMATS, PUSHES, READING, Command, Stage, readable_models, timeless
 from .disk import REFUSALS, Picture, Recorder, Refusing, Site, Tree, restore, tree_of, unsynchronised
 
 ALL = [pytest.param(command, id=command.name) for command in COMMANDS]
@@ -69,7 +69,7 @@ def crash(stage: Stage, command: Command, expected: Tree, pictures: Sequence[Pic
 
 
 def test_every_command_and_every_format_is_tried() -> None:
-    assert set(cli.commands) == {command.command for command in COMMANDS} | READING
+    assert set(cli.commands) == {command.command for command in [*COMMANDS, *PUSHES]} | READING
     assert set(FORMATS) == set(formats())
 
 

@@ -43,6 +43,8 @@ _DTYPE_BYTES = {
     "C64": 8,
 }
 
+_SMALL_BYTES = 64
+
 _PATTERNS = {
     "F64": [struct.pack("<d", x) for x in (0.0, math.nan, math.inf, -math.inf, -1.0, 1e300)],
     "F32": [struct.pack("<f", x) for x in (0.0, math.nan, math.inf, -math.inf, -1.0, 1e30, 1e-42)],
@@ -75,7 +77,7 @@ def mutated_safetensors(image: bytes, rng: Random) -> bytes:
         if metadata and (not tensors or rng.random() < 0.5):
             _edit_metadata(metadata, rng)
         elif tensors:
-            _edit_tensors(tensors, rng)
+            (_put_dense if rng.random() < 0.1 else _edit_tensors)(tensors, rng)
     return _safetensors(tensors, metadata)
 
 
@@ -105,7 +107,9 @@ def _edit_metadata(metadata: dict[str, str], rng: Random) -> None:
 
 
 def _edit_tensors(tensors: dict[str, tuple[str, list[int], bytes]], rng: Random) -> None:
-    name = rng.choice(sorted(tensors))
+    # Small ones hold the structure, and there are fewer of them.
+    small = sorted(name for name, (_, _, data) in tensors.items() if len(data) <= _SMALL_BYTES)
+    name = rng.choice(small if small and rng.random() < 0.3 else sorted(tensors))
     dtype, shape, data = tensors[name]
     width = _DTYPE_BYTES[dtype]
     kind = rng.randrange(10)
@@ -152,8 +156,16 @@ def _edit_tensors(tensors: dict[str, tuple[str, list[int], bytes]], rng: Random)
         values = bytearray(data)
         for _ in range(rng.choice((1, 4, 16))):
             if values:
-                values[rng.randrange(len(values))] = rng.randrange(256)
+                values[rng.randrange(len(values))] = rng.choice((rng.randrange(256), rng.randrange(9)))
         tensors[name] = (dtype, shape, bytes(values))
+
+
+def _put_dense(tensors: dict[str, tuple[str, list[int], bytes]], rng: Random) -> None:
+    # In the place of all of a module one weight.
+    module = rng.choice(sorted(tensors)).rpartition(".")[0]
+    for each in [each for each in tensors if each.rpartition(".")[0] == module]:
+        del tensors[each]
+    tensors[f"{module}.weight"] = ("F16", [32, 32], bytes(2048))
 
 
 # GGUF
@@ -384,7 +396,7 @@ def _mutated_table(table: pyarrow.Table, rng: Random) -> pyarrow.Table:
         [[]] * rows,
         [[{"role": "user", "content": None}]] * rows,
         [[{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]] * rows,
-        [{"a": [{"b": {}}]}] * rows,
+        [{"a": [{"b": {"c": 1}}]}] * rows,
         [[[[[1]]]]] * rows,
     )
     at = rng.randrange(table.num_columns)

@@ -18,7 +18,15 @@ from bpwise.checkpoint.source import hub
 
 from .mutations import mutated_json
 
-__all__ = ["UNANNOUNCED_BYTES", "answers_of", "check_answers", "lying_hub", "mutated_answers"]
+__all__ = [
+    "UNANNOUNCED_BYTES",
+    "answers_of",
+    "check_answers",
+    "data_set_answers_of",
+    "local_hub",
+    "lying_hub",
+    "mutated_answers",
+]
 
 COMMIT = "a" * 40
 
@@ -60,6 +68,26 @@ def answers_of(files: dict[str, bytes], repo: str = "org/name") -> bytes:
     return json.dumps(answers).encode()
 
 
+def data_set_answers_of(files: dict[str, bytes], repo: str = "org/data") -> bytes:
+    """Return the answers of an honest Hub that has one data set, as JSON.
+
+    Args:
+        files: Its files by name, its card among them.
+        repo: Its id.
+    """
+    known = json.loads(answers_of(files, f"{repo}"))
+    tree = known[f"GET /api/models/{repo}/tree/{COMMIT}"]
+    answers = {
+        f"GET /api/datasets/{repo}/revision/{COMMIT}": known[f"GET /api/models/{repo}"],
+        f"GET /api/datasets/{repo}/tree/{COMMIT}": tree,
+        f"GET /api/datasets/{repo}/tree/{COMMIT}/data": _answer([]),
+        f"GET /datasets/{repo}/resolve/main/README.md": known[f"GET /{repo}/resolve/{COMMIT}/README.md"],
+    }
+    for name in files:
+        answers[f"GET /datasets/{repo}/resolve/{COMMIT}/{name}"] = known[f"GET /{repo}/resolve/{COMMIT}/{name}"]
+    return json.dumps(answers).encode()
+
+
 def _answer(body: Any, headers: dict[str, str] | None = None) -> dict[str, Any]:
     return {"status": 200, "headers": headers or {}, "body": body, "ends": "whole"}
 
@@ -71,8 +99,8 @@ _HEADERS = ("ETag", "X-Repo-Commit", "X-Linked-Size", "X-Linked-ETag", "Content-
 _VALUES = ("", "../../x", "-1", str(2**63), "1", "gzip", '"' + "0" * 64 + '"', "x" * 5000, "GatedRepo")
 
 
-def mutated_answers(data: bytes, rng: Random) -> bytes:
-    """Change one or two answers: status, a header, the body, or how it ends."""
+def mutated_answers(data: bytes, rng: Random, *, endless: bool = True) -> bytes:
+    """Change one or two answers: status, a header, the body, or how it ends; it may be without end."""
     answers = json.loads(data)
     for _ in range(rng.choice((1, 1, 2))):
         path = rng.choice(sorted(answers))
@@ -85,7 +113,7 @@ def mutated_answers(data: bytes, rng: Random) -> bytes:
         elif kind == 1:
             answer["headers"][rng.choice(_HEADERS)] = rng.choice((*_VALUES, f'<{here}>; rel="next"'))
         elif kind == 2:
-            answer["ends"] = rng.choice(("cut", "overlong", "short", "long", "closed"))
+            answer["ends"] = rng.choice(("cut", "short", "long", "closed", *["overlong"] * endless))
         elif kind == 3:
             answer["status"] = 404
         elif isinstance(answer["body"], str):
@@ -105,7 +133,7 @@ def _parsed(data: bytes) -> Any:
 
 def check_answers(data: bytes) -> None:
     """Raise ``ValueError`` unless the first answer, what files a repository has, is JSON that comes whole."""
-    (name,) = [each for each in json.loads(data) if each.endswith("/revision/main")]
+    (name,) = [each for each in json.loads(data) if "/revision/" in each]
     answer = json.loads(data)[name]
     if answer["status"] != 200 or answer["ends"] != "whole" or isinstance(answer["body"], str):
         raise ValueError("no answer")
@@ -113,15 +141,12 @@ def check_answers(data: bytes) -> None:
 
 @contextmanager
 def lying_hub(answers: Path, cache: Path) -> Iterator[None]:
-    """Let the Hub's client, with short limits and without pauses, ask a server of its own.
+    """Let the Hub's client ask a server of its own that gives the answers of a file.
 
     Args:
         answers: File of the answers.
-        cache: In the place of the user's cache.
+        cache: As of ``local_hub``.
     """
-    from huggingface_hub import constants
-    from huggingface_hub.utils import _http
-
     known = json.loads(answers.read_bytes())
 
     class Hub(BaseHTTPRequestHandler):
@@ -158,13 +183,28 @@ def lying_hub(answers: Path, cache: Path) -> Iterator[None]:
         def log_message(self, *_: object) -> None:
             pass
 
+    with local_hub(Hub, cache):
+        yield
+
+
+@contextmanager
+def local_hub(handler: type[BaseHTTPRequestHandler], cache: Path) -> Iterator[None]:
+    """Let the Hub's client, with short limits and without pauses, ask a server on this machine.
+
+    Args:
+        handler: Answers the requests.
+        cache: In the place of the user's cache.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _http
+
     class Server(ThreadingHTTPServer):
         daemon_threads = True
 
         def handle_error(self, *_: object) -> None:
             pass
 
-    with Server(("127.0.0.1", 0), Hub) as server:
+    with Server(("127.0.0.1", 0), handler) as server:
         Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         here = f"http://127.0.0.1:{server.server_port}"
         with (

@@ -16,10 +16,12 @@ __all__ = [
     "FRONT_MATTER",
     "HOSTILE",
     "KEYS",
+    "NAMES",
     "mutated_bytes",
     "mutated_card",
     "mutated_json",
     "mutated_json_lines",
+    "mutated_listing",
     "mutated_template",
     "mutated_text",
 ]
@@ -107,6 +109,8 @@ def mutated_json_lines(data: bytes, rng: Random) -> bytes:
     lines = data.splitlines()
     index = rng.randrange(len(lines))
     lines[index] = mutated_json(lines[index], rng).replace(b"\n", b" ")
+    if rng.random() < 0.7:  # where readers begin
+        lines.insert(0, lines.pop(index))
     return b"\n".join(lines) + b"\n"
 
 
@@ -263,6 +267,40 @@ def _near(value: Any, rng: Random) -> Any:
     if isinstance(value, list):
         return rng.choice((value[::-1], value[:-1], value * 2, value[:1], [*value, None]))
     return {**value, "also": None} if isinstance(value, dict) else 0
+
+
+NAMES = (
+    *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"),
+    *("README.md", "adapter_config.json", "adapter_model.safetensors"),
+)
+"""Contents that a folder's list may name."""
+
+_PLACES = (
+    *("pytorch_model.bin", "model.safetensors.index.json", "another.safetensors", "additional_chat_templates/a.jinja"),
+    *(
+        "additional_chat_templates",
+        "tokenizer.model",
+        "chat_template.jinja",
+        "vocab.json",
+        "\u202e\x1b.json",
+        "a/b.json",
+    ),
+)
+
+
+def mutated_listing(data: bytes, rng: Random) -> bytes:
+    """Change which names a folder has, and what stands under them: one of ``NAMES``, or a folder."""
+    listing = json.loads(data)
+    for _ in range(rng.choice((1, 2, 3, 4))):
+        name = rng.choice(sorted(listing) or ["config.json"])
+        kind = rng.randrange(3)
+        if kind == 0:
+            listing.pop(name, None)
+        elif kind == 1:
+            listing[rng.choice((*NAMES, *_PLACES))] = listing.pop(name, "config.json")
+        else:
+            listing[rng.choice((*NAMES, *_PLACES))] = rng.choice((*NAMES, "adapter_config.json", "folder"))
+    return json.dumps(listing).encode()
 
 
 # Text and bytes
@@ -429,6 +467,17 @@ def mutated_card(data: bytes, rng: Random) -> bytes:
     front = FRONT_MATTER.match(data)
     if front is None or rng.random() < 1 / 6:
         return mutated_text(data, rng)
+    if rng.random() < 1 / 12:
+        body = data[front.end() :]
+        starts = (
+            b"---\n\n---\n",
+            b"---\n- a\n---\n",
+            b"---\na\n---\n",
+            b"---\na: b\n",
+            b"",
+            b"---\n" + b"#" * 100_000 + b"\n---\n",
+        )
+        return rng.choice(starts) + rng.choice((body, b"a" * 2_000_000))
     entries = re.findall(r"(?m)^[^\s#-].*\n(?:[\s-].*\n)*", front[1].decode())
     for _ in range(rng.choice((1, 1, 2))):
         at = rng.randrange(len(entries))

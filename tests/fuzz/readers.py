@@ -10,13 +10,15 @@ import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
+from unittest import mock
 
 import torch
 import yaml
 from bpwise.checkpoint.source.checkpoint import Checkpoint
-from bpwise.checkpoint.source.hub import resolve_model
+from bpwise.checkpoint.source.hub import resolve_model, side_files
 from bpwise.checkpoint.source.language import language_model
 from bpwise.checkpoint.source.original import open_model
 from bpwise.checkpoint.source.vocabulary import tokens_beyond
@@ -47,20 +49,24 @@ from bpwise.eval.metrics.overlap import stored_spans
 from bpwise.eval.publishing.base_card import read_base_card
 from bpwise.eval.publishing.card import Card, render_card
 from bpwise.eval.publishing.cards import write_card
+from bpwise.eval.publishing.mark import read_mark
 from bpwise.eval.publishing.push import Upload, upload_model
 from bpwise.eval.report.layers import linear_costs
 from bpwise.measure.calibrated import measured_rows
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig, measure_checkpoint
 from bpwise.measure.text.calibration import CalibrationConfig, CalibrationSet, build_calibration
+from bpwise.measure.text.sources import read_texts
 from bpwise.measure.text.tokenizer import LoadedTokenizer, end_ids, load_tokenizer
 from bpwise.quantize.checks import output_of
 from bpwise.quantize.run import quantize_model
 from bpwise.quantize.timing.finished import finished_blocks
+from huggingface_hub import constants
 
 from ..quantize.runs import arguments
 from .hub import check_answers, lying_hub, mutated_answers
 from .kinds import ARROW, CARD, DAT, GGUF, JSON, JSON_LINES, LOGITS, PARQUET, TEMPLATE, TENSORS, TEXT, Kind
+from .mutations import NAMES, mutated_listing
 from .pool import Mutant, Outcome, run_all
 from .running import Raw, Refused, is_printable, quick_templates, run_cli
 from .seeds import TO_4_5_BPW, curve_makers, evaluated, rounded_model
@@ -264,6 +270,11 @@ def _read_exl2(folder: Path, changed: Path) -> None:
     run_cli("verify", folder / "exl2")
 
 
+def _read_foreign(folder: Path, changed: Path) -> None:
+    read_mark(folder / "exl2")
+    _read_exl2(folder, changed)
+
+
 def _read_exl2_unverified(folder: Path, changed: Path) -> None:
     # As evaluation does: nothing verifies before.
     model = open_any(folder / "exl2")
@@ -286,25 +297,29 @@ def _read_output(folder: Path, changed: Path) -> None:
 
 
 def _read_checkpoint(folder: Path, changed: Path) -> None:
-    model = open_model(folder / "model")
+    place = folder / changed.parts[0]
+    model = open_model(place)
     _ = (model.tied_embeddings, model.total_bytes, model.parameter_count)
     for name in sorted(model.names):
         model.tensor(name)
-    run_cli("inspect", folder / "model")
+        if len(model.shape(name)) > 2:
+            model.entry(name, 0)
+    run_cli("inspect", place)
 
 
 def _read_adapter(folder: Path, changed: Path) -> None:
-    model = open_model(folder / "model", lora=folder / "adapter")
+    model = open_model(folder / "model", lora=folder / changed.parts[0])
     json.dumps(model.changes)
     for name in sorted(model.names):
         model.tensor(name)
 
 
 def _read_config(folder: Path, changed: Path) -> None:
-    model = open_model(folder / "model")
+    place = folder / changed.parts[0]
+    model = open_model(place)
     _ = (model.tied_embeddings, model.fingerprint)
-    run_cli("inspect", folder / "model")
-    run_cli("quantize", folder / "model", folder / "out", "--bpw", "4.5", "-r", "2", "-l", "32", "--dry-run")
+    run_cli("inspect", place)
+    run_cli("quantize", place, folder / "out", "--bpw", "4.5", "-r", "2", "-l", "32", "--dry-run")
 
 
 def _read_config_and_run(folder: Path, changed: Path) -> None:
@@ -314,10 +329,12 @@ def _read_config_and_run(folder: Path, changed: Path) -> None:
 
 
 def _read_tokenizer(folder: Path, changed: Path) -> None:
-    tokenizer = load_tokenizer(folder / "model")
-    end_ids(folder / "model", tokenizer)
-    tokens_beyond(Checkpoint.open(folder / "model"))
-    _rows_of(tokenizer, folder / "chat.jsonl", chat=True)
+    place = folder / changed.parts[0]
+    tokenizer = load_tokenizer(place)
+    end_ids(place, tokenizer)
+    tokens_beyond(Checkpoint.open(place))
+    if place.name == "model":  # which has a chat template
+        _rows_of(tokenizer, folder / "chat.jsonl", chat=True)
 
 
 def _read_template(folder: Path, changed: Path) -> None:
@@ -369,6 +386,15 @@ def _read_hub(folder: Path, changed: Path) -> None:
     open_model(directory)
 
 
+def _read_data_set(folder: Path, changed: Path) -> None:
+    import datasets
+
+    with lying_hub(folder / changed, folder / "cache"):
+        settings = {"HF_ENDPOINT": constants.ENDPOINT, "HF_HUB_OFFLINE": False, "HF_DATASETS_CACHE": folder / "cache"}
+        with mock.patch.multiple(datasets.config, **settings):
+            assert all(isinstance(document.text, str) for document in read_texts("org/data").documents())
+
+
 def _read_push(folder: Path, changed: Path) -> None:
     files = tuple((name, folder / name) for name in ("config.json", "README.md"))
     for _, path in files:
@@ -401,14 +427,31 @@ def _read_logits(folder: Path, changed: Path) -> None:
 
 
 def _read_gguf(folder: Path, changed: Path) -> None:
-    path = folder / "model.gguf"
+    path = folder / changed.name.replace("00002-of", "00001-of")
     run_cli("inspect", path)
     run_cli("verify", path)
     model = open_any(path)
-    for name in sorted(model.names):
-        model.tensor(name)
+    if model.stands_alone:
+        for name in sorted(model.names):
+            model.tensor(name)
+    _ = model.own_map
     stored_spans(model)
     write_card(path)
+
+
+def _read_listing(folder: Path, changed: Path) -> None:
+    made = folder / "folder"
+    for name, content in json.loads((folder / changed).read_bytes()).items():
+        target = made / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if content in NAMES:
+            os.link(folder / "content" / content, target)
+        else:
+            target.mkdir()
+    open_model(made)
+    side_files(made)
+    load_tokenizer(made)
+    run_cli("inspect", made)
 
 
 READERS: dict[str, Reader] = {
@@ -454,12 +497,19 @@ READERS: dict[str, Reader] = {
         read=_read_exl2,
         modules=("convert/exl2/file/reader", "convert/exl2/file/tensors", "convert/exl2/file/verify"),
     ),
+    "exl2-foreign": Reader(
+        seeds="exl2-foreign",
+        share=15,
+        targets={"exl2/config.json": JSON, "exl2/output.safetensors": TENSORS},
+        read=_read_foreign,
+        modules=("convert/exl2/file/linear", "convert/exl2/file/store", "convert/exl2/file/verify"),
+    ),
     "exl2-eval": Reader(
         seeds="exl2",
         share=1,
         targets={"exl2/config.json": JSON, "exl2/bpwise.json": JSON, "exl2/output.safetensors": TENSORS},
         read=_read_exl2_unverified,
-        modules=("convert/exl2/file/linear", "convert/exl2/file/reader"),
+        modules=("convert/exl2/file/reader", "convert/exl2/file/store"),
     ),
     "provenance": Reader(
         seeds="exl2",
@@ -485,10 +535,18 @@ READERS: dict[str, Reader] = {
         read=_read_checkpoint,
         modules=("checkpoint/files/safetensors_file", "checkpoint/source/checkpoint", "checkpoint/source/index"),
     ),
+    "listing": Reader(
+        seeds="listing",
+        share=20,
+        file=False,
+        targets={"listing.json": Kind(mutated_listing, json.loads)},
+        read=_read_listing,
+        modules=("checkpoint/source/checkpoint", "checkpoint/source/hub", "checkpoint/source/index"),
+    ),
     "float8": Reader(
         seeds="float8",
         share=30,
-        targets={"config.json": JSON, "model.safetensors": TENSORS},
+        targets={"*/config.json": JSON, "*/model.safetensors": TENSORS},
         read=_read_checkpoint,
         modules=("checkpoint/source/float8",),
     ),
@@ -502,19 +560,24 @@ READERS: dict[str, Reader] = {
     "adapter": Reader(
         seeds="adapter",
         share=30,
-        targets={"adapter_config.json": JSON, "adapter_model.safetensors": TENSORS},
+        targets={"*/adapter_config.json": JSON, "*/adapter_model.safetensors": TENSORS},
         read=_read_adapter,
         modules=("checkpoint/source/lora",),
     ),
     "config": Reader(
-        seeds="model", share=5, targets={"config.json": JSON}, read=_read_config, modules=("checkpoint/model/config",)
+        seeds="configs",
+        share=5,
+        targets={"*/config.json": JSON},
+        read=_read_config,
+        modules=("checkpoint/model/config",),
     ),
     "config-run": Reader(seeds="model", share=1, targets={"config.json": JSON}, read=_read_config_and_run, modules=()),
     "tokenizer": Reader(
         seeds="tokenizer",
         share=5,
         targets=dict.fromkeys(
-            ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "generation_config.json"), JSON
+            ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "vocab.json", "generation_config.json"),
+            JSON,
         ),
         read=_read_tokenizer,
         modules=("checkpoint/source/vocabulary", "measure/text/tokenizer"),
@@ -528,7 +591,7 @@ READERS: dict[str, Reader] = {
     ),
     "text": Reader(
         seeds="text",
-        share=5,
+        share=20,
         targets={"*.jsonl": JSON_LINES, "text.txt": TEXT},
         read=_read_text,
         modules=("eval/llama_perplexity/windows", "measure/text/chat_rows", "measure/text/sources"),
@@ -560,7 +623,7 @@ READERS: dict[str, Reader] = {
     "gguf": Reader(
         seeds="gguf",
         share=150,
-        targets={"model.gguf": GGUF},
+        targets={"*.gguf": GGUF},
         read=_read_gguf,
         modules=(
             "convert/gguf/file/digest",
@@ -608,6 +671,14 @@ READERS: dict[str, Reader] = {
         targets={"answers.json": Kind(mutated_answers, check_answers)},
         read=_read_hub,
         modules=("checkpoint/source/hub",),
+    ),
+    "data-set": Reader(
+        seeds="data-set",
+        share=5,
+        file=False,
+        targets={"answers.json": Kind(partial(mutated_answers, endless=False), check_answers)},
+        read=_read_data_set,
+        modules=("measure/text/sources",),
     ),
     "push": Reader(
         seeds="hub",

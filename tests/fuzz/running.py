@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from unittest import mock
@@ -13,7 +14,7 @@ from bpwise.cli import cli
 from bpwise.measure.text import chat_template
 from click.testing import CliRunner
 
-from .pool import save_coverage
+from .pool import is_measured, save_coverage
 
 __all__ = ["Raw", "Refused", "is_printable", "quick_templates", "run_cli"]
 
@@ -92,6 +93,13 @@ class _Forked:
         self._code: int | None = None
 
     def kill(self) -> None:
+        with suppress(BrokenPipeError):
+            self.stdin.close()  # ends it in its own way, as saving what it took of its branches needs
+        for _ in range(100 if is_measured() else 0):
+            ended, status = os.waitpid(self.pid, os.WNOHANG) if self._code is None else (0, 0)
+            if ended:
+                self._code = os.waitstatus_to_exitcode(status)
+            time.sleep(0.01)
         if self._code is None:
             os.kill(self.pid, signal.SIGKILL)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import shutil
 import struct
@@ -22,8 +23,6 @@ from bpwise.convert.exl2.curves import Exl2Curves
 from bpwise.convert.exl2.plan.making import make_exl2_plan
 from bpwise.convert.exl2.rounding.rounder import Exl2Rounder
 from bpwise.convert.gguf.curves import GgufCurves
-from bpwise.convert.gguf.file.emit import Planned, entry, header_bytes, padding
-from bpwise.convert.gguf.ggml.types import ggml_type
 from bpwise.convert.gguf.rows.rowmap import RowMap, TensorRows
 from bpwise.convert.gguf.rows.text import map_to_text
 from bpwise.convert.mlx.file.layout import Layout, StoredTensor
@@ -31,6 +30,7 @@ from bpwise.convert.mlx.plan.plan import MlxPlan, TensorPlan
 from bpwise.convert.rounding import RoundedModel
 from bpwise.eval.cache import OriginalCache, OriginalState
 from bpwise.eval.llama_perplexity.base_file import writing_base
+from bpwise.eval.publishing.mark import MARK_NAME
 from bpwise.measure.curves import CurveMaker
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.measurement_file import HEADER_KEY
@@ -45,7 +45,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ..measured import gguf_curves_of
 from ..quantize.runs import arguments
-from .hub import answers_of
+from .forms import save_adapters, save_configs, save_listing, save_tokenizers, write_ggufs
+from .hub import answers_of, data_set_answers_of
 from .running import run_cli
 
 __all__ = ["TO_4_5_BPW", "build_seeds", "curve_makers", "evaluated", "rounded_model"]
@@ -74,29 +75,36 @@ def build_seeds(folder: Path, names: Iterable[str]) -> None:
         "text": lambda to: _text_seeds(to, model),
         "calibration": lambda to: _unsigned_set(rows, to / "rows.safetensors"),
         "model": lambda to: (_copy(model, to / "model"), rows.save(to / "rows.safetensors"))[0],
+        "configs": lambda to: (
+            _copy(model, to / "llama"),
+            save_configs(to, PreTrainedTokenizerFast.from_pretrained(model)),
+        )[0],
+        "listing": lambda to: save_listing(to, model),
         "sharded": lambda to: _shard(model, to / "model"),
-        "adapter": lambda to: _adapter_seeds(to, model),
+        "adapter": lambda to: (_copy(model, to / "model"), save_adapters(to))[0],
         "cache": lambda to: OriginalCache(to).save("key", _state()),
         "logits": lambda to: _base_file(to / "base.kld"),
-        "float8": lambda to: _float8(to / "model"),
+        "float8": _float8,
         "mxfp4": lambda to: _mxfp4(to / "model"),
         "card": lambda to: _copy(model, to / "model"),
         "hub": lambda to: _hub_seeds(to, model),
+        "data-set": _data_set_seeds,
         "tables": lambda to: _table_seeds(to, model),
         "processor": lambda to: _write_processor(to / "processor_config.json"),
         "rowmap": lambda to: _row_map(to / "rows.json"),
-        "gguf": lambda to: _write_gguf(to / "model.gguf"),
+        "gguf": write_ggufs,
         "mlx": _mlx_seeds,
         "imatrix": lambda to: None,
         "plan": lambda to: None,
         "measurement": lambda to: None,
         "exl2": lambda to: None,
+        "exl2-foreign": lambda to: None,
         "pieces": lambda to: None,
     }
     for name in sorted(made):
         (folder / name).mkdir(parents=True)
         builders[name](folder / name)
-    if made & {"imatrix", "plan", "measurement", "exl2", "pieces"}:
+    if made & {"imatrix", "plan", "measurement", "exl2", "exl2-foreign", "pieces"}:
         _quantized_seeds(folder, made, work, original, rows)
     shutil.rmtree(work)
 
@@ -124,7 +132,9 @@ def _quantized_seeds(folder: Path, made: set[str], work: Path, original: Checkpo
     if "imatrix" in made:
         for suffix in ("gguf", "dat"):
             run_cli("imatrix", path, "-o", folder / "imatrix" / f"imatrix.{suffix}")
-        _write_gguf(folder / "imatrix" / "base.gguf")
+        write_ggufs(folder / "made-ggufs")
+        _copy(folder / "made-ggufs" / "model.gguf", folder / "imatrix" / "base.gguf")
+        shutil.rmtree(folder / "made-ggufs")
     if "plan" in made:
         run_cli("plan", path, "--bpw", "4.5", "-o", folder / "plan" / "plan.json")
         if GgufCurves.name in measurement.curves:
@@ -134,19 +144,22 @@ def _quantized_seeds(folder: Path, made: set[str], work: Path, original: Checkpo
             entries = json.loads(plan.read_bytes())
             del entries["sha256"]
             plan.write_text(json.dumps(entries))
-    if made & {"exl2", "plan"}:
+    if made & {"exl2", "exl2-foreign", "plan"}:
         output = work / "exl2"
         quantize_model(original.directory, output, **arguments(TO_4_5_BPW), measurement=path)
         manifest = json.loads((output / "bpwise.json").read_text())
         del manifest["sha256"]  # which files without a checksum of their own lack
         manifest["provenance"]["changes"] = {"adapters": [{"name": "a", "sha256": "0"}]}
         (output / "bpwise.json").write_text(json.dumps(manifest))
-        for name in made & {"exl2", "plan"}:
+        for name in made & {"exl2", "exl2-foreign", "plan"}:
             _copy(output, folder / name / "exl2")
             _copy(original.directory, folder / name / "model")
     if "exl2" in made:
         (folder / "exl2" / "text.txt").write_text(_TEXT, encoding="utf-8")
         evaluated(folder / "exl2")
+    if "exl2-foreign" in made:  # as other programs make them: nothing says what tensors must decode to
+        (folder / "exl2-foreign" / "exl2" / "bpwise.json").unlink()
+        (folder / "exl2-foreign" / "exl2" / MARK_NAME).write_text("# Broken\n\nSaid so.\n")
     if "pieces" in made:
         _piece_seeds(folder / "pieces", original, rows, config, work)
 
@@ -298,37 +311,9 @@ def _shard(model: Path, to: Path) -> None:
     (to / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def _adapter_seeds(to: Path, model: Path) -> None:
-    _copy(model, to / "model")
-    adapter = to / "adapter"
-    adapter.mkdir()
-    settings = {
-        "peft_type": "LORA",
-        "base_model_name_or_path": "org/base",
-        "r": 4,
-        "lora_alpha": 8,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "rank_pattern": {"mlp.up_proj": 2},
-        "alpha_pattern": {"mlp.up_proj": 4},
-        "target_modules": ["q_proj", "up_proj"],
-        "use_dora": False,
-        "use_rslora": False,
-    }
-    (adapter / "adapter_config.json").write_text(json.dumps(settings))
-    rng = torch.Generator().manual_seed(0)
-    shapes = {"self_attn.q_proj": (32, 4, 32), "mlp.up_proj": (64, 2, 32)}
-    tensors = {}
-    for name, (rows, rank, columns) in shapes.items():
-        prefix = f"base_model.model.model.layers.0.{name}"
-        tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, columns, generator=rng)
-        tensors[f"{prefix}.lora_B.weight"] = torch.randn(rows, rank, generator=rng)
-    save_file(tensors, adapter / "adapter_model.safetensors", {"format": "pt"})
-
-
 def _tokenizer_seeds(to: Path, model: Path) -> None:
     _copy(model, to / "model")
+    save_tokenizers(to, model)
     (to / "model" / "added_tokens.json").write_text(json.dumps({"<bos>": 256, "<more>": 300}))
     chat = [{"role": "user", "content": _TEXT}, {"role": "assistant", "content": _TEXT}]
     rows: tuple[dict[str, Any], ...] = (
@@ -348,6 +333,13 @@ def _text_seeds(to: Path, model: Path) -> None:
     _tokenizer_seeds(to, model)
     (to / "text.jsonl").write_text((json.dumps({"text": _TEXT, "id": 1}) + "\n") * 3)
     (to / "text.txt").write_text(_TEXT)
+
+
+def _data_set_seeds(to: Path) -> None:
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": [_TEXT] * 3, "id": [1, 2, 3]}), file)
+    files = {"README.md": _CARD.encode(), "train-00000-of-00001.parquet": file.getvalue()}
+    (to / "answers.json").write_bytes(data_set_answers_of(files))
 
 
 def _table_seeds(to: Path, model: Path) -> None:
@@ -384,7 +376,17 @@ It was *trained*. | <b>
 """
 
 
-def _float8(directory: Path) -> None:
+def _float8(to: Path) -> None:
+    rng = torch.Generator().manual_seed(1)
+    stack = torch.randn(2, 8, 16, generator=rng).to(torch.float8_e4m3fn)
+    rows = {"a.weight": stack[0].clone(), "a.weight_scale": torch.full((8, 1), 0.1)}
+    rows |= {"b.weight": stack[1].clone(), "b.weight_scale": torch.tensor(0.1)}
+    rows |= {"experts.weight": stack, "experts.weight_scale": torch.full((2, 8, 1), 0.1)}
+    _quantized(to / "rows", rows, {"model_type": "llama", "quantization_config": {"quant_method": "fp8"}})
+    _float8_blocks(to / "model")
+
+
+def _float8_blocks(directory: Path) -> None:
     codes = torch.randn(130, 140, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn)
     scales = {"a.weight_scale_inv": torch.full((2, 2), 0.01), "b.weight_scale_inv": torch.full((2, 2), 0.02)}
     tensors = {"a.weight": codes, "b.weight": codes.clone(), **scales, "norm.weight": torch.ones(4)}
@@ -422,42 +424,6 @@ def _row_map(path: Path) -> None:
         "b": TensorRows(("z",), np.zeros(16, np.int64), plain, turned, factors),
     }
     path.write_bytes(zlib.decompress(base64.b64decode(map_to_text(RowMap(rows, {"c": "unlike all"})))))
-
-
-def _write_gguf(path: Path) -> None:
-    metadata: dict[str, Any] = {
-        "general.architecture": "llama",
-        "general.name": "tiny",
-        "general.file_type": 1,
-        "llama.block_count": 1,
-        "llama.context_length": 128,
-        "llama.embedding_length": 32,
-        "llama.feed_forward_length": 64,
-        "llama.attention.head_count": 4,
-        "llama.attention.head_count_kv": 2,
-        "llama.attention.layer_norm_rms_epsilon": 1e-5,
-        "llama.rope.freq_base": 10000.0,
-        "llama.rope.dimension_count": 8,
-        "bpwise.version": "0.1.0",
-        "bpwise.calibration": "text",
-        "bpwise.calibration_spans": "2:",
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": [f"t{number}" for number in range(264)],
-        "tokenizer.ggml.bos_token_id": 1,
-    }
-    layer = {"attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32)}
-    layer |= {"ffn_gate": (64, 32), "ffn_up": (64, 32), "ffn_down": (32, 64)}
-    shapes: dict[str, tuple[int, ...]] = {f"blk.0.{name}.weight": shape for name, shape in layer.items()}
-    shapes |= {"blk.0.attn_norm.weight": (32,), "blk.0.ffn_norm.weight": (32,), "output_norm.weight": (32,)}
-    shapes |= {"token_embd.weight": (264, 32), "output.weight": (264, 32)}
-    planned = [Planned(name, ggml_type("F16" if len(shape) > 1 else "F32"), shape) for name, shape in shapes.items()]
-    rng = np.random.RandomState(0)
-    with path.open("wb") as file:
-        file.write(header_bytes({key: entry(value) for key, value in metadata.items()}, planned, 32))
-        for tensor in planned:
-            dtype = np.float16 if tensor.type.name == "F16" else np.float32
-            data = (rng.standard_normal(tensor.shape) * 0.2).astype(dtype).tobytes()
-            file.write(data + bytes(padding(len(data), 32)))
 
 
 def evaluated(folder: Path) -> None:

@@ -95,6 +95,7 @@ EXL2_CHANGES: dict[str, tuple[Callable[[Tensors], object], str]] = {
         lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:260]}),
         r"lm_head.weight has shape \(260, 64\). Expected \(264, 64\).*do not belong together",
     ),
+    "scalar": (lambda t: t.update({"lm_head.weight": torch.tensor(1.0)}), r"lm_head.weight has shape \(\)"),
     "head": (lambda t: t.pop("lm_head.weight"), "Set tie_word_embeddings to true"),
     "prefix": (
         lambda t: [t.update({f"module.{name}": t.pop(name)}) for name in list(t)],

@@ -12,7 +12,8 @@ from bpwise.convert.exl2.curves import Exl2Curves
 from bpwise.convert.exl2.options import Exl2Options
 from bpwise.convert.exl2.plan.making import make_exl2_plan
 from bpwise.convert.gguf.llama_cpp.vram import room_for_weights
-from bpwise.convert.registry import format_named
+from bpwise.convert.registry import format_named, formats
+from bpwise.errors import ConfigError
 from bpwise.measure.measurement import Measurement
 from bpwise.measure.run import MeasureConfig, measure_checkpoint
 from bpwise.measure.text.calibration import CalibrationSet
@@ -186,6 +187,17 @@ def test_a_context_takes_its_memory(measurement: Measurement, opened: Opened) ->
     assert opened["bpw"] == f"{points[3].bpw:g} bpw"
     opened.act("#memory", f"{taken / 1e6:.9f}")
     assert opened["fits"] == "No plan is that small."
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_hidden_layers", None), ("num_hidden_layers", 1e300), ("hidden_size", "32"), ("layer_types", [{}])],
+)
+def test_sizes_of_a_measured_config_are_checked(measurement: Measurement, key: str, value: object) -> None:
+    damaged = replace(measurement, config={**measurement.config, key: value})
+    for format_ in formats().values():
+        with pytest.raises(ConfigError, match=rf"config.json.*{key}.*Measure the model again"):
+            format_.bytes_in_vram(damaged, format_.Options(), LARGE, 128)
 
 
 def test_the_command_is_copied(opened: Opened) -> None:

@@ -108,12 +108,12 @@ def read_model_header(path: Path) -> GgufHeader:
         FormatError: A file is damaged, it is not the first part, or a part is missing or another model's.
     """
     first = read_gguf_header(Path(path))
-    number, count = (first.metadata.get(key, default) for key, default in (("split.no", 0), ("split.count", 1)))
-    if not isinstance(count, int) or count <= 1:
+    number, count = _count(first, "split.no", 0), _count(first, "split.count", 1)
+    if count <= 1:
         return first
     if number != 0:
         raise FormatError(
-            f"{path}: part {number + 1 if isinstance(number, int) else number!r} of {count} of a split model. Expected "
+            f"{path}: part {number + 1} of {count} of a split model. Expected "
             f"the first, whose name ends in -00001-of-{count:05d}.gguf. Name that."
         )
     others = parts_beside(first.path)
@@ -129,6 +129,12 @@ def read_model_header(path: Path) -> GgufHeader:
             "folder."
         )
     return joined([first, *(read_gguf_header(each) for each in others)])
+
+
+def _count(header: GgufHeader, key: str, default: int = -1) -> int:
+    # Metadata may hold anything under these keys.
+    value = header.metadata.get(key, default)
+    return value if type(value) is int else -1
 
 
 def model_digest(header: GgufHeader, progress: Progress = silent) -> str:
@@ -153,17 +159,17 @@ def joined(parts: Sequence[GgufHeader]) -> GgufHeader:
     first = parts[0]
     tensors: dict[str, GgufTensor] = {}
     for number, part in enumerate(parts):
-        told = part.metadata.get("split.no"), part.metadata.get("split.count")
+        told = _count(part, "split.no"), _count(part, "split.count")
         if told != (number, len(parts)) or tensors.keys() & part.tensors.keys():
             raise FormatError(
                 f"{part.path}: not part {number + 1} of {len(parts)} of {first.path.name}. Got the number {told[0]} "
                 f"from 0 of {told[1]}, or tensors that are there already. Get all parts of one model."
             )
         tensors |= part.tensors
-    if first.metadata.get("split.tensors.count", len(tensors)) != len(tensors):
+    expected = _count(first, "split.tensors.count", len(tensors))
+    if expected != len(tensors):
         raise FormatError(
-            f"{first.path}: the parts hold {len(tensors)} tensors. Expected "
-            f"{first.metadata['split.tensors.count']}. Get all parts of one model."
+            f"{first.path}: the parts hold {len(tensors)} tensors. Expected {expected}. Get all parts of one model."
         )
     return replace(
         first,

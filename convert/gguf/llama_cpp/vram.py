@@ -54,7 +54,9 @@ def _cached_elements(config: Mapping[str, Any], context_tokens: int) -> Iterator
         if kind in _WHOLE:
             yield context_tokens * _token_elements(config, whole=True)
         elif kind == _WINDOW:
-            window = -(-(config["sliding_window"] + _BATCH_TOKENS) // _WINDOW_STEP) * _WINDOW_STEP
+            window = (
+                -(-((config.get("sliding_window") or context_tokens) + _BATCH_TOKENS) // _WINDOW_STEP) * _WINDOW_STEP
+            )
             yield min(window, context_tokens) * _token_elements(config, whole=False)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from bpwise.checkpoint.files import operations
@@ -17,7 +18,7 @@ from bpwise.convert.conversion import Provenance
 from bpwise.convert.gguf.engine.widened import write_float32
 from bpwise.convert.gguf.file.header import read_gguf_header
 from bpwise.convert.gguf.file.metadata import DIGEST_KEY, DIGEST_ROOM, RUN_KEY
-from bpwise.convert.gguf.file.split import first_path, model_digest, part_path, parts_beside, read_model_header
+from bpwise.convert.gguf.file.split import first_path, joined, model_digest, part_path, parts_beside, read_model_header
 from bpwise.convert.gguf.file.values import read_values
 from bpwise.convert.gguf.file.writer import planned_parts, write_gguf
 from bpwise.convert.gguf.ggml.types import TYPES
@@ -121,6 +122,20 @@ def test_what_is_not_a_whole_model_is_refused(parts: list[Path], tmp_path: Path)
     parts[2].unlink()
     with pytest.raises(FormatError, match="1 of 3 parts are missing, the first fused-00003"):
         read_model_header(parts[0])
+
+
+@pytest.mark.parametrize(
+    ("number", "key", "said"),
+    [(2, "split.no", "not part 3"), (2, "split.count", "not part 3"), (0, "split.tensors.count", "the parts hold")],
+)
+def test_lists_in_the_place_of_numbers_of_parts_are_refused(
+    parts: list[Path], number: int, key: str, said: str
+) -> None:
+    headers = [read_gguf_header(each) for each in parts]
+    listed = {**headers[number].metadata, key: np.array([1, 2], np.int32)}  # as arrays of metadata are read
+    headers[number] = replace(headers[number], metadata=listed)
+    with pytest.raises(FormatError, match=said):
+        joined(headers)
 
 
 def write(whole: Path, output: Path, size: int, **metadata: str) -> Path:

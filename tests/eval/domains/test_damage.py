@@ -129,7 +129,7 @@ def test_command(make_model: MakeModel, tmp_path: Path) -> None:
         assert damage["mask"] in text and escape(damage["mask"]) in page
     for verdict, each in zip(content["verdicts"], content["comparisons"], strict=True):
         worst = max(each["domains"], key=lambda damage: damage["kl_nats"]["value"])
-        assert f"Of the domains {worst['domain']} lost most: {worst['kl_nats']['value']:.3g} nats per token" in verdict
+        assert f"Most was lost on {worst['domain']}: {worst['kl_nats']['value']:.3g} nats per token" in verdict
     again = CliRunner().invoke(cli, [*command[:-3], "-o", str(out), "--no-cache", "--device", "cpu"])
     assert again.exit_code == 0, again.output
     assert not (out / "report.domains.csv").exists()
@@ -153,12 +153,12 @@ def with_kl(comparison: Comparison, **numbers: tuple[float, float, float]) -> Co
 
 def test_domains_whose_intervals_meet_are_not_told_apart(comparison: Comparison) -> None:
     alone = with_kl(comparison, chat=(0, 0.1, 0.2), prose=(0.1, 0.15, 0.29), code=(0.3, 0.4, 0.5))
-    assert domains_sentence(alone) == "Of the domains code lost most: 0.4 nats per token (0.3 to 0.5)."
+    assert domains_sentence(alone) == "Most was lost on code: 0.4 nats per token (0.3 to 0.5)."
     tied = with_kl(
         comparison, chat=(0, 0.1, 0.31), prose=(0.1, 0.15, 0.29), code=(0.3, 0.4, 0.5), tools=(0.2, 0.35, 0.5)
     )
     assert domains_sentence(tied) == (
-        "Of the domains code lost most: 0.4 nats per token (0.3 to 0.5), not told apart from chat and tools."
+        "Most was lost on code: 0.4 nats per token (0.3 to 0.5), within error of chat and tools."
     )
     assert summary_lines(tied)[-1] == domains_sentence(tied)
     assert domains_sentence(comparison) == ""

@@ -15,7 +15,7 @@ from bpwise.eval.models import ModelSummary
 from bpwise.eval.report.content import Report
 from bpwise.eval.report.made import command_line
 from bpwise.eval.report.markdown import joint_lines, markdown_report, summary_lines
-from bpwise.eval.report.report import report_names, try_report, write_report
+from bpwise.eval.report.report import clear_report, report_names, try_report, write_report
 from bpwise.eval.report.tables import Details, models_table
 from bpwise.eval.report.verdict import GOOD_ENOUGH_NATS, LEVELS, beaten_by, headline, verdict, verdict_sentence
 
@@ -352,6 +352,15 @@ def test_any_name_can_be_written(comparison: Comparison, tmp_path: Path) -> None
         (row,) = csv.DictReader(file)
     assert row["model"].replace("\\udcff", "\udcff") == name
     assert json.loads(files.json.read_text(encoding="utf-8"))["comparison"]["quantized"]["name"] == name
+
+
+def test_what_a_killed_run_left_beside_a_report_goes(comparison: Comparison, tmp_path: Path) -> None:
+    write_report(Report(comparisons=(comparison,)), tmp_path, prefix="a.")
+    whole = sorted(tmp_path.iterdir())
+    (tmp_path / ".a.report.lock").touch()
+    (tmp_path / f".a.report.md.partial-{1 << 22}-00000000").touch()
+    clear_report(tmp_path, "a.")
+    assert sorted(tmp_path.iterdir()) == whole
 
 
 @pytest.mark.parametrize("theirs", report_names())

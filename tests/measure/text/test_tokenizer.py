@@ -6,7 +6,14 @@ from typing import Any
 import pytest
 import torch
 from bpwise.errors import CalibrationError
-from bpwise.measure.text.tokenizer import LoadedTokenizer, leading_ids, load_tokenizer, ordinary_ids, token_fingerprint
+from bpwise.measure.text.tokenizer import (
+    LoadedTokenizer,
+    end_ids,
+    leading_ids,
+    load_tokenizer,
+    ordinary_ids,
+    token_fingerprint,
+)
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -90,6 +97,16 @@ def test_an_id_that_is_no_number(tmp_path: Path) -> None:
 
     with pytest.raises(CalibrationError, match=r"its tokenizer fails \(eos_token_id is \(1, 2\)\)"):
         _ = LoadedTokenizer(tmp_path, Odd()).eos_token_id
+
+
+@pytest.mark.parametrize("named", [[{"a": 1}, 2, [3], True, -4, None], 2])
+def test_ends_that_are_no_ids_are_left_out(
+    named: object, tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    byte_tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert end_ids(tmp_path, tokenizer) == {2, tokenizer.eos_token_id}
 
 
 def test_decoding_gives_valid_text(tmp_path: Path) -> None:
