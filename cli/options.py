@@ -49,9 +49,7 @@ NO_CACHE_OPTION = click.option(
 )
 
 OFFLOAD_OPTION = click.option(
-    "--offload-dir",
-    type=DIRECTORY,
-    help="Keep hidden states in temporary files in this folder instead of in memory.",
+    "--offload-dir", type=DIRECTORY, help="Keep hidden states in temporary files in this folder, not in memory."
 )
 
 

@@ -14,7 +14,7 @@ def headings(command: str) -> dict[str, set[str]]:
     text = CliRunner().invoke(cli, [command, "--help"], terminal_width=200).output
     found: dict[str, set[str]] = {}
     for line in text.splitlines():
-        if re.fullmatch(r"[A-Z]\w+( and \w+)*:", line):
+        if re.fullmatch(r"[A-Z]\w+((,| and) \w+)*:", line):
             found[line[:-1]] = set()
         elif found and re.match(r"  -", line):
             found[list(found)[-1]] |= set(re.findall(r"--[a-z0-9-]+", line.split("  ")[1]))

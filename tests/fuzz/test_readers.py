@@ -21,6 +21,7 @@ NOT_FUZZED = {
     "checkpoint/files/operations": "copies bytes",
     "checkpoint/files/partials": "a list of bpwise's own, of which only names in one directory are believed",
     "checkpoint/carry/staging": "JSON that a model was opened with before",
+    "convert/dense": "whether a directory that is there is one that it has made",
     "convert/export/export": "whether a plan that is replaced is one",
     "convert/gguf/base": "compares a digest",
     "convert/gguf/engine/gate": "a schema's dataclass in the work directory",
