@@ -20,6 +20,7 @@ NOT_FUZZED = {
     "checkpoint/files/digests": "a cache of digests; whatever is wrong with it, files are read instead",
     "checkpoint/files/operations": "copies bytes",
     "checkpoint/files/partials": "a list of bpwise's own, of which only names in one directory are believed",
+    "convert/dense": "whether an output that is there is its own: compares a digest",
     "convert/gguf/base": "compares a digest",
     "convert/gguf/engine/gate": "a schema's dataclass in the work directory",
     "convert/gguf/engine/library": "answers of a process of bpwise's own",
