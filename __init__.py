@@ -4,7 +4,8 @@ The steps as functions: ``measure_model``, ``make_plan``, ``quantize_model`` (al
 bitrates from one measurement), ``evaluate_models``. What was made: ``verify_model``, ``inspect_path``,
 ``dequantize_model``, ``write_card``, ``push_model``. For other programs: ``export_imatrix``, ``export_plan``.
 ``open_model`` says what is changed while a model is read. What is rarely set is in frozen config objects:
-``GgufOptions`` or ``Exl2Options`` (``options=``), ``MeasureConfig`` (``measure=``), ``EvalConfig`` (``evaluate=``).
+``GgufOptions``, ``Exl2Options`` or ``MlxOptions`` (``options=``), ``MeasureConfig`` (``measure=``), ``EvalConfig``
+(``evaluate=``).
 Everything is imported when it is first used, so that ``import bpwise`` is immediate.
 """
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from .convert.export.export import export_plan
     from .convert.opening import verify_model
     from .convert.plan import Plan
-    from .convert.registry import Exl2Options, GgufOptions, export_imatrix
+    from .convert.registry import Exl2Options, GgufOptions, MlxOptions, export_imatrix
     from .errors import BpwiseError
     from .eval.comparison import EvalConfig, evaluate_models
     from .eval.publishing.cards import write_card
@@ -44,6 +45,7 @@ _HOMES = {
     "EvalConfig": "eval.comparison",
     "Exl2Options": "convert.registry",
     "GgufOptions": "convert.registry",
+    "MlxOptions": "convert.registry",
     "MeasureConfig": "measure.run",
     "Measurement": "measure.measurement",
     "Plan": "convert.plan",
@@ -77,6 +79,7 @@ __all__ = [
     "GgufOptions",
     "MeasureConfig",
     "Measurement",
+    "MlxOptions",
     "Plan",
     "ProgressBars",
     "ProgressEvent",

@@ -157,8 +157,8 @@ def quantize_model(
             work directory. It brings its calibration rows along. With a mixture of llama.cpp: the file whose
             importances it takes.
         calibration: Rows to use instead of those that ``measure.calibration`` describes; not with a measurement.
-        options: The format's options, which choose the format too: ``GgufOptions`` or ``Exl2Options``. None for the
-            defaults of the format that ``output`` is named as.
+        options: The format's options, which choose the format too: ``GgufOptions``, ``Exl2Options`` or ``MlxOptions``.
+            None for the defaults of the format that ``output`` is named as.
         measure: Calibration text, device and other options of measuring; rounding runs on the same device.
         evaluate: Options of the comparison at the end; True for the defaults, False leaves it out.
         cache: Whether what the original gives is taken from, and kept in, the user's cache; otherwise it runs again.
