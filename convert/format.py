@@ -114,6 +114,10 @@ class Format(ABC):
     keeps_digests: ClassVar[bool] = True
     """Whether outputs hold digests of what they must decode to, for ``verify`` to compare with."""
 
+    def is_installed(self) -> bool:
+        """Whether the packages are there that it needs and most users do without: without, it is measured if named."""
+        return True
+
     @abstractmethod
     def recognises(self, path: Path) -> bool:
         """Return whether a file or directory is a model of this format, by whatever program."""

@@ -298,7 +298,7 @@ def _known_formats(names: Sequence[str] | None) -> dict[str, Format]:
     unknown = [name for name in names or () if name not in known]
     if unknown:
         raise ConfigError(f"formats: unknown name. Got {unknown}. Expected one of {', '.join(known)}. Choose another.")
-    return {name: known[name] for name in names or known}
+    return {name: known[name] for name in names or [each for each in known if known[each].is_installed()]}
 
 
 def _check_measuring(

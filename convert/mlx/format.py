@@ -33,6 +33,12 @@ class MlxFormat(Format):
     Options = MlxOptions
     own_files = (*Format.own_files, MANIFEST_FILE)
 
+    def is_installed(self) -> bool:
+        """Return whether mlx-lm is."""
+        from .mlx_lm.loading import is_installed
+
+        return is_installed()
+
     def recognises(self, path: Path) -> bool:
         """Return whether a directory is an MLX model, by whatever program: by its config, and scales beside codes."""
         from ...checkpoint.files.schemas import read_json

@@ -14,7 +14,6 @@ as if it lay 16 below. The file has no checksum: its size is compared, and every
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -95,7 +94,7 @@ class BaseFile:
             if window_tokens < LEAST_WINDOW or vocab_size < 1 or windows < 1:
                 sizes = f"{windows} windows of {window_tokens} tokens and a vocabulary of {vocab_size}"
                 raise _damaged(path, sizes, f"at least 1 window of {LEAST_WINDOW} tokens and a vocabulary of 1")
-            expected, size = base_file_bytes(windows, window_tokens, vocab_size), os.fstat(file.fileno()).st_size
+            expected, size = base_file_bytes(windows, window_tokens, vocab_size), path.stat().st_size
             if size != expected:
                 raise _damaged(path, f"{size} bytes", f"{expected} for {windows} windows of {window_tokens} tokens")
             data = file.read(4 * windows * window_tokens)

@@ -44,7 +44,7 @@ DEFAULTS = {
     "--effort": "normal",
     "--cache-bits": "16",
     "--group-size": "32",
-    "--shard-size": "8192",
+    "--shard-size": "8192 | 5120",
     "--force": None,
     "--no-feedback": None,
     "--type": None,
@@ -65,7 +65,7 @@ def test_help_shows_the_defaults_of_formats_options() -> None:
     assert {*(each.flags[-1] for each in declared), "--format"} == set(DEFAULTS)
     for flag, default in DEFAULTS.items():
         (option,) = (each for each in options if re.match(rf"(-\w+, )?{flag} ", each))
-        assert re.findall(r"\[default: ([^]]*)\]", option) == ([] if default is None else [default]), option
+        assert re.findall(r"\[default: ([^]]*)\]", option) == ([] if default is None else default.split(" | ")), option
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_help_shows_the_defaults_of_formats_options() -> None:
         (["out", "--size-of", "Q4_K_M", "--format", "gguf,exl2"], "--size-of does not work for EXL2. Use --bpw."),
         (["out", "--size-of", "Q4_K_X"], "'Q4_K_X' is not a valid list of names. Expected one or more of"),
         (["out.gguf", "--size-of", "Q4_K_M,q6_k"], "several sizes make several models. Name a folder"),
-        (["out", "--format", "gguf,awq", "-b", "4"], "Expected one or more of exl2, gguf, separated by commas."),
+        (["out", "--format", "gguf,awq", "-b", "4"], "Expected one or more of exl2, gguf, mlx, separated by commas."),
     ],
 )
 def test_usage_is_checked_before_a_model_is_looked_for(arguments: list[str], problem: str) -> None:

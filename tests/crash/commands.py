@@ -63,6 +63,8 @@ def _quantize(name: str) -> Command:
 _FROM = ("-m", "DISK/m.safetensors", "--device", "cpu")
 _JUDGED = ("eval", "MODEL", "DISK/out", "--rows", 1, "--row-tokens", 16, "--device", "cpu", "--cache-dir", "DISK/cache")
 
+_PREDICTIONS = ("--kl-divergence-base", "DISK/base.kld")
+
 COMMANDS = [
     Command("measure, all formats", ("measure", "MODEL", "-o", "DISK/all.safetensors", *TEXT)),
     Command("measure", ("measure", "MODEL", "-o", "DISK/m.safetensors", "--formats", "exl2", *TEXT)),
@@ -97,6 +99,10 @@ COMMANDS = [
     Command("export", ("export", "DISK/m.safetensors", "--for", "exllamav3", "--bpw", 5), begin=("m.safetensors",)),
     Command("dequantize", ("dequantize", "DISK/out", "DISK/dense"), begin=("out",)),
     Command("card", ("card", "DISK/out"), begin=("out",)),
+    Command(
+        "perplexity",
+        ("perplexity", "MODEL", "-f", "MODEL/config.json", "-c", 16, "--chunks", 2, "--device", "cpu", *_PREDICTIONS),
+    ),
 ]
 
 PUSHES = [

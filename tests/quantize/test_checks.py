@@ -166,7 +166,7 @@ class TestGguf:
             ({"vram_bytes": 1 << 20, "context_tokens": 64}, [], "no room for weights"),
             ({"bpw": 5}, ["model.layers.0.*=Q4_K"], "rows of 64 weights. Expected a multiple of 256"),
             # 95232 weights at 2 bytes, 1216 of norms and biases at 4: 16.2017 bits each, met from below.
-            ({"bpw": 5}, ["*=F16"], "from 195328 to 195328, that is 16.2018 to 16.2018 bits"),
+            ({"bpw": 5}, ["*=F16"], r"from 195\.3 kB to 195\.3 kB, that is 16\.2018 to 16\.2018 bits"),
         ],
         ids=lambda value: str(value)[:40],
     )

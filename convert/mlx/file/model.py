@@ -229,8 +229,8 @@ def _scheme(own: Any, where: str) -> Scheme:
     bits, group = (own.get(key) for key in ("bits", "group_size")) if isinstance(own, dict) else (None, None)
     if mode != "affine" or type(bits) is not int or bits not in BITS or type(group) is not int or group not in GROUPS:
         raise FormatError(
-            f"{where}: got {str(own)[:100]}. Expected affine groups of {', '.join(map(str, GROUPS))} with "
-            f"{', '.join(map(str, BITS))} bits. Other modes of MLX are not read."
+            f"{where}: not read. Got {str(own)[:100]}. Expected affine groups of {', '.join(map(str, GROUPS))} with "
+            f"{', '.join(map(str, BITS))} bits: no other mode of MLX. Quantize the original again."
         )
     return Scheme(bits, group)
 

@@ -34,7 +34,7 @@ from ..file.layout import Layout, StoredTensor, layout_from_json
 from . import child
 from .keys import published_keys
 
-__all__ = ["STEP", "KeptModel", "layout_identity", "load_layout", "require_mlx_lm"]
+__all__ = ["STEP", "KeptModel", "is_installed", "layout_identity", "load_layout", "require_mlx_lm"]
 
 STEP = "mlx"
 """Name of the step in the work directory that holds the layout."""
@@ -62,13 +62,18 @@ class KeptModel:
     kept: Mapping[str, Tensor]
 
 
+def is_installed() -> bool:
+    """Return whether MLX and mlx-lm are."""
+    return "" not in _versions()
+
+
 def require_mlx_lm() -> None:
     """Refuse to go on where mlx-lm is not installed.
 
     Raises:
         BpwiseError: It is not.
     """
-    if "" in _versions():
+    if not is_installed():
         raise BpwiseError(f"MLX: mlx-lm is not installed, which knows MLX's models. Run: {install_command('mlx')}.")
 
 

@@ -5,18 +5,12 @@ import numpy as np
 import pytest
 import torch
 from bpwise.convert.gguf.curves import GgufCurves
-from bpwise.convert.gguf.ggml.curves import (
-    SAMPLED_ROWS,
-    measure_embeddings,
-    measure_tied_table,
-    measure_types,
-    measured_types,
-    tied_gram,
-)
+from bpwise.convert.gguf.ggml.curves import measure_types, measured_types
 from bpwise.convert.gguf.ggml.kernels import GgmlType, decode, encode, ggml_type
 from bpwise.convert.gguf.ggml.rounding import round_to_type
 from bpwise.convert.gguf.plan.layout import Layout, StoredTensor
 from bpwise.convert.gguf.rows.rowmap import RowMap, TensorRows
+from bpwise.convert.numerics.tables import SAMPLED_ROWS
 from bpwise.linalg.hessian import factor_hessian
 from bpwise.measure.curves import TableInputs, TiedHead
 from torch import Tensor
@@ -26,6 +20,7 @@ from ...measured import group_of, layout_of
 pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
 
 KINDS = [ggml_type(name) for name in ("Q8_0", "Q4_K", "Q4_0")]
+CURVES = GgufCurves(KINDS, layout_of({}))
 
 
 def gram_of(size: int) -> Tensor:
@@ -57,7 +52,7 @@ def table_of(weight: Tensor, uses: Tensor, fisher: Tensor, head: TiedHead | None
 
 def test_embeddings_cost_what_the_definition_says() -> None:
     weight, fisher, uses = matrix(96, 40), torch.rand(96), torch.rand(40)
-    found = measure_embeddings(table_of(weight, uses, fisher), KINDS).tolist()
+    found = CURVES.table(table_of(weight, uses, fisher))["damage_nats"].tolist()
     assert found[0] == pytest.approx(plain_damage(weight, fisher.diag(), uses, "Q8_0"), rel=1e-4)
     assert found[1] == math.inf  # 96 inputs are no whole number of blocks of 256
     assert found[2] == pytest.approx(plain_damage(weight, fisher.diag(), uses, "Q4_0"), rel=1e-4)
@@ -74,7 +69,7 @@ def test_feedback_costs_less_than_none() -> None:
 def test_a_sample_of_rows_stands_for_all() -> None:
     weight, fisher = matrix(64, 8 * SAMPLED_ROWS), torch.rand(64)
     uses = torch.rand(8 * SAMPLED_ROWS, generator=torch.Generator().manual_seed(2))
-    found = measure_embeddings(table_of(weight, uses, fisher), KINDS)
+    found = CURVES.table(table_of(weight, uses, fisher))["damage_nats"]
     # 128 independent rows, each of 64 errors: the mean is good to a few percent.
     assert float(found[2]) == pytest.approx(plain_damage(weight, fisher.diag(), uses, "Q4_0"), rel=0.1)
 
@@ -86,9 +81,9 @@ def test_a_tied_table_costs_what_both_its_uses_do(rows: int) -> None:
     uses, seen = torch.rand(rows, generator=rng) / rows, torch.rand(rows, generator=rng) ** 4
     fisher = 0.3 * rows * gram.diagonal() * (0.5 + torch.rand(256, generator=rng))
     head = TiedHead(gram=gram, fisher=seen, damping=1e-3, generalization_ratio=1.25)
-    both = tied_gram(fisher, head)
+    measured = CURVES.table(table_of(weight, uses, fisher, head))
+    both, found = measured["gram"], measured["damage_nats"].tolist()
     assert torch.allclose(both, fisher.diag() + seen.sum() * gram, rtol=1e-5)
-    found = measure_tied_table(table_of(weight, uses, fisher, head), head, both, KINDS).tolist()
     upper = factor_hessian(both, head.damping).upper
     for kind, damage in zip(KINDS, found, strict=True):
         errors = (decode(round_to_type(weight, upper, kind, sweeps=0), kind) - weight.T).double()

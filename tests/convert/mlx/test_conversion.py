@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from bpwise.cli import cli
+from bpwise.convert.mlx.mlx_lm import loading
 from bpwise.convert.opening import open_any, verify_model
+from bpwise.convert.registry import format_named
 from bpwise.errors import VerificationError
 from bpwise.measure.measurement import Measurement
 from click.testing import CliRunner, Result
@@ -115,3 +117,10 @@ def test_a_tied_table_is_one_module(save_model: SaveModel, tmp_path: Path) -> No
     curves = Measurement.load(found).curves["mlx"]
     hidden = 64
     assert curves.table["gram"].shape == (hidden, hidden)
+
+
+def test_it_is_left_out_of_measurements_where_mlx_lm_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert format_named("mlx").is_installed()
+    monkeypatch.setattr(loading, "_versions", lambda: ["", ""])
+    assert not format_named("mlx").is_installed()
+    assert format_named("exl2").is_installed()

@@ -78,7 +78,7 @@ def _settings(**changes: Any) -> Callable[[dict[str, Any]], None]:
         (_settings(bits=7), "Expected affine groups"),
         (_settings(bits=True), "Expected affine groups"),
         (_settings(group_size=48), "Expected affine groups"),
-        (_settings(mode="mxfp4"), "Other modes of MLX are not read"),
+        (_settings(mode="mxfp4"), "no other mode of MLX"),
         (_settings(bits=5), "not stored as its scheme 5g32 says"),
         (_settings(group_size=64), "not stored as its scheme 6g64 says"),
         (lambda config: config.update(quantization=[4]), "Expected an object"),
