@@ -183,7 +183,7 @@ class TestInTheWay:
     @pytest.mark.parametrize(
         "options",
         [
-            ("measure", "MODEL", "-o", "FILE", *TEXT),
+            ("measure", "MODEL", "-o", "FILE", "--formats", "exl2", *TEXT),
             ("plan", "MEASUREMENT", "--bpw", 4.5, "-o", "FILE"),
             ("plan", "MEASUREMENT", "--html", "FILE"),
         ],
