@@ -185,9 +185,9 @@ def parse_config(config: Mapping[str, Any], path: Path) -> Any:
             "code for: code that comes with a model is never run. Upgrade Transformers, or choose another model."
         )
     _check_sizes(config, path)
-    plain = {key: _with_floats(deepcopy(value)) for key, value in config.items() if key not in _NOT_PARSED}
-    _rename_su(text_config(plain))
-    with explain_transformers(path):
+    with explain_transformers(path):  # which also tells of values that are nested too deep
+        plain = {key: _with_floats(deepcopy(value)) for key, value in config.items() if key not in _NOT_PARSED}
+        _rename_su(text_config(plain))
         parsed = (kind := CONFIG_MAPPING[model_type]).from_dict(kind._decode_special_floats(plain))  # infinities
         text = parsed.get_text_config()
     for key in _ACTIVATIONS:

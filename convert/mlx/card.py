@@ -20,13 +20,14 @@ def mlx_card(model: MlxModel, base_name: str) -> CardFacts:
     weights = Counter[str]()
     for each, tensor in model.layout.tensors.items():
         weights[model.schemes[each].name if each in model.schemes else "not quantized"] += tensor.weights
-    bits = sum(model.stored.info(each).size_bytes for each in model.stored.names) * 8 / weights.total()
+    total = max(1, weights.total())
+    bits = sum(model.stored.info(each).size_bytes for each in model.stored.names) * 8 / total
     if not RATE.search(name):
         name = mlx_name(base_name, round(bits, 2))
     rows: list[tuple[str, str | None]] = [
         ("format", "MLX"),
         ("bits per weight", f"{bits:.4f}, over all tensors"),
-        ("bits and groups", ", ".join(f"{own} {n / weights.total():.1%}" for own, n in weights.most_common())),
+        ("bits and groups", ", ".join(f"{own} {n / total:.1%}" for own, n in weights.most_common())),
         ("size of the weights", bytes_text(model.file_bytes)),
         ("calibration", provenance.calibration or None),
         ("predicted damage", _nats(provenance.predicted_damage_nats)),

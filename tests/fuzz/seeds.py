@@ -17,6 +17,8 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import torch
+from bpwise.checkpoint.files.digests import file_digests
+from bpwise.checkpoint.files.shards import tensor_sha256
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.convert.conversion import Target
 from bpwise.convert.exl2.curves import Exl2Curves
@@ -26,8 +28,10 @@ from bpwise.convert.gguf.curves import GgufCurves
 from bpwise.convert.gguf.rows.rowmap import RowMap, TensorRows
 from bpwise.convert.gguf.rows.text import map_to_text
 from bpwise.convert.mlx.file.layout import Layout, StoredTensor
+from bpwise.convert.mlx.file.model import MlxModel
 from bpwise.convert.mlx.plan.plan import MlxPlan, TensorPlan
 from bpwise.convert.rounding import RoundedModel
+from bpwise.errors import FormatError
 from bpwise.eval.cache import OriginalCache, OriginalState
 from bpwise.eval.llama_perplexity.base_file import writing_base
 from bpwise.eval.publishing.mark import MARK_NAME
@@ -193,6 +197,10 @@ def _mlx_seeds(to: Path) -> None:
         folder.mkdir()
         save_file(tensors, folder / "model.safetensors", {"format": "mlx"})
         (folder / "config.json").write_text(json.dumps(config))
+    read = MlxModel.open(to / "theirs")
+    record["digests"] = {name: tensor_sha256(read.decoded(name)) for name in layout}
+    file = to / "ours" / "model.safetensors"
+    record["files"] = dict(zip([file.name], file_digests([file], FormatError), strict=True))
     (to / "ours" / "bpwise.json").write_text(json.dumps(record))
 
 

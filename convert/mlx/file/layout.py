@@ -97,7 +97,7 @@ def layout_from_json(raw: Any, *, where: str, remedy: str) -> Layout:
     """
     found = check_schema(raw, Layout, FormatError, where=where, remedy=remedy)
     for name, tensor in found.tensors.items():
-        held = not tensor.linears or (len(tensor.outputs) == len(tensor.linears) and sum(tensor.outputs) == tensor.rows)
-        if not tensor.shape or not held:
+        held = len(tensor.outputs) == len(tensor.linears)
+        if not tensor.shape or not held or (tensor.linears and sum(tensor.outputs) != tensor.rows):
             raise FormatError(f"{where}: {name} cannot be stored as it says. Got shape {tensor.shape}. {remedy}")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
@@ -210,7 +211,7 @@ def _schemes(stored: Checkpoint) -> dict[str, Scheme]:
     where = stored.directory / "config.json"
     settings = stored.config.get(CONFIG_KEYS[0])
     if not isinstance(settings, dict):
-        raise FormatError(f"{where}: quantization is {settings!r}. Expected an object. {_GET_AGAIN}")
+        raise FormatError(f"{where}: quantization is {reprlib.repr(settings)}. Expected an object. {_GET_AGAIN}")
     found = {}
     for scales in sorted(name for name in stored.names if name.endswith(".scales")):
         module = scales.removesuffix(".scales")
@@ -229,7 +230,7 @@ def _scheme(own: Any, where: str) -> Scheme:
     bits, group = (own.get(key) for key in ("bits", "group_size")) if isinstance(own, dict) else (None, None)
     if mode != "affine" or type(bits) is not int or bits not in BITS or type(group) is not int or group not in GROUPS:
         raise FormatError(
-            f"{where}: not read. Got {str(own)[:100]}. Expected affine groups of {', '.join(map(str, GROUPS))} with "
+            f"{where}: not read. Got {reprlib.repr(own)}. Expected affine groups of {', '.join(map(str, GROUPS))} with "
             f"{', '.join(map(str, BITS))} bits: no other mode of MLX. Quantize the original again."
         )
     return Scheme(bits, group)
@@ -259,11 +260,15 @@ def _dense_shape(stored: Checkpoint, name: str, scheme: Scheme | None) -> tuple[
     return shape if scheme is None else (*shape[:-1], shape[-1] * 32 // scheme.bits)
 
 
+def _parts(schemes: Mapping[str, Scheme]) -> set[str]:
+    # Scales and biases of all quantized weights.
+    return {f"{name.removesuffix('.weight')}.{part}" for name in schemes for part in ("scales", "biases")}
+
+
 def _own_layout(stored: Checkpoint, schemes: Mapping[str, Scheme]) -> Layout:
     # Of a model that does not say what its tensors are made of: each is the original's of the same name.
-    parts = {f"{name.removesuffix('.weight')}.{part}" for name in schemes for part in ("scales", "biases")}
     tensors = {}
-    for name in sorted(stored.names - parts, key=model_order):
+    for name in sorted(stored.names - _parts(schemes), key=model_order):
         scheme = schemes.get(name)
         shape = _dense_shape(stored, name, scheme)
         dtype = str(stored.info(f"{name.removesuffix('.weight')}.scales" if scheme else name).dtype)
@@ -279,6 +284,9 @@ def _own_layout(stored: Checkpoint, schemes: Mapping[str, Scheme]) -> Layout:
 
 
 def _check_layout(stored: Checkpoint, schemes: Mapping[str, Scheme], layout: Layout) -> None:
+    unknown = sorted(stored.names - _parts(schemes) - layout.tensors.keys())
+    if unknown:
+        raise FormatError(f"{stored.directory}: {unknown[0]} is not in bpwise.json. {_GET_AGAIN}")
     for name, tensor in layout.tensors.items():
         shape = _dense_shape(stored, name, schemes.get(name)) if name in stored.names else None
         if shape is None or (shape or (1,)) != tensor.shape:

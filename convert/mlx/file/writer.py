@@ -154,7 +154,7 @@ def verify_mlx(directory: Path) -> Verification:
                 f"{directory}: not what was written, {len(wrong)} tensors and {len(changed)} files differ, the first "
                 f"is {first}. Get or make the model again."
             )
-    weights = sum(tensor.weights for tensor in model.layout.tensors.values())
+    weights = max(1, sum(tensor.weights for tensor in model.layout.tensors.values()))
     quantized = sum(model.layout.tensors[name].weights for name in model.schemes)
     stored = sum(model.stored.info(name).size_bytes for name in model.stored.names)
     return Verification(

@@ -271,3 +271,13 @@ def test_every_parameter_is_compared_before_any_is_read(
     change_config(directory, **changes)
     with pytest.raises(CheckpointError, match=message):
         StreamedModel(Checkpoint.open(directory), device=torch.device("cpu"), dtype=torch.float32)
+
+
+def test_values_that_are_nested_too_deep_are_a_sentence(tmp_path: Path) -> None:
+    deep: Any = 1
+    for _ in range(900):
+        deep = {"a": deep}
+    with pytest.raises(
+        CheckpointError, match=r"config\.json: Transformers does not accept this config \(RecursionError"
+    ):
+        parse_config({"model_type": "llama", "vocab_size": 8, "extra": deep}, tmp_path / "config.json")

@@ -11,7 +11,7 @@ from bpwise.cli import cli
 from bpwise.convert.mlx.mlx_lm import loading
 from bpwise.convert.opening import open_any, verify_model
 from bpwise.convert.registry import format_named
-from bpwise.errors import VerificationError
+from bpwise.errors import FormatError, VerificationError
 from bpwise.measure.measurement import Measurement
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
@@ -107,6 +107,27 @@ def test_a_changed_byte_is_noticed(save_model: SaveModel, tmp_path: Path) -> Non
     path.write_bytes(data)
     with pytest.raises(VerificationError, match="not what was written"):
         verify_model(output)
+
+
+def test_a_manifest_that_does_not_fit_the_file_is_refused(save_model: SaveModel, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    bpwise("quantize", save_model(tmp_path / "tiny"), output, "--format", "mlx", "--bpw", 8, "--no-eval", *TEXT)
+    whole = json.loads((output / "bpwise.json").read_text())
+    del whole["sha256"]  # as of files without
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensors = whole["layout"]["tensors"]
+    for change, says in (
+        ({key: own for key, own in tensors.items() if key != name}, "is not in bpwise.json"),
+        ({**tensors, name: {**tensors[name], "linears": []}}, "cannot be stored as it says"),
+        (
+            {**tensors, name: {**tensors[name], "shape": [64, 32]}},
+            "cannot be stored as it says|is not as bpwise.json says",
+        ),
+    ):
+        changed = {**whole, "layout": {**whole["layout"], "tensors": change}}
+        (output / "bpwise.json").write_text(json.dumps(changed))
+        with pytest.raises(FormatError, match=says):
+            verify_model(output)
 
 
 def test_a_tied_table_is_one_module(save_model: SaveModel, tmp_path: Path) -> None:
