@@ -69,6 +69,7 @@ def test_table_puts_makers_side_by_side(benchmark: ModuleType) -> None:
     assert row.endswith(" | 11.200 | 0.25 | 0.00900 | 1, 9 |")
 
 
+@pytest.mark.slow
 def test_every_file_is_judged_once_on_every_text(benchmark: ModuleType, converted: Any, tmp_path: Path) -> None:
     text, work = tmp_path / "kind.txt", tmp_path / "work"
     text.write_text(" ".join(pydoc_topics.topics.values()))

@@ -78,6 +78,7 @@ def cells(output: str) -> list[list[str]]:
     return [line.strip("| ").split(" | ") for line in output.splitlines() if line.startswith("| ")]
 
 
+@pytest.mark.slow
 def test_the_table_compares_all_variants_and_a_rerun_only_reads(
     quality: ModuleType, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

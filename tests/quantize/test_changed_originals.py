@@ -123,7 +123,7 @@ def test_longer_rows_than_the_model_was_made_for(tiny_model: Path, tmp_path: Pat
 
 def test_a_measurement_is_of_the_changed_model(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
     file = tmp_path / "m.safetensors"
-    succeed("measure", tiny_model, "-o", file, *TEXT, "--lora", adapter)
+    succeed("measure", tiny_model, "-o", file, *TEXT, "--formats", "exl2", "--lora", adapter)
     assert Measurement.load(file).provenance["changes"]["adapters"][0]["name"] == "adapter"
     plain = ("quantize", tiny_model, tmp_path / "out", "--bpw", 4.5, "-m", file, "--no-eval", "--device", "cpu")
     assert "another model" in refused(*plain)
@@ -133,7 +133,7 @@ def test_a_measurement_is_of_the_changed_model(tiny_model: Path, adapter: Path, 
 def test_an_original_that_changes_in_place(tiny_model: Path, tmp_path: Path) -> None:
     model, out, file = tmp_path / "model", tmp_path / "out", tmp_path / "m.safetensors"
     shutil.copytree(tiny_model, model)
-    succeed("measure", model, "-o", file, *TEXT)
+    succeed("measure", model, "-o", file, *TEXT, "--formats", "exl2")
     command = ("quantize", model, out, "--bpw", 4.5, "-m", file, "--no-eval", "--device", "cpu")
     succeed(*command)
 

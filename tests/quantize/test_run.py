@@ -452,7 +452,7 @@ class TestStageByStage:
 
     def test_a_measurement_has_its_own_range_of_sizes(self, tiny_model: Path, tmp_path: Path) -> None:
         measurement = tmp_path / "m.safetensors"
-        succeed("measure", tiny_model, "-o", measurement, *TEXT, "--group-size", 64)
+        succeed("measure", tiny_model, "-o", measurement, *TEXT, "--formats", "exl2", "--group-size", 64)
         lowest, _ = exl2_bpw_range(Measurement.load(measurement))  # below that of the default groups of 32
         quantize(tiny_model, tmp_path / "out", lowest + 0.001, "-m", measurement, "--no-eval")
         assert decoder_bpw(tmp_path / "out") == pytest.approx(lowest, abs=0.002)
@@ -470,7 +470,7 @@ class TestStageByStage:
 
     def test_a_dry_run_knows_how_the_measurement_was_made(self, tiny_model: Path, tmp_path: Path) -> None:
         measurement = tmp_path / "m.safetensors"
-        succeed("measure", tiny_model, "-o", measurement, *TEXT, "--group-size", 64)
+        succeed("measure", tiny_model, "-o", measurement, *TEXT, "--formats", "exl2", "--group-size", 64)
         lowest, _ = exl2_bpw_range(Measurement.load(measurement))  # below that of the default groups of 32
         printed = succeed(
             "quantize", tiny_model, tmp_path / "out", "--bpw", lowest + 0.01, "-m", measurement, "--dry-run"
@@ -511,7 +511,18 @@ class TestStageByStage:
     def test_rows_are_as_long_as_a_short_context(self, tiny_model: Path, finished: Path, tmp_path: Path) -> None:
         # Of 128 tokens, where 1024 are the default.
         shorter = "rows have 128 tokens instead of 1024: the model's context is no longer"
-        command = ("measure", tiny_model, "-o", tmp_path / "m.safetensors", "-r", 1, "--device", "cpu")
+        command = (
+            "measure",
+            tiny_model,
+            "-o",
+            tmp_path / "m.safetensors",
+            "-r",
+            1,
+            "--formats",
+            "exl2",
+            "--device",
+            "cpu",
+        )
         result = bpwise(*command)
         assert result.exit_code == 0
         assert f"calibration {shorter}" in result.stderr.splitlines()
