@@ -35,8 +35,8 @@ demo: $(VENV)/installed $(MODEL)/config.json
 	@echo
 	@cat $(DEMO)/SmolLM2-135M-8.0bpw-8hb-exl2/report.md
 
-# A process for every core, and each file's tests in one of them.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -rs --numprocesses auto --dist loadfile
+# A process more than there are cores, as many tests wait for processes of their own; each file's tests in one of them.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -rs --numprocesses $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --dist loadfile
 
 # Ten tests look at the pages in a browser; they say so where no Chromium with its chromedriver is installed. The second
 # run has a pretend device, and Triton's interpreter in the place of its compiler.
