@@ -9,20 +9,20 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Protocol, TypeVar
 
 import msgspec
 
 from ..checkpoint.files.atomic import write_json
 from ..checkpoint.files.schemas import check_schema
 from ..errors import ConfigError
-from ..tables import Table
+from ..tables import Table, bytes_text
 from .model import Description
 
 if TYPE_CHECKING:
     from ..measure.measurement import Measurement
 
-__all__ = ["LinearCost", "Plan", "planned_context", "round_up", "shown_range"]
+__all__ = ["LinearCost", "Plan", "PlannedTensor", "TensorsPlan", "planned_context", "round_up", "shown_range"]
 
 _IN_BLOCK = re.compile(r"(?:[^.]+\.)+?(\d{1,9})\..+", re.ASCII)
 
@@ -167,6 +167,82 @@ class Plan(ABC):
 
     def _entries(self) -> dict[str, Any]:
         return asdict(self)  # type: ignore[call-overload,no-any-return]  # formats' plans are dataclasses
+
+
+class PlannedTensor(Protocol):
+    """A tensor of a ``TensorsPlan``."""
+
+    @property
+    def weights(self) -> int:
+        """Number of its weights."""
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size of its data."""
+
+    @property
+    def damage_nats(self) -> float | None:
+        """Predicted damage, nats per token; None where nothing was measured of it."""
+
+
+_Tensor = TypeVar("_Tensor", bound=PlannedTensor)
+
+
+class TensorsPlan(Plan, Generic[_Tensor]):
+    """A plan that gives every tensor of a model one type or scheme; bits per weight are over all of its tensors.
+
+    Attributes:
+        tensors: All that may be quantized: in model order what was measured, the token embeddings last.
+        other_weights: Weights in tensors that stay as they are.
+        other_bytes: Size of these.
+        target_bytes: Most bytes that all tensors together may take.
+        lower_bound_nats: No choice within the target has a smaller predicted damage.
+        measurement: Fingerprint of the measurement behind the plan.
+    """
+
+    tensors: tuple[_Tensor, ...]
+    other_weights: int
+    other_bytes: int
+    target_bytes: int
+    lower_bound_nats: float
+    measurement: str
+
+    @property
+    def weights(self) -> int:
+        """Number of all weights."""
+        return sum(tensor.weights for tensor in self.tensors) + self.other_weights
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size of all tensors' data, of those that stay too."""
+        return sum(tensor.stored_bytes for tensor in self.tensors) + self.other_bytes
+
+    @property
+    def bpw(self) -> float:
+        """Bits per weight over all tensors."""
+        return 8 * self.stored_bytes / self.weights
+
+    @property
+    def damage_nats(self) -> float:
+        """Predicted damage, nats per token, of all that was measured."""
+        return sum(tensor.damage_nats or 0.0 for tensor in self.tensors)
+
+    @property
+    def gap(self) -> float:
+        """How far the predicted damage may be above the best possible, as a fraction of it."""
+        return self.damage_nats / self.lower_bound_nats - 1 if self.lower_bound_nats > 0 else 0.0
+
+    @property
+    def facts(self) -> tuple[str, ...]:
+        """Size, damage and shares, as lines."""
+        shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in self.shares().items())
+        return (
+            f"{self.bpw:.4f} bits per weight over all tensors, {bytes_text(self.stored_bytes)} (at most "
+            f"{bytes_text(self.target_bytes)} asked)",
+            f"predicted damage {self.damage_nats:.6f} nats/token (no plan of this size can go below "
+            f"{self.lower_bound_nats:.6f})",
+            f"weights: {shares}",
+        )
 
 
 def planned_context(measurement: Measurement, asked: int | None) -> tuple[Mapping[str, Any], int]:

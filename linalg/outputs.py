@@ -17,10 +17,14 @@ from torch import Tensor, nn
 
 from .precision import in_float64
 
-__all__ = ["OutputFeedback", "in_sets", "in_turn"]
+__all__ = ["OutputFeedback", "in_sets", "in_turn", "output_sets"]
 
 _DAMPING = 0.1
 """Added to D, relative to the mean of G's diagonal."""
+
+_SETS, _SET_OUTPUTS = 4, 256
+"""Most sets of outputs that a linear is rounded in, and fewest outputs of one: with fewer, calls take longer than what
+they compute."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,3 +94,8 @@ def in_turn(weight: Tensor, outputs: OutputFeedback, rounded: Callable[[slice, T
         count = own.shape[1]
         values = rounded(columns, own + seen @ gains[:, :count])
         seen += (own - values) @ factor[:count]
+
+
+def output_sets(outputs: int) -> int:
+    """Return in how many sets so many outputs are best rounded, where a linear's input channels go one by one."""
+    return max(1, min(_SETS, outputs // _SET_OUTPUTS))

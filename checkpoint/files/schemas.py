@@ -27,6 +27,7 @@ __all__ = [
     "is_lfs_pointer",
     "metadata_begins",
     "parse_schema",
+    "read_checksummed",
     "read_json",
     "read_schema",
 ]
@@ -90,6 +91,30 @@ def read_schema(path: Path, schema: type[_Schema], error: type[BpwiseError]) -> 
         BpwiseError: As the type given by ``error``: as ``read_json`` and ``check_schema``.
     """
     return check_schema(read_json(path, error), schema, error, where=str(path))
+
+
+def read_checksummed(
+    path: Path, schema: type[_Schema], error: type[BpwiseError], *, version: tuple[str, int], remedy: str = _REMEDY
+) -> _Schema:
+    """Read a JSON file that was ``checksummed``, has a schema and tells its version.
+
+    Args:
+        path: The file.
+        schema: As ``check_schema`` takes it.
+        error: What to raise.
+        version: Key of the version, and the only one that is read.
+        remedy: The last sentence of a message: what to do.
+
+    Raises:
+        BpwiseError: As the type given by ``error``: as ``read_json``, ``check_checksum`` and ``check_schema``, or the
+            file is of another version.
+    """
+    raw = read_json(path, error)
+    key, expected = version
+    if raw.get(key) != expected:
+        raise error(f"{path}: {key} is {raw.get(key)!r}. Expected {expected}. {remedy}")
+    check_checksum(raw, error, where=str(path), remedy=remedy)
+    return check_schema(raw, schema, error, where=str(path), remedy=remedy)
 
 
 def parse_schema(

@@ -14,12 +14,12 @@ from ...checkpoint.source.checkpoint import Checkpoint
 from ...checkpoint.source.language import language_model
 from ...errors import NumericalError
 from ...linalg.hessian import Hessian
-from ...linalg.outputs import OutputFeedback
+from ...linalg.outputs import OutputFeedback, output_sets
 from ...linalg.parallel import cores, run_all
 from ...measure.measurement import MeasuredLinear, Measurement
 from ..rounding import RoundedModel, Rounder, rounding_damping
 from .ggml.kernels import Bytes, GgmlType, decode, encode
-from .ggml.rounding import ENCODING, output_sets, round_to_type
+from .ggml.rounding import ENCODING, round_to_type
 from .llama_cpp.importance import table_importance
 from .plan.measured import gguf_curves
 from .plan.plan import GgufPlan

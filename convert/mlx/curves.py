@@ -28,7 +28,7 @@ from .plan.measured import CURVES_VERSION, NAME
 __all__ = ["MlxCurves"]
 
 _DTYPE = torch.bfloat16
-"""Of scales and biases, while nobody knows what they will be stored in: the coarser of the usual two."""
+"""Of scales and biases in trials: that of nearly all models, and the coarser of the usual two."""
 
 
 class MlxCurves(CurveMaker):

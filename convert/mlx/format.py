@@ -81,13 +81,6 @@ class MlxFormat(Format):
 
         return mlx_name(base_name, bpw)
 
-    def run_of(self, path: Path) -> str | None:
-        """Return what the manifest of a directory says of its run; None if it has none."""
-        from .file.manifest import read_manifest
-
-        manifest = read_manifest(path) if self.recognises(path) else None
-        return None if manifest is None else manifest.provenance.run
-
     def load_plan(self, raw: dict[str, Any], where: str) -> Plan:
         """Return the plan that a JSON file holds."""
         from .plan.plan import MlxPlan

@@ -205,7 +205,7 @@ def _mlx_seeds(to: Path) -> None:
 
 
 def _mlx_plan() -> MlxPlan:
-    own = TensorPlan(name="a.weight", shape=(16, 64), item_bytes=2, linears=("a",), scheme="4g64", damage_nats=0.1)
+    own = TensorPlan(name="a.weight", shape=(16, 64), dtype="bfloat16", linears=("a",), scheme="4g64", damage_nats=0.1)
     return MlxPlan(
         tensors=(own,), other_weights=1, other_bytes=2, target_bytes=999, lower_bound_nats=0.1, measurement="m"
     )

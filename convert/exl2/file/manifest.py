@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ....checkpoint.files.schemas import Count, NonNegative, check_checksum, check_schema, read_json
+from ....checkpoint.files.schemas import Count, NonNegative, read_checksummed
 from ....checkpoint.source.hub import confined_file
 from ....errors import FormatError
 
@@ -97,9 +97,5 @@ def read_manifest(directory: Path) -> Manifest | None:
     if not (directory / MANIFEST_FILE).exists():
         return None
     path = confined_file(directory, MANIFEST_FILE)
-    raw = read_json(path, FormatError)
-    version = raw.get("manifest_version")
-    if version != MANIFEST_VERSION:
-        raise FormatError(f"{path}: manifest_version is {version!r}. Expected {MANIFEST_VERSION}. {_REMEDY}")
-    check_checksum(raw, FormatError, where=str(path), remedy=_REMEDY)
-    return check_schema(raw, Manifest, FormatError, where=str(path), remedy=_REMEDY)
+    version = ("manifest_version", MANIFEST_VERSION)
+    return read_checksummed(path, Manifest, FormatError, version=version, remedy=_REMEDY)

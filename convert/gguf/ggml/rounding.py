@@ -29,7 +29,7 @@ from .blocks import GRID_TYPES, repack, unpack
 from .codebooks import CODEBOOK_TYPES, codebook, codes_of, nearest, recode, scales_of
 from .kernels import Bytes, GgmlType, decode, encode
 
-__all__ = ["ENCODING", "SWEEPS", "expected_rounding", "output_sets", "round_to_type"]
+__all__ = ["ENCODING", "SWEEPS", "expected_rounding", "round_to_type"]
 
 ENCODING = torch.device("cpu")
 """Where ggml's encoder is, and with it all that waits for it, whatever the device of the weights."""
@@ -39,10 +39,6 @@ _AS_GIVEN = frozenset({"Q6_K", "Q8_0", "MXFP4"})
 
 SWEEPS = 2
 """How often codes are chosen again. The first sweep takes about 10 % of the error, the second 3 %, a third 1 %."""
-
-_SETS, _SET_OUTPUTS = 4, 256
-"""Most sets of outputs that a linear is rounded in, and fewest outputs of one: with fewer, calls take longer than what
-they compute."""
 
 _CHUNK = 256
 """Rows that are swept between two products with all others; a whole number of every type's blocks."""
@@ -89,11 +85,6 @@ def round_to_type(
 
     in_turn(weight, outputs, rounded)
     return data
-
-
-def output_sets(outputs: int) -> int:
-    """Return in how many sets so many outputs are best rounded, each making up for the errors of those before it."""
-    return max(1, min(_SETS, outputs // _SET_OUTPUTS))
 
 
 def expected_rounding(weight: Tensor, upper: Tensor, kind: GgmlType) -> tuple[Tensor, Tensor]:

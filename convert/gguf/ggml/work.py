@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
+from ....linalg.outputs import output_sets
 from ....linalg.parallel import threads_beside
 from ....linalg.work import Elements, Factors, Kind, Products, Sample, Work
 from ...numerics.tables import SAMPLED_ROWS
 from ...rounding import FormatWork
 from .curves import measured_types, needs_tables
-from .rounding import SWEEPS, expected_rounding, output_sets, round_to_type
+from .rounding import SWEEPS, expected_rounding, round_to_type
 from .types import GgmlType, ggml_type
 
 __all__ = ["EncodedWeights", "GgufWork", "TriedTypes"]

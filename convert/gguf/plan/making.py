@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
-from ....linalg.knapsack import choose
 from ....measure.measurement import Measurement
 from .layout import Layout
 from .plan import EMBEDDINGS, HEAD, GgufPlan, TensorPlan, TypeOverride
@@ -42,10 +39,8 @@ def make_gguf_plan(
     """
     problem = measured_problem(measurement, overrides, layout)
     target = problem.target_bytes(bpw=bpw, tensor_bytes=tensor_bytes)
-    candidates = problem.candidates
-    names = [list(candidate.damage_nats) for candidate in candidates]
-    damages = [np.array(list(candidate.damage_nats.values())) for candidate in candidates]
-    chosen = choose(damages, [candidate.sizes for candidate in candidates], target - problem.other_bytes)
+    chosen = problem.best(target)
+    names = [list(candidate.damage_nats) for candidate in problem.candidates]
     tensors = tuple(
         TensorPlan(
             name=candidate.name,
@@ -54,7 +49,7 @@ def make_gguf_plan(
             type=kinds[option],
             damage_nats=candidate.damage_nats[kinds[option]] if candidate.measured else None,
         )
-        for candidate, kinds, option in zip(candidates, names, chosen.options, strict=True)
+        for candidate, kinds, option in zip(problem.candidates, names, chosen.options, strict=True)
     )
     return GgufPlan(
         tensors=tensors,

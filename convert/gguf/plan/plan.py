@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -14,10 +13,11 @@ import msgspec
 
 from ....checkpoint.files.atomic import write_json
 from ....checkpoint.files.schemas import Count, Number, Positive, check_schema, checksummed
+from ....checkpoint.source.linears import matching
 from ....errors import ConfigError, FormatError
 from ....tables import Table, bytes_text
 from ...model import Description
-from ...plan import LinearCost, Plan
+from ...plan import LinearCost, Plan, TensorsPlan
 from ..ggml.types import TYPES, GgmlType, ggml_type
 
 __all__ = ["EMBEDDINGS", "HEAD", "PLAN_VERSION", "GgufPlan", "TensorPlan", "TypeOverride", "type_shares"]
@@ -84,8 +84,7 @@ class TypeOverride:
         Args:
             names: Its name in the file, and those of its linears, each with or without ``.weight``.
         """
-        bare = (name.removesuffix(".weight") for name in names)
-        return any(fnmatchcase(known, self.pattern) for name in bare for known in (name, f"{name}.weight"))
+        return bool(matching(self.pattern, (name.removesuffix(".weight") for name in names)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,16 +132,12 @@ class TensorPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
-class GgufPlan(Plan):
+class GgufPlan(TensorsPlan[TensorPlan]):
     """Types of a whole model.
 
     Attributes:
-        tensors: All that is rounded: in model order what was measured, the token embeddings last; then the others.
-        other_weights: Weights in tensors that stay as they are: norms, biases, routers, convolutions.
-        other_bytes: Size of these.
-        target_bytes: Most bytes that all tensors together may take.
-        lower_bound_nats: No choice within the target has a smaller predicted damage.
-        measurement: Fingerprint of the measurement behind the plan.
+        tensors: All that is rounded: in model order what was measured, the token embeddings last; then the others. The
+            rest is as in ``TensorsPlan``; norms, biases, routers and convolutions stay as they are.
     """
 
     format: ClassVar[str] = "gguf"
@@ -152,31 +147,6 @@ class GgufPlan(Plan):
     target_bytes: Count
     lower_bound_nats: Number
     measurement: str
-
-    @property
-    def weights(self) -> int:
-        """Number of all weights in the file."""
-        return sum(tensor.weights for tensor in self.tensors) + self.other_weights
-
-    @property
-    def stored_bytes(self) -> int:
-        """Size of all tensors' data, of those that stay too."""
-        return sum(tensor.stored_bytes for tensor in self.tensors) + self.other_bytes
-
-    @property
-    def bpw(self) -> float:
-        """Bits per weight over all tensors of the file, as llama.cpp counts."""
-        return 8 * self.stored_bytes / self.weights
-
-    @property
-    def damage_nats(self) -> float:
-        """Predicted damage, nats per token, of all that was measured."""
-        return sum(tensor.damage_nats or 0.0 for tensor in self.tensors)
-
-    @property
-    def gap(self) -> float:
-        """How far the predicted damage may be above the best possible, as a fraction of it."""
-        return self.damage_nats / self.lower_bound_nats - 1 if self.lower_bound_nats > 0 else 0.0
 
     @property
     def kinds(self) -> dict[str, GgmlType]:
@@ -210,17 +180,9 @@ class GgufPlan(Plan):
 
     def describe(self) -> Description:
         """Return what is in the plan."""
-        shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in self.shares().items())
         return Description(
             kind="GGUF plan",
-            facts=(
-                f"{self.bpw:.4f} bits per weight over all tensors, {bytes_text(self.stored_bytes)} (at most "
-                f"{bytes_text(self.target_bytes)} asked)",
-                f"predicted damage {self.damage_nats:.6f} nats/token (no plan of this size can go below "
-                f"{self.lower_bound_nats:.6f})",
-                f"weights: {shares}",
-                *([_plain_fact(self.plain)] if self.plain else []),
-            ),
+            facts=(*self.facts, *([_plain_fact(self.plain)] if self.plain else [])),
             table=Table(
                 ("tensor", "shape", "type", "bpw", "damage, nats/token"),
                 tuple(

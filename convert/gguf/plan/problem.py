@@ -10,10 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ....checkpoint.source.linears import Shaped
-from ....errors import BudgetError, ConfigError
+from ....errors import ConfigError
 from ....measure.measurement import Measurement
-from ....tables import bytes_text
-from ...plan import shown_range
+from ...numerics.allocation import TensorsProblem
 from ..file.roles import matrices_of
 from ..ggml.types import GgmlType, ggml_type
 from .layout import Layout
@@ -53,61 +52,24 @@ class Candidate:
     measured: bool = True
 
     @property
+    def weights(self) -> int:
+        """Number of its weights."""
+        return math.prod(self.shape)
+
+    @property
+    def costs(self) -> NDArray[np.float64]:
+        """Damage in every type, nats per token."""
+        return np.array(list(self.damage_nats.values()))
+
+    @property
     def sizes(self) -> NDArray[np.int64]:
         """Bytes in every type."""
         rows = math.prod(self.shape[:-1])
         return np.array([rows * ggml_type(name).row_bytes(self.shape[-1]) for name in self.damage_nats])
 
 
-@dataclass(frozen=True, slots=True)
-class PlanProblem:
-    """Which types a plan chooses from.
-
-    Attributes:
-        candidates: All tensors that are rounded, in the order of ``GgufPlan.tensors``.
-        other_weights: Weights in all other tensors.
-        other_bytes: Size of these.
-    """
-
-    candidates: tuple[Candidate, ...]
-    other_weights: int
-    other_bytes: int
-
-    @property
-    def weights(self) -> int:
-        """Number of all weights of the file."""
-        return sum(math.prod(candidate.shape) for candidate in self.candidates) + self.other_weights
-
-    @property
-    def size_range(self) -> tuple[int, int]:
-        """The fewest and the most bytes that all tensors can take."""
-        sizes = [candidate.sizes for candidate in self.candidates]
-        least, most = (sum(int(edge(size)) for size in sizes) for edge in (np.min, np.max))
-        return self.other_bytes + least, self.other_bytes + most
-
-    def target_bytes(self, *, bpw: float | None, tensor_bytes: int | None) -> int:
-        """Return the bytes that a target stands for, which may be more than all tensors can take.
-
-        Args:
-            bpw: Bits per weight over all tensors of the file.
-            tensor_bytes: The same as a number of bytes; one of the two is given.
-
-        Raises:
-            BudgetError: No plan is that small.
-        """
-        assert (bpw is None) != (tensor_bytes is None), "one target"
-        weights = self.weights
-        # The product may fall just short of the whole number of bytes that it stands for.
-        target = int(bpw * weights / 8 + 1e-3) if bpw is not None else tensor_bytes
-        assert target is not None
-        least, most = self.size_range
-        if target < least:
-            raise BudgetError(
-                f"{bytes_text(target)} of tensors ({8 * target / weights:.4f} bits per weight) cannot be reached: this "
-                f"model can have from {bytes_text(least)} to {bytes_text(most)}, that is "
-                f"{shown_range(8 * least / weights, 8 * most / weights)} bits per weight. Ask for a size in this range."
-            )
-        return target
+PlanProblem = TensorsProblem[Candidate]
+"""Which types a plan chooses from."""
 
 
 def measured_problem(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated, Any
@@ -72,11 +71,6 @@ class Layout:
         """Names of the tensors that can be quantized, and are made of linears that are known."""
         names = (f"{module}.weight" for module in self.modules)
         return tuple(name for name in names if name in self.tensors and self.tensors[name].linears)
-
-    @cached_property
-    def tensor_of(self) -> Mapping[str, str]:
-        """The tensor that holds a linear, by the linear's name."""
-        return {linear: name for name in self.tensors for linear in self.tensors[name].linears}
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain JSON."""

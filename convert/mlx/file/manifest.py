@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ....checkpoint.files.schemas import NonNegative, check_checksum, check_schema, read_json
+from ....checkpoint.files.schemas import NonNegative, read_checksummed
 from ....checkpoint.source.hub import confined_file
 from ....errors import FormatError
 from .layout import Layout, layout_from_json
@@ -76,11 +76,7 @@ def read_manifest(directory: Path) -> Manifest | None:
     if not (directory / MANIFEST_FILE).exists():
         return None
     path = confined_file(directory, MANIFEST_FILE)
-    raw = read_json(path, FormatError)
-    version = raw.get("manifest_version")
-    if version != MANIFEST_VERSION:
-        raise FormatError(f"{path}: manifest_version is {version!r}. Expected {MANIFEST_VERSION}. {_REMEDY}")
-    check_checksum(raw, FormatError, where=str(path), remedy=_REMEDY)
-    stored = check_schema(raw, _Stored, FormatError, where=str(path), remedy=_REMEDY)
+    version = ("manifest_version", MANIFEST_VERSION)
+    stored = read_checksummed(path, _Stored, FormatError, version=version, remedy=_REMEDY)
     layout = layout_from_json(stored.layout, where=f"{path}: layout", remedy=_REMEDY)
     return Manifest(provenance=stored.provenance, layout=layout, digests=stored.digests, files=stored.files)

@@ -20,7 +20,7 @@ from ....checkpoint.source.index import weight_headers
 from ....errors import CheckpointError, FormatError
 from ...model import QuantizedModel
 from ...overlaid import Overlaid
-from ..grid.packing import decode, unpack_codes
+from ..grid.packing import PARTS, decode_packed
 from ..grid.schemes import BITS, GROUPS, Scheme
 from .layout import Layout, StoredTensor
 from .manifest import Manifest, read_manifest
@@ -150,9 +150,8 @@ class MlxModel(QuantizedModel):
         if self._last is None or self._last[0] != name:
             module = name.removesuffix(".weight")
             words = self.stored.stored(name)
-            scales, biases = (self.stored.tensor(f"{module}.{part}") for part in ("scales", "biases"))
-            codes = unpack_codes(words.view(torch.int32).flatten(0, -2), scheme.bits)
-            values = decode(codes, scales.flatten(0, -2), biases.flatten(0, -2))
+            scales, biases = (self.stored.tensor(f"{module}.{part}") for part in PARTS[1:])
+            values = decode_packed(words.flatten(0, -2), scales.flatten(0, -2), biases.flatten(0, -2), scheme.bits)
             self._last = name, values.view(*words.shape[:-1], values.shape[1])
         return self._last[1]
 
@@ -237,7 +236,7 @@ def _scheme(own: Any, where: str) -> Scheme:
 
 
 def _check_shapes(stored: Checkpoint, module: str, scheme: Scheme) -> None:
-    words, scales, biases = (stored.info(f"{module}.{part}") for part in ("weight", "scales", "biases"))
+    words, scales, biases = (stored.info(f"{module}.{part}") for part in PARTS)
     channels = words.shape[-1] * 32 // scheme.bits if words.shape else 0
     fits = (
         words.dtype == torch.uint32
@@ -262,7 +261,7 @@ def _dense_shape(stored: Checkpoint, name: str, scheme: Scheme | None) -> tuple[
 
 def _parts(schemes: Mapping[str, Scheme]) -> set[str]:
     # Scales and biases of all quantized weights.
-    return {f"{name.removesuffix('.weight')}.{part}" for name in schemes for part in ("scales", "biases")}
+    return {f"{name.removesuffix('.weight')}.{part}" for name in schemes for part in PARTS[1:]}
 
 
 def _own_layout(stored: Checkpoint, schemes: Mapping[str, Scheme]) -> Layout:

@@ -18,15 +18,13 @@ from ....checkpoint.source.language import LanguageModel
 from ....errors import FormatError, VerificationError
 from ....progress import Progress
 from ...model import Verification
-from ..grid.packing import decode, unpack_codes
+from ..grid.packing import PARTS, decode_packed
 from ..grid.schemes import Scheme
 from .layout import Layout
 from .manifest import MANIFEST_FILE, MANIFEST_VERSION
 from .model import CONFIG_KEYS, MlxModel
 
 __all__ = ["mlx_config", "verify_mlx", "write_mlx"]
-
-_PARTS = ("weight", "scales", "biases")
 
 _DROPPED = ("_name_or_path", "auto_map", "vision_config")
 """Of config.json: paths and code, and what mlx-lm does not run, as mlx-lm leaves it out itself."""
@@ -91,7 +89,7 @@ def write_mlx(
         WorkDirectoryError: ``out`` is in the way or cannot be written, or the disk is full.
     """
     digests: dict[str, str] = {}
-    names = {f"{name.removesuffix('.weight')}.{part}" for name in schemes for part in _PARTS} | layout.tensors.keys()
+    names = {f"{name.removesuffix('.weight')}.{part}" for name in schemes for part in PARTS} | layout.tensors.keys()
     with atomic_directory(Path(out)) as target:
         with ShardWriter(target, "model", names=names, shard_bytes=shard_bytes) as shards:
             for name in progress(list(layout.tensors), "write"):
@@ -102,11 +100,11 @@ def write_mlx(
                     shards.add({name: tensor})
                     continue
                 words, scales, biases = _joined(layout, artifacts, name)
-                digests[name] = _decoded_sha256(words, scales, biases, scheme)
+                digests[name] = tensor_sha256(decode_packed(words, scales, biases, scheme.bits))
                 shape = layout.tensors[name].shape[:-1]
                 module = name.removesuffix(".weight")
                 shaped = (x.view(*shape, x.shape[1]) for x in (words.view(torch.uint32), scales, biases))
-                shards.add({f"{module}.{part}": each for part, each in zip(_PARTS, shaped, strict=True)})
+                shards.add({f"{module}.{part}": each for part, each in zip(PARTS, shaped, strict=True)})
             places = shards.finish()
         files = sorted(set(places.values()))
         if len(files) > 1:
@@ -178,13 +176,9 @@ def _untouched(source: LanguageModel, layout: Layout, kept: Mapping[str, Tensor]
 
 def _joined(layout: Layout, artifacts: Mapping[str, Artifact], name: str) -> Iterator[Tensor]:
     # Codes, scales and biases of all rows of a tensor.
-    parts: dict[str, list[Tensor]] = {part: [] for part in _PARTS}
+    parts: dict[str, list[Tensor]] = {part: [] for part in PARTS}
     for linear in layout.tensors[name].linears:
         artifact = artifacts[linear]()
         for part, own in parts.items():
             own.append(artifact[part])
     return (torch.cat(own) for own in parts.values())
-
-
-def _decoded_sha256(words: Tensor, scales: Tensor, biases: Tensor, scheme: Scheme) -> str:
-    return tensor_sha256(decode(unpack_codes(words, scheme.bits), scales, biases))

@@ -12,7 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["decode", "pack_codes", "unpack_codes"]
+__all__ = ["PARTS", "decode", "decode_packed", "pack_codes", "unpack_codes"]
+
+PARTS = ("weight", "scales", "biases")
+"""Last parts of the names of a module's tensors: words of codes, shape (..., out, K bits / 32); scales and biases,
+shape (..., out, groups)."""
 
 _PIECE_ROWS = 4096
 """Rows that are packed or unpacked at a time: bits take eight times the room of codes."""
@@ -66,3 +70,15 @@ def decode(codes: Tensor, scales: Tensor, biases: Tensor) -> Tensor:
     grouped = codes.unflatten(1, (scales.shape[1], -1)).float()
     values: Tensor = (grouped * scales.float()[..., None] + biases.float()[..., None]).flatten(1)
     return values
+
+
+def decode_packed(words: Tensor, scales: Tensor, biases: Tensor, bits: int) -> Tensor:
+    """Return the weight as ``decode`` does, from packed codes; on the device of the scales.
+
+    Args:
+        words: As for ``unpack_codes``, on any device.
+        scales: As for ``decode``.
+        biases: As for ``decode``.
+        bits: Width of a code.
+    """
+    return decode(unpack_codes(words.cpu(), bits).to(scales.device), scales, biases)

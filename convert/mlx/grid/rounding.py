@@ -29,7 +29,6 @@ __all__ = [
     "SWEEPS",
     "Affine",
     "expected_rounding",
-    "output_sets",
     "round_affine",
     "round_plainly",
     "search_groups",
@@ -37,9 +36,6 @@ __all__ = [
 
 SWEEPS = 2
 """How often codes are chosen again."""
-
-_SETS, _SET_OUTPUTS = 4, 256
-"""Most sets of outputs that a linear is rounded in, and fewest outputs of one."""
 
 _SHRINKS = {2: 9, 3: 8, 4: 7, 5: 6, 6: 5, 8: 4}
 """Trial ranges by bits: the whole range of a group, and that less multiples of ``_SHRINK``."""
@@ -72,11 +68,6 @@ class Affine:
         grouped = self.codes.unflatten(0, (len(self.scales), -1))
         values: Tensor = (grouped * self.scales[:, None] + self.biases[:, None]).flatten(0, 1)
         return values
-
-
-def output_sets(outputs: int) -> int:
-    """Return in how many sets so many outputs are best rounded, each making up for the errors of those before it."""
-    return max(1, min(_SETS, outputs // _SET_OUTPUTS))
 
 
 def round_affine(

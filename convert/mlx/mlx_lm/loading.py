@@ -171,10 +171,11 @@ def _compared(
 
 @dataclass(frozen=True, slots=True)
 class _Linear:
-    """A linear of the original: its outputs, and the SHA-256 of its weight's bytes."""
+    """A linear of the original: its outputs, and the SHA-256 of the bytes of its first row and of the whole weight."""
 
     name: str
     outputs: int
+    first: bytes
     digest: bytes
 
 
@@ -188,8 +189,8 @@ class _Originals:
             tensor = source.tensor(name)
             digest = _digest(tensor)
             if name.endswith(".weight") and tensor.ndim == 2:
-                linear = _Linear(name.removesuffix(".weight"), len(tensor), digest)
-                self._linears.setdefault(_digest(tensor[0]), []).append(linear)
+                linear = _Linear(name.removesuffix(".weight"), len(tensor), _digest(tensor[0]), digest)
+                self._linears.setdefault(linear.first, []).append(linear)
             self._others.setdefault((digest, tuple(tensor.shape)), []).append(name)
 
     def linears_in(self, name: str, values: Tensor) -> tuple[_Linear, ...]:
@@ -206,9 +207,7 @@ class _Originals:
             taken.append(found)
             first += found.outputs
         for linear in taken:
-            for alike in self._linears.values():
-                if linear in alike:
-                    alike.remove(linear)
+            self._linears[linear.first].remove(linear)
         return tuple(taken)
 
     def _fitting(self, name: str, rows: Tensor, first: int, taken: list[_Linear]) -> Iterator[_Linear]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -12,10 +11,11 @@ import msgspec
 
 from ....checkpoint.files.atomic import write_json
 from ....checkpoint.files.schemas import Count, Number, Positive, check_schema, checksummed
+from ....checkpoint.source.linears import matching
 from ....errors import ConfigError, FormatError
 from ....tables import Table
 from ...model import Description
-from ...plan import LinearCost, Plan
+from ...plan import LinearCost, TensorsPlan
 from ..file.layout import StoredTensor
 from ..grid.schemes import SCHEMES, Scheme, scheme_named
 
@@ -68,8 +68,7 @@ class Override:
 
     def matches(self, names: Iterable[str]) -> bool:
         """Return whether the pattern means one of some names, each with or without ``.weight``."""
-        bare = (name.removesuffix(".weight") for name in names)
-        return any(fnmatchcase(known, self.pattern) for name in bare for known in (name, f"{name}.weight"))
+        return bool(matching(self.pattern, (name.removesuffix(".weight") for name in names)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +78,7 @@ class TensorPlan:
     Attributes:
         name: Name of its weight in mlx-lm.
         shape: Sizes of the weight's dimensions, outermost first.
-        item_bytes: Bytes of a weight that is not quantized, and of a scale.
+        dtype: Of the weight before it is quantized, and of scales, as torch calls it.
         linears: Full names of the linears, in Transformers, that it is made of.
         scheme: Name of the scheme; None leaves it as it is.
         damage_nats: Predicted damage, nats per token.
@@ -87,7 +86,7 @@ class TensorPlan:
 
     name: str
     shape: Annotated[tuple[Positive, ...], msgspec.Meta(min_length=2)]
-    item_bytes: Annotated[int, msgspec.Meta(ge=1, le=8)]
+    dtype: str
     linears: tuple[str, ...]
     scheme: str | None
     damage_nats: Number
@@ -108,28 +107,27 @@ class TensorPlan:
         return None if self.scheme is None else scheme_named(self.scheme)
 
     @property
-    def stored(self) -> StoredTensor:
-        """The weight before it is quantized."""
-        dtype = "float32" if self.item_bytes > 2 else "bfloat16"
-        return StoredTensor(shape=self.shape, dtype=dtype, linears=self.linears)
+    def weights(self) -> int:
+        """Number of its weights."""
+        return self._stored.weights
 
     @property
     def stored_bytes(self) -> int:
         """Size of its tensors."""
-        return stored_bytes(self.stored, self.kind)
+        return stored_bytes(self._stored, self.kind)
+
+    @property
+    def _stored(self) -> StoredTensor:
+        return StoredTensor(shape=self.shape, dtype=self.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
-class MlxPlan(Plan):
+class MlxPlan(TensorsPlan[TensorPlan]):
     """Schemes of a whole model.
 
     Attributes:
-        tensors: All modules that can be quantized, in model order, the token embeddings last.
-        other_weights: Weights in tensors that stay as they are.
-        other_bytes: Size of these.
-        target_bytes: Most bytes that all tensors together may take.
-        lower_bound_nats: No choice within the target has a smaller predicted damage.
-        measurement: Fingerprint of the measurement behind the plan.
+        tensors: All modules that can be quantized, in model order, the token embeddings last; the rest is as in
+            ``TensorsPlan``.
     """
 
     format: ClassVar[str] = "mlx"
@@ -141,23 +139,6 @@ class MlxPlan(Plan):
     measurement: str
 
     @property
-    def stored_bytes(self) -> int:
-        """Size of all tensors, of those that stay too."""
-        return sum(tensor.stored_bytes for tensor in self.tensors) + self.other_bytes
-
-    @property
-    def bpw(self) -> float:
-        """Bits per weight over all tensors, as mlx-lm counts."""
-        weights = sum(tensor.stored.weights for tensor in self.tensors) + self.other_weights
-        return 8 * self.stored_bytes / weights
-
-    @property
-    def gap(self) -> float:
-        """How far the predicted damage may be above the best possible, as a fraction of it."""
-        damage = self.damage_nats or 0.0
-        return damage / self.lower_bound_nats - 1 if self.lower_bound_nats > 0 else 0.0
-
-    @property
     def kinds(self) -> dict[str, Scheme]:
         """Scheme of every module that is quantized, by the name of its weight."""
         return {tensor.name: tensor.kind for tensor in self.tensors if tensor.kind is not None}
@@ -167,9 +148,9 @@ class MlxPlan(Plan):
         return tuple(
             LinearCost(
                 tensor.name.removesuffix(".weight"),
-                8 * tensor.stored_bytes / tensor.stored.weights,
+                8 * tensor.stored_bytes / tensor.weights,
                 tensor.damage_nats,
-                tensor.stored.weights,
+                tensor.weights,
             )
             for tensor in self.tensors
         )
@@ -178,7 +159,7 @@ class MlxPlan(Plan):
         """Return the share of the planned weights in each scheme, the largest first."""
         counts = {scheme.name: 0 for scheme in SCHEMES} | {UNTOUCHED: 0}
         for tensor in self.tensors:
-            counts[tensor.scheme or UNTOUCHED] += tensor.stored.weights
+            counts[tensor.scheme or UNTOUCHED] += tensor.weights
         return {name: count / sum(counts.values()) for name, count in counts.items() if count}
 
     def identity(self) -> Any:
@@ -187,7 +168,6 @@ class MlxPlan(Plan):
 
     def describe(self) -> Description:
         """Return what is in the plan."""
-        shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in self.shares().items())
         rows = tuple(
             (
                 cost.name,
@@ -200,13 +180,7 @@ class MlxPlan(Plan):
         )
         return Description(
             kind="MLX plan",
-            facts=(
-                f"{self.bpw:.4f} bits per weight over all tensors, {self.stored_bytes / 2**20:.1f} MiB (at most "
-                f"{self.target_bytes / 2**20:.1f} MiB asked)",
-                f"predicted damage {self.damage_nats:.6f} nats/token (no plan of this size can go below "
-                f"{self.lower_bound_nats:.6f})",
-                f"weights: {shares}",
-            ),
+            facts=self.facts,
             table=Table(("module", "shape", "scheme", "bpw", "damage, nats/token"), rows),
             content=self.content(),
         )

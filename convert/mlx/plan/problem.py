@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ....errors import BudgetError, ConfigError
-from ....linalg.knapsack import Choice, choose
+from ....errors import ConfigError
 from ....measure.measurement import Measurement
-from ...plan import shown_range
+from ...numerics.allocation import TensorsProblem
 from ..file.layout import Layout, StoredTensor
 from ..grid.schemes import SCHEMES, Scheme, scheme_named
 from .measured import mlx_curves
@@ -28,61 +28,20 @@ class _Candidate:
     damages: dict[str, float]
 
     @property
-    def sizes(self) -> list[int]:
-        return [stored_bytes(self.tensor, scheme_named(name)) for name in self.damages]
-
-
-@dataclass(frozen=True, slots=True)
-class PlanProblem:
-    """What a plan chooses from.
-
-    Attributes:
-        candidates: All modules that can be quantized.
-        other_weights: Weights in all other tensors.
-        other_bytes: Size of these.
-    """
-
-    candidates: tuple[_Candidate, ...]
-    other_weights: int
-    other_bytes: int
-
-    @property
     def weights(self) -> int:
-        """Number of all weights."""
-        return sum(candidate.tensor.weights for candidate in self.candidates) + self.other_weights
+        return self.tensor.weights
 
     @property
-    def size_range(self) -> tuple[int, int]:
-        """The fewest and the most bytes that all tensors can take."""
-        least, most = (sum(edge(each.sizes) for each in self.candidates) for edge in (min, max))
-        return self.other_bytes + least, self.other_bytes + most
+    def costs(self) -> NDArray[np.float64]:
+        return np.array(list(self.damages.values())).clip(min=0)
 
-    def target_bytes(self, *, bpw: float | None, tensor_bytes: int | None) -> int:
-        """Return how many bytes all tensors may take; one of the two is given.
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        return np.array([stored_bytes(self.tensor, scheme_named(name)) for name in self.damages])
 
-        Raises:
-            BudgetError: No plan is that small.
-        """
-        # Bits per weight are decimal numbers, just short of the whole number of bytes that they stand for.
-        target = int(bpw * self.weights / 8 + 1e-3) if bpw is not None else tensor_bytes or 0
-        least, most = self.size_range
-        if target < least:
-            low, high = (8 * size / self.weights for size in (least, most))
-            raise BudgetError(
-                f"{target} bytes of tensors ({8 * target / self.weights:.4f} bits per weight) cannot be reached: this "
-                f"model can have from {least} to {most}, that is {shown_range(low, high)} bits per weight. Ask for a "
-                "size in this range."
-            )
-        return target
 
-    def best(self, target_bytes: int) -> Choice:
-        """Return the choice of least damage, by places in each candidate's ``damages``.
-
-        Args:
-            target_bytes: Most bytes that all tensors together may take; as ``target_bytes`` returns it.
-        """
-        costs = [np.array(list(each.damages.values())).clip(min=0) for each in self.candidates]
-        return choose(costs, [np.array(each.sizes) for each in self.candidates], target_bytes - self.other_bytes)
+PlanProblem = TensorsProblem[_Candidate]
+"""Which schemes a plan chooses from."""
 
 
 def plan_problem(
@@ -167,7 +126,7 @@ def make_mlx_plan(
             TensorPlan(
                 name=each.name,
                 shape=each.tensor.shape,
-                item_bytes=each.tensor.item_bytes,
+                dtype=each.tensor.dtype,
                 linears=each.tensor.linears,
                 scheme=None if name == UNTOUCHED else name,
                 damage_nats=each.damages[name],

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 from bpwise.convert.gguf.ggml.kernels import decode, ggml_type
-from bpwise.convert.gguf.ggml.rounding import output_sets, round_to_type
+from bpwise.convert.gguf.ggml.rounding import round_to_type
 from bpwise.linalg.hessian import factor_hessian
-from bpwise.linalg.outputs import OutputFeedback
+from bpwise.linalg.outputs import OutputFeedback, output_sets
 
 pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
 

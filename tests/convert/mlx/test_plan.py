@@ -80,7 +80,12 @@ def test_overrides_leave_a_choice_and_are_refused_where_they_leave_none() -> Non
 def planned(schemes: dict[str, str | None]) -> MlxPlan:
     tensors = tuple(
         TensorPlan(
-            name=f"{name}.weight", shape=SHAPES[name], item_bytes=2, linears=(name,), scheme=scheme, damage_nats=0.01
+            name=f"{name}.weight",
+            shape=SHAPES[name],
+            dtype="bfloat16",
+            linears=(name,),
+            scheme=scheme,
+            damage_nats=0.01,
         )
         for name, scheme in schemes.items()
     )
