@@ -152,13 +152,12 @@ class _Benchmark:
         with self._file(f"{size_of}-bpwise.gguf") as output:
             start = time.monotonic()
             measure = MeasureConfig(device=next(iter(self.texts.values())).device)
-            options = GgufOptions(base=self.base)
             made = quantize_model(
                 self.checkpoint,
                 output,
                 max_bytes=size,
                 measurement=self.measurement,
-                options=options,
+                options=GgufOptions(),
                 measure=measure,
                 evaluate=False,
                 progress=tqdm,

@@ -29,7 +29,6 @@ from baselines import round_to_nearest
 from bpwise.checkpoint.files.atomic import atomic_file
 from bpwise.checkpoint.source.checkpoint import Checkpoint, TensorSource
 from bpwise.checkpoint.source.language import WeightOverlay, language_model
-from bpwise.checkpoint.source.original import open_model
 from bpwise.convert.exl2.file.reader import Exl2Model
 from bpwise.convert.exl2.options import Exl2Options
 from bpwise.convert.exl2.plan.plan import Exl2Plan
@@ -42,7 +41,7 @@ from bpwise.eval.original import OriginalRun, run_original
 from bpwise.measure.calibrated import calibration_rows
 from bpwise.measure.device import resolve_device
 from bpwise.measure.measurement import MeasuredLinear, Measurement
-from bpwise.measure.run import MeasureConfig, measure_to_file, measurement_provenance
+from bpwise.measure.run import MeasureConfig, measure_to_file, measured_as, measurement_provenance
 from bpwise.measure.text.calibration import CalibrationConfig, CalibrationSet
 from bpwise.measure.text.tokenizer import load_tokenizer
 from bpwise.quantize.config import QuantizeConfig
@@ -89,7 +88,7 @@ class Benchmark:
 
     Attributes:
         model: Directory or Hub id of the original.
-        checkpoint: The original.
+        checkpoint: The original, as it is measured.
         calibration: Rows to measure and round with.
         evaluation: Held-out rows.
         config: How to measure.
@@ -118,7 +117,7 @@ def prepare(
     model: str, config: MeasureConfig, eval_config: EvalConfig, work: Path, package: Path | None = None
 ) -> Benchmark:
     """Open the model and take the rows."""
-    checkpoint = open_model(model)
+    checkpoint = measured_as(model, config)
     vocab_size = int(checkpoint.config["vocab_size"])
     return Benchmark(
         model=model,
@@ -143,7 +142,7 @@ def measured(benchmark: Benchmark, variant: Variant) -> Measurement:
         start = time.monotonic()
         with changed_measuring(variant):
             measurement = measure_to_file(
-                benchmark.model,
+                benchmark.checkpoint,
                 kept,
                 config,
                 formats={"exl2": exl2},
@@ -366,7 +365,7 @@ def compare_all(
     missing = [(key, bpw) for bpw in targets for key in variants if (key, bpw) not in results]
     if not missing:
         return results
-    original = run_original(benchmark.checkpoint, benchmark.evaluation, benchmark.eval_config, progress_bar)
+    original = run_original(benchmark.checkpoint.original, benchmark.evaluation, benchmark.eval_config, progress_bar)
     for key, bpw in missing:
         result = run_variant(benchmark, original, key, bpw)
         append_result(path, benchmark.identity, result)

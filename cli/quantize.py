@@ -175,8 +175,8 @@ def quantize(
     Interrupted? Run the same command again and it resumes. If the output turns out to be useless, it is marked with
     BROKEN.md and the exit code is 1.
     """
-    from ..checkpoint.source.original import open_model
     from ..quantize.config import QuantizeConfig
+    from ..quantize.measuring import original_for
     from ..quantize.run import quantize_model
     from ..quantize.series import quantize_series
 
@@ -187,7 +187,7 @@ def quantize(
     evaluate = evaluation.config(measuring.config)
     settings: Any = {"options": choice.options, "measure": measuring.config, "base_model": base_model}
     config = QuantizeConfig(target=wanted[0] if wanted else None, evaluate=evaluate, **settings)
-    source = open_model(changes.open(model))
+    source = original_for(changes.open(model), measuring.config, measurement, options=choice.each)
     output = _completed(output, source, config, series=series)
     if evaluate is not None:
         say_shortened(source, evaluation=evaluate.row_tokens)

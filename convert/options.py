@@ -107,6 +107,11 @@ class FormatOptions:
         """Whether plans are made from a measurement, for a target."""
         return True
 
+    @property
+    def equalizes(self) -> bool:
+        """Whether the format takes an original whose channels were equalized."""
+        return True
+
     def weighted_by(self, measurement: Path) -> FormatOptions:
         """Return the options of a run beside a measurement that its plan is not made from."""
         return self

@@ -37,6 +37,7 @@ RARE_TOKENS = 100
 """An expert that fewer calibration tokens chose is reported: its statistics are mostly those of other tokens."""
 
 _FIELDS = ("fisher", "input_power", "coupling")
+_FACTORS = "input_factors"
 _IMPORTANCE = "importance"
 _WEIGHTS = "token_weights"
 _TOKENS = "calibration_tokens"
@@ -60,6 +61,8 @@ class MeasuredLinear:
             where error feedback was given up.
         chosen_tokens: How many calibration tokens chose the expert that the linear belongs to; None outside of
             experts.
+        input_factors: What equalization multiplied each column of the weight with, float32, shape (K,); None where it
+            changed none.
     """
 
     name: str
@@ -69,6 +72,12 @@ class MeasuredLinear:
     token_weights: NDArray[np.float16]
     damping: float
     chosen_tokens: int | None = None
+    input_factors: NDArray[np.float32] | None = None
+
+    @property
+    def original_power(self) -> NDArray[np.float32]:
+        """``input_power`` of the model as it was before its channels were equalized."""
+        return self.input_power if self.input_factors is None else self.input_power * np.square(self.input_factors)
 
     @property
     def in_features(self) -> int:
@@ -234,6 +243,7 @@ class Measurement:
     def _image(self, **more: str) -> bytes:
         linears = (*self.linears, self.head)
         tensors = {f"{linear.name}.{field}": getattr(linear, field) for linear in linears for field in _FIELDS}
+        tensors |= {f"{x.name}.{_FACTORS}": x.input_factors for x in linears if x.input_factors is not None}
         tensors[f"{self.embedding.name}.{_IMPORTANCE}"] = self.embedding.importance
         own = self.layer_embedding
         if own is not None:
@@ -296,15 +306,19 @@ class Measurement:
 
         def linear(name: str) -> MeasuredLinear:
             fisher = tensors.take(f"{name}.fisher", np.float32, (None,))
-            damping = header.damping[name]
+            power = tensors.take(f"{name}.input_power", np.float32, (None,))
+            damping, factors = header.damping[name], f"{name}.{_FACTORS}"
             return MeasuredLinear(
                 name=name,
                 fisher=fisher,
-                input_power=tensors.take(f"{name}.input_power", np.float32, (None,)),
+                input_power=power,
                 coupling=tensors.take(f"{name}.coupling", np.float16, (len(fisher), None), least=None, empty=True),
                 token_weights=weights[header.token_weights[name]],
                 damping=float("inf") if damping is None else damping,
                 chosen_tokens=header.chosen_tokens.get(name),
+                input_factors=(
+                    tensors.take(factors, np.float32, power.shape, least=0) if factors in tensors.tensors else None
+                ),
             )
 
         def format_curves(name: str) -> FormatCurves:

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..checkpoint.files.resume import ResumeStore, run_artifacts
 from ..checkpoint.files.schemas import check_schema
 from ..checkpoint.model.structure_json import structure_to_json
 from ..checkpoint.source.checkpoint import Checkpoint
+from ..checkpoint.source.equalized import EQUALIZED, column_factors, equalized
 from ..checkpoint.source.language import LanguageModel, language_model
 from ..checkpoint.source.original import Original, open_model
 from ..errors import ConfigError, FormatError
@@ -28,7 +29,7 @@ from .calibrated import CALIBRATION_FILE, load_or_make_rows
 from .curves import CurveMaker, CurveSource, InputsKeeper
 from .device import resolve_device
 from .embeddings import finished_tables
-from .measurement import FormatCurves, Measurement, is_measurement
+from .measurement import FormatCurves, MeasuredLinear, Measurement, is_measurement
 from .model.replay import check_replay
 from .model.stream import StreamedModel
 from .passes import MeasuringPasses, finished_decoder, finished_head, repeat_without
@@ -45,6 +46,7 @@ __all__ = [
     "kept_inputs",
     "measure_checkpoint",
     "measure_to_file",
+    "measured_as",
     "measured_with",
     "measurement_provenance",
 ]
@@ -67,6 +69,7 @@ class MeasureConfig:
         damping: What is added to the diagonal of every Hessian, relative to its mean, dimensionless; None chooses for
             each input group what serves held-out sequences best.
         seed: Seed of the random signs that probe the Fisher information.
+        equalize: Whether channels are equalized before anything else; see ``checkpoint.source.equalized``.
         moe_calibrate_all: Whether all tokens are run through all experts of a mixture: those that did not choose an
             expert count a tenth of those that did. Otherwise only experts that few tokens choose see others.
         device: ``cpu``, ``cuda``, ``cuda:N``, ``mps``, or ``auto`` for the best at hand.
@@ -78,6 +81,7 @@ class MeasureConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     damping: float | None = None
     seed: int = 0
+    equalize: bool = True
     moe_calibrate_all: bool = False
     device: str = "auto"
     offload_dir: Path | None = None
@@ -137,6 +141,7 @@ class _OptionsProvenance:
     seed: int = 0
     moe_calibrate_all: bool = False
     precision: str = FLOAT32
+    changes: dict[str, Any] = field(default_factory=dict)
 
 
 def measured_with(measurement: Measurement) -> MeasureConfig:
@@ -152,9 +157,24 @@ def measured_with(measurement: Measurement) -> MeasureConfig:
     return MeasureConfig(
         damping=known.damping,
         seed=known.seed,
+        equalize=EQUALIZED in known.changes,
         moe_calibrate_all=known.moe_calibrate_all,
         precision=FLOAT32 if known.precision == FLOAT32 else "auto",
     )
+
+
+def measured_as(model: Original, config: MeasureConfig) -> Checkpoint:
+    """Open a model as it is measured and quantized: with its channels equalized, or as it is.
+
+    Args:
+        model: A local directory, a Hub id, or what ``open_model`` made of one.
+        config: Options; for a measurement those of ``measured_with``.
+
+    Raises:
+        CheckpointError: As ``open_model``.
+    """
+    checkpoint = open_model(model)
+    return equalized(checkpoint) if config.equalize else checkpoint
 
 
 def _digest(curves: CurveMaker) -> str:
@@ -213,11 +233,16 @@ def measure_checkpoint(
         run.backward(progress)
         run.embedding()
     linears, head = finished_decoder(run.model, run.artifacts), finished_head(run.artifacts)
+
+    def measured(linear: MeasuredLinear) -> MeasuredLinear:
+        factors = column_factors(checkpoint, source, linear.name)
+        return linear if factors is None else replace(linear, input_factors=factors.numpy())
+
     embedding, of_layers = finished_tables(run.model, run.artifacts)
     tables = [embedding, *([] if of_layers is None else [of_layers])]
     return Measurement(
-        linears=tuple(each.linear for each in linears),
-        head=head.linear,
+        linears=tuple(measured(each.linear) for each in linears),
+        head=measured(head.linear),
         embedding=embedding.table,
         layer_embedding=None if of_layers is None else of_layers.table,
         other_weights=_other_weights(

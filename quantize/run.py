@@ -9,7 +9,7 @@ from ..checkpoint.files.disk_errors import require_rooms
 from ..checkpoint.files.paths import named, reserved, work_beside
 from ..checkpoint.files.resume import ResumeStore
 from ..checkpoint.source.checkpoint import Checkpoint
-from ..checkpoint.source.original import Original, open_model
+from ..checkpoint.source.original import Original
 from ..convert.conversion import Conversion, Target
 from ..convert.export.hessians import HessianFiles
 from ..convert.format import Format
@@ -35,7 +35,7 @@ from .checks import (
 )
 from .config import Job, QuantizeConfig, chosen_evaluation, chosen_target
 from .judge import Judge
-from .measuring import GivenMeasurement
+from .measuring import GivenMeasurement, original_for
 from .output import make_output
 from .result import QuantizeResult
 from .times import announce, announce_measuring
@@ -86,7 +86,8 @@ def measure_model(
         >>> list(measurement.curves)
         ['exl2']
     """
-    checkpoint, output, config = open_model(model), Path(output), measure or MeasureConfig()
+    output, config = Path(output), measure or MeasureConfig()
+    checkpoint = original_for(model, config, options=options)
     work = work_beside(output) if work is None else Path(work)
     shown = progress or default_progress()
     given = {format_asking(each).name: each for each in options}
@@ -195,7 +196,7 @@ def quantize_model(
         base_model=base_model,
     )
     shown = progress or default_progress()
-    checkpoint = open_model(model)
+    checkpoint = original_for(model, config.measure, measurement, options=[config.options])
     work = work_beside(output) if work is None else Path(work)
     conversion = config.conversion(checkpoint)
     require_convertible(conversion)
@@ -270,7 +271,7 @@ def begin_jobs(
         series=series,
     )
     evaluate, kept = shared.evaluate, original_cache() if cache else None
-    judge = None if evaluate is None else Judge(first.checkpoint, evaluate, progress, cache=kept)
+    judge = None if evaluate is None else Judge(first.checkpoint.original, evaluate, progress, cache=kept)
     return [
         Job(
             conversion=conversion,

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..checkpoint.files.paths import named, reserved, work_beside
 from ..checkpoint.files.resume import RunArtifacts, discard_artifacts, run_artifacts
 from ..checkpoint.source.checkpoint import Checkpoint
-from ..checkpoint.source.original import Original, open_model
+from ..checkpoint.source.original import Original
 from ..convert.conversion import Conversion, Target
 from ..convert.options import FormatOptions
 from ..convert.registry import format_asking
@@ -27,7 +27,7 @@ from ..progress import Progress, default_progress
 from ..tables import bytes_text, html_summary
 from .checks import check_output, check_places, files_beside, require_convertible
 from .config import Job, QuantizeConfig, chosen_evaluation, options_naming
-from .measuring import MEASUREMENT_FILE, MEASURING, GivenMeasurement, check_work, load_or_measure
+from .measuring import MEASUREMENT_FILE, MEASURING, GivenMeasurement, check_work, load_or_measure, original_for
 from .output import finished_output, make_output
 from .result import QuantizeResult
 from .run import begin_jobs
@@ -160,12 +160,13 @@ def quantize_series(
     """
     if not sizes or len(set(sizes)) < len(sizes):
         raise ConfigError(f"sizes: not usable. Got {list(sizes)}. Expected at least one, and each once. Choose others.")
-    output, shown, checkpoint = named(Path(output)), progress or default_progress(), open_model(model)
+    output, shown = named(Path(output)), progress or default_progress()
     work = work_beside(output) if work is None else Path(work)
     config = QuantizeConfig(
         measure=measure or MeasureConfig(), evaluate=chosen_evaluation(evaluate), base_model=base_model
     )
     each_format = [options or options_naming(output)] if not isinstance(options, Sequence) else options
+    checkpoint = original_for(model, config.measure, measurement, options=each_format)
     lines = _lines(checkpoint, output, config, sizes, each_format)
     read = None if measurement is None or isinstance(measurement, Measurement) else Path(measurement)
     for line in lines:

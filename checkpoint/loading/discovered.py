@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from ...errors import CheckpointError
 from ..model.structure import LinearPlace, ModelStructure
+from ..trace.norms import weight_offset
+from .listed import StoredRows
 from .memory import ModelInMemory, StoredTensors
 
 __all__ = ["DiscoveredTensors"]
@@ -69,6 +72,35 @@ class DiscoveredTensors:
     def tensor(self, name: str) -> Tensor:
         """Return a tensor in its stored dtype, on the CPU, in memory of its own."""
         return self._memory.linear(self._place(name), self._base)
+
+    def norm_pairs(self, index: int) -> Iterator[tuple[str, float, tuple[StoredRows, ...]]]:
+        """Yield the norms of a block whose output is read by stored matrices alone.
+
+        Args:
+            index: Which block.
+
+        Yields:
+            Full name of the norm, what is added to its stored weight when it runs, and the matrices.
+        """
+        for norm, places in self.structure.structures[index].norms.items():
+            path = f"{self.blocks}.{index}."
+            offset = weight_offset(self._memory.skeleton.get_submodule(path + norm))
+            readers = [reader for place in places for reader in self._readers(path, place)]
+            if offset is not None and None not in readers:
+                yield path + norm, offset, tuple(reader for reader in readers if reader is not None)
+
+    def _readers(self, path: str, place: LinearPlace) -> Iterator[StoredRows | None]:
+        # The stored tensors that a parameter is: as it stands, or one of its experts or parts each.
+        name = path + place.parameter
+        stored = self.stored_name(name) if name in self._memory.names else None
+        if stored is not None:
+            yield StoredRows(stored, turned=place.turned)
+            return
+        sources = self._memory.sources(name) if name in self._memory.names else ()
+        channels = self._memory.shape(name)[-1] if sources else 0
+        if not sources or place.turned or any(self._base.shape(each)[1:] != (channels,) for each in sources):
+            yield None
+        yield from map(StoredRows, sources)
 
     def stored_name(self, parameter: str) -> str | None:
         """Return the stored tensor that a parameter is as it stands; None if there is none such."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..model.names import config_features
 from ..model.structure import LinearPlace, ModelStructure
 from .memory import ModelInMemory, StoredTensors, assembled, model_in_memory
 
-__all__ = ["ListedTensors", "plain_name"]
+__all__ = ["ListedTensors", "StoredRows", "plain_name"]
 
 _PREFIXES = (
     ("language_model.model.", "model."),
@@ -24,6 +24,21 @@ _PREFIXES = (
 )
 """What the names of a language model inside of another begin with, and what that stands for: as the Hub's checkpoints
 have it, as Transformers 5 has it in memory, and the head."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRows:
+    """A stored tensor, or neighbouring rows of it.
+
+    Attributes:
+        name: Its name in the checkpoint.
+        rows: Which rows; None for all.
+        turned: Whether its input channels are the last dimension but one, and not the last.
+    """
+
+    name: str
+    rows: slice | None = None
+    turned: bool = False
 
 
 class ListedTensors:
@@ -117,6 +132,10 @@ class ListedTensors:
         """Return the stored tensors that a tensor is taken from."""
         place = self._stacked.get(name)
         return (self._stored.get(name, name),) if place is None else self._memory.sources(place.parameter)
+
+    def stored_rows(self, name: str) -> StoredRows | None:
+        """Return the stored tensor that a tensor is, or its rows there; None for a part of stacked experts."""
+        return None if name in self._stacked else StoredRows(self._stored.get(name, name), self._rows.get(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the sizes of a tensor's dimensions without loading it."""

@@ -69,6 +69,9 @@ class Family:
         fused: Modules of Transformers that are several linears: name inside the block -> names of its parts.
         mlp: The linears of an MLP that make its neurons, and the one that reads them.
         renamed: Start of a module's name inside the block in Transformers -> start of its name in files.
+        norms: Names inside the block of the norms that attention and MLP read.
+        norm_offset: What is added to the stored weight of a norm.
+        routers: Linears inside the block that read what the MLP reads, and are not quantized.
         multiplier: Key of config.json whose value multiplies what blocks add to the residual stream.
         wrapped: Whether its tensors may have the names of the model with vision that it is a part of.
         note: What is special, for the table of families in the documentation.
@@ -79,6 +82,9 @@ class Family:
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     mlp: tuple[tuple[str, ...], str] = (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
     renamed: Mapping[str, str] = field(default_factory=dict)
+    norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
+    norm_offset: float = 0.0
+    routers: tuple[str, ...] = ()
     multiplier: str | None = None
     wrapped: bool = False
     note: str = ""
@@ -186,6 +192,8 @@ def _post_norm(attention: str, mlp: str) -> tuple[InputGroup, ...]:
 
 
 _GEMMA2 = _post_norm("post_attention_layernorm", "post_feedforward_layernorm")
+_GEMMA_NORMS = ("input_layernorm", "pre_feedforward_layernorm")
+_ONE_NORM = ("input_layernorm", "input_layernorm")
 _FUSED_MLP = {"mlp.gate_up_proj": _GATE_UP}
 
 _FAMILIES = {
@@ -195,6 +203,7 @@ _FAMILIES = {
         groups=_ATTENTION,
         experts=Experts("mlp.experts", gate="w1", up="w3", down="w2"),
         renamed={"mlp.": "block_sparse_moe."},
+        routers=("mlp.gate",),
         note="experts",
     ),
     "qwen2": Family(groups=_PRE_NORM, note="biases of q, k and v"),
@@ -205,16 +214,27 @@ _FAMILIES = {
             InputGroup(("mlp.shared_expert.down_proj",)),
         ),
         experts=Experts("mlp.experts"),
+        routers=("mlp.gate", "mlp.shared_expert_gate"),
         note="experts beside a shared one",
     ),
     "qwen3": Family(groups=_PRE_NORM, note="norms of queries and keys"),
-    "qwen3_moe": Family(groups=_PRE_NORM, experts=Experts("mlp.experts"), note="experts; norms of queries and keys"),
-    "gemma": Family(groups=_PRE_NORM, note="scaled embeddings, norms of 1 + weight"),
+    "qwen3_moe": Family(
+        groups=_PRE_NORM,
+        experts=Experts("mlp.experts"),
+        routers=("mlp.gate",),
+        note="experts; norms of queries and keys",
+    ),
+    "gemma": Family(groups=_PRE_NORM, norm_offset=1.0, note="scaled embeddings, norms of 1 + weight"),
     "gemma2": Family(
-        groups=_GEMMA2, note="norms before and after; soft-capping; every other block with a sliding window"
+        groups=_GEMMA2,
+        norms=_GEMMA_NORMS,
+        norm_offset=1.0,
+        note="norms before and after; soft-capping; every other block with a sliding window",
     ),
     "gemma3_text": Family(
         groups=_GEMMA2,
+        norms=_GEMMA_NORMS,
+        norm_offset=1.0,
         wrapped=True,
         note="as Gemma 2; norms of queries and keys; five of six blocks with a sliding window and a rope of their own",
     ),
@@ -233,9 +253,10 @@ _FAMILIES = {
         fused=_FUSED_MLP,
         note="norms before and after; fused gate, up: split in the output; rope on half of each head",
     ),
-    "cohere": Family(groups=_PRE_NORM, note="attention beside the MLP; scaled logits"),
+    "cohere": Family(groups=_PRE_NORM, norms=_ONE_NORM, note="attention beside the MLP; scaled logits"),
     "cohere2": Family(
         groups=_PRE_NORM,
+        norms=_ONE_NORM,
         note="attention beside the MLP; scaled logits; three of four blocks with a sliding window, others without rope",
     ),
     "starcoder2": Family(

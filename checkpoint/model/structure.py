@@ -73,12 +73,15 @@ class BlockStructure:
         places: Where the weight of each linear lies, by its name inside the block.
         routers: Linears inside the block whose outputs choose experts; they are not quantized and in no group.
         experts: Modules inside the block that hold the experts' matrices.
+        norms: By the path of a norm the matrices that read its output, routers and stacks of experts among them, where
+            nothing else does; only of blocks that were traced.
     """
 
     groups: tuple[InputGroup, ...]
     places: Mapping[str, LinearPlace] = field(default_factory=dict)
     routers: tuple[str, ...] = ()
     experts: tuple[str, ...] = ()
+    norms: Mapping[str, tuple[LinearPlace, ...]] = field(default_factory=dict)
 
     @property
     def plain_groups(self) -> tuple[InputGroup, ...]:

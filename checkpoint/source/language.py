@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...errors import CheckpointError
 from ..loading.discovered import DiscoveredTensors
-from ..loading.listed import ListedTensors
+from ..loading.listed import ListedTensors, StoredRows
 from ..loading.memory import assembled, model_in_memory
 from ..model.config import decoder_config
 from ..model.families import Composite, Family, composite_of, family_of, is_known, listed_family
@@ -28,7 +28,7 @@ from ..model.structure import ModelStructure
 from .checkpoint import Checkpoint, TensorInfo, TensorSource
 from .views import SourceView
 
-__all__ = ["LanguageModel", "LanguageSource", "WeightOverlay", "language_config", "language_model"]
+__all__ = ["LanguageModel", "LanguageSource", "StoredRows", "WeightOverlay", "language_config", "language_model"]
 
 
 class LanguageModel(SourceView):
@@ -154,6 +154,26 @@ class LanguageModel(SourceView):
             None if there is no such tensor, or the parameter is made of several.
         """
         return self._tensors.stored_name(parameter)
+
+    def stored_rows(self, name: str) -> StoredRows | None:
+        """Return the stored tensor that a tensor is, or the rows of it that it is.
+
+        Args:
+            name: Its name in the language model.
+
+        Returns:
+            None where it is made of several, or a part of stacked experts, or the family is not listed.
+        """
+        return self._tensors.stored_rows(name) if isinstance(self._tensors, ListedTensors) else None
+
+    def norm_pairs(self, index: int) -> Iterator[tuple[str, float, tuple[StoredRows, ...]]]:
+        """Yield the norms of a block of a family that is not listed; see ``DiscoveredTensors.norm_pairs``.
+
+        Raises:
+            UnsupportedModelError: The trace fails.
+        """
+        if isinstance(self._tensors, DiscoveredTensors):
+            yield from self._tensors.norm_pairs(index)
 
     def has_parameter(self, name: str) -> bool:
         """Return whether something is stored for a parameter or persistent buffer of Transformers' model."""

@@ -53,6 +53,11 @@ class Mxfp4View(DequantizedView):
         taken = {name + end for name in self._shapes for end in (_BLOCKS, _SCALES)}
         self._names = base.names - taken | self._shapes.keys()
 
+    @property
+    def on_grid(self) -> frozenset[str]:
+        """All weights that are dequantized."""
+        return frozenset(self._shapes)
+
     def info(self, name: str) -> TensorInfo:
         """Return shape, dtype and size of a tensor as it is read, and the file that holds it."""
         shape = self._shapes.get(name)

@@ -109,6 +109,11 @@ class CheckpointView(Checkpoint):
         self._base.prepare_fingerprint(progress)
 
     @property
+    def on_grid(self) -> frozenset[str]:
+        """As of the base."""
+        return self._base.on_grid
+
+    @property
     def changes(self) -> dict[str, Any]:
         """What the base and this view change while reading."""
         return self._base.changes

@@ -16,6 +16,7 @@ from torch import nn
 from ..model.structure import BlockStructure, InputGroup, LinearPlace
 from .flow import Flow, Product
 from .joins import StreamReading, read_stream
+from .norms import read_norms
 from .recording import Recording, record
 
 __all__ = ["read_structure", "trace_block"]
@@ -35,10 +36,10 @@ def trace_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         args: What the model calls it with, tensors on the meta device: hidden states first.
         kwargs: The same, by name.
     """
-    return read_structure(record(block, block.forward, args, kwargs))
+    return read_structure(block, record(block, block.forward, args, kwargs))
 
 
-def read_structure(recording: Recording) -> BlockStructure:
+def read_structure(block: nn.Module, recording: Recording) -> BlockStructure:
     """Return the structure of a decoder block from the recording of a forward pass."""
     flow = Flow(recording)
     routers = tuple(product for product in flow.products if _chooses(product, flow) or _is_gate(product))
@@ -57,6 +58,7 @@ def read_structure(recording: Recording) -> BlockStructure:
         places=dict(place for matrix in [*linears, *stacked] for place in _places(matrix.product)),
         routers=tuple(dict.fromkeys(product.path for product in routers)),
         experts=tuple(dict.fromkeys(matrix.product.path for matrix in stacked)),
+        norms=read_norms(block, flow),
     )
 
 

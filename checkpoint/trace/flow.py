@@ -127,6 +127,11 @@ class Flow:
         """Return whether it is a product of matrices."""
         return operation.name in _MATRICES
 
+    def users(self, value: int) -> Iterator[tuple[int, Operation]]:
+        """Yield the operations that take a value, and their indices."""
+        for index in self._users[value]:
+            yield index, self.recording.operations[index]
+
     def after(self, value: int, *, pointwise: bool = False) -> Iterator[int]:
         """Yield the indices of the operations that a value reaches before the next product of matrices.
 

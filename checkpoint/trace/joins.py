@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from .flow import Flow
 from .recording import Call, Operation, Recording
 
-__all__ = ["Join", "StreamReading", "read_stream"]
+__all__ = ["Join", "StreamReading", "is_norm", "read_stream"]
 
 _MEANS = {"mean", "native_layer_norm", "_fused_rms_norm", "rms_norm", "var_mean", "var", "linalg_vector_norm"}
 """Operations of which a norm holds one at least."""
@@ -90,7 +90,7 @@ def read_stream(flow: Flow, linears: Mapping[int, str]) -> StreamReading:
         linears: Number of the value that a linear returned -> path of the linear.
     """
     recording = flow.recording
-    norms = {call.outputs[0]: call for call in recording.calls if _is_norm(call, flow)}
+    norms = {call.outputs[0]: call for call in recording.calls if is_norm(call, flow)}
     states: dict[int, _State] = {recording.input: _Stream()}
     for operation in recording.operations:
         found = _state_after(operation, states, flow)
@@ -111,7 +111,8 @@ def read_stream(flow: Flow, linears: Mapping[int, str]) -> StreamReading:
     )
 
 
-def _is_norm(call: Call, flow: Flow) -> bool:
+def is_norm(call: Call, flow: Flow) -> bool:
+    """Return whether a call of a module is that of a norm: of one value, with a mean in it and no product."""
     operations = [flow.recording.operations[index] for index in call.operations]
     inputs = [value for value in call.inputs if flow.depends(value)]
     shapes = flow.recording.shapes

@@ -104,7 +104,7 @@ class _Watch:
         def watched(*args: Any, **kwargs: Any) -> Any:
             recording = record(block, forward, args, kwargs)
             self.seen.append(block)
-            self.structures.append(self._structure(recording))
+            self.structures.append(self._structure(block, recording))
             return recording.result
 
         block.forward = watched
@@ -113,11 +113,11 @@ class _Watch:
         finally:
             del block.forward
 
-    def _structure(self, recording: Recording) -> BlockStructure:
+    def _structure(self, block: nn.Module, recording: Recording) -> BlockStructure:
         for known, structure in self._kinds:
             if recording == known:
                 return structure
-        structure = read_structure(recording)
+        structure = read_structure(block, recording)
         structure = next((known for _, known in self._kinds if known == structure), structure)
         self._kinds.append((recording, structure))
         return structure

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...checkpoint.model.families import is_known
+from ...checkpoint.source.equalized import EQUALIZED_NOTE
 from ...tables import bytes_text
 from ..model import CardFacts
 from ..names import RATE, convention_name, pasteable
@@ -109,7 +110,8 @@ def _made(model: Exl2Model) -> tuple[tuple[str, str], ...]:
 
 
 def _changes(changes: Changes) -> str | None:
-    return "; ".join(f"merged with the adapter {adapter.name}" for adapter in changes.adapters) or None
+    merged = [f"merged with the adapter {adapter.name}" for adapter in changes.adapters]
+    return "; ".join(merged + ([f"channels {EQUALIZED_NOTE}"] if changes.equalized is not None else [])) or None
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

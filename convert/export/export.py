@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from ...checkpoint.files.atomic import write_text
-from ...errors import ConfigError
+from ...errors import BpwiseWarning, ConfigError
 from ...measure.measurement import Measurement
 from ..conversion import Target
 from ..format import ExportedPlan, Exporter
@@ -113,7 +114,15 @@ def export_plan(
         raise ConfigError(f"engine: not known. Got {engine!r}. Expected one of {', '.join(known)}. Choose another.")
     target = Target(bpw=bpw, max_bytes=max_bytes)
     path = default_output(source, engine, target) if output is None else Path(output)
-    plan = known[engine].make(Measurement.load(source), target, source, path)
+    measured = Measurement.load(source)
+    if any(linear.input_factors is not None for linear in measured.linears):
+        warnings.warn(
+            f"{source}: the measurement is of equalized channels, which {engine} does not have. The plan may not be "
+            "the best there, and loses more than it says. `bpwise measure --no-equalize` measures the model as it is.",
+            BpwiseWarning,
+            stacklevel=2,
+        )
+    plan = known[engine].make(measured, target, source, path)
     if not dry_run:
         write_text(path, plan.text)
     return plan

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from ...checkpoint.files.partials import clear_partials
 from ...checkpoint.files.safetensors_file import load_metadata, save_tensors
 from ...checkpoint.source.checkpoint import Checkpoint
+from ...checkpoint.source.equalized import column_factors
 from ...checkpoint.source.language import language_model
 from ...checkpoint.source.linears import Linear, model_linears
 from ...errors import FormatError, UnsupportedModelError, WorkDirectoryError
@@ -60,9 +61,11 @@ class HessianFiles(InputsKeeper):
             UnsupportedModelError: Names of its linears are not those in the checkpoint.
         """
         self.folder = folder
-        linears, head = model_linears(language_model(checkpoint))
+        self._model = language_model(checkpoint)
+        linears, head = model_linears(self._model)
         self._linears = [*linears, head]
         self._keys = _keys(checkpoint, self._linears)
+        self._checkpoint = checkpoint
         self._identity = ""
 
     @property
@@ -90,7 +93,10 @@ class HessianFiles(InputsKeeper):
 
     def linears(self, inputs: CurveInputs) -> list[LinearCurves]:
         """Write the Hessian of an input group for each of its linears, and measure nothing."""
-        packed = packed_hessian(inputs.gram.cpu())
+        gram, factors = inputs.gram.cpu(), column_factors(self._checkpoint, self._model, inputs.names[0])
+        if factors is not None:  # exllamav3 sees the model as it is
+            gram = gram * factors[:, None] * factors
+        packed = packed_hessian(gram)
         for name in inputs.names:
             self._save(self._file(name), {"hin": packed})
         return [LinearCurves(tensors={}, damping=inputs.damping) for _ in inputs.names]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 
+from ...checkpoint.source.equalized import EQUALIZED_NOTE
 from ...tables import bytes_text
 from ..model import CardFacts
 from ..names import REPO, pasteable
 from .file.describe import all_tensors_bpw
-from .file.metadata import CALIBRATION_KEY, EFFORT_KEY, LIMITS_KEY, VERSION_KEY
+from .file.metadata import CALIBRATION_KEY, EFFORT_KEY, EQUALIZED_KEY, LIMITS_KEY, VERSION_KEY
 from .file.split import whole_name
 from .llama_cpp.mixtures import label_in
 from .model.reader import GgufModel
@@ -114,6 +115,7 @@ def _made(model: GgufModel) -> tuple[tuple[str, str], ...]:
         ("rounded without a measurement", _unmeasured(model)),
         ("size of the file", bytes_text(model.file_bytes)),
         ("calibration", calibration),
+        ("channels", EQUALIZED_NOTE if EQUALIZED_KEY in metadata else None),
         ("scales", "fitted to the original's predictions" if metadata.get(EFFORT_KEY) == "high" else None),
         ("made with", f"bpwise {version}" if version else "bpwise, as llama-quantize does"),
     ]

@@ -9,6 +9,7 @@ from typing import Any
 
 from ...checkpoint.files.resume import ResumeStore
 from ...checkpoint.source.checkpoint import Checkpoint
+from ...checkpoint.source.equalized import EQUALIZED
 from ...errors import FormatError
 from ...linalg.parallel import cores
 from ...measure.measurement import Measurement
@@ -26,6 +27,7 @@ from .file.metadata import (
     DIGEST_KEY,
     DIGEST_ROOM,
     EFFORT_KEY,
+    EQUALIZED_KEY,
     LIMITS_KEY,
     MAP_KEY,
     RUN_KEY,
@@ -287,5 +289,6 @@ def _metadata(
         SPANS_KEY: provenance.calibration_spans,
         DIGEST_KEY: DIGEST_ROOM,
         **({EFFORT_KEY: effort} if effort == "high" else {}),
+        **({EQUALIZED_KEY: str(provenance.changes[EQUALIZED])} if EQUALIZED in provenance.changes else {}),
         **({LIMITS_KEY: "\n".join(provenance.warnings)} if provenance.warnings else {}),
     }

@@ -104,6 +104,11 @@ class GgufOptions(FormatOptions):
         """Whether types are chosen from a measurement: not those of a mixture."""
         return self.mixture is None
 
+    @property
+    def equalizes(self) -> bool:
+        """Whether channels may be equalized: not those of a file that is given, and not for a mixture."""
+        return self.measures and self.base is None
+
     def weighted_by(self, measurement: Path) -> GgufOptions:
         """Return the options of a mixture that is made with the importances of a measurement, unless it has others."""
         return self if self.mixture is None or self.imatrix is not None else replace(self, imatrix=measurement)
@@ -165,7 +170,7 @@ CONFLICTS: Mapping[str, tuple[Conflict, ...]] = {
             (
                 *("override", "backend", "no_feedback", "effort"),
                 *("calibration", "column", "chat_template", "rows"),
-                *("row_tokens", "seed", "damping", "moe_calibrate_all", "force_eval_text"),
+                *("row_tokens", "seed", "damping", "moe_calibrate_all", "no_equalize", "force_eval_text"),
             ),
             "a mixture of llama.cpp is neither measured nor planned",
         ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from ...checkpoint.source.equalized import EQUALIZED, EQUALIZED_NOTE
 from ...tables import bytes_text
 from ..model import CardFacts
 from ..names import RATE, convention_name, pasteable
@@ -31,6 +32,7 @@ def mlx_card(model: MlxModel, base_name: str) -> CardFacts:
         ("size of the weights", bytes_text(model.file_bytes)),
         ("calibration", provenance.calibration or None),
         ("predicted damage", _nats(provenance.predicted_damage_nats)),
+        ("channels", EQUALIZED_NOTE if EQUALIZED in provenance.changes else None),
         ("made with", f"bpwise {provenance.bpwise}" if provenance.bpwise else None),
     ]
     return CardFacts(

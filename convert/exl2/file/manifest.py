@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ....checkpoint.files.schemas import Count, NonNegative, read_checksummed
+from ....checkpoint.files.schemas import Count, NonNegative, Positive, read_checksummed
 from ....checkpoint.source.hub import confined_file
 from ....errors import FormatError
 
@@ -32,9 +32,11 @@ class Changes:
 
     Attributes:
         adapters: Adapters merged into it.
+        equalized: Version of the rules by which its channels were equalized; None if they were not.
     """
 
     adapters: tuple[_Adapter, ...] = ()
+    equalized: Positive | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

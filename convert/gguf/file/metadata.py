@@ -11,6 +11,7 @@ __all__ = [
     "DIGEST_KEY",
     "DIGEST_ROOM",
     "EFFORT_KEY",
+    "EQUALIZED_KEY",
     "LIMITS_KEY",
     "MAP_KEY",
     "RUN_KEY",
@@ -30,6 +31,9 @@ DIGEST_ROOM = "0" * 64
 
 EFFORT_KEY = "bpwise.effort"
 """``high`` where scales were fitted to the original's predictions; missing otherwise."""
+
+EQUALIZED_KEY = "bpwise.equalized"
+"""Version of the rules by which channels were equalized; missing where they are as in the original."""
 
 LIMITS_KEY = "bpwise.limits"
 """Sentences that ``require_llama_cpp`` returned for the model, a line each."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from .imatrix import ImportanceMatrix, write_imatrix
 __all__ = ["export_imatrix", "importance_of", "table_importance"]
 
 
-def importance_of(measurement: Measurement, layout: Layout) -> ImportanceMatrix:
+def importance_of(measurement: Measurement, layout: Layout, *, of_original: bool = False) -> ImportanceMatrix:
     """Return the importances that a measurement implies: weighted mean squares of the inputs of every tensor.
 
     Tokens count as the end loss says (see ``bpwise.measure.statistics.inputs``), where llama.cpp counts all alike.
@@ -27,10 +28,13 @@ def importance_of(measurement: Measurement, layout: Layout) -> ImportanceMatrix:
     Args:
         measurement: What was measured.
         layout: The file that the tensors are in.
+        of_original: Whether they are those of the model as it was before its channels were equalized.
     """
     table = measurement.embedding
     heads = () if table.tied else (measurement.head,)
     linears = {linear.name: linear for linear in (*measurement.linears, *heads)}
+    if of_original:
+        linears = {name: replace(linear, input_power=linear.original_power) for name, linear in linears.items()}
     means = {
         name: _means(layout, name, linears)
         for name, own in layout.rows.tensors.items()
@@ -85,7 +89,7 @@ def export_imatrix(measurement: Measurement | str | Path, output: str | Path) ->
     """
     output = Path(output)
     measured = measurement if isinstance(measurement, Measurement) else Measurement.load(measurement)
-    matrix = importance_of(measured, gguf_curves(measured).layout)
+    matrix = importance_of(measured, gguf_curves(measured).layout, of_original=True)
     write_imatrix(output, matrix, legacy=output.suffix.lower() == ".dat")
     return len(matrix.sums)
 

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from ....checkpoint.source.checkpoint import TensorSource
+from ....checkpoint.source.equalized import equalized_as
 from ....errors import CheckpointError, FormatError, UnsupportedModelError
 from ....measure.text.chat_template import ChatTemplate
 from ...model import Description, QuantizedModel
 from ..file.describe import describe_gguf
 from ..file.header import GgufHeader, GgufTensor
-from ..file.metadata import MAP_KEY, SPANS_KEY
+from ..file.metadata import EQUALIZED_KEY, MAP_KEY, SPANS_KEY
 from ..file.roles import Role, layer_of, role_of, trimmed
 from ..file.split import model_digest, read_model_header
 from ..file.values import FLOATS, read_values
@@ -76,7 +77,10 @@ class GgufModel(QuantizedModel):
         """See ``QuantizedModel``: itself where the file tells all; else with the original's config and norms."""
         from .mapped import MappedGguf  # noqa: PLC0415 - a kind of this class
 
-        return self if self._config is not None else MappedGguf(self._header, original)
+        if self._config is not None:
+            return self
+        version = self._header.metadata.get(EQUALIZED_KEY)
+        return MappedGguf(self._header, equalized_as(original, version, self.path))
 
     @property
     def stands_alone(self) -> bool:

@@ -27,6 +27,7 @@ class Provenance:
     Attributes:
         bpwise: Version that wrote it.
         run: Identifies the run.
+        changes: What was changed while the original was read.
         calibration: What was calibrated on.
         calibration_spans: Hashes of the calibration text.
         predicted_damage_nats: What the plan predicted, nats per token.
@@ -35,6 +36,7 @@ class Provenance:
 
     bpwise: str | None = None
     run: str | None = None
+    changes: dict[str, Any] = field(default_factory=dict)
     calibration: str | None = None
     calibration_spans: str | None = None
     predicted_damage_nats: NonNegative | None = None

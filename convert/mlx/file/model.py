@@ -15,6 +15,7 @@ from ....checkpoint.files.safetensors_file import SafetensorsHeader
 from ....checkpoint.files.schemas import read_json
 from ....checkpoint.model.names import model_order
 from ....checkpoint.source.checkpoint import Checkpoint, TensorSource
+from ....checkpoint.source.equalized import EQUALIZED, equalized_as
 from ....checkpoint.source.hub import confined_file
 from ....checkpoint.source.index import weight_headers
 from ....errors import CheckpointError, FormatError
@@ -165,7 +166,8 @@ class MlxModel(QuantizedModel):
 
     def beside(self, original: TensorSource) -> QuantizedModel:
         """Return the model with its original's names, and what mlx-lm changes before it is quantized from there."""
-        return _Beside(self, original)
+        version = None if self.manifest is None else self.manifest.provenance.changes.get(EQUALIZED)
+        return _Beside(self, equalized_as(original, version, self.path))
 
     def reader(self, linear: str) -> Callable[[], Tensor]:
         """Return what reads a linear's weight."""
