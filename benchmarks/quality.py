@@ -26,6 +26,7 @@ import click
 import exllamav2_peer
 import numpy as np
 from baselines import round_to_nearest
+from bpwise.checkpoint.equalized.view import original_of
 from bpwise.checkpoint.files.atomic import atomic_file
 from bpwise.checkpoint.source.checkpoint import Checkpoint, TensorSource
 from bpwise.checkpoint.source.language import WeightOverlay, language_model
@@ -41,10 +42,10 @@ from bpwise.eval.original import OriginalRun, run_original
 from bpwise.measure.calibrated import calibration_rows
 from bpwise.measure.device import resolve_device
 from bpwise.measure.measurement import MeasuredLinear, Measurement
-from bpwise.measure.run import MeasureConfig, measure_to_file, measured_as, measurement_provenance
+from bpwise.measure.run import MeasureConfig, measure_to_file, measurement_provenance
 from bpwise.measure.text.calibration import CalibrationConfig, CalibrationSet
 from bpwise.measure.text.tokenizer import load_tokenizer
-from bpwise.quantize.config import QuantizeConfig
+from bpwise.quantize.config import QuantizeConfig, original_for
 from bpwise.quantize.rounding.model import RoundConfig, round_model
 from torch import Tensor
 from tqdm import tqdm
@@ -117,7 +118,7 @@ def prepare(
     model: str, config: MeasureConfig, eval_config: EvalConfig, work: Path, package: Path | None = None
 ) -> Benchmark:
     """Open the model and take the rows."""
-    checkpoint = measured_as(model, config)
+    checkpoint = original_for(model, config)
     vocab_size = int(checkpoint.config["vocab_size"])
     return Benchmark(
         model=model,
@@ -365,7 +366,9 @@ def compare_all(
     missing = [(key, bpw) for bpw in targets for key in variants if (key, bpw) not in results]
     if not missing:
         return results
-    original = run_original(benchmark.checkpoint.original, benchmark.evaluation, benchmark.eval_config, progress_bar)
+    original = run_original(
+        original_of(benchmark.checkpoint), benchmark.evaluation, benchmark.eval_config, progress_bar
+    )
     for key, bpw in missing:
         result = run_variant(benchmark, original, key, bpw)
         append_result(path, benchmark.identity, result)

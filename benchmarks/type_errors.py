@@ -3,8 +3,9 @@
     python benchmarks/type_errors.py MODEL --fit c4.txt --judge wiki.txt --linears '*.15.mlp.down_proj'
 
 Printed is tr(D^T H D) of the weight's error D, H of the inputs that a text gives, relative to ggml's encoder with the
-mean squares of the fitted text's inputs as importances: with error feedback, and with every code chosen again given
-all others, which is what bpwise does (outputs each for itself, and no drift to correct: one linear at a time).
+mean squares of the fitted text's inputs as importances: with error feedback, with every code chosen again given all
+others, and with the channels equalized before that, which is what bpwise does (outputs each for itself, and no drift to
+correct: one linear at a time).
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from fnmatch import fnmatchcase
 
 import click
 import torch
+from bpwise.checkpoint.equalized.view import column_factors, equalized
+from bpwise.checkpoint.source.language import language_model
 from bpwise.checkpoint.source.original import open_model
 from bpwise.convert.gguf.ggml.kernels import Bytes, decode, encode, ggml_type
 from bpwise.convert.gguf.ggml.rounding import round_to_type
@@ -31,26 +34,36 @@ __all__ = ["error", "main", "steps"]
 _TYPES = "IQ1_S,IQ2_XXS,IQ2_S,IQ3_XXS,IQ3_S,Q2_K,Q3_K,IQ4_XS,Q4_K,Q5_K,Q6_K"
 
 
-def steps(weight: Tensor, gram: Tensor, kind: GgmlType, damping: float) -> dict[str, Bytes]:
-    """Return one weight rounded in every way.
+def steps(
+    weight: Tensor, gram: Tensor, kind: GgmlType, damping: float, factors: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Return one weight rounded in every way, decoded, each of shape (K, out).
 
     Args:
         weight: Float32, shape (K, out).
         gram: H, float32, shape (K, K).
         kind: The type.
         damping: Of H, relative to the mean of its diagonal.
+        factors: What equalization multiplies the input channels of the weight with, shape (K,).
     """
     upper = factor_hessian(gram, damping).upper
+    scale = torch.ones(len(weight)) if factors is None else factors
+    even = factor_hessian(gram / (scale[:, None] * scale), damping).upper
+
+    def decoded(data: Bytes) -> Tensor:
+        return decode(data, kind).T
+
     return {
-        "ggml": encode(weight.T.contiguous(), kind, gram.diagonal().contiguous()),
-        "feedback": round_to_type(weight, upper, kind, sweeps=0),
-        "chosen again": round_to_type(weight, upper, kind),
+        "ggml": decoded(encode(weight.T.contiguous(), kind, gram.diagonal().contiguous())),
+        "feedback": decoded(round_to_type(weight, upper, kind, sweeps=0)),
+        "chosen again": decoded(round_to_type(weight, upper, kind)),
+        "equalized": decoded(round_to_type(weight * scale[:, None], even, kind)) / scale[:, None],
     }
 
 
-def error(weight: Tensor, data: Bytes, kind: GgmlType, gram: Tensor) -> float:
+def error(weight: Tensor, rounded: Tensor, gram: Tensor) -> float:
     """Return tr(D^T H D)."""
-    missed = weight - decode(data, kind).T
+    missed = weight - rounded
     return float((missed * (gram @ missed)).sum())
 
 
@@ -109,17 +122,19 @@ def main(
         if isinstance(module, nn.Linear) and any(fnmatchcase(name, pattern) for pattern in linears.split(","))
     ]
     fitted, judged = (_grams(network, names, text) for text in texts)
-    click.echo("| linear | type | bits | fitted text: feedback | chosen again | other text: feedback | chosen again |")
-    click.echo("| --- | --- | --- | --- | --- | --- | --- |")
+    view, source = equalized(checkpoint), language_model(checkpoint)
+    columns = "feedback | chosen again | equalized"
+    click.echo(f"| linear | type | bits | fitted text: {columns} | other text: {columns} |")
+    click.echo("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for name in names:
         weight = network.get_submodule(name).weight[:outputs].T.detach().contiguous()
         for kind in map(ggml_type, types.split(",")):
             if not kind.fits(len(weight)):
                 continue
-            made = steps(weight, fitted[name], kind, damping)
+            made = steps(weight, fitted[name], kind, damping, column_factors(view, source, name))
             cells = [name, kind.name, f"{kind.bits_per_weight:.2f}"]
             for gram in (fitted[name], judged[name]):
-                plain, *own = (error(weight, data, kind, gram) for data in made.values())
+                plain, *own = (error(weight, each, gram) for each in made.values())
                 cells += [f"{each / plain:.2f}" for each in own]
             click.echo("| " + " | ".join(cells) + " |")
 

@@ -125,21 +125,14 @@ def calibration_options(command: Command) -> Command:
             "-l", "--row-tokens", type=click.IntRange(2), help=f"Tokens in each sequence.  {ROW_TOKENS_DEFAULT}"
         ),
         click.option("--seed", type=int, default=0, help="Random seed."),
-        click.option(
-            "--damping",
-            type=float,
-            help="Relative damping of the Hessians.  [default: tuned for each input group on held-out sequences]",
-        ),
+        click.option("--damping", type=float, help="Damping of the Hessians.  [default: tuned on held-out sequences]"),
         click.option(
             "--moe-calibrate-all",
             is_flag=True,
             help="Run every token through every expert. By default only rarely chosen experts get all tokens.",
         ),
         click.option(
-            "--no-equalize",
-            is_flag=True,
-            help="Leave channels as they are. By default, factors are moved between norms and linears, and between "
-            "linears, so that all input channels have weights of one size.",
+            "--no-equalize", is_flag=True, help="Leave channels as they are, with weights of different sizes."
         ),
         click.option("--device", default="auto", help="Device to compute on: cpu, cuda, cuda:N, mps or auto."),
         click.option(

@@ -175,8 +175,7 @@ def quantize(
     Interrupted? Run the same command again and it resumes. If the output turns out to be useless, it is marked with
     BROKEN.md and the exit code is 1.
     """
-    from ..quantize.config import QuantizeConfig
-    from ..quantize.measuring import original_for
+    from ..quantize.config import QuantizeConfig, original_for
     from ..quantize.run import quantize_model
     from ..quantize.series import quantize_series
 

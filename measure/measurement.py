@@ -37,8 +37,7 @@ RARE_TOKENS = 100
 """An expert that fewer calibration tokens chose is reported: its statistics are mostly those of other tokens."""
 
 _FIELDS = ("fisher", "input_power", "coupling")
-_FACTORS = "input_factors"
-_IMPORTANCE = "importance"
+_FACTORS, _IMPORTANCE = "input_factors", "importance"
 _WEIGHTS = "token_weights"
 _TOKENS = "calibration_tokens"
 
@@ -61,8 +60,7 @@ class MeasuredLinear:
             where error feedback was given up.
         chosen_tokens: How many calibration tokens chose the expert that the linear belongs to; None outside of
             experts.
-        input_factors: What equalization multiplied each column of the weight with, float32, shape (K,); None where it
-            changed none.
+        input_factors: What equalization multiplied each column of the weight with, float32, shape (K,); None: nothing.
     """
 
     name: str
@@ -73,11 +71,6 @@ class MeasuredLinear:
     damping: float
     chosen_tokens: int | None = None
     input_factors: NDArray[np.float32] | None = None
-
-    @property
-    def original_power(self) -> NDArray[np.float32]:
-        """``input_power`` of the model as it was before its channels were equalized."""
-        return self.input_power if self.input_factors is None else self.input_power * np.square(self.input_factors)
 
     @property
     def in_features(self) -> int:
@@ -244,10 +237,9 @@ class Measurement:
         linears = (*self.linears, self.head)
         tensors = {f"{linear.name}.{field}": getattr(linear, field) for linear in linears for field in _FIELDS}
         tensors |= {f"{x.name}.{_FACTORS}": x.input_factors for x in linears if x.input_factors is not None}
-        tensors[f"{self.embedding.name}.{_IMPORTANCE}"] = self.embedding.importance
         own = self.layer_embedding
-        if own is not None:
-            tensors[f"{own.name}.{_IMPORTANCE}"] = own.importance
+        tables = (self.embedding,) if own is None else (self.embedding, own)
+        tensors |= {f"{table.name}.{_IMPORTANCE}": table.importance for table in tables}
         tensors[_TOKENS] = self.tokens
         shared: dict[bytes, str] = {}
         owners = {x.name: shared.setdefault(x.token_weights.tobytes(), x.name) for x in linears}
@@ -316,15 +308,13 @@ class Measurement:
                 token_weights=weights[header.token_weights[name]],
                 damping=float("inf") if damping is None else damping,
                 chosen_tokens=header.chosen_tokens.get(name),
-                input_factors=(
-                    tensors.take(factors, np.float32, power.shape, least=0) if factors in tensors.tensors else None
-                ),
+                input_factors=tensors.take(factors, np.float32, power.shape) if factors in tensors.tensors else None,
             )
 
         def format_curves(name: str) -> FormatCurves:
             more = [] if header.layer_embedding is None else [header.layer_embedding.name]
-            linears = tensors.curves(name, [*header.linears, header.head, *more, table.name])
-            own = linears.pop(table.name)
+            linears = tensors.curves(name, [*header.linears, header.head, *more, header.embedding.name])
+            own = linears.pop(header.embedding.name)
             described = header.curves[name]
             return FormatCurves(version=described.version, header=described.header, linears=linears, table=own)
 
@@ -336,11 +326,10 @@ class Measurement:
                 tied=known.tied,
             )
 
-        table = header.embedding
         measurement = cls(
             linears=tuple(linear(name) for name in header.linears),
             head=linear(header.head),
-            embedding=measured_table(table),
+            embedding=measured_table(header.embedding),
             layer_embedding=None if header.layer_embedding is None else measured_table(header.layer_embedding),
             other_weights=header.other_weights,
             tokens=tokens,

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.equalized.view import EQUALIZED, column_factors
 from ..checkpoint.files.paths import check_run, refuse_foreign, reserved, work_beside
 from ..checkpoint.files.resume import ResumeStore, run_artifacts
 from ..checkpoint.files.schemas import check_schema
 from ..checkpoint.model.structure_json import structure_to_json
 from ..checkpoint.source.checkpoint import Checkpoint
-from ..checkpoint.source.equalized import EQUALIZED, column_factors, equalized
 from ..checkpoint.source.language import LanguageModel, language_model
 from ..checkpoint.source.original import Original, open_model
 from ..errors import ConfigError, FormatError
@@ -29,7 +29,7 @@ from .calibrated import CALIBRATION_FILE, load_or_make_rows
 from .curves import CurveMaker, CurveSource, InputsKeeper
 from .device import resolve_device
 from .embeddings import finished_tables
-from .measurement import FormatCurves, MeasuredLinear, Measurement, is_measurement
+from .measurement import FormatCurves, Measurement, is_measurement
 from .model.replay import check_replay
 from .model.stream import StreamedModel
 from .passes import MeasuringPasses, finished_decoder, finished_head, repeat_without
@@ -46,7 +46,6 @@ __all__ = [
     "kept_inputs",
     "measure_checkpoint",
     "measure_to_file",
-    "measured_as",
     "measured_with",
     "measurement_provenance",
 ]
@@ -69,7 +68,7 @@ class MeasureConfig:
         damping: What is added to the diagonal of every Hessian, relative to its mean, dimensionless; None chooses for
             each input group what serves held-out sequences best.
         seed: Seed of the random signs that probe the Fisher information.
-        equalize: Whether channels are equalized before anything else; see ``checkpoint.source.equalized``.
+        equalize: Whether channels are equalized before anything else; see ``checkpoint.equalized.view``.
         moe_calibrate_all: Whether all tokens are run through all experts of a mixture: those that did not choose an
             expert count a tenth of those that did. Otherwise only experts that few tokens choose see others.
         device: ``cpu``, ``cuda``, ``cuda:N``, ``mps``, or ``auto`` for the best at hand.
@@ -110,8 +109,7 @@ def measurement_provenance(
     checkpoint: Checkpoint, calibration: CalibrationSet, config: MeasureConfig, curves: Sequence[CurveMaker]
 ) -> dict[str, Any]:
     """Return all that a measurement depends on, as plain JSON: the same provenance means the same measurement."""
-    rows, row_tokens = calibration.tokens.shape
-    device = resolve_device(config.device)
+    (rows, row_tokens), device = calibration.tokens.shape, resolve_device(config.device)
     return {
         "bpwise": __version__,
         "model": checkpoint.fingerprint,
@@ -151,8 +149,7 @@ def measured_with(measurement: Measurement) -> MeasureConfig:
         FormatError: The measurement's provenance does not tell them.
         ConfigError: They make no sense.
     """
-    remedy = "The measurement is damaged: measure the model again."
-    where = "measurement: provenance"
+    where, remedy = "measurement: provenance", "The measurement is damaged: measure the model again."
     known = check_schema(measurement.provenance, _OptionsProvenance, FormatError, where=where, remedy=remedy)
     return MeasureConfig(
         damping=known.damping,
@@ -161,20 +158,6 @@ def measured_with(measurement: Measurement) -> MeasureConfig:
         moe_calibrate_all=known.moe_calibrate_all,
         precision=FLOAT32 if known.precision == FLOAT32 else "auto",
     )
-
-
-def measured_as(model: Original, config: MeasureConfig) -> Checkpoint:
-    """Open a model as it is measured and quantized: with its channels equalized, or as it is.
-
-    Args:
-        model: A local directory, a Hub id, or what ``open_model`` made of one.
-        config: Options; for a measurement those of ``measured_with``.
-
-    Raises:
-        CheckpointError: As ``open_model``.
-    """
-    checkpoint = open_model(model)
-    return equalized(checkpoint) if config.equalize else checkpoint
 
 
 def _digest(curves: CurveMaker) -> str:
@@ -233,21 +216,16 @@ def measure_checkpoint(
         run.backward(progress)
         run.embedding()
     linears, head = finished_decoder(run.model, run.artifacts), finished_head(run.artifacts)
-
-    def measured(linear: MeasuredLinear) -> MeasuredLinear:
-        factors = column_factors(checkpoint, source, linear.name)
-        return linear if factors is None else replace(linear, input_factors=factors.numpy())
-
+    names = [each.linear.name for each in (*linears, head)]
+    factors = {x: own.numpy() for x in names if (own := column_factors(checkpoint, source, x)) is not None}
     embedding, of_layers = finished_tables(run.model, run.artifacts)
     tables = [embedding, *([] if of_layers is None else [of_layers])]
     return Measurement(
-        linears=tuple(measured(each.linear) for each in linears),
-        head=measured(head.linear),
+        linears=tuple(replace(x.linear, input_factors=factors.get(x.linear.name)) for x in linears),
+        head=replace(head.linear, input_factors=factors.get(head.linear.name)),
         embedding=embedding.table,
         layer_embedding=None if of_layers is None else of_layers.table,
-        other_weights=_other_weights(
-            source, [*(x.linear.name for x in (*linears, head)), *(x.table.name for x in tables)]
-        ),
+        other_weights=_other_weights(source, [*names, *(x.table.name for x in tables)]),
         tokens=calibration.tokens.int().numpy(),
         curves={
             maker.name: FormatCurves(

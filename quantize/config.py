@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.equalized.view import equalized
 from ..checkpoint.source.checkpoint import Checkpoint
 from ..checkpoint.source.hub import directory_name
+from ..checkpoint.source.original import Original, open_model
 from ..convert.conversion import Conversion, Provenance, Target
 from ..convert.format import Format
 from ..convert.names import hub_id
 from ..convert.options import FormatOptions
 from ..convert.registry import format_asking, format_naming, formats
-from ..errors import ConfigError
+from ..errors import BpwiseError, ConfigError
 from ..eval.config import EvalConfig
 from ..eval.metrics.overlap import CalibrationSpans
 from ..eval.publishing.cards import check_base_model
-from ..measure.run import MeasureConfig
+from ..measure.measurement import Measurement
+from ..measure.run import MeasureConfig, measured_with
 from ..measure.text.calibration import CalibrationSet
 from ..measure.text.mixture import BUILT_IN
 from ..progress import Progress
@@ -27,7 +31,7 @@ from ..version import __version__
 from .judge import Judge
 from .measuring import GivenMeasurement
 
-__all__ = ["Job", "QuantizeConfig", "chosen_evaluation", "chosen_target", "options_naming"]
+__all__ = ["Job", "QuantizeConfig", "chosen_evaluation", "chosen_target", "options_naming", "original_for"]
 
 
 def options_naming(output: Path) -> FormatOptions:
@@ -55,6 +59,31 @@ def chosen_evaluation(evaluate: EvalConfig | bool) -> EvalConfig | None:
     if isinstance(evaluate, EvalConfig):
         return evaluate
     return EvalConfig() if evaluate else None
+
+
+def original_for(
+    model: Original,
+    config: MeasureConfig,
+    given: Measurement | str | Path | None = None,
+    *,
+    options: Iterable[FormatOptions] = (),
+) -> Checkpoint:
+    """Open the original of a run as it will be measured, or was.
+
+    Args:
+        model: A local directory, a Hub id, or what ``open_model`` made of one.
+        config: How to measure, where there is no measurement yet.
+        given: A measurement of the model, or its file. One that cannot be read is refused later.
+        options: Those of all formats. One that does not take equalized channels gets the model as it is.
+
+    Raises:
+        CheckpointError: As ``open_model``.
+    """
+    checkpoint, wanted = open_model(model), config.equalize
+    if given is not None:
+        with suppress(BpwiseError):
+            wanted = measured_with(given if isinstance(given, Measurement) else Measurement.load(given)).equalize
+    return equalized(checkpoint) if wanted and all(each.equalizes for each in options) else checkpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,32 +6,30 @@ import hashlib
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
+from ..checkpoint.equalized.view import equalized
 from ..checkpoint.files.atomic import write_json
 from ..checkpoint.files.digests import file_digests
 from ..checkpoint.files.paths import refuse_foreign
 from ..checkpoint.files.schemas import read_schema
 from ..checkpoint.model.structure_json import structure_to_json
 from ..checkpoint.source.checkpoint import Checkpoint
-from ..checkpoint.source.equalized import equalized
 from ..checkpoint.source.language import language_model
 from ..checkpoint.source.linears import model_linears
-from ..checkpoint.source.original import Original, open_model
 from ..convert.conversion import Conversion
 from ..convert.format import Format
-from ..convert.options import FormatOptions
 from ..convert.plan import Plan
 from ..convert.registry import format_asking, is_plan
-from ..errors import BpwiseError, BpwiseWarning, FormatError
+from ..errors import BpwiseWarning, FormatError
 from ..measure.calibrated import CALIBRATION_FILE, load_or_make_rows, measured_rows
 from ..measure.curves import CurveMaker
 from ..measure.measurement import Measurement, is_measurement
-from ..measure.run import MeasureConfig, measure_checkpoint, measured_as, measured_with, measurement_provenance
+from ..measure.run import MeasureConfig, measure_checkpoint, measured_with, measurement_provenance
 from ..measure.text.calibration import CalibrationSet, is_calibration
 from ..progress import Progress, silent
 from .timing.costs import StepClock
@@ -47,7 +45,6 @@ __all__ = [
     "content_digest",
     "load_measurement",
     "load_or_measure",
-    "original_for",
 ]
 
 _log = logging.getLogger(__name__)
@@ -177,34 +174,6 @@ class GivenMeasurement:
         return cls(Path(given), load_measurement(Path(given), checkpoint, progress))
 
 
-def original_for(
-    model: Original,
-    config: MeasureConfig,
-    given: Measurement | str | Path | None = None,
-    *,
-    options: Iterable[FormatOptions] = (),
-) -> Checkpoint:
-    """Open the original of a run as it will be measured, or was.
-
-    Args:
-        model: A local directory, a Hub id, or what ``open_model`` made of one.
-        config: How to measure, where there is no measurement yet.
-        given: A measurement of the model, or its file. One that cannot be read is refused later.
-        options: Those of all formats. One that does not take equalized channels gets the model as it is.
-
-    Raises:
-        CheckpointError: As ``open_model``.
-    """
-    if not all(each.equalizes for each in options):
-        return open_model(model)
-    try:
-        if given is not None:
-            config = measured_with(given if isinstance(given, Measurement) else Measurement.load(given))
-    except BpwiseError:
-        _log.debug("measurement: not readable, which is told later")
-    return measured_as(model, config)
-
-
 def load_or_measure(
     checkpoint: Checkpoint,
     config: MeasureConfig,
@@ -302,8 +271,8 @@ def _check_measurement(measurement: Measurement, where: str, checkpoint: Checkpo
     checkpoint.prepare_fingerprint(progress)
     if measurement.provenance.get("model") == equalized(checkpoint).fingerprint != checkpoint.fingerprint:
         raise FormatError(
-            f"{where}: the measurement is of equalized channels. Got --base, or an original that is taken as it is. "
-            "Leave --base out, or measure the model again with --no-equalize."
+            f"{where}: the measurement is of equalized channels, and the base is not. Leave --base out, or measure the "
+            "model again with --no-equalize."
         )
     if measurement.provenance.get("model") != checkpoint.fingerprint:
         raise FormatError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..checkpoint.equalized.view import original_of
 from ..checkpoint.files.disk_errors import require_rooms
 from ..checkpoint.files.paths import named, reserved, work_beside
 from ..checkpoint.files.resume import ResumeStore
@@ -33,9 +34,9 @@ from .checks import (
     require_convertible,
     require_together,
 )
-from .config import Job, QuantizeConfig, chosen_evaluation, chosen_target
+from .config import Job, QuantizeConfig, chosen_evaluation, chosen_target, original_for
 from .judge import Judge
-from .measuring import GivenMeasurement, original_for
+from .measuring import GivenMeasurement
 from .output import make_output
 from .result import QuantizeResult
 from .times import announce, announce_measuring
@@ -271,7 +272,7 @@ def begin_jobs(
         series=series,
     )
     evaluate, kept = shared.evaluate, original_cache() if cache else None
-    judge = None if evaluate is None else Judge(first.checkpoint.original, evaluate, progress, cache=kept)
+    judge = None if evaluate is None else Judge(original_of(first.checkpoint), evaluate, progress, cache=kept)
     return [
         Job(
             conversion=conversion,

@@ -26,8 +26,8 @@ from ..measure.text.calibration import CalibrationSet
 from ..progress import Progress, default_progress
 from ..tables import bytes_text, html_summary
 from .checks import check_output, check_places, files_beside, require_convertible
-from .config import Job, QuantizeConfig, chosen_evaluation, options_naming
-from .measuring import MEASUREMENT_FILE, MEASURING, GivenMeasurement, check_work, load_or_measure, original_for
+from .config import Job, QuantizeConfig, chosen_evaluation, options_naming, original_for
+from .measuring import MEASUREMENT_FILE, MEASURING, GivenMeasurement, check_work, load_or_measure
 from .output import finished_output, make_output
 from .result import QuantizeResult
 from .run import begin_jobs
@@ -174,15 +174,8 @@ def quantize_series(
     check_work(work / MEASURING)
     try_report(output)
     given = GivenMeasurement.load(measurement, checkpoint, shown)
-    jobs = begin_jobs(
-        [(line.conversion, line.config, line.targets) for line in lines],
-        work,
-        given=given,
-        calibration=calibration,
-        cache=cache,
-        progress=shown,
-        series=True,
-    )
+    parts = [(line.conversion, line.config, line.targets) for line in lines]
+    jobs = begin_jobs(parts, work, given=given, calibration=calibration, cache=cache, progress=shown, series=True)
     with reserved(output), run_artifacts(work) as shared:
         targets = [line.targets for line in lines]
         found, used = _finished_before(jobs, targets, work)

@@ -80,7 +80,7 @@ def test_imports_run_downhill(path: Path) -> None:
 
 
 INNER = {
-    "checkpoint": ["carry", "source", "loading", "trace", "model", "files"],
+    "checkpoint": ["carry", "equalized", "source", "loading", "trace", "model", "files"],
     "measure": [".", "text", "statistics", "model", "layers"],
     "convert": ["export", "exl2", "gguf", "mlx", "numerics", "."],
     "convert/exl2": [".", "rounding", "plan", "file", "readers"],

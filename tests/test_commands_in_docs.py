@@ -15,7 +15,7 @@ from bpwise.cli.group import HELP
 from bpwise.cli.types import Place
 from bpwise.convert.exl2 import card as exl2_card
 from bpwise.convert.gguf import card as gguf_card
-from bpwise.quantize import recipe
+from bpwise.quantize import config, recipe
 from click.testing import CliRunner
 
 from .families.families import FAMILIES
@@ -61,6 +61,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Place, "convert", lambda _self, value, _param, _context: Path(value))
     monkeypatch.setattr(original, "open_model", stop)
+    monkeypatch.setattr(config, "original_for", stop)
     monkeypatch.setattr(recipe, "read_recipe", lambda _path: {})
     for name, command in cli.commands.items():
         if name != "quantize":  # checks more before it opens the model

@@ -177,16 +177,6 @@ class Checkpoint:
         return _is_tied(self)
 
     @property
-    def original(self) -> Checkpoint:
-        """The model that outputs are compared with: without changes that only make it easier to quantize."""
-        return self
-
-    @property
-    def on_grid(self) -> frozenset[str]:
-        """Names of tensors that a format can hold without error, because they were stored in that format."""
-        return frozenset()
-
-    @property
     def changes(self) -> dict[str, Any]:
         """What is changed while reading, as plain JSON for provenance; empty here, see ``CheckpointView``."""
         return {}

@@ -164,11 +164,6 @@ class LoraView(CheckpointView):
         adapter = {"name": self._adapter.resolve().name, "sha256": self._digest}
         return {**self._base.changes, "adapters": [*self._base.changes.get("adapters", []), adapter]}
 
-    @property
-    def on_grid(self) -> frozenset[str]:
-        """As of the base, but for what the adapter changes."""
-        return self._base.on_grid - self._changed
-
     def info(self, name: str) -> TensorInfo:
         """Return shape, dtype and size of a tensor as it is read, and the base's file that holds it."""
         return self._base.info(self._base_name(name))

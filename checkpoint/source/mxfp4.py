@@ -54,8 +54,8 @@ class Mxfp4View(DequantizedView):
         self._names = base.names - taken | self._shapes.keys()
 
     @property
-    def on_grid(self) -> frozenset[str]:
-        """All weights that are dequantized."""
+    def dequantized(self) -> frozenset[str]:
+        """Names of the weights that are stored in MXFP4."""
         return frozenset(self._shapes)
 
     def info(self, name: str) -> TensorInfo:

@@ -109,9 +109,9 @@ class CheckpointView(Checkpoint):
         self._base.prepare_fingerprint(progress)
 
     @property
-    def on_grid(self) -> frozenset[str]:
-        """As of the base."""
-        return self._base.on_grid
+    def base(self) -> Checkpoint:
+        """What is viewed."""
+        return self._base
 
     @property
     def changes(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.structure import LinearPlace
-from .flow import Flow
+from .flow import Flow, Product
 from .joins import is_norm
 
 __all__ = ["read_norms", "weight_offset"]
@@ -32,12 +33,17 @@ def read_norms(block: nn.Module, flow: Flow) -> dict[str, tuple[LinearPlace, ...
     if not called.issuperset(linears):
         return {}
     shapes = flow.recording.shapes
+    times = Counter(call.module for call in flow.recording.calls)
     found = {}
     for call in flow.recording.calls:
-        if is_norm(call, flow) and len(call.outputs) == 1:
-            places = list(_readers(flow, call.outputs[0], shapes[call.outputs[0]][-1]))
-            if places and None not in places:
-                found[call.module] = tuple(dict.fromkeys(place for place in places if place is not None))
+        if is_norm(call, flow) and times[call.module] == 1:
+            value = call.outputs[0]
+            products = list(_readers(flow, value, shapes[value][-1]))
+            read = {product.parameter for product in products if product is not None}
+            if products and all(each in products for each in flow.products if each.parameter in read):
+                places = [LinearPlace(each.parameter, turned=each.turned) for each in products if each is not None]
+                if len(places) == len(products):
+                    found[call.module] = tuple(dict.fromkeys(places))
     return found
 
 
@@ -66,13 +72,16 @@ def weight_offset(norm: nn.Module) -> float | None:
 
     with torch.no_grad():
         for offset in (0.0, 1.0):
-            once, twice = output(1.0 - offset), output(2.0 - offset)
-            if not output(-offset).any() and once.any() and torch.allclose(2 * once, twice):
+            try:
+                none, once, twice = (output(weight - offset) for weight in (0.0, 1.0, 2.0))
+            except Exception:
+                return None
+            if not none.any() and once.any() and torch.allclose(2 * once, twice):
                 return offset
     return None
 
 
-def _readers(flow: Flow, value: int, channels: int) -> Iterator[LinearPlace | None]:
+def _readers(flow: Flow, value: int, channels: int) -> Iterator[Product | None]:
     # None stands for whatever is no product with a parameter.
     products = {product.operation: product for product in flow.products}
     waiting = [value]
@@ -81,8 +90,7 @@ def _readers(flow: Flow, value: int, channels: int) -> Iterator[LinearPlace | No
     while waiting:
         for index, operation in flow.users(waiting.pop()):
             if index in products:
-                product = products[index]
-                yield LinearPlace(product.parameter, turned=product.turned)
+                yield products[index]
             elif operation.name in _SHAPED:
                 continue
             elif flow.looks_at(operation) and all(flow.recording.shapes[x][-1] == channels for x in operation.outputs):

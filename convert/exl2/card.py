@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ...checkpoint.equalized.view import EQUALIZED_NOTE
 from ...checkpoint.model.families import is_known
-from ...checkpoint.source.equalized import EQUALIZED_NOTE
 from ...tables import bytes_text
 from ..model import CardFacts
 from ..names import RATE, convention_name, pasteable

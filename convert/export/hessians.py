@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ...checkpoint.equalized.view import column_factors
 from ...checkpoint.files.partials import clear_partials
 from ...checkpoint.files.safetensors_file import load_metadata, save_tensors
 from ...checkpoint.source.checkpoint import Checkpoint
-from ...checkpoint.source.equalized import column_factors
 from ...checkpoint.source.language import language_model
 from ...checkpoint.source.linears import Linear, model_linears
 from ...errors import FormatError, UnsupportedModelError, WorkDirectoryError

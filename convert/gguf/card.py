@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
-from ...checkpoint.source.equalized import EQUALIZED_NOTE
+from ...checkpoint.equalized.view import EQUALIZED_NOTE
 from ...tables import bytes_text
 from ..model import CardFacts
 from ..names import REPO, pasteable

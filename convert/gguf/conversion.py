@@ -7,9 +7,9 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from ...checkpoint.equalized.view import EQUALIZED
 from ...checkpoint.files.resume import ResumeStore
 from ...checkpoint.source.checkpoint import Checkpoint
-from ...checkpoint.source.equalized import EQUALIZED
 from ...errors import FormatError
 from ...linalg.parallel import cores
 from ...measure.measurement import Measurement

@@ -9,12 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ...checkpoint.equalized.view import equalized
 from ...checkpoint.model.names import text_config
 from ...checkpoint.source.checkpoint import Checkpoint
 from ...errors import CheckpointError, FormatError, UnsupportedModelError
 from ...linalg.parallel import cores
 from ...measure.measurement import Measurement, is_measurement
-from ...measure.run import measured_as, measured_with
 from ...progress import Progress
 from ...tables import Table
 from ..conversion import Provenance, SizeForecast, Target
@@ -125,9 +125,6 @@ class MixtureConversion(GgufConversion):
             return importance_of(self._measured, gguf_curves(self._measured).layout, of_original=True)
         return None if path is None else read_imatrix(path)
 
-    def _as_measured(self, measurement: Measurement) -> Checkpoint:
-        return measured_as(self.checkpoint, measured_with(measurement))
-
     @cached_property
     def _measured(self) -> Measurement | None:
         path = self.options.imatrix
@@ -139,7 +136,8 @@ class MixtureConversion(GgufConversion):
         """See ``Conversion``; the measurement of another model is refused first."""
         if self._measured is not None:
             self.checkpoint.prepare_fingerprint(progress)
-            if self._measured.provenance.get("model") != self._as_measured(self._measured).fingerprint:
+            known = (self.checkpoint.fingerprint, equalized(self.checkpoint).fingerprint)
+            if self._measured.provenance.get("model") not in known:
                 raise FormatError(
                     f"{self.options.imatrix}: the measurement belongs to another model than "
                     f"{self.checkpoint.directory}. Measure this one, or export an imatrix and name that."

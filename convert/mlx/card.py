@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from ...checkpoint.source.equalized import EQUALIZED, EQUALIZED_NOTE
+from ...checkpoint.equalized.view import EQUALIZED, EQUALIZED_NOTE
 from ...tables import bytes_text
 from ..model import CardFacts
 from ..names import RATE, convention_name, pasteable

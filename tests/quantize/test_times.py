@@ -19,8 +19,7 @@ from bpwise.measure.run import MeasureConfig
 from bpwise.measure.text.calibration import CalibrationConfig
 from bpwise.progress import ExpectedPart, RunForecast, RunProgress, silent
 from bpwise.quantize.checks import forecast_outputs
-from bpwise.quantize.config import QuantizeConfig
-from bpwise.quantize.measuring import original_for
+from bpwise.quantize.config import QuantizeConfig, original_for
 from bpwise.quantize.run import quantize_model
 from bpwise.quantize.series import quantize_series
 from bpwise.quantize.times import measuring_forecast, with_times

@@ -34,7 +34,7 @@ def importance_of(measurement: Measurement, layout: Layout, *, of_original: bool
     heads = () if table.tied else (measurement.head,)
     linears = {linear.name: linear for linear in (*measurement.linears, *heads)}
     if of_original:
-        linears = {name: replace(linear, input_power=linear.original_power) for name, linear in linears.items()}
+        linears = {name: _of_original(linear) for name, linear in linears.items()}
     means = {
         name: _means(layout, name, linears)
         for name, own in layout.rows.tensors.items()
@@ -92,6 +92,11 @@ def export_imatrix(measurement: Measurement | str | Path, output: str | Path) ->
     matrix = importance_of(measured, gguf_curves(measured).layout, of_original=True)
     write_imatrix(output, matrix, legacy=output.suffix.lower() == ".dat")
     return len(matrix.sums)
+
+
+def _of_original(linear: MeasuredLinear) -> MeasuredLinear:
+    factors = linear.input_factors
+    return linear if factors is None else replace(linear, input_power=linear.input_power * np.square(factors))
 
 
 def _means(layout: Layout, tensor: str, linears: dict[str, MeasuredLinear]) -> Tensor:

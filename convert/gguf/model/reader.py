@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ....checkpoint.equalized.view import equalized_as
 from ....checkpoint.source.checkpoint import TensorSource
-from ....checkpoint.source.equalized import equalized_as
 from ....errors import CheckpointError, FormatError, UnsupportedModelError
 from ....measure.text.chat_template import ChatTemplate
 from ...model import Description, QuantizedModel
@@ -77,10 +77,8 @@ class GgufModel(QuantizedModel):
         """See ``QuantizedModel``: itself where the file tells all; else with the original's config and norms."""
         from .mapped import MappedGguf  # noqa: PLC0415 - a kind of this class
 
-        if self._config is not None:
-            return self
         version = self._header.metadata.get(EQUALIZED_KEY)
-        return MappedGguf(self._header, equalized_as(original, version, self.path))
+        return MappedGguf(self._header, equalized_as(original, version, self.path)) if self._config is None else self
 
     @property
     def stands_alone(self) -> bool:
@@ -235,9 +233,7 @@ class GgufModel(QuantizedModel):
         order = row_order(name, architecture_of(self._header.metadata["general.architecture"]), self.config)
         if order is None:
             return values
-        restored = torch.empty_like(values)
-        restored[order] = values
-        return restored
+        return torch.empty_like(values).index_copy_(0, order, values)
 
 
 def _check_tensors(header: GgufHeader, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ....checkpoint.equalized.view import EQUALIZED, equalized_as
 from ....checkpoint.files.safetensors_file import SafetensorsHeader
 from ....checkpoint.files.schemas import read_json
 from ....checkpoint.model.names import model_order
 from ....checkpoint.source.checkpoint import Checkpoint, TensorSource
-from ....checkpoint.source.equalized import EQUALIZED, equalized_as
 from ....checkpoint.source.hub import confined_file
 from ....checkpoint.source.index import weight_headers
 from ....errors import CheckpointError, FormatError

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bpwise.checkpoint.carry.staging import stage_tensors
+from bpwise.checkpoint.equalized.view import equalized
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.cli import cli
 from bpwise.convert.conversion import Target
@@ -27,16 +29,18 @@ from bpwise.errors import BrokenModelError, BudgetError, ConfigError, FormatErro
 from bpwise.eval.comparison import EvalConfig, compare_models
 from bpwise.eval.metrics.overlap import shared_share, stored_spans
 from bpwise.measure.measurement import Measurement
+from bpwise.measure.run import MeasureConfig
 from bpwise.measure.text.calibration import CalibrationSet
 from bpwise.quantize import judge, measuring, series
 from bpwise.quantize.config import QuantizeConfig
 from bpwise.quantize.planning.plans import make_plan
 from bpwise.quantize.result import QuantizeResult
-from bpwise.quantize.run import quantize_model
+from bpwise.quantize.run import measure_model, quantize_model
 from bpwise.quantize.series import quantize_series
 from click.testing import CliRunner
 from huggingface_hub import ModelCard
 
+from ...conftest import convert_to_gguf
 from ...quantize.runs import arguments, series_arguments
 
 pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
@@ -189,10 +193,12 @@ def test_refuses_what_is_in_the_way(made: Made, converted: Any, tmp_path: Path) 
     assert card.read_text() == "I quantized to 4 bits with bpwise once."
 
 
-def test_the_run_depends_on_what_the_base_holds(made: Made, converted: Any, tmp_path: Path) -> None:
+def test_the_run_depends_on_what_the_base_holds(converted: Any, tmp_path: Path) -> None:
     directory, output, base = converted["mistral"].directory, tmp_path / "x.gguf", tmp_path / "base.gguf"
-    settings = {"measurement": made["mistral"].measurement, "feedback": False}
     shutil.copyfile(converted["mistral"].file, base)
+    settings = {"measurement": tmp_path / "m.safetensors", "feedback": False}
+    as_it_is = MeasureConfig(device="cpu", equalize=False)
+    measure_model(directory, tmp_path / "m.safetensors", formats=["gguf"], measure=as_it_is, calibration=rows())
     quantize(directory, output, base=base, **settings)
     before = output.read_bytes()
     base.rename(tmp_path / "moved.gguf")  # where it lies does not matter
@@ -533,14 +539,25 @@ def test_both_formats_from_one_measurement(converted: Any, tmp_path: Path, monke
     assert "Bits per weight (bpw): GGUF, of all tensors; EXL2, of all linears but the head." in text
 
 
+@pytest.fixture(scope="module")
+def equalized_base(converted: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The unquantized file of a model with equalized channels."""
+    folder = tmp_path_factory.mktemp("equalized")
+    staged, view = folder / "model", equalized(Checkpoint.open(converted["mistral"].directory))
+    staged.mkdir()
+    stage_tensors(view, {name: name for name in view.names}, staged)
+    convert_to_gguf([(staged, folder / "base.gguf")])
+    return folder / "base.gguf"
+
+
 @pytest.fixture
-def conversions(converted: Any, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+def conversions(equalized_base: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Puts a finished file where the converter would be run; tells where."""
     made: list[Path] = []
 
     def convert(_: Checkpoint, output: Path, *, check: Callable[[Path], object], **__: Any) -> None:
         made.append(output)
-        shutil.copyfile(converted["mistral"].file, output)
+        shutil.copyfile(equalized_base, output)
         check(output)
 
     monkeypatch.setattr(gguf_base, "make_base", convert)
@@ -612,7 +629,7 @@ def test_a_damaged_base_is_converted_again(
     several: bool, conversions: list[Path], measurement: Path, converted: Any, tmp_path: Path
 ) -> None:
     directory, work = converted["mistral"].directory, tmp_path / "work"
-    base = gguf_base.base_path(Checkpoint.open(directory), work, None, measurement)
+    base = gguf_base.base_path(equalized(Checkpoint.open(directory)), work, None, measurement)
     base.write_bytes(converted["mistral"].file.read_bytes()[:100])
     with pytest.warns(UserWarning, match=r"base\.gguf: .* It is converted again now"):
         if several:
@@ -622,3 +639,33 @@ def test_a_damaged_base_is_converted_again(
         else:
             quantize_model(directory, tmp_path / "out.gguf", **arguments(FAST), measurement=measurement, work=work)
     assert conversions == [base]
+
+
+def test_a_base_with_the_channels_of_the_original_is_refused_beside_others(
+    made: Made, converted: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(FormatError, match="is of equalized channels, and the base is not"):
+        quantize(
+            converted["mistral"].directory,
+            tmp_path / "x.gguf",
+            base=converted["mistral"].file,
+            measurement=made["mistral"].measurement,
+        )
+
+
+def test_importances_are_those_of_the_original(made: Made, converted: Any, tmp_path: Path) -> None:
+    directory, plain = converted["mistral"].directory, tmp_path / "plain.safetensors"
+    as_it_is = MeasureConfig(device="cpu", equalize=False)
+    measured = measure_model(directory, plain, formats=["gguf"], measure=as_it_is, calibration=rows())
+    assert made["mistral"].measurement is not None
+    other = Measurement.load(made["mistral"].measurement)
+    assert all(linear.input_factors is not None for linear in other.linears)
+    export_imatrix(measured, tmp_path / "plain.gguf")
+    export_imatrix(other, tmp_path / "other.gguf")
+    expected, got = (read_imatrix(tmp_path / f"{name}.gguf") for name in ("plain", "other"))
+    for name in ("blk.0.attn_q.weight", "blk.1.attn_output.weight", "blk.1.ffn_up.weight", "blk.0.ffn_down.weight"):
+        one, two = expected.mean_squares(name), got.mean_squares(name)
+        assert one is not None
+        assert two is not None
+        # Tokens count by gradients, which the rounding of norms and weights moves a little.
+        torch.testing.assert_close(two, one, rtol=0.05, atol=0.01 * float(one.mean()))

@@ -8,9 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from bpwise.checkpoint.equalized.view import (
+    EQUALIZED,
+    EqualizedView,
+    column_factors,
+    equalized,
+    equalized_as,
+    original_of,
+)
 from bpwise.checkpoint.source.checkpoint import Checkpoint
-from bpwise.checkpoint.source.equalized import EQUALIZED, EqualizedView, column_factors, equalized, equalized_as
 from bpwise.checkpoint.source.language import language_model
+from bpwise.checkpoint.source.mxfp4 import Mxfp4View
 from bpwise.checkpoint.source.views import CheckpointView
 from bpwise.errors import CheckpointError
 from safetensors.torch import load_file, save_file
@@ -84,12 +92,18 @@ def test_experts_and_routers_are_reached(tmp_path: Path) -> None:
 def test_weights_that_a_format_holds_exactly_stay(tmp_path: Path) -> None:
     save_decoder(tmp_path / "m", "gpt_oss")
 
-    class OnGrid(CheckpointView):
+    class Stored(Mxfp4View):
+        """As if its experts were stored in MXFP4."""
+
+        def __init__(self, base: Checkpoint) -> None:
+            super().__init__(base)
+            self._names = base.names
+
         @property
-        def on_grid(self) -> frozenset[str]:
+        def dequantized(self) -> frozenset[str]:
             return frozenset(name for name in self.names if ".experts." in name)
 
-    checkpoint = OnGrid(Checkpoint.open(tmp_path / "m"))
+    checkpoint = CheckpointView(Stored(Checkpoint.open(tmp_path / "m")))
     view = equalized(checkpoint)
     changed = {name for name in view.names if not torch.equal(view.tensor(name), checkpoint.tensor(name))}
     assert any("q_proj" in name for name in changed)
@@ -153,7 +167,8 @@ def test_a_view_repeats(tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast)
     view = equalized(checkpoint)
     assert isinstance(view, EqualizedView)
     assert equalized(view) is view
-    assert view.original is checkpoint
+    assert original_of(view) is checkpoint
+    assert original_of(checkpoint) is checkpoint
     assert view.changes == {EQUALIZED: 1}
     assert view.fingerprint not in (checkpoint.fingerprint, "")
     copied = pickle.loads(pickle.dumps(equalized(checkpoint)))

@@ -10,8 +10,6 @@ projections of a gated MLP. Factors follow from the weights alone, so a view of 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,12 +18,21 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError, UnsupportedModelError
-from ..model.families import Family
-from .checkpoint import Checkpoint, TensorSource
-from .language import LanguageModel, StoredRows
-from .views import CheckpointView
+from ..loading.listed import StoredRows
+from ..source.checkpoint import Checkpoint, TensorSource
+from ..source.language import LanguageModel
+from ..source.views import CheckpointView
+from .pairs import Pair, find_pairs
 
-__all__ = ["EQUALIZED", "EQUALIZED_NOTE", "EqualizedView", "column_factors", "equalized", "equalized_as"]
+__all__ = [
+    "EQUALIZED",
+    "EQUALIZED_NOTE",
+    "EqualizedView",
+    "column_factors",
+    "equalized",
+    "equalized_as",
+    "original_of",
+]
 
 _VERSION = 1
 """Of the rules by which factors are chosen."""
@@ -44,45 +51,14 @@ _LARGEST = 4.0
 
 _PIECE_VALUES = 1 << 24
 
-_FINAL_NORM = "model.norm"
-
-_GATED = 2
-"""Linears of an input group that make the neurons of a gated MLP: the gate, and what it is multiplied with."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Pair:
-    """Channels that are written once and read by one linear or several.
-
-    Attributes:
-        norm: The stored tensors of a norm that writes them, weight first; empty for linears.
-        offset: What is added to the norm's stored weight when it runs.
-        writers: Rows of stored tensors that write them: a linear's weight and its bias.
-        readers: Rows of stored tensors whose columns read them.
-        copies: How many heads read every head of values; 1 where a column reads the channel of its own number.
-        head: Channels of a head, with ``copies``.
-    """
-
-    readers: tuple[StoredRows, ...]
-    norm: tuple[str, ...] = ()
-    offset: float = 0.0
-    writers: tuple[StoredRows, ...] = ()
-    copies: int = 1
-    head: int = 1
-
-    def spread(self, factors: Tensor) -> Tensor:
-        """Return the factor of every column of a reader, given those of the channels."""
-        return factors.view(-1, 1, self.head).expand(-1, self.copies, -1).reshape(-1)
-
-    def gathered(self, squares: Tensor) -> Tensor:
-        """Return the mean over the columns that read the same channel."""
-        return squares.view(-1, self.copies, self.head).mean(dim=1).reshape(-1)
-
 
 class EqualizedView(CheckpointView):
     """A checkpoint that computes the same from channels of equal size, up to rounding to the stored dtypes.
 
     Norms are exact: their factors are chosen so that what is stored is the quotient.
+
+    Attributes:
+        pairs: What writes channels, and what reads them.
     """
 
     def __init__(self, base: Checkpoint) -> None:
@@ -96,21 +72,15 @@ class EqualizedView(CheckpointView):
             CheckpointError: The stored tensors are not those of the sizes in config.json.
         """
         super().__init__(base)
-        pairs = _pairs(LanguageModel(base))
-        self._pairs = tuple(each for each in pairs if not any(place.name in base.on_grid for place in each.readers))
+        self.pairs = find_pairs(base)
         self._written: dict[str, list[tuple[int, StoredRows]]] = {}
         self._read: dict[str, list[tuple[int, StoredRows]]] = {}
-        for number, pair in enumerate(self._pairs):
+        for number, pair in enumerate(self.pairs):
             for place in (*pair.writers, *(StoredRows(name, None) for name in pair.norm)):
                 self._written.setdefault(place.name, []).append((number, place))
             for place in pair.readers:
                 self._read.setdefault(place.name, []).append((number, place))
         self._factors: dict[int, Tensor] = {}
-
-    @property
-    def original(self) -> Checkpoint:
-        """The checkpoint that computes the same, as it is."""
-        return self._base.original
 
     @cached_property
     def fingerprint(self) -> str:
@@ -135,14 +105,14 @@ class EqualizedView(CheckpointView):
             return tensor
         made = tensor.float()
         for number, place in written:
-            pair, factors = self._pairs[number], self._factors_of(number)
+            pair, factors = self.pairs[number], self._factors_of(number)
             if name in pair.norm[:1]:
                 made = (made + pair.offset) / factors - pair.offset
             else:
                 rows = place.rows or slice(None)
                 made[rows] /= factors if made.ndim == 1 else factors[:, None]
         for number, place in read:
-            factors = self._pairs[number].spread(self._factors_of(number))
+            factors = self.pairs[number].spread(self._factors_of(number))
             made[place.rows or slice(None)] *= factors[:, None] if place.turned else factors
         return made.to(tensor.dtype)
 
@@ -159,18 +129,18 @@ class EqualizedView(CheckpointView):
         """
         for number, own in self._read.get(place.name, ()):
             if own == place:
-                return self._pairs[number].spread(self._factors_of(number))
+                return self.pairs[number].spread(self._factors_of(number))
         return None
 
     def _factors_of(self, number: int) -> Tensor:
         # By which readers multiply, float32, shape (channels,).
         if number not in self._factors:
-            pair = self._pairs[number]
+            pair = self.pairs[number]
             found = _factors(pair.gathered(self._squares(pair)))
             self._factors[number] = self._storable(pair, found) if pair.norm else found
         return self._factors[number]
 
-    def _squares(self, pair: _Pair) -> Tensor:
+    def _squares(self, pair: Pair) -> Tensor:
         # The mean square of every column's weights, relative to that of the linear, summed over the linears.
         total = torch.tensor(0.0, dtype=torch.float64)
         for place in pair.readers:
@@ -181,7 +151,7 @@ class EqualizedView(CheckpointView):
             total = total + squares / squares.mean().clamp(min=torch.finfo(torch.float64).tiny)
         return total
 
-    def _storable(self, pair: _Pair, factors: Tensor) -> Tensor:
+    def _storable(self, pair: Pair, factors: Tensor) -> Tensor:
         # Such that the norm's weight over its factor is a number of the dtype that holds it.
         stored = self._base.tensor(pair.norm[0])
         weight = stored.float() + pair.offset
@@ -201,9 +171,9 @@ def equalized(checkpoint: Checkpoint) -> Checkpoint:
         return checkpoint
     try:
         view = EqualizedView(checkpoint)
-    except UnsupportedModelError:  # whatever needs the model says so
+    except (CheckpointError, UnsupportedModelError):  # whatever needs the model says so
         return checkpoint
-    return view if view._pairs else checkpoint
+    return view if view.pairs else checkpoint
 
 
 def equalized_as(original: TensorSource, version: object, path: Path) -> TensorSource:
@@ -239,77 +209,14 @@ def column_factors(checkpoint: Checkpoint, model: LanguageModel, linear: str) ->
     return None if place is None or not isinstance(checkpoint, EqualizedView) else checkpoint.column_factors(place)
 
 
+def original_of(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the checkpoint that an equalized one is a view of; any other as it is."""
+    return checkpoint.base if isinstance(checkpoint, EqualizedView) else checkpoint
+
+
 def _factors(squares: Tensor) -> Tensor:
     # Their geometric mean is 1, up to steps and limits.
     squares = squares.clamp(min=float(squares.mean()) * 1e-6)
     powers = -squares.log2() / 2
     powers = ((powers - powers.mean()) * _STEPS).round() / _STEPS
     return powers.clamp(-_LARGEST, _LARGEST).exp2().float()
-
-
-def _pairs(model: LanguageModel) -> Iterator[_Pair]:
-    family = model.listed
-    if family is None:
-        for index in range(model.block_count):
-            yield from _discovered_pairs(model, index)
-        return
-    for index in range(model.block_count):
-        yield from _norm_pairs(model, family, index)
-        yield from _linear_pairs(model, family, index)
-    head = f"{model.head_name}.weight"
-    if not model.tied_embeddings and head in model.names:
-        yield from _norm_pair(model, family, _FINAL_NORM, (head,))
-
-
-def _discovered_pairs(model: LanguageModel, index: int) -> Iterator[_Pair]:
-    for norm, offset, readers in model.norm_pairs(index):
-        names = [f"{norm}.{kind}" for kind in ("weight", "bias") if model.has_parameter(f"{norm}.{kind}")]
-        stored = [model.stored_name(name) for name in names]
-        if None not in stored:
-            yield _Pair(readers, norm=tuple(name for name in stored if name is not None), offset=offset)
-
-
-def _norm_pairs(model: LanguageModel, family: Family, index: int) -> Iterator[_Pair]:
-    groups = [group for group in family.input_groups(index, model.names) if group.reads_stream]
-    linears = [name for group in groups for name in family.linear_names(index, group)]
-    block = f"{family.blocks}.{index}."
-    linears += [family.file_name(block + name) for name in family.routers]
-    readers: dict[str, list[str]] = {}
-    for name in (f"{linear}.weight" for linear in linears):
-        if name in model.names:
-            norm = family.norms[0 if ".self_attn." in name else 1]
-            readers.setdefault(norm, []).append(name)
-    for norm, names in readers.items():
-        yield from _norm_pair(model, family, block + norm, tuple(names))
-
-
-def _norm_pair(model: LanguageModel, family: Family, norm: str, readers: tuple[str, ...]) -> Iterator[_Pair]:
-    stored = [model.stored_rows(name) for name in (f"{norm}.weight", f"{norm}.bias") if name in model.names]
-    places = [model.stored_rows(name) for name in readers]
-    if stored and None not in places:
-        names = tuple(place.name for place in stored if place is not None)
-        yield _Pair(tuple(place for place in places if place is not None), norm=names, offset=family.norm_offset)
-
-
-def _linear_pairs(model: LanguageModel, family: Family, index: int) -> Iterator[_Pair]:
-    block = f"{family.blocks}.{index}."
-    values, output = block + "self_attn.v_proj", block + "self_attn.o_proj"
-    if f"{values}.weight" in model.names and f"{output}.weight" in model.names:
-        columns, rows = model.shape(f"{output}.weight")[1], model.shape(f"{values}.weight")[0]
-        head, left = divmod(columns, int(model.config["num_attention_heads"]))
-        if not left and not rows % head and not columns % rows:
-            yield from _linear_pair(model, values, output, copies=columns // rows, head=head)
-    for group in family.input_groups(index, model.names):
-        if len(group.linears) == _GATED and group.reads_stream:
-            up = group.linears[1]
-            last = "down_proj" if group.expert is None or family.experts is None else family.experts.down
-            down = f"{up.rpartition('.')[0]}.{last}"
-            yield from _linear_pair(model, family.file_name(block + up), family.file_name(block + down))
-
-
-def _linear_pair(model: LanguageModel, writer: str, reader: str, *, copies: int = 1, head: int = 1) -> Iterator[_Pair]:
-    written = [model.stored_rows(name) for name in (f"{writer}.weight", f"{writer}.bias") if name in model.names]
-    read = model.stored_rows(f"{reader}.weight")
-    places = tuple(place for place in written if place is not None)
-    if read is not None and len(places) == len(written):
-        yield _Pair((read,), writers=places, copies=copies, head=head)

@@ -1,0 +1,1 @@
+"""Originals with equalized channels: which pairs there are, and the view through which they are read."""
