@@ -56,7 +56,7 @@ def _writes_one_format(options: Options) -> bool:
 
 
 _TEXT = ("calibration", "column", "chat_template", "rows", "row_tokens", "seed")
-_MEASURING = (*_TEXT, "damping", "moe_calibrate_all", "no_equalize")
+_MEASURING = (*_TEXT, "damping", "moe_calibrate_all", "equalize")
 _RUNNING = ("device", "offload_dir")
 
 _SAVED_ROWS = Conflict(

@@ -37,7 +37,7 @@ __all__ = ["HELP", "WAIT_OPTION", "CommandHelp", "cli", "main"]
 _SIZES = ("bpw", "max_size", "vram", "context", "size_of")
 _CALIBRATION = (
     *("calibration", "column", "chat_template", "rows", "row_tokens", "seed", "damping", "moe_calibrate_all"),
-    "no_equalize",
+    "equalize",
 )
 _MACHINE = ("device", "precision", "offload_dir", "work_dir", "wait_for_space")
 

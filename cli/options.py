@@ -131,9 +131,7 @@ def calibration_options(command: Command) -> Command:
             is_flag=True,
             help="Run every token through every expert. By default only rarely chosen experts get all tokens.",
         ),
-        click.option(
-            "--no-equalize", is_flag=True, help="Leave channels as they are, with weights of different sizes."
-        ),
+        click.option("--equalize", is_flag=True, help="First rescale input channels to weights of one size."),
         click.option("--device", default="auto", help="Device to compute on: cpu, cuda, cuda:N, mps or auto."),
         click.option(
             "--precision",
@@ -318,7 +316,7 @@ def _measuring(
     seed: int,
     damping: float | None,
     moe_calibrate_all: bool,
-    no_equalize: bool,
+    equalize: bool,
     device: str,
     precision: str,
     offload_dir: Path | None,
@@ -341,7 +339,7 @@ def _measuring(
         calibration=text,
         damping=damping,
         moe_calibrate_all=moe_calibrate_all,
-        equalize=not no_equalize,
+        equalize=equalize,
         seed=seed,
         device=device,
         offload_dir=offload_dir,

@@ -18,6 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 __all__ = ["checkpoint_command", "save_checkpoint"]
 
+_MATRIX, _BLOCK, _LEVELS = 2, 32, 15
+"""Dimensions of a matrix; weights that share a scale in the files, and steps between the least and the largest."""
+
 
 def checkpoint_command(
     title: str, packages: Sequence[str], gguf: str, model_class: type[PreTrainedModel], **shape: Any
@@ -35,10 +38,14 @@ def checkpoint_command(
     @click.command(help=f"Write {title} as a bfloat16 checkpoint to the directory OUTPUT.")
     @click.argument("output", type=click.Path(file_okay=False, path_type=Path))
     @click.option("--off-grid", is_flag=True, help="Move the weights off the 4-bit grid that the GGUF file has.")
-    @click.option("--seed", default=0, show_default=True, help="Seed of the factors that --off-grid draws.")
-    def main(output: Path, off_grid: bool, seed: int) -> None:
+    @click.option("--dither", is_flag=True, help="Leave the grid by noise of half a step: channels keep their sizes.")
+    @click.option("--seed", default=0, show_default=True, help="Seed of what --off-grid and --dither draw.")
+    def main(output: Path, off_grid: bool, dither: bool, seed: int) -> None:
+        if off_grid and dither:
+            raise click.UsageError("give only one of --off-grid and --dither.")
         download = partial(_download, packages=packages, gguf=gguf)
-        save_checkpoint(output, download, model_class, off_grid_seed=seed if off_grid else None, **shape)
+        seeds = {"off_grid_seed": seed if off_grid else None, "dither_seed": seed if dither else None}
+        save_checkpoint(output, download, model_class, **seeds, **shape)
 
     return main
 
@@ -68,6 +75,7 @@ def save_checkpoint(
     norm_offset: float = 0.0,
     tied: bool = False,
     off_grid_seed: int | None,
+    dither_seed: int | None = None,
 ) -> None:
     """Write a model as a bfloat16 checkpoint with its tokenizer; nothing if it is already there.
 
@@ -80,6 +88,7 @@ def save_checkpoint(
         tied: Whether embeddings and output head are one table that the file holds twice, rounded in two ways: the
             head's then serves both.
         off_grid_seed: Seed of the factors that move the weights off the file's grid; None leaves them on it.
+        dither_seed: Seed of the noise that does so; None adds none.
     """
     if (output / "config.json").exists():
         click.echo(f"{output} is already there.", err=True)
@@ -98,6 +107,8 @@ def save_checkpoint(
     model.load_state_dict(state)
     if off_grid_seed is not None:
         _move_off_grid(model, mlp_norm, norm_offset, off_grid_seed)
+    if dither_seed is not None:
+        _dither(model, dither_seed)
     tokenizer.save_pretrained(output)
     model.to(torch.bfloat16).save_pretrained(output)
     click.echo(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters -> {output}")
@@ -132,6 +143,19 @@ def _move_off_grid(model: PreTrainedModel, mlp_norm: str, norm_offset: float, se
         mlp.up_proj.weight *= factors[:, None]
         mlp.down_proj.weight /= factors
     _shuffle_stream(model, torch.randperm(config.hidden_size, generator=rng))
+
+
+@torch.no_grad()
+def _dither(model: PreTrainedModel, seed: int) -> None:
+    # Uniform noise of up to half a step of a 4-bit grid, as if weights had been rounded to it by chance: another model,
+    # about as good, whose channels have the sizes that training gave them. Then shuffles the stream as above.
+    rng = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.ndim == _MATRIX and parameter.shape[1] % _BLOCK == 0:
+            blocks = parameter.view(-1, _BLOCK)
+            step = (blocks.amax(dim=1, keepdim=True) - blocks.amin(dim=1, keepdim=True)) / _LEVELS
+            blocks += (torch.rand(blocks.shape, generator=rng) - 0.5) * step
+    _shuffle_stream(model, torch.randperm(model.config.hidden_size, generator=rng))
 
 
 def _shuffle_stream(model: PreTrainedModel, order: Tensor) -> None:

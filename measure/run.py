@@ -80,7 +80,7 @@ class MeasureConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     damping: float | None = None
     seed: int = 0
-    equalize: bool = True
+    equalize: bool = False
     moe_calibrate_all: bool = False
     device: str = "auto"
     offload_dir: Path | None = None

@@ -272,7 +272,7 @@ def _check_measurement(measurement: Measurement, where: str, checkpoint: Checkpo
     if measurement.provenance.get("model") == equalized(checkpoint).fingerprint != checkpoint.fingerprint:
         raise FormatError(
             f"{where}: the measurement is of equalized channels, and the base is not. Leave --base out, or measure the "
-            "model again with --no-equalize."
+            "model again without --equalize."
         )
     if measurement.provenance.get("model") != checkpoint.fingerprint:
         raise FormatError(

@@ -155,7 +155,7 @@ def _measuring(config: MeasureConfig, text: TextOptions | None) -> dict[str, Any
         "seed": config.seed,
         "damping": config.damping,
         "moe-calibrate-all": config.moe_calibrate_all,
-        "no-equalize": not config.equalize,
+        "equalize": config.equalize,
         "precision": config.precision,
     }
 

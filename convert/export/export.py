@@ -118,7 +118,7 @@ def export_plan(
     if any(linear.input_factors is not None for linear in measured.linears):
         warnings.warn(
             f"{source}: the measurement is of equalized channels, which {engine} does not have. The plan may not be "
-            "the best there, and loses more than it says. `bpwise measure --no-equalize` measures the model as it is.",
+            "the best there, and loses more than it says. Measure the model without --equalize.",
             BpwiseWarning,
             stacklevel=2,
         )

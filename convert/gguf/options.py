@@ -170,7 +170,7 @@ CONFLICTS: Mapping[str, tuple[Conflict, ...]] = {
             (
                 *("override", "backend", "no_feedback", "effort"),
                 *("calibration", "column", "chat_template", "rows"),
-                *("row_tokens", "seed", "damping", "moe_calibrate_all", "no_equalize", "force_eval_text"),
+                *("row_tokens", "seed", "damping", "moe_calibrate_all", "equalize", "force_eval_text"),
             ),
             "a mixture of llama.cpp is neither measured nor planned",
         ),
@@ -193,5 +193,6 @@ CONFLICTS: Mapping[str, tuple[Conflict, ...]] = {
         ),
         Conflict("with --no-feedback", _given("no_feedback"), ("effort",), "ggml alone rounds"),
         Conflict("with --base", _given("base"), ("llama_cpp",), "nothing is converted"),
+        Conflict("with --base", _given("base"), ("equalize",), "its channels are the original's"),
     )
 }

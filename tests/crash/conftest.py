@@ -5,10 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from bpwise.checkpoint.carry.staging import stage_tensors
-from bpwise.checkpoint.equalized.view import equalized
 from bpwise.checkpoint.files import digests, partials
-from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.convert.gguf.engine import gate
 from bpwise.convert.gguf.llama_cpp import converter
 from transformers import LlamaConfig
@@ -29,13 +26,10 @@ def stage(save_model: SaveModel, tmp_path_factory: pytest.TempPathFactory) -> St
 
 @pytest.fixture(scope="session")
 def base(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What llama.cpp's converter makes of the model, its channels equalized."""
-    folder = tmp_path_factory.mktemp("base")
-    staged, view = folder / "model", equalized(Checkpoint.open(stage.model))
-    staged.mkdir()
-    stage_tensors(view, {name: name for name in view.names}, staged)
-    convert_with_bytes([(staged, folder / "base.gguf")], "--outtype", "f32")
-    return folder / "base.gguf"
+    """What llama.cpp's converter makes of the model."""
+    file = tmp_path_factory.mktemp("base") / "base.gguf"
+    convert_with_bytes([(stage.model, file)], "--outtype", "f32")
+    return file
 
 
 @pytest.fixture(autouse=True)

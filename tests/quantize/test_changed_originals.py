@@ -80,7 +80,7 @@ def test_float8_adapter_and_positions_to_exl2(float8_model: Path, adapter: Path,
     base, length = 10000.0 * 2 ** (16 / 14), 128 * 4 * 2
     positions = {"rope_scaling": scaling, "rope_theta": base, "max_position_embeddings": length}
     float8_model = stretched(float8_model, tmp_path / "stretched", **positions)
-    succeed("quantize", float8_model, out, "--bpw", 8, *TEXT, *EVALUATION, *changes, "--no-equalize")
+    succeed("quantize", float8_model, out, "--bpw", 8, *TEXT, *EVALUATION, *changes)
     config = json.loads((out / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "exl2"
     assert config["rope_scaling"] == {"type": "linear", "factor": 4.0}

@@ -140,7 +140,7 @@ def test_every_linear_is_rounded_on_its_own_tokens_weights(
 
 def test_an_mlp_beside_attention_stays(tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast) -> None:
     original = save_family(tmp_path / "model", "cohere", byte_tokenizer)
-    measure = MeasureConfig(calibration=CalibrationConfig(rows=4, row_tokens=32), device="cpu", equalize=False)
+    measure = MeasureConfig(calibration=CalibrationConfig(rows=4, row_tokens=32), device="cpu")
     options = Exl2Options(head_bits=8, keep_fp16=("*.mlp.*",))
     config = QuantizeConfig(target=Target(bpw=13.0), options=options, measure=measure, evaluate=None)
     output = quantize_model(original, tmp_path / "out", **arguments(config)).output

@@ -44,7 +44,7 @@ def plan_of(path: Path) -> Exl2Plan:
 def mixed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The MLP of block 0 in float16, wide keys, and a head of exactly 8 bits."""
     out = tmp_path_factory.mktemp("mixed") / "out"
-    options = ("--keep-fp16", "*.0.mlp.*", "--override", "*.k_proj=8", "--override", "lm_head=8", "--no-equalize")
+    options = ("--keep-fp16", "*.0.mlp.*", "--override", "*.k_proj=8", "--override", "lm_head=8")
     return out, run("quantize", tiny_model, out, "--bpw", 8.0, *options, *TEXT)
 
 

@@ -19,7 +19,7 @@ from bpwise.measure.run import MeasureConfig
 from bpwise.measure.text.calibration import CalibrationConfig
 from bpwise.progress import ExpectedPart, RunForecast, RunProgress, silent
 from bpwise.quantize.checks import forecast_outputs
-from bpwise.quantize.config import QuantizeConfig, original_for
+from bpwise.quantize.config import QuantizeConfig
 from bpwise.quantize.run import quantize_model
 from bpwise.quantize.series import quantize_series
 from bpwise.quantize.times import measuring_forecast, with_times
@@ -70,7 +70,7 @@ def told(model: Path, output: Path, config: QuantizeConfig = CONFIG, stage: str 
 
 
 def timed(model: Path, output: Path, config: QuantizeConfig = CONFIG) -> Forecast:
-    conversion = config.conversion(original_for(model, config.measure))
+    conversion = config.conversion(open_model(model))
     work = output.with_name(f"{output.name}.work")
     forecasts = forecast_outputs(conversion, {output: config.target}, config.measure, config.evaluate, work)
     return with_times(forecasts, conversion, config, work, known=None)[output]

@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bpwise.checkpoint.carry.staging import stage_tensors
-from bpwise.checkpoint.equalized.view import equalized
 from bpwise.checkpoint.source.checkpoint import Checkpoint
 from bpwise.cli import cli
 from bpwise.convert.conversion import Target
 from bpwise.convert.exl2.options import Exl2Options
 from bpwise.convert.gguf import base as gguf_base
 from bpwise.convert.gguf.file.header import read_gguf_header
+from bpwise.convert.gguf.file.values import read_values as gguf_values
 from bpwise.convert.gguf.llama_cpp.imatrix import read_imatrix
 from bpwise.convert.gguf.llama_cpp.importance import export_imatrix, importance_of
 from bpwise.convert.gguf.llama_cpp.vram import room_for_weights
@@ -40,7 +39,6 @@ from bpwise.quantize.series import quantize_series
 from click.testing import CliRunner
 from huggingface_hub import ModelCard
 
-from ...conftest import convert_to_gguf
 from ...quantize.runs import arguments, series_arguments
 
 pytest.importorskip("libggml", reason="ggml's library is not installed: pip install '.[gguf]'")
@@ -193,12 +191,10 @@ def test_refuses_what_is_in_the_way(made: Made, converted: Any, tmp_path: Path) 
     assert card.read_text() == "I quantized to 4 bits with bpwise once."
 
 
-def test_the_run_depends_on_what_the_base_holds(converted: Any, tmp_path: Path) -> None:
+def test_the_run_depends_on_what_the_base_holds(made: Made, converted: Any, tmp_path: Path) -> None:
     directory, output, base = converted["mistral"].directory, tmp_path / "x.gguf", tmp_path / "base.gguf"
+    settings = {"measurement": made["mistral"].measurement, "feedback": False}
     shutil.copyfile(converted["mistral"].file, base)
-    settings = {"measurement": tmp_path / "m.safetensors", "feedback": False}
-    as_it_is = MeasureConfig(device="cpu", equalize=False)
-    measure_model(directory, tmp_path / "m.safetensors", formats=["gguf"], measure=as_it_is, calibration=rows())
     quantize(directory, output, base=base, **settings)
     before = output.read_bytes()
     base.rename(tmp_path / "moved.gguf")  # where it lies does not matter
@@ -539,25 +535,14 @@ def test_both_formats_from_one_measurement(converted: Any, tmp_path: Path, monke
     assert "Bits per weight (bpw): GGUF, of all tensors; EXL2, of all linears but the head." in text
 
 
-@pytest.fixture(scope="module")
-def equalized_base(converted: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The unquantized file of a model with equalized channels."""
-    folder = tmp_path_factory.mktemp("equalized")
-    staged, view = folder / "model", equalized(Checkpoint.open(converted["mistral"].directory))
-    staged.mkdir()
-    stage_tensors(view, {name: name for name in view.names}, staged)
-    convert_to_gguf([(staged, folder / "base.gguf")])
-    return folder / "base.gguf"
-
-
 @pytest.fixture
-def conversions(equalized_base: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+def conversions(converted: Any, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Puts a finished file where the converter would be run; tells where."""
     made: list[Path] = []
 
     def convert(_: Checkpoint, output: Path, *, check: Callable[[Path], object], **__: Any) -> None:
         made.append(output)
-        shutil.copyfile(equalized_base, output)
+        shutil.copyfile(converted["mistral"].file, output)
         check(output)
 
     monkeypatch.setattr(gguf_base, "make_base", convert)
@@ -629,7 +614,7 @@ def test_a_damaged_base_is_converted_again(
     several: bool, conversions: list[Path], measurement: Path, converted: Any, tmp_path: Path
 ) -> None:
     directory, work = converted["mistral"].directory, tmp_path / "work"
-    base = gguf_base.base_path(equalized(Checkpoint.open(directory)), work, None, measurement)
+    base = gguf_base.base_path(Checkpoint.open(directory), work, None, measurement)
     base.write_bytes(converted["mistral"].file.read_bytes()[:100])
     with pytest.warns(UserWarning, match=r"base\.gguf: .* It is converted again now"):
         if several:
@@ -641,31 +626,33 @@ def test_a_damaged_base_is_converted_again(
     assert conversions == [base]
 
 
-def test_a_base_with_the_channels_of_the_original_is_refused_beside_others(
-    made: Made, converted: Any, tmp_path: Path
-) -> None:
+def test_a_base_with_the_channels_of_the_original_is_refused_beside_others(converted: Any, tmp_path: Path) -> None:
+    directory, measured = converted["mistral"].directory, tmp_path / "m.safetensors"
+    config = MeasureConfig(device="cpu", equalize=True)
+    measure_model(directory, measured, formats=["gguf"], measure=config, calibration=rows())
     with pytest.raises(FormatError, match="is of equalized channels, and the base is not"):
-        quantize(
-            converted["mistral"].directory,
-            tmp_path / "x.gguf",
-            base=converted["mistral"].file,
-            measurement=made["mistral"].measurement,
-        )
+        quantize(directory, tmp_path / "x.gguf", base=converted["mistral"].file, measurement=measured)
 
 
-def test_importances_are_those_of_the_original(made: Made, converted: Any, tmp_path: Path) -> None:
-    directory, plain = converted["mistral"].directory, tmp_path / "plain.safetensors"
-    as_it_is = MeasureConfig(device="cpu", equalize=False)
-    measured = measure_model(directory, plain, formats=["gguf"], measure=as_it_is, calibration=rows())
+def test_equalized_channels(made: Made, converted: Any, tmp_path: Path) -> None:
+    directory, measured = converted["mistral"].directory, tmp_path / "m.safetensors"
+    config = MeasureConfig(device="cpu", equalize=True)
+    equal = measure_model(directory, measured, formats=["gguf"], measure=config, calibration=rows())
+    assert all(linear.input_factors is not None for linear in equal.linears)
+    output = quantize(directory, tmp_path / "x.gguf", measurement=measured).output
+    header = read_gguf_header(output)
+    assert header.metadata["bpwise.equalized"] == "1"
+    norm = gguf_values(header.tensors["blk.0.attn_norm.weight"])
+    assert not torch.equal(norm, Checkpoint.open(directory).tensor("model.layers.0.input_layernorm.weight").float())
+    assert kl(directory, output) < 2 * kl(directory, made["mistral"].output)
+
+    # Importances are those of the original. Tokens count by gradients, which rounding moves a little.
     assert made["mistral"].measurement is not None
-    other = Measurement.load(made["mistral"].measurement)
-    assert all(linear.input_factors is not None for linear in other.linears)
-    export_imatrix(measured, tmp_path / "plain.gguf")
-    export_imatrix(other, tmp_path / "other.gguf")
-    expected, got = (read_imatrix(tmp_path / f"{name}.gguf") for name in ("plain", "other"))
+    export_imatrix(made["mistral"].measurement, tmp_path / "plain.gguf")
+    export_imatrix(equal, tmp_path / "equal.gguf")
+    expected, got = (read_imatrix(tmp_path / f"{name}.gguf") for name in ("plain", "equal"))
     for name in ("blk.0.attn_q.weight", "blk.1.attn_output.weight", "blk.1.ffn_up.weight", "blk.0.ffn_down.weight"):
         one, two = expected.mean_squares(name), got.mean_squares(name)
         assert one is not None
         assert two is not None
-        # Tokens count by gradients, which the rounding of norms and weights moves a little.
         torch.testing.assert_close(two, one, rtol=0.05, atol=0.01 * float(one.mean()))
