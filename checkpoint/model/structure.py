@@ -74,14 +74,14 @@ class BlockStructure:
         routers: Linears inside the block whose outputs choose experts; they are not quantized and in no group.
         experts: Modules inside the block that hold the experts' matrices.
         norms: By the path of a norm the matrices that read its output, routers and stacks of experts among them, where
-            nothing else does; only of blocks that were traced.
+            nothing else does; only of blocks that were traced. Blocks are compared without them.
     """
 
     groups: tuple[InputGroup, ...]
     places: Mapping[str, LinearPlace] = field(default_factory=dict)
     routers: tuple[str, ...] = ()
     experts: tuple[str, ...] = ()
-    norms: Mapping[str, tuple[LinearPlace, ...]] = field(default_factory=dict)
+    norms: Mapping[str, tuple[LinearPlace, ...]] = field(default_factory=dict, compare=False)
 
     @property
     def plain_groups(self) -> tuple[InputGroup, ...]:

@@ -118,7 +118,8 @@ class _Watch:
             if recording == known:
                 return structure
         structure = read_structure(block, recording)
-        structure = next((known for _, known in self._kinds if known == structure), structure)
+        alike = (x for _, x in self._kinds if x == structure and x.norms == structure.norms)
+        structure = next(alike, structure)
         self._kinds.append((recording, structure))
         return structure
 
