@@ -89,6 +89,10 @@ class DiscoveredTensors:
             if offset is not None and None not in readers:
                 yield path + norm, offset, tuple(reader for reader in readers if reader is not None)
 
+    def stored_rows(self, name: str) -> StoredRows | None:
+        """Return a stored tensor with the input channels of a tensor: what it is a part of, or one of its parts."""
+        return next(self._readers("", self._place(name)), None)
+
     def _readers(self, path: str, place: LinearPlace) -> Iterator[StoredRows | None]:
         # The stored tensors that a parameter is: as it stands, or one of its experts or parts each.
         name = path + place.parameter

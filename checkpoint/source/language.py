@@ -159,12 +159,13 @@ class LanguageModel(SourceView):
         """Return the stored tensor that a tensor is, or the rows of it that it is.
 
         Args:
-            name: Its name in the language model.
+            name: Its name in the language model; of a family that is not listed, a stored tensor with the same input
+                channels is returned.
 
         Returns:
-            None where it is made of several, or a part of stacked experts, or the family is not listed.
+            None where it is made of several, or of a listed family a part of stacked experts.
         """
-        return self._tensors.stored_rows(name) if isinstance(self._tensors, ListedTensors) else None
+        return self._tensors.stored_rows(name)
 
     def norm_pairs(self, index: int) -> Iterator[tuple[str, float, tuple[StoredRows, ...]]]:
         """Yield the norms of a block of a family that is not listed; see ``DiscoveredTensors.norm_pairs``.
