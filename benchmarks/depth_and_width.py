@@ -188,7 +188,7 @@ class _Model:
                 output,
                 max_bytes=quantized.file_bytes + more,
                 measurement=measurement,
-                options=GgufOptions(overrides=overrides, feedback=feedback),
+                options=GgufOptions(base=self._base, overrides=overrides, feedback=feedback),
                 measure=MeasureConfig(device=self._evaluate.device),
                 evaluate=False,
                 progress=tqdm,

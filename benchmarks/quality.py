@@ -26,10 +26,10 @@ import click
 import exllamav2_peer
 import numpy as np
 from baselines import round_to_nearest
-from bpwise.checkpoint.equalized.view import original_of
 from bpwise.checkpoint.files.atomic import atomic_file
 from bpwise.checkpoint.source.checkpoint import Checkpoint, TensorSource
 from bpwise.checkpoint.source.language import WeightOverlay, language_model
+from bpwise.checkpoint.source.original import open_model
 from bpwise.convert.exl2.file.reader import Exl2Model
 from bpwise.convert.exl2.options import Exl2Options
 from bpwise.convert.exl2.plan.plan import Exl2Plan
@@ -45,7 +45,7 @@ from bpwise.measure.measurement import MeasuredLinear, Measurement
 from bpwise.measure.run import MeasureConfig, measure_to_file, measurement_provenance
 from bpwise.measure.text.calibration import CalibrationConfig, CalibrationSet
 from bpwise.measure.text.tokenizer import load_tokenizer
-from bpwise.quantize.config import QuantizeConfig, original_for
+from bpwise.quantize.config import QuantizeConfig
 from bpwise.quantize.rounding.model import RoundConfig, round_model
 from torch import Tensor
 from tqdm import tqdm
@@ -89,7 +89,7 @@ class Benchmark:
 
     Attributes:
         model: Directory or Hub id of the original.
-        checkpoint: The original, as it is measured.
+        checkpoint: The original.
         calibration: Rows to measure and round with.
         evaluation: Held-out rows.
         config: How to measure.
@@ -118,7 +118,7 @@ def prepare(
     model: str, config: MeasureConfig, eval_config: EvalConfig, work: Path, package: Path | None = None
 ) -> Benchmark:
     """Open the model and take the rows."""
-    checkpoint = original_for(model, config)
+    checkpoint = open_model(model)
     vocab_size = int(checkpoint.config["vocab_size"])
     return Benchmark(
         model=model,
@@ -143,7 +143,7 @@ def measured(benchmark: Benchmark, variant: Variant) -> Measurement:
         start = time.monotonic()
         with changed_measuring(variant):
             measurement = measure_to_file(
-                benchmark.checkpoint,
+                benchmark.model,
                 kept,
                 config,
                 formats={"exl2": exl2},
@@ -366,9 +366,7 @@ def compare_all(
     missing = [(key, bpw) for bpw in targets for key in variants if (key, bpw) not in results]
     if not missing:
         return results
-    original = run_original(
-        original_of(benchmark.checkpoint), benchmark.evaluation, benchmark.eval_config, progress_bar
-    )
+    original = run_original(benchmark.checkpoint, benchmark.evaluation, benchmark.eval_config, progress_bar)
     for key, bpw in missing:
         result = run_variant(benchmark, original, key, bpw)
         append_result(path, benchmark.identity, result)

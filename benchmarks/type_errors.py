@@ -4,8 +4,8 @@
 
 Printed is tr(D^T H D) of the weight's error D, H of the inputs that a text gives, relative to ggml's encoder with the
 mean squares of the fitted text's inputs as importances: with error feedback, with every code chosen again given all
-others, and with the channels equalized before that, which is what bpwise does (outputs each for itself, and no drift to
-correct: one linear at a time).
+others, which is what bpwise does (outputs each for itself, and no drift to correct: one linear at a time), and with the
+channels equalized before that, as with --equalize.
 """
 
 from __future__ import annotations

@@ -269,12 +269,13 @@ def _check_measurement(measurement: Measurement, where: str, checkpoint: Checkpo
     measured_rows(measurement)
     measured_with(measurement)
     checkpoint.prepare_fingerprint(progress)
-    if measurement.provenance.get("model") == equalized(checkpoint).fingerprint != checkpoint.fingerprint:
-        raise FormatError(
-            f"{where}: the measurement is of equalized channels, and the base is not. Leave --base out, or measure the "
-            "model again without --equalize."
-        )
-    if measurement.provenance.get("model") != checkpoint.fingerprint:
+    model = measurement.provenance.get("model")
+    if model != checkpoint.fingerprint:
+        if model == equalized(checkpoint).fingerprint:
+            raise FormatError(
+                f"{where}: the measurement is of equalized channels, and the base is not. Leave --base out, or measure "
+                "the model again without --equalize."
+            )
         raise FormatError(
             f"{where}: the measurement belongs to another model than {checkpoint.directory}, or to what its files were "
             "before they changed, or to an earlier version of bpwise, which looked only at samples of the weights. "

@@ -205,8 +205,10 @@ def column_factors(checkpoint: Checkpoint, model: LanguageModel, linear: str) ->
         model: The language model in it.
         linear: Full name of the linear.
     """
-    place = model.stored_rows(f"{linear}.weight") if isinstance(checkpoint, EqualizedView) else None
-    return None if place is None or not isinstance(checkpoint, EqualizedView) else checkpoint.column_factors(place)
+    if not isinstance(checkpoint, EqualizedView):
+        return None
+    place = model.stored_rows(f"{linear}.weight")
+    return None if place is None else checkpoint.column_factors(place)
 
 
 def original_of(checkpoint: Checkpoint) -> Checkpoint:

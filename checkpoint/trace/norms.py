@@ -74,7 +74,7 @@ def weight_offset(norm: nn.Module) -> float | None:
         for offset in (0.0, 1.0):
             try:
                 none, once, twice = (output(weight - offset) for weight in (0.0, 1.0, 2.0))
-            except Exception:
+            except Exception:  # of whatever type modelling code raises: it takes other values than these
                 return None
             if not none.any() and once.any() and torch.allclose(2 * once, twice):
                 return offset

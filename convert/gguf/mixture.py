@@ -136,8 +136,8 @@ class MixtureConversion(GgufConversion):
         """See ``Conversion``; the measurement of another model is refused first."""
         if self._measured is not None:
             self.checkpoint.prepare_fingerprint(progress)
-            known = (self.checkpoint.fingerprint, equalized(self.checkpoint).fingerprint)
-            if self._measured.provenance.get("model") not in known:
+            model = self._measured.provenance.get("model")
+            if model != self.checkpoint.fingerprint and model != equalized(self.checkpoint).fingerprint:
                 raise FormatError(
                     f"{self.options.imatrix}: the measurement belongs to another model than "
                     f"{self.checkpoint.directory}. Measure this one, or export an imatrix and name that."
